@@ -1,0 +1,117 @@
+/* kernels.h: one table of kernels per instruction set, and the layouts that they share.
+ *
+ * kernels_scalar.c is the specification: it says in plain C what every other table must compute, bit for bit. A kernel
+ * never allocates, never fails and never reads past what its contract names. All floating point follows FORMAT.md: the
+ * order of every reduction is written there, fmaf where fused is meant, nothing contracted by the compiler. */
+#ifndef PE_KERNELS_H
+#define PE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    PE_PANEL = 16,        /* rows of a weight panel, positions of a K panel, lanes of every float sum */
+    PE_GROUP = 64,        /* weights that share a scale */
+    PE_X_GROUP = 32,      /* activations (and q, k elements) that share a scale */
+    PE_TOKEN_BLOCK = 8,   /* tokens whose activations are packed together */
+    PE_CHUNK = 256,       /* positions of an attention chunk = of a KV page */
+};
+
+/* Quantized activations of n_tokens rows of n columns (n a multiple of 64), packed for the matrix kernels. Tokens are cut
+ * into blocks of PE_TOKEN_BLOCK; the last block is as narrow as the tokens that are left. In a block of `width` tokens:
+ *     codes[k4][token][4]   int8     k4 = column / 4: four inputs of one token are one 32-bit broadcast
+ *     scales[group][token]  float32  group = column / 32
+ *     sums[group][token]    int32    sum of the 32 codes, for instructions that want unsigned weights (see avx512vnni)
+ * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 32, sums likewise. */
+typedef struct pe_activations {
+    int8_t *codes;
+    float *scales;
+    int32_t *sums;
+    size_t n;        /* columns, padded to 64 */
+    size_t n_tokens;
+} pe_activations;
+
+/* A matrix in panels (FORMAT.md section 3): codes (n_panels, n_groups, 16, 16, 4), scales f16 bits (n_panels, n_groups, 16). */
+typedef struct pe_matrix {
+    const int8_t *codes;
+    const uint16_t *scales;
+    size_t n_panels, n_groups;
+    size_t rows, columns; /* unpadded */
+} pe_matrix;
+
+/* K and V of one layer, one kv head and one chunk of 256 positions. head_dim_p = head_dim padded to 32.
+ *   int8: k (16 panels, head_dim_p / 4, 16, 4)   k_scales (16 panels, head_dim_p / 32, 16)   v (256, head_dim_p)   v_scales (256)
+ *   f32:  k_f32 (16 panels, head_dim_p, 16)      v_f32 (256, head_dim_p)                      the others NULL */
+typedef struct pe_kv_chunk {
+    int8_t *k;
+    float *k_scales;
+    int8_t *v;
+    float *v_scales;
+    float *k_f32, *v_f32;
+} pe_kv_chunk;
+
+struct pe_kernels {
+    const char *name;  /* "scalar", "avx2", ...: the words that PYENGINE_ISA accepts */
+    uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
+
+    /* Row of x (n) -> one token of a packed activation block. codes, scales, sums point at that token's first element; `width`
+     * is the block's number of tokens (the stride). Columns n..n_padded (a multiple of 64) become 0.
+     * Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or NaN. */
+    uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *sums, size_t width, const float *x, size_t n, size_t n_padded);
+
+    /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin, token_end) where
+     * token_begin is a multiple of PE_TOKEN_BLOCK. out points at (token_begin, 16 panel_begin), rows out_stride floats apart. */
+    void (*matmul)(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
+                   const pe_activations *x, size_t token_begin, size_t token_end);
+
+    /* y = x * inv_rms * w over n elements; x == y is allowed. */
+    void (*rmsnorm)(float *y, const float *x, const float *w, size_t n, float eps);
+
+    /* x (head_dim) rotated in place; cos, sin (head_dim / 2). */
+    void (*rope)(float *x, const float *cos, const float *sin, size_t head_dim);
+
+    /* h[t][16 p + r] = silu(gate) * up. gate_up rows hold panel pairs (gate 16, up 16) as matmul wrote them. */
+    void (*swiglu)(float *h, const float *gate_up, size_t n_pairs);
+
+    /* y[i] = x[i] + y[i] for n elements. */
+    void (*add)(float *y, const float *x, size_t n);
+
+    /* scores[r][j] for n_rows query rows against positions j of the panels that cover [0, n_positions):
+     * score = c * acc as FORMAT.md section 8 has it. q (n_rows, head_dim_p) int8, q_scales (n_rows, head_dim_p / 32),
+     * scores rows 256 floats apart. Positions from n_positions to the end of their panel get values that mean nothing. */
+    void (*attention_scores)(float *scores, const int8_t *q, const float *q_scales, size_t n_rows, size_t head_dim_p,
+                             const pe_kv_chunk *kv, size_t n_positions, float c);
+    /* The same with float32 q (n_rows, head_dim_p) and kv->k_f32. */
+    void (*attention_scores_f32)(float *scores, const float *q, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                                 size_t n_positions, float c);
+
+    /* One row of scores -> p in place over [begin, end) of a chunk; +0 elsewhere in [0, 256). Returns m, stores l. */
+    float (*softmax_chunk)(float *scores, size_t begin, size_t end, float *l);
+
+    /* out[r][d] = sum over positions [begin[r], end[r]) ascending of (p[r][j] * v_scale[j]) * v[j][d], from +0.
+     * p rows 256 floats apart, out rows head_dim_p apart. */
+    void (*attention_values)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                             const uint16_t *begin, const uint16_t *end);
+    void (*attention_values_f32)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                                 const uint16_t *begin, const uint16_t *end);
+
+    /* o = o * a + o_chunk * b, as fmaf(o_chunk, b, o * a), n elements. */
+    void (*attention_merge)(float *o, const float *o_chunk, float a, float b, size_t n);
+    /* y = x * s over n elements. */
+    void (*scale)(float *y, const float *x, float s, size_t n);
+
+    /* Whether codes[n] (n a multiple of 64) hold no -128. */
+    int (*codes_are_legal)(const int8_t *codes, size_t n);
+};
+
+extern const struct pe_kernels pe_kernels_scalar;
+#if defined(__x86_64__)
+extern const struct pe_kernels pe_kernels_avx2, pe_kernels_avx512vnni;
+#endif
+
+/* The selected table (dispatch.c); NULL before the first pe_isa_select or pe_isa_active. */
+const struct pe_kernels *pe_kernels_selected(void);
+/* A table by name if this CPU can run it, else NULL. */
+const struct pe_kernels *pe_kernels_by_name(const char *name);
+
+#endif

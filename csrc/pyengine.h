@@ -1,0 +1,140 @@
+/* pyengine.h: the C API of the engine, the only header that the Python border sees.
+ *
+ *   model    immutable weights: views into memory that the caller keeps alive (a mapped frozen file)
+ *   context  everything mutable of one engine: KV cache of many sequences, scratch, thread limit
+ *   forward  one call for prefill, decode, batches and mixtures
+ *
+ * Every function that can fail returns a pe_status and, when it is not PE_OK, a sentence in the caller's err[PE_ERR_LEN].
+ * Nothing here prints, exits, aborts or asserts on input. Distinct contexts may be used from distinct threads at the same
+ * time; one context by one thread at a time. The arithmetic is fixed by FORMAT.md. */
+#ifndef PYENGINE_H
+#define PYENGINE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PE_ERR_LEN 256
+
+typedef enum pe_status {
+    PE_OK = 0,
+    PE_ERR_INVALID_ARGUMENT = 1,
+    PE_ERR_OUT_OF_MEMORY = 2,
+    PE_ERR_FORMAT = 3,       /* the model file contradicts itself or FORMAT.md */
+    PE_ERR_CONTEXT_FULL = 4,
+    PE_ERR_NOT_FINITE = 5,   /* an infinity or NaN appeared */
+    PE_ERR_CANCELLED = 6,    /* the poll callback or the deadline ended the call */
+    PE_ERR_SYSTEM = 7,
+    PE_ERR_UNSUPPORTED_ISA = 8,
+    PE_STATUS_COUNT          /* sentinel */
+} pe_status;
+
+/* A short constant description of a status. Never NULL. */
+const char *pe_status_message(pe_status status);
+
+/* ------------------------------------------------------------------ instruction sets */
+
+/* Bits of pe_cpu_features(): what the CPU has and the operating system saves on a switch. */
+enum {
+    PE_CPU_AVX2 = 1u << 0,
+    PE_CPU_FMA = 1u << 1,
+    PE_CPU_F16C = 1u << 2,
+    PE_CPU_AVX512F = 1u << 3,
+    PE_CPU_AVX512BW = 1u << 4,
+    PE_CPU_AVX512VL = 1u << 5,
+    PE_CPU_AVX512VNNI = 1u << 6,
+    PE_CPU_AVX512DQ = 1u << 7,
+    PE_CPU_NEON_DOTPROD = 1u << 8,
+};
+uint32_t pe_cpu_features(void);
+
+/* Names of the tables that this CPU can run, best first, ending with "scalar"; NULL past the end. */
+const char *pe_isa_available(size_t index);
+/* Select the table for every later pe_context_create: a name, or NULL for PYENGINE_ISA or else the best one. */
+pe_status pe_isa_select(const char *name, char *err);
+/* The name of the table that a context created now would use (selecting it first if none is selected). */
+pe_status pe_isa_active(const char **name, char *err);
+
+/* ------------------------------------------------------------------ model */
+
+typedef struct pe_config {
+    uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
+    uint32_t sliding_window; /* 0 = none */
+    float norm_eps;
+    bool tie_embeddings, qkv_bias, o_bias, qk_norm;
+} pe_config;
+
+typedef struct pe_model pe_model;
+
+/* A model without weights. PE_ERR_FORMAT if the config is out of range or contradicts itself. */
+pe_status pe_model_create(pe_model **out, const pe_config *config, char *err);
+/* Give the model a view of tensor `name` (FORMAT.md section 2): `data` must be 64-byte aligned and stay valid and unchanged
+ * until pe_model_destroy; n_bytes must be the stored size exactly. */
+pe_status pe_model_set_tensor(pe_model *model, const char *name, const void *data, size_t n_bytes, char *err);
+/* Check that every tensor is there and that codes and scales hold only legal values (reads all weights once, on all
+ * threads, which also brings the mapped file into memory). */
+pe_status pe_model_finish(pe_model *model, int n_threads, char *err);
+void pe_model_destroy(pe_model *model);
+
+/* ------------------------------------------------------------------ threads */
+
+typedef struct pe_thread_info {
+    int n_affinity;     /* CPUs in this process's affinity mask */
+    double cpu_quota;   /* CPUs that the cgroup (v1 or v2) allows, 0 = no limit */
+    int n_default;      /* what n_threads = 0 means: min of the two, at least 1 */
+} pe_thread_info;
+void pe_thread_info_get(pe_thread_info *info);
+
+/* ------------------------------------------------------------------ context and sequences */
+
+typedef enum pe_kv_dtype { PE_KV_INT8 = 0, PE_KV_F32 = 1 } pe_kv_dtype;
+
+typedef struct pe_context pe_context;
+
+/* n_threads 0 = pe_thread_info.n_default. The model must outlive the context. */
+pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype kv_dtype, int n_threads, char *err);
+void pe_context_destroy(pe_context *context);
+const char *pe_context_isa(const pe_context *context);
+int pe_context_n_threads(const pe_context *context);
+/* Bytes of KV pages in use and of scratch. */
+size_t pe_context_memory(const pe_context *context, size_t *scratch_bytes);
+
+/* Sequences are small non-negative ids. A fork shares the pages of its source until one of them appends. */
+pe_status pe_sequence_new(pe_context *context, int32_t *out, char *err);
+pe_status pe_sequence_fork(pe_context *context, int32_t source, size_t n_tokens, int32_t *out, char *err);
+pe_status pe_sequence_truncate(pe_context *context, int32_t sequence, size_t n_tokens, char *err);
+pe_status pe_sequence_drop(pe_context *context, int32_t sequence, char *err);
+pe_status pe_sequence_length(const pe_context *context, int32_t sequence, size_t *out, char *err);
+
+/* ------------------------------------------------------------------ forward */
+
+/* Called by the calling thread between work units, at most every 20 ms; non-zero ends the call. */
+typedef int (*pe_poll_fn)(void *user);
+
+typedef struct pe_batch {
+    size_t n_tokens;
+    const int32_t *tokens;     /* (n_tokens) ids */
+    const int32_t *sequences;  /* (n_tokens) row i is appended to sequence[i], at that sequence's next position */
+    const uint8_t *want_logits; /* (n_tokens) non-zero: this row's logits are computed */
+    pe_poll_fn poll;           /* may be NULL */
+    void *poll_user;
+    int64_t deadline_ns;       /* CLOCK_MONOTONIC; 0 = none */
+} pe_batch;
+
+/* Append the batch's tokens to their sequences and compute the wanted logits.
+ * On any error no sequence has changed. logits of the k-th wanted row: pe_context_logits(context, k). */
+pe_status pe_forward(pe_context *context, const pe_batch *batch, char *err);
+/* Number of rows of the last forward, and one of them: (vocab_size) float32, valid until the next forward. */
+size_t pe_context_n_logits(const pe_context *context);
+const float *pe_context_logits(const pe_context *context, size_t row);
+
+/* ------------------------------------------------------------------ test hooks */
+
+/* One block in isolation: x (n_tokens, dim) float32 at positions 0.. of a fresh sequence goes through layer `layer` in place. */
+pe_status pe_debug_block(pe_context *context, uint32_t layer, float *x, size_t n_tokens, char *err);
+/* SHA-independent view of a sequence's KV: bytes of one page of one layer and kv head, as FORMAT.md's section 8 has them in memory.
+ * Returns the size; copies at most `capacity` bytes into out. */
+size_t pe_debug_kv_page(const pe_context *context, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page, void *out,
+                        size_t capacity);
+
+#endif
