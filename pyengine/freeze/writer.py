@@ -1,0 +1,239 @@
+"""Writing a frozen file: streamed, checksummed, and visible under its name only when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from ..errors import InvalidArgumentError, ModelFormatError
+from ..frozen import (
+    ALIGNMENT,
+    FORMAT_VERSION,
+    GOLDEN_BYTES,
+    MAX_HEADER_BYTES,
+    RIDERS,
+    FrozenConfig,
+    TensorSpec,
+    expected_tensors,
+    pad,
+)
+
+GoldenCallback = Callable[[str], "bytes | None"]
+_PARTIAL = ".partial"
+
+
+def _rider_bytes(name: str, content: bytes) -> bytes:
+    """Content padded to 64 bytes; padding a reader can strip without changing what the text means."""
+    if name.endswith(".jinja"):
+        if content.endswith(b"\n\n"):
+            # Jinja drops one final newline and the reader strips them all: keep the others with a comment.
+            content = content[:-1] + b"{# #}"
+        return content.ljust(pad(max(len(content), 1), ALIGNMENT), b"\n")
+    return content.ljust(pad(max(len(content), 1), ALIGNMENT), b" ")
+
+
+def _checksums_json(sums: dict[str, str]) -> bytes:
+    return json.dumps(sums, indent=0).encode()
+
+
+def _header(specs: dict[str, TensorSpec], metadata: dict[str, str]) -> bytes:
+    document: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, spec in specs.items():
+        document[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text = text.ljust(pad(len(text) + 8, ALIGNMENT) - 8, b" ")
+    if len(text) > MAX_HEADER_BYTES:
+        raise ModelFormatError(f"the header would have {len(text)} bytes")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _remove_abandoned(directory: Path, prefix: str) -> None:
+    """Delete what a killed writer of the same file left: its lock went with it."""
+    for path in directory.glob(f"{prefix}*{_PARTIAL}"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextlib.contextmanager
+def terminate_as_exception() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that temporary files go; only where nobody else handles it."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def unwind(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class FrozenWriter:
+    """Write the tensors of ``expected_tensors(config)`` in that order, each as a stream of chunks.
+
+        with FrozenWriter(path, config, riders, name="...", source="...") as writer:
+            for name in writer.names:
+                writer.write(name, chunks_of(name))
+
+    A clean exit of the block writes the riders, asks ``golden`` (called with the path of the complete temporary file)
+    for the content of golden.json, syncs and renames. Any exception, Ctrl-C included, removes the temporary file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: FrozenConfig,
+        riders: dict[str, bytes],
+        *,
+        name: str,
+        source: str,
+        generator: str = "pyengine",
+        golden: GoldenCallback | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._overwrite = overwrite
+        self._golden = golden
+        self._refuse_existing()
+        if unknown := set(riders) - set(RIDERS[1:-2]):
+            raise InvalidArgumentError(f"unknown rider {sorted(unknown)[0]!r}")
+        if "tokenizer.json" not in riders:
+            raise InvalidArgumentError("the rider tokenizer.json is missing")
+        weights = expected_tensors(config)
+        self.names = list(weights)
+        riders = {"config.json": config.to_json().encode(), **riders, "golden.json": b"{}"}
+        self._riders = {r: _rider_bytes(r, riders[r]) for r in RIDERS if r in riders}
+        self._riders["golden.json"] = b"{}".ljust(GOLDEN_BYTES)
+        self._specs = weights | {
+            r: TensorSpec("U8", (len(content),), len(content))
+            for r, content in self._riders.items()
+        }
+        zeros = dict.fromkeys(self._specs, "0" * 64)
+        size = len(_rider_bytes("checksums.json", _checksums_json(zeros)))
+        self._specs["checksums.json"] = TensorSpec("U8", (size,), size)
+        self._header = _header(
+            self._specs,
+            {
+                "format": "pyengine",
+                "format_version": FORMAT_VERSION,
+                "name": name,
+                "source": source,
+                "generator": generator,
+            },
+        )
+        self.total_bytes = len(self._header) + sum(s.nbytes for s in self._specs.values())
+        self._sums: dict[str, str] = {}
+        self._next = 0
+
+    def _refuse_existing(self) -> None:
+        if self.path.exists() and not self._overwrite:
+            raise FileExistsError(17, "the output exists (overwrite=True replaces it)", str(self.path))
+
+    def __enter__(self) -> FrozenWriter:
+        prefix = f".{self.path.name}."
+        _remove_abandoned(self.path.parent, prefix)
+        self._temporary = self.path.with_name(f"{prefix}{secrets.token_hex(8)}{_PARTIAL}")
+        self._signals = terminate_as_exception()
+        self._signals.__enter__()
+        try:
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "w+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.write(self._header)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Close, and remove the temporary file unless it has been renamed."""
+        try:
+            if hasattr(self, "_file"):
+                self._file.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
+            self._signals.__exit__(None, None, None)
+
+    def write(self, name: str, chunks: Iterable[Any]) -> None:
+        """Append a tensor from buffers that together have its size, or less by under 64 bytes of padding."""
+        if self._next >= len(self.names) or self.names[self._next] != name:
+            raise InvalidArgumentError(f"tensor {name!r} is not the next one in the file")
+        digest = hashlib.sha256()
+        nbytes = self._specs[name].nbytes
+        done = 0
+        for chunk in chunks:
+            with memoryview(chunk) as view:
+                done += view.nbytes
+                self._file.write(view)
+                digest.update(view)
+        if not 0 <= nbytes - done < ALIGNMENT:
+            raise InvalidArgumentError(f"tensor {name!r} needs {nbytes} bytes, {done} were given")
+        padding = bytes(nbytes - done)
+        self._file.write(padding)
+        digest.update(padding)
+        self._sums[name] = digest.hexdigest()
+        self._next += 1
+
+    def _write_tail(self) -> None:
+        """Riders and checksums, from wherever the weights end."""
+        for name, content in self._riders.items():
+            self._file.write(content)
+            self._sums[name] = hashlib.sha256(content).hexdigest()
+        self._file.write(_rider_bytes("checksums.json", _checksums_json(self._sums)))
+        self._file.flush()
+
+    def _finish(self) -> None:
+        if self._next != len(self.names):
+            raise InvalidArgumentError(f"tensor {self.names[self._next]!r} was not written")
+        tail = self._file.tell()
+        self._write_tail()
+        golden = self._golden(str(self._temporary)) if self._golden else None
+        if golden is not None:
+            if len(golden) > GOLDEN_BYTES:
+                raise InvalidArgumentError(f"golden.json has {len(golden)} > {GOLDEN_BYTES} bytes")
+            self._riders["golden.json"] = golden.ljust(GOLDEN_BYTES)
+            self._file.seek(tail)
+            self._write_tail()
+        os.fsync(self._file.fileno())
+        self._refuse_existing()
+        os.replace(self._temporary, self.path)
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
