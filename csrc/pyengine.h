@@ -68,12 +68,16 @@ typedef struct pe_model pe_model;
 
 /* A model without weights. PE_ERR_FORMAT if the config is out of range or contradicts itself. */
 pe_status pe_model_create(pe_model **out, const pe_config *config, char *err);
-/* Give the model a view of tensor `name` (FORMAT.md section 2): `data` must be 64-byte aligned and stay valid and unchanged
- * until pe_model_destroy; n_bytes must be the stored size exactly. */
-pe_status pe_model_set_tensor(pe_model *model, const char *name, const void *data, size_t n_bytes, char *err);
-/* Check that every tensor is there and that codes and scales hold only legal values (reads all weights once, on all
- * threads, which also brings the mapped file into memory). */
-pe_status pe_model_finish(pe_model *model, int n_threads, char *err);
+/* A tensor of FORMAT.md section 2: `data` must be 64-byte aligned and stay valid and unchanged until pe_model_destroy. */
+typedef struct pe_tensor {
+    const char *name;
+    const void *data;
+    size_t n_bytes; /* stored size, padding included */
+} pe_tensor;
+/* Give the model its weights: every tensor of FORMAT.md section 2 that its config asks for, in that order, and no other. Checks names and
+ * sizes, then reads all values once (on n_threads threads, 0 = default; it also brings a mapped file into memory): codes are never -128,
+ * scales and floats are finite. */
+pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err);
 void pe_model_destroy(pe_model *model);
 
 /* ------------------------------------------------------------------ threads */

@@ -36,7 +36,6 @@ typedef struct pe_matrix {
     const int8_t *codes;
     const uint16_t *scales;
     size_t n_panels, n_groups;
-    size_t rows, columns; /* unpadded */
 } pe_matrix;
 
 /* K and V of one layer, one kv head and one chunk of 256 positions. head_dim_p = head_dim padded to 32.
@@ -54,33 +53,36 @@ struct pe_kernels {
     const char *name;  /* "scalar", "avx2", ...: the words that PYENGINE_ISA accepts */
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
 
-    /* Row of x (n) -> one token of a packed activation block. codes, scales, sums point at that token's first element; `width`
-     * is the block's number of tokens (the stride). Columns n..n_padded (a multiple of 64) become 0.
-     * Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or NaN. */
+    /* Row of x (n) -> one token of a packed activation block, in groups of 32. codes, scales, sums point at that token's first
+     * element; `width` is the block's number of tokens (the stride). Columns n..n_padded (a multiple of 32) become 0.
+     * Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or NaN, and then the
+     * codes mean nothing. */
     uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *sums, size_t width, const float *x, size_t n, size_t n_padded);
+    /* The same law for one group of any length n: codes (n), *scale. Same return value. */
+    uint32_t (*quantize_group)(int8_t *codes, float *scale, const float *x, size_t n);
 
     /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin, token_end) where
      * token_begin is a multiple of PE_TOKEN_BLOCK. out points at (token_begin, 16 panel_begin), rows out_stride floats apart. */
     void (*matmul)(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
                    const pe_activations *x, size_t token_begin, size_t token_end);
 
-    /* y = x * inv_rms * w over n elements; x == y is allowed. */
-    void (*rmsnorm)(float *y, const float *x, const float *w, size_t n, float eps);
+    /* y = (x * inv_rms) * w over n elements; x == y is allowed. Returns the sum of squares, which is not finite if x overflowed. */
+    float (*rmsnorm)(float *y, const float *x, const float *w, size_t n, float eps);
 
     /* x (head_dim) rotated in place; cos, sin (head_dim / 2). */
     void (*rope)(float *x, const float *cos, const float *sin, size_t head_dim);
 
-    /* h[t][16 p + r] = silu(gate) * up. gate_up rows hold panel pairs (gate 16, up 16) as matmul wrote them. */
+    /* h (n_pairs * 16) = silu(gate) * up; gate_up (n_pairs, 2, 16) holds a gate panel, then its up panel, as matmul wrote them. */
     void (*swiglu)(float *h, const float *gate_up, size_t n_pairs);
 
     /* y[i] = x[i] + y[i] for n elements. */
     void (*add)(float *y, const float *x, size_t n);
 
     /* scores[r][j] for n_rows query rows against positions j of the panels that cover [0, n_positions):
-     * score = c * acc as FORMAT.md section 8 has it. q (n_rows, head_dim_p) int8, q_scales (n_rows, head_dim_p / 32),
+     * score = c * acc as FORMAT.md section 8 has it. q (n_rows, head_dim_p) int8, q_scales and q_sums (n_rows, head_dim_p / 32),
      * scores rows 256 floats apart. Positions from n_positions to the end of their panel get values that mean nothing. */
-    void (*attention_scores)(float *scores, const int8_t *q, const float *q_scales, size_t n_rows, size_t head_dim_p,
-                             const pe_kv_chunk *kv, size_t n_positions, float c);
+    void (*attention_scores)(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_sums, size_t n_rows,
+                             size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c);
     /* The same with float32 q (n_rows, head_dim_p) and kv->k_f32. */
     void (*attention_scores_f32)(float *scores, const float *q, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t n_positions, float c);
@@ -88,12 +90,12 @@ struct pe_kernels {
     /* One row of scores -> p in place over [begin, end) of a chunk; +0 elsewhere in [0, 256). Returns m, stores l. */
     float (*softmax_chunk)(float *scores, size_t begin, size_t end, float *l);
 
-    /* out[r][d] = sum over positions [begin[r], end[r]) ascending of (p[r][j] * v_scale[j]) * v[j][d], from +0.
-     * p rows 256 floats apart, out rows head_dim_p apart. */
-    void (*attention_values)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
-                             const uint16_t *begin, const uint16_t *end);
+    /* out[r][d] = sum over positions [begin, end) ascending of (p[r][j] * v_scale[j]) * v[j][d], from +0. p rows 256 floats apart
+     * and +0 where row r may not look; out (n_rows, head_dim_p). */
+    void (*attention_values)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
+                             size_t end);
     void (*attention_values_f32)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
-                                 const uint16_t *begin, const uint16_t *end);
+                                 size_t begin, size_t end);
 
     /* o = o * a + o_chunk * b, as fmaf(o_chunk, b, o * a), n elements. */
     void (*attention_merge)(float *o, const float *o_chunk, float a, float b, size_t n);

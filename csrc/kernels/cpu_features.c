@@ -1,0 +1,43 @@
+/* cpu_features.c: what this CPU has and the operating system preserves. Compiled for the baseline, like everything outside the
+ * kernels_<isa>.c files: a probe built with the flags it probes for would crash on the machines it is there to detect. */
+#include "pyengine.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+/* XCR0: which register files the operating system saves on a context switch. Without this check an AVX-512 CPU under a kernel
+ * that does not save ZMM state would run, and corrupt its neighbours' registers. */
+static uint64_t saved_state(void) {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+static uint32_t detect(void) {
+    uint32_t a, b, c, d, features = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+    uint64_t state = saved_state();
+    int ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
+    if (ymm && (c & bit_FMA)) features |= PE_CPU_FMA;
+    if (ymm && (c & bit_F16C)) features |= PE_CPU_F16C;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
+    if (ymm && (b & bit_AVX2)) features |= PE_CPU_AVX2;
+    if (zmm && (b & bit_AVX512F)) features |= PE_CPU_AVX512F;
+    if (zmm && (b & bit_AVX512BW)) features |= PE_CPU_AVX512BW;
+    if (zmm && (b & bit_AVX512VL)) features |= PE_CPU_AVX512VL;
+    if (zmm && (b & bit_AVX512DQ)) features |= PE_CPU_AVX512DQ;
+    if (zmm && (c & bit_AVX512VNNI)) features |= PE_CPU_AVX512VNNI;
+    return features;
+}
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+static uint32_t detect(void) {
+    const unsigned long hwcap_asimddp = 1ul << 20;
+    return getauxval(AT_HWCAP) & hwcap_asimddp ? PE_CPU_NEON_DOTPROD : 0;
+}
+#else
+static uint32_t detect(void) { return 0; }
+#endif
+
+uint32_t pe_cpu_features(void) { return detect(); }

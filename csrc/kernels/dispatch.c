@@ -1,0 +1,60 @@
+/* dispatch.c: which table runs. The list is in order of preference; the first whose every feature is present wins, and
+ * PYENGINE_ISA or pe_isa_select overrules it by name. A name that is unknown or cannot run here is an error, never a silent
+ * fallback: someone who forces a table must get it. */
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "pyengine.h"
+
+static const struct pe_kernels *const tables[] = {
+#if defined(__x86_64__)
+    &pe_kernels_avx512vnni,
+    &pe_kernels_avx2,
+#endif
+    &pe_kernels_scalar,
+};
+enum { N_TABLES = sizeof tables / sizeof tables[0] };
+
+static _Atomic(const struct pe_kernels *) selected;
+
+static int can_run(const struct pe_kernels *table) { return (table->required & ~pe_cpu_features()) == 0; }
+
+const char *pe_isa_available(size_t index) {
+    for (size_t i = 0; i < N_TABLES; i++)
+        if (can_run(tables[i]) && index-- == 0) return tables[i]->name;
+    return NULL;
+}
+
+const struct pe_kernels *pe_kernels_by_name(const char *name) {
+    for (size_t i = 0; i < N_TABLES; i++)
+        if (strcmp(tables[i]->name, name) == 0 && can_run(tables[i])) return tables[i];
+    return NULL;
+}
+
+pe_status pe_isa_select(const char *name, char *err) {
+    if (name == NULL) name = getenv("PYENGINE_ISA");
+    if (name == NULL || name[0] == '\0') name = pe_isa_available(0);
+    const struct pe_kernels *table = pe_kernels_by_name(name);
+    if (table == NULL) {
+        int n = snprintf(err, PE_ERR_LEN, "instruction set '%.40s' is unknown or this CPU cannot run it; it can run:", name);
+        for (size_t i = 0; pe_isa_available(i) != NULL && n < PE_ERR_LEN - 20; i++)
+            n += snprintf(err + n, (size_t)(PE_ERR_LEN - n), " %s", pe_isa_available(i));
+        return PE_ERR_UNSUPPORTED_ISA;
+    }
+    atomic_store(&selected, table);
+    return PE_OK;
+}
+
+const struct pe_kernels *pe_kernels_selected(void) { return atomic_load(&selected); }
+
+pe_status pe_isa_active(const char **name, char *err) {
+    if (pe_kernels_selected() == NULL) {
+        pe_status status = pe_isa_select(NULL, err);
+        if (status != PE_OK) return status;
+    }
+    *name = pe_kernels_selected()->name;
+    return PE_OK;
+}

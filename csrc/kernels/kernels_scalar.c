@@ -1,0 +1,216 @@
+/* kernels_scalar.c: the specification. Plain C that computes FORMAT.md line by line; every other table must give the same
+ * bits. It is written to be read, not to be fast. */
+#include "kernels.h"
+#include "pe_math.h"
+
+/* ------------------------------------------------------------------ quantization (FORMAT.md section 5) */
+
+static const float smallest_absmax = 0x1p-64f; /* below it 127 / absmax could overflow: the group is zero */
+
+static uint32_t absmax_bits(const float *x, size_t n) {
+    uint32_t most = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = pe_float_bits(x[i]) & 0x7fffffffu;
+        if (bits > most) most = bits;
+    }
+    return most;
+}
+
+/* One group of n values. code i goes to codes[i / 4 * stride + i % 4]: stride 4 is plain, wider strides interleave tokens. */
+static uint32_t quantize_strided(int8_t *codes, size_t stride, float *scale, int32_t *sum, const float *x, size_t n) {
+    uint32_t bits = absmax_bits(x, n);
+    float absmax = pe_float_from_bits(bits);
+    int zero = absmax < smallest_absmax || bits >= PE_NOT_FINITE_BITS;
+    float inv = zero ? 0.0f : 127.0f / absmax;
+    *scale = zero ? 0.0f : absmax / 127.0f;
+    *sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        int8_t code = zero ? 0 : (int8_t)lrintf(x[i] * inv);
+        codes[i / 4 * stride + i % 4] = code;
+        *sum += code;
+    }
+    return bits;
+}
+
+static uint32_t quantize(int8_t *codes, float *scales, int32_t *sums, size_t width, const float *x, size_t n, size_t n_padded) {
+    uint32_t most = 0;
+    for (size_t group = 0; group < n_padded / PE_X_GROUP; group++) {
+        float padded[PE_X_GROUP] = {0};
+        size_t begin = group * PE_X_GROUP;
+        for (size_t i = 0; i < PE_X_GROUP && begin + i < n; i++) padded[i] = x[begin + i];
+        uint32_t bits = quantize_strided(codes + begin * width, 4 * width, scales + group * width, sums + group * width, padded,
+                                         PE_X_GROUP);
+        if (bits > most) most = bits;
+    }
+    return most;
+}
+
+static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size_t n) {
+    int32_t sum;
+    return quantize_strided(codes, 4, scale, &sum, x, n);
+}
+
+/* ------------------------------------------------------------------ matrix product (section 6) */
+
+/* acc of one row and one token; w points at that row in its panel, x at that token in its block. */
+static float dot_row(const int8_t *w, const uint16_t *w_scale, size_t n_groups, const int8_t *x, const float *x_scale,
+                     size_t width) {
+    float acc = 0.0f;
+    for (size_t group = 0; group < n_groups; group++) {
+        int32_t d[2] = {0, 0}; /* exact: 32 * 127 * 127 < 2^24 */
+        for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++)
+            for (size_t k = 0; k < 4; k++)
+                d[k4 / 8] += w[(group * 16 + k4) * 64 + k] * x[(group * 16 + k4) * 4 * width + k];
+        float s0 = x_scale[2 * group * width], s1 = x_scale[(2 * group + 1) * width];
+        float t = fmaf((float)d[1], s1, (float)d[0] * s0);
+        acc = fmaf(t, pe_half_to_float(w_scale[group * PE_PANEL]), acc);
+    }
+    return acc;
+}
+
+static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
+                   const pe_activations *x, size_t token_begin, size_t token_end) {
+    for (size_t token = token_begin; token < token_end; token++) {
+        size_t block = token / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
+        size_t width = x->n_tokens - block < PE_TOKEN_BLOCK ? x->n_tokens - block : PE_TOKEN_BLOCK;
+        const int8_t *x_codes = x->codes + block * x->n + (token - block) * 4;
+        const float *x_scales = x->scales + block * (x->n / PE_X_GROUP) + (token - block);
+        for (size_t panel = panel_begin; panel < panel_end; panel++) {
+            const int8_t *codes = w->codes + panel * w->n_groups * PE_GROUP * PE_PANEL;
+            const uint16_t *scales = w->scales + panel * w->n_groups * PE_PANEL;
+            for (size_t row = 0; row < PE_PANEL; row++)
+                out[(token - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL + row] =
+                    dot_row(codes + row * 4, scales + row, w->n_groups, x_codes, x_scales, width);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ norm, RoPE, SwiGLU (section 7) */
+
+static float rmsnorm(float *y, const float *x, const float *w, size_t n, float eps) {
+    float a[PE_PANEL] = {0};
+    for (size_t i = 0; i < n; i++) a[i % PE_PANEL] = fmaf(x[i], x[i], a[i % PE_PANEL]);
+    float sum = pe_sum_lanes(a);
+    float inv_rms = 1.0f / sqrtf(sum / (float)n + eps);
+    for (size_t i = 0; i < n; i++) y[i] = (x[i] * inv_rms) * w[i];
+    return sum;
+}
+
+static void rope(float *x, const float *cos, const float *sin, size_t head_dim) {
+    size_t half = head_dim / 2;
+    for (size_t i = 0; i < half; i++) {
+        float x0 = x[i], x1 = x[i + half];
+        x[i] = fmaf(x0, cos[i], -(x1 * sin[i]));
+        x[i + half] = fmaf(x1, cos[i], x0 * sin[i]);
+    }
+}
+
+static void swiglu(float *h, const float *gate_up, size_t n_pairs) {
+    for (size_t pair = 0; pair < n_pairs; pair++)
+        for (size_t row = 0; row < PE_PANEL; row++) {
+            float gate = gate_up[pair * 2 * PE_PANEL + row], up = gate_up[(pair * 2 + 1) * PE_PANEL + row];
+            h[pair * PE_PANEL + row] = (gate * (1.0f / (1.0f + pe_expf(-gate)))) * up;
+        }
+}
+
+static void add(float *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = x[i] + y[i];
+}
+
+/* ------------------------------------------------------------------ attention (section 8) */
+
+static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_sums, size_t n_rows,
+                             size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
+    (void)q_sums;
+    size_t n_groups = head_dim_p / PE_X_GROUP;
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t j = 0; j < n_positions; j++) {
+            size_t panel = j / PE_PANEL, lane = j % PE_PANEL;
+            float acc = 0.0f;
+            for (size_t group = 0; group < n_groups; group++) {
+                int32_t d = 0;
+                for (size_t i = group * PE_X_GROUP; i < (group + 1) * PE_X_GROUP; i++)
+                    d += q[r * head_dim_p + i] * kv->k[((panel * head_dim_p + i / 4 * 4) * PE_PANEL) + lane * 4 + i % 4];
+                float k_scale = kv->k_scales[(panel * n_groups + group) * PE_PANEL + lane];
+                acc = fmaf((float)d * q_scales[r * n_groups + group], k_scale, acc);
+            }
+            scores[r * PE_CHUNK + j] = c * acc;
+        }
+}
+
+static void attention_scores_f32(float *scores, const float *q, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                                 size_t n_positions, float c) {
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t j = 0; j < n_positions; j++) {
+            float acc = 0.0f;
+            for (size_t i = 0; i < head_dim_p; i++)
+                acc = fmaf(q[r * head_dim_p + i], kv->k_f32[(j / PE_PANEL * head_dim_p + i) * PE_PANEL + j % PE_PANEL], acc);
+            scores[r * PE_CHUNK + j] = c * acc;
+        }
+}
+
+static float softmax_chunk(float *scores, size_t begin, size_t end, float *l) {
+    float m = scores[begin], a[PE_PANEL] = {0};
+    for (size_t j = begin + 1; j < end; j++) m = scores[j] > m ? scores[j] : m;
+    for (size_t j = 0; j < PE_CHUNK; j++) {
+        scores[j] = j >= begin && j < end ? pe_expf(scores[j] - m) : 0.0f;
+        a[j % PE_PANEL] += scores[j];
+    }
+    *l = pe_sum_lanes(a);
+    return m;
+}
+
+static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
+                             size_t end) {
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t d = 0; d < head_dim_p; d++) {
+            float o = 0.0f;
+            for (size_t j = begin; j < end; j++)
+                o = fmaf(p[r * PE_CHUNK + j] * kv->v_scales[j], (float)kv->v[j * head_dim_p + d], o);
+            out[r * head_dim_p + d] = o;
+        }
+}
+
+static void attention_values_f32(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                                 size_t begin, size_t end) {
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t d = 0; d < head_dim_p; d++) {
+            float o = 0.0f;
+            for (size_t j = begin; j < end; j++) o = fmaf(p[r * PE_CHUNK + j], kv->v_f32[j * head_dim_p + d], o);
+            out[r * head_dim_p + d] = o;
+        }
+}
+
+static void attention_merge(float *o, const float *o_chunk, float a, float b, size_t n) {
+    for (size_t i = 0; i < n; i++) o[i] = fmaf(o_chunk[i], b, o[i] * a);
+}
+
+static void scale(float *y, const float *x, float s, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = x[i] * s;
+}
+
+static int codes_are_legal(const int8_t *codes, size_t n) {
+    int illegal = 0;
+    for (size_t i = 0; i < n; i++) illegal |= codes[i] == -128;
+    return !illegal;
+}
+
+const struct pe_kernels pe_kernels_scalar = {
+    .name = "scalar",
+    .required = 0,
+    .quantize = quantize,
+    .quantize_group = quantize_group,
+    .matmul = matmul,
+    .rmsnorm = rmsnorm,
+    .rope = rope,
+    .swiglu = swiglu,
+    .add = add,
+    .attention_scores = attention_scores,
+    .attention_scores_f32 = attention_scores_f32,
+    .softmax_chunk = softmax_chunk,
+    .attention_values = attention_values,
+    .attention_values_f32 = attention_values_f32,
+    .attention_merge = attention_merge,
+    .scale = scale,
+    .codes_are_legal = codes_are_legal,
+};

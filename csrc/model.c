@@ -1,0 +1,260 @@
+/* model.c: from named views to a pe_model. The names and sizes of FORMAT.md section 2 are written once, in visit_tensors. */
+#include "model.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/pe_math.h"
+#include "threadpool.h"
+
+static pe_status fail(pe_status status, char *err, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(err, PE_ERR_LEN, format, args);
+    va_end(args);
+    return status;
+}
+
+/* ------------------------------------------------------------------ config */
+
+static pe_status check_config(const pe_config *c, char *err) {
+    const struct { const char *name; uint32_t value, least, most; } ranges[] = {
+        {"dim", c->dim, 1, 1 << 20},
+        {"hidden_dim", c->hidden_dim, 1, 1 << 22},
+        {"n_layers", c->n_layers, 1, 4096},
+        {"n_heads", c->n_heads, 1, 4096},
+        {"n_kv_heads", c->n_kv_heads, 1, 4096},
+        {"head_dim", c->head_dim, 2, 512},
+        {"vocab_size", c->vocab_size, 1, 1 << 24},
+        {"max_seq_len", c->max_seq_len, 1, 1 << 24},
+        {"sliding_window", c->sliding_window, 0, 1 << 24},
+    };
+    for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++)
+        if (ranges[i].value < ranges[i].least || ranges[i].value > ranges[i].most)
+            return fail(PE_ERR_FORMAT, err, "config: %s is %u, expected %u to %u", ranges[i].name, ranges[i].value, ranges[i].least,
+                        ranges[i].most);
+    if (c->head_dim % 2 != 0) return fail(PE_ERR_FORMAT, err, "config: head_dim %u is odd, RoPE needs pairs", c->head_dim);
+    if (c->n_heads % c->n_kv_heads != 0)
+        return fail(PE_ERR_FORMAT, err, "config: n_heads %u is not a multiple of n_kv_heads %u", c->n_heads, c->n_kv_heads);
+    if (!(c->norm_eps >= 0.0f && c->norm_eps < 1.0f)) return fail(PE_ERR_FORMAT, err, "config: norm_eps is outside [0, 1)");
+    return PE_OK;
+}
+
+pe_status pe_model_create(pe_model **out, const pe_config *config, char *err) {
+    *out = NULL;
+    pe_status status = check_config(config, err);
+    if (status != PE_OK) return status;
+    pe_model *model = calloc(1, sizeof *model);
+    if (model != NULL) model->layers = calloc(config->n_layers, sizeof *model->layers);
+    if (model == NULL || model->layers == NULL) {
+        free(model);
+        return fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
+    }
+    model->config = *config;
+    model->q_dim = (size_t)config->n_heads * config->head_dim;
+    model->kv_dim = (size_t)config->n_kv_heads * config->head_dim;
+    model->head_dim_p = pe_pad(config->head_dim, PE_X_GROUP);
+    *out = model;
+    return PE_OK;
+}
+
+void pe_model_destroy(pe_model *model) {
+    if (model == NULL) return;
+    free(model->layers);
+    free(model);
+}
+
+/* ------------------------------------------------------------------ tensors */
+
+/* One tensor of the format: where its pointer belongs and how many bytes it must have. */
+typedef struct slot {
+    char name[64];
+    const void **data;
+    size_t n_bytes;
+    bool codes; /* int8 codes, to be checked for -128 */
+    bool floats; /* float32, to be checked for finiteness */
+} slot;
+
+/* Called for every tensor that this model must have, in file order; a non-zero return ends the visit and is passed on. */
+typedef int (*visit_fn)(const slot *s, void *arg);
+
+typedef struct visitor {
+    visit_fn fn;
+    void *arg;
+    int result;
+} visitor;
+
+static void visit(visitor *v, const void **data, size_t n_bytes, bool codes, bool floats, const char *format, ...) {
+    if (v->result != 0) return;
+    slot s = {.data = data, .n_bytes = n_bytes, .codes = codes, .floats = floats};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(s.name, sizeof s.name, format, args);
+    va_end(args);
+    v->result = v->fn(&s, v->arg);
+}
+
+/* rows counts padded rows here: gate and up are padded apart. */
+static void visit_matrix(visitor *v, pe_matrix *m, size_t rows_padded, size_t columns, const char *name, int layer) {
+    m->n_panels = rows_padded / PE_PANEL;
+    m->n_groups = pe_pad(columns, PE_GROUP) / PE_GROUP;
+    char prefix[48] = "";
+    if (layer >= 0) snprintf(prefix, sizeof prefix, "layers.%d.", layer);
+    size_t n_scales = m->n_panels * m->n_groups * PE_PANEL;
+    visit(v, (const void **)&m->codes, n_scales * PE_GROUP, true, false, "%s%s.codes", prefix, name);
+    visit(v, (const void **)&m->scales, pe_pad(n_scales * 2, 64), false, false, "%s%s.scales", prefix, name);
+}
+
+static void visit_vector(visitor *v, const float **data, size_t n, const char *name, int layer) {
+    char prefix[48] = "";
+    if (layer >= 0) snprintf(prefix, sizeof prefix, "layers.%d.", layer);
+    visit(v, (const void **)data, pe_pad(n * sizeof(float), 64), false, true, "%s%s", prefix, name);
+}
+
+static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
+    const pe_config *c = &model->config;
+    visitor v = {.fn = fn, .arg = arg};
+    size_t vocab_padded = pe_pad(c->vocab_size, PE_PANEL), dim_padded = pe_pad(c->dim, PE_PANEL);
+    size_t qkv = model->q_dim + 2 * model->kv_dim;
+    visit_matrix(&v, &model->tok_embeddings, vocab_padded, c->dim, "tok_embeddings", -1);
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        pe_layer *layer = &model->layers[i];
+        visit_vector(&v, &layer->attention_norm, c->dim, "attention_norm", (int)i);
+        visit_matrix(&v, &layer->wqkv, pe_pad(qkv, PE_PANEL), c->dim, "wqkv", (int)i);
+        if (c->qkv_bias) visit_vector(&v, &layer->wqkv_bias, qkv, "wqkv.bias", (int)i);
+        if (c->qk_norm) visit_vector(&v, &layer->q_norm, c->head_dim, "q_norm", (int)i);
+        if (c->qk_norm) visit_vector(&v, &layer->k_norm, c->head_dim, "k_norm", (int)i);
+        visit_matrix(&v, &layer->wo, dim_padded, model->q_dim, "wo", (int)i);
+        if (c->o_bias) visit_vector(&v, &layer->wo_bias, c->dim, "wo.bias", (int)i);
+        visit_vector(&v, &layer->ffn_norm, c->dim, "ffn_norm", (int)i);
+        visit_matrix(&v, &layer->w_gate_up, 2 * pe_pad(c->hidden_dim, PE_PANEL), c->dim, "w_gate_up", (int)i);
+        visit_matrix(&v, &layer->w_down, dim_padded, c->hidden_dim, "w_down", (int)i);
+    }
+    visit_vector(&v, &model->norm, c->dim, "norm", -1);
+    if (!c->tie_embeddings) visit_matrix(&v, &model->output, vocab_padded, c->dim, "output", -1);
+    visit_vector(&v, &model->inv_freq, c->head_dim / 2, "rope.inv_freq", -1);
+    return v.result;
+}
+
+typedef struct assignment {
+    const pe_tensor *tensors;
+    size_t n_tensors, next;
+    char *err;
+} assignment;
+
+static int assign_next(const slot *s, void *arg) {
+    assignment *a = arg;
+    if (a->next == a->n_tensors) {
+        fail(PE_ERR_FORMAT, a->err, "tensor %s is missing", s->name);
+        return -1;
+    }
+    const pe_tensor *t = &a->tensors[a->next++];
+    if (strcmp(s->name, t->name) != 0) {
+        fail(PE_ERR_FORMAT, a->err, "found tensor %.80s where %s belongs", t->name, s->name);
+    } else if (s->n_bytes != t->n_bytes) {
+        fail(PE_ERR_FORMAT, a->err, "tensor %s has %zu bytes, expected %zu", s->name, t->n_bytes, s->n_bytes);
+    } else if (t->data == NULL || (uintptr_t)t->data % 64 != 0) {
+        fail(PE_ERR_INVALID_ARGUMENT, a->err, "tensor %s does not start on a 64-byte boundary", s->name);
+    } else {
+        *s->data = t->data;
+        return 0;
+    }
+    return -1;
+}
+
+/* ------------------------------------------------------------------ checking the values */
+
+enum { CHECK_BYTES = 1 << 20 };
+
+/* Every weight is read once in pieces of 1 MiB: legal codes, finite scales and floats. It costs what mapping the pages costs, and they
+ * will be needed at once. */
+typedef struct check_piece {
+    const slot *slots;
+    const size_t *first_unit; /* (n_slots + 1) */
+    size_t n_slots;
+    _Atomic(const char *) bad_name;
+} check_piece;
+
+static bool halves_are_finite(const uint16_t *x, size_t n) {
+    bool bad = false;
+    for (size_t i = 0; i < n; i++) bad |= (x[i] & 0x7c00u) == 0x7c00u;
+    return !bad;
+}
+
+static bool floats_are_finite(const float *x, size_t n) {
+    bool bad = false;
+    for (size_t i = 0; i < n; i++) bad |= (pe_float_bits(x[i]) & 0x7fffffffu) >= PE_NOT_FINITE_BITS;
+    return !bad;
+}
+
+static void check_unit(void *arg, size_t unit, int thread) {
+    (void)thread;
+    check_piece *check = arg;
+    size_t i = 0;
+    while (check->first_unit[i + 1] <= unit) i++;
+    const slot *s = &check->slots[i];
+    size_t begin = (unit - check->first_unit[i]) * CHECK_BYTES;
+    size_t n_bytes = s->n_bytes - begin < CHECK_BYTES ? s->n_bytes - begin : CHECK_BYTES;
+    const char *data = (const char *)*s->data + begin;
+    bool good = s->codes    ? pe_kernels_selected()->codes_are_legal((const int8_t *)data, n_bytes)
+                : s->floats ? floats_are_finite((const float *)data, n_bytes / 4)
+                            : halves_are_finite((const uint16_t *)data, n_bytes / 2);
+    if (!good) atomic_store(&check->bad_name, s->name);
+}
+
+static int count_slot(const slot *s, void *arg) {
+    (void)s;
+    ++*(size_t *)arg;
+    return 0;
+}
+
+static int collect_slot(const slot *s, void *arg) {
+    slot **next = arg;
+    *(*next)++ = *s;
+    return 0;
+}
+
+static pe_status check_slots(const slot *slots, size_t n_slots, size_t *first_unit, int n_threads, char *err) {
+    for (size_t i = 0; i < n_slots; i++) first_unit[i + 1] = first_unit[i] + (slots[i].n_bytes + CHECK_BYTES - 1) / CHECK_BYTES;
+    pe_status status = pe_pool_acquire(n_threads, err);
+    if (status != PE_OK) return status;
+    check_piece check = {.slots = slots, .first_unit = first_unit, .n_slots = n_slots};
+    pe_parallel_for(n_threads, first_unit[n_slots], check_unit, &check, NULL);
+    pe_pool_release();
+    const char *bad = atomic_load(&check.bad_name);
+    return bad == NULL ? PE_OK : fail(PE_ERR_FORMAT, err, "tensor %s holds a value that the format forbids (code -128, or not finite)", bad);
+}
+
+static pe_status check_values(pe_model *model, int n_threads, char *err) {
+    const char *isa;
+    pe_status status = pe_isa_active(&isa, err);
+    if (status != PE_OK) return status;
+    size_t n_slots = 0;
+    visit_tensors(model, count_slot, &n_slots);
+    slot *slots = calloc(n_slots, sizeof *slots), *next = slots;
+    size_t *first_unit = calloc(n_slots + 1, sizeof *first_unit);
+    if (slots == NULL || first_unit == NULL) {
+        status = fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
+    } else {
+        visit_tensors(model, collect_slot, &next);
+        status = check_slots(slots, n_slots, first_unit, n_threads, err);
+    }
+    free(slots);
+    free(first_unit);
+    return status;
+}
+
+pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err) {
+    assignment a = {tensors, n_tensors, 0, err};
+    if (visit_tensors(model, assign_next, &a) != 0) return PE_ERR_FORMAT;
+    if (a.next < n_tensors) return fail(PE_ERR_FORMAT, err, "tensor %.80s does not belong to this model", tensors[a.next].name);
+    if (model->config.tie_embeddings) model->output = model->tok_embeddings;
+    if (n_threads <= 0) {
+        pe_thread_info info;
+        pe_thread_info_get(&info);
+        n_threads = info.n_default;
+    }
+    return check_values(model, n_threads, err);
+}
