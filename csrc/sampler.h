@@ -1,0 +1,89 @@
+/* sampler.h: logits -> token. One sampler belongs to one sequence; distinct samplers may run on distinct threads.
+ *
+ * The law. Every step is exact or has one written order, so the same logits, history, seed and position give the same token
+ * everywhere. "The order" of tokens is (logit descending, id ascending), with -0 equal to +0.
+ *
+ *   1. penalties     in double, in this order, rounded to float32 once:
+ *                    repetition r, tokens of prompt or output: l > 0 ? l / r : l * r
+ *                    frequency f and presence p, tokens of the output seen c times: l - f * c - p
+ *      bias          l + bias (float32 bias, added in the same double); a bias of -infinity bans
+ *      masks         tokens outside `allowed` (if given), in `bad`, or in `stop` before min_tokens outputs: banned
+ *   2. greedy        temperature 0: the first token of the order. Otherwise M is its logit, and each token has
+ *                    d = (l - M) / temperature  and the weight  w = floor(exp(d) * 2^42 + 0.5), an integer (0 if d < -30)
+ *   3. min-p         keep d >= ln(min_p)
+ *   4. typical       Z = sum of w;  E = (sum of w * d by ascending id, in double) / Z;  keep the shortest prefix of
+ *                    (|d - E| ascending, then the order) whose sum of w reaches typical_p * Z.
+ *                    |d - E| is |-ln p - entropy|: ln Z cancels
+ *   5. top-k         keep the first top_k of the order
+ *   6. top-p         keep the shortest prefix of the order whose sum of w reaches top_p * (sum of w of what is left)
+ *   7. draw          r = 64 random bits; t = floor(r * (sum of w of what is left) / 2^64); the first token of the order at
+ *                    which the running sum of w exceeds t
+ *
+ * Weights are integers so that sums are exact in any order: only as much of the order is ever sorted as the draw needs.
+ * A token below 2^-43 of the most probable one cannot be drawn.
+ *
+ * The random bits are Philox4x32-10 with key = seed and counter = (position, sample_index), words 0 and 1: they depend on
+ * nothing that ran before, so batching, caching and speculation do not move them.
+ *
+ * Log-probabilities are those of the model: log-softmax of the logits as given, before step 1. */
+#ifndef PE_SAMPLER_H
+#define PE_SAMPLER_H
+
+#include "pyengine.h"
+
+#define PE_SAMPLER_MAX_TOP_LOGPROBS 64
+#define PE_SAMPLER_MAX_VOCAB (1u << 21) /* 2^21 weights of at most 2^42 fit 64 bits */
+
+/* The lists are copied by pe_sampler_create; ids must lie in [0, vocab_size), duplicates are harmless. */
+typedef struct pe_sampler_params {
+    uint64_t seed;
+    uint64_t sample_index;     /* which of the n samples of one prompt */
+    double temperature;        /* >= 0; 0 = greedy */
+    int32_t top_k;             /* 0 = off */
+    double top_p;              /* (0, 1]; 1 = off */
+    double min_p;              /* [0, 1]; 0 = off */
+    double typical_p;          /* (0, 1]; 1 = off */
+    double repetition_penalty; /* > 0; 1 = off */
+    double frequency_penalty;  /* finite; 0 = off */
+    double presence_penalty;   /* finite; 0 = off */
+    int32_t min_tokens;        /* outputs before any of `stop` may come */
+    int32_t n_top_logprobs;    /* -1 = no log-probabilities, else alternatives beside the token's own, at most 64 */
+    const int32_t *bias_ids;   /* (n_bias); of duplicates the last counts */
+    const float *bias_values;  /* (n_bias) finite or -infinity */
+    size_t n_bias;
+    const int32_t *allowed;    /* NULL = every token */
+    size_t n_allowed;
+    const int32_t *bad;
+    size_t n_bad;
+    const int32_t *stop;
+    size_t n_stop;
+} pe_sampler_params;
+
+typedef struct pe_sample_result {
+    int32_t token;
+    int32_t n_top;                                  /* entries below; 0 unless asked for */
+    double logprob;                                 /* of `token`; 0 if n_top_logprobs is -1 */
+    int32_t top_ids[PE_SAMPLER_MAX_TOP_LOGPROBS];   /* most probable first, in the order */
+    double top_logprobs[PE_SAMPLER_MAX_TOP_LOGPROBS];
+} pe_sample_result;
+
+typedef struct pe_sampler pe_sampler;
+
+/* Every neutral value: greedy, nothing banned, no log-probabilities. */
+void pe_sampler_params_init(pe_sampler_params *params);
+/* The only function that allocates. */
+pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sampler_params *params, char *err);
+void pe_sampler_destroy(pe_sampler *sampler);
+/* Forget every accepted token. */
+void pe_sampler_reset(pe_sampler *sampler);
+/* Tell the sampler of a token of the prompt, or of the output (the sampler does not accept what it samples by itself, so a
+ * token may be sampled and then dropped). */
+pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bool is_prompt, char *err);
+/* Choose the token at absolute position `position` of the sequence. logits (vocab_size) float32, not changed.
+ * PE_ERR_NOT_FINITE if any is an infinity or NaN, PE_ERR_INVALID_ARGUMENT if every token is banned. */
+pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, pe_sample_result *out, char *err);
+
+/* Log-probability of `token` and of the n_top (<= 64) most probable tokens, without a sampler: for scoring given text. */
+pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out, char *err);
+
+#endif
