@@ -147,6 +147,7 @@ class FrozenWriter:
         self.total_bytes = len(self._header) + sum(s.nbytes for s in self._specs.values())
         self._sums: dict[str, str] = {}
         self._next = 0
+        self.bytes_written = len(self._header)
 
     def _refuse_existing(self) -> None:
         if self.path.exists() and not self._overwrite:
@@ -208,6 +209,7 @@ class FrozenWriter:
         digest.update(padding)
         self._sums[name] = digest.hexdigest()
         self._next += 1
+        self.bytes_written += nbytes
 
     def _write_tail(self) -> None:
         """Riders and checksums, from wherever the weights end."""

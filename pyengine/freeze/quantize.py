@@ -1,0 +1,110 @@
+"""Int8 weights in panels (csrc/FORMAT.md, sections 3 and 4), in exact float32 arithmetic.
+
+``quantize_rows`` and ``to_panels`` are the law on arrays; ``quantize_matrix`` streams a ``RowSource`` through them.
+``from_panels`` and ``dequantize`` are the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ModelFormatError
+from ..frozen import GROUP_COLUMNS, PANEL_ROWS, pad
+from .sources import Float32Array, RowSource
+
+Int8Array = npt.NDArray[np.int8]
+Float16Array = npt.NDArray[np.float16]
+
+_CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: bounds memory, and a few such arrays stay in cache
+_INT8_MAX = np.float32(127)
+
+
+def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16Array]:
+    """Weights (rows, columns) -> codes (rows, n_groups, 64) and scales (rows, n_groups).
+
+    Columns are padded with zeros. Raises ModelFormatError that names the tensor for a weight that is not finite or a scale
+    that overflows f16.
+    """
+    rows, columns = weights.shape
+    padded = pad(columns, GROUP_COLUMNS)
+    if padded != columns:
+        weights = np.pad(weights, ((0, 0), (0, padded - columns)))
+    groups = np.ascontiguousarray(weights, np.float32).reshape(rows, -1, GROUP_COLUMNS)
+    absmax = np.abs(groups).max(axis=2)
+    if not np.isfinite(absmax).all():
+        row = int(np.argwhere(~np.isfinite(absmax))[0, 0])
+        raise ModelFormatError(f"tensor {name!r}: a weight of row {row} of this block is not finite")
+    with np.errstate(over="ignore", under="ignore"):
+        scales = (absmax / _INT8_MAX).astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise ModelFormatError(
+            f"tensor {name!r}: weights up to {absmax.max():g} overflow the f16 scale"
+        )
+    stored = scales.astype(np.float32)
+    # A scale of 0 has codes 0: dividing by infinity gives them without a second pass.
+    divisor = np.where(stored == 0, np.float32(np.inf), stored)
+    quotients = groups / divisor[:, :, None]
+    np.rint(quotients, out=quotients)
+    np.clip(quotients, -_INT8_MAX, _INT8_MAX, out=quotients)
+    return quotients.astype(np.int8), scales
+
+
+def to_panels(codes: Int8Array, scales: Float16Array) -> tuple[Int8Array, Float16Array]:
+    """(rows, n_groups, 64), (rows, n_groups) -> (panels, n_groups, 16, 16, 4), (panels, n_groups, 16).
+
+    Rows are padded to whole panels with zero codes and scales.
+    """
+    rows, n_groups, _ = codes.shape
+    missing = -rows % PANEL_ROWS
+    if missing:
+        codes = np.pad(codes, ((0, missing), (0, 0), (0, 0)))
+        scales = np.pad(scales, ((0, missing), (0, 0)))
+    panels = codes.reshape(-1, PANEL_ROWS, n_groups, GROUP_COLUMNS // 4, 4)
+    return (
+        np.ascontiguousarray(panels.transpose(0, 2, 3, 1, 4)),
+        np.ascontiguousarray(scales.reshape(-1, PANEL_ROWS, n_groups).transpose(0, 2, 1)),
+    )
+
+
+def from_panels(panels: Int8Array, scales: Float16Array) -> tuple[Int8Array, Float16Array]:
+    """The inverse of ``to_panels``; padding rows stay."""
+    n_panels, n_groups = panels.shape[:2]
+    rows = n_panels * PANEL_ROWS
+    return (
+        panels.transpose(0, 3, 1, 2, 4).reshape(rows, n_groups, GROUP_COLUMNS),
+        scales.reshape(n_panels, n_groups, PANEL_ROWS).transpose(0, 2, 1).reshape(rows, n_groups),
+    )
+
+
+def dequantize(panels: Int8Array, scales: Float16Array, rows: int, columns: int) -> Float32Array:
+    """Stored codes and scales -> float32 (rows, columns): code * scale, exact."""
+    codes, row_scales = from_panels(panels, scales)
+    values = codes.astype(np.float32) * row_scales.astype(np.float32)[:, :, None]
+    return np.ascontiguousarray(values.reshape(len(codes), -1)[:rows, :columns])
+
+
+class QuantizedMatrix:
+    """Streams the codes of a matrix panel block by panel block and keeps its scales (1/32 of them).
+
+    Iterate once, to the end; then ``scales`` holds f16 (n_panels, n_groups, 16).
+    """
+
+    def __init__(self, source: RowSource) -> None:
+        n_panels = -(-source.rows // PANEL_ROWS)
+        n_groups = -(-source.columns // GROUP_COLUMNS)
+        self.source = source
+        self.scales: Float16Array = np.zeros((n_panels, n_groups, PANEL_ROWS), np.float16)
+
+    def __iter__(self) -> Iterator[Int8Array]:
+        source = self.source
+        step = 2 * PANEL_ROWS  # a gate panel and an up panel always come together
+        step *= max(1, _CHUNK_ELEMENTS // (step * source.columns))
+        for start in range(0, source.rows, step):
+            rows = source.read_rows(start, min(start + step, source.rows))
+            panels, scales = to_panels(*quantize_rows(rows, source.name))
+            first = start // PANEL_ROWS
+            self.scales[first : first + len(scales)] = scales
+            yield panels

@@ -1,0 +1,63 @@
+"""RoPE frequencies with every scaling resolved: what ``rope.inv_freq`` holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import ModelFormatError, UnsupportedModelError
+from .sources import Float32Array
+
+
+def default_inv_freq(head_dim: int, theta: float) -> Float32Array:
+    """theta ** (-2i / head_dim), float32 (head_dim / 2), rounded where transformers rounds."""
+    exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
+    powers = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / powers
+
+
+def _number(scaling: Mapping[str, Any], key: str) -> float:
+    value = scaling.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ModelFormatError(f"RoPE scaling: {key} must be a number, not {value!r:.80}")
+    if not (math.isfinite(value) and 0 < value < 1e12):
+        raise ModelFormatError(f"RoPE scaling: {key} {value!r} is out of range")
+    return float(value)
+
+
+def _llama3(inv_freq: Float32Array, scaling: Mapping[str, Any]) -> Float32Array:
+    """Long wavelengths are slowed by ``factor``, short ones kept, those between interpolated."""
+    factor = np.float32(_number(scaling, "factor"))
+    low = _number(scaling, "low_freq_factor")
+    high = _number(scaling, "high_freq_factor")
+    context = _number(scaling, "original_max_position_embeddings")
+    if high <= low:
+        raise ModelFormatError("RoPE scaling: high_freq_factor must exceed low_freq_factor")
+    wavelength = np.float32(2 * math.pi) / inv_freq
+    smooth = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
+    between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    scaled = np.where(wavelength > context / low, inv_freq / factor, inv_freq)
+    is_between = (wavelength >= context / high) & (wavelength <= context / low)
+    return np.where(is_between, between, scaled).astype(np.float32)
+
+
+def rope_inv_freq(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Float32Array:
+    """``scaling`` is transformers' ``rope_scaling`` dictionary or None. float32 (head_dim / 2)."""
+    if not (math.isfinite(theta) and theta > 0):
+        raise ModelFormatError(f"RoPE base {theta!r} is not a positive number")
+    inv_freq = default_inv_freq(head_dim, theta)
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if kind in ("default", None):
+        result = inv_freq
+    elif kind == "linear":
+        result = inv_freq / np.float32(_number(scaling or {}, "factor"))
+    elif kind == "llama3":
+        result = _llama3(inv_freq, scaling or {})
+    else:
+        raise UnsupportedModelError(f"RoPE type {kind!r:.80} is not implemented")
+    if not (np.isfinite(result).all() and (result > 0).all()):
+        raise ModelFormatError("the RoPE frequencies are not finite positive numbers")
+    return result

@@ -1,0 +1,158 @@
+"""Where weights come from: rows of float32, whatever file, dtype and row order they lie in.
+
+A frozen matrix is made of rows read from a ``RowSource`` a chunk at a time, so freezing never holds a whole matrix.
+Stacking (q, k, v), alternating by panel (gate, up) and undoing GGUF's head permutation are row sources themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ModelFormatError
+from ..frozen import PANEL_ROWS, FrozenConfig, pad
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class RowSource(Protocol):
+    """A matrix (rows, columns) that can be read by rows. ``name`` is the source's, for errors."""
+
+    name: str
+    rows: int
+    columns: int
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        """Rows start..stop-1 as float32 (stop - start, columns)."""
+
+
+class FileRows:
+    """Rows that lie one after the other in a file; ``convert`` turns uint8 (rows, row_bytes) into float32.
+
+    Read with ``pread`` and not mapped: pages of a map count as this process's memory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fd: int,
+        offset: int,
+        shape: tuple[int, int],
+        row_bytes: int,
+        convert: Callable[[npt.NDArray[np.uint8]], Float32Array],
+    ) -> None:
+        self.name = name
+        self.rows, self.columns = shape
+        self._fd, self._offset, self._row_bytes = fd, offset, row_bytes
+        self._convert = convert
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        wanted = (stop - start) * self._row_bytes
+        data = os.pread(self._fd, wanted, self._offset + start * self._row_bytes)
+        while len(data) < wanted:  # pread gives at most 2 GiB at once
+            at = self._offset + start * self._row_bytes + len(data)
+            more = os.pread(self._fd, wanted - len(data), at)
+            if not more:
+                raise ModelFormatError(f"tensor {self.name!r}: the file ends inside it")
+            data += more
+        return self._convert(np.frombuffer(data, np.uint8).reshape(stop - start, -1))
+
+
+def f32_rows(data: npt.NDArray[np.uint8]) -> Float32Array:
+    return data.view("<f4").astype(np.float32, copy=False)
+
+
+def f16_rows(data: npt.NDArray[np.uint8]) -> Float32Array:
+    return data.view("<f2").astype(np.float32)
+
+
+def bf16_rows(data: npt.NDArray[np.uint8]) -> Float32Array:
+    """BF16 is the upper half of a float32."""
+    return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+FLOAT_CONVERTERS = {"F32": f32_rows, "F16": f16_rows, "BF16": bf16_rows}
+
+
+class StackedRows:
+    """One matrix after the other: (q, k, v) -> wqkv."""
+
+    def __init__(self, parts: Sequence[RowSource]) -> None:
+        self.name = " + ".join(part.name for part in parts)
+        self.rows = sum(part.rows for part in parts)
+        self.columns = parts[0].columns
+        self._parts = parts
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        pieces, offset = [], 0
+        for part in self._parts:
+            a, b = max(start - offset, 0), min(stop - offset, part.rows)
+            if a < b:
+                pieces.append(part.read_rows(a, b))
+            offset += part.rows
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class AlternatingPanels:
+    """Gate panel 0, up panel 0, gate panel 1, …; each matrix padded to whole panels with zero rows."""
+
+    def __init__(self, gate: RowSource, up: RowSource) -> None:
+        self.name = f"{gate.name} + {up.name}"
+        self.rows = 2 * pad(gate.rows, PANEL_ROWS)
+        self.columns = gate.columns
+        self._gate, self._up = gate, up
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        """``start`` and ``stop`` must be multiples of two panels."""
+        a, b = start // 2, stop // 2
+        panels = (b - a) // PANEL_ROWS
+        out = np.zeros((panels, 2, PANEL_ROWS, self.columns), np.float32)
+        for side, part in enumerate((self._gate, self._up)):
+            rows = part.read_rows(a, min(b, part.rows))
+            full = len(rows) // PANEL_ROWS
+            split = full * PANEL_ROWS
+            out[:full, side] = rows[:split].reshape(full, PANEL_ROWS, -1)
+            if split < len(rows):
+                out[full, side, : len(rows) - split] = rows[split:]
+        return out.reshape(-1, self.columns)
+
+
+def half_split_order(n_heads: int, head_dim: int) -> npt.NDArray[np.intp]:
+    """Where row i of a half-split matrix lies in one whose RoPE pairs are interleaved (2j, 2j + 1)."""
+    one = np.arange(head_dim).reshape(head_dim // 2, 2).T.reshape(-1)
+    return (np.arange(n_heads)[:, None] * head_dim + one).reshape(-1)
+
+
+class UnpermutedRows:
+    """Rows of q or k with interleaved RoPE pairs, put back into Hugging Face's half-split order."""
+
+    def __init__(self, source: RowSource, head_dim: int) -> None:
+        self.name, self.rows, self.columns = source.name, source.rows, source.columns
+        self._source, self._head_dim = source, head_dim
+        self._order = half_split_order(source.rows // head_dim, head_dim)
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        first = start // self._head_dim * self._head_dim
+        heads = self._source.read_rows(first, pad(stop, self._head_dim))
+        return heads[self._order[start:stop] - first]
+
+
+@dataclass
+class SourceModel:
+    """What a reader hands to the freezer: frozen names (without .codes / .scales) -> weights.
+
+    ``vectors`` are functions so that nothing is read before its turn; riders are the file's JSON and text.
+    """
+
+    name: str
+    source: str
+    config: FrozenConfig
+    matrices: dict[str, RowSource] = field(default_factory=dict)
+    vectors: dict[str, Callable[[], Float32Array]] = field(default_factory=dict)
+    riders: dict[str, bytes] = field(default_factory=dict)
+    close: Callable[[], None] = lambda: None
