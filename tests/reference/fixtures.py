@@ -1,0 +1,159 @@
+"""The committed fixtures (make_fixtures.py says what they hold), in the names of FORMAT.md and as
+Hugging Face directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DATA = Path(__file__).parent / "data"
+TOKENIZER_SIZE = 263  # 3 special tokens, 256 bytes, 4 merges
+
+# Hugging Face tensor name inside a layer -> ours (FORMAT.md section 2, unfused)
+LAYER_NAMES = {
+    "input_layernorm.weight": "attention_norm",
+    "self_attn.q_proj.weight": "wq",
+    "self_attn.k_proj.weight": "wk",
+    "self_attn.v_proj.weight": "wv",
+    "self_attn.q_proj.bias": "wq.bias",
+    "self_attn.k_proj.bias": "wk.bias",
+    "self_attn.v_proj.bias": "wv.bias",
+    "self_attn.q_norm.weight": "q_norm",
+    "self_attn.k_norm.weight": "k_norm",
+    "self_attn.o_proj.weight": "wo",
+    "self_attn.o_proj.bias": "wo.bias",
+    "post_attention_layernorm.weight": "ffn_norm",
+    "mlp.gate_proj.weight": "w_gate",
+    "mlp.up_proj.weight": "w_up",
+    "mlp.down_proj.weight": "w_down",
+}
+MODEL_NAMES = {
+    "model.embed_tokens.weight": "tok_embeddings",
+    "model.norm.weight": "norm",
+    "lm_head.weight": "output",
+}
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """A tiny model and what transformers says of it; shapes and dtypes are in make_fixtures.py."""
+
+    name: str
+    hf_config: dict[str, Any]
+    hf_weights: dict[str, NDArray[np.floating[Any]]]
+    token_ids: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    hidden: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    inv_freq: NDArray[np.float32]
+
+
+def names() -> list[str]:
+    """The names of all fixtures."""
+    return sorted(path.stem for path in DATA.glob("*.npz"))
+
+
+def load(name: str) -> Fixture:
+    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    prefix = "weights/"
+    weights = {k[len(prefix) :]: w for k, w in arrays.items() if k.startswith(prefix)}
+    rest = {k: a for k, a in arrays.items() if not k.startswith(prefix) and k != "config"}
+    return Fixture(name, json.loads(str(arrays["config"])), weights, **rest)
+
+
+def canonical_name(hf_name: str) -> str:
+    """``model.layers.3.self_attn.q_proj.weight`` -> ``layers.3.wq``."""
+    if hf_name in MODEL_NAMES:
+        return MODEL_NAMES[hf_name]
+    _, _, layer, rest = hf_name.split(".", 3)
+    return f"layers.{layer}.{LAYER_NAMES[rest]}"
+
+
+def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
+    """Weights for oracle.Oracle and law_f32.Law: float32, (rows, columns) or (n)."""
+    weights = {canonical_name(k): w.astype(np.float32) for k, w in fixture.hf_weights.items()}
+    return {**weights, "rope.inv_freq": fixture.inv_freq}
+
+
+def canonical_config(fixture: Fixture) -> dict[str, Any]:
+    """The keys of FORMAT.md's config.json, read from the Hugging Face config."""
+    hf = fixture.hf_config
+    weights = fixture.hf_weights
+    uses_window = hf["model_type"] == "mistral"
+    eos = hf["eos_token_id"]
+    return {
+        "architecture": hf["architectures"][0],
+        "dim": hf["hidden_size"],
+        "hidden_dim": hf["intermediate_size"],
+        "n_layers": hf["num_hidden_layers"],
+        "n_heads": hf["num_attention_heads"],
+        "n_kv_heads": hf["num_key_value_heads"],
+        "head_dim": hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
+        "vocab_size": hf["vocab_size"],
+        "max_seq_len": hf["max_position_embeddings"],
+        "norm_eps": hf["rms_norm_eps"],
+        "sliding_window": hf["sliding_window"] if uses_window else 0,
+        "tie_embeddings": hf["tie_word_embeddings"],
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in weights,
+        "o_bias": "model.layers.0.self_attn.o_proj.bias" in weights,
+        "qk_norm": "model.layers.0.self_attn.q_norm.weight" in weights,
+        "bos_token_id": hf["bos_token_id"],
+        "eos_token_ids": eos if isinstance(eos, list) else [eos],
+    }
+
+
+# ---------------------------------------------------------------------- as a Hugging Face directory
+
+
+def write_hf_dir(fixture: Fixture, directory: Path, dtype: str = "F16") -> Path:
+    """Write config.json, model.safetensors, tokenizer.json and generation_config.json into
+    `directory`, which is made, and return it. dtype F16 keeps matrices in F16, F32 widens them: the
+    same values."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fixture.hf_config))
+    weights = fixture.hf_weights
+    if dtype == "F32":
+        weights = {name: w.astype(np.float32) for name, w in weights.items()}
+    write_safetensors(directory / "model.safetensors", weights)
+    (directory / "tokenizer.json").write_text(tokenizer_json())
+    ids = {key: fixture.hf_config[key] for key in ("bos_token_id", "eos_token_id")}
+    (directory / "generation_config.json").write_text(json.dumps(ids))
+    return directory
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """float16 and float32 arrays -> a safetensors file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        dtype = {"float16": "F16", "float32": "F32"}[tensor.dtype.name]
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    data = b"".join(np.ascontiguousarray(t).tobytes() for t in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def tokenizer_json() -> str:
+    """A byte-level BPE of TOKENIZER_SIZE ids: <s>, </s>, <unk>, the bytes, and the merges that make
+    "hello"."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]
+    pieces = ["<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [a + b for a, b in merges]
+    assert len(pieces) == TOKENIZER_SIZE
+    model = models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(p, special=True) for p in pieces[:3]])
+    return str(tokenizer.to_str())

@@ -1,0 +1,319 @@
+"""csrc/FORMAT.md sections 4 to 8 in float32 NumPy, operation for operation: the law's second text.
+
+Where oracle.py says what the numbers mean, this file says what their bits are. Every function
+follows the page's order of operations, so a model run here and a model run by any kernel table must
+give the same bytes. NumPy's float32 +, -, *, / and sqrt are IEEE; the fused multiply-add, which
+NumPy lacks, is built below. Nothing is imported from the project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .oracle import quantize_weight, visible
+
+F32 = NDArray[np.float32]
+Array = NDArray[Any]
+Trace = dict[str, Array]
+
+CHUNK = 256  # positions that share a softmax maximum
+LANES = 16
+f32 = np.float32
+
+
+# ---------------------------------------------------------------------- arithmetic
+
+
+def fmaf(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> F32:
+    """a * b + c with one rounding, float32, broadcast.
+
+    The product of two float32 is exact in float64. The sum is made in float64 rounded *to odd* (if
+    inexact, the neighbour with an odd last bit), which a second rounding to 24 bits cannot tell
+    from the exact sum (53 >= 24 + 2); rounding the float64 sum to nearest instead would round twice
+    and be wrong about once in 2^29.
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    c64 = np.asarray(c, dtype=np.float64)
+    total = product + c64
+    back = total - product  # Knuth's two-sum: total + error is the exact sum
+    error = (product - (total - back)) + (c64 - back)
+    bits = total.view(np.int64)
+    to_odd = np.where((error > 0) == (total > 0), 1, -1)  # away from zero or towards it
+    bits = np.where((error != 0) & (bits % 2 == 0), bits + to_odd, bits)
+    return bits.view(np.float64).astype(f32)
+
+
+def exp(x: ArrayLike) -> F32:
+    """pe_expf of csrc/kernels/pe_math.h: 2^n * (1 + f + f^2 P(f)), x = n ln 2 + f."""
+    x = np.asarray(x, dtype=f32)
+    clamped = np.minimum(np.maximum(x, f32(-87)), f32(88))
+    n = np.rint(clamped * f32(1.44269504088896341))
+    f = fmaf(n, f32(-0.693359375), clamped)
+    f = fmaf(n, f32(2.12194440e-4), f)
+    p: Array = np.full_like(f, f32(1.9875691500e-4))
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fmaf(p, f, f32(c))
+    p = fmaf(p, f * f, f) + f32(1)
+    y = (p.view(np.int32) + (n.astype(np.int32) << 23)).view(f32)
+    return np.where(x < f32(-87), f32(0), y)
+
+
+def sum_lanes(terms: F32) -> F32:
+    """(..., n) -> (...): 16 lanes, each ascending, then the tree 8, 4, 2, 1. n is padded with
+    +0."""
+    return _tree(_lanes(terms, lambda a, x: a + x))
+
+
+def _lanes(x: F32, step: Any) -> F32:
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])
+    a = np.zeros((*x.shape[:-1], LANES), dtype=f32)
+    for i in range(0, padded.shape[-1], LANES):
+        a = step(a, padded[..., i : i + LANES])
+    return a
+
+
+def _tree(a: F32) -> F32:
+    for width in (8, 4, 2, 1):
+        a = a[..., :width] + a[..., width : 2 * width]
+    return a[..., 0]
+
+
+# ---------------------------------------------------------------------- sections 4 to 7
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Codes (rows, n_groups, 64) int8 and scales (rows, n_groups) float32 of a (rows, columns)
+    matrix."""
+
+    codes: NDArray[np.int8]
+    scales: F32
+
+    @classmethod
+    def quantize(cls, w: ArrayLike) -> Matrix:
+        return cls(*quantize_weight(w))
+
+
+Weight = Matrix | F32
+
+
+def quantize(x: F32, group: int = 32, multiple: int = 32) -> tuple[Array, F32]:
+    """Section 5. x (..., n) -> codes (..., n_groups, group) int8, scales (..., n_groups); n padded
+    to `multiple`."""
+    n = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % max(group, multiple))])
+    groups = padded.reshape(*x.shape[:-1], -1, group)
+    absmax = np.abs(groups).max(axis=-1)
+    zero = absmax < f32(2.0**-64)
+    inv = np.where(zero, f32(0), f32(127) / np.where(zero, f32(1), absmax))
+    codes = np.rint(groups * inv[..., None]).astype(np.int8)
+    return codes, np.where(zero, f32(0), absmax / f32(127))
+
+
+def matmul(codes: Array, scales: F32, w: Matrix) -> F32:
+    """Section 6. x codes (n_tokens, 2 n_groups, 32), scales (n_tokens, 2 n_groups) -> (n_tokens,
+    rows)."""
+    acc = np.zeros((len(codes), len(w.codes)), dtype=f32)
+    x, rows = codes.astype(f32), w.codes.astype(f32)
+    for g in range(w.codes.shape[1]):
+        # int32 dot products: every partial sum is below 2^24, so float32 holds it exactly in any
+        # order
+        d0 = x[:, 2 * g] @ rows[:, g, :32].T
+        d1 = x[:, 2 * g + 1] @ rows[:, g, 32:].T
+        t = fmaf(d1, scales[:, 2 * g + 1, None], d0 * scales[:, 2 * g, None])
+        acc = fmaf(t, w.scales[:, g], acc)
+    return acc
+
+
+def rmsnorm(x: F32, w: F32, eps: float) -> F32:
+    """x (..., n), w (n) -> (..., n)."""
+    ss = _tree(_lanes(x, lambda a, e: fmaf(e, e, a)))
+    inv_rms = f32(1) / np.sqrt(ss / f32(x.shape[-1]) + f32(eps))
+    return (x * inv_rms[..., None]) * w
+
+
+def rope(x: F32, inv_freq: F32) -> F32:
+    """x (n_tokens, n_heads, head_dim) at positions 0.. -> the same shape."""
+    angle = np.arange(len(x), dtype=f32)[:, None] * inv_freq
+    cos = np.cos(angle.astype(np.float64)).astype(f32)[:, None, :]
+    sin = np.sin(angle.astype(np.float64)).astype(f32)[:, None, :]
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([fmaf(a, cos, -(b * sin)), fmaf(b, cos, a * sin)], axis=-1)
+
+
+def swiglu(gate: F32, up: F32) -> F32:
+    return (gate * (f32(1) / (f32(1) + exp(-gate)))) * up
+
+
+# ---------------------------------------------------------------------- section 8
+
+
+def scores_int8(q: tuple[Array, F32], k: tuple[Array, F32], c: F32) -> F32:
+    """One head. Codes (n, n_groups, 32) and scales (n, n_groups) of queries and keys -> (n_queries,
+    n_keys)."""
+    (q_codes, q_scales), (k_codes, k_scales) = q, k
+    acc = np.zeros((len(q_codes), len(k_codes)), dtype=f32)
+    for g in range(q_codes.shape[1]):
+        d = q_codes[:, g].astype(f32) @ k_codes[:, g].astype(f32).T  # exact, as in matmul
+        acc = fmaf(d * q_scales[:, g, None], k_scales[None, :, g], acc)
+    return c * acc
+
+
+def scores_f32(q: F32, k: F32, c: F32) -> F32:
+    """One head, float32 KV cache. q (n_queries, head_dim), k (n_keys, head_dim)."""
+    acc = np.zeros((len(q), len(k)), dtype=f32)
+    for i in range(q.shape[1]):
+        acc = fmaf(q[:, i, None], k[None, :, i], acc)
+    return c * acc
+
+
+def attend(scores: F32, seen: Array, v: F32, v_scales: F32) -> F32:
+    """One head: scores and seen (n_queries, n_keys), v (n_keys, head_dim), v_scales (n_keys) ->
+    (n_queries, head_dim)."""
+    n_queries = len(scores)
+    big_m, big_l = np.zeros((2, n_queries), dtype=f32)
+    big_o = np.zeros((n_queries, v.shape[1]), dtype=f32)
+    started = np.zeros(n_queries, dtype=bool)
+    for begin in range(0, scores.shape[1], CHUNK):
+        chunk = slice(begin, begin + CHUNK)
+        sees_chunk = seen[:, chunk].any(axis=1)
+        m, el, o = _attend_chunk(scores[:, chunk], seen[:, chunk], v[chunk], v_scales[chunk])
+        new_m = np.maximum(big_m, m)
+        a, b = exp(big_m - new_m), exp(m - new_m)
+        merge, first = started & sees_chunk, ~started & sees_chunk
+        big_l = np.select([merge, first], [fmaf(el, b, big_l * a), el], big_l)
+        merged = fmaf(o, b[:, None], big_o * a[:, None])
+        big_o = np.select([merge[:, None], first[:, None]], [merged, o], big_o)
+        big_m = np.select([merge, first], [new_m, m], big_m)
+        started |= sees_chunk
+    return big_o * (f32(1) / big_l)[:, None]
+
+
+def _attend_chunk(scores: F32, seen: Array, v: F32, v_scales: F32) -> tuple[F32, F32, F32]:
+    """m, l (n_queries) and o (n_queries, head_dim) of one chunk; rows that see nothing hold nothing
+    of meaning."""
+    m = np.where(seen, scores, f32(-np.inf)).max(axis=1)
+    m = np.where(seen.any(axis=1), m, f32(0))
+    p = np.where(seen, exp(np.where(seen, scores - m[:, None], f32(0))), f32(0))
+    o = np.zeros((len(scores), v.shape[1]), dtype=f32)
+    for j in range(len(v)):
+        o = fmaf((p[:, j] * v_scales[j])[:, None], v[j], o)
+    return m, sum_lanes(p), o
+
+
+# ---------------------------------------------------------------------- the pass
+
+
+class Law:
+    """The engine's forward pass. Names, shapes and traces are those of oracle.Oracle.
+
+    A matrix among the weights is a float array, quantized here, or a Matrix read from a frozen
+    file.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Weight], *, kv_dtype: str = "int8"
+    ) -> None:
+        self.config = config
+        self.kv_dtype = kv_dtype
+        self.matrices: dict[str, Matrix] = {}
+        self.vectors: dict[str, F32] = {}
+        for name, w in weights.items():
+            if isinstance(w, Matrix):
+                self.matrices[name] = w
+            elif w.ndim == 2:
+                self.matrices[name] = Matrix.quantize(w)
+            else:
+                self.vectors[name] = w.astype(f32)
+
+    def _norm(self, name: str, x: F32) -> F32:
+        return rmsnorm(x, self.vectors[name], self.config["norm_eps"])
+
+    def _linear(self, layer: int, name: str, x: tuple[Array, F32]) -> F32:
+        y = matmul(*x, self.matrices[f"layers.{layer}.{name}"])
+        bias = self.vectors.get(f"layers.{layer}.{name}.bias")
+        return y if bias is None else y + bias
+
+    def _quantize_input(self, trace: Trace, name: str, x: F32) -> tuple[Array, F32]:
+        """A layer input: padded to whole weight groups. The trace keeps the codes of the values
+        alone."""
+        codes, scales = quantize(x, 32, 64)
+        trace[name + "_codes"] = codes[..., : -(-x.shape[-1] // 32), :]
+        return codes, scales
+
+    def _attention(self, trace: Trace, q: F32, k: F32, v: F32) -> F32:
+        """q (n_tokens, n_heads, head_dim), k and v (n_tokens, n_kv_heads, head_dim) -> like q."""
+        n_tokens, n_heads, head_dim = q.shape
+        seen = visible(n_tokens, self.config["sliding_window"])
+        c = f32(1) / np.sqrt(f32(head_dim))
+        (q_codes, q_scales), (k_codes, k_scales) = quantize(q), quantize(k)
+        v_codes, v_scales = quantize(v, head_dim, 1)
+        trace.update(q_codes=q_codes, k_codes=k_codes, v_codes=v_codes)
+        out = np.zeros_like(q)
+        for head in range(n_heads):
+            kv = head // (n_heads // k.shape[1])
+            if self.kv_dtype == "f32":
+                scores = scores_f32(q[:, head], k[:, kv], c)
+                out[:, head] = attend(scores, seen, v[:, kv], np.ones(n_tokens, dtype=f32))
+            else:
+                q_head = q_codes[:, head], q_scales[:, head]
+                scores = scores_int8(q_head, (k_codes[:, kv], k_scales[:, kv]), c)
+                v_head = v_codes[:, kv, 0].astype(f32)
+                out[:, head] = attend(scores, seen, v_head, v_scales[:, kv, 0])
+        return out
+
+    def block(self, layer: int, x: F32) -> Trace:
+        """x (n_tokens, dim) float32 at positions 0.. -> every intermediate of the layer, "out"
+        being its output."""
+        cfg, trace = self.config, Trace(x=x)
+        n_tokens, head_dim = len(x), cfg["head_dim"]
+
+        trace["attention_normed"] = xn = self._norm(f"layers.{layer}.attention_norm", x)
+        x_q = self._quantize_input(trace, "attention_normed", xn)
+        trace["q"] = q = self._linear(layer, "wq", x_q).reshape(n_tokens, -1, head_dim)
+        trace["k"] = k = self._linear(layer, "wk", x_q).reshape(n_tokens, -1, head_dim)
+        trace["v"] = v = self._linear(layer, "wv", x_q).reshape(n_tokens, -1, head_dim)
+        if cfg["qk_norm"]:
+            q = self._norm(f"layers.{layer}.q_norm", q)
+            k = self._norm(f"layers.{layer}.k_norm", k)
+        inv_freq = self.vectors["rope.inv_freq"]
+        trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
+        trace["attention"] = o = self._attention(trace, q, k, v).reshape(n_tokens, -1)
+        o_q = self._quantize_input(trace, "attention", o)
+        trace["x_attention"] = x = self._linear(layer, "wo", o_q) + x
+
+        trace["ffn_normed"] = xn = self._norm(f"layers.{layer}.ffn_norm", x)
+        x_q = self._quantize_input(trace, "ffn_normed", xn)
+        trace["gate"] = gate = self._linear(layer, "w_gate", x_q)
+        trace["up"] = up = self._linear(layer, "w_up", x_q)
+        trace["h"] = h = swiglu(gate, up)
+        trace["out"] = self._linear(layer, "w_down", self._quantize_input(trace, "h", h)) + x
+        return trace
+
+    def embed(self, token_ids: ArrayLike) -> F32:
+        """(n_tokens) -> (n_tokens, dim): code * scale, exact in float32."""
+        w, ids = self.matrices["tok_embeddings"], np.asarray(token_ids)
+        values = w.codes[ids].astype(f32) * w.scales[ids][:, :, None]
+        return values.reshape(len(ids), -1)[:, : self.config["dim"]]
+
+    def hidden_states(self, token_ids: ArrayLike) -> list[F32]:
+        """The input of layer 0, then the output of every layer: n_layers + 1 of (n_tokens, dim)."""
+        states = [self.embed(token_ids)]
+        for layer in range(self.config["n_layers"]):
+            states.append(self.block(layer, states[-1])["out"])
+        return states
+
+    def head(self, x: F32) -> F32:
+        """The last layer's output (n_tokens, dim) -> logits (n_tokens, vocab_size)."""
+        x_q = self._quantize_input({}, "normed", self._norm("norm", x))
+        tied = self.config["tie_embeddings"]
+        return matmul(*x_q, self.matrices["tok_embeddings" if tied else "output"])
+
+    def logits(self, token_ids: ArrayLike) -> F32:
+        """(n_tokens) ids at positions 0.. -> (n_tokens, vocab_size) float32."""
+        return self.head(self.hidden_states(token_ids)[-1])

@@ -1,0 +1,184 @@
+"""Make data/*.npz: tiny random models of every architecture and what transformers computes with
+them in float32.
+
+    pip install '.[oracle]' && python tests/reference/make_fixtures.py
+
+A fixture holds (keys of the .npz)
+    config            the model's config.json, as published checkpoints write it
+    weights/<name>    under the names of the Hugging Face checkpoint: matrices float16, with values
+                      that float32 shares exactly; norms and biases float32 (on a coarse grid,
+                      normed embeddings would often lie exactly between two codes, and a
+                      comparison of codes would only count those ties)
+    token_ids         (n_tokens) int32
+    rows              (n_rows) positions that hidden and logits keep
+    hidden            (n_layers + 1, n_rows, dim) float32: the input of layer 0, then the output
+                      of every layer
+    logits            (n_rows, vocab_size) float32
+    inv_freq          (head_dim / 2) float32, every RoPE scaling applied
+
+The dimensions are small and awkward on purpose: widths that 64 does not divide, vocabularies that
+16 does not, every ratio of query to kv heads from 1 to 4, more positions than one attention chunk
+has, windows that leave a whole chunk out of sight.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+DATA = Path(__file__).parent / "data"
+MATRIX_GRID = 2.0**-8  # exact in float16, and compresses
+
+COMMON: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "vocab_size": 263,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "rope_theta": 10000.0,
+}
+
+
+def shape(
+    dim: int, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None
+) -> dict[str, Any]:
+    sizes: dict[str, Any] = {
+        "hidden_size": dim,
+        "intermediate_size": hidden_dim,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+    }
+    return sizes if head_dim is None else {**sizes, "head_dim": head_dim}
+
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# name -> (config.json, n_tokens). Keys are those of published checkpoints; one file is in the
+# spelling of transformers 5.
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "llama_tied": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **shape(64, 136, 4, 4),
+         "tie_word_embeddings": True},
+        48,
+    ),
+    "llama_untied": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **shape(64, 100, 4, 2),
+         "tie_word_embeddings": False, "vocab_size": 277},
+        48,
+    ),
+    "llama3_rope": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **shape(64, 120, 4, 1),
+         "tie_word_embeddings": True, "rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING},
+        300,
+    ),
+    "llama_linear_bias": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **shape(96, 88, 3, 1),
+         "tie_word_embeddings": True, "attention_bias": True,
+         "rope_scaling": {"type": "linear", "factor": 4.0}},
+        48,
+    ),
+    "mistral_window": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"],
+         **shape(64, 104, 2, 1, 32),
+         "tie_word_embeddings": False, "sliding_window": 16},
+        48,
+    ),
+    "mistral_long": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"],
+         **shape(48, 72, 3, 1, 16),
+         "tie_word_embeddings": False, "sliding_window": 40},
+        300,
+    ),
+    "qwen2": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **shape(128, 80, 2, 1),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "use_sliding_window": False,
+         "sliding_window": 8, "max_window_layers": 0, "rope_theta": 1000000.0},
+        48,
+    ),
+    "qwen3": (
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape(80, 112, 4, 2, 32),
+         "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "attention_bias": False,
+         "rope_theta": None,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+        300,
+    ),
+}  # fmt: skip
+
+
+def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Values that make every part of the model matter: attention that looks somewhere, logits with
+    winners."""
+    noise = torch.randn(w.shape, generator=generator)
+    if name.endswith("norm.weight"):
+        value = 1.0 + 0.25 * noise
+    elif name.endswith("bias"):
+        value = 0.3 * noise
+    elif "embed_tokens" in name:
+        value = 0.25 * noise
+    else:
+        value = (1.2 / w.shape[1] ** 0.5) * noise
+    return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim == 2 else value
+
+
+def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
+    config_json = {k: v for k, v in {**COMMON, **config_json}.items() if v is not None}
+    config = AutoConfig.for_model(**config_json)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    tied = config_json["tie_word_embeddings"]
+    weights = {}
+    for key, parameter in model.named_parameters():
+        parameter.data.copy_(random_weight(key, parameter, generator))
+        stored = np.float16 if parameter.ndim == 2 else np.float32
+        weights[key] = parameter.data.numpy().astype(stored)
+        assert np.array_equal(weights[key].astype(np.float32), parameter.data.numpy()), key
+    assert ("lm_head.weight" in weights) == (not tied)
+
+    # 263: the ids that the fixtures' tokenizer knows; a larger vocab_size is padding, as published
+    # models have it
+    token_ids = torch.randint(0, 263, (n_tokens,), generator=generator)
+    blocks: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _m, _i, out: blocks.append(out[0]))
+    with torch.no_grad():
+        logits = model(token_ids[None]).logits[0]
+    hidden = [model.model.embed_tokens(token_ids), *(b.reshape(n_tokens, -1) for b in blocks)]
+    rows = np.unique(np.linspace(0, n_tokens - 1, 16).astype(np.int64))
+    np.savez_compressed(
+        DATA / f"{name}.npz",
+        config=np.array(json.dumps(config_json)),
+        token_ids=token_ids.numpy().astype(np.int32),
+        rows=rows.astype(np.int32),
+        hidden=np.stack([h.detach().numpy()[rows] for h in hidden]),
+        logits=logits.numpy()[rows],
+        inv_freq=model.model.rotary_emb.inv_freq.numpy(),
+        **{f"weights/{key}": w for key, w in weights.items()},
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    DATA.mkdir(exist_ok=True)
+    for name, (config_json, n_tokens) in MODELS.items():
+        make(name, config_json, n_tokens)
+        print(f"{name}: {(DATA / f'{name}.npz').stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The Llama family in float64 NumPy, once plain and once with the quantization of csrc/FORMAT.md.
+
+The oracle imports neither half of the project: what it shares with the engine is the page FORMAT.md
+and nothing else.
+
+    plain = Oracle(config, weights, quantized=False)  # what transformers computes, in float64
+    law = Oracle(config, weights, quantized=True)  # the law's int8 codes, float64 around them
+
+Weights are named as in FORMAT.md section 2 but before fusion: ``layers.I.wq``, ``wk``, ``wv``,
+``w_gate``, ``w_up`` and their ``.bias`` stand alone, and a matrix is one (rows = outputs, columns =
+inputs) float array. ``config`` is the rider ``config.json``: the same keys, in any mapping.
+
+In quantized mode every value that the engine would hold as codes is rounded to those codes and
+multiplied back in float64. The int32 dot products of the law are exact and so, to 1e-15, are
+float64 products of dequantized values; hence the two differ only by float32 rounding, and by the
+codes that such a rounding flips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+Trace = dict[str, Array]  # the intermediates of one block, by name; see Oracle.block
+
+WEIGHT_GROUP = 64  # columns of a weight row that share a scale
+X_GROUP = 32  # activations, query and key elements that share a scale
+SMALLEST_ABSMAX = 2.0**-64  # a group below this has codes 0
+
+
+def quantize_weight(w: ArrayLike) -> tuple[Array, Array]:
+    """FORMAT.md section 4, in float32 as it says, so that these codes are the file's own.
+
+    w (rows, columns) -> codes (rows, n_groups, 64) int8 and scales (rows, n_groups) float32, each
+    a widened f16.
+    """
+    rows, columns = np.shape(w)
+    padded = np.zeros((rows, -columns % WEIGHT_GROUP + columns), dtype=np.float32)
+    padded[:, :columns] = w
+    groups = padded.reshape(rows, -1, WEIGHT_GROUP)
+    absmax = np.abs(groups).max(axis=2)
+    scales = (absmax / np.float32(127)).astype(np.float16).astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise ValueError("a weight is not finite, or its scale overflows f16")
+    divisor = np.where(scales == 0, np.float32(np.inf), scales)  # w / inf = 0: codes 0
+    codes = np.clip(np.rint(groups / divisor[:, :, None]), -127, 127)
+    return codes.astype(np.int8), scales
+
+
+def dequantize_weight(w: ArrayLike) -> Array:
+    """(rows, columns) -> what its codes mean, (rows, columns) float64."""
+    codes, scales = quantize_weight(w)
+    values = codes * scales[:, :, None].astype(np.float64)
+    return values.reshape(len(codes), -1)[:, : np.shape(w)[1]]
+
+
+def quantize(x: Array, group: int) -> tuple[Array, Array]:
+    """FORMAT.md section 5 along the last axis, in float64.
+
+    x (..., n) -> codes (..., n_groups, group) int8 and scales (..., n_groups) float64; n is padded
+    with zeros.
+    """
+    n = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % group)])
+    groups = padded.reshape(*x.shape[:-1], -1, group)
+    absmax = np.abs(groups).max(axis=-1)
+    absmax = np.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
+    inverse = np.divide(127.0, absmax, out=np.zeros_like(absmax), where=absmax > 0)
+    codes = np.rint(groups * inverse[..., None])
+    return codes.astype(np.int8), absmax / 127.0
+
+
+def rmsnorm(x: Array, w: Array, eps: float) -> Array:
+    """x (..., n), w (n) -> (..., n)."""
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * w
+
+
+def rope(x: Array, inv_freq: Array) -> Array:
+    """Rotate pairs (i, i + head_dim / 2). x (n_tokens, n_heads, head_dim) at positions 0.. -> the
+    same shape.
+
+    The angle is a float32 product, in the law and in transformers alike; everything after it is
+    float64.
+    """
+    positions = np.arange(len(x), dtype=np.float32)
+    angle = (positions[:, None] * inv_freq.astype(np.float32)).astype(np.float64)
+    cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def visible(n_tokens: int, sliding_window: int) -> Array:
+    """(n_tokens, n_tokens) bool: whether query i sees position j."""
+    i, j = np.arange(n_tokens)[:, None], np.arange(n_tokens)[None, :]
+    return (j <= i) & ((j > i - sliding_window) if sliding_window else True)
+
+
+def log_softmax(logits: Array) -> Array:
+    """(..., n) -> float64 log probabilities."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def kl_divergence(reference: Array, other: Array) -> Array:
+    """KL(reference || other) in nats of logits (n, vocab_size) -> (n)."""
+    p, q = log_softmax(reference), log_softmax(other)
+    return (np.exp(p) * (p - q)).sum(axis=-1)
+
+
+class Oracle:
+    """A forward pass whose every intermediate can be read."""
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Array], *, quantized: bool
+    ) -> None:
+        self.config = config
+        self.quantized = quantized
+        self.inv_freq = np.asarray(weights["rope.inv_freq"], dtype=np.float32)
+        self.weights: dict[str, Array] = {}
+        for name, w in weights.items():
+            is_code = quantized and w.ndim == 2
+            self.weights[name] = dequantize_weight(w) if is_code else w.astype(np.float64)
+
+    # ------------------------------------------------------------------ pieces
+
+    def _through_codes(self, trace: Trace, name: str, x: Array, group: int) -> Array:
+        """x as its readers see it. Quantized mode leaves the codes in trace[name + "_codes"]."""
+        if not self.quantized:
+            return x
+        codes, scales = quantize(x, group)
+        trace[name + "_codes"] = codes
+        values = codes * scales[..., None]
+        return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+    def _linear(self, layer: int, name: str, x: Array) -> Array:
+        """x (n_tokens, columns) -> (n_tokens, rows), with the bias if the model has one."""
+        y = x @ self.weights[f"layers.{layer}.{name}"].T
+        bias = self.weights.get(f"layers.{layer}.{name}.bias")
+        return y if bias is None else y + bias
+
+    def _norm(self, name: str, x: Array) -> Array:
+        return rmsnorm(x, self.weights[name], self.config["norm_eps"])
+
+    def _attention(self, q: Array, k: Array, v: Array) -> Array:
+        """q (n_tokens, n_heads, head_dim), k and v (n_tokens, n_kv_heads, head_dim) -> like q."""
+        n_tokens, n_heads, head_dim = q.shape
+        n_rep = n_heads // k.shape[1]
+        k, v = np.repeat(k, n_rep, axis=1), np.repeat(v, n_rep, axis=1)
+        scores = np.einsum("ihd,jhd->hij", q, k, optimize=True) / np.sqrt(head_dim)
+        scores = np.where(visible(n_tokens, self.config["sliding_window"]), scores, -np.inf)
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out = np.einsum("hij,jhd->hid", p, v, optimize=True) / p.sum(axis=-1, keepdims=True)
+        return out.transpose(1, 0, 2)
+
+    # ------------------------------------------------------------------ the pass
+
+    def block(self, layer: int, x: Array) -> Trace:
+        """x (n_tokens, dim) at positions 0.. -> every intermediate of the layer, "out" being its
+        output.
+
+        attention_normed, q, k, v, q_rope, k_rope, attention, x_attention, ffn_normed, gate, up, h,
+        out; in quantized mode also the int8 codes
+        {attention_normed,q,k,v,attention,ffn_normed,h}_codes.
+        """
+        cfg, trace = self.config, Trace(x=x)
+        n_tokens, head_dim = len(x), cfg["head_dim"]
+
+        trace["attention_normed"] = xn = self._norm(f"layers.{layer}.attention_norm", x)
+        xn = self._through_codes(trace, "attention_normed", xn, X_GROUP)
+        trace["q"] = q = self._linear(layer, "wq", xn).reshape(n_tokens, -1, head_dim)
+        trace["k"] = k = self._linear(layer, "wk", xn).reshape(n_tokens, -1, head_dim)
+        trace["v"] = v = self._linear(layer, "wv", xn).reshape(n_tokens, -1, head_dim)
+        if cfg["qk_norm"]:
+            q = self._norm(f"layers.{layer}.q_norm", q)
+            k = self._norm(f"layers.{layer}.k_norm", k)
+        trace["q_rope"], trace["k_rope"] = q, k = rope(q, self.inv_freq), rope(k, self.inv_freq)
+        q = self._through_codes(trace, "q", q, X_GROUP)
+        k = self._through_codes(trace, "k", k, X_GROUP)
+        v = self._through_codes(trace, "v", v, head_dim)
+        trace["attention"] = o = self._attention(q, k, v).reshape(n_tokens, -1)
+        o = self._through_codes(trace, "attention", o, X_GROUP)
+        trace["x_attention"] = x = x + self._linear(layer, "wo", o)
+
+        trace["ffn_normed"] = xn = self._norm(f"layers.{layer}.ffn_norm", x)
+        xn = self._through_codes(trace, "ffn_normed", xn, X_GROUP)
+        trace["gate"] = gate = self._linear(layer, "w_gate", xn)
+        trace["up"] = up = self._linear(layer, "w_up", xn)
+        trace["h"] = h = gate / (1.0 + np.exp(-gate)) * up
+        h = self._through_codes(trace, "h", h, X_GROUP)
+        trace["out"] = x + self._linear(layer, "w_down", h)
+        return trace
+
+    def embed(self, token_ids: ArrayLike) -> Array:
+        """(n_tokens) -> (n_tokens, dim), the rows of the embedding as the file holds them."""
+        return self.weights["tok_embeddings"][np.asarray(token_ids)]
+
+    def hidden_states(self, token_ids: ArrayLike) -> list[Array]:
+        """The input of layer 0, then the output of every layer: n_layers + 1 of (n_tokens, dim)."""
+        states = [self.embed(token_ids)]
+        for layer in range(self.config["n_layers"]):
+            states.append(self.block(layer, states[-1])["out"])
+        return states
+
+    def head(self, x: Array) -> Array:
+        """The last layer's output (n_tokens, dim) -> logits (n_tokens, vocab_size)."""
+        xn = self._through_codes({}, "normed", self._norm("norm", x), X_GROUP)
+        tied = self.config["tie_embeddings"]
+        return xn @ self.weights["tok_embeddings" if tied else "output"].T
+
+    def logits(self, token_ids: ArrayLike) -> Array:
+        """(n_tokens) ids at positions 0.. -> (n_tokens, vocab_size) float64."""
+        return self.head(self.hidden_states(token_ids)[-1])
