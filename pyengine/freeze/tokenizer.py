@@ -52,8 +52,6 @@ _DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
 PRE_TOKENIZERS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     "gpt-2": PreTokenizer((_GPT2,)),
-    "gpt-neox": PreTokenizer((_GPT2,)),
-    "olmo": PreTokenizer((_GPT2,)),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
@@ -72,7 +70,6 @@ PRE_TOKENIZERS = {
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
     "starcoder": _DIGITS_GPT2,
-    "refact": _DIGITS_GPT2,
     "smollm": _DIGITS_GPT2,
 }
 
@@ -101,7 +98,7 @@ class _Vocabulary(NamedTuple):
     types: list[int]
     ids: dict[str, int]
 
-    def added_tokens(self, rstrip: frozenset[int] = frozenset()) -> list[dict[str, Any]]:
+    def added_tokens(self) -> list[dict[str, Any]]:
         """Control tokens as special, user-defined ones as ordinary added tokens, by id."""
         return [
             {
