@@ -3,13 +3,13 @@
  * The law. Every step is exact or has one written order, so the same logits, history, seed and position give the same token
  * everywhere. "The order" of tokens is (logit descending, id ascending), with -0 equal to +0.
  *
- *   1. penalties     in double, in this order, rounded to float32 once:
+ *   1. penalties     in double, in this order, then rounded to float32:
  *                    repetition r, tokens of prompt or output: l > 0 ? l / r : l * r
- *                    frequency f and presence p, tokens of the output seen c times: l - f * c - p
- *      bias          l + bias (float32 bias, added in the same double); a bias of -infinity bans
+ *                    frequency f and presence p, tokens of the output seen c times: (l - f * c) - p
+ *      bias          l + bias in float32; a bias of -infinity bans
  *      masks         tokens outside `allowed` (if given), in `bad`, or in `stop` before min_tokens outputs: banned
  *   2. greedy        temperature 0: the first token of the order. Otherwise M is its logit, and each token has
- *                    d = (l - M) / temperature  and the weight  w = floor(exp(d) * 2^42 + 0.5), an integer (0 if d < -30)
+ *                    d = (l - M) / temperature  and the weight  w = rint(exp(d) * 2^42), an integer (0 if d < -30)
  *   3. min-p         keep d >= ln(min_p)
  *   4. typical       Z = sum of w;  E = (sum of w * d by ascending id, in double) / Z;  keep the shortest prefix of
  *                    (|d - E| ascending, then the order) whose sum of w reaches typical_p * Z.
@@ -34,7 +34,7 @@
 #define PE_SAMPLER_MAX_TOP_LOGPROBS 64
 #define PE_SAMPLER_MAX_VOCAB (1u << 21) /* 2^21 weights of at most 2^42 fit 64 bits */
 
-/* The lists are copied by pe_sampler_create; ids must lie in [0, vocab_size), duplicates are harmless. */
+/* The lists are copied by pe_sampler_create; ids must lie in [0, vocab_size). */
 typedef struct pe_sampler_params {
     uint64_t seed;
     uint64_t sample_index;     /* which of the n samples of one prompt */
@@ -48,7 +48,7 @@ typedef struct pe_sampler_params {
     double presence_penalty;   /* finite; 0 = off */
     int32_t min_tokens;        /* outputs before any of `stop` may come */
     int32_t n_top_logprobs;    /* -1 = no log-probabilities, else alternatives beside the token's own, at most 64 */
-    const int32_t *bias_ids;   /* (n_bias); of duplicates the last counts */
+    const int32_t *bias_ids;   /* (n_bias); duplicates add up */
     const float *bias_values;  /* (n_bias) finite or -infinity */
     size_t n_bias;
     const int32_t *allowed;    /* NULL = every token */

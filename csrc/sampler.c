@@ -1,0 +1,540 @@
+/* sampler.c: logits -> token. The law is in sampler.h; here is how it is met without sorting the vocabulary.
+ *
+ * Reads in the order of the law: candidates and their heap, passes over the logits, penalties and masks, the steps, the draw,
+ * log-probabilities, then the life of a sampler. */
+#include "sampler.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "float_env.h"
+#include "kernels/pe_math.h"
+#include "philox.h"
+#include "sampler_math.h"
+
+#define WEIGHT_ONE 0x1p42   /* the weight of the most probable token */
+#define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
+#define BLOCK 64             /* logits looked at together, so that the compiler can use vectors */
+
+/* A token in the running. `score` is 0 except while typical sampling orders by it. */
+typedef struct candidate {
+    double score;
+    uint64_t weight;
+    float logit;
+    int32_t id;
+} candidate;
+
+struct pe_sampler {
+    size_t vocab_size;
+    pe_sampler_params params; /* its list pointers point into the copies below */
+    int32_t *id_lists;        /* bias_ids, bad and stop, one behind the other */
+    float *bias_values;
+    uint8_t *banned;          /* (vocab_size) 1 = outside `allowed`; NULL = no such list */
+    uint32_t *n_output;       /* (vocab_size) times in the output;      these three only if a penalty is on */
+    uint8_t *in_prompt;       /* (vocab_size) */
+    int32_t *seen;            /* (n_seen of vocab_size) distinct tokens of prompt and output */
+    size_t n_seen;
+    uint64_t n_outputs;       /* tokens accepted as output */
+    float *adjusted;          /* (vocab_size) logits after step 1 */
+    uint64_t *weights;        /* (vocab_size) */
+    candidate *pool;          /* (top_k or vocab_size) */
+};
+
+static pe_status fail(char *err, pe_status status, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(err, PE_ERR_LEN, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+/* ------------------------------------------------------------------ candidates and their heap */
+
+static inline bool comes_before(const candidate *a, const candidate *b) {
+    if (a->score != b->score) return a->score < b->score;
+    if (a->logit != b->logit) return a->logit > b->logit;
+    return a->id < b->id;
+}
+
+/* A binary heap: with `last_on_top` the root is the candidate that comes last, otherwise the one that comes first. */
+static inline void sift_down(candidate *heap, size_t n, size_t parent, bool last_on_top) {
+    candidate moving = heap[parent];
+    for (;;) {
+        size_t child = 2 * parent + 1;
+        if (child >= n) break;
+        if (child + 1 < n && comes_before(&heap[child + 1], &heap[child]) != last_on_top) child++;
+        if (comes_before(&moving, &heap[child]) != last_on_top) break;
+        heap[parent] = heap[child];
+        parent = child;
+    }
+    heap[parent] = moving;
+}
+
+static void make_heap(candidate *heap, size_t n, bool last_on_top) {
+    for (size_t i = n / 2; i-- > 0;) sift_down(heap, n, i, last_on_top);
+}
+
+/* Take the first candidate out of heap[0..n): it moves to heap[n - 1], so what was taken lies at the end, latest first. */
+static const candidate *pop_first(candidate *heap, size_t n) {
+    candidate first = heap[0];
+    heap[0] = heap[n - 1];
+    heap[n - 1] = first;
+    if (n > 1) sift_down(heap, n - 1, 0, false);
+    return &heap[n - 1];
+}
+
+/* ------------------------------------------------------------------ passes over the logits */
+
+/* The largest logit; false if any is an infinity or NaN. */
+static bool finite_maximum(const float *logits, size_t n, float *out) {
+    float lanes[16];
+    uint32_t largest_bits = 0;
+    size_t i = 0;
+    for (int l = 0; l < 16; l++) lanes[l] = logits[0];
+    for (; i + 16 <= n; i += 16) {
+        int32_t bad = 0;
+        for (size_t l = 0; l < 16; l++) {
+            float x = logits[i + l];
+            bad |= (int32_t)(pe_float_bits(x) & 0x7fffffffu) >= (int32_t)PE_NOT_FINITE_BITS;
+            lanes[l] = x > lanes[l] ? x : lanes[l];
+        }
+        if (bad) return false;
+    }
+    for (; i < n; i++) {
+        uint32_t bits = pe_float_bits(logits[i]) & 0x7fffffffu;
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+        lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
+    }
+    for (int l = 1; l < 16; l++) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
+    *out = lanes[0];
+    return largest_bits < PE_NOT_FINITE_BITS;
+}
+
+static float maximum(const float *logits, size_t n) {
+    float lanes[16];
+    size_t i = 0;
+    for (int l = 0; l < 16; l++) lanes[l] = logits[0];
+    for (; i + 16 <= n; i += 16)
+        for (size_t l = 0; l < 16; l++) lanes[l] = logits[i + l] > lanes[l] ? logits[i + l] : lanes[l];
+    for (; i < n; i++) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
+    for (int l = 1; l < 16; l++) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
+    return lanes[0];
+}
+
+static inline bool any_above(const float *logits, size_t n, float threshold) {
+    int any = 0;
+    for (size_t i = 0; i < n; i++) any |= logits[i] > threshold;
+    return any;
+}
+
+/* The first k tokens of the order into pool, as a heap with the last of them on top; returns how many there were (banned
+ * tokens, and with `weights` those of weight 0, are not candidates). Ids ascend, so a token that ties with the last one of a full heap
+ * comes after it: only strictly larger logits enter, and whole blocks are skipped by one comparison. */
+static size_t select_first(const float *logits, const uint64_t *weights, size_t n, size_t k, candidate *pool) {
+    size_t count = 0;
+    float threshold = -INFINITY;
+    for (size_t begin = 0; begin < n; begin += BLOCK) {
+        size_t end = begin + BLOCK < n ? begin + BLOCK : n;
+        if (!any_above(logits + begin, end - begin, threshold)) continue;
+        for (size_t i = begin; i < end; i++) {
+            if (!(logits[i] > threshold) || (weights && weights[i] == 0)) continue;
+            candidate entering = {0.0, weights ? weights[i] : 0, logits[i], (int32_t)i};
+            if (count < k) {
+                pool[count++] = entering;
+                if (count < k) continue;
+                make_heap(pool, k, true);
+            } else {
+                pool[0] = entering;
+                sift_down(pool, k, 0, true);
+            }
+            threshold = pool[0].logit;
+        }
+    }
+    return count;
+}
+
+/* ------------------------------------------------------------------ step 1: penalties, bias, masks */
+
+static pe_status penalize(pe_sampler *s, char *err) {
+    const pe_sampler_params *p = &s->params;
+    for (size_t i = 0; i < s->n_seen; i++) {
+        int32_t id = s->seen[i];
+        double l = s->adjusted[id];
+        l = l > 0.0 ? l / p->repetition_penalty : l * p->repetition_penalty;
+        if (s->n_output[id]) l = l - p->frequency_penalty * s->n_output[id] - p->presence_penalty;
+        float rounded = (float)l;
+        if ((pe_float_bits(rounded) & 0x7fffffffu) >= PE_NOT_FINITE_BITS)
+            return fail(err, PE_ERR_NOT_FINITE, "the logit of token %d overflows under the penalties", (int)id);
+        s->adjusted[id] = rounded;
+    }
+    return PE_OK;
+}
+
+/* Step 1 whole: *out is `logits` itself when there is nothing to change. */
+static pe_status adjust(pe_sampler *s, const float *logits, const float **out, char *err) {
+    const pe_sampler_params *p = &s->params;
+    bool ban_stop = p->n_stop && s->n_outputs < (uint64_t)p->min_tokens;
+    *out = logits;
+    if (!s->adjusted || !(s->n_seen || p->n_bias || p->n_bad || s->banned || ban_stop)) return PE_OK;
+    memcpy(s->adjusted, logits, s->vocab_size * sizeof *logits);
+    *out = s->adjusted;
+    pe_status status = penalize(s, err);
+    if (status != PE_OK) return status;
+    for (size_t i = 0; i < p->n_bias; i++) {
+        float *l = &s->adjusted[p->bias_ids[i]];
+        *l = *l + p->bias_values[i];
+        if (*l > 3.4028234664e38f) return fail(err, PE_ERR_NOT_FINITE, "the logit of token %d overflows under its bias", (int)p->bias_ids[i]);
+    }
+    if (s->banned)
+        for (size_t i = 0; i < s->vocab_size; i++) s->adjusted[i] = s->banned[i] ? -INFINITY : s->adjusted[i];
+    for (size_t i = 0; i < p->n_bad; i++) s->adjusted[p->bad[i]] = -INFINITY;
+    for (size_t i = 0; ban_stop && i < p->n_stop; i++) s->adjusted[p->stop[i]] = -INFINITY;
+    return PE_OK;
+}
+
+/* ------------------------------------------------------------------ steps 2 and 3: weights, min-p */
+
+/* Where weights stop: at min-p, or where they would round to 0. */
+static double exponent_cut(const pe_sampler_params *p) {
+    if (p->min_p < 1e-13) return MIN_EXPONENT; /* ln 1e-13 = -29.93: nothing lies between */
+    double cut = pe_log(p->min_p);
+    return cut > MIN_EXPONENT ? cut : MIN_EXPONENT;
+}
+
+/* rint(exp(d) * 2^42), or 0 below the cut: added to 1.5 * 2^10, whose last place is 2^-42, exp(d) rounds to it. */
+static inline uint64_t weight_of(double d, double cut) {
+    uint64_t weight = pe_double_bits(pe_exp(d) + 1536.0) - pe_double_bits(1536.0);
+    return d < cut ? 0 : weight;
+}
+
+/* weights (n) of all logits; returns their sum. Banned tokens have d = -infinity. */
+static uint64_t weigh_all(const float *logits, size_t n, double top, double temperature, double cut, uint64_t *weights) {
+    uint64_t total = 0;
+    for (size_t i = 0; i < n; i++) weights[i] = weight_of(((double)logits[i] - top) / temperature, cut);
+    for (size_t i = 0; i < n; i++) total += weights[i];
+    return total;
+}
+
+/* ------------------------------------------------------------------ step 4: typical */
+
+/* Set the weights of what is not typical to 0; returns the sum of what is left. */
+static uint64_t keep_typical(pe_sampler *s, const float *logits, double top, uint64_t total) {
+    double temperature = s->params.temperature, expectation = 0.0;
+    size_t n = 0;
+    for (size_t i = 0; i < s->vocab_size; i++)
+        if (s->weights[i]) expectation += (double)s->weights[i] * (((double)logits[i] - top) / temperature);
+    expectation /= (double)total;
+    for (size_t i = 0; i < s->vocab_size; i++) {
+        if (!s->weights[i]) continue;
+        double score = ((double)logits[i] - top) / temperature - expectation;
+        s->pool[n++] = (candidate){score < 0.0 ? -score : score, s->weights[i], logits[i], (int32_t)i};
+        s->weights[i] = 0;
+    }
+    make_heap(s->pool, n, false);
+    double wanted = s->params.typical_p * (double)total;
+    uint64_t kept = 0;
+    while (n > 0 && (kept == 0 || (double)kept < wanted)) {
+        const candidate *next = pop_first(s->pool, n--);
+        s->weights[next->id] = next->weight;
+        kept += next->weight;
+    }
+    return kept;
+}
+
+/* ------------------------------------------------------------------ steps 5 to 7: top-k, top-p, draw */
+
+/* All candidates whose weight can matter when only the first `needed` of the sum `total` is asked for. What is left out weighs
+ * less than (total - needed) / vocab_size apiece, so together less than total - needed; and it is the end of the order, because
+ * the limit is one on logits (lowered by a hundredth of the temperature, far more than exp and log can err). */
+static size_t collect(pe_sampler *s, const float *logits, double top, uint64_t total, uint64_t needed) {
+    uint64_t share = (total - needed) / s->vocab_size;
+    double lowest = -INFINITY;
+    size_t n = 0;
+    if (share >= 1000) lowest = top + s->params.temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01);
+    for (size_t i = 0; i < s->vocab_size; i++)
+        if ((double)logits[i] >= lowest && s->weights[i])
+            s->pool[n++] = (candidate){0.0, s->weights[i], logits[i], (int32_t)i};
+    return n;
+}
+
+/* The first token of the order at which the running sum exceeds r * (sum of what is left), r in [0, 2^64) / 2^64.
+ * pool (n): a heap, first on top, of at least the part of the order that matters; total: the sum of all that step 5 left. */
+static int32_t draw(const pe_sampler_params *p, candidate *pool, size_t n, uint64_t total, uint64_t random) {
+    uint64_t running = 0;
+    if (p->top_p >= 1.0) {
+        uint64_t target = pe_mul_high(random, total);
+        for (;;) {
+            const candidate *next = pop_first(pool, n--);
+            running += next->weight;
+            if (running > target || n == 0) return next->id;
+        }
+    }
+    const size_t end = n;
+    double wanted = p->top_p * (double)total;
+    do running += pop_first(pool, n--)->weight;
+    while (n > 0 && (double)running < wanted);
+    uint64_t target = pe_mul_high(random, running);
+    size_t i = end;
+    for (running = 0; i-- > n;) {
+        running += pool[i].weight;
+        if (running > target) break;
+    }
+    return pool[i].id;
+}
+
+static int32_t choose(pe_sampler *s, const float *logits, float top, uint64_t position) {
+    const pe_sampler_params *p = &s->params;
+    const double cut = exponent_cut(p);
+    const uint64_t random = pe_philox_draw(p->seed, position, p->sample_index);
+    const bool use_weights = s->weights != NULL;
+    uint64_t total = 0;
+    size_t n;
+    if (use_weights) total = weigh_all(logits, s->vocab_size, top, p->temperature, cut, s->weights);
+    if (p->typical_p < 1.0) total = keep_typical(s, logits, top, total);
+    if (p->top_k > 0 && (size_t)p->top_k < s->vocab_size) {
+        n = select_first(logits, s->weights, s->vocab_size, (size_t)p->top_k, s->pool);
+        total = 0;
+        for (size_t i = 0; i < n; i++) {
+            if (!use_weights) s->pool[i].weight = weight_of(((double)s->pool[i].logit - top) / p->temperature, cut);
+            total += s->pool[i].weight;
+        }
+    } else {
+        uint64_t needed = p->top_p < 1.0 ? (uint64_t)(p->top_p * (double)total) + 1 : pe_mul_high(random, total) + 1;
+        n = collect(s, logits, top, total, needed < total ? needed : total);
+    }
+    make_heap(s->pool, n, false);
+    return draw(p, s->pool, n, total, random);
+}
+
+/* ------------------------------------------------------------------ log-probabilities */
+
+static void fill_logprobs(const float *logits, size_t n, float top, size_t n_top, pe_sample_result *out) {
+    candidate best[PE_SAMPLER_MAX_TOP_LOGPROBS];
+    double sum = 0.0; /* by ascending id */
+    for (size_t begin = 0; begin < n; begin += BLOCK) {
+        double terms[BLOCK];
+        size_t length = n - begin < BLOCK ? n - begin : BLOCK;
+        for (size_t i = 0; i < length; i++) terms[i] = pe_exp((double)logits[begin + i] - top);
+        for (size_t i = 0; i < length; i++) sum += terms[i];
+    }
+    double log_sum = pe_log(sum);
+    out->logprob = (double)logits[out->token] - top - log_sum;
+    size_t count = n_top ? select_first(logits, NULL, n, n_top, best) : 0;
+    out->n_top = (int32_t)count;
+    make_heap(best, count, false);
+    for (size_t i = 0; i < count; i++) {
+        const candidate *next = pop_first(best, count - i);
+        out->top_ids[i] = next->id;
+        out->top_logprobs[i] = (double)next->logit - top - log_sum;
+    }
+}
+
+pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out, char *err) {
+    if (vocab_size == 0 || vocab_size > PE_SAMPLER_MAX_VOCAB)
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "vocab_size %zu is not in [1, %u]", vocab_size, PE_SAMPLER_MAX_VOCAB);
+    if (token < 0 || (size_t)token >= vocab_size)
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "token %d is not in a vocabulary of %zu", (int)token, vocab_size);
+    if (n_top > PE_SAMPLER_MAX_TOP_LOGPROBS)
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "%zu alternatives asked for, at most %d", n_top, PE_SAMPLER_MAX_TOP_LOGPROBS);
+    uint64_t env = pe_float_env_enter();
+    float top;
+    bool finite = finite_maximum(logits, vocab_size, &top);
+    if (finite) {
+        out->token = token;
+        fill_logprobs(logits, vocab_size, top, n_top, out);
+    }
+    pe_float_env_leave(env);
+    return finite ? PE_OK : fail(err, PE_ERR_NOT_FINITE, "a logit is an infinity or NaN");
+}
+
+/* ------------------------------------------------------------------ one call */
+
+static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, pe_sample_result *out, char *err) {
+    const float *adjusted;
+    float raw_top, top;
+    if (!finite_maximum(logits, s->vocab_size, &raw_top))
+        return fail(err, PE_ERR_NOT_FINITE, "a logit at position %llu is an infinity or NaN", (unsigned long long)position);
+    pe_status status = adjust(s, logits, &adjusted, err);
+    if (status != PE_OK) return status;
+    top = adjusted == logits ? raw_top : maximum(adjusted, s->vocab_size);
+    if (top == -INFINITY)
+        return fail(err, PE_ERR_INVALID_ARGUMENT,
+                    "every token is banned: allowed_token_ids, bad tokens, logit_bias and min_tokens leave none");
+    if (s->params.temperature == 0.0) {
+        size_t i = 0;
+        while (adjusted[i] != top) i++;
+        out->token = (int32_t)i;
+    } else {
+        out->token = choose(s, adjusted, top, position);
+    }
+    out->n_top = 0;
+    out->logprob = 0.0;
+    if (s->params.n_top_logprobs >= 0)
+        fill_logprobs(logits, s->vocab_size, raw_top, (size_t)s->params.n_top_logprobs, out);
+    return PE_OK;
+}
+
+pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, pe_sample_result *out, char *err) {
+    uint64_t env = pe_float_env_enter();
+    pe_status status = sample(sampler, logits, position, out, err);
+    pe_float_env_leave(env);
+    return status;
+}
+
+pe_status pe_sampler_accept(pe_sampler *s, int32_t token, bool is_prompt, char *err) {
+    if (token < 0 || (size_t)token >= s->vocab_size)
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "token %d is not in a vocabulary of %zu", (int)token, s->vocab_size);
+    if (!is_prompt) s->n_outputs++;
+    if (!s->seen) return PE_OK;
+    if (!s->in_prompt[token] && !s->n_output[token]) s->seen[s->n_seen++] = token;
+    if (is_prompt)
+        s->in_prompt[token] = 1;
+    else if (s->n_output[token] < UINT32_MAX)
+        s->n_output[token]++;
+    return PE_OK;
+}
+
+void pe_sampler_reset(pe_sampler *s) {
+    for (size_t i = 0; i < s->n_seen; i++) {
+        s->in_prompt[s->seen[i]] = 0;
+        s->n_output[s->seen[i]] = 0;
+    }
+    s->n_seen = 0;
+    s->n_outputs = 0;
+}
+
+/* ------------------------------------------------------------------ life */
+
+void pe_sampler_params_init(pe_sampler_params *params) {
+    *params = (pe_sampler_params){.top_p = 1.0, .typical_p = 1.0, .repetition_penalty = 1.0, .n_top_logprobs = -1};
+}
+
+static bool finite_double(double x) { return (pe_double_bits(x) & 0x7ff0000000000000u) != 0x7ff0000000000000u; }
+
+static pe_status check_numbers(size_t vocab_size, const pe_sampler_params *p, char *err) {
+    if (vocab_size == 0 || vocab_size > PE_SAMPLER_MAX_VOCAB)
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "vocab_size %zu is not in [1, %u]", vocab_size, PE_SAMPLER_MAX_VOCAB);
+    const struct {
+        const char *name;
+        double value;
+        bool valid;
+    } checks[] = {
+        {"temperature", p->temperature, p->temperature >= 0.0},
+        {"top_k", p->top_k, p->top_k >= 0},
+        {"top_p", p->top_p, p->top_p > 0.0 && p->top_p <= 1.0},
+        {"min_p", p->min_p, p->min_p >= 0.0 && p->min_p <= 1.0},
+        {"typical_p", p->typical_p, p->typical_p > 0.0 && p->typical_p <= 1.0},
+        {"repetition_penalty", p->repetition_penalty, p->repetition_penalty > 0.0},
+        {"frequency_penalty", p->frequency_penalty, true},
+        {"presence_penalty", p->presence_penalty, true},
+        {"min_tokens", p->min_tokens, p->min_tokens >= 0},
+        {"n_top_logprobs", p->n_top_logprobs, p->n_top_logprobs >= -1 && p->n_top_logprobs <= PE_SAMPLER_MAX_TOP_LOGPROBS},
+    };
+    for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
+        if (!checks[i].valid || !finite_double(checks[i].value))
+            return fail(err, PE_ERR_INVALID_ARGUMENT, "%s = %g is out of range", checks[i].name, checks[i].value);
+    return PE_OK;
+}
+
+static pe_status check_ids(const char *name, const int32_t *ids, size_t n, size_t vocab_size, char *err) {
+    if (n && !ids) return fail(err, PE_ERR_INVALID_ARGUMENT, "%s has a length but no elements", name);
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < 0 || (size_t)ids[i] >= vocab_size)
+            return fail(err, PE_ERR_INVALID_ARGUMENT, "%s: token %d is not in a vocabulary of %zu", name, (int)ids[i], vocab_size);
+    return PE_OK;
+}
+
+static pe_status check_lists(size_t vocab_size, const pe_sampler_params *p, char *err) {
+    pe_status status = check_ids("logit_bias", p->bias_ids, p->n_bias, vocab_size, err);
+    if (status == PE_OK) status = check_ids("allowed tokens", p->allowed, p->n_allowed, vocab_size, err);
+    if (status == PE_OK) status = check_ids("bad tokens", p->bad, p->n_bad, vocab_size, err);
+    if (status == PE_OK) status = check_ids("stop tokens", p->stop, p->n_stop, vocab_size, err);
+    if (status != PE_OK || !p->n_bias) return status;
+    if (!p->bias_values) return fail(err, PE_ERR_INVALID_ARGUMENT, "logit_bias has ids but no values");
+    for (size_t i = 0; i < p->n_bias; i++)
+        if (!(p->bias_values[i] < INFINITY)) /* a NaN too */
+            return fail(err, PE_ERR_INVALID_ARGUMENT, "logit_bias of token %d is not finite", (int)p->bias_ids[i]);
+    return PE_OK;
+}
+
+/* calloc that refuses instead of returning NULL for 0 elements, and remembers a failure. */
+static void *allocate(size_t count, size_t size, bool *ok) {
+    void *memory = calloc(count ? count : 1, size);
+    *ok = *ok && memory;
+    return memory;
+}
+
+static void copy_ids(int32_t **cursor, const int32_t **list, size_t n) {
+    if (n) memcpy(*cursor, *list, n * sizeof **cursor);
+    *list = *cursor;
+    *cursor += n;
+}
+
+/* Copies of the caller's lists. */
+static bool own_lists(pe_sampler *s) {
+    pe_sampler_params *p = &s->params;
+    bool ok = true;
+    s->id_lists = allocate(p->n_bias + p->n_bad + p->n_stop, sizeof *s->id_lists, &ok);
+    s->bias_values = allocate(p->n_bias, sizeof *s->bias_values, &ok);
+    if (p->allowed) s->banned = allocate(s->vocab_size, sizeof *s->banned, &ok);
+    if (!ok) return false;
+    int32_t *cursor = s->id_lists;
+    copy_ids(&cursor, &p->bias_ids, p->n_bias);
+    copy_ids(&cursor, &p->bad, p->n_bad);
+    copy_ids(&cursor, &p->stop, p->n_stop);
+    if (p->n_bias) memcpy(s->bias_values, p->bias_values, p->n_bias * sizeof *s->bias_values);
+    p->bias_values = s->bias_values;
+    if (s->banned) {
+        memset(s->banned, 1, s->vocab_size);
+        for (size_t i = 0; i < p->n_allowed; i++) s->banned[p->allowed[i]] = 0;
+    }
+    p->allowed = NULL;
+    return true;
+}
+
+/* Only what these parameters can ever use: a greedy sampler without edits holds no buffer. */
+static bool own_buffers(pe_sampler *s) {
+    const pe_sampler_params *p = &s->params;
+    const size_t n = s->vocab_size;
+    bool ok = true, penalties = p->repetition_penalty != 1.0 || p->frequency_penalty != 0.0 || p->presence_penalty != 0.0;
+    if (penalties) {
+        s->n_output = allocate(n, sizeof *s->n_output, &ok);
+        s->in_prompt = allocate(n, sizeof *s->in_prompt, &ok);
+        s->seen = allocate(n, sizeof *s->seen, &ok);
+    }
+    if (penalties || p->n_bias || p->n_bad || s->banned || (p->n_stop && p->min_tokens))
+        s->adjusted = allocate(n, sizeof *s->adjusted, &ok);
+    if (p->temperature > 0.0) {
+        bool few = p->top_k > 0 && (size_t)p->top_k < n, all_weights = !few || p->typical_p < 1.0;
+        s->pool = allocate(all_weights ? n : (size_t)p->top_k, sizeof *s->pool, &ok);
+        if (all_weights) s->weights = allocate(n, sizeof *s->weights, &ok);
+    }
+    return ok;
+}
+
+pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sampler_params *params, char *err) {
+    *out = NULL;
+    pe_status status = check_numbers(vocab_size, params, err);
+    if (status == PE_OK) status = check_lists(vocab_size, params, err);
+    if (status != PE_OK) return status;
+    pe_sampler *s = calloc(1, sizeof *s);
+    if (s) {
+        s->vocab_size = vocab_size;
+        s->params = *params;
+    }
+    if (!s || !own_lists(s) || !own_buffers(s)) {
+        pe_sampler_destroy(s);
+        return fail(err, PE_ERR_OUT_OF_MEMORY, "no memory for a sampler over %zu tokens", vocab_size);
+    }
+    *out = s;
+    return PE_OK;
+}
+
+void pe_sampler_destroy(pe_sampler *s) {
+    if (!s) return;
+    free(s->id_lists), free(s->bias_values), free(s->banned);
+    free(s->n_output), free(s->in_prompt), free(s->seen);
+    free(s->adjusted), free(s->weights), free(s->pool);
+    free(s);
+}

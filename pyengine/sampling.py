@@ -1,0 +1,342 @@
+"""What a caller may ask of generation: `SamplingParams`, with vLLM's names, and what is left once defaults are filled in.
+
+Every field defaults to None, "what the model's generation_config.json says, else greedy and neutral". `SamplingParams.resolve`
+fills that in and returns `ResolvedParams`, which has no None left but where None is a value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from pyengine.errors import InvalidArgumentError, ModelFormatError
+
+MAX_LOGPROBS = 64
+MAX_SAMPLES = 1024
+MAX_STOP_STRINGS = 1024
+INT32_MAX = 2**31 - 1
+
+# Names that people bring from llama-cpp-python, transformers and OpenVINO GenAI.
+ALIASES: dict[str, str] = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "stop_strings": "stop",
+    "rng_seed": "seed",
+    "num_return_sequences": "n",
+    "max_time": "timeout",
+    "temp": "temperature",
+}
+
+
+class _Range(NamedTuple):
+    """Legal values of a number: low <= x <= high, or low < x where `open_low`."""
+
+    low: float
+    high: float
+    open_low: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        inside = value > self.low if self.open_low else value >= self.low
+        if not (inside and value <= self.high):
+            bracket = "(" if self.open_low else "["
+            raise InvalidArgumentError(
+                f"{name} must be in {bracket}{self.low:g}, {self.high:g}], not {value!r}"
+            )
+
+
+_INTEGERS: dict[str, _Range] = {
+    "n": _Range(1, MAX_SAMPLES),
+    "max_tokens": _Range(1, INT32_MAX),
+    "min_tokens": _Range(0, INT32_MAX),
+    "top_k": _Range(-1, INT32_MAX),
+    "seed": _Range(0, 2**64 - 1),
+    "logprobs": _Range(0, MAX_LOGPROBS),
+}
+_LARGEST = 3.4028234663852886e38  # of float32, the type of logits
+_FLOATS: dict[str, _Range] = {
+    "temperature": _Range(0.0, _LARGEST),
+    "top_p": _Range(0.0, 1.0, open_low=True),
+    "min_p": _Range(0.0, 1.0),
+    "typical_p": _Range(0.0, 1.0, open_low=True),
+    "repetition_penalty": _Range(0.0, _LARGEST, open_low=True),
+    "frequency_penalty": _Range(-_LARGEST, _LARGEST),
+    "presence_penalty": _Range(-_LARGEST, _LARGEST),
+    "timeout": _Range(0.0, 1e9, open_low=True),
+}
+_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+_ID_LISTS = ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
+# What generation_config.json may say; its other keys are not about sampling, or ask for what a caller must ask for.
+_FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+# Asking for one of these without a temperature asks for sampling.
+_FILTERS: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InvalidArgumentError(f"{name} must be an integer, not {value!r}")
+    return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidArgumentError(f"{name} must be a number, not {value!r}")
+    number = float(value)
+    if math.isnan(number):
+        raise InvalidArgumentError(f"{name} must not be NaN")
+    return number
+
+
+def _token_id(name: str, value: object) -> int:
+    token = _integer(name, value)
+    if not 0 <= token <= INT32_MAX:
+        raise InvalidArgumentError(f"{name}: {token} is not a token id")
+    return token
+
+
+def _token_ids(name: str, values: object) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InvalidArgumentError(f"{name} must be a list of token ids, not {values!r}")
+    return tuple(_token_id(name, value) for value in values)
+
+
+def _logit_bias(values: object) -> dict[int, float]:
+    if not isinstance(values, Mapping):
+        raise InvalidArgumentError(f"logit_bias must map token ids to numbers, not {values!r}")
+    bias: dict[int, float] = {}
+    for key, value in values.items():
+        # JSON has no integer keys, so requests written for HTTP interfaces bring strings.
+        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        token = _token_id("logit_bias", token)
+        number = _number(f"logit_bias of token {token}", value)
+        if not number <= _LARGEST or (number < -_LARGEST and not math.isinf(number)):
+            raise InvalidArgumentError(f"logit_bias of token {token} is out of range: {value!r}")
+        if token in bias:
+            raise InvalidArgumentError(f"logit_bias names token {token} twice")
+        bias[token] = number
+    return bias
+
+
+def _stop_strings(values: object) -> tuple[str, ...]:
+    if isinstance(values, str):
+        values = (values,)
+    if isinstance(values, bytes) or not isinstance(values, Iterable):
+        raise InvalidArgumentError(f"stop must be a string or a list of strings, not {values!r}")
+    strings = tuple(values)
+    for string in strings:
+        if not isinstance(string, str):
+            raise InvalidArgumentError(f"stop must hold strings, not {string!r}")
+        if not string:
+            raise InvalidArgumentError("stop must not hold an empty string: it would end every text at once")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidArgumentError(f"stop holds {len(strings)} strings, at most {MAX_STOP_STRINGS}")
+    return strings
+
+
+def _check(name: str, value: Any) -> Any:
+    """The value in its normal form; InvalidArgumentError naming the field if it has none."""
+    if name in _INTEGERS:
+        number = _integer(name, value)
+        _INTEGERS[name].check(name, number)
+        return number
+    if name in _FLOATS:
+        real = _number(name, value)
+        _FLOATS[name].check(name, real)
+        return real
+    if name in _BOOLEANS:
+        if not isinstance(value, bool):
+            raise InvalidArgumentError(f"{name} must be True or False, not {value!r}")
+        return value
+    if name in _ID_LISTS:
+        return _token_ids(name, value)
+    return _logit_bias(value) if name == "logit_bias" else _stop_strings(value)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedParams:
+    """`SamplingParams` with every default filled in. None: no limit (`max_tokens`, `timeout`), no restriction
+    (`allowed_token_ids`), no log-probabilities (`logprobs`). `temperature` 0 is greedy, `top_k` 0 is off."""
+
+    n: int
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: dict[int, float]
+    allowed_token_ids: tuple[int, ...] | None
+    bad_token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    include_stop_str_in_output: bool
+    ignore_eos: bool
+    seed: int
+    logprobs: int | None
+    skip_special_tokens: bool
+    timeout: float | None
+
+
+_NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "max_tokens": None,
+    "min_tokens": 0,
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "allowed_token_ids": None,
+    "bad_token_ids": (),
+    "stop": (),
+    "stop_token_ids": (),
+    "include_stop_str_in_output": False,
+    "ignore_eos": False,
+    "logprobs": None,
+    "skip_special_tokens": True,
+    "timeout": None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. None = the model's generation_config.json, else greedy and neutral.
+
+    n                     samples per prompt (needs a temperature above 0)
+    max_tokens            outputs at most; None = to the end of text or of the context
+    min_tokens            outputs before an end-of-text or stop token may come
+    temperature           0 = greedy; given top_k, top_p, min_p or typical_p alone, the model's, else 1
+    top_k                 keep the k most probable tokens; 0 or -1 = off
+    top_p                 keep the most probable tokens that reach this mass; 1 = off
+    min_p                 keep tokens at least this fraction as probable as the first; 0 = off
+    typical_p             keep the tokens nearest the entropy that reach this mass; 1 = off
+    repetition_penalty    divides (or multiplies, when negative) logits of tokens of prompt and output; 1 = off
+    frequency_penalty     subtracted from a logit per occurrence in the output
+    presence_penalty      subtracted once from the logit of every token in the output
+    logit_bias            {token id: added to its logit}; -inf bans the token
+    allowed_token_ids     only these may come
+    bad_token_ids         these may not come
+    stop                  a string or strings that end the text
+    stop_token_ids        tokens that end the text
+    include_stop_str_in_output   leave the stop string in the text
+    ignore_eos            go on after the model's end-of-text tokens
+    seed                  0 <= seed < 2**64; None draws one, and the result reports it
+    logprobs              log-probability of each token and of this many alternatives (0..64); None = neither
+    skip_special_tokens   leave special tokens out of the text
+    timeout               seconds after which the text so far is returned
+
+    Raises InvalidArgumentError (a ValueError) naming the field for wrong types, NaN, and values out of range.
+    """
+
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_token_ids: Sequence[int] | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                object.__setattr__(self, field.name, _check(field.name, value))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        low, high = self.min_tokens, self.max_tokens
+        if low is not None and high is not None and low > high:
+            raise InvalidArgumentError(f"min_tokens ({low}) is above max_tokens ({high})")
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise InvalidArgumentError("allowed_token_ids is empty: no token could ever come")
+            if set(self.allowed_token_ids) <= set(self.bad_token_ids or ()):
+                raise InvalidArgumentError("bad_token_ids holds everything that allowed_token_ids allows")
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
+        """SamplingParams from names and aliases (`max_new_tokens`, `repeat_penalty`, `stop_strings`, ...).
+
+        TypeError for an unknown name, with the closest known one; InvalidArgumentError if a field is given twice under
+        two names."""
+        known = [field.name for field in fields(cls)]
+        chosen: dict[str, Any] = {}
+        given_as: dict[str, str] = {}
+        for name, value in kwargs.items():
+            field_name = ALIASES.get(name, name)
+            if field_name not in known:
+                near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"unknown sampling parameter {name!r}{hint}")
+            if field_name in given_as:
+                raise InvalidArgumentError(
+                    f"{given_as[field_name]} and {name} are the same parameter: give one of them"
+                )
+            given_as[field_name] = name
+            chosen[field_name] = value
+        return cls(**chosen)
+
+    def resolve(self, defaults: Mapping[str, Any] | None = None, *, seed: int | None = None) -> ResolvedParams:
+        """Fill in what is None from `defaults` (generation_config.json as parsed), then from neutral values.
+
+        `do_sample` is honoured as transformers does: without it the model's default is greedy. `seed` is the engine's own,
+        used when these params name none; without either one is drawn. ModelFormatError if `defaults` holds nonsense."""
+        from_model = _model_defaults(defaults or {})
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if "temperature" not in given:
+            given["temperature"] = self._default_temperature(from_model, defaults or {})
+        merged = {**_NEUTRAL, "logit_bias": {}, **from_model, **given}
+        if merged["n"] > 1 and merged["temperature"] == 0.0:
+            raise InvalidArgumentError(
+                f"n = {merged['n']} samples at temperature 0 would all be the same: set temperature"
+            )
+        merged["top_k"] = max(merged["top_k"], 0)
+        if merged.get("seed") is None:
+            merged["seed"] = secrets.randbits(64) if seed is None else _check("seed", seed)
+        return ResolvedParams(**merged)
+
+    def _default_temperature(self, from_model: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
+        sampling = bool(defaults.get("do_sample", False))
+        for name, off in _FILTERS.items():
+            value = getattr(self, name)
+            sampling = sampling or (value is not None and value != off and value != -1)
+        return float(from_model.get("temperature", 1.0)) if sampling else 0.0
+
+
+def _model_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling values of a generation_config.json, checked like a caller's."""
+    if not isinstance(defaults.get("do_sample", False), bool):
+        raise ModelFormatError(f"generation_config.json: do_sample is {defaults['do_sample']!r}")
+    try:
+        return {
+            name: _check(name, defaults[name]) for name in _FROM_MODEL if defaults.get(name) is not None
+        }
+    except InvalidArgumentError as error:
+        raise ModelFormatError(f"generation_config.json: {error}") from None

@@ -1,0 +1,320 @@
+"""The C sampler against the law in plain NumPy: equal tokens, not similar ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from array import array
+from typing import Any
+
+import numpy as np
+import pytest
+from reference.sampler import adjust, choose, log_softmax, philox
+
+from pyengine import _sampler
+from pyengine.errors import InvalidArgumentError, NotFiniteError
+from pyengine.sampling import ResolvedParams, SamplingParams
+
+
+def params(**kwargs: Any) -> ResolvedParams:
+    kwargs.setdefault("seed", 1)
+    kwargs.setdefault("temperature", 1.0)
+    return SamplingParams(**kwargs).resolve()
+
+
+def sample(logits: np.ndarray, p: ResolvedParams, position: int = 0, **kwargs: Any) -> int:
+    return int(_sampler.Sampler(p, len(logits), **kwargs).sample(logits, position)[0])
+
+
+# ---------------------------------------------------------------- the parts: random bits, exp, log
+
+# Known answers published with Random123 (its file kat_vectors), for philox4x32 with 10 rounds.
+PHILOX_KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize("counter, key, expected", PHILOX_KNOWN)
+def test_philox_gives_the_published_answers(counter, key, expected):
+    assert _sampler._philox4x32_10(counter, key) == expected
+    assert philox(counter, key) == expected
+
+
+def ulps(got: np.ndarray, exact: np.ndarray) -> float:
+    """Largest error in units of the last place; `exact` in extended precision."""
+    spacing = np.spacing(np.abs(exact.astype(np.float64)))
+    return float(np.max(np.abs(got.astype(np.longdouble) - exact) / spacing))
+
+
+extended = pytest.mark.skipif(
+    np.finfo(np.longdouble).nmant < 60, reason="this platform's long double is no reference for double"
+)
+
+
+@extended
+def test_exp_is_within_one_ulp():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([-rng.random(20000) * 708, -rng.random(20000), -rng.random(5000) * 1e-9, [0.0, -708.0]])
+    got = np.array([_sampler._exp(v) for v in x])
+    assert ulps(got, np.exp(x.astype(np.longdouble))) < 1.0
+    assert _sampler._exp(0.0) == 1.0
+    assert _sampler._exp(-709.0) == 0.0 and _sampler._exp(-math.inf) == 0.0
+
+
+@extended
+def test_log_is_within_two_ulps():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([np.exp(rng.uniform(-700, 700, 20000)), rng.uniform(0.5, 2, 20000), 1 + rng.random(5000) * 1e-6])
+    got = np.array([_sampler._log(v) for v in x])
+    exact = np.log(x.astype(np.longdouble))
+    assert ulps(got[exact != 0], exact[exact != 0]) < 2.0
+    assert _sampler._log(1.0) == 0.0
+
+
+# ---------------------------------------------------------------- the whole law
+
+
+def random_logits(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Mixtures of smooth, peaked, flat and tie-ridden logits, with both zeros."""
+    kind = rng.integers(5)
+    if kind == 0:
+        x = rng.normal(0, rng.choice([0.1, 1, 4]), n)
+    elif kind == 1:
+        x = rng.integers(-3, 3, n) * 0.5  # many ties
+    elif kind == 2:
+        x = np.where(rng.random(n) < 0.02, rng.normal(12, 2, n), rng.normal(0, 2, n))
+    elif kind == 3:
+        x = np.zeros(n)
+    else:
+        x = rng.choice([0.0, -0.0, 1.0, -50.0, 1e38, -1e38], n)  # the penalties below keep it finite
+    return x.astype(np.float32)
+
+
+def random_params(rng: np.random.Generator, n: int) -> ResolvedParams:
+    def maybe(value: Any, chance: float = 0.35) -> Any:
+        return value if rng.random() < chance else None
+
+    def ids(most: int) -> list[int]:
+        return [int(i) for i in rng.integers(0, n, rng.integers(1, most))]
+
+    return SamplingParams(
+        temperature=float(rng.choice([0, 0.1, 0.7, 1.0, 2.5, 30.0], p=[0.1, 0.15, 0.25, 0.3, 0.15, 0.05])),
+        top_k=maybe(int(rng.choice([1, 2, 5, 40, n, 2 * n]))),
+        top_p=maybe(float(rng.choice([1e-9, 0.1, 0.5, 0.9, 0.95, 0.9999]))),
+        min_p=maybe(float(rng.choice([1e-300, 1e-14, 1e-6, 0.05, 0.5, 1.0]))),
+        typical_p=maybe(float(rng.choice([1e-9, 0.2, 0.9, 0.999])), 0.25),
+        repetition_penalty=maybe(float(rng.choice([0.7, 1.1, 2.0]))),
+        frequency_penalty=maybe(float(rng.choice([-0.5, 0.3, 2.0]))),
+        presence_penalty=maybe(float(rng.choice([-0.5, 0.3, 2.0]))),
+        logit_bias=maybe({i: float(rng.choice([-math.inf, -5, 0.25, 5])) for i in ids(6)}),
+        allowed_token_ids=maybe(ids(n + 1), 0.15),
+        bad_token_ids=maybe(ids(4), 0.2),
+        stop_token_ids=maybe(ids(3), 0.2),
+        min_tokens=maybe(3, 0.3),
+        seed=int(rng.integers(0, 2**63)),
+    ).resolve()
+
+
+@pytest.mark.parametrize("block", range(20))
+def test_tokens_equal_the_reference(block):
+    rng = np.random.default_rng(block)
+    compared = 0
+    while compared < 200:
+        n = int(rng.choice([1, 2, 15, 16, 17, 63, 64, 65, 200, 1000]))
+        logits = random_logits(rng, n)
+        try:
+            p = random_params(rng, n)
+        except InvalidArgumentError:  # bad_token_ids happened to ban all of allowed_token_ids
+            continue
+        prompt = [int(i) for i in rng.integers(0, n, 5)]
+        output = [int(i) for i in rng.integers(0, n, rng.integers(0, 6))]
+        position, index = int(rng.integers(0, 2**40)), int(rng.integers(0, 3))
+        sampler = _sampler.Sampler(p, n, sample_index=index)
+        sampler.accept_prompt(array("i", prompt))
+        for token in output:
+            sampler.accept(token)
+        compared += 1
+        if np.isneginf(adjust(logits, p, prompt, output)).all():
+            with pytest.raises(InvalidArgumentError, match="every token is banned"):
+                sampler.sample(logits, position)
+        else:
+            expected = choose(logits, p, position, index, prompt, output)
+            assert sampler.sample(logits, position)[0] == expected, p
+
+
+def test_an_overflow_by_penalty_or_bias_is_an_error():
+    logits = np.array([3e38, -3e38], np.float32)
+    for token, changes in [(1, {"repetition_penalty": 2.0}), (0, {"presence_penalty": -3e38})]:
+        sampler = _sampler.Sampler(params(**changes), 2)
+        sampler.accept(token)
+        with pytest.raises(NotFiniteError, match=f"token {token} overflows"):
+            sampler.sample(logits, 0)
+    with pytest.raises(NotFiniteError, match="token 0 overflows"):
+        sample(logits, params(logit_bias={0: 3e38}))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("extra", [{}, {"top_p": 0.95}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {"typical_p": 0.9}])
+def test_a_large_vocabulary_equals_the_reference(temperature, extra):
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 3, 20011).astype(np.float32)
+    for seed in range(4):
+        p = params(temperature=temperature, seed=seed, **extra)
+        sampler = _sampler.Sampler(p, len(logits))
+        for position in range(3):
+            assert sampler.sample(logits, position)[0] == choose(logits, p, position)
+
+
+def test_greedy_takes_the_smallest_id_of_a_tie_and_zero_has_no_sign():
+    p = params(temperature=0)
+    for n in (3, 16, 40):
+        logits = np.full(n, -1, np.float32)
+        logits[1], logits[2] = -0.0, 0.0
+        assert sample(logits, p) == 1
+
+
+def test_draws_follow_the_probabilities():
+    """Chi-square over 20,000 positions: its mean is the number of classes less one, its deviation sqrt(2 * that)."""
+    logits = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -3.0], np.float32)
+    p = params(temperature=0.8, seed=77)
+    sampler = _sampler.Sampler(p, len(logits))
+    draws = 20000
+    counts = np.bincount([sampler.sample(logits, i)[0] for i in range(draws)], minlength=len(logits))
+    expected = np.exp(log_softmax(logits / np.float32(0.8))) * draws
+    freedom = len(logits) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_seed_position_and_sample_index_all_matter_and_nothing_else():
+    logits = np.zeros(1000, np.float32)
+    p = params(seed=3)
+    base = [sample(logits, p, i) for i in range(50)]
+    assert base == [sample(logits, p, i) for i in range(50)]
+    assert base != [sample(logits, params(seed=3 + 2**32), i) for i in range(50)]
+    assert base != [sample(logits, p, i + 2**32) for i in range(50)]
+    assert base != [sample(logits, p, i, sample_index=1) for i in range(50)]
+    sampler = _sampler.Sampler(p, 1000)
+    assert base[::-1] == [sampler.sample(logits, i)[0] for i in reversed(range(50))]
+
+
+# ---------------------------------------------------------------- masks, history, log-probabilities
+
+
+def test_end_ids_are_banned_until_min_tokens():
+    logits = np.array([0, 5, 4, 3], np.float32)
+    sampler = _sampler.Sampler(params(temperature=0, min_tokens=2, stop_token_ids=[2]), 4, end_ids=[1])
+    chosen = []
+    for position in range(3):
+        token = sampler.sample(logits, position)[0]
+        sampler.accept(token)
+        chosen.append(token)
+    assert chosen == [3, 3, 1]
+    sampler.reset()
+    assert sampler.sample(logits, 0)[0] == 3
+
+
+def test_reset_forgets_the_penalties():
+    logits = np.array([1.0, 0.9], np.float32)
+    sampler = _sampler.Sampler(params(temperature=0, presence_penalty=1.0), 2)
+    sampler.accept(0)
+    assert sampler.sample(logits, 0)[0] == 1
+    sampler.reset()
+    assert sampler.sample(logits, 0)[0] == 0
+
+
+def test_everything_banned_is_a_clear_error():
+    p = params(allowed_token_ids=[1], logit_bias={1: -math.inf})
+    with pytest.raises(InvalidArgumentError, match="every token is banned"):
+        sample(np.zeros(3, np.float32), p)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n", [1, 16, 17, 100])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_non_finite_logits_are_refused(bad, n, temperature):
+    for where in {0, n // 2, n - 1}:
+        logits = np.zeros(n, np.float32)
+        logits[where] = bad
+        with pytest.raises(NotFiniteError):
+            sample(logits, params(temperature=temperature))
+        with pytest.raises(NotFiniteError):
+            _sampler.logprobs(logits, 0)
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 1000])
+@pytest.mark.parametrize("n_top", [0, 1, 5, 64])
+def test_logprobs_are_the_models_before_every_step(n, n_top):
+    rng = np.random.default_rng(n)
+    logits = (rng.integers(-20, 20, n) * 0.25).astype(np.float32)
+    p = params(logprobs=n_top, temperature=0.5, repetition_penalty=1.5, top_k=3)
+    sampler = _sampler.Sampler(p, n)
+    sampler.accept(0)
+    token, logprob, top = sampler.sample(logits, 9)
+    exact = log_softmax(logits)
+    ids = np.lexsort((np.arange(n), -logits))[:n_top]
+    assert logprob == pytest.approx(exact[token], abs=1e-12)
+    assert [i for i, _ in top] == ids.tolist()
+    assert [v for _, v in top] == pytest.approx(exact[ids].tolist(), abs=1e-12)
+    assert _sampler.logprobs(logits, token, n_top) == (logprob, top)
+
+
+def test_without_logprobs_none_are_given():
+    assert _sampler.Sampler(params(temperature=0), 2).sample(array("f", [0, 1]), 0) == (1, None, None)
+
+
+# ---------------------------------------------------------------- the border
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"typical_p": math.nan}, "typical_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty"),
+        ({"top_k": -1}, "top_k"),
+        ({"logprobs": 65}, "n_top_logprobs"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"logit_bias": {10: 0.0}}, "token 10"),
+        ({"logit_bias": {1: math.nan}}, "logit_bias of token 1"),
+        ({"bad_token_ids": (-1,)}, "token -1"),
+        ({"stop_token_ids": (10,)}, "token 10"),
+        ({"allowed_token_ids": (3, 11)}, "token 11"),
+    ],
+)
+def test_the_c_side_checks_for_itself(change, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        _sampler.Sampler(dataclasses.replace(params(), **change), 10)
+
+
+def test_wrong_buffers_and_tokens_are_refused():
+    sampler = _sampler.Sampler(params(), 4)
+    with pytest.raises(InvalidArgumentError, match="3 logits for a vocabulary of 4"):
+        sampler.sample(np.zeros(3, np.float32), 0)
+    for wrong in (np.zeros(4), np.zeros((2, 2), np.float32), np.zeros(8, np.float32)[::2]):
+        with pytest.raises(ValueError):
+            sampler.sample(wrong, 0)
+    with pytest.raises(TypeError):
+        sampler.sample(None, 0)
+    for token in (-1, 4):
+        with pytest.raises(InvalidArgumentError, match=f"token {token}"):
+            sampler.accept(token)
+        with pytest.raises(InvalidArgumentError, match=f"token {token}"):
+            _sampler.logprobs(np.zeros(4, np.float32), token)
+    with pytest.raises(InvalidArgumentError):
+        _sampler.logprobs(np.zeros(0, np.float32), 0)
+    with pytest.raises(InvalidArgumentError, match="65"):
+        _sampler.logprobs(np.zeros(4, np.float32), 0, 65)
+    with pytest.raises(InvalidArgumentError, match="vocab_size"):
+        _sampler.Sampler(params(), 0)
+    with pytest.raises(InvalidArgumentError, match="vocab_size"):
+        _sampler.Sampler(params(), 2**21 + 1)
