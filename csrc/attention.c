@@ -1,0 +1,224 @@
+/* attention.c: FORMAT.md section 8 over the paged cache.
+ *
+ * The unit of arithmetic is one chunk of 256 positions seen by the query rows of one block and kv head: it yields a state
+ * (m, l, o) per row. States are merged in ascending order of chunks. Whether one thread walks all chunks of a block (prefill, batches) or every chunk is
+ * a unit of its own and the states are merged afterwards (decode at depth) is a matter of speed: the bits are the same. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "forward.h"
+#include "kernels/pe_math.h"
+
+static size_t max_rows(const pe_model *model) {
+    size_t n_rep = model->config.n_heads / model->config.n_kv_heads;
+    return n_rep > PE_ATTENTION_ROWS ? n_rep : PE_ATTENTION_ROWS;
+}
+
+/* Attention state of the rows of one block: running, or of one chunk. A row that has seen nothing yet has l = 0. */
+typedef struct state {
+    float *m, *l; /* (rows) */
+    float *o;     /* (rows, head_dim_p) */
+} state;
+
+static size_t state_floats(const pe_model *model) { return max_rows(model) * (2 + model->head_dim_p); }
+
+static state state_at(float *memory, const pe_model *model) {
+    size_t rows = max_rows(model);
+    return (state){memory, memory + rows, memory + 2 * rows};
+}
+
+size_t pe_attention_scratch_floats(const pe_model *model) { return max_rows(model) * PE_CHUNK + 2 * state_floats(model); }
+
+/* One block and kv head; thread scratch: scores (rows, 256), then two states. */
+typedef struct task {
+    const pe_context *context;
+    const pe_query_block *block;
+    uint32_t layer, kv_head;
+    size_t n_rep, n_rows;
+    float *scores;
+} task;
+
+typedef struct job {
+    pe_context *context;
+    uint32_t layer;
+    size_t chunks_per_task; /* split mode: stride of partials */
+} job;
+
+static task task_make(const job *j, size_t index, int thread) {
+    const pe_context *context = j->context;
+    const pe_config *config = &context->model->config;
+    task t = {.context = context, .layer = j->layer};
+    t.block = &context->blocks[index / config->n_kv_heads];
+    t.kv_head = (uint32_t)(index % config->n_kv_heads);
+    t.n_rep = config->n_heads / config->n_kv_heads;
+    t.n_rows = t.block->n_tokens * t.n_rep;
+    t.scores = pe_thread_scratch(context, thread);
+    return t;
+}
+
+/* First position that a query at `position` sees. */
+static size_t first_visible(const pe_config *config, size_t position) {
+    size_t window = config->sliding_window;
+    return window != 0 && position + 1 > window ? position + 1 - window : 0;
+}
+
+static size_t chunk_begin(const task *t) {
+    return first_visible(&t->context->model->config, t->block->first_position) / PE_CHUNK;
+}
+
+static size_t chunk_end(const task *t) { return (t->block->first_position + t->block->n_tokens - 1) / PE_CHUNK + 1; }
+
+/* Visible part [*begin, *end) of the chunk for row r; empty if begin >= end. */
+static void visible_range(const task *t, size_t chunk, size_t r, size_t *begin, size_t *end) {
+    size_t position = t->block->first_position + r / t->n_rep, base = chunk * PE_CHUNK;
+    size_t first = first_visible(&t->context->model->config, position);
+    *begin = first > base ? first - base : 0;
+    *end = position + 1 < base + PE_CHUNK ? (position + 1 > base ? position + 1 - base : 0) : PE_CHUNK;
+}
+
+static void chunk_scores(const task *t, const pe_kv_chunk *kv, size_t n_positions) {
+    const pe_context *context = t->context;
+    size_t d = context->model->head_dim_p, first_row = (t->kv_head * context->capacity + t->block->first_token) * t->n_rep;
+    float c = 1.0f / sqrtf((float)context->model->config.head_dim);
+    if (context->kv_dtype == PE_KV_F32) {
+        context->kernels->attention_scores_f32(t->scores, context->q_f32 + first_row * d, t->n_rows, d, kv, n_positions, c);
+    } else {
+        size_t g = d / PE_X_GROUP;
+        context->kernels->attention_scores(t->scores, context->q + first_row * d, context->q_scales + first_row * g,
+                                           context->q_sums + first_row * g, t->n_rows, d, kv, n_positions, c);
+    }
+}
+
+/* The state of one chunk. */
+static void attend_chunk(const task *t, size_t chunk, state *out) {
+    const pe_context *context = t->context;
+    pe_kv_chunk kv = pe_kv_chunk_at(context->kv, t->block->sequence, chunk, t->layer, t->kv_head);
+    size_t first = PE_CHUNK, last = 0, begin, end;
+    for (size_t r = 0; r < t->n_rows; r++) {
+        visible_range(t, chunk, r, &begin, &end);
+        if (begin >= end) continue;
+        first = begin < first ? begin : first;
+        last = end > last ? end : last;
+    }
+    chunk_scores(t, &kv, last);
+    for (size_t r = 0; r < t->n_rows; r++) {
+        float *scores = t->scores + r * PE_CHUNK;
+        visible_range(t, chunk, r, &begin, &end);
+        if (begin < end) {
+            out->m[r] = context->kernels->softmax_chunk(scores, begin, end, &out->l[r]);
+        } else {
+            memset(scores, 0, PE_CHUNK * sizeof *scores);
+            out->l[r] = 0.0f;
+        }
+    }
+    void (*values)(float *, const float *, size_t, size_t, const pe_kv_chunk *, size_t, size_t) =
+        context->kv_dtype == PE_KV_F32 ? context->kernels->attention_values_f32 : context->kernels->attention_values;
+    values(out->o, t->scores, t->n_rows, context->model->head_dim_p, &kv, first, last);
+}
+
+/* Merge the next chunk's state into the running one. exp(0) is exactly 1, so the larger maximum's side is kept as it is.
+ * l >= 1 for every row that saw something: its own maximum contributes exp(0). A NaN is not 0 either, and is carried on. */
+static void merge(const task *t, state *total, const state *chunk) {
+    size_t d = t->context->model->head_dim_p;
+    for (size_t r = 0; r < t->n_rows; r++) {
+        if (chunk->l[r] == 0.0f) continue;
+        if (total->l[r] == 0.0f) {
+            total->m[r] = chunk->m[r];
+            total->l[r] = chunk->l[r];
+            memcpy(total->o + r * d, chunk->o + r * d, d * sizeof(float));
+            continue;
+        }
+        float m = chunk->m[r] > total->m[r] ? chunk->m[r] : total->m[r];
+        float a = pe_expf(total->m[r] - m), b = pe_expf(chunk->m[r] - m);
+        total->m[r] = m;
+        total->l[r] = fmaf(chunk->l[r], b, total->l[r] * a);
+        t->context->kernels->attention_merge(total->o + r * d, chunk->o + r * d, a, b, d);
+    }
+}
+
+static void write_output(const task *t, const state *total) {
+    const pe_model *model = t->context->model;
+    size_t head_dim = model->config.head_dim;
+    for (size_t r = 0; r < t->n_rows; r++) {
+        size_t token = t->block->first_token + r / t->n_rep, head = t->kv_head * t->n_rep + r % t->n_rep;
+        float *out = t->context->att + token * model->q_dim + head * head_dim;
+        t->context->kernels->scale(out, total->o + r * model->head_dim_p, 1.0f / total->l[r], head_dim);
+    }
+}
+
+/* Unit: a task with all its chunks. */
+static void whole_unit(void *arg, size_t unit, int thread) {
+    job *j = arg;
+    const pe_model *model = j->context->model;
+    task t = task_make(j, unit, thread);
+    float *memory = t.scores + max_rows(model) * PE_CHUNK;
+    state total = state_at(memory, model), chunk_state = state_at(memory + state_floats(model), model);
+    memset(total.l, 0, t.n_rows * sizeof *total.l);
+    for (size_t chunk = chunk_begin(&t); chunk < chunk_end(&t); chunk++) {
+        attend_chunk(&t, chunk, &chunk_state);
+        merge(&t, &total, &chunk_state);
+    }
+    write_output(&t, &total);
+}
+
+/* Unit of split mode: one chunk of a task, its state kept in partials. */
+static void chunk_unit(void *arg, size_t unit, int thread) {
+    job *j = arg;
+    const pe_model *model = j->context->model;
+    task t = task_make(j, unit / j->chunks_per_task, thread);
+    size_t chunk = unit % j->chunks_per_task;
+    if (chunk < chunk_begin(&t) || chunk >= chunk_end(&t)) return;
+    state out = state_at(j->context->partials + unit * state_floats(model), model);
+    attend_chunk(&t, chunk, &out);
+}
+
+/* Unit of split mode, afterwards: merge a task's states. */
+static void merge_unit(void *arg, size_t unit, int thread) {
+    job *j = arg;
+    const pe_model *model = j->context->model;
+    task t = task_make(j, unit, thread);
+    state total = state_at(t.scores, model);
+    memset(total.l, 0, t.n_rows * sizeof *total.l);
+    for (size_t chunk = chunk_begin(&t); chunk < chunk_end(&t); chunk++) {
+        size_t index = unit * j->chunks_per_task + chunk;
+        state part = state_at(j->context->partials + index * state_floats(model), model);
+        merge(&t, &total, &part);
+    }
+    write_output(&t, &total);
+}
+
+static pe_status reserve_partials(pe_context *context, size_t n_floats, char *err) {
+    if (n_floats <= context->partials_capacity) return PE_OK;
+    free(context->partials);
+    context->partials_capacity = 0;
+    context->partials = aligned_alloc(64, pe_pad(n_floats * sizeof(float), 64));
+    if (context->partials == NULL) {
+        snprintf(err, PE_ERR_LEN, "out of memory for %zu bytes of attention states", n_floats * sizeof(float));
+        return PE_ERR_OUT_OF_MEMORY;
+    }
+    context->partials_capacity = n_floats;
+    return PE_OK;
+}
+
+pe_status pe_attention(pe_context *context, uint32_t layer, char *err) {
+    job j = {context, layer, 0};
+    size_t n_tasks = context->n_blocks * context->model->config.n_kv_heads;
+    for (size_t i = 0; i < context->n_blocks; i++) {
+        const pe_query_block *block = &context->blocks[i];
+        size_t n_chunks = (block->first_position + block->n_tokens - 1) / PE_CHUNK + 1;
+        if (n_chunks > j.chunks_per_task) j.chunks_per_task = n_chunks;
+    }
+    bool split = context->n_threads > 1 && n_tasks < 4 * (size_t)context->n_threads && j.chunks_per_task > 1;
+    if (!split) {
+        pe_parallel_for(context->n_threads, n_tasks, whole_unit, &j, context->control);
+        return PE_OK;
+    }
+    size_t n_units = n_tasks * j.chunks_per_task;
+    pe_status status = reserve_partials(context, n_units * state_floats(context->model), err);
+    if (status != PE_OK) return status;
+    pe_parallel_for(context->n_threads, n_units, chunk_unit, &j, context->control);
+    pe_parallel_for(context->n_threads, n_tasks, merge_unit, &j, context->control);
+    return PE_OK;
+}

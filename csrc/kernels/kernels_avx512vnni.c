@@ -1,0 +1,71 @@
+/* kernels_avx512vnni.c: sixteen lanes in one zmm register. AVX-512 F, BW, VL, DQ and VNNI.
+ *
+ * The dot step: vpdpbusd multiplies four unsigned by four signed bytes and adds all four products into an int32 lane. Weights become unsigned by
+ * flipping the top bit, w + 128; then sum((w + 128) * x) is too large by 128 * sum(x), which every token's quantizer knows, so the
+ * accumulator starts at -128 * sum(x) and the result is exact. */
+#include <immintrin.h>
+#include <string.h>
+
+#include "pyengine.h"
+
+#define LANES static inline __attribute__((always_inline))
+
+enum { TILE_PANELS = 2, TILE_TOKENS = 8 }; /* 16 int32 sums of 32 zmm registers; the float sums are spilled */
+
+typedef __m512 v16;
+typedef __m512i i16, w16, x4;
+
+LANES v16 v16_load(const float *p) { return _mm512_loadu_ps(p); }
+LANES void v16_store(float *p, v16 x) { _mm512_storeu_ps(p, x); }
+LANES v16 v16_set1(float x) { return _mm512_set1_ps(x); }
+LANES v16 v16_add(v16 a, v16 b) { return _mm512_add_ps(a, b); }
+LANES v16 v16_sub(v16 a, v16 b) { return _mm512_sub_ps(a, b); }
+LANES v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
+LANES v16 v16_div(v16 a, v16 b) { return _mm512_div_ps(a, b); }
+LANES v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
+LANES v16 v16_neg(v16 x) { return _mm512_xor_ps(x, _mm512_set1_ps(-0.0f)); }
+LANES v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); }
+LANES v16 v16_cap(v16 limit, v16 x) { return _mm512_min_ps(limit, x); }
+LANES v16 v16_rint(v16 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+LANES v16 v16_exp_bits(v16 p, v16 n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+}
+LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
+}
+
+LANES v16 v16_from_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+LANES v16 v16_from_i8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))); }
+
+LANES i16 i16_zero(void) { return _mm512_setzero_si512(); }
+LANES i16 i16_add(i16 a, i16 b) { return _mm512_add_epi32(a, b); }
+LANES v16 i16_to_float(i16 x) { return _mm512_cvtepi32_ps(x); }
+LANES i16 v16_abs_bits_max(i16 m, v16 x) {
+    return _mm512_max_epu32(m, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+}
+LANES uint32_t i16_umax(i16 x) { return _mm512_reduce_max_epu32(x); }
+LANES int32_t i16_sum(i16 x) { return _mm512_reduce_add_epi32(x); }
+
+LANES i16 v16_to_i8(int8_t *p, v16 x) {
+    i16 codes = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128((void *)p, _mm512_cvtsepi32_epi8(codes));
+    return codes;
+}
+
+LANES w16 w16_load(const int8_t *p) {
+    return _mm512_xor_si512(_mm512_loadu_si512((const void *)p), _mm512_set1_epi8((char)0x80));
+}
+LANES x4 x4_load(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+LANES i16 dot_start(int32_t sum) { return _mm512_set1_epi32(-128 * sum); }
+LANES i16 dot(i16 acc, w16 w, x4 x) { return _mm512_dpbusd_epi32(acc, w, x); }
+
+#include "lanes16.h"
+
+const struct pe_kernels pe_kernels_avx512vnni =
+    PE_LANES16_TABLE("avx512vnni", PE_CPU_AVX2 | PE_CPU_FMA | PE_CPU_F16C | PE_CPU_AVX512F | PE_CPU_AVX512BW | PE_CPU_AVX512VL |
+                                       PE_CPU_AVX512DQ | PE_CPU_AVX512VNNI);

@@ -1,0 +1,366 @@
+/* lanes16.h: every kernel, written once for sixteen lanes.
+ *
+ * An instruction set's file defines the primitives below as static inline functions, includes this header, and is done: a
+ * table differs from another only in how sixteen lanes are held (one zmm, two ymm, four q registers) and in the int8 dot step. The loops
+ * follow kernels_scalar.c statement by statement; all lane-wise operations are IEEE, so equal order means equal bits.
+ *
+ *   v16              16 float32 lanes        v16_load/store (unaligned), v16_set1, v16_add/sub/mul/div/fma(a, b, c) = a * b + c
+ *   v16_max(a, b)    a > b ? a : b           v16_rint, v16_from_i8(p) 16 int8 -> float, v16_from_half(p) 16 f16 -> float
+ *   v16_exp_bits(p, n)   p * 2^n by adding n to the exponents (n integral), v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
+ *   v16_cap(limit, x)    limit < x ? limit : x
+ *   i16              16 int32 lanes          i16_to_float, i16_sum (all lanes, any order: exact)
+ *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|; i16_umax: the maximum over lanes
+ *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
+ *   w16, x4          64 bytes of a panel (four inputs of sixteen rows); four inputs of one token, broadcast
+ *   w16_load, x4_load, dot_start(sum of the 32 codes of x), dot(acc, w, x)
+ *   TILE_PANELS, TILE_TOKENS   register block of the matrix product */
+#ifndef PE_LANES16_H
+#define PE_LANES16_H
+
+#include <string.h>
+
+#include "kernels.h"
+#include "pe_math.h"
+
+#define PE_INLINE static inline __attribute__((always_inline))
+#define PE_UNROLL _Pragma("GCC unroll 8")
+
+/* ------------------------------------------------------------------ exp */
+
+PE_INLINE v16 exp16(v16 x) {
+    v16 capped = v16_cap(v16_set1(PE_EXP_MAX), x);
+    v16 n = v16_rint(v16_mul(capped, v16_set1(PE_EXP_LOG2E)));
+    v16 f = v16_fma(n, v16_set1(-PE_EXP_LN2_HI), capped);
+    f = v16_fma(n, v16_set1(-PE_EXP_LN2_LO), f);
+    v16 p = v16_set1(PE_EXP_C0);
+    p = v16_fma(p, f, v16_set1(PE_EXP_C1));
+    p = v16_fma(p, f, v16_set1(PE_EXP_C2));
+    p = v16_fma(p, f, v16_set1(PE_EXP_C3));
+    p = v16_fma(p, f, v16_set1(PE_EXP_C4));
+    p = v16_fma(p, f, v16_set1(PE_EXP_C5));
+    p = v16_add(v16_fma(p, v16_mul(f, f), f), v16_set1(1.0f));
+    return v16_zero_if_less(x, PE_EXP_MIN, v16_exp_bits(p, n));
+}
+
+/* ------------------------------------------------------------------ quantization */
+
+/* One group; n a multiple of 16, at most 512. Codes go to `dense`. */
+PE_INLINE uint32_t quantize_dense(int8_t *dense, float *scale, int32_t *sum, const float *x, size_t n) {
+    i16 most = i16_zero();
+    for (size_t i = 0; i < n; i += 16) most = v16_abs_bits_max(most, v16_load(x + i));
+    uint32_t bits = i16_umax(most);
+    float absmax = pe_float_from_bits(bits);
+    if (absmax < 0x1p-64f || bits >= PE_NOT_FINITE_BITS) {
+        memset(dense, 0, n);
+        *scale = 0.0f;
+        *sum = 0;
+        return bits;
+    }
+    *scale = absmax / 127.0f;
+    v16 inv = v16_set1(127.0f / absmax);
+    i16 total = i16_zero();
+    for (size_t i = 0; i < n; i += 16) total = i16_add(total, v16_to_i8(dense + i, v16_mul(v16_load(x + i), inv)));
+    *sum = i16_sum(total);
+    return bits;
+}
+
+static uint32_t quantize(int8_t *codes, float *scales, int32_t *sums, size_t width, const float *x, size_t n, size_t n_padded) {
+    uint32_t most = 0;
+    for (size_t g = 0; g < n_padded / PE_X_GROUP; g++) {
+        size_t begin = g * PE_X_GROUP;
+        const float *group = x + begin;
+        float padded[PE_X_GROUP] = {0};
+        if (begin + PE_X_GROUP > n) {
+            if (begin < n) memcpy(padded, group, (n - begin) * sizeof(float));
+            group = padded;
+        }
+        int8_t dense[PE_X_GROUP];
+        uint32_t bits = quantize_dense(dense, scales + g * width, sums + g * width, group, PE_X_GROUP);
+        most = bits > most ? bits : most;
+        for (size_t k4 = 0; k4 < PE_X_GROUP / 4; k4++) memcpy(codes + (begin + k4 * 4) * width, dense + k4 * 4, 4);
+    }
+    return most;
+}
+
+static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size_t n) {
+    float padded[512] = {0};
+    int8_t dense[512];
+    int32_t sum;
+    memcpy(padded, x, n * sizeof(float));
+    uint32_t bits = quantize_dense(dense, scale, &sum, padded, (n + 15) / 16 * 16);
+    memcpy(codes, dense, n);
+    return bits;
+}
+
+/* ------------------------------------------------------------------ matrix product */
+
+/* d * scale of 32 inputs, for n_p panels and n_t tokens: the integer half of a group. Strides: w_stride bytes between panels, x_token
+ * bytes between tokens, x_step between consecutive k4 of one token. n_p and n_t are constants at every call. */
+PE_INLINE void dot_32(i16 d[TILE_PANELS][TILE_TOKENS], const int8_t *w, size_t w_stride, const int8_t *x, size_t x_step,
+                      size_t x_token, const int32_t *sums, size_t sum_stride, const int n_p, const int n_t) {
+    PE_UNROLL for (int t = 0; t < n_t; t++) {
+        i16 start = dot_start(sums[(size_t)t * sum_stride]);
+        PE_UNROLL for (int p = 0; p < n_p; p++) d[p][t] = start;
+    }
+    PE_UNROLL for (int k4 = 0; k4 < PE_X_GROUP / 4; k4++) {
+        w16 rows[TILE_PANELS];
+        PE_UNROLL for (int p = 0; p < n_p; p++) rows[p] = w16_load(w + (size_t)p * w_stride + k4 * 64);
+        PE_UNROLL for (int t = 0; t < n_t; t++) {
+            x4 inputs = x4_load(x + (size_t)k4 * x_step + (size_t)t * x_token);
+            PE_UNROLL for (int p = 0; p < n_p; p++) d[p][t] = dot(d[p][t], rows[p], inputs);
+        }
+    }
+}
+
+/* n_p panels from `panel` times n_t tokens whose first is x, scales, sums (stride `width` between k4 steps and groups). */
+PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, size_t panel, const int8_t *x, const float *scales,
+                            const int32_t *sums, size_t width, const int n_p, const int n_t) {
+    size_t n_groups = w->n_groups, w_stride = n_groups * PE_GROUP * PE_PANEL;
+    const int8_t *codes = w->codes + panel * w_stride;
+    const uint16_t *w_scales = w->scales + panel * n_groups * PE_PANEL;
+    v16 acc[TILE_PANELS][TILE_TOKENS];
+    PE_UNROLL for (int p = 0; p < n_p; p++) PE_UNROLL for (int t = 0; t < n_t; t++) acc[p][t] = v16_set1(0.0f);
+    for (size_t g = 0; g < n_groups; g++) {
+        v16 sum[TILE_PANELS][TILE_TOKENS];
+        i16 d[TILE_PANELS][TILE_TOKENS];
+        dot_32(d, codes, w_stride, x, width * 4, 4, sums, width, n_p, n_t);
+        PE_UNROLL for (int t = 0; t < n_t; t++) {
+            v16 s = v16_set1(scales[t]);
+            PE_UNROLL for (int p = 0; p < n_p; p++) sum[p][t] = v16_mul(i16_to_float(d[p][t]), s);
+        }
+        dot_32(d, codes + 512, w_stride, x + width * 32, width * 4, 4, sums + width, width, n_p, n_t);
+        v16 w_scale[TILE_PANELS];
+        PE_UNROLL for (int p = 0; p < n_p; p++) w_scale[p] = v16_from_half(w_scales + (size_t)p * n_groups * PE_PANEL);
+        PE_UNROLL for (int t = 0; t < n_t; t++) {
+            v16 s = v16_set1(scales[width + (size_t)t]);
+            PE_UNROLL for (int p = 0; p < n_p; p++)
+                acc[p][t] = v16_fma(v16_fma(i16_to_float(d[p][t]), s, sum[p][t]), w_scale[p], acc[p][t]);
+        }
+        codes += PE_GROUP * PE_PANEL, w_scales += PE_PANEL;
+        x += width * PE_GROUP, scales += width * 2, sums += width * 2;
+    }
+    PE_UNROLL for (int t = 0; t < n_t; t++)
+        PE_UNROLL for (int p = 0; p < n_p; p++) v16_store(out + (size_t)t * out_stride + p * PE_PANEL, acc[p][t]);
+}
+
+/* Any number of tokens of one block (1..8), n_p panels: full register blocks, then what is left. */
+PE_INLINE void matmul_tokens(float *out, size_t out_stride, const pe_matrix *w, size_t panel, const int8_t *x, const float *scales,
+                             const int32_t *sums, size_t width, size_t n_tokens, const int n_p) {
+    size_t t = 0;
+#define PE_BLOCK(n_t) \
+    matmul_block(out + t * out_stride, out_stride, w, panel, x + t * 4, scales + t, sums + t, width, n_p, n_t), t += (n_t)
+    while (n_tokens - t >= TILE_TOKENS) PE_BLOCK(TILE_TOKENS);
+    if (TILE_TOKENS > 4 && n_tokens - t >= 4) PE_BLOCK(TILE_TOKENS < 4 ? TILE_TOKENS : 4);
+    if (TILE_TOKENS > 2 && n_tokens - t >= 2) PE_BLOCK(2);
+    while (n_tokens - t >= 1) PE_BLOCK(1);
+#undef PE_BLOCK
+}
+
+static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
+                   const pe_activations *x, size_t token_begin, size_t token_end) {
+    for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
+        for (size_t block = token_begin; block < token_end; block += PE_TOKEN_BLOCK) {
+            size_t width = x->n_tokens - block < PE_TOKEN_BLOCK ? x->n_tokens - block : PE_TOKEN_BLOCK;
+            size_t n_tokens = token_end - block < width ? token_end - block : width;
+            const int8_t *codes = x->codes + block * x->n;
+            const float *scales = x->scales + block * (x->n / PE_X_GROUP);
+            const int32_t *sums = x->sums + block * (x->n / PE_X_GROUP);
+            float *tile = out + (block - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
+            if (panel_end - panel >= TILE_PANELS) {
+                matmul_tokens(tile, out_stride, w, panel, codes, scales, sums, width, n_tokens, TILE_PANELS);
+            } else {
+                for (size_t p = panel; p < panel_end; p++)
+                    matmul_tokens(tile + (p - panel) * PE_PANEL, out_stride, w, p, codes, scales, sums, width, n_tokens, 1);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ norm, RoPE, SwiGLU */
+
+static float rmsnorm(float *y, const float *x, const float *w, size_t n, float eps) {
+    float a[PE_PANEL];
+    v16 lanes = v16_set1(0.0f);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) lanes = v16_fma(v16_load(x + i), v16_load(x + i), lanes);
+    v16_store(a, lanes);
+    for (size_t k = i; k < n; k++) a[k % PE_PANEL] = fmaf(x[k], x[k], a[k % PE_PANEL]);
+    float sum = pe_sum_lanes(a);
+    float inv_rms = 1.0f / sqrtf(sum / (float)n + eps);
+    v16 inv = v16_set1(inv_rms);
+    for (i = 0; i + 16 <= n; i += 16) v16_store(y + i, v16_mul(v16_mul(v16_load(x + i), inv), v16_load(w + i)));
+    for (; i < n; i++) y[i] = (x[i] * inv_rms) * w[i];
+    return sum;
+}
+
+static void rope(float *x, const float *cos, const float *sin, size_t head_dim) {
+    size_t half = head_dim / 2, i = 0;
+    for (; i + 16 <= half; i += 16) {
+        v16 x0 = v16_load(x + i), x1 = v16_load(x + i + half), c = v16_load(cos + i), s = v16_load(sin + i);
+        v16_store(x + i, v16_fma(x0, c, v16_neg(v16_mul(x1, s))));
+        v16_store(x + i + half, v16_fma(x1, c, v16_mul(x0, s)));
+    }
+    for (; i < half; i++) {
+        float x0 = x[i], x1 = x[i + half];
+        x[i] = fmaf(x0, cos[i], -(x1 * sin[i]));
+        x[i + half] = fmaf(x1, cos[i], x0 * sin[i]);
+    }
+}
+
+static void swiglu(float *h, const float *gate_up, size_t n_pairs) {
+    v16 one = v16_set1(1.0f);
+    for (size_t pair = 0; pair < n_pairs; pair++) {
+        v16 gate = v16_load(gate_up + pair * 32), up = v16_load(gate_up + pair * 32 + 16);
+        v16 sigmoid = v16_div(one, v16_add(one, exp16(v16_neg(gate))));
+        v16_store(h + pair * PE_PANEL, v16_mul(v16_mul(gate, sigmoid), up));
+    }
+}
+
+static void add(float *y, const float *x, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) v16_store(y + i, v16_add(v16_load(x + i), v16_load(y + i)));
+    for (; i < n; i++) y[i] = x[i] + y[i];
+}
+
+static void scale(float *y, const float *x, float s, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) v16_store(y + i, v16_mul(v16_load(x + i), v16_set1(s)));
+    for (; i < n; i++) y[i] = x[i] * s;
+}
+
+/* ------------------------------------------------------------------ attention */
+
+/* One panel of 16 positions against n_t query rows. */
+PE_INLINE void scores_block(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_sums, size_t head_dim_p,
+                            const int8_t *k, const float *k_scales, float c, const int n_t) {
+    size_t n_groups = head_dim_p / PE_X_GROUP;
+    v16 acc[TILE_TOKENS];
+    PE_UNROLL for (int t = 0; t < n_t; t++) acc[t] = v16_set1(0.0f);
+    for (size_t g = 0; g < n_groups; g++) {
+        i16 d[TILE_PANELS][TILE_TOKENS];
+        dot_32(d, k + g * 512, 0, q + g * PE_X_GROUP, 4, head_dim_p, q_sums + g, n_groups, 1, n_t);
+        v16 k_scale = v16_load(k_scales + g * PE_PANEL);
+        PE_UNROLL for (int t = 0; t < n_t; t++)
+            acc[t] = v16_fma(v16_mul(i16_to_float(d[0][t]), v16_set1(q_scales[(size_t)t * n_groups + g])), k_scale, acc[t]);
+    }
+    PE_UNROLL for (int t = 0; t < n_t; t++) v16_store(scores + t * PE_CHUNK, v16_mul(v16_set1(c), acc[t]));
+}
+
+static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_sums, size_t n_rows,
+                             size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
+    size_t n_groups = head_dim_p / PE_X_GROUP;
+    for (size_t j = 0; j < n_positions; j += PE_PANEL) {
+        const int8_t *k = kv->k + j * head_dim_p;
+        const float *k_scales = kv->k_scales + j * n_groups;
+        size_t r = 0;
+#define PE_BLOCK(n_t) \
+    scores_block(scores + r * PE_CHUNK + j, q + r * head_dim_p, q_scales + r * n_groups, q_sums + r * n_groups, head_dim_p, k, \
+                 k_scales, c, n_t), \
+        r += (n_t)
+        while (n_rows - r >= TILE_TOKENS) PE_BLOCK(TILE_TOKENS);
+        while (n_rows - r >= 1) PE_BLOCK(1);
+#undef PE_BLOCK
+    }
+}
+
+static void attention_scores_f32(float *scores, const float *q, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                                 size_t n_positions, float c) {
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t j = 0; j < n_positions; j += PE_PANEL) {
+            v16 acc = v16_set1(0.0f);
+            for (size_t i = 0; i < head_dim_p; i++)
+                acc = v16_fma(v16_set1(q[r * head_dim_p + i]), v16_load(kv->k_f32 + (j / PE_PANEL * head_dim_p + i) * PE_PANEL), acc);
+            v16_store(scores + r * PE_CHUNK + j, v16_mul(v16_set1(c), acc));
+        }
+}
+
+static float softmax_chunk(float *scores, size_t begin, size_t end, float *l) {
+    /* Whole strips of 16 from here on: what the range leaves of the first and last strip becomes exp(-inf) = +0. */
+    size_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
+    for (size_t j = first; j < begin; j++) scores[j] = -INFINITY;
+    for (size_t j = end; j < last; j++) scores[j] = -INFINITY;
+    v16 most = v16_load(scores + first);
+    for (size_t j = first + 16; j < last; j += 16) most = v16_max(v16_load(scores + j), most);
+    float a[PE_PANEL], m;
+    v16_store(a, most);
+    m = a[0];
+    for (int lane = 1; lane < PE_PANEL; lane++) m = a[lane] > m ? a[lane] : m;
+    v16 total = v16_set1(0.0f), maximum = v16_set1(m);
+    for (size_t j = first; j < last; j += 16) {
+        v16 p = exp16(v16_sub(v16_load(scores + j), maximum));
+        v16_store(scores + j, p);
+        total = v16_add(total, p);
+    }
+    memset(scores, 0, first * sizeof *scores);
+    memset(scores + last, 0, (PE_CHUNK - last) * sizeof *scores);
+    v16_store(a, total);
+    *l = pe_sum_lanes(a);
+    return m;
+}
+
+enum { VALUE_ROWS = 4 }; /* query rows that share one pass over V */
+
+/* n_r rows of weights (256 apart) times columns d..d+15 of V. */
+PE_INLINE void values_block(float *out, size_t out_stride, const float *weights, const pe_kv_chunk *kv, size_t head_dim_p, size_t d,
+                            size_t begin, size_t end, const int n_r, const int f32) {
+    v16 o[VALUE_ROWS];
+    PE_UNROLL for (int r = 0; r < n_r; r++) o[r] = v16_set1(0.0f);
+    for (size_t j = begin; j < end; j++) {
+        v16 v = f32 ? v16_load(kv->v_f32 + j * head_dim_p + d) : v16_from_i8(kv->v + j * head_dim_p + d);
+        PE_UNROLL for (int r = 0; r < n_r; r++) o[r] = v16_fma(v16_set1(weights[(size_t)r * PE_CHUNK + j]), v, o[r]);
+    }
+    PE_UNROLL for (int r = 0; r < n_r; r++) v16_store(out + (size_t)r * out_stride + d, o[r]);
+}
+
+static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
+                             size_t end) {
+    float weights[VALUE_ROWS * PE_CHUNK]; /* p * v_scale */
+    size_t first = begin / 16 * 16;
+    for (size_t row = 0; row < n_rows; row += VALUE_ROWS) {
+        size_t n_r = n_rows - row < VALUE_ROWS ? n_rows - row : VALUE_ROWS;
+        for (size_t r = 0; r < n_r; r++)
+            for (size_t j = first; j < end; j += 16)
+                v16_store(weights + r * PE_CHUNK + j, v16_mul(v16_load(p + (row + r) * PE_CHUNK + j), v16_load(kv->v_scales + j)));
+        for (size_t d = 0; d < head_dim_p; d += 16) {
+            if (n_r == VALUE_ROWS) {
+                values_block(out + row * head_dim_p, head_dim_p, weights, kv, head_dim_p, d, begin, end, VALUE_ROWS, 0);
+            } else {
+                for (size_t r = 0; r < n_r; r++)
+                    values_block(out + (row + r) * head_dim_p, head_dim_p, weights + r * PE_CHUNK, kv, head_dim_p, d, begin, end, 1, 0);
+            }
+        }
+    }
+}
+
+static void attention_values_f32(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                                 size_t begin, size_t end) {
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t d = 0; d < head_dim_p; d += 16)
+            values_block(out + r * head_dim_p, head_dim_p, p + r * PE_CHUNK, kv, head_dim_p, d, begin, end, 1, 1);
+}
+
+static void attention_merge(float *o, const float *o_chunk, float a, float b, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        v16_store(o + i, v16_fma(v16_load(o_chunk + i), v16_set1(b), v16_mul(v16_load(o + i), v16_set1(a))));
+    for (; i < n; i++) o[i] = fmaf(o_chunk[i], b, o[i] * a);
+}
+
+/* ------------------------------------------------------------------ checks */
+
+static int codes_are_legal(const int8_t *codes, size_t n) {
+    int illegal = 0;
+    for (size_t i = 0; i < n; i++) illegal |= codes[i] == -128;
+    return !illegal;
+}
+
+#define PE_LANES16_TABLE(table_name, table_required) \
+    { \
+        .name = table_name, .required = (table_required), .quantize = quantize, .quantize_group = quantize_group, .matmul = matmul, \
+        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .add = add, .attention_scores = attention_scores, \
+        .attention_scores_f32 = attention_scores_f32, .softmax_chunk = softmax_chunk, .attention_values = attention_values, \
+        .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
+        .codes_are_legal = codes_are_legal, \
+    }
+
+#endif

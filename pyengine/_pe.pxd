@@ -1,0 +1,72 @@
+# The part of csrc/pyengine.h that the border uses.
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+
+cdef extern from "pyengine.h" nogil:
+    enum:
+        PE_ERR_LEN
+    ctypedef enum pe_status:
+        PE_OK
+        PE_ERR_CANCELLED
+        PE_STATUS_COUNT
+    const char *pe_status_message(pe_status status)
+
+    enum:
+        PE_CPU_AVX2, PE_CPU_FMA, PE_CPU_F16C, PE_CPU_AVX512F, PE_CPU_AVX512BW, PE_CPU_AVX512VL, PE_CPU_AVX512VNNI
+        PE_CPU_AVX512DQ, PE_CPU_NEON_DOTPROD
+    uint32_t pe_cpu_features()
+    const char *pe_isa_available(size_t index)
+    pe_status pe_isa_select(const char *name, char *err)
+    pe_status pe_isa_active(const char **name, char *err)
+
+    ctypedef struct pe_config:
+        uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len, sliding_window
+        float norm_eps
+        bint tie_embeddings, qkv_bias, o_bias, qk_norm
+    ctypedef struct pe_model
+    ctypedef struct pe_tensor:
+        const char *name
+        const void *data
+        size_t n_bytes
+    pe_status pe_model_create(pe_model **out, const pe_config *config, char *err)
+    pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err)
+    void pe_model_destroy(pe_model *model)
+
+    ctypedef struct pe_thread_info:
+        int n_affinity
+        double cpu_quota
+        int n_default
+    void pe_thread_info_get(pe_thread_info *info)
+
+    ctypedef enum pe_kv_dtype:
+        PE_KV_INT8
+        PE_KV_F32
+    ctypedef struct pe_context
+    pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype kv_dtype, int n_threads, char *err)
+    void pe_context_destroy(pe_context *context)
+    const char *pe_context_isa(const pe_context *context)
+    int pe_context_n_threads(const pe_context *context)
+    size_t pe_context_memory(const pe_context *context, size_t *scratch_bytes)
+
+    pe_status pe_sequence_new(pe_context *context, int32_t *out, char *err)
+    pe_status pe_sequence_fork(pe_context *context, int32_t source, size_t n_tokens, int32_t *out, char *err)
+    pe_status pe_sequence_truncate(pe_context *context, int32_t sequence, size_t n_tokens, char *err)
+    pe_status pe_sequence_drop(pe_context *context, int32_t sequence, char *err)
+    pe_status pe_sequence_length(const pe_context *context, int32_t sequence, size_t *out, char *err)
+
+    ctypedef int (*pe_poll_fn)(void *user) noexcept
+    ctypedef struct pe_batch:
+        size_t n_tokens
+        const int32_t *tokens
+        const int32_t *sequences
+        const uint8_t *want_logits
+        pe_poll_fn poll
+        void *poll_user
+        int64_t deadline_ns
+    pe_status pe_forward(pe_context *context, const pe_batch *batch, char *err)
+    size_t pe_context_n_logits(const pe_context *context)
+    const float *pe_context_logits(const pe_context *context, size_t row)
+
+    pe_status pe_debug_block(pe_context *context, uint32_t layer, float *x, size_t n_tokens, char *err)
+    size_t pe_debug_kv_page(const pe_context *context, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page,
+                            void *out, size_t capacity)
