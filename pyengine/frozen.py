@@ -1,12 +1,15 @@
-"""The frozen model file: configuration, table of tensors, reader (csrc/FORMAT.md, sections 1 and 2).
+"""The frozen model file: configuration, table of tensors, reader (csrc/FORMAT.md, sections 1 and
+2).
 
-``FrozenFile.open`` validates everything before anything uses the file, and reads nothing but its header and its
-``config.json``: this is the start-up path, so it imports neither numpy nor the tokenizer and takes milliseconds.
-The file comes from strangers; whatever is wrong with it is a ``ModelFormatError`` that says what and where.
+``FrozenFile.open`` validates everything before anything uses the file, and reads nothing but its
+header and its ``config.json``: this is the start-up path, so it imports neither numpy nor the
+tokenizer and takes milliseconds. The file comes from strangers; whatever is wrong with it is a
+``ModelFormatError`` that says what and where.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -74,9 +77,7 @@ def parse_json_object(text: bytes | str, what: str) -> dict[str, Any]:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        document = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-        )
+        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ModelFormatError(f"{what} is not valid JSON: {error}") from None
     if not isinstance(document, dict):
@@ -110,9 +111,11 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    """The shape of a model, as in the rider ``config.json``. Every field is checked on construction.
+    """The shape of a model, as in the rider ``config.json``. Every field is checked on
+    construction.
 
-    ``sliding_window`` 0 means none; lengths are in positions, ``norm_eps`` is added to a mean square.
+    ``sliding_window`` 0 means none; lengths are in positions, ``norm_eps`` is added to a mean
+    square.
     """
 
     architecture: str
@@ -203,9 +206,7 @@ def _vector_spec(n: int, dtype: str) -> TensorSpec:
     return TensorSpec(dtype, (nbytes // item,), nbytes)
 
 
-def _add_matrix(
-    specs: dict[str, TensorSpec], name: str, n_panels: int, columns: int
-) -> None:
+def _add_matrix(specs: dict[str, TensorSpec], name: str, n_panels: int, columns: int) -> None:
     n_groups = -(-columns // GROUP_COLUMNS)
     codes = n_panels * n_groups * PANEL_ROWS * GROUP_COLUMNS
     shape = (n_panels, n_groups, GROUP_COLUMNS // 4, PANEL_ROWS, 4)
@@ -296,8 +297,9 @@ def _checked_entry(name: str, raw: Any, data_start: int, data_bytes: int) -> Saf
 def parse_safetensors_header(buffer: Any, file_bytes: int) -> SafetensorsHeader:
     """Parse and check the header of any safetensors file.
 
-    ``buffer`` is a slice-able view of at least the header's bytes. Checked: the caps, JSON without duplicate keys, dtype,
-    shape against size, every range inside the file, no hole, no overlap, nothing after the last tensor.
+    ``buffer`` is a slice-able view of at least the header's bytes. Checked: the caps, JSON without
+    duplicate keys, dtype, shape against size, every range inside the file, no hole, no overlap,
+    nothing after the last tensor.
     """
     if file_bytes < 8:
         raise ModelFormatError(f"the file has {file_bytes} bytes: not a safetensors file")
@@ -370,10 +372,12 @@ def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -
 
 
 class FrozenFile:
-    """A validated frozen file: ``config``, ``metadata``, ``buffer`` and where each tensor lies in it.
+    """A validated frozen file: ``config``, ``metadata``, ``buffer`` and where each tensor lies in
+    it.
 
-    ``tensors`` maps a name to (offset, size) in bytes of ``buffer``; offsets are multiples of 64 and ``buffer`` begins on
-    a page. Use as a context manager or call ``close``; views taken from ``buffer`` stay valid until they are released.
+    ``tensors`` maps a name to (offset, size) in bytes of ``buffer``; offsets are multiples of 64
+    and ``buffer`` begins on a page. Use as a context manager or call ``close``; views taken from
+    ``buffer`` stay valid until they are released.
     """
 
     def __init__(self, path: str, buffer: mmap.mmap) -> None:
@@ -441,16 +445,17 @@ class FrozenFile:
         )
 
     def check_codes(self) -> None:
-        """Refuse code -128, which the format does not have. Reads every weight: not part of ``open``."""
+        """Refuse code -128, which the format does not have. Reads every weight: not part of
+        ``open``.
+        """
         for name, (offset, size) in self.tensors.items():
             if name.endswith(".codes") and self.buffer.find(b"\x80", offset, offset + size) >= 0:
                 raise ModelFormatError(f"{self.path}: tensor {name!r} holds the code -128")
 
     def close(self) -> None:
-        try:
+        # When somebody still holds a view, the map goes with the last view.
+        with contextlib.suppress(BufferError):
             self.buffer.close()
-        except BufferError:
-            pass  # somebody still holds a view: the map goes when the last view does
 
     def __enter__(self) -> FrozenFile:
         return self
@@ -460,7 +465,9 @@ class FrozenFile:
 
 
 def verify_checksums(frozen: FrozenFile) -> Iterator[tuple[str, bool]]:
-    """Yield (tensor name, whether its SHA-256 is the one on file) for every tensor but checksums.json."""
+    """Yield (tensor name, whether its SHA-256 is the one on file) for every tensor but
+    checksums.json.
+    """
     import hashlib
 
     sums = parse_json_object(frozen.rider("checksums.json") or b"", "checksums.json")

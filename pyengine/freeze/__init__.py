@@ -1,8 +1,9 @@
 """Freezing: any supported checkpoint -> one frozen int8 file (csrc/FORMAT.md).
 
-``freeze`` finds out by content what the source is, maps its tensors to their frozen places and streams them through
-the quantizer; memory stays bounded by a few megabytes of weights and one matrix's scales. ``freeze_cached`` does it once
-per source. ``pyengine.freeze`` is both this package and, being callable, the function.
+``freeze`` finds out by content what the source is, maps its tensors to their frozen places and
+streams them through the quantizer; memory stays bounded by a few megabytes of weights and one
+matrix's scales. ``freeze_cached`` does it once per source. ``pyengine.freeze`` is both this package
+and, being callable, the function.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def open_source(
 ) -> SourceModel:
     """Open a checkpoint of any supported kind; only its headers are read. Close the result.
 
-    A directory is Hugging Face's, a file that starts with ``GGUF`` is GGUF, another one is a llama2.c legacy checkpoint and needs
-    ``tokenizer``, the path of its tokenizer.bin.
+    A directory is Hugging Face's, a file that starts with ``GGUF`` is GGUF, another one is a
+    llama2.c legacy checkpoint and needs ``tokenizer``, the path of its tokenizer.bin.
     """
     path = Path(source)
     if path.is_dir():
@@ -50,7 +51,7 @@ def open_source(
         return load_gguf(path, name)
     if path.suffix == ".safetensors":
         raise ModelFormatError(
-            f"{path}: weights alone; give the directory that also has config.json and tokenizer.json"
+            f"{path}: weights alone; give the directory with config.json and tokenizer.json"
         )
     from .llama2c import load_llama2c
 
@@ -58,7 +59,9 @@ def open_source(
 
 
 def _tensor_chunks(model: SourceModel, names: Iterable[str]) -> Iterable[tuple[str, Iterable[Any]]]:
-    """Every tensor of the file in order, as a stream of buffers. Scales follow the codes they come from."""
+    """Every tensor of the file in order, as a stream of buffers. Scales follow the codes they come
+    from.
+    """
     from .quantize import QuantizedMatrix
 
     matrix = None
@@ -94,9 +97,10 @@ def freeze(
 ) -> Path:
     """Freeze the checkpoint ``source`` into the file ``output`` and return its path.
 
-    ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor; ``golden(path)`` with the complete file before
-    it gets its name, to compute the content of golden.json. The file appears only when it is whole; an existing one is replaced
-    only with ``overwrite``. Raises UnsupportedModelError for what is not implemented, ModelFormatError for damage.
+    ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor; ``golden(path)``
+    with the complete file before it gets its name, to compute the content of golden.json. The file
+    appears only when it is whole; an existing one is replaced only with ``overwrite``. Raises
+    UnsupportedModelError for what is not implemented, ModelFormatError for damage.
     """
     from .writer import FrozenWriter
 
@@ -124,7 +128,9 @@ def freeze(
 def frozen_cache_path(
     source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Where ``freeze_cached`` keeps the frozen form of ``source``; changes whenever the source does."""
+    """Where ``freeze_cached`` keeps the frozen form of ``source``; changes whenever the source
+    does.
+    """
     from .cache import cache_path
 
     return cache_path(source, tokenizer)
@@ -152,7 +158,9 @@ def freeze_cached(
 
 
 class _CallableModule(ModuleType):
-    """Importing any submodule binds the package to the name ``pyengine.freeze``: let both readings work."""
+    """Importing any submodule binds the package to the name ``pyengine.freeze``: let both readings
+    work.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Path:
         return freeze(*args, **kwargs)

@@ -1,6 +1,8 @@
-"""The architectures that can be frozen, as one table of flags, and the names of their parts in each kind of source.
+"""The architectures that can be frozen, as one table of flags, and the names of their parts in each
+kind of source.
 
-``build_model`` turns a reader of named tensors into a ``SourceModel``. What the tables do not know is refused by name.
+``build_model`` turns a reader of named tensors into a ``SourceModel``. What the tables do not know
+is refused by name.
 """
 
 from __future__ import annotations
@@ -167,13 +169,15 @@ def build_model(
 ) -> SourceModel:
     """Map every tensor of ``reader`` to its frozen place.
 
-    ``kind`` is the column of PARTS ("hf" or "gguf"); ``interleaved`` says that q and k rows must be put back; ``ignored``
-    names tensors that were used elsewhere. A missing tensor or a wrong shape is a ModelFormatError, a tensor that no
-    part takes an UnsupportedModelError.
+    ``kind`` is the column of PARTS ("hf" or "gguf"); ``interleaved`` says that q and k rows must be
+    put back; ``ignored`` names tensors that were used elsewhere. A missing tensor or a wrong shape
+    is a ModelFormatError, a tensor that no part takes an UnsupportedModelError.
     """
     model = SourceModel(name=name, source=source, config=config)
     take = _Taker(reader, kind)
-    model.matrices["tok_embeddings"] = take.matrix("tok_embeddings", 0, config.vocab_size, config.dim)
+    model.matrices["tok_embeddings"] = take.matrix(
+        "tok_embeddings", 0, config.vocab_size, config.dim
+    )
     for i in range(config.n_layers):
         _add_layer(model, take, i, interleaved)
     model.vectors["norm"] = take.vector("norm", 0, config.dim)

@@ -1,4 +1,6 @@
-"""The cache of frozen models: one file per source, path, size, time and header content included in its name."""
+"""The cache of frozen models: one file per source, path, size, time and header content included in
+its name.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def cache_directory() -> Path:
 
 
 def _fingerprint(path: Path) -> bytes:
-    """Path, size, modification time and a hash of the first MiB, where every kind keeps its header."""
+    """Path, size, modification time and a hash of the first MiB, where the header is."""
     status = path.stat()
     with open(path, "rb") as file:
         head = hashlib.sha256(file.read(_HEADER_BYTES)).hexdigest()

@@ -1,8 +1,9 @@
 """GGUF v2 and v3: a checked header parser, tensors by rows, and the mapping to frozen names.
 
-The parser is ours because it must be fast on large vocabularies and because GGUF files are hostile until checked:
-caps first, every length against the bytes that remain, no product that can wrap. Only the block formats' arithmetic comes
-from the ``gguf`` package, which is imported when the first quantized block is read.
+The parser is ours because it must be fast on large vocabularies and because GGUF files are hostile
+until checked: caps first, every length against the bytes that remain, no product that can wrap.
+Only the block formats' arithmetic comes from the ``gguf`` package, which is imported when the first
+quantized block is read.
 """
 
 from __future__ import annotations
@@ -90,9 +91,11 @@ class _Cursor:
     def string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
         length = self.scalar("<Q", what)
         if length > limit:
-            raise ModelFormatError(f"GGUF: {what} claims {length} bytes, at most {limit} are allowed")
+            raise ModelFormatError(
+                f"GGUF: {what} claims {length} bytes, at most {limit} are allowed"
+            )
         self.need(length, what)
-        text = self.data[self.at : self.at + length]
+        text: bytes = self.data[self.at : self.at + length]
         self.at += length
         try:
             return text.decode("utf-8")
@@ -119,7 +122,7 @@ class _Cursor:
         """The loop that vocabularies go through: hundreds of thousands of short strings."""
         data, at, end = self.data, self.at, self.end
         unpack = struct.Struct("<Q").unpack_from
-        strings = []
+        strings: list[str] = []
         append = strings.append
         try:
             for _ in range(length):
@@ -171,14 +174,15 @@ def _parse_tensor(cursor: _Cursor) -> tuple[str, BlockType, tuple[int, ...], int
 
 
 class GGUFFile:
-    """Header of a GGUF file: ``metadata`` (key -> value, arrays as lists or NumPy arrays) and ``tensors``.
+    """Header of a GGUF file: ``metadata`` (key -> value, arrays as lists or NumPy arrays) and
+    ``tensors``.
 
     Everything is checked on construction; weights are read later, by rows (``matrix``, ``vector``).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file = open(self.path, "rb", buffering=0)
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
         try:
             size = os.fstat(self._file.fileno()).st_size
             if size < 24:
@@ -201,7 +205,9 @@ class GGUFFile:
         if self.version not in (2, 3):
             if self.version and self.version & 0xFFFF == 0:
                 raise UnsupportedModelError("big-endian GGUF is not implemented")
-            raise UnsupportedModelError(f"GGUF version {self.version} is not implemented (2 and 3 are)")
+            raise UnsupportedModelError(
+                f"GGUF version {self.version} is not implemented (2 and 3 are)"
+            )
         n_tensors = cursor.scalar("<Q", "the tensor count")
         n_keys = cursor.scalar("<Q", "the key count")
         if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
@@ -219,8 +225,10 @@ class GGUFFile:
     ) -> None:
         """Resolve the relative offsets and check the ranges: aligned, inside the file, disjoint."""
         alignment = self.metadata.get("general.alignment", 32)
-        if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or (
-            alignment & (alignment - 1)
+        if (
+            type(alignment) is not int
+            or not 8 <= alignment <= MAX_ALIGNMENT
+            or (alignment & (alignment - 1))
         ):
             raise ModelFormatError(f"GGUF: general.alignment {alignment!r:.80} is not sane")
         start = -(-cursor.at // alignment) * alignment
@@ -230,8 +238,8 @@ class GGUFFile:
                 raise ModelFormatError(f"GGUF: tensor {name!r} occurs twice")
             if offset % alignment or start + offset + nbytes > cursor.end:
                 raise ModelFormatError(
-                    f"GGUF: tensor {name!r} ({nbytes} bytes at {offset}) is not aligned or not inside "
-                    f"the file of {cursor.end} bytes"
+                    f"GGUF: tensor {name!r} ({nbytes} bytes at {offset}) is not aligned or not "
+                    f"inside the file of {cursor.end} bytes"
                 )
             self.tensors[name] = GGUFTensor(name, block, shape, start + offset, nbytes)
         end, before = start, ""
@@ -251,10 +259,12 @@ class GGUFFile:
         rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[-1])
         row_bytes = tensor.nbytes // rows
         convert = FLOAT_CONVERTERS.get(tensor.type.name) or _Dequantizer(tensor.type.name)
-        return FileRows(name, self._file.fileno(), tensor.offset, (rows, columns), row_bytes, convert)
+        return FileRows(
+            name, self._file.fileno(), tensor.offset, (rows, columns), row_bytes, convert
+        )
 
     def vector(self, name: str) -> Float32Array:
-        return self.matrix(name).read_rows(0, 1)[0]
+        return self.matrix(name).read_rows(0, 1).reshape(-1)
 
     def close(self) -> None:
         self._file.close()

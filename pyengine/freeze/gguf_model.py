@@ -1,4 +1,6 @@
-"""From a parsed GGUF file to a ``SourceModel``: hyperparameters, RoPE, riders and which tensor goes where."""
+"""From a parsed GGUF file to a ``SourceModel``: hyperparameters, RoPE, riders and which tensor goes
+where.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from .rope import rope_inv_freq
 from .sources import Float32Array, SourceModel
 from .tokenizer import end_token_ids, gguf_tokenizer_riders
 
-# Keys under the architecture's prefix. One that is not here may change the arithmetic and is refused.
+# Keys under the architecture's prefix. One that is not here may change the arithmetic and is
+# refused.
 _KNOWN_KEYS = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-    "attention.key_length", "attention.value_length", "attention.causal", "attention.sliding_window",
+    "attention.key_length", "attention.value_length", "attention.causal",
+    "attention.sliding_window",
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
     "expert_count", "expert_used_count",

@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json, (sharded) safetensors, tokenizer files -> ``SourceModel``."""
+"""Hugging Face directories (config.json, safetensors, tokenizer files) -> ``SourceModel``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import math
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..frozen import (
@@ -56,7 +54,7 @@ class SafetensorsReader:
             raise
 
     def _add(self, path: Path) -> None:
-        file = open(path, "rb", buffering=0)
+        file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
         self._files.append(file)
         size = file.seek(0, 2)
         file.seek(0)
@@ -86,7 +84,7 @@ class SafetensorsReader:
         )
 
     def vector(self, name: str) -> Float32Array:
-        return self.matrix(name).read_rows(0, 1)[0]
+        return self.matrix(name).read_rows(0, 1).reshape(-1)
 
     def close(self) -> None:
         for file in self._files:
@@ -110,7 +108,11 @@ def _weight_files(directory: Path) -> list[Path]:
     if len(names) > _MAX_SHARDS:
         raise ModelFormatError(f"{index.name} names {len(names)} files, too many")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+        ):
             raise ModelFormatError(f"{index.name} names the file {name!r:.200}")
     return [directory / name for name in sorted(names)]
 
@@ -185,7 +187,9 @@ def _inv_freq(config: dict[str, Any], head_dim: int) -> Float32Array:
         raise ModelFormatError("config.json: the RoPE scaling is not an object")
     scaling = scaling or {}
     if any(isinstance(value, dict) for value in scaling.values()):
-        raise UnsupportedModelError("RoPE parameters that differ between layers are not implemented")
+        raise UnsupportedModelError(
+            "RoPE parameters that differ between layers are not implemented"
+        )
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError("partial_rotary_factor is not implemented")
     theta = scaling.get("rope_theta", config.get("rope_theta", 10_000.0))
@@ -257,7 +261,8 @@ def _tokenizer_json(directory: Path, vocab_size: int) -> bytes:
 
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, or tokenizer_config.json's: one string, or named ones of which "default" counts.
+    """chat_template.jinja, or tokenizer_config.json's: one string, or named ones of which "default"
+    counts.
 
     A single string moves out of ``settings``; named ones stay there too.
     """
@@ -272,7 +277,9 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
     else:
         settings.pop("chat_template", None)
     if template is not None and not isinstance(template, str):
-        raise ModelFormatError("tokenizer_config.json: chat_template is neither a string nor a list")
+        raise ModelFormatError(
+            "tokenizer_config.json: chat_template is neither a string nor a list"
+        )
     return template
 
 
@@ -292,7 +299,9 @@ def _riders(directory: Path, vocab_size: int) -> dict[str, bytes]:
 
 
 def load_hf(directory: Path, name: str | None = None) -> SourceModel:
-    """Read the headers of a Hugging Face directory; weights are read when the freezer asks for their rows."""
+    """Read the headers of a Hugging Face directory; weights are read when the freezer asks for
+    their rows.
+    """
     path = directory / "config.json"
     if not path.exists():
         raise ModelFormatError(f"{directory} has no config.json")

@@ -1,4 +1,6 @@
-"""llama2.c legacy checkpoints: seven int32, then float32 tensors in a fixed order; the tokenizer is a second file."""
+"""llama2.c legacy checkpoints: seven int32, then float32 tensors in a fixed order; the tokenizer is
+a second file.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,10 @@ _UNK, _BOS, _EOS, _FIRST_BYTE = 0, 1, 2, 3
 
 
 class Llama2cFile:
-    """Named tensors of a legacy checkpoint: every kind of weight lies together, layer after layer."""
+    """Named tensors of a legacy checkpoint: each kind of weight lies together, by layer."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
         try:
             self._parse(self._file.seek(0, 2))
         except BaseException:
@@ -67,7 +69,7 @@ class Llama2cFile:
         end = self._place_all(_HEADER.size)
         if end != file_bytes:
             raise ModelFormatError(
-                f"the header describes a llama2.c checkpoint of {end} bytes, the file has {file_bytes}"
+                f"a llama2.c checkpoint with this header has {end} bytes, not {file_bytes}"
             )
 
     def _place_all(self, at: int) -> int:
@@ -105,7 +107,7 @@ class Llama2cFile:
         return FileRows(name, fd, offset, (rows, columns), 4 * columns, f32_rows)
 
     def vector(self, name: str) -> Float32Array:
-        return self.matrix(name).read_rows(0, 1)[0]
+        return self.matrix(name).read_rows(0, 1).reshape(-1)
 
     def close(self) -> None:
         self._file.close()
@@ -155,7 +157,9 @@ def load_llama2c(
     file = Llama2cFile(path)
     try:
         if tokenizer is None:
-            raise InvalidArgumentError(f"{path.name}: llama2.c models need the tokenizer's path too")
+            raise InvalidArgumentError(
+                f"{path.name}: llama2.c models need the tokenizer's path too"
+            )
         model = build_model(
             file,
             file.config,

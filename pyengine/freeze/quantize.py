@@ -1,7 +1,7 @@
 """Int8 weights in panels (csrc/FORMAT.md, sections 3 and 4), in exact float32 arithmetic.
 
-``quantize_rows`` and ``to_panels`` are the law on arrays; ``quantize_matrix`` streams a ``RowSource`` through them.
-``from_panels`` and ``dequantize`` are the way back.
+``quantize_rows`` and ``to_panels`` are the law on arrays; ``quantize_matrix`` streams a
+``RowSource`` through them. ``from_panels`` and ``dequantize`` are the way back.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _INT8_MAX = np.float32(127)
 def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16Array]:
     """Weights (rows, columns) -> codes (rows, n_groups, 64) and scales (rows, n_groups).
 
-    Columns are padded with zeros. Raises ModelFormatError that names the tensor for a weight that is not finite or a scale
-    that overflows f16.
+    Columns are padded with zeros. Raises ModelFormatError that names the tensor for a weight that
+    is not finite or a scale that overflows f16.
     """
     rows, columns = weights.shape
     padded = pad(columns, GROUP_COLUMNS)
@@ -36,7 +36,9 @@ def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16A
     absmax = np.abs(groups).max(axis=2)
     if not np.isfinite(absmax).all():
         row = int(np.argwhere(~np.isfinite(absmax))[0, 0])
-        raise ModelFormatError(f"tensor {name!r}: a weight of row {row} of this block is not finite")
+        raise ModelFormatError(
+            f"tensor {name!r}: a weight of row {row} of this block is not finite"
+        )
     with np.errstate(over="ignore", under="ignore"):
         scales = (absmax / _INT8_MAX).astype(np.float16)
     if not np.isfinite(scales).all():
@@ -53,7 +55,8 @@ def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16A
 
 
 def to_panels(codes: Int8Array, scales: Float16Array) -> tuple[Int8Array, Float16Array]:
-    """(rows, n_groups, 64), (rows, n_groups) -> (panels, n_groups, 16, 16, 4), (panels, n_groups, 16).
+    """(rows, n_groups, 64), (rows, n_groups) -> (panels, n_groups, 16, 16, 4), (panels, n_groups,
+    16).
 
     Rows are padded to whole panels with zero codes and scales.
     """

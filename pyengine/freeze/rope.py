@@ -16,7 +16,8 @@ def default_inv_freq(head_dim: int, theta: float) -> Float32Array:
     """theta ** (-2i / head_dim), float32 (head_dim / 2), rounded where transformers rounds."""
     exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
     powers = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1) / powers
+    inv_freq: Float32Array = np.float32(1) / powers
+    return inv_freq
 
 
 def _number(scaling: Mapping[str, Any], key: str) -> float:

@@ -1,7 +1,8 @@
 """Where weights come from: rows of float32, whatever file, dtype and row order they lie in.
 
-A frozen matrix is made of rows read from a ``RowSource`` a chunk at a time, so freezing never holds a whole matrix.
-Stacking (q, k, v), alternating by panel (gate, up) and undoing GGUF's head permutation are row sources themselves.
+A frozen matrix is made of rows read from a ``RowSource`` a chunk at a time, so freezing never holds
+a whole matrix. Stacking (q, k, v), alternating by panel (gate, up) and undoing GGUF's head
+permutation are row sources themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class RowSource(Protocol):
 
 
 class FileRows:
-    """Rows that lie one after the other in a file; ``convert`` turns uint8 (rows, row_bytes) into float32.
+    """Rows that lie one after the other in a file; ``convert`` turns uint8 (rows, row_bytes) into
+    float32.
 
     Read with ``pread`` and not mapped: pages of a map count as this process's memory.
     """
@@ -99,7 +101,7 @@ class StackedRows:
 
 
 class AlternatingPanels:
-    """Gate panel 0, up panel 0, gate panel 1, …; each matrix padded to whole panels with zero rows."""
+    """Gate panel 0, up panel 0, gate panel 1, …; each matrix padded to whole panels."""
 
     def __init__(self, gate: RowSource, up: RowSource) -> None:
         self.name = f"{gate.name} + {up.name}"
@@ -123,9 +125,10 @@ class AlternatingPanels:
 
 
 def half_split_order(n_heads: int, head_dim: int) -> npt.NDArray[np.intp]:
-    """Where row i of a half-split matrix lies in one whose RoPE pairs are interleaved (2j, 2j + 1)."""
+    """Where row i of a half-split matrix lies in one with interleaved RoPE pairs (2j, 2j + 1)."""
     one = np.arange(head_dim).reshape(head_dim // 2, 2).T.reshape(-1)
-    return (np.arange(n_heads)[:, None] * head_dim + one).reshape(-1)
+    order: npt.NDArray[np.intp] = (np.arange(n_heads)[:, None] * head_dim + one).reshape(-1)
+    return order
 
 
 class UnpermutedRows:
@@ -146,7 +149,8 @@ class UnpermutedRows:
 class SourceModel:
     """What a reader hands to the freezer: frozen names (without .codes / .scales) -> weights.
 
-    ``vectors`` are functions so that nothing is read before its turn; riders are the file's JSON and text.
+    ``vectors`` are functions so that nothing is read before its turn; riders are the file's JSON
+    and text.
     """
 
     name: str

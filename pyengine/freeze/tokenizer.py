@@ -1,8 +1,9 @@
 """A Hugging Face ``tokenizer.json`` from the tokenizer metadata of a GGUF file.
 
-Two families: byte-level BPE ("gpt2"), told apart by how text is split before merging, and SentencePiece BPE ("llama"), whose
-merges are not stored but follow from the scores. Control tokens become *special* added tokens: the ``tokenizers`` library
-matches them in text unless ``Tokenizer.encode_special_tokens`` is set, so whoever encodes text decides.
+Two families: byte-level BPE ("gpt2"), told apart by how text is split before merging, and
+SentencePiece BPE ("llama"), whose merges are not stored but follow from the scores. Control tokens
+become *special* added tokens: the ``tokenizers`` library matches them in text unless
+``Tokenizer.encode_special_tokens`` is set, so whoever encodes text decides.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _END_TEXTS = (
 
 
 class PreTokenizer(NamedTuple):
-    """How text is cut before byte-level merging: the patterns apply in turn, each to the pieces of the one before."""
+    """How text is cut before byte-level merging: the patterns apply in turn, each to the pieces of
+    the one before.
+    """
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False  # a piece that is a whole token is that token
@@ -110,7 +113,7 @@ class _Vocabulary(NamedTuple):
                 "normalized": False,
                 "special": kind != _USER_DEFINED,
             }
-            for i, (token, kind) in enumerate(zip(self.tokens, self.types))
+            for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
             if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) and token
         ]
 
@@ -182,7 +185,12 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dic
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, _BYTE_LEVEL]},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -199,14 +207,17 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dic
 
 
 def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[list[str]]:
-    """SentencePiece BPE joins the adjacent pair whose result scores best: that order, as a list of merges.
+    """SentencePiece BPE joins the adjacent pair whose result scores best: that order, as a list of
+    merges.
 
-    ``tokens`` are the pieces that may take part, ``scores`` theirs. Of two splits of one piece the left-longer one comes
-    last; they never compete for the same characters.
+    ``tokens`` are the pieces that may take part, ``scores`` theirs. Of two splits of one piece the
+    left-longer one comes last; they never compete for the same characters.
     """
     rank = {token: i for i, token in enumerate(tokens)}
     merges = []
-    for score, token in sorted(zip(scores, tokens), key=lambda item: (-item[0], rank[item[1]])):
+    for _, token in sorted(
+        zip(scores, tokens, strict=True), key=lambda item: (-item[0], rank[item[1]])
+    ):
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in rank and right in rank:
@@ -222,7 +233,9 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> 
     # Pieces that text may become: never a control token or a byte written out as "<0x41>".
     normal = [i for i, kind in enumerate(types) if kind == _NORMAL]
     merges = merges_from_scores([tokens[i] for i in normal], [scores[i] for i in normal])
-    unknown = next((token for token, kind in zip(tokens, types) if kind == _UNKNOWN), None)
+    unknown = next(
+        (token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None
+    )
     if unknown is None and (i := _token_id(metadata, "unknown", len(tokens))) is not None:
         unknown = tokens[i]
     prefix = _flag(metadata, "add_space_prefix", True)
@@ -287,7 +300,7 @@ def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
         wanted = set(_END_TEXTS)
         found += [
             i
-            for i, (token, kind) in enumerate(zip(tokens, types))
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind == _CONTROL and token in wanted
         ]
     return list(dict.fromkeys(i for i in found if i is not None))
@@ -321,7 +334,10 @@ def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[
         add_bos_default = True
     else:
         raise UnsupportedModelError(f"tokenizer {model!r:.80} is not implemented")
-    ids = {kind: _token_id(metadata, kind, len(tokens)) for kind in ("bos", "eos", "unknown", "padding")}
+    ids = {
+        kind: _token_id(metadata, kind, len(tokens))
+        for kind in ("bos", "eos", "unknown", "padding")
+    }
     add = {
         "bos": _flag(metadata, "add_bos_token", add_bos_default),
         "eos": _flag(metadata, "add_eos_token", False),

@@ -1,4 +1,4 @@
-"""Writing a frozen file: streamed, checksummed, and visible under its name only when it is whole."""
+"""Writing a frozen file: streamed, checksummed, visible under its name only when whole."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ _PARTIAL = ".partial"
 
 
 def _rider_bytes(name: str, content: bytes) -> bytes:
-    """Content padded to 64 bytes; padding a reader can strip without changing what the text means."""
+    """Content padded to 64 bytes in a way that stripping it keeps what the text means."""
     if name.endswith(".jinja"):
         if content.endswith(b"\n\n"):
-            # Jinja drops one final newline and the reader strips them all: keep the others with a comment.
+            # Jinja drops one final newline and the reader strips them all: keep the others with a
+            # comment.
             content = content[:-1] + b"{# #}"
         return content.ljust(pad(max(len(content), 1), ALIGNMENT), b"\n")
     return content.ljust(pad(max(len(content), 1), ALIGNMENT), b" ")
@@ -73,7 +74,7 @@ def _remove_abandoned(directory: Path, prefix: str) -> None:
 
 @contextlib.contextmanager
 def terminate_as_exception() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that temporary files go; only where nobody else handles it."""
+    """Let SIGTERM unwind the stack, so that temporary files go, unless somebody handles it."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
@@ -98,8 +99,9 @@ class FrozenWriter:
             for name in writer.names:
                 writer.write(name, chunks_of(name))
 
-    A clean exit of the block writes the riders, asks ``golden`` (called with the path of the complete temporary file)
-    for the content of golden.json, syncs and renames. Any exception, Ctrl-C included, removes the temporary file.
+    A clean exit of the block writes the riders, asks ``golden`` (called with the path of the
+    complete temporary file) for the content of golden.json, syncs and renames. Any exception,
+    Ctrl-C included, removes the temporary file.
     """
 
     def __init__(
@@ -151,7 +153,9 @@ class FrozenWriter:
 
     def _refuse_existing(self) -> None:
         if self.path.exists() and not self._overwrite:
-            raise FileExistsError(17, "the output exists (overwrite=True replaces it)", str(self.path))
+            raise FileExistsError(
+                17, "the output exists (overwrite=True replaces it)", str(self.path)
+            )
 
     def __enter__(self) -> FrozenWriter:
         prefix = f".{self.path.name}."
@@ -191,7 +195,9 @@ class FrozenWriter:
             self._signals.__exit__(None, None, None)
 
     def write(self, name: str, chunks: Iterable[Any]) -> None:
-        """Append a tensor from buffers that together have its size, or less by under 64 bytes of padding."""
+        """Append a tensor from buffers that together have its size, or less by under 64 bytes of
+        padding.
+        """
         if self._next >= len(self.names) or self.names[self._next] != name:
             raise InvalidArgumentError(f"tensor {name!r} is not the next one in the file")
         digest = hashlib.sha256()
