@@ -1,0 +1,325 @@
+"""The commands: options in, exit code out. Each command's work is elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint as checkpoints
+from . import report, runfolder, train
+from .config import (
+    ModelConfig,
+    TrainConfig,
+    load_options,
+    model_from_depth,
+    to_json,
+    train_config_from_json,
+)
+from .data import Corpus, file_sha256, prepare_corpus
+from .errors import ConfigError, DataError
+from .plan import make_plan
+from .text import is_validation, load_tokenizer, read_documents, train_tokenizer
+from .train import Interrupted
+
+MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
+HELP = {
+    "lr": "peak learning rate of AdamW (embeddings, norms, or everything with --optimizer adamw)",
+    "muon_lr": "peak learning rate of Muon (the blocks' matrices)",
+    "batch_size": "sequences a step; gradients are the mean over all their tokens",
+    "shards": "parts the batch is cut into: as many run at once as there are threads, the rest accumulates",
+    "decay_fraction": "last part of the run, in which the learning rates fall to zero",
+    "quantize": "when to simulate the engine's int8 arithmetic",
+    "recompute": "what the backward makes again instead of keeping: less memory, more time",
+    "keep_checkpoints": "newest checkpoints kept; 0 keeps all",
+}
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Dispatch."""
+    return {
+        "train": _train,
+        "prepare": _prepare,
+        "evaluate": report.evaluate_command,
+        "sample": report.sample_command,
+        "snap": report.snap_command,
+        "cost": report.cost_command,
+    }[command](list(arguments))
+
+
+# ---- train ------------------------------------------------------------------------------------------------------
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyengine train",
+        description="Train a model from text, continue a run, decay a trunk, or fine-tune.",
+        epilog="Other commands: pyengine train {prepare,evaluate,sample,snap,cost} --help",
+    )
+    add = parser.add_argument
+    add("--run-dir", type=Path, required=True, help="the run's folder; outside the source tree")
+    add("--data", type=Path, action="append", help=".txt, .jsonl or prepared folder; repeatable")
+    add("--data-weights", help="comma-separated, one a text: how often rows come from each")
+    add("--decay-data-weights", help="the same, during the decay")
+    add("--drop-unfinished", action="store_true", help="leave out documents cut mid-sentence")
+    add("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
+    add("--vocab-size", type=int, help="tokens of the tokenizer to train (default 4096)")
+    add("--config", type=Path, help="JSON or TOML file of options (flags win)")
+    add("--depth", type=int, help="the one dial: layers = depth, dim = 64 * depth")
+    for name in MODEL_OPTIONS:
+        add(f"--{name.replace('_', '-')}", type=int)
+    add("--tokens", type=float, help="train on so many tokens instead of --steps")
+    add("--budget-minutes", type=float, help="as many steps as fit, measured once at the start")
+    add("--init-from", type=Path, help="Hugging Face folder to fine-tune")
+    add("--teacher", type=Path, help="Hugging Face folder to distill from")
+    add("--branch-from", type=Path, help="checkpoint to continue in a new run, e.g. a trunk to decay")
+    add("--resume", action="store_true", help="continue the run in --run-dir")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--threads", type=int, help="default: the CPUs this process may use")
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in ("extra", "data_weights", "decay_data_weights"):
+            continue
+        kind = {"int": int, "float": float, "str": str}[str(field.type)]
+        text = HELP.get(field.name, "") + f" (default {field.default})"
+        add(f"--{field.name.replace('_', '-')}", type=kind, help=text.strip())
+    return parser
+
+
+def _train(arguments: list[str]) -> int:
+    options = _train_parser().parse_args(arguments)
+    folder: Path = options.run_dir
+    if options.resume:
+        if not (folder / "run.json").exists():
+            raise ConfigError(f"{folder}: nothing to resume")
+        parent = runfolder.read_run(folder).get("parent")
+        train.run_training(folder, threads=options.threads, parent=Path(parent) if parent else None)
+        return 0
+    if options.dry_run:
+        return _dry_run(options)
+    runfolder.create(folder)
+    try:
+        if options.branch_from:
+            _set_up_branch(options, folder, arguments)
+        else:
+            _set_up(options, folder, arguments)
+    except BaseException:
+        if not (folder / "run.json").exists():  # nothing of value: leave no half-made folder behind
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    parent = options.branch_from
+    train.run_training(folder, threads=options.threads, parent=parent)
+    return 0
+
+
+def _options(options: argparse.Namespace) -> dict[str, Any]:
+    """File options under flags, by field name; flags that were not given are absent."""
+    values: dict[str, Any] = load_options(options.config) if options.config else {}
+    for name, value in vars(options).items():
+        if value is not None and name not in ("config", "run_dir", "resume", "dry_run", "threads"):
+            if value is not False or name not in values:
+                values[name] = value
+    for name in ("data_weights", "decay_data_weights"):
+        if isinstance(values.get(name), str):
+            try:
+                values[name] = [float(w) for w in values[name].split(",")]
+            except ValueError as error:
+                raise ConfigError(f"--{name.replace('_', '-')}: {values[name]!r}") from error
+    return values
+
+
+def _train_config(values: dict[str, Any], base: dict[str, Any]) -> TrainConfig:
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    chosen = {**base, **{k: v for k, v in values.items() if k in names}}
+    if "tokens" in values:
+        per_step = chosen.get("batch_size", 16) * chosen.get("seq_len", 512)
+        chosen["steps"] = max(1, round(float(values["tokens"]) / per_step))
+    return train_config_from_json(chosen)
+
+
+def _model_config(values: dict[str, Any], vocab_size: int, seq_len: int) -> ModelConfig:
+    base = model_from_depth(int(values.get("depth", 4)), vocab_size, seq_len)
+    sizes = {name: int(values[name]) for name in MODEL_OPTIONS if name in values}
+    if "dim" in sizes and "head_dim" not in sizes and "n_heads" in sizes:
+        sizes["head_dim"] = sizes["dim"] // sizes["n_heads"]
+    return dataclasses.replace(base, **sizes)
+
+
+def _data_paths(values: dict[str, Any]) -> list[Path]:
+    paths = [Path(p) for p in values.get("data") or []]
+    if not paths:
+        raise ConfigError("--data is missing: give a .txt or .jsonl file, or a prepared folder")
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    return paths
+
+
+def _tokenizer(values: dict[str, Any], paths: list[Path]) -> Any:
+    """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the texts."""
+    for name in ("tokenizer", "init_from", "teacher"):
+        if values.get(name):
+            path = Path(values[name])
+            return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    for path in paths:
+        if path.is_dir():
+            return load_tokenizer(path / "tokenizer.json")
+    drop = bool(values.get("drop_unfinished"))
+    documents = (
+        text
+        for path in paths
+        for text in read_documents(path, drop_unfinished=drop)
+        if not is_validation(text)
+    )
+    return train_tokenizer(documents, int(values.get("vocab_size", 4096)))
+
+
+def _prepare_all(
+    values: dict[str, Any], paths: list[Path], tokenizer: Any, folder: Path
+) -> list[str]:
+    """Corpora of the texts as paths relative to the run folder, or absolute for prepared ones."""
+    corpora = []
+    for number, path in enumerate(paths):
+        if path.is_dir():
+            Corpus(path)
+            corpora.append(str(path.resolve()))
+            continue
+        target = folder / "data" / f"{number}_{path.stem}"
+        drop = bool(values.get("drop_unfinished"))
+        prepare_corpus(path, target, tokenizer, drop_unfinished=drop)
+        corpora.append(str(target.relative_to(folder)))
+    return corpora
+
+
+def _set_up(options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> None:
+    """A new run: tokenizer, data, sizes, run.json."""
+    values = _options(options)
+    paths = _data_paths(values)
+    tokenizer = _tokenizer(values, paths)
+    defaults: dict[str, Any] = {"data_weights": [1.0] * len(paths)}
+    config = _train_config(values, defaults)
+    bos: int | None = 0
+    eos: int | None = 0
+    riders: Path | None = None
+    if values.get("init_from"):
+        riders = Path(values["init_from"]).resolve()
+        model = checkpoints.read_model_config(riders)
+        bos, eos = checkpoints.special_ids(riders)
+    else:
+        model = _model_config(values, tokenizer.get_vocab_size(), config.seq_len)
+        if values.get("teacher"):
+            bos, eos = checkpoints.special_ids(Path(values["teacher"]))
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}"
+        )
+    corpora = _prepare_all(values, paths, tokenizer, folder)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    extra = {
+        "command": shlex.join(["pyengine", "train", *arguments]),
+        "init_from": str(riders) if riders else None,
+        "data": [{"name": p.name, "sha256": file_sha256(p)} for p in paths if p.is_file()],
+    }
+    config = dataclasses.replace(config, extra=extra)
+    teacher = str(Path(values["teacher"]).resolve()) if values.get("teacher") else None
+    if teacher and config.distill_alpha == 0:
+        config = dataclasses.replace(config, distill_alpha=0.5)
+    run_values = {
+        "model": to_json(model),
+        "train": to_json(config),
+        "corpora": corpora,
+        "bos": bos,
+        "eos": eos,
+        "riders": str(riders) if riders else None,
+        "teacher": teacher,
+    }
+    runfolder.write_run(folder, run_values)
+    if values.get("budget_minutes"):
+        run_values["train"] = to_json(_budgeted(folder, config, values, options.threads))
+        runfolder.write_run(folder, run_values)
+
+
+def _budgeted(
+    folder: Path, config: TrainConfig, values: dict[str, Any], threads: int | None
+) -> TrainConfig:
+    minutes = float(values["budget_minutes"])
+    steps, _ = train.steps_for_budget(train.open_run(folder), minutes, threads)
+    extra = {**config.extra, "budget_minutes": minutes}
+    return dataclasses.replace(config, steps=steps, extra=extra)
+
+
+def _set_up_branch(options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> None:
+    """A new run that starts from another run's checkpoint with its data; flags change the schedule."""
+    checkpoint = options.branch_from.resolve()
+    state = checkpoints.read_state(checkpoint)
+    origin = checkpoint.parent if checkpoint.name == "trunk" else checkpoint.parent.parent
+    values = runfolder.read_run(origin)
+    base = dict(state["train"])
+    base["extra"] = {
+        **base.get("extra", {}),
+        "command": shlex.join(["pyengine", "train", *arguments]),
+        "parent_command": base.get("extra", {}).get("command"),
+    }
+    config = _train_config(_options(options), base)
+    if config.steps <= state["step"]:
+        raise ConfigError(
+            f"--steps counts from the beginning: the checkpoint has done {state['step']} already"
+        )
+    corpora = [str((origin / path).resolve()) for path in values["corpora"]]
+    shutil.copyfile(origin / "tokenizer.json", folder / "tokenizer.json")
+    values.update(train=to_json(config), corpora=corpora, parent=str(checkpoint))
+    values.pop("run_version", None)
+    runfolder.write_run(folder, values)
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    """The plan without side effects: tokens are counted by a tokenizer trained on the fly when needed."""
+    values = _options(options)
+    paths = _data_paths(values)
+    config = _train_config(values, {"data_weights": [1.0] * len(paths)})
+    if values.get("init_from"):
+        model = checkpoints.read_model_config(Path(values["init_from"]))
+    else:
+        model = _model_config(values, int(values.get("vocab_size", 4096)), config.seq_len)
+    tokens = 0.0
+    for path in paths:
+        if path.is_dir():
+            tokens += Corpus(path).train.n_tokens
+        else:  # about four bytes a token; exact once the text is tokenized
+            tokens += path.stat().st_size / 4
+    epochs = [config.steps * config.batch_size * config.seq_len / max(1.0, tokens)]
+    threads = options.threads or train.Trainer.__init__.__defaults__ and 1 or 1
+    for line in make_plan(model, config, epochs, threads, None).lines(model, config):
+        print(line)
+    return 0
+
+
+# ---- prepare ----------------------------------------------------------------------------------------------------
+
+
+def _prepare(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="pyengine train prepare", description="Tokenize a text.")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("folder", type=Path, help="new folder for shards, manifest and tokenizer")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use")
+    parser.add_argument("--drop-unfinished", action="store_true")
+    options = parser.parse_args(arguments)
+    runfolder.create(options.folder)
+    values = {k: v for k, v in vars(options).items() if v}
+    tokenizer = _tokenizer(values, _data_paths({"data": [options.text]}))
+    drop = bool(options.drop_unfinished)
+    prepare_corpus(options.text, options.folder, tokenizer, drop_unfinished=drop)
+    text = tokenizer.to_str(pretty=True)
+    (options.folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    corpus = Corpus(options.folder)
+    summary = {"train_tokens": corpus.train.n_tokens, "validation": corpus.validation.n_tokens}
+    print(json.dumps(summary))
+    return 0
+
+
+__all__ = ["Interrupted", "run"]

@@ -1,0 +1,218 @@
+"""Sizes of the model and knobs of the run, checked once and stored beside every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    max_seq_len: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_dim < 1 or self.max_seq_len < 1:
+            raise ConfigError("hidden_dim and max_seq_len must be at least 1")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"n_kv_heads ({self.n_kv_heads}) does not divide n_heads ({self.n_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim ({self.head_dim}) is odd; RoPE rotates pairs")
+
+    @property
+    def q_dim(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def n_rep(self) -> int:
+        return self.n_heads // self.n_kv_heads
+
+    def matrix_params(self) -> int:
+        """Parameters of the blocks' matrices, all layers."""
+        qkvo = (2 * self.q_dim + 2 * self.kv_dim) * self.dim
+        return self.n_layers * (qkvo + 3 * self.hidden_dim * self.dim)
+
+    def n_params(self) -> int:
+        """All parameters; a tied embedding counts once."""
+        tables = 1 if self.tie_embeddings else 2
+        norms = (2 * self.n_layers + 1) * self.dim
+        return self.matrix_params() + tables * self.vocab_size * self.dim + norms
+
+    def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
+        """Multiply-adds counted as two: 2 (6 in training) per matrix weight, the output layer included, plus
+        attention over half of seq_len keys on average."""
+        products = self.matrix_params() + self.vocab_size * self.dim
+        attention = self.n_layers * 2 * self.q_dim * (seq_len / 2)
+        return (6.0 if training else 2.0) * (products + attention)
+
+
+DEPTH_WIDTH = 64  # --depth d: dim = 64 d, head_dim 64, d heads, two query heads to a key where d is even
+
+
+def model_from_depth(depth: int, vocab_size: int, max_seq_len: int) -> ModelConfig:
+    """The one dial: depth d gives d layers of width 64 d."""
+    if depth < 1:
+        raise ConfigError(f"depth is {depth}; it must be at least 1")
+    dim = DEPTH_WIDTH * depth
+    return ModelConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=depth,
+        n_heads=depth,
+        n_kv_heads=depth // 2 if depth % 2 == 0 else depth,
+        head_dim=64,
+        hidden_dim=-(-8 * dim // 3 // 64) * 64,
+        max_seq_len=max_seq_len,
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every knob of a run. Learning rates are peaks; fractions are of ``steps``."""
+
+    seq_len: int = 512
+    batch_size: int = 16  # rows a step
+    shards: int = 4  # parts the batch is cut into; one gradient sum order for any thread count
+    steps: int = 1000
+    optimizer: str = "muon"  # "muon" (blocks' matrices; AdamW for the rest) or "adamw"
+    lr: float = 3e-3  # AdamW
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.3
+    decay_shape: str = "linear"  # or "cosine"
+    quantize: str = "decay"  # fake-quantize "never", in the "decay" phase, or "always"
+    recompute: str = "none"  # or "activations", "block"
+    seed: int = 1
+    eval_every: int = 200
+    eval_documents: int = 200
+    sample_every: int = 500
+    sample_prompt: str = "Once upon a time"
+    sample_tokens: int = 80
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 3
+    distill_alpha: float = 0.0
+    distill_tau: float = 2.0
+    data_weights: tuple[float, ...] = (1.0,)
+    decay_data_weights: tuple[float, ...] = ()  # empty: as before the decay
+    extra: dict[str, Any] = field(default_factory=dict)  # provenance: command line, budget, parent checkpoint
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.shards < 1 or self.steps < 1 or self.seq_len < 2:
+            raise ConfigError("batch_size, shards and steps must be at least 1, seq_len at least 2")
+        if self.batch_size % self.shards:
+            raise ConfigError(
+                f"shards ({self.shards}) does not divide batch_size ({self.batch_size})"
+            )
+        choices = {
+            "optimizer": ("muon", "adamw"),
+            "decay_shape": ("linear", "cosine"),
+            "quantize": ("never", "decay", "always"),
+            "recompute": ("none", "activations", "block"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose from {allowed}")
+        for name in ("warmup_fraction", "decay_fraction", "distill_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        if self.lr <= 0 or self.muon_lr <= 0 or self.distill_tau <= 0:
+            raise ConfigError("lr, muon_lr and distill_tau must be positive")
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.steps * self.warmup_fraction)
+
+    @property
+    def decay_steps(self) -> int:
+        return round(self.steps * self.decay_fraction)
+
+    @property
+    def decay_start(self) -> int:
+        """First step (from 0) of the decay."""
+        return self.steps - self.decay_steps
+
+    def quantized(self, step: int) -> bool:
+        """Whether step (from 0) trains with fake-quantization."""
+        return self.quantize == "always" or (self.quantize == "decay" and step >= self.decay_start)
+
+
+def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:
+    """A dict that :func:`from_json` reads back."""
+    return dataclasses.asdict(config)
+
+
+def train_config_from_json(values: dict[str, Any]) -> TrainConfig:
+    """Build from a dict (a run folder's or a user's file); an unknown key is an error."""
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"unknown training option(s) {', '.join(unknown)}")
+    values = dict(values)
+    for name in ("data_weights", "decay_data_weights"):
+        if name in values:
+            values[name] = tuple(float(w) for w in values[name])
+    try:
+        return TrainConfig(**values)
+    except TypeError as error:
+        raise ConfigError(f"a training option has the wrong type: {error}") from error
+
+
+def model_config_from_json(values: dict[str, Any]) -> ModelConfig:
+    """Build from a dict; missing or unknown keys are errors."""
+    try:
+        return ModelConfig(**values)
+    except TypeError as error:
+        raise ConfigError(f"model config: {error}") from error
+
+
+def load_options(path: Path) -> dict[str, Any]:
+    """Options of a JSON or TOML file, as a flat dict."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        if path.suffix == ".toml":
+            try:
+                import tomllib
+            except ImportError as error:  # Python 3.10
+                raise ConfigError(f"{path}: TOML needs Python 3.11; use JSON") from error
+            values: Any = tomllib.loads(text)
+        else:
+            values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a table of options")
+    return values

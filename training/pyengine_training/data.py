@@ -1,0 +1,380 @@
+"""Tokens on disk, and batches from them.
+
+Every document is ``[BOS] tokens`` in memory-mapped uint16 shards; the BOS of the next document is the EOS of the one
+before. A batch is a pure function of (seed, step): resuming needs no reader state, and any rank can make any row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DataError
+from .files import atomic_directory, write_json
+from .text import is_validation, read_documents
+
+Array = NDArray[Any]
+FORMAT_VERSION = 1
+SHARD_TOKENS = 1 << 26
+ENCODE_BATCH = 2000
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+class _SplitWriter:
+    """Shards of one split: NAME_00000.bin (uint16 tokens) and NAME_00000.npy (documents: start, tokens, bytes)."""
+
+    def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self.tokens: list[Array] = []
+        self.documents: list[tuple[int, int, int]] = []
+        self.size = 0
+
+    def add(self, ids: Sequence[int], n_bytes: int) -> None:
+        self.documents.append((self.size, len(ids), n_bytes))
+        self.tokens.append(np.asarray(ids, np.uint16))
+        self.size += len(ids)
+        if self.size >= self.shard_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.documents:
+            return
+        stem = f"{self.name}_{len(self.shards):05d}"
+        tokens = np.concatenate(self.tokens)
+        tokens.tofile(self.folder / f"{stem}.bin")
+        np.save(self.folder / f"{stem}.npy", np.asarray(self.documents, np.int64))
+        self.shards.append(
+            {
+                "stem": stem,
+                "tokens": int(tokens.size),
+                "documents": len(self.documents),
+                "bytes": int(sum(d[2] for d in self.documents)),
+                "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+            }
+        )
+        self.tokens, self.documents, self.size = [], [], 0
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def prepare_corpus(
+    source: Path,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    drop_unfinished: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+) -> None:
+    """Tokenize a text into ``folder`` (shards and manifest.json), atomically.
+
+    One document in fifty, chosen by its content, goes to validation; when none falls there the last one does.
+    Raises DataError for an empty text or a tokenizer whose ids do not fit uint16.
+    """
+    if tokenizer.get_vocab_size() > 1 << 16:
+        raise DataError("tokens are stored as uint16: the tokenizer has more than 65,536")
+    documents = iter(read_documents(source, drop_unfinished=drop_unfinished))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(folder) as temporary:
+        train = _SplitWriter(temporary, "train", shard_tokens)
+        validation = _SplitWriter(temporary, "validation", shard_tokens)
+        held_back: tuple[list[int], int] | None = None  # so that validation is never empty
+        while chunk := list(islice(documents, ENCODE_BATCH)):
+            for text, encoding in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
+                item = (encoding.ids, len(text.encode()))
+                if is_validation(text):
+                    validation.add(*item)
+                    continue
+                if held_back is not None:
+                    train.add(*held_back)
+                held_back = item
+        if held_back is None:
+            raise DataError(f"{source}: no document to train on (empty text?)")
+        none_yet = not validation.documents and not validation.shards
+        (validation if none_yet and (train.documents or train.shards) else train).add(*held_back)
+        train.flush()
+        validation.flush()
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "source": source.name,
+            "source_bytes": source.stat().st_size,
+            "source_sha256": file_sha256(source),
+            "drop_unfinished": drop_unfinished,
+            "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+            "splits": {"train": train.shards, "validation": validation.shards},
+        }
+        write_json(temporary / "manifest.json", manifest)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin with BOS."""
+
+    tokens: list[Array]  # per shard, uint16, memory-mapped
+    shard: Array  # (n,) int64
+    start: Array
+    length: Array
+    n_bytes: Array
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.length.sum())
+
+    def document(self, index: int) -> Array:
+        """Token ids of a document, BOS first."""
+        start = int(self.start[index])
+        return self.tokens[int(self.shard[index])][start : start + int(self.length[index])]
+
+
+class Corpus:
+    """A prepared folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: not a prepared corpus: {error}") from error
+        if self.manifest.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{folder}: format_version {self.manifest.get('format_version')} "
+                f"(this program reads {FORMAT_VERSION})"
+            )
+        self.train, self.validation = (self._split(name) for name in ("train", "validation"))
+
+    def _split(self, name: str) -> Split:
+        tokens, shards, tables = [], [], []
+        for number, entry in enumerate(self.manifest["splits"][name]):
+            path = self.folder / f"{entry['stem']}.bin"
+            if not path.exists() or path.stat().st_size != 2 * entry["tokens"]:
+                raise DataError(f"{path}: missing or of the wrong size")
+            tokens.append(np.memmap(path, np.uint16, "r"))
+            table = np.load(path.with_suffix(".npy"))
+            shards.append(np.full(len(table), number, np.int64))
+            tables.append(table)
+        table = np.concatenate(tables) if tables else np.zeros((0, 3), np.int64)
+        shard = np.concatenate(shards) if shards else np.zeros(0, np.int64)
+        return Split(tokens, shard, table[:, 0], table[:, 1], table[:, 2])
+
+    def fingerprint(self) -> str:
+        """Changes when any token of any split does."""
+        splits = self.manifest["splits"]
+        text = json.dumps([splits["train"], splits["validation"]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------
+
+
+class RowPacker:
+    """Rows of seq_len + 1 tokens, each starting at a document's start.
+
+    An epoch shuffles the documents and fills rows one after another; the document that a row's end cuts starts the next
+    row, so every document up to seq_len long is seen whole once an epoch. Longer ones are cut into pieces that count
+    as documents of their own. Row r is a pure function of (seed, r).
+    """
+
+    def __init__(self, split: Split, seq_len: int, seed: int) -> None:
+        if split.n_tokens < seq_len + 1:
+            raise DataError(
+                f"the training text has {split.n_tokens} tokens, fewer than one sequence of "
+                f"{seq_len} + 1: give more text or a smaller seq_len"
+            )
+        self.split, self.width, self.seed = split, seq_len + 1, seed
+        pieces = -(-split.length // seq_len)
+        self.document = np.repeat(np.arange(len(split.length)), pieces)
+        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self.offset = (np.arange(len(self.document)) - first) * seq_len
+        self.length = np.minimum(split.length[self.document] - self.offset, seq_len)
+        self.first_row = [0]  # of each epoch
+        self.epochs: dict[int, tuple[Array, Array]] = {}  # order of the pieces, first piece of each row
+
+    def _epoch(self, epoch: int) -> tuple[Array, Array]:
+        if epoch not in self.epochs:
+            generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 1, epoch]))
+            order = generator.permutation(len(self.length))
+            ends = np.cumsum(self.length[order])
+            rows, piece, total = [], 0, int(ends[-1])
+            while piece < len(order):
+                rows.append(piece)
+                begin = int(ends[piece - 1]) if piece else 0
+                if begin + self.width > total:
+                    break  # the last row is filled up from the beginning of the order
+                last = int(np.searchsorted(ends, begin + self.width))
+                piece = last if ends[last] > begin + self.width else last + 1
+            if len(self.epochs) > 1:
+                self.epochs.pop(min(self.epochs))
+            self.epochs[epoch] = order, np.asarray(rows)
+        return self.epochs[epoch]
+
+    def rows_in_epoch(self, epoch: int) -> int:
+        return len(self._epoch(epoch)[1])
+
+    def epoch_of(self, row: int) -> int:
+        """Which pass over the documents row r belongs to."""
+        while self.first_row[-1] <= row:
+            self.first_row.append(self.first_row[-1] + self.rows_in_epoch(len(self.first_row) - 1))
+        return int(np.searchsorted(self.first_row, row, side="right")) - 1
+
+    def fill(self, out: Array, row: int) -> None:
+        """out (seq_len + 1,) int64 = the tokens of row r."""
+        epoch = self.epoch_of(row)
+        order, rows = self._epoch(epoch)
+        position, filled = int(rows[row - self.first_row[epoch]]), 0
+        while filled < self.width:
+            piece = int(order[position % len(order)])
+            offset, length = int(self.offset[piece]), int(self.length[piece])
+            tokens = self.split.document(int(self.document[piece]))[offset : offset + length]
+            count = min(length, self.width - filled)
+            out[filled : filled + count] = tokens[:count]
+            filled += count
+            position += 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From global row ``first_row`` on, corpora are mixed with these weights."""
+
+    first_row: int
+    weights: tuple[float, ...]
+
+
+class BatchSource:
+    """Batches of mixed corpora; batch(step) is a pure function of the constructor's arguments and step."""
+
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        phases: Sequence[Phase],
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+    ) -> None:
+        for phase in phases:
+            if len(phase.weights) != len(splits):
+                raise DataError(
+                    f"{len(phase.weights)} data weights for {len(splits)} texts: give one each"
+                )
+            if min(phase.weights) < 0 or sum(phase.weights) <= 0:
+                raise DataError(f"data weights {phase.weights} must be >= 0 and not all 0")
+        self.phases = [
+            Phase(p.first_row, tuple(w / sum(p.weights) for w in p.weights)) for p in phases
+        ]
+        self.packers = [RowPacker(split, seq_len, seed + i) for i, split in enumerate(splits)]
+        self.batch_size, self.seq_len = batch_size, seq_len
+        self._rows = np.empty((batch_size, seq_len + 1), np.int64)
+
+    @staticmethod
+    def _picked(weights: Sequence[float], row: int) -> list[int]:
+        """How many of the first ``row`` rows of a phase came from each corpus: evenly spread, no randomness."""
+        counts, rest, weight_left = [], row, 1.0
+        for weight in weights[:-1]:
+            share = weight / weight_left if weight_left > 1e-12 else 0.0
+            count = int(rest * min(1.0, share) + 1e-9)
+            counts.append(count)
+            rest -= count
+            weight_left -= weight
+        return [*counts, rest]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Global row -> (corpus, row of that corpus)."""
+        base = [0] * len(self.packers)
+        for index, phase in enumerate(self.phases):
+            last = index + 1 == len(self.phases)
+            if last or row < self.phases[index + 1].first_row:
+                before = self._picked(phase.weights, row - phase.first_row)
+                after = self._picked(phase.weights, row - phase.first_row + 1)
+                corpus = next(i for i, n in enumerate(after) if n > before[i])
+                return corpus, base[corpus] + before[corpus]
+            length = self.phases[index + 1].first_row - phase.first_row
+            base = [b + n for b, n in zip(base, self._picked(phase.weights, length), strict=True)]
+        raise AssertionError("unreachable")
+
+    def batch(self, step: int) -> tuple[Array, Array]:
+        """tokens and targets (batch_size, seq_len) int64 of a step, views valid until the next call."""
+        for i in range(self.batch_size):
+            corpus, row = self.locate(step * self.batch_size + i)
+            self.packers[corpus].fill(self._rows[i], row)
+        return self._rows[:, :-1], self._rows[:, 1:]
+
+    def epochs(self, step: int) -> list[float]:
+        """Passes over each corpus after ``step`` steps, roughly."""
+        result = []
+        for corpus, packer in enumerate(self.packers):
+            rows = self._rows_of(corpus, step * self.batch_size)
+            result.append(rows / max(1, packer.rows_in_epoch(0)))
+        return result
+
+    def _rows_of(self, corpus: int, row: int) -> int:
+        total = 0
+        for index, phase in enumerate(self.phases):
+            is_last = index + 1 == len(self.phases)
+            end = row if is_last else min(row, self.phases[index + 1].first_row)
+            if end > phase.first_row:
+                total += self._picked(phase.weights, end - phase.first_row)[corpus]
+        return total
+
+
+@dataclass(frozen=True)
+class ValidationBatch:
+    """tokens, targets (rows, seq_len) int64, target -1 = not counted; is_text marks targets that are not the final
+    EOS; documents indexes the document of each row."""
+
+    tokens: Array
+    targets: Array
+    is_text: Array
+    documents: Array
+
+
+def validation_batches(
+    split: Split, rows: int, seq_len: int, eos: int, limit: int | None = None
+) -> Iterator[ValidationBatch]:
+    """Each document alone, from its BOS to its EOS, padded; one longer than seq_len is cut into windows that start anew
+    (their first token is conditioned on only the one before it)."""
+    pending: list[tuple[Array, int, bool]] = []
+    count = len(split.length) if limit is None else min(limit, len(split.length))
+    for index in range(count):
+        tokens = np.append(split.document(index).astype(np.int64), eos)
+        for start in range(0, len(tokens) - 1, seq_len):
+            window = tokens[start : start + seq_len + 1]
+            pending.append((window, index, start + len(window) == len(tokens)))
+            if len(pending) == rows:
+                yield _validation_batch(pending, rows, seq_len)
+                pending = []
+    if pending:
+        yield _validation_batch(pending, rows, seq_len)
+
+
+def _validation_batch(
+    pending: Sequence[tuple[Array, int, bool]], rows: int, seq_len: int
+) -> ValidationBatch:
+    tokens = np.zeros((rows, seq_len), np.int64)
+    targets = np.full((rows, seq_len), -1, np.int64)
+    is_text = np.zeros((rows, seq_len), bool)
+    documents = np.full(rows, -1, np.int64)
+    for i, (window, index, ends) in enumerate(pending):
+        n = len(window) - 1
+        tokens[i, :n], targets[i, :n], documents[i] = window[:-1], window[1:], index
+        is_text[i, : n - 1 if ends else n] = True  # the EOS of a document is no text
+    return ValidationBatch(tokens, targets, is_text, documents)

@@ -1,0 +1,27 @@
+"""What training raises on purpose. Messages name the file, the value and what would be accepted."""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """Base of everything that the trainer raises on purpose."""
+
+
+class ConfigError(TrainingError, ValueError):
+    """Sizes, knobs or flags that contradict each other or cannot work."""
+
+
+class DataError(TrainingError, ValueError):
+    """Text or token shards that cannot be used: empty, not UTF-8, too short, damaged."""
+
+
+class CheckpointError(TrainingError, ValueError):
+    """A checkpoint that is damaged, of another architecture, or written by a newer version."""
+
+
+class RunFolderError(TrainingError, FileExistsError):
+    """The run folder is already used and nobody asked to resume it."""
+
+
+class NotFiniteError(TrainingError, ArithmeticError):
+    """A loss or gradient became infinite or NaN; the message has the step and the tensors."""

@@ -1,0 +1,56 @@
+"""The CPU back end: single-threaded kernels that release the GIL; parallelism comes from running shards side by side."""
+
+from __future__ import annotations
+
+from .adamw import adamw_update
+from .attention import attention_backward, attention_forward, attention_scratch_shapes
+from .cross_entropy import cross_entropy_forward, cross_entropy_forward_backward
+from .embedding import embedding_backward, embedding_forward
+from .fake_quant import (
+    activation_codes,
+    fake_quant_activations,
+    fake_quant_weights,
+    weight_codes,
+    weight_scales,
+)
+from .grad_norm import clip_coefficient, sum_of_squares
+from .heads import merge_heads, split_heads
+from .kl import cross_entropy_kl_forward_backward
+from .linear import linear_backward_input, linear_backward_weight, linear_forward
+from .muon import muon_update
+from .rmsnorm import rmsnorm_backward, rmsnorm_forward, rmsnorm_residual_forward
+from .rope import qkv_rope_backward, qkv_rope_forward, rope_tables
+from .swiglu import swiglu_backward, swiglu_forward
+
+__all__ = [
+    "activation_codes",
+    "adamw_update",
+    "attention_backward",
+    "attention_forward",
+    "attention_scratch_shapes",
+    "clip_coefficient",
+    "cross_entropy_forward",
+    "cross_entropy_forward_backward",
+    "cross_entropy_kl_forward_backward",
+    "embedding_backward",
+    "embedding_forward",
+    "fake_quant_activations",
+    "fake_quant_weights",
+    "linear_backward_input",
+    "linear_backward_weight",
+    "linear_forward",
+    "merge_heads",
+    "muon_update",
+    "qkv_rope_backward",
+    "qkv_rope_forward",
+    "rmsnorm_backward",
+    "rmsnorm_forward",
+    "rmsnorm_residual_forward",
+    "rope_tables",
+    "split_heads",
+    "sum_of_squares",
+    "swiglu_backward",
+    "swiglu_forward",
+    "weight_codes",
+    "weight_scales",
+]

@@ -1,0 +1,135 @@
+"""Causal attention with grouped queries, in tiles of query positions, recomputed in the backward.
+
+q, o, dq, do (B, n_kv_heads, T, n_rep, head_dim);  k, v, dk, dv (B, n_kv_heads, T, head_dim)
+lse (B, n_kv_heads, T * n_rep): log-sum-exp of each query's scaled scores, kept for the backward
+scale = 1 / sqrt(head_dim)
+
+forward   S = q k^T * scale, keys after the query masked;  P = softmax(S);  o = P v                written with =
+backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
+          dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q                          written with =
+
+A tile holds TILE positions with their n_rep query heads (n_rep * TILE rows) against all keys up to the tile's end, so
+about half of the masked products are skipped and the scores stay in cache. Probabilities are never stored.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._jit import Array, exp, f4, kernel
+
+TILE = 128
+
+
+@kernel
+def _softmax(s: Array, lse: Array, n_rep: int, first: int, scale: float) -> None:
+    """Rows of raw scores (n, n_keys) to probabilities, in place; row i is position first + i // n_rep."""
+    n, n_keys = s.shape
+    for i in range(n):
+        end = first + i // n_rep + 1
+        top = s[i, 0]
+        for j in range(end):
+            top = max(top, s[i, j])
+        total = f4(0)
+        for j in range(end):
+            e = exp((s[i, j] - top) * scale)
+            s[i, j] = e
+            total += e
+        lse[i] = top * scale + np.log(total)
+        inv = f4(1) / total
+        for j in range(end):
+            s[i, j] *= inv
+        for j in range(end, n_keys):
+            s[i, j] = f4(0)
+
+
+@kernel
+def _probabilities(s: Array, lse: Array, n_rep: int, first: int, scale: float) -> None:
+    """Raw scores to probabilities with the known log-sum-exp, in place."""
+    n, n_keys = s.shape
+    for i in range(n):
+        end = first + i // n_rep + 1
+        shift = lse[i]
+        for j in range(end):
+            s[i, j] = exp(s[i, j] * scale - shift)
+        for j in range(end, n_keys):
+            s[i, j] = f4(0)
+
+
+@kernel
+def _softmax_backward(dp: Array, p: Array, n_rep: int, first: int, scale: float) -> None:
+    """dp (n, n_keys) becomes the gradient of the raw scores, in place."""
+    n, n_keys = p.shape
+    for i in range(n):
+        end = first + i // n_rep + 1
+        total = f4(0)
+        for j in range(end):
+            total += dp[i, j] * p[i, j]
+        for j in range(end):
+            dp[i, j] = p[i, j] * (dp[i, j] - total) * scale
+        for j in range(end, n_keys):
+            dp[i, j] = f4(0)
+
+
+def attention_scratch_shapes(seq: int, n_rep: int, head_dim: int) -> tuple[int, int, int]:
+    """Lengths of the flat scratch arrays: scores, score gradients, one key-shaped product."""
+    tile = min(TILE, seq)
+    return tile * n_rep * seq, tile * n_rep * seq, seq * head_dim
+
+
+def attention_forward(
+    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: Array
+) -> None:
+    """o and lse from q, k, v; scratch: flat, attention_scratch_shapes()[0] long."""
+    batch, n_kv, seq, n_rep, head_dim = q.shape
+    for b in range(batch):
+        for g in range(n_kv):
+            queries = q[b, g].reshape(seq * n_rep, head_dim)
+            outputs = o[b, g].reshape(seq * n_rep, head_dim)
+            for first in range(0, seq, TILE):
+                end = min(seq, first + TILE)
+                rows = slice(first * n_rep, end * n_rep)
+                n_rows = (end - first) * n_rep
+                s = scratch[: n_rows * end].reshape(n_rows, end)
+                np.matmul(queries[rows], k[b, g, :end].T, out=s)
+                _softmax(s, lse[b, g, rows], n_rep, first, scale)
+                np.matmul(s, v[b, g, :end], out=outputs[rows])
+
+
+def attention_backward(
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    lse: Array,
+    scale: float,
+    scratch: tuple[Array, Array, Array],
+) -> None:
+    """Gradients of q, k, v; scratch: three flat arrays of the lengths of attention_scratch_shapes()."""
+    batch, n_kv, seq, n_rep, head_dim = q.shape
+    dk.fill(0)
+    dv.fill(0)
+    for b in range(batch):
+        for g in range(n_kv):
+            queries = q[b, g].reshape(seq * n_rep, head_dim)
+            d_out = do[b, g].reshape(seq * n_rep, head_dim)
+            d_queries = dq[b, g].reshape(seq * n_rep, head_dim)
+            for first in range(0, seq, TILE):
+                end = min(seq, first + TILE)
+                rows = slice(first * n_rep, end * n_rep)
+                n_rows = (end - first) * n_rep
+                p = scratch[0][: n_rows * end].reshape(n_rows, end)
+                dp = scratch[1][: n_rows * end].reshape(n_rows, end)
+                product = scratch[2][: end * head_dim].reshape(end, head_dim)
+                np.matmul(queries[rows], k[b, g, :end].T, out=p)
+                _probabilities(p, lse[b, g, rows], n_rep, first, scale)
+                np.matmul(p.T, d_out[rows], out=product)
+                dv[b, g, :end] += product
+                np.matmul(d_out[rows], v[b, g, :end].T, out=dp)
+                _softmax_backward(dp, p, n_rep, first, scale)
+                np.matmul(dp, k[b, g, :end], out=d_queries[rows])
+                np.matmul(dp.T, queries[rows], out=product)
+                dk[b, g, :end] += product

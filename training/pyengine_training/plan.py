@@ -1,0 +1,76 @@
+"""What a run will do and cost, printed before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import ModelConfig, TrainConfig
+from .model import activation_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run. Bytes and seconds are estimates."""
+
+    parameters: int
+    frozen_bytes: int
+    steps: int
+    tokens: int
+    epochs: list[float]
+    memory_bytes: int
+    flops: float
+    seconds: float | None
+
+    def lines(self, model: ModelConfig, config: TrainConfig) -> list[str]:
+        """For people."""
+        m = model
+        shape = f"{m.n_layers} layers, dim {m.dim}, heads {m.n_heads}/{m.n_kv_heads} x {m.head_dim}"
+        time = "unknown" if self.seconds is None else format_seconds(self.seconds)
+        epochs = ", ".join(f"{e:.2f}" for e in self.epochs)
+        quantized = {"never": "never", "always": "all steps", "decay": "during the decay"}
+        return [
+            f"model       {shape}, hidden {m.hidden_dim}, vocabulary {m.vocab_size}",
+            f"parameters  {self.parameters:,} (about {self.frozen_bytes / 1e6:.1f} MB frozen)",
+            f"steps       {self.steps:,} of {config.batch_size} x {config.seq_len} tokens: "
+            f"{config.warmup_steps} warmup, {config.decay_steps} decay ({config.decay_shape})",
+            f"tokens      {self.tokens:,} ({epochs} epochs)",
+            f"optimizer   {config.optimizer}, int8 simulated: {quantized[config.quantize]}",
+            f"memory      about {self.memory_bytes / 2**20:.0f} MiB",
+            f"compute     {self.flops:.3g} FLOP",
+            f"time        {time}",
+        ]
+
+
+def make_plan(
+    model: ModelConfig,
+    config: TrainConfig,
+    epochs: list[float],
+    threads: int,
+    seconds_per_step: float | None,
+) -> Plan:
+    """Estimate."""
+    tokens = config.steps * config.batch_size * config.seq_len
+    rows = config.batch_size // config.shards
+    worker = activation_bytes(model, rows, config.seq_len, config.recompute)
+    copies = 4 + (config.quantize != "never")  # masters, gradients, two moments, int8 values
+    n = model.n_params()
+    return Plan(
+        parameters=n,
+        frozen_bytes=int(n * (1 + 2 / 64)),
+        steps=config.steps,
+        tokens=tokens,
+        epochs=epochs,
+        memory_bytes=threads * worker + copies * 4 * n,
+        flops=model.flops_per_token(config.seq_len) * tokens,
+        seconds=None if seconds_per_step is None else seconds_per_step * config.steps,
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, 4:05, or 12 s."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

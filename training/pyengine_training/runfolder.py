@@ -1,0 +1,107 @@
+"""A run's folder: what it holds, and the rule that a used one is never overwritten.
+
+run.json        everything the run was started with
+data/NAME/      prepared text, when it was given as text
+tokenizer.json  the tokenizer of the run
+metrics.jsonl   one line a step (and per validation), each step once
+log.txt         what was printed
+loss.png        the curves
+checkpoints/step_XXXXXXXX/
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from .errors import CheckpointError, RunFolderError
+from .files import read_json, write_atomic, write_json
+
+RUN_VERSION = 1
+
+
+def create(folder: Path) -> None:
+    """Make a new run folder. RunFolderError when it exists and is not empty."""
+    if folder.exists() and any(folder.iterdir()):
+        hint = " (resume it with --resume)" if (folder / "run.json").exists() else ""
+        raise RunFolderError(f"{folder}: the run folder is already used{hint}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_run(folder: Path, values: dict[str, Any]) -> None:
+    """run.json."""
+    write_json(folder / "run.json", {"run_version": RUN_VERSION, **values})
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json, version checked."""
+    values = read_json(folder / "run.json")
+    if values.get("run_version") != RUN_VERSION:
+        raise CheckpointError(
+            f"{folder}: run_version {values.get('run_version')} (this program reads {RUN_VERSION})"
+        )
+    return values
+
+
+class Metrics:
+    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are dropped."""
+
+    def __init__(self, path: Path, keep_through_step: int) -> None:
+        if path.exists():
+            lines = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # a line cut short by a crash
+                if entry["step"] <= keep_through_step:
+                    lines.append(line + "\n")
+            write_atomic(path, "".join(lines).encode())
+        self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one entry (with "step")."""
+        self._file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All entries."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+class Log:
+    """Prints to stderr and keeps a copy in log.txt; progress replaces its line on a terminal and is quiet in a pipe."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None  # noqa: SIM115
+        self._terminal = sys.stderr.isatty()
+        self._pending = False
+
+    def say(self, text: str) -> None:
+        """A lasting line."""
+        if self._pending:
+            print(file=sys.stderr)
+            self._pending = False
+        print(text, file=sys.stderr, flush=True)
+        if self._file:
+            self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+
+    def progress(self, text: str) -> None:
+        """A line that the next one replaces."""
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            self._pending = True
+
+    def close(self) -> None:
+        if self._pending:
+            print(file=sys.stderr)
+        if self._file:
+            self._file.close()

@@ -1,0 +1,377 @@
+"""The training run: prepare, plan, loop, checkpoint; interrupted at any time, continued with --resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from . import checkpoint as checkpoints
+from . import runfolder, sample
+from .arena import Arena
+from .checkpoint import write_hf_folder
+from .config import (
+    ModelConfig,
+    TrainConfig,
+    model_config_from_json,
+    to_json,
+    train_config_from_json,
+)
+from .data import BatchSource, Corpus, Phase, ValidationBatch, validation_batches
+from .errors import CheckpointError, ConfigError
+from .model import Worker
+from .plan import format_seconds, make_plan
+from .plot import plot_losses
+from .text import load_tokenizer
+from .trainer import Trainer, Validation
+
+LOG_EVERY_SECONDS = 30.0
+
+
+@dataclass
+class Run:
+    """Everything a run needs, opened. corpora[0] is the one that validation uses."""
+
+    folder: Path
+    model: ModelConfig
+    config: TrainConfig
+    corpora: list[Corpus]
+    tokenizer: Any
+    bos: int | None
+    eos: int | None
+    riders: Path | None  # a fine-tuned model's own tokenizer and generation files
+    teacher: tuple[ModelConfig, Arena] | None = None
+
+    def fingerprint(self) -> str:
+        return "+".join(corpus.fingerprint() for corpus in self.corpora)
+
+    def source(self) -> BatchSource:
+        c = self.config
+        phases = [Phase(0, c.data_weights)]
+        if c.decay_data_weights:
+            phases.append(Phase(c.decay_start * c.batch_size, c.decay_data_weights))
+        return BatchSource(
+            [corpus.train for corpus in self.corpora],
+            phases,
+            batch_size=c.batch_size,
+            seq_len=c.seq_len,
+            seed=c.seed,
+        )
+
+    def write_model(self, folder: Path, params: Arena) -> None:
+        """The Hugging Face files of the current parameters."""
+        write_hf_folder(
+            folder,
+            params,
+            self.model,
+            tokenizer=self.tokenizer,
+            bos=self.bos,
+            eos=self.eos,
+            riders=self.riders,
+        )
+
+    def validation(self, rows: int) -> tuple[list[ValidationBatch], int]:
+        """Batches of the first eval_documents validation documents, and their bytes."""
+        split = self.corpora[0].validation
+        limit = min(self.config.eval_documents, len(split.length))
+        eos = self.eos if self.eos is not None else 0
+        batches = list(validation_batches(split, rows, self.config.seq_len, eos, limit))
+        return batches, int(split.n_bytes[:limit].sum())
+
+
+def open_run(folder: Path) -> Run:
+    """The run that run.json describes."""
+    values = runfolder.read_run(folder)
+    riders = Path(values["riders"]) if values.get("riders") else None
+    teacher = None
+    if values.get("teacher"):
+        teacher = checkpoints.load_model(Path(values["teacher"]))
+    return Run(
+        folder=folder,
+        model=model_config_from_json(values["model"]),
+        config=train_config_from_json(values["train"]),
+        corpora=[Corpus(folder / path) for path in values["corpora"]],
+        tokenizer=load_tokenizer(folder / "tokenizer.json"),
+        bos=values["bos"],
+        eos=values["eos"],
+        riders=riders,
+        teacher=teacher,
+    )
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """SIGINT or SIGTERM came; the checkpoint is written."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+@contextlib.contextmanager
+def _signals(received: list[int]) -> Iterator[None]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one of them kills as usual."""
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+class Loop:
+    """The loop over steps with everything around it. Use :func:`run_training`."""
+
+    def __init__(self, run: Run, threads: int | None) -> None:
+        self.run, self.config = run, run.config
+        self.trainer = Trainer(run.model, run.config, threads=threads, teacher=run.teacher)
+        self.source = run.source()
+        self.validation, self.validation_bytes = run.validation(self.trainer.workers[0].rows)
+        self.log = runfolder.Log(run.folder / "log.txt")
+        self.metrics_path = run.folder / "metrics.jsonl"
+        self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False)
+        self.received: list[int] = []
+        self._saved_step = -1
+
+    def start(self, parent: Path | None) -> None:
+        """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given or fresh weights."""
+        own = checkpoints.checkpoints(self.run.folder)
+        if own:
+            self._restore(own[-1])
+            self._saved_step = self.trainer.state.step
+        elif parent is not None:
+            self._restore(parent)
+        elif self.config.extra.get("init_from"):
+            folder = Path(self.config.extra["init_from"])
+            checkpoints.load_parameters(folder, self.trainer.params, self.run.model)
+            self.log.say(f"weights from {folder}")
+        else:
+            self.trainer.initialize()
+        self.metrics = runfolder.Metrics(self.metrics_path, self.trainer.state.step)
+
+    def _restore(self, folder: Path) -> None:
+        values = self.trainer.restore(folder)
+        if model_config_from_json(values["model"]) != self.run.model:
+            raise CheckpointError(f"{folder}: a checkpoint of another architecture")
+        if values["data_fingerprint"] != self.run.fingerprint():
+            raise CheckpointError(f"{folder}: the training data has changed since this checkpoint")
+        here = checkpoints.environment()
+        changed = [k for k, v in here.items() if values["environment"].get(k) != v]
+        if changed:
+            self.log.say(
+                f"warning: {', '.join(changed)} differ from the checkpoint's: the run continues, "
+                "but not with the bits it would have had there"
+            )
+        self.log.say(f"continuing from {folder.name} (step {self.trainer.state.step})")
+
+    # ---- pieces of the loop -------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint and drop old ones."""
+        step = self.trainer.state.step
+        if step == self._saved_step:
+            return
+        folder = self.run.folder / "checkpoints" / f"step_{step:08d}"
+        folder.parent.mkdir(exist_ok=True)
+        self.trainer.save(
+            folder,
+            self.run.fingerprint(),
+            lambda target: self.run.write_model(target, self.trainer.params),
+        )
+        self._saved_step = step
+        checkpoints.prune(self.run.folder, self.config.keep_checkpoints)
+
+    def validate(self, quantize: bool) -> Validation:
+        """Validate, log, plot."""
+        result = self.trainer.validate(self.validation, self.validation_bytes, quantize)
+        state = self.trainer.state
+        if state.best_validation is None or result.loss < state.best_validation:
+            state.best_validation = result.loss
+        self.metrics.write(
+            {
+                "step": state.step,
+                "tokens": state.tokens,
+                "val_loss": result.loss,
+                "val_bits_per_byte": result.bits_per_byte,
+                "int8": quantize,
+            }
+        )
+        arithmetic = "int8" if quantize else "float32"
+        self.log.say(
+            f"step {state.step}: validation {result.loss:.4f} nats/token, "
+            f"{result.bits_per_byte:.4f} bits/byte ({arithmetic})"
+        )
+        plot_losses(runfolder.read_metrics(self.metrics_path), self.run.folder / "loss.png")
+        return result
+
+    def show_sample(self, quantize: bool) -> None:
+        """One sample with a fixed seed."""
+        c = self.config
+        ids = self.run.tokenizer.encode(c.sample_prompt).ids[: self.sampler.seq_len - 1]
+        new = sample.generate(
+            self.sampler,
+            self.trainer.weights(quantize),
+            ids,
+            c.sample_tokens,
+            eos=self.run.eos,
+            seed=c.seed,
+            quantize=quantize,
+        )
+        text = self.run.tokenizer.decode(ids + new)
+        self.log.say(f"step {self.trainer.state.step} sample: {text}")
+
+    def steps(self) -> None:
+        """All steps that are left."""
+        trainer, c = self.trainer, self.config
+        first, logged = trainer.state.step, 0.0
+        began = time.monotonic()
+        before = trainer.state.seconds
+        while trainer.state.step < c.steps:
+            step_began = time.monotonic()
+            result = trainer.step(*self.source.batch(trainer.state.step))
+            now = time.monotonic()
+            state = trainer.state
+            state.seconds = before + now - began
+            rate = c.batch_size * c.seq_len / (now - step_began)
+            self.metrics.write(
+                {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "lr_factor": result.lr_factor,
+                    "quantized": result.quantized,
+                    "tokens_per_second": round(rate),
+                    "seconds": round(state.seconds, 3),
+                }
+            )
+            mean = (state.step - first) * c.batch_size * c.seq_len / (now - began)
+            text = self._progress(result.loss, mean)
+            self.log.progress(text)
+            if now - logged > LOG_EVERY_SECONDS:
+                self.log.say(text)
+                logged = now
+            self._milestones(result.quantized)
+            if self.received:
+                self.save()
+                raise Interrupted(self.received[0])
+
+    def _progress(self, loss: float, tokens_per_second: float) -> str:
+        c, step = self.config, self.trainer.state.step
+        left = (c.steps - step) * c.batch_size * c.seq_len / tokens_per_second
+        flops = self.run.model.flops_per_token(c.seq_len) * tokens_per_second
+        return (
+            f"step {step}/{c.steps} loss {loss:.4f} {tokens_per_second:,.0f} tokens/s "
+            f"{flops / 1e9:.0f} GFLOP/s {format_seconds(left)} left"
+        )
+
+    def _milestones(self, quantized: bool) -> None:
+        c, step = self.config, self.trainer.state.step
+        is_last = step == c.steps
+        if is_last or (c.eval_every and step % c.eval_every == 0):
+            self.validate(quantized)
+        if is_last or (c.sample_every and step % c.sample_every == 0):
+            self.show_sample(quantized)
+        trunk_end = step == c.decay_start and c.decay_steps > 0
+        if is_last or trunk_end or (c.checkpoint_every and step % c.checkpoint_every == 0):
+            self.save()
+        if trunk_end:
+            self._keep_trunk()
+
+    def _keep_trunk(self) -> None:
+        """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from it."""
+        name = f"step_{self.trainer.state.step:08d}"
+        target = self.run.folder / "trunk"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self.run.folder / "checkpoints" / name, target)
+
+    def finish(self) -> Path:
+        """final/: the Hugging Face folder to freeze."""
+        from .files import atomic_directory
+
+        target = self.run.folder / "final"
+        with atomic_directory(target) as temporary:
+            self.run.write_model(temporary, self.trainer.params)
+        if self.config.quantize != "never":
+            self.validate(False)
+            self.validate(True)
+        return target
+
+    def close(self) -> None:
+        self.trainer.close()
+        self.log.close()
+        if hasattr(self, "metrics"):
+            self.metrics.close()
+
+
+def run_training(folder: Path, *, threads: int | None = None, parent: Path | None = None) -> Path:
+    """Run, or continue, the run in ``folder``; returns the folder of the final model.
+
+    Raises Interrupted after a checkpoint when SIGINT or SIGTERM came, NotFiniteError when the loss blew up (the last
+    checkpoint stays), OSError when the disk is full (likewise).
+    """
+    run = open_run(folder)
+    loop = Loop(run, threads)
+    try:
+        loop.start(parent)
+        epochs = loop.source.epochs(run.config.steps)
+        plan = make_plan(run.model, run.config, epochs, loop.trainer.threads, None)
+        if loop.trainer.state.step == 0:
+            for line in plan.lines(run.model, run.config):
+                loop.log.say(line)
+        with _signals(loop.received):
+            loop.steps()
+        final = loop.finish()
+        loop.log.say(f"done in {format_seconds(loop.trainer.state.seconds)}: {final}")
+        return final
+    finally:
+        loop.close()
+
+
+def measure_step_seconds(run: Run, threads: int | None) -> tuple[float, float]:
+    """Median seconds of a step without and with fake-quantization, on a throwaway trainer."""
+    config = dataclasses.replace(run.config, quantize="always", steps=10)
+    trainer = Trainer(run.model, config, threads=threads, teacher=run.teacher)
+    try:
+        trainer.initialize()
+        tokens, targets = run.source().batch(0)
+        results = []
+        for quantize in (False, True):
+            trainer.config = dataclasses.replace(
+                config, quantize="always" if quantize else "never"
+            )
+            times = []
+            for _ in range(4):  # the first one compiles
+                began = time.monotonic()
+                trainer.step(tokens, targets)
+                times.append(time.monotonic() - began)
+            results.append(float(np.median(times[1:])))
+        return results[0], results[1]
+    finally:
+        trainer.close()
+
+
+def steps_for_budget(run: Run, minutes: float, threads: int | None) -> tuple[int, float]:
+    """Steps that fit into so many minutes of this machine, and the mean seconds of one."""
+    plain, quantized = measure_step_seconds(run, threads)
+    c = run.config
+    share = {"never": 0.0, "always": 1.0, "decay": c.decay_fraction}[c.quantize]
+    mean = (1 - share) * plain + share * quantized
+    steps = math.floor(minutes * 60 / (mean * 1.03))  # validation, samples and checkpoints take a few per cent
+    if steps < 1:
+        raise ConfigError(f"{minutes} minutes are not enough for one step of {mean:.1f} s")
+    return steps, mean
