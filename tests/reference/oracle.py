@@ -111,6 +111,23 @@ def kl_divergence(reference: Array, other: Array) -> Array:
     return (np.exp(p) * (p - q)).sum(axis=-1)
 
 
+def compare_codes(one: Trace, other: Trace) -> tuple[Array, int, int]:
+    """Two quantized traces of one block -> rows that no differing code has touched (n_tokens) bool,
+    the number of differing codes, and the number of codes.
+
+    A difference in a layer input spoils its own row, one in k or v also every later row.
+    """
+    n_tokens = len(one["x"])
+    spoiled = np.zeros(n_tokens, dtype=bool)
+    n_flips = n_codes = 0
+    for name in (key for key in one if key.endswith("_codes")):
+        flips = (one[name] != other[name]).reshape(n_tokens, -1)
+        n_flips, n_codes = n_flips + int(flips.sum()), n_codes + flips.size
+        rows = flips.any(axis=1)
+        spoiled |= np.logical_or.accumulate(rows) if name in ("k_codes", "v_codes") else rows
+    return ~spoiled, n_flips, n_codes
+
+
 class Oracle:
     """A forward pass whose every intermediate can be read."""
 

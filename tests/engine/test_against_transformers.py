@@ -1,0 +1,198 @@
+"""The engine against what it did not write: the file against the law, its bits against the law in
+NumPy, its blocks against the float64 oracle, its logits against transformers in float32."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import fixtures, frozen_reader
+from reference.law_f32 import Law, Matrix
+from reference.oracle import Oracle, compare_codes, kl_divergence, quantize_weight
+
+from pyengine import _core
+from pyengine.freeze import freeze
+from pyengine.frozen import FrozenFile
+
+f32 = np.float32
+NAMES = fixtures.names()
+ISAS = _core.available_isas()
+
+
+@pytest.fixture(scope="module")
+def frozen_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every fixture, frozen from a Hugging Face directory."""
+    root = tmp_path_factory.mktemp("frozen")
+    paths = {}
+    for name in NAMES:
+        hf_dir = fixtures.write_hf_dir(fixtures.load(name), root / name)
+        paths[name] = root / f"{name}.safetensors"
+        freeze(hf_dir, paths[name])
+    return paths
+
+
+@cache
+def plain_logits(name: str) -> Any:
+    """transformers' logits at every position, by way of the oracle that test_oracle.py holds equal
+    to them."""
+    fixture = fixtures.load(name)
+    config, weights = fixtures.canonical_config(fixture), fixtures.canonical_weights(fixture)
+    return Oracle(config, weights, quantized=False).logits(fixture.token_ids)
+
+
+def open_model(path: Path) -> tuple[FrozenFile, Any]:
+    frozen = FrozenFile.open(path)
+    weights = {k: v for k, v in frozen.tensors.items() if not k.endswith((".json", ".jinja"))}
+    return frozen, _core.Model(asdict(frozen.config), frozen.buffer, weights)
+
+
+def engine_logits(model: Any, token_ids: Any, kv_dtype: str = "int8") -> Any:
+    """One prefill -> logits (n_tokens, vocab_size) float32, a copy."""
+    context = _core.Context(model, kv_dtype=kv_dtype)
+    sequence, n = context.sequence_new(), len(token_ids)
+    context.forward([int(t) for t in token_ids], [sequence] * n, [1] * n)
+    return np.stack([np.array(context.logits(row), dtype=f32) for row in range(n)])
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Any:
+    """Every kernel table that this CPU runs, then the default one again."""
+    _core.select_isa(request.param)
+    yield request.param
+    _core.select_isa(None)
+
+
+# ---------------------------------------------------------------------- the file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_file_holds_the_law(name: str, frozen_paths: dict[str, Path]) -> None:
+    """Config, codes, scales and vectors, read by the letter of FORMAT.md, are those of the oracle's
+    quantizer."""
+    fixture = fixtures.load(name)
+    config, weights = frozen_reader.read(frozen_paths[name])
+    assert config == fixtures.canonical_config(fixture)
+    wanted = fixtures.canonical_weights(fixture)
+    assert weights.keys() == wanted.keys()
+    for key, w in wanted.items():
+        got = weights[key]
+        if isinstance(got, Matrix):
+            codes, scales = quantize_weight(w)
+            assert np.array_equal(got.codes, codes), key
+            assert np.array_equal(got.scales, scales), key
+        elif key == "rope.inv_freq":  # a power in float32 there: the last bits are anybody's
+            assert np.allclose(got, w, rtol=1e-6, atol=0)
+        else:
+            assert np.array_equal(got, w), key
+
+
+def test_precision_of_the_source_does_not_matter(
+    tmp_path: Path, frozen_paths: dict[str, Path]
+) -> None:
+    """Float16 values stored as float32 give the same weights, byte for byte."""
+    hf_dir = fixtures.write_hf_dir(fixtures.load("qwen2"), tmp_path / "hf", dtype="F32")
+    wide = FrozenFile.open(freeze(hf_dir, tmp_path / "wide.safetensors"))
+    narrow = FrozenFile.open(frozen_paths["qwen2"])
+    assert wide.tensors == narrow.tensors
+    for key, (offset, size) in wide.tensors.items():
+        if key.endswith((".codes", ".scales")):
+            assert wide.buffer[offset : offset + size] == narrow.buffer[offset : offset + size], key
+
+
+# ---------------------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "f32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_engine_equals_the_law_bit_for_bit(
+    name: str, kv_dtype: str, isa: str, frozen_paths: dict[str, Path]
+) -> None:
+    fixture = fixtures.load(name)
+    law = Law(*frozen_reader.read(frozen_paths[name]), kv_dtype=kv_dtype)
+    _, model = open_model(frozen_paths[name])
+    got, wanted = engine_logits(model, fixture.token_ids, kv_dtype), law.logits(fixture.token_ids)
+    assert got.shape == wanted.shape
+    differing = np.flatnonzero((got.view(np.uint32) != wanted.view(np.uint32)).any(axis=1))
+    assert differing.size == 0, f"{isa}: rows {differing[:5]} of {len(got)} differ"
+
+
+def test_smollm2_equals_the_law_bit_for_bit(smollm2_frozen: Path, isa: str) -> None:
+    """A real model: 30 layers, 9 query heads on 3 kv heads, real weights with real outliers."""
+    law = Law(*frozen_reader.read(smollm2_frozen))
+    token_ids = np.random.default_rng(0).integers(0, law.config["vocab_size"], 12)
+    _, model = open_model(smollm2_frozen)
+    got, wanted = engine_logits(model, token_ids), law.logits(token_ids)
+    assert np.array_equal(got.view(np.uint32), wanted.view(np.uint32))
+
+
+# ---------------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_agree_with_the_oracle(name: str, frozen_paths: dict[str, Path]) -> None:
+    """Each block, fed the oracle's own input through the test hook: the law's bits, and 1e-5 of the
+    row's norm from the oracle wherever no code flipped (test_oracle_law.py counts the flips and
+    bounds their number)."""
+    fixture = fixtures.load(name)
+    config, weights = frozen_reader.read(frozen_paths[name])
+    law = Law(config, weights)
+    # the file's own inv_freq: a last bit there, times a position, is more than 1e-5
+    wanted = {**fixtures.canonical_weights(fixture), "rope.inv_freq": law.vectors["rope.inv_freq"]}
+    oracle = Oracle(config, wanted, quantized=True)
+    _, model = open_model(frozen_paths[name])
+    context = _core.Context(model)
+    for layer, x in enumerate(oracle.hidden_states(fixture.token_ids)[:-1]):
+        x = x.astype(f32)
+        law_trace, trace = law.block(layer, x), oracle.block(layer, x.astype(np.float64))
+        clean, _, _ = compare_codes(law_trace, trace)
+        out = x.copy()
+        context.debug_block(layer, out)
+        assert np.array_equal(out.view(np.uint32), law_trace["out"].view(np.uint32))
+        norm = np.linalg.norm(trace["out"], axis=1)
+        error = np.linalg.norm(out - trace["out"], axis=1) / norm
+        assert clean.mean() > 0.9
+        assert error[clean].max() < 1e-5
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_stay_near_transformers(name: str, frozen_paths: dict[str, Path]) -> None:
+    """KL(float32 || engine) per position, and the same winner wherever float32 has a clear one.
+
+    The quantization error of a logit is about the law's noise (KL of some 0.003 nats in the mean,
+    0.02 at worst, see test_oracle.py); 0.01 and 0.06 leave a factor of about three to other weights
+    and no room for a wrong operation."""
+    fixture = fixtures.load(name)
+    _, model = open_model(frozen_paths[name])
+    got = engine_logits(model, fixture.token_ids)
+    from_transformers = kl_divergence(fixture.logits, got[fixture.rows])
+    assert from_transformers.max() < 0.06
+    wanted = plain_logits(name)
+    assert kl_divergence(wanted, got).mean() < 0.01
+    top_two = np.sort(wanted, axis=1)[:, -2:]
+    clear = top_two[:, 1] - top_two[:, 0] > 0.5
+    assert clear.sum() >= 5
+    assert np.array_equal(wanted.argmax(axis=1)[clear], got.argmax(axis=1)[clear])
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3"])
+def test_engine_class_gives_the_same_logits(name: str, frozen_paths: dict[str, Path]) -> None:
+    """Engine.logits, all positions and some, is the core's forward and nothing more."""
+    import pyengine
+
+    fixture = fixtures.load(name)
+    token_ids = [int(t) for t in fixture.token_ids]
+    _, model = open_model(frozen_paths[name])
+    wanted = engine_logits(model, token_ids)
+    with pyengine.Engine(frozen_paths[name]) as engine:
+        got = np.asarray(engine.logits(token_ids))
+        some = np.asarray(engine.logits(token_ids, positions=[3, 17]))
+    assert got.dtype == f32
+    assert np.array_equal(got.view(np.uint32), wanted.view(np.uint32))
+    assert np.array_equal(some.view(np.uint32), wanted[[3, 17]].view(np.uint32))

@@ -1,0 +1,96 @@
+"""Read a frozen file by the letter of csrc/FORMAT.md sections 1 to 3, for law_f32.Law.
+
+Nothing is checked (pyengine.frozen does that) and nothing is imported from the project, so that a
+file that both readers understand alike is understood as the page says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .law_f32 import Matrix, Weight
+
+DTYPES = {"I8": np.int8, "F16": np.float16, "F32": np.float32, "U8": np.uint8}
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Weight]]:
+    """The rider config.json, and the weights under their unfused names without padding."""
+    tensors = _tensors(path.read_bytes())
+    config = json.loads(tensors["config.json"].tobytes())
+    weights: dict[str, Weight] = {}
+    for name, tensor in tensors.items():
+        base, _, kind = name.rpartition(".")
+        if kind == "codes":
+            weights.update(_matrices(base, tensor, tensors[base + ".scales"], config))
+        elif tensor.dtype == np.float32:
+            weights.update(_vectors(name, tensor, config))
+    return config, weights
+
+
+def _tensors(data: bytes) -> dict[str, NDArray[Any]]:
+    header_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + header_bytes])
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+            values = np.frombuffer(data[begin:end], DTYPES[entry["dtype"]])
+            tensors[name] = values.reshape(entry["shape"])
+    return tensors
+
+
+def _from_panels(codes: NDArray[Any], scales: NDArray[Any]) -> Matrix:
+    """codes (n_panels, n_groups, 16, 16, 4), the axes being panel, group, k4, row, k; scales
+    (n_panels, n_groups, 16)."""
+    n_panels, n_groups = codes.shape[:2]
+    by_row = codes.transpose(0, 3, 1, 2, 4).reshape(n_panels * 16, n_groups, 64)
+    return Matrix(by_row, scales.transpose(0, 2, 1).reshape(-1, n_groups).astype(np.float32))
+
+
+def _rows(matrix: Matrix, begin: int, end: int) -> Matrix:
+    return Matrix(matrix.codes[begin:end], matrix.scales[begin:end])
+
+
+def _matrices(
+    base: str, codes: NDArray[Any], scales: NDArray[Any], config: dict[str, Any]
+) -> dict[str, Weight]:
+    """One stored matrix -> those that it fuses."""
+    n_panels, n_groups = codes.shape[:2]
+    scales = scales[: n_panels * n_groups * 16].reshape(n_panels, n_groups, 16)
+    layer, _, kind = base.rpartition(".")
+    if kind == "w_gate_up":
+        gate, up = (_from_panels(codes[i::2], scales[i::2]) for i in (0, 1))
+        n = config["hidden_dim"]
+        return {f"{layer}.w_gate": _rows(gate, 0, n), f"{layer}.w_up": _rows(up, 0, n)}
+    matrix = _from_panels(codes, scales)
+    if kind == "wqkv":
+        begins = _qkv_rows(config)
+        return {
+            f"{layer}.{name}": _rows(matrix, begin, end) for name, (begin, end) in begins.items()
+        }
+    n_rows = config["vocab_size"] if not layer else config["dim"]
+    return {base: _rows(matrix, 0, n_rows)}
+
+
+def _vectors(name: str, values: NDArray[Any], config: dict[str, Any]) -> dict[str, Weight]:
+    layer, _, _ = name.rpartition(".wqkv.bias")
+    if layer:
+        return {f"{layer}.{k}.bias": values[b:e] for k, (b, e) in _qkv_rows(config).items()}
+    if name.endswith(("q_norm", "k_norm")):
+        return {name: values[: config["head_dim"]]}
+    return {name: values[: config["head_dim"] // 2 if name == "rope.inv_freq" else config["dim"]]}
+
+
+def _qkv_rows(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    q_dim = config["n_heads"] * config["head_dim"]
+    kv_dim = config["n_kv_heads"] * config["head_dim"]
+    return {
+        "wq": (0, q_dim),
+        "wk": (q_dim, q_dim + kv_dim),
+        "wv": (q_dim + kv_dim, q_dim + 2 * kv_dim),
+    }
