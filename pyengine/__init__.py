@@ -1,0 +1,76 @@
+"""pyengine: run Llama-family language models as frozen int8 tensors on a CPU, bit for bit the same everywhere.
+
+    import pyengine
+    engine = pyengine.Engine("model.safetensors")
+    print(engine.generate("Once upon a time", max_tokens=64).text)
+
+Importing the package loads nothing heavy; each name below is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Engine": "pyengine.engine",
+    "Generation": "pyengine.results",
+    "Piece": "pyengine.results",
+    "Score": "pyengine.results",
+    "SamplingParams": "pyengine.sampling",
+    "freeze": "pyengine.freeze",
+}
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine as Engine
+    from pyengine.freeze import freeze as freeze
+    from pyengine.results import Generation as Generation
+    from pyengine.results import Piece as Piece
+    from pyengine.results import Score as Score
+    from pyengine.sampling import SamplingParams as SamplingParams
+
+from pyengine.errors import (
+    CancelledError,
+    ContextFullError,
+    InvalidArgumentError,
+    ModelFormatError,
+    NotFiniteError,
+    OutOfMemoryError,
+    PyEngineError,
+    SystemCallError,
+    TemplateError,
+    UnsupportedISAError,
+    UnsupportedModelError,
+)
+
+__all__ = [
+    "CancelledError",
+    "ContextFullError",
+    "Engine",
+    "Generation",
+    "InvalidArgumentError",
+    "ModelFormatError",
+    "NotFiniteError",
+    "OutOfMemoryError",
+    "Piece",
+    "PyEngineError",
+    "SamplingParams",
+    "Score",
+    "SystemCallError",
+    "TemplateError",
+    "UnsupportedISAError",
+    "UnsupportedModelError",
+    "freeze",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'pyengine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
