@@ -96,13 +96,21 @@ _BYTE_LEVEL = {
 # ---------------------------------------------------------------------------- typed metadata
 
 
+def _is_marker(token: str) -> bool:
+    return token in _END_TEXTS or (token.startswith("<|") and token.endswith("|>"))
+
+
 class _Vocabulary(NamedTuple):
     tokens: list[str]
     types: list[int]
     ids: dict[str, int]
 
     def added_tokens(self) -> list[dict[str, Any]]:
-        """Control tokens as special, user-defined ones as ordinary added tokens, by id."""
+        """Control tokens as special, user-defined ones as ordinary added tokens, by id.
+
+        Some converters mark turn markers as user-defined. They are special too: an ordinary added
+        token would be matched in a user's text.
+        """
         return [
             {
                 "id": i,
@@ -111,7 +119,7 @@ class _Vocabulary(NamedTuple):
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": kind != _USER_DEFINED,
+                "special": kind != _USER_DEFINED or _is_marker(token),
             }
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
             if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN) and token
