@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import os
 
     from .sources import SourceModel
-    from .writer import GoldenCallback
 
 Progress = Callable[[int, int, str], None]
 
@@ -92,16 +91,16 @@ def freeze(
     name: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    golden: GoldenCallback | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Freeze the checkpoint ``source`` into the file ``output`` and return its path.
 
-    ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor; ``golden(path)``
-    with the complete file before it gets its name, to compute the content of golden.json. The file
-    appears only when it is whole; an existing one is replaced only with ``overwrite``. Raises
-    UnsupportedModelError for what is not implemented, ModelFormatError for damage.
+    ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor. At the end the
+    engine runs the complete file once, for its golden outputs; only then does the file get its name.
+    An existing one is replaced only with ``overwrite``. Raises UnsupportedModelError for what is
+    not implemented, ModelFormatError for damage.
     """
+    from ..golden import compute_json
     from .writer import FrozenWriter
 
     output = Path(output)
@@ -113,7 +112,7 @@ def freeze(
             model.riders,
             name=model.name,
             source=model.source,
-            golden=golden,
+            golden=compute_json,
             overwrite=overwrite,
         ) as writer:
             for tensor, chunks in _tensor_chunks(model, writer.names):
@@ -141,7 +140,6 @@ def freeze_cached(
     progress: Progress | None = None,
     *,
     tokenizer: str | os.PathLike[str] | None = None,
-    golden: GoldenCallback | None = None,
 ) -> Path:
     """Freeze ``source`` into the cache unless it is there, and return the frozen file's path.
 
@@ -153,7 +151,7 @@ def freeze_cached(
     if not path.exists():
         with locked(path):
             if not path.exists():
-                freeze(source, path, tokenizer=tokenizer, progress=progress, golden=golden)
+                freeze(source, path, tokenizer=tokenizer, progress=progress)
     return path
 
 

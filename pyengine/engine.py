@@ -1,0 +1,408 @@
+"""Engine: a model, its tokenizer and a context behind one thread-safe object."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError
+from pyengine.frozen import FrozenFile, expected_tensors
+from pyengine.prefix_cache import PrefixCache
+from pyengine.results import Generation, Piece, Score
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from pyengine.chat import ChatTemplate
+    from pyengine.freeze import Progress
+    from pyengine.sampling import SamplingParams
+    from pyengine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+DEFAULT_MODEL = Path(__file__).parent / "models" / "default.safetensors"
+# score and logits ask for every row's logits; this bounds the buffer (rows x vocab_size x 4 bytes).
+LOGITS_BYTES = 32 << 20
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> Path:
+    """The frozen file that `model` names: itself, or a Hugging Face directory, a GGUF or a llama2.c checkpoint frozen once into the
+    cache directory. None = the model that ships with the package. Raises FileNotFoundError."""
+    if model is None:
+        if not DEFAULT_MODEL.exists():
+            raise FileNotFoundError("this build ships no default model; name one: Engine('model.safetensors')")
+        return DEFAULT_MODEL
+    path = Path(model)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no model at {path}")
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    from pyengine.freeze import freeze_cached
+
+    return freeze_cached(path, progress=progress)
+
+
+def threads_from_environment() -> int:
+    """PYENGINE_NUM_THREADS, 0 if it is not set. Raises InvalidArgumentError if it is not a positive number."""
+    text = os.environ.get("PYENGINE_NUM_THREADS", "")
+    if not text:
+        return 0
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise InvalidArgumentError(f"PYENGINE_NUM_THREADS is {text!r}, expected a number of threads from 1")
+    return int(text)
+
+
+class Engine:
+    """A frozen model, ready to generate.
+
+    model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint (frozen once into a cache), or None for the
+               small model that ships with the package
+    n_ctx      positions of the context; 0 = the model's
+    n_threads  None = PYENGINE_NUM_THREADS, else what the affinity mask and the cgroup's quota allow
+    kv_dtype   "int8", or "f32": a reference to compare with, slower and four times as large
+    seed       seed of every call that gives none; None = a fresh one for each call, reported in its result
+    mmap       False reads the file into memory, for files that others may truncate (a map would then kill the process)
+    progress   called as progress(done_bytes, total_bytes, tensor_name) while a model is frozen into the cache
+
+    Methods may be called from any thread; calls share the model step by step. Use it as a context manager, or `close` it.
+    Raises FileNotFoundError, ModelFormatError, UnsupportedModelError, UnsupportedISAError, InvalidArgumentError.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int = 0,
+        n_threads: int | None = None,
+        kv_dtype: Literal["int8", "f32"] = "int8",
+        seed: int | None = None,
+        mmap: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        from pyengine import _core
+
+        self._lock = threading.RLock()
+        self._closed = True
+        n_threads = _checked_threads(n_threads)
+        self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
+        config = asdict(self._file.config)
+        if not 0 <= n_ctx <= config["max_seq_len"]:
+            raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config['max_seq_len']}")
+        config["max_seq_len"] = n_ctx or config["max_seq_len"]
+        weights = {name: self._file.tensors[name] for name in expected_tensors(self._file.config)}
+        self._model = _core.Model(config, self._file.buffer, weights, n_threads)
+        self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
+        self.prefix_cache = PrefixCache(self.context)
+        self.n_ctx: int = config["max_seq_len"]
+        self.vocab_size: int = config["vocab_size"]
+        self.seed = seed
+        self._generation_config = self._json_rider("generation_config.json")
+        self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
+        self._tokenizer: Tokenizer | None = None
+        self._chat_template: ChatTemplate | None = None
+        self._closed = False
+        _open_engines.add(self)
+
+    # ------------------------------------------------------------ parts
+
+    @property
+    def path(self) -> Path:
+        """The frozen file."""
+        return Path(self._file.path)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the frozen file, as plain values."""
+        return asdict(self._file.config)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Name, source and generator, from the file's header."""
+        return dict(self._file.metadata)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels run."""
+        return str(self.context.isa)
+
+    @property
+    def n_threads(self) -> int:
+        return int(self.context.n_threads)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, loaded when it is first needed."""
+        with self._lock:
+            if self._tokenizer is None:
+                from pyengine.tokenizer import Tokenizer
+
+                self._tokenizer = Tokenizer.from_frozen(self._file)
+            return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template. Raises TemplateError if it has none."""
+        with self._lock:
+            if self._chat_template is None:
+                from pyengine.chat import ChatTemplate
+
+                self._chat_template = ChatTemplate.from_frozen(self._file)
+            return self._chat_template
+
+    def _json_rider(self, name: str) -> dict[str, Any]:
+        text = self._file.rider(name)
+        return {} if text is None else json.loads(text)
+
+    # ------------------------------------------------------------ text
+
+    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`. Special tokens written in it are plain text unless parse_special."""
+        return self.tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
+
+    def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+    def _ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenize(prompt, parse_special=parse_special)
+            if not ids:
+                raise InvalidArgumentError("the prompt is empty and the model has no begin-of-text token to start from")
+            return ids
+        ids = [int(token) for token in prompt]
+        if not ids:
+            raise InvalidArgumentError("the prompt has no tokens")
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidArgumentError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+        return ids
+
+    # ------------------------------------------------------------ generation
+
+    def _pieces(self, prompts: Iterable[list[int]], params: SamplingParams) -> Iterator[tuple[int, Piece]]:
+        """(index of the sample, piece), in the order in which they come."""
+        from pyengine.generation import Run
+
+        run = Run(self, prompts, params.resolve(self._generation_config, seed=self.seed))
+        index_of = {id(sample): index for index, sample in enumerate(run.samples)}
+        try:
+            while (pieces := run.step()) is not None:
+                for sample, piece in pieces:
+                    yield index_of[id(sample)], piece
+        finally:
+            run.close()
+
+    def _generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Generation]:
+        results: dict[int, Generation] = {}
+        for index, piece in self._pieces(prompts, params):
+            if piece.result is not None:
+                results[index] = piece.result
+        return [results[index] for index in sorted(results)]
+
+    @overload
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, parse_special: bool = False, **options: Any
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        **options: Any,
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: Prompt | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        **options: Any,
+    ) -> Generation | list[Generation]:
+        """Continue one prompt (text or token ids), or many together.
+
+        params or keyword options: see SamplingParams. One prompt with n = 1 gives a Generation; several prompts, or n > 1, give
+        a list, prompt by prompt. A prompt's output does not depend on what runs beside it.
+        Raises InvalidArgumentError, ContextFullError (a prompt that does not fit), NotFiniteError.
+        """
+        chosen = _params(params, options)
+        many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
+        if not isinstance(prompt, str) and len(prompt) == 0:
+            raise InvalidArgumentError("the prompt is empty")
+        prompts: Any = prompt if many else [prompt]
+        results = self._generate([self._ids(item, parse_special) for item in prompts], chosen)
+        return results if many or len(results) > 1 else results[0]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, parse_special: bool = False, **options: Any
+    ) -> Iterator[Piece]:
+        """Like generate for one prompt, a Piece a token; the last piece carries the result. Closing the iterator ends the work."""
+        chosen = _params(params, options)
+        if chosen.n not in (None, 1):
+            raise InvalidArgumentError(f"a stream has one sample, n is {chosen.n}; use generate")
+        ids = self._ids(prompt, parse_special)
+        return (piece for _, piece in self._pieces([ids], chosen))
+
+    def chat_ids(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+        """Token ids of a conversation under the model's template. Special tokens come from the template, never from content."""
+        return self.chat_template.encode(
+            messages, self.tokenizer, add_generation_prompt=add_generation_prompt, **variables
+        )
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: Literal[False] = False, **options: Any
+    ) -> Generation: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: Literal[True], **options: Any
+    ) -> Iterator[Piece]: ...
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False, **options: Any
+    ) -> Generation | list[Generation] | Iterator[Piece]:
+        """The assistant's answer to messages ({"role", "content"}, …). Raises TemplateError if the model has no usable template."""
+        ids = self.chat_ids(messages)
+        return self.stream(ids, params, **options) if stream else self.generate(ids, params, **options)
+
+    # ------------------------------------------------------------ scoring
+
+    def _rows(self, ids: list[int], wanted: Sequence[bool]) -> Iterator[tuple[int, memoryview]]:
+        """(position, logits) of the wanted rows of a fresh sequence, ascending. The view is valid until the next item."""
+        if len(ids) > self.n_ctx:
+            raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
+        step = max(16, LOGITS_BYTES // (4 * self.vocab_size))
+        with self.locked():
+            sequence = self.context.sequence_new()
+            try:
+                for begin in range(0, len(ids), step):
+                    part, want = ids[begin : begin + step], wanted[begin : begin + step]
+                    self.context.forward(part, [sequence] * len(part), bytes(map(bool, want)))
+                    positions = [begin + i for i, is_wanted in enumerate(want) if is_wanted]
+                    for row, position in enumerate(positions):
+                        with memoryview(self.context.logits(row)) as logits:
+                            yield position, logits
+            finally:
+                self.context.sequence_drop(sequence)
+
+    def score(self, text: Prompt, *, parse_special: bool = False) -> Score:
+        """Log-probability of each token of `text` after those before it. Memory does not grow with the text's logits."""
+        from pyengine._sampler import logprobs
+
+        ids = self._ids(text, parse_special)
+        values: list[float | None] = [None] * len(ids)
+        for position, logits in self._rows(ids, [True] * (len(ids) - 1) + [False]):
+            values[position + 1] = logprobs(logits, ids[position + 1])[0]
+        return Score(ids, values)
+
+    def logits(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
+        """Logits after each token: float32 (n_tokens, vocab_size), or (len(positions), vocab_size) in the order of `positions`."""
+        import numpy as np
+
+        ids = self._ids(list(tokens), False)
+        chosen = list(range(len(ids))) if positions is None else [int(p) for p in positions]
+        for position in chosen:
+            if not 0 <= position < len(ids):
+                raise InvalidArgumentError(f"position {position} is outside the {len(ids)} tokens")
+        out = np.empty((len(chosen), self.vocab_size), np.float32)
+        wanted = [False] * len(ids)
+        rows: dict[int, list[int]] = {}
+        for row, position in enumerate(chosen):
+            wanted[position] = True
+            rows.setdefault(position, []).append(row)
+        for position, logits in self._rows(ids, wanted):
+            out[rows[position]] = np.asarray(logits)
+        return out
+
+    # ------------------------------------------------------------ life
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Exclusive use of the context, for one step. Raises PyEngineError on a closed engine."""
+        with self._lock:
+            if self._closed:
+                raise PyEngineError("this engine is closed")
+            yield
+
+    @contextmanager
+    def locked_unless_closed(self) -> Iterator[bool]:
+        """Exclusive use of the context if the engine is still open; yields whether it is."""
+        with self._lock:
+            yield not self._closed
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch"."""
+        with self.locked():
+            return {"weights": sum(size for _, size in self._file.tensors.values()), **self.context.memory()}
+
+    def close(self) -> None:
+        """Wait for the step that is running, then free everything. Streams that go on raise PyEngineError. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            del self.prefix_cache, self.context, self._model
+            self._file.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "Engine(closed)"
+        return f"Engine({str(self.path)!r}, isa={self.isa!r}, n_threads={self.n_threads}, n_ctx={self.n_ctx})"
+
+    # Around a fork: no step may be half done in the child.
+    def _acquire(self) -> None:
+        self._lock.acquire()
+
+    def _release(self) -> None:
+        self._lock.release()
+
+
+def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
+    from pyengine.sampling import SamplingParams
+
+    if params is not None and options:
+        raise InvalidArgumentError(f"give params or keyword options, not both ({', '.join(options)})")
+    return SamplingParams.from_kwargs(**options) if params is None else params
+
+
+def _checked_threads(n_threads: int | None) -> int:
+    if n_threads is None:
+        return threads_from_environment()
+    if isinstance(n_threads, bool) or not isinstance(n_threads, int) or n_threads < 1:
+        raise InvalidArgumentError(f"n_threads is {n_threads!r}, expected a number from 1, or None")
+    return n_threads
+
+
+_forking: list[Engine] = []
+
+
+def _before_fork() -> None:
+    _forking.extend(_open_engines)
+    for engine in _forking:
+        engine._acquire()
+
+
+def _after_fork() -> None:
+    while _forking:
+        _forking.pop()._release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
