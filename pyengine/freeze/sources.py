@@ -118,7 +118,7 @@ class AlternatingPanels:
             rows = part.read_rows(a, min(b, part.rows))
             full = len(rows) // PANEL_ROWS
             split = full * PANEL_ROWS
-            out[:full, side] = rows[:split].reshape(full, PANEL_ROWS, -1)
+            out[:full, side] = rows[:split].reshape(full, PANEL_ROWS, self.columns)
             if split < len(rows):
                 out[full, side, : len(rows) - split] = rows[split:]
         return out.reshape(-1, self.columns)

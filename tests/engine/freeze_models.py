@@ -242,6 +242,17 @@ def write_gguf(
 # ---------------------------------------------------------------------------- the way back
 
 
+class ArrayRows:
+    """A matrix in memory as a source of rows."""
+
+    def __init__(self, name: str, array: np.ndarray) -> None:
+        self.name, self._array = name, array
+        self.rows, self.columns = array.shape
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        return self._array[start:stop]
+
+
 def stored_vector(frozen: FrozenFile, name: str, n: int) -> np.ndarray:
     offset, _ = frozen.tensors[name]
     return np.frombuffer(frozen.buffer, "<f4", n, offset).copy()
