@@ -64,7 +64,11 @@ def exp(x: Any) -> Any:
 @overload(exp, inline="always", jit_options={"fastmath": True})  # type: ignore[misc]
 def _exp_overload(x: Any) -> Any:
     if not (isinstance(x, types.Float) and x.bitwidth == 32):
-        return lambda x: math.exp(x)
+
+        def exp_float64(x: Any) -> Any:
+            return np.exp(x)
+
+        return exp_float64
 
     def exp_float32(x: Any) -> Any:
         x = min(max(x, f4(-87.0)), f4(88.0))
