@@ -97,13 +97,21 @@ pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype
         snprintf(err, PE_ERR_LEN, "n_threads is %d, expected 0 (automatic) to %d", n_threads, PE_MAX_THREADS);
         return PE_ERR_INVALID_ARGUMENT;
     }
+    if (!model->ready) {
+        snprintf(err, PE_ERR_LEN, "the model has no weights yet");
+        return PE_ERR_INVALID_ARGUMENT;
+    }
+    if (kv_dtype != PE_KV_INT8 && kv_dtype != PE_KV_F32) {
+        snprintf(err, PE_ERR_LEN, "kv_dtype is %d, expected 0 (int8) or 1 (f32)", (int)kv_dtype);
+        return PE_ERR_INVALID_ARGUMENT;
+    }
     const char *isa;
     pe_status status = pe_isa_active(&isa, err);
     if (status != PE_OK) return status;
     if (n_threads == 0) {
         pe_thread_info info;
         pe_thread_info_get(&info);
-        n_threads = info.n_default > PE_MAX_THREADS ? PE_MAX_THREADS : info.n_default;
+        n_threads = info.n_default;
     }
     pe_context *c = calloc(1, sizeof *c);
     if (c == NULL) {

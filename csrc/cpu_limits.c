@@ -7,7 +7,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "cpu_limits.h"
 #include "pyengine.h"
+#include "threadpool.h"
 
 #if defined(__linux__)
 static int count_affinity(void) {
@@ -59,13 +61,22 @@ static double least_quota(const char *root, const char *path, double (*read_quot
     }
 }
 
+/* Whether `name` is one of the comma-separated controllers of a v1 hierarchy. */
+static int has_controller(const char *controllers, const char *name) {
+    size_t length = strlen(name);
+    for (const char *p = controllers; p != NULL; p = strchr(p, ',') ? strchr(p, ',') + 1 : NULL)
+        if (strncmp(p, name, length) == 0 && (p[length] == '\0' || p[length] == ',')) return 1;
+    return 0;
+}
+
 /* Lines of /proc/self/cgroup: "0::/path" for v2, "3:cpu,cpuacct:/path" for v1. Inside a container the path may be the host's and
  * not exist here; then the root of the mount is this group, which least_quota reaches last. */
-static double cgroup_quota(void) {
-    FILE *file = fopen("/proc/self/cgroup", "re");
+double pe_cgroup_quota(const char *groups, const char *mount) {
+    FILE *file = fopen(groups, "re");
     if (file == NULL) return 0;
-    char line[4096];
+    char line[4096], mount_v1[4096];
     double least = 0;
+    snprintf(mount_v1, sizeof mount_v1, "%s/cpu", mount);
     while (fgets(line, sizeof line, file) != NULL) {
         line[strcspn(line, "\n")] = '\0';
         char *controllers = strchr(line, ':');
@@ -75,9 +86,9 @@ static double cgroup_quota(void) {
         controllers++;
         double quota = 0;
         if (controllers[0] == '\0') {
-            quota = least_quota("/sys/fs/cgroup", path, quota_v2);
-        } else if (strncmp(controllers, "cpu", 3) == 0 && (controllers[3] == '\0' || controllers[3] == ',')) {
-            quota = least_quota("/sys/fs/cgroup/cpu", path, quota_v1);
+            quota = least_quota(mount, path, quota_v2);
+        } else if (has_controller(controllers, "cpu")) {
+            quota = least_quota(mount_v1, path, quota_v1);
         }
         if (quota > 0 && (least == 0 || quota < least)) least = quota;
     }
@@ -89,14 +100,18 @@ static int count_affinity(void) {
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 ? (int)online : 1;
 }
-static double cgroup_quota(void) { return 0; }
+double pe_cgroup_quota(const char *groups, const char *mount) {
+    (void)groups, (void)mount;
+    return 0;
+}
 #endif
 
 void pe_thread_info_get(pe_thread_info *info) {
     info->n_affinity = count_affinity();
-    info->cpu_quota = cgroup_quota();
+    info->cpu_quota = pe_cgroup_quota("/proc/self/cgroup", "/sys/fs/cgroup");
     info->n_default = info->n_affinity;
     if (info->cpu_quota > 0 && info->cpu_quota < info->n_default)
         info->n_default = info->cpu_quota < 1 ? 1 : (int)info->cpu_quota;
     if (info->n_default < 1) info->n_default = 1;
+    if (info->n_default > PE_MAX_THREADS) info->n_default = PE_MAX_THREADS;
 }

@@ -222,6 +222,17 @@ static void prepare_slice(pe_context *c) {
     find_query_blocks(c);
 }
 
+/* After a stage: was the call cancelled (then units were skipped and buffers hold anything), or did an infinity or NaN appear? */
+static pe_status check_stage(pe_context *c, const char *where, char *err) {
+    if (c->control != NULL && atomic_load(&c->control->cancelled)) {
+        snprintf(err, PE_ERR_LEN, "the call was cancelled or timed out");
+        return PE_ERR_CANCELLED;
+    }
+    if (!atomic_load(&c->not_finite)) return PE_OK;
+    snprintf(err, PE_ERR_LEN, "an infinity or NaN appeared %s", where);
+    return PE_ERR_NOT_FINITE;
+}
+
 static pe_status run_layer(pe_context *c, uint32_t index, char *err) {
     const pe_model *model = c->model;
     const pe_config *config = &model->config;
@@ -242,13 +253,9 @@ static pe_status run_layer(pe_context *c, uint32_t index, char *err) {
     quantize_rows(c, c->h, h_stride, n, config->hidden_dim, NULL);
     matmul(c, &layer->w_down, NULL, c->x, x_stride, ADD);
 
-    if (c->control != NULL && atomic_load(&c->control->cancelled)) {
-        snprintf(err, PE_ERR_LEN, "the call was cancelled or timed out");
-        return PE_ERR_CANCELLED;
-    }
-    if (!atomic_load(&c->not_finite)) return PE_OK;
-    snprintf(err, PE_ERR_LEN, "an infinity or NaN appeared in layer %u", index);
-    return PE_ERR_NOT_FINITE;
+    char where[32];
+    snprintf(where, sizeof where, "in layer %u", index);
+    return check_stage(c, where, err);
 }
 
 /* Logits of the rows of the slice that want them, after the n_logits rows of earlier slices. */
@@ -270,9 +277,7 @@ static pe_status run_slice(pe_context *c, const int32_t *tokens, const uint8_t *
         if (status != PE_OK) return status;
     }
     compute_logits(c, want);
-    if (!atomic_load(&c->not_finite)) return PE_OK;
-    snprintf(err, PE_ERR_LEN, "an infinity or NaN appeared before the logits");
-    return PE_ERR_NOT_FINITE;
+    return check_stage(c, "before the logits", err);
 }
 
 /* ------------------------------------------------------------------ the call */

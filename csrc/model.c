@@ -141,22 +141,23 @@ static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
 typedef struct assignment {
     const pe_tensor *tensors;
     size_t n_tensors, next;
+    pe_status status;
     char *err;
 } assignment;
 
 static int assign_next(const slot *s, void *arg) {
     assignment *a = arg;
     if (a->next == a->n_tensors) {
-        fail(PE_ERR_FORMAT, a->err, "tensor %s is missing", s->name);
+        a->status = fail(PE_ERR_FORMAT, a->err, "tensor %s is missing", s->name);
         return -1;
     }
     const pe_tensor *t = &a->tensors[a->next++];
     if (strcmp(s->name, t->name) != 0) {
-        fail(PE_ERR_FORMAT, a->err, "found tensor %.80s where %s belongs", t->name, s->name);
+        a->status = fail(PE_ERR_FORMAT, a->err, "found tensor %.80s where %s belongs", t->name, s->name);
     } else if (s->n_bytes != t->n_bytes) {
-        fail(PE_ERR_FORMAT, a->err, "tensor %s has %zu bytes, expected %zu", s->name, t->n_bytes, s->n_bytes);
+        a->status = fail(PE_ERR_FORMAT, a->err, "tensor %s has %zu bytes, expected %zu", s->name, t->n_bytes, s->n_bytes);
     } else if (t->data == NULL || (uintptr_t)t->data % 64 != 0) {
-        fail(PE_ERR_INVALID_ARGUMENT, a->err, "tensor %s does not start on a 64-byte boundary", s->name);
+        a->status = fail(PE_ERR_INVALID_ARGUMENT, a->err, "tensor %s does not start on a 64-byte boundary", s->name);
     } else {
         *s->data = t->data;
         return 0;
@@ -246,15 +247,29 @@ static pe_status check_values(pe_model *model, int n_threads, char *err) {
     return status;
 }
 
+/* Positions reach 2^24: with frequencies up to 16 every angle's quarter turns fit an int64. Real ones are at most 1. */
+static pe_status check_inv_freq(const pe_model *model, char *err) {
+    for (uint32_t i = 0; i < model->config.head_dim / 2; i++)
+        if (!(model->inv_freq[i] >= 0.0f && model->inv_freq[i] <= 16.0f))
+            return fail(PE_ERR_FORMAT, err, "tensor rope.inv_freq holds a value outside [0, 16]");
+    return PE_OK;
+}
+
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err) {
-    assignment a = {tensors, n_tensors, 0, err};
-    if (visit_tensors(model, assign_next, &a) != 0) return PE_ERR_FORMAT;
+    if (n_threads < 0 || n_threads > PE_MAX_THREADS)
+        return fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 0 (automatic) to %d", n_threads, PE_MAX_THREADS);
+    assignment a = {.tensors = tensors, .n_tensors = n_tensors, .err = err};
+    model->ready = false;
+    if (visit_tensors(model, assign_next, &a) != 0) return a.status;
     if (a.next < n_tensors) return fail(PE_ERR_FORMAT, err, "tensor %.80s does not belong to this model", tensors[a.next].name);
     if (model->config.tie_embeddings) model->output = model->tok_embeddings;
-    if (n_threads <= 0) {
+    if (n_threads == 0) {
         pe_thread_info info;
         pe_thread_info_get(&info);
         n_threads = info.n_default;
     }
-    return check_values(model, n_threads, err);
+    pe_status status = check_values(model, n_threads, err);
+    if (status == PE_OK) status = check_inv_freq(model, err);
+    model->ready = status == PE_OK;
+    return status;
 }

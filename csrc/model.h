@@ -26,6 +26,7 @@ struct pe_model {
     const float *norm;        /* (dim) */
     pe_matrix output;         /* (vocab_size, dim); the embeddings again when tied */
     const float *inv_freq;    /* (head_dim / 2) */
+    bool ready;               /* every tensor is in place and its values are legal */
 };
 
 static inline size_t pe_pad(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -85,7 +85,7 @@ void pe_model_destroy(pe_model *model);
 typedef struct pe_thread_info {
     int n_affinity;     /* CPUs in this process's affinity mask */
     double cpu_quota;   /* CPUs that the cgroup (v1 or v2) allows, 0 = no limit */
-    int n_default;      /* what n_threads = 0 means: min of the two, at least 1 */
+    int n_default;      /* what n_threads = 0 means: min of the two, from 1 to 256 */
 } pe_thread_info;
 void pe_thread_info_get(pe_thread_info *info);
 
