@@ -147,7 +147,12 @@ class Engine:
             if self._tokenizer is None:
                 from pyengine.tokenizer import Tokenizer
 
-                self._tokenizer = Tokenizer.from_frozen(self._file)
+                self._tokenizer = Tokenizer(
+                    self._file.rider("tokenizer.json") or b"",
+                    self._json_rider("tokenizer_config.json"),
+                    bos_token_id=self._file.config.bos_token_id,
+                    eos_token_ids=self.eos_token_ids,
+                )
             return self._tokenizer
 
     @property

@@ -45,8 +45,10 @@ class Sample:
         self._sampler = Sampler(params, engine.vocab_size, end_ids=self._end_ids, sample_index=index)
         if params.repetition_penalty != 1.0:
             self._sampler.accept_prompt(array("i", prompt))
-        self._decoder = IncrementalDecoder(engine.tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._stops = StopMatcher(params.stop, include_stop=params.include_stop_str_in_output)
+        self._decoder = IncrementalDecoder(
+            engine.tokenizer, skip_special_tokens=params.skip_special_tokens, continuation=True
+        )
+        self._stops = StopMatcher(params.stop, include_stop_str=params.include_stop_str_in_output)
 
     def advance(self, logits: object) -> Piece:
         """Sample the next token from its logits (vocab_size) and say what it adds to the text."""
