@@ -14,6 +14,19 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Opt-in tests are skipped with the word that opts in."""
+    if config.getoption("--run-slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """The instruction set and thread count that the engine's tests will use."""
     try:
@@ -61,8 +74,8 @@ def smollm2_frozen(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A frozen file of a two-layer random Llama with a byte-level tokenizer
-    (reference/fixtures.py)."""
+    """A frozen file: a two-layer random Llama with a byte-level tokenizer, both from
+    reference/fixtures.py."""
     from reference import fixtures
 
     from pyengine.freeze import freeze

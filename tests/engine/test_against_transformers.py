@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import fixtures, frozen_reader
+from reference import fixtures, frozen_reader, gguf_weights
 from reference.law_f32 import Law, Matrix
-from reference.oracle import Oracle, compare_codes, kl_divergence, quantize_weight
+from reference.oracle import Oracle, compare_codes, kl_divergence, log_softmax, quantize_weight
+from tokenizers import Tokenizer
 
 from pyengine import _core
 from pyengine.freeze import freeze
@@ -37,11 +38,17 @@ def frozen_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @cache
 def plain_logits(name: str) -> Any:
-    """transformers' logits at every position, by way of the oracle that test_oracle.py holds equal
-    to them."""
+    """float32 logits at every position: the oracle's, which test_oracle.py holds to
+    transformers'."""
     fixture = fixtures.load(name)
     config, weights = fixtures.canonical_config(fixture), fixtures.canonical_weights(fixture)
     return Oracle(config, weights, quantized=False).logits(fixture.token_ids)
+
+
+@cache
+def law_logits(name: str, path: Path, kv_dtype: str) -> Any:
+    law = Law(*frozen_reader.read(path), kv_dtype=kv_dtype)
+    return law.logits(fixtures.load(name).token_ids)
 
 
 def open_model(path: Path) -> tuple[FrozenFile, Any]:
@@ -71,8 +78,7 @@ def isa(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_frozen_file_holds_the_law(name: str, frozen_paths: dict[str, Path]) -> None:
-    """Config, codes, scales and vectors, read by the letter of FORMAT.md, are those of the oracle's
-    quantizer."""
+    """What the file holds, read by the letter of FORMAT.md, is what the oracle's quantizer says."""
     fixture = fixtures.load(name)
     config, weights = frozen_reader.read(frozen_paths[name])
     assert config == fixtures.canonical_config(fixture)
@@ -111,10 +117,9 @@ def test_precision_of_the_source_does_not_matter(
 def test_engine_equals_the_law_bit_for_bit(
     name: str, kv_dtype: str, isa: str, frozen_paths: dict[str, Path]
 ) -> None:
-    fixture = fixtures.load(name)
-    law = Law(*frozen_reader.read(frozen_paths[name]), kv_dtype=kv_dtype)
     _, model = open_model(frozen_paths[name])
-    got, wanted = engine_logits(model, fixture.token_ids, kv_dtype), law.logits(fixture.token_ids)
+    got = engine_logits(model, fixtures.load(name).token_ids, kv_dtype)
+    wanted = law_logits(name, frozen_paths[name], kv_dtype)
     assert got.shape == wanted.shape
     differing = np.flatnonzero((got.view(np.uint32) != wanted.view(np.uint32)).any(axis=1))
     assert differing.size == 0, f"{isa}: rows {differing[:5]} of {len(got)} differ"
@@ -179,6 +184,35 @@ def test_logits_stay_near_transformers(name: str, frozen_paths: dict[str, Path])
     clear = top_two[:, 1] - top_two[:, 0] > 0.5
     assert clear.sum() >= 5
     assert np.array_equal(wanted.argmax(axis=1)[clear], got.argmax(axis=1)[clear])
+
+
+@pytest.mark.slow
+def test_smollm2_stays_near_float32(smollm2_gguf: Path, smollm2_frozen: Path) -> None:
+    """The quality that a user gets: 4 windows of 512 tokens of English, int8 KV included.
+
+    float32 is the plain oracle over the weights as GGUF's own authors read them. Bounds: mean KL
+    0.0080 nats, negative log-likelihood 0.5 % plus two paired standard errors, and the same winner
+    at 99.8 % of positions whose top two are more than 0.5 apart."""
+    frozen, model = open_model(smollm2_frozen)
+    tokenizer = Tokenizer.from_str((frozen.rider("tokenizer.json") or b"").decode())
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    token_ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids)
+    assert len(token_ids) >= 2048
+    oracle = Oracle(*gguf_weights.read(smollm2_gguf), quantized=False)
+    kl, differences, losses, agrees = [], [], [], []
+    for window in token_ids[:2048].reshape(4, 512):
+        wanted, got = oracle.logits(window), engine_logits(model, window)
+        kl.append(kl_divergence(wanted, got))
+        nll = [-log_softmax(side)[np.arange(511), window[1:]] for side in (wanted, got)]
+        losses.append(nll[0])
+        differences.append(nll[1] - nll[0])
+        top_two = np.partition(wanted, -2, axis=1)[:, -2:]
+        agrees.append((wanted.argmax(1) == got.argmax(1))[top_two[:, 1] - top_two[:, 0] > 0.5])
+    difference = np.concatenate(differences)
+    standard_error = difference.std(ddof=1) / np.sqrt(difference.size)
+    assert np.mean(kl) <= 0.0080
+    assert abs(difference.mean()) <= 0.005 * np.mean(losses) + 2 * standard_error
+    assert np.concatenate(agrees).mean() >= 0.998
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3"])

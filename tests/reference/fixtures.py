@@ -4,7 +4,7 @@ Hugging Face directories."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,13 @@ def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
 
 
 def canonical_config(fixture: Fixture) -> dict[str, Any]:
-    """The keys of FORMAT.md's config.json, read from the Hugging Face config."""
-    hf = fixture.hf_config
-    weights = fixture.hf_weights
-    uses_window = hf["model_type"] == "mistral"
+    """The keys of FORMAT.md's config.json for a fixture."""
+    return config_from_hf(fixture.hf_config, fixture.hf_weights)
+
+
+def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[str, Any]:
+    """The keys of FORMAT.md's config.json, from those of a Hugging Face config.json."""
+    present = set(weight_names)
     eos = hf["eos_token_id"]
     return {
         "architecture": hf["architectures"][0],
@@ -95,15 +98,16 @@ def canonical_config(fixture: Fixture) -> dict[str, Any]:
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
         "n_kv_heads": hf["num_key_value_heads"],
-        "head_dim": hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         "vocab_size": hf["vocab_size"],
         "max_seq_len": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
-        "sliding_window": hf["sliding_window"] if uses_window else 0,
+        # Qwen2's files carry a window that use_sliding_window turns off
+        "sliding_window": hf["sliding_window"] or 0 if hf["model_type"] == "mistral" else 0,
         "tie_embeddings": hf["tie_word_embeddings"],
-        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in weights,
-        "o_bias": "model.layers.0.self_attn.o_proj.bias" in weights,
-        "qk_norm": "model.layers.0.self_attn.q_norm.weight" in weights,
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in present,
+        "o_bias": "model.layers.0.self_attn.o_proj.bias" in present,
+        "qk_norm": "model.layers.0.self_attn.q_norm.weight" in present,
         "bos_token_id": hf["bos_token_id"],
         "eos_token_ids": eos if isinstance(eos, list) else [eos],
     }
@@ -113,9 +117,8 @@ def canonical_config(fixture: Fixture) -> dict[str, Any]:
 
 
 def write_hf_dir(fixture: Fixture, directory: Path, dtype: str = "F16") -> Path:
-    """Write config.json, model.safetensors, tokenizer.json and generation_config.json into
-    `directory`, which is made, and return it. dtype F16 keeps matrices in F16, F32 widens them: the
-    same values."""
+    """Make `directory` with config.json, model.safetensors, tokenizer.json and
+    generation_config.json, and return it. dtype F32 widens the matrices: the same values."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fixture.hf_config))
     weights = fixture.hf_weights
@@ -143,8 +146,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
 
 
 def tokenizer_json() -> str:
-    """A byte-level BPE of TOKENIZER_SIZE ids: <s>, </s>, <unk>, the bytes, and the merges that make
-    "hello"."""
+    """A byte-level BPE of TOKENIZER_SIZE ids: three special tokens, the bytes, and the merges
+    that make "hello"."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]

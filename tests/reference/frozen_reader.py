@@ -45,8 +45,8 @@ def _tensors(data: bytes) -> dict[str, NDArray[Any]]:
 
 
 def _from_panels(codes: NDArray[Any], scales: NDArray[Any]) -> Matrix:
-    """codes (n_panels, n_groups, 16, 16, 4), the axes being panel, group, k4, row, k; scales
-    (n_panels, n_groups, 16)."""
+    """codes (n_panels, n_groups, 16, 16, 4), whose axes are panel, group, k4, row and k;
+    scales (n_panels, n_groups, 16)."""
     n_panels, n_groups = codes.shape[:2]
     by_row = codes.transpose(0, 3, 1, 2, 4).reshape(n_panels * 16, n_groups, 64)
     return Matrix(by_row, scales.transpose(0, 2, 1).reshape(-1, n_groups).astype(np.float32))

@@ -64,8 +64,7 @@ def exp(x: ArrayLike) -> F32:
 
 
 def sum_lanes(terms: F32) -> F32:
-    """(..., n) -> (...): 16 lanes, each ascending, then the tree 8, 4, 2, 1. n is padded with
-    +0."""
+    """(..., n) -> (...): 16 lanes, each ascending, then the tree 8, 4, 2, 1; +0 pads n."""
     return _tree(_lanes(terms, lambda a, x: a + x))
 
 
@@ -88,8 +87,7 @@ def _tree(a: F32) -> F32:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Codes (rows, n_groups, 64) int8 and scales (rows, n_groups) float32 of a (rows, columns)
-    matrix."""
+    """A (rows, columns) matrix: codes (rows, n_groups, 64), scales (rows, n_groups)."""
 
     codes: NDArray[np.int8]
     scales: F32
@@ -103,8 +101,10 @@ Weight = Matrix | F32
 
 
 def quantize(x: F32, group: int = 32, multiple: int = 32) -> tuple[Array, F32]:
-    """Section 5. x (..., n) -> codes (..., n_groups, group) int8, scales (..., n_groups); n padded
-    to `multiple`."""
+    """Section 5. x (..., n) -> codes (..., n_groups, group) int8, scales (..., n_groups).
+
+    n is padded with zeros to whole groups and to `multiple`.
+    """
     n = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % max(group, multiple))])
     groups = padded.reshape(*x.shape[:-1], -1, group)
@@ -116,13 +116,12 @@ def quantize(x: F32, group: int = 32, multiple: int = 32) -> tuple[Array, F32]:
 
 
 def matmul(codes: Array, scales: F32, w: Matrix) -> F32:
-    """Section 6. x codes (n_tokens, 2 n_groups, 32), scales (n_tokens, 2 n_groups) -> (n_tokens,
-    rows)."""
+    """Section 6. Codes (n_tokens, 2 n_groups, 32) and scales (n_tokens, 2 n_groups) of x
+    -> (n_tokens, rows)."""
     acc = np.zeros((len(codes), len(w.codes)), dtype=f32)
     x, rows = codes.astype(f32), w.codes.astype(f32)
     for g in range(w.codes.shape[1]):
-        # int32 dot products: every partial sum is below 2^24, so float32 holds it exactly in any
-        # order
+        # int32 dot products: all partial sums are below 2^24, exact in float32 in any order
         d0 = x[:, 2 * g] @ rows[:, g, :32].T
         d1 = x[:, 2 * g + 1] @ rows[:, g, 32:].T
         t = fmaf(d1, scales[:, 2 * g + 1, None], d0 * scales[:, 2 * g, None])
@@ -154,8 +153,8 @@ def swiglu(gate: F32, up: F32) -> F32:
 
 
 def scores_int8(q: tuple[Array, F32], k: tuple[Array, F32], c: F32) -> F32:
-    """One head. Codes (n, n_groups, 32) and scales (n, n_groups) of queries and keys -> (n_queries,
-    n_keys)."""
+    """One head: codes (n, n_groups, 32) and scales (n, n_groups) of queries and of keys
+    -> (n_queries, n_keys)."""
     (q_codes, q_scales), (k_codes, k_scales) = q, k
     acc = np.zeros((len(q_codes), len(k_codes)), dtype=f32)
     for g in range(q_codes.shape[1]):
@@ -173,8 +172,8 @@ def scores_f32(q: F32, k: F32, c: F32) -> F32:
 
 
 def attend(scores: F32, seen: Array, v: F32, v_scales: F32) -> F32:
-    """One head: scores and seen (n_queries, n_keys), v (n_keys, head_dim), v_scales (n_keys) ->
-    (n_queries, head_dim)."""
+    """One head: scores and seen (n_queries, n_keys), v (n_keys, head_dim), v_scales (n_keys)
+    -> (n_queries, head_dim)."""
     n_queries = len(scores)
     big_m, big_l = np.zeros((2, n_queries), dtype=f32)
     big_o = np.zeros((n_queries, v.shape[1]), dtype=f32)
@@ -195,8 +194,8 @@ def attend(scores: F32, seen: Array, v: F32, v_scales: F32) -> F32:
 
 
 def _attend_chunk(scores: F32, seen: Array, v: F32, v_scales: F32) -> tuple[F32, F32, F32]:
-    """m, l (n_queries) and o (n_queries, head_dim) of one chunk; rows that see nothing hold nothing
-    of meaning."""
+    """m, l (n_queries) and o (n_queries, head_dim) of one chunk; of rows that see none of it,
+    nothing is meant."""
     m = np.where(seen, scores, f32(-np.inf)).max(axis=1)
     m = np.where(seen.any(axis=1), m, f32(0))
     p = np.where(seen, exp(np.where(seen, scores - m[:, None], f32(0))), f32(0))
@@ -212,8 +211,7 @@ def _attend_chunk(scores: F32, seen: Array, v: F32, v_scales: F32) -> tuple[F32,
 class Law:
     """The engine's forward pass. Names, shapes and traces are those of oracle.Oracle.
 
-    A matrix among the weights is a float array, quantized here, or a Matrix read from a frozen
-    file.
+    A matrix is a float array, quantized here, or a Matrix that was read from a frozen file.
     """
 
     def __init__(
@@ -240,8 +238,7 @@ class Law:
         return y if bias is None else y + bias
 
     def _quantize_input(self, trace: Trace, name: str, x: F32) -> tuple[Array, F32]:
-        """A layer input: padded to whole weight groups. The trace keeps the codes of the values
-        alone."""
+        """Codes and scales padded to whole weight groups; the trace keeps the codes unpadded."""
         codes, scales = quantize(x, 32, 64)
         trace[name + "_codes"] = codes[..., : -(-x.shape[-1] // 32), :]
         return codes, scales
@@ -268,8 +265,7 @@ class Law:
         return out
 
     def block(self, layer: int, x: F32) -> Trace:
-        """x (n_tokens, dim) float32 at positions 0.. -> every intermediate of the layer, "out"
-        being its output."""
+        """x (n_tokens, dim) float32 at positions 0.. -> the intermediates of Oracle.block."""
         cfg, trace = self.config, Trace(x=x)
         n_tokens, head_dim = len(x), cfg["head_dim"]
 

@@ -120,8 +120,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Values that make every part of the model matter: attention that looks somewhere, logits with
-    winners."""
+    """Values that make every part matter: attention that looks somewhere, logits with winners."""
     noise = torch.randn(w.shape, generator=generator)
     if name.endswith("norm.weight"):
         value = 1.0 + 0.25 * noise
