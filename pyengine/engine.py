@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError
+from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
 from pyengine.frozen import FrozenFile, expected_tensors
 from pyengine.prefix_cache import PrefixCache
 from pyengine.results import Generation, Piece, Score
@@ -162,7 +162,16 @@ class Engine:
             if self._chat_template is None:
                 from pyengine.chat import ChatTemplate
 
-                self._chat_template = ChatTemplate.from_frozen(self._file)
+                source = self._file.rider("chat_template.jinja")
+                if source is None:
+                    raise TemplateError("this model has no chat template; use generate, or render the conversation yourself")
+                bos, eos = self._file.config.bos_token_id, self.eos_token_ids
+                text = self.tokenizer.token_text
+                self._chat_template = ChatTemplate(
+                    source.decode(),
+                    bos_token=None if bos is None else text(bos),
+                    eos_token=text(eos[0]) if eos else None,
+                )
             return self._chat_template
 
     def _json_rider(self, name: str) -> dict[str, Any]:
@@ -263,7 +272,7 @@ class Engine:
     def chat_ids(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
         """Token ids of a conversation under the model's template. Special tokens come from the template, never from content."""
         return self.chat_template.encode(
-            messages, self.tokenizer, add_generation_prompt=add_generation_prompt, **variables
+            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **variables
         )
 
     @overload

@@ -50,7 +50,7 @@ class Sample:
         )
         self._stops = StopMatcher(params.stop, include_stop_str=params.include_stop_str_in_output)
 
-    def advance(self, logits: object) -> Piece:
+    def advance(self, logits: memoryview) -> Piece:
         """Sample the next token from its logits (vocab_size) and say what it adds to the text."""
         token, logprob, top = self._sampler.sample(logits, len(self.prompt) + len(self.tokens))
         self._sampler.accept(token)
@@ -59,8 +59,8 @@ class Sample:
             self.first_token_at = self.last_token_at
         self.tokens.append(token)
         entry = None
-        if self.logprobs is not None:
-            entry = TokenLogprob(token, logprob, tuple(top))
+        if self.logprobs is not None and logprob is not None:
+            entry = TokenLogprob(token, logprob, tuple(top or ()))
             self.logprobs.append(entry)
         return Piece(self._text_of(token), token, entry, self._result_if_finished())
 
