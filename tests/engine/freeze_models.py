@@ -73,9 +73,8 @@ def tokenizer_json() -> str:
 # ---------------------------------------------------------------------------- Hugging Face
 
 
-def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """float32 weights under their Hugging Face names; biases and head norms as the config says."""
-    rng = np.random.default_rng(seed)
+def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names -> shapes; biases and head norms as the config says."""
     dim, hidden = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim", dim // config["num_attention_heads"])
     q, kv = (config[k] * head_dim for k in ("num_attention_heads", "num_key_value_heads"))
@@ -103,7 +102,13 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
         shapes[layer + "post_attention_layernorm.weight"] = (dim,)
         shapes[layer + "mlp.gate_proj.weight"] = shapes[layer + "mlp.up_proj.weight"] = (hidden, dim)
         shapes[layer + "mlp.down_proj.weight"] = (dim, hidden)
-    return {n: rng.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+    return shapes
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """float32 weights under their Hugging Face names."""
+    rng = np.random.default_rng(seed)
+    return {n: rng.standard_normal(shape, np.float32) for n, shape in tensor_shapes(config).items()}
 
 
 def encoded(array: np.ndarray, dtype: str) -> bytes:

@@ -1,0 +1,274 @@
+"""The writer: a file appears whole or not at all, whoever interrupts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine.freeze_models import LLAMA, tensor_shapes, write_hf
+
+from pyengine.errors import InvalidArgumentError
+from pyengine.freeze import freeze, freeze_cached, frozen_cache_path
+from pyengine.freeze.writer import FrozenWriter
+from pyengine.frozen import FrozenConfig, FrozenFile, expected_tensors, verify_checksums
+
+CONFIG = FrozenConfig(
+    architecture="LlamaForCausalLM", dim=64, hidden_dim=64, n_layers=1, n_heads=1, n_kv_heads=1,
+    head_dim=64, vocab_size=16, max_seq_len=8, norm_eps=1e-5, sliding_window=0, tie_embeddings=True,
+    qkv_bias=False, o_bias=False, qk_norm=False, bos_token_id=None, eos_token_ids=(),
+)  # fmt: skip
+RIDERS = {"tokenizer.json": b"{}"}
+
+
+def writer(path: Path, **options: Any) -> FrozenWriter:
+    riders = options.pop("riders", RIDERS)
+    return FrozenWriter(path, CONFIG, riders, name="n", source="s", **options)
+
+
+def write_all(out: FrozenWriter) -> None:
+    for name, spec in expected_tensors(CONFIG).items():
+        out.write(name, [bytes(spec.nbytes)])
+
+
+def test_riders_survive(tmp_path: Path) -> None:
+    template = b"{{ x }}\n\n\n"
+    riders = {
+        "tokenizer.json": '{"a": "é"}'.encode(),
+        "tokenizer_config.json": b"{}",
+        "generation_config.json": b'{"temperature": 0.7}',
+        "chat_template.jinja": template,
+    }
+    with writer(tmp_path / "m", riders=riders) as out:
+        write_all(out)
+    with FrozenFile.open(tmp_path / "m") as frozen:
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            assert frozen.rider(name) == riders[name]
+        stored = (frozen.rider("chat_template.jinja") or b"").decode()
+    import jinja2
+
+    render = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string
+    assert render(stored).render(x=1) == render(template.decode()).render(x=1) == "1\n\n"
+
+
+def test_golden_is_computed_from_the_complete_file(tmp_path: Path) -> None:
+    seen = []
+
+    def golden(path: str) -> bytes:
+        with FrozenFile.open(path) as frozen:
+            seen.append((frozen.rider("golden.json"), all(ok for _, ok in verify_checksums(frozen))))
+        assert not (tmp_path / "m").exists()
+        return b'{"tokens": [1, 2]}'
+
+    with writer(tmp_path / "m", golden=golden) as out:
+        write_all(out)
+    assert seen == [(b"{}", True)]
+    with FrozenFile.open(tmp_path / "m") as frozen:
+        assert frozen.rider("golden.json") == b'{"tokens": [1, 2]}'
+        assert all(ok for _, ok in verify_checksums(frozen))
+
+
+def test_golden_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InvalidArgumentError, match=r"golden\.json has 9000"),
+        writer(tmp_path / "m", golden=lambda _: bytes(9000)) as out,
+    ):
+        write_all(out)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), writer(tmp_path / "m") as out:
+        out.write("tok_embeddings.codes", [bytes(1024)])
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_misuse_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="not the next"), writer(tmp_path / "m") as out:
+        out.write("norm", [bytes(256)])
+    with pytest.raises(InvalidArgumentError, match="needs 1024 bytes, 900"), writer(
+        tmp_path / "m"
+    ) as out:
+        out.write("tok_embeddings.codes", [bytes(900)])
+    with pytest.raises(InvalidArgumentError, match="was not written"), writer(tmp_path / "m"):
+        pass
+    with pytest.raises(InvalidArgumentError, match=r"tokenizer\.json is missing"):
+        writer(tmp_path / "m", riders={})
+    with pytest.raises(InvalidArgumentError, match="unknown rider 'x'"):
+        writer(tmp_path / "m", riders=RIDERS | {"x": b""})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_replaced_only_on_request(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    target = tmp_path / "m.safetensors"
+    target.write_text("precious")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        freeze(source, target)
+    assert target.read_text() == "precious"
+    assert freeze(source, target, overwrite=True) == target
+    FrozenFile.open(target).close()
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with writer(tmp_path / "m") as out:
+            write_all(out)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o640
+
+
+# ---------------------------------------------------------------------------- other processes
+
+SLOW_FREEZE = """
+import sys, time
+from pyengine.freeze import freeze
+def slowly(done, total, name):
+    print(done, flush=True)
+    time.sleep(0.05)
+freeze(sys.argv[1], sys.argv[2], progress=slowly)
+"""
+
+
+def start_slow_freeze(source: Path, target: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_FREEZE, str(source), str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=source.parent,
+    )
+    assert process.stdout is not None
+    assert int(process.stdout.readline()) > 0  # it is in the middle of the weights
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_killed_freeze_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    source = write_hf(tmp_path / "hf")
+    (tmp_path / "out").mkdir()
+    with start_slow_freeze(source, tmp_path / "out" / "m") as process:
+        assert list((tmp_path / "out").iterdir())
+        process.send_signal(number)
+        process.stdout.close()  # type: ignore[union-attr]
+        assert process.wait(30) != 0
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_sigkill_leaves_goes_with_the_next_freeze(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    out = tmp_path / "out"
+    out.mkdir()
+    with start_slow_freeze(source, out / "m") as process:
+        process.kill()
+        process.stdout.close()  # type: ignore[union-attr]
+        process.wait(30)
+    assert not (out / "m").exists() and len(list(out.iterdir())) == 1
+    freeze(source, out / "m")
+    assert [path.name for path in out.iterdir()] == ["m"]
+
+
+def test_a_running_freeze_is_not_swept_away(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    with start_slow_freeze(source, tmp_path / "m") as process:
+        freeze(source, tmp_path / "m")  # the same name, and done before the other
+        process.kill()
+        process.stdout.close()  # type: ignore[union-attr]
+    FrozenFile.open(tmp_path / "m").close()
+
+
+CACHED = """
+import sys
+from pyengine.freeze import freeze_cached
+calls = []
+print(freeze_cached(sys.argv[1], lambda *a: calls.append(a)), len(calls) > 0)
+"""
+
+
+def test_racing_processes_freeze_once(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    environment = os.environ | {"PYENGINE_CACHE": str(tmp_path / "cache")}
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", CACHED, str(source)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+        )
+        for _ in range(3)
+    ]
+    results = [racer.communicate(timeout=60)[0].rsplit(" ", 1) for racer in racers]
+    assert len({path for path, _ in results}) == 1
+    assert sorted(froze.strip() for _, froze in results) == ["False", "False", "True"]
+    FrozenFile.open(results[0][0]).close()
+
+
+def test_cache_is_keyed_by_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYENGINE_CACHE", str(tmp_path / "cache"))
+    source = write_hf(tmp_path / "hf")
+    first = freeze_cached(source)
+    stamp = first.stat().st_mtime_ns
+    assert freeze_cached(source) == first and first.stat().st_mtime_ns == stamp
+    later = time.time() + 10
+    os.utime(source / "model.safetensors", (later, later))
+    assert frozen_cache_path(source) != first
+    (source / "chat_template.jinja").write_text("{{ x }}")
+    assert frozen_cache_path(source) not in (first, freeze_cached(write_hf(tmp_path / "other")))
+
+
+def test_cache_directory_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_hf(tmp_path / "hf")
+    monkeypatch.delenv("PYENGINE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert frozen_cache_path(source).parent == tmp_path / "xdg" / "pyengine"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert frozen_cache_path(source).parent == tmp_path / ".cache" / "pyengine"
+
+
+MEMORY = """
+import resource, sys
+from pyengine.freeze import freeze
+freeze(sys.argv[1], sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_memory_is_far_below_the_model(tmp_path: Path) -> None:
+    """A float32 checkpoint of 454 MB, its largest tensor 67 MB, needs under 67 + 315 MB."""
+    config = LLAMA | {
+        "hidden_size": 1024, "intermediate_size": 16384, "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    }  # fmt: skip
+    source = write_hf(tmp_path / "hf", config, {})
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in tensor_shapes(config).items():
+        nbytes = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header).encode()
+    noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32).tobytes()
+    with open(source / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for start in range(0, offset, len(noise)):
+            file.write(noise[: offset - start])
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "m")],
+        stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    largest = 4 * 16384 * 1024
+    assert offset > largest + (300 << 20) > int(done.stdout) * 1024
