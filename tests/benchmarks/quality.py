@@ -82,16 +82,13 @@ def simulated_logits(model: Any) -> Logits:
     hf_config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config = fixtures.config_from_hf(hf_config, (name for name, _ in model.named_parameters()))
     weights = {
-        fixtures.canonical_name(name): parameter.detach().numpy()
-        for name, parameter in model.named_parameters()
+        fixtures.canonical_name(name): parameter.detach().numpy() for name, parameter in model.named_parameters()
     }
     weights["rope.inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
     return Oracle(config, weights, quantized=True).logits
 
 
-def compare(
-    reference: NDArray[Any], other: NDArray[Any], token_ids: NDArray[Any]
-) -> dict[str, Any]:
+def compare(reference: NDArray[Any], other: NDArray[Any], token_ids: NDArray[Any]) -> dict[str, Any]:
     """Arrays over the positions of one window: kl (n), nll and nll_difference (n - 1), agrees
     (as many as have a clear winner)."""
     here, following = np.arange(len(token_ids) - 1), token_ids[1:]
@@ -113,8 +110,7 @@ def standard_error(x: NDArray[Any]) -> float:
 def summarize(windows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over all positions, with the targets and whether each is met."""
     kl, nll, difference, agrees = (
-        np.concatenate([w[key] for w in windows])
-        for key in ("kl", "nll", "nll_difference", "agrees")
+        np.concatenate([w[key] for w in windows]) for key in ("kl", "nll", "nll_difference", "agrees")
     )
     nll_bound = MAX_NLL_SHARE * nll.mean() + 2 * standard_error(difference)
     return {
@@ -156,8 +152,9 @@ def main() -> int:
     import pyengine
 
     engine = pyengine.Engine(args.frozen or args.model, kv_dtype=args.kv_dtype)
+    text = args.text.read_text(encoding="utf-8")
     n_tokens = args.n_windows * args.window_length
-    token_ids = np.array(engine.tokenize(args.text.read_text(encoding="utf-8"))[:n_tokens])
+    token_ids = np.array(engine.tokenize(text, add_bos=False)[:n_tokens])
     if len(token_ids) < n_tokens:
         print(f"{args.text} has {len(token_ids)} tokens, {n_tokens} are needed", file=sys.stderr)
         return 2
