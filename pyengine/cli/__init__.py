@@ -1,0 +1,102 @@
+"""The command `pyengine`: one module a command, imported when it is the one that was asked for.
+
+Start-up time is a feature: this module imports nothing but `sys`, and no command imports what another one needs. A command is a
+module with `run(argv) -> int`. Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 refused or failed;
+2 wrong usage; 130 interrupted; 141 whoever read our output has gone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "generate": "continue a prompt",
+    "chat": "talk with a model",
+    "freeze": "turn a checkpoint (Hugging Face, GGUF, llama2.c) into a frozen int8 file",
+    "info": "what is in a model file",
+    "verify": "check a model's checksums and golden outputs on this machine",
+    "bench": "measure speed, load time and memory",
+    "eval": "perplexity of a text file",
+    "train": "train a model (needs the extra pyengine-lm[train])",
+    "doctor": "what this machine offers and what pyengine makes of it",
+}
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+
+
+class UsageError(Exception):
+    """The command line itself is wrong: exit code 2."""
+
+
+def overview() -> str:
+    """What `pyengine --help` prints."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    return f"""\
+usage: pyengine COMMAND [options]
+
+Run Llama-family language models as frozen int8 tensors on a CPU.
+
+commands:
+{commands}
+
+  pyengine COMMAND --help     options and examples
+  pyengine --version
+
+examples:
+  pyengine freeze model.gguf -o model.safetensors
+  pyengine generate -m model.safetensors "Once upon a time" -n 100
+  pyengine chat -m model.safetensors
+"""
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the command that argv names. Raises what the command raises."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        if len(argv) > 1 and argv[1] in COMMANDS:
+            return dispatch([argv[1], "--help"])
+        sys.stdout.write(overview())
+        return 0
+    name = argv[0]
+    if name in ("--version", "-V"):
+        from pyengine import __version__
+
+        print(f"pyengine {__version__}")
+        return 0
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean 'pyengine {near[0]}'?" if near else "'pyengine --help' lists the commands"
+        raise UsageError(f"there is no command {name!r}; {hint}")
+    from importlib import import_module
+
+    code: int = import_module(f"pyengine.cli.{name}").run(list(argv[1:]))
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `pyengine`; argv without the program's name. Returns the exit code and raises nothing that can be expected."""
+    try:
+        code = dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here and not at the interpreter's end, where a closed pipe could only be complained about
+        return code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _abandon_stdout()
+        return EXIT_BROKEN_PIPE
+    except SystemExit as stop:  # argparse after --help; a signal that a writer turned into an exception
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else EXIT_ERROR
+    except Exception as error:
+        from pyengine.cli.errors import report
+
+        return report(error)
+
+
+def _abandon_stdout() -> None:
+    """Let what is still buffered go nowhere: the interpreter flushes at its end, and would complain."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,57 @@
+"""`pyengine freeze`: a checkpoint in, a frozen file out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from pyengine.cli import UsageError, options
+from pyengine.cli.progress import ProgressLine
+
+EPILOG = """\
+examples:
+  pyengine freeze SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.safetensors
+  pyengine freeze ./Qwen2.5-0.5B-Instruct/ -o qwen.safetensors --name "Qwen2.5 0.5B"
+  pyengine freeze stories15M.bin --tokenizer tokenizer.bin -o stories.safetensors
+
+The output appears under its name only when it is whole and has computed its golden outputs; Ctrl-C leaves nothing behind.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = options.Parser("freeze", EPILOG)
+    add = parser.add_argument
+    add("source", type=Path, help="a Hugging Face directory, a GGUF file or a llama2.c checkpoint")
+    add("-o", "--output", type=Path, required=True, metavar="OUT", help="the frozen file, by custom with .safetensors at its end")
+    add("--name", help="the model's name in the file; default: the source's own")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint")
+    add("--force", action="store_true", help="replace OUT if it exists")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    if not args.source.exists():
+        raise FileNotFoundError(2, "there is no such file or directory", str(args.source))
+    if args.output.is_dir():
+        raise UsageError(f"{args.output} is a directory; -o names the file to write")
+    if args.output.exists() and not args.force:
+        raise UsageError(f"{args.output} exists; --force replaces it")
+    from pyengine.freeze import freeze
+
+    started = time.monotonic()
+    with ProgressLine("freezing") as line:
+        freeze(
+            args.source,
+            args.output,
+            name=args.name,
+            tokenizer=args.tokenizer,
+            progress=line.update,
+            overwrite=args.force,
+        )
+    if sys.stderr.isatty():
+        size = args.output.stat().st_size / 2**20
+        print(f"{args.output}: {size:.1f} MiB in {time.monotonic() - started:.1f} s", file=sys.stderr)
+    return 0

@@ -1,0 +1,121 @@
+"""`pyengine generate`: a prompt in, its continuation out, as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyengine.cli import EXIT_INTERRUPTED, UsageError, options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyengine.engine import Engine
+    from pyengine.results import Generation, Piece
+
+EPILOG = f"""\
+examples:
+  pyengine generate -m model.safetensors "The capital of France is" --temp 0 -n 20
+  pyengine generate -m model.gguf -f prompt.txt --temp 0.8 --top-p 0.95 --seed 7 > story.txt
+  echo "def fibonacci(n):" | pyengine generate -m model.safetensors - --stop '\\n\\n' --escape
+
+{options.ENVIRONMENT}"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = options.Parser("generate", EPILOG)
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the text to continue; - reads it from stdin")
+    add("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the same, as an option")
+    add("-f", "--file", type=Path, metavar="FILE", help="read the prompt from FILE, less its final newline")
+    add("--special", action="store_true", help="special tokens that the prompt spells (<|im_start|>) are those tokens")
+    add("--json", action="store_true", help="one JSON object at the end: text, tokens, reason, seed, timings")
+    add("-v", "--verbose", action="store_true", help="timings on stderr afterwards")
+    options.add_model_options(parser)
+    options.add_context_options(parser)
+    options.add_sampling_options(parser)
+    return parser
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The one prompt that was given, in one of the four ways."""
+    given = [value for value in (args.prompt, args.prompt_option, args.file) if value is not None]
+    if len(given) != 1:
+        problem = "more than one prompt" if given else "no prompt"
+        raise UsageError(f"{problem}: give it as an argument, with -p TEXT, with -f FILE, or - to read stdin")
+    if args.file is None and given[0] != "-":
+        return options.unescape(given[0]) if args.escape else str(given[0])
+    data = sys.stdin.buffer.read() if args.file is None else args.file.read_bytes()
+    try:
+        text: str = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{args.file or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+    return text[:-1] if text.endswith("\n") else text
+
+
+def timings_line(result: Generation, engine: Engine) -> str:
+    """What --verbose prints."""
+    t = result.timings
+    cached = f" ({t.cached_tokens} cached)" if t.cached_tokens else ""
+    return (
+        f"prompt: {t.prompt_tokens} tokens{cached}, {t.prompt_tokens_per_second:.1f} tokens/s | "
+        f"output: {t.generated_tokens} tokens, {t.tokens_per_second:.1f} tokens/s | "
+        f"first token: {t.time_to_first_token * 1e3:.0f} ms | end: {result.finish_reason} | seed: {result.seed} | "
+        f"{engine.isa}, {engine.n_threads} threads"
+    )
+
+
+def write_stream(pieces: Iterator[Piece]) -> Generation | None:
+    """Write the pieces to stdout as they come, and a final newline, also when Ctrl-C ends them. Returns the result, None after
+    Ctrl-C."""
+    last = "\n"
+    try:
+        for piece in pieces:
+            if piece.text:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                last = piece.text
+            if piece.result is not None:
+                return piece.result
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if not last.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    return None
+
+
+def write_json(pieces: Iterator[Piece]) -> Generation | None:
+    """Write one JSON object: the result, or after Ctrl-C what there is of it."""
+    import json
+
+    text, tokens, result = "", [], None
+    try:
+        for piece in pieces:
+            text += piece.text
+            tokens += [] if piece.token is None else [piece.token]
+            result = piece.result
+    except KeyboardInterrupt:
+        print(json.dumps({"text": text, "tokens": tokens, "finish_reason": "cancelled"}))
+        return None
+    assert result is not None  # the last piece of a stream carries it
+    print(json.dumps(result.to_dict()))
+    return result
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    params = options.sampling_params(args)
+    prompt = read_prompt(args)
+    options.tolerant_stdout()
+    with options.open_engine(args) as engine:
+        pieces = engine.stream(prompt, params, parse_special=args.special)
+        result = write_json(pieces) if args.json else write_stream(pieces)
+        if result is None:
+            return EXIT_INTERRUPTED
+        if args.verbose:
+            print(timings_line(result, engine), file=sys.stderr)
+    return 0

@@ -1,0 +1,193 @@
+"""Options that several commands share, and what is made of them: parsers, engines, sampling parameters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pyengine.cli import COMMANDS, UsageError
+from pyengine.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pyengine.engine import Engine
+    from pyengine.sampling import SamplingParams
+
+ENVIRONMENT = """\
+environment:
+  PYENGINE_MODEL        the model, when there is no -m
+  PYENGINE_NUM_THREADS  threads, when there is no -t
+  PYENGINE_ISA          instruction set: avx512vnni, avx2 or scalar
+  PYENGINE_CACHE        where checkpoints that -m names are kept frozen
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as exceptions, so that they are one line like all others."""
+
+    def __init__(self, command: str, epilog: str, usage: str | None = None) -> None:
+        super().__init__(
+            prog=f"pyengine {command}",
+            usage=usage,
+            description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ('{self.prog} --help' tells more)")
+
+
+# -------------------------------------------------------------------- declared
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 1")
+    return value
+
+
+def count_list(text: str) -> list[int]:
+    """argparse type: "128" or "0,4096"."""
+    values = [int(part) for part in text.split(",")]
+    if any(value < 0 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} has a negative number")
+    return values
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """-m, -t, --isa: which model, and what runs it."""
+    group = parser.add_argument_group("model")
+    add_model_option(group)
+    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads; default: what the container allows")
+    add_isa_option(group)
+
+
+def add_model_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "-m",
+        "--model",
+        metavar="PATH",
+        help="a frozen file, or a Hugging Face directory or GGUF file that is frozen once into the cache; "
+        "default: PYENGINE_MODEL, else the small model that ships with the package",
+    )
+
+
+def add_isa_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--isa", metavar="NAME", help="instruction set; default: PYENGINE_ISA, else the best ('pyengine doctor')")
+
+
+def add_context_options(parser: argparse.ArgumentParser) -> None:
+    """-c, --kv-dtype: what a context holds and how."""
+    group = parser.add_argument_group("context")
+    group.add_argument("-c", "--ctx-size", type=positive, metavar="N", help="positions of the context; default: the model's")
+    group.add_argument("--kv-dtype", choices=("int8", "f32"), default="int8", help="keys and values; f32: to compare with")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Everything that SamplingParams knows and that people type."""
+    group = parser.add_argument_group("output", "what is not given is as the model's generation_config.json says, else greedy")
+    add = group.add_argument
+    add("-n", "--max-tokens", "--predict", type=int, metavar="N", help="at most N tokens; default: to the end of text or context")
+    add("-s", "--seed", type=int, metavar="N", help="same seed, same text; default: a new one each time")
+    add("--temp", "--temperature", dest="temperature", type=float, metavar="X", help="0 = always the most probable token")
+    add("--top-k", type=int, metavar="K", help="only the K most probable tokens; 0 = off")
+    add("--top-p", type=float, metavar="P", help="only the most probable tokens that reach mass P; 1 = off")
+    add("--min-p", type=float, metavar="P", help="only tokens at least P times as probable as the first; 0 = off")
+    add("--typical", dest="typical_p", type=float, metavar="P", help="the most typical tokens that reach mass P; 1 = off")
+    add("--repeat-penalty", dest="repetition_penalty", type=float, metavar="X", help="against tokens of prompt and output; 1 off")
+    add("--presence-penalty", type=float, metavar="X", help="against tokens of the output; 0 = off")
+    add("--frequency-penalty", type=float, metavar="X", help="the same, for each time they came; 0 = off")
+    add("--stop", action="append", metavar="TEXT", help="end before TEXT comes; may be repeated")
+    add("--ignore-eos", action="store_true", default=None, help="go on after the model's end of text")
+    add("--timeout", type=float, metavar="S", help="end after S seconds, with what there is")
+    add("-e", "--escape", action="store_true", help=r"\n, \t and the like in prompt and stop texts are escapes, as in Python")
+
+
+_SAMPLING = (
+    "max_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "stop", "ignore_eos", "timeout",
+)  # fmt: skip
+
+# -------------------------------------------------------------------- understood
+
+
+def unescape(text: str) -> str:
+    r"""Escapes as in a Python literal; characters beyond Latin-1 stay what they are."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unknown escape stays as it is written
+            return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--escape: {error.reason} in {text!r}") from None
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """SamplingParams of the options. Raises UsageError naming the parameter."""
+    from pyengine.sampling import SamplingParams
+
+    options: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING}
+    if options["max_tokens"] is not None and options["max_tokens"] in (-1, -2):  # llama-cli's "no limit"
+        options["max_tokens"] = None
+    if args.escape and options["stop"]:
+        options["stop"] = [unescape(text) for text in options["stop"]]
+    try:
+        return SamplingParams(**options)
+    except InvalidArgumentError as error:
+        raise UsageError(str(error)) from None
+
+
+def model_name(args: argparse.Namespace) -> str | None:
+    """-m, else PYENGINE_MODEL, else None: the package's own."""
+    return args.model or os.environ.get("PYENGINE_MODEL") or None
+
+
+def frozen_path(args: argparse.Namespace) -> Path:
+    """The frozen file that -m means; a checkpoint is frozen into the cache, with progress on a terminal."""
+    from pyengine.cli.progress import ProgressLine
+    from pyengine.engine import DEFAULT_MODEL, resolve_model
+
+    name = model_name(args)
+    if name is None and not DEFAULT_MODEL.exists():
+        raise UsageError("no model: name one with -m PATH or PYENGINE_MODEL (this build ships none)")
+    with ProgressLine("freezing into the cache") as line:
+        return resolve_model(name, line.update)
+
+
+def select_isa(name: str | None) -> None:
+    """Use this instruction set from now on. Raises UsageError with the ones that there are."""
+    if name is None:
+        return
+    from pyengine import _core
+    from pyengine.errors import UnsupportedISAError
+
+    try:
+        _core.select_isa(name)
+    except (UnsupportedISAError, InvalidArgumentError):
+        raise UsageError(f"--isa {name}: this machine runs {', '.join(_core.available_isas())}") from None
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the model and context options describe."""
+    from pyengine.engine import Engine
+
+    select_isa(args.isa)
+    options: dict[str, Any] = {"n_threads": args.threads}
+    if hasattr(args, "ctx_size"):
+        options |= {"n_ctx": args.ctx_size or 0, "kv_dtype": args.kv_dtype}
+    return Engine(frozen_path(args), **options)
+
+
+def tolerant_stdout() -> None:
+    """A locale that cannot write a character gets a question mark in its place, and not an exception."""
+    import sys
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
