@@ -34,15 +34,19 @@ MAX_INTEGER_BITS = 4096
 MAX_WRITTEN = 1 << 28  # characters written in all, into macros and blocks too
 MAX_FORMAT = 64  # characters of a date format
 
-STR_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace istitle "
-    "isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
-    "splitlines startswith strip swapcase title upper".split()
-)
+# fmt: off
+STR_METHODS = frozenset((
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
+    "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix",
+    "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip",
+    "swapcase", "title", "upper",
+))
 FILTER_NAMES = (
-    "abs capitalize count d default dictsort e escape first float forceescape groupby int items last length list lower map "
-    "max min reject rejectattr reverse safe select selectattr sort string sum title trim unique upper"
-).split()
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "forceescape", "groupby", "int",
+    "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select",
+    "selectattr", "sort", "string", "sum", "title", "trim", "unique", "upper",
+)
+# fmt: on
 
 _running = threading.local()
 
@@ -109,9 +113,6 @@ def weighed(value: Any) -> Any:
 def _repeat(value: Any, times: Any) -> None:
     if isinstance(value, (str, list, tuple)) and isinstance(times, int) and (len(value) + 1) * times > MAX_VALUE:
         raise _too_large()
-    if isinstance(value, int) and isinstance(times, int):
-        if value.bit_length() + times.bit_length() > MAX_INTEGER_BITS:
-            raise TemplateError("a number in the chat template is too large")
 
 
 def _replace(text: Any, old: Any, new: Any, count: Any = -1) -> str:
@@ -255,7 +256,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         _budget().tick()
         if operator == "*":
             _repeat(left, right)
-            _repeat(right, left)
+            _repeat(right, left)  # integers need no look: both are short, so their product is
         elif operator == "**":
             small = isinstance(left, int) and isinstance(right, int) and 0 <= right <= MAX_INTEGER_BITS
             if not small or left.bit_length() * right > MAX_INTEGER_BITS:
@@ -264,7 +265,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise TemplateError("string formatting is not available to chat templates")
         return weighed(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget()
         budget.tick()
         if isinstance(__obj, Macro):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -79,6 +79,7 @@ every_template = pytest.mark.parametrize("name", sorted(TEMPLATES))
 every_kind = pytest.mark.parametrize("kind", sorted(TOKENIZERS))
 
 
+@cache
 def template(name: str) -> ChatTemplate:
     return ChatTemplate(TEMPLATES[name], bos_token="<s>", eos_token="</s>")
 
@@ -164,7 +165,7 @@ harmless = st.text(alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), 
 
 @every_template
 @every_kind
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(contents=st.lists(harmless, min_size=1, max_size=4))
 def test_ids_are_those_of_the_rendered_text(name, kind, contents):
     """For content that spells no special token, even if it ends like the beginning of one."""
@@ -271,7 +272,7 @@ def test_the_sandbox_holds(source):
 
 BOMBS = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "deep loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}{% endfor %}",
+    "deep loops": "{% for a in range(9999) %}{% for b in range(999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
     "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "branching": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
     "multiplied string": "{{ 'a' * 10000000000 }}",
@@ -287,7 +288,10 @@ BOMBS = {
     "doubling nest": "{% set n = namespace(v=[1]) %}{% for i in range(60) %}{% set n.v = [n.v, n.v] %}{% endfor %}{{ n.v }}",
     "doubling tuple": "{% set n = namespace(v=1) %}{% for i in range(60) %}{% set n.v = (n.v, n.v) %}{% endfor %}{{ {n.v: 1} }}",
     "doubling dict": "{% set n = namespace(v=1) %}{% for i in range(60) %}{% set n.v = {'a': n.v, 'b': n.v} %}{% endfor %}",
-    "doubling namespace": "{% set n = namespace(v=1) %}{% for i in range(60) %}{% set m = n.v %}{% set n.v = namespace(a=m, b=m) %}{% endfor %}{{ n.v }}",
+    "doubling namespace": (
+        "{% set n = namespace(v=1) %}{% for i in range(60) %}{% set m = n.v %}"
+        "{% set n.v = namespace(a=m, b=m) %}{% endfor %}{{ n.v }}"
+    ),
     "replace": "{{ ('a' * 100000) | replace('a', 'b' * 100000) }}",
     "replace method": "{{ ('a' * 100000).replace('', 'b' * 100000) }}",
     "join": "{{ range(99999) | join('b' * 1000000) }}",
@@ -333,20 +337,10 @@ def test_the_limit_holds_in_any_thread_and_is_its_own():
     assert errors == ["limit"] and len(texts) == 1
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ x", "{% if x %}", "{{ 'x' | nosuchfilter }}", "{" * 300, "(" * 5, "{{" + "(" * 3000])
+@pytest.mark.parametrize("source", ["{% for %}", "{{ x", "{% if x %}", "{{ 'x' | nosuchfilter }}", "{" * 300, "{{" + "(" * 3000])
 def test_what_is_no_template_is_refused(source):
-    if source in ("(" * 5, "{" * 300):
-        assert isinstance(render_or_error(source), (str, TemplateError))
-        return
     with pytest.raises(TemplateError):
         ChatTemplate(source)
-
-
-def render_or_error(source: str) -> Any:
-    try:
-        return ChatTemplate(source).render(conversation("a"))
-    except TemplateError as error:
-        return error
 
 
 def test_sizes_are_limited():

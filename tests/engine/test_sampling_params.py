@@ -1,0 +1,159 @@
+"""SamplingParams: every wrong value is named, nothing is ignored, defaults come from the model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyengine.errors import InvalidArgumentError, ModelFormatError
+from pyengine.sampling import ALIASES, ResolvedParams, SamplingParams
+
+NAN, INF = math.nan, math.inf
+
+
+def test_every_default_is_neutral_and_greedy():
+    p = SamplingParams().resolve()
+    expected = ResolvedParams(
+        n=1, max_tokens=None, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0,
+        repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, logit_bias={}, allowed_token_ids=None,
+        bad_token_ids=(), stop=(), stop_token_ids=(), include_stop_str_in_output=False, ignore_eos=False, seed=p.seed,
+        logprobs=None, skip_special_tokens=True, timeout=None,
+    )  # fmt: skip
+    assert p == expected
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "n": [0, -1, 1.5, "2", True, 10**6],
+        "max_tokens": [0, -1, 2.0, True, 2**31],
+        "min_tokens": [-1, 0.5, False],
+        "temperature": [-0.1, NAN, INF, "1", True, 1e39, [1]],
+        "top_k": [-2, 1.0, True, 2**31],
+        "top_p": [0, -0.5, 1.01, NAN, "0.9", True],
+        "min_p": [-0.1, 1.1, NAN, True],
+        "typical_p": [0, 1.5, NAN],
+        "repetition_penalty": [0, -1, NAN, INF],
+        "frequency_penalty": [NAN, INF, -INF, "1"],
+        "presence_penalty": [NAN, INF, None.__class__],
+        "logit_bias": [[1], {"x": 1}, {-1: 1}, {1: NAN}, {1: INF}, {1: "a"}, {True: 1}, {1.5: 1}, {1: 1e39}, {1: 0, "1": 0}],
+        "allowed_token_ids": [[], [-1], ["a"], 5, "12", [True], [2**31]],
+        "bad_token_ids": [[-1], 3, [1.0]],
+        "stop_token_ids": [[-1], 3, [None]],
+        "stop": ["", [""], [1], b"x", 5, ["a"] * 2000],
+        "include_stop_str_in_output": [1, "yes"],
+        "ignore_eos": [0],
+        "seed": [-1, 2**64, 1.0, True],
+        "logprobs": [-1, 65, 1.0, True],
+        "skip_special_tokens": [1],
+        "timeout": [0, -1, NAN, INF, "5", True],
+    }.items(),
+)
+def test_wrong_values_are_named(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=name) as caught:
+            SamplingParams(**{name: value})
+        assert caught.type is InvalidArgumentError, value
+
+
+def test_good_values_take_their_normal_form():
+    p = SamplingParams(
+        stop="x", stop_token_ids=np.array([1, 2]), temperature=1, top_k=np.int64(5), logit_bias={"3": -INF, np.int32(4): 1}
+    )
+    assert p.stop == ("x",) and p.stop_token_ids == (1, 2) and p.logit_bias == {3: -INF, 4: 1.0}
+    assert type(p.temperature) is float and type(p.top_k) is int
+    assert SamplingParams(top_k=-1).resolve().top_k == 0
+    assert SamplingParams(seed=2**64 - 1, logprobs=64, temperature=0).resolve().seed == 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, ["min_tokens", "max_tokens"]),
+        ({"allowed_token_ids": [1, 2], "bad_token_ids": [2, 1, 3]}, ["allowed_token_ids", "bad_token_ids"]),
+    ],
+)
+def test_contradictions_name_both(values, words):
+    with pytest.raises(InvalidArgumentError) as caught:
+        SamplingParams(**values)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_several_greedy_samples_are_refused():
+    with pytest.raises(InvalidArgumentError, match=r"n = 3 .*temperature"):
+        SamplingParams(n=3).resolve()
+    assert SamplingParams(n=3, temperature=0.5).resolve().n == 3
+    assert SamplingParams(n=3).resolve({"do_sample": True}).temperature == 1.0
+
+
+@pytest.mark.parametrize("alias, name", ALIASES.items())
+def test_aliases_work_and_exclude_the_name(alias, name):
+    value: Any = "x" if name == "stop" else 1
+    assert SamplingParams.from_kwargs(**{alias: value}) == SamplingParams(**{name: value})
+    with pytest.raises(InvalidArgumentError, match=f"{name}|{alias}") as caught:
+        SamplingParams.from_kwargs(**{alias: value, name: value})
+    assert alias in str(caught.value) and name in str(caught.value)
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(TypeError, match=r"'temprature'.*'temperature'"):
+        SamplingParams.from_kwargs(temprature=1)
+    with pytest.raises(TypeError, match=r"'max_new_token'.*'max_new_tokens'"):
+        SamplingParams.from_kwargs(max_new_token=1)
+    with pytest.raises(TypeError, match=r"'zzz'$"):
+        SamplingParams.from_kwargs(zzz=1)
+
+
+def test_the_models_defaults_come_below_the_callers():
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 7, "eos_token_id": [1]}
+    p = SamplingParams().resolve(config)
+    assert (p.temperature, p.top_p, p.top_k, p.max_tokens) == (0.6, 0.9, 20, None)
+    p = SamplingParams(temperature=0.1, top_k=0).resolve(config)
+    assert (p.temperature, p.top_p, p.top_k) == (0.1, 0.9, 0)
+    assert SamplingParams(temperature=0).resolve(config).temperature == 0.0
+    assert SamplingParams().resolve({**config, "do_sample": False}).temperature == 0.0
+    assert SamplingParams().resolve({"temperature": 0.6}).temperature == 0.0  # transformers' do_sample is False by default
+    assert SamplingParams().resolve({"repetition_penalty": 1.1, "top_p": None}).repetition_penalty == 1.1
+
+
+def test_asking_for_a_filter_asks_for_sampling():
+    for name, value in {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "typical_p": 0.5}.items():
+        assert SamplingParams(**{name: value}).resolve().temperature == 1.0
+        assert SamplingParams(**{name: value}, temperature=0).resolve().temperature == 0.0
+        assert SamplingParams(**{name: value}).resolve({"temperature": 0.7}).temperature == 0.7
+    for name, off in {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}.items():
+        assert SamplingParams(**{name: off}).resolve().temperature == 0.0
+    assert SamplingParams(top_k=-1).resolve().temperature == 0.0
+
+
+@pytest.mark.parametrize("config", [{"temperature": "hot"}, {"top_p": 7}, {"top_k": 1.5}, {"do_sample": 1}, {"min_p": NAN}])
+def test_a_damaged_generation_config_is_the_models_fault(config):
+    with pytest.raises(ModelFormatError, match=r"generation_config\.json.*" + next(iter(config))):
+        SamplingParams().resolve(config)
+
+
+def test_seeds_are_drawn_once_and_reported():
+    drawn = {SamplingParams().resolve().seed for _ in range(20)}
+    assert len(drawn) == 20 and all(0 <= seed < 2**64 for seed in drawn)
+    assert SamplingParams().resolve(seed=5).seed == 5
+    assert SamplingParams(seed=0).resolve(seed=5).seed == 0
+    with pytest.raises(InvalidArgumentError, match="seed"):
+        SamplingParams().resolve(seed=-1)
+
+
+def test_params_are_frozen_and_copy():
+    p = SamplingParams(temperature=0.5, logit_bias={1: 2.0}, stop=["a"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        p.temperature = 1.0  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(p)) == p == copy.deepcopy(p)
+    assert dataclasses.replace(p, temperature=0).temperature == 0.0
+    bias = {1: 2.0}
+    p = SamplingParams(logit_bias=bias)
+    bias[1] = 3.0
+    assert p.logit_bias == {1: 2.0}
