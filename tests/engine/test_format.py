@@ -46,7 +46,8 @@ def test_division_is_by_the_stored_scale() -> None:
 
 
 def test_a_rounded_down_scale_is_clamped() -> None:
-    # f16(absmax / 127) below absmax / 127 gives a quotient above 127, by much where f16 is subnormal
+    # f16(absmax / 127) below absmax / 127 gives a quotient above 127, by much where f16 is
+    # subnormal
     absmax = np.float32(127 * 1.49 * 2**-24)
     codes, scales = quantize_rows(group(absmax, -absmax), "w")
     assert scales.view(np.uint16).tolist() == [[1]]  # the smallest subnormal is kept
@@ -172,9 +173,7 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
     layout += [(f"layers.0.w_down.{p}", d, s, n) for p, d, s, n in matrix]
     layout += [("norm", "F32", [16], 64), ("rope.inv_freq", "F32", [16], 64)]
     fill = {"I8": b"\1", "F16": b"\0\x40", "F32": b"\0\0\0\x40"}
-    body = {
-        name: fill[dtype] * (size // len(fill[dtype])) for name, dtype, _, size in layout
-    }
+    body = {name: fill[dtype] * (size // len(fill[dtype])) for name, dtype, _, size in layout}
     config = b"""{
  "architecture": "LlamaForCausalLM",
  "dim": 4,

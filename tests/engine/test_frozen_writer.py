@@ -96,9 +96,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException])
 def test_misuse_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="not the next"), writer(tmp_path / "m") as out:
         out.write("norm", [bytes(256)])
-    with pytest.raises(InvalidArgumentError, match="needs 1024 bytes, 900"), writer(
-        tmp_path / "m"
-    ) as out:
+    with pytest.raises(InvalidArgumentError, match="needs 1024 bytes, 900"), writer(tmp_path / "m") as out:
         out.write("tok_embeddings.codes", [bytes(900)])
     with pytest.raises(InvalidArgumentError, match="was not written"), writer(tmp_path / "m"):
         pass

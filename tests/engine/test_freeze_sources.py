@@ -1,0 +1,537 @@
+"""Every kind of checkpoint and every architecture flag, against tensors that the test made itself.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine.freeze_models import (
+    LLAMA,
+    VOCAB,
+    random_tensors,
+    safetensors_bytes,
+    stored_matrix,
+    stored_panels,
+    stored_vector,
+    tokenizer_json,
+    weight_bytes,
+    write_gguf,
+    write_hf,
+)
+
+import pyengine
+from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from pyengine.freeze import freeze
+from pyengine.freeze.quantize import dequantize
+from pyengine.freeze.rope import rope_inv_freq
+from pyengine.frozen import FrozenFile
+
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+TIED = LLAMA | {"tie_word_embeddings": True}
+BIASED = LLAMA | {"attention_bias": True}
+ALL = {
+    "llama": LLAMA, "tied": TIED, "biased": BIASED, "mistral": MISTRAL, "qwen2": QWEN2,
+    "qwen3": QWEN3, "qwen3-biased": QWEN3 | {"attention_bias": True},
+}  # fmt: skip
+
+
+def frozen_hf(tmp_path: Path, config: dict[str, Any], **options: Any) -> FrozenFile:
+    source = write_hf(tmp_path / "hf", config, **options)
+    return FrozenFile.open(freeze(source, tmp_path / "m.safetensors", overwrite=True))
+
+
+def close_to(stored: np.ndarray, weights: np.ndarray) -> None:
+    """Half a quantization step of a group whose largest weight is below 6."""
+    assert np.abs(stored - weights).max() <= 6 / 127 / 2
+
+
+# ---------------------------------------------------------------------------- contents
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_tensor_is_where_it_belongs(tmp_path: Path, name: str) -> None:
+    config = ALL[name]
+    tensors = random_tensors(config)
+    frozen = frozen_hf(tmp_path, config, tensors=tensors)
+    c = frozen.config
+    assert (c.dim, c.hidden_dim, c.n_layers, c.vocab_size) == (64, 88, 2, VOCAB)
+    assert c.qkv_bias == (name in ("biased", "qwen2", "qwen3-biased"))
+    assert c.o_bias == ("biased" in name) and c.qk_norm == ("qwen3" in name)
+    assert c.tie_embeddings == (name == "tied") and c.head_dim == config.get("head_dim", 16)
+    assert c.bos_token_id == 256 and c.eos_token_ids == (257,)
+    close_to(stored_matrix(frozen, "tok_embeddings", VOCAB, 64), tensors["model.embed_tokens.weight"])
+    if name != "tied":
+        close_to(stored_matrix(frozen, "output", VOCAB, 64), tensors["lm_head.weight"])
+    assert np.array_equal(stored_vector(frozen, "norm", 64), tensors["model.norm.weight"])
+    for i in range(2):
+        layer, source = f"layers.{i}", f"model.layers.{i}."
+        attention = source + "self_attn."
+        rows = c.q_dim + 2 * c.kv_dim
+        qkv = [tensors[f"{attention}{p}_proj.weight"] for p in "qkv"]
+        close_to(stored_matrix(frozen, f"{layer}.wqkv", rows, 64), np.concatenate(qkv))
+        wo = stored_matrix(frozen, f"{layer}.wo", 64, c.q_dim)
+        close_to(wo, tensors[attention + "o_proj.weight"])
+        codes, scales = stored_panels(frozen, f"{layer}.w_gate_up")
+        for side, part in enumerate(("gate", "up")):
+            half = dequantize(codes[side::2], scales[side::2], 88, 64)
+            close_to(half, tensors[f"{source}mlp.{part}_proj.weight"])
+        down = stored_matrix(frozen, f"{layer}.w_down", 64, 88)
+        close_to(down, tensors[source + "mlp.down_proj.weight"])
+        vectors = {
+            f"{layer}.attention_norm": [source + "input_layernorm.weight"],
+            f"{layer}.ffn_norm": [source + "post_attention_layernorm.weight"],
+            f"{layer}.wqkv.bias": [f"{attention}{p}_proj.bias" for p in "qkv"] * c.qkv_bias,
+            f"{layer}.wo.bias": [attention + "o_proj.bias"] * c.o_bias,
+            f"{layer}.q_norm": [attention + "q_norm.weight"] * c.qk_norm,
+            f"{layer}.k_norm": [attention + "k_norm.weight"] * c.qk_norm,
+        }
+        for target, sources in vectors.items():
+            assert (target in frozen.tensors) == bool(sources)
+            if sources:
+                whole = np.concatenate([tensors[s] for s in sources])
+                assert np.array_equal(stored_vector(frozen, target, len(whole)), whole)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "biased", "qwen2", "qwen3"])
+def test_gguf_freezes_to_the_same_bytes(tmp_path: Path, name: str) -> None:
+    """q and k rows (and biases) of architecture "llama" are interleaved in GGUF: undone exactly."""
+    tensors = random_tensors(ALL[name])
+    hf = freeze(write_hf(tmp_path / "hf", ALL[name], tensors), tmp_path / "hf.safetensors")
+    gguf = freeze(write_gguf(tmp_path / "m.gguf", ALL[name], tensors), tmp_path / "gguf.safetensors")
+    assert weight_bytes(hf) == weight_bytes(gguf)
+    with FrozenFile.open(hf) as a, FrozenFile.open(gguf) as b:
+        assert a.config == b.config
+        assert b.rider("chat_template.jinja") == b"{{ messages[0].content }}\n{# #}"
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_half_precision_checkpoints(tmp_path: Path, dtype: str) -> None:
+    tensors = random_tensors(LLAMA)
+    if dtype == "F16":
+        rounded = {n: a.astype(np.float16).astype(np.float32) for n, a in tensors.items()}
+    else:
+        rounded = {n: (a.view("u4") & 0xFFFF0000).view("f4") for n, a in tensors.items()}
+    half = freeze(write_hf(tmp_path / "half", LLAMA, tensors, dtype), tmp_path / "half.safetensors")
+    full = freeze(write_hf(tmp_path / "full", LLAMA, rounded), tmp_path / "full.safetensors")
+    assert weight_bytes(half) == weight_bytes(full)
+
+
+def test_shards_equal_one_file(tmp_path: Path) -> None:
+    one = freeze(write_hf(tmp_path / "one"), tmp_path / "one.safetensors")
+    many = freeze(write_hf(tmp_path / "many", shards=3), tmp_path / "many.safetensors")
+    assert weight_bytes(one) == weight_bytes(many)
+
+
+def test_freezing_twice_gives_the_same_file(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    a, b = freeze(source, tmp_path / "a"), freeze(source, tmp_path / "b")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_progress_counts_to_the_weights_end(tmp_path: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    freeze(write_hf(tmp_path / "hf"), tmp_path / "m", progress=lambda *a: calls.append(a))
+    assert calls[0][2] == "tok_embeddings.codes" and calls[-1][2] == "rope.inv_freq"
+    assert [c[0] for c in calls] == sorted(c[0] for c in calls)
+    assert {c[1] for c in calls} == {(tmp_path / "m").stat().st_size}
+
+
+def test_the_package_is_the_function_too(tmp_path: Path) -> None:
+    import pyengine.freeze.hf  # noqa: F401  # binds pyengine.freeze to the package
+
+    assert pyengine.freeze(write_hf(tmp_path / "hf"), tmp_path / "m") == tmp_path / "m"
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_quantized_gguf_equals_its_dequantized_weights(tmp_path: Path, kind: str) -> None:
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize as unpack
+    from gguf.quants import quantize
+
+    config = LLAMA | {"intermediate_size": 96}
+    tensors = random_tensors(config)
+    block = GGMLQuantizationType[kind]
+    plain = {n: a if a.ndim == 1 else unpack(quantize(a, block), block).astype(np.float32) for n, a in tensors.items()}
+    quantized = write_gguf(tmp_path / "q.gguf", config, tensors, quantization=kind)
+    a = freeze(quantized, tmp_path / "a")
+    b = freeze(write_gguf(tmp_path / "p.gguf", config, plain), tmp_path / "b")
+    assert weight_bytes(a) == weight_bytes(b)
+
+
+# ---------------------------------------------------------------------------- RoPE and windows
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def inv_freq(frozen: FrozenFile) -> np.ndarray:
+    return stored_vector(frozen, "rope.inv_freq", frozen.config.head_dim // 2)
+
+
+def test_default_frequencies(tmp_path: Path) -> None:
+    exact = 10000.0 ** -(np.arange(8) / 8)
+    assert np.abs(inv_freq(frozen_hf(tmp_path, LLAMA)) / exact - 1).max() < 2e-7
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ],
+)
+def test_linear_scaling_in_every_spelling(tmp_path: Path, spelling: dict[str, Any]) -> None:
+    frozen = frozen_hf(tmp_path, LLAMA | spelling)
+    assert np.array_equal(inv_freq(frozen), rope_inv_freq(16, 10000.0, None) / np.float32(4))
+
+
+def test_rope_parameters_carry_theta(tmp_path: Path) -> None:
+    spelling = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    frozen = frozen_hf(tmp_path, LLAMA | spelling)
+    assert np.array_equal(inv_freq(frozen), rope_inv_freq(16, 500.0, None))
+
+
+def test_llama3_scaling(tmp_path: Path) -> None:
+    """Worked in double from the definition: kept, interpolated, divided."""
+    base = 10000.0 ** -(np.arange(8) / 8)
+    wavelength = 2 * np.pi / base
+    smooth = (64 / wavelength - 1) / (4 - 1)
+    expected = np.where(wavelength < 16, base, np.where(wavelength > 64, base / 8, 0))
+    between = expected == 0
+    expected[between] = ((1 - smooth) * base / 8 + smooth * base)[between]
+    assert between.any() and (expected == base).any()
+    frozen = frozen_hf(tmp_path, LLAMA | {"rope_scaling": LLAMA3})
+    assert np.abs(inv_freq(frozen) / expected - 1).max() < 1e-6
+
+
+def test_gguf_rope_freqs_and_linear_scaling(tmp_path: Path) -> None:
+    divisors = np.array([1, 1, 1, 2, 4, 8, 8, 8], np.float32)
+    extra = {"rope_freqs.weight": divisors}
+    path = write_gguf(tmp_path / "a.gguf", extra_tensors=extra)
+    frozen = FrozenFile.open(freeze(path, tmp_path / "a"))
+    base = rope_inv_freq(16, 10000.0, None)
+    assert np.array_equal(inv_freq(frozen), base / divisors)
+    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    path = write_gguf(tmp_path / "b.gguf", extra=scaling)
+    assert np.array_equal(inv_freq(FrozenFile.open(freeze(path, tmp_path / "b"))), base / 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (MISTRAL | {"sliding_window": 32}, 32),
+        (MISTRAL | {"sliding_window": None}, 0),
+        (LLAMA | {"sliding_window": 32}, 0),  # transformers' Llama does not look at it
+        (QWEN2 | {"sliding_window": 32, "use_sliding_window": False}, 0),
+        (QWEN2 | {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, 0),
+        (QWEN2 | {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 0}, 32),
+        (
+            QWEN3
+            | {
+                "sliding_window": 8,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention"] * 2,
+            },
+            8,
+        ),
+    ],
+)
+def test_sliding_windows(tmp_path: Path, config: dict[str, Any], window: int) -> None:
+    assert frozen_hf(tmp_path, config).config.sliding_window == window
+
+
+# ---------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM'"),
+        ({"architectures": None, "model_type": "gpt2"}, "architecture 'gpt2'"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantized already"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "between layers"),
+        (
+            QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+            "different sliding windows",
+        ),
+    ],
+)
+def test_unsupported_is_named(tmp_path: Path, config: dict[str, Any], match: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=match):
+        frozen_hf(tmp_path, LLAMA | config, tensors=random_tensors(LLAMA))
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": 128}, r"'model\.embed_tokens\.weight' has shape \[300, 64\]"),
+        ({"num_hidden_layers": 3}, r"'model\.layers\.2\..*' is missing"),
+        ({"num_attention_heads": 0}, "0 heads"),
+        ({"num_attention_heads": "4"}, "num_attention_heads must be an integer"),
+        ({"num_key_value_heads": 3}, "n_kv_heads 3|shape"),
+        ({"vocab_size": 1 << 30}, "vocab_size"),
+        ({"rms_norm_eps": None}, "norm_eps"),
+        ({"rope_theta": "x"}, "rope_theta must be a number"),
+        ({"rope_theta": -1.0}, "RoPE base"),
+        ({"rope_scaling": {"type": "linear"}}, "factor must be a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "out of range"),
+        ({"rope_scaling": [1]}, "not an object"),
+        ({"eos_token_id": 300}, "eos_token_ids"),
+        ({"architectures": ["A", "B"]}, "must name one"),
+        ({"attention_bias": True}, r"q_proj\.bias' is missing"),
+    ],
+)
+def test_damaged_configs(tmp_path: Path, config: dict[str, Any], match: str) -> None:
+    with pytest.raises(ModelFormatError, match=match):
+        frozen_hf(tmp_path, LLAMA | config, tensors=random_tensors(LLAMA))
+
+
+def test_unknown_and_missing_tensors_are_named(tmp_path: Path) -> None:
+    tensors = random_tensors(LLAMA)
+    extra = tensors | {"model.layers.0.self_attn.sinks": np.zeros(4, np.float32)}
+    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.0\.self_attn\.sinks'"):
+        frozen_hf(tmp_path, LLAMA, tensors=extra)
+    del tensors["model.norm.weight"]
+    with pytest.raises(ModelFormatError, match=r"'model\.norm\.weight' is missing"):
+        frozen_hf(tmp_path, LLAMA, tensors=tensors)
+
+
+def test_old_checkpoints_may_store_their_frequencies(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    frozen_hf(tmp_path, LLAMA, tensors=random_tensors(LLAMA) | {name: np.zeros(8, np.float32)})
+
+
+@pytest.mark.parametrize("place", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_not_finite_are_named_and_leave_no_file(tmp_path: Path, place: str) -> None:
+    tensors = random_tensors(LLAMA)
+    tensors[place].flat[5] = np.nan
+    with pytest.raises(ModelFormatError, match=r"norm'|up_proj"):
+        frozen_hf(tmp_path, LLAMA, tensors=tensors)
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_hostile_index_files(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", shards=2)
+    index = source / "model.safetensors.index.json"
+    for name in ("../secret.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", 5):
+        index.write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(ModelFormatError, match="names the file"):
+            freeze(source, tmp_path / "m")
+    index.write_text("{}")
+    with pytest.raises(ModelFormatError, match="no weight_map"):
+        freeze(source, tmp_path / "m")
+
+
+def test_the_same_tensor_in_two_shards(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", shards=2)
+    tensors = random_tensors(LLAMA)
+    shard = source / "model-00002-of-00002.safetensors"
+    shard.write_bytes(safetensors_bytes(tensors))
+    with pytest.raises(ModelFormatError, match="in another shard too"):
+        freeze(source, tmp_path / "m")
+
+
+def test_pickles_are_never_read(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModelError, match="pickled weights"):
+        freeze(source, tmp_path / "m")
+
+
+def test_integer_weights_are_refused(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype": "F32"', b'"dtype": "I32"'))
+    with pytest.raises(UnsupportedModelError, match="dtype I32"):
+        freeze(source, tmp_path / "m")
+
+
+GGUFEdit = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"llama.attention.causal": False}, "not causal"),
+        ({"llama.logit_scale": 2.0}, r"'llama\.logit_scale'"),
+        ({"llama.rope.dimension_count": 8}, "part of the head"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "'yarn'"),
+        ({"llama.attention.value_length": 8}, "value heads"),
+    ],
+)
+def test_unsupported_gguf_is_named(tmp_path: Path, extra: GGUFEdit, match: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=match):
+        freeze(write_gguf(tmp_path / "m.gguf", extra=extra), tmp_path / "m")
+
+
+def test_gguf_tensors_without_a_place(tmp_path: Path) -> None:
+    extra = {"blk.0.ffn_gate_inp.weight": np.zeros((4, 64), np.float32)}
+    with pytest.raises(UnsupportedModelError, match=r"'blk\.0\.ffn_gate_inp\.weight'"):
+        freeze(write_gguf(tmp_path / "m.gguf", extra_tensors=extra), tmp_path / "m")
+    extra = {"rope_freqs.weight": np.zeros(8, np.float32)}
+    with pytest.raises(ModelFormatError, match="positive"):
+        freeze(write_gguf(tmp_path / "n.gguf", extra_tensors=extra), tmp_path / "m")
+
+
+def test_gguf_of_another_architecture(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", LLAMA | {"model_type": "gemma"})
+    with pytest.raises(UnsupportedModelError, match="architecture 'gemma'"):
+        freeze(path, tmp_path / "m")
+
+
+def test_things_that_are_no_model(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("hello, this is not a model file at all")
+    with pytest.raises(ModelFormatError):
+        freeze(tmp_path / "text.txt", tmp_path / "m")
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(ModelFormatError, match="0 bytes"):
+        freeze(tmp_path / "empty", tmp_path / "m")
+    (tmp_path / "x.safetensors").write_bytes(safetensors_bytes(random_tensors(LLAMA)))
+    with pytest.raises(ModelFormatError, match="give the directory"):
+        freeze(tmp_path / "x.safetensors", tmp_path / "m")
+    with pytest.raises(FileNotFoundError):
+        freeze(tmp_path / "nothing", tmp_path / "m")
+    (tmp_path / "dir").mkdir()
+    with pytest.raises(ModelFormatError, match=r"no config\.json"):
+        freeze(tmp_path / "dir", tmp_path / "m")
+
+
+# ---------------------------------------------------------------------------- riders
+
+
+def test_hf_riders(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    generation = {"eos_token_id": [257, 258], "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    settings = {"bos_token": "<|bos|>", "chat_template": "{{ one }}"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with FrozenFile.open(freeze(source, tmp_path / "a")) as frozen:
+        assert frozen.config.eos_token_ids == (257, 258)
+        assert json.loads(frozen.rider("generation_config.json") or b"") == generation
+        assert frozen.rider("chat_template.jinja") == b"{{ one }}"
+        assert json.loads(frozen.rider("tokenizer_config.json") or b"") == {"bos_token": "<|bos|>"}
+    named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    with FrozenFile.open(freeze(source, tmp_path / "b")) as frozen:
+        assert frozen.rider("chat_template.jinja") == b"d"
+        assert json.loads(frozen.rider("tokenizer_config.json") or b"")["chat_template"] == named
+    (source / "chat_template.jinja").write_text("file")
+    with FrozenFile.open(freeze(source, tmp_path / "c")) as frozen:
+        assert frozen.rider("chat_template.jinja") == b"file"
+
+
+def test_truncation_settings_of_a_training_run_do_not_ride_along(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    document = json.loads(tokenizer_json())
+    document["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    (source / "tokenizer.json").write_text(json.dumps(document))
+    with FrozenFile.open(freeze(source, tmp_path / "m")) as frozen:
+        assert json.loads(frozen.rider("tokenizer.json") or b"")["truncation"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.update(model={"type": "Nonsense"}), "does not load"),
+        (lambda t: t["model"]["vocab"].update(extra=VOCAB), "token id 300"),
+    ],
+)
+def test_tokenizers_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Any]], None], match: str) -> None:
+    source = write_hf(tmp_path / "hf")
+    document = json.loads(tokenizer_json())
+    change(document)
+    (source / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ModelFormatError, match=match):
+        freeze(source, tmp_path / "m")
+
+
+# ---------------------------------------------------------------------------- llama2.c
+
+
+def write_llama2c(directory: Path, shared: bool) -> tuple[Path, Path, dict[str, np.ndarray]]:
+    """A legacy checkpoint and tokenizer.bin; returns the weights under their Hugging Face names."""
+    from engine.freeze_models import interleaved
+
+    config = LLAMA | {"tie_word_embeddings": shared}
+    tensors = random_tensors(config)
+    heads = {"q": 4, "k": 2}
+
+    def layers(part: str) -> bytes:
+        out = b""
+        for i in range(2):
+            array = tensors[f"model.layers.{i}.{part}.weight"]
+            kind = part[10] if part.startswith("self_attn.") else ""
+            out += (interleaved(array, heads[kind]) if kind in heads else array).tobytes()
+        return out
+
+    data = struct.pack("<7i", 64, 88, 2, 4, 2, VOCAB if shared else -VOCAB, 32)
+    data += tensors["model.embed_tokens.weight"].tobytes() + layers("input_layernorm")
+    data += b"".join(layers(f"self_attn.{p}_proj") for p in "qkvo")
+    data += layers("post_attention_layernorm")
+    data += b"".join(layers(f"mlp.{p}_proj") for p in ("gate", "down", "up"))
+    data += tensors["model.norm.weight"].tobytes() + bytes(4 * 32 * 16)
+    data += b"" if shared else tensors["lm_head.weight"].tobytes()
+    (directory / "m.bin").write_bytes(data)
+    pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *[f"<0x{b:02X}>" for b in range(256)]]
+    pieces += [*" ab", " a", " ab"]
+    pieces += [f"[{i}]" for i in range(len(pieces), VOCAB)]
+    tokenizer = struct.pack("<i", 8)
+    for i, piece in enumerate(pieces):
+        tokenizer += struct.pack("<fi", -float(i), len(piece.encode())) + piece.encode()
+    (directory / "tok.bin").write_bytes(tokenizer)
+    return directory / "m.bin", directory / "tok.bin", tensors
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_llama2c_equals_the_same_weights_from_hf(tmp_path: Path, shared: bool) -> None:
+    model, tokenizer, tensors = write_llama2c(tmp_path, shared)
+    a = freeze(model, tmp_path / "a", tokenizer=tokenizer)
+    config = LLAMA | {"tie_word_embeddings": shared}
+    b = freeze(write_hf(tmp_path / "hf", config, tensors), tmp_path / "b")
+    assert weight_bytes(a) == weight_bytes(b)
+    import tokenizers
+
+    with FrozenFile.open(a) as frozen:
+        text = (frozen.rider("tokenizer.json") or b"").decode()
+        assert frozen.config.eos_token_ids == (2, 1)
+    encoding = tokenizers.Tokenizer.from_str(text).encode("ab é")
+    assert encoding.tokens == ["<s>", "▁ab", "▁", "<0xC3>", "<0xA9>"]
+
+
+def test_llama2c_refusals(tmp_path: Path) -> None:
+    model, tokenizer, _ = write_llama2c(tmp_path, True)
+    with pytest.raises(InvalidArgumentError, match="need the tokenizer"):
+        freeze(model, tmp_path / "m")
+    data = model.read_bytes()
+    for cut in (0, 10, 28, len(data) - 1):
+        (tmp_path / "cut.bin").write_bytes(data[:cut])
+        with pytest.raises(ModelFormatError):
+            freeze(tmp_path / "cut.bin", tmp_path / "m", tokenizer=tokenizer)
+    (tmp_path / "v2.bin").write_bytes(struct.pack("<I", 0x616B3432) + data[4:])
+    with pytest.raises(UnsupportedModelError, match="legacy"):
+        freeze(tmp_path / "v2.bin", tmp_path / "m", tokenizer=tokenizer)
+    raw = tokenizer.read_bytes()
+    for damaged in (raw[:100], raw + b"x", raw[:8] + b"\xff\xff\xff\xff" + raw[12:]):
+        (tmp_path / "bad.tok").write_bytes(damaged)
+        with pytest.raises(ModelFormatError, match=r"bad\.tok"):
+            freeze(model, tmp_path / "m", tokenizer=tmp_path / "bad.tok")
