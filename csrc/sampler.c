@@ -208,11 +208,24 @@ static inline uint64_t weight_of(double d, double cut) {
     return d < cut ? 0 : weight;
 }
 
-/* weights (n) of all logits; returns their sum. Banned tokens have d = -infinity. */
+/* weights (n) of all logits; returns their sum. Banned tokens have d = -infinity. Blocks that lie wholly below the cut (lowered
+ * by a hundredth of the temperature, so that rounding cannot matter) are not exponentiated. */
 static uint64_t weigh_all(const float *logits, size_t n, double top, double temperature, double cut, uint64_t *weights) {
+    const double lowest = top + temperature * (cut - 0.01);
     uint64_t total = 0;
-    for (size_t i = 0; i < n; i++) weights[i] = weight_of(((double)logits[i] - top) / temperature, cut);
-    for (size_t i = 0; i < n; i++) total += weights[i];
+    for (size_t begin = 0; begin < n; begin += BLOCK) {
+        const size_t length = n - begin < BLOCK ? n - begin : BLOCK;
+        const float *l = logits + begin;
+        uint64_t *w = weights + begin;
+        int any = 0;
+        for (size_t i = 0; i < length; i++) any |= (double)l[i] >= lowest;
+        if (!any) {
+            memset(w, 0, length * sizeof *w);
+            continue;
+        }
+        for (size_t i = 0; i < length; i++) w[i] = weight_of(((double)l[i] - top) / temperature, cut);
+        for (size_t i = 0; i < length; i++) total += w[i];
+    }
     return total;
 }
 

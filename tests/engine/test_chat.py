@@ -272,7 +272,7 @@ def test_the_sandbox_holds(source):
 
 BOMBS = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "deep loops": "{% for a in range(9999) %}{% for b in range(999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
+    "deep loops": "{% for a in range(9999) %}{% for b in range(999) %}{% for c in range(9) %}" + "{% endfor %}" * 3,
     "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "branching": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
     "multiplied string": "{{ 'a' * 10000000000 }}",
