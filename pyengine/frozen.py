@@ -30,6 +30,7 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 65_536
 MAX_NAME_BYTES = 256
 MAX_DIM = 1 << 20
+MAX_LAYERS = 4096
 MAX_RIDER_BYTES = 512 << 20
 MAX_POSITIONS = 1 << 24  # above it, positions are no longer exact in float32
 
@@ -90,7 +91,7 @@ def parse_json_object(text: bytes | str, what: str) -> dict[str, Any]:
 _INT_RANGES = {
     "dim": (1, MAX_DIM),
     "hidden_dim": (1, MAX_DIM),
-    "n_layers": (1, 4096),
+    "n_layers": (1, MAX_LAYERS),
     "n_heads": (1, 65_536),
     "n_kv_heads": (1, 65_536),
     "head_dim": (2, 512),
@@ -104,9 +105,7 @@ _MAX_EOS_TOKENS = 256
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
-        raise ModelFormatError(
-            f"config: {name} must be an integer in {low}..{high}, not {value!r:.80}"
-        )
+        raise ModelFormatError(f"config: {name} must be an integer in {low}..{high}, not {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,7 @@ class FrozenConfig:
         if self.head_dim % 2:
             raise ModelFormatError(f"config: head_dim must be even, not {self.head_dim}")
         if self.n_heads % self.n_kv_heads:
-            raise ModelFormatError(
-                f"config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
-            )
+            raise ModelFormatError(f"config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.q_dim > MAX_DIM:
             raise ModelFormatError(f"config: n_heads * head_dim {self.q_dim} exceeds {MAX_DIM}")
         eps = self.norm_eps
@@ -278,17 +275,11 @@ def _checked_entry(name: str, raw: Any, data_start: int, data_bytes: int) -> Saf
         if type(size) is not int or not 0 <= size < 1 << 48:
             raise ModelFormatError(f"{label}: bad size in shape: {size!r:.80}")
         nbytes *= size
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or any(type(offset) is not int for offset in offsets)
-    ):
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
         raise ModelFormatError(f"{label}: data_offsets must be two integers")
     begin, end = offsets
     if not 0 <= begin <= end <= data_bytes:
-        raise ModelFormatError(
-            f"{label}: bytes {begin}..{end} lie outside the file's {data_bytes} data bytes"
-        )
+        raise ModelFormatError(f"{label}: bytes {begin}..{end} lie outside the file's {data_bytes} data bytes")
     if end - begin != nbytes:
         raise ModelFormatError(f"{label}: its shape needs {nbytes} bytes, it has {end - begin}")
     return SafetensorsEntry(dtype, tuple(shape), data_start + begin, data_start + end)
@@ -305,9 +296,7 @@ def parse_safetensors_header(buffer: Any, file_bytes: int) -> SafetensorsHeader:
         raise ModelFormatError(f"the file has {file_bytes} bytes: not a safetensors file")
     header_bytes = int.from_bytes(buffer[:8], "little")
     if not 2 <= header_bytes <= MAX_HEADER_BYTES:
-        raise ModelFormatError(
-            f"header length {header_bytes} is not in 2..{MAX_HEADER_BYTES}: not a safetensors file"
-        )
+        raise ModelFormatError(f"header length {header_bytes} is not in 2..{MAX_HEADER_BYTES}: not a safetensors file")
     data_start = 8 + header_bytes
     if data_start > file_bytes:
         raise ModelFormatError(f"truncated: the header ends at {data_start} of {file_bytes} bytes")
@@ -318,9 +307,7 @@ def parse_safetensors_header(buffer: Any, file_bytes: int) -> SafetensorsHeader:
     if len(document) > MAX_TENSORS:
         raise ModelFormatError(f"{len(document)} tensors, at most {MAX_TENSORS} are allowed")
     data_bytes = file_bytes - data_start
-    entries = {
-        name: _checked_entry(name, raw, data_start, data_bytes) for name, raw in document.items()
-    }
+    entries = {name: _checked_entry(name, raw, data_start, data_bytes) for name, raw in document.items()}
     cursor = data_start
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.begin != cursor:
@@ -440,9 +427,7 @@ class FrozenFile:
         if name not in self.tensors or name not in RIDERS:
             return None
         offset, size = self.tensors[name]
-        return bytes(self.buffer[offset : offset + size]).rstrip(
-            b"\n" if name.endswith(".jinja") else b" "
-        )
+        return bytes(self.buffer[offset : offset + size]).rstrip(b"\n" if name.endswith(".jinja") else b" ")
 
     def check_codes(self) -> None:
         """Refuse code -128, which the format does not have. Reads every weight: not part of

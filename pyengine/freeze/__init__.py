@@ -49,9 +49,7 @@ def open_source(
 
         return load_gguf(path, name)
     if path.suffix == ".safetensors":
-        raise ModelFormatError(
-            f"{path}: weights alone; give the directory with config.json and tokenizer.json"
-        )
+        raise ModelFormatError(f"{path}: weights alone; give the directory with config.json and tokenizer.json")
     from .llama2c import load_llama2c
 
     return load_llama2c(path, name, tokenizer)
@@ -124,9 +122,7 @@ def freeze(
     return output
 
 
-def frozen_cache_path(
-    source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
-) -> Path:
+def frozen_cache_path(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None) -> Path:
     """Where ``freeze_cached`` keeps the frozen form of ``source``; changes whenever the source
     does.
     """

@@ -93,17 +93,16 @@ class _Taker:
     def __init__(self, reader: TensorReader, kind: str) -> None:
         self.reader = reader
         self._kind = kind
+        self._shapes = reader.shapes
         self.taken: set[str] = set()
 
     def _take(self, part: str, layer: int, shape: tuple[int, ...]) -> str:
         name: str = getattr(PARTS[part], self._kind).format(i=layer)
-        found = self.reader.shapes.get(name)
+        found = self._shapes.get(name)
         if found is None:
             raise ModelFormatError(f"tensor {name!r} is missing")
         if found != shape:
-            raise ModelFormatError(
-                f"tensor {name!r} has shape {list(found)}, the configuration needs {list(shape)}"
-            )
+            raise ModelFormatError(f"tensor {name!r} has shape {list(found)}, the configuration needs {list(shape)}")
         self.taken.add(name)
         return name
 
@@ -175,9 +174,7 @@ def build_model(
     """
     model = SourceModel(name=name, source=source, config=config)
     take = _Taker(reader, kind)
-    model.matrices["tok_embeddings"] = take.matrix(
-        "tok_embeddings", 0, config.vocab_size, config.dim
-    )
+    model.matrices["tok_embeddings"] = take.matrix("tok_embeddings", 0, config.vocab_size, config.dim)
     for i in range(config.n_layers):
         _add_layer(model, take, i, interleaved)
     model.vectors["norm"] = take.vector("norm", 0, config.dim)

@@ -32,17 +32,13 @@ def _fingerprint(path: Path) -> bytes:
     return f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{head}\n".encode()
 
 
-def cache_path(
-    source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
-) -> Path:
+def cache_path(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None) -> Path:
     """The frozen file that belongs to ``source`` as it is now."""
     source = Path(source).resolve()
     files = [source]
     if source.is_dir():
         files = sorted(
-            path
-            for path in source.iterdir()
-            if path.suffix in (".json", ".safetensors", ".jinja") and path.is_file()
+            path for path in source.iterdir() if path.suffix in (".json", ".safetensors", ".jinja") and path.is_file()
         )
     if tokenizer is not None:
         files.append(Path(tokenizer).resolve())

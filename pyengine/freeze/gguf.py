@@ -77,9 +77,7 @@ class _Cursor:
 
     def need(self, n: int, what: str) -> None:
         if n > self.end - self.at:
-            raise ModelFormatError(
-                f"truncated GGUF: {what} needs {n} bytes at {self.at}, the file has {self.end}"
-            )
+            raise ModelFormatError(f"truncated GGUF: {what} needs {n} bytes at {self.at}, the file has {self.end}")
 
     def scalar(self, code: str, what: str) -> Any:
         size = struct.calcsize(code)
@@ -91,9 +89,7 @@ class _Cursor:
     def string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
         length = self.scalar("<Q", what)
         if length > limit:
-            raise ModelFormatError(
-                f"GGUF: {what} claims {length} bytes, at most {limit} are allowed"
-            )
+            raise ModelFormatError(f"GGUF: {what} claims {length} bytes, at most {limit} are allowed")
         self.need(length, what)
         text: bytes = self.data[self.at : self.at + length]
         self.at += length
@@ -164,9 +160,7 @@ def _parse_tensor(cursor: _Cursor) -> tuple[str, BlockType, tuple[int, ...], int
         raise UnsupportedModelError(f"tensor {name!r}: GGML type {kind} is not implemented")
     block = BLOCK_TYPES[kind]
     if dims[0] % block.items:
-        raise ModelFormatError(
-            f"GGUF: tensor {name!r} has rows of {dims[0]}, not whole blocks of {block.items}"
-        )
+        raise ModelFormatError(f"GGUF: tensor {name!r} has rows of {dims[0]}, not whole blocks of {block.items}")
     nbytes = block.nbytes * (dims[0] // block.items)
     for size in dims[1:]:
         nbytes *= size  # Python integers: nothing wraps
@@ -205,9 +199,7 @@ class GGUFFile:
         if self.version not in (2, 3):
             if self.version and self.version & 0xFFFF == 0:
                 raise UnsupportedModelError("big-endian GGUF is not implemented")
-            raise UnsupportedModelError(
-                f"GGUF version {self.version} is not implemented (2 and 3 are)"
-            )
+            raise UnsupportedModelError(f"GGUF version {self.version} is not implemented (2 and 3 are)")
         n_tensors = cursor.scalar("<Q", "the tensor count")
         n_keys = cursor.scalar("<Q", "the key count")
         if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
@@ -220,16 +212,10 @@ class GGUFFile:
             self.metadata[key] = cursor.value(f"key {key!r:.200}")
         self._place_tensors([_parse_tensor(cursor) for _ in range(n_tensors)], cursor)
 
-    def _place_tensors(
-        self, infos: list[tuple[str, BlockType, tuple[int, ...], int, int]], cursor: _Cursor
-    ) -> None:
+    def _place_tensors(self, infos: list[tuple[str, BlockType, tuple[int, ...], int, int]], cursor: _Cursor) -> None:
         """Resolve the relative offsets and check the ranges: aligned, inside the file, disjoint."""
         alignment = self.metadata.get("general.alignment", 32)
-        if (
-            type(alignment) is not int
-            or not 8 <= alignment <= MAX_ALIGNMENT
-            or (alignment & (alignment - 1))
-        ):
+        if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or (alignment & (alignment - 1)):
             raise ModelFormatError(f"GGUF: general.alignment {alignment!r:.80} is not sane")
         start = -(-cursor.at // alignment) * alignment
         self.tensors: dict[str, GGUFTensor] = {}
@@ -259,9 +245,7 @@ class GGUFFile:
         rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[-1])
         row_bytes = tensor.nbytes // rows
         convert = FLOAT_CONVERTERS.get(tensor.type.name) or _Dequantizer(tensor.type.name)
-        return FileRows(
-            name, self._file.fileno(), tensor.offset, (rows, columns), row_bytes, convert
-        )
+        return FileRows(name, self._file.fileno(), tensor.offset, (rows, columns), row_bytes, convert)
 
     def vector(self, name: str) -> Float32Array:
         return self.matrix(name).read_rows(0, 1).reshape(-1)

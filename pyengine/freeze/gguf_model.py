@@ -43,7 +43,7 @@ class _Keys:
         value = self._metadata.get(full, default)
         if value is None:
             raise ModelFormatError(f"GGUF: key {full!r} is missing")
-        if isinstance(value, np.ndarray) and kind is int and value.size:
+        if isinstance(value, np.ndarray) and kind is int and value.dtype.kind in "iu" and value.size:
             if (value != value[0]).any():
                 raise UnsupportedModelError(f"key {full!r} differs between layers: not implemented")
             value = int(value[0])
@@ -77,9 +77,7 @@ def _inv_freq(file: GGUFFile, keys: _Keys, head_dim: int) -> Float32Array:
     if "rope_freqs.weight" in file.tensors:
         divisors = file.vector("rope_freqs.weight")
         if divisors.shape != inv_freq.shape:
-            raise ModelFormatError(
-                f"tensor 'rope_freqs.weight' has {len(divisors)} values, not {len(inv_freq)}"
-            )
+            raise ModelFormatError(f"tensor 'rope_freqs.weight' has {len(divisors)} values, not {len(inv_freq)}")
         if not (np.isfinite(divisors).all() and (divisors > 0).all()):
             raise ModelFormatError("tensor 'rope_freqs.weight' must hold finite positive numbers")
         inv_freq = inv_freq / divisors

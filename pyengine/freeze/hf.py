@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..frozen import (
     MAX_HEADER_BYTES,
+    MAX_LAYERS,
     MAX_POSITIONS,
     MAX_RIDER_BYTES,
     FrozenConfig,
@@ -79,9 +80,7 @@ class SafetensorsReader:
             raise UnsupportedModelError(f"tensor {name!r}: dtype {entry.dtype} is not implemented")
         rows, columns = entry.shape if len(entry.shape) == 2 else (1, math.prod(entry.shape))
         row_bytes = (entry.end - entry.begin) // rows
-        return FileRows(
-            name, fd, entry.begin, (rows, columns), row_bytes, FLOAT_CONVERTERS[entry.dtype]
-        )
+        return FileRows(name, fd, entry.begin, (rows, columns), row_bytes, FLOAT_CONVERTERS[entry.dtype])
 
     def vector(self, name: str) -> Float32Array:
         return self.matrix(name).read_rows(0, 1).reshape(-1)
@@ -108,11 +107,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if len(names) > _MAX_SHARDS:
         raise ModelFormatError(f"{index.name} names {len(names)} files, too many")
     for name in names:
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or not name.endswith(".safetensors")
-        ):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelFormatError(f"{index.name} names the file {name!r:.200}")
     return [directory / name for name in sorted(names)]
 
@@ -187,9 +182,7 @@ def _inv_freq(config: dict[str, Any], head_dim: int) -> Float32Array:
         raise ModelFormatError("config.json: the RoPE scaling is not an object")
     scaling = scaling or {}
     if any(isinstance(value, dict) for value in scaling.values()):
-        raise UnsupportedModelError(
-            "RoPE parameters that differ between layers are not implemented"
-        )
+        raise UnsupportedModelError("RoPE parameters that differ between layers are not implemented")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError("partial_rotary_factor is not implemented")
     theta = scaling.get("rope_theta", config.get("rope_theta", 10_000.0))
@@ -209,13 +202,13 @@ def _bias(flag: bool | None, config: dict[str, Any]) -> bool:
     return bool(config.get("attention_bias", False)) if flag is None else flag
 
 
-def _frozen_config(
-    config: dict[str, Any], generation: dict[str, Any], names: set[str]
-) -> FrozenConfig:
+def _frozen_config(config: dict[str, Any], generation: dict[str, Any], names: set[str]) -> FrozenConfig:
     architecture = _architecture(config)
     _refuse_unknown_arithmetic(config)
     dim, n_heads = _int(config, "hidden_size"), _int(config, "num_attention_heads")
     n_layers = _int(config, "num_hidden_layers")
+    if not 1 <= n_layers <= MAX_LAYERS:
+        raise ModelFormatError(f"config.json: num_hidden_layers {n_layers} is not in 1..{MAX_LAYERS}")
     if n_heads < 1 or dim < 1:
         raise ModelFormatError(f"config.json: {n_heads} heads and hidden_size {dim}")
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -226,9 +219,7 @@ def _frozen_config(
         hidden_dim=_int(config, "intermediate_size"),
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=_int(
-            config, "num_key_value_heads", n_heads if architecture.model_type == "llama" else None
-        ),
+        n_kv_heads=_int(config, "num_key_value_heads", n_heads if architecture.model_type == "llama" else None),
         head_dim=_int(config, "head_dim", dim // n_heads),
         vocab_size=_int(config, "vocab_size"),
         max_seq_len=min(_int(config, "max_position_embeddings"), MAX_POSITIONS),
@@ -255,7 +246,7 @@ def _tokenizer_json(directory: Path, vocab_size: int) -> bytes:
     if document.get("truncation") or document.get("padding"):
         # A setting of somebody's training run: here it would cut prompts silently.
         document |= {"truncation": None, "padding": None}
-        raw = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        raw = json.dumps(document, separators=(",", ":")).encode()
     check_tokenizer_json(raw.decode("utf-8"), vocab_size)
     return raw
 
@@ -269,7 +260,10 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.exists():
         settings.pop("chat_template", None)
-        return _read(path, MAX_HEADER_BYTES).decode("utf-8", "strict")
+        try:
+            return _read(path, MAX_HEADER_BYTES).decode("utf-8")
+        except UnicodeDecodeError:
+            raise ModelFormatError(f"{path.name} is not UTF-8") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -277,9 +271,7 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
     else:
         settings.pop("chat_template", None)
     if template is not None and not isinstance(template, str):
-        raise ModelFormatError(
-            "tokenizer_config.json: chat_template is neither a string nor a list"
-        )
+        raise ModelFormatError("tokenizer_config.json: chat_template is neither a string nor a list")
     return template
 
 
@@ -290,11 +282,14 @@ def _riders(directory: Path, vocab_size: int) -> dict[str, bytes]:
         settings = _read_json(path)
     template = _chat_template(directory, settings)
     if settings:
-        riders["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False).encode()
+        riders["tokenizer_config.json"] = json.dumps(settings).encode()
     if (path := directory / "generation_config.json").exists():
         riders["generation_config.json"] = json.dumps(_read_json(path)).encode()
     if template is not None:
-        riders["chat_template.jinja"] = template.encode()
+        try:
+            riders["chat_template.jinja"] = template.encode()
+        except UnicodeEncodeError:
+            raise ModelFormatError("tokenizer_config.json: chat_template is not Unicode") from None
     return riders
 
 

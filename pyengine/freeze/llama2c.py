@@ -68,9 +68,7 @@ class Llama2cFile:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
         end = self._place_all(_HEADER.size)
         if end != file_bytes:
-            raise ModelFormatError(
-                f"a llama2.c checkpoint with this header has {end} bytes, not {file_bytes}"
-            )
+            raise ModelFormatError(f"a llama2.c checkpoint with this header has {end} bytes, not {file_bytes}")
 
     def _place_all(self, at: int) -> int:
         c = self.config
@@ -150,16 +148,12 @@ def read_llama2c_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> dic
     }
 
 
-def load_llama2c(
-    path: Path, name: str | None = None, tokenizer: str | os.PathLike[str] | None = None
-) -> SourceModel:
+def load_llama2c(path: Path, name: str | None = None, tokenizer: str | os.PathLike[str] | None = None) -> SourceModel:
     """Read a legacy checkpoint's header; ``tokenizer`` is the path of its tokenizer.bin."""
     file = Llama2cFile(path)
     try:
         if tokenizer is None:
-            raise InvalidArgumentError(
-                f"{path.name}: llama2.c models need the tokenizer's path too"
-            )
+            raise InvalidArgumentError(f"{path.name}: llama2.c models need the tokenizer's path too")
         model = build_model(
             file,
             file.config,

@@ -36,15 +36,11 @@ def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16A
     absmax = np.abs(groups).max(axis=2)
     if not np.isfinite(absmax).all():
         row = int(np.argwhere(~np.isfinite(absmax))[0, 0])
-        raise ModelFormatError(
-            f"tensor {name!r}: a weight of row {row} of this block is not finite"
-        )
+        raise ModelFormatError(f"tensor {name!r}: a weight of row {row} of this block is not finite")
     with np.errstate(over="ignore", under="ignore"):
         scales = (absmax / _INT8_MAX).astype(np.float16)
     if not np.isfinite(scales).all():
-        raise ModelFormatError(
-            f"tensor {name!r}: weights up to {absmax.max():g} overflow the f16 scale"
-        )
+        raise ModelFormatError(f"tensor {name!r}: weights up to {absmax.max():g} overflow the f16 scale")
     stored = scales.astype(np.float32)
     # A scale of 0 has codes 0: dividing by infinity gives them without a second pass.
     divisor = np.where(stored == 0, np.float32(np.inf), stored)

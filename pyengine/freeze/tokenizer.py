@@ -223,9 +223,7 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[l
     """
     rank = {token: i for i, token in enumerate(tokens)}
     merges = []
-    for _, token in sorted(
-        zip(scores, tokens, strict=True), key=lambda item: (-item[0], rank[item[1]])
-    ):
+    for _, token in sorted(zip(scores, tokens, strict=True), key=lambda item: (-item[0], rank[item[1]])):
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in rank and right in rank:
@@ -241,9 +239,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> 
     # Pieces that text may become: never a control token or a byte written out as "<0x41>".
     normal = [i for i, kind in enumerate(types) if kind == _NORMAL]
     merges = merges_from_scores([tokens[i] for i in normal], [scores[i] for i in normal])
-    unknown = next(
-        (token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None
-    )
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
     if unknown is None and (i := _token_id(metadata, "unknown", len(tokens))) is not None:
         unknown = tokens[i]
     prefix = _flag(metadata, "add_space_prefix", True)
@@ -291,8 +287,7 @@ def _template(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> dict[
         "single": one("A", 0),
         "pair": one("A", 0) + one("B", 1),
         "special_tokens": {
-            token: {"id": token, "ids": [i], "tokens": [token]}
-            for token, i in (item for item in (bos, eos) if item)
+            token: {"id": token, "ids": [i], "tokens": [token]} for token, i in (item for item in (bos, eos) if item)
         },
     }
 
@@ -307,9 +302,7 @@ def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
         types = _list(metadata, "tokenizer.ggml.token_type", len(tokens))
         wanted = set(_END_TEXTS)
         found += [
-            i
-            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind == _CONTROL and token in wanted
+            i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL and token in wanted
         ]
     return list(dict.fromkeys(i for i in found if i is not None))
 
@@ -324,9 +317,7 @@ def check_tokenizer_json(text: str, vocab_size: int) -> None:
         raise ModelFormatError(f"tokenizer.json does not load: {error}") from None
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if highest >= vocab_size:
-        raise ModelFormatError(
-            f"tokenizer.json has token id {highest}, the model only {vocab_size} embeddings"
-        )
+        raise ModelFormatError(f"tokenizer.json has token id {highest}, the model only {vocab_size} embeddings")
 
 
 def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, bytes]:
@@ -342,10 +333,7 @@ def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[
         add_bos_default = True
     else:
         raise UnsupportedModelError(f"tokenizer {model!r:.80} is not implemented")
-    ids = {
-        kind: _token_id(metadata, kind, len(tokens))
-        for kind in ("bos", "eos", "unknown", "padding")
-    }
+    ids = {kind: _token_id(metadata, kind, len(tokens)) for kind in ("bos", "eos", "unknown", "padding")}
     add = {
         "bos": _flag(metadata, "add_bos_token", add_bos_default),
         "eos": _flag(metadata, "add_eos_token", False),
@@ -365,9 +353,7 @@ def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     check_tokenizer_json(text, vocab_size)
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    settings: dict[str, Any] = {
-        names[kind]: None if i is None else tokens[i] for kind, i in ids.items()
-    }
+    settings: dict[str, Any] = {names[kind]: None if i is None else tokens[i] for kind, i in ids.items()}
     settings |= {"add_bos_token": "bos" in ends, "add_eos_token": "eos" in ends}
     riders = {
         "tokenizer.json": text.encode(),

@@ -130,8 +130,7 @@ class FrozenWriter:
         self._riders = {r: _rider_bytes(r, riders[r]) for r in RIDERS if r in riders}
         self._riders["golden.json"] = b"{}".ljust(GOLDEN_BYTES)
         self._specs = weights | {
-            r: TensorSpec("U8", (len(content),), len(content))
-            for r, content in self._riders.items()
+            r: TensorSpec("U8", (len(content),), len(content)) for r, content in self._riders.items()
         }
         zeros = dict.fromkeys(self._specs, "0" * 64)
         size = len(_rider_bytes("checksums.json", _checksums_json(zeros)))
@@ -153,9 +152,7 @@ class FrozenWriter:
 
     def _refuse_existing(self) -> None:
         if self.path.exists() and not self._overwrite:
-            raise FileExistsError(
-                17, "the output exists (overwrite=True replaces it)", str(self.path)
-            )
+            raise FileExistsError(17, "the output exists (overwrite=True replaces it)", str(self.path))
 
     def __enter__(self) -> FrozenWriter:
         prefix = f".{self.path.name}."

@@ -63,13 +63,13 @@ def test_a_scale_of_zero_has_codes_of_zero(value: float) -> None:
 def test_largest_scale_and_overflow() -> None:
     _, scales = quantize_rows(group(127 * 65504.0), "w")
     assert scales.tolist() == [[65504.0]]
-    with pytest.raises(ModelFormatError, match="'blk.3.ffn_up'.*overflow"):
+    with pytest.raises(ModelFormatError, match=r"'blk\.3\.ffn_up'.*overflow"):
         quantize_rows(group(127 * 65520.0), "blk.3.ffn_up")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_must_be_finite(value: float) -> None:
-    with pytest.raises(ModelFormatError, match="'w'.*not finite"):
+    with pytest.raises(ModelFormatError, match=r"'w'.*not finite"):
         quantize_rows(group(1.0, value), "w")
 
 

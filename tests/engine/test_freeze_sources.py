@@ -1,5 +1,4 @@
-"""Every kind of checkpoint and every architecture flag, against tensors that the test made itself.
-"""
+"""Every kind of checkpoint and every architecture flag, against tensors that the test made itself."""
 
 from __future__ import annotations
 
@@ -25,7 +24,6 @@ from engine.freeze_models import (
     write_hf,
 )
 
-import pyengine
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
 from pyengine.freeze import freeze
 from pyengine.freeze.quantize import dequantize
@@ -145,7 +143,7 @@ def test_progress_counts_to_the_weights_end(tmp_path: Path) -> None:
 
 
 def test_the_package_is_the_function_too(tmp_path: Path) -> None:
-    import pyengine.freeze.hf  # noqa: F401  # binds pyengine.freeze to the package
+    import pyengine.freeze.hf  # binds the name pyengine.freeze to the package
 
     assert pyengine.freeze(write_hf(tmp_path / "hf"), tmp_path / "m") == tmp_path / "m"
 
@@ -294,6 +292,7 @@ def test_unsupported_is_named(tmp_path: Path, config: dict[str, Any], match: str
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "out of range"),
         ({"rope_scaling": [1]}, "not an object"),
         ({"eos_token_id": 300}, "eos_token_ids"),
+        (MISTRAL | {"num_hidden_layers": 1 << 60, "sliding_window": 8}, "num_hidden_layers"),
         ({"architectures": ["A", "B"]}, "must name one"),
         ({"attention_bias": True}, r"q_proj\.bias' is missing"),
     ],
@@ -436,6 +435,16 @@ def test_hf_riders(tmp_path: Path) -> None:
     (source / "chat_template.jinja").write_text("file")
     with FrozenFile.open(freeze(source, tmp_path / "c")) as frozen:
         assert frozen.rider("chat_template.jinja") == b"file"
+
+
+def test_riders_that_are_not_unicode(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    (source / "tokenizer_config.json").write_text('{"bos_token": "\\ud800"}')
+    with FrozenFile.open(freeze(source, tmp_path / "m")) as frozen:
+        assert frozen.rider("tokenizer_config.json") == b'{"bos_token": "\\ud800"}'
+    (source / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelFormatError, match=r"chat_template\.jinja is not UTF-8"):
+        freeze(source, tmp_path / "n")
 
 
 def test_truncation_settings_of_a_training_run_do_not_ride_along(tmp_path: Path) -> None:

@@ -300,6 +300,6 @@ def test_versions(tmp_path: Path, version: int, match: str) -> None:
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     file = parsed(tmp_path, GOOD)
     (tmp_path / "x.gguf").write_bytes(GOOD[:-8])
-    with pytest.raises(ModelFormatError, match="'v'.*ends inside"):
+    with pytest.raises(ModelFormatError, match=r"'v'.*ends inside"):
         file.vector("v")
     file.close()
