@@ -1,0 +1,130 @@
+"""The few instructions that Python has no word for. Everything else in this package is plain Numba.
+
+load, store       one element of a flat array; bfloat16 (as uint16) is widened and rounded half to even
+bf16_bits         float32 -> bfloat16 bits, half to even          float_of_bits, bits_of_float   reinterpretation
+rint              half to even                                    div_rn, mul_rn   IEEE, never approximated or fused
+round_half        float32 -> half precision -> float32            mma_bf16         one tensor core instruction
+
+Each has a Python twin in the tests' simulator, which is how kernels that use them run without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.cuda.extending import intrinsic
+
+I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+LLVM = {types.float32: F32, types.int32: I32, types.uint32: I32, types.uint16: I16}
+
+
+def _asm(name: str, text: str, constraints: str, result: Any, *arguments: Any) -> Any:
+    """An intrinsic ``name`` that is one PTX instruction without side effects."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        function = ir.FunctionType(LLVM[result], [LLVM[a] for a in arguments])
+        return builder.call(ir.InlineAsm(function, text, constraints), values)
+
+    signature = result(*arguments)
+    # numba reads an intrinsic's parameter names, so there must be exactly as many as arguments
+    if len(arguments) == 1:
+
+        def typing1(_typing_context: Any, _a: Any) -> Any:
+            return signature, codegen
+
+        typing: Any = typing1
+    else:
+
+        def typing2(_typing_context: Any, _a: Any, _b: Any) -> Any:
+            return signature, codegen
+
+        typing = typing2
+    typing.__name__ = name
+    return intrinsic(typing)
+
+
+bf16_bits = _asm("bf16_bits", "cvt.rn.bf16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
+bits_of_float = _asm("bits_of_float", "mov.b32 $0, $1;", "=r,f", types.uint32, types.float32)
+float_of_bits = _asm("float_of_bits", "mov.b32 $0, $1;", "=f,r", types.float32, types.uint32)
+rint = _asm("rint", "cvt.rni.f32.f32 $0, $1;", "=f,f", types.float32, types.float32)
+div_rn = _asm("div_rn", "div.rn.f32 $0, $1, $2;", "=f,f,f", *([types.float32] * 3))
+mul_rn = _asm("mul_rn", "mul.rn.f32 $0, $1, $2;", "=f,f,f", *([types.float32] * 3))
+round_half = _asm(
+    "round_half",
+    "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; cvt.f32.f16 $0, h; }",
+    "=f,f",
+    types.float32,
+    types.float32,
+)
+half_bits = _asm("half_bits", "cvt.rn.f16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
+
+
+def _element(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    """Pointer to element values[1] of array values[0]: no wraparound of negative indices, no bounds check."""
+    array = context.make_array(signature.args[0])(context, builder, value=values[0])
+    return builder.gep(array.data, [values[1]])
+
+
+@intrinsic  # type: ignore[misc]
+def load(_typing_context: Any, array: Any, _index: Any) -> Any:
+    """array[index] of a flat array; uint16 elements are bfloat16 and come out as float32."""
+    is_bf16 = array.dtype == types.uint16
+    result = types.float32 if is_bf16 else array.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        value = builder.load(_element(context, builder, signature, values))
+        if is_bf16:
+            wide = builder.shl(builder.zext(value, I32), ir.Constant(I32, 16))
+            return builder.bitcast(wide, F32)
+        return value
+
+    return result(array, types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def store(_typing_context: Any, array: Any, _index: Any, _value: Any) -> Any:
+    """array[index] = value; a float32 going into a uint16 array is rounded to bfloat16."""
+    is_bf16 = array.dtype == types.uint16
+    element = types.float32 if is_bf16 else array.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        value = values[2]
+        if is_bf16:
+            function = ir.FunctionType(I16, [F32])
+            text = "cvt.rn.bf16.f32 $0, $1;"
+            value = builder.call(ir.InlineAsm(function, text, "=h,f"), [value])
+        builder.store(value, _element(context, builder, signature, values))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, element), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def mma_bf16(
+    _typing_context: Any,
+    _a0: Any, _a1: Any, _a2: Any, _a3: Any,
+    _b0: Any, _b1: Any,
+    _c0: Any, _c1: Any, _c2: Any, _c3: Any,
+) -> Any:  # fmt: skip
+    """D = A B + C for a warp: A (16, 16), B (16, 8) bfloat16 in pairs of uint32, C and D (16, 8) float32.
+
+    Lane = 4 g + t holds A[g, 2t:2t+2], A[g+8, 2t:2t+2], A[g, 2t+8:2t+10], A[g+8, 2t+8:2t+10]; B[2t:2t+2, g],
+    B[2t+8:2t+10, g]; C[g, 2t], C[g, 2t+1], C[g+8, 2t], C[g+8, 2t+1].
+    """
+    u, f = types.uint32, types.float32
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};"
+    )
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        function = ir.FunctionType(ir.LiteralStructType([F32] * 4), [I32] * 6 + [F32] * 4)
+        constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+        asm = ir.InlineAsm(function, text, constraints, side_effect=True)
+        out = builder.call(asm, values)
+        parts = [builder.extract_value(out, i) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return types.UniTuple(f, 4)(u, u, u, u, u, u, f, f, f, f), codegen

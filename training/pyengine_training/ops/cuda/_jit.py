@@ -1,0 +1,87 @@
+"""How kernels are compiled and launched.
+
+``kernel`` compiles with relaxed float semantics (approximate division, reordered sums); ``exact_kernel`` keeps IEEE
+arithmetic and is what the quantizers use: their rounding is part of the file format.
+
+House rules of every kernel here: arrays are one-dimensional; elements go through ``load`` and ``store``, which widen
+and round bfloat16 (held as uint16); sums are float32; constants are float32 (``f4(0.5)``), because one float64
+literal turns the arithmetic around it into float64; barriers stand outside of data-dependent branches; no atomics
+on floats, so that results have the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ._runtime import Array, runtime
+
+try:
+    from numba import cuda
+except ImportError as error:  # pragma: no cover - the message is what matters
+    raise ImportError(
+        "the CUDA back end needs numba-cuda: pip install 'pyengine-lm[cuda]'", name="numba-cuda"
+    ) from error
+
+f4 = np.float32
+i8 = np.int64
+THREADS = 256  # of an elementwise kernel, and the most that a row gets
+WARP = 32
+FULL = 0xFFFFFFFF  # every lane of a warp
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Compile for the device at the first launch, with relaxed float semantics."""
+    return cuda.jit(fastmath=True)(function)
+
+
+def exact_kernel(function: Callable[..., None]) -> Any:
+    """Compile for the device at the first launch: every operation rounded as IEEE 754 says."""
+    return cuda.jit(fastmath=False, fma=False)(function)
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """A function that kernels call; it takes on their float semantics once inlined."""
+    return cuda.jit(device=True, fastmath=True)(function)
+
+
+def exact_device(function: Callable[..., Any]) -> Any:
+    """A function for exact kernels."""
+    return cuda.jit(device=True, fastmath=False, fma=False)(function)
+
+
+def launch_elements(function: Any, n: int, *arguments: Any) -> None:
+    """One thread for each of n elements; the kernel guards with ``i < n`` itself."""
+    if n:
+        runtime().launch(function, -(-n // THREADS), THREADS, arguments)
+
+
+def launch_rows(function: Any, n_rows: int, width: int, *arguments: Any) -> None:
+    """One block for each row, with as many threads (whole warps) as a row of ``width`` elements feeds."""
+    if n_rows:
+        runtime().launch(function, n_rows, row_threads(width), arguments)
+
+
+def row_threads(width: int) -> int:
+    """Threads for a row: whole warps, at most THREADS."""
+    return min(THREADS, -(-width // WARP) * WARP)
+
+
+__all__ = [
+    "FULL",
+    "THREADS",
+    "WARP",
+    "Array",
+    "cuda",
+    "device",
+    "exact_device",
+    "exact_kernel",
+    "f4",
+    "i8",
+    "kernel",
+    "launch_elements",
+    "launch_rows",
+    "row_threads",
+]

@@ -1,0 +1,125 @@
+"""What the kernels stand on: arrays, launches and matrix products of one device.
+
+Ops never name a library: they ask :func:`runtime` for it. On a machine with a GPU that is :class:`._gpu.GpuRuntime`;
+tests put in one whose arrays are NumPy's and whose threads are simulated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from ...errors import TrainingError
+
+Array = Any  # a C-contiguous device array: cupy.ndarray on a GPU, numpy.ndarray in the simulator
+
+
+class DeviceError(TrainingError, RuntimeError):
+    """No usable GPU, or a GPU that reported an error; the message says what to do or which kernel it was."""
+
+
+class Runtime(Protocol):
+    """One device. Arrays are C-contiguous; everything runs in order on one stream."""
+
+    def launch(self, kernel: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
+        """Start a kernel on (grid,) blocks of (block,) threads."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An uninitialized array."""
+
+    def upload(self, host: Any, out: Array | None = None) -> Array:
+        """A NumPy array on the device, in ``out`` where given."""
+
+    def download(self, array: Array) -> Any:
+        """A NumPy copy; waits for the device."""
+
+    def fill(self, array: Array, value: float) -> None:
+        """Every element = value."""
+
+    def gemm(self, product: Product) -> None:
+        """A batch of matrix products, see :class:`Product`."""
+
+    def synchronize(self) -> None:
+        """Wait for the device; raises DeviceError where a kernel failed."""
+
+    @property
+    def capturing(self) -> bool:
+        """Whether launches are being recorded into a graph, so that nothing may be read back."""
+
+
+class Product:
+    """A batch of row-major products C = op(A) op(B) + beta C over flat arrays.
+
+    op(A) is (m, k), op(B) (k, n), C (m, n); a, b, c are (flat array, first element, row length, distance between
+    members of the batch). float32 and bfloat16 (as uint16) may be mixed between C and the inputs; sums are float32.
+    """
+
+    __slots__ = ("a", "b", "batch", "beta", "c", "k", "m", "n", "trans_a", "trans_b")
+
+    def __init__(
+        self,
+        c: tuple[Array, int, int, int],
+        a: tuple[Array, int, int, int],
+        b: tuple[Array, int, int, int],
+        sizes: tuple[int, int, int],
+        *,
+        trans_a: bool = False,
+        trans_b: bool = False,
+        beta: float = 0.0,
+        batch: int = 1,
+    ) -> None:
+        self.c, self.a, self.b = c, a, b
+        self.m, self.n, self.k = sizes
+        self.trans_a, self.trans_b, self.beta, self.batch = trans_a, trans_b, beta, batch
+
+
+_current: Runtime | None = None
+
+
+def runtime() -> Runtime:
+    """The device in use; the first call looks for a GPU. Raises DeviceError with the way out where there is none."""
+    global _current
+    if _current is None:
+        from ._gpu import GpuRuntime
+
+        _current = GpuRuntime()
+    return _current
+
+
+@contextlib.contextmanager
+def use_runtime(other: Runtime) -> Iterator[Runtime]:
+    """Run the body on another device."""
+    global _current
+    previous, _current = _current, other
+    try:
+        yield other
+    finally:
+        _current = previous
+
+
+_scratch: dict[tuple[int, str, str], Array] = {}
+
+
+def scratch(name: str, size: int, dtype: Any) -> Array:
+    """A flat working array of at least ``size`` elements that is kept between calls; contents are undefined.
+
+    One stream runs everything in order, so one array per purpose is enough. It must not grow while a graph is
+    recorded: run the step once before.
+    """
+    device = runtime()
+    key = (id(device), name, str(dtype))
+    found = _scratch.get(key)
+    if found is None or found.size < size:
+        if device.capturing:
+            raise DeviceError(f"scratch {name!r} would grow inside a graph: run one step before")
+        found = device.empty((size,), dtype)
+        _scratch[key] = found
+    return found[:size]
+
+
+def flat(array: Array) -> Array:
+    """A one-dimensional view; refuses arrays that a view cannot flatten (reshape would copy silently)."""
+    if not array.flags.c_contiguous:
+        raise ValueError(f"an array of shape {array.shape} is not contiguous")
+    return array.reshape(-1)
