@@ -116,19 +116,21 @@ def test_appended_bytes_are_refused(tmp_path: Path, frozen_bytes: bytes) -> None
 def test_mutated_headers_never_do_worse_than_raise(tmp_path: Path, frozen_bytes: bytes) -> None:
     rng = random.Random(2)
     path = tmp_path / "mutant.safetensors"
+    path.write_bytes(frozen_bytes)
     n = int.from_bytes(frozen_bytes[:8], "little")
     opened = 0
-    for _ in range(1000):
+    for _ in range(3000):
         mutant = bytearray(frozen_bytes)
         for _ in range(rng.randint(1, 4)):
             mutant[rng.randrange(8 + n)] = rng.choice(b'0123456789"[]{},: \xff\x00aA-.e')
-        path.write_bytes(mutant)
+        with open(path, "r+b") as target:  # in place: replacing a file costs some disks 5 ms
+            target.write(mutant)
         try:
             FrozenFile.open(path).close()
             opened += 1  # a changed source name, a space in the padding, …
         except ModelFormatError:
             pass
-    assert opened < 500
+    assert opened < 1500
 
 
 def test_a_flipped_weight_fails_its_checksum(tmp_path: Path, frozen_bytes: bytes) -> None:
