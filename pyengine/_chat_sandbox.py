@@ -20,10 +20,11 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes as nodes
+from jinja2.exceptions import SecurityError
 from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -93,7 +94,7 @@ def weighed(value: Any) -> Any:
         item = stack.pop()
         left -= len(item) + 1 if isinstance(item, str) else 1
         if isinstance(item, Namespace):
-            item = item._Namespace__attrs  # type: ignore[attr-defined]
+            item = item._Namespace__attrs
         if isinstance(item, Mapping):
             left -= len(item)
             stack.extend(item.keys())
@@ -116,10 +117,10 @@ def _repeat(value: Any, times: Any) -> None:
 
 
 def _replace(text: Any, old: Any, new: Any, count: Any = -1) -> str:
-    text, old, new = str(text), str(old), str(new)
-    if len(text) + text.count(old) * len(new) > MAX_VALUE:
+    string, before, after = str(text), str(old), str(new)
+    if len(string) + string.count(before) * len(after) > MAX_VALUE:
         raise _too_large()
-    return text.replace(old, new, -1 if count is None else count)
+    return string.replace(before, after, -1 if count is None else int(count))
 
 
 def _join(separator: Any, values: Iterable[Any]) -> str:
@@ -220,7 +221,7 @@ class _Rewriter(NodeTransformer):
     """Sends loops, concatenations and literals through `_each`, `_join` and `weighed`."""
 
     @staticmethod
-    def _through(name: str, node: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+    def _through(name: str, node: Any, *args: nodes.Expr) -> nodes.Filter:
         return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
@@ -233,7 +234,7 @@ class _Rewriter(NodeTransformer):
         self.generic_visit(node)
         return self._through("join", nodes.List(node.nodes, lineno=node.lineno))
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:
+    def visit_List(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         return self._through("_weighed", node)
 

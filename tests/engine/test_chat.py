@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 from functools import cache
 
 import pytest
@@ -366,7 +367,8 @@ def test_smollm2s_own_template_and_vocabulary(smollm2_gguf):
     from pyengine.freeze.gguf import GGUFFile
     from pyengine.freeze.tokenizer import gguf_tokenizer_riders
 
-    metadata = GGUFFile(smollm2_gguf).metadata
+    with closing(GGUFFile(smollm2_gguf)) as file:
+        metadata = file.metadata
     tokenizer = Tokenizer(gguf_tokenizer_riders(metadata, 49152)["tokenizer.json"])
     own = ChatTemplate(metadata["tokenizer.chat_template"])
     start, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
