@@ -24,7 +24,14 @@ def parser() -> argparse.ArgumentParser:
     parser = options.Parser("freeze", EPILOG)
     add = parser.add_argument
     add("source", type=Path, help="a Hugging Face directory, a GGUF file or a llama2.c checkpoint")
-    add("-o", "--output", type=Path, required=True, metavar="OUT", help="the frozen file, by custom with .safetensors at its end")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="the frozen file, by custom with .safetensors at its end",
+    )
     add("--name", help="the model's name in the file; default: the source's own")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint")
     add("--force", action="store_true", help="replace OUT if it exists")

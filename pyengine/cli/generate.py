@@ -51,7 +51,9 @@ def read_prompt(args: argparse.Namespace) -> str:
     try:
         text: str = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{args.file or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+        raise UsageError(
+            f"{args.file or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}"
+        ) from None
     return text[:-1] if text.endswith("\n") else text
 
 

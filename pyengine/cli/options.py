@@ -64,7 +64,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """-m, -t, --isa: which model, and what runs it."""
     group = parser.add_argument_group("model")
     add_model_option(group)
-    group.add_argument("-t", "--threads", type=positive, metavar="N", help="threads; default: what the container allows")
+    group.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="threads; default: what the container allows"
+    )
     add_isa_option(group)
 
 
@@ -79,34 +81,73 @@ def add_model_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_isa_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--isa", metavar="NAME", help="instruction set; default: PYENGINE_ISA, else the best ('pyengine doctor')")
+    parser.add_argument(
+        "--isa", metavar="NAME", help="instruction set; default: PYENGINE_ISA, else the best ('pyengine doctor')"
+    )
 
 
 def add_context_options(parser: argparse.ArgumentParser) -> None:
     """-c, --kv-dtype: what a context holds and how."""
     group = parser.add_argument_group("context")
-    group.add_argument("-c", "--ctx-size", type=positive, metavar="N", help="positions of the context; default: the model's")
-    group.add_argument("--kv-dtype", choices=("int8", "f32"), default="int8", help="keys and values; f32: to compare with")
+    group.add_argument(
+        "-c", "--ctx-size", type=positive, metavar="N", help="positions of the context; default: the model's"
+    )
+    group.add_argument(
+        "--kv-dtype", choices=("int8", "f32"), default="int8", help="keys and values; f32: to compare with"
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Everything that SamplingParams knows and that people type."""
-    group = parser.add_argument_group("output", "what is not given is as the model's generation_config.json says, else greedy")
+    group = parser.add_argument_group(
+        "output", "what is not given is as the model's generation_config.json says, else greedy"
+    )
     add = group.add_argument
-    add("-n", "--max-tokens", "--predict", type=int, metavar="N", help="at most N tokens; default: to the end of text or context")
+    add(
+        "-n",
+        "--max-tokens",
+        "--predict",
+        type=int,
+        metavar="N",
+        help="at most N tokens; default: to the end of text or context",
+    )
     add("-s", "--seed", type=int, metavar="N", help="same seed, same text; default: a new one each time")
-    add("--temp", "--temperature", dest="temperature", type=float, metavar="X", help="0 = always the most probable token")
+    add(
+        "--temp",
+        "--temperature",
+        dest="temperature",
+        type=float,
+        metavar="X",
+        help="0 = always the most probable token",
+    )
     add("--top-k", type=int, metavar="K", help="only the K most probable tokens; 0 = off")
     add("--top-p", type=float, metavar="P", help="only the most probable tokens that reach mass P; 1 = off")
     add("--min-p", type=float, metavar="P", help="only tokens at least P times as probable as the first; 0 = off")
-    add("--typical", dest="typical_p", type=float, metavar="P", help="the most typical tokens that reach mass P; 1 = off")
-    add("--repeat-penalty", dest="repetition_penalty", type=float, metavar="X", help="against tokens of prompt and output; 1 off")
+    add(
+        "--typical",
+        dest="typical_p",
+        type=float,
+        metavar="P",
+        help="the most typical tokens that reach mass P; 1 = off",
+    )
+    add(
+        "--repeat-penalty",
+        dest="repetition_penalty",
+        type=float,
+        metavar="X",
+        help="against tokens of prompt and output; 1 off",
+    )
     add("--presence-penalty", type=float, metavar="X", help="against tokens of the output; 0 = off")
     add("--frequency-penalty", type=float, metavar="X", help="the same, for each time they came; 0 = off")
     add("--stop", action="append", metavar="TEXT", help="end before TEXT comes; may be repeated")
     add("--ignore-eos", action="store_true", default=None, help="go on after the model's end of text")
     add("--timeout", type=float, metavar="S", help="end after S seconds, with what there is")
-    add("-e", "--escape", action="store_true", help=r"\n, \t and the like in prompt and stop texts are escapes, as in Python")
+    add(
+        "-e",
+        "--escape",
+        action="store_true",
+        help=r"\n, \t and the like in prompt and stop texts are escapes, as in Python",
+    )
 
 
 _SAMPLING = (

@@ -1,0 +1,251 @@
+"""`pyengine bench`: tokens per second, as llama-bench lays them out, and what starting costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyengine.cli import UsageError, options
+from pyengine.cli.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pyengine.engine import Engine
+
+EPILOG = f"""\
+examples:
+  pyengine bench -m model.safetensors
+  pyengine bench -m model.safetensors -p 512 -n 128 -d 0,4096 -t 1,2
+  pyengine bench -m model.safetensors -p 0 -n 64 -b 1,8,32 -r 3 --json
+
+ppN is N prompt tokens in one forward, tgN is N tokens one after the other, xB with B sequences side by side (t/s of all
+together), @ dD after D tokens. Every test runs once unmeasured before its -r times. "first token" is from the start of a
+process of `pyengine generate` to its first output.
+
+{options.ENVIRONMENT}"""
+
+STRIDE = 7919  # a prime: tokens that walk all over the vocabulary
+FIRST_TOKEN_PROMPT = "The capital of France is"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = options.Parser("bench", EPILOG)
+    add = parser.add_argument
+    add(
+        "-p", "--n-prompt", type=options.count_list, default=[512], metavar="N,…", help="prompt lengths (512); 0 = none"
+    )
+    add(
+        "-n",
+        "--n-gen",
+        type=options.count_list,
+        default=[128],
+        metavar="N,…",
+        help="tokens to generate (128); 0 = none",
+    )
+    add(
+        "-d",
+        "--n-depth",
+        type=options.count_list,
+        default=[0],
+        metavar="N,…",
+        help="tokens in the cache beforehand (0)",
+    )
+    add(
+        "-b",
+        "--batch",
+        type=options.count_list,
+        default=[1],
+        metavar="N,…",
+        help="sequences that generate side by side (1)",
+    )
+    add("-t", "--threads", type=options.count_list, metavar="N,…", help="threads; default: what the container allows")
+    add("-r", "--repetitions", type=options.positive, default=5, metavar="N", help="times that each test runs (5)")
+    add("--json", action="store_true", help="one JSON object, with every sample")
+    group = parser.add_argument_group("model")
+    options.add_model_option(group)
+    options.add_isa_option(group)
+    return parser
+
+
+@dataclass(frozen=True)
+class Test:
+    """n_prompt tokens in one forward, or n_gen of them one by one in each of `batch` sequences, after `depth` tokens."""
+
+    n_prompt: int
+    n_gen: int
+    depth: int
+    batch: int
+
+    @property
+    def label(self) -> str:
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return name + (f" x{self.batch}" if self.batch > 1 else "") + (f" @ d{self.depth}" if self.depth else "")
+
+    @property
+    def n_tokens(self) -> int:
+        return (self.n_prompt or self.n_gen) * self.batch
+
+    def run(self, engine: Engine) -> float:
+        """Seconds of the measured part. Logits are computed as generation needs them: of the last row of each sequence."""
+        context = engine.context
+        with engine.locked():
+            sequences = [context.sequence_new() for _ in range(self.batch)]
+            try:
+                for sequence in sequences[: self.batch if self.depth else 0]:
+                    context.forward(_tokens(engine, self.depth), [sequence] * self.depth, bytes(self.depth - 1) + b"\1")
+                return (
+                    self._run_prompt(engine, sequences[0]) if self.n_prompt else self._run_generation(engine, sequences)
+                )
+            finally:
+                for sequence in sequences:
+                    context.sequence_drop(sequence)
+
+    def _run_prompt(self, engine: Engine, sequence: int) -> float:
+        tokens, which, want = (
+            _tokens(engine, self.n_prompt),
+            [sequence] * self.n_prompt,
+            bytes(self.n_prompt - 1) + b"\1",
+        )
+        started = time.perf_counter()
+        engine.context.forward(tokens, which, want)
+        return time.perf_counter() - started
+
+    def _run_generation(self, engine: Engine, sequences: list[int]) -> float:
+        tokens, want = _tokens(engine, self.n_gen), b"\1" * self.batch
+        started = time.perf_counter()
+        for token in tokens:
+            engine.context.forward([token] * self.batch, sequences, want)
+        return time.perf_counter() - started
+
+
+def _tokens(engine: Engine, n: int) -> list[int]:
+    return [(1 + STRIDE * i) % engine.vocab_size for i in range(n)]
+
+
+def tests(args: argparse.Namespace, n_ctx: int) -> list[Test]:
+    """Every test that was asked for. Raises UsageError if one does not fit the context."""
+    chosen = [Test(n, 0, depth, 1) for depth in args.n_depth for n in args.n_prompt if n]
+    chosen += [
+        Test(0, n, depth, batch) for depth in args.n_depth for n in args.n_gen if n for batch in args.batch if batch
+    ]
+    if not chosen:
+        raise UsageError("nothing to measure: -p and -n are both 0")
+    for test in chosen:
+        if (needed := test.depth + (test.n_prompt or test.n_gen)) > n_ctx:
+            raise UsageError(f"{test.label} needs a context of {needed}, the model's holds {n_ctx}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. samples: tokens per second, one a repetition."""
+
+    model: str
+    size_bytes: int
+    params: int
+    threads: int
+    isa: str
+    test: str
+    samples: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = self.samples
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return {**asdict(self), "mean": statistics.fmean(values), "sd": deviation, "median": statistics.median(values)}
+
+
+def measure(
+    path: Path, args: argparse.Namespace, n_threads: int | None, show: Callable[[str], None]
+) -> Iterator[tuple[Row, float]]:
+    """(row of a test, ms that loading took) for one number of threads."""
+    from pyengine.cli.info import count_parameters
+    from pyengine.engine import Engine
+    from pyengine.frozen import FrozenConfig
+
+    started = time.perf_counter()
+    with Engine(path, n_threads=n_threads) as engine:
+        load_ms = (time.perf_counter() - started) * 1e3
+        size, parameters = engine.memory()["weights"], count_parameters(FrozenConfig(**engine.config))
+        name = engine.metadata.get("name") or path.stem
+        for test in tests(args, engine.n_ctx):
+            samples = []
+            for repetition in range(args.repetitions + 1):
+                show(f"bench {test.label}, {engine.n_threads} threads: {repetition or 'warm-up'}")
+                samples.append(test.n_tokens / max(test.run(engine), 1e-9))
+            yield Row(name, size, parameters, engine.n_threads, engine.isa, test.label, samples[1:]), load_ms
+
+
+def first_token_ms(path: Path, n_threads: int | None, isa: str | None) -> float:
+    """Milliseconds from the start of a `pyengine generate` process to its first output."""
+    command = [sys.executable, "-m", "pyengine", "generate", "-m", str(path), "-p", FIRST_TOKEN_PROMPT]
+    command += ["-n", "16", "--temp", "0", "--ignore-eos"]
+    command += [] if n_threads is None else ["-t", str(n_threads)]
+    command += [] if isa is None else ["--isa", isa]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None and process.stderr is not None
+        first = process.stdout.read(1)
+        elapsed = (time.perf_counter() - started) * 1e3
+        process.stdout.read()
+        message = process.stderr.read().decode(errors="replace").strip()
+    if not first:
+        raise RuntimeError(f"pyengine generate said nothing: {message}")
+    return elapsed
+
+
+def peak_rss_mib() -> float:
+    """Peak resident memory of this process, mapped weights included."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """llama-bench's columns, as Markdown; the median beside mean and standard deviation."""
+    print("| model | size | params | threads | isa | test | t/s | median |")
+    print("| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
+    for row in rows:
+        r = row.to_dict()
+        size, params, speed = (
+            f"{row.size_bytes / 2**20:.2f} MiB",
+            f"{row.params / 1e6:.2f} M",
+            f"{r['mean']:.2f} ± {r['sd']:.2f}",
+        )
+        columns = [row.model, size, params, str(row.threads), row.isa, row.test, speed, f"{r['median']:.2f}"]
+        print(f"| {' | '.join(columns)} |")
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    if args.threads is not None and 0 in args.threads:
+        raise UsageError("-t: threads are counted from 1")
+    options.select_isa(args.isa)
+    path = options.frozen_path(args)
+    threads: list[int | None] = [None] if args.threads is None else list(args.threads)
+    with ProgressLine("bench") as line:
+        measured = [item for n in threads for item in measure(path, args, n, line.show)]
+        line.show("bench: time to the first token", force=True)
+        first = [first_token_ms(path, threads[-1], args.isa) for _ in range(min(args.repetitions, 5))]
+    rows = [row for row, _ in measured]
+    start = {
+        "load_ms": statistics.median({ms for _, ms in measured}),
+        "first_token_ms": statistics.median(first),
+        "peak_rss_mib": peak_rss_mib(),
+    }
+    options.tolerant_stdout()
+    if args.json:
+        print(json.dumps({"path": str(path), "tests": [row.to_dict() for row in rows], **start}))
+        return 0
+    print_table(rows)
+    print(f"\nload {start['load_ms']:.0f} ms, process start to first token {start['first_token_ms']:.0f} ms, "
+          f"peak RSS {start['peak_rss_mib']:.0f} MiB")  # fmt: skip
+    return 0

@@ -1,0 +1,170 @@
+"""`pyengine chat`: a conversation on the terminal, or line by line through a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from pyengine.cli import EXIT_INTERRUPTED, options
+from pyengine.errors import ContextFullError
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+    from pyengine.results import Generation
+    from pyengine.sampling import SamplingParams
+
+EPILOG = f"""\
+commands in the conversation:
+  /reset    forget everything but the system prompt
+  /help     this list
+  /exit     leave (so does Ctrl-D)
+Ctrl-C stops the answer; at the prompt it drops the line, and twice in a row it leaves.
+
+examples:
+  pyengine chat -m model.safetensors
+  pyengine chat -m model.safetensors -sys "Answer in one sentence." --temp 0.7
+  printf 'Hello!\\nAnd again.\\n' | pyengine chat -m model.safetensors --temp 0
+
+{options.ENVIRONMENT}"""
+
+HELP = """\
+/reset  forget everything but the system prompt
+/help   this list
+/exit   leave (so does Ctrl-D)
+Ctrl-C stops an answer; twice in a row at the prompt it leaves."""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = options.Parser("chat", EPILOG)
+    parser.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("-v", "--verbose", action="store_true", help="timings on stderr after each answer")
+    options.add_model_options(parser)
+    options.add_context_options(parser)
+    options.add_sampling_options(parser)
+    return parser
+
+
+class Conversation:
+    """The messages so far, and how an answer joins them."""
+
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None) -> None:
+        self._engine = engine
+        self._params = params
+        self._system = system
+        self.messages: list[dict[str, str]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def answer(self, text: str) -> Generation | None:
+        """Say `text`, write the answer to stdout as it comes. Returns None if Ctrl-C stopped it; what had come stays in the
+        conversation. Raises ContextFullError, with the conversation as it was before."""
+        said: list[str] = []
+        result = None
+        self.messages.append({"role": "user", "content": text})
+        try:
+            for piece in self._engine.chat(self.messages, self._params, stream=True):
+                said.append(piece.text)
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                result = piece.result
+        except KeyboardInterrupt:
+            pass
+        except BaseException:
+            self.messages.pop()
+            raise
+        if not "".join(said).endswith("\n"):
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+        self.messages.append({"role": "assistant", "content": "".join(said)})
+        return result
+
+
+class Lines:
+    """What the user types: with editing and history on a terminal, plain lines otherwise."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stdin.isatty()
+        self._edits = self.is_terminal and sys.stdout.isatty()
+        if self._edits:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (input() edits lines once this is imported)
+
+    def next(self) -> str | None:
+        """The next line, without its newline; None at the end of input."""
+        if self._edits:
+            try:
+                return input("> ")
+            except EOFError:
+                print()
+                return None
+        if self.is_terminal:  # stdout goes elsewhere, and gets only what the model says
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+
+
+def command(line: str, conversation: Conversation) -> bool:
+    """Obey a line that begins with a slash; whether to go on."""
+    if line == "/exit":
+        return False
+    if line == "/reset":
+        conversation.reset()
+    elif line == "/help":
+        print(HELP, file=sys.stderr)
+    else:
+        print(f"there is no command {line.split()[0]}; /help lists them", file=sys.stderr)
+    return True
+
+
+def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: bool) -> int:
+    """The loop. Returns the exit code."""
+    from pyengine.cli.errors import sentence
+    from pyengine.cli.generate import timings_line
+
+    n_interrupts = 0
+    while True:
+        try:
+            line = lines.next()
+        except KeyboardInterrupt:
+            n_interrupts += 1
+            if n_interrupts == 2 or not lines.is_terminal:
+                print(file=sys.stderr)
+                return EXIT_INTERRUPTED
+            print("\n(Ctrl-C again leaves)", file=sys.stderr)
+            continue
+        n_interrupts = 0
+        if line is None:
+            return 0
+        line = line.strip()
+        if line.startswith("/"):
+            if not command(line, conversation):
+                return 0
+        elif line:
+            try:
+                result = conversation.answer(line)
+            except ContextFullError as error:
+                if not lines.is_terminal:
+                    raise
+                print(f"pyengine: error: {sentence(error)}; /reset starts anew", file=sys.stderr)
+                continue
+            if verbose and result is not None:
+                print(timings_line(result, engine), file=sys.stderr)
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    params = options.sampling_params(args)
+    options.tolerant_stdout()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    with options.open_engine(args) as engine:
+        _ = engine.chat_template  # a model without one is refused now and not after the first question
+        conversation = Conversation(engine, params, args.system)
+        lines = Lines()
+        if lines.is_terminal:
+            print(f"{engine.metadata.get('name') or engine.path.name}; /help lists the commands", file=sys.stderr)
+        return converse(conversation, lines, engine, args.verbose)

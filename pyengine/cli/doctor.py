@@ -1,0 +1,157 @@
+"""`pyengine doctor`: what this machine offers, what pyengine makes of it and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+from pyengine.cli import options
+
+EPILOG = """\
+examples:
+  pyengine doctor
+  PYENGINE_ISA=scalar pyengine doctor
+  pyengine doctor --json > machine.json
+"""
+
+# What PYENGINE_ISA and the CPU can offer, fastest first; the hint is about what is missing.
+_FEATURES_OF = {
+    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
+    "avx2": ("avx2", "fma", "f16c"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = options.Parser("doctor", EPILOG)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def instruction_sets(warnings: list[str]) -> dict[str, Any]:
+    """CPU features, tables that can run, the chosen one and why."""
+    from pyengine import _core
+    from pyengine.errors import PyEngineError
+
+    features, available = _core.cpu_features(), _core.available_isas()
+    name = os.environ.get("PYENGINE_ISA")
+    reason = f"PYENGINE_ISA={name}" if name else "the best that this CPU runs"
+    facts: dict[str, Any] = {"cpu_features": features, "available": available, "chosen": None, "reason": reason}
+    try:
+        facts["chosen"] = _core.active_isa()
+    except PyEngineError as error:
+        warnings.append(str(error))
+    if facts["chosen"] is not None and facts["chosen"] != available[0]:
+        warnings.append(f"{available[0]} would be faster than {facts['chosen']}, which {facts['reason']} asks for")
+    if available[0] == "scalar" and platform.machine() in ("x86_64", "AMD64"):
+        missing = [f for f in _FEATURES_OF["avx2"] if f not in features]
+        warnings.append(f"without {', '.join(missing)} only the scalar kernels run, which are many times slower")
+    return facts
+
+
+def threads(warnings: list[str]) -> dict[str, Any]:
+    """How many threads an engine uses by default, and what decided it."""
+    from pyengine import _core
+    from pyengine.engine import threads_from_environment
+    from pyengine.errors import InvalidArgumentError
+
+    info = _core.thread_info()
+    facts: dict[str, Any] = {"cpus": os.cpu_count(), **info, "chosen": info["n_default"]}
+    quota = info["cpu_quota"]
+    limited = quota > 0 and info["n_default"] < info["n_affinity"]
+    facts["reason"] = (
+        f"the cgroup's quota of {quota:g} CPUs" if limited else f"the affinity mask has {info['n_affinity']} CPUs"
+    )
+    try:
+        if chosen := threads_from_environment():
+            facts |= {"chosen": chosen, "reason": f"PYENGINE_NUM_THREADS={chosen}"}
+            if chosen > info["n_default"]:
+                warnings.append(
+                    f"PYENGINE_NUM_THREADS={chosen} is more than the {info['n_default']} that can run: slow"
+                )
+    except InvalidArgumentError as error:
+        warnings.append(str(error))
+    if 0 < quota < 1:
+        warnings.append(f"the cgroup grants {quota:g} of a CPU: tokens come in bursts")
+    return facts
+
+
+def versions() -> dict[str, str | None]:
+    """Of what matters here; None = not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from pyengine import __version__
+
+    found: dict[str, str | None] = {"pyengine": __version__, "python": platform.python_version()}
+    for package in ("tokenizers", "numpy", "jinja2", "gguf", "numba"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def cache() -> dict[str, Any]:
+    """Where checkpoints are kept frozen, how many there are, and their bytes."""
+    from pyengine.freeze.cache import cache_directory
+
+    directory = cache_directory()
+    files = [path.stat().st_size for path in directory.glob("*.safetensors")] if directory.is_dir() else []
+    return {"path": str(directory), "models": len(files), "bytes": sum(files)}
+
+
+def model(warnings: list[str]) -> dict[str, Any]:
+    """The model that a command without -m would use."""
+    from pyengine.engine import DEFAULT_MODEL
+
+    name = os.environ.get("PYENGINE_MODEL")
+    if name and not os.path.exists(name):
+        warnings.append(f"PYENGINE_MODEL={name}: there is no such file")
+    path = name or (str(DEFAULT_MODEL) if DEFAULT_MODEL.exists() else None)
+    reason = "shipped with the package" if path else "this build ships none"
+    return {"default": path, "reason": "PYENGINE_MODEL" if name else reason}
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything, as plain values."""
+    warnings: list[str] = []
+    return {
+        "versions": versions(),
+        "machine": {"system": platform.system(), "release": platform.release(), "architecture": platform.machine()},
+        "isa": instruction_sets(warnings),
+        "threads": threads(warnings),
+        "cache": cache(),
+        "model": model(warnings),
+        "warnings": warnings,
+    }
+
+
+def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, value) of the human form."""
+    isa, t, c, m = facts["isa"], facts["threads"], facts["cache"], facts["model"]
+    quota = f"{t['cpu_quota']:g}" if t["cpu_quota"] else "none"
+    return [
+        ("versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["versions"].items())),
+        ("machine", " ".join(facts["machine"].values())),
+        ("CPU features", ", ".join(isa["cpu_features"]) or "none that matter here"),
+        ("kernels", f"{', '.join(isa['available'])}; chosen: {isa['chosen'] or 'none'} ({isa['reason']})"),
+        ("threads", f"{t['chosen']} ({t['reason']}; CPUs {t['cpus']}, affinity {t['n_affinity']}, quota {quota})"),
+        ("cache", f"{c['path']} ({c['models']} models, {c['bytes'] / 2**20:.1f} MiB)"),
+        ("default model", f"{m['default'] or 'none'} ({m['reason']})"),
+    ]
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    facts = diagnose()
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    for label, value in text_lines(facts):
+        print(f"{label + ':':15} {value}")
+    for warning in facts["warnings"]:
+        print(f"pyengine: warning: {warning}", file=sys.stderr)
+    return 0

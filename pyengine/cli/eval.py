@@ -1,0 +1,140 @@
+"""`pyengine eval`: how well a model predicts a text, in windows that slide over it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyengine.cli import UsageError, options
+from pyengine.cli.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+
+EPILOG = f"""\
+examples:
+  pyengine eval -m model.safetensors text.txt
+  pyengine eval -m model.safetensors text.txt --ctx 2048 --stride 2048 --json
+
+The text is cut into windows of --ctx tokens that begin every --stride tokens. Each token is scored once, in the first window
+that holds it: with a smaller stride a token sees more of what comes before it, and the work grows. Bits per byte compare models
+with different tokenizers, perplexities do not.
+
+{options.ENVIRONMENT}"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = options.Parser("eval", EPILOG)
+    add = parser.add_argument
+    add("file", type=Path, help="a UTF-8 text file; - reads stdin")
+    add(
+        "--ctx",
+        type=options.positive,
+        default=512,
+        metavar="N",
+        help="tokens of a window (512, or the context if that is less)",
+    )
+    add(
+        "--stride",
+        type=options.positive,
+        metavar="N",
+        help="tokens from a window's begin to the next one's (half of --ctx)",
+    )
+    add("--limit", type=options.positive, metavar="N", help="only the first N tokens of the text")
+    add("--json", action="store_true", help="one JSON object")
+    options.add_model_options(parser)
+    add("--kv-dtype", choices=("int8", "f32"), default="int8", help="keys and values; f32: to compare with")
+    return parser
+
+
+@dataclass
+class Tally:
+    """Sums over scored tokens. nll: negative log-likelihood in nats; n_bytes: bytes of text that they spell."""
+
+    nll: float = 0.0
+    n_tokens: int = 0
+    n_bytes: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "tokens": self.n_tokens,
+            "bytes": self.n_bytes,
+            "nll": self.nll,
+            "nll_per_token": self.nll / self.n_tokens,
+            "perplexity": math.exp(min(self.nll / self.n_tokens, 700)),
+            "bits_per_byte": self.nll / math.log(2) / self.n_bytes if self.n_bytes else None,
+        }
+
+
+def windows(n_tokens: int, ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first token not scored before) of each window over n_tokens."""
+    scored = 0
+    for begin in range(0, n_tokens, stride):
+        end = min(begin + ctx, n_tokens)
+        if end > scored:
+            yield begin, end, scored
+        scored = end
+        if end == n_tokens:
+            return
+
+
+def score_windows(engine: Engine, tokens: Sequence[int], ctx: int, stride: int) -> Iterator[Tally]:
+    """The tally after each window. Where the model wants BOS, every window begins with it, within its ctx tokens."""
+    tokenizer = engine.tokenizer
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    tally = Tally()
+    for begin, end, first in windows(len(tokens), ctx - len(bos), min(stride, ctx - len(bos))):
+        logprobs = engine.score([*bos, *tokens[begin:end]]).logprobs[len(bos) :]
+        new = [
+            (tokens[begin + i], value) for i, value in enumerate(logprobs) if value is not None and begin + i >= first
+        ]
+        tally.nll -= math.fsum(value for _, value in new)
+        tally.n_tokens += len(new)
+        tally.n_bytes += sum(len(tokenizer.token_bytes(token)) for token, _ in new)
+        yield tally
+
+
+def read_text(path: Path) -> str:
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    stride = args.stride or max(1, args.ctx // 2)
+    if args.ctx < 2 or stride > args.ctx:
+        raise UsageError(f"--ctx is {args.ctx} and --stride {stride}: expected ctx >= 2 and stride <= ctx")
+    text = read_text(args.file)
+    with options.open_engine(args) as engine, ProgressLine("eval") as line:
+        ctx = min(args.ctx, engine.n_ctx)
+        tokens = engine.tokenize(text, add_bos=False)[: args.limit]
+        if len(tokens) < 2:
+            raise UsageError(f"{args.file} has {len(tokens)} tokens, nothing to predict")
+        tally = Tally()
+        for tally in score_windows(engine, tokens, ctx, min(stride, ctx)):
+            if tally.n_tokens:
+                line.update(tally.n_tokens, len(tokens), f"perplexity {tally.facts()['perplexity']:.4f}")
+        facts = {
+            "model": str(engine.path),
+            "file": str(args.file),
+            "ctx": ctx,
+            "stride": min(stride, ctx),
+            **tally.facts(),
+        }
+    if args.json:
+        import json
+
+        print(json.dumps(facts))
+        return 0
+    per_byte = "" if facts["bits_per_byte"] is None else f", {facts['bits_per_byte']:.4f} bits per byte"
+    print(f"perplexity {facts['perplexity']:.4f}{per_byte} ({facts['tokens']} tokens, {facts['nll']:.2f} nats, "
+          f"windows of {ctx} every {facts['stride']})")  # fmt: skip
+    return 0

@@ -1,0 +1,162 @@
+"""`pyengine info`: what is in a model file. Reads its header and riders only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from pyengine.cli import UsageError, options
+
+if TYPE_CHECKING:
+    from pyengine.frozen import FrozenConfig, FrozenFile
+
+EPILOG = f"""\
+examples:
+  pyengine info -m model.safetensors
+  pyengine info model.gguf --tensors | less
+  pyengine info -m model.safetensors --json | python -m json.tool
+
+{options.ENVIRONMENT}"""
+
+MIB = 1 << 20
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = options.Parser("info", EPILOG)
+    parser.add_argument("path", nargs="?", help="the model, instead of -m")
+    options.add_model_option(parser)
+    parser.add_argument("--tensors", action="store_true", help="list the tensors")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def count_parameters(c: FrozenConfig) -> int:
+    """Weights of the model before they were padded; tied embeddings count once."""
+    qkv_rows = c.q_dim + 2 * c.kv_dim
+    layer = qkv_rows * c.dim + c.dim * c.q_dim + 3 * c.hidden_dim * c.dim + 2 * c.dim
+    layer += qkv_rows * c.qkv_bias + c.dim * c.o_bias + 2 * c.head_dim * c.qk_norm
+    embeddings = c.vocab_size * c.dim
+    return c.n_layers * layer + embeddings * (1 if c.tie_embeddings else 2) + c.dim
+
+
+def kv_bytes_per_position(c: FrozenConfig, kv_dtype: str = "int8") -> int:
+    """Bytes of the KV cache for one position: codes of K and V, a scale for 32 values of K and one for a head of V."""
+    padded = -(-c.head_dim // 32) * 32
+    head = 2 * padded + 4 * (padded // 32) + 4 if kv_dtype == "int8" else 8 * padded
+    return c.n_layers * c.n_kv_heads * head
+
+
+def tokenizer_facts(
+    document: dict[str, Any], config: dict[str, Any], bos: int | None, eos: tuple[int, ...]
+) -> dict[str, Any]:
+    """Kind, size and special tokens, from tokenizer.json itself: the tokenizer is not built."""
+    added = {token["id"]: token["content"] for token in document.get("added_tokens", [])}
+    vocabulary = document.get("model", {}).get("vocab", {})
+    spelled = {id_: text for text, id_ in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+
+    def token(id_: int) -> dict[str, Any]:
+        return {"id": id_, "text": added.get(id_, spelled.get(id_))}
+
+    return {
+        "kind": document.get("model", {}).get("type"),
+        "vocab_size": len({*spelled, *added}) if spelled else len(vocabulary),
+        "bos": None if bos is None else token(bos),
+        "eos": [token(id_) for id_ in eos],
+        "adds_bos": config.get("add_bos_token"),
+        "n_special_tokens": sum(bool(token.get("special")) for token in document.get("added_tokens", [])),
+    }
+
+
+def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
+    """Everything that is printed, as plain values; sizes in bytes."""
+    from dataclasses import asdict
+
+    from pyengine.frozen import RIDERS, parse_json_object
+
+    def rider(name: str) -> dict[str, Any]:
+        content = frozen.rider(name)
+        return {} if content is None else parse_json_object(content, name)
+
+    c = frozen.config
+    file_bytes = len(frozen.buffer)
+    weights = sum(size for name, (_, size) in frozen.tensors.items() if name not in RIDERS)
+    kv = kv_bytes_per_position(c)
+    facts: dict[str, Any] = {
+        "path": str(frozen.path),
+        **{key: frozen.metadata.get(key) for key in ("name", "source", "generator", "format_version")},
+        "file_bytes": file_bytes,
+        "weight_bytes": weights,
+        "parameters": count_parameters(c),
+        "quantization": "int8, groups of 64, f16 scales",
+        "config": asdict(c),
+        "tokenizer": tokenizer_facts(
+            rider("tokenizer.json"), rider("tokenizer_config.json"), c.bos_token_id, c.eos_token_ids
+        ),
+        "chat_template": frozen.rider("chat_template.jinja") is not None,
+        "generation_config": rider("generation_config.json"),
+        "kv_bytes_per_position": kv,
+        "kv_bytes_full_context": kv * c.max_seq_len,
+        "memory_bytes_full_context": weights + kv * c.max_seq_len,
+    }
+    if with_tensors:
+        facts["tensors"] = [
+            {"name": name, "offset": offset, "bytes": size} for name, (offset, size) in frozen.tensors.items()
+        ]
+    return facts
+
+
+def _spelled(token: dict[str, Any]) -> str:
+    return f"{token['text']} ({token['id']})"
+
+
+def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, value) of the human form."""
+    c, t = facts["config"], facts["tokenizer"]
+    weights, kv, total = (
+        facts[key] / MIB for key in ("weight_bytes", "kv_bytes_full_context", "memory_bytes_full_context")
+    )
+    flags = [name for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm") if c[name]]
+    window = f", sliding window {c['sliding_window']}" if c["sliding_window"] else ""
+    return [
+        ("file", f"{facts['path']} ({facts['file_bytes'] / MIB:.1f} MiB)"),
+        ("name", f"{facts['name']} (from {facts['source']}, by {facts['generator']})"),
+        ("architecture", f"{c['architecture']}{', ' if flags else ''}{', '.join(flags)}"),
+        ("parameters", f"{facts['parameters']:,} ({facts['quantization']})"),
+        ("layers", f"{c['n_layers']} of dim {c['dim']}, hidden dim {c['hidden_dim']}"),
+        ("heads", f"{c['n_heads']} of {c['head_dim']}, {c['n_kv_heads']} for keys and values"),
+        ("context", f"{c['max_seq_len']} positions{window}"),
+        (
+            "tokenizer",
+            f"{t['kind']}, {t['vocab_size']} tokens, {t['n_special_tokens']} special (the model has {c['vocab_size']})",
+        ),
+        ("begin of text", _spelled(t["bos"]) if t["bos"] else "none"),
+        ("end of text", ", ".join(map(_spelled, t["eos"])) or "none"),
+        ("chat template", "yes" if facts["chat_template"] else "no"),
+        ("generation", ", ".join(f"{k} {v}" for k, v in facts["generation_config"].items()) or "greedy"),
+        ("KV cache", f"{facts['kv_bytes_per_position']:,} bytes a position, {kv:.1f} MiB in full"),
+        ("memory", f"{total:.1f} MiB with a full context, {weights:.1f} of them weights that processes share"),
+    ]
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    from pyengine.frozen import FrozenFile
+
+    if args.path is not None:
+        if args.model is not None:
+            raise UsageError("the model is named twice: as an argument and with -m")
+        args.model = args.path
+    with FrozenFile.open(options.frozen_path(args)) as frozen:
+        facts = describe(frozen, args.tensors)
+    options.tolerant_stdout()
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    for label, value in text_lines(facts):
+        print(f"{label + ':':15} {value}")
+    if args.tensors:
+        print(f"\n{'offset':>14} {'bytes':>14}  tensor")
+        for tensor in facts["tensors"]:
+            print(f"{tensor['offset']:14} {tensor['bytes']:14}  {tensor['name']}")
+    return 0

@@ -1,0 +1,20 @@
+"""`pyengine train`: a door to the trainer, which is a package of its own and needs numba."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from pyengine.errors import PyEngineError
+
+
+class MissingExtraError(PyEngineError, ImportError):
+    """An optional part of the installation is needed and not there."""
+
+
+def run(argv: list[str]) -> int:
+    """Everything after `train` goes to the trainer as it is."""
+    if find_spec("pyengine_training") is None or find_spec("numba") is None:
+        raise MissingExtraError("training needs numba, which is not installed: pip install 'pyengine-lm[train]'")
+    code: int = import_module("pyengine_training.__main__").main(argv)
+    return code
