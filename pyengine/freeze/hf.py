@@ -24,6 +24,8 @@ from .sources import FLOAT_CONVERTERS, FileRows, Float32Array, RowSource, Source
 from .tokenizer import check_tokenizer_json
 
 _MAX_SHARDS = 4096
+_DEFAULT_WINDOW = 4096
+_DEFAULT_MAX_WINDOW_LAYERS = 28
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -154,14 +156,16 @@ def _refuse_unknown_arithmetic(config: dict[str, Any]) -> None:
 
 
 def _sliding_window(config: dict[str, Any], architecture: Architecture, n_layers: int) -> int:
-    """The window in positions, 0 for none. Layers that differ are refused."""
-    window = config.get("sliding_window")
-    if architecture.window == "never" or window is None:
+    """The window in positions, 0 for none. Layers that differ are refused.
+
+    A key that is absent has the default of transformers' class; null is none.
+    """
+    if architecture.window == "never" or config.get("sliding_window", 0) is None:
         return 0
     if architecture.window == "opt-in":
         if not config.get("use_sliding_window", False):
             return 0
-        full = min(_int(config, "max_window_layers", n_layers), n_layers)
+        full = min(_int(config, "max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS), n_layers)
         default = ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
     else:
         default = ["sliding_attention"] * n_layers
@@ -172,7 +176,7 @@ def _sliding_window(config: dict[str, Any], architecture: Architecture, n_layers
         return 0
     if any(kind != "sliding_attention" for kind in kinds):
         raise UnsupportedModelError("layers with different sliding windows are not implemented")
-    return _int(config, "sliding_window")
+    return _int(config, "sliding_window", _DEFAULT_WINDOW)
 
 
 def _inv_freq(config: dict[str, Any], head_dim: int) -> Float32Array:

@@ -230,6 +230,8 @@ def test_gguf_rope_freqs_and_linear_scaling(tmp_path: Path) -> None:
     [
         (MISTRAL | {"sliding_window": 32}, 32),
         (MISTRAL | {"sliding_window": None}, 0),
+        (MISTRAL, 4096),  # transformers' default where the key is absent
+        (QWEN2 | {"use_sliding_window": True}, 0),  # the first 28 layers have none
         (LLAMA | {"sliding_window": 32}, 0),  # transformers' Llama does not look at it
         (QWEN2 | {"sliding_window": 32, "use_sliding_window": False}, 0),
         (QWEN2 | {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, 0),
