@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -66,7 +67,7 @@ def _header(specs: dict[str, TensorSpec], metadata: dict[str, str]) -> bytes:
 
 def _remove_abandoned(directory: Path, prefix: str) -> None:
     """Delete what a killed writer of the same file left: its lock went with it."""
-    for path in directory.glob(f"{prefix}*{_PARTIAL}"):
+    for path in directory.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -157,18 +158,26 @@ class FrozenWriter:
     def __enter__(self) -> FrozenWriter:
         prefix = f".{self.path.name}."
         _remove_abandoned(self.path.parent, prefix)
-        self._temporary = self.path.with_name(f"{prefix}{secrets.token_hex(8)}{_PARTIAL}")
         self._signals = terminate_as_exception()
         self._signals.__enter__()
         try:
-            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-            self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "w+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._create(prefix)
             self._file.write(self._header)
         except BaseException:
             self._discard()
             raise
         return self
+
+    def _create(self, prefix: str) -> None:
+        """Make the temporary file and lock it against ``_remove_abandoned`` of other writers."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        while True:
+            self._temporary = self.path.with_name(f"{prefix}{secrets.token_hex(8)}{_PARTIAL}")
+            self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "w+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            if self._temporary.exists():
+                return
+            self._file.close()  # swept away in the moment before it was locked: once more
 
     def __exit__(
         self,
@@ -188,7 +197,8 @@ class FrozenWriter:
             if hasattr(self, "_file"):
                 self._file.close()
         finally:
-            self._temporary.unlink(missing_ok=True)
+            if hasattr(self, "_temporary"):
+                self._temporary.unlink(missing_ok=True)
             self._signals.__exit__(None, None, None)
 
     def write(self, name: str, chunks: Iterable[Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from engine.freeze_models import (
     write_hf,
 )
 
-from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from pyengine.errors import ModelFormatError, UnsupportedModelError
 from pyengine.freeze import freeze
 from pyengine.freeze.quantize import dequantize
 from pyengine.freeze.rope import rope_inv_freq
@@ -474,75 +473,3 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, 
     (source / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(ModelFormatError, match=match):
         freeze(source, tmp_path / "m")
-
-
-# ---------------------------------------------------------------------------- llama2.c
-
-
-def write_llama2c(directory: Path, shared: bool) -> tuple[Path, Path, dict[str, np.ndarray]]:
-    """A legacy checkpoint and tokenizer.bin; returns the weights under their Hugging Face names."""
-    from engine.freeze_models import interleaved
-
-    config = LLAMA | {"tie_word_embeddings": shared}
-    tensors = random_tensors(config)
-    heads = {"q": 4, "k": 2}
-
-    def layers(part: str) -> bytes:
-        out = b""
-        for i in range(2):
-            array = tensors[f"model.layers.{i}.{part}.weight"]
-            kind = part[10] if part.startswith("self_attn.") else ""
-            out += (interleaved(array, heads[kind]) if kind in heads else array).tobytes()
-        return out
-
-    data = struct.pack("<7i", 64, 88, 2, 4, 2, VOCAB if shared else -VOCAB, 32)
-    data += tensors["model.embed_tokens.weight"].tobytes() + layers("input_layernorm")
-    data += b"".join(layers(f"self_attn.{p}_proj") for p in "qkvo")
-    data += layers("post_attention_layernorm")
-    data += b"".join(layers(f"mlp.{p}_proj") for p in ("gate", "down", "up"))
-    data += tensors["model.norm.weight"].tobytes() + bytes(4 * 32 * 16)
-    data += b"" if shared else tensors["lm_head.weight"].tobytes()
-    (directory / "m.bin").write_bytes(data)
-    pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *[f"<0x{b:02X}>" for b in range(256)]]
-    pieces += [*" ab", " a", " ab"]
-    pieces += [f"[{i}]" for i in range(len(pieces), VOCAB)]
-    tokenizer = struct.pack("<i", 8)
-    for i, piece in enumerate(pieces):
-        tokenizer += struct.pack("<fi", -float(i), len(piece.encode())) + piece.encode()
-    (directory / "tok.bin").write_bytes(tokenizer)
-    return directory / "m.bin", directory / "tok.bin", tensors
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_llama2c_equals_the_same_weights_from_hf(tmp_path: Path, shared: bool) -> None:
-    model, tokenizer, tensors = write_llama2c(tmp_path, shared)
-    a = freeze(model, tmp_path / "a", tokenizer=tokenizer)
-    config = LLAMA | {"tie_word_embeddings": shared}
-    b = freeze(write_hf(tmp_path / "hf", config, tensors), tmp_path / "b")
-    assert weight_bytes(a) == weight_bytes(b)
-    import tokenizers
-
-    with FrozenFile.open(a) as frozen:
-        text = (frozen.rider("tokenizer.json") or b"").decode()
-        assert frozen.config.eos_token_ids == (2, 1)
-    encoding = tokenizers.Tokenizer.from_str(text).encode("ab é")
-    assert encoding.tokens == ["<s>", "▁ab", "▁", "<0xC3>", "<0xA9>"]
-
-
-def test_llama2c_refusals(tmp_path: Path) -> None:
-    model, tokenizer, _ = write_llama2c(tmp_path, True)
-    with pytest.raises(InvalidArgumentError, match="need the tokenizer"):
-        freeze(model, tmp_path / "m")
-    data = model.read_bytes()
-    for cut in (0, 10, 28, len(data) - 1):
-        (tmp_path / "cut.bin").write_bytes(data[:cut])
-        with pytest.raises(ModelFormatError):
-            freeze(tmp_path / "cut.bin", tmp_path / "m", tokenizer=tokenizer)
-    (tmp_path / "v2.bin").write_bytes(struct.pack("<I", 0x616B3432) + data[4:])
-    with pytest.raises(UnsupportedModelError, match="legacy"):
-        freeze(tmp_path / "v2.bin", tmp_path / "m", tokenizer=tokenizer)
-    raw = tokenizer.read_bytes()
-    for damaged in (raw[:100], raw + b"x", raw[:8] + b"\xff\xff\xff\xff" + raw[12:]):
-        (tmp_path / "bad.tok").write_bytes(damaged)
-        with pytest.raises(ModelFormatError, match=r"bad\.tok"):
-            freeze(model, tmp_path / "m", tokenizer=tmp_path / "bad.tok")

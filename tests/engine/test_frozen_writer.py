@@ -169,13 +169,14 @@ def test_what_sigkill_leaves_goes_with_the_next_freeze(tmp_path: Path) -> None:
     source = write_hf(tmp_path / "hf")
     out = tmp_path / "out"
     out.mkdir()
-    with start_slow_freeze(source, out / "m") as process:
+    target = out / "m[1]*.safetensors"  # a name that a pattern must not take for one
+    with start_slow_freeze(source, target) as process:
         process.kill()
         process.stdout.close()  # type: ignore[union-attr]
         process.wait(30)
-    assert not (out / "m").exists() and len(list(out.iterdir())) == 1
-    freeze(source, out / "m")
-    assert [path.name for path in out.iterdir()] == ["m"]
+    assert not target.exists() and len(list(out.iterdir())) == 1
+    freeze(source, target)
+    assert list(out.iterdir()) == [target]
 
 
 def test_a_running_freeze_is_not_swept_away(tmp_path: Path) -> None:
