@@ -212,6 +212,7 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     best_validation: float | None = None
+    joules: float | None = None  # where the machine reports its energy
 
 
 def environment() -> dict[str, str]:
@@ -258,6 +259,7 @@ def save_checkpoint(
             "tokens": state.tokens,
             "seconds": state.seconds,
             "best_validation": state.best_validation,
+            "joules": state.joules,
             "model": to_json(model),
             "train": to_json(config),
             "data_fingerprint": data_fingerprint,

@@ -23,9 +23,10 @@ from .config import (
 )
 from .data import Corpus, file_sha256, prepare_corpus
 from .errors import ConfigError, DataError
-from .plan import make_plan
+from .plan import estimated_step_seconds, make_plan
 from .text import is_validation, load_tokenizer, read_documents, train_tokenizer
 from .train import Interrupted
+from .trainer import available_threads
 
 MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
 HELP = {
@@ -119,6 +120,9 @@ def _train(arguments: list[str]) -> int:
 def _options(options: argparse.Namespace) -> dict[str, Any]:
     """File options under flags, by field name; flags that were not given are absent."""
     values: dict[str, Any] = load_options(options.config) if options.config else {}
+    unknown = sorted(set(values) - set(vars(options)) - {"data_weights", "decay_data_weights"})
+    if unknown:
+        raise ConfigError(f"{options.config}: unknown option(s) {', '.join(unknown)}")
     for name, value in vars(options).items():
         if value is not None and name not in ("config", "run_dir", "resume", "dry_run", "threads"):
             if value is not False or name not in values:
@@ -292,8 +296,9 @@ def _dry_run(options: argparse.Namespace) -> int:
         else:  # about four bytes a token; exact once the text is tokenized
             tokens += path.stat().st_size / 4
     epochs = [config.steps * config.batch_size * config.seq_len / max(1.0, tokens)]
-    threads = options.threads or train.Trainer.__init__.__defaults__ and 1 or 1
-    for line in make_plan(model, config, epochs, threads, None).lines(model, config):
+    threads = max(1, min(options.threads or available_threads(), config.shards))
+    seconds = estimated_step_seconds(model, config, threads)
+    for line in make_plan(model, config, epochs, threads, seconds).lines(model, config):
         print(line)
     return 0
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+
+import numpy as np
 
 from .config import ModelConfig, TrainConfig
 from .model import activation_bytes
@@ -20,12 +23,13 @@ class Plan:
     memory_bytes: int
     flops: float
     seconds: float | None
+    threads: int
 
     def lines(self, model: ModelConfig, config: TrainConfig) -> list[str]:
         """For people."""
         m = model
         shape = f"{m.n_layers} layers, dim {m.dim}, heads {m.n_heads}/{m.n_kv_heads} x {m.head_dim}"
-        time = "unknown" if self.seconds is None else format_seconds(self.seconds)
+        duration = "unknown" if self.seconds is None else format_seconds(self.seconds)
         epochs = ", ".join(f"{e:.2f}" for e in self.epochs)
         quantized = {"never": "never", "always": "all steps", "decay": "during the decay"}
         return [
@@ -37,7 +41,7 @@ class Plan:
             f"optimizer   {config.optimizer}, int8 simulated: {quantized[config.quantize]}",
             f"memory      about {self.memory_bytes / 2**20:.0f} MiB",
             f"compute     {self.flops:.3g} FLOP",
-            f"time        {time}",
+            f"time        about {duration} on {self.threads} threads",
         ]
 
 
@@ -63,7 +67,29 @@ def make_plan(
         memory_bytes=threads * worker + copies * 4 * n,
         flops=model.flops_per_token(config.seq_len) * tokens,
         seconds=None if seconds_per_step is None else seconds_per_step * config.steps,
+        threads=threads,
     )
+
+
+BLAS_SHARE = 0.55  # of a large matrix product's rate is what whole steps reach, typically
+
+
+def estimated_step_seconds(model: ModelConfig, config: TrainConfig, threads: int) -> float:
+    """Seconds of a step, from a short matrix product on one thread: a first guess, a third off now and then."""
+    from .trainer import single_threaded_blas
+
+    a = np.ones((512, 512), np.float32)
+    out = np.empty_like(a)
+    with single_threaded_blas():
+        np.matmul(a, a, out=out)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            np.matmul(a, a, out=out)
+            times.append(time.perf_counter() - began)
+    rate = 2 * 512**3 / min(times) * threads * BLAS_SHARE
+    tokens = config.batch_size * config.seq_len
+    return model.flops_per_token(config.seq_len) * tokens / rate
 
 
 def format_seconds(seconds: float) -> str:

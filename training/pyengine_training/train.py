@@ -28,9 +28,11 @@ from .config import (
     train_config_from_json,
 )
 from .data import BatchSource, Corpus, Phase, ValidationBatch, validation_batches
+from .energy import EnergyMeter, add_joules
 from .errors import CheckpointError, ConfigError
+from .files import atomic_directory
 from .model import Worker
-from .plan import format_seconds, make_plan
+from .plan import estimated_step_seconds, format_seconds, make_plan
 from .plot import plot_losses
 from .text import load_tokenizer
 from .trainer import Trainer, Validation
@@ -138,13 +140,14 @@ class Loop:
 
     def __init__(self, run: Run, threads: int | None) -> None:
         self.run, self.config = run, run.config
+        self.source = run.source()  # before memory is taken: it knows whether the text is long enough
         self.trainer = Trainer(run.model, run.config, threads=threads, teacher=run.teacher)
-        self.source = run.source()
         self.validation, self.validation_bytes = run.validation(self.trainer.workers[0].rows)
         self.log = runfolder.Log(run.folder / "log.txt")
         self.metrics_path = run.folder / "metrics.jsonl"
         self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False)
         self.received: list[int] = []
+        self.energy = EnergyMeter()
         self._saved_step = -1
 
     def start(self, parent: Path | None) -> None:
@@ -246,6 +249,7 @@ class Loop:
             now = time.monotonic()
             state = trainer.state
             state.seconds = before + now - began
+            state.joules = add_joules(state.joules, self.energy.joules())
             rate = c.batch_size * c.seq_len / (now - step_began)
             self.metrics.write(
                 {
@@ -295,19 +299,17 @@ class Loop:
     def _keep_trunk(self) -> None:
         """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from it."""
         name = f"step_{self.trainer.state.step:08d}"
-        target = self.run.folder / "trunk"
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(self.run.folder / "checkpoints" / name, target)
+        with atomic_directory(self.run.folder / "trunk") as temporary:
+            source = self.run.folder / "checkpoints" / name
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
 
     def finish(self) -> Path:
         """final/: the Hugging Face folder to freeze."""
-        from .files import atomic_directory
-
         target = self.run.folder / "final"
         with atomic_directory(target) as temporary:
             self.run.write_model(temporary, self.trainer.params)
         if self.config.quantize != "never":
-            self.validate(False)
+            self.validate(False)  # both arithmetics, for the record
             self.validate(True)
         return target
 
@@ -329,8 +331,9 @@ def run_training(folder: Path, *, threads: int | None = None, parent: Path | Non
     try:
         loop.start(parent)
         epochs = loop.source.epochs(run.config.steps)
-        plan = make_plan(run.model, run.config, epochs, loop.trainer.threads, None)
         if loop.trainer.state.step == 0:
+            seconds = estimated_step_seconds(run.model, run.config, loop.trainer.threads)
+            plan = make_plan(run.model, run.config, epochs, loop.trainer.threads, seconds)
             for line in plan.lines(run.model, run.config):
                 loop.log.say(line)
         with _signals(loop.received):
@@ -345,10 +348,11 @@ def run_training(folder: Path, *, threads: int | None = None, parent: Path | Non
 def measure_step_seconds(run: Run, threads: int | None) -> tuple[float, float]:
     """Median seconds of a step without and with fake-quantization, on a throwaway trainer."""
     config = dataclasses.replace(run.config, quantize="always", steps=10)
+    source = run.source()
     trainer = Trainer(run.model, config, threads=threads, teacher=run.teacher)
     try:
         trainer.initialize()
-        tokens, targets = run.source().batch(0)
+        tokens, targets = source.batch(0)
         results = []
         for quantize in (False, True):
             trainer.config = dataclasses.replace(

@@ -244,6 +244,7 @@ class Trainer:
             int(values["tokens"]),
             float(values["seconds"]),
             values.get("best_validation"),
+            values.get("joules"),
         )
         return values
 

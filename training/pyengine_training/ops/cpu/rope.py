@@ -22,10 +22,12 @@ from ._jit import Array, kernel
 def rope_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Array, Array]:
     """cos and sin, float32 (max_seq_len, head_dim / 2), rounded the way the engine does it.
 
-    inv_freq and the angle are float32; cos and sin of that angle are taken in double and rounded once.
+    inv_freq and the angle are float32 (the power itself is taken in double); cos and sin of that angle are taken in
+    double and rounded once.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inv_freq = (np.float32(1) / np.float32(theta) ** exponent).astype(np.float32)
+    powers = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
+    inv_freq = np.float32(1) / powers
     angle = np.arange(max_seq_len, dtype=np.float32)[:, None] * inv_freq[None]
     wide = angle.astype(np.float64)
     return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)

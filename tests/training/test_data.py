@@ -1,0 +1,245 @@
+"""Text, tokenizer, shards, rows, batches, validation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="training needs numba: extra [train]")
+
+from pyengine_training.data import (  # noqa: E402
+    BatchSource,
+    Corpus,
+    Phase,
+    RowPacker,
+    Split,
+    prepare_corpus,
+    validation_batches,
+)
+from pyengine_training.errors import DataError  # noqa: E402
+from pyengine_training.text import (  # noqa: E402
+    is_validation,
+    read_documents,
+    train_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories: Path) -> Any:
+    return train_tokenizer((t for t in read_documents(stories) if not is_validation(t)), 300)
+
+
+@pytest.fixture(scope="module")
+def corpus(stories: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus") / "prepared"
+    prepare_corpus(stories, folder, tokenizer, shard_tokens=10_000)
+    return Corpus(folder)
+
+
+def split_of(lengths: list[int]) -> Split:
+    """A split whose document i is [0, 100 i + 1, 100 i + 2, ...]."""
+    documents = [np.r_[0, 100 * i + np.arange(1, n)].astype(np.uint16) for i, n in enumerate(lengths)]
+    length = np.asarray(lengths)
+    return Split(
+        [np.concatenate(documents)],
+        np.zeros(len(lengths), np.int64),
+        np.cumsum(length) - length,
+        length,
+        length,
+    )
+
+
+# ---- text -------------------------------------------------------------------------------------------------------
+
+
+def test_separator_lines_are_never_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("One.\n<|endoftext|>\n\n  Two <|endoftext|> still two.\nMore.\n<|endoftext|>\n<|endoftext|>\n")
+    assert list(read_documents(path)) == ["One.", "Two   still two.\nMore."]
+
+
+def test_text_without_separators_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    paragraphs = [f"Paragraph {i} " + "word " * 100 for i in range(40)]
+    path.write_text("\n\n".join(paragraphs))
+    documents = list(read_documents(path))
+    assert 3 < len(documents) < 10
+    assert "".join("".join(documents).split()) == "".join("".join(paragraphs).split())
+
+
+def test_unfinished_documents_can_be_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = ["It ended.", "It was cut sho", '"Bye!"', ""]
+    path.write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
+    assert list(read_documents(path, drop_unfinished=True)) == ["It ended.", '"Bye!"']
+    assert len(list(read_documents(path))) == 3
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"caf\xe9 \xff", "not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": 3}\n', "line 2"),
+        ("a.jsonl", b'{"text": 7}\n', "not a string"),
+        ("a.jsonl", b"[1, 2]\n", "line 1"),
+    ],
+)
+def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as raised:
+        list(read_documents(path))
+    assert str(path) in str(raised.value)
+
+
+def test_tokenizer_begins_with_bos_and_round_trips(tokenizer: Any) -> None:
+    text = "Zoë threw a naïve 🎈 \t away.\n\n  Twice."
+    ids = tokenizer.encode(text).ids
+    assert ids[0] == 0 and 0 not in ids[1:]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.get_vocab_size() == 300
+    assert tokenizer.id_to_token(0) == "<|endoftext|>"
+
+
+def test_a_vocabulary_larger_than_the_text_supports() -> None:
+    with pytest.raises(DataError, match="supports a vocabulary of only"):
+        train_tokenizer(["abc abc abd"], 5000)
+    with pytest.raises(DataError, match="uint16"):
+        train_tokenizer(["abc"], 70_000)
+
+
+def test_tokenizer_sees_the_train_split_only(stories: Path, tmp_path: Path) -> None:
+    """Words that occur only in validation documents change nothing."""
+    lines = [t for t in read_documents(stories)]
+    extra = next(f"Xylophone{i} zzz." for i in range(10_000) if is_validation(f"Xylophone{i} zzz."))
+    path = tmp_path / "more.txt"
+    path.write_text("\n<|endoftext|>\n".join([*lines, *[extra] * 50]))
+
+    def trained(source: Path) -> str:
+        texts = (t for t in read_documents(source) if not is_validation(t))
+        return str(train_tokenizer(texts, 300).to_str())
+
+    assert trained(path) == trained(stories)
+
+
+# ---- shards -----------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_every_document(stories: Path, tokenizer: Any, corpus: Corpus) -> None:
+    texts = list(read_documents(stories))
+    for split, wanted in (
+        (corpus.train, [t for t in texts if not is_validation(t)]),
+        (corpus.validation, [t for t in texts if is_validation(t)]),
+    ):
+        found = [tokenizer.decode(split.document(i).tolist()) for i in range(len(split.length))]
+        assert sorted(found) == sorted(wanted)
+        assert split.n_bytes.sum() == sum(len(t.encode()) for t in wanted)
+    assert len(corpus.train.tokens) > 1  # several shards
+    assert isinstance(corpus.train.tokens[0], np.memmap)
+
+
+def test_damaged_and_newer_shards_are_refused(stories: Path, tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    prepare_corpus(stories, folder, tokenizer)
+    manifest = folder / "manifest.json"
+    values = json.loads(manifest.read_text())
+    shard = next(folder.glob("train_*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(DataError, match="wrong size"):
+        Corpus(folder)
+    manifest.write_text(json.dumps({**values, "format_version": 2}))
+    with pytest.raises(DataError, match="format_version 2"):
+        Corpus(folder)
+
+
+def test_an_empty_text_leaves_nothing_behind(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_text(" \n<|endoftext|>\n")
+    with pytest.raises(DataError, match="empty text"):
+        prepare_corpus(path, tmp_path / "p", tokenizer)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt"]
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_start_at_documents_and_an_epoch_shows_each_whole() -> None:
+    split = split_of([5, 9, 3, 14, 7, 2, 11, 6])
+    packer = RowPacker(split, 16, seed=4)
+    row = np.empty(17, np.int64)
+    seen: set[int] = set()
+    for r in range(packer.rows_in_epoch(0)):
+        packer.fill(row, r)
+        assert row[0] == 0
+        text = row.tolist()
+        for i in range(8):
+            document = split.document(i).tolist()
+            if any(text[k : k + len(document)] == document for k in range(17)):
+                seen.add(i)
+    assert seen == set(range(8))
+
+
+def test_documents_longer_than_a_row_are_seen_in_pieces() -> None:
+    packer = RowPacker(split_of([50, 4]), 16, seed=0)
+    seen: set[int] = set()
+    row = np.empty(17, np.int64)
+    for r in range(packer.rows_in_epoch(0)):
+        packer.fill(row, r)
+        seen |= set(row.tolist())
+    assert set(range(1, 50)) <= seen
+
+
+def test_rows_are_a_pure_function_of_the_seed() -> None:
+    split = split_of([5, 9, 3, 14, 7, 2, 11, 6] * 4)
+    a, b = np.empty(17, np.int64), np.empty(17, np.int64)
+    first = RowPacker(split, 16, seed=4)
+    forward = []
+    for r in range(60):  # several epochs
+        first.fill(a, r)
+        forward.append(a.tolist())
+    for r in (59, 0, 33, 17, 58):
+        RowPacker(split, 16, seed=4).fill(b, r)
+        assert b.tolist() == forward[r]
+    RowPacker(split, 16, seed=5).fill(b, 0)
+    assert b.tolist() != forward[0]
+    assert forward[0] not in forward[first.rows_in_epoch(0) :][:1]  # epochs are shuffled anew
+
+
+def test_a_sequence_longer_than_the_text() -> None:
+    with pytest.raises(DataError, match="fewer than one sequence"):
+        RowPacker(split_of([5, 6]), 16, seed=0)
+
+
+def test_mixing_follows_the_weights_and_wastes_no_row() -> None:
+    splits = [split_of([20] * 30), split_of([20] * 30)]
+    phases = [Phase(0, (3.0, 1.0)), Phase(40, (1.0, 0.0))]
+    source = BatchSource(splits, phases, batch_size=4, seq_len=16, seed=1)
+    located = [source.locate(r) for r in range(60)]
+    assert sum(c for c, _ in located[:40]) == 10 and all(c == 0 for c, _ in located[40:])
+    for corpus in (0, 1):
+        rows = [r for c, r in located if c == corpus]
+        assert rows == list(range(len(rows)))
+    tokens, targets = source.batch(3)
+    np.testing.assert_array_equal(tokens[:, 1:], targets[:, :-1])
+    with pytest.raises(DataError, match="give one each"):
+        BatchSource(splits, [Phase(0, (1.0,))], batch_size=4, seq_len=16, seed=1)
+
+
+# ---- validation -------------------------------------------------------------------------------------------------
+
+
+def test_validation_counts_each_token_once() -> None:
+    split = split_of([5, 17, 33, 16, 1])
+    counted: list[int] = []
+    text: list[int] = []
+    for batch in validation_batches(split, 3, 16, eos=0):
+        assert batch.tokens.shape == (3, 16)
+        counted += batch.targets[batch.targets >= 0].tolist()
+        text += batch.targets[batch.is_text].tolist()
+    wanted = [t for i in range(5) for t in split.document(i)[1:].tolist()]
+    assert text == wanted
+    assert sorted(counted) == sorted(wanted + [0] * 5)

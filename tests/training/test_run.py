@@ -1,0 +1,369 @@
+"""Whole runs through the command line: a run, resuming it, branching, fine-tuning, killing, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="training needs numba: extra [train]")
+
+import pyengine_training  # noqa: E402
+from pyengine_training import checkpoint as checkpoints  # noqa: E402
+from pyengine_training.__main__ import main  # noqa: E402
+from pyengine_training.energy import EnergyMeter, add_joules  # noqa: E402
+from pyengine_training.files import load_safetensors, read_json  # noqa: E402
+
+SIZES = "--vocab-size 300 --dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64"
+KNOBS = "--seq-len 32 --batch-size 4 --shards 2 --eval-documents 4 --sample-tokens 4"
+
+
+def arguments(run: Path, data: Path | None, extra: str) -> list[str]:
+    given = ["--data", str(data)] if data else []
+    return ["train", "--run-dir", str(run), *given, *f"{SIZES} {KNOBS} {extra}".split()]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(run: Path) -> list[tuple[int, float]]:
+    return [(e["step"], e["loss"]) for e in metrics(run) if "loss" in e]
+
+
+@pytest.fixture(scope="module")
+def finished(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    extra = "--steps 12 --eval-every 6 --checkpoint-every 4 --sample-every 0 --keep-checkpoints 0"
+    assert main(arguments(run, stories, extra)) == 0
+    return run
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    assert [s for s, _ in steps_of(finished)] == list(range(1, 13))
+    checks = [e for e in metrics(finished) if "val_loss" in e]
+    assert checks[0]["step"] == 6 and checks[-1]["int8"]
+    assert all(0 < e["val_bits_per_byte"] < 9 for e in checks)
+    names = {p.name for p in (finished / "final").iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (finished / "trunk" / "state.json").exists()
+    assert (finished / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    log = (finished / "log.txt").read_text()
+    assert "parameters" in log and "FLOP" in log and "sample: Once upon a time" in log
+    generation = read_json(finished / "final" / "generation_config.json")
+    assert generation["temperature"] == 0.7 and generation["eos_token_id"] == 0
+
+
+def test_checkpoint_names_are_hugging_faces(finished: Path) -> None:
+    tensors = load_safetensors(finished / "final" / "model.safetensors")
+    assert tensors["model.layers.0.self_attn.k_proj.weight"].shape == (16, 32)
+    assert tensors["model.layers.0.mlp.down_proj.weight"].shape == (32, 64)
+    assert all(t.dtype == np.float32 for t in tensors.values())
+    model, params = checkpoints.load_model(finished / "final")
+    assert model.n_params() == sum(t.size for t in tensors.values())
+    np.testing.assert_array_equal(params["tok_embeddings"], tensors["model.embed_tokens.weight"])
+
+
+def test_a_used_folder_is_never_overwritten(
+    finished: Path, stories: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert main(arguments(finished, stories, "--steps 3")) == 1
+    assert "already used" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_gives_the_same_bits_and_each_step_once(
+    finished: Path, tmp_path: Path
+) -> None:
+    """The run as it was after a crash at step 8: later checkpoints gone, metrics ahead and cut mid-line."""
+    run = tmp_path / "crashed"
+    shutil.copytree(finished, run)
+    for name in ("checkpoints/step_00000012", "trunk", "final"):
+        shutil.rmtree(run / name)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:11]) + '\n{"step": 11, "lo')
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    assert steps_of(run) == steps_of(finished)
+    for name in ("final", "checkpoints/step_00000012"):
+        ours = (run / name / "model.safetensors").read_bytes()
+        assert ours == (finished / name / "model.safetensors").read_bytes()
+
+
+def test_a_trunk_can_be_decayed_and_continued(finished: Path, tmp_path: Path) -> None:
+    state = read_json(finished / "trunk" / "state.json")
+    assert state["step"] == 8
+    branch = tmp_path / "branch"
+    flags = ["--steps", "12", "--decay-fraction", "0.34"]
+    code = main(["train", "--run-dir", str(branch), "--branch-from", str(finished / "trunk"), *flags])
+    assert code == 0
+    # the same schedule as the parent's own decay: the same losses
+    assert steps_of(branch) == steps_of(finished)[8:]
+
+
+def test_fine_tuning_starts_from_the_given_weights(
+    finished: Path, stories: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "tuned"
+    flags = f"--init-from {finished / 'final'} --steps 2 --quantize never --warmup-fraction 0"
+    given = ["--data", str(stories), *f"{KNOBS} {flags}".split()]
+    assert main(["train", "--run-dir", str(run), *given]) == 0
+    assert steps_of(run)[0][1] < steps_of(finished)[0][1] - 0.2
+    riders = (run / "final" / "tokenizer.json").read_bytes()
+    assert riders == (finished / "final" / "tokenizer.json").read_bytes()
+
+
+def test_distillation_from_the_command_line(finished: Path, stories: Path, tmp_path: Path) -> None:
+    run = tmp_path / "student"
+    flags = f"--teacher {finished / 'final'} --distill-alpha 0.7 --steps 2"
+    assert main(arguments(run, stories, flags)) == 0
+    assert read_json(run / "run.json")["train"]["distill_alpha"] == 0.7
+
+
+def test_a_budget_becomes_a_stored_number_of_steps(stories: Path, tmp_path: Path) -> None:
+    run = tmp_path / "budget"
+    began = time.monotonic()
+    assert main(arguments(run, stories, "--budget-minutes 0.02 --eval-every 0")) == 0
+    assert time.monotonic() - began < 60
+    steps = read_json(run / "run.json")["train"]["steps"]
+    assert steps >= 1 and len(steps_of(run)) == steps
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "dry", stories, "--tokens 1e6 --dry-run")) == 0
+    out = capsys.readouterr().out
+    for word in ("parameters", "tokens", "epochs", "memory", "FLOP", "time"):
+        assert word in out
+    assert not (tmp_path / "dry").exists()
+
+
+def test_options_from_a_file_lose_to_flags(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"depth": 2, "steps": 77, "data": [str(stories)], "lr": 0.001}))
+    run = ["train", "--run-dir", str(tmp_path / "r"), "--config", str(path), "--dry-run"]
+    assert main([*run, "--steps", "55"]) == 0
+    out = capsys.readouterr().out
+    assert "2 layers, dim 128" in out and "steps       55" in out
+    path.write_text(json.dumps({"depht": 2, "data": [str(stories)]}))
+    assert main(run) == 1
+    assert "depht" in capsys.readouterr().err
+
+
+# ---- interruption -----------------------------------------------------------------------------------------------
+
+
+def spawn(run: Path, data: Path, extra: str) -> subprocess.Popen[str]:
+    root = str(Path(pyengine_training.__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "pyengine_training", *arguments(run, data, extra)],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (
+            run / "metrics.jsonl"
+        ).read_text():
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"never reached step {step}: {process.communicate()[1]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_checkpoint_and_exit_honestly(
+    stories: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    with spawn(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 0") as process:
+        wait_for_step(run, 5, process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "checkpoint is written" in err
+    last = checkpoints.checkpoints(run)[-1]
+    assert checkpoints.read_state(last)["step"] == steps_of(run)[-1][0]
+
+
+def test_kill_9_loses_nothing_older_than_the_last_checkpoint(stories: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with spawn(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 3") as process:
+        wait_for_step(run, 10, process)
+        process.kill()
+        process.communicate()
+    found = checkpoints.checkpoints(run)
+    assert found
+    for folder in found:  # whole ones only
+        checkpoints.load_model(folder)
+        assert checkpoints.read_state(folder)["step"] == int(folder.name[5:])
+    assert checkpoints.read_state(found[-1])["step"] >= 9
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "full"
+    shutil.copytree(finished, run)
+    for name in ("checkpoints/step_00000012", "final"):
+        shutil.rmtree(run / name)
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(checkpoints, "save_safetensors", no_space)
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000008"]
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, extra, message",
+    [
+        (b"", "", "empty|only"),
+        (b"\xff\xfe\x00", "", "not UTF-8"),
+        (b"One small text. " * 40, "--vocab-size 4096", "supports a vocabulary of only"),
+        (None, "--seq-len 1000000", "fewer than one sequence"),
+        (None, "--n-kv-heads 3", "does not divide"),
+        (None, "--shards 3", "does not divide"),
+        (None, "--data-weights 1,2", "give one each"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_no_folder(
+    stories: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+    extra: str,
+    message: str,
+) -> None:
+    data = stories
+    if content is not None:
+        data = tmp_path / "bad.txt"
+        data.write_bytes(content)
+    run = tmp_path / "run"
+    assert main(arguments(run, data, f"--steps 2 {extra}")) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (run / "checkpoints").exists()
+
+
+def test_checkpoints_of_other_kinds_are_refused(
+    finished: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def attempt(folder: Path) -> str:
+        run = tmp_path / f"run_{folder.name}"
+        given = ["--data", str(stories), "--init-from", str(folder), "--steps", "1", "--seq-len", "32"]
+        assert main(["train", "--run-dir", str(run), *given]) == 1
+        return capsys.readouterr().err
+
+    def damaged(name: str, **changes: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(finished / "final", folder)
+        values = read_json(folder / "config.json")
+        (folder / "config.json").write_text(json.dumps({**values, **changes}))
+        return folder
+
+    assert "mistral" in attempt(damaged("a", model_type="mistral"))
+    assert "RoPE scaling" in attempt(damaged("b", rope_scaling={"rope_type": "llama3"}))
+    assert "missing tensors" in attempt(damaged("c", num_hidden_layers=2))
+    assert "shape" in attempt(damaged("d", intermediate_size=65))
+    cut = damaged("e")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "truncated" in attempt(cut)
+    newer = tmp_path / "newer"
+    shutil.copytree(finished, newer)
+    shutil.rmtree(newer / "final")
+    path = newer / "checkpoints" / "step_00000012" / "state.json"
+    path.write_text(json.dumps({**read_json(path), "format_version": 9}))
+    assert main(["train", "--run-dir", str(newer), "--resume"]) == 1
+    assert "newer version" in capsys.readouterr().err
+
+
+# ---- reports ----------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_sample_and_snap(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, final = str(next((finished / "data").iterdir())), str(finished / "final")
+    assert main(["evaluate", final, data]) == 0
+    results = json.loads(capsys.readouterr().out)
+    logged = [e for e in metrics(finished) if "val_loss" in e][-2:]
+    assert results["float32"]["tokens"] > 0
+    assert abs(results["int8"]["loss"] - results["float32"]["loss"]) < 0.05
+    assert main(["evaluate", final, data, "--documents", "4", "--seq-len", "32"]) == 0
+    four = json.loads(capsys.readouterr().out)
+    assert four["float32"]["loss"] == pytest.approx(logged[0]["val_loss"], rel=1e-6)
+    assert four["int8"]["loss"] == pytest.approx(logged[1]["val_loss"], rel=1e-6)
+    assert main(["sample", final, "--max-tokens", "5", "--seed", "3"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("Once upon a time")
+    main(["sample", final, "--max-tokens", "5", "--seed", "3"])
+    assert capsys.readouterr().out == first
+    assert main(["snap", final, str(tmp_path / "snapped")]) == 0
+    _, snapped = checkpoints.load_model(tmp_path / "snapped")
+    _, params = checkpoints.load_model(finished / "final")
+    from pyengine_training.ops import cpu as ops
+
+    wanted = np.empty_like(params["layers.0.wo"])
+    ops.fake_quant_weights(wanted, params["layers.0.wo"])
+    np.testing.assert_array_equal(snapped["layers.0.wo"], wanted)
+
+
+def test_cost_sheet(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--rate", "0.36", "--tokens-per-second", "1000", "--json"]
+    assert main(["cost", str(finished), *flags]) == 0
+    sheet = json.loads(capsys.readouterr().out)
+    assert sheet["training_tokens"] == 12 * 4 * 32
+    assert sheet["training_price"] == pytest.approx(sheet["training_seconds"] * 0.0001)
+    assert sheet["inference_price_per_million"] == pytest.approx(0.1)
+    assert sheet["break_even_tokens_by_flops"] == pytest.approx(3 * sheet["training_tokens"])
+    assert main(["cost", str(finished)]) == 0
+    assert "training compute" in capsys.readouterr().out
+
+
+def test_energy_counters_that_wrap(tmp_path: Path) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    part = tmp_path / "intel-rapl:0:1"  # inside package 0: must not count twice
+    for folder in (zone, part):
+        folder.mkdir()
+        (folder / "max_energy_range_uj").write_text("10000000\n")
+        (folder / "energy_uj").write_text("9000000\n")
+    meter = EnergyMeter(tmp_path)
+    (zone / "energy_uj").write_text("1500000\n")
+    assert meter.joules() == pytest.approx(2.5)
+    assert EnergyMeter(tmp_path / "absent").joules() is None
+    assert add_joules(None, None) is None and add_joules(None, 2.0) == 2.0 == add_joules(2.0, None)
