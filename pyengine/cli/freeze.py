@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
+from pyengine.errors import ModelFormatError
+from pyengine.frozen import FrozenFile
 
 EPILOG = """\
 examples:
@@ -38,6 +40,18 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_frozen(source: Path) -> None:
+    """Freezing twice is a slip of the hand; say so instead of what the file lacks as a checkpoint."""
+    if source.suffix != ".safetensors" or not source.is_file():
+        return
+    try:
+        with FrozenFile.open(source):
+            pass
+    except ModelFormatError:
+        return
+    raise UsageError(f"{source} is already frozen")
+
+
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if not args.source.exists():
@@ -46,6 +60,7 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{args.output} is a directory; -o names the file to write")
     if args.output.exists() and not args.force:
         raise UsageError(f"{args.output} exists; --force replaces it")
+    refuse_frozen(args.source)
     from pyengine.freeze import freeze
 
     started = time.monotonic()

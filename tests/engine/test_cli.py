@@ -1,0 +1,316 @@
+"""The command line: the way in, generate, freeze and the small commands. Signals and terminals: test_cli_terminal.py."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from engine import cli_tools
+import pytest
+from engine.cli_tools import run_process
+from reference import fixtures
+
+import pyengine
+from pyengine import _core
+from pyengine.cli import COMMANDS, main
+from pyengine.frozen import FrozenFile
+
+GREEDY = ("--temp", "0", "--ignore-eos")
+HEAVY = ("numpy", "jinja2", "gguf", "pyengine.freeze", "pyengine.chat", "subprocess", "asyncio")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No model, thread count or instruction set from outside, and a cache of our own."""
+    for name in ("PYENGINE_MODEL", "PYENGINE_NUM_THREADS", "PYENGINE_ISA", "PYENGINE_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYENGINE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture()
+def isa_restored() -> Any:
+    active = _core.active_isa()
+    yield
+    _core.select_isa(active)
+
+
+def set_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
+    """(stdout, stderr) of a command that must end with `code`."""
+    capsys.readouterr()
+    returned = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert returned == code, captured.err
+    return captured.out, captured.err
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: object, code: int) -> str:
+    """The one line of a command that must fail with `code` and say nothing else."""
+    out, err = output(capsys, *arguments, code=code)
+    assert out == ""
+    assert err.startswith("pyengine: error: ") and err.count("\n") == 1
+    return err
+
+
+# -------------------------------------------------------------------- the way in
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys)[0]
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert output(capsys, "--help")[0] == output(capsys, "help")[0] == text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output(capsys, "--version")[0] == f"pyengine {pyengine.__version__}\n"
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'pyengine generate'?" in error(capsys, "generat", code=2)
+    assert "--help" in error(capsys, "qqq", code=2)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
+def test_help_has_examples_that_its_own_parser_accepts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, name, "--help")[0]
+    assert output(capsys, "help", name)[0] == text
+    lines = text.partition("examples:\n")[2].partition("\n\n")[0].splitlines()
+    parser = importlib.import_module(f"pyengine.cli.{name}").parser()
+    n_parsed = 0
+    for line in lines:
+        words = shlex.split(line)
+        begin = words.index("pyengine")
+        end = next((i for i in range(begin, len(words)) if words[i] in ("|", ">", "&&")), len(words))
+        assert words[begin + 1] == name
+        parser.parse_args(words[begin + 2 : end])
+        n_parsed += 1
+    assert 2 <= n_parsed <= 4
+
+
+def test_an_error_that_nobody_expected(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(argv: object) -> int:
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr("pyengine.cli.dispatch", fail)
+    assert "internal error, please report it: KeyError" in error(capsys, code=1)
+    monkeypatch.setenv("PYENGINE_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in output(capsys, code=1)[1]
+
+
+# -------------------------------------------------------------------- generate
+
+
+def test_generate_prints_what_the_engine_says(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pyengine.Engine(tiny_model) as engine:
+        expected = engine.generate("hello you", temperature=0, max_tokens=20, ignore_eos=True).text
+    out, err = output(capsys, "generate", "-m", tiny_model, "hello you", "-n", 20, *GREEDY)
+    assert out == expected + ("" if expected.endswith("\n") else "\n")
+    assert err == ""
+
+
+def test_four_ways_to_give_a_prompt(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("-m", tiny_model, "-n", 12, "--json", *GREEDY)
+    file = tmp_path / "prompt.txt"
+    file.write_text("hello\n")
+
+    def tokens(*prompt: object) -> Any:
+        return json.loads(output(capsys, "generate", *options, *prompt)[0])["tokens"]
+
+    set_stdin(monkeypatch, b"hello\n")
+    assert tokens("hello") == tokens("-p", "hello") == tokens("-f", file) == tokens("-") != tokens("hello\n")
+    assert tokens("hello\n") == tokens(r"hello\n", "-e")
+
+
+def test_generate_json_is_the_result(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("generate", "-m", tiny_model, "-p", "hi", "-n", 7, "--temp", "0.9", "--top-k", 50, "-s", 5, "--json")
+    result = json.loads(output(capsys, *arguments)[0])
+    with pyengine.Engine(tiny_model) as engine:
+        expected = engine.generate("hi", max_tokens=7, temperature=0.9, top_k=50, seed=5).to_dict()
+    assert result.pop("timings").keys() == expected.pop("timings").keys()
+    assert result == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("--top-p", "0.5", "--min-p", "0.01"), {"top_p": 0.5, "min_p": 0.01}),
+        (("--typical", "0.7"), {"typical_p": 0.7}),
+        (("--temp", "1", "--repeat-penalty", "1.5"), {"temperature": 1.0, "repetition_penalty": 1.5}),
+        (("--presence-penalty", "2", "--frequency-penalty", "3"), {"presence_penalty": 2.0, "frequency_penalty": 3.0}),
+        (("--stop", "a", "--stop", "e", "--stop", "i"), {"stop": ["a", "e", "i"]}),
+        (("-n", "-1", "--stop", r"\x6f", "-e"), {"max_tokens": None, "stop": "o"}),
+        (("--ignore-eos", "-c", "40", "-n", "-2"), {"max_tokens": None, "ignore_eos": True}),
+    ],
+)
+def test_sampling_options_arrive(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    given = ("generate", "-m", tiny_model, "-p", "hello hello", "-n", 24, "-s", 11, "--json", *arguments)
+    result = json.loads(output(capsys, *given)[0])
+    with pyengine.Engine(tiny_model, n_ctx=40 if "-c" in arguments else 0) as engine:
+        expected = engine.generate("hello hello", **{"max_tokens": 24, "seed": 11, **options})
+    assert (result["tokens"], result["finish_reason"]) == (expected.tokens, expected.finish_reason)
+
+
+def test_special_tokens_are_parsed_on_demand(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def n_prompt(*arguments: str) -> Any:
+        out = output(capsys, "generate", "-m", tiny_model, "-n", 1, "--json", "-p", "</s></s>", *arguments)[0]
+        return json.loads(out)["timings"]["prompt_tokens"]
+
+    assert n_prompt("--special") + 6 == n_prompt()  # "</s>" is four bytes, twice
+
+
+def test_verbose_and_environment(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, isa_restored: None
+) -> None:
+    monkeypatch.setenv("PYENGINE_MODEL", str(tiny_model))
+    monkeypatch.setenv("PYENGINE_NUM_THREADS", "3")
+    quiet = output(capsys, "generate", "hello", "-n", 9, *GREEDY)
+    out, err = output(capsys, "generate", "hello", "-n", 9, "-v", "--isa", "scalar", *GREEDY)
+    assert quiet == (out, "")
+    assert "output: 9 tokens" in err and "scalar, 3 threads" in err and "end: length" in err and err.count("\n") == 1
+    assert ", 1 threads" in output(capsys, "generate", "hello", "-n", 9, "-v", "-t", 1)[1]
+    monkeypatch.setenv("PYENGINE_NUM_THREADS", "many")
+    assert "PYENGINE_NUM_THREADS is 'many'" in error(capsys, "generate", "hello", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "no prompt"),
+        (("a", "-p", "b"), "more than one prompt"),
+        (("a", "--temp", "-1"), "temperature must be in"),
+        (("a", "--top-p", "nan"), "top_p must not be NaN"),
+        (("a", "--top-p", "x"), "--top-p: invalid float value: 'x'"),
+        (("a", "-n", "0"), "max_tokens"),
+        (("a", "-s", "-4"), "seed must be in"),
+        (("a", "--stop", ""), "stop must not hold an empty string"),
+        (("a", "-t", "0"), "-t/--threads: 0 is not a number from 1"),
+        (("a", "--kv-dtype", "f64"), "--kv-dtype"),
+        (("a", "--isa", "quantum"), "this machine runs"),
+        (("a", "--wat"), "unrecognized arguments: --wat"),
+        (("a", "-e", "--stop", r"\x4"), "--escape"),
+    ],
+)
+def test_wrong_usage_is_named(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    assert words in error(capsys, "generate", "-m", tiny_model, *arguments, code=2)
+
+
+def test_refusals_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no model at" in error(capsys, "generate", "-m", tmp_path / "absent", "a", code=1)
+    assert "holds 512" in error(capsys, "generate", "-m", tiny_model, "a", "-c", 513, code=1)
+    assert "600 tokens" in error(capsys, "generate", "-m", tiny_model, "é" * 300, code=1)
+    assert "absent" in error(capsys, "generate", "-m", tiny_model, "-f", tmp_path / "absent", code=1)
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert "byte 3 is 0xe9" in error(capsys, "generate", "-m", tiny_model, "-f", tmp_path / "latin", code=2)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(tiny_model.read_bytes()[:-64])
+    assert "damaged.safetensors: " in error(capsys, "generate", "-m", damaged, "a", code=1)
+
+
+def test_no_model_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pyengine.engine.DEFAULT_MODEL", tmp_path / "absent")
+    assert "-m PATH or PYENGINE_MODEL" in error(capsys, "generate", "a", code=2)
+
+
+def test_generate_imports_nothing_heavy(tiny_model: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pyengine.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        f"print(code, [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "generate", "-m", str(tiny_model), "hello", "-n", "4", "--temp", "1", "--stop", "q"],
+        cwd=tmp_path, env=cli_tools.environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == "0 []\n"
+
+
+def test_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    done = run_process(tmp_path, "generate", "-m", tiny_model, "-", "-n", 5, *GREEDY, input="hello")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\n")
+    failed = run_process(tmp_path, "generate", "-m", tiny_model)
+    assert (failed.returncode, failed.stdout) == (2, "") and failed.stderr.startswith("pyengine: error: no prompt")
+
+
+# -------------------------------------------------------------------- freeze
+
+
+@pytest.fixture()
+def checkpoint(tmp_path: Path) -> Path:
+    return fixtures.write_hf_dir(fixtures.load("llama_tied"), tmp_path / "hf")
+
+
+def test_freeze_and_its_refusals(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "model.safetensors"
+    assert output(capsys, "freeze", checkpoint, "-o", out, "--name", "Tiny") == ("", "")
+    with FrozenFile.open(out) as frozen:
+        assert frozen.metadata["name"] == "Tiny"
+    first = out.read_bytes()
+    assert "--force replaces it" in error(capsys, "freeze", checkpoint, "-o", out, code=2)
+    assert output(capsys, "freeze", checkpoint, "-o", out, "--force") == ("", "")
+    assert out.read_bytes() != first  # the name is another
+    assert "is a directory" in error(capsys, "freeze", checkpoint, "-o", tmp_path, code=2)
+    assert "no such file" in error(capsys, "freeze", tmp_path / "absent", "-o", tmp_path / "x", code=1)
+    assert "already frozen" in error(capsys, "freeze", out, "-o", tmp_path / "x", code=2)
+    assert "-o/--output" in error(capsys, "freeze", checkpoint, code=2)
+
+
+def test_an_interrupted_freeze_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyengine.cli.progress.ProgressLine.update", interrupt)
+    (tmp_path / "out").mkdir()
+    assert output(capsys, "freeze", checkpoint, "-o", tmp_path / "out" / "x", code=130) == ("", "")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_checkpoint_as_model_is_frozen_into_the_cache_once(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = output(capsys, "generate", "-m", checkpoint, "hello", "-n", 5, *GREEDY)
+    files = list((tmp_path / "cache").glob("*.safetensors"))
+    times = [file.stat().st_mtime_ns for file in files]
+    assert output(capsys, "generate", "-m", checkpoint, "hello", "-n", 5, *GREEDY) == first
+    assert len(files) == 1 and [file.stat().st_mtime_ns for file in files] == times
+
+
+# -------------------------------------------------------------------- train
+
+
+def test_train_is_a_door(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def trainer(argv: list[str]) -> int:
+        seen.append(argv)
+        return 7
+
+    monkeypatch.setattr("pyengine.cli.train.find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr("pyengine.cli.train.import_module", lambda name: SimpleNamespace(main=trainer))
+    output(capsys, "train", "--steps", "3", "--help", code=7)
+    assert seen == [["--steps", "3", "--help"]]
+
+
+@pytest.mark.parametrize("missing", ["numba", "pyengine_training"])
+def test_train_names_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr("pyengine.cli.train.find_spec", lambda name: None if name == missing else SimpleNamespace())
+    assert "pip install 'pyengine-lm[train]'" in error(capsys, "train", code=1)
