@@ -1,0 +1,64 @@
+/* test_core.c: proves the C core without Python. Runs anywhere a C compiler does: under sanitizers, emulators and cross-compilers.
+ *
+ *     test_core [--quick]        --quick: fewer repetitions, for emulators and sanitizers
+ *
+ * The exit code is 0 only if every check passed; the last line counts them. */
+#include <stdio.h>
+#include <string.h>
+
+#include "harness.h"
+#include "pyengine.h"
+
+extern size_t n_passed, n_failed;
+bool quick;
+
+#if defined(PE_TEST_SIMDE)
+extern const struct pe_kernels pe_kernels_simde; /* kernels_avx512vnni.c over SIMDe's emulated intrinsics */
+#endif
+
+size_t tables_under_test(const struct pe_kernels *out[MAX_TABLES]) {
+    size_t n = 0;
+#if defined(PE_TEST_SIMDE)
+    out[n++] = &pe_kernels_simde;
+#endif
+    for (size_t i = 0; pe_isa_available(i) != NULL; i++) out[n++] = pe_kernels_by_name(pe_isa_available(i));
+    return n;
+}
+
+static void section(const char *name) {
+    printf("%s\n", name);
+    fflush(stdout);
+}
+
+int main(int argc, char **argv) {
+    quick = argc == 2 && strcmp(argv[1], "--quick") == 0;
+    if (argc > 1 && !quick) {
+        printf("usage: test_core [--quick]\n");
+        return 2;
+    }
+    const struct pe_kernels *tables[MAX_TABLES];
+    size_t n_tables = tables_under_test(tables);
+    printf("tables:");
+    for (size_t i = 0; i < n_tables; i++) printf(" %s", tables[i]->name);
+    printf("\n");
+    CHECK(n_tables > 0 && strcmp(tables[n_tables - 1]->name, "scalar") == 0, "scalar ends the list");
+
+    section("math");
+    test_math();
+    for (size_t i = 0; i < n_tables; i++) {
+        printf("kernels: %s\n", tables[i]->name);
+        test_kernels(tables[i]);
+        test_matmul_and_attention(tables[i]);
+    }
+    section("thread pool, CPU limits");
+    test_pool();
+    test_cpu_limits();
+    section("arguments");
+    test_arguments();
+    section("forward");
+    test_forward(tables, n_tables);
+    for (size_t i = 0; i < n_tables; i++) test_cancellation(tables[i]);
+
+    printf("%zu passed, %zu failed\n", n_passed, n_failed);
+    return n_failed == 0 ? 0 : 1;
+}

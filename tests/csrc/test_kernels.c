@@ -1,0 +1,221 @@
+/* test_kernels.c: every element-wise kernel and quantizer of a table equals the scalar table's, bit for bit. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "harness.h"
+#include "kernels/pe_math.h"
+
+/* ------------------------------------------------------------------ inputs */
+
+enum { RANDOM, ZERO, SUBNORMAL, TINY, HUGE_VALUES, TIES, ONE_SIGN, INFINITE, NOT_A_NUMBER, N_PATTERNS };
+
+static const char *const pattern_names[N_PATTERNS] = {"random", "zero",     "subnormal", "tiny",        "huge",
+                                                      "ties",   "one sign", "infinite",  "not a number"};
+
+static void fill(float *x, size_t n, int pattern, rng *r) {
+    for (size_t i = 0; i < n; i++) {
+        float sign = rng_below(r, 2) ? 1.0f : -1.0f;
+        switch (pattern) {
+        case ZERO: x[i] = sign * 0.0f; break;
+        case SUBNORMAL: x[i] = pe_float_from_bits((uint32_t)rng_below(r, 1 << 23)) * sign; break;
+        case TINY: x[i] = sign * 0x1p-64f * (0.9f + (float)rng_below(r, 3) * 0.1f); break; /* on both sides of the zero group */
+        case HUGE_VALUES: x[i] = sign * 3.4e38f / (float)(1 + rng_below(r, 9)); break;
+        case TIES: x[i] = i == 0 ? 127.0f : sign * ((float)rng_below(r, 127) + 0.5f); break; /* scale 1: exact halves */
+        case ONE_SIGN: x[i] = fabsf(rng_float(r)); break;
+        default: x[i] = rng_float(r);
+        }
+    }
+    if (pattern == INFINITE) x[rng_below(r, n)] = rng_below(r, 2) ? INFINITY : -INFINITY;
+    if (pattern == NOT_A_NUMBER) x[rng_below(r, n)] = NAN;
+}
+
+/* ------------------------------------------------------------------ quantizers */
+
+/* One token of a block of `width`: outputs of the other tokens must stay as they were, which the comparison of whole blocks shows. */
+static void test_quantize_once(const struct pe_kernels *k, size_t n, size_t n_padded, size_t width, int pattern, rng *r) {
+    block x = block_new(n * 4, 4 * rng_below(r, 4));
+    fill(FLOATS(x), n, pattern, r);
+    block out[2][3];
+    uint32_t bits[2];
+    size_t token = rng_below(r, width);
+    for (int which = 0; which < 2; which++) {
+        const struct pe_kernels *table = which ? k : &pe_kernels_scalar;
+        out[which][0] = block_new(n_padded * width, 0);
+        out[which][1] = block_new(n_padded / 32 * width * 4, 0);
+        out[which][2] = block_new(n_padded / 32 * width * 4, 0);
+        bits[which] = table->quantize(CODES(out[which][0]) + token * 4, FLOATS(out[which][1]) + token, INTS(out[which][2]) + token,
+                                      width, FLOATS(x), n, n_padded);
+    }
+    CHECK(bits[0] == bits[1], "%s: n %zu, %s", k->name, n, pattern_names[pattern]);
+    for (int i = 0; i < 3; i++) {
+        bool same = bits[0] >= PE_NOT_FINITE_BITS || memcmp(out[0][i].data, out[1][i].data, out[0][i].n) == 0;
+        CHECK(same && block_intact(&out[1][i]), "%s: output %d, n %zu of %zu, width %zu, %s", k->name, i, n, n_padded, width,
+              pattern_names[pattern]);
+        block_free(&out[0][i]), block_free(&out[1][i]);
+    }
+    block_free(&x);
+}
+
+static void test_quantize(const struct pe_kernels *k) {
+    rng r = {11};
+    for (size_t n = 1; n <= 130; n += quick && n > 40 ? 11 : 1)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++)
+            test_quantize_once(k, n, (n + 31) / 32 * 32 + 32 * rng_below(&r, 2), 1 + rng_below(&r, 8), pattern, &r);
+}
+
+static void test_quantize_group(const struct pe_kernels *k) {
+    rng r = {12};
+    for (size_t n = 1; n <= 512; n += n < 70 ? 1 : 17)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            block x = block_new(n * 4, 4 * rng_below(&r, 4)), a = block_new(n, rng_below(&r, 8)), b = block_new(n, rng_below(&r, 8));
+            fill(FLOATS(x), n, pattern, &r);
+            float scales[2];
+            uint32_t bits_a = pe_kernels_scalar.quantize_group(CODES(a), &scales[0], FLOATS(x), n);
+            uint32_t bits_b = k->quantize_group(CODES(b), &scales[1], FLOATS(x), n);
+            bool same = bits_a >= PE_NOT_FINITE_BITS ||
+                        (memcmp(a.data, b.data, n) == 0 && pe_float_bits(scales[0]) == pe_float_bits(scales[1]));
+            CHECK(bits_a == bits_b && same && block_intact(&b), "%s: n %zu, %s", k->name, n, pattern_names[pattern]);
+            block_free(&x), block_free(&a), block_free(&b);
+        }
+}
+
+/* The scalar quantizer against the words of FORMAT.md section 5, in double where that is exact. */
+static void test_quantize_law(void) {
+    rng r = {13};
+    for (int round = 0; round < 200; round++) {
+        float x[32], scale;
+        int8_t codes[32];
+        int32_t sum, expected_sum = 0;
+        fill(x, 32, round % TIES + (round % 3 == 0), &r);
+        uint32_t bits = pe_kernels_scalar.quantize(codes, &scale, &sum, 1, x, 32, 32);
+        float absmax = 0;
+        for (int i = 0; i < 32; i++) absmax = fmaxf(absmax, fabsf(x[i]));
+        bool zero = absmax < 0x1p-64f;
+        CHECK(bits == pe_float_bits(absmax), "absmax %a", (double)absmax);
+        CHECK(scale == (zero ? 0.0f : absmax / 127.0f), "scale %a", (double)scale);
+        for (int i = 0; i < 32; i++) {
+            float scaled = zero ? 0.0f : x[i] * (127.0f / absmax);
+            double below = floor((double)scaled), fraction = (double)scaled - below;
+            bool up = fraction > 0.5 || (fraction == 0.5 && fmod(below, 2) != 0); /* half to even */
+            expected_sum += (int)below + up;
+            CHECK(codes[i] == (int)below + up, "code %d of %a", codes[i], (double)scaled);
+        }
+        CHECK(sum == expected_sum, "sum %d, expected %d", sum, expected_sum);
+    }
+}
+
+/* ------------------------------------------------------------------ rows of floats */
+
+static void test_rmsnorm(const struct pe_kernels *k) {
+    rng r = {14};
+    for (size_t n = 1; n <= 600; n += n < 70 ? 1 : 53)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            block x = block_new(n * 4, 4 * rng_below(&r, 4)), w = block_new(n * 4, 4 * rng_below(&r, 4));
+            block a = block_new(n * 4, 4), b = block_new(n * 4, 8);
+            fill(FLOATS(x), n, pattern, &r), fill(FLOATS(w), n, RANDOM, &r);
+            float eps = rng_below(&r, 2) ? 1e-5f : 0.0f;
+            float sum_a = pe_kernels_scalar.rmsnorm(FLOATS(a), FLOATS(x), FLOATS(w), n, eps);
+            float sum_b = k->rmsnorm(FLOATS(b), FLOATS(x), FLOATS(w), n, eps);
+            CHECK(same_floats(&sum_a, &sum_b, 1) && same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: n %zu, %s", k->name,
+                  n, pattern_names[pattern]);
+            k->rmsnorm(FLOATS(x), FLOATS(x), FLOATS(w), n, eps); /* in place */
+            CHECK(same_floats(FLOATS(a), FLOATS(x), n), "%s: in place, n %zu", k->name, n);
+            block_free(&x), block_free(&w), block_free(&a), block_free(&b);
+        }
+}
+
+static void test_rope(const struct pe_kernels *k) {
+    rng r = {15};
+    for (size_t head_dim = 2; head_dim <= 134; head_dim += 2)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            size_t half = head_dim / 2;
+            block a = block_new(head_dim * 4, 4), b = block_new(head_dim * 4, 12);
+            block cosine = block_new(half * 4, 4), sine = block_new(half * 4, 8);
+            fill(FLOATS(a), head_dim, pattern, &r);
+            memcpy(b.data, a.data, head_dim * 4);
+            for (size_t i = 0; i < half; i++) pe_cos_sin((float)rng_below(&r, 4000), FLOATS(cosine) + i, FLOATS(sine) + i);
+            pe_kernels_scalar.rope(FLOATS(a), FLOATS(cosine), FLOATS(sine), head_dim);
+            k->rope(FLOATS(b), FLOATS(cosine), FLOATS(sine), head_dim);
+            CHECK(same_floats(FLOATS(a), FLOATS(b), head_dim) && block_intact(&b), "%s: head_dim %zu, %s", k->name, head_dim,
+                  pattern_names[pattern]);
+            block_free(&a), block_free(&b), block_free(&cosine), block_free(&sine);
+        }
+}
+
+static void compare_swiglu(const struct pe_kernels *k, const float *gate_up, size_t n_pairs, const char *what) {
+    block a = block_new(n_pairs * 64, 4), b = block_new(n_pairs * 64, 4);
+    pe_kernels_scalar.swiglu(FLOATS(a), gate_up, n_pairs);
+    k->swiglu(FLOATS(b), gate_up, n_pairs);
+    CHECK(same_floats(FLOATS(a), FLOATS(b), n_pairs * 16) && block_intact(&b), "%s: %zu pairs, %s", k->name, n_pairs, what);
+    block_free(&a), block_free(&b);
+}
+
+static void test_swiglu(const struct pe_kernels *k) {
+    rng r = {16};
+    for (size_t n_pairs = 1; n_pairs <= 5; n_pairs++)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            block x = block_new(n_pairs * 128, 4);
+            fill(FLOATS(x), n_pairs * 32, pattern, &r);
+            compare_swiglu(k, FLOATS(x), n_pairs, pattern_names[pattern]);
+            block_free(&x);
+        }
+    /* exp's every regime: a sweep over all exponents and signs, up = 1 */
+    uint32_t step = quick ? 262139u : 65521u;
+    for (uint32_t bits = 0; bits < 0xff800000u; bits += 16 * step) {
+        float x[32];
+        for (uint32_t i = 0; i < 16; i++) x[i] = pe_float_from_bits(bits + i * step), x[16 + i] = 1.0f;
+        compare_swiglu(k, x, 1, "sweep");
+    }
+}
+
+static void test_add_scale_merge(const struct pe_kernels *k) {
+    rng r = {17};
+    for (size_t n = 1; n <= 100; n++)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            block x = block_new(n * 4, 4 * rng_below(&r, 4)), a[3], b[3];
+            fill(FLOATS(x), n, pattern, &r);
+            for (int i = 0; i < 3; i++) {
+                a[i] = block_new(n * 4, 4), b[i] = block_new(n * 4, 8);
+                fill(FLOATS(a[i]), n, RANDOM, &r);
+                memcpy(b[i].data, a[i].data, n * 4);
+            }
+            float s = rng_float(&r), t = rng_float(&r);
+            pe_kernels_scalar.add(FLOATS(a[0]), FLOATS(x), n), k->add(FLOATS(b[0]), FLOATS(x), n);
+            pe_kernels_scalar.scale(FLOATS(a[1]), FLOATS(x), s, n), k->scale(FLOATS(b[1]), FLOATS(x), s, n);
+            pe_kernels_scalar.attention_merge(FLOATS(a[2]), FLOATS(x), s, t, n), k->attention_merge(FLOATS(b[2]), FLOATS(x), s, t, n);
+            for (int i = 0; i < 3; i++) {
+                CHECK(same_floats(FLOATS(a[i]), FLOATS(b[i]), n) && block_intact(&b[i]), "%s: kernel %d, n %zu, %s", k->name, i, n,
+                      pattern_names[pattern]);
+                block_free(&a[i]), block_free(&b[i]);
+            }
+            block_free(&x);
+        }
+}
+
+static void test_codes_are_legal(const struct pe_kernels *k) {
+    rng r = {18};
+    for (size_t n = 64; n <= 256; n += 64) {
+        block b = block_new(n, 0);
+        for (size_t i = 0; i < n; i++) CODES(b)[i] = rng_code(&r);
+        CHECK(k->codes_are_legal(CODES(b), n), "%s: legal codes are refused", k->name);
+        for (size_t i = 0; i < n; i++) {
+            int8_t kept = CODES(b)[i];
+            CODES(b)[i] = -128;
+            CHECK(!k->codes_are_legal(CODES(b), n), "%s: -128 at %zu of %zu is not seen", k->name, i, n);
+            CODES(b)[i] = kept;
+        }
+        block_free(&b);
+    }
+}
+
+void test_kernels(const struct pe_kernels *k) {
+    if (k == &pe_kernels_scalar) test_quantize_law();
+    test_quantize(k);
+    test_quantize_group(k);
+    test_rmsnorm(k);
+    test_rope(k);
+    test_swiglu(k);
+    test_add_scale_merge(k);
+    test_codes_are_legal(k);
+}

@@ -1,0 +1,272 @@
+/* test_matmul_attention.c: the matrix product and the attention kernels of a table equal the scalar table's, bit for bit. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "harness.h"
+#include "kernels/pe_math.h"
+
+/* ------------------------------------------------------------------ matrix product */
+
+enum { RANDOM, ALL_PLUS, ALL_MINUS, OPPOSITE, WILD_SCALES, ZERO_GROUPS, N_PATTERNS };
+
+typedef struct product {
+    block w_codes, w_scales, x_codes, x_scales, x_sums;
+    pe_matrix w;
+    pe_activations x;
+} product;
+
+static int8_t pick_code(int pattern, int side, rng *r) {
+    switch (pattern) {
+    case ALL_PLUS: return 127;
+    case ALL_MINUS: return -127;
+    case OPPOSITE: return side ? 127 : -127;
+    default: return rng_code(r);
+    }
+}
+
+static float pick_scale(int pattern, rng *r) {
+    if (pattern == ZERO_GROUPS && rng_below(r, 2)) return 0.0f;
+    if (pattern == WILD_SCALES)
+        return pe_float_from_bits((uint32_t)rng_below(r, 0x7f000000u)); /* subnormals to 1.7e38: sums overflow, too */
+    return 0.001f + fabsf(rng_float(r));
+}
+
+/* The sums that belong to the codes, in the packed order of kernels.h. */
+static void fill_sums(pe_activations *x) {
+    for (size_t block = 0; block < x->n_tokens; block += PE_TOKEN_BLOCK) {
+        size_t width = x->n_tokens - block < PE_TOKEN_BLOCK ? x->n_tokens - block : PE_TOKEN_BLOCK;
+        for (size_t group = 0; group < x->n / 32; group++)
+            for (size_t t = 0; t < width; t++) {
+                int32_t sum = 0;
+                for (size_t i = 0; i < 32; i++)
+                    sum += x->codes[block * x->n + (group * 8 + i / 4) * 4 * width + t * 4 + i % 4];
+                x->sums[block * (x->n / 32) + group * width + t] = sum;
+            }
+    }
+}
+
+static product product_new(size_t n_panels, size_t n_groups, size_t n_tokens, int pattern, rng *r) {
+    size_t n = n_groups * 64, n_scales = n_panels * n_groups * 16;
+    product p = {.w_codes = block_new(n_scales * 64, 0), .w_scales = block_new(n_scales * 2, 0),
+                 .x_codes = block_new(n_tokens * n, 0), .x_scales = block_new(n_tokens * n / 32 * 4, 0),
+                 .x_sums = block_new(n_tokens * n / 32 * 4, 0)};
+    uint16_t *halves = (uint16_t *)(void *)p.w_scales.data;
+    for (size_t i = 0; i < p.w_codes.n; i++) CODES(p.w_codes)[i] = pick_code(pattern, 0, r);
+    for (size_t i = 0; i < p.x_codes.n; i++) CODES(p.x_codes)[i] = pick_code(pattern, 1, r);
+    for (size_t i = 0; i < n_scales; i++) halves[i] = rng_half(r);
+    for (size_t i = 0; i < n_tokens * n / 32; i++) FLOATS(p.x_scales)[i] = pick_scale(pattern, r);
+    p.w = (pe_matrix){CODES(p.w_codes), halves, n_panels, n_groups};
+    p.x = (pe_activations){CODES(p.x_codes), FLOATS(p.x_scales), INTS(p.x_sums), n, n_tokens};
+    fill_sums(&p.x);
+    return p;
+}
+
+static void product_free(product *p) {
+    block_free(&p->w_codes), block_free(&p->w_scales), block_free(&p->x_codes), block_free(&p->x_scales), block_free(&p->x_sums);
+}
+
+static void compare_matmul(const struct pe_kernels *k, const product *p, size_t panel_begin, size_t panel_end, size_t token_begin,
+                           size_t token_end, rng *r) {
+    size_t n_rows = (panel_end - panel_begin) * 16, stride = n_rows + rng_below(r, 20), n_tokens = token_end - token_begin;
+    size_t n = (n_tokens - 1) * stride + n_rows, misaligned = 4 * rng_below(r, 16);
+    block a = block_new(n * 4, misaligned), b = block_new(n * 4, misaligned);
+    pe_kernels_scalar.matmul(FLOATS(a), stride, &p->w, panel_begin, panel_end, &p->x, token_begin, token_end);
+    k->matmul(FLOATS(b), stride, &p->w, panel_begin, panel_end, &p->x, token_begin, token_end);
+    CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: panels %zu-%zu of %zu, tokens %zu-%zu of %zu, %zu groups",
+          k->name, panel_begin, panel_end, p->w.n_panels, token_begin, token_end, p->x.n_tokens, p->w.n_groups);
+    block_free(&a), block_free(&b);
+}
+
+static void test_matmul(const struct pe_kernels *k) {
+    rng r = {21};
+    for (size_t n_tokens = 1; n_tokens <= 19; n_tokens++)
+        for (size_t n_panels = 1; n_panels <= 5; n_panels++) {
+            int pattern = (int)(n_tokens + n_panels) % N_PATTERNS;
+            product p = product_new(n_panels, 1 + rng_below(&r, 4), n_tokens, pattern, &r);
+            compare_matmul(k, &p, 0, n_panels, 0, n_tokens, &r);
+            size_t panel = rng_below(&r, n_panels), token = rng_below(&r, n_tokens) / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
+            compare_matmul(k, &p, panel, panel + 1 + rng_below(&r, n_panels - panel), token, token + 1 + rng_below(&r, n_tokens - token),
+                           &r);
+            product_free(&p);
+        }
+    for (int pattern = 0; pattern < N_PATTERNS; pattern++) { /* a long row: the order of many groups */
+        product p = product_new(4, 40, 9, pattern, &r);
+        compare_matmul(k, &p, 0, 4, 0, 9, &r);
+        product_free(&p);
+    }
+}
+
+/* All finite halves through the table's own conversion: one weight of 1, one input of 1, so that the result is the scale. */
+static void test_every_weight_scale(const struct pe_kernels *k) {
+    rng r = {22};
+    product p = product_new(1, 1, 1, RANDOM, &r);
+    memset(p.w_codes.data, 0, p.w_codes.n), memset(p.x_codes.data, 0, p.x_codes.n);
+    for (size_t row = 0; row < 16; row++) CODES(p.w_codes)[row * 4] = 1;
+    CODES(p.x_codes)[0] = 1;
+    FLOATS(p.x_scales)[0] = FLOATS(p.x_scales)[1] = 1.0f;
+    fill_sums(&p.x);
+    for (uint32_t half = 0; half < 65536; half += 16) {
+        if ((half & 0x7c00u) == 0x7c00u) continue;
+        float out[16];
+        for (uint32_t row = 0; row < 16; row++) ((uint16_t *)(void *)p.w_scales.data)[row] = (uint16_t)(half + row);
+        k->matmul(out, 16, &p.w, 0, 1, &p.x, 0, 1);
+        for (uint32_t row = 0; row < 16; row++) {
+            float expected = pe_half_to_float((uint16_t)(half + row));
+            CHECK(out[row] == expected, "%s: half %04x gives %a, expected %a", k->name, half + row, (double)out[row], (double)expected);
+        }
+    }
+    product_free(&p);
+}
+
+/* The scalar product against exact integers: with all scales 1 a row is its int64 dot product (below 2^24, so exact in float32). */
+static void test_matmul_law(void) {
+    rng r = {23};
+    product p = product_new(3, 2, 11, RANDOM, &r);
+    for (size_t i = 0; i < 3 * 2 * 16; i++) ((uint16_t *)(void *)p.w_scales.data)[i] = 0x3c00; /* 1 */
+    for (size_t i = 0; i < p.x_scales.n / 4; i++) FLOATS(p.x_scales)[i] = 1.0f;
+    float out[11 * 48];
+    pe_kernels_scalar.matmul(out, 48, &p.w, 0, 3, &p.x, 0, 11);
+    for (size_t token = 0; token < 11; token++)
+        for (size_t row = 0; row < 48; row++) {
+            size_t width = token < 8 ? 8 : 3;
+            int64_t expected = 0;
+            for (size_t i = 0; i < 128; i++)
+                expected += (int64_t)p.w.codes[(row / 16 * 2 + i / 64) * 1024 + i % 64 / 4 * 64 + row % 16 * 4 + i % 4] *
+                            p.x.codes[token / 8 * 8 * 128 + i / 4 * 4 * width + token % 8 * 4 + i % 4];
+            CHECK((double)out[token * 48 + row] == (double)expected, "token %zu row %zu", token, row);
+        }
+    product_free(&p);
+}
+
+/* ------------------------------------------------------------------ attention */
+
+typedef struct cache {
+    block k, k_scales, v, v_scales, k_f32, v_f32;
+    pe_kv_chunk chunk;
+} cache;
+
+/* A chunk whose first n_positions are filled; what is behind holds NaN scales, as if never written. */
+static cache cache_new(size_t d, size_t n_positions, bool extreme, rng *r) {
+    cache c = {block_new(256 * d, 0),     block_new(256 * d / 32 * 4, 0), block_new(256 * d, 0),
+               block_new(256 * 4, 0),     block_new(256 * d * 4, 0),      block_new(256 * d * 4, 0), {0}};
+    for (size_t i = 0; i < 256 * d; i++) CODES(c.k)[i] = extreme ? 127 : rng_code(r), CODES(c.v)[i] = rng_code(r);
+    for (size_t i = 0; i < 256 * d; i++) FLOATS(c.k_f32)[i] = rng_float(r), FLOATS(c.v_f32)[i] = rng_float(r);
+    for (size_t i = 0; i < 256 * d / 32; i++) {
+        size_t position = i / (d / 32 * 16) * 16 + i % 16;
+        FLOATS(c.k_scales)[i] = position < n_positions ? fabsf(rng_float(r)) * 0.01f : NAN;
+    }
+    for (size_t i = 0; i < 256; i++) FLOATS(c.v_scales)[i] = i < n_positions ? fabsf(rng_float(r)) : NAN;
+    c.chunk = (pe_kv_chunk){CODES(c.k), FLOATS(c.k_scales), CODES(c.v), FLOATS(c.v_scales), FLOATS(c.k_f32), FLOATS(c.v_f32)};
+    return c;
+}
+
+static void cache_free(cache *c) {
+    block_free(&c->k), block_free(&c->k_scales), block_free(&c->v), block_free(&c->v_scales), block_free(&c->k_f32),
+        block_free(&c->v_f32);
+}
+
+static void compare_scores(const struct pe_kernels *k, size_t n_rows, size_t d, size_t n_positions, bool f32, rng *r) {
+    cache kv = cache_new(d, n_positions, rng_below(r, 4) == 0, r);
+    block q = block_new(n_rows * d, 0), scales = block_new(n_rows * d / 32 * 4, 0), sums = block_new(n_rows * d / 32 * 4, 0);
+    block q_f32 = block_new(n_rows * d * 4, 0);
+    for (size_t i = 0; i < n_rows * d; i++) CODES(q)[i] = rng_code(r), FLOATS(q_f32)[i] = rng_float(r);
+    for (size_t g = 0; g < n_rows * d / 32; g++) {
+        FLOATS(scales)[g] = fabsf(rng_float(r));
+        INTS(sums)[g] = 0;
+        for (size_t i = 0; i < 32; i++) INTS(sums)[g] += CODES(q)[g * 32 + i];
+    }
+    size_t n = n_rows * 256, covered = (n_positions + 15) / 16 * 16;
+    block out[2] = {block_new(n * 4, 0), block_new(n * 4, 0)}, untouched = block_new(n * 4, 0);
+    for (int which = 0; which < 2; which++) {
+        const struct pe_kernels *table = which ? k : &pe_kernels_scalar;
+        if (f32) {
+            table->attention_scores_f32(FLOATS(out[which]), FLOATS(q_f32), n_rows, d, &kv.chunk, n_positions, 0.3f);
+        } else {
+            table->attention_scores(FLOATS(out[which]), CODES(q), FLOATS(scales), INTS(sums), n_rows, d, &kv.chunk, n_positions, 0.3f);
+        }
+    }
+    for (size_t row = 0; row < n_rows; row++) {
+        CHECK(same_floats(FLOATS(out[0]) + row * 256, FLOATS(out[1]) + row * 256, n_positions),
+              "%s: f32 %d, row %zu of %zu, head_dim %zu, %zu positions", k->name, f32, row, n_rows, d, n_positions);
+        CHECK(memcmp(FLOATS(out[1]) + row * 256 + covered, FLOATS(untouched) + row * 256 + covered, (256 - covered) * 4) == 0,
+              "%s: panels behind %zu positions were written", k->name, n_positions);
+    }
+    CHECK(block_intact(&out[1]), "%s: scores outside the rows", k->name);
+    block_free(&out[0]), block_free(&out[1]), block_free(&untouched);
+    block_free(&q), block_free(&scales), block_free(&sums), block_free(&q_f32);
+    cache_free(&kv);
+}
+
+static void compare_values(const struct pe_kernels *k, size_t n_rows, size_t d, size_t begin, size_t end, bool f32, rng *r) {
+    cache kv = cache_new(d, end, false, r);
+    block p = block_new(n_rows * 1024, 0), a = block_new(n_rows * d * 4, 0), b = block_new(n_rows * d * 4, 0);
+    memset(p.data, 0, p.n);
+    for (size_t row = 0; row < n_rows; row++) {
+        size_t first = begin + rng_below(r, end - begin); /* this row's own mask */
+        for (size_t j = first; j < end; j++)
+            FLOATS(p)[row * 256 + j] = rng_below(r, 9) == 0 ? 1e-38f : (float)rng_below(r, 1 << 20) * 0x1p-20f;
+    }
+    for (int which = 0; which < 2; which++) {
+        const struct pe_kernels *table = which ? k : &pe_kernels_scalar;
+        (f32 ? table->attention_values_f32 : table->attention_values)(FLOATS(which ? b : a), FLOATS(p), n_rows, d, &kv.chunk, begin, end);
+    }
+    CHECK(same_floats(FLOATS(a), FLOATS(b), n_rows * d) && block_intact(&b), "%s: f32 %d, %zu rows, head_dim %zu, positions %zu-%zu",
+          k->name, f32, n_rows, d, begin, end);
+    block_free(&p), block_free(&a), block_free(&b);
+    cache_free(&kv);
+}
+
+static void compare_softmax(const struct pe_kernels *k, size_t begin, size_t end, int pattern, rng *r) {
+    block a = block_new(1024, 0), b = block_new(1024, 0);
+    for (size_t j = 0; j < 256; j++) {
+        float x = rng_float(r);
+        if (pattern == 1) x = 7.25f;                         /* all equal */
+        if (pattern == 2) x *= 100.0f;                       /* most below exp's limit */
+        if (pattern == 3) x = (float)j * -0.5f;              /* crosses the limit */
+        if (pattern == 4) x = rng_below(r, 2) ? 3e38f : -3e38f; /* differences overflow */
+        if (pattern == 5 && rng_below(r, 20) == 0) x = NAN;
+        if (j < begin || j >= end) x = rng_below(r, 2) ? NAN : 1e30f; /* means nothing, must not matter */
+        FLOATS(a)[j] = x, FLOATS(b)[j] = x;
+    }
+    float l[2], m[2];
+    m[0] = pe_kernels_scalar.softmax_chunk(FLOATS(a), begin, end, &l[0]);
+    m[1] = k->softmax_chunk(FLOATS(b), begin, end, &l[1]);
+    bool has_nan = l[0] != l[0]; /* then the call ends with PE_ERR_NOT_FINITE, and which maximum was found is of no interest */
+    CHECK(same_floats(&l[0], &l[1], 1) && (has_nan || m[0] == m[1]), "%s: %zu-%zu pattern %d: m %a %a l %a %a", k->name, begin, end,
+          pattern, (double)m[0], (double)m[1], (double)l[0], (double)l[1]);
+    CHECK((has_nan || same_floats(FLOATS(a), FLOATS(b), 256)) && block_intact(&b), "%s: %zu-%zu pattern %d", k->name, begin, end, pattern);
+    for (size_t j = 0; j < 256; j++)
+        if (!has_nan && (j < begin || j >= end)) CHECK(pe_float_bits(FLOATS(b)[j]) == 0, "%s: masked position %zu is not +0", k->name, j);
+    block_free(&a), block_free(&b);
+}
+
+static void test_attention(const struct pe_kernels *k) {
+    rng r = {31};
+    for (size_t n_rows = 1; n_rows <= 17; n_rows++)
+        for (int i = 0; i < 6; i++) {
+            size_t d = 32 * (1 + rng_below(&r, 5)), n_positions = i == 0 ? 256 : 1 + rng_below(&r, 256), begin = rng_below(&r, n_positions);
+            for (int f32 = 0; f32 < 2; f32++) {
+                compare_scores(k, n_rows, d, n_positions, f32, &r);
+                compare_values(k, n_rows, d, begin, n_positions, f32, &r);
+            }
+        }
+    for (size_t n_positions = 1; n_positions <= 33; n_positions++) compare_scores(k, 3, 64, n_positions, false, &r);
+    for (int pattern = 0; pattern < 6; pattern++) {
+        for (size_t begin = 0; begin < 34; begin++)
+            for (size_t length = 1; length < 34; length++) compare_softmax(k, begin, begin + length, pattern, &r);
+        compare_softmax(k, 0, 256, pattern, &r);
+        compare_softmax(k, 255, 256, pattern, &r);
+        for (int i = 0; i < 50; i++) {
+            size_t begin = rng_below(&r, 256);
+            compare_softmax(k, begin, begin + 1 + rng_below(&r, 256 - begin), pattern, &r);
+        }
+    }
+}
+
+void test_matmul_and_attention(const struct pe_kernels *k) {
+    if (k == &pe_kernels_scalar) test_matmul_law();
+    test_matmul(k);
+    test_every_weight_scale(k);
+    test_attention(k);
+}

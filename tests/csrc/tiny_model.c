@@ -1,0 +1,85 @@
+/* tiny_model.c: see tiny_model.h. */
+#include "tiny_model.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+
+static void *add_tensor(tiny_model *t, size_t n_bytes, const char *format, ...) {
+    if (t->n_tensors == TINY_MAX_TENSORS) exit(2);
+    size_t i = t->n_tensors++;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(t->names[i], sizeof t->names[i], format, args);
+    va_end(args);
+    n_bytes = pe_pad(n_bytes, 64);
+    if (posix_memalign(&t->memory[i], 64, n_bytes) != 0) exit(2);
+    memset(t->memory[i], 0, n_bytes);
+    t->tensors[i] = (pe_tensor){t->names[i], t->memory[i], n_bytes};
+    return t->memory[i];
+}
+
+/* `parts` matrices of (rows, columns), alternating by panel: 1 is plain, 2 is gate and up. Scales around 2^-10, some zero or subnormal. */
+static void add_matrix(tiny_model *t, rng *r, size_t parts, size_t rows, size_t columns, int exponent, const char *name) {
+    size_t n_panels = parts * (pe_pad(rows, 16) / 16), n_groups = pe_pad(columns, 64) / 64, n_scales = n_panels * n_groups * 16;
+    int8_t *codes = add_tensor(t, n_scales * 64, "%s.codes", name);
+    uint16_t *scales = add_tensor(t, n_scales * 2, "%s.scales", name);
+    for (size_t panel = 0; panel < n_panels; panel++)
+        for (size_t group = 0; group < n_groups; group++)
+            for (size_t row = 0; row < 16; row++) {
+                if (panel / parts * 16 + row >= rows) continue;
+                uint16_t half = (uint16_t)((size_t)exponent << 10 | rng_below(r, 1024));
+                if (rng_below(r, 16) == 0) half = (uint16_t)rng_below(r, 1024);
+                scales[(panel * n_groups + group) * 16 + row] = half;
+                for (size_t i = 0; i < 64 && group * 64 + i < columns; i++)
+                    codes[(panel * n_groups + group) * 1024 + i / 4 * 64 + row * 4 + i % 4] = rng_code(r);
+            }
+}
+
+static void add_vector(tiny_model *t, rng *r, size_t n, float scale, float offset, const char *name) {
+    float *x = add_tensor(t, n * sizeof(float), "%s", name);
+    for (size_t i = 0; i < n; i++) x[i] = ((float)rng_below(r, 256) * 0x1p-9f + offset) * scale;
+}
+
+static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
+    const pe_config *c = &t->config;
+    size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv = q_dim + 2 * (size_t)c->n_kv_heads * c->head_dim;
+    char name[48];
+#define NAME(suffix) (snprintf(name, sizeof name, "layers.%u." suffix, index), name)
+    add_vector(t, r, c->dim, loudness, 0.75f, NAME("attention_norm"));
+    add_matrix(t, r, 1, qkv, c->dim, 6, NAME("wqkv"));
+    if (c->qkv_bias) add_vector(t, r, qkv, 0.5f, -0.25f, NAME("wqkv.bias"));
+    if (c->qk_norm) add_vector(t, r, c->head_dim, 1.0f, 0.75f, NAME("q_norm"));
+    if (c->qk_norm) add_vector(t, r, c->head_dim, 1.0f, 0.75f, NAME("k_norm"));
+    add_matrix(t, r, 1, c->dim, q_dim, 5, NAME("wo"));
+    if (c->o_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, NAME("wo.bias"));
+    add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
+    add_matrix(t, r, 2, c->hidden_dim, c->dim, 6, NAME("w_gate_up"));
+    add_matrix(t, r, 1, c->dim, c->hidden_dim, 5, NAME("w_down"));
+#undef NAME
+}
+
+void tiny_model_make(tiny_model *t, const pe_config *config, uint64_t seed, float loudness) {
+    rng r = {seed};
+    *t = (tiny_model){.config = *config};
+    add_matrix(t, &r, 1, config->vocab_size, config->dim, 8, "tok_embeddings");
+    for (uint32_t i = 0; i < config->n_layers; i++) add_layer(t, &r, i, loudness);
+    add_vector(t, &r, config->dim, loudness, 0.75f, "norm");
+    if (!config->tie_embeddings) add_matrix(t, &r, 1, config->vocab_size, config->dim, 6, "output");
+    float *inv_freq = add_tensor(t, config->head_dim / 2 * sizeof(float), "rope.inv_freq");
+    for (size_t i = 0; i < config->head_dim / 2; i++) inv_freq[i] = 1.0f / (float)(1 + 3 * i * i);
+}
+
+pe_status tiny_model_load(tiny_model *t, int n_threads, char *err) {
+    pe_status status = pe_model_create(&t->model, &t->config, err);
+    return status != PE_OK ? status : pe_model_set_tensors(t->model, t->tensors, t->n_tensors, n_threads, err);
+}
+
+void tiny_model_free(tiny_model *t) {
+    pe_model_destroy(t->model);
+    for (size_t i = 0; i < t->n_tensors; i++) free(t->memory[i]);
+    t->n_tensors = 0;
+}
