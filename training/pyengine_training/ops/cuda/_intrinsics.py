@@ -1,9 +1,9 @@
 """The few instructions that Python has no word for. Everything else in this package is plain Numba.
 
 load, store       one element of a flat array; bfloat16 (as uint16) is widened and rounded half to even
-bf16_bits         float32 -> bfloat16 bits, half to even          float_of_bits, bits_of_float   reinterpretation
-rint              half to even                                    div_rn, mul_rn   IEEE, never approximated or fused
-round_half        float32 -> half precision -> float32            mma_bf16         one tensor core instruction
+float_of_bits, bits_of_float   reinterpretation as int32          div_rn, mul_rn   IEEE, never approximated or fused
+round_half        float32 -> half precision -> float32            rint             half to even
+half_bits         float32 -> half precision, as int16             mma_bf16         one tensor core instruction
 
 Each has a Python twin in the tests' simulator, which is how kernels that use them run without a GPU.
 """
@@ -17,7 +17,7 @@ from numba import types
 from numba.cuda.extending import intrinsic
 
 I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
-LLVM = {types.float32: F32, types.int32: I32, types.uint32: I32, types.uint16: I16}
+LLVM = {types.float32: F32, types.int32: I32, types.uint32: I32, types.uint16: I16, types.int16: I16}
 
 
 def _asm(name: str, text: str, constraints: str, result: Any, *arguments: Any) -> Any:
@@ -45,9 +45,8 @@ def _asm(name: str, text: str, constraints: str, result: Any, *arguments: Any) -
     return intrinsic(typing)
 
 
-bf16_bits = _asm("bf16_bits", "cvt.rn.bf16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
-bits_of_float = _asm("bits_of_float", "mov.b32 $0, $1;", "=r,f", types.uint32, types.float32)
-float_of_bits = _asm("float_of_bits", "mov.b32 $0, $1;", "=f,r", types.float32, types.uint32)
+bits_of_float = _asm("bits_of_float", "mov.b32 $0, $1;", "=r,f", types.int32, types.float32)
+float_of_bits = _asm("float_of_bits", "mov.b32 $0, $1;", "=f,r", types.float32, types.int32)
 rint = _asm("rint", "cvt.rni.f32.f32 $0, $1;", "=f,f", types.float32, types.float32)
 div_rn = _asm("div_rn", "div.rn.f32 $0, $1, $2;", "=f,f,f", *([types.float32] * 3))
 mul_rn = _asm("mul_rn", "mul.rn.f32 $0, $1, $2;", "=f,f,f", *([types.float32] * 3))
@@ -58,7 +57,7 @@ round_half = _asm(
     types.float32,
     types.float32,
 )
-half_bits = _asm("half_bits", "cvt.rn.f16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
+half_bits = _asm("half_bits", "cvt.rn.f16.f32 $0, $1;", "=h,f", types.int16, types.float32)
 
 
 def _element(context: Any, builder: Any, signature: Any, values: Any) -> Any:

@@ -101,8 +101,8 @@ def use_runtime(other: Runtime) -> Iterator[Runtime]:
 _scratch: dict[tuple[int, str, str], Array] = {}
 
 
-def scratch(name: str, size: int, dtype: Any) -> Array:
-    """A flat working array of at least ``size`` elements that is kept between calls; contents are undefined.
+def scratch(name: str, size: int, dtype: Any, *, zeroed: bool = False) -> Array:
+    """A flat working array of ``size`` elements that is kept between calls; contents are undefined at first, or zero.
 
     One stream runs everything in order, so one array per purpose is enough. It must not grow while a graph is
     recorded: run the step once before.
@@ -114,6 +114,8 @@ def scratch(name: str, size: int, dtype: Any) -> Array:
         if device.capturing:
             raise DeviceError(f"scratch {name!r} would grow inside a graph: run one step before")
         found = device.empty((size,), dtype)
+        if zeroed:
+            device.fill(found, 0)
         _scratch[key] = found
     return found[:size]
 

@@ -1,0 +1,68 @@
+"""A device whose arrays are NumPy's, whose kernels run in the simulator and whose matrix products are NumPy's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from simulated_intrinsics import from_bf16, to_bf16
+from simulator import Simulator
+
+Array = Any
+
+
+class SimulatedRuntime:
+    """The runtime of ``ops.cuda`` on a simulator. Fresh memory is NaN (floats) or 77 (integers)."""
+
+    capturing = False
+
+    def __init__(self, schedule: str = "forward", seed: int = 0) -> None:
+        self.simulator = Simulator(schedule, seed)
+        self.launches: list[str] = []
+
+    def launch(self, kernel: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
+        self.launches.append(kernel.py_func.__name__)
+        self.simulator.launch(kernel, grid, block, arguments)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        made = np.empty(shape, dtype)
+        made.fill(np.nan if made.dtype.kind == "f" else 77)
+        return made
+
+    def upload(self, host: Any, out: Any = None) -> Array:
+        if out is None:
+            return np.array(host)
+        out[...] = host
+        return out
+
+    def download(self, array: Array) -> Any:
+        return array.copy()
+
+    def fill(self, array: Array, value: float) -> None:
+        array.fill(value)
+
+    def synchronize(self) -> None:
+        return
+
+    def gemm(self, product: Any) -> None:
+        """Inputs widened to float32, one rounding of the result."""
+        p = product
+
+        def view(part: Any, rows: int, cols: int) -> Array:
+            array, start, length, stride = part
+            last = start + (p.batch - 1) * stride + (rows - 1) * length + cols
+            assert last <= array.size, "a product reaches past its array"
+            steps = (stride * array.itemsize, length * array.itemsize, array.itemsize)
+            return as_strided(array[start:], (p.batch, rows, cols), steps)
+
+        def wide(x: Array) -> Array:
+            return from_bf16(x) if x.dtype == np.uint16 else x
+
+        a = wide(view(p.a, *((p.k, p.m) if p.trans_a else (p.m, p.k))))
+        b = wide(view(p.b, *((p.n, p.k) if p.trans_b else (p.k, p.n))))
+        c = view(p.c, p.m, p.n)
+        result = np.matmul(a.swapaxes(1, 2) if p.trans_a else a, b.swapaxes(1, 2) if p.trans_b else b)
+        if p.beta:
+            result += np.float32(p.beta) * wide(c)
+        c[...] = to_bf16(result) if c.dtype == np.uint16 else result

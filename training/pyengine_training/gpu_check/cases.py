@@ -1,0 +1,486 @@
+"""Inputs, calls and outputs of every op, independent of the back end that runs them.
+
+A case is run three times: by the back end under test, by its CPU twin in float32, and by the CPU twin in float64, which
+is the oracle (finite differences check it). Outputs that are written with = start as NaN. Sizes are odd on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Arrays = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. ``arrays`` are inputs and outputs by name; ``run(ops, arrays)`` makes the call."""
+
+    name: str
+    arrays: Arrays
+    run: Callable[[Any, Arrays], None]
+    outputs: tuple[str, ...]
+    exact: bool = False  # equal to the CPU's float32 bit for bit
+    wide: tuple[str, ...] = ()  # stay float32 where the rest is bfloat16
+    tolerance: float = 2e-6  # of the error's norm relative to the output's, float32
+    bf16: bool = True  # whether the op exists on bfloat16
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    """Standard normal float32."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
+
+
+def nothing(*shape: int) -> Array:
+    """An output before it is written."""
+    return np.full(shape, np.nan, np.float32)
+
+
+def tokens(n: int, vocab: int, seed: int = 0) -> Array:
+    """Token ids with many repeats."""
+    ids = np.random.default_rng([7, seed, n]).integers(0, vocab, n)
+    ids[::3] = ids[0]
+    return ids
+
+
+def embedding(n: int, dim: int, vocab: int) -> Iterator[Case]:
+    shape = f"N={n},dim={dim},V={vocab}"
+    ids = tokens(n, vocab)
+    yield Case(
+        f"embedding_forward/{shape}",
+        {"x": nothing(n, dim), "table": normal(vocab, dim), "ids": ids},
+        lambda ops, a: ops.embedding_forward(a["x"], a["table"], a["ids"]),
+        ("x",),
+        exact=True,
+    )
+    yield Case(
+        f"embedding_backward/{shape}",
+        {"dtable": normal(vocab, dim, seed=1), "dx": normal(n, dim), "ids": ids},
+        lambda ops, a: ops.embedding_backward(a["dtable"], a["dx"], a["ids"]),
+        ("dtable",),
+        exact=True,
+        wide=("dtable",),
+    )
+
+
+def linear(n: int, n_in: int, n_out: int) -> Iterator[Case]:
+    shape = f"N={n},in={n_in},out={n_out}"
+    x, w, dy = normal(n, n_in), normal(n_out, n_in, seed=1), normal(n, n_out, seed=2)
+    yield Case(
+        f"linear_forward/{shape}",
+        {"y": nothing(n, n_out), "x": x, "w": w},
+        lambda ops, a: ops.linear_forward(a["y"], a["x"], a["w"]),
+        ("y",),
+    )
+    yield Case(
+        f"linear_backward_input/{shape}",
+        {"dx": nothing(n, n_in), "dy": dy, "w": w},
+        lambda ops, a: ops.linear_backward_input(a["dx"], a["dy"], a["w"]),
+        ("dx",),
+    )
+    yield Case(
+        f"linear_backward_weight/{shape}",
+        {"dw": nothing(n_out, n_in), "dy": dy, "x": x},
+        lambda ops, a: ops.linear_backward_weight(a["dw"], a["dy"], a["x"]),
+        ("dw",),
+        wide=("dw",),
+    )
+
+
+def rmsnorm(n: int, dim: int) -> Iterator[Case]:
+    shape = f"N={n},dim={dim}"
+    x, w = normal(n, dim), 1 + normal(dim, seed=1) / 4
+    inv_rms = (1 / np.sqrt((x**2).mean(1) + 1e-5)).astype(np.float32)
+    yield Case(
+        f"rmsnorm_forward/{shape}",
+        {"y": nothing(n, dim), "inv_rms": nothing(n), "x": x, "w": w},
+        lambda ops, a: ops.rmsnorm_forward(a["y"], a["inv_rms"], a["x"], a["w"], 1e-5),
+        ("y", "inv_rms"),
+        wide=("inv_rms", "w"),
+    )
+    yield Case(
+        f"rmsnorm_residual_forward/{shape}",
+        {
+            "y": nothing(n, dim),
+            "inv_rms": nothing(n),
+            "x": x,
+            "residual": normal(n, dim, seed=2),
+            "w": w,
+        },
+        lambda ops, a: ops.rmsnorm_residual_forward(
+            a["y"], a["inv_rms"], a["x"], a["residual"], a["w"], 1e-5
+        ),
+        ("y", "inv_rms", "x"),
+        wide=("inv_rms", "w"),
+    )
+    yield Case(
+        f"rmsnorm_backward/{shape}",
+        {
+            "dx": normal(n, dim, seed=3),
+            "dw": normal(dim, seed=4),
+            "dy": normal(n, dim, seed=5),
+            "x": x,
+            "w": w,
+            "inv_rms": inv_rms,
+        },
+        lambda ops, a: ops.rmsnorm_backward(
+            a["dx"], a["dw"], a["dy"], a["x"], a["w"], a["inv_rms"]
+        ),
+        ("dx", "dw"),
+        wide=("dw", "w", "inv_rms"),
+    )
+
+
+def rope(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int) -> Iterator[Case]:
+    from ..ops.cpu.rope import rope_tables
+
+    shape = f"B={batch},G={n_kv},T={seq},R={n_rep},D={head_dim}"
+    cos, sin = rope_tables(seq + 3, head_dim, 100.0)
+    q, kv = (batch, n_kv, seq, n_rep, head_dim), (batch, n_kv, seq, head_dim)
+    rows = (batch, seq, n_kv * (n_rep + 2), head_dim)
+    names = ("q", "k", "v")
+    yield Case(
+        f"qkv_rope_forward/{shape}",
+        {"q": nothing(*q), "k": nothing(*kv), "v": nothing(*kv), "qkv": normal(*rows)}
+        | {"cos": cos, "sin": sin},
+        lambda ops, a: ops.qkv_rope_forward(*(a[x] for x in (*names, "qkv", "cos", "sin"))),
+        names,
+        wide=("cos", "sin"),
+    )
+    yield Case(
+        f"qkv_rope_backward/{shape}",
+        {"qkv": nothing(*rows), "q": normal(*q), "k": normal(*kv), "v": normal(*kv, seed=1)}
+        | {"cos": cos, "sin": sin},
+        lambda ops, a: ops.qkv_rope_backward(*(a[x] for x in ("qkv", *names, "cos", "sin"))),
+        ("qkv",),
+        wide=("cos", "sin"),
+    )
+
+
+def heads(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int) -> Iterator[Case]:
+    shape = f"B={batch},G={n_kv},T={seq},R={n_rep},D={head_dim}"
+    o, rows = (batch, n_kv, seq, n_rep, head_dim), (batch, seq, n_kv * n_rep, head_dim)
+    yield Case(
+        f"merge_heads/{shape}",
+        {"rows": nothing(*rows), "o": normal(*o)},
+        lambda ops, a: ops.merge_heads(a["rows"], a["o"]),
+        ("rows",),
+        exact=True,
+    )
+    yield Case(
+        f"split_heads/{shape}",
+        {"o": nothing(*o), "rows": normal(*rows)},
+        lambda ops, a: ops.split_heads(a["o"], a["rows"]),
+        ("o",),
+        exact=True,
+    )
+
+
+def attention(
+    batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix: str = ""
+) -> Iterator[Case]:
+    """prefix: "flash_" for the variant that keeps scores on the chip."""
+    from ..ops import cpu
+
+    shape = f"B={batch},G={n_kv},T={seq},R={n_rep},D={head_dim}"
+    scale = float(np.float32(head_dim**-0.5))
+    q, k = normal(batch, n_kv, seq, n_rep, head_dim), normal(batch, n_kv, seq, head_dim, seed=1)
+    v, do = normal(*k.shape, seed=2), normal(*q.shape, seed=3)
+    o, lse = nothing(*q.shape), nothing(batch, n_kv, seq * n_rep)
+    lengths = cpu.attention_scratch_shapes(seq, n_rep, head_dim)
+
+    def op(ops: Any, name: str) -> Any:
+        return getattr(ops, prefix + name, None) or getattr(ops, name)
+
+    def scratch(ops: Any, a: Arrays) -> Any:
+        if ops is not cpu:
+            return tuple(ops.empty((n,), a["q"].dtype) for n in (1, 1, 1))
+        return tuple(np.full(n, np.nan, a["q"].dtype) for n in lengths)
+
+    def forward(ops: Any, a: Arrays) -> None:
+        arrays = (a[x] for x in ("o", "lse", "q", "k", "v"))
+        op(ops, "attention_forward")(*arrays, scale, scratch(ops, a)[0])
+
+    def both(ops: Any, a: Arrays) -> None:
+        forward(ops, a)
+        arrays = (a[x] for x in ("dq", "dk", "dv", "do", "q", "k", "v", "lse"))
+        extra = {"o": a["o"]} if prefix and ops is not cpu else {}
+        op(ops, "attention_backward")(*arrays, scale, scratch(ops, a), **extra)
+
+    yield Case(
+        f"{prefix}attention_forward/{shape}",
+        {"o": o, "lse": lse, "q": q, "k": k, "v": v},
+        forward,
+        ("o", "lse"),
+        wide=("lse",),
+        tolerance=4e-6,
+    )
+    yield Case(
+        f"{prefix}attention_backward/{shape}",
+        {"o": o, "lse": lse, "q": q, "k": k, "v": v, "do": do}
+        | {"dq": nothing(*q.shape), "dk": nothing(*k.shape), "dv": nothing(*k.shape)},
+        both,
+        ("dq", "dk", "dv"),
+        wide=("lse",),
+        tolerance=4e-6,
+    )
+
+
+def swiglu(n: int, hidden: int) -> Iterator[Case]:
+    shape = f"N={n},hidden={hidden}"
+    gate_up = 3 * normal(n, 2 * hidden)
+    gate_up[0, 0], gate_up[-1, hidden - 1] = -200.0, 200.0  # exp must not overflow into NaN
+    yield Case(
+        f"swiglu_forward/{shape}",
+        {"h": nothing(n, hidden), "gate_up": gate_up},
+        lambda ops, a: ops.swiglu_forward(a["h"], a["gate_up"]),
+        ("h",),
+    )
+    yield Case(
+        f"swiglu_backward/{shape}",
+        {"d": nothing(n, 2 * hidden), "dh": normal(n, hidden, seed=1), "gate_up": gate_up},
+        lambda ops, a: ops.swiglu_backward(a["d"], a["dh"], a["gate_up"]),
+        ("d",),
+    )
+
+
+def cross_entropy(n: int, vocab: int) -> Iterator[Case]:
+    shape = f"N={n},V={vocab}"
+    logits, targets = 4 * normal(n, vocab), np.random.default_rng(5).integers(0, vocab, n)
+    targets[n // 2] = -1
+    yield Case(
+        f"cross_entropy_forward/{shape}",
+        {"loss": nothing(n), "logits": logits, "targets": targets},
+        lambda ops, a: ops.cross_entropy_forward(a["loss"], a["logits"], a["targets"]),
+        ("loss", "logits"),
+        wide=("loss",),
+    )
+    yield Case(
+        f"cross_entropy_forward_backward/{shape}",
+        {"loss": nothing(n), "logits": logits, "targets": targets},
+        lambda ops, a: ops.cross_entropy_forward_backward(
+            a["loss"], a["logits"], a["targets"], 0.25
+        ),
+        ("loss", "logits"),
+        wide=("loss",),
+        tolerance=4e-6,
+    )
+    yield Case(
+        f"cross_entropy_kl_forward_backward/{shape}",
+        {"loss": nothing(n), "logits": logits, "targets": targets}
+        | {"teacher": 3 * normal(n, vocab, seed=1)},
+        lambda ops, a: ops.cross_entropy_kl_forward_backward(
+            a["loss"], a["logits"], a["teacher"], a["targets"], 0.25, 2.0, 0.5
+        ),
+        ("loss", "logits"),
+        wide=("loss",),
+        tolerance=8e-6,
+    )
+
+
+def updates(n: int) -> Iterator[Case]:
+    arrays = {name: normal(n, seed=i) for i, name in enumerate("pgm")}
+    knobs = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.5}
+    yield Case(
+        f"adamw_update/n={n}",
+        arrays | {"v": normal(n, seed=3) ** 2},
+        lambda ops, a: ops.adamw_update(
+            *(a[x] for x in "pgmv"), step=3, lr=1e-3, **knobs
+        ),
+        ("p", "m", "v"),
+        bf16=False,
+    )
+
+    def squares(ops: Any, a: Arrays) -> None:
+        ops.sum_of_squares(a["partial"], a["g"], 4096)
+
+    yield Case(
+        f"sum_of_squares/n={n}",
+        {"partial": nothing(-(-n // 4096)), "g": arrays["g"]},
+        squares,
+        ("partial",),
+        wide=("partial",),
+    )
+
+
+def muon(rows: int, cols: int) -> Iterator[Case]:
+    yield Case(
+        f"muon_update/{rows}x{cols}",
+        {name: normal(rows, cols, seed=i) for i, name in enumerate("pgm")},
+        lambda ops, a: ops.muon_update(
+            a["p"], a["g"], a["m"], lr=0.02, momentum=0.95, weight_decay=0.1, grad_scale=0.5
+        ),
+        ("p", "m"),
+        bf16=False,
+        tolerance=2e-5,
+    )
+
+
+def fake_quant(rows: int, n: int) -> Iterator[Case]:
+    shape = f"rows={rows},n={n}"
+    x = normal(rows, n)
+    x[0, :32] = 0
+    x[-1, -1] *= 1e-24  # subnormal products
+    if rows > 1:
+        x[1] *= 2.0**-70  # below the smallest group that has a scale
+    head = {"group": n}
+    yield Case(
+        f"fake_quant_activations/{shape}",
+        {"x": x},
+        lambda ops, a: ops.fake_quant_activations(a["x"]),
+        ("x",),
+        exact=True,
+        bf16=False,
+    )
+    yield Case(
+        f"fake_quant_activations_head/{shape}",
+        {"x": x},
+        lambda ops, a: ops.fake_quant_activations(a["x"], **head),
+        ("x",),
+        exact=True,
+        bf16=False,
+    )
+    half = x.copy()
+    half[:, : n // 2] = np.rint(half[:, : n // 2] * 4) / 4  # quotients that end in one half
+    yield Case(
+        f"fake_quant_weights/{shape}",
+        {"out": nothing(rows, n), "w": half},
+        lambda ops, a: ops.fake_quant_weights(a["out"], a["w"]),
+        ("out",),
+        exact=True,
+        bf16=False,
+    )
+
+
+def small_cases() -> Iterator[Case]:
+    """Every op at sizes that a simulator can do in seconds."""
+    yield from embedding(9, 5, 7)
+    yield from embedding(1, 33, 3)
+    yield from linear(5, 7, 3)
+    yield from rmsnorm(1, 1)
+    yield from rmsnorm(5, 33)
+    yield from rmsnorm(3, 70)
+    for shape in ((2, 2, 5, 1, 6), (1, 1, 1, 3, 2), (1, 2, 3, 2, 10)):
+        yield from rope(*shape)
+        yield from heads(*shape)
+    for shape in ((2, 2, 5, 1, 6), (1, 1, 1, 3, 2), (1, 2, 11, 2, 4)):
+        yield from attention(*shape)
+    yield from swiglu(3, 7)
+    yield from swiglu(1, 1)
+    yield from cross_entropy(5, 11)
+    yield from cross_entropy(2, 300)
+    yield from updates(301)
+    for shape in ((6, 6), (4, 9), (9, 4)):
+        yield from muon(*shape)
+    yield from fake_quant(3, 70)
+    yield from fake_quant(2, 32)
+    yield from fake_quant(1, 3)
+
+
+def large_cases() -> Iterator[Case]:
+    """Every op at sizes of a real model, odd where kernels might care."""
+    yield from embedding(4099, 768, 1009)
+    yield from linear(1030, 768, 2304)
+    yield from rmsnorm(2049, 768)
+    yield from rmsnorm(65, 1000)
+    yield from rope(3, 4, 257, 3, 64)
+    yield from heads(3, 4, 257, 3, 64)
+    yield from attention(2, 4, 515, 3, 64)
+    yield from attention(1, 2, 130, 1, 80)
+    yield from swiglu(515, 2048)
+    yield from cross_entropy(129, 50257)
+    yield from updates(1_000_003)
+    yield from muon(768, 2304)
+    yield from muon(2048, 768)
+    yield from fake_quant(515, 768)
+    yield from fake_quant(33, 100)
+
+
+# ---- running ----------------------------------------------------------------------------------------------------
+
+
+def to_bf16(x: Array) -> Array:
+    """bfloat16 bits as uint16, half to even, of finite float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: Array) -> Array:
+    """float32 of bfloat16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def poisoned_bf16(x: Array) -> Array:
+    """to_bf16 that keeps NaN."""
+    return np.where(np.isnan(x), np.uint16(0x7FC0), to_bf16(x))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Errors relative to the oracle's norm, the worst output of a case; exact: bits equal to the CPU's float32."""
+
+    name: str
+    error: float
+    cpu_error: float
+    exact: bool
+    ok: bool
+
+
+def is_narrow(case: Case, name: str) -> bool:
+    """Whether an array becomes bfloat16 in the case's bfloat16 form."""
+    return case.arrays[name].dtype == np.float32 and name not in case.wide
+
+
+def check(
+    case: Case,
+    ops: Any,
+    *,
+    bf16: bool = False,
+    upload: Callable[[Array], Any] = np.copy,
+    download: Callable[[Any], Array] = np.asarray,
+) -> Outcome:
+    """Run a case on ``ops`` and judge it."""
+    from ..ops import cpu
+
+    rounded = {
+        name: from_bf16(poisoned_bf16(x)) if bf16 and is_narrow(case, name) else x
+        for name, x in case.arrays.items()
+    }
+    single = {name: x.copy() for name, x in rounded.items()}
+    case.run(cpu, single)
+    double = {
+        name: x.astype(np.float64) if x.dtype == np.float32 else x.copy()
+        for name, x in rounded.items()
+    }
+    oracle = single if case.exact else double
+    if not case.exact:
+        case.run(cpu, double)
+    device = {}
+    for name, x in rounded.items():
+        narrow = bf16 and is_narrow(case, name)
+        device[name] = upload(poisoned_bf16(x) if narrow else x)
+    case.run(ops, device)
+    worst, worst_cpu, exact = 0.0, 0.0, True
+    for name in case.outputs:
+        got = download(device[name])
+        got = from_bf16(got) if bf16 and is_narrow(case, name) else got
+        exact = exact and bool(np.array_equal(got, single[name]))
+        wanted = oracle[name].astype(np.float64)
+        norm = float(np.linalg.norm(wanted.ravel())) or 1.0
+        error = float(np.linalg.norm((got - wanted).ravel())) / norm
+        worst = max(worst, error if np.isfinite(error) else np.inf)
+        worst_cpu = max(worst_cpu, float(np.linalg.norm((single[name] - wanted).ravel())) / norm)
+    if bf16:
+        ok = worst <= BF16_TOLERANCE
+    else:
+        ok = exact if case.exact else worst <= max(case.tolerance, 4 * worst_cpu)
+    return Outcome(case.name, worst, worst_cpu, exact, ok)
+
+
+BF16_TOLERANCE = 2.0**-7  # half a unit in the last place is 2^-9; intermediate results are rounded too

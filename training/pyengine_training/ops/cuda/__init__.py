@@ -1,0 +1,67 @@
+"""The CUDA back end: Numba kernels on flat arrays, matrix products by cuBLAS, the names and signatures of ``ops.cpu``.
+
+Importing it needs numba-cuda; using it needs a GPU, or the simulator of the tests. Arrays are the runtime's
+(:mod:`._runtime`): cupy's on a GPU.
+"""
+
+from __future__ import annotations
+
+from .adamw import adamw_update
+from .attention import attention_backward, attention_forward, attention_scratch_shapes
+from .buffers import add, copy, empty, fill, total, zeros
+from .cross_entropy import cross_entropy_forward, cross_entropy_forward_backward
+from .embedding import embedding_backward, embedding_forward
+from .fake_quant import (
+    activation_codes,
+    fake_quant_activations,
+    fake_quant_weights,
+    weight_codes,
+    weight_scales,
+)
+from .grad_norm import clip_coefficient, sum_of_squares
+from .heads import merge_heads, split_heads
+from .kl import cross_entropy_kl_forward_backward
+from .linear import linear_backward_input, linear_backward_weight, linear_forward
+from .muon import muon_update
+from .rmsnorm import rmsnorm_backward, rmsnorm_forward, rmsnorm_residual_forward
+from .rope import qkv_rope_backward, qkv_rope_forward, rope_tables
+from .swiglu import swiglu_backward, swiglu_forward
+
+__all__ = [
+    "activation_codes",
+    "adamw_update",
+    "add",
+    "attention_backward",
+    "attention_forward",
+    "attention_scratch_shapes",
+    "clip_coefficient",
+    "copy",
+    "cross_entropy_forward",
+    "cross_entropy_forward_backward",
+    "cross_entropy_kl_forward_backward",
+    "embedding_backward",
+    "embedding_forward",
+    "empty",
+    "fake_quant_activations",
+    "fake_quant_weights",
+    "fill",
+    "linear_backward_input",
+    "linear_backward_weight",
+    "linear_forward",
+    "merge_heads",
+    "muon_update",
+    "qkv_rope_backward",
+    "qkv_rope_forward",
+    "rmsnorm_backward",
+    "rmsnorm_forward",
+    "rmsnorm_residual_forward",
+    "rope_tables",
+    "split_heads",
+    "sum_of_squares",
+    "swiglu_backward",
+    "swiglu_forward",
+    "total",
+    "weight_codes",
+    "weight_scales",
+    "zeros",
+]

@@ -1,0 +1,87 @@
+"""Plain storage: made, filled, added to, summed. Names as in ``ops.cpu.buffers``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ._intrinsics import load, store
+from ._jit import Array, cuda, f4, kernel, launch_elements
+from ._reduce import block_sum
+from ._runtime import flat, runtime, scratch
+
+SUM_BLOCKS = 64
+SUM_THREADS = 256
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An uninitialized device array."""
+    return runtime().empty(tuple(shape), dtype)
+
+
+def zeros(shape: Any, dtype: Any) -> Array:
+    """A zeroed device array; shape may be an int."""
+    made = empty(shape if isinstance(shape, tuple) else (int(shape),), dtype)
+    runtime().fill(made, 0)
+    return made
+
+
+def fill(x: Array, value: float) -> None:
+    """Every element = value (of a bfloat16 array: 0 only, whose bits are 0 too)."""
+    runtime().fill(x, value)
+
+
+@kernel
+def add_kernel(y: Any, x: Any, n: int) -> None:
+    """y[i] += x[i]."""
+    i = cuda.grid(1)
+    if i < n:
+        store(y, i, load(y, i) + load(x, i))
+
+
+def add(y: Array, x: Array) -> None:
+    """y += x, element by element."""
+    launch_elements(add_kernel, y.size, flat(y), flat(x), y.size)
+
+
+@kernel
+def copy_kernel(y: Any, x: Any, n: int) -> None:
+    """y[i] = x[i], rounding or widening where the types differ."""
+    i = cuda.grid(1)
+    if i < n:
+        store(y, i, load(x, i))
+
+
+def copy(y: Array, x: Array) -> None:
+    """y = x; between float32 and bfloat16 elements are rounded or widened."""
+    launch_elements(copy_kernel, y.size, flat(y), flat(x), y.size)
+
+
+@kernel
+def partial_sum_kernel(partial: Any, x: Any, n: int) -> None:
+    """partial[block] = sum of the elements block, block + blocks, ... of rows of blockDim."""
+    total = f4(0)
+    i = cuda.grid(1)
+    stride = cuda.blockDim.x * cuda.gridDim.x
+    while i < n:
+        total += load(x, i)
+        i += stride
+    total = block_sum(total)
+    if cuda.threadIdx.x == 0:
+        store(partial, cuda.blockIdx.x, total)
+
+
+def partial_sums(x: Array) -> Array:
+    """(SUM_BLOCKS,) float32 whose sum is that of x: a device array, valid until the next call."""
+    partial = scratch("partial_sums", SUM_BLOCKS, np.float32)
+    blocks = min(SUM_BLOCKS, -(-x.size // SUM_THREADS))
+    if blocks < SUM_BLOCKS:
+        fill(partial, 0)
+    runtime().launch(partial_sum_kernel, blocks, SUM_THREADS, (partial, flat(x), x.size))
+    return partial
+
+
+def total(x: Array) -> float:
+    """The sum of all elements; waits for the device."""
+    return float(np.asarray(runtime().download(partial_sums(x)), np.float64).sum())

@@ -1,0 +1,104 @@
+"""Cross-entropy over the vocabulary.  logits (N, vocab_size); targets (N,) int64, negative = ignored; loss (N,).
+
+forward   loss[i] = logsumexp(logits[i]) - logits[i, targets[i]]           (0 where ignored)
+backward  dlogits[i] = (softmax(logits[i]) - onehot(targets[i])) * inv     written over logits; inv = 1 / tokens counted
+
+One block for each row. ``inv`` may be a number or a device array of one float32, which a recorded graph reads anew.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ._intrinsics import load, store
+from ._jit import Array, cuda, device, f4, i8, kernel, launch_rows
+from ._reduce import LOWEST, block_max, block_sum
+from ._runtime import flat, runtime
+
+
+@device
+def row_max(logits: Any, base: int, vocab: int) -> Any:
+    """Maximum of a row, in every thread."""
+    top = LOWEST
+    v = i8(cuda.threadIdx.x)
+    while v < vocab:
+        top = max(top, load(logits, base + v))
+        v += cuda.blockDim.x
+    return block_max(top)
+
+
+@device
+def row_exp_sum(logits: Any, base: int, vocab: int, top: Any, inv_tau: Any) -> Any:
+    """Sum of exp((logits - top) * inv_tau) over a row, in every thread."""
+    total = f4(0)
+    v = i8(cuda.threadIdx.x)
+    while v < vocab:
+        total += math.exp((load(logits, base + v) - top) * inv_tau)
+        v += cuda.blockDim.x
+    return block_sum(total)
+
+
+@kernel
+def cross_entropy_kernel(
+    loss: Any, logits: Any, targets: Any, inv: Any, vocab: int, backward: bool
+) -> None:
+    """Loss of one row; with ``backward`` its gradient over the logits.
+
+    The sums end in barriers, so every logit is read before any is overwritten.
+    """
+    row = i8(cuda.blockIdx.x)
+    target = load(targets, row)
+    base = row * vocab
+    top = row_max(logits, base, vocab)
+    target_logit = load(logits, base + max(target, i8(0)))
+    total = row_exp_sum(logits, base, vocab, top, f4(1))
+    if cuda.threadIdx.x == 0:
+        value = math.log(total) - (target_logit - top)
+        if target < 0:
+            value = f4(0)
+        store(loss, row, value)
+    if backward:
+        unit = load(inv, 0)
+        factor = unit / total
+        v = i8(cuda.threadIdx.x)
+        while v < vocab:
+            gradient = math.exp(load(logits, base + v) - top) * factor
+            if v == target:
+                gradient -= unit
+            if target < 0:
+                gradient = f4(0)
+            store(logits, base + v, gradient)
+            v += cuda.blockDim.x
+
+
+_numbers: dict[tuple[int, float], Array] = {}
+
+
+def number(value: Any) -> Array:
+    """A device array of one float32: the value's own if it is one, else uploaded once for each value."""
+    if hasattr(value, "dtype") and getattr(value, "size", 0) == 1 and hasattr(value, "reshape"):
+        if not isinstance(value, np.generic):
+            return flat(value)
+    key = (id(runtime()), float(f4(value)))
+    if key not in _numbers:
+        if len(_numbers) > 256:
+            _numbers.clear()
+        _numbers[key] = runtime().upload(np.array([value], np.float32))
+    return _numbers[key]
+
+
+def cross_entropy_forward(loss: Array, logits: Array, targets: Array) -> None:
+    """Loss per row; logits are left alone."""
+    n, vocab = logits.shape
+    arguments = flat(loss), flat(logits), flat(targets), number(1.0), vocab, False
+    launch_rows(cross_entropy_kernel, n, vocab, *arguments)
+
+
+def cross_entropy_forward_backward(loss: Array, logits: Array, targets: Array, inv: Any) -> None:
+    """Loss per row, and the gradient written over the logits."""
+    n, vocab = logits.shape
+    arguments = flat(loss), flat(logits), flat(targets), number(inv), vocab, True
+    launch_rows(cross_entropy_kernel, n, vocab, *arguments)

@@ -1,0 +1,200 @@
+"""The engine's int8 arithmetic, simulated in float32: the same groups, scales and rounding as csrc/FORMAT.md.
+
+weights      groups of 64 along the input; scale = f16(absmax / 127); q = clamp(rint(w / scale), -127, 127)
+activations  groups of 32 (a value head is one group); scale = absmax / 127; q = rint(x * (127 / absmax));
+             absmax < 2^-64 gives scale 0 and codes 0
+
+forward      replaces x by q * scale
+backward     straight through: dx = dy, as on the CPU.
+
+One warp for each group. The kernels are exact: IEEE division and multiplication and rounding half to even are single
+instructions, and nothing is fused, so codes and scales equal the CPU's bit for bit. Values must be float32: rounding
+them to bfloat16 first would change the codes.
+
+A value that is not finite, or a weight scale that overflows half precision, sets a flag on the device. The functions
+raise NotFiniteError at once, which waits for the device; inside :func:`deferred_checks` the caller asks later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ...errors import NotFiniteError
+from ..cpu.fake_quant import ACTIVATION_GROUP, WEIGHT_GROUP
+from ._intrinsics import div_rn, float_of_bits, half_bits, load, mul_rn, rint, round_half, store
+from ._intrinsics import bits_of_float as bits
+from ._jit import FULL, Array, cuda, exact_device, exact_kernel, f4, i8
+from ._runtime import flat, runtime, scratch
+
+TINY = f4(2.0**-64)
+INF_BITS = np.int32(0x7F800000)
+MAGNITUDE = np.int32(0x7FFFFFFF)
+WARPS = 4  # groups of a block
+i4 = np.int32
+
+
+@exact_device
+def group_absmax(x: Any, start: int, end: int) -> Any:
+    """Bits of the largest magnitude in [start, end), in every lane: an integer maximum, as the engine takes it."""
+    top = i4(0)
+    c = start + cuda.threadIdx.x % 32
+    while c < end:
+        top = max(top, i4(bits(load(x, c)) & MAGNITUDE))
+        c += i8(32)
+    top = max(top, cuda.shfl_xor_sync(FULL, top, 16))
+    top = max(top, cuda.shfl_xor_sync(FULL, top, 8))
+    top = max(top, cuda.shfl_xor_sync(FULL, top, 4))
+    top = max(top, cuda.shfl_xor_sync(FULL, top, 2))
+    top = max(top, cuda.shfl_xor_sync(FULL, top, 1))
+    return top
+
+
+@exact_kernel
+def activations_kernel(
+    out: Any, codes: Any, scales: Any, flag: Any, x: Any,
+    n: int, group: int, groups: int, n_groups: int, want_codes: bool,
+) -> None:  # fmt: skip
+    """One warp for each group: codes and scales, or the values that they stand for into ``out`` (may be x)."""
+    index = i8(cuda.blockIdx.x) * WARPS + cuda.threadIdx.x // 32
+    if index >= n_groups:
+        return
+    row = index // groups
+    start = row * n + index % groups * group
+    end = min(start + group, (row + i8(1)) * n)
+    top = group_absmax(x, start, end)
+    if top >= INF_BITS:
+        store(flag, 0, np.int32(1))
+    absmax = float_of_bits(top)
+    scale = f4(0)
+    inv = f4(0)
+    if absmax >= TINY:
+        scale = div_rn(absmax, f4(127))
+        inv = div_rn(f4(127), absmax)
+    c = start + cuda.threadIdx.x % 32
+    while c < end:
+        q = rint(mul_rn(load(x, c), inv))
+        if want_codes:
+            store(codes, c, np.int8(q))
+        else:
+            store(out, c, mul_rn(q, scale))
+        c += i8(32)
+    if want_codes and cuda.threadIdx.x % 32 == 0:
+        store(scales, index, scale)
+
+
+@exact_kernel
+def weights_kernel(
+    out: Any, codes: Any, scales: Any, flag: Any, w: Any,
+    n: int, group: int, groups: int, n_groups: int, want_codes: bool,
+) -> None:  # fmt: skip
+    """One warp for each group: codes and half precision scales (as bits), or the values that they stand for."""
+    index = i8(cuda.blockIdx.x) * WARPS + cuda.threadIdx.x // 32
+    if index >= n_groups:
+        return
+    row = index // groups
+    start = row * n + index % groups * group
+    end = min(start + group, (row + i8(1)) * n)
+    ratio = div_rn(float_of_bits(group_absmax(w, start, end)), f4(127))
+    scale = round_half(ratio)
+    if bits(scale) >= INF_BITS:
+        store(flag, 0, np.int32(1))
+    c = start + cuda.threadIdx.x % 32
+    while c < end:
+        q = f4(0)
+        if scale > f4(0):
+            q = rint(div_rn(load(w, c), scale))
+            q = min(max(q, f4(-127)), f4(127))
+        if want_codes:
+            store(codes, c, np.int8(q))
+        else:
+            store(out, c, mul_rn(q, scale))
+        c += i8(32)
+    if want_codes and cuda.threadIdx.x % 32 == 0:
+        store(scales, index, half_bits(ratio))
+
+
+_deferred = False
+
+
+@contextlib.contextmanager
+def deferred_checks() -> Iterator[None]:
+    """Within the body nothing waits for the device; call :func:`raise_if_not_finite` afterwards."""
+    global _deferred
+    previous, _deferred = _deferred, True
+    try:
+        yield
+    finally:
+        _deferred = previous
+
+
+def raise_if_not_finite(what: str) -> None:
+    """NotFiniteError if a kernel has seen an infinity or NaN since the last call; waits for the device."""
+    flag = scratch("not_finite", 1, np.int32, zeroed=True)
+    if int(runtime().download(flag)[0]):
+        runtime().fill(flag, 0)
+        raise NotFiniteError(what)
+
+
+def _run(
+    function: Any, x: Array, out: Array | None, coded: tuple[Array, Array] | None, group: int
+) -> None:
+    """Launch on x (rows, n): values into ``out``, or codes and scales into ``coded``."""
+    rows, n = x.shape
+    if x.dtype != np.float32:
+        raise TypeError(f"fake-quantization takes float32, not {x.dtype}")
+    groups = -(-n // group)
+    scale_type = np.float32 if function is activations_kernel else np.int16
+    codes = flat(coded[0]) if coded else scratch("no_codes", 1, np.int8)
+    scales = flat(coded[1]) if coded else scratch("no_scales", 1, scale_type)
+    values = flat(out) if out is not None else scratch("no_values", 1, np.float32)
+    flag = scratch("not_finite", 1, np.int32, zeroed=True)
+    arguments = values, codes, scales, flag, flat(x), n, group, groups, rows * groups
+    blocks = -(-rows * groups // WARPS)
+    runtime().launch(function, blocks, 32 * WARPS, (*arguments, coded is not None))
+
+
+def fake_quant_activations(x: Array, group: int = ACTIVATION_GROUP) -> None:
+    """Round x (rows, n) float32 to what the engine's int8 codes stand for, in place.
+
+    Raises NotFiniteError when a value is infinite or NaN.
+    """
+    _run(activations_kernel, x, x, None, group)
+    if not _deferred:
+        raise_if_not_finite("an activation is infinite or NaN")
+
+
+def activation_codes(x: Array, group: int = ACTIVATION_GROUP) -> tuple[Array, Array]:
+    """int8 codes (rows, n) and float32 scales (rows, ceil(n / group)) of x (rows, n) float32."""
+    codes = runtime().empty(x.shape, np.int8)
+    scales = runtime().empty((x.shape[0], -(-x.shape[1] // group)), np.float32)
+    _run(activations_kernel, x, None, (codes, scales), group)
+    raise_if_not_finite("an activation is infinite or NaN")
+    return codes, scales
+
+
+BAD_WEIGHT = "a weight is infinite, NaN, or too large for a half precision scale"
+
+
+def fake_quant_weights(out: Array, w: Array) -> None:
+    """out = the float32 values that w's int8 codes and half precision scales stand for; both (rows, n) float32."""
+    _run(weights_kernel, w, out, None, WEIGHT_GROUP)
+    if not _deferred:
+        raise_if_not_finite(BAD_WEIGHT)
+
+
+def weight_codes(w: Array) -> tuple[Array, Array]:
+    """int8 codes (rows, n) and float16 scales (rows, ceil(n / 64)): what the frozen file holds, before its panels."""
+    codes = runtime().empty(w.shape, np.int8)
+    scales = runtime().empty((w.shape[0], -(-w.shape[1] // WEIGHT_GROUP)), np.int16)
+    _run(weights_kernel, w, None, (codes, scales), WEIGHT_GROUP)
+    raise_if_not_finite(BAD_WEIGHT)
+    return codes, scales.view(np.float16)
+
+
+def weight_scales(w: Array, scratch: Array | None = None) -> Array:
+    """float16 scales (rows, ceil(n / 64)) of w (rows, n) float32. Raises NotFiniteError when one overflows."""
+    return weight_codes(w)[1]
