@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
-from pyengine_training.data import (  # noqa: E402
+from pyengine_training.data import (
     BatchSource,
     Corpus,
     Phase,
@@ -20,8 +20,8 @@ from pyengine_training.data import (  # noqa: E402
     prepare_corpus,
     validation_batches,
 )
-from pyengine_training.errors import DataError  # noqa: E402
-from pyengine_training.text import (  # noqa: E402
+from pyengine_training.errors import DataError
+from pyengine_training.text import (
     is_validation,
     read_documents,
     train_tokenizer,
@@ -53,7 +53,8 @@ def split_of(lengths: list[int]) -> Split:
     )
 
 
-# ---- text -------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_separator_lines_are_never_text(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_vocabulary_larger_than_the_text_supports() -> None:
 
 def test_tokenizer_sees_the_train_split_only(stories: Path, tmp_path: Path) -> None:
     """Words that occur only in validation documents change nothing."""
-    lines = [t for t in read_documents(stories)]
+    lines = list(read_documents(stories))
     extra = next(f"Xylophone{i} zzz." for i in range(10_000) if is_validation(f"Xylophone{i} zzz."))
     path = tmp_path / "more.txt"
     path.write_text("\n<|endoftext|>\n".join([*lines, *[extra] * 50]))
@@ -126,7 +127,8 @@ def test_tokenizer_sees_the_train_split_only(stories: Path, tmp_path: Path) -> N
     assert trained(path) == trained(stories)
 
 
-# ---- shards -----------------------------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_shards_hold_every_document(stories: Path, tokenizer: Any, corpus: Corpus) -> None:
@@ -164,7 +166,8 @@ def test_an_empty_text_leaves_nothing_behind(tokenizer: Any, tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt"]
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_rows_start_at_documents_and_an_epoch_shows_each_whole() -> None:
@@ -229,7 +232,8 @@ def test_mixing_follows_the_weights_and_wastes_no_row() -> None:
         BatchSource(splits, [Phase(0, (1.0,))], batch_size=4, seq_len=16, seed=1)
 
 
-# ---- validation -------------------------------------------------------------------------------------------------
+# ---- validation
+# -------------------------------------------------------------------------------------------------
 
 
 def test_validation_counts_each_token_once() -> None:

@@ -1,4 +1,6 @@
-"""The simulated int8 arithmetic against csrc/FORMAT.md, written here a second time with plain NumPy."""
+"""The simulated int8 arithmetic against csrc/FORMAT.md, written here a second time with plain
+NumPy.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import pytest
 
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
-from pyengine_training.errors import NotFiniteError  # noqa: E402
-from pyengine_training.ops import cpu as ops  # noqa: E402
+from pyengine_training.errors import NotFiniteError
+from pyengine_training.ops import cpu as ops
 
 Array = np.ndarray[Any, Any]
 f4 = np.float32

@@ -1,7 +1,8 @@
-"""Every op's backward against central differences of its forward, in float64, on the kernels that train.
+"""Every op's backward against central differences of its forward, in float64, on the kernels that
+train.
 
-A scalar is made of each output by a fixed random weighting; its gradient by the op must equal the differences at every
-input element (the inputs are small), to 1e-6 of the largest.
+A scalar is made of each output by a fixed random weighting; its gradient by the op must equal the
+differences at every input element (the inputs are small), to 1e-6 of the largest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
-from pyengine_training.ops import cpu as ops  # noqa: E402
+from pyengine_training.ops import cpu as ops
 
 Array = np.ndarray[Any, Any]
 H = 1e-5

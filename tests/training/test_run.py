@@ -1,4 +1,6 @@
-"""Whole runs through the command line: a run, resuming it, branching, fine-tuning, killing, and bad input."""
+"""Whole runs through the command line: a run, resuming it, branching, fine-tuning, killing, and bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ import pytest
 
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
-import pyengine_training  # noqa: E402
-from pyengine_training import checkpoint as checkpoints  # noqa: E402
-from pyengine_training.__main__ import main  # noqa: E402
-from pyengine_training.energy import EnergyMeter, add_joules  # noqa: E402
-from pyengine_training.files import load_safetensors, read_json  # noqa: E402
+import pyengine_training
+from pyengine_training import checkpoint as checkpoints
+from pyengine_training.__main__ import main
+from pyengine_training.energy import EnergyMeter, add_joules
+from pyengine_training.files import load_safetensors, read_json
 
 SIZES = "--vocab-size 300 --dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64"
 KNOBS = "--seq-len 32 --batch-size 4 --shards 2 --eval-documents 4 --sample-tokens 4"
@@ -81,19 +83,17 @@ def test_checkpoint_names_are_hugging_faces(finished: Path) -> None:
     np.testing.assert_array_equal(params["tok_embeddings"], tensors["model.embed_tokens.weight"])
 
 
-def test_a_used_folder_is_never_overwritten(
-    finished: Path, stories: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_used_folder_is_never_overwritten(finished: Path, stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     assert main(arguments(finished, stories, "--steps 3")) == 1
     assert "already used" in capsys.readouterr().err
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_resuming_gives_the_same_bits_and_each_step_once(
-    finished: Path, tmp_path: Path
-) -> None:
-    """The run as it was after a crash at step 8: later checkpoints gone, metrics ahead and cut mid-line."""
+def test_resuming_gives_the_same_bits_and_each_step_once(finished: Path, tmp_path: Path) -> None:
+    """The run as it was after a crash at step 8: later checkpoints gone, metrics ahead and cut
+    mid-line.
+    """
     run = tmp_path / "crashed"
     shutil.copytree(finished, run)
     for name in ("checkpoints/step_00000012", "trunk", "final"):
@@ -118,9 +118,7 @@ def test_a_trunk_can_be_decayed_and_continued(finished: Path, tmp_path: Path) ->
     assert steps_of(branch) == steps_of(finished)[8:]
 
 
-def test_fine_tuning_starts_from_the_given_weights(
-    finished: Path, stories: Path, tmp_path: Path
-) -> None:
+def test_fine_tuning_starts_from_the_given_weights(finished: Path, stories: Path, tmp_path: Path) -> None:
     run = tmp_path / "tuned"
     flags = f"--init-from {finished / 'final'} --steps 2 --quantize never --warmup-fraction 0"
     given = ["--data", str(stories), *f"{KNOBS} {flags}".split()]
@@ -156,9 +154,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert not (tmp_path / "dry").exists()
 
 
-def test_options_from_a_file_lose_to_flags(
-    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_from_a_file_lose_to_flags(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "options.json"
     path.write_text(json.dumps({"depth": 2, "steps": 77, "data": [str(stories)], "lr": 0.001}))
     run = ["train", "--run-dir", str(tmp_path / "r"), "--config", str(path), "--dry-run"]
@@ -170,7 +166,8 @@ def test_options_from_a_file_lose_to_flags(
     assert "depht" in capsys.readouterr().err
 
 
-# ---- interruption -----------------------------------------------------------------------------------------------
+# ---- interruption
+# -----------------------------------------------------------------------------------------------
 
 
 def spawn(run: Path, data: Path, extra: str) -> subprocess.Popen[str]:
@@ -187,9 +184,7 @@ def spawn(run: Path, data: Path, extra: str) -> subprocess.Popen[str]:
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (
-            run / "metrics.jsonl"
-        ).read_text():
+        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
             return
         time.sleep(0.02)
     process.kill()
@@ -197,9 +192,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_checkpoint_and_exit_honestly(
-    stories: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_signals_checkpoint_and_exit_honestly(stories: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     with spawn(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 0") as process:
         wait_for_step(run, 5, process)
@@ -246,7 +239,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(
     assert names == ["step_00000004", "step_00000008"]
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------
+# ---- bad input
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -312,12 +306,11 @@ def test_checkpoints_of_other_kinds_are_refused(
     assert "newer version" in capsys.readouterr().err
 
 
-# ---- reports ----------------------------------------------------------------------------------------------------
+# ---- reports -------------------------------------------------------------------------------------
+# ---------------
 
 
-def test_evaluate_sample_and_snap(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_sample_and_snap(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, final = str(next((finished / "data").iterdir())), str(finished / "final")
     assert main(["evaluate", final, data]) == 0
     results = json.loads(capsys.readouterr().out)

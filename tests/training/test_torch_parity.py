@@ -1,4 +1,6 @@
-"""Losses and gradients of whole models against PyTorch's, kept in torch_gradients.npz by the script beside it."""
+"""Losses and gradients of whole models against PyTorch's, kept in torch_gradients.npz by the script
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import pytest
 
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
-from pyengine_training.arena import Arena, parameter_shapes  # noqa: E402
-from pyengine_training.config import ModelConfig, TrainConfig  # noqa: E402
-from pyengine_training.trainer import Trainer  # noqa: E402
+from pyengine_training.arena import Arena, parameter_shapes
+from pyengine_training.config import ModelConfig, TrainConfig
+from pyengine_training.trainer import Trainer
 
 FIXTURE = Path(__file__).parent / "fixtures" / "torch_gradients.npz"
 SEQ = 24
@@ -54,7 +56,9 @@ def test_gradients(golden: Any, tiny_sizes: dict[str, Any], kind: str, recompute
 
 
 def test_gradients_through_fake_quantization(golden: Any, tiny_sizes: dict[str, Any]) -> None:
-    """Same straight-through estimator at the same points; the fixture keeps clear of rounding boundaries."""
+    """Same straight-through estimator at the same points; the fixture keeps clear of rounding
+    boundaries.
+    """
     sizes = {**tiny_sizes, "n_layers": 1, "max_seq_len": 5}
     trainer = make_trainer(sizes, 1)
     fill(trainer.params, golden, "quantized/parameters/")
@@ -72,9 +76,7 @@ def test_gradients_of_distillation(golden: Any, tiny_sizes: dict[str, Any]) -> N
     teacher = Arena(parameter_shapes(teacher_config))
     fill(teacher, golden)
     sizes = {**tiny_sizes, "n_layers": 1}
-    trainer = make_trainer(
-        sizes, 4, teacher=(teacher_config, teacher), distill_alpha=0.4, distill_tau=2.0
-    )
+    trainer = make_trainer(sizes, 4, teacher=(teacher_config, teacher), distill_alpha=0.4, distill_tau=2.0)
     fill(trainer.params, golden)
     loss = trainer.gradients(golden["tokens"], golden["targets"])
     assert loss == pytest.approx(float(golden["distilled/loss"]), rel=1e-6)
@@ -83,9 +85,7 @@ def test_gradients_of_distillation(golden: Any, tiny_sizes: dict[str, Any]) -> N
 
 
 def test_ten_steps_of_adamw(golden: Any, tiny_sizes: dict[str, Any]) -> None:
-    trainer = make_trainer(
-        tiny_sizes, 4, optimizer="adamw", lr=3e-3, warmup_fraction=0, decay_fraction=0, steps=10
-    )
+    trainer = make_trainer(tiny_sizes, 4, optimizer="adamw", lr=3e-3, warmup_fraction=0, decay_fraction=0, steps=10)
     fill(trainer.params, golden)
     losses = [trainer.step(golden["tokens"], golden["targets"]).loss for _ in range(10)]
     np.testing.assert_allclose(losses, golden["curve"], rtol=1e-4)

@@ -1,4 +1,6 @@
-"""One step and many: same bits for any thread count, accumulation, recomputation, resuming; learning; memory."""
+"""One step and many: same bits for any thread count, accumulation, recomputation, resuming;
+learning; memory.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import pytest
 
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
-from pyengine_training.arena import Arena, parameter_shapes  # noqa: E402
-from pyengine_training.config import ModelConfig, TrainConfig  # noqa: E402
-from pyengine_training.errors import ConfigError, NotFiniteError  # noqa: E402
-from pyengine_training.optimizer import schedule  # noqa: E402
-from pyengine_training.trainer import Trainer  # noqa: E402
+from pyengine_training.arena import Arena, parameter_shapes
+from pyengine_training.config import ModelConfig, TrainConfig
+from pyengine_training.errors import ConfigError, NotFiniteError
+from pyengine_training.optimizer import schedule
+from pyengine_training.trainer import Trainer
 
 Array = np.ndarray[Any, Any]
 
@@ -54,9 +56,7 @@ def test_micro_batches_equal_shards(tiny_sizes: dict[str, Any]) -> None:
     loss = 0.0
     for first in range(0, 8, 4):
         part = slice(first, first + 4)
-        loss += trainer.gradients(
-            tokens[part], targets[part], accumulate=first > 0, counted=targets.size
-        )
+        loss += trainer.gradients(tokens[part], targets[part], accumulate=first > 0, counted=targets.size)
     np.testing.assert_array_equal(trainer.grads.flat, whole)
     assert loss == pytest.approx(whole_loss, rel=1e-12)
     trainer.close()
@@ -102,7 +102,9 @@ def test_schedule_shapes() -> None:
 
 
 def test_resuming_is_bitwise(tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
-    """Save in the trunk, restore into a fresh trainer, go through the quantized decay: losses and parameters equal."""
+    """Save in the trunk, restore into a fresh trainer, go through the quantized decay: losses and
+    parameters equal.
+    """
     knobs = {"steps": 8, "decay_fraction": 0.5}
     trainer = make(tiny_sizes, **knobs)
     for s in range(3):
@@ -178,9 +180,7 @@ def test_arenas_are_padded_and_aligned(tiny_sizes: dict[str, Any]) -> None:
         ({"max_seq_len": 10}, "exceeds"),
     ],
 )
-def test_sizes_that_cannot_work(
-    tiny_sizes: dict[str, Any], change: dict[str, Any], message: str
-) -> None:
+def test_sizes_that_cannot_work(tiny_sizes: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make({**tiny_sizes, **change})
 
@@ -202,8 +202,10 @@ def test_knobs_that_cannot_work(knobs: dict[str, Any]) -> None:
 
 
 def test_distillation_helps_a_student(tiny_sizes: dict[str, Any]) -> None:
-    """A source of noisy bigrams: after the same few steps a taught student is nearer to the truth than an untaught one,
-    because the teacher knows every row's distribution and a sample shows one draw."""
+    """A source of noisy bigrams: after the same few steps a taught student is nearer to the truth
+    than an untaught one, because the teacher knows every row's distribution and a sample shows one
+    draw.
+    """
     generator = np.random.default_rng(7)
     table = generator.dirichlet(np.full(48, 0.3), size=48)
 
@@ -223,20 +225,13 @@ def test_distillation_helps_a_student(tiny_sizes: dict[str, Any]) -> None:
     student = {**tiny_sizes, "n_layers": 1}
     losses = {}
     for alpha in (0.0, 0.9):
-        config = TrainConfig(
-            seq_len=24, batch_size=8, shards=4, steps=60, distill_alpha=alpha, **knobs
-        )
+        config = TrainConfig(seq_len=24, batch_size=8, shards=4, steps=60, distill_alpha=alpha, **knobs)
         taught = (teacher.model, teacher.params) if alpha else None
         trainer = Trainer(ModelConfig(**student), config, threads=2, teacher=taught)
         trainer.initialize()
         for s in range(60):
             trainer.step(*draw(1000 + s))
-        losses[alpha] = np.mean(
-            [
-                -np.log(truth_probability(trainer, table, *draw(5000 + s))).mean()
-                for s in range(4)
-            ]
-        )
+        losses[alpha] = np.mean([-np.log(truth_probability(trainer, table, *draw(5000 + s))).mean() for s in range(4)])
         trainer.close()
     teacher.close()
     assert losses[0.9] < losses[0.0] - 0.02, losses

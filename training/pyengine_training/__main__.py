@@ -12,7 +12,8 @@ COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "cost")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (``train`` when the first word is an option); returns the exit code.
 
-    0 done; 1 an error, named on stderr; 2 wrong usage; 128 + n stopped by signal n after a checkpoint.
+    0 done; 1 an error, named on stderr; 2 wrong usage; 128 + n stopped by signal n after a
+    checkpoint.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"

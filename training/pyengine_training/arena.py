@@ -1,7 +1,8 @@
 """Flat, padded storage for parameters, gradients and moments.
 
-One array holds every tensor, each starting on a 128-byte boundary and the whole padded to a multiple of PAD elements, so
-that optimizers, norms, sums and later shards over ranks work on flat slices, and nothing is allocated after the start.
+One array holds every tensor, each starting on a 128-byte boundary and the whole padded to a
+multiple of PAD elements, so that optimizers, norms, sums and later shards over ranks work on flat
+slices, and nothing is allocated after the start.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
-    """Name -> shape of every parameter, in the order of the forward pass. Matrices are (out, in)."""
+    """Name -> shape of every parameter, in the order of the forward pass. Matrices are (out,
+    in).
+    """
     c = config
     shapes: Shapes = {"tok_embeddings": (c.vocab_size, c.dim)}
     for i in range(c.n_layers):
@@ -38,7 +41,9 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
 
 
 class Arena:
-    """A flat array with named, shaped views: ``arena["layers.0.wo"]`` is a view into ``arena.flat``."""
+    """A flat array with named, shaped views: ``arena["layers.0.wo"]`` is a view into
+    ``arena.flat``.
+    """
 
     def __init__(self, shapes: Shapes, dtype: Any = np.float32) -> None:
         self.shapes = shapes
@@ -48,7 +53,8 @@ class Arena:
             self.offsets[name] = size
             size += -(-math.prod(shape) // ALIGN) * ALIGN
         self.flat: NDArray[Any] = np.zeros(-(-size // PAD) * PAD, dtype)
-        self.flat.fill(0)  # touch every page now: first touches are slow, and later would be in a step
+        # touch every page now: first touches are slow, and later would be in a step
+        self.flat.fill(0)
         self.views = {name: self._view(name) for name in shapes}
 
     def _view(self, name: str) -> NDArray[Any]:
@@ -65,8 +71,10 @@ class Arena:
 
 
 def initialize(params: Arena, config: ModelConfig, seed: int) -> None:
-    """Normal weights of std 0.02 (embedding) and 0.5 / sqrt(inputs); outputs into the residual stream are scaled down
-    by sqrt(2 n_layers); norms are 1. Each tensor draws from its own stream, so sizes elsewhere do not move it."""
+    """Normal weights of std 0.02 (embedding) and 0.5 / sqrt(inputs); outputs into the residual
+    stream are scaled down by sqrt(2 n_layers); norms are 1. Each tensor draws from its own stream,
+    so sizes elsewhere do not move it.
+    """
     for index, (name, shape) in enumerate(params.shapes.items()):
         view = params[name]
         if len(shape) == 1:
@@ -80,7 +88,8 @@ def initialize(params: Arena, config: ModelConfig, seed: int) -> None:
 
 
 def block_matrices(name: str, config: ModelConfig) -> list[tuple[int, int]]:
-    """Row ranges of the matrices fused in a block parameter (q|k|v, gate|up), or the whole of it; [] for the rest.
+    """Row ranges of the matrices fused in a block parameter (q|k|v, gate|up), or the whole of it;
+    [] for the rest.
 
     These are what Muon orthogonalizes, each apart.
     """

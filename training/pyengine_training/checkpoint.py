@@ -1,6 +1,8 @@
-"""Checkpoints: a Hugging Face folder that ``transformers`` and ``pyengine freeze`` open, plus what resuming needs.
+"""Checkpoints: a Hugging Face folder that ``transformers`` and ``pyengine freeze`` open, plus what
+resuming needs.
 
-config.json, model.safetensors (float32 masters), tokenizer.json, tokenizer_config.json, generation_config.json
+config.json, model.safetensors (float32 masters), tokenizer.json, tokenizer_config.json,
+generation_config.json
 state.json           step, counters, configs, versions, data fingerprint
 optimizer.safetensors  the moments, flat
 
@@ -32,11 +34,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 RIDERS = (*TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json")
 
 
-# ---- names ------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
+# ---------------
 
 
 def hf_tensors(params: Arena, config: ModelConfig) -> dict[str, Array]:
-    """Hugging Face name -> view of the arena (writable): fused matrices are given row range by row range."""
+    """Hugging Face name -> view of the arena (writable): fused matrices are given row range by row
+    range.
+    """
     c = config
     tensors = {"model.embed_tokens.weight": params["tok_embeddings"]}
     for i in range(c.n_layers):
@@ -90,9 +95,7 @@ def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict[str
 def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
     """ModelConfig of a config.json; CheckpointError names what is not supported."""
     if values.get("model_type") != "llama":
-        raise CheckpointError(
-            f"{where}: model_type is {values.get('model_type')!r}; only 'llama' can be trained"
-        )
+        raise CheckpointError(f"{where}: model_type is {values.get('model_type')!r}; only 'llama' can be trained")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     unsupported = {
@@ -123,7 +126,8 @@ def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
         raise CheckpointError(f"{where}: missing or malformed {error}") from error
 
 
-# ---- models -----------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
+# ---------------
 
 
 def write_hf_folder(
@@ -136,8 +140,10 @@ def write_hf_folder(
     eos: int | None,
     riders: Path | None = None,
 ) -> None:
-    """The Hugging Face part of a checkpoint into an existing folder. riders: where to copy tokenizer and generation
-    files from (a fine-tuned model keeps its own); without it they are made for a tokenizer trained here."""
+    """The Hugging Face part of a checkpoint into an existing folder. riders: where to copy
+    tokenizer and generation files from (a fine-tuned model keeps its own); without it they are made
+    for a tokenizer trained here.
+    """
     write_json(folder / "config.json", hf_config(config, bos, eos))
     save_safetensors(folder / "model.safetensors", hf_tensors(params, config), {"format": "pt"})
     if riders is not None:
@@ -147,7 +153,7 @@ def write_hf_folder(
         return
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", tokenizer_config(config.max_seq_len))
-    generation = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True}
+    generation: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True}
     generation.update(temperature=0.7, top_p=0.9)
     write_json(folder / "generation_config.json", generation)
 
@@ -166,7 +172,9 @@ def special_ids(folder: Path) -> tuple[int | None, int | None]:
 
 
 def load_parameters(folder: Path, params: Arena, config: ModelConfig) -> None:
-    """Fill the arena from model.safetensors (or its shards). Missing, extra or misshapen tensors are errors."""
+    """Fill the arena from model.safetensors (or its shards). Missing, extra or misshapen tensors
+    are errors.
+    """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
@@ -185,9 +193,7 @@ def load_parameters(folder: Path, params: Arena, config: ModelConfig) -> None:
         raise CheckpointError(f"{folder}: missing tensors {missing[:3]}, unknown {extra[:3]}")
     for name, view in wanted.items():
         if found[name].shape != view.shape:
-            raise CheckpointError(
-                f"{folder}: {name} has shape {found[name].shape}, expected {view.shape}"
-            )
+            raise CheckpointError(f"{folder}: {name} has shape {found[name].shape}, expected {view.shape}")
         view[...] = found[name]
     if not np.isfinite(params.flat).all():
         raise CheckpointError(f"{folder}: a weight is infinite or NaN")
@@ -201,7 +207,8 @@ def load_model(folder: Path) -> tuple[ModelConfig, Arena]:
     return config, params
 
 
-# ---- training state ---------------------------------------------------------------------------------------------
+# ---- training state
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -247,12 +254,12 @@ def save_checkpoint(
     data_fingerprint: str,
     write_model: Callable[[Path], None],
 ) -> None:
-    """Write a whole checkpoint, atomically. write_model writes the Hugging Face part into the folder it is given."""
+    """Write a whole checkpoint, atomically. write_model writes the Hugging Face part into the
+    folder it is given.
+    """
     with atomic_directory(folder) as temporary:
         write_model(temporary)
-        save_safetensors(
-            temporary / "optimizer.safetensors", {"m": moments[0].flat, "v": moments[1].flat}
-        )
+        save_safetensors(temporary / "optimizer.safetensors", {"m": moments[0].flat, "v": moments[1].flat})
         values = {
             "format_version": FORMAT_VERSION,
             "step": state.step,

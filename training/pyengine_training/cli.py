@@ -53,7 +53,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     }[command](list(arguments))
 
 
-# ---- train ------------------------------------------------------------------------------------------------------
+# ---- train ---------------------------------------------------------------------------------------
+# ---------------
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -124,9 +125,9 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
     if unknown:
         raise ConfigError(f"{options.config}: unknown option(s) {', '.join(unknown)}")
     for name, value in vars(options).items():
-        if value is not None and name not in ("config", "run_dir", "resume", "dry_run", "threads"):
-            if value is not False or name not in values:
-                values[name] = value
+        given = value is not None and (value is not False or name not in values)
+        if given and name not in ("config", "run_dir", "resume", "dry_run", "threads"):
+            values[name] = value
     for name in ("data_weights", "decay_data_weights"):
         if isinstance(values.get(name), str):
             try:
@@ -147,7 +148,7 @@ def _train_config(values: dict[str, Any], base: dict[str, Any]) -> TrainConfig:
 
 def _model_config(values: dict[str, Any], vocab_size: int, seq_len: int) -> ModelConfig:
     base = model_from_depth(int(values.get("depth", 4)), vocab_size, seq_len)
-    sizes = {name: int(values[name]) for name in MODEL_OPTIONS if name in values}
+    sizes: dict[str, Any] = {name: int(values[name]) for name in MODEL_OPTIONS if name in values}
     if "dim" in sizes and "head_dim" not in sizes and "n_heads" in sizes:
         sizes["head_dim"] = sizes["dim"] // sizes["n_heads"]
     return dataclasses.replace(base, **sizes)
@@ -164,7 +165,9 @@ def _data_paths(values: dict[str, Any]) -> list[Path]:
 
 
 def _tokenizer(values: dict[str, Any], paths: list[Path]) -> Any:
-    """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the texts."""
+    """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the
+    texts.
+    """
     for name in ("tokenizer", "init_from", "teacher"):
         if values.get(name):
             path = Path(values[name])
@@ -174,17 +177,12 @@ def _tokenizer(values: dict[str, Any], paths: list[Path]) -> Any:
             return load_tokenizer(path / "tokenizer.json")
     drop = bool(values.get("drop_unfinished"))
     documents = (
-        text
-        for path in paths
-        for text in read_documents(path, drop_unfinished=drop)
-        if not is_validation(text)
+        text for path in paths for text in read_documents(path, drop_unfinished=drop) if not is_validation(text)
     )
     return train_tokenizer(documents, int(values.get("vocab_size", 4096)))
 
 
-def _prepare_all(
-    values: dict[str, Any], paths: list[Path], tokenizer: Any, folder: Path
-) -> list[str]:
+def _prepare_all(values: dict[str, Any], paths: list[Path], tokenizer: Any, folder: Path) -> list[str]:
     """Corpora of the texts as paths relative to the run folder, or absolute for prepared ones."""
     corpora = []
     for number, path in enumerate(paths):
@@ -218,9 +216,7 @@ def _set_up(options: argparse.Namespace, folder: Path, arguments: Sequence[str])
         if values.get("teacher"):
             bos, eos = checkpoints.special_ids(Path(values["teacher"]))
     if tokenizer.get_vocab_size() > model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}"
-        )
+        raise ConfigError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}")
     corpora = _prepare_all(values, paths, tokenizer, folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     extra = {
@@ -247,9 +243,7 @@ def _set_up(options: argparse.Namespace, folder: Path, arguments: Sequence[str])
         runfolder.write_run(folder, run_values)
 
 
-def _budgeted(
-    folder: Path, config: TrainConfig, values: dict[str, Any], threads: int | None
-) -> TrainConfig:
+def _budgeted(folder: Path, config: TrainConfig, values: dict[str, Any], threads: int | None) -> TrainConfig:
     minutes = float(values["budget_minutes"])
     steps, _ = train.steps_for_budget(train.open_run(folder), minutes, threads)
     extra = {**config.extra, "budget_minutes": minutes}
@@ -257,7 +251,9 @@ def _budgeted(
 
 
 def _set_up_branch(options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> None:
-    """A new run that starts from another run's checkpoint with its data; flags change the schedule."""
+    """A new run that starts from another run's checkpoint with its data; flags change the
+    schedule.
+    """
     checkpoint = options.branch_from.resolve()
     state = checkpoints.read_state(checkpoint)
     origin = checkpoint.parent if checkpoint.name == "trunk" else checkpoint.parent.parent
@@ -270,9 +266,7 @@ def _set_up_branch(options: argparse.Namespace, folder: Path, arguments: Sequenc
     }
     config = _train_config(_options(options), base)
     if config.steps <= state["step"]:
-        raise ConfigError(
-            f"--steps counts from the beginning: the checkpoint has done {state['step']} already"
-        )
+        raise ConfigError(f"--steps counts from the beginning: the checkpoint has done {state['step']} already")
     corpora = [str((origin / path).resolve()) for path in values["corpora"]]
     shutil.copyfile(origin / "tokenizer.json", folder / "tokenizer.json")
     values.update(train=to_json(config), corpora=corpora, parent=str(checkpoint))
@@ -281,7 +275,9 @@ def _set_up_branch(options: argparse.Namespace, folder: Path, arguments: Sequenc
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    """The plan without side effects: tokens are counted by a tokenizer trained on the fly when needed."""
+    """The plan without side effects: tokens are counted by a tokenizer trained on the fly when
+    needed.
+    """
     values = _options(options)
     paths = _data_paths(values)
     config = _train_config(values, {"data_weights": [1.0] * len(paths)})
@@ -303,7 +299,8 @@ def _dry_run(options: argparse.Namespace) -> int:
     return 0
 
 
-# ---- prepare ----------------------------------------------------------------------------------------------------
+# ---- prepare -------------------------------------------------------------------------------------
+# ---------------
 
 
 def _prepare(arguments: list[str]) -> int:

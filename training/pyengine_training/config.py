@@ -34,9 +34,7 @@ class ModelConfig:
         if self.hidden_dim < 1 or self.max_seq_len < 1:
             raise ConfigError("hidden_dim and max_seq_len must be at least 1")
         if self.n_heads % self.n_kv_heads:
-            raise ConfigError(
-                f"n_kv_heads ({self.n_kv_heads}) does not divide n_heads ({self.n_heads})"
-            )
+            raise ConfigError(f"n_kv_heads ({self.n_kv_heads}) does not divide n_heads ({self.n_heads})")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim ({self.head_dim}) is odd; RoPE rotates pairs")
 
@@ -64,14 +62,16 @@ class ModelConfig:
         return self.matrix_params() + tables * self.vocab_size * self.dim + norms
 
     def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
-        """Multiply-adds counted as two: 2 (6 in training) per matrix weight, the output layer included, plus
-        attention over half of seq_len keys on average."""
+        """Multiply-adds counted as two: 2 (6 in training) per matrix weight, the output layer
+        included, plus attention over half of seq_len keys on average.
+        """
         products = self.matrix_params() + self.vocab_size * self.dim
         attention = self.n_layers * 2 * self.q_dim * (seq_len / 2)
         return (6.0 if training else 2.0) * (products + attention)
 
 
-DEPTH_WIDTH = 64  # --depth d: dim = 64 d, head_dim 64, d heads, two query heads to a key where d is even
+# --depth d: dim = 64 d, head_dim 64, d heads, two query heads to a key where d is even
+DEPTH_WIDTH = 64
 
 
 def model_from_depth(depth: int, vocab_size: int, max_seq_len: int) -> ModelConfig:
@@ -125,15 +125,14 @@ class TrainConfig:
     distill_tau: float = 2.0
     data_weights: tuple[float, ...] = (1.0,)
     decay_data_weights: tuple[float, ...] = ()  # empty: as before the decay
-    extra: dict[str, Any] = field(default_factory=dict)  # provenance: command line, budget, parent checkpoint
+    # provenance: command line, budget, parent checkpoint
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.shards < 1 or self.steps < 1 or self.seq_len < 2:
             raise ConfigError("batch_size, shards and steps must be at least 1, seq_len at least 2")
         if self.batch_size % self.shards:
-            raise ConfigError(
-                f"shards ({self.shards}) does not divide batch_size ({self.batch_size})"
-            )
+            raise ConfigError(f"shards ({self.shards}) does not divide batch_size ({self.batch_size})")
         choices = {
             "optimizer": ("muon", "adamw"),
             "decay_shape": ("linear", "cosine"),

@@ -1,7 +1,8 @@
 """Tokens on disk, and batches from them.
 
-Every document is ``[BOS] tokens`` in memory-mapped uint16 shards; the BOS of the next document is the EOS of the one
-before. A batch is a pure function of (seed, step): resuming needs no reader state, and any rank can make any row.
+Every document is ``[BOS] tokens`` in memory-mapped uint16 shards; the BOS of the next document is
+the EOS of the one before. A batch is a pure function of (seed, step): resuming needs no reader
+state, and any rank can make any row.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ SHARD_TOKENS = 1 << 26
 ENCODE_BATCH = 2000
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
+# ---------------
 
 
 class _SplitWriter:
-    """Shards of one split: NAME_00000.bin (uint16 tokens) and NAME_00000.npy (documents: start, tokens, bytes)."""
+    """Shards of one split: NAME_00000.bin (uint16 tokens) and NAME_00000.npy (documents: start,
+    tokens, bytes).
+    """
 
     def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
@@ -85,8 +89,8 @@ def prepare_corpus(
 ) -> None:
     """Tokenize a text into ``folder`` (shards and manifest.json), atomically.
 
-    One document in fifty, chosen by its content, goes to validation; when none falls there the last one does.
-    Raises DataError for an empty text or a tokenizer whose ids do not fit uint16.
+    One document in fifty, chosen by its content, goes to validation; when none falls there the last
+    one does. Raises DataError for an empty text or a tokenizer whose ids do not fit uint16.
     """
     if tokenizer.get_vocab_size() > 1 << 16:
         raise DataError("tokens are stored as uint16: the tokenizer has more than 65,536")
@@ -123,14 +127,17 @@ def prepare_corpus(
         write_json(temporary / "manifest.json", manifest)
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
+# ---------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin with BOS."""
+    """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin
+    with BOS.
+    """
 
-    tokens: list[Array]  # per shard, uint16, memory-mapped
+    tokens: Sequence[Array]  # per shard, uint16, memory-mapped
     shard: Array  # (n,) int64
     start: Array
     length: Array
@@ -157,8 +164,7 @@ class Corpus:
             raise DataError(f"{folder}: not a prepared corpus: {error}") from error
         if self.manifest.get("format_version") != FORMAT_VERSION:
             raise DataError(
-                f"{folder}: format_version {self.manifest.get('format_version')} "
-                f"(this program reads {FORMAT_VERSION})"
+                f"{folder}: format_version {self.manifest.get('format_version')} (this program reads {FORMAT_VERSION})"
             )
         self.train, self.validation = (self._split(name) for name in ("train", "validation"))
 
@@ -183,15 +189,17 @@ class Corpus:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
+# ---------------
 
 
 class RowPacker:
     """Rows of seq_len + 1 tokens, each starting at a document's start.
 
-    An epoch shuffles the documents and fills rows one after another; the document that a row's end cuts starts the next
-    row, so every document up to seq_len long is seen whole once an epoch. Longer ones are cut into pieces that count
-    as documents of their own. Row r is a pure function of (seed, r).
+    An epoch shuffles the documents and fills rows one after another; the document that a row's end
+    cuts starts the next row, so every document up to seq_len long is seen whole once an epoch.
+    Longer ones are cut into pieces that count as documents of their own. Row r is a pure function
+    of (seed, r).
     """
 
     def __init__(self, split: Split, seq_len: int, seed: int) -> None:
@@ -207,7 +215,8 @@ class RowPacker:
         self.offset = (np.arange(len(self.document)) - first) * seq_len
         self.length = np.minimum(split.length[self.document] - self.offset, seq_len)
         self.first_row = [0]  # of each epoch
-        self.epochs: dict[int, tuple[Array, Array]] = {}  # order of the pieces, first piece of each row
+        # order of the pieces, first piece of each row
+        self.epochs: dict[int, tuple[Array, Array]] = {}
 
     def _epoch(self, epoch: int) -> tuple[Array, Array]:
         if epoch not in self.epochs:
@@ -260,7 +269,9 @@ class Phase:
 
 
 class BatchSource:
-    """Batches of mixed corpora; batch(step) is a pure function of the constructor's arguments and step."""
+    """Batches of mixed corpora; batch(step) is a pure function of the constructor's arguments and
+    step.
+    """
 
     def __init__(
         self,
@@ -273,21 +284,19 @@ class BatchSource:
     ) -> None:
         for phase in phases:
             if len(phase.weights) != len(splits):
-                raise DataError(
-                    f"{len(phase.weights)} data weights for {len(splits)} texts: give one each"
-                )
+                raise DataError(f"{len(phase.weights)} data weights for {len(splits)} texts: give one each")
             if min(phase.weights) < 0 or sum(phase.weights) <= 0:
                 raise DataError(f"data weights {phase.weights} must be >= 0 and not all 0")
-        self.phases = [
-            Phase(p.first_row, tuple(w / sum(p.weights) for w in p.weights)) for p in phases
-        ]
+        self.phases = [Phase(p.first_row, tuple(w / sum(p.weights) for w in p.weights)) for p in phases]
         self.packers = [RowPacker(split, seq_len, seed + i) for i, split in enumerate(splits)]
         self.batch_size, self.seq_len = batch_size, seq_len
         self._rows = np.empty((batch_size, seq_len + 1), np.int64)
 
     @staticmethod
     def _picked(weights: Sequence[float], row: int) -> list[int]:
-        """How many of the first ``row`` rows of a phase came from each corpus: evenly spread, no randomness."""
+        """How many of the first ``row`` rows of a phase came from each corpus: evenly spread, no
+        randomness.
+        """
         counts, rest, weight_left = [], row, 1.0
         for weight in weights[:-1]:
             share = weight / weight_left if weight_left > 1e-12 else 0.0
@@ -312,7 +321,9 @@ class BatchSource:
         raise AssertionError("unreachable")
 
     def batch(self, step: int) -> tuple[Array, Array]:
-        """tokens and targets (batch_size, seq_len) int64 of a step, views valid until the next call."""
+        """tokens and targets (batch_size, seq_len) int64 of a step, views valid until the next
+        call.
+        """
         for i in range(self.batch_size):
             corpus, row = self.locate(step * self.batch_size + i)
             self.packers[corpus].fill(self._rows[i], row)
@@ -338,8 +349,9 @@ class BatchSource:
 
 @dataclass(frozen=True)
 class ValidationBatch:
-    """tokens, targets (rows, seq_len) int64, target -1 = not counted; is_text marks targets that are not the final
-    EOS; documents indexes the document of each row."""
+    """tokens, targets (rows, seq_len) int64, target -1 = not counted; is_text marks targets that
+    are not the final EOS; documents indexes the document of each row.
+    """
 
     tokens: Array
     targets: Array
@@ -350,8 +362,9 @@ class ValidationBatch:
 def validation_batches(
     split: Split, rows: int, seq_len: int, eos: int, limit: int | None = None
 ) -> Iterator[ValidationBatch]:
-    """Each document alone, from its BOS to its EOS, padded; one longer than seq_len is cut into windows that start anew
-    (their first token is conditioned on only the one before it)."""
+    """Each document alone, from its BOS to its EOS, padded; one longer than seq_len is cut into
+    windows that start anew (their first token is conditioned on only the one before it).
+    """
     pending: list[tuple[Array, int, bool]] = []
     count = len(split.length) if limit is None else min(limit, len(split.length))
     for index in range(count):
@@ -366,9 +379,7 @@ def validation_batches(
         yield _validation_batch(pending, rows, seq_len)
 
 
-def _validation_batch(
-    pending: Sequence[tuple[Array, int, bool]], rows: int, seq_len: int
-) -> ValidationBatch:
+def _validation_batch(pending: Sequence[tuple[Array, int, bool]], rows: int, seq_len: int) -> ValidationBatch:
     tokens = np.zeros((rows, seq_len), np.int64)
     targets = np.full((rows, seq_len), -1, np.int64)
     is_text = np.zeros((rows, seq_len), bool)

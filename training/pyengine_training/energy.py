@@ -1,4 +1,6 @@
-"""Energy of the processor packages, where Linux exposes the counters (powercap) and lets us read them."""
+"""Energy of the processor packages, where Linux exposes the counters (powercap) and lets us read
+them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ class EnergyMeter:
 
     def __init__(self, root: Path = POWERCAP) -> None:
         self._zones = sorted(root.glob("intel-rapl:[0-9]*")) if root.is_dir() else []
-        self._zones = [zone for zone in self._zones if zone.name.count(":") == 1]  # packages, not parts of them
+        # packages, not parts of them
+        self._zones = [zone for zone in self._zones if zone.name.count(":") == 1]
         self._last = self._read()
 
     def _read(self) -> list[tuple[int, int]] | None:

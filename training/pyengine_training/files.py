@@ -1,4 +1,6 @@
-"""Writing files so that a crash at any moment leaves either the old state or the new one, and the safetensors container."""
+"""Writing files so that a crash at any moment leaves either the old state or the new one, and the
+safetensors container.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from .errors import CheckpointError
 Array = NDArray[Any]
 MAX_HEADER = 100 << 20
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -72,7 +74,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; rename it there when the block ends well, remove it otherwise."""
+    """Yield a temporary folder beside ``path``; rename it there when the block ends well, remove it
+    otherwise.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -91,10 +95,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     fsync_directory(path.parent)
 
 
-def save_safetensors(
-    path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write arrays in the given order. Not atomic by itself: use inside :func:`atomic_directory`."""
+def save_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays in the given order. Not atomic by itself: use inside
+    :func:`atomic_directory`.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
@@ -115,7 +119,9 @@ def save_safetensors(
 
 
 def load_safetensors(path: Path) -> dict[str, Array]:
-    """Name -> array, mapped read-only; BF16 comes back widened to float32. Damage raises CheckpointError."""
+    """Name -> array, mapped read-only; BF16 comes back widened to float32. Damage raises
+    CheckpointError.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -131,11 +137,7 @@ def load_safetensors(path: Path) -> dict[str, Array]:
         raise CheckpointError(f"{path}: the header is not a JSON object")
     body = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else b""
     data = np.frombuffer(body, np.uint8) if isinstance(body, bytes) else body
-    return {
-        name: _tensor(path, name, entry, data)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    return {name: _tensor(path, name, entry, data) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _tensor(path: Path, name: str, entry: Any, data: Array) -> Array:
@@ -151,7 +153,7 @@ def _tensor(path: Path, name: str, entry: Any, data: Array) -> Array:
         raise CheckpointError(f"{path}: tensor {name!r} lies outside the file (truncated?)")
     if count * dtype.itemsize != end - start:
         raise CheckpointError(f"{path}: tensor {name!r} has the wrong size for its shape")
-    raw = np.frombuffer(data[start:end].tobytes(), dtype).reshape(shape)
+    raw: Array = np.frombuffer(data[start:end].tobytes(), dtype).reshape(shape)
     if entry["dtype"] == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
     return raw

@@ -1,11 +1,11 @@
 """The model as two lists: the forward, and the backward in mirror order.
 
-One :class:`Worker` runs one shard of the batch on one thread: parameters are shared and read-only, activations,
-scratch and gradients are its own. N = rows of the shard * sequence length.
+One :class:`Worker` runs one shard of the batch on one thread: parameters are shared and read-only,
+activations, scratch and gradients are its own. N = rows of the shard * sequence length.
 
-With ``quantize`` on, every value that the engine quantizes goes through the same rounding here: embedding rows and
-matrices (the caller passes the fake-quantized parameters), the inputs of all five products, q and k per head after
-RoPE, v per head. Gradients pass straight through.
+With ``quantize`` on, every value that the engine quantizes goes through the same rounding here:
+embedding rows and matrices (the caller passes the fake-quantized parameters), the inputs of all
+five products, q and k per head after RoPE, v per head. Gradients pass straight through.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class BlockState:
 class Worker:
     """Activations, scratch and gradients for one shard of ``rows`` sequences of ``seq_len`` tokens.
 
-    recompute: "none" keeps everything; "activations" makes norm outputs and SwiGLU outputs again in the backward;
-    "block" keeps only each block's input and reruns the block. Gradients are bitwise equal in all three.
+    recompute: "none" keeps everything; "activations" makes norm outputs and SwiGLU outputs again in
+    the backward; "block" keeps only each block's input and reruns the block. Gradients are bitwise
+    equal in all three.
     """
 
     def __init__(
@@ -88,11 +89,12 @@ class Worker:
         self.loss = self._new(n)
         self.logits = self._new(min(n, LOSS_ROWS), c.vocab_size)
         lengths = ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim)
-        self.scratch = tuple(self._new(length) for length in lengths)
+        self.scratch = (self._new(lengths[0]), self._new(lengths[1]), self._new(lengths[2]))
         if training:
             self._allocate_backward()
 
-    # ---- buffers ------------------------------------------------------------------------------------------------
+    # ---- buffers ---------------------------------------------------------------------------------
+    # ---------------
 
     def _new(self, *shape: int) -> Array:
         buffer = np.empty(shape, self.dtype)
@@ -136,7 +138,8 @@ class Worker:
         self.dqkv = self._new(*self.qkv.shape)
         self.doutput = self._new(c.vocab_size, c.dim) if n > LOSS_ROWS else self._new(0)
 
-    # ---- forward ------------------------------------------------------------------------------------------------
+    # ---- forward ---------------------------------------------------------------------------------
+    # ---------------
 
     def forward(self, params: Arena, tokens: Array, quantize: bool = False) -> None:
         """tokens (rows, seq_len) int64 -> self.xn_final (N, dim), the output layer's input."""
@@ -154,10 +157,10 @@ class Worker:
     def _state(self, layer: int) -> BlockState:
         return self.states[layer if len(self.states) > 1 else 0]
 
-    def _block_forward(
-        self, params: Arena, layer: int, x: Array, y: Array, quantize: bool
-    ) -> None:
-        """One block: x (N, dim) -> y (N, dim). ops named in the order that _block_backward undoes."""
+    def _block_forward(self, params: Arena, layer: int, x: Array, y: Array, quantize: bool) -> None:
+        """One block: x (N, dim) -> y (N, dim). ops named in the order that _block_backward
+        undoes.
+        """
         p, s, n = f"layers.{layer}.", self._state(layer), x.shape[0]
         ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
@@ -172,9 +175,7 @@ class Worker:
         ops.merge_heads(s.att.reshape(self.rows, self.seq_len, -1, self.config.head_dim), self.o)
         self._fake_quant(s.att, quantize)
         ops.linear_forward(s.x_mid, s.att, params[p + "wo"])
-        ops.rmsnorm_residual_forward(
-            s.xn2, s.inv_rms2, s.x_mid, x, params[p + "ffn_norm"], self.eps
-        )
+        ops.rmsnorm_residual_forward(s.xn2, s.inv_rms2, s.x_mid, x, params[p + "ffn_norm"], self.eps)
         self._fake_quant(s.xn2, quantize)
         ops.linear_forward(s.gate_up, s.xn2, params[p + "w_gate_up"])
         ops.swiglu_forward(s.h, s.gate_up)
@@ -196,7 +197,9 @@ class Worker:
         return params["tok_embeddings" if self.config.tie_embeddings else "output"]
 
     def evaluate(self, params: Arena, tokens: Array, targets: Array, quantize: bool) -> Array:
-        """Loss per token (rows, seq_len), 0 where the target is negative; valid until the next call."""
+        """Loss per token (rows, seq_len), 0 where the target is negative; valid until the next
+        call.
+        """
         self.forward(params, tokens, quantize)
         flat = targets.ravel()
         for start in range(0, flat.size, LOSS_ROWS):
@@ -206,7 +209,8 @@ class Worker:
             ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
         return self.loss.reshape(tokens.shape)
 
-    # ---- backward -----------------------------------------------------------------------------------------------
+    # ---- backward --------------------------------------------------------------------------------
+    # ---------------
 
     def forward_backward(
         self,
@@ -217,10 +221,11 @@ class Worker:
         quantize: bool = False,
         distillation: Distillation | None = None,
     ) -> float:
-        """Gradients of the summed loss times ``inv`` into self.grads (overwritten); returns that loss.
+        """Gradients of the summed loss times ``inv`` into self.grads (overwritten); returns that
+        loss.
 
-        tokens, targets (rows, seq_len) int64; a negative target does not count. inv = 1 / targets counted in the
-        whole batch. params holds fake-quantized values when quantize is set.
+        tokens, targets (rows, seq_len) int64; a negative target does not count. inv = 1 / targets
+        counted in the whole batch. params holds fake-quantized values when quantize is set.
         """
         self.grads.flat.fill(0)
         self.forward(params, tokens, quantize)
@@ -229,9 +234,7 @@ class Worker:
         self._output_forward_backward(params, targets.ravel(), self.dtype(inv), distillation)
         last = self._block_io(self.config.n_layers - 1)[1]
         self.dx.fill(0)
-        ops.rmsnorm_backward(
-            self.dx, self.grads["norm"], self.dxn, last, params["norm"], self.inv_rms_final
-        )
+        ops.rmsnorm_backward(self.dx, self.grads["norm"], self.dxn, last, params["norm"], self.inv_rms_final)
         for layer in reversed(range(self.config.n_layers)):
             x, y = self._block_io(layer)
             if self.recompute == "block":
@@ -245,7 +248,9 @@ class Worker:
     def _output_forward_backward(
         self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None
     ) -> None:
-        """Output layer, loss, and their backward, LOSS_ROWS rows at a time; leaves the gradient of xn_final in dxn."""
+        """Output layer, loss, and their backward, LOSS_ROWS rows at a time; leaves the gradient of
+        xn_final in dxn.
+        """
         w, dw = self.output_matrix(params), self.output_matrix(self.grads)
         for start in range(0, targets.size, LOSS_ROWS):
             rows = slice(start, min(targets.size, start + LOSS_ROWS))
@@ -262,19 +267,17 @@ class Worker:
                 dw += self.doutput
             ops.linear_backward_input(self.dxn[rows], logits, w)
 
-    def _distill(
-        self, rows: slice, logits: Array, targets: Array, inv: Any, distillation: Distillation
-    ) -> None:
+    def _distill(self, rows: slice, logits: Array, targets: Array, inv: Any, distillation: Distillation) -> None:
         d, teacher = distillation, distillation.teacher
         wanted = teacher.logits[: rows.stop - rows.start]
         ops.linear_forward(wanted, teacher.xn_final[rows], teacher.output_matrix(d.params))
         alpha, tau = self.dtype(d.alpha), self.dtype(d.tau)
-        ops.cross_entropy_kl_forward_backward(
-            self.loss[rows], logits, wanted, targets, alpha, tau, inv
-        )
+        ops.cross_entropy_kl_forward_backward(self.loss[rows], logits, wanted, targets, alpha, tau, inv)
 
     def _recompute_activations(self, params: Arena, layer: int, x: Array, quantize: bool) -> None:
-        """The buffers that blocks share in recompute mode "activations", made again from what was kept."""
+        """The buffers that blocks share in recompute mode "activations", made again from what was
+        kept.
+        """
         p, s = f"layers.{layer}.", self._state(layer)
         ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
@@ -284,31 +287,25 @@ class Worker:
         self._fake_quant(s.h, quantize)
 
     def _block_backward(self, params: Arena, layer: int, x: Array) -> None:
-        """self.dx: gradient of the block's output -> gradient of its input, mirror order of _block_forward."""
+        """self.dx: gradient of the block's output -> gradient of its input, mirror order of
+        _block_forward.
+        """
         p, s, n, g = f"layers.{layer}.", self._state(layer), x.shape[0], self.grads
         ops.linear_backward_weight(g[p + "w_down"], self.dx, s.h)
         ops.linear_backward_input(self.dh, self.dx, params[p + "w_down"])
         ops.swiglu_backward(self.dgate_up, self.dh, s.gate_up)
         ops.linear_backward_weight(g[p + "w_gate_up"], self.dgate_up, s.xn2)
         ops.linear_backward_input(self.dxn, self.dgate_up, params[p + "w_gate_up"])
-        ops.rmsnorm_backward(
-            self.dx, g[p + "ffn_norm"], self.dxn, s.x_mid, params[p + "ffn_norm"], s.inv_rms2
-        )
+        ops.rmsnorm_backward(self.dx, g[p + "ffn_norm"], self.dxn, s.x_mid, params[p + "ffn_norm"], s.inv_rms2)
         ops.linear_backward_weight(g[p + "wo"], self.dx, s.att)
         ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
-        ops.split_heads(
-            self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim)
-        )
-        ops.attention_backward(
-            self.dq, self.dk, self.dv, self.do, s.q, s.k, s.v, s.lse, self.scale, self.scratch
-        )
+        ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
+        ops.attention_backward(self.dq, self.dk, self.dv, self.do, s.q, s.k, s.v, s.lse, self.scale, self.scratch)
         ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
         dqkv = self.dqkv.reshape(n, -1)
         ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)
         ops.linear_backward_input(self.dxn, dqkv, params[p + "wqkv"])
-        ops.rmsnorm_backward(
-            self.dx, g[p + "attention_norm"], self.dxn, x, params[p + "attention_norm"], s.inv_rms1
-        )
+        ops.rmsnorm_backward(self.dx, g[p + "attention_norm"], self.dxn, x, params[p + "attention_norm"], s.inv_rms1)
 
 
 def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None = None) -> None:

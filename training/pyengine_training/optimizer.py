@@ -1,7 +1,9 @@
-"""One optimizer step over the arenas: Muon for the blocks' matrices, AdamW for embeddings, output layer and norms.
+"""One optimizer step over the arenas: Muon for the blocks' matrices, AdamW for embeddings, output
+layer and norms.
 
-Muon's momentum lives in the same arena as AdamW's first moment. Work is handed out by tensor (Muon) and by slice
-(AdamW): each element's arithmetic is its own, so the bits do not depend on the number of threads.
+Muon's momentum lives in the same arena as AdamW's first moment. Work is handed out by tensor (Muon)
+and by slice (AdamW): each element's arithmetic is its own, so the bits do not depend on the number
+of threads.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], object]]) -> 
 
 
 def schedule(config: TrainConfig, step: int) -> float:
-    """Factor on the learning rates at step (from 0): linear warmup, constant, then decay to (almost) zero."""
+    """Factor on the learning rates at step (from 0): linear warmup, constant, then decay to
+    (almost) zero.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if step < config.decay_start:
@@ -43,9 +47,7 @@ def schedule(config: TrainConfig, step: int) -> float:
 class Optimizer:
     """Moments, and the update of ``params`` from ``grads``."""
 
-    def __init__(
-        self, model: ModelConfig, config: TrainConfig, params: Arena, pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, model: ModelConfig, config: TrainConfig, params: Arena, pool: ThreadPoolExecutor) -> None:
         self.model, self.config, self.params, self.pool = model, config, params, pool
         self.m, self.v = params.like(), params.like()
         self._partial = np.zeros(-(-params.flat.size // BLOCK), np.float64)
@@ -63,15 +65,15 @@ class Optimizer:
         return float(np.sqrt(partial.sum()))
 
     def step(self, grads: Arena, step: int, norm: float) -> float:
-        """Update params in place at step (from 0), grads having this norm; returns the schedule's factor."""
+        """Update params in place at step (from 0), grads having this norm; returns the schedule's
+        factor.
+        """
         factor = schedule(self.config, step)
         scale = ops.clip_coefficient(norm, self.config.clip)
         run_all(self.pool, self._tasks(grads, step, factor, scale))
         return factor
 
-    def _tasks(
-        self, grads: Arena, step: int, factor: float, scale: float
-    ) -> Sequence[Callable[[], object]]:
+    def _tasks(self, grads: Arena, step: int, factor: float, scale: float) -> Sequence[Callable[[], object]]:
         tasks: list[Callable[[], object]] = []
         for name in self.params.shapes:
             ranges = block_matrices(name, self.model) if self.config.optimizer == "muon" else []
@@ -81,9 +83,7 @@ class Optimizer:
                 tasks.extend(self._adamw(name, grads, step, factor, scale))
         return tasks
 
-    def _muon(
-        self, name: str, rows: slice, grads: Arena, factor: float, scale: float
-    ) -> Callable[[], object]:
+    def _muon(self, name: str, rows: slice, grads: Arena, factor: float, scale: float) -> Callable[[], object]:
         c = self.config
         p, g, m = self.params[name][rows], grads[name][rows], self.m[name][rows]
         return lambda: ops.muon_update(
@@ -96,9 +96,7 @@ class Optimizer:
             grad_scale=scale,
         )
 
-    def _adamw(
-        self, name: str, grads: Arena, step: int, factor: float, scale: float
-    ) -> list[Callable[[], object]]:
+    def _adamw(self, name: str, grads: Arena, step: int, factor: float, scale: float) -> list[Callable[[], object]]:
         c = self.config
         decay = c.weight_decay if self.params[name].ndim > 1 else 0.0
         flat = [a[name].reshape(-1) for a in (self.params, grads, self.m, self.v)]

@@ -35,9 +35,7 @@ def quantized_parameters(params: Arena) -> Arena:
     return result
 
 
-def evaluate_model(
-    folder: Path, corpus: Corpus, *, documents: int | None, seq_len: int, int8: bool
-) -> Validation:
+def evaluate_model(folder: Path, corpus: Corpus, *, documents: int | None, seq_len: int, int8: bool) -> Validation:
     """Validation of a Hugging Face folder on the validation documents of a corpus."""
     model, params = checkpoints.load_model(folder)
     seq_len = min(seq_len, model.max_seq_len)
@@ -117,8 +115,10 @@ def sample_command(arguments: Sequence[str]) -> int:
 
 
 def snap_command(arguments: Sequence[str]) -> int:
-    """Write a copy of a model whose weights are the dequantized int8 values, so that other programs see what ships.
-    Freezing the copy gives the same codes and scales (except where a scale is subnormal in half precision)."""
+    """Write a copy of a model whose weights are the dequantized int8 values, so that other programs
+    see what ships. Freezing the copy gives the same codes and scales (except where a scale is
+    subnormal in half precision).
+    """
     parser = argparse.ArgumentParser(prog="pyengine train snap", description=snap_command.__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("output", type=Path, help="new folder")
@@ -141,7 +141,8 @@ def snap_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-# ---- cost -------------------------------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------
+# ---------------
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ class CostSheet:
     inference_flops_per_token: float
     inference_tokens_per_second: float | None
     inference_price_per_million: float | None
-    break_even_tokens_by_time: float | None  # generated tokens that take as long as the training did
+    # generated tokens that take as long as the training did
+    break_even_tokens_by_time: float | None
     break_even_tokens_by_flops: float
 
     def lines(self, rate: float) -> list[str]:
@@ -180,9 +182,7 @@ class CostSheet:
                 f"inference price             {million:.6f} a million tokens",
                 f"as long as the training     {self.break_even_tokens_by_time:,.0f} generated tokens",
             ]
-        lines.append(
-            f"as much compute             {self.break_even_tokens_by_flops:,.0f} generated tokens"
-        )
+        lines.append(f"as much compute             {self.break_even_tokens_by_flops:,.0f} generated tokens")
         return lines
 
 
@@ -228,10 +228,10 @@ print(json.dumps(sorted(rates)[1]))
 
 
 def measured_tokens_per_second(model: Path) -> float:
-    """Median decoding speed of the engine on a frozen file (or anything it opens), in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(model)], capture_output=True, text=True, check=False
-    )
+    """Median decoding speed of the engine on a frozen file (or anything it opens), in a process of
+    its own.
+    """
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(model)], capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise TrainingError(f"the engine could not measure {model}: {last[0]}")
@@ -239,7 +239,9 @@ def measured_tokens_per_second(model: Path) -> float:
 
 
 def cost_command(arguments: Sequence[str]) -> int:
-    """What training was and what inference is: FLOPs, time, energy, price, and where they are equal."""
+    """What training was and what inference is: FLOPs, time, energy, price, and where they are
+    equal.
+    """
     parser = argparse.ArgumentParser(prog="pyengine cost", description=cost_command.__doc__)
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint of it")
     parser.add_argument("--rate", type=float, default=0.0, help="price of an hour of this machine")

@@ -40,14 +40,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     """run.json, version checked."""
     values = read_json(folder / "run.json")
     if values.get("run_version") != RUN_VERSION:
-        raise CheckpointError(
-            f"{folder}: run_version {values.get('run_version')} (this program reads {RUN_VERSION})"
-        )
+        raise CheckpointError(f"{folder}: run_version {values.get('run_version')} (this program reads {RUN_VERSION})")
     return values
 
 
 class Metrics:
-    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are dropped."""
+    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are
+    dropped.
+    """
 
     def __init__(self, path: Path, keep_through_step: int) -> None:
         if path.exists():
@@ -78,10 +78,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Prints to stderr and keeps a copy in log.txt; progress replaces its line on a terminal and is quiet in a pipe."""
+    """Prints to stderr and keeps a copy in log.txt; progress replaces its line on a terminal and is
+    quiet in a pipe.
+    """
 
     def __init__(self, path: Path | None) -> None:
-        self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None  # noqa: SIM115
+        self._file: TextIO | None = None
+        if path:
+            self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._terminal = sys.stderr.isatty()
         self._pending = False
 

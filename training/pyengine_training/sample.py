@@ -1,6 +1,7 @@
 """Text from a model in training: temperature and nucleus sampling over the plain float32 forward.
 
-For a look at progress, not for use: every token reruns the whole prefix. The engine is what generates fast.
+For a look at progress, not for use: every token reruns the whole prefix. The engine is what
+generates fast.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def generate(
     seed: int = 0,
     quantize: bool = False,
 ) -> list[int]:
-    """Continue ``prompt`` (token ids, BOS included) until eos, max_tokens or the worker's sequence length.
+    """Continue ``prompt`` (token ids, BOS included) until eos, max_tokens or the worker's sequence
+    length.
 
     worker has one row. The same arguments give the same tokens; temperature 0 takes the likeliest.
     """
@@ -45,7 +47,9 @@ def generate(
 
 
 def pick(logits: Any, temperature: float, top_p: float, uniform: float) -> int:
-    """One token from logits (vocab_size,): the smallest set of mass top_p, by descending probability, then ascending id."""
+    """One token from logits (vocab_size,): the smallest set of mass top_p, by descending
+    probability, then ascending id.
+    """
     if temperature <= 0:
         return int(np.argmax(logits))
     p = np.exp((logits - logits.max()) / temperature)

@@ -12,17 +12,19 @@ from .errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"  # id 0 of a tokenizer trained here: begins and ends every document
 VALIDATION_EVERY = 50
-PARAGRAPH_DOCUMENT = 4096  # bytes at least of a document made of paragraphs, where no separator lines exist
+# bytes at least of a document made of paragraphs, where no separator lines exist
+PARAGRAPH_DOCUMENT = 4096
 SENTENCE_ENDS = tuple(".!?\"')]’”…")
 
 
 def read_documents(path: Path, *, drop_unfinished: bool = False) -> Iterator[str]:
     """Documents of a .txt or .jsonl file, stripped, empty ones left out.
 
-    In text, lines that consist of ``<|endoftext|>`` separate documents and are never part of one; a text without such
-    lines is cut at blank lines into documents of a few thousand bytes. In .jsonl each line is an object with "text".
-    drop_unfinished leaves out documents that do not end like a sentence (stories cut short).
-    Raises DataError when the file is unreadable, not UTF-8, or malformed.
+    In text, lines that consist of ``<|endoftext|>`` separate documents and are never part of one; a
+    text without such lines is cut at blank lines into documents of a few thousand bytes. In .jsonl
+    each line is an object with "text". drop_unfinished leaves out documents that do not end like a
+    sentence (stories cut short). Raises DataError when the file is unreadable, not UTF-8, or
+    malformed.
     """
     source = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
     for document in source:
@@ -72,13 +74,16 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def is_validation(document: str) -> bool:
-    """One document in VALIDATION_EVERY, by its content: the same text is on the same side in every run."""
+    """One document in VALIDATION_EVERY, by its content: the same text is on the same side in every
+    run.
+    """
     digest = hashlib.sha256(document.encode()).digest()
     return int.from_bytes(digest, "big") % VALIDATION_EVERY == 0
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer (``tokenizers.Tokenizer``) whose encode() puts END_OF_TEXT (id 0) first.
+    """A byte-level BPE tokenizer (``tokenizers.Tokenizer``) whose encode() puts END_OF_TEXT (id 0)
+    first.
 
     Raises DataError when the text is too small for vocab_size.
     """

@@ -1,4 +1,6 @@
-"""The training run: prepare, plan, loop, checkpoint; interrupted at any time, continued with --resume."""
+"""The training run: prepare, plan, loop, checkpoint; interrupted at any time, continued with
+--resume.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,6 @@ from .config import (
     ModelConfig,
     TrainConfig,
     model_config_from_json,
-    to_json,
     train_config_from_json,
 )
 from .data import BatchSource, Corpus, Phase, ValidationBatch, validation_batches
@@ -111,7 +112,7 @@ def open_run(folder: Path) -> Run:
     )
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
+class Interrupted(Exception):
     """SIGINT or SIGTERM came; the checkpoint is written."""
 
     def __init__(self, signal_number: int) -> None:
@@ -140,7 +141,8 @@ class Loop:
 
     def __init__(self, run: Run, threads: int | None) -> None:
         self.run, self.config = run, run.config
-        self.source = run.source()  # before memory is taken: it knows whether the text is long enough
+        # before memory is taken: it knows whether the text is long enough
+        self.source = run.source()
         self.trainer = Trainer(run.model, run.config, threads=threads, teacher=run.teacher)
         self.validation, self.validation_bytes = run.validation(self.trainer.workers[0].rows)
         self.log = runfolder.Log(run.folder / "log.txt")
@@ -151,7 +153,9 @@ class Loop:
         self._saved_step = -1
 
     def start(self, parent: Path | None) -> None:
-        """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given or fresh weights."""
+        """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given
+        or fresh weights.
+        """
         own = checkpoints.checkpoints(self.run.folder)
         if own:
             self._restore(own[-1])
@@ -181,7 +185,8 @@ class Loop:
             )
         self.log.say(f"continuing from {folder.name} (step {self.trainer.state.step})")
 
-    # ---- pieces of the loop -------------------------------------------------------------------------------------
+    # ---- pieces of the loop
+    # -------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint and drop old ones."""
@@ -297,7 +302,9 @@ class Loop:
             self._keep_trunk()
 
     def _keep_trunk(self) -> None:
-        """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from it."""
+        """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from
+        it.
+        """
         name = f"step_{self.trainer.state.step:08d}"
         with atomic_directory(self.run.folder / "trunk") as temporary:
             source = self.run.folder / "checkpoints" / name
@@ -323,8 +330,8 @@ class Loop:
 def run_training(folder: Path, *, threads: int | None = None, parent: Path | None = None) -> Path:
     """Run, or continue, the run in ``folder``; returns the folder of the final model.
 
-    Raises Interrupted after a checkpoint when SIGINT or SIGTERM came, NotFiniteError when the loss blew up (the last
-    checkpoint stays), OSError when the disk is full (likewise).
+    Raises Interrupted after a checkpoint when SIGINT or SIGTERM came, NotFiniteError when the loss
+    blew up (the last checkpoint stays), OSError when the disk is full (likewise).
     """
     run = open_run(folder)
     loop = Loop(run, threads)
@@ -355,9 +362,7 @@ def measure_step_seconds(run: Run, threads: int | None) -> tuple[float, float]:
         tokens, targets = source.batch(0)
         results = []
         for quantize in (False, True):
-            trainer.config = dataclasses.replace(
-                config, quantize="always" if quantize else "never"
-            )
+            trainer.config = dataclasses.replace(config, quantize="always" if quantize else "never")
             times = []
             for _ in range(4):  # the first one compiles
                 began = time.monotonic()
@@ -375,7 +380,8 @@ def steps_for_budget(run: Run, minutes: float, threads: int | None) -> tuple[int
     c = run.config
     share = {"never": 0.0, "always": 1.0, "decay": c.decay_fraction}[c.quantize]
     mean = (1 - share) * plain + share * quantized
-    steps = math.floor(minutes * 60 / (mean * 1.03))  # validation, samples and checkpoints take a few per cent
+    # validation, samples and checkpoints take a few per cent
+    steps = math.floor(minutes * 60 / (mean * 1.03))
     if steps < 1:
         raise ConfigError(f"{minutes} minutes are not enough for one step of {mean:.1f} s")
     return steps, mean

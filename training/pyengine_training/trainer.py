@@ -1,8 +1,8 @@
 """The state of a training run and one step of it; the loop around it is in :mod:`.train`.
 
-The batch is cut into a fixed number of shards. Each runs on one thread with single-threaded BLAS, and gradients are
-summed in shard order, so the result has the same bits on any number of threads; more shards than threads is gradient
-accumulation. All memory is allocated in the constructor.
+The batch is cut into a fixed number of shards. Each runs on one thread with single-threaded BLAS,
+and gradients are summed in shard order, so the result has the same bits on any number of threads;
+more shards than threads is gradient accumulation. All memory is allocated in the constructor.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def available_threads() -> int:
 
 
 def single_threaded_blas() -> Any:
-    """Limit BLAS to one thread from now on; our threads are the parallelism. Returns the limiter."""
+    """Limit BLAS to one thread from now on; our threads are the parallelism. Returns the
+    limiter.
+    """
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(limits=1, user_api="blas")
@@ -57,7 +59,9 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """loss: nats per token with the final EOS; bits_per_byte: of the text alone, without the EOS."""
+    """loss: nats per token with the final EOS; bits_per_byte: of the text alone, without the
+    EOS.
+    """
 
     loss: float
     bits_per_byte: float
@@ -77,9 +81,7 @@ class Trainer:
         teacher: tuple[ModelConfig, Arena] | None = None,
     ) -> None:
         if config.seq_len > model.max_seq_len:
-            raise ConfigError(
-                f"seq_len ({config.seq_len}) exceeds the model's max_seq_len ({model.max_seq_len})"
-            )
+            raise ConfigError(f"seq_len ({config.seq_len}) exceeds the model's max_seq_len ({model.max_seq_len})")
         self.model, self.config = model, config
         self.blas_limit = single_threaded_blas()
         self.threads = max(1, min(threads or available_threads(), config.shards))
@@ -89,10 +91,7 @@ class Trainer:
         self.quantized = self.params.like() if config.quantize != "never" else self.params
         self.optimizer = Optimizer(model, config, self.params, self.pool)
         rows = config.batch_size // config.shards
-        self.workers = [
-            Worker(model, rows, config.seq_len, recompute=config.recompute)
-            for _ in range(self.threads)
-        ]
+        self.workers = [Worker(model, rows, config.seq_len, recompute=config.recompute) for _ in range(self.threads)]
         self.distillation = self._distillations(teacher, rows) if teacher else None
         self.state = TrainingState()
 
@@ -123,19 +122,22 @@ class Trainer:
         """Fresh parameters from the seed."""
         initialize(self.params, self.model, self.config.seed)
 
-    # ---- one step -----------------------------------------------------------------------------------------------
+    # ---- one step --------------------------------------------------------------------------------
+    # ---------------
 
     def weights(self, quantize: bool) -> Arena:
-        """The parameters that products see: the masters, or the values that their int8 codes stand for."""
+        """The parameters that products see: the masters, or the values that their int8 codes stand
+        for.
+        """
         if not quantize:
             return self.params
         if self.quantized is self.params:
             self.quantized = self.params.like()
-        self._each_tensor(lambda name: fake_quantize_parameters(self.quantized, self.params, [name]))
+        run_all(self.pool, [self._fake_quantize(name) for name in self.params.shapes])
         return self.quantized
 
-    def _each_tensor(self, task: Callable[[str], None]) -> None:
-        run_all(self.pool, [lambda n=name: task(n) for name in self.params.shapes])  # type: ignore[misc]
+    def _fake_quantize(self, name: str) -> Callable[[], None]:
+        return lambda: fake_quantize_parameters(self.quantized, self.params, [name])
 
     def gradients(
         self,
@@ -146,10 +148,11 @@ class Trainer:
         accumulate: bool = False,
         counted: int | None = None,
     ) -> float:
-        """Mean loss over the counted targets; its gradient into self.grads (added to it when accumulate is set).
+        """Mean loss over the counted targets; its gradient into self.grads (added to it when
+        accumulate is set).
 
-        tokens, targets (n * rows per shard, seq_len) int64. counted: number of targets that share the mean (default:
-        those of this call); micro-batches of one step pass the step's.
+        tokens, targets (n * rows per shard, seq_len) int64. counted: number of targets that share
+        the mean (default: those of this call); micro-batches of one step pass the step's.
         """
         rows = self.workers[0].rows
         shards = len(tokens) // rows
@@ -177,7 +180,9 @@ class Trainer:
         return math.fsum(losses)
 
     def _add_gradients(self, count: int) -> None:
-        """self.grads += the workers' gradients, in shard order; slices run side by side, elements do not care."""
+        """self.grads += the workers' gradients, in shard order; slices run side by side, elements
+        do not care.
+        """
         flat = self.grads.flat
 
         def part(start: int) -> Callable[[], None]:
@@ -192,7 +197,9 @@ class Trainer:
         run_all(self.pool, [part(start) for start in range(0, flat.size, SUM_SLICE)])
 
     def step(self, tokens: Array, targets: Array) -> StepResult:
-        """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a bad loss."""
+        """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a
+        bad loss.
+        """
         step = self.state.step
         quantize = self.config.quantized(step)
         loss = self.gradients(tokens, targets, quantize=quantize)
@@ -204,24 +211,20 @@ class Trainer:
                 f"{', '.join(bad[:4]) or 'no tensor'}. Lower the learning rate or warm up longer."
             )
         factor = self.optimizer.step(self.grads, step, norm)
-        self.state = replace(
-            self.state, step=step + 1, tokens=self.state.tokens + int((targets >= 0).sum())
-        )
+        self.state = replace(self.state, step=step + 1, tokens=self.state.tokens + int((targets >= 0).sum()))
         return StepResult(loss, norm, factor, quantize)
 
-    # ---- validation ---------------------------------------------------------------------------------------------
+    # ---- validation
+    # ---------------------------------------------------------------------------------------------
 
-    def validate(
-        self, batches: Iterable[ValidationBatch], n_bytes: int, quantize: bool = False
-    ) -> Validation:
+    def validate(self, batches: Iterable[ValidationBatch], n_bytes: int, quantize: bool = False) -> Validation:
         """Loss and bits per byte over whole documents of n_bytes bytes."""
         return evaluate(self.workers, self.pool, self.weights(quantize), batches, n_bytes, quantize)
 
-    # ---- saving -------------------------------------------------------------------------------------------------
+    # ---- saving ----------------------------------------------------------------------------------
+    # ---------------
 
-    def save(
-        self, folder: Path, data_fingerprint: str, write_model: Callable[[Path], None]
-    ) -> None:
+    def save(self, folder: Path, data_fingerprint: str, write_model: Callable[[Path], None]) -> None:
         """Write a checkpoint of everything."""
         checkpoints.save_checkpoint(
             folder,

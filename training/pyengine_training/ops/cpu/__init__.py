@@ -1,4 +1,6 @@
-"""The CPU back end: single-threaded kernels that release the GIL; parallelism comes from running shards side by side."""
+"""The CPU back end: single-threaded kernels that release the GIL; parallelism comes from running
+shards side by side.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """How kernels are compiled, and the exponential they share.
 
-Kernels run without the GIL on one thread each. ``kernel`` allows the compiler to reorder sums (vector lanes);
-``exact_kernel`` does not, and is what every quantizer uses: its rounding is part of the file format.
+Kernels run without the GIL on one thread each. ``kernel`` allows the compiler to reorder sums
+(vector lanes); ``exact_kernel`` does not, and is what every quantizer uses: its rounding is part of
+the file format.
 
-Kernels are written once for float32 and float64: the constants in them are exact in float32 and widen, so the same
-code that trains is what finite differences check in float64.
+Kernels are written once for float32 and float64: the constants in them are exact in float32 and
+widen, so the same code that trains is what finite differences check in float64.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ f4 = np.float32
 def _compile(function: F, **options: Any) -> F:
     """njit with a disk cache where one can be written, and without where none can.
 
-    The "numpy" error model lets a division by zero give infinity: Python's check for it would keep loops scalar.
+    The "numpy" error model lets a division by zero give infinity: Python's check for it would keep
+    loops scalar.
     """
     options = {"nogil": True, "error_model": "numpy", **options}
     try:
@@ -37,7 +39,9 @@ def _compile(function: F, **options: Any) -> F:
 
 
 def kernel(function: F) -> F:
-    """Compile with relaxed float semantics: reordered sums, fused multiply-adds; inputs must be finite."""
+    """Compile with relaxed float semantics: reordered sums, fused multiply-adds; inputs must be
+    finite.
+    """
     return _compile(function, fastmath=True)
 
 
@@ -46,8 +50,8 @@ def exact_kernel(function: F) -> F:
     return _compile(function)
 
 
-@intrinsic  # type: ignore[misc]
-def float_from_bits(_context: Any, _bits: Any) -> Any:
+@intrinsic
+def _float_from_bits(_context: Any, _bits: Any) -> Any:
     """The float32 whose bit pattern is the given int32."""
 
     def codegen(_ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -56,12 +60,17 @@ def float_from_bits(_context: Any, _bits: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
+float_from_bits: Any = _float_from_bits  # as kernels call it: one argument
+
+
 def exp(x: Any) -> Any:
-    """e**x inside a kernel: a Cephes polynomial for float32 (1.2e-7 relative, vectorizes), libm for float64."""
+    """e**x inside a kernel: a Cephes polynomial for float32 (1.2e-7 relative, vectorizes), libm for
+    float64.
+    """
     return math.exp(x)
 
 
-@overload(exp, inline="always", jit_options={"fastmath": True})  # type: ignore[misc]
+@overload(exp, inline="always", jit_options={"fastmath": True})
 def _exp_overload(x: Any) -> Any:
     if not (isinstance(x, types.Float) and x.bitwidth == 32):
 
@@ -73,7 +82,8 @@ def _exp_overload(x: Any) -> Any:
     def exp_float32(x: Any) -> Any:
         x = min(max(x, f4(-87.0)), f4(88.0))
         n = np.floor(x * f4(1.4426950408889634) + f4(0.5))
-        r = x - n * f4(0.693359375)  # x - n ln 2 in two steps, ln 2 split so that the first is exact
+        # x - n ln 2 in two steps, ln 2 split so that the first is exact
+        r = x - n * f4(0.693359375)
         r = r + n * f4(2.12194440e-4)
         p = f4(1.9875691500e-4)
         p = p * r + f4(1.3981999507e-3)

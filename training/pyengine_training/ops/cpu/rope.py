@@ -1,14 +1,18 @@
 """Cutting the fused q|k|v rows into heads, with rotary position embedding on q and k.
 
 qkv, dqkv (B, T, n_heads + 2 n_kv_heads, head_dim): all q heads, then all k heads, then all v heads
-q, dq     (B, n_kv_heads, T, n_rep, head_dim): the n_rep query heads that share a key lie beside each other, so that
+q, dq     (B, n_kv_heads, T, n_rep, head_dim): the n_rep query heads that share a key lie beside
+each other, so that
           attention is one matrix product per kv head; query head = g * n_rep + r
 k, v, dk, dv (B, n_kv_heads, T, head_dim);  cos, sin (>= T, head_dim / 2)
 
-Pairs are (i, i + h), h = head_dim / 2, as in Hugging Face checkpoints; position t is the row's index.
+Pairs are (i, i + h), h = head_dim / 2, as in Hugging Face checkpoints; position t is the row's
+index.
 
-forward   y[i]     = x[i] * cos - x[i+h] * sin         backward  dx[i]     = dy[i] * cos + dy[i+h] * sin
-          y[i + h] = x[i+h] * cos + x[i] * sin                   dx[i + h] = dy[i+h] * cos - dy[i] * sin
+forward   y[i]     = x[i] * cos - x[i+h] * sin         backward  dx[i]     = dy[i] * cos + dy[i+h] *
+sin
+          y[i + h] = x[i+h] * cos + x[i] * sin                   dx[i + h] = dy[i+h] * cos - dy[i] *
+          sin
 Everything is written with =.
 """
 
@@ -22,8 +26,8 @@ from ._jit import Array, kernel
 def rope_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Array, Array]:
     """cos and sin, float32 (max_seq_len, head_dim / 2), rounded the way the engine does it.
 
-    inv_freq and the angle are float32 (the power itself is taken in double); cos and sin of that angle are taken in
-    double and rounded once.
+    inv_freq and the angle are float32 (the power itself is taken in double); cos and sin of that
+    angle are taken in double and rounded once.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
@@ -58,9 +62,7 @@ def qkv_rope_forward(q: Array, k: Array, v: Array, qkv: Array, cos: Array, sin: 
 
 
 @kernel
-def qkv_rope_backward(
-    dqkv: Array, dq: Array, dk: Array, dv: Array, cos: Array, sin: Array
-) -> None:
+def qkv_rope_backward(dqkv: Array, dq: Array, dk: Array, dv: Array, cos: Array, sin: Array) -> None:
     """Rotate back and put the heads' gradients into the fused rows."""
     batch, n_kv, seq, n_rep, head_dim = dq.shape
     half = head_dim // 2
