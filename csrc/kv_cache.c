@@ -26,8 +26,11 @@ struct pe_kv_cache {
     sequence *sequences;
     size_t n_sequences;
     page *free_pages;
+    size_t n_free;
     size_t n_pages; /* allocated, free ones included */
 };
+
+enum { KEEP_FREE = 8 }; /* pages kept for the next sequence; more go back to the system */
 
 /* Bytes of k, k_scales, v, v_scales of one chunk, in that order; every one a multiple of 64. */
 static void chunk_parts(const pe_kv_cache *cache, size_t parts[4]) {
@@ -60,6 +63,7 @@ static page *page_new(pe_kv_cache *cache) {
     page *p = cache->free_pages;
     if (p != NULL) {
         cache->free_pages = p->next_free;
+        cache->n_free--;
         p->n_references = 1;
         return p;
     }
@@ -77,10 +81,21 @@ static page *page_new(pe_kv_cache *cache) {
     return p;
 }
 
+static void page_free(pe_kv_cache *cache, page *p) {
+    free(p->memory);
+    free(p);
+    cache->n_pages--;
+}
+
 static void page_release(pe_kv_cache *cache, page *p) {
     if (--p->n_references > 0) return;
+    if (cache->n_free == KEEP_FREE) {
+        page_free(cache, p);
+        return;
+    }
     p->next_free = cache->free_pages;
     cache->free_pages = p;
+    cache->n_free++;
 }
 
 void pe_kv_cache_destroy(pe_kv_cache *cache) {
@@ -93,8 +108,7 @@ void pe_kv_cache_destroy(pe_kv_cache *cache) {
     while (cache->free_pages != NULL) {
         page *p = cache->free_pages;
         cache->free_pages = p->next_free;
-        free(p->memory);
-        free(p);
+        page_free(cache, p);
     }
     free(cache->sequences);
     free(cache);
