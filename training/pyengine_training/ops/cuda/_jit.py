@@ -39,17 +39,17 @@ def kernel(function: Callable[..., None]) -> Any:
 
 def exact_kernel(function: Callable[..., None]) -> Any:
     """Compile for the device at the first launch: every operation rounded as IEEE 754 says."""
-    return cuda.jit(fastmath=False, fma=False)(function)
+    return cuda.jit(fastmath=False)(function)
 
 
 def device(function: Callable[..., Any]) -> Any:
     """A function that kernels call; it takes on their float semantics once inlined."""
-    return cuda.jit(device=True, fastmath=True)(function)
+    return cuda.jit(device=True, forceinline=True, fastmath=True)(function)
 
 
 def exact_device(function: Callable[..., Any]) -> Any:
     """A function for exact kernels."""
-    return cuda.jit(device=True, fastmath=False, fma=False)(function)
+    return cuda.jit(device=True, forceinline=True, fastmath=False)(function)
 
 
 def launch_elements(function: Any, n: int, *arguments: Any) -> None:

@@ -21,24 +21,27 @@ from ._runtime import flat, runtime
 
 @device
 def row_max(logits: Any, base: int, vocab: int) -> Any:
-    """Maximum of a row, in every thread."""
+    """Maximum of this thread's share of a row; the kernel calls block_max on it.
+
+    A device function that used shared memory and were reached on two ways would be linked twice, and fail to.
+    """
     top = LOWEST
     v = i8(cuda.threadIdx.x)
     while v < vocab:
         top = max(top, load(logits, base + v))
         v += cuda.blockDim.x
-    return block_max(top)
+    return top
 
 
 @device
 def row_exp_sum(logits: Any, base: int, vocab: int, top: Any, inv_tau: Any) -> Any:
-    """Sum of exp((logits - top) * inv_tau) over a row, in every thread."""
+    """Sum of exp((logits - top) * inv_tau) over this thread's share of a row."""
     total = f4(0)
     v = i8(cuda.threadIdx.x)
     while v < vocab:
         total += math.exp((load(logits, base + v) - top) * inv_tau)
         v += cuda.blockDim.x
-    return block_sum(total)
+    return total
 
 
 @kernel
@@ -52,9 +55,9 @@ def cross_entropy_kernel(
     row = i8(cuda.blockIdx.x)
     target = load(targets, row)
     base = row * vocab
-    top = row_max(logits, base, vocab)
+    top = block_max(row_max(logits, base, vocab))
     target_logit = load(logits, base + max(target, i8(0)))
-    total = row_exp_sum(logits, base, vocab, top, f4(1))
+    total = block_sum(row_exp_sum(logits, base, vocab, top, f4(1)))
     if cuda.threadIdx.x == 0:
         value = math.log(total) - (target_logit - top)
         if target < 0:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ._intrinsics import load, store
 from ._jit import Array, cuda, f4, i8, kernel, launch_rows
-from ._reduce import block_sum
+from ._reduce import block_max, block_sum
 from ._runtime import flat
 from .cross_entropy import number, row_exp_sum, row_max
 
@@ -30,12 +30,12 @@ def cross_entropy_kl_kernel(
     target = load(targets, row)
     base = row * vocab
     inv_tau = f4(1) / tau
-    top = row_max(logits, base, vocab)
-    top_q = row_max(teacher, base, vocab)
+    top = block_max(row_max(logits, base, vocab))
+    top_q = block_max(row_max(teacher, base, vocab))
     target_logit = load(logits, base + max(target, i8(0)))
-    z1 = row_exp_sum(logits, base, vocab, top, f4(1))
-    log_zt = math.log(row_exp_sum(logits, base, vocab, top, inv_tau))
-    log_zq = math.log(row_exp_sum(teacher, base, vocab, top_q, inv_tau))
+    z1 = block_sum(row_exp_sum(logits, base, vocab, top, f4(1)))
+    log_zt = math.log(block_sum(row_exp_sum(logits, base, vocab, top, inv_tau)))
+    log_zq = math.log(block_sum(row_exp_sum(teacher, base, vocab, top_q, inv_tau)))
     unit = load(inv, 0)
     divergence = f4(0)
     v = i8(cuda.threadIdx.x)
