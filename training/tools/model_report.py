@@ -1,13 +1,15 @@
-"""Numbers for a model card, measured in the engine itself: bits per byte on held-out documents, and what samples look like.
+"""Numbers for a model card, measured in the engine itself: bits per byte on held-out documents, and
+what samples look like.
 
     python training/tools/model_report.py --text tinystories.txt MODEL [MODEL ...]
 
-MODEL is anything that ``pyengine.Engine`` opens (a frozen file, a Hugging Face folder, a llama2.c checkpoint), so other
-people's models are scored by the same code. Held-out documents are the trainer's: one in fifty, chosen by content, the
-same for every model. The result is one JSON object per model on stdout.
+MODEL is anything that ``pyengine.Engine`` opens (a frozen file, a Hugging Face folder, a llama2.c
+checkpoint), so other people's models are scored by the same code. Held-out documents are the
+trainer's: one in fifty, chosen by content, the same for every model. The result is one JSON object
+per model on stdout.
 
-bits_per_byte: negative log2-probability of a document's own tokens (its end is not counted) over its UTF-8 bytes.
-Documents longer than the context are scored in windows that start anew.
+bits_per_byte: negative log2-probability of a document's own tokens (its end is not counted) over
+its UTF-8 bytes. Documents longer than the context are scored in windows that start anew.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyengine
-
 from pyengine_training.text import is_validation, read_documents
+
+import pyengine
 
 WORD = re.compile(r"[A-Za-z']+")
 
