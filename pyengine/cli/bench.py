@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
+from pyengine.errors import PyEngineError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pyengine.engine import Engine
 
 EPILOG = f"""\
@@ -185,19 +185,24 @@ def measure(
 
 def first_token_ms(path: Path, n_threads: int | None, isa: str | None) -> float:
     """Milliseconds from the start of a `pyengine generate` process to its first output."""
-    command = [sys.executable, "-m", "pyengine", "generate", "-m", str(path), "-p", FIRST_TOKEN_PROMPT]
+    import pyengine
+
+    command = [sys.executable, "-m", "pyengine", "generate", "-m", str(path.resolve()), "-p", FIRST_TOKEN_PROMPT]
     command += ["-n", "16", "--temp", "0", "--ignore-eos"]
     command += [] if n_threads is None else ["-t", str(n_threads)]
     command += [] if isa is None else ["--isa", isa]
     started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+    home = Path(
+        pyengine.__file__
+    ).parent.parent  # -m looks there first: this very package, whatever lies in our directory
+    with subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout is not None and process.stderr is not None
         first = process.stdout.read(1)
         elapsed = (time.perf_counter() - started) * 1e3
         process.stdout.read()
         message = process.stderr.read().decode(errors="replace").strip()
     if not first:
-        raise RuntimeError(f"pyengine generate said nothing: {message}")
+        raise PyEngineError(f"pyengine generate said nothing: {message}")
     return elapsed
 
 

@@ -64,22 +64,18 @@ class Conversation:
         conversation. Raises ContextFullError, with the conversation as it was before."""
         said: list[str] = []
         result = None
-        self.messages.append({"role": "user", "content": text})
-        try:
-            for piece in self._engine.chat(self.messages, self._params, stream=True):
+        turn = [*self.messages, {"role": "user", "content": text}]
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in self._engine.chat(turn, self._params, stream=True):
                 said.append(piece.text)
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
                 result = piece.result
-        except KeyboardInterrupt:
-            pass
-        except BaseException:
-            self.messages.pop()
-            raise
-        if not "".join(said).endswith("\n"):
+        answer = "".join(said)
+        if not answer.endswith("\n"):
             sys.stdout.write("\n")
         sys.stdout.flush()
-        self.messages.append({"role": "assistant", "content": "".join(said)})
+        self.messages = [*turn, {"role": "assistant", "content": answer}]
         return result
 
 
@@ -120,39 +116,43 @@ def command(line: str, conversation: Conversation) -> bool:
     return True
 
 
-def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: bool) -> int:
-    """The loop. Returns the exit code."""
+def say(line: str, conversation: Conversation, engine: Engine, *, verbose: bool, is_terminal: bool) -> None:
+    """One turn. On a terminal a full context is told and the conversation stays; otherwise ContextFullError is raised."""
     from pyengine.cli.errors import sentence
     from pyengine.cli.generate import timings_line
 
+    try:
+        result = conversation.answer(line)
+    except ContextFullError as error:
+        if not is_terminal:
+            raise
+        print(f"pyengine: error: {sentence(error)}; /reset starts anew", file=sys.stderr)
+        return
+    if verbose and result is not None:
+        print(timings_line(result, engine), file=sys.stderr)
+
+
+def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: bool) -> int:
+    """The loop. Returns the exit code."""
     n_interrupts = 0
     while True:
         try:
             line = lines.next()
-        except KeyboardInterrupt:
+            n_interrupts = 0
+            if line is None:
+                return 0
+            line = line.strip()
+            if line.startswith("/"):
+                if not command(line, conversation):
+                    return 0
+            elif line:
+                say(line, conversation, engine, verbose=verbose, is_terminal=lines.is_terminal)
+        except KeyboardInterrupt:  # at the prompt: an answer handles its own
             n_interrupts += 1
             if n_interrupts == 2 or not lines.is_terminal:
                 print(file=sys.stderr)
                 return EXIT_INTERRUPTED
             print("\n(Ctrl-C again leaves)", file=sys.stderr)
-            continue
-        n_interrupts = 0
-        if line is None:
-            return 0
-        line = line.strip()
-        if line.startswith("/"):
-            if not command(line, conversation):
-                return 0
-        elif line:
-            try:
-                result = conversation.answer(line)
-            except ContextFullError as error:
-                if not lines.is_terminal:
-                    raise
-                print(f"pyengine: error: {sentence(error)}; /reset starts anew", file=sys.stderr)
-                continue
-            if verbose and result is not None:
-                print(timings_line(result, engine), file=sys.stderr)
 
 
 def run(argv: list[str]) -> int:

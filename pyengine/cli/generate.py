@@ -76,9 +76,9 @@ def write_stream(pieces: Iterator[Piece]) -> Generation | None:
     try:
         for piece in pieces:
             if piece.text:
+                last = piece.text  # before it is written: an interrupt may fall between any two lines
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
-                last = piece.text
             if piece.result is not None:
                 return piece.result
     except KeyboardInterrupt:

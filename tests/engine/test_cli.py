@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from engine import cli_tools
 import pytest
+from engine import cli_tools
 from engine.cli_tools import run_process
 from reference import fixtures
 

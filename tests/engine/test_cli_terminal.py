@@ -1,0 +1,239 @@
+"""The command line as people meet it: Ctrl-C, closed pipes, terminals, conversations."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine.cli_tools import command, environment, run_process, write_talker
+
+import pyengine
+from pyengine.cli import main
+
+FOREVER = ("--temp", "1", "-s", "3", "--ignore-eos")
+DEADLINE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A frozen model with a chat template that can go on for minutes."""
+    directory = tmp_path_factory.mktemp("talker")
+    return pyengine.freeze(write_talker(directory / "hf"), directory / "talker.safetensors")
+
+
+@contextlib.contextmanager
+def process(directory: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A running command with pipes, killed at the end if it still runs."""
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(
+        command(*arguments), cwd=directory, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0
+    )
+    with running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+class Terminal:
+    """A command on a pseudo-terminal. `expect` reads until the output holds something."""
+
+    def __init__(self, directory: Path, *arguments: object) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:  # the child: nothing but exec, whatever happens
+            try:
+                os.chdir(directory)
+                os.execve(command()[0], command(*arguments), environment(TERM="dumb", COLUMNS="80"))
+            finally:
+                os._exit(99)
+        self.output = ""
+        self.code: int | None = None
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def _read(self, timeout: float) -> bool:
+        """Whether there was something to read before the end of output."""
+        if not select.select([self.fd], [], [], timeout)[0]:
+            return True
+        try:
+            data = os.read(self.fd, 65536)
+        except OSError:  # the other side is closed
+            data = b""
+        self.output += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def expect(self, text: str, after: int = 0) -> int:
+        """Wait for `text` in the output from `after` on; the position behind it."""
+        end = time.monotonic() + DEADLINE_S
+        while text not in self.output[after:]:
+            assert time.monotonic() < end, f"no {text!r} in {self.output[after:][-2000:]!r}"
+            assert self._read(1.0), f"ended without {text!r}: {self.output[after:][-2000:]!r}"
+        return after + self.output[after:].index(text) + len(text)
+
+    def wait(self) -> int:
+        """Read to the end; the exit code."""
+        end = time.monotonic() + DEADLINE_S
+        while self._read(1.0):
+            assert time.monotonic() < end, "it does not end"
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+
+@contextlib.contextmanager
+def terminal(directory: Path, *arguments: object) -> Iterator[Terminal]:
+    opened = Terminal(directory, *arguments)
+    try:
+        yield opened
+    finally:
+        if opened.code is None:
+            os.kill(opened.pid, signal.SIGKILL)
+            os.waitpid(opened.pid, 0)
+        os.close(opened.fd)
+
+
+# -------------------------------------------------------------------- signals and pipes
+
+
+def test_ctrl_c_ends_generate_with_what_there_is(talker: Path, tmp_path: Path) -> None:
+    with process(tmp_path, "generate", "-m", talker, "hello", *FOREVER) as running:
+        assert running.stdout is not None and running.stderr is not None
+        first = running.stdout.read(50)  # it streams: there is output long before the end
+        running.send_signal(signal.SIGINT)
+        rest = running.stdout.read()
+        assert running.wait(DEADLINE_S) == 130
+        assert running.stderr.read() == b""
+    assert len(first) > 0 and rest.endswith(b"\n")
+
+
+def test_ctrl_c_ends_json_with_what_there_is(talker: Path, tmp_path: Path) -> None:
+    import json
+
+    with terminal(tmp_path, "generate", "-m", talker, "hello", "--json", "--timeout", "20", *FOREVER) as tty:
+        time.sleep(1.5)  # nothing is to be seen before the end; too early an interrupt only ends it before the loop
+        tty.type("\x03")
+        assert tty.wait() == 130
+    text = tty.output.replace("^C", "").strip()
+    assert text == "" or json.loads(text)["finish_reason"] == "cancelled"
+
+
+def test_a_reader_that_leaves_is_no_error(talker: Path, tmp_path: Path) -> None:
+    with process(tmp_path, "generate", "-m", talker, "hello", *FOREVER) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.read(1)
+        running.stdout.close()
+        assert running.wait(DEADLINE_S) == 141
+        assert running.stderr.read() == b""
+
+
+def test_no_reader_at_all(talker: Path, tmp_path: Path) -> None:
+    """Output that is only flushed at the end meets the closed pipe too."""
+    with process(tmp_path, "info", "-m", talker) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        assert running.wait(DEADLINE_S) == 141
+        assert running.stderr.read() == b""
+
+
+# -------------------------------------------------------------------- progress
+
+
+def test_progress_is_for_terminals(talker: Path, tmp_path: Path) -> None:
+    checkpoint = talker.parent / "hf"
+    with terminal(tmp_path, "freeze", checkpoint, "-o", tmp_path / "a.safetensors") as tty:
+        assert tty.wait() == 0
+    assert " %  " in tty.output.partition("freezing ")[2] and "a.safetensors: " in tty.output
+    piped = run_process(tmp_path, "freeze", checkpoint, "-o", tmp_path / "b.safetensors")
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, "", "")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_model_frozen_into_the_cache_shows_progress(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    with terminal(tmp_path, "info", talker.parent / "hf") as tty:
+        assert tty.wait() == 0
+    assert " %  " in tty.output.partition("freezing into the cache ")[2]
+    assert len(list((tmp_path / "xdg" / "pyengine").glob("*.safetensors"))) == 1
+
+
+# -------------------------------------------------------------------- chat
+
+
+def test_chat_through_a_pipe_remembers(talker: Path, tmp_path: Path) -> None:
+    options = {"temperature": 0.0, "max_tokens": 12, "stop": "\n"}
+    messages = [{"role": "system", "content": "Be brief."}]
+    answers = []
+    with pyengine.Engine(talker) as engine:
+        for question in ("Hello", "And again", "Third"):
+            messages = messages[:1] if question == "Third" else messages  # after /reset
+            messages.append({"role": "user", "content": question})
+            answers.append(engine.chat(messages, **options).text)
+            messages.append({"role": "assistant", "content": answers[-1]})
+    arguments = ("chat", "-m", talker, "-sys", "Be brief.", "--temp", "0", "-n", "12", "--stop", "\n")
+    done = run_process(tmp_path, *arguments, input="Hello\n\nAnd again\n/reset\nThird\n/exit\nnever said\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "".join(answer + "\n" for answer in answers)
+
+
+def test_chat_commands(talker: Path, tmp_path: Path) -> None:
+    done = run_process(tmp_path, "chat", "-m", talker, input="/help\n/wat now\n")
+    assert done.returncode == 0 and done.stdout == ""
+    assert "/reset" in done.stderr and "there is no command /wat; /help lists them" in done.stderr
+
+
+def test_chat_needs_a_template(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "-m", str(tiny_model)]) == 1
+    assert "chat template" in capsys.readouterr().err
+
+
+def test_chat_whose_context_is_full(talker: Path, tmp_path: Path) -> None:
+    piped = run_process(tmp_path, "chat", "-m", talker, "-c", "64", input="x" * 100 + "\n")
+    assert piped.returncode == 1 and "the context holds 64" in piped.stderr
+    with terminal(tmp_path, "chat", "-m", talker, "-c", "64", "-n", "4", "--temp", "0") as tty:
+        tty.expect("> ")
+        tty.type("x" * 100 + "\n")
+        at = tty.expect("/reset starts anew")
+        tty.expect("> ", at)
+        tty.type("\x04")
+        assert tty.wait() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talker: Path, tmp_path: Path) -> None:
+    with terminal(tmp_path, "chat", "-m", talker, *FOREVER) as tty:
+        at = tty.expect("> ")
+        for question in ("hello", "once more"):
+            tty.type(question + "\n")
+            at = tty.expect(question, at)
+            while len(tty.output) < at + 100:  # the answer is on its way
+                tty._read(1.0)
+            tty.type("\x03")
+            at = tty.expect("\n> ", at)
+        tty.type("/exit\n")
+        assert tty.wait() == 0
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves(talker: Path, tmp_path: Path) -> None:
+    with terminal(tmp_path, "chat", "-m", talker, "-n", "3") as tty:
+        tty.expect("> ")
+        tty.type("half a line\x03")
+        at = tty.expect("(Ctrl-C again leaves)")
+        tty.expect("> ", at)
+        tty.type("\x03")
+        assert tty.wait() == 130
+
+
+def test_end_of_input_leaves(talker: Path, tmp_path: Path) -> None:
+    with terminal(tmp_path, "chat", "-m", talker) as tty:
+        tty.expect("> ")
+        tty.type("\x04")
+        assert tty.wait() == 0
