@@ -8,6 +8,7 @@ slices, and nothing is allocated after the start.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,10 @@ class Arena:
     ``arena.flat``.
     """
 
-    def __init__(self, shapes: Shapes, dtype: Any = np.float32) -> None:
-        self.shapes = shapes
+    def __init__(
+        self, shapes: Shapes, dtype: Any = np.float32, zeros: Callable[..., Any] = np.zeros
+    ) -> None:
+        self.shapes, self._zeros = shapes, zeros
         self.offsets: dict[str, int] = {}
         size = 0
         for name, shape in shapes.items():
@@ -67,7 +70,7 @@ class Arena:
 
     def like(self) -> Arena:
         """A zeroed arena of the same layout."""
-        return Arena(self.shapes, self.flat.dtype)
+        return Arena(self.shapes, self.flat.dtype, self._zeros)
 
 
 def initialize(params: Arena, config: ModelConfig, seed: int) -> None:

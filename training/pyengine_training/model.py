@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import arena as arenas
 from .arena import Arena
 from .config import ModelConfig
-from .ops import cpu as ops
+from .ops import cpu as cpu_ops
 
 Array = NDArray[Any]
 LOSS_ROWS = 512  # logits are made, turned into gradients and used up this many rows at a time
@@ -71,24 +71,26 @@ class Worker:
         recompute: str = "none",
         training: bool = True,
         dtype: Any = np.float32,
+        ops: Any = cpu_ops,
     ) -> None:
         self.config, self.rows, self.seq_len, self.dtype = config, rows, seq_len, dtype
+        self.ops, self.wide = ops, ops.wide_dtype(dtype)
         self.recompute = recompute if training else "block"
         c, n = config, rows * seq_len
-        cos, sin = ops.rope_tables(seq_len, c.head_dim, c.rope_theta)
-        self.cos, self.sin = cos.astype(dtype), sin.astype(dtype)
-        self.scale = dtype(1 / np.sqrt(np.float32(c.head_dim)))
-        self.eps = dtype(c.norm_eps)
+        cos, sin = self.ops.rope_tables(seq_len, c.head_dim, c.rope_theta)
+        self.cos, self.sin = ops.upload(cos.astype(self.wide)), ops.upload(sin.astype(self.wide))
+        self.scale = self.wide(1 / np.sqrt(np.float32(c.head_dim)))
+        self.eps = self.wide(c.norm_eps)
         n_states = c.n_layers if self.recompute != "block" else 1
         self.xs = [self._new(n, c.dim) for _ in range(c.n_layers + 1 if training else 2)]
         self._shared = (self._new(n, c.dim), self._new(n, c.dim), self._new(n, c.hidden_dim))
         self.states = [self._block_state() for _ in range(n_states)]
         self.qkv = self._new(rows, seq_len, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
         self.o = self._new(*self._q_shape())
-        self.xn_final, self.inv_rms_final = self._new(n, c.dim), self._new(n)
-        self.loss = self._new(n)
+        self.xn_final, self.inv_rms_final = self._new(n, c.dim), self._new_wide(n)
+        self.loss = self._new_wide(n)
         self.logits = self._new(min(n, LOSS_ROWS), c.vocab_size)
-        lengths = ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim)
+        lengths = self.ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim)
         self.scratch = (self._new(lengths[0]), self._new(lengths[1]), self._new(lengths[2]))
         if training:
             self._allocate_backward()
@@ -97,9 +99,10 @@ class Worker:
     # ---------------
 
     def _new(self, *shape: int) -> Array:
-        buffer = np.empty(shape, self.dtype)
-        buffer.fill(0)  # touch the pages now
-        return buffer
+        return self.ops.empty(shape, self.dtype)
+
+    def _new_wide(self, *shape: int) -> Array:
+        return self.ops.empty(shape, self.wide)
 
     def _q_shape(self) -> tuple[int, ...]:
         c = self.config
@@ -114,36 +117,36 @@ class Worker:
         xn1, xn2, h = self._shared
         return BlockState(
             xn1=self._new(n, c.dim) if own else xn1,
-            inv_rms1=self._new(n),
+            inv_rms1=self._new_wide(n),
             q=self._new(*self._q_shape()),
             k=self._new(*self._kv_shape()),
             v=self._new(*self._kv_shape()),
-            lse=self._new(self.rows, c.n_kv_heads, self.seq_len * c.n_rep),
+            lse=self._new_wide(self.rows, c.n_kv_heads, self.seq_len * c.n_rep),
             att=self._new(n, c.q_dim),
             x_mid=self._new(n, c.dim),
             xn2=self._new(n, c.dim) if own else xn2,
-            inv_rms2=self._new(n),
+            inv_rms2=self._new_wide(n),
             gate_up=self._new(n, 2 * c.hidden_dim),
             h=self._new(n, c.hidden_dim) if own else h,
         )
 
     def _allocate_backward(self) -> None:
         c, n = self.config, self.rows * self.seq_len
-        self.grads = Arena(arenas.parameter_shapes(c), self.dtype)
+        self.grads = Arena(arenas.parameter_shapes(c), self.wide, self.ops.zeros)
         self.dx, self.dxn = self._new(n, c.dim), self._new(n, c.dim)
         self.dh, self.dgate_up = self._new(n, c.hidden_dim), self._new(n, 2 * c.hidden_dim)
         self.datt, self.do = self._new(n, c.q_dim), self._new(*self._q_shape())
         self.dq = self._new(*self._q_shape())
         self.dk, self.dv = self._new(*self._kv_shape()), self._new(*self._kv_shape())
         self.dqkv = self._new(*self.qkv.shape)
-        self.doutput = self._new(c.vocab_size, c.dim) if n > LOSS_ROWS else self._new(0)
+        self.doutput = self._new_wide(c.vocab_size if n > LOSS_ROWS else 0, c.dim)
 
     # ---- forward ---------------------------------------------------------------------------------
     # ---------------
 
     def forward(self, params: Arena, tokens: Array, quantize: bool = False) -> None:
         """tokens (rows, seq_len) int64 -> self.xn_final (N, dim), the output layer's input."""
-        ops.embedding_forward(self.xs[0], params["tok_embeddings"], tokens.ravel())
+        self.ops.embedding_forward(self.xs[0], params["tok_embeddings"], tokens.ravel())
         for layer in range(self.config.n_layers):
             x, y = self._block_io(layer)
             self._block_forward(params, layer, x, y, quantize)
@@ -162,35 +165,34 @@ class Worker:
         undoes.
         """
         p, s, n = f"layers.{layer}.", self._state(layer), x.shape[0]
-        ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
+        self.ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
-        ops.linear_forward(self.qkv.reshape(n, -1), s.xn1, params[p + "wqkv"])
-        ops.qkv_rope_forward(s.q, s.k, s.v, self.qkv, self.cos, self.sin)
+        self.ops.linear_forward(self.qkv.reshape(n, -1), s.xn1, params[p + "wqkv"])
+        self.ops.qkv_rope_forward(s.q, s.k, s.v, self.qkv, self.cos, self.sin)
         if quantize:
             head_dim = self.config.head_dim
-            ops.fake_quant_activations(s.q.reshape(-1, head_dim))
-            ops.fake_quant_activations(s.k.reshape(-1, head_dim))
-            ops.fake_quant_activations(s.v.reshape(-1, head_dim), group=head_dim)
-        ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.scale, self.scratch[0])
-        ops.merge_heads(s.att.reshape(self.rows, self.seq_len, -1, self.config.head_dim), self.o)
+            self.ops.fake_quant_activations(s.q.reshape(-1, head_dim))
+            self.ops.fake_quant_activations(s.k.reshape(-1, head_dim))
+            self.ops.fake_quant_activations(s.v.reshape(-1, head_dim), group=head_dim)
+        self.ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.scale, self.scratch[0])
+        self.ops.merge_heads(s.att.reshape(self.rows, self.seq_len, -1, self.config.head_dim), self.o)
         self._fake_quant(s.att, quantize)
-        ops.linear_forward(s.x_mid, s.att, params[p + "wo"])
-        ops.rmsnorm_residual_forward(s.xn2, s.inv_rms2, s.x_mid, x, params[p + "ffn_norm"], self.eps)
+        self.ops.linear_forward(s.x_mid, s.att, params[p + "wo"])
+        self.ops.rmsnorm_residual_forward(s.xn2, s.inv_rms2, s.x_mid, x, params[p + "ffn_norm"], self.eps)
         self._fake_quant(s.xn2, quantize)
-        ops.linear_forward(s.gate_up, s.xn2, params[p + "w_gate_up"])
-        ops.swiglu_forward(s.h, s.gate_up)
+        self.ops.linear_forward(s.gate_up, s.xn2, params[p + "w_gate_up"])
+        self.ops.swiglu_forward(s.h, s.gate_up)
         self._fake_quant(s.h, quantize)
-        ops.linear_forward(y, s.h, params[p + "w_down"])
-        y += s.x_mid
+        self.ops.linear_forward(y, s.h, params[p + "w_down"])
+        self.ops.add(y, s.x_mid)
 
     def _final_norm(self, params: Arena, x: Array, quantize: bool) -> None:
-        ops.rmsnorm_forward(self.xn_final, self.inv_rms_final, x, params["norm"], self.eps)
+        self.ops.rmsnorm_forward(self.xn_final, self.inv_rms_final, x, params["norm"], self.eps)
         self._fake_quant(self.xn_final, quantize)
 
-    @staticmethod
-    def _fake_quant(x: Array, quantize: bool) -> None:
+    def _fake_quant(self, x: Array, quantize: bool) -> None:
         if quantize:
-            ops.fake_quant_activations(x)
+            self.ops.fake_quant_activations(x)
 
     def output_matrix(self, params: Arena) -> Array:
         """(vocab_size, dim): the embedding table itself when tied."""
@@ -205,8 +207,8 @@ class Worker:
         for start in range(0, flat.size, LOSS_ROWS):
             rows = slice(start, min(flat.size, start + LOSS_ROWS))
             logits = self.logits[: rows.stop - start]
-            ops.linear_forward(logits, self.xn_final[rows], self.output_matrix(params))
-            ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
+            self.ops.linear_forward(logits, self.xn_final[rows], self.output_matrix(params))
+            self.ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
         return self.loss.reshape(tokens.shape)
 
     # ---- backward --------------------------------------------------------------------------------
@@ -227,14 +229,14 @@ class Worker:
         tokens, targets (rows, seq_len) int64; a negative target does not count. inv = 1 / targets
         counted in the whole batch. params holds fake-quantized values when quantize is set.
         """
-        self.grads.flat.fill(0)
+        self.ops.fill(self.grads.flat, 0)
         self.forward(params, tokens, quantize)
         if distillation is not None:
             distillation.teacher.forward(distillation.params, tokens)
-        self._output_forward_backward(params, targets.ravel(), self.dtype(inv), distillation)
+        self._output_forward_backward(params, targets.ravel(), inv, distillation)
         last = self._block_io(self.config.n_layers - 1)[1]
-        self.dx.fill(0)
-        ops.rmsnorm_backward(self.dx, self.grads["norm"], self.dxn, last, params["norm"], self.inv_rms_final)
+        self.ops.fill(self.dx, 0)
+        self.ops.rmsnorm_backward(self.dx, self.grads["norm"], self.dxn, last, params["norm"], self.inv_rms_final)
         for layer in reversed(range(self.config.n_layers)):
             x, y = self._block_io(layer)
             if self.recompute == "block":
@@ -242,8 +244,7 @@ class Worker:
             elif self.recompute == "activations":
                 self._recompute_activations(params, layer, x, quantize)
             self._block_backward(params, layer, x)
-        ops.embedding_backward(self.grads["tok_embeddings"], self.dx, tokens.ravel())
-        return float(self.loss.sum(dtype=np.float64)) * inv
+        self.ops.embedding_backward(self.grads["tok_embeddings"], self.dx, tokens.ravel())
 
     def _output_forward_backward(
         self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None
@@ -255,35 +256,35 @@ class Worker:
         for start in range(0, targets.size, LOSS_ROWS):
             rows = slice(start, min(targets.size, start + LOSS_ROWS))
             logits = self.logits[: rows.stop - start]
-            ops.linear_forward(logits, self.xn_final[rows], w)
+            self.ops.linear_forward(logits, self.xn_final[rows], w)
             if distillation is None:
-                ops.cross_entropy_forward_backward(self.loss[rows], logits, targets[rows], inv)
+                self.ops.cross_entropy_forward_backward(self.loss[rows], logits, targets[rows], inv)
             else:
                 self._distill(rows, logits, targets[rows], inv, distillation)
             if start == 0:
-                ops.linear_backward_weight(dw, logits, self.xn_final[rows])
+                self.ops.linear_backward_weight(dw, logits, self.xn_final[rows])
             else:
-                ops.linear_backward_weight(self.doutput, logits, self.xn_final[rows])
-                dw += self.doutput
-            ops.linear_backward_input(self.dxn[rows], logits, w)
+                self.ops.linear_backward_weight(self.doutput, logits, self.xn_final[rows])
+                self.ops.add(dw, self.doutput)
+            self.ops.linear_backward_input(self.dxn[rows], logits, w)
 
     def _distill(self, rows: slice, logits: Array, targets: Array, inv: Any, distillation: Distillation) -> None:
         d, teacher = distillation, distillation.teacher
         wanted = teacher.logits[: rows.stop - rows.start]
-        ops.linear_forward(wanted, teacher.xn_final[rows], teacher.output_matrix(d.params))
-        alpha, tau = self.dtype(d.alpha), self.dtype(d.tau)
-        ops.cross_entropy_kl_forward_backward(self.loss[rows], logits, wanted, targets, alpha, tau, inv)
+        self.ops.linear_forward(wanted, teacher.xn_final[rows], teacher.output_matrix(d.params))
+        alpha, tau = self.wide(d.alpha), self.wide(d.tau)
+        self.ops.cross_entropy_kl_forward_backward(self.loss[rows], logits, wanted, targets, alpha, tau, inv)
 
     def _recompute_activations(self, params: Arena, layer: int, x: Array, quantize: bool) -> None:
         """The buffers that blocks share in recompute mode "activations", made again from what was
         kept.
         """
         p, s = f"layers.{layer}.", self._state(layer)
-        ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
+        self.ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
-        ops.rmsnorm_forward(s.xn2, s.inv_rms2, s.x_mid, params[p + "ffn_norm"], self.eps)
+        self.ops.rmsnorm_forward(s.xn2, s.inv_rms2, s.x_mid, params[p + "ffn_norm"], self.eps)
         self._fake_quant(s.xn2, quantize)
-        ops.swiglu_forward(s.h, s.gate_up)
+        self.ops.swiglu_forward(s.h, s.gate_up)
         self._fake_quant(s.h, quantize)
 
     def _block_backward(self, params: Arena, layer: int, x: Array) -> None:
@@ -291,21 +292,21 @@ class Worker:
         _block_forward.
         """
         p, s, n, g = f"layers.{layer}.", self._state(layer), x.shape[0], self.grads
-        ops.linear_backward_weight(g[p + "w_down"], self.dx, s.h)
-        ops.linear_backward_input(self.dh, self.dx, params[p + "w_down"])
-        ops.swiglu_backward(self.dgate_up, self.dh, s.gate_up)
-        ops.linear_backward_weight(g[p + "w_gate_up"], self.dgate_up, s.xn2)
-        ops.linear_backward_input(self.dxn, self.dgate_up, params[p + "w_gate_up"])
-        ops.rmsnorm_backward(self.dx, g[p + "ffn_norm"], self.dxn, s.x_mid, params[p + "ffn_norm"], s.inv_rms2)
-        ops.linear_backward_weight(g[p + "wo"], self.dx, s.att)
-        ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
-        ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
-        ops.attention_backward(self.dq, self.dk, self.dv, self.do, s.q, s.k, s.v, s.lse, self.scale, self.scratch)
-        ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
+        self.ops.linear_backward_weight(g[p + "w_down"], self.dx, s.h)
+        self.ops.linear_backward_input(self.dh, self.dx, params[p + "w_down"])
+        self.ops.swiglu_backward(self.dgate_up, self.dh, s.gate_up)
+        self.ops.linear_backward_weight(g[p + "w_gate_up"], self.dgate_up, s.xn2)
+        self.ops.linear_backward_input(self.dxn, self.dgate_up, params[p + "w_gate_up"])
+        self.ops.rmsnorm_backward(self.dx, g[p + "ffn_norm"], self.dxn, s.x_mid, params[p + "ffn_norm"], s.inv_rms2)
+        self.ops.linear_backward_weight(g[p + "wo"], self.dx, s.att)
+        self.ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
+        self.ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
+        self.ops.attention_backward(self.dq, self.dk, self.dv, self.do, s.q, s.k, s.v, s.lse, self.scale, self.scratch)
+        self.ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
         dqkv = self.dqkv.reshape(n, -1)
-        ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)
-        ops.linear_backward_input(self.dxn, dqkv, params[p + "wqkv"])
-        ops.rmsnorm_backward(self.dx, g[p + "attention_norm"], self.dxn, x, params[p + "attention_norm"], s.inv_rms1)
+        self.ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)
+        self.ops.linear_backward_input(self.dxn, dqkv, params[p + "wqkv"])
+        self.ops.rmsnorm_backward(self.dx, g[p + "attention_norm"], self.dxn, x, params[p + "attention_norm"], s.inv_rms1)
 
 
 def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None = None) -> None:
@@ -314,7 +315,7 @@ def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None 
         if params[name].ndim == 1:
             out[name][...] = params[name]
         else:
-            ops.fake_quant_weights(out[name], params[name])
+            cpu_ops.fake_quant_weights(out[name], params[name])
 
 
 def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: str) -> int:
@@ -326,7 +327,7 @@ def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: st
     own = c.n_layers if recompute == "none" else 1
     backward = n * (4 * c.dim + 3 * c.hidden_dim + 5 * c.q_dim + 4 * c.kv_dim)
     output = min(n, LOSS_ROWS) * c.vocab_size + c.vocab_size * c.dim
-    scratch = sum(ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim))
+    scratch = sum(cpu_ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim))
     stream = n * c.dim * (c.n_layers + 1)
     floats = blocks * per_block + own * kept + backward + output + scratch + stream
     return 4 * (floats + math.ceil(c.n_params()))

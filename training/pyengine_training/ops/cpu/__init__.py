@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from .adamw import adamw_update
 from .attention import attention_backward, attention_forward, attention_scratch_shapes
+from .buffers import add, empty, fill, total, upload, wide_dtype, zeros
 from .cross_entropy import cross_entropy_forward, cross_entropy_forward_backward
 from .embedding import embedding_backward, embedding_forward
 from .fake_quant import (
@@ -27,6 +28,7 @@ from .swiglu import swiglu_backward, swiglu_forward
 __all__ = [
     "activation_codes",
     "adamw_update",
+    "add",
     "attention_backward",
     "attention_forward",
     "attention_scratch_shapes",
@@ -36,8 +38,10 @@ __all__ = [
     "cross_entropy_kl_forward_backward",
     "embedding_backward",
     "embedding_forward",
+    "empty",
     "fake_quant_activations",
     "fake_quant_weights",
+    "fill",
     "linear_backward_input",
     "linear_backward_weight",
     "linear_forward",
@@ -53,6 +57,10 @@ __all__ = [
     "sum_of_squares",
     "swiglu_backward",
     "swiglu_forward",
+    "total",
+    "upload",
     "weight_codes",
     "weight_scales",
+    "wide_dtype",
+    "zeros",
 ]
