@@ -41,23 +41,26 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
+def touched_zeros(size: int, dtype: Any) -> NDArray[Any]:
+    """Zeroed host memory, every page touched now: first touches are slow, and later would be in a step."""
+    flat = np.empty(size, dtype)
+    flat.fill(0)
+    return flat
+
+
 class Arena:
     """A flat array with named, shaped views: ``arena["layers.0.wo"]`` is a view into
     ``arena.flat``.
     """
 
-    def __init__(
-        self, shapes: Shapes, dtype: Any = np.float32, zeros: Callable[..., Any] = np.zeros
-    ) -> None:
+    def __init__(self, shapes: Shapes, dtype: Any = np.float32, zeros: Callable[..., Any] = touched_zeros) -> None:
         self.shapes, self._zeros = shapes, zeros
         self.offsets: dict[str, int] = {}
         size = 0
         for name, shape in shapes.items():
             self.offsets[name] = size
             size += -(-math.prod(shape) // ALIGN) * ALIGN
-        self.flat: NDArray[Any] = np.zeros(-(-size // PAD) * PAD, dtype)
-        # touch every page now: first touches are slow, and later would be in a step
-        self.flat.fill(0)
+        self.flat: NDArray[Any] = zeros(-(-size // PAD) * PAD, dtype)
         self.views = {name: self._view(name) for name in shapes}
 
     def _view(self, name: str) -> NDArray[Any]:

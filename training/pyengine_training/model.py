@@ -229,6 +229,19 @@ class Worker:
         tokens, targets (rows, seq_len) int64; a negative target does not count. inv = 1 / targets
         counted in the whole batch. params holds fake-quantized values when quantize is set.
         """
+        self.gradients(params, tokens, targets, self.wide(inv), quantize, distillation)
+        return float(self.ops.total(self.loss)) * inv
+
+    def gradients(
+        self,
+        params: Arena,
+        tokens: Array,
+        targets: Array,
+        inv: Any,
+        quantize: bool = False,
+        distillation: Distillation | None = None,
+    ) -> None:
+        """As forward_backward, but the losses stay in self.loss: nothing is read back."""
         self.ops.fill(self.grads.flat, 0)
         self.forward(params, tokens, quantize)
         if distillation is not None:
@@ -306,7 +319,9 @@ class Worker:
         dqkv = self.dqkv.reshape(n, -1)
         self.ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)
         self.ops.linear_backward_input(self.dxn, dqkv, params[p + "wqkv"])
-        self.ops.rmsnorm_backward(self.dx, g[p + "attention_norm"], self.dxn, x, params[p + "attention_norm"], s.inv_rms1)
+        self.ops.rmsnorm_backward(
+            self.dx, g[p + "attention_norm"], self.dxn, x, params[p + "attention_norm"], s.inv_rms1
+        )
 
 
 def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None = None) -> None:

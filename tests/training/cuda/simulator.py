@@ -154,19 +154,19 @@ class _Cuda:
         self.local = _Space(simulator, False)
 
     @property
-    def threadIdx(self) -> _Dim:  # noqa: N802 - CUDA's names
+    def threadIdx(self) -> _Dim:
         return _Dim(self._simulator.thread.index, 0, 0)
 
     @property
-    def blockIdx(self) -> _Dim:  # noqa: N802
+    def blockIdx(self) -> _Dim:
         return _Dim(self._simulator.thread.block.index, 0, 0)
 
     @property
-    def blockDim(self) -> _Dim:  # noqa: N802
+    def blockDim(self) -> _Dim:
         return _Dim(self._simulator.thread.block.dim)
 
     @property
-    def gridDim(self) -> _Dim:  # noqa: N802
+    def gridDim(self) -> _Dim:
         return _Dim(self._simulator.grid)
 
     def grid(self, _ndim: int) -> int:
@@ -287,9 +287,7 @@ class Simulator:
             return found
         source = kernel.py_func
         names: dict[str, Any] = dict(source.__globals__)
-        made = types.FunctionType(
-            source.__code__, names, source.__name__, source.__defaults__, source.__closure__
-        )
+        made = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__, source.__closure__)
         self._translated[kernel] = made
         for name in source.__code__.co_names:
             if name in names:

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
-from compiled import RecordingRuntime, float64_lines, ptx, usage  # noqa: E402
-from pyengine_training.gpu_check.cases import check, small_cases  # noqa: E402
-from pyengine_training.ops import cuda as ops  # noqa: E402
-from pyengine_training.ops.cuda._runtime import use_runtime  # noqa: E402
+from compiled import RecordingRuntime, float64_lines, ptx, usage
+from pyengine_training.gpu_check.cases import check, small_cases
+from pyengine_training.ops import cuda as ops
+from pyengine_training.ops.cuda._runtime import use_runtime
 
 
 def nvvm_missing() -> str | None:

@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
-from pyengine_training.gpu_check.cases import Case, check, small_cases  # noqa: E402
-from pyengine_training.ops import cuda as ops  # noqa: E402
-from pyengine_training.ops.cuda import attention as attention_module  # noqa: E402
-from pyengine_training.ops.cuda._runtime import use_runtime  # noqa: E402
-from simulated_runtime import SimulatedRuntime  # noqa: E402
-from simulator import SCHEDULES  # noqa: E402
+from pyengine_training.gpu_check.cases import Case, check, small_cases
+from pyengine_training.ops import cuda as ops
+from pyengine_training.ops.cuda import attention as attention_module
+from pyengine_training.ops.cuda._runtime import use_runtime
+from simulated_runtime import SimulatedRuntime
+from simulator import SCHEDULES
 
 CASES = {case.name: case for case in small_cases()}
 

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
-from numba import cuda, float32  # noqa: E402
-from simulator import SCHEDULES, SimulationError, Simulator  # noqa: E402
+from numba import cuda, float32
+from simulator import SCHEDULES, SimulationError, Simulator
 
 Array = np.ndarray[Any, Any]
 FULL = 0xFFFFFFFF

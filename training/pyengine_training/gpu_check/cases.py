@@ -113,9 +113,7 @@ def rmsnorm(n: int, dim: int) -> Iterator[Case]:
             "residual": normal(n, dim, seed=2),
             "w": w,
         },
-        lambda ops, a: ops.rmsnorm_residual_forward(
-            a["y"], a["inv_rms"], a["x"], a["residual"], a["w"], 1e-5
-        ),
+        lambda ops, a: ops.rmsnorm_residual_forward(a["y"], a["inv_rms"], a["x"], a["residual"], a["w"], 1e-5),
         ("y", "inv_rms", "x"),
         wide=("inv_rms", "w"),
     )
@@ -129,9 +127,7 @@ def rmsnorm(n: int, dim: int) -> Iterator[Case]:
             "w": w,
             "inv_rms": inv_rms,
         },
-        lambda ops, a: ops.rmsnorm_backward(
-            a["dx"], a["dw"], a["dy"], a["x"], a["w"], a["inv_rms"]
-        ),
+        lambda ops, a: ops.rmsnorm_backward(a["dx"], a["dw"], a["dy"], a["x"], a["w"], a["inv_rms"]),
         ("dx", "dw"),
         wide=("dw", "w", "inv_rms"),
     )
@@ -147,16 +143,14 @@ def rope(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int) -> Iterator
     names = ("q", "k", "v")
     yield Case(
         f"qkv_rope_forward/{shape}",
-        {"q": nothing(*q), "k": nothing(*kv), "v": nothing(*kv), "qkv": normal(*rows)}
-        | {"cos": cos, "sin": sin},
+        {"q": nothing(*q), "k": nothing(*kv), "v": nothing(*kv), "qkv": normal(*rows)} | {"cos": cos, "sin": sin},
         lambda ops, a: ops.qkv_rope_forward(*(a[x] for x in (*names, "qkv", "cos", "sin"))),
         names,
         wide=("cos", "sin"),
     )
     yield Case(
         f"qkv_rope_backward/{shape}",
-        {"qkv": nothing(*rows), "q": normal(*q), "k": normal(*kv), "v": normal(*kv, seed=1)}
-        | {"cos": cos, "sin": sin},
+        {"qkv": nothing(*rows), "q": normal(*q), "k": normal(*kv), "v": normal(*kv, seed=1)} | {"cos": cos, "sin": sin},
         lambda ops, a: ops.qkv_rope_backward(*(a[x] for x in ("qkv", *names, "cos", "sin"))),
         ("qkv",),
         wide=("cos", "sin"),
@@ -182,9 +176,7 @@ def heads(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int) -> Iterato
     )
 
 
-def attention(
-    batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix: str = ""
-) -> Iterator[Case]:
+def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix: str = "") -> Iterator[Case]:
     """prefix: "flash_" for the variant that keeps scores on the chip."""
     from ..ops import cpu
 
@@ -264,17 +256,14 @@ def cross_entropy(n: int, vocab: int) -> Iterator[Case]:
     yield Case(
         f"cross_entropy_forward_backward/{shape}",
         {"loss": nothing(n), "logits": logits, "targets": targets},
-        lambda ops, a: ops.cross_entropy_forward_backward(
-            a["loss"], a["logits"], a["targets"], 0.25
-        ),
+        lambda ops, a: ops.cross_entropy_forward_backward(a["loss"], a["logits"], a["targets"], 0.25),
         ("loss", "logits"),
         wide=("loss",),
         tolerance=4e-6,
     )
     yield Case(
         f"cross_entropy_kl_forward_backward/{shape}",
-        {"loss": nothing(n), "logits": logits, "targets": targets}
-        | {"teacher": 3 * normal(n, vocab, seed=1)},
+        {"loss": nothing(n), "logits": logits, "targets": targets} | {"teacher": 3 * normal(n, vocab, seed=1)},
         lambda ops, a: ops.cross_entropy_kl_forward_backward(
             a["loss"], a["logits"], a["teacher"], a["targets"], 0.25, 2.0, 0.5
         ),
@@ -290,9 +279,7 @@ def updates(n: int) -> Iterator[Case]:
     yield Case(
         f"adamw_update/n={n}",
         arrays | {"v": normal(n, seed=3) ** 2},
-        lambda ops, a: ops.adamw_update(
-            *(a[x] for x in "pgmv"), step=3, lr=1e-3, **knobs
-        ),
+        lambda ops, a: ops.adamw_update(*(a[x] for x in "pgmv"), step=3, lr=1e-3, **knobs),
         ("p", "m", "v"),
         bf16=False,
     )
@@ -449,15 +436,11 @@ def check(
     from ..ops import cpu
 
     rounded = {
-        name: from_bf16(poisoned_bf16(x)) if bf16 and is_narrow(case, name) else x
-        for name, x in case.arrays.items()
+        name: from_bf16(poisoned_bf16(x)) if bf16 and is_narrow(case, name) else x for name, x in case.arrays.items()
     }
     single = {name: x.copy() for name, x in rounded.items()}
     case.run(cpu, single)
-    double = {
-        name: x.astype(np.float64) if x.dtype == np.float32 else x.copy()
-        for name, x in rounded.items()
-    }
+    double = {name: x.astype(np.float64) if x.dtype == np.float32 else x.copy() for name, x in rounded.items()}
     oracle = single if case.exact else double
     if not case.exact:
         case.run(cpu, double)

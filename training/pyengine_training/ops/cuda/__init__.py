@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .adamw import adamw_update
 from .attention import attention_backward, attention_forward, attention_scratch_shapes
-from .buffers import add, copy, empty, fill, total, zeros
+from .buffers import add, copy, empty, fill, total, upload, wide_dtype, zeros
 from .cross_entropy import cross_entropy_forward, cross_entropy_forward_backward
 from .embedding import embedding_backward, embedding_forward
 from .fake_quant import (
@@ -61,7 +61,9 @@ __all__ = [
     "swiglu_backward",
     "swiglu_forward",
     "total",
+    "upload",
     "weight_codes",
     "weight_scales",
+    "wide_dtype",
     "zeros",
 ]

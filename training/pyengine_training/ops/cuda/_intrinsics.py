@@ -113,10 +113,7 @@ def mma_bf16(
     B[2t+8:2t+10, g]; C[g, 2t], C[g, 2t+1], C[g+8, 2t], C[g+8, 2t+1].
     """
     u, f = types.uint32, types.float32
-    text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};"
-    )
+    text = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3},{$4,$5,$6,$7},{$8,$9},{$10,$11,$12,$13};"
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         function = ir.FunctionType(ir.LiteralStructType([F32] * 4), [I32] * 6 + [F32] * 4)

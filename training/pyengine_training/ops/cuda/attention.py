@@ -163,9 +163,7 @@ def _scores(name: str, q: Array) -> Array:
     return scratch(name, size * min(batch * n_kv, max(1, SCORES // size)), q.dtype)
 
 
-def attention_forward(
-    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: Any = None
-) -> None:
+def attention_forward(o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: Any = None) -> None:
     """o and lse from q, k, v."""
     s = _scores("attention_scores", q)
     for tile in _tiles(q.shape):

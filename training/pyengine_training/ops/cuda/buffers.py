@@ -15,6 +15,16 @@ SUM_BLOCKS = 64
 SUM_THREADS = 256
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """The type of statistics and sums beside activations of this type: float32 beside bfloat16 (uint16)."""
+    return np.float32 if np.dtype(dtype) == np.uint16 else dtype
+
+
+def upload(host: Any) -> Array:
+    """A device array with the host array's values."""
+    return runtime().upload(host)
+
+
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     """An uninitialized device array."""
     return runtime().empty(tuple(shape), dtype)

@@ -45,9 +45,7 @@ def row_exp_sum(logits: Any, base: int, vocab: int, top: Any, inv_tau: Any) -> A
 
 
 @kernel
-def cross_entropy_kernel(
-    loss: Any, logits: Any, targets: Any, inv: Any, vocab: int, backward: bool
-) -> None:
+def cross_entropy_kernel(loss: Any, logits: Any, targets: Any, inv: Any, vocab: int, backward: bool) -> None:
     """Loss of one row; with ``backward`` its gradient over the logits.
 
     The sums end in barriers, so every logit is read before any is overwritten.

@@ -62,9 +62,7 @@ def chain_start_kernel(starts: Any, following: Any, n: int) -> None:
 
 
 @kernel
-def embedding_backward_kernel(
-    dtable: Any, dx: Any, tokens: Any, following: Any, starts: Any, dim: int
-) -> None:
+def embedding_backward_kernel(dtable: Any, dx: Any, tokens: Any, following: Any, starts: Any, dim: int) -> None:
     """One block for each row; those that start a chain add it up, each thread its columns."""
     first = i8(cuda.blockIdx.x)
     if load(starts, first) == i8(0):

@@ -25,8 +25,8 @@ import numpy as np
 
 from ...errors import NotFiniteError
 from ..cpu.fake_quant import ACTIVATION_GROUP, WEIGHT_GROUP
-from ._intrinsics import div_rn, float_of_bits, half_bits, load, mul_rn, rint, round_half, store
 from ._intrinsics import bits_of_float as bits
+from ._intrinsics import div_rn, float_of_bits, half_bits, load, mul_rn, rint, round_half, store
 from ._jit import FULL, Array, cuda, exact_device, exact_kernel, f4, i8
 from ._runtime import flat, runtime, scratch
 
@@ -139,9 +139,7 @@ def raise_if_not_finite(what: str) -> None:
         raise NotFiniteError(what)
 
 
-def _run(
-    function: Any, x: Array, out: Array | None, coded: tuple[Array, Array] | None, group: int
-) -> None:
+def _run(function: Any, x: Array, out: Array | None, coded: tuple[Array, Array] | None, group: int) -> None:
     """Launch on x (rows, n): values into ``out``, or codes and scales into ``coded``."""
     rows, n = x.shape
     if x.dtype != np.float32:

@@ -25,9 +25,7 @@ def head_index(i: int, seq: int, n_heads: int, n_rep: int, head_dim: int) -> Any
 
 
 @kernel
-def merge_heads_kernel(
-    rows: Any, o: Any, n: int, seq: int, n_heads: int, n_rep: int, head_dim: int
-) -> None:
+def merge_heads_kernel(rows: Any, o: Any, n: int, seq: int, n_heads: int, n_rep: int, head_dim: int) -> None:
     """rows[i] = o[head_index(i)]."""
     i = i8(cuda.grid(1))
     if i < n:
@@ -35,9 +33,7 @@ def merge_heads_kernel(
 
 
 @kernel
-def split_heads_kernel(
-    do: Any, drows: Any, n: int, seq: int, n_heads: int, n_rep: int, head_dim: int
-) -> None:
+def split_heads_kernel(do: Any, drows: Any, n: int, seq: int, n_heads: int, n_rep: int, head_dim: int) -> None:
     """do[head_index(i)] = drows[i]."""
     i = i8(cuda.grid(1))
     if i < n:

@@ -100,9 +100,7 @@ def _orthogonalize(u: Array, rows: int, cols: int) -> Array:
     return u
 
 
-def muon_update_by_knobs(
-    p: Array, g: Array, m: Array, knobs: Array, *, momentum: float, weight_decay: float
-) -> None:
+def muon_update_by_knobs(p: Array, g: Array, m: Array, knobs: Array, *, momentum: float, weight_decay: float) -> None:
     """One update of one matrix; learning rate and gradient scale are read from ``knobs``."""
     rows, cols = p.shape
     n = rows * cols

@@ -46,9 +46,7 @@ def rmsnorm_kernel(y: Any, inv_rms: Any, x: Any, w: Any, eps: Any, dim: int) -> 
 
 
 @kernel
-def rmsnorm_residual_kernel(
-    y: Any, inv_rms: Any, x: Any, residual: Any, w: Any, eps: Any, dim: int
-) -> None:
+def rmsnorm_residual_kernel(y: Any, inv_rms: Any, x: Any, residual: Any, w: Any, eps: Any, dim: int) -> None:
     """x += residual, then as above; each thread reads back only what it wrote."""
     row = i8(cuda.blockIdx.x)
     base = row * dim
@@ -76,9 +74,7 @@ def rmsnorm_forward(y: Array, inv_rms: Array, x: Array, w: Array, eps: float) ->
     launch_rows(rmsnorm_kernel, n, dim, *arguments)
 
 
-def rmsnorm_residual_forward(
-    y: Array, inv_rms: Array, x: Array, residual: Array, w: Array, eps: float
-) -> None:
+def rmsnorm_residual_forward(y: Array, inv_rms: Array, x: Array, residual: Array, w: Array, eps: float) -> None:
     """x += residual, then normalize x: the residual addition costs no pass of its own."""
     n, dim = x.shape
     arguments = flat(y), flat(inv_rms), flat(x), flat(residual), flat(w), f4(eps), dim

@@ -110,9 +110,7 @@ def qkv_rope_forward(q: Array, k: Array, v: Array, qkv: Array, cos: Array, sin: 
     launch_elements(qkv_rope_forward_kernel, sizes[0], *arrays, *sizes)
 
 
-def qkv_rope_backward(
-    dqkv: Array, dq: Array, dk: Array, dv: Array, cos: Array, sin: Array
-) -> None:
+def qkv_rope_backward(dqkv: Array, dq: Array, dk: Array, dv: Array, cos: Array, sin: Array) -> None:
     """Rotate back and put the heads' gradients into the fused rows."""
     sizes, arrays = _sizes(dq), map(flat, (dqkv, dq, dk, dv, cos, sin))
     launch_elements(qkv_rope_backward_kernel, sizes[0], *arrays, *sizes)
