@@ -6,9 +6,8 @@ fills that in and returns `ResolvedParams`, which has no None left but where Non
 
 from __future__ import annotations
 
-import difflib
 import math
-import secrets
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -292,6 +291,8 @@ class SamplingParams:
         for name, value in kwargs.items():
             field_name = ALIASES.get(name, name)
             if field_name not in known:
+                import difflib
+
                 near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"unknown sampling parameter {name!r}{hint}")
@@ -319,7 +320,7 @@ class SamplingParams:
             )
         merged["top_k"] = max(merged["top_k"], 0)
         if merged.get("seed") is None:
-            merged["seed"] = secrets.randbits(64) if seed is None else _check("seed", seed)
+            merged["seed"] = int.from_bytes(os.urandom(8), "little") if seed is None else _check("seed", seed)
         return ResolvedParams(**merged)
 
     def _default_temperature(self, from_model: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import codecs
 import json
 import re
-import secrets
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -172,6 +171,8 @@ class Tokenizer:
         """Built when first needed: most texts never do."""
         with self._lock:
             if self._guarded is None:
+                import secrets
+
                 self._guard = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
                 self._guarded = _load(_respell_special(self._json, self._guard))
             return self._guarded
