@@ -17,21 +17,22 @@ import pytest
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 pytest.importorskip("pyengine.freeze", reason="needs the engine's freeze package")
 
-from pyengine.freeze import open_source  # noqa: E402
-from pyengine.freeze.quantize import QuantizedMatrix, to_panels  # noqa: E402
-from pyengine_training import checkpoint as checkpoints  # noqa: E402
-from pyengine_training.arena import Arena, initialize, parameter_shapes  # noqa: E402
-from pyengine_training.config import ModelConfig, TrainConfig  # noqa: E402
-from pyengine_training.data import BatchSource, Corpus, Phase, prepare_corpus  # noqa: E402
-from pyengine_training.model import Worker, fake_quantize_parameters  # noqa: E402
-from pyengine_training.ops import cpu as ops  # noqa: E402
-from pyengine_training.text import (  # noqa: E402
+from pyengine_training import checkpoint as checkpoints
+from pyengine_training.arena import Arena, initialize, parameter_shapes
+from pyengine_training.config import ModelConfig, TrainConfig
+from pyengine_training.data import BatchSource, Corpus, Phase, prepare_corpus
+from pyengine_training.model import Worker, fake_quantize_parameters
+from pyengine_training.ops import cpu as ops
+from pyengine_training.text import (
     is_validation,
     load_tokenizer,
     read_documents,
     train_tokenizer,
 )
-from pyengine_training.trainer import Trainer  # noqa: E402
+from pyengine_training.trainer import Trainer
+
+from pyengine.freeze import open_source
+from pyengine.freeze.quantize import QuantizedMatrix, to_panels
 
 VOCAB, SEQ = 320, 64
 SIZES: dict[str, Any] = {
@@ -58,9 +59,7 @@ def tokenizer(stories: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    stories: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, ModelConfig, Arena]:
+def trained(stories: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig, Arena]:
     """A model with learnt weights, so that activations are not merely random."""
     folder = tmp_path_factory.mktemp("trained")
     prepare_corpus(stories, folder / "data", tokenizer)
@@ -111,9 +110,7 @@ def our_panels(params: Arena, name: str, model: ModelConfig) -> tuple[Any, Any]:
         {"dim": 96, "hidden_dim": 200, "head_dim": 24, "n_heads": 2, "n_kv_heads": 1},
     ],
 )
-def test_frozen_codes_and_scales_are_the_trainers(
-    tmp_path: Path, tokenizer: Any, change: dict[str, Any]
-) -> None:
+def test_frozen_codes_and_scales_are_the_trainers(tmp_path: Path, tokenizer: Any, change: dict[str, Any]) -> None:
     model = ModelConfig(**{**SIZES, **change})
     params = Arena(parameter_shapes(model))
     initialize(params, model, seed=3)
@@ -163,9 +160,7 @@ def engine(trained: tuple[Path, ModelConfig, Arena], tmp_path_factory: pytest.Te
         yield opened
 
 
-def losses(
-    worker: Worker, params: Arena, documents: list[list[int]], quantize: bool
-) -> list[np.ndarray[Any, Any]]:
+def losses(worker: Worker, params: Arena, documents: list[list[int]], quantize: bool) -> list[np.ndarray[Any, Any]]:
     """Per-token losses of each document by the trainer's forward (one-row worker)."""
     result = []
     for ids in documents:
@@ -177,9 +172,7 @@ def losses(
     return result
 
 
-def test_engine_and_trainer_lose_alike(
-    trained: tuple[Path, ModelConfig, Arena], engine: Any, stories: Path
-) -> None:
+def test_engine_and_trainer_lose_alike(trained: tuple[Path, ModelConfig, Arena], engine: Any, stories: Path) -> None:
     """Mean difference within 3 standard errors of the paired differences, and far nearer to the engine than float32 is;
     most tokens agree to float precision, because no code flipped before them."""
     folder, model, params = trained
@@ -211,9 +204,7 @@ def test_engine_and_trainer_lose_alike(
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_each_block_agrees_with_the_engines(
-    trained: tuple[Path, ModelConfig, Arena], engine: Any, layer: int
-) -> None:
+def test_each_block_agrees_with_the_engines(trained: tuple[Path, ModelConfig, Arena], engine: Any, layer: int) -> None:
     """Fed the same input, a block's output agrees to 1e-5 of its norm on most rows; on the others a code flipped, which
     moves a row by about one quantization step and never more."""
     _, model, params = trained

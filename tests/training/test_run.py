@@ -107,6 +107,18 @@ def test_resuming_gives_the_same_bits_and_each_step_once(finished: Path, tmp_pat
         assert ours == (finished / name / "model.safetensors").read_bytes()
 
 
+def test_resuming_changes_no_option_and_a_finished_run_stays(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    resume = ["train", "--run-dir", str(finished), "--resume"]
+    assert main([*resume, "--steps", "99"]) == 1
+    assert "steps cannot change" in capsys.readouterr().err
+    assert main(resume) == 0
+    assert "already finished" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_trunk_can_be_decayed_and_continued(finished: Path, tmp_path: Path) -> None:
     state = read_json(finished / "trunk" / "state.json")
     assert state["step"] == 8

@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except cli.Interrupted as stop:
         print(f"{stop}: a checkpoint is written; continue with --resume", file=sys.stderr)
         return 128 + stop.signal_number
+    except KeyboardInterrupt:  # before the first step: nothing to save
+        print("interrupted", file=sys.stderr)
+        return 130
     except (TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -98,6 +98,12 @@ def _train(arguments: list[str]) -> int:
     if options.resume:
         if not (folder / "run.json").exists():
             raise ConfigError(f"{folder}: nothing to resume")
+        changed = sorted(set(_options(options)) - {"drop_unfinished"})
+        if changed:
+            raise ConfigError(
+                f"--resume continues the run as it was started; {', '.join(changed)} cannot change "
+                "(a new run with --branch-from can)"
+            )
         parent = runfolder.read_run(folder).get("parent")
         train.run_training(folder, threads=options.threads, parent=Path(parent) if parent else None)
         return 0

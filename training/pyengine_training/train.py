@@ -337,6 +337,10 @@ def run_training(folder: Path, *, threads: int | None = None, parent: Path | Non
     loop = Loop(run, threads)
     try:
         loop.start(parent)
+        final = run.folder / "final"
+        if loop.trainer.state.step >= run.config.steps and final.exists():
+            loop.log.say(f"already finished: {final}")
+            return final
         epochs = loop.source.epochs(run.config.steps)
         if loop.trainer.state.step == 0:
             seconds = estimated_step_seconds(run.model, run.config, loop.trainer.threads)
