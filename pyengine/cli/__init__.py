@@ -78,6 +78,8 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `pyengine`; argv without the program's name. Returns the exit code and raises nothing that can be expected."""
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started us: say it to nobody
+        sys.stdout, sys.stderr = sys.stdout or open("/dev/null", "w"), sys.stderr or open("/dev/null", "w")  # noqa: SIM115
     try:
         code = dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here and not at the interpreter's end, where a closed pipe could only be complained about
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        _abandon_stdout()
+        abandon_stdout()
         return EXIT_BROKEN_PIPE
     except SystemExit as stop:  # argparse after --help; a signal that a writer turned into an exception
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else EXIT_ERROR
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(error)
 
 
-def _abandon_stdout() -> None:
+def abandon_stdout() -> None:
     """Let what is still buffered go nowhere: the interpreter flushes at its end, and would complain."""
     import os
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from pyengine.cli import EXIT_ERROR, EXIT_USAGE, UsageError
+from pyengine.cli import EXIT_ERROR, EXIT_USAGE, UsageError, abandon_stdout
 from pyengine.errors import PyEngineError
 
 
@@ -28,6 +28,9 @@ def report(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(type(error), error, error.__traceback__)
-    sys.stdout.flush()  # what was said before the error comes before it
+    try:
+        sys.stdout.flush()  # what was said before the error comes before it
+    except OSError:  # perhaps this was the error: a disk that is full
+        abandon_stdout()
     print(f"pyengine: error: {sentence(error)}", file=sys.stderr)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR

@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
     from pyengine.freeze import freeze
 
     started = time.monotonic()
-    with ProgressLine("freezing") as line:
+    with ProgressLine("freezing") as line, options.naming(args.source):
         freeze(
             args.source,
             args.output,

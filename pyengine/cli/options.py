@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyengine.cli import COMMANDS, UsageError
-from pyengine.errors import InvalidArgumentError
+from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from pyengine.engine import Engine
@@ -198,8 +200,19 @@ def frozen_path(args: argparse.Namespace) -> Path:
     name = model_name(args)
     if name is None and not DEFAULT_MODEL.exists():
         raise UsageError("no model: name one with -m PATH or PYENGINE_MODEL (this build ships none)")
-    with ProgressLine("freezing into the cache") as line:
+    with ProgressLine("freezing into the cache") as line, naming(name):
         return resolve_model(name, line.update)
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Whatever is wrong with a model inside this block, its error names the file."""
+    try:
+        yield
+    except (ModelFormatError, UnsupportedModelError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 def select_isa(name: str | None) -> None:

@@ -266,6 +266,8 @@ def test_freeze_and_its_refusals(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert out.read_bytes() != first  # the name is another
     assert "is a directory" in error(capsys, "freeze", checkpoint, "-o", tmp_path, code=2)
     assert "no such file" in error(capsys, "freeze", tmp_path / "absent", "-o", tmp_path / "x", code=1)
+    (tmp_path / "text.gguf").write_text("some words that are no model at all")
+    assert "text.gguf: " in error(capsys, "freeze", tmp_path / "text.gguf", "-o", tmp_path / "x", code=1)
     assert "already frozen" in error(capsys, "freeze", out, "-o", tmp_path / "x", code=2)
     assert "-o/--output" in error(capsys, "freeze", checkpoint, code=2)
 

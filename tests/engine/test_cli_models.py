@@ -245,6 +245,8 @@ def test_eval_of_one_window_is_score(tiny_model: Path, tmp_path: Path, run: Call
     assert facts["perplexity"] == pytest.approx(score.perplexity, rel=1e-12)
     assert facts["bits_per_byte"] == pytest.approx(-score.total / math.log(2) / (len(TEXT.encode()) - 1), rel=1e-12)
     assert f"perplexity {score.perplexity:.4f}" in run("eval", "-m", tiny_model, file)
+    piped = run_process(tmp_path, "eval", "-m", tiny_model, "-", input=TEXT)
+    assert (piped.returncode, piped.stderr) == (0, "") and f"perplexity {score.perplexity:.4f}" in piped.stdout
 
 
 def test_eval_in_windows(tiny_model: Path, tmp_path: Path, run: Callable[..., str]) -> None:

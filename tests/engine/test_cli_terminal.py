@@ -143,6 +143,23 @@ def test_no_reader_at_all(talker: Path, tmp_path: Path) -> None:
         assert running.stderr.read() == b""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line(talker: Path, tmp_path: Path) -> None:
+    generate = command("generate", "-m", talker, "hello", "-n", 4)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(generate, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"pyengine: error: No space left on device\n")
+
+
+def test_closed_outputs(talker: Path, tmp_path: Path) -> None:
+    def code(*arguments: object, redirect: str) -> int:
+        shell = ["sh", "-c", f'"$@" {redirect}', "sh", *command(*arguments)]
+        return subprocess.run(shell, cwd=tmp_path, env=environment()).returncode
+
+    assert code("generate", "-m", talker, "hello", "-n", 4, redirect=">&-") == 0
+    assert code("generate", redirect="2>&-") == 2
+
+
 # -------------------------------------------------------------------- progress
 
 

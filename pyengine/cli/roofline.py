@@ -1,0 +1,86 @@
+"""How fast the machine would let a test of `pyengine bench` be: its weights read once a forward, its products at the int8 peak."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from pyengine.errors import UnsupportedISAError
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+    from pyengine.frozen import FrozenConfig
+
+READ_SECONDS, INT8_SECONDS = 0.1, 0.05  # of one measurement
+
+
+class Work(NamedTuple):
+    """What one forward is asked for: so many rows through the layers, of which so many want logits."""
+
+    n_rows: int
+    n_logits: int
+
+    def macs(self, c: FrozenConfig) -> int:
+        """int8 multiply-accumulates of its matrix products; attention is not counted."""
+        layer = (c.q_dim + 2 * c.kv_dim) * c.dim + c.dim * c.q_dim + 3 * c.hidden_dim * c.dim
+        return self.n_rows * c.n_layers * layer + self.n_logits * c.vocab_size * c.dim
+
+
+class Bound(NamedTuple):
+    """The nearest limit of a test: which one ("read" or "int8"), and the tokens per second that it allows."""
+
+    limit: str
+    tokens_per_second: float
+
+
+class Roofline:
+    """Limits of this machine for one engine, measured afresh each time, because neighbours move them.
+
+    The read probe reads the very bytes that a forward reads, as they are mapped: the embeddings are left out where the output matrix is
+    another one.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        from pyengine.frozen import FrozenConfig, expected_tensors
+
+        self.n_threads, self.isa = engine.n_threads, engine.isa
+        self.config = FrozenConfig(**engine.config)
+        file = engine._file
+        read = [
+            file.tensors[name]
+            for name in expected_tensors(self.config)
+            if self.config.tie_embeddings or not name.startswith("tok_embeddings.")
+        ]
+        begin, end = read[0][0], sum(read[-1])
+        self.weights = memoryview(file.buffer)[begin:end]
+
+    def close(self) -> None:
+        """Let go of the map, without which the engine cannot close its file."""
+        self.weights.release()
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second."""
+        from pyengine import _probe
+
+        return _probe.read_bandwidth(self.weights, self.n_threads, READ_SECONDS)
+
+    def int8_peak(self) -> float | None:
+        """Multiply-accumulates per second; None if the probe does not know this kernel table."""
+        from pyengine import _probe
+
+        try:
+            return _probe.int8_peak(self.isa, self.n_threads, INT8_SECONDS)
+        except UnsupportedISAError:
+            return None
+
+    def nearest(self, work: Work) -> str:
+        """Which limit binds: "read" or "int8"."""
+        peak = self.int8_peak()
+        read_seconds = self.weights.nbytes / self.read_bandwidth()
+        return "int8" if peak is not None and work.macs(self.config) / peak > read_seconds else "read"
+
+    def bound(self, work: Work, limit: str) -> Bound:
+        """Measure that limit once."""
+        peak = self.int8_peak() if limit == "int8" else None
+        if peak is not None:
+            return Bound("int8", work.n_rows * peak / work.macs(self.config))
+        return Bound("read", work.n_rows * self.read_bandwidth() / self.weights.nbytes)
