@@ -95,8 +95,7 @@ class Trainer:
         self.distillation = self._distillations(teacher, rows) if teacher else None
         self.state = TrainingState()
 
-    def _distillations(self, teacher: tuple[ModelConfig, Arena], rows: int) -> list[Distillation]:
-        config, params = teacher
+    def _check_teacher(self, config: ModelConfig) -> None:
         if config.vocab_size != self.model.vocab_size:
             raise ConfigError(
                 f"the teacher's vocabulary ({config.vocab_size}) is not the student's "
@@ -104,6 +103,10 @@ class Trainer:
             )
         if config.max_seq_len < self.config.seq_len:
             raise ConfigError("seq_len exceeds the teacher's max_seq_len")
+
+    def _distillations(self, teacher: tuple[ModelConfig, Arena], rows: int) -> list[Distillation]:
+        config, params = teacher
+        self._check_teacher(config)
         return [
             Distillation(
                 Worker(config, rows, self.config.seq_len, training=False),

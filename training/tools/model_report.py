@@ -8,6 +8,9 @@ checkpoint), so other people's models are scored by the same code. Held-out docu
 trainer's: one in fifty, chosen by content, the same for every model. The result is one JSON object
 per model on stdout.
 
+With --sources, checkpoints that the models were frozen from (in the same order), each is scored in
+float32 as well, by the trainer's forward on the same tokens.
+
 bits_per_byte: negative log2-probability of a document's own tokens (its end is not counted) over
 its UTF-8 bytes. Documents longer than the context are scored in windows that start anew.
 """
@@ -15,34 +18,80 @@ its UTF-8 bytes. Documents longer than the context are scored in windows that st
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pyengine_training.arena import Arena, parameter_shapes
+from pyengine_training.config import ModelConfig
+from pyengine_training.model import Worker
 from pyengine_training.text import is_validation, read_documents
 
 import pyengine
+from pyengine.freeze import open_source
 
 WORD = re.compile(r"[A-Za-z']+")
 
 
-def document_bits(engine: Any, text: str) -> float:
+Scorer = Callable[[list[int]], float]  # token ids -> natural log-probability of all but the first
+
+
+def document_bits(engine: Any, text: str, log_probability: Scorer) -> float:
     """Negative log2-probability of a document's tokens after BOS."""
     ids = engine.tokenize(text)
     bits = 0.0
     for start in range(0, len(ids) - 1, engine.n_ctx - 1):
-        window = ids[start : start + engine.n_ctx]
-        bits -= sum(engine.score(window).logprobs[1:]) / math.log(2)
+        bits -= log_probability(ids[start : start + engine.n_ctx]) / math.log(2)
     return bits
 
 
-def bits_per_byte(engine: Any, documents: list[str]) -> dict[str, float]:
+def float32_scorer(source: Path, tokenizer: Path | None) -> Scorer:
+    """Scores by the trainer's float32 forward on the weights of a checkpoint that freeze can read.
+
+    Biases, qk_norm and sliding windows are beyond that forward: such models are refused.
+    """
+    with contextlib.closing(open_source(source, tokenizer=tokenizer)) as model:
+        c = model.config
+        if c.qkv_bias or c.o_bias or c.qk_norm or c.sliding_window:
+            raise SystemExit(f"{source}: not a plain Llama; cannot be scored in float32")
+        names = {f.name for f in dataclasses.fields(ModelConfig)} & set(dir(c))
+        config = ModelConfig(**{name: getattr(c, name) for name in names})
+        params = Arena(parameter_shapes(config))
+        for name, view in params.views.items():
+            if view.ndim == 1:
+                view[...] = model.vectors[name]()
+                continue
+            rows = model.matrices[name].read_rows(0, model.matrices[name].rows)
+            if name.endswith("w_gate_up"):  # gate and up alternate by panels of 16 rows
+                panels = rows.reshape(-1, 2, 16, rows.shape[1])
+                halves = [panels[:, i].reshape(-1, rows.shape[1])[: c.hidden_dim] for i in (0, 1)]
+                rows = np.concatenate(halves)
+            view[...] = rows
+        inv_freq = np.asarray(model.vectors["rope.inv_freq"]())
+    worker = Worker(config, 1, config.max_seq_len, training=False)
+    angle = (np.arange(worker.seq_len, dtype=np.float32)[:, None] * inv_freq).astype(np.float64)
+    worker.cos, worker.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+    def log_probability(ids: list[int]) -> float:
+        tokens = np.zeros((1, worker.seq_len), np.int64)
+        targets = np.full((1, worker.seq_len), -1, np.int64)
+        n = len(ids) - 1
+        tokens[0, :n], targets[0, :n] = ids[:-1], ids[1:]
+        return -float(worker.evaluate(params, tokens, targets, False).sum(dtype=np.float64))
+
+    return log_probability
+
+
+def bits_per_byte(engine: Any, documents: list[str], log_probability: Scorer) -> dict[str, float]:
     """Over all documents, with the standard error over documents."""
-    bits = [document_bits(engine, text) for text in documents]
+    bits = [document_bits(engine, text, log_probability) for text in documents]
     sizes = [len(text.encode()) for text in documents]
     mean = sum(bits) / sum(sizes)
     residuals = [b - mean * n for b, n in zip(bits, sizes, strict=True)]
@@ -75,10 +124,20 @@ def samples(engine: Any, prompt: str, count: int) -> Iterator[tuple[int, str, bo
         yield seed, prompt + result.text, result.finish_reason == "stop"
 
 
-def report(model: str, documents: list[str], known: set[str], args: argparse.Namespace) -> Any:
+def report(
+    model: str,
+    source: Path | None,
+    documents: list[str],
+    known: set[str],
+    args: argparse.Namespace,
+) -> Any:
     """Everything about one model."""
     with pyengine.Engine(model) as engine:
-        result: dict[str, Any] = {"model": Path(model).name, **bits_per_byte(engine, documents)}
+        result: dict[str, Any] = {"model": Path(model).name}
+        result["int8"] = bits_per_byte(engine, documents, lambda ids: sum(engine.score(ids).logprobs[1:]))
+        if source is not None:
+            scorer = float32_scorer(source, args.tokenizer)
+            result["float32"] = bits_per_byte(engine, documents, scorer)
         if args.samples:
             drawn = list(samples(engine, args.prompt, args.samples))
             texts = [text for _, text, _ in drawn]
@@ -92,6 +151,8 @@ def report(model: str, documents: list[str], known: set[str], args: argparse.Nam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+")
+    parser.add_argument("--sources", nargs="*", type=Path, default=[])
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.bin of llama2.c sources")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--samples", type=int, default=100)
@@ -104,8 +165,10 @@ def main() -> None:
     for text in read_documents(args.text, drop_unfinished=not args.keep_unfinished):
         (held_out if is_validation(text) else train).append(text)
     known = {word.lower() for text in train for word in WORD.findall(text)}
-    for model in args.models:
-        print(json.dumps(report(model, held_out[: args.documents], known, args), indent=2))
+    documents = held_out[: args.documents]
+    for number, model in enumerate(args.models):
+        source = args.sources[number] if number < len(args.sources) else None
+        print(json.dumps(report(model, source, documents, known, args), indent=2))
 
 
 if __name__ == "__main__":
