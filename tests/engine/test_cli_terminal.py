@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import pty
 import select
@@ -11,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine.cli_tools import command, environment, run_process, write_talker
@@ -114,15 +117,21 @@ def test_ctrl_c_ends_generate_with_what_there_is(talker: Path, tmp_path: Path) -
     assert len(first) > 0 and rest.endswith(b"\n")
 
 
-def test_ctrl_c_ends_json_with_what_there_is(talker: Path, tmp_path: Path) -> None:
-    import json
+def test_ctrl_c_ends_json_with_what_there_is(
+    talker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = pyengine.Engine.stream
 
-    with terminal(tmp_path, "generate", "-m", talker, "hello", "--json", "--timeout", "20", *FOREVER) as tty:
-        time.sleep(1.5)  # nothing is to be seen before the end; too early an interrupt only ends it before the loop
-        tty.type("\x03")
-        assert tty.wait() == 130
-    text = tty.output.replace("^C", "").strip()
-    assert text == "" or json.loads(text)["finish_reason"] == "cancelled"
+    def interrupted(self: pyengine.Engine, *arguments: Any, **options: Any) -> Iterator[pyengine.Piece]:
+        yield from itertools.islice(stream(self, *arguments, **options), 5)
+        raise KeyboardInterrupt
+
+    with pyengine.Engine(talker) as engine:
+        expected = engine.generate("hello", temperature=1, seed=3, ignore_eos=True, max_tokens=5).tokens
+    monkeypatch.setattr(pyengine.Engine, "stream", interrupted)
+    assert main(["generate", "-m", str(talker), "hello", "--json", *FOREVER]) == 130
+    result = json.loads(capsys.readouterr().out)
+    assert (result["tokens"], result["finish_reason"]) == (expected, "cancelled") and isinstance(result["text"], str)
 
 
 def test_a_reader_that_leaves_is_no_error(talker: Path, tmp_path: Path) -> None:
