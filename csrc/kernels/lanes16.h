@@ -95,7 +95,7 @@ static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size
 /* ------------------------------------------------------------------ matrix product */
 
 /* d * scale of 32 inputs, for n_p panels and n_t tokens: the integer half of a group. Strides: w_stride bytes between panels, x_token
- * bytes between tokens, x_step between consecutive k4 of one token. n_p and n_t are constants at every call. */
+ * bytes between tokens, x_step between consecutive k4 of one token, sum_stride sums between tokens. n_p and n_t are constants at every call. */
 PE_INLINE void dot_32(i16 d[TILE_PANELS][TILE_TOKENS], const int8_t *w, size_t w_stride, const int8_t *x, size_t x_step,
                       size_t x_token, const int32_t *sums, size_t sum_stride, const int n_p, const int n_t) {
     PE_UNROLL for (int t = 0; t < n_t; t++) {
@@ -123,12 +123,12 @@ PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, s
     for (size_t g = 0; g < n_groups; g++) {
         v16 sum[TILE_PANELS][TILE_TOKENS];
         i16 d[TILE_PANELS][TILE_TOKENS];
-        dot_32(d, codes, w_stride, x, width * 4, 4, sums, width, n_p, n_t);
+        dot_32(d, codes, w_stride, x, width * 4, 4, sums, 1, n_p, n_t);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
             v16 s = v16_set1(scales[t]);
             PE_UNROLL for (int p = 0; p < n_p; p++) sum[p][t] = v16_mul(i16_to_float(d[p][t]), s);
         }
-        dot_32(d, codes + 512, w_stride, x + width * 32, width * 4, 4, sums + width, width, n_p, n_t);
+        dot_32(d, codes + 512, w_stride, x + width * 32, width * 4, 4, sums + width, 1, n_p, n_t);
         v16 w_scale[TILE_PANELS];
         PE_UNROLL for (int p = 0; p < n_p; p++) w_scale[p] = v16_from_half(w_scales + (size_t)p * n_groups * PE_PANEL);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
@@ -166,10 +166,12 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
             const float *scales = x->scales + block * (x->n / PE_X_GROUP);
             const int32_t *sums = x->sums + block * (x->n / PE_X_GROUP);
             float *tile = out + (block - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
-            if (panel_end - panel >= TILE_PANELS) {
+            /* A single token only streams weights: one panel at a time is the order in which they lie in the file. */
+            if (panel_end - panel >= TILE_PANELS && width > 1) {
                 matmul_tokens(tile, out_stride, w, panel, codes, scales, sums, width, n_tokens, TILE_PANELS);
             } else {
-                for (size_t p = panel; p < panel_end; p++)
+                size_t end = panel_end - panel < TILE_PANELS ? panel_end : panel + TILE_PANELS;
+                for (size_t p = panel; p < end; p++)
                     matmul_tokens(tile + (p - panel) * PE_PANEL, out_stride, w, p, codes, scales, sums, width, n_tokens, 1);
             }
         }

@@ -244,10 +244,10 @@ void test_arguments(void) {
 
 /* ------------------------------------------------------------------ cancellation */
 
-enum { N_TOKENS = 300, N_BEFORE = 5 };
+enum { N_TOKENS = 100, N_BEFORE = 5 };
 
 static const pe_config slow = {.dim = 128, .hidden_dim = 128, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 32,
-                               .vocab_size = 2000, .max_seq_len = 400, .norm_eps = 0x1p-17f, .tie_embeddings = true};
+                               .vocab_size = 1500, .max_seq_len = 200, .norm_eps = 0x1p-17f, .tie_embeddings = true};
 
 static int stop_at_once(void *user) {
     ++*(int *)user;
