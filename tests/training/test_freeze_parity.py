@@ -200,7 +200,7 @@ def test_engine_and_trainer_lose_alike(trained: tuple[Path, ModelConfig, Arena],
     rms = np.sqrt((difference**2).mean())
     assert rms < 0.5 * np.sqrt(((theirs - plain) ** 2).mean())
     exact = (np.abs(difference) < 1e-4).mean()
-    assert exact > 0.2, f"only {exact:.0%} of the tokens agree to 1e-4"
+    assert exact > 0.5, f"only {exact:.0%} of the tokens agree to 1e-4"
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -218,7 +218,7 @@ def test_each_block_agrees_with_the_engines(trained: tuple[Path, ModelConfig, Ar
     engine.context.debug_block(layer, theirs)
     error = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
     flipped = int((error > 1e-5).sum())
-    assert flipped <= SEQ // 2, f"{flipped} of {SEQ} rows"
+    assert flipped <= SEQ // 8, f"{flipped} of {SEQ} rows"
     assert error.max() < 5e-3
     # without the simulation nothing agrees: the comparison can fail
     worker._block_forward(params, layer, x, ours, False)
