@@ -42,7 +42,9 @@ def make_trainer(
 def _cuda_trainer() -> Any:
     """The class, whose modules need numba-cuda."""
     if os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0"):
-        raise ConfigError("NUMBA_ENABLE_CUDASIM is set: that is numba's simulator, not a GPU; unset it, or --device cpu")
+        raise ConfigError(
+            "NUMBA_ENABLE_CUDASIM is set: that is numba's simulator, not a GPU; unset it, or --device cpu"
+        )
     try:
         from .cuda_trainer import CudaTrainer
     except ImportError as error:
