@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
+from pyengine.cli.roofline import Bound, Roofline, Work
 from pyengine.errors import PyEngineError
 
 if TYPE_CHECKING:
@@ -25,10 +27,13 @@ examples:
   pyengine bench -m model.safetensors
   pyengine bench -m model.safetensors -p 512 -n 128 -d 0,4096 -t 1,2
   pyengine bench -m model.safetensors -p 0 -n 64 -b 1,8,32 -r 3 --json
+  pyengine bench -m model.safetensors -p 0 -n 64 -d 0,1024,4096 -b 1,8 --plot speed.png
 
 ppN is N prompt tokens in one forward, tgN is N tokens one after the other, xB with B sequences side by side (t/s of all
-together), @ dD after D tokens. Every test runs once unmeasured before its -r times. "first token" is from the start of a
-process of `pyengine generate` to its first output.
+together), @ dD after D tokens. Every test runs once unmeasured before its -r times. "of limit" is the share of what this machine
+allows: "read", when reading the weights once a forward is what takes longest, or "int8", when multiplying them is; each is
+measured right before each run, and the share is the median over the runs. Attention counts for neither. "first token" is from
+the start of a process of `pyengine generate` to its first output.
 
 {options.ENVIRONMENT}"""
 
@@ -68,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("-t", "--threads", type=options.count_list, metavar="N,…", help="threads; default: what the container allows")
     add("-r", "--repetitions", type=options.positive, default=5, metavar="N", help="times that each test runs (5)")
+    add("--no-limits", dest="limits", action="store_false", help="do not measure what the machine allows")
     add("--json", action="store_true", help="one JSON object, with every sample")
+    add("--plot", metavar="PNG", help="also draw tokens/s against context and batch (needs matplotlib)")
     group = parser.add_argument_group("model")
     options.add_model_option(group)
     options.add_isa_option(group)
@@ -92,6 +99,11 @@ class Test:
     @property
     def n_tokens(self) -> int:
         return (self.n_prompt or self.n_gen) * self.batch
+
+    @property
+    def work(self) -> Work:
+        """One of its forwards."""
+        return Work(self.n_prompt, 1) if self.n_prompt else Work(self.batch, self.batch)
 
     def run(self, engine: Engine) -> float:
         """Seconds of the measured part. Logits are computed as generation needs them: of the last row of each sequence."""
@@ -146,7 +158,7 @@ def tests(args: argparse.Namespace, n_ctx: int) -> list[Test]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. samples: tokens per second, one a repetition."""
+    """One line of the table. samples: tokens per second, one a repetition; bounds: what the machine allowed right before each."""
 
     model: str
     size_bytes: int
@@ -154,12 +166,24 @@ class Row:
     threads: int
     isa: str
     test: str
+    depth: int
+    batch: int
     samples: list[float]
+    bounds: list[Bound]
+
+    @property
+    def of_limit(self) -> float | None:
+        """Median of the shares, run by run."""
+        pairs = zip(self.samples, self.bounds, strict=True) if self.bounds else ()
+        shares = [sample / bound.tokens_per_second for sample, bound in pairs]
+        return statistics.median(shares) if shares else None
 
     def to_dict(self) -> dict[str, Any]:
         values = self.samples
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return {**asdict(self), "mean": statistics.fmean(values), "sd": deviation, "median": statistics.median(values)}
+        row = {**asdict(self), "mean": statistics.fmean(values), "sd": deviation, "median": statistics.median(values)}
+        row["bounds"] = [bound.tokens_per_second for bound in self.bounds]
+        return {**row, "limit": self.bounds[0].limit if self.bounds else None, "of_limit": self.of_limit}
 
 
 def measure(
@@ -175,12 +199,17 @@ def measure(
         load_ms = (time.perf_counter() - started) * 1e3
         size, parameters = engine.memory()["weights"], count_parameters(FrozenConfig(**engine.config))
         name = engine.metadata.get("name") or path.stem
-        for test in tests(args, engine.n_ctx):
-            samples = []
-            for repetition in range(args.repetitions + 1):
-                show(f"bench {test.label}, {engine.n_threads} threads: {repetition or 'warm-up'}")
-                samples.append(test.n_tokens / max(test.run(engine), 1e-9))
-            yield Row(name, size, parameters, engine.n_threads, engine.isa, test.label, samples[1:]), load_ms
+        facts = name, size, parameters, engine.n_threads, engine.isa
+        with closing(Roofline(engine)) as roofline:
+            for test in tests(args, engine.n_ctx):
+                limit = roofline.nearest(test.work) if args.limits else None
+                samples, bounds = [], []
+                for repetition in range(args.repetitions + 1):
+                    show(f"bench {test.label}, {engine.n_threads} threads: {repetition or 'warm-up'}")
+                    if limit:
+                        bounds.append(roofline.bound(test.work, limit))
+                    samples.append(test.n_tokens / max(test.run(engine), 1e-9))
+                yield Row(*facts, test.label, test.depth, test.batch, samples[1:], bounds[1:]), load_ms
 
 
 def first_token_ms(path: Path, n_threads: int | None, isa: str | None) -> float:
@@ -215,9 +244,9 @@ def peak_rss_mib() -> float:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """llama-bench's columns, as Markdown; the median beside mean and standard deviation."""
-    print("| model | size | params | threads | isa | test | t/s | median |")
-    print("| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
+    """llama-bench's columns, as Markdown; beside mean and standard deviation the median and its share of the limit."""
+    print("| model | size | params | threads | isa | test | t/s | median | of limit |")
+    print("| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
     for row in rows:
         r = row.to_dict()
         size, params, speed = (
@@ -225,7 +254,8 @@ def print_table(rows: Sequence[Row]) -> None:
             f"{row.params / 1e6:.2f} M",
             f"{r['mean']:.2f} ± {r['sd']:.2f}",
         )
-        columns = [row.model, size, params, str(row.threads), row.isa, row.test, speed, f"{r['median']:.2f}"]
+        share = "" if row.of_limit is None else f"{row.of_limit:.0%} {r['limit']}"
+        columns = [row.model, size, params, str(row.threads), row.isa, row.test, speed, f"{r['median']:.2f}", share]
         print(f"| {' | '.join(columns)} |")
 
 
@@ -246,6 +276,10 @@ def run(argv: list[str]) -> int:
         "first_token_ms": statistics.median(first),
         "peak_rss_mib": peak_rss_mib(),
     }
+    if args.plot:
+        from pyengine.cli.bench_plot import plot_rows
+
+        plot_rows([row.to_dict() for row in rows], args.plot)
     options.tolerant_stdout()
     if args.json:
         print(json.dumps({"path": str(path), "tests": [row.to_dict() for row in rows], **start}))

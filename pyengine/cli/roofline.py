@@ -1,4 +1,4 @@
-"""How fast the machine would let a test of `pyengine bench` be: its weights read once a forward, its products at the int8 peak."""
+"""How fast the machine would let a test of `pyengine bench` be: weights read once a forward, products at the int8 peak."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Bound(NamedTuple):
 class Roofline:
     """Limits of this machine for one engine, measured afresh each time, because neighbours move them.
 
-    The read probe reads the very bytes that a forward reads, as they are mapped: the embeddings are left out where the output matrix is
-    another one.
+    The read probe reads the very bytes that a forward reads, as they are mapped: the embeddings are left out where the output
+    matrix is another one.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -160,13 +160,17 @@ def test_bench_json(tiny_model: Path, run: Callable[..., str]) -> None:
         assert len(row["samples"]) == 2 and all(sample > 0 for sample in row["samples"])
         assert row["mean"] == pytest.approx(sum(row["samples"]) / 2) == row["median"]
         assert row["isa"] == _core.active_isa()
+        assert row["limit"] in ("read", "int8") and len(row["bounds"]) == 2
+        shares = [sample / bound for sample, bound in zip(row["samples"], row["bounds"], strict=True)]
+        assert row["of_limit"] == pytest.approx(sum(shares) / 2)
     assert facts["load_ms"] > 0 and facts["first_token_ms"] > facts["load_ms"] and facts["peak_rss_mib"] > 1
 
 
 def test_bench_table(tiny_model: Path, run: Callable[..., str]) -> None:
     header, rule, *rows, blank, start = run("bench", "-m", tiny_model, "-p", 8, "-n", 2, "-r", 1).splitlines()
-    assert header == "| model | size | params | threads | isa | test | t/s | median |"
+    assert header == "| model | size | params | threads | isa | test | t/s | median | of limit |"
     assert [row.split(" | ")[5] for row in rows] == ["pp8", "tg2"]
+    assert all(re.search(r" \| \d+% (read|int8) \|$", row) for row in rows)
     assert header.count("|") == rule.count("|") == rows[0].count("|") and blank == ""
     assert re.fullmatch(r"load \d+ ms, process start to first token \d+ ms, peak RSS \d+ MiB", start)
 
