@@ -1,0 +1,162 @@
+"""Dependencies point down only, start-up loads nothing heavy, the core asks little of libc."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+
+# ---------------------------------------------------------------------- Python
+
+# Modules from top to bottom: each may import those of lower rank only.
+RANKS = {"__main__": 5, "cli": 4, "engine": 3, "_core": 1, "_sampler": 1, "errors": 0}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names of the pyengine modules that a file imports when it runs, anywhere in it."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # for the type checker alone
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("pyengine.")}
+
+
+def rank(module: str) -> int:
+    return RANKS.get(module, 2)
+
+
+def test_python_dependencies_point_down() -> None:
+    package = ROOT / "pyengine"
+    wrong = []
+    for path in package.rglob("*.py"):
+        module = path.relative_to(package).with_suffix("").parts[0]
+        if module == "__init__":
+            continue
+        wrong += [
+            f"{path.relative_to(ROOT)} imports {name}"
+            for name in imports_of(path)
+            if rank(name) > rank(module)
+        ]
+    assert not wrong
+
+
+def test_engine_and_training_do_not_import_each_other() -> None:
+    """Only the command `pyengine train` is a door to the training half."""
+    for path in (ROOT / "pyengine").rglob("*.py"):
+        if "cli" not in path.parts:
+            assert "pyengine_training" not in path.read_text(), path
+    for path in (ROOT / "training").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] != "pyengine" or name in (
+                    "pyengine",
+                    "pyengine.freeze",
+                    "pyengine.errors",
+                ), f"{path} imports {name}"
+
+
+def test_import_pyengine_loads_nothing_heavy() -> None:
+    code = "import sys, pyengine; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = {"numpy", "tokenizers", "jinja2", "gguf", "numba", "torch", "transformers"}
+    assert not heavy & set(result.stdout.split())
+
+
+# ---------------------------------------------------------------------- C
+
+# What each file may include; the bottom is kernels/, which knows nothing of models or threads.
+C_RANKS = {
+    "pyengine.h": 0,
+    "float_env.h": 0,
+    "kernels.h": 1,
+    "pe_math.h": 1,
+    "lanes16.h": 2,
+    "threadpool.h": 2,
+    "cpu_limits.h": 2,
+    "model.h": 3,
+    "kv_cache.h": 4,
+    "forward.h": 5,
+}
+
+
+def includes_of(path: Path) -> list[str]:
+    return [Path(name).name for name in re.findall(r'^#include "(.+?)"', path.read_text(), re.M)]
+
+
+def test_c_headers_include_only_lower_ones() -> None:
+    for path in [*CSRC.glob("*.h"), *(CSRC / "kernels").glob("*.h")]:
+        for name in includes_of(path):
+            if path.name in C_RANKS and name in C_RANKS:
+                assert C_RANKS[name] < C_RANKS[path.name], f"{path.name} includes {name}"
+
+
+def test_kernels_know_nothing_above_them() -> None:
+    allowed = {"kernels.h", "pe_math.h", "lanes16.h", "pyengine.h"}
+    for path in (CSRC / "kernels").iterdir():
+        assert set(includes_of(path)) <= allowed, path.name
+
+
+@pytest.fixture(scope="module")
+def undefined_symbols(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """What the core, linked into one object, asks of the outside."""
+    compiler, nm = shutil.which("cc"), shutil.which("nm")
+    if compiler is None or nm is None:
+        pytest.skip("no C compiler, or no nm")
+    directory = tmp_path_factory.mktemp("core")
+    flags = ["-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-fno-stack-protector", "-U_FORTIFY_SOURCE", f"-I{CSRC}", "-c"]
+    own = {
+        "kernels_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
+        "kernels_avx512vnni.c": ["-mavx512f", "-mavx512bw", "-mavx512vl"]
+        + ["-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"],
+    }
+    symbols: dict[str, set[str]] = {"U": set(), "defined": set()}
+    for path in [*CSRC.glob("*.c"), *(CSRC / "kernels").glob("*.c")]:
+        if "neon" in path.name or (path.name in own and sys.platform != "linux"):
+            continue
+        out = directory / f"{path.stem}.o"
+        extra = own.get(path.name, [])
+        command = [compiler, *flags, *extra, str(path), "-o", str(out)]
+        subprocess.run(command, check=True)
+        listing = subprocess.run([nm, str(out)], capture_output=True, text=True, check=True)
+        for line in listing.stdout.splitlines():
+            *_, kind, name = line.split()
+            symbols["U" if kind == "U" else "defined"].add(name)
+    return {name for name in symbols["U"] - symbols["defined"] if name != "_GLOBAL_OFFSET_TABLE_"}
+
+
+MATH = {"fmaf", "sqrtf", "rintf", "lrintf", "fabsf"}
+
+
+def test_core_uses_five_functions_of_libm(undefined_symbols: set[str]) -> None:
+    """exp, log, sin, cos are ours: a C library may round them as it likes."""
+    libm = set("exp log sin cos tan pow sqrt rint lrint fma fabs floor ceil round".split())
+    libm |= {f"{name}f" for name in libm} | {"exp2f", "log2f", "log2", "nearbyintf", "llrintf"}
+    assert undefined_symbols & libm <= MATH
+
+
+def test_core_neither_prints_nor_exits(undefined_symbols: set[str]) -> None:
+    forbidden = {"printf", "puts", "putchar", "fprintf", "fputs", "fwrite", "perror", "vprintf"}
+    forbidden |= {"exit", "_exit", "abort", "__assert_fail", "raise", "signal", "sigaction"}
+    forbidden |= {"stdout", "stderr", "system", "popen"}
+    assert not undefined_symbols & forbidden
+    assert "snprintf" in undefined_symbols  # the list is of real symbols
