@@ -19,6 +19,7 @@ Warps are 32 threads; time and memory consistency are not modelled.
 
 from __future__ import annotations
 
+import contextvars
 import math
 import random
 import sys
@@ -47,10 +48,11 @@ class _Dim:
 
 
 class _Thread:
-    __slots__ = ("block", "greenlet", "index", "waiting")
+    __slots__ = ("block", "dim", "greenlet", "index", "waiting")
 
     def __init__(self, index: int, block: _Block) -> None:
         self.index, self.block = index, block
+        self.dim = _Dim(index, 0, 0)
         self.waiting: Any = None  # None: can run; _Barrier or _Exchange: parked there
         self.greenlet: Any = None
 
@@ -80,11 +82,20 @@ class _Block:
         self.shared: dict[Any, Any] = {}
         self.exchanges: dict[tuple[int, int], _Exchange] = {}
         self.threads = [_Thread(i, self) for i in range(block_dim)]
+        self.dims = _Dim(index, 0, 0), _Dim(block_dim)
+
+    def run_apart(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """Threads that never wait for each other: one after the other, without greenlets."""
+        for thread in self.simulator.ordered(self.threads):
+            self.simulator.thread = thread
+            function(*arguments)
 
     def run(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """Threads that may wait: each runs to its next barrier, then the next one."""
         scheduler = greenlet.getcurrent()
         for thread in self.threads:
             thread.greenlet = greenlet.greenlet(function, scheduler)
+            thread.greenlet.gr_context = contextvars.copy_context()  # where NumPy's error state lives
         live = list(self.threads)
         while live:
             ready = [t for t in live if t.waiting is None]
@@ -155,15 +166,18 @@ class _Cuda:
 
     @property
     def threadIdx(self) -> _Dim:
-        return _Dim(self._simulator.thread.index, 0, 0)
+        dim: _Dim = self._simulator.thread.dim
+        return dim
 
     @property
     def blockIdx(self) -> _Dim:
-        return _Dim(self._simulator.thread.block.index, 0, 0)
+        dim: _Dim = self._simulator.thread.block.dims[0]
+        return dim
 
     @property
     def blockDim(self) -> _Dim:
-        return _Dim(self._simulator.thread.block.dim)
+        dim: _Dim = self._simulator.thread.block.dims[1]
+        return dim
 
     @property
     def gridDim(self) -> _Dim:
@@ -239,6 +253,7 @@ class Simulator:
         self.thread: Any = None  # the running one
         self.grid = 0
         self._translated: dict[Any, Any] = {}
+        self._waits: set[Any] = set()  # translated functions that hold a barrier or warp operation
 
     def ordered(self, items: list[Any]) -> list[Any]:
         """The items in the schedule's order."""
@@ -258,7 +273,8 @@ class Simulator:
         self.grid = grid
         with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
             for index in self.ordered(list(range(grid))):
-                _Block(self, index, block).run(function, arguments)
+                made = _Block(self, index, block)
+                (made.run if function in self._waits else made.run_apart)(function, arguments)
 
     def exchange(self, kind: str, mask: int, value: Any) -> dict[int, Any]:
         """Meet the lanes of ``mask``; returns lane -> value."""
@@ -292,6 +308,10 @@ class Simulator:
         for name in source.__code__.co_names:
             if name in names:
                 names[name] = self._simulated(names[name])
+                if names[name] in self._waits:
+                    self._waits.add(made)
+            if name == "mma_bf16" or "sync" in name:
+                self._waits.add(made)
         return made
 
     def _simulated(self, value: Any) -> Any:

@@ -10,7 +10,10 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
+import numpy as np  # noqa: E402
 from compiled import RecordingRuntime, float64_lines, ptx, usage
+from pyengine_training.config import ModelConfig, TrainConfig  # noqa: E402
+from pyengine_training.cuda_trainer import CudaTrainer  # noqa: E402
 from pyengine_training.gpu_check.cases import check, small_cases
 from pyengine_training.ops import cuda as ops
 from pyengine_training.ops.cuda._runtime import use_runtime
@@ -31,8 +34,17 @@ def nvvm_missing() -> str | None:
 
 
 def recorded() -> dict[tuple[Any, Any], int]:
-    """(kernel, signature) -> threads of every launch that the cases make, in float32 and bfloat16."""
+    """(kernel, signature) -> threads of every launch that the cases and training steps make, both precisions."""
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "hidden_dim": 16}
+    model = ModelConfig(vocab_size=9, max_seq_len=4, **sizes)
+    tokens = np.zeros((2, 4), np.int64)
     with use_runtime(RecordingRuntime()) as runtime:
+        for precision in ("bf16", "float32"):
+            config = TrainConfig(seq_len=4, batch_size=2, shards=1, steps=2, decay_fraction=0.5)
+            trainer = CudaTrainer(model, config, precision=precision)
+            trainer.step(tokens, tokens)
+            trainer.step(tokens, tokens)  # the quantized phase
+            trainer.close()
         for case in small_cases():
             for bf16 in (False, True) if case.bf16 else (False,):
                 check(case, ops, bf16=bf16)

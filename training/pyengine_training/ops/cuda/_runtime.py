@@ -7,8 +7,11 @@ tests put in one whose arrays are NumPy's and whose threads are simulated.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
+
+import numpy as np
 
 from ...errors import TrainingError
 
@@ -42,6 +45,12 @@ class Runtime(Protocol):
 
     def synchronize(self) -> None:
         """Wait for the device; raises DeviceError where a kernel failed."""
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """What repeats the launches of ``function`` with one call; the function has run before."""
 
     @property
     def capturing(self) -> bool:
@@ -98,7 +107,16 @@ def use_runtime(other: Runtime) -> Iterator[Runtime]:
         _current = previous
 
 
-_scratch: dict[tuple[int, str, str], Array] = {}
+class _Kept:
+    """Working arrays of one device, by purpose and type; those that were outgrown stay, for recorded graphs use them."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[str, str], Array] = {}
+        self.outgrown: list[Array] = []
+        self.numbers: dict[float, Array] = {}
+
+
+_kept: weakref.WeakKeyDictionary[Runtime, _Kept] = weakref.WeakKeyDictionary()
 
 
 def scratch(name: str, size: int, dtype: Any, *, zeroed: bool = False) -> Array:
@@ -108,16 +126,31 @@ def scratch(name: str, size: int, dtype: Any, *, zeroed: bool = False) -> Array:
     recorded: run the step once before.
     """
     device = runtime()
-    key = (id(device), name, str(dtype))
-    found = _scratch.get(key)
+    kept = _kept.setdefault(device, _Kept())
+    key = name, np.dtype(dtype).str
+    found = kept.arrays.get(key)
     if found is None or found.size < size:
         if device.capturing:
             raise DeviceError(f"scratch {name!r} would grow inside a graph: run one step before")
+        if found is not None:
+            kept.outgrown.append(found)
         found = device.empty((size,), dtype)
         if zeroed:
             device.fill(found, 0)
-        _scratch[key] = found
+        kept.arrays[key] = found
     return found[:size]
+
+
+def number(value: Any) -> Array:
+    """A device array of one float32: the value itself if it is one, else uploaded once for each value."""
+    if isinstance(value, float | int | np.generic):
+        device = runtime()
+        numbers = _kept.setdefault(device, _Kept()).numbers
+        key = float(np.float32(value))
+        if key not in numbers:
+            numbers[key] = device.upload(np.array([value], np.float32))
+        return numbers[key]
+    return flat(value)
 
 
 def flat(array: Array) -> Array:

@@ -5,7 +5,7 @@ p -= lr * ( (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p )
 
 What changes from step to step lies in a device array of KNOBS float32, so that a recorded step reads it anew:
 [norm, grad_scale, lr, 1 / (1 - b1^t), 1 / (1 - b2^t), Muon's lr, 1 / targets counted, seed bits].
-p, m and v are float32; g float32 or bfloat16.
+A negative grad_scale means that the norm is not finite: nothing is changed. p, m and v are float32; g float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def adamw_kernel(
 ) -> None:  # fmt: skip
     """One element."""
     i = i8(cuda.grid(1))
-    if i < n:
+    if i < n and load(knobs, GRAD_SCALE) >= f4(0):
         x = load(g, i) * load(knobs, GRAD_SCALE)
         mean = beta1 * load(m, i) + (f4(1) - beta1) * x
         square = beta2 * load(v, i) + (f4(1) - beta2) * x * x

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from ._intrinsics import load, store
-from ._jit import Array, cuda, f4, kernel, launch_elements
+from ._jit import THREADS, Array, cuda, f4, kernel, launch_elements, row_threads
 from ._reduce import block_sum
 from ._runtime import flat, runtime, scratch
 
 SUM_BLOCKS = 64
-SUM_THREADS = 256
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -85,10 +84,10 @@ def partial_sum_kernel(partial: Any, x: Any, n: int) -> None:
 def partial_sums(x: Array) -> Array:
     """(SUM_BLOCKS,) float32 whose sum is that of x: a device array, valid until the next call."""
     partial = scratch("partial_sums", SUM_BLOCKS, np.float32)
-    blocks = min(SUM_BLOCKS, -(-x.size // SUM_THREADS))
+    blocks = min(SUM_BLOCKS, -(-x.size // THREADS))
     if blocks < SUM_BLOCKS:
         fill(partial, 0)
-    runtime().launch(partial_sum_kernel, blocks, SUM_THREADS, (partial, flat(x), x.size))
+    runtime().launch(partial_sum_kernel, blocks, row_threads(x.size), (partial, flat(x), x.size))
     return partial
 
 

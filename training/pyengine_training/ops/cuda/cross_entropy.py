@@ -11,12 +11,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from ._intrinsics import load, store
 from ._jit import Array, cuda, device, f4, i8, kernel, launch_rows
 from ._reduce import LOWEST, block_max, block_sum
-from ._runtime import flat, runtime
+from ._runtime import flat, number
 
 
 @device
@@ -73,22 +71,6 @@ def cross_entropy_kernel(loss: Any, logits: Any, targets: Any, inv: Any, vocab: 
                 gradient = f4(0)
             store(logits, base + v, gradient)
             v += cuda.blockDim.x
-
-
-_numbers: dict[tuple[int, float], Array] = {}
-
-
-def number(value: Any) -> Array:
-    """A device array of one float32: the value's own if it is one, else uploaded once for each value."""
-    if hasattr(value, "dtype") and getattr(value, "size", 0) == 1 and hasattr(value, "reshape"):
-        if not isinstance(value, np.generic):
-            return flat(value)
-    key = (id(runtime()), float(f4(value)))
-    if key not in _numbers:
-        if len(_numbers) > 256:
-            _numbers.clear()
-        _numbers[key] = runtime().upload(np.array([value], np.float32))
-    return _numbers[key]
 
 
 def cross_entropy_forward(loss: Array, logits: Array, targets: Array) -> None:

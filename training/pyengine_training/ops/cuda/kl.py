@@ -17,8 +17,8 @@ from typing import Any
 from ._intrinsics import load, store
 from ._jit import Array, cuda, f4, i8, kernel, launch_rows
 from ._reduce import block_max, block_sum
-from ._runtime import flat
-from .cross_entropy import number, row_exp_sum, row_max
+from ._runtime import flat, number
+from .cross_entropy import row_exp_sum, row_max
 
 
 @kernel

@@ -27,7 +27,7 @@ SQUARES = 64  # blocks that add up ||u||^2
 def momentum_kernel(u: Any, m: Any, g: Any, knobs: Any, n: int, momentum: Any) -> None:
     """m and the Nesterov direction u."""
     i = i8(cuda.grid(1))
-    if i < n:
+    if i < n and load(knobs, GRAD_SCALE) >= f4(0):
         fresh = load(g, i) * load(knobs, GRAD_SCALE) * (f4(1) - momentum)
         mean = load(m, i) * momentum + fresh
         store(m, i, mean)
@@ -57,7 +57,7 @@ def combine_kernel(y: Any, x: Any, a: Any, b: Any, n: int) -> None:
 def apply_kernel(p: Any, o: Any, knobs: Any, n: int, weight_decay: Any, scale: Any) -> None:
     """p -= lr (scale o + weight_decay p)."""
     i = i8(cuda.grid(1))
-    if i < n:
+    if i < n and load(knobs, GRAD_SCALE) >= f4(0):
         value = load(p, i)
         lr = load(knobs, MUON_LR)
         store(p, i, value * (f4(1) - lr * weight_decay) - lr * scale * load(o, i))
@@ -77,7 +77,7 @@ def _orthogonalize(u: Array, rows: int, cols: int) -> Array:
 
     n, side = rows * cols, min(rows, cols)
     squares = scratch("muon_squares", SQUARES, np.float32)
-    block = -(-n // SQUARES)
+    block = max(1024, -(-n // SQUARES))
     count = -(-n // block)
     sum_of_squares(squares[:count], u, block)
     launch_elements(normalize_kernel, n, u, squares, n, count)

@@ -1,0 +1,150 @@
+"""No GPU, no driver, an old driver, missing libraries, the wrong simulator: an error that says what to do."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
+
+from pyengine_training import device
+from pyengine_training.config import ModelConfig, TrainConfig
+from pyengine_training.errors import ConfigError, TrainingError
+from pyengine_training.ops.cuda import _gpu
+from pyengine_training.ops.cuda._gpu import GpuRuntime, _check_device, _libraries
+from pyengine_training.ops.cuda._runtime import DeviceError, runtime, scratch, use_runtime
+
+MODEL = ModelConfig(
+    vocab_size=19, dim=12, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=6, hidden_dim=20, max_seq_len=8
+)
+CONFIG = TrainConfig(seq_len=5, batch_size=2, shards=1, steps=4)
+
+
+def fake_cuda(error: Any = None, capability: tuple[int, int] = (9, 0)) -> Any:
+    return SimpleNamespace(
+        cuda_error=lambda: error, get_current_device=lambda: SimpleNamespace(compute_capability=capability)
+    )
+
+
+def fake_cupy(version: int = 13000, count: int = 1) -> Any:
+    calls = SimpleNamespace(driverGetVersion=lambda: version, getDeviceCount=lambda: count)
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=calls))
+
+
+def test_no_driver() -> None:
+    with pytest.raises(DeviceError, match="no NVIDIA driver.*--gpus all.*cannot be found"):
+        _check_device(fake_cuda("CUDA driver library\ncannot be found"), fake_cupy())
+
+
+def test_old_driver() -> None:
+    with pytest.raises(DeviceError, match=r"supports CUDA 11\.8, 12\.2 is needed: update the driver"):
+        _check_device(fake_cuda(), fake_cupy(version=11080))
+
+
+def test_no_gpu() -> None:
+    with pytest.raises(DeviceError, match="finds no GPU.*CUDA_VISIBLE_DEVICES"):
+        _check_device(fake_cuda(), fake_cupy(count=0))
+
+
+def test_old_gpu() -> None:
+    with pytest.raises(DeviceError, match=r"capability 7\.5; 8\.0 or newer"):
+        _check_device(fake_cuda(capability=(7, 5)), fake_cupy())
+    _check_device(fake_cuda(), fake_cupy())
+
+
+@pytest.mark.parametrize("missing", ["numba", "cupy"])
+def test_missing_library(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    real = builtins.__import__
+
+    def without(name: str, globals_: Any = None, locals_: Any = None, names: Any = (), level: int = 0) -> Any:
+        if name == missing and (missing == "cupy" or "cuda" in (names or ())):
+            raise ImportError(f"No module named {name}")
+        return real(name, globals_, locals_, names, level)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    wanted = "numba-cuda" if missing == "numba" else "cupy"
+    with pytest.raises(DeviceError, match=rf"needs {wanted}: pip install 'pyengine-lm\[cuda\]'"):
+        _libraries()
+
+
+def test_device_cuda_without_numba_cuda_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyengine_training.cuda_trainer", None)
+    with pytest.raises(TrainingError, match=r"pip install 'pyengine-lm\[cuda\]'"):
+        device.make_trainer(MODEL, CONFIG, device="cuda")
+
+
+def test_device_cuda_under_numbas_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    with pytest.raises(ConfigError, match="unset it"):
+        device.make_trainer(MODEL, CONFIG, device="cuda")
+    root = Path(device.__file__).parents[1]
+    code = "from pyengine_training.device import make_trainer as m; import numba.cuda; m(None, None, device='cuda')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "NUMBA_ENABLE_CUDASIM is set" in done.stderr.splitlines()[-1]
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(ConfigError, match="choose from"):
+        device.make_trainer(MODEL, CONFIG, device="tpu")
+
+
+def test_device_cpu_is_the_plain_trainer() -> None:
+    trainer = device.make_trainer(MODEL, CONFIG)
+    assert type(trainer).__name__ == "Trainer"
+    trainer.close()
+
+
+def test_this_machine_either_has_a_gpu_or_says_why_not() -> None:
+    try:
+        assert GpuRuntime().memory()[1] > 0
+    except DeviceError as error:
+        assert any(word in str(error) for word in ("driver", "GPU", "cupy", "cuBLAS")), error
+
+
+def test_a_failing_launch_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        py_func = staticmethod(lambda: None)
+
+        def __getitem__(self, _configuration: Any) -> Any:
+            def start(*_arguments: Any) -> None:
+                raise RuntimeError("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES")
+
+            return start
+
+    Kernel.py_func.__name__ = "example_kernel"
+    gpu = object.__new__(GpuRuntime)
+    gpu.__dict__.update(
+        _recent=_gpu.deque(maxlen=4), _numba_stream=None, cupy=SimpleNamespace(ndarray=np.ndarray),
+        wait_always=False, capturing=False,
+    )  # fmt: skip
+    with pytest.raises(DeviceError, match=r"kernel example_kernel \(grid 3, block 32\): CUDA_ERROR"):
+        gpu.launch(Kernel(), 3, 32, (1, 2.0))
+
+    def fail() -> None:
+        raise RuntimeError("illegal memory access")
+
+    gpu.__dict__["stream"] = SimpleNamespace(synchronize=fail)
+    with pytest.raises(DeviceError, match="illegal memory access; started last: example_kernel.*PYENGINE_CUDA_SYNC"):
+        gpu.synchronize()
+
+
+def test_scratch_must_not_grow_inside_a_graph() -> None:
+    pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
+    from simulated_runtime import SimulatedRuntime
+
+    simulated = SimulatedRuntime()
+    with use_runtime(simulated):
+        first = scratch("x", 8, np.float32)
+        assert scratch("x", 4, np.float32).base is first.base
+        simulated.capturing = True  # type: ignore[misc]
+        scratch("x", 8, np.float32)
+        with pytest.raises(DeviceError, match="would grow inside a graph"):
+            scratch("x", 9, np.float32)
+        assert runtime() is simulated

@@ -1,0 +1,163 @@
+"""A tiny model trained end to end in the simulator: the CPU's gradients, the CPU's losses, resuming, bad values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
+pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
+
+from pyengine_training.arena import Arena, initialize, parameter_shapes
+from pyengine_training.config import ModelConfig, TrainConfig
+from pyengine_training.cuda_trainer import CudaTrainer
+from pyengine_training.data import ValidationBatch
+from pyengine_training.errors import NotFiniteError
+from pyengine_training.ops.cuda._runtime import DeviceError, use_runtime
+from pyengine_training.trainer import Trainer
+from simulated_runtime import SimulatedRuntime
+
+Array = np.ndarray[Any, Any]
+MODEL = ModelConfig(
+    vocab_size=19, dim=12, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=6, hidden_dim=20, max_seq_len=8
+)
+CONFIG = TrainConfig(
+    seq_len=5, batch_size=2, shards=2, steps=4, warmup_fraction=0.25, decay_fraction=0.5, lr=0.01, quantize="decay"
+)
+
+
+@pytest.fixture(autouse=True)
+def runtime() -> Iterator[SimulatedRuntime]:
+    with use_runtime(SimulatedRuntime("random", seed=3)) as made:
+        yield made
+
+
+def batch(seed: int) -> tuple[Array, Array]:
+    tokens = np.random.default_rng(seed).integers(0, MODEL.vocab_size, (2, 6))
+    targets = tokens[:, 1:].copy()
+    targets[0, 1] = -1
+    return tokens[:, :-1], targets
+
+
+def pair(precision: str = "float32", **knobs: Any) -> tuple[Trainer, CudaTrainer]:
+    config = dataclasses.replace(CONFIG, **knobs)
+    trainers = Trainer(MODEL, config, threads=1), CudaTrainer(MODEL, config, precision=precision)
+    for trainer in trainers:
+        trainer.initialize()
+    return trainers
+
+
+def distance(a: Array, b: Array) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_gradients_of_a_whole_model(quantize: bool) -> None:
+    cpu, gpu = pair()
+    losses = [trainer.gradients(*batch(0), quantize=quantize) for trainer in (cpu, gpu)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if not quantize else 1e-3)
+    wanted, got = cpu.grads, gpu.grads
+    for name in wanted.shapes:
+        # one flipped int8 code moves everything after it
+        assert distance(got[name], wanted[name]) < (1e-5 if not quantize else 0.05), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_losses_are_the_cpus(optimizer: str, runtime: SimulatedRuntime) -> None:
+    cpu, gpu = pair(optimizer=optimizer, quantize="never")
+    for step in range(3):
+        wanted, got = (trainer.step(*batch(step)) for trainer in (cpu, gpu))
+        assert got.loss == pytest.approx(wanted.loss, rel=2e-5)
+        assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
+        assert got.lr_factor == wanted.lr_factor
+    assert distance(gpu.params.flat, cpu.params.flat) < 1e-4
+    assert runtime.recorded == 1
+
+
+def test_bfloat16_losses_are_near_the_cpus() -> None:
+    cpu, gpu = pair("bf16", optimizer="adamw", quantize="never")
+    assert gpu.workers[0].xs[0].dtype == np.uint16
+    for step in range(2):
+        wanted, got = (trainer.step(*batch(step)) for trainer in (cpu, gpu))
+        assert got.loss == pytest.approx(wanted.loss, rel=0.02)
+
+
+def test_recomputation_does_not_change_a_bit() -> None:
+    results = []
+    for recompute in ("none", "activations", "block"):
+        gpu = pair(recompute=recompute, shards=1)[1]
+        results.append((gpu.gradients(*batch(0)), gpu.grads.flat))
+    for loss, flat in results[1:]:
+        assert loss == results[0][0]
+        np.testing.assert_array_equal(flat, results[0][1])
+
+
+def write_model(gpu: Trainer, folder: Path) -> None:
+    from pyengine_training.checkpoint import hf_config, hf_tensors
+    from pyengine_training.files import save_safetensors, write_json
+
+    write_json(folder / "config.json", hf_config(gpu.model, 0, 0))
+    save_safetensors(folder / "model.safetensors", hf_tensors(gpu.params, gpu.model))
+
+
+def test_resuming_goes_through_the_quantized_decay_bitwise(tmp_path: Path) -> None:
+    """bfloat16 in the trunk, float32 where int8 is simulated; saved between two steps of the trunk."""
+    gpu = pair("bf16", optimizer="adamw")[1]
+    gpu.step(*batch(0))
+    gpu.save(tmp_path / "step", "data", lambda folder: write_model(gpu, folder))
+    wanted = [gpu.step(*batch(s)) for s in (1, 2)]
+    assert [r.quantized for r in wanted] == [False, True]
+    other = CudaTrainer(MODEL, gpu.config)
+    other.restore(tmp_path / "step")
+    got = [other.step(*batch(s)) for s in (1, 2)]
+    assert got == wanted
+    np.testing.assert_array_equal(other.params.flat, gpu.params.flat)
+
+
+def test_validation_is_the_cpus() -> None:
+    cpu, gpu = pair("bf16")
+    tokens, targets = batch(4)
+    parts = (slice(0, 1), slice(1, 2))  # rows of a shard
+    batches = [ValidationBatch(tokens[p], targets[p], targets[p] >= 0, np.arange(1)) for p in parts]
+    for quantize in (False, True):
+        wanted, got = (t.validate(batches, 33, quantize) for t in (cpu, gpu))
+        assert got.loss == pytest.approx(wanted.loss, rel=1e-5 if not quantize else 1e-3)
+        assert (got.tokens, got.n_bytes) == (wanted.tokens, wanted.n_bytes)
+
+
+def test_distillation_is_the_cpus() -> None:
+    teacher = Arena(parameter_shapes(MODEL))
+    initialize(teacher, MODEL, 9)
+    config = dataclasses.replace(CONFIG, distill_alpha=0.5)
+    losses = []
+    for kind in (Trainer, CudaTrainer):
+        options: dict[str, Any] = {"precision": "float32"} if kind is CudaTrainer else {}
+        trainer = kind(MODEL, config, threads=1, teacher=(MODEL, teacher), **options)
+        trainer.initialize()
+        losses.append(trainer.gradients(*batch(0)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_bad_loss_leaves_everything_as_it_was() -> None:
+    gpu = pair(quantize="never")[1]
+    gpu.step(*batch(0))
+    gpu.params["norm"][3] = np.inf
+    before = [x.flat.copy() for x in (gpu.params, gpu.optimizer.m, gpu.optimizer.v)]
+    with pytest.raises(NotFiniteError, match="step 1: loss"):
+        gpu.step(*batch(1))
+    for old, new in zip(before, (gpu.params, gpu.optimizer.m, gpu.optimizer.v), strict=True):
+        np.testing.assert_array_equal(new.flat, old)
+    assert gpu.state.step == 1
+
+
+def test_too_little_memory_is_refused_before_anything_is_allocated(
+    runtime: SimulatedRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "memory", lambda: (1000, 2000))
+    with pytest.raises(DeviceError, match=r"GiB of GPU memory are needed.*--batch-size"):
+        CudaTrainer(MODEL, CONFIG)

@@ -1,0 +1,192 @@
+"""The runtime of a real GPU: arrays by cupy, launches by numba-cuda, products by cuBLAS, all on one stream.
+
+Launches bind each array once: a descriptor of (address, length, type) is kept and used again, because making one from
+a cupy array costs tens of microseconds. A whole step is recorded once into a CUDA graph and then started with one call.
+
+Errors of kernels arrive late, at the next wait. With PYENGINE_CUDA_SYNC=1 every launch waits, and the message names the
+kernel exactly; without it, it names the last ones that were started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ._runtime import Array, DeviceError, Product
+
+INSTALL = "pip install 'pyengine-lm[cuda]'"
+OLDEST_DRIVER = 12020  # CUDA 12.2
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 conversion and tensor cores
+ADVICE = "use a smaller --batch-size, more --shards, or --recompute block"
+
+
+def _libraries() -> tuple[Any, Any]:
+    """numba.cuda and cupy. Raises DeviceError that says what to install."""
+    from numba import config
+
+    if config.ENABLE_CUDASIM:
+        raise DeviceError("NUMBA_ENABLE_CUDASIM is set: this is numba's simulator, not a GPU; unset it")
+    try:
+        from numba import cuda
+    except ImportError as error:
+        raise DeviceError(f"--device cuda needs numba-cuda: {INSTALL}") from error
+    try:
+        import cupy
+    except ImportError as error:
+        raise DeviceError(f"--device cuda needs cupy: {INSTALL}") from error
+    return cuda, cupy
+
+
+def _check_device(cuda: Any, cupy: Any) -> None:
+    """Raise DeviceError unless there is a driver, new enough, and a GPU, new enough."""
+    error = cuda.cuda_error() if hasattr(cuda, "cuda_error") else None
+    if error is not None:
+        raise DeviceError(
+            "no NVIDIA driver is usable here; nvidia-smi should list a GPU, and a container needs --gpus all. "
+            f"The driver's word: {' '.join(str(error).split())}"
+        )
+    try:
+        version, count = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.getDeviceCount()
+    except Exception as problem:  # cupy raises its own classes
+        raise DeviceError(f"CUDA does not start: {problem}") from problem
+    if version < OLDEST_DRIVER:
+        raise DeviceError(
+            f"the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10}, "
+            f"{OLDEST_DRIVER // 1000}.{OLDEST_DRIVER % 1000 // 10} is needed: update the driver"
+        )
+    if count < 1:
+        raise DeviceError("the driver finds no GPU (is CUDA_VISIBLE_DEVICES empty?)")
+    capability = cuda.get_current_device().compute_capability
+    if tuple(capability[:2]) < OLDEST_CAPABILITY:
+        raise DeviceError(
+            f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed for bfloat16"
+        )
+
+
+class GpuRuntime:
+    """The current GPU. Constructing it raises DeviceError, with the way out, where there is no usable one."""
+
+    def __init__(self) -> None:
+        from ._cublas import WORKSPACE_BYTES, Cublas, load_cublas
+
+        self.cuda, self.cupy = _libraries()
+        _check_device(self.cuda, self.cupy)
+        from numba import config
+
+        # Everything runs on one stream: no waiting when an array changes hands. Small grids are meant.
+        config.CUDA_ARRAY_INTERFACE_SYNC = False
+        config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+        self.capturing = False
+        self.wait_always = os.environ.get("PYENGINE_CUDA_SYNC") == "1"
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        self._numba_stream = self.cuda.external_stream(self.stream.ptr)
+        self._workspace = self.empty((WORKSPACE_BYTES,), np.uint8)
+        self._cublas = Cublas(load_cublas(), self.stream.ptr, self._workspace.data.ptr, lambda x: int(x.data.ptr))
+        self._bound: dict[tuple[int, int, str], Any] = {}
+        self._recent: deque[str] = deque(maxlen=4)
+
+    # ---- memory -------------------------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Raises DeviceError when the GPU's memory is full."""
+        try:
+            with self.stream:
+                return self.cupy.empty(shape, dtype)
+        except self.cupy.cuda.memory.OutOfMemoryError as error:
+            free, total = self.memory()
+            raise DeviceError(
+                f"out of GPU memory: {np.dtype(dtype).itemsize * int(np.prod(shape)):,} bytes wanted, "
+                f"{free:,} of {total:,} free; {ADVICE}"
+            ) from error
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes of the GPU."""
+        free, total = self.cupy.cuda.runtime.memGetInfo()
+        return int(free), int(total)
+
+    def upload(self, host: Any, out: Array | None = None) -> Array:
+        host = np.ascontiguousarray(host)
+        if out is None:
+            out = self.empty(host.shape, host.dtype)
+        with self.stream:
+            out.set(host, stream=self.stream)
+        self.stream.synchronize()  # the host array may go away
+        return out
+
+    def download(self, array: Array) -> Any:
+        self.synchronize()
+        return array.get(stream=self.stream)
+
+    def fill(self, array: Array, value: float) -> None:
+        if array.size == 0:
+            return
+        with self.stream:
+            if value == 0:
+                array.data.memset_async(0, array.nbytes, self.stream)
+            else:
+                array.fill(value)
+
+    # ---- work ---------------------------------------------------------------------------------------------------
+
+    def _argument(self, value: Any) -> Any:
+        """What numba takes for an argument; arrays become descriptors without an owner, made once."""
+        if not isinstance(value, self.cupy.ndarray):
+            return value
+        key = value.data.ptr, value.size, value.dtype.char
+        found = self._bound.get(key)
+        if found is None:
+            interface = dict(value.__cuda_array_interface__)
+            interface["stream"] = None
+            found = self.cuda.from_cuda_array_interface(interface, owner=None, sync=False)
+            self._bound[key] = found
+        return found
+
+    def launch(self, kernel: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
+        name = kernel.py_func.__name__
+        self._recent.append(name)
+        try:
+            kernel[grid, block, self._numba_stream](*map(self._argument, arguments))
+            if self.wait_always and not self.capturing:
+                self.stream.synchronize()
+        except DeviceError:
+            raise
+        except Exception as error:  # numba's and cupy's many classes
+            raise DeviceError(f"kernel {name} (grid {grid}, block {block}): {error}") from error
+
+    def gemm(self, product: Product) -> None:
+        self._recent.append("cuBLAS")
+        self._cublas.gemm(product)
+        if self.wait_always and not self.capturing:
+            self.synchronize()
+
+    def synchronize(self) -> None:
+        try:
+            self.stream.synchronize()
+        except Exception as error:
+            raise DeviceError(
+                f"the GPU reports: {error}; started last: {', '.join(self._recent)}. "
+                "PYENGINE_CUDA_SYNC=1 names the kernel exactly"
+            ) from error
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Record what ``function`` launches into a graph; returns what starts it. The function must have run before."""
+        with self.stream:
+            self.capturing = True
+            try:
+                self.stream.begin_capture()
+                try:
+                    function()
+                finally:
+                    graph = self.stream.end_capture()
+            finally:
+                self.capturing = False
+
+        def start() -> None:
+            self._recent.append("a recorded step")
+            graph.launch(self.stream)
+
+        return start
