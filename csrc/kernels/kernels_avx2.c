@@ -9,7 +9,7 @@
 
 #define LANES static inline __attribute__((always_inline))
 
-enum { TILE_PANELS = 1, TILE_TOKENS = 4 }; /* 8 int32 sums of 16 ymm registers; the float sums are spilled */
+enum { TILE_PANELS = 2, TILE_TOKENS = 2 }; /* 8 int32 sums of 16 ymm registers; the float sums are spilled */
 
 typedef struct { __m256 low, high; } v16;
 typedef struct { __m256i low, high; } i16;
