@@ -1,0 +1,163 @@
+"""Threads: what the affinity mask allows, many contexts at once, fork, Ctrl-C. Each scene runs in a
+process of its own, since it changes the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pyengine import _core
+
+PRELUDE = """
+import hashlib, os, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import test_equalities as tiny
+from pyengine import _core
+
+def run(model, n_threads, size=300):
+    rows, kv = tiny.run_chunks(_core.Context(model, n_threads=n_threads), size)
+    return hashlib.sha256(b"".join(rows)).hexdigest(), kv
+
+GOLDEN = tiny.GOLDEN_LOGITS, tiny.GOLDEN_KV
+model = tiny.make_model()
+"""
+
+
+def scene(code: str, **environment: str) -> str:
+    """Run the code in a fresh interpreter; its standard output."""
+    result = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_thread_info_is_consistent() -> None:
+    info = _core.thread_info()
+    assert 1 <= info["n_default"] <= max(1, info["n_affinity"])
+    if info["cpu_quota"]:
+        assert info["n_default"] <= max(1, info["cpu_quota"])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
+def test_default_follows_the_affinity_mask() -> None:
+    scene("""
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        assert _core.thread_info()["n_affinity"] == 1
+        assert _core.Context(model).n_threads == 1
+        assert run(model, 0) == GOLDEN
+        assert run(model, 4) == GOLDEN  # more threads than CPUs: slow, and the same
+    """)
+
+
+def test_contexts_of_many_python_threads_at_once() -> None:
+    """One pool serves them all; who finds it busy works alone. Same bytes."""
+    scene("""
+        results = []
+        def work(i):
+            for size in (300, 1 + 40 * (i + 1)):
+                results.append(run(model, 1 + i % 4, size))
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        assert results == [GOLDEN] * 12
+    """)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork_with_a_live_context() -> None:
+    """The child has no pool threads; its contexts, old and new, go on and give the same bytes."""
+    scene("""
+        context = _core.Context(model, n_threads=3)
+        sequence = context.sequence_new()
+        half = tiny.TOKENS[:150]
+        context.forward(half, [sequence] * 150, [1] * 150)
+        rows = tiny.rows_of(context, 150)
+        child = os.fork()
+        n = context.forward(tiny.TOKENS[150:], [sequence] * 150, [1] * 150)
+        rows += tiny.rows_of(context, n)
+        good = hashlib.sha256(b"".join(rows)).hexdigest() == GOLDEN[0]
+        good = good and run(model, 4) == GOLDEN
+        del context
+        good = good and run(model, 2) == GOLDEN
+        if child == 0:
+            os._exit(0 if good else 1)
+        assert good
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork_while_other_threads_compute() -> None:
+    """A fork in the middle of somebody's loop leaves the child a pool that works."""
+    scene("""
+        stop = threading.Event()
+        def work():
+            while not stop.is_set(): assert run(model, 3) == GOLDEN
+        thread = threading.Thread(target=work)
+        thread.start()
+        codes = []
+        for _ in range(5):
+            time.sleep(0.01)
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if run(model, 2) == GOLDEN else 1)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        stop.set()
+        thread.join()
+        assert codes == [0] * 5
+    """)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_ctrl_c_ends_a_prefill_and_changes_nothing(n_threads: int) -> None:
+    """The scalar table needs seconds for this batch; the signal comes after a tenth of one."""
+    scene(
+        f"""
+        context = _core.Context(model, n_threads={n_threads})
+        sequence = context.sequence_new()
+        others = [context.sequence_new() for _ in range(60)]
+        context.forward(tiny.TOKENS[:10], [sequence] * 10, [0] * 10)
+        sequences = [s for s in others for _ in range(300)] + [sequence] * 290
+        tokens = tiny.TOKENS * 60 + tiny.TOKENS[10:]
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+        try:
+            context.forward(tokens, sequences, [0] * len(tokens))
+        except KeyboardInterrupt:
+            waited = time.monotonic() - start
+        else:
+            raise SystemExit("the prefill was not interrupted")
+        assert waited < 2, waited
+        assert context.sequence_length(sequence) == 10
+        assert all(context.sequence_length(s) == 0 for s in others)
+        n = context.forward(tiny.TOKENS[10:], [sequence] * 290, [1] * 290)
+        expected, _ = tiny.run_chunks(_core.Context(model, n_threads=1), 300)
+        assert tiny.rows_of(context, n) == expected[10:]
+    """,
+        PYENGINE_ISA="scalar",
+    )
+
+
+def test_a_deadline_in_the_past_changes_nothing() -> None:
+    scene("""
+        from pyengine.errors import CancelledError
+        context = _core.Context(model, n_threads=2)
+        sequence = context.sequence_new()
+        try:
+            context.forward(tiny.TOKENS, [sequence] * 300, [1] * 300, deadline=time.monotonic() - 1)
+        except CancelledError as error:
+            assert "cancelled" in str(error)
+        else:
+            raise SystemExit("the deadline was ignored")
+        assert context.sequence_length(sequence) == 0
+    """)
