@@ -22,6 +22,7 @@ from .config import (
     train_config_from_json,
 )
 from .data import Corpus, file_sha256, prepare_corpus
+from .device import DEVICES, PRECISIONS, Device
 from .errors import ConfigError, DataError
 from .plan import estimated_step_seconds, make_plan
 from .text import is_validation, load_tokenizer, read_documents, train_tokenizer
@@ -82,6 +83,8 @@ def _train_parser() -> argparse.ArgumentParser:
     add("--branch-from", type=Path, help="checkpoint to continue in a new run, e.g. a trunk to decay")
     add("--resume", action="store_true", help="continue the run in --run-dir")
     add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--device", choices=DEVICES, default="cpu", help="what to train on (default cpu)")
+    add("--precision", choices=PRECISIONS, default="bf16", help="activations on --device cuda (default bf16)")
     add("--threads", type=int, help="default: the CPUs this process may use")
     for field in dataclasses.fields(TrainConfig):
         if field.name in ("extra", "data_weights", "decay_data_weights"):
@@ -95,6 +98,8 @@ def _train_parser() -> argparse.ArgumentParser:
 def _train(arguments: list[str]) -> int:
     options = _train_parser().parse_args(arguments)
     folder: Path = options.run_dir
+    device = Device(options.device, options.precision)
+    device.require()  # before minutes of tokenizing
     if options.resume:
         if not (folder / "run.json").exists():
             raise ConfigError(f"{folder}: nothing to resume")
@@ -105,7 +110,7 @@ def _train(arguments: list[str]) -> int:
                 "(a new run with --branch-from can)"
             )
         parent = runfolder.read_run(folder).get("parent")
-        train.run_training(folder, threads=options.threads, parent=Path(parent) if parent else None)
+        train.run_training(folder, threads=options.threads, parent=Path(parent) if parent else None, device=device)
         return 0
     if options.dry_run:
         return _dry_run(options)
@@ -120,7 +125,7 @@ def _train(arguments: list[str]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     parent = options.branch_from
-    train.run_training(folder, threads=options.threads, parent=parent)
+    train.run_training(folder, threads=options.threads, parent=parent, device=device)
     return 0
 
 
@@ -132,7 +137,7 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"{options.config}: unknown option(s) {', '.join(unknown)}")
     for name, value in vars(options).items():
         given = value is not None and (value is not False or name not in values)
-        if given and name not in ("config", "run_dir", "resume", "dry_run", "threads"):
+        if given and name not in ("config", "run_dir", "resume", "dry_run", "threads", "device", "precision"):
             values[name] = value
     for name in ("data_weights", "decay_data_weights"):
         if isinstance(values.get(name), str):
@@ -245,13 +250,14 @@ def _set_up(options: argparse.Namespace, folder: Path, arguments: Sequence[str])
     }
     runfolder.write_run(folder, run_values)
     if values.get("budget_minutes"):
-        run_values["train"] = to_json(_budgeted(folder, config, values, options.threads))
+        run_values["train"] = to_json(_budgeted(folder, config, values, options))
         runfolder.write_run(folder, run_values)
 
 
-def _budgeted(folder: Path, config: TrainConfig, values: dict[str, Any], threads: int | None) -> TrainConfig:
+def _budgeted(folder: Path, config: TrainConfig, values: dict[str, Any], options: argparse.Namespace) -> TrainConfig:
     minutes = float(values["budget_minutes"])
-    steps, _ = train.steps_for_budget(train.open_run(folder), minutes, threads)
+    device = Device(options.device, options.precision)
+    steps, _ = train.steps_for_budget(train.open_run(folder), minutes, options.threads, device)
     extra = {**config.extra, "budget_minutes": minutes}
     return dataclasses.replace(config, steps=steps, extra=extra)
 

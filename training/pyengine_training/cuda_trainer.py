@@ -25,6 +25,7 @@ from .arena import Arena, block_matrices, initialize, parameter_shapes
 from .checkpoint import TrainingState
 from .config import ModelConfig, TrainConfig
 from .data import ValidationBatch
+from .device import PRECISIONS
 from .errors import ConfigError, NotFiniteError
 from .model import Array, Distillation, Worker, activation_bytes
 from .ops import cuda as ops
@@ -33,7 +34,6 @@ from .ops.cuda._runtime import DeviceError, runtime
 from .optimizer import schedule
 from .trainer import StepResult, Trainer, Validation, available_threads, evaluate
 
-PRECISIONS = ("bf16", "float32")
 NARROW = np.uint16  # bfloat16 bits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from .arena import Arena
@@ -11,6 +12,32 @@ from .errors import ConfigError, TrainingError
 from .trainer import Trainer
 
 DEVICES = ("cpu", "cuda")
+PRECISIONS = ("bf16", "float32")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What to train on. precision: of activations on "cuda"; "cpu" trains in float32."""
+
+    name: str = "cpu"
+    precision: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.name not in DEVICES:
+            raise ConfigError(f"device is {self.name!r}; choose from {DEVICES}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision is {self.precision!r}; choose from {PRECISIONS}")
+
+    def require(self) -> None:
+        """Raise MissingLibraryError or DeviceError, with the way out, unless the device can be used here."""
+        if self.name == "cuda":
+            _cuda_trainer()
+            from .ops.cuda._runtime import runtime
+
+            runtime()
+
+
+CPU = Device()
 
 
 class MissingLibraryError(TrainingError, ImportError):
@@ -21,21 +48,18 @@ def make_trainer(
     model: ModelConfig,
     config: TrainConfig,
     *,
-    device: str = "cpu",
-    precision: str = "bf16",
+    device: Device = CPU,
     threads: int | None = None,
     teacher: tuple[ModelConfig, Arena] | None = None,
 ) -> Trainer:
-    """A trainer on "cpu" (float32) or "cuda" (activations in ``precision``: "bf16" or "float32").
+    """A trainer on the device.
 
     Raises MissingLibraryError or DeviceError, with the way out, where there is no usable GPU.
     """
-    if device not in DEVICES:
-        raise ConfigError(f"device is {device!r}; choose from {DEVICES}")
-    if device == "cpu":
+    if device.name == "cpu":
         return Trainer(model, config, threads=threads, teacher=teacher)
     trainer: Any = _cuda_trainer()
-    made: Trainer = trainer(model, config, precision=precision, threads=threads, teacher=teacher)
+    made: Trainer = trainer(model, config, precision=device.precision, threads=threads, teacher=teacher)
     return made
 
 

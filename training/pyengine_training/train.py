@@ -29,6 +29,7 @@ from .config import (
     train_config_from_json,
 )
 from .data import BatchSource, Corpus, Phase, ValidationBatch, validation_batches
+from .device import CPU, Device, make_trainer
 from .energy import EnergyMeter, add_joules
 from .errors import CheckpointError, ConfigError
 from .files import atomic_directory
@@ -36,7 +37,7 @@ from .model import Worker
 from .plan import estimated_step_seconds, format_seconds, make_plan
 from .plot import plot_losses
 from .text import load_tokenizer
-from .trainer import Trainer, Validation
+from .trainer import Validation
 
 LOG_EVERY_SECONDS = 30.0
 
@@ -139,11 +140,11 @@ def _signals(received: list[int]) -> Iterator[None]:
 class Loop:
     """The loop over steps with everything around it. Use :func:`run_training`."""
 
-    def __init__(self, run: Run, threads: int | None) -> None:
+    def __init__(self, run: Run, threads: int | None, device: Device = CPU) -> None:
         self.run, self.config = run, run.config
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
-        self.trainer = Trainer(run.model, run.config, threads=threads, teacher=run.teacher)
+        self.trainer = make_trainer(run.model, run.config, device=device, threads=threads, teacher=run.teacher)
         self.validation, self.validation_bytes = run.validation(self.trainer.workers[0].rows)
         self.log = runfolder.Log(run.folder / "log.txt")
         self.metrics_path = run.folder / "metrics.jsonl"
@@ -327,14 +328,14 @@ class Loop:
             self.metrics.close()
 
 
-def run_training(folder: Path, *, threads: int | None = None, parent: Path | None = None) -> Path:
+def run_training(folder: Path, *, threads: int | None = None, parent: Path | None = None, device: Device = CPU) -> Path:
     """Run, or continue, the run in ``folder``; returns the folder of the final model.
 
     Raises Interrupted after a checkpoint when SIGINT or SIGTERM came, NotFiniteError when the loss
     blew up (the last checkpoint stays), OSError when the disk is full (likewise).
     """
     run = open_run(folder)
-    loop = Loop(run, threads)
+    loop = Loop(run, threads, device)
     try:
         loop.start(parent)
         final = run.folder / "final"
@@ -356,11 +357,11 @@ def run_training(folder: Path, *, threads: int | None = None, parent: Path | Non
         loop.close()
 
 
-def measure_step_seconds(run: Run, threads: int | None) -> tuple[float, float]:
+def measure_step_seconds(run: Run, threads: int | None, device: Device = CPU) -> tuple[float, float]:
     """Median seconds of a step without and with fake-quantization, on a throwaway trainer."""
     config = dataclasses.replace(run.config, quantize="always", steps=10)
     source = run.source()
-    trainer = Trainer(run.model, config, threads=threads, teacher=run.teacher)
+    trainer = make_trainer(run.model, config, device=device, threads=threads, teacher=run.teacher)
     try:
         trainer.initialize()
         tokens, targets = source.batch(0)
@@ -378,9 +379,9 @@ def measure_step_seconds(run: Run, threads: int | None) -> tuple[float, float]:
         trainer.close()
 
 
-def steps_for_budget(run: Run, minutes: float, threads: int | None) -> tuple[int, float]:
+def steps_for_budget(run: Run, minutes: float, threads: int | None, device: Device = CPU) -> tuple[int, float]:
     """Steps that fit into so many minutes of this machine, and the mean seconds of one."""
-    plain, quantized = measure_step_seconds(run, threads)
+    plain, quantized = measure_step_seconds(run, threads, device)
     c = run.config
     share = {"never": 0.0, "always": 1.0, "decay": c.decay_fraction}[c.quantize]
     mean = (1 - share) * plain + share * quantized

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
-import numpy as np  # noqa: E402
+import numpy as np
 from compiled import RecordingRuntime, float64_lines, ptx, usage
-from pyengine_training.config import ModelConfig, TrainConfig  # noqa: E402
-from pyengine_training.cuda_trainer import CudaTrainer  # noqa: E402
+from pyengine_training.config import ModelConfig, TrainConfig
+from pyengine_training.cuda_trainer import CudaTrainer
 from pyengine_training.gpu_check.cases import check, small_cases
 from pyengine_training.ops import cuda as ops
 from pyengine_training.ops.cuda._runtime import use_runtime

@@ -39,7 +39,7 @@ def fake_cupy(version: int = 13000, count: int = 1) -> Any:
 
 
 def test_no_driver() -> None:
-    with pytest.raises(DeviceError, match="no NVIDIA driver.*--gpus all.*cannot be found"):
+    with pytest.raises(DeviceError, match=r"no NVIDIA driver.*--gpus all.*cannot be found"):
         _check_device(fake_cuda("CUDA driver library\ncannot be found"), fake_cupy())
 
 
@@ -49,7 +49,7 @@ def test_old_driver() -> None:
 
 
 def test_no_gpu() -> None:
-    with pytest.raises(DeviceError, match="finds no GPU.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(DeviceError, match=r"finds no GPU.*CUDA_VISIBLE_DEVICES"):
         _check_device(fake_cuda(), fake_cupy(count=0))
 
 
@@ -77,28 +77,41 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
 def test_device_cuda_without_numba_cuda_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyengine_training.cuda_trainer", None)
     with pytest.raises(TrainingError, match=r"pip install 'pyengine-lm\[cuda\]'"):
-        device.make_trainer(MODEL, CONFIG, device="cuda")
+        device.make_trainer(MODEL, CONFIG, device=device.Device("cuda"))
 
 
 def test_device_cuda_under_numbas_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
     with pytest.raises(ConfigError, match="unset it"):
-        device.make_trainer(MODEL, CONFIG, device="cuda")
+        device.make_trainer(MODEL, CONFIG, device=device.Device("cuda"))
     root = Path(device.__file__).parents[1]
-    code = "from pyengine_training.device import make_trainer as m; import numba.cuda; m(None, None, device='cuda')"
+    code = "from pyengine_training.device import Device; Device('cuda').require()"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "NUMBA_ENABLE_CUDASIM is set" in done.stderr.splitlines()[-1]
 
 
 def test_unknown_device() -> None:
     with pytest.raises(ConfigError, match="choose from"):
-        device.make_trainer(MODEL, CONFIG, device="tpu")
+        device.Device("tpu")
+    with pytest.raises(ConfigError, match="choose from"):
+        device.Device("cuda", "fp8")
 
 
 def test_device_cpu_is_the_plain_trainer() -> None:
     trainer = device.make_trainer(MODEL, CONFIG)
     assert type(trainer).__name__ == "Trainer"
     trainer.close()
+
+
+def test_the_command_says_so_before_it_prepares_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine without a GPU; with one the text is what is missing."""
+    from pyengine_training.__main__ import main
+
+    arguments = ["--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "none.txt"), "--device", "cuda"]
+    assert main(["train", *arguments]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and ("driver" in message or "none.txt" in message or "GPU" in message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_this_machine_either_has_a_gpu_or_says_why_not() -> None:
@@ -131,7 +144,7 @@ def test_a_failing_launch_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("illegal memory access")
 
     gpu.__dict__["stream"] = SimpleNamespace(synchronize=fail)
-    with pytest.raises(DeviceError, match="illegal memory access; started last: example_kernel.*PYENGINE_CUDA_SYNC"):
+    with pytest.raises(DeviceError, match=r"illegal memory access; started last: example_kernel.*PYENGINE_CUDA_SYNC"):
         gpu.synchronize()
 
 
