@@ -23,7 +23,6 @@ from .config import ModelConfig
 from .ops import cpu as cpu_ops
 
 Array = NDArray[Any]
-LOSS_ROWS = 512  # logits are made, turned into gradients and used up this many rows at a time
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,8 @@ class Worker:
     ) -> None:
         self.config, self.rows, self.seq_len, self.dtype = config, rows, seq_len, dtype
         self.ops, self.wide = ops, ops.wide_dtype(dtype)
+        # logits are made, turned into gradients and used up this many rows at a time
+        self.loss_rows = ops.loss_rows(config.vocab_size)
         self.recompute = recompute if training else "block"
         c, n = config, rows * seq_len
         cos, sin = self.ops.rope_tables(seq_len, c.head_dim, c.rope_theta)
@@ -89,7 +90,7 @@ class Worker:
         self.o = self._new(*self._q_shape())
         self.xn_final, self.inv_rms_final = self._new(n, c.dim), self._new_wide(n)
         self.loss = self._new_wide(n)
-        self.logits = self._new(min(n, LOSS_ROWS), c.vocab_size)
+        self.logits = self._new(min(n, self.loss_rows), c.vocab_size)
         lengths = self.ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim)
         self.scratch = (self._new(lengths[0]), self._new(lengths[1]), self._new(lengths[2]))
         if training:
@@ -139,7 +140,7 @@ class Worker:
         self.dq = self._new(*self._q_shape())
         self.dk, self.dv = self._new(*self._kv_shape()), self._new(*self._kv_shape())
         self.dqkv = self._new(*self.qkv.shape)
-        self.doutput = self._new_wide(c.vocab_size if n > LOSS_ROWS else 0, c.dim)
+        self.doutput = self._new_wide(c.vocab_size if n > self.loss_rows else 0, c.dim)
 
     # ---- forward ---------------------------------------------------------------------------------
     # ---------------
@@ -204,8 +205,8 @@ class Worker:
         """
         self.forward(params, tokens, quantize)
         flat = targets.ravel()
-        for start in range(0, flat.size, LOSS_ROWS):
-            rows = slice(start, min(flat.size, start + LOSS_ROWS))
+        for start in range(0, flat.size, self.loss_rows):
+            rows = slice(start, min(flat.size, start + self.loss_rows))
             logits = self.logits[: rows.stop - start]
             self.ops.linear_forward(logits, self.xn_final[rows], self.output_matrix(params))
             self.ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
@@ -262,12 +263,12 @@ class Worker:
     def _output_forward_backward(
         self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None
     ) -> None:
-        """Output layer, loss, and their backward, LOSS_ROWS rows at a time; leaves the gradient of
+        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of
         xn_final in dxn.
         """
         w, dw = self.output_matrix(params), self.output_matrix(self.grads)
-        for start in range(0, targets.size, LOSS_ROWS):
-            rows = slice(start, min(targets.size, start + LOSS_ROWS))
+        for start in range(0, targets.size, self.loss_rows):
+            rows = slice(start, min(targets.size, start + self.loss_rows))
             logits = self.logits[: rows.stop - start]
             self.ops.linear_forward(logits, self.xn_final[rows], w)
             if distillation is None:
@@ -341,7 +342,7 @@ def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: st
     blocks = c.n_layers if recompute != "block" else 1
     own = c.n_layers if recompute == "none" else 1
     backward = n * (4 * c.dim + 3 * c.hidden_dim + 5 * c.q_dim + 4 * c.kv_dim)
-    output = min(n, LOSS_ROWS) * c.vocab_size + c.vocab_size * c.dim
+    output = min(n, cpu_ops.loss_rows(c.vocab_size)) * c.vocab_size + c.vocab_size * c.dim
     scratch = sum(cpu_ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim))
     stream = n * c.dim * (c.n_layers + 1)
     floats = blocks * per_block + own * kept + backward + output + scratch + stream

@@ -42,8 +42,10 @@ def single_threaded_blas() -> Any:
     """Limit BLAS to one thread from now on; our threads are the parallelism. Returns the
     limiter.
     """
-    from threadpoolctl import threadpool_limits
-
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:  # a machine with the GPU's libraries only: slower, and OPENBLAS_NUM_THREADS=1 does the same
+        return None
     return threadpool_limits(limits=1, user_api="blas")
 
 

@@ -17,6 +17,11 @@ def wide_dtype(dtype: Any) -> Any:
     return dtype
 
 
+def loss_rows(vocab_size: int) -> int:
+    """Rows of logits to hold at a time: few enough to stay near the caches."""
+    return 512
+
+
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     """A new array whose pages have been touched: first touches are slow, and later would be in a step."""
     buffer = np.empty(shape, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .adamw import adamw_update
 from .attention import attention_backward, attention_forward, attention_scratch_shapes
-from .buffers import add, copy, empty, fill, total, upload, wide_dtype, zeros
+from .buffers import add, copy, empty, fill, loss_rows, total, upload, wide_dtype, zeros
 from .cross_entropy import cross_entropy_forward, cross_entropy_forward_backward
 from .embedding import embedding_backward, embedding_forward
 from .fake_quant import (
@@ -48,6 +48,7 @@ __all__ = [
     "linear_backward_input",
     "linear_backward_weight",
     "linear_forward",
+    "loss_rows",
     "merge_heads",
     "muon_update",
     "qkv_rope_backward",

@@ -12,6 +12,7 @@ from ._reduce import block_sum
 from ._runtime import flat, runtime, scratch
 
 SUM_BLOCKS = 64
+LOGITS = 1 << 29
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -22,6 +23,11 @@ def wide_dtype(dtype: Any) -> Any:
 def upload(host: Any) -> Array:
     """A device array with the host array's values."""
     return runtime().upload(host)
+
+
+def loss_rows(vocab_size: int) -> int:
+    """Rows of logits to hold at a time: enough to keep the device busy, at most LOGITS elements."""
+    return max(512, LOGITS // vocab_size)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
