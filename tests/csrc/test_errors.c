@@ -269,7 +269,7 @@ static void check_unchanged(pe_context *c, int32_t id, const char *how) {
 /* A prefill with deadlines spread over its duration, the logits' stage included: each call either completes with the right
  * bits, or is cancelled and has changed nothing. */
 static void deadlines(pe_context *c, pe_batch *batch, int32_t id, uint64_t expected, int64_t duration) {
-    int n_cancelled = 0, n_rounds = quick ? 8 : 24;
+    int n_cancelled = 0, n_rounds = quick ? 5 : 24;
     for (int i = 0; i < n_rounds; i++) {
         char err[PE_ERR_LEN] = "";
         int64_t start = pe_now_ns();

@@ -202,9 +202,7 @@ def test_batch_mixtures_equal_single_sequences(
         lengths[fork] = keep // 4 * 3
 
 
-def test_only_the_wanted_rows_are_computed(
-    model: _core.Model, reference: tuple[list[bytes], str]
-) -> None:
+def test_only_the_wanted_rows_are_computed(model: _core.Model, reference: tuple[list[bytes], str]) -> None:
     context = _core.Context(model)
     sequence = context.sequence_new()
     want = [i % 7 == 3 for i in range(N_TOKENS)]

@@ -51,9 +51,12 @@ def test_class_is_an_engine_error_and_a_builtin_where_one_fits(name: str, code: 
 def test_an_error_of_the_core_arrives_as_its_class_with_its_sentence() -> None:
     with pytest.raises(errors.UnsupportedISAError, match=r"'sse9' is unknown.*scalar"):
         _core.select_isa("sse9")
-    config = dict.fromkeys(
-        ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size"), 2
-    ) | {"max_seq_len": 2, "sliding_window": 0, "norm_eps": 0.0, "tie_embeddings": True}
+    config = dict.fromkeys(("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size"), 2) | {
+        "max_seq_len": 2,
+        "sliding_window": 0,
+        "norm_eps": 0.0,
+        "tie_embeddings": True,
+    }
     config |= {"qkv_bias": False, "o_bias": False, "qk_norm": False}
     with pytest.raises(errors.ModelFormatError, match="tok_embeddings.codes is missing"):
         _core.Model(config, bytes(64), {})

@@ -46,11 +46,7 @@ def test_python_dependencies_point_down() -> None:
         module = path.relative_to(package).with_suffix("").parts[0]
         if module == "__init__":
             continue
-        wrong += [
-            f"{path.relative_to(ROOT)} imports {name}"
-            for name in imports_of(path)
-            if rank(name) > rank(module)
-        ]
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imports_of(path) if rank(name) > rank(module)]
     assert not wrong
 
 
@@ -74,9 +70,7 @@ def test_engine_and_training_do_not_import_each_other() -> None:
 
 def test_import_pyengine_loads_nothing_heavy() -> None:
     code = "import sys, pyengine; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     heavy = {"numpy", "tokenizers", "jinja2", "gguf", "numba", "torch", "transformers"}
     assert not heavy & set(result.stdout.split())
 
