@@ -1,0 +1,147 @@
+"""The check for a GPU machine, without one: its control flow, and its sections on the simulator at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
+pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
+
+from pyengine_training.config import ModelConfig
+from pyengine_training.gpu_check import __main__ as main
+from pyengine_training.gpu_check import sections
+from pyengine_training.gpu_check.cases import linear, rmsnorm
+from pyengine_training.ops.cuda._runtime import use_runtime
+from simulated_runtime import SimulatedRuntime
+
+ROOT = Path(sections.__file__).parents[3]
+TINY = ModelConfig(vocab_size=11, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=8, max_seq_len=4)
+
+
+def has_gpu() -> bool:
+    from pyengine_training.ops.cuda._gpu import GpuRuntime
+    from pyengine_training.ops.cuda._runtime import DeviceError
+
+    try:
+        GpuRuntime()
+    except DeviceError:
+        return False
+    return True
+
+
+def test_sections_and_limits_agree() -> None:
+    assert list(main.LIMITS) == list(sections.SECTIONS)
+    assert sum(main.LIMITS.values()) <= 480
+
+
+def test_without_a_gpu_every_section_says_so_and_the_run_fails(tmp_path: Path) -> None:
+    if has_gpu():
+        pytest.skip("this machine has a GPU: training/gpu_check.sh is the test")
+    command = [str(ROOT / "training" / "gpu_check.sh"), "--only", "versions", "--only", "kernels"]
+    environment = {"OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "gpu_check.jsonl").read_text().splitlines()]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == lines
+    assert [line.get("status") for line in lines[:-1]] == ["no device", "no device"]
+    assert all("driver" in line["detail"] or "cupy" in line["detail"] for line in lines[:-1])
+    assert lines[-1] == {"summary": {"versions": "no device", "kernels": "no device"}, "ok": False}
+
+
+@pytest.mark.parametrize(
+    "code, status",
+    [
+        ("print('{\"a\": 1}')", "ok"),
+        ("import sys; print('{\"a\": 1}'); sys.exit(1)", "failed"),
+        ("raise ValueError('broken')", "failed"),
+        ("import sys; sys.exit(3)", "no device"),
+        ("import os; os.kill(os.getpid(), 9)", "crashed"),
+        ("import time; print('{\"a\": 1}', flush=True); time.sleep(60)", "timeout"),
+    ],
+)
+def test_every_ending_of_a_section_is_told(
+    code: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.Popen
+    monkeypatch.setattr(main.subprocess, "Popen", lambda _c, **options: real([sys.executable, "-c", code], **options))
+    report = main.Report(str(tmp_path))
+    assert main.run_section("kernels", 1 if status == "timeout" else 30, report) == status
+    report.close()
+    lines = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
+    assert lines[-1]["status"] == status
+    assert ({"a": 1} in lines) == ("a" in code and "{" in code)
+    if "broken" in code:
+        assert "ValueError: broken" in lines[-1]["detail"]
+
+
+class Pool:
+    def free_all_blocks(self) -> None:
+        return
+
+    def used_bytes(self) -> int:
+        return 1
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sections at sizes that can be simulated, on a simulated GPU."""
+    values: dict[str, Any] = {
+        "SMALL": TINY, "LARGE": TINY, "SEQ": 3, "ROWS": 2, "STEPS": 2, "PRODUCTS": (8,), "LARGE_ROWS": 1,
+        "small_cases": lambda: [*linear(3, 4, 5), *rmsnorm(2, 3)], "large_cases": lambda: [],
+    }  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setattr(sections, name, value)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    runtime: Any = SimulatedRuntime()
+    properties = {"name": b"NVIDIA H100 80GB HBM3"}
+    runtime.cupy = SimpleNamespace(
+        get_default_memory_pool=Pool,
+        cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceProperties=lambda _i: properties)),
+    )
+    with use_runtime(runtime):
+        yield runtime
+
+
+@pytest.mark.parametrize("name", ["kernels", "gradients", "matmuls", "resume", "graph"])
+def test_a_section_finds_a_right_device_right(name: str, tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sections.SECTIONS[name]()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines and all(line.get("ok", True) for line in lines)
+
+
+def test_speed_and_memory_are_reported(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sections.throughput() and sections.memory()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0]["tokens_per_second"] > 0 and 0 <= lines[0]["mfu"] < 1 and len(lines[0]["ms"]) == 8
+    assert lines[1] == {"engine": "torch", "error": "not installed"}
+    assert [line["recompute"] for line in lines[2:]] == ["none", "activations", "block"]
+
+
+def test_the_loss_curve_is_judged(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps learn nothing, so the section has to fail, with three curves that agree."""
+    assert not sections.loss_curve()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["curve"] for line in lines[:3]] == ["cuda float32", "cuda bf16", "cpu"]
+    assert lines[0]["losses"] == pytest.approx(lines[2]["losses"], abs=0.02)
+    assert lines[3]["ok"] is False
+
+
+def test_a_wrong_device_is_found(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gemm = tiny.gemm
+
+    def wrong(product: Any) -> None:
+        gemm(product)
+        flat, start, *_ = product.c
+        flat[start] += 1
+
+    monkeypatch.setattr(tiny, "gemm", wrong)
+    assert not sections.kernels()
+    assert not sections.matmuls()
+    assert not sections.gradients()
