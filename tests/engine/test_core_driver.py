@@ -111,7 +111,7 @@ def test_driver_under_qemu_aarch64(tmp_path: Path) -> None:
     if compiler is None or emulator is None:
         pytest.skip("no aarch64-linux-gnu-gcc or no qemu-aarch64")
     objects = [*SOURCES, KERNELS / "dispatch.c", KERNELS / "cpu_features.c"]
-    objects += sorted(KERNELS.glob("kernels_neon*.c")) + [KERNELS / "kernels_scalar.c"]
+    objects += [*sorted(KERNELS.glob("kernels_neon*.c")), KERNELS / "kernels_scalar.c"]
     driver = tmp_path / "test_core"
     command = [compiler, *FLAGS, "-O2", "-static", "-march=armv8.2-a+dotprod"]
     command += [*map(str, objects), "-pthread", "-lm", "-o", str(driver)]
