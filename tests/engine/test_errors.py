@@ -58,7 +58,7 @@ def test_an_error_of_the_core_arrives_as_its_class_with_its_sentence() -> None:
         "tie_embeddings": True,
     }
     config |= {"qkv_bias": False, "o_bias": False, "qk_norm": False}
-    with pytest.raises(errors.ModelFormatError, match="tok_embeddings.codes is missing"):
+    with pytest.raises(errors.ModelFormatError, match=r"tok_embeddings\.codes is missing"):
         _core.Model(config, bytes(64), {})
     with pytest.raises(errors.ModelFormatError, match="head_dim 3 is odd"):
         _core.Model(config | {"head_dim": 3}, bytes(64), {})
