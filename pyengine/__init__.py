@@ -12,6 +12,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pyengine.errors import (
+    CancelledError,
+    ContextFullError,
+    InvalidArgumentError,
+    ModelFormatError,
+    NotFiniteError,
+    OutOfMemoryError,
+    PyEngineError,
+    SystemCallError,
+    TemplateError,
+    UnsupportedISAError,
+    UnsupportedModelError,
+)
+
 __version__ = "0.1.0"
 
 _LAZY = {
@@ -30,20 +44,6 @@ if TYPE_CHECKING:
     from pyengine.results import Piece as Piece
     from pyengine.results import Score as Score
     from pyengine.sampling import SamplingParams as SamplingParams
-
-from pyengine.errors import (
-    CancelledError,
-    ContextFullError,
-    InvalidArgumentError,
-    ModelFormatError,
-    NotFiniteError,
-    OutOfMemoryError,
-    PyEngineError,
-    SystemCallError,
-    TemplateError,
-    UnsupportedISAError,
-    UnsupportedModelError,
-)
 
 __all__ = [
     "CancelledError",

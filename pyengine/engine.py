@@ -37,8 +37,8 @@ _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> Path:
-    """The frozen file that `model` names: itself, or a Hugging Face directory, a GGUF or a llama2.c checkpoint frozen once into the
-    cache directory. None = the model that ships with the package. Raises FileNotFoundError."""
+    """The frozen file that `model` names: itself, or a Hugging Face directory, a GGUF or a llama2.c checkpoint frozen once
+    into the cache directory. None = the model that ships with the package. Raises FileNotFoundError."""
     if model is None:
         if not DEFAULT_MODEL.exists():
             raise FileNotFoundError("this build ships no default model; name one: Engine('model.safetensors')")
@@ -164,7 +164,9 @@ class Engine:
 
                 source = self._file.rider("chat_template.jinja")
                 if source is None:
-                    raise TemplateError("this model has no chat template; use generate, or render the conversation yourself")
+                    raise TemplateError(
+                        "this model has no chat template; use generate, or render the conversation yourself"
+                    )
                 bos, eos = self._file.config.bos_token_id, self.eos_token_ids
                 text = self.tokenizer.token_text
                 self._chat_template = ChatTemplate(
@@ -269,24 +271,38 @@ class Engine:
         ids = self._ids(prompt, parse_special)
         return (piece for _, piece in self._pieces([ids], chosen))
 
-    def chat_ids(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
-        """Token ids of a conversation under the model's template. Special tokens come from the template, never from content."""
+    def chat_ids(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Token ids of a conversation under the model's template. Special tokens come from it, never from content."""
         return self.chat_template.encode(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **variables
         )
 
     @overload
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: Literal[False] = False, **options: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
     ) -> Generation: ...
     @overload
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: Literal[True], **options: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[True],
+        **options: Any,
     ) -> Iterator[Piece]: ...
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False, **options: Any
     ) -> Generation | list[Generation] | Iterator[Piece]:
-        """The assistant's answer to messages ({"role", "content"}, …). Raises TemplateError if the model has no usable template."""
+        """The assistant's answer to messages ({"role", "content"}, …).
+
+        Raises TemplateError if the model has no usable template, and what generate raises."""
         ids = self.chat_ids(messages)
         return self.stream(ids, params, **options) if stream else self.generate(ids, params, **options)
 
@@ -321,7 +337,8 @@ class Engine:
         return Score(ids, values)
 
     def logits(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
-        """Logits after each token: float32 (n_tokens, vocab_size), or (len(positions), vocab_size) in the order of `positions`."""
+        """Logits after each token: float32 (n_tokens, vocab_size), or (len(positions), vocab_size) in the order of
+        `positions`. Raises InvalidArgumentError, ContextFullError."""
         import numpy as np
 
         ids = self._ids(list(tokens), False)

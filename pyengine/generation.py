@@ -205,7 +205,12 @@ class Run:
             return []
         context = self._engine.context
         branches = [
-            Branch(context.sequence_fork(branch.sequence, len(branch.held)), list(branch.held), sample.tokens[-1:], [sample])
+            Branch(
+                context.sequence_fork(branch.sequence, len(branch.held)),
+                list(branch.held),
+                sample.tokens[-1:],
+                [sample],
+            )
             for sample in going_on[1:]
         ]
         branch.samples, branch.feed = going_on[:1], going_on[0].tokens[-1:]

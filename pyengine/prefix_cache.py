@@ -16,7 +16,7 @@ MIN_SHARED = 16
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of leading ids that a and b share."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 class PrefixCache:
@@ -27,8 +27,8 @@ class PrefixCache:
         self._entries: list[tuple[list[int], int]] = []  # (tokens in the KV cache, sequence), oldest first
 
     def take(self, prompt: Sequence[int]) -> tuple[int, int]:
-        """A sequence that already holds the first n tokens of `prompt`, and n < len(prompt): the last one must be computed, for its
-        logits. The caller owns the sequence."""
+        """A sequence that already holds the first n tokens of `prompt`, and n < len(prompt): the last one must be computed,
+        for its logits. The caller owns the sequence."""
         best, n_shared = -1, 0
         for index, (tokens, _) in enumerate(self._entries):
             n = common_prefix(tokens, prompt[:-1])

@@ -94,7 +94,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Log-probabilities of a given text: logprobs[i] is that of tokens[i] after tokens[:i], natural logarithm, None for the first."""
+    """Log-probabilities of a given text: logprobs[i] is that of tokens[i] after tokens[:i] (natural logarithm), None for
+    the first token."""
 
     tokens: list[int]
     logprobs: list[float | None]
