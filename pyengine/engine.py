@@ -264,7 +264,7 @@ class Engine:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, parse_special: bool = False, **options: Any
     ) -> Iterator[Piece]:
-        """Like generate for one prompt, a Piece a token; the last piece carries the result. Closing the iterator ends the work."""
+        """Like generate for one prompt, a Piece a token; the last piece carries the result. Closing the iterator ends it."""
         chosen = _params(params, options)
         if chosen.n not in (None, 1):
             raise InvalidArgumentError(f"a stream has one sample, n is {chosen.n}; use generate")
