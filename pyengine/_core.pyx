@@ -251,7 +251,8 @@ cdef class Context:
         batch.n_tokens = token_view.shape[0]
         batch.tokens, batch.sequences, batch.want_logits = &token_view[0], &sequence_view[0], &want_view[0]
         batch.poll, batch.poll_user = poll_signals, <void *>self
-        batch.deadline_ns = 0 if deadline is None else max(1, <int64_t>(deadline * 1e9))
+        # 2^62 ns is a century of uptime: more (or infinity) means no deadline
+        batch.deadline_ns = 0 if deadline is None or not deadline < 4.6e9 else max(1, <int64_t>(deadline * 1e9))
         err[0] = 0
         self.pending = None
         with nogil:
