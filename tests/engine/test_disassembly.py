@@ -1,0 +1,130 @@
+"""What the compiler made of the loops that no instruction counter can run, and that wide instructions stay in their files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import NamedTuple
+
+import pytest
+from engine.core_build import REPOSITORY, build, gcc_version, need
+
+OBJECTS = "CMakeFiles/pyengine_core.dir/csrc"
+STACK = r"-?(0x[0-9a-f]+)?\(%r[sb]p"
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str
+    operands: str
+
+
+class Loop(NamedTuple):
+    """An innermost loop: from the target of a jump backwards to that jump."""
+
+    function: str
+    body: list[Instruction]
+
+    def count(self, name: str) -> int:
+        return sum(i.name == name for i in self.body)
+
+    @property
+    def integer_vector_spills(self) -> list[Instruction]:
+        """Vector registers of integers that are stored on the stack or fetched from it; float sums use vmovaps and vmovups."""
+        moves = (i for i in self.body if re.match(r"vmovdq[au](8|16|32|64)?$", i.name))
+        return [i for i in moves if re.search(STACK, i.operands)]
+
+
+def functions(listing: str) -> dict[str, list[Instruction]]:
+    """Instructions of each function of an objdump listing without raw bytes."""
+    found: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    for line in listing.splitlines():
+        if match := re.match(r"^[0-9a-f]+ <(.+)>:$", line):
+            current = found.setdefault(match[1], [])
+        elif match := re.match(r"^\s*([0-9a-f]+):\s+(\S+)\s*(.*)$", line):
+            current.append(Instruction(int(match[1], 16), match[2], match[3].strip()))
+    return found
+
+
+def innermost_loops(listing: str) -> list[Loop]:
+    loops = []
+    for function, instructions in functions(listing).items():
+        spans = set()
+        for i in instructions:
+            target = re.match(r"([0-9a-f]+) <", i.operands)
+            if i.name.startswith("j") and target and int(target[1], 16) <= i.address:
+                spans.add((int(target[1], 16), i.address))
+        for begin, end in spans:
+            if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans):
+                loops.append(Loop(function, [i for i in instructions if begin <= i.address <= end]))
+    return loops
+
+
+def disassemble(name: str) -> str:
+    """Listing of one object file of the core, built with gcc as it is shipped."""
+    need("objdump")
+    path = build("pyengine_core") / OBJECTS / f"{name}.o"
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def vnni_loops() -> list[Loop]:
+    """Innermost loops of the AVX-512-VNNI table that multiply."""
+    if int((version := gcc_version()).split(".")[0]) < 12:
+        pytest.skip(f"the register blocks were chosen by reading what gcc 12 and later make of them, this is {version}")
+    listing = disassemble("kernels/kernels_avx512vnni.c")
+    if "file format elf64-x86-64" not in listing:
+        pytest.skip("not an x86-64 machine")
+    return [loop for loop in innermost_loops(listing) if loop.count("vpdpbusd")]
+
+
+def test_prefill_block_is_fully_unrolled(vnni_loops: list[Loop]) -> None:
+    source = (REPOSITORY / "csrc/kernels/kernels_avx512vnni.c").read_text()
+    sizes = re.search(r"TILE_PANELS = (\d+), TILE_TOKENS = (\d+)", source)
+    assert sizes is not None
+    largest = max((loop for loop in vnni_loops if loop.function == "matmul"), key=lambda loop: loop.count("vpdpbusd"))
+    # one group of 64 inputs, four at a time, for every panel and token of the register block
+    assert largest.count("vpdpbusd") == int(sizes[1]) * int(sizes[2]) * 16
+    assert largest.count("vpdpbusd") >= 0.3 * len(largest.body), "too much beside the multiplications"
+
+
+def test_integer_sums_stay_in_registers(vnni_loops: list[Loop]) -> None:
+    assert {loop.function for loop in vnni_loops} >= {"matmul", "attention_scores"}
+    for loop in vnni_loops:
+        assert not loop.integer_vector_spills, (loop.function, loop.count("vpdpbusd"))
+
+
+def test_wide_registers_stay_in_their_files() -> None:
+    """One wheel runs everywhere: what is called before a table was chosen may use the baseline alone."""
+    gcc_version()
+    directory = build("pyengine_core") / OBJECTS
+    names = sorted(str(path.relative_to(directory))[:-2] for path in directory.rglob("*.o"))
+    if "file format elf64-x86-64" not in disassemble(names[0]):
+        pytest.skip("not an x86-64 machine")
+    assert len(names) > 10
+    for name in names:
+        forbidden = [] if "avx512" in name else ["zmm"] if "avx" in name else ["zmm", "ymm"]
+        for function, instructions in functions(disassemble(name)).items():
+            if name == "probe.c" and "avx" in function:  # each has a target attribute, and is chosen at run time
+                continue
+            operands = " ".join(i.operands for i in instructions)
+            assert not [width for width in forbidden if f"%{width}" in operands], (name, function)
+
+
+def test_the_reader_of_listings_sees_loops_and_spills() -> None:
+    listing = """
+0000000000000000 <matmul>:
+   0:\txor    %eax,%eax
+   2:\tvpdpbusd %zmm1,%zmm0,%zmm2
+   8:\tvmovdqa64 %zmm2,0x40(%rsp)
+  10:\tvmovaps %zmm3,-0x80(%rbp)
+  18:\tvmovdqu8 0x40(%rsi),%zmm4
+  20:\tjne    2 <matmul+0x2>
+  22:\tjne    0 <matmul>
+  24:\tjmp    30 <matmul+0x30>
+"""
+    (loop,) = innermost_loops(listing)
+    assert (loop.function, len(loop.body), loop.count("vpdpbusd")) == ("matmul", 5, 1)
+    assert [i.address for i in loop.integer_vector_spills] == [8]
