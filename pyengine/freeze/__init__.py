@@ -99,15 +99,17 @@ def freeze(
     not implemented, ModelFormatError for damage.
     """
     from ..golden import compute_json
+    from .tokenizer import compact_tokenizer_json
     from .writer import FrozenWriter
 
     output = Path(output)
     model = open_source(source, name=name, tokenizer=tokenizer)
     try:
+        riders = {**model.riders, "tokenizer.json": compact_tokenizer_json(model.riders["tokenizer.json"])}
         with FrozenWriter(
             output,
             model.config,
-            model.riders,
+            riders,
             name=model.name,
             source=model.source,
             golden=compute_json,

@@ -14,6 +14,7 @@ from pyengine.errors import ModelFormatError, UnsupportedModelError
 from pyengine.freeze.gguf import GGUFFile
 from pyengine.freeze.tokenizer import (
     PRE_TOKENIZERS,
+    compact_tokenizer_json,
     end_token_ids,
     gguf_tokenizer_riders,
     merges_from_scores,
@@ -275,3 +276,20 @@ def test_chat_template_must_be_text() -> None:
     source = metadata() | {"tokenizer.chat_template": 5}
     with pytest.raises(ModelFormatError, match="chat_template"):
         rebuilt(source)
+
+
+@pytest.mark.parametrize("piece", ["a b", "ab"])
+def test_compacting_keeps_the_tokenizer(piece: str) -> None:
+    """Merges become strings only where a space cannot be mistaken for the border between two pieces."""
+    vocab = {token: i for i, token in enumerate([*"abcd ", "ab", "a b", "cd", f"{piece}cd"])}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"], ["c", "d"], ["a ", "b"], [piece, "cd"]]}
+    vocab["a "] = len(vocab)
+    if piece == "ab":
+        del model["merges"][2]
+    text = json.dumps({"version": "1.0", "added_tokens": [], "model": model}, indent=2).encode()
+    compact = compact_tokenizer_json(text)
+    assert len(compact) < len(text)
+    assert isinstance(json.loads(compact)["model"]["merges"][0], str) is (piece == "ab")
+    before, after = tokenizers.Tokenizer.from_buffer(text), tokenizers.Tokenizer.from_buffer(compact)
+    for sample in ("abcd", "a bcd", "abab cd", "dcba"):
+        assert before.encode(sample).ids == after.encode(sample).ids
