@@ -13,6 +13,8 @@ static const struct pe_kernels *const tables[] = {
 #if defined(__x86_64__)
     &pe_kernels_avx512vnni,
     &pe_kernels_avx2,
+#elif defined(__aarch64__)
+    &pe_kernels_neon_dotprod,
 #endif
     &pe_kernels_scalar,
 };

@@ -109,6 +109,8 @@ struct pe_kernels {
 extern const struct pe_kernels pe_kernels_scalar;
 #if defined(__x86_64__)
 extern const struct pe_kernels pe_kernels_avx2, pe_kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const struct pe_kernels pe_kernels_neon_dotprod;
 #endif
 
 /* The selected table (dispatch.c); NULL before the first pe_isa_select or pe_isa_active. */
