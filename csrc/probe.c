@@ -168,7 +168,7 @@ static const dot_step dot_steps[] = {
     {"avxvnni", (uint64_t)STEPS * 12 * 32, avxvnni_step},
 #endif
 #elif defined(__aarch64__)
-    {"neon", (uint64_t)STEPS * 16 * 16, neon_step},
+    {"neon_dotprod", (uint64_t)STEPS * 16 * 16, neon_step},
 #endif
     {"scalar", (uint64_t)STEPS * 8, scalar_step},
 };
