@@ -103,10 +103,11 @@ class Sizes:
     long: int = 8192
     batches: tuple[int, ...] = (8, 32)
     rss_tokens: int = 128
+    disturbed: int = 16  # decode under a quota or beside a neighbour, where some peers all but stop
 
     @staticmethod
     def quick() -> Sizes:
-        return Sizes(decode=3, depth=8, deep=300, prefill=64, long=300, batches=(2,), rss_tokens=4)
+        return Sizes(decode=3, depth=8, deep=300, prefill=64, long=300, batches=(2,), rss_tokens=4, disturbed=3)
 
 
 class Run:
@@ -168,10 +169,13 @@ class Run:
         started = {kind: self.start(kind, big=big) for kind in (OURS, *PEERS)}
         return {kind: worker for kind, worker in started.items() if worker is not None}
 
-    def alternate(self, work: str, turns: Mapping[str, Callable[[], float]], unit: str = "tok/s") -> Row:
-        """Everybody in turn, `repeats` rounds after one to warm up. Who fails is left out from then on."""
+    def alternate(
+        self, work: str, turns: Mapping[str, Callable[[], float]], unit: str = "tok/s", repeats: int = 0
+    ) -> Row:
+        """Everybody in turn, `repeats` rounds (0: as asked for) after one to warm up. Who fails is left out from then on."""
         samples: dict[str, list[float]] = {name: [] for name in turns}
-        for round_ in range(self.args.repeats + 1):
+        repeats = repeats or self.args.repeats
+        for round_ in range(repeats + 1):
             for name in list(samples):
                 try:
                     value = turns[name]()
@@ -181,7 +185,7 @@ class Run:
                     continue
                 if round_ > 0:
                     samples[name].append(value)
-            print(f"{work}: round {round_} of {self.args.repeats}", file=sys.stderr)
+            print(f"{work}: round {round_} of {repeats}", file=sys.stderr)
         row = Row(work, unit, samples)
         self.rows.append(row)
         return row
@@ -238,7 +242,7 @@ def prefill_long(run: Run) -> None:
     workers, sizes = run.everyone(), run.sizes
     turns = {"short": turn(workers[OURS], "prefill", n=sizes.prefill)} if OURS in workers else {}
     turns |= {kind: turn(worker, "prefill", n=sizes.long) for kind, worker in workers.items()}
-    row = run.alternate(f"prefill {sizes.long:,}", turns)
+    row = run.alternate(f"prefill {sizes.long:,}", turns, repeats=(run.args.repeats + 1) // 2)  # some take minutes
     row.compare(OURS, "short", f"of tok/s at {sizes.prefill}", ">= 0.20")
     row.compare_with_peers("")
 
@@ -259,9 +263,11 @@ def isa(run: Run) -> None:
         return
     tables = [name for name in ("avx2", "scalar") if name != best.info["isa"]]
     workers = {f"{OURS} {best.info['isa']}": best} | {f"{OURS} {name}": run.start(OURS, isa=name) for name in tables}
-    workers[LLAMA_CPP] = run.start(LLAMA_CPP)
+    native = workers[LLAMA_CPP] = run.start(LLAMA_CPP)
     if run.args.llama_avx2_python:
-        workers[LLAMA_CPP_AVX2] = run.start(LLAMA_CPP, python=run.args.llama_avx2_python)
+        workers[LLAMA_CPP_AVX2] = run.start(LLAMA_CPP, python=os.path.abspath(run.args.llama_avx2_python))
+    elif native is not None and "AVX512 = 1" not in native.info["system_info"]:
+        workers[LLAMA_CPP_AVX2] = workers.pop(LLAMA_CPP)  # it is one
     else:
         run.leave_out(LLAMA_CPP_AVX2, "no --llama-avx2-python")
     sizes = run.sizes
@@ -289,7 +295,7 @@ def isa(run: Run) -> None:
 def quota(run: Run) -> None:
     """All threads under a quota of one CPU, beside one pinned thread without a quota."""
     run.finish_workers()
-    request = {"n": run.sizes.decode, "depth": run.sizes.depth, "batch": 1}
+    request = {"n": run.sizes.disturbed, "depth": run.sizes.depth, "batch": 1}
     one = min(os.sched_getaffinity(0))
     try:
         with cpu_quota(1.0) as group:
@@ -314,7 +320,7 @@ def quota(run: Run) -> None:
 def neighbour(run: Run) -> None:
     """Another process that keeps one of the CPUs busy."""
     workers = run.everyone()
-    request = {"n": run.sizes.decode, "depth": run.sizes.depth, "batch": 1}
+    request = {"n": run.sizes.disturbed, "depth": run.sizes.depth, "batch": 1}
     busy = Neighbour(max(os.sched_getaffinity(0)))
 
     def beside(worker: Worker) -> Callable[[], float]:
