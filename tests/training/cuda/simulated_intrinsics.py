@@ -71,6 +71,15 @@ def half_bits(x: Any) -> Any:
     return np.asarray(np.float16(x)).view(np.uint16)[()]
 
 
+def pack_bf16(low: Any, high: Any) -> Any:
+    return u4(int(to_bf16(f4(low))) | int(to_bf16(f4(high))) << 16)
+
+
+def load_pair(array: Any, index: Any) -> Any:
+    assert array.dtype == np.uint16 and index % 2 == 0, "pairs start at even elements"
+    return u4(int(array[_index(array, index)]) | int(array[_index(array, index + 1)]) << 16)
+
+
 def _pair(bits: Any) -> Any:
     """The two bfloat16 of a uint32, low half first."""
     low, high = np.uint16(int(bits) & 0xFFFF), np.uint16(int(bits) >> 16)
@@ -81,16 +90,18 @@ def mma_bf16(simulator: Simulator, *fragments: Any) -> tuple[Any, ...]:
     """The warp's D = A B + C; the layout is in the instruction's docstring."""
     lane = simulator.thread.index % 32
     values = simulator.exchange("mma_bf16", 0xFFFFFFFF, fragments)
-    a, b = np.zeros((16, 16), f4), np.zeros((16, 8), f4)
-    for other, (a0, a1, a2, a3, b0, b1, *_) in values.items():
-        g, t = other // 4, other % 4
-        a[g, 2 * t : 2 * t + 2] = _pair(a0)
-        a[g + 8, 2 * t : 2 * t + 2] = _pair(a1)
-        a[g, 2 * t + 8 : 2 * t + 10] = _pair(a2)
-        a[g + 8, 2 * t + 8 : 2 * t + 10] = _pair(a3)
-        b[2 * t : 2 * t + 2, g] = _pair(b0)
-        b[2 * t + 8 : 2 * t + 10, g] = _pair(b1)
-    d = a @ b
+    if "product" not in values:  # the first of the warp multiplies for all
+        a, b = np.zeros((16, 16), f4), np.zeros((16, 8), f4)
+        for other, (a0, a1, a2, a3, b0, b1, *_) in values.items():
+            g, t = other // 4, other % 4
+            a[g, 2 * t : 2 * t + 2] = _pair(a0)
+            a[g + 8, 2 * t : 2 * t + 2] = _pair(a1)
+            a[g, 2 * t + 8 : 2 * t + 10] = _pair(a2)
+            a[g + 8, 2 * t + 8 : 2 * t + 10] = _pair(a3)
+            b[2 * t : 2 * t + 2, g] = _pair(b0)
+            b[2 * t + 8 : 2 * t + 10, g] = _pair(b1)
+        values["product"] = a @ b
+    d = values["product"]
     g, t = lane // 4, lane % 4
     c0, c1, c2, c3 = fragments[6:]
     return c0 + d[g, 2 * t], c1 + d[g, 2 * t + 1], c2 + d[g + 8, 2 * t], c3 + d[g + 8, 2 * t + 1]
@@ -107,6 +118,8 @@ TWINS: dict[str, Callable[..., Any]] = {
     "rint": rint,
     "round_half": round_half,
     "half_bits": half_bits,
+    "pack_bf16": pack_bf16,
+    "load_pair": load_pair,
 }
 
 

@@ -67,7 +67,7 @@ class _Exchange:
 
     def __init__(self, kind: str, mask: int) -> None:
         self.kind, self.mask = kind, mask
-        self.values: dict[int, Any] = {}
+        self.values: dict[Any, Any] = {}
 
     @property
     def complete(self) -> bool:
@@ -276,7 +276,7 @@ class Simulator:
                 made = _Block(self, index, block)
                 (made.run if function in self._waits else made.run_apart)(function, arguments)
 
-    def exchange(self, kind: str, mask: int, value: Any) -> dict[int, Any]:
+    def exchange(self, kind: str, mask: int, value: Any) -> dict[Any, Any]:
         """Meet the lanes of ``mask``; returns lane -> value."""
         thread, mask = self.thread, int(mask) & 0xFFFFFFFF
         warp, lane = divmod(thread.index, 32)
@@ -303,15 +303,16 @@ class Simulator:
             return found
         source = kernel.py_func
         names: dict[str, Any] = dict(source.__globals__)
-        made = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__, source.__closure__)
+        used = {name: self._simulated(names[name]) for name in source.__code__.co_names if name in names}
+        cells = tuple(types.CellType(self._simulated(cell.cell_contents)) for cell in source.__closure__ or ())
+        made = types.FunctionType(
+            source.__code__, {**names, **used}, source.__name__, source.__defaults__, cells or None
+        )
+        called = [*used.values(), *(cell.cell_contents for cell in cells)]
+        waits = any(isinstance(x, types.FunctionType) and x in self._waits for x in called)
+        if waits or any(name == "mma_bf16" or "sync" in name for name in source.__code__.co_names):
+            self._waits.add(made)
         self._translated[kernel] = made
-        for name in source.__code__.co_names:
-            if name in names:
-                names[name] = self._simulated(names[name])
-                if names[name] in self._waits:
-                    self._waits.add(made)
-            if name == "mma_bf16" or "sync" in name:
-                self._waits.add(made)
         return made
 
     def _simulated(self, value: Any) -> Any:

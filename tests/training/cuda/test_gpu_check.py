@@ -18,6 +18,7 @@ from pyengine_training.config import ModelConfig
 from pyengine_training.gpu_check import __main__ as main
 from pyengine_training.gpu_check import sections
 from pyengine_training.gpu_check.cases import linear, rmsnorm
+from pyengine_training.ops.cuda import attention
 from pyengine_training.ops.cuda._runtime import use_runtime
 from simulated_runtime import SimulatedRuntime
 
@@ -94,11 +95,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sections at sizes that can be simulated, on a simulated GPU."""
     values: dict[str, Any] = {
         "SMALL": TINY, "LARGE": TINY, "SEQ": 3, "ROWS": 2, "STEPS": 2, "PRODUCTS": (8,), "LARGE_ROWS": 1,
+        "WARMUP": 1, "REPEATS": 2,
         "small_cases": lambda: [*linear(3, 4, 5), *rmsnorm(2, 3)], "large_cases": lambda: [],
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setattr(sections, name, value)
     monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(attention, "use_flash", False)
     runtime: Any = SimulatedRuntime()
     properties = {"name": b"NVIDIA H100 80GB HBM3"}
     runtime.cupy = SimpleNamespace(
@@ -109,7 +112,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield runtime
 
 
-@pytest.mark.parametrize("name", ["kernels", "gradients", "matmuls", "resume", "graph"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kernels",
+        "gradients",
+        "matmuls",
+        pytest.param("resume", marks=pytest.mark.slow),
+        pytest.param("graph", marks=pytest.mark.slow),
+    ],
+)
 def test_a_section_finds_a_right_device_right(name: str, tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert sections.SECTIONS[name]()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -119,9 +131,10 @@ def test_a_section_finds_a_right_device_right(name: str, tiny: Any, capsys: pyte
 def test_speed_and_memory_are_reported(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert sections.throughput() and sections.memory()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0]["tokens_per_second"] > 0 and 0 <= lines[0]["mfu"] < 1 and len(lines[0]["ms"]) == 8
-    assert lines[1] == {"engine": "torch", "error": "not installed"}
-    assert [line["recompute"] for line in lines[2:]] == ["none", "activations", "block"]
+    assert lines[0]["tokens_per_second"] > 0 and 0 <= lines[0]["mfu"] < 1 and len(lines[0]["ms"]) == 2
+    assert [line["attention"] for line in lines[:2]] == ["unfused", "flash"]
+    assert lines[2] == {"engine": "torch", "error": "not installed"}
+    assert [line["recompute"] for line in lines[3:]] == ["none", "activations", "block"]
 
 
 def test_the_loss_curve_is_judged(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ is the oracle (finite differences check it). Outputs that are written with = sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,12 @@ class Case:
     wide: tuple[str, ...] = ()  # stay float32 where the rest is bfloat16
     tolerance: float = 2e-6  # of the error's norm relative to the output's, float32
     bf16: bool = True  # whether the op exists on bfloat16
-    options: dict[str, Any] = field(default_factory=dict)
+    float32: bool = True  # and on float32
+
+    @property
+    def precisions(self) -> tuple[bool, ...]:
+        """Values of ``bf16`` to check."""
+        return (False,) * self.float32 + (True,) * self.bf16
 
 
 def normal(*shape: int, seed: int = 0) -> Array:
@@ -202,8 +207,7 @@ def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix
     def both(ops: Any, a: Arrays) -> None:
         forward(ops, a)
         arrays = (a[x] for x in ("dq", "dk", "dv", "do", "q", "k", "v", "lse"))
-        extra = {"o": a["o"]} if prefix and ops is not cpu else {}
-        op(ops, "attention_backward")(*arrays, scale, scratch(ops, a), **extra)
+        op(ops, "attention_backward")(*arrays, scale, scratch(ops, a))
 
     yield Case(
         f"{prefix}attention_forward/{shape}",
@@ -212,6 +216,7 @@ def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix
         ("o", "lse"),
         wide=("lse",),
         tolerance=4e-6,
+        float32=not prefix,
     )
     yield Case(
         f"{prefix}attention_backward/{shape}",
@@ -221,6 +226,7 @@ def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix
         ("dq", "dk", "dv"),
         wide=("lse",),
         tolerance=4e-6,
+        float32=not prefix,
     )
 
 
@@ -380,6 +386,8 @@ def large_cases() -> Iterator[Case]:
     yield from heads(3, 4, 257, 3, 64)
     yield from attention(2, 4, 515, 3, 64)
     yield from attention(1, 2, 130, 1, 80)
+    yield from attention(2, 4, 515, 3, 64, prefix="flash_")
+    yield from attention(1, 2, 130, 1, 32, prefix="flash_")
     yield from swiglu(515, 2048)
     yield from cross_entropy(129, 50257)
     yield from updates(1_000_003)
@@ -459,10 +467,8 @@ def check(
         error = float(np.linalg.norm((got - wanted).ravel())) / norm
         worst = max(worst, error if np.isfinite(error) else np.inf)
         worst_cpu = max(worst_cpu, float(np.linalg.norm((single[name] - wanted).ravel())) / norm)
-    if bf16:
-        ok = worst <= BF16_TOLERANCE
-    else:
-        ok = exact if case.exact else worst <= max(case.tolerance, 4 * worst_cpu)
+    bound = BF16_TOLERANCE if bf16 else max(case.tolerance, 4 * worst_cpu)
+    ok = exact if case.exact and not bf16 else worst <= bound
     return Outcome(case.name, worst, worst_cpu, exact, ok)
 
 

@@ -32,6 +32,7 @@ LARGE = ModelConfig(  # 124 million parameters
 )
 SEQ, ROWS, STEPS = 64, 16, 200  # of the small model's runs
 LARGE_ROWS = 16
+WARMUP, REPEATS = 3, 8  # steps before and under the clock
 PRODUCTS = (2048, 8192)  # sides of the square products that are timed
 _started = False
 
@@ -116,7 +117,7 @@ def kernels() -> bool:
 
     outcomes = []
     for case in (*small_cases(), *large_cases()):
-        for bf16 in (False, True) if case.bf16 else (False,):
+        for bf16 in case.precisions:
             try:
                 outcome = check(case, ops, bf16=bf16, upload=device.upload, download=device.download)
             except Exception as error:  # a finding, and the others still count
@@ -276,14 +277,14 @@ def graph() -> bool:
 
 
 def measured(
-    step: Callable[[], Any], wait: Callable[[], Any], tokens: int, model: ModelConfig, name: str
+    step: Callable[[], Any], wait: Callable[[], Any], tokens: int, model: ModelConfig, card: str
 ) -> dict[str, Any]:
     """Tokens per second over some steps, and what share of the card's peak that is."""
-    for _ in range(3):
+    for _ in range(WARMUP):
         step()
     wait()
     times = []
-    for _ in range(8):
+    for _ in range(REPEATS):
         began = time.monotonic()
         step()
         wait()
@@ -297,10 +298,14 @@ def measured(
 def throughput() -> bool:
     """Tokens a second at 124 million parameters, sequences of 1,024, beside PyTorch in the same run."""
     device = gpu()
+    from ..ops.cuda import attention
+
     name = device.cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     config = large_config(LARGE_ROWS)
-    _ours(device, config, name)
-    device.cupy.get_default_memory_pool().free_all_blocks()
+    for use_flash in (False, True):
+        attention.use_flash = use_flash
+        _ours(device, config, name, "flash" if use_flash else "unfused")
+        device.cupy.get_default_memory_pool().free_all_blocks()
     try:
         import torch
     except ImportError:
@@ -323,14 +328,14 @@ def large_config(rows: int) -> TrainConfig:
     return TrainConfig(seq_len=seq, batch_size=rows, shards=1, steps=1000, optimizer="adamw", quantize="never")
 
 
-def _ours(device: Any, config: TrainConfig, name: str) -> None:
+def _ours(device: Any, config: TrainConfig, name: str, kind: str) -> None:
     trainer = make_trainer(LARGE, config, device=Device("cuda"))
     trainer.initialize()
     batch = chain(config.batch_size, config.seq_len, 0, LARGE.vocab_size)
     count = config.batch_size * config.seq_len
     result = measured(lambda: trainer.step(*batch), device.synchronize, count, LARGE, name)
     free, total = device.memory()
-    say(engine="pyengine", gpu=name, batch=config.batch_size, **result, used=total - free)
+    say(engine="pyengine", attention=kind, gpu=name, batch=config.batch_size, **result, used=total - free)
     trainer.close()
 
 

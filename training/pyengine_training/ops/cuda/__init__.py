@@ -18,6 +18,7 @@ from .fake_quant import (
     weight_codes,
     weight_scales,
 )
+from .flash import flash_attention_backward, flash_attention_forward
 from .grad_norm import clip_coefficient, sum_of_squares
 from .heads import merge_heads, split_heads
 from .kl import cross_entropy_kl_forward_backward
@@ -45,6 +46,8 @@ __all__ = [
     "fake_quant_activations",
     "fake_quant_weights",
     "fill",
+    "flash_attention_backward",
+    "flash_attention_forward",
     "linear_backward_input",
     "linear_backward_weight",
     "linear_forward",

@@ -4,6 +4,7 @@ load, store       one element of a flat array; bfloat16 (as uint16) is widened a
 float_of_bits, bits_of_float   reinterpretation as int32          div_rn, mul_rn   IEEE, never approximated or fused
 round_half        float32 -> half precision -> float32            rint             half to even
 half_bits         float32 -> half precision, as int16             mma_bf16         one tensor core instruction
+pack_bf16         two float32 -> a pair of bfloat16 in uint32     load_pair        two neighbours of a bfloat16 array
 
 Each has a Python twin in the tests' simulator, which is how kernels that use them run without a GPU.
 """
@@ -58,6 +59,8 @@ round_half = _asm(
     types.float32,
 )
 half_bits = _asm("half_bits", "cvt.rn.f16.f32 $0, $1;", "=h,f", types.int16, types.float32)
+# the first source of the instruction goes to the upper half
+pack_bf16 = _asm("pack_bf16", "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", types.uint32, types.float32, types.float32)
 
 
 def _element(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -98,6 +101,17 @@ def store(_typing_context: Any, array: Any, _index: Any, _value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.int64, element), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def load_pair(_typing_context: Any, array: Any, _index: Any) -> Any:
+    """array[index] (low half) and array[index + 1] of a flat uint16 array as one uint32; index is even."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = _element(context, builder, signature, values)
+        return builder.load(builder.bitcast(pointer, I32.as_pointer()), align=4)
+
+    return types.uint32(array, types.int64), codegen
 
 
 @intrinsic  # type: ignore[misc]

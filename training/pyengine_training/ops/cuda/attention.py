@@ -11,15 +11,20 @@ backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
 A tile holds TILE positions with their n_rep query heads against all keys up to the tile's end: one batched matrix
 product over as many (row, kv head) pairs as fit into SCORES elements, then one block for each row of scores. The
 backward walks the tiles from the last, whose keys are all, so that dk and dv are written first and then added to.
-Scores live in the inputs' type; softmax is taken in float32. ``flash.py`` keeps the scores on the chip instead.
+Scores live in the inputs' type; softmax is taken in float32.
+
+``flash.py`` keeps the scores on the chip instead. It is used where it can be and PYENGINE_CUDA_ATTENTION=flash is set:
+its tensor core fragments are proven in the simulator only, so far.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from . import flash
 from ._intrinsics import load, store
 from ._jit import Array, cuda, f4, i8, kernel, launch_rows
 from ._reduce import LOWEST, block_max, block_sum
@@ -27,6 +32,7 @@ from ._runtime import Product, flat, runtime, scratch
 
 TILE = 256  # query positions
 SCORES = 1 << 26  # elements of one scratch array of scores
+use_flash = os.environ.get("PYENGINE_CUDA_ATTENTION") == "flash"
 
 
 @kernel
@@ -165,6 +171,9 @@ def _scores(name: str, q: Array) -> Array:
 
 def attention_forward(o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: Any = None) -> None:
     """o and lse from q, k, v."""
+    if use_flash and flash.supported(q):
+        flash.flash_attention_forward(o, lse, q, k, v, scale)
+        return
     s = _scores("attention_scores", q)
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
@@ -186,6 +195,9 @@ def attention_backward(
     scratch: Any = None,
 ) -> None:
     """Gradients of q, k, v."""
+    if use_flash and flash.supported(q):
+        flash.flash_attention_backward(dq, dk, dv, do, q, k, v, lse, scale)
+        return
     p, dp = _scores("attention_scores", q), _scores("attention_score_gradients", q)
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
