@@ -107,9 +107,9 @@ class _Evaluator:
         self.worker = worker
 
     def evaluate(self, params: Any, tokens: Array, targets: Array, quantize: bool) -> Array:
-        device = (runtime().upload(np.ascontiguousarray(x, np.int64)) for x in (tokens, targets))
+        device = [runtime().upload(np.ascontiguousarray(x, np.int64)) for x in (tokens, targets)]
         with fake_quant.deferred_checks():
-            loss = self.worker.evaluate(params, *device, quantize)
+            loss = self.worker.evaluate(params, device[0], device[1], quantize)
         result: Array = runtime().download(loss)
         if quantize:
             fake_quant.raise_if_not_finite("validation: an activation is infinite or NaN")
@@ -261,9 +261,9 @@ class CudaTrainer(Trainer):
                 options = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay}
                 muon.muon_update_by_knobs(p, g, mean, self._knobs, **options)
             if not ranges:
-                arrays = (a[name] for a in (params, self._grads, m, v))
+                p, g, mean, square = (a[name] for a in (params, self._grads, m, v))
                 betas = {"beta1": c.beta1, "beta2": c.beta2, "eps": c.eps}
-                adamw.adamw_update_by_knobs(*arrays, self._knobs, weight_decay=decay, **betas)
+                adamw.adamw_update_by_knobs(p, g, mean, square, self._knobs, weight_decay=decay, **betas)
 
     def _upload(self, tokens: Array, targets: Array, inv: float, factor: float = 1.0) -> None:
         """The batch and the step's knobs."""

@@ -100,10 +100,12 @@ class Worker:
     # ---------------
 
     def _new(self, *shape: int) -> Array:
-        return self.ops.empty(shape, self.dtype)
+        buffer: Array = self.ops.empty(shape, self.dtype)
+        return buffer
 
     def _new_wide(self, *shape: int) -> Array:
-        return self.ops.empty(shape, self.wide)
+        buffer: Array = self.ops.empty(shape, self.wide)
+        return buffer
 
     def _q_shape(self) -> tuple[int, ...]:
         c = self.config

@@ -148,6 +148,30 @@ def test_a_failing_launch_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         gpu.synchronize()
 
 
+def test_a_failing_recording_says_how_to_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            return
+
+        def begin_capture(self) -> None:
+            return
+
+        def end_capture(self) -> Any:
+            raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+
+    gpu = object.__new__(GpuRuntime)
+    gpu.__dict__.update(stream=Stream(), capturing=False)
+    seen = []
+    with pytest.raises(DeviceError, match=r"could not be recorded.*Invalidated.*PYENGINE_CUDA_GRAPHS=0"):
+        gpu.record(lambda: seen.append(gpu.capturing))
+    assert seen == [True] and not gpu.capturing
+    monkeypatch.setenv("PYENGINE_CUDA_GRAPHS", "0")
+    assert gpu.record(print) is print
+
+
 def test_scratch_must_not_grow_inside_a_graph() -> None:
     pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
     from simulated_runtime import SimulatedRuntime

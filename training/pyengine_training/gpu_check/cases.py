@@ -369,8 +369,8 @@ def small_cases() -> Iterator[Case]:
     yield from cross_entropy(5, 11)
     yield from cross_entropy(2, 300)
     yield from updates(301)
-    for shape in ((6, 6), (4, 9), (9, 4)):
-        yield from muon(*shape)
+    for rows, cols in ((6, 6), (4, 9), (9, 4)):
+        yield from muon(rows, cols)
     yield from fake_quant(3, 70)
     yield from fake_quant(2, 32)
     yield from fake_quant(1, 3)

@@ -173,7 +173,7 @@ def matmuls() -> bool:
             c = device.upload(np.zeros((m, n), np.float32))
             arrays = [device.upload(x) for x in (a, b)]
             ends = [(x.reshape(-1), 0, x.shape[1], 0) for x in (c, *arrays)]
-            device.gemm(Product(*ends, (m, n, k), trans_a=trans_a, trans_b=trans_b))
+            device.gemm(Product(ends[0], ends[1], ends[2], (m, n, k), trans_a=trans_a, trans_b=trans_b))
             wide_a, wide_b = from_bf16(a), from_bf16(b)
             wanted = (wide_a.T if trans_a else wide_a) @ (wide_b.T if trans_b else wide_b)
             error = distance(device.download(c), wanted)

@@ -4,7 +4,7 @@ Launches bind each array once: a descriptor of (address, length, type) is kept a
 a cupy array costs tens of microseconds. A whole step is recorded once into a CUDA graph and then started with one call.
 
 Errors of kernels arrive late, at the next wait. With PYENGINE_CUDA_SYNC=1 every launch waits, and the message names the
-kernel exactly; without it, it names the last ones that were started.
+kernel exactly; without it, it names the last ones that were started. PYENGINE_CUDA_GRAPHS=0 records nothing.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ OLDEST_CAPABILITY = (8, 0)  # bfloat16 conversion and tensor cores
 ADVICE = "use a smaller --batch-size, more --shards, or --recompute block"
 
 
-def _libraries() -> tuple[Any, Any]:
-    """numba.cuda and cupy. Raises DeviceError that says what to install."""
+def _numba_config() -> Any:
     from numba import config
 
-    if config.ENABLE_CUDASIM:
+    return config
+
+
+def _libraries() -> tuple[Any, Any]:
+    """numba.cuda and cupy. Raises DeviceError that says what to install."""
+    if _numba_config().ENABLE_CUDASIM:
         raise DeviceError("NUMBA_ENABLE_CUDASIM is set: this is numba's simulator, not a GPU; unset it")
     try:
         from numba import cuda
@@ -75,9 +79,8 @@ class GpuRuntime:
 
         self.cuda, self.cupy = _libraries()
         _check_device(self.cuda, self.cupy)
-        from numba import config
-
         # Everything runs on one stream: no waiting when an array changes hands. Small grids are meant.
+        config = _numba_config()
         config.CUDA_ARRAY_INTERFACE_SYNC = False
         config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
         self.capturing = False
@@ -174,6 +177,22 @@ class GpuRuntime:
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Record what ``function`` launches into a graph; returns what starts it. The function must have run before."""
+        if os.environ.get("PYENGINE_CUDA_GRAPHS") == "0":
+            return function
+        try:
+            graph = self._capture(function)
+        except Exception as error:  # DeviceError too: it says which kernel, but not that it was being recorded
+            raise DeviceError(
+                f"a step could not be recorded: {error}. PYENGINE_CUDA_GRAPHS=0 launches it piece by piece"
+            ) from error
+
+        def start() -> None:
+            self._recent.append("a recorded step")
+            graph.launch(self.stream)
+
+        return start
+
+    def _capture(self, function: Callable[[], None]) -> Any:
         with self.stream:
             self.capturing = True
             try:
@@ -184,9 +203,4 @@ class GpuRuntime:
                     graph = self.stream.end_capture()
             finally:
                 self.capturing = False
-
-        def start() -> None:
-            self._recent.append("a recorded step")
-            graph.launch(self.stream)
-
-        return start
+        return graph

@@ -11,6 +11,7 @@ Each has a Python twin in the tests' simulator, which is how kernels that use th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -19,6 +20,11 @@ from numba.cuda.extending import intrinsic
 
 I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 LLVM = {types.float32: F32, types.int32: I32, types.uint32: I32, types.uint16: I16, types.int16: I16}
+
+
+def _instruction(function: Callable[..., Any]) -> Any:
+    """Make an instruction of a function that types it and returns its code generator."""
+    return intrinsic(function)
 
 
 def _asm(name: str, text: str, constraints: str, result: Any, *arguments: Any) -> Any:
@@ -43,7 +49,7 @@ def _asm(name: str, text: str, constraints: str, result: Any, *arguments: Any) -
 
         typing = typing2
     typing.__name__ = name
-    return intrinsic(typing)
+    return _instruction(typing)
 
 
 bits_of_float = _asm("bits_of_float", "mov.b32 $0, $1;", "=r,f", types.int32, types.float32)
@@ -69,7 +75,7 @@ def _element(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     return builder.gep(array.data, [values[1]])
 
 
-@intrinsic  # type: ignore[misc]
+@_instruction
 def load(_typing_context: Any, array: Any, _index: Any) -> Any:
     """array[index] of a flat array; uint16 elements are bfloat16 and come out as float32."""
     is_bf16 = array.dtype == types.uint16
@@ -85,7 +91,7 @@ def load(_typing_context: Any, array: Any, _index: Any) -> Any:
     return result(array, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@_instruction
 def store(_typing_context: Any, array: Any, _index: Any, _value: Any) -> Any:
     """array[index] = value; a float32 going into a uint16 array is rounded to bfloat16."""
     is_bf16 = array.dtype == types.uint16
@@ -103,7 +109,7 @@ def store(_typing_context: Any, array: Any, _index: Any, _value: Any) -> Any:
     return types.void(array, types.int64, element), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@_instruction
 def load_pair(_typing_context: Any, array: Any, _index: Any) -> Any:
     """array[index] (low half) and array[index + 1] of a flat uint16 array as one uint32; index is even."""
 
@@ -114,7 +120,7 @@ def load_pair(_typing_context: Any, array: Any, _index: Any) -> Any:
     return types.uint32(array, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@_instruction
 def mma_bf16(
     _typing_context: Any,
     _a0: Any, _a1: Any, _a2: Any, _a3: Any,
@@ -137,4 +143,5 @@ def mma_bf16(
         parts = [builder.extract_value(out, i) for i in range(4)]
         return context.make_tuple(builder, signature.return_type, parts)
 
-    return types.UniTuple(f, 4)(u, u, u, u, u, u, f, f, f, f), codegen
+    four: Any = types.UniTuple
+    return four(f, 4)(u, u, u, u, u, u, f, f, f, f), codegen

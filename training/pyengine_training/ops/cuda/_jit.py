@@ -19,12 +19,13 @@ import numpy as np
 from ._runtime import Array, runtime
 
 try:
-    from numba import cuda
+    from numba import cuda as _cuda
 except ImportError as error:  # pragma: no cover - the message is what matters
     raise ImportError(
         "the CUDA back end needs numba-cuda: pip install 'pyengine-lm[cuda]'", name="numba-cuda"
     ) from error
 
+cuda: Any = _cuda  # numba's stubs do not know threadIdx and its like
 f4 = np.float32
 i8 = np.int64
 THREADS = 256  # of an elementwise kernel, and the most that a row gets
