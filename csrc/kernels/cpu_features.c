@@ -27,6 +27,9 @@ static uint32_t detect(void) {
     if (zmm && (b & bit_AVX512VL)) features |= PE_CPU_AVX512VL;
     if (zmm && (b & bit_AVX512DQ)) features |= PE_CPU_AVX512DQ;
     if (zmm && (c & bit_AVX512VNNI)) features |= PE_CPU_AVX512VNNI;
+    uint32_t last_subleaf = a;
+    const uint32_t avxvnni = 1u << 4; /* bit_AVXVNNI, which older headers do not have */
+    if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a & avxvnni)) features |= PE_CPU_AVXVNNI;
     return features;
 }
 #elif defined(__aarch64__) && defined(__linux__)

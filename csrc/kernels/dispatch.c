@@ -12,6 +12,9 @@
 static const struct pe_kernels *const tables[] = {
 #if defined(__x86_64__)
     &pe_kernels_avx512vnni,
+#if defined(PE_HAVE_AVXVNNI)
+    &pe_kernels_avxvnni,
+#endif
     &pe_kernels_avx2,
 #elif defined(__aarch64__)
     &pe_kernels_neon_dotprod,

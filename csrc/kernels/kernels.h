@@ -109,6 +109,7 @@ struct pe_kernels {
 extern const struct pe_kernels pe_kernels_scalar;
 #if defined(__x86_64__)
 extern const struct pe_kernels pe_kernels_avx2, pe_kernels_avx512vnni;
+extern const struct pe_kernels pe_kernels_avxvnni; /* linked in where the compiler knows it: PE_HAVE_AVXVNNI */
 #elif defined(__aarch64__)
 extern const struct pe_kernels pe_kernels_neon_dotprod;
 #endif

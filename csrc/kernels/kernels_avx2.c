@@ -2,92 +2,15 @@
  *
  * The dot step: vpmaddubsw multiplies unsigned by signed bytes and adds pairs into int16. |x| is unsigned, and x's sign moves to the
  * weight, sign(w, x) * |x| = w * x; both stay within 127, so a pair is at most 2 * 127^2 = 32,258 and cannot saturate. */
-#include <immintrin.h>
 #include <string.h>
 
+#include "lanes16_avx2.h"
 #include "pyengine.h"
-
-#define LANES static inline __attribute__((always_inline))
 
 enum { TILE_PANELS = 2, TILE_TOKENS = 2 }; /* 8 int32 sums of 16 ymm registers; the float sums are spilled */
 
-typedef struct { __m256 low, high; } v16;
-typedef struct { __m256i low, high; } i16;
 typedef i16 w16;
 typedef struct { __m256i x, absolute; } x4;
-
-LANES v16 v16_load(const float *p) { return (v16){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-LANES void v16_store(float *p, v16 x) { _mm256_storeu_ps(p, x.low), _mm256_storeu_ps(p + 8, x.high); }
-LANES v16 v16_set1(float x) { return (v16){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-LANES v16 v16_add(v16 a, v16 b) { return (v16){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-LANES v16 v16_sub(v16 a, v16 b) { return (v16){_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
-LANES v16 v16_mul(v16 a, v16 b) { return (v16){_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-LANES v16 v16_div(v16 a, v16 b) { return (v16){_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
-LANES v16 v16_fma(v16 a, v16 b, v16 c) {
-    return (v16){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
-}
-LANES v16 v16_neg(v16 x) {
-    __m256 sign = _mm256_set1_ps(-0.0f);
-    return (v16){_mm256_xor_ps(x.low, sign), _mm256_xor_ps(x.high, sign)};
-}
-LANES v16 v16_max(v16 a, v16 b) { return (v16){_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
-LANES v16 v16_cap(v16 limit, v16 x) { return (v16){_mm256_min_ps(limit.low, x.low), _mm256_min_ps(limit.high, x.high)}; }
-
-LANES __m256 rint8(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-LANES v16 v16_rint(v16 x) { return (v16){rint8(x.low), rint8(x.high)}; }
-
-LANES __m256 exp_bits8(__m256 p, __m256 n) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
-}
-LANES v16 v16_exp_bits(v16 p, v16 n) { return (v16){exp_bits8(p.low, n.low), exp_bits8(p.high, n.high)}; }
-
-LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
-    __m256 l = _mm256_set1_ps(limit);
-    return (v16){_mm256_andnot_ps(_mm256_cmp_ps(x.low, l, _CMP_LT_OQ), y.low),
-                 _mm256_andnot_ps(_mm256_cmp_ps(x.high, l, _CMP_LT_OQ), y.high)};
-}
-
-LANES v16 v16_from_half(const uint16_t *p) {
-    return (v16){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
-}
-
-LANES v16 v16_from_i8(const int8_t *p) {
-    return (v16){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))),
-                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8))))};
-}
-
-LANES i16 i16_zero(void) { return (i16){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-LANES i16 i16_add(i16 a, i16 b) { return (i16){_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
-LANES v16 i16_to_float(i16 x) { return (v16){_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
-
-LANES i16 v16_abs_bits_max(i16 m, v16 x) {
-    __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-    return (i16){_mm256_max_epu32(m.low, _mm256_and_si256(_mm256_castps_si256(x.low), magnitude)),
-                 _mm256_max_epu32(m.high, _mm256_and_si256(_mm256_castps_si256(x.high), magnitude))};
-}
-
-LANES uint32_t i16_umax(i16 x) {
-    __m256i m = _mm256_max_epu32(x.low, x.high);
-    __m128i h = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
-    h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0x4e));
-    h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0xb1));
-    return (uint32_t)_mm_cvtsi128_si32(h);
-}
-
-LANES int32_t i16_sum(i16 x) {
-    __m256i s = _mm256_add_epi32(x.low, x.high);
-    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1));
-    return _mm_cvtsi128_si32(h);
-}
-
-LANES i16 v16_to_i8(int8_t *p, v16 x) {
-    i16 codes = {_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)};
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(codes.low, codes.high), 0xd8); /* packs works per 128 bits */
-    _mm_storeu_si128((void *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-    return codes;
-}
 
 LANES w16 w16_load(const int8_t *p) { return (w16){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))}; }
 

@@ -51,7 +51,7 @@ bool same_floats(const float *a, const float *b, size_t n);
 
 /* ------------------------------------------------------------------ tables under test */
 
-/* All tables that can run here, scalar last; with PE_TEST_SIMDE the AVX-512 table compiled over an emulation is among them. */
+/* All tables that can run here, scalar last; with PE_TEST_SIMDE the VNNI tables compiled over an emulation are among them. */
 enum { MAX_TABLES = 8 };
 size_t tables_under_test(const struct pe_kernels *out[MAX_TABLES]);
 

@@ -13,13 +13,16 @@ extern size_t n_passed, n_failed;
 bool quick;
 
 #if defined(PE_TEST_SIMDE)
-extern const struct pe_kernels pe_kernels_simde; /* kernels_avx512vnni.c over SIMDe's emulated intrinsics */
+extern const struct pe_kernels pe_kernels_avx512vnni_simde, pe_kernels_avxvnni_simde; /* over emulated intrinsics, tests/csrc/simde */
 #endif
 
 size_t tables_under_test(const struct pe_kernels *out[MAX_TABLES]) {
     size_t n = 0;
 #if defined(PE_TEST_SIMDE)
-    if (pe_kernels_by_name("avx2") != NULL) out[n++] = &pe_kernels_simde; /* compiled for AVX2 */
+    if (pe_kernels_by_name("avx2") != NULL) { /* for which they are compiled */
+        out[n++] = &pe_kernels_avx512vnni_simde;
+        out[n++] = &pe_kernels_avxvnni_simde;
+    }
 #endif
     for (size_t i = 0; pe_isa_available(i) != NULL; i++) out[n++] = pe_kernels_by_name(pe_isa_available(i));
     return n;

@@ -19,11 +19,18 @@ FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno
 FLAGS += ["-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
-SIMDE = ROOT / "tests" / "csrc" / "simde" / "kernels_simde.c"
+AVXVNNI = [*AVX2, "-mavxvnni"]
+SIMDE = sorted((ROOT / "tests" / "csrc" / "simde").glob("*.c"))
 
 
 def compilers() -> list[str]:
     return [name for name in ("gcc", "clang") if shutil.which(name)]
+
+
+def knows(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler takes these flags."""
+    command = [compiler, *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def compile_driver(compiler: str, directory: Path, flags: list[str], *, simde: bool) -> Path:
@@ -32,12 +39,15 @@ def compile_driver(compiler: str, directory: Path, flags: list[str], *, simde: b
     per_file: dict[str, list[str]] = {"kernels_avx2.c": AVX2, "kernels_avx512vnni.c": AVX512}
     sources = [*SOURCES, *(KERNELS / n for n in ("dispatch.c", "cpu_features.c"))]
     sources += [KERNELS / "kernels_scalar.c"]
+    if x86 and knows(compiler, AVXVNNI):
+        per_file["kernels_avxvnni.c"] = AVXVNNI
+        flags = [*flags, "-DPE_HAVE_AVXVNNI"]
     if x86:
         sources += [KERNELS / name for name in per_file]
     if simde:
-        sources.append(SIMDE)
+        sources += SIMDE
         flags = [*flags, "-DPE_TEST_SIMDE", "-Wno-psabi"]
-        per_file[SIMDE.name] = AVX2
+        per_file |= {source.name: AVX2 for source in SIMDE}
     objects, running = [], []
     for source in sources:
         out = directory / f"{source.stem}.o"
@@ -93,29 +103,32 @@ def test_driver_gives_the_same_hashes_from_every_compiler(compiler: str, level: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_avx512_table_equals_scalar_over_emulated_intrinsics(tmp_path: Path) -> None:
+def test_vnni_tables_equal_scalar_over_emulated_intrinsics(tmp_path: Path) -> None:
     if not have_simde():
         pytest.skip("no x86-64, or no SIMDe headers (Debian: libsimde-dev)")
     if not compilers():
         pytest.skip("neither gcc nor clang is installed")
     output = run_driver(compile_driver(compilers()[0], tmp_path, ["-O2"], simde=True), "--quick")
-    assert "avx512vnni (over SIMDe)" in output.splitlines()[0]
+    assert "avx512vnni (over SIMDe) avxvnni (over SIMDe)" in output.splitlines()[0]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_driver_under_qemu_aarch64(tmp_path: Path) -> None:
-    """Cross-compiled: the scalar table on another architecture gives the same hashes."""
+    """Cross-compiled: the NEON table equals the scalar one on its own architecture, and both give the hashes of x86-64."""
     compiler = shutil.which("aarch64-linux-gnu-gcc")
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("no aarch64-linux-gnu-gcc or no qemu-aarch64")
-    objects = [*SOURCES, KERNELS / "dispatch.c", KERNELS / "cpu_features.c"]
-    objects += [*sorted(KERNELS.glob("kernels_neon*.c")), KERNELS / "kernels_scalar.c"]
+    neon = tmp_path / "neon.o"
+    command = [compiler, *FLAGS, "-O3", "-march=armv8.2-a+dotprod", "-c", str(KERNELS / "kernels_neon_dotprod.c")]
+    subprocess.run([*command, "-o", str(neon)], check=True)
+    objects = [*SOURCES, *(KERNELS / name for name in ("dispatch.c", "cpu_features.c", "kernels_scalar.c")), neon]
     driver = tmp_path / "test_core"
-    command = [compiler, *FLAGS, "-O2", "-static", "-march=armv8.2-a+dotprod"]
-    command += [*map(str, objects), "-pthread", "-lm", "-o", str(driver)]
+    command = [compiler, *FLAGS, "-O2", "-static", *map(str, objects), "-pthread", "-lm", "-o", str(driver)]
     subprocess.run(command, check=True)
-    environment = {**os.environ, "QEMU_CPU": "max"}
-    result = subprocess.run([emulator, str(driver), "--quick"], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout[-4000:]
+    for cpu, tables in ("max", "neon_dotprod scalar"), ("cortex-a53", "scalar"):  # the second has no dot product
+        environment = {**os.environ, "QEMU_CPU": cpu}
+        result = subprocess.run([emulator, str(driver), "--quick"], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout[-4000:]
+        assert result.stdout.splitlines()[0] == f"tables: {tables}"

@@ -104,7 +104,7 @@ def test_c_headers_include_only_lower_ones() -> None:
 
 
 def test_kernels_know_nothing_above_them() -> None:
-    allowed = {"kernels.h", "pe_math.h", "lanes16.h", "pyengine.h"}
+    allowed = {"kernels.h", "pe_math.h", "lanes16.h", "lanes16_avx2.h", "pyengine.h"}
     for path in (CSRC / "kernels").iterdir():
         assert set(includes_of(path)) <= allowed, path.name
 
@@ -120,6 +120,7 @@ def undefined_symbols(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     flags += ["-fno-stack-protector", "-U_FORTIFY_SOURCE", f"-I{CSRC}", "-c"]
     own = {
         "kernels_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
+        "kernels_avxvnni.c": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
         "kernels_avx512vnni.c": [
             "-mavx512f",
             "-mavx512bw",

@@ -1,4 +1,4 @@
-/* kernels_simde.c: the AVX-512 table over SIMDe, a library of intrinsics written in portable C, so that its statements can be tested on
+/* avx512vnni_simde.c: the AVX-512 table over SIMDe, a library of intrinsics written in portable C, so that its statements can be tested on
  * CPUs without AVX-512 (with AVX2: 512 bits are held as two halves). The production file is included unchanged; what this proves is the
  * arithmetic that it spells out, not the machine code that a compiler makes of it.
  *
@@ -57,5 +57,5 @@ static inline unsigned emulated_reduce_max_epu32(simde__m512i x) {
 #define _mm512_reduce_add_epi32 emulated_reduce_add_epi32
 #define _mm512_reduce_max_epu32 emulated_reduce_max_epu32
 
-#define pe_kernels_avx512vnni pe_kernels_simde
+#define pe_kernels_avx512vnni pe_kernels_avx512vnni_simde
 #include "kernels/kernels_avx512vnni.c"
