@@ -28,6 +28,7 @@ except ImportError as error:  # pragma: no cover - the message is what matters
 cuda: Any = _cuda  # numba's stubs do not know threadIdx and its like
 f4 = np.float32
 i8 = np.int64
+u4 = np.uint32  # indices that are divided: 64-bit division is slow; the compiler narrows products of these back
 THREADS = 256  # of an elementwise kernel, and the most that a row gets
 WARP = 32
 FULL = 0xFFFFFFFF  # every lane of a warp
@@ -65,6 +66,13 @@ def launch_rows(function: Any, n_rows: int, width: int, *arguments: Any) -> None
         runtime().launch(function, n_rows, row_threads(width), arguments)
 
 
+def unsigned(*sizes: int) -> tuple[Any, ...]:
+    """Sizes as uint32 arguments; refuses what does not fit, and kernels must not mix them with signed numbers."""
+    if max(sizes) >= 1 << 32:
+        raise ValueError(f"{max(sizes)} elements are more than a kernel indexes in 32 bits")
+    return tuple(map(u4, sizes))
+
+
 def row_threads(width: int) -> int:
     """Threads for a row: whole warps, at most THREADS."""
     return min(THREADS, -(-width // WARP) * WARP)
@@ -85,4 +93,6 @@ __all__ = [
     "launch_elements",
     "launch_rows",
     "row_threads",
+    "u4",
+    "unsigned",
 ]

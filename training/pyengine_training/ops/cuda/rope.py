@@ -18,14 +18,13 @@ from typing import Any
 
 from ..cpu.rope import rope_tables
 from ._intrinsics import load, store
-from ._jit import Array, cuda, device, i8, kernel, launch_elements
+from ._jit import Array, cuda, device, kernel, launch_elements, u4, unsigned
 from ._runtime import flat
 
 
 @device
-def head_base(b: int, t: int, head: int, seq: int, n_kv: int, n_rep: int, head_dim: int) -> Any:
+def head_base(b: int, t: int, head: int, seq: int, n_heads: int, n_kv: int, n_rep: int, head_dim: int) -> Any:
     """First element of a fused row's head in q, k or v: whichever of the three the head belongs to."""
-    n_heads = n_kv * n_rep
     if head < n_heads:
         g = b * n_kv + head // n_rep
         return ((g * seq + t) * n_rep + head % n_rep) * head_dim
@@ -36,29 +35,27 @@ def head_base(b: int, t: int, head: int, seq: int, n_kv: int, n_rep: int, head_d
 @kernel
 def qkv_rope_forward_kernel(
     q: Any, k: Any, v: Any, qkv: Any, cos: Any, sin: Any,
-    n_pairs: int, seq: int, n_kv: int, n_rep: int, head_dim: int,
+    n_pairs: int, seq: int, n_all: int, n_heads: int, v_start: int, n_kv: int, n_rep: int, head_dim: int, half: int,
 ) -> None:  # fmt: skip
     """Pair i of the fused rows into q, k or v."""
-    i = i8(cuda.grid(1))
+    i = u4(cuda.grid(1))
     if i >= n_pairs:
         return
-    half = head_dim // 2
-    n_all = n_kv * (n_rep + 2)
     d = i % half
     head = i // half % n_all
-    t = i // (half * n_all) % seq
-    b = i // (half * n_all * seq)
+    t = i // u4(half * n_all) % seq
+    b = i // u4(half * n_all * seq)
     source = i // half * head_dim + d
     x0 = load(qkv, source)
     x1 = load(qkv, source + half)
-    target = head_base(b, t, head, seq, n_kv, n_rep, head_dim) + d
-    if head >= n_kv * (n_rep + 1):
+    target = head_base(b, t, head, seq, n_heads, n_kv, n_rep, head_dim) + d
+    if head >= v_start:
         store(v, target, x0)
         store(v, target + half, x1)
         return
     c = load(cos, t * half + d)
     s = load(sin, t * half + d)
-    if head < n_kv * n_rep:
+    if head < n_heads:
         store(q, target, x0 * c - x1 * s)
         store(q, target + half, x1 * c + x0 * s)
     else:
@@ -69,27 +66,25 @@ def qkv_rope_forward_kernel(
 @kernel
 def qkv_rope_backward_kernel(
     dqkv: Any, dq: Any, dk: Any, dv: Any, cos: Any, sin: Any,
-    n_pairs: int, seq: int, n_kv: int, n_rep: int, head_dim: int,
+    n_pairs: int, seq: int, n_all: int, n_heads: int, v_start: int, n_kv: int, n_rep: int, head_dim: int, half: int,
 ) -> None:  # fmt: skip
     """Pair i of the fused rows from dq, dk or dv."""
-    i = i8(cuda.grid(1))
+    i = u4(cuda.grid(1))
     if i >= n_pairs:
         return
-    half = head_dim // 2
-    n_all = n_kv * (n_rep + 2)
     d = i % half
     head = i // half % n_all
-    t = i // (half * n_all) % seq
-    b = i // (half * n_all * seq)
+    t = i // u4(half * n_all) % seq
+    b = i // u4(half * n_all * seq)
     target = i // half * head_dim + d
-    source = head_base(b, t, head, seq, n_kv, n_rep, head_dim) + d
-    if head >= n_kv * (n_rep + 1):
+    source = head_base(b, t, head, seq, n_heads, n_kv, n_rep, head_dim) + d
+    if head >= v_start:
         store(dqkv, target, load(dv, source))
         store(dqkv, target + half, load(dv, source + half))
         return
     c = load(cos, t * half + d)
     s = load(sin, t * half + d)
-    if head < n_kv * n_rep:
+    if head < n_heads:
         y0 = load(dq, source)
         y1 = load(dq, source + half)
     else:
@@ -99,21 +94,24 @@ def qkv_rope_backward_kernel(
     store(dqkv, target + half, y1 * c - y0 * s)
 
 
-def _sizes(q: Array) -> tuple[int, int, int, int, int]:
+def _sizes(q: Array) -> tuple[Any, ...]:
+    """The kernels' sizes; all heads of a row are n_heads of q, n_kv of k, and from v_start on n_kv of v."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
-    return batch * seq * n_kv * (n_rep + 2) * (head_dim // 2), seq, n_kv, n_rep, head_dim
+    n_all, n_heads, half = n_kv * (n_rep + 2), n_kv * n_rep, head_dim // 2
+    n_pairs = batch * seq * n_all * half
+    return unsigned(n_pairs, seq, n_all, n_heads, n_heads + n_kv, n_kv, n_rep, head_dim, half)
 
 
 def qkv_rope_forward(q: Array, k: Array, v: Array, qkv: Array, cos: Array, sin: Array) -> None:
     """Split into heads and rotate q and k."""
     sizes, arrays = _sizes(q), map(flat, (q, k, v, qkv, cos, sin))
-    launch_elements(qkv_rope_forward_kernel, sizes[0], *arrays, *sizes)
+    launch_elements(qkv_rope_forward_kernel, int(sizes[0]), *arrays, *sizes)
 
 
 def qkv_rope_backward(dqkv: Array, dq: Array, dk: Array, dv: Array, cos: Array, sin: Array) -> None:
     """Rotate back and put the heads' gradients into the fused rows."""
     sizes, arrays = _sizes(dq), map(flat, (dqkv, dq, dk, dv, cos, sin))
-    launch_elements(qkv_rope_backward_kernel, sizes[0], *arrays, *sizes)
+    launch_elements(qkv_rope_backward_kernel, int(sizes[0]), *arrays, *sizes)
 
 
 __all__ = ["qkv_rope_backward", "qkv_rope_forward", "rope_tables"]

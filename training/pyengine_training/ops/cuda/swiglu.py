@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from ._intrinsics import load, store
-from ._jit import Array, cuda, device, f4, i8, kernel, launch_elements
+from ._jit import Array, cuda, device, f4, kernel, launch_elements, u4, unsigned
 from ._runtime import flat
 
 
@@ -25,7 +25,7 @@ def sigmoid(x: Any) -> Any:
 @kernel
 def swiglu_forward_kernel(h: Any, gate_up: Any, n: int, hidden: int) -> None:
     """h[i]."""
-    i = i8(cuda.grid(1))
+    i = u4(cuda.grid(1))
     if i < n:
         g = i // hidden * hidden + i
         gate = load(gate_up, g)
@@ -35,7 +35,7 @@ def swiglu_forward_kernel(h: Any, gate_up: Any, n: int, hidden: int) -> None:
 @kernel
 def swiglu_backward_kernel(dgate_up: Any, dh: Any, gate_up: Any, n: int, hidden: int) -> None:
     """dgate and dup of element i of h."""
-    i = i8(cuda.grid(1))
+    i = u4(cuda.grid(1))
     if i < n:
         g = i // hidden * hidden + i
         gate = load(gate_up, g)
@@ -47,10 +47,10 @@ def swiglu_backward_kernel(dgate_up: Any, dh: Any, gate_up: Any, n: int, hidden:
 
 def swiglu_forward(h: Array, gate_up: Array) -> None:
     """h = silu(gate) * up."""
-    launch_elements(swiglu_forward_kernel, h.size, flat(h), flat(gate_up), h.size, h.shape[1])
+    launch_elements(swiglu_forward_kernel, h.size, flat(h), flat(gate_up), *unsigned(h.size, h.shape[1]))
 
 
 def swiglu_backward(dgate_up: Array, dh: Array, gate_up: Array) -> None:
     """Gradients of gate and up."""
     arrays = map(flat, (dgate_up, dh, gate_up))
-    launch_elements(swiglu_backward_kernel, dh.size, *arrays, dh.size, dh.shape[1])
+    launch_elements(swiglu_backward_kernel, dh.size, *arrays, *unsigned(dh.size, dh.shape[1]))
