@@ -39,7 +39,18 @@ def has_gpu() -> bool:
 
 def test_sections_and_limits_agree() -> None:
     assert list(main.LIMITS) == list(sections.SECTIONS)
-    assert sum(main.LIMITS.values()) <= 480
+    assert max(main.LIMITS.values()) < main.TOTAL < 480
+
+
+def test_sections_without_time_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(main, "run_section", lambda _name, limit, _report: "ok" if limit > 100 else "timeout")
+    monkeypatch.setattr(main, "TOTAL", 0)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--only", "kernels"])
+    monkeypatch.delenv("OUT", raising=False)
+    assert main.main() == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["summary"] == {"kernels": "no time left"}
+    monkeypatch.setattr(main, "TOTAL", 470)
+    assert main.main() == 0
 
 
 def test_without_a_gpu_every_section_says_so_and_the_run_fails(tmp_path: Path) -> None:
