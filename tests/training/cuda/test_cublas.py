@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
-pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
+pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
 from numpy.lib.stride_tricks import as_strided
 from pyengine_training.ops.cuda._cublas import WORKSPACE_BYTES, Cublas

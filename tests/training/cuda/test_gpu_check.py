@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
-pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
+pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
 from pyengine_training.config import ModelConfig
 from pyengine_training.gpu_check import __main__ as main

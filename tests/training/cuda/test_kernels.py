@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
-pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
+pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
 from pyengine_training.gpu_check.cases import Case, check, small_cases
 from pyengine_training.ops import cuda as ops

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
-pytest.importorskip("numba.cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
+pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
 from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.config import ModelConfig, TrainConfig
@@ -174,3 +174,25 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(
     monkeypatch.setattr(runtime, "memory", lambda: (1000, 2000))
     with pytest.raises(DeviceError, match=r"GiB of GPU memory are needed.*--batch-size"):
         CudaTrainer(MODEL, CONFIG)
+
+
+def test_stochastic_rounding_keeps_the_mean_and_depends_on_the_seed_alone() -> None:
+    from pyengine_training.gpu_check.cases import from_bf16
+    from pyengine_training.ops.cuda import adamw
+
+    step = 2.0**-7  # between neighbours in bfloat16, from 1 to 2
+    x = np.full(3000, 1 + 0.3 * step, np.float32)
+    x[:100] = -1.5  # representable: must not move
+
+    def rounded(seed: int) -> Array:
+        y = np.full(x.shape, 77, np.uint16)
+        knobs = adamw.host_knobs(step=1, lr=0.1, beta1=0.9, beta2=0.9, seed=seed)
+        adamw.round_stochastic(y, x, knobs)
+        return from_bf16(y)
+
+    first = rounded(5)
+    assert (first[:100] == -1.5).all()
+    assert set(first[100:]) == {np.float32(1), np.float32(1 + step)}
+    assert (first[100:] > 1).mean() == pytest.approx(0.3, abs=0.03)
+    np.testing.assert_array_equal(rounded(5), first)
+    assert 0.3 < (rounded(6)[100:] != first[100:]).mean() < 0.55

@@ -35,6 +35,7 @@ def _libraries() -> tuple[Any, Any]:
     if _numba_config().ENABLE_CUDASIM:
         raise DeviceError("NUMBA_ENABLE_CUDASIM is set: this is numba's simulator, not a GPU; unset it")
     try:
+        import numba_cuda  # noqa: F401 - numba has an older module of its own under the name numba.cuda
         from numba import cuda
     except ImportError as error:
         raise DeviceError(f"--device cuda needs numba-cuda: {INSTALL}") from error

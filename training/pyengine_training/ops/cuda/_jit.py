@@ -14,16 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba_cuda  # noqa: F401 - without this package numba.cuda is an older module of numba's own
 import numpy as np
+from numba import cuda as _cuda
 
 from ._runtime import Array, runtime
-
-try:
-    from numba import cuda as _cuda
-except ImportError as error:  # pragma: no cover - the message is what matters
-    raise ImportError(
-        "the CUDA back end needs numba-cuda: pip install 'pyengine-lm[cuda]'", name="numba-cuda"
-    ) from error
 
 cuda: Any = _cuda  # numba's stubs do not know threadIdx and its like
 f4 = np.float32
