@@ -1,6 +1,7 @@
 /* test_core.c: proves the C core without Python. Runs anywhere a C compiler does: under sanitizers, emulators and cross-compilers.
  *
- *     test_core [--quick]        --quick: fewer repetitions, for emulators and sanitizers
+ *     test_core [--quick | --kernels]    --quick: fewer repetitions, for emulators and sanitizers
+ *                                        --kernels: of these, the kernels alone, for emulators of a whole machine (README.md)
  *
  * The exit code is 0 only if every check passed; the last line counts them. */
 #include <stdio.h>
@@ -33,10 +34,24 @@ static void section(const char *name) {
     fflush(stdout);
 }
 
+static void test_the_rest(const struct pe_kernels *const *tables, size_t n_tables) {
+    section("math");
+    test_math();
+    section("thread pool, CPU limits");
+    test_pool();
+    test_cpu_limits();
+    section("arguments");
+    test_arguments();
+    section("forward");
+    test_forward(tables, n_tables);
+    for (size_t i = 0; i < n_tables; i++) test_cancellation(tables[i]);
+}
+
 int main(int argc, char **argv) {
-    quick = argc == 2 && strcmp(argv[1], "--quick") == 0;
+    bool kernels_only = argc == 2 && strcmp(argv[1], "--kernels") == 0;
+    quick = kernels_only || (argc == 2 && strcmp(argv[1], "--quick") == 0);
     if (argc > 1 && !quick) {
-        printf("usage: test_core [--quick]\n");
+        printf("usage: test_core [--quick | --kernels]\n");
         return 2;
     }
     const struct pe_kernels *tables[MAX_TABLES];
@@ -47,21 +62,13 @@ int main(int argc, char **argv) {
     printf("\n");
     CHECK(n_tables > 0 && strcmp(tables[n_tables - 1]->name, "scalar") == 0, "scalar ends the list");
 
-    section("math");
-    test_math();
     for (size_t i = 0; i < n_tables; i++) {
-        printf("kernels: %s\n", tables[i]->name);
+        printf("kernels: ");
+        section(tables[i]->name);
         test_kernels(tables[i]);
         test_matmul_and_attention(tables[i]);
     }
-    section("thread pool, CPU limits");
-    test_pool();
-    test_cpu_limits();
-    section("arguments");
-    test_arguments();
-    section("forward");
-    test_forward(tables, n_tables);
-    for (size_t i = 0; i < n_tables; i++) test_cancellation(tables[i]);
+    if (!kernels_only) test_the_rest(tables, n_tables);
 
     printf("%zu passed, %zu failed\n", n_passed, n_failed);
     return n_failed == 0 ? 0 : 1;
