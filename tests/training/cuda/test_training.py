@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,27 @@ def test_stochastic_rounding_keeps_the_mean_and_depends_on_the_seed_alone() -> N
     assert (first[100:] > 1).mean() == pytest.approx(0.3, abs=0.03)
     np.testing.assert_array_equal(rounded(5), first)
     assert 0.3 < (rounded(6)[100:] != first[100:]).mean() < 0.55
+
+
+@pytest.mark.slow
+def test_a_whole_run_by_the_command(tmp_path: Path, stories: Path) -> None:
+    """Train, validate, sample, checkpoint, finish; then resume a second run from its checkpoint."""
+    from pyengine_training.__main__ import main
+    from pyengine_training.runfolder import read_metrics
+
+    sizes = "--vocab-size 300 --dim 16 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 16"
+    knobs = "--seq-len 8 --batch-size 2 --shards 1 --steps 3 --eval-documents 1 --checkpoint-every 1 --sample-tokens 2"
+    losses = []
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        where = ["--run-dir", str(folder), "--data", str(stories), "--device", device, "--precision", "float32"]
+        assert main(["train", *where, *sizes.split(), *knobs.split()]) == 0
+        assert (folder / "final" / "model.safetensors").exists()
+        rows = read_metrics(folder / "metrics.jsonl")
+        losses.append(
+            [row["loss"] for row in rows if "loss" in row] + [row["val_loss"] for row in rows if "val_loss" in row]
+        )
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    shutil.rmtree(folder / "final")
+    assert main(["train", "--run-dir", str(folder), "--resume", "--device", "cuda"]) == 0
+    assert (folder / "final" / "model.safetensors").exists()
