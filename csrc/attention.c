@@ -1,8 +1,9 @@
 /* attention.c: FORMAT.md section 8 over the paged cache.
  *
- * The unit of arithmetic is one chunk of 256 positions seen by the query rows of one block and kv head: it yields a state
- * (m, l, o) per row. States are merged in ascending order of chunks. Whether one thread walks all chunks of a block (prefill, batches) or every chunk is
- * a unit of its own and the states are merged afterwards (decode at depth) is a matter of speed: the bits are the same. */
+ * The unit of arithmetic is one chunk of 256 positions seen by the query rows of one block and kv head: it yields a
+ * state (m, l, o) per row. States are merged in ascending order of chunks. Whether one thread walks all chunks of a
+ * block (prefill, batches) or every chunk is a unit of its own and the states are merged afterwards (decode at depth)
+ * is a matter of speed: the bits are the same. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,7 +30,9 @@ static state state_at(float *memory, const pe_model *model) {
     return (state){memory, memory + rows, memory + 2 * rows};
 }
 
-size_t pe_attention_scratch_floats(const pe_model *model) { return max_rows(model) * PE_CHUNK + 2 * state_floats(model); }
+size_t pe_attention_scratch_floats(const pe_model *model) {
+    return max_rows(model) * PE_CHUNK + 2 * state_floats(model);
+}
 
 /* One block and kv head; thread scratch: scores (rows, 256), then two states. */
 typedef struct task {
@@ -80,14 +83,16 @@ static void visible_range(const task *t, size_t chunk, size_t r, size_t *begin, 
 
 static void chunk_scores(const task *t, const pe_kv_chunk *kv, size_t n_positions) {
     const pe_context *context = t->context;
-    size_t d = context->model->head_dim_p, first_row = (t->kv_head * context->capacity + t->block->first_token) * t->n_rep;
+    size_t d = context->model->head_dim_p,
+           first_row = (t->kv_head * context->capacity + t->block->first_token) * t->n_rep;
     float c = 1.0f / sqrtf((float)context->model->config.head_dim);
     if (context->kv_dtype == PE_KV_F32) {
-        context->kernels->attention_scores_f32(t->scores, context->q_f32 + first_row * d, t->n_rows, d, kv, n_positions, c);
+        context->kernels->attention_scores_f32(t->scores, context->q_f32 + first_row * d, t->n_rows, d, kv, n_positions,
+                                               c);
     } else {
         size_t g = d / PE_X_GROUP;
         context->kernels->attention_scores(t->scores, context->q + first_row * d, context->q_scales + first_row * g,
-                                           context->q_sums + first_row * g, t->n_rows, d, kv, n_positions, c);
+                                           context->q_corrections + first_row * g, t->n_rows, d, kv, n_positions, c);
     }
 }
 
@@ -118,8 +123,9 @@ static void attend_chunk(const task *t, size_t chunk, state *out) {
     values(out->o, t->scores, t->n_rows, context->model->head_dim_p, &kv, first, last);
 }
 
-/* Merge the next chunk's state into the running one. exp(0) is exactly 1, so the larger maximum's side is kept as it is.
- * l >= 1 for every row that saw something: its own maximum contributes exp(0). A NaN is not 0 either, and is carried on. */
+/* Merge the next chunk's state into the running one. exp(0) is exactly 1, so the larger maximum's side is kept as it
+ * is. l >= 1 for every row that saw something: its own maximum contributes exp(0). A NaN is not 0 either, and is
+ * carried on. */
 static void merge(const task *t, state *total, const state *chunk) {
     size_t d = t->context->model->head_dim_p;
     for (size_t r = 0; r < t->n_rows; r++) {

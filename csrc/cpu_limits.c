@@ -1,6 +1,6 @@
 /* cpu_limits.c: how many CPUs this process may really use: its affinity mask and its cgroup's quota, whichever is less.
- * Threads beyond a quota do not run slower, they make the whole group stop until the next period: engines that count cores
- * instead lose a factor of ten and more inside containers. */
+ * Threads beyond a quota do not run slower, they make the whole group stop until the next period: engines that count
+ * cores instead lose a factor of ten and more inside containers. */
 #define _GNU_SOURCE
 #include <sched.h>
 #include <stdio.h>
@@ -69,8 +69,8 @@ static int has_controller(const char *controllers, const char *name) {
     return 0;
 }
 
-/* Lines of /proc/self/cgroup: "0::/path" for v2, "3:cpu,cpuacct:/path" for v1. Inside a container the path may be the host's and
- * not exist here; then the root of the mount is this group, which least_quota reaches last. */
+/* Lines of /proc/self/cgroup: "0::/path" for v2, "3:cpu,cpuacct:/path" for v1. Inside a container the path may be the
+ * host's and not exist here; then the root of the mount is this group, which least_quota reaches last. */
 double pe_cgroup_quota(const char *groups, const char *mount) {
     FILE *file = fopen(groups, "re");
     if (file == NULL) return 0;

@@ -1,9 +1,11 @@
-/* cpu_limits.h: the part of cpu_limits.c that reads files, with the files as parameters so that it can be tested on made-up ones. */
+/* cpu_limits.h: the part of cpu_limits.c that reads files, with the files as parameters so that it can be tested on
+ * made-up ones. */
 #ifndef PE_CPU_LIMITS_H
 #define PE_CPU_LIMITS_H
 
-/* CPUs that a cgroup may use, 0 = no limit. groups: a file like /proc/self/cgroup; mount: the directory like /sys/fs/cgroup below
- * which v2 groups lie directly and v1 groups of the cpu controller under cpu/. Anything unreadable or malformed is no limit. */
+/* CPUs that a cgroup may use, 0 = no limit. groups: a file like /proc/self/cgroup; mount: the directory like
+ * /sys/fs/cgroup below which v2 groups lie directly and v1 groups of the cpu controller under cpu/. Anything unreadable
+ * or malformed is no limit. */
 double pe_cgroup_quota(const char *groups, const char *mount);
 
 #endif

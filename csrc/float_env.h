@@ -1,6 +1,6 @@
-/* float_env.h: the floating-point environment that FORMAT.md assumes: round to nearest even, subnormals kept, nothing trapped.
- * Some library elsewhere in the process may have set flush-to-zero (loading one built with -Ofast is enough), so every entry
- * into the engine and every pool thread sets the default and puts the caller's back. */
+/* float_env.h: the floating-point environment that FORMAT.md assumes: round to nearest even, subnormals kept, nothing
+ * trapped. Some library elsewhere in the process may have set flush-to-zero (loading one built with -Ofast is enough),
+ * so every entry into the engine and every pool thread sets the default and puts the caller's back. */
 #ifndef PE_FLOAT_ENV_H
 #define PE_FLOAT_ENV_H
 

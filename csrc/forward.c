@@ -2,8 +2,8 @@
  *
  *   tokens -> embeddings -> n_layers x [ norm, qkv, rope, attention, o, +   norm, gate/up, SwiGLU, down, + ] -> norm -> logits
  *
- * Every stage is a loop over independent units (pe_parallel_for); between stages all threads meet. Buffers and their shapes are in forward.h,
- * the arithmetic in kernels/ and FORMAT.md. */
+ * Every stage is a loop over independent units (pe_parallel_for); between stages all threads meet. Buffers and their
+ * shapes are in forward.h, the arithmetic in kernels/ and FORMAT.md. */
 #include "forward.h"
 
 #include <stdio.h>
@@ -22,7 +22,8 @@ static void note_bits(pe_context *c, uint32_t absmax_bits) {
 /* x[token] = dequantized row `id` of the embeddings: code * scale, exact. */
 static void embed(pe_context *c, size_t token, int32_t id) {
     const pe_matrix *w = &c->model->tok_embeddings;
-    size_t dim = c->model->config.dim, stride = pe_pad(dim, PE_PANEL), panel = (size_t)id / PE_PANEL, row = (size_t)id % PE_PANEL;
+    size_t dim = c->model->config.dim, stride = pe_pad(dim, PE_PANEL), panel = (size_t)id / PE_PANEL,
+           row = (size_t)id % PE_PANEL;
     float *x = c->x + token * stride;
     for (size_t i = 0; i < stride; i++) {
         size_t group = panel * w->n_groups + i / PE_GROUP, k4 = i % PE_GROUP / 4;
@@ -37,7 +38,7 @@ static void embed(pe_context *c, size_t token, int32_t id) {
 typedef struct quantize_job {
     pe_context *c;
     const float *rows;
-    size_t stride, n; /* n columns of each row */
+    size_t stride, n;  /* n columns of each row */
     const float *norm; /* RMSNorm weight or NULL */
 } quantize_job;
 
@@ -51,11 +52,12 @@ static void quantize_unit(void *arg, size_t block, int thread) {
         const float *row = j->rows + (first + t) * j->stride;
         if (j->norm != NULL) {
             float *normed = pe_thread_scratch(c, thread);
-            note_bits(c, pe_float_bits(c->kernels->rmsnorm(normed, row, j->norm, j->n, c->model->config.norm_eps)) & 0x7fffffffu);
+            note_bits(c, pe_float_bits(c->kernels->rmsnorm(normed, row, j->norm, j->n, c->model->config.norm_eps)) &
+                             0x7fffffffu);
             row = normed;
         }
         note_bits(c, c->kernels->quantize(act->codes + first * act->n + t * 4, act->scales + first * n_groups + t,
-                                          act->sums + first * n_groups + t, width, row, j->n, act->n));
+                                          act->corrections + first * n_groups + t, width, row, j->n, act->n));
     }
 }
 
@@ -119,15 +121,18 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
                         n_tokens - t < PE_TILE_TOKENS ? n_tokens : t + PE_TILE_TOKENS, pe_thread_scratch(c, thread));
 }
 
-/* Small enough that no thread waits long for the last unit, and an even number of panels: kernels like pairs, SwiGLU needs them. */
+/* Small enough that no thread waits long for the last unit, and an even number of panels: kernels like pairs, SwiGLU
+ * needs them. */
 static size_t panels_per_unit(const pe_context *c, size_t n_panels) {
     size_t panels = n_panels / ((size_t)c->n_threads * 16) / 2 * 2;
     return panels < 2 ? 2 : panels > 64 ? 64 : panels;
 }
 
-static void matmul(pe_context *c, const pe_matrix *w, const float *bias, float *out, size_t out_stride, epilogue epilogue) {
+static void matmul(pe_context *c, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
+                   epilogue epilogue) {
     matmul_job j = {c, w, bias, out, out_stride, panels_per_unit(c, w->n_panels), epilogue};
-    pe_parallel_for(c->n_threads, (w->n_panels + j.panels_per_unit - 1) / j.panels_per_unit, matmul_unit, &j, c->control);
+    pe_parallel_for(c->n_threads, (w->n_panels + j.panels_per_unit - 1) / j.panels_per_unit, matmul_unit, &j,
+                    c->control);
 }
 
 /* ------------------------------------------------------------------ q, k, v */
@@ -141,14 +146,17 @@ static void put_query(pe_context *c, size_t token, size_t head, const float *q) 
         memcpy(c->q_f32 + row * d, q, model->config.head_dim * sizeof(float));
         return;
     }
-    note_bits(c, c->kernels->quantize(c->q + row * d, c->q_scales + row * g, c->q_sums + row * g, 1, q, model->config.head_dim, d));
+    note_bits(c, c->kernels->quantize(c->q + row * d, c->q_scales + row * g, c->q_corrections + row * g, 1, q,
+                                      model->config.head_dim, d));
 }
 
 /* Quantize k and v (head_dim) and put them at `position` of the cache: k as a lane of its panel, v as a row. */
-static void put_key_value(pe_context *c, size_t token, uint32_t layer, uint32_t kv_head, const float *k, const float *v) {
+static void put_key_value(pe_context *c, size_t token, uint32_t layer, uint32_t kv_head, const float *k,
+                          const float *v) {
     const pe_model *model = c->model;
     size_t d = model->head_dim_p, head_dim = model->config.head_dim;
-    size_t position = c->positions[token], in_chunk = position % PE_CHUNK, panel = in_chunk / PE_PANEL, lane = in_chunk % PE_PANEL;
+    size_t position = c->positions[token], in_chunk = position % PE_CHUNK, panel = in_chunk / PE_PANEL,
+           lane = in_chunk % PE_PANEL;
     pe_kv_chunk kv = pe_kv_chunk_at(c->kv, c->sequences[token], position / PE_CHUNK, layer, kv_head);
     if (c->kv_dtype == PE_KV_F32) {
         for (size_t i = 0; i < d; i++) {
@@ -159,10 +167,11 @@ static void put_key_value(pe_context *c, size_t token, uint32_t layer, uint32_t 
     }
     int8_t codes[512];
     float scales[512 / PE_X_GROUP];
-    int32_t sums[512 / PE_X_GROUP];
-    note_bits(c, c->kernels->quantize(codes, scales, sums, 1, k, head_dim, d));
+    int32_t corrections[512 / PE_X_GROUP];
+    note_bits(c, c->kernels->quantize(codes, scales, corrections, 1, k, head_dim, d));
     for (size_t i = 0; i < d; i += 4) memcpy(kv.k + (panel * d + i) * PE_PANEL + lane * 4, codes + i, 4);
-    for (size_t g = 0; g < d / PE_X_GROUP; g++) kv.k_scales[(panel * (d / PE_X_GROUP) + g) * PE_PANEL + lane] = scales[g];
+    for (size_t g = 0; g < d / PE_X_GROUP; g++)
+        kv.k_scales[(panel * (d / PE_X_GROUP) + g) * PE_PANEL + lane] = scales[g];
     memset(kv.v + in_chunk * d, 0, d);
     note_bits(c, c->kernels->quantize_group(kv.v + in_chunk * d, &kv.v_scales[in_chunk], v, head_dim));
 }
@@ -180,7 +189,8 @@ static void qkv_unit(void *arg, size_t token, int thread) {
     const pe_model *model = c->model;
     const pe_layer *layer = &model->layers[j->layer];
     size_t head_dim = model->config.head_dim, half = head_dim / 2;
-    float *q = c->qkv + token * pe_pad(model->q_dim + 2 * model->kv_dim, PE_PANEL), *k = q + model->q_dim, *v = k + model->kv_dim;
+    float *q = c->qkv + token * pe_pad(model->q_dim + 2 * model->kv_dim, PE_PANEL), *k = q + model->q_dim,
+          *v = k + model->kv_dim;
     const float *cos = c->cos + token * half, *sin = c->sin + token * half;
     for (size_t head = 0; head < model->config.n_heads; head++) {
         float *row = q + head * head_dim;
@@ -198,7 +208,8 @@ static void qkv_unit(void *arg, size_t token, int thread) {
 
 /* ------------------------------------------------------------------ layers */
 
-/* attention.c walks the cache by blocks of queries; find them: runs of one sequence, cut so that rows fit the kernels' scratch. */
+/* attention.c walks the cache by blocks of queries; find them: runs of one sequence, cut so that rows fit the kernels'
+ * scratch. */
 static void find_query_blocks(pe_context *c) {
     size_t n_rep = c->model->config.n_heads / c->model->config.n_kv_heads;
     size_t most = n_rep >= PE_ATTENTION_ROWS ? 1 : PE_ATTENTION_ROWS / n_rep;
@@ -222,7 +233,8 @@ static void prepare_slice(pe_context *c) {
     find_query_blocks(c);
 }
 
-/* After a stage: was the call cancelled (then units were skipped and buffers hold anything), or did an infinity or NaN appear? */
+/* After a stage: was the call cancelled (then units were skipped and buffers hold anything), or did an infinity or NaN
+ * appear? */
 static pe_status check_stage(pe_context *c, const char *where, char *err) {
     if (c->control != NULL && atomic_load(&c->control->cancelled)) {
         snprintf(err, PE_ERR_LEN, "the call was cancelled or timed out");
@@ -237,7 +249,8 @@ static pe_status run_layer(pe_context *c, uint32_t index, char *err) {
     const pe_model *model = c->model;
     const pe_config *config = &model->config;
     const pe_layer *layer = &model->layers[index];
-    size_t n = c->n_tokens, dim = config->dim, x_stride = pe_pad(dim, PE_PANEL), h_stride = pe_pad(config->hidden_dim, PE_PANEL);
+    size_t n = c->n_tokens, dim = config->dim, x_stride = pe_pad(dim, PE_PANEL),
+           h_stride = pe_pad(config->hidden_dim, PE_PANEL);
 
     quantize_rows(c, c->x, x_stride, n, dim, layer->attention_norm);
     matmul(c, &layer->wqkv, layer->wqkv_bias, c->qkv, pe_pad(model->q_dim + 2 * model->kv_dim, PE_PANEL), STORE);
@@ -260,7 +273,8 @@ static pe_status run_layer(pe_context *c, uint32_t index, char *err) {
 
 /* Logits of the rows of the slice that want them, after the n_logits rows of earlier slices. */
 static void compute_logits(pe_context *c, const uint8_t *want) {
-    size_t x_stride = pe_pad(c->model->config.dim, PE_PANEL), vocab_padded = pe_pad(c->model->config.vocab_size, PE_PANEL), n = 0;
+    size_t x_stride = pe_pad(c->model->config.dim, PE_PANEL),
+           vocab_padded = pe_pad(c->model->config.vocab_size, PE_PANEL), n = 0;
     for (size_t t = 0; t < c->n_tokens; t++)
         if (want[t]) memmove(c->x + n++ * x_stride, c->x + t * x_stride, x_stride * sizeof(float));
     if (n == 0) return;
@@ -289,7 +303,8 @@ static pe_status check_batch(const pe_context *c, const pe_batch *batch, char *e
     }
     for (size_t i = 0; i < batch->n_tokens; i++) {
         if (batch->tokens[i] < 0 || (uint32_t)batch->tokens[i] >= c->model->config.vocab_size) {
-            snprintf(err, PE_ERR_LEN, "token id %d is outside the vocabulary of %u", (int)batch->tokens[i], c->model->config.vocab_size);
+            snprintf(err, PE_ERR_LEN, "token id %d is outside the vocabulary of %u", (int)batch->tokens[i],
+                     c->model->config.vocab_size);
             return PE_ERR_INVALID_ARGUMENT;
         }
         if (pe_kv_length(c->kv, batch->sequences[i]) == SIZE_MAX) {
@@ -400,7 +415,8 @@ pe_status pe_debug_block(pe_context *c, uint32_t layer, float *x, size_t n_token
         prepare_slice(c);
         status = run_layer(c, layer, err);
     }
-    for (size_t t = 0; t < n_tokens && status == PE_OK; t++) memcpy(x + t * dim, c->x + t * stride, dim * sizeof(float));
+    for (size_t t = 0; t < n_tokens && status == PE_OK; t++)
+        memcpy(x + t * dim, c->x + t * stride, dim * sizeof(float));
     char ignored[PE_ERR_LEN];
     pe_kv_drop(c->kv, sequence, ignored);
     pe_float_env_leave(float_env);
@@ -410,10 +426,12 @@ pe_status pe_debug_block(pe_context *c, uint32_t layer, float *x, size_t n_token
 size_t pe_debug_kv_page(const pe_context *c, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page, void *out,
                         size_t capacity) {
     size_t n_bytes = pe_kv_chunk_bytes(c->kv), length = pe_kv_length(c->kv, sequence);
-    if (length == SIZE_MAX || page * PE_CHUNK >= length || layer >= c->model->config.n_layers || kv_head >= c->model->config.n_kv_heads)
+    if (length == SIZE_MAX || page * PE_CHUNK >= length || layer >= c->model->config.n_layers ||
+        kv_head >= c->model->config.n_kv_heads)
         return 0;
     pe_kv_chunk kv = pe_kv_chunk_at(c->kv, sequence, page, layer, kv_head);
     if (capacity > 0)
-        memcpy(out, c->kv_dtype == PE_KV_F32 ? (void *)kv.k_f32 : (void *)kv.k, n_bytes < capacity ? n_bytes : capacity);
+        memcpy(out, c->kv_dtype == PE_KV_F32 ? (void *)kv.k_f32 : (void *)kv.k,
+               n_bytes < capacity ? n_bytes : capacity);
     return n_bytes;
 }

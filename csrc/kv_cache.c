@@ -14,7 +14,7 @@ typedef struct page {
 
 typedef struct sequence {
     bool used;
-    size_t length;  /* positions present */
+    size_t length; /* positions present */
     size_t n_pages, capacity;
     page **pages;
 } sequence;
@@ -129,8 +129,8 @@ static pe_status no_such_sequence(int32_t id, char *err) {
 }
 
 static pe_status out_of_memory(const pe_kv_cache *cache, char *err) {
-    snprintf(err, PE_ERR_LEN, "out of memory for a KV page of %zu bytes (%zu pages of 256 positions in use)", cache->page_bytes,
-             cache->n_pages);
+    snprintf(err, PE_ERR_LEN, "out of memory for a KV page of %zu bytes (%zu pages of 256 positions in use)",
+             cache->page_bytes, cache->n_pages);
     return PE_ERR_OUT_OF_MEMORY;
 }
 
@@ -195,7 +195,8 @@ pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_
     const sequence *from = find(cache, source);
     if (from == NULL) return no_such_sequence(source, err);
     if (n_tokens > from->length) {
-        snprintf(err, PE_ERR_LEN, "cannot fork %zu tokens of sequence %d, it has %zu", n_tokens, (int)source, from->length);
+        snprintf(err, PE_ERR_LEN, "cannot fork %zu tokens of sequence %d, it has %zu", n_tokens, (int)source,
+                 from->length);
         return PE_ERR_INVALID_ARGUMENT;
     }
     pe_status status = pe_kv_new(cache, out, err);

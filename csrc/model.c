@@ -1,4 +1,5 @@
-/* model.c: from named views to a pe_model. The names and sizes of FORMAT.md section 2 are written once, in visit_tensors. */
+/* model.c: from named views to a pe_model. The names and sizes of FORMAT.md section 2 are written once, in
+ * visit_tensors. */
 #include "model.h"
 
 #include <stdarg.h>
@@ -20,7 +21,10 @@ static pe_status fail(pe_status status, char *err, const char *format, ...) {
 /* ------------------------------------------------------------------ config */
 
 static pe_status check_config(const pe_config *c, char *err) {
-    const struct { const char *name; uint32_t value, least, most; } ranges[] = {
+    const struct {
+        const char *name;
+        uint32_t value, least, most;
+    } ranges[] = {
         {"dim", c->dim, 1, 1 << 20},
         {"hidden_dim", c->hidden_dim, 1, 1 << 22},
         {"n_layers", c->n_layers, 1, 4096},
@@ -33,12 +37,15 @@ static pe_status check_config(const pe_config *c, char *err) {
     };
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++)
         if (ranges[i].value < ranges[i].least || ranges[i].value > ranges[i].most)
-            return fail(PE_ERR_FORMAT, err, "config: %s is %u, expected %u to %u", ranges[i].name, ranges[i].value, ranges[i].least,
-                        ranges[i].most);
-    if (c->head_dim % 2 != 0) return fail(PE_ERR_FORMAT, err, "config: head_dim %u is odd, RoPE needs pairs", c->head_dim);
+            return fail(PE_ERR_FORMAT, err, "config: %s is %u, expected %u to %u", ranges[i].name, ranges[i].value,
+                        ranges[i].least, ranges[i].most);
+    if (c->head_dim % 2 != 0)
+        return fail(PE_ERR_FORMAT, err, "config: head_dim %u is odd, RoPE needs pairs", c->head_dim);
     if (c->n_heads % c->n_kv_heads != 0)
-        return fail(PE_ERR_FORMAT, err, "config: n_heads %u is not a multiple of n_kv_heads %u", c->n_heads, c->n_kv_heads);
-    if (!(c->norm_eps >= 0.0f && c->norm_eps < 1.0f)) return fail(PE_ERR_FORMAT, err, "config: norm_eps is outside [0, 1)");
+        return fail(PE_ERR_FORMAT, err, "config: n_heads %u is not a multiple of n_kv_heads %u", c->n_heads,
+                    c->n_kv_heads);
+    if (!(c->norm_eps >= 0.0f && c->norm_eps < 1.0f))
+        return fail(PE_ERR_FORMAT, err, "config: norm_eps is outside [0, 1)");
     return PE_OK;
 }
 
@@ -73,7 +80,7 @@ typedef struct slot {
     char name[64];
     const void **data;
     size_t n_bytes;
-    bool codes; /* int8 codes, to be checked for -128 */
+    bool codes;  /* int8 codes, to be checked for -128 */
     bool floats; /* float32, to be checked for finiteness */
 } slot;
 
@@ -155,7 +162,8 @@ static int assign_next(const slot *s, void *arg) {
     if (strcmp(s->name, t->name) != 0) {
         a->status = fail(PE_ERR_FORMAT, a->err, "found tensor %.80s where %s belongs", t->name, s->name);
     } else if (s->n_bytes != t->n_bytes) {
-        a->status = fail(PE_ERR_FORMAT, a->err, "tensor %s has %zu bytes, expected %zu", s->name, t->n_bytes, s->n_bytes);
+        a->status =
+            fail(PE_ERR_FORMAT, a->err, "tensor %s has %zu bytes, expected %zu", s->name, t->n_bytes, s->n_bytes);
     } else if (t->data == NULL || (uintptr_t)t->data % 64 != 0) {
         a->status = fail(PE_ERR_INVALID_ARGUMENT, a->err, "tensor %s does not start on a 64-byte boundary", s->name);
     } else {
@@ -169,8 +177,8 @@ static int assign_next(const slot *s, void *arg) {
 
 enum { CHECK_BYTES = 1 << 20 };
 
-/* Every weight is read once in pieces of 1 MiB: legal codes, finite scales and floats. It costs what mapping the pages costs, and they
- * will be needed at once. */
+/* Every weight is read once in pieces of 1 MiB: legal codes, finite scales and floats. It costs what mapping the pages
+ * costs, and they will be needed at once. */
 typedef struct check_piece {
     const slot *slots;
     const size_t *first_unit; /* (n_slots + 1) */
@@ -218,14 +226,17 @@ static int collect_slot(const slot *s, void *arg) {
 }
 
 static pe_status check_slots(const slot *slots, size_t n_slots, size_t *first_unit, int n_threads, char *err) {
-    for (size_t i = 0; i < n_slots; i++) first_unit[i + 1] = first_unit[i] + (slots[i].n_bytes + CHECK_BYTES - 1) / CHECK_BYTES;
+    for (size_t i = 0; i < n_slots; i++)
+        first_unit[i + 1] = first_unit[i] + (slots[i].n_bytes + CHECK_BYTES - 1) / CHECK_BYTES;
     pe_status status = pe_pool_acquire(n_threads, err);
     if (status != PE_OK) return status;
     check_piece check = {.slots = slots, .first_unit = first_unit, .n_slots = n_slots};
     pe_parallel_for(n_threads, first_unit[n_slots], check_unit, &check, NULL);
     pe_pool_release();
     const char *bad = atomic_load(&check.bad_name);
-    return bad == NULL ? PE_OK : fail(PE_ERR_FORMAT, err, "tensor %s holds a value that the format forbids (code -128, or not finite)", bad);
+    return bad == NULL ? PE_OK
+                       : fail(PE_ERR_FORMAT, err,
+                              "tensor %s holds a value that the format forbids (code -128, or not finite)", bad);
 }
 
 static pe_status check_values(pe_model *model, int n_threads, char *err) {
@@ -257,11 +268,13 @@ static pe_status check_inv_freq(const pe_model *model, char *err) {
 
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err) {
     if (n_threads < 0 || n_threads > PE_MAX_THREADS)
-        return fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 0 (automatic) to %d", n_threads, PE_MAX_THREADS);
+        return fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 0 (automatic) to %d", n_threads,
+                    PE_MAX_THREADS);
     assignment a = {.tensors = tensors, .n_tensors = n_tensors, .err = err};
     model->ready = false;
     if (visit_tensors(model, assign_next, &a) != 0) return a.status;
-    if (a.next < n_tensors) return fail(PE_ERR_FORMAT, err, "tensor %.80s does not belong to this model", tensors[a.next].name);
+    if (a.next < n_tensors)
+        return fail(PE_ERR_FORMAT, err, "tensor %.80s does not belong to this model", tensors[a.next].name);
     if (model->config.tie_embeddings) model->output = model->tok_embeddings;
     if (n_threads == 0) {
         pe_thread_info info;

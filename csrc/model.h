@@ -6,21 +6,21 @@
 #include "pyengine.h"
 
 typedef struct pe_layer {
-    const float *attention_norm; /* (dim) */
-    pe_matrix wqkv;              /* (q_dim + 2 kv_dim, dim): rows of q, then k, then v */
-    const float *wqkv_bias;      /* (q_dim + 2 kv_dim) or NULL */
+    const float *attention_norm;  /* (dim) */
+    pe_matrix wqkv;               /* (q_dim + 2 kv_dim, dim): rows of q, then k, then v */
+    const float *wqkv_bias;       /* (q_dim + 2 kv_dim) or NULL */
     const float *q_norm, *k_norm; /* (head_dim) or NULL */
-    pe_matrix wo;                /* (dim, q_dim) */
-    const float *wo_bias;        /* (dim) or NULL */
-    const float *ffn_norm;       /* (dim) */
-    pe_matrix w_gate_up;         /* 2 x (hidden_dim, dim), alternating by panel */
-    pe_matrix w_down;            /* (dim, hidden_dim) */
+    pe_matrix wo;                 /* (dim, q_dim) */
+    const float *wo_bias;         /* (dim) or NULL */
+    const float *ffn_norm;        /* (dim) */
+    pe_matrix w_gate_up;          /* 2 x (hidden_dim, dim), alternating by panel */
+    pe_matrix w_down;             /* (dim, hidden_dim) */
 } pe_layer;
 
 struct pe_model {
     pe_config config;
     size_t q_dim, kv_dim;
-    size_t head_dim_p; /* head_dim padded to 32: q and K */
+    size_t head_dim_p;        /* head_dim padded to 32: q and K */
     pe_matrix tok_embeddings; /* (vocab_size, dim) */
     pe_layer *layers;         /* (n_layers) */
     const float *norm;        /* (dim) */

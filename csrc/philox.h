@@ -1,5 +1,6 @@
-/* philox.h: Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
- * 1, 2, 3" (SC 2011). Ten rounds turn (128-bit counter, 64-bit key) into 128 random bits; there is no state to carry. */
+/* philox.h: Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
+ * easy as 1, 2, 3" (SC 2011). Ten rounds turn (128-bit counter, 64-bit key) into 128 random bits; there is no state to
+ * carry. */
 #ifndef PE_PHILOX_H
 #define PE_PHILOX_H
 

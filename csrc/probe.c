@@ -1,8 +1,8 @@
 /* probe.c: see probe.h.
  *
  * The dot steps are written out here a second time, on purpose: the kernels' own are inlined into loops that also load,
- * convert and scale, and the limit is what remains without all that. Target attributes stand in for -m flags: nothing but
- * these few functions may use the instructions, and none is called before the table's features were checked. */
+ * convert and scale, and the limit is what remains without all that. Target attributes stand in for -m flags: nothing
+ * but these few functions may use the instructions, and none is called before the table's features were checked. */
 #include "probe.h"
 
 #include <stdio.h>
@@ -24,8 +24,8 @@
 
 enum { READ_UNIT = 1 << 18 }; /* bytes of a unit: some 10 us, so that the threads end together */
 
-/* Loads are all that takes time: four streams of xor. Compiled for as wide registers as the CPU has, because loads of sixteen
- * bytes keep four times as many of a core's load slots busy for the same line. */
+/* Loads are all that takes time: four streams of xor. Compiled for as wide registers as the CPU has, because loads of
+ * sixteen bytes keep four times as many of a core's load slots busy for the same line. */
 #define READ_LINES(name, width) \
     static void name(const char *data, size_t n_bytes) { \
         typedef uint64_t vector __attribute__((vector_size(width), may_alias)); \
@@ -40,11 +40,10 @@ enum { READ_UNIT = 1 << 18 }; /* bytes of a unit: some 10 us, so that the thread
     }
 READ_LINES(read_baseline, 16)
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) READ_LINES(read_avx2, 32)
-__attribute__((target("avx512f"))) READ_LINES(read_avx512, 64)
+__attribute__((target("avx2"))) READ_LINES(read_avx2, 32) __attribute__((target("avx512f"))) READ_LINES(read_avx512, 64)
 #endif
 
-static void (*widest_read(void))(const char *, size_t) {
+    static void (*widest_read(void))(const char *, size_t) {
 #if defined(__x86_64__)
     if (pe_cpu_features() & PE_CPU_AVX512F) return read_avx512;
     if (pe_cpu_features() & PE_CPU_AVX2) return read_avx2;
@@ -65,7 +64,8 @@ static void read_unit(void *arg, size_t unit, int thread) {
     j->read(j->data + begin, j->n_bytes - begin < READ_UNIT ? j->n_bytes - begin : READ_UNIT);
 }
 
-pe_status pe_probe_read(const void *data, size_t n_bytes, int n_threads, double seconds, double *bytes_per_second, char *err) {
+pe_status pe_probe_read(const void *data, size_t n_bytes, int n_threads, double seconds, double *bytes_per_second,
+                        char *err) {
     if (n_bytes == 0 || n_bytes % 64 != 0 || (uintptr_t)data % 64 != 0) {
         snprintf(err, PE_ERR_LEN, "the read probe needs whole cache lines");
         return PE_ERR_INVALID_ARGUMENT;
@@ -89,18 +89,18 @@ pe_status pe_probe_read(const void *data, size_t n_bytes, int n_threads, double 
 /* ------------------------------------------------------------------ int8 dot steps */
 
 enum {
-    STEPS = 1 << 12,     /* of each chain: a unit takes some 10 us */
-    DOT_UNITS = 1 << 8   /* of each thread between two looks at the clock */
+    STEPS = 1 << 12,   /* of each chain: a unit takes some 10 us */
+    DOT_UNITS = 1 << 8 /* of each thread between two looks at the clock */
 };
 
 typedef struct dot_step {
-    const char *isa;    /* the kernel table that uses it */
-    uint64_t macs;      /* of one unit */
+    const char *isa; /* the kernel table that uses it */
+    uint64_t macs;   /* of one unit */
     void (*run)(void);
 } dot_step;
 
-/* n independent chains of `type`, each STEPS times through `step`: more chains than latency times issue rate. The barrier keeps
- * equal chains apart. `constraint` names the registers. */
+/* n independent chains of `type`, each STEPS times through `step`: more chains than latency times issue rate. The
+ * barrier keeps equal chains apart. `constraint` names the registers. */
 #define CHAINS(n, type, constraint, zero, step) \
     type acc[n]; \
     _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++) acc[i] = zero; \
@@ -119,14 +119,15 @@ static void scalar_step(void) {
 #define SCALAR_DOT \
     ({ \
         __asm__ volatile("" : "+r"(w)); \
-        acc[i] + w * x; \
+        acc[i] + w *x; \
     })
     CHAINS(8, int32_t, "r", 0, SCALAR_DOT);
 }
 
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) static void avx2_step(void) {
-    __m256i w = _mm256_set1_epi8(3), x = _mm256_set1_epi8(-2), absolute = _mm256_abs_epi8(x), ones = _mm256_set1_epi16(1);
+    __m256i w = _mm256_set1_epi8(3), x = _mm256_set1_epi8(-2), absolute = _mm256_abs_epi8(x),
+            ones = _mm256_set1_epi16(1);
     __asm__ volatile("" : "+v"(w), "+v"(x), "+v"(absolute), "+v"(ones));
 #define AVX2_DOT \
     ({ \
@@ -189,7 +190,8 @@ pe_status pe_probe_int8(const char *isa, int n_threads, double seconds, double *
     pe_status status = pe_pool_acquire(n_threads, err);
     if (status != PE_OK) return status;
     size_t n_units = (size_t)n_threads * DOT_UNITS;
-    pe_parallel_for(n_threads, n_units, dot_unit, (void *)(uintptr_t)step, NULL); /* wide registers may have to be powered up */
+    pe_parallel_for(n_threads, n_units, dot_unit, (void *)(uintptr_t)step,
+                    NULL); /* wide registers may have to be powered up */
     int64_t started = pe_now_ns(), elapsed = 0;
     for (double n_loops = 1; elapsed < (int64_t)(seconds * 1e9) || n_loops == 1; n_loops++) {
         pe_parallel_for(n_threads, n_units, dot_unit, (void *)(uintptr_t)step, NULL);

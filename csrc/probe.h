@@ -11,9 +11,10 @@
 
 #include "pyengine.h"
 
-/* Read `data` (n_bytes, a multiple of 64, 64-byte aligned) over and over, once to warm up and then for at least `seconds` and one
- * pass, on n_threads threads. */
-pe_status pe_probe_read(const void *data, size_t n_bytes, int n_threads, double seconds, double *bytes_per_second, char *err);
+/* Read `data` (n_bytes, a multiple of 64, 64-byte aligned) over and over, once to warm up and then for at least
+ * `seconds` and one pass, on n_threads threads. */
+pe_status pe_probe_read(const void *data, size_t n_bytes, int n_threads, double seconds, double *bytes_per_second,
+                        char *err);
 
 /* int8 multiply-accumulates per second of the dot step of kernel table `isa`, over at least `seconds`.
  * PE_ERR_UNSUPPORTED_ISA if this CPU cannot run that table or its step is not known here. */

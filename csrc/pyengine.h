@@ -4,9 +4,9 @@
  *   context  everything mutable of one engine: KV cache of many sequences, scratch, thread limit
  *   forward  one call for prefill, decode, batches and mixtures
  *
- * Every function that can fail returns a pe_status and, when it is not PE_OK, a sentence in the caller's err[PE_ERR_LEN].
- * Nothing here prints, exits, aborts or asserts on input. Distinct contexts may be used from distinct threads at the same
- * time; one context by one thread at a time. The arithmetic is fixed by FORMAT.md. */
+ * Every function that can fail returns a pe_status and, when it is not PE_OK, a sentence in the caller's
+ * err[PE_ERR_LEN]. Nothing here prints, exits, aborts or asserts on input. Distinct contexts may be used from distinct
+ * threads at the same time; one context by one thread at a time. The arithmetic is fixed by FORMAT.md. */
 #ifndef PYENGINE_H
 #define PYENGINE_H
 
@@ -20,13 +20,13 @@ typedef enum pe_status {
     PE_OK = 0,
     PE_ERR_INVALID_ARGUMENT = 1,
     PE_ERR_OUT_OF_MEMORY = 2,
-    PE_ERR_FORMAT = 3,       /* the model file contradicts itself or FORMAT.md */
+    PE_ERR_FORMAT = 3, /* the model file contradicts itself or FORMAT.md */
     PE_ERR_CONTEXT_FULL = 4,
-    PE_ERR_NOT_FINITE = 5,   /* an infinity or NaN appeared */
-    PE_ERR_CANCELLED = 6,    /* the poll callback or the deadline ended the call */
+    PE_ERR_NOT_FINITE = 5, /* an infinity or NaN appeared */
+    PE_ERR_CANCELLED = 6,  /* the poll callback or the deadline ended the call */
     PE_ERR_SYSTEM = 7,
     PE_ERR_UNSUPPORTED_ISA = 8,
-    PE_STATUS_COUNT          /* sentinel */
+    PE_STATUS_COUNT /* sentinel */
 } pe_status;
 
 /* A short constant description of a status. Never NULL. */
@@ -75,18 +75,18 @@ typedef struct pe_tensor {
     const void *data;
     size_t n_bytes; /* stored size, padding included */
 } pe_tensor;
-/* Give the model its weights: every tensor of FORMAT.md section 2 that its config asks for, in that order, and no other. Checks names and
- * sizes, then reads all values once (on n_threads threads, 0 = default; it also brings a mapped file into memory): codes are never -128,
- * scales and floats are finite. */
+/* Give the model its weights: every tensor of FORMAT.md section 2 that its config asks for, in that order, and no
+ * other. Checks names and sizes, then reads all values once (on n_threads threads, 0 = default; it also brings a mapped
+ * file into memory): codes are never -128, scales and floats are finite. */
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err);
 void pe_model_destroy(pe_model *model);
 
 /* ------------------------------------------------------------------ threads */
 
 typedef struct pe_thread_info {
-    int n_affinity;     /* CPUs in this process's affinity mask */
-    double cpu_quota;   /* CPUs that the cgroup (v1 or v2) allows, 0 = no limit */
-    int n_default;      /* what n_threads = 0 means: min of the two, from 1 to 256 */
+    int n_affinity;   /* CPUs in this process's affinity mask */
+    double cpu_quota; /* CPUs that the cgroup (v1 or v2) allows, 0 = no limit */
+    int n_default;    /* what n_threads = 0 means: min of the two, from 1 to 256 */
 } pe_thread_info;
 void pe_thread_info_get(pe_thread_info *info);
 
@@ -118,12 +118,12 @@ typedef int (*pe_poll_fn)(void *user);
 
 typedef struct pe_batch {
     size_t n_tokens;
-    const int32_t *tokens;     /* (n_tokens) ids */
-    const int32_t *sequences;  /* (n_tokens) row i is appended to sequence[i], at that sequence's next position */
+    const int32_t *tokens;      /* (n_tokens) ids */
+    const int32_t *sequences;   /* (n_tokens) row i is appended to sequence[i], at that sequence's next position */
     const uint8_t *want_logits; /* (n_tokens) non-zero: this row's logits are computed */
-    pe_poll_fn poll;           /* may be NULL */
+    pe_poll_fn poll;            /* may be NULL */
     void *poll_user;
-    int64_t deadline_ns;       /* CLOCK_MONOTONIC; 0 = none */
+    int64_t deadline_ns; /* CLOCK_MONOTONIC; 0 = none */
 } pe_batch;
 
 /* Append the batch's tokens to their sequences and compute the wanted logits.
@@ -135,11 +135,12 @@ const float *pe_context_logits(const pe_context *context, size_t row);
 
 /* ------------------------------------------------------------------ test hooks */
 
-/* One block in isolation: x (n_tokens, dim) float32 at positions 0.. of a fresh sequence goes through layer `layer` in place. */
+/* One block in isolation: x (n_tokens, dim) float32 at positions 0.. of a fresh sequence goes through layer `layer` in
+ * place. */
 pe_status pe_debug_block(pe_context *context, uint32_t layer, float *x, size_t n_tokens, char *err);
-/* SHA-independent view of a sequence's KV: bytes of one page of one layer and kv head, as FORMAT.md's section 8 has them in memory.
- * Returns the size; copies at most `capacity` bytes into out. */
-size_t pe_debug_kv_page(const pe_context *context, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page, void *out,
-                        size_t capacity);
+/* SHA-independent view of a sequence's KV: bytes of one page of one layer and kv head, as FORMAT.md's section 8 has
+ * them in memory. Returns the size; copies at most `capacity` bytes into out. */
+size_t pe_debug_kv_page(const pe_context *context, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page,
+                        void *out, size_t capacity);
 
 #endif

@@ -1,7 +1,7 @@
 /* sampler.c: logits -> token. The law is in sampler.h; here is how it is met without sorting the vocabulary.
  *
- * Reads in the order of the law: candidates and their heap, passes over the logits, penalties and masks, the steps, the draw,
- * log-probabilities, then the life of a sampler. */
+ * Reads in the order of the law: candidates and their heap, passes over the logits, penalties and masks, the steps, the
+ * draw, log-probabilities, then the life of a sampler. */
 #include "sampler.h"
 
 #include <stdarg.h>
@@ -13,7 +13,7 @@
 #include "philox.h"
 #include "sampler_math.h"
 
-#define WEIGHT_ONE 0x1p42   /* the weight of the most probable token */
+#define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
 #define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
 #define BLOCK 64             /* logits looked at together, so that the compiler can use vectors */
 
@@ -30,15 +30,15 @@ struct pe_sampler {
     pe_sampler_params params; /* its list pointers point into the copies below */
     int32_t *id_lists;        /* bias_ids, bad and stop, one behind the other */
     float *bias_values;
-    uint8_t *banned;          /* (vocab_size) 1 = outside `allowed`; NULL = no such list */
-    uint32_t *n_output;       /* (vocab_size) times in the output;      these three only if a penalty is on */
-    uint8_t *in_prompt;       /* (vocab_size) */
-    int32_t *seen;            /* (n_seen of vocab_size) distinct tokens of prompt and output */
+    uint8_t *banned;    /* (vocab_size) 1 = outside `allowed`; NULL = no such list */
+    uint32_t *n_output; /* (vocab_size) times in the output;      these three only if a penalty is on */
+    uint8_t *in_prompt; /* (vocab_size) */
+    int32_t *seen;      /* (n_seen of vocab_size) distinct tokens of prompt and output */
     size_t n_seen;
-    uint64_t n_outputs;       /* tokens accepted as output */
-    float *adjusted;          /* (vocab_size) logits after step 1 */
-    uint64_t *weights;        /* (vocab_size) */
-    candidate *pool;          /* (top_k or vocab_size) */
+    uint64_t n_outputs; /* tokens accepted as output */
+    float *adjusted;    /* (vocab_size) logits after step 1 */
+    uint64_t *weights;  /* (vocab_size) */
+    candidate *pool;    /* (top_k or vocab_size) */
 };
 
 static pe_status fail(char *err, pe_status status, const char *format, ...) {
@@ -128,9 +128,10 @@ static inline bool any_above(const float *logits, size_t n, float threshold) {
     return any;
 }
 
-/* The first k tokens of the order into pool, as a heap with the last of them on top; returns how many there were (banned
- * tokens, and with `weights` those of weight 0, are not candidates). Ids ascend, so a token that ties with the last one of a full heap
- * comes after it: only strictly larger logits enter, and whole blocks are skipped by one comparison. */
+/* The first k tokens of the order into pool, as a heap with the last of them on top; returns how many there were
+ * (banned tokens, and with `weights` those of weight 0, are not candidates). Ids ascend, so a token that ties with the
+ * last one of a full heap comes after it: only strictly larger logits enter, and whole blocks are skipped by one
+ * comparison. */
 static size_t select_first(const float *logits, const uint64_t *weights, size_t n, size_t k, candidate *pool) {
     size_t count = 0;
     float threshold = -INFINITY;
@@ -184,7 +185,8 @@ static pe_status adjust(pe_sampler *s, const float *logits, const float **out, c
     for (size_t i = 0; i < p->n_bias; i++) {
         float *l = &s->adjusted[p->bias_ids[i]];
         *l = *l + p->bias_values[i];
-        if (*l > 3.4028234664e38f) return fail(err, PE_ERR_NOT_FINITE, "the logit of token %d overflows under its bias", (int)p->bias_ids[i]);
+        if (*l > 3.4028234664e38f)
+            return fail(err, PE_ERR_NOT_FINITE, "the logit of token %d overflows under its bias", (int)p->bias_ids[i]);
     }
     if (s->banned)
         for (size_t i = 0; i < s->vocab_size; i++) s->adjusted[i] = s->banned[i] ? -INFINITY : s->adjusted[i];
@@ -208,9 +210,10 @@ static inline uint64_t weight_of(double d, double cut) {
     return d < cut ? 0 : weight;
 }
 
-/* weights (n) of all logits; returns their sum. Banned tokens have d = -infinity. Blocks that lie wholly below the cut (lowered
- * by a hundredth of the temperature, so that rounding cannot matter) are not exponentiated. */
-static uint64_t weigh_all(const float *logits, size_t n, double top, double temperature, double cut, uint64_t *weights) {
+/* weights (n) of all logits; returns their sum. Banned tokens have d = -infinity. Blocks that lie wholly below the cut
+ * (lowered by a hundredth of the temperature, so that rounding cannot matter) are not exponentiated. */
+static uint64_t weigh_all(const float *logits, size_t n, double top, double temperature, double cut,
+                          uint64_t *weights) {
     const double lowest = top + temperature * (cut - 0.01);
     uint64_t total = 0;
     for (size_t begin = 0; begin < n; begin += BLOCK) {
@@ -257,9 +260,10 @@ static uint64_t keep_typical(pe_sampler *s, const float *logits, double top, uin
 
 /* ------------------------------------------------------------------ steps 5 to 7: top-k, top-p, draw */
 
-/* All candidates whose weight can matter when only the first `needed` of the sum `total` is asked for. What is left out weighs
- * less than (total - needed) / vocab_size apiece, so together less than total - needed; and it is the end of the order, because
- * the limit is one on logits (lowered by a hundredth of the temperature, far more than exp and log can err). */
+/* All candidates whose weight can matter when only the first `needed` of the sum `total` is asked for. What is left out
+ * weighs less than (total - needed) / vocab_size apiece, so together less than total - needed; and it is the end of the
+ * order, because the limit is one on logits (lowered by a hundredth of the temperature, far more than exp and log can
+ * err). */
 static size_t collect(pe_sampler *s, const float *logits, double top, uint64_t total, uint64_t needed) {
     uint64_t share = (total - needed) / s->vocab_size;
     double lowest = -INFINITY;
@@ -272,7 +276,8 @@ static size_t collect(pe_sampler *s, const float *logits, double top, uint64_t t
 }
 
 /* The first token of the order at which the running sum exceeds r * (sum of what is left), r in [0, 2^64) / 2^64.
- * pool (n): a heap, first on top, of at least the part of the order that matters; total: the sum of all that step 5 left. */
+ * pool (n): a heap, first on top, of at least the part of the order that matters; total: the sum of all that step 5
+ * left. */
 static int32_t draw(const pe_sampler_params *p, candidate *pool, size_t n, uint64_t total, uint64_t random) {
     uint64_t running = 0;
     if (p->top_p >= 1.0) {
@@ -343,13 +348,15 @@ static void fill_logprobs(const float *logits, size_t n, float top, size_t n_top
     }
 }
 
-pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out, char *err) {
+pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
+                      char *err) {
     if (vocab_size == 0 || vocab_size > PE_SAMPLER_MAX_VOCAB)
         return fail(err, PE_ERR_INVALID_ARGUMENT, "vocab_size %zu is not in [1, %u]", vocab_size, PE_SAMPLER_MAX_VOCAB);
     if (token < 0 || (size_t)token >= vocab_size)
         return fail(err, PE_ERR_INVALID_ARGUMENT, "token %d is not in a vocabulary of %zu", (int)token, vocab_size);
     if (n_top > PE_SAMPLER_MAX_TOP_LOGPROBS)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "%zu alternatives asked for, at most %d", n_top, PE_SAMPLER_MAX_TOP_LOGPROBS);
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "%zu alternatives asked for, at most %d", n_top,
+                    PE_SAMPLER_MAX_TOP_LOGPROBS);
     uint64_t env = pe_float_env_enter();
     float top;
     bool finite = finite_maximum(logits, vocab_size, &top);
@@ -367,7 +374,8 @@ static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, p
     const float *adjusted;
     float raw_top, top;
     if (!finite_maximum(logits, s->vocab_size, &raw_top))
-        return fail(err, PE_ERR_NOT_FINITE, "a logit at position %llu is an infinity or NaN", (unsigned long long)position);
+        return fail(err, PE_ERR_NOT_FINITE, "a logit at position %llu is an infinity or NaN",
+                    (unsigned long long)position);
     pe_status status = adjust(s, logits, &adjusted, err);
     if (status != PE_OK) return status;
     top = adjusted == logits ? raw_top : maximum(adjusted, s->vocab_size);
@@ -388,7 +396,8 @@ static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, p
     return PE_OK;
 }
 
-pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, pe_sample_result *out, char *err) {
+pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, pe_sample_result *out,
+                            char *err) {
     uint64_t env = pe_float_env_enter();
     pe_status status = sample(sampler, logits, position, out, err);
     pe_float_env_leave(env);
@@ -442,7 +451,8 @@ static pe_status check_numbers(size_t vocab_size, const pe_sampler_params *p, ch
         {"frequency_penalty", p->frequency_penalty, true},
         {"presence_penalty", p->presence_penalty, true},
         {"min_tokens", p->min_tokens, p->min_tokens >= 0},
-        {"n_top_logprobs", p->n_top_logprobs, p->n_top_logprobs >= -1 && p->n_top_logprobs <= PE_SAMPLER_MAX_TOP_LOGPROBS},
+        {"n_top_logprobs", p->n_top_logprobs,
+         p->n_top_logprobs >= -1 && p->n_top_logprobs <= PE_SAMPLER_MAX_TOP_LOGPROBS},
     };
     for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
         if (!checks[i].valid || !finite_double(checks[i].value))
@@ -454,7 +464,8 @@ static pe_status check_ids(const char *name, const int32_t *ids, size_t n, size_
     if (n && !ids) return fail(err, PE_ERR_INVALID_ARGUMENT, "%s has a length but no elements", name);
     for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || (size_t)ids[i] >= vocab_size)
-            return fail(err, PE_ERR_INVALID_ARGUMENT, "%s: token %d is not in a vocabulary of %zu", name, (int)ids[i], vocab_size);
+            return fail(err, PE_ERR_INVALID_ARGUMENT, "%s: token %d is not in a vocabulary of %zu", name, (int)ids[i],
+                        vocab_size);
     return PE_OK;
 }
 
@@ -510,7 +521,8 @@ static bool own_lists(pe_sampler *s) {
 static bool own_buffers(pe_sampler *s) {
     const pe_sampler_params *p = &s->params;
     const size_t n = s->vocab_size;
-    bool ok = true, penalties = p->repetition_penalty != 1.0 || p->frequency_penalty != 0.0 || p->presence_penalty != 0.0;
+    bool ok = true,
+         penalties = p->repetition_penalty != 1.0 || p->frequency_penalty != 0.0 || p->presence_penalty != 0.0;
     if (penalties) {
         s->n_output = allocate(n, sizeof *s->n_output, &ok);
         s->in_prompt = allocate(n, sizeof *s->in_prompt, &ok);

@@ -1,7 +1,7 @@
 /* sampler.h: logits -> token. One sampler belongs to one sequence; distinct samplers may run on distinct threads.
  *
- * The law. Every step is exact or has one written order, so the same logits, history, seed and position give the same token
- * everywhere. "The order" of tokens is (logit descending, id ascending), with -0 equal to +0.
+ * The law. Every step is exact or has one written order, so the same logits, history, seed and position give the same
+ * token everywhere. "The order" of tokens is (logit descending, id ascending), with -0 equal to +0.
  *
  *   1. penalties     in double, in this order, then rounded to float32:
  *                    repetition r, tokens of prompt or output: l > 0 ? l / r : l * r
@@ -22,8 +22,8 @@
  * Weights are integers so that sums are exact in any order: only as much of the order is ever sorted as the draw needs.
  * A token below 2^-43 of the most probable one cannot be drawn.
  *
- * The random bits are Philox4x32-10 with key = seed and counter = (position, sample_index), words 0 and 1: they depend on
- * nothing that ran before, so batching, caching and speculation do not move them.
+ * The random bits are Philox4x32-10 with key = seed and counter = (position, sample_index), words 0 and 1: they depend
+ * on nothing that ran before, so batching, caching and speculation do not move them.
  *
  * Log-probabilities are those of the model: log-softmax of the logits as given, before step 1. */
 #ifndef PE_SAMPLER_H
@@ -51,7 +51,7 @@ typedef struct pe_sampler_params {
     const int32_t *bias_ids;   /* (n_bias); duplicates add up */
     const float *bias_values;  /* (n_bias) finite or -infinity */
     size_t n_bias;
-    const int32_t *allowed;    /* NULL = every token */
+    const int32_t *allowed; /* NULL = every token */
     size_t n_allowed;
     const int32_t *bad;
     size_t n_bad;
@@ -61,9 +61,9 @@ typedef struct pe_sampler_params {
 
 typedef struct pe_sample_result {
     int32_t token;
-    int32_t n_top;                                  /* entries below; 0 unless asked for */
-    double logprob;                                 /* of `token`; 0 if n_top_logprobs is -1 */
-    int32_t top_ids[PE_SAMPLER_MAX_TOP_LOGPROBS];   /* most probable first, in the order */
+    int32_t n_top;                                /* entries below; 0 unless asked for */
+    double logprob;                               /* of `token`; 0 if n_top_logprobs is -1 */
+    int32_t top_ids[PE_SAMPLER_MAX_TOP_LOGPROBS]; /* most probable first, in the order */
     double top_logprobs[PE_SAMPLER_MAX_TOP_LOGPROBS];
 } pe_sample_result;
 
@@ -76,14 +76,16 @@ pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sample
 void pe_sampler_destroy(pe_sampler *sampler);
 /* Forget every accepted token. */
 void pe_sampler_reset(pe_sampler *sampler);
-/* Tell the sampler of a token of the prompt, or of the output (the sampler does not accept what it samples by itself, so a
- * token may be sampled and then dropped). */
+/* Tell the sampler of a token of the prompt, or of the output (the sampler does not accept what it samples by itself,
+ * so a token may be sampled and then dropped). */
 pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bool is_prompt, char *err);
 /* Choose the token at absolute position `position` of the sequence. logits (vocab_size) float32, not changed.
  * PE_ERR_NOT_FINITE if any is an infinity or NaN, PE_ERR_INVALID_ARGUMENT if every token is banned. */
-pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, pe_sample_result *out, char *err);
+pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, pe_sample_result *out,
+                            char *err);
 
 /* Log-probability of `token` and of the n_top (<= 64) most probable tokens, without a sampler: for scoring given text. */
-pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out, char *err);
+pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
+                      char *err);
 
 #endif

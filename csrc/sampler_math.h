@@ -22,8 +22,8 @@ static inline double pe_double_from_bits(uint64_t bits) {
 #define PE_LN2_LO 1.90821492927058770002e-10
 #define PE_ROUND_MAGIC 6755399441055744.0 /* 1.5 * 2^52: adding it leaves rint(x) in the low bits */
 
-/* exp(x) for -708 <= x <= 0, below 1 ulp of error; smaller x (-infinity too) give +0. No branch on x, so loops vectorize.
- * x = k ln 2 + r with |r| <= ln(2) / 2; exp(r) by Taylor to r^13, whose first dropped term is below 5e-18. */
+/* exp(x) for -708 <= x <= 0, below 1 ulp of error; smaller x (-infinity too) give +0. No branch on x, so loops
+ * vectorize. x = k ln 2 + r with |r| <= ln(2) / 2; exp(r) by Taylor to r^13, whose first dropped term is below 5e-18. */
 static inline double pe_exp(double x) {
     double clamped = x < -708.0 ? -708.0 : x;
     double shifted = clamped * 1.44269504088896338700 + PE_ROUND_MAGIC;
@@ -42,7 +42,8 @@ static inline double pe_exp(double x) {
     p = p * r + 1.0 / 6.0;
     p = p * r + 0.5;
     p = p * (r * r) + r + 1.0;
-    double power = pe_double_from_bits((pe_double_bits(shifted) + 1023) << 52); /* 2^k: the magic's own bits shift out */
+    double power =
+        pe_double_from_bits((pe_double_bits(shifted) + 1023) << 52); /* 2^k: the magic's own bits shift out */
     return x < -708.0 ? 0.0 : p * power;
 }
 

@@ -4,9 +4,10 @@
  *
  *     | epoch: 32 | n_threads: 8 | units left to claim: 24 |
  *
- * Claiming a unit is one compare-and-swap that takes 1 off the low part. Whoever succeeds knows that the loop described by
- * `pool.fn`, `pool.arg` and `pool.n_units` is the one of that epoch and stays so until the unit is reported finished, since the
- * caller waits for every claimed unit. A worker that wakes late sees either nothing left or a newer epoch and cannot touch an old loop. */
+ * Claiming a unit is one compare-and-swap that takes 1 off the low part. Whoever succeeds knows that the loop described
+ * by `pool.fn`, `pool.arg` and `pool.n_units` is the one of that epoch and stays so until the unit is reported
+ * finished, since the caller waits for every claimed unit. A worker that wakes late sees either nothing left or a newer
+ * epoch and cannot touch an old loop. */
 #define _GNU_SOURCE
 #include "threadpool.h"
 
@@ -26,7 +27,9 @@
 static void sleep_while_equal(_Atomic uint32_t *word, uint32_t value) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
 }
-static void wake_all(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, PE_MAX_THREADS, NULL, NULL, 0); }
+static void wake_all(_Atomic uint32_t *word) {
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, PE_MAX_THREADS, NULL, NULL, 0);
+}
 #else
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t sleep_condition = PTHREAD_COND_INITIALIZER;
@@ -45,7 +48,8 @@ static void wake_all(_Atomic uint32_t *word) {
 
 enum { UNITS_BITS = 24, THREADS_BITS = 8, MAX_UNITS = (1 << UNITS_BITS) - 1 };
 
-/* Between two loops of a forward pass lie a few microseconds, so waiting threads spin that long; more would burn a quota. */
+/* Between two loops of a forward pass lie a few microseconds, so waiting threads spin that long; more would burn a
+ * quota. */
 static const int64_t spin_ns = 50 * 1000;
 static const int64_t poll_interval_ns = 20 * 1000 * 1000;
 
@@ -109,12 +113,14 @@ static bool is_cancelled(pe_control *control) {
 static void work(int thread) {
     uint64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
     while (units_left(ticket) > 0 && thread <= ticket_threads(ticket)) {
-        if (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - 1, memory_order_acq_rel, memory_order_acquire))
+        if (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - 1, memory_order_acq_rel,
+                                                   memory_order_acquire))
             continue; /* ticket now holds the newer value */
         if (thread == 0) poll_control(pool.control);
         if (!is_cancelled(pool.control)) pool.fn(pool.arg, pool.n_units - units_left(ticket), thread);
         size_t n_units = pool.n_units; /* after the report below the loop may be gone */
-        if (atomic_fetch_add(&pool.n_finished, 1) + 1 == n_units && atomic_load(&pool.caller_sleeps)) wake_all(&pool.n_finished);
+        if (atomic_fetch_add(&pool.n_finished, 1) + 1 == n_units && atomic_load(&pool.caller_sleeps))
+            wake_all(&pool.n_finished);
         ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
     }
 }
@@ -176,7 +182,8 @@ static pe_status start_workers(int n_workers, char *err) {
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (failure == 0) return PE_OK;
-    snprintf(err, PE_ERR_LEN, "cannot start worker thread %d of %d: %s", pool.n_workers + 1, n_workers, strerror(failure));
+    snprintf(err, PE_ERR_LEN, "cannot start worker thread %d of %d: %s", pool.n_workers + 1, n_workers,
+             strerror(failure));
     return PE_ERR_SYSTEM;
 }
 
@@ -241,7 +248,8 @@ void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe
     pool.fn = fn, pool.arg = arg, pool.n_units = n_units, pool.control = control;
     atomic_store(&pool.n_finished, 0);
     uint64_t epoch = (atomic_load(&pool.ticket) >> (UNITS_BITS + THREADS_BITS)) + 1;
-    atomic_store(&pool.ticket, epoch << (UNITS_BITS + THREADS_BITS) | (uint64_t)(n_threads - 1) << UNITS_BITS | n_units);
+    atomic_store(&pool.ticket,
+                 epoch << (UNITS_BITS + THREADS_BITS) | (uint64_t)(n_threads - 1) << UNITS_BITS | n_units);
     if (atomic_load(&pool.n_sleeping) > 0) wake_workers();
     work(0);
     wait_for_workers((uint32_t)n_units);

@@ -27,12 +27,14 @@ typedef struct pe_control {
 /* Work on one unit; thread is 0 for the caller and 1.. for workers: an index for scratch memory. */
 typedef void (*pe_unit_fn)(void *arg, size_t unit, int thread);
 
-/* Share in the pool: at least n_threads - 1 workers exist afterwards. Release once per acquire; the last one joins them. */
+/* Share in the pool: at least n_threads - 1 workers exist afterwards. Release once per acquire; the last one joins
+ * them. */
 pe_status pe_pool_acquire(int n_threads, char *err);
 void pe_pool_release(void);
 
-/* Run fn for units 0..n_units-1 on at most n_threads threads and return when all have run, or when control was cancelled and
- * the started ones have. If the pool is busy with somebody else's loop, the caller runs all units itself. control may be NULL. */
+/* Run fn for units 0..n_units-1 on at most n_threads threads and return when all have run, or when control was
+ * cancelled and the started ones have. If the pool is busy with somebody else's loop, the caller runs all units itself.
+ * control may be NULL. */
 void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe_control *control);
 
 int64_t pe_now_ns(void);

@@ -1,12 +1,13 @@
-/* cpu_features.c: what this CPU has and the operating system preserves. Compiled for the baseline, like everything outside the
- * kernels_<isa>.c files: a probe built with the flags it probes for would crash on the machines it is there to detect. */
+/* cpu_features.c: what this CPU has and the operating system preserves. Compiled for the baseline, like everything
+ * outside the kernels_<isa>.c files: a probe built with the flags it probes for would crash on the machines it is there
+ * to detect. */
 #include "pyengine.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-/* XCR0: which register files the operating system saves on a context switch. Without this check an AVX-512 CPU under a kernel
- * that does not save ZMM state would run, and corrupt its neighbours' registers. */
+/* XCR0: which register files the operating system saves on a context switch. Without this check an AVX-512 CPU under a
+ * kernel that does not save ZMM state would run, and corrupt its neighbours' registers. */
 static uint64_t saved_state(void) {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -29,7 +30,8 @@ static uint32_t detect(void) {
     if (zmm && (c & bit_AVX512VNNI)) features |= PE_CPU_AVX512VNNI;
     uint32_t last_subleaf = a;
     const uint32_t avxvnni = 1u << 4; /* bit_AVXVNNI, which older headers do not have */
-    if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a & avxvnni)) features |= PE_CPU_AVXVNNI;
+    if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a & avxvnni))
+        features |= PE_CPU_AVXVNNI;
     return features;
 }
 #elif defined(__aarch64__) && defined(__linux__)

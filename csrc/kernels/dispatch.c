@@ -1,6 +1,6 @@
 /* dispatch.c: which table runs. The list is in order of preference; the first whose every feature is present wins, and
- * PYENGINE_ISA or pe_isa_select overrules it by name. A name that is unknown or cannot run here is an error, never a silent
- * fallback: someone who forces a table must get it. */
+ * PYENGINE_ISA or pe_isa_select overrules it by name. A name that is unknown or cannot run here is an error, never a
+ * silent fallback: someone who forces a table must get it. */
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -44,7 +44,8 @@ pe_status pe_isa_select(const char *name, char *err) {
     if (name == NULL || name[0] == '\0') name = pe_isa_available(0);
     const struct pe_kernels *table = pe_kernels_by_name(name);
     if (table == NULL) {
-        int n = snprintf(err, PE_ERR_LEN, "instruction set '%.40s' is unknown or this CPU cannot run it; it can run:", name);
+        int n = snprintf(err, PE_ERR_LEN,
+                         "instruction set '%.40s' is unknown or this CPU cannot run it; it can run:", name);
         for (size_t i = 0; pe_isa_available(i) != NULL && n < PE_ERR_LEN - 20; i++)
             n += snprintf(err + n, (size_t)(PE_ERR_LEN - n), " %s", pe_isa_available(i));
         return PE_ERR_UNSUPPORTED_ISA;

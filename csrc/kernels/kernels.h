@@ -10,28 +10,31 @@
 #include <stdint.h>
 
 enum {
-    PE_PANEL = 16,        /* rows of a weight panel, positions of a K panel, lanes of every float sum */
-    PE_GROUP = 64,        /* weights that share a scale */
-    PE_X_GROUP = 32,      /* activations (and q, k elements) that share a scale */
-    PE_TOKEN_BLOCK = 8,   /* tokens whose activations are packed together */
-    PE_CHUNK = 256,       /* positions of an attention chunk = of a KV page */
+    PE_PANEL = 16,      /* rows of a weight panel, positions of a K panel, lanes of every float sum */
+    PE_GROUP = 64,      /* weights that share a scale */
+    PE_X_GROUP = 32,    /* activations (and q, k elements) that share a scale */
+    PE_TOKEN_BLOCK = 8, /* tokens whose activations are packed together */
+    PE_CHUNK = 256,     /* positions of an attention chunk = of a KV page */
 };
 
-/* Quantized activations of n_tokens rows of n columns (n a multiple of 64), packed for the matrix kernels. Tokens are cut
- * into blocks of PE_TOKEN_BLOCK; the last block is as narrow as the tokens that are left. In a block of `width` tokens:
+/* Quantized activations of n_tokens rows of n columns (n a multiple of 64), packed for the matrix kernels. Tokens are
+ * cut into blocks of PE_TOKEN_BLOCK; the last block is as narrow as the tokens that are left. In a block of `width`
+ * tokens:
  *     codes[k4][token][4]   int8     k4 = column / 4: four inputs of one token are one 32-bit broadcast
  *     scales[group][token]  float32  group = column / 32
- *     sums[group][token]    int32    sum of the 32 codes, for instructions that want unsigned weights (see avx512vnni)
- * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 32, sums likewise. */
+ *     corrections[group][token] int32  -128 * (sum of the 32 codes): where the int32 accumulator starts in tables whose
+ *                           instructions want unsigned weights (see avx512vnni)
+ * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 32, corrections likewise. */
 typedef struct pe_activations {
     int8_t *codes;
     float *scales;
-    int32_t *sums;
-    size_t n;        /* columns, padded to 64 */
+    int32_t *corrections;
+    size_t n; /* columns, padded to 64 */
     size_t n_tokens;
 } pe_activations;
 
-/* A matrix in panels (FORMAT.md section 3): codes (n_panels, n_groups, 16, 16, 4), scales f16 bits (n_panels, n_groups, 16). */
+/* A matrix in panels (FORMAT.md section 3): codes (n_panels, n_groups, 16, 16, 4), scales f16 bits (n_panels, n_groups,
+ * 16). */
 typedef struct pe_matrix {
     const int8_t *codes;
     const uint16_t *scales;
@@ -53,36 +56,41 @@ struct pe_kernels {
     const char *name;  /* "scalar", "avx2", ...: the words that PYENGINE_ISA accepts */
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
 
-    /* Row of x (n) -> one token of a packed activation block, in groups of 32. codes, scales, sums point at that token's first
-     * element; `width` is the block's number of tokens (the stride). Columns n..n_padded (a multiple of 32) become 0.
-     * Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or NaN, and then the
-     * codes mean nothing. */
-    uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *sums, size_t width, const float *x, size_t n, size_t n_padded);
+    /* Row of x (n) -> one token of a packed activation block, in groups of 32. codes, scales, corrections point at that
+     * token's first element; `width` is the block's number of tokens (the stride). Columns n..n_padded (a multiple of
+     * 32) become 0. Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or
+     * NaN, and then the codes mean nothing. */
+    uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
+                         size_t n_padded);
     /* The same law for one group of any length n: codes (n), *scale. Same return value. */
     uint32_t (*quantize_group)(int8_t *codes, float *scale, const float *x, size_t n);
 
-    /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin, token_end) where
-     * token_begin is a multiple of PE_TOKEN_BLOCK. out points at (token_begin, 16 panel_begin), rows out_stride floats apart. */
+    /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin,
+     * token_end) where token_begin is a multiple of PE_TOKEN_BLOCK. out points at (token_begin, 16 panel_begin), rows
+     * out_stride floats apart. */
     void (*matmul)(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
                    const pe_activations *x, size_t token_begin, size_t token_end);
 
-    /* y = (x * inv_rms) * w over n elements; x == y is allowed. Returns the sum of squares, which is not finite if x overflowed. */
+    /* y = (x * inv_rms) * w over n elements; x == y is allowed. Returns the sum of squares, which is not finite if x
+     * overflowed. */
     float (*rmsnorm)(float *y, const float *x, const float *w, size_t n, float eps);
 
     /* x (head_dim) rotated in place; cos, sin (head_dim / 2). */
     void (*rope)(float *x, const float *cos, const float *sin, size_t head_dim);
 
-    /* h (n_pairs * 16) = silu(gate) * up; gate_up (n_pairs, 2, 16) holds a gate panel, then its up panel, as matmul wrote them. */
+    /* h (n_pairs * 16) = silu(gate) * up; gate_up (n_pairs, 2, 16) holds a gate panel, then its up panel, as matmul
+     * wrote them. */
     void (*swiglu)(float *h, const float *gate_up, size_t n_pairs);
 
     /* y[i] = x[i] + y[i] for n elements. */
     void (*add)(float *y, const float *x, size_t n);
 
     /* scores[r][j] for n_rows query rows against positions j of the panels that cover [0, n_positions):
-     * score = c * acc as FORMAT.md section 8 has it. q (n_rows, head_dim_p) int8, q_scales and q_sums (n_rows, head_dim_p / 32),
-     * scores rows 256 floats apart. Positions from n_positions to the end of their panel get values that mean nothing. */
-    void (*attention_scores)(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_sums, size_t n_rows,
-                             size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c);
+     * score = c * acc as FORMAT.md section 8 has it. q (n_rows, head_dim_p) int8, q_scales and q_corrections (n_rows,
+     * head_dim_p / 32), scores rows 256 floats apart. Positions from n_positions to the end of their panel get values
+     * that mean nothing. */
+    void (*attention_scores)(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
+                             size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c);
     /* The same with float32 q (n_rows, head_dim_p) and kv->k_f32. */
     void (*attention_scores_f32)(float *scores, const float *q, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t n_positions, float c);
@@ -90,10 +98,10 @@ struct pe_kernels {
     /* One row of scores -> p in place over [begin, end) of a chunk; +0 elsewhere in [0, 256). Returns m, stores l. */
     float (*softmax_chunk)(float *scores, size_t begin, size_t end, float *l);
 
-    /* out[r][d] = sum over positions [begin, end) ascending of (p[r][j] * v_scale[j]) * v[j][d], from +0. p rows 256 floats apart
-     * and +0 where row r may not look; out (n_rows, head_dim_p). */
-    void (*attention_values)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
-                             size_t end);
+    /* out[r][d] = sum over positions [begin, end) ascending of (p[r][j] * v_scale[j]) * v[j][d], from +0. p rows 256
+     * floats apart and +0 where row r may not look; out (n_rows, head_dim_p). */
+    void (*attention_values)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                             size_t begin, size_t end);
     void (*attention_values_f32)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end);
 

@@ -1,7 +1,8 @@
 /* kernels_avx2.c: sixteen lanes in two ymm registers. AVX2, FMA and F16C.
  *
- * The dot step: vpmaddubsw multiplies unsigned by signed bytes and adds pairs into int16. |x| is unsigned, and x's sign moves to the
- * weight, sign(w, x) * |x| = w * x; both stay within 127, so a pair is at most 2 * 127^2 = 32,258 and cannot saturate. */
+ * The dot step: vpmaddubsw multiplies unsigned by signed bytes and adds pairs into int16. |x| is unsigned, and x's sign
+ * moves to the weight, sign(w, x) * |x| = w * x; both stay within 127, so a pair is at most 2 * 127^2 = 32,258 and
+ * cannot saturate. */
 #include <string.h>
 
 #include "lanes16_avx2.h"
@@ -10,9 +11,13 @@
 enum { TILE_PANELS = 2, TILE_TOKENS = 2 }; /* 8 int32 sums of 16 ymm registers; the float sums are spilled */
 
 typedef i16 w16;
-typedef struct { __m256i x, absolute; } x4;
+typedef struct {
+    __m256i x, absolute;
+} x4;
 
-LANES w16 w16_load(const int8_t *p) { return (w16){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))}; }
+LANES w16 w16_load(const int8_t *p) {
+    return (w16){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
+}
 
 LANES x4 x4_load(const int8_t *p) {
     int32_t four;
@@ -21,8 +26,8 @@ LANES x4 x4_load(const int8_t *p) {
     return (x4){x, _mm256_abs_epi8(x)};
 }
 
-LANES i16 dot_start(int32_t sum) {
-    (void)sum;
+LANES i16 dot_start(int32_t correction) {
+    (void)correction;
     return i16_zero();
 }
 

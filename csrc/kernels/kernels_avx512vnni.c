@@ -1,8 +1,8 @@
 /* kernels_avx512vnni.c: sixteen lanes in one zmm register. AVX-512 F, BW, VL, DQ and VNNI.
  *
- * The dot step: vpdpbusd multiplies four unsigned by four signed bytes and adds all four products into an int32 lane. Weights become unsigned by
- * flipping the top bit, w + 128; then sum((w + 128) * x) is too large by 128 * sum(x), which every token's quantizer knows, so the
- * accumulator starts at -128 * sum(x) and the result is exact. */
+ * The dot step: vpdpbusd multiplies four unsigned by four signed bytes and adds all four products into an int32 lane.
+ * Weights become unsigned by flipping the top bit, w + 128; then sum((w + 128) * x) is too large by 128 * sum(x), which
+ * every token's quantizer knows, so the accumulator starts at -128 * sum(x) and the result is exact. */
 #include <immintrin.h>
 #include <string.h>
 
@@ -36,7 +36,9 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
 }
 
 LANES v16 v16_from_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
-LANES v16 v16_from_i8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))); }
+LANES v16 v16_from_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
 
 LANES i16 i16_zero(void) { return _mm512_setzero_si512(); }
 LANES i16 i16_add(i16 a, i16 b) { return _mm512_add_epi32(a, b); }
@@ -61,11 +63,11 @@ LANES x4 x4_load(const int8_t *p) {
     memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
 }
-LANES i16 dot_start(int32_t sum) { return _mm512_set1_epi32(-128 * sum); }
+LANES i16 dot_start(int32_t correction) { return _mm512_set1_epi32(correction); }
 LANES i16 dot(i16 acc, w16 w, x4 x) { return _mm512_dpbusd_epi32(acc, w, x); }
 
 #include "lanes16.h"
 
 const struct pe_kernels pe_kernels_avx512vnni =
-    PE_LANES16_TABLE("avx512vnni", PE_CPU_AVX2 | PE_CPU_FMA | PE_CPU_F16C | PE_CPU_AVX512F | PE_CPU_AVX512BW | PE_CPU_AVX512VL |
-                                       PE_CPU_AVX512DQ | PE_CPU_AVX512VNNI);
+    PE_LANES16_TABLE("avx512vnni", PE_CPU_AVX2 | PE_CPU_FMA | PE_CPU_F16C | PE_CPU_AVX512F | PE_CPU_AVX512BW |
+                                       PE_CPU_AVX512VL | PE_CPU_AVX512DQ | PE_CPU_AVX512VNNI);

@@ -1,13 +1,18 @@
-/* kernels_avxvnni.c: sixteen lanes in two ymm registers, for CPUs that have VNNI without AVX-512. AVX2, FMA, F16C and AVX-VNNI.
+/* kernels_avxvnni.c: sixteen lanes in two ymm registers, for CPUs that have VNNI without AVX-512. AVX2, FMA, F16C and
+ * AVX-VNNI.
  *
- * The dot step: vpdpbusd multiplies four unsigned by four signed bytes and adds all four products into an int32 lane. As in
- * kernels_avx512vnni.c, weights become unsigned by flipping the top bit, w + 128, and the accumulator starts at -128 * sum(x). */
+ * The dot step: vpdpbusd multiplies four unsigned by four signed bytes and adds all four products into an int32 lane.
+ * As in kernels_avx512vnni.c, weights become unsigned by flipping the top bit, w + 128, and the accumulator starts at
+ * -128 * sum(x). */
 #include <string.h>
 
 #include "lanes16_avx2.h"
 #include "pyengine.h"
 
-enum { TILE_PANELS = 2, TILE_TOKENS = 2 }; /* 8 int32 sums and 4 weights of 16 ymm registers; the float sums are spilled */
+enum {
+    TILE_PANELS = 2,
+    TILE_TOKENS = 2
+}; /* 8 int32 sums and 4 weights of 16 ymm registers; the float sums are spilled */
 
 typedef i16 w16;
 typedef __m256i x4;
@@ -24,8 +29,8 @@ LANES x4 x4_load(const int8_t *p) {
     return _mm256_set1_epi32(four);
 }
 
-LANES i16 dot_start(int32_t sum) {
-    __m256i start = _mm256_set1_epi32(-128 * sum);
+LANES i16 dot_start(int32_t correction) {
+    __m256i start = _mm256_set1_epi32(correction);
     return (i16){start, start};
 }
 

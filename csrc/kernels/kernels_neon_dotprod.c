@@ -1,9 +1,10 @@
 /* kernels_neon_dotprod.c: sixteen lanes in four q registers. Armv8.2-A with the dot product extension.
  *
- * The dot step: sdot multiplies four signed by four signed bytes and adds all four products into an int32 lane, which is the sum that is
- * wanted: weights and activations go in as they lie in memory.
+ * The dot step: sdot multiplies four signed by four signed bytes and adds all four products into an int32 lane, which
+ * is the sum that is wanted: weights and activations go in as they lie in memory.
  *
- * NEON's own maximum and minimum propagate NaN, x86's and the specification's comparisons do not: both are a comparison and a select here. */
+ * NEON's own maximum and minimum propagate NaN, x86's and the specification's comparisons do not: both are a comparison
+ * and a select here. */
 #include <arm_neon.h>
 #include <string.h>
 
@@ -87,8 +88,8 @@ LANES x4 x4_load(const int8_t *p) {
     memcpy(&four, p, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
 }
-LANES i16 dot_start(int32_t sum) {
-    (void)sum;
+LANES i16 dot_start(int32_t correction) {
+    (void)correction;
     return i16_zero();
 }
 LANES i16 dot(i16 acc, w16 w, x4 x) { EACH(i16, vdotq_s32(acc.val[q], w.val[q], x)); }

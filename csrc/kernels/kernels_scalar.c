@@ -1,5 +1,5 @@
-/* kernels_scalar.c: the specification. Plain C that computes FORMAT.md line by line; every other table must give the same
- * bits. It is written to be read, not to be fast. */
+/* kernels_scalar.c: the specification. Plain C that computes FORMAT.md line by line; every other table must give the
+ * same bits. It is written to be read, not to be fast. */
 #include "kernels.h"
 #include "pe_math.h"
 
@@ -16,38 +16,41 @@ static uint32_t absmax_bits(const float *x, size_t n) {
     return most;
 }
 
-/* One group of n values. code i goes to codes[i / 4 * stride + i % 4]: stride 4 is plain, wider strides interleave tokens. */
-static uint32_t quantize_strided(int8_t *codes, size_t stride, float *scale, int32_t *sum, const float *x, size_t n) {
+/* One group of n values. code i goes to codes[i / 4 * stride + i % 4]: stride 4 is plain, wider strides interleave
+ * tokens. */
+static uint32_t quantize_strided(int8_t *codes, size_t stride, float *scale, int32_t *correction, const float *x,
+                                 size_t n) {
     uint32_t bits = absmax_bits(x, n);
     float absmax = pe_float_from_bits(bits);
     int zero = absmax < smallest_absmax || bits >= PE_NOT_FINITE_BITS;
     float inv = zero ? 0.0f : 127.0f / absmax;
     *scale = zero ? 0.0f : absmax / 127.0f;
-    *sum = 0;
+    *correction = 0;
     for (size_t i = 0; i < n; i++) {
         int8_t code = zero ? 0 : (int8_t)lrintf(x[i] * inv);
         codes[i / 4 * stride + i % 4] = code;
-        *sum += code;
+        *correction -= 128 * code;
     }
     return bits;
 }
 
-static uint32_t quantize(int8_t *codes, float *scales, int32_t *sums, size_t width, const float *x, size_t n, size_t n_padded) {
+static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
+                         size_t n_padded) {
     uint32_t most = 0;
     for (size_t group = 0; group < n_padded / PE_X_GROUP; group++) {
         float padded[PE_X_GROUP] = {0};
         size_t begin = group * PE_X_GROUP;
         for (size_t i = 0; i < PE_X_GROUP && begin + i < n; i++) padded[i] = x[begin + i];
-        uint32_t bits = quantize_strided(codes + begin * width, 4 * width, scales + group * width, sums + group * width, padded,
-                                         PE_X_GROUP);
+        uint32_t bits = quantize_strided(codes + begin * width, 4 * width, scales + group * width,
+                                         corrections + group * width, padded, PE_X_GROUP);
         if (bits > most) most = bits;
     }
     return most;
 }
 
 static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size_t n) {
-    int32_t sum;
-    return quantize_strided(codes, 4, scale, &sum, x, n);
+    int32_t unused;
+    return quantize_strided(codes, 4, scale, &unused, x, n);
 }
 
 /* ------------------------------------------------------------------ matrix product (section 6) */
@@ -119,9 +122,9 @@ static void add(float *y, const float *x, size_t n) {
 
 /* ------------------------------------------------------------------ attention (section 8) */
 
-static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_sums, size_t n_rows,
-                             size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
-    (void)q_sums;
+static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
+                             size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
+    (void)q_corrections;
     size_t n_groups = head_dim_p / PE_X_GROUP;
     for (size_t r = 0; r < n_rows; r++)
         for (size_t j = 0; j < n_positions; j++) {
@@ -130,7 +133,8 @@ static void attention_scores(float *scores, const int8_t *q, const float *q_scal
             for (size_t group = 0; group < n_groups; group++) {
                 int32_t d = 0;
                 for (size_t i = group * PE_X_GROUP; i < (group + 1) * PE_X_GROUP; i++)
-                    d += q[r * head_dim_p + i] * kv->k[((panel * head_dim_p + i / 4 * 4) * PE_PANEL) + lane * 4 + i % 4];
+                    d +=
+                        q[r * head_dim_p + i] * kv->k[((panel * head_dim_p + i / 4 * 4) * PE_PANEL) + lane * 4 + i % 4];
                 float k_scale = kv->k_scales[(panel * n_groups + group) * PE_PANEL + lane];
                 acc = fmaf((float)d * q_scales[r * n_groups + group], k_scale, acc);
             }
@@ -144,7 +148,8 @@ static void attention_scores_f32(float *scores, const float *q, size_t n_rows, s
         for (size_t j = 0; j < n_positions; j++) {
             float acc = 0.0f;
             for (size_t i = 0; i < head_dim_p; i++)
-                acc = fmaf(q[r * head_dim_p + i], kv->k_f32[(j / PE_PANEL * head_dim_p + i) * PE_PANEL + j % PE_PANEL], acc);
+                acc = fmaf(q[r * head_dim_p + i], kv->k_f32[(j / PE_PANEL * head_dim_p + i) * PE_PANEL + j % PE_PANEL],
+                           acc);
             scores[r * PE_CHUNK + j] = c * acc;
         }
 }
@@ -160,8 +165,8 @@ static float softmax_chunk(float *scores, size_t begin, size_t end, float *l) {
     return m;
 }
 
-static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
-                             size_t end) {
+static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                             size_t begin, size_t end) {
     for (size_t r = 0; r < n_rows; r++)
         for (size_t d = 0; d < head_dim_p; d++) {
             float o = 0.0f;

@@ -1,8 +1,9 @@
 /* lanes16.h: every kernel, written once for sixteen lanes.
  *
- * An instruction set's file defines the primitives below as static inline functions, includes this header, and is done: a
- * table differs from another only in how sixteen lanes are held (one zmm, two ymm, four q registers) and in the int8 dot step. The loops
- * follow kernels_scalar.c statement by statement; all lane-wise operations are IEEE, so equal order means equal bits.
+ * An instruction set's file defines the primitives below as static inline functions, includes this header, and is done:
+ * a table differs from another only in how sixteen lanes are held (one zmm, two ymm, four q registers) and in the int8
+ * dot step. The loops follow kernels_scalar.c statement by statement; all lane-wise operations are IEEE, so equal order
+ * means equal bits.
  *
  *   v16              16 float32 lanes        v16_load/store (unaligned), v16_set1, v16_add/sub/mul/div/fma(a, b, c) = a * b + c
  *   v16_max(a, b)    a > b ? a : b           v16_rint, v16_from_i8(p) 16 int8 -> float, v16_from_half(p) 16 f16 -> float
@@ -12,7 +13,7 @@
  *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|; i16_umax: the maximum over lanes
  *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
  *   w16, x4          64 bytes of a panel (four inputs of sixteen rows); four inputs of one token, broadcast
- *   w16_load, x4_load, dot_start(sum of the 32 codes of x), dot(acc, w, x)
+ *   w16_load, x4_load, dot_start(correction of x: see pe_activations), dot(acc, w, x)
  *   TILE_PANELS, TILE_TOKENS   register block of the matrix product */
 #ifndef PE_LANES16_H
 #define PE_LANES16_H
@@ -45,7 +46,7 @@ PE_INLINE v16 exp16(v16 x) {
 /* ------------------------------------------------------------------ quantization */
 
 /* One group; n a multiple of 16, at most 512. Codes go to `dense`. */
-PE_INLINE uint32_t quantize_dense(int8_t *dense, float *scale, int32_t *sum, const float *x, size_t n) {
+PE_INLINE uint32_t quantize_dense(int8_t *dense, float *scale, int32_t *correction, const float *x, size_t n) {
     i16 most = i16_zero();
     for (size_t i = 0; i < n; i += 16) most = v16_abs_bits_max(most, v16_load(x + i));
     uint32_t bits = i16_umax(most);
@@ -53,18 +54,19 @@ PE_INLINE uint32_t quantize_dense(int8_t *dense, float *scale, int32_t *sum, con
     if (absmax < 0x1p-64f || bits >= PE_NOT_FINITE_BITS) {
         memset(dense, 0, n);
         *scale = 0.0f;
-        *sum = 0;
+        *correction = 0;
         return bits;
     }
     *scale = absmax / 127.0f;
     v16 inv = v16_set1(127.0f / absmax);
     i16 total = i16_zero();
     for (size_t i = 0; i < n; i += 16) total = i16_add(total, v16_to_i8(dense + i, v16_mul(v16_load(x + i), inv)));
-    *sum = i16_sum(total);
+    *correction = -128 * i16_sum(total);
     return bits;
 }
 
-static uint32_t quantize(int8_t *codes, float *scales, int32_t *sums, size_t width, const float *x, size_t n, size_t n_padded) {
+static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
+                         size_t n_padded) {
     uint32_t most = 0;
     for (size_t g = 0; g < n_padded / PE_X_GROUP; g++) {
         size_t begin = g * PE_X_GROUP;
@@ -75,7 +77,7 @@ static uint32_t quantize(int8_t *codes, float *scales, int32_t *sums, size_t wid
             group = padded;
         }
         int8_t dense[PE_X_GROUP];
-        uint32_t bits = quantize_dense(dense, scales + g * width, sums + g * width, group, PE_X_GROUP);
+        uint32_t bits = quantize_dense(dense, scales + g * width, corrections + g * width, group, PE_X_GROUP);
         most = bits > most ? bits : most;
         for (size_t k4 = 0; k4 < PE_X_GROUP / 4; k4++) memcpy(codes + (begin + k4 * 4) * width, dense + k4 * 4, 4);
     }
@@ -85,21 +87,22 @@ static uint32_t quantize(int8_t *codes, float *scales, int32_t *sums, size_t wid
 static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size_t n) {
     float padded[512] = {0};
     int8_t dense[512];
-    int32_t sum;
+    int32_t unused;
     memcpy(padded, x, n * sizeof(float));
-    uint32_t bits = quantize_dense(dense, scale, &sum, padded, (n + 15) / 16 * 16);
+    uint32_t bits = quantize_dense(dense, scale, &unused, padded, (n + 15) / 16 * 16);
     memcpy(codes, dense, n);
     return bits;
 }
 
 /* ------------------------------------------------------------------ matrix product */
 
-/* d * scale of 32 inputs, for n_p panels and n_t tokens: the integer half of a group. Strides: w_stride bytes between panels, x_token
- * bytes between tokens, x_step between consecutive k4 of one token, sum_stride sums between tokens. n_p and n_t are constants at every call. */
+/* d * scale of 32 inputs, for n_p panels and n_t tokens: the integer half of a group. Strides: w_stride bytes between
+ * panels, x_token bytes between tokens, x_step between consecutive k4 of one token, c_stride corrections between
+ * tokens. n_p and n_t are constants at every call. */
 PE_INLINE void dot_32(i16 d[TILE_PANELS][TILE_TOKENS], const int8_t *w, size_t w_stride, const int8_t *x, size_t x_step,
-                      size_t x_token, const int32_t *sums, size_t sum_stride, const int n_p, const int n_t) {
+                      size_t x_token, const int32_t *corrections, size_t c_stride, const int n_p, const int n_t) {
     PE_UNROLL for (int t = 0; t < n_t; t++) {
-        i16 start = dot_start(sums[(size_t)t * sum_stride]);
+        i16 start = dot_start(corrections[(size_t)t * c_stride]);
         PE_UNROLL for (int p = 0; p < n_p; p++) d[p][t] = start;
     }
     PE_UNROLL for (int k4 = 0; k4 < PE_X_GROUP / 4; k4++) {
@@ -112,9 +115,10 @@ PE_INLINE void dot_32(i16 d[TILE_PANELS][TILE_TOKENS], const int8_t *w, size_t w
     }
 }
 
-/* n_p panels from `panel` times n_t tokens whose first is x, scales, sums (stride `width` between k4 steps and groups). */
+/* n_p panels from `panel` times n_t tokens whose first is x, scales, corrections (stride `width` between k4 steps and
+ * groups). */
 PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, size_t panel, const int8_t *x, const float *scales,
-                            const int32_t *sums, size_t width, const int n_p, const int n_t) {
+                            const int32_t *corrections, size_t width, const int n_p, const int n_t) {
     size_t n_groups = w->n_groups, w_stride = n_groups * PE_GROUP * PE_PANEL;
     const int8_t *codes = w->codes + panel * w_stride;
     const uint16_t *w_scales = w->scales + panel * n_groups * PE_PANEL;
@@ -123,12 +127,12 @@ PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, s
     for (size_t g = 0; g < n_groups; g++) {
         v16 sum[TILE_PANELS][TILE_TOKENS];
         i16 d[TILE_PANELS][TILE_TOKENS];
-        dot_32(d, codes, w_stride, x, width * 4, 4, sums, 1, n_p, n_t);
+        dot_32(d, codes, w_stride, x, width * 4, 4, corrections, 1, n_p, n_t);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
             v16 s = v16_set1(scales[t]);
             PE_UNROLL for (int p = 0; p < n_p; p++) sum[p][t] = v16_mul(i16_to_float(d[p][t]), s);
         }
-        dot_32(d, codes + 512, w_stride, x + width * 32, width * 4, 4, sums + width, 1, n_p, n_t);
+        dot_32(d, codes + 512, w_stride, x + width * 32, width * 4, 4, corrections + width, 1, n_p, n_t);
         v16 w_scale[TILE_PANELS];
         PE_UNROLL for (int p = 0; p < n_p; p++) w_scale[p] = v16_from_half(w_scales + (size_t)p * n_groups * PE_PANEL);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
@@ -137,7 +141,7 @@ PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, s
                 acc[p][t] = v16_fma(v16_fma(i16_to_float(d[p][t]), s, sum[p][t]), w_scale[p], acc[p][t]);
         }
         codes += PE_GROUP * PE_PANEL, w_scales += PE_PANEL;
-        x += width * PE_GROUP, scales += width * 2, sums += width * 2;
+        x += width * PE_GROUP, scales += width * 2, corrections += width * 2;
     }
     PE_UNROLL for (int t = 0; t < n_t; t++)
         PE_UNROLL for (int p = 0; p < n_p; p++) v16_store(out + (size_t)t * out_stride + p * PE_PANEL, acc[p][t]);
@@ -145,10 +149,10 @@ PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, s
 
 /* Any number of tokens of one block (1..8), n_p panels: full register blocks, then what is left. */
 PE_INLINE void matmul_tokens(float *out, size_t out_stride, const pe_matrix *w, size_t panel, const int8_t *x, const float *scales,
-                             const int32_t *sums, size_t width, size_t n_tokens, const int n_p) {
+                             const int32_t *corrections, size_t width, size_t n_tokens, const int n_p) {
     size_t t = 0;
 #define PE_BLOCK(n_t) \
-    matmul_block(out + t * out_stride, out_stride, w, panel, x + t * 4, scales + t, sums + t, width, n_p, n_t), t += (n_t)
+    matmul_block(out + t * out_stride, out_stride, w, panel, x + t * 4, scales + t, corrections + t, width, n_p, n_t), t += (n_t)
     while (n_tokens - t >= TILE_TOKENS) PE_BLOCK(TILE_TOKENS);
     if (TILE_TOKENS > 4 && n_tokens - t >= 4) PE_BLOCK(TILE_TOKENS < 4 ? TILE_TOKENS : 4);
     if (TILE_TOKENS > 2 && n_tokens - t >= 2) PE_BLOCK(2);
@@ -164,15 +168,15 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
             size_t n_tokens = token_end - block < width ? token_end - block : width;
             const int8_t *codes = x->codes + block * x->n;
             const float *scales = x->scales + block * (x->n / PE_X_GROUP);
-            const int32_t *sums = x->sums + block * (x->n / PE_X_GROUP);
+            const int32_t *corrections = x->corrections + block * (x->n / PE_X_GROUP);
             float *tile = out + (block - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
             /* A single token only streams weights: one panel at a time is the order in which they lie in the file. */
             if (panel_end - panel >= TILE_PANELS && width > 1) {
-                matmul_tokens(tile, out_stride, w, panel, codes, scales, sums, width, n_tokens, TILE_PANELS);
+                matmul_tokens(tile, out_stride, w, panel, codes, scales, corrections, width, n_tokens, TILE_PANELS);
             } else {
                 size_t end = panel_end - panel < TILE_PANELS ? panel_end : panel + TILE_PANELS;
                 for (size_t p = panel; p < end; p++)
-                    matmul_tokens(tile + (p - panel) * PE_PANEL, out_stride, w, p, codes, scales, sums, width, n_tokens, 1);
+                    matmul_tokens(tile + (p - panel) * PE_PANEL, out_stride, w, p, codes, scales, corrections, width, n_tokens, 1);
             }
         }
     }
@@ -233,14 +237,14 @@ static void scale(float *y, const float *x, float s, size_t n) {
 /* ------------------------------------------------------------------ attention */
 
 /* One panel of 16 positions against n_t query rows. */
-PE_INLINE void scores_block(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_sums, size_t head_dim_p,
-                            const int8_t *k, const float *k_scales, float c, const int n_t) {
+PE_INLINE void scores_block(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
+                            size_t head_dim_p, const int8_t *k, const float *k_scales, float c, const int n_t) {
     size_t n_groups = head_dim_p / PE_X_GROUP;
     v16 acc[TILE_TOKENS];
     PE_UNROLL for (int t = 0; t < n_t; t++) acc[t] = v16_set1(0.0f);
     for (size_t g = 0; g < n_groups; g++) {
         i16 d[TILE_PANELS][TILE_TOKENS];
-        dot_32(d, k + g * 512, 0, q + g * PE_X_GROUP, 4, head_dim_p, q_sums + g, n_groups, 1, n_t);
+        dot_32(d, k + g * 512, 0, q + g * PE_X_GROUP, 4, head_dim_p, q_corrections + g, n_groups, 1, n_t);
         v16 k_scale = v16_load(k_scales + g * PE_PANEL);
         PE_UNROLL for (int t = 0; t < n_t; t++)
             acc[t] = v16_fma(v16_mul(i16_to_float(d[0][t]), v16_set1(q_scales[(size_t)t * n_groups + g])), k_scale, acc[t]);
@@ -248,7 +252,7 @@ PE_INLINE void scores_block(float *scores, const int8_t *q, const float *q_scale
     PE_UNROLL for (int t = 0; t < n_t; t++) v16_store(scores + t * PE_CHUNK, v16_mul(v16_set1(c), acc[t]));
 }
 
-static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_sums, size_t n_rows,
+static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections, size_t n_rows,
                              size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
     size_t n_groups = head_dim_p / PE_X_GROUP;
     for (size_t j = 0; j < n_positions; j += PE_PANEL) {
@@ -256,7 +260,7 @@ static void attention_scores(float *scores, const int8_t *q, const float *q_scal
         const float *k_scales = kv->k_scales + j * n_groups;
         size_t r = 0;
 #define PE_BLOCK(n_t) \
-    scores_block(scores + r * PE_CHUNK + j, q + r * head_dim_p, q_scales + r * n_groups, q_sums + r * n_groups, head_dim_p, k, \
+    scores_block(scores + r * PE_CHUNK + j, q + r * head_dim_p, q_scales + r * n_groups, q_corrections + r * n_groups, head_dim_p, k, \
                  k_scales, c, n_t), \
         r += (n_t)
         while (n_rows - r >= TILE_TOKENS) PE_BLOCK(TILE_TOKENS);

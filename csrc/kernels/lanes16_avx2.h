@@ -1,5 +1,5 @@
-/* lanes16_avx2.h: the primitives of lanes16.h that every table with ymm registers shares: sixteen lanes in two of them. The file that
- * includes this adds w16, x4, their loads, the dot step and the tile. AVX2, FMA and F16C. */
+/* lanes16_avx2.h: the primitives of lanes16.h that every table with ymm registers shares: sixteen lanes in two of them.
+ * The file that includes this adds w16, x4, their loads, the dot step and the tile. AVX2, FMA and F16C. */
 #ifndef PE_LANES16_AVX2_H
 #define PE_LANES16_AVX2_H
 
@@ -8,8 +8,12 @@
 
 #define LANES static inline __attribute__((always_inline))
 
-typedef struct { __m256 low, high; } v16;
-typedef struct { __m256i low, high; } i16;
+typedef struct {
+    __m256 low, high;
+} v16;
+typedef struct {
+    __m256i low, high;
+} i16;
 
 LANES v16 v16_load(const float *p) { return (v16){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 LANES void v16_store(float *p, v16 x) { _mm256_storeu_ps(p, x.low), _mm256_storeu_ps(p + 8, x.high); }
@@ -26,7 +30,9 @@ LANES v16 v16_neg(v16 x) {
     return (v16){_mm256_xor_ps(x.low, sign), _mm256_xor_ps(x.high, sign)};
 }
 LANES v16 v16_max(v16 a, v16 b) { return (v16){_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
-LANES v16 v16_cap(v16 limit, v16 x) { return (v16){_mm256_min_ps(limit.low, x.low), _mm256_min_ps(limit.high, x.high)}; }
+LANES v16 v16_cap(v16 limit, v16 x) {
+    return (v16){_mm256_min_ps(limit.low, x.low), _mm256_min_ps(limit.high, x.high)};
+}
 
 LANES __m256 rint8(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 LANES v16 v16_rint(v16 x) { return (v16){rint8(x.low), rint8(x.high)}; }
@@ -43,7 +49,8 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
 }
 
 LANES v16 v16_from_half(const uint16_t *p) {
-    return (v16){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
+    return (v16){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
+                 _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
 }
 
 LANES v16 v16_from_i8(const int8_t *p) {
@@ -79,7 +86,8 @@ LANES int32_t i16_sum(i16 x) {
 
 LANES i16 v16_to_i8(int8_t *p, v16 x) {
     i16 codes = {_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)};
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(codes.low, codes.high), 0xd8); /* packs works per 128 bits */
+    __m256i words =
+        _mm256_permute4x64_epi64(_mm256_packs_epi32(codes.low, codes.high), 0xd8); /* packs works per 128 bits */
     _mm_storeu_si128((void *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     return codes;
 }

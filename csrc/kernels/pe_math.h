@@ -1,4 +1,5 @@
-/* pe_math.h: the scalar mathematics that FORMAT.md names, written once. Vector tables repeat pe_expf operation by operation. */
+/* pe_math.h: the scalar mathematics that FORMAT.md names, written once. Vector tables repeat pe_expf operation by
+ * operation. */
 #ifndef PE_MATH_H
 #define PE_MATH_H
 
@@ -30,9 +31,9 @@ static inline float pe_half_to_float(uint16_t half) {
     return sign ? -magnitude : magnitude;
 }
 
-/* exp(x) = 2^n * exp(f) with n = rint(x / ln 2) and |f| <= ln(2) / 2, ln 2 in two parts so that f keeps its low bits (Cody and
- * Waite); exp(f) = 1 + f + f^2 * P(f). Relative error below 1.2e-7 on [-87, 88]. Below -87 it is +0, above 88 it is exp(88);
- * NaN stays NaN. */
+/* exp(x) = 2^n * exp(f) with n = rint(x / ln 2) and |f| <= ln(2) / 2, ln 2 in two parts so that f keeps its low bits
+ * (Cody and Waite); exp(f) = 1 + f + f^2 * P(f). Relative error below 1.2e-7 on [-87, 88]. Below -87 it is +0, above 88
+ * it is exp(88); NaN stays NaN. */
 #define PE_EXP_LOG2E 1.44269504088896341f
 #define PE_EXP_LN2_HI 0.693359375f
 #define PE_EXP_LN2_LO (-2.12194440e-4f)
@@ -62,9 +63,10 @@ static inline float pe_expf(float x) {
     return pe_float_from_bits(pe_float_bits(p) + ((uint32_t)(int32_t)n << 23));
 }
 
-/* cos and sin of angle >= 0, in double, rounded to float32. Reduction by multiples of pi/2 in two parts (the first has 33 bits,
- * so its product with the quotient is exact up to 2^20 quarter turns), then Taylor polynomials on |r| <= pi/4, whose first
- * dropped terms (r^15 / 15!, r^16 / 16!) are below 2.1e-14 and 1e-15: far under half an ulp of the float32 result. */
+/* cos and sin of angle >= 0, in double, rounded to float32. Reduction by multiples of pi/2 in two parts (the first has
+ * 33 bits, so its product with the quotient is exact up to 2^20 quarter turns), then Taylor polynomials on |r| <= pi/4,
+ * whose first dropped terms (r^15 / 15!, r^16 / 16!) are below 2.1e-14 and 1e-15: far under half an ulp of the float32
+ * result. */
 static inline void pe_cos_sin(float angle, float *cosine, float *sine) {
     double a = angle;
     int64_t quarter = (int64_t)(a * 0.63661977236758134308 + 0.5);

@@ -86,9 +86,9 @@ static void test_quantize_law(void) {
     for (int round = 0; round < 200; round++) {
         float x[32], scale;
         int8_t codes[32];
-        int32_t sum, expected_sum = 0;
+        int32_t correction, expected_sum = 0;
         fill(x, 32, round % TIES + (round % 3 == 0), &r);
-        uint32_t bits = pe_kernels_scalar.quantize(codes, &scale, &sum, 1, x, 32, 32);
+        uint32_t bits = pe_kernels_scalar.quantize(codes, &scale, &correction, 1, x, 32, 32);
         float absmax = 0;
         for (int i = 0; i < 32; i++) absmax = fmaxf(absmax, fabsf(x[i]));
         bool zero = absmax < 0x1p-64f;
@@ -101,7 +101,7 @@ static void test_quantize_law(void) {
             expected_sum += (int)below + up;
             CHECK(codes[i] == (int)below + up, "code %d of %a", codes[i], (double)scaled);
         }
-        CHECK(sum == expected_sum, "sum %d, expected %d", sum, expected_sum);
+        CHECK(correction == -128 * expected_sum, "correction %d of the sum %d", correction, expected_sum);
     }
 }
 

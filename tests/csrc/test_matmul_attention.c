@@ -11,7 +11,7 @@
 enum { RANDOM, ALL_PLUS, ALL_MINUS, OPPOSITE, WILD_SCALES, ZERO_GROUPS, N_PATTERNS };
 
 typedef struct product {
-    block w_codes, w_scales, x_codes, x_scales, x_sums;
+    block w_codes, w_scales, x_codes, x_scales, x_corrections;
     pe_matrix w;
     pe_activations x;
 } product;
@@ -32,8 +32,8 @@ static float pick_scale(int pattern, rng *r) {
     return 0.001f + fabsf(rng_float(r));
 }
 
-/* The sums that belong to the codes, in the packed order of kernels.h. */
-static void fill_sums(pe_activations *x) {
+/* The corrections that belong to the codes, in the packed order of kernels.h. */
+static void fill_corrections(pe_activations *x) {
     for (size_t block = 0; block < x->n_tokens; block += PE_TOKEN_BLOCK) {
         size_t width = x->n_tokens - block < PE_TOKEN_BLOCK ? x->n_tokens - block : PE_TOKEN_BLOCK;
         for (size_t group = 0; group < x->n / 32; group++)
@@ -41,7 +41,7 @@ static void fill_sums(pe_activations *x) {
                 int32_t sum = 0;
                 for (size_t i = 0; i < 32; i++)
                     sum += x->codes[block * x->n + (group * 8 + i / 4) * 4 * width + t * 4 + i % 4];
-                x->sums[block * (x->n / 32) + group * width + t] = sum;
+                x->corrections[block * (x->n / 32) + group * width + t] = -128 * sum;
             }
     }
 }
@@ -50,20 +50,20 @@ static product product_new(size_t n_panels, size_t n_groups, size_t n_tokens, in
     size_t n = n_groups * 64, n_scales = n_panels * n_groups * 16;
     product p = {.w_codes = block_new(n_scales * 64, 0), .w_scales = block_new(n_scales * 2, 0),
                  .x_codes = block_new(n_tokens * n, 0), .x_scales = block_new(n_tokens * n / 32 * 4, 0),
-                 .x_sums = block_new(n_tokens * n / 32 * 4, 0)};
+                 .x_corrections = block_new(n_tokens * n / 32 * 4, 0)};
     uint16_t *halves = (uint16_t *)(void *)p.w_scales.data;
     for (size_t i = 0; i < p.w_codes.n; i++) CODES(p.w_codes)[i] = pick_code(pattern, 0, r);
     for (size_t i = 0; i < p.x_codes.n; i++) CODES(p.x_codes)[i] = pick_code(pattern, 1, r);
     for (size_t i = 0; i < n_scales; i++) halves[i] = rng_half(r);
     for (size_t i = 0; i < n_tokens * n / 32; i++) FLOATS(p.x_scales)[i] = pick_scale(pattern, r);
     p.w = (pe_matrix){CODES(p.w_codes), halves, n_panels, n_groups};
-    p.x = (pe_activations){CODES(p.x_codes), FLOATS(p.x_scales), INTS(p.x_sums), n, n_tokens};
-    fill_sums(&p.x);
+    p.x = (pe_activations){CODES(p.x_codes), FLOATS(p.x_scales), INTS(p.x_corrections), n, n_tokens};
+    fill_corrections(&p.x);
     return p;
 }
 
 static void product_free(product *p) {
-    block_free(&p->w_codes), block_free(&p->w_scales), block_free(&p->x_codes), block_free(&p->x_scales), block_free(&p->x_sums);
+    block_free(&p->w_codes), block_free(&p->w_scales), block_free(&p->x_codes), block_free(&p->x_scales), block_free(&p->x_corrections);
 }
 
 static void compare_matmul(const struct pe_kernels *k, const product *p, size_t panel_begin, size_t panel_end, size_t token_begin,
@@ -105,7 +105,7 @@ static void test_every_weight_scale(const struct pe_kernels *k) {
     for (size_t row = 0; row < 16; row++) CODES(p.w_codes)[row * 4] = 1;
     CODES(p.x_codes)[0] = 1;
     FLOATS(p.x_scales)[0] = FLOATS(p.x_scales)[1] = 1.0f;
-    fill_sums(&p.x);
+    fill_corrections(&p.x);
     for (uint32_t half = 0; half < 65536; half += 16) {
         if ((half & 0x7c00u) == 0x7c00u) continue;
         float out[16];
@@ -168,13 +168,13 @@ static void cache_free(cache *c) {
 
 static void compare_scores(const struct pe_kernels *k, size_t n_rows, size_t d, size_t n_positions, bool f32, rng *r) {
     cache kv = cache_new(d, n_positions, rng_below(r, 4) == 0, r);
-    block q = block_new(n_rows * d, 0), scales = block_new(n_rows * d / 32 * 4, 0), sums = block_new(n_rows * d / 32 * 4, 0);
+    block q = block_new(n_rows * d, 0), scales = block_new(n_rows * d / 32 * 4, 0), corrections = block_new(n_rows * d / 32 * 4, 0);
     block q_f32 = block_new(n_rows * d * 4, 0);
     for (size_t i = 0; i < n_rows * d; i++) CODES(q)[i] = rng_code(r), FLOATS(q_f32)[i] = rng_float(r);
     for (size_t g = 0; g < n_rows * d / 32; g++) {
         FLOATS(scales)[g] = fabsf(rng_float(r));
-        INTS(sums)[g] = 0;
-        for (size_t i = 0; i < 32; i++) INTS(sums)[g] += CODES(q)[g * 32 + i];
+        INTS(corrections)[g] = 0;
+        for (size_t i = 0; i < 32; i++) INTS(corrections)[g] -= 128 * CODES(q)[g * 32 + i];
     }
     size_t n = n_rows * 256, covered = (n_positions + 15) / 16 * 16;
     block out[2] = {block_new(n * 4, 0), block_new(n * 4, 0)}, untouched = block_new(n * 4, 0);
@@ -183,7 +183,7 @@ static void compare_scores(const struct pe_kernels *k, size_t n_rows, size_t d, 
         if (f32) {
             table->attention_scores_f32(FLOATS(out[which]), FLOATS(q_f32), n_rows, d, &kv.chunk, n_positions, 0.3f);
         } else {
-            table->attention_scores(FLOATS(out[which]), CODES(q), FLOATS(scales), INTS(sums), n_rows, d, &kv.chunk, n_positions, 0.3f);
+            table->attention_scores(FLOATS(out[which]), CODES(q), FLOATS(scales), INTS(corrections), n_rows, d, &kv.chunk, n_positions, 0.3f);
         }
     }
     for (size_t row = 0; row < n_rows; row++) {
@@ -194,7 +194,7 @@ static void compare_scores(const struct pe_kernels *k, size_t n_rows, size_t d, 
     }
     CHECK(block_intact(&out[1]), "%s: scores outside the rows", k->name);
     block_free(&out[0]), block_free(&out[1]), block_free(&untouched);
-    block_free(&q), block_free(&scales), block_free(&sums), block_free(&q_f32);
+    block_free(&q), block_free(&scales), block_free(&corrections), block_free(&q_f32);
     cache_free(&kv);
 }
 
