@@ -20,6 +20,7 @@ examples:
 
 # What PYENGINE_ISA and the CPU can offer, fastest first; the hint is about what is missing.
 _FEATURES_OF = {
+    "avxvnni": ("avx2", "fma", "f16c", "avxvnni"),
     "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
     "avx2": ("avx2", "fma", "f16c"),
 }
