@@ -238,11 +238,12 @@ def test_cache_directory_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert frozen_cache_path(source).parent == tmp_path / ".cache" / "pyengine"
 
 
+# VmHWM, not getrusage: ru_maxrss of a child begins with what its parent had when it forked.
 MEMORY = """
-import resource, sys
+import re, sys
 from pyengine.freeze import freeze
 freeze(sys.argv[1], sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
 

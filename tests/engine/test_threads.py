@@ -35,6 +35,7 @@ def scene(code: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=Path(__file__).parent,  # not the checkout's root, whose uncompiled package would be found first
         env={**os.environ, **environment},
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -22,7 +22,7 @@ from pyengine_training.ops.cuda import attention
 from pyengine_training.ops.cuda._runtime import use_runtime
 from simulated_runtime import SimulatedRuntime
 
-ROOT = Path(sections.__file__).parents[3]
+ROOT = Path(__file__).parents[3]
 TINY = ModelConfig(vocab_size=11, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=8, max_seq_len=4)
 
 
