@@ -369,7 +369,7 @@ def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[
 
 def compact_tokenizer_json(text: bytes) -> bytes:
     """The same tokenizer, quicker to load: no blanks between items, and merges as "left right" where no piece has a space
-    (the older of the two spellings that the library reads, and a quarter faster: loading is most of a short run's start).
+    (the older of the two spellings that the library reads, and faster to parse: loading is most of a short run's start).
     """
     data = json.loads(text)
     merges = data["model"].get("merges") or []
