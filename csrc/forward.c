@@ -47,8 +47,14 @@ static void quantize_unit(void *arg, size_t block, int thread) {
     pe_context *c = j->c;
     pe_activations *act = &c->act;
     size_t first = block * PE_TOKEN_BLOCK, n_groups = act->n / PE_X_GROUP;
-    size_t width = act->n_tokens - first < PE_TOKEN_BLOCK ? act->n_tokens - first : PE_TOKEN_BLOCK;
-    for (size_t t = 0; t < width; t++) {
+    size_t left = act->n_tokens - first, n_tokens = left < PE_TOKEN_BLOCK ? left : PE_TOKEN_BLOCK;
+    size_t width = pe_block_width(left);
+    if (n_tokens < width) {
+        memset(act->codes + first * act->n, 0, width * act->n);
+        memset(act->scales + first * n_groups, 0, width * n_groups * sizeof *act->scales);
+        memset(act->corrections + first * n_groups, 0, width * n_groups * sizeof *act->corrections);
+    }
+    for (size_t t = 0; t < n_tokens; t++) {
         const float *row = j->rows + (first + t) * j->stride;
         if (j->norm != NULL) {
             float *normed = pe_thread_scratch(c, thread);
@@ -165,9 +171,9 @@ static void put_key_value(pe_context *c, size_t token, uint32_t layer, uint32_t 
         }
         return;
     }
-    int8_t codes[512];
-    float scales[512 / PE_X_GROUP];
-    int32_t corrections[512 / PE_X_GROUP];
+    int8_t codes[PE_MAX_HEAD_DIM];
+    float scales[PE_MAX_HEAD_DIM / PE_X_GROUP];
+    int32_t corrections[PE_MAX_HEAD_DIM / PE_X_GROUP];
     note_bits(c, c->kernels->quantize(codes, scales, corrections, 1, k, head_dim, d));
     for (size_t i = 0; i < d; i += 4) memcpy(kv.k + (panel * d + i) * PE_PANEL + lane * 4, codes + i, 4);
     for (size_t g = 0; g < d / PE_X_GROUP; g++)

@@ -30,7 +30,7 @@ static pe_status check_config(const pe_config *c, char *err) {
         {"n_layers", c->n_layers, 1, 4096},
         {"n_heads", c->n_heads, 1, 4096},
         {"n_kv_heads", c->n_kv_heads, 1, 4096},
-        {"head_dim", c->head_dim, 2, 512},
+        {"head_dim", c->head_dim, 2, PE_MAX_HEAD_DIM},
         {"vocab_size", c->vocab_size, 1, 1 << 24},
         {"max_seq_len", c->max_seq_len, 1, 1 << 24},
         {"sliding_window", c->sliding_window, 0, 1 << 24},

@@ -15,16 +15,18 @@ enum {
     PE_X_GROUP = 32,    /* activations (and q, k elements) that share a scale */
     PE_TOKEN_BLOCK = 8, /* tokens whose activations are packed together */
     PE_CHUNK = 256,     /* positions of an attention chunk = of a KV page */
+    PE_MAX_HEAD_DIM = 512, /* model.c refuses more: kernels keep a head on their stack */
 };
 
 /* Quantized activations of n_tokens rows of n columns (n a multiple of 64), packed for the matrix kernels. Tokens are
- * cut into blocks of PE_TOKEN_BLOCK; the last block is as narrow as the tokens that are left. In a block of `width`
- * tokens:
+ * cut into blocks of PE_TOKEN_BLOCK; the last block is as narrow as the tokens that are left, rounded up to 1, 2, 4 or 8
+ * (pe_block_width): a kernel then knows every distance in a block when it is compiled, and needs no registers for them.
+ * What fills it up is zero. In a block of `width` tokens:
  *     codes[k4][token][4]   int8     k4 = column / 4: four inputs of one token are one 32-bit broadcast
  *     scales[group][token]  float32  group = column / 32
  *     corrections[group][token] int32  -128 * (sum of the 32 codes): where the int32 accumulator starts in tables whose
  *                           instructions want unsigned weights (see avx512vnni)
- * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 32, corrections likewise. */
+ * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 32, corrections likewise. Buffers have room for whole blocks. */
 typedef struct pe_activations {
     int8_t *codes;
     float *scales;
@@ -32,6 +34,11 @@ typedef struct pe_activations {
     size_t n; /* columns, padded to 64 */
     size_t n_tokens;
 } pe_activations;
+
+/* Width of a block that holds the first of n_left tokens. */
+static inline size_t pe_block_width(size_t n_left) {
+    return n_left > 4 ? PE_TOKEN_BLOCK : n_left > 2 ? 4 : n_left;
+}
 
 /* A matrix in panels (FORMAT.md section 3): codes (n_panels, n_groups, 16, 16, 4), scales f16 bits (n_panels, n_groups,
  * 16). */
@@ -57,7 +64,7 @@ struct pe_kernels {
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
 
     /* Row of x (n) -> one token of a packed activation block, in groups of 32. codes, scales, corrections point at that
-     * token's first element; `width` is the block's number of tokens (the stride). Columns n..n_padded (a multiple of
+     * token's first element; `width` is the block's width (the stride). Columns n..n_padded (a multiple of
      * 32) become 0. Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or
      * NaN, and then the codes mean nothing. */
     uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,

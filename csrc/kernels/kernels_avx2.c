@@ -8,7 +8,8 @@
 #include "lanes16_avx2.h"
 #include "pyengine.h"
 
-enum { TILE_PANELS = 2, TILE_TOKENS = 2 }; /* 8 int32 sums of 16 ymm registers; the float sums are spilled */
+/* 8 int32 sums of 16 ymm registers; the float sums are spilled. */
+enum { TILE_PANELS = 2, TILE_TOKENS = 2, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
 
 typedef i16 w16;
 typedef struct {

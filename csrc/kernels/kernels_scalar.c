@@ -75,7 +75,7 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
                    const pe_activations *x, size_t token_begin, size_t token_end) {
     for (size_t token = token_begin; token < token_end; token++) {
         size_t block = token / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
-        size_t width = x->n_tokens - block < PE_TOKEN_BLOCK ? x->n_tokens - block : PE_TOKEN_BLOCK;
+        size_t width = pe_block_width(x->n_tokens - block);
         const int8_t *x_codes = x->codes + block * x->n + (token - block) * 4;
         const float *x_scales = x->scales + block * (x->n / PE_X_GROUP) + (token - block);
         for (size_t panel = panel_begin; panel < panel_end; panel++) {

@@ -14,7 +14,9 @@
  *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
  *   w16, x4          64 bytes of a panel (four inputs of sixteen rows); four inputs of one token, broadcast
  *   w16_load, x4_load, dot_start(correction of x: see pe_activations), dot(acc, w, x)
- *   TILE_PANELS, TILE_TOKENS   register block of the matrix product */
+ *   TILE_PANELS, TILE_TOKENS   register block of the matrix product
+ *   SCORE_ROWS                 queries that share a panel of K; at most 8
+ *   VALUE_ROWS, VALUE_COLUMNS  register block of probabilities times V: rows by vectors of 16 columns; at most 8 rows */
 #ifndef PE_LANES16_H
 #define PE_LANES16_H
 
@@ -45,7 +47,7 @@ PE_INLINE v16 exp16(v16 x) {
 
 /* ------------------------------------------------------------------ quantization */
 
-/* One group; n a multiple of 16, at most 512. Codes go to `dense`. */
+/* One group; n a multiple of 16, at most PE_MAX_HEAD_DIM. Codes go to `dense`. */
 PE_INLINE uint32_t quantize_dense(int8_t *dense, float *scale, int32_t *correction, const float *x, size_t n) {
     i16 most = i16_zero();
     for (size_t i = 0; i < n; i += 16) most = v16_abs_bits_max(most, v16_load(x + i));
@@ -85,8 +87,8 @@ static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, siz
 }
 
 static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size_t n) {
-    float padded[512] = {0};
-    int8_t dense[512];
+    float padded[PE_MAX_HEAD_DIM] = {0};
+    int8_t dense[PE_MAX_HEAD_DIM];
     int32_t unused;
     memcpy(padded, x, n * sizeof(float));
     uint32_t bits = quantize_dense(dense, scale, &unused, padded, (n + 15) / 16 * 16);
@@ -96,29 +98,35 @@ static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size
 
 /* ------------------------------------------------------------------ matrix product */
 
-/* d * scale of 32 inputs, for n_p panels and n_t tokens: the integer half of a group. Strides: w_stride bytes between
+/* Dot products of 32 inputs, for n_p panels and n_t tokens: the integer half of a group. Strides: w_stride bytes between
  * panels, x_token bytes between tokens, x_step between consecutive k4 of one token, c_stride corrections between
- * tokens. n_p and n_t are constants at every call. */
-PE_INLINE void dot_32(i16 d[TILE_PANELS][TILE_TOKENS], const int8_t *w, size_t w_stride, const int8_t *x, size_t x_step,
+ * tokens. d (n_p, d_stride). n_p and n_t are constants at every call. */
+PE_INLINE void dot_32(i16 *d, const int d_stride, const int8_t *w, size_t w_stride, const int8_t *x, size_t x_step,
                       size_t x_token, const int32_t *corrections, size_t c_stride, const int n_p, const int n_t) {
     PE_UNROLL for (int t = 0; t < n_t; t++) {
         i16 start = dot_start(corrections[(size_t)t * c_stride]);
-        PE_UNROLL for (int p = 0; p < n_p; p++) d[p][t] = start;
+        PE_UNROLL for (int p = 0; p < n_p; p++) d[p * d_stride + t] = start;
     }
     PE_UNROLL for (int k4 = 0; k4 < PE_X_GROUP / 4; k4++) {
         w16 rows[TILE_PANELS];
         PE_UNROLL for (int p = 0; p < n_p; p++) rows[p] = w16_load(w + (size_t)p * w_stride + k4 * 64);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
             x4 inputs = x4_load(x + (size_t)k4 * x_step + (size_t)t * x_token);
-            PE_UNROLL for (int p = 0; p < n_p; p++) d[p][t] = dot(d[p][t], rows[p], inputs);
+            PE_UNROLL for (int p = 0; p < n_p; p++) d[p * d_stride + t] = dot(d[p * d_stride + t], rows[p], inputs);
         }
     }
 }
 
-/* n_p panels from `panel` times n_t tokens whose first is x, scales, corrections (stride `width` between k4 steps and
- * groups). */
-PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, size_t panel, const int8_t *x, const float *scales,
-                            const int32_t *corrections, size_t width, const int n_p, const int n_t) {
+/* One token block as the matrix kernels see it; offsets of its width are constants wherever that is one. */
+typedef struct token_block {
+    const int8_t *codes;
+    const float *scales;
+    const int32_t *corrections;
+} token_block;
+
+/* n_p panels from `panel` times tokens [0, n_t) of a block of `width`, of which the first n_out are wanted. */
+PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
+                           const int n_p, const int n_t, size_t n_out) {
     size_t n_groups = w->n_groups, w_stride = n_groups * PE_GROUP * PE_PANEL;
     const int8_t *codes = w->codes + panel * w_stride;
     const uint16_t *w_scales = w->scales + panel * n_groups * PE_PANEL;
@@ -127,56 +135,63 @@ PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, s
     for (size_t g = 0; g < n_groups; g++) {
         v16 sum[TILE_PANELS][TILE_TOKENS];
         i16 d[TILE_PANELS][TILE_TOKENS];
-        dot_32(d, codes, w_stride, x, width * 4, 4, corrections, 1, n_p, n_t);
+        dot_32(&d[0][0], TILE_TOKENS, codes, w_stride, x.codes, width * 4, 4, x.corrections, 1, n_p, n_t);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
-            v16 s = v16_set1(scales[t]);
+            v16 s = v16_set1(x.scales[t]);
             PE_UNROLL for (int p = 0; p < n_p; p++) sum[p][t] = v16_mul(i16_to_float(d[p][t]), s);
         }
-        dot_32(d, codes + 512, w_stride, x + width * 32, width * 4, 4, corrections + width, 1, n_p, n_t);
+        dot_32(&d[0][0], TILE_TOKENS, codes + 512, w_stride, x.codes + width * 32, width * 4, 4, x.corrections + width, 1, n_p, n_t);
         v16 w_scale[TILE_PANELS];
         PE_UNROLL for (int p = 0; p < n_p; p++) w_scale[p] = v16_from_half(w_scales + (size_t)p * n_groups * PE_PANEL);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
-            v16 s = v16_set1(scales[width + (size_t)t]);
+            v16 s = v16_set1(x.scales[width + t]);
             PE_UNROLL for (int p = 0; p < n_p; p++)
                 acc[p][t] = v16_fma(v16_fma(i16_to_float(d[p][t]), s, sum[p][t]), w_scale[p], acc[p][t]);
         }
         codes += PE_GROUP * PE_PANEL, w_scales += PE_PANEL;
-        x += width * PE_GROUP, scales += width * 2, corrections += width * 2;
+        x.codes += width * PE_GROUP, x.scales += width * 2, x.corrections += width * 2;
     }
-    PE_UNROLL for (int t = 0; t < n_t; t++)
+    PE_UNROLL for (int t = 0; t < n_t; t++) {
+        if ((size_t)t >= n_out) return;
         PE_UNROLL for (int p = 0; p < n_p; p++) v16_store(out + (size_t)t * out_stride + p * PE_PANEL, acc[p][t]);
+    }
 }
 
-/* Any number of tokens of one block (1..8), n_p panels: full register blocks, then what is left. */
-PE_INLINE void matmul_tokens(float *out, size_t out_stride, const pe_matrix *w, size_t panel, const int8_t *x, const float *scales,
-                             const int32_t *corrections, size_t width, size_t n_tokens, const int n_p) {
-    size_t t = 0;
-#define PE_BLOCK(n_t) \
-    matmul_block(out + t * out_stride, out_stride, w, panel, x + t * 4, scales + t, corrections + t, width, n_p, n_t), t += (n_t)
-    while (n_tokens - t >= TILE_TOKENS) PE_BLOCK(TILE_TOKENS);
-    if (TILE_TOKENS > 4 && n_tokens - t >= 4) PE_BLOCK(TILE_TOKENS < 4 ? TILE_TOKENS : 4);
-    if (TILE_TOKENS > 2 && n_tokens - t >= 2) PE_BLOCK(2);
-    while (n_tokens - t >= 1) PE_BLOCK(1);
-#undef PE_BLOCK
+/* n_p panels times the first n_tokens of a block of `width`. */
+PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
+                            const int n_p, size_t n_tokens) {
+    const int n_t = width < TILE_TOKENS ? width : TILE_TOKENS;
+    for (size_t t = 0; t < n_tokens; t += n_t) {
+        token_block tile = {x.codes + t * 4, x.scales + t, x.corrections + t};
+        matmul_tile(out + t * out_stride, out_stride, w, panel, tile, width, n_p, n_t, n_tokens - t);
+    }
+}
+
+/* Panels [panel, panel_end), at most TILE_PANELS, times one block. */
+PE_INLINE void matmul_panels(float *out, size_t out_stride, const pe_matrix *w, size_t panel, size_t panel_end, token_block x,
+                             const int width, size_t n_tokens) {
+    /* A single token only streams weights: one panel at a time is the order in which they lie in the file. */
+    if (width > 1 && panel_end - panel == TILE_PANELS) {
+        matmul_block(out, out_stride, w, panel, x, width, TILE_PANELS, n_tokens);
+        return;
+    }
+    for (; panel < panel_end; panel++, out += PE_PANEL) matmul_block(out, out_stride, w, panel, x, width, 1, n_tokens);
 }
 
 static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
                    const pe_activations *x, size_t token_begin, size_t token_end) {
     for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
-        for (size_t block = token_begin; block < token_end; block += PE_TOKEN_BLOCK) {
-            size_t width = x->n_tokens - block < PE_TOKEN_BLOCK ? x->n_tokens - block : PE_TOKEN_BLOCK;
-            size_t n_tokens = token_end - block < width ? token_end - block : width;
-            const int8_t *codes = x->codes + block * x->n;
-            const float *scales = x->scales + block * (x->n / PE_X_GROUP);
-            const int32_t *corrections = x->corrections + block * (x->n / PE_X_GROUP);
-            float *tile = out + (block - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
-            /* A single token only streams weights: one panel at a time is the order in which they lie in the file. */
-            if (panel_end - panel >= TILE_PANELS && width > 1) {
-                matmul_tokens(tile, out_stride, w, panel, codes, scales, corrections, width, n_tokens, TILE_PANELS);
-            } else {
-                size_t end = panel_end - panel < TILE_PANELS ? panel_end : panel + TILE_PANELS;
-                for (size_t p = panel; p < end; p++)
-                    matmul_tokens(tile + (p - panel) * PE_PANEL, out_stride, w, p, codes, scales, corrections, width, n_tokens, 1);
+        size_t end = panel_end - panel < TILE_PANELS ? panel_end : panel + TILE_PANELS;
+        for (size_t first = token_begin; first < token_end; first += PE_TOKEN_BLOCK) {
+            size_t offset = first * (x->n / PE_X_GROUP);
+            token_block block = {x->codes + first * x->n, x->scales + offset, x->corrections + offset};
+            size_t n_tokens = token_end - first < PE_TOKEN_BLOCK ? token_end - first : PE_TOKEN_BLOCK;
+            float *tile = out + (first - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
+            switch (pe_block_width(x->n_tokens - first)) {
+            case 1: matmul_panels(tile, out_stride, w, panel, end, block, 1, n_tokens); break;
+            case 2: matmul_panels(tile, out_stride, w, panel, end, block, 2, n_tokens); break;
+            case 4: matmul_panels(tile, out_stride, w, panel, end, block, 4, n_tokens); break;
+            default: matmul_panels(tile, out_stride, w, panel, end, block, PE_TOKEN_BLOCK, n_tokens);
             }
         }
     }
@@ -236,36 +251,65 @@ static void scale(float *y, const float *x, float s, size_t n) {
 
 /* ------------------------------------------------------------------ attention */
 
-/* One panel of 16 positions against n_t query rows. */
-PE_INLINE void scores_block(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
-                            size_t head_dim_p, const int8_t *k, const float *k_scales, float c, const int n_t) {
-    size_t n_groups = head_dim_p / PE_X_GROUP;
-    v16 acc[TILE_TOKENS];
-    PE_UNROLL for (int t = 0; t < n_t; t++) acc[t] = v16_set1(0.0f);
-    for (size_t g = 0; g < n_groups; g++) {
-        i16 d[TILE_PANELS][TILE_TOKENS];
-        dot_32(d, k + g * 512, 0, q + g * PE_X_GROUP, 4, head_dim_p, q_corrections + g, n_groups, 1, n_t);
-        v16 k_scale = v16_load(k_scales + g * PE_PANEL);
-        PE_UNROLL for (int t = 0; t < n_t; t++)
-            acc[t] = v16_fma(v16_mul(i16_to_float(d[0][t]), v16_set1(q_scales[(size_t)t * n_groups + g])), k_scale, acc[t]);
+/* RUN(n) with the constant that n_rows (1..most, most at most 8) is: register blocks must know their size. */
+#define PE_WITH_ROWS(n_rows, most, RUN) \
+    switch (n_rows) { \
+    case 1: RUN(1); break; \
+    case 2: RUN((most) < 2 ? (most) : 2); break; \
+    case 3: RUN((most) < 3 ? (most) : 3); break; \
+    case 4: RUN((most) < 4 ? (most) : 4); break; \
+    case 5: RUN((most) < 5 ? (most) : 5); break; \
+    case 6: RUN((most) < 6 ? (most) : 6); break; \
+    case 7: RUN((most) < 7 ? (most) : 7); break; \
+    default: RUN(most); \
     }
-    PE_UNROLL for (int t = 0; t < n_t; t++) v16_store(scores + t * PE_CHUNK, v16_mul(v16_set1(c), acc[t]));
+
+/* Up to SCORE_ROWS queries, packed like activations (kernels.h) so that their distances are constants. */
+typedef struct query_block {
+    int8_t codes[PE_MAX_HEAD_DIM / 4][SCORE_ROWS][4];
+    float scales[PE_MAX_HEAD_DIM / PE_X_GROUP][SCORE_ROWS];
+    int32_t corrections[PE_MAX_HEAD_DIM / PE_X_GROUP][SCORE_ROWS];
+} query_block;
+
+PE_INLINE void pack_queries(query_block *packed, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
+                            size_t n_rows, size_t head_dim_p) {
+    size_t n_groups = head_dim_p / PE_X_GROUP;
+    for (size_t r = 0; r < n_rows; r++) {
+        for (size_t k4 = 0; k4 < head_dim_p / 4; k4++) memcpy(packed->codes[k4][r], q + r * head_dim_p + k4 * 4, 4);
+        for (size_t g = 0; g < n_groups; g++) {
+            packed->scales[g][r] = q_scales[r * n_groups + g];
+            packed->corrections[g][r] = q_corrections[r * n_groups + g];
+        }
+    }
+}
+
+/* One panel of 16 positions against n_r queries. */
+PE_INLINE void scores_block(float *scores, const query_block *q, size_t n_groups, const int8_t *k, const float *k_scales, float c,
+                            const int n_r) {
+    v16 acc[SCORE_ROWS];
+    PE_UNROLL for (int r = 0; r < n_r; r++) acc[r] = v16_set1(0.0f);
+    for (size_t g = 0; g < n_groups; g++) {
+        i16 d[SCORE_ROWS];
+        dot_32(d, SCORE_ROWS, k + g * 512, 0, q->codes[g * 8][0], SCORE_ROWS * 4, 4, q->corrections[g], 1, 1, n_r);
+        v16 k_scale = v16_load(k_scales + g * PE_PANEL);
+        PE_UNROLL for (int r = 0; r < n_r; r++)
+            acc[r] = v16_fma(v16_mul(i16_to_float(d[r]), v16_set1(q->scales[g][r])), k_scale, acc[r]);
+    }
+    PE_UNROLL for (int r = 0; r < n_r; r++) v16_store(scores + r * PE_CHUNK, v16_mul(v16_set1(c), acc[r]));
 }
 
 static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections, size_t n_rows,
                              size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
     size_t n_groups = head_dim_p / PE_X_GROUP;
-    for (size_t j = 0; j < n_positions; j += PE_PANEL) {
-        const int8_t *k = kv->k + j * head_dim_p;
-        const float *k_scales = kv->k_scales + j * n_groups;
-        size_t r = 0;
-#define PE_BLOCK(n_t) \
-    scores_block(scores + r * PE_CHUNK + j, q + r * head_dim_p, q_scales + r * n_groups, q_corrections + r * n_groups, head_dim_p, k, \
-                 k_scales, c, n_t), \
-        r += (n_t)
-        while (n_rows - r >= TILE_TOKENS) PE_BLOCK(TILE_TOKENS);
-        while (n_rows - r >= 1) PE_BLOCK(1);
-#undef PE_BLOCK
+    for (size_t r = 0; r < n_rows; r += SCORE_ROWS) {
+        size_t n_r = n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS;
+        query_block packed;
+        pack_queries(&packed, q + r * head_dim_p, q_scales + r * n_groups, q_corrections + r * n_groups, n_r, head_dim_p);
+#define PE_SCORES(n) \
+    for (size_t j = 0; j < n_positions; j += PE_PANEL) \
+    scores_block(scores + r * PE_CHUNK + j, &packed, n_groups, kv->k + j * head_dim_p, kv->k_scales + j * n_groups, c, n)
+        PE_WITH_ROWS(n_r, SCORE_ROWS, PE_SCORES)
+#undef PE_SCORES
     }
 }
 
@@ -304,45 +348,53 @@ static float softmax_chunk(float *scores, size_t begin, size_t end, float *l) {
     return m;
 }
 
-enum { VALUE_ROWS = 4 }; /* query rows that share one pass over V */
-
-/* n_r rows of weights (256 apart) times columns d..d+15 of V. */
+/* n_r rows of weights (256 apart) times n_c vectors of columns of V from d on. */
 PE_INLINE void values_block(float *out, size_t out_stride, const float *weights, const pe_kv_chunk *kv, size_t head_dim_p, size_t d,
-                            size_t begin, size_t end, const int n_r, const int f32) {
-    v16 o[VALUE_ROWS];
-    PE_UNROLL for (int r = 0; r < n_r; r++) o[r] = v16_set1(0.0f);
+                            size_t begin, size_t end, const int n_r, const int n_c, const int f32) {
+    v16 o[VALUE_ROWS][VALUE_COLUMNS];
+    PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_set1(0.0f);
     for (size_t j = begin; j < end; j++) {
-        v16 v = f32 ? v16_load(kv->v_f32 + j * head_dim_p + d) : v16_from_i8(kv->v + j * head_dim_p + d);
-        PE_UNROLL for (int r = 0; r < n_r; r++) o[r] = v16_fma(v16_set1(weights[(size_t)r * PE_CHUNK + j]), v, o[r]);
+        v16 v[VALUE_COLUMNS];
+        PE_UNROLL for (int c = 0; c < n_c; c++) {
+            size_t at = j * head_dim_p + d + (size_t)c * 16;
+            v[c] = f32 ? v16_load(kv->v_f32 + at) : v16_from_i8(kv->v + at);
+        }
+        PE_UNROLL for (int r = 0; r < n_r; r++) {
+            v16 weight = v16_set1(weights[(size_t)r * PE_CHUNK + j]);
+            PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_fma(weight, v[c], o[r][c]);
+        }
     }
-    PE_UNROLL for (int r = 0; r < n_r; r++) v16_store(out + (size_t)r * out_stride + d, o[r]);
+    PE_UNROLL for (int r = 0; r < n_r; r++)
+        PE_UNROLL for (int c = 0; c < n_c; c++) v16_store(out + (size_t)r * out_stride + d + c * 16, o[r][c]);
+}
+
+/* All columns, for n_r rows (a constant). */
+PE_INLINE void values_rows(float *out, const float *weights, const pe_kv_chunk *kv, size_t head_dim_p, size_t begin, size_t end,
+                           const int n_r, const int f32) {
+    size_t d = 0;
+    for (; d + VALUE_COLUMNS * 16 <= head_dim_p; d += VALUE_COLUMNS * 16)
+        values_block(out, head_dim_p, weights, kv, head_dim_p, d, begin, end, n_r, VALUE_COLUMNS, f32);
+    for (; d < head_dim_p; d += 16) values_block(out, head_dim_p, weights, kv, head_dim_p, d, begin, end, n_r, 1, f32);
 }
 
 static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
                              size_t end) {
     float weights[VALUE_ROWS * PE_CHUNK]; /* p * v_scale */
-    size_t first = begin / 16 * 16;
     for (size_t row = 0; row < n_rows; row += VALUE_ROWS) {
         size_t n_r = n_rows - row < VALUE_ROWS ? n_rows - row : VALUE_ROWS;
         for (size_t r = 0; r < n_r; r++)
-            for (size_t j = first; j < end; j += 16)
+            for (size_t j = begin / 16 * 16; j < end; j += 16)
                 v16_store(weights + r * PE_CHUNK + j, v16_mul(v16_load(p + (row + r) * PE_CHUNK + j), v16_load(kv->v_scales + j)));
-        for (size_t d = 0; d < head_dim_p; d += 16) {
-            if (n_r == VALUE_ROWS) {
-                values_block(out + row * head_dim_p, head_dim_p, weights, kv, head_dim_p, d, begin, end, VALUE_ROWS, 0);
-            } else {
-                for (size_t r = 0; r < n_r; r++)
-                    values_block(out + (row + r) * head_dim_p, head_dim_p, weights + r * PE_CHUNK, kv, head_dim_p, d, begin, end, 1, 0);
-            }
-        }
+#define PE_VALUES(n_r) values_rows(out + row * head_dim_p, weights, kv, head_dim_p, begin, end, n_r, 0)
+        PE_WITH_ROWS(n_r, VALUE_ROWS, PE_VALUES)
+#undef PE_VALUES
     }
 }
 
 static void attention_values_f32(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end) {
     for (size_t r = 0; r < n_rows; r++)
-        for (size_t d = 0; d < head_dim_p; d += 16)
-            values_block(out + r * head_dim_p, head_dim_p, p + r * PE_CHUNK, kv, head_dim_p, d, begin, end, 1, 1);
+        values_rows(out + r * head_dim_p, p + r * PE_CHUNK, kv, head_dim_p, begin, end, 1, 1);
 }
 
 static void attention_merge(float *o, const float *o_chunk, float a, float b, size_t n) {

@@ -35,7 +35,7 @@ static float pick_scale(int pattern, rng *r) {
 /* The corrections that belong to the codes, in the packed order of kernels.h. */
 static void fill_corrections(pe_activations *x) {
     for (size_t block = 0; block < x->n_tokens; block += PE_TOKEN_BLOCK) {
-        size_t width = x->n_tokens - block < PE_TOKEN_BLOCK ? x->n_tokens - block : PE_TOKEN_BLOCK;
+        size_t width = pe_block_width(x->n_tokens - block);
         for (size_t group = 0; group < x->n / 32; group++)
             for (size_t t = 0; t < width; t++) {
                 int32_t sum = 0;
@@ -48,14 +48,15 @@ static void fill_corrections(pe_activations *x) {
 
 static product product_new(size_t n_panels, size_t n_groups, size_t n_tokens, int pattern, rng *r) {
     size_t n = n_groups * 64, n_scales = n_panels * n_groups * 16;
+    size_t n_packed = n_tokens / 8 * 8 + pe_block_width(n_tokens % 8); /* whole blocks */
     product p = {.w_codes = block_new(n_scales * 64, 0), .w_scales = block_new(n_scales * 2, 0),
-                 .x_codes = block_new(n_tokens * n, 0), .x_scales = block_new(n_tokens * n / 32 * 4, 0),
-                 .x_corrections = block_new(n_tokens * n / 32 * 4, 0)};
+                 .x_codes = block_new(n_packed * n, 0), .x_scales = block_new(n_packed * n / 32 * 4, 0),
+                 .x_corrections = block_new(n_packed * n / 32 * 4, 0)};
     uint16_t *halves = (uint16_t *)(void *)p.w_scales.data;
     for (size_t i = 0; i < p.w_codes.n; i++) CODES(p.w_codes)[i] = pick_code(pattern, 0, r);
     for (size_t i = 0; i < p.x_codes.n; i++) CODES(p.x_codes)[i] = pick_code(pattern, 1, r);
     for (size_t i = 0; i < n_scales; i++) halves[i] = rng_half(r);
-    for (size_t i = 0; i < n_tokens * n / 32; i++) FLOATS(p.x_scales)[i] = pick_scale(pattern, r);
+    for (size_t i = 0; i < n_packed * n / 32; i++) FLOATS(p.x_scales)[i] = pick_scale(pattern, r);
     p.w = (pe_matrix){CODES(p.w_codes), halves, n_panels, n_groups};
     p.x = (pe_activations){CODES(p.x_codes), FLOATS(p.x_scales), INTS(p.x_corrections), n, n_tokens};
     fill_corrections(&p.x);
@@ -129,7 +130,7 @@ static void test_matmul_law(void) {
     pe_kernels_scalar.matmul(out, 48, &p.w, 0, 3, &p.x, 0, 11);
     for (size_t token = 0; token < 11; token++)
         for (size_t row = 0; row < 48; row++) {
-            size_t width = token < 8 ? 8 : 3;
+            size_t width = token < 8 ? 8 : 4;
             int64_t expected = 0;
             for (size_t i = 0; i < 128; i++)
                 expected += (int64_t)p.w.codes[(row / 16 * 2 + i / 64) * 1024 + i % 64 / 4 * 64 + row % 16 * 4 + i % 4] *
