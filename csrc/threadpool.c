@@ -1,13 +1,15 @@
 /* threadpool.c: see threadpool.h. Linux futexes, condition variables elsewhere.
  *
- * The whole state of a loop that threads race for is one 64-bit word, the ticket:
+ * A loop's units are dealt to the threads in equal runs, one run a thread, so that a thread walks through memory in one
+ * direction and claims its units from a cache line that nobody else touches. Whoever is through with its own run takes
+ * units from the far ends of the others', one by one. A run is one 64-bit word:
  *
- *     | epoch: 32 | n_threads: 8 | units left to claim: 24 |
+ *     | n_threads - 1: 8 | begin: 28 | end: 28 |      units [begin, end) are left
  *
- * Claiming a unit is one compare-and-swap that takes 1 off the low part. Whoever succeeds knows that the loop described
- * by `pool.fn`, `pool.arg` and `pool.n_units` is the one of that epoch and stays so until the unit is reported
- * finished, since the caller waits for every claimed unit. A worker that wakes late sees either nothing left or a newer
- * epoch and cannot touch an old loop. */
+ * Claiming a unit is one compare-and-swap, begin + 1 by the owner or end - 1 by a thief. Whoever succeeds may read
+ * `pool.fn`, `pool.arg` and `pool.n_units`: they were written before the word was, and stay until the unit is reported
+ * finished, since the caller waits for all units. A worker that wakes late sees empty runs and cannot touch an old loop,
+ * and one beyond the loop's n_threads reads in the word itself that it is not invited. */
 #define _GNU_SOURCE
 #include "threadpool.h"
 
@@ -46,7 +48,11 @@ static void wake_all(_Atomic uint32_t *word) {
 }
 #endif
 
-enum { UNITS_BITS = 24, THREADS_BITS = 8, MAX_UNITS = (1 << UNITS_BITS) - 1 };
+enum {
+    UNIT_BITS = 28,
+    UNITS_PER_POLL = 8 /* reading the clock is some per cent of a short unit; eight of the longest are a few ms */
+};
+static const uint64_t max_units = ((uint64_t)1 << UNIT_BITS) - 1;
 
 /* Between two loops of a forward pass lie a few microseconds, so waiting threads spin that long; more would burn a
  * quota. */
@@ -61,17 +67,21 @@ static struct pe_pool {
 
     atomic_bool busy; /* a loop is running; taken by try-lock */
     atomic_bool stopping;
-    pe_unit_fn fn; /* the running loop: written before its ticket is published */
+    pe_unit_fn fn; /* the running loop: written before its runs are published */
     void *arg;
     size_t n_units;
     pe_control *control;
 
-    /* Each on its own cache line: all threads hammer them. */
-    _Alignas(64) _Atomic uint64_t ticket;
+    atomic_int n_threads; /* of the last loop: how far thieves look. A stale value costs them a look */
+
+    /* Each on its own cache line. */
     _Alignas(64) _Atomic uint32_t n_finished;
     _Alignas(64) _Atomic uint32_t n_sleeping; /* workers in a futex wait */
     _Atomic uint32_t wakeups;                 /* the word they wait on */
     _Atomic uint32_t caller_sleeps;
+    struct {
+        _Alignas(64) _Atomic uint64_t left;
+    } runs[PE_MAX_THREADS];
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 int64_t pe_now_ns(void) {
@@ -90,8 +100,36 @@ static void relax(void) {
 
 /* ------------------------------------------------------------------ units */
 
-static size_t units_left(uint64_t ticket) { return ticket & MAX_UNITS; }
-static int ticket_threads(uint64_t ticket) { return (int)(ticket >> UNITS_BITS & ((1 << THREADS_BITS) - 1)); }
+static uint64_t run_make(int n_threads, uint64_t begin, uint64_t end) {
+    return (uint64_t)(n_threads - 1) << 2 * UNIT_BITS | begin << UNIT_BITS | end;
+}
+static uint64_t run_begin(uint64_t run) { return run >> UNIT_BITS & max_units; }
+static uint64_t run_end(uint64_t run) { return run & max_units; }
+static bool run_is_open_to(uint64_t run, int thread) {
+    return run_begin(run) < run_end(run) && (uint64_t)thread <= run >> 2 * UNIT_BITS;
+}
+
+/* Take the first unit of the thread's own run or the last one of another's. */
+static bool claim_from(int owner, int thread, size_t *unit) {
+    _Atomic uint64_t *left = &pool.runs[owner].left;
+    uint64_t run = atomic_load_explicit(left, memory_order_acquire);
+    while (run_is_open_to(run, thread)) {
+        bool own = owner == thread;
+        *unit = own ? run_begin(run) : run_end(run) - 1;
+        if (atomic_compare_exchange_weak_explicit(left, &run, own ? run + ((uint64_t)1 << UNIT_BITS) : run - 1,
+                                                  memory_order_acq_rel, memory_order_acquire))
+            return true; /* else run now holds the newer value */
+    }
+    return false;
+}
+
+static bool claim(int thread, size_t *unit) {
+    if (claim_from(thread, thread, unit)) return true;
+    int n_threads = atomic_load_explicit(&pool.n_threads, memory_order_relaxed);
+    for (int other = 0; other < n_threads; other++)
+        if (other != thread && claim_from(other, thread, unit)) return true;
+    return false;
+}
 
 /* Ask the outside world, now and then, whether to go on. Only the thread that started the call comes here. */
 static void poll_control(pe_control *control) {
@@ -109,19 +147,32 @@ static bool is_cancelled(pe_control *control) {
     return control != NULL && atomic_load_explicit(&control->cancelled, memory_order_relaxed);
 }
 
-/* Claim, run and report units of the current loop until none is left. */
+/* Claim and run units of the current loop until none is left, then report them. */
 static void work(int thread) {
-    uint64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
-    while (units_left(ticket) > 0 && thread <= ticket_threads(ticket)) {
-        if (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - 1, memory_order_acq_rel,
-                                                   memory_order_acquire))
-            continue; /* ticket now holds the newer value */
-        if (thread == 0) poll_control(pool.control);
-        if (!is_cancelled(pool.control)) pool.fn(pool.arg, pool.n_units - units_left(ticket), thread);
-        size_t n_units = pool.n_units; /* after the report below the loop may be gone */
-        if (atomic_fetch_add(&pool.n_finished, 1) + 1 == n_units && atomic_load(&pool.caller_sleeps))
-            wake_all(&pool.n_finished);
-        ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
+    size_t unit;
+    uint32_t n_done = 0;
+    while (claim(thread, &unit)) {
+        if (thread == 0 && n_done % UNITS_PER_POLL == 0) poll_control(pool.control);
+        if (!is_cancelled(pool.control)) pool.fn(pool.arg, unit, thread);
+        n_done++;
+    }
+    if (n_done == 0) return;
+    uint32_t n_units = (uint32_t)pool.n_units; /* after the report the loop may be gone */
+    if (atomic_fetch_add(&pool.n_finished, n_done) + n_done == n_units && atomic_load(&pool.caller_sleeps))
+        wake_all(&pool.n_finished);
+}
+
+/* Whether the thread's own run has units. Spins for a while; the clock is only read when the wait is not a short one. */
+static bool wait_for_run(int thread) {
+    int64_t give_up = 0;
+    for (;;) {
+        for (int i = 0; i < 64; i++) {
+            if (run_is_open_to(atomic_load_explicit(&pool.runs[thread].left, memory_order_acquire), thread)) return true;
+            relax();
+        }
+        int64_t now = pe_now_ns();
+        if (give_up == 0) give_up = now + spin_ns;
+        if (now >= give_up) return false;
     }
 }
 
@@ -131,19 +182,10 @@ static void *worker(void *arg) {
     while (!atomic_load(&pool.stopping)) {
         work(thread);
         uint32_t wakeups = atomic_load(&pool.wakeups);
-        int64_t give_up = pe_now_ns() + spin_ns;
-        bool has_work = false;
-        while (!has_work && pe_now_ns() < give_up)
-            for (int i = 0; i < 32 && !has_work; i++) {
-                uint64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
-                has_work = units_left(ticket) > 0 && thread <= ticket_threads(ticket);
-                relax();
-            }
-        if (has_work || atomic_load(&pool.stopping)) continue;
+        if (wait_for_run(thread) || atomic_load(&pool.stopping)) continue;
         /* Announce the sleep, then look once more: the caller publishes first and looks for sleepers second. */
         atomic_fetch_add(&pool.n_sleeping, 1);
-        uint64_t ticket = atomic_load(&pool.ticket);
-        if (!(units_left(ticket) > 0 && thread <= ticket_threads(ticket)) && !atomic_load(&pool.stopping))
+        if (!run_is_open_to(atomic_load(&pool.runs[thread].left), thread) && !atomic_load(&pool.stopping))
             sleep_while_equal(&pool.wakeups, wakeups);
         atomic_fetch_sub(&pool.n_sleeping, 1);
     }
@@ -163,7 +205,7 @@ static void forget_workers_in_child(void) {
     pool.n_workers = 0;
     atomic_store(&pool.busy, false);
     atomic_store(&pool.stopping, false);
-    atomic_store(&pool.ticket, 0);
+    for (int thread = 0; thread < PE_MAX_THREADS; thread++) atomic_store(&pool.runs[thread].left, 0);
     atomic_store(&pool.n_sleeping, 0);
     atomic_store(&pool.caller_sleeps, 0);
 }
@@ -213,7 +255,7 @@ void pe_pool_release(void) {
 
 static void run_alone(size_t n_units, pe_unit_fn fn, void *arg, pe_control *control) {
     for (size_t unit = 0; unit < n_units; unit++) {
-        poll_control(control);
+        if (unit % UNITS_PER_POLL == 0) poll_control(control);
         if (is_cancelled(control)) return;
         fn(arg, unit, 0);
     }
@@ -221,10 +263,13 @@ static void run_alone(size_t n_units, pe_unit_fn fn, void *arg, pe_control *cont
 
 /* All units are claimed; wait until those that workers hold are finished. */
 static void wait_for_workers(uint32_t n_units) {
-    int64_t give_up = pe_now_ns() + spin_ns;
-    while (atomic_load_explicit(&pool.n_finished, memory_order_acquire) != n_units) {
+    int64_t give_up = 0;
+    for (int i = 1; atomic_load_explicit(&pool.n_finished, memory_order_acquire) != n_units; i++) {
         relax();
-        if (pe_now_ns() < give_up) continue;
+        if (i % 64 != 0) continue;
+        int64_t now = pe_now_ns();
+        if (give_up == 0) give_up = now + spin_ns;
+        if (now < give_up) continue;
         atomic_store(&pool.caller_sleeps, 1);
         uint32_t n_finished = atomic_load(&pool.n_finished);
         if (n_finished != n_units) sleep_while_equal(&pool.n_finished, n_finished);
@@ -234,7 +279,7 @@ static void wait_for_workers(uint32_t n_units) {
 
 void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe_control *control) {
     bool free_before = false;
-    if (n_threads < 2 || n_units < 2 || n_units > MAX_UNITS ||
+    if (n_threads < 2 || n_units < 2 || n_units > max_units ||
         !atomic_compare_exchange_strong(&pool.busy, &free_before, true)) {
         run_alone(n_units, fn, arg, control);
         return;
@@ -247,9 +292,12 @@ void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe
     }
     pool.fn = fn, pool.arg = arg, pool.n_units = n_units, pool.control = control;
     atomic_store(&pool.n_finished, 0);
-    uint64_t epoch = (atomic_load(&pool.ticket) >> (UNITS_BITS + THREADS_BITS)) + 1;
-    atomic_store(&pool.ticket,
-                 epoch << (UNITS_BITS + THREADS_BITS) | (uint64_t)(n_threads - 1) << UNITS_BITS | n_units);
+    atomic_store(&pool.n_threads, n_threads);
+    for (uint64_t thread = (uint64_t)n_threads; thread-- > 0;) { /* the caller's last: workers need longer to begin */
+        uint64_t begin = (thread * n_units + n_threads - 1) / n_threads,
+                 end = ((thread + 1) * n_units + n_threads - 1) / n_threads;
+        atomic_store(&pool.runs[thread].left, run_make(n_threads, begin, end));
+    }
     if (atomic_load(&pool.n_sleeping) > 0) wake_workers();
     work(0);
     wait_for_workers((uint32_t)n_units);
