@@ -136,11 +136,8 @@ static void merge(const task *t, state *total, const state *chunk) {
             memcpy(total->o + r * d, chunk->o + r * d, d * sizeof(float));
             continue;
         }
-        float m = chunk->m[r] > total->m[r] ? chunk->m[r] : total->m[r];
-        float a = pe_expf(total->m[r] - m), b = pe_expf(chunk->m[r] - m);
-        total->m[r] = m;
-        total->l[r] = fmaf(chunk->l[r], b, total->l[r] * a);
-        t->context->kernels->attention_merge(total->o + r * d, chunk->o + r * d, a, b, d);
+        t->context->kernels->attention_merge(&total->m[r], &total->l[r], total->o + r * d, chunk->m[r], chunk->l[r],
+                                             chunk->o + r * d, d);
     }
 }
 

@@ -112,8 +112,9 @@ struct pe_kernels {
     void (*attention_values_f32)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end);
 
-    /* o = o * a + o_chunk * b, as fmaf(o_chunk, b, o * a), n elements. */
-    void (*attention_merge)(float *o, const float *o_chunk, float a, float b, size_t n);
+    /* The state (*m, *l, o) of a row takes up a further chunk's as FORMAT.md section 8 merges them; o (n). Both have seen
+     * something: neither l is 0. */
+    void (*attention_merge)(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n);
     /* y = x * s over n elements. */
     void (*scale)(float *y, const float *x, float s, size_t n);
 

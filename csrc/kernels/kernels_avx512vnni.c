@@ -6,9 +6,9 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "lanes8_x86.h"
 #include "pyengine.h"
 
-#define LANES static inline __attribute__((always_inline))
 
 /* 8 int32 sums, 8 products of the first half and 8 float sums fit 32 zmm registers: nothing is spilled. That is worth more
  * than the second use of each weight that a larger tile would have. Eight chains are enough because those of the next 32
@@ -41,6 +41,13 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
 LANES v16 v16_from_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 LANES v16 v16_from_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
+
+LANES float v16_sum_lanes(v16 x) {
+    return sum8_lanes(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+}
+LANES float v16_max_lanes(v16 x) {
+    return max8_lanes(_mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
 }
 
 LANES i16 i16_zero(void) { return _mm512_setzero_si512(); }

@@ -12,7 +12,8 @@
 
 #define LANES static inline __attribute__((always_inline))
 
-enum { TILE_PANELS = 1, TILE_TOKENS = 4 }; /* 16 int32 sums and 4 weights of 32 q registers; the float sums are spilled */
+/* 16 int32 sums and 4 weights of 32 q registers; the float sums are spilled. */
+enum { TILE_PANELS = 1, TILE_TOKENS = 4, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
 
 typedef float32x4x4_t v16;
 typedef int32x4x4_t i16;
@@ -55,6 +56,15 @@ LANES v16 v16_from_i8(const int8_t *p) {
     int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_high_s8(x);
     return (v16){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
                   vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+}
+
+LANES float v16_sum_lanes(v16 x) {
+    float32x4_t a = vaddq_f32(vaddq_f32(x.val[0], x.val[2]), vaddq_f32(x.val[1], x.val[3]));
+    float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+    return vget_lane_f32(b, 0) + vget_lane_f32(b, 1);
+}
+LANES float v16_max_lanes(v16 x) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.val[0], x.val[1]), vmaxq_f32(x.val[2], x.val[3])));
 }
 
 LANES i16 i16_set1(int32_t x) { EACH(i16, vdupq_n_s32(x)); }

@@ -186,7 +186,11 @@ static void attention_values_f32(float *out, const float *p, size_t n_rows, size
         }
 }
 
-static void attention_merge(float *o, const float *o_chunk, float a, float b, size_t n) {
+static void attention_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n) {
+    float most = m_chunk > *m ? m_chunk : *m;
+    float a = pe_expf(*m - most), b = pe_expf(m_chunk - most);
+    *m = most;
+    *l = fmaf(l_chunk, b, *l * a);
     for (size_t i = 0; i < n; i++) o[i] = fmaf(o_chunk[i], b, o[i] * a);
 }
 

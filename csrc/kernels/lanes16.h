@@ -9,6 +9,7 @@
  *   v16_max(a, b)    a > b ? a : b           v16_rint, v16_from_i8(p) 16 int8 -> float, v16_from_half(p) 16 f16 -> float
  *   v16_exp_bits(p, n)   p * 2^n by adding n to the exponents (n integral), v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
  *   v16_cap(limit, x)    limit < x ? limit : x
+ *   v16_sum_lanes(x)     the tree of FORMAT.md section 7; v16_max_lanes(x): the maximum, any order
  *   i16              16 int32 lanes          i16_to_float, i16_sum (all lanes, any order: exact)
  *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|; i16_umax: the maximum over lanes
  *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
@@ -200,13 +201,13 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
 /* ------------------------------------------------------------------ norm, RoPE, SwiGLU */
 
 static float rmsnorm(float *y, const float *x, const float *w, size_t n, float eps) {
-    float a[PE_PANEL];
     v16 lanes = v16_set1(0.0f);
     size_t i = 0;
     for (; i + 16 <= n; i += 16) lanes = v16_fma(v16_load(x + i), v16_load(x + i), lanes);
-    v16_store(a, lanes);
-    for (size_t k = i; k < n; k++) a[k % PE_PANEL] = fmaf(x[k], x[k], a[k % PE_PANEL]);
-    float sum = pe_sum_lanes(a);
+    float rest[PE_PANEL] = {0}; /* fmaf(0, 0, a) is a: sums of squares are never -0 */
+    memcpy(rest, x + i, (n - i) * sizeof *rest);
+    lanes = v16_fma(v16_load(rest), v16_load(rest), lanes);
+    float sum = v16_sum_lanes(lanes);
     float inv_rms = 1.0f / sqrtf(sum / (float)n + eps);
     v16 inv = v16_set1(inv_rms);
     for (i = 0; i + 16 <= n; i += 16) v16_store(y + i, v16_mul(v16_mul(v16_load(x + i), inv), v16_load(w + i)));
@@ -298,6 +299,11 @@ PE_INLINE void scores_block(float *scores, const query_block *q, size_t n_groups
     PE_UNROLL for (int r = 0; r < n_r; r++) v16_store(scores + r * PE_CHUNK, v16_mul(v16_set1(c), acc[r]));
 }
 
+PE_INLINE void prefetch(const int8_t *p, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+/* V of the same positions is on its way while K is worked on: a decode at depth reads both from memory, once. */
 static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections, size_t n_rows,
                              size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
     size_t n_groups = head_dim_p / PE_X_GROUP;
@@ -306,8 +312,10 @@ static void attention_scores(float *scores, const int8_t *q, const float *q_scal
         query_block packed;
         pack_queries(&packed, q + r * head_dim_p, q_scales + r * n_groups, q_corrections + r * n_groups, n_r, head_dim_p);
 #define PE_SCORES(n) \
-    for (size_t j = 0; j < n_positions; j += PE_PANEL) \
-    scores_block(scores + r * PE_CHUNK + j, &packed, n_groups, kv->k + j * head_dim_p, kv->k_scales + j * n_groups, c, n)
+    for (size_t j = 0; j < n_positions; j += PE_PANEL) { \
+        if (r == 0) prefetch(kv->v + j * head_dim_p, PE_PANEL * head_dim_p); \
+        scores_block(scores + r * PE_CHUNK + j, &packed, n_groups, kv->k + j * head_dim_p, kv->k_scales + j * n_groups, c, n); \
+    }
         PE_WITH_ROWS(n_r, SCORE_ROWS, PE_SCORES)
 #undef PE_SCORES
     }
@@ -331,10 +339,7 @@ static float softmax_chunk(float *scores, size_t begin, size_t end, float *l) {
     for (size_t j = end; j < last; j++) scores[j] = -INFINITY;
     v16 most = v16_load(scores + first);
     for (size_t j = first + 16; j < last; j += 16) most = v16_max(v16_load(scores + j), most);
-    float a[PE_PANEL], m;
-    v16_store(a, most);
-    m = a[0];
-    for (int lane = 1; lane < PE_PANEL; lane++) m = a[lane] > m ? a[lane] : m;
+    float m = v16_max_lanes(most);
     v16 total = v16_set1(0.0f), maximum = v16_set1(m);
     for (size_t j = first; j < last; j += 16) {
         v16 p = exp16(v16_sub(v16_load(scores + j), maximum));
@@ -343,8 +348,7 @@ static float softmax_chunk(float *scores, size_t begin, size_t end, float *l) {
     }
     memset(scores, 0, first * sizeof *scores);
     memset(scores + last, 0, (PE_CHUNK - last) * sizeof *scores);
-    v16_store(a, total);
-    *l = pe_sum_lanes(a);
+    *l = v16_sum_lanes(total);
     return m;
 }
 
@@ -397,7 +401,12 @@ static void attention_values_f32(float *out, const float *p, size_t n_rows, size
         values_rows(out + r * head_dim_p, p + r * PE_CHUNK, kv, head_dim_p, begin, end, 1, 1);
 }
 
-static void attention_merge(float *o, const float *o_chunk, float a, float b, size_t n) {
+static void attention_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n) {
+    float most = m_chunk > *m ? m_chunk : *m, e[PE_PANEL] = {*m - most, m_chunk - most};
+    v16_store(e, exp16(v16_load(e))); /* two of sixteen lanes: still quicker than one scalar exp */
+    float a = e[0], b = e[1];
+    *m = most;
+    *l = fmaf(l_chunk, b, *l * a);
     size_t i = 0;
     for (; i + 16 <= n; i += 16)
         v16_store(o + i, v16_fma(v16_load(o_chunk + i), v16_set1(b), v16_mul(v16_load(o + i), v16_set1(a))));

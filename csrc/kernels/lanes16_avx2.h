@@ -3,10 +3,9 @@
 #ifndef PE_LANES16_AVX2_H
 #define PE_LANES16_AVX2_H
 
-#include <immintrin.h>
 #include <stdint.h>
 
-#define LANES static inline __attribute__((always_inline))
+#include "lanes8_x86.h"
 
 typedef struct {
     __m256 low, high;
@@ -57,6 +56,9 @@ LANES v16 v16_from_i8(const int8_t *p) {
     return (v16){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))),
                  _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8))))};
 }
+
+LANES float v16_sum_lanes(v16 x) { return sum8_lanes(_mm256_add_ps(x.low, x.high)); }
+LANES float v16_max_lanes(v16 x) { return max8_lanes(_mm256_max_ps(x.low, x.high)); }
 
 LANES i16 i16_zero(void) { return (i16){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 LANES i16 i16_add(i16 a, i16 b) { return (i16){_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }

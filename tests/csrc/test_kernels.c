@@ -180,10 +180,13 @@ static void test_add_scale_merge(const struct pe_kernels *k) {
                 fill(FLOATS(a[i]), n, RANDOM, &r);
                 memcpy(b[i].data, a[i].data, n * 4);
             }
-            float s = rng_float(&r), t = rng_float(&r);
+            float s = rng_float(&r), state[2][2] = {{rng_float(&r), 1.0f + fabsf(rng_float(&r))}}, m_chunk = rng_float(&r) * 9;
+            memcpy(state[1], state[0], sizeof state[0]);
             pe_kernels_scalar.add(FLOATS(a[0]), FLOATS(x), n), k->add(FLOATS(b[0]), FLOATS(x), n);
             pe_kernels_scalar.scale(FLOATS(a[1]), FLOATS(x), s, n), k->scale(FLOATS(b[1]), FLOATS(x), s, n);
-            pe_kernels_scalar.attention_merge(FLOATS(a[2]), FLOATS(x), s, t, n), k->attention_merge(FLOATS(b[2]), FLOATS(x), s, t, n);
+            pe_kernels_scalar.attention_merge(&state[0][0], &state[0][1], FLOATS(a[2]), m_chunk, 2.0f, FLOATS(x), n);
+            k->attention_merge(&state[1][0], &state[1][1], FLOATS(b[2]), m_chunk, 2.0f, FLOATS(x), n);
+            CHECK(same_floats(state[0], state[1], 2), "%s: merged m and l, n %zu", k->name, n);
             for (int i = 0; i < 3; i++) {
                 CHECK(same_floats(FLOATS(a[i]), FLOATS(b[i]), n) && block_intact(&b[i]), "%s: kernel %d, n %zu, %s", k->name, i, n,
                       pattern_names[pattern]);
