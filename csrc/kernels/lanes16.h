@@ -125,15 +125,22 @@ typedef struct token_block {
     const int32_t *corrections;
 } token_block;
 
+/* Weights that a tile fetches for those that come after it: n_lines cache lines of `from` for each of its groups. */
+typedef struct fetch_ahead {
+    const int8_t *from;
+    size_t n_lines;
+} fetch_ahead;
+
 /* n_p panels from `panel` times tokens [0, n_t) of a block of `width`, of which the first n_out are wanted. */
 PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
-                           const int n_p, const int n_t, size_t n_out) {
+                           const int n_p, const int n_t, size_t n_out, fetch_ahead ahead) {
     size_t n_groups = w->n_groups, w_stride = n_groups * PE_GROUP * PE_PANEL;
     const int8_t *codes = w->codes + panel * w_stride;
     const uint16_t *w_scales = w->scales + panel * n_groups * PE_PANEL;
     v16 acc[TILE_PANELS][TILE_TOKENS];
     PE_UNROLL for (int p = 0; p < n_p; p++) PE_UNROLL for (int t = 0; t < n_t; t++) acc[p][t] = v16_set1(0.0f);
     for (size_t g = 0; g < n_groups; g++) {
+        for (size_t i = 0; i < ahead.n_lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from);
         v16 sum[TILE_PANELS][TILE_TOKENS];
         i16 d[TILE_PANELS][TILE_TOKENS];
         dot_32(&d[0][0], TILE_TOKENS, codes, w_stride, x.codes, width * 4, 4, x.corrections, 1, n_p, n_t);
@@ -160,28 +167,34 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
 
 /* n_p panels times the first n_tokens of a block of `width`. */
 PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
-                            const int n_p, size_t n_tokens) {
+                            const int n_p, size_t n_tokens, fetch_ahead *ahead) {
     const int n_t = width < TILE_TOKENS ? width : TILE_TOKENS;
-    for (size_t t = 0; t < n_tokens; t += n_t) {
+    for (size_t t = 0; t < n_tokens; t += n_t, ahead->from += ahead->n_lines * 64 * w->n_groups) {
         token_block tile = {x.codes + t * 4, x.scales + t, x.corrections + t};
-        matmul_tile(out + t * out_stride, out_stride, w, panel, tile, width, n_p, n_t, n_tokens - t);
+        matmul_tile(out + t * out_stride, out_stride, w, panel, tile, width, n_p, n_t, n_tokens - t, *ahead);
     }
 }
 
 /* Panels [panel, panel_end), at most TILE_PANELS, times one block. */
 PE_INLINE void matmul_panels(float *out, size_t out_stride, const pe_matrix *w, size_t panel, size_t panel_end, token_block x,
-                             const int width, size_t n_tokens) {
+                             const int width, size_t n_tokens, fetch_ahead *ahead) {
     /* A single token only streams weights: one panel at a time is the order in which they lie in the file. */
     if (width > 1 && panel_end - panel == TILE_PANELS) {
-        matmul_block(out, out_stride, w, panel, x, width, TILE_PANELS, n_tokens);
+        matmul_block(out, out_stride, w, panel, x, width, TILE_PANELS, n_tokens, ahead);
         return;
     }
-    for (; panel < panel_end; panel++, out += PE_PANEL) matmul_block(out, out_stride, w, panel, x, width, 1, n_tokens);
+    for (; panel < panel_end; panel++, out += PE_PANEL) matmul_block(out, out_stride, w, panel, x, width, 1, n_tokens, ahead);
 }
 
 static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
                    const pe_activations *x, size_t token_begin, size_t token_end) {
+    /* A few tokens take about as long to compute as their weights take to arrive: every tile fetches its share of the next
+     * panels, or memory would rest in all tiles but the first. A single token leaves that to the hardware, which sees one
+     * stream; many tokens have all the time there is. */
+    size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS, panel_bytes = w->n_groups * PE_GROUP * PE_PANEL;
+    fetch_ahead ahead = {NULL, token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0};
     for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
+        ahead.from = w->codes + (panel + TILE_PANELS) * panel_bytes;
         size_t end = panel_end - panel < TILE_PANELS ? panel_end : panel + TILE_PANELS;
         for (size_t first = token_begin; first < token_end; first += PE_TOKEN_BLOCK) {
             size_t offset = first * (x->n / PE_X_GROUP);
@@ -189,10 +202,10 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
             size_t n_tokens = token_end - first < PE_TOKEN_BLOCK ? token_end - first : PE_TOKEN_BLOCK;
             float *tile = out + (first - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
             switch (pe_block_width(x->n_tokens - first)) {
-            case 1: matmul_panels(tile, out_stride, w, panel, end, block, 1, n_tokens); break;
-            case 2: matmul_panels(tile, out_stride, w, panel, end, block, 2, n_tokens); break;
-            case 4: matmul_panels(tile, out_stride, w, panel, end, block, 4, n_tokens); break;
-            default: matmul_panels(tile, out_stride, w, panel, end, block, PE_TOKEN_BLOCK, n_tokens);
+            case 1: matmul_panels(tile, out_stride, w, panel, end, block, 1, n_tokens, &ahead); break;
+            case 2: matmul_panels(tile, out_stride, w, panel, end, block, 2, n_tokens, &ahead); break;
+            case 4: matmul_panels(tile, out_stride, w, panel, end, block, 4, n_tokens, &ahead); break;
+            default: matmul_panels(tile, out_stride, w, panel, end, block, PE_TOKEN_BLOCK, n_tokens, &ahead);
             }
         }
     }
