@@ -20,7 +20,7 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """An innermost loop: from the target of a jump backwards to that jump."""
+    """From the target of a jump backwards to that jump."""
 
     function: str
     body: list[Instruction]
@@ -47,7 +47,8 @@ def functions(listing: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def innermost_loops(listing: str) -> list[Loop]:
+def multiplying_loops(listing: str) -> list[Loop]:
+    """Loops with a dot step that hold no other such loop. (What they may hold is a loop that fetches memory ahead.)"""
     loops = []
     for function, instructions in functions(listing).items():
         spans = set()
@@ -55,9 +56,11 @@ def innermost_loops(listing: str) -> list[Loop]:
             target = re.match(r"([0-9a-f]+) <", i.operands)
             if i.name.startswith("j") and target and int(target[1], 16) <= i.address:
                 spans.add((int(target[1], 16), i.address))
+        bodies = {(b, e): [i for i in instructions if b <= i.address <= e] for b, e in spans}
+        spans = {span for span, body in bodies.items() if any(i.name == "vpdpbusd" for i in body)}
         for begin, end in spans:
             if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans):
-                loops.append(Loop(function, [i for i in instructions if begin <= i.address <= end]))
+                loops.append(Loop(function, bodies[begin, end]))
     return loops
 
 
@@ -71,13 +74,13 @@ def disassemble(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def vnni_loops() -> list[Loop]:
-    """Innermost loops of the AVX-512-VNNI table that multiply."""
+    """Innermost of the loops of the AVX-512-VNNI table that multiply."""
     if int((version := gcc_version()).split(".")[0]) < 12:
         pytest.skip(f"the register blocks were chosen by reading what gcc 12 and later make of them, this is {version}")
     listing = disassemble("kernels/kernels_avx512vnni.c")
     if "file format elf64-x86-64" not in listing:
         pytest.skip("not an x86-64 machine")
-    return [loop for loop in innermost_loops(listing) if loop.count("vpdpbusd")]
+    return multiplying_loops(listing)
 
 
 def test_prefill_block_is_fully_unrolled(vnni_loops: list[Loop]) -> None:
@@ -125,6 +128,6 @@ def test_the_reader_of_listings_sees_loops_and_spills() -> None:
   22:\tjne    0 <matmul>
   24:\tjmp    30 <matmul+0x30>
 """
-    (loop,) = innermost_loops(listing)
+    (loop,) = multiplying_loops(listing)
     assert (loop.function, len(loop.body), loop.count("vpdpbusd")) == ("matmul", 5, 1)
     assert [i.address for i in loop.integer_vector_spills] == [8]
