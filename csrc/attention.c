@@ -109,10 +109,14 @@ static void attend_chunk(const task *t, size_t chunk, state *out) {
     }
     chunk_scores(t, &kv, last);
     for (size_t r = 0; r < t->n_rows; r++) {
+        visible_range(t, chunk, r, &begin, &end);
+        if (begin < end) out->m[r] = context->kernels->softmax_max(t->scores + r * PE_CHUNK, begin, end);
+    }
+    for (size_t r = 0; r < t->n_rows; r++) {
         float *scores = t->scores + r * PE_CHUNK;
         visible_range(t, chunk, r, &begin, &end);
         if (begin < end) {
-            out->m[r] = context->kernels->softmax_chunk(scores, begin, end, &out->l[r]);
+            out->l[r] = context->kernels->softmax_exp(scores, begin, end, out->m[r]);
         } else {
             memset(scores, 0, PE_CHUNK * sizeof *scores);
             out->l[r] = 0.0f;

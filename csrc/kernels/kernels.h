@@ -102,8 +102,11 @@ struct pe_kernels {
     void (*attention_scores_f32)(float *scores, const float *q, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t n_positions, float c);
 
-    /* One row of scores -> p in place over [begin, end) of a chunk; +0 elsewhere in [0, 256). Returns m, stores l. */
-    float (*softmax_chunk)(float *scores, size_t begin, size_t end, float *l);
+    /* One row of scores over [begin, end) of a chunk, not empty: m, then p in place and +0 elsewhere in [0, 256), returning
+     * l. Two kernels, because the maxima of many rows do not wait for one another. Scores outside of [begin, end) may be
+     * overwritten by either. */
+    float (*softmax_max)(float *scores, size_t begin, size_t end);
+    float (*softmax_exp)(float *scores, size_t begin, size_t end, float m);
 
     /* out[r][d] = sum over positions [begin, end) ascending of (p[r][j] * v_scale[j]) * v[j][d], from +0. p rows 256
      * floats apart and +0 where row r may not look; out (n_rows, head_dim_p). */

@@ -154,15 +154,19 @@ static void attention_scores_f32(float *scores, const float *q, size_t n_rows, s
         }
 }
 
-static float softmax_chunk(float *scores, size_t begin, size_t end, float *l) {
-    float m = scores[begin], a[PE_PANEL] = {0};
+static float softmax_max(float *scores, size_t begin, size_t end) {
+    float m = scores[begin];
     for (size_t j = begin + 1; j < end; j++) m = scores[j] > m ? scores[j] : m;
+    return m;
+}
+
+static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
+    float a[PE_PANEL] = {0};
     for (size_t j = 0; j < PE_CHUNK; j++) {
         scores[j] = j >= begin && j < end ? pe_expf(scores[j] - m) : 0.0f;
         a[j % PE_PANEL] += scores[j];
     }
-    *l = pe_sum_lanes(a);
-    return m;
+    return pe_sum_lanes(a);
 }
 
 static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
@@ -216,7 +220,8 @@ const struct pe_kernels pe_kernels_scalar = {
     .add = add,
     .attention_scores = attention_scores,
     .attention_scores_f32 = attention_scores_f32,
-    .softmax_chunk = softmax_chunk,
+    .softmax_max = softmax_max,
+    .softmax_exp = softmax_exp,
     .attention_values = attention_values,
     .attention_values_f32 = attention_values_f32,
     .attention_merge = attention_merge,

@@ -345,24 +345,31 @@ static void attention_scores_f32(float *scores, const float *q, size_t n_rows, s
         }
 }
 
-static float softmax_chunk(float *scores, size_t begin, size_t end, float *l) {
-    /* Whole strips of 16 from here on: what the range leaves of the first and last strip becomes exp(-inf) = +0. */
+/* Whole strips of 16 from here on: what the range leaves of the first and the last strip becomes exp(-inf) = +0. */
+PE_INLINE void mask_strips(float *scores, size_t begin, size_t end) {
+    for (size_t j = begin / 16 * 16; j < begin; j++) scores[j] = -INFINITY;
+    for (size_t j = end; j % 16 != 0; j++) scores[j] = -INFINITY;
+}
+
+static float softmax_max(float *scores, size_t begin, size_t end) {
+    mask_strips(scores, begin, end);
+    v16 most = v16_load(scores + begin / 16 * 16);
+    for (size_t j = begin / 16 * 16 + 16; j < end; j += 16) most = v16_max(v16_load(scores + j), most);
+    return v16_max_lanes(most);
+}
+
+static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
     size_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
-    for (size_t j = first; j < begin; j++) scores[j] = -INFINITY;
-    for (size_t j = end; j < last; j++) scores[j] = -INFINITY;
-    v16 most = v16_load(scores + first);
-    for (size_t j = first + 16; j < last; j += 16) most = v16_max(v16_load(scores + j), most);
-    float m = v16_max_lanes(most);
+    mask_strips(scores, begin, end);
     v16 total = v16_set1(0.0f), maximum = v16_set1(m);
     for (size_t j = first; j < last; j += 16) {
         v16 p = exp16(v16_sub(v16_load(scores + j), maximum));
         v16_store(scores + j, p);
         total = v16_add(total, p);
     }
-    memset(scores, 0, first * sizeof *scores);
-    memset(scores + last, 0, (PE_CHUNK - last) * sizeof *scores);
-    *l = v16_sum_lanes(total);
-    return m;
+    for (size_t j = 0; j < first; j += 16) v16_store(scores + j, v16_set1(0.0f));
+    for (size_t j = last; j < PE_CHUNK; j += 16) v16_store(scores + j, v16_set1(0.0f));
+    return v16_sum_lanes(total);
 }
 
 /* n_r rows of weights (256 apart) times n_c vectors of columns of V from d on. */
@@ -438,7 +445,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
     { \
         .name = table_name, .required = (table_required), .quantize = quantize, .quantize_group = quantize_group, .matmul = matmul, \
         .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .add = add, .attention_scores = attention_scores, \
-        .attention_scores_f32 = attention_scores_f32, .softmax_chunk = softmax_chunk, .attention_values = attention_values, \
+        .attention_scores_f32 = attention_scores_f32, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = attention_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, \
     }

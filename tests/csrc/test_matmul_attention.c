@@ -231,8 +231,8 @@ static void compare_softmax(const struct pe_kernels *k, size_t begin, size_t end
         FLOATS(a)[j] = x, FLOATS(b)[j] = x;
     }
     float l[2], m[2];
-    m[0] = pe_kernels_scalar.softmax_chunk(FLOATS(a), begin, end, &l[0]);
-    m[1] = k->softmax_chunk(FLOATS(b), begin, end, &l[1]);
+    m[0] = pe_kernels_scalar.softmax_max(FLOATS(a), begin, end), l[0] = pe_kernels_scalar.softmax_exp(FLOATS(a), begin, end, m[0]);
+    m[1] = k->softmax_max(FLOATS(b), begin, end), l[1] = k->softmax_exp(FLOATS(b), begin, end, m[1]);
     bool has_nan = l[0] != l[0]; /* then the call ends with PE_ERR_NOT_FINITE, and which maximum was found is of no interest */
     CHECK(same_floats(&l[0], &l[1], 1) && (has_nan || m[0] == m[1]), "%s: %zu-%zu pattern %d: m %a %a l %a %a", k->name, begin, end,
           pattern, (double)m[0], (double)m[1], (double)l[0], (double)l[1]);
