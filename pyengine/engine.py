@@ -6,18 +6,21 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
 from pyengine.frozen import FrozenFile, expected_tensors
 from pyengine.prefix_cache import PrefixCache
 from pyengine.results import Generation, Piece, Score
 
 if TYPE_CHECKING:
+    from pathlib import Path  # 3 ms of the start, for names that the system calls take as they are
+
     import numpy as np
     import numpy.typing as npt
 
@@ -29,28 +32,28 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
-DEFAULT_MODEL = Path(__file__).parent / "models" / "default.safetensors"
+DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
 # score and logits ask for every row's logits; this bounds the buffer (rows x vocab_size x 4 bytes).
 LOGITS_BYTES = 32 << 20
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> Path:
+def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> str:
     """The frozen file that `model` names: itself, or a Hugging Face directory, a GGUF or a llama2.c checkpoint frozen once
     into the cache directory. None = the model that ships with the package. Raises FileNotFoundError."""
     if model is None:
-        if not DEFAULT_MODEL.exists():
+        if not os.path.exists(DEFAULT_MODEL):
             raise FileNotFoundError("this build ships no default model; name one: Engine('model.safetensors')")
-        return DEFAULT_MODEL
-    path = Path(model)
-    if not path.exists():
+        return os.fspath(DEFAULT_MODEL)
+    path = os.fspath(model)
+    if not os.path.exists(path):
         raise FileNotFoundError(f"there is no model at {path}")
-    if path.is_file() and path.suffix == ".safetensors":
+    if os.path.isfile(path) and path.endswith(".safetensors"):
         return path
     from pyengine.freeze import freeze_cached
 
-    return freeze_cached(path, progress=progress)
+    return os.fspath(freeze_cached(path, progress=progress))
 
 
 def threads_from_environment() -> int:
@@ -73,6 +76,8 @@ class Engine:
     kv_dtype   "int8", or "f32": a reference to compare with, slower and four times as large
     seed       seed of every call that gives none; None = a fresh one for each call, reported in its result
     mmap       False reads the file into memory, for files that others may truncate (a map would then kill the process)
+    preload_tokenizer  True loads the tokenizer beside the weights, on a thread of its own, for programs that begin with text at
+               once. Otherwise it is loaded when it is first needed. What is wrong with it is raised there in either case
     progress   called as progress(done_bytes, total_bytes, tensor_name) while a model is frozen into the cache
 
     Methods may be called from any thread; calls share the model step by step. Use it as a context manager, or `close` it.
@@ -88,14 +93,31 @@ class Engine:
         kv_dtype: Literal["int8", "f32"] = "int8",
         seed: int | None = None,
         mmap: bool = True,
+        preload_tokenizer: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        from pyengine import _core
-
         self._lock = threading.RLock()
         self._closed = True
+        self._tokenizer: Tokenizer | None = None
+        self._loading: Background[Tokenizer] | None = None
+        self._chat_template: ChatTemplate | None = None
         n_threads = _checked_threads(n_threads)
         self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
+        if preload_tokenizer:
+            self._loading = Background(self._tokenizer_loader())
+        try:
+            self._open(n_ctx, n_threads, kv_dtype)
+        except BaseException:
+            self._wait_for_tokenizer()
+            raise
+        self.seed = seed
+        self._closed = False
+        _open_engines.add(self)
+
+    def _open(self, n_ctx: int, n_threads: int, kv_dtype: Literal["int8", "f32"]) -> None:
+        """The model and its context: checks the weights, which reads them all."""
+        from pyengine import _core
+
         config = asdict(self._file.config)
         if not 0 <= n_ctx <= config["max_seq_len"]:
             raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config['max_seq_len']}")
@@ -106,19 +128,16 @@ class Engine:
         self.prefix_cache = PrefixCache(self.context)
         self.n_ctx: int = config["max_seq_len"]
         self.vocab_size: int = config["vocab_size"]
-        self.seed = seed
-        self._generation_config = self._json_rider("generation_config.json")
         self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
-        self._tokenizer: Tokenizer | None = None
-        self._chat_template: ChatTemplate | None = None
-        self._closed = False
-        _open_engines.add(self)
+        self._generation_config = self._json_rider("generation_config.json")
 
     # ------------------------------------------------------------ parts
 
     @property
     def path(self) -> Path:
         """The frozen file."""
+        from pathlib import Path
+
         return Path(self._file.path)
 
     @property
@@ -145,15 +164,26 @@ class Engine:
         """The model's tokenizer, loaded when it is first needed."""
         with self._lock:
             if self._tokenizer is None:
-                from pyengine.tokenizer import Tokenizer
-
-                self._tokenizer = Tokenizer(
-                    self._file.rider("tokenizer.json") or b"",
-                    self._json_rider("tokenizer_config.json"),
-                    bos_token_id=self._file.config.bos_token_id,
-                    eos_token_ids=self.eos_token_ids,
-                )
+                self._tokenizer = self._tokenizer_loader()() if self._loading is None else self._loading.result()
+                self._loading = None
             return self._tokenizer
+
+    def _tokenizer_loader(self) -> Callable[[], Tokenizer]:
+        """A function that needs nothing more of this engine, not even the map."""
+        from pyengine.tokenizer import Tokenizer
+
+        return partial(
+            Tokenizer,
+            self._file.rider("tokenizer.json") or b"",
+            self._json_rider("tokenizer_config.json"),
+            bos_token_id=self._file.config.bos_token_id,
+            eos_token_ids=self._file.config.eos_token_ids,
+        )
+
+    def _wait_for_tokenizer(self) -> None:
+        """Let nothing of ours run on."""
+        if self._loading is not None:
+            self._loading.wait()
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -383,6 +413,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+            self._wait_for_tokenizer()
             del self.prefix_cache, self.context, self._model
             self._file.close()
 
@@ -400,6 +431,7 @@ class Engine:
     # Around a fork: no step may be half done in the child.
     def _acquire(self) -> None:
         self._lock.acquire()
+        self._wait_for_tokenizer()
 
     def _release(self) -> None:
         self._lock.release()

@@ -264,7 +264,7 @@ def run(argv: list[str]) -> int:
     if args.threads is not None and 0 in args.threads:
         raise UsageError("-t: threads are counted from 1")
     options.select_isa(args.isa)
-    path = options.frozen_path(args)
+    path = Path(options.frozen_path(args))
     threads: list[int | None] = [None] if args.threads is None else list(args.threads)
     with ProgressLine("bench") as line:
         measured = [item for n in threads for item in measure(path, args, n, line.show)]

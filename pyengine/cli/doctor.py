@@ -111,7 +111,7 @@ def model(warnings: list[str]) -> dict[str, Any]:
     name = os.environ.get("PYENGINE_MODEL")
     if name and not os.path.exists(name):
         warnings.append(f"PYENGINE_MODEL={name}: there is no such file")
-    path = name or (str(DEFAULT_MODEL) if DEFAULT_MODEL.exists() else None)
+    path = name or (DEFAULT_MODEL if os.path.exists(DEFAULT_MODEL) else None)
     reason = "shipped with the package" if path else "this build ships none"
     return {"default": path, "reason": "PYENGINE_MODEL" if name else reason}
 
