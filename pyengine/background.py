@@ -10,33 +10,39 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """`work()` on a thread of its own, from now on. `result` says what came of it.
+    """`work()` on a thread of its own, from `start` on. `result` waits and says what came of it.
 
-    The thread is no daemon and cannot be cancelled: whoever starts one waits for it, by `result` or `wait`, before what it uses
-    goes away. Where no thread can be had (a limit on processes), `result` does the work itself.
+    The thread is no daemon and cannot be cancelled: whoever starts one also waits, whatever happens in between. Where no thread
+    can be had (a limit on processes), `result` does the work itself.
     """
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
         self._values: list[T] = []  # none or one: None may be a result
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = threading.Thread(target=self._run, name="pyengine-start")
+        self._done = threading.Event()
+
+    def start(self) -> None:
         try:
-            self._thread.start()
+            threading.Thread(target=self._run, name="pyengine-start").start()
         except RuntimeError:
-            self._thread = None
+            self._done.set()
 
     def _run(self) -> None:
         try:
             self._values.append(self._work())
         except BaseException as error:  # raised where the result is asked for
             self._error = error
+        self._done.set()
 
     def wait(self) -> None:
-        """Return when nothing runs any more, whatever came of it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Return when the work is done, whatever came of it. A Ctrl-C waits too, a second one does not."""
+        # Not Thread.join: one that Ctrl-C interrupts may take the thread for dead (Python 3.11), and the next returns at once.
+        try:
+            self._done.wait()
+        except BaseException:
+            self._done.wait()
+            raise
 
     def result(self) -> T:
         """What `work` returned or raised."""

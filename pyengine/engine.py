@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
 # score and logits ask for every row's logits; this bounds the buffer (rows x vocab_size x 4 bytes).
@@ -76,8 +77,8 @@ class Engine:
     kv_dtype   "int8", or "f32": a reference to compare with, slower and four times as large
     seed       seed of every call that gives none; None = a fresh one for each call, reported in its result
     mmap       False reads the file into memory, for files that others may truncate (a map would then kill the process)
-    preload_tokenizer  True loads the tokenizer beside the weights, on a thread of its own, for programs that begin with text at
-               once. Otherwise it is loaded when it is first needed. What is wrong with it is raised there in either case
+    preload_tokenizer  True loads the tokenizer now, while a thread checks the weights: for programs that begin with text at once.
+               Otherwise it is loaded when it is first needed
     progress   called as progress(done_bytes, total_bytes, tensor_name) while a model is frozen into the cache
 
     Methods may be called from any thread; calls share the model step by step. Use it as a context manager, or `close` it.
@@ -96,40 +97,41 @@ class Engine:
         preload_tokenizer: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        from pyengine import _core
+
         self._lock = threading.RLock()
         self._closed = True
         self._tokenizer: Tokenizer | None = None
-        self._loading: Background[Tokenizer] | None = None
         self._chat_template: ChatTemplate | None = None
         n_threads = _checked_threads(n_threads)
         self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
-        if preload_tokenizer:
-            self._loading = Background(self._tokenizer_loader())
-        try:
-            self._open(n_ctx, n_threads, kv_dtype)
-        except BaseException:
-            self._wait_for_tokenizer()
-            raise
-        self.seed = seed
-        self._closed = False
-        _open_engines.add(self)
-
-    def _open(self, n_ctx: int, n_threads: int, kv_dtype: Literal["int8", "f32"]) -> None:
-        """The model and its context: checks the weights, which reads them all."""
-        from pyengine import _core
-
         config = asdict(self._file.config)
         if not 0 <= n_ctx <= config["max_seq_len"]:
             raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config['max_seq_len']}")
         config["max_seq_len"] = n_ctx or config["max_seq_len"]
-        weights = {name: self._file.tensors[name] for name in expected_tensors(self._file.config)}
-        self._model = _core.Model(config, self._file.buffer, weights, n_threads)
-        self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
-        self.prefix_cache = PrefixCache(self.context)
         self.n_ctx: int = config["max_seq_len"]
         self.vocab_size: int = config["vocab_size"]
-        self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
+        self.seed = seed
         self._generation_config = self._json_rider("generation_config.json")
+        self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
+        weights = {name: self._file.tensors[name] for name in expected_tensors(self._file.config)}
+        opening = partial(_core.Model, config, self._file.buffer, weights, n_threads)
+        self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
+        self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
+        self.prefix_cache = PrefixCache(self.context)
+        self._closed = False
+        _open_engines.add(self)
+
+    def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
+        """Do `opening` while the tokenizer loads. The tokenizer has this thread, for it holds the interpreter's lock from end to
+        end, and the C library lets the main thread's heap grow in larger steps than others'."""
+        background = Background(opening)
+        try:
+            background.start()
+            _ = self.tokenizer
+        finally:
+            background.wait()
+        return background.result()
 
     # ------------------------------------------------------------ parts
 
@@ -164,26 +166,15 @@ class Engine:
         """The model's tokenizer, loaded when it is first needed."""
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = self._tokenizer_loader()() if self._loading is None else self._loading.result()
-                self._loading = None
+                from pyengine.tokenizer import Tokenizer
+
+                self._tokenizer = Tokenizer(
+                    self._file.rider("tokenizer.json") or b"",
+                    self._json_rider("tokenizer_config.json"),
+                    bos_token_id=self._file.config.bos_token_id,
+                    eos_token_ids=self.eos_token_ids,
+                )
             return self._tokenizer
-
-    def _tokenizer_loader(self) -> Callable[[], Tokenizer]:
-        """A function that needs nothing more of this engine, not even the map."""
-        from pyengine.tokenizer import Tokenizer
-
-        return partial(
-            Tokenizer,
-            self._file.rider("tokenizer.json") or b"",
-            self._json_rider("tokenizer_config.json"),
-            bos_token_id=self._file.config.bos_token_id,
-            eos_token_ids=self._file.config.eos_token_ids,
-        )
-
-    def _wait_for_tokenizer(self) -> None:
-        """Let nothing of ours run on."""
-        if self._loading is not None:
-            self._loading.wait()
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -413,7 +404,6 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-            self._wait_for_tokenizer()
             del self.prefix_cache, self.context, self._model
             self._file.close()
 
@@ -431,7 +421,6 @@ class Engine:
     # Around a fork: no step may be half done in the child.
     def _acquire(self) -> None:
         self._lock.acquire()
-        self._wait_for_tokenizer()
 
     def _release(self) -> None:
         self._lock.release()

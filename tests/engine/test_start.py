@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import textwrap
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from engine import cli_tools
 import pyengine
 from pyengine import tokenizer as tokenizer_module
 from pyengine.background import Background
-from pyengine.errors import InvalidArgumentError, ModelFormatError
+from pyengine.errors import ModelFormatError
 from pyengine.frozen import FrozenFile
 
 PROMPT = "hello"
@@ -26,25 +23,18 @@ def start_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "pyengine-start"]
 
 
-def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    load = tokenizer_module._load
-
-    def slow(data: bytes) -> object:
-        time.sleep(seconds)
-        return load(data)
-
-    monkeypatch.setattr(tokenizer_module, "_load", slow)
-
-
 # -------------------------------------------------------------------- one call beside the caller
 
 
 def test_background_returns_what_the_work_does() -> None:
     main = threading.get_ident()
     work = Background(threading.get_ident)
+    work.start()
     assert work.result() != main
     assert work.result() == work.result()
-    assert Background(lambda: None).result() is None
+    nothing = Background(lambda: None)
+    nothing.start()
+    assert nothing.result() is None
 
 
 def test_background_raises_what_the_work_does() -> None:
@@ -52,6 +42,7 @@ def test_background_raises_what_the_work_does() -> None:
         raise ValueError("no")
 
     work = Background(fail)
+    work.start()
     work.wait()
     for _ in range(2):
         with pytest.raises(ValueError, match="no"):
@@ -64,6 +55,7 @@ def test_background_without_a_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     work = Background(threading.get_ident)
+    work.start()
     work.wait()
     assert work.result() == threading.get_ident()
 
@@ -71,14 +63,24 @@ def test_background_without_a_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) 
 # -------------------------------------------------------------------- the engine
 
 
+def damaged(model: Path, directory: Path, tensor: str, content: bytes) -> Path:
+    """A copy of the model whose tensor begins with `content` and goes on with spaces."""
+    data = bytearray(model.read_bytes())
+    with FrozenFile.open(model) as frozen:
+        begin, size = frozen.tensors[tensor]
+    data[begin : begin + size] = content.ljust(size)
+    path = directory / "damaged.safetensors"
+    path.write_bytes(data)
+    return path
+
+
 def test_preloaded_tokenizer_gives_the_same(tiny_model: Path) -> None:
     with pyengine.Engine(tiny_model) as late, pyengine.Engine(tiny_model, preload_tokenizer=True) as early:
-        expected = late.generate(PROMPT, max_tokens=8).text
-        assert early.generate(PROMPT, max_tokens=8).text == expected
-    assert not start_threads()
+        assert not start_threads()
+        assert early.generate(PROMPT, max_tokens=8).text == late.generate(PROMPT, max_tokens=8).text
 
 
-def test_no_thread_for_callers_without_text(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_loaded_for_callers_without_text(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("loaded")
 
@@ -88,95 +90,53 @@ def test_no_thread_for_callers_without_text(tiny_model: Path, monkeypatch: pytes
         assert len(engine.score([1, 2, 3]).logprobs) == 3
 
 
-@pytest.mark.parametrize("n_ctx", [0, -1])
-def test_nothing_runs_on_after_a_refusal_or_a_close(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, n_ctx: int
-) -> None:
-    slow_down(monkeypatch, 0.3)
-    if n_ctx:
-        with pytest.raises(InvalidArgumentError, match="n_ctx"):
-            pyengine.Engine(tiny_model, n_ctx=n_ctx, preload_tokenizer=True)
-    else:
-        engine = pyengine.Engine(tiny_model, preload_tokenizer=True)
-        assert start_threads()  # opening did not wait for it
-        engine.close()
+def test_a_refusal_of_the_weights_comes_out_of_the_thread(tiny_model: Path, tmp_path: Path) -> None:
+    model = damaged(tiny_model, tmp_path, "layers.1.wo.codes", b"\x80")
+    for preload in (False, True):
+        with pytest.raises(ModelFormatError, match=r"layers\.1\.wo"):
+            pyengine.Engine(model, preload_tokenizer=preload)
     assert not start_threads()
 
 
-def test_a_bad_tokenizer_is_told_where_it_is_needed(tiny_model: Path, tmp_path: Path) -> None:
-    data = bytearray(tiny_model.read_bytes())
-    with FrozenFile.open(tiny_model) as frozen:
-        begin, size = frozen.tensors["tokenizer.json"]
-    data[begin : begin + size] = b"[]".ljust(size)
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(data)
-    with pyengine.Engine(damaged, preload_tokenizer=True) as engine:
+def test_a_bad_tokenizer_is_told_when_it_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    model = damaged(tiny_model, tmp_path, "tokenizer.json", b"[]")
+    with pytest.raises(ModelFormatError, match=r"tokenizer\.json"):
+        pyengine.Engine(model, preload_tokenizer=True)
+    assert not start_threads()
+    with pyengine.Engine(model) as engine:
         assert len(engine.score([1, 2, 3]).logprobs) == 3
-        for _ in range(2):
-            with pytest.raises(ModelFormatError, match=r"tokenizer\.json"):
-                engine.generate(PROMPT)
+        with pytest.raises(ModelFormatError, match=r"tokenizer\.json"):
+            engine.generate(PROMPT)
 
 
+# What loads takes half a second each, and the signal comes after a fifth.
 SCENE = """
 import os, signal, sys, threading, time
 import pyengine
-from pyengine import tokenizer
-load = tokenizer._load
-def slow(data):
-    time.sleep(0.5)
-    return load(data)
-tokenizer._load = slow
+from pyengine import _core, tokenizer
+
+def slowly(function):
+    def slow(*arguments):
+        time.sleep(0.5)
+        return function(*arguments)
+    return slow
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start us with the signal ignored
-def names():
-    return [thread.name for thread in threading.enumerate()]
+{slow}
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    pyengine.Engine(sys.argv[1], preload_tokenizer=True)
+except KeyboardInterrupt:
+    assert "pyengine-start" not in [thread.name for thread in threading.enumerate()]
+else:
+    raise SystemExit("the signal was lost")
 """
 
 
-def scene(model: Path, code: str, directory: Path) -> str:
-    """Run the code in an interpreter of its own; its standard output."""
+@pytest.mark.parametrize("slow", ["_core.Model = slowly(_core.Model)", "tokenizer._load = slowly(tokenizer._load)"])
+def test_ctrl_c_while_an_engine_opens(tiny_model: Path, tmp_path: Path, slow: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCENE + textwrap.dedent(code), str(model)],
-        capture_output=True, text=True, timeout=60, cwd=directory, env=cli_tools.environment(),
+        [sys.executable, "-c", SCENE.replace("{slow}", slow), str(tiny_model)],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path, env=cli_tools.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_ctrl_c_while_the_tokenizer_loads(tiny_model: Path, tmp_path: Path) -> None:
-    scene(
-        tiny_model,
-        """
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-        started = time.monotonic()
-        engine = None
-        try:
-            with pyengine.Engine(sys.argv[1], preload_tokenizer=True) as engine:
-                engine.tokenize("hello")
-        except KeyboardInterrupt:
-            assert time.monotonic() - started < 5
-        else:
-            raise SystemExit("the signal was lost")
-        assert "pyengine-start" not in names(), names()
-        """,
-        tmp_path,
-    )
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_fork_while_the_tokenizer_loads(tiny_model: Path, tmp_path: Path) -> None:
-    """The child has the parent's tokenizer: a fork waits for it."""
-    scene(
-        tiny_model,
-        """
-        engine = pyengine.Engine(sys.argv[1], preload_tokenizer=True)
-        assert "pyengine-start" in names()
-        child = os.fork()
-        text = engine.generate("hello", max_tokens=4, temperature=0).text
-        with pyengine.Engine(sys.argv[1]) as other:
-            good = text == other.generate("hello", max_tokens=4, temperature=0).text
-        if child == 0:
-            os._exit(0 if good else 1)
-        assert good and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        """,
-        tmp_path,
-    )
