@@ -333,27 +333,31 @@ class Engine:
         """(position, logits) of the wanted rows of a fresh sequence, ascending. The view is valid until the next item."""
         if len(ids) > self.n_ctx:
             raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
-        step = max(16, LOGITS_BYTES // (4 * self.vocab_size))
+        most = max(16, LOGITS_BYTES // (4 * self.vocab_size))
+        positions = [position for position, is_wanted in enumerate(wanted) if is_wanted]
+        begin = 0
         with self.locked():
             sequence = self.context.sequence_new()
             try:
-                for begin in range(0, len(ids), step):
-                    part, want = ids[begin : begin + step], wanted[begin : begin + step]
-                    self.context.forward(part, [sequence] * len(part), bytes(map(bool, want)))
-                    positions = [begin + i for i, is_wanted in enumerate(want) if is_wanted]
-                    for row, position in enumerate(positions):
+                for group in (positions[i : i + most] for i in range(0, len(positions), most)):
+                    part = ids[begin : group[-1] + 1]  # what comes after the last wanted row is not computed
+                    want = bytes(map(bool, wanted[begin : group[-1] + 1]))
+                    self.context.forward(part, [sequence] * len(part), want)
+                    begin += len(part)
+                    for row, position in enumerate(group):
                         with memoryview(self.context.logits(row)) as logits:
                             yield position, logits
             finally:
                 self.context.sequence_drop(sequence)
 
-    def score(self, text: Prompt, *, parse_special: bool = False) -> Score:
-        """Log-probability of each token of `text` after those before it. Memory does not grow with the text's logits."""
+    def score(self, text: Prompt, *, parse_special: bool = False, start: int = 0) -> Score:
+        """Log-probability of each token of `text`, from the `start`-th on, after those before it. Memory does not grow with the
+        text's logits, and tokens before `start` are context only: they take the time of a prompt."""
         from pyengine._sampler import logprobs
 
         ids = self._ids(text, parse_special)
         values: list[float | None] = [None] * len(ids)
-        for position, logits in self._rows(ids, [True] * (len(ids) - 1) + [False]):
+        for position, logits in self._rows(ids, [start <= i < len(ids) for i in range(1, len(ids) + 1)]):
             values[position + 1] = logprobs(logits, ids[position + 1])[0]
         return Score(ids, values)
 
