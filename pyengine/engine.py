@@ -7,11 +7,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from pyengine import cpu_watch
 from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
 from pyengine.frozen import FrozenFile, expected_tensors
@@ -118,9 +119,11 @@ class Engine:
         opening = partial(_core.Model, config, self._file.buffer, weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
         self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
+        self.n_threads: int = self.context.n_threads
         self.prefix_cache = PrefixCache(self.context)
         self._closed = False
         _open_engines.add(self)
+        cpu_watch.check_threads(n_threads)
 
     def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
         """Do `opening` while the tokenizer loads. The tokenizer has this thread, for it holds the interpreter's lock from end to
@@ -156,10 +159,6 @@ class Engine:
     def isa(self) -> str:
         """The instruction set whose kernels run."""
         return str(self.context.isa)
-
-    @property
-    def n_threads(self) -> int:
-        return int(self.context.n_threads)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -233,12 +232,10 @@ class Engine:
 
         run = Run(self, prompts, params.resolve(self._generation_config, seed=self.seed))
         index_of = {id(sample): index for index, sample in enumerate(run.samples)}
-        try:
+        with cpu_watch.computing(self.n_threads), closing(run):
             while (pieces := run.step()) is not None:
                 for sample, piece in pieces:
                     yield index_of[id(sample)], piece
-        finally:
-            run.close()
 
     def _generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Generation]:
         results: dict[int, Generation] = {}
@@ -336,7 +333,7 @@ class Engine:
         most = max(16, LOGITS_BYTES // (4 * self.vocab_size))
         positions = [position for position, is_wanted in enumerate(wanted) if is_wanted]
         begin = 0
-        with self.locked():
+        with cpu_watch.computing(self.n_threads), self.locked():
             sequence = self.context.sequence_new()
             try:
                 for group in (positions[i : i + most] for i in range(0, len(positions), most)):

@@ -242,11 +242,21 @@ def open_engine(args: argparse.Namespace) -> Engine:
     """The engine that the model and context options describe. Whoever opens one here has a text for it."""
     from pyengine.engine import Engine
 
+    show_warnings()
     select_isa(args.isa)
     options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True}
     if hasattr(args, "ctx_size"):
         options |= {"n_ctx": args.ctx_size or 0, "kv_dtype": args.kv_dtype}
     return Engine(frozen_path(args), **options)
+
+
+def show_warnings() -> None:
+    """What the engine notices about its threads goes to stderr, in the form of an error."""
+    import sys
+
+    from pyengine import cpu_watch
+
+    cpu_watch.say = lambda message: print(f"pyengine: warning: {message}", file=sys.stderr)
 
 
 def tolerant_stdout() -> None:
