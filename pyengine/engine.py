@@ -126,8 +126,8 @@ class Engine:
         cpu_watch.check_threads(n_threads)
 
     def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
-        """Do `opening` while the tokenizer loads. The tokenizer has this thread, for it holds the interpreter's lock from end to
-        end, and the C library lets the main thread's heap grow in larger steps than others'."""
+        """Do `opening`, most of which is C without the interpreter's lock, while the tokenizer loads here: its parser holds the
+        lock from end to end."""
         background = Background(opening)
         try:
             background.start()
