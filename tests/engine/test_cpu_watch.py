@@ -156,6 +156,7 @@ def test_an_engine_does_as_it_is_told_and_logs(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu_watch, "_state", cpu_watch._State())
+    monkeypatch.setattr(cpu_watch, "say", cpu_watch._log)
     n_threads = _core.thread_info()["n_default"] + 1
     with caplog.at_level(logging.WARNING, "pyengine"):
         for _ in range(2):
