@@ -1,8 +1,9 @@
 /* cpu_limits.c: how many CPUs this process may really use: its affinity mask and its cgroup's quota, whichever is less.
  * Threads beyond a quota do not run slower, they make the whole group stop until the next period: engines that count
- * cores instead lose a factor of ten and more inside containers. */
+ * cores instead lose a factor of ten and more inside containers. And how often that has happened. */
 #define _GNU_SOURCE
 #include <sched.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -10,6 +11,8 @@
 #include "cpu_limits.h"
 #include "pyengine.h"
 #include "threadpool.h"
+
+static const char self_groups[] = "/proc/self/cgroup", cgroup_mount[] = "/sys/fs/cgroup";
 
 #if defined(__linux__)
 static int count_affinity(void) {
@@ -19,63 +22,43 @@ static int count_affinity(void) {
     return online > 0 ? (int)online : 1;
 }
 
-/* quota / period of a cgroup v2 directory ("max 100000" = none), 0 if there is none. */
-static double quota_v2(const char *directory) {
+static FILE *open_in(const char *directory, const char *name) {
     char path[4200];
-    double quota, period;
-    snprintf(path, sizeof path, "%s/cpu.max", directory);
-    FILE *file = fopen(path, "re");
-    if (file == NULL) return 0;
-    int n = fscanf(file, "%lf %lf", &quota, &period);
-    fclose(file);
-    return n == 2 && quota > 0 && period > 0 ? quota / period : 0;
-}
-
-static double read_number(const char *directory, const char *name) {
-    char path[4200];
-    double value;
     snprintf(path, sizeof path, "%s/%s", directory, name);
-    FILE *file = fopen(path, "re");
-    if (file == NULL) return -1;
-    int n = fscanf(file, "%lf", &value);
-    fclose(file);
-    return n == 1 ? value : -1;
+    return fopen(path, "re");
 }
 
-static double quota_v1(const char *directory) {
-    double quota = read_number(directory, "cpu.cfs_quota_us"), period = read_number(directory, "cpu.cfs_period_us");
-    return quota > 0 && period > 0 ? quota / period : 0;
-}
+/* ------------------------------------------------------------------ the groups that this process is in */
 
-/* The least quota from `root``path` up to `root`: limits of parents hold for their children. */
-static double least_quota(const char *root, const char *path, double (*read_quota)(const char *)) {
+/* One directory of a cgroup hierarchy, v1 or v2, whose files are to be read into arg. */
+typedef void (*visit_fn)(const char *directory, bool is_v1, void *arg);
+
+/* From `root``path` up to `root`: limits of parents hold for their children. */
+static void visit_upwards(const char *root, const char *path, bool is_v1, visit_fn visit, void *arg) {
     char directory[4096];
-    double least = 0;
     snprintf(directory, sizeof directory, "%s%s", root, path);
     for (;;) {
-        double quota = read_quota(directory);
-        if (quota > 0 && (least == 0 || quota < least)) least = quota;
+        visit(directory, is_v1, arg);
         char *slash = strrchr(directory, '/');
-        if (slash == NULL || (size_t)(slash - directory) < strlen(root)) return least;
+        if (slash == NULL || (size_t)(slash - directory) < strlen(root)) return;
         *slash = '\0';
     }
 }
 
 /* Whether `name` is one of the comma-separated controllers of a v1 hierarchy. */
-static int has_controller(const char *controllers, const char *name) {
+static bool has_controller(const char *controllers, const char *name) {
     size_t length = strlen(name);
     for (const char *p = controllers; p != NULL; p = strchr(p, ',') ? strchr(p, ',') + 1 : NULL)
-        if (strncmp(p, name, length) == 0 && (p[length] == '\0' || p[length] == ',')) return 1;
-    return 0;
+        if (strncmp(p, name, length) == 0 && (p[length] == '\0' || p[length] == ',')) return true;
+    return false;
 }
 
 /* Lines of /proc/self/cgroup: "0::/path" for v2, "3:cpu,cpuacct:/path" for v1. Inside a container the path may be the
- * host's and not exist here; then the root of the mount is this group, which least_quota reaches last. */
-double pe_cgroup_quota(const char *groups, const char *mount) {
+ * host's and not exist here; then the root of the mount is this group, which visit_upwards reaches last. */
+static void visit_groups(const char *groups, const char *mount, visit_fn visit, void *arg) {
     FILE *file = fopen(groups, "re");
-    if (file == NULL) return 0;
+    if (file == NULL) return;
     char line[4096], mount_v1[4096];
-    double least = 0;
     snprintf(mount_v1, sizeof mount_v1, "%s/cpu", mount);
     while (fgets(line, sizeof line, file) != NULL) {
         line[strcspn(line, "\n")] = '\0';
@@ -84,16 +67,66 @@ double pe_cgroup_quota(const char *groups, const char *mount) {
         if (path == NULL) continue;
         *path++ = '\0';
         controllers++;
-        double quota = 0;
-        if (controllers[0] == '\0') {
-            quota = least_quota(mount, path, quota_v2);
-        } else if (has_controller(controllers, "cpu")) {
-            quota = least_quota(mount_v1, path, quota_v1);
-        }
-        if (quota > 0 && (least == 0 || quota < least)) least = quota;
+        if (controllers[0] == '\0') visit_upwards(mount, path, false, visit, arg);
+        if (has_controller(controllers, "cpu")) visit_upwards(mount_v1, path, true, visit, arg);
     }
     fclose(file);
+}
+
+/* ------------------------------------------------------------------ quota */
+
+static double read_number(const char *directory, const char *name) {
+    double value;
+    FILE *file = open_in(directory, name);
+    if (file == NULL) return -1;
+    int n = fscanf(file, "%lf", &value);
+    fclose(file);
+    return n == 1 ? value : -1;
+}
+
+/* The least quota / period so far, in CPUs, into *(double *)arg. */
+static void visit_quota(const char *directory, bool is_v1, void *arg) {
+    double quota = -1, period = -1, *least = arg;
+    if (is_v1) {
+        quota = read_number(directory, "cpu.cfs_quota_us"), period = read_number(directory, "cpu.cfs_period_us");
+    } else {
+        FILE *file = open_in(directory, "cpu.max"); /* "max 100000" = none */
+        if (file == NULL) return;
+        if (fscanf(file, "%lf %lf", &quota, &period) != 2) quota = -1;
+        fclose(file);
+    }
+    if (quota > 0 && period > 0 && (*least == 0 || quota / period < *least)) *least = quota / period;
+}
+
+double pe_cgroup_quota(const char *groups, const char *mount) {
+    double least = 0;
+    visit_groups(groups, mount, visit_quota, &least);
     return least;
+}
+
+/* ------------------------------------------------------------------ throttling */
+
+/* Add the counters of one cpu.stat to *(pe_throttling *)arg; v1 counts nanoseconds. */
+static void visit_throttling(const char *directory, bool is_v1, void *arg) {
+    (void)is_v1; /* the names tell */
+    pe_throttling *sum = arg;
+    FILE *file = open_in(directory, "cpu.stat");
+    if (file == NULL) return;
+    char line[256], name[64];
+    long long value;
+    while (fgets(line, sizeof line, file) != NULL) {
+        if (sscanf(line, "%63s %lld", name, &value) != 2 || value < 0) continue;
+        if (strcmp(name, "nr_periods") == 0) sum->n_periods += value;
+        if (strcmp(name, "nr_throttled") == 0) sum->n_throttled += value;
+        if (strcmp(name, "throttled_usec") == 0) sum->throttled_us += value;
+        if (strcmp(name, "throttled_time") == 0) sum->throttled_us += value / 1000;
+    }
+    fclose(file);
+}
+
+void pe_cgroup_throttling(const char *groups, const char *mount, pe_throttling *out) {
+    *out = (pe_throttling){0};
+    visit_groups(groups, mount, visit_throttling, out);
 }
 #else
 static int count_affinity(void) {
@@ -104,11 +137,17 @@ double pe_cgroup_quota(const char *groups, const char *mount) {
     (void)groups, (void)mount;
     return 0;
 }
+void pe_cgroup_throttling(const char *groups, const char *mount, pe_throttling *out) {
+    (void)groups, (void)mount;
+    *out = (pe_throttling){0};
+}
 #endif
+
+void pe_throttling_get(pe_throttling *out) { pe_cgroup_throttling(self_groups, cgroup_mount, out); }
 
 void pe_thread_info_get(pe_thread_info *info) {
     info->n_affinity = count_affinity();
-    info->cpu_quota = pe_cgroup_quota("/proc/self/cgroup", "/sys/fs/cgroup");
+    info->cpu_quota = pe_cgroup_quota(self_groups, cgroup_mount);
     info->n_default = info->n_affinity;
     if (info->cpu_quota > 0 && info->cpu_quota < info->n_default)
         info->n_default = info->cpu_quota < 1 ? 1 : (int)info->cpu_quota;

@@ -90,6 +90,15 @@ typedef struct pe_thread_info {
 } pe_thread_info;
 void pe_thread_info_get(pe_thread_info *info);
 
+/* How often the kernel has stopped this process's cgroup, or a parent of it, because its CPU quota was used up. The
+ * counters only grow, from the making of the groups on; all are 0 where there is no quota. Reads a few small files. */
+typedef struct pe_throttling {
+    int64_t n_periods;    /* periods of the quota (100 ms each, unless set otherwise) in which anything ran */
+    int64_t n_throttled;  /* those of them that ended in a stop */
+    int64_t throttled_us; /* time spent stopped, summed over CPUs */
+} pe_throttling;
+void pe_throttling_get(pe_throttling *out);
+
 /* ------------------------------------------------------------------ context and sequences */
 
 typedef enum pe_kv_dtype { PE_KV_INT8 = 0, PE_KV_F32 = 1 } pe_kv_dtype;

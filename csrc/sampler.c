@@ -1,45 +1,20 @@
-/* sampler.c: logits -> token. The law is in sampler.h; here is how it is met without sorting the vocabulary.
+/* sampler.c: logits -> token. The law is in sampler.h; this half keeps what has been said, edits the logits by it (step 1)
+ * and owns the memory. sampler_choose.c has the other steps.
  *
- * Reads in the order of the law: candidates and their heap, passes over the logits, penalties and masks, the steps, the
- * draw, log-probabilities, then the life of a sampler. */
+ * Reads in the order of a call: passes over the logits, penalties and masks, the call itself, log-probabilities without
+ * a sampler, then the life of a sampler. */
 #include "sampler.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "float_env.h"
 #include "kernels/pe_math.h"
-#include "philox.h"
 #include "sampler_math.h"
-
-#define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
-#define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
-#define BLOCK 64             /* logits looked at together, so that the compiler can use vectors */
-
-/* A token in the running. `score` is 0 except while typical sampling orders by it. */
-typedef struct candidate {
-    double score;
-    uint64_t weight;
-    float logit;
-    int32_t id;
-} candidate;
-
-struct pe_sampler {
-    size_t vocab_size;
-    pe_sampler_params params; /* its list pointers point into the copies below */
-    int32_t *id_lists;        /* bias_ids, bad and stop, one behind the other */
-    float *bias_values;
-    uint8_t *banned;    /* (vocab_size) 1 = outside `allowed`; NULL = no such list */
-    uint32_t *n_output; /* (vocab_size) times in the output;      these three only if a penalty is on */
-    uint8_t *in_prompt; /* (vocab_size) */
-    int32_t *seen;      /* (n_seen of vocab_size) distinct tokens of prompt and output */
-    size_t n_seen;
-    uint64_t n_outputs; /* tokens accepted as output */
-    float *adjusted;    /* (vocab_size) logits after step 1 */
-    uint64_t *weights;  /* (vocab_size) */
-    candidate *pool;    /* (top_k or vocab_size) */
-};
+#include "sampler_state.h"
 
 static pe_status fail(char *err, pe_status status, const char *format, ...) {
     va_list arguments;
@@ -47,41 +22,6 @@ static pe_status fail(char *err, pe_status status, const char *format, ...) {
     vsnprintf(err, PE_ERR_LEN, format, arguments);
     va_end(arguments);
     return status;
-}
-
-/* ------------------------------------------------------------------ candidates and their heap */
-
-static inline bool comes_before(const candidate *a, const candidate *b) {
-    if (a->score != b->score) return a->score < b->score;
-    if (a->logit != b->logit) return a->logit > b->logit;
-    return a->id < b->id;
-}
-
-/* A binary heap: with `last_on_top` the root is the candidate that comes last, otherwise the one that comes first. */
-static inline void sift_down(candidate *heap, size_t n, size_t parent, bool last_on_top) {
-    candidate moving = heap[parent];
-    for (;;) {
-        size_t child = 2 * parent + 1;
-        if (child >= n) break;
-        if (child + 1 < n && comes_before(&heap[child + 1], &heap[child]) != last_on_top) child++;
-        if (comes_before(&moving, &heap[child]) != last_on_top) break;
-        heap[parent] = heap[child];
-        parent = child;
-    }
-    heap[parent] = moving;
-}
-
-static void make_heap(candidate *heap, size_t n, bool last_on_top) {
-    for (size_t i = n / 2; i-- > 0;) sift_down(heap, n, i, last_on_top);
-}
-
-/* Take the first candidate out of heap[0..n): it moves to heap[n - 1], so what was taken lies at the end, latest first. */
-static const candidate *pop_first(candidate *heap, size_t n) {
-    candidate first = heap[0];
-    heap[0] = heap[n - 1];
-    heap[n - 1] = first;
-    if (n > 1) sift_down(heap, n - 1, 0, false);
-    return &heap[n - 1];
 }
 
 /* ------------------------------------------------------------------ passes over the logits */
@@ -120,39 +60,6 @@ static float maximum(const float *logits, size_t n) {
     for (; i < n; i++) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
     for (int l = 1; l < 16; l++) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
     return lanes[0];
-}
-
-static inline bool any_above(const float *logits, size_t n, float threshold) {
-    int any = 0;
-    for (size_t i = 0; i < n; i++) any |= logits[i] > threshold;
-    return any;
-}
-
-/* The first k tokens of the order into pool, as a heap with the last of them on top; returns how many there were
- * (banned tokens, and with `weights` those of weight 0, are not candidates). Ids ascend, so a token that ties with the
- * last one of a full heap comes after it: only strictly larger logits enter, and whole blocks are skipped by one
- * comparison. */
-static size_t select_first(const float *logits, const uint64_t *weights, size_t n, size_t k, candidate *pool) {
-    size_t count = 0;
-    float threshold = -INFINITY;
-    for (size_t begin = 0; begin < n; begin += BLOCK) {
-        size_t end = begin + BLOCK < n ? begin + BLOCK : n;
-        if (!any_above(logits + begin, end - begin, threshold)) continue;
-        for (size_t i = begin; i < end; i++) {
-            if (!(logits[i] > threshold) || (weights && weights[i] == 0)) continue;
-            candidate entering = {0.0, weights ? weights[i] : 0, logits[i], (int32_t)i};
-            if (count < k) {
-                pool[count++] = entering;
-                if (count < k) continue;
-                make_heap(pool, k, true);
-            } else {
-                pool[0] = entering;
-                sift_down(pool, k, 0, true);
-            }
-            threshold = pool[0].logit;
-        }
-    }
-    return count;
 }
 
 /* ------------------------------------------------------------------ step 1: penalties, bias, masks */
@@ -195,179 +102,6 @@ static pe_status adjust(pe_sampler *s, const float *logits, const float **out, c
     return PE_OK;
 }
 
-/* ------------------------------------------------------------------ steps 2 and 3: weights, min-p */
-
-/* Where weights stop: at min-p, or where they would round to 0. */
-static double exponent_cut(const pe_sampler_params *p) {
-    if (p->min_p < 1e-13) return MIN_EXPONENT; /* ln 1e-13 = -29.93: nothing lies between */
-    double cut = pe_log(p->min_p);
-    return cut > MIN_EXPONENT ? cut : MIN_EXPONENT;
-}
-
-/* rint(exp(d) * 2^42), or 0 below the cut: added to 1.5 * 2^10, whose last place is 2^-42, exp(d) rounds to it. */
-static inline uint64_t weight_of(double d, double cut) {
-    uint64_t weight = pe_double_bits(pe_exp(d) + 1536.0) - pe_double_bits(1536.0);
-    return d < cut ? 0 : weight;
-}
-
-/* weights (n) of all logits; returns their sum. Banned tokens have d = -infinity. Blocks that lie wholly below the cut
- * (lowered by a hundredth of the temperature, so that rounding cannot matter) are not exponentiated. */
-static uint64_t weigh_all(const float *logits, size_t n, double top, double temperature, double cut,
-                          uint64_t *weights) {
-    const double lowest = top + temperature * (cut - 0.01);
-    uint64_t total = 0;
-    for (size_t begin = 0; begin < n; begin += BLOCK) {
-        const size_t length = n - begin < BLOCK ? n - begin : BLOCK;
-        const float *l = logits + begin;
-        uint64_t *w = weights + begin;
-        int any = 0;
-        for (size_t i = 0; i < length; i++) any |= (double)l[i] >= lowest;
-        if (!any) {
-            memset(w, 0, length * sizeof *w);
-            continue;
-        }
-        for (size_t i = 0; i < length; i++) w[i] = weight_of(((double)l[i] - top) / temperature, cut);
-        for (size_t i = 0; i < length; i++) total += w[i];
-    }
-    return total;
-}
-
-/* ------------------------------------------------------------------ step 4: typical */
-
-/* Set the weights of what is not typical to 0; returns the sum of what is left. */
-static uint64_t keep_typical(pe_sampler *s, const float *logits, double top, uint64_t total) {
-    double temperature = s->params.temperature, expectation = 0.0;
-    size_t n = 0;
-    for (size_t i = 0; i < s->vocab_size; i++)
-        if (s->weights[i]) expectation += (double)s->weights[i] * (((double)logits[i] - top) / temperature);
-    expectation /= (double)total;
-    for (size_t i = 0; i < s->vocab_size; i++) {
-        if (!s->weights[i]) continue;
-        double score = ((double)logits[i] - top) / temperature - expectation;
-        s->pool[n++] = (candidate){score < 0.0 ? -score : score, s->weights[i], logits[i], (int32_t)i};
-        s->weights[i] = 0;
-    }
-    make_heap(s->pool, n, false);
-    double wanted = s->params.typical_p * (double)total;
-    uint64_t kept = 0;
-    while (n > 0 && (kept == 0 || (double)kept < wanted)) {
-        const candidate *next = pop_first(s->pool, n--);
-        s->weights[next->id] = next->weight;
-        kept += next->weight;
-    }
-    return kept;
-}
-
-/* ------------------------------------------------------------------ steps 5 to 7: top-k, top-p, draw */
-
-/* All candidates whose weight can matter when only the first `needed` of the sum `total` is asked for. What is left out
- * weighs less than (total - needed) / vocab_size apiece, so together less than total - needed; and it is the end of the
- * order, because the limit is one on logits (lowered by a hundredth of the temperature, far more than exp and log can
- * err). */
-static size_t collect(pe_sampler *s, const float *logits, double top, uint64_t total, uint64_t needed) {
-    uint64_t share = (total - needed) / s->vocab_size;
-    double lowest = -INFINITY;
-    size_t n = 0;
-    if (share >= 1000) lowest = top + s->params.temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01);
-    for (size_t i = 0; i < s->vocab_size; i++)
-        if ((double)logits[i] >= lowest && s->weights[i])
-            s->pool[n++] = (candidate){0.0, s->weights[i], logits[i], (int32_t)i};
-    return n;
-}
-
-/* The first token of the order at which the running sum exceeds r * (sum of what is left), r in [0, 2^64) / 2^64.
- * pool (n): a heap, first on top, of at least the part of the order that matters; total: the sum of all that step 5
- * left. */
-static int32_t draw(const pe_sampler_params *p, candidate *pool, size_t n, uint64_t total, uint64_t random) {
-    uint64_t running = 0;
-    if (p->top_p >= 1.0) {
-        uint64_t target = pe_mul_high(random, total);
-        for (;;) {
-            const candidate *next = pop_first(pool, n--);
-            running += next->weight;
-            if (running > target || n == 0) return next->id;
-        }
-    }
-    const size_t end = n;
-    double wanted = p->top_p * (double)total;
-    do running += pop_first(pool, n--)->weight;
-    while (n > 0 && (double)running < wanted);
-    uint64_t target = pe_mul_high(random, running);
-    size_t i = end;
-    for (running = 0; i-- > n;) {
-        running += pool[i].weight;
-        if (running > target) break;
-    }
-    return pool[i].id;
-}
-
-static int32_t choose(pe_sampler *s, const float *logits, float top, uint64_t position) {
-    const pe_sampler_params *p = &s->params;
-    const double cut = exponent_cut(p);
-    const uint64_t random = pe_philox_draw(p->seed, position, p->sample_index);
-    const bool use_weights = s->weights != NULL;
-    uint64_t total = 0;
-    size_t n;
-    if (use_weights) total = weigh_all(logits, s->vocab_size, top, p->temperature, cut, s->weights);
-    if (p->typical_p < 1.0) total = keep_typical(s, logits, top, total);
-    if (p->top_k > 0 && (size_t)p->top_k < s->vocab_size) {
-        n = select_first(logits, s->weights, s->vocab_size, (size_t)p->top_k, s->pool);
-        total = 0;
-        for (size_t i = 0; i < n; i++) {
-            if (!use_weights) s->pool[i].weight = weight_of(((double)s->pool[i].logit - top) / p->temperature, cut);
-            total += s->pool[i].weight;
-        }
-    } else {
-        uint64_t needed = p->top_p < 1.0 ? (uint64_t)(p->top_p * (double)total) + 1 : pe_mul_high(random, total) + 1;
-        n = collect(s, logits, top, total, needed < total ? needed : total);
-    }
-    make_heap(s->pool, n, false);
-    return draw(p, s->pool, n, total, random);
-}
-
-/* ------------------------------------------------------------------ log-probabilities */
-
-static void fill_logprobs(const float *logits, size_t n, float top, size_t n_top, pe_sample_result *out) {
-    candidate best[PE_SAMPLER_MAX_TOP_LOGPROBS];
-    double sum = 0.0; /* by ascending id */
-    for (size_t begin = 0; begin < n; begin += BLOCK) {
-        double terms[BLOCK];
-        size_t length = n - begin < BLOCK ? n - begin : BLOCK;
-        for (size_t i = 0; i < length; i++) terms[i] = pe_exp((double)logits[begin + i] - top);
-        for (size_t i = 0; i < length; i++) sum += terms[i];
-    }
-    double log_sum = pe_log(sum);
-    out->logprob = (double)logits[out->token] - top - log_sum;
-    size_t count = n_top ? select_first(logits, NULL, n, n_top, best) : 0;
-    out->n_top = (int32_t)count;
-    make_heap(best, count, false);
-    for (size_t i = 0; i < count; i++) {
-        const candidate *next = pop_first(best, count - i);
-        out->top_ids[i] = next->id;
-        out->top_logprobs[i] = (double)next->logit - top - log_sum;
-    }
-}
-
-pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
-                      char *err) {
-    if (vocab_size == 0 || vocab_size > PE_SAMPLER_MAX_VOCAB)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "vocab_size %zu is not in [1, %u]", vocab_size, PE_SAMPLER_MAX_VOCAB);
-    if (token < 0 || (size_t)token >= vocab_size)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "token %d is not in a vocabulary of %zu", (int)token, vocab_size);
-    if (n_top > PE_SAMPLER_MAX_TOP_LOGPROBS)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "%zu alternatives asked for, at most %d", n_top,
-                    PE_SAMPLER_MAX_TOP_LOGPROBS);
-    uint64_t env = pe_float_env_enter();
-    float top;
-    bool finite = finite_maximum(logits, vocab_size, &top);
-    if (finite) {
-        out->token = token;
-        fill_logprobs(logits, vocab_size, top, n_top, out);
-    }
-    pe_float_env_leave(env);
-    return finite ? PE_OK : fail(err, PE_ERR_NOT_FINITE, "a logit is an infinity or NaN");
-}
-
 /* ------------------------------------------------------------------ one call */
 
 static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, pe_sample_result *out, char *err) {
@@ -387,12 +121,12 @@ static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, p
         while (adjusted[i] != top) i++;
         out->token = (int32_t)i;
     } else {
-        out->token = choose(s, adjusted, top, position);
+        out->token = pe_sampler_choose(s, adjusted, top, position);
     }
     out->n_top = 0;
     out->logprob = 0.0;
     if (s->params.n_top_logprobs >= 0)
-        fill_logprobs(logits, s->vocab_size, raw_top, (size_t)s->params.n_top_logprobs, out);
+        pe_sampler_fill_logprobs(logits, s->vocab_size, raw_top, (size_t)s->params.n_top_logprobs, out);
     return PE_OK;
 }
 
@@ -424,6 +158,28 @@ void pe_sampler_reset(pe_sampler *s) {
     }
     s->n_seen = 0;
     s->n_outputs = 0;
+}
+
+/* ------------------------------------------------------------------ log-probabilities of a given text */
+
+pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
+                      char *err) {
+    if (vocab_size == 0 || vocab_size > PE_SAMPLER_MAX_VOCAB)
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "vocab_size %zu is not in [1, %u]", vocab_size, PE_SAMPLER_MAX_VOCAB);
+    if (token < 0 || (size_t)token >= vocab_size)
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "token %d is not in a vocabulary of %zu", (int)token, vocab_size);
+    if (n_top > PE_SAMPLER_MAX_TOP_LOGPROBS)
+        return fail(err, PE_ERR_INVALID_ARGUMENT, "%zu alternatives asked for, at most %d", n_top,
+                    PE_SAMPLER_MAX_TOP_LOGPROBS);
+    uint64_t env = pe_float_env_enter();
+    float top;
+    bool finite = finite_maximum(logits, vocab_size, &top);
+    if (finite) {
+        out->token = token;
+        pe_sampler_fill_logprobs(logits, vocab_size, top, n_top, out);
+    }
+    pe_float_env_leave(env);
+    return finite ? PE_OK : fail(err, PE_ERR_NOT_FINITE, "a logit is an infinity or NaN");
 }
 
 /* ------------------------------------------------------------------ life */

@@ -72,6 +72,14 @@ def thread_info() -> dict:
     return {"n_affinity": info.n_affinity, "cpu_quota": info.cpu_quota, "n_default": info.n_default}
 
 
+def throttling() -> dict:
+    """{"n_periods", "n_throttled", "throttled_us"}: how often the cgroup's quota has stopped this process's group so far."""
+    cdef pe_throttling t
+    with nogil:
+        pe_throttling_get(&t)
+    return {"n_periods": t.n_periods, "n_throttled": t.n_throttled, "throttled_us": t.throttled_us}
+
+
 # ---------------------------------------------------------------- model
 
 cdef class Model:

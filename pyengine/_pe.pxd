@@ -37,6 +37,9 @@ cdef extern from "pyengine.h" nogil:
         double cpu_quota
         int n_default
     void pe_thread_info_get(pe_thread_info *info)
+    ctypedef struct pe_throttling:
+        int64_t n_periods, n_throttled, throttled_us
+    void pe_throttling_get(pe_throttling *out)
 
     ctypedef enum pe_kv_dtype:
         PE_KV_INT8

@@ -6,18 +6,22 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from pyengine import cpu_watch
+from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
 from pyengine.frozen import FrozenFile, expected_tensors
 from pyengine.prefix_cache import PrefixCache
 from pyengine.results import Generation, Piece, Score
 
 if TYPE_CHECKING:
+    from pathlib import Path  # 3 ms of the start, for names that the system calls take as they are
+
     import numpy as np
     import numpy.typing as npt
 
@@ -28,29 +32,30 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
-DEFAULT_MODEL = Path(__file__).parent / "models" / "default.safetensors"
+DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
 # score and logits ask for every row's logits; this bounds the buffer (rows x vocab_size x 4 bytes).
 LOGITS_BYTES = 32 << 20
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> Path:
+def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> str:
     """The frozen file that `model` names: itself, or a Hugging Face directory, a GGUF or a llama2.c checkpoint frozen once
     into the cache directory. None = the model that ships with the package. Raises FileNotFoundError."""
     if model is None:
-        if not DEFAULT_MODEL.exists():
+        if not os.path.exists(DEFAULT_MODEL):
             raise FileNotFoundError("this build ships no default model; name one: Engine('model.safetensors')")
-        return DEFAULT_MODEL
-    path = Path(model)
-    if not path.exists():
+        return os.fspath(DEFAULT_MODEL)
+    path = os.fspath(model)
+    if not os.path.exists(path):
         raise FileNotFoundError(f"there is no model at {path}")
-    if path.is_file() and path.suffix == ".safetensors":
+    if os.path.isfile(path) and path.endswith(".safetensors"):
         return path
     from pyengine.freeze import freeze_cached
 
-    return freeze_cached(path, progress=progress)
+    return os.fspath(freeze_cached(path, progress=progress))
 
 
 def threads_from_environment() -> int:
@@ -73,6 +78,8 @@ class Engine:
     kv_dtype   "int8", or "f32": a reference to compare with, slower and four times as large
     seed       seed of every call that gives none; None = a fresh one for each call, reported in its result
     mmap       False reads the file into memory, for files that others may truncate (a map would then kill the process)
+    preload_tokenizer  True loads the tokenizer now, while a thread checks the weights: for programs that begin with text at once.
+               Otherwise it is loaded when it is first needed
     progress   called as progress(done_bytes, total_bytes, tensor_name) while a model is frozen into the cache
 
     Methods may be called from any thread; calls share the model step by step. Use it as a context manager, or `close` it.
@@ -88,37 +95,54 @@ class Engine:
         kv_dtype: Literal["int8", "f32"] = "int8",
         seed: int | None = None,
         mmap: bool = True,
+        preload_tokenizer: bool = False,
         progress: Progress | None = None,
     ) -> None:
         from pyengine import _core
 
         self._lock = threading.RLock()
         self._closed = True
+        self._tokenizer: Tokenizer | None = None
+        self._chat_template: ChatTemplate | None = None
         n_threads = _checked_threads(n_threads)
         self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
         config = asdict(self._file.config)
         if not 0 <= n_ctx <= config["max_seq_len"]:
             raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config['max_seq_len']}")
         config["max_seq_len"] = n_ctx or config["max_seq_len"]
-        weights = {name: self._file.tensors[name] for name in expected_tensors(self._file.config)}
-        self._model = _core.Model(config, self._file.buffer, weights, n_threads)
-        self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
-        self.prefix_cache = PrefixCache(self.context)
         self.n_ctx: int = config["max_seq_len"]
         self.vocab_size: int = config["vocab_size"]
         self.seed = seed
         self._generation_config = self._json_rider("generation_config.json")
         self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
-        self._tokenizer: Tokenizer | None = None
-        self._chat_template: ChatTemplate | None = None
+        weights = {name: self._file.tensors[name] for name in expected_tensors(self._file.config)}
+        opening = partial(_core.Model, config, self._file.buffer, weights, n_threads)
+        self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
+        self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
+        self.n_threads: int = self.context.n_threads
+        self.prefix_cache = PrefixCache(self.context)
         self._closed = False
         _open_engines.add(self)
+        cpu_watch.check_threads(n_threads)
+
+    def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
+        """Do `opening`, most of which is C without the interpreter's lock, while the tokenizer loads here: its parser holds the
+        lock from end to end."""
+        background = Background(opening)
+        try:
+            background.start()
+            _ = self.tokenizer
+        finally:
+            background.wait()
+        return background.result()
 
     # ------------------------------------------------------------ parts
 
     @property
     def path(self) -> Path:
         """The frozen file."""
+        from pathlib import Path
+
         return Path(self._file.path)
 
     @property
@@ -135,10 +159,6 @@ class Engine:
     def isa(self) -> str:
         """The instruction set whose kernels run."""
         return str(self.context.isa)
-
-    @property
-    def n_threads(self) -> int:
-        return int(self.context.n_threads)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -212,12 +232,10 @@ class Engine:
 
         run = Run(self, prompts, params.resolve(self._generation_config, seed=self.seed))
         index_of = {id(sample): index for index, sample in enumerate(run.samples)}
-        try:
+        with cpu_watch.computing(self.n_threads), closing(run):
             while (pieces := run.step()) is not None:
                 for sample, piece in pieces:
                     yield index_of[id(sample)], piece
-        finally:
-            run.close()
 
     def _generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Generation]:
         results: dict[int, Generation] = {}
@@ -312,27 +330,31 @@ class Engine:
         """(position, logits) of the wanted rows of a fresh sequence, ascending. The view is valid until the next item."""
         if len(ids) > self.n_ctx:
             raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
-        step = max(16, LOGITS_BYTES // (4 * self.vocab_size))
-        with self.locked():
+        most = max(16, LOGITS_BYTES // (4 * self.vocab_size))
+        positions = [position for position, is_wanted in enumerate(wanted) if is_wanted]
+        begin = 0
+        with cpu_watch.computing(self.n_threads), self.locked():
             sequence = self.context.sequence_new()
             try:
-                for begin in range(0, len(ids), step):
-                    part, want = ids[begin : begin + step], wanted[begin : begin + step]
-                    self.context.forward(part, [sequence] * len(part), bytes(map(bool, want)))
-                    positions = [begin + i for i, is_wanted in enumerate(want) if is_wanted]
-                    for row, position in enumerate(positions):
+                for group in (positions[i : i + most] for i in range(0, len(positions), most)):
+                    part = ids[begin : group[-1] + 1]  # what comes after the last wanted row is not computed
+                    want = bytes(map(bool, wanted[begin : group[-1] + 1]))
+                    self.context.forward(part, [sequence] * len(part), want)
+                    begin += len(part)
+                    for row, position in enumerate(group):
                         with memoryview(self.context.logits(row)) as logits:
                             yield position, logits
             finally:
                 self.context.sequence_drop(sequence)
 
-    def score(self, text: Prompt, *, parse_special: bool = False) -> Score:
-        """Log-probability of each token of `text` after those before it. Memory does not grow with the text's logits."""
+    def score(self, text: Prompt, *, parse_special: bool = False, start: int = 0) -> Score:
+        """Log-probability of each token of `text`, from the `start`-th on, after those before it. Memory does not grow with the
+        text's logits, and tokens before `start` are context only: they take the time of a prompt."""
         from pyengine._sampler import logprobs
 
         ids = self._ids(text, parse_special)
         values: list[float | None] = [None] * len(ids)
-        for position, logits in self._rows(ids, [True] * (len(ids) - 1) + [False]):
+        for position, logits in self._rows(ids, [start <= i < len(ids) for i in range(1, len(ids) + 1)]):
             values[position + 1] = logprobs(logits, ids[position + 1])[0]
         return Score(ids, values)
 

@@ -95,7 +95,7 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Score:
     """Log-probabilities of a given text: logprobs[i] is that of tokens[i] after tokens[:i] (natural logarithm), None for
-    the first token."""
+    the first token and for those that were not asked for."""
 
     tokens: list[int]
     logprobs: list[float | None]

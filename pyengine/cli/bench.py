@@ -263,8 +263,9 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.threads is not None and 0 in args.threads:
         raise UsageError("-t: threads are counted from 1")
+    options.show_warnings()
     options.select_isa(args.isa)
-    path = options.frozen_path(args)
+    path = Path(options.frozen_path(args))
     threads: list[int | None] = [None] if args.threads is None else list(args.threads)
     with ProgressLine("bench") as line:
         measured = [item for n in threads for item in measure(path, args, n, line.show)]

@@ -65,12 +65,15 @@ class Conversation:
         said: list[str] = []
         result = None
         turn = [*self.messages, {"role": "user", "content": text}]
+        pieces = self._engine.chat(turn, self._params, stream=True)
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in self._engine.chat(turn, self._params, stream=True):
+            for piece in pieces:
                 said.append(piece.text)
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
                 result = piece.result
+                if result is not None:
+                    break  # the stream ends with `pieces`, after our newline: it may have a warning to show
         answer = "".join(said)
         if not answer.endswith("\n"):
             sys.stdout.write("\n")

@@ -54,8 +54,8 @@ def instruction_sets(warnings: list[str]) -> dict[str, Any]:
 
 
 def threads(warnings: list[str]) -> dict[str, Any]:
-    """How many threads an engine uses by default, and what decided it."""
-    from pyengine import _core
+    """How many threads an engine uses by default, what decided it, and whether the quota is enough."""
+    from pyengine import _core, cpu_watch
     from pyengine.engine import threads_from_environment
     from pyengine.errors import InvalidArgumentError
 
@@ -77,6 +77,10 @@ def threads(warnings: list[str]) -> dict[str, Any]:
         warnings.append(str(error))
     if 0 < quota < 1:
         warnings.append(f"the cgroup grants {quota:g} of a CPU: tokens come in bursts")
+    facts["throttling"] = counters = _core.throttling()
+    if cpu_watch.is_throttled(counters):
+        stops, periods = counters["n_throttled"], counters["n_periods"]
+        warnings.append(f"the cgroup's quota was used up in {stops} of {periods} periods so far, by whatever runs in it")
     return facts
 
 
@@ -111,7 +115,7 @@ def model(warnings: list[str]) -> dict[str, Any]:
     name = os.environ.get("PYENGINE_MODEL")
     if name and not os.path.exists(name):
         warnings.append(f"PYENGINE_MODEL={name}: there is no such file")
-    path = name or (str(DEFAULT_MODEL) if DEFAULT_MODEL.exists() else None)
+    path = name or (DEFAULT_MODEL if os.path.exists(DEFAULT_MODEL) else None)
     reason = "shipped with the package" if path else "this build ships none"
     return {"default": path, "reason": "PYENGINE_MODEL" if name else reason}
 
@@ -134,12 +138,14 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, value) of the human form."""
     isa, t, c, m = facts["isa"], facts["threads"], facts["cache"], facts["model"]
     quota = f"{t['cpu_quota']:g}" if t["cpu_quota"] else "none"
+    stops = "{n_throttled} of {n_periods} periods".format(**t["throttling"]) if t["cpu_quota"] else "no quota"
     return [
         ("versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["versions"].items())),
         ("machine", " ".join(facts["machine"].values())),
         ("CPU features", ", ".join(isa["cpu_features"]) or "none that matter here"),
         ("kernels", f"{', '.join(isa['available'])}; chosen: {isa['chosen'] or 'none'} ({isa['reason']})"),
         ("threads", f"{t['chosen']} ({t['reason']}; CPUs {t['cpus']}, affinity {t['n_affinity']}, quota {quota})"),
+        ("throttled", stops),
         ("cache", f"{c['path']} ({c['models']} models, {c['bytes'] / 2**20:.1f} MiB)"),
         ("default model", f"{m['default'] or 'none'} ({m['reason']})"),
     ]

@@ -89,10 +89,8 @@ def score_windows(engine: Engine, tokens: Sequence[int], ctx: int, stride: int) 
     bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     tally = Tally()
     for begin, end, first in windows(len(tokens), ctx - len(bos), min(stride, ctx - len(bos))):
-        logprobs = engine.score([*bos, *tokens[begin:end]]).logprobs[len(bos) :]
-        new = [
-            (tokens[begin + i], value) for i, value in enumerate(logprobs) if value is not None and begin + i >= first
-        ]
+        score = engine.score([*bos, *tokens[begin:end]], start=len(bos) + first - begin)
+        new = [(token, value) for token, value in zip(score.tokens, score.logprobs, strict=True) if value is not None]
         tally.nll -= math.fsum(value for _, value in new)
         tally.n_tokens += len(new)
         tally.n_bytes += sum(len(tokenizer.token_bytes(token)) for token, _ in new)

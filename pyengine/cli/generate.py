@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyengine.cli import EXIT_INTERRUPTED, UsageError, options
@@ -29,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; - reads it from stdin")
     add("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the same, as an option")
-    add("-f", "--file", type=Path, metavar="FILE", help="read the prompt from FILE, less its final newline")
+    add("-f", "--file", metavar="FILE", help="read the prompt from FILE, less its final newline")
     add("--special", action="store_true", help="special tokens that the prompt spells (<|im_start|>) are those tokens")
     add("--json", action="store_true", help="one JSON object at the end: text, tokens, reason, seed, timings")
     add("-v", "--verbose", action="store_true", help="timings on stderr afterwards")
@@ -47,7 +46,11 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise UsageError(f"{problem}: give it as an argument, with -p TEXT, with -f FILE, or - to read stdin")
     if args.file is None and given[0] != "-":
         return options.unescape(given[0]) if args.escape else str(given[0])
-    data = sys.stdin.buffer.read() if args.file is None else args.file.read_bytes()
+    if args.file is None:
+        data = sys.stdin.buffer.read()
+    else:
+        with open(args.file, "rb") as file:
+            data = file.read()
     try:
         text: str = data.decode("utf-8")
     except UnicodeDecodeError as error:

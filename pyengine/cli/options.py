@@ -12,7 +12,6 @@ from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from pyengine.engine import Engine
     from pyengine.sampling import SamplingParams
@@ -30,14 +29,25 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors as exceptions, so that they are one line like all others."""
 
     def __init__(self, command: str, epilog: str, usage: str | None = None) -> None:
+        self.width = 80
         super().__init__(
             prog=f"pyengine {command}",
             usage=usage,
             description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=self._formatter,
             allow_abbrev=False,
         )
+
+    def _formatter(self, prog: str) -> argparse.HelpFormatter:
+        """argparse makes one for every option that it is told of, and importing what knows the terminal takes 2 ms."""
+        return argparse.RawDescriptionHelpFormatter(prog, width=self.width)
+
+    def format_help(self) -> str:
+        from shutil import get_terminal_size
+
+        self.width = get_terminal_size().columns - 2
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ('{self.prog} --help' tells more)")
@@ -192,13 +202,13 @@ def model_name(args: argparse.Namespace) -> str | None:
     return args.model or os.environ.get("PYENGINE_MODEL") or None
 
 
-def frozen_path(args: argparse.Namespace) -> Path:
+def frozen_path(args: argparse.Namespace) -> str:
     """The frozen file that -m means; a checkpoint is frozen into the cache, with progress on a terminal."""
     from pyengine.cli.progress import ProgressLine
     from pyengine.engine import DEFAULT_MODEL, resolve_model
 
     name = model_name(args)
-    if name is None and not DEFAULT_MODEL.exists():
+    if name is None and not os.path.exists(DEFAULT_MODEL):
         raise UsageError("no model: name one with -m PATH or PYENGINE_MODEL (this build ships none)")
     with ProgressLine("freezing into the cache") as line, naming(name):
         return resolve_model(name, line.update)
@@ -229,14 +239,24 @@ def select_isa(name: str | None) -> None:
 
 
 def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine that the model and context options describe."""
+    """The engine that the model and context options describe. Whoever opens one here has a text for it."""
     from pyengine.engine import Engine
 
+    show_warnings()
     select_isa(args.isa)
-    options: dict[str, Any] = {"n_threads": args.threads}
+    options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True}
     if hasattr(args, "ctx_size"):
         options |= {"n_ctx": args.ctx_size or 0, "kv_dtype": args.kv_dtype}
     return Engine(frozen_path(args), **options)
+
+
+def show_warnings() -> None:
+    """What the engine notices about its threads goes to stderr, in the form of an error."""
+    import sys
+
+    from pyengine import cpu_watch
+
+    cpu_watch.say = lambda message: print(f"pyengine: warning: {message}", file=sys.stderr)
 
 
 def tolerant_stdout() -> None:

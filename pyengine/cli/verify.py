@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
     from pyengine.engine import threads_from_environment
 
     options.select_isa(args.isa)
-    path = options.frozen_path(args)
+    path = Path(options.frozen_path(args))
     n_tensors, wrong = differing_tensors(path)
     differences = [f"tensor {name}: its SHA-256 is not the one on file" for name in wrong]
     active, n_threads = _core.active_isa(), args.threads or threads_from_environment()

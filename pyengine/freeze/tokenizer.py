@@ -369,9 +369,13 @@ def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[
 
 def compact_tokenizer_json(text: bytes) -> bytes:
     """The same tokenizer, quicker to load: no blanks between items, and merges as "left right" where no piece has a space
-    (the older of the two spellings that the library reads, and faster to parse: loading is most of a short run's start).
+    (the older of the two spellings that the library reads, and faster to parse: loading is most of a short run's start), and
+    a vocabulary sorted by spelling, which is how the library's parser keeps it for a while.
     """
     data = json.loads(text)
+    vocab = data["model"].get("vocab")
+    if isinstance(vocab, dict):  # a list is in the order of its ids
+        data["model"]["vocab"] = dict(sorted(vocab.items()))
     merges = data["model"].get("merges") or []
     if merges and all(isinstance(merge, list) and len(merge) == 2 for merge in merges):
         joined = [" ".join(merge) for merge in merges]

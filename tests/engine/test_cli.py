@@ -18,7 +18,7 @@ from engine.cli_tools import run_process
 from reference import fixtures
 
 import pyengine
-from pyengine import _core
+from pyengine import _core, cpu_watch
 from pyengine.cli import COMMANDS, main
 from pyengine.frozen import FrozenFile
 
@@ -32,6 +32,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("PYENGINE_MODEL", "PYENGINE_NUM_THREADS", "PYENGINE_ISA", "PYENGINE_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYENGINE_CACHE", str(tmp_path / "cache"))
+    # What this machine has too few CPUs for is no matter here (test_cpu_watch.py); the commands put their own `say` in.
+    monkeypatch.setattr(cpu_watch._state, "said", {"threads", "throttling"})
+    monkeypatch.setattr(cpu_watch, "say", cpu_watch.say)
 
 
 @pytest.fixture()

@@ -190,6 +190,14 @@ def test_score_is_the_log_softmax_of_the_logits(engine: Engine) -> None:
     assert score.perplexity == pytest.approx(np.exp(-np.mean(expected)))
 
 
+@pytest.mark.parametrize("start", [0, 1, 2, 7, 10_000])
+def test_score_from_somewhere_on_is_the_rest_of_the_score(engine: Engine, start: int) -> None:
+    whole, rest = engine.score(PROMPT), engine.score(PROMPT, start=start)
+    assert rest.tokens == whole.tokens
+    assert rest.logprobs[start:] == whole.logprobs[start:]
+    assert rest.logprobs[:start] == [None] * min(start, len(whole.tokens))
+
+
 def test_f32_kv_is_close_and_not_the_same(tiny_model: Path, engine: Engine) -> None:
     ids = engine.tokenize(PROMPT)
     with Engine(tiny_model, kv_dtype="f32") as reference:

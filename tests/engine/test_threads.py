@@ -74,6 +74,45 @@ def test_contexts_of_many_python_threads_at_once() -> None:
     """)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc to count threads in")
+def test_contexts_share_their_workers() -> None:
+    """As many as the largest asks for, less the caller; the last one to go takes them along."""
+    scene("""
+        def n_threads(): return len(os.listdir("/proc/self/task"))
+        def becomes(n):  # a thread that has been joined is still listed for a moment
+            end = time.monotonic() + 10
+            while n_threads() != n and time.monotonic() < end: time.sleep(0.01)
+            return n_threads() == n
+        before = n_threads()
+        contexts = [_core.Context(model, n_threads=n) for n in (2, 3, 1, 3)]
+        assert becomes(before + 2)
+        def work():
+            assert run(model, 3) == GOLDEN
+        callers = [threading.Thread(target=work) for _ in range(3)]
+        for caller in callers: caller.start()
+        assert n_threads() <= before + 2 + 3
+        for caller in callers: caller.join()
+        assert becomes(before + 2)
+        contexts.clear()
+        assert becomes(before)
+    """)
+
+
+@pytest.mark.parametrize("blas", ["", "import numpy; numpy.ones((600, 600)) @ numpy.ones((600, 600))"])
+def test_idle_workers_use_no_cpu_time(blas: str) -> None:
+    """A BLAS in the same process has threads of its own; between calls neither may take CPUs from the other."""
+    scene(f"""
+        context = _core.Context(model, n_threads=4)
+        assert run(model, 4) == GOLDEN
+        {blas}
+        assert run(model, 4) == GOLDEN
+        time.sleep(0.3)  # OpenBLAS spins for a while
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.02
+    """)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_with_a_live_context() -> None:
     """The child has no pool threads; its contexts, old and new, go on and give the same bytes."""

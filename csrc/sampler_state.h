@@ -1,0 +1,38 @@
+/* sampler_state.h: what the two halves of the sampler share. sampler.c keeps the history, edits the logits by it and owns
+ * the memory; sampler_choose.c takes a token, or log-probabilities, out of logits. */
+#ifndef PE_SAMPLER_STATE_H
+#define PE_SAMPLER_STATE_H
+
+#include "sampler.h"
+
+/* A token in the running. `score` is 0 except while typical sampling orders by it. */
+typedef struct pe_candidate {
+    double score;
+    uint64_t weight;
+    float logit;
+    int32_t id;
+} pe_candidate;
+
+struct pe_sampler {
+    size_t vocab_size;
+    pe_sampler_params params; /* its list pointers point into the copies below */
+    int32_t *id_lists;        /* bias_ids, bad and stop, one behind the other */
+    float *bias_values;
+    uint8_t *banned;    /* (vocab_size) 1 = outside `allowed`; NULL = no such list */
+    uint32_t *n_output; /* (vocab_size) times in the output;      these three only if a penalty is on */
+    uint8_t *in_prompt; /* (vocab_size) */
+    int32_t *seen;      /* (n_seen of vocab_size) distinct tokens of prompt and output */
+    size_t n_seen;
+    uint64_t n_outputs; /* tokens accepted as output */
+    float *adjusted;    /* (vocab_size) logits after step 1 */
+    uint64_t *weights;  /* (vocab_size) */
+    pe_candidate *pool; /* (top_k or vocab_size) */
+};
+
+/* Steps 2 to 7 of the law, for a temperature above 0: the token drawn at `position`. logits (vocab_size) are those after
+ * step 1; top, the largest of them, is finite. */
+int32_t pe_sampler_choose(pe_sampler *sampler, const float *logits, float top, uint64_t position);
+/* Fill in the log-probability of out->token and the n_top (<= 64) most probable tokens. logits (n) finite, top the largest. */
+void pe_sampler_fill_logprobs(const float *logits, size_t n, float top, size_t n_top, pe_sample_result *out);
+
+#endif
