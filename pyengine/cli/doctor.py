@@ -64,7 +64,7 @@ def threads(warnings: list[str]) -> dict[str, Any]:
     quota = info["cpu_quota"]
     limited = quota > 0 and info["n_default"] < info["n_affinity"]
     facts["reason"] = (
-        f"the cgroup's quota of {quota:g} CPUs" if limited else f"the affinity mask has {info['n_affinity']} CPUs"
+        f"the cgroup's quota of {cpu_watch.n_cpus(quota)}" if limited else f"the affinity mask has {info['n_affinity']} CPUs"
     )
     try:
         if chosen := threads_from_environment():
