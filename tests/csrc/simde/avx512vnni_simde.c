@@ -35,6 +35,11 @@ static inline simde__m512 emulated_cvtph_ps(__m256i x) {
     return r.f;
 }
 
+static inline __m256 emulated_extractf32x8_ps(simde__m512 x, int half) {
+    halves a = {.f = x};
+    return a.ps[half];
+}
+
 static inline int emulated_reduce_add_epi32(simde__m512i x) {
     int32_t lanes[16];
     uint32_t sum = 0;
@@ -54,6 +59,7 @@ static inline unsigned emulated_reduce_max_epu32(simde__m512i x) {
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
 #define _mm512_cvtph_ps emulated_cvtph_ps
+#define _mm512_extractf32x8_ps emulated_extractf32x8_ps
 #define _mm512_reduce_add_epi32 emulated_reduce_add_epi32
 #define _mm512_reduce_max_epu32 emulated_reduce_max_epu32
 
