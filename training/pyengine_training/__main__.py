@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from .errors import Interrupted, TrainingError
 
 COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "cost")
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    from . import cli
+
+    return lambda arguments: cli.run(name, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,14 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        from . import cli
-        from .errors import TrainingError
+        if command == "cost":  # reads a run's JSON: nothing that is compiled, numba neither
+            from .cost import cost_command as run
+        else:
+            run = _command(command)
     except ImportError as error:
         print(f"error: training needs {error.name}: install pyengine-lm[train]", file=sys.stderr)
         return 1
     try:
-        return cli.run(command, arguments)
-    except cli.Interrupted as stop:
+        return run(arguments)
+    except Interrupted as stop:
         print(f"{stop}: a checkpoint is written; continue with --resume", file=sys.stderr)
         return 128 + stop.signal_number
     except KeyboardInterrupt:  # before the first step: nothing to save

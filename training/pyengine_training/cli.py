@@ -26,7 +26,6 @@ from .device import DEVICES, PRECISIONS, Device
 from .errors import ConfigError, DataError
 from .plan import estimated_step_seconds, make_plan
 from .text import is_validation, load_tokenizer, read_documents, train_tokenizer
-from .train import Interrupted
 from .trainer import available_threads
 
 MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
@@ -50,7 +49,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
         "evaluate": report.evaluate_command,
         "sample": report.sample_command,
         "snap": report.snap_command,
-        "cost": report.cost_command,
     }[command](list(arguments))
 
 
@@ -334,6 +332,3 @@ def _prepare(arguments: list[str]) -> int:
     summary = {"train_tokens": corpus.train.n_tokens, "validation": corpus.validation.n_tokens}
     print(json.dumps(summary))
     return 0
-
-
-__all__ = ["Interrupted", "run"]

@@ -44,6 +44,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     return values
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint, a trunk or a final model lies in; None when it lies elsewhere."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (folder / "run.json").exists():
+            return folder
+    return None
+
+
 class Metrics:
     """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are
     dropped.
