@@ -47,12 +47,14 @@ def evaluate_model(folder: Path, corpus: Corpus, *, documents: int | None, seq_l
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     """Loss and bits per byte of a model in float32 and in the engine's simulated int8."""
-    parser = argparse.ArgumentParser(prog="pyengine train evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pyengine train evaluate", description=evaluate_command.__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("data", type=Path, help="text, or prepared folder")
     parser.add_argument("--documents", type=int, help="validation documents (default: all)")
-    parser.add_argument("--seq-len", type=int, default=1 << 30)
-    parser.add_argument("--drop-unfinished", action="store_true")
+    parser.add_argument(
+        "--seq-len", type=int, default=1 << 30, help="tokens of a window (default: the model's context)"
+    )
+    parser.add_argument("--drop-unfinished", action="store_true", help="documents that end like a sentence only")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder: Path = options.data
@@ -81,11 +83,15 @@ def sample_command(arguments: Sequence[str]) -> int:
     """Text from a checkpoint, by the trainer's own slow forward."""
     parser = argparse.ArgumentParser(prog="pyengine train sample", description=sample_command.__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder")
-    parser.add_argument("--prompt", default="Once upon a time")
-    parser.add_argument("--max-tokens", type=int, default=120)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt", default="Once upon a time", help="what the text begins with (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=120, help="at most (default %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="0: the most probable token (default %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.9, help="only tokens that reach this mass (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default %(default)s)")
     parser.add_argument("--int8", action="store_true", help="simulate the engine's arithmetic")
     options = parser.parse_args(arguments)
     model, params = checkpoints.load_model(options.model)
