@@ -8,10 +8,19 @@ from collections.abc import Callable, Sequence
 
 from .errors import Interrupted, TrainingError
 
-COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "cost")
+COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "plot", "cost")
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
+    """A command, imported. Those that only read a run's JSON do without numba."""
+    if name == "cost":
+        from .cost import cost_command
+
+        return cost_command
+    if name == "plot":
+        from .plot import plot_command
+
+        return plot_command
     from . import cli
 
     return lambda arguments: cli.run(name, arguments)
@@ -27,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        if command == "cost":  # reads a run's JSON: nothing that is compiled, numba neither
-            from .cost import cost_command as run
-        else:
-            run = _command(command)
+        run = _command(command)
     except ImportError as error:
         print(f"error: training needs {error.name}: install pyengine-lm[train]", file=sys.stderr)
         return 1

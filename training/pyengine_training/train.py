@@ -216,7 +216,7 @@ class Loop:
             f"step {state.step}: validation {result.loss:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte ({arithmetic})"
         )
-        plot_losses(runfolder.read_metrics(self.metrics_path), self.run.folder / "loss.png")
+        plot_losses([runfolder.read_metrics(self.metrics_path)], self.run.folder / "loss.png")
         return result
 
     def show_sample(self, quantize: bool) -> None:
