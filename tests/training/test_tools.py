@@ -19,6 +19,7 @@ pytest.importorskip("pyengine._core", reason="the engine's extension is not buil
 from pyengine_training import checkpoint as checkpoints
 from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.config import ModelConfig
+from pyengine_training.files import load_safetensors
 from pyengine_training.model import Worker
 from pyengine_training.text import is_validation, load_tokenizer, read_documents, split_documents, train_tokenizer
 
@@ -260,3 +261,28 @@ def test_candidates_get_the_same_time(
     run_tool(compare_optimizers, monkeypatch, *given)
     assert " wins by " in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+
+
+# ---- thaw ----------------------------------------------------------------------------------------
+
+
+def test_thawed_models_freeze_to_the_same_bytes(model_files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Codes and scales; the rest of a file is its name and what follows from it."""
+    from pyengine.freeze import freeze
+
+    thaw = load("thaw")
+    folder, frozen = tmp_path / "hf", model_files[1]
+    thaw.thaw(frozen, folder)
+    again = freeze(folder, tmp_path / "again.safetensors")
+    first, second = load_safetensors(frozen), load_safetensors(again)
+    assert first.keys() == second.keys()
+    compared = [name for name in first if name.endswith((".codes", ".scales", "norm", "inv_freq"))]
+    assert len(compared) == 3 + 2 * 10 + 1
+    for name in compared:
+        assert first[name].tobytes() == second[name].tobytes(), name
+    source, thawed = (checkpoints.load_model(path)[0] for path in (model_files[0], folder))
+    assert source == thawed
+    with pytest.raises(thaw.ConfigError, match="exists"):
+        thaw.thaw(frozen, folder)
+    with pytest.raises(thaw.ConfigError, match="not a frozen file"):
+        thaw.thaw(model_files[0] / "model.safetensors", tmp_path / "other")
