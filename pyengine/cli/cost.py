@@ -16,7 +16,7 @@ from pyengine.errors import PyEngineError
 if TYPE_CHECKING:
     from pyengine.engine import Engine
 
-EPILOG = f"""\
+EPILOG = """\
 examples:
   pyengine cost ~/runs/mine --rate 0.10
   pyengine cost ~/runs/mine --rate 0.10 -m mine.safetensors -t 1 --json
@@ -26,8 +26,8 @@ Training is what the run's newest checkpoint has counted, the pieces that it con
 tokens, time on the clock, and energy where the machine reported it. Inference is measured here: one sequence, -n tokens one after
 the other, the median of -r runs. Without -m the model is the run's own, frozen once into the cache. --rate prices an hour of
 the machine for both, so the tokens that cost as much as the training are those that take as long to generate.
-
-{options.ENVIRONMENT}"""
+PYENGINE_NUM_THREADS, PYENGINE_ISA and PYENGINE_CACHE count as everywhere; PYENGINE_MODEL does not, it is another model.
+"""
 
 
 def training_half() -> Any:
@@ -45,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-n", "--n-gen", type=options.positive, default=128, metavar="N", help="tokens of a measured run (128)")
     add("-r", "--repetitions", type=options.positive, default=5, metavar="N", help="measured runs (5)")
-    options.add_model_options(parser)
+    group = parser.add_argument_group("model")
+    model_help = "what is measured: a frozen file or checkpoint of the same model; default: the run's own"
+    group.add_argument("-m", "--model", metavar="PATH", help=model_help)
+    options.add_threads_option(group)
+    options.add_isa_option(group)
     return parser
 
 
