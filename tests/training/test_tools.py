@@ -234,7 +234,7 @@ def test_the_best_of_each_optimizer_meet(compare_optimizers: ModuleType, tmp_pat
     write_run(tmp_path / "adamw_0.003", "adamw", 1.5, [3.0, 2.5, 1.5, 1.3])
     curves = [compare_optimizers.read_curve(folder) for folder in sorted(tmp_path.iterdir())]
     lines, verdict = compare_optimizers.table(curves)
-    assert verdict["seconds"] == 12.0 and verdict["winner"] == "muon"
+    assert verdict["winner"] == "muon"
     assert verdict["ahead_by_bits_per_byte"] == pytest.approx(0.1)
     assert verdict["best"]["adamw"] == ["adamw_0.003", 1.3]
     assert lines[-1].startswith("muon_0.02 wins by 0.1000 over adamw_0.003")
