@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "measure speed, load time and memory",
     "eval": "perplexity of a text file",
     "train": "train a model (needs the extra pyengine-lm[train])",
+    "cost": "what training a model was and what running it is",
     "doctor": "what this machine offers and what pyengine makes of it",
 }
 

@@ -76,9 +76,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """-m, -t, --isa: which model, and what runs it."""
     group = parser.add_argument_group("model")
     add_model_option(group)
-    group.add_argument(
-        "-t", "--threads", type=positive, metavar="N", help="threads; default: what the container allows"
-    )
+    add_threads_option(group)
     add_isa_option(group)
 
 
@@ -89,6 +87,12 @@ def add_model_option(parser: argparse._ActionsContainer) -> None:
         metavar="PATH",
         help="a frozen file, or a Hugging Face directory or GGUF file that is frozen once into the cache; "
         "default: PYENGINE_MODEL, else the small model that ships with the package",
+    )
+
+
+def add_threads_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="threads; default: what the container allows"
     )
 
 

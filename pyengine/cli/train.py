@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
+from pyengine.cli import UsageError
 from pyengine.errors import PyEngineError
 
 
@@ -13,7 +14,9 @@ class MissingExtraError(PyEngineError, ImportError):
 
 
 def run(argv: list[str]) -> int:
-    """Everything after `train` goes to the trainer as it is."""
+    """Everything after `train` goes to the trainer as it is, but for the one command that has a door of its own."""
+    if argv[:1] == ["cost"]:
+        raise UsageError("the cost sheet is a command of its own: pyengine cost RUN ('pyengine cost --help' tells more)")
     if find_spec("pyengine_training") is None or find_spec("numba") is None:
         raise MissingExtraError("training needs numba, which is not installed: pip install 'pyengine-lm[train]'")
     code: int = import_module("pyengine_training.__main__").main(argv)

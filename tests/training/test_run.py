@@ -348,18 +348,6 @@ def test_evaluate_sample_and_snap(finished: Path, tmp_path: Path, capsys: pytest
     np.testing.assert_array_equal(snapped["layers.0.wo"], wanted)
 
 
-def test_cost_sheet(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--rate", "0.36", "--tokens-per-second", "1000", "--json"]
-    assert main(["cost", str(finished), *flags]) == 0
-    sheet = json.loads(capsys.readouterr().out)
-    assert sheet["training_tokens"] == 12 * 4 * 32
-    assert sheet["training_price"] == pytest.approx(sheet["training_seconds"] * 0.0001)
-    assert sheet["inference_price_per_million"] == pytest.approx(0.1)
-    assert sheet["break_even_tokens_by_flops"] == pytest.approx(3 * sheet["training_tokens"])
-    assert main(["cost", str(finished)]) == 0
-    assert "training compute" in capsys.readouterr().out
-
-
 def test_energy_counters_that_wrap(tmp_path: Path) -> None:
     zone = tmp_path / "intel-rapl:0"
     part = tmp_path / "intel-rapl:0:1"  # inside package 0: must not count twice

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "cost")
+from .errors import Interrupted, TrainingError
+
+COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "plot", "cost")
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    """A command, imported. Those that only read a run's JSON do without numba."""
+    if name == "cost":
+        from .cost import cost_command
+
+        return cost_command
+    if name == "plot":
+        from .plot import plot_command
+
+        return plot_command
+    from . import cli
+
+    return lambda arguments: cli.run(name, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,14 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        from . import cli
-        from .errors import TrainingError
+        run = _command(command)
     except ImportError as error:
         print(f"error: training needs {error.name}: install pyengine-lm[train]", file=sys.stderr)
         return 1
     try:
-        return cli.run(command, arguments)
-    except cli.Interrupted as stop:
+        return run(arguments)
+    except Interrupted as stop:
         print(f"{stop}: a checkpoint is written; continue with --resume", file=sys.stderr)
         return 128 + stop.signal_number
     except KeyboardInterrupt:  # before the first step: nothing to save

@@ -22,24 +22,12 @@ from .config import (
     train_config_from_json,
 )
 from .data import Corpus, file_sha256, prepare_corpus
-from .device import DEVICES, PRECISIONS, Device
+from .device import Device
 from .errors import ConfigError, DataError
+from .flags import MODEL_OPTIONS, train_parser
 from .plan import estimated_step_seconds, make_plan
 from .text import is_validation, load_tokenizer, read_documents, train_tokenizer
-from .train import Interrupted
 from .trainer import available_threads
-
-MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
-HELP = {
-    "lr": "peak learning rate of AdamW (embeddings, norms, or everything with --optimizer adamw)",
-    "muon_lr": "peak learning rate of Muon (the blocks' matrices)",
-    "batch_size": "sequences a step; gradients are the mean over all their tokens",
-    "shards": "parts the batch is cut into: as many run at once as there are threads, the rest accumulates",
-    "decay_fraction": "last part of the run, in which the learning rates fall to zero",
-    "quantize": "when to simulate the engine's int8 arithmetic",
-    "recompute": "what the backward makes again instead of keeping: less memory, more time",
-    "keep_checkpoints": "newest checkpoints kept; 0 keeps all",
-}
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -50,7 +38,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
         "evaluate": report.evaluate_command,
         "sample": report.sample_command,
         "snap": report.snap_command,
-        "cost": report.cost_command,
     }[command](list(arguments))
 
 
@@ -58,45 +45,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
 # ---------------
 
 
-def _train_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pyengine train",
-        description="Train a model from text, continue a run, decay a trunk, or fine-tune.",
-        epilog="Other commands: pyengine train {prepare,evaluate,sample,snap,cost} --help",
-    )
-    add = parser.add_argument
-    add("--run-dir", type=Path, required=True, help="the run's folder; outside the source tree")
-    add("--data", type=Path, action="append", help=".txt, .jsonl or prepared folder; repeatable")
-    add("--data-weights", help="comma-separated, one a text: how often rows come from each")
-    add("--decay-data-weights", help="the same, during the decay")
-    add("--drop-unfinished", action="store_true", help="leave out documents cut mid-sentence")
-    add("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
-    add("--vocab-size", type=int, help="tokens of the tokenizer to train (default 4096)")
-    add("--config", type=Path, help="JSON or TOML file of options (flags win)")
-    add("--depth", type=int, help="the one dial: layers = depth, dim = 64 * depth")
-    for name in MODEL_OPTIONS:
-        add(f"--{name.replace('_', '-')}", type=int)
-    add("--tokens", type=float, help="train on so many tokens instead of --steps")
-    add("--budget-minutes", type=float, help="as many steps as fit, measured once at the start")
-    add("--init-from", type=Path, help="Hugging Face folder to fine-tune")
-    add("--teacher", type=Path, help="Hugging Face folder to distill from")
-    add("--branch-from", type=Path, help="checkpoint to continue in a new run, e.g. a trunk to decay")
-    add("--resume", action="store_true", help="continue the run in --run-dir")
-    add("--dry-run", action="store_true", help="print the plan and stop")
-    add("--device", choices=DEVICES, default="cpu", help="what to train on (default cpu)")
-    add("--precision", choices=PRECISIONS, default="bf16", help="activations on --device cuda (default bf16)")
-    add("--threads", type=int, help="default: the CPUs this process may use")
-    for field in dataclasses.fields(TrainConfig):
-        if field.name in ("extra", "data_weights", "decay_data_weights"):
-            continue
-        kind = {"int": int, "float": float, "str": str}[str(field.type)]
-        text = HELP.get(field.name, "") + f" (default {field.default})"
-        add(f"--{field.name.replace('_', '-')}", type=kind, help=text.strip())
-    return parser
-
-
 def _train(arguments: list[str]) -> int:
-    options = _train_parser().parse_args(arguments)
+    options = train_parser().parse_args(arguments)
     folder: Path = options.run_dir
     device = Device(options.device, options.precision)
     device.require()  # before minutes of tokenizing
@@ -317,11 +267,11 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 def _prepare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="pyengine train prepare", description="Tokenize a text.")
-    parser.add_argument("text", type=Path)
+    parser.add_argument("text", type=Path, help=".txt or .jsonl")
     parser.add_argument("folder", type=Path, help="new folder for shards, manifest and tokenizer")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use")
-    parser.add_argument("--drop-unfinished", action="store_true")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer to train (default 4096)")
+    parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
+    parser.add_argument("--drop-unfinished", action="store_true", help="documents that end like a sentence only")
     options = parser.parse_args(arguments)
     runfolder.create(options.folder)
     values = {k: v for k, v in vars(options).items() if v}
@@ -334,6 +284,3 @@ def _prepare(arguments: list[str]) -> int:
     summary = {"train_tokens": corpus.train.n_tokens, "validation": corpus.validation.n_tokens}
     print(json.dumps(summary))
     return 0
-
-
-__all__ = ["Interrupted", "run"]

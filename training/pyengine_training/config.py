@@ -91,6 +91,14 @@ def model_from_depth(depth: int, vocab_size: int, max_seq_len: int) -> ModelConf
     )
 
 
+CHOICES = {
+    "optimizer": ("muon", "adamw"),
+    "decay_shape": ("linear", "cosine"),
+    "quantize": ("never", "decay", "always"),
+    "recompute": ("none", "activations", "block"),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Every knob of a run. Learning rates are peaks; fractions are of ``steps``."""
@@ -133,13 +141,7 @@ class TrainConfig:
             raise ConfigError("batch_size, shards and steps must be at least 1, seq_len at least 2")
         if self.batch_size % self.shards:
             raise ConfigError(f"shards ({self.shards}) does not divide batch_size ({self.batch_size})")
-        choices = {
-            "optimizer": ("muon", "adamw"),
-            "decay_shape": ("linear", "cosine"),
-            "quantize": ("never", "decay", "always"),
-            "recompute": ("none", "activations", "block"),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose from {allowed}")
         for name in ("warmup_fraction", "decay_fraction", "distill_alpha"):

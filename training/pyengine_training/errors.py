@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class TrainingError(Exception):
     """Base of everything that the trainer raises on purpose."""
@@ -25,3 +27,11 @@ class RunFolderError(TrainingError, FileExistsError):
 
 class NotFiniteError(TrainingError, ArithmeticError):
     """A loss or gradient became infinite or NaN; the message has the step and the tensors."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; the checkpoint is written."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .config import ModelConfig, TrainConfig
-from .model import activation_bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ def make_plan(
     seconds_per_step: float | None,
 ) -> Plan:
     """Estimate."""
+    from .model import activation_bytes  # brings numba, which the rest of this module does without
+
     tokens = config.steps * config.batch_size * config.seq_len
     rows = config.batch_size // config.shards
     worker = activation_bytes(model, rows, config.seq_len, config.recompute)

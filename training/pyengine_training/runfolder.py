@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,6 +45,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     return values
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint, a trunk or a final model lies in; None when it lies elsewhere."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (folder / "run.json").exists():
+            return folder
+    return None
+
+
 class Metrics:
     """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are
     dropped.
@@ -51,14 +60,7 @@ class Metrics:
 
     def __init__(self, path: Path, keep_through_step: int) -> None:
         if path.exists():
-            lines = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # a line cut short by a crash
-                if entry["step"] <= keep_through_step:
-                    lines.append(line + "\n")
+            lines = [line + "\n" for line, entry in _metrics(path) if entry["step"] <= keep_through_step]
             write_atomic(path, "".join(lines).encode())
         self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
@@ -71,10 +73,19 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All entries."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """All entries that are whole: the last line of a run that crashed, or is running, may not be."""
+    return [entry for _, entry in _metrics(path)]
+
+
+def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, entry)"""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            yield line, entry
 
 
 class Log:

@@ -81,6 +81,14 @@ def is_validation(document: str) -> bool:
     return int.from_bytes(digest, "big") % VALIDATION_EVERY == 0
 
 
+def split_documents(path: Path, *, drop_unfinished: bool = False) -> tuple[list[str], list[str]]:
+    """(documents to train on, held-out ones) of a text, as every run splits it."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for document in read_documents(path, drop_unfinished=drop_unfinished):
+        sides[is_validation(document)].append(document)
+    return sides
+
+
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer (``tokenizers.Tokenizer``) whose encode() puts END_OF_TEXT (id 0)
     first.

@@ -31,7 +31,7 @@ from .config import (
 from .data import BatchSource, Corpus, Phase, ValidationBatch, validation_batches
 from .device import CPU, Device, make_trainer
 from .energy import EnergyMeter, add_joules
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, Interrupted
 from .files import atomic_directory
 from .model import Worker
 from .plan import estimated_step_seconds, format_seconds, make_plan
@@ -111,14 +111,6 @@ def open_run(folder: Path) -> Run:
         riders=riders,
         teacher=teacher,
     )
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the checkpoint is written."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
 
 
 @contextlib.contextmanager
@@ -224,7 +216,7 @@ class Loop:
             f"step {state.step}: validation {result.loss:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte ({arithmetic})"
         )
-        plot_losses(runfolder.read_metrics(self.metrics_path), self.run.folder / "loss.png")
+        plot_losses([runfolder.read_metrics(self.metrics_path)], self.run.folder / "loss.png")
         return result
 
     def show_sample(self, quantize: bool) -> None:
@@ -250,9 +242,9 @@ class Loop:
         began = time.monotonic()
         before = trainer.state.seconds
         while trainer.state.step < c.steps:
-            step_began = time.monotonic()
+            step_began, cpu_began = time.monotonic(), time.process_time()
             result = trainer.step(*self.source.batch(trainer.state.step))
-            now = time.monotonic()
+            now, cpu_now = time.monotonic(), time.process_time()
             state = trainer.state
             state.seconds = before + now - began
             state.joules = add_joules(state.joules, self.energy.joules())
@@ -267,6 +259,7 @@ class Loop:
                     "quantized": result.quantized,
                     "tokens_per_second": round(rate),
                     "seconds": round(state.seconds, 3),
+                    "cpu_seconds": round(cpu_now - cpu_began, 4),  # of this step, all threads
                 }
             )
             mean = (state.step - first) * c.batch_size * c.seq_len / (now - began)

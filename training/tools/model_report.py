@@ -2,11 +2,13 @@
 what samples look like.
 
     python training/tools/model_report.py --text tinystories.txt MODEL [MODEL ...]
+    python training/tools/model_report.py --text tinystories.txt --text other.txt --documents 1000 MODEL
 
 MODEL is anything that ``pyengine.Engine`` opens (a frozen file, a Hugging Face folder, a llama2.c
 checkpoint), so other people's models are scored by the same code. Held-out documents are the
 trainer's: one in fifty, chosen by content, the same for every model. The result is one JSON object
-per model on stdout.
+per model on stdout. With several texts each is scored by itself ("texts") and all together; samples
+are set beside the held-out documents of the first.
 
 With --sources, checkpoints that the models were frozen from (in the same order), each is scored in
 float32 as well, by the trainer's forward on the same tokens.
@@ -32,7 +34,7 @@ import numpy as np
 from pyengine_training.arena import Arena, parameter_shapes
 from pyengine_training.config import ModelConfig
 from pyengine_training.model import Worker
-from pyengine_training.text import is_validation, read_documents
+from pyengine_training.text import split_documents
 
 import pyengine
 from pyengine.freeze import open_source
@@ -89,14 +91,23 @@ def float32_scorer(source: Path, tokenizer: Path | None) -> Scorer:
     return log_probability
 
 
-def bits_per_byte(engine: Any, documents: list[str], log_probability: Scorer) -> dict[str, float]:
-    """Over all documents, with the standard error over documents."""
-    bits = [document_bits(engine, text, log_probability) for text in documents]
+def summary(bits: list[float], documents: list[str]) -> dict[str, float]:
+    """Bits per byte over all documents, with the standard error over documents."""
     sizes = [len(text.encode()) for text in documents]
     mean = sum(bits) / sum(sizes)
     residuals = [b - mean * n for b, n in zip(bits, sizes, strict=True)]
     spread = math.sqrt(sum(r * r for r in residuals)) / sum(sizes)
     return {"bits_per_byte": mean, "standard_error": spread, "documents": len(documents)}
+
+
+Texts = dict[str, list[str]]  # name of a text -> its held-out documents
+
+
+def score_texts(engine: Any, texts: Texts, log_probability: Scorer) -> tuple[dict[str, float], dict[str, Any]]:
+    """(all texts together, each by its name)."""
+    bits = {name: [document_bits(engine, text, log_probability) for text in texts[name]] for name in texts}
+    together = summary([b for name in texts for b in bits[name]], [text for name in texts for text in texts[name]])
+    return together, {name: summary(bits[name], texts[name]) for name in texts}
 
 
 def repeated_share(words: list[str]) -> float:
@@ -127,25 +138,42 @@ def samples(engine: Any, prompt: str, count: int) -> Iterator[tuple[int, str, bo
 def report(
     model: str,
     source: Path | None,
-    documents: list[str],
+    texts: Texts,
     known: set[str],
     args: argparse.Namespace,
 ) -> Any:
     """Everything about one model."""
     with pyengine.Engine(model) as engine:
         result: dict[str, Any] = {"model": Path(model).name}
-        result["int8"] = bits_per_byte(engine, documents, lambda ids: sum(engine.score(ids).logprobs[1:]))
+        scorers: dict[str, Scorer] = {"int8": lambda ids: sum(engine.score(ids).logprobs[1:])}
         if source is not None:
-            scorer = float32_scorer(source, args.tokenizer)
-            result["float32"] = bits_per_byte(engine, documents, scorer)
+            scorers["float32"] = float32_scorer(source, args.tokenizer)
+        for arithmetic, scorer in scorers.items():
+            result[arithmetic], by_text = score_texts(engine, texts, scorer)
+            if len(texts) > 1:
+                for name, values in by_text.items():
+                    result.setdefault("texts", {}).setdefault(name, {})[arithmetic] = values
         if args.samples:
             drawn = list(samples(engine, args.prompt, args.samples))
-            texts = [text for _, text, _ in drawn]
-            result["samples"] = text_statistics(texts, known)
+            result["samples"] = text_statistics([text for _, text, _ in drawn], known)
             result["samples"]["ended"] = sum(ended for *_, ended in drawn) / len(drawn)
-            result["validation"] = text_statistics(documents[: args.samples], known)
+            first = next(iter(texts.values()))
+            result["validation"] = text_statistics(first[: args.samples], known)
             result["shown"] = [{"seed": s, "text": t} for s, t, _ in drawn[: args.show]]
         return result
+
+
+def read_texts(paths: list[Path], count: int, keep_unfinished: bool) -> tuple[Texts, set[str]]:
+    """The first `count` held-out documents of each text, and the words of all that is not held out."""
+    texts: Texts = {}
+    known: set[str] = set()
+    for path in paths:
+        train, held_out = split_documents(path, drop_unfinished=not keep_unfinished)
+        if not held_out:
+            raise SystemExit(f"{path}: no document is held out (one in fifty is); the text is too short")
+        texts[str(path) if path.name in texts else path.name] = held_out[:count]
+        known |= {word.lower() for text in train for word in WORD.findall(text)}
+    return texts, known
 
 
 def main() -> None:
@@ -153,22 +181,17 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--sources", nargs="*", type=Path, default=[])
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.bin of llama2.c sources")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--documents", type=int, default=200)
+    parser.add_argument("--text", type=Path, action="append", required=True, help="repeatable")
+    parser.add_argument("--documents", type=int, default=200, help="held-out documents of each text (default 200)")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--show", type=int, default=10)
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--keep-unfinished", action="store_true")
     args = parser.parse_args()
-    train: list[str] = []
-    held_out: list[str] = []
-    for text in read_documents(args.text, drop_unfinished=not args.keep_unfinished):
-        (held_out if is_validation(text) else train).append(text)
-    known = {word.lower() for text in train for word in WORD.findall(text)}
-    documents = held_out[: args.documents]
+    texts, known = read_texts(args.text, args.documents, args.keep_unfinished)
     for number, model in enumerate(args.models):
         source = args.sources[number] if number < len(args.sources) else None
-        print(json.dumps(report(model, source, documents, known, args), indent=2))
+        print(json.dumps(report(model, source, texts, known, args), indent=2))
 
 
 if __name__ == "__main__":

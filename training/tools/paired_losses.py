@@ -1,10 +1,14 @@
 """The engine's losses against the trainer's, token by token, on held-out documents.
 
-    python training/tools/paired_losses.py CHECKPOINT FROZEN --text tinystories.txt --tokens 100000
+    python training/tools/paired_losses.py CHECKPOINT FROZEN --text tinystories.txt --text other.txt
 
-CHECKPOINT is the Hugging Face folder that FROZEN was made from. Prints means, the paired difference
-with its standard error, and the share of tokens that agree to 1e-4; exits with 1 when the means
-differ by more than three standard errors.
+CHECKPOINT is the Hugging Face folder that FROZEN was made from. All held-out documents of every text
+are scored; one that is longer than the context is scored in windows that start anew. Prints, for all
+tokens and for each text, the means, the paired difference with its standard error over tokens (and
+over documents, within which tokens depend on each other) and the share of tokens that agree to 1e-4.
+
+Exit code: 0; 1 when the means over all tokens differ by more than three standard errors; 2 when the
+texts hold out fewer than --at-least tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +25,94 @@ import numpy as np
 from pyengine_training import checkpoint
 from pyengine_training.model import Worker
 from pyengine_training.report import quantized_parameters
-from pyengine_training.text import is_validation, load_tokenizer, read_documents
+from pyengine_training.text import load_tokenizer, split_documents
 from pyengine_training.trainer import single_threaded_blas
 
 import pyengine
 
+Losses = Callable[[list[int]], Any]  # token ids -> loss of each but the first, float64
 
-def trainer_losses(worker: Worker, params: Any, ids: list[int], quantize: bool) -> Any:
-    """Loss of each token after the first, float64."""
-    n = len(ids) - 1
-    tokens = np.zeros((1, worker.seq_len), np.int64)
-    targets = np.full((1, worker.seq_len), -1, np.int64)
-    tokens[0, :n], targets[0, :n] = ids[:-1], ids[1:]
-    return worker.evaluate(params, tokens, targets, quantize)[0, :n].astype(np.float64)
+
+def trainer_losses(worker: Worker, params: Any, quantize: bool) -> Losses:
+    """By the trainer's forward."""
+
+    def losses(ids: list[int]) -> Any:
+        n = len(ids) - 1
+        tokens = np.zeros((1, worker.seq_len), np.int64)
+        targets = np.full((1, worker.seq_len), -1, np.int64)
+        tokens[0, :n], targets[0, :n] = ids[:-1], ids[1:]
+        return worker.evaluate(params, tokens, targets, quantize)[0, :n].astype(np.float64)
+
+    return losses
+
+
+def windows(ids: list[int], size: int) -> Iterator[list[int]]:
+    """Pieces of at most `size` ids that share one, so that each id after the first is predicted once."""
+    for start in range(0, len(ids) - 1, size - 1):
+        yield ids[start : start + size]
+
+
+def score(documents: list[list[int]], size: int, scorers: list[Losses]) -> list[Any]:
+    """A (3, tokens) array of losses for each document, one row a scorer."""
+    return [
+        np.stack([np.concatenate([losses(piece) for piece in windows(ids, size)]) for losses in scorers])
+        for ids in documents
+    ]
+
+
+def compare(documents: list[Any]) -> dict[str, Any]:
+    """Statistics of documents' losses: rows engine, trainer's int8, trainer's float32."""
+    engine, int8, plain = np.concatenate(documents, axis=1)
+    difference = engine - int8
+    mean, count = float(difference.mean()), len(difference)
+    sums = [float((d[0] - d[1] - mean).sum()) for d in documents]
+    return {
+        "documents": len(documents),
+        "tokens": count,
+        "engine": float(engine.mean()),
+        "trainer_int8": float(int8.mean()),
+        "trainer_float32": float(plain.mean()),
+        "difference": mean,
+        "standard_error": float(difference.std()) / math.sqrt(count),
+        "standard_error_over_documents": math.sqrt(math.fsum(s * s for s in sums)) / count,
+        "agree_to_1e-4": float((np.abs(difference) < 1e-4).mean()),
+        "rms_to_int8": float(np.sqrt((difference**2).mean())),
+        "rms_to_float32": float(np.sqrt(((engine - plain) ** 2).mean())),
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("frozen", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--text", type=Path, action="append", required=True, help="repeatable")
+    parser.add_argument("--at-least", type=int, default=100_000, metavar="N", help="tokens (default 100000)")
+    parser.add_argument("--documents", type=int, help="only the first so many of each text, for a quick look")
+    parser.add_argument("--keep-unfinished", action="store_true", help="documents that do not end like a sentence too")
     args = parser.parse_args()
     model, params = checkpoint.load_model(args.checkpoint)
-    quantized = quantized_parameters(params)
     tokenizer = load_tokenizer(args.checkpoint / "tokenizer.json")
+    texts: dict[str, list[list[int]]] = {}
+    for path in args.text:
+        _, held_out = split_documents(path, drop_unfinished=not args.keep_unfinished)
+        ids = [tokenizer.encode(text).ids for text in held_out[: args.documents]]
+        texts[str(path) if path.name in texts else path.name] = [i for i in ids if len(i) > 1]
+    count = sum(len(ids) - 1 for documents in texts.values() for ids in documents)
+    if count < args.at_least:
+        print(f"the held-out documents have {count} tokens, fewer than --at-least {args.at_least}", file=sys.stderr)
+        return 2
     worker = Worker(model, 1, model.max_seq_len, training=False)
-    columns: list[list[Any]] = [[], [], []]
-    count = 0
     with single_threaded_blas(), pyengine.Engine(args.frozen) as engine:
-        for text in read_documents(args.text, drop_unfinished=True):
-            if not is_validation(text) or count >= args.tokens:
-                continue
-            ids = tokenizer.encode(text).ids[: model.max_seq_len]
-            columns[0].append(-np.asarray(engine.score(ids).logprobs[1:], np.float64))
-            columns[1].append(trainer_losses(worker, quantized, ids, True))
-            columns[2].append(trainer_losses(worker, params, ids, False))
-            count += len(ids) - 1
-    engine_loss, int8, plain = (np.concatenate(c) for c in columns)
-    difference = engine_loss - int8
-    standard_error = difference.std() / math.sqrt(len(difference))
-    within = abs(difference.mean()) <= 3 * standard_error
-    print(
-        json.dumps(
-            {
-                "tokens": len(difference),
-                "engine": engine_loss.mean(),
-                "trainer_int8": int8.mean(),
-                "trainer_float32": plain.mean(),
-                "difference": difference.mean(),
-                "standard_error": standard_error,
-                "within_three": bool(within),
-                "agree_to_1e-4": float((np.abs(difference) < 1e-4).mean()),
-                "rms_to_int8": float(np.sqrt((difference**2).mean())),
-                "rms_to_float32": float(np.sqrt(((engine_loss - plain) ** 2).mean())),
-            },
-            indent=2,
-        )
-    )
+        scorers: list[Losses] = [
+            lambda ids: -np.asarray(engine.score(ids).logprobs[1:], np.float64),
+            trainer_losses(worker, quantized_parameters(params), True),
+            trainer_losses(worker, params, False),
+        ]
+        scored = {name: score(documents, model.max_seq_len, scorers) for name, documents in texts.items()}
+    result = compare([document for documents in scored.values() for document in documents])
+    within = abs(result["difference"]) <= 3 * result["standard_error"]
+    by_text = {name: compare(documents) for name, documents in scored.items() if documents}
+    print(json.dumps({**result, "within_three": within, "texts": by_text}, indent=2))
     return 0 if within else 1
 
 

@@ -1,0 +1,100 @@
+"""A Hugging Face folder of the values that a frozen file's int8 codes stand for.
+
+    python training/tools/thaw.py model.safetensors FOLDER
+
+For models whose float32 masters are not at hand: the folder can be scored beside the engine
+(paired_losses.py), tuned further (--init-from) or distilled from (--teacher). Freezing it gives the
+same codes and scales. Plain Llama models only; the reader follows csrc/FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyengine_training.arena import Arena, parameter_shapes
+from pyengine_training.checkpoint import RIDERS, write_hf_folder
+from pyengine_training.config import ModelConfig
+from pyengine_training.errors import ConfigError
+from pyengine_training.files import atomic_directory, load_safetensors
+
+Tensors = dict[str, Any]
+
+
+def rows_of(codes: Any, scales: Any) -> Any:
+    """Panels of codes (panel, group, k4, row, k) and scales (panel, group, row) -> float32 (rows, columns)."""
+    n_panels, n_groups = codes.shape[:2]
+    by_row = codes.transpose(0, 3, 1, 2, 4).reshape(n_panels * 16, n_groups, 64)
+    scale = scales.transpose(0, 2, 1).reshape(n_panels * 16, n_groups, 1)
+    return (by_row.astype(np.float32) * scale.astype(np.float32)).reshape(n_panels * 16, n_groups * 64)
+
+
+def matrix(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Any:
+    """A matrix without its padding; gate and up, which alternate by panels, one under the other."""
+    codes = tensors[name + ".codes"]
+    n_panels, n_groups = codes.shape[:2]
+    scales = tensors[name + ".scales"][: n_panels * n_groups * 16].reshape(n_panels, n_groups, 16)
+    if name.endswith("w_gate_up"):
+        half = shape[0] // 2
+        return np.concatenate([rows_of(codes[i::2], scales[i::2])[:half, : shape[1]] for i in (0, 1)])
+    return rows_of(codes, scales)[: shape[0], : shape[1]]
+
+
+def model_config(stored: dict[str, Any], inv_freq: Any) -> ModelConfig:
+    """The trainer's configuration of a frozen config.json; the file has RoPE's frequencies, not its base."""
+    for name in ("qkv_bias", "o_bias", "qk_norm", "sliding_window"):
+        if stored.get(name):
+            raise ConfigError(f"the model has {name}, which the trainer does not know")
+    half = stored["head_dim"] // 2
+    base = float(f"{float(inv_freq[half - 1]) ** (-half / (half - 1)):.6g}") if half > 1 else 10000.0
+    if not np.allclose(inv_freq[:half], base ** (-np.arange(half) / half), rtol=1e-5):
+        raise ConfigError("the model's RoPE is scaled, which the trainer does not know")
+    names = {field.name for field in dataclasses.fields(ModelConfig)} & set(stored)
+    return ModelConfig(**{name: stored[name] for name in names}, rope_theta=base)
+
+
+def thaw(frozen: Path, folder: Path) -> None:
+    """Write the folder. ConfigError when it exists or the model is none that the trainer knows."""
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already")
+    tensors = load_safetensors(frozen)
+    if "config.json" not in tensors or "golden.json" not in tensors:
+        raise ConfigError(f"{frozen} is not a frozen file (pyengine freeze makes one)")
+    stored = json.loads(tensors["config.json"].tobytes())
+    config = model_config(stored, tensors["rope.inv_freq"])
+    params = Arena(parameter_shapes(config))
+    for name, view in params.views.items():
+        view[...] = tensors[name][: view.shape[0]] if view.ndim == 1 else matrix(tensors, name, view.shape)
+    eos = (stored.get("eos_token_ids") or [None])[0]
+    with atomic_directory(folder) as temporary:
+        write_hf_folder(
+            temporary,
+            params,
+            config,
+            tokenizer=None,
+            bos=stored.get("bos_token_id"),
+            eos=eos,
+            riders=temporary,  # its own files, written below
+        )
+        for name in set(RIDERS) & set(tensors):
+            (temporary / name).write_bytes(tensors[name].tobytes().rstrip(b"\n" if name.endswith(".jinja") else b" "))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("frozen", type=Path)
+    parser.add_argument("folder", type=Path, help="new folder")
+    args = parser.parse_args()
+    try:
+        thaw(args.frozen, args.folder)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(args.folder)
+
+
+if __name__ == "__main__":
+    main()
