@@ -125,7 +125,8 @@ typedef struct token_block {
     const int32_t *corrections;
 } token_block;
 
-/* Weights that a tile fetches for those that come after it: n_lines cache lines of `from` for each of its groups. */
+/* Weights that a tile fetches for those that come after it: n_lines cache lines of `from` for each of its groups. They may
+ * lie behind the matrix: a prefetch reads nothing that a program could see, and never faults. */
 typedef struct fetch_ahead {
     const int8_t *from;
     size_t n_lines;
