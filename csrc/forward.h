@@ -10,7 +10,8 @@
 #include "threadpool.h"
 
 enum {
-    PE_SLICE = 512,      /* tokens that go through the layers together; a longer batch is cut */
+    PE_SLICE = 256,      /* tokens that go through the layers together; a longer batch is cut. Their activations should fit
+                       * a share of the last-level cache: beyond that a slice only saves reading the weights again */
     PE_TILE_TOKENS = 64, /* one tile of a matmul with an epilogue: 64 tokens x 4 panels of float32 = 16 KiB */
     PE_TILE_PANELS = 4,
     PE_ATTENTION_ROWS = 32 /* query rows (tokens x heads of one kv head) that share a pass over K and V */

@@ -8,8 +8,8 @@
 #include "lanes16_avx2.h"
 #include "pyengine.h"
 
-/* 8 int32 sums of 16 ymm registers; the float sums are spilled. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 2, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
+/* 4 int32 sums, 4 halves of weights, x and |x| fit 16 ymm registers with room for the steps between: nothing is spilled. */
+enum { TILE_PANELS = 2, TILE_TOKENS = 1, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
 
 typedef i16 w16;
 typedef struct {
