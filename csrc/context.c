@@ -13,7 +13,7 @@ typedef struct buffer {
 
 enum { N_BUFFERS = 16 };
 
-/* Every per-slice buffer and its size for n tokens. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE. */
+/* Every per-slice buffer and its size for n tokens. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE_MAX. */
 static size_t list_buffers(pe_context *c, size_t n, buffer buffers[N_BUFFERS]) {
     const pe_model *model = c->model;
     const pe_config *config = &model->config;

@@ -398,7 +398,7 @@ pe_status pe_forward(pe_context *c, const pe_batch *batch, char *err) {
 /* ------------------------------------------------------------------ test hooks */
 
 pe_status pe_debug_block(pe_context *c, uint32_t layer, float *x, size_t n_tokens, char *err) {
-    if (layer >= c->model->config.n_layers || n_tokens == 0 || n_tokens > PE_SLICE) {
+    if (layer >= c->model->config.n_layers || n_tokens == 0 || n_tokens > PE_SLICE_MAX) {
         snprintf(err, PE_ERR_LEN, "layer %u or %zu tokens are out of range", layer, n_tokens);
         return PE_ERR_INVALID_ARGUMENT;
     }

@@ -12,6 +12,7 @@
 enum {
     PE_SLICE = 256,      /* tokens that go through the layers together; a longer batch is cut. Their activations should fit
                        * a share of the last-level cache: beyond that a slice only saves reading the weights again */
+    PE_SLICE_MAX = 512,  /* what the buffers may grow to: pe_debug_block looks at longer slices */
     PE_TILE_TOKENS = 64, /* one tile of a matmul with an epilogue: 64 tokens x 4 panels of float32 = 16 KiB */
     PE_TILE_PANELS = 4,
     PE_ATTENTION_ROWS = 32 /* query rows (tokens x heads of one kv head) that share a pass over K and V */
@@ -62,7 +63,7 @@ struct pe_context {
     atomic_bool not_finite; /* some kernel met an infinity or NaN */
 };
 
-/* Grow the slice buffers to n_tokens (at most PE_SLICE). */
+/* Grow the slice buffers to n_tokens (at most PE_SLICE_MAX). */
 pe_status pe_context_reserve(pe_context *context, size_t n_tokens, char *err);
 
 static inline float *pe_thread_scratch(const pe_context *context, int thread) {
