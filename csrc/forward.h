@@ -10,8 +10,9 @@
 #include "threadpool.h"
 
 enum {
-    PE_SLICE = 256,      /* tokens that go through the layers together; a longer batch is cut. Their activations should fit
-                       * a share of the last-level cache: beyond that a slice only saves reading the weights again */
+    /* Tokens that go through the layers together; a longer batch is cut. Their activations should fit a share of the
+     * last-level cache: beyond that a longer slice only saves reading the weights again. */
+    PE_SLICE = 256,
     PE_SLICE_MAX = 512,  /* what the buffers may grow to: pe_debug_block looks at longer slices */
     PE_TILE_TOKENS = 64, /* one tile of a matmul with an epilogue: 64 tokens x 4 panels of float32 = 16 KiB */
     PE_TILE_PANELS = 4,

@@ -348,8 +348,9 @@ class Engine:
                 self.context.sequence_drop(sequence)
 
     def score(self, text: Prompt, *, parse_special: bool = False, start: int = 0) -> Score:
-        """Log-probability of each token of `text`, from the `start`-th on, after those before it. Memory does not grow with the
-        text's logits, and tokens before `start` are context only: they take the time of a prompt."""
+        """Log-probability (natural logarithm) of each token of `text`, from the `start`-th on, after those before it. Memory does
+        not grow with the text's logits, and tokens before `start` are context only: they take the time of a prompt. Raises
+        ContextFullError if the text does not fit the context."""
         from pyengine._sampler import logprobs
 
         ids = self._ids(text, parse_special)

@@ -10,11 +10,11 @@
 #include <stdint.h>
 
 enum {
-    PE_PANEL = 16,      /* rows of a weight panel, positions of a K panel, lanes of every float sum */
-    PE_GROUP = 64,      /* weights that share a scale */
-    PE_X_GROUP = 32,    /* activations (and q, k elements) that share a scale */
-    PE_TOKEN_BLOCK = 8, /* tokens whose activations are packed together */
-    PE_CHUNK = 256,     /* positions of an attention chunk = of a KV page */
+    PE_PANEL = 16,         /* rows of a weight panel, positions of a K panel, lanes of every float sum */
+    PE_GROUP = 64,         /* weights that share a scale */
+    PE_X_GROUP = 32,       /* activations (and q, k elements) that share a scale */
+    PE_TOKEN_BLOCK = 8,    /* tokens whose activations are packed together */
+    PE_CHUNK = 256,        /* positions of an attention chunk = of a KV page */
     PE_MAX_HEAD_DIM = 512, /* model.c refuses more: kernels keep a head on their stack */
 };
 
@@ -64,8 +64,8 @@ struct pe_kernels {
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
 
     /* Row of x (n) -> one token of a packed activation block, in groups of 32. codes, scales, corrections point at that
-     * token's first element; `width` is the block's width (the stride). Columns n..n_padded (a multiple of
-     * 32) become 0. Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or
+     * token's first element; `width` is the distance to the same token's next one (see pe_activations). Columns
+     * n..n_padded (a multiple of 32) become 0. Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or
      * NaN, and then the codes mean nothing. */
     uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
                          size_t n_padded);
