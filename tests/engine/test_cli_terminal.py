@@ -82,6 +82,19 @@ class Terminal:
             assert self._read(1.0), f"ended without {text!r}: {self.output[after:][-2000:]!r}"
         return after + self.output[after:].index(text) + len(text)
 
+    def expect_prompt(self, after: int = 0) -> int:
+        """`expect` a prompt, and that the program sleeps at it. CPython looks for signals before readline's `select` and when
+        that is interrupted: a Ctrl-C in the microseconds between would be noticed at the next key."""
+        at = self.expect("> ", after)
+        end = time.monotonic() + DEADLINE_S
+        asleep = 0
+        while asleep < 3:
+            assert time.monotonic() < end, "it does not wait for input"
+            time.sleep(0.01)
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][0]
+            asleep = asleep + 1 if state == "S" else 0
+        return at
+
     def wait(self) -> int:
         """Read to the end; the exit code."""
         end = time.monotonic() + DEADLINE_S
@@ -250,10 +263,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talker: Path, tmp_path: Pat
 
 def test_ctrl_c_twice_at_the_prompt_leaves(talker: Path, tmp_path: Path) -> None:
     with terminal(tmp_path, "chat", "-m", talker, "-n", "3") as tty:
-        tty.expect("> ")
+        tty.expect_prompt()
         tty.type("half a line\x03")
-        at = tty.expect("(Ctrl-C again leaves)")
-        tty.expect("> ", at)
+        tty.expect_prompt(tty.expect("(Ctrl-C again leaves)"))
         tty.type("\x03")
         assert tty.wait() == 130
 
