@@ -126,11 +126,16 @@ typedef struct token_block {
 } token_block;
 
 /* Weights that a tile fetches for those that come after it: n_lines cache lines of `from` for each of its groups. They may
- * lie behind the matrix: a prefetch reads nothing that a program could see, and never faults. */
+ * lie behind the matrix: a prefetch reads nothing that a program could see, and never faults. They go into the second-level
+ * cache: in the first, the tile's own panels and those to come would push each other out. */
 typedef struct fetch_ahead {
     const int8_t *from;
     size_t n_lines;
 } fetch_ahead;
+
+PE_INLINE void fetch(fetch_ahead *ahead) {
+    for (size_t i = 0; i < ahead->n_lines; i++, ahead->from += 64) __builtin_prefetch(ahead->from, 0, 2);
+}
 
 /* n_p panels from `panel` times tokens [0, n_t) of a block of `width`, of which the first n_out are wanted. */
 PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
@@ -141,7 +146,7 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
     v16 acc[TILE_PANELS][TILE_TOKENS];
     PE_UNROLL for (int p = 0; p < n_p; p++) PE_UNROLL for (int t = 0; t < n_t; t++) acc[p][t] = v16_set1(0.0f);
     for (size_t g = 0; g < n_groups; g++) {
-        for (size_t i = 0; i < ahead.n_lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from);
+        fetch(&ahead);
         v16 sum[TILE_PANELS][TILE_TOKENS];
         i16 d[TILE_PANELS][TILE_TOKENS];
         dot_32(&d[0][0], TILE_TOKENS, codes, w_stride, x.codes, width * 4, 4, x.corrections, 1, n_p, n_t);
