@@ -133,6 +133,7 @@ typedef struct fetch_ahead {
     size_t n_lines;
 } fetch_ahead;
 
+/* One group's share. Locality 2 is the second level (prefetcht1, pldl2keep). */
 PE_INLINE void fetch(fetch_ahead *ahead) {
     for (size_t i = 0; i < ahead->n_lines; i++, ahead->from += 64) __builtin_prefetch(ahead->from, 0, 2);
 }
