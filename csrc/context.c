@@ -151,7 +151,9 @@ size_t pe_context_memory(const pe_context *c, size_t *scratch_bytes) {
     size_t vocab_padded = pe_pad(c->model->config.vocab_size, PE_PANEL);
     *scratch_bytes = c->scratch_bytes + c->thread_scratch_floats * (size_t)c->n_threads * sizeof(float) +
                      (c->partials_capacity + c->logits_capacity * vocab_padded) * sizeof(float);
-    return pe_kv_cache_bytes(c->kv);
+    pe_cache_stats stats;
+    pe_kv_cache_stats(c->kv, &stats);
+    return stats.n_pages * stats.page_bytes;
 }
 
 size_t pe_context_n_logits(const pe_context *c) { return c->n_logits; }
@@ -161,6 +163,26 @@ const float *pe_context_logits(const pe_context *c, size_t row) {
 }
 
 /* ------------------------------------------------------------------ sequences */
+
+static const uint8_t no_salt[PE_SALT_BYTES];
+
+void pe_context_cache_stats(const pe_context *c, pe_cache_stats *out) { pe_kv_cache_stats(c->kv, out); }
+void pe_context_set_max_pages(pe_context *c, size_t max_pages) { pe_kv_cache_set_max_pages(c->kv, max_pages); }
+size_t pe_context_drop_cached(pe_context *c) { return pe_kv_cache_drop_cached(c->kv); }
+pe_status pe_context_check(const pe_context *c, char *err) { return pe_kv_cache_check(c->kv, err); }
+
+pe_status pe_sequence_match(pe_context *c, const int32_t *tokens, size_t n, const uint8_t *salt, bool keep,
+                            int32_t *out, size_t *n_matched, char *err) {
+    return pe_kv_match(c->kv, tokens, n, salt == NULL ? no_salt : salt, keep, out, n_matched, err);
+}
+
+size_t pe_sequence_match_length(pe_context *c, const int32_t *tokens, size_t n, const uint8_t *salt) {
+    return pe_kv_match_length(c->kv, tokens, n, salt == NULL ? no_salt : salt);
+}
+
+size_t pe_sequence_tokens(const pe_context *c, int32_t sequence, int32_t *out, size_t capacity) {
+    return pe_kv_tokens(c->kv, sequence, out, capacity);
+}
 
 pe_status pe_sequence_new(pe_context *c, int32_t *out, char *err) { return pe_kv_new(c->kv, out, err); }
 

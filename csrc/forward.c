@@ -321,8 +321,8 @@ static pe_status check_batch(const pe_context *c, const pe_batch *batch, char *e
     return PE_OK;
 }
 
-/* Take the next position of each row's sequence; *n_placed counts the rows that have theirs. */
-static pe_status place_slice(pe_context *c, const int32_t *sequences, size_t *n_placed, char *err) {
+/* Take the next position of each row's sequence, uncommitted. */
+static pe_status place_slice(pe_context *c, const int32_t *sequences, char *err) {
     memcpy(c->sequences, sequences, c->n_tokens * sizeof *sequences);
     for (size_t t = 0; t < c->n_tokens; t++) {
         size_t length = pe_kv_length(c->kv, sequences[t]);
@@ -334,15 +334,8 @@ static pe_status place_slice(pe_context *c, const int32_t *sequences, size_t *n_
         pe_status status = pe_kv_extend(c->kv, sequences[t], 1, err);
         if (status != PE_OK) return status;
         c->positions[t] = length;
-        ++*n_placed;
     }
     return PE_OK;
-}
-
-/* Undo place_slice for rows [0, n): last first, so that each sequence shrinks one position at a time. */
-static void take_back(pe_context *c, const int32_t *sequences, size_t n) {
-    char err[PE_ERR_LEN];
-    while (n-- > 0) pe_kv_truncate(c->kv, sequences[n], pe_kv_length(c->kv, sequences[n]) - 1, err);
 }
 
 static pe_status reserve_logits(pe_context *c, const pe_batch *batch, char *err) {
@@ -362,13 +355,13 @@ static pe_status reserve_logits(pe_context *c, const pe_batch *batch, char *err)
     return PE_OK;
 }
 
-static pe_status run_batch(pe_context *c, const pe_batch *batch, size_t *n_placed, char *err) {
+static pe_status run_batch(pe_context *c, const pe_batch *batch, char *err) {
     for (size_t begin = 0; begin < batch->n_tokens; begin += PE_SLICE) {
         size_t n = batch->n_tokens - begin < PE_SLICE ? batch->n_tokens - begin : PE_SLICE;
         pe_status status = pe_context_reserve(c, n, err);
         if (status != PE_OK) return status;
         c->n_tokens = n;
-        status = place_slice(c, batch->sequences + begin, n_placed, err);
+        status = place_slice(c, batch->sequences + begin, err);
         if (status == PE_OK) status = run_slice(c, batch->tokens + begin, batch->want_logits + begin, err);
         if (status != PE_OK) return status;
     }
@@ -384,12 +377,15 @@ pe_status pe_forward(pe_context *c, const pe_batch *batch, char *err) {
     control.last_poll_ns = pe_now_ns();
     c->control = &control;
     atomic_store(&c->not_finite, false);
-    size_t n_placed = 0;
-    status = run_batch(c, batch, &n_placed, err);
-    if (status != PE_OK) {
-        take_back(c, batch->sequences, n_placed);
-        c->n_logits = 0;
+    status = run_batch(c, batch, err);
+    for (size_t i = 0; i < batch->n_tokens; i++) {
+        if (status == PE_OK) {
+            pe_kv_commit(c->kv, batch->sequences[i], batch->tokens[i]);
+        } else {
+            pe_kv_rollback(c->kv, batch->sequences[i]);
+        }
     }
+    if (status != PE_OK) c->n_logits = 0;
     c->control = NULL;
     pe_float_env_leave(float_env);
     return status;

@@ -5,32 +5,29 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct page {
-    size_t n_references;
-    struct page *next_free;
-    char *data;   /* aligned to 64 */
-    void *memory; /* what calloc returned */
-} page;
+#include "kv_pages.h"
+
+/* Sharing fewer tokens of a page than this is not worth its copy. */
+enum { MIN_SHARED = 16 };
 
 typedef struct sequence {
     bool used;
-    size_t length; /* positions present */
+    bool keep; /* its pages join the tree */
+    uint8_t salt[PE_SALT_BYTES];
+    size_t length;    /* positions present */
+    size_t committed; /* of these, how many have their tokens in the pages */
     size_t n_pages, capacity;
-    page **pages;
+    pe_page **pages; /* (n_pages of capacity); pages[i]->parent is pages[i - 1] where both are in the tree */
 } sequence;
 
 struct pe_kv_cache {
     const pe_model *model;
     pe_kv_dtype dtype;
-    size_t chunk_bytes, page_bytes;
+    size_t chunk_bytes;
+    pe_page_pool pages;
     sequence *sequences;
-    size_t n_sequences;
-    page *free_pages;
-    size_t n_free;
-    size_t n_pages; /* allocated, free ones included */
+    size_t n_sequences; /* entries, used or not */
 };
-
-enum { KEEP_FREE = 8 }; /* pages kept for the next sequence; more go back to the system */
 
 /* Bytes of k, k_scales, v, v_scales of one chunk, in that order; every one a multiple of 64. */
 static void chunk_parts(const pe_kv_cache *cache, size_t parts[4]) {
@@ -55,66 +52,47 @@ pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dty
     chunk_parts(cache, parts);
     cache->chunk_bytes = parts[0] + parts[1] + parts[2] + parts[3];
     /* No overflow: the config's caps bound this by 2^12 * 2^12 * (256 * 512 * 8) < 2^45. */
-    cache->page_bytes = cache->chunk_bytes * model->config.n_layers * model->config.n_kv_heads;
+    cache->pages.page_bytes = cache->chunk_bytes * model->config.n_layers * model->config.n_kv_heads;
     return PE_OK;
 }
 
-static page *page_new(pe_kv_cache *cache) {
-    page *p = cache->free_pages;
-    if (p != NULL) {
-        cache->free_pages = p->next_free;
-        cache->n_free--;
-        p->n_references = 1;
-        return p;
-    }
-    p = calloc(1, sizeof *p);
-    if (p == NULL) return NULL;
-    /* calloc of this size is fresh zero pages from the system, touched only as positions are written. */
-    p->memory = calloc(1, cache->page_bytes + 64);
-    if (p->memory == NULL) {
-        free(p);
-        return NULL;
-    }
-    p->data = (char *)pe_pad((uintptr_t)p->memory, 64);
-    p->n_references = 1;
-    cache->n_pages++;
-    return p;
-}
-
-static void page_free(pe_kv_cache *cache, page *p) {
-    free(p->memory);
-    free(p);
-    cache->n_pages--;
-}
-
-static void page_release(pe_kv_cache *cache, page *p) {
-    if (--p->n_references > 0) return;
-    if (cache->n_free == KEEP_FREE) {
-        page_free(cache, p);
-        return;
-    }
-    p->next_free = cache->free_pages;
-    cache->free_pages = p;
-    cache->n_free++;
+static void shrink(pe_kv_cache *cache, sequence *s, size_t n_tokens) {
+    size_t n_pages = pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK;
+    while (s->n_pages > n_pages) pe_page_release(&cache->pages, s->pages[--s->n_pages]);
+    s->length = n_tokens;
+    if (s->committed > n_tokens) s->committed = n_tokens;
 }
 
 void pe_kv_cache_destroy(pe_kv_cache *cache) {
     if (cache == NULL) return;
     for (size_t i = 0; i < cache->n_sequences; i++) {
-        sequence *s = &cache->sequences[i];
-        for (size_t k = 0; k < s->n_pages; k++) page_release(cache, s->pages[k]);
-        free(s->pages);
+        shrink(cache, &cache->sequences[i], 0);
+        free(cache->sequences[i].pages);
     }
-    while (cache->free_pages != NULL) {
-        page *p = cache->free_pages;
-        cache->free_pages = p->next_free;
-        page_free(cache, p);
-    }
+    pe_page_pool_destroy(&cache->pages);
     free(cache->sequences);
     free(cache);
 }
 
-size_t pe_kv_cache_bytes(const pe_kv_cache *cache) { return cache->n_pages * cache->page_bytes; }
+size_t pe_kv_cache_page_bytes(const pe_kv_cache *cache) { return cache->pages.page_bytes; }
+
+void pe_kv_cache_stats(const pe_kv_cache *cache, pe_cache_stats *out) {
+    const pe_page_pool *pages = &cache->pages;
+    *out = (pe_cache_stats){.page_bytes = pages->page_bytes,
+                            .max_pages = pages->max_pages,
+                            .n_pages = pages->n_pages,
+                            .n_cached = pages->n_cached,
+                            .n_free = pages->n_free,
+                            .n_evicted = pages->n_evicted};
+    for (size_t i = 0; i < cache->n_sequences; i++) out->n_sequences += cache->sequences[i].used;
+}
+
+void pe_kv_cache_set_max_pages(pe_kv_cache *cache, size_t max_pages) {
+    cache->pages.max_pages = max_pages;
+    if (max_pages != 0 && cache->pages.n_pages > max_pages) pe_page_pool_drop_cached(&cache->pages);
+}
+
+size_t pe_kv_cache_drop_cached(pe_kv_cache *cache) { return pe_page_pool_drop_cached(&cache->pages); }
 
 /* ------------------------------------------------------------------ sequences */
 
@@ -129,37 +107,53 @@ static pe_status no_such_sequence(int32_t id, char *err) {
 }
 
 static pe_status out_of_memory(const pe_kv_cache *cache, char *err) {
-    snprintf(err, PE_ERR_LEN, "out of memory for a KV page of %zu bytes (%zu pages of 256 positions in use)",
-             cache->page_bytes, cache->n_pages);
+    const pe_page_pool *pages = &cache->pages;
+    if (pages->max_pages != 0 && pages->n_pages >= pages->max_pages) {
+        snprintf(err, PE_ERR_LEN, "all %zu KV pages of 256 positions that are allowed (%zu bytes each) are in use",
+                 pages->max_pages, pages->page_bytes);
+    } else {
+        snprintf(err, PE_ERR_LEN, "out of memory for a KV page of %zu bytes (%zu pages of 256 positions in use)",
+                 pages->page_bytes, pages->n_pages - pages->n_free);
+    }
     return PE_ERR_OUT_OF_MEMORY;
 }
 
-pe_status pe_kv_new(pe_kv_cache *cache, int32_t *out, char *err) {
+static pe_status sequence_new(pe_kv_cache *cache, bool keep, const uint8_t *salt, int32_t *out, char *err) {
     size_t id = 0;
     while (id < cache->n_sequences && cache->sequences[id].used) id++;
     if (id == cache->n_sequences) {
         size_t capacity = cache->n_sequences * 2 + 4;
         sequence *grown = capacity > INT32_MAX ? NULL : realloc(cache->sequences, capacity * sizeof *grown);
-        if (grown == NULL) return out_of_memory(cache, err);
+        if (grown == NULL) {
+            snprintf(err, PE_ERR_LEN, "out of memory for the table of %zu sequences", capacity);
+            return PE_ERR_OUT_OF_MEMORY;
+        }
         memset(grown + cache->n_sequences, 0, (capacity - cache->n_sequences) * sizeof *grown);
         cache->sequences = grown;
         cache->n_sequences = capacity;
     }
-    cache->sequences[id].used = true;
-    cache->sequences[id].length = 0;
+    sequence *s = &cache->sequences[id];
+    s->used = true;
+    s->keep = keep;
+    memset(s->salt, 0, PE_SALT_BYTES);
+    if (salt != NULL) memcpy(s->salt, salt, PE_SALT_BYTES);
+    s->length = s->committed = 0;
     *out = (int32_t)id;
     return PE_OK;
 }
+
+pe_status pe_kv_new(pe_kv_cache *cache, int32_t *out, char *err) { return sequence_new(cache, false, NULL, out, err); }
 
 size_t pe_kv_length(const pe_kv_cache *cache, int32_t id) {
     const sequence *s = find(cache, id);
     return s == NULL ? SIZE_MAX : s->length;
 }
 
-static void shrink(pe_kv_cache *cache, sequence *s, size_t n_tokens) {
-    size_t n_pages = pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK;
-    while (s->n_pages > n_pages) page_release(cache, s->pages[--s->n_pages]);
-    s->length = n_tokens;
+size_t pe_kv_tokens(const pe_kv_cache *cache, int32_t id, int32_t *out, size_t capacity) {
+    const sequence *s = find(cache, id);
+    if (s == NULL) return 0;
+    for (size_t i = 0; i < s->committed && i < capacity; i++) out[i] = s->pages[i / PE_CHUNK]->tokens[i % PE_CHUNK];
+    return s->committed;
 }
 
 pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t id, size_t n_tokens, char *err) {
@@ -170,24 +164,53 @@ pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t id, size_t n_tokens, char *
         return PE_ERR_INVALID_ARGUMENT;
     }
     shrink(cache, s, n_tokens);
+    /* What this sequence took back nobody will ask for: the next token may be written over it without a copy. */
+    pe_page *last = s->n_pages > 0 ? s->pages[s->n_pages - 1] : NULL;
+    size_t in_page = n_tokens % PE_CHUNK;
+    if (in_page != 0 && last->n_references == 1 && last->first_child == NULL && last->n_tokens > in_page)
+        last->n_tokens = in_page;
     return PE_OK;
 }
 
 pe_status pe_kv_drop(pe_kv_cache *cache, int32_t id, char *err) {
     sequence *s = find(cache, id);
     if (s == NULL) return no_such_sequence(id, err);
-    shrink(cache, s, 0);
+    shrink(cache, s, 0); /* last page first: leaves are let go before their parents */
     s->used = false;
     return PE_OK;
 }
 
-static pe_status reserve_pages(pe_kv_cache *cache, sequence *s, size_t n_pages, char *err) {
+static pe_status reserve_pages(sequence *s, size_t n_pages, char *err) {
     if (n_pages <= s->capacity) return PE_OK;
     size_t capacity = n_pages * 2;
-    page **grown = realloc(s->pages, capacity * sizeof *grown);
-    if (grown == NULL) return out_of_memory(cache, err);
+    pe_page **grown = realloc(s->pages, capacity * sizeof *grown);
+    if (grown == NULL) {
+        snprintf(err, PE_ERR_LEN, "out of memory for the table of %zu pages", capacity);
+        return PE_ERR_OUT_OF_MEMORY;
+    }
     s->pages = grown;
     s->capacity = capacity;
+    return PE_OK;
+}
+
+/* A new sequence that shares n_tokens in pages (n_pages). */
+static pe_status share(pe_kv_cache *cache, pe_page *const *pages, size_t n_tokens, bool keep, const uint8_t *salt,
+                       int32_t *out, char *err) {
+    size_t n_pages = pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK;
+    pe_status status = sequence_new(cache, keep, salt, out, err);
+    if (status != PE_OK) return status;
+    sequence *s = &cache->sequences[*out];
+    status = reserve_pages(s, n_pages, err);
+    if (status != PE_OK) {
+        s->used = false;
+        return status;
+    }
+    for (size_t i = 0; i < n_pages; i++) {
+        s->pages[i] = pages[i];
+        pe_page_hold(&cache->pages, pages[i]);
+    }
+    s->n_pages = n_pages;
+    s->length = s->committed = n_tokens;
     return PE_OK;
 }
 
@@ -199,32 +222,66 @@ pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_
                  from->length);
         return PE_ERR_INVALID_ARGUMENT;
     }
-    pe_status status = pe_kv_new(cache, out, err);
-    if (status != PE_OK) return status;
-    from = &cache->sequences[source]; /* pe_kv_new may have moved the table */
-    sequence *s = &cache->sequences[*out];
-    size_t n_pages = pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK;
-    status = reserve_pages(cache, s, n_pages, err);
-    if (status != PE_OK) {
-        s->used = false;
-        return status;
-    }
-    for (size_t i = 0; i < n_pages; i++) {
-        s->pages[i] = from->pages[i];
-        s->pages[i]->n_references++;
-    }
-    s->n_pages = n_pages;
-    s->length = n_tokens;
-    return PE_OK;
+    uint8_t salt[PE_SALT_BYTES];
+    memcpy(salt, from->salt, sizeof salt);
+    return share(cache, from->pages, n_tokens, from->keep, salt, out, err); /* the table may move, its arrays do not */
 }
 
-/* The last page is about to be written: give this sequence its own copy if it is shared. */
+/* ------------------------------------------------------------------ known beginnings */
+
+/* The last page that a walk along `tokens` reaches and the number of tokens on the way, all of them known. */
+static pe_page *walk(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t *salt, size_t *n_known) {
+    pe_page *page = NULL;
+    *n_known = 0;
+    for (;;) {
+        size_t n_common = 0;
+        pe_page *next = pe_page_find(&cache->pages, page, salt, tokens + *n_known, n - *n_known, &n_common);
+        if (next == NULL) return page;
+        /* A part of a page, or a page somebody is writing, will be copied by the first token after it. */
+        bool copy = n_common < next->n_tokens || (n_common < PE_CHUNK && next->n_references > 0);
+        if (copy && n_common < MIN_SHARED) return page;
+        *n_known += n_common;
+        page = next;
+        if (n_common < PE_CHUNK) return page;
+    }
+}
+
+size_t pe_kv_match_length(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t salt[PE_SALT_BYTES]) {
+    size_t n_known;
+    walk(cache, tokens, n, salt, &n_known);
+    return n_known;
+}
+
+pe_status pe_kv_match(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t salt[PE_SALT_BYTES], bool keep,
+                      int32_t *out, size_t *n_matched, char *err) {
+    pe_page *last = walk(cache, tokens, n, salt, n_matched);
+    size_t n_pages = pe_pad(*n_matched, PE_CHUNK) / PE_CHUNK;
+    pe_page **path = malloc((n_pages + 1) * sizeof *path);
+    if (path == NULL) {
+        snprintf(err, PE_ERR_LEN, "out of memory for the path of %zu pages", n_pages);
+        return PE_ERR_OUT_OF_MEMORY;
+    }
+    for (size_t i = n_pages; i-- > 0; last = last->parent) path[i] = last;
+    pe_status status = share(cache, path, *n_matched, keep, salt, out, err);
+    free(path);
+    return status;
+}
+
+/* ------------------------------------------------------------------ for a forward */
+
+/* Position `length` is about to be written. If its page exists it must be this sequence's alone, and nobody may remember
+ * it with other tokens there. */
 static pe_status own_last_page(pe_kv_cache *cache, sequence *s, char *err) {
-    if (s->length % PE_CHUNK == 0 || s->pages[s->n_pages - 1]->n_references == 1) return PE_OK;
-    page *copy = page_new(cache);
+    size_t in_page = s->length % PE_CHUNK;
+    if (in_page == 0) return PE_OK;
+    pe_page *last = s->pages[s->n_pages - 1];
+    if (last->n_references == 1 && last->n_tokens <= in_page && last->first_child == NULL) return PE_OK;
+    pe_page *copy = pe_page_new(&cache->pages);
     if (copy == NULL) return out_of_memory(cache, err);
-    memcpy(copy->data, s->pages[s->n_pages - 1]->data, cache->page_bytes);
-    page_release(cache, s->pages[s->n_pages - 1]);
+    memcpy(copy->data, last->data, cache->pages.page_bytes);
+    memcpy(copy->tokens, last->tokens, in_page * sizeof *copy->tokens);
+    copy->n_tokens = in_page;
+    pe_page_release(&cache->pages, last);
     s->pages[s->n_pages - 1] = copy;
     return PE_OK;
 }
@@ -234,18 +291,81 @@ pe_status pe_kv_extend(pe_kv_cache *cache, int32_t id, size_t n_more, char *err)
     if (s == NULL) return no_such_sequence(id, err);
     size_t length = s->length, n_pages = pe_pad(length + n_more, PE_CHUNK) / PE_CHUNK;
     if (n_more == 0) return PE_OK;
-    pe_status status = reserve_pages(cache, s, n_pages, err);
+    pe_status status = reserve_pages(s, n_pages, err);
     if (status == PE_OK) status = own_last_page(cache, s, err);
     if (status != PE_OK) return status;
     while (s->n_pages < n_pages) {
-        page *p = page_new(cache);
-        if (p == NULL) {
+        pe_page *page = pe_page_new(&cache->pages);
+        if (page == NULL) {
             shrink(cache, s, length);
             return out_of_memory(cache, err);
         }
-        s->pages[s->n_pages++] = p;
+        s->pages[s->n_pages++] = page;
     }
     s->length = length + n_more;
+    return PE_OK;
+}
+
+void pe_kv_commit(pe_kv_cache *cache, int32_t id, int32_t token) {
+    sequence *s = find(cache, id);
+    size_t index = s->committed / PE_CHUNK, in_page = s->committed % PE_CHUNK;
+    pe_page *page = s->pages[index], *parent = index > 0 ? s->pages[index - 1] : NULL;
+    page->tokens[in_page] = token;
+    page->n_tokens = in_page + 1;
+    s->committed++;
+    /* A parent outside the tree belongs to a sequence that keeps nothing: then neither do those forked from it. */
+    if (page->parent == NULL && s->keep && (parent == NULL || parent->parent != NULL))
+        pe_page_link(&cache->pages, page, parent, s->salt);
+    if (page->n_tokens < PE_CHUNK || page->parent == NULL || page->n_references > 1) return;
+    /* Two sequences computed the same page side by side: one is enough. */
+    pe_page *twin = pe_page_twin(page);
+    if (twin == NULL) return;
+    pe_page_hold(&cache->pages, twin);
+    s->pages[index] = twin;
+    pe_page_discard(&cache->pages, page);
+}
+
+void pe_kv_rollback(pe_kv_cache *cache, int32_t id) {
+    sequence *s = find(cache, id);
+    if (s != NULL) shrink(cache, s, s->committed);
+}
+
+/* ------------------------------------------------------------------ check */
+
+static pe_status broken(char *err, const char *what) {
+    snprintf(err, PE_ERR_LEN, "the KV cache is inconsistent: %s", what);
+    return PE_ERR_SYSTEM;
+}
+
+static pe_status check_sequence(const sequence *s, char *err) {
+    if (s->length != s->committed) return broken(err, "a sequence holds uncommitted positions");
+    if (s->n_pages != pe_pad(s->length, PE_CHUNK) / PE_CHUNK) return broken(err, "a sequence has too many pages");
+    for (size_t i = 0; i < s->n_pages; i++) {
+        size_t here = i + 1 < s->n_pages ? PE_CHUNK : s->length - i * PE_CHUNK;
+        if (s->pages[i]->n_tokens < here) return broken(err, "a page lacks tokens of its sequence");
+        if (i > 0 && s->pages[i]->parent != NULL && s->pages[i]->parent != s->pages[i - 1])
+            return broken(err, "a page hangs below another page than its sequence's");
+    }
+    return PE_OK;
+}
+
+pe_status pe_kv_cache_check(const pe_kv_cache *cache, char *err) {
+    const char *wrong = pe_page_pool_check(&cache->pages);
+    if (wrong != NULL) return broken(err, wrong);
+    size_t n_references = 0, n_held = cache->pages.n_pages - cache->pages.n_cached - cache->pages.n_free;
+    double shares = 0.0; /* every held page is held n_references times: the inverses add up to the pages held */
+    for (size_t i = 0; i < cache->n_sequences; i++) {
+        const sequence *s = &cache->sequences[i];
+        if (!s->used && s->n_pages > 0) return broken(err, "a dropped sequence holds pages");
+        if (!s->used) continue;
+        pe_status status = check_sequence(s, err);
+        if (status != PE_OK) return status;
+        for (size_t k = 0; k < s->n_pages; k++) shares += 1.0 / (double)s->pages[k]->n_references;
+        n_references += s->n_pages;
+    }
+    if (shares < (double)n_held - 1e-6 * (double)(n_references + 1) ||
+        shares > (double)n_held + 1e-6 * (double)(n_references + 1))
+        return broken(err, "references to pages do not add up: some page is lost or shared unseen");
     return PE_OK;
 }
 

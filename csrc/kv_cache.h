@@ -1,10 +1,11 @@
-/* kv_cache.h: keys and values of many sequences, in pages of 256 positions.
+/* kv_cache.h: keys and values of many sequences, in pages of 256 positions (kv_pages.h).
  *
  * A page holds all layers and kv heads of one attention chunk, so a kernel always sees a whole chunk in one piece:
  *     page: layer (n_layers) x kv head (n_kv_heads) x chunk      chunk: k, k_scales, v, v_scales as pe_kv_chunk (kernels.h)
- * Pages are counted references: a fork shares its source's pages, and a page that is shared is copied before it is
- * written. Memory grows a page at a time; within a page the operating system hands it out as positions are first
- * touched. */
+ *
+ * The cache alone knows which tokens a sequence holds. A forward extends a sequence, writes keys and values, and then
+ * commits the tokens, or rolls back: in between nobody else sees the new positions. A page that others share, or that the
+ * tree remembers with more tokens than the sequence holds, is copied before it is written. */
 #ifndef PE_KV_CACHE_H
 #define PE_KV_CACHE_H
 
@@ -14,18 +15,42 @@ typedef struct pe_kv_cache pe_kv_cache;
 
 pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dtype dtype, char *err);
 void pe_kv_cache_destroy(pe_kv_cache *cache);
-size_t pe_kv_cache_bytes(const pe_kv_cache *cache);
+size_t pe_kv_cache_page_bytes(const pe_kv_cache *cache);
+void pe_kv_cache_stats(const pe_kv_cache *cache, pe_cache_stats *out);
+/* Pages that may be allocated, 0 = no limit. Takes back cached pages at once, others as they are released. */
+void pe_kv_cache_set_max_pages(pe_kv_cache *cache, size_t max_pages);
+size_t pe_kv_cache_drop_cached(pe_kv_cache *cache);
+/* Walks everything: references are counted anew, lists and tree are followed. PE_ERR_SYSTEM and what is wrong. */
+pe_status pe_kv_cache_check(const pe_kv_cache *cache, char *err);
 
+/* ------------------------------------------------------------------ sequences */
+
+/* An empty sequence, whose pages nobody else will find. */
 pe_status pe_kv_new(pe_kv_cache *cache, int32_t *out, char *err);
+/* A sequence that already holds the first *n_matched of `tokens` (n), as many as any page in the tree has. With `keep` its
+ * pages join the tree as they are filled, and stay there, cached, when it is dropped. */
+pe_status pe_kv_match(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t salt[PE_SALT_BYTES], bool keep,
+                      int32_t *out, size_t *n_matched, char *err);
+/* What pe_kv_match would find. Changes nothing. */
+size_t pe_kv_match_length(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t salt[PE_SALT_BYTES]);
+/* The first n_tokens of `source`, shared. */
 pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_t *out, char *err);
 pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t sequence, size_t n_tokens, char *err);
 pe_status pe_kv_drop(pe_kv_cache *cache, int32_t sequence, char *err);
-/* SIZE_MAX if there is no such sequence. */
+/* Positions present, uncommitted ones included; SIZE_MAX if there is no such sequence. */
 size_t pe_kv_length(const pe_kv_cache *cache, int32_t sequence);
+/* Copies at most `capacity` of the committed tokens; their number. */
+size_t pe_kv_tokens(const pe_kv_cache *cache, int32_t sequence, int32_t *out, size_t capacity);
 
-/* Make room for n_more positions after the sequence's length and count them as present. The pages they fall into belong
- * to this sequence alone afterwards. On failure nothing has changed. */
+/* ------------------------------------------------------------------ for a forward */
+
+/* Make room for n_more positions after the sequence's length and count them as present, uncommitted. The pages they fall
+ * into belong to this sequence alone. On failure nothing has changed. */
 pe_status pe_kv_extend(pe_kv_cache *cache, int32_t sequence, size_t n_more, char *err);
+/* The first uncommitted position holds `token` now: its keys and values are written. */
+void pe_kv_commit(pe_kv_cache *cache, int32_t sequence, int32_t token);
+/* Give uncommitted positions back. */
+void pe_kv_rollback(pe_kv_cache *cache, int32_t sequence);
 
 /* One chunk (page) of a live sequence; page < pages that cover its length. */
 pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer, uint32_t kv_head);

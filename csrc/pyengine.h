@@ -113,12 +113,43 @@ int pe_context_n_threads(const pe_context *context);
 /* Bytes of KV pages in use and of scratch. */
 size_t pe_context_memory(const pe_context *context, size_t *scratch_bytes);
 
-/* Sequences are small non-negative ids. A fork shares the pages of its source until one of them appends. */
+/* The cache of keys and values is made of pages of 256 positions (kv_pages.h). A page that no sequence holds may stay
+ * cached: a later sequence that begins with the same tokens finds it. */
+typedef struct pe_cache_stats {
+    size_t n_sequences;      /* in use */
+    size_t page_bytes;       /* of one page */
+    size_t max_pages;        /* 0 = no limit */
+    size_t n_pages;          /* allocated: held by sequences, cached, free */
+    size_t n_cached, n_free; /* of these */
+    uint64_t n_evicted;      /* cached pages that had to make room so far */
+} pe_cache_stats;
+void pe_context_cache_stats(const pe_context *context, pe_cache_stats *out);
+/* At most this many pages are allocated from now on (0 = no limit); then cached ones make room, and when none is left an
+ * append fails with PE_ERR_OUT_OF_MEMORY. */
+void pe_context_set_max_pages(pe_context *context, size_t max_pages);
+/* Forget every cached page; how many there were. */
+size_t pe_context_drop_cached(pe_context *context);
+/* Count every reference anew and follow every list. PE_ERR_SYSTEM, and what is wrong, if the books do not balance. */
+pe_status pe_context_check(const pe_context *context, char *err);
+
+#define PE_SALT_BYTES 16
+
+/* Sequences are small non-negative ids. A new one is empty, and its pages are freed with it. */
 pe_status pe_sequence_new(pe_context *context, int32_t *out, char *err);
+/* A sequence that already holds the first *n_matched of tokens (n), as far as pages of them are known under this salt
+ * (NULL = all zero): texts under different salts share nothing. With `keep`, its own pages can be found from now on, and
+ * stay cached when it is dropped. What is shared changes no bit of any result. */
+pe_status pe_sequence_match(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt, bool keep,
+                            int32_t *out, size_t *n_matched, char *err);
+/* The length that pe_sequence_match would give. Changes nothing. */
+size_t pe_sequence_match_length(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt);
+/* A fork shares the pages of its source until one of them appends. */
 pe_status pe_sequence_fork(pe_context *context, int32_t source, size_t n_tokens, int32_t *out, char *err);
 pe_status pe_sequence_truncate(pe_context *context, int32_t sequence, size_t n_tokens, char *err);
 pe_status pe_sequence_drop(pe_context *context, int32_t sequence, char *err);
 pe_status pe_sequence_length(const pe_context *context, int32_t sequence, size_t *out, char *err);
+/* Copies at most `capacity` of the tokens that a sequence holds; returns how many it holds. */
+size_t pe_sequence_tokens(const pe_context *context, int32_t sequence, int32_t *out, size_t capacity);
 
 /* ------------------------------------------------------------------ forward */
 
@@ -136,7 +167,7 @@ typedef struct pe_batch {
 } pe_batch;
 
 /* Append the batch's tokens to their sequences and compute the wanted logits.
- * On any error no sequence has changed. logits of the k-th wanted row: pe_context_logits(context, k). */
+ * On any error no sequence has changed: a sequence holds the tokens of the calls that succeeded, and no others. logits of the k-th wanted row: pe_context_logits(context, k). */
 pe_status pe_forward(pe_context *context, const pe_batch *batch, char *err);
 /* Number of rows of the last forward, and one of them: (vocab_size) float32, valid until the next forward. */
 size_t pe_context_n_logits(const pe_context *context);

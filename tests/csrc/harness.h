@@ -65,6 +65,7 @@ void test_kernels(const struct pe_kernels *table);
 void test_matmul_and_attention(const struct pe_kernels *table);
 void test_pool(void);
 void test_cpu_limits(void);
+void test_kv_cache(void);
 void test_arguments(void);
 void test_forward(const struct pe_kernels *const *tables, size_t n_tables);
 void test_cancellation(const struct pe_kernels *table);

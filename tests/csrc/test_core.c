@@ -40,6 +40,8 @@ static void test_the_rest(const struct pe_kernels *const *tables, size_t n_table
     section("thread pool, CPU limits");
     test_pool();
     test_cpu_limits();
+    section("KV cache");
+    test_kv_cache();
     section("arguments");
     test_arguments();
     section("forward");

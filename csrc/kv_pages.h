@@ -1,0 +1,70 @@
+/* kv_pages.h: the pages of the KV cache: who holds them, which are kept for later, which one makes room.
+ *
+ * A page holds the keys and values of 256 consecutive positions, and the ids of the tokens at these positions. What a
+ * page contains depends on its tokens and on all tokens before them, and on nothing else (FORMAT.md section 9), so pages
+ * form a tree: a page's parent is the page of the 256 positions before it, and the path from the root spells the text.
+ *
+ *     root -- "Once upon a ... garden" -- "with her ... and"  (in use by two sequences)
+ *          |                           \- "and a ... said"    (cached: nobody holds it)
+ *          \- "You are a helpful ..."                         (cached)
+ *
+ * Looking up a prompt is walking down from the root; the last step may share a part of a page. Sequences hold references;
+ * a page that nobody holds stays in the tree until its memory is wanted: then the leaf that was let go first makes room.
+ * Tokens are compared, never hashes, so one text's keys cannot be taken for another's. Pages below the root also carry the
+ * caller's salt: texts under different salts share nothing.
+ *
+ * Siblings are a linked list. There are as many as texts in the cache that differ in the same 256 positions, so a lookup
+ * reads about as many cache lines as there are cached texts. */
+#ifndef PE_KV_PAGES_H
+#define PE_KV_PAGES_H
+
+#include "kernels/kernels.h"
+#include "pyengine.h"
+
+typedef struct pe_page {
+    struct pe_page *parent; /* NULL: not in the tree */
+    struct pe_page *first_child, *next_sibling, *previous_sibling;
+    struct pe_page *older, *newer; /* in the list of cached pages, or `older` in the list of free ones */
+    size_t n_references;           /* sequences that hold this page */
+    size_t n_tokens;               /* positions [0, n_tokens) of the page hold keys and values of tokens[0, n_tokens) */
+    uint8_t salt[PE_SALT_BYTES];
+    int32_t tokens[PE_CHUNK];
+    char *data;   /* aligned to 64 */
+    void *memory; /* what the allocator returned */
+} pe_page;
+
+typedef struct pe_page_pool {
+    size_t page_bytes;       /* of data */
+    size_t max_pages;        /* 0 = as many as there is memory for */
+    size_t n_pages;          /* allocated: held + cached + free */
+    size_t n_cached, n_free; /* pages that nobody holds: in the tree, and not */
+    uint64_t n_evicted;      /* cached pages that had to make room */
+    pe_page root;            /* no page: the parent of first pages */
+    pe_page *oldest, *newest; /* cached pages, least recently let go first */
+    pe_page *free_pages;
+} pe_page_pool;
+
+void pe_page_pool_destroy(pe_page_pool *pool);
+/* A page with one reference, without tokens and outside the tree; its data is anything. NULL if max_pages are held or the
+ * allocator has none left; a cached page makes room before that. */
+pe_page *pe_page_new(pe_page_pool *pool);
+/* One more reference. */
+void pe_page_hold(pe_page_pool *pool, pe_page *page);
+/* One reference less. The last one leaves a page of the tree cached, any other free. */
+void pe_page_release(pe_page_pool *pool, pe_page *page);
+/* Put a held page into the tree, below `parent` (NULL: the root, under `salt`), which is full. */
+void pe_page_link(pe_page_pool *pool, pe_page *page, pe_page *parent, const uint8_t salt[PE_SALT_BYTES]);
+/* The child of `parent` (NULL: the root, under `salt`) that shares most leading tokens with tokens (n), at least one;
+ * *n_common of them. NULL if no child shares any. */
+pe_page *pe_page_find(pe_page_pool *pool, pe_page *parent, const uint8_t salt[PE_SALT_BYTES], const int32_t *tokens,
+                      size_t n, size_t *n_common);
+/* Another page of the tree with the same parent, salt and 256 tokens as `page`, which is full; NULL if there is none. */
+pe_page *pe_page_twin(const pe_page *page);
+/* A page of the tree that is held once, by the caller, and has no children: it leaves the tree and is free. */
+void pe_page_discard(pe_page_pool *pool, pe_page *page);
+/* Forget every cached page and give its memory back; the number of them. */
+size_t pe_page_pool_drop_cached(pe_page_pool *pool);
+/* NULL, or what is wrong with the tree and the lists. O(pages). */
+const char *pe_page_pool_check(const pe_page_pool *pool);
+
+#endif

@@ -1,0 +1,190 @@
+/* test_kv_cache.c: random schedules of everything that can happen to sequences and pages, beside a plain model of them.
+ *
+ * Instead of keys, each position is written a number that depends on its salt and on every token up to it, as real keys do. A page
+ * that is shared wrongly, copied too late, written twice or found under other tokens shows as a wrong number. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+#include "kv_cache.h"
+
+enum { MAX_LENGTH = 1500, MAX_LIVE = 12, N_BASES = 4 };
+
+/* What a sequence should hold. */
+typedef struct expected {
+    int32_t id;
+    size_t length;
+    uint8_t salt[PE_SALT_BYTES];
+    int32_t tokens[MAX_LENGTH];
+} expected;
+
+typedef struct world {
+    rng random;
+    pe_kv_cache *cache;
+    size_t max_pages, n_live;
+    expected live[MAX_LIVE];
+    int32_t bases[N_BASES][MAX_LENGTH]; /* texts that prompts begin with */
+    size_t n_refused, n_matched;
+} world;
+
+/* The number that belongs to the last of tokens (n): 24 bits, exact in a float. */
+static uint64_t next_number(uint64_t hash, int32_t token) { return hash_bytes(hash, &token, sizeof token); }
+static float as_float(uint64_t hash) { return (float)(hash >> 40); }
+
+static float *number_at(world *w, int32_t id, size_t position) {
+    return &pe_kv_chunk_at(w->cache, id, position / PE_CHUNK, 0, 0).v_scales[position % PE_CHUNK];
+}
+
+static void check_sequence(world *w, const expected *e) {
+    int32_t tokens[MAX_LENGTH];
+    size_t n = pe_kv_tokens(w->cache, e->id, tokens, MAX_LENGTH);
+    CHECK(n == e->length && pe_kv_length(w->cache, e->id) == n, "length %zu, expected %zu", n, e->length);
+    if (n != e->length) return;
+    uint64_t hash = hash_bytes(HASH_START, e->salt, sizeof e->salt);
+    size_t n_wrong = 0;
+    for (size_t i = 0; i < n; i++) {
+        hash = next_number(hash, e->tokens[i]);
+        n_wrong += tokens[i] != e->tokens[i] || *number_at(w, e->id, i) != as_float(hash);
+    }
+    CHECK(n_wrong == 0, "%zu of %zu positions hold something else", n_wrong, n);
+}
+
+static void check_world(world *w) {
+    char err[PE_ERR_LEN] = "";
+    CHECK(pe_kv_cache_check(w->cache, err) == PE_OK, "%s", err);
+    pe_cache_stats stats;
+    pe_kv_cache_stats(w->cache, &stats);
+    CHECK(stats.n_sequences == w->n_live, "%zu sequences, expected %zu", stats.n_sequences, w->n_live);
+    CHECK(w->max_pages == 0 || stats.n_pages <= w->max_pages, "%zu pages, %zu allowed", stats.n_pages, w->max_pages);
+    for (size_t i = 0; i < w->n_live; i++) check_sequence(w, &w->live[i]);
+}
+
+/* A text that begins like one of the bases, by now and then a whole number of pages. */
+static size_t make_text(world *w, int32_t *tokens) {
+    size_t n = 1 + rng_below(&w->random, MAX_LENGTH - 400);
+    size_t n_shared = rng_below(&w->random, n + 1);
+    if (rng_below(&w->random, 3) == 0) n_shared = n_shared / PE_CHUNK * PE_CHUNK;
+    const int32_t *base = w->bases[rng_below(&w->random, N_BASES)];
+    for (size_t i = 0; i < n; i++) tokens[i] = i < n_shared ? base[i] : (int32_t)rng_below(&w->random, 2);
+    return n;
+}
+
+static void begin(world *w) {
+    if (w->n_live == MAX_LIVE) return;
+    expected *e = &w->live[w->n_live];
+    char err[PE_ERR_LEN];
+    int32_t text[MAX_LENGTH];
+    size_t n = make_text(w, text);
+    memset(e->salt, 0, sizeof e->salt);
+    e->length = 0;
+    if (rng_below(&w->random, 8) == 0) {
+        CHECK(pe_kv_new(w->cache, &e->id, err) == PE_OK, "%s", err);
+    } else {
+        e->salt[3] = (uint8_t)rng_below(&w->random, 2);
+        size_t foreseen = pe_kv_match_length(w->cache, text, n, e->salt);
+        bool keep = rng_below(&w->random, 6) != 0;
+        CHECK(pe_kv_match(w->cache, text, n, e->salt, keep, &e->id, &e->length, err) == PE_OK, "%s", err);
+        CHECK(e->length == foreseen && e->length <= n, "matched %zu, foreseen %zu", e->length, foreseen);
+        memcpy(e->tokens, text, e->length * sizeof *text);
+        w->n_matched += e->length;
+    }
+    w->n_live++;
+}
+
+/* What a forward does: extend, write, commit or roll back. Continues like a base, so that pages can be found again. */
+static void append(world *w, expected *e) {
+    char err[PE_ERR_LEN];
+    size_t n = 1 + rng_below(&w->random, 300), length = e->length;
+    if (length + n > MAX_LENGTH) return;
+    bool fails = rng_below(&w->random, 5) == 0;
+    const int32_t *base = w->bases[rng_below(&w->random, N_BASES)];
+    uint64_t hash = hash_bytes(HASH_START, e->salt, sizeof e->salt);
+    for (size_t i = 0; i < length; i++) hash = next_number(hash, e->tokens[i]);
+    for (size_t i = length; i < length + n; i++) { /* in pieces, as slices do */
+        pe_status status = pe_kv_extend(w->cache, e->id, 1, err);
+        if (status != PE_OK) {
+            CHECK(status == PE_ERR_OUT_OF_MEMORY && w->max_pages > 0, "%s", err);
+            w->n_refused++;
+            fails = true;
+            break;
+        }
+        e->tokens[i] = base[i];
+        hash = next_number(hash, base[i]);
+        *number_at(w, e->id, i) = fails ? -1.0f : as_float(hash);
+    }
+    for (size_t i = length; !fails && i < length + n; i++) pe_kv_commit(w->cache, e->id, e->tokens[i]);
+    if (fails) pe_kv_rollback(w->cache, e->id);
+    if (!fails) e->length = length + n;
+}
+
+static void fork_one(world *w, const expected *source) {
+    if (w->n_live == MAX_LIVE) return;
+    char err[PE_ERR_LEN];
+    expected *e = &w->live[w->n_live];
+    *e = *source;
+    e->length = rng_below(&w->random, source->length + 1);
+    CHECK(pe_kv_fork(w->cache, source->id, e->length, &e->id, err) == PE_OK, "%s", err);
+    w->n_live++;
+}
+
+static void drop(world *w, size_t index) {
+    char err[PE_ERR_LEN];
+    CHECK(pe_kv_drop(w->cache, w->live[index].id, err) == PE_OK, "%s", err);
+    w->live[index] = w->live[--w->n_live];
+}
+
+static void step(world *w) {
+    char err[PE_ERR_LEN];
+    size_t action = rng_below(&w->random, 20), index = w->n_live > 0 ? rng_below(&w->random, w->n_live) : 0;
+    if (w->n_live == 0 || action < 3) {
+        begin(w);
+    } else if (action < 13) {
+        append(w, &w->live[index]);
+    } else if (action < 15) {
+        fork_one(w, &w->live[index]);
+    } else if (action < 17) {
+        expected *e = &w->live[index];
+        e->length = rng_below(&w->random, e->length + 1);
+        CHECK(pe_kv_truncate(w->cache, e->id, e->length, err) == PE_OK, "%s", err);
+    } else if (action < 19) {
+        drop(w, index);
+    } else if (rng_below(&w->random, 10) == 0) {
+        pe_kv_cache_drop_cached(w->cache);
+    }
+}
+
+static void run_schedule(uint64_t seed, size_t n_steps, size_t max_pages) {
+    /* One layer, one head, the smallest pages. */
+    pe_model model = {.config = {.n_layers = 1, .n_kv_heads = 1, .head_dim = 32}, .head_dim_p = 32};
+    world *w = calloc(1, sizeof *w);
+    char err[PE_ERR_LEN];
+    w->random.state = seed;
+    w->max_pages = max_pages;
+    CHECK(pe_kv_cache_create(&w->cache, &model, PE_KV_INT8, err) == PE_OK, "%s", err);
+    pe_kv_cache_set_max_pages(w->cache, max_pages);
+    for (size_t b = 0; b < N_BASES; b++)
+        for (size_t i = 0; i < MAX_LENGTH; i++)
+            w->bases[b][i] = b > 0 && i < 300 * b ? w->bases[b - 1][i] : (int32_t)rng_below(&w->random, 2);
+    for (size_t i = 0; i < n_steps; i++) {
+        step(w);
+        check_world(w);
+    }
+    CHECK(w->n_matched > 0, "no prompt ever found its beginning");
+    CHECK((max_pages > 0) == (w->n_refused > 0), "%zu appends were refused", w->n_refused);
+    while (w->n_live > 0) drop(w, 0);
+    check_world(w);
+    pe_cache_stats stats;
+    size_t n_dropped = pe_kv_cache_drop_cached(w->cache);
+    pe_kv_cache_stats(w->cache, &stats);
+    CHECK(n_dropped > 0 && stats.n_cached == 0 && stats.n_pages == stats.n_free, "%zu pages are left", stats.n_pages);
+    pe_kv_cache_destroy(w->cache);
+    free(w);
+}
+
+void test_kv_cache(void) {
+    for (uint64_t seed = 1; seed <= (quick ? 3u : 30u); seed++) {
+        run_schedule(seed, 600, 0);
+        run_schedule(seed, 600, 24);
+    }
+}
