@@ -92,30 +92,59 @@ static void begin(world *w) {
     w->n_live++;
 }
 
-/* What a forward does: extend, write, commit or roll back. Continues like a base, so that pages can be found again. */
-static void append(world *w, expected *e) {
+/* One sequence of a batch on its way: `hash` of the positions written so far, `next` to be written. */
+typedef struct row_state {
+    expected *e;
+    uint64_t hash;
+    size_t next, end;
+} row_state;
+
+/* Extend by one position and write it. */
+static bool place(world *w, row_state *r, const int32_t *base, bool valid) {
     char err[PE_ERR_LEN];
-    size_t n = 1 + rng_below(&w->random, 300), length = e->length;
-    if (length + n > MAX_LENGTH) return;
-    bool fails = rng_below(&w->random, 5) == 0;
-    const int32_t *base = w->bases[rng_below(&w->random, N_BASES)];
-    uint64_t hash = hash_bytes(HASH_START, e->salt, sizeof e->salt);
-    for (size_t i = 0; i < length; i++) hash = next_number(hash, e->tokens[i]);
-    for (size_t i = length; i < length + n; i++) { /* in pieces, as slices do */
-        pe_status status = pe_kv_extend(w->cache, e->id, 1, err);
-        if (status != PE_OK) {
-            CHECK(status == PE_ERR_OUT_OF_MEMORY && w->max_pages > 0, "%s", err);
-            w->n_refused++;
-            fails = true;
-            break;
-        }
-        e->tokens[i] = base[i];
-        hash = next_number(hash, base[i]);
-        *number_at(w, e->id, i) = fails ? -1.0f : as_float(hash);
+    pe_status status = pe_kv_extend(w->cache, r->e->id, 1, err);
+    CHECK(status == PE_OK || (status == PE_ERR_OUT_OF_MEMORY && w->max_pages > 0), "%s", err);
+    if (status != PE_OK) return false;
+    r->e->tokens[r->next] = base[r->next];
+    r->hash = next_number(r->hash, base[r->next]);
+    *number_at(w, r->e->id, r->next++) = valid ? as_float(r->hash) : -1.0f;
+    return true;
+}
+
+/* What a forward does with a few sequences side by side: extend, write, then commit all or roll all back. They continue like a base, so
+ * that pages can be found again. */
+static void append(world *w) {
+    row_state rows[3];
+    size_t n_rows = 0, first = rng_below(&w->random, w->n_live), n_wanted = 1 + rng_below(&w->random, 3);
+    for (size_t i = 0; i < w->n_live && n_rows < n_wanted; i++) {
+        expected *e = &w->live[(first + i) % w->n_live];
+        size_t n = 1 + rng_below(&w->random, 300);
+        if (e->length + n > MAX_LENGTH) continue;
+        row_state *r = &rows[n_rows++];
+        *r = (row_state){e, hash_bytes(HASH_START, e->salt, sizeof e->salt), e->length, e->length + n};
+        for (size_t k = 0; k < e->length; k++) r->hash = next_number(r->hash, e->tokens[k]);
     }
-    for (size_t i = length; !fails && i < length + n; i++) pe_kv_commit(w->cache, e->id, e->tokens[i]);
-    if (fails) pe_kv_rollback(w->cache, e->id);
-    if (!fails) e->length = length + n;
+    const int32_t *base = w->bases[rng_below(&w->random, N_BASES)];
+    bool fails = rng_below(&w->random, 5) == 0, refused = false, busy = true;
+    while (busy && !refused) { /* row by row in turn, as a batch may lie */
+        busy = false;
+        for (size_t i = 0; i < n_rows && !refused; i++) {
+            if (rows[i].next == rows[i].end) continue;
+            busy = true;
+            refused = !place(w, &rows[i], base, !fails);
+        }
+    }
+    w->n_refused += refused;
+    for (size_t i = 0; i < n_rows; i++) {
+        expected *e = rows[i].e;
+        for (size_t k = e->length; !fails && !refused && k < rows[i].end; k++)
+            pe_kv_commit(w->cache, e->id, e->tokens[k]);
+        if (fails || refused) {
+            pe_kv_rollback(w->cache, e->id);
+        } else {
+            e->length = rows[i].end;
+        }
+    }
 }
 
 static void fork_one(world *w, const expected *source) {
@@ -140,7 +169,7 @@ static void step(world *w) {
     if (w->n_live == 0 || action < 3) {
         begin(w);
     } else if (action < 13) {
-        append(w, &w->live[index]);
+        append(w);
     } else if (action < 15) {
         fork_one(w, &w->live[index]);
     } else if (action < 17) {
