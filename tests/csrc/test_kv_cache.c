@@ -95,18 +95,19 @@ static void begin(world *w) {
 /* One sequence of a batch on its way: `hash` of the positions written so far, `next` to be written. */
 typedef struct row_state {
     expected *e;
+    const int32_t *base; /* its next tokens are those of this text */
     uint64_t hash;
     size_t next, end;
 } row_state;
 
 /* Extend by one position and write it. */
-static bool place(world *w, row_state *r, const int32_t *base, bool valid) {
+static bool place(world *w, row_state *r, bool valid) {
     char err[PE_ERR_LEN];
     pe_status status = pe_kv_extend(w->cache, r->e->id, 1, err);
     CHECK(status == PE_OK || (status == PE_ERR_OUT_OF_MEMORY && w->max_pages > 0), "%s", err);
     if (status != PE_OK) return false;
-    r->e->tokens[r->next] = base[r->next];
-    r->hash = next_number(r->hash, base[r->next]);
+    r->e->tokens[r->next] = r->base[r->next];
+    r->hash = next_number(r->hash, r->base[r->next]);
     *number_at(w, r->e->id, r->next++) = valid ? as_float(r->hash) : -1.0f;
     return true;
 }
@@ -121,17 +122,17 @@ static void append(world *w) {
         size_t n = 1 + rng_below(&w->random, 300);
         if (e->length + n > MAX_LENGTH) continue;
         row_state *r = &rows[n_rows++];
-        *r = (row_state){e, hash_bytes(HASH_START, e->salt, sizeof e->salt), e->length, e->length + n};
+        *r = (row_state){e, w->bases[rng_below(&w->random, N_BASES)], hash_bytes(HASH_START, e->salt, sizeof e->salt),
+                         e->length, e->length + n};
         for (size_t k = 0; k < e->length; k++) r->hash = next_number(r->hash, e->tokens[k]);
     }
-    const int32_t *base = w->bases[rng_below(&w->random, N_BASES)];
     bool fails = rng_below(&w->random, 5) == 0, refused = false, busy = true;
     while (busy && !refused) { /* row by row in turn, as a batch may lie */
         busy = false;
         for (size_t i = 0; i < n_rows && !refused; i++) {
             if (rows[i].next == rows[i].end) continue;
             busy = true;
-            refused = !place(w, &rows[i], base, !fails);
+            refused = !place(w, &rows[i], !fails);
         }
     }
     w->n_refused += refused;
