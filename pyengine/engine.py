@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from pyengine.chat import ChatTemplate
     from pyengine.freeze import Progress
     from pyengine.sampling import SamplingParams
-    from pyengine.tokenizer import Tokenizer
+    from pyengine.text.chat import ChatTemplate
+    from pyengine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -165,7 +165,7 @@ class Engine:
         """The model's tokenizer, loaded when it is first needed."""
         with self._lock:
             if self._tokenizer is None:
-                from pyengine.tokenizer import Tokenizer
+                from pyengine.text.tokenizer import Tokenizer
 
                 self._tokenizer = Tokenizer(
                     self._file.rider("tokenizer.json") or b"",
@@ -180,7 +180,7 @@ class Engine:
         """The model's chat template. Raises TemplateError if it has none."""
         with self._lock:
             if self._chat_template is None:
-                from pyengine.chat import ChatTemplate
+                from pyengine.text.chat import ChatTemplate
 
                 source = self._file.rider("chat_template.jinja")
                 if source is None:

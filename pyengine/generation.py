@@ -29,7 +29,8 @@ class Sample:
 
     def __init__(self, engine: Engine, prompt: Sequence[int], params: ResolvedParams, index: int) -> None:
         from pyengine._sampler import Sampler
-        from pyengine.tokenizer import IncrementalDecoder, StopMatcher
+        from pyengine.text.decoder import IncrementalDecoder
+        from pyengine.text.stops import StopMatcher
 
         self.prompt = prompt
         self.params = params

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.small_tokenizers import byte_level, metaspace, sentencepiece_bpe, unigram
 
-from pyengine import chat
-from pyengine.chat import ChatTemplate
 from pyengine.errors import InvalidArgumentError, TemplateError
-from pyengine.tokenizer import Tokenizer
+from pyengine.text import chat
+from pyengine.text.chat import ChatTemplate
+from pyengine.text.tokenizer import Tokenizer
 
 LIBRARY = {"byte_level": byte_level(), "bpe": sentencepiece_bpe(), "metaspace": metaspace(), "unigram": unigram()}
 TOKENIZERS = {

@@ -23,7 +23,7 @@ from pyengine.cli import COMMANDS, main
 from pyengine.frozen import FrozenFile
 
 GREEDY = ("--temp", "0", "--ignore-eos")
-HEAVY = ("numpy", "jinja2", "gguf", "pyengine.freeze", "pyengine.chat", "subprocess", "asyncio")
+HEAVY = ("numpy", "jinja2", "gguf", "pyengine.freeze", "pyengine.text.chat", "subprocess", "asyncio")
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ import pytest
 from engine import cli_tools
 
 import pyengine
-from pyengine import tokenizer as tokenizer_module
 from pyengine.background import Background
 from pyengine.errors import ModelFormatError
 from pyengine.frozen import FrozenFile
+from pyengine.text import tokenizer as tokenizer_module
 
 PROMPT = "hello"
 
@@ -113,7 +113,8 @@ def test_a_bad_tokenizer_is_told_when_it_is_loaded(tiny_model: Path, tmp_path: P
 SCENE = """
 import os, signal, sys, threading, time
 import pyengine
-from pyengine import _core, tokenizer
+from pyengine import _core
+from pyengine.text import tokenizer
 
 def slowly(function):
     def slow(*arguments):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import InvalidArgumentError
-from pyengine.tokenizer import StopMatcher
+from pyengine.text.stops import StopMatcher
 
 stops = st.lists(st.text("abc😀", min_size=1, max_size=4), min_size=0, max_size=4)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from reference.small_tokenizers import TEXT, byte_level, metaspace, sentencepiece_bpe, unigram
 
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
-from pyengine.tokenizer import IncrementalDecoder, Tokenizer
+from pyengine.text.decoder import IncrementalDecoder
+from pyengine.text.tokenizer import Tokenizer
 
 KINDS = {
     "byte_level": byte_level(),

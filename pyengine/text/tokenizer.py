@@ -1,7 +1,6 @@
 """Text to token ids and back.
 
-`Tokenizer` drives the `tokenizers` library (imported on first use), which encodes; decoding is ours, so that text can be
-streamed: every vocabulary we accept turns a token into bytes independently of its neighbours, and bytes into text is UTF-8.
+`Tokenizer` drives the `tokenizers` library (imported on first use), which encodes; decoding is ours (decoder.py).
 
 **Special tokens never come from user text.** The library would turn the text "<|im_end|>" into that token. When text from
 outside holds such a string, it is encoded by a second tokenizer, the *guarded* one: the same in every respect, but its special
@@ -11,73 +10,17 @@ tokens are spelled with an unguessable prefix, so only what we spell that way ou
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from pyengine.errors import InvalidArgumentError, ModelFormatError
+from pyengine.text.decoder import ByteSpelling, IncrementalDecoder
 
 if TYPE_CHECKING:
     import tokenizers
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones stand for themselves, the others for code points from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return alphabet
-
-
-class _ByteSpelling:
-    """How a vocabulary spells bytes, from the `decoder` of its tokenizer.json."""
-
-    def __init__(self, decoder: Mapping[str, Any] | None) -> None:
-        self.byte_level = self.byte_fallback = False
-        self.space: str | None = None  # what a space is spelled as
-        self.strip_first_token = False  # Metaspace: the first token's spaces are dropped
-        self.strip_left = 0  # leading spaces to drop from the whole text
-        self._alphabet = _byte_level_alphabet()
-        if decoder is None:
-            raise UnsupportedModelError("the tokenizer has no decoder: what its tokens spell is unknown")
-        parts = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
-        for part in parts:
-            self._add(part)
-
-    def _add(self, part: Mapping[str, Any]) -> None:
-        kind = part.get("type")
-        if kind == "ByteLevel":
-            self.byte_level = True
-        elif kind == "ByteFallback":
-            self.byte_fallback = True
-        elif kind == "Metaspace":
-            self.space = part["replacement"]
-            scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
-            self.strip_first_token = scheme != "never"
-        elif kind == "Replace" and part.get("content") == " " and "String" in part.get("pattern", {}):
-            self.space = part["pattern"]["String"]
-        elif kind == "Strip" and part.get("content") == " " and part.get("stop") == 0:
-            self.strip_left = int(part["start"])
-        elif kind != "Fuse":
-            raise UnsupportedModelError(f"tokenizer decoder {kind!r} is not supported")
-
-    def bytes_of(self, token: str) -> bytes:
-        if self.byte_level:
-            try:
-                return bytes([self._alphabet[character] for character in token])
-            except KeyError:  # an added token outside the alphabet stands for itself
-                return token.encode("utf-8", "replace")
-        if self.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(match[1], 16)])
-        if self.space is not None:
-            token = token.replace(self.space, " ")
-        return token.encode("utf-8", "replace")
 
 
 def _token_text(value: object) -> str | None:
@@ -111,7 +54,7 @@ class Tokenizer:
         self._json = bytes(tokenizer_json)
         self._tokenizer = _load(self._json)
         state = self._tokenizer.decoder.__getstate__() if self._tokenizer.decoder is not None else b"null"
-        self._spelling = _ByteSpelling(json.loads(state))
+        self.spelling = ByteSpelling(json.loads(state))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
@@ -188,13 +131,13 @@ class Tokenizer:
         data = self._bytes.get(id_)
         if data is None:
             token = self.token_text(id_)
-            data = b"" if token is None else self._spelling.bytes_of(token)
+            data = b"" if token is None else self.spelling.bytes_of(token)
             self._bytes[id_] = data
         return data
 
     def token_bytes_first(self, id_: int) -> bytes:
         """The bytes of a text's first token where a vocabulary drops the space that it spells there."""
-        token, spelling = self.token_text(id_), self._spelling
+        token, spelling = self.token_text(id_), self.spelling
         if token is None or spelling.space is None or not spelling.strip_first_token:
             return self.token_bytes(id_)
         return spelling.bytes_of(token.replace(spelling.space, ""))
@@ -203,115 +146,6 @@ class Tokenizer:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `continuation`: see `IncrementalDecoder`."""
         decoder = IncrementalDecoder(self, skip_special_tokens=skip_special_tokens, continuation=continuation)
         return "".join([*map(decoder.push, ids), decoder.finish()])
-
-
-class IncrementalDecoder:
-    """Text from ids, one at a time: `push` returns what is certain, always whole code points, `finish` the rest.
-
-    Vocabularies that spell a space before the first word drop it at the beginning of a text; with `continuation` the ids go on
-    from an earlier text and nothing is dropped. The pieces joined are `Tokenizer.decode` of all ids, which is built on this.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continuation: bool = False
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._skipped: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        spelling = tokenizer._spelling
-        self._first = spelling.strip_first_token and not continuation
-        self._strip_left = 0 if continuation else spelling.strip_left
-
-    def push(self, id_: int) -> str:
-        """The text that became certain with this token; often empty inside an emoji."""
-        if id_ in self._skipped:
-            return ""
-        data = self._tokenizer.token_bytes(id_)
-        if self._first:
-            self._first = False
-            data = self._tokenizer.token_bytes_first(id_)
-        while self._strip_left and data:
-            if data.startswith(b" "):
-                data = data[1:]
-                self._strip_left -= 1
-            else:
-                self._strip_left = 0
-        return self._utf8.decode(data)
-
-    def finish(self) -> str:
-        """What was held back: U+FFFD for a code point that never became whole."""
-        return self._utf8.decode(b"", final=True)
-
-
-class StopMatcher:
-    """Finds stop strings in a text that arrives in pieces and keeps every part of them out of the stream.
-
-    The stop string that ends first wins, of those that end together the longest; how the text was cut into pieces does not
-    matter. `push` returns text that can no longer belong to a stop string; `matched` is the string found, or None.
-    (An Aho-Corasick automaton over characters: its depth is the length of what must be held back.)
-    """
-
-    def __init__(self, stop: Sequence[str], *, include_stop_str: bool = False) -> None:
-        if any(not string for string in stop):
-            raise InvalidArgumentError("a stop string must not be empty")
-        self.matched: str | None = None
-        self._include = include_stop_str
-        self._held = ""
-        self._state = 0
-        self._next: list[dict[str, int]] = [{}]
-        self._depth = [0]
-        self._found: list[str | None] = [None]
-        self._fail = [0]
-        for string in stop:
-            self._insert(string)
-        self._link()
-
-    def _insert(self, string: str) -> None:
-        state = 0
-        for character in string:
-            if character not in self._next[state]:
-                self._next[state][character] = len(self._next)
-                self._next.append({})
-                self._depth.append(self._depth[state] + 1)
-                self._found.append(None)
-                self._fail.append(0)
-            state = self._next[state][character]
-        self._found[state] = string
-
-    def _link(self) -> None:
-        """Failure links, breadth first: each state's longest proper suffix that is also a state."""
-        queue = list(self._next[0].values())
-        for state in queue:
-            for character, child in self._next[state].items():
-                self._fail[child] = self._step(self._fail[state], character)
-                if self._found[child] is None:
-                    self._found[child] = self._found[self._fail[child]]
-                queue.append(child)
-
-    def _step(self, state: int, character: str) -> int:
-        while state and character not in self._next[state]:
-            state = self._fail[state]
-        return self._next[state].get(character, 0)
-
-    def push(self, text: str) -> str:
-        """Text that may be shown now. After a match: nothing more."""
-        if self.matched is not None:
-            return ""
-        held = self._held + text
-        for end, character in enumerate(text, len(self._held) + 1):
-            self._state = self._step(self._state, character)
-            found = self._found[self._state]
-            if found is not None:
-                self.matched, self._held = found, ""
-                return held[:end] if self._include else held[: end - len(found)]
-        certain = len(held) - self._depth[self._state]
-        self._held = held[certain:]
-        return held[:certain]
-
-    def finish(self) -> str:
-        """The end of the text, once it is clear that no stop string completes it."""
-        rest, self._held, self._state = self._held, "", 0
-        return rest
 
 
 # -------------------------------------------------------------------- helpers

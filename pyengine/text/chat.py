@@ -1,7 +1,7 @@
 """Chat templates: messages to token ids, by the jinja2 template that the model ships (jinja2 is imported on first use).
 
 **A template is hostile until shown otherwise.** It runs in jinja2's ImmutableSandboxedEnvironment, further cut down in
-pyengine/_chat_sandbox.py so that it must come back: a thread cannot be killed from outside, so every turn of a loop, call and
+sandbox.py so that it must come back: a thread cannot be killed from outside, so every turn of a loop, call and
 filter looks at the clock, and between two looks only work of bounded size is possible. No signal, no second process and no
 trace function is involved, so it works in any thread.
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pyengine.errors import InvalidArgumentError, TemplateError
-from pyengine.tokenizer import Tokenizer
+from pyengine.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE = 1 << 18  # characters of a template; the longest in use have about 20,000
 MAX_OUTPUT = 1 << 23  # characters of a rendered conversation
@@ -42,10 +42,10 @@ class ChatTemplate:
             raise TemplateError(f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE}")
         self.source = source
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
-        from pyengine import _chat_sandbox
+        from pyengine.text import sandbox
 
-        self._sandbox = _chat_sandbox
-        self._template = _chat_sandbox.compile_template(source)
+        self._sandbox = sandbox
+        self._template = sandbox.compile_template(source)
 
     def render(
         self,

@@ -1,4 +1,4 @@
-"""The language that chat templates run in: jinja2's immutable sandbox, made to come back by itself. See pyengine/chat.py.
+"""The language that chat templates run in: jinja2's immutable sandbox, made to come back by itself. See chat.py.
 
 One invariant carries it: **no value weighs more than `MAX_VALUE`** (characters and elements, counted through nesting as often as
 they are referred to). Then every single operation of jinja2 and Python on such values is short, and it is enough to look at the

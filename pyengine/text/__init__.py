@@ -1,0 +1,1 @@
+"""Text on its way in and out: chat templates, tokens, whole characters, stop strings. Import the modules; this holds nothing."""
