@@ -4,13 +4,10 @@
  * state (m, l, o) per row. States are merged in ascending order of chunks. Whether one thread walks all chunks of a
  * block (prefill, batches) or every chunk is a unit of its own and the states are merged afterwards (decode at depth)
  * is a matter of speed: the bits are the same. */
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "attention.h"
 
-#include "forward.h"
-#include "kernels/pe_math.h"
+#include <math.h>
+#include <string.h>
 
 static size_t max_rows(const pe_model *model) {
     size_t n_rep = model->config.n_heads / model->config.n_kv_heads;
@@ -36,7 +33,8 @@ size_t pe_attention_scratch_floats(const pe_model *model) {
 
 /* One block and kv head; thread scratch: scores (rows, 256), then two states. */
 typedef struct task {
-    const pe_context *context;
+    const pe_slice *slice;
+    const pe_kv_cache *kv;
     const pe_query_block *block;
     uint32_t layer, kv_head;
     size_t n_rep, n_rows;
@@ -44,20 +42,21 @@ typedef struct task {
 } task;
 
 typedef struct job {
-    pe_context *context;
+    pe_slice *slice;
+    const pe_kv_cache *kv;
     uint32_t layer;
     size_t chunks_per_task; /* split mode: stride of partials */
 } job;
 
 static task task_make(const job *j, size_t index, int thread) {
-    const pe_context *context = j->context;
-    const pe_config *config = &context->model->config;
-    task t = {.context = context, .layer = j->layer};
-    t.block = &context->blocks[index / config->n_kv_heads];
+    const pe_slice *s = j->slice;
+    const pe_config *config = &s->model->config;
+    task t = {.slice = s, .kv = j->kv, .layer = j->layer};
+    t.block = &s->blocks[index / config->n_kv_heads];
     t.kv_head = (uint32_t)(index % config->n_kv_heads);
     t.n_rep = config->n_heads / config->n_kv_heads;
     t.n_rows = t.block->n_tokens * t.n_rep;
-    t.scores = pe_thread_scratch(context, thread);
+    t.scores = pe_thread_scratch(s, thread);
     return t;
 }
 
@@ -68,7 +67,7 @@ static size_t first_visible(const pe_config *config, size_t position) {
 }
 
 static size_t chunk_begin(const task *t) {
-    return first_visible(&t->context->model->config, t->block->first_position) / PE_CHUNK;
+    return first_visible(&t->slice->model->config, t->block->first_position) / PE_CHUNK;
 }
 
 static size_t chunk_end(const task *t) { return (t->block->first_position + t->block->n_tokens - 1) / PE_CHUNK + 1; }
@@ -76,30 +75,30 @@ static size_t chunk_end(const task *t) { return (t->block->first_position + t->b
 /* Visible part [*begin, *end) of the chunk for row r; empty if begin >= end. */
 static void visible_range(const task *t, size_t chunk, size_t r, size_t *begin, size_t *end) {
     size_t position = t->block->first_position + r / t->n_rep, base = chunk * PE_CHUNK;
-    size_t first = first_visible(&t->context->model->config, position);
+    size_t first = first_visible(&t->slice->model->config, position);
     *begin = first > base ? first - base : 0;
     *end = position + 1 < base + PE_CHUNK ? (position + 1 > base ? position + 1 - base : 0) : PE_CHUNK;
 }
 
 static void chunk_scores(const task *t, const pe_kv_chunk *kv, size_t n_positions) {
-    const pe_context *context = t->context;
-    size_t d = context->model->head_dim_p,
-           first_row = (t->kv_head * context->capacity + t->block->first_token) * t->n_rep;
-    float c = 1.0f / sqrtf((float)context->model->config.head_dim);
-    if (context->kv_dtype == PE_KV_F32) {
-        context->kernels->attention_scores_f32(t->scores, context->q_f32 + first_row * d, t->n_rows, d, kv, n_positions,
+    const pe_slice *s = t->slice;
+    size_t d = s->model->head_dim_p,
+           first_row = (t->kv_head * s->capacity + t->block->first_token) * t->n_rep;
+    float c = 1.0f / sqrtf((float)s->model->config.head_dim);
+    if (s->kv_dtype == PE_KV_F32) {
+        s->kernels->attention_scores_f32(t->scores, s->q_f32 + first_row * d, t->n_rows, d, kv, n_positions,
                                                c);
     } else {
         size_t g = d / PE_X_GROUP;
-        context->kernels->attention_scores(t->scores, context->q + first_row * d, context->q_scales + first_row * g,
-                                           context->q_corrections + first_row * g, t->n_rows, d, kv, n_positions, c);
+        s->kernels->attention_scores(t->scores, s->q + first_row * d, s->q_scales + first_row * g,
+                                           s->q_corrections + first_row * g, t->n_rows, d, kv, n_positions, c);
     }
 }
 
 /* The state of one chunk. */
 static void attend_chunk(const task *t, size_t chunk, state *out) {
-    const pe_context *context = t->context;
-    pe_kv_chunk kv = pe_kv_chunk_at(context->kv, t->block->sequence, chunk, t->layer, t->kv_head);
+    const pe_slice *s = t->slice;
+    pe_kv_chunk kv = pe_kv_chunk_at(t->kv, t->block->sequence, chunk, t->layer, t->kv_head);
     size_t first = PE_CHUNK, last = 0, begin, end;
     for (size_t r = 0; r < t->n_rows; r++) {
         visible_range(t, chunk, r, &begin, &end);
@@ -110,28 +109,28 @@ static void attend_chunk(const task *t, size_t chunk, state *out) {
     chunk_scores(t, &kv, last);
     for (size_t r = 0; r < t->n_rows; r++) {
         visible_range(t, chunk, r, &begin, &end);
-        if (begin < end) out->m[r] = context->kernels->softmax_max(t->scores + r * PE_CHUNK, begin, end);
+        if (begin < end) out->m[r] = s->kernels->softmax_max(t->scores + r * PE_CHUNK, begin, end);
     }
     for (size_t r = 0; r < t->n_rows; r++) {
         float *scores = t->scores + r * PE_CHUNK;
         visible_range(t, chunk, r, &begin, &end);
         if (begin < end) {
-            out->l[r] = context->kernels->softmax_exp(scores, begin, end, out->m[r]);
+            out->l[r] = s->kernels->softmax_exp(scores, begin, end, out->m[r]);
         } else {
             memset(scores, 0, PE_CHUNK * sizeof *scores);
             out->l[r] = 0.0f;
         }
     }
     void (*values)(float *, const float *, size_t, size_t, const pe_kv_chunk *, size_t, size_t) =
-        context->kv_dtype == PE_KV_F32 ? context->kernels->attention_values_f32 : context->kernels->attention_values;
-    values(out->o, t->scores, t->n_rows, context->model->head_dim_p, &kv, first, last);
+        s->kv_dtype == PE_KV_F32 ? s->kernels->attention_values_f32 : s->kernels->attention_values;
+    values(out->o, t->scores, t->n_rows, s->model->head_dim_p, &kv, first, last);
 }
 
 /* Merge the next chunk's state into the running one. exp(0) is exactly 1, so the larger maximum's side is kept as it
  * is. l >= 1 for every row that saw something: its own maximum contributes exp(0). A NaN is not 0 either, and is
  * carried on. */
 static void merge(const task *t, state *total, const state *chunk) {
-    size_t d = t->context->model->head_dim_p;
+    size_t d = t->slice->model->head_dim_p;
     for (size_t r = 0; r < t->n_rows; r++) {
         if (chunk->l[r] == 0.0f) continue;
         if (total->l[r] == 0.0f) {
@@ -140,25 +139,25 @@ static void merge(const task *t, state *total, const state *chunk) {
             memcpy(total->o + r * d, chunk->o + r * d, d * sizeof(float));
             continue;
         }
-        t->context->kernels->attention_merge(&total->m[r], &total->l[r], total->o + r * d, chunk->m[r], chunk->l[r],
+        t->slice->kernels->attention_merge(&total->m[r], &total->l[r], total->o + r * d, chunk->m[r], chunk->l[r],
                                              chunk->o + r * d, d);
     }
 }
 
 static void write_output(const task *t, const state *total) {
-    const pe_model *model = t->context->model;
+    const pe_model *model = t->slice->model;
     size_t head_dim = model->config.head_dim;
     for (size_t r = 0; r < t->n_rows; r++) {
         size_t token = t->block->first_token + r / t->n_rep, head = t->kv_head * t->n_rep + r % t->n_rep;
-        float *out = t->context->att + token * model->q_dim + head * head_dim;
-        t->context->kernels->scale(out, total->o + r * model->head_dim_p, 1.0f / total->l[r], head_dim);
+        float *out = t->slice->att + token * model->q_dim + head * head_dim;
+        t->slice->kernels->scale(out, total->o + r * model->head_dim_p, 1.0f / total->l[r], head_dim);
     }
 }
 
 /* Unit: a task with all its chunks. */
 static void whole_unit(void *arg, size_t unit, int thread) {
     job *j = arg;
-    const pe_model *model = j->context->model;
+    const pe_model *model = j->slice->model;
     task t = task_make(j, unit, thread);
     float *memory = t.scores + max_rows(model) * PE_CHUNK;
     state total = state_at(memory, model), chunk_state = state_at(memory + state_floats(model), model);
@@ -173,59 +172,46 @@ static void whole_unit(void *arg, size_t unit, int thread) {
 /* Unit of split mode: one chunk of a task, its state kept in partials. */
 static void chunk_unit(void *arg, size_t unit, int thread) {
     job *j = arg;
-    const pe_model *model = j->context->model;
+    const pe_model *model = j->slice->model;
     task t = task_make(j, unit / j->chunks_per_task, thread);
     size_t chunk = unit % j->chunks_per_task;
     if (chunk < chunk_begin(&t) || chunk >= chunk_end(&t)) return;
-    state out = state_at(j->context->partials + unit * state_floats(model), model);
+    state out = state_at(j->slice->partials + unit * state_floats(model), model);
     attend_chunk(&t, chunk, &out);
 }
 
 /* Unit of split mode, afterwards: merge a task's states. */
 static void merge_unit(void *arg, size_t unit, int thread) {
     job *j = arg;
-    const pe_model *model = j->context->model;
+    const pe_model *model = j->slice->model;
     task t = task_make(j, unit, thread);
     state total = state_at(t.scores, model);
     memset(total.l, 0, t.n_rows * sizeof *total.l);
     for (size_t chunk = chunk_begin(&t); chunk < chunk_end(&t); chunk++) {
         size_t index = unit * j->chunks_per_task + chunk;
-        state part = state_at(j->context->partials + index * state_floats(model), model);
+        state part = state_at(j->slice->partials + index * state_floats(model), model);
         merge(&t, &total, &part);
     }
     write_output(&t, &total);
 }
 
-static pe_status reserve_partials(pe_context *context, size_t n_floats, char *err) {
-    if (n_floats <= context->partials_capacity) return PE_OK;
-    free(context->partials);
-    context->partials_capacity = 0;
-    context->partials = aligned_alloc(64, pe_pad(n_floats * sizeof(float), 64));
-    if (context->partials == NULL) {
-        snprintf(err, PE_ERR_LEN, "out of memory for %zu bytes of attention states", n_floats * sizeof(float));
-        return PE_ERR_OUT_OF_MEMORY;
-    }
-    context->partials_capacity = n_floats;
-    return PE_OK;
-}
-
-pe_status pe_attention(pe_context *context, uint32_t layer, char *err) {
-    job j = {context, layer, 0};
-    size_t n_tasks = context->n_blocks * context->model->config.n_kv_heads;
-    for (size_t i = 0; i < context->n_blocks; i++) {
-        const pe_query_block *block = &context->blocks[i];
+pe_status pe_attention(pe_slice *s, const pe_kv_cache *kv, uint32_t layer, char *err) {
+    job j = {s, kv, layer, 0};
+    size_t n_tasks = s->n_blocks * s->model->config.n_kv_heads;
+    for (size_t i = 0; i < s->n_blocks; i++) {
+        const pe_query_block *block = &s->blocks[i];
         size_t n_chunks = (block->first_position + block->n_tokens - 1) / PE_CHUNK + 1;
         if (n_chunks > j.chunks_per_task) j.chunks_per_task = n_chunks;
     }
-    bool split = context->n_threads > 1 && n_tasks < 4 * (size_t)context->n_threads && j.chunks_per_task > 1;
+    bool split = s->n_threads > 1 && n_tasks < 4 * (size_t)s->n_threads && j.chunks_per_task > 1;
     if (!split) {
-        pe_parallel_for(context->n_threads, n_tasks, whole_unit, &j, context->control);
+        pe_parallel_for(s->n_threads, n_tasks, whole_unit, &j, s->control);
         return PE_OK;
     }
     size_t n_units = n_tasks * j.chunks_per_task;
-    pe_status status = reserve_partials(context, n_units * state_floats(context->model), err);
+    pe_status status = pe_slice_reserve_partials(s, n_units * state_floats(s->model), err);
     if (status != PE_OK) return status;
-    pe_parallel_for(context->n_threads, n_units, chunk_unit, &j, context->control);
-    pe_parallel_for(context->n_threads, n_tasks, merge_unit, &j, context->control);
+    pe_parallel_for(s->n_threads, n_units, chunk_unit, &j, s->control);
+    pe_parallel_for(s->n_threads, n_tasks, merge_unit, &j, s->control);
     return PE_OK;
 }

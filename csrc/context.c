@@ -1,112 +1,36 @@
-/* context.c: life of a context: scratch memory and the sequences of its cache. */
-#include <stdio.h>
+/* context.c: life of a context: its memory and the sequences of its cache. */
+#include "context.h"
+
 #include <stdlib.h>
-#include <string.h>
 
-#include "forward.h"
+#include "attention.h"
+#include "matmul.h"
+#include "platform.h"
+#include "status.h"
 
-/* A buffer of the slice, to be allocated together with the others. */
-typedef struct buffer {
-    void **pointer;
-    size_t n_bytes;
-} buffer;
+/* ------------------------------------------------------------------ life */
 
-enum { N_BUFFERS = 16 };
-
-/* Every per-slice buffer and its size for n tokens. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE_MAX. */
-static size_t list_buffers(pe_context *c, size_t n, buffer buffers[N_BUFFERS]) {
-    const pe_model *model = c->model;
-    const pe_config *config = &model->config;
-    size_t widest = config->dim > config->hidden_dim ? config->dim : config->hidden_dim;
-    if (model->q_dim > widest) widest = model->q_dim;
-    widest = pe_pad(widest, PE_GROUP);
-    size_t q_elements = n * config->n_heads * model->head_dim_p, q_groups = q_elements / PE_X_GROUP;
-    bool f32 = c->kv_dtype == PE_KV_F32;
-    const buffer list[] = {
-        {(void **)&c->sequences, n * sizeof *c->sequences},
-        {(void **)&c->positions, n * sizeof *c->positions},
-        {(void **)&c->x, n * pe_pad(config->dim, PE_PANEL) * sizeof(float)},
-        {(void **)&c->qkv, n * pe_pad(model->q_dim + 2 * model->kv_dim, PE_PANEL) * sizeof(float)},
-        {(void **)&c->att, n * model->q_dim * sizeof(float)},
-        {(void **)&c->h, n * pe_pad(config->hidden_dim, PE_PANEL) * sizeof(float)},
-        {(void **)&c->act.codes, n * widest},
-        {(void **)&c->act.scales, n * widest / PE_X_GROUP * sizeof(float)},
-        {(void **)&c->act.corrections, n * widest / PE_X_GROUP * sizeof(int32_t)},
-        {(void **)&c->q, f32 ? 0 : q_elements},
-        {(void **)&c->q_scales, f32 ? 0 : q_groups * sizeof(float)},
-        {(void **)&c->q_corrections, f32 ? 0 : q_groups * sizeof(int32_t)},
-        {(void **)&c->q_f32, f32 ? q_elements * sizeof(float) : 0},
-        {(void **)&c->cos, n * (config->head_dim / 2) * sizeof(float)},
-        {(void **)&c->sin, n * (config->head_dim / 2) * sizeof(float)},
-        {(void **)&c->blocks, n * sizeof *c->blocks},
-    };
-    _Static_assert(sizeof list / sizeof list[0] == N_BUFFERS, "N_BUFFERS");
-    memcpy(buffers, list, sizeof list);
-    return N_BUFFERS;
-}
-
-static void free_buffers(pe_context *c) {
-    buffer buffers[N_BUFFERS];
-    size_t n = list_buffers(c, c->capacity, buffers);
-    for (size_t i = 0; i < n; i++) {
-        free(*buffers[i].pointer);
-        *buffers[i].pointer = NULL;
-    }
-    c->capacity = 0;
-    c->scratch_bytes = 0;
-}
-
-pe_status pe_context_reserve(pe_context *c, size_t n_tokens, char *err) {
-    if (n_tokens <= c->capacity) return PE_OK;
-    /* One token for a decode, else whole blocks, doubling: few sizes, so few reallocations. */
-    size_t capacity = c->capacity == 0 ? 1 : c->capacity;
-    while (capacity < n_tokens) capacity *= 2;
-    free_buffers(c);
-    buffer buffers[N_BUFFERS];
-    size_t n = list_buffers(c, capacity, buffers);
-    for (size_t i = 0; i < n; i++) {
-        if (buffers[i].n_bytes == 0) continue;
-        *buffers[i].pointer = aligned_alloc(64, pe_pad(buffers[i].n_bytes, 64));
-        if (*buffers[i].pointer == NULL) {
-            snprintf(err, PE_ERR_LEN, "out of memory for the buffers of %zu tokens", capacity);
-            free_buffers(c);
-            return PE_ERR_OUT_OF_MEMORY;
-        }
-        c->scratch_bytes += buffers[i].n_bytes;
-    }
-    c->capacity = capacity;
+static pe_status check_arguments(const pe_model *model, pe_kv_dtype kv_dtype, int n_threads, char *err) {
+    if (n_threads < 0 || n_threads > PE_MAX_THREADS)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 0 (automatic) to %d", n_threads,
+                       PE_MAX_THREADS);
+    if (!model->ready) return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "the model has no weights yet");
+    if (kv_dtype != PE_KV_INT8 && kv_dtype != PE_KV_F32)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "kv_dtype is %d, expected 0 (int8) or 1 (f32)", (int)kv_dtype);
     return PE_OK;
 }
 
-static pe_status reserve_thread_scratch(pe_context *c, char *err) {
-    size_t tile = (size_t)PE_TILE_TOKENS * PE_TILE_PANELS * PE_PANEL;
-    size_t row = pe_pad(c->model->config.dim, PE_GROUP) + pe_pad(c->model->config.head_dim, PE_GROUP) * 4;
-    size_t attention = pe_attention_scratch_floats(c->model);
-    size_t most = tile > row ? tile : row;
-    if (attention > most) most = attention;
-    c->thread_scratch_floats = pe_pad(most, 64);
-    c->thread_scratch = aligned_alloc(64, c->thread_scratch_floats * (size_t)c->n_threads * sizeof(float));
-    if (c->thread_scratch != NULL) return PE_OK;
-    snprintf(err, PE_ERR_LEN, "out of memory for the scratch of %d threads", c->n_threads);
-    return PE_ERR_OUT_OF_MEMORY;
+static pe_status create_slice(pe_context *c, pe_kv_dtype kv_dtype, int n_threads, char *err) {
+    size_t matmul = pe_matmul_scratch_floats(c->model), attention = pe_attention_scratch_floats(c->model);
+    return pe_slice_create(&c->slice, c->model, pe_kernels_selected(), kv_dtype, n_threads,
+                           matmul > attention ? matmul : attention, err);
 }
 
 pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype kv_dtype, int n_threads, char *err) {
     *out = NULL;
-    if (n_threads < 0 || n_threads > PE_MAX_THREADS) {
-        snprintf(err, PE_ERR_LEN, "n_threads is %d, expected 0 (automatic) to %d", n_threads, PE_MAX_THREADS);
-        return PE_ERR_INVALID_ARGUMENT;
-    }
-    if (!model->ready) {
-        snprintf(err, PE_ERR_LEN, "the model has no weights yet");
-        return PE_ERR_INVALID_ARGUMENT;
-    }
-    if (kv_dtype != PE_KV_INT8 && kv_dtype != PE_KV_F32) {
-        snprintf(err, PE_ERR_LEN, "kv_dtype is %d, expected 0 (int8) or 1 (f32)", (int)kv_dtype);
-        return PE_ERR_INVALID_ARGUMENT;
-    }
     const char *isa;
-    pe_status status = pe_isa_active(&isa, err);
+    pe_status status = check_arguments(model, kv_dtype, n_threads, err);
+    if (status == PE_OK) status = pe_isa_active(&isa, err);
     if (status != PE_OK) return status;
     if (n_threads == 0) {
         pe_thread_info info;
@@ -114,17 +38,15 @@ pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype
         n_threads = info.n_default;
     }
     pe_context *c = calloc(1, sizeof *c);
-    if (c == NULL) {
-        snprintf(err, PE_ERR_LEN, "out of memory for a context");
-        return PE_ERR_OUT_OF_MEMORY;
-    }
+    if (c == NULL) return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for a context");
     c->model = model;
-    c->kernels = pe_kernels_selected();
-    c->kv_dtype = kv_dtype;
     status = pe_pool_acquire(n_threads, err);
-    if (status == PE_OK) c->n_threads = n_threads; /* also: the pool is ours to release */
+    if (status != PE_OK) {
+        free(c);
+        return status;
+    }
+    status = create_slice(c, kv_dtype, n_threads, err);
     if (status == PE_OK) status = pe_kv_cache_create(&c->kv, model, kv_dtype, err);
-    if (status == PE_OK) status = reserve_thread_scratch(c, err);
     if (status != PE_OK) {
         pe_context_destroy(c);
         return status;
@@ -135,25 +57,38 @@ pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype
 
 void pe_context_destroy(pe_context *c) {
     if (c == NULL) return;
-    if (c->n_threads > 0) pe_pool_release();
-    free_buffers(c);
+    pe_pool_release();
+    pe_slice_destroy(&c->slice);
     pe_kv_cache_destroy(c->kv);
-    free(c->partials);
     free(c->logits);
-    free(c->thread_scratch);
     free(c);
 }
 
-const char *pe_context_isa(const pe_context *c) { return c->kernels->name; }
-int pe_context_n_threads(const pe_context *c) { return c->n_threads; }
+const char *pe_context_isa(const pe_context *c) { return c->slice.kernels->name; }
+int pe_context_n_threads(const pe_context *c) { return c->slice.n_threads; }
 
 size_t pe_context_memory(const pe_context *c, size_t *scratch_bytes) {
-    size_t vocab_padded = pe_pad(c->model->config.vocab_size, PE_PANEL);
-    *scratch_bytes = c->scratch_bytes + c->thread_scratch_floats * (size_t)c->n_threads * sizeof(float) +
-                     (c->partials_capacity + c->logits_capacity * vocab_padded) * sizeof(float);
+    size_t row_bytes = pe_pad(c->model->config.vocab_size, PE_PANEL) * sizeof(float);
+    *scratch_bytes = pe_slice_bytes(&c->slice) + c->logits_capacity * row_bytes;
     pe_cache_stats stats;
     pe_kv_cache_stats(c->kv, &stats);
     return stats.n_pages * stats.page_bytes;
+}
+
+/* ------------------------------------------------------------------ logits */
+
+pe_status pe_context_reserve_logits(pe_context *c, size_t n_rows, char *err) {
+    c->n_logits = 0;
+    if (n_rows <= c->logits_capacity) return PE_OK;
+    size_t row_bytes = pe_pad(c->model->config.vocab_size, PE_PANEL) * sizeof(float);
+    free(c->logits);
+    c->logits_capacity = 0;
+    c->logits = n_rows > SIZE_MAX / row_bytes ? NULL : pe_aligned_alloc(n_rows * row_bytes);
+    if (c->logits == NULL)
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for %zu rows of %u logits", n_rows,
+                       c->model->config.vocab_size);
+    c->logits_capacity = n_rows;
+    return PE_OK;
 }
 
 size_t pe_context_n_logits(const pe_context *c) { return c->n_logits; }
@@ -199,6 +134,5 @@ pe_status pe_sequence_drop(pe_context *c, int32_t sequence, char *err) { return 
 pe_status pe_sequence_length(const pe_context *c, int32_t sequence, size_t *out, char *err) {
     *out = pe_kv_length(c->kv, sequence);
     if (*out != SIZE_MAX) return PE_OK;
-    snprintf(err, PE_ERR_LEN, "there is no sequence %d", (int)sequence);
-    return PE_ERR_INVALID_ARGUMENT;
+    return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)sequence);
 }

@@ -1,26 +1,17 @@
-/* cpu_limits.c: how many CPUs this process may really use: its affinity mask and its cgroup's quota, whichever is less.
+/* cpu_limits.c: how many CPUs this process may really use: its affinity mask and its cgroup's quota, whichever is
+ * less.
  * Threads beyond a quota do not run slower, they make the whole group stop until the next period: engines that count
- * cores instead lose a factor of ten and more inside containers. And how often that has happened. */
-#define _GNU_SOURCE
-#include <sched.h>
+ * cores instead lose a factor of ten and more inside containers. And how often that has happened. Where there are no cgroups,
+ * their files are missing, and that is no limit. */
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "cpu_limits.h"
-#include "pyengine.h"
+#include "platform.h"
 #include "threadpool.h"
 
 static const char self_groups[] = "/proc/self/cgroup", cgroup_mount[] = "/sys/fs/cgroup";
-
-#if defined(__linux__)
-static int count_affinity(void) {
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-    long online = sysconf(_SC_NPROCESSORS_ONLN); /* more CPUs than cpu_set_t holds */
-    return online > 0 ? (int)online : 1;
-}
 
 static FILE *open_in(const char *directory, const char *name) {
     char path[4200];
@@ -128,25 +119,11 @@ void pe_cgroup_throttling(const char *groups, const char *mount, pe_throttling *
     *out = (pe_throttling){0};
     visit_groups(groups, mount, visit_throttling, out);
 }
-#else
-static int count_affinity(void) {
-    long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 ? (int)online : 1;
-}
-double pe_cgroup_quota(const char *groups, const char *mount) {
-    (void)groups, (void)mount;
-    return 0;
-}
-void pe_cgroup_throttling(const char *groups, const char *mount, pe_throttling *out) {
-    (void)groups, (void)mount;
-    *out = (pe_throttling){0};
-}
-#endif
 
 void pe_throttling_get(pe_throttling *out) { pe_cgroup_throttling(self_groups, cgroup_mount, out); }
 
 void pe_thread_info_get(pe_thread_info *info) {
-    info->n_affinity = count_affinity();
+    info->n_affinity = pe_count_cpus();
     info->cpu_quota = pe_cgroup_quota(self_groups, cgroup_mount);
     info->n_default = info->n_affinity;
     if (info->cpu_quota > 0 && info->cpu_quota < info->n_default)

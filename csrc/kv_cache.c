@@ -1,11 +1,11 @@
 /* kv_cache.c: see kv_cache.h. */
 #include "kv_cache.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kv_pages.h"
+#include "status.h"
 
 /* Sharing fewer tokens of a page than this is not worth its copy. */
 enum { MIN_SHARED = 16 };
@@ -42,10 +42,8 @@ static void chunk_parts(const pe_kv_cache *cache, size_t parts[4]) {
 pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dtype dtype, char *err) {
     pe_kv_cache *cache = calloc(1, sizeof *cache);
     *out = cache;
-    if (cache == NULL) {
-        snprintf(err, PE_ERR_LEN, "out of memory for the KV cache's tables");
-        return PE_ERR_OUT_OF_MEMORY;
-    }
+    if (cache == NULL)
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the KV cache's tables");
     cache->model = model;
     cache->dtype = dtype;
     size_t parts[4];
@@ -102,20 +100,19 @@ static sequence *find(const pe_kv_cache *cache, int32_t id) {
 }
 
 static pe_status no_such_sequence(int32_t id, char *err) {
-    snprintf(err, PE_ERR_LEN, "there is no sequence %d", (int)id);
-    return PE_ERR_INVALID_ARGUMENT;
+    return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)id);
 }
 
 static pe_status out_of_memory(const pe_kv_cache *cache, char *err) {
     const pe_page_pool *pages = &cache->pages;
     if (pages->max_pages != 0 && pages->n_pages >= pages->max_pages) {
-        snprintf(err, PE_ERR_LEN, "all %zu KV pages of 256 positions that are allowed (%zu bytes each) are in use",
-                 pages->max_pages, pages->page_bytes);
-    } else {
-        snprintf(err, PE_ERR_LEN, "out of memory for a KV page of %zu bytes (%zu pages of 256 positions in use)",
-                 pages->page_bytes, pages->n_pages - pages->n_free);
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err,
+                       "all %zu KV pages of 256 positions that are allowed (%zu bytes each) are in use",
+                       pages->max_pages, pages->page_bytes);
     }
-    return PE_ERR_OUT_OF_MEMORY;
+    return pe_fail(PE_ERR_OUT_OF_MEMORY, err,
+                   "out of memory for a KV page of %zu bytes (%zu pages of 256 positions in use)", pages->page_bytes,
+                   pages->n_pages - pages->n_free);
 }
 
 static pe_status sequence_new(pe_kv_cache *cache, bool keep, const uint8_t *salt, int32_t *out, char *err) {
@@ -124,10 +121,8 @@ static pe_status sequence_new(pe_kv_cache *cache, bool keep, const uint8_t *salt
     if (id == cache->n_sequences) {
         size_t capacity = cache->n_sequences * 2 + 4;
         sequence *grown = capacity > INT32_MAX ? NULL : realloc(cache->sequences, capacity * sizeof *grown);
-        if (grown == NULL) {
-            snprintf(err, PE_ERR_LEN, "out of memory for the table of %zu sequences", capacity);
-            return PE_ERR_OUT_OF_MEMORY;
-        }
+        if (grown == NULL)
+            return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the table of %zu sequences", capacity);
         memset(grown + cache->n_sequences, 0, (capacity - cache->n_sequences) * sizeof *grown);
         cache->sequences = grown;
         cache->n_sequences = capacity;
@@ -159,10 +154,9 @@ size_t pe_kv_tokens(const pe_kv_cache *cache, int32_t id, int32_t *out, size_t c
 pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t id, size_t n_tokens, char *err) {
     sequence *s = find(cache, id);
     if (s == NULL) return no_such_sequence(id, err);
-    if (n_tokens > s->length) {
-        snprintf(err, PE_ERR_LEN, "cannot truncate sequence %d of %zu tokens to %zu", (int)id, s->length, n_tokens);
-        return PE_ERR_INVALID_ARGUMENT;
-    }
+    if (n_tokens > s->length)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "cannot truncate sequence %d of %zu tokens to %zu", (int)id, s->length,
+                       n_tokens);
     shrink(cache, s, n_tokens);
     /* What this sequence took back nobody will ask for: the next token may be written over it without a copy. */
     pe_page *last = s->n_pages > 0 ? s->pages[s->n_pages - 1] : NULL;
@@ -184,10 +178,8 @@ static pe_status reserve_pages(sequence *s, size_t n_pages, char *err) {
     if (n_pages <= s->capacity) return PE_OK;
     size_t capacity = n_pages * 2;
     pe_page **grown = realloc(s->pages, capacity * sizeof *grown);
-    if (grown == NULL) {
-        snprintf(err, PE_ERR_LEN, "out of memory for the table of %zu pages", capacity);
-        return PE_ERR_OUT_OF_MEMORY;
-    }
+    if (grown == NULL)
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the table of %zu pages", capacity);
     s->pages = grown;
     s->capacity = capacity;
     return PE_OK;
@@ -217,11 +209,9 @@ static pe_status share(pe_kv_cache *cache, pe_page *const *pages, size_t n_token
 pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_t *out, char *err) {
     const sequence *from = find(cache, source);
     if (from == NULL) return no_such_sequence(source, err);
-    if (n_tokens > from->length) {
-        snprintf(err, PE_ERR_LEN, "cannot fork %zu tokens of sequence %d, it has %zu", n_tokens, (int)source,
-                 from->length);
-        return PE_ERR_INVALID_ARGUMENT;
-    }
+    if (n_tokens > from->length)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "cannot fork %zu tokens of sequence %d, it has %zu", n_tokens,
+                       (int)source, from->length);
     uint8_t salt[PE_SALT_BYTES];
     memcpy(salt, from->salt, sizeof salt);
     return share(cache, from->pages, n_tokens, from->keep, salt, out, err); /* the table may move, its arrays do not */
@@ -257,10 +247,8 @@ pe_status pe_kv_match(pe_kv_cache *cache, const int32_t *tokens, size_t n, const
     pe_page *last = walk(cache, tokens, n, salt, n_matched);
     size_t n_pages = pe_pad(*n_matched, PE_CHUNK) / PE_CHUNK;
     pe_page **path = malloc((n_pages + 1) * sizeof *path);
-    if (path == NULL) {
-        snprintf(err, PE_ERR_LEN, "out of memory for the path of %zu pages", n_pages);
-        return PE_ERR_OUT_OF_MEMORY;
-    }
+    if (path == NULL)
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the path of %zu pages", n_pages);
     for (size_t i = n_pages; i-- > 0; last = last->parent) path[i] = last;
     pe_status status = share(cache, path, *n_matched, keep, salt, out, err);
     free(path);
@@ -333,8 +321,7 @@ void pe_kv_rollback(pe_kv_cache *cache, int32_t id) {
 /* ------------------------------------------------------------------ check */
 
 static pe_status broken(char *err, const char *what) {
-    snprintf(err, PE_ERR_LEN, "the KV cache is inconsistent: %s", what);
-    return PE_ERR_SYSTEM;
+    return pe_fail(PE_ERR_SYSTEM, err, "the KV cache is inconsistent: %s", what);
 }
 
 static pe_status check_sequence(const sequence *s, char *err) {

@@ -5,10 +5,11 @@
  * but these few functions may use the instructions, and none is called before the table's features were checked. */
 #include "probe.h"
 
-#include <stdio.h>
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "platform.h"
+#include "status.h"
 #include "threadpool.h"
 
 #if defined(__x86_64__)
@@ -66,10 +67,8 @@ static void read_unit(void *arg, size_t unit, int thread) {
 
 pe_status pe_probe_read(const void *data, size_t n_bytes, int n_threads, double seconds, double *bytes_per_second,
                         char *err) {
-    if (n_bytes == 0 || n_bytes % 64 != 0 || (uintptr_t)data % 64 != 0) {
-        snprintf(err, PE_ERR_LEN, "the read probe needs whole cache lines");
-        return PE_ERR_INVALID_ARGUMENT;
-    }
+    if (n_bytes == 0 || n_bytes % 64 != 0 || (uintptr_t)data % 64 != 0)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "the read probe needs whole cache lines");
     pe_status status = pe_pool_acquire(n_threads, err);
     if (status != PE_OK) return status;
     read_job job = {widest_read(), data, n_bytes};
@@ -183,10 +182,8 @@ pe_status pe_probe_int8(const char *isa, int n_threads, double seconds, double *
     const dot_step *step = NULL;
     for (size_t i = 0; i < sizeof dot_steps / sizeof dot_steps[0]; i++)
         if (strcmp(dot_steps[i].isa, isa) == 0 && pe_kernels_by_name(isa) != NULL) step = &dot_steps[i];
-    if (step == NULL) {
-        snprintf(err, PE_ERR_LEN, "there is no int8 probe of '%.40s' for this CPU", isa);
-        return PE_ERR_UNSUPPORTED_ISA;
-    }
+    if (step == NULL)
+        return pe_fail(PE_ERR_UNSUPPORTED_ISA, err, "there is no int8 probe of '%.40s' for this CPU", isa);
     pe_status status = pe_pool_acquire(n_threads, err);
     if (status != PE_OK) return status;
     size_t n_units = (size_t)n_threads * DOT_UNITS;

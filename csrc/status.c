@@ -1,5 +1,8 @@
-/* status.c: code -> message. */
-#include "pyengine.h"
+/* status.c: see status.h; and code -> message. */
+#include "status.h"
+
+#include <stdarg.h>
+#include <stdio.h>
 
 static const char *const messages[PE_STATUS_COUNT] = {
     [PE_OK] = "no error",
@@ -16,4 +19,12 @@ static const char *const messages[PE_STATUS_COUNT] = {
 const char *pe_status_message(pe_status status) {
     if ((unsigned)status >= PE_STATUS_COUNT) return "unknown status";
     return messages[status];
+}
+
+pe_status pe_fail(pe_status status, char *err, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(err, PE_ERR_LEN, format, args);
+    va_end(args);
+    return status;
 }

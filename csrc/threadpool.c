@@ -1,4 +1,4 @@
-/* threadpool.c: see threadpool.h. Linux futexes, condition variables elsewhere.
+/* threadpool.c: see threadpool.h.
  *
  * A loop's units are dealt to the threads in equal runs, one run a thread, so that a thread walks through memory in one
  * direction and claims its units from a cache line that nobody else touches. Whoever is through with its own run takes
@@ -10,43 +10,15 @@
  * `pool.fn`, `pool.arg` and `pool.n_units`: they were written before the word was, and stay until the unit is reported
  * finished, since the caller waits for all units. A worker that wakes late sees empty runs and cannot touch an old loop,
  * and one beyond the loop's n_threads reads in the word itself that it is not invited. */
-#define _GNU_SOURCE
 #include "threadpool.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "float_env.h"
-
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-static void sleep_while_equal(_Atomic uint32_t *word, uint32_t value) {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
-}
-static void wake_all(_Atomic uint32_t *word) {
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, PE_MAX_THREADS, NULL, NULL, 0);
-}
-#else
-static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t sleep_condition = PTHREAD_COND_INITIALIZER;
-static void sleep_while_equal(_Atomic uint32_t *word, uint32_t value) {
-    pthread_mutex_lock(&sleep_lock);
-    while (atomic_load(word) == value) pthread_cond_wait(&sleep_condition, &sleep_lock);
-    pthread_mutex_unlock(&sleep_lock);
-}
-static void wake_all(_Atomic uint32_t *word) {
-    (void)word;
-    pthread_mutex_lock(&sleep_lock);
-    pthread_cond_broadcast(&sleep_condition);
-    pthread_mutex_unlock(&sleep_lock);
-}
-#endif
+#include "platform.h"
+#include "status.h"
 
 enum {
     UNIT_BITS = 28,
@@ -83,20 +55,6 @@ static struct pe_pool {
         _Alignas(64) _Atomic uint64_t left;
     } runs[PE_MAX_THREADS];
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
-
-int64_t pe_now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-static void relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
 
 /* ------------------------------------------------------------------ units */
 
@@ -159,7 +117,7 @@ static void work(int thread) {
     if (n_done == 0) return;
     uint32_t n_units = (uint32_t)pool.n_units; /* after the report the loop may be gone */
     if (atomic_fetch_add(&pool.n_finished, n_done) + n_done == n_units && atomic_load(&pool.caller_sleeps))
-        wake_all(&pool.n_finished);
+        pe_wake_all(&pool.n_finished);
 }
 
 /* Whether the thread's own run has units. Spins for a while; the clock is only read when the wait is not a short one. */
@@ -168,7 +126,7 @@ static bool wait_for_run(int thread) {
     for (;;) {
         for (int i = 0; i < 64; i++) {
             if (run_is_open_to(atomic_load_explicit(&pool.runs[thread].left, memory_order_acquire), thread)) return true;
-            relax();
+            pe_cpu_relax();
         }
         int64_t now = pe_now_ns();
         if (give_up == 0) give_up = now + spin_ns;
@@ -186,7 +144,7 @@ static void *worker(void *arg) {
         /* Announce the sleep, then look once more: the caller publishes first and looks for sleepers second. */
         atomic_fetch_add(&pool.n_sleeping, 1);
         if (!run_is_open_to(atomic_load(&pool.runs[thread].left), thread) && !atomic_load(&pool.stopping))
-            sleep_while_equal(&pool.wakeups, wakeups);
+            pe_sleep_while_equal(&pool.wakeups, wakeups);
         atomic_fetch_sub(&pool.n_sleeping, 1);
     }
     return NULL;
@@ -194,7 +152,7 @@ static void *worker(void *arg) {
 
 static void wake_workers(void) {
     atomic_fetch_add(&pool.wakeups, 1);
-    wake_all(&pool.wakeups);
+    pe_wake_all(&pool.wakeups);
 }
 
 /* ------------------------------------------------------------------ lifetime */
@@ -202,6 +160,7 @@ static void wake_workers(void) {
 /* Threads do not survive fork: the child begins with an empty pool, and the next loop or context starts workers again. */
 static void forget_workers_in_child(void) {
     pthread_mutex_init(&pool.lock, NULL);
+    pe_sleep_reset_after_fork();
     pool.n_workers = 0;
     atomic_store(&pool.busy, false);
     atomic_store(&pool.stopping, false);
@@ -224,9 +183,8 @@ static pe_status start_workers(int n_workers, char *err) {
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (failure == 0) return PE_OK;
-    snprintf(err, PE_ERR_LEN, "cannot start worker thread %d of %d: %s", pool.n_workers + 1, n_workers,
-             strerror(failure));
-    return PE_ERR_SYSTEM;
+    return pe_fail(PE_ERR_SYSTEM, err, "cannot start worker thread %d of %d: %s", pool.n_workers + 1, n_workers,
+                   strerror(failure));
 }
 
 pe_status pe_pool_acquire(int n_threads, char *err) {
@@ -265,14 +223,14 @@ static void run_alone(size_t n_units, pe_unit_fn fn, void *arg, pe_control *cont
 static void wait_for_workers(uint32_t n_units) {
     int64_t give_up = 0;
     for (int i = 1; atomic_load_explicit(&pool.n_finished, memory_order_acquire) != n_units; i++) {
-        relax();
+        pe_cpu_relax();
         if (i % 64 != 0) continue;
         int64_t now = pe_now_ns();
         if (give_up == 0) give_up = now + spin_ns;
         if (now < give_up) continue;
         atomic_store(&pool.caller_sleeps, 1);
         uint32_t n_finished = atomic_load(&pool.n_finished);
-        if (n_finished != n_units) sleep_while_equal(&pool.n_finished, n_finished);
+        if (n_finished != n_units) pe_sleep_while_equal(&pool.n_finished, n_finished);
         atomic_store(&pool.caller_sleeps, 0);
     }
 }

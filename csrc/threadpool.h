@@ -37,6 +37,4 @@ void pe_pool_release(void);
  * control may be NULL. */
 void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe_control *control);
 
-int64_t pe_now_ns(void);
-
 #endif

@@ -1,4 +1,4 @@
-"""Types of the compiled module; csrc/sampler.h has the law."""
+"""Types of the compiled module; csrc/sampler/sampler.h has the law."""
 
 from collections.abc import Iterable
 

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The border of csrc/sampler.h: validate, release the GIL, one call, one check.
+"""The border of csrc/sampler/sampler.h: validate, release the GIL, one call, one check.
 
 Logits are any C-contiguous one-dimensional float32 buffer (numpy, array.array('f'), memoryview); tokens are int32 buffers.
 A `Sampler` serves one sequence and must not be used by two threads at once.
@@ -17,7 +17,7 @@ cdef extern from "pyengine.h" nogil:
         PE_OK
 
 
-cdef extern from "sampler.h" nogil:
+cdef extern from "sampler/sampler.h" nogil:
     enum: PE_SAMPLER_MAX_TOP_LOGPROBS
     ctypedef struct pe_sampler_params:
         uint64_t seed, sample_index
@@ -51,11 +51,11 @@ cdef extern from "sampler.h" nogil:
                           char *err)
 
 
-cdef extern from "philox.h" nogil:
+cdef extern from "sampler/philox.h" nogil:
     void pe_philox4x32_10(const uint32_t *counter, const uint32_t *key, uint32_t *out)
 
 
-cdef extern from "sampler_math.h" nogil:
+cdef extern from "sampler/double_math.h" nogil:
     double pe_exp(double x)
     double pe_log(double x)
 
@@ -95,7 +95,7 @@ cdef class _Ids:
 
 
 cdef class Sampler:
-    """Chooses the tokens of one sequence; the law is in csrc/sampler.h.
+    """Chooses the tokens of one sequence; the law is in csrc/sampler/sampler.h.
 
     `params` is a `pyengine.sampling.ResolvedParams` (any object with its attributes). `end_ids` are the ids, beside
     `params.stop_token_ids`, that may not come before `params.min_tokens` outputs: the end-of-text tokens.

@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "kernels.h"
-#include "pyengine.h"
+#include "status.h"
 
 static const struct pe_kernels *const tables[] = {
 #if defined(__x86_64__)
@@ -44,11 +44,11 @@ pe_status pe_isa_select(const char *name, char *err) {
     if (name == NULL || name[0] == '\0') name = pe_isa_available(0);
     const struct pe_kernels *table = pe_kernels_by_name(name);
     if (table == NULL) {
-        int n = snprintf(err, PE_ERR_LEN,
-                         "instruction set '%.40s' is unknown or this CPU cannot run it; it can run:", name);
-        for (size_t i = 0; pe_isa_available(i) != NULL && n < PE_ERR_LEN - 20; i++)
-            n += snprintf(err + n, (size_t)(PE_ERR_LEN - n), " %s", pe_isa_available(i));
-        return PE_ERR_UNSUPPORTED_ISA;
+        char known[N_TABLES * 16 + 1] = "";
+        for (size_t i = 0, n = 0; pe_isa_available(i) != NULL; i++)
+            n += (size_t)snprintf(known + n, sizeof known - n, " %.15s", pe_isa_available(i));
+        return pe_fail(PE_ERR_UNSUPPORTED_ISA, err,
+                       "instruction set '%.40s' is unknown or this CPU cannot run it; it can run:%s", name, known);
     }
     atomic_store(&selected, table);
     return PE_OK;

@@ -4,8 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "forward.h"
+#include "context.h"
 #include "harness.h"
+#include "platform.h"
 #include "tiny_model.h"
 
 static const pe_config small = {.dim = 64, .hidden_dim = 64, .n_layers = 2, .n_heads = 2, .n_kv_heads = 1, .head_dim = 32,
@@ -276,7 +277,7 @@ static void deadlines(pe_context *c, pe_batch *batch, int32_t id, uint64_t expec
         batch->deadline_ns = start + duration * i / n_rounds;
         pe_status status = pe_forward(c, batch, err);
         if (status == PE_OK) {
-            CHECK(hash_logits(c) == expected, "%s: a call that met its deadline has wrong logits", c->kernels->name);
+            CHECK(hash_logits(c) == expected, "%s: a call that met its deadline has wrong logits", c->slice.kernels->name);
             EXPECT(PE_OK, pe_sequence_truncate(c, id, N_BEFORE, err));
         } else {
             CHECK(status == PE_ERR_CANCELLED && err[0] != '\0', "status %d", (int)status);
@@ -284,7 +285,7 @@ static void deadlines(pe_context *c, pe_batch *batch, int32_t id, uint64_t expec
             n_cancelled++;
         }
     }
-    CHECK(n_cancelled > 0, "%s: no deadline was noticed", c->kernels->name);
+    CHECK(n_cancelled > 0, "%s: no deadline was noticed", c->slice.kernels->name);
     batch->deadline_ns = 0;
 }
 
@@ -293,7 +294,7 @@ static void cancel_with(const struct pe_kernels *table, const tiny_model *t, int
     uint8_t want[N_TOKENS];
     pe_context *c = NULL;
     EXPECT(PE_OK, pe_context_create(&c, t->model, PE_KV_INT8, n_threads, err));
-    c->kernels = table;
+    c->slice.kernels = table;
     EXPECT(PE_OK, pe_sequence_new(c, &id, err));
     for (int i = 0; i < N_TOKENS; i++) tokens[i] = i * 7 % (int32_t)slow.vocab_size, sequences[i] = id, want[i] = 1;
     pe_batch batch = {.n_tokens = N_BEFORE, .tokens = tokens, .sequences = sequences, .want_logits = want};

@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "context.h"
 #include "float_env.h"
-#include "forward.h"
 #include "harness.h"
 #include "tiny_model.h"
 
@@ -58,7 +58,7 @@ static pe_context *context_new(const reference *ref, const struct pe_kernels *ta
     pe_context *c = NULL;
     pe_status status = pe_context_create(&c, ref->tiny.model, ref->which->kv_dtype, n_threads, err);
     CHECK(status == PE_OK, "%s", err);
-    if (c != NULL) c->kernels = table; /* also a table that dispatch does not offer */
+    if (c != NULL) c->slice.kernels = table; /* also a table that dispatch does not offer */
     return c;
 }
 
@@ -160,7 +160,7 @@ static void append_and_compare(pe_context *c, int32_t id, const reference *ref, 
     if (!CHECK(append(c, end - begin, ref->tokens[stream] + begin, sequences, want) == PE_OK, "%zu-%zu", begin, end)) return;
     for (size_t i = begin; i < end; i++)
         CHECK(same_logits(c, i - begin, ref, stream, i), "%s, %s, %d threads: positions %zu-%zu in one call, logits of %zu",
-              c->kernels->name, ref->which->name, c->n_threads, begin, end, i);
+              c->slice.kernels->name, ref->which->name, c->slice.n_threads, begin, end, i);
 }
 
 /* ------------------------------------------------------------------ chunkings */
@@ -206,7 +206,7 @@ static void random_batch(pe_context *c, const reference *ref, live *s, rng *r) {
     for (size_t i = 0; i < n; i++)
         if (want[i])
             CHECK(same_logits(c, row++, ref, streams[i], positions[i]), "%s, %s, %d threads: row %zu of a mixed batch of %zu, position %zu",
-                  c->kernels->name, ref->which->name, c->n_threads, i, n, positions[i]);
+                  c->slice.kernels->name, ref->which->name, c->slice.n_threads, i, n, positions[i]);
     CHECK(pe_context_n_logits(c) == row, "%zu rows of logits, expected %zu", pe_context_n_logits(c), row);
 }
 
@@ -230,7 +230,7 @@ static void random_change(pe_context *c, const reference *ref, live *s, rng *r) 
     if (stream == 0) agree = diverges[one->stream];
     switch (rng_below(r, 4)) {
     case 0:
-        CHECK(same_cache(c, one->id, ref, one->stream, one->length), "%s, %s: KV before a drop", c->kernels->name, ref->which->name);
+        CHECK(same_cache(c, one->id, ref, one->stream, one->length), "%s, %s: KV before a drop", c->slice.kernels->name, ref->which->name);
         CHECK(pe_sequence_drop(c, one->id, err) == PE_OK, "%s", err);
         one->used = false;
         break;

@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"count_instructions.c"}  # have a main of their own
-SOURCES = sorted([*ROOT.glob("csrc/*.c"), *(p for p in ROOT.glob("tests/csrc/*.c") if p.name not in PROGRAMS)])
+CORE = [*ROOT.glob("csrc/*.c"), *ROOT.glob("csrc/sampler/*.c")]
+SOURCES = sorted([*CORE, *(p for p in ROOT.glob("tests/csrc/*.c") if p.name not in PROGRAMS)])
 KERNELS = ROOT / "csrc" / "kernels"
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", f"-I{ROOT / 'csrc'}"]

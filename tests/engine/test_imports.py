@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -77,36 +78,72 @@ def test_import_pyengine_loads_nothing_heavy() -> None:
 
 # ---------------------------------------------------------------------- C
 
-# What each file may include; the bottom is kernels/, which knows nothing of models or threads.
-C_RANKS = {
-    "pyengine.h": 0,
-    "float_env.h": 0,
-    "kernels.h": 1,
-    "pe_math.h": 1,
-    "lanes16.h": 2,
-    "threadpool.h": 2,
-    "cpu_limits.h": 2,
-    "model.h": 3,
-    "kv_cache.h": 4,
-    "forward.h": 5,
+# What each room of csrc/ may include, from the bottom up. A room is a pair X.h, X.c, or a folder; kernels/ knows nothing of
+# models or threads, and nothing below context knows what a context is.
+C_ROOMS: dict[str, set[str]] = {
+    "pyengine": set(),
+    "float_env": set(),
+    "platform": set(),
+    "status": {"pyengine"},
+    "kernels": {"pyengine", "status"},
+    "threadpool": {"pyengine", "status", "platform", "float_env"},
+    "cpu_limits": {"pyengine", "platform", "threadpool"},
+    "probe": {"pyengine", "status", "platform", "threadpool", "kernels"},
+    "model": {"pyengine", "status", "threadpool", "kernels"},
+    "slice": {"pyengine", "status", "platform", "threadpool", "kernels", "model"},
+    "kv_cache": {"pyengine", "status", "platform", "kernels", "model"},
+    "matmul": {"kernels", "model", "slice"},
+    "attention": {"kernels", "model", "slice", "kv_cache"},
+    "block": {"slice", "kv_cache", "matmul", "attention"},
+    "mlp": {"slice", "matmul"},
+    "context": {"status", "platform", "slice", "kv_cache", "matmul", "attention"},
+    "forward": {"status", "platform", "float_env", "slice", "kv_cache", "matmul", "block", "mlp", "context"},
+    "sampler": {"pyengine", "status", "float_env", "kernels"},
 }
 
 
-def includes_of(path: Path) -> list[str]:
-    return [Path(name).name for name in re.findall(r'^#include "(.+?)"', path.read_text(), re.M)]
+def sources() -> list[Path]:
+    return sorted([*CSRC.rglob("*.c"), *CSRC.rglob("*.h")])
 
 
-def test_c_headers_include_only_lower_ones() -> None:
-    for path in [*CSRC.glob("*.h"), *(CSRC / "kernels").glob("*.h")]:
-        for name in includes_of(path):
-            if path.name in C_RANKS and name in C_RANKS:
-                assert C_RANKS[name] < C_RANKS[path.name], f"{path.name} includes {name}"
+def room(path: Path) -> str:
+    first = path.relative_to(CSRC).parts[0]
+    return first.split(".")[0]
 
 
-def test_kernels_know_nothing_above_them() -> None:
-    allowed = {"kernels.h", "pe_math.h", "lanes16.h", "lanes16_avx2.h", "lanes8_x86.h", "pyengine.h"}
-    for path in (CSRC / "kernels").iterdir():
-        assert set(includes_of(path)) <= allowed, path.name
+def includes_of(path: Path) -> list[Path]:
+    """The files of csrc/ that a file includes: beside it, or from csrc/ down."""
+    found = []
+    for name in re.findall(r'^[ \t]*#[ \t]*include[ \t]*"(.+?)"', path.read_text(), re.M):
+        places = [place for place in (path.parent / name, CSRC / name) if place.is_file()]
+        assert places, f"{path} includes {name}, which is not there"
+        found.append(places[0].resolve())
+    return found
+
+
+def test_c_rooms_include_only_what_they_may() -> None:
+    assert {room(path) for path in sources()} == C_ROOMS.keys()
+    wrong = [
+        f"{path.relative_to(CSRC)} includes {included.relative_to(CSRC)}"
+        for path in sources()
+        for included in includes_of(path)
+        if room(included) not in C_ROOMS[room(path)] | {room(path)}
+    ]
+    assert not wrong
+
+
+def test_c_includes_have_no_circle() -> None:
+    """Neither between rooms nor between files: TopologicalSorter raises CycleError."""
+    rooms = list(TopologicalSorter(C_ROOMS).static_order())
+    assert rooms.index("kernels") < rooms.index("model") < rooms.index("slice") < rooms.index("forward")
+    assert len(list(TopologicalSorter({path: includes_of(path) for path in sources()}).static_order())) > 40
+
+
+def test_platform_calls_are_in_one_place() -> None:
+    """cpu_features.c asks Linux for the CPU's features; everything else of an operating system is in platform.c."""
+    marks = re.compile(r"__linux__|__APPLE__|_WIN32|<sys/|<linux/|<sched\.h>|<unistd\.h>")
+    found = {str(path.relative_to(CSRC)) for path in sources() if marks.search(path.read_text())}
+    assert found == {"platform.c", "kernels/cpu_features.c"}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +169,7 @@ def undefined_symbols(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         ],
     }
     symbols: dict[str, set[str]] = {"U": set(), "defined": set()}
-    for path in [*CSRC.glob("*.c"), *(CSRC / "kernels").glob("*.c")]:
+    for path in CSRC.rglob("*.c"):
         if "neon" in path.name or (path.name in own and sys.platform != "linux"):
             continue
         out = directory / f"{path.stem}.o"

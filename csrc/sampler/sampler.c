@@ -1,28 +1,19 @@
-/* sampler.c: logits -> token. The law is in sampler.h; this half keeps what has been said, edits the logits by it (step 1)
- * and owns the memory. sampler_choose.c has the other steps.
+/* sampler.c: logits -> token. The law is in sampler.h; this half keeps what has been said, edits the logits by it
+ * (step 1) and owns the memory. choice.c has the other steps.
  *
  * Reads in the order of a call: passes over the logits, penalties and masks, the call itself, log-probabilities without
  * a sampler, then the life of a sampler. */
 #include "sampler.h"
 
 #include <math.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "double_math.h"
 #include "float_env.h"
 #include "kernels/pe_math.h"
-#include "sampler_math.h"
-#include "sampler_state.h"
-
-static pe_status fail(char *err, pe_status status, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(err, PE_ERR_LEN, format, arguments);
-    va_end(arguments);
-    return status;
-}
+#include "state.h"
+#include "status.h"
 
 /* ------------------------------------------------------------------ passes over the logits */
 
@@ -73,7 +64,7 @@ static pe_status penalize(pe_sampler *s, char *err) {
         if (s->n_output[id]) l = l - p->frequency_penalty * s->n_output[id] - p->presence_penalty;
         float rounded = (float)l;
         if ((pe_float_bits(rounded) & 0x7fffffffu) >= PE_NOT_FINITE_BITS)
-            return fail(err, PE_ERR_NOT_FINITE, "the logit of token %d overflows under the penalties", (int)id);
+            return pe_fail(PE_ERR_NOT_FINITE, err, "the logit of token %d overflows under the penalties", (int)id);
         s->adjusted[id] = rounded;
     }
     return PE_OK;
@@ -93,7 +84,7 @@ static pe_status adjust(pe_sampler *s, const float *logits, const float **out, c
         float *l = &s->adjusted[p->bias_ids[i]];
         *l = *l + p->bias_values[i];
         if (*l > 3.4028234664e38f)
-            return fail(err, PE_ERR_NOT_FINITE, "the logit of token %d overflows under its bias", (int)p->bias_ids[i]);
+            return pe_fail(PE_ERR_NOT_FINITE, err, "the logit of token %d overflows under its bias", (int)p->bias_ids[i]);
     }
     if (s->banned)
         for (size_t i = 0; i < s->vocab_size; i++) s->adjusted[i] = s->banned[i] ? -INFINITY : s->adjusted[i];
@@ -108,14 +99,14 @@ static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, p
     const float *adjusted;
     float raw_top, top;
     if (!finite_maximum(logits, s->vocab_size, &raw_top))
-        return fail(err, PE_ERR_NOT_FINITE, "a logit at position %llu is an infinity or NaN",
-                    (unsigned long long)position);
+        return pe_fail(PE_ERR_NOT_FINITE, err, "a logit at position %llu is an infinity or NaN",
+                       (unsigned long long)position);
     pe_status status = adjust(s, logits, &adjusted, err);
     if (status != PE_OK) return status;
     top = adjusted == logits ? raw_top : maximum(adjusted, s->vocab_size);
     if (top == -INFINITY)
-        return fail(err, PE_ERR_INVALID_ARGUMENT,
-                    "every token is banned: allowed_token_ids, bad tokens, logit_bias and min_tokens leave none");
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err,
+                       "every token is banned: allowed_token_ids, bad tokens, logit_bias and min_tokens leave none");
     if (s->params.temperature == 0.0) {
         size_t i = 0;
         while (adjusted[i] != top) i++;
@@ -140,7 +131,8 @@ pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t p
 
 pe_status pe_sampler_accept(pe_sampler *s, int32_t token, bool is_prompt, char *err) {
     if (token < 0 || (size_t)token >= s->vocab_size)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "token %d is not in a vocabulary of %zu", (int)token, s->vocab_size);
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "token %d is not in a vocabulary of %zu", (int)token,
+                       s->vocab_size);
     if (!is_prompt) s->n_outputs++;
     if (!s->seen) return PE_OK;
     if (!s->in_prompt[token] && !s->n_output[token]) s->seen[s->n_seen++] = token;
@@ -165,12 +157,13 @@ void pe_sampler_reset(pe_sampler *s) {
 pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
                       char *err) {
     if (vocab_size == 0 || vocab_size > PE_SAMPLER_MAX_VOCAB)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "vocab_size %zu is not in [1, %u]", vocab_size, PE_SAMPLER_MAX_VOCAB);
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "vocab_size %zu is not in [1, %u]", vocab_size,
+                       PE_SAMPLER_MAX_VOCAB);
     if (token < 0 || (size_t)token >= vocab_size)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "token %d is not in a vocabulary of %zu", (int)token, vocab_size);
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "token %d is not in a vocabulary of %zu", (int)token, vocab_size);
     if (n_top > PE_SAMPLER_MAX_TOP_LOGPROBS)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "%zu alternatives asked for, at most %d", n_top,
-                    PE_SAMPLER_MAX_TOP_LOGPROBS);
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%zu alternatives asked for, at most %d", n_top,
+                       PE_SAMPLER_MAX_TOP_LOGPROBS);
     uint64_t env = pe_float_env_enter();
     float top;
     bool finite = finite_maximum(logits, vocab_size, &top);
@@ -179,7 +172,7 @@ pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, siz
         pe_sampler_fill_logprobs(logits, vocab_size, top, n_top, out);
     }
     pe_float_env_leave(env);
-    return finite ? PE_OK : fail(err, PE_ERR_NOT_FINITE, "a logit is an infinity or NaN");
+    return finite ? PE_OK : pe_fail(PE_ERR_NOT_FINITE, err, "a logit is an infinity or NaN");
 }
 
 /* ------------------------------------------------------------------ life */
@@ -192,7 +185,8 @@ static bool finite_double(double x) { return (pe_double_bits(x) & 0x7ff000000000
 
 static pe_status check_numbers(size_t vocab_size, const pe_sampler_params *p, char *err) {
     if (vocab_size == 0 || vocab_size > PE_SAMPLER_MAX_VOCAB)
-        return fail(err, PE_ERR_INVALID_ARGUMENT, "vocab_size %zu is not in [1, %u]", vocab_size, PE_SAMPLER_MAX_VOCAB);
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "vocab_size %zu is not in [1, %u]", vocab_size,
+                       PE_SAMPLER_MAX_VOCAB);
     const struct {
         const char *name;
         double value;
@@ -212,16 +206,16 @@ static pe_status check_numbers(size_t vocab_size, const pe_sampler_params *p, ch
     };
     for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
         if (!checks[i].valid || !finite_double(checks[i].value))
-            return fail(err, PE_ERR_INVALID_ARGUMENT, "%s = %g is out of range", checks[i].name, checks[i].value);
+            return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%s = %g is out of range", checks[i].name, checks[i].value);
     return PE_OK;
 }
 
 static pe_status check_ids(const char *name, const int32_t *ids, size_t n, size_t vocab_size, char *err) {
-    if (n && !ids) return fail(err, PE_ERR_INVALID_ARGUMENT, "%s has a length but no elements", name);
+    if (n && !ids) return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%s has a length but no elements", name);
     for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || (size_t)ids[i] >= vocab_size)
-            return fail(err, PE_ERR_INVALID_ARGUMENT, "%s: token %d is not in a vocabulary of %zu", name, (int)ids[i],
-                        vocab_size);
+            return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%s: token %d is not in a vocabulary of %zu", name, (int)ids[i],
+                           vocab_size);
     return PE_OK;
 }
 
@@ -231,10 +225,10 @@ static pe_status check_lists(size_t vocab_size, const pe_sampler_params *p, char
     if (status == PE_OK) status = check_ids("bad tokens", p->bad, p->n_bad, vocab_size, err);
     if (status == PE_OK) status = check_ids("stop tokens", p->stop, p->n_stop, vocab_size, err);
     if (status != PE_OK || !p->n_bias) return status;
-    if (!p->bias_values) return fail(err, PE_ERR_INVALID_ARGUMENT, "logit_bias has ids but no values");
+    if (!p->bias_values) return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "logit_bias has ids but no values");
     for (size_t i = 0; i < p->n_bias; i++)
         if (!(p->bias_values[i] < INFINITY)) /* a NaN too */
-            return fail(err, PE_ERR_INVALID_ARGUMENT, "logit_bias of token %d is not finite", (int)p->bias_ids[i]);
+            return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "logit_bias of token %d is not finite", (int)p->bias_ids[i]);
     return PE_OK;
 }
 
@@ -306,7 +300,7 @@ pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sample
     }
     if (!s || !own_lists(s) || !own_buffers(s)) {
         pe_sampler_destroy(s);
-        return fail(err, PE_ERR_OUT_OF_MEMORY, "no memory for a sampler over %zu tokens", vocab_size);
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "no memory for a sampler over %zu tokens", vocab_size);
     }
     *out = s;
     return PE_OK;

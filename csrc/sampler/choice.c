@@ -1,13 +1,13 @@
-/* sampler_choose.c: steps 2 to 7 of the law in sampler.h, and log-probabilities, without sorting the vocabulary.
+/* choice.c: steps 2 to 7 of the law in sampler.h, and log-probabilities, without sorting the vocabulary.
  *
  * Reads in the order of the law: candidates and their heap, the first k, the steps, the draw, log-probabilities. */
 #include <math.h>
 #include <string.h>
 
 #include "kernels/pe_math.h"
+#include "double_math.h"
 #include "philox.h"
-#include "sampler_math.h"
-#include "sampler_state.h"
+#include "state.h"
 
 #define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
 #define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */

@@ -1,5 +1,5 @@
-/* sampler_state.h: what the two halves of the sampler share. sampler.c keeps the history, edits the logits by it and owns
- * the memory; sampler_choose.c takes a token, or log-probabilities, out of logits. */
+/* state.h: what the two halves of the sampler share. sampler.c keeps the history, edits the logits by it and owns
+ * the memory; choice.c takes a token, or log-probabilities, out of logits. */
 #ifndef PE_SAMPLER_STATE_H
 #define PE_SAMPLER_STATE_H
 

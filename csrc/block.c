@@ -1,0 +1,93 @@
+/* block.c: see block.h. */
+#include "block.h"
+
+#include <string.h>
+
+#include "attention.h"
+#include "matmul.h"
+
+/* One layer's q, k and v of every row: normed, rotated, put where attention looks for them. */
+typedef struct qkv_job {
+    pe_slice *s;
+    pe_kv_cache *kv;
+    uint32_t layer;
+} qkv_job;
+
+static void put_query(pe_slice *s, size_t token, size_t head, const float *q) {
+    const pe_model *model = s->model;
+    size_t n_rep = model->config.n_heads / model->config.n_kv_heads, d = model->head_dim_p, g = d / PE_X_GROUP;
+    size_t row = (head / n_rep * s->capacity + token) * n_rep + head % n_rep;
+    if (s->kv_dtype == PE_KV_F32) {
+        memset(s->q_f32 + row * d, 0, d * sizeof(float));
+        memcpy(s->q_f32 + row * d, q, model->config.head_dim * sizeof(float));
+        return;
+    }
+    pe_slice_note_bits(s, s->kernels->quantize(s->q + row * d, s->q_scales + row * g, s->q_corrections + row * g, 1, q,
+                                               model->config.head_dim, d));
+}
+
+/* Quantize k and v (head_dim) and put them at the token's position of the cache: k as a lane of its panel, v as
+ * a row. */
+static void put_key_value(const qkv_job *j, size_t token, uint32_t kv_head, const float *k, const float *v) {
+    pe_slice *s = j->s;
+    const pe_model *model = s->model;
+    size_t d = model->head_dim_p, head_dim = model->config.head_dim;
+    size_t position = s->positions[token], in_chunk = position % PE_CHUNK, panel = in_chunk / PE_PANEL,
+           lane = in_chunk % PE_PANEL;
+    pe_kv_chunk kv = pe_kv_chunk_at(j->kv, s->sequences[token], position / PE_CHUNK, j->layer, kv_head);
+    if (s->kv_dtype == PE_KV_F32) {
+        for (size_t i = 0; i < d; i++) {
+            kv.k_f32[(panel * d + i) * PE_PANEL + lane] = i < head_dim ? k[i] : 0.0f;
+            kv.v_f32[in_chunk * d + i] = i < head_dim ? v[i] : 0.0f;
+        }
+        return;
+    }
+    int8_t codes[PE_MAX_HEAD_DIM];
+    float scales[PE_MAX_HEAD_DIM / PE_X_GROUP];
+    int32_t corrections[PE_MAX_HEAD_DIM / PE_X_GROUP];
+    pe_slice_note_bits(s, s->kernels->quantize(codes, scales, corrections, 1, k, head_dim, d));
+    for (size_t i = 0; i < d; i += 4) memcpy(kv.k + (panel * d + i) * PE_PANEL + lane * 4, codes + i, 4);
+    for (size_t g = 0; g < d / PE_X_GROUP; g++)
+        kv.k_scales[(panel * (d / PE_X_GROUP) + g) * PE_PANEL + lane] = scales[g];
+    memset(kv.v + in_chunk * d, 0, d);
+    pe_slice_note_bits(s, s->kernels->quantize_group(kv.v + in_chunk * d, &kv.v_scales[in_chunk], v, head_dim));
+}
+
+/* One token: q and k normed (qk_norm) and rotated, q quantized, k and v into the cache. */
+static void qkv_unit(void *arg, size_t token, int thread) {
+    (void)thread;
+    qkv_job *j = arg;
+    pe_slice *s = j->s;
+    const pe_model *model = s->model;
+    const pe_layer *layer = &model->layers[j->layer];
+    size_t head_dim = model->config.head_dim, half = head_dim / 2;
+    float *q = s->qkv + token * pe_qkv_stride(model), *k = q + model->q_dim, *v = k + model->kv_dim;
+    const float *cos = s->cos + token * half, *sin = s->sin + token * half;
+    for (size_t head = 0; head < model->config.n_heads; head++) {
+        float *row = q + head * head_dim;
+        if (layer->q_norm != NULL) s->kernels->rmsnorm(row, row, layer->q_norm, head_dim, model->config.norm_eps);
+        s->kernels->rope(row, cos, sin, head_dim);
+        put_query(s, token, head, row);
+    }
+    for (uint32_t head = 0; head < model->config.n_kv_heads; head++) {
+        float *row = k + head * head_dim;
+        if (layer->k_norm != NULL) s->kernels->rmsnorm(row, row, layer->k_norm, head_dim, model->config.norm_eps);
+        s->kernels->rope(row, cos, sin, head_dim);
+        put_key_value(j, token, head, row, v + head * head_dim);
+    }
+}
+
+pe_status pe_block(pe_slice *s, pe_kv_cache *kv, uint32_t index, char *err) {
+    const pe_model *model = s->model;
+    const pe_layer *layer = &model->layers[index];
+    size_t n = s->n_tokens, x_stride = pe_x_stride(model);
+    pe_quantize_rows(s, s->x, x_stride, n, model->config.dim, layer->attention_norm);
+    pe_matmul(s, &layer->wqkv, layer->wqkv_bias, s->qkv, pe_qkv_stride(model), PE_STORE);
+    qkv_job qkv = {s, kv, index};
+    pe_parallel_for(s->n_threads, n, qkv_unit, &qkv, s->control);
+    pe_status status = pe_attention(s, kv, index, err);
+    if (status != PE_OK) return status;
+    pe_quantize_rows(s, s->att, model->q_dim, n, model->q_dim, NULL);
+    pe_matmul(s, &layer->wo, layer->wo_bias, s->x, x_stride, PE_ADD);
+    return PE_OK;
+}

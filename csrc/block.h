@@ -1,0 +1,12 @@
+/* block.h: the attention half of a layer. */
+#ifndef PE_BLOCK_H
+#define PE_BLOCK_H
+
+#include "kv_cache.h"
+#include "slice.h"
+
+/* x = x + wo * attention(norm(x)) for every row of the slice; the rows' keys and values of layer `index` go into `kv`,
+ * at positions that the cache has made room for. */
+pe_status pe_block(pe_slice *slice, pe_kv_cache *kv, uint32_t index, char *err);
+
+#endif

@@ -1,0 +1,122 @@
+/* matmul.c: see matmul.h. Units are blocks of tokens for the quantizer and runs of weight panels for the product; the
+ * bits do not depend on how they are cut. */
+#include "matmul.h"
+
+#include <string.h>
+
+enum {
+    TILE_TOKENS = 64, /* one tile of a product with an epilogue: 64 tokens x 4 panels of float32 = 16 KiB */
+    TILE_PANELS = 4,
+    MAX_PANELS_PER_UNIT = 64
+};
+
+size_t pe_matmul_scratch_floats(const pe_model *model) {
+    size_t tile = (size_t)TILE_TOKENS * TILE_PANELS * PE_PANEL, normed_row = pe_pad(model->config.dim, PE_GROUP);
+    return tile > normed_row ? tile : normed_row;
+}
+
+/* ------------------------------------------------------------------ quantized inputs */
+
+typedef struct quantize_job {
+    pe_slice *s;
+    const float *rows;
+    size_t stride, n;  /* n columns of each row */
+    const float *norm; /* RMSNorm weight or NULL */
+} quantize_job;
+
+static void quantize_unit(void *arg, size_t block, int thread) {
+    quantize_job *j = arg;
+    pe_slice *s = j->s;
+    pe_activations *act = &s->act;
+    size_t first = block * PE_TOKEN_BLOCK, n_groups = act->n / PE_X_GROUP;
+    size_t left = act->n_tokens - first, n_tokens = left < PE_TOKEN_BLOCK ? left : PE_TOKEN_BLOCK;
+    size_t width = pe_block_width(left);
+    if (n_tokens < width) {
+        memset(act->codes + first * act->n, 0, width * act->n);
+        memset(act->scales + first * n_groups, 0, width * n_groups * sizeof *act->scales);
+        memset(act->corrections + first * n_groups, 0, width * n_groups * sizeof *act->corrections);
+    }
+    for (size_t t = 0; t < n_tokens; t++) {
+        const float *row = j->rows + (first + t) * j->stride;
+        if (j->norm != NULL) {
+            float *normed = pe_thread_scratch(s, thread);
+            float sum_of_squares = s->kernels->rmsnorm(normed, row, j->norm, j->n, s->model->config.norm_eps);
+            pe_slice_note_bits(s, pe_float_bits(sum_of_squares) & 0x7fffffffu);
+            row = normed;
+        }
+        pe_slice_note_bits(
+            s, s->kernels->quantize(act->codes + first * act->n + t * 4, act->scales + first * n_groups + t,
+                                    act->corrections + first * n_groups + t, width, row, j->n, act->n));
+    }
+}
+
+void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, size_t n_rows, size_t n, const float *norm) {
+    s->act.n = pe_pad(n, PE_GROUP);
+    s->act.n_tokens = n_rows;
+    quantize_job j = {s, rows, stride, n, norm};
+    pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
+}
+
+/* ------------------------------------------------------------------ product */
+
+typedef struct matmul_job {
+    pe_slice *s;
+    const pe_matrix *w;
+    const float *bias; /* padded to 16 rows, or NULL */
+    float *out;
+    size_t out_stride, panels_per_unit;
+    pe_epilogue epilogue;
+} matmul_job;
+
+static void add_bias(const pe_slice *s, float *out, size_t stride, size_t n_tokens, const float *bias, size_t n) {
+    for (size_t t = 0; t < n_tokens; t++) s->kernels->add(out + t * stride, bias, n);
+}
+
+/* Panels [begin, end), at most TILE_PANELS, times tokens [first, last), at most TILE_TOKENS. */
+static void matmul_tile(const matmul_job *j, size_t begin, size_t end, size_t first, size_t last, float *tile) {
+    const pe_slice *s = j->s;
+    size_t width = (end - begin) * PE_PANEL;
+    s->kernels->matmul(tile, width, j->w, begin, end, &s->act, first, last);
+    if (j->bias != NULL) add_bias(s, tile, width, last - first, j->bias + begin * PE_PANEL, width);
+    for (size_t t = first; t < last; t++) {
+        const float *row = tile + (t - first) * width;
+        float *out = j->out + t * j->out_stride;
+        if (j->epilogue == PE_ADD) {
+            s->kernels->add(out + begin * PE_PANEL, row, width);
+        } else {
+            s->kernels->swiglu(out + begin / 2 * PE_PANEL, row, (end - begin) / 2);
+        }
+    }
+}
+
+static void matmul_unit(void *arg, size_t unit, int thread) {
+    matmul_job *j = arg;
+    const pe_slice *s = j->s;
+    size_t begin = unit * j->panels_per_unit, end = begin + j->panels_per_unit, n_tokens = s->act.n_tokens;
+    if (end > j->w->n_panels) end = j->w->n_panels;
+    if (j->epilogue == PE_STORE) {
+        float *out = j->out + begin * PE_PANEL;
+        s->kernels->matmul(out, j->out_stride, j->w, begin, end, &s->act, 0, n_tokens);
+        if (j->bias != NULL)
+            add_bias(s, out, j->out_stride, n_tokens, j->bias + begin * PE_PANEL, (end - begin) * PE_PANEL);
+        return;
+    }
+    for (size_t p = begin; p < end; p += TILE_PANELS)
+        for (size_t t = 0; t < n_tokens; t += TILE_TOKENS)
+            matmul_tile(j, p, end - p < TILE_PANELS ? end : p + TILE_PANELS, t,
+                        n_tokens - t < TILE_TOKENS ? n_tokens : t + TILE_TOKENS, pe_thread_scratch(s, thread));
+}
+
+/* Small enough that no thread waits long for the last unit, and an even number of panels: kernels like pairs, SwiGLU
+ * needs them. */
+static size_t panels_per_unit(const pe_slice *s, size_t n_panels) {
+    size_t panels = n_panels / ((size_t)s->n_threads * 16) / 2 * 2;
+    return panels < 2 ? 2 : panels > MAX_PANELS_PER_UNIT ? MAX_PANELS_PER_UNIT : panels;
+}
+
+void pe_matmul(pe_slice *s, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
+               pe_epilogue epilogue) {
+    matmul_job j = {s, w, bias, out, out_stride, panels_per_unit(s, w->n_panels), epilogue};
+    size_t n_units = (w->n_panels + j.panels_per_unit - 1) / j.panels_per_unit;
+    pe_parallel_for(s->n_threads, n_units, matmul_unit, &j, s->control);
+}

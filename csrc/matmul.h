@@ -1,0 +1,24 @@
+/* matmul.h: products of a slice's rows with a weight matrix: quantize the rows, multiply, do something with the result.
+ *
+ *     pe_quantize_rows(slice, slice->x, ..., norm)         float rows -> slice->act, int8 in groups of 32
+ *     pe_matmul(slice, &layer->wo, bias, slice->x, ..., PE_ADD)     slice->act -> float rows */
+#ifndef PE_MATMUL_H
+#define PE_MATMUL_H
+
+#include "slice.h"
+
+/* What becomes of a product: out = p, out += p, or out = silu(gate) * up of alternating gate and up panels. */
+typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_SWIGLU } pe_epilogue;
+
+/* slice->act = the first n columns of every row, quantized; rows (n_rows, stride). With `norm` (n), an RMSNorm weight,
+ * the rows are normed first. */
+void pe_quantize_rows(pe_slice *slice, const float *rows, size_t stride, size_t n_rows, size_t n, const float *norm);
+
+/* out (act.n_tokens, out_stride) = act * w^T + bias under the epilogue. bias is padded to 16 rows like w, or NULL. */
+void pe_matmul(pe_slice *slice, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
+               pe_epilogue epilogue);
+
+/* Floats of thread scratch that these two need. */
+size_t pe_matmul_scratch_floats(const pe_model *model);
+
+#endif

@@ -1,0 +1,10 @@
+/* mlp.h: the feed-forward half of a layer. */
+#ifndef PE_MLP_H
+#define PE_MLP_H
+
+#include "slice.h"
+
+/* x = x + w_down * swiglu(w_gate_up * norm(x)) for every row of the slice. */
+void pe_mlp(pe_slice *slice, const pe_layer *layer);
+
+#endif

@@ -1,0 +1,77 @@
+/* platform.c: see platform.h. Compile with PE_PLATFORM_POSIX to get the other systems' half on Linux, for tests. */
+#define _GNU_SOURCE
+#include "platform.h"
+
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__linux__) && !defined(PE_PLATFORM_POSIX)
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#else
+#include <pthread.h>
+#endif
+
+void *pe_aligned_alloc(size_t n_bytes) {
+    size_t padded = (n_bytes + 63) / 64 * 64;
+    return n_bytes > SIZE_MAX - 63 ? NULL : aligned_alloc(64, padded);
+}
+
+int64_t pe_now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static int count_online(void) {
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 ? (int)online : 1;
+}
+
+#if defined(__linux__) && !defined(PE_PLATFORM_POSIX)
+/* ------------------------------------------------------------------ Linux: futexes, the affinity mask */
+
+void pe_sleep_while_equal(_Atomic uint32_t *word, uint32_t value) {
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+void pe_wake_all(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+
+void pe_sleep_reset_after_fork(void) {}
+
+int pe_count_cpus(void) {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    return count_online(); /* more CPUs than cpu_set_t holds */
+}
+
+#else
+/* ------------------------------------------------------------------ POSIX: one condition variable for all words */
+
+static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t sleep_condition = PTHREAD_COND_INITIALIZER;
+
+void pe_sleep_while_equal(_Atomic uint32_t *word, uint32_t value) {
+    pthread_mutex_lock(&sleep_lock);
+    while (atomic_load(word) == value) pthread_cond_wait(&sleep_condition, &sleep_lock);
+    pthread_mutex_unlock(&sleep_lock);
+}
+
+void pe_wake_all(_Atomic uint32_t *word) {
+    (void)word;
+    pthread_mutex_lock(&sleep_lock);
+    pthread_cond_broadcast(&sleep_condition);
+    pthread_mutex_unlock(&sleep_lock);
+}
+
+void pe_sleep_reset_after_fork(void) {
+    pthread_mutex_init(&sleep_lock, NULL);
+    pthread_cond_init(&sleep_condition, NULL);
+}
+
+int pe_count_cpus(void) { return count_online(); }
+
+#endif

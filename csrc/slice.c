@@ -1,0 +1,148 @@
+/* slice.c: see slice.h. Memory, then what is the same for all layers. */
+#include "slice.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "platform.h"
+#include "status.h"
+
+/* ------------------------------------------------------------------ memory */
+
+/* A buffer of the slice, to be allocated together with the others. */
+typedef struct buffer {
+    void **pointer;
+    size_t n_bytes;
+} buffer;
+
+enum { N_BUFFERS = 16 };
+
+/* Every buffer and its size for n rows. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE_MAX. */
+static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
+    const pe_model *model = s->model;
+    const pe_config *config = &model->config;
+    size_t widest = config->dim > config->hidden_dim ? config->dim : config->hidden_dim;
+    if (model->q_dim > widest) widest = model->q_dim;
+    widest = pe_pad(widest, PE_GROUP);
+    size_t q_elements = n * config->n_heads * model->head_dim_p, q_groups = q_elements / PE_X_GROUP;
+    bool f32 = s->kv_dtype == PE_KV_F32;
+    const buffer list[] = {
+        {(void **)&s->sequences, n * sizeof *s->sequences},
+        {(void **)&s->positions, n * sizeof *s->positions},
+        {(void **)&s->x, n * pe_x_stride(model) * sizeof(float)},
+        {(void **)&s->qkv, n * pe_qkv_stride(model) * sizeof(float)},
+        {(void **)&s->att, n * model->q_dim * sizeof(float)},
+        {(void **)&s->h, n * pe_h_stride(model) * sizeof(float)},
+        {(void **)&s->act.codes, n * widest},
+        {(void **)&s->act.scales, n * widest / PE_X_GROUP * sizeof(float)},
+        {(void **)&s->act.corrections, n * widest / PE_X_GROUP * sizeof(int32_t)},
+        {(void **)&s->q, f32 ? 0 : q_elements},
+        {(void **)&s->q_scales, f32 ? 0 : q_groups * sizeof(float)},
+        {(void **)&s->q_corrections, f32 ? 0 : q_groups * sizeof(int32_t)},
+        {(void **)&s->q_f32, f32 ? q_elements * sizeof(float) : 0},
+        {(void **)&s->cos, n * (config->head_dim / 2) * sizeof(float)},
+        {(void **)&s->sin, n * (config->head_dim / 2) * sizeof(float)},
+        {(void **)&s->blocks, n * sizeof *s->blocks},
+    };
+    _Static_assert(sizeof list / sizeof list[0] == N_BUFFERS, "N_BUFFERS");
+    memcpy(buffers, list, sizeof list);
+    return N_BUFFERS;
+}
+
+static void free_buffers(pe_slice *s) {
+    buffer buffers[N_BUFFERS];
+    size_t n = list_buffers(s, s->capacity, buffers);
+    for (size_t i = 0; i < n; i++) {
+        free(*buffers[i].pointer);
+        *buffers[i].pointer = NULL;
+    }
+    s->capacity = 0;
+    s->n_bytes = 0;
+}
+
+pe_status pe_slice_reserve(pe_slice *s, size_t n_tokens, char *err) {
+    if (n_tokens <= s->capacity) return PE_OK;
+    /* One token for a decode, else doubling: few sizes, so few reallocations, and whole blocks of tokens. */
+    size_t capacity = s->capacity == 0 ? 1 : s->capacity;
+    while (capacity < n_tokens) capacity *= 2;
+    free_buffers(s);
+    buffer buffers[N_BUFFERS];
+    size_t n = list_buffers(s, capacity, buffers);
+    for (size_t i = 0; i < n; i++) {
+        if (buffers[i].n_bytes == 0) continue;
+        *buffers[i].pointer = pe_aligned_alloc(buffers[i].n_bytes);
+        if (*buffers[i].pointer == NULL) {
+            free_buffers(s);
+            return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the buffers of %zu tokens", capacity);
+        }
+        s->n_bytes += buffers[i].n_bytes;
+    }
+    s->capacity = capacity;
+    return PE_OK;
+}
+
+pe_status pe_slice_reserve_partials(pe_slice *s, size_t n_floats, char *err) {
+    if (n_floats <= s->partials_capacity) return PE_OK;
+    free(s->partials);
+    s->partials_capacity = 0;
+    s->partials = pe_aligned_alloc(n_floats * sizeof(float));
+    if (s->partials == NULL)
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for %zu bytes of attention states",
+                       n_floats * sizeof(float));
+    s->partials_capacity = n_floats;
+    return PE_OK;
+}
+
+pe_status pe_slice_create(pe_slice *s, const pe_model *model, const struct pe_kernels *kernels, pe_kv_dtype kv_dtype,
+                          int n_threads, size_t thread_scratch_floats, char *err) {
+    *s = (pe_slice){.model = model, .kernels = kernels, .kv_dtype = kv_dtype, .n_threads = n_threads};
+    s->thread_scratch_floats = pe_pad(thread_scratch_floats, 64);
+    s->thread_scratch = pe_aligned_alloc(s->thread_scratch_floats * (size_t)n_threads * sizeof(float));
+    if (s->thread_scratch != NULL) return PE_OK;
+    return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the scratch of %d threads", n_threads);
+}
+
+void pe_slice_destroy(pe_slice *s) {
+    if (s->model == NULL) return;
+    free_buffers(s);
+    free(s->partials);
+    free(s->thread_scratch);
+    *s = (pe_slice){0};
+}
+
+size_t pe_slice_bytes(const pe_slice *s) {
+    return s->n_bytes + (s->thread_scratch_floats * (size_t)s->n_threads + s->partials_capacity) * sizeof(float);
+}
+
+/* ------------------------------------------------------------------ before and after the layers */
+
+/* Runs of one sequence, cut so that a block's rows (tokens x heads of one kv head) fit the attention kernels' scratch. */
+static void find_query_blocks(pe_slice *s) {
+    size_t n_rep = s->model->config.n_heads / s->model->config.n_kv_heads;
+    size_t most = n_rep >= PE_ATTENTION_ROWS ? 1 : PE_ATTENTION_ROWS / n_rep;
+    s->n_blocks = 0;
+    for (size_t i = 0; i < s->n_tokens; i++) {
+        pe_query_block *last = s->n_blocks > 0 ? &s->blocks[s->n_blocks - 1] : NULL;
+        if (last != NULL && last->sequence == s->sequences[i] && last->n_tokens < most) {
+            last->n_tokens++;
+        } else {
+            s->blocks[s->n_blocks++] = (pe_query_block){i, 1, s->positions[i], s->sequences[i]};
+        }
+    }
+}
+
+void pe_slice_prepare(pe_slice *s) {
+    size_t half = s->model->config.head_dim / 2;
+    for (size_t t = 0; t < s->n_tokens; t++)
+        for (size_t i = 0; i < half; i++)
+            pe_cos_sin((float)s->positions[t] * s->model->inv_freq[i], &s->cos[t * half + i],
+                       &s->sin[t * half + i]);
+    find_query_blocks(s);
+}
+
+pe_status pe_slice_check(const pe_slice *s, const char *where, char *err) {
+    if (s->control != NULL && atomic_load(&s->control->cancelled))
+        return pe_fail(PE_ERR_CANCELLED, err, "the call was cancelled or timed out");
+    if (atomic_load(&s->not_finite)) return pe_fail(PE_ERR_NOT_FINITE, err, "an infinity or NaN appeared %s", where);
+    return PE_OK;
+}

@@ -1,0 +1,101 @@
+/* slice.h: the rows of a batch that go through the layers together, with every buffer that they need on their way.
+ *
+ * A row is one token at one position of one sequence. Rows of many sequences lie side by side in a slice, in the order
+ * of the batch; consecutive positions of one sequence form query blocks. What works on a slice (matmul.h, attention.h,
+ * block.h, mlp.h) finds in it the weights, the kernels and the threads to work with, and knows nothing of contexts. */
+#ifndef PE_SLICE_H
+#define PE_SLICE_H
+
+#include <stdatomic.h>
+
+#include "kernels/pe_math.h"
+#include "model.h"
+#include "threadpool.h"
+
+enum {
+    /* Tokens that go through the layers together; a longer batch is cut. Their activations should fit a share of the
+     * last-level cache: beyond that a longer slice only saves reading the weights again. */
+    PE_SLICE = 256,
+    PE_SLICE_MAX = 512,    /* what the buffers may grow to: pe_debug_block looks at longer slices */
+    PE_ATTENTION_ROWS = 32 /* query rows (tokens x heads of one kv head) that share a pass over K and V */
+};
+
+/* Consecutive rows of a slice that are consecutive positions of one sequence. */
+typedef struct pe_query_block {
+    size_t first_token, n_tokens; /* rows of the slice */
+    size_t first_position;
+    int32_t sequence;
+} pe_query_block;
+
+typedef struct pe_slice {
+    /* What to compute with; set by pe_slice_create. */
+    const pe_model *model;
+    const struct pe_kernels *kernels;
+    pe_kv_dtype kv_dtype;
+    int n_threads;
+
+    pe_control *control;    /* of the running call, or NULL */
+    atomic_bool not_finite; /* some kernel met an infinity or NaN */
+
+    /* The rows, and buffers for `capacity` of them. */
+    size_t capacity, n_tokens;
+    int32_t *sequences;     /* (capacity) */
+    size_t *positions;      /* (capacity) */
+    float *x;               /* (capacity, pad16(dim)) residual stream */
+    float *qkv;             /* (capacity, pad16(q_dim + 2 kv_dim)) */
+    float *att;             /* (capacity, q_dim) attention output */
+    float *h;               /* (capacity, pad16(hidden_dim)) SwiGLU output */
+    pe_activations act;     /* the quantized input of the next matmul */
+    int8_t *q;              /* (n_kv_heads, capacity, n_rep, head_dim_p) */
+    float *q_scales;        /* (n_kv_heads, capacity, n_rep, head_dim_p / 32) */
+    int32_t *q_corrections; /* likewise */
+    float *q_f32;           /* (n_kv_heads, capacity, n_rep, head_dim_p), only with a float32 cache */
+    float *cos, *sin;       /* (capacity, head_dim / 2) */
+    pe_query_block *blocks; /* (capacity) */
+    size_t n_blocks;
+    size_t n_bytes; /* of all these buffers */
+
+    float *partials;          /* attention split by chunks: states of (block, kv head, chunk) */
+    size_t partials_capacity; /* floats */
+
+    float *thread_scratch; /* (n_threads, thread_scratch_floats) */
+    size_t thread_scratch_floats;
+} pe_slice;
+
+/* A slice without rows: thread_scratch_floats floats of scratch for each thread, and no other buffer yet. On failure it
+ * must be destroyed like any other. */
+pe_status pe_slice_create(pe_slice *slice, const pe_model *model, const struct pe_kernels *kernels,
+                          pe_kv_dtype kv_dtype, int n_threads, size_t thread_scratch_floats, char *err);
+/* Free the buffers; a slice of zero bytes has none. */
+void pe_slice_destroy(pe_slice *slice);
+size_t pe_slice_bytes(const pe_slice *slice);
+
+/* Grow the buffers to n_tokens rows (at most PE_SLICE_MAX). What was in them is lost. */
+pe_status pe_slice_reserve(pe_slice *slice, size_t n_tokens, char *err);
+/* Grow `partials` to n_floats. What was in it is lost. */
+pe_status pe_slice_reserve_partials(pe_slice *slice, size_t n_floats, char *err);
+
+/* After n_tokens, sequences and positions are set: RoPE angles and query blocks, the same for all layers. */
+void pe_slice_prepare(pe_slice *slice);
+
+/* After a stage: PE_ERR_CANCELLED if the call was cancelled (then units were skipped and buffers hold anything),
+ * PE_ERR_NOT_FINITE if an infinity or NaN appeared; `where` ends the sentence "an infinity or NaN appeared ...". */
+pe_status pe_slice_check(const pe_slice *slice, const char *where, char *err);
+
+/* What a kernel returned as the bits of a largest magnitude. */
+static inline void pe_slice_note_bits(pe_slice *slice, uint32_t absmax_bits) {
+    if (absmax_bits >= PE_NOT_FINITE_BITS) atomic_store_explicit(&slice->not_finite, true, memory_order_relaxed);
+}
+
+static inline float *pe_thread_scratch(const pe_slice *slice, int thread) {
+    return slice->thread_scratch + (size_t)thread * slice->thread_scratch_floats;
+}
+
+/* Floats from one row of x, qkv, h to the next. */
+static inline size_t pe_x_stride(const pe_model *model) { return pe_pad(model->config.dim, PE_PANEL); }
+static inline size_t pe_qkv_stride(const pe_model *model) {
+    return pe_pad(model->q_dim + 2 * model->kv_dim, PE_PANEL);
+}
+static inline size_t pe_h_stride(const pe_model *model) { return pe_pad(model->config.hidden_dim, PE_PANEL); }
+
+#endif
