@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from pyengine import cpu_watch
 from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
-from pyengine.frozen import FrozenFile, expected_tensors
+from pyengine.format.reader import FrozenFile
 from pyengine.prefix_cache import PrefixCache
 from pyengine.results import Generation, Piece, Score
 
@@ -115,8 +115,7 @@ class Engine:
         self.seed = seed
         self._generation_config = self._json_rider("generation_config.json")
         self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
-        weights = {name: self._file.tensors[name] for name in expected_tensors(self._file.config)}
-        opening = partial(_core.Model, config, self._file.buffer, weights, n_threads)
+        opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
         self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
         self.n_threads: int = self.context.n_threads

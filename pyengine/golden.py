@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from pyengine.frozen import FrozenFile, expected_tensors
+from pyengine.format.reader import FrozenFile
 
 N_PROMPT, N_GREEDY = 24, 16
 STRIDE = 7919  # a prime: prompts that walk all over the vocabulary
@@ -31,8 +31,7 @@ def compute(path: str | os.PathLike[str], n_threads: int = 0) -> dict[str, Any]:
 
     with FrozenFile.open(path) as frozen:
         config = asdict(frozen.config)
-        weights = {name: frozen.tensors[name] for name in expected_tensors(frozen.config)}
-        model = _core.Model(config, frozen.buffer, weights, n_threads)
+        model = _core.Model(config, frozen.buffer, frozen.weights, n_threads)
         context = _core.Context(model, n_threads=n_threads)
         vocab_size, n_ctx = config["vocab_size"], config["max_seq_len"]
         prompt = [(1 + STRIDE * i) % vocab_size for i in range(min(N_PROMPT, n_ctx))]

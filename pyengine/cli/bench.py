@@ -190,9 +190,9 @@ def measure(
     path: Path, args: argparse.Namespace, n_threads: int | None, show: Callable[[str], None]
 ) -> Iterator[tuple[Row, float]]:
     """(row of a test, ms that loading took) for one number of threads."""
-    from pyengine.cli.info import count_parameters
     from pyengine.engine import Engine
-    from pyengine.frozen import FrozenConfig
+    from pyengine.format.config import FrozenConfig
+    from pyengine.format.inventory import count_parameters
 
     started = time.perf_counter()
     with Engine(path, n_threads=n_threads) as engine:

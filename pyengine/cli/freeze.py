@@ -10,7 +10,7 @@ from pathlib import Path
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
 from pyengine.errors import ModelFormatError
-from pyengine.frozen import FrozenFile
+from pyengine.format.reader import FrozenFile
 
 EPILOG = """\
 examples:

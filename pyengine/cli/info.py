@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine.cli import UsageError, options
 
 if TYPE_CHECKING:
-    from pyengine.frozen import FrozenConfig, FrozenFile
+    from pyengine.format.reader import FrozenFile
 
 EPILOG = f"""\
 examples:
@@ -29,22 +29,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensors", action="store_true", help="list the tensors")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
-
-
-def count_parameters(c: FrozenConfig) -> int:
-    """Weights of the model before they were padded; tied embeddings count once."""
-    qkv_rows = c.q_dim + 2 * c.kv_dim
-    layer = qkv_rows * c.dim + c.dim * c.q_dim + 3 * c.hidden_dim * c.dim + 2 * c.dim
-    layer += qkv_rows * c.qkv_bias + c.dim * c.o_bias + 2 * c.head_dim * c.qk_norm
-    embeddings = c.vocab_size * c.dim
-    return c.n_layers * layer + embeddings * (1 if c.tie_embeddings else 2) + c.dim
-
-
-def kv_bytes_per_position(c: FrozenConfig, kv_dtype: str = "int8") -> int:
-    """Bytes of the KV cache for one position: codes of K and V, a scale for 32 values of K and one for a head of V."""
-    padded = -(-c.head_dim // 32) * 32
-    head = 2 * padded + 4 * (padded // 32) + 4 if kv_dtype == "int8" else 8 * padded
-    return c.n_layers * c.n_kv_heads * head
 
 
 def tokenizer_facts(
@@ -72,7 +56,8 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
     """Everything that is printed, as plain values; sizes in bytes."""
     from dataclasses import asdict
 
-    from pyengine.frozen import RIDERS, parse_json_object
+    from pyengine.format.inventory import count_parameters, kv_bytes_per_position
+    from pyengine.format.strict_json import parse_json_object
 
     def rider(name: str) -> dict[str, Any]:
         content = frozen.rider(name)
@@ -80,7 +65,7 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
 
     c = frozen.config
     file_bytes = len(frozen.buffer)
-    weights = sum(size for name, (_, size) in frozen.tensors.items() if name not in RIDERS)
+    weights = sum(size for _, size in frozen.weights.values())
     kv = kv_bytes_per_position(c)
     facts: dict[str, Any] = {
         "path": str(frozen.path),
@@ -141,7 +126,7 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    from pyengine.frozen import FrozenFile
+    from pyengine.format.reader import FrozenFile
 
     if args.path is not None:
         if args.model is not None:

@@ -8,7 +8,6 @@ from pyengine.errors import UnsupportedISAError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
-    from pyengine.frozen import FrozenConfig
 
 READ_SECONDS, INT8_SECONDS = 0.1, 0.05  # of one measurement
 
@@ -18,11 +17,6 @@ class Work(NamedTuple):
 
     n_rows: int
     n_logits: int
-
-    def macs(self, c: FrozenConfig) -> int:
-        """int8 multiply-accumulates of its matrix products; attention is not counted."""
-        layer = (c.q_dim + 2 * c.kv_dim) * c.dim + c.dim * c.q_dim + 3 * c.hidden_dim * c.dim
-        return self.n_rows * c.n_layers * layer + self.n_logits * c.vocab_size * c.dim
 
 
 class Bound(NamedTuple):
@@ -35,21 +29,18 @@ class Bound(NamedTuple):
 class Roofline:
     """Limits of this machine for one engine, measured afresh each time, because neighbours move them.
 
-    The read probe reads the very bytes that a forward reads, as they are mapped: the embeddings are left out where the output
-    matrix is another one.
+    The read probe reads the very bytes that a forward reads, as they are mapped: not the embeddings where the output matrix is
+    another one, for of these it reads a row a token.
     """
 
     def __init__(self, engine: Engine) -> None:
-        from pyengine.frozen import FrozenConfig, expected_tensors
+        from pyengine.format.config import FrozenConfig
+        from pyengine.format.inventory import inventory
 
         self.n_threads, self.isa = engine.n_threads, engine.isa
         self.config = FrozenConfig(**engine.config)
         file = engine._file
-        read = [
-            file.tensors[name]
-            for name in expected_tensors(self.config)
-            if self.config.tie_embeddings or not name.startswith("tok_embeddings.")
-        ]
+        read = [file.weights[name] for w in inventory(self.config) if w.use != "row" for name in w.stored()]
         begin, end = read[0][0], sum(read[-1])
         self.weights = memoryview(file.buffer)[begin:end]
 
@@ -72,15 +63,20 @@ class Roofline:
         except UnsupportedISAError:
             return None
 
+    def _macs(self, work: Work) -> int:
+        from pyengine.format.inventory import count_macs
+
+        return count_macs(self.config, *work)
+
     def nearest(self, work: Work) -> str:
         """Which limit binds: "read" or "int8"."""
         peak = self.int8_peak()
         read_seconds = self.weights.nbytes / self.read_bandwidth()
-        return "int8" if peak is not None and work.macs(self.config) / peak > read_seconds else "read"
+        return "int8" if peak is not None and self._macs(work) / peak > read_seconds else "read"
 
     def bound(self, work: Work, limit: str) -> Bound:
         """Measure that limit once."""
         peak = self.int8_peak() if limit == "int8" else None
         if peak is not None:
-            return Bound("int8", work.n_rows * peak / work.macs(self.config))
+            return Bound("int8", work.n_rows * peak / self._macs(work))
         return Bound("read", work.n_rows * self.read_bandwidth() / self.weights.nbytes)

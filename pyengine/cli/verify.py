@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 def differing_tensors(path: Path) -> tuple[int, list[str]]:
     """Number of tensors checked, and the names of those whose checksum is wrong."""
-    from pyengine.frozen import FrozenFile, verify_checksums
+    from pyengine.format.reader import FrozenFile, verify_checksums
 
     wrong, done = [], 0
     with FrozenFile.open(path) as frozen, ProgressLine("checksums") as line:
@@ -50,7 +50,8 @@ def differing_tensors(path: Path) -> tuple[int, list[str]]:
 def golden_outputs(path: Path) -> dict[str, object]:
     """What the file says it must compute. Raises ModelFormatError if it says nothing."""
     from pyengine.errors import ModelFormatError
-    from pyengine.frozen import FrozenFile, parse_json_object
+    from pyengine.format.reader import FrozenFile
+    from pyengine.format.strict_json import parse_json_object
 
     with FrozenFile.open(path) as frozen:
         golden = parse_json_object(frozen.rider("golden.json") or b"", "golden.json")

@@ -9,7 +9,7 @@ and, being callable, the function.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -55,22 +55,20 @@ def open_source(
     return load_llama2c(path, name, tokenizer)
 
 
-def _tensor_chunks(model: SourceModel, names: Iterable[str]) -> Iterable[tuple[str, Iterable[Any]]]:
+def _tensor_chunks(model: SourceModel) -> Iterator[tuple[str, Iterable[Any]]]:
     """Every tensor of the file in order, as a stream of buffers. Scales follow the codes they come
     from.
     """
-    from .quantize import QuantizedMatrix
+    from ..format.inventory import inventory
+    from ..format.quantize import QuantizedMatrix
 
-    matrix = None
-    for name in names:
-        base, _, part = name.rpartition(".")
-        if part == "codes":
-            matrix = QuantizedMatrix(model.matrices[base])
-            yield name, matrix
-        elif part == "scales" and matrix is not None:
-            yield name, [matrix.scales]
+    for weight in inventory(model.config):
+        if weight.is_matrix:
+            matrix = QuantizedMatrix(model.matrices[weight.name])
+            yield f"{weight.name}.codes", matrix
+            yield f"{weight.name}.scales", [matrix.scales]
         else:
-            yield name, [checked_vector(name, model.vectors[name]())]
+            yield weight.name, [checked_vector(weight.name, model.vectors[weight.name]())]
 
 
 def checked_vector(name: str, values: Any) -> Any:
@@ -98,9 +96,9 @@ def freeze(
     An existing one is replaced only with ``overwrite``. Raises UnsupportedModelError for what is
     not implemented, ModelFormatError for damage.
     """
+    from ..format.writer import FrozenWriter
     from ..golden import compute_json
     from .tokenizer import compact_tokenizer_json
-    from .writer import FrozenWriter
 
     output = Path(output)
     model = open_source(source, name=name, tokenizer=tokenizer)
@@ -115,7 +113,7 @@ def freeze(
             golden=compute_json,
             overwrite=overwrite,
         ) as writer:
-            for tensor, chunks in _tensor_chunks(model, writer.names):
+            for tensor, chunks in _tensor_chunks(model):
                 writer.write(tensor, chunks)
                 if progress:
                     progress(writer.bytes_written, writer.total_bytes, tensor)

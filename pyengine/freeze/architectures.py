@@ -12,16 +12,10 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from ..frozen import FrozenConfig
-from .sources import (
-    AlternatingPanels,
-    Float32Array,
-    RowSource,
-    SourceModel,
-    StackedRows,
-    UnpermutedRows,
-    half_split_order,
-)
+from ..format.config import FrozenConfig
+from ..format.inventory import Part, Weight, inventory
+from ..format.quantize import Float32Array, RowSource
+from .sources import AlternatingPanels, SourceModel, StackedRows, UnpermutedRows, half_split_order
 
 
 class Architecture(NamedTuple):
@@ -46,33 +40,36 @@ ARCHITECTURES = (
 )
 
 
-class Part(NamedTuple):
-    """A source tensor's name in Hugging Face and GGUF files; ``{i}`` is the layer."""
+class SourceName(NamedTuple):
+    """A part's name in Hugging Face and GGUF files; ``{i}`` is the layer."""
 
     hf: str
     gguf: str
 
 
 PARTS = {
-    "tok_embeddings": Part("model.embed_tokens.weight", "token_embd.weight"),
-    "norm": Part("model.norm.weight", "output_norm.weight"),
-    "output": Part("lm_head.weight", "output.weight"),
-    "attention_norm": Part("model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
-    "q": Part("model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight"),
-    "k": Part("model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight"),
-    "v": Part("model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
-    "q.bias": Part("model.layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias"),
-    "k.bias": Part("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
-    "v.bias": Part("model.layers.{i}.self_attn.v_proj.bias", "blk.{i}.attn_v.bias"),
-    "q_norm": Part("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
-    "k_norm": Part("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
-    "wo": Part("model.layers.{i}.self_attn.o_proj.weight", "blk.{i}.attn_output.weight"),
-    "wo.bias": Part("model.layers.{i}.self_attn.o_proj.bias", "blk.{i}.attn_output.bias"),
-    "ffn_norm": Part("model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
-    "gate": Part("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
-    "up": Part("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
-    "down": Part("model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
+    "tok_embeddings": SourceName("model.embed_tokens.weight", "token_embd.weight"),
+    "norm": SourceName("model.norm.weight", "output_norm.weight"),
+    "output": SourceName("lm_head.weight", "output.weight"),
+    "attention_norm": SourceName("model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
+    "q": SourceName("model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight"),
+    "k": SourceName("model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight"),
+    "v": SourceName("model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
+    "q.bias": SourceName("model.layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias"),
+    "k.bias": SourceName("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
+    "v.bias": SourceName("model.layers.{i}.self_attn.v_proj.bias", "blk.{i}.attn_v.bias"),
+    "q_norm": SourceName("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
+    "k_norm": SourceName("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
+    "wo": SourceName("model.layers.{i}.self_attn.o_proj.weight", "blk.{i}.attn_output.weight"),
+    "wo.bias": SourceName("model.layers.{i}.self_attn.o_proj.bias", "blk.{i}.attn_output.bias"),
+    "ffn_norm": SourceName("model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+    "gate": SourceName("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
+    "up": SourceName("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
+    "down": SourceName("model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
 }
+
+
+_ROTATED = ("q", "k", "q.bias", "k.bias")  # parts whose rows are heads that RoPE turns
 
 
 class TensorReader(Protocol):
@@ -96,21 +93,16 @@ class _Taker:
         self._shapes = reader.shapes
         self.taken: set[str] = set()
 
-    def _take(self, part: str, layer: int, shape: tuple[int, ...]) -> str:
-        name: str = getattr(PARTS[part], self._kind).format(i=layer)
-        found = self._shapes.get(name)
+    def __call__(self, weight: Weight, part: Part) -> str:
+        """The name of the source's tensor that is ``part`` of ``weight``."""
+        name: str = getattr(PARTS[part.name], self._kind).format(i=weight.layer)
+        found, shape = self._shapes.get(name), weight.part_shape(part)
         if found is None:
             raise ModelFormatError(f"tensor {name!r} is missing")
         if found != shape:
             raise ModelFormatError(f"tensor {name!r} has shape {list(found)}, the configuration needs {list(shape)}")
         self.taken.add(name)
         return name
-
-    def matrix(self, part: str, layer: int, rows: int, columns: int) -> RowSource:
-        return self.reader.matrix(self._take(part, layer, (rows, columns)))
-
-    def vector(self, part: str, layer: int, n: int) -> Callable[[], Float32Array]:
-        return partial(self.reader.vector, self._take(part, layer, (n,)))
 
 
 def _concatenated(parts: list[Callable[[], Float32Array]]) -> Callable[[], Float32Array]:
@@ -127,32 +119,22 @@ def _reordered(vector: Callable[[], Float32Array], head_dim: int) -> Callable[[]
     return read
 
 
-def _add_layer(model: SourceModel, take: _Taker, i: int, interleaved: bool) -> None:
-    c, layer = model.config, f"layers.{i}"
-    rows = {"q": c.q_dim, "k": c.kv_dim, "v": c.kv_dim}
-    qkv = {part: take.matrix(part, i, n, c.dim) for part, n in rows.items()}
-    if interleaved:
-        for part in "qk":
-            qkv[part] = UnpermutedRows(qkv[part], c.head_dim)
-    model.matrices[f"{layer}.wqkv"] = StackedRows(list(qkv.values()))
-    if c.qkv_bias:
-        biases = {part: take.vector(f"{part}.bias", i, n) for part, n in rows.items()}
-        if interleaved:
-            for part in "qk":
-                biases[part] = _reordered(biases[part], c.head_dim)
-        model.vectors[f"{layer}.wqkv.bias"] = _concatenated(list(biases.values()))
-    if c.qk_norm:
-        model.vectors[f"{layer}.q_norm"] = take.vector("q_norm", i, c.head_dim)
-        model.vectors[f"{layer}.k_norm"] = take.vector("k_norm", i, c.head_dim)
-    if c.o_bias:
-        model.vectors[f"{layer}.wo.bias"] = take.vector("wo.bias", i, c.dim)
-    model.vectors[f"{layer}.attention_norm"] = take.vector("attention_norm", i, c.dim)
-    model.vectors[f"{layer}.ffn_norm"] = take.vector("ffn_norm", i, c.dim)
-    model.matrices[f"{layer}.wo"] = take.matrix("wo", i, c.dim, c.q_dim)
-    model.matrices[f"{layer}.w_gate_up"] = AlternatingPanels(
-        take.matrix("gate", i, c.hidden_dim, c.dim), take.matrix("up", i, c.hidden_dim, c.dim)
-    )
-    model.matrices[f"{layer}.w_down"] = take.matrix("down", i, c.dim, c.hidden_dim)
+def _matrix(take: _Taker, weight: Weight, head_dim: int, interleaved: bool) -> RowSource:
+    rows: list[RowSource] = []
+    for part in weight.parts:
+        source = take.reader.matrix(take(weight, part))
+        rows.append(UnpermutedRows(source, head_dim) if interleaved and part.name in _ROTATED else source)
+    if weight.alternating:
+        return AlternatingPanels(*rows)
+    return rows[0] if len(rows) == 1 else StackedRows(rows)
+
+
+def _vector(take: _Taker, weight: Weight, head_dim: int, interleaved: bool) -> Callable[[], Float32Array]:
+    parts = []
+    for part in weight.parts:
+        read = partial(take.reader.vector, take(weight, part))
+        parts.append(_reordered(read, head_dim) if interleaved and part.name in _ROTATED else read)
+    return parts[0] if len(parts) == 1 else _concatenated(parts)
 
 
 def build_model(
@@ -174,13 +156,13 @@ def build_model(
     """
     model = SourceModel(name=name, source=source, config=config)
     take = _Taker(reader, kind)
-    model.matrices["tok_embeddings"] = take.matrix("tok_embeddings", 0, config.vocab_size, config.dim)
-    for i in range(config.n_layers):
-        _add_layer(model, take, i, interleaved)
-    model.vectors["norm"] = take.vector("norm", 0, config.dim)
-    if not config.tie_embeddings:
-        model.matrices["output"] = take.matrix("output", 0, config.vocab_size, config.dim)
-    model.vectors["rope.inv_freq"] = lambda: inv_freq
+    for weight in inventory(config):
+        if not weight.is_parameter:
+            model.vectors[weight.name] = lambda: inv_freq
+        elif weight.is_matrix:
+            model.matrices[weight.name] = _matrix(take, weight, config.head_dim, interleaved)
+        else:
+            model.vectors[weight.name] = _vector(take, weight, config.head_dim, interleaved)
     if unknown := sorted(set(reader.shapes) - take.taken - set(ignored)):
         raise UnsupportedModelError(
             f"tensor {unknown[0]!r} has no place in {config.architecture} with this configuration"

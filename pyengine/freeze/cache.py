@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..frozen import FORMAT_VERSION
+from ..format.inventory import FORMAT_VERSION
 
 _HEADER_BYTES = 1 << 20
 

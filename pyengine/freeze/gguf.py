@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from .sources import FLOAT_CONVERTERS, FileRows, Float32Array, RowSource
+from ..format.quantize import Float32Array, RowSource
+from .sources import FLOAT_CONVERTERS, FileRows
 
 MAX_KEYS = 65_536
 MAX_TENSORS = 65_536

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from ..frozen import MAX_POSITIONS, FrozenConfig
+from ..format.config import MAX_POSITIONS, FrozenConfig
+from ..format.quantize import Float32Array
 from .architectures import ARCHITECTURES, Architecture, build_model
 from .gguf import GGUFFile
 from .rope import rope_inv_freq
-from .sources import Float32Array, SourceModel
+from .sources import SourceModel
 from .tokenizer import end_token_ids, gguf_tokenizer_riders
 
 # Keys under the architecture's prefix. One that is not here may change the arithmetic and is

@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from ..frozen import (
-    MAX_HEADER_BYTES,
-    MAX_LAYERS,
-    MAX_POSITIONS,
-    MAX_RIDER_BYTES,
-    FrozenConfig,
-    SafetensorsEntry,
-    parse_json_object,
-    parse_safetensors_header,
-)
+from ..format.config import MAX_LAYERS, MAX_POSITIONS, FrozenConfig
+from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safetensors_header
+from ..format.inventory import MAX_RIDER_BYTES
+from ..format.quantize import Float32Array, RowSource
+from ..format.strict_json import parse_json_object
 from .architectures import ARCHITECTURES, PARTS, Architecture, build_model
 from .rope import rope_inv_freq
-from .sources import FLOAT_CONVERTERS, FileRows, Float32Array, RowSource, SourceModel
+from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
 from .tokenizer import check_tokenizer_json
 
 _MAX_SHARDS = 4096

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
-from ..frozen import FrozenConfig
+from ..format.config import FrozenConfig
+from ..format.quantize import Float32Array, RowSource
 from .architectures import PARTS, build_model
 from .rope import default_inv_freq
-from .sources import FileRows, Float32Array, RowSource, SourceModel, f32_rows
+from .sources import FileRows, SourceModel, f32_rows
 from .tokenizer import gguf_tokenizer_riders
 
 _HEADER = struct.Struct("<7i")

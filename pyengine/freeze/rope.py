@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from .sources import Float32Array
+from ..format.quantize import Float32Array
 
 
 def default_inv_freq(head_dim: int, theta: float) -> Float32Array:

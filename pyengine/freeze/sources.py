@@ -10,26 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelFormatError
-from ..frozen import PANEL_ROWS, FrozenConfig, pad
-
-Float32Array = npt.NDArray[np.float32]
-
-
-class RowSource(Protocol):
-    """A matrix (rows, columns) that can be read by rows. ``name`` is the source's, for errors."""
-
-    name: str
-    rows: int
-    columns: int
-
-    def read_rows(self, start: int, stop: int) -> Float32Array:
-        """Rows start..stop-1 as float32 (stop - start, columns)."""
+from ..format.config import FrozenConfig
+from ..format.container import pad
+from ..format.inventory import PANEL_ROWS
+from ..format.quantize import Float32Array, RowSource
 
 
 class FileRows:

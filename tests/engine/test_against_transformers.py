@@ -16,8 +16,8 @@ from reference.oracle import Oracle, compare_codes, kl_divergence, log_softmax, 
 from tokenizers import Tokenizer
 
 from pyengine import _core
+from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
-from pyengine.frozen import FrozenFile
 
 f32 = np.float32
 NAMES = fixtures.names()

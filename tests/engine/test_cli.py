@@ -20,7 +20,7 @@ from reference import fixtures
 import pyengine
 from pyengine import _core, cpu_watch
 from pyengine.cli import COMMANDS, main
-from pyengine.frozen import FrozenFile
+from pyengine.format.reader import FrozenFile
 
 GREEDY = ("--temp", "0", "--ignore-eos")
 HEAVY = ("numpy", "jinja2", "gguf", "pyengine.freeze", "pyengine.text.chat", "subprocess", "asyncio")

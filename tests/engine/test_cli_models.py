@@ -19,8 +19,8 @@ import pyengine
 from pyengine import _core, cpu_watch
 from pyengine.cli import main
 from pyengine.cli.eval import windows
-from pyengine.cli.info import count_parameters, kv_bytes_per_position
-from pyengine.frozen import FrozenFile
+from pyengine.format.inventory import count_parameters, kv_bytes_per_position
+from pyengine.format.reader import FrozenFile
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. Ünïcödé too.\n" * 3
 

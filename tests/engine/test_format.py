@@ -12,10 +12,12 @@ import pytest
 from engine.freeze_models import ArrayRows
 
 from pyengine.errors import ModelFormatError
-from pyengine.freeze.quantize import dequantize, from_panels, quantize_rows, to_panels
+from pyengine.format.config import FrozenConfig
+from pyengine.format.inventory import stored_tensors
+from pyengine.format.quantize import dequantize, from_panels, quantize_rows, to_panels
+from pyengine.format.reader import FrozenFile
+from pyengine.format.writer import FrozenWriter
 from pyengine.freeze.sources import AlternatingPanels, StackedRows
-from pyengine.freeze.writer import FrozenWriter
-from pyengine.frozen import FrozenConfig, FrozenFile, expected_tensors
 
 
 def group(*values: float) -> np.ndarray:
@@ -152,7 +154,7 @@ TINY = FrozenConfig(
 def write_tiny(path: Path) -> Path:
     """A file whose every code is 1 and every float 2."""
     with FrozenWriter(path, TINY, {"tokenizer.json": b"{}"}, name="tiny", source="test") as writer:
-        for name, spec in expected_tensors(TINY).items():
+        for name, spec in stored_tensors(TINY).items():
             value = {"I8": b"\1", "F16": b"\0\x40", "F32": b"\0\0\0\x40"}[spec.dtype]
             writer.write(name, [value * (spec.nbytes // len(value))])
     return path

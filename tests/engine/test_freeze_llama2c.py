@@ -11,8 +11,8 @@ import tokenizers
 from engine.freeze_models import LLAMA, VOCAB, interleaved, random_tensors, weight_bytes, write_hf
 
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
-from pyengine.frozen import FrozenFile
 
 
 def write_llama2c(directory: Path, shared: bool) -> tuple[Path, Path, dict[str, np.ndarray]]:

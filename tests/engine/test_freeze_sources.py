@@ -24,10 +24,10 @@ from engine.freeze_models import (
 )
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
+from pyengine.format.quantize import dequantize
+from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
-from pyengine.freeze.quantize import dequantize
 from pyengine.freeze.rope import rope_inv_freq
-from pyengine.frozen import FrozenFile
 
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}

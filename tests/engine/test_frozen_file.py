@@ -15,8 +15,9 @@ import pytest
 from engine.freeze_models import LLAMA, write_hf
 
 from pyengine.errors import ModelFormatError
+from pyengine.format.config import FrozenConfig
+from pyengine.format.reader import FrozenFile, verify_checksums
 from pyengine.freeze import freeze
-from pyengine.frozen import FrozenConfig, FrozenFile, verify_checksums
 
 CONFIG: dict[str, Any] = {
     "architecture": "LlamaForCausalLM", "dim": 64, "hidden_dim": 88, "n_layers": 2, "n_heads": 4,
@@ -82,7 +83,7 @@ def test_opening_imports_nothing_heavy(tmp_path: Path, frozen_bytes: bytes) -> N
     path = tmp_path / "model.safetensors"
     path.write_bytes(frozen_bytes)
     code = (
-        "import sys; from pyengine.frozen import FrozenFile; FrozenFile.open(sys.argv[1]); "
+        "import sys; from pyengine.format.reader import FrozenFile; FrozenFile.open(sys.argv[1]); "
         "print([m for m in ('numpy', 'tokenizers', 'gguf', 'jinja2') if m in sys.modules])"
     )
     done = subprocess.run(

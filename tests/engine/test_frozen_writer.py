@@ -17,9 +17,11 @@ import pytest
 from engine.freeze_models import LLAMA, tensor_shapes, write_hf
 
 from pyengine.errors import InvalidArgumentError
+from pyengine.format.config import FrozenConfig
+from pyengine.format.inventory import stored_tensors
+from pyengine.format.reader import FrozenFile, verify_checksums
+from pyengine.format.writer import FrozenWriter
 from pyengine.freeze import freeze, freeze_cached, frozen_cache_path
-from pyengine.freeze.writer import FrozenWriter
-from pyengine.frozen import FrozenConfig, FrozenFile, expected_tensors, verify_checksums
 
 CONFIG = FrozenConfig(
     architecture="LlamaForCausalLM", dim=64, hidden_dim=64, n_layers=1, n_heads=1, n_kv_heads=1,
@@ -35,7 +37,7 @@ def writer(path: Path, **options: Any) -> FrozenWriter:
 
 
 def write_all(out: FrozenWriter) -> None:
-    for name, spec in expected_tensors(CONFIG).items():
+    for name, spec in stored_tensors(CONFIG).items():
         out.write(name, [bytes(spec.nbytes)])
 
 

@@ -13,7 +13,7 @@ from engine import cli_tools
 import pyengine
 from pyengine.background import Background
 from pyengine.errors import ModelFormatError
-from pyengine.frozen import FrozenFile
+from pyengine.format.reader import FrozenFile
 from pyengine.text import tokenizer as tokenizer_module
 
 PROMPT = "hello"

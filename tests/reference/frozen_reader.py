@@ -1,6 +1,6 @@
 """Read a frozen file by the letter of csrc/FORMAT.md sections 1 to 3, for law_f32.Law.
 
-Nothing is checked (pyengine.frozen does that) and nothing is imported from the project, so that a
+Nothing is checked (pyengine.format does that) and nothing is imported from the project, so that a
 file that both readers understand alike is understood as the page says.
 """
 

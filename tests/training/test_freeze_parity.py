@@ -31,8 +31,9 @@ from pyengine_training.text import (
 )
 from pyengine_training.trainer import Trainer
 
+from pyengine.format.inventory import inventory
+from pyengine.format.quantize import QuantizedMatrix, to_panels
 from pyengine.freeze import open_source
-from pyengine.freeze.quantize import QuantizedMatrix, to_panels
 
 VOCAB, SEQ = 320, 64
 SIZES: dict[str, Any] = {
@@ -122,6 +123,17 @@ def test_frozen_codes_and_scales_are_the_trainers(tmp_path: Path, tokenizer: Any
         codes, scales = our_panels(params, name, model)
         assert panels[name][0].tobytes() == codes.tobytes(), name
         assert panels[name][1].tobytes() == scales.tobytes(), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_the_inventorys(tmp_path: Path, tokenizer: Any, tied: bool) -> None:
+    """Same names and shapes in the same order: the trainer's list cannot drift from the file's."""
+    model = ModelConfig(**{**SIZES, "tie_embeddings": tied})
+    shapes = parameter_shapes(model)
+    source = open_source(save(tmp_path / "hf", model, Arena(shapes), tokenizer))
+    source.close()
+    weights = {weight.name: weight.shape for weight in inventory(source.config) if weight.is_parameter}
+    assert list(weights.items()) == list(shapes.items())
 
 
 def test_trained_weights_and_their_snapped_copy_freeze_alike(

@@ -7,19 +7,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelFormatError
-from ..frozen import GROUP_COLUMNS, PANEL_ROWS, pad
-from .sources import Float32Array, RowSource
+from .container import pad
+from .inventory import GROUP_COLUMNS, PANEL_ROWS
 
+Float32Array = npt.NDArray[np.float32]
 Int8Array = npt.NDArray[np.int8]
 Float16Array = npt.NDArray[np.float16]
 
 _CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: bounds memory, and a few such arrays stay in cache
 _INT8_MAX = np.float32(127)
+
+
+class RowSource(Protocol):
+    """A matrix (rows, columns) that can be read by rows. ``name`` is the source's, for errors."""
+
+    name: str
+    rows: int
+    columns: int
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        """Rows start..stop-1 as float32 (stop - start, columns)."""
 
 
 def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16Array]:

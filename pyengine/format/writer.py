@@ -16,18 +16,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from ..errors import InvalidArgumentError, ModelFormatError
-from ..frozen import (
-    ALIGNMENT,
-    FORMAT_VERSION,
-    GOLDEN_BYTES,
-    MAX_HEADER_BYTES,
-    RIDERS,
-    FrozenConfig,
-    TensorSpec,
-    expected_tensors,
-    pad,
-)
+from ..errors import InvalidArgumentError
+from .config import FrozenConfig
+from .container import ALIGNMENT, StoredTensor, build_header, pad
+from .inventory import FORMAT_VERSION, GOLDEN_BYTES, RIDERS, stored_tensors
 
 GoldenCallback = Callable[[str], "bytes | None"]
 _PARTIAL = ".partial"
@@ -46,23 +38,6 @@ def _rider_bytes(name: str, content: bytes) -> bytes:
 
 def _checksums_json(sums: dict[str, str]) -> bytes:
     return json.dumps(sums, indent=0).encode()
-
-
-def _header(specs: dict[str, TensorSpec], metadata: dict[str, str]) -> bytes:
-    document: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, spec in specs.items():
-        document[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(document, separators=(",", ":")).encode()
-    text = text.ljust(pad(len(text) + 8, ALIGNMENT) - 8, b" ")
-    if len(text) > MAX_HEADER_BYTES:
-        raise ModelFormatError(f"the header would have {len(text)} bytes")
-    return len(text).to_bytes(8, "little") + text
 
 
 def _remove_abandoned(directory: Path, prefix: str) -> None:
@@ -94,7 +69,7 @@ def terminate_as_exception() -> Iterator[None]:
 
 
 class FrozenWriter:
-    """Write the tensors of ``expected_tensors(config)`` in that order, each as a stream of chunks.
+    """Write the tensors of ``stored_tensors(config)`` in that order, each as a stream of chunks.
 
         with FrozenWriter(path, config, riders, name="...", source="...") as writer:
             for name in writer.names:
@@ -125,19 +100,19 @@ class FrozenWriter:
             raise InvalidArgumentError(f"unknown rider {sorted(unknown)[0]!r}")
         if "tokenizer.json" not in riders:
             raise InvalidArgumentError("the rider tokenizer.json is missing")
-        weights = expected_tensors(config)
+        weights = stored_tensors(config)
         self.names = list(weights)
         riders = {"config.json": config.to_json().encode(), **riders, "golden.json": b"{}"}
         self._riders = {r: _rider_bytes(r, riders[r]) for r in RIDERS if r in riders}
         self._riders["golden.json"] = b"{}".ljust(GOLDEN_BYTES)
-        self._specs = weights | {
-            r: TensorSpec("U8", (len(content),), len(content)) for r, content in self._riders.items()
+        self._tensors = weights | {
+            r: StoredTensor("U8", (len(content),), len(content)) for r, content in self._riders.items()
         }
-        zeros = dict.fromkeys(self._specs, "0" * 64)
+        zeros = dict.fromkeys(self._tensors, "0" * 64)
         size = len(_rider_bytes("checksums.json", _checksums_json(zeros)))
-        self._specs["checksums.json"] = TensorSpec("U8", (size,), size)
-        self._header = _header(
-            self._specs,
+        self._tensors["checksums.json"] = StoredTensor("U8", (size,), size)
+        self._header = build_header(
+            self._tensors,
             {
                 "format": "pyengine",
                 "format_version": FORMAT_VERSION,
@@ -146,7 +121,7 @@ class FrozenWriter:
                 "generator": generator,
             },
         )
-        self.total_bytes = len(self._header) + sum(s.nbytes for s in self._specs.values())
+        self.total_bytes = len(self._header) + sum(s.nbytes for s in self._tensors.values())
         self._sums: dict[str, str] = {}
         self._next = 0
         self.bytes_written = len(self._header)
@@ -208,7 +183,7 @@ class FrozenWriter:
         if self._next >= len(self.names) or self.names[self._next] != name:
             raise InvalidArgumentError(f"tensor {name!r} is not the next one in the file")
         digest = hashlib.sha256()
-        nbytes = self._specs[name].nbytes
+        nbytes = self._tensors[name].nbytes
         done = 0
         for chunk in chunks:
             with memoryview(chunk) as view:

@@ -1,0 +1,12 @@
+"""The frozen model file (csrc/FORMAT.md, sections 1 to 4), for whoever reads, writes or describes one.
+
+strict_json   JSON from strangers
+config        the rider config.json: the shape of a model, checked
+container     safetensors: the header, parsed with caps and built
+inventory     every weight of a model from its configuration: names, shapes, what is stored, what a token reads
+reader        open, map and check a file
+writer        stream a file, checksummed, under its name only when whole
+quantize      float32 rows to int8 panels, and back
+
+The first five are the start-up path: they import neither numpy nor anything else that is heavy.
+"""

@@ -1,0 +1,167 @@
+"""Open a frozen file.
+
+``FrozenFile.open`` validates everything before anything uses the file, and reads nothing but its
+header and its ``config.json``: this is the start-up path, so it imports neither numpy nor the
+tokenizer and takes milliseconds. The file comes from strangers; whatever is wrong with it is a
+``ModelFormatError`` that says what and where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+
+from ..errors import ModelFormatError
+from .config import FrozenConfig
+from .container import ALIGNMENT, SafetensorsEntry, parse_safetensors_header
+from .inventory import FORMAT_VERSION, MAX_RIDER_BYTES, REQUIRED_RIDERS, RIDERS, stored_tensors
+from .strict_json import parse_json_object
+
+
+def _check_riders(entries: dict[str, SafetensorsEntry], names: list[str]) -> None:
+    order = [name for name in RIDERS if name in entries]
+    if unknown := [name for name in names if name not in RIDERS]:
+        raise ModelFormatError(f"unknown tensor {unknown[0]!r}")
+    if missing := [name for name in REQUIRED_RIDERS if name not in entries]:
+        raise ModelFormatError(f"tensor {missing[0]!r} is missing")
+    if names != order:
+        raise ModelFormatError(f"the riders are out of order: {', '.join(names)}")
+    for name in names:
+        entry = entries[name]
+        size = entry.end - entry.begin
+        if entry.dtype != "U8" or len(entry.shape) != 1 or size % ALIGNMENT or not size:
+            raise ModelFormatError(f"rider {name!r} must be U8, 1-D, a multiple of 64 bytes")
+        if size > MAX_RIDER_BYTES:
+            raise ModelFormatError(f"rider {name!r} has {size} bytes, more than {MAX_RIDER_BYTES}")
+
+
+def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -> None:
+    """Compare with the table: same names in the same order, same dtypes, shapes and sizes."""
+    expected = stored_tensors(config)
+    names = [name for name in entries if name not in RIDERS]
+    if unknown := [name for name in names if name not in expected]:
+        raise ModelFormatError(f"unknown tensor {unknown[0]!r} for this configuration")
+    if missing := [name for name in expected if name not in entries]:
+        raise ModelFormatError(f"tensor {missing[0]!r} is missing")
+    if names != list(expected) or list(entries)[: len(names)] != names:
+        raise ModelFormatError("the tensors are not in the order of the format")
+    for name, spec in expected.items():
+        entry = entries[name]
+        if (entry.dtype, entry.shape) != spec[:2]:
+            raise ModelFormatError(
+                f"tensor {name!r} is {entry.dtype} {list(entry.shape)}, the configuration needs "
+                f"{spec.dtype} {list(spec.shape)}"
+            )
+
+
+class FrozenFile:
+    """A validated frozen file: ``config``, ``metadata``, ``buffer`` and where each tensor lies in
+    it.
+
+    ``tensors`` maps a name to (offset, size) in bytes of ``buffer``; offsets are multiples of 64
+    and ``buffer`` begins on a page. Use as a context manager or call ``close``; views taken from
+    ``buffer`` stay valid until they are released.
+    """
+
+    def __init__(self, path: str, buffer: mmap.mmap) -> None:
+        """Validate ``buffer``; ``open`` is the usual way in."""
+        header = parse_safetensors_header(buffer, len(buffer))
+        entries = header.entries
+        if header.metadata.get("format") != "pyengine":
+            raise ModelFormatError("not a frozen pyengine file (freeze the model first)")
+        version = header.metadata.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ModelFormatError(f"format_version {version!r:.80}, this reads {FORMAT_VERSION!r}")
+        if header.data_start % ALIGNMENT:
+            raise ModelFormatError("the tensors do not start on a multiple of 64 bytes")
+        cursor = header.data_start
+        for name, entry in entries.items():
+            if entry.begin != cursor or (entry.end - cursor) % ALIGNMENT:
+                raise ModelFormatError(f"tensor {name!r} is out of order or not padded to 64 bytes")
+            cursor = entry.end
+        _check_riders(entries, [name for name in entries if name in RIDERS])
+        self.path = path
+        self.buffer = buffer
+        self.metadata = header.metadata
+        self.tensors = {name: (e.begin, e.end - e.begin) for name, e in entries.items()}
+        self.config = FrozenConfig.from_json(self.rider("config.json") or b"")
+        _check_weights(entries, self.config)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], use_mmap: bool = True) -> FrozenFile:
+        """Map (or, with ``use_mmap=False``, copy) and validate a file.
+
+        A file that is truncated while it is mapped kills the process with SIGBUS: a copy is immune.
+        Raises ModelFormatError for whatever is wrong with the content and OSError as ``open`` does.
+        """
+        path = os.fspath(path)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ModelFormatError(f"{path}: not a regular file")
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise ModelFormatError(f"{path}: {size} bytes: not a frozen pyengine file")
+            if use_mmap:
+                buffer = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            else:
+                # An anonymous map and not bytes: it is page-aligned, which the kernels count on.
+                buffer = mmap.mmap(-1, size)
+                with memoryview(buffer) as view:
+                    done = 0
+                    while done < size and (n := file.readinto(view[done : done + (1 << 28)])):
+                        done += n
+                if done < size:
+                    raise ModelFormatError(f"{path}: shrank to {done} bytes while it was read")
+        try:
+            return cls(path, buffer)
+        except ModelFormatError as error:
+            buffer.close()
+            raise ModelFormatError(f"{path}: {error}") from None
+
+    @property
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """The tensors that are no riders, in the order of the file."""
+        return {name: place for name, place in self.tensors.items() if name not in RIDERS}
+
+    def rider(self, name: str) -> bytes | None:
+        """The bytes of a JSON or text rider without its padding, or None when the file has none."""
+        if name not in self.tensors or name not in RIDERS:
+            return None
+        offset, size = self.tensors[name]
+        return bytes(self.buffer[offset : offset + size]).rstrip(b"\n" if name.endswith(".jinja") else b" ")
+
+    def check_codes(self) -> None:
+        """Refuse code -128, which the format does not have. Reads every weight: not part of
+        ``open``.
+        """
+        for name, (offset, size) in self.tensors.items():
+            if name.endswith(".codes") and self.buffer.find(b"\x80", offset, offset + size) >= 0:
+                raise ModelFormatError(f"{self.path}: tensor {name!r} holds the code -128")
+
+    def close(self) -> None:
+        # When somebody still holds a view, the map goes with the last view.
+        with contextlib.suppress(BufferError):
+            self.buffer.close()
+
+    def __enter__(self) -> FrozenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def verify_checksums(frozen: FrozenFile) -> Iterator[tuple[str, bool]]:
+    """Yield (tensor name, whether its SHA-256 is the one on file) for every tensor but
+    checksums.json.
+    """
+    import hashlib
+
+    sums = parse_json_object(frozen.rider("checksums.json") or b"", "checksums.json")
+    with memoryview(frozen.buffer) as view:
+        for name, (offset, size) in frozen.tensors.items():
+            if name != "checksums.json":
+                with view[offset : offset + size] as part:
+                    yield name, hashlib.sha256(part).hexdigest() == sums.get(name)
