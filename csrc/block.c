@@ -22,8 +22,9 @@ static void put_query(pe_slice *s, size_t token, size_t head, const float *q) {
         memcpy(s->q_f32 + row * d, q, model->config.head_dim * sizeof(float));
         return;
     }
-    pe_slice_note_bits(s, s->kernels->quantize(s->q + row * d, s->q_scales + row * g, s->q_corrections + row * g, 1, q,
-                                               model->config.head_dim, d));
+    uint32_t bits = s->kernels->quantize(s->q + row * d, s->q_scales + row * g, s->q_corrections + row * g, 1, q,
+                                         model->config.head_dim, d);
+    pe_slice_note_bits(s, token, bits);
 }
 
 /* Quantize k and v (head_dim) and put them at the token's position of the cache: k as a lane of its panel, v as
@@ -45,12 +46,13 @@ static void put_key_value(const qkv_job *j, size_t token, uint32_t kv_head, cons
     int8_t codes[PE_MAX_HEAD_DIM];
     float scales[PE_MAX_HEAD_DIM / PE_X_GROUP];
     int32_t corrections[PE_MAX_HEAD_DIM / PE_X_GROUP];
-    pe_slice_note_bits(s, s->kernels->quantize(codes, scales, corrections, 1, k, head_dim, d));
+    pe_slice_note_bits(s, token, s->kernels->quantize(codes, scales, corrections, 1, k, head_dim, d));
     for (size_t i = 0; i < d; i += 4) memcpy(kv.k + (panel * d + i) * PE_PANEL + lane * 4, codes + i, 4);
     for (size_t g = 0; g < d / PE_X_GROUP; g++)
         kv.k_scales[(panel * (d / PE_X_GROUP) + g) * PE_PANEL + lane] = scales[g];
     memset(kv.v + in_chunk * d, 0, d);
-    pe_slice_note_bits(s, s->kernels->quantize_group(kv.v + in_chunk * d, &kv.v_scales[in_chunk], v, head_dim));
+    uint32_t bits = s->kernels->quantize_group(kv.v + in_chunk * d, &kv.v_scales[in_chunk], v, head_dim);
+    pe_slice_note_bits(s, token, bits);
 }
 
 /* One token: q and k normed (qk_norm) and rotated, q quantized, k and v into the cache. */
@@ -81,13 +83,13 @@ pe_status pe_block(pe_slice *s, pe_kv_cache *kv, uint32_t index, char *err) {
     const pe_model *model = s->model;
     const pe_layer *layer = &model->layers[index];
     size_t n = s->n_tokens, x_stride = pe_x_stride(model);
-    pe_quantize_rows(s, s->x, x_stride, n, model->config.dim, layer->attention_norm);
+    pe_quantize_rows(s, s->x, x_stride, NULL, n, model->config.dim, layer->attention_norm);
     pe_matmul(s, &layer->wqkv, layer->wqkv_bias, s->qkv, pe_qkv_stride(model), PE_STORE);
     qkv_job qkv = {s, kv, index};
     pe_parallel_for(s->n_threads, n, qkv_unit, &qkv, s->control);
     pe_status status = pe_attention(s, kv, index, err);
     if (status != PE_OK) return status;
-    pe_quantize_rows(s, s->att, model->q_dim, n, model->q_dim, NULL);
+    pe_quantize_rows(s, s->att, model->q_dim, NULL, n, model->q_dim, NULL);
     pe_matmul(s, &layer->wo, layer->wo_bias, s->x, x_stride, PE_ADD);
     return PE_OK;
 }

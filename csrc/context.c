@@ -40,6 +40,8 @@ pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype
     pe_context *c = calloc(1, sizeof *c);
     if (c == NULL) return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for a context");
     c->model = model;
+    c->logits.stride = pe_pad(model->config.vocab_size, PE_PANEL);
+    c->hidden.stride = model->config.dim;
     status = pe_pool_acquire(n_threads, err);
     if (status != PE_OK) {
         free(c);
@@ -60,7 +62,8 @@ void pe_context_destroy(pe_context *c) {
     pe_pool_release();
     pe_slice_destroy(&c->slice);
     pe_kv_cache_destroy(c->kv);
-    free(c->logits);
+    free(c->logits.data);
+    free(c->hidden.data);
     free(c);
 }
 
@@ -68,34 +71,34 @@ const char *pe_context_isa(const pe_context *c) { return c->slice.kernels->name;
 int pe_context_n_threads(const pe_context *c) { return c->slice.n_threads; }
 
 size_t pe_context_memory(const pe_context *c, size_t *scratch_bytes) {
-    size_t row_bytes = pe_pad(c->model->config.vocab_size, PE_PANEL) * sizeof(float);
-    *scratch_bytes = pe_slice_bytes(&c->slice) + c->logits_capacity * row_bytes;
+    size_t n_results = c->logits.capacity * c->logits.stride + c->hidden.capacity * c->hidden.stride;
+    *scratch_bytes = pe_slice_bytes(&c->slice) + n_results * sizeof(float);
     pe_cache_stats stats;
     pe_kv_cache_stats(c->kv, &stats);
     return stats.n_pages * stats.page_bytes;
 }
 
-/* ------------------------------------------------------------------ logits */
+/* ------------------------------------------------------------------ results */
 
-pe_status pe_context_reserve_logits(pe_context *c, size_t n_rows, char *err) {
-    c->n_logits = 0;
-    if (n_rows <= c->logits_capacity) return PE_OK;
-    size_t row_bytes = pe_pad(c->model->config.vocab_size, PE_PANEL) * sizeof(float);
-    free(c->logits);
-    c->logits_capacity = 0;
-    c->logits = n_rows > SIZE_MAX / row_bytes ? NULL : pe_aligned_alloc(n_rows * row_bytes);
-    if (c->logits == NULL)
-        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for %zu rows of %u logits", n_rows,
-                       c->model->config.vocab_size);
-    c->logits_capacity = n_rows;
+pe_status pe_rows_reserve(pe_rows *rows, size_t n_rows, char *err) {
+    rows->n = 0;
+    if (n_rows <= rows->capacity) return PE_OK;
+    size_t row_bytes = rows->stride * sizeof(float);
+    free(rows->data);
+    rows->capacity = 0;
+    rows->data = n_rows > SIZE_MAX / row_bytes ? NULL : pe_aligned_alloc(n_rows * row_bytes);
+    if (rows->data == NULL)
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for %zu rows of %zu results", n_rows, rows->stride);
+    rows->capacity = n_rows;
     return PE_OK;
 }
 
-size_t pe_context_n_logits(const pe_context *c) { return c->n_logits; }
+static const float *row_of(const pe_rows *rows, size_t k) { return k < rows->n ? pe_rows_at(rows, k) : NULL; }
 
-const float *pe_context_logits(const pe_context *c, size_t row) {
-    return row < c->n_logits ? c->logits + row * pe_pad(c->model->config.vocab_size, PE_PANEL) : NULL;
-}
+size_t pe_context_n_logits(const pe_context *c) { return c->logits.n; }
+const float *pe_context_logits(const pe_context *c, size_t row) { return row_of(&c->logits, row); }
+size_t pe_context_n_hidden(const pe_context *c) { return c->hidden.n; }
+const float *pe_context_hidden(const pe_context *c, size_t row) { return row_of(&c->hidden, row); }
 
 /* ------------------------------------------------------------------ sequences */
 

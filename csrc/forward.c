@@ -31,36 +31,59 @@ static void embed(pe_slice *s, size_t token, int32_t id) {
     }
 }
 
-static pe_status run_layer(pe_context *c, uint32_t index, char *err) {
+/* After a stage: the call goes on unless it was cancelled, or a row failed and every row has to succeed. */
+static pe_status check_stage(const pe_slice *s, bool rows_may_fail, const char *where, char *err) {
+    if (pe_slice_is_cancelled(s)) return pe_fail(PE_ERR_CANCELLED, err, "the call was cancelled or timed out");
+    if (!rows_may_fail && pe_slice_n_failed(s) > 0)
+        return pe_fail(PE_ERR_NOT_FINITE, err, "an infinity or NaN appeared %s", where);
+    return PE_OK;
+}
+
+static pe_status run_layer(pe_context *c, uint32_t index, bool rows_may_fail, char *err) {
     pe_status status = pe_block(&c->slice, c->kv, index, err);
     if (status != PE_OK) return status;
     pe_mlp(&c->slice, &c->model->layers[index]);
     char where[32];
     snprintf(where, sizeof where, "in layer %u", index);
-    return pe_slice_check(&c->slice, where, err);
+    return check_stage(&c->slice, rows_may_fail, where, err);
 }
 
-/* Logits of the rows of the slice that want them, after the n_logits rows of earlier slices. */
-static void compute_logits(pe_context *c, const uint8_t *want) {
-    pe_slice *s = &c->slice;
-    size_t x_stride = pe_x_stride(c->model), vocab_padded = pe_pad(c->model->config.vocab_size, PE_PANEL), n = 0;
+/* ------------------------------------------------------------------ what rows want */
+
+/* slice.selected = the rows whose wants include `want`; how many there are. */
+static size_t select_rows(pe_slice *s, const uint8_t *wants, uint8_t want) {
+    size_t n = 0;
     for (size_t t = 0; t < s->n_tokens; t++)
-        if (want[t]) memmove(s->x + n++ * x_stride, s->x + t * x_stride, x_stride * sizeof(float));
-    if (n == 0) return;
-    pe_quantize_rows(s, s->x, x_stride, n, c->model->config.dim, c->model->norm);
-    pe_matmul(s, &c->model->output, NULL, c->logits + c->n_logits * vocab_padded, vocab_padded, PE_STORE);
-    c->n_logits += n;
+        if (wants[t] & want) s->selected[n++] = t;
+    return n;
 }
 
-static pe_status run_slice(pe_context *c, const int32_t *tokens, const uint8_t *want, char *err) {
-    for (size_t t = 0; t < c->slice.n_tokens; t++) embed(&c->slice, t, tokens[t]);
-    pe_slice_prepare(&c->slice);
-    for (uint32_t layer = 0; layer < c->model->config.n_layers; layer++) {
-        pe_status status = run_layer(c, layer, err);
-        if (status != PE_OK) return status;
+static void hidden_unit(void *arg, size_t unit, int thread) {
+    (void)thread;
+    pe_context *c = arg;
+    pe_slice *s = &c->slice;
+    size_t row = s->selected[unit], dim = c->model->config.dim;
+    float *out = pe_rows_at(&c->hidden, c->hidden.n + unit);
+    s->kernels->rmsnorm(out, s->x + row * pe_x_stride(c->model), c->model->norm, dim, c->model->config.norm_eps);
+    uint32_t largest = 0; /* of the bits of |out| */
+    for (size_t i = 0; i < dim; i++) {
+        uint32_t bits = pe_float_bits(out[i]) & 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
     }
-    compute_logits(c, want);
-    return pe_slice_check(&c->slice, "before the logits", err);
+    pe_slice_note_bits(s, row, largest);
+}
+
+/* The wanted results of the slice, behind the rows of earlier slices. */
+static void compute_results(pe_context *c, const uint8_t *wants) {
+    pe_slice *s = &c->slice;
+    size_t n = select_rows(s, wants, PE_WANT_HIDDEN);
+    if (n > 0) pe_parallel_for(s->n_threads, n, hidden_unit, c, s->control);
+    c->hidden.n += n;
+    n = select_rows(s, wants, PE_WANT_LOGITS);
+    if (n == 0) return;
+    pe_quantize_rows(s, s->x, pe_x_stride(c->model), s->selected, n, c->model->config.dim, c->model->norm);
+    pe_matmul(s, &c->model->output, NULL, pe_rows_at(&c->logits, c->logits.n), c->logits.stride, PE_STORE);
+    c->logits.n += n;
 }
 
 /* ------------------------------------------------------------------ the call */
@@ -73,8 +96,20 @@ static pe_status check_batch(const pe_context *c, const pe_batch *batch, char *e
                            (int)batch->tokens[i], c->model->config.vocab_size);
         if (pe_kv_length(c->kv, batch->sequences[i]) == SIZE_MAX)
             return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)batch->sequences[i]);
+        if (batch->wants[i] & ~(PE_WANT_LOGITS | PE_WANT_HIDDEN))
+            return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "row %zu wants %u, which is not known", i, batch->wants[i]);
     }
     return PE_OK;
+}
+
+static pe_status reserve_results(pe_context *c, const pe_batch *batch, char *err) {
+    size_t n_logits = 0, n_hidden = 0;
+    for (size_t i = 0; i < batch->n_tokens; i++) {
+        n_logits += (batch->wants[i] & PE_WANT_LOGITS) != 0;
+        n_hidden += (batch->wants[i] & PE_WANT_HIDDEN) != 0;
+    }
+    pe_status status = pe_rows_reserve(&c->logits, n_logits, err);
+    return status != PE_OK ? status : pe_rows_reserve(&c->hidden, n_hidden, err);
 }
 
 /* Take the next position of each row's sequence, uncommitted. */
@@ -93,6 +128,31 @@ static pe_status place_slice(pe_context *c, const int32_t *sequences, char *err)
     return PE_OK;
 }
 
+/* Rows [begin, begin + n_tokens) of the batch, which have their positions, through all layers. Rows of sequences that
+ * failed in an earlier slice are carried along, but nothing is computed for them alone. */
+static pe_status run_slice(pe_context *c, const pe_batch *batch, size_t begin, char *err) {
+    pe_slice *s = &c->slice;
+    bool rows_may_fail = batch->failed != NULL;
+    for (size_t t = 0; t < s->n_tokens; t++) embed(s, t, batch->tokens[begin + t]);
+    pe_slice_prepare(s);
+    if (rows_may_fail) memcpy(s->failed, batch->failed + begin, s->n_tokens);
+    for (uint32_t layer = 0; layer < c->model->config.n_layers && pe_slice_n_failed(s) < s->n_tokens; layer++) {
+        pe_status status = run_layer(c, layer, rows_may_fail, err);
+        if (status != PE_OK) return status;
+    }
+    compute_results(c, batch->wants + begin);
+    return check_stage(s, rows_may_fail, "after the layers", err);
+}
+
+/* The slice's failed rows, and with each of them all rows of its sequence, are failed rows of the batch. */
+static void spread_failures(const pe_slice *s, const pe_batch *batch, size_t begin) {
+    for (size_t t = 0; t < s->n_tokens; t++) {
+        if (!s->failed[t] || batch->failed[begin + t]) continue;
+        for (size_t i = 0; i < batch->n_tokens; i++)
+            if (batch->sequences[i] == s->sequences[t]) batch->failed[i] = 1;
+    }
+}
+
 static pe_status run_batch(pe_context *c, const pe_batch *batch, char *err) {
     for (size_t begin = 0; begin < batch->n_tokens; begin += PE_SLICE) {
         size_t n = batch->n_tokens - begin < PE_SLICE ? batch->n_tokens - begin : PE_SLICE;
@@ -100,33 +160,41 @@ static pe_status run_batch(pe_context *c, const pe_batch *batch, char *err) {
         if (status != PE_OK) return status;
         c->slice.n_tokens = n;
         status = place_slice(c, batch->sequences + begin, err);
-        if (status == PE_OK) status = run_slice(c, batch->tokens + begin, batch->want_logits + begin, err);
+        if (status == PE_OK) status = run_slice(c, batch, begin, err);
         if (status != PE_OK) return status;
+        if (batch->failed != NULL) spread_failures(&c->slice, batch, begin);
     }
     return PE_OK;
 }
 
-pe_status pe_forward(pe_context *c, const pe_batch *batch, char *err) {
-    pe_status status = check_batch(c, batch, err);
-    if (status != PE_OK) return status;
-    size_t n_wanted = 0;
-    for (size_t i = 0; i < batch->n_tokens; i++) n_wanted += batch->want_logits[i] != 0;
-    status = pe_context_reserve_logits(c, n_wanted, err);
-    if (status != PE_OK) return status;
-    uint64_t float_env = pe_float_env_enter();
-    pe_control control = {.poll = batch->poll, .poll_user = batch->poll_user, .deadline_ns = batch->deadline_ns};
-    control.last_poll_ns = pe_now_ns();
-    c->slice.control = &control;
-    atomic_store(&c->slice.not_finite, false);
-    status = run_batch(c, batch, err);
+/* All or nothing, for each sequence: its new positions get their tokens, or are given back. */
+static void settle(pe_context *c, const pe_batch *batch, pe_status status) {
     for (size_t i = 0; i < batch->n_tokens; i++) {
-        if (status == PE_OK) {
+        if (status == PE_OK && (batch->failed == NULL || !batch->failed[i])) {
             pe_kv_commit(c->kv, batch->sequences[i], batch->tokens[i]);
         } else {
             pe_kv_rollback(c->kv, batch->sequences[i]);
         }
     }
-    if (status != PE_OK) c->n_logits = 0;
+    if (status == PE_OK) return;
+    c->logits.n = c->hidden.n = 0;
+    if (batch->failed != NULL) memset(batch->failed, 0, batch->n_tokens);
+}
+
+pe_status pe_forward(pe_context *c, const pe_batch *batch, char *err) {
+    if (batch->failed != NULL) memset(batch->failed, 0, batch->n_tokens);
+    pe_status status = check_batch(c, batch, err);
+    if (status == PE_OK) status = reserve_results(c, batch, err);
+    if (status != PE_OK) return status;
+    uint64_t float_env = pe_float_env_enter();
+    pe_control control = {.poll = batch->poll,
+                          .poll_user = batch->poll_user,
+                          .deadline_ns = batch->deadline_ns,
+                          .last_poll_ns = pe_now_ns(),
+                          .cancel = batch->cancel};
+    c->slice.control = &control;
+    status = run_batch(c, batch, err);
+    settle(c, batch, status);
     c->slice.control = NULL;
     pe_float_env_leave(float_env);
     return status;
@@ -145,7 +213,7 @@ static pe_status run_debug_block(pe_context *c, uint32_t layer, float *x, int32_
         memcpy(s->x + t * stride, x + t * dim, dim * sizeof(float));
     }
     pe_slice_prepare(s);
-    pe_status status = run_layer(c, layer, err);
+    pe_status status = run_layer(c, layer, false, err);
     for (size_t t = 0; t < s->n_tokens && status == PE_OK; t++)
         memcpy(x + t * dim, s->x + t * stride, dim * sizeof(float));
     return status;
@@ -159,7 +227,6 @@ pe_status pe_debug_block(pe_context *c, uint32_t layer, float *x, size_t n_token
     if (status == PE_OK) status = pe_kv_new(c->kv, &sequence, err);
     if (status != PE_OK) return status;
     uint64_t float_env = pe_float_env_enter();
-    atomic_store(&c->slice.not_finite, false);
     c->slice.n_tokens = n_tokens;
     status = pe_kv_extend(c->kv, sequence, n_tokens, err);
     if (status == PE_OK) status = run_debug_block(c, layer, x, sequence, err);

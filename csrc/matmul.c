@@ -20,6 +20,7 @@ size_t pe_matmul_scratch_floats(const pe_model *model) {
 typedef struct quantize_job {
     pe_slice *s;
     const float *rows;
+    const size_t *selected;
     size_t stride, n;  /* n columns of each row */
     const float *norm; /* RMSNorm weight or NULL */
 } quantize_job;
@@ -37,23 +38,25 @@ static void quantize_unit(void *arg, size_t block, int thread) {
         memset(act->corrections + first * n_groups, 0, width * n_groups * sizeof *act->corrections);
     }
     for (size_t t = 0; t < n_tokens; t++) {
-        const float *row = j->rows + (first + t) * j->stride;
+        size_t index = j->selected == NULL ? first + t : j->selected[first + t];
+        const float *row = j->rows + index * j->stride;
         if (j->norm != NULL) {
             float *normed = pe_thread_scratch(s, thread);
             float sum_of_squares = s->kernels->rmsnorm(normed, row, j->norm, j->n, s->model->config.norm_eps);
-            pe_slice_note_bits(s, pe_float_bits(sum_of_squares) & 0x7fffffffu);
+            pe_slice_note_bits(s, index, pe_float_bits(sum_of_squares) & 0x7fffffffu);
             row = normed;
         }
-        pe_slice_note_bits(
-            s, s->kernels->quantize(act->codes + first * act->n + t * 4, act->scales + first * n_groups + t,
-                                    act->corrections + first * n_groups + t, width, row, j->n, act->n));
+        uint32_t bits = s->kernels->quantize(act->codes + first * act->n + t * 4, act->scales + first * n_groups + t,
+                                             act->corrections + first * n_groups + t, width, row, j->n, act->n);
+        pe_slice_note_bits(s, index, bits);
     }
 }
 
-void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, size_t n_rows, size_t n, const float *norm) {
+void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_t *selected, size_t n_rows, size_t n,
+                      const float *norm) {
     s->act.n = pe_pad(n, PE_GROUP);
     s->act.n_tokens = n_rows;
-    quantize_job j = {s, rows, stride, n, norm};
+    quantize_job j = {s, rows, selected, stride, n, norm};
     pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
 }
 

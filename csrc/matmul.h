@@ -10,9 +10,10 @@
 /* What becomes of a product: out = p, out += p, or out = silu(gate) * up of alternating gate and up panels. */
 typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_SWIGLU } pe_epilogue;
 
-/* slice->act = the first n columns of every row, quantized; rows (n_rows, stride). With `norm` (n), an RMSNorm weight,
- * the rows are normed first. */
-void pe_quantize_rows(pe_slice *slice, const float *rows, size_t stride, size_t n_rows, size_t n, const float *norm);
+/* slice->act = the first n columns of n_rows rows, quantized. rows (capacity, stride); `selected` (n_rows) says which of
+ * them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first. */
+void pe_quantize_rows(pe_slice *slice, const float *rows, size_t stride, const size_t *selected, size_t n_rows,
+                      size_t n, const float *norm);
 
 /* out (act.n_tokens, out_stride) = act * w^T + bias under the epilogue. bias is padded to 16 rows like w, or NULL. */
 void pe_matmul(pe_slice *slice, const pe_matrix *w, const float *bias, float *out, size_t out_stride,

@@ -23,7 +23,7 @@ typedef enum pe_status {
     PE_ERR_FORMAT = 3, /* the model file contradicts itself or FORMAT.md */
     PE_ERR_CONTEXT_FULL = 4,
     PE_ERR_NOT_FINITE = 5, /* an infinity or NaN appeared */
-    PE_ERR_CANCELLED = 6,  /* the poll callback or the deadline ended the call */
+    PE_ERR_CANCELLED = 6,  /* the poll callback, the deadline or pe_batch.cancel ended the call */
     PE_ERR_SYSTEM = 7,
     PE_ERR_UNSUPPORTED_ISA = 8,
     PE_STATUS_COUNT /* sentinel */
@@ -156,22 +156,42 @@ size_t pe_sequence_tokens(const pe_context *context, int32_t sequence, int32_t *
 /* Called by the calling thread between work units, at most every 20 ms; non-zero ends the call. */
 typedef int (*pe_poll_fn)(void *user);
 
+/* What a row of a batch asks for. */
+enum {
+    PE_WANT_LOGITS = 1,
+    PE_WANT_HIDDEN = 2 /* its final hidden state, after the last norm */
+};
+
 typedef struct pe_batch {
     size_t n_tokens;
-    const int32_t *tokens;      /* (n_tokens) ids */
-    const int32_t *sequences;   /* (n_tokens) row i is appended to sequence[i], at that sequence's next position */
-    const uint8_t *want_logits; /* (n_tokens) non-zero: this row's logits are computed */
-    pe_poll_fn poll;            /* may be NULL */
+    const int32_t *tokens;    /* (n_tokens) ids */
+    const int32_t *sequences; /* (n_tokens) row i is appended to sequence[i], at that sequence's next position */
+    const uint8_t *wants;     /* (n_tokens) PE_WANT_* bits of each row */
+    uint8_t *failed;          /* (n_tokens) or NULL: see pe_forward */
+    pe_poll_fn poll;          /* may be NULL */
     void *poll_user;
     int64_t deadline_ns; /* CLOCK_MONOTONIC; 0 = none */
+    const int *cancel;   /* may be NULL; non-zero, set with pe_request_cancel from any thread, ends the call at the next
+                          * work unit. It belongs to the caller, who alone sets it back. */
 } pe_batch;
 
-/* Append the batch's tokens to their sequences and compute the wanted logits.
- * On any error no sequence has changed: a sequence holds the tokens of the calls that succeeded, and no others. logits of the k-th wanted row: pe_context_logits(context, k). */
+/* Append the batch's tokens to their sequences and compute what the rows want.
+ *
+ * On any error no sequence has changed: a sequence holds the tokens of the calls that succeeded, and no others. An
+ * infinity or NaN in a row is an error, PE_ERR_NOT_FINITE, unless `failed` is given: then the call succeeds, failed[i] is
+ * 1 for the rows of every sequence in which one appeared, else 0; those sequences have not changed, their results mean
+ * nothing, and all others have their tokens and the very bits that they would have had without such neighbours. After an
+ * error, `failed` is all 0. */
 pe_status pe_forward(pe_context *context, const pe_batch *batch, char *err);
-/* Number of rows of the last forward, and one of them: (vocab_size) float32, valid until the next forward. */
+/* Set *cancel so that a forward that was given it ends with PE_ERR_CANCELLED. Callable at any time from any thread. */
+void pe_request_cancel(int *cancel);
+
+/* Rows of the last forward: the k-th row that wanted logits (vocab_size) or its hidden state (dim), float32, valid until
+ * the next forward; NULL if there are not so many. After a call that failed there are none. */
 size_t pe_context_n_logits(const pe_context *context);
 const float *pe_context_logits(const pe_context *context, size_t row);
+size_t pe_context_n_hidden(const pe_context *context);
+const float *pe_context_hidden(const pe_context *context, size_t row);
 
 /* ------------------------------------------------------------------ test hooks */
 

@@ -15,7 +15,7 @@ typedef struct buffer {
     size_t n_bytes;
 } buffer;
 
-enum { N_BUFFERS = 16 };
+enum { N_BUFFERS = 18 };
 
 /* Every buffer and its size for n rows. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE_MAX. */
 static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
@@ -27,6 +27,8 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
     size_t q_elements = n * config->n_heads * model->head_dim_p, q_groups = q_elements / PE_X_GROUP;
     bool f32 = s->kv_dtype == PE_KV_F32;
     const buffer list[] = {
+        {(void **)&s->failed, n},
+        {(void **)&s->selected, n * sizeof *s->selected},
         {(void **)&s->sequences, n * sizeof *s->sequences},
         {(void **)&s->positions, n * sizeof *s->positions},
         {(void **)&s->x, n * pe_x_stride(model) * sizeof(float)},
@@ -114,7 +116,7 @@ size_t pe_slice_bytes(const pe_slice *s) {
     return s->n_bytes + (s->thread_scratch_floats * (size_t)s->n_threads + s->partials_capacity) * sizeof(float);
 }
 
-/* ------------------------------------------------------------------ before and after the layers */
+/* ------------------------------------------------------------------ what all layers share */
 
 /* Runs of one sequence, cut so that a block's rows (tokens x heads of one kv head) fit the attention kernels' scratch. */
 static void find_query_blocks(pe_slice *s) {
@@ -133,6 +135,7 @@ static void find_query_blocks(pe_slice *s) {
 
 void pe_slice_prepare(pe_slice *s) {
     size_t half = s->model->config.head_dim / 2;
+    memset(s->failed, 0, s->n_tokens);
     for (size_t t = 0; t < s->n_tokens; t++)
         for (size_t i = 0; i < half; i++)
             pe_cos_sin((float)s->positions[t] * s->model->inv_freq[i], &s->cos[t * half + i],
@@ -140,9 +143,8 @@ void pe_slice_prepare(pe_slice *s) {
     find_query_blocks(s);
 }
 
-pe_status pe_slice_check(const pe_slice *s, const char *where, char *err) {
-    if (s->control != NULL && atomic_load(&s->control->cancelled))
-        return pe_fail(PE_ERR_CANCELLED, err, "the call was cancelled or timed out");
-    if (atomic_load(&s->not_finite)) return pe_fail(PE_ERR_NOT_FINITE, err, "an infinity or NaN appeared %s", where);
-    return PE_OK;
+size_t pe_slice_n_failed(const pe_slice *s) {
+    size_t n = 0;
+    for (size_t t = 0; t < s->n_tokens; t++) n += s->failed[t];
+    return n;
 }

@@ -6,8 +6,6 @@
 #ifndef PE_SLICE_H
 #define PE_SLICE_H
 
-#include <stdatomic.h>
-
 #include "kernels/pe_math.h"
 #include "model.h"
 #include "threadpool.h"
@@ -34,11 +32,12 @@ typedef struct pe_slice {
     pe_kv_dtype kv_dtype;
     int n_threads;
 
-    pe_control *control;    /* of the running call, or NULL */
-    atomic_bool not_finite; /* some kernel met an infinity or NaN */
+    pe_control *control; /* of the running call, or NULL */
 
     /* The rows, and buffers for `capacity` of them. */
     size_t capacity, n_tokens;
+    uint8_t *failed;        /* (capacity) 1 = a kernel met an infinity or NaN in this row */
+    size_t *selected;       /* (capacity) rows that go on after the layers */
     int32_t *sequences;     /* (capacity) */
     size_t *positions;      /* (capacity) */
     float *x;               /* (capacity, pad16(dim)) residual stream */
@@ -75,16 +74,20 @@ pe_status pe_slice_reserve(pe_slice *slice, size_t n_tokens, char *err);
 /* Grow `partials` to n_floats. What was in it is lost. */
 pe_status pe_slice_reserve_partials(pe_slice *slice, size_t n_floats, char *err);
 
-/* After n_tokens, sequences and positions are set: RoPE angles and query blocks, the same for all layers. */
+/* After n_tokens, sequences and positions are set: no row has failed; RoPE angles and query blocks, the same for all
+ * layers. */
 void pe_slice_prepare(pe_slice *slice);
 
-/* After a stage: PE_ERR_CANCELLED if the call was cancelled (then units were skipped and buffers hold anything),
- * PE_ERR_NOT_FINITE if an infinity or NaN appeared; `where` ends the sentence "an infinity or NaN appeared ...". */
-pe_status pe_slice_check(const pe_slice *slice, const char *where, char *err);
+/* After a stage: was the call cancelled? Then units were skipped and buffers hold anything. */
+static inline bool pe_slice_is_cancelled(const pe_slice *slice) {
+    return slice->control != NULL && atomic_load(&slice->control->cancelled);
+}
+/* Rows that have failed so far. */
+size_t pe_slice_n_failed(const pe_slice *slice);
 
-/* What a kernel returned as the bits of a largest magnitude. */
-static inline void pe_slice_note_bits(pe_slice *slice, uint32_t absmax_bits) {
-    if (absmax_bits >= PE_NOT_FINITE_BITS) atomic_store_explicit(&slice->not_finite, true, memory_order_relaxed);
+/* What a kernel returned as the bits of a row's largest magnitude. No two threads work on one row at the same time. */
+static inline void pe_slice_note_bits(pe_slice *slice, size_t row, uint32_t absmax_bits) {
+    if (absmax_bits >= PE_NOT_FINITE_BITS) slice->failed[row] = 1;
 }
 
 static inline float *pe_thread_scratch(const pe_slice *slice, int thread) {

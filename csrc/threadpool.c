@@ -101,9 +101,16 @@ static void poll_control(pe_control *control) {
     if (stop) atomic_store(&control->cancelled, true);
 }
 
+/* Whoever sees the caller's flag makes it the call's own: units were skipped, whatever becomes of the flag. */
 static bool is_cancelled(pe_control *control) {
-    return control != NULL && atomic_load_explicit(&control->cancelled, memory_order_relaxed);
+    if (control == NULL) return false;
+    if (atomic_load_explicit(&control->cancelled, memory_order_relaxed)) return true;
+    if (control->cancel == NULL || __atomic_load_n(control->cancel, __ATOMIC_RELAXED) == 0) return false;
+    atomic_store(&control->cancelled, true);
+    return true;
 }
+
+void pe_request_cancel(int *cancel) { __atomic_store_n(cancel, 1, __ATOMIC_RELAXED); }
 
 /* Claim and run units of the current loop until none is left, then report them. */
 static void work(int thread) {

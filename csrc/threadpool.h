@@ -21,7 +21,8 @@ typedef struct pe_control {
     void *poll_user;
     int64_t deadline_ns;
     int64_t last_poll_ns;
-    atomic_bool cancelled; /* read by every thread before every unit */
+    const int *cancel;     /* may be NULL; pe_batch.cancel, read by every thread before every unit */
+    atomic_bool cancelled; /* likewise; once true it stays */
 } pe_control;
 
 /* Work on one unit; thread is 0 for the caller and 1.. for workers: an index for scratch memory. */

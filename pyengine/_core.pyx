@@ -239,7 +239,7 @@ cdef class Context:
         return length
 
     def forward(self, tokens, sequences, want_logits, *, deadline=None) -> int:
-        """Append tokens[i] to sequence sequences[i], in order; compute the logits of the rows whose want_logits[i] is non-zero.
+        """Append tokens[i] to sequence sequences[i], in order; compute the logits of the rows whose want_logits[i] is 1, not 0.
 
         deadline: time.monotonic() at which to give up. Returns the number of logits rows. On any error (CancelledError,
         ContextFullError, KeyboardInterrupt, …) no sequence has changed.
@@ -257,7 +257,8 @@ cdef class Context:
         if self.n_exports > 0:
             raise BufferError("a view of the logits is still held; release it before the next forward")
         batch.n_tokens = token_view.shape[0]
-        batch.tokens, batch.sequences, batch.want_logits = &token_view[0], &sequence_view[0], &want_view[0]
+        batch.tokens, batch.sequences, batch.wants = &token_view[0], &sequence_view[0], &want_view[0]
+        batch.failed, batch.cancel = NULL, NULL
         batch.poll, batch.poll_user = poll_signals, <void *>self
         # 2^62 ns is a century of uptime: more (or infinity) means no deadline
         batch.deadline_ns = 0 if deadline is None or not deadline < 4.6e9 else max(1, <int64_t>(deadline * 1e9))

@@ -58,17 +58,24 @@ cdef extern from "pyengine.h" nogil:
     pe_status pe_sequence_length(const pe_context *context, int32_t sequence, size_t *out, char *err)
 
     ctypedef int (*pe_poll_fn)(void *user) noexcept
+    enum:
+        PE_WANT_LOGITS, PE_WANT_HIDDEN
     ctypedef struct pe_batch:
         size_t n_tokens
         const int32_t *tokens
         const int32_t *sequences
-        const uint8_t *want_logits
+        const uint8_t *wants
+        uint8_t *failed
         pe_poll_fn poll
         void *poll_user
         int64_t deadline_ns
+        const int *cancel
     pe_status pe_forward(pe_context *context, const pe_batch *batch, char *err)
     size_t pe_context_n_logits(const pe_context *context)
     const float *pe_context_logits(const pe_context *context, size_t row)
+    size_t pe_context_n_hidden(const pe_context *context)
+    const float *pe_context_hidden(const pe_context *context, size_t row)
+    void pe_request_cancel(int *cancel)
 
     pe_status pe_debug_block(pe_context *context, uint32_t layer, float *x, size_t n_tokens, char *err)
     size_t pe_debug_kv_page(const pe_context *context, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page,

@@ -36,7 +36,7 @@ static void append(pe_context *c, int32_t sequence, size_t n, bool apart) {
         sequences[i] = apart ? sequence + (int32_t)i : sequence;
         want[i] = apart || i + 1 == n;
     }
-    pe_batch batch = {.n_tokens = n, .tokens = tokens, .sequences = sequences, .want_logits = want};
+    pe_batch batch = {.n_tokens = n, .tokens = tokens, .sequences = sequences, .wants = want};
     require(pe_forward(c, &batch, err), err);
 }
 

@@ -47,6 +47,8 @@ static void test_the_rest(const struct pe_kernels *const *tables, size_t n_table
     section("forward");
     test_forward(tables, n_tables);
     for (size_t i = 0; i < n_tables; i++) test_cancellation(tables[i]);
+    section("rows of a batch: failures, hidden states, cancellation from outside");
+    for (size_t i = 0; i < n_tables; i++) test_batch(tables[i]);
 }
 
 int main(int argc, char **argv) {

@@ -74,13 +74,6 @@ static void expect_load(pe_status expected, const pe_config *config, void (*chan
     tiny_model_free(&t);
 }
 
-static size_t tensor_index(const tiny_model *t, const char *name) {
-    size_t i = 0;
-    while (i < t->n_tensors && strcmp(t->names[i], name) != 0) i++;
-    CHECK(i < t->n_tensors, "no tensor %s", name);
-    return i;
-}
-
 static void nothing(tiny_model *t) { (void)t; }
 static void one_less(tiny_model *t) { free(t->memory[--t->n_tensors]); }
 static void wrong_name(tiny_model *t) { t->tensors[3].name = "layers.0.wq.codes"; }
@@ -89,9 +82,9 @@ static void no_data(tiny_model *t) { t->tensors[2].data = NULL; }
 static void misaligned(tiny_model *t) { t->tensors[2].data = (char *)t->memory[2] + 4; }
 static void illegal_code(tiny_model *t) { ((int8_t *)t->memory[0])[777] = -128; }
 static void infinite_scale(tiny_model *t) { ((uint16_t *)t->memory[1])[5] = 0x7c00; }
-static void nan_norm(tiny_model *t) { ((float *)t->memory[tensor_index(t, "layers.1.ffn_norm")])[63] = NAN; }
-static void huge_frequency(tiny_model *t) { ((float *)t->memory[tensor_index(t, "rope.inv_freq")])[3] = 1e30f; }
-static void negative_frequency(tiny_model *t) { ((float *)t->memory[tensor_index(t, "rope.inv_freq")])[0] = -0.5f; }
+static void nan_norm(tiny_model *t) { ((float *)tiny_model_tensor(t, "layers.1.ffn_norm"))[63] = NAN; }
+static void huge_frequency(tiny_model *t) { ((float *)tiny_model_tensor(t, "rope.inv_freq"))[3] = 1e30f; }
+static void negative_frequency(tiny_model *t) { ((float *)tiny_model_tensor(t, "rope.inv_freq"))[0] = -0.5f; }
 static void one_more(tiny_model *t) {
     size_t i = t->n_tensors++;
     if (posix_memalign(&t->memory[i], 64, 64) != 0) exit(2);
@@ -123,7 +116,7 @@ static void test_loading(void) {
 
 static pe_status forward_one(pe_context *c, int32_t token, int32_t sequence, char *err) {
     const uint8_t want = 1;
-    pe_batch batch = {.n_tokens = 1, .tokens = &token, .sequences = &sequence, .want_logits = &want};
+    pe_batch batch = {.n_tokens = 1, .tokens = &token, .sequences = &sequence, .wants = &want};
     return pe_forward(c, &batch, err);
 }
 
@@ -163,7 +156,7 @@ static void test_full(pe_context *c) {
     EXPECT(PE_OK, pe_sequence_new(c, &a, err));
     EXPECT(PE_OK, pe_sequence_new(c, &b, err));
     for (int i = 0; i < 31; i++) sequences[i] = a;
-    pe_batch batch = {.n_tokens = 31, .tokens = tokens, .sequences = sequences, .want_logits = want};
+    pe_batch batch = {.n_tokens = 31, .tokens = tokens, .sequences = sequences, .wants = want};
     EXPECT(PE_ERR_CONTEXT_FULL, pe_forward(c, &batch, err));
     EXPECT(PE_OK, pe_sequence_length(c, a, &length, err));
     CHECK(length == 0, "%zu positions after a refusal", length);
@@ -297,7 +290,7 @@ static void cancel_with(const struct pe_kernels *table, const tiny_model *t, int
     c->slice.kernels = table;
     EXPECT(PE_OK, pe_sequence_new(c, &id, err));
     for (int i = 0; i < N_TOKENS; i++) tokens[i] = i * 7 % (int32_t)slow.vocab_size, sequences[i] = id, want[i] = 1;
-    pe_batch batch = {.n_tokens = N_BEFORE, .tokens = tokens, .sequences = sequences, .want_logits = want};
+    pe_batch batch = {.n_tokens = N_BEFORE, .tokens = tokens, .sequences = sequences, .wants = want};
     EXPECT(PE_OK, pe_forward(c, &batch, err));
     batch.n_tokens = N_TOKENS;
     int64_t start = pe_now_ns();

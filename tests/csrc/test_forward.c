@@ -64,7 +64,7 @@ static pe_context *context_new(const reference *ref, const struct pe_kernels *ta
 
 static pe_status append(pe_context *c, size_t n, const int32_t *tokens, const int32_t *sequences, const uint8_t *want) {
     char err[PE_ERR_LEN] = "";
-    pe_batch batch = {.n_tokens = n, .tokens = tokens, .sequences = sequences, .want_logits = want};
+    pe_batch batch = {.n_tokens = n, .tokens = tokens, .sequences = sequences, .wants = want};
     pe_status status = pe_forward(c, &batch, err);
     CHECK((status == PE_OK) == (err[0] == '\0'), "status %d, message '%s'", (int)status, err);
     return status;

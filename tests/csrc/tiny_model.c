@@ -78,6 +78,13 @@ pe_status tiny_model_load(tiny_model *t, int n_threads, char *err) {
     return status != PE_OK ? status : pe_model_set_tensors(t->model, t->tensors, t->n_tensors, n_threads, err);
 }
 
+void *tiny_model_tensor(const tiny_model *t, const char *name) {
+    for (size_t i = 0; i < t->n_tensors; i++)
+        if (strcmp(t->names[i], name) == 0) return t->memory[i];
+    CHECK(false, "no tensor %s", name);
+    exit(2);
+}
+
 void tiny_model_free(tiny_model *t) {
     pe_model_destroy(t->model);
     for (size_t i = 0; i < t->n_tensors; i++) free(t->memory[i]);

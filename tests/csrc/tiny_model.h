@@ -20,6 +20,8 @@ typedef struct tiny_model {
 void tiny_model_make(tiny_model *t, const pe_config *config, uint64_t seed, float loudness);
 /* Give the tensors to a new pe_model; frees nothing on failure. */
 pe_status tiny_model_load(tiny_model *t, int n_threads, char *err);
+/* A tensor's memory by name; a name that is not there is a failed check and ends the program. */
+void *tiny_model_tensor(const tiny_model *t, const char *name);
 void tiny_model_free(tiny_model *t);
 
 #endif
