@@ -1,6 +1,4 @@
-"""Losses and gradients of whole models against PyTorch's, kept in torch_gradients.npz by the script
-beside it.
-"""
+"""Losses and gradients of whole models against PyTorch's, kept in torch_gradients.npz by the script beside it."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ def test_gradients(golden: Any, tiny_sizes: dict[str, Any], kind: str, recompute
 
 
 def test_gradients_through_fake_quantization(golden: Any, tiny_sizes: dict[str, Any]) -> None:
-    """Same straight-through estimator at the same points; the fixture keeps clear of rounding
-    boundaries.
-    """
+    """Same straight-through estimator at the same points; the fixture keeps clear of rounding boundaries."""
     sizes = {**tiny_sizes, "n_layers": 1, "max_seq_len": 5}
     trainer = make_trainer(sizes, 1)
     fill(trainer.params, golden, "quantized/parameters/")

@@ -1,6 +1,4 @@
-"""One step and many: same bits for any thread count, accumulation, recomputation, resuming;
-learning; memory.
-"""
+"""One step and many: same bits for any thread count, accumulation, recomputation, resuming; learning; memory."""
 
 from __future__ import annotations
 
@@ -102,9 +100,7 @@ def test_schedule_shapes() -> None:
 
 
 def test_resuming_is_bitwise(tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
-    """Save in the trunk, restore into a fresh trainer, go through the quantized decay: losses and
-    parameters equal.
-    """
+    """Save in the trunk, restore into a fresh trainer, go through the quantized decay: losses and parameters equal."""
     knobs = {"steps": 8, "decay_fraction": 0.5}
     trainer = make(tiny_sizes, **knobs)
     for s in range(3):

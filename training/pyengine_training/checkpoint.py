@@ -34,14 +34,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 RIDERS = (*TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json")
 
 
-# ---- names ---------------------------------------------------------------------------------------
-# ---------------
+# ---- names -------------------------------------------------------------------------------------------------------
 
 
 def hf_tensors(params: Arena, config: ModelConfig) -> dict[str, Array]:
-    """Hugging Face name -> view of the arena (writable): fused matrices are given row range by row
-    range.
-    """
+    """Hugging Face name -> view of the arena (writable): fused matrices are given row range by row range."""
     c = config
     tensors = {"model.embed_tokens.weight": params["tok_embeddings"]}
     for i in range(c.n_layers):
@@ -126,8 +123,7 @@ def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
         raise CheckpointError(f"{where}: missing or malformed {error}") from error
 
 
-# ---- models --------------------------------------------------------------------------------------
-# ---------------
+# ---- models ------------------------------------------------------------------------------------------------------
 
 
 def write_hf_folder(
@@ -172,9 +168,7 @@ def special_ids(folder: Path) -> tuple[int | None, int | None]:
 
 
 def load_parameters(folder: Path, params: Arena, config: ModelConfig) -> None:
-    """Fill the arena from model.safetensors (or its shards). Missing, extra or misshapen tensors
-    are errors.
-    """
+    """Fill the arena from model.safetensors (or its shards). Missing, extra or misshapen tensors are errors."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
@@ -207,8 +201,7 @@ def load_model(folder: Path) -> tuple[ModelConfig, Arena]:
     return config, params
 
 
-# ---- training state
-# ---------------------------------------------------------------------------------------------
+# ---- training state ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -254,9 +247,7 @@ def save_checkpoint(
     data_fingerprint: str,
     write_model: Callable[[Path], None],
 ) -> None:
-    """Write a whole checkpoint, atomically. write_model writes the Hugging Face part into the
-    folder it is given.
-    """
+    """Write a whole checkpoint, atomically. write_model writes the Hugging Face part into the folder it is given."""
     with atomic_directory(folder) as temporary:
         write_model(temporary)
         save_safetensors(temporary / "optimizer.safetensors", {"m": moments[0].flat, "v": moments[1].flat})

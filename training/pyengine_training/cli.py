@@ -41,8 +41,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     }[command](list(arguments))
 
 
-# ---- train ---------------------------------------------------------------------------------------
-# ---------------
+# ---- train -------------------------------------------------------------------------------------------------------
 
 
 def _train(arguments: list[str]) -> int:
@@ -126,9 +125,7 @@ def _data_paths(values: dict[str, Any]) -> list[Path]:
 
 
 def _tokenizer(values: dict[str, Any], paths: list[Path]) -> Any:
-    """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the
-    texts.
-    """
+    """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the texts."""
     for name in ("tokenizer", "init_from", "teacher"):
         if values.get(name):
             path = Path(values[name])
@@ -213,9 +210,7 @@ def _budgeted(folder: Path, config: TrainConfig, values: dict[str, Any], options
 
 
 def _set_up_branch(options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> None:
-    """A new run that starts from another run's checkpoint with its data; flags change the
-    schedule.
-    """
+    """A new run that starts from another run's checkpoint with its data; flags change the schedule."""
     checkpoint = options.branch_from.resolve()
     state = checkpoints.read_state(checkpoint)
     origin = checkpoint.parent if checkpoint.name == "trunk" else checkpoint.parent.parent
@@ -237,9 +232,7 @@ def _set_up_branch(options: argparse.Namespace, folder: Path, arguments: Sequenc
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    """The plan without side effects: tokens are counted by a tokenizer trained on the fly when
-    needed.
-    """
+    """The plan without side effects: tokens are counted by a tokenizer trained on the fly when needed."""
     values = _options(options)
     paths = _data_paths(values)
     config = _train_config(values, {"data_weights": [1.0] * len(paths)})
@@ -261,8 +254,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     return 0
 
 
-# ---- prepare -------------------------------------------------------------------------------------
-# ---------------
+# ---- prepare -----------------------------------------------------------------------------------------------------
 
 
 def _prepare(arguments: list[str]) -> int:

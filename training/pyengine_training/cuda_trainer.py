@@ -175,7 +175,7 @@ class CudaTrainer(Trainer):
         worker = Worker(config, self._rows, self.config.seq_len, training=False, ops=ops)
         return Distillation(worker, params, self.config.distill_alpha, self.config.distill_tau)
 
-    # ---- what the loop and checkpoints look at ------------------------------------------------------------------
+    # ---- what the loop and checkpoints look at -------------------------------------------------------------------
 
     @property
     def params(self) -> Arena:  # type: ignore[override]
@@ -202,7 +202,7 @@ class CudaTrainer(Trainer):
         """Fresh parameters from the seed: the CPU's."""
         initialize(self.params, self.model, self.config.seed)
 
-    # ---- one step -----------------------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------------------
 
     def _training_worker(self, quantize: bool) -> Worker:
         """The worker of a phase; the other phase's is dropped with its graph when the types differ."""
@@ -337,7 +337,7 @@ class CudaTrainer(Trainer):
             f"{', '.join(bad[:4]) or 'no tensor'}. Lower the learning rate or warm up longer."
         )
 
-    # ---- validation ---------------------------------------------------------------------------------------------
+    # ---- validation ----------------------------------------------------------------------------------------------
 
     def validate(self, batches: Iterable[ValidationBatch], n_bytes: int, quantize: bool = False) -> Validation:
         """Loss and bits per byte over whole documents of n_bytes bytes, in float32."""

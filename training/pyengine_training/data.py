@@ -28,14 +28,11 @@ SHARD_TOKENS = 1 << 26
 ENCODE_BATCH = 2000
 
 
-# ---- writing -------------------------------------------------------------------------------------
-# ---------------
+# ---- writing -----------------------------------------------------------------------------------------------------
 
 
 class _SplitWriter:
-    """Shards of one split: NAME_00000.bin (uint16 tokens) and NAME_00000.npy (documents: start,
-    tokens, bytes).
-    """
+    """Shards of one split: NAME_00000.bin (uint16 tokens) and NAME_00000.npy (documents: start, tokens, bytes)."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
@@ -127,15 +124,12 @@ def prepare_corpus(
         write_json(temporary / "manifest.json", manifest)
 
 
-# ---- reading -------------------------------------------------------------------------------------
-# ---------------
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin
-    with BOS.
-    """
+    """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin with BOS."""
 
     tokens: Sequence[Array]  # per shard, uint16, memory-mapped
     shard: Array  # (n,) int64
@@ -189,8 +183,7 @@ class Corpus:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-# ---- batches -------------------------------------------------------------------------------------
-# ---------------
+# ---- batches -----------------------------------------------------------------------------------------------------
 
 
 class RowPacker:
@@ -269,9 +262,7 @@ class Phase:
 
 
 class BatchSource:
-    """Batches of mixed corpora; batch(step) is a pure function of the constructor's arguments and
-    step.
-    """
+    """Batches of mixed corpora; batch(step) is a pure function of the constructor's arguments and step."""
 
     def __init__(
         self,
@@ -294,9 +285,7 @@ class BatchSource:
 
     @staticmethod
     def _picked(weights: Sequence[float], row: int) -> list[int]:
-        """How many of the first ``row`` rows of a phase came from each corpus: evenly spread, no
-        randomness.
-        """
+        """How many of the first ``row`` rows of a phase came from each corpus: evenly spread, no randomness."""
         counts, rest, weight_left = [], row, 1.0
         for weight in weights[:-1]:
             share = weight / weight_left if weight_left > 1e-12 else 0.0
@@ -321,9 +310,7 @@ class BatchSource:
         raise AssertionError("unreachable")
 
     def batch(self, step: int) -> tuple[Array, Array]:
-        """tokens and targets (batch_size, seq_len) int64 of a step, views valid until the next
-        call.
-        """
+        """tokens and targets (batch_size, seq_len) int64 of a step, views valid until the next call."""
         for i in range(self.batch_size):
             corpus, row = self.locate(step * self.batch_size + i)
             self.packers[corpus].fill(self._rows[i], row)

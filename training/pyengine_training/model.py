@@ -96,8 +96,7 @@ class Worker:
         if training:
             self._allocate_backward()
 
-    # ---- buffers ---------------------------------------------------------------------------------
-    # ---------------
+    # ---- buffers -------------------------------------------------------------------------------------------------
 
     def _new(self, *shape: int) -> Array:
         buffer: Array = self.ops.empty(shape, self.dtype)
@@ -144,8 +143,7 @@ class Worker:
         self.dqkv = self._new(*self.qkv.shape)
         self.doutput = self._new_wide(c.vocab_size if n > self.loss_rows else 0, c.dim)
 
-    # ---- forward ---------------------------------------------------------------------------------
-    # ---------------
+    # ---- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, params: Arena, tokens: Array, quantize: bool = False) -> None:
         """tokens (rows, seq_len) int64 -> self.xn_final (N, dim), the output layer's input."""
@@ -164,9 +162,7 @@ class Worker:
         return self.states[layer if len(self.states) > 1 else 0]
 
     def _block_forward(self, params: Arena, layer: int, x: Array, y: Array, quantize: bool) -> None:
-        """One block: x (N, dim) -> y (N, dim). ops named in the order that _block_backward
-        undoes.
-        """
+        """One block: x (N, dim) -> y (N, dim). ops named in the order that _block_backward undoes."""
         p, s, n = f"layers.{layer}.", self._state(layer), x.shape[0]
         self.ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
@@ -202,9 +198,7 @@ class Worker:
         return params["tok_embeddings" if self.config.tie_embeddings else "output"]
 
     def evaluate(self, params: Arena, tokens: Array, targets: Array, quantize: bool) -> Array:
-        """Loss per token (rows, seq_len), 0 where the target is negative; valid until the next
-        call.
-        """
+        """Loss per token (rows, seq_len), 0 where the target is negative; valid until the next call."""
         self.forward(params, tokens, quantize)
         flat = targets.ravel()
         for start in range(0, flat.size, self.loss_rows):
@@ -214,8 +208,7 @@ class Worker:
             self.ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
         return self.loss.reshape(tokens.shape)
 
-    # ---- backward --------------------------------------------------------------------------------
-    # ---------------
+    # ---- backward ------------------------------------------------------------------------------------------------
 
     def forward_backward(
         self,
@@ -265,9 +258,7 @@ class Worker:
     def _output_forward_backward(
         self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None
     ) -> None:
-        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of
-        xn_final in dxn.
-        """
+        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of xn_final in dxn."""
         w, dw = self.output_matrix(params), self.output_matrix(self.grads)
         for start in range(0, targets.size, self.loss_rows):
             rows = slice(start, min(targets.size, start + self.loss_rows))
@@ -304,9 +295,7 @@ class Worker:
         self._fake_quant(s.h, quantize)
 
     def _block_backward(self, params: Arena, layer: int, x: Array) -> None:
-        """self.dx: gradient of the block's output -> gradient of its input, mirror order of
-        _block_forward.
-        """
+        """self.dx: gradient of the block's output -> gradient of its input, mirror order of _block_forward."""
         p, s, n, g = f"layers.{layer}.", self._state(layer), x.shape[0], self.grads
         self.ops.linear_backward_weight(g[p + "w_down"], self.dx, s.h)
         self.ops.linear_backward_input(self.dh, self.dx, params[p + "w_down"])

@@ -31,9 +31,7 @@ def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], object]]) -> 
 
 
 def schedule(config: TrainConfig, step: int) -> float:
-    """Factor on the learning rates at step (from 0): linear warmup, constant, then decay to
-    (almost) zero.
-    """
+    """Factor on the learning rates at step (from 0): linear warmup, constant, then decay to (almost) zero."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if step < config.decay_start:
@@ -65,9 +63,7 @@ class Optimizer:
         return float(np.sqrt(partial.sum()))
 
     def step(self, grads: Arena, step: int, norm: float) -> float:
-        """Update params in place at step (from 0), grads having this norm; returns the schedule's
-        factor.
-        """
+        """Update params in place at step (from 0), grads having this norm; returns the schedule's factor."""
         factor = schedule(self.config, step)
         scale = ops.clip_coefficient(norm, self.config.clip)
         run_all(self.pool, self._tasks(grads, step, factor, scale))

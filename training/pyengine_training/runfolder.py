@@ -54,9 +54,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 class Metrics:
-    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are
-    dropped.
-    """
+    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are dropped."""
 
     def __init__(self, path: Path, keep_through_step: int) -> None:
         if path.exists():
@@ -89,9 +87,7 @@ def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Log:
-    """Prints to stderr and keeps a copy in log.txt; progress replaces its line on a terminal and is
-    quiet in a pipe.
-    """
+    """Prints to stderr and keeps a copy in log.txt; progress replaces its line on a terminal and is quiet in a pipe."""
 
     def __init__(self, path: Path | None) -> None:
         self._file: TextIO | None = None

@@ -74,9 +74,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def is_validation(document: str) -> bool:
-    """One document in VALIDATION_EVERY, by its content: the same text is on the same side in every
-    run.
-    """
+    """One document in VALIDATION_EVERY, by its content: the same text is on the same side in every run."""
     digest = hashlib.sha256(document.encode()).digest()
     return int.from_bytes(digest, "big") % VALIDATION_EVERY == 0
 

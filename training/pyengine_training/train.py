@@ -1,6 +1,4 @@
-"""The training run: prepare, plan, loop, checkpoint; interrupted at any time, continued with
---resume.
-"""
+"""The training run: prepare, plan, loop, checkpoint; interrupted at any time, continued with --resume."""
 
 from __future__ import annotations
 
@@ -146,9 +144,7 @@ class Loop:
         self._saved_step = -1
 
     def start(self, parent: Path | None) -> None:
-        """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given
-        or fresh weights.
-        """
+        """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given or fresh weights."""
         own = checkpoints.checkpoints(self.run.folder)
         if own:
             self._restore(own[-1])
@@ -178,8 +174,7 @@ class Loop:
             )
         self.log.say(f"continuing from {folder.name} (step {self.trainer.state.step})")
 
-    # ---- pieces of the loop
-    # -------------------------------------------------------------------------------------
+    # ---- pieces of the loop --------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint and drop old ones."""
@@ -296,9 +291,7 @@ class Loop:
             self._keep_trunk()
 
     def _keep_trunk(self) -> None:
-        """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from
-        it.
-        """
+        """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from it."""
         name = f"step_{self.trainer.state.step:08d}"
         with atomic_directory(self.run.folder / "trunk") as temporary:
             source = self.run.folder / "checkpoints" / name

@@ -39,9 +39,7 @@ def available_threads() -> int:
 
 
 def single_threaded_blas() -> Any:
-    """Limit BLAS to one thread from now on; our threads are the parallelism. Returns the
-    limiter.
-    """
+    """Limit BLAS to one thread from now on; our threads are the parallelism. Returns the limiter."""
     try:
         from threadpoolctl import threadpool_limits
     except ImportError:  # a machine with the GPU's libraries only: slower, and OPENBLAS_NUM_THREADS=1 does the same
@@ -61,9 +59,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """loss: nats per token with the final EOS; bits_per_byte: of the text alone, without the
-    EOS.
-    """
+    """loss: nats per token with the final EOS; bits_per_byte: of the text alone, without the EOS."""
 
     loss: float
     bits_per_byte: float
@@ -127,13 +123,10 @@ class Trainer:
         """Fresh parameters from the seed."""
         initialize(self.params, self.model, self.config.seed)
 
-    # ---- one step --------------------------------------------------------------------------------
-    # ---------------
+    # ---- one step ------------------------------------------------------------------------------------------------
 
     def weights(self, quantize: bool) -> Arena:
-        """The parameters that products see: the masters, or the values that their int8 codes stand
-        for.
-        """
+        """The parameters that products see: the masters, or the values that their int8 codes stand for."""
         if not quantize:
             return self.params
         if self.quantized is self.params:
@@ -185,9 +178,7 @@ class Trainer:
         return math.fsum(losses)
 
     def _add_gradients(self, count: int) -> None:
-        """self.grads += the workers' gradients, in shard order; slices run side by side, elements
-        do not care.
-        """
+        """self.grads += the workers' gradients, in shard order; slices run side by side, elements do not care."""
         flat = self.grads.flat
 
         def part(start: int) -> Callable[[], None]:
@@ -202,9 +193,7 @@ class Trainer:
         run_all(self.pool, [part(start) for start in range(0, flat.size, SUM_SLICE)])
 
     def step(self, tokens: Array, targets: Array) -> StepResult:
-        """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a
-        bad loss.
-        """
+        """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a bad loss."""
         step = self.state.step
         quantize = self.config.quantized(step)
         loss = self.gradients(tokens, targets, quantize=quantize)
@@ -219,15 +208,13 @@ class Trainer:
         self.state = replace(self.state, step=step + 1, tokens=self.state.tokens + int((targets >= 0).sum()))
         return StepResult(loss, norm, factor, quantize)
 
-    # ---- validation
-    # ---------------------------------------------------------------------------------------------
+    # ---- validation ----------------------------------------------------------------------------------------------
 
     def validate(self, batches: Iterable[ValidationBatch], n_bytes: int, quantize: bool = False) -> Validation:
         """Loss and bits per byte over whole documents of n_bytes bytes."""
         return evaluate(self.workers, self.pool, self.weights(quantize), batches, n_bytes, quantize)
 
-    # ---- saving ----------------------------------------------------------------------------------
-    # ---------------
+    # ---- saving --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, data_fingerprint: str, write_model: Callable[[Path], None]) -> None:
         """Write a checkpoint of everything."""

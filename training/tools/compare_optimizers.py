@@ -76,7 +76,7 @@ def trainer_command(*words: object) -> None:
         raise SystemExit(f"{' '.join(map(str, words))}\n{done.stderr}")
 
 
-# ---- running -------------------------------------------------------------------------------------
+# ---- running -----------------------------------------------------------------------------------------------------
 
 
 def step_seconds(rounds: int) -> dict[str, float]:
@@ -143,7 +143,7 @@ def run_all(candidates: list[Candidate], args: argparse.Namespace) -> None:
             future.result()
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,12 @@ q, o, dq, do (B, n_kv_heads, T, n_rep, head_dim);  k, v, dk, dv (B, n_kv_heads, 
 lse (B, n_kv_heads, T * n_rep): log-sum-exp of each query's scaled scores, kept for the backward
 scale = 1 / sqrt(head_dim)
 
-forward   S = q k^T * scale, keys after the query masked;  P = softmax(S);  o = P v
-written with =
+forward   S = q k^T * scale, keys after the query masked;  P = softmax(S);  o = P v                written with =
 backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
-          dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q
-          written with =
+          dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q                          written with =
 
-A tile holds TILE positions with their n_rep query heads (n_rep * TILE rows) against all keys up to
-the tile's end, so about half of the masked products are skipped and the scores stay in cache.
-Probabilities are never stored.
+A tile holds TILE positions with their n_rep query heads (n_rep * TILE rows) against all keys up to the tile's end, so
+about half of the masked products are skipped and the scores stay in cache. Probabilities are never stored.
 """
 
 from __future__ import annotations
@@ -26,9 +23,7 @@ TILE = 128
 
 @kernel
 def _softmax(s: Array, lse: Array, n_rep: int, first: int, scale: float) -> None:
-    """Rows of raw scores (n, n_keys) to probabilities, in place; row i is position first + i //
-    n_rep.
-    """
+    """Rows of raw scores (n, n_keys) to probabilities, in place; row i is position first + i // n_rep."""
     n, n_keys = s.shape
     for i in range(n):
         end = first + i // n_rep + 1
@@ -111,9 +106,7 @@ def attention_backward(
     scale: float,
     scratch: tuple[Array, Array, Array],
 ) -> None:
-    """Gradients of q, k, v; scratch: three flat arrays of the lengths of
-    attention_scratch_shapes().
-    """
+    """Gradients of q, k, v; scratch: three flat arrays of the lengths of attention_scratch_shapes()."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     dk.fill(0)
     dv.fill(0)

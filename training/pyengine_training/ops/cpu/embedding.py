@@ -1,8 +1,7 @@
 """Token embedding.  x, dx (N, dim); table, dtable (vocab_size, dim); tokens (N,) int64.
 
 forward   x[i] = table[tokens[i]]                         written with =
-backward  dtable[tokens[i]] += dx[i], rows ascending      accumulated (a tied table also gets the
-output layer's share)
+backward  dtable[tokens[i]] += dx[i], rows ascending      accumulated (a tied table also gets the output layer's share)
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from ._jit import Array, kernel
 
 
 def embedding_forward(x: Array, table: Array, tokens: Array) -> None:
-    """Gather one row per token; tokens must lie in [0, vocab_size), which the data layer has
-    checked.
-    """
+    """Gather one row per token; tokens must lie in [0, vocab_size), which the data layer has checked."""
     np.take(table, tokens, axis=0, out=x, mode="clip")  # mode="raise" would buffer the output
 
 

@@ -1,12 +1,10 @@
-"""Muon: momentum whose matrices are orthogonalized before they are applied.  p, g, m (rows, cols),
-in place but g.
+"""Muon: momentum whose matrices are orthogonalized before they are applied.  p, g, m (rows, cols), in place but g.
 
 m = mu m + (1 - mu) g';  u = (1 - mu) g' + mu m  (Nesterov);  o = orthogonalize(u)
 p -= lr * (sqrt(max(1, rows / cols)) * o + weight_decay * p)
 
-orthogonalize runs five Newton-Schulz steps X <- a X + (b A + c A A) X, A = X X^T, on u / ||u||,
-which drive every singular value near 1 (published coefficients of the quintic; Jordan et al. 2024).
-X lies on its short side first.
+orthogonalize runs five Newton-Schulz steps X <- a X + (b A + c A A) X, A = X X^T, on u / ||u||, which drive every
+singular value near 1 (published coefficients of the quintic; Jordan et al. 2024). X lies on its short side first.
 """
 
 from __future__ import annotations
@@ -20,9 +18,7 @@ STEPS = 5
 
 
 def orthogonalize(u: Array) -> Array:
-    """The nearest semi-orthogonal matrix to u, roughly: singular values come out between about 0.7
-    and 1.2.
-    """
+    """The nearest semi-orthogonal matrix to u, roughly: singular values come out between about 0.7 and 1.2."""
     tall = u.shape[0] > u.shape[1]
     x = np.ascontiguousarray(u.T) if tall else u.copy()
     dtype = x.dtype.type

@@ -1,12 +1,8 @@
-"""RMSNorm over the last axis.  x, y, dy, dx, residual (N, dim); w, dw (dim,); inv_rms (N,) kept for
-the backward.
+"""RMSNorm over the last axis.  x, y, dy, dx, residual (N, dim); w, dw (dim,); inv_rms (N,) kept for the backward.
 
-forward   inv_rms = 1 / sqrt(mean(x^2) + eps);  y = x * inv_rms * w                      written
-with =
-backward  dx += inv_rms * (dy*w - x * inv_rms^2 * mean(dy*w*x))                         accumulated:
-dx carries
-          dw += sum over rows of dy * x * inv_rms                                       the residual
-          stream's gradient
+forward   inv_rms = 1 / sqrt(mean(x^2) + eps);  y = x * inv_rms * w                      written with =
+backward  dx += inv_rms * (dy*w - x * inv_rms^2 * mean(dy*w*x))                         accumulated: dx carries
+          dw += sum over rows of dy * x * inv_rms                                       the residual stream's gradient
 """
 
 from __future__ import annotations
