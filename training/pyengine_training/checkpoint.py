@@ -239,10 +239,9 @@ def environment() -> dict[str, str]:
 
 def save_checkpoint(
     folder: Path,
-    params: Arena,
     model: ModelConfig,
     config: TrainConfig,
-    moments: tuple[Arena, Arena],
+    moments: tuple[Array, Array],
     state: TrainingState,
     data_fingerprint: str,
     write_model: Callable[[Path], None],
@@ -250,7 +249,7 @@ def save_checkpoint(
     """Write a whole checkpoint, atomically. write_model writes the Hugging Face part into the folder it is given."""
     with atomic_directory(folder) as temporary:
         write_model(temporary)
-        save_safetensors(temporary / "optimizer.safetensors", {"m": moments[0].flat, "v": moments[1].flat})
+        save_safetensors(temporary / "optimizer.safetensors", {"m": moments[0], "v": moments[1]})
         values = {
             "format_version": FORMAT_VERSION,
             "step": state.step,
@@ -278,13 +277,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_moments(folder: Path, moments: tuple[Arena, Arena]) -> None:
-    """Fill the moments' arenas."""
+def load_moments(folder: Path, size: int) -> tuple[Array, Array]:
+    """The optimizer's moments, flat, of a model whose arena has ``size`` elements."""
     tensors = load_safetensors(folder / "optimizer.safetensors")
-    for name, arena in zip(("m", "v"), moments, strict=True):
-        if name not in tensors or tensors[name].shape != arena.flat.shape:
+    for name in ("m", "v"):
+        if name not in tensors or tensors[name].shape != (size,):
             raise CheckpointError(f"{folder}: optimizer state {name!r} does not fit the model")
-        arena.flat[...] = tensors[name]
+    return tensors["m"], tensors["v"]
 
 
 def checkpoints(run_folder: Path) -> list[Path]:

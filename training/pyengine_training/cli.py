@@ -27,7 +27,7 @@ from .errors import ConfigError, DataError
 from .flags import MODEL_OPTIONS, train_parser
 from .plan import estimated_step_seconds, make_plan
 from .text import is_validation, load_tokenizer, read_documents, train_tokenizer
-from .trainer import available_threads
+from .threads import available_threads
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

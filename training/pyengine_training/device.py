@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arena import Arena
+from .backend.cpu import CpuBackend
 from .config import ModelConfig, TrainConfig
 from .errors import ConfigError, TrainingError
-from .trainer import Trainer
+from .trainer import Trainer, check_sizes
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("bf16", "float32")
@@ -31,7 +32,7 @@ class Device:
     def require(self) -> None:
         """Raise MissingLibraryError or DeviceError, with the way out, unless the device can be used here."""
         if self.name == "cuda":
-            _cuda_trainer()
+            _cuda_backend()
             from .ops.cuda._runtime import runtime
 
             runtime()
@@ -56,23 +57,23 @@ def make_trainer(
 
     Raises MissingLibraryError or DeviceError, with the way out, where there is no usable GPU.
     """
+    check_sizes(model, config)
     if device.name == "cpu":
-        return Trainer(model, config, threads=threads, teacher=teacher)
-    trainer: Any = _cuda_trainer()
-    made: Trainer = trainer(model, config, precision=device.precision, threads=threads, teacher=teacher)
-    return made
+        return Trainer(model, config, CpuBackend(model, config, threads=threads, teacher=teacher))
+    backend = _cuda_backend()
+    return Trainer(model, config, backend(model, config, precision=device.precision, threads=threads, teacher=teacher))
 
 
-def _cuda_trainer() -> Any:
+def _cuda_backend() -> Any:
     """The class, whose modules need numba-cuda."""
     if os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0"):
         raise ConfigError(
             "NUMBA_ENABLE_CUDASIM is set: that is numba's simulator, not a GPU; unset it, or --device cpu"
         )
     try:
-        from .cuda_trainer import CudaTrainer
+        from .backend.cuda import CudaBackend
     except ImportError as error:
         raise MissingLibraryError(
             f"--device cuda needs numba-cuda and cupy ({error}): pip install 'pyengine-lm[cuda]'"
         ) from error
-    return CudaTrainer
+    return CudaBackend

@@ -77,7 +77,7 @@ BLAS_SHARE = 0.55  # of a large matrix product's rate is what whole steps reach,
 
 def estimated_step_seconds(model: ModelConfig, config: TrainConfig, threads: int) -> float:
     """Seconds of a step, from a short matrix product on one thread: a first guess, a third off now and then."""
-    from .trainer import single_threaded_blas
+    from .threads import single_threaded_blas
 
     a = np.ones((512, 512), np.float32)
     out = np.empty_like(a)

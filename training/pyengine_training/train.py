@@ -35,7 +35,7 @@ from .model import Worker
 from .plan import estimated_step_seconds, format_seconds, make_plan
 from .plot import plot_losses
 from .text import load_tokenizer
-from .trainer import Validation
+from .validation import Validation
 
 LOG_EVERY_SECONDS = 30.0
 
@@ -135,7 +135,7 @@ class Loop:
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
         self.trainer = make_trainer(run.model, run.config, device=device, threads=threads, teacher=run.teacher)
-        self.validation, self.validation_bytes = run.validation(self.trainer.workers[0].rows)
+        self.validation, self.validation_bytes = run.validation(self.trainer.backend.shard_rows)
         self.log = runfolder.Log(run.folder / "log.txt")
         self.metrics_path = run.folder / "metrics.jsonl"
         self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False)
@@ -220,7 +220,7 @@ class Loop:
         ids = self.run.tokenizer.encode(c.sample_prompt).ids[: self.sampler.seq_len - 1]
         new = sample.generate(
             self.sampler,
-            self.trainer.weights(quantize),
+            self.trainer.backend.weights(quantize),
             ids,
             c.sample_tokens,
             eos=self.run.eos,
@@ -330,8 +330,8 @@ def run_training(folder: Path, *, threads: int | None = None, parent: Path | Non
             return final
         epochs = loop.source.epochs(run.config.steps)
         if loop.trainer.state.step == 0:
-            seconds = estimated_step_seconds(run.model, run.config, loop.trainer.threads)
-            plan = make_plan(run.model, run.config, epochs, loop.trainer.threads, seconds)
+            seconds = estimated_step_seconds(run.model, run.config, loop.trainer.backend.threads)
+            plan = make_plan(run.model, run.config, epochs, loop.trainer.backend.threads, seconds)
             for line in plan.lines(run.model, run.config):
                 loop.log.say(line)
         with _signals(loop.received):

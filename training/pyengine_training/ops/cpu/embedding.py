@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..needs import Needs
 from ._jit import Array, kernel
+
+
+def embedding_scratch(n: int) -> Needs:
+    """None: rows are added one after another."""
+    return {}
 
 
 def embedding_forward(x: Array, table: Array, tokens: Array) -> None:
@@ -17,10 +23,14 @@ def embedding_forward(x: Array, table: Array, tokens: Array) -> None:
 
 
 @kernel
-def embedding_backward(dtable: Array, dx: Array, tokens: Array) -> None:
-    """Scatter-add, in row order: the same bits every time."""
+def _embedding_backward(dtable: Array, dx: Array, tokens: Array) -> None:
     n_rows, dim = dx.shape
     for i in range(n_rows):
         token = tokens[i]
         for c in range(dim):
             dtable[token, c] += dx[i, c]
+
+
+def embedding_backward(dtable: Array, dx: Array, tokens: Array, scratch: dict[str, Array]) -> None:
+    """Scatter-add, in row order: the same bits every time."""
+    _embedding_backward(dtable, dx, tokens)

@@ -7,9 +7,22 @@ backward  dx += inv_rms * (dy*w - x * inv_rms^2 * mean(dy*w*x))                 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from ..needs import Need, Needs
 from ._jit import Array, f4, kernel
+
+
+def rmsnorm_state(n: int, wide: Any) -> Needs:
+    """Kept for the backward; wide: type of statistics."""
+    return {"inv_rms": Need((n,), wide)}
+
+
+def rmsnorm_scratch(dim: int) -> Needs:
+    """None: the weight's gradient is summed in place."""
+    return {}
 
 
 @kernel
@@ -43,8 +56,7 @@ def rmsnorm_residual_forward(y: Array, inv_rms: Array, x: Array, residual: Array
 
 
 @kernel
-def rmsnorm_backward(dx: Array, dw: Array, dy: Array, x: Array, w: Array, inv_rms: Array) -> None:
-    """Gradients of input (+=) and weight (+=)."""
+def _rmsnorm_backward(dx: Array, dw: Array, dy: Array, x: Array, w: Array, inv_rms: Array) -> None:
     n_rows, dim = x.shape
     for i in range(n_rows):
         r = inv_rms[i]
@@ -55,3 +67,10 @@ def rmsnorm_backward(dx: Array, dw: Array, dy: Array, x: Array, w: Array, inv_rm
         for c in range(dim):
             dx[i, c] += dy[i, c] * w[c] * r - x[i, c] * shift
             dw[c] += dy[i, c] * x[i, c] * r
+
+
+def rmsnorm_backward(
+    dx: Array, dw: Array, dy: Array, x: Array, w: Array, inv_rms: Array, scratch: dict[str, Array]
+) -> None:
+    """Gradients of input (+=) and weight (+=)."""
+    _rmsnorm_backward(dx, dw, dy, x, w, inv_rms)
