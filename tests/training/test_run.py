@@ -138,8 +138,9 @@ def test_fine_tuning_starts_from_the_given_weights(finished: Path, stories: Path
 
 def test_distillation_from_the_command_line(finished: Path, stories: Path, tmp_path: Path) -> None:
     run = tmp_path / "student"
-    flags = f"--teacher {finished / 'final'} --distill-alpha 0.7 --steps 2"
-    assert main(arguments(run, stories, flags)) == 0
+    sizes = SIZES.replace("--vocab-size 300 ", "")
+    flags = f"{sizes} {KNOBS} --teacher {finished / 'final'} --distill-alpha 0.7 --steps 2"
+    assert main(["train", "--run-dir", str(run), "--data", str(stories), *flags.split()]) == 0
     assert read_json(run / "run.json")["train"]["distill_alpha"] == 0.7
 
 

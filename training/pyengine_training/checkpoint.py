@@ -213,6 +213,7 @@ class TrainingState:
     seconds: float = 0.0
     best_validation: float | None = None
     joules: float | None = None  # where the machine reports its energy
+    position: int = 0  # of the reader: tokens of all rows read
 
 
 def environment() -> dict[str, str]:
@@ -257,6 +258,7 @@ def save_checkpoint(
             "seconds": state.seconds,
             "best_validation": state.best_validation,
             "joules": state.joules,
+            "position": state.position,
             "model": to_json(model),
             "train": to_json(config),
             "data_fingerprint": data_fingerprint,
@@ -275,6 +277,12 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"version (format {version}, this program reads {FORMAT_VERSION})"
         )
     return values
+
+
+def reader_position(values: dict[str, Any]) -> int:
+    """Tokens of all rows that a checkpoint's run has read, from its state.json."""
+    every_step = values["train"]["batch_size"] * values["train"]["seq_len"]
+    return int(values.get("position", values["step"] * every_step))
 
 
 def load_moments(folder: Path, size: int) -> tuple[Array, Array]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from .errors import MissingLibraryError
 
 
 def available_threads() -> int:
@@ -19,8 +22,13 @@ def single_threaded_blas() -> Any:
     """Limit BLAS to one thread from now on; our threads are the parallelism. Returns the limiter."""
     try:
         from threadpoolctl import threadpool_limits
-    except ImportError:  # a machine with the GPU's libraries only: slower, and OPENBLAS_NUM_THREADS=1 does the same
-        return None
+    except ImportError as error:
+        if all(os.environ.get(name) == "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
+            return contextlib.nullcontext()
+        raise MissingLibraryError(
+            "training on the CPU needs threadpoolctl, which keeps BLAS to one thread: pip install 'pyengine-lm[train]' "
+            "(or set OPENBLAS_NUM_THREADS=1 and OMP_NUM_THREADS=1)"
+        ) from error
     return threadpool_limits(limits=1, user_api="blas")
 
 

@@ -26,13 +26,13 @@ from .config import (
     model_config_from_json,
     train_config_from_json,
 )
-from .data import BatchSource, Corpus, Phase, ValidationBatch, validation_batches
+from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, ValidationBatch, validation_batches
 from .device import CPU, Device, make_trainer
 from .energy import EnergyMeter, add_joules
 from .errors import CheckpointError, ConfigError, Interrupted
 from .files import atomic_directory
 from .model import Worker
-from .plan import estimated_step_seconds, format_seconds, make_plan
+from .plan import estimated_step_seconds, format_seconds, make_plan, warnings
 from .plot import plot_losses
 from .text import load_tokenizer
 from .validation import Validation
@@ -53,22 +53,32 @@ class Run:
     eos: int | None
     riders: Path | None  # a fine-tuned model's own tokenizer and generation files
     teacher: tuple[ModelConfig, Arena] | None = None
+    reader: Reader = FROM_THE_BEGINNING
 
     def fingerprint(self) -> str:
         return "+".join(corpus.fingerprint() for corpus in self.corpora)
 
     def source(self) -> BatchSource:
         c = self.config
-        phases = [Phase(0, c.data_weights)]
-        if c.decay_data_weights:
-            phases.append(Phase(c.decay_start * c.batch_size, c.decay_data_weights))
         return BatchSource(
             [corpus.train for corpus in self.corpora],
-            phases,
+            self.phases(),
             batch_size=c.batch_size,
             seq_len=c.seq_len,
             seed=c.seed,
+            reader=self.reader,
         )
+
+    def phases(self) -> list[Phase]:
+        """Mixtures of the texts by row: those before this run's reader began, the trunk's, the decay's."""
+        c, reader = self.config, self.reader
+        phases = list(reader.past)
+        if not phases or phases[-1].weights != c.data_weights:
+            phases.append(Phase(reader.row, c.data_weights))
+        if c.decay_data_weights:
+            first = reader.row + max(0, c.decay_start - reader.step) * c.batch_size
+            phases.append(Phase(first, c.decay_data_weights))
+        return phases
 
     def write_model(self, folder: Path, params: Arena) -> None:
         """The Hugging Face files of the current parameters."""
@@ -108,6 +118,7 @@ def open_run(folder: Path) -> Run:
         eos=values["eos"],
         riders=riders,
         teacher=teacher,
+        reader=Reader.from_json(values["reader"]) if values.get("reader") else FROM_THE_BEGINNING,
     )
 
 
@@ -330,10 +341,15 @@ def run_training(folder: Path, *, threads: int | None = None, parent: Path | Non
             return final
         epochs = loop.source.epochs(run.config.steps)
         if loop.trainer.state.step == 0:
-            seconds = estimated_step_seconds(run.model, run.config, loop.trainer.backend.threads)
-            plan = make_plan(run.model, run.config, epochs, loop.trainer.backend.threads, seconds)
-            for line in plan.lines(run.model, run.config):
+            threads_used = loop.trainer.backend.threads
+            on_cpu = device.name == "cpu"
+            seconds = estimated_step_seconds(run.model, run.config, threads_used) if on_cpu else None
+            memory = device.memory_bytes(run.model, run.config, threads_used)
+            plan = make_plan(run.model, run.config, epochs, threads_used, seconds, memory)
+            held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
+            for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text)]:
                 loop.log.say(line)
+        runfolder.begun(folder)
         with _signals(loop.received):
             loop.steps()
         final = loop.finish()

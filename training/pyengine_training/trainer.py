@@ -89,7 +89,10 @@ class Trainer:
                 f"step {step}: loss {loss}, gradient norm {norm}; not finite in the gradients of "
                 f"{', '.join(bad[:4]) or 'no tensor'}. Lower the learning rate or warm up longer."
             )
-        self.state = replace(self.state, step=step + 1, tokens=self.state.tokens + counted)
+        before = self.state
+        self.state = replace(
+            before, step=step + 1, tokens=before.tokens + counted, position=before.position + tokens.size
+        )
         return StepResult(loss, norm, factor, quantize)
 
     def validate(self, batches: Iterable[ValidationBatch], n_bytes: int, quantize: bool = False) -> Validation:
@@ -115,6 +118,7 @@ class Trainer:
             float(values["seconds"]),
             values.get("best_validation"),
             values.get("joules"),
+            checkpoints.reader_position(values),
         )
         return values
 

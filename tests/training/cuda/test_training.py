@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
+from compiled import RecordingRuntime
 from pyengine_training.arena import Arena, initialize, parameter_shapes
+from pyengine_training.backend.cuda import device_bytes
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.data import ValidationBatch
 from pyengine_training.device import CPU, Device, make_trainer
@@ -182,6 +185,58 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(
     monkeypatch.setattr(runtime, "memory", lambda: (1000, 2000))
     with pytest.raises(DeviceError, match=r"GiB of GPU memory are needed.*--batch-size"):
         make_trainer(MODEL, CONFIG, device=Device("cuda"))
+
+
+class Counted(RecordingRuntime):
+    """Runs nothing and notes what is held: another count than the one that predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        made = super().empty(shape, dtype)
+        key = len(self.sizes)
+        self.sizes[key] = made.nbytes
+        weakref.finalize(made, self.sizes.__setitem__, key, 0)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return made
+
+    def upload(self, host: Any, out: Any = None) -> Array:
+        return self.empty(host.shape, host.dtype) if out is None else out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"quantize": "never", "optimizer": "muon"},
+        {"quantize": "always", "recompute": "block"},
+        {"shards": 1, "recompute": "activations", "optimizer": "muon"},
+        {"distill_alpha": 0.5},
+    ],
+    ids=str,
+)
+def test_a_run_holds_what_was_predicted(precision: str, knobs: dict[str, Any]) -> None:
+    """Steps through all phases with validation in between and a checkpoint, to the byte."""
+    config = dataclasses.replace(CONFIG, **knobs)
+    teacher = (MODEL, Arena(parameter_shapes(MODEL))) if config.distill_alpha else None
+    wanted = device_bytes(MODEL, config, precision, teacher)
+    tokens, targets = batch(1)
+    part = slice(0, 2 // config.shards)
+    validation = ValidationBatch(tokens[part], targets[part], targets[part] >= 0, np.arange(part.stop))
+    with use_runtime(Counted()) as counted:
+        trainer = make_trainer(MODEL, config, device=Device("cuda", precision), teacher=teacher)
+        trainer.initialize()
+        for step in range(config.steps):
+            trainer.step(tokens, targets)
+            trainer.validate([validation], 10, config.quantized(step))
+            everything(trainer)
+        for quantize in {False, config.quantize != "never"}:
+            trainer.validate([validation], 10, quantize)
+    assert counted.peak == wanted  # type: ignore[attr-defined]
 
 
 def test_stochastic_rounding_keeps_the_mean_and_depends_on_the_seed_alone() -> None:

@@ -17,7 +17,7 @@ from ..arena import Arena, parameter_shapes
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
-from ..model import Worker, fake_quantize_parameters
+from ..model import Worker, activation_bytes, fake_quantize_parameters
 from ..optimizer import Optimizer
 from ..threads import available_threads, run_all, single_threaded_blas
 from ..validation import sums_on_threads
@@ -132,3 +132,11 @@ class CpuBackend:
     def load_moments(self, m: Array, v: Array) -> None:
         """Copies."""
         self.optimizer.m.flat[...], self.optimizer.v.flat[...] = m, v
+
+
+def cpu_bytes(model: ModelConfig, config: TrainConfig, threads: int) -> int:
+    """Roughly what a run holds: a worker for each thread, masters, gradients, two moments, int8 values."""
+    rows = config.batch_size // config.shards
+    copies = 4 + (config.quantize != "never")
+    worker = activation_bytes(model, rows, config.seq_len, config.recompute)
+    return min(threads, config.shards) * worker + copies * 4 * model.n_params()

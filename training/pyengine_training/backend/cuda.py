@@ -23,10 +23,11 @@ from ..arena import Arena, block_matrices, parameter_shapes
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
-from ..model import Array, Worker, activation_bytes, fake_quantize_parameters
+from ..model import Array, Worker, fake_quantize_parameters
 from ..ops import cuda as ops
 from ..ops.cuda import adamw, buffers, fake_quant, grad_norm, muon
-from ..ops.cuda._runtime import DeviceError, runtime
+from ..ops.cuda._counting import CountingRuntime
+from ..ops.cuda._runtime import DeviceError, runtime, use_runtime
 from ..ops.needs import allocate, largest
 from ..threads import available_threads, run_all
 from ..validation import batch_sums
@@ -40,11 +41,13 @@ class Mirror:
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._device = Arena(shapes, np.float32, ops.zeros)
-        self._host = Arena(shapes)
+        self._host: Arena | None = None
         self._device_is_newer = self._host_may_be_newer = False
 
     def host(self) -> Arena:
         """The host's copy, which the caller may read and write."""
+        if self._host is None:
+            self._host = Arena(self._device.shapes)
         if self._device_is_newer:
             self._host.flat[...] = runtime().download(self._device.flat)
             self._device_is_newer = False
@@ -53,7 +56,7 @@ class Mirror:
 
     def device(self, *, written: bool = False) -> Arena:
         """The device's arena; ``written`` says that the caller changes it."""
-        if self._host_may_be_newer:
+        if self._host is not None and self._host_may_be_newer:
             runtime().upload(self._host.flat, self._device.flat)
             self._host_may_be_newer = False
         self._device_is_newer = self._device_is_newer or written
@@ -85,7 +88,6 @@ class CudaBackend:
     ) -> None:
         self.model, self.config, self.precision = model, config, precision
         self.shard_rows = config.batch_size // config.shards
-        self._check_memory()
         self.threads = threads or available_threads()
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pyengine-train")
         shapes = parameter_shapes(model)
@@ -104,19 +106,6 @@ class CudaBackend:
         self._losses = ops.zeros((config.shards, buffers.SUM_BLOCKS), np.float32)
         self._squares = ops.zeros(-(-self._grads.flat.size // grad_norm.BLOCK), np.float32)
         self._distillation = self._teach(teacher) if teacher else None
-
-    def _check_memory(self) -> None:
-        """Refuse sizes that cannot fit before anything is allocated."""
-        c = self.config
-        rows = c.batch_size // c.shards
-        activations = activation_bytes(self.model, rows, c.seq_len, c.recompute)
-        wanted = 4 * 4 * self.model.n_params() + (activations // 2 if self.precision == "bf16" else activations)
-        free, total = runtime().memory()
-        if wanted > free:
-            raise DeviceError(
-                f"about {wanted / 2**30:.1f} GiB of GPU memory are needed, {free / 2**30:.1f} of "
-                f"{total / 2**30:.1f} are free: use a smaller --batch-size, more --shards, or --recompute block"
-            )
 
     def _muon_memory(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
         """Working memory for the largest matrix: they are updated one after another."""
@@ -298,3 +287,39 @@ class CudaBackend:
             if quantize:
                 fake_quant.raise_if_not_finite("validation: an activation is infinite or NaN")
         return np.asarray(sums, np.float64).reshape(-1, 4)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def device_bytes(
+    model: ModelConfig, config: TrainConfig, precision: str, teacher: tuple[ModelConfig, Arena] | None = None
+) -> int:
+    """Most bytes of GPU memory that a run holds at once: trunk, int8 steps and validation are gone through, not run."""
+    rows = config.batch_size, config.seq_len
+    tokens = np.zeros(rows, np.int64)
+    part = tokens[: config.batch_size // config.shards]
+    batch = ValidationBatch(part, part, part == 0, part[:, 0])
+    phases = {"never": (False,), "always": (True,), "decay": (False, True)}[config.quantize]
+    with use_runtime(CountingRuntime()) as counter:
+        backend = CudaBackend(model, config, precision=precision, threads=1, teacher=teacher)
+        for quantize in phases:
+            backend.step(tokens, tokens, StepInputs(0, tokens.size, quantize))
+            backend.validation_sums([batch], quantize)
+        if config.quantize != "never":  # the end of a run validates in both arithmetics
+            backend.validation_sums([batch], False)
+        backend.close()
+        return int(counter.peak)
+
+
+def check_memory(
+    model: ModelConfig, config: TrainConfig, precision: str, teacher: tuple[ModelConfig, Arena] | None = None
+) -> None:
+    """Raise DeviceError, before anything is allocated, for sizes that cannot fit."""
+    wanted = device_bytes(model, config, precision, teacher)
+    free, total = runtime().memory()
+    if wanted > free:
+        raise DeviceError(
+            f"{wanted / 2**30:.2f} GiB of GPU memory are needed, {free / 2**30:.2f} of "
+            f"{total / 2**30:.2f} are free: use a smaller --batch-size, more --shards, or --recompute block"
+        )
