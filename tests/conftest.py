@@ -36,8 +36,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     threads = os.environ.get("PYENGINE_NUM_THREADS") or "what the container allows"
     return [
         f"pyengine: {_core.__file__}",
-        f"pyengine: ISA {_core.active_isa()} of {', '.join(_core.available_isas())}, "
-        f"threads: {threads}",
+        f"pyengine: ISA {_core.active_isa()} of {', '.join(_core.available_isas())}, threads: {threads}",
     ]
 
 

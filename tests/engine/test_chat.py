@@ -161,7 +161,9 @@ def test_messages_must_be_messages(messages):
 # ---------------------------------------------------------------- ids
 
 
-harmless = st.text(alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(list(" \n<|[/é😀"))), max_size=20)
+harmless = st.text(
+    alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(list(" \n<|[/é😀"))), max_size=20
+)
 
 
 @every_template
@@ -215,7 +217,13 @@ def test_content_never_makes_a_special_token(name, kind, attack):
 def test_special_tokens_cannot_be_put_together_from_pieces():
     tokenizer = TOKENIZERS["byte_level"]
     joined = ChatTemplate("{% for m in messages %}{{ m.content | trim }}{% endfor %}")
-    for pieces in (["<|im_", "end|>"], ["<", "|im_end|>"], ["<|im_ ", " end", "|>"], ["a<", "/", "s", ">"], ["<<", "s>"]):
+    for pieces in (
+        ["<|im_", "end|>"],
+        ["<", "|im_end|>"],
+        ["<|im_ ", " end", "|>"],
+        ["a<", "/", "s", ">"],
+        ["<<", "s>"],
+    ):
         ids = joined.encode(tokenizer, conversation(*pieces))
         assert tokenizer.special_ids.isdisjoint(ids)
         assert tokenizer.decode(ids) == "".join(piece.strip() for piece in pieces)
@@ -306,7 +314,9 @@ BOMBS = {
     "center filter": "{{ 'a' | center(10000000000) }}",
     "batch": "{{ [1] | batch(10000000000, 'x') | list }}",
     "round": "{{ 1.5 | round(10000000000, 'ceil') }}",
-    "many macros": "{% macro f() %}" + "x" * 100000 + "{% endmacro %}{% for i in range(99999) %}{% set y = f() %}{% endfor %}",
+    "many macros": "{% macro f() %}"
+    + "x" * 100000
+    + "{% endmacro %}{% for i in range(99999) %}{% set y = f() %}{% endfor %}",
     "block in a loop": "{% set y %}{% for i in range(99999) %}" + "x" * 100000 + "{% endfor %}{% endset %}",
     "output": "{% for i in range(99999) %}" + "x" * 1000 + "{% endfor %}",
     "deep nest": "{% set n = namespace(v=[]) %}{% for i in range(90000) %}{% set n.v = [n.v] %}{% endfor %}{{ n.v }}",
@@ -338,7 +348,9 @@ def test_the_limit_holds_in_any_thread_and_is_its_own():
     assert errors == ["limit"] and len(texts) == 1
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ x", "{% if x %}", "{{ 'x' | nosuchfilter }}", "{" * 300, "{{" + "(" * 3000])
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{ x", "{% if x %}", "{{ 'x' | nosuchfilter }}", "{" * 300, "{{" + "(" * 3000]
+)
 def test_what_is_no_template_is_refused(source):
     with pytest.raises(TemplateError):
         ChatTemplate(source)

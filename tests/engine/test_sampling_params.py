@@ -42,7 +42,18 @@ def test_every_default_is_neutral_and_greedy():
         "repetition_penalty": [0, -1, NAN, INF],
         "frequency_penalty": [NAN, INF, -INF, "1"],
         "presence_penalty": [NAN, INF, None.__class__],
-        "logit_bias": [[1], {"x": 1}, {-1: 1}, {1: NAN}, {1: INF}, {1: "a"}, {True: 1}, {1.5: 1}, {1: 1e39}, {1: 0, "1": 0}],
+        "logit_bias": [
+            [1],
+            {"x": 1},
+            {-1: 1},
+            {1: NAN},
+            {1: INF},
+            {1: "a"},
+            {True: 1},
+            {1.5: 1},
+            {1: 1e39},
+            {1: 0, "1": 0},
+        ],
         "allowed_token_ids": [[], [-1], ["a"], 5, "12", [True], [2**31]],
         "bad_token_ids": [[-1], 3, [1.0]],
         "stop_token_ids": [[-1], 3, [None]],
@@ -64,7 +75,11 @@ def test_wrong_values_are_named(name, values):
 
 def test_good_values_take_their_normal_form():
     p = SamplingParams(
-        stop="x", stop_token_ids=np.array([1, 2]), temperature=1, top_k=np.int64(5), logit_bias={"3": -INF, np.int32(4): 1}
+        stop="x",
+        stop_token_ids=np.array([1, 2]),
+        temperature=1,
+        top_k=np.int64(5),
+        logit_bias={"3": -INF, np.int32(4): 1},
     )
     assert p.stop == ("x",) and p.stop_token_ids == (1, 2) and p.logit_bias == {3: -INF, 4: 1.0}
     assert type(p.temperature) is float and type(p.top_k) is int
@@ -111,14 +126,23 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 
 def test_the_models_defaults_come_below_the_callers():
-    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 7, "eos_token_id": [1]}
+    config = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 20,
+        "max_new_tokens": 7,
+        "eos_token_id": [1],
+    }
     p = SamplingParams().resolve(config)
     assert (p.temperature, p.top_p, p.top_k, p.max_tokens) == (0.6, 0.9, 20, None)
     p = SamplingParams(temperature=0.1, top_k=0).resolve(config)
     assert (p.temperature, p.top_p, p.top_k) == (0.1, 0.9, 0)
     assert SamplingParams(temperature=0).resolve(config).temperature == 0.0
     assert SamplingParams().resolve({**config, "do_sample": False}).temperature == 0.0
-    assert SamplingParams().resolve({"temperature": 0.6}).temperature == 0.0  # transformers' do_sample is False by default
+    assert (
+        SamplingParams().resolve({"temperature": 0.6}).temperature == 0.0
+    )  # transformers' do_sample is False by default
     assert SamplingParams().resolve({"repetition_penalty": 1.1, "top_p": None}).repetition_penalty == 1.1
 
 
@@ -132,7 +156,9 @@ def test_asking_for_a_filter_asks_for_sampling():
     assert SamplingParams(top_k=-1).resolve().temperature == 0.0
 
 
-@pytest.mark.parametrize("config", [{"temperature": "hot"}, {"top_p": 7}, {"top_k": 1.5}, {"do_sample": 1}, {"min_p": NAN}])
+@pytest.mark.parametrize(
+    "config", [{"temperature": "hot"}, {"top_p": 7}, {"top_k": 1.5}, {"do_sample": 1}, {"min_p": NAN}]
+)
 def test_a_damaged_generation_config_is_the_models_fault(config):
     with pytest.raises(ModelFormatError, match=r"generation_config\.json.*" + next(iter(config))):
         SamplingParams().resolve(config)

@@ -45,7 +45,9 @@ def streamed(tokenizer: Tokenizer, ids: list[int], **kwargs: bool) -> list[str]:
 @given(text=any_text)
 def test_ids_are_those_of_the_library_without_special_tokens(kind, text):
     tokenizer, library = LOADED[kind], KINDS[kind]
-    assert tokenizer.encode(text, parse_special=True, add_bos=False) == library.encode(text, add_special_tokens=False).ids
+    assert (
+        tokenizer.encode(text, parse_special=True, add_bos=False) == library.encode(text, add_special_tokens=False).ids
+    )
     ids = tokenizer.encode(text, add_bos=False)
     assert tokenizer.special_ids.isdisjoint(ids)
     if not tokenizer.special_pattern.search(text):

@@ -56,9 +56,7 @@ def _rows(matrix: Matrix, begin: int, end: int) -> Matrix:
     return Matrix(matrix.codes[begin:end], matrix.scales[begin:end])
 
 
-def _matrices(
-    base: str, codes: NDArray[Any], scales: NDArray[Any], config: dict[str, Any]
-) -> dict[str, Weight]:
+def _matrices(base: str, codes: NDArray[Any], scales: NDArray[Any], config: dict[str, Any]) -> dict[str, Weight]:
     """One stored matrix -> those that it fuses."""
     n_panels, n_groups = codes.shape[:2]
     scales = scales[: n_panels * n_groups * 16].reshape(n_panels, n_groups, 16)
@@ -70,9 +68,7 @@ def _matrices(
     matrix = _from_panels(codes, scales)
     if kind == "wqkv":
         begins = _qkv_rows(config)
-        return {
-            f"{layer}.{name}": _rows(matrix, begin, end) for name, (begin, end) in begins.items()
-        }
+        return {f"{layer}.{name}": _rows(matrix, begin, end) for name, (begin, end) in begins.items()}
     n_rows = config["vocab_size"] if not layer else config["dim"]
     return {base: _rows(matrix, 0, n_rows)}
 

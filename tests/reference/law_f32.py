@@ -214,9 +214,7 @@ class Law:
     A matrix is a float array, quantized here, or a Matrix that was read from a frozen file.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], weights: Mapping[str, Weight], *, kv_dtype: str = "int8"
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Weight], *, kv_dtype: str = "int8") -> None:
         self.config = config
         self.kv_dtype = kv_dtype
         self.matrices: dict[str, Matrix] = {}

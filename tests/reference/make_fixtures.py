@@ -47,9 +47,7 @@ COMMON: dict[str, Any] = {
 }
 
 
-def shape(
-    dim: int, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None
-) -> dict[str, Any]:
+def shape(dim: int, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "hidden_size": dim,
         "intermediate_size": hidden_dim,
@@ -136,9 +134,7 @@ def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> tor
 def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     config_json = {k: v for k, v in {**COMMON, **config_json}.items() if v is not None}
     config = AutoConfig.for_model(**config_json)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     tied = config_json["tie_word_embeddings"]
     weights = {}

@@ -131,9 +131,7 @@ def compare_codes(one: Trace, other: Trace) -> tuple[Array, int, int]:
 class Oracle:
     """A forward pass whose every intermediate can be read."""
 
-    def __init__(
-        self, config: Mapping[str, Any], weights: Mapping[str, Array], *, quantized: bool
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Array], *, quantized: bool) -> None:
         self.config = config
         self.quantized = quantized
         self.inv_freq = np.asarray(weights["rope.inv_freq"], dtype=np.float32)

@@ -17,9 +17,7 @@ if importlib.util.find_spec("pyengine_training") is None:  # not installed: the 
 
 @pytest.fixture
 def tiny_sizes() -> dict[str, Any]:
-    """A model with several query heads to a key, two layers, and no dimension that is a
-    quantization group.
-    """
+    """A model with several query heads to a key, two layers, and no dimension that is a quantization group."""
     return {
         "vocab_size": 48,
         "dim": 40,

@@ -129,7 +129,7 @@ def test_the_bare_door_needs_neither_numba_nor_the_engine(run: Path) -> None:
     assert "training price            0.5000 at 1 an hour" in done.stdout
 
 
-# ---- pyengine cost -------------------------------------------------------------------------------
+# ---- pyengine cost -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

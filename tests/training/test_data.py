@@ -53,8 +53,7 @@ def split_of(lengths: list[int]) -> Split:
     )
 
 
-# ---- text ----------------------------------------------------------------------------------------
-# ---------------
+# ---- text --------------------------------------------------------------------------------------------------------
 
 
 def test_separator_lines_are_never_text(tmp_path: Path) -> None:
@@ -127,8 +126,7 @@ def test_tokenizer_sees_the_train_split_only(stories: Path, tmp_path: Path) -> N
     assert trained(path) == trained(stories)
 
 
-# ---- shards --------------------------------------------------------------------------------------
-# ---------------
+# ---- shards ------------------------------------------------------------------------------------------------------
 
 
 def test_shards_hold_every_document(stories: Path, tokenizer: Any, corpus: Corpus) -> None:
@@ -166,8 +164,7 @@ def test_an_empty_text_leaves_nothing_behind(tokenizer: Any, tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt"]
 
 
-# ---- rows ----------------------------------------------------------------------------------------
-# ---------------
+# ---- rows --------------------------------------------------------------------------------------------------------
 
 
 def test_rows_start_at_documents_and_an_epoch_shows_each_whole() -> None:
@@ -232,8 +229,7 @@ def test_mixing_follows_the_weights_and_wastes_no_row() -> None:
         BatchSource(splits, [Phase(0, (1.0,))], batch_size=4, seq_len=16, seed=1)
 
 
-# ---- validation
-# -------------------------------------------------------------------------------------------------
+# ---- validation --------------------------------------------------------------------------------------------------
 
 
 def test_validation_counts_each_token_once() -> None:

@@ -1,6 +1,4 @@
-"""The simulated int8 arithmetic against csrc/FORMAT.md, written here a second time with plain
-NumPy.
-"""
+"""The simulated int8 arithmetic against csrc/FORMAT.md, written here a second time with plain NumPy."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_what_is_not_given_is_left_to_the_run() -> None:
     """A default in the parser would win over a file of options, and over a parent's."""
     given = vars(train_parser().parse_args(["--run-dir", "r"]))
     left = {name for name, value in given.items() if value not in (None, False)}
-    assert left == {"run_dir", "device", "precision"}
+    assert left == {"run_dir", "device"}
 
 
 def test_examples_parse() -> None:

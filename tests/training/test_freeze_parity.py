@@ -21,6 +21,7 @@ from pyengine_training import checkpoint as checkpoints
 from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.data import BatchSource, Corpus, Phase, prepare_corpus
+from pyengine_training.device import make_trainer
 from pyengine_training.model import Worker, fake_quantize_parameters
 from pyengine_training.ops import cpu as ops
 from pyengine_training.text import (
@@ -29,7 +30,6 @@ from pyengine_training.text import (
     read_documents,
     train_tokenizer,
 )
-from pyengine_training.trainer import Trainer
 
 from pyengine.format.inventory import inventory
 from pyengine.format.quantize import QuantizedMatrix, to_panels
@@ -67,7 +67,7 @@ def trained(stories: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFact
     split = Corpus(folder / "data").train
     config = TrainConfig(seq_len=SEQ, batch_size=8, shards=2, steps=60, eval_every=0)
     source = BatchSource([split], [Phase(0, (1.0,))], batch_size=8, seq_len=SEQ, seed=1)
-    trainer = Trainer(ModelConfig(**SIZES), config)
+    trainer = make_trainer(ModelConfig(**SIZES), config)
     trainer.initialize()
     for step in range(60):
         trainer.step(*source.batch(step))

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
 from pyengine_training.ops import cpu as ops
+from pyengine_training.ops.needs import Needs, allocate
 
 Array = np.ndarray[Any, Any]
 H = 1e-5
@@ -40,6 +41,11 @@ def assert_gradient(loss: Callable[[], float], x: Array, analytic: Array) -> Non
     np.testing.assert_allclose(analytic / scale, numeric / scale, atol=1e-6)
 
 
+def memory(needs: Needs) -> dict[str, Any]:
+    """Scratch whose old contents would show."""
+    return allocate(needs, lambda shape, dtype: np.full(shape, np.nan, dtype))
+
+
 def test_embedding() -> None:
     table, cot, tokens = normal(7, 5), normal(6, 5, seed=1), np.array([3, 0, 3, 6, 1, 3])
     x = np.empty((6, 5))
@@ -49,7 +55,7 @@ def test_embedding() -> None:
         return float((x * cot).sum())
 
     dtable = np.zeros_like(table)
-    ops.embedding_backward(dtable, cot, tokens)
+    ops.embedding_backward(dtable, cot, tokens, {})
     assert_gradient(loss, table, dtable)
 
 
@@ -80,7 +86,7 @@ def test_rmsnorm(n: int) -> None:
     loss()
     before = normal(4, n, seed=3)  # dx and dw are added to
     dx, dw = before.copy(), np.ones(n)
-    ops.rmsnorm_backward(dx, dw, cot, x, w, inv_rms)
+    ops.rmsnorm_backward(dx, dw, cot, x, w, inv_rms, {})
     assert_gradient(loss, x, dx - before)
     assert_gradient(loss, w, dw - 1)
 
@@ -128,11 +134,10 @@ def test_attention(seq: int, n_rep: int) -> None:
     k, v = (normal(batch, n_kv, seq, head_dim, seed=s) for s in (1, 2))
     cot = normal(*q.shape, seed=3)
     o, lse = np.empty_like(q), np.empty((batch, n_kv, seq * n_rep))
-    lengths = ops.attention_scratch_shapes(seq, n_rep, head_dim)
-    scratch = tuple(np.full(length, np.nan) for length in lengths)
+    scratch = memory(ops.attention_scratch(q.shape, np.float64, True))
 
     def loss() -> float:
-        ops.attention_forward(o, lse, q, k, v, scale, scratch[0])
+        ops.attention_forward(o, lse, q, k, v, scale, scratch)
         return float((o * cot).sum())
 
     loss()
@@ -148,8 +153,7 @@ def test_attention_tiles_equal_one_softmax() -> None:
     q = normal(1, 1, seq, n_rep, head_dim)
     k, v = (normal(1, 1, seq, head_dim, seed=s) for s in (1, 2))
     o, lse = np.empty_like(q), np.empty((1, 1, seq * n_rep))
-    length = ops.attention_scratch_shapes(seq, n_rep, head_dim)[0]
-    ops.attention_forward(o, lse, q, k, v, 0.3, np.full(length, np.nan))
+    ops.attention_forward(o, lse, q, k, v, 0.3, memory(ops.attention_scratch(q.shape, np.float64, False)))
     scores = np.einsum("trd,sd->rts", q[0, 0], k[0, 0]) * 0.3
     scores[:, np.triu(np.ones((seq, seq), bool), 1)] = -np.inf
     p = np.exp(scores - scores.max(-1, keepdims=True))
@@ -245,7 +249,8 @@ def test_adamw_is_the_textbook_formula() -> None:
 def test_muon_step_is_nearly_orthogonal(shape: tuple[int, int]) -> None:
     p, m = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     g = normal(*shape).astype(np.float32)
-    ops.muon_update(p, g, m, lr=1.0, momentum=0.95, weight_decay=0.0, grad_scale=1.0)
+    scratch = memory(ops.muon_scratch(*shape, np.float32))
+    ops.muon_update(p, g, m, lr=1.0, momentum=0.95, weight_decay=0.0, grad_scale=1.0, scratch=scratch)
     singular = np.linalg.svd(p, compute_uv=False) / max(1.0, shape[0] / shape[1]) ** 0.5
     assert singular.min() > 0.3 and singular.max() < 1.3
     direction = np.linalg.svd(g, full_matrices=False)

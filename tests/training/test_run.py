@@ -1,6 +1,4 @@
-"""Whole runs through the command line: a run, resuming it, branching, fine-tuning, killing, and bad
-input.
-"""
+"""Whole runs through the command line: a run, resuming it, branching, fine-tuning, killing, and bad input."""
 
 from __future__ import annotations
 
@@ -91,9 +89,7 @@ def test_a_used_folder_is_never_overwritten(finished: Path, stories: Path, capsy
 
 
 def test_resuming_gives_the_same_bits_and_each_step_once(finished: Path, tmp_path: Path) -> None:
-    """The run as it was after a crash at step 8: later checkpoints gone, metrics ahead and cut
-    mid-line.
-    """
+    """The run as it was after a crash at step 8: later checkpoints gone, metrics ahead and cut mid-line."""
     run = tmp_path / "crashed"
     shutil.copytree(finished, run)
     for name in ("checkpoints/step_00000012", "trunk", "final"):
@@ -142,8 +138,9 @@ def test_fine_tuning_starts_from_the_given_weights(finished: Path, stories: Path
 
 def test_distillation_from_the_command_line(finished: Path, stories: Path, tmp_path: Path) -> None:
     run = tmp_path / "student"
-    flags = f"--teacher {finished / 'final'} --distill-alpha 0.7 --steps 2"
-    assert main(arguments(run, stories, flags)) == 0
+    sizes = SIZES.replace("--vocab-size 300 ", "")
+    flags = f"{sizes} {KNOBS} --teacher {finished / 'final'} --distill-alpha 0.7 --steps 2"
+    assert main(["train", "--run-dir", str(run), "--data", str(stories), *flags.split()]) == 0
     assert read_json(run / "run.json")["train"]["distill_alpha"] == 0.7
 
 
@@ -178,8 +175,7 @@ def test_options_from_a_file_lose_to_flags(stories: Path, tmp_path: Path, capsys
     assert "depht" in capsys.readouterr().err
 
 
-# ---- interruption
-# -----------------------------------------------------------------------------------------------
+# ---- interruption ------------------------------------------------------------------------------------------------
 
 
 def spawn(run: Path, data: Path, extra: str) -> subprocess.Popen[str]:
@@ -251,8 +247,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(
     assert names == ["step_00000004", "step_00000008"]
 
 
-# ---- bad input
-# --------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,8 +313,7 @@ def test_checkpoints_of_other_kinds_are_refused(
     assert "newer version" in capsys.readouterr().err
 
 
-# ---- reports -------------------------------------------------------------------------------------
-# ---------------
+# ---- reports -----------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_sample_and_snap(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

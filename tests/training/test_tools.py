@@ -198,7 +198,7 @@ def test_splitting_a_text_is_the_runs_split(stories: Path) -> None:
     assert all(is_validation(text) for text in held_out) and not any(is_validation(text) for text in train)
 
 
-# ---- compare_optimizers --------------------------------------------------------------------------
+# ---- compare_optimizers ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_candidates_get_the_same_time(
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
 
 
-# ---- thaw ----------------------------------------------------------------------------------------
+# ---- thaw --------------------------------------------------------------------------------------------------------
 
 
 def test_thawed_models_freeze_to_the_same_bytes(model_files: tuple[Path, Path], tmp_path: Path) -> None:

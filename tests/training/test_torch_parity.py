@@ -1,6 +1,4 @@
-"""Losses and gradients of whole models against PyTorch's, kept in torch_gradients.npz by the script
-beside it.
-"""
+"""Losses and gradients of whole models against PyTorch's, kept in torch_gradients.npz by the script beside it."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
 from pyengine_training.arena import Arena, parameter_shapes
 from pyengine_training.config import ModelConfig, TrainConfig
+from pyengine_training.device import make_trainer
 from pyengine_training.trainer import Trainer
 
 FIXTURE = Path(__file__).parent / "fixtures" / "torch_gradients.npz"
@@ -30,9 +29,9 @@ def fill(arena: Arena, golden: Any, prefix: str = "parameters/") -> None:
         arena[name][...] = golden[prefix + name]
 
 
-def make_trainer(sizes: dict[str, Any], rows: int, teacher: Any = None, **config: Any) -> Trainer:
+def parity_trainer(sizes: dict[str, Any], rows: int, teacher: Any = None, **config: Any) -> Trainer:
     knobs = {"seq_len": sizes["max_seq_len"], "batch_size": rows, "shards": min(2, rows), **config}
-    return Trainer(ModelConfig(**sizes), TrainConfig(**knobs), teacher=teacher)
+    return make_trainer(ModelConfig(**sizes), TrainConfig(**knobs), teacher=teacher)
 
 
 def assert_gradients(trainer: Trainer, golden: Any, kind: str) -> None:
@@ -47,7 +46,7 @@ def assert_gradients(trainer: Trainer, golden: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_gradients(golden: Any, tiny_sizes: dict[str, Any], kind: str, recompute: str) -> None:
     sizes = {**tiny_sizes, "tie_embeddings": kind == "tied", "n_layers": 2 if kind == "tied" else 1}
-    trainer = make_trainer(sizes, 4, recompute=recompute)
+    trainer = parity_trainer(sizes, 4, recompute=recompute)
     fill(trainer.params, golden)
     loss = trainer.gradients(golden["tokens"], golden["targets"])
     assert loss == pytest.approx(float(golden[f"{kind}/loss"]), rel=1e-6)
@@ -56,11 +55,9 @@ def test_gradients(golden: Any, tiny_sizes: dict[str, Any], kind: str, recompute
 
 
 def test_gradients_through_fake_quantization(golden: Any, tiny_sizes: dict[str, Any]) -> None:
-    """Same straight-through estimator at the same points; the fixture keeps clear of rounding
-    boundaries.
-    """
+    """Same straight-through estimator at the same points; the fixture keeps clear of rounding boundaries."""
     sizes = {**tiny_sizes, "n_layers": 1, "max_seq_len": 5}
-    trainer = make_trainer(sizes, 1)
+    trainer = parity_trainer(sizes, 1)
     fill(trainer.params, golden, "quantized/parameters/")
     tokens, targets = golden["tokens"][:1, :5], golden["targets"][:1, :5]
     plain = trainer.gradients(tokens, targets)
@@ -76,7 +73,7 @@ def test_gradients_of_distillation(golden: Any, tiny_sizes: dict[str, Any]) -> N
     teacher = Arena(parameter_shapes(teacher_config))
     fill(teacher, golden)
     sizes = {**tiny_sizes, "n_layers": 1}
-    trainer = make_trainer(sizes, 4, teacher=(teacher_config, teacher), distill_alpha=0.4, distill_tau=2.0)
+    trainer = parity_trainer(sizes, 4, teacher=(teacher_config, teacher), distill_alpha=0.4, distill_tau=2.0)
     fill(trainer.params, golden)
     loss = trainer.gradients(golden["tokens"], golden["targets"])
     assert loss == pytest.approx(float(golden["distilled/loss"]), rel=1e-6)
@@ -85,7 +82,7 @@ def test_gradients_of_distillation(golden: Any, tiny_sizes: dict[str, Any]) -> N
 
 
 def test_ten_steps_of_adamw(golden: Any, tiny_sizes: dict[str, Any]) -> None:
-    trainer = make_trainer(tiny_sizes, 4, optimizer="adamw", lr=3e-3, warmup_fraction=0, decay_fraction=0, steps=10)
+    trainer = parity_trainer(tiny_sizes, 4, optimizer="adamw", lr=3e-3, warmup_fraction=0, decay_fraction=0, steps=10)
     fill(trainer.params, golden)
     losses = [trainer.step(golden["tokens"], golden["targets"]).loss for _ in range(10)]
     np.testing.assert_allclose(losses, golden["curve"], rtol=1e-4)

@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the first step: nothing to save
         print("interrupted", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        advice = "use a smaller --batch-size, more --shards, or --recompute block"
+        print(f"error: out of memory ({error}): {advice}", file=sys.stderr)
+        return 1
     except (TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,9 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
-    """Name -> shape of every parameter, in the order of the forward pass. Matrices are (out,
-    in).
-    """
+    """Name -> shape of every parameter, in the order of the forward pass. Matrices are (out, in)."""
     c = config
     shapes: Shapes = {"tok_embeddings": (c.vocab_size, c.dim)}
     for i in range(c.n_layers):

@@ -34,14 +34,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 RIDERS = (*TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json")
 
 
-# ---- names ---------------------------------------------------------------------------------------
-# ---------------
+# ---- names -------------------------------------------------------------------------------------------------------
 
 
 def hf_tensors(params: Arena, config: ModelConfig) -> dict[str, Array]:
-    """Hugging Face name -> view of the arena (writable): fused matrices are given row range by row
-    range.
-    """
+    """Hugging Face name -> view of the arena (writable): fused matrices are given row range by row range."""
     c = config
     tensors = {"model.embed_tokens.weight": params["tok_embeddings"]}
     for i in range(c.n_layers):
@@ -126,8 +123,7 @@ def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
         raise CheckpointError(f"{where}: missing or malformed {error}") from error
 
 
-# ---- models --------------------------------------------------------------------------------------
-# ---------------
+# ---- models ------------------------------------------------------------------------------------------------------
 
 
 def write_hf_folder(
@@ -172,9 +168,7 @@ def special_ids(folder: Path) -> tuple[int | None, int | None]:
 
 
 def load_parameters(folder: Path, params: Arena, config: ModelConfig) -> None:
-    """Fill the arena from model.safetensors (or its shards). Missing, extra or misshapen tensors
-    are errors.
-    """
+    """Fill the arena from model.safetensors (or its shards). Missing, extra or misshapen tensors are errors."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
@@ -207,8 +201,7 @@ def load_model(folder: Path) -> tuple[ModelConfig, Arena]:
     return config, params
 
 
-# ---- training state
-# ---------------------------------------------------------------------------------------------
+# ---- training state ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -220,6 +213,7 @@ class TrainingState:
     seconds: float = 0.0
     best_validation: float | None = None
     joules: float | None = None  # where the machine reports its energy
+    position: int = 0  # of the reader: tokens of all rows read
 
 
 def environment() -> dict[str, str]:
@@ -246,20 +240,17 @@ def environment() -> dict[str, str]:
 
 def save_checkpoint(
     folder: Path,
-    params: Arena,
     model: ModelConfig,
     config: TrainConfig,
-    moments: tuple[Arena, Arena],
+    moments: tuple[Array, Array],
     state: TrainingState,
     data_fingerprint: str,
     write_model: Callable[[Path], None],
 ) -> None:
-    """Write a whole checkpoint, atomically. write_model writes the Hugging Face part into the
-    folder it is given.
-    """
+    """Write a whole checkpoint, atomically. write_model writes the Hugging Face part into the folder it is given."""
     with atomic_directory(folder) as temporary:
         write_model(temporary)
-        save_safetensors(temporary / "optimizer.safetensors", {"m": moments[0].flat, "v": moments[1].flat})
+        save_safetensors(temporary / "optimizer.safetensors", {"m": moments[0], "v": moments[1]})
         values = {
             "format_version": FORMAT_VERSION,
             "step": state.step,
@@ -267,6 +258,7 @@ def save_checkpoint(
             "seconds": state.seconds,
             "best_validation": state.best_validation,
             "joules": state.joules,
+            "position": state.position,
             "model": to_json(model),
             "train": to_json(config),
             "data_fingerprint": data_fingerprint,
@@ -287,13 +279,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_moments(folder: Path, moments: tuple[Arena, Arena]) -> None:
-    """Fill the moments' arenas."""
+def reader_position(values: dict[str, Any]) -> int:
+    """Tokens of all rows that a checkpoint's run has read, from its state.json."""
+    every_step = values["train"]["batch_size"] * values["train"]["seq_len"]
+    return int(values.get("position", values["step"] * every_step))
+
+
+def load_moments(folder: Path, size: int) -> tuple[Array, Array]:
+    """The optimizer's moments, flat, of a model whose arena has ``size`` elements."""
     tensors = load_safetensors(folder / "optimizer.safetensors")
-    for name, arena in zip(("m", "v"), moments, strict=True):
-        if name not in tensors or tensors[name].shape != arena.flat.shape:
+    for name in ("m", "v"):
+        if name not in tensors or tensors[name].shape != (size,):
             raise CheckpointError(f"{folder}: optimizer state {name!r} does not fit the model")
-        arena.flat[...] = tensors[name]
+    return tensors["m"], tensors["v"]
 
 
 def checkpoints(run_folder: Path) -> list[Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,20 @@ CHOICES = {
 }
 
 
+LEAST = sys.float_info.min  # positive
+BELOW_ONE = math.nextafter(1, 0)
+# names of TrainConfig's fields, lowest and highest value, what a value must do
+RANGES: list[tuple[tuple[str, ...], float, float, str]] = [
+    (("warmup_fraction", "decay_fraction", "distill_alpha"), 0, 1, "lie in [0, 1]"),
+    (("beta1", "beta2", "muon_momentum"), 0, BELOW_ONE, "lie in [0, 1)"),
+    (("lr", "muon_lr", "eps", "distill_tau"), LEAST, sys.float_info.max, "be positive"),
+    (("weight_decay", "clip"), 0, sys.float_info.max, "be at least 0"),
+    (("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints"), 0, math.inf, "be at least 0"),
+    (("eval_documents", "sample_tokens"), 1, math.inf, "be at least 1"),
+    (("seed",), 0, (1 << 63) - 1, "lie in 0..2^63 - 1"),
+]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Every knob of a run. Learning rates are peaks; fractions are of ``steps``."""
@@ -144,11 +160,14 @@ class TrainConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose from {allowed}")
-        for name in ("warmup_fraction", "decay_fraction", "distill_alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        if self.lr <= 0 or self.muon_lr <= 0 or self.distill_tau <= 0:
-            raise ConfigError("lr, muon_lr and distill_tau must be positive")
+        for names, low, high, words in RANGES:
+            for name in names:
+                if not low <= getattr(self, name) <= high:
+                    raise ConfigError(f"{name} is {getattr(self, name)}; it must {words}")
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ConfigError(
+                f"warmup_fraction ({self.warmup_fraction}) and decay_fraction ({self.decay_fraction}) exceed 1 together"
+            )
 
     @property
     def warmup_steps(self) -> int:
@@ -179,14 +198,25 @@ def train_config_from_json(values: dict[str, Any]) -> TrainConfig:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(f"unknown training option(s) {', '.join(unknown)}")
-    values = dict(values)
-    for name in ("data_weights", "decay_data_weights"):
-        if name in values:
-            values[name] = tuple(float(w) for w in values[name])
-    try:
-        return TrainConfig(**values)
-    except TypeError as error:
-        raise ConfigError(f"a training option has the wrong type: {error}") from error
+    types = {f.name: str(f.type) for f in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{name: _typed(name, value, types[name]) for name, value in values.items()})
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    """A value as its field's type. Raises ConfigError."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "int" and number and isinstance(value, int):
+        return value
+    if kind == "float" and number and math.isfinite(value):
+        return float(value)
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind.startswith("tuple") and isinstance(value, list | tuple):
+        return tuple(_typed(name, w, "float") for w in value)
+    if kind.startswith("dict") and isinstance(value, dict):
+        return value
+    expected = {"int": "an integer", "float": "a finite number", "str": "a text"}.get(kind, "a list of numbers")
+    raise ConfigError(f"{name} is {value!r}; expected {expected}")
 
 
 def model_config_from_json(values: dict[str, Any]) -> ModelConfig:

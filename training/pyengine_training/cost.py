@@ -117,7 +117,7 @@ def cost_sheet(training: Training, rate: float | None, tokens_per_second: float 
     )
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -169,7 +169,7 @@ def _teacher(checkpoint: Path) -> ModelConfig | None:
     return checkpoints.read_model_config(Path(teacher)) if teacher else None
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------------
 
 
 def price(text: str) -> float:

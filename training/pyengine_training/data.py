@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .errors import DataError
 from .files import atomic_directory, write_json
-from .text import is_validation, read_documents
+from .text import labelled, read_documents
 
 Array = NDArray[Any]
 FORMAT_VERSION = 1
@@ -28,14 +28,11 @@ SHARD_TOKENS = 1 << 26
 ENCODE_BATCH = 2000
 
 
-# ---- writing -------------------------------------------------------------------------------------
-# ---------------
+# ---- writing -----------------------------------------------------------------------------------------------------
 
 
 class _SplitWriter:
-    """Shards of one split: NAME_00000.bin (uint16 tokens) and NAME_00000.npy (documents: start,
-    tokens, bytes).
-    """
+    """Shards of one split: NAME_00000.bin (uint16 tokens) and NAME_00000.npy (documents: start, tokens, bytes)."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
@@ -89,30 +86,24 @@ def prepare_corpus(
 ) -> None:
     """Tokenize a text into ``folder`` (shards and manifest.json), atomically.
 
-    One document in fifty, chosen by its content, goes to validation; when none falls there the last
-    one does. Raises DataError for an empty text or a tokenizer whose ids do not fit uint16.
+    What is held out for validation is what :func:`.text.labelled` says. Raises DataError for an empty text, or a
+    tokenizer whose ids do not fit uint16.
     """
     if tokenizer.get_vocab_size() > 1 << 16:
         raise DataError("tokens are stored as uint16: the tokenizer has more than 65,536")
-    documents = iter(read_documents(source, drop_unfinished=drop_unfinished))
+    documents = labelled(read_documents(source, drop_unfinished=drop_unfinished))
     folder.parent.mkdir(parents=True, exist_ok=True)
+    found = False
     with atomic_directory(folder) as temporary:
         train = _SplitWriter(temporary, "train", shard_tokens)
         validation = _SplitWriter(temporary, "validation", shard_tokens)
-        held_back: tuple[list[int], int] | None = None  # so that validation is never empty
         while chunk := list(islice(documents, ENCODE_BATCH)):
-            for text, encoding in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
-                item = (encoding.ids, len(text.encode()))
-                if is_validation(text):
-                    validation.add(*item)
-                    continue
-                if held_back is not None:
-                    train.add(*held_back)
-                held_back = item
-        if held_back is None:
+            texts = [text for text, _ in chunk]
+            for (text, held_out), encoding in zip(chunk, tokenizer.encode_batch(texts), strict=True):
+                (validation if held_out else train).add(encoding.ids, len(text.encode()))
+                found = True
+        if not found:
             raise DataError(f"{source}: no document to train on (empty text?)")
-        none_yet = not validation.documents and not validation.shards
-        (validation if none_yet and (train.documents or train.shards) else train).add(*held_back)
         train.flush()
         validation.flush()
         manifest = {
@@ -127,15 +118,12 @@ def prepare_corpus(
         write_json(temporary / "manifest.json", manifest)
 
 
-# ---- reading -------------------------------------------------------------------------------------
-# ---------------
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin
-    with BOS.
-    """
+    """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin with BOS."""
 
     tokens: Sequence[Array]  # per shard, uint16, memory-mapped
     shard: Array  # (n,) int64
@@ -189,8 +177,7 @@ class Corpus:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-# ---- batches -------------------------------------------------------------------------------------
-# ---------------
+# ---- batches -----------------------------------------------------------------------------------------------------
 
 
 class RowPacker:
@@ -268,10 +255,29 @@ class Phase:
     weights: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Where a run begins to read: at ``step`` it stands at global row ``row``; ``past`` are the mixtures before."""
+
+    step: int = 0
+    row: int = 0
+    past: tuple[Phase, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        past = [[phase.first_row, list(phase.weights)] for phase in self.past]
+        return {"step": self.step, "row": self.row, "past": past}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Reader:
+        past = tuple(Phase(int(first), tuple(map(float, weights))) for first, weights in values["past"])
+        return Reader(int(values["step"]), int(values["row"]), past)
+
+
+FROM_THE_BEGINNING = Reader()
+
+
 class BatchSource:
-    """Batches of mixed corpora; batch(step) is a pure function of the constructor's arguments and
-    step.
-    """
+    """Batches of mixed corpora; batch(step) is a pure function of the constructor's arguments and step."""
 
     def __init__(
         self,
@@ -281,7 +287,9 @@ class BatchSource:
         batch_size: int,
         seq_len: int,
         seed: int,
+        reader: Reader = FROM_THE_BEGINNING,
     ) -> None:
+        self.reader = reader
         for phase in phases:
             if len(phase.weights) != len(splits):
                 raise DataError(f"{len(phase.weights)} data weights for {len(splits)} texts: give one each")
@@ -294,9 +302,7 @@ class BatchSource:
 
     @staticmethod
     def _picked(weights: Sequence[float], row: int) -> list[int]:
-        """How many of the first ``row`` rows of a phase came from each corpus: evenly spread, no
-        randomness.
-        """
+        """How many of the first ``row`` rows of a phase came from each corpus: evenly spread, no randomness."""
         counts, rest, weight_left = [], row, 1.0
         for weight in weights[:-1]:
             share = weight / weight_left if weight_left > 1e-12 else 0.0
@@ -321,19 +327,21 @@ class BatchSource:
         raise AssertionError("unreachable")
 
     def batch(self, step: int) -> tuple[Array, Array]:
-        """tokens and targets (batch_size, seq_len) int64 of a step, views valid until the next
-        call.
-        """
+        """tokens and targets (batch_size, seq_len) int64 of a step, views valid until the next call."""
         for i in range(self.batch_size):
-            corpus, row = self.locate(step * self.batch_size + i)
+            corpus, row = self.locate(self._row(step) + i)
             self.packers[corpus].fill(self._rows[i], row)
         return self._rows[:, :-1], self._rows[:, 1:]
+
+    def _row(self, step: int) -> int:
+        """Global row that a step begins with."""
+        return self.reader.row + (step - self.reader.step) * self.batch_size
 
     def epochs(self, step: int) -> list[float]:
         """Passes over each corpus after ``step`` steps, roughly."""
         result = []
         for corpus, packer in enumerate(self.packers):
-            rows = self._rows_of(corpus, step * self.batch_size)
+            rows = self._rows_of(corpus, self._row(step))
             result.append(rows / max(1, packer.rows_in_epoch(0)))
         return result
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arena import Arena
+from .backend.cpu import CpuBackend, cpu_bytes
 from .config import ModelConfig, TrainConfig
-from .errors import ConfigError, TrainingError
-from .trainer import Trainer
+from .errors import ConfigError, MissingLibraryError, TrainingError
+from .trainer import Trainer, check_sizes
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("bf16", "float32")
@@ -28,20 +29,30 @@ class Device:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision is {self.precision!r}; choose from {PRECISIONS}")
 
+    @classmethod
+    def of(cls, options: Any) -> Device:
+        """What parsed options ask for."""
+        return cls(options.device, options.precision or PRECISIONS[0])
+
     def require(self) -> None:
         """Raise MissingLibraryError or DeviceError, with the way out, unless the device can be used here."""
         if self.name == "cuda":
-            _cuda_trainer()
+            _cuda()
             from .ops.cuda._runtime import runtime
 
             runtime()
 
+    def memory_bytes(self, model: ModelConfig, config: TrainConfig, threads: int) -> int | None:
+        """What a run needs of this device's memory, a teacher apart; None where that cannot be told here."""
+        if self.name == "cpu":
+            return cpu_bytes(model, config, threads)
+        try:
+            return int(_cuda().device_bytes(model, config, self.precision))
+        except TrainingError:
+            return None
+
 
 CPU = Device()
-
-
-class MissingLibraryError(TrainingError, ImportError):
-    """A library of the chosen device is not installed; the message says which extra has it."""
 
 
 def make_trainer(
@@ -56,23 +67,25 @@ def make_trainer(
 
     Raises MissingLibraryError or DeviceError, with the way out, where there is no usable GPU.
     """
+    check_sizes(model, config)
     if device.name == "cpu":
-        return Trainer(model, config, threads=threads, teacher=teacher)
-    trainer: Any = _cuda_trainer()
-    made: Trainer = trainer(model, config, precision=device.precision, threads=threads, teacher=teacher)
-    return made
+        return Trainer(model, config, CpuBackend(model, config, threads=threads, teacher=teacher))
+    cuda = _cuda()
+    cuda.check_memory(model, config, device.precision, teacher)
+    backend = cuda.CudaBackend(model, config, precision=device.precision, threads=threads, teacher=teacher)
+    return Trainer(model, config, backend)
 
 
-def _cuda_trainer() -> Any:
-    """The class, whose modules need numba-cuda."""
+def _cuda() -> Any:
+    """The module of the back end, which needs numba-cuda."""
     if os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0"):
         raise ConfigError(
             "NUMBA_ENABLE_CUDASIM is set: that is numba's simulator, not a GPU; unset it, or --device cpu"
         )
     try:
-        from .cuda_trainer import CudaTrainer
+        from .backend import cuda
     except ImportError as error:
         raise MissingLibraryError(
             f"--device cuda needs numba-cuda and cupy ({error}): pip install 'pyengine-lm[cuda]'"
         ) from error
-    return CudaTrainer
+    return cuda

@@ -1,6 +1,4 @@
-"""Energy of the processor packages, where Linux exposes the counters (powercap) and lets us read
-them.
-"""
+"""Energy of the processor packages, where Linux exposes the counters (powercap) and lets us read them."""
 
 from __future__ import annotations
 

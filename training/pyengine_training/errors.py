@@ -25,6 +25,10 @@ class RunFolderError(TrainingError, FileExistsError):
     """The run folder is already used and nobody asked to resume it."""
 
 
+class MissingLibraryError(TrainingError, ImportError):
+    """A library is needed that is not installed; the message says which extra has it."""
+
+
 class NotFiniteError(TrainingError, ArithmeticError):
     """A loss or gradient became infinite or NaN; the message has the step and the tensors."""
 

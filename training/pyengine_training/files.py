@@ -74,9 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; rename it there when the block ends well, remove it
-    otherwise.
-    """
+    """Yield a temporary folder beside ``path``; rename it there when the block ends well, remove it otherwise."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -96,9 +94,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays in the given order. Not atomic by itself: use inside
-    :func:`atomic_directory`.
-    """
+    """Write arrays in the given order. Not atomic by itself: use inside :func:`atomic_directory`."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
@@ -119,9 +115,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping
 
 
 def load_safetensors(path: Path) -> dict[str, Array]:
-    """Name -> array, mapped read-only; BF16 comes back widened to float32. Damage raises
-    CheckpointError.
-    """
+    """Name -> array, mapped read-only; BF16 comes back widened to float32. Damage raises CheckpointError."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

@@ -14,6 +14,7 @@ from typing import Any
 from .config import CHOICES, TrainConfig
 from .device import DEVICES, PRECISIONS
 
+LENGTHS = ("steps", "tokens", "budget_minutes")
 MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
 
 EPILOG = """\
@@ -144,7 +145,8 @@ def _add(group: Any, name: str, metavar: str, text: str) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run", "a new one, or a start from what exists").add_argument
+    group = parser.add_argument_group("run", "a new one, or a start from what exists")
+    add, start = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add(
         "--run-dir",
         type=Path,
@@ -152,16 +154,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="the run's folder, outside a source tree; never overwritten",
     )
-    add(
+    start(
         "--resume", action="store_true", help="continue the run in --run-dir after Ctrl-C or a crash, as it was started"
     )
-    add(
+    start(
         "--branch-from",
         type=Path,
         metavar="DIR",
         help="a checkpoint or trunk to continue in this new run, with its data",
     )
-    add(
+    start(
         "--init-from",
         type=Path,
         metavar="DIR",
@@ -196,7 +198,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--threads", type=int, metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
     add("--device", choices=DEVICES, default="cpu", help="what to train on (default cpu)")
-    add("--precision", choices=PRECISIONS, default="bf16", help="activations on --device cuda (default bf16)")
+    add("--precision", choices=PRECISIONS, help=f"activations on --device cuda (default {PRECISIONS[0]})")
 
 
 def train_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,12 @@ from . import arena as arenas
 from .arena import Arena
 from .config import ModelConfig
 from .ops import cpu as cpu_ops
+from .ops.needs import Needs, allocate
+
+if TYPE_CHECKING:
+    from .distill import Distillation
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Teacher and mixture of the distillation loss; the teacher reads the same tokens."""
-
-    teacher: Worker
-    params: Arena
-    alpha: float
-    tau: float
 
 
 @dataclass
@@ -88,20 +82,27 @@ class Worker:
         self.states = [self._block_state() for _ in range(n_states)]
         self.qkv = self._new(rows, seq_len, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
         self.o = self._new(*self._q_shape())
-        self.xn_final, self.inv_rms_final = self._new(n, c.dim), self._new_wide(n)
+        self.xn_final = self._new(n, c.dim)
+        self.inv_rms_final = allocate(ops.rmsnorm_state(n, self.wide), ops.empty)["inv_rms"]
         self.loss = self._new_wide(n)
         self.logits = self._new(min(n, self.loss_rows), c.vocab_size)
-        lengths = self.ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim)
-        self.scratch = (self._new(lengths[0]), self._new(lengths[1]), self._new(lengths[2]))
+        self.scratch = allocate(self._scratch_needs(training), ops.empty)
         if training:
             self._allocate_backward()
 
-    # ---- buffers ---------------------------------------------------------------------------------
-    # ---------------
+    # ---- buffers -------------------------------------------------------------------------------------------------
 
     def _new(self, *shape: int) -> Array:
         buffer: Array = self.ops.empty(shape, self.dtype)
         return buffer
+
+    def _scratch_needs(self, training: bool) -> Needs:
+        """Working memory of the operations of a forward, and of a backward when training."""
+        needs: Needs = self.ops.attention_scratch(self._q_shape(), self.dtype, training)
+        if training:
+            needs = needs | self.ops.rmsnorm_scratch(self.config.dim)
+            needs = needs | self.ops.embedding_scratch(self.rows * self.seq_len)
+        return needs
 
     def _new_wide(self, *shape: int) -> Array:
         buffer: Array = self.ops.empty(shape, self.wide)
@@ -118,17 +119,20 @@ class Worker:
         c, n = self.config, self.rows * self.seq_len
         own = self.recompute == "none"
         xn1, xn2, h = self._shared
+        norm = self.ops.rmsnorm_state(n, self.wide)
+        state = [allocate(needs, self.ops.empty) for needs in (norm, norm)]
+        attention = allocate(self.ops.attention_state(self._q_shape(), self.wide), self.ops.empty)
         return BlockState(
             xn1=self._new(n, c.dim) if own else xn1,
-            inv_rms1=self._new_wide(n),
+            inv_rms1=state[0]["inv_rms"],
             q=self._new(*self._q_shape()),
             k=self._new(*self._kv_shape()),
             v=self._new(*self._kv_shape()),
-            lse=self._new_wide(self.rows, c.n_kv_heads, self.seq_len * c.n_rep),
+            lse=attention["lse"],
             att=self._new(n, c.q_dim),
             x_mid=self._new(n, c.dim),
             xn2=self._new(n, c.dim) if own else xn2,
-            inv_rms2=self._new_wide(n),
+            inv_rms2=state[1]["inv_rms"],
             gate_up=self._new(n, 2 * c.hidden_dim),
             h=self._new(n, c.hidden_dim) if own else h,
         )
@@ -144,8 +148,7 @@ class Worker:
         self.dqkv = self._new(*self.qkv.shape)
         self.doutput = self._new_wide(c.vocab_size if n > self.loss_rows else 0, c.dim)
 
-    # ---- forward ---------------------------------------------------------------------------------
-    # ---------------
+    # ---- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, params: Arena, tokens: Array, quantize: bool = False) -> None:
         """tokens (rows, seq_len) int64 -> self.xn_final (N, dim), the output layer's input."""
@@ -164,9 +167,7 @@ class Worker:
         return self.states[layer if len(self.states) > 1 else 0]
 
     def _block_forward(self, params: Arena, layer: int, x: Array, y: Array, quantize: bool) -> None:
-        """One block: x (N, dim) -> y (N, dim). ops named in the order that _block_backward
-        undoes.
-        """
+        """One block: x (N, dim) -> y (N, dim). ops named in the order that _block_backward undoes."""
         p, s, n = f"layers.{layer}.", self._state(layer), x.shape[0]
         self.ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
@@ -177,7 +178,7 @@ class Worker:
             self.ops.fake_quant_activations(s.q.reshape(-1, head_dim))
             self.ops.fake_quant_activations(s.k.reshape(-1, head_dim))
             self.ops.fake_quant_activations(s.v.reshape(-1, head_dim), group=head_dim)
-        self.ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.scale, self.scratch[0])
+        self.ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.scale, self.scratch)
         self.ops.merge_heads(s.att.reshape(self.rows, self.seq_len, -1, self.config.head_dim), self.o)
         self._fake_quant(s.att, quantize)
         self.ops.linear_forward(s.x_mid, s.att, params[p + "wo"])
@@ -202,9 +203,7 @@ class Worker:
         return params["tok_embeddings" if self.config.tie_embeddings else "output"]
 
     def evaluate(self, params: Arena, tokens: Array, targets: Array, quantize: bool) -> Array:
-        """Loss per token (rows, seq_len), 0 where the target is negative; valid until the next
-        call.
-        """
+        """Loss per token (rows, seq_len), 0 where the target is negative; valid until the next call."""
         self.forward(params, tokens, quantize)
         flat = targets.ravel()
         for start in range(0, flat.size, self.loss_rows):
@@ -214,8 +213,7 @@ class Worker:
             self.ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
         return self.loss.reshape(tokens.shape)
 
-    # ---- backward --------------------------------------------------------------------------------
-    # ---------------
+    # ---- backward ------------------------------------------------------------------------------------------------
 
     def forward_backward(
         self,
@@ -252,7 +250,7 @@ class Worker:
         self._output_forward_backward(params, targets.ravel(), inv, distillation)
         last = self._block_io(self.config.n_layers - 1)[1]
         self.ops.fill(self.dx, 0)
-        self.ops.rmsnorm_backward(self.dx, self.grads["norm"], self.dxn, last, params["norm"], self.inv_rms_final)
+        self._norm_backward(params, "norm", last, self.inv_rms_final)
         for layer in reversed(range(self.config.n_layers)):
             x, y = self._block_io(layer)
             if self.recompute == "block":
@@ -260,14 +258,12 @@ class Worker:
             elif self.recompute == "activations":
                 self._recompute_activations(params, layer, x, quantize)
             self._block_backward(params, layer, x)
-        self.ops.embedding_backward(self.grads["tok_embeddings"], self.dx, tokens.ravel())
+        self.ops.embedding_backward(self.grads["tok_embeddings"], self.dx, tokens.ravel(), self.scratch)
 
     def _output_forward_backward(
         self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None
     ) -> None:
-        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of
-        xn_final in dxn.
-        """
+        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of xn_final in dxn."""
         w, dw = self.output_matrix(params), self.output_matrix(self.grads)
         for start in range(0, targets.size, self.loss_rows):
             rows = slice(start, min(targets.size, start + self.loss_rows))
@@ -304,16 +300,14 @@ class Worker:
         self._fake_quant(s.h, quantize)
 
     def _block_backward(self, params: Arena, layer: int, x: Array) -> None:
-        """self.dx: gradient of the block's output -> gradient of its input, mirror order of
-        _block_forward.
-        """
+        """self.dx: gradient of the block's output -> gradient of its input, mirror order of _block_forward."""
         p, s, n, g = f"layers.{layer}.", self._state(layer), x.shape[0], self.grads
         self.ops.linear_backward_weight(g[p + "w_down"], self.dx, s.h)
         self.ops.linear_backward_input(self.dh, self.dx, params[p + "w_down"])
         self.ops.swiglu_backward(self.dgate_up, self.dh, s.gate_up)
         self.ops.linear_backward_weight(g[p + "w_gate_up"], self.dgate_up, s.xn2)
         self.ops.linear_backward_input(self.dxn, self.dgate_up, params[p + "w_gate_up"])
-        self.ops.rmsnorm_backward(self.dx, g[p + "ffn_norm"], self.dxn, s.x_mid, params[p + "ffn_norm"], s.inv_rms2)
+        self._norm_backward(params, p + "ffn_norm", s.x_mid, s.inv_rms2)
         self.ops.linear_backward_weight(g[p + "wo"], self.dx, s.att)
         self.ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
         self.ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
@@ -322,9 +316,11 @@ class Worker:
         dqkv = self.dqkv.reshape(n, -1)
         self.ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)
         self.ops.linear_backward_input(self.dxn, dqkv, params[p + "wqkv"])
-        self.ops.rmsnorm_backward(
-            self.dx, g[p + "attention_norm"], self.dxn, x, params[p + "attention_norm"], s.inv_rms1
-        )
+        self._norm_backward(params, p + "attention_norm", x, s.inv_rms1)
+
+    def _norm_backward(self, params: Arena, name: str, x: Array, inv_rms: Array) -> None:
+        """From dxn, the gradient of a norm's output, into dx and the gradient of its weight."""
+        self.ops.rmsnorm_backward(self.dx, self.grads[name], self.dxn, x, params[name], inv_rms, self.scratch)
 
 
 def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None = None) -> None:
@@ -345,7 +341,8 @@ def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: st
     own = c.n_layers if recompute == "none" else 1
     backward = n * (4 * c.dim + 3 * c.hidden_dim + 5 * c.q_dim + 4 * c.kv_dim)
     output = min(n, cpu_ops.loss_rows(c.vocab_size)) * c.vocab_size + c.vocab_size * c.dim
-    scratch = sum(cpu_ops.attention_scratch_shapes(seq_len, c.n_rep, c.head_dim))
+    q_shape = rows, c.n_kv_heads, seq_len, c.n_rep, c.head_dim
+    scratch = sum(need.nbytes for need in cpu_ops.attention_scratch(q_shape, np.float32, True).values())
     stream = n * c.dim * (c.n_layers + 1)
-    floats = blocks * per_block + own * kept + backward + output + scratch + stream
-    return 4 * (floats + math.ceil(c.n_params()))
+    floats = blocks * per_block + own * kept + backward + output + stream
+    return 4 * (floats + math.ceil(c.n_params())) + scratch

@@ -8,32 +8,27 @@ of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import queue
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .arena import Arena, block_matrices
 from .config import ModelConfig, TrainConfig
 from .ops import cpu as ops
 from .ops.cpu.grad_norm import BLOCK
+from .ops.needs import allocate, largest
+from .threads import run_all
 
+Array = NDArray[Any]
 SLICE = 1 << 18
 
 
-def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], object]]) -> None:
-    """Run tasks side by side; the first exception is raised after all have ended."""
-    futures = [pool.submit(task) for task in tasks]
-    for future in futures:
-        future.exception()
-    for future in futures:
-        future.result()
-
-
 def schedule(config: TrainConfig, step: int) -> float:
-    """Factor on the learning rates at step (from 0): linear warmup, constant, then decay to
-    (almost) zero.
-    """
+    """Factor on the learning rates at step (from 0): linear warmup, constant, then decay to (almost) zero."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if step < config.decay_start:
@@ -51,6 +46,14 @@ class Optimizer:
         self.model, self.config, self.params, self.pool = model, config, params, pool
         self.m, self.v = params.like(), params.like()
         self._partial = np.zeros(-(-params.flat.size // BLOCK), np.float64)
+        self._scratch: queue.LifoQueue[dict[str, Array]] = queue.LifoQueue()  # one for each thread of the pool
+        needs = [
+            ops.muon_scratch(last - first, shape[1], np.float32)
+            for name, shape in params.shapes.items()
+            for first, last in (block_matrices(name, model) if config.optimizer == "muon" else [])
+        ]
+        for _ in range(pool._max_workers if needs else 0):
+            self._scratch.put(allocate(largest(*needs), ops.empty))
 
     def grad_norm(self, grads: Arena) -> float:
         """Global norm, float64 over fixed blocks."""
@@ -64,14 +67,10 @@ class Optimizer:
         run_all(self.pool, [part(0, half), part(half, len(partial))] if half else [part(0, 1)])
         return float(np.sqrt(partial.sum()))
 
-    def step(self, grads: Arena, step: int, norm: float) -> float:
-        """Update params in place at step (from 0), grads having this norm; returns the schedule's
-        factor.
-        """
-        factor = schedule(self.config, step)
+    def step(self, grads: Arena, step: int, factor: float, norm: float) -> None:
+        """Update params in place at step (from 0), grads having this norm; factor: the schedule's."""
         scale = ops.clip_coefficient(norm, self.config.clip)
         run_all(self.pool, self._tasks(grads, step, factor, scale))
-        return factor
 
     def _tasks(self, grads: Arena, step: int, factor: float, scale: float) -> Sequence[Callable[[], object]]:
         tasks: list[Callable[[], object]] = []
@@ -85,16 +84,17 @@ class Optimizer:
 
     def _muon(self, name: str, rows: slice, grads: Arena, factor: float, scale: float) -> Callable[[], object]:
         c = self.config
-        p, g, m = self.params[name][rows], grads[name][rows], self.m[name][rows]
-        return lambda: ops.muon_update(
-            p,
-            g,
-            m,
-            lr=c.muon_lr * factor,
-            momentum=c.muon_momentum,
-            weight_decay=c.weight_decay,
-            grad_scale=scale,
-        )
+        arrays = [a[name][rows] for a in (self.params, grads, self.m)]
+        options = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay, "grad_scale": scale}
+
+        def update() -> None:
+            scratch = self._scratch.get()
+            try:
+                ops.muon_update(*arrays, lr=c.muon_lr * factor, scratch=scratch, **options)
+            finally:
+                self._scratch.put(scratch)
+
+        return update
 
     def _adamw(self, name: str, grads: Arena, step: int, factor: float, scale: float) -> list[Callable[[], object]]:
         c = self.config

@@ -19,7 +19,7 @@ class Plan:
     steps: int
     tokens: int
     epochs: list[float]
-    memory_bytes: int
+    memory_bytes: int | None
     flops: float
     seconds: float | None
     threads: int
@@ -28,7 +28,10 @@ class Plan:
         """For people."""
         m = model
         shape = f"{m.n_layers} layers, dim {m.dim}, heads {m.n_heads}/{m.n_kv_heads} x {m.head_dim}"
-        duration = "unknown" if self.seconds is None else format_seconds(self.seconds)
+        memory = "unknown here" if self.memory_bytes is None else f"about {self.memory_bytes / 2**20:.0f} MiB"
+        time = "unknown until steps have run"
+        if self.seconds is not None:
+            time = f"about {format_seconds(self.seconds)} on {self.threads} threads"
         epochs = ", ".join(f"{e:.2f}" for e in self.epochs)
         quantized = {"never": "never", "always": "all steps", "decay": "during the decay"}
         return [
@@ -38,9 +41,9 @@ class Plan:
             f"{config.warmup_steps} warmup, {config.decay_steps} decay ({config.decay_shape})",
             f"tokens      {self.tokens:,} ({epochs} epochs)",
             f"optimizer   {config.optimizer}, int8 simulated: {quantized[config.quantize]}",
-            f"memory      about {self.memory_bytes / 2**20:.0f} MiB",
+            f"memory      {memory}",
             f"compute     {self.flops:.3g} FLOP",
-            f"time        about {duration} on {self.threads} threads",
+            f"time        {time}",
         ]
 
 
@@ -50,14 +53,10 @@ def make_plan(
     epochs: list[float],
     threads: int,
     seconds_per_step: float | None,
+    memory_bytes: int | None,
 ) -> Plan:
     """Estimate."""
-    from .model import activation_bytes  # brings numba, which the rest of this module does without
-
     tokens = config.steps * config.batch_size * config.seq_len
-    rows = config.batch_size // config.shards
-    worker = activation_bytes(model, rows, config.seq_len, config.recompute)
-    copies = 4 + (config.quantize != "never")  # masters, gradients, two moments, int8 values
     n = model.n_params()
     return Plan(
         parameters=n,
@@ -65,21 +64,38 @@ def make_plan(
         steps=config.steps,
         tokens=tokens,
         epochs=epochs,
-        memory_bytes=threads * worker + copies * 4 * n,
+        memory_bytes=memory_bytes,
         flops=model.flops_per_token(config.seq_len) * tokens,
         seconds=None if seconds_per_step is None else seconds_per_step * config.steps,
         threads=threads,
     )
 
 
+HELD_OUT_SHARE, HELD_OUT_TOKENS = 0.01, 20_000  # less than these says little
+EPOCHS = 4  # passes over a text that are nearly as good as new text
+
+
+def warnings(epochs: list[float], held_out: int, tokens: int) -> list[str]:
+    """What a run's numbers will not tell, or will not gain. held_out of tokens: of the text that validation uses."""
+    found = []
+    if held_out < HELD_OUT_TOKENS or held_out < HELD_OUT_SHARE * tokens:
+        found.append(
+            f"warning: {held_out:,} of {tokens:,} tokens are held out: validation of so few says little "
+            f"(at least {HELD_OUT_TOKENS:,} and {HELD_OUT_SHARE:.0%} say more)"
+        )
+    if max(epochs) > EPOCHS:
+        found.append(
+            f"warning: {max(epochs):.1f} passes over a text: beyond {EPOCHS} a model learns little but the text"
+        )
+    return found
+
+
 BLAS_SHARE = 0.55  # of a large matrix product's rate is what whole steps reach, typically
 
 
 def estimated_step_seconds(model: ModelConfig, config: TrainConfig, threads: int) -> float:
-    """Seconds of a step, from a short matrix product on one thread: a first guess, a third off now
-    and then.
-    """
-    from .trainer import single_threaded_blas
+    """Seconds of a step, from a short matrix product on one thread: a first guess, a third off now and then."""
+    from .threads import single_threaded_blas
 
     a = np.ones((512, 512), np.float32)
     out = np.empty_like(a)

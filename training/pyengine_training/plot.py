@@ -1,6 +1,4 @@
-"""The loss curves of a run, and of the runs that it continues, as a PNG (matplotlib, imported when
-used).
-"""
+"""The loss curves of a run, and of the runs that it continues, as a PNG (matplotlib, imported when used)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from .errors import ConfigError
 from .files import atomic_directory
 from .model import Worker, fake_quantize_parameters
 from .text import load_tokenizer
-from .trainer import Validation, available_threads, evaluate, single_threaded_blas
+from .threads import available_threads, single_threaded_blas
+from .validation import Validation, summarize, sums_on_threads
 
 ROWS = 8
 
@@ -42,7 +43,7 @@ def evaluate_model(folder: Path, corpus: Corpus, *, documents: int | None, seq_l
     with single_threaded_blas(), ThreadPoolExecutor(available_threads()) as pool:
         workers = [Worker(model, ROWS, seq_len, training=False) for _ in range(available_threads())]
         n_bytes = int(split.n_bytes[:count].sum())
-        return evaluate(workers, pool, weights, batches, n_bytes, int8)
+        return summarize(sums_on_threads(workers, pool, weights, batches, int8), n_bytes)
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:

@@ -11,25 +11,82 @@ checkpoints/step_XXXXXXXX/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from .errors import CheckpointError, RunFolderError
+from .errors import CheckpointError, ConfigError, RunFolderError
 from .files import read_json, write_atomic, write_json
 
 RUN_VERSION = 1
 
 
-def create(folder: Path) -> None:
-    """Make a new run folder. RunFolderError when it exists and is not empty."""
-    if folder.exists() and any(folder.iterdir()):
-        hint = " (resume it with --resume)" if (folder / "run.json").exists() else ""
-        raise RunFolderError(f"{folder}: the run folder is already used{hint}")
+LOCK, UNFINISHED = ".lock", ".unfinished"  # held by the process that trains; until the first step can be taken
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. RunFolderError when another process does."""
+    with open(folder / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunFolderError(f"{folder}: the run folder is already used by a process that trains in it") from error
+        yield
+
+
+@contextlib.contextmanager
+def new(folder: Path) -> Iterator[None]:
+    """A new run folder, locked while the body runs; removed again if it ends by an error before :func:`begun`.
+
+    RunFolderError when the folder is not empty, or used by another process. What a set-up that was killed has left
+    behind is removed first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir()}
+    if names - {LOCK} and UNFINISHED not in names:
+        hint = " (resume it with --resume)" if "run.json" in names else ""
+        raise RunFolderError(f"{folder}: the run folder is already used{hint}")
+    with _locked(folder):
+        names = {path.name for path in folder.iterdir()}
+        if names - {LOCK} and UNFINISHED not in names:  # another start came, trained and ended meanwhile
+            raise RunFolderError(f"{folder}: the run folder is already used (resume it with --resume)")
+        _clear(folder)
+        (folder / UNFINISHED).touch()
+        try:
+            yield
+        except BaseException:
+            if (folder / UNFINISHED).exists():  # nothing of value: a corrected command finds the folder free
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def existing(folder: Path) -> Iterator[None]:
+    """A run to continue, locked while the body runs. ConfigError when there is none."""
+    if not (folder / "run.json").exists() or (folder / UNFINISHED).exists():
+        raise ConfigError(f"{folder}: nothing to resume")
+    with _locked(folder):
+        yield
+
+
+def begun(folder: Path) -> None:
+    """Everything before the first step went well: from now on the folder is kept."""
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def write_run(folder: Path, values: dict[str, Any]) -> None:
@@ -54,9 +111,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 class Metrics:
-    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are
-    dropped.
-    """
+    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are dropped."""
 
     def __init__(self, path: Path, keep_through_step: int) -> None:
         if path.exists():
@@ -89,9 +144,7 @@ def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Log:
-    """Prints to stderr and keeps a copy in log.txt; progress replaces its line on a terminal and is
-    quiet in a pipe.
-    """
+    """Prints to stderr and keeps a copy in log.txt; progress replaces its line on a terminal and is quiet in a pipe."""
 
     def __init__(self, path: Path | None) -> None:
         self._file: TextIO | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,23 @@ from .errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"  # id 0 of a tokenizer trained here: begins and ends every document
 VALIDATION_EVERY = 50
-# bytes at least of a document made of paragraphs, where no separator lines exist
+# where no separator lines exist, a document ends at the first blank line after so many characters,
 PARAGRAPH_DOCUMENT = 4096
+LINES_DOCUMENT = 4 * PARAGRAPH_DOCUMENT  # or at the first line end after these,
+LONG_LINE = 4 * LINES_DOCUMENT  # and a line is cut that is longer than this
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+LINE_END = re.compile("\r\n?")
 SENTENCE_ENDS = tuple(".!?\"')]’”…")
 
 
 def read_documents(path: Path, *, drop_unfinished: bool = False) -> Iterator[str]:
     """Documents of a .txt or .jsonl file, stripped, empty ones left out.
 
-    In text, lines that consist of ``<|endoftext|>`` separate documents and are never part of one; a
-    text without such lines is cut at blank lines into documents of a few thousand bytes. In .jsonl
-    each line is an object with "text". drop_unfinished leaves out documents that do not end like a
-    sentence (stories cut short). Raises DataError when the file is unreadable, not UTF-8, or
-    malformed.
+    In text, lines that consist of ``<|endoftext|>`` separate documents and are never part of one; a text without such
+    lines is cut into documents of a few thousand bytes at blank lines, where those are far apart at line ends, and in
+    very long lines at spaces. In .jsonl each line is an object with "text". A byte order mark is no text, every kind of
+    line end becomes a newline, and a lone surrogate becomes U+FFFD. drop_unfinished leaves out documents that do not end
+    like a sentence (stories cut short). Raises DataError when the file is unreadable, not UTF-8, or malformed.
     """
     source = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
     for document in source:
@@ -34,14 +39,29 @@ def read_documents(path: Path, *, drop_unfinished: bool = False) -> Iterator[str
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) without a byte order mark, line ends as newlines."""
+    number = 0
     try:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, 1):
-                yield number, raw.decode("utf-8")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                for part in LINE_END.sub("\n", line).splitlines(keepends=True) if "\r" in line else [line]:
+                    yield number, part
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (near line {number + 1}): {error.reason}") from error
+        wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+        reason = "it begins as UTF-16 does; save it as UTF-8" if wide else error.reason
+        raise DataError(f"{path}: not UTF-8 (line {number}): {reason}") from error
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line, cut at spaces where it is longer than LONG_LINE."""
+    while len(line) > LONG_LINE:
+        at = line.rfind(" ", 1, LONG_LINE) + 1 or LONG_LINE
+        yield line[:at]
+        line = line[at:]
+    yield line
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -49,14 +69,15 @@ def _read_text(path: Path) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     for _, line in _lines(path):
-        stripped = line.strip()
-        at_end = stripped == END_OF_TEXT
-        if at_end or (not separated and not stripped and size >= PARAGRAPH_DOCUMENT):
-            yield "".join(lines)
-            lines, size = [], 0
-        if not at_end:
-            lines.append(line.replace(END_OF_TEXT, " "))  # never text, also inside a line
-            size += len(line)
+        at_end = line.strip() == END_OF_TEXT
+        for piece in [line] if separated else _pieces(line):
+            limit = LINES_DOCUMENT if piece.strip() else PARAGRAPH_DOCUMENT
+            if at_end or (not separated and size >= limit):
+                yield "".join(lines)
+                lines, size = [], 0
+            if not at_end:
+                lines.append(piece.replace(END_OF_TEXT, " "))  # never text, also inside a line
+                size += len(piece)
     yield "".join(lines)
 
 
@@ -66,26 +87,53 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f'{path}: line {number} is no object with "text"') from error
         if not isinstance(text, str):
             raise DataError(f'{path}: "text" of line {number} is not a string')
-        yield text.replace(END_OF_TEXT, " ")
+        yield LONE_SURROGATE.sub("\ufffd", text).replace(END_OF_TEXT, " ")
+
+
+# ---- held-out documents ------------------------------------------------------------------------------------------
 
 
 def is_validation(document: str) -> bool:
-    """One document in VALIDATION_EVERY, by its content: the same text is on the same side in every
-    run.
-    """
+    """One document in VALIDATION_EVERY, by its content: the same text is on the same side in every run."""
     digest = hashlib.sha256(document.encode()).digest()
     return int.from_bytes(digest, "big") % VALIDATION_EVERY == 0
+
+
+def labelled(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """(document, whether it is held out). Neither side is ever empty, unless there is no text at all.
+
+    Where all documents fall on one side the last one changes it, and a text that is one document is cut near its end.
+    """
+    last: dict[bool, str] = {}  # one of each side is kept back
+    seen = {False: False, True: False}
+    for document in documents:
+        side = is_validation(document)
+        if side in last:
+            yield last[side], side
+            seen[side] = True
+        last[side] = document
+    if len(last) == 2:
+        yield last[False], False
+        yield last[True], True
+    for side, document in last.items() if len(last) == 1 else ():
+        if seen[side]:
+            yield document, not side
+        else:
+            at = len(document) * 9 // 10
+            at = document.rfind(" ", len(document) // 2, at) + 1 or at
+            yield document[:at].rstrip() or document, False
+            yield document[at:], True
 
 
 def split_documents(path: Path, *, drop_unfinished: bool = False) -> tuple[list[str], list[str]]:
     """(documents to train on, held-out ones) of a text, as every run splits it."""
     sides: tuple[list[str], list[str]] = ([], [])
-    for document in read_documents(path, drop_unfinished=drop_unfinished):
-        sides[is_validation(document)].append(document)
+    for document, held_out in labelled(read_documents(path, drop_unfinished=drop_unfinished)):
+        sides[held_out].append(document)
     return sides
 
 

@@ -1,6 +1,4 @@
-"""The training run: prepare, plan, loop, checkpoint; interrupted at any time, continued with
---resume.
-"""
+"""The training run: prepare, plan, loop, checkpoint; interrupted at any time, continued with --resume."""
 
 from __future__ import annotations
 
@@ -28,16 +26,16 @@ from .config import (
     model_config_from_json,
     train_config_from_json,
 )
-from .data import BatchSource, Corpus, Phase, ValidationBatch, validation_batches
+from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, ValidationBatch, validation_batches
 from .device import CPU, Device, make_trainer
 from .energy import EnergyMeter, add_joules
 from .errors import CheckpointError, ConfigError, Interrupted
 from .files import atomic_directory
 from .model import Worker
-from .plan import estimated_step_seconds, format_seconds, make_plan
+from .plan import estimated_step_seconds, format_seconds, make_plan, warnings
 from .plot import plot_losses
 from .text import load_tokenizer
-from .trainer import Validation
+from .validation import Validation
 
 LOG_EVERY_SECONDS = 30.0
 
@@ -55,22 +53,32 @@ class Run:
     eos: int | None
     riders: Path | None  # a fine-tuned model's own tokenizer and generation files
     teacher: tuple[ModelConfig, Arena] | None = None
+    reader: Reader = FROM_THE_BEGINNING
 
     def fingerprint(self) -> str:
         return "+".join(corpus.fingerprint() for corpus in self.corpora)
 
     def source(self) -> BatchSource:
         c = self.config
-        phases = [Phase(0, c.data_weights)]
-        if c.decay_data_weights:
-            phases.append(Phase(c.decay_start * c.batch_size, c.decay_data_weights))
         return BatchSource(
             [corpus.train for corpus in self.corpora],
-            phases,
+            self.phases(),
             batch_size=c.batch_size,
             seq_len=c.seq_len,
             seed=c.seed,
+            reader=self.reader,
         )
+
+    def phases(self) -> list[Phase]:
+        """Mixtures of the texts by row: those before this run's reader began, the trunk's, the decay's."""
+        c, reader = self.config, self.reader
+        phases = list(reader.past)
+        if not phases or phases[-1].weights != c.data_weights:
+            phases.append(Phase(reader.row, c.data_weights))
+        if c.decay_data_weights:
+            first = reader.row + max(0, c.decay_start - reader.step) * c.batch_size
+            phases.append(Phase(first, c.decay_data_weights))
+        return phases
 
     def write_model(self, folder: Path, params: Arena) -> None:
         """The Hugging Face files of the current parameters."""
@@ -110,6 +118,7 @@ def open_run(folder: Path) -> Run:
         eos=values["eos"],
         riders=riders,
         teacher=teacher,
+        reader=Reader.from_json(values["reader"]) if values.get("reader") else FROM_THE_BEGINNING,
     )
 
 
@@ -137,7 +146,7 @@ class Loop:
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
         self.trainer = make_trainer(run.model, run.config, device=device, threads=threads, teacher=run.teacher)
-        self.validation, self.validation_bytes = run.validation(self.trainer.workers[0].rows)
+        self.validation, self.validation_bytes = run.validation(self.trainer.backend.shard_rows)
         self.log = runfolder.Log(run.folder / "log.txt")
         self.metrics_path = run.folder / "metrics.jsonl"
         self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False)
@@ -146,9 +155,7 @@ class Loop:
         self._saved_step = -1
 
     def start(self, parent: Path | None) -> None:
-        """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given
-        or fresh weights.
-        """
+        """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given or fresh weights."""
         own = checkpoints.checkpoints(self.run.folder)
         if own:
             self._restore(own[-1])
@@ -178,8 +185,7 @@ class Loop:
             )
         self.log.say(f"continuing from {folder.name} (step {self.trainer.state.step})")
 
-    # ---- pieces of the loop
-    # -------------------------------------------------------------------------------------
+    # ---- pieces of the loop --------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint and drop old ones."""
@@ -225,7 +231,7 @@ class Loop:
         ids = self.run.tokenizer.encode(c.sample_prompt).ids[: self.sampler.seq_len - 1]
         new = sample.generate(
             self.sampler,
-            self.trainer.weights(quantize),
+            self.trainer.backend.weights(quantize),
             ids,
             c.sample_tokens,
             eos=self.run.eos,
@@ -296,9 +302,7 @@ class Loop:
             self._keep_trunk()
 
     def _keep_trunk(self) -> None:
-        """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from
-        it.
-        """
+        """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from it."""
         name = f"step_{self.trainer.state.step:08d}"
         with atomic_directory(self.run.folder / "trunk") as temporary:
             source = self.run.folder / "checkpoints" / name
@@ -337,10 +341,15 @@ def run_training(folder: Path, *, threads: int | None = None, parent: Path | Non
             return final
         epochs = loop.source.epochs(run.config.steps)
         if loop.trainer.state.step == 0:
-            seconds = estimated_step_seconds(run.model, run.config, loop.trainer.threads)
-            plan = make_plan(run.model, run.config, epochs, loop.trainer.threads, seconds)
-            for line in plan.lines(run.model, run.config):
+            threads_used = loop.trainer.backend.threads
+            on_cpu = device.name == "cpu"
+            seconds = estimated_step_seconds(run.model, run.config, threads_used) if on_cpu else None
+            memory = device.memory_bytes(run.model, run.config, threads_used)
+            plan = make_plan(run.model, run.config, epochs, threads_used, seconds, memory)
+            held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
+            for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text)]:
                 loop.log.say(line)
+        runfolder.begun(folder)
         with _signals(loop.received):
             loop.steps()
         final = loop.finish()

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pyengine_training.config import ModelConfig, TrainConfig
-from pyengine_training.trainer import Trainer, available_threads
+from pyengine_training.device import make_trainer
+from pyengine_training.threads import available_threads
 
 SHAPES: dict[str, tuple[int, int, int, int, int, int, int, int, int]] = {
     # vocab, dim, layers, heads, kv heads, head_dim, hidden, rows, seq
@@ -88,7 +89,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
     config = ModelConfig(vocab, dim, layers, heads, kv, head_dim, hidden, seq)
     shards = max(1, min(available_threads(), rows))
     train = TrainConfig(seq_len=seq, batch_size=rows, shards=shards, optimizer="adamw", quantize="never", steps=1000)
-    ours = Trainer(config, train)
+    ours = make_trainer(config, train)
     ours.initialize()
     torch.set_num_threads(available_threads())
     model = TorchModel(config, seq)

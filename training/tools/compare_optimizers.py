@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import pyengine_training
 from pyengine_training.config import ModelConfig, TrainConfig
+from pyengine_training.device import make_trainer
 from pyengine_training.files import read_json, write_json
 from pyengine_training.runfolder import read_metrics
-from pyengine_training.trainer import Trainer
 
 # 1.3 million parameters; int8 is a question of its own and stays out of this one
 MODEL = {"dim": 128, "n_layers": 4, "n_heads": 2, "n_kv_heads": 1, "head_dim": 64, "hidden_dim": 384}
@@ -76,7 +76,7 @@ def trainer_command(*words: object) -> None:
         raise SystemExit(f"{' '.join(map(str, words))}\n{done.stderr}")
 
 
-# ---- running -------------------------------------------------------------------------------------
+# ---- running -----------------------------------------------------------------------------------------------------
 
 
 def step_seconds(rounds: int) -> dict[str, float]:
@@ -87,7 +87,7 @@ def step_seconds(rounds: int) -> dict[str, float]:
     trainers = {}
     for optimizer in ("adamw", "muon"):
         config = TrainConfig(seq_len=SEQ_LEN, batch_size=ROWS, shards=SHARDS, optimizer=optimizer, quantize="never")
-        trainers[optimizer] = Trainer(model, config, threads=1)
+        trainers[optimizer] = make_trainer(model, config, threads=1)
         trainers[optimizer].initialize()
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(rounds + 1):
@@ -143,7 +143,7 @@ def run_all(candidates: list[Candidate], args: argparse.Namespace) -> None:
             future.result()
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

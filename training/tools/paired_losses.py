@@ -26,7 +26,7 @@ from pyengine_training import checkpoint
 from pyengine_training.model import Worker
 from pyengine_training.report import quantized_parameters
 from pyengine_training.text import load_tokenizer, split_documents
-from pyengine_training.trainer import single_threaded_blas
+from pyengine_training.threads import single_threaded_blas
 
 import pyengine
 

@@ -191,7 +191,7 @@ class _Cuda:
         frame = sys._getframe(1)
         self._simulator.thread.park((frame.f_code, frame.f_lineno))
 
-    # ---- warp operations ----------------------------------------------------------------------------------------
+    # ---- warp operations -----------------------------------------------------------------------------------------
 
     def syncwarp(self, mask: int = 0xFFFFFFFF) -> None:
         self._simulator.exchange("syncwarp", mask, None)

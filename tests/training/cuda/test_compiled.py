@@ -12,11 +12,12 @@ pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extr
 
 import numpy as np
 from compiled import RecordingRuntime, float64_lines, ptx, usage
+from pyengine_training.backend.cuda import CudaBackend
 from pyengine_training.config import ModelConfig, TrainConfig
-from pyengine_training.cuda_trainer import CudaTrainer
 from pyengine_training.gpu_check.cases import attention, check, small_cases
 from pyengine_training.ops import cuda as ops
 from pyengine_training.ops.cuda._runtime import use_runtime
+from pyengine_training.trainer import Trainer
 
 
 def nvvm_missing() -> str | None:
@@ -41,7 +42,7 @@ def recorded() -> dict[tuple[Any, Any], int]:
     with use_runtime(RecordingRuntime()) as runtime:
         for precision in ("bf16", "float32"):
             config = TrainConfig(seq_len=4, batch_size=2, shards=1, steps=2, decay_fraction=0.5)
-            trainer = CudaTrainer(model, config, precision=precision)
+            trainer = Trainer(model, config, CudaBackend(model, config, precision=precision))
             trainer.step(tokens, tokens)
             trainer.step(tokens, tokens)  # the quantized phase
             trainer.close()

@@ -19,7 +19,7 @@ from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.errors import ConfigError, TrainingError
 from pyengine_training.ops.cuda import _gpu
 from pyengine_training.ops.cuda._gpu import GpuRuntime, _check_device, _libraries
-from pyengine_training.ops.cuda._runtime import DeviceError, runtime, scratch, use_runtime
+from pyengine_training.ops.cuda._runtime import DeviceError, kept, runtime, use_runtime
 
 MODEL = ModelConfig(
     vocab_size=19, dim=12, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=6, hidden_dim=20, max_seq_len=8
@@ -75,7 +75,7 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
 
 
 def test_device_cuda_without_numba_cuda_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyengine_training.cuda_trainer", None)
+    monkeypatch.setitem(sys.modules, "pyengine_training.backend.cuda", None)
     with pytest.raises(TrainingError, match=r"pip install 'pyengine-lm\[cuda\]'"):
         device.make_trainer(MODEL, CONFIG, device=device.Device("cuda"))
 
@@ -99,7 +99,7 @@ def test_unknown_device() -> None:
 
 def test_device_cpu_is_the_plain_trainer() -> None:
     trainer = device.make_trainer(MODEL, CONFIG)
-    assert type(trainer).__name__ == "Trainer"
+    assert type(trainer.backend).__name__ == "CpuBackend"
     trainer.close()
 
 
@@ -173,16 +173,15 @@ def test_a_failing_recording_says_how_to_go_without(monkeypatch: pytest.MonkeyPa
     assert gpu.record(print) is print
 
 
-def test_scratch_must_not_grow_inside_a_graph() -> None:
+def test_nothing_is_allocated_inside_a_graph() -> None:
     pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
     from simulated_runtime import SimulatedRuntime
 
     simulated = SimulatedRuntime()
     with use_runtime(simulated):
-        first = scratch("x", 8, np.float32)
-        assert scratch("x", 4, np.float32).base is first.base
+        first = kept("x", 8, np.float32)
         simulated.capturing = True  # type: ignore[misc]
-        scratch("x", 8, np.float32)
-        with pytest.raises(DeviceError, match="would grow inside a graph"):
-            scratch("x", 9, np.float32)
+        assert kept("x", 8, np.float32) is first
+        with pytest.raises(DeviceError, match="allocated inside a graph"):
+            kept("y", 8, np.float32)
         assert runtime() is simulated

@@ -32,7 +32,7 @@ def test_forward_and_backward(shape: tuple[int, ...], schedule: str) -> None:
 def test_a_model_trains_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss with and without it, and that float32 and odd heads go the other way."""
     from pyengine_training.config import ModelConfig, TrainConfig
-    from pyengine_training.cuda_trainer import CudaTrainer
+    from pyengine_training.device import Device, make_trainer
     from pyengine_training.ops.cuda import attention as module
 
     sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "hidden_dim": 16}
@@ -43,7 +43,7 @@ def test_a_model_trains_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for use_flash, precision in ((False, "bf16"), (True, "bf16"), (True, "float32")):
         monkeypatch.setattr(module, "use_flash", use_flash)
         with use_runtime(SimulatedRuntime()) as runtime:
-            trainer = CudaTrainer(model, config, precision=precision)
+            trainer = make_trainer(model, config, device=Device("cuda", precision))
             trainer.initialize()
             losses.append(trainer.step(tokens, tokens).loss)
         assert ("flash_dkv_kernel" in runtime.launches) == (use_flash and precision == "bf16")

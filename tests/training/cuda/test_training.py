@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
+from compiled import RecordingRuntime
 from pyengine_training.arena import Arena, initialize, parameter_shapes
+from pyengine_training.backend.cuda import device_bytes
 from pyengine_training.config import ModelConfig, TrainConfig
-from pyengine_training.cuda_trainer import CudaTrainer
 from pyengine_training.data import ValidationBatch
+from pyengine_training.device import CPU, Device, make_trainer
 from pyengine_training.errors import NotFiniteError
 from pyengine_training.ops.cuda._runtime import DeviceError, use_runtime
 from pyengine_training.trainer import Trainer
@@ -53,12 +56,13 @@ def batch(seed: int) -> tuple[Array, Array]:
     return tokens[:, :-1], targets
 
 
-def pair(precision: str = "float32", **knobs: Any) -> tuple[Trainer, CudaTrainer]:
+def pair(precision: str = "float32", **knobs: Any) -> tuple[Trainer, Trainer]:
     config = dataclasses.replace(CONFIG, **knobs)
-    trainers = Trainer(MODEL, config, threads=1), CudaTrainer(MODEL, config, precision=precision)
+    devices = CPU, Device("cuda", precision)
+    trainers = tuple(make_trainer(MODEL, config, device=device, threads=1) for device in devices)
     for trainer in trainers:
         trainer.initialize()
-    return trainers
+    return trainers[0], trainers[1]
 
 
 def distance(a: Array, b: Array) -> float:
@@ -90,7 +94,7 @@ def test_losses_are_the_cpus(optimizer: str, runtime: SimulatedRuntime) -> None:
 
 def test_bfloat16_losses_are_near_the_cpus() -> None:
     cpu, gpu = pair("bf16", quantize="never")
-    assert gpu.workers[0].xs[0].dtype == np.uint16
+    assert gpu.backend.training_worker(False).xs[0].dtype == np.uint16
     for step in range(2):
         wanted, got = (trainer.step(*batch(step)) for trainer in (cpu, gpu))
         assert got.loss == pytest.approx(wanted.loss, rel=0.02)
@@ -126,7 +130,7 @@ def test_resuming_goes_through_the_quantized_decay_bitwise(tmp_path: Path) -> No
     gpu.save(tmp_path / "step", "data", lambda folder: write_model(gpu, folder))
     wanted = [gpu.step(*one_row(s)) for s in (1, 2)]
     assert [r.quantized for r in wanted] == [False, True]
-    other = CudaTrainer(MODEL, gpu.config)
+    other = make_trainer(MODEL, gpu.config, device=Device("cuda"))
     other.restore(tmp_path / "step")
     got = [other.step(*one_row(s)) for s in (1, 2)]
     assert got == wanted
@@ -149,23 +153,29 @@ def test_distillation_is_the_cpus() -> None:
     initialize(teacher, MODEL, 9)
     config = dataclasses.replace(CONFIG, distill_alpha=0.5)
     losses = []
-    for kind in (Trainer, CudaTrainer):
-        options: dict[str, Any] = {"precision": "float32"} if kind is CudaTrainer else {}
-        trainer = kind(MODEL, config, threads=1, teacher=(MODEL, teacher), **options)
+    for device in (CPU, Device("cuda", "float32")):
+        trainer = make_trainer(MODEL, config, device=device, threads=1, teacher=(MODEL, teacher))
         trainer.initialize()
         losses.append(trainer.gradients(*batch(0)))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def everything(trainer: Trainer) -> list[Array]:
+    """Parameters and moments."""
+    moments = [np.empty_like(trainer.params.flat) for _ in range(2)]
+    trainer.backend.save_moments(*moments)
+    return [trainer.params.flat.copy(), *moments]
 
 
 def test_a_bad_loss_leaves_everything_as_it_was() -> None:
     gpu = pair(quantize="never")[1]
     gpu.step(*batch(0))
     gpu.params["norm"][3] = np.inf
-    before = [x.flat.copy() for x in (gpu.params, gpu.optimizer.m, gpu.optimizer.v)]
+    before = everything(gpu)
     with pytest.raises(NotFiniteError, match="step 1: loss"):
         gpu.step(*batch(1))
-    for old, new in zip(before, (gpu.params, gpu.optimizer.m, gpu.optimizer.v), strict=True):
-        np.testing.assert_array_equal(new.flat, old)
+    for old, new in zip(before, everything(gpu), strict=True):
+        np.testing.assert_array_equal(new, old)
     assert gpu.state.step == 1
 
 
@@ -174,7 +184,59 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(
 ) -> None:
     monkeypatch.setattr(runtime, "memory", lambda: (1000, 2000))
     with pytest.raises(DeviceError, match=r"GiB of GPU memory are needed.*--batch-size"):
-        CudaTrainer(MODEL, CONFIG)
+        make_trainer(MODEL, CONFIG, device=Device("cuda"))
+
+
+class Counted(RecordingRuntime):
+    """Runs nothing and notes what is held: another count than the one that predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        made = super().empty(shape, dtype)
+        key = len(self.sizes)
+        self.sizes[key] = made.nbytes
+        weakref.finalize(made, self.sizes.__setitem__, key, 0)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return made
+
+    def upload(self, host: Any, out: Any = None) -> Array:
+        return self.empty(host.shape, host.dtype) if out is None else out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"quantize": "never", "optimizer": "muon"},
+        {"quantize": "always", "recompute": "block"},
+        {"shards": 1, "recompute": "activations", "optimizer": "muon"},
+        {"distill_alpha": 0.5},
+    ],
+    ids=str,
+)
+def test_a_run_holds_what_was_predicted(precision: str, knobs: dict[str, Any]) -> None:
+    """Steps through all phases with validation in between and a checkpoint, to the byte."""
+    config = dataclasses.replace(CONFIG, **knobs)
+    teacher = (MODEL, Arena(parameter_shapes(MODEL))) if config.distill_alpha else None
+    wanted = device_bytes(MODEL, config, precision, teacher)
+    tokens, targets = batch(1)
+    part = slice(0, 2 // config.shards)
+    validation = ValidationBatch(tokens[part], targets[part], targets[part] >= 0, np.arange(part.stop))
+    with use_runtime(Counted()) as counted:
+        trainer = make_trainer(MODEL, config, device=Device("cuda", precision), teacher=teacher)
+        trainer.initialize()
+        for step in range(config.steps):
+            trainer.step(tokens, targets)
+            trainer.validate([validation], 10, config.quantized(step))
+            everything(trainer)
+        for quantize in {False, config.quantize != "never"}:
+            trainer.validate([validation], 10, quantize)
+    assert counted.peak == wanted  # type: ignore[attr-defined]
 
 
 def test_stochastic_rounding_keeps_the_mean_and_depends_on_the_seed_alone() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ops.needs import Needs, allocate
+
 Array = NDArray[Any]
 Arrays = dict[str, Any]
 
@@ -47,6 +49,18 @@ def nothing(*shape: int) -> Array:
     return np.full(shape, np.nan, np.float32)
 
 
+def scratch(ops: Any, needs: Needs) -> Arrays:
+    """Working memory whose old contents would show: NaN on the host."""
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+        made = ops.empty(shape, dtype)
+        if isinstance(made, np.ndarray) and made.dtype.kind == "f":
+            made.fill(np.nan)
+        return made
+
+    return allocate(needs, empty)
+
+
 def tokens(n: int, vocab: int, seed: int = 0) -> Array:
     """Token ids with many repeats."""
     ids = np.random.default_rng([7, seed, n]).integers(0, vocab, n)
@@ -67,7 +81,7 @@ def embedding(n: int, dim: int, vocab: int) -> Iterator[Case]:
     yield Case(
         f"embedding_backward/{shape}",
         {"dtable": normal(vocab, dim, seed=1), "dx": normal(n, dim), "ids": ids},
-        lambda ops, a: ops.embedding_backward(a["dtable"], a["dx"], a["ids"]),
+        lambda ops, a: ops.embedding_backward(a["dtable"], a["dx"], a["ids"], scratch(ops, ops.embedding_scratch(n))),
         ("dtable",),
         exact=True,
         wide=("dtable",),
@@ -132,7 +146,9 @@ def rmsnorm(n: int, dim: int) -> Iterator[Case]:
             "w": w,
             "inv_rms": inv_rms,
         },
-        lambda ops, a: ops.rmsnorm_backward(a["dx"], a["dw"], a["dy"], a["x"], a["w"], a["inv_rms"]),
+        lambda ops, a: ops.rmsnorm_backward(
+            *(a[name] for name in ("dx", "dw", "dy", "x", "w", "inv_rms")), scratch(ops, ops.rmsnorm_scratch(dim))
+        ),
         ("dx", "dw"),
         wide=("dw", "w", "inv_rms"),
     )
@@ -183,31 +199,28 @@ def heads(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int) -> Iterato
 
 def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix: str = "") -> Iterator[Case]:
     """prefix: "flash_" for the variant that keeps scores on the chip."""
-    from ..ops import cpu
-
     shape = f"B={batch},G={n_kv},T={seq},R={n_rep},D={head_dim}"
     scale = float(np.float32(head_dim**-0.5))
     q, k = normal(batch, n_kv, seq, n_rep, head_dim), normal(batch, n_kv, seq, head_dim, seed=1)
     v, do = normal(*k.shape, seed=2), normal(*q.shape, seed=3)
     o, lse = nothing(*q.shape), nothing(batch, n_kv, seq * n_rep)
-    lengths = cpu.attention_scratch_shapes(seq, n_rep, head_dim)
 
     def op(ops: Any, name: str) -> Any:
         return getattr(ops, prefix + name, None) or getattr(ops, name)
 
-    def scratch(ops: Any, a: Arrays) -> Any:
-        if ops is not cpu:
-            return tuple(ops.empty((n,), a["q"].dtype) for n in (1, 1, 1))
-        return tuple(np.full(n, np.nan, a["q"].dtype) for n in lengths)
+    def memory(ops: Any, a: Arrays) -> Arrays:
+        if hasattr(ops, prefix + "attention_scratch") and prefix:
+            return scratch(ops, ops.flash_attention_scratch(q.shape))
+        return scratch(ops, ops.attention_scratch(q.shape, a["q"].dtype, True))
 
     def forward(ops: Any, a: Arrays) -> None:
         arrays = (a[x] for x in ("o", "lse", "q", "k", "v"))
-        op(ops, "attention_forward")(*arrays, scale, scratch(ops, a)[0])
+        op(ops, "attention_forward")(*arrays, scale, memory(ops, a))
 
     def both(ops: Any, a: Arrays) -> None:
         forward(ops, a)
         arrays = (a[x] for x in ("dq", "dk", "dv", "do", "q", "k", "v", "lse"))
-        op(ops, "attention_backward")(*arrays, scale, scratch(ops, a))
+        op(ops, "attention_backward")(*arrays, scale, memory(ops, a))
 
     yield Case(
         f"{prefix}attention_forward/{shape}",
@@ -307,7 +320,12 @@ def muon(rows: int, cols: int) -> Iterator[Case]:
         f"muon_update/{rows}x{cols}",
         {name: normal(rows, cols, seed=i) for i, name in enumerate("pgm")},
         lambda ops, a: ops.muon_update(
-            a["p"], a["g"], a["m"], lr=0.02, momentum=0.95, weight_decay=0.1, grad_scale=0.5
+            *(a[name] for name in "pgm"),
+            lr=0.02,
+            momentum=0.95,
+            weight_decay=0.1,
+            grad_scale=0.5,
+            scratch=scratch(ops, ops.muon_scratch(rows, cols, a["p"].dtype)),
         ),
         ("p", "m"),
         bf16=False,
@@ -397,7 +415,7 @@ def large_cases() -> Iterator[Case]:
     yield from fake_quant(33, 100)
 
 
-# ---- running ----------------------------------------------------------------------------------------------------
+# ---- running -----------------------------------------------------------------------------------------------------
 
 
 def to_bf16(x: Array) -> Array:

@@ -74,7 +74,7 @@ def distance(got: Array, wanted: Array) -> float:
     return float(np.linalg.norm(got - wanted) / max(1e-30, float(np.linalg.norm(wanted))))
 
 
-# ---- sections ---------------------------------------------------------------------------------------------------
+# ---- sections ----------------------------------------------------------------------------------------------------
 
 
 def versions() -> bool:

@@ -1,14 +1,12 @@
-"""The CPU back end: single-threaded kernels that release the GIL; parallelism comes from running
-shards side by side.
-"""
+"""The CPU back end: single-threaded kernels that release the GIL; parallelism comes from running shards side by side."""
 
 from __future__ import annotations
 
 from .adamw import adamw_update
-from .attention import attention_backward, attention_forward, attention_scratch_shapes
+from .attention import attention_backward, attention_forward, attention_scratch, attention_state
 from .buffers import add, empty, fill, loss_rows, total, upload, wide_dtype, zeros
 from .cross_entropy import cross_entropy_forward, cross_entropy_forward_backward
-from .embedding import embedding_backward, embedding_forward
+from .embedding import embedding_backward, embedding_forward, embedding_scratch
 from .fake_quant import (
     activation_codes,
     fake_quant_activations,
@@ -20,8 +18,14 @@ from .grad_norm import clip_coefficient, sum_of_squares
 from .heads import merge_heads, split_heads
 from .kl import cross_entropy_kl_forward_backward
 from .linear import linear_backward_input, linear_backward_weight, linear_forward
-from .muon import muon_update
-from .rmsnorm import rmsnorm_backward, rmsnorm_forward, rmsnorm_residual_forward
+from .muon import muon_scratch, muon_update
+from .rmsnorm import (
+    rmsnorm_backward,
+    rmsnorm_forward,
+    rmsnorm_residual_forward,
+    rmsnorm_scratch,
+    rmsnorm_state,
+)
 from .rope import qkv_rope_backward, qkv_rope_forward, rope_tables
 from .swiglu import swiglu_backward, swiglu_forward
 
@@ -31,13 +35,15 @@ __all__ = [
     "add",
     "attention_backward",
     "attention_forward",
-    "attention_scratch_shapes",
+    "attention_scratch",
+    "attention_state",
     "clip_coefficient",
     "cross_entropy_forward",
     "cross_entropy_forward_backward",
     "cross_entropy_kl_forward_backward",
     "embedding_backward",
     "embedding_forward",
+    "embedding_scratch",
     "empty",
     "fake_quant_activations",
     "fake_quant_weights",
@@ -47,12 +53,15 @@ __all__ = [
     "linear_forward",
     "loss_rows",
     "merge_heads",
+    "muon_scratch",
     "muon_update",
     "qkv_rope_backward",
     "qkv_rope_forward",
     "rmsnorm_backward",
     "rmsnorm_forward",
     "rmsnorm_residual_forward",
+    "rmsnorm_scratch",
+    "rmsnorm_state",
     "rope_tables",
     "split_heads",
     "sum_of_squares",

@@ -39,9 +39,7 @@ def _compile(function: F, **options: Any) -> F:
 
 
 def kernel(function: F) -> F:
-    """Compile with relaxed float semantics: reordered sums, fused multiply-adds; inputs must be
-    finite.
-    """
+    """Compile with relaxed float semantics: reordered sums, fused multiply-adds; inputs must be finite."""
     return _compile(function, fastmath=True)
 
 
@@ -64,9 +62,7 @@ float_from_bits: Any = _float_from_bits  # as kernels call it: one argument
 
 
 def exp(x: Any) -> Any:
-    """e**x inside a kernel: a Cephes polynomial for float32 (1.2e-7 relative, vectorizes), libm for
-    float64.
-    """
+    """e**x inside a kernel: a Cephes polynomial for float32 (1.2e-7 relative, vectorizes), libm for float64."""
     return math.exp(x)
 
 

@@ -4,21 +4,21 @@ q, o, dq, do (B, n_kv_heads, T, n_rep, head_dim);  k, v, dk, dv (B, n_kv_heads, 
 lse (B, n_kv_heads, T * n_rep): log-sum-exp of each query's scaled scores, kept for the backward
 scale = 1 / sqrt(head_dim)
 
-forward   S = q k^T * scale, keys after the query masked;  P = softmax(S);  o = P v
-written with =
+forward   S = q k^T * scale, keys after the query masked;  P = softmax(S);  o = P v                written with =
 backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
-          dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q
-          written with =
+          dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q                          written with =
 
-A tile holds TILE positions with their n_rep query heads (n_rep * TILE rows) against all keys up to
-the tile's end, so about half of the masked products are skipped and the scores stay in cache.
-Probabilities are never stored.
+A tile holds TILE positions with their n_rep query heads (n_rep * TILE rows) against all keys up to the tile's end, so
+about half of the masked products are skipped and the scores stay in cache. Probabilities are never stored.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from ..needs import Need, Needs
 from ._jit import Array, exp, f4, kernel
 
 TILE = 128
@@ -26,9 +26,7 @@ TILE = 128
 
 @kernel
 def _softmax(s: Array, lse: Array, n_rep: int, first: int, scale: float) -> None:
-    """Rows of raw scores (n, n_keys) to probabilities, in place; row i is position first + i //
-    n_rep.
-    """
+    """Rows of raw scores (n, n_keys) to probabilities, in place; row i is position first + i // n_rep."""
     n, n_keys = s.shape
     for i in range(n):
         end = first + i // n_rep + 1
@@ -76,14 +74,25 @@ def _softmax_backward(dp: Array, p: Array, n_rep: int, first: int, scale: float)
             dp[i, j] = f4(0)
 
 
-def attention_scratch_shapes(seq: int, n_rep: int, head_dim: int) -> tuple[int, int, int]:
-    """Lengths of the flat scratch arrays: scores, score gradients, one key-shaped product."""
-    tile = min(TILE, seq)
-    return tile * n_rep * seq, tile * n_rep * seq, seq * head_dim
+def attention_state(q_shape: tuple[int, ...], wide: Any) -> Needs:
+    """Kept for the backward; q_shape (B, n_kv_heads, T, n_rep, head_dim); wide: type of statistics."""
+    batch, n_kv, seq, n_rep, _ = q_shape
+    return {"lse": Need((batch, n_kv, seq * n_rep), wide)}
 
 
-def attention_forward(o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: Array) -> None:
-    """o and lse from q, k, v; scratch: flat, attention_scratch_shapes()[0] long."""
+def attention_scratch(q_shape: tuple[int, ...], dtype: Any, training: bool) -> Needs:
+    """One tile's scores; for the backward their gradient and a product in the keys' shape too."""
+    _, _, seq, n_rep, head_dim = q_shape
+    scores = Need((min(TILE, seq) * n_rep * seq,), dtype)
+    if not training:
+        return {"scores": scores}
+    return {"scores": scores, "score_gradients": scores, "key_product": Need((seq * head_dim,), dtype)}
+
+
+def attention_forward(
+    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: dict[str, Array]
+) -> None:
+    """o and lse from q, k, v."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     for b in range(batch):
         for g in range(n_kv):
@@ -93,7 +102,7 @@ def attention_forward(o: Array, lse: Array, q: Array, k: Array, v: Array, scale:
                 end = min(seq, first + TILE)
                 rows = slice(first * n_rep, end * n_rep)
                 n_rows = (end - first) * n_rep
-                s = scratch[: n_rows * end].reshape(n_rows, end)
+                s = scratch["scores"][: n_rows * end].reshape(n_rows, end)
                 np.matmul(queries[rows], k[b, g, :end].T, out=s)
                 _softmax(s, lse[b, g, rows], n_rep, first, scale)
                 np.matmul(s, v[b, g, :end], out=outputs[rows])
@@ -109,11 +118,9 @@ def attention_backward(
     v: Array,
     lse: Array,
     scale: float,
-    scratch: tuple[Array, Array, Array],
+    scratch: dict[str, Array],
 ) -> None:
-    """Gradients of q, k, v; scratch: three flat arrays of the lengths of
-    attention_scratch_shapes().
-    """
+    """Gradients of q, k, v."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     dk.fill(0)
     dv.fill(0)
@@ -126,9 +133,9 @@ def attention_backward(
                 end = min(seq, first + TILE)
                 rows = slice(first * n_rep, end * n_rep)
                 n_rows = (end - first) * n_rep
-                p = scratch[0][: n_rows * end].reshape(n_rows, end)
-                dp = scratch[1][: n_rows * end].reshape(n_rows, end)
-                product = scratch[2][: end * head_dim].reshape(end, head_dim)
+                p = scratch["scores"][: n_rows * end].reshape(n_rows, end)
+                dp = scratch["score_gradients"][: n_rows * end].reshape(n_rows, end)
+                product = scratch["key_product"][: end * head_dim].reshape(end, head_dim)
                 np.matmul(queries[rows], k[b, g, :end].T, out=p)
                 _probabilities(p, lse[b, g, rows], n_rep, first, scale)
                 np.matmul(p.T, d_out[rows], out=product)

@@ -1,9 +1,7 @@
-"""Cross-entropy over the vocabulary.  logits (N, vocab_size); targets (N,) int64, negative =
-ignored; loss (N,).
+"""Cross-entropy over the vocabulary.  logits (N, vocab_size); targets (N,) int64, negative = ignored; loss (N,).
 
 forward   loss[i] = logsumexp(logits[i]) - logits[i, targets[i]]           (0 where ignored)
-backward  dlogits[i] = (softmax(logits[i]) - onehot(targets[i])) * inv     written over logits; inv
-= 1 / tokens counted
+backward  dlogits[i] = (softmax(logits[i]) - onehot(targets[i])) * inv     written over logits; inv = 1 / tokens counted
 """
 
 from __future__ import annotations

@@ -1,20 +1,14 @@
-"""The engine's int8 arithmetic, simulated in float32: the same groups, scales and rounding as
-csrc/FORMAT.md.
+"""The engine's int8 arithmetic, simulated in float32: the same groups, scales and rounding as csrc/FORMAT.md.
 
-weights      groups of 64 along the input; scale = f16(absmax / 127); q = clamp(rint(w / scale),
--127, 127)
-activations  groups of 32 (a value head is one group); scale = absmax / 127; q = rint(x * (127 /
-absmax));
+weights      groups of 64 along the input; scale = f16(absmax / 127); q = clamp(rint(w / scale), -127, 127)
+activations  groups of 32 (a value head is one group); scale = absmax / 127; q = rint(x * (127 / absmax));
              absmax < 2^-64 gives scale 0 and codes 0
 
 forward      replaces x by q * scale
-backward     straight through: dx = dy. With scales from the absolute maximum nothing is clipped, so
-no mask is needed;
-             scales count as constants. Products in the backward see the values that the forward's
-             products saw.
+backward     straight through: dx = dy. With scales from the absolute maximum nothing is clipped, so no mask is needed;
+             scales count as constants. Products in the backward see the values that the forward's products saw.
 
-Kernels are exact (no relaxed float semantics), rounding is half to even. Half precision scales are
-rounded by NumPy.
+Kernels are exact (no relaxed float semantics), rounding is half to even. Half precision scales are rounded by NumPy.
 """
 
 from __future__ import annotations
@@ -34,9 +28,7 @@ INF_BITS = np.int32(0x7F800000)
 
 @exact_kernel
 def _group_absmax(absmax: Array, bits: Array, group: int) -> None:
-    """absmax (rows, n_groups) float32 from the int32 view of (rows, n) float32: an integer maximum,
-    as the engine's.
-    """
+    """absmax (rows, n_groups) float32 from the int32 view of (rows, n) float32: an integer maximum, as the engine's."""
     rows, n = bits.shape
     out = absmax.view(np.int32)
     for i in range(rows):
@@ -49,9 +41,7 @@ def _group_absmax(absmax: Array, bits: Array, group: int) -> None:
 
 @exact_kernel
 def _fake_quant_activations(x: Array, bits: Array, group: int) -> Any:
-    """x (rows, n) in place; returns the largest bit pattern seen, so that the caller can refuse
-    infinities.
-    """
+    """x (rows, n) in place; returns the largest bit pattern seen, so that the caller can refuse infinities."""
     rows, n = x.shape
     worst = np.int32(0)
     for i in range(rows):
@@ -111,9 +101,7 @@ def activation_codes(x: Array, group: int = ACTIVATION_GROUP) -> tuple[Array, Ar
 
 
 def weight_scales(w: Array, scratch: Array | None = None) -> Array:
-    """float16 scales (rows, ceil(n / 64)) of w (rows, n) float32. Raises NotFiniteError when one
-    overflows.
-    """
+    """float16 scales (rows, ceil(n / 64)) of w (rows, n) float32. Raises NotFiniteError when one overflows."""
     n_groups = -(-w.shape[1] // WEIGHT_GROUP)
     absmax = np.empty((w.shape[0], n_groups), np.float32) if scratch is None else scratch
     _group_absmax(absmax, w.view(np.int32), WEIGHT_GROUP)
@@ -142,16 +130,12 @@ def _fake_quant_weights(out: Array, w: Array, scales: Array, group: int) -> None
 
 
 def fake_quant_weights(out: Array, w: Array) -> None:
-    """out = the float32 values that w's int8 codes and half precision scales stand for; both (rows,
-    n) float32.
-    """
+    """out = the float32 values that w's int8 codes and half precision scales stand for; both (rows, n) float32."""
     _fake_quant_weights(out, w, weight_scales(w).astype(np.float32), WEIGHT_GROUP)
 
 
 def weight_codes(w: Array) -> tuple[Array, Array]:
-    """int8 codes (rows, n) and float16 scales (rows, ceil(n / 64)): what the frozen file holds,
-    before its panels.
-    """
+    """int8 codes (rows, n) and float16 scales (rows, ceil(n / 64)): what the frozen file holds, before its panels."""
     scales = weight_scales(w)
     wide = np.repeat(scales.astype(np.float32), WEIGHT_GROUP, axis=1)[:, : w.shape[1]]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,8 +1,7 @@
 """Global gradient norm and clipping.
 
 norm = sqrt(sum of squares over every gradient);  coefficient = min(1, max_norm / (norm + 1e-6))
-Sums run in float64 over fixed blocks of the flat arena, so the result does not depend on who
-computed which block.
+Sums run in float64 over fixed blocks of the flat arena, so the result does not depend on who computed which block.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ BLOCK = 1 << 16
 
 @kernel
 def sum_of_squares(partial: Array, g: Array, block: int) -> None:
-    """partial[b] = sum of g^2 over block b of the flat array g; partial (ceil(len(g) / block),)
-    float64.
-    """
+    """partial[b] = sum of g^2 over block b of the flat array g; partial (ceil(len(g) / block),) float64."""
     for b in range(partial.size):
         total = 0.0
         end = min(g.size, (b + 1) * block)
@@ -34,9 +31,7 @@ def sum_of_squares(partial: Array, g: Array, block: int) -> None:
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
-    """The factor that brings a gradient of this norm down to max_norm; 1 when it is smaller or
-    max_norm is 0.
-    """
+    """The factor that brings a gradient of this norm down to max_norm; 1 when it is smaller or max_norm is 0."""
     if max_norm <= 0:
         return 1.0
     return min(1.0, max_norm / (norm + 1e-6))

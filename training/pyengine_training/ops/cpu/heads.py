@@ -1,7 +1,7 @@
 """Between the attention's head order and the rows of the output projection.
 
-o, do (B, n_kv_heads, T, n_rep, head_dim);  rows, drows (B, T, n_heads, head_dim), query head = g *
-n_rep + r A permutation: the backward is the inverse copy. Written with =.
+o, do (B, n_kv_heads, T, n_rep, head_dim);  rows, drows (B, T, n_heads, head_dim), query head = g * n_rep + r
+A permutation: the backward is the inverse copy. Written with =.
 """
 
 from __future__ import annotations

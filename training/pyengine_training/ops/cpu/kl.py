@@ -4,8 +4,7 @@ logits, teacher (N, vocab_size); targets (N,) int64, negative = ignored; loss (N
 p = softmax(logits), p_t = softmax(logits / tau), q_t = softmax(teacher / tau)
 
 forward   loss[i] = (1 - alpha) * CE(logits, target) + alpha * tau^2 * sum q_t (log q_t - log p_t)
-backward  dlogits = ((1 - alpha) * (p - onehot) + alpha * tau * (p_t - q_t)) * inv        written
-over logits
+backward  dlogits = ((1 - alpha) * (p - onehot) + alpha * tau * (p_t - q_t)) * inv        written over logits
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ def cross_entropy_kl_forward_backward(
     tau: float,
     inv: float,
 ) -> None:
-    """Mixed loss per row, and the gradient written over the logits; the teacher's logits are left
-    alone.
-    """
+    """Mixed loss per row, and the gradient written over the logits; the teacher's logits are left alone."""
     n_rows, vocab = logits.shape
     for i in range(n_rows):
         if targets[i] < 0:

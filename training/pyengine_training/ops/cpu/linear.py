@@ -1,13 +1,10 @@
-"""Linear layer without bias.  x, dx (N, n_in); w, dw (n_out, n_in); y, dy (N, n_out).  Weights are
-stored (out, in).
+"""Linear layer without bias.  x, dx (N, n_in); w, dw (n_out, n_in); y, dy (N, n_out).  Weights are stored (out, in).
 
-forward         y  = x @ w^T           written with =
-backward_input  dx = dy @ w            written with =
-backward_weight dw = dy^T @ x          written with =  (one call per weight and step and shard;
-shards are summed later)
+forward          y  = x @ w^T     written with =
+backward_input   dx = dy @ w      written with =
+backward_weight  dw = dy^T @ x    written with =  (one call per weight, step and shard; shards are summed later)
 
-All three are one BLAS call on views: NumPy hands transposed operands to the library without
-copying.
+All three are one BLAS call on views: NumPy hands transposed operands to the library without copying.
 """
 
 from __future__ import annotations

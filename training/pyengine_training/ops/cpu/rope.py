@@ -1,18 +1,14 @@
 """Cutting the fused q|k|v rows into heads, with rotary position embedding on q and k.
 
 qkv, dqkv (B, T, n_heads + 2 n_kv_heads, head_dim): all q heads, then all k heads, then all v heads
-q, dq     (B, n_kv_heads, T, n_rep, head_dim): the n_rep query heads that share a key lie beside
-each other, so that
+q, dq     (B, n_kv_heads, T, n_rep, head_dim): the n_rep query heads that share a key lie beside each other, so that
           attention is one matrix product per kv head; query head = g * n_rep + r
 k, v, dk, dv (B, n_kv_heads, T, head_dim);  cos, sin (>= T, head_dim / 2)
 
-Pairs are (i, i + h), h = head_dim / 2, as in Hugging Face checkpoints; position t is the row's
-index.
+Pairs are (i, i + h), h = head_dim / 2, as in Hugging Face checkpoints; position t is the row's index.
 
-forward   y[i]     = x[i] * cos - x[i+h] * sin         backward  dx[i]     = dy[i] * cos + dy[i+h] *
-sin
-          y[i + h] = x[i+h] * cos + x[i] * sin                   dx[i + h] = dy[i+h] * cos - dy[i] *
-          sin
+forward   y[i]     = x[i] * cos - x[i+h] * sin         backward  dx[i]     = dy[i] * cos + dy[i+h] * sin
+          y[i + h] = x[i+h] * cos + x[i] * sin                   dx[i + h] = dy[i+h] * cos - dy[i] * sin
 Everything is written with =.
 """
 

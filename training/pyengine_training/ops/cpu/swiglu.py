@@ -1,10 +1,7 @@
-"""SwiGLU on fused rows.  gate_up, dgate_up (N, 2 * hidden_dim): gate, then up;  h, dh (N,
-hidden_dim).
+"""SwiGLU on fused rows.  gate_up, dgate_up (N, 2 * hidden_dim): gate, then up;  h, dh (N, hidden_dim).
 
-forward   s = 1 / (1 + exp(-gate));  h = gate * s * up                                  written with
-=
-backward  dup = dh * gate * s;  dgate = dh * up * s * (1 + gate * (1 - s))              written with
-=
+forward   s = 1 / (1 + exp(-gate));  h = gate * s * up                                  written with =
+backward  dup = dh * gate * s;  dgate = dh * up * s * (1 + gate * (1 - s))              written with =
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class GpuRuntime:
         self._bound: dict[tuple[int, int, str], Any] = {}
         self._recent: deque[str] = deque(maxlen=4)
 
-    # ---- memory -------------------------------------------------------------------------------------------------
+    # ---- memory --------------------------------------------------------------------------------------------------
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Raises DeviceError when the GPU's memory is full."""
@@ -134,7 +134,7 @@ class GpuRuntime:
             else:
                 array.fill(value)
 
-    # ---- work ---------------------------------------------------------------------------------------------------
+    # ---- work ----------------------------------------------------------------------------------------------------
 
     def _argument(self, value: Any) -> Any:
         """What numba takes for an argument; arrays become descriptors without an owner, made once."""

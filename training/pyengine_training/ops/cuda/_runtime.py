@@ -108,37 +108,31 @@ def use_runtime(other: Runtime) -> Iterator[Runtime]:
 
 
 class _Kept:
-    """Working arrays of one device, by purpose and type; those that were outgrown stay, for recorded graphs use them."""
+    """Small arrays of one device, by purpose and type, and numbers that were uploaded."""
 
     def __init__(self) -> None:
         self.arrays: dict[tuple[str, str], Array] = {}
-        self.outgrown: list[Array] = []
         self.numbers: dict[float, Array] = {}
 
 
 _kept: weakref.WeakKeyDictionary[Runtime, _Kept] = weakref.WeakKeyDictionary()
 
 
-def scratch(name: str, size: int, dtype: Any, *, zeroed: bool = False) -> Array:
-    """A flat working array of ``size`` elements that is kept between calls; contents are undefined at first, or zero.
+def kept(name: str, size: int, dtype: Any, *, zeroed: bool = False) -> Array:
+    """The device's own array of this name: always the same few elements; contents are undefined at first, or zero.
 
-    One stream runs everything in order, so one array per purpose is enough. It must not grow while a graph is
-    recorded: run the step once before.
+    For what does not depend on any shape: flags, knobs, partial sums. It must exist before a graph is recorded.
     """
     device = runtime()
-    kept = _kept.setdefault(device, _Kept())
+    arrays = _kept.setdefault(device, _Kept()).arrays
     key = name, np.dtype(dtype).str
-    found = kept.arrays.get(key)
-    if found is None or found.size < size:
+    if key not in arrays:
         if device.capturing:
-            raise DeviceError(f"scratch {name!r} would grow inside a graph: run one step before")
-        if found is not None:
-            kept.outgrown.append(found)
-        found = device.empty((size,), dtype)
+            raise DeviceError(f"{name!r} would be allocated inside a graph: run one step before")
+        arrays[key] = device.empty((size,), dtype)
         if zeroed:
-            device.fill(found, 0)
-        kept.arrays[key] = found
-    return found[:size]
+            device.fill(arrays[key], 0)
+    return arrays[key]
 
 
 def number(value: Any) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ._intrinsics import bits_of_float, float_of_bits, load, store
 from ._jit import Array, cuda, device, f4, i8, kernel, launch_elements
-from ._runtime import flat, runtime, scratch
+from ._runtime import flat, kept, runtime
 
 NORM, GRAD_SCALE, LR, CORRECTION1, CORRECTION2, MUON_LR, INV, SEED = range(8)
 KNOBS = 8
@@ -95,7 +95,7 @@ def adamw_update(
 ) -> None:
     """One update; step counts from 1."""
     host = host_knobs(step=step, lr=lr, beta1=beta1, beta2=beta2, grad_scale=grad_scale)
-    knobs = runtime().upload(host, scratch("knobs", KNOBS, np.float32))
+    knobs = runtime().upload(host, kept("knobs", KNOBS, np.float32))
     options = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     adamw_update_by_knobs(p, g, m, v, knobs, **options)
 

@@ -24,11 +24,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from ..needs import Need, Needs
 from . import flash
 from ._intrinsics import load, store
 from ._jit import Array, cuda, f4, i8, kernel, launch_rows
 from ._reduce import LOWEST, block_max, block_sum
-from ._runtime import Product, flat, runtime, scratch
+from ._runtime import Product, flat, runtime
 
 TILE = 256  # query positions
 SCORES = 1 << 26  # elements of one scratch array of scores
@@ -114,9 +115,20 @@ def probabilities_kernel(
         j += cuda.blockDim.x
 
 
-def attention_scratch_shapes(seq: int, n_rep: int, head_dim: int) -> tuple[int, int, int]:
-    """Lengths of the caller's scratch arrays: none is used, this back end keeps its own."""
-    return 1, 1, 1
+def attention_state(q_shape: tuple[int, ...], wide: Any) -> Needs:
+    """Kept for the backward; q_shape (B, n_kv_heads, T, n_rep, head_dim); wide: type of statistics."""
+    batch, n_kv, seq, n_rep, _ = q_shape
+    return {"lse": Need((batch, n_kv, seq * n_rep), wide)}
+
+
+def attention_scratch(q_shape: tuple[int, ...], dtype: Any, training: bool) -> Needs:
+    """Scores of one tile of as many heads as run at once, and for the backward their gradient."""
+    batch, n_kv, seq, n_rep, head_dim = q_shape
+    if use_flash and flash.supported(head_dim, dtype):
+        return flash.flash_attention_scratch(q_shape) if training else {}
+    size = min(TILE, seq) * n_rep * seq
+    scores = Need((size * min(batch * n_kv, max(1, SCORES // size)),), dtype)
+    return {"scores": scores, "score_gradients": scores} if training else {"scores": scores}
 
 
 class _Tile:
@@ -163,18 +175,14 @@ def _tiles(shape: tuple[int, ...]) -> Iterator[_Tile]:
             yield _Tile(shape, head, heads, first)
 
 
-def _scores(name: str, q: Array) -> Array:
-    batch, n_kv, seq, n_rep, _ = q.shape
-    size = min(TILE, seq) * n_rep * seq
-    return scratch(name, size * min(batch * n_kv, max(1, SCORES // size)), q.dtype)
-
-
-def attention_forward(o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: Any = None) -> None:
+def attention_forward(
+    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: dict[str, Array]
+) -> None:
     """o and lse from q, k, v."""
-    if use_flash and flash.supported(q):
-        flash.flash_attention_forward(o, lse, q, k, v, scale)
+    if use_flash and flash.supported(q.shape[-1], q.dtype):
+        flash.flash_attention_forward(o, lse, q, k, v, scale, scratch)
         return
-    s = _scores("attention_scores", q)
+    s = scratch["scores"]
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
         tile.product(tile.scores(s), tile.queries(q), tile.keys(k), m, n, d, trans_b=True)
@@ -192,13 +200,13 @@ def attention_backward(
     v: Array,
     lse: Array,
     scale: float,
-    scratch: Any = None,
+    scratch: dict[str, Array],
 ) -> None:
     """Gradients of q, k, v."""
-    if use_flash and flash.supported(q):
-        flash.flash_attention_backward(dq, dk, dv, do, q, k, v, lse, scale)
+    if use_flash and flash.supported(q.shape[-1], q.dtype):
+        flash.flash_attention_backward(dq, dk, dv, do, q, k, v, lse, scale, scratch)
         return
-    p, dp = _scores("attention_scores", q), _scores("attention_score_gradients", q)
+    p, dp = scratch["scores"], scratch["score_gradients"]
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
         beta = 0.0 if n == tile.seq else 1.0

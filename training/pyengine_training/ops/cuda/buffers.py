@@ -9,7 +9,7 @@ import numpy as np
 from ._intrinsics import load, store
 from ._jit import THREADS, Array, cuda, f4, kernel, launch_elements, row_threads
 from ._reduce import block_sum
-from ._runtime import flat, runtime, scratch
+from ._runtime import flat, kept, runtime
 
 SUM_BLOCKS = 64
 LOGITS = 1 << 29
@@ -89,7 +89,7 @@ def partial_sum_kernel(partial: Any, x: Any, n: int) -> None:
 
 def partial_sums(x: Array) -> Array:
     """(SUM_BLOCKS,) float32 whose sum is that of x: a device array, valid until the next call."""
-    partial = scratch("partial_sums", SUM_BLOCKS, np.float32)
+    partial = kept("partial_sums", SUM_BLOCKS, np.float32)
     blocks = min(SUM_BLOCKS, -(-x.size // THREADS))
     if blocks < SUM_BLOCKS:
         fill(partial, 0)

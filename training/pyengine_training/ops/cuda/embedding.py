@@ -14,11 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from ..needs import Need, Needs
 from ._intrinsics import load, store
 from ._jit import Array, cuda, i8, kernel, launch_elements, launch_rows
-from ._runtime import flat, runtime, scratch
+from ._runtime import flat, runtime
 
 END = i8(-1)
+
+
+def embedding_scratch(n: int) -> Needs:
+    """The chains of equal tokens among n rows."""
+    return {name: Need((n,), np.int64) for name in ("following", "starts")}
 
 
 @kernel
@@ -79,11 +85,10 @@ def embedding_backward_kernel(dtable: Any, dx: Any, tokens: Any, following: Any,
         c += cuda.blockDim.x
 
 
-def embedding_backward(dtable: Array, dx: Array, tokens: Array) -> None:
+def embedding_backward(dtable: Array, dx: Array, tokens: Array, scratch: dict[str, Array]) -> None:
     """Scatter-add, in row order: the same bits every time."""
     n, dim = dx.shape
-    following = scratch("embedding_following", n, np.int64)
-    starts = scratch("embedding_starts", n, np.int64)
+    following, starts = scratch["following"][:n], scratch["starts"][:n]
     runtime().fill(starts, 1)
     launch_elements(chain_kernel, n, following, flat(tokens), n)
     launch_elements(chain_start_kernel, n, starts, following, n)

@@ -28,7 +28,7 @@ from ..cpu.fake_quant import ACTIVATION_GROUP, WEIGHT_GROUP
 from ._intrinsics import bits_of_float as bits
 from ._intrinsics import div_rn, float_of_bits, half_bits, load, mul_rn, rint, round_half, store
 from ._jit import FULL, Array, cuda, exact_device, exact_kernel, f4, i8
-from ._runtime import flat, runtime, scratch
+from ._runtime import flat, kept, runtime
 
 TINY = f4(2.0**-64)
 INF_BITS = np.int32(0x7F800000)
@@ -133,7 +133,7 @@ def deferred_checks() -> Iterator[None]:
 
 def raise_if_not_finite(what: str) -> None:
     """NotFiniteError if a kernel has seen an infinity or NaN since the last call; waits for the device."""
-    flag = scratch("not_finite", 1, np.int32, zeroed=True)
+    flag = kept("not_finite", 1, np.int32, zeroed=True)
     if int(runtime().download(flag)[0]):
         runtime().fill(flag, 0)
         raise NotFiniteError(what)
@@ -146,10 +146,10 @@ def _run(function: Any, x: Array, out: Array | None, coded: tuple[Array, Array] 
         raise TypeError(f"fake-quantization takes float32, not {x.dtype}")
     groups = -(-n // group)
     scale_type = np.float32 if function is activations_kernel else np.int16
-    codes = flat(coded[0]) if coded else scratch("no_codes", 1, np.int8)
-    scales = flat(coded[1]) if coded else scratch("no_scales", 1, scale_type)
-    values = flat(out) if out is not None else scratch("no_values", 1, np.float32)
-    flag = scratch("not_finite", 1, np.int32, zeroed=True)
+    codes = flat(coded[0]) if coded else kept("no_codes", 1, np.int8)
+    scales = flat(coded[1]) if coded else kept("no_scales", 1, scale_type)
+    values = flat(out) if out is not None else kept("no_values", 1, np.float32)
+    flag = kept("not_finite", 1, np.int32, zeroed=True)
     arguments = values, codes, scales, flag, flat(x), n, group, groups, rows * groups
     blocks = -(-rows * groups // WARPS)
     runtime().launch(function, blocks, 32 * WARPS, (*arguments, coded is not None))

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 from numba import float32, uint32
 
+from ..needs import Need, Needs
 from ._intrinsics import load, load_pair, mma_bf16, pack_bf16, store
 from ._jit import FULL, Array, cuda, device, f4, i8, kernel
 from ._reduce import LOWEST
-from ._runtime import flat, runtime, scratch
+from ._runtime import flat, runtime
 
 ROWS = 64
 KEYS = 32  # keys of a tile in forward and dq
@@ -347,14 +348,19 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
     return SimpleNamespace(forward=flash_forward_kernel, dq=flash_dq_kernel, dkv=flash_dkv_kernel)
 
 
-def supported(q: Array) -> bool:
+def supported(head_dim: int, dtype: Any) -> bool:
     """Whether these kernels can do it: bfloat16, and heads that fit into the registers."""
-    head_dim = q.shape[-1]
-    return bool(q.dtype == np.uint16 and head_dim % 16 == 0 and head_dim <= 64)
+    return bool(np.dtype(dtype) == np.uint16 and head_dim % 16 == 0 and head_dim <= 64)
+
+
+def flash_attention_scratch(q_shape: tuple[int, ...]) -> Needs:
+    """rowsum(dO * O) of every query."""
+    batch, n_kv, seq, n_rep, _ = q_shape
+    return {"delta": Need((batch * n_kv * seq * n_rep,), np.float32)}
 
 
 def flash_attention_forward(
-    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, _scratch: Any = None
+    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: dict[str, Array]
 ) -> None:
     """o and lse from q, k, v; see attention.attention_forward."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
@@ -373,12 +379,12 @@ def flash_attention_backward(
     v: Array,
     lse: Array,
     scale: float,
-    _scratch: Any = None,
+    scratch: dict[str, Array],
 ) -> None:
     """Gradients of q, k, v; see attention.attention_backward."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     heads, n_rows = batch * n_kv, seq * n_rep
-    delta = scratch("flash_delta", heads * n_rows, np.float32)
+    delta = scratch["delta"][: heads * n_rows]
     inputs = *map(flat, (do, q, k, v, lse)), seq, n_rep, f4(scale)
     dq_kernel, dkv_kernel = kernels(head_dim, KEYS).dq, kernels(head_dim, QUERIES).dkv
     runtime().launch(dq_kernel, heads * -(-n_rows // ROWS), THREADS, (flat(dq), delta, *inputs))

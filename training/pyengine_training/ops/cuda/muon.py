@@ -15,12 +15,20 @@ from typing import Any
 import numpy as np
 
 from ..cpu.muon import COEFFICIENTS, STEPS
+from ..needs import Need, Needs
 from ._intrinsics import load, store
 from ._jit import Array, cuda, f4, i8, kernel, launch_elements
-from ._runtime import Product, flat, runtime, scratch
+from ._runtime import Product, flat, kept, runtime
 from .adamw import GRAD_SCALE, KNOBS, MUON_LR, host_knobs
 
 SQUARES = 64  # blocks that add up ||u||^2
+
+
+def muon_scratch(rows: int, cols: int, dtype: Any) -> Needs:
+    """Working memory for one matrix: two of its size, two of its short side squared, partial sums."""
+    n, side = rows * cols, min(rows, cols)
+    sizes = {"direction": n, "product": n, "gram": side * side, "polynomial": side * side, "squares": SQUARES}
+    return {name: Need((size,), dtype) for name, size in sizes.items()}
 
 
 @kernel
@@ -71,19 +79,17 @@ def _product(c: Array, a: Array, b: Array, m: int, n: int, k: int, **options: An
     runtime().gemm(Product(*ends, sizes, **options))
 
 
-def _orthogonalize(u: Array, rows: int, cols: int) -> Array:
+def _orthogonalize(u: Array, rows: int, cols: int, scratch: dict[str, Array]) -> Array:
     """u (rows * cols,), overwritten: the nearest semi-orthogonal matrix, roughly; returned in one of two buffers."""
     from .grad_norm import sum_of_squares
 
     n, side = rows * cols, min(rows, cols)
-    squares = scratch("muon_squares", SQUARES, np.float32)
+    squares, gram, polynomial = scratch["squares"], scratch["gram"], scratch["polynomial"]
+    other = scratch["product"][:n]
     block = max(1024, -(-n // SQUARES))
     count = -(-n // block)
     sum_of_squares(squares[:count], u, block)
     launch_elements(normalize_kernel, n, u, squares, n, count)
-    gram = scratch("muon_gram", side * side, np.float32)
-    polynomial = scratch("muon_polynomial", side * side, np.float32)
-    other = scratch("muon_other", n, np.float32)
     a, b, c = (f4(value) for value in COEFFICIENTS)
     tall = rows > cols
     for _ in range(STEPS):
@@ -100,13 +106,22 @@ def _orthogonalize(u: Array, rows: int, cols: int) -> Array:
     return u
 
 
-def muon_update_by_knobs(p: Array, g: Array, m: Array, knobs: Array, *, momentum: float, weight_decay: float) -> None:
+def muon_update_by_knobs(
+    p: Array,
+    g: Array,
+    m: Array,
+    knobs: Array,
+    *,
+    momentum: float,
+    weight_decay: float,
+    scratch: dict[str, Array],
+) -> None:
     """One update of one matrix; learning rate and gradient scale are read from ``knobs``."""
     rows, cols = p.shape
     n = rows * cols
-    u = scratch("muon_direction", n, np.float32)
+    u = scratch["direction"][:n]
     launch_elements(momentum_kernel, n, u, flat(m), flat(g), knobs, n, f4(momentum))
-    update = _orthogonalize(u, rows, cols)
+    update = _orthogonalize(u, rows, cols, scratch)
     scale = f4(max(1.0, rows / cols) ** 0.5)
     launch_elements(apply_kernel, n, flat(p), update, knobs, n, f4(weight_decay), scale)
 
@@ -120,8 +135,9 @@ def muon_update(
     momentum: float,
     weight_decay: float,
     grad_scale: float,
+    scratch: dict[str, Array],
 ) -> None:
     """One update of one matrix."""
     host = host_knobs(step=1, lr=0.0, beta1=0.0, beta2=0.0, muon_lr=lr, grad_scale=grad_scale)
-    knobs = runtime().upload(host, scratch("knobs", KNOBS, np.float32))
-    muon_update_by_knobs(p, g, m, knobs, momentum=momentum, weight_decay=weight_decay)
+    knobs = runtime().upload(host, kept("knobs", KNOBS, np.float32))
+    muon_update_by_knobs(p, g, m, knobs, momentum=momentum, weight_decay=weight_decay, scratch=scratch)

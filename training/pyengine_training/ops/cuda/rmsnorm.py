@@ -15,13 +15,24 @@ from typing import Any
 
 import numpy as np
 
+from ..needs import Need, Needs
 from ._intrinsics import load, store
 from ._jit import Array, cuda, f4, i8, kernel, launch_elements, launch_rows
 from ._reduce import block_sum
-from ._runtime import flat, runtime, scratch
+from ._runtime import flat, runtime
 
 PARTS = 128  # at most so many partial sums of the weight's gradient
 COLUMNS = 64  # threads of a block that sums columns
+
+
+def rmsnorm_state(n: int, wide: Any) -> Needs:
+    """Kept for the backward; wide: type of statistics."""
+    return {"inv_rms": Need((n,), wide)}
+
+
+def rmsnorm_scratch(dim: int) -> Needs:
+    """Partial sums of the weight's gradient."""
+    return {"norm_parts": Need((PARTS * dim,), np.float32)}
 
 
 @kernel
@@ -131,13 +142,15 @@ def add_parts_kernel(dw: Any, parts: Any, n_parts: int, dim: int) -> None:
         store(dw, c, total)
 
 
-def rmsnorm_backward(dx: Array, dw: Array, dy: Array, x: Array, w: Array, inv_rms: Array) -> None:
+def rmsnorm_backward(
+    dx: Array, dw: Array, dy: Array, x: Array, w: Array, inv_rms: Array, scratch: dict[str, Array]
+) -> None:
     """Gradients of input (+=) and weight (+=)."""
     n, dim = x.shape
     launch_rows(rmsnorm_backward_kernel, n, dim, *map(flat, (dx, dy, x, w, inv_rms)), dim)
     rows_per_part = -(-n // min(PARTS, n))
     n_parts = -(-n // rows_per_part)
-    parts = scratch("rmsnorm_parts", PARTS * dim, np.float32)
+    parts = scratch["norm_parts"]
     grid = n_parts * -(-dim // COLUMNS)
     arguments = parts, flat(dy), flat(x), flat(inv_rms), n, dim, rows_per_part
     runtime().launch(rmsnorm_weight_parts_kernel, grid, COLUMNS, arguments)

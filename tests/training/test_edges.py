@@ -1,0 +1,388 @@
+"""What people do to a trainer: odd texts, corrected options, two starts at once, flags that cannot have an effect."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="training needs numba: extra [train]")
+
+import pyengine_training
+from pyengine_training import runfolder, threads
+from pyengine_training.__main__ import main
+from pyengine_training.checkpoint import checkpoints, read_state
+from pyengine_training.config import TrainConfig, train_config_from_json
+from pyengine_training.data import BatchSource, Corpus, Phase, Reader, RowPacker
+from pyengine_training.errors import ConfigError, DataError, MissingLibraryError, RunFolderError
+from pyengine_training.files import read_json
+from pyengine_training.plan import make_plan, warnings
+from pyengine_training.text import is_validation, labelled, read_documents
+from pyengine_training.train import open_run
+
+SIZES = "--dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64"
+KNOBS = "--seq-len 32 --batch-size 4 --shards 2 --eval-documents 4 --sample-tokens 4"
+TINY = f"--vocab-size 300 {SIZES} {KNOBS} --sample-every 0"
+
+
+def train(run: Path, *words: object) -> int:
+    given = [part for word in words for part in (str(word).split() if isinstance(word, str) else [str(word)])]
+    return main(["train", "--run-dir", str(run), *given])
+
+
+# ---- texts -------------------------------------------------------------------------------------------------------
+
+
+def test_line_ends_and_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    documents = ["One line.\nTwo lines.", "Another."]
+    text = "\n<|endoftext|>\n".join(documents)
+    for name, data in {
+        "unix": text.encode(),
+        "windows": text.replace("\n", "\r\n").encode(),
+        "old_mac": text.replace("\n", "\r").encode(),
+        "marked": b"\xef\xbb\xbf" + text.encode(),
+    }.items():
+        path = tmp_path / f"{name}.txt"
+        path.write_bytes(data)
+        assert list(read_documents(path)) == documents, name
+    path = tmp_path / "marked.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "a\r\nb"}).encode() + b"\r\n")
+    assert list(read_documents(path)) == ["a\r\nb"]  # escaped, so part of the text
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert list(read_documents(path)) == ["cut \ufffd", "whole \U0001f600"]
+
+
+@pytest.mark.parametrize("data, message", [(b"a\nb\nna\xefve\n", "line 3"), ("a".encode("utf-16"), "UTF-16")])
+def test_what_is_not_utf8_is_named_by_its_line(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        list(read_documents(path))
+
+
+@pytest.mark.parametrize("separator", ["\n", " ", ""])
+def test_any_long_text_is_cut_into_documents_that_lose_nothing(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "a.txt"
+    text = separator.join(f"word{i}" for i in range(60_000))
+    path.write_text(text)
+    documents = list(read_documents(path))
+    assert len(documents) > 5 and max(map(len, documents)) < 100_000
+    assert "".join("".join(documents).split()) == "".join(text.split())
+
+
+def sides(documents: list[str]) -> tuple[list[str], list[str]]:
+    found = list(labelled(documents))
+    return [text for text, held_out in found if not held_out], [text for text, held_out in found if held_out]
+
+
+def test_neither_side_is_ever_empty() -> None:
+    names = [f"document {i}" for i in range(500)]
+    held_out, others = [n for n in names if is_validation(n)], [n for n in names if not is_validation(n)]
+    assert sides(names) == (others, held_out)
+    assert sides(others[:3]) == (others[:2], others[2:3])
+    assert sides(held_out[:2]) == (held_out[1:2], held_out[:1])
+    assert sides([]) == ([], [])
+    for alone in (others[0], held_out[0], "one two three four five six seven eight nine ten", "x"):
+        train_side, validation = sides([alone])
+        assert len(train_side) == len(validation) == 1 and validation[0]
+        if len(alone) > 1:
+            assert "".join((train_side[0] + validation[0]).split()) == "".join(alone.split())
+            assert len(validation[0]) < len(train_side[0])
+
+
+def test_a_text_of_one_document_is_not_scored_perfect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(f"name{i * 7919 % 1009}" for i in range(1500)))
+    assert len(list(read_documents(path))) == 1
+    assert train(tmp_path / "run", "--data", path, TINY, "--steps 2") == 0
+    losses = [e["val_loss"] for e in runfolder.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in e]
+    assert losses and min(losses) > 1
+    assert "tokens are held out: validation of so few says little" in capsys.readouterr().err
+
+
+def test_warnings_are_about_little_text() -> None:
+    assert warnings([0.5], 30_000, 1_000_000) == []
+    assert "held out" in warnings([0.5], 30_000, 10_000_000)[0]
+    assert "5.0 passes" in warnings([0.5, 5.0], 30_000, 1_000_000)[0]
+
+
+def test_an_empty_text_is_called_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "e.txt").write_text("")
+    assert train(tmp_path / "run", "--data", tmp_path / "e.txt") == 1
+    assert "empty text" in capsys.readouterr().err
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["--seq-len 1000000", "--n-kv-heads 3", "--dim 0", "--vocab-size 60000"])
+def test_corrected_options_find_the_folder_free(stories: Path, tmp_path: Path, wrong: str) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--data", stories, TINY, "--steps 2", wrong) == 1
+    assert not run.exists()
+    assert train(run, "--data", stories, TINY, "--steps 2") == 0
+
+
+def test_an_interrupted_set_up_leaves_the_folder_free(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyengine_training.setup.prepare_corpus", interrupt)
+        assert train(run, "--data", stories, TINY, "--steps 2") == 130
+    assert not run.exists()
+    run.mkdir()  # as a set-up leaves it that is killed
+    (run / runfolder.UNFINISHED).touch()
+    (run / "data").mkdir()
+    (run / "run.json").write_text("{")
+    assert train(run, "--resume") == 1
+    assert train(run, "--data", stories, TINY, "--steps 2") == 0
+
+
+def test_one_process_at_a_time_trains_in_a_folder(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--data", stories, TINY, "--steps 2") == 0
+    capsys.readouterr()
+    with runfolder.existing(run):  # locks belong to open files, so this process can play the other one
+        assert train(run, "--resume") == 1
+    assert "already used by a process" in capsys.readouterr().err
+    assert train(run, "--resume") == 0
+
+
+def test_of_two_starts_one_runs_and_one_is_told(stories: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--run-dir", str(run), "--data", str(stories), *TINY.split(), "--steps", "3"]
+    path = os.pathsep.join([str(Path(pyengine_training.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pyengine_training", *words]
+    environment = {**os.environ, "PYTHONPATH": path}
+    both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    messages = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], messages
+    assert sum("already used" in message for message in messages) == 1
+    assert read_state(checkpoints(run)[-1])["step"] == 3
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunFolderError, match="already used"), runfolder.new(tmp_path):
+        raise AssertionError("not reached")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps whose trunk ends after 4."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(run, "--data", stories, TINY, "--steps 6") == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def prepared(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "folder"
+    assert main(["prepare", str(stories), str(folder), "--vocab-size", "300"]) == 0
+    return folder
+
+
+BRANCH = ["--data {data}", "--dim 64", "--seed 3", "--seq-len 16", "--optimizer adamw", "--tokenizer x", "--teacher x"]
+
+
+@pytest.mark.parametrize(
+    "start, extra",
+    [
+        *[("--branch-from {run}/trunk --steps 9", extra) for extra in BRANCH],
+        ("--branch-from {run}/trunk --steps 9", "--distill-alpha 0.5"),
+        ("--init-from {run}/final --data {data}", "--dim 64"),
+        ("--init-from {run}/final --data {data}", "--depth 2"),
+        ("--init-from {run}/final --data {data}", "--vocab-size 999"),
+        ("--teacher {run}/final --data {data}", "--vocab-size 300"),
+        ("--data {data}", "--distill-tau 3"),
+        ("--data {data}", "--precision float32"),
+        ("--data {data} --optimizer adamw", "--muon-lr 0.1"),
+        ("--data {data} --tokenizer {run}/tokenizer.json", "--vocab-size 300"),
+        ("--data {prepared}", "--vocab-size 300"),
+        ("--data {prepared}", "--drop-unfinished"),
+        ("--data {data} --steps 3", "--budget-minutes 1"),
+        ("--data {data} --steps 3", "--tokens 1000"),
+        ("--resume", "--dry-run"),
+    ],
+)
+def test_a_flag_without_effect_is_refused_by_name(
+    start: str,
+    extra: str,
+    finished: Path,
+    prepared: Path,
+    stories: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = {"run": finished, "data": stories, "prepared": prepared}
+    run = tmp_path / "run"
+    assert train(run, f"{start} {extra}".format(**names)) == 1
+    assert extra.split()[0] in capsys.readouterr().err
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("start", ["--resume", "--init-from x"])
+def test_a_run_starts_in_one_way(start: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", "--branch-from x", start)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--budget-minutes 0", "--budget-minutes -1", "--budget-minutes nan", "--budget-minutes inf", "--tokens 0",
+        "--seed -1", "--seed 99999999999999999999", "--beta1 1.5", "--weight-decay -1", "--lr nan", "--eps 0",
+        "--warmup-fraction 0.9 --decay-fraction 0.9", "--eval-documents 0", "--sample-tokens 0", "--clip -1",
+        "--checkpoint-every -1", "--muon-momentum 1", "--depth 0", "--steps 0",
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_work_is_refused_before_the_text_is_read(
+    given: str, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr("pyengine_training.setup.find_tokenizer", unreachable)
+    assert train(tmp_path / "run", "--data", stories, given) == 1
+    assert given.split()[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"steps": "3"}, {"steps": 1.5}, {"steps": True}, {"lr": "a"}, {"lr": [1]}, {"optimizer": 3}, {"data_weights": 1}],
+)
+def test_a_value_of_the_wrong_type_is_named(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        train_config_from_json(values)
+    assert train_config_from_json({"lr": 1, "data_weights": [1, 2]}) == TrainConfig(lr=1.0, data_weights=(1.0, 2.0))
+
+
+def test_a_flags_length_replaces_the_files(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"budget_minutes": 5, "depth": 1, "data": [str(stories)]}))
+    assert train(tmp_path / "run", "--config", path, "--steps 55 --dry-run") == 0
+    assert "steps       55 of" in capsys.readouterr().out
+    path.write_text(json.dumps({"device": "cuda"}))
+    assert train(tmp_path / "run", "--config", path, "--data", stories) == 1
+    assert "device" in capsys.readouterr().err
+
+
+def test_texts_of_two_tokenizers_are_refused(
+    prepared: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    assert main(["prepare", str(stories), str(other), "--vocab-size", "290"]) == 0
+    assert train(tmp_path / "run", "--data", prepared, "--data", other, SIZES, KNOBS, "--steps 2") == 1
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_a_plan_shows_the_prepared_vocabulary(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run", "--data", prepared, SIZES, KNOBS, "--steps 2 --dry-run") == 0
+    assert "vocabulary 300" in capsys.readouterr().out
+
+
+def test_a_short_context_is_the_default_length_of_rows(finished: Path, stories: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--init-from", finished / "final", "--data", stories, "--steps 1 --batch-size 4") == 0
+    assert read_json(run / "run.json")["train"]["seq_len"] == 32
+
+
+@pytest.mark.parametrize("name", ["", "final"])
+def test_branching_from_something_else_says_what_to_give(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert train(tmp_path / "run", "--branch-from", finished / name, "--steps 9") == 1
+    assert "give RUN/trunk" in capsys.readouterr().err
+
+
+def test_a_gpus_time_is_not_the_cpus(tiny_sizes: dict[str, Any]) -> None:
+    from pyengine_training.config import ModelConfig
+
+    model, config = ModelConfig(**tiny_sizes), TrainConfig(seq_len=24)
+    lines = make_plan(model, config, [1.0], 2, None, None).lines(model, config)
+    assert "unknown until steps have run" in lines[-1] and "threads" not in lines[-1]
+
+
+def test_without_threadpoolctl_the_cpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    with pytest.raises(MissingLibraryError, match=r"threadpoolctl.*pyengine-lm\[train\]"):
+        threads.single_threaded_blas()
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with threads.single_threaded_blas():
+        pass
+
+
+# ---- the reader's position ---------------------------------------------------------------------------------------
+
+
+def rows_of(source: BatchSource, steps: range, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows that steps read."""
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(RowPacker, "fill", lambda _self, _out, row: seen.append(row))
+        for step in steps:
+            source.batch(step)
+    return seen
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 8])
+def test_a_branch_reads_on_where_its_parent_stopped(
+    finished: Path, tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size of its batches: no row twice, none left out. A branch of a branch, too."""
+    seen = rows_of(open_run(finished).source(), range(4), monkeypatch)
+    parent = finished / "trunk"
+    for number, size in enumerate((batch_size, 4)):
+        run = tmp_path / f"branch{number}"
+        first = read_state(parent)["step"]
+        assert train(run, "--branch-from", parent, f"--batch-size {size} --shards 1 --steps {first + 3}") == 0
+        seen += rows_of(open_run(run).source(), range(first, first + 3), monkeypatch)
+        parent = checkpoints(run)[-1]
+        assert read_state(parent)["position"] == 32 * len(seen)
+    assert seen == list(range(4 * 4 + 3 * batch_size + 3 * 4))
+
+
+def test_a_branch_with_other_mixtures_keeps_the_past(prepared: Path, tmp_path: Path) -> None:
+    """Rows of each text go on one after another when the weights change on the way."""
+    splits = [Corpus(prepared).train] * 2
+    past = (Phase(0, (3.0, 1.0)),)
+    sizes = {"batch_size": 4, "seq_len": 32, "seed": 1}
+    source = BatchSource(splits, [*past, Phase(40, (1.0, 1.0))], reader=Reader(10, 40, past), **sizes)
+    located = [source.locate(row) for row in range(80)]
+    for corpus, count in ((0, 30 + 20), (1, 10 + 20)):
+        assert [row for c, row in located if c == corpus] == list(range(count))
+    tokens = source.batch(10)[0].copy()
+    source.packers[located[40][0]].fill(row := np.empty(33, np.int64), located[40][1])
+    assert tokens[0].tolist() == row[:-1].tolist()
+    assert Reader.from_json(json.loads(json.dumps(source.reader.to_json()))) == Reader(10, 40, (Phase(0, (3.0, 1.0)),))
+
+
+def test_a_budget_of_a_branch_comes_after_its_parents_steps(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--branch-from", finished / "trunk", "--budget-minutes 0.01 --eval-every 0") == 0
+    assert read_json(run / "run.json")["train"]["steps"] > 4

@@ -1,0 +1,70 @@
+"""Where a run's numbers live and are computed: the protocol that :class:`..trainer.Trainer` drives.
+
+:class:`.cpu.CpuBackend` works on threads of this process, :class:`.cuda.CudaBackend` on one GPU; :mod:`..device` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from ..arena import Arena
+from ..data import ValidationBatch
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step is given beside its rows."""
+
+    step: int  # from 0
+    counted: int  # targets that share the mean of the loss
+    quantize: bool = False  # simulate the engine's int8
+    lr_factor: float = 1.0  # of the schedule
+
+
+class Backend(Protocol):
+    """Parameters, gradients, moments and the work on them. Arrays that cross this border are the host's.
+
+    tokens and targets are (rows, seq_len) int64, rows a multiple of ``shard_rows``; a negative target does not count.
+    The same inputs give the same bits, whatever the number of threads.
+    """
+
+    threads: int
+    shard_rows: int  # rows of one shard
+
+    @property
+    def params(self) -> Arena:
+        """The float32 masters, which the caller may read and write."""
+
+    @property
+    def grads(self) -> Arena:
+        """The gradient of the last :meth:`gradients` or :meth:`step`."""
+
+    def gradients(self, tokens: Array, targets: Array, inputs: StepInputs) -> float:
+        """Mean loss over the counted targets, in nats; its gradient into ``grads``."""
+
+    def step(self, tokens: Array, targets: Array, inputs: StepInputs) -> tuple[float, float]:
+        """Loss and gradient norm of one optimizer step; parameters and moments stay as they were unless both are finite.
+
+        Raises NotFiniteError, likewise with everything as it was, where int8 cannot represent a value.
+        """
+
+    def weights(self, quantize: bool) -> Arena:
+        """The parameters that products see: the masters, or the values that their int8 codes stand for."""
+
+    def validation_sums(self, batches: Iterable[ValidationBatch], quantize: bool) -> Array:
+        """(batches, 4) float64, see :func:`..validation.batch_sums`; in float32 arithmetic."""
+
+    def save_moments(self, m: Array, v: Array) -> None:
+        """Fill two flat arrays of the parameters' layout with the optimizer's moments."""
+
+    def load_moments(self, m: Array, v: Array) -> None:
+        """Take the moments from two flat arrays of the parameters' layout."""
+
+    def close(self) -> None:
+        """Stop the threads."""

@@ -1,0 +1,325 @@
+"""Training on one GPU: the CPU's list of operations, every array on the device.
+
+Parameters, moments and gradients are float32 arenas on the device; the host has copies of parameters and moments that
+are brought up to date when somebody looks (checkpoints, samples) and go back before the next step. Activations are
+bfloat16, or float32 with precision "float32". Steps that simulate int8 and all validation run in float32: rounding to
+bfloat16 would change the codes.
+
+A step is one list of launches. The first runs it as it is, which compiles the kernels; then it is recorded into a graph
+and started with one call. What changes between steps (learning rates, bias corrections, 1 / targets, seed, and the clip
+coefficient, which the device computes itself) lies in the small device array ``knobs``. The only wait is at the end, for
+the loss. Updates are skipped on the device when the gradient's norm is not finite, so parameters stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ..arena import Arena, block_matrices, parameter_shapes
+from ..config import ModelConfig, TrainConfig
+from ..data import ValidationBatch
+from ..distill import Distillation, check_teacher
+from ..model import Array, Worker, fake_quantize_parameters
+from ..ops import cuda as ops
+from ..ops.cuda import adamw, buffers, fake_quant, grad_norm, muon
+from ..ops.cuda._counting import CountingRuntime
+from ..ops.cuda._runtime import DeviceError, runtime, use_runtime
+from ..ops.needs import allocate, largest
+from ..threads import available_threads, run_all
+from ..validation import batch_sums
+from . import StepInputs
+
+NARROW = np.uint16  # bfloat16 bits
+
+
+class Mirror:
+    """An arena on the device and its copy on the host; whoever asks for one gets it up to date."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._device = Arena(shapes, np.float32, ops.zeros)
+        self._host: Arena | None = None
+        self._device_is_newer = self._host_may_be_newer = False
+
+    def host(self) -> Arena:
+        """The host's copy, which the caller may read and write."""
+        if self._host is None:
+            self._host = Arena(self._device.shapes)
+        if self._device_is_newer:
+            self._host.flat[...] = runtime().download(self._device.flat)
+            self._device_is_newer = False
+        self._host_may_be_newer = True
+        return self._host
+
+    def device(self, *, written: bool = False) -> Arena:
+        """The device's arena; ``written`` says that the caller changes it."""
+        if self._host is not None and self._host_may_be_newer:
+            runtime().upload(self._host.flat, self._device.flat)
+            self._host_may_be_newer = False
+        self._device_is_newer = self._device_is_newer or written
+        return self._device
+
+
+class Weights:
+    """Matrices from one arena, norms from another: bfloat16 beside float32."""
+
+    def __init__(self, matrices: Arena, norms: Arena) -> None:
+        self.matrices, self.norms = matrices, norms
+
+    def __getitem__(self, name: str) -> Array:
+        arena = self.norms if len(self.norms.shapes[name]) == 1 else self.matrices
+        return arena[name]
+
+
+class CudaBackend:
+    """:class:`.Backend` on a GPU."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        *,
+        precision: str = "bf16",
+        threads: int | None = None,
+        teacher: tuple[ModelConfig, Arena] | None = None,
+    ) -> None:
+        self.model, self.config, self.precision = model, config, precision
+        self.shard_rows = config.batch_size // config.shards
+        self.threads = threads or available_threads()
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pyengine-train")
+        shapes = parameter_shapes(model)
+        self._masters = Mirror(shapes)
+        self.moments = Mirror(shapes), Mirror(shapes)
+        self._grads = Arena(shapes, np.float32, ops.zeros)
+        self._int8_values: Arena | None = None
+        self._narrow: Arena | None = None
+        self._host_int8_values: Arena | None = None
+        self._muon_scratch = self._muon_memory(shapes) if config.optimizer == "muon" else {}
+        self._worker: tuple[Any, Worker] | None = None
+        self._graphs: dict[bool, Callable[[], None]] = {}
+        self._tokens = ops.zeros((config.batch_size, config.seq_len), np.int64)
+        self._targets = ops.zeros((config.batch_size, config.seq_len), np.int64)
+        self._knobs = ops.zeros(adamw.KNOBS, np.float32)
+        self._losses = ops.zeros((config.shards, buffers.SUM_BLOCKS), np.float32)
+        self._squares = ops.zeros(-(-self._grads.flat.size // grad_norm.BLOCK), np.float32)
+        self._distillation = self._teach(teacher) if teacher else None
+
+    def _muon_memory(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+        """Working memory for the largest matrix: they are updated one after another."""
+        needs = [
+            ops.muon_scratch(last - first, shape[1], np.float32)
+            for name, shape in shapes.items()
+            for first, last in block_matrices(name, self.model)
+        ]
+        return allocate(largest(*needs), ops.empty)
+
+    def _teach(self, teacher: tuple[ModelConfig, Arena]) -> Distillation:
+        config, host = teacher
+        check_teacher(config, self.model, self.config.seq_len)
+        params = Arena(host.shapes, np.float32, ops.zeros)
+        runtime().upload(host.flat, params.flat)
+        worker = Worker(config, self.shard_rows, self.config.seq_len, training=False, ops=ops)
+        return Distillation(worker, params, self.config)
+
+    # ---- what the loop and checkpoints look at -----------------------------------------------------------------------
+
+    @property
+    def params(self) -> Arena:
+        """The float32 masters, on the host."""
+        return self._masters.host()
+
+    @property
+    def grads(self) -> Arena:
+        """A host copy of the last gradients."""
+        host = Arena(self._grads.shapes)
+        host.flat[...] = runtime().download(self._grads.flat)
+        return host
+
+    def weights(self, quantize: bool) -> Arena:
+        """The masters, or the values that their int8 codes stand for, on the host."""
+        params = self.params
+        if not quantize:
+            return params
+        self._host_int8_values = values = self._host_int8_values or params.like()
+        run_all(
+            self.pool, [lambda name=name: fake_quantize_parameters(values, params, [name]) for name in params.shapes]
+        )
+        return values
+
+    def save_moments(self, m: Array, v: Array) -> None:
+        """Copies."""
+        for out, mirror in zip((m, v), self.moments, strict=True):
+            out[...] = mirror.host().flat
+
+    def load_moments(self, m: Array, v: Array) -> None:
+        """Copies."""
+        for values, mirror in zip((m, v), self.moments, strict=True):
+            mirror.host().flat[...] = values
+
+    def close(self) -> None:
+        """Stop the host's threads."""
+        self.pool.shutdown()
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def training_worker(self, quantize: bool) -> Worker:
+        """The worker of a phase; the other phase's is dropped with its graph when the types differ."""
+        dtype = np.float32 if quantize or self.precision == "float32" else NARROW
+        if self._worker is None or self._worker[0] is not dtype:
+            self._worker = None
+            self._graphs.clear()
+            size = self.shard_rows, self.config.seq_len
+            self._worker = dtype, Worker(self.model, *size, recompute=self.config.recompute, dtype=dtype, ops=ops)
+        return self._worker[1]
+
+    def _device_weights(self, worker: Worker, quantize: bool) -> Any:
+        """What products see: the values of the int8 codes, the masters rounded to bfloat16, or the masters."""
+        masters = self._masters.device()
+        if quantize:
+            self._int8_values = self._int8_values or masters.like()
+            for name, view in masters.shapes.items():
+                if len(view) > 1:
+                    ops.fake_quant_weights(self._int8_values[name], masters[name])
+            return Weights(self._int8_values, masters)
+        if worker.dtype is NARROW:
+            self._narrow = self._narrow or Arena(masters.shapes, NARROW, ops.zeros)
+            adamw.round_stochastic(self._narrow.flat, masters.flat, self._knobs)
+            return Weights(self._narrow, masters)
+        return masters
+
+    def _launch_gradients(self, quantize: bool, shards: int) -> None:
+        """Gradients of the batch in the device's buffers into self._grads, losses into self._losses."""
+        worker = self.training_worker(quantize)
+        weights = self._device_weights(worker, quantize)
+        inv = self._knobs[adamw.INV : adamw.INV + 1]
+        ops.fill(self._grads.flat, 0)
+        for shard in range(shards):
+            rows = slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
+            tokens, targets = self._tokens[rows], self._targets[rows]
+            worker.gradients(weights, tokens, targets, inv, quantize, self._distillation)
+            ops.copy(self._losses[shard], buffers.partial_sums(worker.loss))
+            ops.add(self._grads.flat, worker.grads.flat)
+
+    def _launch_step(self, quantize: bool) -> None:
+        """Everything between the upload of a batch and the download of its loss."""
+        with fake_quant.deferred_checks():
+            self._launch_gradients(quantize, self.config.shards)
+        ops.sum_of_squares(self._squares, self._grads.flat, grad_norm.BLOCK)
+        grad_norm.norm_and_clip(self._knobs[: adamw.GRAD_SCALE + 1], self._squares, self.config.clip)
+        c, params = self.config, self._masters.device(written=True)
+        m, v = (mirror.device(written=True) for mirror in self.moments)
+        for name, shape in params.shapes.items():
+            ranges = block_matrices(name, self.model) if c.optimizer == "muon" else []
+            for first, last in ranges:
+                arrays = [a[name][first:last] for a in (params, self._grads, m)]
+                options: dict[str, Any] = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay}
+                muon.muon_update_by_knobs(*arrays, self._knobs, scratch=self._muon_scratch, **options)
+            if not ranges:
+                arrays = [a[name] for a in (params, self._grads, m, v)]
+                options = {"beta1": c.beta1, "beta2": c.beta2, "eps": c.eps}
+                options["weight_decay"] = c.weight_decay if len(shape) > 1 else 0.0
+                adamw.adamw_update_by_knobs(*arrays, self._knobs, **options)
+
+    def _upload(self, tokens: Array, targets: Array, inputs: StepInputs) -> None:
+        """The batch and the step's knobs."""
+        c, n = self.config, len(tokens)
+        device = runtime()
+        device.upload(np.ascontiguousarray(tokens, np.int64), self._tokens[:n])
+        device.upload(np.ascontiguousarray(targets, np.int64), self._targets[:n])
+        knobs = adamw.host_knobs(
+            step=inputs.step + 1,
+            lr=c.lr * inputs.lr_factor,
+            muon_lr=c.muon_lr * inputs.lr_factor,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            inv=1.0 / inputs.counted,
+            seed=c.seed * 1_000_003 + inputs.step,
+        )
+        device.upload(knobs, self._knobs)
+        self._masters.device()
+
+    def gradients(self, tokens: Array, targets: Array, inputs: StepInputs) -> float:
+        """Mean loss; its gradient into ``grads``."""
+        self._upload(tokens, targets, inputs)
+        shards = len(tokens) // self.shard_rows
+        with fake_quant.deferred_checks():
+            self._launch_gradients(inputs.quantize, shards)
+        losses = runtime().download(self._losses[:shards])
+        return float(losses.sum(dtype=np.float64)) / inputs.counted
+
+    def step(self, tokens: Array, targets: Array, inputs: StepInputs) -> tuple[float, float]:
+        """Loss and gradient norm; the device updates nothing unless the norm is finite."""
+        device, quantize = runtime(), inputs.quantize
+        self._upload(tokens, targets, inputs)
+        self.training_worker(quantize)
+        recorded = self._graphs.get(quantize)
+        if recorded is None:
+            self._launch_step(quantize)
+            device.synchronize()
+            self._graphs[quantize] = device.record(lambda: self._launch_step(quantize))
+        else:
+            for mirror in (self._masters, *self.moments):
+                mirror.device(written=True)
+            recorded()
+        loss = float(device.download(self._losses).sum(dtype=np.float64)) / inputs.counted
+        norm = float(device.download(self._knobs)[adamw.NORM])
+        if quantize:
+            fake_quant.raise_if_not_finite(f"{fake_quant.BAD_WEIGHT}, or an activation is")
+        return loss, norm
+
+    # ---- validation --------------------------------------------------------------------------------------------------
+
+    def validation_sums(self, batches: Iterable[ValidationBatch], quantize: bool) -> Array:
+        """One batch after another, in float32."""
+        device = runtime()
+        worker = Worker(self.model, self.shard_rows, self.config.seq_len, training=False, ops=ops)
+        with fake_quant.deferred_checks():
+            weights = self._device_weights(worker, quantize)
+        sums = []
+        for batch in batches:
+            tokens, targets = (device.upload(np.ascontiguousarray(x, np.int64)) for x in (batch.tokens, batch.targets))
+            with fake_quant.deferred_checks():
+                loss = worker.evaluate(weights, tokens, targets, quantize)
+            sums.append(batch_sums(device.download(loss), batch))
+            if quantize:
+                fake_quant.raise_if_not_finite("validation: an activation is infinite or NaN")
+        return np.asarray(sums, np.float64).reshape(-1, 4)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def device_bytes(
+    model: ModelConfig, config: TrainConfig, precision: str, teacher: tuple[ModelConfig, Arena] | None = None
+) -> int:
+    """Most bytes of GPU memory that a run holds at once: trunk, int8 steps and validation are gone through, not run."""
+    rows = config.batch_size, config.seq_len
+    tokens = np.zeros(rows, np.int64)
+    part = tokens[: config.batch_size // config.shards]
+    batch = ValidationBatch(part, part, part == 0, part[:, 0])
+    phases = {"never": (False,), "always": (True,), "decay": (False, True)}[config.quantize]
+    with use_runtime(CountingRuntime()) as counter:
+        backend = CudaBackend(model, config, precision=precision, threads=1, teacher=teacher)
+        for quantize in phases:
+            backend.step(tokens, tokens, StepInputs(0, tokens.size, quantize))
+            backend.validation_sums([batch], quantize)
+        if config.quantize != "never":  # the end of a run validates in both arithmetics
+            backend.validation_sums([batch], False)
+        backend.close()
+        return int(counter.peak)
+
+
+def check_memory(
+    model: ModelConfig, config: TrainConfig, precision: str, teacher: tuple[ModelConfig, Arena] | None = None
+) -> None:
+    """Raise DeviceError, before anything is allocated, for sizes that cannot fit."""
+    wanted = device_bytes(model, config, precision, teacher)
+    free, total = runtime().memory()
+    if wanted > free:
+        raise DeviceError(
+            f"{wanted / 2**30:.2f} GiB of GPU memory are needed, {free / 2**30:.2f} of "
+            f"{total / 2**30:.2f} are free: use a smaller --batch-size, more --shards, or --recompute block"
+        )

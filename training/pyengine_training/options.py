@@ -1,0 +1,104 @@
+"""What a run was asked for: flags over a file of options, each one used or refused."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from .config import load_options
+from .errors import ConfigError, DataError
+from .flags import LENGTHS, MODEL_OPTIONS
+
+# about this process or this call, not about the run
+PROCESS = ("config", "run_dir", "resume", "dry_run", "threads", "device", "precision")
+SIZES = ("depth", *MODEL_OPTIONS)
+TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished")
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    """File options under flags, by field name; what was not given is absent."""
+    flags = {name: value for name, value in vars(options).items() if value is not None and value is not False}
+    values: dict[str, Any] = load_options(options.config) if options.config else {}
+    unknown = sorted(set(values) - (set(vars(options)) - set(PROCESS)))
+    if unknown:
+        raise ConfigError(f"{options.config}: unknown option(s) {', '.join(unknown)}")
+    if any(name in flags for name in LENGTHS):  # a flag replaces the file's length, whichever it was
+        values = {name: value for name, value in values.items() if name not in LENGTHS}
+    values.update((name, value) for name, value in flags.items() if name not in PROCESS)
+    for name in ("data_weights", "decay_data_weights"):
+        if isinstance(values.get(name), str):
+            try:
+                values[name] = [float(w) for w in values[name].split(",")]
+            except ValueError as error:
+                raise ConfigError(f"{flag(name)}: {values[name]!r} is no list of numbers") from error
+    given = [name for name in LENGTHS if name in values]
+    if len(given) > 1:
+        raise ConfigError(f"{_flags(given)} are one length too many: give one of them")
+    for name in ("tokens", "budget_minutes"):
+        if name in values and not 0 < _number(name, values[name]) < math.inf:
+            raise ConfigError(f"{flag(name)} is {values[name]}; it must be positive")
+    return values
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{flag(name)} is {value!r}; expected a number")
+    return float(value)
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join(map(flag, names))
+
+
+def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """ConfigError for what was given and would have no effect, with the reason."""
+    if options.precision is not None and options.device == "cpu":
+        raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
+    if values.get("optimizer") == "adamw":
+        _refuse(values, ("muon_lr", "muon_momentum"), "--optimizer adamw does not use Muon")
+    if values.get("branch_from"):
+        kept = (*SIZES, *TEXT, "teacher", "init_from", "seed", "seq_len", "optimizer")
+        return _refuse(values, kept, "--branch-from continues its parent's model, text and order of rows")
+    if values.get("init_from"):
+        _refuse(values, SIZES, "the model comes from --init-from")
+        _refuse(values, ("tokenizer", "vocab_size"), "--init-from brings its tokenizer")
+    if values.get("teacher"):
+        _refuse(values, ("tokenizer", "vocab_size"), "the student reads with its teacher's tokenizer")
+    else:
+        _refuse(values, ("distill_alpha", "distill_tau"), "there is no --teacher")
+    prepared = [Path(path).is_dir() for path in values.get("data") or []]
+    if any(prepared):
+        _refuse(values, ("tokenizer", "vocab_size"), "a prepared folder brings its tokenizer")
+    if prepared and all(prepared):
+        _refuse(values, ("drop_unfinished",), "the documents of a prepared folder are chosen already")
+    if values.get("tokenizer"):
+        _refuse(values, ("vocab_size",), "--tokenizer is given")
+    return None
+
+
+def _refuse(values: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
+    given = [name for name in names if name in values]
+    if given:
+        raise ConfigError(f"{_flags(given)} would have no effect: {reason}")
+
+
+def data_paths(values: dict[str, Any]) -> list[Path]:
+    """The texts and prepared folders, which must exist."""
+    paths = [Path(p) for p in values.get("data") or []]
+    if not paths:
+        raise ConfigError("--data is missing: give a .txt or .jsonl file, or a prepared folder")
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        if path.is_dir() and not (path / "manifest.json").exists():
+            raise DataError(f"{path}: a folder without manifest.json; 'pyengine train prepare' makes one from a text")
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"{path}: not a regular file")
+    return paths

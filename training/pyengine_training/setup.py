@@ -1,0 +1,245 @@
+"""What stands before the first step: tokenizer, text, sizes and run.json of a new run or of a branch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint as checkpoints
+from . import runfolder, train
+from .config import ModelConfig, TrainConfig, model_from_depth, to_json, train_config_from_json
+from .data import Corpus, Reader, file_sha256, prepare_corpus
+from .device import Device
+from .errors import CheckpointError, ConfigError, DataError
+from .flags import MODEL_OPTIONS
+from .options import data_paths
+from .plan import estimated_step_seconds, make_plan
+from .text import labelled, load_tokenizer, read_documents, train_tokenizer
+from .threads import available_threads
+
+VOCABULARY = 4096
+DISTILL_ALPHA = 0.5  # where a teacher is given and no share
+
+
+# ---- options to configurations -----------------------------------------------------------------------------------
+
+
+def train_config(values: dict[str, Any], base: dict[str, Any], done: tuple[int, int] = (0, 0)) -> TrainConfig:
+    """The knobs: values over base. done: steps and tokens that a parent has behind it."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    chosen = {**base, **{k: v for k, v in values.items() if k in names}}
+    config = train_config_from_json(chosen)
+    if "tokens" in values:
+        left = float(values["tokens"]) - done[1]
+        steps = done[0] + max(1, round(left / (config.batch_size * config.seq_len)))
+        config = dataclasses.replace(config, steps=steps)
+    return config
+
+
+def model_config(values: dict[str, Any], vocab_size: int, seq_len: int) -> ModelConfig:
+    """A new model's sizes."""
+    try:
+        base = model_from_depth(int(values.get("depth", 4)), vocab_size, seq_len)
+        sizes: dict[str, Any] = {name: int(values[name]) for name in MODEL_OPTIONS if name in values}
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"a size is no integer: {error}") from error
+    if "dim" in sizes and "head_dim" not in sizes and sizes.get("n_heads", 0) > 0:
+        sizes["head_dim"] = sizes["dim"] // sizes["n_heads"]
+    return dataclasses.replace(base, **sizes)
+
+
+def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
+    """Defaults that depend on what was given."""
+    base: dict[str, Any] = {"data_weights": [1.0] * len(paths)}
+    for name in ("init_from", "teacher"):
+        if values.get(name):
+            context = checkpoints.read_model_config(Path(values[name])).max_seq_len
+            base["seq_len"] = min(base.get("seq_len", TrainConfig.seq_len), context)
+    if values.get("teacher"):
+        base["distill_alpha"] = DISTILL_ALPHA
+    return base
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def find_tokenizer(values: dict[str, Any], paths: Sequence[Path]) -> Any:
+    """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the texts."""
+    for name in ("tokenizer", "init_from", "teacher"):
+        if values.get(name):
+            path = Path(values[name])
+            return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    for path in paths:
+        if path.is_dir():
+            return load_tokenizer(path / "tokenizer.json")
+
+    def documents() -> Iterator[str]:
+        for path in paths:
+            found = False
+            for text, held_out in labelled(read_documents(path, drop_unfinished=bool(values.get("drop_unfinished")))):
+                found = True
+                if not held_out:
+                    yield text
+            if not found:
+                raise DataError(f"{path}: no document to train on (empty text?)")
+
+    try:
+        return train_tokenizer(documents(), int(values.get("vocab_size", VOCABULARY)))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise ConfigError(f"vocab_size is {values.get('vocab_size')!r}; expected an integer") from error
+
+
+def prepare_all(values: dict[str, Any], paths: Sequence[Path], tokenizer: Any, folder: Path) -> list[str]:
+    """Corpora of the texts as paths relative to the run folder, or absolute for prepared ones."""
+    corpora = []
+    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    for number, path in enumerate(paths):
+        if path.is_dir():
+            if Corpus(path).manifest.get("tokenizer_sha256") != digest:
+                raise DataError(f"{path}: prepared with another tokenizer than this run's")
+            corpora.append(str(path.resolve()))
+            continue
+        target = folder / "data" / f"{number}_{path.stem}"
+        prepare_corpus(path, target, tokenizer, drop_unfinished=bool(values.get("drop_unfinished")))
+        corpora.append(str(target.relative_to(folder)))
+    return corpora
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def new_run(values: dict[str, Any], options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> None:
+    """Tokenizer, data, sizes, run.json of a run that begins here."""
+    paths = data_paths(values)
+    config = train_config(values, base_options(values, paths))
+    if not values.get("init_from"):
+        model_config(values, VOCABULARY, config.seq_len)  # sizes that cannot work, before minutes of tokenizing
+    tokenizer = find_tokenizer(values, paths)
+    bos: int | None = 0
+    eos: int | None = 0
+    riders: Path | None = None
+    if values.get("init_from"):
+        riders = Path(values["init_from"]).resolve()
+        model = checkpoints.read_model_config(riders)
+        bos, eos = checkpoints.special_ids(riders)
+    else:
+        model = model_config(values, tokenizer.get_vocab_size(), config.seq_len)
+        if values.get("teacher"):
+            bos, eos = checkpoints.special_ids(Path(values["teacher"]))
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}")
+    corpora = prepare_all(values, paths, tokenizer, folder)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    extra = {
+        "command": shlex.join(["pyengine", "train", *arguments]),
+        "init_from": str(riders) if riders else None,
+        "data": [{"name": p.name, "sha256": file_sha256(p)} for p in paths if p.is_file()],
+    }
+    config = dataclasses.replace(config, extra=extra)
+    _write(
+        folder,
+        config,
+        {
+            "model": to_json(model),
+            "corpora": corpora,
+            "bos": bos,
+            "eos": eos,
+            "riders": str(riders) if riders else None,
+            "teacher": str(Path(values["teacher"]).resolve()) if values.get("teacher") else None,
+        },
+        values,
+        options,
+    )
+
+
+def branch(values: dict[str, Any], options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> None:
+    """run.json of a run that starts from another run's checkpoint, with its text; flags change the schedule."""
+    checkpoint = Path(values["branch_from"]).resolve()
+    if not (checkpoint / "state.json").exists():
+        raise CheckpointError(f"{checkpoint} is no checkpoint: give RUN/trunk or RUN/checkpoints/step_…")
+    state = checkpoints.read_state(checkpoint)
+    origin = runfolder.run_of(checkpoint)
+    if origin is None:
+        raise CheckpointError(
+            f"{checkpoint}: its run.json is not beside it; branch from a checkpoint in its run folder"
+        )
+    parent = train.open_run(origin)
+    run_values = runfolder.read_run(origin)
+    if not run_values.get("teacher") and {"distill_alpha", "distill_tau"} & set(values):
+        raise ConfigError("--distill-alpha, --distill-tau would have no effect: the parent has no teacher")
+    base = dict(state["train"])
+    base["extra"] = {
+        **base.get("extra", {}),
+        "command": shlex.join(["pyengine", "train", *arguments]),
+        "parent_command": base.get("extra", {}).get("command"),
+    }
+    done = int(state["step"]), int(state["tokens"])
+    config = train_config(values, base, done)
+    if config.steps <= done[0] and "budget_minutes" not in values:
+        raise ConfigError(f"--steps counts from the beginning: the checkpoint has done {done[0]} already")
+    row = checkpoints.reader_position(state) // config.seq_len
+    past = tuple(phase for phase in parent.phases() if phase.first_row < row)
+    run_values.update(
+        corpora=[str((origin / path).resolve()) for path in run_values["corpora"]],
+        parent=str(checkpoint),
+        reader=Reader(step=done[0], row=row, past=past).to_json(),
+    )
+    run_values.pop("run_version", None)
+    shutil.copyfile(origin / "tokenizer.json", folder / "tokenizer.json")
+    _write(folder, config, run_values, values, options, done[0])
+
+
+def _write(
+    folder: Path,
+    config: TrainConfig,
+    run_values: dict[str, Any],
+    values: dict[str, Any],
+    options: argparse.Namespace,
+    done: int = 0,
+) -> None:
+    """run.json; a budget becomes steps after those already done."""
+    run_values = {**run_values, "train": to_json(config)}
+    runfolder.write_run(folder, run_values)
+    if "budget_minutes" in values:
+        minutes = float(values["budget_minutes"])
+        device = Device.of(options)
+        steps, _ = train.steps_for_budget(train.open_run(folder), minutes, options.threads, device)
+        config = dataclasses.replace(config, steps=done + steps, extra={**config.extra, "budget_minutes": minutes})
+        runfolder.write_run(folder, {**run_values, "train": to_json(config)})
+
+
+def dry_run(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the plan without side effects; tokens of texts are guessed."""
+    paths = data_paths(values)
+    config = train_config(values, base_options(values, paths))
+    if values.get("init_from"):
+        model = checkpoints.read_model_config(Path(values["init_from"]))
+    else:
+        model = model_config(values, _vocabulary(values, paths), config.seq_len)
+    tokens = 0.0
+    for path in paths:  # about four bytes a token; exact once the text is tokenized
+        tokens += Corpus(path).train.n_tokens if path.is_dir() else path.stat().st_size / 4
+    epochs = [config.steps * config.batch_size * config.seq_len / max(1.0, tokens)]
+    threads = max(1, min(options.threads or available_threads(), config.shards))
+    seconds = estimated_step_seconds(model, config, threads) if options.device == "cpu" else None
+    memory = Device.of(options).memory_bytes(model, config, threads)
+    for line in make_plan(model, config, epochs, threads, seconds, memory).lines(model, config):
+        print(line)
+
+
+def _vocabulary(values: dict[str, Any], paths: Sequence[Path]) -> int:
+    """Of the tokenizer that a run would use; one that does not exist yet has as many tokens as it is asked for."""
+    given = any(values.get(name) for name in ("tokenizer", "teacher")) or any(path.is_dir() for path in paths)
+    if given:
+        return int(find_tokenizer(values, paths).get_vocab_size())
+    return int(values.get("vocab_size", VOCABULARY))
