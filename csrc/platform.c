@@ -34,8 +34,9 @@ static int count_online(void) {
 #if defined(__linux__) && !defined(PE_PLATFORM_POSIX)
 /* ------------------------------------------------------------------ Linux: futexes, the affinity mask */
 
-void pe_sleep_while_equal(_Atomic uint32_t *word, uint32_t value) {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+void pe_sleep_while_equal(_Atomic uint32_t *word, uint32_t value, int64_t timeout_ns) {
+    struct timespec timeout = {.tv_sec = timeout_ns / 1000000000, .tv_nsec = timeout_ns % 1000000000};
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, timeout_ns < 0 ? NULL : &timeout, NULL, 0);
 }
 
 void pe_wake_all(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
@@ -54,9 +55,18 @@ int pe_count_cpus(void) {
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t sleep_condition = PTHREAD_COND_INITIALIZER;
 
-void pe_sleep_while_equal(_Atomic uint32_t *word, uint32_t value) {
+void pe_sleep_while_equal(_Atomic uint32_t *word, uint32_t value, int64_t timeout_ns) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until); /* what pthread_cond_timedwait goes by where it cannot be told otherwise */
+    int64_t ns = until.tv_nsec + (timeout_ns < 0 ? 0 : timeout_ns);
+    until.tv_sec += (time_t)(ns / 1000000000);
+    until.tv_nsec = (long)(ns % 1000000000);
     pthread_mutex_lock(&sleep_lock);
-    while (atomic_load(word) == value) pthread_cond_wait(&sleep_condition, &sleep_lock);
+    if (timeout_ns < 0) {
+        while (atomic_load(word) == value) pthread_cond_wait(&sleep_condition, &sleep_lock);
+    } else if (atomic_load(word) == value) {
+        pthread_cond_timedwait(&sleep_condition, &sleep_lock, &until);
+    }
     pthread_mutex_unlock(&sleep_lock);
 }
 

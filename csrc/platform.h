@@ -7,8 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Sleep while *word == value, until pe_wake_all(word); may return early. Threads of this process only. */
-void pe_sleep_while_equal(_Atomic uint32_t *word, uint32_t value);
+/* Sleep while *word == value, until pe_wake_all(word) or for timeout_ns (negative: as long as it takes); may return early.
+ * Threads of this process only. */
+void pe_sleep_while_equal(_Atomic uint32_t *word, uint32_t value, int64_t timeout_ns);
 /* Wake every thread that sleeps on `word`. Call it after *word has changed: then no sleeper misses the change. */
 void pe_wake_all(_Atomic uint32_t *word);
 /* In the child of a fork, where no other thread exists: nobody sleeps and nobody holds a lock any more. */

@@ -133,6 +133,7 @@ size_t pe_context_drop_cached(pe_context *context);
 pe_status pe_context_check(const pe_context *context, char *err);
 
 #define PE_SALT_BYTES 16
+#define PE_PAGE_POSITIONS 256
 
 /* Sequences are small non-negative ids. A new one is empty, and its pages are freed with it. */
 pe_status pe_sequence_new(pe_context *context, int32_t *out, char *err);

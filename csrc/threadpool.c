@@ -151,7 +151,7 @@ static void *worker(void *arg) {
         /* Announce the sleep, then look once more: the caller publishes first and looks for sleepers second. */
         atomic_fetch_add(&pool.n_sleeping, 1);
         if (!run_is_open_to(atomic_load(&pool.runs[thread].left), thread) && !atomic_load(&pool.stopping))
-            pe_sleep_while_equal(&pool.wakeups, wakeups);
+            pe_sleep_while_equal(&pool.wakeups, wakeups, -1);
         atomic_fetch_sub(&pool.n_sleeping, 1);
     }
     return NULL;
@@ -237,7 +237,7 @@ static void wait_for_workers(uint32_t n_units) {
         if (now < give_up) continue;
         atomic_store(&pool.caller_sleeps, 1);
         uint32_t n_finished = atomic_load(&pool.n_finished);
-        if (n_finished != n_units) pe_sleep_while_equal(&pool.n_finished, n_finished);
+        if (n_finished != n_units) pe_sleep_while_equal(&pool.n_finished, n_finished, -1);
         atomic_store(&pool.caller_sleeps, 0);
     }
 }

@@ -3,13 +3,28 @@
 
 from array import array
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
 from pyengine._pe cimport *
 
-from pyengine.errors import STATUS_ERRORS, ModelFormatError
+from pyengine.errors import STATUS_ERRORS, InvalidArgumentError, ModelFormatError, PyEngineError
+
+
+cdef extern from "platform.h" nogil:
+    ctypedef uint32_t atomic_uint32 "_Atomic uint32_t"
+    void pe_sleep_while_equal(atomic_uint32 *word, uint32_t value, int64_t timeout_ns)
+    void pe_wake_all(atomic_uint32 *word)
+    uint32_t load32 "atomic_load" (atomic_uint32 *word)
+    uint32_t add32 "atomic_fetch_add" (atomic_uint32 *word, uint32_t n)
+
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident()
+
+# A sleeping thread looks for signals so often.
+cdef int64_t SLEEP_NS = 20 * 1000 * 1000
 
 
 cdef int check(pe_status status, const char *err) except -1:
@@ -73,7 +88,8 @@ def thread_info() -> dict:
 
 
 def throttling() -> dict:
-    """{"n_periods", "n_throttled", "throttled_us"}: how often the cgroup's quota has stopped this process's group so far."""
+    """{"n_periods", "n_throttled", "throttled_us"}: how often the cgroup's quota has stopped this process's group so
+    far."""
     cdef pe_throttling t
     with nogil:
         pe_throttling_get(&t)
@@ -85,8 +101,9 @@ def throttling() -> dict:
 cdef class Model:
     """Immutable weights: views into `buffer`, which this object keeps alive.
 
-    config: mapping with the keys of pe_config. buffer: a C-contiguous bytes-like object whose memory is 64-byte aligned (a map).
-    tensors: name -> (offset, n_bytes) in file order. Raises ModelFormatError when anything disagrees with csrc/FORMAT.md.
+    config: mapping with the keys of pe_config. buffer: a C-contiguous bytes-like object whose memory is 64-byte aligned
+    (a map). tensors: name -> (offset, n_bytes) in file order. Raises ModelFormatError when anything disagrees with
+    csrc/FORMAT.md.
     """
 
     cdef pe_model *model
@@ -135,7 +152,80 @@ cdef class Model:
         pe_model_destroy(self.model)
 
 
+# ---------------------------------------------------------------- sequences
+
+@cython.no_gc_clear  # the context must be there when a sequence ends, and the model when a context does
+cdef class Sequence:
+    """Tokens and their keys and values in a context. Whoever holds this object owns the sequence; it ends with its last
+    reference, or with `close`. What it holds is counted by the core alone."""
+
+    cdef Context context
+    cdef int32_t id
+
+    def __dealloc__(self):
+        self.end()
+
+    cdef void end(self) noexcept:
+        cdef Context context = self.context  # its last reference may be this one
+        if context is None:
+            return
+        self.context = None
+        context.let_go(self.id)
+        self.id = -1
+
+    cdef int open_id(self) except -1:
+        if self.id < 0:
+            raise InvalidArgumentError("this sequence is closed")
+        return self.id
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        cdef size_t length = 0
+        cdef char[PE_ERR_LEN] err
+        err[0] = 0
+        check(pe_sequence_length(self.context.context, self.open_id(), &length, err), err)
+        return length
+
+    def tokens(self) -> array:
+        """The ids of its tokens, int32."""
+        cdef size_t n = pe_sequence_tokens(self.context.context, self.open_id(), NULL, 0)
+        cdef int32_t[::1] view
+        out = array("i", bytes(n * sizeof(int32_t)))
+        if n > 0:
+            view = out
+            pe_sequence_tokens(self.context.context, self.id, &view[0], n)
+        return out
+
+    def truncate(self, size_t n_tokens) -> None:
+        """Keep the first n_tokens."""
+        cdef char[PE_ERR_LEN] err
+        err[0] = 0
+        self.context.check_idle()
+        check(pe_sequence_truncate(self.context.context, self.open_id(), n_tokens, err), err)
+
+    def fork(self, size_t n_tokens) -> Sequence:
+        """A new sequence that shares the first n_tokens."""
+        cdef char[PE_ERR_LEN] err
+        cdef Sequence out = self.context.sequence_object()
+        err[0] = 0
+        check(pe_sequence_fork(self.context.context, self.open_id(), n_tokens, &out.id, err), err)
+        return out
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        self.end()
+
+
 # ---------------------------------------------------------------- context
+
+cdef const uint8_t *salt_pointer(const uint8_t[::1] salt) except? NULL:
+    if salt is None:
+        return NULL
+    if salt.shape[0] != PE_SALT_BYTES:
+        raise InvalidArgumentError(f"a salt has {PE_SALT_BYTES} bytes, not {salt.shape[0]}")
+    return &salt[0]
+
 
 cdef int poll_signals(void *user) noexcept with gil:
     """Run pending signal handlers (Ctrl-C); what they raise is kept and ends the forward."""
@@ -148,19 +238,27 @@ cdef int poll_signals(void *user) noexcept with gil:
     return 0
 
 
-cdef class LogitsRow:
-    """Buffer of one row of logits, (vocab_size) float32, read-only. It must be released before the next forward."""
+cdef class RowView:
+    """Buffer of one row that a forward computed, float32, read-only: logits (vocab_size) or a hidden state (dim). It
+    must be released before the next forward."""
 
     cdef Context context
     cdef size_t row
+    cdef bint is_hidden
     cdef Py_ssize_t shape[1]
     cdef Py_ssize_t strides[1]
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        cdef const float *data = pe_context_logits(self.context.context, self.row)
+        cdef const float *data
+        if self.is_hidden:
+            data = pe_context_hidden(self.context.context, self.row)
+            self.shape[0] = self.context.model.dim
+        else:
+            data = pe_context_logits(self.context.context, self.row)
+            self.shape[0] = self.context.model.vocab_size
         if data == NULL:
-            raise BufferError("these logits are gone: a later forward replaced them")
-        self.shape[0], self.strides[0] = self.context.model.vocab_size, sizeof(float)
+            raise BufferError("this row is gone: a later forward replaced it")
+        self.strides[0] = sizeof(float)
         view.buf, view.obj, view.len = <void *>data, self, self.shape[0] * <Py_ssize_t>sizeof(float)
         view.readonly, view.itemsize, view.ndim = 1, sizeof(float), 1
         view.format, view.shape, view.strides = b"f", self.shape, self.strides
@@ -171,15 +269,22 @@ cdef class LogitsRow:
         self.context.n_exports -= 1
 
 
+@cython.no_gc_clear
 cdef class Context:
-    """Everything mutable of one engine: KV cache of many sequences, scratch, threads. Not for two threads at once."""
+    """Everything mutable of one engine: KV cache of many sequences, scratch, threads. Not for two threads at once: a
+    call while another one runs raises PyEngineError."""
 
     cdef pe_context *context
     cdef readonly Model model
     cdef object pending
     cdef int n_exports
+    cdef bint busy  # a forward runs, without the interpreter's lock
+    cdef int cancelled
+    # Sequences that were let go while a forward ran. There is room for all that exist, so letting go cannot fail.
+    cdef int32_t *let_go_ids
+    cdef size_t n_let_go, n_sequences, capacity
 
-    def __cinit__(self, Model model not None, *, kv_dtype="int8", int n_threads=0):
+    def __cinit__(self, Model model not None, *, kv_dtype="int8", n_threads=0):
         cdef char[PE_ERR_LEN] err
         cdef pe_kv_dtype dtype = PE_KV_F32 if kv_dtype == "f32" else PE_KV_INT8
         if kv_dtype not in ("int8", "f32"):
@@ -191,6 +296,78 @@ cdef class Context:
     def __dealloc__(self):
         with nogil:
             pe_context_destroy(self.context)
+        PyMem_Free(self.let_go_ids)
+
+    cdef int check_idle(self) except -1:
+        if self.busy:
+            raise PyEngineError("this context is at work in another thread")
+        return 0
+
+    # ------------------------------------------------------------ sequences
+
+    cdef Sequence sequence_object(self):
+        """A Sequence without an id, for the core to fill in."""
+        cdef int32_t *grown
+        self.check_idle()
+        if self.n_sequences == self.capacity:
+            grown = <int32_t *>PyMem_Realloc(self.let_go_ids, (2 * self.capacity + 8) * sizeof(int32_t))
+            if grown == NULL:
+                raise MemoryError
+            self.let_go_ids, self.capacity = grown, 2 * self.capacity + 8
+        cdef Sequence out = Sequence.__new__(Sequence)
+        out.id = -1
+        out.context = self
+        self.n_sequences += 1
+        return out
+
+    cdef void let_go(self, int32_t id) noexcept:
+        """A Sequence object ends; id is -1 if the core never gave it one."""
+        cdef char[PE_ERR_LEN] err
+        self.n_sequences -= 1
+        if id < 0:
+            return
+        if self.busy:
+            self.let_go_ids[self.n_let_go] = id
+            self.n_let_go += 1
+        else:
+            pe_sequence_drop(self.context, id, err)
+
+    cdef void end_work(self) noexcept:
+        cdef char[PE_ERR_LEN] err
+        self.busy = False
+        while self.n_let_go > 0:
+            self.n_let_go -= 1
+            pe_sequence_drop(self.context, self.let_go_ids[self.n_let_go], err)
+
+    def sequence_new(self) -> Sequence:
+        """An empty sequence, whose pages end with it."""
+        cdef char[PE_ERR_LEN] err
+        cdef Sequence out = self.sequence_object()
+        err[0] = 0
+        check(pe_sequence_new(self.context, &out.id, err), err)
+        return out
+
+    def sequence_match(self, tokens, const uint8_t[::1] salt=None, *, bint keep=True) -> Sequence:
+        """A sequence that holds as many of the first `tokens` as the cache knows under this salt (16 bytes, None =
+        zeros). keep: its pages can be found by others, and stay cached when it ends."""
+        cdef char[PE_ERR_LEN] err
+        cdef size_t n_matched = 0
+        cdef const int32_t[::1] view = array("i", tokens)
+        cdef size_t n = view.shape[0]
+        cdef Sequence out = self.sequence_object()
+        err[0] = 0
+        check(pe_sequence_match(self.context, &view[0] if n else NULL, n, salt_pointer(salt), keep, &out.id, &n_matched,
+                                err), err)
+        return out
+
+    def match_length(self, tokens, const uint8_t[::1] salt=None) -> int:
+        """How many of the first `tokens` the cache knows."""
+        cdef const int32_t[::1] view = array("i", tokens)
+        cdef size_t n = view.shape[0]
+        self.check_idle()
+        return pe_sequence_match_length(self.context, &view[0] if n else NULL, n, salt_pointer(salt))
+
+    # ------------------------------------------------------------ what it is and has
 
     @property
     def isa(self) -> str:
@@ -200,84 +377,121 @@ cdef class Context:
     def n_threads(self) -> int:
         return pe_context_n_threads(self.context)
 
+    @property
+    def page_positions(self) -> int:
+        """Positions of one page of the cache."""
+        return PE_PAGE_POSITIONS
+
     def memory(self) -> dict:
         """{"kv": bytes of KV pages, "scratch": bytes of everything else}."""
         cdef size_t scratch = 0
+        self.check_idle()
         kv = pe_context_memory(self.context, &scratch)
         return {"kv": kv, "scratch": scratch}
 
-    def sequence_new(self) -> int:
+    def cache_stats(self) -> dict:
+        """Counts of the KV cache: n_sequences; page_bytes; max_pages (0 = no limit); n_pages (allocated), of these
+        n_cached (kept for later texts) and n_free; n_evicted so far."""
+        cdef pe_cache_stats stats
+        self.check_idle()
+        pe_context_cache_stats(self.context, &stats)
+        return stats
+
+    def set_max_pages(self, size_t max_pages) -> None:
+        """Allocate at most so many pages, 0 = no limit."""
+        self.check_idle()
+        pe_context_set_max_pages(self.context, max_pages)
+
+    def drop_cached(self) -> int:
+        """Forget what is kept for later texts; the number of pages."""
+        self.check_idle()
+        return pe_context_drop_cached(self.context)
+
+    def check(self) -> None:
+        """Count every reference of the KV cache anew. Raises SystemCallError if the books do not balance."""
         cdef char[PE_ERR_LEN] err
-        cdef int32_t sequence = -1
+        self.check_idle()
         err[0] = 0
-        check(pe_sequence_new(self.context, &sequence, err), err)
-        return sequence
+        check(pe_context_check(self.context, err), err)
 
-    def sequence_fork(self, int32_t source, size_t n_tokens) -> int:
-        """A new sequence that shares the first n_tokens of `source`."""
-        cdef char[PE_ERR_LEN] err
-        cdef int32_t sequence = -1
-        err[0] = 0
-        check(pe_sequence_fork(self.context, source, n_tokens, &sequence, err), err)
-        return sequence
+    # ------------------------------------------------------------ forward
 
-    def sequence_truncate(self, int32_t sequence, size_t n_tokens) -> None:
-        cdef char[PE_ERR_LEN] err
-        err[0] = 0
-        check(pe_sequence_truncate(self.context, sequence, n_tokens, err), err)
+    def cancel(self) -> None:
+        """End the forward that runs in another thread, or the next one: it raises CancelledError there."""
+        pe_request_cancel(&self.cancelled)
 
-    def sequence_drop(self, int32_t sequence) -> None:
-        cdef char[PE_ERR_LEN] err
-        err[0] = 0
-        check(pe_sequence_drop(self.context, sequence, err), err)
+    def forward(self, tokens, sequences, wants, *, deadline=None) -> bytes:
+        """Append tokens[i] to sequences[i], in order, and compute what wants[i] asks for: 1 logits, 2 the final hidden
+        state, 3 both.
 
-    def sequence_length(self, int32_t sequence) -> int:
-        cdef char[PE_ERR_LEN] err
-        cdef size_t length = 0
-        err[0] = 0
-        check(pe_sequence_length(self.context, sequence, &length, err), err)
-        return length
-
-    def forward(self, tokens, sequences, want_logits, *, deadline=None) -> int:
-        """Append tokens[i] to sequence sequences[i], in order; compute the logits of the rows whose want_logits[i] is 1, not 0.
-
-        deadline: time.monotonic() at which to give up. Returns the number of logits rows. On any error (CancelledError,
-        ContextFullError, KeyboardInterrupt, …) no sequence has changed.
+        deadline: time.monotonic() at which to give up. Returns b"", or, if an infinity or NaN appeared, a byte a row, non-zero for
+        the rows of sequences in which it did: these have not changed, and their logits are anything. On any error
+        (CancelledError, ContextFullError, KeyboardInterrupt, …) no sequence has changed.
         """
         cdef char[PE_ERR_LEN] err
         cdef pe_status status
         cdef pe_batch batch
+        cdef Py_ssize_t i, n
+        cdef Sequence sequence
         cdef const int32_t[::1] token_view = array("i", tokens)
-        cdef const int32_t[::1] sequence_view = array("i", sequences)
-        cdef const uint8_t[::1] want_view = bytes(want_logits)
-        if not (token_view.shape[0] == sequence_view.shape[0] == want_view.shape[0]):
-            raise ValueError("tokens, sequences and want_logits differ in length")
-        if token_view.shape[0] == 0:
+        cdef const uint8_t[::1] want_view = bytes(wants)
+        cdef list rows = list(sequences)
+        n = token_view.shape[0]
+        if not (n == len(rows) == want_view.shape[0]):
+            raise ValueError("tokens, sequences and wants differ in length")
+        if n == 0:
             raise ValueError("tokens is empty")
+        self.check_idle()
         if self.n_exports > 0:
-            raise BufferError("a view of the logits is still held; release it before the next forward")
-        batch.n_tokens = token_view.shape[0]
-        batch.tokens, batch.sequences, batch.wants = &token_view[0], &sequence_view[0], &want_view[0]
-        batch.failed, batch.cancel = NULL, NULL
+            raise BufferError("a view of a row is still held; release it before the next forward")
+        cdef uint8_t[::1] failed_view
+        cdef int32_t[::1] ids = array("i", bytes(n * sizeof(int32_t)))
+        for i in range(n):
+            sequence = rows[i]
+            if sequence.context is not self:
+                raise InvalidArgumentError("this sequence is closed, or of another context")
+            ids[i] = sequence.id
+        batch.n_tokens = n
+        batch.tokens, batch.sequences, batch.wants = &token_view[0], &ids[0], &want_view[0]
+        failed = bytearray(n)
+        failed_view = failed
+        batch.failed, batch.cancel = &failed_view[0], &self.cancelled
         batch.poll, batch.poll_user = poll_signals, <void *>self
         # 2^62 ns is a century of uptime: more (or infinity) means no deadline
         batch.deadline_ns = 0 if deadline is None or not deadline < 4.6e9 else max(1, <int64_t>(deadline * 1e9))
         err[0] = 0
         self.pending = None
+        self.busy = True
         with nogil:
             status = pe_forward(self.context, &batch, err)
+        self.end_work()
+        self.cancelled = 0
         pending, self.pending = self.pending, None
         if pending is not None:
             raise pending
         check(status, err)
+        return bytes(failed) if any(failed) else b""
+
+    @property
+    def n_logits(self) -> int:
+        """Rows of logits that the last forward computed."""
         return pe_context_n_logits(self.context)
 
-    def logits(self, size_t row) -> LogitsRow:
-        """Row `row` of the last forward's logits, as a read-only float32 buffer."""
+    def logits(self, size_t row) -> RowView:
+        """Logits (vocab_size) of the row-th row of the last forward that wanted them."""
         if row >= pe_context_n_logits(self.context):
             raise IndexError(f"row {row} of {pe_context_n_logits(self.context)} rows of logits")
-        cdef LogitsRow view = LogitsRow.__new__(LogitsRow)
-        view.context, view.row = self, row
+        return self.row_view(row, False)
+
+    def hidden(self, size_t row) -> RowView:
+        """Final hidden state (dim), after the last norm, of the row-th row of the last forward that wanted it."""
+        if row >= pe_context_n_hidden(self.context):
+            raise IndexError(f"row {row} of {pe_context_n_hidden(self.context)} hidden states")
+        return self.row_view(row, True)
+
+    cdef RowView row_view(self, size_t row, bint is_hidden):
+        cdef RowView view = RowView.__new__(RowView)
+        view.context, view.row, view.is_hidden = self, row, is_hidden
         return view
 
     # ------------------------------------------------------------ test hooks
@@ -294,11 +508,99 @@ cdef class Context:
             status = pe_debug_block(self.context, layer, &x[0, 0], n_tokens, err)
         check(status, err)
 
-    def debug_kv_page(self, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page) -> bytes:
+    def debug_kv_page(self, Sequence sequence not None, uint32_t layer, uint32_t kv_head, size_t page) -> bytes:
         """The bytes of one KV page of one layer and kv head (b"" if there is none)."""
-        cdef size_t n_bytes = pe_debug_kv_page(self.context, sequence, layer, kv_head, page, NULL, 0)
+        cdef size_t n_bytes = pe_debug_kv_page(self.context, sequence.open_id(), layer, kv_head, page, NULL, 0)
         cdef bytearray out = bytearray(n_bytes)
         cdef uint8_t[::1] view = out
         if n_bytes > 0:
-            pe_debug_kv_page(self.context, sequence, layer, kv_head, page, &view[0], n_bytes)
+            pe_debug_kv_page(self.context, sequence.id, layer, kv_head, page, &view[0], n_bytes)
         return bytes(out)
+
+
+# ---------------------------------------------------------------- the baton
+
+cdef class Baton:
+    """The right to step, which one thread has at a time. Taking it, calling and giving it back are one compiled call:
+    no exception, wherever it is raised, can leave it taken. The others sleep until there is news.
+
+    Its fields change under the interpreter's lock; the wait is a sleep on `counter`, so no news is missed.
+    """
+
+    cdef atomic_uint32 counter
+    cdef unsigned long holder  # thread, 0 = nobody
+    cdef bint leading  # inside of a call
+    cdef int depth  # of acquire by the holder
+    cdef int n_sleeping
+
+    @property
+    def news(self) -> int:
+        """A number that changes with every publish. Read it before looking whether there is news for you."""
+        return load32(&self.counter)
+
+    def publish(self) -> None:
+        """Wake whoever waits: something may have come for him."""
+        self.wake()
+
+    cdef void wake(self) noexcept:
+        add32(&self.counter, 1)
+        if self.n_sleeping > 0:
+            pe_wake_all(&self.counter)
+
+    cdef int sleep_while(self, uint32_t news) except -1:
+        self.n_sleeping += 1
+        with nogil:
+            pe_sleep_while_equal(&self.counter, news, SLEEP_NS)
+        self.n_sleeping -= 1
+        PyErr_CheckSignals()
+        return 0
+
+    def lead(self, uint32_t news, function, *args) -> bool:
+        """Call function(*args) with the baton as soon as nobody else has it: True. Or return False when there is news
+        first, newer than `news`. Raises PyEngineError in a signal handler that runs inside of such a call."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        while self.holder != 0:
+            if self.holder == me:
+                raise PyEngineError("this engine is at work in this very thread (a signal handler cannot use it)")
+            if load32(&self.counter) != news:
+                return False
+            self.sleep_while(news)
+        self.run(me, function, args)
+        return True
+
+    def try_lead(self, function, *args) -> bool:
+        """Call function(*args) with the baton if nobody has it now."""
+        if self.holder != 0:
+            return False
+        self.run(PyThread_get_thread_ident(), function, args)
+        return True
+
+    cdef int run(self, unsigned long me, function, args) except -1:
+        self.holder, self.leading = me, True
+        try:
+            function(*args)
+        finally:
+            self.leading = False
+            if self.depth == 0:
+                self.holder = 0
+            self.wake()
+        return 0
+
+    def acquire(self) -> None:
+        """Wait for the baton and keep it, for a fork. By the thread that has it: once more."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        while self.holder != 0 and self.holder != me:
+            self.sleep_while(load32(&self.counter))
+        self.holder = me
+        self.depth += 1
+
+    def release(self) -> None:
+        """Give back what `acquire` took. In the child of a fork: nobody else exists there."""
+        self.depth -= 1
+        if self.depth == 0 and not self.leading:
+            self.holder = 0
+            self.wake()
+
+    def after_fork_in_child(self) -> None:
+        """The threads that slept do not exist here."""
+        self.n_sleeping = 0

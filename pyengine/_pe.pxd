@@ -1,6 +1,6 @@
 # The part of csrc/pyengine.h that the border uses.
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "pyengine.h" nogil:
     enum:
@@ -51,6 +51,20 @@ cdef extern from "pyengine.h" nogil:
     int pe_context_n_threads(const pe_context *context)
     size_t pe_context_memory(const pe_context *context, size_t *scratch_bytes)
 
+    enum:
+        PE_SALT_BYTES
+        PE_PAGE_POSITIONS
+    ctypedef struct pe_cache_stats:
+        size_t n_sequences, page_bytes, max_pages, n_pages, n_cached, n_free
+        uint64_t n_evicted
+    void pe_context_cache_stats(const pe_context *context, pe_cache_stats *out)
+    void pe_context_set_max_pages(pe_context *context, size_t max_pages)
+    size_t pe_context_drop_cached(pe_context *context)
+    pe_status pe_context_check(const pe_context *context, char *err)
+    pe_status pe_sequence_match(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt, bint keep,
+                                int32_t *out, size_t *n_matched, char *err)
+    size_t pe_sequence_match_length(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt)
+    size_t pe_sequence_tokens(const pe_context *context, int32_t sequence, int32_t *out, size_t capacity)
     pe_status pe_sequence_new(pe_context *context, int32_t *out, char *err)
     pe_status pe_sequence_fork(pe_context *context, int32_t source, size_t n_tokens, int32_t *out, char *err)
     pe_status pe_sequence_truncate(pe_context *context, int32_t sequence, size_t n_tokens, char *err)

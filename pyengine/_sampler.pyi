@@ -4,11 +4,14 @@ from collections.abc import Iterable
 
 from typing_extensions import Buffer
 
+from pyengine.errors import PyEngineError
 from pyengine.sampling import ResolvedParams
 
 MAX_TOP_LOGPROBS: int
 
 class Sampler:
+    outputs: list[int]
+    logprobs: list[tuple[float, list[tuple[int, float]]]]
     def __init__(
         self, params: ResolvedParams, vocab_size: int, *, end_ids: Iterable[int] = (), sample_index: int = 0
     ) -> None: ...
@@ -19,6 +22,9 @@ class Sampler:
         self, logits: Buffer, position: int
     ) -> tuple[int, float | None, list[tuple[int, float]] | None]: ...
 
+def sample_many(
+    rows: list[Buffer], samplers: list[Sampler], positions: list[int]
+) -> list[PyEngineError | None]: ...
 def logprobs(logits: Buffer, token: int, n_top: int = 0) -> tuple[float, list[tuple[int, float]]]: ...
 def _philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, int, int, int]: ...
 def _exp(x: float) -> float: ...

@@ -105,6 +105,8 @@ cdef class Sampler:
     cdef pe_sampler *sampler
     cdef size_t size
     cdef bint wants_logprobs
+    cdef readonly list outputs  # ids that sample_many has chosen, in order
+    cdef readonly list logprobs  # (logprob, [(token, logprob), ...]) of each, if they were asked for
 
     def __cinit__(self, params, size_t vocab_size, *, end_ids=(), uint64_t sample_index=0):
         cdef pe_sampler_params c
@@ -133,6 +135,7 @@ cdef class Sampler:
         stop = _Ids((*params.stop_token_ids, *end_ids))
         c.stop, c.n_stop = stop.data, stop.size
         self.size = vocab_size
+        self.outputs, self.logprobs = [], []
         check(pe_sampler_create(&self.sampler, vocab_size, &c, err), err)
 
     def __dealloc__(self):
@@ -167,6 +170,37 @@ cdef class Sampler:
         if not self.wants_logprobs:
             return result.token, None, None
         return result.token, result.logprob, top_of(&result)
+
+
+def sample_many(list rows, list samplers, list positions):
+    """Choose samplers[i]'s next token, for absolute position positions[i], from the float32 logits rows[i], and put it into its
+    `outputs` and its history.
+
+    Returns a list with None or, for a sampler whose outputs have not changed, the error that belongs to it.
+    """
+    cdef char err[PE_ERR_LEN]
+    cdef pe_sample_result result
+    cdef pe_status status
+    cdef Sampler sampler
+    cdef const float[::1] logits
+    cdef uint64_t position
+    cdef list errors = []
+    for row, sampler, number in zip(rows, samplers, positions):
+        logits, position = row, number
+        err[0] = 0
+        with nogil:
+            status = pe_sampler_sample(sampler.sampler, &logits[0], position, &result, err)
+        if status == PE_OK:
+            status = pe_sampler_accept(sampler.sampler, result.token, False, err)
+        if status == PE_OK:
+            sampler.outputs.append(result.token)
+            if sampler.wants_logprobs:
+                sampler.logprobs.append((result.logprob, top_of(&result)))
+            errors.append(None)
+        else:
+            errors.append(STATUS_ERRORS[<int>status]((<bytes>err).decode("utf-8", "replace")))
+        logits = None
+    return errors
 
 
 def logprobs(const float[::1] logits not None, int32_t token, size_t n_top=0):

@@ -8,11 +8,8 @@ looked at before and after, and at most once in `INTERVAL_S`.
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 INTERVAL_S = 5.0
 # Now and then a period of 100 ms ends in a stop although the threads are right: the interpreter also computes.
@@ -29,34 +26,22 @@ say: Callable[[str], None] = _log  # the command line puts its own in
 
 
 class _State:
-    """What this process has said, and the counters (pe_throttling) when it last looked."""
+    """What this process has said, and the counters (pe_throttling) when it last looked. There is no lock that an exception
+    could leave taken: every field changes in one assignment, and two threads that look at once look twice."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.said: set[str] = set()
-        self.n_computing = 0
-        self.before: dict[str, int] = {}
-        self.before_at = self.judged_at = -INTERVAL_S
+        self.said: dict[str, object] = {}
+        self.before: tuple[float, dict[str, int]] = (-INTERVAL_S, {})  # when, and the counters then
+        self.judged_at = -INTERVAL_S
 
 
 _state = _State()
 
 
-def _after_fork() -> None:
-    _state.lock = threading.Lock()  # its holder is not here
-    _state.n_computing = 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 def _say_once(topic: str, message: str) -> None:
-    with _state.lock:
-        if topic in _state.said:
-            return
-        _state.said.add(topic)
-    say(message)
+    mine = object()
+    if _state.said.setdefault(topic, mine) is mine:
+        say(message)
 
 
 def n_cpus(count: float) -> str:
@@ -84,37 +69,25 @@ def check_threads(n_threads: int) -> None:
     )
 
 
-@contextmanager
-def computing(n_threads: int) -> Iterator[None]:
-    """Around whatever computes with so many threads."""
-    _begin()
-    try:
-        yield
-    finally:
-        _end(n_threads)
-
-
-def _begin() -> None:
+def begin() -> None:
+    """Call it before computing."""
     from pyengine import _core
 
-    with _state.lock:
-        now = time.monotonic()
-        if _state.n_computing == 0 and now - _state.before_at >= INTERVAL_S and "throttling" not in _state.said:
-            _state.before, _state.before_at = _core.throttling(), now
-        _state.n_computing += 1
+    now = time.monotonic()
+    if now - _state.before[0] >= INTERVAL_S and "throttling" not in _state.said:
+        _state.before = (now, _core.throttling())
 
 
-def _end(n_threads: int) -> None:
+def end(n_threads: int) -> None:
+    """Call it after computing with so many threads. A `begin` without its `end` does no harm."""
     from pyengine import _core
 
-    with _state.lock:
-        _state.n_computing = max(0, _state.n_computing - 1)  # after a fork, what began in the parent ends here too
-        now = time.monotonic()
-        if now - _state.judged_at < INTERVAL_S or not _state.before or "throttling" in _state.said:
-            return
-        after = _core.throttling()
-        grown = {name: after[name] - _state.before[name] for name in after}
-        _state.before, _state.before_at, _state.judged_at = after, now, now
+    now, (_, before) = time.monotonic(), _state.before
+    if now - _state.judged_at < INTERVAL_S or not before or "throttling" in _state.said:
+        return
+    after = _core.throttling()
+    grown = {name: after[name] - before[name] for name in after}
+    _state.before, _state.judged_at = (now, after), now
     if is_throttled(grown):
         _say_once("throttling", throttling_message(grown, n_threads, _core.thread_info()["cpu_quota"]))
 

@@ -6,8 +6,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -16,8 +15,11 @@ from pyengine import cpu_watch
 from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
 from pyengine.format.reader import FrozenFile
-from pyengine.prefix_cache import PrefixCache
-from pyengine.results import Generation, Piece, Score
+from pyengine.results import Generation, Score
+from pyengine.run.pages import max_pages
+from pyengine.run.request import Caller, GenerationRequest, RowsRequest, check_salt
+from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
+from pyengine.run.stream import Stream, run_all
 
 if TYPE_CHECKING:
     from pathlib import Path  # 3 ms of the start, for names that the system calls take as they are
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from pyengine import _core
     from pyengine.freeze import Progress
-    from pyengine.sampling import SamplingParams
+    from pyengine.sampling import ResolvedParams, SamplingParams
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.tokenizer import Tokenizer
 
@@ -77,12 +80,16 @@ class Engine:
     n_threads  None = PYENGINE_NUM_THREADS, else what the affinity mask and the cgroup's quota allow
     kv_dtype   "int8", or "f32": a reference to compare with, slower and four times as large
     seed       seed of every call that gives none; None = a fresh one for each call, reported in its result
+    max_sequences  outputs that are computed together; further ones wait
+    max_kv_bytes   memory for keys and values, those kept for later prompts included; outputs that do not fit wait. At
+                   least what one full context takes. None = room for a few contexts, at most half of the memory
     mmap       False reads the file into memory, for files that others may truncate (a map would then kill the process)
     preload_tokenizer  True loads the tokenizer now, while a thread checks the weights: for programs that begin with text at once.
                Otherwise it is loaded when it is first needed
     progress   called as progress(done_bytes, total_bytes, tensor_name) while a model is frozen into the cache
 
-    Methods may be called from any thread; calls share the model step by step. Use it as a context manager, or `close` it.
+    Methods may be called from any thread: what they compute shares every step, so eight callers get the speed of a batch
+    of eight. Use it as a context manager, or `close` it. It pickles as its path and options, and opens the file again.
     Raises FileNotFoundError, ModelFormatError, UnsupportedModelError, UnsupportedISAError, InvalidArgumentError.
     """
 
@@ -94,6 +101,8 @@ class Engine:
         n_threads: int | None = None,
         kv_dtype: Literal["int8", "f32"] = "int8",
         seed: int | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        max_kv_bytes: int | None = None,
         mmap: bool = True,
         preload_tokenizer: bool = False,
         progress: Progress | None = None,
@@ -101,13 +110,19 @@ class Engine:
         from pyengine import _core
 
         self._lock = threading.RLock()
-        self._closed = True
+        self._closed = self._is_opening = True
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         n_threads = _checked_threads(n_threads)
+        _check_number("n_ctx", n_ctx, 0)
+        _check_number("max_sequences", max_sequences, 1)
+        if max_kv_bytes is not None:
+            _check_number("max_kv_bytes", max_kv_bytes, 1)
         self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
+        self._options = {"n_ctx": n_ctx, "n_threads": n_threads or None, "kv_dtype": kv_dtype, "seed": seed, "mmap": mmap}
+        self._options |= {"max_sequences": max_sequences, "max_kv_bytes": max_kv_bytes}
         config = asdict(self._file.config)
-        if not 0 <= n_ctx <= config["max_seq_len"]:
+        if n_ctx > config["max_seq_len"]:
             raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config['max_seq_len']}")
         config["max_seq_len"] = n_ctx or config["max_seq_len"]
         self.n_ctx: int = config["max_seq_len"]
@@ -117,10 +132,17 @@ class Engine:
         self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
-        self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
-        self.n_threads: int = self.context.n_threads
-        self.prefix_cache = PrefixCache(self.context)
-        self._closed = False
+        context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
+        self.n_threads: int = context.n_threads
+        pages = max_pages(
+            max_kv_bytes,
+            page_bytes=context.cache_stats()["page_bytes"],
+            page_positions=context.page_positions,
+            n_ctx=self.n_ctx,
+            max_sequences=max_sequences,
+        )
+        self._scheduler = Scheduler(context, max_sequences=max_sequences, max_pages=pages)
+        self._closed = self._is_opening = False
         _open_engines.add(self)
         cpu_watch.check_threads(n_threads)
 
@@ -157,11 +179,18 @@ class Engine:
     @property
     def isa(self) -> str:
         """The instruction set whose kernels run."""
-        return str(self.context.isa)
+        return self.context.isa
+
+    @property
+    def context(self) -> _core.Context:
+        """The core's context, for `exclusively`."""
+        self._check_open()
+        return self._scheduler.context
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, loaded when it is first needed."""
+        self._check_open(opening=True)
         with self._lock:
             if self._tokenizer is None:
                 from pyengine.text.tokenizer import Tokenizer
@@ -177,6 +206,7 @@ class Engine:
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template. Raises TemplateError if it has none."""
+        self._check_open()
         with self._lock:
             if self._chat_template is None:
                 from pyengine.text.chat import ChatTemplate
@@ -210,6 +240,7 @@ class Engine:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
     def _ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
+        self._check_open()
         if isinstance(prompt, str):
             ids = self.tokenize(prompt, parse_special=parse_special)
             if not ids:
@@ -225,27 +256,33 @@ class Engine:
 
     # ------------------------------------------------------------ generation
 
-    def _pieces(self, prompts: Iterable[list[int]], params: SamplingParams) -> Iterator[tuple[int, Piece]]:
-        """(index of the sample, piece), in the order in which they come."""
-        from pyengine.generation import Run
-
-        run = Run(self, prompts, params.resolve(self._generation_config, seed=self.seed))
-        index_of = {id(sample): index for index, sample in enumerate(run.samples)}
-        with cpu_watch.computing(self.n_threads), closing(run):
-            while (pieces := run.step()) is not None:
-                for sample, piece in pieces:
-                    yield index_of[id(sample)], piece
-
-    def _generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Generation]:
-        results: dict[int, Generation] = {}
-        for index, piece in self._pieces(prompts, params):
-            if piece.result is not None:
-                results[index] = piece.result
-        return [results[index] for index in sorted(results)]
+    def _request(
+        self, caller: Caller, ids: list[int], params: ResolvedParams, index: int, salt: bytes, *, interactive: bool = False
+    ) -> GenerationRequest:
+        if len(ids) > self.n_ctx:
+            raise ContextFullError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}")
+        return GenerationRequest(
+            caller,
+            ids,
+            params,
+            index=index,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            n_ctx=self.n_ctx,
+            end_ids=self.eos_token_ids,
+            salt=salt,
+            interactive=interactive,
+        )
 
     @overload
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, parse_special: bool = False, **options: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        cache_salt: str | None = None,
+        **options: Any,
     ) -> Generation: ...
     @overload
     def generate(
@@ -254,6 +291,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> list[Generation]: ...
     def generate(
@@ -262,12 +300,15 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
         """Continue one prompt (text or token ids), or many together.
 
         params or keyword options: see SamplingParams. One prompt with n = 1 gives a Generation; several prompts, or n > 1, give
         a list, prompt by prompt. A prompt's output does not depend on what runs beside it.
+        cache_salt: computed beginnings of prompts are shared between calls with the same salt only, for callers who must
+        not learn from a time what others asked.
         Raises InvalidArgumentError, ContextFullError (a prompt that does not fit), NotFiniteError.
         """
         chosen = _params(params, options)
@@ -275,18 +316,33 @@ class Engine:
         if not isinstance(prompt, str) and len(prompt) == 0:
             raise InvalidArgumentError("the prompt is empty")
         prompts: Any = prompt if many else [prompt]
-        results = self._generate([self._ids(item, parse_special) for item in prompts], chosen)
+        ids = [self._ids(item, parse_special) for item in prompts]
+        caller, salt = Caller(), check_salt(cache_salt)
+        resolved = chosen.resolve(self._generation_config, seed=self.seed)
+        requests = [self._request(caller, one, resolved, i, salt) for one in ids for i in range(resolved.n)]
+        run_all(self._scheduler, requests)
+        results = [request.result for request in requests]
         return results if many or len(results) > 1 else results[0]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, parse_special: bool = False, **options: Any
-    ) -> Iterator[Piece]:
-        """Like generate for one prompt, a Piece a token; the last piece carries the result. Closing the iterator ends it."""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        cache_salt: str | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Like generate for one prompt, a Piece a token; the last piece carries the result. What generate refuses is
+        refused by this call, not by the first piece. Closing the iterator, or letting go of it, ends it."""
         chosen = _params(params, options)
         if chosen.n not in (None, 1):
             raise InvalidArgumentError(f"a stream has one sample, n is {chosen.n}; use generate")
-        ids = self._ids(prompt, parse_special)
-        return (piece for _, piece in self._pieces([ids], chosen))
+        ids, salt = self._ids(prompt, parse_special), check_salt(cache_salt)
+        stream = Stream(self._scheduler)
+        resolved = chosen.resolve(self._generation_config, seed=self.seed)
+        stream.request = self._request(stream, ids, resolved, 0, salt, interactive=True)
+        return stream
 
     def chat_ids(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
@@ -313,10 +369,10 @@ class Engine:
         *,
         stream: Literal[True],
         **options: Any,
-    ) -> Iterator[Piece]: ...
+    ) -> Stream: ...
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False, **options: Any
-    ) -> Generation | list[Generation] | Iterator[Piece]:
+    ) -> Generation | list[Generation] | Stream:
         """The assistant's answer to messages ({"role", "content"}, …).
 
         Raises TemplateError if the model has no usable template, and what generate raises."""
@@ -325,28 +381,21 @@ class Engine:
 
     # ------------------------------------------------------------ scoring
 
-    def _rows(self, ids: list[int], wanted: Sequence[bool]) -> Iterator[tuple[int, memoryview]]:
-        """(position, logits) of the wanted rows of a fresh sequence, ascending. The view is valid until the next item."""
+    def _rows(
+        self, ids: list[int], positions: list[int], take: Callable[[int, memoryview], None], salt: bytes
+    ) -> None:
+        """take(position, logits) for each of the positions, ascending; the view is valid during the call."""
         if len(ids) > self.n_ctx:
             raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
+        if not positions:
+            return
         most = max(16, LOGITS_BYTES // (4 * self.vocab_size))
-        positions = [position for position, is_wanted in enumerate(wanted) if is_wanted]
-        begin = 0
-        with cpu_watch.computing(self.n_threads), self.locked():
-            sequence = self.context.sequence_new()
-            try:
-                for group in (positions[i : i + most] for i in range(0, len(positions), most)):
-                    part = ids[begin : group[-1] + 1]  # what comes after the last wanted row is not computed
-                    want = bytes(map(bool, wanted[begin : group[-1] + 1]))
-                    self.context.forward(part, [sequence] * len(part), want)
-                    begin += len(part)
-                    for row, position in enumerate(group):
-                        with memoryview(self.context.logits(row)) as logits:
-                            yield position, logits
-            finally:
-                self.context.sequence_drop(sequence)
+        caller = Caller()
+        run_all(self._scheduler, [RowsRequest(caller, ids, positions, take, max_rows=most, salt=salt)])
 
-    def score(self, text: Prompt, *, parse_special: bool = False, start: int = 0) -> Score:
+    def score(
+        self, text: Prompt, *, parse_special: bool = False, start: int = 0, cache_salt: str | None = None
+    ) -> Score:
         """Log-probability (natural logarithm) of each token of `text`, from the `start`-th on, after those before it. Memory does
         not grow with the text's logits, and tokens before `start` are context only: they take the time of a prompt. Raises
         ContextFullError if the text does not fit the context."""
@@ -354,8 +403,11 @@ class Engine:
 
         ids = self._ids(text, parse_special)
         values: list[float | None] = [None] * len(ids)
-        for position, logits in self._rows(ids, [start <= i < len(ids) for i in range(1, len(ids) + 1)]):
+
+        def take(position: int, logits: memoryview) -> None:
             values[position + 1] = logprobs(logits, ids[position + 1])[0]
+
+        self._rows(ids, [i - 1 for i in range(max(start, 1), len(ids))], take, check_salt(cache_salt))
         return Score(ids, values)
 
     def logits(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
@@ -369,43 +421,57 @@ class Engine:
             if not 0 <= position < len(ids):
                 raise InvalidArgumentError(f"position {position} is outside the {len(ids)} tokens")
         out = np.empty((len(chosen), self.vocab_size), np.float32)
-        wanted = [False] * len(ids)
         rows: dict[int, list[int]] = {}
         for row, position in enumerate(chosen):
-            wanted[position] = True
             rows.setdefault(position, []).append(row)
-        for position, logits in self._rows(ids, wanted):
+
+        def take(position: int, logits: memoryview) -> None:
             out[rows[position]] = np.asarray(logits)
+
+        self._rows(ids, sorted(rows), take, check_salt(None))
         return out
 
     # ------------------------------------------------------------ life
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Exclusive use of the context, for one step. Raises PyEngineError on a closed engine."""
-        with self._lock:
-            if self._closed:
-                raise PyEngineError("this engine is closed")
-            yield
+    def _check_open(self, opening: bool = False) -> None:
+        if self._closed and not (opening and self._is_opening):
+            raise PyEngineError("this engine is closed")
 
-    @contextmanager
-    def locked_unless_closed(self) -> Iterator[bool]:
-        """Exclusive use of the context if the engine is still open; yields whether it is."""
-        with self._lock:
-            yield not self._closed
+    def exclusively(self, function: Callable[[_core.Context], T]) -> T:
+        """function(context) while nobody else computes: for programs that drive the core themselves (benchmarks, tests).
+        Sequences that it makes must not outlive it. Raises PyEngineError on a closed engine."""
+        self._check_open()
+        out: list[T] = []
+        self._scheduler.exclusively(lambda: out.append(function(self.context)))
+        return out[0]
 
     def memory(self) -> dict[str, int]:
         """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch"."""
-        with self.locked():
-            return {"weights": sum(size for _, size in self._file.tensors.values()), **self.context.memory()}
+        weights = sum(size for _, size in self._file.tensors.values())
+        return self.exclusively(lambda context: {"weights": weights, **context.memory()})
+
+    def cache_stats(self) -> dict[str, int]:
+        """Counts of the cache of keys and values, in pages: n_pages (allocated), of these n_cached (kept for later
+        prompts) and n_free; max_pages; n_evicted so far; page_bytes; and n_sequences at work."""
+        return self.exclusively(lambda context: context.cache_stats())
+
+    def clear_cache(self) -> None:
+        """Forget what is kept for later prompts."""
+        self.exclusively(lambda context: context.drop_cached())
+
+    def check_integrity(self) -> dict[str, int]:
+        """Check that sequences belong to requests, tokens to pages, and that references add up. Returns cache_stats();
+        raises PyEngineError if anything is lost or shared unseen. For tests, and for the doubtful."""
+        return self.exclusively(lambda _: self._scheduler.check_integrity())
 
     def close(self) -> None:
         """Wait for the step that is running, then free everything. Streams that go on raise PyEngineError. Idempotent."""
         with self._lock:
             if self._closed:
                 return
+            self._scheduler.exclusively(self._scheduler.close)
             self._closed = True
-            del self.prefix_cache, self.context, self._model
+            del self._model
             self._file.close()
 
     def __enter__(self) -> Engine:
@@ -413,6 +479,10 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[str, dict[str, Any]]]:
+        self._check_open()
+        return _reopen, (str(self.path), self._options)
 
     def __repr__(self) -> str:
         if self._closed:
@@ -422,9 +492,25 @@ class Engine:
     # Around a fork: no step may be half done in the child.
     def _acquire(self) -> None:
         self._lock.acquire()
+        self._scheduler.baton.acquire()
 
     def _release(self) -> None:
+        self._scheduler.baton.release()
         self._lock.release()
+
+    def _release_in_child(self) -> None:
+        self._scheduler.baton.after_fork_in_child()
+        self._scheduler.forget_other_threads(threading.get_ident())
+        self._release()
+
+
+def _reopen(path: str, options: dict[str, Any]) -> Engine:
+    return Engine(path, **options)
+
+
+def _check_number(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidArgumentError(f"{name} is {value!r}, expected a whole number from {least}")
 
 
 def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
@@ -457,5 +543,10 @@ def _after_fork() -> None:
         _forking.pop()._release()
 
 
+def _after_fork_in_child() -> None:
+    while _forking:
+        _forking.pop()._release_in_child()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

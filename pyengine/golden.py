@@ -38,13 +38,14 @@ def compute(path: str | os.PathLike[str], n_threads: int = 0) -> dict[str, Any]:
         digest, greedy, feed = hashlib.sha256(), [], prompt
         sequence = context.sequence_new()
         for _ in range(max(1, min(N_GREEDY, n_ctx - len(prompt)))):
-            for row in range(context.forward(feed, [sequence] * len(feed), b"\1" * len(feed))):
+            context.forward(feed, [sequence] * len(feed), b"\1" * len(feed))
+            for row in range(context.n_logits):
                 with memoryview(context.logits(row)) as logits:
                     digest.update(logits)
                     token = _greedy_token(logits)
             greedy.append(token)
             feed = [token]
-        del context, model
+        del sequence, context, model
     return {"tokens": prompt, "greedy": greedy, "logits_sha256": digest.hexdigest()}
 
 

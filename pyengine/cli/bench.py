@@ -20,6 +20,7 @@ from pyengine.cli.roofline import Bound, Roofline, Work
 from pyengine.errors import PyEngineError
 
 if TYPE_CHECKING:
+    from pyengine import _core
     from pyengine.engine import Engine
 
 EPILOG = f"""\
@@ -107,20 +108,15 @@ class Test:
 
     def run(self, engine: Engine) -> float:
         """Seconds of the measured part. Logits are computed as generation needs them: of the last row of each sequence."""
-        context = engine.context
-        with engine.locked():
-            sequences = [context.sequence_new() for _ in range(self.batch)]
-            try:
-                for sequence in sequences[: self.batch if self.depth else 0]:
-                    context.forward(_tokens(engine, self.depth), [sequence] * self.depth, bytes(self.depth - 1) + b"\1")
-                return (
-                    self._run_prompt(engine, sequences[0]) if self.n_prompt else self._run_generation(engine, sequences)
-                )
-            finally:
-                for sequence in sequences:
-                    context.sequence_drop(sequence)
+        return engine.exclusively(lambda context: self._run(engine, context))
 
-    def _run_prompt(self, engine: Engine, sequence: int) -> float:
+    def _run(self, engine: Engine, context: _core.Context) -> float:
+        sequences = [context.sequence_new() for _ in range(self.batch)]
+        for sequence in sequences[: self.batch if self.depth else 0]:
+            context.forward(_tokens(engine, self.depth), [sequence] * self.depth, bytes(self.depth - 1) + b"\1")
+        return self._run_prompt(engine, sequences[0]) if self.n_prompt else self._run_generation(engine, sequences)
+
+    def _run_prompt(self, engine: Engine, sequence: _core.Sequence) -> float:
         tokens, which, want = (
             _tokens(engine, self.n_prompt),
             [sequence] * self.n_prompt,
@@ -130,7 +126,7 @@ class Test:
         engine.context.forward(tokens, which, want)
         return time.perf_counter() - started
 
-    def _run_generation(self, engine: Engine, sequences: list[int]) -> float:
+    def _run_generation(self, engine: Engine, sequences: list[_core.Sequence]) -> float:
         tokens, want = _tokens(engine, self.n_gen), b"\1" * self.batch
         started = time.perf_counter()
         for token in tokens:

@@ -69,17 +69,14 @@ class PyEngine:
         started = time.perf_counter()
         self.context.forward(self.tokens[:n], [sequence] * n, bytes(n - 1) + b"\1")
         elapsed = time.perf_counter() - started
-        self.context.sequence_drop(sequence)
         return n / elapsed
 
     def _fill(self, depth: int, batch: int) -> None:
         """`batch` sequences of `depth` tokens; kept from one repetition to the next."""
         if (len(self.filled), self.filled_depth) == (batch, depth):
             for sequence in self.filled:
-                self.context.sequence_truncate(sequence, depth)
+                sequence.truncate(depth)
             return
-        for sequence in self.filled:
-            self.context.sequence_drop(sequence)
         self.filled, self.filled_depth = [self.context.sequence_new() for _ in range(batch)], depth
         for sequence in self.filled:
             self.context.forward(self.tokens[:depth], [sequence] * depth, bytes(depth))

@@ -61,7 +61,7 @@ def engine_logits(model: Any, token_ids: Any, kv_dtype: str = "int8") -> Any:
     """One prefill -> logits (n_tokens, vocab_size) float32, a copy."""
     context = _core.Context(model, kv_dtype=kv_dtype)
     sequence, n = context.sequence_new(), len(token_ids)
-    context.forward([int(t) for t in token_ids], [sequence] * n, [1] * n)
+    context.forward([int(t) for t in token_ids], [sequence] * n, bytes([1] * n))
     return np.stack([np.array(context.logits(row), dtype=f32) for row in range(n)])
 
 

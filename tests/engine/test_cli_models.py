@@ -182,33 +182,37 @@ def test_bench_measures_what_it_says(tiny_model: Path) -> None:
     from pyengine.cli.bench import Test
 
     class Recorder:
-        """Counts the tokens of each forward; a context whose sequences are fake."""
+        """Counts the tokens of each forward; a context whose sequences are fake, in an engine that is."""
+
+        vocab_size = 100
 
         def __init__(self) -> None:
             self.forwards: list[tuple[int, int]] = []
-            self.open: set[int] = set()
 
-        def sequence_new(self) -> int:
-            self.open.add(max(self.open, default=-1) + 1)
-            return max(self.open)
+        def exclusively(self, function: Callable[[Recorder], float]) -> float:
+            return function(self)
 
-        def sequence_drop(self, sequence: int) -> None:
-            self.open.remove(sequence)
+        @property
+        def context(self) -> Recorder:
+            return self
 
-        def forward(self, tokens: list[int], sequences: list[int], want: bytes) -> None:
-            assert len(tokens) == len(sequences) == len(want) and set(sequences) <= self.open
+        def sequence_new(self) -> object:
+            return object()
+
+        def forward(self, tokens: list[int], sequences: list[object], want: bytes) -> None:
+            assert len(tokens) == len(sequences) == len(want)
             self.forwards.append((len(tokens), sum(want)))
 
     with pyengine.Engine(tiny_model) as engine:
-        real = engine.context
         for test, forwards in (
             (Test(7, 0, 0, 1), [(7, 1)]),
             (Test(7, 0, 5, 1), [(5, 1), (7, 1)]),
             (Test(0, 3, 2, 2), [(2, 1), (2, 1), (2, 2), (2, 2), (2, 2)]),
         ):
-            engine.context = recorder = Recorder()
-            assert test.run(engine) >= 0 and recorder.forwards == forwards and not recorder.open
-        engine.context = real
+            recorder = Recorder()
+            assert test.run(recorder) >= 0 and recorder.forwards == forwards  # type: ignore[arg-type]
+            before = engine.cache_stats()["n_sequences"]
+            assert test.run(engine) >= 0 and engine.cache_stats()["n_sequences"] == before == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,13 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return messages
 
 
+@contextmanager
+def computing(n_threads: int) -> Iterator[None]:
+    cpu_watch.begin()
+    yield
+    cpu_watch.end(n_threads)
+
+
 # -------------------------------------------------------------------- throttling
 
 
@@ -65,7 +72,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_stops_while_computing_are_said(
     machine: Machine, said: list[str], periods: int, stops: int, told: bool
 ) -> None:
-    with cpu_watch.computing(4):
+    with computing(4):
         machine.run(periods, stops)
         assert not said
     assert len(said) == told
@@ -76,11 +83,11 @@ def test_stops_while_computing_are_said(
 def test_they_are_said_once(machine: Machine, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_watch, "INTERVAL_S", 0.0)
     for _ in range(3):
-        with cpu_watch.computing(2):
+        with computing(2):
             machine.run(10, 10)
     assert len(said) == 1 and "other work shares it" in said[0]
     n_reads = machine.n_reads
-    with cpu_watch.computing(2):
+    with computing(2):
         pass
     assert machine.n_reads == n_reads  # nothing left to look for
 
@@ -91,18 +98,18 @@ def test_stops_before_and_between_are_not_ours(
     monkeypatch.setattr(cpu_watch, "INTERVAL_S", 0.0)
     for _ in range(3):
         machine.run(50, 50)
-        with cpu_watch.computing(2):
+        with computing(2):
             machine.run(50, 0)
     assert not said
 
 
 def test_many_short_calls_read_little(machine: Machine, said: list[str]) -> None:
     for _ in range(1000):
-        with cpu_watch.computing(2):
+        with computing(2):
             machine.run(1, 1)
     assert machine.n_reads == 2
     cpu_watch._state.judged_at -= cpu_watch.INTERVAL_S
-    with cpu_watch.computing(2):
+    with computing(2):
         pass
     assert machine.n_reads <= 4 and "999 of 999" in said[0]
 
@@ -112,7 +119,7 @@ def test_calls_of_several_threads(machine: Machine, said: list[str], monkeypatch
     inside, leave = threading.Barrier(5), threading.Barrier(5)
 
     def call() -> None:
-        with cpu_watch.computing(2):
+        with computing(2):
             inside.wait(10)
             leave.wait(10)
 
@@ -124,12 +131,12 @@ def test_calls_of_several_threads(machine: Machine, said: list[str], monkeypatch
     leave.wait(10)
     for thread in threads:
         thread.join()
-    assert len(said) == 1 and cpu_watch._state.n_computing == 0
+    assert len(said) == 1
 
 
 def test_a_quota_below_one_cpu(machine: Machine, said: list[str]) -> None:
     machine.info = {"n_affinity": 8, "cpu_quota": 0.5, "n_default": 1}
-    with cpu_watch.computing(1):
+    with computing(1):
         machine.run(10, 10)
     assert said[0].endswith("less than one CPU: tokens come in bursts")
 

@@ -129,8 +129,8 @@ def run_chunks(context: _core.Context, size: int) -> tuple[list[bytes], str]:
     sequence, rows = context.sequence_new(), []
     for begin in range(0, N_TOKENS, size):
         chunk = TOKENS[begin : begin + size]
-        n = context.forward(chunk, [sequence] * len(chunk), [1] * len(chunk))
-        rows += rows_of(context, n)
+        context.forward(chunk, [sequence] * len(chunk), bytes([1] * len(chunk)))
+        rows += rows_of(context, context.n_logits)
     return rows, kv_hash(context, sequence)
 
 
@@ -183,22 +183,21 @@ def test_batch_mixtures_equal_single_sequences(
     lengths = {context.sequence_new(): 0 for _ in range(3)}
     for _ in range(40):
         tokens, sequences, positions = [], [], []
-        for sequence in rng.permutation(list(lengths)):
+        for sequence in [list(lengths)[i] for i in rng.permutation(len(lengths))]:
             n = min(int(rng.choice([0, 1, 1, 7, 30])), N_TOKENS - lengths[sequence])
             positions += range(lengths[sequence], lengths[sequence] + n)
             tokens += TOKENS[lengths[sequence] : lengths[sequence] + n]
-            sequences += [int(sequence)] * n
+            sequences += [sequence] * n
             lengths[sequence] += n
         if tokens:
-            context.forward(tokens, sequences, [1] * len(tokens))
+            context.forward(tokens, sequences, bytes([1] * len(tokens)))
             assert rows_of(context, len(tokens)) == [reference[0][p] for p in positions]
-        victim = int(rng.choice(list(lengths)))
+        victim = list(lengths)[rng.integers(len(lengths))]
         keep = int(rng.integers(0, lengths[victim] + 1))
-        fork = context.sequence_fork(victim, keep)
-        context.sequence_drop(victim)
+        fork = victim.fork(keep)
         del lengths[victim]
-        lengths[fork] = keep
-        context.sequence_truncate(fork, keep // 4 * 3)
+        victim.close()
+        fork.truncate(keep // 4 * 3)
         lengths[fork] = keep // 4 * 3
 
 
@@ -206,6 +205,6 @@ def test_only_the_wanted_rows_are_computed(model: _core.Model, reference: tuple[
     context = _core.Context(model)
     sequence = context.sequence_new()
     want = [i % 7 == 3 for i in range(N_TOKENS)]
-    n = context.forward(TOKENS, [sequence] * N_TOKENS, want)
+    context.forward(TOKENS, [sequence] * N_TOKENS, bytes(want))
     expected = [row for row, wanted in zip(reference[0], want, strict=True) if wanted]
-    assert rows_of(context, n) == expected
+    assert rows_of(context, context.n_logits) == expected

@@ -120,11 +120,11 @@ def test_fork_with_a_live_context() -> None:
         context = _core.Context(model, n_threads=3)
         sequence = context.sequence_new()
         half = tiny.TOKENS[:150]
-        context.forward(half, [sequence] * 150, [1] * 150)
+        context.forward(half, [sequence] * 150, bytes([1] * 150))
         rows = tiny.rows_of(context, 150)
         child = os.fork()
-        n = context.forward(tiny.TOKENS[150:], [sequence] * 150, [1] * 150)
-        rows += tiny.rows_of(context, n)
+        context.forward(tiny.TOKENS[150:], [sequence] * 150, bytes([1] * 150))
+        rows += tiny.rows_of(context, context.n_logits)
         good = hashlib.sha256(b"".join(rows)).hexdigest() == GOLDEN[0]
         good = good and run(model, 4) == GOLDEN
         del context
@@ -166,23 +166,23 @@ def test_ctrl_c_ends_a_prefill_and_changes_nothing(n_threads: int) -> None:
         context = _core.Context(model, n_threads={n_threads})
         sequence = context.sequence_new()
         others = [context.sequence_new() for _ in range(60)]
-        context.forward(tiny.TOKENS[:10], [sequence] * 10, [0] * 10)
+        context.forward(tiny.TOKENS[:10], [sequence] * 10, bytes(10))
         sequences = [s for s in others for _ in range(300)] + [sequence] * 290
         tokens = tiny.TOKENS * 60 + tiny.TOKENS[10:]
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         start = time.monotonic()
         try:
-            context.forward(tokens, sequences, [0] * len(tokens))
+            context.forward(tokens, sequences, bytes(len(tokens)))
         except KeyboardInterrupt:
             waited = time.monotonic() - start
         else:
             raise SystemExit("the prefill was not interrupted")
         assert waited < 2, waited
-        assert context.sequence_length(sequence) == 10
-        assert all(context.sequence_length(s) == 0 for s in others)
-        n = context.forward(tiny.TOKENS[10:], [sequence] * 290, [1] * 290)
+        assert sequence.length == 10
+        assert all(s.length == 0 for s in others)
+        context.forward(tiny.TOKENS[10:], [sequence] * 290, bytes([1] * 290))
         expected, _ = tiny.run_chunks(_core.Context(model, n_threads=1), 300)
-        assert tiny.rows_of(context, n) == expected[10:]
+        assert tiny.rows_of(context, context.n_logits) == expected[10:]
     """,
         PYENGINE_ISA="scalar",
     )
@@ -194,10 +194,10 @@ def test_a_deadline_in_the_past_changes_nothing() -> None:
         context = _core.Context(model, n_threads=2)
         sequence = context.sequence_new()
         try:
-            context.forward(tiny.TOKENS, [sequence] * 300, [1] * 300, deadline=time.monotonic() - 1)
+            context.forward(tiny.TOKENS, [sequence] * 300, bytes([1] * 300), deadline=time.monotonic() - 1)
         except CancelledError as error:
             assert "cancelled" in str(error)
         else:
             raise SystemExit("the deadline was ignored")
-        assert context.sequence_length(sequence) == 0
+        assert sequence.length == 0
     """)

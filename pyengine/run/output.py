@@ -1,0 +1,163 @@
+"""Sampled tokens -> text: what one request has said.
+
+The sampler's list of outputs is what happened; the text is read from it and can be read again. A reading that an
+exception tore (Ctrl-C, anywhere) is thrown away and done anew from the first token, with the same result.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from pyengine.results import FinishReason, Generation, Piece, Timings, TokenLogprob
+
+if TYPE_CHECKING:
+    from pyengine._sampler import Sampler
+    from pyengine.sampling import ResolvedParams
+    from pyengine.text.tokenizer import Tokenizer
+
+
+class _Reading:
+    """The text of outputs[:n_read], and one piece a token."""
+
+    __slots__ = ("decoder", "finish_reason", "is_torn", "n_read", "pieces", "stop_reason", "stops", "text")
+
+    def __init__(self, output: Output) -> None:
+        from pyengine.text.decoder import IncrementalDecoder
+        from pyengine.text.stops import StopMatcher
+
+        params = output.params
+        self.decoder = IncrementalDecoder(
+            output.tokenizer, skip_special_tokens=params.skip_special_tokens, continuation=True
+        )
+        self.stops = StopMatcher(params.stop, include_stop_str=params.include_stop_str_in_output)
+        self.n_read = 0
+        self.text = ""
+        self.pieces: list[Piece] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.is_torn = False
+
+    def push(self, token: int) -> str:
+        """Text that is certain after `token`."""
+        text = self.stops.push(self.decoder.push(token))
+        if self.stops.matched is not None:
+            self.finish_reason, self.stop_reason = "stop", self.stops.matched
+        return text
+
+    def finish(self, reason: FinishReason) -> str:
+        """Flush what the decoder and the stop matcher held back."""
+        text = self.stops.push(self.decoder.finish())
+        if self.stops.matched is None:
+            text += self.stops.finish()
+            self.finish_reason = reason
+        else:
+            self.finish_reason, self.stop_reason = "stop", self.stops.matched
+        return text
+
+
+class Output:
+    """One output in progress.
+
+    prompt_tokens  length of the prompt
+    n_ctx          positions of the context
+    end_ids        the model's end-of-text tokens, those that count for this request
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: ResolvedParams,
+        tokenizer: Tokenizer,
+        *,
+        prompt_tokens: int,
+        n_ctx: int,
+        end_ids: tuple[int, ...],
+    ) -> None:
+        self.params = params
+        self.tokenizer = tokenizer
+        self.cached_tokens = 0
+        self.started = time.monotonic()
+        self._sampler = sampler
+        self._prompt_tokens = prompt_tokens
+        self._most = min(params.max_tokens or n_ctx, n_ctx - prompt_tokens)
+        self._end_ids = frozenset(end_ids)
+        self._stop_ids = frozenset(params.stop_token_ids)
+        self._forced: FinishReason | None = None
+        self._first_token_at = self._last_token_at = self.started
+        self._reading = _Reading(self)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self._reading.finish_reason
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """A piece a token so far; the last one of a finished output carries the result."""
+        return self._reading.pieces
+
+    def stop(self, reason: FinishReason) -> None:
+        """The next reading ends here, after what has been sampled."""
+        self._forced = reason
+
+    def catch_up(self) -> None:
+        """Read what has been sampled since."""
+        reading = _Reading(self) if self._reading.is_torn else self._reading
+        reading.is_torn = True
+        outputs = self._sampler.outputs
+        if reading.n_read < len(outputs):
+            self._last_token_at = time.monotonic()
+            if self._first_token_at == self.started:
+                self._first_token_at = self._last_token_at
+        while reading.finish_reason is None and reading.n_read < len(outputs):
+            self._read(reading, outputs[reading.n_read])
+        if reading.finish_reason is None and self._forced is not None:
+            self._append(reading, reading.finish(self._forced), None, None)
+        reading.is_torn = False
+        self._reading = reading
+
+    def _read(self, reading: _Reading, token: int) -> None:
+        index = reading.n_read
+        reading.n_read += 1
+        logprob = None
+        if self.params.logprobs is not None:
+            value, top = self._sampler.logprobs[index]
+            logprob = TokenLogprob(token, value, tuple(top))
+        if token in self._end_ids or token in self._stop_ids:
+            reading.stop_reason = token if token in self._stop_ids else None
+            text = reading.finish("stop")
+        else:
+            text = reading.push(token)
+            if reading.finish_reason is None and reading.n_read >= self._most:
+                text += reading.finish("length")
+        self._append(reading, text, token, logprob)
+
+    def _append(self, reading: _Reading, text: str, token: int | None, logprob: TokenLogprob | None) -> None:
+        reading.text += text
+        result = None if reading.finish_reason is None else self._result(reading)
+        reading.pieces.append(Piece(text, token, logprob, result))
+
+    def _result(self, reading: _Reading) -> Generation:
+        assert reading.finish_reason is not None
+        logprobs = None
+        if self.params.logprobs is not None:
+            logprobs = [
+                TokenLogprob(token, value, tuple(top))
+                for token, (value, top) in zip(self._sampler.outputs, self._sampler.logprobs, strict=True)
+            ][: reading.n_read]
+        timings = Timings(
+            self._prompt_tokens,
+            self.cached_tokens,
+            reading.n_read,
+            self._first_token_at - self.started,
+            self._last_token_at - self.started,
+        )
+        return Generation(
+            reading.text,
+            list(self._sampler.outputs[: reading.n_read]),
+            reading.finish_reason,
+            reading.stop_reason,
+            self.params.seed,
+            logprobs,
+            timings,
+        )

@@ -1,0 +1,36 @@
+"""How much memory the cache of keys and values may take."""
+
+from __future__ import annotations
+
+import os
+
+# What is allowed without being told: room for so many full contexts, or for two pages of every sequence that may run.
+CONTEXTS = 4
+PAGES_PER_SEQUENCE = 2
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use at most: the machine's, or the cgroup's limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as file:
+                text = file.read().strip()
+        except (OSError, ValueError):
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def max_pages(max_kv_bytes: int | None, *, page_bytes: int, page_positions: int, n_ctx: int, max_sequences: int) -> int:
+    """Pages that fit `max_kv_bytes`; None = at most half of the memory, and no more than a few full contexts need.
+
+    Never less than one full context, and a page for the copy that sharing may cost: one request can always be computed.
+    """
+    per_context = -(-n_ctx // page_positions)
+    least = per_context + 1
+    if max_kv_bytes is not None:
+        return max(least, max_kv_bytes // page_bytes)
+    wanted = max(CONTEXTS * per_context, PAGES_PER_SEQUENCE * max_sequences)
+    return max(least, min(wanted, memory_bytes() // 2 // page_bytes))

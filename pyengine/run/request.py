@@ -1,0 +1,246 @@
+"""Requests: tokens on their way through the engine.
+
+A request is its tokens and how many of them are computed, and the second number is not kept here: it is the length of
+its sequence, which the C core counts. `next_row` is the position whose logits the request waits for. That is all the
+scheduler needs to know, and the one rule covers prefill, a prompt in chunks, decode, and whatever will propose several
+tokens at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pyengine.errors import InvalidArgumentError
+from pyengine.run.output import Output
+
+if TYPE_CHECKING:
+    from pyengine import _core
+    from pyengine.results import Generation
+    from pyengine.sampling import ResolvedParams
+    from pyengine.text.tokenizer import Tokenizer
+
+_numbers = itertools.count()
+# Unread pieces after which a stream pauses: an iterator that nobody asks anything must not compute on.
+MAX_UNREAD = 32
+
+
+class Caller:
+    """Whoever waits for requests. The scheduler knows it weakly: requests whose caller is gone are dropped, however it
+    went."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Request:
+    """What every kind of request has.
+
+    sequence  the keys and values of its first tokens, None before it starts (or after it had to make room for others)
+    error     what ended it, for its caller to raise
+    """
+
+    keep = True  # its pages stay cached for later texts that begin alike
+    interactive = False  # somebody reads along: short steps
+
+    def __init__(self, caller: Caller, *, salt: bytes, deadline: float | None) -> None:
+        self.number = next(_numbers)
+        self.caller = weakref.ref(caller)
+        self.salt = salt
+        self.deadline = deadline
+        self.sequence: _core.Sequence | None = None
+        self.error: BaseException | None = None
+        self.is_started = False
+        self.thread = threading.get_ident()  # of its caller, as far as a fork is concerned
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens known so far."""
+        raise NotImplementedError
+
+    @property
+    def next_row(self) -> int:
+        """The first position whose logits are still wanted."""
+        raise NotImplementedError
+
+    @property
+    def is_done(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether its caller should read before more is computed."""
+        return False
+
+    def tokens(self, begin: int, end: int) -> Sequence[int]:
+        """Tokens [begin, end)."""
+        raise NotImplementedError
+
+    def wants(self, begin: int, end: int) -> bytes:
+        """For each position of [begin, end): 1 if its logits are wanted."""
+        raise NotImplementedError
+
+    def max_grant(self, begin: int) -> int:
+        """The most tokens from `begin` on that one step should compute."""
+        return self.n_tokens - begin
+
+    def note_cached(self, n_tokens: int) -> None:
+        """So many of its first tokens were found in the cache."""
+
+    def catch_up(self) -> None:
+        """Make of what was sampled what its caller will read."""
+
+    def time_out(self) -> None:
+        """Its deadline has passed."""
+
+
+class GenerationRequest(Request):
+    """One output of one prompt. Its sampler holds what was sampled, `output` what that says."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        prompt: Sequence[int],
+        params: ResolvedParams,
+        *,
+        index: int,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        n_ctx: int,
+        end_ids: tuple[int, ...],
+        salt: bytes,
+        interactive: bool,
+    ) -> None:
+        from pyengine._sampler import Sampler
+
+        self.prompt = prompt
+        end_ids = () if params.ignore_eos else end_ids
+        self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)
+        if params.repetition_penalty != 1.0:
+            self.sampler.accept_prompt(array("i", prompt))
+        self.output = Output(
+            self.sampler, params, tokenizer, prompt_tokens=len(prompt), n_ctx=n_ctx, end_ids=end_ids
+        )
+        self.interactive = interactive
+        self.n_taken = 0  # pieces that the caller has read
+        deadline = None if params.timeout is None else self.output.started + params.timeout
+        super().__init__(caller, salt=salt, deadline=deadline)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt) + len(self.sampler.outputs)
+
+    @property
+    def next_row(self) -> int:
+        return self.n_tokens - 1
+
+    @property
+    def is_done(self) -> bool:
+        return self.error is not None or self.output.finish_reason is not None
+
+    @property
+    def result(self) -> Generation:
+        """Of a request that is done without an error."""
+        result = self.output.pieces[-1].result
+        assert result is not None
+        return result
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is a piece to read, or an error to raise."""
+        return self.error is not None or len(self.output.pieces) > self.n_taken
+
+    @property
+    def is_paused(self) -> bool:
+        return self.interactive and len(self.output.pieces) - self.n_taken >= MAX_UNREAD
+
+    def tokens(self, begin: int, end: int) -> Sequence[int]:
+        n = len(self.prompt)
+        if begin >= n:
+            return self.sampler.outputs[begin - n : end - n]
+        return [*self.prompt[begin:end], *self.sampler.outputs[: max(0, end - n)]]
+
+    def wants(self, begin: int, end: int) -> bytes:
+        return bytes(end - begin) if end < self.n_tokens else bytes(end - begin - 1) + b"\1"
+
+    def note_cached(self, n_tokens: int) -> None:
+        if not self.is_started:
+            self.output.cached_tokens = n_tokens
+
+    def catch_up(self) -> None:
+        try:
+            self.output.catch_up()
+        except Exception as error:  # of this request's text, for its caller alone
+            self.error = error
+
+    def time_out(self) -> None:
+        self.output.stop("timeout")
+        self.catch_up()
+
+
+class RowsRequest(Request):
+    """Logits of given positions of a given text: `take(position, logits)` is called with each, ascending, by whoever
+    steps; the view is valid during the call."""
+
+    keep = False
+
+    def __init__(
+        self,
+        caller: Caller,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        take: Callable[[int, memoryview], None],
+        *,
+        max_rows: int,
+        salt: bytes,
+    ) -> None:
+        super().__init__(caller, salt=salt, deadline=None)
+        self._tokens = tokens
+        self._positions = positions
+        self._wanted = frozenset(positions)
+        self._max_rows = max_rows
+        self.take = take
+        self.n_taken = 0  # of the positions
+
+    @property
+    def n_tokens(self) -> int:
+        # what comes after the last wanted row is not computed
+        return self._positions[-1] + 1 if self._positions else 0
+
+    @property
+    def next_row(self) -> int:
+        return self._positions[self.n_taken]
+
+    @property
+    def is_done(self) -> bool:
+        return self.error is not None or self.n_taken == len(self._positions)
+
+    def tokens(self, begin: int, end: int) -> Sequence[int]:
+        return self._tokens[begin:end]
+
+    def wants(self, begin: int, end: int) -> bytes:
+        return bytes(position in self._wanted for position in range(begin, end))
+
+    def max_grant(self, begin: int) -> int:
+        last = min(self.n_taken + self._max_rows, len(self._positions)) - 1
+        return self._positions[last] + 1 - begin
+
+    def rows(self, begin: int, end: int) -> Iterator[int]:
+        """The wanted positions of [begin, end)."""
+        return (position for position in range(begin, end) if position in self._wanted)
+
+
+def check_salt(salt: str | bytes | None) -> bytes:
+    """16 bytes that stand for a caller's salt; texts under different salts share no cached page. Raises
+    InvalidArgumentError."""
+    if salt is None:
+        return bytes(16)
+    if not isinstance(salt, (str, bytes)) or not salt:
+        raise InvalidArgumentError(f"cache_salt must be a string that is not empty, not {salt!r}")
+    import hashlib
+
+    data = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
+    return hashlib.blake2b(data, digest_size=16).digest()

@@ -1,0 +1,347 @@
+"""The scheduler: one engine, many requests, one forward a step.
+
+A step walks through the requests, oldest first, and grants each min(what it misses, what is left of the budget) tokens.
+The forward appends them, rows whose logits somebody waits for are sampled, and that is all: a request that misses its
+whole prompt is a prefill, one that misses a part of it a prefill in chunks, one that misses a token decodes.
+
+Whoever waits for an output steps, for all: the library has no thread of its own. A caller becomes the leader by taking
+the baton, and the others sleep until there is news. An exception in a step (Ctrl-C in the leader's thread) ends the
+leader's call and nothing else: what has been computed is the length of the sequences, what has been sampled stands in
+the samplers, and both change in compiled code that no exception can divide, so the next leader goes on from whatever
+point was reached.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
+from pyengine.run.request import GenerationRequest, Request, RowsRequest
+
+if TYPE_CHECKING:
+    from pyengine import _core
+
+MAX_SEQUENCES = 64
+# Prompt tokens in one step: few while somebody reads along, so that no stream waits long; many otherwise.
+BUDGET_BESIDE_STREAMS = 128
+BUDGET = 1024
+# A prompt waits for another that computes so many of its tokens: half of one page costs about what sharing it saves.
+WORTH_WAITING_FOR = 32
+
+
+class Grant(NamedTuple):
+    """Tokens [begin, end) of a request, to be computed in this step."""
+
+    request: Request
+    begin: int
+    end: int
+    wants: bytes  # a flag for each: is its row of logits wanted
+
+
+def grant(request: Request, begin: int, end: int) -> Grant:
+    return Grant(request, begin, end, request.wants(begin, end))
+
+
+def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int]]:
+    """Each grant and the number of its first row of logits."""
+    row = 0
+    for one in grants:
+        yield one, row
+        row += one.wants.count(1)
+
+
+class Scheduler:
+    """Requests of one context. Every method but `add`, `abort` and `wait` runs under the baton."""
+
+    def __init__(self, context: _core.Context, *, max_sequences: int = MAX_SEQUENCES, max_pages: int = 0) -> None:
+        from pyengine._core import Baton
+
+        self.context = context
+        self.n_threads = context.n_threads
+        self.max_sequences = max_sequences
+        self.max_pages = max_pages
+        context.set_max_pages(max_pages)
+        self.baton = Baton()
+        self.closed = False
+        # Both are changed by single operations only, which no other thread and no exception can divide.
+        self._requests: dict[int, Request] = {}  # by number, so oldest first
+        self._holders: dict[int, Request] = {}  # those that have a sequence, and maybe some that had one
+        self._granted: tuple[Grant, ...] = ()  # of the forward that runs
+        self._is_full = False  # pages ran out, and nobody has given any back since
+
+    # ------------------------------------------------------------ callers
+
+    def add(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self._requests[request.number] = request
+
+    def abort(self, requests: Iterable[Request]) -> None:
+        """Drop requests, done or not. If one of them is being computed, that forward ends."""
+        for request in requests:
+            self._requests.pop(request.number, None)
+            if any(one.request is request and one.end - one.begin > 1 for one in self._granted):
+                self.context.cancel()
+        self.baton.try_lead(self.sweep)
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Return when `ready()`; step, or sleep while another thread steps. Raises PyEngineError on a closed engine."""
+        while True:
+            news = self.baton.news
+            if ready():
+                return
+            self.baton.lead(news, self._lead, ready)
+
+    def exclusively(self, function: Callable[[], object]) -> None:
+        """Call function() with the baton."""
+        while not self.baton.lead(self.baton.news, function):
+            pass
+
+    def _lead(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            if self.closed:
+                raise PyEngineError("this engine is closed")
+            if self.step():
+                self.baton.publish()
+
+    # ------------------------------------------------------------ one step
+
+    def step(self) -> bool:
+        """One forward for whatever waits. Whether there may be news for other callers."""
+        self.sweep()
+        requests = list(self._requests.values())
+        now = time.monotonic()
+        for request in requests:
+            request.catch_up()
+            if request.deadline is not None and now >= request.deadline and not request.is_done:
+                request.time_out()
+        grants = self._grant([request for request in requests if not request.is_done])
+        if grants and self._forward(grants):
+            self._sample(grants)
+            self._take_rows(grants)
+        news = any(request.is_done or request.interactive for request in requests)
+        self.sweep()
+        return news
+
+    def sweep(self) -> None:
+        """Let go of requests that are done or whose caller is gone. Their pages stay cached."""
+        for number, request in list(self._requests.items()):
+            if request.is_done or request.caller() is None:
+                self._requests.pop(number, None)
+        for number, request in list(self._holders.items()):
+            if number not in self._requests:
+                request.sequence = None
+                self._is_full = False
+                self._holders.pop(number, None)
+
+    # ------------------------------------------------------------ who gets what
+
+    def _grant(self, requests: list[Request]) -> list[Grant]:
+        """Tokens for this step. A request that cannot start yet does not keep later ones that can."""
+        waiting = [request for request in requests if request.sequence is None]
+        if waiting:
+            self._admit(waiting, [request for request in requests if request.sequence is not None])
+        running = [(request, self._begin(request)) for request in requests if request.sequence is not None]
+        running = [(request, begin) for request, begin in running if not request.is_paused]
+        decodes = [grant(request, begin, begin + 1) for request, begin in running if request.n_tokens - begin == 1]
+        budget = BUDGET_BESIDE_STREAMS if any(one.request.interactive for one in decodes) else BUDGET
+        prefills = []
+        for request, begin in running:
+            n = min(request.n_tokens - begin, request.max_grant(begin), budget)
+            if n > 0 and request.n_tokens - begin > 1:
+                prefills.append(grant(request, begin, begin + n))
+                budget -= n
+        return decodes + prefills
+
+    @staticmethod
+    def _begin(request: Request) -> int:
+        """The first position to compute. Logits that an exception lost are computed again."""
+        sequence = request.sequence
+        assert sequence is not None
+        if sequence.length > request.next_row:
+            sequence.truncate(request.next_row)
+        return sequence.length
+
+    def _admit(self, waiting: list[Request], running: list[Request]) -> None:
+        """Start what there is room for, oldest first."""
+        for request in waiting:
+            if len(running) >= self.max_sequences and not self._preempt_paused(running):
+                return
+            if self._should_wait_for(request, running):
+                continue
+            if running and not self._has_pages_for(request, running) and not self._preempt_paused(running):
+                return
+            self._start(request)
+            running.append(request)
+
+    def _start(self, request: Request) -> None:
+        self._holders[request.number] = request
+        known = request.tokens(0, request.next_row)
+        request.sequence = self.context.sequence_match(known, request.salt, keep=request.keep)
+        request.note_cached(request.sequence.length)
+        request.is_started = True
+
+    def _should_wait_for(self, request: Request, running: list[Request]) -> bool:
+        """Whether one of `running` is about to compute the beginning of this request, too."""
+        n = request.next_row
+        n_known: int | None = None
+        for other in running:
+            assert other.sequence is not None
+            if other.salt != request.salt or not other.keep or other.sequence.length >= other.next_row:
+                continue
+            least = other.sequence.length + WORTH_WAITING_FOR
+            if least > min(n, other.next_row) or request.tokens(0, least) != other.tokens(0, least):
+                continue
+            if n_known is None:
+                n_known = self.context.match_length(request.tokens(0, n), request.salt)
+            if n_known < least:
+                return True
+        return False
+
+    def _has_pages_for(self, request: Request, running: list[Request]) -> bool:
+        """Whether the pages of this request fit beside those that the others hold and will need for what they miss."""
+        if self.max_pages == 0:
+            return True
+        if self._is_full:
+            return False
+        stats, page = self.context.cache_stats(), self.context.page_positions
+        n_held = stats["n_pages"] - stats["n_cached"] - stats["n_free"]
+        n_known = self.context.match_length(request.tokens(0, request.next_row), request.salt)
+        needed = n_held + _n_pages(request.n_tokens, page) - n_known // page
+        for other in running:
+            assert other.sequence is not None
+            needed += _n_pages(other.n_tokens, page) - _n_pages(other.sequence.length, page)
+        return needed <= self.max_pages
+
+    def _preempt_paused(self, running: list[Request]) -> bool:
+        """Take the sequence of a request whose caller does not read; it is computed again when he does."""
+        for request in reversed(running):
+            if request.is_paused:
+                request.sequence = None
+                running.remove(request)
+                return True
+        return False
+
+    # ------------------------------------------------------------ the forward and what comes of it
+
+    def _forward(self, grants: list[Grant]) -> bool:
+        """Whether there are logits now. Not if the forward was cancelled, or a request had to make room."""
+        tokens: list[int] = []
+        sequences: list[_core.Sequence] = []
+        wants = bytearray()
+        deadline = None
+        for request, begin, end, flags in grants:
+            assert request.sequence is not None
+            tokens += request.tokens(begin, end)
+            sequences += [request.sequence] * (end - begin)
+            wants += flags
+            if request.deadline is not None:
+                deadline = request.deadline if deadline is None else min(deadline, request.deadline)
+        self._granted = tuple(grants)
+        try:
+            failed = self.context.forward(tokens, sequences, wants, deadline=deadline)
+        except CancelledError:
+            return False  # somebody's deadline, or an abort: the others are computed in the next step
+        except OutOfMemoryError as error:
+            self._make_room(grants, error)
+            return False
+        finally:
+            self._granted = ()
+        if failed:
+            self._fail_rows(grants, failed)
+        return True
+
+    def _make_room(self, grants: list[Grant], error: OutOfMemoryError) -> None:
+        """The youngest request gives its pages up and is computed again later; a single one has nobody to wait for."""
+        self._is_full = True
+        holders = [request for request in self._requests.values() if request.sequence is not None]
+        if len(holders) > 1:
+            holders[-1].sequence = None
+        else:
+            grants[0].request.error = error
+
+    @staticmethod
+    def _fail_rows(grants: list[Grant], failed: bytes) -> None:
+        row = 0
+        for request, begin, end, _ in grants:
+            if any(failed[row : row + end - begin]):
+                request.error = NotFiniteError("an infinity or NaN appeared in the computation of this request")
+            row += end - begin
+
+    def _sample(self, grants: list[Grant]) -> None:
+        """The next token of every request whose last one was computed."""
+        from pyengine._sampler import sample_many
+
+        requests: list[GenerationRequest] = []
+        rows: list[int] = []
+        for (request, _, _, wants), row in with_rows(grants):
+            if isinstance(request, GenerationRequest) and wants[-1] and request.error is None:
+                requests.append(request)
+                rows.append(row)
+        if not requests:
+            return
+        errors = sample_many(
+            [self.context.logits(row) for row in rows],
+            [request.sampler for request in requests],
+            [request.n_tokens for request in requests],
+        )
+        for request, error in zip(requests, errors, strict=True):
+            request.error = error
+            request.catch_up()
+
+    def _take_rows(self, grants: list[Grant]) -> None:
+        for (request, begin, end, _), row in with_rows(grants):
+            if isinstance(request, RowsRequest) and request.error is None:
+                self._take(request, begin, end, row)
+
+    def _take(self, request: RowsRequest, begin: int, end: int, row: int) -> None:
+        for position in request.rows(begin, end):
+            try:
+                with memoryview(self.context.logits(row)) as logits:
+                    request.take(position, logits)
+            except Exception as error:  # of the caller's own making, for him alone
+                request.error = error
+                return
+            request.n_taken += 1
+            row += 1
+
+    # ------------------------------------------------------------ life
+
+    def close(self) -> None:
+        """End every request. Under the baton."""
+        self.closed = True
+        for request in list(self._requests.values()):
+            request.error = request.error or PyEngineError("this engine is closed")
+        self.sweep()
+        del self.context
+
+    def forget_other_threads(self, thread: int) -> None:
+        """In the child of a fork: the callers of other threads do not exist here."""
+        for number, request in list(self._requests.items()):
+            if request.thread != thread:
+                self._requests.pop(number, None)
+        self.sweep()
+
+    def check_integrity(self) -> dict[str, int]:
+        """Raises PyEngineError if any book does not balance: sequences and their requests, tokens and their pages,
+        references.
+
+        Returns the cache's counts. Under the baton, between steps.
+        """
+        self.sweep()
+        self.context.check()
+        stats = self.context.cache_stats()
+        holders = [request for request in self._holders.values() if request.sequence is not None]
+        if stats["n_sequences"] != len(holders):
+            raise PyEngineError(f"{stats['n_sequences']} sequences for {len(holders)} requests: some are lost")
+        for request in holders:
+            assert request.sequence is not None
+            held = request.sequence.tokens()
+            if list(held) != list(request.tokens(0, len(held))):
+                raise PyEngineError(f"request {request.number}: its sequence holds other tokens than its text")
+        return stats
+
+
+def _n_pages(n_tokens: int, page: int) -> int:
+    return -(-n_tokens // page)

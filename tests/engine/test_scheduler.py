@@ -1,0 +1,377 @@
+"""The scheduler: who gets which tokens when, and that nobody can tell from the output."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyengine
+from pyengine import Engine
+from pyengine.run import scheduler as scheduling
+from pyengine.run.pages import max_pages
+
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
+PAGE = 256
+
+
+def text(seed: int, n: int) -> list[int]:
+    return [3 + random.Random(seed * 1000 + i).randrange(50) for i in range(n)]
+
+
+class Recorder:
+    """A context that notes what every forward was given: (tokens, of how many sequences)."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self.steps: list[tuple[int, int]] = []
+
+    def forward(self, tokens: list[int], sequences: list[Any], wants: bytes, **options: Any) -> bytes:
+        self.steps.append((len(tokens), len({id(sequence) for sequence in sequences})))
+        failed: bytes = self._context.forward(tokens, sequences, wants, **options)
+        return failed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+def record(engine: Engine) -> Recorder:
+    recorder = Recorder(engine._scheduler.context)
+    engine._scheduler.context = recorder  # type: ignore[assignment]
+    return recorder
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Iterator[Engine]:
+    with Engine(tiny_model) as engine:
+        yield engine
+        stats = engine.check_integrity()
+        assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]
+
+
+# ------------------------------------------------------------------ one rule
+
+
+def test_a_prompt_is_one_step_and_every_token_another(engine: Engine) -> None:
+    recorder = record(engine)
+    engine.generate(text(1, 100), max_tokens=5, **SAMPLED)
+    assert recorder.steps == [(100, 1), (1, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_prompts_of_one_call_share_their_steps(engine: Engine) -> None:
+    recorder = record(engine)
+    engine.generate([text(i, 30) for i in range(5)], max_tokens=4, **SAMPLED)
+    assert recorder.steps == [(150, 5), (5, 5), (5, 5), (5, 5)]
+
+
+def test_a_long_prompt_comes_in_pieces_beside_a_stream(engine: Engine) -> None:
+    """Between two tokens of somebody who reads along lies at most one budget of somebody's prompt."""
+    stream = engine.stream(text(1, 8), max_tokens=60, **SAMPLED)
+    next(stream)
+    recorder = record(engine)
+    engine.generate(text(2, 500), max_tokens=1, **SAMPLED)
+    budget = scheduling.BUDGET_BESIDE_STREAMS
+    assert all(n_tokens <= budget + 1 and n_sequences == 2 for n_tokens, n_sequences in recorder.steps)
+    assert sum(n_tokens - 1 for n_tokens, _ in recorder.steps) == 500
+    assert len(stream.request.output.pieces) == 1 + len(recorder.steps)  # it went on all the while
+    list(stream)
+
+
+def test_score_and_logits_let_streams_go_on_too(engine: Engine) -> None:
+    stream = engine.stream(text(1, 8), max_tokens=60, **SAMPLED)
+    next(stream)
+    recorder = record(engine)
+    alone = engine.score(text(2, 400))
+    assert max(n_tokens for n_tokens, _ in recorder.steps) <= scheduling.BUDGET_BESIDE_STREAMS + 1
+    assert len(stream.request.output.pieces) == 1 + len(recorder.steps)
+    stream.close()
+    assert engine.score(text(2, 400)) == alone
+
+
+def test_a_stream_that_nobody_reads_pauses(engine: Engine) -> None:
+    stream = engine.stream(text(1, 8), max_tokens=400, **SAMPLED)
+    next(stream)
+    engine.generate(text(2, 8), max_tokens=200, **SAMPLED)
+    assert len(stream.request.output.pieces) < 50
+    rest = [piece.token for piece in stream]
+    assert len(rest) == 399
+
+
+def test_a_stream_that_nobody_holds_is_not_computed(engine: Engine) -> None:
+    stream = engine.stream(text(1, 8), max_tokens=400, **SAMPLED)
+    next(stream)
+    request = stream.request
+    del stream
+    gc.collect()
+    n_pieces = len(request.output.pieces)
+    engine.generate(text(2, 8), max_tokens=20, **SAMPLED)
+    assert len(request.output.pieces) == n_pieces and request.sequence is None
+
+
+# ------------------------------------------------------------------ shared beginnings
+
+
+def test_prompts_of_one_call_compute_their_common_beginning_once(engine: Engine) -> None:
+    beginning = text(1, 300)
+    prompts = [beginning + text(i, 20) for i in range(2, 10)]
+    recorder = record(engine)
+    together = engine.generate(prompts, max_tokens=4, **SAMPLED)
+    computed = sum(n_tokens for n_tokens, _ in recorder.steps)
+    assert computed <= 300 + 8 * (20 + 4)
+    assert [result.timings.cached_tokens for result in together[1:]] == [300] * 7
+    engine.clear_cache()
+    assert [result.tokens for result in together] == [
+        engine.generate(prompt, max_tokens=4, **SAMPLED).tokens for prompt in prompts
+    ]
+
+
+def test_samples_of_one_prompt_compute_it_once(engine: Engine) -> None:
+    recorder = record(engine)
+    engine.generate(text(1, 200), n=6, max_tokens=3, **SAMPLED)
+    assert sum(n_tokens for n_tokens, _ in recorder.steps) <= 200 + 6 * 3
+
+
+def test_another_salt_shares_nothing(engine: Engine) -> None:
+    prompt = text(1, 300)
+    first = engine.generate(prompt, max_tokens=3, cache_salt="a", **SAMPLED)
+    assert engine.generate(prompt, max_tokens=3, cache_salt="a", **SAMPLED).timings.cached_tokens == 299
+    for salt in ("b", None):
+        other = engine.generate(prompt, max_tokens=3, cache_salt=salt, **SAMPLED)
+        assert other.timings.cached_tokens == 0 and other.tokens == first.tokens
+    assert engine.stream(prompt, cache_salt="a", **SAMPLED).request.salt != bytes(16)
+    with pytest.raises(pyengine.InvalidArgumentError, match="cache_salt"):
+        engine.generate(prompt, cache_salt="", **SAMPLED)
+
+
+def test_a_conversation_that_goes_on_is_found_and_the_old_one_stays(engine: Engine) -> None:
+    first = engine.generate(text(1, 280), max_tokens=10, **SAMPLED)
+    both = text(1, 280) + first.tokens
+    regenerated = engine.generate(text(1, 290), max_tokens=3, **SAMPLED)  # another text from position 280 on
+    assert regenerated.timings.cached_tokens >= 280
+    continued = engine.generate(both + text(5, 9), max_tokens=3, **SAMPLED)
+    assert continued.timings.cached_tokens == 289
+
+
+@pytest.mark.parametrize("n_requests", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_requests_over_shared_beginnings(tiny_model: Path, n_requests: int) -> None:
+    """Batches, streams left half way, scores, two salts, and a cache so small that pages are evicted all the time:
+    every answer is the one of an engine that never saw anything else."""
+    rng = random.Random(7)
+    beginnings = [text(i, 300) for i in range(3)]
+    beginnings.append(beginnings[0][:256] + text(9, 200))
+    prompts = [
+        rng.choice(beginnings)[: rng.choice((1, 20, 255, 256, 257, 300))] + text(100 + i, rng.choice((1, 3, 40)))
+        for i in range(40)
+    ]
+    with Engine(tiny_model, n_threads=1) as cold:
+        expected = []
+        for prompt in prompts:
+            cold.clear_cache()
+            expected.append(cold.generate(prompt, max_tokens=4, **SAMPLED).tokens)
+    page_bytes = cold_page_bytes(tiny_model)
+    with Engine(tiny_model, n_threads=1, max_kv_bytes=6 * page_bytes, max_sequences=3) as engine:
+        done = 0
+        while done < n_requests:
+            chosen = [rng.randrange(len(prompts)) for _ in range(rng.choice((1, 1, 2, 5)))]
+            salt = rng.choice((None, None, "other"))
+            if rng.random() < 0.2:
+                stream = engine.stream(prompts[chosen[0]], max_tokens=4, cache_salt=salt, **SAMPLED)
+                read = [next(stream).token for _ in range(rng.randrange(1, 4))]
+                assert read == expected[chosen[0]][: len(read)]
+                if rng.random() < 0.5:
+                    stream.close()
+            results = engine.generate([prompts[i] for i in chosen], max_tokens=4, cache_salt=salt, **SAMPLED)
+            assert [result.tokens for result in results] == [expected[i] for i in chosen]
+            done += len(chosen)
+            if done % 50 < len(chosen):
+                stats = engine.check_integrity()
+                assert stats["n_pages"] <= 6
+        assert stats["n_evicted"] > n_requests / 20
+
+
+def cold_page_bytes(path: Path) -> int:
+    with Engine(path) as engine:
+        return engine.cache_stats()["page_bytes"]
+
+
+# ------------------------------------------------------------------ limits
+
+
+def test_more_sequences_than_allowed_wait(tiny_model: Path) -> None:
+    prompts = [text(i, 10) for i in range(9)]
+    with Engine(tiny_model, max_sequences=2) as engine:
+        recorder = record(engine)
+        results = engine.generate(prompts, max_tokens=3, **SAMPLED)
+        assert max(n_sequences for _, n_sequences in recorder.steps) == 2
+    with Engine(tiny_model) as engine:
+        assert [r.tokens for r in results] == [r.tokens for r in engine.generate(prompts, max_tokens=3, **SAMPLED)]
+
+
+def test_requests_that_do_not_fit_the_pages_wait_or_are_computed_again(tiny_model: Path) -> None:
+    """Four texts of two pages each, and room for three pages: each grows over its first page while others run."""
+    prompts = [text(i, 240) for i in range(4)]
+    with Engine(tiny_model) as engine:
+        expected = [result.tokens for result in engine.generate(prompts, max_tokens=40, **SAMPLED)]
+    with Engine(tiny_model, max_kv_bytes=1) as engine:  # less than one context: one context is granted
+        per_context = -(-engine.n_ctx // PAGE)
+        assert engine.cache_stats()["max_pages"] == per_context + 1 == 3
+        recorder = record(engine)
+        results = engine.generate(prompts, max_tokens=40, **SAMPLED)
+        assert [result.tokens for result in results] == expected
+        assert max(n_sequences for _, n_sequences in recorder.steps) > 1
+        assert engine.check_integrity()["n_pages"] <= 3
+
+
+def test_a_paused_stream_gives_way_and_goes_on(tiny_model: Path) -> None:
+    with Engine(tiny_model, max_sequences=1) as engine:
+        expected = [piece.token for piece in engine.stream(text(1, 8), max_tokens=120, **SAMPLED)]
+        stream = engine.stream(text(1, 8), max_tokens=120, **SAMPLED)
+        got = [next(stream).token]
+        assert engine.generate(text(2, 8), max_tokens=90, **SAMPLED).finish_reason == "length"
+        assert got + [piece.token for piece in stream] == expected
+
+
+def test_default_pages() -> None:
+    sizes = {"page_bytes": 1 << 20, "page_positions": 256, "n_ctx": 8192, "max_sequences": 16}
+    assert max_pages(None, **sizes) == 4 * 32
+    assert max_pages(None, **{**sizes, "n_ctx": 256}) == 2 * 16
+    assert max_pages(50 << 20, **sizes) == 50
+    assert max_pages(1, **sizes) == 33
+    assert max_pages(None, **{**sizes, "page_bytes": 1 << 60}) == 33
+
+
+# ------------------------------------------------------------------ many callers
+
+
+def test_threads_share_their_steps(engine: Engine) -> None:
+    """Eight callers of eight threads, once each waits for the others, are a batch of eight."""
+    expected = [engine.generate(text(i, 10), max_tokens=30, **SAMPLED).tokens for i in range(8)]
+    recorder = record(engine)
+    got: dict[int, list[int]] = {}
+    all_here = threading.Barrier(8)
+
+    def work(i: int) -> None:
+        all_here.wait()
+        got[i] = engine.generate(text(i, 10), max_tokens=30, **SAMPLED).tokens
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[i] for i in range(8)] == expected
+    # the last to come joined the first while it ran: far fewer steps than eight calls one after the other
+    assert len(recorder.steps) < 8 * 30 and max(n for _, n in recorder.steps) > 1
+
+
+def test_aborting_from_another_thread_ends_the_forward(engine: Engine) -> None:
+    """A stream closed by one thread while another one waits inside of its prefill."""
+    blocked = threading.Event()
+    go_on = threading.Event()
+    context = engine._scheduler.context
+
+    class Slow(Recorder):
+        def forward(self, *args: Any, **options: Any) -> bytes:
+            blocked.set()
+            go_on.wait(60)
+            return context.forward(*args, **options)
+
+    engine._scheduler.context = Slow(context)  # type: ignore[assignment]
+    stream = engine.stream(text(1, 300), max_tokens=3, **SAMPLED)
+    seen: list[object] = []
+
+    def read() -> None:
+        seen.extend(piece.token for piece in stream)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert blocked.wait(60)
+    stream.close()
+    go_on.set()
+    thread.join(60)
+    assert not thread.is_alive() and seen == []
+
+
+def test_a_bad_row_ends_its_own_request(tiny_model: Path) -> None:
+    """The core says which rows failed; here it is told to say so of one sequence."""
+    prompts = [text(i, 12) for i in range(3)]
+    with Engine(tiny_model) as engine:
+        expected = engine.generate(prompts[0], max_tokens=5, **SAMPLED).tokens
+        context = engine._scheduler.context
+
+        class Failing(Recorder):
+            def forward(self, tokens: list[int], sequences: list[Any], wants: bytes, **options: Any) -> bytes:
+                super().forward(tokens, sequences, wants, **options)
+                bad = [sequence.tokens()[0] == prompts[1][0] for sequence in sequences]
+                return bytes(bad) if any(bad) else b""
+
+        engine._scheduler.context = Failing(context)  # type: ignore[assignment]
+        assert prompts[0][0] != prompts[1][0]
+        good = engine.stream(prompts[0], max_tokens=5, **SAMPLED)
+        got = [next(good).token]
+        with pytest.raises(pyengine.NotFiniteError):
+            engine.generate(prompts[1], max_tokens=5, **SAMPLED)
+        assert got + [piece.token for piece in good] == expected
+        assert engine.check_integrity()["n_sequences"] == 0
+
+
+# ------------------------------------------------------------------ what a call refuses, and when
+
+
+def test_a_stream_refuses_at_the_call(engine: Engine) -> None:
+    with pytest.raises(pyengine.ContextFullError):
+        engine.stream([5] * 600)
+    with pytest.raises(pyengine.InvalidArgumentError, match="logit_bias"):
+        engine.stream([5], logit_bias={10**6: 1.0})
+
+
+def test_a_finished_stream_stays_finished(engine: Engine) -> None:
+    stream = engine.stream(text(1, 5), max_tokens=2, **SAMPLED)
+    assert len(list(stream)) == 2
+    with pytest.raises(StopIteration):
+        next(stream)
+    stream.close()
+
+
+@pytest.mark.parametrize("options", [{"n_ctx": 1.5}, {"n_ctx": True}, {"max_sequences": 0}, {"max_kv_bytes": -1}])
+def test_engine_options_are_whole_numbers(tiny_model: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(pyengine.InvalidArgumentError, match=next(iter(options))):
+        Engine(tiny_model, **options)
+
+
+def test_an_engine_pickles_as_its_path_and_options(tiny_model: Path) -> None:
+    with Engine(tiny_model, n_ctx=100, n_threads=1, seed=3, max_sequences=5) as engine:
+        expected = engine.generate(text(1, 5), max_tokens=3, temperature=1.0)
+        copy = pickle.loads(pickle.dumps(engine))
+    with copy:
+        assert (copy.n_ctx, copy.n_threads, copy.seed) == (100, 1, 3)
+        assert copy.generate(text(1, 5), max_tokens=3, temperature=1.0).tokens == expected.tokens
+    with pytest.raises(pyengine.PyEngineError, match="closed"):
+        pickle.dumps(copy)
+
+
+def test_after_close_everything_says_so(tiny_model: Path) -> None:
+    engine = Engine(tiny_model)
+    unread = engine.stream(text(1, 5), **SAMPLED)
+    engine.close()
+    calls: list[Any] = [
+        lambda: engine.generate([5]),
+        lambda: engine.stream([5]),
+        lambda: engine.score([5, 6]),
+        lambda: engine.logits([5, 6]),
+        lambda: engine.tokenize("a"),
+        lambda: engine.chat([{"role": "user", "content": "a"}]),
+        lambda: engine.memory(),
+        lambda: engine.isa,
+        lambda: engine.context,
+        lambda: next(unread),
+    ]
+    for call in calls:
+        with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
+            call()
