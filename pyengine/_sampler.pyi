@@ -1,17 +1,16 @@
 """Types of the compiled module; csrc/sampler/sampler.h has the law."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from typing_extensions import Buffer
 
-from pyengine.errors import PyEngineError
 from pyengine.sampling import ResolvedParams
 
 MAX_TOP_LOGPROBS: int
 
 class Sampler:
     outputs: list[int]
-    logprobs: list[tuple[float, list[tuple[int, float]]]]
+    logprobs: list[tuple[int, float, tuple[tuple[int, float], ...]] | None] | None
     def __init__(
         self, params: ResolvedParams, vocab_size: int, *, end_ids: Iterable[int] = (), sample_index: int = 0
     ) -> None: ...
@@ -19,12 +18,16 @@ class Sampler:
     def accept(self, token: int) -> None: ...
     def reset(self) -> None: ...
     def sample(
-        self, logits: Buffer, position: int
+        self, logits: Buffer, position: int, mask: Buffer | None = None
     ) -> tuple[int, float | None, list[tuple[int, float]] | None]: ...
 
 def sample_many(
-    rows: list[Buffer], samplers: list[Sampler], positions: list[int]
-) -> list[PyEngineError | None]: ...
+    rows: Sequence[Buffer],
+    samplers: Sequence[Sampler],
+    positions: Sequence[int],
+    masks: Sequence[Buffer | None] | None = None,
+    n_threads: int = 1,
+) -> list[Exception | None]: ...
 def logprobs(logits: Buffer, token: int, n_top: int = 0) -> tuple[float, list[tuple[int, float]]]: ...
 def _philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, int, int, int]: ...
 def _exp(x: float) -> float: ...

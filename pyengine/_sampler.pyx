@@ -1,12 +1,14 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """The border of csrc/sampler/sampler.h: validate, release the GIL, one call, one check.
 
-Logits are any C-contiguous one-dimensional float32 buffer (numpy, array.array('f'), memoryview); tokens are int32 buffers.
+Logits are any C-contiguous one-dimensional float32 buffer (numpy, array.array('f'), memoryview); tokens are int32 buffers; masks are
+uint32 buffers of (vocab_size + 31) // 32 words, where bit i % 32 of word i // 32 is 1 if token i is allowed.
 A `Sampler` serves one sequence and must not be used by two threads at once.
 """
 
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 
 from pyengine.errors import InvalidArgumentError, OutOfMemoryError, STATUS_ERRORS
 
@@ -45,8 +47,17 @@ cdef extern from "sampler/sampler.h" nogil:
     void pe_sampler_destroy(pe_sampler *sampler)
     void pe_sampler_reset(pe_sampler *sampler)
     pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bint is_prompt, char *err)
-    pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, pe_sample_result *out,
-                                char *err)
+    pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, const uint32_t *mask,
+                                pe_sample_result *out, char *err)
+    ctypedef struct pe_sample_row:
+        pe_sampler *sampler
+        const float *logits
+        uint64_t position
+        const uint32_t *mask
+        pe_status status
+        char *err
+        pe_sample_result result
+    pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err)
     pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
                           char *err)
 
@@ -63,14 +74,42 @@ cdef extern from "sampler/double_math.h" nogil:
 MAX_TOP_LOGPROBS = PE_SAMPLER_MAX_TOP_LOGPROBS
 
 
+cdef object error_of(pe_status status, const char *err):
+    return STATUS_ERRORS[<int>status]((<bytes>err).decode("utf-8", "replace"))
+
+
 cdef int check(pe_status status, const char *err) except -1:
     if status != PE_OK:
-        raise STATUS_ERRORS[<int>status]((<bytes>err).decode("utf-8", "replace"))
+        raise error_of(status, err)
     return 0
 
 
 cdef list top_of(const pe_sample_result *result):
     return [(result.top_ids[i], result.top_logprobs[i]) for i in range(result.n_top)]
+
+
+cdef class _View:
+    """A one-dimensional C-contiguous buffer of 4-byte items, held until `release`, or this object's end."""
+
+    cdef Py_buffer buffer
+    cdef bint held
+
+    def __cinit__(self, source, str format, Py_ssize_t size, str what):
+        PyObject_GetBuffer(source, &self.buffer, PyBUF_FORMAT | PyBUF_ND)
+        self.held = True
+        given = (<bytes>self.buffer.format).decode() if self.buffer.format != NULL else "B"
+        if self.buffer.ndim != 1 or self.buffer.itemsize != 4 or given not in format:
+            raise ValueError(f"{what}: a one-dimensional buffer of type {format[0]!r} is expected, not {given!r} of {self.buffer.ndim} dimensions")
+        if self.buffer.shape[0] != size:
+            raise InvalidArgumentError(f"{self.buffer.shape[0]} {what}, expected {size}")
+
+    cdef void release(self):
+        if self.held:
+            self.held = False
+            PyBuffer_Release(&self.buffer)
+
+    def __dealloc__(self):
+        self.release()
 
 
 cdef class _Ids:
@@ -105,8 +144,11 @@ cdef class Sampler:
     cdef pe_sampler *sampler
     cdef size_t size
     cdef bint wants_logprobs
-    cdef readonly list outputs  # ids that sample_many has chosen, in order
-    cdef readonly list logprobs  # (logprob, [(token, logprob), ...]) of each, if they were asked for
+    # Every accepted token of the output, oldest first.
+    cdef readonly list outputs
+    # None unless the parameters ask for them; else, for each of `outputs`, (token, logprob, ((token, logprob), ...)) as it was sampled,
+    # or None if it was accepted without being sampled here.
+    cdef readonly list logprobs
 
     def __cinit__(self, params, size_t vocab_size, *, end_ids=(), uint64_t sample_index=0):
         cdef pe_sampler_params c
@@ -135,7 +177,8 @@ cdef class Sampler:
         stop = _Ids((*params.stop_token_ids, *end_ids))
         c.stop, c.n_stop = stop.data, stop.size
         self.size = vocab_size
-        self.outputs, self.logprobs = [], []
+        self.outputs = []
+        self.logprobs = [] if self.wants_logprobs else None
         check(pe_sampler_create(&self.sampler, vocab_size, &c, err), err)
 
     def __dealloc__(self):
@@ -149,58 +192,114 @@ cdef class Sampler:
             check(pe_sampler_accept(self.sampler, tokens[i], True, err), err)
 
     def accept(self, int32_t token):
-        """Tell the sampler of a token of the output. `sample` does not do so by itself."""
+        """Tell the sampler of a token of the output. `sample` does not do so by itself, `sample_many` does."""
+        self.record(token, None)
+
+    cdef int record(self, int32_t token, object entry) except -1:
+        """Accept `token`, in C and in `outputs` and `logprobs`, or change nothing: what can fail comes first."""
         cdef char err[PE_ERR_LEN]
-        check(pe_sampler_accept(self.sampler, token, False, err), err)
+        cdef object as_object = token
+        if token < 0 or <size_t>token >= self.size:
+            raise InvalidArgumentError(f"token {token} is not in a vocabulary of {self.size}")
+        self.outputs.append(as_object)
+        if self.wants_logprobs:
+            try:
+                self.logprobs.append(entry)
+            except MemoryError:
+                self.outputs.pop()
+                raise
+        pe_sampler_accept(self.sampler, token, False, err)  # the token was checked: it cannot fail
+        return 0
 
     def reset(self):
-        """Forget every accepted token."""
+        """Forget every accepted token. Lists that `outputs` and `logprobs` gave out stay as they are."""
+        outputs, logprobs = [], [] if self.wants_logprobs else None
+        self.outputs, self.logprobs = outputs, logprobs
         pe_sampler_reset(self.sampler)
 
-    def sample(self, const float[::1] logits not None, uint64_t position):
-        """The token for absolute position `position`: (token, logprob or None, [(token, logprob), ...] or None)."""
+    def sample(self, const float[::1] logits not None, uint64_t position, mask=None):
+        """The token for absolute position `position`: (token, logprob or None, [(token, logprob), ...] or None).
+
+        Raises NotFiniteError if a logit is an infinity or NaN, InvalidArgumentError if every token is banned.
+        """
         cdef char err[PE_ERR_LEN]
+        cdef const uint32_t *words = NULL
+        cdef _View view = None
         cdef pe_sample_result result
         cdef pe_status status
         if <size_t> logits.shape[0] != self.size:
             raise InvalidArgumentError(f"{logits.shape[0]} logits for a vocabulary of {self.size}")
+        if mask is not None:
+            view = mask_view(mask, self.size)
+            words = <const uint32_t *>view.buffer.buf
         with nogil:
-            status = pe_sampler_sample(self.sampler, &logits[0], position, &result, err)
+            status = pe_sampler_sample(self.sampler, &logits[0], position, words, &result, err)
         check(status, err)
         if not self.wants_logprobs:
             return result.token, None, None
         return result.token, result.logprob, top_of(&result)
 
 
-def sample_many(list rows, list samplers, list positions):
-    """Choose samplers[i]'s next token, for absolute position positions[i], from the float32 logits rows[i], and put it into its
-    `outputs` and its history.
+cdef _View mask_view(mask, size_t vocab_size):
+    return _View(mask, "IiLl", <Py_ssize_t>(vocab_size + 31) // 32, "words of a mask")
 
-    Returns a list with None or, for a sampler whose outputs have not changed, the error that belongs to it.
+
+def sample_many(rows, samplers, positions, masks=None, int n_threads=1) -> list:
+    """For every i: sample from rows[i], accept the token in samplers[i] and record it in its `outputs` and `logprobs`.
+
+    rows[i] (vocab_size) float32 logits, positions[i] the absolute position of the token, masks[i] a mask or None. Tokens are those of
+    `sample`, one call after the other, on up to n_threads threads. Returns a list: for each row None, or the exception that `sample`
+    would have raised; then its sampler has not changed. Raises when the arguments themselves are wrong: then nothing has changed.
+    No signal handler runs between sampling a row and recording it.
     """
     cdef char err[PE_ERR_LEN]
-    cdef pe_sample_result result
     cdef pe_status status
     cdef Sampler sampler
-    cdef const float[::1] logits
-    cdef uint64_t position
-    cdef list errors = []
-    for row, sampler, number in zip(rows, samplers, positions):
-        logits, position = row, number
+    cdef _View view
+    cdef list owners = list(samplers), views = []
+    cdef Py_ssize_t i, n = len(owners)
+    cdef list errors = [None] * n
+    if not (len(rows) == n == len(positions) and (masks is None or len(masks) == n)):
+        raise ValueError("rows, samplers, positions and masks differ in length")
+    cdef pe_sample_row *c_rows = <pe_sample_row *>calloc(n + 1, sizeof(pe_sample_row))
+    if c_rows == NULL:
+        raise OutOfMemoryError(f"no memory for {n} rows")
+    try:
+        for i in range(n):
+            sampler = owners[i]
+            if sampler is None:
+                raise TypeError("a sampler is None")
+            c_rows[i].sampler, c_rows[i].position = sampler.sampler, positions[i]
+            view = _View(rows[i], "f", sampler.size, "logits")
+            views.append(view)
+            c_rows[i].logits = <const float *>view.buffer.buf
+            if masks is not None and masks[i] is not None:
+                view = mask_view(masks[i], sampler.size)
+                views.append(view)
+                c_rows[i].mask = <const uint32_t *>view.buffer.buf
         err[0] = 0
         with nogil:
-            status = pe_sampler_sample(sampler.sampler, &logits[0], position, &result, err)
-        if status == PE_OK:
-            status = pe_sampler_accept(sampler.sampler, result.token, False, err)
-        if status == PE_OK:
-            sampler.outputs.append(result.token)
-            if sampler.wants_logprobs:
-                sampler.logprobs.append((result.logprob, top_of(&result)))
-            errors.append(None)
-        else:
-            errors.append(STATUS_ERRORS[<int>status]((<bytes>err).decode("utf-8", "replace")))
-        logits = None
+            status = pe_sample_many(c_rows, n, n_threads, err)
+        check(status, err)
+        for i in range(n):
+            errors[i] = record_row(owners[i], &c_rows[i])
+    finally:
+        free(c_rows)
+        for view in views:
+            view.release()
     return errors
+
+
+cdef object record_row(Sampler sampler, const pe_sample_row *row):
+    """None, or the exception of a row that was not recorded."""
+    if row.status != PE_OK:
+        return error_of(row.status, row.err)
+    try:
+        entry = (row.result.token, row.result.logprob, tuple(top_of(&row.result))) if sampler.wants_logprobs else None
+        sampler.record(row.result.token, entry)
+    except MemoryError as error:
+        return error
+    return None
 
 
 def logprobs(const float[::1] logits not None, int32_t token, size_t n_top=0):

@@ -1,87 +1,14 @@
-/* choice.c: steps 2 to 7 of the law in sampler.h, and log-probabilities, without sorting the vocabulary.
- *
- * Reads in the order of the law: candidates and their heap, the first k, the steps, the draw, log-probabilities. */
+/* choice.c: steps 2 to 7 of the law in sampler.h, without sorting the vocabulary. Reads in the order of the law. */
 #include <math.h>
 #include <string.h>
 
-#include "kernels/pe_math.h"
+#include "candidates.h"
 #include "double_math.h"
+#include "kernels/pe_math.h"
 #include "philox.h"
-#include "state.h"
 
 #define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
 #define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
-#define BLOCK 64             /* logits looked at together, so that the compiler can use vectors */
-
-/* ------------------------------------------------------------------ candidates and their heap */
-
-static inline bool comes_before(const pe_candidate *a, const pe_candidate *b) {
-    if (a->score != b->score) return a->score < b->score;
-    if (a->logit != b->logit) return a->logit > b->logit;
-    return a->id < b->id;
-}
-
-/* A binary heap: with `last_on_top` the root is the candidate that comes last, otherwise the one that comes first. */
-static inline void sift_down(pe_candidate *heap, size_t n, size_t parent, bool last_on_top) {
-    pe_candidate moving = heap[parent];
-    for (;;) {
-        size_t child = 2 * parent + 1;
-        if (child >= n) break;
-        if (child + 1 < n && comes_before(&heap[child + 1], &heap[child]) != last_on_top) child++;
-        if (comes_before(&moving, &heap[child]) != last_on_top) break;
-        heap[parent] = heap[child];
-        parent = child;
-    }
-    heap[parent] = moving;
-}
-
-static void make_heap(pe_candidate *heap, size_t n, bool last_on_top) {
-    for (size_t i = n / 2; i-- > 0;) sift_down(heap, n, i, last_on_top);
-}
-
-/* Take the first candidate out of heap[0..n): it moves to heap[n - 1], so what was taken lies at the end, latest first. */
-static const pe_candidate *pop_first(pe_candidate *heap, size_t n) {
-    pe_candidate first = heap[0];
-    heap[0] = heap[n - 1];
-    heap[n - 1] = first;
-    if (n > 1) sift_down(heap, n - 1, 0, false);
-    return &heap[n - 1];
-}
-
-/* ------------------------------------------------------------------ the first k */
-
-static inline bool any_above(const float *logits, size_t n, float threshold) {
-    int any = 0;
-    for (size_t i = 0; i < n; i++) any |= logits[i] > threshold;
-    return any;
-}
-
-/* The first k tokens of the order into pool, as a heap with the last of them on top; returns how many there were
- * (banned tokens, and with `weights` those of weight 0, are not candidates). Ids ascend, so a token that ties with the
- * last one of a full heap comes after it: only strictly larger logits enter, and whole blocks are skipped by one
- * comparison. */
-static size_t select_first(const float *logits, const uint64_t *weights, size_t n, size_t k, pe_candidate *pool) {
-    size_t count = 0;
-    float threshold = -INFINITY;
-    for (size_t begin = 0; begin < n; begin += BLOCK) {
-        size_t end = begin + BLOCK < n ? begin + BLOCK : n;
-        if (!any_above(logits + begin, end - begin, threshold)) continue;
-        for (size_t i = begin; i < end; i++) {
-            if (!(logits[i] > threshold) || (weights && weights[i] == 0)) continue;
-            pe_candidate entering = {0.0, weights ? weights[i] : 0, logits[i], (int32_t)i};
-            if (count < k) {
-                pool[count++] = entering;
-                if (count < k) continue;
-                make_heap(pool, k, true);
-            } else {
-                pool[0] = entering;
-                sift_down(pool, k, 0, true);
-            }
-            threshold = pool[0].logit;
-        }
-    }
-    return count;
-}
 
 /* ------------------------------------------------------------------ steps 2 and 3: weights, min-p */
 
@@ -104,8 +31,8 @@ static uint64_t weigh_all(const float *logits, size_t n, double top, double temp
                           uint64_t *weights) {
     const double lowest = top + temperature * (cut - 0.01);
     uint64_t total = 0;
-    for (size_t begin = 0; begin < n; begin += BLOCK) {
-        const size_t length = n - begin < BLOCK ? n - begin : BLOCK;
+    for (size_t begin = 0; begin < n; begin += PE_SAMPLER_BLOCK) {
+        const size_t length = n - begin < PE_SAMPLER_BLOCK ? n - begin : PE_SAMPLER_BLOCK;
         const float *l = logits + begin;
         uint64_t *w = weights + begin;
         int any = 0;
@@ -211,27 +138,4 @@ int32_t pe_sampler_choose(pe_sampler *s, const float *logits, float top, uint64_
     }
     make_heap(s->pool, n, false);
     return draw(p, s->pool, n, total, random);
-}
-
-/* ------------------------------------------------------------------ log-probabilities */
-
-void pe_sampler_fill_logprobs(const float *logits, size_t n, float top, size_t n_top, pe_sample_result *out) {
-    pe_candidate best[PE_SAMPLER_MAX_TOP_LOGPROBS];
-    double sum = 0.0; /* by ascending id */
-    for (size_t begin = 0; begin < n; begin += BLOCK) {
-        double terms[BLOCK];
-        size_t length = n - begin < BLOCK ? n - begin : BLOCK;
-        for (size_t i = 0; i < length; i++) terms[i] = pe_exp((double)logits[begin + i] - top);
-        for (size_t i = 0; i < length; i++) sum += terms[i];
-    }
-    double log_sum = pe_log(sum);
-    out->logprob = (double)logits[out->token] - top - log_sum;
-    size_t count = n_top ? select_first(logits, NULL, n, n_top, best) : 0;
-    out->n_top = (int32_t)count;
-    make_heap(best, count, false);
-    for (size_t i = 0; i < count; i++) {
-        const pe_candidate *next = pop_first(best, count - i);
-        out->top_ids[i] = next->id;
-        out->top_logprobs[i] = (double)next->logit - top - log_sum;
-    }
 }

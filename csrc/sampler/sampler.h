@@ -7,7 +7,8 @@
  *                    repetition r, tokens of prompt or output: l > 0 ? l / r : l * r
  *                    frequency f and presence p, tokens of the output seen c times: (l - f * c) - p
  *      bias          l + bias in float32; a bias of -infinity bans
- *      masks         tokens outside `allowed` (if given), in `bad`, or in `stop` before min_tokens outputs: banned
+ *      bans          tokens outside `allowed` or outside the call's mask (where given), in `bad`, or in `stop` before
+ *                    min_tokens outputs
  *   2. greedy        temperature 0: the first token of the order. Otherwise M is its logit, and each token has
  *                    d = (l - M) / temperature  and the weight  w = rint(exp(d) * 2^42), an integer (0 if d < -30)
  *   3. min-p         keep d >= ln(min_p)
@@ -71,7 +72,7 @@ typedef struct pe_sampler pe_sampler;
 
 /* Every neutral value: greedy, nothing banned, no log-probabilities. */
 void pe_sampler_params_init(pe_sampler_params *params);
-/* The only function that allocates. */
+/* The only function that allocates, but for the buffer of a sampler's first masked call. */
 pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sampler_params *params, char *err);
 void pe_sampler_destroy(pe_sampler *sampler);
 /* Forget every accepted token. */
@@ -79,10 +80,27 @@ void pe_sampler_reset(pe_sampler *sampler);
 /* Tell the sampler of a token of the prompt, or of the output (the sampler does not accept what it samples by itself,
  * so a token may be sampled and then dropped). */
 pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bool is_prompt, char *err);
-/* Choose the token at absolute position `position` of the sequence. logits (vocab_size) float32, not changed.
- * PE_ERR_NOT_FINITE if any is an infinity or NaN, PE_ERR_INVALID_ARGUMENT if every token is banned. */
-pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, pe_sample_result *out,
-                            char *err);
+/* Choose the token at absolute position `position` of the sequence. logits (vocab_size) float32, not changed. mask
+ * ((vocab_size + 31) / 32): bit i % 32 of word i / 32 is 1 where token i is allowed in this call; NULL = every token.
+ * PE_ERR_NOT_FINITE if a logit is an infinity or NaN, PE_ERR_INVALID_ARGUMENT if every token is banned. */
+pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, const uint32_t *mask,
+                            pe_sample_result *out, char *err);
+
+/* One call of pe_sampler_sample among many. */
+typedef struct pe_sample_row {
+    pe_sampler *sampler;     /* of this row alone */
+    const float *logits;     /* (vocab_size) */
+    uint64_t position;
+    const uint32_t *mask;    /* or NULL */
+    pe_status status;        /* out: as pe_sampler_sample returns it */
+    char err[PE_ERR_LEN];    /* out */
+    pe_sample_result result; /* out, if status is PE_OK */
+} pe_sample_row;
+
+/* pe_sampler_sample for every row, on at most n_threads (>= 1) threads of the pool: the same tokens as one by one. A row
+ * that fails says so itself and disturbs no other. The call fails, and has looked at no row, if a sampler is in two rows
+ * or the threads cannot be had. */
+pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err);
 
 /* Log-probability of `token` and of the n_top (<= 64) most probable tokens, without a sampler: for scoring given text. */
 pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,

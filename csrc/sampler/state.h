@@ -1,5 +1,4 @@
-/* state.h: what the two halves of the sampler share. sampler.c keeps the history, edits the logits by it and owns
- * the memory; choice.c takes a token, or log-probabilities, out of logits. */
+/* state.h: a sampler from inside, and what its files ask of one another. */
 #ifndef PE_SAMPLER_STATE_H
 #define PE_SAMPLER_STATE_H
 
@@ -24,15 +23,22 @@ struct pe_sampler {
     int32_t *seen;      /* (n_seen of vocab_size) distinct tokens of prompt and output */
     size_t n_seen;
     uint64_t n_outputs; /* tokens accepted as output */
-    float *adjusted;    /* (vocab_size) logits after step 1 */
+    float *adjusted;    /* (vocab_size) logits after step 1; NULL until these parameters or a mask ask for it */
     uint64_t *weights;  /* (vocab_size) */
     pe_candidate *pool; /* (top_k or vocab_size) */
+    bool marked;        /* within samplers_are_distinct */
 };
 
-/* Steps 2 to 7 of the law, for a temperature above 0: the token drawn at `position`. logits (vocab_size) are those after
+/* edits.c: step 1. *out is `logits` itself if there is nothing to change, else the sampler's edited copy of them. */
+pe_status pe_sampler_edit(pe_sampler *sampler, const float *logits, const uint32_t *mask, const float **out,
+                          char *err);
+/* choice.c: steps 2 to 7 for a temperature above 0: the token drawn at `position`. logits (vocab_size) are those after
  * step 1; top, the largest of them, is finite. */
 int32_t pe_sampler_choose(pe_sampler *sampler, const float *logits, float top, uint64_t position);
-/* Fill in the log-probability of out->token and the n_top (<= 64) most probable tokens. logits (n) finite, top the largest. */
+/* logprobs.c: fill in the log-probability of out->token and the n_top (<= 64) most probable tokens. logits (n) finite,
+ * top the largest. */
 void pe_sampler_fill_logprobs(const float *logits, size_t n, float top, size_t n_top, pe_sample_result *out);
+/* sample.c: the largest logit; false if any is an infinity or NaN. */
+bool pe_sampler_finite_maximum(const float *logits, size_t n, float *out);
 
 #endif

@@ -121,8 +121,7 @@ class Output:
         reading.n_read += 1
         logprob = None
         if self.params.logprobs is not None:
-            value, top = self._sampler.logprobs[index]
-            logprob = TokenLogprob(token, value, tuple(top))
+            logprob = self._logprobs(index, index + 1)[0]
         if token in self._end_ids or token in self._stop_ids:
             reading.stop_reason = token if token in self._stop_ids else None
             text = reading.finish("stop")
@@ -141,10 +140,7 @@ class Output:
         assert reading.finish_reason is not None
         logprobs = None
         if self.params.logprobs is not None:
-            logprobs = [
-                TokenLogprob(token, value, tuple(top))
-                for token, (value, top) in zip(self._sampler.outputs, self._sampler.logprobs, strict=True)
-            ][: reading.n_read]
+            logprobs = self._logprobs(0, reading.n_read)
         timings = Timings(
             self._prompt_tokens,
             self.cached_tokens,
@@ -161,3 +157,7 @@ class Output:
             logprobs,
             timings,
         )
+
+    def _logprobs(self, begin: int, end: int) -> list[TokenLogprob]:
+        assert self._sampler.logprobs is not None
+        return [TokenLogprob(*entry) for entry in self._sampler.logprobs[begin:end] if entry is not None]

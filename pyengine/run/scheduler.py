@@ -285,6 +285,7 @@ class Scheduler:
             [self.context.logits(row) for row in rows],
             [request.sampler for request in requests],
             [request.n_tokens for request in requests],
+            n_threads=self.n_threads,
         )
         for request, error in zip(requests, errors, strict=True):
             request.error = error

@@ -42,6 +42,8 @@ static void test_the_rest(const struct pe_kernels *const *tables, size_t n_table
     test_cpu_limits();
     section("KV cache");
     test_kv_cache();
+    section("sampler");
+    test_sampler();
     section("arguments");
     test_arguments();
     section("forward");

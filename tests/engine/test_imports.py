@@ -99,7 +99,7 @@ C_ROOMS: dict[str, set[str]] = {
     "mlp": {"slice", "matmul"},
     "context": {"status", "platform", "slice", "kv_cache", "matmul", "attention"},
     "forward": {"status", "platform", "float_env", "slice", "kv_cache", "matmul", "block", "mlp", "context"},
-    "sampler": {"pyengine", "status", "float_env", "kernels"},
+    "sampler": {"pyengine", "status", "float_env", "kernels", "threadpool"},
 }
 
 

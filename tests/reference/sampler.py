@@ -25,9 +25,14 @@ def random_bits(seed: int, position: int, sample_index: int) -> int:
 
 
 def adjust(
-    logits: np.ndarray, p: Any, prompt: list[int], output: list[int], end_ids: tuple[int, ...] = ()
+    logits: np.ndarray,
+    p: Any,
+    prompt: list[int],
+    output: list[int],
+    end_ids: tuple[int, ...] = (),
+    mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Step 1. logits (V) float32 -> (V) float32."""
+    """Step 1. logits (V) float32, mask (V) bool -> (V) float32."""
     out = logits.astype(np.float32).copy()
     penalties = (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1.0, 0.0, 0.0)
     for token in set(prompt) | set(output) if penalties else ():
@@ -43,6 +48,8 @@ def adjust(
         banned = np.ones(len(out), bool)
         banned[list(p.allowed_token_ids)] = False
         out[banned] = -np.inf
+    if mask is not None:
+        out[~mask] = -np.inf
     out[list(p.bad_token_ids)] = -np.inf
     if len(output) < p.min_tokens:
         out[[*p.stop_token_ids, *end_ids]] = -np.inf
@@ -62,8 +69,9 @@ def choose(
     prompt: list[int] | None = None,
     output: list[int] | None = None,
     end_ids: tuple[int, ...] = (),
+    mask: np.ndarray | None = None,
 ) -> int:
-    adjusted = adjust(logits, p, prompt or [], output or [], end_ids)
+    adjusted = adjust(logits, p, prompt or [], output or [], end_ids, mask)
     ids = order(adjusted, np.flatnonzero(adjusted > -np.inf))
     if p.temperature == 0:
         return int(ids[0])

@@ -1,0 +1,115 @@
+/* sample.c: one call, logits -> token: step 1 (edits.c), then the greedy choice or steps 2 to 7 (choice.c), then
+ * log-probabilities (logprobs.c). And many calls at once. */
+#include <math.h>
+
+#include "float_env.h"
+#include "kernels/pe_math.h"
+#include "state.h"
+#include "status.h"
+#include "threadpool.h"
+
+/* ------------------------------------------------------------------ passes over the logits */
+
+bool pe_sampler_finite_maximum(const float *logits, size_t n, float *out) {
+    float lanes[16];
+    uint32_t largest_bits = 0;
+    size_t i = 0;
+    for (int l = 0; l < 16; l++) lanes[l] = logits[0];
+    for (; i + 16 <= n; i += 16) {
+        int32_t bad = 0;
+        for (size_t l = 0; l < 16; l++) {
+            float x = logits[i + l];
+            bad |= (int32_t)(pe_float_bits(x) & 0x7fffffffu) >= (int32_t)PE_NOT_FINITE_BITS;
+            lanes[l] = x > lanes[l] ? x : lanes[l];
+        }
+        if (bad) return false;
+    }
+    for (; i < n; i++) {
+        uint32_t bits = pe_float_bits(logits[i]) & 0x7fffffffu;
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+        lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
+    }
+    for (int l = 1; l < 16; l++) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
+    *out = lanes[0];
+    return largest_bits < PE_NOT_FINITE_BITS;
+}
+
+static float maximum(const float *logits, size_t n) {
+    float lanes[16];
+    size_t i = 0;
+    for (int l = 0; l < 16; l++) lanes[l] = logits[0];
+    for (; i + 16 <= n; i += 16)
+        for (size_t l = 0; l < 16; l++) lanes[l] = logits[i + l] > lanes[l] ? logits[i + l] : lanes[l];
+    for (; i < n; i++) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
+    for (int l = 1; l < 16; l++) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
+    return lanes[0];
+}
+
+/* ------------------------------------------------------------------ one call */
+
+static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, const uint32_t *mask,
+                        pe_sample_result *out, char *err) {
+    const float *adjusted;
+    float raw_top, top;
+    if (!pe_sampler_finite_maximum(logits, s->vocab_size, &raw_top))
+        return pe_fail(PE_ERR_NOT_FINITE, err, "a logit at position %llu is an infinity or NaN",
+                       (unsigned long long)position);
+    pe_status status = pe_sampler_edit(s, logits, mask, &adjusted, err);
+    if (status != PE_OK) return status;
+    top = adjusted == logits ? raw_top : maximum(adjusted, s->vocab_size);
+    if (top == -INFINITY)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err,
+                       "every token is banned: allowed_token_ids, bad tokens, logit_bias, min_tokens and the mask "
+                       "leave none");
+    if (s->params.temperature == 0.0) {
+        size_t i = 0;
+        while (adjusted[i] != top) i++;
+        out->token = (int32_t)i;
+    } else {
+        out->token = pe_sampler_choose(s, adjusted, top, position);
+    }
+    out->n_top = 0;
+    out->logprob = 0.0;
+    if (s->params.n_top_logprobs >= 0)
+        pe_sampler_fill_logprobs(logits, s->vocab_size, raw_top, (size_t)s->params.n_top_logprobs, out);
+    return PE_OK;
+}
+
+pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, const uint32_t *mask,
+                            pe_sample_result *out, char *err) {
+    uint64_t env = pe_float_env_enter();
+    pe_status status = sample(sampler, logits, position, mask, out, err);
+    pe_float_env_leave(env);
+    return status;
+}
+
+/* ------------------------------------------------------------------ many calls */
+
+static void sample_unit(void *arg, size_t unit, int thread) {
+    (void)thread;
+    pe_sample_row *row = (pe_sample_row *)arg + unit;
+    row->err[0] = '\0';
+    row->status = sample(row->sampler, row->logits, row->position, row->mask, &row->result, row->err);
+}
+
+/* Whether every sampler is in one row only. Marks are taken off again. */
+static bool samplers_are_distinct(pe_sample_row *rows, size_t n_rows) {
+    size_t n_marked = 0;
+    while (n_marked < n_rows && !rows[n_marked].sampler->marked) rows[n_marked++].sampler->marked = true;
+    for (size_t i = 0; i < n_marked; i++) rows[i].sampler->marked = false;
+    return n_marked == n_rows;
+}
+
+pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err) {
+    if (n_threads < 1 || n_threads > PE_MAX_THREADS)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 1 to %d", n_threads, PE_MAX_THREADS);
+    if (!samplers_are_distinct(rows, n_rows))
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "a sampler is in two of %zu rows", n_rows);
+    pe_status status = pe_pool_acquire(n_threads, err);
+    if (status != PE_OK) return status;
+    uint64_t env = pe_float_env_enter();
+    pe_parallel_for(n_threads, n_rows, sample_unit, rows, NULL);
+    pe_float_env_leave(env);
+    pe_pool_release();
+    return PE_OK;
+}
