@@ -3,6 +3,8 @@ from typing import Any, Literal
 
 from typing_extensions import Buffer
 
+from pyengine.format.config import FrozenConfig
+
 def status_count() -> int: ...
 def available_isas() -> list[str]: ...
 def select_isa(name: str | None = None) -> None: ...
@@ -15,7 +17,7 @@ class Model:
     vocab_size: int
     dim: int
     def __init__(
-        self, config: Mapping[str, Any], buffer: Buffer, tensors: Mapping[str, tuple[int, int]], n_threads: int = 0
+        self, config: FrozenConfig, buffer: Buffer, tensors: Mapping[str, tuple[int, int, str]], n_threads: int = 0
     ) -> None: ...
 
 class LogitsRow(Buffer): ...

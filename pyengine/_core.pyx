@@ -85,8 +85,8 @@ def throttling() -> dict:
 cdef class Model:
     """Immutable weights: views into `buffer`, which this object keeps alive.
 
-    config: mapping with the keys of pe_config. buffer: a C-contiguous bytes-like object whose memory is 64-byte aligned (a map).
-    tensors: name -> (offset, n_bytes) in file order. Raises ModelFormatError when anything disagrees with csrc/FORMAT.md.
+    config: a FrozenConfig. buffer: a C-contiguous bytes-like object whose memory is 64-byte aligned (a map). tensors: name ->
+    (offset, n_bytes, kind) in file order. Raises ModelFormatError when anything disagrees with csrc/FORMAT.md.
     """
 
     cdef pe_model *model
@@ -95,34 +95,49 @@ cdef class Model:
     cdef readonly int dim
 
     def __cinit__(self, config, buffer, tensors, int n_threads=0):
-        cdef pe_config c
-        cdef char[PE_ERR_LEN] err
-        cdef pe_status status
-        err[0] = 0
-        c.dim, c.hidden_dim, c.n_layers = config["dim"], config["hidden_dim"], config["n_layers"]
-        c.n_heads, c.n_kv_heads, c.head_dim = config["n_heads"], config["n_kv_heads"], config["head_dim"]
-        c.vocab_size, c.max_seq_len, c.sliding_window = config["vocab_size"], config["max_seq_len"], config["sliding_window"]
-        c.norm_eps, c.tie_embeddings = config["norm_eps"], config["tie_embeddings"]
-        c.qkv_bias, c.o_bias, c.qk_norm = config["qkv_bias"], config["o_bias"], config["qk_norm"]
-        check(pe_model_create(&self.model, &c, err), err)
-        self.vocab_size, self.dim = c.vocab_size, c.dim
+        self._create(config)
         self.buffer = buffer
         self._set_tensors(tensors, n_threads)
+
+    cdef _create(self, config):
+        cdef pe_config c
+        cdef char[PE_ERR_LEN] err
+        cdef size_t i
+        cdef pe_layer_spec *specs = <pe_layer_spec *>PyMem_Malloc((len(config.layers) + 1) * sizeof(pe_layer_spec))
+        if specs == NULL:
+            raise MemoryError
+        err[0] = 0
+        try:
+            c.dim, c.hidden_dim, c.n_layers = config.dim, config.hidden_dim, len(config.layers)
+            c.n_heads, c.n_kv_heads, c.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+            c.vocab_size, c.max_seq_len = config.vocab_size, config.max_seq_len
+            c.norm_eps, c.tie_embeddings = config.norm_eps, config.tie_embeddings
+            c.qkv_bias, c.o_bias, c.qk_norm = config.qkv_bias, config.o_bias, config.qk_norm
+            names = [(layer.norm.encode(), layer.activation.encode()) for layer in config.layers]
+            for i, layer in enumerate(config.layers):
+                specs[i].window, specs[i].rope = layer.window, layer.rope
+                specs[i].norm, specs[i].activation = names[i][0], names[i][1]
+            c.layers = specs
+            check(pe_model_create(&self.model, &c, err), err)
+        finally:
+            PyMem_Free(specs)
+        self.vocab_size, self.dim = c.vocab_size, c.dim
 
     cdef _set_tensors(self, tensors, int n_threads):
         cdef char[PE_ERR_LEN] err
         cdef pe_status status
         cdef size_t i = 0, n = len(tensors), offset, n_bytes, size = self.buffer.shape[0]
-        names = [name.encode() for name in tensors]
+        names = [(name.encode(), kind.encode()) for name, (_, _, kind) in tensors.items()]
         cdef pe_tensor *list_ = <pe_tensor *>PyMem_Malloc((n + 1) * sizeof(pe_tensor))
         if list_ == NULL:
             raise MemoryError
         try:
-            for name, (begin, length) in tensors.items():
+            for name, (begin, length, _) in tensors.items():
                 offset, n_bytes = begin, length
                 if n_bytes == 0 or offset >= size or n_bytes > size - offset:
                     raise ModelFormatError(f"tensor {name} lies outside the file")
-                list_[i].name, list_[i].data, list_[i].n_bytes = names[i], &self.buffer[offset], n_bytes
+                list_[i].name, list_[i].kind = names[i][0], names[i][1]
+                list_[i].data, list_[i].n_bytes = &self.buffer[offset], n_bytes
                 i += 1
             err[0] = 0
             with nogil:

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -106,15 +106,15 @@ class Engine:
         self._chat_template: ChatTemplate | None = None
         n_threads = _checked_threads(n_threads)
         self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
-        config = asdict(self._file.config)
-        if not 0 <= n_ctx <= config["max_seq_len"]:
-            raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config['max_seq_len']}")
-        config["max_seq_len"] = n_ctx or config["max_seq_len"]
-        self.n_ctx: int = config["max_seq_len"]
-        self.vocab_size: int = config["vocab_size"]
+        config = self._file.config
+        if not 0 <= n_ctx <= config.max_seq_len:
+            raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config.max_seq_len}")
+        self.n_ctx = n_ctx or config.max_seq_len
+        config = replace(config, max_seq_len=self.n_ctx)
+        self.vocab_size = config.vocab_size
         self.seed = seed
         self._generation_config = self._json_rider("generation_config.json")
-        self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
+        self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
         self.context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
@@ -147,7 +147,7 @@ class Engine:
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the frozen file, as plain values."""
-        return asdict(self._file.config)
+        return self._file.config.to_document()
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from ..format.config import MAX_LAYERS, MAX_POSITIONS, FrozenConfig
+from ..format.config import MAX_LAYERS, MAX_POSITIONS, FrozenConfig, same_layers
 from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safetensors_header
 from ..format.inventory import MAX_RIDER_BYTES
 from ..format.quantize import Float32Array, RowSource
@@ -223,7 +223,7 @@ def _frozen_config(config: dict[str, Any], generation: dict[str, Any], names: se
         vocab_size=_int(config, "vocab_size"),
         max_seq_len=min(_int(config, "max_position_embeddings"), MAX_POSITIONS),
         norm_eps=config.get("rms_norm_eps"),  # type: ignore[arg-type]  # checked there
-        sliding_window=_sliding_window(config, architecture, n_layers),
+        layers=same_layers(n_layers, window=_sliding_window(config, architecture, n_layers)),
         tie_embeddings=PARTS["output"].hf not in names if tied is None else bool(tied),
         qkv_bias=_bias(architecture.qkv_bias, config),
         o_bias=_bias(architecture.o_bias, config),
@@ -313,7 +313,7 @@ def load_hf(directory: Path, name: str | None = None) -> SourceModel:
         model = build_model(
             reader,
             frozen,
-            _inv_freq(config, frozen.head_dim),
+            [_inv_freq(config, frozen.head_dim)],
             kind="hf",
             name=name or directory.resolve().name,
             source=f"{directory.resolve().name} ({architecture.model_type})",
