@@ -30,12 +30,12 @@ static pe_status check_config(const pe_config *c, char *err) {
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++)
         if (ranges[i].value < ranges[i].least || ranges[i].value > ranges[i].most)
             return pe_fail(PE_ERR_FORMAT, err, "config: %s is %u, expected %u to %u", ranges[i].name, ranges[i].value,
-                        ranges[i].least, ranges[i].most);
+                           ranges[i].least, ranges[i].most);
     if (c->head_dim % 2 != 0)
         return pe_fail(PE_ERR_FORMAT, err, "config: head_dim %u is odd, RoPE needs pairs", c->head_dim);
     if (c->n_heads % c->n_kv_heads != 0)
         return pe_fail(PE_ERR_FORMAT, err, "config: n_heads %u is not a multiple of n_kv_heads %u", c->n_heads,
-                    c->n_kv_heads);
+                           c->n_kv_heads);
     if (!(c->norm_eps >= 0.0f && c->norm_eps < 1.0f))
         return pe_fail(PE_ERR_FORMAT, err, "config: norm_eps is outside [0, 1)");
     return PE_OK;
@@ -274,7 +274,7 @@ static pe_status check_slots(const slot *slots, size_t n_slots, size_t *first_un
     const char *bad = atomic_load(&check.bad_name);
     return bad == NULL ? PE_OK
                        : pe_fail(PE_ERR_FORMAT, err,
-                              "tensor %s holds a value that the format forbids (code -128, or not finite)", bad);
+                                 "tensor %s holds a value that the format forbids (code -128, or not finite)", bad);
 }
 
 static pe_status check_values(pe_model *model, int n_threads, char *err) {
@@ -308,7 +308,7 @@ static pe_status check_inv_freq(const pe_model *model, char *err) {
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err) {
     if (n_threads < 0 || n_threads > PE_MAX_THREADS)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 0 (automatic) to %d", n_threads,
-                    PE_MAX_THREADS);
+                           PE_MAX_THREADS);
     assignment a = {.tensors = tensors, .n_tensors = n_tensors, .err = err};
     model->ready = false;
     if (visit_tensors(model, assign_next, &a) != 0) return a.status;
