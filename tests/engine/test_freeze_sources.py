@@ -251,6 +251,17 @@ def test_sliding_windows(tmp_path: Path, config: dict[str, Any], window: int) ->
     assert frozen_hf(tmp_path, config).config.layers == (LayerSpec(window=window),) * 2
 
 
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, [0, 8]),
+        (MISTRAL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, [8, 0]),
+    ],
+)
+def test_windows_by_layer(tmp_path: Path, config: dict[str, Any], windows: list[int]) -> None:
+    assert [layer.window for layer in frozen_hf(tmp_path, config).config.layers] == windows
+
+
 # ---------------------------------------------------------------------------- refusals
 
 
@@ -267,8 +278,8 @@ def test_sliding_windows(tmp_path: Path, config: dict[str, Any], window: int) ->
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "between layers"),
         (
-            QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
-            "different sliding windows",
+            QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention", "chunked"]},
+            "layer of type 'chunked'",
         ),
     ],
 )

@@ -91,8 +91,11 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     """The keys of FORMAT.md's config.json, from those of a Hugging Face config.json."""
     present = set(weight_names)
     eos = hf["eos_token_id"]
-    # Qwen2's files carry a window that use_sliding_window turns off
-    window = hf["sliding_window"] or 0 if hf["model_type"] == "mistral" else 0
+    window: Any = 0
+    if hf["model_type"] == "mistral":
+        window = hf["sliding_window"] or 0
+    elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
+        window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     return {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
