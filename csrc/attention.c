@@ -37,6 +37,7 @@ typedef struct task {
     const pe_kv_cache *kv;
     const pe_query_block *block;
     uint32_t layer, kv_head;
+    size_t window; /* of the layer: positions that a query sees, 0 = all */
     size_t n_rep, n_rows;
     float *scores;
 } task;
@@ -51,7 +52,7 @@ typedef struct job {
 static task task_make(const job *j, size_t index, int thread) {
     const pe_slice *s = j->slice;
     const pe_config *config = &s->model->config;
-    task t = {.slice = s, .kv = j->kv, .layer = j->layer};
+    task t = {.slice = s, .kv = j->kv, .layer = j->layer, .window = s->model->layers[j->layer].window};
     t.block = &s->blocks[index / config->n_kv_heads];
     t.kv_head = (uint32_t)(index % config->n_kv_heads);
     t.n_rep = config->n_heads / config->n_kv_heads;
@@ -61,21 +62,18 @@ static task task_make(const job *j, size_t index, int thread) {
 }
 
 /* First position that a query at `position` sees. */
-static size_t first_visible(const pe_config *config, size_t position) {
-    size_t window = config->sliding_window;
-    return window != 0 && position + 1 > window ? position + 1 - window : 0;
+static size_t first_visible(const task *t, size_t position) {
+    return t->window != 0 && position + 1 > t->window ? position + 1 - t->window : 0;
 }
 
-static size_t chunk_begin(const task *t) {
-    return first_visible(&t->slice->model->config, t->block->first_position) / PE_CHUNK;
-}
+static size_t chunk_begin(const task *t) { return first_visible(t, t->block->first_position) / PE_CHUNK; }
 
 static size_t chunk_end(const task *t) { return (t->block->first_position + t->block->n_tokens - 1) / PE_CHUNK + 1; }
 
 /* Visible part [*begin, *end) of the chunk for row r; empty if begin >= end. */
 static void visible_range(const task *t, size_t chunk, size_t r, size_t *begin, size_t *end) {
     size_t position = t->block->first_position + r / t->n_rep, base = chunk * PE_CHUNK;
-    size_t first = first_visible(&t->slice->model->config, position);
+    size_t first = first_visible(t, position);
     *begin = first > base ? first - base : 0;
     *end = position + 1 < base + PE_CHUNK ? (position + 1 > base ? position + 1 - base : 0) : PE_CHUNK;
 }

@@ -64,7 +64,8 @@ static void qkv_unit(void *arg, size_t token, int thread) {
     const pe_layer *layer = &model->layers[j->layer];
     size_t head_dim = model->config.head_dim, half = head_dim / 2;
     float *q = s->qkv + token * pe_qkv_stride(model), *k = q + model->q_dim, *v = k + model->kv_dim;
-    const float *cos = s->cos + token * half, *sin = s->sin + token * half;
+    size_t angle = (layer->rope * s->capacity + token) * half;
+    const float *cos = s->cos + angle, *sin = s->sin + angle;
     for (size_t head = 0; head < model->config.n_heads; head++) {
         float *row = q + head * head_dim;
         if (layer->q_norm != NULL) s->kernels->rmsnorm(row, row, layer->q_norm, head_dim, model->config.norm_eps);

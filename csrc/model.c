@@ -8,15 +8,8 @@
 #include <string.h>
 
 #include "kernels/pe_math.h"
+#include "status.h"
 #include "threadpool.h"
-
-static pe_status fail(pe_status status, char *err, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(err, PE_ERR_LEN, format, args);
-    va_end(args);
-    return status;
-}
 
 /* ------------------------------------------------------------------ config */
 
@@ -33,19 +26,46 @@ static pe_status check_config(const pe_config *c, char *err) {
         {"head_dim", c->head_dim, 2, PE_MAX_HEAD_DIM},
         {"vocab_size", c->vocab_size, 1, 1 << 24},
         {"max_seq_len", c->max_seq_len, 1, 1 << 24},
-        {"sliding_window", c->sliding_window, 0, 1 << 24},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++)
         if (ranges[i].value < ranges[i].least || ranges[i].value > ranges[i].most)
-            return fail(PE_ERR_FORMAT, err, "config: %s is %u, expected %u to %u", ranges[i].name, ranges[i].value,
-                        ranges[i].least, ranges[i].most);
+            return pe_fail(PE_ERR_FORMAT, err, "config: %s is %u, expected %u to %u", ranges[i].name, ranges[i].value,
+                           ranges[i].least, ranges[i].most);
     if (c->head_dim % 2 != 0)
-        return fail(PE_ERR_FORMAT, err, "config: head_dim %u is odd, RoPE needs pairs", c->head_dim);
+        return pe_fail(PE_ERR_FORMAT, err, "config: head_dim %u is odd, RoPE needs pairs", c->head_dim);
     if (c->n_heads % c->n_kv_heads != 0)
-        return fail(PE_ERR_FORMAT, err, "config: n_heads %u is not a multiple of n_kv_heads %u", c->n_heads,
-                    c->n_kv_heads);
+        return pe_fail(PE_ERR_FORMAT, err, "config: n_heads %u is not a multiple of n_kv_heads %u", c->n_heads,
+                           c->n_kv_heads);
     if (!(c->norm_eps >= 0.0f && c->norm_eps < 1.0f))
-        return fail(PE_ERR_FORMAT, err, "config: norm_eps is outside [0, 1)");
+        return pe_fail(PE_ERR_FORMAT, err, "config: norm_eps is outside [0, 1)");
+    return PE_OK;
+}
+
+static pe_status check_layer(const pe_layer_spec *layer, uint32_t i, char *err) {
+    if (layer->window > 1 << 24)
+        return pe_fail(PE_ERR_FORMAT, err, "config: window of layer %u is %u, expected 0 to %u", i, layer->window,
+                       1u << 24);
+    if (layer->rope >= PE_MAX_ROPE_TABLES)
+        return pe_fail(PE_ERR_FORMAT, err, "config: layer %u uses RoPE table %u, expected 0 to %u", i, layer->rope,
+                       PE_MAX_ROPE_TABLES - 1);
+    if (layer->norm == NULL || strcmp(layer->norm, "rmsnorm") != 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the norm %.64s, which is not known", i,
+                       layer->norm == NULL ? "(none)" : layer->norm);
+    if (layer->activation == NULL || strcmp(layer->activation, "swiglu") != 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the activation %.64s, which is not known", i,
+                       layer->activation == NULL ? "(none)" : layer->activation);
+    return PE_OK;
+}
+
+static pe_status set_layers(pe_model *model, const pe_layer_spec *specs, char *err) {
+    if (specs == NULL) return pe_fail(PE_ERR_FORMAT, err, "config: no layers are described");
+    for (uint32_t i = 0; i < model->config.n_layers; i++) {
+        pe_status status = check_layer(&specs[i], i, err);
+        if (status != PE_OK) return status;
+        model->layers[i].window = specs[i].window;
+        model->layers[i].rope = specs[i].rope;
+        if (specs[i].rope >= model->n_rope_tables) model->n_rope_tables = specs[i].rope + 1;
+    }
     return PE_OK;
 }
 
@@ -57,12 +77,18 @@ pe_status pe_model_create(pe_model **out, const pe_config *config, char *err) {
     if (model != NULL) model->layers = calloc(config->n_layers, sizeof *model->layers);
     if (model == NULL || model->layers == NULL) {
         free(model);
-        return fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
     }
     model->config = *config;
+    model->config.layers = NULL;
     model->q_dim = (size_t)config->n_heads * config->head_dim;
     model->kv_dim = (size_t)config->n_kv_heads * config->head_dim;
     model->head_dim_p = pe_pad(config->head_dim, PE_X_GROUP);
+    status = set_layers(model, config->layers, err);
+    if (status != PE_OK) {
+        pe_model_destroy(model);
+        return status;
+    }
     *out = model;
     return PE_OK;
 }
@@ -75,13 +101,19 @@ void pe_model_destroy(pe_model *model) {
 
 /* ------------------------------------------------------------------ tensors */
 
-/* One tensor of the format: where its pointer belongs and how many bytes it must have. */
+typedef enum contents {
+    CODES,  /* int8: -128 does not exist */
+    HALVES, /* float16, finite */
+    FLOATS, /* float32, finite */
+} contents;
+
+/* One tensor of the format: where its pointer belongs, how many bytes it must have and what is in them. */
 typedef struct slot {
     char name[64];
+    const char *kind; /* as in pe_tensor */
     const void **data;
     size_t n_bytes;
-    bool codes;  /* int8 codes, to be checked for -128 */
-    bool floats; /* float32, to be checked for finiteness */
+    contents contents;
 } slot;
 
 /* Called for every tensor that this model must have, in file order; a non-zero return ends the visit and is passed on. */
@@ -93,9 +125,10 @@ typedef struct visitor {
     int result;
 } visitor;
 
-static void visit(visitor *v, const void **data, size_t n_bytes, bool codes, bool floats, const char *format, ...) {
+static void visit(visitor *v, const void **data, size_t n_bytes, contents contents, const char *format, ...) {
     if (v->result != 0) return;
-    slot s = {.data = data, .n_bytes = n_bytes, .codes = codes, .floats = floats};
+    slot s = {.data = data, .n_bytes = n_bytes, .contents = contents};
+    s.kind = contents == FLOATS ? "f32" : "int8_g64";
     va_list args;
     va_start(args, format);
     vsnprintf(s.name, sizeof s.name, format, args);
@@ -110,14 +143,14 @@ static void visit_matrix(visitor *v, pe_matrix *m, size_t rows_padded, size_t co
     char prefix[48] = "";
     if (layer >= 0) snprintf(prefix, sizeof prefix, "layers.%d.", layer);
     size_t n_scales = m->n_panels * m->n_groups * PE_PANEL;
-    visit(v, (const void **)&m->codes, n_scales * PE_GROUP, true, false, "%s%s.codes", prefix, name);
-    visit(v, (const void **)&m->scales, pe_pad(n_scales * 2, 64), false, false, "%s%s.scales", prefix, name);
+    visit(v, (const void **)&m->codes, n_scales * PE_GROUP, CODES, "%s%s.codes", prefix, name);
+    visit(v, (const void **)&m->scales, pe_pad(n_scales * 2, 64), HALVES, "%s%s.scales", prefix, name);
 }
 
 static void visit_vector(visitor *v, const float **data, size_t n, const char *name, int layer) {
     char prefix[48] = "";
     if (layer >= 0) snprintf(prefix, sizeof prefix, "layers.%d.", layer);
-    visit(v, (const void **)data, pe_pad(n * sizeof(float), 64), false, true, "%s%s", prefix, name);
+    visit(v, (const void **)data, pe_pad(n * sizeof(float), 64), FLOATS, "%s%s", prefix, name);
 }
 
 static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
@@ -141,7 +174,9 @@ static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
     }
     visit_vector(&v, &model->norm, c->dim, "norm", -1);
     if (!c->tie_embeddings) visit_matrix(&v, &model->output, vocab_padded, c->dim, "output", -1);
-    visit_vector(&v, &model->inv_freq, c->head_dim / 2, "rope.inv_freq", -1);
+    for (uint32_t i = 0; i < model->n_rope_tables; i++)
+        visit(&v, (const void **)&model->inv_freq[i], pe_pad(c->head_dim / 2 * sizeof(float), 64), FLOATS,
+              "rope.%u.inv_freq", i);
     return v.result;
 }
 
@@ -155,17 +190,20 @@ typedef struct assignment {
 static int assign_next(const slot *s, void *arg) {
     assignment *a = arg;
     if (a->next == a->n_tensors) {
-        a->status = fail(PE_ERR_FORMAT, a->err, "tensor %s is missing", s->name);
+        a->status = pe_fail(PE_ERR_FORMAT, a->err, "tensor %s is missing", s->name);
         return -1;
     }
     const pe_tensor *t = &a->tensors[a->next++];
     if (strcmp(s->name, t->name) != 0) {
-        a->status = fail(PE_ERR_FORMAT, a->err, "found tensor %.80s where %s belongs", t->name, s->name);
+        a->status = pe_fail(PE_ERR_FORMAT, a->err, "found tensor %.80s where %s belongs", t->name, s->name);
+    } else if (t->kind == NULL || strcmp(s->kind, t->kind) != 0) {
+        a->status = pe_fail(PE_ERR_FORMAT, a->err, "tensor %s is of the kind %.64s, expected %s", s->name,
+                            t->kind == NULL ? "(none)" : t->kind, s->kind);
     } else if (s->n_bytes != t->n_bytes) {
         a->status =
-            fail(PE_ERR_FORMAT, a->err, "tensor %s has %zu bytes, expected %zu", s->name, t->n_bytes, s->n_bytes);
+            pe_fail(PE_ERR_FORMAT, a->err, "tensor %s has %zu bytes, expected %zu", s->name, t->n_bytes, s->n_bytes);
     } else if (t->data == NULL || (uintptr_t)t->data % 64 != 0) {
-        a->status = fail(PE_ERR_INVALID_ARGUMENT, a->err, "tensor %s does not start on a 64-byte boundary", s->name);
+        a->status = pe_fail(PE_ERR_INVALID_ARGUMENT, a->err, "tensor %s does not start on a 64-byte boundary", s->name);
     } else {
         *s->data = t->data;
         return 0;
@@ -207,9 +245,9 @@ static void check_unit(void *arg, size_t unit, int thread) {
     size_t begin = (unit - check->first_unit[i]) * CHECK_BYTES;
     size_t n_bytes = s->n_bytes - begin < CHECK_BYTES ? s->n_bytes - begin : CHECK_BYTES;
     const char *data = (const char *)*s->data + begin;
-    bool good = s->codes    ? pe_kernels_selected()->codes_are_legal((const int8_t *)data, n_bytes)
-                : s->floats ? floats_are_finite((const float *)data, n_bytes / 4)
-                            : halves_are_finite((const uint16_t *)data, n_bytes / 2);
+    bool good = s->contents == CODES    ? pe_kernels_selected()->codes_are_legal((const int8_t *)data, n_bytes)
+                : s->contents == FLOATS ? floats_are_finite((const float *)data, n_bytes / 4)
+                                        : halves_are_finite((const uint16_t *)data, n_bytes / 2);
     if (!good) atomic_store(&check->bad_name, s->name);
 }
 
@@ -235,8 +273,8 @@ static pe_status check_slots(const slot *slots, size_t n_slots, size_t *first_un
     pe_pool_release();
     const char *bad = atomic_load(&check.bad_name);
     return bad == NULL ? PE_OK
-                       : fail(PE_ERR_FORMAT, err,
-                              "tensor %s holds a value that the format forbids (code -128, or not finite)", bad);
+                       : pe_fail(PE_ERR_FORMAT, err,
+                                 "tensor %s holds a value that the format forbids (code -128, or not finite)", bad);
 }
 
 static pe_status check_values(pe_model *model, int n_threads, char *err) {
@@ -248,7 +286,7 @@ static pe_status check_values(pe_model *model, int n_threads, char *err) {
     slot *slots = calloc(n_slots, sizeof *slots), *next = slots;
     size_t *first_unit = calloc(n_slots + 1, sizeof *first_unit);
     if (slots == NULL || first_unit == NULL) {
-        status = fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
+        status = pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
     } else {
         visit_tensors(model, collect_slot, &next);
         status = check_slots(slots, n_slots, first_unit, n_threads, err);
@@ -260,21 +298,22 @@ static pe_status check_values(pe_model *model, int n_threads, char *err) {
 
 /* Positions reach 2^24: with frequencies up to 16 every angle's quarter turns fit an int64. Real ones are at most 1. */
 static pe_status check_inv_freq(const pe_model *model, char *err) {
-    for (uint32_t i = 0; i < model->config.head_dim / 2; i++)
-        if (!(model->inv_freq[i] >= 0.0f && model->inv_freq[i] <= 16.0f))
-            return fail(PE_ERR_FORMAT, err, "tensor rope.inv_freq holds a value outside [0, 16]");
+    for (uint32_t table = 0; table < model->n_rope_tables; table++)
+        for (uint32_t i = 0; i < model->config.head_dim / 2; i++)
+            if (!(model->inv_freq[table][i] >= 0.0f && model->inv_freq[table][i] <= 16.0f))
+                return pe_fail(PE_ERR_FORMAT, err, "tensor rope.%u.inv_freq holds a value outside [0, 16]", table);
     return PE_OK;
 }
 
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err) {
     if (n_threads < 0 || n_threads > PE_MAX_THREADS)
-        return fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 0 (automatic) to %d", n_threads,
-                    PE_MAX_THREADS);
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 0 (automatic) to %d", n_threads,
+                           PE_MAX_THREADS);
     assignment a = {.tensors = tensors, .n_tensors = n_tensors, .err = err};
     model->ready = false;
     if (visit_tensors(model, assign_next, &a) != 0) return a.status;
     if (a.next < n_tensors)
-        return fail(PE_ERR_FORMAT, err, "tensor %.80s does not belong to this model", tensors[a.next].name);
+        return pe_fail(PE_ERR_FORMAT, err, "tensor %.80s does not belong to this model", tensors[a.next].name);
     if (model->config.tie_embeddings) model->output = model->tok_embeddings;
     if (n_threads == 0) {
         pe_thread_info info;

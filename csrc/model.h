@@ -5,7 +5,11 @@
 #include "kernels/kernels.h"
 #include "pyengine.h"
 
+enum { PE_MAX_ROPE_TABLES = 16 };
+
 typedef struct pe_layer {
+    uint32_t window;              /* a query sees the last `window` positions, its own included; 0 = all */
+    uint32_t rope;                /* its table in inv_freq */
     const float *attention_norm;  /* (dim) */
     pe_matrix wqkv;               /* (q_dim + 2 kv_dim, dim): rows of q, then k, then v */
     const float *wqkv_bias;       /* (q_dim + 2 kv_dim) or NULL */
@@ -18,14 +22,15 @@ typedef struct pe_layer {
 } pe_layer;
 
 struct pe_model {
-    pe_config config;
+    pe_config config; /* without `layers` */
     size_t q_dim, kv_dim;
     size_t head_dim_p;        /* head_dim padded to 32: q and K */
     pe_matrix tok_embeddings; /* (vocab_size, dim) */
     pe_layer *layers;         /* (n_layers) */
     const float *norm;        /* (dim) */
     pe_matrix output;         /* (vocab_size, dim); the embeddings again when tied */
-    const float *inv_freq;    /* (head_dim / 2) */
+    uint32_t n_rope_tables;
+    const float *inv_freq[PE_MAX_ROPE_TABLES]; /* (n_rope_tables) of (head_dim / 2) */
     bool ready;               /* every tensor is in place and its values are legal */
 };
 

@@ -58,25 +58,34 @@ pe_status pe_isa_active(const char **name, char *err);
 
 /* ------------------------------------------------------------------ model */
 
+/* What may differ from layer to layer. */
+typedef struct pe_layer_spec {
+    uint32_t window;        /* a query sees the last `window` positions, its own included; 0 = all */
+    uint32_t rope;          /* which table of RoPE frequencies */
+    const char *norm;       /* "rmsnorm" */
+    const char *activation; /* "swiglu" */
+} pe_layer_spec;
+
 typedef struct pe_config {
     uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
-    uint32_t sliding_window; /* 0 = none */
     float norm_eps;
     bool tie_embeddings, qkv_bias, o_bias, qk_norm;
+    const pe_layer_spec *layers; /* (n_layers); pe_model_create keeps no pointer to them */
 } pe_config;
 
 typedef struct pe_model pe_model;
 
-/* A model without weights. PE_ERR_FORMAT if the config is out of range or contradicts itself. */
+/* A model without weights. PE_ERR_FORMAT if the config is out of range, contradicts itself or names what is not known. */
 pe_status pe_model_create(pe_model **out, const pe_config *config, char *err);
 /* A tensor of FORMAT.md section 2: `data` must be 64-byte aligned and stay valid and unchanged until pe_model_destroy. */
 typedef struct pe_tensor {
     const char *name;
+    const char *kind; /* "int8_g64": codes or scales of a matrix that is stored so; "f32": a vector */
     const void *data;
     size_t n_bytes; /* stored size, padding included */
 } pe_tensor;
 /* Give the model its weights: every tensor of FORMAT.md section 2 that its config asks for, in that order, and no
- * other. Checks names and sizes, then reads all values once (on n_threads threads, 0 = default; it also brings a mapped
+ * other. Checks names, kinds and sizes, then reads all values once (on n_threads threads, 0 = default; it also brings a mapped
  * file into memory): codes are never -128, scales and floats are finite. */
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err);
 void pe_model_destroy(pe_model *model);

@@ -42,8 +42,8 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
         {(void **)&s->q_scales, f32 ? 0 : q_groups * sizeof(float)},
         {(void **)&s->q_corrections, f32 ? 0 : q_groups * sizeof(int32_t)},
         {(void **)&s->q_f32, f32 ? q_elements * sizeof(float) : 0},
-        {(void **)&s->cos, n * (config->head_dim / 2) * sizeof(float)},
-        {(void **)&s->sin, n * (config->head_dim / 2) * sizeof(float)},
+        {(void **)&s->cos, model->n_rope_tables * n * (config->head_dim / 2) * sizeof(float)},
+        {(void **)&s->sin, model->n_rope_tables * n * (config->head_dim / 2) * sizeof(float)},
         {(void **)&s->blocks, n * sizeof *s->blocks},
     };
     _Static_assert(sizeof list / sizeof list[0] == N_BUFFERS, "N_BUFFERS");
@@ -136,10 +136,13 @@ static void find_query_blocks(pe_slice *s) {
 void pe_slice_prepare(pe_slice *s) {
     size_t half = s->model->config.head_dim / 2;
     memset(s->failed, 0, s->n_tokens);
-    for (size_t t = 0; t < s->n_tokens; t++)
-        for (size_t i = 0; i < half; i++)
-            pe_cos_sin((float)s->positions[t] * s->model->inv_freq[i], &s->cos[t * half + i],
-                       &s->sin[t * half + i]);
+    for (uint32_t table = 0; table < s->model->n_rope_tables; table++) {
+        const float *inv_freq = s->model->inv_freq[table];
+        float *cos = s->cos + table * s->capacity * half, *sin = s->sin + table * s->capacity * half;
+        for (size_t t = 0; t < s->n_tokens; t++)
+            for (size_t i = 0; i < half; i++)
+                pe_cos_sin((float)s->positions[t] * inv_freq[i], &cos[t * half + i], &sin[t * half + i]);
+    }
     find_query_blocks(s);
 }
 

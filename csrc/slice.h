@@ -49,7 +49,7 @@ typedef struct pe_slice {
     float *q_scales;        /* (n_kv_heads, capacity, n_rep, head_dim_p / 32) */
     int32_t *q_corrections; /* likewise */
     float *q_f32;           /* (n_kv_heads, capacity, n_rep, head_dim_p), only with a float32 cache */
-    float *cos, *sin;       /* (capacity, head_dim / 2) */
+    float *cos, *sin;       /* (n_rope_tables, capacity, head_dim / 2) */
     pe_query_block *blocks; /* (capacity) */
     size_t n_blocks;
     size_t n_bytes; /* of all these buffers */

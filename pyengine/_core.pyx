@@ -101,9 +101,8 @@ def throttling() -> dict:
 cdef class Model:
     """Immutable weights: views into `buffer`, which this object keeps alive.
 
-    config: mapping with the keys of pe_config. buffer: a C-contiguous bytes-like object whose memory is 64-byte aligned
-    (a map). tensors: name -> (offset, n_bytes) in file order. Raises ModelFormatError when anything disagrees with
-    csrc/FORMAT.md.
+    config: a FrozenConfig. buffer: a C-contiguous bytes-like object whose memory is 64-byte aligned (a map). tensors: name ->
+    (offset, n_bytes, kind) in file order. Raises ModelFormatError when anything disagrees with csrc/FORMAT.md.
     """
 
     cdef pe_model *model
@@ -112,34 +111,49 @@ cdef class Model:
     cdef readonly int dim
 
     def __cinit__(self, config, buffer, tensors, int n_threads=0):
-        cdef pe_config c
-        cdef char[PE_ERR_LEN] err
-        cdef pe_status status
-        err[0] = 0
-        c.dim, c.hidden_dim, c.n_layers = config["dim"], config["hidden_dim"], config["n_layers"]
-        c.n_heads, c.n_kv_heads, c.head_dim = config["n_heads"], config["n_kv_heads"], config["head_dim"]
-        c.vocab_size, c.max_seq_len, c.sliding_window = config["vocab_size"], config["max_seq_len"], config["sliding_window"]
-        c.norm_eps, c.tie_embeddings = config["norm_eps"], config["tie_embeddings"]
-        c.qkv_bias, c.o_bias, c.qk_norm = config["qkv_bias"], config["o_bias"], config["qk_norm"]
-        check(pe_model_create(&self.model, &c, err), err)
-        self.vocab_size, self.dim = c.vocab_size, c.dim
+        self._create(config)
         self.buffer = buffer
         self._set_tensors(tensors, n_threads)
+
+    cdef _create(self, config):
+        cdef pe_config c
+        cdef char[PE_ERR_LEN] err
+        cdef size_t i
+        cdef pe_layer_spec *specs = <pe_layer_spec *>PyMem_Malloc((len(config.layers) + 1) * sizeof(pe_layer_spec))
+        if specs == NULL:
+            raise MemoryError
+        err[0] = 0
+        try:
+            c.dim, c.hidden_dim, c.n_layers = config.dim, config.hidden_dim, len(config.layers)
+            c.n_heads, c.n_kv_heads, c.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+            c.vocab_size, c.max_seq_len = config.vocab_size, config.max_seq_len
+            c.norm_eps, c.tie_embeddings = config.norm_eps, config.tie_embeddings
+            c.qkv_bias, c.o_bias, c.qk_norm = config.qkv_bias, config.o_bias, config.qk_norm
+            names = [(layer.norm.encode(), layer.activation.encode()) for layer in config.layers]
+            for i, layer in enumerate(config.layers):
+                specs[i].window, specs[i].rope = layer.window, layer.rope
+                specs[i].norm, specs[i].activation = names[i][0], names[i][1]
+            c.layers = specs
+            check(pe_model_create(&self.model, &c, err), err)
+        finally:
+            PyMem_Free(specs)
+        self.vocab_size, self.dim = c.vocab_size, c.dim
 
     cdef _set_tensors(self, tensors, int n_threads):
         cdef char[PE_ERR_LEN] err
         cdef pe_status status
         cdef size_t i = 0, n = len(tensors), offset, n_bytes, size = self.buffer.shape[0]
-        names = [name.encode() for name in tensors]
+        names = [(name.encode(), kind.encode()) for name, (_, _, kind) in tensors.items()]
         cdef pe_tensor *list_ = <pe_tensor *>PyMem_Malloc((n + 1) * sizeof(pe_tensor))
         if list_ == NULL:
             raise MemoryError
         try:
-            for name, (begin, length) in tensors.items():
+            for name, (begin, length, _) in tensors.items():
                 offset, n_bytes = begin, length
                 if n_bytes == 0 or offset >= size or n_bytes > size - offset:
                     raise ModelFormatError(f"tensor {name} lies outside the file")
-                list_[i].name, list_[i].data, list_[i].n_bytes = names[i], &self.buffer[offset], n_bytes
+                list_[i].name, list_[i].kind = names[i][0], names[i][1]
+                list_[i].data, list_[i].n_bytes = &self.buffer[offset], n_bytes
                 i += 1
             err[0] = 0
             with nogil:
@@ -518,28 +532,29 @@ cdef class Context:
         return bytes(out)
 
 
-# ---------------------------------------------------------------- the baton
+# ---------------------------------------------------------------- the step lock
 
-cdef class Baton:
-    """The right to step, which one thread has at a time. Taking it, calling and giving it back are one compiled call:
-    no exception, wherever it is raised, can leave it taken. The others sleep until there is news.
+cdef class StepLock:
+    """A lock and a condition in one: one thread at a time computes, for all, and the others sleep until there is news.
+
+    Taking it, calling and giving it back are one compiled call: no exception, wherever it is raised, can leave it taken.
 
     Its fields change under the interpreter's lock; the wait is a sleep on `counter`, so no news is missed.
     """
 
     cdef atomic_uint32 counter
     cdef unsigned long holder  # thread, 0 = nobody
-    cdef bint leading  # inside of a call
+    cdef bint in_call  # inside of a call
     cdef int depth  # of acquire by the holder
     cdef int n_sleeping
 
     @property
     def news(self) -> int:
-        """A number that changes with every publish. Read it before looking whether there is news for you."""
+        """A number that changes with every notify. Read it before looking whether there is news for you."""
         return load32(&self.counter)
 
-    def publish(self) -> None:
-        """Wake whoever waits: something may have come for him."""
+    def notify(self) -> None:
+        """Wake whoever waits: something may have come for it."""
         self.wake()
 
     cdef void wake(self) noexcept:
@@ -555,8 +570,8 @@ cdef class Baton:
         PyErr_CheckSignals()
         return 0
 
-    def lead(self, uint32_t news, function, *args) -> bool:
-        """Call function(*args) with the baton as soon as nobody else has it: True. Or return False when there is news
+    def run(self, uint32_t news, function, *args) -> bool:
+        """Call function(*args) with the lock as soon as nobody else has it: True. Or return False when there is news
         first, newer than `news`. Raises PyEngineError in a signal handler that runs inside of such a call."""
         cdef unsigned long me = PyThread_get_thread_ident()
         while self.holder != 0:
@@ -565,29 +580,29 @@ cdef class Baton:
             if load32(&self.counter) != news:
                 return False
             self.sleep_while(news)
-        self.run(me, function, args)
+        self.call(me, function, args)
         return True
 
-    def try_lead(self, function, *args) -> bool:
-        """Call function(*args) with the baton if nobody has it now."""
+    def try_run(self, function, *args) -> bool:
+        """Call function(*args) with the lock if nobody has it now."""
         if self.holder != 0:
             return False
-        self.run(PyThread_get_thread_ident(), function, args)
+        self.call(PyThread_get_thread_ident(), function, args)
         return True
 
-    cdef int run(self, unsigned long me, function, args) except -1:
-        self.holder, self.leading = me, True
+    cdef int call(self, unsigned long me, function, args) except -1:
+        self.holder, self.in_call = me, True
         try:
             function(*args)
         finally:
-            self.leading = False
+            self.in_call = False
             if self.depth == 0:
                 self.holder = 0
             self.wake()
         return 0
 
     def acquire(self) -> None:
-        """Wait for the baton and keep it, for a fork. By the thread that has it: once more."""
+        """Wait for the lock and keep it, for a fork. By the thread that has it: once more."""
         cdef unsigned long me = PyThread_get_thread_ident()
         while self.holder != 0 and self.holder != me:
             self.sleep_while(load32(&self.counter))
@@ -597,7 +612,7 @@ cdef class Baton:
     def release(self) -> None:
         """Give back what `acquire` took. In the child of a fork: nobody else exists there."""
         self.depth -= 1
-        if self.depth == 0 and not self.leading:
+        if self.depth == 0 and not self.in_call:
             self.holder = 0
             self.wake()
 

@@ -19,13 +19,19 @@ cdef extern from "pyengine.h" nogil:
     pe_status pe_isa_select(const char *name, char *err)
     pe_status pe_isa_active(const char **name, char *err)
 
+    ctypedef struct pe_layer_spec:
+        uint32_t window, rope
+        const char *norm
+        const char *activation
     ctypedef struct pe_config:
-        uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len, sliding_window
+        uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len
         float norm_eps
         bint tie_embeddings, qkv_bias, o_bias, qk_norm
+        const pe_layer_spec *layers
     ctypedef struct pe_model
     ctypedef struct pe_tensor:
         const char *name
+        const char *kind
         const void *data
         size_t n_bytes
     pe_status pe_model_create(pe_model **out, const pe_config *config, char *err)

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -121,15 +121,15 @@ class Engine:
         self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
         self._options = {"n_ctx": n_ctx, "n_threads": n_threads or None, "kv_dtype": kv_dtype, "seed": seed, "mmap": mmap}
         self._options |= {"max_sequences": max_sequences, "max_kv_bytes": max_kv_bytes}
-        config = asdict(self._file.config)
-        if n_ctx > config["max_seq_len"]:
-            raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config['max_seq_len']}")
-        config["max_seq_len"] = n_ctx or config["max_seq_len"]
-        self.n_ctx: int = config["max_seq_len"]
-        self.vocab_size: int = config["vocab_size"]
+        config = self._file.config
+        if n_ctx > config.max_seq_len:
+            raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config.max_seq_len}")
+        self.n_ctx = n_ctx or config.max_seq_len
+        config = replace(config, max_seq_len=self.n_ctx)
+        self.vocab_size = config.vocab_size
         self.seed = seed
         self._generation_config = self._json_rider("generation_config.json")
-        self.eos_token_ids: tuple[int, ...] = tuple(config["eos_token_ids"])
+        self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
         context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
@@ -169,7 +169,7 @@ class Engine:
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the frozen file, as plain values."""
-        return asdict(self._file.config)
+        return self._file.config.to_document()
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -492,14 +492,14 @@ class Engine:
     # Around a fork: no step may be half done in the child.
     def _acquire(self) -> None:
         self._lock.acquire()
-        self._scheduler.baton.acquire()
+        self._scheduler.step_lock.acquire()
 
     def _release(self) -> None:
-        self._scheduler.baton.release()
+        self._scheduler.step_lock.release()
         self._lock.release()
 
     def _release_in_child(self) -> None:
-        self._scheduler.baton.after_fork_in_child()
+        self._scheduler.step_lock.after_fork_in_child()
         self._scheduler.forget_other_threads(threading.get_ident())
         self._release()
 

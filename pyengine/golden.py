@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from typing import Any
 
 from pyengine.format.reader import FrozenFile
@@ -30,10 +29,10 @@ def compute(path: str | os.PathLike[str], n_threads: int = 0) -> dict[str, Any]:
     from pyengine import _core
 
     with FrozenFile.open(path) as frozen:
-        config = asdict(frozen.config)
+        config = frozen.config
         model = _core.Model(config, frozen.buffer, frozen.weights, n_threads)
         context = _core.Context(model, n_threads=n_threads)
-        vocab_size, n_ctx = config["vocab_size"], config["max_seq_len"]
+        vocab_size, n_ctx = config.vocab_size, config.max_seq_len
         prompt = [(1 + STRIDE * i) % vocab_size for i in range(min(N_PROMPT, n_ctx))]
         digest, greedy, feed = hashlib.sha256(), [], prompt
         sequence = context.sequence_new()

@@ -187,13 +187,12 @@ def measure(
 ) -> Iterator[tuple[Row, float]]:
     """(row of a test, ms that loading took) for one number of threads."""
     from pyengine.engine import Engine
-    from pyengine.format.config import FrozenConfig
     from pyengine.format.inventory import count_parameters
 
     started = time.perf_counter()
     with Engine(path, n_threads=n_threads) as engine:
         load_ms = (time.perf_counter() - started) * 1e3
-        size, parameters = engine.memory()["weights"], count_parameters(FrozenConfig(**engine.config))
+        size, parameters = engine.memory()["weights"], count_parameters(engine._file.config)
         name = engine.metadata.get("name") or path.stem
         facts = name, size, parameters, engine.n_threads, engine.isa
         with closing(Roofline(engine)) as roofline:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
@@ -54,9 +56,7 @@ def tokenizer_facts(
 
 def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
     """Everything that is printed, as plain values; sizes in bytes."""
-    from dataclasses import asdict
-
-    from pyengine.format.inventory import count_parameters, kv_bytes_per_position
+    from pyengine.format.inventory import MATRIX_KINDS, count_parameters, inventory, kv_bytes_per_position
     from pyengine.format.strict_json import parse_json_object
 
     def rider(name: str) -> dict[str, Any]:
@@ -65,16 +65,17 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
 
     c = frozen.config
     file_bytes = len(frozen.buffer)
-    weights = sum(size for _, size in frozen.weights.values())
+    weights = sum(size for _, size, _ in frozen.weights.values())
     kv = kv_bytes_per_position(c)
+    kinds = dict.fromkeys(weight.kind for weight in inventory(c) if weight.is_matrix)
     facts: dict[str, Any] = {
         "path": str(frozen.path),
         **{key: frozen.metadata.get(key) for key in ("name", "source", "generator", "format_version")},
         "file_bytes": file_bytes,
         "weight_bytes": weights,
         "parameters": count_parameters(c),
-        "quantization": "int8, groups of 64, f16 scales",
-        "config": asdict(c),
+        "quantization": "; ".join(MATRIX_KINDS[kind].description for kind in kinds),
+        "config": c.to_document(),
         "tokenizer": tokenizer_facts(
             rider("tokenizer.json"), rider("tokenizer_config.json"), c.bos_token_id, c.eos_token_ids
         ),
@@ -95,6 +96,20 @@ def _spelled(token: dict[str, Any]) -> str:
     return f"{token['text']} ({token['id']})"
 
 
+def _layer_lines(layers: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What of LayerSpec is worth a line: windows, and RoPE tables where layers differ."""
+
+    def spread(values: Any, spelled: Callable[[Any], str]) -> str:
+        if not isinstance(values, list):
+            return spelled(values)
+        return ", ".join(f"{spelled(value)} in {n} layers" for value, n in Counter(values).items())
+
+    if layers["window"]:
+        yield "window", spread(layers["window"], lambda n: f"the last {n} positions" if n else "all positions")
+    if layers["rope"]:
+        yield "RoPE", spread(layers["rope"], lambda table: f"table {table}")
+
+
 def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, value) of the human form."""
     c, t = facts["config"], facts["tokenizer"]
@@ -102,15 +117,15 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         facts[key] / MIB for key in ("weight_bytes", "kv_bytes_full_context", "memory_bytes_full_context")
     )
     flags = [name for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm") if c[name]]
-    window = f", sliding window {c['sliding_window']}" if c["sliding_window"] else ""
-    return [
+    lines = [
         ("file", f"{facts['path']} ({facts['file_bytes'] / MIB:.1f} MiB)"),
         ("name", f"{facts['name']} (from {facts['source']}, by {facts['generator']})"),
         ("architecture", f"{c['architecture']}{', ' if flags else ''}{', '.join(flags)}"),
         ("parameters", f"{facts['parameters']:,} ({facts['quantization']})"),
         ("layers", f"{c['n_layers']} of dim {c['dim']}, hidden dim {c['hidden_dim']}"),
         ("heads", f"{c['n_heads']} of {c['head_dim']}, {c['n_kv_heads']} for keys and values"),
-        ("context", f"{c['max_seq_len']} positions{window}"),
+        ("context", f"{c['max_seq_len']} positions"),
+        *_layer_lines(c["layers"]),
         (
             "tokenizer",
             f"{t['kind']}, {t['vocab_size']} tokens, {t['n_special_tokens']} special (the model has {c['vocab_size']})",
@@ -122,6 +137,7 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("KV cache", f"{facts['kv_bytes_per_position']:,} bytes a position, {kv:.1f} MiB in full"),
         ("memory", f"{total:.1f} MiB with a full context, {weights:.1f} of them weights that processes share"),
     ]
+    return [*lines, ("extra", json.dumps(c["extra"]))] if "extra" in c else lines
 
 
 def run(argv: list[str]) -> int:

@@ -34,14 +34,13 @@ class Roofline:
     """
 
     def __init__(self, engine: Engine) -> None:
-        from pyengine.format.config import FrozenConfig
         from pyengine.format.inventory import inventory
 
         self.n_threads, self.isa = engine.n_threads, engine.isa
-        self.config = FrozenConfig(**engine.config)
         file = engine._file
+        self.config = file.config
         read = [file.weights[name] for w in inventory(self.config) if w.use != "row" for name in w.stored()]
-        begin, end = read[0][0], sum(read[-1])
+        begin, end = read[0][0], read[-1][0] + read[-1][1]
         self.weights = memoryview(file.buffer)[begin:end]
 
     def close(self) -> None:

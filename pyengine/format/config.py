@@ -1,18 +1,29 @@
-"""The rider ``config.json``: the shape of a model (csrc/FORMAT.md, section 2)."""
+"""The rider ``config.json``: the shape of a model (csrc/FORMAT.md, section 2).
+
+A file comes from strangers, and perhaps from a later version of this program: every value is checked, and what is not
+known is refused by its name, except below ``extra``.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
-from ..errors import ModelFormatError
+from ..errors import ModelFormatError, UnsupportedModelError
 from .strict_json import parse_json_object
 
 MAX_DIM = 1 << 20
 MAX_LAYERS = 4096
 MAX_POSITIONS = 1 << 24  # above it, positions are no longer exact in float32
+MAX_ROPE_TABLES = 16
+DEFAULT_KIND = "int8_g64"
+
+FEATURES: frozenset[str] = frozenset()  # what a file may require
+NORMS = ("rmsnorm",)
+ACTIVATIONS = ("swiglu",)
 
 _INT_RANGES = {
     "dim": (1, MAX_DIM),
@@ -23,10 +34,10 @@ _INT_RANGES = {
     "head_dim": (2, 512),
     "vocab_size": (1, 1 << 24),
     "max_seq_len": (1, MAX_POSITIONS),
-    "sliding_window": (0, MAX_POSITIONS),
 }
 _FLAGS = ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm")
 _MAX_EOS_TOKENS = 256
+_MAX_REQUIRED = 256
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
@@ -34,13 +45,121 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
         raise ModelFormatError(f"config: {name} must be an integer in {low}..{high}, not {value!r:.80}")
 
 
+def _check_name(what: str, value: Any) -> None:
+    if not isinstance(value, str) or not 1 <= len(value) <= 64:
+        raise ModelFormatError(f"config: {what} must be a name of 1..64 characters, not {value!r:.80}")
+
+
+def unknown(what: str) -> UnsupportedModelError:
+    """The refusal of what a later version may know."""
+    return UnsupportedModelError(f"{what}, which this version of pyengine does not know; a newer one may")
+
+
+def _refuse_unknown_keys(document: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Refuse the first key that is not known, or the first known one that is missing."""
+    if strange := sorted(document.keys() - set(known)):
+        raise unknown(f"config: {where} has the key {strange[0]!r:.80}")
+    if missing := [name for name in known if name not in document]:
+        raise ModelFormatError(f"config: key {missing[0]!r} of {where} is missing")
+
+
+def _check_requires(names: Any) -> tuple[str, ...]:
+    """Called before anything else is looked at: what a file requires may change the meaning of all of it."""
+    if not isinstance(names, (tuple, list)) or len(names) > _MAX_REQUIRED:
+        raise ModelFormatError(f"config: requires must list <= {_MAX_REQUIRED} names")
+    for name in names:
+        _check_name("requires", name)
+        if name not in FEATURES:
+            raise unknown(f"config: the model requires {name!r}")
+    return tuple(names)
+
+
+# ---------------------------------------------------------------------------- layers
+
+
+class LayerSpec(NamedTuple):
+    """What may differ from layer to layer."""
+
+    window: int = 0  # a query sees the last `window` positions, its own included; 0 = all
+    rope: int = 0  # which table of RoPE frequencies
+    norm: str = NORMS[0]
+    activation: str = ACTIVATIONS[0]
+
+
+def same_layers(n_layers: int, **spec: Any) -> tuple[LayerSpec, ...]:
+    """Every layer alike; ``spec`` are fields of LayerSpec."""
+    _check_int("n_layers", n_layers, *_INT_RANGES["n_layers"])
+    return (LayerSpec(**spec),) * n_layers
+
+
+def _check_layers(layers: Any, n_layers: int) -> tuple[LayerSpec, ...]:
+    if not isinstance(layers, (tuple, list)) or len(layers) != n_layers:
+        raise ModelFormatError(f"config: layers must describe {n_layers} layers")
+    for i, (window, rope, norm, activation) in enumerate(layers):
+        _check_int(f"window of layer {i}", window, 0, MAX_POSITIONS)
+        _check_int(f"rope of layer {i}", rope, 0, MAX_ROPE_TABLES - 1)
+        for what, name, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS)):
+            _check_name(f"{what} of layer {i}", name)
+            if name not in known:
+                raise unknown(f"config: layer {i} has the {what} {name!r}")
+    tables = {layer.rope for layer in layers}
+    if absent := set(range(max(tables))) - tables:
+        raise ModelFormatError(f"config: no layer uses RoPE table {min(absent)}, and one uses table {max(tables)}")
+    return tuple(layers)
+
+
+def _columns(layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
+    """Field -> its value if all layers agree, else the list of values."""
+    columns = {name: [getattr(layer, name) for layer in layers] for name in LayerSpec._fields}
+    return {name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()}
+
+
+def _layers_from_columns(columns: Any, n_layers: Any) -> tuple[LayerSpec, ...]:
+    """The inverse: every field is one value for all layers, or a list with one for each."""
+    if not isinstance(columns, dict):
+        raise ModelFormatError("config: layers must be an object")
+    _refuse_unknown_keys(columns, LayerSpec._fields, "layers")
+    _check_int("n_layers", n_layers, *_INT_RANGES["n_layers"])
+    values = []
+    for name in LayerSpec._fields:
+        column = columns[name]
+        if isinstance(column, list) and len(column) != n_layers:
+            raise ModelFormatError(f"config: layers.{name} lists {len(column)} values for {n_layers} layers")
+        values.append(column if isinstance(column, list) else [column] * n_layers)
+    return tuple(LayerSpec(*row) for row in zip(*values, strict=True))
+
+
+# ---------------------------------------------------------------------------- kinds
+
+Kinds = Mapping[str, "str | tuple[str, ...]"]
+
+
+def _check_kinds(kinds: Any, n_layers: int) -> dict[str, str | tuple[str, ...]]:
+    if not isinstance(kinds, Mapping) or not isinstance(kinds.get("default"), str):
+        raise ModelFormatError("config: kinds must be an object with a default")
+    checked: dict[str, str | tuple[str, ...]] = {}
+    for role, kind in kinds.items():
+        _check_name("a key of kinds", role)
+        if isinstance(kind, (list, tuple)):
+            if len(kind) != n_layers:
+                raise ModelFormatError(f"config: kinds.{role} lists {len(kind)} kinds for {n_layers} layers")
+            kind = tuple(kind)
+        for one in kind if isinstance(kind, tuple) else [kind]:
+            _check_name(f"kinds.{role}", one)
+        checked[role] = kind
+    return checked
+
+
+# ---------------------------------------------------------------------------- the configuration
+
+
 @dataclass(frozen=True)
 class FrozenConfig:
-    """The shape of a model, as in the rider ``config.json``. Every field is checked on
-    construction.
+    """The shape of a model. Every field is checked on construction: ModelFormatError for what cannot be,
+    UnsupportedModelError for a name that is not known.
 
-    ``sliding_window`` 0 means none; lengths are in positions, ``norm_eps`` is added to a mean
-    square.
+    Lengths are in positions; ``norm_eps`` is added to a mean square. ``kinds`` says how matrices are stored (the
+    inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is whatever a reader may ignore.
     """
 
     architecture: str
@@ -53,15 +172,19 @@ class FrozenConfig:
     vocab_size: int
     max_seq_len: int
     norm_eps: float
-    sliding_window: int
     tie_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
+    layers: tuple[LayerSpec, ...]  # (n_layers)
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    kinds: Kinds = field(default_factory=lambda: {"default": DEFAULT_KIND}, hash=False)
+    requires: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "requires", _check_requires(self.requires))
         if not isinstance(self.architecture, str) or not 1 <= len(self.architecture) <= 256:
             raise ModelFormatError("config: architecture must be a string of 1..256 characters")
         for name, (low, high) in _INT_RANGES.items():
@@ -78,6 +201,13 @@ class FrozenConfig:
         eps = self.norm_eps
         if type(eps) not in (float, int) or not math.isfinite(eps) or not 1e-30 <= eps <= 1:
             raise ModelFormatError(f"config: norm_eps must be in 1e-30..1, not {eps!r:.80}")
+        self._check_tokens()
+        object.__setattr__(self, "layers", _check_layers(self.layers, self.n_layers))
+        object.__setattr__(self, "kinds", _check_kinds(self.kinds, self.n_layers))
+        if not isinstance(self.extra, Mapping):
+            raise ModelFormatError("config: extra must be an object")
+
+    def _check_tokens(self) -> None:
         if self.bos_token_id is not None:
             _check_int("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
         eos = self.eos_token_ids
@@ -95,18 +225,38 @@ class FrozenConfig:
     def kv_dim(self) -> int:
         return self.n_kv_heads * self.head_dim
 
+    @property
+    def n_rope_tables(self) -> int:
+        return 1 + max(layer.rope for layer in self.layers)
+
+    def kind_of(self, role: str, layer: int | None) -> str:
+        """How a matrix is stored: by its own entry of ``kinds``, else the default."""
+        kind = self.kinds.get(role, self.kinds["default"])
+        if isinstance(kind, str):
+            return kind
+        if layer is None:
+            raise ModelFormatError(f"config: kinds.{role} lists kinds by layer, but the matrix belongs to no layer")
+        return kind[layer]
+
     @classmethod
     def from_json(cls, text: bytes | str) -> FrozenConfig:
-        """Parse ``config.json``. A missing or an unknown key is an error, like any bad value."""
+        """Parse ``config.json``."""
         document = parse_json_object(text, "config.json")
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(document.keys() - set(names)):
-            raise ModelFormatError(f"config: unknown key {unknown[0]!r:.80}")
-        if missing := [name for name in names if name not in document]:
-            raise ModelFormatError(f"config: key {missing[0]!r} is missing")
+        _check_requires(document.get("requires"))
+        document.setdefault("extra", {})
+        _refuse_unknown_keys(document, [f.name for f in fields(cls)], "config.json")
+        document["layers"] = _layers_from_columns(document["layers"], document["n_layers"])
         return cls(**document)
 
+    def to_document(self) -> dict[str, Any]:
+        """``config.json`` as plain values; what a reader must know comes first."""
+        kinds = {role: kind if isinstance(kind, str) else list(kind) for role, kind in self.kinds.items()}
+        document: dict[str, Any] = {"requires": list(self.requires)}
+        document |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("requires", "extra")}
+        document |= {"layers": _columns(self.layers), "kinds": kinds, "eos_token_ids": list(self.eos_token_ids)}
+        return document | ({"extra": dict(self.extra)} if self.extra else {})
+
     def to_json(self) -> str:
-        document = asdict(self)
-        document["eos_token_ids"] = list(self.eos_token_ids)
-        return json.dumps(document, indent=1)
+        """One line for each key."""
+        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in self.to_document().items())
+        return "{\n" + ",\n".join(lines) + "\n}"

@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from .config import FrozenConfig
+from ..errors import ModelFormatError
+from .config import FrozenConfig, unknown
 from .container import StoredTensor, pad, vector_tensor
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 PANEL_ROWS = 16
 GROUP_COLUMNS = 64
@@ -31,6 +32,7 @@ RIDERS = (
     "golden.json",
     "checksums.json",
 )
+EXTRA_PREFIX = "extra."  # tensors that a reader may ignore
 
 # How much of a weight a forward pass reads: one row for each token, all of it for the tokens of a batch, all of it for
 # those of them whose logits are wanted.
@@ -56,7 +58,7 @@ class Weight(NamedTuple):
     layer: int | None
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    kind: str  # how its values are stored
+    kind: str  # how its values are stored: a matrix kind, or "f32"
     use: Use
     alternating: bool = False
 
@@ -67,14 +69,16 @@ class Weight(NamedTuple):
     @property
     def is_parameter(self) -> bool:
         """Trained, in contrast to a table of constants."""
-        return self.role != "rope.inv_freq"
+        return not self.role.startswith("rope.")
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         return (part.rows, *self.shape[1:])
 
     def stored(self) -> dict[str, StoredTensor]:
         """Name -> tensor of the file, in file order."""
-        return _KINDS[self.kind](self)
+        if self.is_matrix:
+            return MATRIX_KINDS[self.kind].stored(self)
+        return {self.name: vector_tensor(self.shape[0], "F32")}
 
 
 # ---------------------------------------------------------------------------- kinds
@@ -95,60 +99,77 @@ def _int8_g64(weight: Weight) -> dict[str, StoredTensor]:
     }
 
 
-def _f32(weight: Weight) -> dict[str, StoredTensor]:
-    return {weight.name: vector_tensor(weight.shape[0], "F32")}
+class MatrixKind(NamedTuple):
+    """A way to store a matrix."""
+
+    description: str
+    stored: Callable[[Weight], dict[str, StoredTensor]]
 
 
-_KINDS: dict[str, Callable[[Weight], dict[str, StoredTensor]]] = {"int8_g64": _int8_g64, "f32": _f32}
+MATRIX_KINDS = {"int8_g64": MatrixKind("int8, groups of 64, f16 scales", _int8_g64)}
 
 
 # ---------------------------------------------------------------------------- the inventory
 
 
-def _weight(
-    role: str, parts: dict[str, int], columns: int | None, layer: int | None, use: Use, alternating: bool = False
+def _vector(layer: int | None, role: str, parts: dict[str, int], use: Use = "tokens") -> Weight:
+    name = role if layer is None else f"layers.{layer}.{role}"
+    return Weight(name, role, layer, (sum(parts.values()),), tuple(map(Part._make, parts.items())), "f32", use)
+
+
+def _matrix(
+    c: FrozenConfig,
+    layer: int | None,
+    role: str,
+    parts: dict[str, int],
+    columns: int,
+    use: Use = "tokens",
+    alternating: bool = False,
 ) -> Weight:
     name = role if layer is None else f"layers.{layer}.{role}"
-    shape = (sum(parts.values()),) if columns is None else (sum(parts.values()), columns)
-    kind = "f32" if columns is None else "int8_g64"
-    return Weight(name, role, layer, shape, tuple(Part(*part) for part in parts.items()), kind, use, alternating)
+    kind = c.kind_of(role, layer)
+    if kind not in MATRIX_KINDS:
+        raise unknown(f"config: the matrix {name!r} is of the kind {kind!r}")
+    shape = sum(parts.values()), columns
+    return Weight(name, role, layer, shape, tuple(map(Part._make, parts.items())), kind, use, alternating)
 
 
 def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
     qkv = {"q": c.q_dim, "k": c.kv_dim, "v": c.kv_dim}
-
-    def vector(role: str, parts: dict[str, int]) -> Weight:
-        return _weight(role, parts, None, i, "tokens")
-
-    def matrix(role: str, parts: dict[str, int], columns: int, alternating: bool = False) -> Weight:
-        return _weight(role, parts, columns, i, "tokens", alternating)
-
-    yield vector("attention_norm", {"attention_norm": c.dim})
-    yield matrix("wqkv", qkv, c.dim)
+    yield _vector(i, "attention_norm", {"attention_norm": c.dim})
+    yield _matrix(c, i, "wqkv", qkv, c.dim)
     if c.qkv_bias:
-        yield vector("wqkv.bias", {f"{part}.bias": rows for part, rows in qkv.items()})
+        yield _vector(i, "wqkv.bias", {f"{part}.bias": rows for part, rows in qkv.items()})
     if c.qk_norm:
-        yield vector("q_norm", {"q_norm": c.head_dim})
-        yield vector("k_norm", {"k_norm": c.head_dim})
-    yield matrix("wo", {"wo": c.dim}, c.q_dim)
+        yield _vector(i, "q_norm", {"q_norm": c.head_dim})
+        yield _vector(i, "k_norm", {"k_norm": c.head_dim})
+    yield _matrix(c, i, "wo", {"wo": c.dim}, c.q_dim)
     if c.o_bias:
-        yield vector("wo.bias", {"wo.bias": c.dim})
-    yield vector("ffn_norm", {"ffn_norm": c.dim})
-    yield matrix("w_gate_up", {"gate": c.hidden_dim, "up": c.hidden_dim}, c.dim, alternating=True)
-    yield matrix("w_down", {"down": c.dim}, c.hidden_dim)
+        yield _vector(i, "wo.bias", {"wo.bias": c.dim})
+    yield _vector(i, "ffn_norm", {"ffn_norm": c.dim})
+    yield _matrix(c, i, "w_gate_up", {"gate": c.hidden_dim, "up": c.hidden_dim}, c.dim, alternating=True)
+    yield _matrix(c, i, "w_down", {"down": c.dim}, c.hidden_dim)
 
 
-def inventory(config: FrozenConfig) -> Iterator[Weight]:
-    """Every weight of such a model, in file order."""
-    c = config
+def _weights(c: FrozenConfig) -> Iterator[Weight]:
     embeddings = {"tok_embeddings": c.vocab_size}
-    yield _weight("tok_embeddings", embeddings, c.dim, None, "logits" if c.tie_embeddings else "row")
+    yield _matrix(c, None, "tok_embeddings", embeddings, c.dim, "logits" if c.tie_embeddings else "row")
     for i in range(c.n_layers):
         yield from _layer(c, i)
-    yield _weight("norm", {"norm": c.dim}, None, None, "logits")
+    yield _vector(None, "norm", {"norm": c.dim}, "logits")
     if not c.tie_embeddings:
-        yield _weight("output", {"output": c.vocab_size}, c.dim, None, "logits")
-    yield _weight("rope.inv_freq", {"rope.inv_freq": c.head_dim // 2}, None, None, "tokens")
+        yield _matrix(c, None, "output", {"output": c.vocab_size}, c.dim, "logits")
+    for i in range(c.n_rope_tables):
+        yield _vector(None, f"rope.{i}.inv_freq", {"inv_freq": c.head_dim // 2})
+
+
+def inventory(config: FrozenConfig) -> list[Weight]:
+    """Every weight of such a model, in file order. UnsupportedModelError names the matrix whose kind is not known."""
+    weights = list(_weights(config))
+    matrices = {weight.role for weight in weights if weight.is_matrix}
+    if strange := sorted(config.kinds.keys() - matrices - {"default"}):
+        raise ModelFormatError(f"config: kinds names {strange[0]!r}, which is no matrix of this model")
+    return weights
 
 
 def stored_tensors(config: FrozenConfig) -> dict[str, StoredTensor]:

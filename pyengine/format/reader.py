@@ -14,17 +14,15 @@ import os
 import stat
 from collections.abc import Iterator
 
-from ..errors import ModelFormatError
+from ..errors import ModelFormatError, UnsupportedModelError
 from .config import FrozenConfig
 from .container import ALIGNMENT, SafetensorsEntry, parse_safetensors_header
-from .inventory import FORMAT_VERSION, MAX_RIDER_BYTES, REQUIRED_RIDERS, RIDERS, stored_tensors
+from .inventory import EXTRA_PREFIX, FORMAT_VERSION, MAX_RIDER_BYTES, REQUIRED_RIDERS, RIDERS, inventory
 from .strict_json import parse_json_object
 
 
 def _check_riders(entries: dict[str, SafetensorsEntry], names: list[str]) -> None:
     order = [name for name in RIDERS if name in entries]
-    if unknown := [name for name in names if name not in RIDERS]:
-        raise ModelFormatError(f"unknown tensor {unknown[0]!r}")
     if missing := [name for name in REQUIRED_RIDERS if name not in entries]:
         raise ModelFormatError(f"tensor {missing[0]!r} is missing")
     if names != order:
@@ -38,32 +36,36 @@ def _check_riders(entries: dict[str, SafetensorsEntry], names: list[str]) -> Non
             raise ModelFormatError(f"rider {name!r} has {size} bytes, more than {MAX_RIDER_BYTES}")
 
 
-def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -> None:
-    """Compare with the table: same names in the same order, same dtypes, shapes and sizes."""
-    expected = stored_tensors(config)
-    names = [name for name in entries if name not in RIDERS]
-    if unknown := [name for name in names if name not in expected]:
-        raise ModelFormatError(f"unknown tensor {unknown[0]!r} for this configuration")
-    if missing := [name for name in expected if name not in entries]:
-        raise ModelFormatError(f"tensor {missing[0]!r} is missing")
-    if names != list(expected) or list(entries)[: len(names)] != names:
+def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -> dict[str, str]:
+    """Compare with the inventory: same names, dtypes, shapes and sizes. Returns name -> kind of the weights' tensors."""
+    kinds = {}
+    for weight in inventory(config):
+        for name, needed in weight.stored().items():
+            kinds[name] = weight.kind
+            if name not in entries:
+                raise ModelFormatError(f"tensor {name!r} is missing")
+            if entries[name][:2] != needed[:2]:
+                raise ModelFormatError(
+                    f"tensor {name!r} is {entries[name].dtype} {list(entries[name].shape)}, the configuration needs "
+                    f"{needed.dtype} {list(needed.shape)}"
+                )
+    others = [name for name in entries if name not in kinds and name not in RIDERS]
+    if strange := [name for name in others if not name.startswith(EXTRA_PREFIX)]:
+        raise ModelFormatError(f"unknown tensor {strange[0]!r} for this configuration")
+    riders = [name for name in entries if name in RIDERS]
+    if list(entries) != [*kinds, *others, *riders]:
         raise ModelFormatError("the tensors are not in the order of the format")
-    for name, spec in expected.items():
-        entry = entries[name]
-        if (entry.dtype, entry.shape) != spec[:2]:
-            raise ModelFormatError(
-                f"tensor {name!r} is {entry.dtype} {list(entry.shape)}, the configuration needs "
-                f"{spec.dtype} {list(spec.shape)}"
-            )
+    return kinds
 
 
 class FrozenFile:
     """A validated frozen file: ``config``, ``metadata``, ``buffer`` and where each tensor lies in
     it.
 
-    ``tensors`` maps a name to (offset, size) in bytes of ``buffer``; offsets are multiples of 64
-    and ``buffer`` begins on a page. Use as a context manager or call ``close``; views taken from
-    ``buffer`` stay valid until they are released.
+    ``tensors`` maps a name to (offset, size) in bytes of ``buffer``; ``weights``, those of the
+    inventory alone, to (offset, size, kind). Offsets are multiples of 64 and ``buffer`` begins on a
+    page. Use as a context manager or call ``close``; views taken from ``buffer`` stay valid until
+    they are released.
     """
 
     def __init__(self, path: str, buffer: mmap.mmap) -> None:
@@ -74,7 +76,7 @@ class FrozenFile:
             raise ModelFormatError("not a frozen pyengine file (freeze the model first)")
         version = header.metadata.get("format_version")
         if version != FORMAT_VERSION:
-            raise ModelFormatError(f"format_version {version!r:.80}, this reads {FORMAT_VERSION!r}")
+            raise ModelFormatError(f"format_version {version!r:.80}, this version of pyengine reads {FORMAT_VERSION!r}")
         if header.data_start % ALIGNMENT:
             raise ModelFormatError("the tensors do not start on a multiple of 64 bytes")
         cursor = header.data_start
@@ -88,14 +90,16 @@ class FrozenFile:
         self.metadata = header.metadata
         self.tensors = {name: (e.begin, e.end - e.begin) for name, e in entries.items()}
         self.config = FrozenConfig.from_json(self.rider("config.json") or b"")
-        _check_weights(entries, self.config)
+        kinds = _check_weights(entries, self.config)
+        self.weights = {name: (*self.tensors[name], kind) for name, kind in kinds.items()}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], use_mmap: bool = True) -> FrozenFile:
         """Map (or, with ``use_mmap=False``, copy) and validate a file.
 
         A file that is truncated while it is mapped kills the process with SIGBUS: a copy is immune.
-        Raises ModelFormatError for whatever is wrong with the content and OSError as ``open`` does.
+        Raises ModelFormatError for whatever is wrong with the content, UnsupportedModelError for what
+        it needs and this version does not know, and OSError as ``open`` does.
         """
         path = os.fspath(path)
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -117,14 +121,9 @@ class FrozenFile:
                     raise ModelFormatError(f"{path}: shrank to {done} bytes while it was read")
         try:
             return cls(path, buffer)
-        except ModelFormatError as error:
+        except (ModelFormatError, UnsupportedModelError) as error:
             buffer.close()
-            raise ModelFormatError(f"{path}: {error}") from None
-
-    @property
-    def weights(self) -> dict[str, tuple[int, int]]:
-        """The tensors that are no riders, in the order of the file."""
-        return {name: place for name, place in self.tensors.items() if name not in RIDERS}
+            raise type(error)(f"{path}: {error}") from None
 
     def rider(self, name: str) -> bytes | None:
         """The bytes of a JSON or text rider without its padding, or None when the file has none."""

@@ -7,9 +7,11 @@ is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.config import FrozenConfig
@@ -106,8 +108,6 @@ class _Taker:
 
 
 def _concatenated(parts: list[Callable[[], Float32Array]]) -> Callable[[], Float32Array]:
-    import numpy as np
-
     return lambda: np.concatenate([part() for part in parts])
 
 
@@ -140,7 +140,7 @@ def _vector(take: _Taker, weight: Weight, head_dim: int, interleaved: bool) -> C
 def build_model(
     reader: TensorReader,
     config: FrozenConfig,
-    inv_freq: Float32Array,
+    rope_tables: Sequence[Float32Array],
     *,
     kind: str,
     name: str,
@@ -150,15 +150,16 @@ def build_model(
 ) -> SourceModel:
     """Map every tensor of ``reader`` to its frozen place.
 
-    ``kind`` is the column of PARTS ("hf" or "gguf"); ``interleaved`` says that q and k rows must be
+    ``rope_tables`` are the frequencies of each RoPE table of the configuration, (head_dim / 2); ``kind`` is the column
+    of PARTS ("hf" or "gguf"); ``interleaved`` says that q and k rows must be
     put back; ``ignored`` names tensors that were used elsewhere. A missing tensor or a wrong shape
     is a ModelFormatError, a tensor that no part takes an UnsupportedModelError.
     """
     model = SourceModel(name=name, source=source, config=config)
-    take = _Taker(reader, kind)
+    take, tables = _Taker(reader, kind), iter(rope_tables)
     for weight in inventory(config):
         if not weight.is_parameter:
-            model.vectors[weight.name] = lambda: inv_freq
+            model.vectors[weight.name] = partial(np.asarray, next(tables))
         elif weight.is_matrix:
             model.matrices[weight.name] = _matrix(take, weight, config.head_dim, interleaved)
         else:

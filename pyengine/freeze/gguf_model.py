@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from ..format.config import MAX_POSITIONS, FrozenConfig
+from ..format.config import MAX_POSITIONS, FrozenConfig, same_layers
 from ..format.quantize import Float32Array
 from .architectures import ARCHITECTURES, Architecture, build_model
 from .gguf import GGUFFile
@@ -110,19 +110,19 @@ def _config(file: GGUFFile, keys: _Keys, architecture: Architecture) -> FrozenCo
     # The float32 in the file as the decimal that people wrote: 1e-05, not 9.999999747378752e-06.
     eps = float(str(np.float32(keys.get("attention.layer_norm_rms_epsilon", float))))
     bos = file.metadata.get("tokenizer.ggml.bos_token_id")
-    qkv_bias, o_bias = architecture.qkv_bias, architecture.o_bias
+    qkv_bias, o_bias, n_layers = architecture.qkv_bias, architecture.o_bias, keys.get("block_count", int)
     return FrozenConfig(
         architecture=architecture.hf,
         dim=dim,
         hidden_dim=keys.get("feed_forward_length", int),
-        n_layers=keys.get("block_count", int),
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=keys.get("attention.head_count_kv", int, n_heads),
         head_dim=head_dim,
         vocab_size=embedding.shape[0],
         max_seq_len=min(keys.get("context_length", int), MAX_POSITIONS),
         norm_eps=eps,
-        sliding_window=keys.get("attention.sliding_window", int, 0),
+        layers=same_layers(n_layers, window=keys.get("attention.sliding_window", int, 0)),
         tie_embeddings="output.weight" not in file.tensors,
         qkv_bias="blk.0.attn_q.bias" in file.tensors if qkv_bias is None else qkv_bias,
         o_bias="blk.0.attn_output.bias" in file.tensors if o_bias is None else o_bias,
@@ -142,7 +142,7 @@ def load_gguf(path: str | os.PathLike[str], name: str | None = None) -> SourceMo
         model = build_model(
             file,
             config,
-            _inv_freq(file, keys, config.head_dim),
+            [_inv_freq(file, keys, config.head_dim)],
             kind="gguf",
             name=name or str(file.metadata.get("general.name") or file.path.stem),
             source=file.path.name,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from ..format.config import MAX_LAYERS, MAX_POSITIONS, FrozenConfig
+from ..format.config import MAX_LAYERS, MAX_POSITIONS, FrozenConfig, LayerSpec
 from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safetensors_header
 from ..format.inventory import MAX_RIDER_BYTES
 from ..format.quantize import Float32Array, RowSource
@@ -150,16 +150,17 @@ def _refuse_unknown_arithmetic(config: dict[str, Any]) -> None:
         raise UnsupportedModelError("partial_rotary_factor is not implemented")
 
 
-def _sliding_window(config: dict[str, Any], architecture: Architecture, n_layers: int) -> int:
-    """The window in positions, 0 for none. Layers that differ are refused.
+def _windows(config: dict[str, Any], architecture: Architecture, n_layers: int) -> list[int]:
+    """Every layer's attention window in positions, 0 for none.
 
     A key that is absent has the default of transformers' class; null is none.
     """
+    none = [0] * n_layers
     if architecture.window == "never" or config.get("sliding_window", 0) is None:
-        return 0
+        return none
     if architecture.window == "opt-in":
         if not config.get("use_sliding_window", False):
-            return 0
+            return none
         full = min(_int(config, "max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS), n_layers)
         default = ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
     else:
@@ -167,11 +168,13 @@ def _sliding_window(config: dict[str, Any], architecture: Architecture, n_layers
     kinds = config.get("layer_types") or default
     if not isinstance(kinds, list) or len(kinds) != n_layers:
         raise ModelFormatError("config.json: layer_types must name every layer's attention")
-    if all(kind == "full_attention" for kind in kinds):
-        return 0
-    if any(kind != "sliding_attention" for kind in kinds):
-        raise UnsupportedModelError("layers with different sliding windows are not implemented")
-    return _int(config, "sliding_window", _DEFAULT_WINDOW)
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(f"a layer of type {kind!r:.80} is not implemented")
+    if "sliding_attention" not in kinds:
+        return none
+    window = _int(config, "sliding_window", _DEFAULT_WINDOW)
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 def _inv_freq(config: dict[str, Any], head_dim: int) -> Float32Array:
@@ -223,7 +226,7 @@ def _frozen_config(config: dict[str, Any], generation: dict[str, Any], names: se
         vocab_size=_int(config, "vocab_size"),
         max_seq_len=min(_int(config, "max_position_embeddings"), MAX_POSITIONS),
         norm_eps=config.get("rms_norm_eps"),  # type: ignore[arg-type]  # checked there
-        sliding_window=_sliding_window(config, architecture, n_layers),
+        layers=tuple(LayerSpec(window=window) for window in _windows(config, architecture, n_layers)),
         tie_embeddings=PARTS["output"].hf not in names if tied is None else bool(tied),
         qkv_bias=_bias(architecture.qkv_bias, config),
         o_bias=_bias(architecture.o_bias, config),
@@ -313,7 +316,7 @@ def load_hf(directory: Path, name: str | None = None) -> SourceModel:
         model = build_model(
             reader,
             frozen,
-            _inv_freq(config, frozen.head_dim),
+            [_inv_freq(config, frozen.head_dim)],
             kind="hf",
             name=name or directory.resolve().name,
             source=f"{directory.resolve().name} ({architecture.model_type})",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
-from ..format.config import FrozenConfig
+from ..format.config import FrozenConfig, same_layers
 from ..format.quantize import Float32Array, RowSource
 from .architectures import PARTS, build_model
 from .rope import default_inv_freq
@@ -58,7 +58,7 @@ class Llama2cFile:
             vocab_size=abs(vocab),
             max_seq_len=seq_len,
             norm_eps=_NORM_EPS,
-            sliding_window=0,
+            layers=same_layers(layers),
             tie_embeddings=vocab > 0,  # a negative size says that the output matrix is its own
             qkv_bias=False,
             o_bias=False,
@@ -158,7 +158,7 @@ def load_llama2c(path: Path, name: str | None = None, tokenizer: str | os.PathLi
         model = build_model(
             file,
             file.config,
-            default_inv_freq(file.config.head_dim, _ROPE_THETA),
+            [default_inv_freq(file.config.head_dim, _ROPE_THETA)],
             kind="hf",
             name=name or path.stem,
             source=path.name,

@@ -5,7 +5,7 @@ The forward appends them, rows whose logits somebody waits for are sampled, and 
 whole prompt is a prefill, one that misses a part of it a prefill in chunks, one that misses a token decodes.
 
 Whoever waits for an output steps, for all: the library has no thread of its own. A caller becomes the leader by taking
-the baton, and the others sleep until there is news. An exception in a step (Ctrl-C in the leader's thread) ends the
+the step lock, and the others sleep until there is news. An exception in a step (Ctrl-C in the leader's thread) ends the
 leader's call and nothing else: what has been computed is the length of the sequences, what has been sampled stands in
 the samplers, and both change in compiled code that no exception can divide, so the next leader goes on from whatever
 point was reached.
@@ -53,17 +53,17 @@ def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int]]:
 
 
 class Scheduler:
-    """Requests of one context. Every method but `add`, `abort` and `wait` runs under the baton."""
+    """Requests of one context. Every method but `add`, `abort` and `wait` runs under the step lock."""
 
     def __init__(self, context: _core.Context, *, max_sequences: int = MAX_SEQUENCES, max_pages: int = 0) -> None:
-        from pyengine._core import Baton
+        from pyengine._core import StepLock
 
         self.context = context
         self.n_threads = context.n_threads
         self.max_sequences = max_sequences
         self.max_pages = max_pages
         context.set_max_pages(max_pages)
-        self.baton = Baton()
+        self.step_lock = StepLock()
         self.closed = False
         # Both are changed by single operations only, which no other thread and no exception can divide.
         self._requests: dict[int, Request] = {}  # by number, so oldest first
@@ -83,19 +83,19 @@ class Scheduler:
             self._requests.pop(request.number, None)
             if any(one.request is request and one.end - one.begin > 1 for one in self._granted):
                 self.context.cancel()
-        self.baton.try_lead(self.sweep)
+        self.step_lock.try_run(self.sweep)
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Return when `ready()`; step, or sleep while another thread steps. Raises PyEngineError on a closed engine."""
         while True:
-            news = self.baton.news
+            news = self.step_lock.news
             if ready():
                 return
-            self.baton.lead(news, self._lead, ready)
+            self.step_lock.run(news, self._lead, ready)
 
     def exclusively(self, function: Callable[[], object]) -> None:
-        """Call function() with the baton."""
-        while not self.baton.lead(self.baton.news, function):
+        """Call function() with the step lock."""
+        while not self.step_lock.run(self.step_lock.news, function):
             pass
 
     def _lead(self, ready: Callable[[], bool]) -> None:
@@ -103,7 +103,7 @@ class Scheduler:
             if self.closed:
                 raise PyEngineError("this engine is closed")
             if self.step():
-                self.baton.publish()
+                self.step_lock.notify()
 
     # ------------------------------------------------------------ one step
 
@@ -310,7 +310,7 @@ class Scheduler:
     # ------------------------------------------------------------ life
 
     def close(self) -> None:
-        """End every request. Under the baton."""
+        """End every request. Under the step lock."""
         self.closed = True
         for request in list(self._requests.values()):
             request.error = request.error or PyEngineError("this engine is closed")
@@ -328,7 +328,7 @@ class Scheduler:
         """Raises PyEngineError if any book does not balance: sequences and their requests, tokens and their pages,
         references.
 
-        Returns the cache's counts. Under the baton, between steps.
+        Returns the cache's counts. Under the step lock, between steps.
         """
         self.sweep()
         self.context.check()

@@ -84,7 +84,7 @@ def simulated_logits(model: Any) -> Logits:
     weights = {
         fixtures.canonical_name(name): parameter.detach().numpy() for name, parameter in model.named_parameters()
     }
-    weights["rope.inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
+    weights["rope.0.inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
     return Oracle(config, weights, quantized=True).logits
 
 

@@ -21,8 +21,11 @@ static const pe_config small = {.dim = 64, .hidden_dim = 64, .n_layers = 2, .n_h
 
 /* ------------------------------------------------------------------ models */
 
+static const pe_layer_spec plain[2] = {{0, 0, "rmsnorm", "swiglu"}, {0, 0, "rmsnorm", "swiglu"}};
+
 static pe_status create(pe_config config, char *err) {
     pe_model *model = NULL;
+    if (config.layers == NULL) config.layers = plain;
     pe_status status = pe_model_create(&model, &config, err);
     pe_model_destroy(model);
     return status;
@@ -51,11 +54,29 @@ static void test_config(void) {
     WITH(vocab_size, 0);
     WITH(vocab_size, UINT32_MAX);
     WITH(max_seq_len, 0);
-    WITH(sliding_window, UINT32_MAX);
     WITH(norm_eps, -1.0f);
     WITH(norm_eps, NAN);
     WITH(norm_eps, INFINITY);
 #undef WITH
+#define WITH_LAYER(member, value) \
+    do { \
+        pe_layer_spec layers[2] = {plain[0], plain[1]}; \
+        layers[1].member = (value); \
+        pe_config c = small; \
+        c.layers = layers; \
+        EXPECT(PE_ERR_FORMAT, create(c, err)); \
+    } while (0)
+    WITH_LAYER(window, (1u << 24) + 1);
+    WITH_LAYER(window, UINT32_MAX);
+    WITH_LAYER(rope, PE_MAX_ROPE_TABLES);
+    WITH_LAYER(rope, UINT32_MAX);
+    WITH_LAYER(norm, NULL);
+    WITH_LAYER(norm, "layernorm");
+    WITH_LAYER(activation, NULL);
+    WITH_LAYER(activation, "swiglu2");
+#undef WITH_LAYER
+    pe_model *model = NULL;
+    EXPECT(PE_ERR_FORMAT, pe_model_create(&model, &small, err)); /* layers is NULL */
 }
 
 /* Load, having changed one thing. */
@@ -77,18 +98,20 @@ static void expect_load(pe_status expected, const pe_config *config, void (*chan
 static void nothing(tiny_model *t) { (void)t; }
 static void one_less(tiny_model *t) { free(t->memory[--t->n_tensors]); }
 static void wrong_name(tiny_model *t) { t->tensors[3].name = "layers.0.wq.codes"; }
+static void wrong_kind(tiny_model *t) { t->tensors[3].kind = "int4_g32"; }
+static void no_kind(tiny_model *t) { t->tensors[2].kind = NULL; }
 static void wrong_size(tiny_model *t) { t->tensors[2].n_bytes += 64; }
 static void no_data(tiny_model *t) { t->tensors[2].data = NULL; }
 static void misaligned(tiny_model *t) { t->tensors[2].data = (char *)t->memory[2] + 4; }
 static void illegal_code(tiny_model *t) { ((int8_t *)t->memory[0])[777] = -128; }
 static void infinite_scale(tiny_model *t) { ((uint16_t *)t->memory[1])[5] = 0x7c00; }
 static void nan_norm(tiny_model *t) { ((float *)tiny_model_tensor(t, "layers.1.ffn_norm"))[63] = NAN; }
-static void huge_frequency(tiny_model *t) { ((float *)tiny_model_tensor(t, "rope.inv_freq"))[3] = 1e30f; }
-static void negative_frequency(tiny_model *t) { ((float *)tiny_model_tensor(t, "rope.inv_freq"))[0] = -0.5f; }
+static void huge_frequency(tiny_model *t) { ((float *)tiny_model_tensor(t, "rope.0.inv_freq"))[3] = 1e30f; }
+static void negative_frequency(tiny_model *t) { ((float *)tiny_model_tensor(t, "rope.0.inv_freq"))[0] = -0.5f; }
 static void one_more(tiny_model *t) {
     size_t i = t->n_tensors++;
     if (posix_memalign(&t->memory[i], 64, 64) != 0) exit(2);
-    t->tensors[i] = (pe_tensor){"surplus", t->memory[i], 64};
+    t->tensors[i] = (pe_tensor){"surplus", "f32", t->memory[i], 64};
 }
 
 static void test_loading(void) {
@@ -96,6 +119,8 @@ static void test_loading(void) {
     expect_load(PE_ERR_FORMAT, &small, one_less, "a tensor is missing");
     expect_load(PE_ERR_FORMAT, &small, one_more, "a tensor too many");
     expect_load(PE_ERR_FORMAT, &small, wrong_name, "wrong name");
+    expect_load(PE_ERR_FORMAT, &small, wrong_kind, "a kind that is not known");
+    expect_load(PE_ERR_FORMAT, &small, no_kind, "no kind");
     expect_load(PE_ERR_FORMAT, &small, wrong_size, "wrong size");
     expect_load(PE_ERR_INVALID_ARGUMENT, &small, no_data, "no data");
     expect_load(PE_ERR_INVALID_ARGUMENT, &small, misaligned, "misaligned");

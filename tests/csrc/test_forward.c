@@ -23,6 +23,12 @@ typedef struct model_case {
     uint64_t golden; /* hash of the reference's logits, all streams */
 } model_case;
 
+static const pe_layer_spec window_37[2] = {{37, 0, "rmsnorm", "swiglu"}, {37, 0, "rmsnorm", "swiglu"}};
+static const pe_layer_spec window_300[1] = {{300, 0, "rmsnorm", "swiglu"}};
+static const pe_layer_spec alternating[5] = {
+    {40, 0, "rmsnorm", "swiglu"}, {0, 1, "rmsnorm", "swiglu"}, {300, 2, "rmsnorm", "swiglu"}, {1, 1, "rmsnorm", "swiglu"}, {0, 0, "rmsnorm", "swiglu"},
+};
+
 /* Widths that no group divides; n_rep 3, 1 and 34 (more rows than a query block holds); 600 positions are three chunks. */
 static const model_case cases[] = {
     {"biases, qk_norm, untied",
@@ -31,12 +37,16 @@ static const model_case cases[] = {
      PE_KV_INT8, 0xcccd5105766ac33a},
     {"window 37, tied",
      {.dim = 64, .hidden_dim = 96, .n_layers = 2, .n_heads = 2, .n_kv_heads = 2, .head_dim = 32, .vocab_size = 64, .max_seq_len = 700,
-      .sliding_window = 37, .norm_eps = 0x1p-17f, .tie_embeddings = true},
+      .layers = window_37, .norm_eps = 0x1p-17f, .tie_embeddings = true},
      PE_KV_INT8, 0x819b92be5a4a4312},
     {"window 300, n_rep 34",
      {.dim = 40, .hidden_dim = 30, .n_layers = 1, .n_heads = 34, .n_kv_heads = 1, .head_dim = 4, .vocab_size = 33, .max_seq_len = 700,
-      .sliding_window = 300, .norm_eps = 0x1p-17f},
+      .layers = window_300, .norm_eps = 0x1p-17f},
      PE_KV_INT8, 0xd57adc450eccd2ca},
+    {"windows and RoPE tables by layer",
+     {.dim = 48, .hidden_dim = 50, .n_layers = 5, .n_heads = 4, .n_kv_heads = 2, .head_dim = 16, .vocab_size = 40, .max_seq_len = 700,
+      .layers = alternating, .norm_eps = 0x1p-17f, .tie_embeddings = true},
+     PE_KV_INT8, 0x71c86b19c9b49917},
     {"float32 KV",
      {.dim = 72, .hidden_dim = 100, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 40, .vocab_size = 50, .max_seq_len = 700,
       .norm_eps = 0x1p-17f, .tie_embeddings = true},

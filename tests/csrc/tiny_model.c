@@ -8,7 +8,7 @@
 
 #include "harness.h"
 
-static void *add_tensor(tiny_model *t, size_t n_bytes, const char *format, ...) {
+static void *add_tensor(tiny_model *t, const char *kind, size_t n_bytes, const char *format, ...) {
     if (t->n_tensors == TINY_MAX_TENSORS) exit(2);
     size_t i = t->n_tensors++;
     va_list args;
@@ -18,15 +18,15 @@ static void *add_tensor(tiny_model *t, size_t n_bytes, const char *format, ...) 
     n_bytes = pe_pad(n_bytes, 64);
     if (posix_memalign(&t->memory[i], 64, n_bytes) != 0) exit(2);
     memset(t->memory[i], 0, n_bytes);
-    t->tensors[i] = (pe_tensor){t->names[i], t->memory[i], n_bytes};
+    t->tensors[i] = (pe_tensor){t->names[i], kind, t->memory[i], n_bytes};
     return t->memory[i];
 }
 
 /* `parts` matrices of (rows, columns), alternating by panel: 1 is plain, 2 is gate and up. Scales around 2^-10, some zero or subnormal. */
 static void add_matrix(tiny_model *t, rng *r, size_t parts, size_t rows, size_t columns, int exponent, const char *name) {
     size_t n_panels = parts * (pe_pad(rows, 16) / 16), n_groups = pe_pad(columns, 64) / 64, n_scales = n_panels * n_groups * 16;
-    int8_t *codes = add_tensor(t, n_scales * 64, "%s.codes", name);
-    uint16_t *scales = add_tensor(t, n_scales * 2, "%s.scales", name);
+    int8_t *codes = add_tensor(t, "int8_g64", n_scales * 64, "%s.codes", name);
+    uint16_t *scales = add_tensor(t, "int8_g64", n_scales * 2, "%s.scales", name);
     for (size_t panel = 0; panel < n_panels; panel++)
         for (size_t group = 0; group < n_groups; group++)
             for (size_t row = 0; row < 16; row++) {
@@ -40,7 +40,7 @@ static void add_matrix(tiny_model *t, rng *r, size_t parts, size_t rows, size_t 
 }
 
 static void add_vector(tiny_model *t, rng *r, size_t n, float scale, float offset, const char *name) {
-    float *x = add_tensor(t, n * sizeof(float), "%s", name);
+    float *x = add_tensor(t, "f32", n * sizeof(float), "%s", name);
     for (size_t i = 0; i < n; i++) x[i] = ((float)rng_below(r, 256) * 0x1p-9f + offset) * scale;
 }
 
@@ -65,12 +65,20 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
 void tiny_model_make(tiny_model *t, const pe_config *config, uint64_t seed, float loudness) {
     rng r = {seed};
     *t = (tiny_model){.config = *config};
+    uint32_t n_tables = 1;
+    for (uint32_t i = 0; i < config->n_layers && i < TINY_MAX_LAYERS; i++) {
+        t->layers[i] = config->layers == NULL ? (pe_layer_spec){0, 0, "rmsnorm", "swiglu"} : config->layers[i];
+        if (t->layers[i].rope >= n_tables) n_tables = t->layers[i].rope + 1;
+    }
+    t->config.layers = t->layers;
     add_matrix(t, &r, 1, config->vocab_size, config->dim, 8, "tok_embeddings");
     for (uint32_t i = 0; i < config->n_layers; i++) add_layer(t, &r, i, loudness);
     add_vector(t, &r, config->dim, loudness, 0.75f, "norm");
     if (!config->tie_embeddings) add_matrix(t, &r, 1, config->vocab_size, config->dim, 6, "output");
-    float *inv_freq = add_tensor(t, config->head_dim / 2 * sizeof(float), "rope.inv_freq");
-    for (size_t i = 0; i < config->head_dim / 2; i++) inv_freq[i] = 1.0f / (float)(1 + 3 * i * i);
+    for (uint32_t table = 0; table < n_tables; table++) {
+        float *inv_freq = add_tensor(t, "f32", config->head_dim / 2 * sizeof(float), "rope.%u.inv_freq", table);
+        for (size_t i = 0; i < config->head_dim / 2; i++) inv_freq[i] = 1.0f / (float)((1 + 3 * i * i) << (4 * table));
+    }
 }
 
 pe_status tiny_model_load(tiny_model *t, int n_threads, char *err) {

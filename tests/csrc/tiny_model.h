@@ -5,10 +5,11 @@
 #include "model.h"
 #include "pyengine.h"
 
-enum { TINY_MAX_TENSORS = 128 };
+enum { TINY_MAX_TENSORS = 128, TINY_MAX_LAYERS = 8 };
 
 typedef struct tiny_model {
     pe_config config;
+    pe_layer_spec layers[TINY_MAX_LAYERS];
     pe_model *model;
     size_t n_tensors;
     pe_tensor tensors[TINY_MAX_TENSORS];
@@ -16,7 +17,7 @@ typedef struct tiny_model {
     void *memory[TINY_MAX_TENSORS]; /* the same memory as tensors[i].data, writable */
 } tiny_model;
 
-/* Weights of FORMAT.md section 2 for the config; norm weights are multiplied by `loudness` (1 is sane, 1e30 overflows). Not yet set. */
+/* Weights of FORMAT.md section 2 for the config (layers NULL: all positions, table 0, the norm and activation that there are); norm weights are multiplied by `loudness` (1 is sane, 1e30 overflows). Not yet set. */
 void tiny_model_make(tiny_model *t, const pe_config *config, uint64_t seed, float loudness);
 /* Give the tensors to a new pe_model; frees nothing on failure. */
 pe_status tiny_model_load(tiny_model *t, int n_threads, char *err);

@@ -12,27 +12,17 @@ import pytest
 from numpy.typing import NDArray
 
 from pyengine import _core
+from pyengine.format.config import FrozenConfig, same_layers
 
 N_TOKENS = 300  # two chunks of attention
 GOLDEN_LOGITS = "c06730178ad9d659e5ee9e25943cfe05184fb7eb89b7cb9fe4393ee668ee1238"
 GOLDEN_KV = "4bb99861c0de608ece04fc897988033963382f2f59975eca6555b73ad0e6720f"
 
-CONFIG: dict[str, Any] = {
-    "dim": 72,
-    "hidden_dim": 100,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 20,
-    "vocab_size": 90,
-    "max_seq_len": 400,
-    "sliding_window": 0,
-    "norm_eps": 2.0**-17,
-    "tie_embeddings": True,
-    "qkv_bias": True,
-    "o_bias": False,
-    "qk_norm": True,
-}
+CONFIG = FrozenConfig(
+    architecture="LlamaForCausalLM", dim=72, hidden_dim=100, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=20,
+    vocab_size=90, max_seq_len=400, norm_eps=2.0**-17, tie_embeddings=True, qkv_bias=True, o_bias=False, qk_norm=True,
+    layers=same_layers(2), bos_token_id=None, eos_token_ids=(),
+)  # fmt: skip
 
 
 def pad(n: int, k: int) -> int:
@@ -53,7 +43,7 @@ class Integers:
 def tiny_tensors(rng: Integers) -> Iterator[tuple[str, NDArray[Any]]]:
     """Tensors of FORMAT.md section 2, in file order, from random integers alone."""
     c = CONFIG
-    q_dim, kv_dim = c["n_heads"] * c["head_dim"], c["n_kv_heads"] * c["head_dim"]
+    q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
 
     def matrix(name: str, rows: int, columns: int, exponent: int = 6) -> Iterator[Any]:
         panels, groups = pad(rows, 16) // 16, pad(columns, 64) // 64
@@ -69,19 +59,19 @@ def tiny_tensors(rng: Integers) -> Iterator[tuple[str, NDArray[Any]]]:
     def vector(name: str, n: int, offset: float) -> Iterator[Any]:
         yield name, (rng.integers(0, 256, n) / 512 + offset).astype(np.float32)
 
-    yield from matrix("tok_embeddings", c["vocab_size"], c["dim"], 8)
-    for i in range(c["n_layers"]):
-        yield from vector(f"layers.{i}.attention_norm", c["dim"], 0.75)
-        yield from matrix(f"layers.{i}.wqkv", q_dim + 2 * kv_dim, c["dim"])
+    yield from matrix("tok_embeddings", c.vocab_size, c.dim, 8)
+    for i in range(c.n_layers):
+        yield from vector(f"layers.{i}.attention_norm", c.dim, 0.75)
+        yield from matrix(f"layers.{i}.wqkv", q_dim + 2 * kv_dim, c.dim)
         yield from vector(f"layers.{i}.wqkv.bias", q_dim + 2 * kv_dim, -0.25)
-        yield from vector(f"layers.{i}.q_norm", c["head_dim"], 0.75)
-        yield from vector(f"layers.{i}.k_norm", c["head_dim"], 0.75)
-        yield from matrix(f"layers.{i}.wo", c["dim"], q_dim, 5)
-        yield from vector(f"layers.{i}.ffn_norm", c["dim"], 0.75)
-        yield from matrix(f"layers.{i}.w_gate_up", 2 * pad(c["hidden_dim"], 16), c["dim"])
-        yield from matrix(f"layers.{i}.w_down", c["dim"], c["hidden_dim"], 5)
-    yield from vector("norm", c["dim"], 0.75)
-    yield "rope.inv_freq", np.array([1 / 3**i for i in range(c["head_dim"] // 2)], np.float32)
+        yield from vector(f"layers.{i}.q_norm", c.head_dim, 0.75)
+        yield from vector(f"layers.{i}.k_norm", c.head_dim, 0.75)
+        yield from matrix(f"layers.{i}.wo", c.dim, q_dim, 5)
+        yield from vector(f"layers.{i}.ffn_norm", c.dim, 0.75)
+        yield from matrix(f"layers.{i}.w_gate_up", 2 * pad(c.hidden_dim, 16), c.dim)
+        yield from matrix(f"layers.{i}.w_down", c.dim, c.hidden_dim, 5)
+    yield from vector("norm", c.dim, 0.75)
+    yield "rope.0.inv_freq", np.array([1 / 3**i for i in range(c.head_dim // 2)], np.float32)
 
 
 def make_model(seed: int = 1) -> _core.Model:
@@ -90,7 +80,7 @@ def make_model(seed: int = 1) -> _core.Model:
     for name, array in tiny_tensors(Integers(seed)):
         data = array.tobytes()
         data += bytes(pad(len(data), 64) - len(data))
-        table[name] = (offset, len(data))
+        table[name] = (offset, len(data), "f32" if array.dtype == np.float32 else "int8_g64")
         pieces.append(data)
         offset += len(data)
     memory = np.zeros(offset + 64, np.uint8)
@@ -118,8 +108,8 @@ def rows_of(context: _core.Context, n: int) -> list[bytes]:
 def kv_hash(context: _core.Context, sequence: int) -> str:
     """Pages of a sequence that was only ever appended to: what is behind its end is still zero."""
     digest = hashlib.sha256()
-    for layer in range(CONFIG["n_layers"]):
-        for head in range(CONFIG["n_kv_heads"]):
+    for layer in range(CONFIG.n_layers):
+        for head in range(CONFIG.n_kv_heads):
             for page in range(2):
                 digest.update(context.debug_kv_page(sequence, layer, head, page))
     return digest.hexdigest()

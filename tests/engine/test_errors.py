@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pyengine import _core, errors
+from pyengine.format.config import LayerSpec
 
 HEADER = Path(__file__).parents[2] / "csrc" / "pyengine.h"
 
@@ -51,14 +53,14 @@ def test_class_is_an_engine_error_and_a_builtin_where_one_fits(name: str, code: 
 def test_an_error_of_the_core_arrives_as_its_class_with_its_sentence() -> None:
     with pytest.raises(errors.UnsupportedISAError, match=r"'sse9' is unknown.*scalar"):
         _core.select_isa("sse9")
-    config = dict.fromkeys(("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size"), 2) | {
-        "max_seq_len": 2,
-        "sliding_window": 0,
-        "norm_eps": 0.0,
-        "tie_embeddings": True,
-    }
-    config |= {"qkv_bias": False, "o_bias": False, "qk_norm": False}
+    names = ("dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len")
+    config = SimpleNamespace(**dict.fromkeys(names, 2), norm_eps=0.0, tie_embeddings=True, layers=[LayerSpec()] * 2)
+    config.qkv_bias = config.o_bias = config.qk_norm = False
     with pytest.raises(errors.ModelFormatError, match=r"tok_embeddings\.codes is missing"):
         _core.Model(config, bytes(64), {})
+    config.head_dim = 3
     with pytest.raises(errors.ModelFormatError, match="head_dim 3 is odd"):
-        _core.Model(config | {"head_dim": 3}, bytes(64), {})
+        _core.Model(config, bytes(64), {})
+    config.layers, config.head_dim = [LayerSpec(), LayerSpec(norm="layernorm")], 2
+    with pytest.raises(errors.ModelFormatError, match="layer 1 has the norm layernorm"):
+        _core.Model(config, bytes(64), {})

@@ -12,7 +12,7 @@ import pytest
 from engine.freeze_models import ArrayRows
 
 from pyengine.errors import ModelFormatError
-from pyengine.format.config import FrozenConfig
+from pyengine.format.config import FrozenConfig, LayerSpec
 from pyengine.format.inventory import stored_tensors
 from pyengine.format.quantize import dequantize, from_panels, quantize_rows, to_panels
 from pyengine.format.reader import FrozenFile
@@ -146,8 +146,8 @@ def test_stacked_rows_in_any_cut() -> None:
 
 TINY = FrozenConfig(
     architecture="LlamaForCausalLM", dim=4, hidden_dim=2, n_layers=1, n_heads=1, n_kv_heads=1,
-    head_dim=4, vocab_size=3, max_seq_len=8, norm_eps=1e-5, sliding_window=0, tie_embeddings=True,
-    qkv_bias=False, o_bias=False, qk_norm=False, bos_token_id=None, eos_token_ids=(2,),
+    head_dim=4, vocab_size=3, max_seq_len=8, norm_eps=1e-5, tie_embeddings=True,
+    qkv_bias=False, o_bias=False, qk_norm=False, layers=(LayerSpec(),), bos_token_id=None, eos_token_ids=(2,),
 )  # fmt: skip
 
 
@@ -173,10 +173,11 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
         ("layers.0.w_gate_up.scales", "F16", [32], 64),
     ]
     layout += [(f"layers.0.w_down.{p}", d, s, n) for p, d, s, n in matrix]
-    layout += [("norm", "F32", [16], 64), ("rope.inv_freq", "F32", [16], 64)]
+    layout += [("norm", "F32", [16], 64), ("rope.0.inv_freq", "F32", [16], 64)]
     fill = {"I8": b"\1", "F16": b"\0\x40", "F32": b"\0\0\0\x40"}
     body = {name: fill[dtype] * (size // len(fill[dtype])) for name, dtype, _, size in layout}
     config = b"""{
+ "requires": [],
  "architecture": "LlamaForCausalLM",
  "dim": 4,
  "hidden_dim": 2,
@@ -187,15 +188,14 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
  "vocab_size": 3,
  "max_seq_len": 8,
  "norm_eps": 1e-05,
- "sliding_window": 0,
  "tie_embeddings": true,
  "qkv_bias": false,
  "o_bias": false,
  "qk_norm": false,
+ "layers": {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"},
  "bos_token_id": null,
- "eos_token_ids": [
-  2
- ]
+ "eos_token_ids": [2],
+ "kinds": {"default": "int8_g64"}
 }"""
     riders = {
         "config.json": config.ljust(-(-len(config) // 64) * 64),
@@ -206,7 +206,7 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
     text = json.dumps(sums, indent=0).encode()
     riders["checksums.json"] = text.ljust(-(-len(text) // 64) * 64)
     header = (
-        '{"__metadata__":{"format":"pyengine","format_version":"1","name":"tiny",'
+        '{"__metadata__":{"format":"pyengine","format_version":"2","name":"tiny",'
         '"source":"test","generator":"pyengine"}'
     )
     offset = 0
@@ -220,9 +220,9 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
     expected = struct.pack("<Q", len(header)) + header.encode()
     expected += b"".join(body.values()) + b"".join(riders.values())
     assert write_tiny(tmp_path / "tiny.safetensors").read_bytes() == expected
-    # and it is what it was when format version 1 was fixed
+    # and it is what it was when format version 2 was fixed
     digest = hashlib.sha256(expected).hexdigest()
-    assert digest == "18657f3e1ce4a84c0260e17f183528ef7571e9a8fefac0c09f0b6ed87ce5d783"
+    assert digest == "ed8fd5bdaa7d40fe45f644e1c5b0c55edd128cf4e85f17f3bb57129bcc3615a9"
 
 
 def test_every_safetensors_tool_reads_the_file(tmp_path: Path) -> None:

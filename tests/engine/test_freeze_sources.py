@@ -24,6 +24,7 @@ from engine.freeze_models import (
 )
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
+from pyengine.format.config import LayerSpec
 from pyengine.format.quantize import dequantize
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
@@ -136,7 +137,7 @@ def test_freezing_twice_gives_the_same_file(tmp_path: Path) -> None:
 def test_progress_counts_to_the_weights_end(tmp_path: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     freeze(write_hf(tmp_path / "hf"), tmp_path / "m", progress=lambda *a: calls.append(a))
-    assert calls[0][2] == "tok_embeddings.codes" and calls[-1][2] == "rope.inv_freq"
+    assert calls[0][2] == "tok_embeddings.codes" and calls[-1][2] == "rope.0.inv_freq"
     assert [c[0] for c in calls] == sorted(c[0] for c in calls)
     assert {c[1] for c in calls} == {(tmp_path / "m").stat().st_size}
 
@@ -172,7 +173,7 @@ LLAMA3 = {
 
 
 def inv_freq(frozen: FrozenFile) -> np.ndarray:
-    return stored_vector(frozen, "rope.inv_freq", frozen.config.head_dim // 2)
+    return stored_vector(frozen, "rope.0.inv_freq", frozen.config.head_dim // 2)
 
 
 def test_default_frequencies(tmp_path: Path) -> None:
@@ -247,7 +248,18 @@ def test_gguf_rope_freqs_and_linear_scaling(tmp_path: Path) -> None:
     ],
 )
 def test_sliding_windows(tmp_path: Path, config: dict[str, Any], window: int) -> None:
-    assert frozen_hf(tmp_path, config).config.sliding_window == window
+    assert frozen_hf(tmp_path, config).config.layers == (LayerSpec(window=window),) * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, [0, 8]),
+        (MISTRAL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, [8, 0]),
+    ],
+)
+def test_windows_by_layer(tmp_path: Path, config: dict[str, Any], windows: list[int]) -> None:
+    assert [layer.window for layer in frozen_hf(tmp_path, config).config.layers] == windows
 
 
 # ---------------------------------------------------------------------------- refusals
@@ -266,8 +278,8 @@ def test_sliding_windows(tmp_path: Path, config: dict[str, Any], window: int) ->
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "between layers"),
         (
-            QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
-            "different sliding windows",
+            QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention", "chunked"]},
+            "layer of type 'chunked'",
         ),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 from engine.freeze_models import LLAMA, tensor_shapes, write_hf
 
 from pyengine.errors import InvalidArgumentError
-from pyengine.format.config import FrozenConfig
+from pyengine.format.config import FrozenConfig, LayerSpec
 from pyengine.format.inventory import stored_tensors
 from pyengine.format.reader import FrozenFile, verify_checksums
 from pyengine.format.writer import FrozenWriter
@@ -25,8 +25,8 @@ from pyengine.freeze import freeze, freeze_cached, frozen_cache_path
 
 CONFIG = FrozenConfig(
     architecture="LlamaForCausalLM", dim=64, hidden_dim=64, n_layers=1, n_heads=1, n_kv_heads=1,
-    head_dim=64, vocab_size=16, max_seq_len=8, norm_eps=1e-5, sliding_window=0, tie_embeddings=True,
-    qkv_bias=False, o_bias=False, qk_norm=False, bos_token_id=None, eos_token_ids=(),
+    head_dim=64, vocab_size=16, max_seq_len=8, norm_eps=1e-5, tie_embeddings=True,
+    qkv_bias=False, o_bias=False, qk_norm=False, layers=(LayerSpec(),), bos_token_id=None, eos_token_ids=(),
 )  # fmt: skip
 RIDERS = {"tokenizer.json": b"{}"}
 

@@ -7,48 +7,94 @@ import re
 import shutil
 import subprocess
 import sys
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from engine.import_graph import imports, modules
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 
 # ---------------------------------------------------------------------- Python
 
-# Modules from top to bottom: each may import those of lower rank only.
-RANKS = {"__main__": 5, "cli": 4, "engine": 3, "_core": 1, "_sampler": 1, "errors": 0}
+# What each room of pyengine/ may import, from the bottom up, be it inside a function. A room is a module or a folder.
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "background": set(),
+    "results": set(),
+    "_core": {"errors"},
+    "_probe": {"errors"},
+    "_sampler": {"errors"},
+    "format": {"errors"},
+    "text": {"errors"},
+    "sampling": {"errors"},
+    "cpu_watch": {"_core"},
+    "golden": {"_core", "format"},
+    "freeze": {"errors", "format", "golden"},
+    "run": {"errors", "results", "_core", "_sampler", "text", "sampling", "cpu_watch"},
+    "engine": {
+        "errors", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
+        "freeze", "run",
+    },
+    "pyengine": {"errors"},  # its names are looked up when they are asked for
+    "cli": {"errors", "pyengine", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze", "engine"},
+    "__main__": {"cli"},
+}  # fmt: skip
 
 
-def imports_of(path: Path) -> set[str]:
-    """Names of the pyengine modules that a file imports when it runs, anywhere in it."""
-    found: set[str] = set()
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []  # for the type checker alone
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in found if name.startswith("pyengine.")}
+def python_room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
 
 
-def rank(module: str) -> int:
-    return RANKS.get(module, 2)
-
-
-def test_python_dependencies_point_down() -> None:
-    package = ROOT / "pyengine"
-    wrong = []
-    for path in package.rglob("*.py"):
-        module = path.relative_to(package).with_suffix("").parts[0]
-        if module == "__init__":
-            continue
-        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imports_of(path) if rank(name) > rank(module)]
+def test_python_rooms_import_only_what_they_may() -> None:
+    graph = imports(modules(ROOT, "pyengine"), at_import=False)
+    assert {python_room(module) for module in graph} == ROOMS.keys()
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in others
+        if python_room(other) not in ROOMS[python_room(module)] | {python_room(module)}
+    ]
     assert not wrong
+    assert len(list(TopologicalSorter(ROOMS).static_order())) == len(ROOMS)  # or CycleError
+
+
+@pytest.mark.parametrize(("root", "package"), [(ROOT, "pyengine"), (ROOT / "training", "pyengine_training")])
+def test_python_imports_have_no_circle(root: Path, package: str) -> None:
+    """Of modules, while they are imported: TopologicalSorter raises CycleError."""
+    graph = imports(modules(root, package), at_import=True)
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph) > 30
+    assert sum(map(len, graph.values())) > 60
+
+
+def test_the_graph_of_imports_sees_every_form(tmp_path: Path) -> None:
+    files = {
+        "p/__init__.py": "from .a import x\nfrom . import b",
+        "p/a.py": "import p.b\nimport os, p.c.d\nif TYPE_CHECKING:\n    from .c import e\nelse:\n    from .c import f",
+        "p/b.py": "def f():\n    from .c.d import g\nclass C:\n    from . import a",
+        "p/c/__init__.py": "",
+        "p/c/d.py": "try:\n    from .. import b\nexcept ImportError:\n    from ..a import y",
+        "p/c/f.py": "from p import z\nfrom .d import *",
+        "p/e.pyx": "from p.a cimport q\nfrom p.c import d\ncdef int x = 1\nimport p.b\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    at_import = {
+        "p": {"p.a", "p.b"},
+        "p.a": {"p.b", "p.c.d", "p.c.f"},
+        "p.b": {"p.a"},
+        "p.c": set(),
+        "p.c.d": {"p.b", "p.a"},
+        "p.c.f": {"p", "p.c.d"},
+        "p.e": {"p.c.d", "p.b"},
+    }
+    known = modules(tmp_path, "p")
+    assert imports(known, at_import=True) == at_import
+    assert imports(known, at_import=False) == at_import | {"p.b": {"p.a", "p.c.d"}}
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(at_import).static_order())
 
 
 def test_engine_and_training_do_not_import_each_other() -> None:

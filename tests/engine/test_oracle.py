@@ -50,7 +50,7 @@ def test_fixtures_cover_what_they_promise() -> None:
     assert {c["head_dim"] for c in configs} == {16, 32, 64}
     assert {c["tie_embeddings"] for c in configs} == {False, True}
     assert all(c["hidden_dim"] % 64 and c["vocab_size"] % 16 for c in configs)
-    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 1.5e6
+    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 1.6e6
 
 
 @pytest.mark.parametrize("name", fixtures.names())
@@ -68,10 +68,12 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
     config, weights = fixtures.canonical_config(fixture), fixtures.canonical_weights(fixture)
     if feature == "rope scaling":
         exponent = np.arange(0, config["head_dim"], 2) / config["head_dim"]
-        weights["rope.inv_freq"] = (fixture.hf_config["rope_theta"] ** -exponent).astype(np.float32)
+        weights["rope.0.inv_freq"] = (fixture.hf_config["rope_theta"] ** -exponent).astype(np.float32)
     elif feature in ("wq.bias", "wk.bias", "wv.bias", "wo.bias"):
         for layer in range(config["n_layers"]):
             del weights[f"layers.{layer}.{feature}"]
+    elif feature == "window":
+        config["layers"] = config["layers"] | {"window": 0}
     elif feature == "output":
         config["tie_embeddings"] = True
     else:
@@ -85,8 +87,9 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
         ("llama3_rope", "rope scaling"),
         ("llama_linear_bias", "rope scaling"),
         ("llama_linear_bias", "wo.bias"),
-        ("mistral_window", "sliding_window"),
-        ("mistral_long", "sliding_window"),
+        ("mistral_window", "window"),
+        ("mistral_long", "window"),
+        ("qwen3_mixed", "window"),
         ("mistral_window", "output"),
         ("qwen2", "wq.bias"),
         ("qwen2", "wv.bias"),

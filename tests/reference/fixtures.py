@@ -79,7 +79,7 @@ def canonical_name(hf_name: str) -> str:
 def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     """Weights for oracle.Oracle and law_f32.Law: float32, (rows, columns) or (n)."""
     weights = {canonical_name(k): w.astype(np.float32) for k, w in fixture.hf_weights.items()}
-    return {**weights, "rope.inv_freq": fixture.inv_freq}
+    return {**weights, "rope.0.inv_freq": fixture.inv_freq}
 
 
 def canonical_config(fixture: Fixture) -> dict[str, Any]:
@@ -91,6 +91,11 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     """The keys of FORMAT.md's config.json, from those of a Hugging Face config.json."""
     present = set(weight_names)
     eos = hf["eos_token_id"]
+    window: Any = 0
+    if hf["model_type"] == "mistral":
+        window = hf["sliding_window"] or 0
+    elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
+        window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     return {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
@@ -102,14 +107,15 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "vocab_size": hf["vocab_size"],
         "max_seq_len": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
-        # Qwen2's files carry a window that use_sliding_window turns off
-        "sliding_window": hf["sliding_window"] or 0 if hf["model_type"] == "mistral" else 0,
         "tie_embeddings": hf["tie_word_embeddings"],
         "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in present,
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in present,
         "qk_norm": "model.layers.0.self_attn.q_norm.weight" in present,
+        "layers": {"window": window, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"},
         "bos_token_id": hf["bos_token_id"],
         "eos_token_ids": eos if isinstance(eos, list) else [eos],
+        "kinds": {"default": "int8_g64"},
+        "requires": [],
     }
 
 

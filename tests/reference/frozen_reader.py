@@ -27,7 +27,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Weight]]:
         base, _, kind = name.rpartition(".")
         if kind == "codes":
             weights.update(_matrices(base, tensor, tensors[base + ".scales"], config))
-        elif tensor.dtype == np.float32:
+        elif tensor.dtype == np.float32 and not name.startswith("extra."):
             weights.update(_vectors(name, tensor, config))
     return config, weights
 
@@ -79,7 +79,7 @@ def _vectors(name: str, values: NDArray[Any], config: dict[str, Any]) -> dict[st
         return {f"{layer}.{k}.bias": values[b:e] for k, (b, e) in _qkv_rows(config).items()}
     if name.endswith(("q_norm", "k_norm")):
         return {name: values[: config["head_dim"]]}
-    return {name: values[: config["head_dim"] // 2 if name == "rope.inv_freq" else config["dim"]]}
+    return {name: values[: config["head_dim"] // 2 if name.startswith("rope.") else config["dim"]]}
 
 
 def _qkv_rows(config: dict[str, Any]) -> dict[str, tuple[int, int]]:

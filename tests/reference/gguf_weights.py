@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
         "n_layers": field("llama.block_count"),
         "head_dim": head_dim,
         "norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
-        "sliding_window": 0,
+        "layers": {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"},
         "qk_norm": False,
         "tie_embeddings": "output.weight" not in tensors,
     }
@@ -63,7 +63,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
             w = halves_from_pairs(w, head_dim)
         weights[name] = w
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    weights["rope.inv_freq"] = (field("llama.rope.freq_base") ** -exponent).astype(np.float32)
+    weights["rope.0.inv_freq"] = (field("llama.rope.freq_base") ** -exponent).astype(np.float32)
     return config, weights
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .oracle import quantize_weight, visible
+from .oracle import layer_field, quantize_weight, visible
 
 F32 = NDArray[np.float32]
 Array = NDArray[Any]
@@ -241,10 +241,10 @@ class Law:
         trace[name + "_codes"] = codes[..., : -(-x.shape[-1] // 32), :]
         return codes, scales
 
-    def _attention(self, trace: Trace, q: F32, k: F32, v: F32) -> F32:
+    def _attention(self, layer: int, trace: Trace, q: F32, k: F32, v: F32) -> F32:
         """q (n_tokens, n_heads, head_dim), k and v (n_tokens, n_kv_heads, head_dim) -> like q."""
         n_tokens, n_heads, head_dim = q.shape
-        seen = visible(n_tokens, self.config["sliding_window"])
+        seen = visible(n_tokens, layer_field(self.config, "window", layer))
         c = f32(1) / np.sqrt(f32(head_dim))
         (q_codes, q_scales), (k_codes, k_scales) = quantize(q), quantize(k)
         v_codes, v_scales = quantize(v, head_dim, 1)
@@ -275,9 +275,9 @@ class Law:
         if cfg["qk_norm"]:
             q = self._norm(f"layers.{layer}.q_norm", q)
             k = self._norm(f"layers.{layer}.k_norm", k)
-        inv_freq = self.vectors["rope.inv_freq"]
+        inv_freq = self.vectors[f"rope.{layer_field(cfg, 'rope', layer)}.inv_freq"]
         trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
-        trace["attention"] = o = self._attention(trace, q, k, v).reshape(n_tokens, -1)
+        trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
         o_q = self._quantize_input(trace, "attention", o)
         trace["x_attention"] = x = self._linear(layer, "wo", o_q) + x
 

@@ -18,7 +18,7 @@ A fixture holds (keys of the .npz)
 
 The dimensions are small and awkward on purpose: widths that 64 does not divide, vocabularies that
 16 does not, every ratio of query to kv heads from 1 to 4, more positions than one attention chunk
-has, windows that leave a whole chunk out of sight.
+has, windows that leave a whole chunk out of sight, layers with a window beside layers without.
 """
 
 from __future__ import annotations
@@ -112,6 +112,13 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "attention_bias": False,
          "rope_theta": None,
          "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+        300,
+    ),
+    "qwen3_mixed": (
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **shape(48, 40, 2, 1, 16),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "attention_bias": False,
+         "use_sliding_window": True, "sliding_window": 40,
+         "layer_types": ["full_attention", "sliding_attention"]},
         300,
     ),
 }  # fmt: skip

@@ -93,10 +93,16 @@ def rope(x: Array, inv_freq: Array) -> Array:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def visible(n_tokens: int, sliding_window: int) -> Array:
+def layer_field(config: Mapping[str, Any], name: str, layer: int) -> Any:
+    """An entry of config.json's "layers": one value for all layers, or a list."""
+    value = config["layers"][name]
+    return value[layer] if isinstance(value, list) else value
+
+
+def visible(n_tokens: int, window: int) -> Array:
     """(n_tokens, n_tokens) bool: whether query i sees position j."""
     i, j = np.arange(n_tokens)[:, None], np.arange(n_tokens)[None, :]
-    return (j <= i) & ((j > i - sliding_window) if sliding_window else True)
+    return (j <= i) & ((j > i - window) if window else True)
 
 
 def log_softmax(logits: Array) -> Array:
@@ -134,7 +140,6 @@ class Oracle:
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Array], *, quantized: bool) -> None:
         self.config = config
         self.quantized = quantized
-        self.inv_freq = np.asarray(weights["rope.inv_freq"], dtype=np.float32)
         self.weights: dict[str, Array] = {}
         for name, w in weights.items():
             is_code = quantized and w.ndim == 2
@@ -160,13 +165,14 @@ class Oracle:
     def _norm(self, name: str, x: Array) -> Array:
         return rmsnorm(x, self.weights[name], self.config["norm_eps"])
 
-    def _attention(self, q: Array, k: Array, v: Array) -> Array:
+    def _attention(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """q (n_tokens, n_heads, head_dim), k and v (n_tokens, n_kv_heads, head_dim) -> like q."""
         n_tokens, n_heads, head_dim = q.shape
         n_rep = n_heads // k.shape[1]
         k, v = np.repeat(k, n_rep, axis=1), np.repeat(v, n_rep, axis=1)
         scores = np.einsum("ihd,jhd->hij", q, k, optimize=True) / np.sqrt(head_dim)
-        scores = np.where(visible(n_tokens, self.config["sliding_window"]), scores, -np.inf)
+        seen = visible(n_tokens, layer_field(self.config, "window", layer))
+        scores = np.where(seen, scores, -np.inf)
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         out = np.einsum("hij,jhd->hid", p, v, optimize=True) / p.sum(axis=-1, keepdims=True)
         return out.transpose(1, 0, 2)
@@ -192,11 +198,12 @@ class Oracle:
         if cfg["qk_norm"]:
             q = self._norm(f"layers.{layer}.q_norm", q)
             k = self._norm(f"layers.{layer}.k_norm", k)
-        trace["q_rope"], trace["k_rope"] = q, k = rope(q, self.inv_freq), rope(k, self.inv_freq)
+        inv_freq = self.weights[f"rope.{layer_field(cfg, 'rope', layer)}.inv_freq"]
+        trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
         q = self._through_codes(trace, "q", q, X_GROUP)
         k = self._through_codes(trace, "k", k, X_GROUP)
         v = self._through_codes(trace, "v", v, head_dim)
-        trace["attention"] = o = self._attention(q, k, v).reshape(n_tokens, -1)
+        trace["attention"] = o = self._attention(layer, q, k, v).reshape(n_tokens, -1)
         o = self._through_codes(trace, "attention", o, X_GROUP)
         trace["x_attention"] = x = x + self._linear(layer, "wo", o)
 

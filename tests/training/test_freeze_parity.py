@@ -152,7 +152,7 @@ def test_trained_weights_and_their_snapped_copy_freeze_alike(
 def test_rope_frequencies_are_the_frozen_ones(trained: tuple[Path, ModelConfig, Arena]) -> None:
     folder, model, _ = trained
     source = open_source(folder)
-    inv_freq = np.asarray(source.vectors["rope.inv_freq"]())
+    inv_freq = np.asarray(source.vectors["rope.0.inv_freq"]())
     source.close()
     cos, sin = ops.rope_tables(SEQ, model.head_dim, model.rope_theta)
     angle = (np.arange(SEQ, dtype=np.float32)[:, None] * inv_freq[None]).astype(np.float64)

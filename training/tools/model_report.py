@@ -61,7 +61,7 @@ def float32_scorer(source: Path, tokenizer: Path | None) -> Scorer:
     """
     with contextlib.closing(open_source(source, tokenizer=tokenizer)) as model:
         c = model.config
-        if c.qkv_bias or c.o_bias or c.qk_norm or c.sliding_window:
+        if c.qkv_bias or c.o_bias or c.qk_norm or any(layer.window or layer.rope for layer in c.layers):
             raise SystemExit(f"{source}: not a plain Llama; cannot be scored in float32")
         names = {f.name for f in dataclasses.fields(ModelConfig)} & set(dir(c))
         config = ModelConfig(**{name: getattr(c, name) for name in names})
@@ -76,7 +76,7 @@ def float32_scorer(source: Path, tokenizer: Path | None) -> Scorer:
                 halves = [panels[:, i].reshape(-1, rows.shape[1])[: c.hidden_dim] for i in (0, 1)]
                 rows = np.concatenate(halves)
             view[...] = rows
-        inv_freq = np.asarray(model.vectors["rope.inv_freq"]())
+        inv_freq = np.asarray(model.vectors["rope.0.inv_freq"]())
     worker = Worker(config, 1, config.max_seq_len, training=False)
     angle = (np.arange(worker.seq_len, dtype=np.float32)[:, None] * inv_freq).astype(np.float64)
     worker.cos, worker.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)

@@ -46,9 +46,12 @@ def matrix(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Any:
 
 def model_config(stored: dict[str, Any], inv_freq: Any) -> ModelConfig:
     """The trainer's configuration of a frozen config.json; the file has RoPE's frequencies, not its base."""
-    for name in ("qkv_bias", "o_bias", "qk_norm", "sliding_window"):
+    for name in ("qkv_bias", "o_bias", "qk_norm", "requires"):
         if stored.get(name):
             raise ConfigError(f"the model has {name}, which the trainer does not know")
+    plain = {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"}
+    if stored["layers"] != plain or stored["kinds"] != {"default": "int8_g64"}:
+        raise ConfigError(f"the trainer knows layers {plain} and int8_g64 matrices only")
     half = stored["head_dim"] // 2
     base = float(f"{float(inv_freq[half - 1]) ** (-half / (half - 1)):.6g}") if half > 1 else 10000.0
     if not np.allclose(inv_freq[:half], base ** (-np.arange(half) / half), rtol=1e-5):
@@ -65,7 +68,7 @@ def thaw(frozen: Path, folder: Path) -> None:
     if "config.json" not in tensors or "golden.json" not in tensors:
         raise ConfigError(f"{frozen} is not a frozen file (pyengine freeze makes one)")
     stored = json.loads(tensors["config.json"].tobytes())
-    config = model_config(stored, tensors["rope.inv_freq"])
+    config = model_config(stored, tensors["rope.0.inv_freq"])
     params = Arena(parameter_shapes(config))
     for name, view in params.views.items():
         view[...] = tensors[name][: view.shape[0]] if view.ndim == 1 else matrix(tensors, name, view.shape)

@@ -1,0 +1,309 @@
+"""config.json and the inventory: what a file may say about its model, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyengine.errors import ModelFormatError, UnsupportedModelError
+from pyengine.format.config import MAX_ROPE_TABLES, FrozenConfig, LayerSpec, same_layers
+from pyengine.format.inventory import (
+    count_macs,
+    count_parameters,
+    inventory,
+    kv_bytes_per_position,
+    stored_tensors,
+)
+
+CONFIG: dict[str, Any] = {
+    "requires": [], "architecture": "LlamaForCausalLM", "dim": 64, "hidden_dim": 88, "n_layers": 2, "n_heads": 4,
+    "n_kv_heads": 2, "head_dim": 16, "vocab_size": 300, "max_seq_len": 128, "norm_eps": 1e-5,
+    "tie_embeddings": False, "qkv_bias": False, "o_bias": False, "qk_norm": False,
+    "layers": {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"},
+    "bos_token_id": 256, "eos_token_ids": [257], "kinds": {"default": "int8_g64"},
+}  # fmt: skip
+
+
+def parse(**changes: Any) -> FrozenConfig:
+    return FrozenConfig.from_json(json.dumps(CONFIG | changes))
+
+
+def with_layers(**changes: Any) -> FrozenConfig:
+    return parse(layers=CONFIG["layers"] | changes)
+
+
+# ---------------------------------------------------------------------------- one value at a time
+
+
+def test_a_config_is_read() -> None:
+    config = parse()
+    assert config.eos_token_ids == (257,) and config.q_dim == 64 and config.kv_dim == 32
+    assert config.layers == (LayerSpec(0, 0, "rmsnorm", "swiglu"),) * 2
+    assert config.to_document() == CONFIG and next(iter(config.to_document())) == "requires"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architecture", ""), ("architecture", 5), ("dim", 0), ("dim", -64), ("dim", 1 << 21),
+        ("dim", 64.0), ("dim", True), ("dim", "64"), ("dim", None), ("dim", 1 << 64),
+        ("hidden_dim", 0), ("n_layers", 0), ("n_layers", 4097), ("n_layers", "2"), ("n_layers", 1 << 60),
+        ("n_heads", 0), ("n_heads", 1 << 17), ("n_kv_heads", 3), ("n_kv_heads", 0),
+        ("head_dim", 15), ("head_dim", 514), ("head_dim", 0),
+        ("vocab_size", (1 << 24) + 1), ("max_seq_len", 0), ("max_seq_len", (1 << 24) + 1),
+        ("norm_eps", 0.0), ("norm_eps", 2.0), ("norm_eps", "x"), ("norm_eps", None),
+        ("tie_embeddings", 1), ("qkv_bias", None), ("o_bias", "no"), ("qk_norm", 0),
+        ("bos_token_id", 300), ("bos_token_id", -1), ("bos_token_id", 1.0),
+        ("eos_token_ids", [300]), ("eos_token_ids", 257), ("eos_token_ids", [None]), ("eos_token_ids", [0] * 257),
+        ("layers", None), ("layers", []), ("layers", "x"), ("kinds", None), ("kinds", []), ("kinds", {}),
+        ("kinds", {"default": 8}), ("kinds", {"default": ["int8_g64"] * 2}), ("kinds", {"default": ""}),
+        ("kinds", {"default": "int8_g64", "wo": 1}), ("kinds", {"default": "int8_g64", "wo": ["int8_g64"]}),
+        ("kinds", {"default": "int8_g64", "wo": [1, 2]}), ("kinds", {"default": "int8_g64", "wo": ["x" * 65] * 2}),
+        ("kinds", {"default": "int8_g64", "w" * 65: "int8_g64"}),
+        ("requires", None), ("requires", "experts"), ("requires", [1]), ("requires", [""]), ("requires", ["x" * 65]),
+        ("requires", ["x"] * 257), ("extra", 1), ("extra", []), ("extra", None),
+    ],
+)  # fmt: skip
+def test_errors_name_the_field(key: str, value: Any) -> None:
+    with pytest.raises(ModelFormatError, match=f"config: .*{key}"):
+        parse(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("window", -1, "window of layer 0"), ("window", [0, 1 << 25], "window of layer 1"),
+        ("window", True, "window of layer 0"), ("window", None, "window of layer 0"),
+        ("window", [0], r"layers\.window lists 1 values for 2 layers"), ("window", [], r"layers\.window lists 0"),
+        ("rope", -1, "rope of layer 0"), ("rope", MAX_ROPE_TABLES, "rope of layer 0"), ("rope", "0", "rope of layer"),
+        ("rope", [0, 2], "no layer uses RoPE table 1"), ("rope", 1, "no layer uses RoPE table 0"),
+        ("norm", 1, "norm of layer 0"), ("norm", ["rmsnorm", ""], "norm of layer 1"),
+        ("activation", {}, "activation of layer 0"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_layer(field: str, value: Any, match: str) -> None:
+    with pytest.raises(ModelFormatError, match=f"config: .*{match}"):
+        with_layers(**{field: value})
+
+
+def test_what_is_no_json_object_is_refused() -> None:
+    with pytest.raises(ModelFormatError, match=r"'dim' of config\.json is missing"):
+        FrozenConfig.from_json(json.dumps({k: v for k, v in CONFIG.items() if k != "dim"}))
+    with pytest.raises(ModelFormatError, match="'rope' of layers is missing"):
+        parse(layers={k: v for k, v in CONFIG["layers"].items() if k != "rope"})
+    with pytest.raises(ModelFormatError, match="NaN is not JSON"):
+        parse(norm_eps=float("nan"))
+    with pytest.raises(ModelFormatError, match="not a JSON object"):
+        FrozenConfig.from_json("[]")
+    with pytest.raises(ModelFormatError, match="not valid JSON"):
+        FrozenConfig.from_json(b"\xff\xfe")
+
+
+# ---------------------------------------------------------------------------- files of a later version
+
+
+def test_what_is_required_and_not_known_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="requires 'experts', which this version of pyengine does not know"):
+        parse(requires=["experts"])
+    # before anything else is looked at: with experts, all the rest may mean something else
+    with pytest.raises(UnsupportedModelError, match="'experts'"):
+        FrozenConfig.from_json('{"requires": ["experts"], "dim": "many"}')
+    with pytest.raises(UnsupportedModelError, match=r"config\.json has the key 'n_experts', which .* not know"):
+        parse(n_experts=8)
+    with pytest.raises(UnsupportedModelError, match=r"layers has the key 'post_norm', which .* not know"):
+        with_layers(post_norm="rmsnorm")
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 has the norm 'layernorm', which .* not know"):
+        with_layers(norm=["rmsnorm", "layernorm"])
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 has the activation 'geglu', which .* not know"):
+        with_layers(activation="geglu")
+
+
+def test_what_may_be_ignored_is_kept() -> None:
+    extra = {"made": {"by": ["someone", None, 1.5]}, "n_experts": 8}
+    config = parse(extra=extra)
+    assert config.extra == extra
+    assert FrozenConfig.from_json(config.to_json()).extra == extra
+    assert stored_tensors(config) == stored_tensors(parse())
+    assert "extra" not in parse().to_document()
+
+
+# ---------------------------------------------------------------------------- kinds
+
+
+def kinds_of(config: FrozenConfig) -> dict[str, str]:
+    return {weight.name: weight.kind for weight in inventory(config) if weight.is_matrix}
+
+
+def test_every_matrix_has_a_kind() -> None:
+    assert set(kinds_of(parse()).values()) == {"int8_g64"}
+    config = parse(kinds={"default": "int8_g64", "wo": "int8_g64", "w_down": ["int8_g64", "int8_g64"]})
+    assert kinds_of(config) == kinds_of(parse())
+    assert FrozenConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("kinds", "matrix"),
+    [
+        ({"default": "int4_g32"}, "tok_embeddings"),
+        ({"default": "int8_g64", "output": "int4_g32"}, "output"),
+        ({"default": "int8_g64", "w_down": ["int8_g64", "int4_g32"]}, "layers.1.w_down"),
+        ({"default": "f32"}, "tok_embeddings"),  # vectors are; matrices not
+    ],
+)
+def test_a_kind_that_is_not_known_is_refused_with_the_matrix(kinds: dict[str, Any], matrix: str) -> None:
+    config = parse(kinds=kinds)
+    with pytest.raises(UnsupportedModelError, match=f"the matrix '{matrix}' is of the kind .*not know"):
+        inventory(config)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "match"),
+    [
+        ({"default": "int8_g64", "norm": "int8_g64"}, "'norm', which is no matrix"),
+        ({"default": "int8_g64", "layers.0.wo": "int8_g64"}, "'layers.0.wo', which is no matrix"),
+        ({"default": "int8_g64", "output": ["int8_g64"] * 2}, "kinds.output lists kinds by layer"),
+    ],
+)
+def test_kinds_name_matrices(kinds: dict[str, Any], match: str) -> None:
+    with pytest.raises(ModelFormatError, match=match):
+        inventory(parse(kinds=kinds))
+    with pytest.raises(ModelFormatError, match="'output', which is no matrix"):
+        inventory(parse(kinds={"default": "int8_g64", "output": "int8_g64"}, tie_embeddings=True))
+
+
+# ---------------------------------------------------------------------------- properties
+
+names = st.text(min_size=1, max_size=20)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | names,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> FrozenConfig:
+    n_layers, n_kv_heads = draw(st.integers(1, 9)), draw(st.integers(1, 3))
+    n_tables = draw(st.integers(1, min(3, n_layers)))
+    rope = draw(st.permutations([*range(n_tables), *draw(st.lists(
+        st.integers(0, n_tables - 1), min_size=n_layers - n_tables, max_size=n_layers - n_tables
+    ))]))  # fmt: skip
+    windows = draw(st.lists(st.sampled_from([0, 1, 4096]), min_size=n_layers, max_size=n_layers))
+    by_layer = st.tuples(*[st.just("int8_g64")] * n_layers)
+    kinds = draw(
+        st.dictionaries(st.sampled_from(["wqkv", "wo", "w_gate_up", "w_down"]), st.just("int8_g64") | by_layer)
+    )
+    return FrozenConfig(
+        architecture=draw(names),
+        dim=draw(st.integers(1, 300)),
+        hidden_dim=draw(st.integers(1, 300)),
+        n_layers=n_layers,
+        n_heads=n_kv_heads * draw(st.integers(1, 4)),
+        n_kv_heads=n_kv_heads,
+        head_dim=2 * draw(st.integers(1, 40)),
+        vocab_size=draw(st.integers(1, 500)),
+        max_seq_len=draw(st.integers(1, 1 << 24)),
+        norm_eps=draw(st.floats(1e-12, 0.5)),
+        tie_embeddings=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        o_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        layers=tuple(LayerSpec(*spec) for spec in zip(windows, rope, strict=True)),
+        bos_token_id=draw(st.none() | st.just(0)),
+        eos_token_ids=tuple(draw(st.lists(st.just(0), max_size=3))),
+        kinds={"default": "int8_g64", **kinds},
+        extra=draw(st.dictionaries(names, json_values, max_size=3)),
+    )
+
+
+@given(configs())
+@settings(deadline=None)
+def test_to_json_and_back(config: FrozenConfig) -> None:
+    assert FrozenConfig.from_json(config.to_json()) == config
+    # a list with equal values says what one value says
+    columns = {name: [getattr(layer, name) for layer in config.layers] for name in LayerSpec._fields}
+    assert FrozenConfig.from_json(json.dumps(config.to_document() | {"layers": columns})) == config
+
+
+@given(st.sampled_from([*CONFIG, "extra"]), json_values)
+@settings(max_examples=500, deadline=None)
+def test_any_value_is_read_or_refused(key: str, value: Any) -> None:
+    try:
+        config = parse(**{key: value})
+        inventory(config)
+    except (ModelFormatError, UnsupportedModelError):
+        return
+    assert FrozenConfig.from_json(config.to_json()) == config
+
+
+@given(st.sampled_from(LayerSpec._fields), json_values)
+@settings(max_examples=500, deadline=None)
+def test_any_value_of_a_layer_is_read_or_refused(key: str, value: Any) -> None:
+    try:
+        config = with_layers(**{key: value})
+    except (ModelFormatError, UnsupportedModelError):
+        return
+    assert FrozenConfig.from_json(config.to_json()) == config
+
+
+@given(st.sampled_from(["", "layers"]), names)
+@settings(deadline=None)
+def test_any_other_key_is_refused_by_name(where: str, key: str) -> None:
+    document = CONFIG | {"layers": dict(CONFIG["layers"])}
+    inside = document["layers"] if where else document
+    if key in inside or key == "extra":
+        return
+    inside[key] = 0
+    with pytest.raises(UnsupportedModelError) as refusal:
+        FrozenConfig.from_json(json.dumps(document))
+    assert repr(key)[:80] in str(refusal.value)
+
+
+@given(configs())
+@settings(deadline=None)
+def test_the_inventory_is_consistent(config: FrozenConfig) -> None:
+    weights = inventory(config)
+    assert len({weight.name for weight in weights}) == len(weights)
+    for weight in weights:
+        assert weight.shape[0] == sum(part.rows for part in weight.parts)
+        assert (
+            weight.name == weight.role
+            if weight.layer is None
+            else weight.name == f"layers.{weight.layer}.{weight.role}"
+        )
+        for name, tensor in weight.stored().items():
+            assert name.startswith(weight.name) and tensor.nbytes % 64 == 0
+    assert [weight.layer for weight in weights if weight.layer is not None] == sorted(
+        i for i in range(config.n_layers) for weight in weights if weight.layer == i
+    )
+    assert sum(weight.role.startswith("rope.") for weight in weights) == config.n_rope_tables
+    assert sum(weight.use == "row" for weight in weights) == (not config.tie_embeddings)
+    # a product reads each of its matrix's elements once
+    matrices = sum(w.shape[0] * w.shape[1] for w in weights if w.is_matrix and w.use != "row")
+    assert count_macs(config, 1, 1) == matrices < count_parameters(config) + 1
+    assert count_macs(config, 3, 0) % 3 == 0
+
+
+def test_counts_by_hand() -> None:
+    config = parse(qkv_bias=True, o_bias=True, qk_norm=True)
+    layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 88 + 2 * 64 + 128 + 64 + 2 * 16
+    assert count_parameters(config) == 2 * layer + 2 * 300 * 64 + 64
+    assert count_macs(config, 5, 2) == 5 * 2 * (64 * 128 + 64 * 64 + 3 * 64 * 88) + 2 * 300 * 64
+    # a head: codes of k and v padded to 32, one scale of k, one of v
+    assert kv_bytes_per_position(config) == 2 * 2 * (32 + 32 + 4 + 4)
+    assert kv_bytes_per_position(config, "f32") == 2 * 2 * 2 * 32 * 4
+
+
+def test_same_layers_checks_their_number() -> None:
+    assert same_layers(3, window=5) == (LayerSpec(window=5),) * 3
+    for n in (0, 1 << 60, "2"):
+        with pytest.raises(ModelFormatError, match="n_layers"):
+            same_layers(n)  # type: ignore[arg-type]
