@@ -74,8 +74,8 @@ def engine_logits(path: Path, kv_dtype: str, chunk: int) -> Any:
         sequence, rows = context.sequence_new(), []
         for begin in range(0, len(TOKENS), chunk):
             feed = [int(token) for token in TOKENS[begin : begin + chunk]]
-            n = context.forward(feed, [sequence] * len(feed), b"\1" * len(feed))
-            rows += [np.array(context.logits(row), f32) for row in range(n)]
+            context.forward(feed, [sequence] * len(feed), b"\1" * len(feed))
+            rows += [np.array(context.logits(row), f32) for row in range(context.n_logits)]
         return np.stack(rows)
 
 
