@@ -6,11 +6,14 @@ import hashlib
 import itertools
 import os
 import queue
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,12 @@ pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
 import pyengine_training
 from pyengine_training.arena import Arena, parameter_shapes
-from pyengine_training.checkpoint import hf_config, hf_tensors, read_state
+from pyengine_training.checkpoint import checkpoints, hf_config, hf_tensors, read_state
 from pyengine_training.comm import ALONE, ending_together, same_everywhere, together
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.device import make_trainer
 from pyengine_training.errors import ConfigError, NotFiniteError, RankError
-from pyengine_training.files import save_safetensors, write_json
+from pyengine_training.files import read_json, save_safetensors, write_json
 from pyengine_training.ranks import Exchange, Piece, ShardSum, add_tree, cut, owners, trailing_ones
 from pyengine_training.trainer import Trainer
 
@@ -451,3 +454,94 @@ def test_what_ranks_cannot_do_is_said_once_and_leaves_no_folder(
     assert done.returncode == 1
     assert done.stderr.count(message) == done.stderr.count("error:") == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+# ---- ranks that fail ---------------------------------------------------------------------------------------------
+
+
+class Launched:
+    """A run on two ranks that has begun, and its processes."""
+
+    def __init__(self, run: Path, stories: Path, *words: str) -> None:
+        path = os.pathsep.join([str(Path(pyengine_training.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        knobs = f"{SIZES} {KNOBS} --checkpoint-every 2 --eval-every 0".replace("--steps 6", "--steps 1000000").split()
+        command = [mpiexec(), "-n", "2", sys.executable, "-m", "pyengine_training", "train"]
+        self.run = run
+        self.process = subprocess.Popen(
+            [*command, "--run-dir", str(run), "--data", str(stories), *knobs, *words],
+            env={**os.environ, "PYTHONPATH": path, "PYENGINE_RANK_PATIENCE": "8"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+
+    def wait_for_checkpoint(self) -> None:
+        while not checkpoints(self.run):
+            if self.process.poll() is not None:
+                raise AssertionError(self.end())
+            time.sleep(0.05)
+
+    def pid(self, rank: int) -> int:
+        log = (self.run / "log.txt").read_text()
+        found = re.search(rf"rank {rank}: process (\d+) on", log)
+        assert found, log
+        return int(found.group(1))
+
+    def end(self) -> str:
+        """What it said; bounded by the test's own time limit."""
+        return self.process.communicate()[1]
+
+
+@pytest.fixture
+def launched(stories: Path, tmp_path: Path) -> Iterator[Launched]:
+    made = Launched(tmp_path / "run", stories)
+    try:
+        made.wait_for_checkpoint()
+        yield made
+    finally:
+        made.process.kill()
+        if made.process.stderr and not made.process.stderr.closed:
+            made.end()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in Linux's /proc")
+@pytest.mark.parametrize(
+    "number, whole, message",
+    [
+        (signal.SIGKILL, False, r"rank 1 on \S+ was killed by SIGKILL \(out of memory\?\)"),
+        (signal.SIGSTOP, False, r"rank 1 on \S+ has been stopped for 8 s"),
+        (signal.SIGSTOP, True, r"rank 1 has not been heard of for 8 s"),
+    ],
+    ids=["killed", "stopped", "stopped with its parent"],
+)
+def test_a_lost_rank_ends_all_and_is_named(
+    launched: Launched, stories: Path, number: signal.Signals, whole: bool, message: str
+) -> None:
+    victim = launched.pid(1)
+    if whole:
+        os.kill(parent_of(victim), number)
+    os.kill(victim, number)
+    said = launched.end()
+    assert launched.process.returncode != 0
+    assert len(re.findall(r"error: rank", said)) == 1 and re.search(message, said), said
+    step = read_state(checkpoints(launched.run)[-1])["step"]
+    assert step >= 2
+    values = read_json(launched.run / "run.json")  # a shorter run, so that going on ends
+    write_json(launched.run / "run.json", {**values, "train": {**values["train"], "steps": step + 1}})
+    done = launch(2, "--run-dir", launched.run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"(step {step})" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_writes_a_checkpoint(launched: Launched, number: signal.Signals) -> None:
+    launched.process.send_signal(number)
+    said = launched.end()
+    assert launched.process.returncode != 0
+    assert said.count("a checkpoint is written") <= 1, said
+    for folder in checkpoints(launched.run):  # whole ones only
+        assert read_state(folder)["step"] == int(folder.name[5:])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from .comm import launched_ranks
 from .errors import Interrupted, TrainingError
+from .supervise import in_child
 
 COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "plot", "cost")
 
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    rank, ranks = launched_ranks()
+    if ranks > 1 and command == "train":
+        in_child(rank, ranks, arguments)
     try:
         run = _command(command)
     except ImportError as error:
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"error: out of memory ({error}): {advice}"
     except (TrainingError, OSError) as error:
         message = f"error: {error}"
-    if launched_ranks()[0] == 0:  # errors that come here are those that all ranks have
+    if rank == 0:  # errors that come here are those that all ranks have
         print(message, file=sys.stderr)
     return code
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -362,6 +364,9 @@ def run_training(folder: Path, machine: Machine, parent: Path | None = None) -> 
             _say_plan(loop, machine)
         if loop.leads:
             runfolder.begun(folder)
+        if machine.comm.size > 1:
+            for rank, (host, pid) in enumerate(machine.comm.gather((socket.gethostname(), os.getpid()))):
+                loop.log.say(f"rank {rank}: process {pid} on {host}, {threads_text(loop)}")
         with _signals(loop.received):
             loop.steps()
         final = loop.finish()
@@ -369,6 +374,11 @@ def run_training(folder: Path, machine: Machine, parent: Path | None = None) -> 
         return final
     finally:
         loop.close()
+
+
+def threads_text(loop: Loop) -> str:
+    count = loop.trainer.backend.threads
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _say_plan(loop: Loop, machine: Machine) -> None:
