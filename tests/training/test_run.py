@@ -258,7 +258,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(
         (b"One small text. " * 40, "--vocab-size 4096", "supports a vocabulary of only"),
         (None, "--seq-len 1000000", "fewer than one sequence"),
         (None, "--n-kv-heads 3", "does not divide"),
-        (None, "--shards 3", "does not divide"),
+        (None, "--shards 3", "power of two"),
+        (None, "--shards 8", "does not divide"),
         (None, "--data-weights 1,2", "give one each"),
     ],
 )

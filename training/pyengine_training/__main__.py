@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from .comm import launched_ranks
 from .errors import Interrupted, TrainingError
+from .supervise import in_child
 
 COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "plot", "cost")
 
@@ -35,26 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    rank, ranks = launched_ranks()
+    if ranks > 1 and command == "train":
+        in_child(rank, ranks, arguments)
     try:
         run = _command(command)
     except ImportError as error:
         print(f"error: training needs {error.name}: install pyengine-lm[train]", file=sys.stderr)
         return 1
+    code, message = 1, ""
     try:
         return run(arguments)
     except Interrupted as stop:
-        print(f"{stop}: a checkpoint is written; continue with --resume", file=sys.stderr)
-        return 128 + stop.signal_number
+        code, message = 128 + stop.signal_number, f"{stop}: a checkpoint is written; continue with --resume"
     except KeyboardInterrupt:  # before the first step: nothing to save
-        print("interrupted", file=sys.stderr)
-        return 130
+        code, message = 130, "interrupted"
     except MemoryError as error:
         advice = "use a smaller --batch-size, more --shards, or --recompute block"
-        print(f"error: out of memory ({error}): {advice}", file=sys.stderr)
-        return 1
+        message = f"error: out of memory ({error}): {advice}"
     except (TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        message = f"error: {error}"
+    if rank == 0:  # errors that come here are those that all ranks have
+        print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .arena import Arena, parameter_shapes
 from .config import ModelConfig, TrainConfig, to_json
 from .errors import CheckpointError
-from .files import atomic_directory, load_safetensors, read_json, save_safetensors, write_json
+from .files import atomic_directory, load_safetensors, new_safetensors, read_json, save_safetensors, write_json
 from .text import tokenizer_config
 
 Array = NDArray[Any]
@@ -242,15 +242,22 @@ def save_checkpoint(
     folder: Path,
     model: ModelConfig,
     config: TrainConfig,
-    moments: tuple[Array, Array],
+    size: int,
+    fill_moments: Callable[[Array, Array], None],
     state: TrainingState,
     data_fingerprint: str,
     write_model: Callable[[Path], None],
 ) -> None:
-    """Write a whole checkpoint, atomically. write_model writes the Hugging Face part into the folder it is given."""
+    """Write a whole checkpoint, atomically.
+
+    fill_moments fills two flat arrays of ``size`` elements, which are the file; write_model writes the Hugging Face
+    part into the folder it is given.
+    """
     with atomic_directory(folder) as temporary:
         write_model(temporary)
-        save_safetensors(temporary / "optimizer.safetensors", {"m": moments[0], "v": moments[1]})
+        shapes = {"m": (size,), "v": (size,)}
+        with new_safetensors(temporary / "optimizer.safetensors", shapes) as moments:
+            fill_moments(moments["m"], moments["v"])
         values = {
             "format_version": FORMAT_VERSION,
             "step": state.step,

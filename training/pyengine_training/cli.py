@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import checkpoint as checkpoints
 from . import options as given
 from . import report, runfolder, setup, train
+from .comm import ending_together, launched_ranks, same_everywhere, together, world
 from .data import Corpus, prepare_corpus
-from .device import Device
+from .device import Device, Machine
 from .errors import ConfigError
+from .files import package_digest
 from .flags import train_parser
 
 
@@ -28,26 +34,45 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    options = train_parser().parse_args(arguments)
-    folder: Path = options.run_dir
+    rank, ranks = launched_ranks()
+    with contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext():
+        options = train_parser().parse_args(arguments)
     values = given.collect(options)
-    device = Device.of(options)
-    if options.resume:
-        return _resume(values, options, device)
-    given.refuse_unused(values, options)
-    if options.dry_run:
+    if not options.resume:
+        given.refuse_unused(values, options, ranks)
+    if options.dry_run and not options.resume:
         setup.dry_run(values, options)
         return 0
-    device.require()  # before minutes of tokenizing
-    with runfolder.new(folder):
-        set_up = setup.branch if values.get("branch_from") else setup.new_run
-        set_up(values, options, folder, arguments)
-        parent = Path(values["branch_from"]) if values.get("branch_from") else None
-        train.run_training(folder, threads=options.threads, parent=parent, device=device)
+    comm = world()
+    with ending_together(comm):
+        if comm.size > 1:
+            program = {"program": package_digest(), "command line": shlex.join(arguments)}
+            same_everywhere(comm, {**checkpoints.environment(), **program})
+        device = Device.of(options)
+        machine = Machine(device, options.threads, comm, options.shard_optimizer)
+        with together(comm):
+            device.require()  # before minutes of tokenizing
+        (_resume if options.resume else _start)(values, options, machine, arguments)
     return 0
 
 
-def _resume(values: dict[str, Any], options: argparse.Namespace, device: Device) -> int:
+def _start(values: dict[str, Any], options: argparse.Namespace, machine: Machine, arguments: list[str]) -> None:
+    """A new run: rank 0 sets it up."""
+    folder: Path = options.run_dir
+    comm = machine.comm
+    with contextlib.ExitStack() as stack:
+        with together(comm):
+            if comm.rank == 0:
+                stack.enter_context(runfolder.new(folder))
+                set_up = setup.branch if values.get("branch_from") else setup.new_run
+                set_up(values, folder, arguments)
+        if "budget_minutes" in values:
+            setup.apply_budget(folder, float(values["budget_minutes"]), machine)
+        parent = Path(values["branch_from"]) if values.get("branch_from") else None
+        train.run_training(folder, machine, parent)
+
+
+def _resume(values: dict[str, Any], options: argparse.Namespace, machine: Machine, arguments: list[str]) -> None:
     """Continue a run as it was started."""
     folder: Path = options.run_dir
     if values:
@@ -57,11 +82,12 @@ def _resume(values: dict[str, Any], options: argparse.Namespace, device: Device)
         )
     if options.dry_run:
         raise ConfigError("--dry-run has no effect beside --resume: the run's log has its plan")
-    device.require()
-    with runfolder.existing(folder):
-        parent = runfolder.read_run(folder).get("parent")
-        train.run_training(folder, threads=options.threads, parent=Path(parent) if parent else None, device=device)
-    return 0
+    with contextlib.ExitStack() as stack:
+        with together(machine.comm):
+            if machine.comm.rank == 0:
+                stack.enter_context(runfolder.existing(folder))
+            parent = runfolder.read_run(folder).get("parent")
+        train.run_training(folder, machine, Path(parent) if parent else None)
 
 
 # ---- prepare -----------------------------------------------------------------------------------------------------

@@ -155,6 +155,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.shards < 1 or self.steps < 1 or self.seq_len < 2:
             raise ConfigError("batch_size, shards and steps must be at least 1, seq_len at least 2")
+        if self.shards & (self.shards - 1):
+            raise ConfigError(f"shards is {self.shards}; it must be a power of two: their sum is a binary tree")
         if self.batch_size % self.shards:
             raise ConfigError(f"shards ({self.shards}) does not divide batch_size ({self.batch_size})")
         for name, allowed in CHOICES.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from .arena import Arena
 from .backend.cpu import CpuBackend, cpu_bytes
+from .comm import ALONE, Comm
 from .config import ModelConfig, TrainConfig
 from .errors import ConfigError, MissingLibraryError, TrainingError
 from .trainer import Trainer, check_sizes
@@ -62,6 +63,8 @@ def make_trainer(
     device: Device = CPU,
     threads: int | None = None,
     teacher: tuple[ModelConfig, Arena] | None = None,
+    comm: Comm = ALONE,
+    shard_optimizer: bool = False,
 ) -> Trainer:
     """A trainer on the device.
 
@@ -69,7 +72,10 @@ def make_trainer(
     """
     check_sizes(model, config)
     if device.name == "cpu":
-        return Trainer(model, config, CpuBackend(model, config, threads=threads, teacher=teacher))
+        ranks = {"comm": comm, "shard_optimizer": shard_optimizer}
+        return Trainer(model, config, CpuBackend(model, config, threads=threads, teacher=teacher, **ranks))
+    if comm.size > 1:
+        raise ConfigError("--device cuda trains on one GPU; several ranks train on CPUs")
     cuda = _cuda()
     cuda.check_memory(model, config, device.precision, teacher)
     backend = cuda.CudaBackend(model, config, precision=device.precision, threads=threads, teacher=teacher)
@@ -89,3 +95,20 @@ def _cuda() -> Any:
             f"--device cuda needs numba-cuda and cupy ({error}): pip install 'pyengine-lm[cuda]'"
         ) from error
     return cuda
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes with: about processes and devices, not about its result."""
+
+    device: Device = CPU
+    threads: int | None = None
+    comm: Comm = ALONE
+    shard_optimizer: bool = False
+
+    def trainer(
+        self, model: ModelConfig, config: TrainConfig, teacher: tuple[ModelConfig, Arena] | None = None
+    ) -> Trainer:
+        """A trainer on it; see :func:`make_trainer`."""
+        ranks: dict[str, Any] = {"comm": self.comm, "shard_optimizer": self.shard_optimizer}
+        return make_trainer(model, config, device=self.device, threads=self.threads, teacher=teacher, **ranks)

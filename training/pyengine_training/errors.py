@@ -8,6 +8,8 @@ import signal
 class TrainingError(Exception):
     """Base of everything that the trainer raises on purpose."""
 
+    on_all_ranks = False  # every rank of the run raises it at the same place
+
 
 class ConfigError(TrainingError, ValueError):
     """Sizes, knobs or flags that contradict each other or cannot work."""
@@ -27,6 +29,12 @@ class RunFolderError(TrainingError, FileExistsError):
 
 class MissingLibraryError(TrainingError, ImportError):
     """A library is needed that is not installed; the message says which extra has it."""
+
+
+class RankError(TrainingError, RuntimeError):
+    """What another rank of the run has raised; the message names the rank."""
+
+    on_all_ranks = True
 
 
 class NotFiniteError(TrainingError, ArithmeticError):

@@ -4,6 +4,7 @@ safetensors container.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +32,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items() if name != "BF16"}
+
+
+def package_digest() -> str:
+    """SHA-256 of this package's Python files: the same program has the same."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def fsync_directory(path: Path) -> None:
@@ -112,6 +122,33 @@ def save_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping
         file.write(text)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor).data)
+
+
+@contextmanager
+def new_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Array]]:
+    """float32 arrays, zero at first, that are a new file's tensors: what is written to them is in the file.
+
+    The space is taken first, so that a full disk is an OSError and not a signal.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + 4 * int(np.prod(shape, dtype=object))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        file.flush()
+        os.posix_fallocate(file.fileno(), file.tell(), offset)
+    body = np.memmap(path, np.uint8, "r+", offset=8 + len(text), shape=(offset,))
+    yield {
+        name: body[slice(*entry["data_offsets"])].view(np.float32).reshape(entry["shape"])
+        for name, entry in header.items()
+    }
+    body.flush()
 
 
 def load_safetensors(path: Path) -> dict[str, Array]:

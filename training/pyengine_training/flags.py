@@ -195,8 +195,14 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("machine").add_argument
+    ranks = "mpiexec -n N pyengine train …: N processes share the batch; the same bits for any N, a power of two"
+    add = parser.add_argument_group("machine", ranks).add_argument
     add("--threads", type=int, metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
+    add(
+        "--shard-optimizer",
+        action="store_true",
+        help="with several ranks: each keeps the moments of its share of the parameters only",
+    )
     add("--device", choices=DEVICES, default="cpu", help="what to train on (default cpu)")
     add("--precision", choices=PRECISIONS, help=f"activations on --device cuda (default {PRECISIONS[0]})")
 

@@ -1,9 +1,8 @@
-"""One optimizer step over the arenas: Muon for the blocks' matrices, AdamW for embeddings, output
-layer and norms.
+"""One optimizer step over pieces of the flat arena: Muon for the blocks' matrices, AdamW for embeddings, output layer
+and norms.
 
-Muon's momentum lives in the same arena as AdamW's first moment. Work is handed out by tensor (Muon)
-and by slice (AdamW): each element's arithmetic is its own, so the bits do not depend on the number
-of threads.
+Moments exist for the pieces that are updated here and for no others: all of them, or a rank's share. Muon has one moment,
+AdamW two. Each piece's arithmetic is its own, so the bits depend neither on the number of threads nor on who owns it.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arena import Arena, block_matrices
-from .config import ModelConfig, TrainConfig
+from .config import TrainConfig
 from .ops import cpu as ops
 from .ops.cpu.grad_norm import BLOCK
 from .ops.needs import allocate, largest
+from .ranks import Piece
 from .threads import run_all
 
 Array = NDArray[Any]
-SLICE = 1 << 18
 
 
 def schedule(config: TrainConfig, step: int) -> float:
@@ -40,51 +38,62 @@ def schedule(config: TrainConfig, step: int) -> float:
 
 
 class Optimizer:
-    """Moments, and the update of ``params`` from ``grads``."""
+    """Moments of ``pieces``, and the update of flat parameters from flat gradients."""
 
-    def __init__(self, model: ModelConfig, config: TrainConfig, params: Arena, pool: ThreadPoolExecutor) -> None:
-        self.model, self.config, self.params, self.pool = model, config, params, pool
-        self.m, self.v = params.like(), params.like()
-        self._partial = np.zeros(-(-params.flat.size // BLOCK), np.float64)
+    def __init__(self, config: TrainConfig, pieces: Sequence[Piece], pool: ThreadPoolExecutor) -> None:
+        self.config, self.pieces, self.pool = config, pieces, pool
+        self._m = self._storage(list(pieces))
+        self._v = self._storage([piece for piece in pieces if piece.shape is None])
         self._scratch: queue.LifoQueue[dict[str, Array]] = queue.LifoQueue()  # one for each thread of the pool
-        needs = [
-            ops.muon_scratch(last - first, shape[1], np.float32)
-            for name, shape in params.shapes.items()
-            for first, last in (block_matrices(name, model) if config.optimizer == "muon" else [])
-        ]
+        needs = [ops.muon_scratch(*piece.shape, np.float32) for piece in pieces if piece.shape]
         for _ in range(pool._max_workers if needs else 0):
             self._scratch.put(allocate(largest(*needs), ops.empty))
 
-    def grad_norm(self, grads: Arena) -> float:
-        """Global norm, float64 over fixed blocks."""
-        n, partial = grads.flat.size, self._partial
-        half = len(partial) // 2
+    @staticmethod
+    def _storage(pieces: list[Piece]) -> dict[Piece, Array]:
+        """One array, cut up; every page touched."""
+        flat = ops.zeros((sum(piece.size for piece in pieces),), np.float32)
+        ends = np.cumsum([piece.size for piece in pieces], dtype=int)
+        return {piece: flat[end - piece.size : end] for piece, end in zip(pieces, ends, strict=True)}
 
-        def part(first: int, last: int) -> Callable[[], object]:
-            g = grads.flat[first * BLOCK : min(n, last * BLOCK)]
-            return lambda: ops.sum_of_squares(partial[first:last], g, BLOCK)
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the moments."""
+        return 4 * sum(piece.state for piece in self.pieces)
 
-        run_all(self.pool, [part(0, half), part(half, len(partial))] if half else [part(0, 1)])
-        return float(np.sqrt(partial.sum()))
+    def moments(self, piece: Piece) -> tuple[Array, Array]:
+        """m and v of a piece, flat; v of a matrix that Muon updates is zero and is not kept."""
+        return self._m[piece], self._v[piece] if piece in self._v else np.zeros(piece.size, np.float32)
 
-    def step(self, grads: Arena, step: int, factor: float, norm: float) -> None:
-        """Update params in place at step (from 0), grads having this norm; factor: the schedule's."""
+    def load(self, m: Array, v: Array) -> None:
+        """Take the pieces' moments from two flat arrays of the whole arena."""
+        for stored, source in ((self._m, m), (self._v, v)):
+            for piece, values in stored.items():
+                values[...] = source[piece.start : piece.stop]
+
+    def squares(self, grads: Array, pieces: Sequence[Piece]) -> dict[int, Array]:
+        """By a piece's start: float64 sums of its squares over blocks of BLOCK elements, as the norm adds them up."""
+        result = {piece.start: np.empty(-(-piece.size // BLOCK)) for piece in pieces}
+
+        def task(piece: Piece) -> Callable[[], object]:
+            return lambda: ops.sum_of_squares(result[piece.start], grads[piece.start : piece.stop], BLOCK)
+
+        run_all(self.pool, [task(piece) for piece in pieces])
+        return result
+
+    def step(self, params: Array, grads: Array, step: int, factor: float, norm: float) -> None:
+        """Update the pieces of flat params in place at step (from 0); norm: of all gradients; factor: the schedule's."""
         scale = ops.clip_coefficient(norm, self.config.clip)
-        run_all(self.pool, self._tasks(grads, step, factor, scale))
+        make = (self._adamw, self._muon)
+        run_all(self.pool, [make[p.shape is not None](p, params, grads, step, factor, scale) for p in self.pieces])
 
-    def _tasks(self, grads: Arena, step: int, factor: float, scale: float) -> Sequence[Callable[[], object]]:
-        tasks: list[Callable[[], object]] = []
-        for name in self.params.shapes:
-            ranges = block_matrices(name, self.model) if self.config.optimizer == "muon" else []
-            for first, last in ranges:
-                tasks.append(self._muon(name, slice(first, last), grads, factor, scale))
-            if not ranges:
-                tasks.extend(self._adamw(name, grads, step, factor, scale))
-        return tasks
-
-    def _muon(self, name: str, rows: slice, grads: Arena, factor: float, scale: float) -> Callable[[], object]:
-        c = self.config
-        arrays = [a[name][rows] for a in (self.params, grads, self.m)]
+    def _muon(
+        self, piece: Piece, params: Array, grads: Array, step: int, factor: float, scale: float
+    ) -> Callable[[], object]:
+        c, shape = self.config, piece.shape
+        assert shape is not None
+        part = slice(piece.start, piece.stop)
+        arrays = [a.reshape(shape) for a in (params[part], grads[part], self._m[piece])]
         options = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay, "grad_scale": scale}
 
         def update() -> None:
@@ -96,25 +105,17 @@ class Optimizer:
 
         return update
 
-    def _adamw(self, name: str, grads: Arena, step: int, factor: float, scale: float) -> list[Callable[[], object]]:
+    def _adamw(
+        self, piece: Piece, params: Array, grads: Array, step: int, factor: float, scale: float
+    ) -> Callable[[], object]:
         c = self.config
-        decay = c.weight_decay if self.params[name].ndim > 1 else 0.0
-        flat = [a[name].reshape(-1) for a in (self.params, grads, self.m, self.v)]
+        part = slice(piece.start, piece.stop)
+        arrays = params[part], grads[part], self._m[piece], self._v[piece]
+        options = {"beta1": c.beta1, "beta2": c.beta2, "eps": c.eps, "grad_scale": scale}
+        options["weight_decay"] = c.weight_decay if piece.decays else 0.0
+        return lambda: ops.adamw_update(*arrays, step=step + 1, lr=c.lr * factor, **options)
 
-        def part(start: int) -> Callable[[], object]:
-            p, g, m, v = (a[start : start + SLICE] for a in flat)
-            return lambda: ops.adamw_update(
-                p,
-                g,
-                m,
-                v,
-                step=step + 1,
-                lr=c.lr * factor,
-                beta1=c.beta1,
-                beta2=c.beta2,
-                eps=c.eps,
-                weight_decay=decay,
-                grad_scale=scale,
-            )
 
-        return [part(start) for start in range(0, flat[0].size, SLICE)]
+def norm_of(squares: dict[int, Array]) -> float:
+    """The gradient's norm: all pieces' sums in the arena's order."""
+    return float(np.sqrt(np.concatenate([squares[start] for start in sorted(squares)]).sum()))

@@ -12,7 +12,7 @@ from .errors import ConfigError, DataError
 from .flags import LENGTHS, MODEL_OPTIONS
 
 # about this process or this call, not about the run
-PROCESS = ("config", "run_dir", "resume", "dry_run", "threads", "device", "precision")
+PROCESS = ("config", "run_dir", "resume", "dry_run", "threads", "shard_optimizer", "device", "precision")
 SIZES = ("depth", *MODEL_OPTIONS)
 TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished")
 
@@ -57,10 +57,12 @@ def _flags(names: list[str]) -> str:
     return ", ".join(map(flag, names))
 
 
-def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:
+def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: int = 1) -> None:
     """ConfigError for what was given and would have no effect, with the reason."""
     if options.precision is not None and options.device == "cpu":
         raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
+    if options.shard_optimizer and ranks == 1:
+        raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
     if values.get("optimizer") == "adamw":
         _refuse(values, ("muon_lr", "muon_momentum"), "--optimizer adamw does not use Muon")
     if values.get("branch_from"):

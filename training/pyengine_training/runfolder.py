@@ -146,15 +146,18 @@ def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 class Log:
     """Prints to stderr and keeps a copy in log.txt; progress replaces its line on a terminal and is quiet in a pipe."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, speaks: bool = True) -> None:
         self._file: TextIO | None = None
-        if path:
+        self._speaks = speaks
+        if path and speaks:
             self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._terminal = sys.stderr.isatty()
         self._pending = False
 
     def say(self, text: str) -> None:
         """A lasting line."""
+        if not self._speaks:
+            return
         if self._pending:
             print(file=sys.stderr)
             self._pending = False
@@ -164,7 +167,7 @@ class Log:
 
     def progress(self, text: str) -> None:
         """A line that the next one replaces."""
-        if self._terminal:
+        if self._terminal and self._speaks:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
             self._pending = True
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from . import checkpoint as checkpoints
 from . import runfolder, train
+from .comm import together
 from .config import ModelConfig, TrainConfig, model_from_depth, to_json, train_config_from_json
 from .data import Corpus, Reader, file_sha256, prepare_corpus
-from .device import Device
+from .device import Device, Machine
 from .errors import CheckpointError, ConfigError, DataError
 from .flags import MODEL_OPTIONS
 from .options import data_paths
@@ -118,7 +119,7 @@ def prepare_all(values: dict[str, Any], paths: Sequence[Path], tokenizer: Any, f
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
-def new_run(values: dict[str, Any], options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> None:
+def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> None:
     """Tokenizer, data, sizes, run.json of a run that begins here."""
     paths = data_paths(values)
     config = train_config(values, base_options(values, paths))
@@ -146,23 +147,19 @@ def new_run(values: dict[str, Any], options: argparse.Namespace, folder: Path, a
         "data": [{"name": p.name, "sha256": file_sha256(p)} for p in paths if p.is_file()],
     }
     config = dataclasses.replace(config, extra=extra)
-    _write(
-        folder,
-        config,
-        {
-            "model": to_json(model),
-            "corpora": corpora,
-            "bos": bos,
-            "eos": eos,
-            "riders": str(riders) if riders else None,
-            "teacher": str(Path(values["teacher"]).resolve()) if values.get("teacher") else None,
-        },
-        values,
-        options,
-    )
+    run_values = {
+        "model": to_json(model),
+        "train": to_json(config),
+        "corpora": corpora,
+        "bos": bos,
+        "eos": eos,
+        "riders": str(riders) if riders else None,
+        "teacher": str(Path(values["teacher"]).resolve()) if values.get("teacher") else None,
+    }
+    runfolder.write_run(folder, run_values)
 
 
-def branch(values: dict[str, Any], options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> None:
+def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> None:
     """run.json of a run that starts from another run's checkpoint, with its text; flags change the schedule."""
     checkpoint = Path(values["branch_from"]).resolve()
     if not (checkpoint / "state.json").exists():
@@ -191,31 +188,26 @@ def branch(values: dict[str, Any], options: argparse.Namespace, folder: Path, ar
     past = tuple(phase for phase in parent.phases() if phase.first_row < row)
     run_values.update(
         corpora=[str((origin / path).resolve()) for path in run_values["corpora"]],
+        train=to_json(config),
         parent=str(checkpoint),
         reader=Reader(step=done[0], row=row, past=past).to_json(),
     )
     run_values.pop("run_version", None)
     shutil.copyfile(origin / "tokenizer.json", folder / "tokenizer.json")
-    _write(folder, config, run_values, values, options, done[0])
-
-
-def _write(
-    folder: Path,
-    config: TrainConfig,
-    run_values: dict[str, Any],
-    values: dict[str, Any],
-    options: argparse.Namespace,
-    done: int = 0,
-) -> None:
-    """run.json; a budget becomes steps after those already done."""
-    run_values = {**run_values, "train": to_json(config)}
     runfolder.write_run(folder, run_values)
-    if "budget_minutes" in values:
-        minutes = float(values["budget_minutes"])
-        device = Device.of(options)
-        steps, _ = train.steps_for_budget(train.open_run(folder), minutes, options.threads, device)
-        config = dataclasses.replace(config, steps=done + steps, extra={**config.extra, "budget_minutes": minutes})
-        runfolder.write_run(folder, {**run_values, "train": to_json(config)})
+
+
+def apply_budget(folder: Path, minutes: float, machine: Machine) -> None:
+    """Replace the steps of run.json by those that fit into minutes, after what a parent has done. On every rank."""
+    with together(machine.comm):
+        run = train.open_run(folder)
+    steps = run.reader.step + train.steps_for_budget(run, minutes, machine)
+    if machine.comm.rank == 0:
+        config = dataclasses.replace(run.config, steps=steps, extra={**run.config.extra, "budget_minutes": minutes})
+        values = runfolder.read_run(folder)
+        values.pop("run_version")
+        runfolder.write_run(folder, {**values, "train": to_json(config)})
+    machine.comm.gather(None)
 
 
 def dry_run(values: dict[str, Any], options: argparse.Namespace) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from . import checkpoint as checkpoints
 from . import runfolder, sample
 from .arena import Arena
 from .checkpoint import write_hf_folder
+from .comm import same_everywhere, together
 from .config import (
     ModelConfig,
     TrainConfig,
@@ -27,7 +30,7 @@ from .config import (
     train_config_from_json,
 )
 from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, ValidationBatch, validation_batches
-from .device import CPU, Device, make_trainer
+from .device import Machine
 from .energy import EnergyMeter, add_joules
 from .errors import CheckpointError, ConfigError, Interrupted
 from .files import atomic_directory
@@ -141,15 +144,16 @@ def _signals(received: list[int]) -> Iterator[None]:
 class Loop:
     """The loop over steps with everything around it. Use :func:`run_training`."""
 
-    def __init__(self, run: Run, threads: int | None, device: Device = CPU) -> None:
-        self.run, self.config = run, run.config
+    def __init__(self, run: Run, machine: Machine) -> None:
+        self.run, self.config, self.comm = run, run.config, machine.comm
+        self.leads = self.comm.rank == 0  # writes files and talks; the other ranks only compute
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
-        self.trainer = make_trainer(run.model, run.config, device=device, threads=threads, teacher=run.teacher)
+        self.trainer = machine.trainer(run.model, run.config, run.teacher)
         self.validation, self.validation_bytes = run.validation(self.trainer.backend.shard_rows)
-        self.log = runfolder.Log(run.folder / "log.txt")
+        self.log = runfolder.Log(run.folder / "log.txt", speaks=self.leads)
         self.metrics_path = run.folder / "metrics.jsonl"
-        self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False)
+        self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False) if self.leads else None
         self.received: list[int] = []
         self.energy = EnergyMeter()
         self._saved_step = -1
@@ -168,7 +172,8 @@ class Loop:
             self.log.say(f"weights from {folder}")
         else:
             self.trainer.initialize()
-        self.metrics = runfolder.Metrics(self.metrics_path, self.trainer.state.step)
+        if self.leads:
+            self.metrics = runfolder.Metrics(self.metrics_path, self.trainer.state.step)
 
     def _restore(self, folder: Path) -> None:
         values = self.trainer.restore(folder)
@@ -193,14 +198,16 @@ class Loop:
         if step == self._saved_step:
             return
         folder = self.run.folder / "checkpoints" / f"step_{step:08d}"
-        folder.parent.mkdir(exist_ok=True)
+        if self.leads:
+            folder.parent.mkdir(exist_ok=True)
         self.trainer.save(
             folder,
             self.run.fingerprint(),
             lambda target: self.run.write_model(target, self.trainer.params),
         )
         self._saved_step = step
-        checkpoints.prune(self.run.folder, self.config.keep_checkpoints)
+        if self.leads:
+            checkpoints.prune(self.run.folder, self.config.keep_checkpoints)
 
     def validate(self, quantize: bool) -> Validation:
         """Validate, log, plot."""
@@ -208,6 +215,8 @@ class Loop:
         state = self.trainer.state
         if state.best_validation is None or result.loss < state.best_validation:
             state.best_validation = result.loss
+        if not self.leads:
+            return result
         self.metrics.write(
             {
                 "step": state.step,
@@ -227,6 +236,8 @@ class Loop:
 
     def show_sample(self, quantize: bool) -> None:
         """One sample with a fixed seed."""
+        if self.sampler is None:
+            return
         c = self.config
         ids = self.run.tokenizer.encode(c.sample_prompt).ids[: self.sampler.seq_len - 1]
         new = sample.generate(
@@ -255,7 +266,7 @@ class Loop:
             state.seconds = before + now - began
             state.joules = add_joules(state.joules, self.energy.joules())
             rate = c.batch_size * c.seq_len / (now - step_began)
-            self.metrics.write(
+            self._write_metrics(
                 {
                     "step": state.step,
                     "tokens": state.tokens,
@@ -275,9 +286,14 @@ class Loop:
                 self.log.say(text)
                 logged = now
             self._milestones(result.quantized)
-            if self.received:
+            stop = next((number for number in self.comm.gather(self.received[:1]) if number), None)
+            if stop:  # on whichever rank it arrived
                 self.save()
-                raise Interrupted(self.received[0])
+                raise Interrupted(stop[0])
+
+    def _write_metrics(self, entry: dict[str, Any]) -> None:
+        if self.leads:
+            self.metrics.write(entry)
 
     def _progress(self, loss: float, tokens_per_second: float) -> str:
         c, step = self.config, self.trainer.state.step
@@ -298,7 +314,7 @@ class Loop:
         trunk_end = step == c.decay_start and c.decay_steps > 0
         if is_last or trunk_end or (c.checkpoint_every and step % c.checkpoint_every == 0):
             self.save()
-        if trunk_end:
+        if trunk_end and self.leads:
             self._keep_trunk()
 
     def _keep_trunk(self) -> None:
@@ -311,8 +327,9 @@ class Loop:
     def finish(self) -> Path:
         """final/: the Hugging Face folder to freeze."""
         target = self.run.folder / "final"
-        with atomic_directory(target) as temporary:
-            self.run.write_model(temporary, self.trainer.params)
+        if self.leads:
+            with atomic_directory(target) as temporary:
+                self.run.write_model(temporary, self.trainer.params)
         if self.config.quantize != "never":
             self.validate(False)  # both arithmetics, for the record
             self.validate(True)
@@ -325,31 +342,31 @@ class Loop:
             self.metrics.close()
 
 
-def run_training(folder: Path, *, threads: int | None = None, parent: Path | None = None, device: Device = CPU) -> Path:
+def run_training(folder: Path, machine: Machine, parent: Path | None = None) -> Path:
     """Run, or continue, the run in ``folder``; returns the folder of the final model.
 
     Raises Interrupted after a checkpoint when SIGINT or SIGTERM came, NotFiniteError when the loss
     blew up (the last checkpoint stays), OSError when the disk is full (likewise).
     """
-    run = open_run(folder)
-    loop = Loop(run, threads, device)
+    with together(machine.comm):
+        run = open_run(folder)
+    same_everywhere(machine.comm, {"text": run.fingerprint()})
+    with together(machine.comm):
+        loop = Loop(run, machine)
     try:
-        loop.start(parent)
+        with together(machine.comm):
+            loop.start(parent)
         final = run.folder / "final"
-        if loop.trainer.state.step >= run.config.steps and final.exists():
+        if machine.comm.gather(loop.trainer.state.step >= run.config.steps and final.exists())[0]:
             loop.log.say(f"already finished: {final}")
             return final
-        epochs = loop.source.epochs(run.config.steps)
         if loop.trainer.state.step == 0:
-            threads_used = loop.trainer.backend.threads
-            on_cpu = device.name == "cpu"
-            seconds = estimated_step_seconds(run.model, run.config, threads_used) if on_cpu else None
-            memory = device.memory_bytes(run.model, run.config, threads_used)
-            plan = make_plan(run.model, run.config, epochs, threads_used, seconds, memory)
-            held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
-            for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text)]:
-                loop.log.say(line)
-        runfolder.begun(folder)
+            _say_plan(loop, machine)
+        if loop.leads:
+            runfolder.begun(folder)
+        if machine.comm.size > 1:
+            for rank, (host, pid) in enumerate(machine.comm.gather((socket.gethostname(), os.getpid()))):
+                loop.log.say(f"rank {rank}: process {pid} on {host}, {threads_text(loop)}")
         with _signals(loop.received):
             loop.steps()
         final = loop.finish()
@@ -359,11 +376,29 @@ def run_training(folder: Path, *, threads: int | None = None, parent: Path | Non
         loop.close()
 
 
-def measure_step_seconds(run: Run, threads: int | None, device: Device = CPU) -> tuple[float, float]:
+def threads_text(loop: Loop) -> str:
+    count = loop.trainer.backend.threads
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def _say_plan(loop: Loop, machine: Machine) -> None:
+    run, threads = loop.run, loop.trainer.backend.threads
+    cores = threads * machine.comm.size
+    on_cpu = machine.device.name == "cpu"
+    seconds = estimated_step_seconds(run.model, run.config, cores) if on_cpu else None
+    memory = machine.device.memory_bytes(run.model, run.config, threads)
+    epochs = loop.source.epochs(run.config.steps)
+    plan = make_plan(run.model, run.config, epochs, cores, seconds, memory)
+    held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
+    for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text)]:
+        loop.log.say(line)
+
+
+def measure_step_seconds(run: Run, machine: Machine) -> tuple[float, float]:
     """Median seconds of a step without and with fake-quantization, on a throwaway trainer."""
     config = dataclasses.replace(run.config, quantize="always", steps=10)
     source = run.source()
-    trainer = make_trainer(run.model, config, device=device, threads=threads, teacher=run.teacher)
+    trainer = machine.trainer(run.model, config, run.teacher)
     try:
         trainer.initialize()
         tokens, targets = source.batch(0)
@@ -381,14 +416,16 @@ def measure_step_seconds(run: Run, threads: int | None, device: Device = CPU) ->
         trainer.close()
 
 
-def steps_for_budget(run: Run, minutes: float, threads: int | None, device: Device = CPU) -> tuple[int, float]:
-    """Steps that fit into so many minutes of this machine, and the mean seconds of one."""
-    plain, quantized = measure_step_seconds(run, threads, device)
+def steps_for_budget(run: Run, minutes: float, machine: Machine) -> int:
+    """Steps that fit into so many minutes of this machine: rank 0's measurement."""
+    plain, quantized = machine.comm.gather(measure_step_seconds(run, machine))[0]
     c = run.config
     share = {"never": 0.0, "always": 1.0, "decay": c.decay_fraction}[c.quantize]
     mean = (1 - share) * plain + share * quantized
     # validation, samples and checkpoints take a few per cent
     steps = math.floor(minutes * 60 / (mean * 1.03))
     if steps < 1:
-        raise ConfigError(f"{minutes} minutes are not enough for one step of {mean:.1f} s")
-    return steps, mean
+        error = ConfigError(f"{minutes} minutes are not enough for one step of {mean:.1f} s")
+        error.on_all_ranks = True
+        raise error
+    return steps

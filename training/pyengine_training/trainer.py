@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from . import checkpoint as checkpoints
 from .arena import Arena, initialize
 from .backend import Backend, StepInputs
 from .checkpoint import TrainingState
+from .comm import same_everywhere
 from .config import ModelConfig, TrainConfig
 from .data import ValidationBatch
 from .errors import ConfigError, NotFiniteError
@@ -81,14 +83,18 @@ class Trainer:
         try:
             loss, norm = self.backend.step(tokens, targets, StepInputs(step, counted, quantize, factor))
         except NotFiniteError as error:
-            raise NotFiniteError(f"step {step}: {error}") from error
+            named = NotFiniteError(f"step {step}: {error}")
+            named.on_all_ranks = error.on_all_ranks
+            raise named from error
         if not (math.isfinite(loss) and math.isfinite(norm)):
             grads = self.grads
             bad = [name for name in grads.shapes if not np.isfinite(grads[name]).all()]
-            raise NotFiniteError(
+            error = NotFiniteError(
                 f"step {step}: loss {loss}, gradient norm {norm}; not finite in the gradients of "
                 f"{', '.join(bad[:4]) or 'no tensor'}. Lower the learning rate or warm up longer."
             )
+            error.on_all_ranks = True  # they all have the same numbers
+            raise error
         before = self.state
         self.state = replace(
             before, step=step + 1, tokens=before.tokens + counted, position=before.position + tokens.size
@@ -102,10 +108,19 @@ class Trainer:
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, data_fingerprint: str, write_model: Callable[[Path], None]) -> None:
-        """Write a checkpoint of everything."""
-        moments = np.empty_like(self.params.flat), np.empty_like(self.params.flat)
-        self.backend.save_moments(*moments)
-        checkpoints.save_checkpoint(folder, self.model, self.config, moments, self.state, data_fingerprint, write_model)
+        """Write a checkpoint of everything: rank 0 does, with the others' help; all leave when it is there.
+
+        Raises RankError where a rank's parameters are no longer rank 0's.
+        """
+        comm = self.backend.comm
+        same_everywhere(comm, {"parameters' checksum": zlib.crc32(self.params.flat) if comm.size > 1 else 0})
+        if comm.rank > 0:
+            self.backend.save_moments(None, None)
+        else:
+            size, fill = self.params.flat.size, self.backend.save_moments
+            args = self.model, self.config, size, fill, self.state, data_fingerprint, write_model
+            checkpoints.save_checkpoint(folder, *args)
+        comm.gather(None)
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Parameters, moments and counters of a checkpoint; returns its state.json."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from ..arena import Arena
+from ..comm import Comm
 from ..data import ValidationBatch
 
 Array = NDArray[Any]
@@ -31,9 +32,10 @@ class Backend(Protocol):
     """Parameters, gradients, moments and the work on them. Arrays that cross this border are the host's.
 
     tokens and targets are (rows, seq_len) int64, rows a multiple of ``shard_rows``; a negative target does not count.
-    The same inputs give the same bits, whatever the number of threads.
+    The same inputs give the same bits, whatever the number of threads and ranks. Every rank calls the same methods.
     """
 
+    comm: Comm
     threads: int
     shard_rows: int  # rows of one shard
 
@@ -60,8 +62,8 @@ class Backend(Protocol):
     def validation_sums(self, batches: Iterable[ValidationBatch], quantize: bool) -> Array:
         """(batches, 4) float64, see :func:`..validation.batch_sums`; in float32 arithmetic."""
 
-    def save_moments(self, m: Array, v: Array) -> None:
-        """Fill two flat arrays of the parameters' layout with the optimizer's moments."""
+    def save_moments(self, m: Array | None, v: Array | None) -> None:
+        """Fill rank 0's flat arrays of the parameters' layout with the optimizer's moments; other ranks pass None."""
 
     def load_moments(self, m: Array, v: Array) -> None:
         """Take the moments from two flat arrays of the parameters' layout."""

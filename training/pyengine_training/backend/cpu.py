@@ -1,7 +1,8 @@
-"""Training on the CPU: shards side by side on threads, single-threaded BLAS and kernels in each.
+"""Training on CPUs: shards side by side on threads, single-threaded BLAS and kernels in each; ranks beside one another.
 
-Gradients are summed in shard order, so the result has the same bits on any number of threads; more shards than threads
-is gradient accumulation. All memory is allocated in the constructor.
+A rank has consecutive shards of the batch, and gradients are summed by a tree over all shards (:mod:`..ranks`), so the
+result has the same bits on any number of threads and ranks; more shards than threads is gradient accumulation. All
+memory is allocated in the constructor, or by the first step.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..arena import Arena, parameter_shapes
+from ..comm import ALONE, Comm, together
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
 from ..model import Worker, activation_bytes, fake_quantize_parameters
-from ..optimizer import Optimizer
+from ..optimizer import Optimizer, norm_of
+from ..ranks import Exchange, ShardSum, check_ranks, cut
 from ..threads import available_threads, run_all, single_threaded_blas
 from ..validation import sums_on_threads
 from . import StepInputs
 
 Array = NDArray[Any]
-SUM_SLICE = 1 << 18  # elements that one task adds up
 
 
 class CpuBackend:
-    """:class:`.Backend` on this machine's cores."""
+    """:class:`.Backend` on this machine's cores, or on those of several ranks."""
 
     def __init__(
         self,
@@ -37,14 +40,22 @@ class CpuBackend:
         *,
         threads: int | None = None,
         teacher: tuple[ModelConfig, Arena] | None = None,
+        comm: Comm = ALONE,
+        shard_optimizer: bool = False,
     ) -> None:
+        self.comm = comm
+        check_ranks(comm.size, config)
         self.blas_limit = single_threaded_blas()
-        self.threads = max(1, min(threads or available_threads(), config.shards))
+        wanted = threads or comm.threads or available_threads()
+        self.threads = max(1, min(wanted, config.shards // comm.size))
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pyengine-train")
         self.params = Arena(parameter_shapes(model))
-        self.grads = self.params.like()
+        self._grads = self.params.like()
         self._int8_values = self.params.like() if config.quantize != "never" else None
-        self.optimizer = Optimizer(model, config, self.params, self.pool)
+        pieces = cut(self.params, model, config)
+        self.exchange = Exchange(comm, pieces)
+        self.sharded = shard_optimizer and comm.size > 1
+        self.optimizer = Optimizer(config, self.exchange.mine if self.sharded else pieces, self.pool)
         self.shard_rows = config.batch_size // config.shards
         size = self.shard_rows, config.seq_len
         self.workers = [Worker(model, *size, recompute=config.recompute) for _ in range(self.threads)]
@@ -72,66 +83,93 @@ class CpuBackend:
         run_all(self.pool, [quantizer(name) for name in self.params.shapes])
         return values
 
+    @property
+    def grads(self) -> Arena:
+        """Of the last gradients or step. Every rank asks, or none."""
+        if self.sharded:
+            self.exchange.distribute(self._grads.flat)
+        return self._grads
+
     def gradients(self, tokens: Array, targets: Array, inputs: StepInputs) -> float:
         """Mean loss; its gradient into ``grads``."""
-        shards = len(tokens) // self.shard_rows
-        weights = self.weights(inputs.quantize)
+        loss = self._reduced_gradients(tokens, targets, inputs)
+        if not self.sharded:
+            self.exchange.distribute(self._grads.flat)
+        return loss
+
+    def _reduced_gradients(self, tokens: Array, targets: Array, inputs: StepInputs) -> float:
+        """Mean loss; this rank's pieces of the gradient."""
+        shards = len(tokens) // self.shard_rows // self.comm.size
         losses = [0.0] * shards
-        self.grads.flat.fill(0)
+        with together(self.comm):
+            self._local_gradients(tokens, targets, inputs, losses)
+        self.exchange.reduce(self._grads.flat)
+        return math.fsum(loss for part in self.comm.gather(losses) for loss in part)
+
+    def _local_gradients(self, tokens: Array, targets: Array, inputs: StepInputs, losses: list[float]) -> None:
+        """The sum over this rank's shards into _grads, each shard's loss into losses."""
+        weights = self.weights(inputs.quantize)
+        first_shard = self.comm.rank * len(losses)
 
         def shard(index: int, slot: int) -> Callable[[], None]:
-            rows = slice(index * self.shard_rows, (index + 1) * self.shard_rows)
+            first = (first_shard + index) * self.shard_rows
+            rows = slice(first, first + self.shard_rows)
             distillation = self.distillations[slot] if self.distillations else None
 
             def run() -> None:
-                losses[index] = self.workers[slot].forward_backward(
-                    weights, tokens[rows], targets[rows], 1.0 / inputs.counted, inputs.quantize, distillation
-                )
+                with np.errstate(over="ignore", invalid="ignore"):  # the loss and the norm tell
+                    losses[index] = self.workers[slot].forward_backward(
+                        weights, tokens[rows], targets[rows], 1.0 / inputs.counted, inputs.quantize, distillation
+                    )
 
             return run
 
-        for first in range(0, shards, self.threads):
-            wave = range(first, min(shards, first + self.threads))
+        total = ShardSum(self._grads.flat, len(losses), self.pool)
+        for first in range(0, len(losses), self.threads):
+            wave = range(first, min(len(losses), first + self.threads))
             run_all(self.pool, [shard(index, slot) for slot, index in enumerate(wave)])
-            self._add_gradients(len(wave))
-        return math.fsum(losses)
-
-    def _add_gradients(self, count: int) -> None:
-        """self.grads += the workers' gradients, in shard order; slices run side by side, elements do not care."""
-        flat = self.grads.flat
-
-        def part(start: int) -> Callable[[], None]:
-            piece = slice(start, start + SUM_SLICE)
-
-            def run() -> None:
-                for worker in self.workers[:count]:
-                    flat[piece] += worker.grads.flat[piece]
-
-            return run
-
-        run_all(self.pool, [part(start) for start in range(0, flat.size, SUM_SLICE)])
+            total.add(first, [worker.grads.flat for worker in self.workers[: len(wave)]])
 
     def step(self, tokens: Array, targets: Array, inputs: StepInputs) -> tuple[float, float]:
         """Loss and gradient norm; nothing is updated unless both are finite."""
-        loss = self.gradients(tokens, targets, inputs)
-        norm = self.optimizer.grad_norm(self.grads)
+        loss = self._reduced_gradients(tokens, targets, inputs)
+        squares: dict[int, Array] = {}
+        for part in self.comm.gather(self.optimizer.squares(self._grads.flat, self.exchange.mine)):
+            squares.update(part)
+        norm = norm_of(squares)
+        if not self.sharded:
+            self.exchange.distribute(self._grads.flat)
         if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step(self.grads, inputs.step, inputs.lr_factor, norm)
+            self.optimizer.step(self.params.flat, self._grads.flat, inputs.step, inputs.lr_factor, norm)
+            if self.sharded:
+                self.exchange.distribute(self.params.flat)
         return loss, norm
 
     # ---- validation and checkpoints ----------------------------------------------------------------------------------
 
     def validation_sums(self, batches: Iterable[ValidationBatch], quantize: bool) -> Array:
-        """Spread over the workers."""
-        return sums_on_threads(self.workers, self.pool, self.weights(quantize), batches, quantize)
+        """Spread over the ranks, and in each over its workers."""
+        rows = list(batches)
+        with together(self.comm):
+            mine = rows[self.comm.rank :: self.comm.size]
+            part = sums_on_threads(self.workers, self.pool, self.weights(quantize), mine, quantize)
+        sums = np.zeros((len(rows), 4))
+        for rank, found in enumerate(self.comm.gather(part)):
+            sums[rank :: self.comm.size] = found
+        return sums
 
-    def save_moments(self, m: Array, v: Array) -> None:
-        """Copies."""
-        m[...], v[...] = self.optimizer.m.flat, self.optimizer.v.flat
+    def save_moments(self, m: Array | None, v: Array | None) -> None:
+        """Piece by piece, from their owners."""
+        for index, out in enumerate((m, v)):
+            if self.sharded:
+                self.exchange.collect(lambda piece, i=index: self.optimizer.moments(piece)[i], out)  # type: ignore[misc]
+            elif out is not None:
+                for piece in self.optimizer.pieces:
+                    out[piece.start : piece.stop] = self.optimizer.moments(piece)[index]
 
     def load_moments(self, m: Array, v: Array) -> None:
-        """Copies."""
-        self.optimizer.m.flat[...], self.optimizer.v.flat[...] = m, v
+        """Copies of what this rank keeps."""
+        self.optimizer.load(m, v)
 
 
 def cpu_bytes(model: ModelConfig, config: TrainConfig, threads: int) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..arena import Arena, block_matrices, parameter_shapes
+from ..comm import ALONE
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
@@ -86,7 +87,7 @@ class CudaBackend:
         threads: int | None = None,
         teacher: tuple[ModelConfig, Arena] | None = None,
     ) -> None:
-        self.model, self.config, self.precision = model, config, precision
+        self.model, self.config, self.precision, self.comm = model, config, precision, ALONE
         self.shard_rows = config.batch_size // config.shards
         self.threads = threads or available_threads()
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pyengine-train")
@@ -149,10 +150,11 @@ class CudaBackend:
         )
         return values
 
-    def save_moments(self, m: Array, v: Array) -> None:
+    def save_moments(self, m: Array | None, v: Array | None) -> None:
         """Copies."""
         for out, mirror in zip((m, v), self.moments, strict=True):
-            out[...] = mirror.host().flat
+            if out is not None:
+                out[...] = mirror.host().flat
 
     def load_moments(self, m: Array, v: Array) -> None:
         """Copies."""
