@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from pyengine import fork
+
 INTERVAL_S = 5.0
 # Now and then a period of 100 ms ends in a stop although the threads are right: the interpreter also computes.
 LEAST_STOPS, LEAST_SHARE = 3, 0.1
@@ -32,7 +34,8 @@ class _State:
     """What this process has said, and the counters (pe_throttling) when it last looked."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        fork.register(self.lock, fork.LEAF)
         self.said: set[str] = set()
         self.n_computing = 0
         self.before: dict[str, int] = {}
@@ -43,8 +46,7 @@ _state = _State()
 
 
 def _after_fork() -> None:
-    _state.lock = threading.Lock()  # its holder is not here
-    _state.n_computing = 0
+    _state.n_computing = 0  # those threads are not here
 
 
 if hasattr(os, "register_at_fork"):

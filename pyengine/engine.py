@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from pyengine import cpu_watch
+from pyengine import cpu_watch, fork
 from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
 from pyengine.format.reader import FrozenFile
@@ -37,8 +36,6 @@ T = TypeVar("T")
 DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
 # score and logits ask for every row's logits; this bounds the buffer (rows x vocab_size x 4 bytes).
 LOGITS_BYTES = 32 << 20
-
-_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> str:
@@ -101,6 +98,7 @@ class Engine:
         from pyengine import _core
 
         self._lock = threading.RLock()
+        fork.register(self._lock, fork.ENGINE)  # no step may be half done in a child
         self._closed = True
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
@@ -121,7 +119,6 @@ class Engine:
         self.n_threads: int = self.context.n_threads
         self.prefix_cache = PrefixCache(self.context)
         self._closed = False
-        _open_engines.add(self)
         cpu_watch.check_threads(n_threads)
 
     def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
@@ -227,7 +224,8 @@ class Engine:
 
     def _pieces(self, prompts: Iterable[list[int]], params: SamplingParams) -> Iterator[tuple[int, Piece]]:
         """(index of the sample, piece), in the order in which they come."""
-        from pyengine.generation import Run
+        with fork.importing:
+            from pyengine.generation import Run
 
         run = Run(self, prompts, params.resolve(self._generation_config, seed=self.seed))
         index_of = {id(sample): index for index, sample in enumerate(run.samples)}
@@ -350,7 +348,8 @@ class Engine:
         """Log-probability (natural logarithm) of each token of `text`, from the `start`-th on, after those before it. Memory does
         not grow with the text's logits, and tokens before `start` are context only: they take the time of a prompt. Raises
         ContextFullError if the text does not fit the context."""
-        from pyengine._sampler import logprobs
+        with fork.importing:
+            from pyengine._sampler import logprobs
 
         ids = self._ids(text, parse_special)
         values: list[float | None] = [None] * len(ids)
@@ -419,16 +418,10 @@ class Engine:
             return "Engine(closed)"
         return f"Engine({str(self.path)!r}, isa={self.isa!r}, n_threads={self.n_threads}, n_ctx={self.n_ctx})"
 
-    # Around a fork: no step may be half done in the child.
-    def _acquire(self) -> None:
-        self._lock.acquire()
-
-    def _release(self) -> None:
-        self._lock.release()
-
 
 def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
-    from pyengine.sampling import SamplingParams
+    with fork.importing:
+        from pyengine.sampling import SamplingParams
 
     if params is not None and options:
         raise InvalidArgumentError(f"give params or keyword options, not both ({', '.join(options)})")
@@ -441,21 +434,3 @@ def _checked_threads(n_threads: int | None) -> int:
     if isinstance(n_threads, bool) or not isinstance(n_threads, int) or n_threads < 1:
         raise InvalidArgumentError(f"n_threads is {n_threads!r}, expected a number from 1, or None")
     return n_threads
-
-
-_forking: list[Engine] = []
-
-
-def _before_fork() -> None:
-    _forking.extend(_open_engines)
-    for engine in _forking:
-        engine._acquire()
-
-
-def _after_fork() -> None:
-    while _forking:
-        _forking.pop()._release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -13,8 +13,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from pyengine._sampler import Sampler
 from pyengine.errors import CancelledError, ContextFullError, OutOfMemoryError
 from pyengine.results import FinishReason, Generation, Piece, Timings, TokenLogprob
+from pyengine.text.decoder import IncrementalDecoder
+from pyengine.text.stops import StopMatcher
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -28,10 +31,6 @@ class Sample:
     """One output in progress: its sampler, its decoder, and what has been said so far."""
 
     def __init__(self, engine: Engine, prompt: Sequence[int], params: ResolvedParams, index: int) -> None:
-        from pyengine._sampler import Sampler
-        from pyengine.text.decoder import IncrementalDecoder
-        from pyengine.text.stops import StopMatcher
-
         self.prompt = prompt
         self.params = params
         self.tokens: list[int] = []
