@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
 from pyengine.background import Background
-from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
+from pyengine.errors import ContextFullError, InvalidArgumentError, MissingFileError, PyEngineError, TemplateError
+from pyengine.files import is_safetensors, path_of
 from pyengine.format.reader import FrozenFile
 from pyengine.prefix_cache import PrefixCache
 from pyengine.results import Generation, Piece, Score
@@ -38,21 +39,28 @@ DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safet
 LOGITS_BYTES = 32 << 20
 
 
-def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> str:
-    """The frozen file that `model` names: itself, or a Hugging Face directory, a GGUF or a llama2.c checkpoint frozen once
-    into the cache directory. None = the model that ships with the package. Raises FileNotFoundError."""
+def resolve_model(
+    model: str | os.PathLike[str] | None,
+    progress: Progress | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> str:
+    """The frozen file that `model` names: itself, whatever its name, or a Hugging Face directory, a GGUF or (with the path of its
+    `tokenizer`) a llama2.c checkpoint frozen once into the cache directory. None = the model that ships with the package. Raises
+    MissingFileError, InvalidArgumentError for a tokenizer that nothing would read, and what `freeze` raises."""
     if model is None:
         if not os.path.exists(DEFAULT_MODEL):
-            raise FileNotFoundError("this build ships no default model; name one: Engine('model.safetensors')")
-        return os.fspath(DEFAULT_MODEL)
-    path = os.fspath(model)
+            raise MissingFileError("this build ships no default model; name one: Engine('model.safetensors')")
+        model = os.fspath(DEFAULT_MODEL)
+    path = path_of(model)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no model at {path}")
-    if os.path.isfile(path) and path.endswith(".safetensors"):
+        raise MissingFileError(f"there is no model at {path}")
+    if not os.path.isdir(path) and (path.endswith(".safetensors") or is_safetensors(path)):
+        if tokenizer is not None:
+            raise InvalidArgumentError(f"{path} has a tokenizer of its own; only llama2.c checkpoints are given one")
         return path
     from pyengine.freeze import freeze_cached
 
-    return os.fspath(freeze_cached(path, progress=progress))
+    return os.fspath(freeze_cached(path, progress=progress, tokenizer=tokenizer))
 
 
 def threads_from_environment() -> int:
@@ -78,6 +86,7 @@ class Engine:
     preload_tokenizer  True loads the tokenizer now, while a thread checks the weights: for programs that begin with text at once.
                Otherwise it is loaded when it is first needed
     progress   called as progress(done_bytes, total_bytes, tensor_name) while a model is frozen into the cache
+    tokenizer  the path of a llama2.c checkpoint's tokenizer.bin; every other model has its own
 
     Methods may be called from any thread; calls share the model step by step. Use it as a context manager, or `close` it.
     Raises FileNotFoundError, ModelFormatError, UnsupportedModelError, UnsupportedISAError, InvalidArgumentError.
@@ -94,6 +103,7 @@ class Engine:
         mmap: bool = True,
         preload_tokenizer: bool = False,
         progress: Progress | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
     ) -> None:
         from pyengine import _core
 
@@ -103,7 +113,7 @@ class Engine:
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         n_threads = _checked_threads(n_threads)
-        self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
+        self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
         config = asdict(self._file.config)
         if not 0 <= n_ctx <= config["max_seq_len"]:
             raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config['max_seq_len']}")
