@@ -547,6 +547,7 @@ cdef class StepLock:
     cdef bint in_call  # inside of a call
     cdef int depth  # of acquire by the holder
     cdef int n_sleeping
+    cdef object __weakref__
 
     @property
     def news(self) -> int:
@@ -601,13 +602,14 @@ cdef class StepLock:
             self.wake()
         return 0
 
-    def acquire(self) -> None:
-        """Wait for the lock and keep it, for a fork. By the thread that has it: once more."""
+    def acquire(self) -> bool:
+        """Wait for the lock and keep it, for a fork. By the thread that has it: once more. True."""
         cdef unsigned long me = PyThread_get_thread_ident()
         while self.holder != 0 and self.holder != me:
             self.sleep_while(load32(&self.counter))
         self.holder = me
         self.depth += 1
+        return True
 
     def release(self) -> None:
         """Give back what `acquire` took. In the child of a fork: nobody else exists there."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from pyengine import cpu_watch
+from pyengine import cpu_watch, fork
+from pyengine._sampler import logprobs
 from pyengine.background import Background
-from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
+from pyengine.errors import ContextFullError, InvalidArgumentError, MissingFileError, PyEngineError, TemplateError
+from pyengine.files import is_safetensors, path_of
 from pyengine.format.reader import FrozenFile
 from pyengine.results import Generation, Score
 from pyengine.run.pages import max_pages
@@ -41,24 +43,29 @@ DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safet
 # score and logits ask for every row's logits; this bounds the buffer (rows x vocab_size x 4 bytes).
 LOGITS_BYTES = 32 << 20
 
-_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
-
-def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> str:
-    """The frozen file that `model` names: itself, or a Hugging Face directory, a GGUF or a llama2.c checkpoint frozen once
-    into the cache directory. None = the model that ships with the package. Raises FileNotFoundError."""
+def resolve_model(
+    model: str | os.PathLike[str] | None,
+    progress: Progress | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> str:
+    """The frozen file that `model` names: itself, whatever its name, or a Hugging Face directory, a GGUF or (with the path of its
+    `tokenizer`) a llama2.c checkpoint frozen once into the cache directory. None = the model that ships with the package. Raises
+    MissingFileError, InvalidArgumentError for a tokenizer that nothing would read, and what `freeze` raises."""
     if model is None:
         if not os.path.exists(DEFAULT_MODEL):
-            raise FileNotFoundError("this build ships no default model; name one: Engine('model.safetensors')")
-        return os.fspath(DEFAULT_MODEL)
-    path = os.fspath(model)
+            raise MissingFileError("this build ships no default model; name one: Engine('model.safetensors')")
+        model = os.fspath(DEFAULT_MODEL)
+    path = path_of(model)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no model at {path}")
-    if os.path.isfile(path) and path.endswith(".safetensors"):
+        raise MissingFileError(f"there is no model at {path}")
+    if not os.path.isdir(path) and (path.endswith(".safetensors") or is_safetensors(path)):
+        if tokenizer is not None:
+            raise InvalidArgumentError(f"{path} has a tokenizer of its own; only llama2.c checkpoints are given one")
         return path
     from pyengine.freeze import freeze_cached
 
-    return os.fspath(freeze_cached(path, progress=progress))
+    return os.fspath(freeze_cached(path, progress=progress, tokenizer=tokenizer))
 
 
 def threads_from_environment() -> int:
@@ -87,6 +94,7 @@ class Engine:
     preload_tokenizer  True loads the tokenizer now, while a thread checks the weights: for programs that begin with text at once.
                Otherwise it is loaded when it is first needed
     progress   called as progress(done_bytes, total_bytes, tensor_name) while a model is frozen into the cache
+    tokenizer  the path of a llama2.c checkpoint's tokenizer.bin; every other model has its own
 
     Methods may be called from any thread: what they compute shares every step, so eight callers get the speed of a batch
     of eight. Use it as a context manager, or `close` it. It pickles as its path and options, and opens the file again.
@@ -106,10 +114,12 @@ class Engine:
         mmap: bool = True,
         preload_tokenizer: bool = False,
         progress: Progress | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
     ) -> None:
         from pyengine import _core
 
         self._lock = threading.RLock()
+        fork.register(self._lock, fork.ENGINE)
         self._closed = self._is_opening = True
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
@@ -118,7 +128,7 @@ class Engine:
         _check_number("max_sequences", max_sequences, 1)
         if max_kv_bytes is not None:
             _check_number("max_kv_bytes", max_kv_bytes, 1)
-        self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
+        self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
         self._options = {"n_ctx": n_ctx, "n_threads": n_threads or None, "kv_dtype": kv_dtype, "seed": seed, "mmap": mmap}
         self._options |= {"max_sequences": max_sequences, "max_kv_bytes": max_kv_bytes}
         config = self._file.config
@@ -142,8 +152,8 @@ class Engine:
             max_sequences=max_sequences,
         )
         self._scheduler = Scheduler(context, max_sequences=max_sequences, max_pages=pages)
+        fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
         self._closed = self._is_opening = False
-        _open_engines.add(self)
         cpu_watch.check_threads(n_threads)
 
     def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
@@ -399,8 +409,6 @@ class Engine:
         """Log-probability (natural logarithm) of each token of `text`, from the `start`-th on, after those before it. Memory does
         not grow with the text's logits, and tokens before `start` are context only: they take the time of a prompt. Raises
         ContextFullError if the text does not fit the context."""
-        from pyengine._sampler import logprobs
-
         ids = self._ids(text, parse_special)
         values: list[float | None] = [None] * len(ids)
 
@@ -489,20 +497,6 @@ class Engine:
             return "Engine(closed)"
         return f"Engine({str(self.path)!r}, isa={self.isa!r}, n_threads={self.n_threads}, n_ctx={self.n_ctx})"
 
-    # Around a fork: no step may be half done in the child.
-    def _acquire(self) -> None:
-        self._lock.acquire()
-        self._scheduler.step_lock.acquire()
-
-    def _release(self) -> None:
-        self._scheduler.step_lock.release()
-        self._lock.release()
-
-    def _release_in_child(self) -> None:
-        self._scheduler.step_lock.after_fork_in_child()
-        self._scheduler.forget_other_threads(threading.get_ident())
-        self._release()
-
 
 def _reopen(path: str, options: dict[str, Any]) -> Engine:
     return Engine(path, **options)
@@ -514,6 +508,9 @@ def _check_number(name: str, value: object, least: int) -> None:
 
 
 def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
+    if "pyengine.sampling" not in sys.modules:  # 3 ms that a start without generation does not pay
+        with fork.importing:
+            pass
     from pyengine.sampling import SamplingParams
 
     if params is not None and options:
@@ -527,26 +524,3 @@ def _checked_threads(n_threads: int | None) -> int:
     if isinstance(n_threads, bool) or not isinstance(n_threads, int) or n_threads < 1:
         raise InvalidArgumentError(f"n_threads is {n_threads!r}, expected a number from 1, or None")
     return n_threads
-
-
-_forking: list[Engine] = []
-
-
-def _before_fork() -> None:
-    _forking.extend(_open_engines)
-    for engine in _forking:
-        engine._acquire()
-
-
-def _after_fork() -> None:
-    while _forking:
-        _forking.pop()._release()
-
-
-def _after_fork_in_child() -> None:
-    while _forking:
-        _forking.pop()._release_in_child()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -6,6 +6,9 @@ Every class derives from :class:`PyEngineError` and, where a user would expect o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PyEngineError(Exception):
     """Base of everything that pyengine raises on purpose."""
@@ -40,7 +43,19 @@ class CancelledError(PyEngineError):
 
 
 class SystemCallError(PyEngineError, OSError):
-    """The operating system refused something (threads, mapping)."""
+    """The operating system refused something (threads, mapping, files)."""
+
+
+class MissingFileError(SystemCallError, FileNotFoundError):
+    """There is no file of this name."""
+
+
+class ExistingFileError(SystemCallError, FileExistsError):
+    """There is a file of this name already."""
+
+
+class ForbiddenFileError(SystemCallError, PermissionError):
+    """The file may not be read or written."""
 
 
 class UnsupportedISAError(PyEngineError, ValueError):
@@ -62,3 +77,23 @@ STATUS_ERRORS: dict[int, type[PyEngineError]] = {
     7: SystemCallError,
     8: UnsupportedISAError,
 }
+
+_SYSTEM_ERRORS: dict[type[OSError], type[SystemCallError]] = {
+    FileNotFoundError: MissingFileError,
+    FileExistsError: ExistingFileError,
+    PermissionError: ForbiddenFileError,
+}
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """What the system refuses inside this block leaves as the PyEngineError that stands for it, errno and file name kept."""
+    try:
+        yield
+    except PyEngineError:
+        raise
+    except MemoryError as error:
+        raise OutOfMemoryError(*error.args) from error
+    except OSError as error:
+        kind = next((ours for builtin, ours in _SYSTEM_ERRORS.items() if isinstance(error, builtin)), SystemCallError)
+        raise kind(error.errno, error.strerror or str(error), error.filename) from error

@@ -11,7 +11,7 @@ from pyengine.errors import PyEngineError
 
 def sentence(error: BaseException) -> str:
     """What to tell the user, on one line."""
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, PyEngineError):
+    if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     elif isinstance(error, (PyEngineError, OSError, UsageError)):
         text = str(error)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
-from pyengine.errors import ModelFormatError
+from pyengine.errors import PyEngineError
+from pyengine.files import is_safetensors
 from pyengine.format.reader import FrozenFile
 
 EPILOG = """\
@@ -42,12 +43,12 @@ def parser() -> argparse.ArgumentParser:
 
 def refuse_frozen(source: Path) -> None:
     """Freezing twice is a slip of the hand; say so instead of what the file lacks as a checkpoint."""
-    if source.suffix != ".safetensors" or not source.is_file():
-        return
     try:
+        if source.is_dir() or not is_safetensors(source):
+            return
         with FrozenFile.open(source):
             pass
-    except ModelFormatError:
+    except PyEngineError:  # freeze says what is wrong
         return
     raise UsageError(f"{source} is already frozen")
 

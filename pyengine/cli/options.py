@@ -85,8 +85,11 @@ def add_model_option(parser: argparse._ActionsContainer) -> None:
         "-m",
         "--model",
         metavar="PATH",
-        help="a frozen file, or a Hugging Face directory or GGUF file that is frozen once into the cache; "
+        help="a frozen file, or a Hugging Face directory, GGUF file or llama2.c checkpoint that is frozen once into the cache; "
         "default: PYENGINE_MODEL, else the small model that ships with the package",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint; all other models have their own"
     )
 
 
@@ -215,7 +218,7 @@ def frozen_path(args: argparse.Namespace) -> str:
     if name is None and not os.path.exists(DEFAULT_MODEL):
         raise UsageError("no model: name one with -m PATH or PYENGINE_MODEL (this build ships none)")
     with ProgressLine("freezing into the cache") as line, naming(name):
-        return resolve_model(name, line.update)
+        return resolve_model(name, line.update, getattr(args, "tokenizer", None))
 
 
 @contextmanager

@@ -82,6 +82,7 @@ def run(argv: list[str]) -> int:
                 differences += [
                     f"golden.json: {key} differs on {isa}" for key in computed if computed[key] != expected.get(key)
                 ]
+    options.tolerant_stdout()
     if args.json:
         import json
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import stat
 from collections.abc import Iterator
 
-from ..errors import ModelFormatError, UnsupportedModelError
+from ..errors import ModelFormatError, UnsupportedModelError, system_errors
+from ..files import open_regular, path_of
 from .config import FrozenConfig
 from .container import ALIGNMENT, SafetensorsEntry, parse_safetensors_header
 from .inventory import EXTRA_PREFIX, FORMAT_VERSION, MAX_RIDER_BYTES, REQUIRED_RIDERS, RIDERS, inventory
@@ -99,12 +99,10 @@ class FrozenFile:
 
         A file that is truncated while it is mapped kills the process with SIGBUS: a copy is immune.
         Raises ModelFormatError for whatever is wrong with the content, UnsupportedModelError for what
-        it needs and this version does not know, and OSError as ``open`` does.
+        it needs and this version does not know, and what ``open_regular`` does.
         """
-        path = os.fspath(path)
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ModelFormatError(f"{path}: not a regular file")
-        with open(path, "rb", buffering=0) as file:
+        path = path_of(path)
+        with open_regular(path) as file, system_errors():
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise ModelFormatError(f"{path}: {size} bytes: not a frozen pyengine file")

@@ -8,17 +8,18 @@ and, being callable, the function.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelFormatError
+from ..errors import InvalidArgumentError, ModelFormatError, system_errors
+from ..files import is_safetensors, open_regular, path_of
 
 if TYPE_CHECKING:
-    import os
-
     from .sources import SourceModel
 
 Progress = Callable[[int, int, str], None]
@@ -26,33 +27,64 @@ Progress = Callable[[int, int, str], None]
 __all__ = ["freeze", "freeze_cached", "frozen_cache_path", "open_source"]
 
 
-def open_source(
-    source: str | os.PathLike[str],
-    *,
-    name: str | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-) -> SourceModel:
-    """Open a checkpoint of any supported kind; only its headers are read. Close the result.
+PathLike = str | os.PathLike[str]
 
-    A directory is Hugging Face's, a file that starts with ``GGUF`` is GGUF, another one is a
-    llama2.c legacy checkpoint and needs ``tokenizer``, the path of its tokenizer.bin.
-    """
-    path = Path(source)
+
+def _source_kind(path: Path) -> str:
+    """One of "hf", "gguf", "safetensors" and "llama2c", by content. Raises ModelFormatError for what is no regular file."""
     if path.is_dir():
-        from .hf import load_hf
-
-        return load_hf(path, name)
-    with open(path, "rb") as file:
+        return "hf"
+    with open_regular(path) as file:
         magic = file.read(4)
     if magic == b"GGUF":
-        from .gguf_model import load_gguf
+        return "gguf"
+    return "safetensors" if path.suffix == ".safetensors" or is_safetensors(path) else "llama2c"
 
-        return load_gguf(path, name)
-    if path.suffix == ".safetensors":
+
+def _source_files(kind: str, path: Path, tokenizer: Path | None) -> list[Path]:
+    """Every file that decides what a source freezes to, whether it is there or not."""
+    if kind == "hf":
+        from .hf import files_of
+
+        return files_of(path)
+    if kind == "gguf":
+        from .gguf_split import part_paths
+
+        return part_paths(path)
+    return [path] if tokenizer is None else [path, tokenizer]
+
+
+def _checked_source(source: PathLike, tokenizer: PathLike | None) -> tuple[str, Path, Path | None]:
+    """(kind, path of the source, path of the tokenizer). Raises InvalidArgumentError for a tokenizer that nothing would read."""
+    path = Path(path_of(source))
+    kind = _source_kind(path)
+    if kind == "safetensors":
         raise ModelFormatError(f"{path}: weights alone; give the directory with config.json and tokenizer.json")
-    from .llama2c import load_llama2c
+    if tokenizer is not None and kind != "llama2c":
+        raise InvalidArgumentError(f"{path} has a tokenizer of its own; only llama2.c checkpoints are given one")
+    return kind, path, None if tokenizer is None else Path(path_of(tokenizer))
 
-    return load_llama2c(path, name, tokenizer)
+
+def open_source(source: PathLike, *, name: str | None = None, tokenizer: PathLike | None = None) -> SourceModel:
+    """Open a checkpoint of any supported kind; only its headers are read. Close the result.
+
+    A directory is Hugging Face's, a file that starts with ``GGUF`` is GGUF (any part of a split one stands for all), another one
+    is a llama2.c legacy checkpoint and needs ``tokenizer``, the path of its tokenizer.bin. Raises ModelFormatError,
+    UnsupportedModelError, InvalidArgumentError, and MissingFileError or its like for what the system refuses.
+    """
+    with system_errors():
+        kind, path, tokenizer_path = _checked_source(source, tokenizer)
+        if kind == "hf":
+            from .hf import load_hf
+
+            return load_hf(path, name)
+        if kind == "gguf":
+            from .gguf_model import load_gguf
+
+            return load_gguf(path, name)
+        from .llama2c import load_llama2c
+
+        return load_llama2c(path, name, tokenizer_path)
 
 
 def _tensor_chunks(model: SourceModel) -> Iterator[tuple[str, Iterable[Any]]]:
@@ -80,12 +112,24 @@ def checked_vector(name: str, values: Any) -> Any:
     return np.ascontiguousarray(values, "<f4")
 
 
+def _refuse_own_source(output: Path, files: Iterable[Path]) -> None:
+    """An output that is one of the source's files, under whatever name, or would be read as one the next time."""
+    if os.path.lexists(output) and not os.path.isfile(output):
+        raise InvalidArgumentError(f"{output} is not a regular file: it cannot be replaced")
+    for path in files:
+        same_name = path.name == output.name and os.path.samefile(path.parent, output.parent)
+        if same_name or (os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output)):
+            raise InvalidArgumentError(
+                f"{output} is part of the source ({path.name}): give the frozen file another name"
+            )
+
+
 def freeze(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    source: PathLike,
+    output: PathLike,
     *,
     name: str | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer: PathLike | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -93,23 +137,26 @@ def freeze(
 
     ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor. At the end the
     engine runs the complete file once, for its golden outputs; only then does the file get its name.
-    An existing one is replaced only with ``overwrite``. Raises UnsupportedModelError for what is
-    not implemented, ModelFormatError for damage.
+    An existing one is replaced only with ``overwrite``, and never one that the source is made of.
+    Raises UnsupportedModelError for what is not implemented, ModelFormatError for damage, InvalidArgumentError for a wrong
+    argument, OutOfMemoryError, and ExistingFileError, MissingFileError or another SystemCallError for what the system refuses.
     """
     from ..format.writer import FrozenWriter
     from ..golden import compute_json
     from .tokenizer import compact_tokenizer_json
 
-    output = Path(output)
-    model = open_source(source, name=name, tokenizer=tokenizer)
-    try:
+    if name is not None and not isinstance(name, str):
+        raise InvalidArgumentError(f"the model's name must be a string, not {type(name).__name__}")
+    output = Path(path_of(output))
+    with system_errors(), contextlib.closing(open_source(source, name=name, tokenizer=tokenizer)) as model:
+        _refuse_own_source(output, _source_files(*_checked_source(source, tokenizer)))
         riders = {**model.riders, "tokenizer.json": compact_tokenizer_json(model.riders["tokenizer.json"])}
         with FrozenWriter(
             output,
             model.config,
             riders,
-            name=model.name,
-            source=model.source,
+            name=_unicode(model.name),
+            source=_unicode(model.source),
             golden=compute_json,
             overwrite=overwrite,
         ) as writer:
@@ -117,37 +164,38 @@ def freeze(
                 writer.write(tensor, chunks)
                 if progress:
                     progress(writer.bytes_written, writer.total_bytes, tensor)
-    finally:
-        model.close()
     return output
 
 
-def frozen_cache_path(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None) -> Path:
+def _unicode(text: str) -> str:
+    """A name as text: what a file name has that is no Unicode becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def frozen_cache_path(source: PathLike, tokenizer: PathLike | None = None) -> Path:
     """Where ``freeze_cached`` keeps the frozen form of ``source``; changes whenever the source
     does.
     """
     from .cache import cache_path
 
-    return cache_path(source, tokenizer)
+    with system_errors():
+        kind, path, tokenizer_path = _checked_source(source, tokenizer)
+        files = _source_files(kind, path, tokenizer_path)
+        return cache_path(Path(os.path.realpath(path)), [Path(os.path.realpath(file)) for file in files])
 
 
-def freeze_cached(
-    source: str | os.PathLike[str],
-    progress: Progress | None = None,
-    *,
-    tokenizer: str | os.PathLike[str] | None = None,
-) -> Path:
+def freeze_cached(source: PathLike, progress: Progress | None = None, *, tokenizer: PathLike | None = None) -> Path:
     """Freeze ``source`` into the cache unless it is there, and return the frozen file's path.
 
-    Of several processes that race one freezes and the others wait for it.
+    Of several processes that race one freezes and the others wait for it. Raises what ``freeze`` does, and SystemCallError for a
+    cache directory that others could write to.
     """
-    from .cache import locked
+    from .cache import missing
 
     path = frozen_cache_path(source, tokenizer)
-    if not path.exists():
-        with locked(path):
-            if not path.exists():
-                freeze(source, path, tokenizer=tokenizer, progress=progress)
+    with missing(path) as is_missing:
+        if is_missing:
+            freeze(source, path, tokenizer=tokenizer, progress=progress)
     return path
 
 

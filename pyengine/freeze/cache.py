@@ -1,5 +1,11 @@
-"""The cache of frozen models: one file per source, path, size, time and header content included in
-its name.
+"""The cache of frozen models: a directory of the user's alone, one file for each state of a source.
+
+**Whose it is.** Whoever could put a file there could choose what the user runs: the directory is made with mode 0700, must belong
+to the user and is never followed through a symbolic link; entries and their locks are opened inside it in the same way.
+
+**When it is stale.** An entry's name has a digest of the path, inode, size and both times of every file that decides what the
+source freezes to. The time of the last status change (ctime) is the one that nobody can set: a file that was altered and
+given its old size and modification time is another file here. Nothing of the source is read for that.
 """
 
 from __future__ import annotations
@@ -8,12 +14,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..errors import SystemCallError, system_errors
 from ..format.inventory import FORMAT_VERSION
 
-_HEADER_BYTES = 1 << 20
+_ENTRY = re.compile(r"\.?[\w.-]{1,81}-[0-9a-f]{24}\.safetensors(\.lock|\.[0-9a-f]{16}\.partial)?")
+_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def cache_directory() -> Path:
@@ -24,34 +34,79 @@ def cache_directory() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pyengine"
 
 
-def _fingerprint(path: Path) -> bytes:
-    """Path, size, modification time and a hash of the first MiB, where the header is."""
-    status = path.stat()
-    with open(path, "rb") as file:
-        head = hashlib.sha256(file.read(_HEADER_BYTES)).hexdigest()
-    return f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{head}\n".encode()
+def _identity(path: Path) -> bytes:
+    """What changes whenever the file does; a file that is not there has an identity too."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return os.fsencode(path) + b"\0absent\n"
+    numbers = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return os.fsencode(path) + f"\0{numbers}\n".encode()
 
 
-def cache_path(source: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None) -> Path:
-    """The frozen file that belongs to ``source`` as it is now."""
-    source = Path(source).resolve()
-    files = [source]
-    if source.is_dir():
-        files = sorted(
-            path for path in source.iterdir() if path.suffix in (".json", ".safetensors", ".jinja") and path.is_file()
-        )
-    if tokenizer is not None:
-        files.append(Path(tokenizer).resolve())
-    digest = hashlib.sha256(f"format {FORMAT_VERSION}\n{source}\n".encode())
+def cache_path(source: Path, files: Iterable[Path]) -> Path:
+    """The frozen file that belongs to ``source`` as it is now; ``files`` are those that decide what it freezes to."""
+    from pyengine import __version__
+
+    digest = hashlib.sha256(f"format {FORMAT_VERSION}, freezer {__version__}\n".encode() + os.fsencode(source))
     for path in files:
-        digest.update(_fingerprint(path))
-    return cache_directory() / f"{source.stem[:80]}-{digest.hexdigest()[:24]}.safetensors"
+        digest.update(_identity(path))
+    stem = re.sub(r"[^\w.-]", "_", source.stem, flags=re.ASCII)[:80] or "_"
+    return cache_directory() / f"{stem}-{digest.hexdigest()[:24]}.safetensors"
+
+
+def _open_directory(path: Path) -> int:
+    """The cache directory, made if need be. Raises SystemCallError if it is not the user's alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    remedy = "PYENGINE_CACHE names another"
+    if path.is_symlink() or not path.is_dir():
+        raise SystemCallError(f"the cache {path} is no directory; {remedy}")
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _OPEN)
+    try:
+        status = os.fstat(directory)
+        if status.st_uid != os.geteuid():
+            raise SystemCallError(f"the cache directory {path} belongs to another user; {remedy}")
+        if status.st_mode & 0o022:
+            raise SystemCallError(f"others may write to the cache directory {path}: 'chmod 700' it, or {remedy}")
+        if status.st_mode & 0o077 and all(map(_ENTRY.fullmatch, os.listdir(directory))):
+            os.fchmod(directory, 0o700)  # made by somebody with another umask, and used for nothing else
+    except BaseException:
+        os.close(directory)
+        raise
+    return directory
+
+
+def _is_entry(directory: int, name: str) -> bool:
+    """Whether there is a finished entry of this name. Raises SystemCallError for anything else under it."""
+    try:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        raise SystemCallError(f"{name} in the cache is not a file of ours; remove it")
+    return True
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a cache entry. The lock file stays: removing it would let two holders in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def missing(path: Path) -> Iterator[bool]:
+    """Whether the entry ``path`` has to be made. While it is being made others wait: of several processes one makes it.
+
+    The lock file stays: removing it would let two holders in. Raises SystemCallError where the directory cannot be used, or
+    where somebody else could have put something there.
+    """
+    with system_errors():
+        directory = _open_directory(path.parent)
+        try:
+            if _is_entry(directory, path.name):
+                yield False
+                return
+            flags = os.O_RDWR | os.O_CREAT | _OPEN
+            with open(os.open(f".{path.name}.lock", flags, 0o600, dir_fd=directory), "rb") as lock:
+                if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+                    raise SystemCallError(f".{path.name}.lock in the cache is not a file of ours; remove it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield not _is_entry(directory, path.name)
+        finally:
+            os.close(directory)

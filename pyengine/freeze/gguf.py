@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelFormatError, UnsupportedModelError
+from ..files import open_regular
 from ..format.quantize import Float32Array, RowSource
 from .sources import FLOAT_CONVERTERS, FileRows
 
@@ -177,7 +178,7 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
+        self._file = open_regular(self.path)
         try:
             size = os.fstat(self._file.fileno()).st_size
             if size < 24:

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelFormatError, UnsupportedModelError
+from ..errors import MissingFileError, ModelFormatError, PyEngineError, UnsupportedModelError
+from ..files import open_regular, read_regular
 from ..format.config import MAX_LAYERS, MAX_POSITIONS, FrozenConfig, LayerSpec
 from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safetensors_header
-from ..format.inventory import MAX_RIDER_BYTES
 from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
 from .architectures import ARCHITECTURES, PARTS, Architecture, build_model
+from .fields import Fields
 from .rope import rope_inv_freq
 from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
-from .tokenizer import check_tokenizer_json
+from .special_tokens import begin_and_end, spellings
+from .tokenizer import check_tokenizer_json, json_bytes
+
+_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
+_TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _INDEX)
 
 _MAX_SHARDS = 4096
+_MAX_NAME_BYTES = 255
+_MAX_TOKENIZER_BYTES = 64 << 20  # twice the largest of today's vocabularies of 256k tokens
 _DEFAULT_WINDOW = 4096
+_DEFAULT_ROPE_THETA = 10_000.0
 _DEFAULT_MAX_WINDOW_LAYERS = 28
 
 
-def _read(path: Path, limit: int) -> bytes:
-    with open(path, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ModelFormatError(f"{path.name} is larger than {limit} bytes")
-    return data
-
-
-def _read_json(path: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, Any]:
-    return parse_json_object(_read(path, limit), path.name)
+def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
+    """A JSON object, or None if there is no such file."""
+    try:
+        return parse_json_object(read_regular(directory / name, MAX_HEADER_BYTES), name)
+    except MissingFileError:
+        return None
 
 
 # ---------------------------------------------------------------------------- tensors
@@ -42,7 +52,7 @@ class SafetensorsReader:
     """The tensors of one or many safetensors files, read by rows."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self._files: list[Any] = []
+        self._files: list[io.FileIO] = []
         self._entries: dict[str, tuple[int, SafetensorsEntry]] = {}
         try:
             for path in paths:
@@ -52,12 +62,12 @@ class SafetensorsReader:
             raise
 
     def _add(self, path: Path) -> None:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
+        file = open_regular(path)
         self._files.append(file)
         size = file.seek(0, 2)
         file.seek(0)
         start = file.read(8)
-        length = min(int.from_bytes(start, "little"), MAX_HEADER_BYTES)
+        length = min(int.from_bytes(start, "little"), size, MAX_HEADER_BYTES)
         try:
             header = parse_safetensors_header(start + file.read(length), size)
         except ModelFormatError as error:
@@ -87,26 +97,48 @@ class SafetensorsReader:
             file.close()
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """model.safetensors, or the shards that the index names, which must be plain file names."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise UnsupportedModelError(
-            f"{directory} has no model.safetensors and no model.safetensors.index.json; "
-            "pickled weights (.bin, .pt) are never read"
-        )
-    weight_map = _read_json(index).get("weight_map")
+def _shard_names(directory: Path) -> list[str]:
+    """The shards that model.safetensors.index.json names, which must be plain file names; none if there is no index."""
+    index = _read_json(directory, _INDEX)
+    if index is None:
+        return []
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelFormatError(f"{index.name} has no weight_map")
-    names = set(weight_map.values())
+        raise ModelFormatError(f"{_INDEX} has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _is_plain(name) or not name.endswith(".safetensors"):
+            raise ModelFormatError(f"{_INDEX} names the file {name!r:.200}")
+    names = sorted(set(weight_map.values()))
     if len(names) > _MAX_SHARDS:
-        raise ModelFormatError(f"{index.name} names {len(names)} files, too many")
+        raise ModelFormatError(f"{_INDEX} names {len(names)} files, too many")
+    return names
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file in the directory itself."""
+    return Path(name).name == name and name.isprintable() and len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
+
+
+def _open_weights(directory: Path) -> SafetensorsReader:
+    if (directory / _WEIGHTS).exists():
+        return SafetensorsReader([directory / _WEIGHTS])
+    names = _shard_names(directory)
+    if not names:
+        raise UnsupportedModelError(
+            f"{directory} has no {_WEIGHTS} and no {_INDEX}; pickled weights (.bin, .pt) are never read"
+        )
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelFormatError(f"{index.name} names the file {name!r:.200}")
-    return [directory / name for name in sorted(names)]
+        if not (directory / name).exists():
+            raise ModelFormatError(f"{directory} has no {name}, which {_INDEX} names")
+    return SafetensorsReader([directory / name for name in names])
+
+
+def files_of(directory: Path) -> list[Path]:
+    """Everything in a directory that decides what it freezes to, whether it is there or not."""
+    names = [*_DOCUMENTS, _WEIGHTS]
+    with contextlib.suppress(PyEngineError):  # whoever opens it will say what is wrong
+        names += _shard_names(directory)
+    return [directory / name for name in names]
 
 
 # ---------------------------------------------------------------------------- configuration
@@ -127,203 +159,200 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     return found
 
 
-def _int(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ModelFormatError(f"config.json: {key} is missing")
-    if type(value) is not int:
-        raise ModelFormatError(f"config.json: {key} must be an integer, not {value!r:.80}")
-    return value
-
-
-def _refuse_unknown_arithmetic(config: dict[str, Any]) -> None:
-    activation = config.get("hidden_act", "silu")
+def _refuse_unknown_arithmetic(config: Fields) -> None:
+    activation = config.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(f"activation {activation!r:.80} is not implemented")
-    if config.get("mlp_bias"):
+    if config.flag("mlp_bias", False):
         raise UnsupportedModelError("mlp_bias is not implemented")
-    if config.get("quantization_config"):
+    if config.raw("quantization_config"):
         raise UnsupportedModelError("checkpoints that are quantized already are not implemented")
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("partial_rotary_factor is not implemented")
 
 
-def _windows(config: dict[str, Any], architecture: Architecture, n_layers: int) -> list[int]:
+def _windows(config: Fields, architecture: Architecture, n_layers: int) -> list[int]:
     """Every layer's attention window in positions, 0 for none.
 
     A key that is absent has the default of transformers' class; null is none.
     """
     none = [0] * n_layers
-    if architecture.window == "never" or config.get("sliding_window", 0) is None:
+    if architecture.window == "never" or config.is_null("sliding_window"):
         return none
     if architecture.window == "opt-in":
-        if not config.get("use_sliding_window", False):
+        if not config.flag("use_sliding_window", False):
             return none
-        full = min(_int(config, "max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS), n_layers)
+        full = min(config.integer("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS), n_layers)
         default = ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
     else:
         default = ["sliding_attention"] * n_layers
-    kinds = config.get("layer_types") or default
+    kinds = config.raw("layer_types") or default
     if not isinstance(kinds, list) or len(kinds) != n_layers:
-        raise ModelFormatError("config.json: layer_types must name every layer's attention")
+        raise ModelFormatError(f"{_CONFIG}: layer_types must name every layer's attention")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(f"a layer of type {kind!r:.80} is not implemented")
     if "sliding_attention" not in kinds:
         return none
-    window = _int(config, "sliding_window", _DEFAULT_WINDOW)
+    window = config.integer("sliding_window", _DEFAULT_WINDOW)
+    if window > MAX_POSITIONS:  # wider than any context
+        return none
     return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def _inv_freq(config: dict[str, Any], head_dim: int) -> Float32Array:
-    """Both spellings: rope_theta and rope_scaling, or rope_parameters with both inside."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling")
-    if scaling is not None and not isinstance(scaling, dict):
-        raise ModelFormatError("config.json: the RoPE scaling is not an object")
-    scaling = scaling or {}
+def _rope(config: Fields) -> tuple[float, dict[str, Any]]:
+    """(base, scaling), as transformers reads them.
+
+    Newer configurations have ``rope_parameters`` with the base inside, older ones ``rope_scaling`` beside ``rope_theta``. Of both
+    the older counts, and then nothing of the newer does: model cards tell people to add a rope_scaling.
+    """
+    key = "rope_scaling" if config.table("rope_scaling", None) else "rope_parameters"
+    scaling = config.table(key, {})
     if any(isinstance(value, dict) for value in scaling.values()):
         raise UnsupportedModelError("RoPE parameters that differ between layers are not implemented")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+    inside = Fields(scaling, f"{_CONFIG}: {key}")
+    if inside.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModelError("partial_rotary_factor is not implemented")
-    theta = scaling.get("rope_theta", config.get("rope_theta", 10_000.0))
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-        raise ModelFormatError(f"config.json: rope_theta must be a number, not {theta!r:.80}")
-    return rope_inv_freq(head_dim, float(theta), scaling)
+    theta = inside.number("rope_theta", config.number("rope_theta", _DEFAULT_ROPE_THETA))
+    numbers: dict[str, float] = {
+        name: inside.number(name) for name, value in scaling.items() if type(value) in (int, float)
+    }
+    kind = inside.text("rope_type", inside.text("type", "default"))
+    if kind == "llama3":
+        key = "original_max_position_embeddings"
+        numbers[key] = config.number(key, numbers.get(key, config.number("max_position_embeddings")))
+    return theta, {**scaling, **numbers, "rope_type": kind}
 
 
-def _token_ids(value: Any) -> list[int]:
-    """eos_token_id may be absent, one id or a list."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _bias(flag: bool | None, config: dict[str, Any]) -> bool:
-    return bool(config.get("attention_bias", False)) if flag is None else flag
-
-
-def _frozen_config(config: dict[str, Any], generation: dict[str, Any], names: set[str]) -> FrozenConfig:
-    architecture = _architecture(config)
+def _frozen_config(
+    config: Fields, architecture: Architecture, names: Mapping[str, object], bos: int | None, eos: tuple[int, ...]
+) -> FrozenConfig:
     _refuse_unknown_arithmetic(config)
-    dim, n_heads = _int(config, "hidden_size"), _int(config, "num_attention_heads")
-    n_layers = _int(config, "num_hidden_layers")
+    dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    n_layers = config.integer("num_hidden_layers")
     if not 1 <= n_layers <= MAX_LAYERS:
-        raise ModelFormatError(f"config.json: num_hidden_layers {n_layers} is not in 1..{MAX_LAYERS}")
+        raise ModelFormatError(f"{_CONFIG}: num_hidden_layers {n_layers} is not in 1..{MAX_LAYERS}")
     if n_heads < 1 or dim < 1:
-        raise ModelFormatError(f"config.json: {n_heads} heads and hidden_size {dim}")
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    tied = config.get("tie_word_embeddings")
+        raise ModelFormatError(f"{_CONFIG}: {n_heads} heads and hidden_size {dim}")
+    n_kv_heads = config.integer("num_key_value_heads", n_heads) if architecture.model_type == "llama" else None
+    has_bias = config.flag("attention_bias", False)
     return FrozenConfig(
         architecture=architecture.hf,
         dim=dim,
-        hidden_dim=_int(config, "intermediate_size"),
+        hidden_dim=config.integer("intermediate_size"),
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=_int(config, "num_key_value_heads", n_heads if architecture.model_type == "llama" else None),
-        head_dim=_int(config, "head_dim", dim // n_heads),
-        vocab_size=_int(config, "vocab_size"),
-        max_seq_len=min(_int(config, "max_position_embeddings"), MAX_POSITIONS),
-        norm_eps=config.get("rms_norm_eps"),  # type: ignore[arg-type]  # checked there
+        n_kv_heads=config.integer("num_key_value_heads") if n_kv_heads is None else n_kv_heads,
+        head_dim=config.integer("head_dim", dim // n_heads),
+        vocab_size=config.integer("vocab_size"),
+        max_seq_len=min(config.integer("max_position_embeddings"), MAX_POSITIONS),
+        norm_eps=config.number("rms_norm_eps"),
         layers=tuple(LayerSpec(window=window) for window in _windows(config, architecture, n_layers)),
-        tie_embeddings=PARTS["output"].hf not in names if tied is None else bool(tied),
-        qkv_bias=_bias(architecture.qkv_bias, config),
-        o_bias=_bias(architecture.o_bias, config),
+        tie_embeddings=config.flag("tie_word_embeddings", PARTS["output"].hf not in names),
+        qkv_bias=has_bias if architecture.qkv_bias is None else architecture.qkv_bias,
+        o_bias=has_bias if architecture.o_bias is None else architecture.o_bias,
         qk_norm=architecture.qk_norm,
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(_token_ids(eos))),
+        bos_token_id=bos,
+        eos_token_ids=eos,
     )
 
 
 # ---------------------------------------------------------------------------- riders
 
 
-def _tokenizer_json(directory: Path, vocab_size: int) -> bytes:
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        raise UnsupportedModelError(f"{directory} has no tokenizer.json (Hugging Face tokenizers)")
-    raw = _read(path, MAX_RIDER_BYTES)
-    document = parse_json_object(raw, path.name)
+def _tokenizer_json(directory: Path) -> bytes:
+    try:
+        raw = read_regular(directory / _TOKENIZER, _MAX_TOKENIZER_BYTES)
+    except MissingFileError:
+        raise UnsupportedModelError(f"{directory} has no {_TOKENIZER} (Hugging Face tokenizers)") from None
+    document = parse_json_object(raw, _TOKENIZER)
     if document.get("truncation") or document.get("padding"):
         # A setting of somebody's training run: here it would cut prompts silently.
-        document |= {"truncation": None, "padding": None}
-        raw = json.dumps(document, separators=(",", ":")).encode()
-    check_tokenizer_json(raw.decode("utf-8"), vocab_size)
+        return json_bytes(document | {"truncation": None, "padding": None}, _TOKENIZER)
     return raw
 
 
-def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+def _chat_template(directory: Path, settings: dict[str, Any]) -> bytes | None:
     """chat_template.jinja, or tokenizer_config.json's: one string, or named ones of which "default"
     counts.
 
     A single string moves out of ``settings``; named ones stay there too.
     """
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        settings.pop("chat_template", None)
-        try:
-            return _read(path, MAX_HEADER_BYTES).decode("utf-8")
-        except UnicodeDecodeError:
-            raise ModelFormatError(f"{path.name} is not UTF-8") from None
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+    try:
+        content = read_regular(directory / _TEMPLATE, MAX_HEADER_BYTES)
+    except MissingFileError:
+        pass
     else:
         settings.pop("chat_template", None)
-    if template is not None and not isinstance(template, str):
-        raise ModelFormatError("tokenizer_config.json: chat_template is neither a string nor a list")
-    return template
-
-
-def _riders(directory: Path, vocab_size: int) -> dict[str, bytes]:
-    riders = {"tokenizer.json": _tokenizer_json(directory, vocab_size)}
-    settings: dict[str, Any] = {}
-    if (path := directory / "tokenizer_config.json").exists():
-        settings = _read_json(path)
-    template = _chat_template(directory, settings)
-    if settings:
-        riders["tokenizer_config.json"] = json.dumps(settings).encode()
-    if (path := directory / "generation_config.json").exists():
-        riders["generation_config.json"] = json.dumps(_read_json(path)).encode()
-    if template is not None:
         try:
-            riders["chat_template.jinja"] = template.encode()
-        except UnicodeEncodeError:
-            raise ModelFormatError("tokenizer_config.json: chat_template is not Unicode") from None
-    return riders
+            content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ModelFormatError(f"{_TEMPLATE} is not UTF-8") from None
+        return content
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        if not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in template):
+            raise ModelFormatError(f"{_SETTINGS}: chat_template lists something else than named templates")
+        template = {t["name"]: t.get("template") for t in template}.get("default")
+    else:
+        settings.pop("chat_template", None)
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise ModelFormatError(f"{_SETTINGS}: chat_template is neither a string nor a list")
+    try:
+        return template.encode()
+    except UnicodeEncodeError:
+        raise ModelFormatError(f"{_SETTINGS}: chat_template is not Unicode") from None
+
+
+class _Documents:
+    """The JSON and text of a directory: what rides along, and the special tokens that follow from it."""
+
+    def __init__(self, directory: Path, config: Fields, vocab_size: int) -> None:
+        settings, generation = _read_json(directory, _SETTINGS), _read_json(directory, _GENERATION)
+        tokens_map = _read_json(directory, _TOKENS_MAP)
+        names = spellings(settings or {}, tokens_map or {})
+        tokenizer = _tokenizer_json(directory)
+        ids = check_tokenizer_json(tokenizer, vocab_size)
+        self.bos, self.eos = begin_and_end(names, ids, config, Fields(generation or {}, _GENERATION), vocab_size)
+        self.riders = {_TOKENIZER: tokenizer}
+        kept = {**(settings or {}), **(names if tokens_map else {})}
+        template = _chat_template(directory, kept)
+        if kept:
+            self.riders[_SETTINGS] = json_bytes(kept, _SETTINGS)
+        if generation is not None:
+            self.riders[_GENERATION] = json_bytes(generation, _GENERATION)
+        if template is not None:
+            self.riders[_TEMPLATE] = template
 
 
 def load_hf(directory: Path, name: str | None = None) -> SourceModel:
     """Read the headers of a Hugging Face directory; weights are read when the freezer asks for
     their rows.
     """
-    path = directory / "config.json"
-    if not path.exists():
-        raise ModelFormatError(f"{directory} has no config.json")
-    config = _read_json(path)
-    generation: dict[str, Any] = {}
-    if (path := directory / "generation_config.json").exists():
-        generation = _read_json(path)
-    architecture = _architecture(config)  # before the weights: the clearest reason to refuse
-    reader = SafetensorsReader(_weight_files(directory))
+    document = _read_json(directory, _CONFIG)
+    if document is None:
+        raise ModelFormatError(f"{directory} has no {_CONFIG}")
+    config = Fields(document, _CONFIG)
+    architecture = _architecture(document)  # before the weights: the clearest reason to refuse
+    reader = _open_weights(directory)
     try:
-        frozen = _frozen_config(config, generation, set(reader.shapes))
+        documents = _Documents(directory, config, config.integer("vocab_size"))
+        frozen = _frozen_config(config, architecture, reader.shapes, documents.bos, documents.eos)
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
         if frozen.tie_embeddings:
             ignored.append(PARTS["output"].hf)  # some save the shared matrix twice
+        label = directory.resolve().name
         model = build_model(
             reader,
             frozen,
-            [_inv_freq(config, frozen.head_dim)],
+            [rope_inv_freq(frozen.head_dim, *_rope(config))],
             kind="hf",
-            name=name or directory.resolve().name,
-            source=f"{directory.resolve().name} ({architecture.model_type})",
+            name=name or label,
+            source=f"{label} ({architecture.model_type})",
             interleaved=False,
             ignored=ignored,
         )
-        model.riders = _riders(directory, frozen.vocab_size)
+        model.riders = documents.riders
     except BaseException:
         reader.close()
         raise

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from ..files import open_regular, read_regular
 from ..format.config import FrozenConfig, same_layers
 from ..format.quantize import Float32Array, RowSource
 from .architectures import PARTS, build_model
@@ -31,7 +32,7 @@ class Llama2cFile:
     """Named tensors of a legacy checkpoint: each kind of weight lies together, by layer."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
+        self._file = open_regular(path)
         try:
             self._parse(self._file.seek(0, 2))
         except BaseException:
@@ -115,9 +116,7 @@ class Llama2cFile:
 def read_llama2c_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> dict[str, object]:
     """tokenizer.bin (per token: float32 score, int32 length, bytes) as GGUF-style metadata."""
     path = Path(path)
-    if path.stat().st_size > _MAX_TOKENIZER_BYTES:
-        raise ModelFormatError(f"{path.name} is too large for a llama2.c tokenizer")
-    data = path.read_bytes()
+    data = read_regular(path, _MAX_TOKENIZER_BYTES)
     at, tokens, scores = 4, [], []
     for i in range(vocab_size):
         if at + 8 > len(data):
@@ -154,7 +153,10 @@ def load_llama2c(path: Path, name: str | None = None, tokenizer: str | os.PathLi
     file = Llama2cFile(path)
     try:
         if tokenizer is None:
-            raise InvalidArgumentError(f"{path.name}: llama2.c models need the tokenizer's path too")
+            raise InvalidArgumentError(
+                f"{path.name}: llama2.c checkpoints need the tokenizer too: tokenizer='tokenizer.bin', here or in freeze "
+                "(--tokenizer on the command line)"
+            )
         model = build_model(
             file,
             file.config,

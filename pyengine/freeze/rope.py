@@ -45,6 +45,7 @@ def _llama3(inv_freq: Float32Array, scaling: Mapping[str, Any]) -> Float32Array:
     return np.where(is_between, between, scaled).astype(np.float32)
 
 
+@np.errstate(all="ignore")  # what comes out is checked
 def rope_inv_freq(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Float32Array:
     """``scaling`` is transformers' ``rope_scaling`` dictionary or None. float32 (head_dim / 2)."""
     if not (math.isfinite(theta) and theta > 0):

@@ -12,7 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import ModelFormatError, UnsupportedModelError
+from ..format.strict_json import parse_json_object
+from .fields import Fields
 
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -23,6 +28,10 @@ _END_TEXTS = (
     "</s>", "<|EOT|>", "<｜end▁of▁sentence|>", "<｜end▁of▁sentence｜>",
 )  # fmt: skip
 
+
+# Vocabularies of 256k pieces stay below a tenth of both.
+_MAX_SPLIT_CHARACTERS = 1 << 28
+_MAX_MERGE_CHARACTERS = 1 << 26
 
 # ---------------------------------------------------------------------------- pre-tokenizers
 
@@ -102,7 +111,7 @@ def _is_marker(token: str) -> bool:
 
 class _Vocabulary(NamedTuple):
     tokens: list[str]
-    types: list[int]
+    types: list[float]
     ids: dict[str, int]
 
     def added_tokens(self) -> list[dict[str, Any]]:
@@ -126,43 +135,66 @@ class _Vocabulary(NamedTuple):
         ]
 
 
-def _list(metadata: Mapping[str, Any], key: str, length: int | None = None) -> list[Any]:
-    value = metadata.get(key)
+_PREFIX = "tokenizer.ggml."
+_NO_TOKEN = 0xFFFFFFFF  # -1 where only unsigned numbers are written
+
+
+def _fields(metadata: Mapping[str, Any]) -> Fields:
+    return Fields(metadata, "GGUF", _PREFIX)
+
+
+def _array(metadata: Mapping[str, Any], key: str) -> list[Any] | npt.NDArray[Any]:
+    """A list of strings or a NumPy array of numbers."""
+    value = _fields(metadata).raw(key)
     if value is None:
-        raise ModelFormatError(f"GGUF: key {key!r} is missing")
-    if not isinstance(value, list):
-        if not hasattr(value, "tolist"):
-            raise ModelFormatError(f"GGUF: key {key!r} is not an array")
-        value = value.tolist()
-    if length is not None and len(value) != length:
-        raise ModelFormatError(f"GGUF: key {key!r} has {len(value)} elements, not {length}")
+        raise ModelFormatError(f"GGUF: key {_PREFIX + key!r} is missing")
+    if not isinstance(value, (list, np.ndarray)):
+        raise ModelFormatError(f"GGUF: key {_PREFIX + key!r} is not an array")
     return value
+
+
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+    value = _array(metadata, "tokens")
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        raise _fields(metadata).wrong("tokens", "a list of strings")
+    return value
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, length: int) -> list[float]:
+    """As many numbers as there are tokens, none of them NaN."""
+    value = _array(metadata, key)
+    if len(value) != length:
+        raise ModelFormatError(f"GGUF: key {_PREFIX + key!r} has {len(value)} elements, not {length}")
+    numbers: list[Any] = value if isinstance(value, list) else value.tolist()
+    if any(type(number) not in (int, float) or number != number for number in numbers):
+        raise _fields(metadata).wrong(key, "an array of numbers without a NaN")
+    return numbers
+
+
+def _types(metadata: Mapping[str, Any], n_tokens: int) -> list[float]:
+    if "token_type" not in _fields(metadata):
+        return [_NORMAL] * n_tokens
+    return _numbers(metadata, "token_type", n_tokens)
 
 
 def _token_id(metadata: Mapping[str, Any], kind: str, n_tokens: int) -> int | None:
-    key = f"tokenizer.ggml.{kind}_token_id"
-    value = metadata.get(key)
+    """The id of a special token, or None. One that is outside the vocabulary names nothing, and matters if a text would begin or
+    end with it.
+    """
+    key = f"{kind}_token_id"
+    value = _fields(metadata).raw(key)
     if value is None:
         return None
-    if type(value) is not int or not 0 <= value < n_tokens:
-        raise ModelFormatError(f"GGUF: {key} {value!r:.80} is not a token of {n_tokens}")
-    return value
-
-
-def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = metadata.get(f"tokenizer.ggml.{key}", default)
-    if type(value) is not bool:
-        raise ModelFormatError(f"GGUF: tokenizer.ggml.{key} must be a bool, not {value!r:.80}")
-    return value
+    if type(value) is int and 0 <= value < n_tokens:
+        return value
+    if type(value) is not int or (kind in ("bos", "eos") and value != _NO_TOKEN):
+        raise ModelFormatError(f"GGUF: {_PREFIX}{key} {value!r:.80} is not a token of {n_tokens}")
+    return None
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
-    tokens = _list(metadata, "tokenizer.ggml.tokens")
-    if not tokens or not isinstance(tokens[0], str):
-        raise ModelFormatError("GGUF: tokenizer.ggml.tokens must be a list of strings")
-    types = [_NORMAL] * len(tokens)
-    if "tokenizer.ggml.token_type" in metadata:
-        types = _list(metadata, "tokenizer.ggml.token_type", len(tokens))
+    tokens = _tokens(metadata)
+    types = _types(metadata, len(tokens))
     if unknown := set(types) - {0, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE}:
         raise ModelFormatError(f"GGUF: unknown token type {sorted(unknown)[0]!r}")
     ids = {token: i for i, token in enumerate(tokens)}
@@ -175,21 +207,24 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
 # ---------------------------------------------------------------------------- the two families
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
-    pre = metadata.get("tokenizer.ggml.pre")
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
+    pre = _fields(metadata).text("pre", None)
+    if pre is None:
+        raise UnsupportedModelError("the model does not name its pre-tokenizer (tokenizer.ggml.pre)")
     if pre not in PRE_TOKENIZERS:
-        raise UnsupportedModelError(
-            "the model does not name its pre-tokenizer (tokenizer.ggml.pre)"
-            if pre is None
-            else f"pre-tokenizer {pre!r:.80} is not implemented"
-        )
+        raise UnsupportedModelError(f"pre-tokenizer {pre!r:.80} is not implemented")
+    return PRE_TOKENIZERS[pre]
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+    pre = _pre_tokenizer(metadata)
     merges = []
-    for merge in _list(metadata, "tokenizer.ggml.merges"):
+    for merge in _array(metadata, "merges"):
         cut = merge.find(" ", 1) if isinstance(merge, str) else -1
         if cut < 0:
             raise ModelFormatError(f"GGUF: {merge!r:.80} is not a merge")
         merges.append([merge[:cut], merge[cut + 1 :]])
-    splits = [_split(pattern) for pattern in PRE_TOKENIZERS[pre].patterns]
+    splits = [_split(pattern) for pattern in pre.patterns]
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, _BYTE_LEVEL]},
@@ -207,7 +242,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dic
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": PRE_TOKENIZERS[pre].ignore_merges,
+            "ignore_merges": pre.ignore_merges,
             "vocab": vocabulary.ids,
             "merges": merges,
         },
@@ -219,30 +254,35 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[l
     merges.
 
     ``tokens`` are the pieces that may take part, ``scores`` theirs. Of two splits of one piece the
-    left-longer one comes last; they never compete for the same characters.
+    left-longer one comes last; they never compete for the same characters. Raises ModelFormatError where the pieces are so long
+    that looking at every split would take seconds, or writing the merges down hundreds of megabytes.
     """
+    if sum(len(token) ** 2 for token in tokens) > _MAX_SPLIT_CHARACTERS:
+        raise ModelFormatError("the pieces of the vocabulary are too long for a SentencePiece model")
     rank = {token: i for i, token in enumerate(tokens)}
     merges = []
+    n_characters = 0
     for _, token in sorted(zip(scores, tokens, strict=True), key=lambda item: (-item[0], rank[item[1]])):
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in rank and right in rank:
                 merges.append([left, right])
+                n_characters += len(token)
+        if n_characters > _MAX_MERGE_CHARACTERS:
+            raise ModelFormatError("the vocabulary has too many merges for a SentencePiece model")
     return merges
 
 
 def _sentencepiece_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
     tokens, types = vocabulary.tokens, vocabulary.types
-    scores = _list(metadata, "tokenizer.ggml.scores", len(tokens))
-    if any(score != score for score in scores):
-        raise ModelFormatError("GGUF: tokenizer.ggml.scores holds a NaN")
+    scores = _numbers(metadata, "scores", len(tokens))
     # Pieces that text may become: never a control token or a byte written out as "<0x41>".
     normal = [i for i, kind in enumerate(types) if kind == _NORMAL]
     merges = merges_from_scores([tokens[i] for i in normal], [scores[i] for i in normal])
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
     if unknown is None and (i := _token_id(metadata, "unknown", len(tokens))) is not None:
         unknown = tokens[i]
-    prefix = _flag(metadata, "add_space_prefix", True)
+    prefix = _fields(metadata).flag("add_space_prefix", True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     restore = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     normalizers = [{"type": "Prepend", "prepend": "▁"}, replace] if prefix else [replace]
@@ -292,42 +332,54 @@ def _template(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> dict[
     }
 
 
+def begin_token_id(metadata: Mapping[str, Any]) -> int | None:
+    """The id that begins a text."""
+    return _token_id(metadata, "bos", len(_tokens(metadata)))
+
+
 def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
     """Ids that end a generation: the metadata's end tokens, then well-known control tokens."""
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        raise ModelFormatError("GGUF: key 'tokenizer.ggml.tokens' is missing")
+    tokens = _tokens(metadata)
     found = [_token_id(metadata, kind, len(tokens)) for kind in ("eos", "eot", "eom")]
-    if "tokenizer.ggml.token_type" in metadata:
-        types = _list(metadata, "tokenizer.ggml.token_type", len(tokens))
-        wanted = set(_END_TEXTS)
-        found += [
-            i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL and token in wanted
-        ]
+    types = _types(metadata, len(tokens))
+    found += [i for i, token in enumerate(tokens) if types[i] == _CONTROL and token in _END_TEXTS]
     return list(dict.fromkeys(i for i in found if i is not None))
 
 
-def check_tokenizer_json(text: str, vocab_size: int) -> None:
-    """Load the tokenizer as the engine will; ids must fit the embedding matrix."""
+def check_tokenizer_json(text: bytes, vocab_size: int) -> dict[str, int]:
+    """Load the tokenizer as the engine will; its vocabulary, added tokens too. Ids must fit the embedding matrix."""
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(text)
+        tokenizer = tokenizers.Tokenizer.from_buffer(text)
     except Exception as error:  # the library raises bare Exception
         raise ModelFormatError(f"tokenizer.json does not load: {error}") from None
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    highest = max(vocabulary.values(), default=0)
     if highest >= vocab_size:
         raise ModelFormatError(f"tokenizer.json has token id {highest}, the model only {vocab_size} embeddings")
+    return vocabulary
+
+
+def json_bytes(document: dict[str, Any], what: str, **style: Any) -> bytes:
+    """A parsed document as JSON again, in a style of ``json.dumps``."""
+    try:
+        return json.dumps(document, **style).encode()
+    except RecursionError:
+        raise ModelFormatError(f"{what} is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ModelFormatError(f"{what} is not Unicode") from None
 
 
 def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and, if the file has one, chat_template.jinja."""
-    model = metadata.get("tokenizer.ggml.model")
+    fields = _fields(metadata)
+    model = fields.text("model", None)
     vocabulary = _vocabulary(metadata)
     tokens = vocabulary.tokens
     if model == "gpt2":
         parts = _byte_level_bpe(metadata, vocabulary)
-        add_bos_default = PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].add_bos
+        add_bos_default = _pre_tokenizer(metadata).add_bos
     elif model == "llama":
         parts = _sentencepiece_bpe(metadata, vocabulary)
         add_bos_default = True
@@ -335,8 +387,8 @@ def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[
         raise UnsupportedModelError(f"tokenizer {model!r:.80} is not implemented")
     ids = {kind: _token_id(metadata, kind, len(tokens)) for kind in ("bos", "eos", "unknown", "padding")}
     add = {
-        "bos": _flag(metadata, "add_bos_token", add_bos_default),
-        "eos": _flag(metadata, "add_eos_token", False),
+        "bos": fields.flag("add_bos_token", add_bos_default),
+        "eos": fields.flag("add_eos_token", False),
     }
     ends = {kind: (tokens[i], i) for kind in add if add[kind] and (i := ids[kind]) is not None}
     document = {
@@ -350,19 +402,17 @@ def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[
         "decoder": parts["decoder"],
         "model": parts["model"],
     }
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     check_tokenizer_json(text, vocab_size)
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     settings: dict[str, Any] = {names[kind]: None if i is None else tokens[i] for kind, i in ids.items()}
     settings |= {"add_bos_token": "bos" in ends, "add_eos_token": "eos" in ends}
     riders = {
-        "tokenizer.json": text.encode(),
+        "tokenizer.json": text,
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False).encode(),
     }
-    template = metadata.get("tokenizer.chat_template")
+    template = Fields(metadata, "GGUF").text("tokenizer.chat_template", None)
     if template is not None:
-        if not isinstance(template, str):
-            raise ModelFormatError("GGUF: tokenizer.chat_template is not a string")
         riders["chat_template.jinja"] = template.encode()
     return riders
 
@@ -372,13 +422,13 @@ def compact_tokenizer_json(text: bytes) -> bytes:
     (the older of the two spellings that the library reads, and faster to parse: loading is most of a short run's start), and
     a vocabulary sorted by spelling, which is how the library's parser keeps it for a while.
     """
-    data = json.loads(text)
-    vocab = data["model"].get("vocab")
-    if isinstance(vocab, dict):  # a list is in the order of its ids
-        data["model"]["vocab"] = dict(sorted(vocab.items()))
-    merges = data["model"].get("merges") or []
+    data = parse_json_object(text, "tokenizer.json")
+    model = data["model"]
+    if isinstance(model.get("vocab"), dict):  # a list is in the order of its ids
+        model["vocab"] = dict(sorted(model["vocab"].items()))
+    merges = model.get("merges") or []
     if merges and all(isinstance(merge, list) and len(merge) == 2 for merge in merges):
         joined = [" ".join(merge) for merge in merges]
         if all(merge.count(" ") == 1 for merge in joined):
-            data["model"]["merges"] = joined
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+            model["merges"] = joined
+    return json_bytes(data, "tokenizer.json", ensure_ascii=False, separators=(",", ":"))

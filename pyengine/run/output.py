@@ -10,6 +10,8 @@ import time
 from typing import TYPE_CHECKING
 
 from pyengine.results import FinishReason, Generation, Piece, Timings, TokenLogprob
+from pyengine.text.decoder import IncrementalDecoder
+from pyengine.text.stops import StopMatcher
 
 if TYPE_CHECKING:
     from pyengine._sampler import Sampler
@@ -23,9 +25,6 @@ class _Reading:
     __slots__ = ("decoder", "finish_reason", "is_torn", "n_read", "pieces", "stop_reason", "stops", "text")
 
     def __init__(self, output: Output) -> None:
-        from pyengine.text.decoder import IncrementalDecoder
-        from pyengine.text.stops import StopMatcher
-
         params = output.params
         self.decoder = IncrementalDecoder(
             output.tokenizer, skip_special_tokens=params.skip_special_tokens, continuation=True

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pyengine._sampler import Sampler
 from pyengine.errors import InvalidArgumentError
 from pyengine.run.output import Output
 
@@ -114,8 +115,6 @@ class GenerationRequest(Request):
         salt: bytes,
         interactive: bool,
     ) -> None:
-        from pyengine._sampler import Sampler
-
         self.prompt = prompt
         end_ids = () if params.ignore_eos else end_ids
         self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)

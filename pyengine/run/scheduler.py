@@ -13,10 +13,15 @@ point was reached.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from pyengine._core import StepLock
+from pyengine._sampler import sample_many
 from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
 from pyengine.run.request import GenerationRequest, Request, RowsRequest
 
@@ -56,8 +61,6 @@ class Scheduler:
     """Requests of one context. Every method but `add`, `abort` and `wait` runs under the step lock."""
 
     def __init__(self, context: _core.Context, *, max_sequences: int = MAX_SEQUENCES, max_pages: int = 0) -> None:
-        from pyengine._core import StepLock
-
         self.context = context
         self.n_threads = context.n_threads
         self.max_sequences = max_sequences
@@ -70,6 +73,7 @@ class Scheduler:
         self._holders: dict[int, Request] = {}  # those that have a sequence, and maybe some that had one
         self._granted: tuple[Grant, ...] = ()  # of the forward that runs
         self._is_full = False  # pages ran out, and nobody has given any back since
+        _schedulers.add(self)
 
     # ------------------------------------------------------------ callers
 
@@ -271,8 +275,6 @@ class Scheduler:
 
     def _sample(self, grants: list[Grant]) -> None:
         """The next token of every request whose last one was computed."""
-        from pyengine._sampler import sample_many
-
         requests: list[GenerationRequest] = []
         rows: list[int] = []
         for (request, _, _, wants), row in with_rows(grants):
@@ -317,12 +319,13 @@ class Scheduler:
         self.sweep()
         del self.context
 
-    def forget_other_threads(self, thread: int) -> None:
-        """In the child of a fork: the callers of other threads do not exist here."""
+    def after_fork_in_child(self) -> None:
+        """The callers of other threads do not exist here. (The lock was held at the fork: no step is half done.)"""
+        self.step_lock.after_fork_in_child()
+        thread = threading.get_ident()
         for number, request in list(self._requests.items()):
             if request.thread != thread:
                 self._requests.pop(number, None)
-        self.sweep()
 
     def check_integrity(self) -> dict[str, int]:
         """Raises PyEngineError if any book does not balance: sequences and their requests, tokens and their pages,
@@ -342,6 +345,18 @@ class Scheduler:
             if list(held) != list(request.tokens(0, len(held))):
                 raise PyEngineError(f"request {request.number}: its sequence holds other tokens than its text")
         return stats
+
+
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for scheduler in list(_schedulers):
+        scheduler.after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _n_pages(n_tokens: int, page: int) -> int:

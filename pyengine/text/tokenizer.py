@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pyengine import fork
 from pyengine.errors import InvalidArgumentError, ModelFormatError
 from pyengine.text.decoder import ByteSpelling, IncrementalDecoder
 
@@ -65,7 +66,8 @@ class Tokenizer:
         self.eos_ids = tuple(id_ for id_ in (named if eos_token_ids is None else eos_token_ids) if id_ is not None)
         self.adds_bos = self.bos_id is not None and self._wants_bos(config.get("add_bos_token"))
         self._bytes: dict[int, bytes] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        fork.register(self._lock, fork.PART)
         self._guard = ""
         self._guarded: tokenizers.Tokenizer | None = None
 
@@ -152,7 +154,8 @@ class Tokenizer:
 
 
 def _load(tokenizer_json: bytes) -> tokenizers.Tokenizer:
-    import tokenizers
+    with fork.importing:
+        import tokenizers
 
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from engine import cli_tools
 from engine.freeze_models import LLAMA, VOCAB, interleaved, random_tensors, weight_bytes, write_hf
 
+import pyengine
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
@@ -78,6 +80,24 @@ def test_llama2c_refusals(tmp_path: Path) -> None:
         (tmp_path / "bad.tok").write_bytes(damaged)
         with pytest.raises(ModelFormatError, match=r"bad\.tok"):
             freeze(model, tmp_path / "m", tokenizer=tmp_path / "bad.tok")
+
+
+def test_the_way_out_is_named(tmp_path: Path) -> None:
+    model, _, _ = write_llama2c(tmp_path, True)
+    for opening in (pyengine.Engine, lambda path: freeze(path, tmp_path / "m")):
+        with pytest.raises(InvalidArgumentError, match=r"tokenizer='tokenizer\.bin'.*freeze.*--tokenizer"):
+            opening(model)
+
+
+@pytest.mark.parametrize("command", ["generate", "info", "verify"])
+def test_the_command_line_takes_a_tokenizer(tmp_path: Path, command: str) -> None:
+    model, tokenizer, _ = write_llama2c(tmp_path, True)
+    environment = cli_tools.environment(PYENGINE_CACHE=str(tmp_path / "cache"))
+    prompt = ["a", "-n", "2"] if command == "generate" else []
+    result = cli_tools.run_process(tmp_path, command, "-m", model, "--tokenizer", tokenizer, *prompt, env=environment)
+    assert result.returncode == 0, result.stderr
+    result = cli_tools.run_process(tmp_path, command, "-m", model, *prompt, env=environment)
+    assert result.returncode == 1 and "--tokenizer" in result.stderr
 
 
 def test_stories260k(tmp_path: Path, shared_data: Path) -> None:

@@ -7,57 +7,13 @@ import random
 import struct
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from engine.gguf_bytes import ARRAY, BOOL, F32, STRING, U32, Tensor, array, gguf_bytes, key, string, value
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
 from pyengine.freeze.gguf import BLOCK_TYPES, GGUFFile
-
-U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
-Tensor = tuple[str, list[int], int, int]  # name, dims innermost first, type, offset
-
-
-def string(text: str | bytes) -> bytes:
-    raw = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def value(kind: int, content: Any) -> bytes:
-    if kind == STRING:
-        return string(content)
-    return struct.pack({U32: "<I", F32: "<f", BOOL: "<?", U64: "<Q"}[kind], content)
-
-
-def array(kind: int, items: list[Any]) -> bytes:
-    return struct.pack("<IQ", kind, len(items)) + b"".join(value(kind, item) for item in items)
-
-
-def key(name: str, kind: int, raw: bytes) -> bytes:
-    return string(name) + struct.pack("<I", kind) + raw
-
-
-def info(tensor: Tensor) -> bytes:
-    name, dims, kind, offset = tensor
-    head = string(name) + struct.pack("<I", len(dims)) + struct.pack(f"<{len(dims)}Q", *dims)
-    return head + struct.pack("<IQ", kind, offset)
-
-
-def gguf_bytes(
-    keys: list[bytes] = [],  # noqa: B006  # never changed
-    tensors: list[Tensor] = [],  # noqa: B006
-    data: bytes = b"",
-    *,
-    version: int = 3,
-    counts: tuple[int, int] | None = None,
-    alignment: int = 32,
-) -> bytes:
-    n_tensors, n_keys = counts or (len(tensors), len(keys))
-    head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_keys)
-    head += b"".join(keys) + b"".join(map(info, tensors))
-    return head.ljust(-(-len(head) // alignment) * alignment, b"\0") + data
-
 
 GOOD = gguf_bytes(
     [

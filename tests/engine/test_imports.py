@@ -21,24 +21,26 @@ CSRC = ROOT / "csrc"
 # What each room of pyengine/ may import, from the bottom up, be it inside a function. A room is a module or a folder.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "fork": set(),
+    "files": {"errors"},
     "background": set(),
     "results": set(),
     "_core": {"errors"},
     "_probe": {"errors"},
     "_sampler": {"errors"},
-    "format": {"errors"},
-    "text": {"errors"},
+    "format": {"errors", "files"},
+    "text": {"errors", "fork"},
     "sampling": {"errors"},
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
-    "freeze": {"errors", "format", "golden"},
+    "freeze": {"errors", "files", "format", "golden", "pyengine"},
     "run": {"errors", "results", "_core", "_sampler", "text", "sampling", "cpu_watch"},
     "engine": {
         "errors", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
-        "freeze", "run",
+        "freeze", "run", "fork", "files",
     },
     "pyengine": {"errors"},  # its names are looked up when they are asked for
-    "cli": {"errors", "pyengine", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze", "engine"},
+    "cli": {"errors", "files", "pyengine", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze", "engine"},
     "__main__": {"cli"},
 }  # fmt: skip
 

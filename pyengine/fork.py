@@ -1,0 +1,118 @@
+"""The locks of this package at a fork: one place that knows them all.
+
+A child has one thread, the one that forked. A lock that another thread held at that moment is held in the child for ever, and
+what it guards may be half done. So whoever forks first takes every registered lock, in one order, and then lets go of them in
+parent and child: a fork waits for the step, or the load, that is running, and the child finds everything whole.
+
+**The order.** Each lock has a rank. A thread that holds a lock takes only locks of higher rank, and waits for no other thread in
+any other way; two locks of one rank are held together only here. All are re-entrant: the thread that forks may hold some.
+
+**Imports.** An import that another thread has begun never ends in the child, and whoever imports that module there waits for
+ever. What a method imports when it is first called, it imports under the lock `importing`.
+
+The core's thread pool has a handler of its own (csrc/threadpool.c): the child forgets the workers, which it does not have.
+"""
+
+from __future__ import annotations
+
+import _thread
+import itertools
+import operator
+import os
+import threading
+import weakref
+from typing import Protocol
+
+# Ranks, from the outside in.
+ENGINE = 0  # an engine's step; within it, a tokenizer or template is loaded
+PART = 1  # what belongs to one tokenizer or template
+LEAF = 2  # counters and the like
+_IMPORTING = 3
+
+
+class Lock(Protocol):
+    """threading.RLock, or what behaves like one."""
+
+    def acquire(self) -> bool: ...
+
+    def release(self) -> object: ...
+
+
+_locks: dict[tuple[int, int], weakref.ref[Lock]] = {}  # (rank, number of the registration) -> lock
+_numbers = itertools.count()
+
+
+def register(lock: Lock, rank: int) -> None:
+    """Hold `lock` at every fork from now on. Only a weak reference to it is kept."""
+    key = (rank, next(_numbers))
+    _locks[key] = weakref.ref(lock, lambda _: _locks.pop(key, None))
+
+
+def _in_order() -> list[Lock]:
+    references = [_locks.get(key) for key in sorted(_locks)]  # a copy, made at once: other threads change it
+    alive = [reference() for reference in references if reference is not None]
+    return [lock for lock in alive if lock is not None]
+
+
+# ------------------------------------------------------------------ around a fork
+
+_forking = threading.RLock()  # held by the thread that forks: one fork at a time
+_held: list[list[Lock]] = []  # the locks of each fork under way: a signal handler may fork inside a fork
+_late: list[BaseException] = []  # what a signal handler raised meanwhile
+
+_acquired = operator.methodcaller("acquire")
+
+
+def _take_all(held: list[Lock]) -> None:
+    """Take every registered lock, in order. If a signal handler raises, `held` is what is held, and another call goes on.
+
+    (That is why `filter` takes them: between two bytecodes an exception could come after `acquire` and before `append`.)
+    """
+    while (wanted := _in_order()) != held:  # others may register more while this waits
+        n = next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a is not b), len(held))
+        while len(held) > n:  # one comes before these: back, to take them in order
+            held.pop().release()
+        held.extend(filter(_acquired, wanted[n:]))
+
+
+def _before() -> None:
+    held: list[Lock] = []
+    forking: list[Lock] = []
+    while True:
+        try:
+            if not forking:
+                forking.extend(filter(_acquired, [_forking]))
+            _take_all(held)
+            break
+        except BaseException as error:  # the interpreter would print it and fork all the same
+            _late.append(error)
+    _held.append(held)
+
+
+def _after() -> None:
+    for lock in reversed(_held.pop()):
+        lock.release()
+    _forking.release()
+
+
+def _after_in_parent() -> None:
+    errors = _late.copy()
+    _late.clear()
+    _after()
+    for error in errors:
+        if not isinstance(error, KeyboardInterrupt):
+            raise error
+        # A Ctrl-C that came too early comes now, but not in here, where it would be printed and forgotten.
+        _thread.start_new_thread(_thread.interrupt_main, ())
+
+
+def _after_in_child() -> None:
+    _late.clear()
+    _after()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+
+importing = threading.RLock()
+register(importing, _IMPORTING)

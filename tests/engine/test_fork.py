@@ -1,0 +1,360 @@
+"""Forks while other threads hold locks of ours. Each scene runs in a process of its own; a child that waits for ever is killed,
+and fails its scene."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+
+PRELUDE = """
+import os, signal, sys, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what is tested
+from pyengine import fork
+
+def child(work, seconds=20):
+    '''Fork; the child's exit code after work(), "hangs" if it has none in time.'''
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(seconds)
+        try:
+            work()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    return "hangs" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else os.waitstatus_to_exitcode(status)
+
+def started(target):
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread
+
+def when_forking(action):
+    '''Call action() at the beginning of every fork: handlers that were registered last come first.'''
+    os.register_at_fork(before=action)
+
+def take(lock):
+    lock.acquire()
+    lock.release()
+
+class Recorded:
+    '''A lock that writes down what happens to it.'''
+    def __init__(self, name, log):
+        self.name, self.log, self.lock = name, log, threading.RLock()
+    def acquire(self):
+        self.lock.acquire()
+        self.log.append("+" + self.name)
+        return True
+    def release(self):
+        self.log.append("-" + self.name)
+        self.lock.release()
+"""
+
+
+def scene(code: str, *arguments: object) -> str:
+    """Run the code in a fresh interpreter; its standard output."""
+    result = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent,  # not the checkout's root, whose uncompiled package would be found first
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    return result.stdout
+
+
+# -------------------------------------------------------------------- the registry
+
+
+def test_a_fork_waits_for_the_holder_and_the_child_can_take_the_lock() -> None:
+    scene("""
+        lock, held = threading.RLock(), threading.Event()
+        fork.register(lock, fork.LEAF)
+        forking = threading.Event()
+        done = []
+        def hold():
+            with lock:
+                held.set()
+                forking.wait()
+                time.sleep(0.05)  # the fork has begun to wait, or does not wait at all
+                done.append(True)
+        started(hold)
+        held.wait()
+        when_forking(forking.set)
+        assert child(lambda: (take(lock), done or sys.exit(1))) == 0
+        take(lock)
+    """)
+
+
+def test_two_threads_that_fork_at_once() -> None:
+    """Both begin while a third holds the lock; each child and the parent can take it afterwards."""
+    scene("""
+        lock, held, both = threading.RLock(), threading.Event(), threading.Semaphore(0)
+        fork.register(lock, fork.ENGINE)
+        fork.register(other := threading.RLock(), fork.ENGINE)
+        def hold():
+            with lock:
+                held.set()
+                both.acquire(); both.acquire()
+                time.sleep(0.05)
+        started(hold)
+        held.wait()
+        when_forking(both.release)
+        codes = []
+        def work():
+            take(lock), take(other)
+        threads = [started(lambda: codes.append(child(work))) for _ in range(2)]
+        for thread in threads:
+            thread.join(60)
+        assert codes == [0, 0], codes
+        take(lock), take(other)
+    """)
+
+
+def test_many_forks_from_many_threads() -> None:
+    scene("""
+        locks = [threading.RLock() for _ in range(5)]
+        for i, lock in enumerate(locks):
+            fork.register(lock, i % 3)
+        stop, codes = threading.Event(), []
+        def worker():
+            while not stop.is_set():
+                for lock in locks:
+                    take(lock)
+        def forker():
+            for _ in range(20):
+                codes.append(child(lambda: [take(lock) for lock in locks]))
+        started(worker), started(worker)
+        forkers = [started(forker) for _ in range(3)]
+        for thread in forkers:
+            thread.join(60)
+        stop.set()
+        assert codes == [0] * 60, codes
+    """)
+
+
+def test_locks_are_taken_by_rank_and_only_while_they_live() -> None:
+    scene("""
+        log = []
+        leaf, part, first, second, dead = (Recorded(name, log) for name in ("leaf", "part", "first", "second", "dead"))
+        fork.register(leaf, fork.LEAF)
+        fork.register(part, fork.PART)
+        fork.register(first, fork.ENGINE)
+        fork.register(second, fork.ENGINE)
+        fork.register(dead, fork.ENGINE)
+        del dead
+        assert child(lambda: None) == 0
+        assert log == ["+first", "+second", "+part", "+leaf", "-leaf", "-part", "-second", "-first"], log
+        assert len(fork._locks) == 5  # these four, and that of imports
+    """)
+
+
+def test_a_lock_registered_while_a_fork_waits_is_taken_too() -> None:
+    """And in its place: what comes after it is let go of meanwhile, so no two threads wait for each other."""
+    scene("""
+        log = []
+        engine, part = Recorded("engine", log), Recorded("part", log)
+        fork.register(part, fork.PART)
+        class Opens(Recorded):
+            def acquire(self):
+                if "+leaf" not in self.log:
+                    fork.register(engine, fork.ENGINE)
+                return super().acquire()
+        leaf = Opens("leaf", log)
+        fork.register(leaf, fork.LEAF)
+        assert child(lambda: None) == 0
+        taken = log[: log.index("-leaf")]
+        assert log[-6:] == ["+engine", "+part", "+leaf", "-leaf", "-part", "-engine"] or (
+            log == ["+part", "+leaf", "-leaf", "-part", "+engine", "+part", "+leaf", "-leaf", "-part", "-engine"]), log
+    """)
+
+
+def test_the_forking_thread_may_hold_locks() -> None:
+    scene("""
+        lock = threading.RLock()
+        fork.register(lock, fork.PART)
+        def work():
+            lock.release()  # the one that it held
+            thread = threading.Thread(target=take, args=(lock,))
+            thread.start()
+            thread.join()
+        with lock:
+            assert child(work) == 0
+        thread = threading.Thread(target=take, args=(lock,))
+        thread.start()
+        thread.join()
+    """)
+
+
+def test_ctrl_c_while_a_fork_waits_comes_after_it() -> None:
+    scene("""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        lock, held, forking = threading.RLock(), threading.Event(), threading.Event()
+        fork.register(lock, fork.PART)
+        def hold():
+            with lock:
+                held.set()
+                forking.wait()
+                time.sleep(0.05)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+        started(hold)
+        held.wait()
+        when_forking(forking.set)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)
+                take(lock)
+                os._exit(0)
+            while True: time.sleep(1)
+        except KeyboardInterrupt:
+            pass
+        assert os.waitpid(-1, 0)[1] == 0
+        assert child(lambda: take(lock)) == 0
+    """)
+
+
+# -------------------------------------------------------------------- engines and tokenizers
+
+
+def test_fork_from_two_threads_while_engines_generate(tiny_model: Path) -> None:
+    scene(
+        """
+        from pyengine import Engine
+        engines = [Engine(sys.argv[1], n_threads=1 + i % 2) for i in range(3)]
+        expected = engines[0].generate("hello", max_tokens=4, temperature=0).tokens
+        stop, codes = threading.Event(), []
+        def generate(engine):
+            while not stop.is_set():
+                engine.generate("hello", max_tokens=4)
+        def work():
+            for engine in engines:
+                assert engine.generate("hello", max_tokens=4, temperature=0).tokens == expected
+        def forker():
+            for _ in range(10):
+                codes.append(child(work))
+        for engine in engines:
+            started(lambda engine=engine: generate(engine))
+        forkers = [started(forker) for _ in range(2)]
+        for thread in forkers:
+            thread.join(100)
+        stop.set()
+        assert codes == [0] * 20, codes
+        """,
+        tiny_model,
+    )
+
+
+SLOWLY = """
+def slowly(module, name):
+    '''From now on module.name() waits until a fork has begun, and then a little.'''
+    original, begun, forking = getattr(module, name), threading.Event(), threading.Event()
+    def slow(*args, **kwargs):
+        begun.set()
+        forking.wait(20)
+        time.sleep(0.1)
+        return original(*args, **kwargs)
+    setattr(module, name, slow)
+    when_forking(forking.set)
+    return begun
+"""
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        "engine.tokenize('hello')",  # loads the tokenizer
+        "engine.tokenize('hello'), engine.tokenize(SPECIAL)",  # and the guarded one, for text that spells a special token
+        "engine.chat_template",
+    ],
+)
+def test_fork_while_a_part_loads(tmp_path: Path, load: str) -> None:
+    from engine import freeze_models
+
+    from pyengine.freeze import freeze
+
+    source = freeze_models.write_hf(tmp_path / "hf")
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    freeze(source, tmp_path / "m.safetensors")
+    scene(
+        SLOWLY
+        + textwrap.dedent(f"""
+        import tokenizers
+        import pyengine.engine, pyengine.text.tokenizer, pyengine.text.chat, pyengine.text.sandbox
+        SPECIAL = "a <|end|> b"
+        engine = pyengine.Engine(sys.argv[1], n_threads=1)
+        def use():
+            {load}
+        if "chat" in {load!r}:
+            begun = slowly(pyengine.text.sandbox, "compile_template")
+        elif "SPECIAL" in {load!r}:
+            engine.tokenize("hello")
+            begun = slowly(pyengine.text.tokenizer, "_respell_special")
+        else:
+            begun = slowly(pyengine.text.tokenizer, "_load")
+        thread = started(use)
+        assert begun.wait(20)
+        assert child(use) == 0
+        thread.join(20)
+        use()
+        """),
+        tmp_path / "m.safetensors",
+    )
+
+
+@pytest.mark.parametrize("module", ["pyengine.sampling", "tokenizers"])
+def test_fork_while_a_module_is_imported(tiny_model: Path, module: str) -> None:
+    """The first call of a process imports; a child of that moment would wait for the import for ever."""
+    scene(
+        SLOWLY
+        + textwrap.dedent("""
+        import importlib.abc, importlib.util
+        from pyengine import Engine
+        begun, forking = threading.Event(), threading.Event()
+        class Slow(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == sys.argv[2] and not begun.is_set():
+                    begun.set()
+                    forking.wait(20)
+                    time.sleep(0.1)
+                return None
+        sys.meta_path.insert(0, Slow())
+        when_forking(forking.set)
+        engine = Engine(sys.argv[1], n_threads=1)
+        def use():
+            engine.generate("hello", max_tokens=2, temperature=0)
+        thread = started(use)
+        assert begun.wait(20)
+        assert child(use) == 0
+        thread.join(20)
+        """),
+        tiny_model,
+        module,
+    )
+
+
+def test_fork_while_the_throttling_is_looked_at() -> None:
+    scene(
+        SLOWLY
+        + textwrap.dedent("""
+        from pyengine import _core, cpu_watch
+        begun = slowly(_core, "throttling")
+        def use():
+            cpu_watch.begin()
+            cpu_watch.end(2)
+        started(use)
+        assert begun.wait(20)
+        assert child(use) == 0
+        """)
+    )

@@ -1,0 +1,143 @@
+"""The frozen file: its header, its weights and every rider."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+from fuzz import mutations
+from fuzz.cases import Case
+from fuzz.targets import seeds
+from fuzz.targets.template import template_source
+from fuzz.targets.tokenizer import changed_tokenizer
+from fuzz.targets.use import use
+
+from pyengine.format.inventory import RIDERS
+from pyengine.freeze import freeze
+
+_F16 = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x3C00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00]
+_F32 = [
+    0,
+    0x80000000,
+    1,
+    0x007FFFFF,
+    0x3F800000,
+    0x41800001,
+    0x5F000000,
+    0x7F7FFFFF,
+    0xFF7FFFFF,
+    0x7F800000,
+    0xFF800000,
+    0x7FC00000,
+]
+_TEXTS = [
+    b"[]",
+    b"null",
+    b"1",
+    b'"x"',
+    b"{}",
+    b"true",
+    b"",
+    b"\xff\xfe",
+    b"[" * 2000,
+    b'{"a":' * 2000,
+    b"NaN",
+    b"1e999",
+    b"{",
+    b"\xef\xbb\xbf{}",
+]
+
+
+class FrozenFileTarget:
+    name = "frozen"
+
+    def __init__(self, scratch: Path) -> None:
+        self.stage = ""
+        self._path = scratch / "m.safetensors"
+        freeze(seeds.write_files(scratch / "hf", seeds.hf_files()), self._path, overwrite=True)
+        data = self._path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        self._header: dict[str, Any] = json.loads(data[8 : 8 + length])
+        self._metadata = self._header.pop("__metadata__")
+        body = data[8 + length :]
+        self._parts = {name: body[slice(*entry["data_offsets"])] for name, entry in self._header.items()}
+        self._weights = [name for name in self._parts if name not in RIDERS]
+        self._riders = [name for name in self._parts if name in RIDERS]
+
+    def make(self, rng: random.Random) -> Case:
+        parts, header = dict(self._parts), None
+        kind = rng.randrange(10)
+        if kind < 3:
+            header = rng.randint(1, 3)
+        if kind in (3, 8):
+            for _ in range(rng.randint(1, 4)):
+                name = rng.choice(self._weights)
+                parts[name] = changed_weights(rng, name, parts[name])
+        if 4 <= kind <= 8:
+            for name in {rng.choice(self._riders) for _ in range(rng.choice([1, 1, 2]))}:
+                parts[name] = padded(name, changed_rider(rng, name, parts[name].rstrip(b" \n")))
+        data = self._build(rng, parts, header)
+        return Case({"m.safetensors": mutations.mutated_bytes(rng, data, 9000) if kind == 9 else data}, rng.random())
+
+    def _build(self, rng: random.Random, parts: dict[str, bytes], header_changes: int | None) -> bytes:
+        """A file of these parts whose header fits them, and is then changed a few times."""
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        offset = 0
+        for name, content in parts.items():
+            entry = self._header[name]
+            shape = [len(content)] if name in RIDERS else entry["shape"]
+            header[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [offset, offset + len(content)]}
+            offset += len(content)
+        if header_changes:
+            header = mutations.mutated(rng, header, header_changes)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text = text.ljust(-(-(len(text) + 8) // 64) * 64 - 8)
+        return struct.pack("<Q", len(text)) + text + b"".join(parts.values())
+
+    def run(self, case: Case) -> None:
+        self._path.write_bytes(case.files["m.safetensors"])
+        use(self, self._path, random.Random(case.arguments))
+
+
+def padded(name: str, content: bytes) -> bytes:
+    return content.ljust(max(64, -(-len(content) // 64) * 64), b"\n" if name.endswith(".jinja") else b" ")
+
+
+def changed_weights(rng: random.Random, name: str, data: bytes) -> bytes:
+    """Extreme values everywhere or in places: codes, float16 scales, float32 vectors."""
+    if name.endswith(".codes"):
+        item, values = "B", [0, 1, 127, 128, 129, 255]
+    elif name.endswith(".scales"):
+        item, values = "H", _F16
+    else:
+        item, values = "I", _F32
+    numbers = list(struct.unpack(f"<{len(data) // struct.calcsize(item)}{item}", data))
+    if rng.random() < 0.4:
+        numbers = [rng.choice(values)] * len(numbers)
+    else:
+        for _ in range(rng.choice([1, 20, 200])):
+            numbers[rng.randrange(len(numbers))] = rng.choice(values)
+    return struct.pack(f"<{len(numbers)}{item}", *numbers)
+
+
+def changed_rider(rng: random.Random, name: str, content: bytes) -> bytes:
+    """The text of a rider damaged as a document, as bytes, or replaced."""
+    if name.endswith(".jinja"):
+        return (
+            template_source(rng).encode("utf-8", "surrogatepass")
+            if rng.random() < 0.8
+            else rng.randbytes(rng.randrange(200))
+        )
+    kind = rng.randrange(10)
+    if kind < 7:
+        document = json.loads(content)
+        changed = changed_tokenizer(rng, document) if name == "tokenizer.json" else mutations.mutated(rng, document)
+        return json.dumps(changed).encode()
+    if kind == 7:
+        return mutations.mutated_bytes(rng, content)
+    if kind == 8:
+        return rng.choice(_TEXTS)
+    return json.dumps(mutations.value(rng)).encode()
