@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
@@ -510,7 +511,7 @@ def _check_number(name: str, value: object, least: int) -> None:
 def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
     if "pyengine.sampling" not in sys.modules:  # 3 ms that a start without generation does not pay
         with fork.importing:
-            pass
+            import_module("pyengine.sampling")
     from pyengine.sampling import SamplingParams
 
     if params is not None and options:
