@@ -1,8 +1,7 @@
-/* cpu_limits.c: how many CPUs this process may really use: its affinity mask and its cgroup's quota, whichever is
- * less.
+/* cpu_limits.c: how many CPUs this process may really use: its affinity mask and its cgroup's quota, whichever is less.
  * Threads beyond a quota do not run slower, they make the whole group stop until the next period: engines that count
- * cores instead lose a factor of ten and more inside containers. And how often that has happened. Where there are no cgroups,
- * their files are missing, and that is no limit. */
+ * cores instead lose a factor of ten and more inside containers. And how often that has happened. Where there are no
+ * cgroups, their files are missing, and that is no limit. */
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>

@@ -3,9 +3,9 @@
  *   tokens -> embeddings -> n_layers x [ norm, qkv, rope, attention, o, +   norm, gate/up, SwiGLU, down, + ] -> logits
  *                                        block.c: matmul.c, attention.c     mlp.c: matmul.c
  *
- * The batch is cut into slices (slice.h), and every stage is a loop over independent units of a slice (pe_parallel_for);
- * between stages all threads meet. The arithmetic is in kernels/ and FORMAT.md. Read from the end: pe_forward,
- * run_batch, run_slice, run_layer. */
+ * The batch is cut into slices (slice.h), and every stage is a loop over independent units of a slice
+ * (pe_parallel_for); between stages all threads meet. The arithmetic is in kernels/ and FORMAT.md. Read from the end:
+ * pe_forward, run_batch, run_slice, run_layer. */
 #include <stdio.h>
 #include <string.h>
 

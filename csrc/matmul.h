@@ -10,8 +10,8 @@
 /* What becomes of a product: out = p, out += p, or out = silu(gate) * up of alternating gate and up panels. */
 typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_SWIGLU } pe_epilogue;
 
-/* slice->act = the first n columns of n_rows rows, quantized. rows (capacity, stride); `selected` (n_rows) says which of
- * them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first. */
+/* slice->act = the first n columns of n_rows rows, quantized. rows (capacity, stride); `selected` (n_rows) says which
+ * of them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first. */
 void pe_quantize_rows(pe_slice *slice, const float *rows, size_t stride, const size_t *selected, size_t n_rows,
                       size_t n, const float *norm);
 

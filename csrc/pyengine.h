@@ -133,8 +133,8 @@ typedef struct pe_cache_stats {
     uint64_t n_evicted;      /* cached pages that had to make room so far */
 } pe_cache_stats;
 void pe_context_cache_stats(const pe_context *context, pe_cache_stats *out);
-/* At most this many pages are allocated from now on (0 = no limit); then cached ones make room, and when none is left an
- * append fails with PE_ERR_OUT_OF_MEMORY. */
+/* At most this many pages are allocated from now on (0 = no limit); then cached ones make room, and when none is left
+ * an append fails with PE_ERR_OUT_OF_MEMORY. */
 void pe_context_set_max_pages(pe_context *context, size_t max_pages);
 /* Forget every cached page; how many there were. */
 size_t pe_context_drop_cached(pe_context *context);
@@ -147,8 +147,8 @@ pe_status pe_context_check(const pe_context *context, char *err);
 /* Sequences are small non-negative ids. A new one is empty, and its pages are freed with it. */
 pe_status pe_sequence_new(pe_context *context, int32_t *out, char *err);
 /* A sequence that already holds the first *n_matched of tokens (n), as far as pages of them are known under this salt
- * (NULL = all zero): texts under different salts share nothing. With `keep`, its own pages can be found from now on, and
- * stay cached when it is dropped. What is shared changes no bit of any result. */
+ * (NULL = all zero): texts under different salts share nothing. With `keep`, its own pages can be found from now on,
+ * and stay cached when it is dropped. What is shared changes no bit of any result. */
 pe_status pe_sequence_match(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt, bool keep,
                             int32_t *out, size_t *n_matched, char *err);
 /* The length that pe_sequence_match would give. Changes nothing. */
@@ -188,16 +188,16 @@ typedef struct pe_batch {
 /* Append the batch's tokens to their sequences and compute what the rows want.
  *
  * On any error no sequence has changed: a sequence holds the tokens of the calls that succeeded, and no others. An
- * infinity or NaN in a row is an error, PE_ERR_NOT_FINITE, unless `failed` is given: then the call succeeds, failed[i] is
- * 1 for the rows of every sequence in which one appeared, else 0; those sequences have not changed, their results mean
- * nothing, and all others have their tokens and the very bits that they would have had without such neighbours. After an
- * error, `failed` is all 0. */
+ * infinity or NaN in a row is an error, PE_ERR_NOT_FINITE, unless `failed` is given: then the call succeeds, failed[i]
+ * is 1 for the rows of every sequence in which one appeared, else 0; those sequences have not changed, their results
+ * mean nothing, and all others have their tokens and the very bits that they would have had without such neighbours.
+ * After an error, `failed` is all 0. */
 pe_status pe_forward(pe_context *context, const pe_batch *batch, char *err);
 /* Set *cancel so that a forward that was given it ends with PE_ERR_CANCELLED. Callable at any time from any thread. */
 void pe_request_cancel(int *cancel);
 
-/* Rows of the last forward: the k-th row that wanted logits (vocab_size) or its hidden state (dim), float32, valid until
- * the next forward; NULL if there are not so many. After a call that failed there are none. */
+/* Rows of the last forward: the k-th row that wanted logits (vocab_size) or its hidden state (dim), float32, valid
+ * until the next forward; NULL if there are not so many. After a call that failed there are none. */
 size_t pe_context_n_logits(const pe_context *context);
 const float *pe_context_logits(const pe_context *context, size_t row);
 size_t pe_context_n_hidden(const pe_context *context);

@@ -118,7 +118,8 @@ size_t pe_slice_bytes(const pe_slice *s) {
 
 /* ------------------------------------------------------------------ what all layers share */
 
-/* Runs of one sequence, cut so that a block's rows (tokens x heads of one kv head) fit the attention kernels' scratch. */
+/* Runs of one sequence, cut so that a block's rows (tokens x heads of one kv head) fit the attention kernels'
+ * scratch. */
 static void find_query_blocks(pe_slice *s) {
     size_t n_rep = s->model->config.n_heads / s->model->config.n_kv_heads;
     size_t most = n_rep >= PE_ATTENTION_ROWS ? 1 : PE_ATTENTION_ROWS / n_rep;

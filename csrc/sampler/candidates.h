@@ -32,7 +32,8 @@ static inline void make_heap(pe_candidate *heap, size_t n, bool last_on_top) {
     for (size_t i = n / 2; i-- > 0;) sift_down(heap, n, i, last_on_top);
 }
 
-/* Take the first candidate out of heap[0..n): it moves to heap[n - 1], so what was taken lies at the end, latest first. */
+/* Take the first candidate out of heap[0..n): it moves to heap[n - 1], so what was taken lies at the end, the latest of
+ * it first. */
 static inline const pe_candidate *pop_first(pe_candidate *heap, size_t n) {
     pe_candidate first = heap[0];
     heap[0] = heap[n - 1];
@@ -51,7 +52,8 @@ static inline bool any_above(const float *logits, size_t n, float threshold) {
  * (banned tokens, and with `weights` those of weight 0, are not candidates). Ids ascend, so a token that ties with the
  * last one of a full heap comes after it: only strictly larger logits enter, and whole blocks are skipped by one
  * comparison. */
-static inline size_t select_first(const float *logits, const uint64_t *weights, size_t n, size_t k, pe_candidate *pool) {
+static inline size_t select_first(const float *logits, const uint64_t *weights, size_t n, size_t k,
+                                  pe_candidate *pool) {
     size_t count = 0;
     float threshold = -INFINITY;
     for (size_t begin = 0; begin < n; begin += PE_SAMPLER_BLOCK) {

@@ -25,6 +25,12 @@ static inline uint64_t weight_of(double d, double cut) {
     return d < cut ? 0 : weight;
 }
 
+static inline bool any_at_least(const float *logits, size_t n, double lowest) {
+    int any = 0;
+    for (size_t i = 0; i < n; i++) any |= (double)logits[i] >= lowest;
+    return any;
+}
+
 /* weights (n) of all logits; returns their sum. Banned tokens have d = -infinity. Blocks that lie wholly below the cut
  * (lowered by a hundredth of the temperature, so that rounding cannot matter) are not exponentiated. */
 static uint64_t weigh_all(const float *logits, size_t n, double top, double temperature, double cut,
@@ -35,9 +41,7 @@ static uint64_t weigh_all(const float *logits, size_t n, double top, double temp
         const size_t length = n - begin < PE_SAMPLER_BLOCK ? n - begin : PE_SAMPLER_BLOCK;
         const float *l = logits + begin;
         uint64_t *w = weights + begin;
-        int any = 0;
-        for (size_t i = 0; i < length; i++) any |= (double)l[i] >= lowest;
-        if (!any) {
+        if (!any_at_least(l, length, lowest)) {
             memset(w, 0, length * sizeof *w);
             continue;
         }
@@ -73,27 +77,27 @@ static uint64_t keep_typical(pe_sampler *s, const float *logits, double top, uin
     return kept;
 }
 
-/* ------------------------------------------------------------------ steps 5 to 7: top-k, top-p, draw */
+/* ------------------------------------------------------------------ step 5: top-k */
 
-/* All candidates whose weight can matter when only the first `needed` of the sum `total` is asked for. What is left out
- * weighs less than (total - needed) / vocab_size apiece, so together less than total - needed; and it is the end of the
- * order, because the limit is one on logits (lowered by a hundredth of the temperature, far more than exp and log can
- * err). */
-static size_t collect(pe_sampler *s, const float *logits, double top, uint64_t total, uint64_t needed) {
-    uint64_t share = (total - needed) / s->vocab_size;
-    double lowest = -INFINITY;
-    size_t n = 0;
-    if (share >= 1000) lowest = top + s->params.temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01);
-    for (size_t i = 0; i < s->vocab_size; i++)
-        if ((double)logits[i] >= lowest && s->weights[i])
-            s->pool[n++] = (pe_candidate){0.0, s->weights[i], logits[i], (int32_t)i};
+/* The first top_k tokens of the order into s->pool, as a heap with the first on top; how many there are. Their weights
+ * are computed here if those of all were not needed before. *total: the sum of their weights. */
+static size_t keep_first(pe_sampler *s, const float *logits, double top, double cut, uint64_t *total) {
+    size_t n = select_first(logits, s->weights, s->vocab_size, (size_t)s->params.top_k, s->pool);
+    *total = 0;
+    for (size_t i = 0; i < n; i++) {
+        pe_candidate *c = &s->pool[i];
+        if (s->weights == NULL) c->weight = weight_of(((double)c->logit - top) / s->params.temperature, cut);
+        *total += c->weight;
+    }
+    make_heap(s->pool, n, false);
     return n;
 }
 
-/* The first token of the order at which the running sum exceeds r * (sum of what is left), r in [0, 2^64) / 2^64.
- * pool (n): a heap, first on top, of at least the part of the order that matters; total: the sum of all that step 5
- * left. */
-static int32_t draw(const pe_sampler_params *p, pe_candidate *pool, size_t n, uint64_t total, uint64_t random) {
+/* ------------------------------------------------------------------ steps 6 and 7: top-p, draw */
+
+/* From the few candidates that step 5 left: pool (n), a heap with the first on top, whose weights sum up to `total`. */
+static int32_t draw_from_heap(const pe_sampler_params *p, pe_candidate *pool, size_t n, uint64_t total,
+                              uint64_t random) {
     uint64_t running = 0;
     if (p->top_p >= 1.0) {
         uint64_t target = pe_mul_high(random, total);
@@ -116,26 +120,94 @@ static int32_t draw(const pe_sampler_params *p, pe_candidate *pool, size_t n, ui
     return pool[i].id;
 }
 
+/* The smallest integer from 1 on that is at least `wanted` after its conversion to double. */
+static uint64_t least_reaching(double wanted) {
+    uint64_t least = (uint64_t)wanted;
+    if ((double)least < wanted) least++;
+    while (least > 1 && (double)(least - 1) >= wanted) least--; /* by half a last place of wanted: at most 2^9 times */
+    return least > 1 ? least : 1;
+}
+
+/* An unsigned integer with the order of the logits: adding 0 turns -0 into +0. */
+static inline uint32_t key_of(float logit) {
+    uint32_t bits = pe_float_bits(logit + 0.0f);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/* Into s->reachable, ascending, the tokens that can be drawn when only the first `least` of the sum `total` is asked
+ * for; how many they are. What is left out weighs less than (total - least) / vocab_size apiece, so together less than
+ * total - least; and it is the end of the order, because the limit is one on logits (lowered by a hundredth of the
+ * temperature, far more than exp and log can err). */
+static size_t find_reachable(const pe_sampler *s, const float *logits, double top, uint64_t total, uint64_t least) {
+    uint64_t share = (total - least) / s->vocab_size;
+    double lowest = -INFINITY;
+    size_t n = 0;
+    if (share >= 1000) lowest = top + s->params.temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01);
+    for (size_t begin = 0; begin < s->vocab_size; begin += PE_SAMPLER_BLOCK) {
+        size_t end = begin + PE_SAMPLER_BLOCK < s->vocab_size ? begin + PE_SAMPLER_BLOCK : s->vocab_size;
+        if (!any_at_least(logits + begin, end - begin, lowest)) continue;
+        for (size_t i = begin; i < end; i++) {
+            s->reachable[n] = (int32_t)i;
+            n += (double)logits[i] >= lowest && s->weights[i] != 0;
+        }
+    }
+    return n;
+}
+
+/* The first token of the order at which the running sum of weights is at least `least`; *running becomes that sum. The
+ * n reachable tokens weigh so much together.
+ *
+ * No order is made. The keys' upper 11 bits cut the logits into 2,048 ranges: the sum over each says in which of them
+ * the token lies. The next 11 bits cut that range, the last 10 tell every logit from every other, and among equal
+ * logits the order is that of the ids. */
+static int32_t find_in_order(const pe_sampler *s, const float *logits, size_t n, uint64_t least, uint64_t *running) {
+    static const struct {
+        int shift, n_bits;
+    } levels[] = {{21, 11}, {10, 11}, {0, 10}};
+    uint32_t known = 0, known_mask = 0; /* of the token's key */
+    uint64_t sum = 0;                   /* of all tokens with larger keys */
+    for (size_t level = 0; level < 3; level++) {
+        const int shift = levels[level].shift;
+        const uint32_t last = (1u << levels[level].n_bits) - 1;
+        uint64_t sums[1 << 11] = {0};
+        for (size_t i = 0; i < n; i++) {
+            uint32_t key = key_of(logits[s->reachable[i]]);
+            if ((key & known_mask) == known) sums[key >> shift & last] += s->weights[s->reachable[i]];
+        }
+        uint32_t range = last;
+        while (range > 0 && sum + sums[range] < least) sum += sums[range--];
+        known |= range << shift;
+        known_mask |= last << shift;
+    }
+    int32_t token = 0;
+    for (size_t i = 0; i < n && sum < least; i++) {
+        if (key_of(logits[s->reachable[i]]) != known) continue;
+        token = s->reachable[i];
+        sum += s->weights[token];
+    }
+    *running = sum;
+    return token;
+}
+
+/* From all tokens of the vocabulary, whose weights sum up to `total`. */
+static int32_t draw_from_all(const pe_sampler *s, const float *logits, double top, uint64_t total, uint64_t random) {
+    const pe_sampler_params *p = &s->params;
+    uint64_t kept = total;
+    uint64_t least = p->top_p < 1.0 ? least_reaching(p->top_p * (double)total) : pe_mul_high(random, total) + 1;
+    size_t n = find_reachable(s, logits, top, total, least);
+    int32_t token = find_in_order(s, logits, n, least, &kept);
+    if (p->top_p >= 1.0) return token;
+    return find_in_order(s, logits, n, pe_mul_high(random, kept) + 1, &kept);
+}
+
 int32_t pe_sampler_choose(pe_sampler *s, const float *logits, float top, uint64_t position) {
     const pe_sampler_params *p = &s->params;
     const double cut = exponent_cut(p);
     const uint64_t random = pe_philox_draw(p->seed, position, p->sample_index);
-    const bool use_weights = s->weights != NULL;
     uint64_t total = 0;
-    size_t n;
-    if (use_weights) total = weigh_all(logits, s->vocab_size, top, p->temperature, cut, s->weights);
+    if (s->weights != NULL) total = weigh_all(logits, s->vocab_size, top, p->temperature, cut, s->weights);
     if (p->typical_p < 1.0) total = keep_typical(s, logits, top, total);
-    if (p->top_k > 0 && (size_t)p->top_k < s->vocab_size) {
-        n = select_first(logits, s->weights, s->vocab_size, (size_t)p->top_k, s->pool);
-        total = 0;
-        for (size_t i = 0; i < n; i++) {
-            if (!use_weights) s->pool[i].weight = weight_of(((double)s->pool[i].logit - top) / p->temperature, cut);
-            total += s->pool[i].weight;
-        }
-    } else {
-        uint64_t needed = p->top_p < 1.0 ? (uint64_t)(p->top_p * (double)total) + 1 : pe_mul_high(random, total) + 1;
-        n = collect(s, logits, top, total, needed < total ? needed : total);
-    }
-    make_heap(s->pool, n, false);
-    return draw(p, s->pool, n, total, random);
+    if (p->top_k == 0 || (size_t)p->top_k >= s->vocab_size) return draw_from_all(s, logits, top, total, random);
+    size_t n = keep_first(s, logits, top, cut, &total);
+    return draw_from_heap(p, s->pool, n, total, random);
 }

@@ -46,8 +46,8 @@ static pe_status check_ids(const char *name, const int32_t *ids, size_t n, size_
     if (n && !ids) return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%s has a length but no elements", name);
     for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || (size_t)ids[i] >= vocab_size)
-            return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%s: token %d is not in a vocabulary of %zu", name, (int)ids[i],
-                           vocab_size);
+            return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%s: token %d is not in a vocabulary of %zu", name,
+                           (int)ids[i], vocab_size);
     return PE_OK;
 }
 
@@ -113,9 +113,10 @@ static bool own_buffers(pe_sampler *s) {
     if (penalties || p->n_bias || p->n_bad || s->banned || (p->n_stop && p->min_tokens))
         s->adjusted = allocate(n, sizeof *s->adjusted, &ok);
     if (p->temperature > 0.0) {
-        bool few = p->top_k > 0 && (size_t)p->top_k < n, all_weights = !few || p->typical_p < 1.0;
-        s->pool = allocate(all_weights ? n : (size_t)p->top_k, sizeof *s->pool, &ok);
-        if (all_weights) s->weights = allocate(n, sizeof *s->weights, &ok);
+        bool few = p->top_k > 0 && (size_t)p->top_k < n, typical = p->typical_p < 1.0;
+        if (few || typical) s->pool = allocate(typical ? n : (size_t)p->top_k, sizeof *s->pool, &ok);
+        if (!few || typical) s->weights = allocate(n, sizeof *s->weights, &ok);
+        if (!few) s->reachable = allocate(n, sizeof *s->reachable, &ok);
     }
     return ok;
 }
@@ -142,6 +143,6 @@ void pe_sampler_destroy(pe_sampler *s) {
     if (!s) return;
     free(s->id_lists), free(s->bias_values), free(s->banned);
     free(s->n_output), free(s->in_prompt), free(s->seen);
-    free(s->adjusted), free(s->weights), free(s->pool);
+    free(s->adjusted), free(s->weights), free(s->reachable), free(s->pool);
     free(s);
 }

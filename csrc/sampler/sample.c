@@ -105,6 +105,7 @@ pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 1 to %d", n_threads, PE_MAX_THREADS);
     if (!samplers_are_distinct(rows, n_rows))
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "a sampler is in two of %zu rows", n_rows);
+    if ((size_t)n_threads > n_rows) n_threads = n_rows > 1 ? (int)n_rows : 1;
     pe_status status = pe_pool_acquire(n_threads, err);
     if (status != PE_OK) return status;
     uint64_t env = pe_float_env_enter();

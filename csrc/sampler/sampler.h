@@ -20,8 +20,8 @@
  *   7. draw          r = 64 random bits; t = floor(r * (sum of w of what is left) / 2^64); the first token of the order at
  *                    which the running sum of w exceeds t
  *
- * Weights are integers so that sums are exact in any order: only as much of the order is ever sorted as the draw needs.
- * A token below 2^-43 of the most probable one cannot be drawn.
+ * Weights are integers so that sums are exact in any order: the draw finds its token by sums over ranges of logits, and
+ * nobody sorts a vocabulary. A token below 2^-43 of the most probable one cannot be drawn.
  *
  * The random bits are Philox4x32-10 with key = seed and counter = (position, sample_index), words 0 and 1: they depend
  * on nothing that ran before, so batching, caching and speculation do not move them.
@@ -97,12 +97,13 @@ typedef struct pe_sample_row {
     pe_sample_result result; /* out, if status is PE_OK */
 } pe_sample_row;
 
-/* pe_sampler_sample for every row, on at most n_threads (>= 1) threads of the pool: the same tokens as one by one. A row
- * that fails says so itself and disturbs no other. The call fails, and has looked at no row, if a sampler is in two rows
- * or the threads cannot be had. */
+/* pe_sampler_sample for every row, on at most n_threads (>= 1) threads of the pool: the same tokens as one by one. A
+ * row that fails says so itself and disturbs no other. The call fails, and has looked at no row, if a sampler is in two
+ * rows or the threads cannot be had. */
 pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err);
 
-/* Log-probability of `token` and of the n_top (<= 64) most probable tokens, without a sampler: for scoring given text. */
+/* Log-probability of `token` and of the n_top (<= 64) most probable tokens, without a sampler: for scoring given
+ * text. */
 pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
                       char *err);
 

@@ -24,8 +24,9 @@ struct pe_sampler {
     size_t n_seen;
     uint64_t n_outputs; /* tokens accepted as output */
     float *adjusted;    /* (vocab_size) logits after step 1; NULL until these parameters or a mask ask for it */
-    uint64_t *weights;  /* (vocab_size) */
-    pe_candidate *pool; /* (top_k or vocab_size) */
+    uint64_t *weights;  /* (vocab_size); NULL if top-k alone decides which tokens need one */
+    int32_t *reachable; /* (vocab_size); NULL with top-k */
+    pe_candidate *pool; /* (vocab_size) for typical sampling, else (top_k), else NULL */
     bool marked;        /* within samplers_are_distinct */
 };
 

@@ -105,6 +105,15 @@ def test_driver_gives_the_same_hashes_from_every_compiler(compiler: str, level: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_driver_on_condition_variables(tmp_path: Path) -> None:
+    """The half of platform.c that systems without futexes run."""
+    if not compilers():
+        pytest.skip("neither gcc nor clang is installed")
+    run_driver(compile_driver(compilers()[0], tmp_path, ["-O2", "-DPE_PLATFORM_POSIX"], simde=False), "--quick")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_vnni_tables_equal_scalar_over_emulated_intrinsics(tmp_path: Path) -> None:
     if not have_simde():
         pytest.skip("no x86-64, or no SIMDe headers (Debian: libsimde-dev)")

@@ -177,16 +177,38 @@ def test_an_overflow_by_penalty_or_bias_is_an_error():
         sample(logits, params(logit_bias={0: 3e38}))
 
 
+@pytest.mark.parametrize("spread", [3, 0.02, 0])  # flat ones: the sum of the weights is beyond 2^53
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-@pytest.mark.parametrize("extra", [{}, {"top_p": 0.95}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {"typical_p": 0.9}])
-def test_a_large_vocabulary_equals_the_reference(temperature, extra):
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"top_p": 0.95}, {"top_p": 1 - 2**-53}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {"typical_p": 0.9}],
+)
+def test_a_large_vocabulary_equals_the_reference(spread, temperature, extra):
     rng = np.random.default_rng(5)
-    logits = rng.normal(0, 3, 20011).astype(np.float32)
-    for seed in range(4):
+    logits = rng.normal(0, spread, 20011).astype(np.float32)
+    for seed in range(2):
         p = params(temperature=temperature, seed=seed, **extra)
         sampler = _sampler.Sampler(p, len(logits))
         for position in range(3):
             assert sampler.sample(logits, position)[0] == choose(logits, p, position)
+
+
+def test_top_p_at_the_last_place():
+    """Where top_p * total is just above the sum of a prefix, by less than an integer, or less than a double can tell."""
+    pair = np.zeros(2, np.float32)  # weights 2^42 and 2^42: a prefix of 2^42 does not reach 2^42 + 1/2
+    many = (np.arange(8192) * np.float32(-1e-5)).astype(np.float32)
+    sums = np.rint(np.exp(many.astype(np.float64)) * 2.0**42).astype(np.uint64).cumsum()
+    total = float(int(sums[-1]))
+    rounded_up = [
+        i for i in range(4096, 8192) if int(sums[i]) < float(int(sums[i])) == float(int(sums[i])) / total * total
+    ]
+    assert len(rounded_up) > 100
+    cases = [(pair, (2.0**42 + 0.5) / 2.0**43)]
+    cases += [(many, float(int(sums[i])) / total) for i in rounded_up[:: len(rounded_up) // 5]]
+    for logits, top_p in cases:
+        sampler = _sampler.Sampler(params(top_p=top_p, seed=8), len(logits))
+        for position in range(12):
+            assert sampler.sample(logits, position)[0] == choose(logits, params(top_p=top_p, seed=8), position)
 
 
 def test_greedy_takes_the_smallest_id_of_a_tie_and_zero_has_no_sign():
