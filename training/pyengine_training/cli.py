@@ -36,10 +36,16 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def _train(arguments: list[str]) -> int:
     rank, ranks = launched_ranks()
     with contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext():
-        options = train_parser().parse_args(arguments)
+        parser = train_parser()
+        options = parser.parse_args(arguments)
+        if options.run_dir is None and not options.plan:
+            parser.error("the following arguments are required: --run-dir")
     values = given.collect(options)
     if not options.resume:
         given.refuse_unused(values, options, ranks)
+    if options.plan:
+        setup.plan_on_paper(values, options)
+        return 0
     if options.dry_run and not options.resume:
         setup.dry_run(values, options)
         return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from .config import CHOICES, TrainConfig
 from .device import DEVICES, PRECISIONS
+from .scale import CARDS
 
 LENGTHS = ("steps", "tokens", "budget_minutes")
 MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
@@ -22,6 +23,7 @@ examples:
   pyengine train --run-dir ~/runs/mine --data mine.txt --budget-minutes 20
   pyengine train --run-dir ~/runs/mine --resume
   pyengine train --run-dir ~/runs/longer --branch-from ~/runs/mine/trunk --steps 5000
+  pyengine train --plan --depth 12 --tokens 3e9 --batch-size 512 --shards 64 --ranks 64 --gpu h100 --shard-optimizer
   pyengine train --run-dir ~/runs/tuned --init-from llama_directory --data mine.txt --steps 500 --muon-lr 0.002 --lr 3e-4
 
 RUN/final is what 'pyengine freeze' takes. Ctrl-C writes a checkpoint, --resume goes on from it. If the loss stalls or jumps,
@@ -150,7 +152,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add(
         "--run-dir",
         type=Path,
-        required=True,
         metavar="RUN",
         help="the run's folder, outside a source tree; never overwritten",
     )
@@ -172,6 +173,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--teacher", type=Path, metavar="DIR", help="a larger model's Hugging Face folder to distill from")
     add("--config", type=Path, metavar="FILE", help="JSON or TOML of these options, with underscores; flags win")
     add("--seed", type=int, metavar="N", help=f"of weights, batches and samples (default {TrainConfig.seed})")
+    add(
+        "--plan",
+        action="store_true",
+        help="print what a run on --ranks cards of kind --gpu would take, from sizes, flags and --tokens alone, and stop",
+    )
     add("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, FLOPs, time) and stop")
 
 
@@ -198,6 +204,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     ranks = "mpiexec -n N pyengine train …: N processes share the batch; the same bits for any N, a power of two"
     add = parser.add_argument_group("machine", ranks).add_argument
     add("--threads", type=int, metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
+    add("--ranks", type=int, metavar="N", help="with --plan: how many ranks, one card each (default 1)")
+    add("--gpu", choices=sorted(CARDS), help="with --plan: kind of card (default h100)")
+    add("--nodes", type=int, metavar="N", help="with --plan: machines that the ranks lie on (default: 8 cards in each)")
+    add("--rate", type=float, metavar="PRICE", help="with --plan: of a card's hour, in any currency")
     add(
         "--shard-optimizer",
         action="store_true",

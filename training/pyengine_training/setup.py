@@ -21,6 +21,8 @@ from .errors import CheckpointError, ConfigError, DataError
 from .flags import MODEL_OPTIONS
 from .options import data_paths
 from .plan import estimated_step_seconds, make_plan
+from .ranks import check_ranks
+from .scale import CARDS, predict
 from .text import labelled, load_tokenizer, read_documents, train_tokenizer
 from .threads import available_threads
 
@@ -227,6 +229,27 @@ def dry_run(values: dict[str, Any], options: argparse.Namespace) -> None:
     memory = Device.of(options).memory_bytes(model, config, threads)
     for line in make_plan(model, config, epochs, threads, seconds, memory).lines(model, config):
         print(line)
+
+
+def plan_on_paper(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print what a run would take on many cards. Nothing is read."""
+    from .model import activation_bytes
+
+    ranks = 1 if options.ranks is None else options.ranks
+    card = CARDS[options.gpu or "h100"]
+    nodes = options.nodes or -(-ranks // card.per_node)
+    if ranks < 1 or nodes < 1 or nodes > ranks:
+        raise ConfigError(f"{ranks} ranks on {nodes} machines: give at least one rank for each machine")
+    config = train_config(values, {})
+    check_ranks(ranks, config)
+    model = model_config(values, int(values.get("vocab_size", VOCABULARY)), config.seq_len)
+    rows = config.batch_size // config.shards
+    activations = activation_bytes(model, rows, config.seq_len, config.recompute) // 2  # bfloat16
+    sharded = {"shard_optimizer": options.shard_optimizer, "activations": activations}
+    scale = predict(model, config, card, ranks=ranks, nodes=nodes, **sharded)
+    print(f"{'model':12}{model.n_params():,} parameters, steps of {config.batch_size} x {config.seq_len} tokens")
+    print("\n".join(scale.lines(options.rate)))
+    print("            on paper: no GPU of this program has trained with another one yet")
 
 
 def _vocabulary(values: dict[str, Any], paths: Sequence[Path]) -> int:

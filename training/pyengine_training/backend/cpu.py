@@ -23,6 +23,7 @@ from ..distill import Distillation, check_teacher
 from ..model import Worker, activation_bytes, fake_quantize_parameters
 from ..optimizer import Optimizer, norm_of
 from ..ranks import Exchange, ShardSum, check_ranks, cut
+from ..scale import state_bytes
 from ..threads import available_threads, run_all, single_threaded_blas
 from ..validation import sums_on_threads
 from . import StepInputs
@@ -172,9 +173,12 @@ class CpuBackend:
         self.optimizer.load(m, v)
 
 
-def cpu_bytes(model: ModelConfig, config: TrainConfig, threads: int) -> int:
-    """Roughly what a run holds: a worker for each thread, masters, gradients, two moments, int8 values."""
+def cpu_bytes(
+    model: ModelConfig, config: TrainConfig, threads: int, ranks: int = 1, shard_optimizer: bool = False
+) -> int:
+    """Roughly what a rank holds: a worker for each thread, masters, gradients, int8 values, its moments."""
     rows = config.batch_size // config.shards
-    copies = 4 + (config.quantize != "never")
+    copies = 2 + (config.quantize != "never")
     worker = activation_bytes(model, rows, config.seq_len, config.recompute)
-    return min(threads, config.shards) * worker + copies * 4 * model.n_params()
+    moments = state_bytes(model, config, ranks, shard_optimizer)
+    return min(threads, max(1, config.shards // ranks)) * worker + copies * 4 * model.n_params() + moments
