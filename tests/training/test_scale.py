@@ -33,6 +33,8 @@ class Silent(NoComm):
 
     def exchange(self, sends: Any, receives: Any) -> Any:
         self.sent += sum(array.nbytes for _, array in sends)
+        for _, array in receives:
+            array.fill(0)
         return lambda: None
 
 

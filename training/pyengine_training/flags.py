@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .chat import TRAIN_ON
 from .config import CHOICES, TrainConfig
 from .device import DEVICES, PRECISIONS
 from .scale import CARDS
@@ -71,6 +72,10 @@ GROUPS: list[tuple[str, str, Options]] = [
         "",
         {
             "seq_len": ("N", "tokens a row, and the context of a new model"),
+            "attention": (
+                "",
+                "what a position sees before it: its whole row, or its own document alone (conversations: document)",
+            ),
             "batch_size": ("N", "rows a step; the gradient is the mean over all their tokens"),
             "shards": (
                 "N",
@@ -183,7 +188,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text", "one document in fifty is held out for validation").add_argument
-    add("--data", type=Path, action="append", metavar="TEXT", help=".txt, .jsonl or a prepared folder; repeatable")
+    add(
+        "--data",
+        type=Path,
+        action="append",
+        metavar="TEXT",
+        help='.txt, .jsonl of {"text": …} or of {"messages": […]}, or a prepared folder; repeatable',
+    )
     add("--data-weights", metavar="W,…", help="how often rows come from each text, one number a text (default: alike)")
     add(
         "--decay-data-weights",
@@ -191,6 +202,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="the same for the decay, e.g. 1,0: the first alone (default: no change)",
     )
     add("--drop-unfinished", action="store_true", help="leave out documents that do not end like a sentence")
+    add("--train-on", choices=TRAIN_ON, help="of conversations: what the assistant says, or all (default assistant)")
     add(
         "--vocab-size",
         type=int,

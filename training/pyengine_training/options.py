@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .chat import is_chat
 from .config import load_options
 from .errors import ConfigError, DataError
 from .flags import LENGTHS, MODEL_OPTIONS
@@ -18,7 +19,7 @@ PROCESS = (
     *PAPER,
 )
 SIZES = ("depth", *MODEL_OPTIONS)
-TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished")
+TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on")
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -85,6 +86,11 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         _refuse(values, ("tokenizer", "vocab_size"), "the student reads with its teacher's tokenizer")
     else:
         _refuse(values, ("distill_alpha", "distill_tau"), "there is no --teacher")
+    chats = [is_chat(Path(path)) for path in values.get("data") or [] if Path(path).is_file()]
+    if not any(chats):
+        _refuse(values, ("train_on",), "no text consists of conversations")
+    if chats and all(chats):
+        _refuse(values, ("drop_unfinished",), "conversations are whole")
     prepared = [Path(path).is_dir() for path in values.get("data") or []]
     if any(prepared):
         _refuse(values, ("tokenizer", "vocab_size"), "a prepared folder brings its tokenizer")

@@ -71,6 +71,8 @@ class Run:
             seq_len=c.seq_len,
             seed=c.seed,
             reader=self.reader,
+            masked=c.attention == "document",
+            eos=self.eos,
         )
 
     def phases(self) -> list[Phase]:
@@ -406,14 +408,14 @@ def measure_step_seconds(run: Run, machine: Machine) -> tuple[float, float]:
     trainer = machine.trainer(run.model, config, run.teacher)
     try:
         trainer.initialize()
-        tokens, targets = source.batch(0)
+        batch = source.batch(0)
         results = []
         for quantize in (False, True):
             trainer.config = dataclasses.replace(config, quantize="always" if quantize else "never")
             times = []
             for _ in range(4):  # the first one compiles
                 began = time.monotonic()
-                trainer.step(tokens, targets)
+                trainer.step(*batch)
                 times.append(time.monotonic() - began)
             results.append(float(np.median(times[1:])))
         return results[0], results[1]

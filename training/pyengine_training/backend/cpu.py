@@ -116,11 +116,18 @@ class CpuBackend:
             first = (first_shard + index) * self.shard_rows
             rows = slice(first, first + self.shard_rows)
             distillation = self.distillations[slot] if self.distillations else None
+            starts = None if inputs.starts is None else inputs.starts[rows]
 
             def run() -> None:
                 with np.errstate(over="ignore", invalid="ignore"):  # the loss and the norm tell
                     losses[index] = self.workers[slot].forward_backward(
-                        weights, tokens[rows], targets[rows], 1.0 / inputs.counted, inputs.quantize, distillation
+                        weights,
+                        tokens[rows],
+                        targets[rows],
+                        1.0 / inputs.counted,
+                        inputs.quantize,
+                        distillation,
+                        starts,
                     )
 
             return run
