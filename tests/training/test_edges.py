@@ -224,6 +224,9 @@ BRANCH = ["--data {data}", "--dim 64", "--seed 3", "--seq-len 16", "--optimizer 
         ("--data {data} --steps 3", "--budget-minutes 1"),
         ("--data {data} --steps 3", "--tokens 1000"),
         ("--resume", "--dry-run"),
+        ("--data {data}", "--ranks 4"),
+        ("--data {data}", "--gpu h100"),
+        ("--data {data}", "--shard-optimizer"),
     ],
 )
 def test_a_flag_without_effect_is_refused_by_name(

@@ -135,16 +135,43 @@ def test_attention(seq: int, n_rep: int) -> None:
     cot = normal(*q.shape, seed=3)
     o, lse = np.empty_like(q), np.empty((batch, n_kv, seq * n_rep))
     scratch = memory(ops.attention_scratch(q.shape, np.float64, True))
+    starts = np.stack([np.zeros(seq, np.int64), np.arange(seq) // 2 * 2])  # a whole row, and documents of two
 
     def loss() -> float:
-        ops.attention_forward(o, lse, q, k, v, scale, scratch)
+        ops.attention_forward(o, lse, q, k, v, starts, scale, scratch)
         return float((o * cot).sum())
 
     loss()
     dq, dk, dv = np.full_like(q, np.nan), np.full_like(k, np.nan), np.full_like(v, np.nan)
-    ops.attention_backward(dq, dk, dv, cot, q, k, v, lse, scale, scratch)
+    ops.attention_backward(dq, dk, dv, cot, q, k, v, lse, starts, scale, scratch)
     for x, dx in ((q, dq), (k, dk), (v, dv)):
         assert_gradient(loss, x, dx)
+
+
+def test_documents_in_a_row_attend_as_if_alone() -> None:
+    """Three documents behind one another, across tiles, and each by itself."""
+    n_rep, head_dim, ends = 2, 8, (100, 230, 300)
+    seq = ends[-1]
+    q, cot = (normal(1, 1, seq, n_rep, head_dim, seed=s) for s in (0, 3))
+    k, v = (normal(1, 1, seq, head_dim, seed=s) for s in (1, 2))
+
+    def run(part: slice, starts: Any) -> list[Any]:
+        length = part.stop - part.start
+        mine = [np.ascontiguousarray(x[:, :, part]) for x in (q, k, v, cot)]
+        o, lse = np.empty_like(mine[0]), np.empty((1, 1, length * n_rep))
+        scratch = memory(ops.attention_scratch(o.shape, np.float64, True))
+        ops.attention_forward(o, lse, *mine[:3], starts, 0.3, scratch)
+        grads = [np.empty_like(x) for x in mine[:3]]
+        ops.attention_backward(*grads, mine[3], *mine[:3], lse, starts, 0.3, scratch)
+        return [o, *grads]
+
+    begins = (0, *ends[:-1])
+    starts = np.concatenate([np.full(end - begin, begin) for begin, end in zip(begins, ends, strict=True)])[None]
+    together = run(slice(0, seq), starts)
+    for begin, end in zip(begins, ends, strict=True):
+        alone = run(slice(begin, end), np.zeros((1, end - begin), np.int64))
+        for got, wanted in zip(together, alone, strict=True):
+            np.testing.assert_allclose(got[:, :, begin:end], wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_attention_tiles_equal_one_softmax() -> None:
@@ -153,7 +180,8 @@ def test_attention_tiles_equal_one_softmax() -> None:
     q = normal(1, 1, seq, n_rep, head_dim)
     k, v = (normal(1, 1, seq, head_dim, seed=s) for s in (1, 2))
     o, lse = np.empty_like(q), np.empty((1, 1, seq * n_rep))
-    ops.attention_forward(o, lse, q, k, v, 0.3, memory(ops.attention_scratch(q.shape, np.float64, False)))
+    starts = np.zeros((1, seq), np.int64)
+    ops.attention_forward(o, lse, q, k, v, starts, 0.3, memory(ops.attention_scratch(q.shape, np.float64, False)))
     scores = np.einsum("trd,sd->rts", q[0, 0], k[0, 0]) * 0.3
     scores[:, np.triu(np.ones((seq, seq), bool), 1)] = -np.inf
     p = np.exp(scores - scores.max(-1, keepdims=True))

@@ -46,6 +46,11 @@ def touched_zeros(size: int, dtype: Any) -> NDArray[Any]:
     return flat
 
 
+def layout_only(size: int, dtype: Any) -> NDArray[Any]:
+    """One element seen everywhere: for an arena whose layout is wanted and not its memory."""
+    return np.broadcast_to(np.zeros(1, dtype), (size,))
+
+
 class Arena:
     """A flat array with named, shaped views: ``arena["layers.0.wo"]`` is a view into
     ``arena.flat``.

@@ -25,7 +25,7 @@ from .arena import Arena, parameter_shapes
 from .config import ModelConfig, TrainConfig, to_json
 from .errors import CheckpointError
 from .files import atomic_directory, load_safetensors, new_safetensors, read_json, save_safetensors, write_json
-from .text import tokenizer_config
+from .text import load_tokenizer, tokenizer_config
 
 Array = NDArray[Any]
 FORMAT_VERSION = 1
@@ -148,7 +148,7 @@ def write_hf_folder(
                 shutil.copyfile(riders / name, folder / name)
         return
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", tokenizer_config(config.max_seq_len))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.max_seq_len, bos, eos))
     generation: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True}
     generation.update(temperature=0.7, top_p=0.9)
     write_json(folder / "generation_config.json", generation)
@@ -161,10 +161,23 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def special_ids(folder: Path) -> tuple[int | None, int | None]:
-    """bos and eos token ids of a Hugging Face folder; the first eos where there are several."""
+    """BOS and EOS of a Hugging Face folder, as transformers resolves them.
+
+    tokenizer_config.json's tokens come before config.json's ids (the first where there are several).
+    """
     values = read_json(folder / "config.json")
-    eos = values.get("eos_token_id")
-    return values.get("bos_token_id"), eos[0] if isinstance(eos, list) else eos
+    ids = [values.get("bos_token_id"), values.get("eos_token_id")]
+    ids = [(value or [None])[0] if isinstance(value, list) else value for value in ids]
+    path = folder / "tokenizer_config.json"
+    if path.exists() and (folder / "tokenizer.json").exists():
+        named = read_json(path)
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        for index, name in enumerate(("bos_token", "eos_token")):
+            token = named.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+            ids[index] = ids[index] if found is None else found
+    return ids[0], ids[1]
 
 
 def load_parameters(folder: Path, params: Arena, config: ModelConfig) -> None:

@@ -18,8 +18,9 @@ from .comm import ending_together, launched_ranks, same_everywhere, together, wo
 from .data import Corpus, prepare_corpus
 from .device import Device, Machine
 from .errors import ConfigError
-from .files import package_digest
+from .files import package_digest, write_json
 from .flags import train_parser
+from .text import tokenizer_config
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -36,10 +37,16 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def _train(arguments: list[str]) -> int:
     rank, ranks = launched_ranks()
     with contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext():
-        options = train_parser().parse_args(arguments)
+        parser = train_parser()
+        options = parser.parse_args(arguments)
+        if options.run_dir is None and not options.plan:
+            parser.error("the following arguments are required: --run-dir")
     values = given.collect(options)
     if not options.resume:
         given.refuse_unused(values, options, ranks)
+    if options.plan:
+        setup.plan_on_paper(values, options)
+        return 0
     if options.dry_run and not options.resume:
         setup.dry_run(values, options)
         return 0
@@ -107,8 +114,10 @@ def _prepare(arguments: list[str]) -> int:
         raise ConfigError(f"{options.folder}: exists already and is not empty")
     values = {name: value for name, value in vars(options).items() if value}
     tokenizer = setup.find_tokenizer(values, given.data_paths({"data": [options.text]}))
-    prepare_corpus(options.text, options.folder, tokenizer, drop_unfinished=bool(options.drop_unfinished))
+    bos, eos = setup.find_ends(values, [], tokenizer)
+    prepare_corpus(options.text, options.folder, tokenizer, eos=eos, drop_unfinished=bool(options.drop_unfinished))
     (options.folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_json(options.folder / "tokenizer_config.json", tokenizer_config(tokenizer, 1 << 20, bos, eos))
     corpus = Corpus(options.folder)
     summary = {"train_tokens": corpus.train.n_tokens, "validation": corpus.validation.n_tokens}
     print(json.dumps(summary))

@@ -98,6 +98,7 @@ CHOICES = {
     "decay_shape": ("linear", "cosine"),
     "quantize": ("never", "decay", "always"),
     "recompute": ("none", "activations", "block"),
+    "attention": ("row", "document"),
 }
 
 
@@ -137,6 +138,7 @@ class TrainConfig:
     decay_shape: str = "linear"  # or "cosine"
     quantize: str = "decay"  # fake-quantize "never", in the "decay" phase, or "always"
     recompute: str = "none"  # or "activations", "block"
+    attention: str = "row"  # or "document": documents that share a row do not see each other
     seed: int = 1
     eval_every: int = 200
     eval_documents: int = 200

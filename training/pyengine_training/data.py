@@ -1,8 +1,8 @@
 """Tokens on disk, and batches from them.
 
-Every document is ``[BOS] tokens`` in memory-mapped uint16 shards; the BOS of the next document is
-the EOS of the one before. A batch is a pure function of (seed, step): resuming needs no reader
-state, and any rank can make any row.
+Every document lies in memory-mapped uint16 shards as the model's tokenizer gives it, with the model's end token behind
+it; where the same token begins and ends documents it is stored once, and the next document's ends the one before. A batch
+is a pure function of (seed, step): resuming needs no reader state, and any rank can make any row.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat import ChatFormat
 from .errors import DataError
 from .files import atomic_directory, write_json
-from .text import labelled, read_documents
+from .text import document_ids, labelled, read_documents
 
 Array = NDArray[Any]
 FORMAT_VERSION = 1
@@ -38,10 +39,13 @@ class _SplitWriter:
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
         self.shards: list[dict[str, Any]] = []
         self.tokens: list[Array] = []
+        self.counted: list[Array] = []  # of conversations: which tokens are to be learnt
         self.documents: list[tuple[int, int, int]] = []
         self.size = 0
 
-    def add(self, ids: Sequence[int], n_bytes: int) -> None:
+    def add(self, ids: Sequence[int], n_bytes: int, counted: Array | None = None) -> None:
+        if counted is not None:
+            self.counted.append(np.asarray(counted, np.uint8))
         self.documents.append((self.size, len(ids), n_bytes))
         self.tokens.append(np.asarray(ids, np.uint16))
         self.size += len(ids)
@@ -64,7 +68,11 @@ class _SplitWriter:
                 "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
             }
         )
-        self.tokens, self.documents, self.size = [], [], 0
+        if self.counted:
+            counted = np.concatenate(self.counted)
+            counted.tofile(self.folder / f"{stem}.mask")
+            self.shards[-1]["mask_sha256"] = hashlib.sha256(counted.tobytes()).hexdigest()
+        self.tokens, self.counted, self.documents, self.size = [], [], [], 0
 
 
 def file_sha256(path: Path) -> str:
@@ -81,10 +89,13 @@ def prepare_corpus(
     folder: Path,
     tokenizer: Any,
     *,
+    eos: int | None = 0,
+    chat: ChatFormat | None = None,
     drop_unfinished: bool = False,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
-    """Tokenize a text into ``folder`` (shards and manifest.json), atomically.
+    """Tokenize a text into ``folder`` (shards and manifest.json), atomically. eos: the model's end token.
+    chat: how the conversations of a file of "messages" become text.
 
     What is held out for validation is what :func:`.text.labelled` says. Raises DataError for an empty text, or a
     tokenizer whose ids do not fit uint16.
@@ -97,10 +108,12 @@ def prepare_corpus(
     with atomic_directory(folder) as temporary:
         train = _SplitWriter(temporary, "train", shard_tokens)
         validation = _SplitWriter(temporary, "validation", shard_tokens)
-        while chunk := list(islice(documents, ENCODE_BATCH)):
+        if chat is not None:
+            found = _add_conversations(source, chat, train, validation)
+        while chat is None and (chunk := list(islice(documents, ENCODE_BATCH))):
             texts = [text for text, _ in chunk]
             for (text, held_out), encoding in zip(chunk, tokenizer.encode_batch(texts), strict=True):
-                (validation if held_out else train).add(encoding.ids, len(text.encode()))
+                (validation if held_out else train).add(document_ids(encoding.ids, eos), len(text.encode()))
                 found = True
         if not found:
             raise DataError(f"{source}: no document to train on (empty text?)")
@@ -118,6 +131,21 @@ def prepare_corpus(
         write_json(temporary / "manifest.json", manifest)
 
 
+def _add_conversations(source: Path, chat: ChatFormat, train: _SplitWriter, validation: _SplitWriter) -> bool:
+    """Conversations and which of their tokens count; whether there was one. They lie in memory while they are split."""
+    spans = {conversation.text: conversation for conversation in chat.conversations(source)}
+    if len(spans) == 1:
+        raise DataError(f"{source}: one conversation alone; validation needs another one")
+    counted_at_all = not spans
+    for text, held_out in labelled(spans):
+        ids, counted = chat.encode(spans[text])
+        counted_at_all = counted_at_all or bool(counted[1:].any())
+        (validation if held_out else train).add(ids, len(text.encode()), counted)
+    if not counted_at_all:
+        raise DataError(f"{source}: no conversation in which the assistant says anything: there is nothing to learn")
+    return bool(spans)
+
+
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +158,7 @@ class Split:
     start: Array
     length: Array
     n_bytes: Array
+    counted: Sequence[Array] = ()  # per shard, uint8: which tokens are to be learnt; empty: all
 
     @property
     def n_tokens(self) -> int:
@@ -139,6 +168,13 @@ class Split:
         """Token ids of a document, BOS first."""
         start = int(self.start[index])
         return self.tokens[int(self.shard[index])][start : start + int(self.length[index])]
+
+    def learnt(self, index: int) -> Array | None:
+        """Which tokens of a document count as targets; None: all."""
+        if not self.counted:
+            return None
+        start = int(self.start[index])
+        return self.counted[int(self.shard[index])][start : start + int(self.length[index])]
 
 
 class Corpus:
@@ -157,18 +193,23 @@ class Corpus:
         self.train, self.validation = (self._split(name) for name in ("train", "validation"))
 
     def _split(self, name: str) -> Split:
-        tokens, shards, tables = [], [], []
+        tokens, shards, tables, counted = [], [], [], []
         for number, entry in enumerate(self.manifest["splits"][name]):
             path = self.folder / f"{entry['stem']}.bin"
             if not path.exists() or path.stat().st_size != 2 * entry["tokens"]:
                 raise DataError(f"{path}: missing or of the wrong size")
             tokens.append(np.memmap(path, np.uint16, "r"))
+            if "mask_sha256" in entry:
+                mask = path.with_suffix(".mask")
+                if not mask.exists() or mask.stat().st_size != entry["tokens"]:
+                    raise DataError(f"{mask}: missing or of the wrong size")
+                counted.append(np.memmap(mask, np.uint8, "r"))
             table = np.load(path.with_suffix(".npy"))
             shards.append(np.full(len(table), number, np.int64))
             tables.append(table)
         table = np.concatenate(tables) if tables else np.zeros((0, 3), np.int64)
         shard = np.concatenate(shards) if shards else np.zeros(0, np.int64)
-        return Split(tokens, shard, table[:, 0], table[:, 1], table[:, 2])
+        return Split(tokens, shard, table[:, 0], table[:, 1], table[:, 2], counted)
 
     def fingerprint(self) -> str:
         """Changes when any token of any split does."""
@@ -189,7 +230,8 @@ class RowPacker:
     of (seed, r).
     """
 
-    def __init__(self, split: Split, seq_len: int, seed: int) -> None:
+    def __init__(self, split: Split, seq_len: int, seed: int, eos: int | None = None) -> None:
+        self.eos, self._ended = eos, False
         if split.n_tokens < seq_len + 1:
             raise DataError(
                 f"the training text has {split.n_tokens} tokens, fewer than one sequence of "
@@ -232,8 +274,12 @@ class RowPacker:
             self.first_row.append(self.first_row[-1] + self.rows_in_epoch(len(self.first_row) - 1))
         return int(np.searchsorted(self.first_row, row, side="right")) - 1
 
-    def fill(self, out: Array, row: int) -> None:
-        """out (seq_len + 1,) int64 = the tokens of row r."""
+    def fill(self, out: Array, row: int, starts: Array | None = None, counted: Array | None = None) -> None:
+        """out (seq_len + 1,) int64 = the tokens of row r.
+
+        Beside them, where wanted: starts, the position at which each token's document starts, and counted, whether the
+        token is to be predicted from what its own document has before it.
+        """
         epoch = self.epoch_of(row)
         order, rows = self._epoch(epoch)
         position, filled = int(rows[row - self.first_row[epoch]]), 0
@@ -242,9 +288,26 @@ class RowPacker:
             offset, length = int(self.offset[piece]), int(self.length[piece])
             tokens = self.split.document(int(self.document[piece]))[offset : offset + length]
             count = min(length, self.width - filled)
-            out[filled : filled + count] = tokens[:count]
+            part = slice(filled, filled + count)
+            out[part] = tokens[:count]
+            if starts is not None:
+                starts[part] = filled
+            if counted is not None:
+                self._count(counted, out, part, piece)
             filled += count
             position += 1
+
+    def _count(self, counted: Array, out: Array, part: slice, piece: int) -> None:
+        """Which of a piece's tokens count. Its first is no continuation of what lies before, but may be its end."""
+        document, offset = int(self.document[piece]), int(self.offset[piece])
+        learnt = self.split.learnt(document)
+        length = part.stop - part.start
+        counted[part] = True if learnt is None else learnt[offset : offset + length]
+        ended = self._ended  # by the token that begins the next document, where one token does both
+        counted[part.start] = (
+            part.start > 0 and ended and out[part.start] == self.eos and out[part.start - 1] != self.eos
+        )
+        self._ended = offset + int(self.length[piece]) == int(self.split.length[document])
 
 
 @dataclass(frozen=True)
@@ -288,7 +351,10 @@ class BatchSource:
         seq_len: int,
         seed: int,
         reader: Reader = FROM_THE_BEGINNING,
+        masked: bool = False,
+        eos: int | None = None,
     ) -> None:
+        """masked: documents are kept from each other; eos: the model's end token."""
         self.reader = reader
         for phase in phases:
             if len(phase.weights) != len(splits):
@@ -296,9 +362,11 @@ class BatchSource:
             if min(phase.weights) < 0 or sum(phase.weights) <= 0:
                 raise DataError(f"data weights {phase.weights} must be >= 0 and not all 0")
         self.phases = [Phase(p.first_row, tuple(w / sum(p.weights) for w in p.weights)) for p in phases]
-        self.packers = [RowPacker(split, seq_len, seed + i) for i, split in enumerate(splits)]
+        self.packers = [RowPacker(split, seq_len, seed + i, eos) for i, split in enumerate(splits)]
         self.batch_size, self.seq_len = batch_size, seq_len
         self._rows = np.empty((batch_size, seq_len + 1), np.int64)
+        self._starts = np.empty((batch_size, seq_len + 1), np.int64) if masked else None
+        self._counted = np.empty((batch_size, seq_len + 1), bool) if masked else None
 
     @staticmethod
     def _picked(weights: Sequence[float], row: int) -> list[int]:
@@ -326,12 +394,22 @@ class BatchSource:
             base = [b + n for b, n in zip(base, self._picked(phase.weights, length), strict=True)]
         raise AssertionError("unreachable")
 
-    def batch(self, step: int) -> tuple[Array, Array]:
-        """tokens and targets (batch_size, seq_len) int64 of a step, views valid until the next call."""
+    def batch(self, step: int) -> tuple[Array, Array, Array | None]:
+        """tokens, targets and starts (batch_size, seq_len) int64 of a step, views valid until the next call.
+
+        starts: where each position's document starts; None where documents are not kept from each other. A target
+        that does not count is -1.
+        """
         for i in range(self.batch_size):
             corpus, row = self.locate(self._row(step) + i)
-            self.packers[corpus].fill(self._rows[i], row)
-        return self._rows[:, :-1], self._rows[:, 1:]
+            if self._starts is None or self._counted is None:
+                self.packers[corpus].fill(self._rows[i], row)
+            else:
+                self.packers[corpus].fill(self._rows[i], row, self._starts[i], self._counted[i])
+        tokens, targets = self._rows[:, :-1], self._rows[:, 1:]
+        if self._starts is None or self._counted is None:
+            return tokens, targets, None
+        return tokens, np.where(self._counted[:, 1:], targets, -1), self._starts[:, :-1]
 
     def _row(self, step: int) -> int:
         """Global row that a step begins with."""
@@ -373,13 +451,19 @@ def validation_batches(
     """Each document alone, from its BOS to its EOS, padded; one longer than seq_len is cut into
     windows that start anew (their first token is conditioned on only the one before it).
     """
-    pending: list[tuple[Array, int, bool]] = []
+    pending: list[tuple[Array, Array | None, int, bool]] = []
     count = len(split.length) if limit is None else min(limit, len(split.length))
     for index in range(count):
-        tokens = np.append(split.document(index).astype(np.int64), eos)
+        tokens = split.document(index).astype(np.int64)
+        learnt = split.learnt(index)
+        if learnt is None and (
+            tokens[-1] != eos or len(tokens) == 1
+        ):  # stored without it: the next document's first token ends it
+            tokens = np.append(tokens, eos)
         for start in range(0, len(tokens) - 1, seq_len):
             window = tokens[start : start + seq_len + 1]
-            pending.append((window, index, start + len(window) == len(tokens)))
+            counted = None if learnt is None else learnt[start : start + seq_len + 1]
+            pending.append((window, counted, index, learnt is None and start + len(window) == len(tokens)))
             if len(pending) == rows:
                 yield _validation_batch(pending, rows, seq_len)
                 pending = []
@@ -387,13 +471,18 @@ def validation_batches(
         yield _validation_batch(pending, rows, seq_len)
 
 
-def _validation_batch(pending: Sequence[tuple[Array, int, bool]], rows: int, seq_len: int) -> ValidationBatch:
+def _validation_batch(
+    pending: Sequence[tuple[Array, Array | None, int, bool]], rows: int, seq_len: int
+) -> ValidationBatch:
     tokens = np.zeros((rows, seq_len), np.int64)
     targets = np.full((rows, seq_len), -1, np.int64)
     is_text = np.zeros((rows, seq_len), bool)
     documents = np.full(rows, -1, np.int64)
-    for i, (window, index, ends) in enumerate(pending):
+    for i, (window, counted, index, ends) in enumerate(pending):
         n = len(window) - 1
         tokens[i, :n], targets[i, :n], documents[i] = window[:-1], window[1:], index
         is_text[i, : n - 1 if ends else n] = True  # the EOS of a document is no text
+        if counted is not None:
+            targets[i, :n][counted[1:] == 0] = -1
+            is_text[i] &= targets[i] >= 0
     return ValidationBatch(tokens, targets, is_text, documents)

@@ -43,10 +43,12 @@ class Device:
 
             runtime()
 
-    def memory_bytes(self, model: ModelConfig, config: TrainConfig, threads: int) -> int | None:
+    def memory_bytes(
+        self, model: ModelConfig, config: TrainConfig, threads: int, ranks: int = 1, shard_optimizer: bool = False
+    ) -> int | None:
         """What a run needs of this device's memory, a teacher apart; None where that cannot be told here."""
         if self.name == "cpu":
-            return cpu_bytes(model, config, threads)
+            return cpu_bytes(model, config, threads, ranks, shard_optimizer)
         try:
             return int(_cuda().device_bytes(model, config, self.precision))
         except TrainingError:

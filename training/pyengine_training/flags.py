@@ -11,8 +11,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .chat import TRAIN_ON
 from .config import CHOICES, TrainConfig
 from .device import DEVICES, PRECISIONS
+from .scale import CARDS
 
 LENGTHS = ("steps", "tokens", "budget_minutes")
 MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
@@ -22,6 +24,7 @@ examples:
   pyengine train --run-dir ~/runs/mine --data mine.txt --budget-minutes 20
   pyengine train --run-dir ~/runs/mine --resume
   pyengine train --run-dir ~/runs/longer --branch-from ~/runs/mine/trunk --steps 5000
+  pyengine train --plan --depth 12 --tokens 3e9 --batch-size 512 --shards 64 --ranks 64 --gpu h100 --shard-optimizer
   pyengine train --run-dir ~/runs/tuned --init-from llama_directory --data mine.txt --steps 500 --muon-lr 0.002 --lr 3e-4
 
 RUN/final is what 'pyengine freeze' takes. Ctrl-C writes a checkpoint, --resume goes on from it. If the loss stalls or jumps,
@@ -69,6 +72,10 @@ GROUPS: list[tuple[str, str, Options]] = [
         "",
         {
             "seq_len": ("N", "tokens a row, and the context of a new model"),
+            "attention": (
+                "",
+                "what a position sees before it: its whole row, or its own document alone (conversations: document)",
+            ),
             "batch_size": ("N", "rows a step; the gradient is the mean over all their tokens"),
             "shards": (
                 "N",
@@ -150,7 +157,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add(
         "--run-dir",
         type=Path,
-        required=True,
         metavar="RUN",
         help="the run's folder, outside a source tree; never overwritten",
     )
@@ -172,12 +178,23 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--teacher", type=Path, metavar="DIR", help="a larger model's Hugging Face folder to distill from")
     add("--config", type=Path, metavar="FILE", help="JSON or TOML of these options, with underscores; flags win")
     add("--seed", type=int, metavar="N", help=f"of weights, batches and samples (default {TrainConfig.seed})")
+    add(
+        "--plan",
+        action="store_true",
+        help="print what a run on --ranks cards of kind --gpu would take, from sizes, flags and --tokens alone, and stop",
+    )
     add("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, FLOPs, time) and stop")
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text", "one document in fifty is held out for validation").add_argument
-    add("--data", type=Path, action="append", metavar="TEXT", help=".txt, .jsonl or a prepared folder; repeatable")
+    add(
+        "--data",
+        type=Path,
+        action="append",
+        metavar="TEXT",
+        help='.txt, .jsonl of {"text": …} or of {"messages": […]}, or a prepared folder; repeatable',
+    )
     add("--data-weights", metavar="W,…", help="how often rows come from each text, one number a text (default: alike)")
     add(
         "--decay-data-weights",
@@ -185,6 +202,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="the same for the decay, e.g. 1,0: the first alone (default: no change)",
     )
     add("--drop-unfinished", action="store_true", help="leave out documents that do not end like a sentence")
+    add("--train-on", choices=TRAIN_ON, help="of conversations: what the assistant says, or all (default assistant)")
     add(
         "--vocab-size",
         type=int,
@@ -198,6 +216,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     ranks = "mpiexec -n N pyengine train …: N processes share the batch; the same bits for any N, a power of two"
     add = parser.add_argument_group("machine", ranks).add_argument
     add("--threads", type=int, metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
+    add("--ranks", type=int, metavar="N", help="with --plan: how many ranks, one card each (default 1)")
+    add("--gpu", choices=sorted(CARDS), help="with --plan: kind of card (default h100)")
+    add("--nodes", type=int, metavar="N", help="with --plan: machines that the ranks lie on (default: 8 cards in each)")
+    add("--rate", type=float, metavar="PRICE", help="with --plan: of a card's hour, in any currency")
     add(
         "--shard-optimizer",
         action="store_true",

@@ -86,6 +86,8 @@ class Worker:
         self.inv_rms_final = allocate(ops.rmsnorm_state(n, self.wide), ops.empty)["inv_rms"]
         self.loss = self._new_wide(n)
         self.logits = self._new(min(n, self.loss_rows), c.vocab_size)
+        self.starts = ops.zeros((rows, seq_len), np.int64)  # every position sees its whole row
+        self.seen_from = self.starts
         self.scratch = allocate(self._scratch_needs(training), ops.empty)
         if training:
             self._allocate_backward()
@@ -150,8 +152,12 @@ class Worker:
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
-    def forward(self, params: Arena, tokens: Array, quantize: bool = False) -> None:
-        """tokens (rows, seq_len) int64 -> self.xn_final (N, dim), the output layer's input."""
+    def forward(self, params: Arena, tokens: Array, quantize: bool = False, starts: Array | None = None) -> None:
+        """tokens (rows, seq_len) int64 -> self.xn_final (N, dim), the output layer's input.
+
+        starts (rows, seq_len) int64: the first position that each position sees, its document's; None: its row's.
+        """
+        self.seen_from = self.starts if starts is None else starts
         self.ops.embedding_forward(self.xs[0], params["tok_embeddings"], tokens.ravel())
         for layer in range(self.config.n_layers):
             x, y = self._block_io(layer)
@@ -178,7 +184,7 @@ class Worker:
             self.ops.fake_quant_activations(s.q.reshape(-1, head_dim))
             self.ops.fake_quant_activations(s.k.reshape(-1, head_dim))
             self.ops.fake_quant_activations(s.v.reshape(-1, head_dim), group=head_dim)
-        self.ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.scale, self.scratch)
+        self.ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.seen_from, self.scale, self.scratch)
         self.ops.merge_heads(s.att.reshape(self.rows, self.seq_len, -1, self.config.head_dim), self.o)
         self._fake_quant(s.att, quantize)
         self.ops.linear_forward(s.x_mid, s.att, params[p + "wo"])
@@ -223,6 +229,7 @@ class Worker:
         inv: float,
         quantize: bool = False,
         distillation: Distillation | None = None,
+        starts: Array | None = None,
     ) -> float:
         """Gradients of the summed loss times ``inv`` into self.grads (overwritten); returns that
         loss.
@@ -230,7 +237,7 @@ class Worker:
         tokens, targets (rows, seq_len) int64; a negative target does not count. inv = 1 / targets
         counted in the whole batch. params holds fake-quantized values when quantize is set.
         """
-        self.gradients(params, tokens, targets, self.wide(inv), quantize, distillation)
+        self.gradients(params, tokens, targets, self.wide(inv), quantize, distillation, starts)
         return float(self.ops.total(self.loss)) * inv
 
     def gradients(
@@ -241,12 +248,13 @@ class Worker:
         inv: Any,
         quantize: bool = False,
         distillation: Distillation | None = None,
+        starts: Array | None = None,
     ) -> None:
         """As forward_backward, but the losses stay in self.loss: nothing is read back."""
         self.ops.fill(self.grads.flat, 0)
-        self.forward(params, tokens, quantize)
+        self.forward(params, tokens, quantize, starts)
         if distillation is not None:
-            distillation.teacher.forward(distillation.params, tokens)
+            distillation.teacher.forward(distillation.params, tokens, starts=starts)
         self._output_forward_backward(params, targets.ravel(), inv, distillation)
         last = self._block_io(self.config.n_layers - 1)[1]
         self.ops.fill(self.dx, 0)
@@ -311,7 +319,8 @@ class Worker:
         self.ops.linear_backward_weight(g[p + "wo"], self.dx, s.att)
         self.ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
         self.ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
-        self.ops.attention_backward(self.dq, self.dk, self.dv, self.do, s.q, s.k, s.v, s.lse, self.scale, self.scratch)
+        inputs = self.do, s.q, s.k, s.v, s.lse, self.seen_from
+        self.ops.attention_backward(self.dq, self.dk, self.dv, *inputs, self.scale, self.scratch)
         self.ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
         dqkv = self.dqkv.reshape(n, -1)
         self.ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)

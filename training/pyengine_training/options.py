@@ -7,14 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .chat import is_chat
 from .config import load_options
 from .errors import ConfigError, DataError
 from .flags import LENGTHS, MODEL_OPTIONS
 
 # about this process or this call, not about the run
-PROCESS = ("config", "run_dir", "resume", "dry_run", "threads", "shard_optimizer", "device", "precision")
+PAPER = ("ranks", "gpu", "nodes", "rate")  # of --plan alone
+PROCESS = (
+    *("config", "run_dir", "resume", "plan", "dry_run", "threads", "shard_optimizer", "device", "precision"),
+    *PAPER,
+)
 SIZES = ("depth", *MODEL_OPTIONS)
-TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished")
+TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on")
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -61,6 +66,12 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
     """ConfigError for what was given and would have no effect, with the reason."""
     if options.precision is not None and options.device == "cpu":
         raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
+    if options.plan:
+        others = ("init_from", "branch_from", "teacher", *TEXT[:2], "drop_unfinished", "budget_minutes")
+        return _refuse(values, others, "--plan computes from sizes, batch and tokens")
+    given = [name for name in PAPER if getattr(options, name) is not None]
+    if given:
+        raise ConfigError(f"{_flags(given)} would have no effect: they describe a --plan")
     if options.shard_optimizer and ranks == 1:
         raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
     if values.get("optimizer") == "adamw":
@@ -75,6 +86,11 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         _refuse(values, ("tokenizer", "vocab_size"), "the student reads with its teacher's tokenizer")
     else:
         _refuse(values, ("distill_alpha", "distill_tau"), "there is no --teacher")
+    chats = [is_chat(Path(path)) for path in values.get("data") or [] if Path(path).is_file()]
+    if not any(chats):
+        _refuse(values, ("train_on",), "no text consists of conversations")
+    if chats and all(chats):
+        _refuse(values, ("drop_unfinished",), "conversations are whole")
     prepared = [Path(path).is_dir() for path in values.get("data") or []]
     if any(prepared):
         _refuse(values, ("tokenizer", "vocab_size"), "a prepared folder brings its tokenizer")

@@ -62,7 +62,8 @@ def evaluate_command(arguments: Sequence[str]) -> int:
         if not folder.is_dir():
             folder = Path(scratch) / "data"
             tokenizer = load_tokenizer(options.model / "tokenizer.json")
-            prepare_corpus(options.data, folder, tokenizer, drop_unfinished=options.drop_unfinished)
+            eos = checkpoints.special_ids(options.model)[1]
+            prepare_corpus(options.data, folder, tokenizer, eos=eos, drop_unfinished=options.drop_unfinished)
         corpus = Corpus(folder)
         results = {
             name: asdict(

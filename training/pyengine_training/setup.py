@@ -13,6 +13,7 @@ from typing import Any
 
 from . import checkpoint as checkpoints
 from . import runfolder, train
+from .chat import TRAIN_ON, ChatFormat, is_chat
 from .comm import together
 from .config import ModelConfig, TrainConfig, model_from_depth, to_json, train_config_from_json
 from .data import Corpus, Reader, file_sha256, prepare_corpus
@@ -21,10 +22,13 @@ from .errors import CheckpointError, ConfigError, DataError
 from .flags import MODEL_OPTIONS
 from .options import data_paths
 from .plan import estimated_step_seconds, make_plan
-from .text import labelled, load_tokenizer, read_documents, train_tokenizer
+from .ranks import check_ranks
+from .scale import CARDS, predict
+from .text import end_token, labelled, load_tokenizer, read_documents, train_tokenizer
 from .threads import available_threads
 
 VOCABULARY = 4096
+FINE_TUNING_LR, FINE_TUNING_MUON_LR = 3e-4, 2e-3  # of a model that has learnt already
 DISTILL_ALPHA = 0.5  # where a teacher is given and no share
 
 
@@ -64,6 +68,10 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
         if values.get(name):
             context = checkpoints.read_model_config(Path(values[name])).max_seq_len
             base["seq_len"] = min(base.get("seq_len", TrainConfig.seq_len), context)
+    if values.get("init_from"):
+        base.update(lr=FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
+    if any(is_chat(path) for path in paths if path.is_file()):
+        base["attention"] = "document"
     if values.get("teacher"):
         base["distill_alpha"] = DISTILL_ALPHA
     return base
@@ -100,7 +108,21 @@ def find_tokenizer(values: dict[str, Any], paths: Sequence[Path]) -> Any:
         raise ConfigError(f"vocab_size is {values.get('vocab_size')!r}; expected an integer") from error
 
 
-def prepare_all(values: dict[str, Any], paths: Sequence[Path], tokenizer: Any, folder: Path) -> list[str]:
+def find_ends(values: dict[str, Any], paths: Sequence[Path], tokenizer: Any) -> tuple[int | None, int | None]:
+    """BOS and EOS of what :func:`find_tokenizer` found."""
+    for name in ("init_from", "teacher"):
+        if values.get(name):
+            return checkpoints.special_ids(Path(values[name]))
+    given = [Path(values["tokenizer"])] if values.get("tokenizer") else [path for path in paths if path.is_dir()]
+    if not given:
+        return 0, 0
+    path = given[0] / "tokenizer.json" if given[0].is_dir() else given[0]
+    return end_token(tokenizer, path)
+
+
+def prepare_all(
+    values: dict[str, Any], paths: Sequence[Path], tokenizer: Any, folder: Path, eos: int | None
+) -> list[str]:
     """Corpora of the texts as paths relative to the run folder, or absolute for prepared ones."""
     corpora = []
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
@@ -111,7 +133,13 @@ def prepare_all(values: dict[str, Any], paths: Sequence[Path], tokenizer: Any, f
             corpora.append(str(path.resolve()))
             continue
         target = folder / "data" / f"{number}_{path.stem}"
-        prepare_corpus(path, target, tokenizer, drop_unfinished=bool(values.get("drop_unfinished")))
+        chat = None
+        if is_chat(path):
+            if not values.get("init_from"):
+                raise DataError(f"{path}: conversations need a model whose template renders them: --init-from")
+            chat = ChatFormat(Path(values["init_from"]), tokenizer, values.get("train_on", TRAIN_ON[0]))
+        drop = bool(values.get("drop_unfinished"))
+        prepare_corpus(path, target, tokenizer, eos=eos, chat=chat, drop_unfinished=drop)
         corpora.append(str(target.relative_to(folder)))
     return corpora
 
@@ -126,20 +154,16 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     if not values.get("init_from"):
         model_config(values, VOCABULARY, config.seq_len)  # sizes that cannot work, before minutes of tokenizing
     tokenizer = find_tokenizer(values, paths)
-    bos: int | None = 0
-    eos: int | None = 0
-    riders: Path | None = None
-    if values.get("init_from"):
-        riders = Path(values["init_from"]).resolve()
-        model = checkpoints.read_model_config(riders)
-        bos, eos = checkpoints.special_ids(riders)
-    else:
-        model = model_config(values, tokenizer.get_vocab_size(), config.seq_len)
-        if values.get("teacher"):
-            bos, eos = checkpoints.special_ids(Path(values["teacher"]))
+    bos, eos = find_ends(values, paths, tokenizer)
+    riders = Path(values["init_from"]).resolve() if values.get("init_from") else None
+    model = (
+        checkpoints.read_model_config(riders)
+        if riders
+        else model_config(values, tokenizer.get_vocab_size(), config.seq_len)
+    )
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}")
-    corpora = prepare_all(values, paths, tokenizer, folder)
+    corpora = prepare_all(values, paths, tokenizer, folder, eos)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     extra = {
         "command": shlex.join(["pyengine", "train", *arguments]),
@@ -227,6 +251,27 @@ def dry_run(values: dict[str, Any], options: argparse.Namespace) -> None:
     memory = Device.of(options).memory_bytes(model, config, threads)
     for line in make_plan(model, config, epochs, threads, seconds, memory).lines(model, config):
         print(line)
+
+
+def plan_on_paper(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print what a run would take on many cards. Nothing is read."""
+    from .model import activation_bytes
+
+    ranks = 1 if options.ranks is None else options.ranks
+    card = CARDS[options.gpu or "h100"]
+    nodes = options.nodes or -(-ranks // card.per_node)
+    if ranks < 1 or nodes < 1 or nodes > ranks:
+        raise ConfigError(f"{ranks} ranks on {nodes} machines: give at least one rank for each machine")
+    config = train_config(values, {})
+    check_ranks(ranks, config)
+    model = model_config(values, int(values.get("vocab_size", VOCABULARY)), config.seq_len)
+    rows = config.batch_size // config.shards
+    activations = activation_bytes(model, rows, config.seq_len, config.recompute) // 2  # bfloat16
+    sharded = {"shard_optimizer": options.shard_optimizer, "activations": activations}
+    scale = predict(model, config, card, ranks=ranks, nodes=nodes, **sharded)
+    print(f"{'model':12}{model.n_params():,} parameters, steps of {config.batch_size} x {config.seq_len} tokens")
+    print("\n".join(scale.lines(options.rate)))
+    print("            on paper: no GPU of this program has trained with another one yet")
 
 
 def _vocabulary(values: dict[str, Any], paths: Sequence[Path]) -> int:

@@ -81,10 +81,13 @@ def _read_text(path: Path) -> Iterator[str]:
     yield "".join(lines)
 
 
+def read_json_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of the lines of a .jsonl file that are not empty."""
+    return ((number, line) for number, line in _lines(path) if line.strip())
+
+
 def _read_jsonl(path: Path) -> Iterator[str]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
+    for number, line in read_json_lines(path):
         try:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -178,13 +181,47 @@ def load_tokenizer(path: Path) -> Any:
         raise DataError(f"{path}: {error}") from error
 
 
-def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
-    """tokenizer_config.json of a tokenizer trained here."""
+def end_token(tokenizer: Any, path: Path) -> tuple[int | None, int]:
+    """BOS and EOS of a tokenizer.json that was given: its tokenizer_config.json's, else END_OF_TEXT for both.
+
+    Raises DataError where neither names an end token.
+    """
+    config = path.with_name("tokenizer_config.json")
+    named: dict[str, Any] = {}
+    if config.exists():
+        try:
+            named = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{config}: {error}") from error
+
+    def id_of(name: str) -> int | None:
+        token = named.get(name, END_OF_TEXT)
+        token = token.get("content") if isinstance(token, dict) else token
+        found: int | None = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        return found
+
+    eos = id_of("eos_token")
+    if eos is None:
+        raise DataError(f"{path}: no token that ends a document: neither {config.name}'s eos_token nor {END_OF_TEXT}")
+    return id_of("bos_token"), eos
+
+
+def document_ids(ids: list[int], eos: int | None) -> list[int]:
+    """A document's tokens as they are stored: with the model's end token.
+
+    Where every document begins with that token (as with the tokenizers trained here), the next one's ends it.
+    """
+    return ids if eos is None or (ids and eos in (ids[0], ids[-1])) else [*ids, eos]
+
+
+def tokenizer_config(tokenizer: Any, max_seq_len: int, bos: int | None, eos: int | None) -> dict[str, Any]:
+    """tokenizer_config.json for a tokenizer that has none."""
+    bos_token, eos_token = (None if token is None else tokenizer.id_to_token(token) for token in (bos, eos))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "add_bos_token": True,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+        "add_bos_token": bool(bos is not None and tokenizer.encode("a").ids[:1] == [bos]),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }

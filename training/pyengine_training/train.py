@@ -37,6 +37,7 @@ from .files import atomic_directory
 from .model import Worker
 from .plan import estimated_step_seconds, format_seconds, make_plan, warnings
 from .plot import plot_losses
+from .scale import state_bytes
 from .text import load_tokenizer
 from .validation import Validation
 
@@ -70,6 +71,8 @@ class Run:
             seq_len=c.seq_len,
             seed=c.seed,
             reader=self.reader,
+            masked=c.attention == "document",
+            eos=self.eos,
         )
 
     def phases(self) -> list[Phase]:
@@ -386,12 +389,16 @@ def _say_plan(loop: Loop, machine: Machine) -> None:
     cores = threads * machine.comm.size
     on_cpu = machine.device.name == "cpu"
     seconds = estimated_step_seconds(run.model, run.config, cores) if on_cpu else None
-    memory = machine.device.memory_bytes(run.model, run.config, threads)
+    ranks = machine.comm.size, machine.shard_optimizer
+    memory = machine.device.memory_bytes(run.model, run.config, threads, *ranks)
     epochs = loop.source.epochs(run.config.steps)
     plan = make_plan(run.model, run.config, epochs, cores, seconds, memory)
     held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
     for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text)]:
         loop.log.say(line)
+    if machine.comm.size > 1:
+        moments = state_bytes(run.model, run.config, *ranks)
+        loop.log.say(f"ranks       {ranks[0]}; of the memory {moments / 2**20:.1f} MiB are a rank's moments")
 
 
 def measure_step_seconds(run: Run, machine: Machine) -> tuple[float, float]:
@@ -401,14 +408,14 @@ def measure_step_seconds(run: Run, machine: Machine) -> tuple[float, float]:
     trainer = machine.trainer(run.model, config, run.teacher)
     try:
         trainer.initialize()
-        tokens, targets = source.batch(0)
+        batch = source.batch(0)
         results = []
         for quantize in (False, True):
             trainer.config = dataclasses.replace(config, quantize="always" if quantize else "never")
             times = []
             for _ in range(4):  # the first one compiles
                 began = time.monotonic()
-                trainer.step(tokens, targets)
+                trainer.step(*batch)
                 times.append(time.monotonic() - began)
             results.append(float(np.median(times[1:])))
         return results[0], results[1]

@@ -69,19 +69,23 @@ class Trainer:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def gradients(self, tokens: Array, targets: Array, *, quantize: bool = False) -> float:
+    def gradients(self, tokens: Array, targets: Array, starts: Array | None = None, *, quantize: bool = False) -> float:
         """Mean loss over the counted targets; its gradient into ``grads``.
 
         tokens, targets (n * rows of a shard, seq_len) int64; a negative target does not count.
         """
-        return self.backend.gradients(tokens, targets, StepInputs(self.state.step, _counted(targets), quantize))
+        inputs = StepInputs(self.state.step, max(1, _counted(targets)), quantize, starts=starts)
+        return self.backend.gradients(tokens, targets, inputs)
 
-    def step(self, tokens: Array, targets: Array) -> StepResult:
-        """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a bad loss."""
+    def step(self, tokens: Array, targets: Array, starts: Array | None = None) -> StepResult:
+        """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a bad loss.
+
+        starts, like tokens: the first position that each position sees, where documents are kept from each other.
+        """
         step = self.state.step
         quantize, factor, counted = self.config.quantized(step), schedule(self.config, step), _counted(targets)
         try:
-            loss, norm = self.backend.step(tokens, targets, StepInputs(step, counted, quantize, factor))
+            loss, norm = self.backend.step(tokens, targets, StepInputs(step, max(1, counted), quantize, factor, starts))
         except NotFiniteError as error:
             named = NotFiniteError(f"step {step}: {error}")
             named.on_all_ranks = error.on_all_ranks

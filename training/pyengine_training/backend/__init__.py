@@ -26,6 +26,7 @@ class StepInputs:
     counted: int  # targets that share the mean of the loss
     quantize: bool = False  # simulate the engine's int8
     lr_factor: float = 1.0  # of the schedule
+    starts: Array | None = None  # (rows, seq_len) int64: first position that each position sees; None: its row's
 
 
 class Backend(Protocol):

@@ -23,6 +23,7 @@ from ..distill import Distillation, check_teacher
 from ..model import Worker, activation_bytes, fake_quantize_parameters
 from ..optimizer import Optimizer, norm_of
 from ..ranks import Exchange, ShardSum, check_ranks, cut
+from ..scale import state_bytes
 from ..threads import available_threads, run_all, single_threaded_blas
 from ..validation import sums_on_threads
 from . import StepInputs
@@ -115,11 +116,18 @@ class CpuBackend:
             first = (first_shard + index) * self.shard_rows
             rows = slice(first, first + self.shard_rows)
             distillation = self.distillations[slot] if self.distillations else None
+            starts = None if inputs.starts is None else inputs.starts[rows]
 
             def run() -> None:
                 with np.errstate(over="ignore", invalid="ignore"):  # the loss and the norm tell
                     losses[index] = self.workers[slot].forward_backward(
-                        weights, tokens[rows], targets[rows], 1.0 / inputs.counted, inputs.quantize, distillation
+                        weights,
+                        tokens[rows],
+                        targets[rows],
+                        1.0 / inputs.counted,
+                        inputs.quantize,
+                        distillation,
+                        starts,
                     )
 
             return run
@@ -172,9 +180,12 @@ class CpuBackend:
         self.optimizer.load(m, v)
 
 
-def cpu_bytes(model: ModelConfig, config: TrainConfig, threads: int) -> int:
-    """Roughly what a run holds: a worker for each thread, masters, gradients, two moments, int8 values."""
+def cpu_bytes(
+    model: ModelConfig, config: TrainConfig, threads: int, ranks: int = 1, shard_optimizer: bool = False
+) -> int:
+    """Roughly what a rank holds: a worker for each thread, masters, gradients, int8 values, its moments."""
     rows = config.batch_size // config.shards
-    copies = 4 + (config.quantize != "never")
+    copies = 2 + (config.quantize != "never")
     worker = activation_bytes(model, rows, config.seq_len, config.recompute)
-    return min(threads, config.shards) * worker + copies * 4 * model.n_params()
+    moments = state_bytes(model, config, ranks, shard_optimizer)
+    return min(threads, max(1, config.shards // ranks)) * worker + copies * 4 * model.n_params() + moments

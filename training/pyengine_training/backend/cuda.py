@@ -24,9 +24,10 @@ from ..comm import ALONE
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
+from ..errors import ConfigError
 from ..model import Array, Worker, fake_quantize_parameters
 from ..ops import cuda as ops
-from ..ops.cuda import adamw, buffers, fake_quant, grad_norm, muon
+from ..ops.cuda import adamw, attention, buffers, fake_quant, grad_norm, muon
 from ..ops.cuda._counting import CountingRuntime
 from ..ops.cuda._runtime import DeviceError, runtime, use_runtime
 from ..ops.needs import allocate, largest
@@ -103,6 +104,7 @@ class CudaBackend:
         self._graphs: dict[bool, Callable[[], None]] = {}
         self._tokens = ops.zeros((config.batch_size, config.seq_len), np.int64)
         self._targets = ops.zeros((config.batch_size, config.seq_len), np.int64)
+        self._starts = ops.zeros((config.batch_size, config.seq_len), np.int64)
         self._knobs = ops.zeros(adamw.KNOBS, np.float32)
         self._losses = ops.zeros((config.shards, buffers.SUM_BLOCKS), np.float32)
         self._squares = ops.zeros(-(-self._grads.flat.size // grad_norm.BLOCK), np.float32)
@@ -201,7 +203,7 @@ class CudaBackend:
         for shard in range(shards):
             rows = slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
             tokens, targets = self._tokens[rows], self._targets[rows]
-            worker.gradients(weights, tokens, targets, inv, quantize, self._distillation)
+            worker.gradients(weights, tokens, targets, inv, quantize, self._distillation, self._starts[rows])
             ops.copy(self._losses[shard], buffers.partial_sums(worker.loss))
             ops.add(self._grads.flat, worker.grads.flat)
 
@@ -231,6 +233,10 @@ class CudaBackend:
         device = runtime()
         device.upload(np.ascontiguousarray(tokens, np.int64), self._tokens[:n])
         device.upload(np.ascontiguousarray(targets, np.int64), self._targets[:n])
+        if inputs.starts is not None:
+            if attention.use_flash:
+                raise ConfigError("PYENGINE_CUDA_ATTENTION=flash does not keep documents from each other yet: unset it")
+            device.upload(np.ascontiguousarray(inputs.starts, np.int64), self._starts[:n])
         knobs = adamw.host_knobs(
             step=inputs.step + 1,
             lr=c.lr * inputs.lr_factor,

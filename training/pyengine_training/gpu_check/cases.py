@@ -204,6 +204,10 @@ def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix
     q, k = normal(batch, n_kv, seq, n_rep, head_dim), normal(batch, n_kv, seq, head_dim, seed=1)
     v, do = normal(*k.shape, seed=2), normal(*q.shape, seed=3)
     o, lse = nothing(*q.shape), nothing(batch, n_kv, seq * n_rep)
+    starts = np.zeros((batch, seq), np.int64)
+    if not prefix:  # documents of a few positions, other ones in each row
+        ids = np.arange(seq)
+        starts += np.stack([np.maximum.accumulate(np.where((ids + b) % (3 + b) == 0, ids, 0)) for b in range(batch)])
 
     def op(ops: Any, name: str) -> Any:
         return getattr(ops, prefix + name, None) or getattr(ops, name)
@@ -214,17 +218,17 @@ def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix
         return scratch(ops, ops.attention_scratch(q.shape, a["q"].dtype, True))
 
     def forward(ops: Any, a: Arrays) -> None:
-        arrays = (a[x] for x in ("o", "lse", "q", "k", "v"))
+        arrays = (a[x] for x in ("o", "lse", "q", "k", "v", "starts"))
         op(ops, "attention_forward")(*arrays, scale, memory(ops, a))
 
     def both(ops: Any, a: Arrays) -> None:
         forward(ops, a)
-        arrays = (a[x] for x in ("dq", "dk", "dv", "do", "q", "k", "v", "lse"))
+        arrays = (a[x] for x in ("dq", "dk", "dv", "do", "q", "k", "v", "lse", "starts"))
         op(ops, "attention_backward")(*arrays, scale, memory(ops, a))
 
     yield Case(
         f"{prefix}attention_forward/{shape}",
-        {"o": o, "lse": lse, "q": q, "k": k, "v": v},
+        {"o": o, "lse": lse, "q": q, "k": k, "v": v, "starts": starts},
         forward,
         ("o", "lse"),
         wide=("lse",),
@@ -233,7 +237,7 @@ def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix
     )
     yield Case(
         f"{prefix}attention_backward/{shape}",
-        {"o": o, "lse": lse, "q": q, "k": k, "v": v, "do": do}
+        {"o": o, "lse": lse, "q": q, "k": k, "v": v, "do": do, "starts": starts}
         | {"dq": nothing(*q.shape), "dk": nothing(*k.shape), "dv": nothing(*k.shape)},
         both,
         ("dq", "dk", "dv"),

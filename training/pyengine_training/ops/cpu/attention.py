@@ -2,9 +2,9 @@
 
 q, o, dq, do (B, n_kv_heads, T, n_rep, head_dim);  k, v, dk, dv (B, n_kv_heads, T, head_dim)
 lse (B, n_kv_heads, T * n_rep): log-sum-exp of each query's scaled scores, kept for the backward
-scale = 1 / sqrt(head_dim)
+starts (B, T) int64: first position that each position sees, its document's or 0;  scale = 1 / sqrt(head_dim)
 
-forward   S = q k^T * scale, keys after the query masked;  P = softmax(S);  o = P v                written with =
+forward   S = q k^T * scale, keys after the query and before its start masked;  P = softmax(S);  o = P v   written with =
 backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
           dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q                          written with =
 
@@ -25,50 +25,59 @@ TILE = 128
 
 
 @kernel
-def _softmax(s: Array, lse: Array, n_rep: int, first: int, scale: float) -> None:
+def _softmax(s: Array, lse: Array, starts: Array, n_rep: int, first: int, scale: float) -> None:
     """Rows of raw scores (n, n_keys) to probabilities, in place; row i is position first + i // n_rep."""
     n, n_keys = s.shape
     for i in range(n):
         end = first + i // n_rep + 1
-        top = s[i, 0]
-        for j in range(end):
+        begin = starts[end - 1]
+        for j in range(begin):
+            s[i, j] = f4(0)
+        top = s[i, begin]
+        for j in range(begin, end):
             top = max(top, s[i, j])
         total = f4(0)
-        for j in range(end):
+        for j in range(begin, end):
             e = exp((s[i, j] - top) * scale)
             s[i, j] = e
             total += e
         lse[i] = top * scale + np.log(total)
         inv = f4(1) / total
-        for j in range(end):
+        for j in range(begin, end):
             s[i, j] *= inv
         for j in range(end, n_keys):
             s[i, j] = f4(0)
 
 
 @kernel
-def _probabilities(s: Array, lse: Array, n_rep: int, first: int, scale: float) -> None:
+def _probabilities(s: Array, lse: Array, starts: Array, n_rep: int, first: int, scale: float) -> None:
     """Raw scores to probabilities with the known log-sum-exp, in place."""
     n, n_keys = s.shape
     for i in range(n):
         end = first + i // n_rep + 1
+        begin = starts[end - 1]
+        for j in range(begin):
+            s[i, j] = f4(0)
         shift = lse[i]
-        for j in range(end):
+        for j in range(begin, end):
             s[i, j] = exp(s[i, j] * scale - shift)
         for j in range(end, n_keys):
             s[i, j] = f4(0)
 
 
 @kernel
-def _softmax_backward(dp: Array, p: Array, n_rep: int, first: int, scale: float) -> None:
+def _softmax_backward(dp: Array, p: Array, starts: Array, n_rep: int, first: int, scale: float) -> None:
     """dp (n, n_keys) becomes the gradient of the raw scores, in place."""
     n, n_keys = p.shape
     for i in range(n):
         end = first + i // n_rep + 1
+        begin = starts[end - 1]
+        for j in range(begin):
+            dp[i, j] = f4(0)
         total = f4(0)
-        for j in range(end):
+        for j in range(begin, end):
             total += dp[i, j] * p[i, j]
-        for j in range(end):
+        for j in range(begin, end):
             dp[i, j] = p[i, j] * (dp[i, j] - total) * scale
         for j in range(end, n_keys):
             dp[i, j] = f4(0)
@@ -90,7 +99,7 @@ def attention_scratch(q_shape: tuple[int, ...], dtype: Any, training: bool) -> N
 
 
 def attention_forward(
-    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: dict[str, Array]
+    o: Array, lse: Array, q: Array, k: Array, v: Array, starts: Array, scale: float, scratch: dict[str, Array]
 ) -> None:
     """o and lse from q, k, v."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
@@ -104,7 +113,7 @@ def attention_forward(
                 n_rows = (end - first) * n_rep
                 s = scratch["scores"][: n_rows * end].reshape(n_rows, end)
                 np.matmul(queries[rows], k[b, g, :end].T, out=s)
-                _softmax(s, lse[b, g, rows], n_rep, first, scale)
+                _softmax(s, lse[b, g, rows], starts[b], n_rep, first, scale)
                 np.matmul(s, v[b, g, :end], out=outputs[rows])
 
 
@@ -117,6 +126,7 @@ def attention_backward(
     k: Array,
     v: Array,
     lse: Array,
+    starts: Array,
     scale: float,
     scratch: dict[str, Array],
 ) -> None:
@@ -137,11 +147,11 @@ def attention_backward(
                 dp = scratch["score_gradients"][: n_rows * end].reshape(n_rows, end)
                 product = scratch["key_product"][: end * head_dim].reshape(end, head_dim)
                 np.matmul(queries[rows], k[b, g, :end].T, out=p)
-                _probabilities(p, lse[b, g, rows], n_rep, first, scale)
+                _probabilities(p, lse[b, g, rows], starts[b], n_rep, first, scale)
                 np.matmul(p.T, d_out[rows], out=product)
                 dv[b, g, :end] += product
                 np.matmul(d_out[rows], v[b, g, :end].T, out=dp)
-                _softmax_backward(dp, p, n_rep, first, scale)
+                _softmax_backward(dp, p, starts[b], n_rep, first, scale)
                 np.matmul(dp, k[b, g, :end], out=d_queries[rows])
                 np.matmul(dp.T, queries[rows], out=product)
                 dk[b, g, :end] += product

@@ -2,9 +2,9 @@
 
 q, o, dq, do (B, n_kv_heads, T, n_rep, head_dim);  k, v, dk, dv (B, n_kv_heads, T, head_dim)
 lse (B, n_kv_heads, T * n_rep) float32: log-sum-exp of each query's scaled scores, kept for the backward
-scale = 1 / sqrt(head_dim)
+starts (B, T) int64: first position that each position sees, its document's or 0;  scale = 1 / sqrt(head_dim)
 
-forward   S = q k^T * scale, keys after the query masked;  P = softmax(S);  o = P v                written with =
+forward   S = q k^T * scale, keys after the query and before its start masked;  P = softmax(S);  o = P v   written with =
 backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
           dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q                          written with =
 
@@ -39,21 +39,22 @@ use_flash = os.environ.get("PYENGINE_CUDA_ATTENTION") == "flash"
 @kernel
 def softmax_kernel(
     s: Any, lse: Any, n_rows: int, n_keys: int, n_rep: int, first: int,
-    lse_start: int, lse_stride: int, scale: Any,
+    lse_start: int, lse_stride: int, scale: Any, starts: Any, head: int, n_kv: int, seq: int,
 ) -> None:  # fmt: skip
     """One row of raw scores to probabilities, in place; row i of a head is position first + i // n_rep."""
     row = i8(cuda.blockIdx.x)
     i = row % n_rows
     end = first + i // n_rep + 1
+    begin = load(starts, (head + row // n_rows) // n_kv * seq + end - 1)
     base = row * n_keys
     top = LOWEST
-    j = i8(cuda.threadIdx.x)
+    j = begin + cuda.threadIdx.x
     while j < end:
         top = max(top, load(s, base + j))
         j += cuda.blockDim.x
     top = block_max(top)
     total = f4(0)
-    j = i8(cuda.threadIdx.x)
+    j = begin + cuda.threadIdx.x
     while j < end:
         total += math.exp((load(s, base + j) - top) * scale)
         j += cuda.blockDim.x
@@ -64,7 +65,7 @@ def softmax_kernel(
     j = i8(cuda.threadIdx.x)
     while j < n_keys:
         p = f4(0)
-        if j < end:
+        if begin <= j and j < end:
             p = math.exp((load(s, base + j) - top) * scale) * inv
         store(s, base + j, p)
         j += cuda.blockDim.x
@@ -73,15 +74,16 @@ def softmax_kernel(
 @kernel
 def softmax_backward_kernel(
     dp: Any, s: Any, lse: Any, n_rows: int, n_keys: int, n_rep: int, first: int,
-    lse_start: int, lse_stride: int, scale: Any,
+    lse_start: int, lse_stride: int, scale: Any, starts: Any, head: int, n_kv: int, seq: int,
 ) -> None:  # fmt: skip
     """One row: dp becomes the gradient of the raw scores, given the probabilities in s."""
     row = i8(cuda.blockIdx.x)
     i = row % n_rows
     end = first + i // n_rep + 1
+    begin = load(starts, (head + row // n_rows) // n_kv * seq + end - 1)
     base = row * n_keys
     total = f4(0)
-    j = i8(cuda.threadIdx.x)
+    j = begin + cuda.threadIdx.x
     while j < end:
         total += load(dp, base + j) * load(s, base + j)
         j += cuda.blockDim.x
@@ -89,7 +91,7 @@ def softmax_backward_kernel(
     j = i8(cuda.threadIdx.x)
     while j < n_keys:
         ds = f4(0)
-        if j < end:
+        if begin <= j and j < end:
             ds = load(s, base + j) * (load(dp, base + j) - total) * scale
         store(dp, base + j, ds)
         j += cuda.blockDim.x
@@ -98,18 +100,19 @@ def softmax_backward_kernel(
 @kernel
 def probabilities_kernel(
     s: Any, lse: Any, n_rows: int, n_keys: int, n_rep: int, first: int,
-    lse_start: int, lse_stride: int, scale: Any,
+    lse_start: int, lse_stride: int, scale: Any, starts: Any, head: int, n_kv: int, seq: int,
 ) -> None:  # fmt: skip
     """One row of raw scores to probabilities with the known log-sum-exp, in place."""
     row = i8(cuda.blockIdx.x)
     i = row % n_rows
     end = first + i // n_rep + 1
+    begin = load(starts, (head + row // n_rows) // n_kv * seq + end - 1)
     base = row * n_keys
     shift = load(lse, lse_start + row // n_rows * lse_stride + i)
     j = i8(cuda.threadIdx.x)
     while j < n_keys:
         p = f4(0)
-        if j < end:
+        if begin <= j and j < end:
             p = math.exp(load(s, base + j) * scale - shift)
         store(s, base + j, p)
         j += cuda.blockDim.x
@@ -135,7 +138,7 @@ class _Tile:
     """One tile of some heads: where its pieces lie, for products and kernels."""
 
     def __init__(self, shape: tuple[int, ...], head: int, heads: int, first: int) -> None:
-        _, _, self.seq, self.n_rep, self.dim = shape
+        _, self.n_kv, self.seq, self.n_rep, self.dim = shape
         self.head, self.heads, self.first = head, heads, first
         self.end = min(self.seq, first + TILE)
         self.rows = (self.end - first) * self.n_rep
@@ -158,6 +161,10 @@ class _Tile:
         start = self.head * stride + self.first * self.n_rep
         return self.rows, self.end, self.n_rep, self.first, start, stride, f4(scale)
 
+    def mask_arguments(self, starts: Array) -> tuple[Any, ...]:
+        """Where a row's document starts."""
+        return flat(starts), self.head, self.n_kv, self.seq
+
     def launch(self, function: Any, *arguments: Any) -> None:
         launch_rows(function, self.heads * self.rows, self.end, *arguments)
 
@@ -176,17 +183,17 @@ def _tiles(shape: tuple[int, ...]) -> Iterator[_Tile]:
 
 
 def attention_forward(
-    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: dict[str, Array]
+    o: Array, lse: Array, q: Array, k: Array, v: Array, starts: Array, scale: float, scratch: dict[str, Array]
 ) -> None:
     """o and lse from q, k, v."""
     if use_flash and flash.supported(q.shape[-1], q.dtype):
-        flash.flash_attention_forward(o, lse, q, k, v, scale, scratch)
+        flash.flash_attention_forward(o, lse, q, k, v, starts, scale, scratch)
         return
     s = scratch["scores"]
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
         tile.product(tile.scores(s), tile.queries(q), tile.keys(k), m, n, d, trans_b=True)
-        tile.launch(softmax_kernel, s, flat(lse), *tile.row_arguments(scale))
+        tile.launch(softmax_kernel, s, flat(lse), *tile.row_arguments(scale), *tile.mask_arguments(starts))
         tile.product(tile.queries(o), tile.scores(s), tile.keys(v), m, d, n)
 
 
@@ -199,18 +206,19 @@ def attention_backward(
     k: Array,
     v: Array,
     lse: Array,
+    starts: Array,
     scale: float,
     scratch: dict[str, Array],
 ) -> None:
     """Gradients of q, k, v."""
     if use_flash and flash.supported(q.shape[-1], q.dtype):
-        flash.flash_attention_backward(dq, dk, dv, do, q, k, v, lse, scale, scratch)
+        flash.flash_attention_backward(dq, dk, dv, do, q, k, v, lse, starts, scale, scratch)
         return
     p, dp = scratch["scores"], scratch["score_gradients"]
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
         beta = 0.0 if n == tile.seq else 1.0
-        arguments = tile.row_arguments(scale)
+        arguments = *tile.row_arguments(scale), *tile.mask_arguments(starts)
         tile.product(tile.scores(p), tile.queries(q), tile.keys(k), m, n, d, trans_b=True)
         tile.launch(probabilities_kernel, p, flat(lse), *arguments)
         tile.product(tile.keys(dv), tile.scores(p), tile.queries(do), n, d, m, trans_a=True, beta=beta)

@@ -360,9 +360,9 @@ def flash_attention_scratch(q_shape: tuple[int, ...]) -> Needs:
 
 
 def flash_attention_forward(
-    o: Array, lse: Array, q: Array, k: Array, v: Array, scale: float, scratch: dict[str, Array]
+    o: Array, lse: Array, q: Array, k: Array, v: Array, starts: Array, scale: float, scratch: dict[str, Array]
 ) -> None:
-    """o and lse from q, k, v; see attention.attention_forward."""
+    """o and lse from q, k, v; see attention.attention_forward. starts must be zero: the whole row is seen."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     grid = batch * n_kv * -(-seq * n_rep // ROWS)
     arrays = map(flat, (o, lse, q, k, v))
@@ -378,10 +378,11 @@ def flash_attention_backward(
     k: Array,
     v: Array,
     lse: Array,
+    starts: Array,
     scale: float,
     scratch: dict[str, Array],
 ) -> None:
-    """Gradients of q, k, v; see attention.attention_backward."""
+    """Gradients of q, k, v; see attention.attention_backward. starts must be zero: the whole row is seen."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     heads, n_rows = batch * n_kv, seq * n_rep
     delta = scratch["delta"][: heads * n_rows]
