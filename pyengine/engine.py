@@ -200,6 +200,7 @@ class Engine:
                     self._json_rider("tokenizer_config.json"),
                     bos_token_id=self._file.config.bos_token_id,
                     eos_token_ids=self.eos_token_ids,
+                    vocab_size=self.vocab_size,
                 )
             return self._tokenizer
 

@@ -83,7 +83,7 @@ class ChatTemplate:
         if not any(_threatens(tokenizer, string) for string in strings):
             text = self.render(messages, tools=tools, **options)
             return tokenizer.encode(text, add_bos=False, parse_special=True)
-        mark = _unused_mark([self.source, *strings])
+        mark = _unused_mark([self.source, *strings, *tokenizer.special_tokens])
         marked = _map_strings(
             {"messages": list(messages), "tools": tools, "variables": variables},
             lambda string: _mark(tokenizer, string, mark),
@@ -132,34 +132,20 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _open_tails(tokenizer: Tokenizer, string: str) -> list[int]:
-    """Where beginnings of special tokens stand at the end of `string` (spaces aside): what follows in the rendered text might
-    complete them."""
-    end = len(string.rstrip())
-    longest = max(map(len, tokenizer.special_tokens), default=0)
-    return [
-        begin
-        for begin in range(max(0, end - longest + 1), end)
-        if any(
-            end - begin < len(token) and token.startswith(string[begin:end])
-            for token in tokenizer.special_tokens
-        )
-    ]
-
-
 def _threatens(tokenizer: Tokenizer, string: str) -> bool:
-    return tokenizer.special_pattern.search(string) is not None or bool(_open_tails(tokenizer, string))
+    return tokenizer.special.occur_in(string) or bool(tokenizer.special.open_tails(string))
 
 
 def _mark(tokenizer: Tokenizer, string: str, mark: str) -> str:
-    """`string` with `mark` after the first character of each spelling of a special token, until none is left whole."""
-    for begin in reversed(_open_tails(tokenizer, string)):
+    """`string` with `mark` after the first character of each spelling of a special token, and of each that begins at its end."""
+    for begin in reversed(tokenizer.special.open_tails(string)):
         string = string[: begin + 1] + mark + string[begin + 1 :]
-    if any(len(match[0]) == 1 for match in tokenizer.special_pattern.finditer(string)):
-        raise InvalidArgumentError("the messages hold a special token of one character, whose spelling cannot be broken")
-    while tokenizer.special_pattern.search(string):
-        string = tokenizer.special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], string)
-    return string
+    broken = tokenizer.special.break_up(string, mark)
+    if tokenizer.special.occur_in(broken):
+        raise InvalidArgumentError(
+            "the messages hold a special token of one character, whose spelling cannot be broken"
+        )
+    return broken
 
 
 def _unused_mark(texts: Iterable[str]) -> str:

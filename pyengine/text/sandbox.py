@@ -146,9 +146,7 @@ def _indent(text: Any, width: Any = 4, first: bool = False, blank: bool = False)
     lines = str(text).split("\n")
     if len(lines) * len(margin) > MAX_VALUE:
         raise _too_large()
-    return "\n".join(
-        margin + line if (line or blank) and (first or i > 0) else line for i, line in enumerate(lines)
-    )
+    return "\n".join(margin + line if (line or blank) and (first or i > 0) else line for i, line in enumerate(lines))
 
 
 def _tojson(
