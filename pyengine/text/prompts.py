@@ -27,18 +27,23 @@ def is_batch(prompt: object) -> bool:
 
 
 def prompt_ids(
-    tokenizer: Callable[[], Tokenizer], prompt: object, *, vocab_size: int, n_ctx: int, parse_special: bool = False
+    tokenizer: Callable[[], Tokenizer] | None,
+    prompt: object,
+    *,
+    vocab_size: int,
+    n_ctx: int,
+    parse_special: bool = False,
 ) -> list[int]:
     """Token ids of one prompt.
 
     prompt       text, or token ids: a list, tuple or array of integers (NumPy's too; no bool, float, string or bytes)
-    tokenizer    returns the tokenizer; called for text only
+    tokenizer    returns the tokenizer; called for text only. None: the prompt must be ids
     vocab_size   ids are below it
     n_ctx        positions of the context
 
     Raises InvalidArgumentError for anything else, for ids out of range and for a prompt without tokens, ContextFullError for a
     text that cannot fit, before it is tokenized, and for more tokens than n_ctx."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and tokenizer is not None:
         encoder = tokenizer()
         check_length(encoder, prompt, n_ctx)
         ids = encoder.encode(prompt, parse_special=parse_special)
