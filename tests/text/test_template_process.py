@@ -22,18 +22,20 @@ MESSAGES = [{"role": "user", "content": "x"}]
 NOT_PLAIN = "{{ messages | sort(attribute='role') | map(attribute='content') | join }}"
 BIG = "'\U0001f600ABCDEFGHIJKLMNO' * 240000"  # 16 MB of it
 
+ENDLESS = '{% for a in range(99999) %}{% for b in range(99999) %}{% if "" | sort %}{% endif %}{% endfor %}{% endfor %}'
+
 SLOW = {
     "a test that is not a call": "{% set x = range(100000)|list %}{{ range(100000)|select('in', x)|list|length }}",
-    "the same, lazily": "{% set x = range(99999)|list %}{{ range(99999, 100000)|list * 10000 | select('in', x) | first }}",
+    "the same, lazily": "{% set x = range(99999)|list %}{{ ([-1] * 99999) | select('in', x) | first }}",
     "a sum of lists": "{% set x = [[1]] * 250000 %}{{ (x|sum(start=[]))|length }}",
     "a sum of tuples": "{% set x = [(1,)] * 250000 %}{{ (x|sum(start=()))|length }}",
     "hashes that collide": (
         "{% set ns = namespace(l=[]) %}{% for i in range(90000) %}{% set ns.l = ns.l + [i * 2305843009213693951] %}{% endfor %}"
         "{{ ns.l | unique | list | length }}"
     ),
-    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' | sort }}{% endfor %}{% endfor %}",
+    "loops in loops": ENDLESS,
     "a power": "{{ 9 ** 99999999 }}",
-    "a pattern": "{{ ('a' * 100000) | wordwrap(1) | urlize | striptags }}{% for i in range(99999) %}{{ ('<' * 99999) | striptags }}{% endfor %}",
+    "a pattern": "{% for i in range(99999) %}{{ ('<' * 99999) | striptags | length }}{% endfor %}",
     "a text that is long to compile": "{% if x %}" + "{% elif x %}{% set y = 1 %}" * 9000 + "{% endif %}",
 }
 BIG_ONES = {
@@ -125,17 +127,15 @@ def test_what_is_no_template_is_refused_at_the_start(source, message):
 
 def test_the_templates_own_words_come_back():
     template = TemplateProcess("{{ raise_exception('no ' ~ messages[0].role) if messages | sort else '' }}", 1.0)
-    with pytest.raises(TemplateError, match="^no user$"):
+    with pytest.raises(TemplateError, match=r"^no user$"):
         template.render({"messages": MESSAGES}, 100, 1.0)
     template.close()
 
 
 def test_any_character_makes_the_journey():
-    text = "".join(map(chr, [0, 10, 13, 34, 92, 0x7F, 0xE9, 0x2028, 0xD800, 0xDFFF, 0xFFFF, 0x1F600]))
-    template = TemplateProcess("{{ x | sort | join }}{{ x | tojson }}", 1.0)
-    import json
-
-    assert template.render({"x": text}, 1000, 1.0) == "".join(sorted(text, key=str.lower)) + json.dumps(text, ensure_ascii=False)
+    text = "".join(map(chr, [0, 10, 13, 34, 92, 0x7F, 0xE9, 0x2028, 0xDFFF, 0xD800, 0xFFFF, 0x1F600]))
+    template = TemplateProcess("{{ x | sort | length }}{{ x }}", 1.0)
+    assert template.render({"x": text}, 1000, 1.0) == f"{len(text)}{text}"
     template.close()
 
 
@@ -204,11 +204,12 @@ SCENE = textwrap.dedent(
     import os, signal, sys, time
     from pyengine.text.chat import ChatTemplate
     template = ChatTemplate({source!r})
+    ENDLESS = {endless!r}
     messages = [{{"role": "user", "content": "x"}}]
     assert template.render(messages) == "x"
     print(template._process._worker._process.pid, flush=True)
     """
-).format(source=NOT_PLAIN)
+).format(source=NOT_PLAIN, endless=ENDLESS)
 
 
 def scene(directory: Path, code: str) -> subprocess.CompletedProcess[str]:
@@ -265,7 +266,7 @@ def test_a_fork_while_another_thread_renders(tmp_path):
         tmp_path,
         """
         import threading
-        slow = ChatTemplate("{% for a in range(99999) %}{% for b in range(999) %}{{ '' | sort }}{% endfor %}{% endfor %}")
+        slow = ChatTemplate(ENDLESS)
         def render():
             try:
                 slow.render(messages, time_limit=0.5)
@@ -293,9 +294,12 @@ def test_ctrl_c_reaches_us_and_not_it(tmp_path):
         """
         import threading
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        slow = ChatTemplate("{% for a in range(99999) %}{% for b in range(999) %}{{ '' | sort }}{% endfor %}{% endfor %}" + "")
-        first = slow._process._worker._process.pid
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        slow = ChatTemplate(ENDLESS)
+        def interrupt():
+            while not slow._process._lock.locked():
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt).start()
         try:
             slow.render(messages, time_limit=60)
         except KeyboardInterrupt:
@@ -352,7 +356,7 @@ def test_a_program_that_is_no_interpreter(monkeypatch, tmp_path):
     fake.write_text("#!/bin/sh\necho hello\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    with pytest.raises(TemplateError, match="ended with code 0|answers nonsense"):
+    with pytest.raises(TemplateError, match=r"ended with code 0|answers nonsense"):
         ChatTemplate(NOT_PLAIN)
 
 
