@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,7 +19,7 @@ def plain_messages(messages: object) -> list[dict[str, Any]]:
 
     Content in parts, as OpenAI's interface has it ([{"type": "text", "text": ...}, ...]), becomes its text, a line a part.
     Raises InvalidArgumentError for what is no message, and for parts that are not text, by their type."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+    if isinstance(messages, (str, bytes, bytearray, memoryview)) or not isinstance(messages, Sequence):
         raise InvalidArgumentError(f"messages must be a list of {{'role': ..., 'content': ...}}, not {shown(messages)}")
     checked = [_message(message) for message in messages]
     if not checked:
