@@ -55,6 +55,8 @@ def resolve_model(model: str | os.PathLike[str] | None, progress: Progress | Non
             raise FileNotFoundError("this build ships no default model; name one: Engine('model.safetensors')")
         return os.fspath(DEFAULT_MODEL)
     path = os.fspath(model)
+    if "\0" in path:
+        raise InvalidArgumentError(f"the model's path holds a NUL: {shown(path)}")
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no model at {path}")
     if os.path.isfile(path) and path.endswith(".safetensors"):

@@ -65,11 +65,11 @@ class ByteSpelling:
         elif kind != "Fuse":
             raise UnsupportedModelError(f"tokenizer decoder {shown(kind)} is not supported")
 
-    def byte_tokens(self) -> set[str] | None:
-        """The 256 tokens that spell a byte each, None if the vocabulary has no such."""
+    def byte_tokens(self) -> list[str]:
+        """The 256 tokens that spell a byte each; none if the vocabulary has no such."""
         if self.byte_level:
-            return set(self._alphabet)
-        return {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback else None
+            return sorted(self._alphabet, key=self._alphabet.__getitem__)
+        return [f"<0x{byte:02X}>" for byte in range(256)] if self.byte_fallback else []
 
     def bytes_of(self, token: str) -> bytes:
         if self.byte_level:

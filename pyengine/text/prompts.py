@@ -76,14 +76,10 @@ def check_length(tokenizer: Tokenizer, text: str, n_ctx: int) -> None:
     this only a look. Raises ContextFullError with the numbers."""
     if len(text) <= _CHARACTERS_PER_POSITION * n_ctx:
         return
-    longest = tokenizer.bytes_per_token()
-    if longest is None:
-        return
-    n_bytes = len(text.encode("utf-8", "replace"))
-    if n_bytes > n_ctx * longest:
+    least = tokenizer.least_tokens(text)
+    if least > n_ctx:
         raise ContextFullError(
-            f"the text has {n_bytes} bytes, at least {-(-n_bytes // longest)} tokens of at most {longest} bytes; "
-            f"the context holds {n_ctx}"
+            f"the text has {len(text)} characters, which are at least {least} tokens; the context holds {n_ctx}"
         )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 1 << 15  # characters; a millisecond or two
 MAX_SQUARES = 1 << 28  # of the lengths of runs of white space, for the patterns that cost as much
+_NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 _WHITE_SPACE = re.compile(r"\s+")
 
 
@@ -80,6 +81,7 @@ class Tokenizer:
         self._guard = ""
         self._guarded: tokenizers.Tokenizer | None = None
         self._longest: int | None = None
+        self._unspelled = b""
 
     def _id_of(self, value: object) -> int | None:
         text = _token_text(value)
@@ -132,21 +134,25 @@ class Tokenizer:
         self._check_ids(ids)
         return ids
 
-    def bytes_per_token(self) -> int | None:
-        """The most bytes of a text that one token can stand for; None if there is no bound, as for a tokenizer that drops
-        characters."""
+    def least_tokens(self, text: str) -> int:
+        """How many tokens `text` has at least, without tokenizing it: its bytes by those of the longest token. 0 where nothing
+        can be said, as for a tokenizer that drops characters."""
         if self._longest is None:
-            self._longest = self._find_longest()
-        return self._longest or None
+            self._longest, self._unspelled = self._find_longest()
+        if not self._longest:
+            return 0
+        return -(-len(text.encode("utf-8", "replace").translate(None, self._unspelled)) // self._longest)
 
-    def _find_longest(self) -> int:
-        """`bytes_per_token`, 0 for None."""
+    def _find_longest(self) -> tuple[int, bytes]:
+        """The most bytes of a text that one token can stand for, 0 if there is no bound; and the bytes that no token spells: they
+        may be left out, or share an unknown token."""
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         letters, shrinks_to = self.spelling.byte_tokens(), self._account.effect.shrinks_to
-        if shrinks_to is None or self._account.tokens_strip or letters is None or not letters <= vocabulary.keys():
-            return 0  # what the vocabulary cannot spell may be left out, or many characters be one unknown token
-        longest: int = max(len(token.encode("utf-8", "replace")) for token in vocabulary)
-        return longest * shrinks_to
+        unspelled = bytes(byte for byte, letter in enumerate(letters) if letter not in vocabulary)
+        partly = not self.spelling.byte_level and not set(unspelled) <= _NEVER_IN_UTF8
+        if shrinks_to is None or self._account.tokens_strip or not letters or partly:
+            return 0, b""
+        return shrinks_to * max(len(token.encode("utf-8", "replace")) for token in vocabulary), unspelled
 
     def _guarded_tokenizer(self) -> tokenizers.Tokenizer:
         """Built when first needed: most texts never do."""

@@ -97,9 +97,7 @@ def test_an_empty_text_needs_a_first_token():
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized(monkeypatch):
-    longest = TOKENIZER.bytes_per_token()
-    assert longest is not None
-    n_ctx = 10
+    n_ctx, n = 10, 1000
     with pytest.raises(ContextFullError, match=r"the prompt has \d+ tokens, the context holds 10"):
         prompt_ids(lambda: TOKENIZER, "ab" * 20, vocab_size=500, n_ctx=n_ctx)
 
@@ -107,12 +105,12 @@ def test_a_text_that_cannot_fit_is_not_tokenized(monkeypatch):
         raise AssertionError("tokenized")
 
     monkeypatch.setattr(Tokenizer, "encode", refuse)
-    n_bytes = max(longest, 16) * n_ctx + 1
-    with pytest.raises(ContextFullError, match=rf"{n_bytes} bytes, at least \d+ tokens .* the context holds 10"):
-        prompt_ids(lambda: TOKENIZER, "a" * n_bytes, vocab_size=500, n_ctx=n_ctx)
-    with pytest.raises(ContextFullError, match="bytes"):
-        check_length(TOKENIZER, "é" * n_bytes, n_ctx)
-    check_length(TOKENIZER, "a" * (longest * n_ctx), n_ctx)
+    with pytest.raises(ContextFullError, match=r"1000 characters, which are at least \d+ tokens; the context holds 10"):
+        prompt_ids(lambda: TOKENIZER, "a" * n, vocab_size=500, n_ctx=n_ctx)
+    assert 2 * TOKENIZER.least_tokens("a" * n) == TOKENIZER.least_tokens("é" * n) > n_ctx
+    check_length(TOKENIZER, "a" * n, TOKENIZER.least_tokens("a" * n))
+    with pytest.raises(ContextFullError, match="at least"):
+        check_length(TOKENIZER, "a" * n, TOKENIZER.least_tokens("a" * n) - 1)
 
 
 def test_long_texts_are_refused_by_every_way_in(engine, monkeypatch):
@@ -122,7 +120,7 @@ def test_long_texts_are_refused_by_every_way_in(engine, monkeypatch):
         lambda: engine.generate(text), lambda: engine.generate(["a" * len(text), "b"]), lambda: list(engine.stream(text)),
         lambda: engine.score(text),
     ):  # fmt: skip
-        with pytest.raises(ContextFullError, match="bytes"):
+        with pytest.raises(ContextFullError, match="at least"):
             use()
 
 
@@ -178,7 +176,7 @@ def test_chat_takes_parts_and_refuses_the_rest(tmp_path: Path) -> None:
         assert engine.chat_ids([{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]) == text
         with pytest.raises(InvalidArgumentError, match="image_url"):
             engine.chat([{"role": "user", "content": [{"type": "image_url"}]}], max_tokens=1)
-        with pytest.raises(ContextFullError, match="bytes"):
+        with pytest.raises(ContextFullError, match="at least"):
             engine.chat([{"role": "user", "content": "a" * 100_000}], max_tokens=1)
         with pytest.raises(InvalidArgumentError, match="neither text"):
             engine.chat_ids([{"role": "user", "content": "a"}], add_generation_prompt=object())

@@ -278,22 +278,30 @@ def test_what_components_do_to_a_text(parts, effect):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_token_stands_for_more_bytes_than_said(kind):
     tokenizer, rng = Tokenizer(dumps(DOCUMENTS[kind])), random.Random(3)
-    bound = tokenizer.bytes_per_token()
-    assert bound is not None and 5 <= bound <= 100
+    assert tokenizer.least_tokens("a" * 1000) >= 20
     for _ in range(200):
         text = "".join(rng.choices(["the", " ", "world", "é", "😀", "<|im_start|>", "▁", "quick "], k=rng.randrange(40)))
-        assert len(text.encode()) <= bound * len(tokenizer.encode(text, add_bos=False, parse_special=True))
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, add_bos=False, parse_special=True))
 
 
 def test_where_characters_can_disappear_nothing_is_said():
-    vocab = dict(BYTE_LEVEL["model"]["vocab"])
-    del vocab["ÿ"]  # a byte that no merge has
+    vocab = dict(DOCUMENTS["bpe"]["model"]["vocab"])
+    del vocab["<0x41>"]
     for document in (
-        changed(model={**BYTE_LEVEL["model"], "vocab": vocab}),
+        {**DOCUMENTS["bpe"], "model": {**DOCUMENTS["bpe"]["model"], "vocab": vocab}},
         changed(normalizer={"type": "StripAccents"}),
         added(content="<sep>", lstrip=True),
     ):
-        assert Tokenizer(dumps(document)).bytes_per_token() is None
+        assert Tokenizer(dumps(document)).least_tokens("a" * 1000) == 0
+
+
+def test_bytes_that_no_token_spells_are_not_counted():
+    """As in SmolLM2, whose training text had no control characters: they disappear."""
+    vocab = dict(BYTE_LEVEL["model"]["vocab"])
+    del vocab["Ą"]  # byte 4
+    tokenizer = Tokenizer(dumps(changed(model={**BYTE_LEVEL["model"], "vocab": vocab})))
+    assert tokenizer.encode("\4" * 1000) == [] and tokenizer.least_tokens("\4" * 1000) == 0
+    assert tokenizer.least_tokens("\4" * 1000 + "a" * 1000) == tokenizer.least_tokens("a" * 1000) > 20
 
 
 def test_white_space_that_costs_by_its_square_is_bounded():
