@@ -259,16 +259,17 @@ class Engine:
 
     # ------------------------------------------------------------ generation
 
-    def _request(
-        self, caller: Caller, ids: list[int], params: ResolvedParams, index: int, salt: bytes, *, interactive: bool = False
-    ) -> GenerationRequest:
-        if len(ids) > self.n_ctx:
-            raise ContextFullError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}")
-        return GenerationRequest(
+    def _requests(
+        self, caller: Caller, prompts: list[list[int]], params: ResolvedParams, salt: bytes, *, interactive: bool = False
+    ) -> list[GenerationRequest]:
+        """params.n requests a prompt."""
+        from pyengine.text.stops import StopStrings
+
+        request = partial(
+            GenerationRequest,
             caller,
-            ids,
-            params,
-            index=index,
+            params=params,
+            stops=StopStrings(params.stop),
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             n_ctx=self.n_ctx,
@@ -276,6 +277,7 @@ class Engine:
             salt=salt,
             interactive=interactive,
         )
+        return [request(ids, index=index) for ids in prompts for index in range(params.n)]
 
     @overload
     def generate(
@@ -322,7 +324,7 @@ class Engine:
         ids = [self._ids(item, parse_special) for item in prompts]
         caller, salt = Caller(), check_salt(cache_salt)
         resolved = chosen.resolve(self._generation_config, seed=self.seed)
-        requests = [self._request(caller, one, resolved, i, salt) for one in ids for i in range(resolved.n)]
+        requests = self._requests(caller, ids, resolved, salt)
         run_all(self._scheduler, requests)
         results = [request.result for request in requests]
         return results if many or len(results) > 1 else results[0]
@@ -344,7 +346,7 @@ class Engine:
         ids, salt = self._ids(prompt, parse_special), check_salt(cache_salt)
         stream = Stream(self._scheduler)
         resolved = chosen.resolve(self._generation_config, seed=self.seed)
-        stream.request = self._request(stream, ids, resolved, 0, salt, interactive=True)
+        (stream.request,) = self._requests(stream, [ids], resolved, salt, interactive=True)
         return stream
 
     def chat_ids(

@@ -133,7 +133,7 @@ def first_tokens(engine: Engine, text: Text, limit: int | None) -> list[int]:
         return engine.tokenize(text.text, add_bos=False)
     while True:
         text.read(max(len(text.text), 16 * limit, 1 << 16))
-        # What comes behind the end of the part may change its last tokens: it ends with a word, and there must be tokens to spare.
+        # What comes behind the part may change its last tokens: it ends with a word, and there must be tokens to spare.
         end = len(text.text) if text.is_whole else text.text.rstrip().rfind(" ") + 1
         tokens = engine.tokenize(text.text[: end or None], add_bos=False)
         if text.is_whole or len(tokens) >= limit + SPARE_TOKENS:

@@ -24,6 +24,7 @@ from pyengine.errors import TemplateError
 START_TIMEOUT = 60.0  # seconds until the process answers; 0.05 on a machine that has nothing else to do
 MAX_ANSWER = 1 << 27  # bytes
 
+_HERE = os.path.dirname(__file__)  # in the package pyengine
 _BOOT = "import sys; sys.path[:0] = sys.argv[1:]; from pyengine.text.template_worker import main; main()"
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL", "LC_CTYPE")
 _all: weakref.WeakSet[TemplateProcess] = weakref.WeakSet()
@@ -51,9 +52,8 @@ def command() -> list[str]:
     import jinja2
     import markupsafe
 
-    import pyengine
-
-    homes = [os.path.dirname(os.path.dirname(os.path.abspath(str(m.__file__)))) for m in (pyengine, jinja2, markupsafe)]
+    packages = [os.path.dirname(os.path.abspath(str(path))) for path in (jinja2.__file__, markupsafe.__file__, _HERE)]
+    homes = map(os.path.dirname, packages)
     options = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
     if sys.pycache_prefix:
         options += ["-X", f"pycache_prefix={sys.pycache_prefix}"]

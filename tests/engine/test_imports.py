@@ -21,20 +21,21 @@ CSRC = ROOT / "csrc"
 # What each room of pyengine/ may import, from the bottom up, be it inside a function. A room is a module or a folder.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "arguments": {"errors"},
     "background": set(),
     "results": set(),
     "_core": {"errors"},
     "_probe": {"errors"},
     "_sampler": {"errors"},
     "format": {"errors"},
-    "text": {"errors"},
-    "sampling": {"errors"},
+    "text": {"errors", "arguments"},
+    "sampling": {"errors", "arguments"},
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
-    "freeze": {"errors", "format", "golden"},
+    "freeze": {"errors", "format", "golden", "text"},
     "run": {"errors", "results", "_core", "_sampler", "text", "sampling", "cpu_watch"},
     "engine": {
-        "errors", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
+        "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run",
     },
     "pyengine": {"errors"},  # its names are looked up when they are asked for
