@@ -127,7 +127,13 @@ class Engine:
         if kv_dtype not in ("int8", "f32"):
             raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(kv_dtype)}")
         self._file = FrozenFile.open(resolve_model(model, progress), use_mmap=mmap)
-        self._options = {"n_ctx": n_ctx, "n_threads": n_threads or None, "kv_dtype": kv_dtype, "seed": seed, "mmap": mmap}
+        self._options = {
+            "n_ctx": n_ctx,
+            "n_threads": n_threads or None,
+            "kv_dtype": kv_dtype,
+            "seed": seed,
+            "mmap": mmap,
+        }
         self._options |= {"max_sequences": max_sequences, "max_kv_bytes": max_kv_bytes}
         config = self._file.config
         if n_ctx > config.max_seq_len:
@@ -260,7 +266,13 @@ class Engine:
     # ------------------------------------------------------------ generation
 
     def _requests(
-        self, caller: Caller, prompts: list[list[int]], params: ResolvedParams, salt: bytes, *, interactive: bool = False
+        self,
+        caller: Caller,
+        prompts: list[list[int]],
+        params: ResolvedParams,
+        salt: bytes,
+        *,
+        interactive: bool = False,
     ) -> list[GenerationRequest]:
         """params.n requests a prompt."""
         from pyengine.text.stops import StopStrings
@@ -386,9 +398,7 @@ class Engine:
 
     # ------------------------------------------------------------ scoring
 
-    def _rows(
-        self, ids: list[int], positions: list[int], take: Callable[[int, memoryview], None], salt: bytes
-    ) -> None:
+    def _rows(self, ids: list[int], positions: list[int], take: Callable[[int, memoryview], None], salt: bytes) -> None:
         """take(position, logits) for each of the positions, ascending; the view is valid during the call."""
         if len(ids) > self.n_ctx:
             raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")

@@ -327,8 +327,6 @@ def _model_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(defaults.get("do_sample", False), bool):
         raise ModelFormatError(f"generation_config.json: do_sample is {shown(defaults['do_sample'])}")
     try:
-        return {
-            name: _check(name, defaults[name]) for name in _FROM_MODEL if defaults.get(name) is not None
-        }
+        return {name: _check(name, defaults[name]) for name in _FROM_MODEL if defaults.get(name) is not None}
     except InvalidArgumentError as error:
         raise ModelFormatError(f"generation_config.json: {error}") from None

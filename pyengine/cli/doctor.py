@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 import platform
-import sys
 from typing import Any
 
 from pyengine.cli import options
+from pyengine.cli.terminal import say, warn
 
 EPILOG = """\
 examples:
@@ -158,7 +158,7 @@ def run(argv: list[str]) -> int:
         print(json.dumps(facts))
         return 0
     for label, value in text_lines(facts):
-        print(f"{label + ':':15} {value}")
+        say(f"{label + ':':15} {value}")
     for warning in facts["warnings"]:
-        print(f"pyengine: warning: {warning}", file=sys.stderr)
+        warn(f"pyengine: warning: {warning}")
     return 0

@@ -6,7 +6,6 @@ import argparse
 import codecs
 import contextlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +146,7 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"--ctx is {args.ctx} and --stride {stride}: expected ctx >= 2 and stride <= ctx")
     with contextlib.ExitStack() as stack:
         name = str(args.file)
-        file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
+        file = options.stdin().buffer if name == "-" else stack.enter_context(open(name, "rb"))
         engine = stack.enter_context(options.open_engine(args))
         line = stack.enter_context(ProgressLine("eval"))
         ctx = min(args.ctx, engine.n_ctx)

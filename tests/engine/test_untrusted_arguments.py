@@ -105,7 +105,8 @@ def test_a_prompt_is_answered_or_refused(engine, prompt):
 messages = st.one_of(
     values,
     st.lists(
-        st.one_of(values, st.fixed_dictionaries({"role": st.one_of(st.text(max_size=9), values), "content": values})), max_size=3
+        st.one_of(values, st.fixed_dictionaries({"role": st.one_of(st.text(max_size=9), values), "content": values})),
+        max_size=3,
     ),
 )
 

@@ -312,8 +312,10 @@ BOMBS = {
     "center filter": "{{ 'a' | center(10000000000) }}",
     "batch": "{{ [1] | batch(10000000000, 'x') | list }}",
     "round": "{{ 1.5 | round(10000000000, 'ceil') }}",
-    "many macros": "{% macro f() %}" + "x" * 100000 + "{% endmacro %}{% for i in range(99999) %}{% for i in range(9999) %}"
-                   "{% set y = f() %}{% endfor %}{% endfor %}",
+    "many macros": "{% macro f() %}"
+    + "x" * 100000
+    + "{% endmacro %}{% for i in range(99999) %}{% for i in range(9999) %}"
+    "{% set y = f() %}{% endfor %}{% endfor %}",
     "block in a loop": "{% set y %}{% for i in range(99999) %}" + "x" * 100000 + "{% endfor %}{% endset %}",
     "output": "{% for i in range(99999) %}" + "x" * 1000 + "{% endfor %}",
     "deep nest": "{% set n = namespace(v=[]) %}{% for i in range(90000) %}{% set n.v = [n.v] %}{% endfor %}{{ n.v }}",

@@ -20,7 +20,9 @@ from pyengine.text.plain_values import FUEL, NotPlain
 # In the manner of the models' own, with the constructs of each.
 REAL = {path.stem: path.read_text() for path in (Path(__file__).parent / "templates").glob("*.jinja")}
 
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "é <x>", "parameters": {"a": [1, 2.5, None, True]}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "description": "é <x>", "parameters": {"a": [1, 2.5, None, True]}}}
+]
 CALL = {"function": {"name": "f", "arguments": {"a": 1, "b": "x"}}}
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": " Hi "}],

@@ -80,7 +80,9 @@ def test_batches(engine):
 
 
 def test_detokenize_takes_ids_only(engine):
-    assert engine.detokenize(engine.tokenize("hello")) == "hello" == engine.detokenize(np.array(engine.tokenize("hello")))
+    assert (
+        engine.detokenize(engine.tokenize("hello")) == "hello" == engine.detokenize(np.array(engine.tokenize("hello")))
+    )
     for bad in ([-1], [engine.vocab_size], [10**30], [1.5], ["1"], b"a", "a"):
         with pytest.raises(InvalidArgumentError):
             engine.detokenize(bad)

@@ -58,7 +58,9 @@ def test_thousands_of_special_tokens():
 
 def test_nothing_is_built_for_texts_that_cannot_hold_any():
     spellings = Spellings(["<s>", "</s>"])
-    assert not spellings.occur_in("plain") and spellings.break_up("plain", "·") == "plain" and spellings._pattern is None
+    assert (
+        not spellings.occur_in("plain") and spellings.break_up("plain", "·") == "plain" and spellings._pattern is None
+    )
 
 
 def test_nesting_is_bounded():

@@ -52,7 +52,7 @@ def test_no_more_is_held_back_than_could_be_a_stop_string(stop, text):
     matcher = StopMatcher(StopStrings(stop))
     seen = matcher.push(text)
     if matcher.matched is None:
-        held = text[len(seen):]
+        held = text[len(seen) :]
         assert text.startswith(seen)
         assert held == "" or any(string.startswith(held) for string in stop)
 

@@ -44,7 +44,9 @@ BIG_ONES = {
         "{% set ns.l = ns.l + [(" + BIG + " ~ i)|map('upper')] %}{% endfor %}"
     ),
     "methods that hold": (
-        "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = ns.l + [(" + BIG + " ~ i).upper] %}{% endfor %}"
+        "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = ns.l + [("
+        + BIG
+        + " ~ i).upper] %}{% endfor %}"
     ),
     "many names": "".join(f"{{% set a{i} = {BIG} %}}" for i in range(4000)),
     "a block": "{% set x %}{% for i in range(25000) %}" + "A" * 200_000 + "{% endfor %}{% endset %}{{ x|length }}",
@@ -219,7 +221,9 @@ def scene(directory: Path, code: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(3)", "os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit"])
+@pytest.mark.parametrize(
+    "end", ["", "sys.exit(3)", "os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit"]
+)
 def test_it_dies_with_us(tmp_path, end):
     done = scene(tmp_path, end)
     assert done.stderr == ""

@@ -118,7 +118,19 @@ def test_hostile_files_are_refused_when_opened(name, compact):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"[]", b"5", b"null", b"{", b"\xff", b"[" * 100_000, b'{"model":5}', b'{"model":{"vocab":5}}', b'{"a":' * 5000]
+    "data",
+    [
+        b"",
+        b"[]",
+        b"5",
+        b"null",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"model":5}',
+        b'{"model":{"vocab":5}}',
+        b'{"a":' * 5000,
+    ],
 )
 def test_what_is_no_json_object_is_refused(data):
     with pytest.raises(ModelFormatError, match=r"tokenizer\.json"):
@@ -189,7 +201,9 @@ def test_an_id_that_only_the_library_saw_is_refused_when_it_comes():
         tokenizer.encode("z")
 
 
-@pytest.mark.parametrize("single", [[{"Sequence": {"id": "B", "type_id": 0}}], [{"SpecialToken": {"id": "nope", "type_id": 0}}]])
+@pytest.mark.parametrize(
+    "single", [[{"Sequence": {"id": "B", "type_id": 0}}], [{"SpecialToken": {"id": "nope", "type_id": 0}}]]
+)
 def test_post_processors_are_read_and_never_run(single):
     post = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
     tokenizer = Tokenizer(dumps(changed(post_processor=post)), {"bos_token": "<s>"})
@@ -202,14 +216,22 @@ def test_the_first_id_is_what_the_post_processor_adds(kind):
     assert check(dumps(DOCUMENTS[kind])).first_id == library.encode("").ids[0]
     nested = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, DOCUMENTS[kind]["post_processor"]]}
     assert check(dumps({**DOCUMENTS[kind], "post_processor": nested})).first_id == library.encode("").ids[0]
-    roberta = {"type": "RobertaProcessing", "cls": ["<s>", 7], "sep": ["</s>", 8], "trim_offsets": True, "add_prefix_space": True}
+    roberta = {
+        "type": "RobertaProcessing",
+        "cls": ["<s>", 7],
+        "sep": ["</s>", 8],
+        "trim_offsets": True,
+        "add_prefix_space": True,
+    }
     assert check(dumps({**DOCUMENTS[kind], "post_processor": roberta})).first_id == 7
 
 
 def test_dropout_is_switched_off():
     model = {**BYTE_LEVEL["model"], "dropout": 0.9}
     tokenizer, plain = Tokenizer(dumps(changed(model=model))), Tokenizer(dumps(BYTE_LEVEL))
-    assert {tuple(tokenizer.encode("the quick brown fox")) for _ in range(20)} == {tuple(plain.encode("the quick brown fox"))}
+    assert {tuple(tokenizer.encode("the quick brown fox")) for _ in range(20)} == {
+        tuple(plain.encode("the quick brown fox"))
+    }
 
 
 def test_a_token_that_is_long_is_refused_when_it_is_written():
@@ -231,6 +253,7 @@ def test_panics_of_the_library_are_errors_of_the_model(monkeypatch):
     with pytest.raises(ModelFormatError, match="index out of bounds"):
         tokenizer_module._library(panic)
     for other in (KeyboardInterrupt, MemoryError):
+
         def fail(other: type[BaseException] = other) -> None:
             raise other
 
@@ -280,7 +303,9 @@ def test_no_token_stands_for_more_bytes_than_said(kind):
     tokenizer, rng = Tokenizer(dumps(DOCUMENTS[kind])), random.Random(3)
     assert tokenizer.least_tokens("a" * 1000) >= 20
     for _ in range(200):
-        text = "".join(rng.choices(["the", " ", "world", "é", "😀", "<|im_start|>", "▁", "quick "], k=rng.randrange(40)))
+        text = "".join(
+            rng.choices(["the", " ", "world", "é", "😀", "<|im_start|>", "▁", "quick "], k=rng.randrange(40))
+        )
         assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, add_bos=False, parse_special=True))
 
 
@@ -317,7 +342,10 @@ def test_long_texts_give_the_same_ids(kind):
     tokenizer, library = Tokenizer(dumps(DOCUMENTS[kind])), KINDS[kind]
     for n in (LONG_TEXT - 1, LONG_TEXT, LONG_TEXT + 1000):
         text = ("The quick brown fox é 😀, and <|im_end|> " * (n // 20))[:n]
-        assert tokenizer.encode(text, add_bos=False, parse_special=True) == library.encode(text, add_special_tokens=False).ids
+        assert (
+            tokenizer.encode(text, add_bos=False, parse_special=True)
+            == library.encode(text, add_special_tokens=False).ids
+        )
         assert tokenizer.special_ids.isdisjoint(tokenizer.encode(text, add_bos=False))
 
 
@@ -326,7 +354,22 @@ def test_long_texts_give_the_same_ids(kind):
 
 def mutate(rng: random.Random, value: Any) -> Any:
     """`value` with one thing in it changed."""
-    junk = [None, True, -1, 2**33, 1.5, "", "a" * 50, "▁", [], {}, ["a"], {"type": "NFC"}, {"String": ""}, {"Regex": "(a*)*"}]
+    junk = [
+        None,
+        True,
+        -1,
+        2**33,
+        1.5,
+        "",
+        "a" * 50,
+        "▁",
+        [],
+        {},
+        ["a"],
+        {"type": "NFC"},
+        {"String": ""},
+        {"Regex": "(a*)*"},
+    ]
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
         if rng.random() < 0.1:
