@@ -18,7 +18,7 @@ from pyengine.text.template_syntax import SYNTAX, raise_exception, strftime_now,
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """Raises TemplateError, with the line if it is no jinja2."""
+    """Raises TemplateError, with the line if it is no jinja2, and MemoryError."""
     environment = ImmutableSandboxedEnvironment(**SYNTAX)
     environment.filters["tojson"] = tojson
     del environment.filters["attr"]  # before jinja2 3.1.6 it was a way out
@@ -29,6 +29,8 @@ def compile_template(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise syntax_error(error) from None
+    except MemoryError:
+        raise
     except Exception as error:  # jinja2 hands on what Python's compiler says
         raise TemplateError(f"the chat template cannot be compiled: {type(error).__name__}: {error}") from None
 

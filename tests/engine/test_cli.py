@@ -245,7 +245,7 @@ def test_generate_imports_nothing_heavy(tiny_model: Path, tmp_path: Path) -> Non
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "generate", "-m", str(tiny_model), "hello", "-n", "4", "--temp", "1", "--stop", "q"],
-        cwd=tmp_path, env=cli_tools.environment(), capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env=cli_tools.environment(), capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.stderr == "0 []\n"
 

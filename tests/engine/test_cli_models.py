@@ -373,3 +373,20 @@ def test_smollm2_from_freeze_to_answer(smollm2_gguf: Path, tmp_path: Path, run: 
     arguments = ("chat", "-m", path, "--temp", "0", "-n", "24", "-sys", "You are a helpful assistant.")
     done = run_process(tmp_path, *arguments, input="What is the capital of France?\n")
     assert (done.returncode, done.stderr) == (0, "") and "Paris" in done.stdout
+
+
+def test_doctor_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a container whose user has no entry in the list of users."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("PYENGINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert "none (0 models" in out and "PYENGINE_CACHE" in err
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert main(["generate", "-m", str(tmp_path / "x.gguf"), "a"]) == 1
+    assert "there is no home directory" in capsys.readouterr().err

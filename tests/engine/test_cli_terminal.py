@@ -25,7 +25,7 @@ from pyengine.cli import main
 from pyengine.cli.progress import ProgressLine
 
 FOREVER = ("--temp", "1", "-s", "3", "--ignore-eos")
-DEADLINE_S = 30.0
+DEADLINE_S = 200.0  # for a busy machine; pytest's own timeout is longer still
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_piped_question_may_begin_with_a_slash(talker: Path, tmp_path: Path) -
 def test_closed_stdin_is_one_line(talker: Path, tmp_path: Path) -> None:
     for arguments in (("generate", "-m", talker, "-"), ("chat", "-m", talker), ("eval", "-m", talker, "-")):
         shell = ["sh", "-c", '"$@" <&-', "sh", *command(*arguments)]
-        done = subprocess.run(shell, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(shell, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == "pyengine: error: standard input is closed\n"
 

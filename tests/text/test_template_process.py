@@ -39,6 +39,7 @@ SLOW = {
     "a text that is long to compile": "{% if x %}" + "{% elif x %}{% set y = 1 %}" * 9000 + "{% endif %}",
 }
 BIG_ONES = {
+    "a constant, while it is compiled": "{{ ([[1]] * 250000) | sum(start=[]) | length }}{{ 'a' * 1000000000 }}",
     "generators that hold": (
         "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}"
         "{% set ns.l = ns.l + [(" + BIG + " ~ i)|map('upper')] %}{% endfor %}"
