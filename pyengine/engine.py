@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -14,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
 from pyengine._sampler import logprobs
+from pyengine.arguments import integer, shown
 from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, MissingFileError, PyEngineError, TemplateError
 from pyengine.files import is_safetensors, path_of
 from pyengine.format.reader import FrozenFile
+from pyengine.format.strict_json import parse_json_object
 from pyengine.results import Generation, Score
 from pyengine.run.pages import max_pages
 from pyengine.run.request import Caller, GenerationRequest, RowsRequest, check_salt
@@ -43,6 +44,8 @@ T = TypeVar("T")
 DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
 # score and logits ask for every row's logits; this bounds the buffer (rows x vocab_size x 4 bytes).
 LOGITS_BYTES = 32 << 20
+MAX_THREADS = 256  # PE_MAX_THREADS of csrc/threadpool.h
+INT32_MAX = 2**31 - 1
 
 
 def resolve_model(
@@ -74,7 +77,7 @@ def threads_from_environment() -> int:
     text = os.environ.get("PYENGINE_NUM_THREADS", "")
     if not text:
         return 0
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
         raise InvalidArgumentError(f"PYENGINE_NUM_THREADS is {text!r}, expected a number of threads from 1")
     return int(text)
 
@@ -125,12 +128,21 @@ class Engine:
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         n_threads = _checked_threads(n_threads)
-        _check_number("n_ctx", n_ctx, 0)
-        _check_number("max_sequences", max_sequences, 1)
+        n_ctx = integer("n_ctx", n_ctx, 0, INT32_MAX)
+        max_sequences = integer("max_sequences", max_sequences, 1, INT32_MAX)
         if max_kv_bytes is not None:
-            _check_number("max_kv_bytes", max_kv_bytes, 1)
+            max_kv_bytes = integer("max_kv_bytes", max_kv_bytes, 1, 2**63 - 1)
+        self.seed = None if seed is None else integer("seed", seed, 0, 2**64 - 1)
+        if kv_dtype not in ("int8", "f32"):
+            raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(kv_dtype)}")
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
-        self._options = {"n_ctx": n_ctx, "n_threads": n_threads or None, "kv_dtype": kv_dtype, "seed": seed, "mmap": mmap}
+        self._options = {
+            "n_ctx": n_ctx,
+            "n_threads": n_threads or None,
+            "kv_dtype": kv_dtype,
+            "seed": seed,
+            "mmap": mmap,
+        }
         self._options |= {"max_sequences": max_sequences, "max_kv_bytes": max_kv_bytes}
         config = self._file.config
         if n_ctx > config.max_seq_len:
@@ -138,7 +150,6 @@ class Engine:
         self.n_ctx = n_ctx or config.max_seq_len
         config = replace(config, max_seq_len=self.n_ctx)
         self.vocab_size = config.vocab_size
-        self.seed = seed
         self._generation_config = self._json_rider("generation_config.json")
         self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
@@ -211,6 +222,7 @@ class Engine:
                     self._json_rider("tokenizer_config.json"),
                     bos_token_id=self._file.config.bos_token_id,
                     eos_token_ids=self.eos_token_ids,
+                    vocab_size=self.vocab_size,
                 )
             return self._tokenizer
 
@@ -230,7 +242,7 @@ class Engine:
                 bos, eos = self._file.config.bos_token_id, self.eos_token_ids
                 text = self.tokenizer.token_text
                 self._chat_template = ChatTemplate(
-                    source.decode(),
+                    source,
                     bos_token=None if bos is None else text(bos),
                     eos_token=text(eos[0]) if eos else None,
                 )
@@ -238,7 +250,7 @@ class Engine:
 
     def _json_rider(self, name: str) -> dict[str, Any]:
         text = self._file.rider(name)
-        return {} if text is None else json.loads(text)
+        return {} if text is None else parse_json_object(text, name)
 
     # ------------------------------------------------------------ text
 
@@ -248,35 +260,37 @@ class Engine:
 
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        from pyengine.text.prompts import token_ids
+
+        return self.tokenizer.decode(token_ids(tokens, self.vocab_size), skip_special_tokens=skip_special_tokens)
 
     def _ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
         self._check_open()
-        if isinstance(prompt, str):
-            ids = self.tokenize(prompt, parse_special=parse_special)
-            if not ids:
-                raise InvalidArgumentError("the prompt is empty and the model has no begin-of-text token to start from")
-            return ids
-        ids = [int(token) for token in prompt]
-        if not ids:
-            raise InvalidArgumentError("the prompt has no tokens")
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise InvalidArgumentError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
-        return ids
+        from pyengine.text.prompts import prompt_ids
+
+        return prompt_ids(
+            lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
+        )
 
     # ------------------------------------------------------------ generation
 
-    def _request(
-        self, caller: Caller, ids: list[int], params: ResolvedParams, index: int, salt: bytes, *, interactive: bool = False
-    ) -> GenerationRequest:
-        if len(ids) > self.n_ctx:
-            raise ContextFullError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}")
-        return GenerationRequest(
+    def _requests(
+        self,
+        caller: Caller,
+        prompts: list[list[int]],
+        params: ResolvedParams,
+        salt: bytes,
+        *,
+        interactive: bool = False,
+    ) -> list[GenerationRequest]:
+        """params.n requests a prompt."""
+        from pyengine.text.stops import StopStrings
+
+        request = partial(
+            GenerationRequest,
             caller,
-            ids,
-            params,
-            index=index,
+            params=params,
+            stops=StopStrings(params.stop),
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             n_ctx=self.n_ctx,
@@ -284,6 +298,7 @@ class Engine:
             salt=salt,
             interactive=interactive,
         )
+        return [request(ids, index=index) for ids in prompts for index in range(params.n)]
 
     @overload
     def generate(
@@ -322,15 +337,15 @@ class Engine:
         not learn from a time what others asked.
         Raises InvalidArgumentError, ContextFullError (a prompt that does not fit), NotFiniteError.
         """
+        from pyengine.text.prompts import is_batch
+
         chosen = _params(params, options)
-        many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
-        if not isinstance(prompt, str) and len(prompt) == 0:
-            raise InvalidArgumentError("the prompt is empty")
+        many = is_batch(prompt)
         prompts: Any = prompt if many else [prompt]
         ids = [self._ids(item, parse_special) for item in prompts]
         caller, salt = Caller(), check_salt(cache_salt)
         resolved = chosen.resolve(self._generation_config, seed=self.seed)
-        requests = [self._request(caller, one, resolved, i, salt) for one in ids for i in range(resolved.n)]
+        requests = self._requests(caller, ids, resolved, salt)
         run_all(self._scheduler, requests)
         results = [request.result for request in requests]
         return results if many or len(results) > 1 else results[0]
@@ -352,7 +367,7 @@ class Engine:
         ids, salt = self._ids(prompt, parse_special), check_salt(cache_salt)
         stream = Stream(self._scheduler)
         resolved = chosen.resolve(self._generation_config, seed=self.seed)
-        stream.request = self._request(stream, ids, resolved, 0, salt, interactive=True)
+        (stream.request,) = self._requests(stream, [ids], resolved, salt, interactive=True)
         return stream
 
     def chat_ids(
@@ -360,7 +375,7 @@ class Engine:
     ) -> list[int]:
         """Token ids of a conversation under the model's template. Special tokens come from it, never from content."""
         return self.chat_template.encode(
-            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **variables
+            self.tokenizer, messages, n_ctx=self.n_ctx, add_generation_prompt=add_generation_prompt, **variables
         )
 
     @overload
@@ -392,9 +407,7 @@ class Engine:
 
     # ------------------------------------------------------------ scoring
 
-    def _rows(
-        self, ids: list[int], positions: list[int], take: Callable[[int, memoryview], None], salt: bytes
-    ) -> None:
+    def _rows(self, ids: list[int], positions: list[int], take: Callable[[int, memoryview], None], salt: bytes) -> None:
         """take(position, logits) for each of the positions, ascending; the view is valid during the call."""
         if len(ids) > self.n_ctx:
             raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
@@ -411,6 +424,7 @@ class Engine:
         not grow with the text's logits, and tokens before `start` are context only: they take the time of a prompt. Raises
         ContextFullError if the text does not fit the context."""
         ids = self._ids(text, parse_special)
+        start = integer("start", start, -INT32_MAX, INT32_MAX)
         values: list[float | None] = [None] * len(ids)
 
         def take(position: int, logits: memoryview) -> None:
@@ -424,11 +438,11 @@ class Engine:
         `positions`. Raises InvalidArgumentError, ContextFullError."""
         import numpy as np
 
-        ids = self._ids(list(tokens), False)
-        chosen = list(range(len(ids))) if positions is None else [int(p) for p in positions]
-        for position in chosen:
-            if not 0 <= position < len(ids):
-                raise InvalidArgumentError(f"position {position} is outside the {len(ids)} tokens")
+        from pyengine.text.prompts import prompt_ids
+
+        ids = prompt_ids(None, tokens, vocab_size=self.vocab_size, n_ctx=self.n_ctx)
+        most = len(ids) - 1
+        chosen = list(range(len(ids))) if positions is None else [integer("a position", p, 0, most) for p in positions]
         out = np.empty((len(chosen), self.vocab_size), np.float32)
         rows: dict[int, list[int]] = {}
         for row, position in enumerate(chosen):
@@ -480,6 +494,8 @@ class Engine:
                 return
             self._scheduler.exclusively(self._scheduler.close)
             self._closed = True
+            if self._chat_template is not None:
+                self._chat_template.close()
             del self._model
             self._file.close()
 
@@ -503,11 +519,6 @@ def _reopen(path: str, options: dict[str, Any]) -> Engine:
     return Engine(path, **options)
 
 
-def _check_number(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidArgumentError(f"{name} is {value!r}, expected a whole number from {least}")
-
-
 def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
     if "pyengine.sampling" not in sys.modules:  # 3 ms that a start without generation does not pay
         with fork.importing:
@@ -522,6 +533,4 @@ def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingP
 def _checked_threads(n_threads: int | None) -> int:
     if n_threads is None:
         return threads_from_environment()
-    if isinstance(n_threads, bool) or not isinstance(n_threads, int) or n_threads < 1:
-        raise InvalidArgumentError(f"n_threads is {n_threads!r}, expected a number from 1, or None")
-    return n_threads
+    return integer("n_threads", n_threads, 1, MAX_THREADS)

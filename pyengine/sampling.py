@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+from pyengine.arguments import integer, number, shown
 from pyengine.errors import InvalidArgumentError, ModelFormatError
 
 MAX_LOGPROBS = 64
 MAX_SAMPLES = 1024
-MAX_STOP_STRINGS = 1024
+MAX_STOP_STRINGS = 1 << 14
+MAX_STOP_CHARACTERS = 1 << 17  # of all stop strings of a request: an automaton over them takes about 300 bytes each
+MAX_IDS = 1 << 24  # the largest vocabulary
 INT32_MAX = 2**31 - 1
 
 # Names that people bring from llama-cpp-python, transformers and OpenVINO GenAI.
@@ -44,18 +46,16 @@ class _Range(NamedTuple):
         inside = value > self.low if self.open_low else value >= self.low
         if not (inside and value <= self.high):
             bracket = "(" if self.open_low else "["
-            raise InvalidArgumentError(
-                f"{name} must be in {bracket}{self.low:g}, {self.high:g}], not {value!r}"
-            )
+            raise InvalidArgumentError(f"{name} must be in {bracket}{self.low:g}, {self.high:g}], not {value!r}")
 
 
-_INTEGERS: dict[str, _Range] = {
-    "n": _Range(1, MAX_SAMPLES),
-    "max_tokens": _Range(1, INT32_MAX),
-    "min_tokens": _Range(0, INT32_MAX),
-    "top_k": _Range(-1, INT32_MAX),
-    "seed": _Range(0, 2**64 - 1),
-    "logprobs": _Range(0, MAX_LOGPROBS),
+_INTEGERS: dict[str, tuple[int, int]] = {
+    "n": (1, MAX_SAMPLES),
+    "max_tokens": (1, INT32_MAX),
+    "min_tokens": (0, INT32_MAX),
+    "top_k": (-1, INT32_MAX),
+    "seed": (0, 2**64 - 1),
+    "logprobs": (0, MAX_LOGPROBS),
 }
 _LARGEST = 3.4028234663852886e38  # of float32, the type of logits
 _FLOATS: dict[str, _Range] = {
@@ -76,80 +76,71 @@ _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetitio
 _FILTERS: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 
 
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidArgumentError(f"{name} must be an integer, not {value!r}")
-    return int(value)
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidArgumentError(f"{name} must be a number, not {value!r}")
-    number = float(value)
-    if math.isnan(number):
-        raise InvalidArgumentError(f"{name} must not be NaN")
-    return number
+def _items(name: str, values: object, kind: str, most: int) -> Collection[Any]:
+    """`values`, if it is a collection of at most `most` items: whatever comes without a length may have no end."""
+    if isinstance(values, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(values, Collection):
+        raise InvalidArgumentError(f"{name} must be a list of {kind}, not {shown(values)}")
+    try:
+        length = len(values)
+    except TypeError:  # a NumPy array without dimensions
+        raise InvalidArgumentError(f"{name} must be a list of {kind}, not {shown(values)}") from None
+    if length > most:
+        raise InvalidArgumentError(f"{name} holds {length} {kind}, at most {most}")
+    return values
 
 
 def _token_id(name: str, value: object) -> int:
-    token = _integer(name, value)
-    if not 0 <= token <= INT32_MAX:
-        raise InvalidArgumentError(f"{name}: {token} is not a token id")
-    return token
+    return integer(f"a token id of {name}", value, 0, INT32_MAX)
 
 
 def _token_ids(name: str, values: object) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise InvalidArgumentError(f"{name} must be a list of token ids, not {values!r}")
-    return tuple(_token_id(name, value) for value in values)
+    return tuple(_token_id(name, value) for value in _items(name, values, "token ids", MAX_IDS))
 
 
 def _logit_bias(values: object) -> dict[int, float]:
     if not isinstance(values, Mapping):
-        raise InvalidArgumentError(f"logit_bias must map token ids to numbers, not {values!r}")
+        raise InvalidArgumentError(f"logit_bias must map token ids to numbers, not {shown(values)}")
+    if len(values) > MAX_IDS:
+        raise InvalidArgumentError(f"logit_bias holds {len(values)} token ids, at most {MAX_IDS}")
     bias: dict[int, float] = {}
     for key, value in values.items():
         # JSON has no integer keys, so requests written for HTTP interfaces bring strings.
-        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        token = int(key) if isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdigit() else key
         token = _token_id("logit_bias", token)
-        number = _number(f"logit_bias of token {token}", value)
-        if not number <= _LARGEST or (number < -_LARGEST and not math.isinf(number)):
-            raise InvalidArgumentError(f"logit_bias of token {token} is out of range: {value!r}")
+        real = number(f"logit_bias of token {token}", value)
+        if not real <= _LARGEST or (real < -_LARGEST and not math.isinf(real)):
+            raise InvalidArgumentError(f"logit_bias of token {token} is out of range: {shown(value)}")
         if token in bias:
             raise InvalidArgumentError(f"logit_bias names token {token} twice")
-        bias[token] = number
+        bias[token] = real
     return bias
 
 
 def _stop_strings(values: object) -> tuple[str, ...]:
-    if isinstance(values, str):
-        values = (values,)
-    if isinstance(values, bytes) or not isinstance(values, Iterable):
-        raise InvalidArgumentError(f"stop must be a string or a list of strings, not {values!r}")
-    strings = tuple(values)
+    strings = (values,) if isinstance(values, str) else tuple(_items("stop", values, "strings", MAX_STOP_STRINGS))
     for string in strings:
         if not isinstance(string, str):
-            raise InvalidArgumentError(f"stop must hold strings, not {string!r}")
+            raise InvalidArgumentError(f"stop must hold strings, not {shown(string)}")
         if not string:
             raise InvalidArgumentError("stop must not hold an empty string: it would end every text at once")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidArgumentError(f"stop holds {len(strings)} strings, at most {MAX_STOP_STRINGS}")
+    strings = tuple(dict.fromkeys(strings))
+    size = sum(map(len, strings))
+    if size > MAX_STOP_CHARACTERS:
+        raise InvalidArgumentError(f"stop holds {size} characters, at most {MAX_STOP_CHARACTERS}")
     return strings
 
 
 def _check(name: str, value: Any) -> Any:
     """The value in its normal form; InvalidArgumentError naming the field if it has none."""
     if name in _INTEGERS:
-        number = _integer(name, value)
-        _INTEGERS[name].check(name, number)
-        return number
+        return integer(name, value, *_INTEGERS[name])
     if name in _FLOATS:
-        real = _number(name, value)
+        real = number(name, value)
         _FLOATS[name].check(name, real)
         return real
     if name in _BOOLEANS:
         if not isinstance(value, bool):
-            raise InvalidArgumentError(f"{name} must be True or False, not {value!r}")
+            raise InvalidArgumentError(f"{name} must be True or False, not {shown(value)}")
         return value
     if name in _ID_LISTS:
         return _token_ids(name, value)
@@ -293,9 +284,9 @@ class SamplingParams:
             if field_name not in known:
                 import difflib
 
-                near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+                near = difflib.get_close_matches(name[:64], [*known, *ALIASES], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"unknown sampling parameter {name!r}{hint}")
+                raise TypeError(f"unknown sampling parameter {shown(name)}{hint}")
             if field_name in given_as:
                 raise InvalidArgumentError(
                     f"{given_as[field_name]} and {name} are the same parameter: give one of them"
@@ -334,10 +325,8 @@ class SamplingParams:
 def _model_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling values of a generation_config.json, checked like a caller's."""
     if not isinstance(defaults.get("do_sample", False), bool):
-        raise ModelFormatError(f"generation_config.json: do_sample is {defaults['do_sample']!r}")
+        raise ModelFormatError(f"generation_config.json: do_sample is {shown(defaults['do_sample'])}")
     try:
-        return {
-            name: _check(name, defaults[name]) for name in _FROM_MODEL if defaults.get(name) is not None
-        }
+        return {name: _check(name, defaults[name]) for name in _FROM_MODEL if defaults.get(name) is not None}
     except InvalidArgumentError as error:
         raise ModelFormatError(f"generation_config.json: {error}") from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,17 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"pyengine: {_core.__file__}",
         f"pyengine: ISA {_core.active_isa()} of {', '.join(_core.available_isas())}, threads: {threads}",
     ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is heard, here and in the processes that tests start: under nohup, or in the background of a shell, it is ignored,
+    and children inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

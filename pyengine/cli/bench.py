@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
 from pyengine.cli.roofline import Bound, Roofline, Work
+from pyengine.cli.terminal import say
 from pyengine.errors import PyEngineError
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def print_table(rows: Sequence[Row]) -> None:
         )
         share = "" if row.of_limit is None else f"{row.of_limit:.0%} {r['limit']}"
         columns = [row.model, size, params, str(row.threads), row.isa, row.test, speed, f"{r['median']:.2f}", share]
-        print(f"| {' | '.join(columns)} |")
+        say(f"| {' | '.join(columns)} |")
 
 
 def run(argv: list[str]) -> int:

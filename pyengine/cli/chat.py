@@ -7,7 +7,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from pyengine.cli import EXIT_INTERRUPTED, options
+from pyengine.cli import EXIT_INTERRUPTED, options, terminal
 from pyengine.errors import ContextFullError
 
 if TYPE_CHECKING:
@@ -69,15 +69,13 @@ class Conversation:
         with contextlib.suppress(KeyboardInterrupt):
             for piece in pieces:
                 said.append(piece.text)
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+                terminal.write(piece.text)
                 result = piece.result
                 if result is not None:
                     break  # the stream ends with `pieces`, after our newline: it may have a warning to show
         answer = "".join(said)
         if not answer.endswith("\n"):
-            sys.stdout.write("\n")
-        sys.stdout.flush()
+            terminal.write("\n")
         self.messages = [*turn, {"role": "assistant", "content": answer}]
         return result
 
@@ -86,7 +84,8 @@ class Lines:
     """What the user types: with editing and history on a terminal, plain lines otherwise."""
 
     def __init__(self) -> None:
-        self.is_terminal = sys.stdin.isatty()
+        self._input = options.stdin()
+        self.is_terminal = self._input.isatty()
         self._edits = self.is_terminal and sys.stdout.isatty()
         if self._edits:
             with contextlib.suppress(ImportError):
@@ -102,8 +101,11 @@ class Lines:
                 return None
         if self.is_terminal:  # stdout goes elsewhere, and gets only what the model says
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        return line.rstrip("\n") if line else None
+        line = self._input.readline()
+        return line.removeprefix("\ufeff").rstrip("\n") if line else None
+
+
+COMMANDS = ("/reset", "/help", "/exit")
 
 
 def command(line: str, conversation: Conversation) -> bool:
@@ -115,7 +117,7 @@ def command(line: str, conversation: Conversation) -> bool:
     elif line == "/help":
         print(HELP, file=sys.stderr)
     else:
-        print(f"there is no command {line.split()[0]}; /help lists them", file=sys.stderr)
+        terminal.warn(f"there is no command {line.split()[0]}; /help lists them")
     return True
 
 
@@ -129,10 +131,10 @@ def say(line: str, conversation: Conversation, engine: Engine, *, verbose: bool,
     except ContextFullError as error:
         if not is_terminal:
             raise
-        print(f"pyengine: error: {sentence(error)}; /reset starts anew", file=sys.stderr)
+        terminal.warn(f"pyengine: error: {sentence(error)}; /reset starts anew")
         return
     if verbose and result is not None:
-        print(timings_line(result, engine), file=sys.stderr)
+        terminal.warn(timings_line(result, engine))
 
 
 def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: bool) -> int:
@@ -145,7 +147,8 @@ def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: 
             if line is None:
                 return 0
             line = line.strip()
-            if line.startswith("/"):
+            # Through a pipe comes what people ask, and a path is a question too.
+            if line in COMMANDS or (line.startswith("/") and lines.is_terminal):
                 if not command(line, conversation):
                     return 0
             elif line:
@@ -162,12 +165,12 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     params = options.sampling_params(args)
     options.tolerant_stdout()
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
+    if hasattr(stdin := options.stdin(), "reconfigure"):
+        stdin.reconfigure(errors="replace")
     with options.open_engine(args) as engine:
         _ = engine.chat_template  # a model without one is refused now and not after the first question
         conversation = Conversation(engine, params, args.system)
         lines = Lines()
         if lines.is_terminal:
-            print(f"{engine.metadata.get('name') or engine.path.name}; /help lists the commands", file=sys.stderr)
+            terminal.warn(f"{engine.metadata.get('name') or engine.path.name}; /help lists the commands")
         return converse(conversation, lines, engine, args.verbose)

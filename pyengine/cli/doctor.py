@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 import platform
-import sys
 from typing import Any
 
 from pyengine.cli import options
+from pyengine.cli.terminal import say, warn
 
 EPILOG = """\
 examples:
@@ -99,11 +99,16 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def cache() -> dict[str, Any]:
+def cache(warnings: list[str]) -> dict[str, Any]:
     """Where checkpoints are kept frozen, how many there are, and their bytes."""
+    from pyengine.errors import PyEngineError
     from pyengine.freeze.cache import cache_directory
 
-    directory = cache_directory()
+    try:
+        directory = cache_directory()
+    except PyEngineError as error:
+        warnings.append(str(error))
+        return {"path": None, "models": 0, "bytes": 0}
     files = [path.stat().st_size for path in directory.glob("*.safetensors")] if directory.is_dir() else []
     return {"path": str(directory), "models": len(files), "bytes": sum(files)}
 
@@ -128,7 +133,7 @@ def diagnose() -> dict[str, Any]:
         "machine": {"system": platform.system(), "release": platform.release(), "architecture": platform.machine()},
         "isa": instruction_sets(warnings),
         "threads": threads(warnings),
-        "cache": cache(),
+        "cache": cache(warnings),
         "model": model(warnings),
         "warnings": warnings,
     }
@@ -146,7 +151,7 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("kernels", f"{', '.join(isa['available'])}; chosen: {isa['chosen'] or 'none'} ({isa['reason']})"),
         ("threads", f"{t['chosen']} ({t['reason']}; CPUs {t['cpus']}, affinity {t['n_affinity']}, quota {quota})"),
         ("throttled", stops),
-        ("cache", f"{c['path']} ({c['models']} models, {c['bytes'] / 2**20:.1f} MiB)"),
+        ("cache", f"{c['path'] or 'none'} ({c['models']} models, {c['bytes'] / 2**20:.1f} MiB)"),
         ("default model", f"{m['default'] or 'none'} ({m['reason']})"),
     ]
 
@@ -158,7 +163,7 @@ def run(argv: list[str]) -> int:
         print(json.dumps(facts))
         return 0
     for label, value in text_lines(facts):
-        print(f"{label + ':':15} {value}")
+        say(f"{label + ':':15} {value}")
     for warning in facts["warnings"]:
-        print(f"pyengine: warning: {warning}", file=sys.stderr)
+        warn(f"pyengine: warning: {warning}")
     return 0

@@ -6,6 +6,7 @@ import os
 import sys
 
 from pyengine.cli import EXIT_ERROR, EXIT_USAGE, UsageError, abandon_stdout
+from pyengine.cli.terminal import visible, warn
 from pyengine.errors import PyEngineError
 
 
@@ -27,10 +28,10 @@ def report(error: Exception) -> int:
     if os.environ.get("PYENGINE_TRACEBACK", "") not in ("", "0"):
         import traceback
 
-        traceback.print_exception(type(error), error, error.__traceback__)
+        sys.stderr.write(visible("".join(traceback.format_exception(error)), keep="\n"))
     try:
         sys.stdout.flush()  # what was said before the error comes before it
     except OSError:  # perhaps this was the error: a disk that is full
         abandon_stdout()
-    print(f"pyengine: error: {sentence(error)}", file=sys.stderr)
+    warn(f"pyengine: error: {sentence(error)}")
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
@@ -26,6 +27,9 @@ that holds it: with a smaller stride a token sees more of what comes before it, 
 with different tokenizers, perplexities do not.
 
 {options.ENVIRONMENT}"""
+
+
+SPARE_TOKENS = 64
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,12 +101,42 @@ def score_windows(engine: Engine, tokens: Sequence[int], ctx: int, stride: int) 
         yield tally
 
 
-def read_text(path: Path) -> str:
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+class Text:
+    """A UTF-8 text in a binary file, read as far as it is needed."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._n_decoded = 0  # bytes
+        self.text = ""
+        self.is_whole = False
+
+    def read(self, n_bytes: int = -1) -> None:
+        """Add n_bytes more (all that is left if negative) to `text`. Raises UsageError for what is no UTF-8."""
+        data = self._file.read(n_bytes)
+        self.is_whole = n_bytes < 0 or len(data) < n_bytes
+        pending = len(self._decoder.getstate()[0])
+        try:
+            self.text += self._decoder.decode(data, final=self.is_whole)
+        except UnicodeDecodeError as error:
+            at = self._n_decoded - pending + error.start
+            raise UsageError(f"{self._name} is no UTF-8 text: byte {at} is {error.object[error.start]:#04x}") from None
+        self._n_decoded += len(data)
+
+
+def first_tokens(engine: Engine, text: Text, limit: int | None) -> list[int]:
+    """Token ids of the text, or its first `limit`: then only as much is read and tokenized as they take."""
+    if limit is None:
+        text.read()
+        return engine.tokenize(text.text, add_bos=False)
+    while True:
+        text.read(max(len(text.text), 16 * limit, 1 << 16))
+        # What comes behind the part may change its last tokens: it ends with a word, and there must be tokens to spare.
+        end = len(text.text) if text.is_whole else text.text.rstrip().rfind(" ") + 1
+        tokens = engine.tokenize(text.text[: end or None], add_bos=False)
+        if text.is_whole or len(tokens) >= limit + SPARE_TOKENS:
+            return tokens[:limit]
 
 
 def run(argv: list[str]) -> int:
@@ -110,10 +144,13 @@ def run(argv: list[str]) -> int:
     stride = args.stride or max(1, args.ctx // 2)
     if args.ctx < 2 or stride > args.ctx:
         raise UsageError(f"--ctx is {args.ctx} and --stride {stride}: expected ctx >= 2 and stride <= ctx")
-    text = read_text(args.file)
-    with options.open_engine(args) as engine, ProgressLine("eval") as line:
+    with contextlib.ExitStack() as stack:
+        name = str(args.file)
+        file = options.stdin().buffer if name == "-" else stack.enter_context(open(name, "rb"))
+        engine = stack.enter_context(options.open_engine(args))
+        line = stack.enter_context(ProgressLine("eval"))
         ctx = min(args.ctx, engine.n_ctx)
-        tokens = engine.tokenize(text, add_bos=False)[: args.limit]
+        tokens = first_tokens(engine, Text(file, name), args.limit)
         if len(tokens) < 2:
             raise UsageError(f"{args.file} has {len(tokens)} tokens, nothing to predict")
         tally = Tally()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
+from pyengine.cli.terminal import warn
 from pyengine.errors import PyEngineError
 from pyengine.files import is_safetensors
 from pyengine.format.reader import FrozenFile
@@ -76,5 +77,5 @@ def run(argv: list[str]) -> int:
         )
     if sys.stderr.isatty():
         size = args.output.stat().st_size / 2**20
-        print(f"{args.output}: {size:.1f} MiB in {time.monotonic() - started:.1f} s", file=sys.stderr)
+        warn(f"{args.output}: {size:.1f} MiB in {time.monotonic() - started:.1f} s")
     return 0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
-from pyengine.cli import EXIT_INTERRUPTED, UsageError, options
+from pyengine.cli import EXIT_INTERRUPTED, UsageError, options, terminal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; - reads it from stdin")
     add("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the same, as an option")
-    add("-f", "--file", metavar="FILE", help="read the prompt from FILE, less its final newline")
+    add("-f", "--file", metavar="FILE", help="read the prompt from FILE, UTF-8 text, less its final newline")
     add("--special", action="store_true", help="special tokens that the prompt spells (<|im_start|>) are those tokens")
     add("--json", action="store_true", help="one JSON object at the end: text, tokens, reason, seed, timings")
     add("-v", "--verbose", action="store_true", help="timings on stderr afterwards")
@@ -47,16 +46,17 @@ def read_prompt(args: argparse.Namespace) -> str:
     if args.file is None and given[0] != "-":
         return options.unescape(given[0]) if args.escape else str(given[0])
     if args.file is None:
-        data = sys.stdin.buffer.read()
+        data = options.stdin().buffer.read()
     else:
         with open(args.file, "rb") as file:
             data = file.read()
     try:
-        text: str = data.decode("utf-8")
+        text: str = data.decode("utf-8-sig")  # some editors begin a text with a mark of its encoding
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{args.file or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}"
         ) from None
+    text = text.replace("\r\n", "\n")
     return text[:-1] if text.endswith("\n") else text
 
 
@@ -80,16 +80,14 @@ def write_stream(pieces: Iterator[Piece]) -> Generation | None:
         for piece in pieces:
             if piece.text:
                 last = piece.text  # before it is written: an interrupt may fall between any two lines
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+                terminal.write(piece.text)
             if piece.result is not None:
                 return piece.result
     except KeyboardInterrupt:
         pass
     finally:
         if not last.endswith("\n"):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            terminal.write("\n")
     return None
 
 
@@ -122,5 +120,5 @@ def run(argv: list[str]) -> int:
         if result is None:
             return EXIT_INTERRUPTED
         if args.verbose:
-            print(timings_line(result, engine), file=sys.stderr)
+            terminal.warn(timings_line(result, engine))
     return 0

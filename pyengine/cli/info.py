@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
+from pyengine.cli.terminal import say
 
 if TYPE_CHECKING:
     from pyengine.format.reader import FrozenFile
@@ -155,7 +156,7 @@ def run(argv: list[str]) -> int:
         print(json.dumps(facts))
         return 0
     for label, value in text_lines(facts):
-        print(f"{label + ':':15} {value}")
+        say(f"{label + ':':15} {value}")
     if args.tensors:
         print(f"\n{'offset':>14} {'bytes':>14}  tensor")
         for tensor in facts["tensors"]:

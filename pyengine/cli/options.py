@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from pyengine.cli import COMMANDS, UsageError
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
@@ -259,11 +259,19 @@ def open_engine(args: argparse.Namespace) -> Engine:
 
 def show_warnings() -> None:
     """What the engine notices about its threads goes to stderr, in the form of an error."""
+    from pyengine import cpu_watch
+    from pyengine.cli.terminal import warn
+
+    cpu_watch.say = lambda message: warn(f"pyengine: warning: {message}")
+
+
+def stdin() -> TextIO:
+    """Standard input. Raises UsageError if whoever started us has closed it."""
     import sys
 
-    from pyengine import cpu_watch
-
-    cpu_watch.say = lambda message: print(f"pyengine: warning: {message}", file=sys.stderr)
+    if sys.stdin is None:
+        raise UsageError("standard input is closed")
+    return sys.stdin
 
 
 def tolerant_stdout() -> None:

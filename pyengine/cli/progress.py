@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from pyengine.cli.terminal import visible
+
 REFRESH_S = 0.1
 
 
@@ -35,7 +37,7 @@ class ProgressLine:
 
         self._shown_at = now
         width = shutil.get_terminal_size().columns - 1  # the last column would wrap
-        self._stream.write(f"\r\x1b[K{text[:width]}")
+        self._stream.write(f"\r\x1b[K{visible(text)[:width]}")
         self._stream.flush()
 
     def clear(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from pyengine.cli import EXIT_ERROR, options
 from pyengine.cli.progress import ProgressLine
+from pyengine.cli.terminal import say, warn
 
 EPILOG = f"""\
 examples:
@@ -89,7 +89,7 @@ def run(argv: list[str]) -> int:
         facts = {"path": str(path), "ok": not differences, "tensors": n_tensors, "isas": [] if wrong else isas}
         print(json.dumps({**facts, "differences": differences}))
     elif not differences:
-        print(f"{path}: {n_tensors} checksums and the golden outputs on {', '.join(isas)} are right")
+        say(f"{path}: {n_tensors} checksums and the golden outputs on {', '.join(isas)} are right")
     for difference in differences:
-        print(f"pyengine: error: {path}: {difference}", file=sys.stderr)
+        warn(f"pyengine: error: {path}: {difference}")
     return EXIT_ERROR if differences else 0

@@ -7,7 +7,6 @@ known is refused by its name, except below ``extra``.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -199,7 +198,7 @@ class FrozenConfig:
         if self.q_dim > MAX_DIM:
             raise ModelFormatError(f"config: n_heads * head_dim {self.q_dim} exceeds {MAX_DIM}")
         eps = self.norm_eps
-        if type(eps) not in (float, int) or not math.isfinite(eps) or not 1e-30 <= eps <= 1:
+        if type(eps) not in (float, int) or not 1e-30 <= eps <= 1:  # NaN is not; no float is made of an integer
             raise ModelFormatError(f"config: norm_eps must be in 1e-30..1, not {eps!r:.80}")
         self._check_tokens()
         object.__setattr__(self, "layers", _check_layers(self.layers, self.n_layers))

@@ -27,11 +27,16 @@ _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def cache_directory() -> Path:
-    """$PYENGINE_CACHE, else pyengine/ in the user's cache directory as XDG has it."""
+    """$PYENGINE_CACHE, else pyengine/ in the user's cache directory as XDG has it. Raises SystemCallError if there is none."""
     if own := os.environ.get("PYENGINE_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pyengine"
+    if os.path.isabs(base):
+        return Path(base) / "pyengine"
+    try:
+        return Path.home() / ".cache" / "pyengine"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        raise SystemCallError("there is no home directory to keep frozen models in; PYENGINE_CACHE names another") from None
 
 
 def _identity(path: Path) -> bytes:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.strict_json import parse_json_object
+from ..text.tokenizer import Tokenizer
 from .fields import Fields
 
 # tokenizer.ggml.token_type
@@ -348,17 +349,7 @@ def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
 
 def check_tokenizer_json(text: bytes, vocab_size: int) -> dict[str, int]:
     """Load the tokenizer as the engine will; its vocabulary, added tokens too. Ids must fit the embedding matrix."""
-    import tokenizers
-
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(text)
-    except Exception as error:  # the library raises bare Exception
-        raise ModelFormatError(f"tokenizer.json does not load: {error}") from None
-    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    highest = max(vocabulary.values(), default=0)
-    if highest >= vocab_size:
-        raise ModelFormatError(f"tokenizer.json has token id {highest}, the model only {vocab_size} embeddings")
-    return vocabulary
+    return Tokenizer(text, vocab_size=vocab_size).vocabulary()
 
 
 def json_bytes(document: dict[str, Any], what: str, **style: Any) -> bytes:

@@ -10,26 +10,28 @@ import time
 from typing import TYPE_CHECKING
 
 from pyengine.results import FinishReason, Generation, Piece, Timings, TokenLogprob
-from pyengine.text.decoder import IncrementalDecoder
-from pyengine.text.stops import StopMatcher
+from pyengine.text.output import OutputText
 
 if TYPE_CHECKING:
     from pyengine._sampler import Sampler
     from pyengine.sampling import ResolvedParams
+    from pyengine.text.stops import StopStrings
     from pyengine.text.tokenizer import Tokenizer
 
 
 class _Reading:
     """The text of outputs[:n_read], and one piece a token."""
 
-    __slots__ = ("decoder", "finish_reason", "is_torn", "n_read", "pieces", "stop_reason", "stops", "text")
+    __slots__ = ("finish_reason", "is_torn", "n_read", "pieces", "stop_reason", "text", "words")
 
     def __init__(self, output: Output) -> None:
         params = output.params
-        self.decoder = IncrementalDecoder(
-            output.tokenizer, skip_special_tokens=params.skip_special_tokens, continuation=True
+        self.words = OutputText(
+            output.tokenizer,
+            output.stops,
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop_str=params.include_stop_str_in_output,
         )
-        self.stops = StopMatcher(params.stop, include_stop_str=params.include_stop_str_in_output)
         self.n_read = 0
         self.text = ""
         self.pieces: list[Piece] = []
@@ -39,25 +41,25 @@ class _Reading:
 
     def push(self, token: int) -> str:
         """Text that is certain after `token`."""
-        text = self.stops.push(self.decoder.push(token))
-        if self.stops.matched is not None:
-            self.finish_reason, self.stop_reason = "stop", self.stops.matched
+        text = self.words.push(token)
+        if self.words.matched is not None:
+            self.finish_reason, self.stop_reason = "stop", self.words.matched
         return text
 
     def finish(self, reason: FinishReason) -> str:
-        """Flush what the decoder and the stop matcher held back."""
-        text = self.stops.push(self.decoder.finish())
-        if self.stops.matched is None:
-            text += self.stops.finish()
+        """Flush what was held back."""
+        text = self.words.finish()
+        if self.words.matched is None:
             self.finish_reason = reason
         else:
-            self.finish_reason, self.stop_reason = "stop", self.stops.matched
+            self.finish_reason, self.stop_reason = "stop", self.words.matched
         return text
 
 
 class Output:
     """One output in progress.
 
+    stops          the stop strings of params
     prompt_tokens  length of the prompt
     n_ctx          positions of the context
     end_ids        the model's end-of-text tokens, those that count for this request
@@ -68,6 +70,7 @@ class Output:
         sampler: Sampler,
         params: ResolvedParams,
         tokenizer: Tokenizer,
+        stops: StopStrings,
         *,
         prompt_tokens: int,
         n_ctx: int,
@@ -75,6 +78,7 @@ class Output:
     ) -> None:
         self.params = params
         self.tokenizer = tokenizer
+        self.stops = stops
         self.cached_tokens = 0
         self.started = time.monotonic()
         self._sampler = sampler

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyengine import _core
     from pyengine.results import Generation
     from pyengine.sampling import ResolvedParams
+    from pyengine.text.stops import StopStrings
     from pyengine.text.tokenizer import Tokenizer
 
 _numbers = itertools.count()
@@ -106,6 +107,7 @@ class GenerationRequest(Request):
         caller: Caller,
         prompt: Sequence[int],
         params: ResolvedParams,
+        stops: StopStrings,
         *,
         index: int,
         tokenizer: Tokenizer,
@@ -121,7 +123,7 @@ class GenerationRequest(Request):
         if params.repetition_penalty != 1.0:
             self.sampler.accept_prompt(array("i", prompt))
         self.output = Output(
-            self.sampler, params, tokenizer, prompt_tokens=len(prompt), n_ctx=n_ctx, end_ids=end_ids
+            self.sampler, params, tokenizer, stops, prompt_tokens=len(prompt), n_ctx=n_ctx, end_ids=end_ids
         )
         self.interactive = interactive
         self.n_taken = 0  # pieces that the caller has read

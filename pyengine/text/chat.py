@@ -1,9 +1,8 @@
 """Chat templates: messages to token ids, by the jinja2 template that the model ships (jinja2 is imported on first use).
 
-**A template is hostile until shown otherwise.** It runs in jinja2's ImmutableSandboxedEnvironment, further cut down in
-sandbox.py so that it must come back: a thread cannot be killed from outside, so every turn of a loop, call and
-filter looks at the clock, and between two looks only work of bounded size is possible. No signal, no second process and no
-trace function is involved, so it works in any thread.
+**A template is hostile until shown otherwise.** A plain one, as nearly all are, is evaluated step by step in this process
+(plain_template.py); any other one is rendered by jinja2's sandbox in a process of its own, which can be killed
+(template_process.py). What a caller gives it is data of JSON's types (messages.py).
 
 **Special tokens come only from the template.** If no string of the messages holds (or ends with the beginning of) the spelling of
 a special token, the rendered text is tokenized as it is. Otherwise a private-use character, unused anywhere else, is put into
@@ -15,37 +14,59 @@ a string, or compares it with a special token, then sees the mark: only content 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError, TemplateError
+from pyengine.text.messages import plain_data, plain_messages
+from pyengine.text.prompts import check_length
 from pyengine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pyengine.text.template_process import TemplateProcess
 
 MAX_TEMPLATE = 1 << 18  # characters of a template; the longest in use have about 20,000
 MAX_OUTPUT = 1 << 23  # characters of a rendered conversation
-TIME_LIMIT = 2.0  # seconds
+TIME_LIMIT = 1.0  # seconds of CPU time, for templates that are not plain
 
 _MARKS = range(0xE000, 0xF900)  # the private use area of the basic plane
 
 
 class ChatTemplate:
-    """A compiled chat template. Rendering may run in any thread.
+    """A chat template. Rendering may run in any thread.
 
-    source        the jinja2 template
+    source        the jinja2 template, as text or UTF-8
     bos_token, eos_token   their spelling, which templates refer to
     Raises TemplateError if the source is too long or no template.
     """
 
-    def __init__(self, source: str, *, bos_token: str | None = None, eos_token: str | None = None) -> None:
+    def __init__(self, source: str | bytes, *, bos_token: str | None = None, eos_token: str | None = None) -> None:
+        if isinstance(source, bytes):
+            try:
+                source = source.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise TemplateError(
+                    f"the chat template is no UTF-8 text: {error.reason} at byte {error.start}"
+                ) from None
         if not isinstance(source, str):
-            raise TemplateError(f"a chat template must be a string, not {type(source).__name__}")
+            raise TemplateError(f"a chat template must be a string, not {shown(source)}")
         if len(source) > MAX_TEMPLATE:
             raise TemplateError(f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE}")
+        from pyengine.text import plain_template
+        from pyengine.text.plain_values import NotPlain
+
         self.source = source
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
-        from pyengine.text import sandbox
+        self._not_plain = NotPlain
+        self._plain = plain_template.parse(source)
+        self._process: TemplateProcess | None = None
+        if self._plain is None:
+            self._in_process().start()  # now, since whether it is a template is seen there
 
-        self._sandbox = sandbox
-        self._template = sandbox.compile_template(source)
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is rendered in this process."""
+        return self._plain is not None
 
     def render(
         self,
@@ -58,51 +79,58 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text, as transformers' `apply_chat_template(tokenize=False)` gives it.
 
-        `variables` are further names for the template. TemplateError if it raises, or exceeds a limit."""
-        context = {
-            **self._tokens,
-            **variables,
-            "messages": _check_messages(messages),
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return self._sandbox.render(self._template, context, MAX_OUTPUT, time_limit)
+        `variables` are further names for the template. TemplateError if it raises, or exceeds a limit; InvalidArgumentError for
+        messages, tools and variables that are no data."""
+        options = plain_data({**variables, "add_generation_prompt": add_generation_prompt}, "variables")
+        return self._render(plain_messages(messages), plain_data(tools, "tools"), options, time_limit)
+
+    def _render(self, messages: Any, tools: Any, options: Mapping[str, Any], time_limit: float = TIME_LIMIT) -> str:
+        context = {**self._tokens, **options, "messages": messages, "tools": tools}
+        if self._plain is not None:
+            try:
+                return self._plain.render(context, MAX_OUTPUT)
+            except self._not_plain:
+                pass
+        return self._in_process().render(context, MAX_OUTPUT, time_limit)
+
+    def _in_process(self) -> TemplateProcess:
+        if self._process is None:
+            from pyengine.text.template_process import TemplateProcess
+
+            self._process = TemplateProcess(self.source, TIME_LIMIT)
+        return self._process
+
+    def close(self) -> None:
+        """End the process that renders it, if there is one."""
+        if self._process is not None:
+            self._process.close()
 
     def encode(
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, Any]],
         *,
+        n_ctx: int | None = None,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:
-        """The conversation as token ids. BOS is there if the template writes it, as in transformers."""
-        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **variables}
-        strings = list(_strings([_check_messages(messages), tools, variables]))
-        if not any(_threatens(tokenizer, string) for string in strings):
-            text = self.render(messages, tools=tools, **options)
-            return tokenizer.encode(text, add_bos=False, parse_special=True)
-        mark = _unused_mark([self.source, *strings])
-        marked = _map_strings(
-            {"messages": list(messages), "tools": tools, "variables": variables},
-            lambda string: _mark(tokenizer, string, mark),
-        )
-        options |= marked["variables"]
-        text = self.render(marked["messages"], tools=marked["tools"], **options)
-        return tokenizer.encode_marked(text, mark)
-
-
-def _check_messages(messages: object) -> list[Mapping[str, Any]]:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise InvalidArgumentError("messages must be a list of {'role': ..., 'content': ...}")
-    checked = list(messages)
-    for message in checked:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidArgumentError(f"a message must be a mapping with a string 'role', not {message!r}")
-    if not checked:
-        raise InvalidArgumentError("messages is empty")
-    return checked
+        """The conversation as token ids. BOS is there if the template writes it, as in transformers. Raises what `render` raises,
+        and ContextFullError for a text that cannot fit `n_ctx` positions."""
+        said, tools = plain_messages(messages), plain_data(tools, "tools")
+        options = plain_data({**variables, "add_generation_prompt": add_generation_prompt}, "variables")
+        strings = list(_strings([said, tools, options]))
+        mark = None
+        if any(_threatens(tokenizer, string) for string in strings):
+            mark = _unused_mark([self.source, *strings, *tokenizer.special_tokens])
+            broken = {string: _mark(tokenizer, string, mark) for string in strings}
+            said, tools, options = (_map_strings(data, broken.__getitem__) for data in (said, tools, options))
+        text = self._render(said, tools, options)
+        if n_ctx is not None:
+            check_length(tokenizer, text, n_ctx)
+        if mark is not None:
+            return tokenizer.encode_marked(text, mark)
+        return tokenizer.encode(text, add_bos=False, parse_special=True)
 
 
 # -------------------------------------------------------------------- marks
@@ -132,34 +160,20 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _open_tails(tokenizer: Tokenizer, string: str) -> list[int]:
-    """Where beginnings of special tokens stand at the end of `string` (spaces aside): what follows in the rendered text might
-    complete them."""
-    end = len(string.rstrip())
-    longest = max(map(len, tokenizer.special_tokens), default=0)
-    return [
-        begin
-        for begin in range(max(0, end - longest + 1), end)
-        if any(
-            end - begin < len(token) and token.startswith(string[begin:end])
-            for token in tokenizer.special_tokens
-        )
-    ]
-
-
 def _threatens(tokenizer: Tokenizer, string: str) -> bool:
-    return tokenizer.special_pattern.search(string) is not None or bool(_open_tails(tokenizer, string))
+    return tokenizer.special.occur_in(string) or bool(tokenizer.special.open_tails(string))
 
 
 def _mark(tokenizer: Tokenizer, string: str, mark: str) -> str:
-    """`string` with `mark` after the first character of each spelling of a special token, until none is left whole."""
-    for begin in reversed(_open_tails(tokenizer, string)):
+    """`string` with `mark` after the first character of each spelling of a special token, and of each that begins at its end."""
+    for begin in reversed(tokenizer.special.open_tails(string)):
         string = string[: begin + 1] + mark + string[begin + 1 :]
-    if any(len(match[0]) == 1 for match in tokenizer.special_pattern.finditer(string)):
-        raise InvalidArgumentError("the messages hold a special token of one character, whose spelling cannot be broken")
-    while tokenizer.special_pattern.search(string):
-        string = tokenizer.special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], string)
-    return string
+    broken = tokenizer.special.break_up(string, mark)
+    if tokenizer.special.occur_in(broken):
+        raise InvalidArgumentError(
+            "the messages hold a special token of one character, whose spelling cannot be broken"
+        )
+    return broken
 
 
 def _unused_mark(texts: Iterable[str]) -> str:

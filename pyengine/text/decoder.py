@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pyengine.errors import UnsupportedModelError
+from pyengine.arguments import shown
+from pyengine.errors import ModelFormatError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from pyengine.text.tokenizer import Tokenizer
@@ -39,26 +40,36 @@ class ByteSpelling:
         self._alphabet = _byte_level_alphabet()
         if decoder is None:
             raise UnsupportedModelError("the tokenizer has no decoder: what its tokens spell is unknown")
-        parts = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
+        parts = decoder.get("decoders") if decoder.get("type") == "Sequence" else [decoder]
+        if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+            raise ModelFormatError("tokenizer.json: decoders is no list of decoders")
         for part in parts:
             self._add(part)
 
     def _add(self, part: Mapping[str, Any]) -> None:
-        kind = part.get("type")
+        kind, pattern = part.get("type"), part.get("pattern")
         if kind == "ByteLevel":
             self.byte_level = True
         elif kind == "ByteFallback":
             self.byte_fallback = True
         elif kind == "Metaspace":
-            self.space = part["replacement"]
+            self.space = _text(part.get("replacement"))
             scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
             self.strip_first_token = scheme != "never"
-        elif kind == "Replace" and part.get("content") == " " and "String" in part.get("pattern", {}):
-            self.space = part["pattern"]["String"]
-        elif kind == "Strip" and part.get("content") == " " and part.get("stop") == 0:
-            self.strip_left = int(part["start"])
+        elif kind == "Replace" and part.get("content") == " " and isinstance(pattern, Mapping) and "String" in pattern:
+            self.space = _text(pattern["String"])
+        elif (
+            kind == "Strip" and part.get("content") == " " and part.get("stop") == 0 and type(part.get("start")) is int
+        ):
+            self.strip_left = part["start"]
         elif kind != "Fuse":
-            raise UnsupportedModelError(f"tokenizer decoder {kind!r} is not supported")
+            raise UnsupportedModelError(f"tokenizer decoder {shown(kind)} is not supported")
+
+    def byte_tokens(self) -> list[str]:
+        """The 256 tokens that spell a byte each; none if the vocabulary has no such."""
+        if self.byte_level:
+            return sorted(self._alphabet, key=self._alphabet.__getitem__)
+        return [f"<0x{byte:02X}>" for byte in range(256)] if self.byte_fallback else []
 
     def bytes_of(self, token: str) -> bytes:
         if self.byte_level:
@@ -73,6 +84,12 @@ class ByteSpelling:
         return token.encode("utf-8", "replace")
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not 1 <= len(value) <= 16:
+        raise ModelFormatError(f"tokenizer.json: the decoder's space is {shown(value)}")
+    return value
+
+
 class IncrementalDecoder:
     """Text from ids, one at a time: `push` returns what is certain, always whole code points, `finish` the rest.
 
@@ -80,9 +97,7 @@ class IncrementalDecoder:
     from an earlier text and nothing is dropped. The pieces joined are `Tokenizer.decode` of all ids, which is built on this.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continuation: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continuation: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skipped: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -13,15 +13,23 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pyengine import fork
-from pyengine.errors import InvalidArgumentError, ModelFormatError
+from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
 from pyengine.text.decoder import ByteSpelling, IncrementalDecoder
+from pyengine.text.special import Spellings
+from pyengine.text.tokenizer_json import MAX_TOKEN, Effect, check_affixes, check_components
+from pyengine.text.tokenizer_json import check as tokenizer_json_check
 
 if TYPE_CHECKING:
     import tokenizers
+
+LONG_TEXT = 1 << 15  # characters; a millisecond or two
+MAX_SQUARES = 1 << 28  # of the lengths of runs of white space, for the patterns that cost as much
+_NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+_WHITE_SPACE = re.compile(r"\s+")
 
 
 def _token_text(value: object) -> str | None:
@@ -34,13 +42,14 @@ def _token_text(value: object) -> str | None:
 class Tokenizer:
     """A model's tokenizer; every method may be called from any thread.
 
-    tokenizer_json    the bytes of a tokenizer.json
+    tokenizer_json    the bytes of a tokenizer.json, which is checked (tokenizer_json.py) before it is believed
     config            tokenizer_config.json as parsed, or None
     bos_token_id, eos_token_ids   the model's, when its config names them; otherwise those of `config`
+    vocab_size        the model's: every id must be below it; None = any
 
     Attributes: `bos_id` (or None), `eos_ids`, `adds_bos` (whether texts begin with it), `vocab_size` (ids that mean
     something; a model may have more), `special_ids`, `special_tokens` ({text: id}).
-    Raises ModelFormatError for a file that the library refuses, UnsupportedModelError for a decoder that we do not know.
+    Raises ModelFormatError for a damaged file, UnsupportedModelError for a decoder or other component that we do not know.
     """
 
     def __init__(
@@ -50,17 +59,20 @@ class Tokenizer:
         *,
         bos_token_id: int | None = None,
         eos_token_ids: Iterable[int] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         config = config or {}
         self._json = bytes(tokenizer_json)
-        self._tokenizer = _load(self._json)
-        state = self._tokenizer.decoder.__getstate__() if self._tokenizer.decoder is not None else b"null"
-        self.spelling = ByteSpelling(json.loads(state))
+        self._account = tokenizer_json_check(self._json, vocab_size)
+        self.spelling = ByteSpelling(self._account.decoder)
+        self._tokenizer = _load(self._json, self._account.effect)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: id_ for id_, token in added.items() if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
-        self.special_pattern = _any_of(self.special_tokens)
+        self.special = Spellings(self.special_tokens)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._id_limit = 1 << 32 if vocab_size is None else vocab_size
+        self._check_ids(added)
         self.bos_id = bos_token_id if bos_token_id is not None else self._id_of(config.get("bos_token"))
         named = (self._id_of(config.get("eos_token")),)
         self.eos_ids = tuple(id_ for id_ in (named if eos_token_ids is None else eos_token_ids) if id_ is not None)
@@ -70,16 +82,25 @@ class Tokenizer:
         fork.register(self._lock, fork.PART)
         self._guard = ""
         self._guarded: tokenizers.Tokenizer | None = None
+        self._longest: int | None = None
+        self._unspelled = b""
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's spelling and id, added tokens too."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return vocabulary
 
     def _id_of(self, value: object) -> int | None:
         text = _token_text(value)
-        return None if text is None else self._tokenizer.token_to_id(text)
+        return None if text is None else self._tokenizer.token_to_id(_without_surrogates(text))
 
     def _wants_bos(self, configured: object) -> bool:
-        """tokenizer_config.json decides; if it is silent, what the file's post-processor does with an empty text."""
-        if isinstance(configured, bool):
-            return configured
-        return bool(self._tokenizer.encode("", add_special_tokens=True).ids[:1] == [self.bos_id])
+        """tokenizer_config.json decides; if it is silent, what the file's post-processor puts before a text."""
+        return configured if isinstance(configured, bool) else self._account.first_id == self.bos_id
+
+    def _check_ids(self, ids: Iterable[int]) -> None:
+        if (highest := max(ids, default=0)) >= self._id_limit:
+            raise ModelFormatError(f"tokenizer.json has token id {highest}, the model only {self._id_limit} embeddings")
 
     # ---------------------------------------------------------------- text -> ids
 
@@ -90,7 +111,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InvalidArgumentError(f"text must be a string, not {type(text).__name__}")
         text = _without_surrogates(text)
-        if parse_special or not self.special_pattern.search(text):
+        if parse_special or not self.special.occur_in(text):
             ids = self._ids(self._tokenizer, text)
         else:
             ids = self._ids(self._guarded_tokenizer(), text)
@@ -105,12 +126,40 @@ class Tokenizer:
         """Token ids of `text`, without BOS added, where special tokens are parsed unless they hold the character `mark`,
         which breaks their spelling and is removed: how chat templates keep content from becoming a special token."""
         guarded = self._guarded_tokenizer()
-        spelled = self.special_pattern.sub(lambda match: self._guard + match[0], _without_surrogates(text))
+        spelled = self.special.replace(_without_surrogates(text), lambda token: self._guard + token)
         return self._ids(guarded, spelled.replace(mark, ""))
 
-    @staticmethod
-    def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    def _ids(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+        if self._account.effect.is_quadratic:
+            squares = sum((run.end() - run.start()) ** 2 for run in _WHITE_SPACE.finditer(text))
+            if squares > MAX_SQUARES:
+                raise InvalidArgumentError("this model's tokenizer would take too long for such runs of white space")
+        if len(text) < LONG_TEXT:
+            ids: list[int] = _library(tokenizer.encode, text, add_special_tokens=False).ids
+        else:  # a batch of one is encoded without the interpreter's lock
+            ids = _library(tokenizer.encode_batch_fast, [text], add_special_tokens=False)[0].ids
+        self._check_ids(ids)
+        return ids
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens `text` has at least, without tokenizing it: its bytes by those of the longest token. 0 where nothing
+        can be said, as for a tokenizer that drops characters."""
+        if self._longest is None:
+            self._longest, self._unspelled = self._find_longest()
+        if not self._longest:
+            return 0
+        return -(-len(text.encode("utf-8", "replace").translate(None, self._unspelled)) // self._longest)
+
+    def _find_longest(self) -> tuple[int, bytes]:
+        """The most bytes of a text that one token can stand for, 0 if there is no bound; and the bytes that no token spells: they
+        may be left out, or share an unknown token."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        letters, shrinks_to = self.spelling.byte_tokens(), self._account.effect.shrinks_to
+        unspelled = bytes(byte for byte, letter in enumerate(letters) if letter not in vocabulary)
+        partly = not self.spelling.byte_level and not set(unspelled) <= _NEVER_IN_UTF8
+        if shrinks_to is None or self._account.tokens_strip or not letters or partly:
+            return 0, b""
+        return shrinks_to * max(len(token.encode("utf-8", "replace")) for token in vocabulary), unspelled
 
     def _guarded_tokenizer(self) -> tokenizers.Tokenizer:
         """Built when first needed: most texts never do."""
@@ -119,7 +168,7 @@ class Tokenizer:
                 import secrets
 
                 self._guard = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
-                self._guarded = _load(_respell_special(self._json, self._guard))
+                self._guarded = _load(_respell_special(self._json, self._guard), self._account.effect)
             return self._guarded
 
     # ---------------------------------------------------------------- ids -> text
@@ -133,6 +182,8 @@ class Tokenizer:
         data = self._bytes.get(id_)
         if data is None:
             token = self.token_text(id_)
+            if token is not None and len(token) > MAX_TOKEN:
+                raise ModelFormatError(f"tokenizer.json: token {id_} has {len(token)} characters, at most {MAX_TOKEN}")
             data = b"" if token is None else self.spelling.bytes_of(token)
             self._bytes[id_] = data
         return data
@@ -153,23 +204,39 @@ class Tokenizer:
 # -------------------------------------------------------------------- helpers
 
 
-def _load(tokenizer_json: bytes) -> tokenizers.Tokenizer:
+def _library(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of the library, whatever it raises as ModelFormatError: bare Exception, and panics, which are BaseException."""
+    try:
+        return call(*args, **kwargs)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ModelFormatError(f"tokenizer.json: {error}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelFormatError(f"tokenizer.json: the tokenizers library gave up: {error}") from None
+
+
+def _load(tokenizer_json: bytes, effect: Effect) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a file that `tokenizer_json.check` has passed with `effect`, reduced to what we ask it for."""
     with fork.importing:
         import tokenizers
 
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
-    except Exception as error:  # the library raises bare Exception
-        raise ModelFormatError(f"tokenizer.json: {error}") from None
+    tokenizer: tokenizers.Tokenizer = _library(tokenizers.Tokenizer.from_buffer, tokenizer_json)
     tokenizer.no_truncation()  # a file saved for training may cut or pad: silently, and nobody asked for it
     tokenizer.no_padding()
+    tokenizer.post_processor = None
+    parts = (tokenizer.normalizer, tokenizer.pre_tokenizer)
+    if check_components(*(None if part is None else json.loads(part.__getstate__()) for part in parts)) != effect:
+        raise ModelFormatError("tokenizer.json names its components twice")
+    model = tokenizer.model
+    if isinstance(model, tokenizers.models.BPE):
+        check_affixes(model.continuing_subword_prefix, model.end_of_word_suffix)
+        model.dropout = None  # for training: ids would be drawn
+    elif not isinstance(model, tokenizers.models.Unigram):
+        raise UnsupportedModelError(f"tokenizer model {type(model).__name__} is not supported")
     return tokenizer
-
-
-def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the strings, the longest first as the library does; nothing if there are none."""
-    longest_first = sorted((s for s in strings if s), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _without_surrogates(text: str) -> str:
@@ -184,10 +251,10 @@ def _without_surrogates(text: str) -> str:
 def _respell_special(tokenizer_json: bytes, guard: str) -> bytes:
     """The same tokenizer.json, ids and all, with `guard` before the spelling of every special token."""
     data = json.loads(tokenizer_json)
-    model = data["model"]
-    special = {token["content"] for token in data["added_tokens"] if token["special"]}
-    for token in data["added_tokens"]:
-        if token["special"]:
+    model, added = data["model"], data.get("added_tokens") or []
+    special = {token["content"] for token in added if token.get("special")}
+    for token in added:
+        if token.get("special"):
             token["content"] = guard + token["content"]
             token["normalized"] = False  # a normalizer must not touch the guard
 

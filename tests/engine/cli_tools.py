@@ -39,7 +39,7 @@ def run_process(
         input=input,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
     )
 
 

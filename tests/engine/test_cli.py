@@ -134,6 +134,13 @@ def test_four_ways_to_give_a_prompt(
     set_stdin(monkeypatch, b"hello\n")
     assert tokens("hello") == tokens("-p", "hello") == tokens("-f", file) == tokens("-") != tokens("hello\n")
     assert tokens("hello\n") == tokens(r"hello\n", "-e")
+    # Text as other systems write it is the same text.
+    for data in (b"hello\r\n", b"\xef\xbb\xbfhello\n", b"\xef\xbb\xbfhello\r\n", b"hello"):
+        file.write_bytes(data)
+        set_stdin(monkeypatch, data)
+        assert tokens("-f", file) == tokens("-") == tokens("hello")
+    file.write_bytes(b"a\r\nb\r\n\r\n")
+    assert tokens("-f", file) == tokens("a\nb\n")
 
 
 def test_generate_json_is_the_result(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +245,7 @@ def test_generate_imports_nothing_heavy(tiny_model: Path, tmp_path: Path) -> Non
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "generate", "-m", str(tiny_model), "hello", "-n", "4", "--temp", "1", "--stop", "q"],
-        cwd=tmp_path, env=cli_tools.environment(), capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env=cli_tools.environment(), capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.stderr == "0 []\n"
 

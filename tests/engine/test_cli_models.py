@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -17,8 +18,8 @@ from reference import fixtures
 
 import pyengine
 from pyengine import _core, cpu_watch
-from pyengine.cli import main
-from pyengine.cli.eval import windows
+from pyengine.cli import UsageError, main
+from pyengine.cli.eval import Text, first_tokens, windows
 from pyengine.format.inventory import count_parameters, kv_bytes_per_position
 from pyengine.format.reader import FrozenFile
 
@@ -272,6 +273,39 @@ def test_eval_in_windows(tiny_model: Path, tmp_path: Path, run: Callable[..., st
     assert facts["nll"] == pytest.approx(-total, rel=1e-12)
 
 
+def test_eval_reads_no_more_than_its_limit(
+    tiny_model: Path, tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"é word {number} and another\n" for number in range(200_000))
+    file, small = tmp_path / "text.txt", tmp_path / "small.txt"
+    file.write_text(text, encoding="utf-8")
+    with pyengine.Engine(tiny_model) as engine:
+        for limit in (2, 50, 30_000):
+            with open(file, "rb") as opened:
+                tokens = first_tokens(engine, Text(opened, "text"), limit)
+                assert opened.tell() <= max(4 << 16, 64 * limit)
+            assert tokens == engine.tokenize(text[: 16 * limit + 1000], add_bos=False)[:limit]
+        for whole in ("no", "spaceless" * 20_000, "é" * 100_000):
+            small.write_text(whole, encoding="utf-8")
+            with open(small, "rb") as opened:
+                assert first_tokens(engine, Text(opened, "text"), 9) == engine.tokenize(whole, add_bos=False)[:9]
+    facts = json.loads(run("eval", "-m", tiny_model, file, "--limit", 50, "--json"))
+    assert facts["tokens"] == 49
+
+
+def test_eval_names_the_byte_that_is_no_text(tmp_path: Path) -> None:
+    """Also where it lies behind a part that was read before, or in the middle of a character that was cut."""
+    data = "é".encode() * 1000
+    for at in (0, 1, 1000, 1001, 1999):
+        text = Text(io.BytesIO(data[:at] + b"\xff" + data[at + 1 :]), "x")
+        with pytest.raises(UsageError, match=rf"byte {at - at % 2} is"):  # of a character cut in two, its first
+            while not text.is_whole:
+                text.read(7)
+    text = Text(io.BytesIO(data[:-1]), "x")
+    with pytest.raises(UsageError, match="byte 1998 is 0xc3"):
+        text.read()
+
+
 def test_eval_with_bos_scores_every_token(tmp_path: Path, run: Callable[..., str]) -> None:
     from engine.cli_tools import write_talker
 
@@ -339,3 +373,20 @@ def test_smollm2_from_freeze_to_answer(smollm2_gguf: Path, tmp_path: Path, run: 
     arguments = ("chat", "-m", path, "--temp", "0", "-n", "24", "-sys", "You are a helpful assistant.")
     done = run_process(tmp_path, *arguments, input="What is the capital of France?\n")
     assert (done.returncode, done.stderr) == (0, "") and "Paris" in done.stdout
+
+
+def test_doctor_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a container whose user has no entry in the list of users."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("PYENGINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert "none (0 models" in out and "PYENGINE_CACHE" in err
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert main(["generate", "-m", str(tmp_path / "x.gguf"), "a"]) == 1
+    assert "there is no home directory" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import pty
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +22,10 @@ from engine.cli_tools import command, environment, run_process, write_talker
 
 import pyengine
 from pyengine.cli import main
+from pyengine.cli.progress import ProgressLine
 
 FOREVER = ("--temp", "1", "-s", "3", "--ignore-eos")
-DEADLINE_S = 30.0
+DEADLINE_S = 200.0  # for a busy machine; pytest's own timeout is longer still
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +228,137 @@ def test_chat_through_a_pipe_remembers(talker: Path, tmp_path: Path) -> None:
 
 
 def test_chat_commands(talker: Path, tmp_path: Path) -> None:
-    done = run_process(tmp_path, "chat", "-m", talker, input="/help\n/wat now\n")
-    assert done.returncode == 0 and done.stdout == ""
-    assert "/reset" in done.stderr and "there is no command /wat; /help lists them" in done.stderr
+    done = run_process(tmp_path, "chat", "-m", talker, input="/help\n/exit\n/help\n")
+    assert done.returncode == 0 and done.stdout == "" and done.stderr.count("/reset") == 1
+    with terminal(tmp_path, "chat", "-m", talker) as tty:
+        at = tty.expect_prompt()
+        tty.type("/wat now\n")
+        at = tty.expect("there is no command /wat; /help lists them", at)
+        tty.expect("> ", at)
+        tty.type("/exit\n")
+        assert tty.wait() == 0
+
+
+def test_a_piped_question_may_begin_with_a_slash(talker: Path, tmp_path: Path) -> None:
+    done = run_process(tmp_path, "chat", "-m", talker, "--temp", "0", "-n", "3", input="\ufeff/etc/passwd holds what?\r\n")
+    with pyengine.Engine(talker) as engine:
+        said = [{"role": "user", "content": "/etc/passwd holds what?"}]
+        answer = engine.chat(said, temperature=0, max_tokens=3).text
+    assert (done.returncode, done.stdout, done.stderr) == (0, answer.removesuffix("\n") + "\n", "")
+
+
+def test_closed_stdin_is_one_line(talker: Path, tmp_path: Path) -> None:
+    for arguments in (("generate", "-m", talker, "-"), ("chat", "-m", talker), ("eval", "-m", talker, "-")):
+        shell = ["sh", "-c", '"$@" <&-', "sh", *command(*arguments)]
+        done = subprocess.run(shell, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "pyengine: error: standard input is closed\n"
+
+
+# -------------------------------------------------------------------- what others say
+
+EVIL = "a\x1b[2J\x1b]0;owned\x07\r\nb\x9b31m\u202ec\x7f"
+
+
+@pytest.fixture(scope="module")
+def evil(talker: Path) -> Path:
+    """A model whose name and source are not polite."""
+    path = talker.parent / "evil.safetensors"
+    data = talker.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    header["__metadata__"] |= {"name": EVIL, "source": EVIL, "generator": EVIL}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+    return path
+
+
+def is_tame(text: str) -> bool:
+    return all(character.isprintable() or character == "\n" for character in text)
+
+
+def test_no_control_character_of_a_file_reaches_the_user(evil: Path, tmp_path: Path) -> None:
+    info = run_process(tmp_path, "info", "-m", evil, "--tensors")
+    assert info.returncode == 0 and is_tame(info.stdout) and "a\\x1b[2J" in info.stdout
+    assert sum(line.startswith("b") for line in info.stdout.splitlines()) == 1  # begin of text
+    with terminal(tmp_path, "chat", "-m", evil) as tty:
+        tty.expect("> ")
+        tty.type("/exit\n")
+        assert tty.wait() == 0
+    assert "a\\x1b[2J\\x1b]0;owned\\x07" in tty.output and "\x1b[2J" not in tty.output and "\x07" not in tty.output
+    bad = tmp_path / "x\x1b[2J\x07.safetensors"
+    bad.write_bytes(b"nothing of the kind")
+    for arguments in (("info", bad), ("verify", "-m", bad), ("generate", "-m", bad, "a"), ("info", tmp_path / "no\x1b[2J")):
+        done = run_process(tmp_path, *arguments)
+        assert done.returncode == 1 and is_tame(done.stderr) and "\\x1b[2J" in done.stderr
+    done = run_process(tmp_path, "info", bad, env=environment(PYENGINE_TRACEBACK="1"))
+    assert "Traceback" in done.stderr and is_tame(done.stderr)
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_no_control_character_of_a_model_reaches_a_terminal(
+    talker: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a pipe it goes as it is."""
+    pieces = [pyengine.Piece(text, 1, None, None) for text in ("é\t😀\u200d\n", EVIL[:3], EVIL[3:])]
+
+    def speak(self: pyengine.Engine, *_: Any, **__: Any) -> Iterator[pyengine.Piece]:
+        yield from pieces
+        yield pyengine.Piece("", None, None, self.generate("a", max_tokens=1))
+
+    monkeypatch.setattr(pyengine.Engine, "stream" if name == "generate" else "chat", speak)
+    outputs = []
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        monkeypatch.setattr("sys.stdout.isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        assert main([name, "-m", str(talker), *(["a"] if name == "generate" else [])]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == "é\t😀\u200d\n" + EVIL + "\n"
+    assert outputs[1] == "é\t😀\u200d\na\\x1b[2J\\x1b]0;owned\\x07\\r\nb\\x9b31m\u202ec\\x7f\n"
+
+
+def test_progress_shows_no_control_characters() -> None:
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Tty()
+    with ProgressLine("x", stream) as line:
+        line.update(1, 1, EVIL)
+    assert is_tame(stream.getvalue().replace("\r\x1b[K", ""))
+
+
+def test_nothing_is_printed_at_the_end_of_the_interpreter(talker: Path, tmp_path: Path) -> None:
+    """A stream that is left half read, in a module, in a cycle, in a thread: Python ends it when much is gone already."""
+    code = """
+import sys, threading
+import pyengine
+engine = pyengine.Engine(sys.argv[1])
+def begin():
+    return pyengine.Engine(sys.argv[1]).stream("Once", max_tokens=100, ignore_eos=True)
+stream = begin()
+next(stream)
+another = engine.chat([{"role": "user", "content": "a"}], stream=True, max_tokens=100, ignore_eos=True)
+next(another)
+class Cycle: pass
+cycle = Cycle()
+cycle.me, cycle.stream = cycle, begin()
+next(cycle.stream)
+kept = []
+def work():
+    kept.append(begin())
+    next(kept[-1])
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+engine.chat_template._in_process().start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", code, str(talker)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_chat_needs_a_template(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

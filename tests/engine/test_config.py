@@ -55,7 +55,7 @@ def test_a_config_is_read() -> None:
         ("n_heads", 0), ("n_heads", 1 << 17), ("n_kv_heads", 3), ("n_kv_heads", 0),
         ("head_dim", 15), ("head_dim", 514), ("head_dim", 0),
         ("vocab_size", (1 << 24) + 1), ("max_seq_len", 0), ("max_seq_len", (1 << 24) + 1),
-        ("norm_eps", 0.0), ("norm_eps", 2.0), ("norm_eps", "x"), ("norm_eps", None),
+        ("norm_eps", 0.0), ("norm_eps", 2.0), ("norm_eps", 10**400), ("norm_eps", "x"), ("norm_eps", None),
         ("tie_embeddings", 1), ("qkv_bias", None), ("o_bias", "no"), ("qk_norm", 0),
         ("bos_token_id", 300), ("bos_token_id", -1), ("bos_token_id", 1.0),
         ("eos_token_ids", [300]), ("eos_token_ids", 257), ("eos_token_ids", [None]), ("eos_token_ids", [0] * 257),

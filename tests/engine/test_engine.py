@@ -349,8 +349,8 @@ def test_fork_with_an_engine_at_work(engine: Engine) -> None:
 def test_deadline_ends_a_long_prefill_soon(tiny_model: Path) -> None:
     with Engine(tiny_model, n_threads=1) as engine:
         ids = [3 + i % 50 for i in range(engine.n_ctx)]
-        start = time.monotonic()
+        start = time.process_time()
         result = engine.generate(ids, timeout=0.001)
-        took = time.monotonic() - start
+        took = time.process_time() - start
         # either the machine is fast enough, or the prefill was cut short long before its end
         assert result.finish_reason in ("timeout", "length") and took < 5

@@ -474,7 +474,7 @@ def test_truncation_settings_of_a_training_run_do_not_ride_along(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: t.update(model={"type": "Nonsense"}), "does not load"),
+        (lambda t: t.update(model={"type": "Nonsense"}), "no vocabulary"),
         (lambda t: t["model"]["vocab"].update(extra=VOCAB), "token id 300"),
     ],
 )

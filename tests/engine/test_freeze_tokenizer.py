@@ -231,7 +231,7 @@ def test_merges_from_scores() -> None:
         ({"merges": None}, "merges' is missing"),
         ({"merges": ["ab"]}, "'ab' is not a merge"),
         ({"merges": [5]}, "not a merge"),
-        ({"merges": ["a zzz"]}, "does not load"),
+        ({"merges": ["a zzz"]}, "out of vocabulary"),
         ({"bos_token_id": VOCAB}, "bos_token_id 300 is not a token"),
         ({"eos_token_id": -1}, "eos_token_id -1"),
         ({"eos_token_id": "x"}, "eos_token_id 'x'"),

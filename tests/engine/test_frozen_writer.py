@@ -211,7 +211,7 @@ def test_racing_processes_freeze_once(tmp_path: Path) -> None:
         )
         for _ in range(3)
     ]
-    results = [racer.communicate(timeout=60)[0].rsplit(" ", 1) for racer in racers]
+    results = [racer.communicate(timeout=250)[0].rsplit(" ", 1) for racer in racers]
     assert len({path for path, _ in results}) == 1
     assert sorted(froze.strip() for _, froze in results) == ["False", "False", "True"]
     FrozenFile.open(results[0][0]).close()

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pyengine.errors import InvalidArgumentError, ModelFormatError
 from pyengine.sampling import ALIASES, ResolvedParams, SamplingParams
 
 NAN, INF = math.nan, math.inf
+HUGE = 10**5000  # no float holds it, and CPython refuses to write it down
 
 
 def test_every_default_is_neutral_and_greedy():
@@ -34,8 +36,8 @@ def test_every_default_is_neutral_and_greedy():
         "n": [0, -1, 1.5, "2", True, 10**6],
         "max_tokens": [0, -1, 2.0, True, 2**31],
         "min_tokens": [-1, 0.5, False],
-        "temperature": [-0.1, NAN, INF, "1", True, 1e39, [1]],
-        "top_k": [-2, 1.0, True, 2**31],
+        "temperature": [-0.1, NAN, INF, "1", True, 1e39, [1], HUGE, Fraction(HUGE), np.array(1.0)],
+        "top_k": [-2, 1.0, True, 2**31, HUGE, np.bool_(True)],
         "top_p": [0, -0.5, 1.01, NAN, "0.9", True],
         "min_p": [-0.1, 1.1, NAN, True],
         "typical_p": [0, 1.5, NAN],
@@ -53,17 +55,20 @@ def test_every_default_is_neutral_and_greedy():
             {1.5: 1},
             {1: 1e39},
             {1: 0, "1": 0},
+            {1: HUGE},
+            {"9" * 5000: 1},
+            {HUGE: 1},
         ],
-        "allowed_token_ids": [[], [-1], ["a"], 5, "12", [True], [2**31]],
+        "allowed_token_ids": [[], [-1], ["a"], 5, "12", [True], [2**31], [HUGE], b"12", iter([1]), np.array(1), {1: 2}],
         "bad_token_ids": [[-1], 3, [1.0]],
         "stop_token_ids": [[-1], 3, [None]],
-        "stop": ["", [""], [1], b"x", 5, ["a"] * 2000],
+        "stop": ["", [""], [1], b"x", 5, ["a"] * 20_000, ["a" * 200_000], {"a": 1}, iter("ab")],
         "include_stop_str_in_output": [1, "yes"],
         "ignore_eos": [0],
         "seed": [-1, 2**64, 1.0, True],
         "logprobs": [-1, 65, 1.0, True],
         "skip_special_tokens": [1],
-        "timeout": [0, -1, NAN, INF, "5", True],
+        "timeout": [0, -1, NAN, INF, "5", True, HUGE],
     }.items(),
 )
 def test_wrong_values_are_named(name, values):

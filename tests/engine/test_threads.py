@@ -80,7 +80,7 @@ def test_contexts_share_their_workers() -> None:
     scene("""
         def n_threads(): return len(os.listdir("/proc/self/task"))
         def becomes(n):  # a thread that has been joined is still listed for a moment
-            end = time.monotonic() + 10
+            end = time.monotonic() + 100
             while n_threads() != n and time.monotonic() < end: time.sleep(0.01)
             return n_threads() == n
         before = n_threads()
@@ -106,10 +106,12 @@ def test_idle_workers_use_no_cpu_time(blas: str) -> None:
         assert run(model, 4) == GOLDEN
         {blas}
         assert run(model, 4) == GOLDEN
-        time.sleep(0.3)  # OpenBLAS spins for a while
-        before = time.process_time()
-        time.sleep(0.5)
-        assert time.process_time() - before < 0.02
+        def used():
+            before = time.process_time()
+            time.sleep(0.5)
+            return time.process_time() - before
+        # OpenBLAS spins for a while, longer on a machine that is busy; what spins for ever never passes.
+        assert any(used() < 0.02 for _ in range(40))
     """)
 
 
@@ -160,7 +162,8 @@ def test_fork_while_other_threads_compute() -> None:
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_ctrl_c_ends_a_prefill_and_changes_nothing(n_threads: int) -> None:
-    """The scalar table needs seconds for this batch; the signal comes after a tenth of one."""
+    """The scalar table needs seconds for this batch; the signal comes when it has had a tenth of one. (Of CPU time: how long that
+    takes is the machine's matter.)"""
     scene(
         f"""
         context = _core.Context(model, n_threads={n_threads})
@@ -169,15 +172,18 @@ def test_ctrl_c_ends_a_prefill_and_changes_nothing(n_threads: int) -> None:
         context.forward(tiny.TOKENS[:10], [sequence] * 10, bytes(10))
         sequences = [s for s in others for _ in range(300)] + [sequence] * 290
         tokens = tiny.TOKENS * 60 + tiny.TOKENS[10:]
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-        start = time.monotonic()
+        start = time.process_time()
+        def interrupt():
+            while time.process_time() - start < 0.1: time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
         try:
+            threading.Thread(target=interrupt).start()
             context.forward(tokens, sequences, bytes(len(tokens)))
         except KeyboardInterrupt:
-            waited = time.monotonic() - start
+            used = time.process_time() - start
         else:
             raise SystemExit("the prefill was not interrupted")
-        assert waited < 2, waited
+        assert used < 1, used
         assert sequence.length == 10
         assert all(s.length == 0 for s in others)
         context.forward(tiny.TOKENS[10:], [sequence] * 290, bytes([1] * 290))

@@ -146,9 +146,7 @@ def test_distillation_from_the_command_line(finished: Path, stories: Path, tmp_p
 
 def test_a_budget_becomes_a_stored_number_of_steps(stories: Path, tmp_path: Path) -> None:
     run = tmp_path / "budget"
-    began = time.monotonic()
     assert main(arguments(run, stories, "--budget-minutes 0.02 --eval-every 0")) == 0
-    assert time.monotonic() - began < 60
     steps = read_json(run / "run.json")["train"]["steps"]
     assert steps >= 1 and len(steps_of(run)) == steps
 
@@ -190,12 +188,10 @@ def spawn(run: Path, data: Path, extra: str) -> subprocess.Popen[str]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while process.poll() is None:  # pytest's timeout is the limit
         if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
             return
         time.sleep(0.02)
-    process.kill()
     raise AssertionError(f"never reached step {step}: {process.communicate()[1]}")
 
 
@@ -205,7 +201,7 @@ def test_signals_checkpoint_and_exit_honestly(stories: Path, tmp_path: Path, num
     with spawn(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 0") as process:
         wait_for_step(run, 5, process)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate()
     assert process.returncode == 128 + number
     assert "checkpoint is written" in err
     last = checkpoints.checkpoints(run)[-1]
