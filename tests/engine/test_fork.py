@@ -291,13 +291,13 @@ def test_fork_while_a_part_loads(tmp_path: Path, load: str) -> None:
         SLOWLY
         + textwrap.dedent(f"""
         import tokenizers
-        import pyengine.engine, pyengine.text.tokenizer, pyengine.text.chat, pyengine.text.sandbox
+        import pyengine.engine, pyengine.text.tokenizer, pyengine.text.chat, pyengine.text.plain_template
         SPECIAL = "a <|end|> b"
         engine = pyengine.Engine(sys.argv[1], n_threads=1)
         def use():
             {load}
         if "chat" in {load!r}:
-            begun = slowly(pyengine.text.sandbox, "compile_template")
+            begun = slowly(pyengine.text.plain_template, "parse")
         elif "SPECIAL" in {load!r}:
             engine.tokenize("hello")
             begun = slowly(pyengine.text.tokenizer, "_respell_special")
