@@ -182,6 +182,7 @@ static void settle(pe_context *c, const pe_batch *batch, pe_status status) {
 }
 
 pe_status pe_forward(pe_context *c, const pe_batch *batch, char *err) {
+    c->logits.n = c->hidden.n = 0; /* a batch that is refused has none either */
     if (batch->failed != NULL) memset(batch->failed, 0, batch->n_tokens);
     pe_status status = check_batch(c, batch, err);
     if (status == PE_OK) status = reserve_results(c, batch, err);

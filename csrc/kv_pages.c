@@ -155,17 +155,14 @@ void pe_page_discard(pe_page_pool *pool, pe_page *page) {
 size_t pe_page_pool_drop_cached(pe_page_pool *pool) {
     size_t n = 0;
     for (pe_page *page; (page = evict(pool)) != NULL; n++) page_free(pool, page);
-    return n;
-}
-
-void pe_page_pool_destroy(pe_page_pool *pool) {
-    pe_page_pool_drop_cached(pool);
-    while (pool->free_pages != NULL) {
-        pe_page *page = pool->free_pages;
+    for (pe_page *page; (page = pool->free_pages) != NULL; pool->n_free--) {
         pool->free_pages = page->older;
         page_free(pool, page);
     }
+    return n;
 }
+
+void pe_page_pool_destroy(pe_page_pool *pool) { pe_page_pool_drop_cached(pool); }
 
 /* ------------------------------------------------------------------ check */
 

@@ -62,7 +62,7 @@ pe_page *pe_page_find(pe_page_pool *pool, pe_page *parent, const uint8_t salt[PE
 pe_page *pe_page_twin(const pe_page *page);
 /* A page of the tree that is held once, by the caller, and has no children: it leaves the tree and is free. */
 void pe_page_discard(pe_page_pool *pool, pe_page *page);
-/* Forget every cached page and give its memory back; the number of them. */
+/* Forget every cached page and give its memory back, and that of free pages; the number of cached ones. */
 size_t pe_page_pool_drop_cached(pe_page_pool *pool);
 /* NULL, or what is wrong with the tree and the lists. O(pages). */
 const char *pe_page_pool_check(const pe_page_pool *pool);

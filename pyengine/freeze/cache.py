@@ -22,6 +22,7 @@ from pathlib import Path
 from ..errors import SystemCallError, system_errors
 from ..format.inventory import FORMAT_VERSION
 
+_REVISION = 2  # goes up when a source begins to freeze to other bytes of the same format
 _ENTRY = re.compile(r"\.?[\w.-]{1,81}-[0-9a-f]{24}\.safetensors(\.lock|\.[0-9a-f]{16}\.partial)?")
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -51,9 +52,7 @@ def _identity(path: Path) -> bytes:
 
 def cache_path(source: Path, files: Iterable[Path]) -> Path:
     """The frozen file that belongs to ``source`` as it is now; ``files`` are those that decide what it freezes to."""
-    from pyengine import __version__
-
-    digest = hashlib.sha256(f"format {FORMAT_VERSION}, freezer {__version__}\n".encode() + os.fsencode(source))
+    digest = hashlib.sha256(f"format {FORMAT_VERSION}, freezer {_REVISION}\n".encode() + os.fsencode(source))
     for path in files:
         digest.update(_identity(path))
     stem = re.sub(r"[^\w.-]", "_", source.stem, flags=re.ASCII)[:80] or "_"

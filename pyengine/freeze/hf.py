@@ -180,7 +180,7 @@ def _windows(config: Fields, architecture: Architecture, n_layers: int) -> list[
     if architecture.window == "opt-in":
         if not config.flag("use_sliding_window", False):
             return none
-        full = min(config.integer("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS), n_layers)
+        full = max(0, min(config.integer("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS), n_layers))
         default = ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
     else:
         default = ["sliding_attention"] * n_layers

@@ -121,7 +121,7 @@ def test_scores_must_be_numbers(tmp_path: Path, scores: tuple[int, list[Any]]) -
 def test_harmless_metadata_out_of_range_is_ignored(tmp_path: Path, changes: dict[str, Value | None]) -> None:
     plain = weight_bytes(freeze(_written(tmp_path / "plain.gguf", {}), tmp_path / "plain"))
     with frozen(tmp_path, changes) as file:
-        assert file.config.sliding_window == 0 and file.config.eos_token_ids == (257,)
+        assert file.config.layers[0].window == 0 and file.config.eos_token_ids == (257,)
     assert weight_bytes(tmp_path / "m") == plain
 
 

@@ -94,7 +94,7 @@ def test_the_template_has_the_tokenizers_tokens(tmp_path: Path) -> None:
 def frequencies(path: Path, config: dict[str, Any]) -> Any:
     drop = ("rope_theta",) if "rope_theta" not in config else ()
     with frozen(directory(path, config, drop=drop)) as file:
-        return stored_vector(file, "rope.inv_freq", 8)
+        return stored_vector(file, "rope.0.inv_freq", 8)
 
 
 @pytest.mark.parametrize("case", RESOLVED["rope"], ids=range(len(RESOLVED["rope"])))

@@ -3,6 +3,7 @@
     python -m tests.fuzz                                all targets, 60 seconds in all
     python -m tests.fuzz gguf hf --hours 3 --seed 7     two of them in turn, for hours
     python -m tests.fuzz --executions 1000              so many inputs of each
+    python -m tests.fuzz capi-asan capi-tsan            the C API under sanitizers (compiled first, from the sources)
     python -m tests.fuzz --replay gguf:7:123456         one input again, with its traceback
 
 What is found is written to --save, and its seed is printed; the exit code is 1. Counts of executions are printed in the end.
@@ -22,7 +23,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # The checkout's package is not built: the installed one is what is tested.
 sys.path[:] = [str(TESTS), *(path for path in sys.path if Path(path or ".").resolve() != TESTS.parent)]
 
-from fuzz import runner  # noqa: E402
+from fuzz import capi, runner  # noqa: E402
 from fuzz.cases import Finding  # noqa: E402
 from fuzz.targets import TARGETS  # noqa: E402
 
@@ -33,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = [*TARGETS, *capi.SANITIZERS]
     parser.add_argument(
-        "targets", nargs="*", default=[], choices=[[], *TARGETS], metavar="TARGET", help=f"of {', '.join(TARGETS)}"
+        "targets", nargs="*", default=[], choices=[[], *names], metavar="TARGET", help=f"of {', '.join(names)}"
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="in all; default 60")
@@ -48,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
 
 def replay(text: str) -> int:
     name, seed, index = text.rsplit(":", 2)
+    if name in capi.SANITIZERS:
+        counts, finding = capi.replay(name, int(seed), int(index))
+        print(finding.text if finding else counts)
+        return 1 if finding else 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         target, case = runner.case_of(name, int(seed), int(index), Path(scratch))
         print(
@@ -104,7 +110,8 @@ def main(argv: list[str]) -> int:
     while True:
         for name in names:
             limits = {"executions": args.executions} if args.executions else {"seconds": turn}
-            totals.add(runner.run_target(name, seed, first=totals.executions[name], found=totals.found, **limits))
+            run = capi.run_capi if name in capi.SANITIZERS else runner.run_target
+            totals.add(run(name, seed, first=totals.executions[name], found=totals.found, **limits))
         if args.executions or time.monotonic() + turn > deadline:
             break
         totals.print()
