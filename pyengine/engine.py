@@ -24,6 +24,8 @@ from pyengine.run.pages import max_pages
 from pyengine.run.request import Caller, GenerationRequest, RowsRequest, check_salt
 from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
 from pyengine.run.stream import Stream, run_all
+from pyengine.text.prompts import is_batch, prompt_ids, token_ids
+from pyengine.text.stops import StopStrings
 
 if TYPE_CHECKING:
     from pathlib import Path  # 3 ms of the start, for names that the system calls take as they are
@@ -260,14 +262,10 @@ class Engine:
 
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        from pyengine.text.prompts import token_ids
-
         return self.tokenizer.decode(token_ids(tokens, self.vocab_size), skip_special_tokens=skip_special_tokens)
 
     def _ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
         self._check_open()
-        from pyengine.text.prompts import prompt_ids
-
         return prompt_ids(
             lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
         )
@@ -284,8 +282,6 @@ class Engine:
         interactive: bool = False,
     ) -> list[GenerationRequest]:
         """params.n requests a prompt."""
-        from pyengine.text.stops import StopStrings
-
         request = partial(
             GenerationRequest,
             caller,
@@ -337,8 +333,6 @@ class Engine:
         not learn from a time what others asked.
         Raises InvalidArgumentError, ContextFullError (a prompt that does not fit), NotFiniteError.
         """
-        from pyengine.text.prompts import is_batch
-
         chosen = _params(params, options)
         many = is_batch(prompt)
         prompts: Any = prompt if many else [prompt]
@@ -437,8 +431,6 @@ class Engine:
         """Logits after each token: float32 (n_tokens, vocab_size), or (len(positions), vocab_size) in the order of
         `positions`. Raises InvalidArgumentError, ContextFullError."""
         import numpy as np
-
-        from pyengine.text.prompts import prompt_ids
 
         ids = prompt_ids(None, tokens, vocab_size=self.vocab_size, n_ctx=self.n_ctx)
         most = len(ids) - 1

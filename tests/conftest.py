@@ -20,6 +20,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A checkout may be read-only: then hypothesis keeps its examples nowhere."""
+    if not os.access(config.rootpath, os.W_OK):
+        from hypothesis import settings
+
+        settings.register_profile("read-only", database=None)
+        settings.load_profile("read-only")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Opt-in tests are skipped with the word that opts in."""
     if config.getoption("--run-slow"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pyengine import fork
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError, TemplateError
 from pyengine.text.messages import plain_data, plain_messages
@@ -52,8 +53,9 @@ class ChatTemplate:
             raise TemplateError(f"a chat template must be a string, not {shown(source)}")
         if len(source) > MAX_TEMPLATE:
             raise TemplateError(f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE}")
-        from pyengine.text import plain_template
-        from pyengine.text.plain_values import NotPlain
+        with fork.importing:
+            from pyengine.text import plain_template
+            from pyengine.text.plain_values import NotPlain
 
         self.source = source
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
@@ -95,7 +97,8 @@ class ChatTemplate:
 
     def _in_process(self) -> TemplateProcess:
         if self._process is None:
-            from pyengine.text.template_process import TemplateProcess
+            with fork.importing:
+                from pyengine.text.template_process import TemplateProcess
 
             self._process = TemplateProcess(self.source, TIME_LIMIT)
         return self._process

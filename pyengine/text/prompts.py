@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyengine.arguments import shown
 from pyengine.errors import ContextFullError, InvalidArgumentError
-from pyengine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pyengine.text.tokenizer import Tokenizer
 
 # Below this many characters a position, a text is tokenized without a look at the vocabulary's longest token.
 _CHARACTERS_PER_POSITION = 16

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from pyengine import fork
 from pyengine.errors import TemplateError
 
 START_TIMEOUT = 60.0  # seconds until the process answers; 0.05 on a machine that has nothing else to do
@@ -39,7 +40,7 @@ def interpreter() -> str:
         os.path.join(sys.base_exec_prefix, "bin", version),
     ]
     for path in candidates:
-        if path and os.path.basename(path).startswith(("python", "pypy")) and os.access(path, os.X_OK):
+        if path and os.path.basename(path).startswith(("python", "pypy")) and os.path.isfile(path):
             return path
     raise TemplateError(
         "this model's chat template must be rendered by a process of its own, and sys.executable is no Python interpreter: "
@@ -70,7 +71,8 @@ class TemplateProcess:
     def __init__(self, source: str, time_limit: float) -> None:
         self._source = source
         self._compile_limit = time_limit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        fork.register(self._lock, fork.PART)  # a fork waits for the rendering that is under way
         self._worker: _Worker | None = None
         _all.add(self)
 
@@ -198,7 +200,6 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
 
 def _after_fork_in_child() -> None:
     for template in list(_all):
-        template._lock = threading.Lock()  # another thread, which is not here, may have held it
         worker, template._worker = template._worker, None
         if worker is not None:
             worker.abandon()
