@@ -37,21 +37,29 @@ def parser() -> argparse.ArgumentParser:
 def tokenizer_facts(
     document: dict[str, Any], config: dict[str, Any], bos: int | None, eos: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Kind, size and special tokens, from tokenizer.json itself: the tokenizer is not built."""
-    added = {token["id"]: token["content"] for token in document.get("added_tokens", [])}
-    vocabulary = document.get("model", {}).get("vocab", {})
-    spelled = {id_: text for text, id_ in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    """Kind, size and special tokens, from tokenizer.json itself: the tokenizer is not built, and what in the file is not of its
+    kind, which opening the model would refuse, is passed over."""
+    listed = document.get("added_tokens")
+    tokens = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
+    added = {token["id"]: token.get("content") for token in tokens if type(token.get("id")) is int}
+    model = document.get("model")
+    model = model if isinstance(model, dict) else {}
+    vocabulary = model.get("vocab")
+    spelled = {}
+    if isinstance(vocabulary, dict):
+        spelled = {id_: text for text, id_ in vocabulary.items() if type(id_) is int}
+    n_listed = len(vocabulary) if isinstance(vocabulary, list) else 0
 
     def token(id_: int) -> dict[str, Any]:
         return {"id": id_, "text": added.get(id_, spelled.get(id_))}
 
     return {
-        "kind": document.get("model", {}).get("type"),
-        "vocab_size": len({*spelled, *added}) if spelled else len(vocabulary),
+        "kind": model.get("type"),
+        "vocab_size": n_listed or len({*spelled, *added}),
         "bos": None if bos is None else token(bos),
         "eos": [token(id_) for id_ in eos],
         "adds_bos": config.get("add_bos_token"),
-        "n_special_tokens": sum(bool(token.get("special")) for token in document.get("added_tokens", [])),
+        "n_special_tokens": sum(token.get("special") is True for token in tokens),
     }
 
 

@@ -20,6 +20,7 @@ import pyengine
 from pyengine import _core, cpu_watch
 from pyengine.cli import UsageError, main
 from pyengine.cli.eval import Text, first_tokens, windows
+from pyengine.cli.info import tokenizer_facts
 from pyengine.format.inventory import count_parameters, kv_bytes_per_position
 from pyengine.format.reader import FrozenFile
 
@@ -390,3 +391,19 @@ def test_doctor_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     assert main(["generate", "-m", str(tmp_path / "x.gguf"), "a"]) == 1
     assert "there is no home directory" in capsys.readouterr().err
+
+
+HOSTILE_TOKENIZERS = [
+    {}, {"model": 5}, {"model": {"vocab": 5}}, {"model": {"vocab": {"a": []}, "type": []}}, {"model": {"vocab": [5]}},
+    {"added_tokens": 5},
+    {"added_tokens": [5, {}, {"id": []}, {"id": 1}, {"id": 0, "content": [], "special": "x"}, {"id": True, "content": "x"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("document", HOSTILE_TOKENIZERS, ids=json.dumps)
+def test_info_of_a_tokenizer_that_is_none(tiny_model: Path, document: dict[str, Any]) -> None:
+    """It says what it can; opening the model says what is wrong."""
+    with FrozenFile.open(tiny_model) as frozen:
+        bos, eos = frozen.config.bos_token_id, frozen.config.eos_token_ids
+    facts = tokenizer_facts(document, {}, bos, eos)
+    assert json.loads(json.dumps(facts)) == facts and isinstance(facts["vocab_size"], int)
