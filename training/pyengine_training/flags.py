@@ -175,6 +175,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a Llama model's Hugging Face folder to fine-tune, with its tokenizer",
     )
+    add(
+        "--lora",
+        metavar="R,ALPHA[,NAME,…]",
+        help="with --init-from: learn adapters of rank R beside the named matrices (q_proj, …; default: all) instead of them",
+    )
     add("--teacher", type=Path, metavar="DIR", help="a larger model's Hugging Face folder to distill from")
     add("--config", type=Path, metavar="FILE", help="JSON or TOML of these options, with underscores; flags win")
     add("--seed", type=int, metavar="N", help=f"of weights, batches and samples (default {TrainConfig.seed})")

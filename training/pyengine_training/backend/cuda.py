@@ -25,6 +25,7 @@ from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
 from ..errors import ConfigError
+from ..lora import Adapters
 from ..model import Array, Worker, fake_quantize_parameters
 from ..ops import cuda as ops
 from ..ops.cuda import adamw, attention, buffers, fake_quant, grad_norm, muon
@@ -78,6 +79,8 @@ class Weights:
 
 class CudaBackend:
     """:class:`.Backend` on a GPU."""
+
+    adapters: Adapters | None = None
 
     def __init__(
         self,
@@ -151,6 +154,11 @@ class CudaBackend:
             self.pool, [lambda name=name: fake_quantize_parameters(values, params, [name]) for name in params.shapes]
         )
         return values
+
+    @property
+    def moments_size(self) -> int:
+        """Of the whole arena."""
+        return int(self._grads.flat.size)
 
     def save_moments(self, m: Array | None, v: Array | None) -> None:
         """Copies."""
