@@ -72,6 +72,10 @@ GROUPS: list[tuple[str, str, Options]] = [
         "",
         {
             "seq_len": ("N", "tokens a row, and the context of a new model"),
+            "packing": (
+                "",
+                "how documents fill rows: one behind another, the one that a row's end cuts once more; or those that fit best",
+            ),
             "attention": (
                 "",
                 "what a position sees before it: its whole row, or its own document alone (conversations: document)",

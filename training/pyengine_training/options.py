@@ -87,7 +87,7 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
             "adapters are trained by AdamW, undecayed",
         )
     if values.get("branch_from"):
-        kept = (*SIZES, *TEXT, "teacher", "init_from", "lora", "seed", "seq_len", "optimizer")
+        kept = (*SIZES, *TEXT, "teacher", "init_from", "lora", "seed", "seq_len", "packing", "optimizer")
         return _refuse(values, kept, "--branch-from continues its parent's model, text and order of rows")
     if values.get("init_from"):
         _refuse(values, SIZES, "the model comes from --init-from")

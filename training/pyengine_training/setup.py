@@ -73,7 +73,7 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
     if values.get("init_from"):
         base.update(lr=LORA_LR if values.get("lora") else FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
     if any(is_chat(path) for path in paths if path.is_file()):
-        base["attention"] = "document"
+        base.update(attention="document", packing="best-fit")
     if values.get("teacher"):
         base["distill_alpha"] = DISTILL_ALPHA
     return base

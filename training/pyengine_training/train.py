@@ -75,6 +75,7 @@ class Run:
             reader=self.reader,
             masked=c.attention == "document",
             eos=self.eos,
+            packing=c.packing,
         )
 
     def phases(self) -> list[Phase]:
