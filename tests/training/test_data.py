@@ -15,12 +15,12 @@ from pyengine_training.data import (
     BatchSource,
     Corpus,
     Phase,
-    RowPacker,
     Split,
     prepare_corpus,
     validation_batches,
 )
 from pyengine_training.errors import DataError
+from pyengine_training.packing import RowPacker
 from pyengine_training.text import (
     is_validation,
     read_documents,
@@ -181,6 +181,46 @@ def test_rows_start_at_documents_and_an_epoch_shows_each_whole() -> None:
             if any(text[k : k + len(document)] == document for k in range(17)):
                 seen.add(i)
     assert seen == set(range(8))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_best_fit_shows_each_document_whole_and_little_twice(seed: int) -> None:
+    """Every piece once and whole; a cropped beginning only where nothing that waits would have fitted."""
+    lengths = np.random.default_rng(seed).integers(2, 60, 300).tolist()
+    packers = {name: RowPacker(split_of(lengths), 40, seed=seed, packing=name) for name in ("restart", "best-fit")}
+    packer = packers["best-fit"]
+    whole: list[int] = []
+    read = 0
+    for r in range(packer.rows_in_epoch(0)):
+        parts = list(packer._epoch(0).parts(r))
+        assert sum(count for _, count in parts) == 41
+        whole += [piece for piece, count in parts if count == packer.length[piece]]
+        read += sum(count for _, count in parts)
+        assert all(count == packer.length[piece] for piece, count in parts[:-1]) or r == packer.rows_in_epoch(0) - 1
+    assert set(whole) == set(range(len(packer.length)))
+    assert read < 1.04 * packer.length.sum() < packers["restart"].rows_in_epoch(0) * 41
+    row, again = np.empty(41, np.int64), np.empty(41, np.int64)
+    packer.fill(row, 17)
+    RowPacker(split_of(lengths), 40, seed=seed, packing="best-fit").fill(again, 17)
+    np.testing.assert_array_equal(row, again)
+    assert row[0] % 100 in (0, 40)  # begins at a piece's beginning
+
+
+def test_best_fit_starts_rows_with_documents_of_every_length() -> None:
+    """The first piece is random: long ones are not always at the beginning."""
+    lengths = [30] * 50 + [8] * 200
+    packer = RowPacker(split_of(lengths), 40, seed=1, packing="best-fit")
+    firsts = [next(iter(packer._epoch(0).parts(r)))[0] for r in range(packer.rows_in_epoch(0))]
+    assert 3 <= sum(packer.length[piece] == 30 for piece in firsts) <= 25  # of 50; a fifth of the pieces
+
+
+@pytest.mark.parametrize("lengths", [[41], [5, 36], [3] * 14, [200, 2]])
+def test_best_fit_fills_rows_out_of_little_text(lengths: list[int]) -> None:
+    packer = RowPacker(split_of(lengths), 40, seed=0, packing="best-fit")
+    row = np.full(41, -1, np.int64)
+    for r in range(3 * packer.rows_in_epoch(0)):
+        packer.fill(row, r)
+        assert (row >= 0).all()
 
 
 def test_documents_longer_than_a_row_are_seen_in_pieces() -> None:

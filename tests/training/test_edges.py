@@ -19,9 +19,10 @@ from pyengine_training import runfolder, threads
 from pyengine_training.__main__ import main
 from pyengine_training.checkpoint import checkpoints, read_state
 from pyengine_training.config import TrainConfig, train_config_from_json
-from pyengine_training.data import BatchSource, Corpus, Phase, Reader, RowPacker
+from pyengine_training.data import BatchSource, Corpus, Phase, Reader
 from pyengine_training.errors import ConfigError, DataError, MissingLibraryError, RunFolderError
 from pyengine_training.files import read_json
+from pyengine_training.packing import RowPacker
 from pyengine_training.plan import make_plan, warnings
 from pyengine_training.text import is_validation, labelled, read_documents
 from pyengine_training.train import open_run
@@ -203,7 +204,10 @@ def prepared(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-BRANCH = ["--data {data}", "--dim 64", "--seed 3", "--seq-len 16", "--optimizer adamw", "--tokenizer x", "--teacher x"]
+BRANCH = [
+    *("--data {data}", "--dim 64", "--seed 3", "--seq-len 16", "--packing best-fit", "--optimizer adamw"),
+    *("--tokenizer x", "--teacher x"),
+]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ CHOICES = {
     "quantize": ("never", "decay", "always"),
     "recompute": ("none", "activations", "block"),
     "attention": ("row", "document"),
+    "packing": ("restart", "best-fit"),
 }
 
 
@@ -138,6 +139,7 @@ class TrainConfig:
     decay_shape: str = "linear"  # or "cosine"
     quantize: str = "decay"  # fake-quantize "never", in the "decay" phase, or "always"
     recompute: str = "none"  # or "activations", "block"
+    packing: str = "restart"  # or "best-fit": how documents are laid into rows
     attention: str = "row"  # or "document": documents that share a row do not see each other
     seed: int = 1
     eval_every: int = 200

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from .chat import ChatFormat
 from .errors import DataError
 from .files import atomic_directory, write_json
+from .packing import RowPacker
 from .text import document_ids, labelled, read_documents
 
 Array = NDArray[Any]
@@ -221,95 +222,6 @@ class Corpus:
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 
-class RowPacker:
-    """Rows of seq_len + 1 tokens, each starting at a document's start.
-
-    An epoch shuffles the documents and fills rows one after another; the document that a row's end
-    cuts starts the next row, so every document up to seq_len long is seen whole once an epoch.
-    Longer ones are cut into pieces that count as documents of their own. Row r is a pure function
-    of (seed, r).
-    """
-
-    def __init__(self, split: Split, seq_len: int, seed: int, eos: int | None = None) -> None:
-        self.eos, self._ended = eos, False
-        if split.n_tokens < seq_len + 1:
-            raise DataError(
-                f"the training text has {split.n_tokens} tokens, fewer than one sequence of "
-                f"{seq_len} + 1: give more text or a smaller seq_len"
-            )
-        self.split, self.width, self.seed = split, seq_len + 1, seed
-        pieces = -(-split.length // seq_len)
-        self.document = np.repeat(np.arange(len(split.length)), pieces)
-        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
-        self.offset = (np.arange(len(self.document)) - first) * seq_len
-        self.length = np.minimum(split.length[self.document] - self.offset, seq_len)
-        self.first_row = [0]  # of each epoch
-        # order of the pieces, first piece of each row
-        self.epochs: dict[int, tuple[Array, Array]] = {}
-
-    def _epoch(self, epoch: int) -> tuple[Array, Array]:
-        if epoch not in self.epochs:
-            generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 1, epoch]))
-            order = generator.permutation(len(self.length))
-            ends = np.cumsum(self.length[order])
-            rows, piece, total = [], 0, int(ends[-1])
-            while piece < len(order):
-                rows.append(piece)
-                begin = int(ends[piece - 1]) if piece else 0
-                if begin + self.width > total:
-                    break  # the last row is filled up from the beginning of the order
-                last = int(np.searchsorted(ends, begin + self.width))
-                piece = last if ends[last] > begin + self.width else last + 1
-            if len(self.epochs) > 1:
-                self.epochs.pop(min(self.epochs))
-            self.epochs[epoch] = order, np.asarray(rows)
-        return self.epochs[epoch]
-
-    def rows_in_epoch(self, epoch: int) -> int:
-        return len(self._epoch(epoch)[1])
-
-    def epoch_of(self, row: int) -> int:
-        """Which pass over the documents row r belongs to."""
-        while self.first_row[-1] <= row:
-            self.first_row.append(self.first_row[-1] + self.rows_in_epoch(len(self.first_row) - 1))
-        return int(np.searchsorted(self.first_row, row, side="right")) - 1
-
-    def fill(self, out: Array, row: int, starts: Array | None = None, counted: Array | None = None) -> None:
-        """out (seq_len + 1,) int64 = the tokens of row r.
-
-        Beside them, where wanted: starts, the position at which each token's document starts, and counted, whether the
-        token is to be predicted from what its own document has before it.
-        """
-        epoch = self.epoch_of(row)
-        order, rows = self._epoch(epoch)
-        position, filled = int(rows[row - self.first_row[epoch]]), 0
-        while filled < self.width:
-            piece = int(order[position % len(order)])
-            offset, length = int(self.offset[piece]), int(self.length[piece])
-            tokens = self.split.document(int(self.document[piece]))[offset : offset + length]
-            count = min(length, self.width - filled)
-            part = slice(filled, filled + count)
-            out[part] = tokens[:count]
-            if starts is not None:
-                starts[part] = filled
-            if counted is not None:
-                self._count(counted, out, part, piece)
-            filled += count
-            position += 1
-
-    def _count(self, counted: Array, out: Array, part: slice, piece: int) -> None:
-        """Which of a piece's tokens count. Its first is no continuation of what lies before, but may be its end."""
-        document, offset = int(self.document[piece]), int(self.offset[piece])
-        learnt = self.split.learnt(document)
-        length = part.stop - part.start
-        counted[part] = True if learnt is None else learnt[offset : offset + length]
-        ended = self._ended  # by the token that begins the next document, where one token does both
-        counted[part.start] = (
-            part.start > 0 and ended and out[part.start] == self.eos and out[part.start - 1] != self.eos
-        )
-        self._ended = offset + int(self.length[piece]) == int(self.split.length[document])
-
-
 @dataclass(frozen=True)
 class Phase:
     """From global row ``first_row`` on, corpora are mixed with these weights."""
@@ -353,8 +265,9 @@ class BatchSource:
         reader: Reader = FROM_THE_BEGINNING,
         masked: bool = False,
         eos: int | None = None,
+        packing: str = "restart",
     ) -> None:
-        """masked: documents are kept from each other; eos: the model's end token."""
+        """masked: documents are kept from each other; eos: the model's end token; packing: see :mod:`.packing`."""
         self.reader = reader
         for phase in phases:
             if len(phase.weights) != len(splits):
@@ -362,7 +275,7 @@ class BatchSource:
             if min(phase.weights) < 0 or sum(phase.weights) <= 0:
                 raise DataError(f"data weights {phase.weights} must be >= 0 and not all 0")
         self.phases = [Phase(p.first_row, tuple(w / sum(p.weights) for w in p.weights)) for p in phases]
-        self.packers = [RowPacker(split, seq_len, seed + i, eos) for i, split in enumerate(splits)]
+        self.packers = [RowPacker(split, seq_len, seed + i, eos, packing) for i, split in enumerate(splits)]
         self.batch_size, self.seq_len = batch_size, seq_len
         self._rows = np.empty((batch_size, seq_len + 1), np.int64)
         self._starts = np.empty((batch_size, seq_len + 1), np.int64) if masked else None

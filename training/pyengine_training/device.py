@@ -11,6 +11,7 @@ from .backend.cpu import CpuBackend, cpu_bytes
 from .comm import ALONE, Comm
 from .config import ModelConfig, TrainConfig
 from .errors import ConfigError, MissingLibraryError, TrainingError
+from .lora import LoraConfig
 from .trainer import Trainer, check_sizes
 
 DEVICES = ("cpu", "cuda")
@@ -67,6 +68,7 @@ def make_trainer(
     teacher: tuple[ModelConfig, Arena] | None = None,
     comm: Comm = ALONE,
     shard_optimizer: bool = False,
+    lora: LoraConfig | None = None,
 ) -> Trainer:
     """A trainer on the device.
 
@@ -74,8 +76,10 @@ def make_trainer(
     """
     check_sizes(model, config)
     if device.name == "cpu":
-        ranks = {"comm": comm, "shard_optimizer": shard_optimizer}
-        return Trainer(model, config, CpuBackend(model, config, threads=threads, teacher=teacher, **ranks))
+        more = {"comm": comm, "shard_optimizer": shard_optimizer, "lora": lora}
+        return Trainer(model, config, CpuBackend(model, config, threads=threads, teacher=teacher, **more))
+    if lora is not None:
+        raise ConfigError("--device cuda trains whole models; adapters (--lora) are trained on CPUs")
     if comm.size > 1:
         raise ConfigError("--device cuda trains on one GPU; several ranks train on CPUs")
     cuda = _cuda()
@@ -109,8 +113,12 @@ class Machine:
     shard_optimizer: bool = False
 
     def trainer(
-        self, model: ModelConfig, config: TrainConfig, teacher: tuple[ModelConfig, Arena] | None = None
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        teacher: tuple[ModelConfig, Arena] | None = None,
+        lora: LoraConfig | None = None,
     ) -> Trainer:
         """A trainer on it; see :func:`make_trainer`."""
-        ranks: dict[str, Any] = {"comm": self.comm, "shard_optimizer": self.shard_optimizer}
-        return make_trainer(model, config, device=self.device, threads=self.threads, teacher=teacher, **ranks)
+        more: dict[str, Any] = {"comm": self.comm, "shard_optimizer": self.shard_optimizer, "lora": lora}
+        return make_trainer(model, config, device=self.device, threads=self.threads, teacher=teacher, **more)

@@ -72,6 +72,10 @@ GROUPS: list[tuple[str, str, Options]] = [
         "",
         {
             "seq_len": ("N", "tokens a row, and the context of a new model"),
+            "packing": (
+                "",
+                "how documents fill rows: one behind another, the one that a row's end cuts once more; or those that fit best",
+            ),
             "attention": (
                 "",
                 "what a position sees before it: its whole row, or its own document alone (conversations: document)",
@@ -174,6 +178,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="a Llama model's Hugging Face folder to fine-tune, with its tokenizer",
+    )
+    add(
+        "--lora",
+        metavar="R,ALPHA[,NAME,…]",
+        help="with --init-from: learn adapters of rank R beside the named matrices (q_proj, …; default: all) instead of them",
     )
     add("--teacher", type=Path, metavar="DIR", help="a larger model's Hugging Face folder to distill from")
     add("--config", type=Path, metavar="FILE", help="JSON or TOML of these options, with underscores; flags win")

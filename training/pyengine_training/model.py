@@ -103,7 +103,7 @@ class Worker:
         needs: Needs = self.ops.attention_scratch(self._q_shape(), self.dtype, training)
         if training:
             needs = needs | self.ops.rmsnorm_scratch(self.config.dim)
-            needs = needs | self.ops.embedding_scratch(self.rows * self.seq_len)
+            needs = needs | self.ops.embedding_scratch(self.rows * self.seq_len, self.config.vocab_size)
         return needs
 
     def _new_wide(self, *shape: int) -> Array:

@@ -76,8 +76,18 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
     if values.get("optimizer") == "adamw":
         _refuse(values, ("muon_lr", "muon_momentum"), "--optimizer adamw does not use Muon")
+    if values.get("lora"):
+        if not values.get("init_from"):
+            raise ConfigError(
+                "--lora would have no effect: adapters need a model, --init-from or that of the parent run"
+            )
+        _refuse(
+            values,
+            ("optimizer", "muon_lr", "muon_momentum", "weight_decay"),
+            "adapters are trained by AdamW, undecayed",
+        )
     if values.get("branch_from"):
-        kept = (*SIZES, *TEXT, "teacher", "init_from", "seed", "seq_len", "optimizer")
+        kept = (*SIZES, *TEXT, "teacher", "init_from", "lora", "seed", "seq_len", "packing", "optimizer")
         return _refuse(values, kept, "--branch-from continues its parent's model, text and order of rows")
     if values.get("init_from"):
         _refuse(values, SIZES, "the model comes from --init-from")

@@ -20,6 +20,7 @@ from .data import Corpus, Reader, file_sha256, prepare_corpus
 from .device import Device, Machine
 from .errors import CheckpointError, ConfigError, DataError
 from .flags import MODEL_OPTIONS
+from .lora import parse as parse_lora
 from .options import data_paths
 from .plan import estimated_step_seconds, make_plan
 from .ranks import check_ranks
@@ -29,6 +30,7 @@ from .threads import available_threads
 
 VOCABULARY = 4096
 FINE_TUNING_LR, FINE_TUNING_MUON_LR = 3e-4, 2e-3  # of a model that has learnt already
+LORA_LR = 1e-3
 DISTILL_ALPHA = 0.5  # where a teacher is given and no share
 
 
@@ -69,9 +71,9 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
             context = checkpoints.read_model_config(Path(values[name])).max_seq_len
             base["seq_len"] = min(base.get("seq_len", TrainConfig.seq_len), context)
     if values.get("init_from"):
-        base.update(lr=FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
+        base.update(lr=LORA_LR if values.get("lora") else FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
     if any(is_chat(path) for path in paths if path.is_file()):
-        base["attention"] = "document"
+        base.update(attention="document", packing="best-fit")
     if values.get("teacher"):
         base["distill_alpha"] = DISTILL_ALPHA
     return base
@@ -151,6 +153,8 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     """Tokenizer, data, sizes, run.json of a run that begins here."""
     paths = data_paths(values)
     config = train_config(values, base_options(values, paths))
+    if values.get("lora"):
+        parse_lora(str(values["lora"]), Path(values["init_from"]))  # before the text is read
     if not values.get("init_from"):
         model_config(values, VOCABULARY, config.seq_len)  # sizes that cannot work, before minutes of tokenizing
     tokenizer = find_tokenizer(values, paths)
@@ -171,7 +175,9 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
         "data": [{"name": p.name, "sha256": file_sha256(p)} for p in paths if p.is_file()],
     }
     config = dataclasses.replace(config, extra=extra)
+    lora = parse_lora(str(values["lora"]), riders) if values.get("lora") and riders else None
     run_values = {
+        "lora": lora.to_json() if lora else None,
         "model": to_json(model),
         "train": to_json(config),
         "corpora": corpora,

@@ -34,6 +34,7 @@ from .device import Machine
 from .energy import EnergyMeter, add_joules
 from .errors import CheckpointError, ConfigError, Interrupted
 from .files import atomic_directory
+from .lora import LoraConfig
 from .model import Worker
 from .plan import estimated_step_seconds, format_seconds, make_plan, warnings
 from .plot import plot_losses
@@ -58,6 +59,7 @@ class Run:
     riders: Path | None  # a fine-tuned model's own tokenizer and generation files
     teacher: tuple[ModelConfig, Arena] | None = None
     reader: Reader = FROM_THE_BEGINNING
+    lora: LoraConfig | None = None
 
     def fingerprint(self) -> str:
         return "+".join(corpus.fingerprint() for corpus in self.corpora)
@@ -73,6 +75,7 @@ class Run:
             reader=self.reader,
             masked=c.attention == "document",
             eos=self.eos,
+            packing=c.packing,
         )
 
     def phases(self) -> list[Phase]:
@@ -124,6 +127,7 @@ def open_run(folder: Path) -> Run:
         eos=values["eos"],
         riders=riders,
         teacher=teacher,
+        lora=LoraConfig.from_json(values["lora"]) if values.get("lora") else None,
         reader=Reader.from_json(values["reader"]) if values.get("reader") else FROM_THE_BEGINNING,
     )
 
@@ -152,7 +156,7 @@ class Loop:
         self.leads = self.comm.rank == 0  # writes files and talks; the other ranks only compute
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
-        self.trainer = machine.trainer(run.model, run.config, run.teacher)
+        self.trainer = machine.trainer(run.model, run.config, run.teacher, run.lora)
         self.validation, self.validation_bytes = run.validation(self.trainer.backend.shard_rows)
         self.log = runfolder.Log(run.folder / "log.txt", speaks=self.leads)
         self.metrics_path = run.folder / "metrics.jsonl"
@@ -172,6 +176,8 @@ class Loop:
         elif self.config.extra.get("init_from"):
             folder = Path(self.config.extra["init_from"])
             checkpoints.load_parameters(folder, self.trainer.params, self.run.model)
+            if self.trainer.backend.adapters:
+                self.trainer.backend.adapters.begin(self.config.seed)
             self.log.say(f"weights from {folder}")
         else:
             self.trainer.initialize()
@@ -206,11 +212,17 @@ class Loop:
         self.trainer.save(
             folder,
             self.run.fingerprint(),
-            lambda target: self.run.write_model(target, self.trainer.params),
+            self._write_model,
         )
         self._saved_step = step
         if self.leads:
             checkpoints.prune(self.run.folder, self.config.keep_checkpoints)
+
+    def _write_model(self, folder: Path) -> None:
+        """The Hugging Face files, and the adapters' own where there are some."""
+        self.run.write_model(folder, self.trainer.params)
+        if self.trainer.backend.adapters:
+            self.trainer.backend.adapters.save_state(folder)
 
     def validate(self, quantize: bool) -> Validation:
         """Validate, log, plot."""
@@ -333,6 +345,9 @@ class Loop:
         if self.leads:
             with atomic_directory(target) as temporary:
                 self.run.write_model(temporary, self.trainer.params)
+            if self.trainer.backend.adapters:
+                with atomic_directory(self.run.folder / "adapter") as temporary:
+                    self.trainer.backend.adapters.export(temporary)
         if self.config.quantize != "never":
             self.validate(False)  # both arithmetics, for the record
             self.validate(True)
@@ -405,9 +420,11 @@ def measure_step_seconds(run: Run, machine: Machine) -> tuple[float, float]:
     """Median seconds of a step without and with fake-quantization, on a throwaway trainer."""
     config = dataclasses.replace(run.config, quantize="always", steps=10)
     source = run.source()
-    trainer = machine.trainer(run.model, config, run.teacher)
+    trainer = machine.trainer(run.model, config, run.teacher, run.lora)
     try:
         trainer.initialize()
+        if trainer.backend.adapters:
+            trainer.backend.adapters.begin(0)
         batch = source.batch(0)
         results = []
         for quantize in (False, True):

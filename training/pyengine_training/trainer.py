@@ -121,7 +121,7 @@ class Trainer:
         if comm.rank > 0:
             self.backend.save_moments(None, None)
         else:
-            size, fill = self.params.flat.size, self.backend.save_moments
+            size, fill = self.backend.moments_size, self.backend.save_moments
             args = self.model, self.config, size, fill, self.state, data_fingerprint, write_model
             checkpoints.save_checkpoint(folder, *args)
         comm.gather(None)
@@ -129,8 +129,12 @@ class Trainer:
     def restore(self, folder: Path) -> dict[str, Any]:
         """Parameters, moments and counters of a checkpoint; returns its state.json."""
         values = checkpoints.read_state(folder)
-        checkpoints.load_parameters(folder, self.params, self.model)
-        self.backend.load_moments(*checkpoints.load_moments(folder, self.params.flat.size))
+        adapters = self.backend.adapters
+        checkpoints.load_parameters(Path(adapters.config.base) if adapters else folder, self.params, self.model)
+        if adapters:
+            adapters.begin(self.config.seed)
+            adapters.load_state(folder)
+        self.backend.load_moments(*checkpoints.load_moments(folder, self.backend.moments_size))
         self.state = TrainingState(
             int(values["step"]),
             int(values["tokens"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ class SimulatedRuntime:
         self.simulator = Simulator(schedule, seed)
         self.launches: list[str] = []
         self.recorded = 0
+        self.allowed = False  # TF32
+        self.products: list[bool] = []  # of float32: whether TF32 was allowed
 
     def launch(self, kernel: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
         self.launches.append(kernel.py_func.__name__)
@@ -43,6 +47,13 @@ class SimulatedRuntime:
     def fill(self, array: Array, value: float) -> None:
         array.fill(value)
 
+    @contextlib.contextmanager
+    def tensor_floats(self, allowed: bool) -> Iterator[None]:
+        """Only remembered: products are float32 here."""
+        before, self.allowed = self.allowed, allowed
+        yield
+        self.allowed = before
+
     def synchronize(self) -> None:
         return
 
@@ -56,6 +67,8 @@ class SimulatedRuntime:
     def gemm(self, product: Any) -> None:
         """Inputs widened to float32, one rounding of the result."""
         p = product
+        if p.a[0].dtype == np.float32:
+            self.products.append(self.allowed)
 
         def view(part: Any, rows: int, cols: int) -> Array:
             array, start, length, stride = part

@@ -112,3 +112,18 @@ def test_a_status_is_an_error_that_names_the_product() -> None:
         cublas.gemm(product)
     with pytest.raises(TypeError, match="one type"):
         cublas.gemm(Product((x, 0, 2, 0), (x.view(np.uint16), 0, 3, 0), (x, 0, 2, 0), (2, 2, 3)))
+
+
+def test_tensor_floats_are_a_mode_that_ends() -> None:
+    """The mode is set and set back, also when the body fails."""
+    modes: list[int] = []
+
+    class Library(FortranLibrary):
+        def cublasSetMathMode(self, _handle: Any, mode: int) -> int:
+            modes.append(mode)
+            return 0
+
+    products = Cublas(Library(), 0, 0, lambda _array: 0)
+    with pytest.raises(RuntimeError), products.tensor_floats(True), products.tensor_floats(False):
+        raise RuntimeError
+    assert modes == [0, 3, 0, 3, 0]

@@ -17,7 +17,7 @@ pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extr
 from pyengine_training import device
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.errors import ConfigError, TrainingError
-from pyengine_training.ops.cuda import _gpu
+from pyengine_training.ops.cuda import _gpu, _jit
 from pyengine_training.ops.cuda._gpu import GpuRuntime, _check_device, _libraries
 from pyengine_training.ops.cuda._runtime import DeviceError, kept, runtime, use_runtime
 
@@ -185,3 +185,11 @@ def test_nothing_is_allocated_inside_a_graph() -> None:
         with pytest.raises(DeviceError, match="allocated inside a graph"):
             kept("y", 8, np.float32)
         assert runtime() is simulated
+
+
+def test_more_elements_than_32_bits_index_are_refused() -> None:
+    """The largest array counts, not the number of threads: gate and up are twice their product."""
+    rows, hidden = 1 << 20, 1 << 11
+    with pytest.raises(DeviceError, match=r"4,294,967,296 elements.*--shards"):
+        _jit.unsigned(rows * hidden, hidden, addressed=2 * rows * hidden)
+    assert _jit.unsigned(7, addressed=(1 << 32) - 1) == (7,)

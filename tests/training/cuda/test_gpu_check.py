@@ -106,6 +106,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sections at sizes that can be simulated, on a simulated GPU."""
     values: dict[str, Any] = {
         "SMALL": TINY, "LARGE": TINY, "SEQ": 3, "ROWS": 2, "STEPS": 2, "PRODUCTS": (8,), "LARGE_ROWS": 1,
+        "MEASURED": ((1, {}, False), (1, {}, True), (1, {"optimizer": "muon"}, False), (1, {"quantize": "always"}, False)),
         "WARMUP": 1, "REPEATS": 2,
         "small_cases": lambda: [*linear(3, 4, 5), *rmsnorm(2, 3)], "large_cases": lambda: [],
     }  # fmt: skip
@@ -143,9 +144,11 @@ def test_speed_and_memory_are_reported(tiny: Any, capsys: pytest.CaptureFixture[
     assert sections.throughput() and sections.memory()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["tokens_per_second"] > 0 and 0 <= lines[0]["mfu"] < 1 and len(lines[0]["ms"]) == 2
-    assert [line["attention"] for line in lines[:2]] == ["unfused", "flash"]
-    assert lines[2] == {"engine": "torch", "error": "not installed"}
-    assert [line["recompute"] for line in lines[3:]] == ["none", "activations", "block"]
+    kinds = [(line["attention"], line["optimizer"], line["int8"]) for line in lines[:4]]
+    assert kinds[:2] == [("unfused", "adamw", False), ("flash", "adamw", False)]
+    assert kinds[2:] == [("unfused", "muon", False), ("unfused", "adamw", True)]
+    assert lines[4] == {"engine": "torch", "error": "not installed"}
+    assert [line["recompute"] for line in lines[5:]] == ["none", "activations", "block"]
 
 
 def test_the_loss_curve_is_judged(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extr
 from pyengine_training.gpu_check.cases import Case, check, small_cases
 from pyengine_training.ops import cuda as ops
 from pyengine_training.ops.cuda import attention as attention_module
+from pyengine_training.ops.cuda import embedding as embedding_module
 from pyengine_training.ops.cuda._runtime import use_runtime
 from simulated_runtime import SimulatedRuntime
 from simulator import SCHEDULES
@@ -25,6 +26,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and several groups of heads at sizes that can be simulated."""
     monkeypatch.setattr(attention_module, "TILE", 4)
     monkeypatch.setattr(attention_module, "SCORES", 130)
+    monkeypatch.setattr(embedding_module, "CHUNK", 3)
 
 
 def run(case: Case, schedule: str, bf16: bool) -> dict[str, Any]:

@@ -239,26 +239,24 @@ def test_a_run_holds_what_was_predicted(precision: str, knobs: dict[str, Any]) -
     assert counted.peak == wanted  # type: ignore[attr-defined]
 
 
-def test_stochastic_rounding_keeps_the_mean_and_depends_on_the_seed_alone() -> None:
-    from pyengine_training.gpu_check.cases import from_bf16
-    from pyengine_training.ops.cuda import adamw
+def test_the_products_matrices_are_the_masters_rounded_to_nearest() -> None:
+    from pyengine_training.gpu_check.cases import from_bf16, to_bf16
 
-    step = 2.0**-7  # between neighbours in bfloat16, from 1 to 2
-    x = np.full(3000, 1 + 0.3 * step, np.float32)
-    x[:100] = -1.5  # representable: must not move
+    gpu = pair("bf16", quantize="never")[1]
+    gpu.gradients(*batch(0))
+    narrow = gpu.backend._narrow  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(from_bf16(narrow.flat), from_bf16(to_bf16(gpu.params.flat)))
 
-    def rounded(seed: int) -> Array:
-        y = np.full(x.shape, 77, np.uint16)
-        knobs = adamw.host_knobs(step=1, lr=0.1, beta1=0.9, beta2=0.9, seed=seed)
-        adamw.round_stochastic(y, x, knobs)
-        return from_bf16(y)
 
-    first = rounded(5)
-    assert (first[:100] == -1.5).all()
-    assert set(first[100:]) == {np.float32(1), np.float32(1 + step)}
-    assert (first[100:] > 1).mean() == pytest.approx(0.3, abs=0.03)
-    np.testing.assert_array_equal(rounded(5), first)
-    assert 0.3 < (rounded(6)[100:] != first[100:]).mean() < 0.55
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_tensor_floats_are_for_steps_of_bf16_runs_alone(precision: str, runtime: SimulatedRuntime) -> None:
+    gpu = pair(precision, quantize="always")[1]
+    gpu.step(*batch(0))
+    assert runtime.products and set(runtime.products) == {precision == "bf16"}
+    runtime.products.clear()
+    tokens, targets = batch(4)
+    gpu.validate([ValidationBatch(tokens[:1], targets[:1], targets[:1] >= 0, np.arange(1))], 33, True)
+    assert runtime.products and not any(runtime.products)
 
 
 @pytest.mark.slow

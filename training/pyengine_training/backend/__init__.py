@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..arena import Arena
 from ..comm import Comm
 from ..data import ValidationBatch
+from ..lora import Adapters
 
 Array = NDArray[Any]
 
@@ -39,6 +40,7 @@ class Backend(Protocol):
     comm: Comm
     threads: int
     shard_rows: int  # rows of one shard
+    adapters: Adapters | None  # where these are trained instead of the parameters
 
     @property
     def params(self) -> Arena:
@@ -63,11 +65,15 @@ class Backend(Protocol):
     def validation_sums(self, batches: Iterable[ValidationBatch], quantize: bool) -> Array:
         """(batches, 4) float64, see :func:`..validation.batch_sums`; in float32 arithmetic."""
 
+    @property
+    def moments_size(self) -> int:
+        """Elements of each moment, in the layout of what is trained."""
+
     def save_moments(self, m: Array | None, v: Array | None) -> None:
-        """Fill rank 0's flat arrays of the parameters' layout with the optimizer's moments; other ranks pass None."""
+        """Fill rank 0's flat arrays of moments_size elements with the optimizer's moments; other ranks pass None."""
 
     def load_moments(self, m: Array, v: Array) -> None:
-        """Take the moments from two flat arrays of the parameters' layout."""
+        """Take the moments from two flat arrays."""
 
     def close(self) -> None:
         """Stop the threads."""

@@ -20,6 +20,7 @@ from ..comm import ALONE, Comm, together
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
+from ..lora import Adapters, LoraConfig
 from ..model import Worker, activation_bytes, fake_quantize_parameters
 from ..optimizer import Optimizer, norm_of
 from ..ranks import Exchange, ShardSum, check_ranks, cut
@@ -43,8 +44,9 @@ class CpuBackend:
         teacher: tuple[ModelConfig, Arena] | None = None,
         comm: Comm = ALONE,
         shard_optimizer: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
-        self.comm = comm
+        self.config, self.comm = config, comm
         check_ranks(comm.size, config)
         self.blas_limit = single_threaded_blas()
         wanted = threads or comm.threads or available_threads()
@@ -55,8 +57,10 @@ class CpuBackend:
         self._int8_values = self.params.like() if config.quantize != "never" else None
         pieces = cut(self.params, model, config)
         self.exchange = Exchange(comm, pieces)
-        self.sharded = shard_optimizer and comm.size > 1
-        self.optimizer = Optimizer(config, self.exchange.mine if self.sharded else pieces, self.pool)
+        self.adapters = Adapters(lora, model, self.params) if lora else None
+        self.sharded = shard_optimizer and comm.size > 1 and not lora
+        updated = self.exchange.mine if self.sharded else pieces
+        self.optimizer = Optimizer(config, [] if lora else updated, self.pool)
         self.shard_rows = config.batch_size // config.shards
         size = self.shard_rows, config.seq_len
         self.workers = [Worker(model, *size, recompute=config.recompute) for _ in range(self.threads)]
@@ -140,6 +144,8 @@ class CpuBackend:
 
     def step(self, tokens: Array, targets: Array, inputs: StepInputs) -> tuple[float, float]:
         """Loss and gradient norm; nothing is updated unless both are finite."""
+        if self.adapters:
+            return self._adapter_step(self.adapters, tokens, targets, inputs)
         loss = self._reduced_gradients(tokens, targets, inputs)
         squares: dict[int, Array] = {}
         for part in self.comm.gather(self.optimizer.squares(self._grads.flat, self.exchange.mine)):
@@ -151,6 +157,16 @@ class CpuBackend:
             self.optimizer.step(self.params.flat, self._grads.flat, inputs.step, inputs.lr_factor, norm)
             if self.sharded:
                 self.exchange.distribute(self.params.flat)
+        return loss, norm
+
+    def _adapter_step(
+        self, adapters: Adapters, tokens: Array, targets: Array, inputs: StepInputs
+    ) -> tuple[float, float]:
+        """As step; they are small, so every rank updates all of them."""
+        loss = self.gradients(tokens, targets, inputs)
+        norm = adapters.gradients(self._grads)
+        if math.isfinite(loss) and math.isfinite(norm):
+            adapters.step(self.config, inputs.step, inputs.lr_factor, norm)
         return loss, norm
 
     # ---- validation and checkpoints ----------------------------------------------------------------------------------
@@ -166,8 +182,17 @@ class CpuBackend:
             sums[rank :: self.comm.size] = found
         return sums
 
+    @property
+    def moments_size(self) -> int:
+        """Of the adapters, or of the whole arena."""
+        return int((self.adapters.values if self.adapters else self.params).flat.size)
+
     def save_moments(self, m: Array | None, v: Array | None) -> None:
         """Piece by piece, from their owners."""
+        if self.adapters:
+            if m is not None and v is not None:
+                m[...], v[...] = self.adapters.m.flat, self.adapters.v.flat
+            return
         for index, out in enumerate((m, v)):
             if self.sharded:
                 self.exchange.collect(lambda piece, i=index: self.optimizer.moments(piece)[i], out)  # type: ignore[misc]
@@ -177,6 +202,9 @@ class CpuBackend:
 
     def load_moments(self, m: Array, v: Array) -> None:
         """Copies of what this rank keeps."""
+        if self.adapters:
+            self.adapters.m.flat[...], self.adapters.v.flat[...] = m, v
+            return
         self.optimizer.load(m, v)
 
 

@@ -3,7 +3,7 @@
 Parameters, moments and gradients are float32 arenas on the device; the host has copies of parameters and moments that
 are brought up to date when somebody looks (checkpoints, samples) and go back before the next step. Activations are
 bfloat16, or float32 with precision "float32". Steps that simulate int8 and all validation run in float32: rounding to
-bfloat16 would change the codes.
+bfloat16 would change the codes. With precision "bf16" the products of such steps may use TF32; validation never does.
 
 A step is one list of launches. The first runs it as it is, which compiles the kernels; then it is recorded into a graph
 and started with one call. What changes between steps (learning rates, bias corrections, 1 / targets, seed, and the clip
@@ -25,6 +25,7 @@ from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
 from ..errors import ConfigError
+from ..lora import Adapters
 from ..model import Array, Worker, fake_quantize_parameters
 from ..ops import cuda as ops
 from ..ops.cuda import adamw, attention, buffers, fake_quant, grad_norm, muon
@@ -78,6 +79,8 @@ class Weights:
 
 class CudaBackend:
     """:class:`.Backend` on a GPU."""
+
+    adapters: Adapters | None = None
 
     def __init__(
         self,
@@ -152,6 +155,11 @@ class CudaBackend:
         )
         return values
 
+    @property
+    def moments_size(self) -> int:
+        """Of the whole arena."""
+        return int(self._grads.flat.size)
+
     def save_moments(self, m: Array | None, v: Array | None) -> None:
         """Copies."""
         for out, mirror in zip((m, v), self.moments, strict=True):
@@ -190,7 +198,7 @@ class CudaBackend:
             return Weights(self._int8_values, masters)
         if worker.dtype is NARROW:
             self._narrow = self._narrow or Arena(masters.shapes, NARROW, ops.zeros)
-            adamw.round_stochastic(self._narrow.flat, masters.flat, self._knobs)
+            ops.copy(self._narrow.flat, masters.flat)  # to nearest: the masters lose nothing that noise could save
             return Weights(self._narrow, masters)
         return masters
 
@@ -209,7 +217,7 @@ class CudaBackend:
 
     def _launch_step(self, quantize: bool) -> None:
         """Everything between the upload of a batch and the download of its loss."""
-        with fake_quant.deferred_checks():
+        with fake_quant.deferred_checks(), runtime().tensor_floats(self.precision == "bf16"):
             self._launch_gradients(quantize, self.config.shards)
         ops.sum_of_squares(self._squares, self._grads.flat, grad_norm.BLOCK)
         grad_norm.norm_and_clip(self._knobs[: adamw.GRAD_SCALE + 1], self._squares, self.config.clip)
@@ -244,18 +252,18 @@ class CudaBackend:
             beta1=c.beta1,
             beta2=c.beta2,
             inv=1.0 / inputs.counted,
-            seed=c.seed * 1_000_003 + inputs.step,
         )
         device.upload(knobs, self._knobs)
         self._masters.device()
 
     def gradients(self, tokens: Array, targets: Array, inputs: StepInputs) -> float:
         """Mean loss; its gradient into ``grads``."""
+        device = runtime()
         self._upload(tokens, targets, inputs)
         shards = len(tokens) // self.shard_rows
-        with fake_quant.deferred_checks():
+        with fake_quant.deferred_checks(), device.tensor_floats(self.precision == "bf16"):
             self._launch_gradients(inputs.quantize, shards)
-        losses = runtime().download(self._losses[:shards])
+        losses = device.download(self._losses[:shards])
         return float(losses.sum(dtype=np.float64)) / inputs.counted
 
     def step(self, tokens: Array, targets: Array, inputs: StepInputs) -> tuple[float, float]:

@@ -81,7 +81,9 @@ def embedding(n: int, dim: int, vocab: int) -> Iterator[Case]:
     yield Case(
         f"embedding_backward/{shape}",
         {"dtable": normal(vocab, dim, seed=1), "dx": normal(n, dim), "ids": ids},
-        lambda ops, a: ops.embedding_backward(a["dtable"], a["dx"], a["ids"], scratch(ops, ops.embedding_scratch(n))),
+        lambda ops, a: ops.embedding_backward(
+            a["dtable"], a["dx"], a["ids"], scratch(ops, ops.embedding_scratch(n, vocab))
+        ),
         ("dtable",),
         exact=True,
         wide=("dtable",),

@@ -12,7 +12,7 @@ from ..needs import Needs
 from ._jit import Array, kernel
 
 
-def embedding_scratch(n: int) -> Needs:
+def embedding_scratch(n: int, vocab_size: int) -> Needs:
     """None: rows are added one after another."""
     return {}
 

@@ -1,21 +1,23 @@
 """Matrix products by cuBLAS, called on raw pointers.
 
 cuBLAS is column-major: a row-major (m, n) matrix is its column-major (n, m) transpose, so C = op(A) op(B) is asked for
-as C^T = op(B)^T op(A)^T, which only swaps the two operands. Sums are float32 throughout; float32 inputs are multiplied
-as float32 (no TF32). The handle works in a workspace of ours, so that recorded graphs allocate nothing.
+as C^T = op(B)^T op(A)^T, which only swaps the two operands. Sums are float32 throughout; float32 inputs are multiplied as
+float32, unless :meth:`Cublas.tensor_floats` allows TF32. The handle works in a workspace of ours, so that recorded graphs
+allocate nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ._runtime import DeviceError, Product
 
 R_32F, R_16BF, COMPUTE_32F, DEFAULT_ALGORITHM = 0, 14, 68, -1
 NO, TRANSPOSE = 0, 1
-DEFAULT_MATH = 0
+DEFAULT_MATH, TENSOR_FLOATS = 0, 3  # CUBLAS_DEFAULT_MATH, CUBLAS_TF32_TENSOR_OP_MATH
 WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for compute capability 9
 
 STATUS = {
@@ -62,7 +64,19 @@ class Cublas:
             "set workspace",
             library.cublasSetWorkspace_v2(self.handle, ctypes.c_void_p(workspace), ctypes.c_size_t(WORKSPACE_BYTES)),
         )
+        self.math = DEFAULT_MATH
         self._check("set math mode", library.cublasSetMathMode(self.handle, DEFAULT_MATH))
+
+    @contextlib.contextmanager
+    def tensor_floats(self, allowed: bool) -> Iterator[None]:
+        """Within the body float32 products may round their inputs to TF32; recorded graphs keep what held."""
+        before, self.math = self.math, TENSOR_FLOATS if allowed else DEFAULT_MATH
+        self._check("set math mode", self.library.cublasSetMathMode(self.handle, self.math))
+        try:
+            yield
+        finally:
+            self.math = before
+            self._check("set math mode", self.library.cublasSetMathMode(self.handle, before))
 
     @staticmethod
     def _check(what: str, status: int) -> None:

@@ -9,6 +9,7 @@ kernel exactly; without it, it names the last ones that were started. PYENGINE_C
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -166,6 +167,9 @@ class GpuRuntime:
         self._cublas.gemm(product)
         if self.wait_always and not self.capturing:
             self.synchronize()
+
+    def tensor_floats(self, allowed: bool) -> contextlib.AbstractContextManager[None]:
+        return self._cublas.tensor_floats(allowed)
 
     def synchronize(self) -> None:
         try:

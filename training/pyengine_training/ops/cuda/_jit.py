@@ -11,6 +11,7 @@ on floats, so that results have the same bits every time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import numba_cuda  # noqa: F401 - without this package numba.cuda is an older mo
 import numpy as np
 from numba import cuda as _cuda
 
-from ._runtime import Array, runtime
+from ._runtime import Array, DeviceError, runtime
 
 cuda: Any = _cuda  # numba's stubs do not know threadIdx and its like
 f4 = np.float32
@@ -26,17 +27,20 @@ i8 = np.int64
 u4 = np.uint32  # indices that are divided: 64-bit division is slow; the compiler narrows products of these back
 THREADS = 256  # of an elementwise kernel, and the most that a row gets
 WARP = 32
+# Compiled kernels are kept on disk only where someone says so (gpu_check, in a folder of its own): the cache does not notice
+# that a device function in another file has changed.
+CACHE = os.environ.get("PYENGINE_CUDA_CACHE") == "1"
 FULL = 0xFFFFFFFF  # every lane of a warp
 
 
 def kernel(function: Callable[..., None]) -> Any:
     """Compile for the device at the first launch, with relaxed float semantics."""
-    return cuda.jit(fastmath=True)(function)
+    return cuda.jit(fastmath=True, cache=CACHE)(function)
 
 
 def exact_kernel(function: Callable[..., None]) -> Any:
     """Compile for the device at the first launch: every operation rounded as IEEE 754 says."""
-    return cuda.jit(fastmath=False)(function)
+    return cuda.jit(fastmath=False, cache=CACHE)(function)
 
 
 def device(function: Callable[..., Any]) -> Any:
@@ -61,10 +65,14 @@ def launch_rows(function: Any, n_rows: int, width: int, *arguments: Any) -> None
         runtime().launch(function, n_rows, row_threads(width), arguments)
 
 
-def unsigned(*sizes: int) -> tuple[Any, ...]:
-    """Sizes as uint32 arguments; refuses what does not fit, and kernels must not mix them with signed numbers."""
-    if max(sizes) >= 1 << 32:
-        raise ValueError(f"{max(sizes)} elements are more than a kernel indexes in 32 bits")
+def unsigned(*sizes: int, addressed: int) -> tuple[Any, ...]:
+    """Sizes as uint32 arguments, which kernels must not mix with signed numbers.
+
+    addressed: elements of the largest array that is indexed with them. Raises DeviceError where they do not fit.
+    """
+    largest = max(*sizes, addressed)
+    if largest >= 1 << 32:
+        raise DeviceError(f"{largest:,} elements are more than a kernel indexes in 32 bits: use more --shards")
     return tuple(map(u4, sizes))
 
 

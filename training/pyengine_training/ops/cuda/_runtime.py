@@ -43,6 +43,9 @@ class Runtime(Protocol):
     def gemm(self, product: Product) -> None:
         """A batch of matrix products, see :class:`Product`."""
 
+    def tensor_floats(self, allowed: bool) -> contextlib.AbstractContextManager[None]:
+        """Within the body float32 products may, or may not, round their inputs to TF32 (10 bits) for speed."""
+
     def synchronize(self) -> None:
         """Wait for the device; raises DeviceError where a kernel failed."""
 

@@ -4,8 +4,9 @@ forward   x[i] = table[tokens[i]]                         written with =
 backward  dtable[tokens[i]] += dx[i], rows ascending      accumulated (a tied table also gets the output layer's share)
 
 The backward uses no atomics: rows of one token form a chain in ascending order, and the block of the chain's first row
-adds the whole chain, so the sums have the order of the CPU's loop. Building the chains reads ``tokens`` ahead of each
-row until the token comes again: neighbours read neighbours, and common tokens stop early.
+adds the whole chain, so the sums have the order of the CPU's loop. To find where a row's token comes again, each chunk of
+CHUNK rows marks the tokens that it has: a row reads the rest of its own chunk, then one mark of each later chunk until one
+has the token, then that chunk: 2 CHUNK + N / CHUNK reads at most, not N.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from ._jit import Array, cuda, i8, kernel, launch_elements, launch_rows
 from ._runtime import flat, runtime
 
 END = i8(-1)
+CHUNK = 1024  # rows
 
 
-def embedding_scratch(n: int) -> Needs:
-    """The chains of equal tokens among n rows."""
-    return {name: Need((n,), np.int64) for name in ("following", "starts")}
+def embedding_scratch(n: int, vocab_size: int) -> Needs:
+    """The chains of equal tokens among n rows, and which tokens each chunk of rows has."""
+    chains = {name: Need((n,), np.int64) for name in ("following", "starts")}
+    return chains | {"present": Need((-(-n // CHUNK) * vocab_size,), np.int8)}
 
 
 @kernel
@@ -46,14 +49,30 @@ def embedding_forward(x: Array, table: Array, tokens: Array) -> None:
 
 
 @kernel
-def chain_kernel(following: Any, tokens: Any, n: int) -> None:
+def present_kernel(present: Any, tokens: Any, n: int, chunk: int, vocab_size: int) -> None:
+    """present[c, token] = 1 for every token of chunk c; the array was filled with zeros. All write the same value."""
+    i = i8(cuda.grid(1))
+    if i < n:
+        store(present, i // chunk * vocab_size + load(tokens, i), np.int8(1))
+
+
+@kernel
+def chain_kernel(following: Any, present: Any, tokens: Any, n: int, chunk: int, vocab_size: int) -> None:
     """following[i] = next row with the token of row i, or END."""
     i = i8(cuda.grid(1))
     if i < n:
         token = load(tokens, i)
+        c = i // chunk + i8(1)
+        end = min(i8(n), c * chunk)
         j = i + i8(1)
-        while j < n and load(tokens, j) != token:
+        while j < end and load(tokens, j) != token:
             j += i8(1)
+        if j == end:
+            while c * chunk < n and load(present, c * vocab_size + token) == np.int8(0):
+                c += i8(1)
+            j = min(i8(n), c * chunk)
+            while j < n and load(tokens, j) != token:
+                j += i8(1)
         store(following, i, j if j < n else END)
 
 
@@ -90,7 +109,11 @@ def embedding_backward(dtable: Array, dx: Array, tokens: Array, scratch: dict[st
     n, dim = dx.shape
     following, starts = scratch["following"][:n], scratch["starts"][:n]
     runtime().fill(starts, 1)
-    launch_elements(chain_kernel, n, following, flat(tokens), n)
+    vocab_size = dtable.shape[0]
+    present = scratch["present"][: -(-n // CHUNK) * vocab_size]
+    runtime().fill(present, 0)
+    launch_elements(present_kernel, n, present, flat(tokens), n, CHUNK, vocab_size)
+    launch_elements(chain_kernel, n, following, present, flat(tokens), n, CHUNK, vocab_size)
     launch_elements(chain_start_kernel, n, starts, following, n)
     arguments = flat(dtable), flat(dx), flat(tokens), following, starts, dim
     launch_rows(embedding_backward_kernel, n, dim, *arguments)

@@ -45,12 +45,12 @@ def split_heads_kernel(
 def merge_heads(rows: Array, o: Array) -> None:
     """rows[b, t, g * n_rep + r] = o[b, g, t, r]."""
     _, n_kv, seq, n_rep, head_dim = o.shape
-    sizes = unsigned(o.size, seq, n_kv * n_rep, n_kv, n_rep, head_dim)
+    sizes = unsigned(o.size, seq, n_kv * n_rep, n_kv, n_rep, head_dim, addressed=o.size)
     launch_elements(merge_heads_kernel, o.size, flat(rows), flat(o), *sizes)
 
 
 def split_heads(do: Array, drows: Array) -> None:
     """do[b, g, t, r] = drows[b, t, g * n_rep + r]: the backward of merge_heads."""
     _, n_kv, seq, n_rep, head_dim = do.shape
-    sizes = unsigned(do.size, seq, n_kv * n_rep, n_kv, n_rep, head_dim)
+    sizes = unsigned(do.size, seq, n_kv * n_rep, n_kv, n_rep, head_dim, addressed=do.size)
     launch_elements(split_heads_kernel, do.size, flat(do), flat(drows), *sizes)

@@ -99,7 +99,7 @@ def _sizes(q: Array) -> tuple[Any, ...]:
     batch, n_kv, seq, n_rep, head_dim = q.shape
     n_all, n_heads, half = n_kv * (n_rep + 2), n_kv * n_rep, head_dim // 2
     n_pairs = batch * seq * n_all * half
-    return unsigned(n_pairs, seq, n_all, n_heads, n_heads + n_kv, n_kv, n_rep, head_dim, half)
+    return unsigned(n_pairs, seq, n_all, n_heads, n_heads + n_kv, n_kv, n_rep, head_dim, half, addressed=2 * n_pairs)
 
 
 def qkv_rope_forward(q: Array, k: Array, v: Array, qkv: Array, cos: Array, sin: Array) -> None:

@@ -47,10 +47,12 @@ def swiglu_backward_kernel(dgate_up: Any, dh: Any, gate_up: Any, n: int, hidden:
 
 def swiglu_forward(h: Array, gate_up: Array) -> None:
     """h = silu(gate) * up."""
-    launch_elements(swiglu_forward_kernel, h.size, flat(h), flat(gate_up), *unsigned(h.size, h.shape[1]))
+    launch_elements(
+        swiglu_forward_kernel, h.size, flat(h), flat(gate_up), *unsigned(h.size, h.shape[1], addressed=gate_up.size)
+    )
 
 
 def swiglu_backward(dgate_up: Array, dh: Array, gate_up: Array) -> None:
     """Gradients of gate and up."""
     arrays = map(flat, (dgate_up, dh, gate_up))
-    launch_elements(swiglu_backward_kernel, dh.size, *arrays, *unsigned(dh.size, dh.shape[1]))
+    launch_elements(swiglu_backward_kernel, dh.size, *arrays, *unsigned(dh.size, dh.shape[1], addressed=gate_up.size))
