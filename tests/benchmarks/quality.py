@@ -85,7 +85,7 @@ def simulated_logits(model: Any) -> Logits:
         fixtures.canonical_name(name): parameter.detach().numpy() for name, parameter in model.named_parameters()
     }
     weights["rope.0.inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
-    return Oracle(config, weights, quantized=True).logits
+    return Oracle(config, fixtures.split_key_biases(config, weights), quantized=True).logits
 
 
 def compare(reference: NDArray[Any], other: NDArray[Any], token_ids: NDArray[Any]) -> dict[str, Any]:
