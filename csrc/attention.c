@@ -28,10 +28,10 @@ static state state_at(float *memory, const pe_model *model) {
 }
 
 size_t pe_attention_scratch_floats(const pe_model *model) {
-    return max_rows(model) * PE_CHUNK + 2 * state_floats(model);
+    return max_rows(model) * PE_CHUNK + 2 * state_floats(model) + max_rows(model) * model->config.head_dim;
 }
 
-/* One block and kv head; thread scratch: scores (rows, 256), then two states. */
+/* One block and kv head; thread scratch: scores (rows, 256), then two states, then queries turned back (rows, head_dim). */
 typedef struct task {
     const pe_slice *slice;
     const pe_kv_cache *kv;
@@ -78,7 +78,29 @@ static void visible_range(const task *t, size_t chunk, size_t r, size_t *begin, 
     *end = position + 1 < base + PE_CHUNK ? (position + 1 > base ? position + 1 - base : 0) : PE_CHUNK;
 }
 
-static void chunk_scores(const task *t, const pe_kv_chunk *kv, size_t n_positions) {
+/* The part of the keys' bias that the cache does not hold. */
+static void add_key_bias(const task *t, size_t chunk, size_t first_row, size_t n_positions) {
+    const pe_slice *s = t->slice;
+    const pe_layer *layer = &s->model->layers[t->layer];
+    const pe_key_bias *bias = layer->key_bias;
+    size_t head_dim = s->model->config.head_dim, first = bias->first[t->kv_head], n = bias->first[t->kv_head + 1] - first;
+    size_t angle = (layer->rope * s->n_chunks + chunk) * (head_dim / 2);
+    float cos[PE_MAX_HEAD_DIM / 2], sin[PE_MAX_HEAD_DIM / 2];
+    float *turned = t->scores + max_rows(s->model) * PE_CHUNK + 2 * state_floats(s->model);
+    if (n == 0) return;
+    for (size_t p = 0; p < n; p++) {
+        cos[p] = s->chunk_cos[angle + bias->pairs[first + p]];
+        sin[p] = s->chunk_sin[angle + bias->pairs[first + p]];
+    }
+    for (size_t r = 0; r < t->n_rows; r++) {
+        memcpy(turned + r * 2 * n, s->q_key_bias + (first_row + r) * head_dim, 2 * n * sizeof(float));
+        s->kernels->rope(turned + r * 2 * n, cos, sin, 2 * n);
+    }
+    s->kernels->attention_key_bias(t->scores, turned, t->n_rows, bias->pairs + first, n, s->model->chunk_angles[layer->rope],
+                                   head_dim / 2, n_positions);
+}
+
+static void chunk_scores(const task *t, size_t chunk, const pe_kv_chunk *kv, size_t n_positions) {
     const pe_slice *s = t->slice;
     size_t d = s->model->head_dim_p,
            first_row = (t->kv_head * s->capacity + t->block->first_token) * t->n_rep;
@@ -90,6 +112,7 @@ static void chunk_scores(const task *t, const pe_kv_chunk *kv, size_t n_position
         size_t g = d / PE_X_GROUP;
         s->kernels->attention_scores(t->scores, s->q + first_row * d, s->q_scales + first_row * g,
                                            s->q_corrections + first_row * g, t->n_rows, d, kv, n_positions, c);
+        if (s->model->layers[t->layer].key_bias != NULL) add_key_bias(t, chunk, first_row, n_positions);
     }
 }
 
@@ -104,7 +127,7 @@ static void attend_chunk(const task *t, size_t chunk, state *out) {
         first = begin < first ? begin : first;
         last = end > last ? end : last;
     }
-    chunk_scores(t, &kv, last);
+    chunk_scores(t, chunk, &kv, last);
     for (size_t r = 0; r < t->n_rows; r++) {
         visible_range(t, chunk, r, &begin, &end);
         if (begin < end) out->m[r] = s->kernels->softmax_max(t->scores + r * PE_CHUNK, begin, end);

@@ -13,7 +13,7 @@ typedef struct qkv_job {
     uint32_t layer;
 } qkv_job;
 
-static void put_query(pe_slice *s, size_t token, size_t head, const float *q) {
+static void put_query(pe_slice *s, const pe_layer *layer, size_t token, size_t head, const float *q) {
     const pe_model *model = s->model;
     size_t n_rep = model->config.n_heads / model->config.n_kv_heads, d = model->head_dim_p, g = d / PE_X_GROUP;
     size_t row = (head / n_rep * s->capacity + token) * n_rep + head % n_rep;
@@ -25,6 +25,9 @@ static void put_query(pe_slice *s, size_t token, size_t head, const float *q) {
     uint32_t bits = s->kernels->quantize(s->q + row * d, s->q_scales + row * g, s->q_corrections + row * g, 1, q,
                                          model->config.head_dim, d);
     pe_slice_note_bits(s, token, bits);
+    if (layer->key_bias == NULL) return;
+    size_t head_dim = model->config.head_dim;
+    pe_key_bias_times_query(layer->key_bias, s->kernels, head / n_rep, head_dim, q, s->q_key_bias + row * head_dim);
 }
 
 /* Quantize k and v (head_dim) and put them at the token's position of the cache: k as a lane of its panel, v as
@@ -70,8 +73,9 @@ static void qkv_unit(void *arg, size_t token, int thread) {
         float *row = q + head * head_dim;
         if (layer->q_norm != NULL) s->kernels->rmsnorm(row, row, layer->q_norm, head_dim, model->config.norm_eps);
         s->kernels->rope(row, cos, sin, head_dim);
-        put_query(s, token, head, row);
+        put_query(s, layer, token, head, row);
     }
+    if (layer->key_bias != NULL && s->kv_dtype == PE_KV_F32) s->kernels->add(k, layer->key_bias_vector, model->kv_dim);
     for (uint32_t head = 0; head < model->config.n_kv_heads; head++) {
         float *row = k + head * head_dim;
         if (layer->k_norm != NULL) s->kernels->rmsnorm(row, row, layer->k_norm, head_dim, model->config.norm_eps);

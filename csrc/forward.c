@@ -134,10 +134,11 @@ static pe_status run_slice(pe_context *c, const pe_batch *batch, size_t begin, c
     pe_slice *s = &c->slice;
     bool rows_may_fail = batch->failed != NULL;
     for (size_t t = 0; t < s->n_tokens; t++) embed(s, t, batch->tokens[begin + t]);
-    pe_slice_prepare(s);
+    pe_status status = pe_slice_prepare(s, err);
+    if (status != PE_OK) return status;
     if (rows_may_fail) memcpy(s->failed, batch->failed + begin, s->n_tokens);
     for (uint32_t layer = 0; layer < c->model->config.n_layers && pe_slice_n_failed(s) < s->n_tokens; layer++) {
-        pe_status status = run_layer(c, layer, rows_may_fail, err);
+        status = run_layer(c, layer, rows_may_fail, err);
         if (status != PE_OK) return status;
     }
     compute_results(c, batch->wants + begin);
@@ -213,8 +214,8 @@ static pe_status run_debug_block(pe_context *c, uint32_t layer, float *x, int32_
         memset(s->x + t * stride, 0, stride * sizeof(float));
         memcpy(s->x + t * stride, x + t * dim, dim * sizeof(float));
     }
-    pe_slice_prepare(s);
-    pe_status status = run_layer(c, layer, false, err);
+    pe_status status = pe_slice_prepare(s, err);
+    if (status == PE_OK) status = run_layer(c, layer, false, err);
     for (size_t t = 0; t < s->n_tokens && status == PE_OK; t++)
         memcpy(x + t * dim, s->x + t * stride, dim * sizeof(float));
     return status;

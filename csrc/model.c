@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "float_env.h"
 #include "kernels/pe_math.h"
 #include "status.h"
 #include "threadpool.h"
@@ -38,6 +39,8 @@ static pe_status check_config(const pe_config *c, char *err) {
                            c->n_kv_heads);
     if (!(c->norm_eps >= 0.0f && c->norm_eps < 1.0f))
         return pe_fail(PE_ERR_FORMAT, err, "config: norm_eps is outside [0, 1)");
+    if (c->key_bias && (!c->qkv_bias || c->qk_norm))
+        return pe_fail(PE_ERR_FORMAT, err, "config: key_bias needs qkv_bias, and a bias that no norm follows");
     return PE_OK;
 }
 
@@ -93,8 +96,20 @@ pe_status pe_model_create(pe_model **out, const pe_config *config, char *err) {
     return PE_OK;
 }
 
+static void free_tables(pe_model *model) {
+    for (uint32_t i = 0; i < model->config.n_layers; i++) {
+        free(model->layers[i].key_bias);
+        model->layers[i].key_bias = NULL;
+    }
+    for (uint32_t i = 0; i < PE_MAX_ROPE_TABLES; i++) {
+        free(model->chunk_angles[i]);
+        model->chunk_angles[i] = NULL;
+    }
+}
+
 void pe_model_destroy(pe_model *model) {
     if (model == NULL) return;
+    free_tables(model);
     free(model->layers);
     free(model);
 }
@@ -164,6 +179,7 @@ static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
         visit_vector(&v, &layer->attention_norm, c->dim, "attention_norm", (int)i);
         visit_matrix(&v, &layer->wqkv, pe_pad(qkv, PE_PANEL), c->dim, "wqkv", (int)i);
         if (c->qkv_bias) visit_vector(&v, &layer->wqkv_bias, qkv, "wqkv.bias", (int)i);
+        if (c->key_bias) visit_vector(&v, &layer->key_bias_vector, model->kv_dim, "key_bias", (int)i);
         if (c->qk_norm) visit_vector(&v, &layer->q_norm, c->head_dim, "q_norm", (int)i);
         if (c->qk_norm) visit_vector(&v, &layer->k_norm, c->head_dim, "k_norm", (int)i);
         visit_matrix(&v, &layer->wo, dim_padded, model->q_dim, "wo", (int)i);
@@ -305,6 +321,28 @@ static pe_status check_inv_freq(const pe_model *model, char *err) {
     return PE_OK;
 }
 
+/* ------------------------------------------------------------------ tables */
+
+/* What is computed from the weights once. */
+static pe_status make_tables(pe_model *model, char *err) {
+    const pe_config *c = &model->config;
+    bool complete = true;
+    free_tables(model);
+    if (!c->key_bias) return PE_OK;
+    uint64_t float_env = pe_float_env_enter();
+    for (uint32_t i = 0; i < c->n_layers && complete; i++) {
+        pe_layer *layer = &model->layers[i];
+        layer->key_bias = pe_key_bias_create(layer->key_bias_vector, c->n_kv_heads, c->head_dim);
+        complete = layer->key_bias != NULL;
+    }
+    for (uint32_t i = 0; i < model->n_rope_tables && complete; i++) {
+        model->chunk_angles[i] = pe_chunk_angles_create(model->inv_freq[i], c->head_dim);
+        complete = model->chunk_angles[i] != NULL;
+    }
+    pe_float_env_leave(float_env);
+    return complete ? PE_OK : pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the tables of key biases");
+}
+
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err) {
     if (n_threads < 0 || n_threads > PE_MAX_THREADS)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 0 (automatic) to %d", n_threads,
@@ -322,6 +360,7 @@ pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t
     }
     pe_status status = check_values(model, n_threads, err);
     if (status == PE_OK) status = check_inv_freq(model, err);
+    if (status == PE_OK) status = make_tables(model, err);
     model->ready = status == PE_OK;
     return status;
 }

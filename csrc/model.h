@@ -1,8 +1,10 @@
-/* model.h: immutable weights, as checked views into memory that somebody else owns (a mapped frozen file). */
+/* model.h: immutable weights, as checked views into memory that somebody else owns (a mapped frozen file), and the few
+ * tables that are computed from them once. */
 #ifndef PE_MODEL_H
 #define PE_MODEL_H
 
 #include "kernels/kernels.h"
+#include "key_bias.h"
 #include "pyengine.h"
 
 enum { PE_MAX_ROPE_TABLES = 16 };
@@ -13,6 +15,8 @@ typedef struct pe_layer {
     const float *attention_norm;  /* (dim) */
     pe_matrix wqkv;               /* (q_dim + 2 kv_dim, dim): rows of q, then k, then v */
     const float *wqkv_bias;       /* (q_dim + 2 kv_dim) or NULL */
+    const float *key_bias_vector; /* (kv_dim) or NULL: what wqkv_bias lacks of k's bias */
+    pe_key_bias *key_bias;        /* the same, made ready; ours */
     const float *q_norm, *k_norm; /* (head_dim) or NULL */
     pe_matrix wo;                 /* (dim, q_dim) */
     const float *wo_bias;         /* (dim) or NULL */
@@ -31,6 +35,7 @@ struct pe_model {
     pe_matrix output;         /* (vocab_size, dim); the embeddings again when tied */
     uint32_t n_rope_tables;
     const float *inv_freq[PE_MAX_ROPE_TABLES]; /* (n_rope_tables) of (head_dim / 2) */
+    float *chunk_angles[PE_MAX_ROPE_TABLES];   /* with key_bias: pe_chunk_angles_create of each; ours */
     bool ready;               /* every tensor is in place and its values are legal */
 };
 

@@ -70,6 +70,7 @@ typedef struct pe_config {
     uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
     float norm_eps;
     bool tie_embeddings, qkv_bias, o_bias, qk_norm;
+    bool key_bias; /* a part of the keys' bias is kept out of the cache; with qkv_bias, without qk_norm */
     const pe_layer_spec *layers; /* (n_layers); pe_model_create keeps no pointer to them */
 } pe_config;
 

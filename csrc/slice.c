@@ -15,7 +15,7 @@ typedef struct buffer {
     size_t n_bytes;
 } buffer;
 
-enum { N_BUFFERS = 18 };
+enum { N_BUFFERS = 19 };
 
 /* Every buffer and its size for n rows. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE_MAX. */
 static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
@@ -44,6 +44,7 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
         {(void **)&s->q_f32, f32 ? q_elements * sizeof(float) : 0},
         {(void **)&s->cos, model->n_rope_tables * n * (config->head_dim / 2) * sizeof(float)},
         {(void **)&s->sin, model->n_rope_tables * n * (config->head_dim / 2) * sizeof(float)},
+        {(void **)&s->q_key_bias, pe_slice_has_key_bias(s) ? n * model->q_dim * sizeof(float) : 0},
         {(void **)&s->blocks, n * sizeof *s->blocks},
     };
     _Static_assert(sizeof list / sizeof list[0] == N_BUFFERS, "N_BUFFERS");
@@ -107,13 +108,16 @@ pe_status pe_slice_create(pe_slice *s, const pe_model *model, const struct pe_ke
 void pe_slice_destroy(pe_slice *s) {
     if (s->model == NULL) return;
     free_buffers(s);
+    free(s->chunk_cos);
+    free(s->chunk_sin);
     free(s->partials);
     free(s->thread_scratch);
     *s = (pe_slice){0};
 }
 
 size_t pe_slice_bytes(const pe_slice *s) {
-    return s->n_bytes + (s->thread_scratch_floats * (size_t)s->n_threads + s->partials_capacity) * sizeof(float);
+    size_t chunk_floats = s->n_chunks * s->model->n_rope_tables * s->model->config.head_dim;
+    return s->n_bytes + (s->thread_scratch_floats * (size_t)s->n_threads + s->partials_capacity + chunk_floats) * sizeof(float);
 }
 
 /* ------------------------------------------------------------------ what all layers share */
@@ -134,17 +138,46 @@ static void find_query_blocks(pe_slice *s) {
     }
 }
 
-void pe_slice_prepare(pe_slice *s) {
+/* cos, sin (head_dim / 2) of a position by one table of frequencies. */
+static void rope_angles(const pe_slice *s, uint32_t table, size_t position, float *cos, float *sin) {
+    for (size_t i = 0; i < s->model->config.head_dim / 2; i++)
+        pe_cos_sin((float)position * s->model->inv_freq[table][i], &cos[i], &sin[i]);
+}
+
+/* Grow chunk_cos and chunk_sin to cover the slice's positions. */
+static pe_status reserve_chunks(pe_slice *s, char *err) {
+    size_t last = 0, half = s->model->config.head_dim / 2, n_tables = s->model->n_rope_tables;
+    for (size_t t = 0; t < s->n_tokens; t++) last = s->positions[t] > last ? s->positions[t] : last;
+    if (last / PE_CHUNK < s->n_chunks) return PE_OK;
+    size_t n = s->n_chunks == 0 ? 16 : s->n_chunks;
+    while (n <= last / PE_CHUNK) n *= 2;
+    free(s->chunk_cos);
+    free(s->chunk_sin);
+    s->n_chunks = 0;
+    s->chunk_cos = pe_aligned_alloc(n_tables * n * half * sizeof(float));
+    s->chunk_sin = pe_aligned_alloc(n_tables * n * half * sizeof(float));
+    if (s->chunk_cos == NULL || s->chunk_sin == NULL)
+        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the angles of %zu chunks", n);
+    for (uint32_t table = 0; table < n_tables; table++)
+        for (size_t chunk = 0; chunk < n; chunk++) {
+            float *cos = s->chunk_cos + (table * n + chunk) * half, *sin = s->chunk_sin + (table * n + chunk) * half;
+            rope_angles(s, table, chunk * PE_CHUNK, cos, sin);
+            for (size_t i = 0; i < half; i++) sin[i] = -sin[i];
+        }
+    s->n_chunks = n;
+    return PE_OK;
+}
+
+pe_status pe_slice_prepare(pe_slice *s, char *err) {
     size_t half = s->model->config.head_dim / 2;
     memset(s->failed, 0, s->n_tokens);
-    for (uint32_t table = 0; table < s->model->n_rope_tables; table++) {
-        const float *inv_freq = s->model->inv_freq[table];
-        float *cos = s->cos + table * s->capacity * half, *sin = s->sin + table * s->capacity * half;
-        for (size_t t = 0; t < s->n_tokens; t++)
-            for (size_t i = 0; i < half; i++)
-                pe_cos_sin((float)s->positions[t] * inv_freq[i], &cos[t * half + i], &sin[t * half + i]);
-    }
+    for (uint32_t table = 0; table < s->model->n_rope_tables; table++)
+        for (size_t t = 0; t < s->n_tokens; t++) {
+            size_t at = (table * s->capacity + t) * half;
+            rope_angles(s, table, s->positions[t], s->cos + at, s->sin + at);
+        }
     find_query_blocks(s);
+    return pe_slice_has_key_bias(s) ? reserve_chunks(s, err) : PE_OK;
 }
 
 size_t pe_slice_n_failed(const pe_slice *s) {

@@ -50,9 +50,15 @@ typedef struct pe_slice {
     int32_t *q_corrections; /* likewise */
     float *q_f32;           /* (n_kv_heads, capacity, n_rep, head_dim_p), only with a float32 cache */
     float *cos, *sin;       /* (n_rope_tables, capacity, head_dim / 2) */
+    float *q_key_bias;      /* (n_kv_heads, capacity, n_rep, head_dim): of each row (2, n_pairs) are used, see key_bias.h */
     pe_query_block *blocks; /* (capacity) */
     size_t n_blocks;
     size_t n_bytes; /* of all these buffers */
+
+    /* With key_bias: the RoPE angles of the chunks' first positions, as many as there have been; sin is negated, because
+     * they turn back. */
+    float *chunk_cos, *chunk_sin; /* (n_rope_tables, n_chunks, head_dim / 2) */
+    size_t n_chunks;
 
     float *partials;          /* attention split by chunks: states of (block, kv head, chunk) */
     size_t partials_capacity; /* floats */
@@ -76,7 +82,11 @@ pe_status pe_slice_reserve_partials(pe_slice *slice, size_t n_floats, char *err)
 
 /* After n_tokens, sequences and positions are set: no row has failed; RoPE angles and query blocks, the same for all
  * layers. */
-void pe_slice_prepare(pe_slice *slice);
+pe_status pe_slice_prepare(pe_slice *slice, char *err);
+/* Whether the model's key biases are kept out of this cache: not out of a float32 one. */
+static inline bool pe_slice_has_key_bias(const pe_slice *slice) {
+    return slice->model->config.key_bias && slice->kv_dtype != PE_KV_F32;
+}
 
 /* After a stage: was the call cancelled? Then units were skipped and buffers hold anything. */
 static inline bool pe_slice_is_cancelled(const pe_slice *slice) {

@@ -128,7 +128,7 @@ cdef class Model:
             c.n_heads, c.n_kv_heads, c.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
             c.vocab_size, c.max_seq_len = config.vocab_size, config.max_seq_len
             c.norm_eps, c.tie_embeddings = config.norm_eps, config.tie_embeddings
-            c.qkv_bias, c.o_bias, c.qk_norm = config.qkv_bias, config.o_bias, config.qk_norm
+            c.qkv_bias, c.o_bias, c.qk_norm, c.key_bias = config.qkv_bias, config.o_bias, config.qk_norm, config.key_bias
             names = [(layer.norm.encode(), layer.activation.encode()) for layer in config.layers]
             for i, layer in enumerate(config.layers):
                 specs[i].window, specs[i].rope = layer.window, layer.rope

@@ -26,7 +26,7 @@ cdef extern from "pyengine.h" nogil:
     ctypedef struct pe_config:
         uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len
         float norm_eps
-        bint tie_embeddings, qkv_bias, o_bias, qk_norm
+        bint tie_embeddings, qkv_bias, o_bias, qk_norm, key_bias
         const pe_layer_spec *layers
     ctypedef struct pe_model
     ctypedef struct pe_tensor:

@@ -154,6 +154,22 @@ static void attention_scores_f32(float *scores, const float *q, size_t n_rows, s
         }
 }
 
+static void attention_key_bias(float *scores, const float *turned, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
+                               const float *angles, size_t n_half, size_t n_positions) {
+    for (size_t r = 0; r < n_rows; r++) {
+        const float *u = turned + r * 2 * n_pairs, *w = u + n_pairs;
+        for (size_t j = 0; j < n_positions; j++) {
+            float score = scores[r * PE_CHUNK + j];
+            for (size_t p = 0; p < n_pairs; p++) {
+                const float *cos = angles + (j / PE_PANEL * n_half + pairs[p]) * 2 * PE_PANEL + j % PE_PANEL;
+                score = fmaf(u[p], cos[0], score);
+                score = fmaf(w[p], cos[PE_PANEL], score);
+            }
+            scores[r * PE_CHUNK + j] = score;
+        }
+    }
+}
+
 static float softmax_max(float *scores, size_t begin, size_t end) {
     float m = scores[begin];
     for (size_t j = begin + 1; j < end; j++) m = scores[j] > m ? scores[j] : m;
@@ -220,6 +236,7 @@ const struct pe_kernels pe_kernels_scalar = {
     .add = add,
     .attention_scores = attention_scores,
     .attention_scores_f32 = attention_scores_f32,
+    .attention_key_bias = attention_key_bias,
     .softmax_max = softmax_max,
     .softmax_exp = softmax_exp,
     .attention_values = attention_values,

@@ -20,7 +20,8 @@ MAX_POSITIONS = 1 << 24  # above it, positions are no longer exact in float32
 MAX_ROPE_TABLES = 16
 DEFAULT_KIND = "int8_g64"
 
-FEATURES: frozenset[str] = frozenset()  # what a file may require
+KEY_BIAS = "key_bias"  # a part of the keys' bias is kept out of the cache
+FEATURES = frozenset({KEY_BIAS})  # what a file may require
 NORMS = ("rmsnorm",)
 ACTIVATIONS = ("swiglu",)
 
@@ -200,6 +201,8 @@ class FrozenConfig:
         eps = self.norm_eps
         if type(eps) not in (float, int) or not 1e-30 <= eps <= 1:  # NaN is not; no float is made of an integer
             raise ModelFormatError(f"config: norm_eps must be in 1e-30..1, not {eps!r:.80}")
+        if self.key_bias and (not self.qkv_bias or self.qk_norm):
+            raise ModelFormatError(f"config: {KEY_BIAS} needs qkv_bias, and a bias that no norm follows")
         self._check_tokens()
         object.__setattr__(self, "layers", _check_layers(self.layers, self.n_layers))
         object.__setattr__(self, "kinds", _check_kinds(self.kinds, self.n_layers))
@@ -223,6 +226,11 @@ class FrozenConfig:
     @property
     def kv_dim(self) -> int:
         return self.n_kv_heads * self.head_dim
+
+    @property
+    def key_bias(self) -> bool:
+        """Whether layers have a ``key_bias``, the part of k's bias that is kept out of the cache."""
+        return KEY_BIAS in self.requires
 
     @property
     def n_rope_tables(self) -> int:

@@ -68,8 +68,8 @@ class Weight(NamedTuple):
 
     @property
     def is_parameter(self) -> bool:
-        """Trained, in contrast to a table of constants."""
-        return not self.role.startswith("rope.")
+        """Trained, in contrast to a table of constants and to ``key_bias``, a share of parameters counted elsewhere."""
+        return not self.role.startswith("rope.") and self.role != "key_bias"
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         return (part.rows, *self.shape[1:])
@@ -140,6 +140,8 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
     yield _matrix(c, i, "wqkv", qkv, c.dim)
     if c.qkv_bias:
         yield _vector(i, "wqkv.bias", {f"{part}.bias": rows for part, rows in qkv.items()})
+    if c.key_bias:
+        yield _vector(i, "key_bias", {"key_bias": c.kv_dim})
     if c.qk_norm:
         yield _vector(i, "q_norm", {"q_norm": c.head_dim})
         yield _vector(i, "k_norm", {"k_norm": c.head_dim})

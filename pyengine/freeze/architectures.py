@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from ..format.config import FrozenConfig
+from ..format.config import KEY_BIAS, FrozenConfig
 from ..format.inventory import Part, Weight, inventory
 from ..format.quantize import Float32Array, RowSource
 from .sources import AlternatingPanels, SourceModel, StackedRows, UnpermutedRows, half_split_order
@@ -59,6 +59,7 @@ PARTS = {
     "v": SourceName("model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
     "q.bias": SourceName("model.layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias"),
     "k.bias": SourceName("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
+    "key_bias": SourceName("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
     "v.bias": SourceName("model.layers.{i}.self_attn.v_proj.bias", "blk.{i}.attn_v.bias"),
     "q_norm": SourceName("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
     "k_norm": SourceName("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
@@ -71,7 +72,23 @@ PARTS = {
 }
 
 
-_ROTATED = ("q", "k", "q.bias", "k.bias")  # parts whose rows are heads that RoPE turns
+_ROTATED = ("q", "k", "q.bias", "k.bias", "key_bias")  # parts whose rows are heads that RoPE turns
+_KEY_BIAS_SIDES = {"k.bias": 0, "key_bias": 1}  # parts that share k's bias, with their place in what split_key_bias returns
+
+LARGE_KEY_BIAS = 4.0  # a pair with a bias this large is kept out of the cache (docs/performance.md)
+
+
+def required_features(qkv_bias: bool, qk_norm: bool) -> tuple[str, ...]:
+    """What a model with such keys requires of its readers."""
+    return (KEY_BIAS,) if qkv_bias and not qk_norm else ()
+
+
+def split_key_bias(bias: Float32Array, head_dim: int) -> tuple[Float32Array, Float32Array]:
+    """k's bias (kv_dim) -> what stays in the cache and what is kept out of it, each (kv_dim): whole pairs of RoPE."""
+    pairs = bias.reshape(-1, 2, head_dim // 2)
+    large = np.abs(pairs).max(axis=1, keepdims=True) >= LARGE_KEY_BIAS
+    zero = np.float32(0)
+    return np.where(large, zero, pairs).reshape(-1), np.where(large, pairs, zero).reshape(-1)
 
 
 class TensorReader(Protocol):
@@ -129,11 +146,19 @@ def _matrix(take: _Taker, weight: Weight, head_dim: int, interleaved: bool) -> R
     return rows[0] if len(rows) == 1 else StackedRows(rows)
 
 
-def _vector(take: _Taker, weight: Weight, head_dim: int, interleaved: bool) -> Callable[[], Float32Array]:
+def _share(read: Callable[[], Float32Array], head_dim: int, side: int) -> Callable[[], Float32Array]:
+    return lambda: split_key_bias(read(), head_dim)[side]
+
+
+def _vector(take: _Taker, weight: Weight, config: FrozenConfig, interleaved: bool) -> Callable[[], Float32Array]:
     parts = []
     for part in weight.parts:
-        read = partial(take.reader.vector, take(weight, part))
-        parts.append(_reordered(read, head_dim) if interleaved and part.name in _ROTATED else read)
+        read: Callable[[], Float32Array] = partial(take.reader.vector, take(weight, part))
+        if interleaved and part.name in _ROTATED:
+            read = _reordered(read, config.head_dim)
+        if config.key_bias and part.name in _KEY_BIAS_SIDES:
+            read = _share(read, config.head_dim, _KEY_BIAS_SIDES[part.name])
+        parts.append(read)
     return parts[0] if len(parts) == 1 else _concatenated(parts)
 
 
@@ -158,12 +183,12 @@ def build_model(
     model = SourceModel(name=name, source=source, config=config)
     take, tables = _Taker(reader, kind), iter(rope_tables)
     for weight in inventory(config):
-        if not weight.is_parameter:
+        if weight.role.startswith("rope."):
             model.vectors[weight.name] = partial(np.asarray, next(tables))
         elif weight.is_matrix:
             model.matrices[weight.name] = _matrix(take, weight, config.head_dim, interleaved)
         else:
-            model.vectors[weight.name] = _vector(take, weight, config.head_dim, interleaved)
+            model.vectors[weight.name] = _vector(take, weight, config, interleaved)
     if unknown := sorted(set(reader.shapes) - take.taken - set(ignored)):
         raise UnsupportedModelError(
             f"tensor {unknown[0]!r} has no place in {config.architecture} with this configuration"

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.config import MAX_POSITIONS, FrozenConfig, same_layers
 from ..format.quantize import Float32Array
-from .architectures import ARCHITECTURES, Architecture, build_model
+from .architectures import ARCHITECTURES, Architecture, build_model, required_features
 from .fields import Fields
 from .gguf import GGUFFile
 from .gguf_split import SplitGGUF, open_gguf
@@ -100,6 +100,8 @@ def _config(file: GGUF, keys: Fields, architecture: Architecture) -> FrozenConfi
         # The float32 in the file as the decimal that people wrote: 1e-05, not 9.999999747378752e-06.
         eps = float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon"))))
     qkv_bias, o_bias, n_layers = architecture.qkv_bias, architecture.o_bias, keys.integer("block_count")
+    if qkv_bias is None:
+        qkv_bias = "blk.0.attn_q.bias" in file.tensors
     return FrozenConfig(
         architecture=architecture.hf,
         dim=dim,
@@ -113,11 +115,12 @@ def _config(file: GGUF, keys: Fields, architecture: Architecture) -> FrozenConfi
         norm_eps=eps,
         layers=same_layers(n_layers, window=0 if window > MAX_POSITIONS else window),  # wider than any context
         tie_embeddings="output.weight" not in file.tensors,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors if qkv_bias is None else qkv_bias,
+        qkv_bias=qkv_bias,
         o_bias="blk.0.attn_output.bias" in file.tensors if o_bias is None else o_bias,
         qk_norm=architecture.qk_norm,
         bos_token_id=begin_token_id(file.metadata),
         eos_token_ids=tuple(end_token_ids(file.metadata)),
+        requires=required_features(qkv_bias, architecture.qk_norm),
     )
 
 

@@ -15,7 +15,7 @@ from ..format.config import MAX_LAYERS, MAX_POSITIONS, FrozenConfig, LayerSpec
 from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safetensors_header
 from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
-from .architectures import ARCHITECTURES, PARTS, Architecture, build_model
+from .architectures import ARCHITECTURES, PARTS, Architecture, build_model, required_features
 from .fields import Fields
 from .rope import rope_inv_freq
 from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
@@ -234,6 +234,7 @@ def _frozen_config(
         raise ModelFormatError(f"{_CONFIG}: {n_heads} heads and hidden_size {dim}")
     n_kv_heads = config.integer("num_key_value_heads", n_heads) if architecture.model_type == "llama" else None
     has_bias = config.flag("attention_bias", False)
+    qkv_bias = has_bias if architecture.qkv_bias is None else architecture.qkv_bias
     return FrozenConfig(
         architecture=architecture.hf,
         dim=dim,
@@ -247,11 +248,12 @@ def _frozen_config(
         norm_eps=config.number("rms_norm_eps"),
         layers=tuple(LayerSpec(window=window) for window in _windows(config, architecture, n_layers)),
         tie_embeddings=config.flag("tie_word_embeddings", PARTS["output"].hf not in names),
-        qkv_bias=has_bias if architecture.qkv_bias is None else architecture.qkv_bias,
+        qkv_bias=qkv_bias,
         o_bias=has_bias if architecture.o_bias is None else architecture.o_bias,
         qk_norm=architecture.qk_norm,
         bos_token_id=bos,
         eos_token_ids=eos,
+        requires=required_features(qkv_bias, architecture.qk_norm),
     )
 
 

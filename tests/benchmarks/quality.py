@@ -12,6 +12,8 @@ the exit status is 1 when a target is missed. For each of n_windows * window_len
     argmax  whether both have the same winner, over positions where float32's top two logits
             are more than 0.5 apart
 
+And what each side says next after PROMPT, which every language model that works knows.
+
 transformers reads the weights of a GGUF file rightly but not always its tokenizer, so token ids
 come from the engine. --simulate puts the float64 oracle of csrc/FORMAT.md in the engine's place:
 what a change of the law would cost.
@@ -41,6 +43,7 @@ MAX_KL = 0.0080
 MAX_NLL_SHARE = 0.005  # of float32's, plus two standard errors
 MIN_ARGMAX = 0.998
 CLEAR_MARGIN = 0.5
+PROMPT = "The capital of France is"
 
 
 def default_text() -> Path:
@@ -85,7 +88,7 @@ def simulated_logits(model: Any) -> Logits:
         fixtures.canonical_name(name): parameter.detach().numpy() for name, parameter in model.named_parameters()
     }
     weights["rope.0.inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
-    return Oracle(config, weights, quantized=True).logits
+    return Oracle(config, fixtures.split_key_biases(config, weights), quantized=True).logits
 
 
 def compare(reference: NDArray[Any], other: NDArray[Any], token_ids: NDArray[Any]) -> dict[str, Any]:
@@ -134,6 +137,13 @@ def summarize(windows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def next_tokens(engine: Any, sides: dict[str, Logits]) -> dict[str, Any]:
+    """The most probable token after PROMPT by each side, and whether they agree."""
+    token_ids = np.array(engine.tokenize(PROMPT))
+    tokens = {name: engine.detokenize([int(logits(token_ids)[-1].argmax())]) for name, logits in sides.items()}
+    return {"prompt": PROMPT, **tokens, "passed": len(set(tokens.values())) == 1}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What int8 costs on a real model, as JSON.")
     add = parser.add_argument
@@ -169,8 +179,9 @@ def main() -> int:
     summary = summarize(windows)
     what = {"model": args.model.name, "text": args.text.name, "kv_dtype": args.kv_dtype}
     side = "simulated" if args.simulate else "engine"
-    print(json.dumps({**what, "side": side, **summary}))
-    return 0 if all(summary["passed"].values()) else 1
+    said = next_tokens(engine, {"float32": reference, side: other})
+    print(json.dumps({**what, "side": side, **summary, "next_token": said}))
+    return 0 if all(summary["passed"].values()) and said["passed"] else 1
 
 
 if __name__ == "__main__":

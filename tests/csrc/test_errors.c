@@ -57,6 +57,7 @@ static void test_config(void) {
     WITH(norm_eps, -1.0f);
     WITH(norm_eps, NAN);
     WITH(norm_eps, INFINITY);
+    WITH(key_bias, true); /* without qkv_bias */
 #undef WITH
 #define WITH_LAYER(member, value) \
     do { \

@@ -199,6 +199,28 @@ static void compare_scores(const struct pe_kernels *k, size_t n_rows, size_t d, 
     cache_free(&kv);
 }
 
+static void compare_key_bias(const struct pe_kernels *k, size_t n_rows, size_t n_half, size_t n_positions, rng *r) {
+    uint32_t pairs[PE_MAX_HEAD_DIM / 2];
+    size_t n_pairs = 0, n = n_rows * 256, covered = (n_positions + 15) / 16 * 16;
+    for (uint32_t i = 0; i < n_half; i++)
+        if (rng_below(r, 2)) pairs[n_pairs++] = i;
+    block turned = block_new(n_rows * 2 * n_pairs * 4, 0), angles = block_new(256 * n_half * 2 * 4, 0);
+    block out[2] = {block_new(n * 4, 0), block_new(n * 4, 0)}, before = block_new(n * 4, 0);
+    for (size_t i = 0; i < n_rows * 2 * n_pairs; i++) FLOATS(turned)[i] = rng_float(r) * 30.0f;
+    for (size_t i = 0; i < 256 * n_half * 2; i++) FLOATS(angles)[i] = rng_float(r);
+    for (size_t i = 0; i < n; i++) FLOATS(out[0])[i] = FLOATS(out[1])[i] = FLOATS(before)[i] = rng_float(r);
+    pe_kernels_scalar.attention_key_bias(FLOATS(out[0]), FLOATS(turned), n_rows, pairs, n_pairs, FLOATS(angles), n_half, n_positions);
+    k->attention_key_bias(FLOATS(out[1]), FLOATS(turned), n_rows, pairs, n_pairs, FLOATS(angles), n_half, n_positions);
+    for (size_t row = 0; row < n_rows; row++) {
+        CHECK(same_floats(FLOATS(out[0]) + row * 256, FLOATS(out[1]) + row * 256, n_positions),
+              "%s: key bias, row %zu of %zu, %zu of %zu pairs, %zu positions", k->name, row, n_rows, n_pairs, n_half, n_positions);
+        CHECK(memcmp(FLOATS(out[1]) + row * 256 + covered, FLOATS(before) + row * 256 + covered, (256 - covered) * 4) == 0,
+              "%s: key bias behind %zu positions", k->name, n_positions);
+    }
+    CHECK(block_intact(&out[1]), "%s: key bias outside the rows", k->name);
+    block_free(&turned), block_free(&angles), block_free(&out[0]), block_free(&out[1]), block_free(&before);
+}
+
 static void compare_values(const struct pe_kernels *k, size_t n_rows, size_t d, size_t begin, size_t end, bool f32, rng *r) {
     cache kv = cache_new(d, end, false, r);
     block p = block_new(n_rows * 1024, 0), a = block_new(n_rows * d * 4, 0), b = block_new(n_rows * d * 4, 0);
@@ -251,6 +273,7 @@ static void test_attention(const struct pe_kernels *k) {
                 compare_scores(k, n_rows, d, n_positions, f32, &r);
                 compare_values(k, n_rows, d, begin, n_positions, f32, &r);
             }
+            compare_key_bias(k, n_rows, 1 + rng_below(&r, 70), n_positions, &r);
         }
     for (size_t n_positions = 1; n_positions <= 33; n_positions++) compare_scores(k, 3, 64, n_positions, false, &r);
     for (int pattern = 0; pattern < 6; pattern++) {

@@ -44,6 +44,19 @@ static void add_vector(tiny_model *t, rng *r, size_t n, float scale, float offse
     for (size_t i = 0; i < n; i++) x[i] = ((float)rng_below(r, 256) * 0x1p-9f + offset) * scale;
 }
 
+/* Most pairs of RoPE without a bias; of the others one element of two, now and then, is 0. Every head has pairs of its own, the
+ * last none. */
+static void add_key_bias(tiny_model *t, rng *r, const char *name) {
+    size_t n_heads = t->config.n_kv_heads, head_dim = t->config.head_dim, half = head_dim / 2;
+    float *x = add_tensor(t, "f32", n_heads * head_dim * sizeof(float), "%s", name);
+    for (size_t head = 0; head + 1 < n_heads || (n_heads == 1 && head == 0); head++)
+        for (size_t i = 0; i < half; i++) {
+            if (rng_below(r, 3) != 0) continue;
+            x[head * head_dim + i] = (float)rng_below(r, 256) - 128.0f;
+            if (rng_below(r, 3) != 0) x[head * head_dim + half + i] = (float)rng_below(r, 256) * 0.25f - 32.0f;
+        }
+}
+
 static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     const pe_config *c = &t->config;
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv = q_dim + 2 * (size_t)c->n_kv_heads * c->head_dim;
@@ -52,6 +65,7 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     add_vector(t, r, c->dim, loudness, 0.75f, NAME("attention_norm"));
     add_matrix(t, r, 1, qkv, c->dim, 6, NAME("wqkv"));
     if (c->qkv_bias) add_vector(t, r, qkv, 0.5f, -0.25f, NAME("wqkv.bias"));
+    if (c->key_bias) add_key_bias(t, r, NAME("key_bias"));
     if (c->qk_norm) add_vector(t, r, c->head_dim, 1.0f, 0.75f, NAME("q_norm"));
     if (c->qk_norm) add_vector(t, r, c->head_dim, 1.0f, 0.75f, NAME("k_norm"));
     add_matrix(t, r, 1, c->dim, q_dim, 5, NAME("wo"));

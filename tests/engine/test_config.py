@@ -302,6 +302,24 @@ def test_counts_by_hand() -> None:
     assert kv_bytes_per_position(config, "f32") == 2 * 2 * 2 * 32 * 4
 
 
+def test_key_bias_is_a_share_of_the_biases() -> None:
+    """A vector of its own in the file, and no parameter that was not there."""
+    whole, shared = parse(qkv_bias=True), parse(qkv_bias=True, requires=["key_bias"])
+    assert shared.key_bias and not whole.key_bias
+    assert count_parameters(shared) == count_parameters(whole)
+    names = {weight.name: weight.shape for weight in inventory(shared)}
+    assert {name: names.pop(name) for name in list(names) if "key_bias" in name} == {
+        "layers.0.key_bias": (32,), "layers.1.key_bias": (32,),
+    }  # fmt: skip
+    assert list(names) == [weight.name for weight in inventory(whole)]
+
+
+@pytest.mark.parametrize(("qkv_bias", "qk_norm"), [(False, False), (False, True), (True, True)])
+def test_key_bias_needs_a_bias_that_no_norm_follows(qkv_bias: bool, qk_norm: bool) -> None:
+    with pytest.raises(ModelFormatError, match="key_bias needs qkv_bias, and a bias that no norm follows"):
+        parse(qkv_bias=qkv_bias, qk_norm=qk_norm, requires=["key_bias"])
+
+
 def test_same_layers_checks_their_number() -> None:
     assert same_layers(3, window=5) == (LayerSpec(window=5),) * 3
     for n in (0, 1 << 60, "2"):

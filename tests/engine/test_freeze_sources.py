@@ -62,6 +62,7 @@ def test_every_tensor_is_where_it_belongs(tmp_path: Path, name: str) -> None:
     c = frozen.config
     assert (c.dim, c.hidden_dim, c.n_layers, c.vocab_size) == (64, 88, 2, VOCAB)
     assert c.qkv_bias == (name in ("biased", "qwen2", "qwen3-biased"))
+    assert c.key_bias == (name in ("biased", "qwen2"))
     assert c.o_bias == ("biased" in name) and c.qk_norm == ("qwen3" in name)
     assert c.tie_embeddings == (name == "tied") and c.head_dim == config.get("head_dim", 16)
     assert c.bos_token_id == 256 and c.eos_token_ids == (257,)
@@ -87,15 +88,38 @@ def test_every_tensor_is_where_it_belongs(tmp_path: Path, name: str) -> None:
             f"{layer}.attention_norm": [source + "input_layernorm.weight"],
             f"{layer}.ffn_norm": [source + "post_attention_layernorm.weight"],
             f"{layer}.wqkv.bias": [f"{attention}{p}_proj.bias" for p in "qkv"] * c.qkv_bias,
+            f"{layer}.key_bias": [attention + "k_proj.bias"] * c.key_bias,
             f"{layer}.wo.bias": [attention + "o_proj.bias"] * c.o_bias,
             f"{layer}.q_norm": [attention + "q_norm.weight"] * c.qk_norm,
             f"{layer}.k_norm": [attention + "k_norm.weight"] * c.qk_norm,
         }
         for target, sources in vectors.items():
             assert (target in frozen.tensors) == bool(sources)
-            if sources:
+            if sources and target.endswith("key_bias"):  # no large ones here: all of it is in wqkv.bias
+                assert not stored_vector(frozen, target, c.kv_dim).any()
+            elif sources:
                 whole = np.concatenate([tensors[s] for s in sources])
                 assert np.array_equal(stored_vector(frozen, target, len(whole)), whole)
+
+
+@pytest.mark.parametrize("name", ["biased", "qwen2"])
+def test_large_key_biases_leave_by_pairs(tmp_path: Path, name: str) -> None:
+    """By whole pairs of RoPE, from Hugging Face's order of rows and from GGUF's interleaved one."""
+    tensors = random_tensors(ALL[name])
+    bias = tensors["model.layers.1.self_attn.k_proj.bias"]
+    bias[[2, 16 + 7, 16 + 15]] = 211.0, -3.999, -4.0
+    apart = np.zeros_like(bias)
+    moved = [2, 2 + 8, 16 + 7, 16 + 15]
+    apart[moved] = bias[moved]
+    hf = freeze(write_hf(tmp_path / "hf", ALL[name], tensors), tmp_path / "hf.safetensors")
+    gguf = freeze(write_gguf(tmp_path / "m.gguf", ALL[name], tensors), tmp_path / "gguf.safetensors")
+    assert weight_bytes(hf) == weight_bytes(gguf)
+    with FrozenFile.open(hf) as frozen:
+        q_dim, kv_dim = frozen.config.q_dim, frozen.config.kv_dim
+        assert not stored_vector(frozen, "layers.0.key_bias", kv_dim).any()
+        assert np.array_equal(stored_vector(frozen, "layers.1.key_bias", kv_dim), apart)
+        inside = stored_vector(frozen, "layers.1.wqkv.bias", q_dim + 2 * kv_dim)[q_dim : q_dim + kv_dim]
+        assert np.array_equal(inside, bias - apart) and not inside[moved].any()
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "biased", "qwen2", "qwen3"])

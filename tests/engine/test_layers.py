@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ CONFIG = FrozenConfig(
     vocab_size=50, max_seq_len=400, norm_eps=1e-5, tie_embeddings=True, qkv_bias=False, o_bias=False, qk_norm=False,
     layers=LAYERS, bos_token_id=None, eos_token_ids=(),
 )  # fmt: skip
+MODELS = {
+    "plain": CONFIG,
+    "key_bias": replace(CONFIG, qkv_bias=True, requires=("key_bias",)),
+}
 TOKENS = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 300)
 THETAS = (10_000.0, 100.0, 1_000_000.0)
 
@@ -42,6 +47,10 @@ def content(weight: Weight, rng: np.random.Generator) -> Iterator[tuple[str, lis
         matrix = QuantizedMatrix(ArrayRows(weight.name, values))
         yield f"{weight.name}.codes", list(matrix)
         yield f"{weight.name}.scales", [matrix.scales]
+    elif weight.role == "key_bias":  # a third of the pairs, up to some 100
+        pairs = 30 * rng.standard_normal((CONFIG.n_kv_heads, 2, CONFIG.head_dim // 2))
+        pairs *= rng.random((CONFIG.n_kv_heads, 1, CONFIG.head_dim // 2)) < 0.3
+        yield weight.name, [pairs.reshape(-1).astype(f32)]
     elif weight.is_parameter:
         yield weight.name, [(1 + 0.2 * rng.standard_normal(weight.shape)).astype(f32)]
     else:
@@ -49,12 +58,13 @@ def content(weight: Weight, rng: np.random.Generator) -> Iterator[tuple[str, lis
         yield weight.name, [(theta ** -(np.arange(weight.shape[0]) / weight.shape[0])).astype(f32)]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("layers") / "model.safetensors"
+@pytest.fixture(scope="module", params=MODELS)
+def path(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    config = MODELS[request.param]
+    path = tmp_path_factory.mktemp("layers") / f"{request.param}.safetensors"
     rng = np.random.default_rng(4)
-    with FrozenWriter(path, CONFIG, {"tokenizer.json": b"{}"}, name="layers", source="test") as writer:
-        for weight in inventory(CONFIG):
+    with FrozenWriter(path, config, {"tokenizer.json": b"{}"}, name="layers", source="test") as writer:
+        for weight in inventory(config):
             for name, chunks in content(weight, rng):
                 writer.write(name, chunks)
     return path

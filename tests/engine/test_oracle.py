@@ -4,7 +4,9 @@ features removed.
 A tolerance here is a share of a row's norm. transformers ran in float32: a value passes a few dozen
 roundings of 2^-24 a block, and sums of up to 136 terms whose errors grow like the square root of
 their number, about 12. TOLERANCE allows 2^-24 * 12 for each of a fixture's two blocks, its
-embedding and its head, once for the sum and once for what follows.
+embedding and its head, once for the sum and once for what follows. A large key bias makes large
+scores, and the softmax turns a score's absolute error into a probability's relative one: one more
+rounding of the largest bias.
 """
 
 from __future__ import annotations
@@ -50,17 +52,19 @@ def test_fixtures_cover_what_they_promise() -> None:
     assert {c["head_dim"] for c in configs} == {16, 32, 64}
     assert {c["tie_embeddings"] for c in configs} == {False, True}
     assert all(c["hidden_dim"] % 64 and c["vocab_size"] % 16 for c in configs)
-    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 1.6e6
+    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 1.8e6
 
 
 @pytest.mark.parametrize("name", fixtures.names())
 def test_plain_oracle_equals_transformers(name: str) -> None:
     fixture, oracle = oracle_of(name, False)
+    apart = [np.abs(w).max() for key, w in oracle.weights.items() if key.endswith(".key_bias")]
+    tolerance = TOLERANCE + 2.0**-24 * max(apart, default=0.0)
     states = oracle.hidden_states(fixture.token_ids)
     for state, wanted in zip(states, fixture.hidden, strict=True):
-        assert row_errors(state[fixture.rows], wanted).max() < TOLERANCE
+        assert row_errors(state[fixture.rows], wanted).max() < tolerance
     logits = oracle.head(states[-1])[fixture.rows]
-    assert row_errors(logits, fixture.logits).max() < TOLERANCE
+    assert row_errors(logits, fixture.logits).max() < tolerance
 
 
 def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], dict[str, Any]]:

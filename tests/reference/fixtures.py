@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DATA = Path(__file__).parent / "data"
+LARGE_KEY_BIAS = 4.0
 TOKENIZER_SIZE = 263  # 3 special tokens, 256 bytes, 4 merges
 
 # Hugging Face tensor name inside a layer -> ours (FORMAT.md section 2, unfused)
@@ -79,7 +80,24 @@ def canonical_name(hf_name: str) -> str:
 def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     """Weights for oracle.Oracle and law_f32.Law: float32, (rows, columns) or (n)."""
     weights = {canonical_name(k): w.astype(np.float32) for k, w in fixture.hf_weights.items()}
-    return {**weights, "rope.0.inv_freq": fixture.inv_freq}
+    weights["rope.0.inv_freq"] = fixture.inv_freq
+    return split_key_biases(canonical_config(fixture), weights)
+
+
+def split_key_biases(config: Mapping[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+    """With the feature "key_bias", the pairs of every wk.bias that reach LARGE_KEY_BIAS moved into a key_bias."""
+    if "key_bias" not in config["requires"]:
+        return weights
+    weights = dict(weights)
+    for layer in range(config["n_layers"]):
+        bias = weights[f"layers.{layer}.wk.bias"].copy()
+        apart, half = np.zeros_like(bias), config["head_dim"] // 2
+        for first in range(0, len(bias), config["head_dim"]):
+            for i in range(first, first + half):
+                if max(abs(bias[i]), abs(bias[i + half])) >= LARGE_KEY_BIAS:
+                    apart[[i, i + half]], bias[[i, i + half]] = bias[[i, i + half]], 0
+        weights |= {f"layers.{layer}.wk.bias": bias, f"layers.{layer}.key_bias": apart}
+    return weights
 
 
 def canonical_config(fixture: Fixture) -> dict[str, Any]:
@@ -96,6 +114,8 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         window = hf["sliding_window"] or 0
     elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
+    qkv_bias = "model.layers.0.self_attn.q_proj.bias" in present
+    qk_norm = "model.layers.0.self_attn.q_norm.weight" in present
     return {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
@@ -108,14 +128,14 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "max_seq_len": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
         "tie_embeddings": hf["tie_word_embeddings"],
-        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in present,
+        "qkv_bias": qkv_bias,
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in present,
-        "qk_norm": "model.layers.0.self_attn.q_norm.weight" in present,
+        "qk_norm": qk_norm,
         "layers": {"window": window, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"},
         "bos_token_id": hf["bos_token_id"],
         "eos_token_ids": eos if isinstance(eos, list) else [eos],
         "kinds": {"default": "int8_g64"},
-        "requires": [],
+        "requires": ["key_bias"] if qkv_bias and not qk_norm else [],
     }
 
 

@@ -136,11 +136,14 @@ def rmsnorm(x: F32, w: F32, eps: float) -> F32:
     return (x * inv_rms[..., None]) * w
 
 
+def cos_sin(angle: F32) -> tuple[F32, F32]:
+    exact = np.asarray(angle, dtype=np.float64)
+    return np.cos(exact).astype(f32), np.sin(exact).astype(f32)
+
+
 def rope(x: F32, inv_freq: F32) -> F32:
     """x (n_tokens, n_heads, head_dim) at positions 0.. -> the same shape."""
-    angle = np.arange(len(x), dtype=f32)[:, None] * inv_freq
-    cos = np.cos(angle.astype(np.float64)).astype(f32)[:, None, :]
-    sin = np.sin(angle.astype(np.float64)).astype(f32)[:, None, :]
+    cos, sin = cos_sin(np.arange(len(x), dtype=f32)[:, None, None] * inv_freq)
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([fmaf(a, cos, -(b * sin)), fmaf(b, cos, a * sin)], axis=-1)
 
@@ -169,6 +172,25 @@ def scores_f32(q: F32, k: F32, c: F32) -> F32:
     for i in range(q.shape[1]):
         acc = fmaf(q[:, i, None], k[None, :, i], acc)
     return c * acc
+
+
+def key_bias_scores(scores: F32, q: F32, bias: F32, inv_freq: F32, c: F32) -> F32:
+    """One head: scores (n_queries, n_keys) of a cache without the keys' bias, with it. q (n_queries, head_dim) after
+    RoPE, bias (head_dim)."""
+    half, scores = len(bias) // 2, scores.copy()
+    for i in range(half):
+        x, y, bx, by = q[:, i], q[:, i + half], c * bias[i], c * bias[i + half]
+        if bias[i] == 0 and bias[i + half] == 0:
+            continue
+        u, w = fmaf(x, bx, y * by), fmaf(y, bx, -(x * by))
+        for begin in range(0, scores.shape[1], CHUNK):
+            keys = slice(begin, min(begin + CHUNK, scores.shape[1]))
+            cos, sin = cos_sin(f32(begin) * inv_freq[i])
+            u_chunk, w_chunk = fmaf(u, cos, w * sin), fmaf(w, cos, -(u * sin))
+            cos, sin = cos_sin(np.arange(keys.stop - begin, dtype=f32) * inv_freq[i])
+            with_cos = fmaf(u_chunk[:, None], cos, scores[:, keys])
+            scores[:, keys] = fmaf(w_chunk[:, None], sin, with_cos)
+    return scores
 
 
 def attend(scores: F32, seen: Array, v: F32, v_scales: F32) -> F32:
@@ -230,6 +252,9 @@ class Law:
     def _norm(self, name: str, x: F32) -> F32:
         return rmsnorm(x, self.vectors[name], self.config["norm_eps"])
 
+    def _inv_freq(self, layer: int) -> F32:
+        return self.vectors[f"rope.{layer_field(self.config, 'rope', layer)}.inv_freq"]
+
     def _linear(self, layer: int, name: str, x: tuple[Array, F32]) -> F32:
         y = matmul(*x, self.matrices[f"layers.{layer}.{name}"])
         bias = self.vectors.get(f"layers.{layer}.{name}.bias")
@@ -249,6 +274,7 @@ class Law:
         (q_codes, q_scales), (k_codes, k_scales) = quantize(q), quantize(k)
         v_codes, v_scales = quantize(v, head_dim, 1)
         trace.update(q_codes=q_codes, k_codes=k_codes, v_codes=v_codes)
+        key_bias = self.vectors.get(f"layers.{layer}.key_bias")
         out = np.zeros_like(q)
         for head in range(n_heads):
             kv = head // (n_heads // k.shape[1])
@@ -258,6 +284,9 @@ class Law:
             else:
                 q_head = q_codes[:, head], q_scales[:, head]
                 scores = scores_int8(q_head, (k_codes[:, kv], k_scales[:, kv]), c)
+                if key_bias is not None:
+                    bias = key_bias.reshape(-1, head_dim)[kv]
+                    scores = key_bias_scores(scores, q[:, head], bias, self._inv_freq(layer), c)
                 v_head = v_codes[:, kv, 0].astype(f32)
                 out[:, head] = attend(scores, seen, v_head, v_scales[:, kv, 0])
         return out
@@ -275,7 +304,9 @@ class Law:
         if cfg["qk_norm"]:
             q = self._norm(f"layers.{layer}.q_norm", q)
             k = self._norm(f"layers.{layer}.k_norm", k)
-        inv_freq = self.vectors[f"rope.{layer_field(cfg, 'rope', layer)}.inv_freq"]
+        if self.kv_dtype == "f32" and (key_bias := self.vectors.get(f"layers.{layer}.key_bias")) is not None:
+            k = k + key_bias.reshape(-1, head_dim)
+        inv_freq = self._inv_freq(layer)
         trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
         trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
         o_q = self._quantize_input(trace, "attention", o)

@@ -1,7 +1,7 @@
 """Make data/*.npz: tiny random models of every architecture and what transformers computes with
 them in float32.
 
-    pip install '.[oracle]' && python tests/reference/make_fixtures.py
+    pip install '.[oracle]' && python tests/reference/make_fixtures.py [NAME ...]
 
 A fixture holds (keys of the .npz)
     config            the model's config.json, as published checkpoints write it
@@ -19,11 +19,14 @@ A fixture holds (keys of the .npz)
 The dimensions are small and awkward on purpose: widths that 64 does not divide, vocabularies that
 16 does not, every ratio of query to kv heads from 1 to 4, more positions than one attention chunk
 has, windows that leave a whole chunk out of sight, layers with a window beside layers without.
+Biases are as small as norm weights vary, except where real models are known for large ones
+(LARGE_KEY_BIAS).
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -121,7 +124,26 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "layer_types": ["full_attention", "sliding_attention"]},
         300,
     ),
+    "qwen2_key_bias": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **shape(64, 104, 4, 2, 32),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+         "use_sliding_window": True, "sliding_window": 40,
+         "layer_types": ["full_attention", "sliding_attention"]},
+        300,
+    ),
 }  # fmt: skip
+
+# Qwen2's key biases: all but a few are about 1, and those few, mostly of the slow pairs, reach 211
+# (Qwen2.5-Coder-0.5B). (layer, kv head) -> element of the head -> bias; elements i and i + 16 are a
+# pair. A pair or two turn within the fixture's positions, so that the place of a key matters to it.
+LARGE_KEY_BIAS: dict[str, dict[tuple[int, int], dict[int, float]]] = {
+    "qwen2_key_bias": {
+        (0, 0): {15: -211.0, 31: -111.5, 14: -137.0, 29: -34.25, 3: 10.0, 19: -7.5},
+        (0, 1): {30: 117.5, 13: 92.5, 29: -64.5, 5: 9.25},
+        (1, 0): {31: 158.0, 15: -97.0, 14: 91.5, 30: 51.25, 11: 26.875},
+        (1, 1): {28: -44.75, 12: 36.75, 4: -14.0, 20: 11.0},
+    }
+}
 
 
 def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -138,6 +160,14 @@ def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> tor
     return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim == 2 else value
 
 
+def put_large_key_bias(name: str, key: str, bias: torch.Tensor, head_dim: int) -> None:
+    """Into the bias (kv_dim) of `key` if it is one of the fixture's layers' keys."""
+    for (layer, head), values in LARGE_KEY_BIAS.get(name, {}).items():
+        if key == f"model.layers.{layer}.self_attn.k_proj.bias":
+            for element, value in values.items():
+                bias[head * head_dim + element] = value
+
+
 def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     config_json = {k: v for k, v in {**COMMON, **config_json}.items() if v is not None}
     config = AutoConfig.for_model(**config_json)
@@ -147,6 +177,7 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     weights = {}
     for key, parameter in model.named_parameters():
         parameter.data.copy_(random_weight(key, parameter, generator))
+        put_large_key_bias(name, key, parameter.data, model.model.layers[0].self_attn.head_dim)
         stored = np.float16 if parameter.ndim == 2 else np.float32
         weights[key] = parameter.data.numpy().astype(stored)
         assert np.array_equal(weights[key].astype(np.float32), parameter.data.numpy()), key
@@ -177,8 +208,8 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     DATA.mkdir(exist_ok=True)
-    for name, (config_json, n_tokens) in MODELS.items():
-        make(name, config_json, n_tokens)
+    for name in sys.argv[1:] or MODELS:
+        make(name, *MODELS[name])
         print(f"{name}: {(DATA / f'{name}.npz').stat().st_size} bytes")
 
 

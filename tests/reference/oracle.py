@@ -166,11 +166,12 @@ class Oracle:
         return rmsnorm(x, self.weights[name], self.config["norm_eps"])
 
     def _attention(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """q (n_tokens, n_heads, head_dim), k and v (n_tokens, n_kv_heads, head_dim) -> like q."""
-        n_tokens, n_heads, head_dim = q.shape
+        """q (n_tokens, n_heads, any), k (n_tokens, n_kv_heads, any) and v (n_tokens, n_kv_heads, head_dim)
+        -> (n_tokens, n_heads, head_dim)."""
+        n_tokens, n_heads, _ = q.shape
         n_rep = n_heads // k.shape[1]
         k, v = np.repeat(k, n_rep, axis=1), np.repeat(v, n_rep, axis=1)
-        scores = np.einsum("ihd,jhd->hij", q, k, optimize=True) / np.sqrt(head_dim)
+        scores = np.einsum("ihd,jhd->hij", q, k, optimize=True) / np.sqrt(v.shape[-1])
         seen = visible(n_tokens, layer_field(self.config, "window", layer))
         scores = np.where(seen, scores, -np.inf)
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -200,8 +201,11 @@ class Oracle:
             k = self._norm(f"layers.{layer}.k_norm", k)
         inv_freq = self.weights[f"rope.{layer_field(cfg, 'rope', layer)}.inv_freq"]
         trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
-        q = self._through_codes(trace, "q", q, X_GROUP)
+        q_exact, q = q, self._through_codes(trace, "q", q, X_GROUP)
         k = self._through_codes(trace, "k", k, X_GROUP)
+        if (bias := self.weights.get(f"layers.{layer}.key_bias")) is not None:  # no codes come near it
+            bias = rope(np.broadcast_to(bias.reshape(-1, head_dim), k.shape), inv_freq)
+            q, k = np.concatenate([q, q_exact], axis=-1), np.concatenate([k, bias], axis=-1)
         v = self._through_codes(trace, "v", v, head_dim)
         trace["attention"] = o = self._attention(layer, q, k, v).reshape(n_tokens, -1)
         o = self._through_codes(trace, "attention", o, X_GROUP)
