@@ -22,6 +22,7 @@ from pyengine.errors import (
     PyEngineError,
     SystemCallError,
     TemplateError,
+    UnknownParameterError,
     UnsupportedISAError,
     UnsupportedModelError,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "Score",
     "SystemCallError",
     "TemplateError",
+    "UnknownParameterError",
     "UnsupportedISAError",
     "UnsupportedModelError",
     "freeze",

@@ -135,7 +135,7 @@ class Engine:
         if max_kv_bytes is not None:
             max_kv_bytes = integer("max_kv_bytes", max_kv_bytes, 1, 2**63 - 1)
         self.seed = None if seed is None else integer("seed", seed, 0, 2**64 - 1)
-        if kv_dtype not in ("int8", "f32"):
+        if not isinstance(kv_dtype, str) or kv_dtype not in ("int8", "f32"):
             raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(kv_dtype)}")
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
         self._options = {

@@ -18,6 +18,10 @@ class InvalidArgumentError(PyEngineError, ValueError):
     """An argument is out of range or contradicts another."""
 
 
+class UnknownParameterError(InvalidArgumentError, TypeError):
+    """A keyword that no function of ours takes; the message has the nearest one."""
+
+
 class OutOfMemoryError(PyEngineError, MemoryError):
     """An allocation failed."""
 

@@ -6,6 +6,8 @@ can be killed (template_worker.py).
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pyengine.errors import TemplateError
 from pyengine.text.template_syntax import SYNTAX, raise_exception, strftime_now, syntax_error, tojson
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -36,7 +40,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def render(template: jinja2.Template, context: Mapping[str, Any], max_output: int) -> str:
-    """The template's text for these variables; TemplateError for whatever goes wrong in it, MemoryError."""
+    """The template's text for these variables, JSON's types; TemplateError for whatever goes wrong in it, MemoryError."""
     pieces, size = [], 0
     try:
         for piece in template.generate(**context):
@@ -50,4 +54,8 @@ def render(template: jinja2.Template, context: Mapping[str, Any], max_output: in
         raise TemplateError(f"the chat template does what the sandbox forbids: {error}") from None
     except Exception as error:  # a template can raise anything that Python can
         raise TemplateError(f"the chat template failed: {type(error).__name__}: {error}") from None
-    return "".join(pieces)
+    text = "".join(pieces)
+    for address in set(_ADDRESS.findall(text)):  # of a function, a method or a generator: another one each time
+        if address not in json.dumps(context):
+            raise TemplateError(f"the chat template writes an object that is no text (…{address})")
+    return text

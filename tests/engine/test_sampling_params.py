@@ -126,8 +126,9 @@ def test_unknown_names_are_refused_with_the_nearest():
         SamplingParams.from_kwargs(temprature=1)
     with pytest.raises(TypeError, match=r"'max_new_token'.*'max_new_tokens'"):
         SamplingParams.from_kwargs(max_new_token=1)
-    with pytest.raises(TypeError, match=r"'zzz'$"):
+    with pytest.raises(TypeError, match=r"'zzz'$") as caught:
         SamplingParams.from_kwargs(zzz=1)
+    assert isinstance(caught.value, InvalidArgumentError)
 
 
 def test_the_models_defaults_come_below_the_callers():

@@ -135,6 +135,19 @@ def test_the_templates_own_words_come_back():
     template.close()
 
 
+@pytest.mark.parametrize("source", ["{{ messages[0].items }}", "{{ [messages | map('upper')] }}", "{{ raise_exception ~ '' }}"])
+def test_no_address_of_an_object_comes_out(source):
+    """It would be another one each time."""
+    template = TemplateProcess(source, 1.0)
+    with pytest.raises(TemplateError, match="no text"):
+        template.render({"messages": MESSAGES}, 1000, 1.0)
+    template.close()
+    template = TemplateProcess("{{ messages[0].content }}", 1.0)  # but it may be said
+    said = [{"role": "user", "content": "<a at 0x7f00>"}]
+    assert template.render({"messages": said}, 1000, 1.0) == "<a at 0x7f00>"
+    template.close()
+
+
 def test_any_character_makes_the_journey():
     text = "".join(map(chr, [0, 10, 13, 34, 92, 0x7F, 0xE9, 0x2028, 0xDFFF, 0xD800, 0xFFFF, 0x1F600]))
     template = TemplateProcess("{{ x | sort | length }}{{ x }}", 1.0)

@@ -119,7 +119,7 @@ class ParametersTarget:
             chosen = {
                 name: value
                 for name, value in zip(names, options.values(), strict=False)
-                if name != "n_threads" or value != 2**31
+                if name != "n_threads" or not isinstance(value, int) or value != 2**31
             }
             with pyengine.Engine(self._path, **chosen):
                 pass
