@@ -18,6 +18,10 @@ class InvalidArgumentError(PyEngineError, ValueError):
     """An argument is out of range or contradicts another."""
 
 
+class UnknownParameterError(InvalidArgumentError, TypeError):
+    """A keyword that names no parameter; a TypeError, as Python's own."""
+
+
 class OutOfMemoryError(PyEngineError, MemoryError):
     """An allocation failed."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from pyengine.arguments import integer, number, shown
-from pyengine.errors import InvalidArgumentError, ModelFormatError
+from pyengine.errors import InvalidArgumentError, ModelFormatError, UnknownParameterError
 
 MAX_LOGPROBS = 64
 MAX_SAMPLES = 1024
@@ -274,8 +274,8 @@ class SamplingParams:
     def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
         """SamplingParams from names and aliases (`max_new_tokens`, `repeat_penalty`, `stop_strings`, ...).
 
-        TypeError for an unknown name, with the closest known one; InvalidArgumentError if a field is given twice under
-        two names."""
+        UnknownParameterError (a TypeError too) for an unknown name, with the closest known one; InvalidArgumentError if a field
+        is given twice under two names."""
         known = [field.name for field in fields(cls)]
         chosen: dict[str, Any] = {}
         given_as: dict[str, str] = {}
@@ -286,7 +286,7 @@ class SamplingParams:
 
                 near = difflib.get_close_matches(name[:64], [*known, *ALIASES], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"unknown sampling parameter {shown(name)}{hint}")
+                raise UnknownParameterError(f"unknown sampling parameter {shown(name)}{hint}")
             if field_name in given_as:
                 raise InvalidArgumentError(
                     f"{given_as[field_name]} and {name} are the same parameter: give one of them"

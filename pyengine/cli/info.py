@@ -37,10 +37,12 @@ def parser() -> argparse.ArgumentParser:
 def tokenizer_facts(
     document: dict[str, Any], config: dict[str, Any], bos: int | None, eos: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Kind, size and special tokens, from tokenizer.json itself: the tokenizer is not built."""
+    """Kind, size and special tokens, from a checked tokenizer.json itself: the tokenizer is not built."""
     added = {token["id"]: token["content"] for token in document.get("added_tokens", [])}
     vocabulary = document.get("model", {}).get("vocab", {})
-    spelled = {id_: text for text, id_ in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    spelled = {}
+    if isinstance(vocabulary, dict):
+        spelled = {id_: text for text, id_ in vocabulary.items() if isinstance(id_, int)}
 
     def token(id_: int) -> dict[str, Any]:
         return {"id": id_, "text": added.get(id_, spelled.get(id_))}
@@ -59,12 +61,14 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
     """Everything that is printed, as plain values; sizes in bytes."""
     from pyengine.format.inventory import MATRIX_KINDS, count_parameters, inventory, kv_bytes_per_position
     from pyengine.format.strict_json import parse_json_object
+    from pyengine.text import tokenizer_json
 
     def rider(name: str) -> dict[str, Any]:
         content = frozen.rider(name)
         return {} if content is None else parse_json_object(content, name)
 
     c = frozen.config
+    tokenizer_json.check(frozen.rider("tokenizer.json") or b"", c.vocab_size)
     file_bytes = len(frozen.buffer)
     weights = sum(size for _, size, _ in frozen.weights.values())
     kv = kv_bytes_per_position(c)
