@@ -133,7 +133,7 @@ class Engine:
         if max_kv_bytes is not None:
             max_kv_bytes = integer("max_kv_bytes", max_kv_bytes, 1, 2**63 - 1)
         self.seed = None if seed is None else integer("seed", seed, 0, 2**64 - 1)
-        if kv_dtype not in ("int8", "f32"):
+        if not isinstance(kv_dtype, str) or kv_dtype not in ("int8", "f32"):
             raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(kv_dtype)}")
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
         self._options = {
@@ -260,13 +260,15 @@ class Engine:
 
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        from pyengine.text.prompts import token_ids
+        with fork.importing:
+            from pyengine.text.prompts import token_ids
 
         return self.tokenizer.decode(token_ids(tokens, self.vocab_size), skip_special_tokens=skip_special_tokens)
 
     def _ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
         self._check_open()
-        from pyengine.text.prompts import prompt_ids
+        with fork.importing:
+            from pyengine.text.prompts import prompt_ids
 
         return prompt_ids(
             lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
@@ -337,7 +339,8 @@ class Engine:
         not learn from a time what others asked.
         Raises InvalidArgumentError, ContextFullError (a prompt that does not fit), NotFiniteError.
         """
-        from pyengine.text.prompts import is_batch
+        with fork.importing:
+            from pyengine.text.prompts import is_batch
 
         chosen = _params(params, options)
         many = is_batch(prompt)
@@ -438,7 +441,8 @@ class Engine:
         `positions`. Raises InvalidArgumentError, ContextFullError."""
         import numpy as np
 
-        from pyengine.text.prompts import prompt_ids
+        with fork.importing:
+            from pyengine.text.prompts import prompt_ids
 
         ids = prompt_ids(None, tokens, vocab_size=self.vocab_size, n_ctx=self.n_ctx)
         most = len(ids) - 1

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pyengine import fork
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError, TemplateError
 from pyengine.text.messages import plain_data, plain_messages
@@ -95,7 +96,8 @@ class ChatTemplate:
 
     def _in_process(self) -> TemplateProcess:
         if self._process is None:
-            from pyengine.text.template_process import TemplateProcess
+            with fork.importing:
+                from pyengine.text.template_process import TemplateProcess
 
             self._process = TemplateProcess(self.source, TIME_LIMIT)
         return self._process
