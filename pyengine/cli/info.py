@@ -38,7 +38,8 @@ def tokenizer_facts(
     document: dict[str, Any], config: dict[str, Any], bos: int | None, eos: tuple[int, ...]
 ) -> dict[str, Any]:
     """Kind, size and special tokens, from a checked tokenizer.json itself: the tokenizer is not built."""
-    added = {token["id"]: token["content"] for token in document.get("added_tokens", [])}
+    added_tokens = document.get("added_tokens") or []
+    added = {token["id"]: token["content"] for token in added_tokens}
     vocabulary = document.get("model", {}).get("vocab", {})
     spelled = {}
     if isinstance(vocabulary, dict):
@@ -53,7 +54,7 @@ def tokenizer_facts(
         "bos": None if bos is None else token(bos),
         "eos": [token(id_) for id_ in eos],
         "adds_bos": config.get("add_bos_token"),
-        "n_special_tokens": sum(bool(token.get("special")) for token in document.get("added_tokens", [])),
+        "n_special_tokens": sum(bool(token.get("special")) for token in added_tokens),
     }
 
 
