@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -107,6 +108,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-probability; NaN if no token was scored."""
+        """exp of the mean negative log-probability; infinite beyond what a float holds, NaN if no token was scored."""
         n_scored = sum(value is not None for value in self.logprobs)
-        return math.exp(-self.total / n_scored) if n_scored else math.nan
+        if not n_scored:
+            return math.nan
+        mean = -self.total / n_scored
+        return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf

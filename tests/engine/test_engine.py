@@ -354,3 +354,8 @@ def test_deadline_ends_a_long_prefill_soon(tiny_model: Path) -> None:
         took = time.process_time() - start
         # either the machine is fast enough, or the prefill was cut short long before its end
         assert result.finish_reason in ("timeout", "length") and took < 5
+
+
+def test_perplexity_of_what_is_impossible_is_infinite() -> None:
+    assert pyengine.Score([1, 2], [None, -1e30]).perplexity == float("inf")
+    assert pyengine.Score([1, 2], [None, -709.0]).perplexity == pytest.approx(np.exp(709.0))

@@ -41,7 +41,10 @@ ROOMS: dict[str, set[str]] = {
         "freeze", "run", "fork", "files",
     },
     "pyengine": {"errors"},  # its names are looked up when they are asked for
-    "cli": {"errors", "files", "pyengine", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze", "engine"},
+    "cli": {
+        "errors", "files", "pyengine", "text", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
+        "engine",
+    },
     "__main__": {"cli"},
 }  # fmt: skip
 

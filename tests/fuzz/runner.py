@@ -83,17 +83,20 @@ class Worker:
 
     def overdue(self) -> str | None:
         """Why the current input should be ended, or None."""
-        index, began, cpu_began = worker.STATUS.unpack_from(self._status)
         if not self.is_ready:
             return None
+        status = worker.STATUS.unpack_from(self._status)
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
+        if status != worker.STATUS.unpack_from(self._status):
+            return None  # it is being written, or the next input has begun
+        _, began, cpu_began = status
         cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") - cpu_began
-        if index == self.index and cpu > self.cpu_seconds:
+        if cpu > self.cpu_seconds:
             return f"more than {self.cpu_seconds:g} CPU seconds"
-        if index == self.index and time.monotonic() - began > cases.WALL_SECONDS:
+        if time.monotonic() - began > cases.WALL_SECONDS:
             return f"waits longer than {cases.WALL_SECONDS:g} seconds"
         return None
 

@@ -16,13 +16,13 @@ from fuzz.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 EXECUTIONS = {
-    "frozen": 150,
-    "gguf": 300,
-    "hf": 150,
-    "llama2c": 100,
-    "tokenizer": 200,
-    "template": 300,
-    "parameters": 400,
+    "frozen": 80,
+    "gguf": 150,
+    "hf": 80,
+    "llama2c": 50,
+    "tokenizer": 100,
+    "template": 100,
+    "parameters": 200,
 }
 FAULTY = FaultyTarget.name
 

@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     def begin(index: int) -> None:
         STATUS.pack_into(status, 0, index, time.monotonic(), time.process_time())
 
+    begin(int(first))
     report.write(json.dumps({"ready": True}) + "\n")
     for found in run_all(target, int(seed), wanted(int(first), int(count), status), begin):
         key = "finding" if isinstance(found, Finding) else "counts"

@@ -6,8 +6,8 @@ import json
 import random
 import struct
 from pathlib import Path
-from typing import Any
 
+from engine.frozen_parts import FrozenParts
 from fuzz import mutations
 from fuzz.cases import Case
 from fuzz.targets import seeds
@@ -58,52 +58,28 @@ class FrozenFileTarget:
         self.stage = ""
         self._path = scratch / "m.safetensors"
         freeze(seeds.write_files(scratch / "hf", seeds.hf_files()), self._path, overwrite=True)
-        data = self._path.read_bytes()
-        length = int.from_bytes(data[:8], "little")
-        self._header: dict[str, Any] = json.loads(data[8 : 8 + length])
-        self._metadata = self._header.pop("__metadata__")
-        body = data[8 + length :]
-        self._parts = {name: body[slice(*entry["data_offsets"])] for name, entry in self._header.items()}
-        self._weights = [name for name in self._parts if name not in RIDERS]
-        self._riders = [name for name in self._parts if name in RIDERS]
+        self._file = FrozenParts(self._path.read_bytes())
+        self._weights = [name for name in self._file.parts if name not in RIDERS]
+        self._riders = [name for name in self._file.parts if name in RIDERS]
 
     def make(self, rng: random.Random) -> Case:
-        parts, header = dict(self._parts), None
+        changes: dict[str, bytes] = {}
         kind = rng.randrange(10)
-        if kind < 3:
-            header = rng.randint(1, 3)
         if kind in (3, 8):
             for _ in range(rng.randint(1, 4)):
                 name = rng.choice(self._weights)
-                parts[name] = changed_weights(rng, name, parts[name])
+                changes[name] = changed_weights(rng, name, changes.get(name, self._file.parts[name]))
         if 4 <= kind <= 8:
-            for name in {rng.choice(self._riders) for _ in range(rng.choice([1, 1, 2]))}:
-                parts[name] = padded(name, changed_rider(rng, name, parts[name].rstrip(b" \n")))
-        data = self._build(rng, parts, header)
+            for _ in range(rng.choice([1, 1, 2])):
+                name = rng.choice(self._riders)
+                changes[name] = changed_rider(rng, name, self._file.rider(name))
+        times = rng.randint(1, 3) if kind < 3 else 0
+        data = self._file.build(changes, change_header=lambda header: mutations.mutated(rng, header, times))
         return Case({"m.safetensors": mutations.mutated_bytes(rng, data, 9000) if kind == 9 else data}, rng.random())
-
-    def _build(self, rng: random.Random, parts: dict[str, bytes], header_changes: int | None) -> bytes:
-        """A file of these parts whose header fits them, and is then changed a few times."""
-        header: dict[str, Any] = {"__metadata__": self._metadata}
-        offset = 0
-        for name, content in parts.items():
-            entry = self._header[name]
-            shape = [len(content)] if name in RIDERS else entry["shape"]
-            header[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [offset, offset + len(content)]}
-            offset += len(content)
-        if header_changes:
-            header = mutations.mutated(rng, header, header_changes)
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text = text.ljust(-(-(len(text) + 8) // 64) * 64 - 8)
-        return struct.pack("<Q", len(text)) + text + b"".join(parts.values())
 
     def run(self, case: Case) -> None:
         self._path.write_bytes(case.files["m.safetensors"])
         use(self, self._path, random.Random(case.arguments))
-
-
-def padded(name: str, content: bytes) -> bytes:
-    return content.ljust(max(64, -(-len(content) // 64) * 64), b"\n" if name.endswith(".jinja") else b" ")
 
 
 def changed_weights(rng: random.Random, name: str, data: bytes) -> bytes:

@@ -90,7 +90,7 @@ class HFTarget:
                 files["model.safetensors.index.json"] = json.dumps(self._index(rng)).encode()
                 files.pop("model.safetensors", None)
             elif kind == 10 and "model.safetensors" in files:
-                files["model.safetensors"] = self._weights(rng, files["model.safetensors"])
+                files["model.safetensors"] = self._weights(rng)
             elif kind == 11 and files:
                 files.pop(rng.choice(list(files)))
             elif files:
@@ -131,7 +131,8 @@ class HFTarget:
             ]
         )
 
-    def _weights(self, rng: random.Random, data: bytes) -> bytes:
+    def _weights(self, rng: random.Random) -> bytes:
+        data = self._files["F16"]["model.safetensors"]
         length = int.from_bytes(data[:8], "little")
         header = mutations.mutated(rng, json.loads(data[8 : 8 + length]))
         text = json.dumps(header).encode()

@@ -115,12 +115,10 @@ class ParametersTarget:
         elif kind == "chat":
             engine.chat(_made(case.arguments["messages"]), **options)
         elif kind == "open":
-            names = ["n_ctx", "n_threads", "kv_dtype", "seed", "tokenizer", "mmap"]
-            chosen = {
-                name: value
-                for name, value in zip(names, options.values(), strict=False)
-                if name != "n_threads" or not isinstance(value, int) or value != 2**31
-            }
+            names = ["n_ctx", "n_threads", "kv_dtype", "seed", "tokenizer", "mmap", "max_sequences", "max_kv_bytes"]
+            chosen = dict(zip(random.Random(str(options)).sample(names, len(names)), options.values(), strict=False))
+            if type(chosen.get("n_threads")) is int and chosen["n_threads"] > 8:
+                del chosen["n_threads"]
             with pyengine.Engine(self._path, **chosen):
                 pass
         elif kind == "score":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
 import random
@@ -240,7 +241,7 @@ class TokenizerTarget:
         self.stage = "load"
         data = case.files["tokenizer.json"]
         tokenizer = Tokenizer(data, case.arguments["config"], bos_token_id=1, eos_token_ids=(2,))
-        never = tokenizer.special_ids - unknown_ids(json.loads(data)["model"])
+        never = tokenizer.special_ids - ids_of_text(json.loads(data)["model"])
         for text in case.arguments["texts"]:
             self.stage = "encode"
             ids = tokenizer.encode(text)
@@ -252,7 +253,11 @@ class TokenizerTarget:
         tokenizer.decode(case.arguments["ids"])
 
 
-def unknown_ids(model: dict[str, Any]) -> set[Any]:
-    """What stands for characters that the vocabulary lacks; it is special in many."""
+def ids_of_text(model: dict[str, Any]) -> set[Any]:
+    """Special or not, these may come from text: what stands for characters that the vocabulary lacks, and ids that a damaged
+    vocabulary gives to a piece too."""
     vocab = model.get("vocab")
-    return {model.get("unk_id"), vocab.get(model.get("unk_token")) if isinstance(vocab, dict) else None}
+    if not isinstance(vocab, dict):
+        return {model.get("unk_id")}
+    counted = collections.Counter(vocab.values())
+    return {vocab.get(model.get("unk_token"))} | {id_ for id_, count in counted.items() if count > 1}
