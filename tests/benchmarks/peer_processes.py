@@ -73,6 +73,10 @@ class Worker:
 
     def measure(self, request: Mapping[str, Any]) -> float:
         """Raises PeerMissingError if the peer cannot do it."""
+        return float(self.ask(request))
+
+    def ask(self, request: Mapping[str, Any]) -> Any:
+        """The value of its answer, whatever that is."""
         assert self.process.stdin is not None
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -82,7 +86,7 @@ class Worker:
         time.sleep(SETTLE_SECONDS)
         if "error" in answer:
             raise PeerMissingError(answer["error"])
-        return float(answer["value"])
+        return answer["value"]
 
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -124,6 +128,22 @@ config.max_new_tokens = config.min_new_tokens = n
 config.do_sample, config.ignore_eos = False, True
 pipeline.generate(prompt, config, streamer=lambda text: print(text, end="", flush=True))
 """
+IK_LLAMA_CPP_GENERATE = """
+import sys
+from ik_llama_cpp import _ctypes_api as lib
+from ik_llama_cpp._internals import IkContext, IkModel, make_batch, make_batch_single
+model = IkModel(sys.argv[1])
+n, threads = int(sys.argv[3]), int(sys.argv[4])
+context = IkContext(model, n_ctx=2048, n_threads=threads)
+ids = model.tokenize(sys.argv[2])
+batch = make_batch(ids)
+for position in range(len(ids), len(ids) + n):
+    if context.decode(batch) != 0:
+        sys.exit(1)
+    token = context.sample(-1)
+    print(model.detokenize([token]), end="", flush=True)
+    batch = make_batch_single(token, position)
+"""
 PROMPT = "The capital of France is"
 
 
@@ -132,7 +152,8 @@ def generate_command(kind: str, python: str, model: Path, n_tokens: int, n_threa
     if kind == "pyengine":
         options = ["-n", str(n_tokens), "-t", str(n_threads), "--temp", "0", "--ignore-eos"]
         return [python, "-m", "pyengine", "generate", "-m", str(model), "-p", PROMPT, *options]
-    program = LLAMA_CPP_GENERATE if kind == "llama.cpp" else OPENVINO_GENERATE
+    programs = {"llama.cpp": LLAMA_CPP_GENERATE, "ik_llama.cpp": IK_LLAMA_CPP_GENERATE, "openvino": OPENVINO_GENERATE}
+    program = programs[kind]
     return [python, "-c", program, str(model), PROMPT, str(n_tokens), str(n_threads)]
 
 

@@ -2,16 +2,21 @@
 
     python peer_worker.py pyengine  MODEL.safetensors [n_threads]
     python peer_worker.py llama.cpp MODEL.gguf        [n_threads]
+    python peer_worker.py ik_llama.cpp MODEL.gguf     [n_threads]
     python peer_worker.py openvino  MODEL_DIRECTORY   [n_threads]
+    python peer_worker.py float32   MODEL.gguf        [n_threads]      (or a Hugging Face directory)
 
     {"do": "prefill", "n": 512}                                   -> {"value": tokens per second}
     {"do": "decode", "n": 64, "depth": 8, "batch": 1}             -> {"value": tokens per second of all sequences}
     {"do": "read"} and {"do": "int8"}, pyengine only              -> {"value": decode and prefill tokens/s at the machine's limit}
+    {"do": "tokenize", "text": ..., "n": 512}, pyengine only      -> {"value": the first n token ids}
+    {"do": "logits", "ids": [...], "path": "x.npy"}               -> {"value": seconds}; the file is (n, vocab_size) float32
     {"do": "info"}                                                -> {"version": ..., ...}
 
 Prompts are token ids without meaning: only speed is looked at. Prefill is n tokens in one call, logits of the last; decode is
 n tokens one after the other, logits of each, after `depth` tokens that are not measured. Neither samples, except in OpenVINO
-GenAI, whose pipelines are its only interface (it takes the most probable token).
+GenAI, whose pipelines are its only interface (it takes the most probable token). The float32 peer is transformers; it only
+gives logits.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ class Peer(Protocol):
     def info(self) -> dict[str, Any]: ...
     def prefill(self, n: int) -> float: ...
     def decode(self, n: int, depth: int, batch: int) -> float: ...
+    def logits(self, ids: list[int], path: str) -> float: ...
 
 
 class PyEngine:
@@ -89,6 +95,16 @@ class PyEngine:
             self.context.forward([token] * batch, self.filled, want)
         return n * batch / (time.perf_counter() - started)
 
+    def tokenize(self, text: str, n: int) -> list[int]:
+        return [int(token) for token in self.engine.tokenize(text, add_bos=False)[:n]]
+
+    def logits(self, ids: list[int], path: str) -> float:
+        import numpy as np
+
+        started = time.perf_counter()
+        np.save(path, np.asarray(self.engine.logits(ids)))
+        return time.perf_counter() - started
+
     def read(self) -> float:
         """Tokens per second of a decode that did nothing but read its weights."""
         return self.roofline.read_bandwidth() / self.roofline.weights.nbytes
@@ -123,7 +139,6 @@ class LlamaCpp:
             params.n_threads = params.n_threads_batch = n_threads
         self.n_threads = n_threads
         self.context = lib.llama_init_from_model(self.model, params)
-        self.memory = lib.llama_get_memory(self.context)
         self.batch = lib.llama_batch_init(512, 0, 1)
         self.tokens = tokens(MAX_CONTEXT)
         self.filled = (0, 0)
@@ -131,6 +146,15 @@ class LlamaCpp:
     def info(self) -> dict[str, Any]:
         system = self.lib.llama_print_system_info().decode()
         return {"version": self.lib.__version__, "n_threads": self.n_threads, "system_info": system}
+
+    def _clear(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def _truncate(self, sequence: int, depth: int) -> None:
+        self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.context), sequence, depth, -1)
+
+    def _synchronize(self) -> None:
+        self.lib.llama_synchronize(self.context)
 
     def _forward(self, rows: list[tuple[int, int, int, bool]]) -> None:
         """rows: token, position, sequence, whether its logits are wanted; at most 512."""
@@ -141,15 +165,33 @@ class LlamaCpp:
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
         if (code := self.lib.llama_decode(self.context, batch)) != 0:
             raise RuntimeError(f"llama_decode: {code}")
-        self.lib.llama_synchronize(self.context)
+        self._synchronize()
 
     def _prompt(self, n: int, sequence: int, last_wanted: bool) -> None:
         for begin in range(0, n, 512):
             end = min(begin + 512, n)
             self._forward([(self.tokens[i], i, sequence, last_wanted and i == n - 1) for i in range(begin, end)])
 
+    def logits(self, ids: list[int], path: str) -> float:
+        import numpy as np
+
+        self._clear()
+        self.filled = (0, 0)
+        n_vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
+        out = np.empty((len(ids), n_vocab), np.float32)
+        started = time.perf_counter()
+        for begin in range(0, len(ids), 512):
+            end = min(begin + 512, len(ids))
+            self._forward([(ids[i], i, 0, True) for i in range(begin, end)])
+            for i in range(begin, end):
+                row = self.lib.llama_get_logits_ith(self.context, i - begin)
+                out[i] = np.ctypeslib.as_array(row, (n_vocab,))
+        elapsed = time.perf_counter() - started
+        np.save(path, out)
+        return elapsed
+
     def prefill(self, n: int) -> float:
-        self.lib.llama_memory_clear(self.memory, True)
+        self._clear()
         self.filled = (0, 0)
         started = time.perf_counter()
         self._prompt(n, 0, True)
@@ -158,9 +200,9 @@ class LlamaCpp:
     def decode(self, n: int, depth: int, batch: int) -> float:
         if self.filled == (depth, batch):
             for sequence in range(batch):
-                self.lib.llama_memory_seq_rm(self.memory, sequence, depth, -1)
+                self._truncate(sequence, depth)
         else:
-            self.lib.llama_memory_clear(self.memory, True)
+            self._clear()
             for sequence in range(batch):
                 self._prompt(depth, sequence, False)
             self.filled = (depth, batch)
@@ -168,6 +210,97 @@ class LlamaCpp:
         for i in range(depth, depth + n):
             self._forward([(self.tokens[i], i, sequence, True) for sequence in range(batch)])
         return n * batch / (time.perf_counter() - started)
+
+
+class IkContext(LlamaCpp):
+    """One context of ik_llama.cpp, through the ctypes bindings of ik-llama-cpp-python."""
+
+    def __init__(self, lib: Any, model: Any, n_threads: int | None, flash_attention: bool) -> None:
+        self.lib, self.model, self.n_threads = lib, model, n_threads
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = MAX_CONTEXT, 512, 512, 32
+        params.flash_attn = flash_attention
+        if n_threads:
+            params.n_threads = params.n_threads_batch = n_threads
+        self.context = lib.llama_init_from_model(model, params)
+        self.batch = lib.llama_batch_init(512, 0, 1)
+        self.tokens = tokens(MAX_CONTEXT)
+        self.filled = (0, 0)
+
+    def _clear(self) -> None:
+        self.lib.llama_kv_cache_clear(self.context)
+
+    def _truncate(self, sequence: int, depth: int) -> None:
+        import ctypes
+
+        remove = self.lib._lib.llama_kv_cache_seq_rm  # which the bindings do not declare
+        remove.argtypes, remove.restype = [ctypes.c_void_p, *[ctypes.c_int32] * 3], ctypes.c_bool
+        remove(self.context, sequence, depth, -1)
+
+    def _synchronize(self) -> None:
+        self.lib.llama_get_logits_ith(self.context, -1)
+
+
+class IkLlamaCpp:
+    """ik_llama.cpp with its weights repacked; each speed is the better of those with flash attention and without."""
+
+    def __init__(self, path: str, n_threads: int | None) -> None:
+        from importlib.metadata import version
+
+        from ik_llama_cpp import _ctypes_api as lib
+
+        self.version = version("ik-llama-cpp-python")
+        lib.llama_backend_init()
+        params = lib.llama_model_default_params()
+        params.use_mmap, params.repack_tensors = False, True
+        model = lib.llama_model_load_from_file(path.encode(), params)
+        if not model:
+            raise FileNotFoundError(path)
+        self.contexts = [IkContext(lib, model, n_threads, flash_attention) for flash_attention in (False, True)]
+
+    def info(self) -> dict[str, Any]:
+        return {"version": self.version, "n_threads": self.contexts[0].n_threads}
+
+    def prefill(self, n: int) -> float:
+        return max(context.prefill(n) for context in self.contexts)
+
+    def decode(self, n: int, depth: int, batch: int) -> float:
+        return max(context.decode(n, depth, batch) for context in self.contexts)
+
+    def logits(self, ids: list[int], path: str) -> float:
+        return self.contexts[0].logits(ids, path)
+
+
+class Float32:
+    """The source's weights in transformers: what the others' logits are compared with."""
+
+    def __init__(self, path: str, n_threads: int | None) -> None:
+        from pathlib import Path
+
+        import torch
+        import transformers
+        from quality import float32_logits, load_float32
+
+        if n_threads:
+            torch.set_num_threads(n_threads)
+        self.version = transformers.__version__
+        self.compute = float32_logits(load_float32(Path(path)))
+
+    def info(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def prefill(self, n: int) -> float:
+        raise NotImplementedError("float32 is there for its logits")
+
+    def decode(self, n: int, depth: int, batch: int) -> float:
+        raise NotImplementedError("float32 is there for its logits")
+
+    def logits(self, ids: list[int], path: str) -> float:
+        import numpy as np
+
+        started = time.perf_counter()
+        np.save(path, self.compute(np.array(ids)))
+        return time.perf_counter() - started
 
 
 class OpenVINO:
@@ -223,8 +356,35 @@ class OpenVINO:
         pipeline.generate(prompts, self._config(n))
         return n * batch / (time.perf_counter() - started)
 
+    def logits(self, ids: list[int], path: str) -> float:
+        """Of the model itself: the pipelines give none."""
+        import numpy as np
 
-PEERS = {"pyengine": PyEngine, "llama.cpp": LlamaCpp, "openvino": OpenVINO}
+        self.pipeline, self.batched = None, None
+        compiled = self.openvino.Core().compile_model(f"{self.path}/openvino_model.xml", "CPU", self.properties)
+        n = len(ids)
+        inputs = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, n), np.int64),
+            "position_ids": np.arange(n, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        wanted = {name for port in compiled.inputs for name in port.names}
+        request = compiled.create_infer_request()
+        started = time.perf_counter()
+        request.infer({name: values for name, values in inputs.items() if name in wanted})
+        elapsed = time.perf_counter() - started
+        np.save(path, request.get_tensor("logits").data[0])
+        return elapsed
+
+
+PEERS = {
+    "pyengine": PyEngine,
+    "llama.cpp": LlamaCpp,
+    "ik_llama.cpp": IkLlamaCpp,
+    "openvino": OpenVINO,
+    "float32": Float32,
+}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""pyengine, llama.cpp and OpenVINO GenAI on the same weights, in turn in one run; writes JSON and prints the README's table.
+"""pyengine, llama.cpp, ik_llama.cpp and OpenVINO GenAI on the same weights, in turn in one run; writes JSON and a table.
 
     python tests/benchmarks/peers.py --model smollm2.safetensors --gguf smollm2.Q8_0.gguf --openvino smollm2_openvino_int8
 
@@ -7,8 +7,9 @@ counts is the median of the ratios round by round, not the ratio of two medians.
 take their turn too. The first round warms up and is dropped. Run it with nothing else running; the load average is in the
 JSON. A peer that is not installed is named and left out; so is a case that this machine does not allow.
 
-All sections: decode, decode-4096, prefill, prefill-8192, batch, isa, quota, neighbour, start, rss; with --big-model also
-decode-big and prefill-big.
+All sections: quality, decode, decode-4096, prefill, prefill-8192, batch, isa, quota, neighbour, start, rss; with --big-model also
+decode-big and prefill-big. `quality` is no speed: KL(float32 || engine) of the next-token distributions over the same tokens, the
+mean, with --float32 naming the weights' source for transformers.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peer_processes import (
     Neighbour,
     PeerMissingError,
@@ -35,11 +38,18 @@ from peer_processes import (
     machine,
     run_to_end,
 )
+from quality import default_text, kl_divergence
 
-OURS, LLAMA_CPP, OPENVINO = "pyengine", "llama.cpp", "openvino"
-PEERS = (LLAMA_CPP, OPENVINO)
+OURS, LLAMA_CPP, IK_LLAMA_CPP, OPENVINO = "pyengine", "llama.cpp", "ik_llama.cpp", "openvino"
+PEERS = (LLAMA_CPP, IK_LLAMA_CPP, OPENVINO)
+FLOAT32 = "float32"  # no peer: what quality is measured against
 LLAMA_CPP_AVX2 = "llama.cpp AVX2-build"
-TITLES = {OURS: "pyengine", LLAMA_CPP: "llama.cpp Q8_0", OPENVINO: "OpenVINO GenAI int8"}
+TITLES = {
+    OURS: "pyengine",
+    LLAMA_CPP: "llama.cpp Q8_0",
+    IK_LLAMA_CPP: "ik_llama.cpp Q8_0",
+    OPENVINO: "OpenVINO GenAI int8",
+}
 
 
 # ---------------------------------------------------------------- results
@@ -103,11 +113,12 @@ class Sizes:
     long: int = 8192
     batches: tuple[int, ...] = (8, 32)
     rss_tokens: int = 128
+    quality: int = 512
     disturbed: int = 16  # decode under a quota or beside a neighbour, where some peers all but stop
 
     @staticmethod
     def quick() -> Sizes:
-        return Sizes(decode=3, depth=8, deep=300, prefill=64, long=300, batches=(2,), rss_tokens=4, disturbed=3)
+        return Sizes(decode=3, depth=8, deep=300, prefill=64, long=300, batches=(2,), rss_tokens=4, quality=48, disturbed=3)
 
 
 class Run:
@@ -124,11 +135,18 @@ class Run:
 
     def models(self, big: bool) -> dict[str, Path | None]:
         a = self.args
-        names = (a.big_model, a.big_gguf, a.big_openvino) if big else (a.model, a.gguf, a.openvino)
-        return dict(zip((OURS, *PEERS), names, strict=True))
+        ours, gguf, openvino = (a.big_model, a.big_gguf, a.big_openvino) if big else (a.model, a.gguf, a.openvino)
+        return {OURS: ours, LLAMA_CPP: gguf, IK_LLAMA_CPP: gguf, OPENVINO: openvino}
 
     def python(self, kind: str) -> str:
-        choices = {OURS: self.args.python, LLAMA_CPP: self.args.llama_python, OPENVINO: self.args.openvino_python}
+        a = self.args
+        choices = {
+            OURS: a.python,
+            LLAMA_CPP: a.llama_python,
+            IK_LLAMA_CPP: a.ik_llama_python,
+            OPENVINO: a.openvino_python,
+            FLOAT32: a.float32_python,
+        }
         return os.path.abspath(choices[kind] or sys.executable)  # not resolved: a link is what makes a venv
 
     def leave_out(self, what: str, reason: object) -> None:
@@ -143,7 +161,7 @@ class Run:
         threads = options.pop("n_threads", self.args.threads)
         key = (kind, big, isa, python, copy, threads, *sorted((k, str(v)) for k, v in options.items()))
         label = " ".join(filter(None, (kind, "1.1B" if big else "", isa, *map(str, options))))
-        model = self.models(big)[kind]
+        model = self.args.float32 if kind == FLOAT32 else self.models(big)[kind]
         if key in self.workers:
             return self.workers[key]
         if model is None:
@@ -196,6 +214,30 @@ def turn(worker: Worker, do: str, **request: int) -> Callable[[], float]:
 
 
 # ---------------------------------------------------------------- sections
+
+
+def quality(run: Run) -> None:
+    """KL to float32 in nats: the mean over the first tokens of one English text."""
+    ours, float32 = run.start(OURS), run.start(FLOAT32)
+    if ours is None or float32 is None:
+        return
+    ids = ours.ask({"do": "tokenize", "text": default_text().read_text(encoding="utf-8"), "n": run.sizes.quality})
+    samples: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        files = {}
+        for kind, worker in {FLOAT32: float32, **run.everyone()}.items():
+            try:
+                worker.ask({"do": "logits", "ids": ids, "path": f"{directory}/{kind}.npy"})
+            except PeerMissingError as error:
+                run.leave_out(f"{kind}: quality", error)
+                continue
+            files[kind] = np.load(f"{directory}/{kind}.npy")
+        if (reference := files.pop(FLOAT32, None)) is not None:
+            samples = {kind: [float(kl_divergence(reference, logits).mean())] for kind, logits in files.items()}
+    row = Row(f"KL to float32, {len(ids)} tokens", "nats", samples)
+    row.compare_with_peers("", lower=True)
+    run.rows.append(row)
+    run.finish_workers()  # a float32 model is large
 
 
 def decode(run: Run, big: bool = False) -> None:
@@ -375,6 +417,7 @@ def rss(run: Run) -> None:
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
+    "quality": quality,
     "decode": decode,
     "decode-4096": decode_deep,
     "prefill": prefill,
@@ -401,12 +444,12 @@ def cell(row: Row, kind: str) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: medians, and the ratios with their targets."""
-    lines = [f"| work | {' | '.join(TITLES.values())} | ratios (target) |", "| --- | ---: | ---: | ---: | --- |"]
+    lines = [f"| work | {' | '.join(TITLES.values())} | ratios (target) |", f"| --- |{' ---: |' * len(TITLES)} --- |"]
     for row in rows:
         cells = [cell(row, kind) for kind in TITLES]
         lines.append(f"| {row.work}, {row.unit} | {' | '.join(cells)} | {'; '.join(map(str, row.ratios))} |")
@@ -441,6 +484,9 @@ def arguments() -> argparse.Namespace:
     add("--big-openvino", type=Path)
     add("--python", help="interpreter that has pyengine (this one)")
     add("--llama-python", help="interpreter that has llama_cpp (this one)")
+    add("--float32", type=Path, help="what the frozen file was made from, for transformers: the section quality")
+    add("--float32-python", help="interpreter that has torch and transformers (this one)")
+    add("--ik-llama-python", help="interpreter that has ik_llama_cpp (this one)")
     add("--openvino-python", help="interpreter that has openvino_genai (this one)")
     add("--llama-avx2-python", help="interpreter whose llama_cpp was built for AVX2 without AVX-512")
     add("--threads", type=int, default=2)

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "peers.py"
-SECTIONS = ("decode", "decode-4096", "prefill", "prefill-8192", "batch", "start", "rss")
+SECTIONS = ("quality", "decode", "decode-4096", "prefill", "prefill-8192", "batch", "start", "rss")
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,15 @@ def test_it_runs_without_peers(tiny_model: Path, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     result = json.loads(output.read_text())
-    assert len(result["rows"]) == len(SECTIONS) and result["left_out"]["llama.cpp"] == "no model was given"
+    left_out = ("llama.cpp", "ik_llama.cpp", "openvino", "float32")
+    assert len(result["rows"]) == len(SECTIONS) - 1  # no quality without float32
+    assert all(result["left_out"][kind] == "no model was given" for kind in left_out)
     for row in result["rows"]:
         assert len(row["samples"]["pyengine"]) == (1 if row["work"] == "prefill 300" else 2), row["work"]
         assert all(value > 0 for values in row["samples"].values() for value in values)
     assert [r["of"] for r in result["rows"][0]["ratios"]] == ["of read bandwidth"]
-    header, rule, *lines = ran.stdout.splitlines()[: 2 + len(SECTIONS)]
-    assert {line.count("|") for line in (header, rule, *lines)} == {6}
+    header, rule, *lines = ran.stdout.splitlines()[: 1 + len(SECTIONS)]
+    assert {line.count("|") for line in (header, rule, *lines)} == {7}
     assert str(tmp_path) not in output.read_text()
 
 
@@ -62,4 +64,6 @@ def test_ratios_are_pairwise_and_against_the_better_peer(peers: ModuleType) -> N
 
 def test_forms_of_one_engine_share_a_cell(peers: ModuleType) -> None:
     row = peers.Row("prefill", "tok/s", {"pyengine avx2": [1000.0], "pyengine scalar": [2.5], "llama.cpp": [50.0]})
-    assert [peers.cell(row, kind) for kind in peers.TITLES] == ["avx2 1,000, scalar 2.5", "50.0", ""]
+    assert [peers.cell(row, kind) for kind in peers.TITLES] == ["avx2 1,000, scalar 2.5", "50.0", "", ""]
+    quality = peers.Row("KL to float32, 512 tokens", "nats", {"pyengine": [0.00684], "openvino": [0.0123]})
+    assert [peers.cell(quality, kind) for kind in peers.TITLES] == ["0.0068", "", "", "0.012"]
