@@ -29,6 +29,7 @@ from pyengine.errors import (
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AsyncEngine": "pyengine.async_engine",
     "Engine": "pyengine.engine",
     "Generation": "pyengine.results",
     "Piece": "pyengine.results",
@@ -38,6 +39,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
+    from pyengine.async_engine import AsyncEngine as AsyncEngine
     from pyengine.engine import Engine as Engine
     from pyengine.freeze import freeze as freeze
     from pyengine.results import Generation as Generation
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from pyengine.sampling import SamplingParams as SamplingParams
 
 __all__ = [
+    "AsyncEngine",
     "CancelledError",
     "ContextFullError",
     "Engine",

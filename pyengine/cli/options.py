@@ -245,13 +245,14 @@ def select_isa(name: str | None) -> None:
         raise UsageError(f"--isa {name}: this machine runs {', '.join(_core.available_isas())}") from None
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine that the model and context options describe. Whoever opens one here has a text for it."""
+def open_engine(args: argparse.Namespace, **limits: int) -> Engine:
+    """The engine that the model and context options describe, with further options of Engine. Whoever opens one here has a
+    text for it."""
     from pyengine.engine import Engine
 
     show_warnings()
     select_isa(args.isa)
-    options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True}
+    options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True, **limits}
     if hasattr(args, "ctx_size"):
         options |= {"n_ctx": args.ctx_size or 0, "kv_dtype": args.kv_dtype}
     return Engine(frozen_path(args), **options)

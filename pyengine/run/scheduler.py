@@ -96,11 +96,18 @@ class Scheduler:
             if ready():
                 return
             self.step_lock.run(news, self._lead, ready)
+            self._sweep_after()
 
     def exclusively(self, function: Callable[[], object]) -> None:
         """Call function() with the step lock."""
         while not self.step_lock.run(self.step_lock.news, function):
             pass
+        self._sweep_after()
+
+    def _sweep_after(self) -> None:
+        """Whoever had the lock looks once more: an abort meanwhile could not sweep, and there may be no next step."""
+        if any(number not in self._requests for number in list(self._holders)):
+            self.step_lock.try_run(self.sweep)
 
     def _lead(self, ready: Callable[[], bool]) -> None:
         while not ready():

@@ -1,0 +1,213 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pyengine.async_engine import Job
+from pyengine.results import Piece
+from pyengine.run.request import GenerationRequest
+from pyengine.serve import payload
+from pyengine.serve.errors import bad_request
+from pyengine.serve.exchange import Exchange, event
+from pyengine.serve.fields import Fields
+from pyengine.serve.messages import chat_messages
+from pyengine.serve.models import ServedModel
+from pyengine.serve.sampling import checked, sampling_params
+from pyengine.serve.stream import StreamOptions, stream_options
+
+if TYPE_CHECKING:
+    from pyengine.sampling import SamplingParams
+    from pyengine.serve.app import App
+
+_RESERVED = ("self", "tokenizer", "time_limit")  # names of ChatTemplate.encode
+
+
+@dataclass
+class ChatCall:
+    """A request that was understood."""
+
+    model: ServedModel
+    messages: list[dict[str, Any]]
+    params: SamplingParams
+    stream: StreamOptions | None
+    cache_salt: str | None
+    add_generation_prompt: bool
+    template_variables: dict[str, Any]
+    id: str = field(default_factory=lambda: payload.new_id("chatcmpl-"))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def make(self, job: Job) -> Sequence[GenerationRequest]:
+        """The requests for the engine; in a thread."""
+        ids = self.model.chat_ids(
+            self.messages,
+            add_generation_prompt=self.add_generation_prompt,
+            variables=self.template_variables,
+        )
+        engine = self.model.engine
+        return engine.requests(
+            job,
+            ids,
+            engine.resolve(self.params),
+            cache_salt=self.cache_salt,
+            interactive=self.stream is not None,
+        )
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model.name,
+            "system_fingerprint": payload.FINGERPRINT,
+        }
+
+
+def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
+    """Every field is honoured or refused by name. Raises HTTPError."""
+    model = app.models.get(fields.string("model"))
+    messages = chat_messages(fields)
+    given: dict[str, Any] = {}
+    limits = [name for name in ("max_completion_tokens", "max_tokens") if fields.has(name)]
+    if len(limits) > 1:
+        raise bad_request("max_tokens and max_completion_tokens are the same: give one of them", "max_tokens")
+    for name in limits:
+        given["max_tokens"] = checked(name, "max_tokens", fields.take(name))
+    top = fields.integer("top_logprobs", least=0)
+    if fields.boolean("logprobs"):
+        given["logprobs"] = checked("top_logprobs", "logprobs", top or 0)
+    elif top:
+        raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
+    stream = stream_options(fields)
+    salt = app.cache_salt(exchange, fields)
+    add_prompt = fields.boolean("add_generation_prompt", True)
+    variables = fields.object_("chat_template_kwargs")
+    _refuse(fields)
+    note_user(exchange, fields)
+    params = sampling_params(fields, model, given)
+    fields.end()
+    return ChatCall(model, messages, params, stream, salt, add_prompt, template_variables(variables))
+
+
+def template_variables(variables: Fields | None) -> dict[str, Any]:
+    """Further names for the template, those aside that it gets from us."""
+    if variables is None:
+        return {}
+    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", *_RESERVED):
+        variables.refuse(name, "the server sets it")
+    out = {name: variables.take(name) for name in variables.names()}
+    return out
+
+
+def note_user(exchange: Exchange, fields: Fields) -> None:
+    """Names that callers give their own users: for the log."""
+    for name in ("user", "safety_identifier"):
+        value = fields.string(name)
+        if value is not None:
+            exchange.notes["user"] = value[:64]
+
+
+def _refuse(fields: Fields) -> None:
+    refuse = fields.refuse
+    refuse("response_format", "answers are free text here", {"type": "text"})
+    refuse("tools", "this server does not call tools", [])
+    refuse("tool_choice", "this server does not call tools", "none", "auto")
+    fields.boolean("parallel_tool_calls")  # there are no tools it could be about
+    refuse("functions", "use tools", [])
+    refuse("function_call", "use tool_choice", "none", "auto")
+    refuse("modalities", "answers are text", ["text"])
+    refuse("audio", "answers are text")
+    refuse("prediction", "predicted outputs are not used")
+    refuse("store", "nothing is stored here", False)
+    refuse("metadata", "nothing is stored here", {})
+    refuse("service_tier", "there is one tier", "auto", "default")
+    refuse("reasoning_effort", "effort cannot be chosen", "none")
+    refuse("verbosity", "verbosity cannot be chosen", "medium")
+    refuse("web_search_options", "this server does not search")
+    refuse("moderation", "this server does not moderate")
+    # A hint for routing between machines, and this is one: nothing is left to do.
+    fields.string("prompt_cache_key")
+    fields.string("prompt_cache_retention")
+
+
+async def chat_completions(app: App, exchange: Exchange) -> None:
+    call = parse(app, exchange, await app.fields(exchange))
+    exchange.notes["model"] = call.model.name
+    job = await app.queue.submit(call.model, call.make)
+    try:
+        if call.stream is None:
+            await exchange.reply_json(_whole(call, await app.finish(exchange, call.model, job)))
+        else:
+            await _stream(app, exchange, call, job)
+    finally:
+        job.close()
+
+
+# -------------------------------------------------------------------- whole
+
+
+def _whole(call: ChatCall, requests: list[GenerationRequest]) -> dict[str, Any]:
+    return {
+        **call.head("chat.completion"),
+        "choices": [_choice(call, index, request) for index, request in enumerate(requests)],
+        "usage": payload.usage(requests),
+        "timings": payload.timings(requests[0].result),
+        "seed": requests[0].result.seed,
+    }
+
+
+def _choice(call: ChatCall, index: int, request: GenerationRequest) -> dict[str, Any]:
+    result = request.result
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": result.text, "refusal": None},
+        "logprobs": _logprobs(call, request.output.pieces),
+        "finish_reason": payload.finish_reason(result),
+        "stop_reason": payload.stop_reason(result),
+    }
+
+
+def _logprobs(call: ChatCall, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    if call.params.logprobs is None:
+        return None
+    engine = call.model.engine
+    ends = (*engine.eos_token_ids, *(call.params.stop_token_ids or ()))
+    return payload.chat_logprobs(payload.said(pieces, ends), engine.tokenizer)
+
+
+# -------------------------------------------------------------------- streamed
+
+
+async def _stream(app: App, exchange: Exchange, call: ChatCall, job: Job) -> None:
+    assert call.stream is not None
+    head = call.head("chat.completion.chunk")
+    if call.stream.include_usage:
+        head["usage"] = None  # in every chunk but the last
+
+    def chunk(index: int, delta: dict[str, Any], **more: Any) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        return event({**head, "choices": [choice]})
+
+    def part(index: int, pieces: list[Piece]) -> bytes:
+        text = "".join(piece.text for piece in pieces)
+        logprobs = _logprobs(call, pieces)
+        out = b""
+        if text or (logprobs is not None and logprobs["content"]):
+            out = chunk(index, {"content": text}, logprobs=logprobs)
+        result = pieces[-1].result
+        if result is not None:
+            reasons = {"finish_reason": payload.finish_reason(result), "stop_reason": payload.stop_reason(result)}
+            end = {**head, "choices": [{"index": index, "delta": {}, "logprobs": None, **reasons}]}
+            out += event({**end, "timings": payload.timings(result), "seed": result.seed})
+        return out
+
+    n = len(job.requests)
+    first = b"".join(chunk(index, {"role": "assistant", "content": ""}) for index in range(n))
+    requests = await app.stream(exchange, call.model, job, first, part)
+    last = b""
+    if call.stream.include_usage:
+        last = event({**head, "choices": [], "usage": payload.usage(requests)})
+    await exchange.end(last + b"data: [DONE]\n\n")
