@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from pyengine.serve.settings import Settings
 
 EPILOG = f"""\
+Open the address that it prints in a browser for a chat; programs use the same address with /v1.
+
 examples:
-  pyengine serve                                      the model in the package; open the address that it prints
+  pyengine serve
   pyengine serve -m model.safetensors --port 9000
   pyengine serve -m small=a.safetensors -m large=b.gguf
   PYENGINE_API_KEY=secret pyengine serve --host 0.0.0.0
