@@ -35,6 +35,7 @@ _LAZY = {
     "Piece": "pyengine.results",
     "Score": "pyengine.results",
     "SamplingParams": "pyengine.sampling",
+    "StructuredOutputs": "pyengine.sampling",
     "freeze": "pyengine.freeze",
 }
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pyengine.results import Piece as Piece
     from pyengine.results import Score as Score
     from pyengine.sampling import SamplingParams as SamplingParams
+    from pyengine.sampling import StructuredOutputs as StructuredOutputs
 
 __all__ = [
     "AsyncEngine",
@@ -61,6 +63,7 @@ __all__ = [
     "PyEngineError",
     "SamplingParams",
     "Score",
+    "StructuredOutputs",
     "SystemCallError",
     "TemplateError",
     "UnsupportedISAError",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pyengine.engine import Engine, Message, Prompt, sampling_params
 from pyengine.errors import InvalidArgumentError
 from pyengine.run.request import Caller, GenerationRequest, Request
+from pyengine.text.prompts import is_batch
 
 if TYPE_CHECKING:
     from pyengine.results import Generation, Piece, Score
@@ -268,14 +269,14 @@ class AsyncEngine:
     ) -> Generation | list[Generation]:
         """See Engine.generate."""
         chosen = sampling_params(params, options)
-        many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
+        many = is_batch(prompt)
         prompts: Any = prompt if many else [prompt]
         engine = self.engine
 
-        def make(job: Job) -> list[Request]:
+        def make(job: Job) -> Sequence[Request]:
             resolved = engine.resolve(chosen)
             ids = [engine.prompt_ids(item, parse_special=parse_special) for item in prompts]
-            return [one for item in ids for one in engine.requests(job, item, resolved, cache_salt=cache_salt)]
+            return engine.requests(job, ids, resolved, cache_salt=cache_salt)
 
         results = [one.result for one in await self._run(make) if isinstance(one, GenerationRequest)]
         return results if many or len(results) > 1 else results[0]
@@ -302,7 +303,7 @@ class AsyncEngine:
         engine = self.engine
 
         def make(job: Job) -> list[GenerationRequest]:
-            return engine.requests(job, ids(), engine.resolve(params), cache_salt=cache_salt, interactive=True)
+            return engine.requests(job, [ids()], engine.resolve(params), cache_salt=cache_salt, interactive=True)
 
         return AsyncStream(self, make)
 

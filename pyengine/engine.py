@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from pyengine import _core
     from pyengine.freeze import Progress
-    from pyengine.sampling import ResolvedParams, SamplingParams
+    from pyengine.run.guide import Guide, Guides
+    from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.tokenizer import Tokenizer
 
@@ -127,6 +128,7 @@ class Engine:
         self._closed = self._is_opening = True
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
+        self._guides: Guides | None = None
         n_threads = _checked_threads(n_threads)
         n_ctx = integer("n_ctx", n_ctx, 0, INT32_MAX)
         max_sequences = integer("max_sequences", max_sequences, 1, INT32_MAX)
@@ -290,6 +292,14 @@ class Engine:
         if len(ids) > self.n_ctx:
             raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
 
+    def _guide(self, wanted: StructuredOutputs) -> Guide:
+        with self._lock:
+            if self._guides is None:
+                from pyengine.run.guide import Guides
+
+                self._guides = Guides(self.tokenizer, self.vocab_size, self.eos_token_ids)
+        return self._guides.new(wanted)
+
     def resolve(self, params: SamplingParams) -> ResolvedParams:
         """`params` with the model's and this engine's defaults. Raises InvalidArgumentError."""
         return params.resolve(self._generation_config, seed=self.seed)
@@ -318,7 +328,12 @@ class Engine:
             salt=check_salt(cache_salt),
             interactive=interactive,
         )
-        return [request(ids, index=index) for ids in prompts for index in range(params.n)]
+        wanted = params.structured_outputs
+        return [
+            request(ids, index=index, guide=None if wanted is None else self._guide(wanted))
+            for ids in prompts
+            for index in range(params.n)
+        ]
 
     @overload
     def generate(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine.async_engine import Job
 from pyengine.results import Piece
 from pyengine.run.request import GenerationRequest
+from pyengine.sampling import SamplingParams, StructuredOutputs
 from pyengine.serve import payload
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange, event
@@ -20,7 +21,6 @@ from pyengine.serve.sampling import checked, sampling_params
 from pyengine.serve.stream import StreamOptions, stream_options
 
 if TYPE_CHECKING:
-    from pyengine.sampling import SamplingParams
     from pyengine.serve.app import App
 
 _RESERVED = ("self", "tokenizer", "time_limit")  # names of ChatTemplate.encode
@@ -50,7 +50,7 @@ class ChatCall:
         engine = self.model.engine
         return engine.requests(
             job,
-            ids,
+            [ids],
             engine.resolve(self.params),
             cache_salt=self.cache_salt,
             interactive=self.stream is not None,
@@ -87,9 +87,37 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
     variables = fields.object_("chat_template_kwargs")
     _refuse(fields)
     note_user(exchange, fields)
+    wanted = response_format(fields)
+    if wanted is not None:
+        given["structured_outputs"] = wanted
     params = sampling_params(fields, model, given)
     fields.end()
     return ChatCall(model, messages, params, stream, salt, add_prompt, template_variables(variables))
+
+
+def response_format(fields: Fields) -> StructuredOutputs | None:
+    """None for plain text. Raises HTTPError."""
+    given = fields.object_("response_format")
+    if given is None:
+        return None
+    kind = given.one_of("type", "text", "json_object", "json_schema")
+    schema = given.object_("json_schema")
+    if kind is None:
+        given.missing("type")
+    if kind == "json_schema":
+        if schema is None:
+            given.missing("json_schema")
+        schema.required_string("name")
+        schema.string("description")
+        schema.boolean("strict")  # answers are always held to the schema
+        value = schema.check("schema", lambda value: StructuredOutputs(json=value))
+        schema.end()
+        given.end()
+        return value or StructuredOutputs(json_object=True)
+    if schema is not None:
+        raise bad_request("response_format.json_schema goes with type json_schema", "response_format.json_schema")
+    given.end()
+    return StructuredOutputs(json_object=True) if kind == "json_object" else None
 
 
 def template_variables(variables: Fields | None) -> dict[str, Any]:
@@ -112,7 +140,6 @@ def note_user(exchange: Exchange, fields: Fields) -> None:
 
 def _refuse(fields: Fields) -> None:
     refuse = fields.refuse
-    refuse("response_format", "answers are free text here", {"type": "text"})
     refuse("tools", "this server does not call tools", [])
     refuse("tool_choice", "this server does not call tools", "none", "auto")
     fields.boolean("parallel_tool_calls")  # there are no tools it could be about

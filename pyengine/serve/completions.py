@@ -55,13 +55,10 @@ class CompletionCall:
             self.ids.append(ids)
             if self.echo and self.params.logprobs is not None:
                 requests += self._score(job, ids, self.params.logprobs)
-        for ids in self.ids:
-            if self.echo_only:
-                engine.check_fits(ids)
-            else:
-                requests += engine.requests(
-                    job, ids, resolved, cache_salt=self.cache_salt, interactive=self.stream is not None
-                )
+        if not self.echo_only:
+            requests += engine.requests(
+                job, self.ids, resolved, cache_salt=self.cache_salt, interactive=self.stream is not None
+            )
         return requests
 
     def _score(self, job: Job, ids: list[int], n_top: int) -> Sequence[Request]:

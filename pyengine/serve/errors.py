@@ -73,7 +73,8 @@ def http_error(error: BaseException, param: str | None = None) -> HTTPError:
     if isinstance(error, ContextFullError):
         return bad_request(str(error), param, "context_length_exceeded")
     if isinstance(error, (InvalidArgumentError, TemplateError)):
-        return bad_request(str(error), param)
+        # the engine names a parameter of its own first, and these have the field's name
+        return bad_request(str(error), param or ("structured_outputs" if "structured_outputs" in str(error) else None))
     if isinstance(error, (OutOfMemoryError, MemoryError)):
         return HTTPError(503, str(error) or "out of memory", code="out_of_memory", retry_after=5.0)
     if isinstance(error, PyEngineError):

@@ -18,6 +18,7 @@ NAMES = {
         "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias",
         "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
         "include_stop_str_in_output", "skip_special_tokens", "allowed_token_ids", "bad_token_ids", "timeout",
+        "structured_outputs",
     )
 } | {"repeat_penalty": "repetition_penalty"}  # fmt: skip
 

@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run", "fork", "files",
     },
-    "async_engine": {"engine", "errors", "results", "run", "sampling"},
+    "async_engine": {"engine", "errors", "results", "run", "sampling", "text"},
     "serve": {
         "pyengine", "async_engine", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",
         "_sampler",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,34 @@ def test_a_silent_stream_gives_signs_of_life(chat_model: Path) -> None:
         assert joined(call.answer)
 
     serving(chat_model, test, comment_interval=0.01)
+
+
+def test_structured_outputs(chat_model: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra guide is not installed")
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    body = {**HELLO, "temperature": 1, "max_tokens": 50}
+
+    async def test(client: Client) -> None:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+        for wanted in ({"response_format": form}, {"structured_outputs": {"json": schema}}):
+            answer = await client.post(CHAT, {**body, **wanted})
+            assert json.loads(answer.json["choices"][0]["message"]["content"]) in ({"a": 1}, {"a": 2})
+            streamed = await client.post(CHAT, {**body, **wanted, "stream": True})
+            assert joined(streamed) == answer.json["choices"][0]["message"]["content"]
+        chosen = await client.post("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["yes", "no"]}})
+        assert chosen.json["choices"][0]["text"] in ("yes", "no")
+        free = await client.post(CHAT, {**body, "response_format": {"type": "json_object"}})
+        assert free.json["choices"][0]["message"]["content"].startswith("{")
+        wrong: list[tuple[Any, str]] = [
+            ({"type": "xml"}, "response_format.type"),
+            ({}, "response_format.type"),
+            ({"type": "json_schema"}, "response_format.json_schema"),
+            ({"type": "json_schema", "json_schema": {"schema": schema}}, "response_format.json_schema.name"),
+            ({"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}, "response_format.json_schema.schema"),
+            ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "y"}}}, "structured_outputs"),
+        ]
+        for value, param in wrong:
+            answer = await client.post(CHAT, {**body, "response_format": value})
+            assert (answer.status, answer.error["param"]) == (400, param), answer.body
+
+    serving(chat_model, test)
