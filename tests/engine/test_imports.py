@@ -47,7 +47,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
-        "errors", "files", "pyengine", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze", "engine", "serve",
+        "errors", "files", "pyengine", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze", "engine",
+        "serve",
     },
     "__main__": {"cli"},
 }  # fmt: skip
