@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyengine.async_engine import Job
-from pyengine.results import Piece
+from pyengine.results import Generation, Piece
 from pyengine.run.request import GenerationRequest
 from pyengine.sampling import SamplingParams, StructuredOutputs
 from pyengine.serve import payload
@@ -19,6 +19,7 @@ from pyengine.serve.messages import chat_messages
 from pyengine.serve.models import ServedModel
 from pyengine.serve.sampling import checked, sampling_params
 from pyengine.serve.stream import StreamOptions, stream_options
+from pyengine.serve.tools import CallReader, ForcedTools, forced_tools, whole_call
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -37,6 +38,7 @@ class ChatCall:
     cache_salt: str | None
     add_generation_prompt: bool
     template_variables: dict[str, Any]
+    tools: ForcedTools | None = None
     id: str = field(default_factory=lambda: payload.new_id("chatcmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -44,6 +46,7 @@ class ChatCall:
         """The requests for the engine; in a thread."""
         ids = self.model.chat_ids(
             self.messages,
+            tools=None if self.tools is None else self.tools.tools,
             add_generation_prompt=self.add_generation_prompt,
             variables=self.template_variables,
         )
@@ -88,11 +91,16 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
     _refuse(fields)
     note_user(exchange, fields)
     wanted = response_format(fields)
+    tools = forced_tools(fields)
+    if tools is not None:
+        if wanted is not None or fields.has("structured_outputs"):
+            raise bad_request("a forced tool call and a response format contradict each other", "tool_choice")
+        wanted = tools.output()
     if wanted is not None:
         given["structured_outputs"] = wanted
     params = sampling_params(fields, model, given)
     fields.end()
-    return ChatCall(model, messages, params, stream, salt, add_prompt, template_variables(variables))
+    return ChatCall(model, messages, params, stream, salt, add_prompt, template_variables(variables), tools)
 
 
 def response_format(fields: Fields) -> StructuredOutputs | None:
@@ -140,9 +148,6 @@ def note_user(exchange: Exchange, fields: Fields) -> None:
 
 def _refuse(fields: Fields) -> None:
     refuse = fields.refuse
-    refuse("tools", "this server does not call tools", [])
-    refuse("tool_choice", "this server does not call tools", "none", "auto")
-    fields.boolean("parallel_tool_calls")  # there are no tools it could be about
     refuse("functions", "use tools", [])
     refuse("function_call", "use tool_choice", "none", "auto")
     refuse("modalities", "answers are text", ["text"])
@@ -188,13 +193,26 @@ def _whole(call: ChatCall, requests: list[GenerationRequest]) -> dict[str, Any]:
 
 def _choice(call: ChatCall, index: int, request: GenerationRequest) -> dict[str, Any]:
     result = request.result
+    message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+    if call.tools is not None:
+        calls = whole_call(result.text, is_complete=_is_complete(result))
+        message |= {"content": None, "tool_calls": calls}
     return {
         "index": index,
-        "message": {"role": "assistant", "content": result.text, "refusal": None},
+        "message": message,
         "logprobs": _logprobs(call, request.output.pieces),
-        "finish_reason": payload.finish_reason(result),
+        "finish_reason": _finish_reason(call, result),
         "stop_reason": payload.stop_reason(result),
     }
+
+
+def _finish_reason(call: ChatCall, result: Generation) -> str:
+    return "tool_calls" if call.tools is not None and _is_complete(result) else payload.finish_reason(result)
+
+
+def _is_complete(result: Generation) -> bool:
+    """Whether the text came to its own end: the end that a guide waits for."""
+    return result.finish_reason == "stop" and result.stop_reason is None
 
 
 def _logprobs(call: ChatCall, pieces: Sequence[Piece]) -> dict[str, Any] | None:
@@ -218,21 +236,31 @@ async def _stream(app: App, exchange: Exchange, call: ChatCall, job: Job) -> Non
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return event({**head, "choices": [choice]})
 
+    readers = [CallReader() for _ in job.requests] if call.tools is not None else []
+
+    def delta(index: int, text: str, result: Generation | None) -> dict[str, Any]:
+        if call.tools is None:
+            return {"content": text} if text else {}
+        is_complete = result is not None and _is_complete(result)
+        calls = readers[index].push(text, is_last=result is not None, is_complete=is_complete)
+        return {"tool_calls": calls} if calls else {}
+
     def part(index: int, pieces: list[Piece]) -> bytes:
-        text = "".join(piece.text for piece in pieces)
+        result = pieces[-1].result
+        new = delta(index, "".join(piece.text for piece in pieces), result)
         logprobs = _logprobs(call, pieces)
         out = b""
-        if text or (logprobs is not None and logprobs["content"]):
-            out = chunk(index, {"content": text}, logprobs=logprobs)
-        result = pieces[-1].result
+        if new or (logprobs is not None and logprobs["content"]):
+            out = chunk(index, new, logprobs=logprobs)
         if result is not None:
-            reasons = {"finish_reason": payload.finish_reason(result), "stop_reason": payload.stop_reason(result)}
+            reasons = {"finish_reason": _finish_reason(call, result), "stop_reason": payload.stop_reason(result)}
             end = {**head, "choices": [{"index": index, "delta": {}, "logprobs": None, **reasons}]}
             out += event({**end, "timings": payload.timings(result), "seed": result.seed})
         return out
 
     n = len(job.requests)
-    first = b"".join(chunk(index, {"role": "assistant", "content": ""}) for index in range(n))
+    role = {"role": "assistant", "content": "" if call.tools is None else None}
+    first = b"".join(chunk(index, role) for index in range(n))
     requests = await app.stream(exchange, call.model, job, first, part)
     last = b""
     if call.stream.include_usage:
