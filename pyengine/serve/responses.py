@@ -27,7 +27,7 @@ class ResponsesCall:
     def __init__(self, chat: ChatCall, instructions: str | None, metadata: dict[str, str], text_format: Any) -> None:
         self.chat = chat
         self._message_id = payload.new_id("msg_")
-        self._repeated = {
+        self._repeated: dict[str, Any] = {
             "instructions": instructions,
             "max_output_tokens": chat.params.max_tokens,
             "metadata": metadata,
