@@ -30,23 +30,28 @@ from pyengine.errors import (
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AsyncEngine": "pyengine.async_engine",
     "Engine": "pyengine.engine",
     "Generation": "pyengine.results",
     "Piece": "pyengine.results",
     "Score": "pyengine.results",
     "SamplingParams": "pyengine.sampling",
+    "StructuredOutputs": "pyengine.sampling",
     "freeze": "pyengine.freeze",
 }
 
 if TYPE_CHECKING:
+    from pyengine.async_engine import AsyncEngine as AsyncEngine
     from pyengine.engine import Engine as Engine
     from pyengine.freeze import freeze as freeze
     from pyengine.results import Generation as Generation
     from pyengine.results import Piece as Piece
     from pyengine.results import Score as Score
     from pyengine.sampling import SamplingParams as SamplingParams
+    from pyengine.sampling import StructuredOutputs as StructuredOutputs
 
 __all__ = [
+    "AsyncEngine",
     "CancelledError",
     "ContextFullError",
     "Engine",
@@ -59,6 +64,7 @@ __all__ = [
     "PyEngineError",
     "SamplingParams",
     "Score",
+    "StructuredOutputs",
     "SystemCallError",
     "TemplateError",
     "UnknownParameterError",

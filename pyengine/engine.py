@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
     from pyengine import _core
     from pyengine.freeze import Progress
-    from pyengine.sampling import ResolvedParams, SamplingParams
+    from pyengine.run.guide import Guide, Guides
+    from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.tokenizer import Tokenizer
 
@@ -129,6 +130,7 @@ class Engine:
         self._closed = self._is_opening = True
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
+        self._guides: Guides | None = None
         n_threads = _checked_threads(n_threads)
         n_ctx = integer("n_ctx", n_ctx, 0, INT32_MAX)
         max_sequences = integer("max_sequences", max_sequences, 1, INT32_MAX)
@@ -200,6 +202,10 @@ class Engine:
         """Name, source and generator, from the file's header."""
         return dict(self._file.metadata)
 
+    def generation_defaults(self) -> dict[str, Any]:
+        """generation_config.json of the frozen file, as plain values."""
+        return dict(self._generation_config)
+
     @property
     def isa(self) -> str:
         """The instruction set whose kernels run."""
@@ -210,6 +216,12 @@ class Engine:
         """The core's context, for `exclusively`."""
         self._check_open()
         return self._scheduler.context
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What computes, for callers of a kind of their own (async_engine.py)."""
+        self._check_open()
+        return self._scheduler
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -264,7 +276,8 @@ class Engine:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self.tokenizer.decode(token_ids(tokens, self.vocab_size), skip_special_tokens=skip_special_tokens)
 
-    def _ids(self, prompt: Prompt, parse_special: bool) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
+        """Token ids of a prompt, text or ids, checked. Raises InvalidArgumentError."""
         self._check_open()
         return prompt_ids(
             lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
@@ -272,16 +285,33 @@ class Engine:
 
     # ------------------------------------------------------------ generation
 
-    def _requests(
+    def check_fits(self, ids: Sequence[int]) -> None:
+        """Raises ContextFullError with both numbers if there are more tokens than the context holds."""
+        if len(ids) > self.n_ctx:
+            raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
+
+    def _guide(self, wanted: StructuredOutputs) -> Guide:
+        with self._lock:
+            if self._guides is None:
+                from pyengine.run.guide import Guides
+
+                self._guides = Guides(self.tokenizer, self.vocab_size, self.eos_token_ids)
+        return self._guides.new(wanted)
+
+    def resolve(self, params: SamplingParams) -> ResolvedParams:
+        """`params` with the model's and this engine's defaults. Raises InvalidArgumentError."""
+        return params.resolve(self._generation_config, seed=self.seed)
+
+    def requests(
         self,
         caller: Caller,
-        prompts: list[list[int]],
+        prompts: Sequence[list[int]],
         params: ResolvedParams,
-        salt: bytes,
         *,
+        cache_salt: str | None = None,
         interactive: bool = False,
     ) -> list[GenerationRequest]:
-        """params.n requests a prompt."""
+        """What the scheduler is to compute for prompts: params.n requests each. Raises InvalidArgumentError."""
         request = partial(
             GenerationRequest,
             caller,
@@ -291,10 +321,15 @@ class Engine:
             vocab_size=self.vocab_size,
             n_ctx=self.n_ctx,
             end_ids=self.eos_token_ids,
-            salt=salt,
+            salt=check_salt(cache_salt),
             interactive=interactive,
         )
-        return [request(ids, index=index) for ids in prompts for index in range(params.n)]
+        wanted = params.structured_outputs
+        return [
+            request(ids, index=index, guide=None if wanted is None else self._guide(wanted))
+            for ids in prompts
+            for index in range(params.n)
+        ]
 
     @overload
     def generate(
@@ -333,13 +368,12 @@ class Engine:
         not learn from a time what others asked.
         Raises InvalidArgumentError, ContextFullError (a prompt that does not fit), NotFiniteError.
         """
-        chosen = _params(params, options)
+        chosen = sampling_params(params, options)
         many = is_batch(prompt)
         prompts: Any = prompt if many else [prompt]
-        ids = [self._ids(item, parse_special) for item in prompts]
-        caller, salt = Caller(), check_salt(cache_salt)
-        resolved = chosen.resolve(self._generation_config, seed=self.seed)
-        requests = self._requests(caller, ids, resolved, salt)
+        ids = [self.prompt_ids(item, parse_special=parse_special) for item in prompts]
+        caller = Caller()
+        requests = self.requests(caller, ids, self.resolve(chosen), cache_salt=cache_salt)
         run_all(self._scheduler, requests)
         results = [request.result for request in requests]
         return results if many or len(results) > 1 else results[0]
@@ -355,13 +389,12 @@ class Engine:
     ) -> Stream:
         """Like generate for one prompt, a Piece a token; the last piece carries the result. What generate refuses is
         refused by this call, not by the first piece. Closing the iterator, or letting go of it, ends it."""
-        chosen = _params(params, options)
+        chosen = sampling_params(params, options)
         if chosen.n not in (None, 1):
             raise InvalidArgumentError(f"a stream has one sample, n is {chosen.n}; use generate")
-        ids, salt = self._ids(prompt, parse_special), check_salt(cache_salt)
+        ids = self.prompt_ids(prompt, parse_special=parse_special)
         stream = Stream(self._scheduler)
-        resolved = chosen.resolve(self._generation_config, seed=self.seed)
-        (stream.request,) = self._requests(stream, [ids], resolved, salt, interactive=True)
+        (stream.request,) = self.requests(stream, [ids], self.resolve(chosen), cache_salt=cache_salt, interactive=True)
         return stream
 
     def chat_ids(
@@ -401,15 +434,37 @@ class Engine:
 
     # ------------------------------------------------------------ scoring
 
-    def _rows(self, ids: list[int], positions: list[int], take: Callable[[int, memoryview], None], salt: bytes) -> None:
-        """take(position, logits) for each of the positions, ascending; the view is valid during the call."""
-        if len(ids) > self.n_ctx:
-            raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
+    def rows_requests(
+        self,
+        caller: Caller,
+        ids: list[int],
+        positions: list[int],
+        take: Callable[[int, memoryview], None],
+        *,
+        cache_salt: str | None = None,
+    ) -> list[RowsRequest]:
+        """What the scheduler is to compute for take(position, logits) at each of the positions, ascending; the view is
+        valid during the call. Nothing for no positions."""
+        self.check_fits(ids)
         if not positions:
-            return
+            return []
         most = max(16, LOGITS_BYTES // (4 * self.vocab_size))
-        caller = Caller()
-        run_all(self._scheduler, [RowsRequest(caller, ids, positions, take, max_rows=most, salt=salt)])
+        return [RowsRequest(caller, ids, positions, take, max_rows=most, salt=check_salt(cache_salt))]
+
+    def score_requests(
+        self, caller: Caller, text: Prompt, *, parse_special: bool, start: int, cache_salt: str | None
+    ) -> tuple[Score, list[RowsRequest]]:
+        """A Score, and what fills it in when it is computed."""
+
+        ids = self.prompt_ids(text, parse_special=parse_special)
+        start = integer("start", start, -INT32_MAX, INT32_MAX)
+        values: list[float | None] = [None] * len(ids)
+
+        def take(position: int, logits: memoryview) -> None:
+            values[position + 1] = logprobs(logits, ids[position + 1])[0]
+
+        positions = [i - 1 for i in range(max(start, 1), len(ids))]
+        return Score(ids, values), self.rows_requests(caller, ids, positions, take, cache_salt=cache_salt)
 
     def score(
         self, text: Prompt, *, parse_special: bool = False, start: int = 0, cache_salt: str | None = None
@@ -417,15 +472,12 @@ class Engine:
         """Log-probability (natural logarithm) of each token of `text`, from the `start`-th on, after those before it. Memory does
         not grow with the text's logits, and tokens before `start` are context only: they take the time of a prompt. Raises
         ContextFullError if the text does not fit the context."""
-        ids = self._ids(text, parse_special)
-        start = integer("start", start, -INT32_MAX, INT32_MAX)
-        values: list[float | None] = [None] * len(ids)
-
-        def take(position: int, logits: memoryview) -> None:
-            values[position + 1] = logprobs(logits, ids[position + 1])[0]
-
-        self._rows(ids, [i - 1 for i in range(max(start, 1), len(ids))], take, check_salt(cache_salt))
-        return Score(ids, values)
+        caller = Caller()
+        score, requests = self.score_requests(
+            caller, text, parse_special=parse_special, start=start, cache_salt=cache_salt
+        )
+        run_all(self._scheduler, requests)
+        return score
 
     def logits(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
         """Logits after each token: float32 (n_tokens, vocab_size), or (len(positions), vocab_size) in the order of
@@ -443,7 +495,8 @@ class Engine:
         def take(position: int, logits: memoryview) -> None:
             out[rows[position]] = np.asarray(logits)
 
-        self._rows(ids, sorted(rows), take, check_salt(None))
+        caller = Caller()
+        run_all(self._scheduler, self.rows_requests(caller, ids, sorted(rows), take))
         return out
 
     # ------------------------------------------------------------ life
@@ -511,7 +564,8 @@ def _reopen(path: str, options: dict[str, Any]) -> Engine:
     return Engine(path, **options)
 
 
-def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
+def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
+    """One of the two forms in which callers give parameters. Raises InvalidArgumentError, TypeError for an unknown name."""
     if "pyengine.sampling" not in sys.modules:  # 3 ms that a start without generation does not pay
         with fork.importing:
             import_module("pyengine.sampling")

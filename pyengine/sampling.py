@@ -130,6 +130,52 @@ def _stop_strings(values: object) -> tuple[str, ...]:
     return strings
 
 
+@dataclass(frozen=True, slots=True)
+class StructuredOutputs:
+    """What an output must be; exactly one of these. Needs the extra pyengine-lm[guide].
+
+    json         a JSON schema, as an object or as text
+    json_object  True: any JSON object
+    regex        a regular expression that the whole text matches
+    choice       one of these strings
+    grammar      a context-free grammar in Lark's notation, with a rule `start`
+
+    Raises InvalidArgumentError. Whether a schema is understood shows when it is used.
+    """
+
+    json: Mapping[str, Any] | str | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise InvalidArgumentError(f"structured_outputs takes exactly one of its fields, not {given}")
+        name, value = given[0], getattr(self, given[0])
+        kinds: dict[str, Any] = {"json": (Mapping, str, bool), "json_object": bool, "regex": str, "grammar": str}
+        if name == "choice":
+            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+                raise InvalidArgumentError("structured_outputs.choice must be a list of strings that is not empty")
+            if not all(isinstance(one, str) and one for one in value):
+                raise InvalidArgumentError("structured_outputs.choice must hold strings that are not empty")
+            object.__setattr__(self, "choice", tuple(value))
+        elif not isinstance(value, kinds[name]) or value is False:
+            raise InvalidArgumentError(f"structured_outputs.{name} is {str(value)[:100]!r}, which is not of its kind")
+
+
+def _structured_outputs(value: object) -> StructuredOutputs:
+    if isinstance(value, StructuredOutputs):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError("structured_outputs must be a StructuredOutputs, or a mapping of its fields")
+    unknown = [str(name) for name in value if name not in {field.name for field in fields(StructuredOutputs)}]
+    if unknown:
+        raise InvalidArgumentError(f"structured_outputs has no field {unknown[0]!r}")
+    return StructuredOutputs(**value)
+
+
 def _check(name: str, value: Any) -> Any:
     """The value in its normal form; InvalidArgumentError naming the field if it has none."""
     if name in _INTEGERS:
@@ -144,6 +190,8 @@ def _check(name: str, value: Any) -> Any:
         return value
     if name in _ID_LISTS:
         return _token_ids(name, value)
+    if name == "structured_outputs":
+        return _structured_outputs(value)
     return _logit_bias(value) if name == "logit_bias" else _stop_strings(value)
 
 
@@ -174,6 +222,7 @@ class ResolvedParams:
     logprobs: int | None
     skip_special_tokens: bool
     timeout: float | None
+    structured_outputs: StructuredOutputs | None = None
 
 
 _NEUTRAL: dict[str, Any] = {
@@ -197,6 +246,7 @@ _NEUTRAL: dict[str, Any] = {
     "logprobs": None,
     "skip_special_tokens": True,
     "timeout": None,
+    "structured_outputs": None,
 }
 
 
@@ -226,6 +276,7 @@ class SamplingParams:
     logprobs              log-probability of each token and of this many alternatives (0..64); None = neither
     skip_special_tokens   leave special tokens out of the text
     timeout               seconds after which the text so far is returned
+    structured_outputs    what the text must be: a JSON schema, a regular expression, … (see StructuredOutputs)
 
     Raises InvalidArgumentError (a ValueError) naming the field for wrong types, NaN, and values out of range.
     """
@@ -252,6 +303,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool | None = None
     timeout: float | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -264,6 +316,8 @@ class SamplingParams:
         low, high = self.min_tokens, self.max_tokens
         if low is not None and high is not None and low > high:
             raise InvalidArgumentError(f"min_tokens ({low}) is above max_tokens ({high})")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise InvalidArgumentError("ignore_eos and structured_outputs contradict each other: such an output has an end")
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:
                 raise InvalidArgumentError("allowed_token_ids is empty: no token could ever come")

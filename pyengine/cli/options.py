@@ -161,6 +161,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--stop", action="append", metavar="TEXT", help="end before TEXT comes; may be repeated")
     add("--ignore-eos", action="store_true", default=None, help="go on after the model's end of text")
     add("--timeout", type=float, metavar="S", help="end after S seconds, with what there is")
+    add("--json-schema", metavar="JSON", help="the text is JSON of this schema; @FILE reads one")
+    add("--grammar", metavar="LARK", help="the text is of this Lark grammar; @FILE reads one")
     add(
         "-e",
         "--escape",
@@ -198,10 +200,22 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         options["max_tokens"] = None
     if args.escape and options["stop"]:
         options["stop"] = [unescape(text) for text in options["stop"]]
+    if args.json_schema is not None and args.grammar is not None:
+        raise UsageError("--json-schema and --grammar: give one of them")
+    for name, text in (("json", args.json_schema), ("grammar", args.grammar)):
+        if text is not None:
+            options["structured_outputs"] = {name: _text_or_file(text)}
     try:
         return SamplingParams(**options)
     except InvalidArgumentError as error:
         raise UsageError(str(error)) from None
+
+
+def _text_or_file(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    with open(text[1:], encoding="utf-8") as file:
+        return file.read()
 
 
 def model_name(args: argparse.Namespace) -> str | None:
@@ -245,13 +259,14 @@ def select_isa(name: str | None) -> None:
         raise UsageError(f"--isa {name}: this machine runs {', '.join(_core.available_isas())}") from None
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine that the model and context options describe. Whoever opens one here has a text for it."""
+def open_engine(args: argparse.Namespace, **limits: int) -> Engine:
+    """The engine that the model and context options describe, with further options of Engine. Whoever opens one here has a
+    text for it."""
     from pyengine.engine import Engine
 
     show_warnings()
     select_isa(args.isa)
-    options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True}
+    options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True, **limits}
     if hasattr(args, "ctx_size"):
         options |= {"n_ctx": args.ctx_size or 0, "kv_dtype": args.kv_dtype}
     return Engine(frozen_path(args), **options)

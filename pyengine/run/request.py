@@ -22,6 +22,7 @@ from pyengine.run.output import Output
 if TYPE_CHECKING:
     from pyengine import _core
     from pyengine.results import Generation
+    from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams
     from pyengine.text.stops import StopStrings
     from pyengine.text.tokenizer import Tokenizer
@@ -116,6 +117,7 @@ class GenerationRequest(Request):
         end_ids: tuple[int, ...],
         salt: bytes,
         interactive: bool,
+        guide: Guide | None = None,
     ) -> None:
         self.prompt = prompt
         end_ids = () if params.ignore_eos else end_ids
@@ -126,6 +128,7 @@ class GenerationRequest(Request):
             self.sampler, params, tokenizer, stops, prompt_tokens=len(prompt), n_ctx=n_ctx, end_ids=end_ids
         )
         self.interactive = interactive
+        self.guide = guide
         self.n_taken = 0  # pieces that the caller has read
         deadline = None if params.timeout is None else self.output.started + params.timeout
         super().__init__(caller, salt=salt, deadline=deadline)
@@ -170,6 +173,16 @@ class GenerationRequest(Request):
     def note_cached(self, n_tokens: int) -> None:
         if not self.is_started:
             self.output.cached_tokens = n_tokens
+
+    def mask(self) -> array[int] | None:
+        """Which tokens may come next, None = all."""
+        if self.guide is None:
+            return None
+        try:
+            return self.guide.mask(self.sampler.outputs)
+        except Exception as error:  # of this request's grammar
+            self.error = error
+            return None
 
     def catch_up(self) -> None:
         try:

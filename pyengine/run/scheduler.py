@@ -17,6 +17,7 @@ import os
 import threading
 import time
 import weakref
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -96,11 +97,18 @@ class Scheduler:
             if ready():
                 return
             self.step_lock.run(news, self._lead, ready)
+            self._sweep_after()
 
     def exclusively(self, function: Callable[[], object]) -> None:
         """Call function() with the step lock."""
         while not self.step_lock.run(self.step_lock.news, function):
             pass
+        self._sweep_after()
+
+    def _sweep_after(self) -> None:
+        """Whoever had the lock looks once more: an abort meanwhile could not sweep, and there may be no next step."""
+        if any(number not in self._requests for number in list(self._holders)):
+            self.step_lock.try_run(self.sweep)
 
     def _lead(self, ready: Callable[[], bool]) -> None:
         while not ready():
@@ -277,16 +285,21 @@ class Scheduler:
         """The next token of every request whose last one was computed."""
         requests: list[GenerationRequest] = []
         rows: list[int] = []
+        masks: list[array[int] | None] = []
         for (request, _, _, wants), row in with_rows(grants):
             if isinstance(request, GenerationRequest) and wants[-1] and request.error is None:
-                requests.append(request)
-                rows.append(row)
+                mask = request.mask()
+                if request.error is None:
+                    requests.append(request)
+                    rows.append(row)
+                    masks.append(mask)
         if not requests:
             return
         errors = sample_many(
             [self.context.logits(row) for row in rows],
             [request.sampler for request in requests],
             [request.n_tokens for request in requests],
+            masks,
             n_threads=self.n_threads,
         )
         for request, error in zip(requests, errors, strict=True):

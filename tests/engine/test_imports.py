@@ -40,10 +40,15 @@ ROOMS: dict[str, set[str]] = {
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run", "fork", "files",
     },
+    "async_engine": {"engine", "errors", "results", "run", "sampling", "text"},
+    "serve": {
+        "pyengine", "async_engine", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",
+        "_sampler",
+    },
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
         "errors", "files", "pyengine", "text", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
-        "engine",
+        "engine", "serve",
     },
     "__main__": {"cli"},
 }  # fmt: skip

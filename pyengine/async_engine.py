@@ -1,0 +1,362 @@
+"""AsyncEngine: the engine for programs that run an event loop.
+
+One thread steps while there is anything to compute, and ends when there is not. After each step it tells every event
+loop, in one call, which of its jobs have something to read; the loop's own tasks read it. No lock is held across an
+await, and a loop never waits for a step. Synchronous callers of the same engine go on leading steps as they please:
+whoever leads computes for all.
+
+A job that nobody holds any more ends, as a `Stream` does: the scheduler and this module know it weakly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pyengine.engine import Engine, Message, Prompt, sampling_params
+from pyengine.errors import InvalidArgumentError
+from pyengine.run.request import Caller, GenerationRequest, Request
+from pyengine.text.prompts import is_batch
+
+if TYPE_CHECKING:
+    from pyengine.results import Generation, Piece, Score
+    from pyengine.run.scheduler import Scheduler
+    from pyengine.sampling import SamplingParams
+
+T = TypeVar("T")
+
+
+class Job(Caller):
+    """Requests that a task of the running event loop waits for. Close it, or let go of it, and they end.
+
+    requests  what is computed; set before `Stepper.add`
+    ready     what its task waits for, None while it does not wait; the stepping thread asks it, too
+    """
+
+    __slots__ = ("_is_late", "_news", "_stepper", "is_closed", "loop", "ready", "requests")
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.requests: Sequence[Request] = ()
+        self.ready: Callable[[], bool] | None = None
+        self.is_closed = False
+        self._stepper = stepper
+        self._news = asyncio.Event()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @property
+    def is_done(self) -> bool:
+        return all(request.is_done for request in self.requests)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether something can be computed for it before its task reads more."""
+        return any(not request.is_done and not request.is_paused for request in self.requests)
+
+    def wake(self) -> None:
+        """In its loop: look again."""
+        self._news.set()
+
+    async def wait(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Return when `ready()`, when the job is closed, or after so many seconds: whether `ready()`."""
+        self.ready = ready
+        timer = None if timeout is None else self.loop.call_later(timeout, self._time_out)
+        self._is_late = False
+        try:
+            while True:
+                self._news.clear()  # what comes from here on sets it again
+                if ready():
+                    return True
+                if self.is_closed or self._is_late:
+                    return False
+                self._stepper.ensure_running()
+                await self._news.wait()
+        finally:
+            self.ready = None
+            if timer is not None:
+                timer.cancel()
+
+    def _time_out(self) -> None:
+        self._is_late = True
+        self._news.set()
+
+    def close(self) -> None:
+        """End it; what is left is not computed. Idempotent; needs no loop and waits for nothing."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._news.set()
+            self._stepper.remove(self)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # not wholly made, or the interpreter is going
+            self._stepper.remove(self)
+
+
+class Stepper:
+    """The thread that steps for jobs, while something can be computed for one of them."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._lock = threading.Lock()  # of _thread: held for a few instructions, never in a step
+        self._thread: threading.Thread | None = None
+        self._jobs: dict[int, weakref.ref[Job]] = {}  # by id; changed by single operations only
+
+    def add(self, job: Job) -> None:
+        self._jobs[id(job)] = weakref.ref(job)
+        self._scheduler.add(job.requests)
+        self.ensure_running()
+
+    def remove(self, job: Job) -> None:
+        self._jobs.pop(id(job), None)
+        self._scheduler.abort(job.requests)
+
+    def ensure_running(self) -> None:
+        """There may be work again."""
+        with self._lock:
+            # is_alive: in the child of a fork the thread does not exist
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="pyengine-step", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._scheduler.wait(self._deliver)
+            except BaseException as error:  # a closed engine, no memory: for those who wait, not for this thread
+                self._fail(error)
+            with self._lock:
+                if not any(job.can_go_on for job in self._living()):
+                    self._thread = None
+                    return
+
+    def _living(self) -> list[Job]:
+        return [job for job in (ref() for ref in list(self._jobs.values())) if job is not None]
+
+    def _deliver(self) -> bool:
+        """Wake the jobs that have what they wait for. Whether there is nothing more to compute."""
+        jobs = self._living()
+        by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+        for job in jobs:
+            ready = job.ready
+            if ready is not None and ready():
+                by_loop.setdefault(job.loop, []).append(job)
+        for loop, some in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_wake, [weakref.ref(job) for job in some])
+            except RuntimeError:  # the loop is closed: nobody will read this
+                for job in some:
+                    self.remove(job)
+        return not any(job.can_go_on for job in jobs)
+
+    def _fail(self, error: BaseException) -> None:
+        for job in self._living():
+            for request in job.requests:
+                if not request.is_done:
+                    request.error = error
+        self._deliver()
+
+
+def _wake(jobs: Iterable[weakref.ref[Job]]) -> None:
+    for ref in jobs:
+        job = ref()
+        if job is not None:
+            job.wake()
+
+
+class AsyncStream(AsyncIterator["Piece"]):
+    """The pieces of one output, as they come. Ends with `close`, with its last piece, with any exception (cancellation
+    included), or when nobody holds it any more."""
+
+    def __init__(self, engine: AsyncEngine, make: Callable[[Job], Sequence[GenerationRequest]]) -> None:
+        self._engine = engine
+        self._make = make
+        self._job: Job | None = None
+        self._is_closed = False
+
+    async def __anext__(self) -> Piece:
+        if self._is_closed:
+            raise StopAsyncIteration
+        try:
+            if self._job is None:
+                self._job = await self._engine.start(self._make)
+            (request,) = self._job.requests
+            assert isinstance(request, GenerationRequest)
+            await self._job.wait(lambda: request.has_news)
+            if self._is_closed:  # by another task
+                raise StopAsyncIteration
+            if request.n_taken == len(request.output.pieces):
+                assert request.error is not None
+                raise request.error
+        except BaseException:
+            self.close()
+            raise
+        piece = request.output.pieces[request.n_taken]
+        request.n_taken += 1
+        if piece.result is not None:
+            self.close()
+        return piece
+
+    def close(self) -> None:
+        """End it; what is left is not computed. Needs no loop and waits for nothing."""
+        self._is_closed = True
+        if self._job is not None:
+            self._job.close()
+
+    async def aclose(self) -> None:
+        """`close`, for contextlib.aclosing."""
+        self.close()
+
+
+class AsyncEngine:
+    """An `Engine` whose methods are awaited. Any number of event loops, in any threads, may share one.
+
+    model, options   as for Engine; or an Engine, which goes on working for synchronous callers, too
+
+    Cancelling a task that waits here, or closing a stream, ends its computation at once, be it in the middle of a prompt.
+    Results, parameters and exceptions are those of Engine.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | Engine | None = None, **options: Any) -> None:
+        if isinstance(model, Engine) and options:
+            raise InvalidArgumentError(f"an engine that is open has its options already ({', '.join(options)})")
+        self._owned = not isinstance(model, Engine)
+        self.engine = model if isinstance(model, Engine) else Engine(model, **options)
+        self.stepper = Stepper(self.engine.scheduler)
+
+    # ------------------------------------------------------------ jobs
+
+    async def prepare(self, make: Callable[[Job], Sequence[Request]]) -> Job:
+        """A job with the requests of make(job), not started. `make` runs in another thread: it may tokenize a long text."""
+        job = Job(self.stepper)
+        job.requests = await asyncio.to_thread(make, job)
+        return job
+
+    async def start(self, make: Callable[[Job], Sequence[Request]]) -> Job:
+        """A job that is computed from now on."""
+        job = await self.prepare(make)
+        self.stepper.add(job)
+        return job
+
+    async def _run(self, make: Callable[[Job], Sequence[Request]]) -> Sequence[Request]:
+        """The requests of make(job), done. Raises the first error of one of them."""
+        job = await self.start(make)
+        try:
+            await job.wait(lambda: job.is_done)
+        finally:
+            job.close()
+        for request in job.requests:
+            if request.error is not None:
+                raise request.error
+        return job.requests
+
+    # ------------------------------------------------------------ text
+
+    async def generate(
+        self,
+        prompt: Prompt | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        cache_salt: str | None = None,
+        **options: Any,
+    ) -> Generation | list[Generation]:
+        """See Engine.generate."""
+        chosen = sampling_params(params, options)
+        many = is_batch(prompt)
+        prompts: Any = prompt if many else [prompt]
+        engine = self.engine
+
+        def make(job: Job) -> Sequence[Request]:
+            resolved = engine.resolve(chosen)
+            ids = [engine.prompt_ids(item, parse_special=parse_special) for item in prompts]
+            return engine.requests(job, ids, resolved, cache_salt=cache_salt)
+
+        results = [one.result for one in await self._run(make) if isinstance(one, GenerationRequest)]
+        return results if many or len(results) > 1 else results[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        cache_salt: str | None = None,
+        **options: Any,
+    ) -> AsyncStream:
+        """See Engine.stream. What a prompt is refused for is raised with the first piece: it is tokenized then."""
+        return self._stream(
+            lambda: self.engine.prompt_ids(prompt, parse_special=parse_special),
+            sampling_params(params, options),
+            cache_salt,
+        )
+
+    def _stream(self, ids: Callable[[], list[int]], params: SamplingParams, cache_salt: str | None) -> AsyncStream:
+        if params.n not in (None, 1):
+            raise InvalidArgumentError(f"a stream has one sample, n is {params.n}; use generate")
+        engine = self.engine
+
+        def make(job: Job) -> list[GenerationRequest]:
+            return engine.requests(job, [ids()], engine.resolve(params), cache_salt=cache_salt, interactive=True)
+
+        return AsyncStream(self, make)
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str | None = None,
+        **options: Any,
+    ) -> Generation | list[Generation]:
+        """See Engine.chat."""
+        chosen = sampling_params(params, options)
+        ids = await asyncio.to_thread(self.engine.chat_ids, messages)
+        return await self.generate(ids, chosen, cache_salt=cache_salt)
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str | None = None,
+        **options: Any,
+    ) -> AsyncStream:
+        """The answer of `chat` as a stream."""
+        chosen = sampling_params(params, options)
+        return self._stream(lambda: self.engine.chat_ids(messages), chosen, cache_salt)
+
+    async def score(
+        self, text: Prompt, *, parse_special: bool = False, start: int = 0, cache_salt: str | None = None
+    ) -> Score:
+        """See Engine.score."""
+        scores: list[Score] = []
+
+        def make(job: Job) -> Sequence[Request]:
+            score, requests = self.engine.score_requests(
+                job, text, parse_special=parse_special, start=start, cache_salt=cache_salt
+            )
+            scores.append(score)
+            return requests
+
+        await self._run(make)
+        return scores[0]
+
+    # ------------------------------------------------------------ life
+
+    def close(self) -> None:
+        """Waits for the step that is running, so at most some milliseconds; closes the engine if this object opened it."""
+        if self._owned:
+            self.engine.close()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)

@@ -1,0 +1,185 @@
+"""`pyengine serve`: an OpenAI-compatible server, with a page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pyengine.cli import UsageError, options
+from pyengine.errors import PyEngineError
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+    from pyengine.serve.models import Models
+    from pyengine.serve.settings import Settings
+
+EPILOG = f"""\
+Open the address that it prints in a browser for a chat; programs use the same address with /v1.
+
+examples:
+  pyengine serve
+  pyengine serve -m model.safetensors --port 9000
+  pyengine serve -m small=a.safetensors -m large=b.gguf
+  PYENGINE_API_KEY=secret pyengine serve --host 0.0.0.0
+
+{options.ENVIRONMENT}  PYENGINE_API_KEY      the key that callers must give, when there is no --api-key-file
+"""
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = options.Parser("serve", EPILOG)
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "-m",
+        "--model",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="a model, under a name of yours or its own; may be repeated, and the first answers requests that name none. "
+        "Default: PYENGINE_MODEL, else the small model that ships with the package",
+    )
+    options.add_threads_option(group)
+    options.add_isa_option(group)
+    options.add_context_options(parser)
+    group = parser.add_argument_group("load")
+    group.add_argument("--parallel", type=options.positive, metavar="N", help="outputs computed together; default: 64")
+    group.add_argument(
+        "--max-queue-tokens",
+        type=options.positive,
+        metavar="N",
+        help="prompt tokens that may wait; more are told to come back later. Default: 65536",
+    )
+    group.add_argument(
+        "--max-kv-bytes", type=options.positive, metavar="N", help="memory for keys and values of a model"
+    )
+    group.add_argument("--max-body-bytes", type=options.positive, metavar="N", help="longest request; default: 4 MiB")
+    group.add_argument(
+        "--drain-timeout", type=float, metavar="S", help="seconds for running requests at the end; default: 30"
+    )
+    _add_access_options(parser)
+    return parser
+
+
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("access")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    group.add_argument("--port", type=int, default=8080, metavar="N", help="default: 8080; 0 = any free one")
+    group.add_argument("--api-key-file", metavar="FILE", help="keys, one a line; callers must give one of them")
+    group.add_argument("--insecure", action="store_true", help="listen to other machines without a key")
+    group.add_argument(
+        "--cors-origin", action="append", metavar="ORIGIN", help="pages of this origin may call; '*' = all"
+    )
+    group.add_argument(
+        "--log-format", choices=("line", "json", "none"), default="line", help="a line on stderr for every request"
+    )
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    settings = _settings(args)
+    named = _named_paths(args)
+    try:
+        from pyengine.serve import server
+        from pyengine.serve.app import App
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'pyengine-lm[serve]'") from None
+    options.show_warnings()
+    options.select_isa(args.isa)
+    sock = server.listen(args.host, args.port)
+    app = App(settings)
+
+    def load() -> Models:
+        return _load(args, named)
+
+    def ready(models: Models) -> None:
+        _announce(models, sock)
+
+    server.Runner(app, sock, load).run(ready)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from pyengine.serve.settings import Settings
+
+    if not 0 <= args.port < 65536:
+        raise UsageError(f"--port {args.port}: a port is a number from 0 to 65535")
+    keys = _api_keys(args.api_key_file)
+    is_loopback = args.host in LOOPBACK
+    if not is_loopback and not keys and not args.insecure:
+        raise UsageError(
+            f"--host {args.host} lets other machines in: set a key (PYENGINE_API_KEY or --api-key-file), or say --insecure"
+        )
+    given: dict[str, Any] = {
+        "max_queue_tokens": args.max_queue_tokens,
+        "max_body_bytes": args.max_body_bytes,
+        "drain_timeout": args.drain_timeout,
+    }
+    return Settings(
+        api_keys=keys,
+        cors_origins=tuple(args.cors_origin or ()),
+        hosts=LOOPBACK if is_loopback and not keys else (),
+        log_format=args.log_format,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _api_keys(path: str | None) -> tuple[str, ...]:
+    if path is None:
+        key = os.environ.get("PYENGINE_API_KEY", "").strip()
+        return (key,) if key else ()
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        keys = tuple(line.strip() for line in file if line.strip())
+    if not keys:
+        raise UsageError(f"--api-key-file {path} holds no key")
+    return keys
+
+
+def _named_paths(args: argparse.Namespace) -> list[tuple[str | None, argparse.Namespace]]:
+    """(name or None, options with one model each). Raises UsageError for a model that is not there."""
+    chosen = args.model or [None]
+    named = []
+    for text in chosen:
+        name, path = None, text
+        if text is not None and "=" in text and not os.path.exists(text):
+            name, _, path = text.partition("=")
+        one = argparse.Namespace(**{**vars(args), "model": path})
+        wanted = options.model_name(one)
+        if wanted is not None and not os.path.exists(wanted):
+            raise UsageError(f"there is no model at {wanted}")
+        named.append((name, one))
+    return named
+
+
+def _load(args: argparse.Namespace, named: list[tuple[str | None, argparse.Namespace]]) -> Models:
+    from pyengine.serve.models import Models, ServedModel, model_name
+
+    limits: dict[str, Any] = {}
+    if args.parallel is not None:
+        limits["max_sequences"] = args.parallel
+    if args.max_kv_bytes is not None:
+        limits["max_kv_bytes"] = args.max_kv_bytes
+    models: dict[str, ServedModel] = {}
+    for name, one in named:
+        engine: Engine = options.open_engine(one, **limits)
+        name = name or model_name(os.fspath(engine.path), engine.metadata)
+        if name in models:
+            raise PyEngineError(f"two models are called {name!r}: name them with -m NAME=PATH")
+        models[name] = ServedModel(name, engine)
+    return Models(models.values())
+
+
+def _announce(models: Models, sock: socket.socket) -> None:
+    from pyengine.serve.server import url
+
+    for model in models:
+        if not model.has_template:
+            print(
+                f"pyengine: {model.name} has no chat template: it was not made to talk, and chats go on with what they say",
+                file=sys.stderr,
+            )
+    names = ", ".join(model.name for model in models)
+    print(f"pyengine: {names} at {url(sock)} (the API at {url(sock)}/v1); Ctrl-C ends it", file=sys.stderr, flush=True)

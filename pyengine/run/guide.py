@@ -1,0 +1,135 @@
+"""Guides: which tokens may come next, by a grammar.
+
+A guide follows the sampler's list of outputs, which is what happened: it accepts what it has not seen of it and says which
+tokens may follow. If an exception tore that, it begins anew and reads the whole list, with the same result.
+
+The grammars are llguidance's (the extra pyengine-lm[guide]), which is imported when the first one is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from array import array
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pyengine.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from pyengine.sampling import StructuredOutputs
+    from pyengine.text.tokenizer import Tokenizer
+
+# Models know JSON with one space in its places; free to choose, a weak one writes spaces for ever. A schema may say otherwise in
+# its "x-guidance".
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MAX_GRAMMAR = 1 << 18  # characters of a schema, regex or grammar
+
+
+class Guide:
+    """Of one output. mask: uint32 ((vocab_size + 31) // 32), bit i % 32 of word i // 32 is 1 if token i may come."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._mask = array("I", bytes(4 * ((vocab_size + 31) // 32)))
+        self._n_read = 0
+        self._is_torn = False
+
+    def mask(self, outputs: Sequence[int]) -> array[int]:
+        """Which tokens may follow `outputs`; valid until the next call. Raises InvalidArgumentError if the grammar has become
+        too complex to follow."""
+        if self._is_torn:
+            self._matcher.reset()
+            self._n_read = 0
+        self._is_torn = True
+        new = list(outputs[self._n_read :])
+        if new:
+            self._matcher.consume_tokens(new)
+        address, n_words = self._mask.buffer_info()
+        self._matcher.unsafe_compute_mask_ptr(address, 4 * n_words)
+        if self._matcher.is_error():
+            raise InvalidArgumentError(
+                f"structured_outputs cannot be followed: {_first_line(self._matcher.get_error())}"
+            )
+        self._n_read = len(outputs)
+        self._is_torn = False
+        return self._mask
+
+
+class Guides:
+    """Makes guides for one model; its tokens are told to llguidance once, when the first guide is made."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_ids = list(end_ids)
+        self._lock = threading.Lock()
+        self._table: Any = None
+
+    def new(self, wanted: StructuredOutputs) -> Guide:
+        """Raises InvalidArgumentError for what is no grammar, no schema that is understood, or too costly."""
+        try:
+            import llguidance
+        except ImportError:
+            raise InvalidArgumentError("structured output needs llguidance: pip install 'pyengine-lm[guide]'") from None
+        if not self._end_ids:
+            raise InvalidArgumentError("structured output needs a model that has an end-of-text token")
+        with self._lock:
+            if self._table is None:
+                self._table = self._make_table(llguidance)
+        matcher = llguidance.LLMatcher(self._table, _grammar(llguidance, wanted), log_level=0)
+        if matcher.is_error():
+            raise InvalidArgumentError(f"structured_outputs: {_first_line(matcher.get_error())}")
+        guide = Guide(matcher, self._vocab_size)
+        guide.mask(())  # what is too complex to begin with shows here, and not in a step
+        return guide
+
+    def _make_table(self, llguidance: Any) -> Any:
+        wrapper = llguidance.TokenizerWrapper(_Tokens(self._tokenizer, self._vocab_size, self._end_ids[0]))
+        return llguidance.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=self._end_ids)
+
+
+class _Tokens:
+    """A tokenizer as llguidance asks about one: the bytes of each id, and a function from bytes to ids."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_id: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = end_id
+        self.bos_token_id = tokenizer.bos_id
+        known = range(min(vocab_size, tokenizer.vocab_size))
+        self.special_token_ids = sorted(tokenizer.special_ids.intersection(known))
+        self.tokens = [tokenizer.token_bytes(token) for token in known]
+        for token in self.special_token_ids:  # names that no text spells: 0xff is in no UTF-8
+            self.tokens[token] = b"\xff" + (tokenizer.token_text(token) or "").encode("utf-8")
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode("utf-8", "replace"), add_bos=False)
+
+
+def _grammar(llguidance: Any, wanted: StructuredOutputs) -> str:
+    matcher = llguidance.LLMatcher
+    from_schema = partial(matcher.grammar_from_json_schema, defaults=JSON_STYLE)
+    if wanted.json is not None:
+        text = json.dumps(wanted.json) if not isinstance(wanted.json, str) else wanted.json
+        source, make = text, from_schema
+    elif wanted.json_object:
+        source, make = '{"type": "object"}', from_schema
+    elif wanted.regex is not None:
+        source, make = wanted.regex, matcher.grammar_from_regex
+    elif wanted.choice is not None:
+        source = "start: " + " | ".join(json.dumps(one) for one in wanted.choice)
+        make = matcher.grammar_from_lark
+    else:
+        source, make = wanted.grammar or "", matcher.grammar_from_lark
+    if len(source) > MAX_GRAMMAR:
+        raise InvalidArgumentError(f"structured_outputs: {len(source)} characters, at most {MAX_GRAMMAR}")
+    try:
+        grammar: str = make(source)
+    except ValueError as error:
+        raise InvalidArgumentError(f"structured_outputs: {_first_line(str(error))}") from None
+    return grammar
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0][:500]

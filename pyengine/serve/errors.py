@@ -1,0 +1,82 @@
+"""What a client is told when something is wrong: a status and OpenAI's error object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyengine.errors import (
+    ContextFullError,
+    InvalidArgumentError,
+    OutOfMemoryError,
+    PyEngineError,
+    TemplateError,
+)
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class HTTPError(Exception):
+    """An answer with a status from 400 on.
+
+    param        the field that is wrong, as a path into the request ("messages[0].content")
+    code         a word for programs
+    retry_after  seconds after which to try again
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+        if retry_after is not None:
+            # OpenAI's clients obey both, the finer one first
+            milliseconds = max(1, round(retry_after * 1000))
+            self.headers += (
+                (b"retry-after", b"%d" % max(1, -(-milliseconds // 1000))),
+                (b"retry-after-ms", b"%d" % milliseconds),
+            )
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> HTTPError:
+    return HTTPError(400, message, param=param, code=code)
+
+
+def http_error(error: BaseException, param: str | None = None) -> HTTPError:
+    """What an exception of the engine means to a client; `param` is the field that it came from."""
+    if isinstance(error, HTTPError):
+        return error
+    if isinstance(error, ContextFullError):
+        return bad_request(str(error), param, "context_length_exceeded")
+    if isinstance(error, (InvalidArgumentError, TemplateError)):
+        # the engine names a parameter of its own first, and these have the field's name
+        return bad_request(str(error), param or ("structured_outputs" if "structured_outputs" in str(error) else None))
+    if isinstance(error, (OutOfMemoryError, MemoryError)):
+        return HTTPError(503, str(error) or "out of memory", code="out_of_memory", retry_after=5.0)
+    if isinstance(error, PyEngineError):
+        return HTTPError(500, str(error), code="engine_error")
+    return HTTPError(500, "internal error; the server's log has more", code="internal_error")

@@ -1,0 +1,62 @@
+"""What the server is and has: /health, /metrics, /props, /v1/models."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
+
+from pyengine import __version__
+from pyengine.serve.metrics import CONTENT_TYPE
+from pyengine.serve.routes import MODEL_PATH
+
+if TYPE_CHECKING:
+    from pyengine.serve.app import App
+    from pyengine.serve.exchange import Exchange
+
+
+async def health(app: App, exchange: Exchange) -> None:
+    """200 when requests are taken, else 503; never waits for the engine."""
+    ready = app.health == "ready"
+    headers = () if ready else ((b"retry-after", b"1"),)
+    await exchange.reply_json({"status": "ok" if ready else app.health}, 200 if ready else 503, headers)
+
+
+async def metrics(app: App, exchange: Exchange) -> None:
+    text = await asyncio.to_thread(app.metrics.text)  # it waits for the step that runs
+    await exchange.reply(200, text, CONTENT_TYPE)
+
+
+async def models(app: App, exchange: Exchange) -> None:
+    await exchange.reply_json({"object": "list", "data": [model.card() for model in app.models]})
+
+
+async def model(app: App, exchange: Exchange) -> None:
+    await exchange.reply_json(app.models.get(exchange.path[len(MODEL_PATH) :]).card())
+
+
+async def props(app: App, exchange: Exchange) -> None:
+    """Of the model that ?model= names, or of the default: what it is, its template and its defaults."""
+    query = parse_qs(exchange.query)
+    chosen = app.models.get(query["model"][-1] if "model" in query else None)
+    engine = chosen.engine
+    bos, text = engine.tokenizer.bos_id, engine.tokenizer.token_text
+    waiting, running = app.queue.counts()
+    await exchange.reply_json(
+        {
+            "model": chosen.name,
+            "n_ctx": engine.n_ctx,
+            "vocab_size": engine.vocab_size,
+            "bos_token": None if bos is None else text(bos),
+            "eos_tokens": [text(token) for token in engine.eos_token_ids],
+            "has_chat_template": chosen.has_template,
+            "chat_template": chosen.template.source,
+            "default_generation_settings": engine.generation_defaults(),
+            "isa": engine.isa,
+            "n_threads": engine.n_threads,
+            "requests_waiting": waiting,
+            "requests_running": running,
+            "max_queue_tokens": app.settings.max_queue_tokens,
+            "build": f"pyengine {__version__}",
+        }
+    )

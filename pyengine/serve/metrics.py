@@ -1,0 +1,118 @@
+"""What /metrics tells, in Prometheus' text format. Names are vLLM's where they mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from pyengine.results import Generation
+    from pyengine.serve.models import ServedModel
+
+CONTENT_TYPE = b"text/plain; version=1.0.0; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
+_STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Metrics:
+    """Counters and histograms of one server, and a look at its engines when somebody asks."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels, registry = ["model_name"], self.registry
+        self.requests = Counter(
+            "pyengine:http_requests", "Answers, by path and status", ["path", "status"], registry=self.registry
+        )
+        self.aborted = Counter("pyengine:request_aborted", "Requests whose client went away", registry=self.registry)
+        self.success = Counter(
+            "vllm:request_success",
+            "Outputs, by how they ended",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens", labels, registry=registry)
+        self.generation_tokens = Counter("vllm:generation_tokens", "Output tokens", labels, registry=registry)
+        self.cache_queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up", labels, registry=registry)
+        self.cache_hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found", labels, registry=registry)
+        self.first_token = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "From the request to its first token",
+            labels,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.between_tokens = Histogram(
+            "vllm:inter_token_latency_seconds",
+            "Between tokens, the mean of one output",
+            labels,
+            buckets=_STEP_SECONDS,
+            registry=registry,
+        )
+        self.latency = Histogram(
+            "vllm:e2e_request_latency_seconds",
+            "From the request to its last token",
+            labels,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def watch(self, models: Callable[[], Iterator[ServedModel]], counts: Callable[[], tuple[int, int]]) -> None:
+        """Also tell of these models' engines, and of (waiting, running) requests."""
+        self.registry.register(_Engines(models, counts))
+
+    def note(self, model: str, result: Generation) -> None:
+        """One output has ended."""
+        timings = result.timings
+        self.success.labels(model, result.finish_reason).inc()
+        self.prompt_tokens.labels(model).inc(timings.prompt_tokens)
+        self.generation_tokens.labels(model).inc(timings.generated_tokens)
+        self.cache_queries.labels(model).inc(timings.prompt_tokens)
+        self.cache_hits.labels(model).inc(timings.cached_tokens)
+        self.first_token.labels(model).observe(timings.time_to_first_token)
+        self.latency.labels(model).observe(timings.total)
+        if timings.generated_tokens > 1:
+            mean = (timings.total - timings.time_to_first_token) / (timings.generated_tokens - 1)
+            self.between_tokens.labels(model).observe(mean)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Engines:
+    """A collector: what is read when it is asked for. Waits for the step that runs, so not in an event loop."""
+
+    def __init__(self, models: Callable[[], Iterator[ServedModel]], counts: Callable[[], tuple[int, int]]) -> None:
+        self._models = models
+        self._counts = counts
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        from pyengine import _core
+
+        waiting, running = self._counts()
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that have not started", value=waiting)
+        yield GaugeMetricFamily("vllm:num_requests_running", "Requests that are computed", value=running)
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Pages in use of those allowed", labels=["model_name"])
+        held = GaugeMetricFamily(
+            "pyengine:kv_bytes", "Bytes of keys and values, cached ones included", labels=["model_name"]
+        )
+        evicted = CounterMetricFamily("pyengine:kv_pages_evicted", "Cached pages that made room", labels=["model_name"])
+        for model in self._models():
+            stats = model.engine.cache_stats()
+            in_use = stats["n_pages"] - stats["n_cached"] - stats["n_free"]
+            usage.add_metric([model.name], in_use / stats["max_pages"] if stats["max_pages"] else 0.0)
+            held.add_metric([model.name], stats["n_pages"] * stats["page_bytes"])
+            evicted.add_metric([model.name], stats["n_evicted"])
+        yield from (usage, held, evicted)
+        throttling = _core.throttling()
+        yield CounterMetricFamily(
+            "pyengine:cpu_periods", "Periods of the cgroup's CPU quota", value=throttling["n_periods"]
+        )
+        yield CounterMetricFamily(
+            "pyengine:cpu_throttled_periods", "Periods in which the quota stopped us", value=throttling["n_throttled"]
+        )

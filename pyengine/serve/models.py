@@ -1,0 +1,100 @@
+"""The models of a server, each a route by its name."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pyengine.async_engine import AsyncEngine
+from pyengine.engine import Engine
+from pyengine.errors import TemplateError
+from pyengine.serve.errors import HTTPError
+from pyengine.text.chat import ChatTemplate
+
+# For a model that has no template, and was not trained to talk: it goes on with what the conversation says.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+)
+
+
+class ServedModel:
+    """An engine under a name. has_template: whether chats go by a template of the model's own, or plainly continue."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name = name
+        self.engine = engine
+        self.asynchronous = AsyncEngine(engine)
+        self.created = int(os.stat(engine.path).st_mtime)
+        self.loaded = time.time()
+        self.has_template = True
+        try:
+            self.template = engine.chat_template
+        except TemplateError:
+            self.has_template = False
+            bos = engine.tokenizer.bos_id
+            token = engine.tokenizer.token_text(bos) if bos is not None and engine.tokenizer.adds_bos else None
+            self.template = ChatTemplate(PLAIN_TEMPLATE, bos_token=token)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation. Raises TemplateError, InvalidArgumentError."""
+        ids = self.template.encode(
+            self.engine.tokenizer,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **(variables or {}),
+        )
+        return self.engine.prompt_ids(ids)
+
+    def card(self) -> dict[str, Any]:
+        """As /v1/models lists it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "pyengine",
+            "max_model_len": self.engine.n_ctx,
+        }
+
+
+class Models:
+    """By name; the first is the default for requests that name none."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self._by_name = {model.name: model for model in models}
+
+    def __iter__(self) -> Any:
+        return iter(self._by_name.values())
+
+    def get(self, name: str | None) -> ServedModel:
+        """Raises HTTPError 404 with the names that there are."""
+        if name is None:
+            return next(iter(self._by_name.values()))
+        model = self._by_name.get(name)
+        if model is None:
+            known = ", ".join(self._by_name)
+            shown = name if len(name) <= 100 else name[:100] + "…"
+            raise HTTPError(
+                404, f"there is no model {shown!r}; there is: {known}", param="model", code="model_not_found"
+            )
+        return model
+
+    def close(self) -> None:
+        for model in self._by_name.values():
+            model.engine.close()
+
+
+def model_name(path: str, metadata: Mapping[str, str]) -> str:
+    """The name of a frozen file: what its metadata says, else the file's own."""
+    name = metadata.get("name") or metadata.get("general.name") or ""
+    return name or os.path.splitext(os.path.basename(path))[0]

@@ -1,0 +1,46 @@
+"""Paths and what answers them. An endpoint's module is imported when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyengine.serve.app import App
+    from pyengine.serve.exchange import Exchange
+
+    Handler = Callable[[App, Exchange], Awaitable[None]]
+
+# path: {method: module.function}
+ROUTES: dict[str, dict[str, str]] = {
+    "/": {"GET": "page.page"},
+    "/health": {"GET": "info.health"},
+    "/metrics": {"GET": "info.metrics"},
+    "/props": {"GET": "info.props"},
+    "/tokenize": {"POST": "tokens.tokenize"},
+    "/detokenize": {"POST": "tokens.detokenize"},
+    "/v1/models": {"GET": "info.models"},
+    "/v1/chat/completions": {"POST": "chat.chat_completions"},
+    "/v1/completions": {"POST": "completions.completions"},
+    "/v1/responses": {"POST": "responses.responses"},
+}
+MODEL_PATH = "/v1/models/"  # and the rest is a name, slashes included
+
+
+def find_route(path: str) -> dict[str, Handler] | None:
+    """{method: handler} of a path."""
+    route = ROUTES.get(path)
+    if route is None and path.startswith(MODEL_PATH):
+        route = {"GET": "info.model"}
+    return None if route is None else {method: _handler(name) for method, name in route.items()}
+
+
+def _handler(name: str) -> Handler:
+    module, function = name.split(".")
+
+    async def handle(app: App, exchange: Exchange) -> None:
+        answer: Any = getattr(import_module(f"pyengine.serve.{module}"), function)
+        await answer(app, exchange)
+
+    return handle

@@ -1,0 +1,122 @@
+"""Work of the models: who is let in, and how its output is read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pyengine.async_engine import Job
+from pyengine.results import Piece
+from pyengine.run.request import GenerationRequest, Request
+from pyengine.serve.errors import HTTPError
+
+if TYPE_CHECKING:
+    from pyengine.serve.metrics import Metrics
+    from pyengine.serve.models import ServedModel
+    from pyengine.serve.settings import Settings
+
+Make = Callable[[Job], Sequence[Request]]
+# Prompt tokens a second, before any was measured: only for "try again in".
+FIRST_GUESS = 1000.0
+
+
+class Queue:
+    """Admits jobs while the prompts that wait for their first token are not too many tokens."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._limit = settings.max_queue_tokens
+        self._metrics = metrics
+        self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()  # of this loop
+        self._rate = FIRST_GUESS
+        self.is_draining = False
+
+    async def submit(self, model: ServedModel, make: Make) -> Job:
+        """A job that is computed from now on. Raises HTTPError 429, 503 and whatever `make` raises."""
+        job = await model.asynchronous.prepare(make)
+        if self.is_draining:
+            raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
+        waiting, wanted = self.waiting_tokens(), sum(request.n_tokens for request in job.requests)
+        if waiting > 0 and waiting + wanted > self._limit:
+            raise HTTPError(
+                429,
+                f"{waiting} prompt tokens wait already, {wanted} more would exceed {self._limit}",
+                code="queue_full",
+                retry_after=min(60.0, max(0.1, waiting / self._rate)),
+            )
+        self._jobs.add(job)
+        model.asynchronous.stepper.add(job)
+        return job
+
+    def jobs(self) -> list[Job]:
+        return [job for job in self._jobs if not job.is_closed]
+
+    def waiting_tokens(self) -> int:
+        """Of prompts whose first output token has not come."""
+        return sum(
+            request.n_tokens
+            for job in self.jobs()
+            for request in job.requests
+            if not request.is_done and not (isinstance(request, GenerationRequest) and request.output.pieces)
+        )
+
+    def counts(self) -> tuple[int, int]:
+        """Requests that have not started, and those that run."""
+        requests = [one for job in self.jobs() for one in job.requests if not one.is_done]
+        running = sum(request.is_started for request in requests)
+        return len(requests) - running, running
+
+    def note_rate(self, prompt_tokens_per_second: float) -> None:
+        self._rate = max(1.0, 0.8 * self._rate + 0.2 * prompt_tokens_per_second)
+
+    def finished(self, job: Job) -> None:
+        """Notes what a job, all of whose requests are done, was: for the metrics and for "try again in"."""
+        for request in generations(job):
+            if request.output.finish_reason is not None:
+                timings = request.result.timings
+                if timings.prompt_tokens - timings.cached_tokens > 16:
+                    self.note_rate(timings.prompt_tokens_per_second)
+
+
+def generations(job: Job) -> list[GenerationRequest]:
+    return [request for request in job.requests if isinstance(request, GenerationRequest)]
+
+
+def raise_error(job: Job) -> None:
+    """The first error of one of its requests."""
+    for request in job.requests:
+        if request.error is not None:
+            raise request.error
+
+
+async def finish(job: Job) -> list[GenerationRequest]:
+    """Its outputs, complete. Raises the first error of one of its requests."""
+    await job.wait(lambda: job.is_done or any(request.error is not None for request in job.requests))
+    raise_error(job)
+    if not job.is_done:
+        raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
+    return generations(job)
+
+
+async def read(job: Job, interval: float) -> AsyncIterator[list[tuple[int, list[Piece]]]]:
+    """What has come since the last time, [(index of the output, its pieces)]; an empty list after `interval` seconds of
+    silence. Raises the first error of one of its requests."""
+    requests = generations(job)
+    others = [request for request in job.requests if not isinstance(request, GenerationRequest)]
+
+    def ready() -> bool:
+        return all(other.is_done for other in others) and (
+            any(request.has_news for request in requests) or all(request.is_done for request in requests)
+        )
+
+    while any(request.n_taken < len(request.output.pieces) or not request.is_done for request in requests):
+        if not await job.wait(ready, interval) and job.is_closed:
+            raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
+        raise_error(job)
+        news = []
+        for index, request in enumerate(requests):
+            pieces = request.output.pieces[request.n_taken :] if all(other.is_done for other in others) else []
+            if pieces:
+                request.n_taken += len(pieces)
+                news.append((index, pieces))
+        yield news

@@ -1,0 +1,238 @@
+"""AsyncEngine: the engine's bytes from any number of loops, and work that ends when nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyengine
+from pyengine import AsyncEngine, Engine
+from pyengine.results import Generation
+
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
+
+
+def text(seed: int, n: int) -> list[int]:
+    return [3 + (seed * 7919 + i * i) % 50 for i in range(n)]
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Iterator[Engine]:
+    with Engine(tiny_model) as engine:
+        yield engine
+        gc.collect()
+        assert engine.check_integrity()["n_sequences"] == 0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """What is to happen does happen; the test's timeout is the only clock."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_answers_are_those_of_the_engine(engine: Engine) -> None:
+    prompts = [text(i, 5 + 20 * i) for i in range(6)]
+    expected = [engine.generate(prompt, max_tokens=12, **SAMPLED).tokens for prompt in prompts]
+    one = AsyncEngine(engine)
+
+    async def main() -> None:
+        together = await asyncio.gather(*(one.generate(prompt, max_tokens=12, **SAMPLED) for prompt in prompts))
+        assert [result.tokens for result in together if isinstance(result, Generation)] == expected
+        batch = await one.generate(prompts, max_tokens=12, **SAMPLED)
+        assert isinstance(batch, list) and [result.tokens for result in batch] == expected
+        pieces = [piece async for piece in one.stream(prompts[3], max_tokens=12, **SAMPLED)]
+        assert [piece.token for piece in pieces] == expected[3]
+        assert pieces[-1].result is not None and pieces[-1].result.tokens == expected[3]
+        samples = await one.generate(prompts[0], n=3, max_tokens=4, **SAMPLED)
+        assert isinstance(samples, list) and len(samples) == 3
+        assert await one.score(prompts[2]) == engine.score(prompts[2])
+
+    asyncio.run(main())
+
+
+def test_loops_and_synchronous_callers_share_the_steps(engine: Engine) -> None:
+    expected = {i: engine.generate(text(i, 30), max_tokens=20, **SAMPLED).tokens for i in range(9)}
+    one, got = AsyncEngine(engine), {}
+
+    async def read(i: int) -> None:
+        got[i] = [piece.token async for piece in one.stream(text(i, 30), max_tokens=20, **SAMPLED)]
+
+    async def loop(numbers: range) -> None:
+        await asyncio.gather(*map(read, numbers))
+
+    def synchronous(numbers: range) -> None:
+        for i in numbers:
+            got[i] = engine.generate(text(i, 30), max_tokens=20, **SAMPLED).tokens
+
+    threads = [threading.Thread(target=lambda n=n: asyncio.run(loop(n))) for n in (range(3), range(3, 6))]
+    threads.append(threading.Thread(target=synchronous, args=(range(6, 9),)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == expected
+
+
+@pytest.mark.parametrize("how", ["close", "cancel", "let go", "error"])
+def test_a_stream_that_ends_early_is_not_computed_on(engine: Engine, how: str) -> None:
+    one = AsyncEngine(engine)
+
+    async def read(stream: Any, n: int) -> None:
+        for _ in range(n):
+            await anext(stream)
+
+    async def main() -> None:
+        stream = one.stream(text(1, 8), max_tokens=400, **SAMPLED)
+        await read(stream, 2)
+        (request,) = stream._job.requests
+        if how == "close":
+            await stream.aclose()
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+        elif how == "cancel":
+            task = asyncio.create_task(read(stream, 400))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        elif how == "error":
+            stream._job.requests[0].output.pieces.clear()
+            request.error = RuntimeError("of this request alone")
+            request.n_taken = 0
+            with pytest.raises(RuntimeError, match="of this request alone"):
+                await anext(stream)
+        del stream
+        gc.collect()
+        await until(lambda: request.sequence is None)
+        n_pieces = len(request.output.pieces)
+        await one.generate(text(2, 8), max_tokens=20, **SAMPLED)
+        assert len(request.output.pieces) == n_pieces
+        await until(lambda: one.stepper._thread is None)
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_nobody_reads_pauses_and_no_thread_spins(engine: Engine) -> None:
+    one = AsyncEngine(engine)
+
+    async def main() -> None:
+        stream = one.stream(text(1, 8), max_tokens=100, **SAMPLED)
+        await anext(stream)
+        (request,) = stream._job.requests
+        await until(lambda: request.is_paused and one.stepper._thread is None)
+        rest = [piece.token async for piece in stream]
+        assert len(rest) == 99
+
+    asyncio.run(main())
+
+
+class Held:
+    """A context whose forward of many tokens takes until somebody cancels it."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self.is_held = threading.Event()
+        self.cancelled = threading.Event()
+
+    def forward(self, tokens: list[int], *rest: Any, **options: Any) -> bytes:
+        if len(tokens) < 50:
+            out: bytes = self._context.forward(tokens, *rest, **options)
+            return out
+        self.is_held.set()
+        self.cancelled.wait()
+        raise pyengine.CancelledError("cancelled")
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_cancelling_ends_a_prefill(engine: Engine, streams: bool) -> None:
+    """The forward itself ends: were it not cancelled, this would wait for ever. And the loop goes on meanwhile."""
+    one = AsyncEngine(engine)
+    held = Held(engine.scheduler.context)
+    engine.scheduler.context = held  # type: ignore[assignment]
+
+    async def main() -> None:
+        work: Callable[[], Awaitable[Any]]
+        stream = one.stream(text(1, 300), **SAMPLED)
+        work = (lambda: anext(stream)) if streams else (lambda: one.generate(text(1, 300), **SAMPLED))
+        task = asyncio.ensure_future(work())
+        await until(held.is_held.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(held.cancelled.is_set)
+        assert isinstance(await one.generate(text(1, 8), max_tokens=3, **SAMPLED), Generation)
+
+    asyncio.run(main())
+    engine.scheduler.context = held._context
+
+
+def test_refusals_and_ends(engine: Engine, tiny_model: Path) -> None:
+    one = AsyncEngine(engine)
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match="temprature"):
+            await one.generate("a", temprature=1)
+        with pytest.raises(pyengine.ContextFullError, match="the context holds"):
+            await one.generate([5] * (engine.n_ctx + 1))
+        with pytest.raises(pyengine.ContextFullError, match="the context holds"):
+            await anext(one.stream([5] * (engine.n_ctx + 1)))
+        with pytest.raises(pyengine.InvalidArgumentError, match="one sample"):
+            one.stream("a", n=2, temperature=1)
+        with pytest.raises(pyengine.InvalidArgumentError, match="n_ctx"):
+            AsyncEngine(engine, n_ctx=5)
+        late = await one.generate(text(1, 8), timeout=1e-9)
+        assert isinstance(late, Generation) and late.finish_reason == "timeout"
+        async with AsyncEngine(tiny_model, n_ctx=300) as own:
+            stream = own.stream(text(1, 8), **SAMPLED)
+            await anext(stream)
+        with pytest.raises(pyengine.PyEngineError, match="closed"):
+            async for _ in stream:
+                pass
+        with pytest.raises(pyengine.PyEngineError, match="closed"):
+            await own.generate("a")
+
+    asyncio.run(main())
+
+
+def test_a_step_that_fails_ends_those_who_wait_and_no_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = AsyncEngine(engine)
+
+    def step() -> bool:
+        monkeypatch.undo()
+        raise RuntimeError("in the step")
+
+    async def main() -> None:
+        monkeypatch.setattr(engine.scheduler, "step", step)
+        with pytest.raises(RuntimeError, match="in the step"):
+            await one.generate(text(1, 8), max_tokens=3, **SAMPLED)
+        assert isinstance(await one.generate(text(1, 8), max_tokens=3, **SAMPLED), Generation)
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_gone_takes_its_work_with_it(engine: Engine) -> None:
+    one, kept = AsyncEngine(engine), []
+
+    async def main() -> None:
+        stream = one.stream(text(1, 8), max_tokens=500, **SAMPLED)
+        kept.append(stream)
+        await anext(stream)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main())
+    loop.close()
+    engine.generate(text(2, 8), max_tokens=5, **SAMPLED)
+    kept.clear()
+    gc.collect()

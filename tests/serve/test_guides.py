@@ -1,0 +1,105 @@
+"""Structured output: what comes is what was asked for, and the same whatever runs beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyengine
+from pyengine import Engine, SamplingParams
+
+pytest.importorskip("llguidance", reason="the extra guide is not installed")
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "max_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[Engine]:
+    with Engine(tiny_model) as engine:
+        yield engine
+        assert engine.check_integrity()["n_sequences"] == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_output_is_what_was_asked_for(engine: Engine, seed: int) -> None:
+    def text(**wanted: Any) -> str:
+        result = engine.generate("Once", structured_outputs=wanted, seed=seed, **SAMPLED)
+        assert result.finish_reason == "stop", result
+        return result.text
+
+    person = json.loads(text(json=PERSON))
+    assert set(person) == {"name", "age"} and len(person["name"]) <= 8 and 0 <= person["age"] <= 150
+    assert text(json=json.dumps({"enum": [1, "two", None]})) in ("1", '"two"', "null")
+    assert text(choice=["yes", "no", 'a "quoted" \\ word']) in ("yes", "no", 'a "quoted" \\ word')
+    assert re.fullmatch(r"[a-c]{2,5}-\d+x", text(regex=r"[a-c]{2,5}-[0-9]{1,4}x"))
+    assert re.fullmatch(r"\(*a\)*", text(grammar='start: "a" | "(" start ")"'))
+
+
+def test_any_object_begins_as_one(engine: Engine) -> None:
+    result = engine.generate("Once", structured_outputs={"json_object": True}, seed=1, **SAMPLED)
+    if result.finish_reason == "stop":
+        assert isinstance(json.loads(result.text), dict)
+    assert result.text.startswith("{")
+
+
+def test_guided_outputs_are_the_same_in_a_batch_streamed_and_beside_others(engine: Engine) -> None:
+    options: dict[str, Any] = {"structured_outputs": {"json": PERSON}, "seed": 4, **SAMPLED}
+    alone = [engine.generate(prompt, **options).tokens for prompt in ("a", "bb", "ccc")]
+    free = engine.stream("dddd", temperature=1, seed=1)
+    next(free)
+    assert [result.tokens for result in engine.generate(["a", "bb", "ccc"], **options)] == alone
+    assert [piece.token for piece in engine.stream("bb", **options)] == alone[1]
+    free.close()
+
+
+def test_a_torn_guide_begins_anew(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"structured_outputs": {"json": PERSON}, "seed": 4, **SAMPLED}
+    whole = engine.generate("a", **options)
+    stream = engine.stream("a", **options)
+    tokens = [next(stream).token for _ in range(3)]
+    assert stream.request.guide is not None
+    stream.request.guide._is_torn = True
+    assert tokens + [piece.token for piece in stream] == whole.tokens
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"json": {"type": "no such type"}}, "type"),
+        ({"json": "{"}, "structured_outputs"),
+        ({"json": {"$ref": "#/nowhere"}}, "structured_outputs"),
+        ({"regex": "("}, "structured_outputs"),
+        ({"regex": "(a{1,1000}){1,1000}" * 50}, "structured_outputs"),
+        ({"grammar": "nonsense"}, "structured_outputs"),
+        ({"json": PERSON, "regex": "a"}, "exactly one"),
+        ({}, "exactly one"),
+        ({"jsn": PERSON}, "no field 'jsn'"),
+        ({"choice": []}, "not empty"),
+        ({"choice": ["a", 5]}, "strings"),
+        ({"regex": 5}, "not of its kind"),
+        ({"regex": "a" * 300_000}, "at most"),
+        (5, "must be a StructuredOutputs"),
+    ],
+)
+def test_what_cannot_be_is_refused(engine: Engine, wanted: Any, words: str) -> None:
+    with pytest.raises(pyengine.InvalidArgumentError, match=re.escape(words)):
+        engine.generate("Once", structured_outputs=wanted, **SAMPLED)
+
+
+def test_an_output_without_end_contradicts_itself() -> None:
+    with pytest.raises(pyengine.InvalidArgumentError, match="ignore_eos"):
+        SamplingParams(structured_outputs={"regex": "a"}, ignore_eos=True)
