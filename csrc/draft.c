@@ -146,7 +146,7 @@ static float predict(const pe_drafter *d, const int32_t *recent, size_t n_recent
     return best;
 }
 
-size_t pe_drafter_propose(const pe_drafter *d, size_t most, int32_t *tokens, float *chances) {
+size_t pe_drafter_propose(const pe_drafter *d, size_t most, float least, int32_t *tokens, float *chances) {
     int32_t recent[PE_DRAFT_MAX_ORDER];
     size_t n_recent = d->n_recent, n = 0;
     float all_right = 1.0f;
@@ -154,7 +154,7 @@ size_t pe_drafter_propose(const pe_drafter *d, size_t most, int32_t *tokens, flo
     while (n < most) {
         chances[n] = predict(d, recent, n_recent, &tokens[n]);
         all_right *= chances[n];
-        if (all_right < 0.02f) break;
+        if (chances[n] <= 0.0f || all_right < least) break;
         push(recent, &n_recent, tokens[n++]);
     }
     return n;
@@ -162,8 +162,8 @@ size_t pe_drafter_propose(const pe_drafter *d, size_t most, int32_t *tokens, flo
 
 /* ------------------------------------------------------------------ what a step costs */
 
-/* Before anything is known: the weights are read once, and each row adds a fifteenth of that. */
-static double expected_cost(size_t n_rows) { return 1.0 + 0.067 * (double)(n_rows - 1); }
+/* Before anything is known: the weights are read once, and a row adds a twentieth of that. */
+static double expected_cost(size_t n_rows) { return n_rows == 1 ? 1.0 : 1.15 + 0.05 * (double)(n_rows - 1); }
 
 void pe_step_costs_init(pe_step_costs *costs) {
     memset(costs, 0, sizeof *costs);
@@ -191,6 +191,20 @@ static double cost_of(const pe_step_costs *costs, size_t n_rows, double least) {
     return costs->cost[n_rows] > least ? costs->cost[n_rows] : least;
 }
 
+/* A draft pays if it is expected to be right more often than what its rows add to the cost, by the tokens that this time
+ * gives without a draft; its last guess, the least likely one, at least by as much as the cheapest further row adds. */
+float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows) {
+    if (n_rows < 1 || n_rows >= PE_DRAFT_MAX_ROWS) return 1.0f;
+    double without = costs->cost[n_rows], cheapest = without, cost = without;
+    for (size_t rows = n_rows + 1; rows <= PE_DRAFT_MAX_ROWS; rows++) {
+        cost = cost_of(costs, rows, cost);
+        double each = (cost - without) / (double)(rows - n_rows);
+        cheapest = each < cheapest ? each : cheapest;
+    }
+    double least = cheapest * (double)n_rows / without;
+    return least < 0.01 ? 0.01f : (float)least;
+}
+
 void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
                      const size_t *n_proposed, size_t *n_chosen) {
     for (size_t i = 0; i < n; i++) n_chosen[i] = 0;
@@ -198,7 +212,7 @@ void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const 
     size_t taken[PE_DRAFT_MAX_ROWS] = {0}; /* n <= n_rows */
     float reached[PE_DRAFT_MAX_ROWS];      /* the chance that all that is taken of a proposal is right */
     for (size_t i = 0; i < n; i++) reached[i] = 1.0f;
-    double expected = (double)n_rows, cost = costs->cost[n_rows], best = 1.02 * expected / cost;
+    double expected = (double)n_rows, cost = costs->cost[n_rows], best = 1.04 * expected / cost;
     for (size_t rows = n_rows + 1; rows <= PE_DRAFT_MAX_ROWS; rows++) {
         size_t likeliest = n;
         float chance = 0.0f;

@@ -27,11 +27,12 @@ cdef extern from "draft.h" nogil:
         pe_ngrams *others
         pe_draft_chances *shared
     void pe_drafter_read(pe_drafter *drafter, int32_t token, bint is_output)
-    size_t pe_drafter_propose(const pe_drafter *drafter, size_t most, int32_t *tokens, float *chances)
+    size_t pe_drafter_propose(const pe_drafter *drafter, size_t most, float least, int32_t *tokens, float *chances)
     ctypedef struct pe_step_costs:
         double *cost
     void pe_step_costs_init(pe_step_costs *costs)
     void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds)
+    float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows)
     void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances, const size_t *n_proposed,
                          size_t *n_chosen)
 
@@ -101,7 +102,7 @@ cdef class Drafter:
         """[(token, chance that it is right if those before it are), ...], at most `most` (and MAX_DRAFT) of them."""
         cdef int32_t tokens[PE_DRAFT_MAX]
         cdef float chances[PE_DRAFT_MAX]
-        cdef size_t i, n = pe_drafter_propose(&self.drafter, min(most, PE_DRAFT_MAX), tokens, chances)
+        cdef size_t i, n = pe_drafter_propose(&self.drafter, min(most, PE_DRAFT_MAX), 0.01, tokens, chances)
         return [(tokens[i], chances[i]) for i in range(n)]
 
 
@@ -111,7 +112,9 @@ def plan(Experience experience not None, list drafters not None, list mosts not 
     cdef size_t i, j, n = len(drafters)
     cdef Drafter drafter
     cdef list out = [()] * n
-    if n > n_rows or n_rows >= PE_DRAFT_MAX_ROWS or len(mosts) != <Py_ssize_t>n:
+    cdef Py_ssize_t most
+    cdef float least = pe_draft_least_chance(&experience.costs, n_rows)
+    if n == 0 or n > n_rows or n_rows >= PE_DRAFT_MAX_ROWS or len(mosts) != <Py_ssize_t>n:
         return out
     cdef int32_t *tokens = <int32_t *>malloc(n * PE_DRAFT_MAX * sizeof(int32_t))
     cdef float *chances = <float *>malloc(n * PE_DRAFT_MAX * sizeof(float))
@@ -122,7 +125,8 @@ def plan(Experience experience not None, list drafters not None, list mosts not 
             raise OutOfMemoryError(f"no memory for {n} drafts")
         for i in range(n):
             drafter = drafters[i]
-            n_proposed[i] = pe_drafter_propose(&drafter.drafter, max(0, min(<object>mosts[i], PE_DRAFT_MAX)),
+            most = mosts[i]
+            n_proposed[i] = pe_drafter_propose(&drafter.drafter, max(0, min(most, PE_DRAFT_MAX)), least,
                                                tokens + i * PE_DRAFT_MAX, chances + i * PE_DRAFT_MAX)
         pe_draft_choose(&experience.costs, n_rows, n, chances, n_proposed, n_chosen)
         for i in range(n):

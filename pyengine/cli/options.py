@@ -162,6 +162,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--ignore-eos", action="store_true", default=None, help="go on after the model's end of text")
     add("--timeout", type=float, metavar="S", help="end after S seconds, with what there is")
     add(
+        "--speculative",
+        type=speculative,
+        metavar="MODE",
+        help="guess tokens ahead, which changes no byte: auto (default), off, or at most so many a step",
+    )
+    add(
         "-e",
         "--escape",
         action="store_true",
@@ -171,10 +177,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 _SAMPLING = (
     "max_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "stop", "ignore_eos", "timeout",
+    "frequency_penalty", "stop", "ignore_eos", "timeout", "speculative",
 )  # fmt: skip
 
 # -------------------------------------------------------------------- understood
+
+
+def speculative(text: str) -> Any:
+    """ "auto", "off" or a number, as SamplingParams takes it."""
+    return {"max_draft": int(text)} if text.isascii() and text.isdigit() else text
 
 
 def unescape(text: str) -> str:

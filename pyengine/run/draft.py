@@ -7,14 +7,14 @@ that is decided here decides about time alone, and may follow the clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pyengine.errors import OutOfMemoryError
+from pyengine.run.request import GenerationRequest, Request
 
 if TYPE_CHECKING:
     from pyengine._draft import Drafter, Ngrams
-    from pyengine.run.request import GenerationRequest
 
 # The n-grams of earlier outputs: those of so many tokens, under so many salts. At most 8 MB each.
 STORE_TOKENS = 1 << 15
@@ -34,34 +34,35 @@ class Speculation:
         self._plan = _draft.plan
         self._stores: dict[bytes, Ngrams] = {}
 
-    def plan(self, requests: Sequence[GenerationRequest], n_rows: int) -> list[tuple[int, ...]]:
-        """A draft, maybe empty, for each of the requests, that decode in a step of n_rows rows."""
-        drafts: list[tuple[int, ...]] = [()] * len(requests)
-        chosen = [i for i, request in enumerate(requests) if request.max_draft > 0]
-        if not chosen or n_rows >= self.max_rows:
-            return drafts
+    def plan(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
+        """{number of a request: its draft} for requests that decode in a step of n_rows rows without drafts."""
+        if n_rows >= self.max_rows:
+            return {}
+        chosen = [one for one in requests if isinstance(one, GenerationRequest) and one.max_draft > 0]
         try:
-            drafters = [self._drafter(requests[i]) for i in chosen]
+            drafters = [self._drafter(request) for request in chosen]
         except OutOfMemoryError:
-            return drafts
-        planned = self._plan(self.experience, drafters, [requests[i].max_draft for i in chosen], n_rows)
-        for i, draft in zip(chosen, planned, strict=True):
-            if draft:
-                drafts[i] = until_end(draft, requests[i].output.ends)
-        return drafts
+            return {}
+        drafts = self._plan(self.experience, drafters, [request.max_draft for request in chosen], n_rows)
+        return {
+            request.number: until_end(draft, request.output.ends)
+            for request, draft in zip(chosen, drafts, strict=True)
+            if draft
+        }
 
     def note_step(self, n_rows: int, seconds: float) -> None:
         """A step of n_rows rows, with logits each, took so long."""
         self.experience.note_step(n_rows, seconds)
 
     def _drafter(self, request: GenerationRequest) -> Drafter:
+        """The request's, which has read all that is known of its text."""
         drafter = request.drafter
         if drafter is None:
             from pyengine._draft import Drafter
 
-            store = self._store(request.salt) if request.params.speculative.store else None
-            n_tokens = len(request.prompt) + OUTPUT_TOKENS
-            drafter = request.drafter = Drafter(self.experience, request.prompt, store, n_tokens=n_tokens)
+            prompt, options = request.prompt, request.params.speculative
+            store = self._store(request.salt) if options.store else None
+            drafter = request.drafter = Drafter(self.experience, prompt, store, n_tokens=len(prompt) + OUTPUT_TOKENS)
         drafter.read(request.sampler.outputs)
         return drafter
 

@@ -155,26 +155,19 @@ class Scheduler:
             self._admit(waiting, [request for request in requests if request.sequence is not None])
         running = [(request, self._begin(request)) for request in requests if request.sequence is not None]
         running = [(request, begin) for request, begin in running if not request.is_paused]
-        decodes = [grant(request, begin, begin + 1) for request, begin in running if request.n_tokens - begin == 1]
-        budget = BUDGET_BESIDE_STREAMS if any(one.request.interactive for one in decodes) else BUDGET
-        prefills = []
+        decoding = [(request, begin) for request, begin in running if request.n_tokens - begin == 1]
+        budget = BUDGET_BESIDE_STREAMS if any(request.interactive for request, _ in decoding) else BUDGET
+        prefills, n_rows = [], len(decoding)
         for request, begin in running:
             n = min(request.n_tokens - begin, request.max_grant(begin), budget)
             if n > 0 and request.n_tokens - begin > 1:
                 prefills.append(grant(request, begin, begin + n))
                 budget -= n
-        return self._with_drafts(decodes, sum(len(one.wants) for one in prefills)) + prefills
-
-    def _with_drafts(self, decodes: list[Grant], n_beside: int) -> list[Grant]:
-        """Grants of single tokens with guesses behind them, in a step with n_beside rows of others."""
-        if self._is_full:  # of pages: guesses must not take what others need
-            return decodes
-        grants = [one for one in decodes if isinstance(one.request, GenerationRequest)]
-        drafts = self.speculation.plan([one.request for one in grants], len(decodes) + n_beside)  # type: ignore[misc]
-        by_request = {id(one.request): draft for one, draft in zip(grants, drafts, strict=True) if draft}
-        if not by_request:
-            return decodes
-        return [grant(one.request, one.begin, one.end, by_request.get(id(one.request), ())) for one in decodes]
+                n_rows += n
+        # If pages have run out, guesses must not take what others need.
+        drafts = {} if self._is_full else self.speculation.plan([request for request, _ in decoding], n_rows)
+        decodes = [grant(request, begin, begin + 1, drafts.get(request.number, ())) for request, begin in decoding]
+        return decodes + prefills
 
     @staticmethod
     def _begin(request: Request) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pyengine import Engine
-from pyengine.run.request import GenerationRequest
+from pyengine.run.request import GenerationRequest, Request
 
 # Of a text that goes on with `truth`, a draft of at most `most` tokens.
 Draft = Callable[[list[int], int], Sequence[int]]
@@ -19,8 +19,8 @@ class Scripted:
         self.texts = texts
         self.draft = draft
 
-    def plan(self, requests: Sequence[GenerationRequest], n_rows: int) -> list[tuple[int, ...]]:
-        return [self._draft(request) for request in requests]
+    def plan(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
+        return {one.number: self._draft(one) for one in requests if isinstance(one, GenerationRequest)}
 
     def _draft(self, request: GenerationRequest) -> tuple[int, ...]:
         text = self.texts.get((tuple(request.prompt), request.sampler.sample_index), [])

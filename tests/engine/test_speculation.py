@@ -187,7 +187,7 @@ def test_wrong_drafts_are_found_by_no_later_prompt(tiny_model: Path, plain: Engi
     with Engine(tiny_model) as engine:
         script(engine, texts_of(prompt, expected), lambda truth, most: [truth[0], *guesses][:most])
         engine.generate(prompt, **options)
-        engine._scheduler.speculation.plan = lambda requests, n_rows: [tuple(guesses)] * len(requests)  # type: ignore[method-assign]
+        engine._scheduler.speculation.plan = lambda requests, n_rows: {one.number: tuple(guesses) for one in requests}  # type: ignore[method-assign]
         engine.generate(prompt, **options)
         found = engine.context.match_length([*prompt, *guesses])
         assert found == 250 + (expected[0].tokens[0] == guesses[0])
@@ -205,7 +205,7 @@ def test_guesses_give_way_when_pages_run_out(tiny_model: Path, plain: Engine) ->
     with Engine(tiny_model, speculative="off") as engine:
         engine.context.set_max_pages(2)
         script(engine, texts, lambda truth, most: [9] * 20)
-        engine._scheduler.speculation.plan = lambda requests, n_rows: [(9,) * 20 for _ in requests]  # type: ignore[method-assign]
+        engine._scheduler.speculation.plan = lambda requests, n_rows: {one.number: (9,) * 20 for one in requests}  # type: ignore[method-assign]
         engine._scheduler.context = counter = Counter(engine.context)  # type: ignore[assignment]
         assert [said(r) for r in engine.generate(prompts, **options)] == [said(r) for r in expected]
         # the prompts, one try with guesses that cannot be had, and then a token each
