@@ -4,10 +4,11 @@
 
 --questions: Spec-Bench's questions (github.com/hemingkx/Spec-Bench), of which the first --per-category of each category are
 asked; without it only the rewriting tasks run, which are made of this package's own sources: a function, and one name in it
-to be changed. A ratio is the time of plain decoding over the time with guesses, both from the first token to the last, for
-the same bytes, which is checked. Each prompt runs once with guesses, in an engine that has seen only the prompts before it.
+to be changed. A ratio is the time of plain decoding over the time with guesses, both after the prompt was computed, for the
+same bytes, which is checked. Each prompt runs once with guesses, in an engine that has seen only the prompts before it.
 Rows with several sequences ask that many questions in one call. What counts is the ratio of the sums, and beside it the
-median of the ratios, which a busy neighbour moves less.
+median of the ratios, which a busy neighbour moves less. --cpu-time is for a busy machine: one thread, and the time that it
+had a CPU, also for what the engine measures of its own steps.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pyengine
 from pyengine import Engine
 from pyengine.results import Generation
+from pyengine.run import scheduler
 
 MAX_PROMPT = 1500
 
@@ -41,13 +45,13 @@ class Row:
     n_drafted: int = 0
     n_accepted: int = 0
 
-    def add(self, plain: Sequence[Generation], guessed: Sequence[Generation]) -> None:
-        assert [result.tokens for result in plain] == [result.tokens for result in guessed], "the output differs"
-        self.plain.append(decode_seconds(plain))
-        self.guessed.append(decode_seconds(guessed))
-        self.n_tokens += sum(len(result.tokens) for result in guessed)
-        self.n_drafted += sum(result.timings.drafted_tokens for result in guessed)
-        self.n_accepted += sum(result.timings.accepted_tokens for result in guessed)
+    def add(self, plain: Timed, guessed: Timed) -> None:
+        assert [r.tokens for r in plain.results] == [r.tokens for r in guessed.results], "the output differs"
+        self.plain.append(plain.seconds)
+        self.guessed.append(guessed.seconds)
+        self.n_tokens += sum(len(result.tokens) for result in guessed.results)
+        self.n_drafted += sum(result.timings.drafted_tokens for result in guessed.results)
+        self.n_accepted += sum(result.timings.accepted_tokens for result in guessed.results)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -61,9 +65,17 @@ class Row:
         }
 
 
-def decode_seconds(results: Sequence[Generation]) -> float:
-    """From the moment when all have their first token to the last token of the last one."""
-    return max(result.timings.total for result in results) - max(r.timings.time_to_first_token for r in results)
+class Timed(NamedTuple):
+    results: list[Generation]
+    seconds: float
+
+
+def generate(engine: Engine, prompts: list[list[int]], clock: Callable[[], float], **options: Any) -> Timed:
+    """What comes after the prompts, which are computed before the clock runs."""
+    engine.generate(prompts, **{**options, "max_tokens": 1, "speculative": "off"})
+    began = clock()
+    results = engine.generate(prompts, **options)
+    return Timed(results, clock() - began)
 
 
 # ------------------------------------------------------------------ prompts
@@ -107,42 +119,32 @@ def rewriting(engine: Engine, n: int) -> list[list[int]]:
 # ------------------------------------------------------------------ runs
 
 
-def run_pairs(path: Path, prompts: dict[str, list[list[int]]], args: argparse.Namespace, **options: Any) -> dict[str, Row]:
-    """One prompt after the other, categories in turn; plain first, then guessed first."""
+def run_pairs(
+    path: Path, work: Iterable[tuple[str, list[list[int]]]], args: argparse.Namespace, **options: Any
+) -> dict[str, Row]:
+    """Each (row, prompts of one call) of the work: plain first, then the next one guessed first, and so on."""
     rows: dict[str, Row] = defaultdict(Row)
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     with (
         Engine(path, n_threads=args.threads, speculative="off") as plain,
         Engine(path, n_threads=args.threads) as guessing,
     ):
-        order = [(name, ids) for i in range(args.per_category) for name, all_ids in prompts.items() for ids in all_ids[i : i + 1]]
-        for number, (name, ids) in enumerate(order):
-            pair: dict[bool, Generation] = {}
+        for number, (name, prompts) in enumerate(work):
+            pair: dict[bool, Timed] = {}
             for guesses in (False, True) if number % 2 == 0 else (True, False):
                 engine = guessing if guesses else plain
-                pair[guesses] = engine.generate(ids, max_tokens=args.n_tokens, seed=1, **options)
-            if len(pair[False].tokens) > 1:
-                rows[name].add([pair[False]], [pair[True]])
-                rows["overall"].add([pair[False]], [pair[True]])
+                pair[guesses] = generate(engine, prompts, clock, max_tokens=args.n_tokens, seed=1, **options)
+            for row in (name, "overall"):
+                rows[row].add(pair[False], pair[True])
             if args.verbose:
-                print(name, len(pair[False].tokens), f"{rows['overall'].to_dict()['ratio']:.3f}", file=sys.stderr)
+                print(name, rows["overall"].to_dict(), file=sys.stderr)
     return rows
 
 
-def run_batches(path: Path, prompts: list[list[int]], size: int, args: argparse.Namespace) -> Row:
-    """Batches of `size` prompts."""
-    row = Row()
-    with (
-        Engine(path, n_threads=args.threads, speculative="off") as plain,
-        Engine(path, n_threads=args.threads) as guessing,
-    ):
-        batches = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
-        for number, batch in enumerate(batches[: args.batches]):
-            pair: dict[bool, list[Generation]] = {}
-            for guesses in (False, True) if number % 2 == 0 else (True, False):
-                engine = guessing if guesses else plain
-                pair[guesses] = engine.generate(batch, max_tokens=args.n_tokens, temperature=0, seed=1)
-            row.add(pair[False], pair[True])
-    return row
+def in_turn(prompts: dict[str, list[list[int]]]) -> list[tuple[str, list[list[int]]]]:
+    """One call a prompt, the categories in turn."""
+    longest = max(map(len, prompts.values()), default=0)
+    return [(name, [ids]) for i in range(longest) for name, all_ids in prompts.items() for ids in all_ids[i : i + 1]]
 
 
 def main() -> None:
@@ -155,10 +157,14 @@ def main() -> None:
     add("--n-tokens", type=int, default=96)
     add("--batches", type=int, default=2)
     add("--threads", type=int, default=2)
+    add("--cpu-time", action="store_true", help="one thread, CPU time")
     add("--out", type=Path, help="JSON")
     add("--verbose", action="store_true")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
+    if args.cpu_time:
+        args.threads = 1
+        scheduler.time = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)  # type: ignore[assignment]
 
     def note(name: str, row: Row) -> None:
         if row.plain:
@@ -169,16 +175,16 @@ def main() -> None:
     with Engine(args.model, n_threads=args.threads) as engine:
         questions = spec_bench(engine, args.questions, args.per_category) if args.questions else {}
         tasks = rewriting(engine, args.rewriting)
+    questions_in_turn = in_turn(questions)
     for label, options in (("greedy", {"temperature": 0}), ("temperature 0.7", {"temperature": 0.7})):
-        for name, row in run_pairs(args.model, questions, args, **options).items():
+        for name, row in run_pairs(args.model, questions_in_turn, args, **options).items():
             note(f"{name}, {label}", row)
-    per_category, args.per_category = args.per_category, args.rewriting
-    if tasks:
-        note("rewriting, greedy", run_pairs(args.model, {"rewriting": tasks}, args, temperature=0)["rewriting"])
-    args.per_category = per_category
-    mixed = [ids for i in range(per_category) for all_ids in questions.values() for ids in all_ids[i : i + 1]] or tasks
+    note("rewriting, greedy", run_pairs(args.model, in_turn({"rewriting": tasks}), args, temperature=0)["overall"])
+    mixed = [prompts[0] for _, prompts in questions_in_turn] or tasks
     for size in (8, 32):
-        note(f"{size} sequences together, greedy", run_batches(args.model, mixed, size, args))
+        batches = [mixed[i : i + size] for i in range(0, len(mixed) - size + 1, size)][: args.batches]
+        together = run_pairs(args.model, [("", batch) for batch in batches], args, temperature=0)
+        note(f"{size} sequences together, greedy", together["overall"])
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
