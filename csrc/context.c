@@ -132,10 +132,15 @@ pe_status pe_sequence_truncate(pe_context *c, int32_t sequence, size_t n_tokens,
     return pe_kv_truncate(c->kv, sequence, n_tokens, err);
 }
 
+pe_status pe_sequence_accept(pe_context *c, int32_t sequence, const int32_t *tokens, size_t n, size_t *n_accepted,
+                             char *err) {
+    return pe_kv_accept(c->kv, sequence, tokens, n, n_accepted, err);
+}
+
 pe_status pe_sequence_drop(pe_context *c, int32_t sequence, char *err) { return pe_kv_drop(c->kv, sequence, err); }
 
 pe_status pe_sequence_length(const pe_context *c, int32_t sequence, size_t *out, char *err) {
-    *out = pe_kv_length(c->kv, sequence);
-    if (*out != SIZE_MAX) return PE_OK;
+    *out = pe_kv_tokens(c->kv, sequence, NULL, 0);
+    if (pe_kv_length(c->kv, sequence) != SIZE_MAX) return PE_OK;
     return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)sequence);
 }

@@ -88,6 +88,17 @@ static void compute_results(pe_context *c, const uint8_t *wants) {
 
 /* ------------------------------------------------------------------ the call */
 
+/* Behind a drafted row nothing may be true: the next row of its sequence, if there is one, is drafted too. */
+static bool drafts_are_last(const pe_batch *batch) {
+    for (size_t i = 0; i < batch->n_tokens; i++) {
+        size_t next = i + 1;
+        if (!batch->drafted[i]) continue;
+        while (next < batch->n_tokens && batch->sequences[next] != batch->sequences[i]) next++;
+        if (next < batch->n_tokens && !batch->drafted[next]) return false;
+    }
+    return true;
+}
+
 static pe_status check_batch(const pe_context *c, const pe_batch *batch, char *err) {
     if (batch->n_tokens == 0) return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "the batch is empty");
     for (size_t i = 0; i < batch->n_tokens; i++) {
@@ -99,6 +110,8 @@ static pe_status check_batch(const pe_context *c, const pe_batch *batch, char *e
         if (batch->wants[i] & ~(PE_WANT_LOGITS | PE_WANT_HIDDEN))
             return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "row %zu wants %u, which is not known", i, batch->wants[i]);
     }
+    if (batch->drafted != NULL && !drafts_are_last(batch))
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "a sequence's drafted rows come before others of its rows");
     return PE_OK;
 }
 
@@ -168,13 +181,16 @@ static pe_status run_batch(pe_context *c, const pe_batch *batch, char *err) {
     return PE_OK;
 }
 
-/* All or nothing, for each sequence: its new positions get their tokens, or are given back. */
+/* All or nothing, for each sequence: its new positions get their tokens (drafted ones for the time being), or are given
+ * back. */
 static void settle(pe_context *c, const pe_batch *batch, pe_status status) {
     for (size_t i = 0; i < batch->n_tokens; i++) {
-        if (status == PE_OK && (batch->failed == NULL || !batch->failed[i])) {
-            pe_kv_commit(c->kv, batch->sequences[i], batch->tokens[i]);
-        } else {
+        if (status != PE_OK || (batch->failed != NULL && batch->failed[i])) {
             pe_kv_rollback(c->kv, batch->sequences[i]);
+        } else if (batch->drafted != NULL && batch->drafted[i]) {
+            pe_kv_draft(c->kv, batch->sequences[i], batch->tokens[i]);
+        } else {
+            pe_kv_commit(c->kv, batch->sequences[i], batch->tokens[i]);
         }
     }
     if (status == PE_OK) return;
@@ -185,6 +201,7 @@ static void settle(pe_context *c, const pe_batch *batch, pe_status status) {
 pe_status pe_forward(pe_context *c, const pe_batch *batch, char *err) {
     c->logits.n = c->hidden.n = 0; /* a batch that is refused has none either */
     if (batch->failed != NULL) memset(batch->failed, 0, batch->n_tokens);
+    pe_kv_forget_drafts(c->kv);
     pe_status status = check_batch(c, batch, err);
     if (status == PE_OK) status = reserve_results(c, batch, err);
     if (status != PE_OK) return status;

@@ -16,6 +16,7 @@ typedef struct sequence {
     uint8_t salt[PE_SALT_BYTES];
     size_t length;    /* positions present */
     size_t committed; /* of these, how many have their tokens in the pages */
+    size_t n_drafted; /* behind the committed ones: their tokens stand in the pages too, but count for nobody */
     size_t n_pages, capacity;
     pe_page **pages; /* (n_pages of capacity); pages[i]->parent is pages[i - 1] where both are in the tree */
 } sequence;
@@ -58,6 +59,7 @@ static void shrink(pe_kv_cache *cache, sequence *s, size_t n_tokens) {
     size_t n_pages = pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK;
     while (s->n_pages > n_pages) pe_page_release(&cache->pages, s->pages[--s->n_pages]);
     s->length = n_tokens;
+    s->n_drafted = 0;
     if (s->committed > n_tokens) s->committed = n_tokens;
 }
 
@@ -132,7 +134,7 @@ static pe_status sequence_new(pe_kv_cache *cache, bool keep, const uint8_t *salt
     s->keep = keep;
     memset(s->salt, 0, PE_SALT_BYTES);
     if (salt != NULL) memcpy(s->salt, salt, PE_SALT_BYTES);
-    s->length = s->committed = 0;
+    s->length = s->committed = s->n_drafted = 0;
     *out = (int32_t)id;
     return PE_OK;
 }
@@ -154,9 +156,9 @@ size_t pe_kv_tokens(const pe_kv_cache *cache, int32_t id, int32_t *out, size_t c
 pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t id, size_t n_tokens, char *err) {
     sequence *s = find(cache, id);
     if (s == NULL) return no_such_sequence(id, err);
-    if (n_tokens > s->length)
-        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "cannot truncate sequence %d of %zu tokens to %zu", (int)id, s->length,
-                       n_tokens);
+    if (n_tokens > s->committed)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "cannot truncate sequence %d of %zu tokens to %zu", (int)id,
+                       s->committed, n_tokens);
     shrink(cache, s, n_tokens);
     /* What this sequence took back nobody will ask for: the next token may be written over it without a copy. */
     pe_page *last = s->n_pages > 0 ? s->pages[s->n_pages - 1] : NULL;
@@ -209,9 +211,9 @@ static pe_status share(pe_kv_cache *cache, pe_page *const *pages, size_t n_token
 pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_t *out, char *err) {
     const sequence *from = find(cache, source);
     if (from == NULL) return no_such_sequence(source, err);
-    if (n_tokens > from->length)
+    if (n_tokens > from->committed)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "cannot fork %zu tokens of sequence %d, it has %zu", n_tokens,
-                       (int)source, from->length);
+                       (int)source, from->committed);
     uint8_t salt[PE_SALT_BYTES];
     memcpy(salt, from->salt, sizeof salt);
     return share(cache, from->pages, n_tokens, from->keep, salt, out, err); /* the table may move, its arrays do not */
@@ -318,6 +320,35 @@ void pe_kv_rollback(pe_kv_cache *cache, int32_t id) {
     if (s != NULL) shrink(cache, s, s->committed);
 }
 
+/* ------------------------------------------------------------------ drafts */
+
+static int32_t *token_at(const sequence *s, size_t position) {
+    return &s->pages[position / PE_CHUNK]->tokens[position % PE_CHUNK];
+}
+
+void pe_kv_draft(pe_kv_cache *cache, int32_t id, int32_t token) {
+    sequence *s = find(cache, id);
+    *token_at(s, s->committed + s->n_drafted++) = token;
+}
+
+pe_status pe_kv_accept(pe_kv_cache *cache, int32_t id, const int32_t *tokens, size_t n, size_t *n_accepted,
+                       char *err) {
+    sequence *s = find(cache, id);
+    *n_accepted = 0;
+    if (s == NULL) return no_such_sequence(id, err);
+    for (; *n_accepted < n && s->n_drafted > 0 && *token_at(s, s->committed) == tokens[*n_accepted]; ++*n_accepted) {
+        pe_kv_commit(cache, id, tokens[*n_accepted]);
+        s->n_drafted--;
+    }
+    shrink(cache, s, s->committed);
+    return PE_OK;
+}
+
+void pe_kv_forget_drafts(pe_kv_cache *cache) {
+    for (size_t i = 0; i < cache->n_sequences; i++)
+        if (cache->sequences[i].n_drafted > 0) shrink(cache, &cache->sequences[i], cache->sequences[i].committed);
+}
+
 /* ------------------------------------------------------------------ check */
 
 static pe_status broken(char *err, const char *what) {
@@ -325,10 +356,11 @@ static pe_status broken(char *err, const char *what) {
 }
 
 static pe_status check_sequence(const sequence *s, char *err) {
-    if (s->length != s->committed) return broken(err, "a sequence holds uncommitted positions");
+    if (s->length != s->committed + s->n_drafted) return broken(err, "a sequence holds positions without tokens");
     if (s->n_pages != pe_pad(s->length, PE_CHUNK) / PE_CHUNK) return broken(err, "a sequence has too many pages");
     for (size_t i = 0; i < s->n_pages; i++) {
-        size_t here = i + 1 < s->n_pages ? PE_CHUNK : s->length - i * PE_CHUNK;
+        size_t begin = i * PE_CHUNK, left = s->committed > begin ? s->committed - begin : 0;
+        size_t here = left < PE_CHUNK ? left : PE_CHUNK;
         if (s->pages[i]->n_tokens < here) return broken(err, "a page lacks tokens of its sequence");
         if (i > 0 && s->pages[i]->parent != NULL && s->pages[i]->parent != s->pages[i - 1])
             return broken(err, "a page hangs below another page than its sequence's");

@@ -4,8 +4,9 @@
  *     page: layer (n_layers) x kv head (n_kv_heads) x chunk      chunk: k, k_scales, v, v_scales as pe_kv_chunk (kernels.h)
  *
  * The cache alone knows which tokens a sequence holds. A forward extends a sequence, writes keys and values, and then
- * commits the tokens, or rolls back: in between nobody else sees the new positions. A page that others share, or that the
- * tree remembers with more tokens than the sequence holds, is copied before it is written. */
+ * commits the tokens, or rolls back: in between nobody else sees the new positions. Drafted tokens, guesses at what comes
+ * next, stay uncommitted behind those: accepted one by one as they come true, forgotten with the next forward. A page that
+ * others share, or that the tree remembers with more tokens than the sequence holds, is copied before it is written. */
 #ifndef PE_KV_CACHE_H
 #define PE_KV_CACHE_H
 
@@ -37,6 +38,10 @@ size_t pe_kv_match_length(pe_kv_cache *cache, const int32_t *tokens, size_t n, c
 pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_t *out, char *err);
 pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t sequence, size_t n_tokens, char *err);
 pe_status pe_kv_drop(pe_kv_cache *cache, int32_t sequence, char *err);
+/* The first drafted positions that hold `tokens` (n), one after the other, are the sequence's now: *n_accepted. The others
+ * are given back. */
+pe_status pe_kv_accept(pe_kv_cache *cache, int32_t sequence, const int32_t *tokens, size_t n, size_t *n_accepted,
+                       char *err);
 /* Positions present, uncommitted ones included; SIZE_MAX if there is no such sequence. */
 size_t pe_kv_length(const pe_kv_cache *cache, int32_t sequence);
 /* Copies at most `capacity` of the committed tokens; their number. */
@@ -49,8 +54,13 @@ size_t pe_kv_tokens(const pe_kv_cache *cache, int32_t sequence, int32_t *out, si
 pe_status pe_kv_extend(pe_kv_cache *cache, int32_t sequence, size_t n_more, char *err);
 /* The first uncommitted position holds `token` now: its keys and values are written. */
 void pe_kv_commit(pe_kv_cache *cache, int32_t sequence, int32_t token);
+/* The first uncommitted position that is not drafted yet holds `token` now, as a guess. All before it are committed, or
+ * drafted. */
+void pe_kv_draft(pe_kv_cache *cache, int32_t sequence, int32_t token);
 /* Give uncommitted positions back. */
 void pe_kv_rollback(pe_kv_cache *cache, int32_t sequence);
+/* Give the drafted positions of every sequence back. */
+void pe_kv_forget_drafts(pe_kv_cache *cache);
 
 /* One chunk (page) of a live sequence; page < pages that cover its length. */
 pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer, uint32_t kv_head);

@@ -158,7 +158,12 @@ size_t pe_sequence_match_length(pe_context *context, const int32_t *tokens, size
 pe_status pe_sequence_fork(pe_context *context, int32_t source, size_t n_tokens, int32_t *out, char *err);
 pe_status pe_sequence_truncate(pe_context *context, int32_t sequence, size_t n_tokens, char *err);
 pe_status pe_sequence_drop(pe_context *context, int32_t sequence, char *err);
+/* Drafted tokens (pe_batch.drafted) do not count. */
 pe_status pe_sequence_length(const pe_context *context, int32_t sequence, size_t *out, char *err);
+/* Of the tokens that the last forward drafted for this sequence, the first ones that equal `tokens` (n), what really
+ * comes after the sequence's own: *n_accepted of them are the sequence's from now on, and the others are forgotten. */
+pe_status pe_sequence_accept(pe_context *context, int32_t sequence, const int32_t *tokens, size_t n, size_t *n_accepted,
+                             char *err);
 /* Copies at most `capacity` of the tokens that a sequence holds; returns how many it holds. */
 size_t pe_sequence_tokens(const pe_context *context, int32_t sequence, int32_t *out, size_t capacity);
 
@@ -178,6 +183,7 @@ typedef struct pe_batch {
     const int32_t *tokens;    /* (n_tokens) ids */
     const int32_t *sequences; /* (n_tokens) row i is appended to sequence[i], at that sequence's next position */
     const uint8_t *wants;     /* (n_tokens) PE_WANT_* bits of each row */
+    const uint8_t *drafted;   /* (n_tokens) or NULL: 1 = this token is a guess, see pe_forward */
     uint8_t *failed;          /* (n_tokens) or NULL: see pe_forward */
     pe_poll_fn poll;          /* may be NULL */
     void *poll_user;
@@ -192,7 +198,11 @@ typedef struct pe_batch {
  * infinity or NaN in a row is an error, PE_ERR_NOT_FINITE, unless `failed` is given: then the call succeeds, failed[i]
  * is 1 for the rows of every sequence in which one appeared, else 0; those sequences have not changed, their results
  * mean nothing, and all others have their tokens and the very bits that they would have had without such neighbours.
- * After an error, `failed` is all 0. */
+ * After an error, `failed` is all 0.
+ *
+ * A drafted row is computed like any other, but its token does not become the sequence's: it is forgotten by the next
+ * forward, or by whatever else changes the sequence, unless pe_sequence_accept says that it came true. Rows of a sequence
+ * that are not drafted come before those that are. */
 pe_status pe_forward(pe_context *context, const pe_batch *batch, char *err);
 /* Set *cancel so that a forward that was given it ends with PE_ERR_CANCELLED. Callable at any time from any thread. */
 void pe_request_cancel(int *cancel);

@@ -218,6 +218,17 @@ cdef class Sequence:
         self.context.check_idle()
         check(pe_sequence_truncate(self.context.context, self.open_id(), n_tokens, err), err)
 
+    def accept(self, tokens) -> int:
+        """What really comes after its tokens: the first drafts of the last forward that equal these are its tokens now, the
+        others are forgotten. How many came true."""
+        cdef char[PE_ERR_LEN] err
+        cdef const int32_t[::1] view = array("i", tokens)
+        cdef size_t n = view.shape[0], n_accepted = 0
+        err[0] = 0
+        self.context.check_idle()
+        check(pe_sequence_accept(self.context.context, self.open_id(), &view[0] if n else NULL, n, &n_accepted, err), err)
+        return n_accepted
+
     def fork(self, size_t n_tokens) -> Sequence:
         """A new sequence that shares the first n_tokens."""
         cdef char[PE_ERR_LEN] err
@@ -434,11 +445,12 @@ cdef class Context:
         """End the forward that runs in another thread, or the next one: it raises CancelledError there."""
         pe_request_cancel(&self.cancelled)
 
-    def forward(self, tokens, sequences, wants, *, deadline=None) -> bytes:
+    def forward(self, tokens, sequences, wants, *, drafted=None, deadline=None) -> bytes:
         """Append tokens[i] to sequences[i], in order, and compute what wants[i] asks for: 1 logits, 2 the final hidden
         state, 3 both.
 
-        deadline: time.monotonic() at which to give up. Returns b"", or, if an infinity or NaN appeared, a byte a row, non-zero for
+        drafted: None, or a byte a row: 1 = the token is a guess, which is computed but becomes the sequence's only by
+        `Sequence.accept` before the next forward. deadline: time.monotonic() at which to give up. Returns b"", or, if an infinity or NaN appeared, a byte a row, non-zero for
         the rows of sequences in which it did: these have not changed, and their logits are anything. On any error
         (CancelledError, ContextFullError, KeyboardInterrupt, …) no sequence has changed.
         """
@@ -448,11 +460,11 @@ cdef class Context:
         cdef Py_ssize_t i, n
         cdef Sequence sequence
         cdef const int32_t[::1] token_view = array("i", tokens)
-        cdef const uint8_t[::1] want_view = bytes(wants)
+        cdef const uint8_t[::1] want_view = bytes(wants), drafted_view = None if drafted is None else bytes(drafted)
         cdef list rows = list(sequences)
         n = token_view.shape[0]
-        if not (n == len(rows) == want_view.shape[0]):
-            raise ValueError("tokens, sequences and wants differ in length")
+        if not (n == len(rows) == want_view.shape[0] and (drafted is None or n == drafted_view.shape[0])):
+            raise ValueError("tokens, sequences, wants and drafted differ in length")
         if n == 0:
             raise ValueError("tokens is empty")
         self.check_idle()
@@ -467,6 +479,7 @@ cdef class Context:
             ids[i] = sequence.id
         batch.n_tokens = n
         batch.tokens, batch.sequences, batch.wants = &token_view[0], &ids[0], &want_view[0]
+        batch.drafted = NULL if drafted is None else &drafted_view[0]
         failed = bytearray(n)
         failed_view = failed
         batch.failed, batch.cancel = &failed_view[0], &self.cancelled

@@ -75,6 +75,8 @@ cdef extern from "pyengine.h" nogil:
     pe_status pe_sequence_fork(pe_context *context, int32_t source, size_t n_tokens, int32_t *out, char *err)
     pe_status pe_sequence_truncate(pe_context *context, int32_t sequence, size_t n_tokens, char *err)
     pe_status pe_sequence_drop(pe_context *context, int32_t sequence, char *err)
+    pe_status pe_sequence_accept(pe_context *context, int32_t sequence, const int32_t *tokens, size_t n,
+                                 size_t *n_accepted, char *err)
     pe_status pe_sequence_length(const pe_context *context, int32_t sequence, size_t *out, char *err)
 
     ctypedef int (*pe_poll_fn)(void *user) noexcept
@@ -85,6 +87,7 @@ cdef extern from "pyengine.h" nogil:
         const int32_t *tokens
         const int32_t *sequences
         const uint8_t *wants
+        const uint8_t *drafted
         uint8_t *failed
         pe_poll_fn poll
         void *poll_user

@@ -9,6 +9,7 @@ from pyengine.sampling import ResolvedParams
 MAX_TOP_LOGPROBS: int
 
 class Sampler:
+    sample_index: int
     outputs: list[int]
     logprobs: list[tuple[int, float, tuple[tuple[int, float], ...]] | None] | None
     def __init__(
@@ -27,6 +28,7 @@ def sample_many(
     positions: Sequence[int],
     masks: Sequence[Buffer | None] | None = None,
     n_threads: int = 1,
+    drafts: Sequence[Sequence[int]] | None = None,
 ) -> list[Exception | None]: ...
 def logprobs(logits: Buffer, token: int, n_top: int = 0) -> tuple[float, list[tuple[int, float]]]: ...
 def _philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, int, int, int]: ...

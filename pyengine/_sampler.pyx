@@ -144,6 +144,7 @@ cdef class Sampler:
     cdef pe_sampler *sampler
     cdef size_t size
     cdef bint wants_logprobs
+    cdef readonly uint64_t sample_index
     # Every accepted token of the output, oldest first.
     cdef readonly list outputs
     # None unless the parameters ask for them; else, for each of `outputs`, (token, logprob, ((token, logprob), ...)) as it was sampled,
@@ -159,6 +160,7 @@ cdef class Sampler:
 
         pe_sampler_params_init(&c)
         c.seed, c.sample_index = params.seed, sample_index
+        self.sample_index = sample_index
         c.temperature, c.top_k = params.temperature, params.top_k
         c.top_p, c.min_p, c.typical_p = params.top_p, params.min_p, params.typical_p
         c.repetition_penalty = params.repetition_penalty
@@ -244,49 +246,116 @@ cdef _View mask_view(mask, size_t vocab_size):
     return _View(mask, "IiLl", <Py_ssize_t>(vocab_size + 31) // 32, "words of a mask")
 
 
-def sample_many(rows, samplers, positions, masks=None, int n_threads=1) -> list:
+# A row of logits to sample from, and the draft that the row after it follows: -1 for the last row of a sampler.
+cdef struct row_source:
+    const float *logits
+    const uint32_t *mask
+    int32_t draft
+
+
+cdef class _Rows:
+    """The rows of one call of `sample_many`: their buffers, held until `release`, and C arrays for them."""
+
+    cdef list views
+    cdef row_source *sources
+    cdef pe_sample_row *calls  # one for each sampler that goes on
+    cdef Py_ssize_t *owners  # for each of `calls`: number of its sampler,
+    cdef Py_ssize_t *cursors  # and of its row
+
+    def __cinit__(self, Py_ssize_t n_rows, Py_ssize_t n_samplers):
+        self.views = []
+        self.sources = <row_source *>calloc(n_rows + 1, sizeof(row_source))
+        self.calls = <pe_sample_row *>calloc(n_samplers + 1, sizeof(pe_sample_row))
+        self.owners = <Py_ssize_t *>calloc(n_samplers + 1, sizeof(Py_ssize_t))
+        self.cursors = <Py_ssize_t *>calloc(n_samplers + 1, sizeof(Py_ssize_t))
+        if self.sources == NULL or self.calls == NULL or self.owners == NULL or self.cursors == NULL:
+            raise OutOfMemoryError(f"no memory for {n_rows} rows")
+
+    cdef int hold(self, Py_ssize_t row, logits, mask, int32_t draft, size_t vocab_size) except -1:
+        cdef _View view = _View(logits, "f", vocab_size, "logits")
+        self.views.append(view)
+        self.sources[row].logits, self.sources[row].draft = <const float *>view.buffer.buf, draft
+        if mask is not None:
+            view = mask_view(mask, vocab_size)
+            self.views.append(view)
+            self.sources[row].mask = <const uint32_t *>view.buffer.buf
+        return 0
+
+    cdef void release(self):
+        cdef _View view
+        for view in self.views:
+            view.release()
+
+    def __dealloc__(self):
+        free(self.sources)
+        free(self.calls)
+        free(self.owners)
+        free(self.cursors)
+
+
+def sample_many(rows, samplers, positions, masks=None, int n_threads=1, drafts=None) -> list:
     """For every i: sample from rows[i], accept the token in samplers[i] and record it in its `outputs` and `logprobs`.
 
     rows[i] (vocab_size) float32 logits, positions[i] the absolute position of the token, masks[i] a mask or None. Tokens are those of
     `sample`, one call after the other, on up to n_threads threads. Returns a list: for each row None, or the exception that `sample`
     would have raised; then its sampler has not changed. Raises when the arguments themselves are wrong: then nothing has changed.
     No signal handler runs between sampling a row and recording it.
+
+    drafts[i]: guesses at the tokens from positions[i] on. Sampler i then has 1 + len(drafts[i]) consecutive rows (and masks): the row
+    after a guess is sampled, as if it were alone, if the token sampled before it equals the guess. So what is recorded is what one call
+    a token would record, only more of it. An exception is that of the first row that fails.
     """
-    cdef char err[PE_ERR_LEN]
-    cdef pe_status status
     cdef Sampler sampler
-    cdef _View view
-    cdef list owners = list(samplers), views = []
-    cdef Py_ssize_t i, n = len(owners)
-    cdef list errors = [None] * n
-    if not (len(rows) == n == len(positions) and (masks is None or len(masks) == n)):
-        raise ValueError("rows, samplers, positions and masks differ in length")
-    cdef pe_sample_row *c_rows = <pe_sample_row *>calloc(n + 1, sizeof(pe_sample_row))
-    if c_rows == NULL:
-        raise OutOfMemoryError(f"no memory for {n} rows")
+    cdef list owners = list(samplers)
+    cdef Py_ssize_t i, row = 0, n = len(owners), n_rows = len(rows)
+    cdef list guesses = [()] * n if drafts is None else [tuple(draft) for draft in drafts]
+    if not (len(guesses) == n == len(positions) and n_rows == n + sum([len(guess) for guess in guesses])
+            and (masks is None or len(masks) == n_rows)):
+        raise ValueError("rows, samplers, positions, masks and drafts differ in length")
+    cdef _Rows all_rows = _Rows(n_rows, n)
     try:
         for i in range(n):
             sampler = owners[i]
             if sampler is None:
                 raise TypeError("a sampler is None")
-            c_rows[i].sampler, c_rows[i].position = sampler.sampler, positions[i]
-            view = _View(rows[i], "f", sampler.size, "logits")
-            views.append(view)
-            c_rows[i].logits = <const float *>view.buffer.buf
-            if masks is not None and masks[i] is not None:
-                view = mask_view(masks[i], sampler.size)
-                views.append(view)
-                c_rows[i].mask = <const uint32_t *>view.buffer.buf
+            all_rows.owners[i], all_rows.cursors[i], all_rows.calls[i].position = i, row, positions[i]
+            for guess in (*guesses[i], -1):
+                all_rows.hold(row, rows[row], None if masks is None else masks[row], guess, sampler.size)
+                row += 1
+        return sample_rows(all_rows, owners, n_threads)
+    finally:
+        all_rows.release()
+
+
+cdef list sample_rows(_Rows rows, list samplers, int n_threads):
+    """The first row of each sampler; then the next of those whose guess was right; and so on."""
+    cdef char err[PE_ERR_LEN]
+    cdef pe_status status
+    cdef pe_sample_row *call
+    cdef row_source *source
+    cdef Py_ssize_t i, owner, n_right, n = len(samplers)
+    cdef bint is_first = True
+    cdef list errors = [None] * n
+    while n > 0 or is_first:
+        for i in range(n):
+            call, source = &rows.calls[i], &rows.sources[rows.cursors[i]]
+            call.sampler = (<Sampler>samplers[rows.owners[i]]).sampler
+            call.logits, call.mask = source.logits, source.mask
         err[0] = 0
         with nogil:
-            status = pe_sample_many(c_rows, n, n_threads, err)
+            status = pe_sample_many(rows.calls, n, n_threads, err)
+        if status != PE_OK and not is_first:
+            break  # what is recorded is right; the rest is for another call
         check(status, err)
+        is_first, n_right = False, 0
         for i in range(n):
-            errors[i] = record_row(owners[i], &c_rows[i])
-    finally:
-        free(c_rows)
-        for view in views:
-            view.release()
+            owner = rows.owners[i]
+            errors[owner] = record_row(samplers[owner], &rows.calls[i])
+            if errors[owner] is None and rows.calls[i].result.token == rows.sources[rows.cursors[i]].draft:
+                rows.owners[n_right], rows.cursors[n_right] = owner, rows.cursors[i] + 1
+                rows.calls[n_right].position = rows.calls[i].position + 1
+                n_right += 1
+        n = n_right
     return errors
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pyengine import _core
     from pyengine.freeze import Progress
     from pyengine.run.guide import Guide, Guides
-    from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
+    from pyengine.sampling import Drafting, ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.tokenizer import Tokenizer
 
@@ -97,6 +97,8 @@ class Engine:
     max_sequences  outputs that are computed together; further ones wait
     max_kv_bytes   memory for keys and values, those kept for later prompts included; outputs that do not fit wait. At
                    least what one full context takes. None = room for a few contexts, at most half of the memory
+    speculative    guesses ahead, which change no byte of any output: "auto", "off" or options; see SamplingParams and
+                   docs/speculation.md
     mmap       False reads the file into memory, for files that others may truncate (a map would then kill the process)
     preload_tokenizer  True loads the tokenizer now, while a thread checks the weights: for programs that begin with text at once.
                Otherwise it is loaded when it is first needed
@@ -118,6 +120,7 @@ class Engine:
         seed: int | None = None,
         max_sequences: int = MAX_SEQUENCES,
         max_kv_bytes: int | None = None,
+        speculative: str | Mapping[str, Any] = "auto",
         mmap: bool = True,
         preload_tokenizer: bool = False,
         progress: Progress | None = None,
@@ -139,15 +142,16 @@ class Engine:
         self.seed = None if seed is None else integer("seed", seed, 0, 2**64 - 1)
         if not isinstance(kv_dtype, str) or kv_dtype not in ("int8", "f32"):
             raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(kv_dtype)}")
+        self._speculative = _checked_speculative(speculative)
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
-        self._options = {
+        self._options: dict[str, Any] = {
             "n_ctx": n_ctx,
             "n_threads": n_threads or None,
             "kv_dtype": kv_dtype,
             "seed": seed,
             "mmap": mmap,
         }
-        self._options |= {"max_sequences": max_sequences, "max_kv_bytes": max_kv_bytes}
+        self._options |= {"max_sequences": max_sequences, "max_kv_bytes": max_kv_bytes, "speculative": self._speculative}
         config = self._file.config
         if n_ctx > config.max_seq_len:
             raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config.max_seq_len}")
@@ -300,7 +304,7 @@ class Engine:
 
     def resolve(self, params: SamplingParams) -> ResolvedParams:
         """`params` with the model's and this engine's defaults. Raises InvalidArgumentError."""
-        return params.resolve(self._generation_config, seed=self.seed)
+        return params.resolve(self._generation_config, seed=self.seed, speculative=self._speculative)
 
     def requests(
         self,
@@ -574,6 +578,12 @@ def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> S
     if params is not None and options:
         raise InvalidArgumentError(f"give params or keyword options, not both ({', '.join(options)})")
     return SamplingParams.from_kwargs(**options) if params is None else params
+
+
+def _checked_speculative(value: str | Mapping[str, Any]) -> Drafting:
+    from pyengine.sampling import check_speculative
+
+    return check_speculative(value)
 
 
 def _checked_threads(n_threads: int | None) -> int:

@@ -27,6 +27,8 @@ class Timings:
     generated_tokens: int
     time_to_first_token: float  # seconds from the start of the call
     total: float  # seconds from the start of the call to the last token
+    drafted_tokens: int = 0  # guessed ahead and computed
+    accepted_tokens: int = 0  # of these, how many came true
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -77,6 +79,8 @@ class Generation:
                 "generated_tokens": timings.generated_tokens,
                 "time_to_first_token_s": timings.time_to_first_token,
                 "total_s": timings.total,
+                "drafted_tokens": timings.drafted_tokens,
+                "accepted_tokens": timings.accepted_tokens,
                 "prompt_tokens_per_second": timings.prompt_tokens_per_second,
                 "tokens_per_second": timings.tokens_per_second,
             },

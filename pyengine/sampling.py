@@ -19,6 +19,7 @@ MAX_LOGPROBS = 64
 MAX_SAMPLES = 1024
 MAX_STOP_STRINGS = 1 << 14
 MAX_STOP_CHARACTERS = 1 << 17  # of all stop strings of a request: an automaton over them takes about 300 bytes each
+MAX_DRAFT = 24  # tokens guessed ahead in a step
 MAX_IDS = 1 << 24  # the largest vocabulary
 INT32_MAX = 2**31 - 1
 
@@ -33,6 +34,14 @@ ALIASES: dict[str, str] = {
     "max_time": "timeout",
     "temp": "temperature",
 }
+
+
+class Drafting(NamedTuple):
+    """How tokens may be guessed ahead: at most max_draft in a step (0 = never), and by earlier outputs of the same engine, too
+    (`store`; among callers with the same cache_salt)."""
+
+    max_draft: int = MAX_DRAFT
+    store: bool = True
 
 
 class _Range(NamedTuple):
@@ -174,6 +183,20 @@ def _structured_outputs(value: object) -> StructuredOutputs:
     if unknown:
         raise InvalidArgumentError(f"structured_outputs has no field {unknown[0]!r}")
     return StructuredOutputs(**value)
+def check_speculative(value: object) -> Drafting:
+    """"auto", "off", or {"max_draft": ..., "store": ...}. Raises InvalidArgumentError."""
+    if isinstance(value, str) and value in ("auto", "off"):
+        return Drafting() if value == "auto" else Drafting(0)
+    given = value._asdict() if isinstance(value, Drafting) else value
+    if not isinstance(given, Mapping):
+        raise InvalidArgumentError(f'speculative must be "auto", "off" or a mapping of options, not {shown(value)}')
+    unknown = [key for key in given if key not in Drafting._fields]
+    if unknown:
+        raise InvalidArgumentError(f"speculative has no option {shown(unknown[0])}, only {', '.join(Drafting._fields)}")
+    store = given.get("store", True)
+    if not isinstance(store, bool):
+        raise InvalidArgumentError(f"speculative: store must be True or False, not {shown(store)}")
+    return Drafting(integer("max_draft of speculative", given.get("max_draft", MAX_DRAFT), 0, MAX_DRAFT), store)
 
 
 def _check(name: str, value: Any) -> Any:
@@ -192,6 +215,8 @@ def _check(name: str, value: Any) -> Any:
         return _token_ids(name, value)
     if name == "structured_outputs":
         return _structured_outputs(value)
+    if name == "speculative":
+        return check_speculative(value)
     return _logit_bias(value) if name == "logit_bias" else _stop_strings(value)
 
 
@@ -222,6 +247,7 @@ class ResolvedParams:
     logprobs: int | None
     skip_special_tokens: bool
     timeout: float | None
+    speculative: Drafting
     structured_outputs: StructuredOutputs | None = None
 
 
@@ -277,6 +303,8 @@ class SamplingParams:
     skip_special_tokens   leave special tokens out of the text
     timeout               seconds after which the text so far is returned
     structured_outputs    what the text must be: a JSON schema, a regular expression, … (see StructuredOutputs)
+    speculative           tokens guessed ahead, which change no byte: "auto", "off", or {"max_draft": tokens in a step, at
+                          most 24; "store": guess by earlier outputs too}; None = the engine's
 
     Raises InvalidArgumentError (a ValueError) naming the field for wrong types, NaN, and values out of range.
     """
@@ -304,6 +332,7 @@ class SamplingParams:
     skip_special_tokens: bool | None = None
     timeout: float | None = None
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    speculative: str | Mapping[str, Any] | Drafting | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -349,11 +378,18 @@ class SamplingParams:
             chosen[field_name] = value
         return cls(**chosen)
 
-    def resolve(self, defaults: Mapping[str, Any] | None = None, *, seed: int | None = None) -> ResolvedParams:
+    def resolve(
+        self,
+        defaults: Mapping[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+        speculative: Drafting = Drafting(),  # noqa: B008 (immutable)
+    ) -> ResolvedParams:
         """Fill in what is None from `defaults` (generation_config.json as parsed), then from neutral values.
 
         `do_sample` is honoured as transformers does: without it the model's default is greedy. `seed` is the engine's own,
-        used when these params name none; without either one is drawn. ModelFormatError if `defaults` holds nonsense."""
+        used when these params name none; without either one is drawn. `speculative` is the engine's, too.
+        ModelFormatError if `defaults` holds nonsense."""
         from_model = _model_defaults(defaults or {})
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if "temperature" not in given:
@@ -364,6 +400,7 @@ class SamplingParams:
                 f"n = {merged['n']} samples at temperature 0 would all be the same: set temperature"
             )
         merged["top_k"] = max(merged["top_k"], 0)
+        merged.setdefault("speculative", speculative)
         if merged.get("seed") is None:
             merged["seed"] = int.from_bytes(os.urandom(8), "little") if seed is None else _check("seed", seed)
         return ResolvedParams(**merged)

@@ -64,9 +64,10 @@ def timings_line(result: Generation, engine: Engine) -> str:
     """What --verbose prints."""
     t = result.timings
     cached = f" ({t.cached_tokens} cached)" if t.cached_tokens else ""
+    drafted = f" ({t.accepted_tokens} of {t.drafted_tokens} drafted)" if t.drafted_tokens else ""
     return (
         f"prompt: {t.prompt_tokens} tokens{cached}, {t.prompt_tokens_per_second:.1f} tokens/s | "
-        f"output: {t.generated_tokens} tokens, {t.tokens_per_second:.1f} tokens/s | "
+        f"output: {t.generated_tokens} tokens{drafted}, {t.tokens_per_second:.1f} tokens/s | "
         f"first token: {t.time_to_first_token * 1e3:.0f} ms | end: {result.finish_reason} | seed: {result.seed} | "
         f"{engine.isa}, {engine.n_threads} threads"
     )

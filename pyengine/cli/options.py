@@ -164,6 +164,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--json-schema", metavar="JSON", help="the text is JSON of this schema; @FILE reads one")
     add("--grammar", metavar="LARK", help="the text is of this Lark grammar; @FILE reads one")
     add(
+        "--speculative",
+        type=speculative,
+        metavar="MODE",
+        help="guess tokens ahead, which changes no byte: auto (default), off, or at most so many a step",
+    )
+    add(
         "-e",
         "--escape",
         action="store_true",
@@ -173,10 +179,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 _SAMPLING = (
     "max_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "stop", "ignore_eos", "timeout",
+    "frequency_penalty", "stop", "ignore_eos", "timeout", "speculative",
 )  # fmt: skip
 
 # -------------------------------------------------------------------- understood
+
+
+def speculative(text: str) -> Any:
+    """ "auto", "off" or a number, as SamplingParams takes it."""
+    return {"max_draft": int(text)} if text.isascii() and text.isdigit() else text
 
 
 def unescape(text: str) -> str:

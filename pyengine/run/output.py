@@ -80,6 +80,7 @@ class Output:
         self.tokenizer = tokenizer
         self.stops = stops
         self.cached_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.started = time.monotonic()
         self._sampler = sampler
         self._prompt_tokens = prompt_tokens
@@ -92,12 +93,23 @@ class Output:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        return self._reading.finish_reason
+        """None while there is more to come, or to read again."""
+        return None if self._reading.is_torn else self._reading.finish_reason
 
     @property
     def pieces(self) -> list[Piece]:
         """A piece a token so far; the last one of a finished output carries the result."""
         return self._reading.pieces
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end it."""
+        return self._end_ids | self._stop_ids
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that may still come."""
+        return self._most - len(self._sampler.outputs)
 
     def stop(self, reason: FinishReason) -> None:
         """The next reading ends here, after what has been sampled."""
@@ -150,6 +162,8 @@ class Output:
             reading.n_read,
             self._first_token_at - self.started,
             self._last_token_at - self.started,
+            self.drafted_tokens,
+            self.accepted_tokens,
         )
         return Generation(
             reading.text,

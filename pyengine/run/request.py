@@ -21,6 +21,7 @@ from pyengine.run.output import Output
 
 if TYPE_CHECKING:
     from pyengine import _core
+    from pyengine._draft import Drafter
     from pyengine.results import Generation
     from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams
@@ -120,6 +121,9 @@ class GenerationRequest(Request):
         guide: Guide | None = None,
     ) -> None:
         self.prompt = prompt
+        self.params = params
+        self.drafter: Drafter | None = None
+        self.may_draft = params.speculative.max_draft > 0 and guide is None  # a guide masks one token at a time
         end_ids = () if params.ignore_eos else end_ids
         self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)
         if params.repetition_penalty != 1.0:
@@ -144,6 +148,11 @@ class GenerationRequest(Request):
     @property
     def is_done(self) -> bool:
         return self.error is not None or self.output.finish_reason is not None
+
+    @property
+    def max_draft(self) -> int:
+        """Guesses that may be of use: one token is sampled after them."""
+        return min(self.params.speculative.max_draft, self.output.n_left - 1) if self.may_draft else 0
 
     @property
     def result(self) -> Generation:

@@ -2,7 +2,8 @@
 
 A step walks through the requests, oldest first, and grants each min(what it misses, what is left of the budget) tokens.
 The forward appends them, rows whose logits somebody waits for are sampled, and that is all: a request that misses its
-whole prompt is a prefill, one that misses a part of it a prefill in chunks, one that misses a token decodes.
+whole prompt is a prefill, one that misses a part of it a prefill in chunks, one that misses a token decodes, and a few
+guessed tokens may follow that one (draft.py).
 
 Whoever waits for an output steps, for all: the library has no thread of its own. A caller becomes the leader by taking
 the step lock, and the others sleep until there is news. An exception in a step (Ctrl-C in the leader's thread) ends the
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyengine._core import StepLock
 from pyengine._sampler import sample_many
 from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
+from pyengine.run.draft import Speculation
 from pyengine.run.request import GenerationRequest, Request, RowsRequest
 
 if TYPE_CHECKING:
@@ -38,16 +40,17 @@ WORTH_WAITING_FOR = 32
 
 
 class Grant(NamedTuple):
-    """Tokens [begin, end) of a request, to be computed in this step."""
+    """Tokens [begin, end) of a request, to be computed in this step, and guesses at those after them."""
 
     request: Request
     begin: int
     end: int
     wants: bytes  # a flag for each: is its row of logits wanted
+    draft: tuple[int, ...] = ()
 
 
-def grant(request: Request, begin: int, end: int) -> Grant:
-    return Grant(request, begin, end, request.wants(begin, end))
+def grant(request: Request, begin: int, end: int, draft: tuple[int, ...] = ()) -> Grant:
+    return Grant(request, begin, end, request.wants(begin, end) + b"\1" * len(draft), draft)
 
 
 def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int]]:
@@ -69,6 +72,7 @@ class Scheduler:
         context.set_max_pages(max_pages)
         self.step_lock = StepLock()
         self.closed = False
+        self.speculation = Speculation()
         # Both are changed by single operations only, which no other thread and no exception can divide.
         self._requests: dict[int, Request] = {}  # by number, so oldest first
         self._holders: dict[int, Request] = {}  # those that have a sequence, and maybe some that had one
@@ -129,8 +133,11 @@ class Scheduler:
             if request.deadline is not None and now >= request.deadline and not request.is_done:
                 request.time_out()
         grants = self._grant([request for request in requests if not request.is_done])
+        began = time.perf_counter()
         if grants and self._forward(grants):
             self._sample(grants)
+            if all(one.end - one.begin == 1 for one in grants):
+                self.speculation.note_step(sum(len(one.wants) for one in grants), time.perf_counter() - began)
             self._take_rows(grants)
         news = any(request.is_done or request.interactive for request in requests)
         self.sweep()
@@ -156,14 +163,18 @@ class Scheduler:
             self._admit(waiting, [request for request in requests if request.sequence is not None])
         running = [(request, self._begin(request)) for request in requests if request.sequence is not None]
         running = [(request, begin) for request, begin in running if not request.is_paused]
-        decodes = [grant(request, begin, begin + 1) for request, begin in running if request.n_tokens - begin == 1]
-        budget = BUDGET_BESIDE_STREAMS if any(one.request.interactive for one in decodes) else BUDGET
-        prefills = []
+        decoding = [(request, begin) for request, begin in running if request.n_tokens - begin == 1]
+        budget = BUDGET_BESIDE_STREAMS if any(request.interactive for request, _ in decoding) else BUDGET
+        prefills, n_rows = [], len(decoding)
         for request, begin in running:
             n = min(request.n_tokens - begin, request.max_grant(begin), budget)
             if n > 0 and request.n_tokens - begin > 1:
                 prefills.append(grant(request, begin, begin + n))
                 budget -= n
+                n_rows += n
+        # If pages have run out, guesses must not take what others need.
+        drafts = {} if self._is_full else self.speculation.plan([request for request, _ in decoding], n_rows)
+        decodes = [grant(request, begin, begin + 1, drafts.get(request.number, ())) for request, begin in decoding]
         return decodes + prefills
 
     @staticmethod
@@ -241,18 +252,20 @@ class Scheduler:
         """Whether there are logits now. Not if the forward was cancelled, or a request had to make room."""
         tokens: list[int] = []
         sequences: list[_core.Sequence] = []
-        wants = bytearray()
+        wants, drafted = bytearray(), bytearray()
         deadline = None
-        for request, begin, end, flags in grants:
+        for request, begin, end, flags, draft in grants:
             assert request.sequence is not None
             tokens += request.tokens(begin, end)
-            sequences += [request.sequence] * (end - begin)
+            tokens += draft
+            sequences += [request.sequence] * len(flags)
             wants += flags
+            drafted += bytes(end - begin) + b"\1" * len(draft)
             if request.deadline is not None:
                 deadline = request.deadline if deadline is None else min(deadline, request.deadline)
         self._granted = tuple(grants)
         try:
-            failed = self.context.forward(tokens, sequences, wants, deadline=deadline)
+            failed = self.context.forward(tokens, sequences, wants, drafted=drafted, deadline=deadline)
         except CancelledError:
             return False  # somebody's deadline, or an abort: the others are computed in the next step
         except OutOfMemoryError as error:
@@ -265,8 +278,11 @@ class Scheduler:
         return True
 
     def _make_room(self, grants: list[Grant], error: OutOfMemoryError) -> None:
-        """The youngest request gives its pages up and is computed again later; a single one has nobody to wait for."""
+        """Guesses first. Then the youngest request gives its pages up and is computed again later; a single one has nobody to
+        wait for."""
         self._is_full = True
+        if any(one.draft for one in grants):
+            return
         holders = [request for request in self._requests.values() if request.sequence is not None]
         if len(holders) > 1:
             holders[-1].sequence = None
@@ -276,23 +292,30 @@ class Scheduler:
     @staticmethod
     def _fail_rows(grants: list[Grant], failed: bytes) -> None:
         row = 0
-        for request, begin, end, _ in grants:
-            if any(failed[row : row + end - begin]):
-                request.error = NotFiniteError("an infinity or NaN appeared in the computation of this request")
-            row += end - begin
+        for request, _, _, wants, draft in grants:
+            if any(failed[row : row + len(wants)]):
+                if draft and isinstance(request, GenerationRequest):
+                    request.may_draft = False  # a wrong guess may have done it: once more, without
+                else:
+                    request.error = NotFiniteError("an infinity or NaN appeared in the computation of this request")
+            row += len(wants)
 
     def _sample(self, grants: list[Grant]) -> None:
         """The next token of every request whose last one was computed."""
         requests: list[GenerationRequest] = []
         rows: list[int] = []
+        drafts: list[tuple[int, ...]] = []
         masks: list[array[int] | None] = []
-        for (request, _, _, wants), row in with_rows(grants):
-            if isinstance(request, GenerationRequest) and wants[-1] and request.error is None:
-                mask = request.mask()
-                if request.error is None:
-                    requests.append(request)
-                    rows.append(row)
-                    masks.append(mask)
+        for (request, _, end, wants, draft), row in with_rows(grants):
+            if not isinstance(request, GenerationRequest) or not wants[-1] or request.error is not None:
+                continue
+            assert request.sequence is not None
+            mask = request.mask()  # a request with a mask has no draft
+            if request.sequence.length == end and request.error is None:  # not if its rows failed
+                requests.append(request)
+                rows += range(row, row + 1 + len(draft))
+                drafts.append(draft)
+                masks += [mask] * (1 + len(draft))
         if not requests:
             return
         errors = sample_many(
@@ -301,13 +324,25 @@ class Scheduler:
             [request.n_tokens for request in requests],
             masks,
             n_threads=self.n_threads,
+            drafts=drafts,
         )
-        for request, error in zip(requests, errors, strict=True):
+        for request, draft, error in zip(requests, drafts, errors, strict=True):
             request.error = error
+            if draft:
+                self._accept(request, draft)
             request.catch_up()
 
+    @staticmethod
+    def _accept(request: GenerationRequest, draft: tuple[int, ...]) -> None:
+        """Guesses that came true are part of the sequence. It compares them itself with what was sampled; those that an
+        exception loses are computed again."""
+        sequence, output = request.sequence, request.output
+        assert sequence is not None
+        output.drafted_tokens += len(draft)
+        output.accepted_tokens += sequence.accept(request.tokens(sequence.length, request.n_tokens))
+
     def _take_rows(self, grants: list[Grant]) -> None:
-        for (request, begin, end, _), row in with_rows(grants):
+        for (request, begin, end, _, _), row in with_rows(grants):
             if isinstance(request, RowsRequest) and request.error is None:
                 self._take(request, begin, end, row)
 

@@ -29,13 +29,14 @@ ROOMS: dict[str, set[str]] = {
     "_core": {"errors"},
     "_probe": {"errors"},
     "_sampler": {"errors"},
+    "_draft": {"errors"},
     "format": {"errors", "files"},
     "text": {"errors", "fork", "arguments"},
     "sampling": {"errors", "arguments"},
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
     "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
-    "run": {"errors", "results", "_core", "_sampler", "text", "sampling", "cpu_watch"},
+    "run": {"errors", "results", "_core", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
     "engine": {
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run", "fork", "files",
@@ -159,6 +160,7 @@ C_ROOMS: dict[str, set[str]] = {
     "context": {"status", "platform", "slice", "kv_cache", "matmul", "attention"},
     "forward": {"status", "platform", "float_env", "slice", "kv_cache", "matmul", "block", "mlp", "context"},
     "sampler": {"pyengine", "status", "float_env", "kernels", "threadpool"},
+    "draft": {"pyengine", "status"},
 }
 
 

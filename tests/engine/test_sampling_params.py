@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pyengine.errors import InvalidArgumentError, ModelFormatError
-from pyengine.sampling import ALIASES, ResolvedParams, SamplingParams
+from pyengine.sampling import ALIASES, Drafting, ResolvedParams, SamplingParams
 
 NAN, INF = math.nan, math.inf
 HUGE = 10**5000  # no float holds it, and CPython refuses to write it down
@@ -25,7 +25,7 @@ def test_every_default_is_neutral_and_greedy():
         n=1, max_tokens=None, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0,
         repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, logit_bias={}, allowed_token_ids=None,
         bad_token_ids=(), stop=(), stop_token_ids=(), include_stop_str_in_output=False, ignore_eos=False, seed=p.seed,
-        logprobs=None, skip_special_tokens=True, timeout=None,
+        logprobs=None, skip_special_tokens=True, timeout=None, speculative=Drafting(24, True),
     )  # fmt: skip
     assert p == expected
 
@@ -62,6 +62,7 @@ def test_every_default_is_neutral_and_greedy():
         "allowed_token_ids": [[], [-1], ["a"], 5, "12", [True], [2**31], [HUGE], b"12", iter([1]), np.array(1), {1: 2}],
         "bad_token_ids": [[-1], 3, [1.0]],
         "stop_token_ids": [[-1], 3, [None]],
+        "speculative": ["on", "", True, 5, {"k": 1}, {"max_draft": 25}, {"max_draft": -1}, {"max_draft": HUGE}, {"store": 1}, []],
         "stop": ["", [""], [1], b"x", 5, ["a"] * 20_000, ["a" * 200_000], {"a": 1}, iter("ab")],
         "include_stop_str_in_output": [1, "yes"],
         "ignore_eos": [0],

@@ -49,7 +49,8 @@ def record(engine: Engine) -> Recorder:
 
 @pytest.fixture
 def engine(tiny_model: Path) -> Iterator[Engine]:
-    with Engine(tiny_model) as engine:
+    """Without guesses, so that a test can count its steps."""
+    with Engine(tiny_model, speculative="off") as engine:
         yield engine
         stats = engine.check_integrity()
         assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]

@@ -1,0 +1,138 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The border of csrc/draft.h: drafters, each of one text, and what they share."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t
+from libc.stdlib cimport free, malloc
+
+from pyengine.errors import OutOfMemoryError
+
+
+cdef extern from "pyengine.h" nogil:
+    enum: PE_ERR_LEN
+    ctypedef enum pe_status:
+        PE_OK
+
+
+cdef extern from "draft.h" nogil:
+    enum: PE_DRAFT_MAX, PE_DRAFT_MAX_ROWS
+    ctypedef struct pe_ngrams
+    pe_status pe_ngrams_create(pe_ngrams **out, size_t n_tokens, char *err)
+    void pe_ngrams_destroy(pe_ngrams *ngrams)
+    ctypedef struct pe_draft_chances:
+        float *all
+    void pe_draft_chances_init(pe_draft_chances *chances)
+    ctypedef struct pe_drafter:
+        pe_ngrams *own
+        pe_ngrams *others
+        pe_draft_chances *shared
+    void pe_drafter_read(pe_drafter *drafter, int32_t token, bint is_output)
+    size_t pe_drafter_propose(const pe_drafter *drafter, size_t most, float least, int32_t *tokens, float *chances)
+    ctypedef struct pe_step_costs:
+        double *cost
+    void pe_step_costs_init(pe_step_costs *costs)
+    void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds)
+    float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows)
+    void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances, const size_t *n_proposed,
+                         size_t *n_chosen)
+
+MAX_DRAFT = PE_DRAFT_MAX
+MAX_ROWS = PE_DRAFT_MAX_ROWS
+
+
+cdef class Ngrams:
+    """What follows which tokens, with room for the n-grams of about n_tokens tokens."""
+
+    cdef pe_ngrams *ngrams
+
+    def __cinit__(self, size_t n_tokens):
+        cdef char[PE_ERR_LEN] err
+        if pe_ngrams_create(&self.ngrams, n_tokens, err) != PE_OK:
+            raise OutOfMemoryError(err.decode("utf-8", "replace"))
+
+    def __dealloc__(self):
+        pe_ngrams_destroy(self.ngrams)
+
+
+cdef class Experience:
+    """What all texts of an engine teach: how often guesses are right, and what a step of so many rows costs."""
+
+    cdef pe_draft_chances chances
+    cdef pe_step_costs costs
+
+    def __cinit__(self):
+        pe_draft_chances_init(&self.chances)
+        pe_step_costs_init(&self.costs)
+
+    def note_step(self, size_t n_rows, double seconds) -> None:
+        """A step of n_rows took so long."""
+        pe_step_costs_note(&self.costs, n_rows, seconds)
+
+    def step_costs(self) -> list:
+        """Cost of steps of 1, 2, ... MAX_ROWS rows; only their ratios mean something."""
+        return [self.costs.cost[r] for r in range(1, PE_DRAFT_MAX_ROWS + 1)]
+
+
+cdef class Drafter:
+    """Guesses at the next tokens of one text. others: n-grams of other texts, read and added to, or None."""
+
+    cdef pe_drafter drafter
+    cdef Experience experience
+    cdef Ngrams own
+    cdef Ngrams others
+    cdef size_t n_outputs
+
+    def __cinit__(self, Experience experience not None, prompt, Ngrams others=None, *, size_t n_tokens=0):
+        self.experience, self.others = experience, others
+        self.own = Ngrams(max(n_tokens, len(prompt)))
+        self.drafter.own, self.drafter.shared = self.own.ngrams, &experience.chances
+        self.drafter.others = NULL if others is None else others.ngrams
+        for token in prompt:
+            pe_drafter_read(&self.drafter, token, False)
+
+    def read(self, list outputs not None) -> None:
+        """All that has been put out so far, of which it has read a beginning."""
+        cdef int32_t token
+        while self.n_outputs < <size_t>len(outputs):
+            token = outputs[self.n_outputs]
+            self.n_outputs += 1
+            pe_drafter_read(&self.drafter, token, True)
+
+    def propose(self, size_t most) -> list:
+        """[(token, chance that it is right if those before it are), ...], at most `most` (and MAX_DRAFT) of them."""
+        cdef int32_t tokens[PE_DRAFT_MAX]
+        cdef float chances[PE_DRAFT_MAX]
+        cdef size_t i, n = pe_drafter_propose(&self.drafter, min(most, PE_DRAFT_MAX), 0.01, tokens, chances)
+        return [(tokens[i], chances[i]) for i in range(n)]
+
+
+def plan(Experience experience not None, list drafters not None, list mosts not None, size_t n_rows) -> list:
+    """A draft for each of drafters, a tuple of at most mosts[i] tokens, so long that the step, of n_rows rows without them,
+    yields most tokens a second."""
+    cdef size_t i, j, n = len(drafters)
+    cdef Drafter drafter
+    cdef list out = [()] * n
+    cdef Py_ssize_t most
+    cdef float least = pe_draft_least_chance(&experience.costs, n_rows)
+    if n == 0 or n > n_rows or n_rows >= PE_DRAFT_MAX_ROWS or len(mosts) != <Py_ssize_t>n:
+        return out
+    cdef int32_t *tokens = <int32_t *>malloc(n * PE_DRAFT_MAX * sizeof(int32_t))
+    cdef float *chances = <float *>malloc(n * PE_DRAFT_MAX * sizeof(float))
+    cdef size_t n_proposed[PE_DRAFT_MAX_ROWS]
+    cdef size_t n_chosen[PE_DRAFT_MAX_ROWS]
+    try:
+        if tokens == NULL or chances == NULL:
+            raise OutOfMemoryError(f"no memory for {n} drafts")
+        for i in range(n):
+            drafter = drafters[i]
+            most = mosts[i]
+            n_proposed[i] = pe_drafter_propose(&drafter.drafter, max(0, min(most, PE_DRAFT_MAX)), least,
+                                               tokens + i * PE_DRAFT_MAX, chances + i * PE_DRAFT_MAX)
+        pe_draft_choose(&experience.costs, n_rows, n, chances, n_proposed, n_chosen)
+        for i in range(n):
+            if n_chosen[i] > 0:
+                out[i] = tuple([tokens[i * PE_DRAFT_MAX + j] for j in range(n_chosen[i])])
+    finally:
+        free(tokens)
+        free(chances)
+    return out

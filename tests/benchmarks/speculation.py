@@ -1,0 +1,193 @@
+"""What guessing ahead saves, and that it never costs: each prompt with and without it, in turn, in one run.
+
+    python tests/benchmarks/speculation.py --model smollm2.safetensors --questions spec_bench_question.jsonl
+
+--questions: Spec-Bench's questions (github.com/hemingkx/Spec-Bench), of which the first --per-category of each category are
+asked; without it only the rewriting tasks run, which are made of this package's own sources: a function, and one name in it
+to be changed. A ratio is the time of plain decoding over the time with guesses, both after the prompt was computed, for the
+same bytes, which is checked. Each prompt runs once with guesses, in an engine that has seen only the prompts before it.
+Rows with several sequences ask that many questions in one call. What counts is the ratio of the sums, and beside it the
+median of the ratios, which a busy neighbour moves less. --cpu-time is for a busy machine: one thread, and the time that it
+had a CPU, also for what the engine measures of its own steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pyengine
+from pyengine import Engine
+from pyengine.results import Generation
+from pyengine.run import scheduler
+
+MAX_PROMPT = 1500
+
+
+@dataclass
+class Row:
+    """Pairs of one kind of work."""
+
+    plain: list[float] = field(default_factory=list)  # seconds
+    guessed: list[float] = field(default_factory=list)
+    n_tokens: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+
+    def add(self, plain: Timed, guessed: Timed) -> None:
+        assert [r.tokens for r in plain.results] == [r.tokens for r in guessed.results], "the output differs"
+        self.plain.append(plain.seconds)
+        self.guessed.append(guessed.seconds)
+        self.n_tokens += sum(len(result.tokens) for result in guessed.results)
+        self.n_drafted += sum(result.timings.drafted_tokens for result in guessed.results)
+        self.n_accepted += sum(result.timings.accepted_tokens for result in guessed.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "n_prompts": len(self.plain),
+            "n_tokens": self.n_tokens,
+            "ratio": sum(self.plain) / sum(self.guessed),
+            "median_ratio": statistics.median(a / b for a, b in zip(self.plain, self.guessed, strict=True)),
+            "plain_tokens_per_second": self.n_tokens / sum(self.plain),
+            "drafted": self.n_drafted,
+            "accepted": self.n_accepted,
+        }
+
+
+class Timed(NamedTuple):
+    results: list[Generation]
+    seconds: float
+
+
+def generate(engine: Engine, prompts: list[list[int]], clock: Callable[[], float], **options: Any) -> Timed:
+    """What comes after the prompts, which are computed before the clock runs."""
+    engine.generate(prompts, **{**options, "max_tokens": 1, "speculative": "off"})
+    began = clock()
+    results = engine.generate(prompts, **options)
+    return Timed(results, clock() - began)
+
+
+# ------------------------------------------------------------------ prompts
+
+
+def spec_bench(engine: Engine, path: Path, per_category: int) -> dict[str, list[list[int]]]:
+    """{category: token ids of its first questions' first turns}."""
+    prompts: dict[str, list[list[int]]] = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        question = json.loads(line)
+        if len(prompts[question["category"]]) < per_category:
+            message = {"role": "user", "content": question["turns"][0][: 4 * MAX_PROMPT]}
+            prompts[question["category"]].append(engine.chat_ids([message])[-MAX_PROMPT:])
+    return dict(prompts)
+
+
+def functions() -> Iterable[tuple[str, str]]:
+    """Functions of this package, and a name that each of them uses: those of 8 to 25 lines with an argument."""
+    for path in sorted(Path(pyengine.__file__).parent.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef) or not 8 <= (node.end_lineno or 0) - node.lineno <= 25:
+                continue
+            names = [argument.arg for argument in node.args.args if argument.arg not in ("self", "cls")]
+            code = ast.get_source_segment(source, node)
+            if names and code is not None and code.count(names[0]) > 2:
+                yield code, names[0]
+
+
+def rewriting(engine: Engine, n: int) -> list[list[int]]:
+    """n tasks: the function, a request, and the beginning of the answer."""
+    found = list(functions())
+    chosen = [found[i * len(found) // n] for i in range(min(n, len(found)))]
+    prompts = []
+    for code, name in chosen:
+        request = f"Rename `{name}` to `given_{name}` in this code and change nothing else.\n\n```python\n{code}\n```"
+        prompts.append(engine.chat_ids([{"role": "user", "content": request}])[-MAX_PROMPT:])
+    return prompts
+
+
+# ------------------------------------------------------------------ runs
+
+
+def run_pairs(
+    path: Path, work: Iterable[tuple[str, list[list[int]]]], args: argparse.Namespace, **options: Any
+) -> dict[str, Row]:
+    """Each (row, prompts of one call) of the work: plain first, then the next one guessed first, and so on."""
+    rows: dict[str, Row] = defaultdict(Row)
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    with (
+        Engine(path, n_threads=args.threads, speculative="off") as plain,
+        Engine(path, n_threads=args.threads) as guessing,
+    ):
+        for number, (name, prompts) in enumerate(work):
+            pair: dict[bool, Timed] = {}
+            for guesses in (False, True) if number % 2 == 0 else (True, False):
+                engine = guessing if guesses else plain
+                pair[guesses] = generate(engine, prompts, clock, max_tokens=args.n_tokens, seed=1, **options)
+            for row in (name, "overall"):
+                rows[row].add(pair[False], pair[True])
+            if args.verbose:
+                print(name, rows["overall"].to_dict(), file=sys.stderr)
+    return rows
+
+
+def in_turn(prompts: dict[str, list[list[int]]]) -> list[tuple[str, list[list[int]]]]:
+    """One call a prompt, the categories in turn."""
+    longest = max(map(len, prompts.values()), default=0)
+    return [(name, [ids]) for i in range(longest) for name, all_ids in prompts.items() for ids in all_ids[i : i + 1]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="a frozen file with a chat template")
+    add("--questions", type=Path, help="Spec-Bench's question.jsonl")
+    add("--per-category", type=int, default=4)
+    add("--rewriting", type=int, default=50, help="tasks")
+    add("--n-tokens", type=int, default=96)
+    add("--batches", type=int, default=2)
+    add("--threads", type=int, default=2)
+    add("--cpu-time", action="store_true", help="one thread, CPU time")
+    add("--out", type=Path, help="JSON")
+    add("--verbose", action="store_true")
+    args = parser.parse_args()
+    results: dict[str, dict[str, Any]] = {}
+    if args.cpu_time:
+        args.threads = 1
+        scheduler.time = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)  # type: ignore[assignment]
+
+    def note(name: str, row: Row) -> None:
+        if row.plain:
+            results[name] = {**row.to_dict(), "load": os.getloadavg()[0]}
+            print("{:34} {ratio:5.2f}x  median {median_ratio:5.2f}x  accepted {accepted}/{drafted}".format(name, **results[name]))
+            sys.stdout.flush()
+
+    with Engine(args.model, n_threads=args.threads) as engine:
+        questions = spec_bench(engine, args.questions, args.per_category) if args.questions else {}
+        tasks = rewriting(engine, args.rewriting)
+    questions_in_turn = in_turn(questions)
+    for label, options in (("greedy", {"temperature": 0}), ("temperature 0.7", {"temperature": 0.7})):
+        for name, row in run_pairs(args.model, questions_in_turn, args, **options).items():
+            note(f"{name}, {label}", row)
+    note("rewriting, greedy", run_pairs(args.model, in_turn({"rewriting": tasks}), args, temperature=0)["overall"])
+    mixed = [prompts[0] for _, prompts in questions_in_turn] or tasks
+    for size in (8, 32):
+        batches = [mixed[i : i + size] for i in range(0, len(mixed) - size + 1, size)][: args.batches]
+        together = run_pairs(args.model, [("", batch) for batch in batches], args, temperature=0)
+        note(f"{size} sequences together, greedy", together["overall"])
+    if args.out is not None:
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
