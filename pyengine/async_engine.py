@@ -18,6 +18,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pyengine import fork
 from pyengine.engine import Engine, Message, Prompt, sampling_params
 from pyengine.errors import InvalidArgumentError
 from pyengine.run.request import Caller, GenerationRequest, Request
@@ -104,7 +105,8 @@ class Stepper:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._lock = threading.Lock()  # of _thread: held for a few instructions, never in a step
+        self._lock = threading.RLock()  # of _thread: held for a few instructions, never in a step
+        fork.register(self._lock, fork.LEAF)
         self._thread: threading.Thread | None = None
         self._jobs: dict[int, weakref.ref[Job]] = {}  # by id; changed by single operations only
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pyengine import fork
 from pyengine.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -64,13 +65,15 @@ class Guides:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = list(end_ids)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        fork.register(self._lock, fork.ENGINE)
         self._table: Any = None
 
     def new(self, wanted: StructuredOutputs) -> Guide:
         """Raises InvalidArgumentError for what is no grammar, no schema that is understood, or too costly."""
         try:
-            import llguidance
+            with fork.importing:
+                import llguidance
         except ImportError:
             raise InvalidArgumentError("structured output needs llguidance: pip install 'pyengine-lm[guide]'") from None
         if not self._end_ids:

@@ -38,7 +38,7 @@ class App:
         self.settings = settings or Settings()
         self.health = "starting"
         self.metrics = Metrics()
-        self.queue = work.Queue(self.settings, self.metrics)
+        self.queue = work.Queue(self.settings)
         self.access = Access(self.settings)
         self.exchanges: set[Exchange] = set()
         self._models: Models | None = None

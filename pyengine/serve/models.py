@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ class ServedModel:
         self.engine = engine
         self.asynchronous = AsyncEngine(engine)
         self.created = int(os.stat(engine.path).st_mtime)
-        self.loaded = time.time()
         self.has_template = True
         try:
             self.template = engine.chat_template

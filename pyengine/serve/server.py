@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -50,7 +51,7 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
 
-def listen(host: str, port: int, *, share_port: bool = False) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 takes a free one. Raises OSError that says which address."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -59,14 +60,12 @@ def listen(host: str, port: int, *, share_port: bool = False) -> socket.socket:
         raise OSError(f"{host}: {error.strerror or error}") from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if share_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
         sock.listen(1024)
         sock.set_inheritable(True)
     except OSError as error:
         sock.close()
-        hint = "; another server has it: choose one with --port" if error.errno == 98 else ""
+        hint = "; another server has it: choose one with --port" if error.errno == errno.EADDRINUSE else ""
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror}{hint}") from None
     return sock
 

@@ -19,7 +19,6 @@ class Settings:
     write_timeout     seconds after which a client that takes nothing of an answer is let go
     comment_interval  seconds between signs of life on a silent stream
     drain_timeout     seconds for running requests after SIGTERM
-    pooling           "mean" or "last": how models make an embedding; None = they do not
     log_format        "line", "json" or "none"
     """
 
@@ -34,5 +33,4 @@ class Settings:
     write_timeout: float = 60.0
     comment_interval: float = 4.0
     drain_timeout: float = 30.0
-    pooling: str | None = None
     log_format: str = "line"

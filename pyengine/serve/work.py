@@ -12,7 +12,6 @@ from pyengine.run.request import GenerationRequest, Request
 from pyengine.serve.errors import HTTPError
 
 if TYPE_CHECKING:
-    from pyengine.serve.metrics import Metrics
     from pyengine.serve.models import ServedModel
     from pyengine.serve.settings import Settings
 
@@ -24,9 +23,8 @@ FIRST_GUESS = 1000.0
 class Queue:
     """Admits jobs while the prompts that wait for their first token are not too many tokens."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._limit = settings.max_queue_tokens
-        self._metrics = metrics
         self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()  # of this loop
         self._rate = FIRST_GUESS
         self.is_draining = False
@@ -70,7 +68,7 @@ class Queue:
         self._rate = max(1.0, 0.8 * self._rate + 0.2 * prompt_tokens_per_second)
 
     def finished(self, job: Job) -> None:
-        """Notes what a job, all of whose requests are done, was: for the metrics and for "try again in"."""
+        """Notes how fast a job, all of whose requests are done, was: for "try again in"."""
         for request in generations(job):
             if request.output.finish_reason is not None:
                 timings = request.result.timings

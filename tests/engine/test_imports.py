@@ -36,12 +36,12 @@ ROOMS: dict[str, set[str]] = {
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
     "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
-    "run": {"errors", "results", "_core", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
+    "run": {"errors", "fork", "results", "_core", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
     "engine": {
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run", "fork", "files",
     },
-    "async_engine": {"engine", "errors", "results", "run", "sampling", "text"},
+    "async_engine": {"engine", "errors", "fork", "results", "run", "sampling", "text"},
     "serve": {
         "pyengine", "async_engine", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",
         "_sampler",
