@@ -142,6 +142,9 @@ class Engine:
         self.seed = None if seed is None else integer("seed", seed, 0, 2**64 - 1)
         if not isinstance(kv_dtype, str) or kv_dtype not in ("int8", "f32"):
             raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(kv_dtype)}")
+        for name, flag in (("mmap", mmap), ("preload_tokenizer", preload_tokenizer)):
+            if not isinstance(flag, bool):
+                raise InvalidArgumentError(f"{name} is True or False, not {shown(flag)}")
         self._speculative = _checked_speculative(speculative)
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
         self._options: dict[str, Any] = {

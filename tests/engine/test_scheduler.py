@@ -340,8 +340,14 @@ def test_a_finished_stream_stays_finished(engine: Engine) -> None:
     stream.close()
 
 
-@pytest.mark.parametrize("options", [{"n_ctx": 1.5}, {"n_ctx": True}, {"max_sequences": 0}, {"max_kv_bytes": -1}])
-def test_engine_options_are_whole_numbers(tiny_model: Path, options: dict[str, Any]) -> None:
+BAD_OPTIONS: list[dict[str, Any]] = [
+    {"n_ctx": 1.5}, {"n_ctx": True}, {"max_sequences": 0}, {"max_kv_bytes": -1}, {"mmap": [1, 2]}, {"mmap": 1},
+    {"preload_tokenizer": "yes"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_engine_options_are_of_their_kind(tiny_model: Path, options: dict[str, Any]) -> None:
     with pytest.raises(pyengine.InvalidArgumentError, match=next(iter(options))):
         Engine(tiny_model, **options)
 
