@@ -43,7 +43,7 @@ _OBJECTS: dict[str, Callable[[], Any]] = {
     "wide bias": lambda: {300: 1.0, -1: 1.0},
     "empty text": lambda: [""],
 }
-_MOST = {"max_tokens": 8, "max_new_tokens": 8, "n": 8}
+_MOST = {"max_tokens": 8, "max_new_tokens": 8, "n": 8, "n_threads": 8}  # the stacks of 256 threads are 2 GiB
 
 
 def _value(rng: random.Random) -> Any:
@@ -116,11 +116,7 @@ class ParametersTarget:
             engine.chat(_made(case.arguments["messages"]), **options)
         elif kind == "open":
             names = ["n_ctx", "n_threads", "kv_dtype", "seed", "tokenizer", "mmap"]
-            chosen = {
-                name: value
-                for name, value in zip(names, options.values(), strict=False)
-                if name != "n_threads" or not isinstance(value, int) or value != 2**31
-            }
+            chosen = {name: _bounded(name, value) for name, value in zip(names, options.values(), strict=False)}
             with pyengine.Engine(self._path, **chosen):
                 pass
         elif kind == "score":
