@@ -71,6 +71,9 @@ class Tokenizer:
         self.special_ids = frozenset(self.special_tokens.values())
         self.special = Spellings(self.special_tokens)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._unknown_id = self._account.unknown_id
+        if isinstance(unknown := getattr(self._tokenizer.model, "unk_token", None), str):
+            self._unknown_id = self._tokenizer.token_to_id(unknown)
         self._id_limit = 1 << 32 if vocab_size is None else vocab_size
         self._check_ids(added)
         self.bos_id = bos_token_id if bos_token_id is not None else self._id_of(config.get("bos_token"))
@@ -118,6 +121,8 @@ class Tokenizer:
         if not parse_special and not self.special_ids.isdisjoint(ids):
             # The library saw a spelling that the pattern did not (it may normalize before it looks).
             ids = self._ids(self._guarded_tokenizer(), text)
+            if not (self.special_ids - {self._unknown_id}).isdisjoint(ids):
+                raise ModelFormatError("tokenizer.json gives a piece of text the id of a special token")
         if add_bos and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids

@@ -48,12 +48,14 @@ class Account(NamedTuple):
     decoder          as in the file
     first_id         the id with which its post-processor begins every text, or None
     tokens_strip     whether added tokens take the white space around them
+    unknown_id       of a Unigram model, what stands for what it cannot spell
     """
 
     effect: Effect
     decoder: Mapping[str, Any] | None
     first_id: int | None
     tokens_strip: bool
+    unknown_id: int | None
 
 
 def check(data: bytes, vocab_size: int | None = None) -> Account:
@@ -73,7 +75,8 @@ def check(data: bytes, vocab_size: int | None = None) -> Account:
     if decoder is not None and not isinstance(decoder, dict):
         raise ModelFormatError("tokenizer.json: decoder is no object")
     tokens_strip = any(token.flag("lstrip") or token.flag("rstrip") for token in added)
-    return Account(effect, decoder, _first_id(document.get("post_processor")), tokens_strip)
+    unknown_id = None if model.value.get("unk_id") is None else model.integer("unk_id", 0, (1 << 32) - 1)
+    return Account(effect, decoder, _first_id(document.get("post_processor")), tokens_strip, unknown_id)
 
 
 def check_components(normalizer: Any, pre_tokenizer: Any) -> Effect:

@@ -269,6 +269,22 @@ def test_a_real_panic(capfd):
     assert "panicked" in capfd.readouterr().err  # the library says so on stderr; nothing can be done about that
 
 
+def test_text_with_the_id_of_a_special_token():
+    tokenizer = Tokenizer(dumps(vocabulary(q=1)))
+    assert tokenizer.encode("a") and tokenizer.special_ids >= {1}
+    with pytest.raises(ModelFormatError, match="special token"):
+        tokenizer.encode("q")
+
+
+def test_what_cannot_be_spelled_may_be_a_special_token():
+    """As <unk> is in most vocabularies."""
+    for kind in ("bpe", "unigram"):
+        model = {**DOCUMENTS[kind]["model"], "byte_fallback": False}
+        tokenizer = Tokenizer(dumps({**DOCUMENTS[kind], "model": model}))
+        unknown = tokenizer.special_tokens["<unk>"]
+        assert tokenizer.encode("☃", add_bos=False)[-1] == unknown
+
+
 def test_a_character_that_the_model_cannot_write():
     model = {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}
     data = dumps({**DOCUMENTS["unigram"], "model": model, "added_tokens": []})
