@@ -135,6 +135,8 @@ class Engine:
         self.seed = None if seed is None else integer("seed", seed, 0, 2**64 - 1)
         if not isinstance(kv_dtype, str) or kv_dtype not in ("int8", "f32"):
             raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(kv_dtype)}")
+        if not isinstance(mmap, bool):
+            raise InvalidArgumentError(f"mmap is True or False, not {shown(mmap)}")
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
         self._options = {
             "n_ctx": n_ctx,
