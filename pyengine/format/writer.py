@@ -16,13 +16,15 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, ModelFormatError
+from ..files import open_regular
 from .config import FrozenConfig
 from .container import ALIGNMENT, StoredTensor, build_header, pad
 from .inventory import FORMAT_VERSION, GOLDEN_BYTES, RIDERS, stored_tensors
 
 GoldenCallback = Callable[[str], "bytes | None"]
 _PARTIAL = ".partial"
+_LONGEST_NAME = 255 - len(f"..{'0' * 16}{_PARTIAL}")  # bytes; file systems allow 255
 
 
 def _rider_bytes(name: str, content: bytes) -> bytes:
@@ -40,10 +42,16 @@ def _checksums_json(sums: dict[str, str]) -> bytes:
     return json.dumps(sums, indent=0).encode()
 
 
+def _temporary_prefix(name: str) -> str:
+    """How the temporary names of an output begin; its own name is in them if there is room."""
+    encoded = os.fsencode(name)
+    return f".{name if len(encoded) <= _LONGEST_NAME else hashlib.sha256(encoded).hexdigest()[:32]}."
+
+
 def _remove_abandoned(directory: Path, prefix: str) -> None:
     """Delete what a killed writer of the same file left: its lock went with it."""
     for path in directory.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
+        with contextlib.suppress(OSError, ModelFormatError), open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
@@ -131,7 +139,7 @@ class FrozenWriter:
             raise FileExistsError(17, "the output exists (overwrite=True replaces it)", str(self.path))
 
     def __enter__(self) -> FrozenWriter:
-        prefix = f".{self.path.name}."
+        prefix = _temporary_prefix(self.path.name)
         _remove_abandoned(self.path.parent, prefix)
         self._signals = terminate_as_exception()
         self._signals.__enter__()

@@ -288,7 +288,7 @@ def test_only_regular_files_are_replaced(tmp_path: Path, put: object, monkeypatc
 @pytest.mark.parametrize(
     "name",
     [b"m", b"m.gguf", b"m.bin", b"a\nb.safetensors", b"\xff\xfe.safetensors", b"\xff", b" ", b"-", b"\x1b[31m.x", "ü–名".encode(),
-     b"%s{}.safetensors", b"x" * 200],
+     b"%s{}.safetensors", b"x" * 200, b"y" * 255, "名".encode() * 85],
 )  # fmt: skip
 def test_what_is_written_can_be_read_whatever_its_name(tmp_path: Path, name: bytes) -> None:
     source = tmp_path / "m.src"
@@ -341,3 +341,14 @@ def test_names_in_the_header_are_unicode(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["name"] == "\ufffd"
     with pytest.raises(InvalidArgumentError, match="name must be a string"):
         freeze(source, tmp_path / "n", name=5)  # type: ignore[arg-type]
+
+
+def test_a_fifo_that_looks_like_an_abandoned_output(tmp_path: Path) -> None:
+    """What a killed writer left is swept away; nothing else is opened for that."""
+    source = tmp_path / "m.gguf"
+    source.write_bytes(gguf_bytes.model_bytes())
+    os.mkfifo(tmp_path / f".m.{'0' * 16}.partial")
+    (tmp_path / f".m.{'1' * 16}.partial").mkdir()
+    (tmp_path / f".m.{'2' * 16}.partial").write_bytes(b"x")
+    freeze(source, tmp_path / "m")
+    assert sorted(path.name[3] for path in tmp_path.glob(".m.*")) == ["0", "1"]
