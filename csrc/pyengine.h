@@ -1,4 +1,4 @@
-/* pyengine.h: the C API of the engine, the only header that the Python border sees.
+/* pyengine.h: the C API of the engine, the only header that the Python bindings see.
  *
  *   model    immutable weights: views into memory that the caller keeps alive (a mapped frozen file)
  *   context  everything mutable of one engine: KV cache of many sequences, scratch, thread limit

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=True, wraparound=False
-"""The border to csrc/: validate, release the GIL, one call, one check. No policy lives here, and no numpy."""
+"""Python bindings of csrc/: validate, release the GIL, one call, one check. No policy lives here, and no numpy."""
 
 from array import array
 

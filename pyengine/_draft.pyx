@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The border of csrc/draft.h: drafters, each of one text, and what they share."""
+"""Python bindings of csrc/draft.h: drafters, each of one text, and what they share."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t

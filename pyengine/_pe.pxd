@@ -1,4 +1,4 @@
-# The part of csrc/pyengine.h that the border uses.
+# The part of csrc/pyengine.h that the bindings use.
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=True, wraparound=False
-"""The border to csrc/probe.c: what this machine can do at most. Apart from _core: only benchmarks load it."""
+"""Python bindings of csrc/probe.c: what this machine can do at most. Apart from _core: only benchmarks load it."""
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t

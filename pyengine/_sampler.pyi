@@ -1,4 +1,4 @@
-"""Types of the compiled module; csrc/sampler/sampler.h has the law."""
+"""Types of the compiled module; csrc/sampler/sampler.h has the specification."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The border of csrc/sampler/sampler.h: validate, release the GIL, one call, one check.
+"""Python bindings of csrc/sampler/sampler.h: validate, release the GIL, one call, one check.
 
 Logits are any C-contiguous one-dimensional float32 buffer (numpy, array.array('f'), memoryview); tokens are int32 buffers; masks are
 uint32 buffers of (vocab_size + 31) // 32 words, where bit i % 32 of word i // 32 is 1 if token i is allowed.
@@ -134,7 +134,7 @@ cdef class _Ids:
 
 
 cdef class Sampler:
-    """Chooses the tokens of one sequence; the law is in csrc/sampler/sampler.h.
+    """Chooses the tokens of one sequence; the specification is in csrc/sampler/sampler.h.
 
     `params` is a `pyengine.sampling.ResolvedParams` (any object with its attributes). `end_ids` are the ids, beside
     `params.stop_token_ids`, that may not come before `params.min_tokens` outputs: the end-of-text tokens.

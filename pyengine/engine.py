@@ -161,7 +161,7 @@ class Engine:
         self.n_ctx = n_ctx or config.max_seq_len
         config = replace(config, max_seq_len=self.n_ctx)
         self.vocab_size = config.vocab_size
-        self._generation_config = self._json_rider("generation_config.json")
+        self._generation_config = self._json_attachment("generation_config.json")
         self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
@@ -239,8 +239,8 @@ class Engine:
                 from pyengine.text.tokenizer import Tokenizer
 
                 self._tokenizer = Tokenizer(
-                    self._file.rider("tokenizer.json") or b"",
-                    self._json_rider("tokenizer_config.json"),
+                    self._file.attachment("tokenizer.json") or b"",
+                    self._json_attachment("tokenizer_config.json"),
                     bos_token_id=self._file.config.bos_token_id,
                     eos_token_ids=self.eos_token_ids,
                     vocab_size=self.vocab_size,
@@ -255,7 +255,7 @@ class Engine:
             if self._chat_template is None:
                 from pyengine.text.chat import ChatTemplate
 
-                source = self._file.rider("chat_template.jinja")
+                source = self._file.attachment("chat_template.jinja")
                 if source is None:
                     raise TemplateError(
                         "this model has no chat template; use generate, or render the conversation yourself"
@@ -269,8 +269,8 @@ class Engine:
                 )
             return self._chat_template
 
-    def _json_rider(self, name: str) -> dict[str, Any]:
-        text = self._file.rider(name)
+    def _json_attachment(self, name: str) -> dict[str, Any]:
+        text = self._file.attachment(name)
         return {} if text is None else parse_json_object(text, name)
 
     # ------------------------------------------------------------ text

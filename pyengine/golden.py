@@ -49,5 +49,5 @@ def compute(path: str | os.PathLike[str], n_threads: int = 0) -> dict[str, Any]:
 
 
 def compute_json(path: str) -> bytes:
-    """`compute` as the content of the rider golden.json."""
+    """`compute` as the content of the attachment golden.json."""
     return json.dumps(compute(path)).encode()

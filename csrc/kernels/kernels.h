@@ -69,7 +69,7 @@ struct pe_kernels {
      * NaN, and then the codes mean nothing. */
     uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
                          size_t n_padded);
-    /* The same law for one group of any length n: codes (n), *scale. Same return value. */
+    /* The same rule for one group of any length n: codes (n), *scale. Same return value. */
     uint32_t (*quantize_group)(int8_t *codes, float *scale, const float *x, size_t n);
 
     /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin,

@@ -1,4 +1,4 @@
-/* choice.c: steps 2 to 7 of the law in sampler.h, without sorting the vocabulary. Reads in the order of the law. */
+/* choice.c: steps 2 to 7 of the specification in sampler.h, without sorting the vocabulary. Reads in the order of the specification. */
 #include <math.h>
 #include <string.h>
 

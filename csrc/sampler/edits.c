@@ -1,4 +1,4 @@
-/* edits.c: step 1 of the law in sampler.h: what has been said, and the logits edited by it. */
+/* edits.c: step 1 of the specification in sampler.h: what has been said, and the logits edited by it. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,6 +1,6 @@
 /* sampler.h: logits -> token. One sampler belongs to one sequence; distinct samplers may run on distinct threads.
  *
- * The law. Every step is exact or has one written order, so the same logits, history, seed and position give the same
+ * The specification. Every step is exact or has one written order, so the same logits, history, seed and position give the same
  * token everywhere. "The order" of tokens is (logit descending, id ascending), with -0 equal to +0.
  *
  *   1. penalties     in double, in this order, then rounded to float32:

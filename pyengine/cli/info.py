@@ -1,4 +1,4 @@
-"""`pyengine info`: what is in a model file. Reads its header and riders only."""
+"""`pyengine info`: what is in a model file. Reads its header and attachments only."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
     from pyengine.format.inventory import MATRIX_KINDS, count_parameters, inventory, kv_bytes_per_position
     from pyengine.format.strict_json import parse_json_object
 
-    def rider(name: str) -> dict[str, Any]:
-        content = frozen.rider(name)
+    def attachment(name: str) -> dict[str, Any]:
+        content = frozen.attachment(name)
         return {} if content is None else parse_json_object(content, name)
 
     c = frozen.config
@@ -86,10 +86,10 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
         "quantization": "; ".join(MATRIX_KINDS[kind].description for kind in kinds),
         "config": c.to_document(),
         "tokenizer": tokenizer_facts(
-            rider("tokenizer.json"), rider("tokenizer_config.json"), c.bos_token_id, c.eos_token_ids
+            attachment("tokenizer.json"), attachment("tokenizer_config.json"), c.bos_token_id, c.eos_token_ids
         ),
-        "chat_template": frozen.rider("chat_template.jinja") is not None,
-        "generation_config": rider("generation_config.json"),
+        "chat_template": frozen.attachment("chat_template.jinja") is not None,
+        "generation_config": attachment("generation_config.json"),
         "kv_bytes_per_position": kv,
         "kv_bytes_full_context": kv * c.max_seq_len,
         "memory_bytes_full_context": weights + kv * c.max_seq_len,

@@ -54,7 +54,7 @@ def golden_outputs(path: Path) -> dict[str, object]:
     from pyengine.format.strict_json import parse_json_object
 
     with FrozenFile.open(path) as frozen:
-        golden = parse_json_object(frozen.rider("golden.json") or b"", "golden.json")
+        golden = parse_json_object(frozen.attachment("golden.json") or b"", "golden.json")
     if not golden:
         raise ModelFormatError(f"{path}: the file has no golden outputs to compare with")
     return golden

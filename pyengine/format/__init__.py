@@ -1,7 +1,7 @@
 """The frozen model file (csrc/FORMAT.md, sections 1 to 4), for whoever reads, writes or describes one.
 
 strict_json   JSON from strangers
-config        the rider config.json: the shape of a model, checked
+config        the attachment config.json: the shape of a model, checked
 container     safetensors: the header, parsed with caps and built
 inventory     every weight of a model from its configuration: names, shapes, what is stored, what a token reads
 reader        open, map and check a file

@@ -1,4 +1,4 @@
-"""The rider ``config.json``: the shape of a model (csrc/FORMAT.md, section 2).
+"""The attachment ``config.json``: the shape of a model (csrc/FORMAT.md, section 2).
 
 A file comes from strangers, and perhaps from a later version of this program: every value is checked, and what is not
 known is refused by its name, except below ``extra``.

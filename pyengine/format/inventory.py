@@ -21,9 +21,9 @@ PANEL_ROWS = 16
 GROUP_COLUMNS = 64
 
 GOLDEN_BYTES = 8192  # reserved for golden.json: it is computed from the finished file
-MAX_RIDER_BYTES = 512 << 20
-REQUIRED_RIDERS = ("config.json", "tokenizer.json", "golden.json", "checksums.json")
-RIDERS = (
+MAX_ATTACHMENT_BYTES = 512 << 20
+REQUIRED_ATTACHMENTS = ("config.json", "tokenizer.json", "golden.json", "checksums.json")
+ATTACHMENTS = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -175,7 +175,7 @@ def inventory(config: FrozenConfig) -> list[Weight]:
 
 
 def stored_tensors(config: FrozenConfig) -> dict[str, StoredTensor]:
-    """Name -> stored tensor of every weight of such a model, in file order. Riders follow them."""
+    """Name -> stored tensor of every weight of such a model, in file order. Attachments follow them."""
     return {name: tensor for weight in inventory(config) for name, tensor in weight.stored().items()}
 
 

@@ -1,6 +1,6 @@
 """Int8 weights in panels (csrc/FORMAT.md, sections 3 and 4), in exact float32 arithmetic.
 
-``quantize_rows`` and ``to_panels`` are the law on arrays; ``QuantizedMatrix`` streams a
+``quantize_rows`` and ``to_panels`` are the specification on arrays; ``QuantizedMatrix`` streams a
 ``RowSource`` through them. ``from_panels`` and ``dequantize`` are the way back.
 """
 

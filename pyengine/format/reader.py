@@ -17,23 +17,23 @@ from ..errors import ModelFormatError, UnsupportedModelError, system_errors
 from ..files import open_regular, path_of
 from .config import FrozenConfig
 from .container import ALIGNMENT, SafetensorsEntry, parse_safetensors_header
-from .inventory import EXTRA_PREFIX, FORMAT_VERSION, MAX_RIDER_BYTES, REQUIRED_RIDERS, RIDERS, inventory
+from .inventory import ATTACHMENTS, EXTRA_PREFIX, FORMAT_VERSION, MAX_ATTACHMENT_BYTES, REQUIRED_ATTACHMENTS, inventory
 from .strict_json import parse_json_object
 
 
-def _check_riders(entries: dict[str, SafetensorsEntry], names: list[str]) -> None:
-    order = [name for name in RIDERS if name in entries]
-    if missing := [name for name in REQUIRED_RIDERS if name not in entries]:
+def _check_attachments(entries: dict[str, SafetensorsEntry], names: list[str]) -> None:
+    order = [name for name in ATTACHMENTS if name in entries]
+    if missing := [name for name in REQUIRED_ATTACHMENTS if name not in entries]:
         raise ModelFormatError(f"tensor {missing[0]!r} is missing")
     if names != order:
-        raise ModelFormatError(f"the riders are out of order: {', '.join(names)}")
+        raise ModelFormatError(f"the attachments are out of order: {', '.join(names)}")
     for name in names:
         entry = entries[name]
         size = entry.end - entry.begin
         if entry.dtype != "U8" or len(entry.shape) != 1 or size % ALIGNMENT or not size:
-            raise ModelFormatError(f"rider {name!r} must be U8, 1-D, a multiple of 64 bytes")
-        if size > MAX_RIDER_BYTES:
-            raise ModelFormatError(f"rider {name!r} has {size} bytes, more than {MAX_RIDER_BYTES}")
+            raise ModelFormatError(f"attachment {name!r} must be U8, 1-D, a multiple of 64 bytes")
+        if size > MAX_ATTACHMENT_BYTES:
+            raise ModelFormatError(f"attachment {name!r} has {size} bytes, more than {MAX_ATTACHMENT_BYTES}")
 
 
 def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -> dict[str, str]:
@@ -49,11 +49,11 @@ def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -
                     f"tensor {name!r} is {entries[name].dtype} {list(entries[name].shape)}, the configuration needs "
                     f"{needed.dtype} {list(needed.shape)}"
                 )
-    others = [name for name in entries if name not in kinds and name not in RIDERS]
+    others = [name for name in entries if name not in kinds and name not in ATTACHMENTS]
     if strange := [name for name in others if not name.startswith(EXTRA_PREFIX)]:
         raise ModelFormatError(f"unknown tensor {strange[0]!r} for this configuration")
-    riders = [name for name in entries if name in RIDERS]
-    if list(entries) != [*kinds, *others, *riders]:
+    attachments = [name for name in entries if name in ATTACHMENTS]
+    if list(entries) != [*kinds, *others, *attachments]:
         raise ModelFormatError("the tensors are not in the order of the format")
     return kinds
 
@@ -84,12 +84,12 @@ class FrozenFile:
             if entry.begin != cursor or (entry.end - cursor) % ALIGNMENT:
                 raise ModelFormatError(f"tensor {name!r} is out of order or not padded to 64 bytes")
             cursor = entry.end
-        _check_riders(entries, [name for name in entries if name in RIDERS])
+        _check_attachments(entries, [name for name in entries if name in ATTACHMENTS])
         self.path = path
         self.buffer = buffer
         self.metadata = header.metadata
         self.tensors = {name: (e.begin, e.end - e.begin) for name, e in entries.items()}
-        self.config = FrozenConfig.from_json(self.rider("config.json") or b"")
+        self.config = FrozenConfig.from_json(self.attachment("config.json") or b"")
         kinds = _check_weights(entries, self.config)
         self.weights = {name: (*self.tensors[name], kind) for name, kind in kinds.items()}
 
@@ -123,9 +123,9 @@ class FrozenFile:
             buffer.close()
             raise type(error)(f"{path}: {error}") from None
 
-    def rider(self, name: str) -> bytes | None:
-        """The bytes of a JSON or text rider without its padding, or None when the file has none."""
-        if name not in self.tensors or name not in RIDERS:
+    def attachment(self, name: str) -> bytes | None:
+        """The bytes of a JSON or text attachment without its padding, or None when the file has none."""
+        if name not in self.tensors or name not in ATTACHMENTS:
             return None
         offset, size = self.tensors[name]
         return bytes(self.buffer[offset : offset + size]).rstrip(b"\n" if name.endswith(".jinja") else b" ")
@@ -156,7 +156,7 @@ def verify_checksums(frozen: FrozenFile) -> Iterator[tuple[str, bool]]:
     """
     import hashlib
 
-    sums = parse_json_object(frozen.rider("checksums.json") or b"", "checksums.json")
+    sums = parse_json_object(frozen.attachment("checksums.json") or b"", "checksums.json")
     with memoryview(frozen.buffer) as view:
         for name, (offset, size) in frozen.tensors.items():
             if name != "checksums.json":

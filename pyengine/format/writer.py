@@ -20,14 +20,14 @@ from ..errors import InvalidArgumentError, ModelFormatError
 from ..files import open_regular
 from .config import FrozenConfig
 from .container import ALIGNMENT, StoredTensor, build_header, pad
-from .inventory import FORMAT_VERSION, GOLDEN_BYTES, RIDERS, stored_tensors
+from .inventory import ATTACHMENTS, FORMAT_VERSION, GOLDEN_BYTES, stored_tensors
 
 GoldenCallback = Callable[[str], "bytes | None"]
 _PARTIAL = ".partial"
 _LONGEST_NAME = 255 - len(f"..{'0' * 16}{_PARTIAL}")  # bytes; file systems allow 255
 
 
-def _rider_bytes(name: str, content: bytes) -> bytes:
+def _attachment_bytes(name: str, content: bytes) -> bytes:
     """Content padded to 64 bytes in a way that stripping it keeps what the text means."""
     if name.endswith(".jinja"):
         if content.endswith(b"\n\n"):
@@ -79,11 +79,11 @@ def terminate_as_exception() -> Iterator[None]:
 class FrozenWriter:
     """Write the tensors of ``stored_tensors(config)`` in that order, each as a stream of chunks.
 
-        with FrozenWriter(path, config, riders, name="...", source="...") as writer:
+        with FrozenWriter(path, config, attachments, name="...", source="...") as writer:
             for name in writer.names:
                 writer.write(name, chunks_of(name))
 
-    A clean exit of the block writes the riders, asks ``golden`` (called with the path of the
+    A clean exit of the block writes the attachments, asks ``golden`` (called with the path of the
     complete temporary file) for the content of golden.json, syncs and renames. Any exception,
     Ctrl-C included, removes the temporary file.
     """
@@ -92,7 +92,7 @@ class FrozenWriter:
         self,
         path: str | os.PathLike[str],
         config: FrozenConfig,
-        riders: dict[str, bytes],
+        attachments: dict[str, bytes],
         *,
         name: str,
         source: str,
@@ -104,20 +104,20 @@ class FrozenWriter:
         self._overwrite = overwrite
         self._golden = golden
         self._refuse_existing()
-        if unknown := set(riders) - set(RIDERS[1:-2]):
-            raise InvalidArgumentError(f"unknown rider {sorted(unknown)[0]!r}")
-        if "tokenizer.json" not in riders:
-            raise InvalidArgumentError("the rider tokenizer.json is missing")
+        if unknown := set(attachments) - set(ATTACHMENTS[1:-2]):
+            raise InvalidArgumentError(f"unknown attachment {sorted(unknown)[0]!r}")
+        if "tokenizer.json" not in attachments:
+            raise InvalidArgumentError("the attachment tokenizer.json is missing")
         weights = stored_tensors(config)
         self.names = list(weights)
-        riders = {"config.json": config.to_json().encode(), **riders, "golden.json": b"{}"}
-        self._riders = {r: _rider_bytes(r, riders[r]) for r in RIDERS if r in riders}
-        self._riders["golden.json"] = b"{}".ljust(GOLDEN_BYTES)
+        attachments = {"config.json": config.to_json().encode(), **attachments, "golden.json": b"{}"}
+        self._attachments = {r: _attachment_bytes(r, attachments[r]) for r in ATTACHMENTS if r in attachments}
+        self._attachments["golden.json"] = b"{}".ljust(GOLDEN_BYTES)
         self._tensors = weights | {
-            r: StoredTensor("U8", (len(content),), len(content)) for r, content in self._riders.items()
+            r: StoredTensor("U8", (len(content),), len(content)) for r, content in self._attachments.items()
         }
         zeros = dict.fromkeys(self._tensors, "0" * 64)
-        size = len(_rider_bytes("checksums.json", _checksums_json(zeros)))
+        size = len(_attachment_bytes("checksums.json", _checksums_json(zeros)))
         self._tensors["checksums.json"] = StoredTensor("U8", (size,), size)
         self._header = build_header(
             self._tensors,
@@ -208,11 +208,11 @@ class FrozenWriter:
         self.bytes_written += nbytes
 
     def _write_tail(self) -> None:
-        """Riders and checksums, from wherever the weights end."""
-        for name, content in self._riders.items():
+        """Attachments and checksums, from wherever the weights end."""
+        for name, content in self._attachments.items():
             self._file.write(content)
             self._sums[name] = hashlib.sha256(content).hexdigest()
-        self._file.write(_rider_bytes("checksums.json", _checksums_json(self._sums)))
+        self._file.write(_attachment_bytes("checksums.json", _checksums_json(self._sums)))
         self._file.flush()
 
     def _finish(self) -> None:
@@ -224,7 +224,7 @@ class FrozenWriter:
         if golden is not None:
             if len(golden) > GOLDEN_BYTES:
                 raise InvalidArgumentError(f"golden.json has {len(golden)} > {GOLDEN_BYTES} bytes")
-            self._riders["golden.json"] = golden.ljust(GOLDEN_BYTES)
+            self._attachments["golden.json"] = golden.ljust(GOLDEN_BYTES)
             self._file.seek(tail)
             self._write_tail()
         os.fsync(self._file.fileno())

@@ -150,11 +150,11 @@ def freeze(
     output = Path(path_of(output))
     with system_errors(), contextlib.closing(open_source(source, name=name, tokenizer=tokenizer)) as model:
         _refuse_own_source(output, _source_files(*_checked_source(source, tokenizer)))
-        riders = {**model.riders, "tokenizer.json": compact_tokenizer_json(model.riders["tokenizer.json"])}
+        attachments = {**model.attachments, "tokenizer.json": compact_tokenizer_json(model.attachments["tokenizer.json"])}
         with FrozenWriter(
             output,
             model.config,
-            riders,
+            attachments,
             name=_unicode(model.name),
             source=_unicode(model.source),
             golden=compute_json,

@@ -1,4 +1,4 @@
-"""From a parsed GGUF file to a ``SourceModel``: hyperparameters, RoPE, riders and which tensor goes
+"""From a parsed GGUF file to a ``SourceModel``: hyperparameters, RoPE, attachments and which tensor goes
 where.
 """
 
@@ -17,7 +17,7 @@ from .gguf import GGUFFile
 from .gguf_split import SplitGGUF, open_gguf
 from .rope import rope_inv_freq
 from .sources import SourceModel
-from .tokenizer import begin_token_id, end_token_ids, gguf_tokenizer_riders
+from .tokenizer import begin_token_id, end_token_ids, gguf_tokenizer_attachments
 
 # Keys under the architecture's prefix. One that is not here may change the arithmetic and is
 # refused.
@@ -142,7 +142,7 @@ def load_gguf(path: str | os.PathLike[str], name: str | None = None) -> SourceMo
             interleaved=architecture.gguf_permuted,
             ignored=("rope_freqs.weight",),
         )
-        model.riders = gguf_tokenizer_riders(file.metadata, config.vocab_size)
+        model.attachments = gguf_tokenizer_attachments(file.metadata, config.vocab_size)
     except BaseException:
         file.close()
         raise

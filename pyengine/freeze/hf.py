@@ -257,7 +257,7 @@ def _frozen_config(
     )
 
 
-# ---------------------------------------------------------------------------- riders
+# ---------------------------------------------------------------------------- attachments
 
 
 def _tokenizer_json(directory: Path) -> bytes:
@@ -316,15 +316,15 @@ class _Documents:
         tokenizer = _tokenizer_json(directory)
         ids = check_tokenizer_json(tokenizer, vocab_size)
         self.bos, self.eos = begin_and_end(names, ids, config, Fields(generation or {}, _GENERATION), vocab_size)
-        self.riders = {_TOKENIZER: tokenizer}
+        self.attachments = {_TOKENIZER: tokenizer}
         kept = {**(settings or {}), **(names if tokens_map else {})}
         template = _chat_template(directory, kept)
         if kept:
-            self.riders[_SETTINGS] = json_bytes(kept, _SETTINGS)
+            self.attachments[_SETTINGS] = json_bytes(kept, _SETTINGS)
         if generation is not None:
-            self.riders[_GENERATION] = json_bytes(generation, _GENERATION)
+            self.attachments[_GENERATION] = json_bytes(generation, _GENERATION)
         if template is not None:
-            self.riders[_TEMPLATE] = template
+            self.attachments[_TEMPLATE] = template
 
 
 def load_hf(directory: Path, name: str | None = None) -> SourceModel:
@@ -354,7 +354,7 @@ def load_hf(directory: Path, name: str | None = None) -> SourceModel:
             interleaved=False,
             ignored=ignored,
         )
-        model.riders = documents.riders
+        model.attachments = documents.attachments
     except BaseException:
         reader.close()
         raise

@@ -18,7 +18,7 @@ from ..format.quantize import Float32Array, RowSource
 from .architectures import PARTS, build_model
 from .rope import default_inv_freq
 from .sources import FileRows, SourceModel, f32_rows
-from .tokenizer import gguf_tokenizer_riders
+from .tokenizer import gguf_tokenizer_attachments
 
 _HEADER = struct.Struct("<7i")
 _VERSIONED_MAGIC = b"24ka"  # 0x616b3432, little-endian: the newer, versioned formats
@@ -167,7 +167,7 @@ def load_llama2c(path: Path, name: str | None = None, tokenizer: str | os.PathLi
             interleaved=True,
         )
         metadata = read_llama2c_tokenizer(tokenizer, file.config.vocab_size)
-        model.riders = gguf_tokenizer_riders(metadata, file.config.vocab_size)
+        model.attachments = gguf_tokenizer_attachments(metadata, file.config.vocab_size)
     except BaseException:
         file.close()
         raise

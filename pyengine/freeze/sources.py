@@ -138,7 +138,7 @@ class UnpermutedRows:
 class SourceModel:
     """What a reader hands to the freezer: frozen names (without .codes / .scales) -> weights.
 
-    ``vectors`` are functions so that nothing is read before its turn; riders are the file's JSON
+    ``vectors`` are functions so that nothing is read before its turn; attachments are the file's JSON
     and text.
     """
 
@@ -147,5 +147,5 @@ class SourceModel:
     config: FrozenConfig
     matrices: dict[str, RowSource] = field(default_factory=dict)
     vectors: dict[str, Callable[[], Float32Array]] = field(default_factory=dict)
-    riders: dict[str, bytes] = field(default_factory=dict)
+    attachments: dict[str, bytes] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None

@@ -309,7 +309,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> 
     }
 
 
-# ---------------------------------------------------------------------------- riders
+# ---------------------------------------------------------------------------- attachments
 
 
 def _template(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> dict[str, Any] | None:
@@ -362,7 +362,7 @@ def json_bytes(document: dict[str, Any], what: str, **style: Any) -> bytes:
         raise ModelFormatError(f"{what} is not Unicode") from None
 
 
-def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, bytes]:
+def gguf_tokenizer_attachments(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and, if the file has one, chat_template.jinja."""
     fields = _fields(metadata)
     model = fields.text("model", None)
@@ -398,14 +398,14 @@ def gguf_tokenizer_riders(metadata: Mapping[str, Any], vocab_size: int) -> dict[
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     settings: dict[str, Any] = {names[kind]: None if i is None else tokens[i] for kind, i in ids.items()}
     settings |= {"add_bos_token": "bos" in ends, "add_eos_token": "eos" in ends}
-    riders = {
+    attachments = {
         "tokenizer.json": text,
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False).encode(),
     }
     template = Fields(metadata, "GGUF").text("tokenizer.chat_template", None)
     if template is not None:
-        riders["chat_template.jinja"] = template.encode()
-    return riders
+        attachments["chat_template.jinja"] = template.encode()
+    return attachments
 
 
 def compact_tokenizer_json(text: bytes) -> bytes:

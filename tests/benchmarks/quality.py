@@ -16,7 +16,7 @@ And what each side says next after PROMPT, which every language model that works
 
 transformers reads the weights of a GGUF file rightly but not always its tokenizer, so token ids
 come from the engine. --simulate puts the float64 oracle of csrc/FORMAT.md in the engine's place:
-what a change of the law would cost.
+what a change of the specification would cost.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def engine_logits(engine: Any) -> Logits:
 
 
 def simulated_logits(model: Any) -> Logits:
-    """The law in float64 (reference/oracle.py) over the weights of a transformers model."""
+    """The specification in float64 (reference/oracle.py) over the weights of a transformers model."""
     hf_config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config = fixtures.config_from_hf(hf_config, (name for name, _ in model.named_parameters()))
     weights = {

@@ -38,7 +38,7 @@ static void test_exp(void) {
     CHECK(nan != nan, "NaN stays NaN");
 }
 
-/* The law says: computed in double, rounded to float32. Two good doubles differ only next to a rounding boundary: the results are within
+/* The specification says: computed in double, rounded to float32. Two good doubles differ only next to a rounding boundary: the results are within
  * 0.5001 units in the last place, and beside a zero of the function (where the angle's own reduction ends) within 1e-13. */
 static void test_cos_sin(void) {
     double worst = 0, worst_near_zero = 0;

@@ -1,4 +1,4 @@
-"""A frozen file taken apart and put together again, with other riders or another header."""
+"""A frozen file taken apart and put together again, with other attachments or another header."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyengine.format.inventory import RIDERS
+from pyengine.format.inventory import ATTACHMENTS
 
 
 class FrozenParts:
@@ -20,7 +20,7 @@ class FrozenParts:
         body = data[8 + length :]
         self.parts = {name: body[slice(*entry["data_offsets"])] for name, entry in self._entries.items()}
 
-    def rider(self, name: str) -> bytes:
+    def attachment(self, name: str) -> bytes:
         return self.parts[name].rstrip(b" \n")
 
     def build(
@@ -29,15 +29,15 @@ class FrozenParts:
         metadata: Mapping[str, Any] | None = None,
         change_header: Callable[[dict[str, Any]], dict[str, Any]] = lambda header: header,
     ) -> bytes:
-        """The file with some parts replaced; riders are padded, and the header fits them before `change_header` sees it."""
+        """The file with some parts replaced; attachments are padded, and the header fits them before `change_header` sees it."""
         header: dict[str, Any] = {"__metadata__": self.metadata if metadata is None else metadata}
         body = []
         offset = 0
         for name, content in (self.parts | dict(changes or {})).items():
-            if name in RIDERS:
+            if name in ATTACHMENTS:
                 content = padded(name, content)
             entry = self._entries[name]
-            shape = [len(content)] if name in RIDERS else entry["shape"]
+            shape = [len(content)] if name in ATTACHMENTS else entry["shape"]
             header[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [offset, offset + len(content)]}
             offset += len(content)
             body.append(content)

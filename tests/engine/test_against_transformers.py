@@ -1,4 +1,4 @@
-"""The engine against what it did not write: the file against the law, its bits against the law in
+"""The engine against what it did not write: the file against the specification, its bits against the specification in
 NumPy, its blocks against the float64 oracle, its logits against transformers in float32."""
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import fixtures, frozen_reader, gguf_weights
-from reference.law_f32 import Law, Matrix
 from reference.oracle import Oracle, compare_codes, kl_divergence, log_softmax, quantize_weight
+from reference.spec_f32 import Matrix, Spec
 from tokenizers import Tokenizer
 
 from pyengine import _core
@@ -45,9 +45,9 @@ def plain_logits(name: str) -> Any:
 
 
 @cache
-def law_logits(name: str, path: Path, kv_dtype: str) -> Any:
-    law = Law(*frozen_reader.read(path), kv_dtype=kv_dtype)
-    return law.logits(fixtures.load(name).token_ids)
+def spec_logits(name: str, path: Path, kv_dtype: str) -> Any:
+    spec = Spec(*frozen_reader.read(path), kv_dtype=kv_dtype)
+    return spec.logits(fixtures.load(name).token_ids)
 
 
 def open_model(path: Path) -> tuple[FrozenFile, Any]:
@@ -75,7 +75,7 @@ def isa(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_frozen_file_holds_the_law(name: str, frozen_paths: dict[str, Path]) -> None:
+def test_frozen_file_holds_the_specification(name: str, frozen_paths: dict[str, Path]) -> None:
     """What the file holds, read by the letter of FORMAT.md, is what the oracle's quantizer says."""
     fixture = fixtures.load(name)
     config, weights = frozen_reader.read(frozen_paths[name])
@@ -110,21 +110,21 @@ def test_precision_of_the_source_does_not_matter(tmp_path: Path, frozen_paths: d
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "f32"])
 @pytest.mark.parametrize("name", NAMES)
-def test_engine_equals_the_law_bit_for_bit(name: str, kv_dtype: str, isa: str, frozen_paths: dict[str, Path]) -> None:
+def test_engine_equals_the_specification_bit_for_bit(name: str, kv_dtype: str, isa: str, frozen_paths: dict[str, Path]) -> None:
     _, model = open_model(frozen_paths[name])
     got = engine_logits(model, fixtures.load(name).token_ids, kv_dtype)
-    wanted = law_logits(name, frozen_paths[name], kv_dtype)
+    wanted = spec_logits(name, frozen_paths[name], kv_dtype)
     assert got.shape == wanted.shape
     differing = np.flatnonzero((got.view(np.uint32) != wanted.view(np.uint32)).any(axis=1))
     assert differing.size == 0, f"{isa}: rows {differing[:5]} of {len(got)} differ"
 
 
-def test_smollm2_equals_the_law_bit_for_bit(smollm2_frozen: Path, isa: str) -> None:
+def test_smollm2_equals_the_specification_bit_for_bit(smollm2_frozen: Path, isa: str) -> None:
     """A real model: 30 layers, 9 query heads on 3 kv heads, real weights with real outliers."""
-    law = Law(*frozen_reader.read(smollm2_frozen))
-    token_ids = np.random.default_rng(0).integers(0, law.config["vocab_size"], 12)
+    spec = Spec(*frozen_reader.read(smollm2_frozen))
+    token_ids = np.random.default_rng(0).integers(0, spec.config["vocab_size"], 12)
     _, model = open_model(smollm2_frozen)
-    got, wanted = engine_logits(model, token_ids), law.logits(token_ids)
+    got, wanted = engine_logits(model, token_ids), spec.logits(token_ids)
     assert np.array_equal(got.view(np.uint32), wanted.view(np.uint32))
 
 
@@ -133,24 +133,24 @@ def test_smollm2_equals_the_law_bit_for_bit(smollm2_frozen: Path, isa: str) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_agree_with_the_oracle(name: str, frozen_paths: dict[str, Path]) -> None:
-    """Each block, fed the oracle's own input through the test hook: the law's bits, and 1e-5 of the
-    row's norm from the oracle wherever no code flipped (test_oracle_law.py counts the flips and
+    """Each block, fed the oracle's own input through the test hook: the specification's bits, and 1e-5 of the
+    row's norm from the oracle wherever no code flipped (test_oracle_spec.py counts the flips and
     bounds their number)."""
     fixture = fixtures.load(name)
     config, weights = frozen_reader.read(frozen_paths[name])
-    law = Law(config, weights)
+    spec = Spec(config, weights)
     # the file's own inv_freq: a last bit there, times a position, is more than 1e-5
-    wanted = {**fixtures.canonical_weights(fixture), "rope.0.inv_freq": law.vectors["rope.0.inv_freq"]}
+    wanted = {**fixtures.canonical_weights(fixture), "rope.0.inv_freq": spec.vectors["rope.0.inv_freq"]}
     oracle = Oracle(config, wanted, quantized=True)
     _, model = open_model(frozen_paths[name])
     context = _core.Context(model)
     for layer, x in enumerate(oracle.hidden_states(fixture.token_ids)[:-1]):
         x = x.astype(f32)
-        law_trace, trace = law.block(layer, x), oracle.block(layer, x.astype(np.float64))
-        clean, _, _ = compare_codes(law_trace, trace)
+        spec_trace, trace = spec.block(layer, x), oracle.block(layer, x.astype(np.float64))
+        clean, _, _ = compare_codes(spec_trace, trace)
         out = x.copy()
         context.debug_block(layer, out)
-        assert np.array_equal(out.view(np.uint32), law_trace["out"].view(np.uint32))
+        assert np.array_equal(out.view(np.uint32), spec_trace["out"].view(np.uint32))
         norm = np.linalg.norm(trace["out"], axis=1)
         error = np.linalg.norm(out - trace["out"], axis=1) / norm
         assert clean.mean() > 0.9
@@ -164,7 +164,7 @@ def test_blocks_agree_with_the_oracle(name: str, frozen_paths: dict[str, Path]) 
 def test_logits_stay_near_transformers(name: str, frozen_paths: dict[str, Path]) -> None:
     """KL(float32 || engine) per position, and the same winner wherever float32 has a clear one.
 
-    The quantization error of a logit is about the law's noise (KL of some 0.003 nats in the mean,
+    The quantization error of a logit is about the specification's noise (KL of some 0.003 nats in the mean,
     0.02 at worst, see test_oracle.py); 0.01 and 0.06 leave a factor of about three to other weights
     and no room for a wrong operation."""
     fixture = fixtures.load(name)
@@ -188,7 +188,7 @@ def test_smollm2_stays_near_float32(smollm2_gguf: Path, smollm2_frozen: Path, sh
     0.0080 nats, negative log-likelihood 0.5 % plus two paired standard errors, and the same winner
     at 99.8 % of positions whose top two are more than 0.5 apart."""
     frozen, model = open_model(smollm2_frozen)
-    tokenizer = Tokenizer.from_str((frozen.rider("tokenizer.json") or b"").decode())
+    tokenizer = Tokenizer.from_str((frozen.attachment("tokenizer.json") or b"").decode())
     text = (shared_data / "wikitext2_valid_tokenized.txt").read_text(encoding="utf-8")
     token_ids = np.array(tokenizer.encode(text[:30_000], add_special_tokens=False).ids)
     assert len(token_ids) >= 2048

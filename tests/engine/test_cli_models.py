@@ -126,10 +126,10 @@ def test_verify_names_a_damaged_tensor(copy: Path, run: Callable[..., str]) -> N
     assert not facts["ok"] and len(facts["differences"]) == 1
 
 
-def replace_rider(path: Path, name: str, content: bytes) -> None:
-    """Change a rider in place and make its checksum right, as somebody would who hides what he did."""
+def replace_attachment(path: Path, name: str, content: bytes) -> None:
+    """Change a attachment in place and make its checksum right, as somebody would who hides what he did."""
     with FrozenFile.open(path) as frozen:
-        tensors, sums = dict(frozen.tensors), json.loads(frozen.rider("checksums.json") or b"")
+        tensors, sums = dict(frozen.tensors), json.loads(frozen.attachment("checksums.json") or b"")
     data = bytearray(path.read_bytes())
 
     def put(name: str, content: bytes) -> bytes:
@@ -144,11 +144,11 @@ def replace_rider(path: Path, name: str, content: bytes) -> None:
 
 def test_verify_names_golden_outputs_that_differ(copy: Path, run: Callable[..., str]) -> None:
     with FrozenFile.open(copy) as frozen:
-        golden = json.loads(frozen.rider("golden.json") or b"")
+        golden = json.loads(frozen.attachment("golden.json") or b"")
     golden["logits_sha256"] = "0" * 64
-    replace_rider(copy, "golden.json", json.dumps(golden).encode())
+    replace_attachment(copy, "golden.json", json.dumps(golden).encode())
     assert run("verify", "-m", copy, code=1, err=f"golden.json: logits_sha256 differs on {_core.active_isa()}") == ""
-    replace_rider(copy, "golden.json", b"{}")
+    replace_attachment(copy, "golden.json", b"{}")
     assert run("verify", "-m", copy, code=1, err="no golden outputs") == ""
 
 

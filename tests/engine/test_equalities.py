@@ -1,5 +1,5 @@
 """Bytes, not tolerances: one model, one answer, on every instruction set, thread count, chunking and
-batch mixture. SHA-256 of logits and KV pages; the golden hashes notice any change of the law."""
+batch mixture. SHA-256 of logits and KV pages; the golden hashes notice any change of the specification."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ every_isa = pytest.mark.parametrize("isa", _core.available_isas(), indirect=True
 
 
 def test_golden_hashes(reference: tuple[list[bytes], str]) -> None:
-    """A change here is a change of the law (csrc/FORMAT.md section 9): a new format_version."""
+    """A change here is a change of the specification (csrc/FORMAT.md section 9): a new format_version."""
     rows, kv = reference
     assert hashlib.sha256(b"".join(rows)).hexdigest() == GOLDEN_LOGITS
     assert kv == GOLDEN_KV

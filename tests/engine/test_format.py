@@ -81,7 +81,7 @@ def test_code_minus_128_does_not_occur() -> None:
     assert quantize_rows(rows, "w")[0].min() == -127
 
 
-def test_quantizer_equals_the_law_one_weight_at_a_time() -> None:
+def test_quantizer_equals_the_specification_one_weight_at_a_time() -> None:
     rng = np.random.default_rng(3)
     rows = (rng.standard_normal((5, 130)) * rng.choice([1e-6, 1, 1e4], (5, 130))).astype("f4")
     codes, scales = quantize_rows(rows, "w")
@@ -197,20 +197,20 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
  "eos_token_ids": [2],
  "kinds": {"default": "int8_g64"}
 }"""
-    riders = {
+    attachments = {
         "config.json": config.ljust(-(-len(config) // 64) * 64),
         "tokenizer.json": b"{}".ljust(64),
         "golden.json": b"{}".ljust(8192),
     }
-    sums = {n: hashlib.sha256(data).hexdigest() for n, data in {**body, **riders}.items()}
+    sums = {n: hashlib.sha256(data).hexdigest() for n, data in {**body, **attachments}.items()}
     text = json.dumps(sums, indent=0).encode()
-    riders["checksums.json"] = text.ljust(-(-len(text) // 64) * 64)
+    attachments["checksums.json"] = text.ljust(-(-len(text) // 64) * 64)
     header = (
         '{"__metadata__":{"format":"pyengine","format_version":"2","name":"tiny",'
         '"source":"test","generator":"pyengine"}'
     )
     offset = 0
-    for name, dtype, shape, size in layout + [(n, "U8", [len(d)], len(d)) for n, d in riders.items()]:
+    for name, dtype, shape, size in layout + [(n, "U8", [len(d)], len(d)) for n, d in attachments.items()]:
         sizes = ",".join(map(str, shape))
         header += f',"{name}":{{"dtype":"{dtype}","shape":[{sizes}],'
         header += f'"data_offsets":[{offset},{offset + size}]}}'
@@ -218,7 +218,7 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
     header += "}"
     header = header.ljust(-(-(len(header) + 8) // 64) * 64 - 8)
     expected = struct.pack("<Q", len(header)) + header.encode()
-    expected += b"".join(body.values()) + b"".join(riders.values())
+    expected += b"".join(body.values()) + b"".join(attachments.values())
     assert write_tiny(tmp_path / "tiny.safetensors").read_bytes() == expected
     # and it is what it was when format version 2 was fixed
     digest = hashlib.sha256(expected).hexdigest()
@@ -232,10 +232,10 @@ def test_every_safetensors_tool_reads_the_file(tmp_path: Path) -> None:
         assert file.metadata()["format"] == "pyengine"
 
 
-def test_tensors_start_on_64_bytes_and_riders_lose_their_padding(tmp_path: Path) -> None:
+def test_tensors_start_on_64_bytes_and_attachments_lose_their_padding(tmp_path: Path) -> None:
     with FrozenFile.open(write_tiny(tmp_path / "t.safetensors")) as frozen:
         assert all(offset % 64 == 0 for offset, _ in frozen.tensors.values())
-        assert frozen.rider("golden.json") == b"{}"
-        assert frozen.rider("chat_template.jinja") is None
-        assert frozen.rider("norm") is None
+        assert frozen.attachment("golden.json") == b"{}"
+        assert frozen.attachment("chat_template.jinja") is None
+        assert frozen.attachment("norm") is None
         assert frozen.config == TINY

@@ -57,7 +57,7 @@ def test_llama2c_equals_the_same_weights_from_hf(tmp_path: Path, shared: bool) -
     b = freeze(write_hf(tmp_path / "hf", config, tensors), tmp_path / "b")
     assert weight_bytes(a) == weight_bytes(b)
     with FrozenFile.open(a) as frozen:
-        text = (frozen.rider("tokenizer.json") or b"").decode()
+        text = (frozen.attachment("tokenizer.json") or b"").decode()
         assert frozen.config.eos_token_ids == (2, 1)
     encoding = tokenizers.Tokenizer.from_str(text).encode("ab é")
     assert encoding.tokens == ["<s>", "▁ab", "▁", "<0xC3>", "<0xA9>"]
@@ -106,7 +106,7 @@ def test_stories260k(tmp_path: Path, shared_data: Path) -> None:
     with FrozenFile.open(freeze(model, tmp_path / "m", tokenizer=tokenizer)) as frozen:
         c = frozen.config
         assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size) == (64, 5, 8, 4, 512)
-        text = (frozen.rider("tokenizer.json") or b"").decode()
+        text = (frozen.attachment("tokenizer.json") or b"").decode()
     encoding = tokenizers.Tokenizer.from_str(text).encode("Once upon a time")
     assert encoding.tokens == ["<s>", "▁Once", "▁upon", "▁a", "▁time"]
     assert encoding.ids == [1, 403, 407, 261, 378]

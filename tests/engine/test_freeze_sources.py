@@ -131,7 +131,7 @@ def test_gguf_freezes_to_the_same_bytes(tmp_path: Path, name: str) -> None:
     assert weight_bytes(hf) == weight_bytes(gguf)
     with FrozenFile.open(hf) as a, FrozenFile.open(gguf) as b:
         assert a.config == b.config
-        assert b.rider("chat_template.jinja") == b"{{ messages[0].content }}\n{# #}"
+        assert b.attachment("chat_template.jinja") == b"{{ messages[0].content }}\n{# #}"
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -450,10 +450,10 @@ def test_things_that_are_no_model(tmp_path: Path) -> None:
         freeze(tmp_path / "dir", tmp_path / "m")
 
 
-# ---------------------------------------------------------------------------- riders
+# ---------------------------------------------------------------------------- attachments
 
 
-def test_hf_riders(tmp_path: Path) -> None:
+def test_hf_attachments(tmp_path: Path) -> None:
     source = write_hf(tmp_path / "hf")
     generation = {"eos_token_id": [257, 258], "temperature": 0.6}
     (source / "generation_config.json").write_text(json.dumps(generation))
@@ -461,24 +461,24 @@ def test_hf_riders(tmp_path: Path) -> None:
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     with FrozenFile.open(freeze(source, tmp_path / "a")) as frozen:
         assert frozen.config.eos_token_ids == (257, 258)
-        assert json.loads(frozen.rider("generation_config.json") or b"") == generation
-        assert frozen.rider("chat_template.jinja") == b"{{ one }}"
-        assert json.loads(frozen.rider("tokenizer_config.json") or b"") == {"bos_token": "<|bos|>"}
+        assert json.loads(frozen.attachment("generation_config.json") or b"") == generation
+        assert frozen.attachment("chat_template.jinja") == b"{{ one }}"
+        assert json.loads(frozen.attachment("tokenizer_config.json") or b"") == {"bos_token": "<|bos|>"}
     named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     with FrozenFile.open(freeze(source, tmp_path / "b")) as frozen:
-        assert frozen.rider("chat_template.jinja") == b"d"
-        assert json.loads(frozen.rider("tokenizer_config.json") or b"")["chat_template"] == named
+        assert frozen.attachment("chat_template.jinja") == b"d"
+        assert json.loads(frozen.attachment("tokenizer_config.json") or b"")["chat_template"] == named
     (source / "chat_template.jinja").write_text("file")
     with FrozenFile.open(freeze(source, tmp_path / "c")) as frozen:
-        assert frozen.rider("chat_template.jinja") == b"file"
+        assert frozen.attachment("chat_template.jinja") == b"file"
 
 
-def test_riders_that_are_not_unicode(tmp_path: Path) -> None:
+def test_attachments_that_are_not_unicode(tmp_path: Path) -> None:
     source = write_hf(tmp_path / "hf")
     (source / "tokenizer_config.json").write_text('{"bos_token": "\\ud800"}')
     with FrozenFile.open(freeze(source, tmp_path / "m")) as frozen:
-        assert frozen.rider("tokenizer_config.json") == b'{"bos_token": "\\ud800"}'
+        assert frozen.attachment("tokenizer_config.json") == b'{"bos_token": "\\ud800"}'
     (source / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ModelFormatError, match=r"chat_template\.jinja is not UTF-8"):
         freeze(source, tmp_path / "n")
@@ -492,7 +492,7 @@ def test_truncation_settings_of_a_training_run_do_not_ride_along(tmp_path: Path)
     }  # fmt: skip
     (source / "tokenizer.json").write_text(json.dumps(document))
     with FrozenFile.open(freeze(source, tmp_path / "m")) as frozen:
-        assert json.loads(frozen.rider("tokenizer.json") or b"")["truncation"] is None
+        assert json.loads(frozen.attachment("tokenizer.json") or b"")["truncation"] is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pyengine.freeze.tokenizer import (
     PRE_TOKENIZERS,
     compact_tokenizer_json,
     end_token_ids,
-    gguf_tokenizer_riders,
+    gguf_tokenizer_attachments,
     merges_from_scores,
 )
 
@@ -37,7 +37,7 @@ def metadata(pre: str | None = "gpt-2", **changes: Any) -> dict[str, Any]:
 
 
 def rebuilt(source: dict[str, Any], vocab_size: int = 1 << 24) -> tokenizers.Tokenizer:
-    text = gguf_tokenizer_riders(source, vocab_size)["tokenizer.json"].decode()
+    text = gguf_tokenizer_attachments(source, vocab_size)["tokenizer.json"].decode()
     return tokenizers.Tokenizer.from_str(text)
 
 
@@ -169,7 +169,7 @@ def test_bos_and_eos_follow_the_metadata(flags: dict[str, bool], ids: list[int])
     source = metadata(**flags)
     assert rebuilt(source).encode("a").ids == ids
     assert rebuilt(source).encode("a", add_special_tokens=False).ids == [97]
-    settings = json.loads(gguf_tokenizer_riders(source, VOCAB)["tokenizer_config.json"])
+    settings = json.loads(gguf_tokenizer_attachments(source, VOCAB)["tokenizer_config.json"])
     assert settings["add_bos_token"] is flags.get("add_bos_token", False)
     assert (settings["bos_token"], settings["eos_token"]) == ("<|bos|>", "<|end|>")
 

@@ -28,12 +28,12 @@ CONFIG = FrozenConfig(
     head_dim=64, vocab_size=16, max_seq_len=8, norm_eps=1e-5, tie_embeddings=True,
     qkv_bias=False, o_bias=False, qk_norm=False, layers=(LayerSpec(),), bos_token_id=None, eos_token_ids=(),
 )  # fmt: skip
-RIDERS = {"tokenizer.json": b"{}"}
+ATTACHMENTS = {"tokenizer.json": b"{}"}
 
 
 def writer(path: Path, **options: Any) -> FrozenWriter:
-    riders = options.pop("riders", RIDERS)
-    return FrozenWriter(path, CONFIG, riders, name="n", source="s", **options)
+    attachments = options.pop("attachments", ATTACHMENTS)
+    return FrozenWriter(path, CONFIG, attachments, name="n", source="s", **options)
 
 
 def write_all(out: FrozenWriter) -> None:
@@ -41,20 +41,20 @@ def write_all(out: FrozenWriter) -> None:
         out.write(name, [bytes(spec.nbytes)])
 
 
-def test_riders_survive(tmp_path: Path) -> None:
+def test_attachments_survive(tmp_path: Path) -> None:
     template = b"{{ x }}\n\n\n"
-    riders = {
+    attachments = {
         "tokenizer.json": '{"a": "é"}'.encode(),
         "tokenizer_config.json": b"{}",
         "generation_config.json": b'{"temperature": 0.7}',
         "chat_template.jinja": template,
     }
-    with writer(tmp_path / "m", riders=riders) as out:
+    with writer(tmp_path / "m", attachments=attachments) as out:
         write_all(out)
     with FrozenFile.open(tmp_path / "m") as frozen:
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            assert frozen.rider(name) == riders[name]
-        stored = (frozen.rider("chat_template.jinja") or b"").decode()
+            assert frozen.attachment(name) == attachments[name]
+        stored = (frozen.attachment("chat_template.jinja") or b"").decode()
     import jinja2
 
     render = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string
@@ -66,7 +66,7 @@ def test_golden_is_computed_from_the_complete_file(tmp_path: Path) -> None:
 
     def golden(path: str) -> bytes:
         with FrozenFile.open(path) as frozen:
-            seen.append((frozen.rider("golden.json"), all(ok for _, ok in verify_checksums(frozen))))
+            seen.append((frozen.attachment("golden.json"), all(ok for _, ok in verify_checksums(frozen))))
         assert not (tmp_path / "m").exists()
         return b'{"tokens": [1, 2]}'
 
@@ -74,7 +74,7 @@ def test_golden_is_computed_from_the_complete_file(tmp_path: Path) -> None:
         write_all(out)
     assert seen == [(b"{}", True)]
     with FrozenFile.open(tmp_path / "m") as frozen:
-        assert frozen.rider("golden.json") == b'{"tokens": [1, 2]}'
+        assert frozen.attachment("golden.json") == b'{"tokens": [1, 2]}'
         assert all(ok for _, ok in verify_checksums(frozen))
 
 
@@ -103,9 +103,9 @@ def test_misuse_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="was not written"), writer(tmp_path / "m"):
         pass
     with pytest.raises(InvalidArgumentError, match=r"tokenizer\.json is missing"):
-        writer(tmp_path / "m", riders={})
-    with pytest.raises(InvalidArgumentError, match="unknown rider 'x'"):
-        writer(tmp_path / "m", riders=RIDERS | {"x": b""})
+        writer(tmp_path / "m", attachments={})
+    with pytest.raises(InvalidArgumentError, match="unknown attachment 'x'"):
+        writer(tmp_path / "m", attachments=ATTACHMENTS | {"x": b""})
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Layers that differ: windows and RoPE tables by layer, against the law bit for bit."""
+"""Layers that differ: windows and RoPE tables by layer, against the specification bit for bit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from engine.freeze_models import ArrayRows
 from reference import frozen_reader
-from reference.law_f32 import Law
 from reference.oracle import Oracle
+from reference.spec_f32 import Spec
 
 from pyengine import _core
 from pyengine.format.config import FrozenConfig, LayerSpec
@@ -71,11 +71,11 @@ def path(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 
 @cache
-def law_logits(path: Path, kv_dtype: str, layers: str | None = None) -> Any:
+def spec_logits(path: Path, kv_dtype: str, layers: str | None = None) -> Any:
     config, weights = frozen_reader.read(path)
     if layers is not None:
         config["layers"] = json.loads(layers)
-    return Law(config, weights, kv_dtype=kv_dtype).logits(TOKENS)
+    return Spec(config, weights, kv_dtype=kv_dtype).logits(TOKENS)
 
 
 def engine_logits(path: Path, kv_dtype: str, chunk: int) -> Any:
@@ -91,8 +91,8 @@ def engine_logits(path: Path, kv_dtype: str, chunk: int) -> Any:
 
 @pytest.mark.parametrize("isa", _core.available_isas())
 @pytest.mark.parametrize("kv_dtype", ["int8", "f32"])
-def test_engine_equals_the_law(path: Path, kv_dtype: str, isa: str) -> None:
-    wanted = law_logits(path, kv_dtype)
+def test_engine_equals_the_specification(path: Path, kv_dtype: str, isa: str) -> None:
+    wanted = spec_logits(path, kv_dtype)
     _core.select_isa(isa)
     try:
         for chunk in (len(TOKENS), 97, 1):
@@ -109,12 +109,12 @@ def test_every_layers_field_counts(path: Path, field: str, layer: int) -> None:
     columns = CONFIG.to_document()["layers"]
     columns[field] = [*columns[field]]
     columns[field][layer] = {"window": 7, "rope": (LAYERS[layer].rope + 1) % 3}[field]
-    assert not np.array_equal(law_logits(path, "int8"), law_logits(path, "int8", json.dumps(columns)))
+    assert not np.array_equal(spec_logits(path, "int8"), spec_logits(path, "int8", json.dumps(columns)))
 
 
 def test_the_law_is_near_the_oracle(path: Path) -> None:
     """float64 without codes, over the weights that the codes stand for: the statistics of quantization, not of a
-    mistake in the law's bookkeeping of layers, which would be the same in the engine."""
+    mistake in the specification's bookkeeping of layers, which would be the same in the engine."""
     config, weights = frozen_reader.read(path)
     plain = {}
     for name, weight in weights.items():
@@ -125,6 +125,6 @@ def test_the_law_is_near_the_oracle(path: Path) -> None:
             columns = {"wo": 32, "w_down": 40}.get(name.rpartition(".")[2], 32)
             plain[name] = values[:, :columns]
     wanted = Oracle(config, plain, quantized=False).logits(TOKENS)
-    error = np.linalg.norm(law_logits(path, "int8") - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    error = np.linalg.norm(spec_logits(path, "int8") - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     other = np.linalg.norm(np.roll(wanted, 1, axis=0) - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     assert np.median(error) < 0.05 < np.median(other)

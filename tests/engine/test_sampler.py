@@ -1,4 +1,4 @@
-"""The C sampler against the law in plain NumPy: equal tokens, not similar ones."""
+"""The C sampler against the specification in plain NumPy: equal tokens, not similar ones."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_log_is_within_two_ulps():
     assert _sampler._log(1.0) == 0.0
 
 
-# ---------------------------------------------------------------- the whole law
+# ---------------------------------------------------------------- the whole specification
 
 
 def random_logits(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -439,7 +439,7 @@ def test_no_failed_allocation_parts_the_record_from_the_history():
     assert n_failed > 5
 
 
-# ---------------------------------------------------------------- the border
+# ---------------------------------------------------------------- the bindings
 
 
 @pytest.mark.parametrize(

@@ -1,2 +1,2 @@
-"""What judges the engine: an oracle, the law in NumPy, and fixtures. Imports neither half of the
+"""What judges the engine: an oracle, the specification in NumPy, and fixtures. Imports neither half of the
 project."""

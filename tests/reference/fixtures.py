@@ -78,7 +78,7 @@ def canonical_name(hf_name: str) -> str:
 
 
 def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
-    """Weights for oracle.Oracle and law_f32.Law: float32, (rows, columns) or (n)."""
+    """Weights for oracle.Oracle and spec_f32.Spec: float32, (rows, columns) or (n)."""
     weights = {canonical_name(k): w.astype(np.float32) for k, w in fixture.hf_weights.items()}
     weights["rope.0.inv_freq"] = fixture.inv_freq
     return split_key_biases(canonical_config(fixture), weights)

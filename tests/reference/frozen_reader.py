@@ -1,4 +1,4 @@
-"""Read a frozen file by the letter of csrc/FORMAT.md sections 1 to 3, for law_f32.Law.
+"""Read a frozen file by the letter of csrc/FORMAT.md sections 1 to 3, for spec_f32.Spec.
 
 Nothing is checked (pyengine.format does that) and nothing is imported from the project, so that a
 file that both readers understand alike is understood as the page says.
@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .law_f32 import Matrix, Weight
+from .spec_f32 import Matrix, Weight
 
 DTYPES = {"I8": np.int8, "F16": np.float16, "F32": np.float32, "U8": np.uint8}
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Weight]]:
-    """The rider config.json, and the weights under their unfused names without padding."""
+    """The attachment config.json, and the weights under their unfused names without padding."""
     tensors = _tensors(path.read_bytes())
     config = json.loads(tensors["config.json"].tobytes())
     weights: dict[str, Weight] = {}

@@ -4,14 +4,14 @@ The oracle imports neither half of the project: what it shares with the engine i
 and nothing else.
 
     plain = Oracle(config, weights, quantized=False)  # what transformers computes, in float64
-    law = Oracle(config, weights, quantized=True)  # the law's int8 codes, float64 around them
+    spec = Oracle(config, weights, quantized=True)  # the specification's int8 codes, float64 around them
 
 Weights are named as in FORMAT.md section 2 but before fusion: ``layers.I.wq``, ``wk``, ``wv``,
 ``w_gate``, ``w_up`` and their ``.bias`` stand alone, and a matrix is one (rows = outputs, columns =
-inputs) float array. ``config`` is the rider ``config.json``: the same keys, in any mapping.
+inputs) float array. ``config`` is the attachment ``config.json``: the same keys, in any mapping.
 
 In quantized mode every value that the engine would hold as codes is rounded to those codes and
-multiplied back in float64. The int32 dot products of the law are exact and so, to 1e-15, are
+multiplied back in float64. The int32 dot products of the specification are exact and so, to 1e-15, are
 float64 products of dequantized values; hence the two differ only by float32 rounding, and by the
 codes that such a rounding flips.
 """
@@ -83,7 +83,7 @@ def rope(x: Array, inv_freq: Array) -> Array:
     """Rotate pairs (i, i + head_dim / 2). x (n_tokens, n_heads, head_dim) at positions 0.. -> the
     same shape.
 
-    The angle is a float32 product, in the law and in transformers alike; everything after it is
+    The angle is a float32 product, in the specification and in transformers alike; everything after it is
     float64.
     """
     positions = np.arange(len(x), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The sampler's law (csrc/sampler/sampler.h) in plain NumPy: full sorts, Python integers, no cleverness."""
+"""The sampler's specification (csrc/sampler/sampler.h) in plain NumPy: full sorts, Python integers, no cleverness."""
 
 from __future__ import annotations
 

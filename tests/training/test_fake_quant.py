@@ -46,7 +46,7 @@ def weights_law(w: Array) -> tuple[Array, Array]:
 
 
 def rows_with_edges(n: int) -> Array:
-    """Many magnitudes, and rows that sit on the law's edges."""
+    """Many magnitudes, and rows that sit on the specification's edges."""
     generator = np.random.default_rng(n)
     x = generator.standard_normal((400, n)) * 10.0 ** generator.uniform(-6, 6, (400, 1))
     x = x.astype(f4)

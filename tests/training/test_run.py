@@ -132,8 +132,8 @@ def test_fine_tuning_starts_from_the_given_weights(finished: Path, stories: Path
     given = ["--data", str(stories), *f"{KNOBS} {flags}".split()]
     assert main(["train", "--run-dir", str(run), *given]) == 0
     assert steps_of(run)[0][1] < steps_of(finished)[0][1] - 0.2
-    riders = (run / "final" / "tokenizer.json").read_bytes()
-    assert riders == (finished / "final" / "tokenizer.json").read_bytes()
+    attachments = (run / "final" / "tokenizer.json").read_bytes()
+    assert attachments == (finished / "final" / "tokenizer.json").read_bytes()
 
 
 def test_distillation_from_the_command_line(finished: Path, stories: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ Array = NDArray[Any]
 FORMAT_VERSION = 1
 ARCHITECTURES = ("LlamaForCausalLM",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-RIDERS = (*TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json")
+ATTACHMENTS = (*TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json")
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -134,18 +134,18 @@ def write_hf_folder(
     tokenizer: Any,
     bos: int | None,
     eos: int | None,
-    riders: Path | None = None,
+    attachments: Path | None = None,
 ) -> None:
-    """The Hugging Face part of a checkpoint into an existing folder. riders: where to copy
+    """The Hugging Face part of a checkpoint into an existing folder. attachments: where to copy
     tokenizer and generation files from (a fine-tuned model keeps its own); without it they are made
     for a tokenizer trained here.
     """
     write_json(folder / "config.json", hf_config(config, bos, eos))
     save_safetensors(folder / "model.safetensors", hf_tensors(params, config), {"format": "pt"})
-    if riders is not None:
-        for name in RIDERS:
-            if (riders / name).exists():
-                shutil.copyfile(riders / name, folder / name)
+    if attachments is not None:
+        for name in ATTACHMENTS:
+            if (attachments / name).exists():
+                shutil.copyfile(attachments / name, folder / name)
         return
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.max_seq_len, bos, eos))

@@ -138,7 +138,7 @@ def snap_command(arguments: Sequence[str]) -> int:
             tokenizer=None,
             bos=bos,
             eos=eos,
-            riders=options.model,
+            attachments=options.model,
         )
     print(options.output)
     return 0

@@ -159,10 +159,10 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
         model_config(values, VOCABULARY, config.seq_len)  # sizes that cannot work, before minutes of tokenizing
     tokenizer = find_tokenizer(values, paths)
     bos, eos = find_ends(values, paths, tokenizer)
-    riders = Path(values["init_from"]).resolve() if values.get("init_from") else None
+    attachments = Path(values["init_from"]).resolve() if values.get("init_from") else None
     model = (
-        checkpoints.read_model_config(riders)
-        if riders
+        checkpoints.read_model_config(attachments)
+        if attachments
         else model_config(values, tokenizer.get_vocab_size(), config.seq_len)
     )
     if tokenizer.get_vocab_size() > model.vocab_size:
@@ -171,11 +171,11 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     extra = {
         "command": shlex.join(["pyengine", "train", *arguments]),
-        "init_from": str(riders) if riders else None,
+        "init_from": str(attachments) if attachments else None,
         "data": [{"name": p.name, "sha256": file_sha256(p)} for p in paths if p.is_file()],
     }
     config = dataclasses.replace(config, extra=extra)
-    lora = parse_lora(str(values["lora"]), riders) if values.get("lora") and riders else None
+    lora = parse_lora(str(values["lora"]), attachments) if values.get("lora") and attachments else None
     run_values = {
         "lora": lora.to_json() if lora else None,
         "model": to_json(model),
@@ -183,7 +183,7 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
         "corpora": corpora,
         "bos": bos,
         "eos": eos,
-        "riders": str(riders) if riders else None,
+        "attachments": str(attachments) if attachments else None,
         "teacher": str(Path(values["teacher"]).resolve()) if values.get("teacher") else None,
     }
     runfolder.write_run(folder, run_values)

@@ -56,7 +56,7 @@ class Run:
     tokenizer: Any
     bos: int | None
     eos: int | None
-    riders: Path | None  # a fine-tuned model's own tokenizer and generation files
+    attachments: Path | None  # a fine-tuned model's own tokenizer and generation files
     teacher: tuple[ModelConfig, Arena] | None = None
     reader: Reader = FROM_THE_BEGINNING
     lora: LoraConfig | None = None
@@ -98,7 +98,7 @@ class Run:
             tokenizer=self.tokenizer,
             bos=self.bos,
             eos=self.eos,
-            riders=self.riders,
+            attachments=self.attachments,
         )
 
     def validation(self, rows: int) -> tuple[list[ValidationBatch], int]:
@@ -113,7 +113,7 @@ class Run:
 def open_run(folder: Path) -> Run:
     """The run that run.json describes."""
     values = runfolder.read_run(folder)
-    riders = Path(values["riders"]) if values.get("riders") else None
+    attachments = Path(values["attachments"]) if values.get("attachments") else None
     teacher = None
     if values.get("teacher"):
         teacher = checkpoints.load_model(Path(values["teacher"]))
@@ -125,7 +125,7 @@ def open_run(folder: Path) -> Run:
         tokenizer=load_tokenizer(folder / "tokenizer.json"),
         bos=values["bos"],
         eos=values["eos"],
-        riders=riders,
+        attachments=attachments,
         teacher=teacher,
         lora=LoraConfig.from_json(values["lora"]) if values.get("lora") else None,
         reader=Reader.from_json(values["reader"]) if values.get("reader") else FROM_THE_BEGINNING,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from pyengine_training.arena import Arena, parameter_shapes
-from pyengine_training.checkpoint import RIDERS, write_hf_folder
+from pyengine_training.checkpoint import ATTACHMENTS, write_hf_folder
 from pyengine_training.config import ModelConfig
 from pyengine_training.errors import ConfigError
 from pyengine_training.files import atomic_directory, load_safetensors
@@ -81,9 +81,9 @@ def thaw(frozen: Path, folder: Path) -> None:
             tokenizer=None,
             bos=stored.get("bos_token_id"),
             eos=eos,
-            riders=temporary,  # its own files, written below
+            attachments=temporary,  # its own files, written below
         )
-        for name in set(RIDERS) & set(tensors):
+        for name in set(ATTACHMENTS) & set(tensors):
             (temporary / name).write_bytes(tensors[name].tobytes().rstrip(b"\n" if name.endswith(".jinja") else b" "))
 
 

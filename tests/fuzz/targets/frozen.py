@@ -1,4 +1,4 @@
-"""The frozen file: its header, its weights and every rider."""
+"""The frozen file: its header, its weights and every attachment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fuzz.targets.template import template_source
 from fuzz.targets.tokenizer import changed_tokenizer
 from fuzz.targets.use import use
 
-from pyengine.format.inventory import RIDERS
+from pyengine.format.inventory import ATTACHMENTS
 from pyengine.freeze import freeze
 
 _F16 = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x3C00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00]
@@ -59,8 +59,8 @@ class FrozenFileTarget:
         self._path = scratch / "m.safetensors"
         freeze(seeds.write_files(scratch / "hf", seeds.hf_files()), self._path, overwrite=True)
         self._file = FrozenParts(self._path.read_bytes())
-        self._weights = [name for name in self._file.parts if name not in RIDERS]
-        self._riders = [name for name in self._file.parts if name in RIDERS]
+        self._weights = [name for name in self._file.parts if name not in ATTACHMENTS]
+        self._attachments = [name for name in self._file.parts if name in ATTACHMENTS]
 
     def make(self, rng: random.Random) -> Case:
         changes: dict[str, bytes] = {}
@@ -71,8 +71,8 @@ class FrozenFileTarget:
                 changes[name] = changed_weights(rng, name, changes.get(name, self._file.parts[name]))
         if 4 <= kind <= 8:
             for _ in range(rng.choice([1, 1, 2])):
-                name = rng.choice(self._riders)
-                changes[name] = changed_rider(rng, name, self._file.rider(name))
+                name = rng.choice(self._attachments)
+                changes[name] = changed_attachment(rng, name, self._file.attachment(name))
         times = rng.randint(1, 3) if kind < 3 else 0
         data = self._file.build(changes, change_header=lambda header: mutations.mutated(rng, header, times))
         return Case({"m.safetensors": mutations.mutated_bytes(rng, data, 9000) if kind == 9 else data}, rng.random())
@@ -99,8 +99,8 @@ def changed_weights(rng: random.Random, name: str, data: bytes) -> bytes:
     return struct.pack(f"<{len(numbers)}{item}", *numbers)
 
 
-def changed_rider(rng: random.Random, name: str, content: bytes) -> bytes:
-    """The text of a rider damaged as a document, as bytes, or replaced."""
+def changed_attachment(rng: random.Random, name: str, content: bytes) -> bytes:
+    """The text of a attachment damaged as a document, as bytes, or replaced."""
     if name.endswith(".jinja"):
         return (
             template_source(rng).encode("utf-8", "surrogatepass")

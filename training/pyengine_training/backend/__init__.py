@@ -31,7 +31,7 @@ class StepInputs:
 
 
 class Backend(Protocol):
-    """Parameters, gradients, moments and the work on them. Arrays that cross this border are the host's.
+    """Parameters, gradients, moments and the work on them. Arrays that cross this interface are the host's.
 
     tokens and targets are (rows, seq_len) int64, rows a multiple of ``shard_rows``; a negative target does not count.
     The same inputs give the same bits, whatever the number of threads and ranks. Every rank calls the same methods.

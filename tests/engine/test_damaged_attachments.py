@@ -1,5 +1,5 @@
-"""Riders and metadata of a frozen file that are not what they should be: every way of using the file ends well or with one of our
-errors, and never with what Python happened to stumble over. (tests/fuzz looks for what is not listed here.)"""
+"""Attachments and metadata of a frozen file that are not what they should be: every way of using the file ends well or with
+one of our errors, and never with what Python happened to stumble over. (tests/fuzz looks for what is not listed here.)"""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> FrozenParts:
-    directory = tmp_path_factory.mktemp("riders")
+    directory = tmp_path_factory.mktemp("attachments")
     source = write_hf(directory / "hf")
     settings = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "add_bos_token": True}
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -95,7 +95,7 @@ def test_the_good_file_is_good(tmp_path: Path, good: FrozenParts) -> None:
 
 # ---------------------------------------------------------------------------- damage
 
-RIDERS = [
+ATTACHMENTS = [
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -107,11 +107,11 @@ TEXTS = [b"", b"\xff\xfe\xff", b"\xed\xa0\x80", b"[]", b"null", b"1", b'"x"', b"
          b'{"a":' * 5000, b'{"a":1,"a":2}', b"\xef\xbb\xbf{}", b'{"a":"\\ud800"}', b"-" * 100, b"9" * 5000]  # fmt: skip
 
 
-@pytest.mark.parametrize("rider", RIDERS)
+@pytest.mark.parametrize("attachment", ATTACHMENTS)
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_riders_that_are_no_documents(tmp_path: Path, good: FrozenParts, rider: str, text: bytes) -> None:
-    ends = use(tmp_path, good.build({rider: text}))
-    if rider in ("config.json", "tokenizer.json"):
+def test_attachments_that_are_no_documents(tmp_path: Path, good: FrozenParts, attachment: str, text: bytes) -> None:
+    ends = use(tmp_path, good.build({attachment: text}))
+    if attachment in ("config.json", "tokenizer.json"):
         assert ends["text"] != "well"
 
 
@@ -148,11 +148,11 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("rider", "key"), [(rider, key) for rider, keys in KEYS.items() for key in keys])
-def test_values_of_any_type(tmp_path: Path, good: FrozenParts, rider: str, key: str) -> None:
-    document = json.loads(good.rider(rider))
+@pytest.mark.parametrize(("attachment", "key"), [(attachment, key) for attachment, keys in KEYS.items() for key in keys])
+def test_values_of_any_type(tmp_path: Path, good: FrozenParts, attachment: str, key: str) -> None:
+    document = json.loads(good.attachment(attachment))
     for value in VALUES:
-        use(tmp_path, good.build({rider: json.dumps(document | {key: value}).encode()}))
+        use(tmp_path, good.build({attachment: json.dumps(document | {key: value}).encode()}))
 
 
 def places(document: Any) -> list[tuple[Any, Any]]:
@@ -173,18 +173,18 @@ def places(document: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-@pytest.mark.parametrize("rider", ["tokenizer.json", "config.json"])
+@pytest.mark.parametrize("attachment", ["tokenizer.json", "config.json"])
 @pytest.mark.parametrize("value", [None, -1, HUGE, "x", [], {}, [[1]], "gone"], ids=range(8))
-def test_any_part_of_the_tokenizer_and_the_config(tmp_path: Path, good: FrozenParts, rider: str, value: Any) -> None:
-    for i in range(len(places(json.loads(good.rider(rider))))):
-        document = json.loads(good.rider(rider))
+def test_any_part_of_the_tokenizer_and_the_config(tmp_path: Path, good: FrozenParts, attachment: str, value: Any) -> None:
+    for i in range(len(places(json.loads(good.attachment(attachment))))):
+        document = json.loads(good.attachment(attachment))
         container, key = places(document)[i]
         if value == "gone":
             del container[key]
         else:
             container[key] = value
         path = tmp_path / "m.safetensors"
-        path.write_bytes(good.build({rider: json.dumps(document).encode()}))
+        path.write_bytes(good.build({attachment: json.dumps(document).encode()}))
         for way in ("info", "text"):
             try:
                 WAYS[way](path)

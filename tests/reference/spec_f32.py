@@ -1,4 +1,4 @@
-"""csrc/FORMAT.md sections 4 to 8 in float32 NumPy, operation for operation: the law's second text.
+"""csrc/FORMAT.md sections 4 to 8 in float32 NumPy, operation for operation: the specification's second text.
 
 Where oracle.py says what the numbers mean, this file says what their bits are. Every function
 follows the page's order of operations, so a model run here and a model run by any kernel table must
@@ -230,7 +230,7 @@ def _attend_chunk(scores: F32, seen: Array, v: F32, v_scales: F32) -> tuple[F32,
 # ---------------------------------------------------------------------- the pass
 
 
-class Law:
+class Spec:
     """The engine's forward pass. Names, shapes and traces are those of oracle.Oracle.
 
     A matrix is a float array, quantized here, or a Matrix that was read from a frozen file.

@@ -1,4 +1,4 @@
-"""The float32 law (reference/law_f32.py) against exact arithmetic, and its blocks against the
+"""The float32 specification (reference/spec_f32.py) against exact arithmetic, and its blocks against the
 float64 oracle."""
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from reference import fixtures, law_f32
-from reference.law_f32 import Law, fmaf
+from reference import fixtures, spec_f32
 from reference.oracle import Oracle, compare_codes, kl_divergence
+from reference.spec_f32 import Spec, fmaf
 
 f32 = np.float32
 
@@ -54,11 +54,11 @@ def test_fmaf_equals_rational_arithmetic() -> None:
 
 def test_exp_is_accurate_and_clamped() -> None:
     x = np.concatenate([np.linspace(-87, 88, 50_001), [0.0, -0.0]]).astype(f32)
-    relative = law_f32.exp(x).astype(np.float64) / np.exp(x.astype(np.float64)) - 1
+    relative = spec_f32.exp(x).astype(np.float64) / np.exp(x.astype(np.float64)) - 1
     assert np.abs(relative).max() < 1.2e-7
-    assert law_f32.exp(f32(0)) == 1
-    assert law_f32.exp(f32(-87.01)) == 0
-    assert law_f32.exp(f32(300)) == law_f32.exp(f32(88))
+    assert spec_f32.exp(f32(0)) == 1
+    assert spec_f32.exp(f32(-87.01)) == 0
+    assert spec_f32.exp(f32(300)) == spec_f32.exp(f32(88))
 
 
 def test_lanes_and_tree_have_the_written_order() -> None:
@@ -70,8 +70,8 @@ def test_lanes_and_tree_have_the_written_order() -> None:
         lanes[i % 16] = lanes[i % 16] + value
     for width in (8, 4, 2, 1):
         lanes = [lanes[i] + lanes[i + width] for i in range(width)]
-    assert law_f32.sum_lanes(x) == lanes[0]
-    assert law_f32.sum_lanes(x) != law_f32.sum_lanes(x[::-1].copy())
+    assert spec_f32.sum_lanes(x) == lanes[0]
+    assert spec_f32.sum_lanes(x) != spec_f32.sum_lanes(x[::-1].copy())
 
 
 # ---------------------------------------------------------------------- chunked attention
@@ -85,13 +85,13 @@ def test_chunks_combine_to_a_softmax(window: int) -> None:
     scores = (3 * rng.standard_normal((600, 600))).astype(f32)
     v = (rng.integers(1, 128, (600, 16)) * rng.choice([-1, 1], (600, 16))).astype(f32)
     v_scales = rng.uniform(0.5, 1, 600).astype(f32)
-    seen = law_f32.visible(600, window)
+    seen = spec_f32.visible(600, window)
     masked = np.where(seen, scores.astype(np.float64), -np.inf)
     p = np.exp(masked - masked.max(axis=1, keepdims=True))
     terms = v_scales[:, None].astype(np.float64) * v
     wanted = p @ terms / p.sum(axis=1, keepdims=True)
     scale = p @ np.abs(terms) / p.sum(axis=1, keepdims=True)
-    error = np.abs(law_f32.attend(scores, seen, v, v_scales) - wanted) / scale
+    error = np.abs(spec_f32.attend(scores, seen, v, v_scales) - wanted) / scale
     assert error.max() < 2.0**-24 * 25 * 4
 
 
@@ -108,11 +108,11 @@ def test_blocks_agree_but_for_counted_flips(name: str) -> None:
     codes with it. Allowed: 1 in 2,000."""
     fixture = fixtures.load(name)
     config, weights = fixtures.canonical_config(fixture), fixtures.canonical_weights(fixture)
-    oracle, law = Oracle(config, weights, quantized=True), Law(config, weights)
+    oracle, spec = Oracle(config, weights, quantized=True), Spec(config, weights)
     x = oracle.embed(fixture.token_ids)
     for layer in range(config["n_layers"]):
         x = x.astype(f32)
-        traces = law.block(layer, x), oracle.block(layer, x.astype(np.float64))
+        traces = spec.block(layer, x), oracle.block(layer, x.astype(np.float64))
         clean, n_flips, n_codes = compare_codes(*traces)
         assert n_flips < n_codes / 2000
         assert clean.mean() > 0.9
@@ -121,7 +121,7 @@ def test_blocks_agree_but_for_counted_flips(name: str) -> None:
         assert error[clean].max() < 1e-5
         x = wanted
     last = x.astype(f32)
-    kl = kl_divergence(oracle.head(last.astype(np.float64)), law.head(last))
+    kl = kl_divergence(oracle.head(last.astype(np.float64)), spec.head(last))
     assert kl.max() < 1e-3
 
 
@@ -131,6 +131,6 @@ def test_float32_cache_is_nearer_than_int8(name: str) -> None:
     fixture = fixtures.load(name)
     config, weights = fixtures.canonical_config(fixture), fixtures.canonical_weights(fixture)
     plain = Oracle(config, weights, quantized=False).logits(fixture.token_ids)
-    int8 = kl_divergence(plain, Law(config, weights).logits(fixture.token_ids)).mean()
-    float32 = Law(config, weights, kv_dtype="f32").logits(fixture.token_ids)
+    int8 = kl_divergence(plain, Spec(config, weights).logits(fixture.token_ids)).mean()
+    float32 = Spec(config, weights, kv_dtype="f32").logits(fixture.token_ids)
     assert 1e-5 < kl_divergence(plain, float32).mean() < int8
