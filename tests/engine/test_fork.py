@@ -313,7 +313,7 @@ def test_fork_while_a_part_loads(tmp_path: Path, load: str) -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["pyengine.sampling", "pyengine.text.prompts", "tokenizers"])
+@pytest.mark.parametrize("module", ["pyengine.sampling", "tokenizers"])
 def test_fork_while_a_module_is_imported(tiny_model: Path, module: str) -> None:
     """The first call of a process imports; a child of that moment would wait for the import for ever."""
     scene(
