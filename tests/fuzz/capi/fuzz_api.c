@@ -355,7 +355,7 @@ static void operate_forward(machine *m) {
     rows_append(m, &b);
     rows_read(m, &b);
     size_t last = b.owner[b.n - 1];
-    if (m->weights == &sane && (b.wants[b.n - 1] & PE_WANT_LOGITS) && !b.drafted[b.n - 1] && chance(m, 20))
+    if (m->weights == &sane && (b.wants[b.n - 1] & PE_WANT_LOGITS) && !b.drafted[b.n - 1] && chance(m, 12))
         compare_bits(m, last, pe_context_logits(m->context, b.n_logits - 1));
 }
 
