@@ -25,7 +25,7 @@
 
 /* What follows which tokens, of one text or of many: a table of fixed size, whose least confirmed entries make room. */
 typedef struct pe_ngrams pe_ngrams;
-/* Room for the n-grams of about n_tokens tokens (at most 2^17): 120 bytes a token. */
+/* Room for the n-grams of about n_tokens tokens (at most 2^17): 60 to 120 bytes a token. */
 pe_status pe_ngrams_create(pe_ngrams **out, size_t n_tokens, char *err);
 void pe_ngrams_destroy(pe_ngrams *ngrams);
 

@@ -16,7 +16,7 @@ from pyengine.run.request import GenerationRequest, Request
 if TYPE_CHECKING:
     from pyengine._draft import Drafter, Ngrams
 
-# The n-grams of earlier outputs: those of so many tokens, under so many salts. At most 8 MB each.
+# The n-grams of earlier outputs: those of so many tokens, under so many salts, at 3 MB each.
 STORE_TOKENS = 1 << 15
 MAX_STORES = 16
 # Outputs that a text's own n-grams have room for from the beginning; older ones make room for more.

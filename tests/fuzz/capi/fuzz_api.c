@@ -57,6 +57,8 @@ typedef struct sequence {
     int32_t id;
     size_t length;
     int32_t tokens[MAX_LENGTH];
+    size_t n_drafted; /* by the last forward, and nothing happened to the sequence since */
+    int32_t drafted[MAX_BATCH];
 } sequence;
 
 typedef struct machine {
@@ -131,7 +133,7 @@ static void operate_new(machine *m) {
     maybe_arm(m);
     pe_status status = pe_sequence_new(m->context, &s->id, m->err);
     expect(m, status, failing_disarm(), true, false, PE_OK, "new");
-    if (status == PE_OK) m->n_sequences++, s->length = 0;
+    if (status == PE_OK) m->n_sequences++, s->length = s->n_drafted = 0;
 }
 
 static void operate_match(machine *m) {
@@ -155,7 +157,7 @@ static void operate_match(machine *m) {
     expect(m, status, failing_disarm(), true, false, PE_OK, "match");
     if (status != PE_OK) return;
     if (matched > n || matched != would) violation("matched %zu of %zu tokens, promised %zu", matched, n, would);
-    m->n_sequences++, s->length = matched;
+    m->n_sequences++, s->length = matched, s->n_drafted = 0;
 }
 
 static void operate_fork(machine *m) {
@@ -169,7 +171,7 @@ static void operate_fork(machine *m) {
     expect(m, status, failing_disarm(), is_known && n <= source->length, false, PE_ERR_INVALID_ARGUMENT, "fork");
     if (status != PE_OK) return;
     memcpy(s->tokens, source->tokens, n * sizeof *s->tokens);
-    m->n_sequences++, s->length = n;
+    m->n_sequences++, s->length = n, s->n_drafted = 0;
 }
 
 static void operate_truncate(machine *m) {
@@ -180,7 +182,26 @@ static void operate_truncate(machine *m) {
     maybe_arm(m);
     pe_status status = pe_sequence_truncate(m->context, is_known ? s->id : unknown_id(m), n, m->err);
     expect(m, status, failing_disarm(), is_known && n <= s->length, false, PE_ERR_INVALID_ARGUMENT, "truncate");
-    if (status == PE_OK) s->length = n;
+    if (status == PE_OK) s->length = n, s->n_drafted = 0;
+}
+
+/* Guesses that came true, then one that did not. */
+static void operate_accept(machine *m) {
+    if (m->n_sequences == 0) return;
+    sequence *s = &m->sequences[rng_below(&m->r, m->n_sequences)];
+    int32_t truth[MAX_BATCH + 1];
+    size_t n_right = rng_below(&m->r, s->n_drafted + 1), n_accepted = SIZE_MAX;
+    bool is_known = !chance(m, 10);
+    memcpy(truth, s->drafted, n_right * sizeof *truth);
+    truth[n_right] = n_right < s->n_drafted ? s->drafted[n_right] + 1 : 0;
+    size_t n = n_right + rng_below(&m->r, 2);
+    pe_status status =
+        pe_sequence_accept(m->context, is_known ? s->id : unknown_id(m), truth, n, &n_accepted, m->err);
+    expect(m, status, 0, is_known, false, PE_ERR_INVALID_ARGUMENT, "accept");
+    if (status != PE_OK) return;
+    if (n_accepted != n_right) violation("%zu guesses came true, %zu were accepted", n_right, n_accepted);
+    memcpy(s->tokens + s->length, truth, n_right * sizeof *truth);
+    s->length += n_right, s->n_drafted = 0;
 }
 
 static void operate_drop(machine *m) {
@@ -215,7 +236,7 @@ static void operate_pages(machine *m) {
 typedef struct rows {
     size_t n, n_logits, n_hidden;
     int32_t tokens[MAX_BATCH], sequences[MAX_BATCH];
-    uint8_t wants[MAX_BATCH], failed[MAX_BATCH];
+    uint8_t wants[MAX_BATCH], drafted[MAX_BATCH], failed[MAX_BATCH];
     size_t owner[MAX_BATCH]; /* index of the sequence; MAX_SEQUENCES = one that is not there */
     bool is_right, is_full;
 } rows;
@@ -224,6 +245,7 @@ static int poll_sometimes(void *user) { return rng_below(user, 3) == 0; }
 
 static void rows_make(machine *m, rows *b) {
     size_t added[MAX_SEQUENCES] = {0}, i = 0;
+    bool drafts[MAX_SEQUENCES] = {false}, has_drafts = chance(m, 3); /* once a sequence's rows are guesses, all of them are */
     *b = (rows){.n = 1 + rng_below(&m->r, chance(m, 8) ? MAX_BATCH : 12), .is_right = true};
     if (chance(m, 60)) b->n = 0, b->is_right = false;
     for (size_t k = 0; k < b->n; k++) {
@@ -231,6 +253,9 @@ static void rows_make(machine *m, rows *b) {
         b->owner[k] = i, b->sequences[k] = m->sequences[i].id,
         b->tokens[k] = (int32_t)rng_below(&m->r, chance(m, 3) ? config.vocab_size : 3);
         b->wants[k] = (uint8_t)rng_below(&m->r, 4);
+        bool is_behind_guesses = drafts[i];
+        b->drafted[k] = drafts[i] |= has_drafts && chance(m, 4);
+        if (is_behind_guesses && chance(m, 500)) b->drafted[k] = 0, b->is_right = false;
         if (chance(m, 1500)) b->tokens[k] = chance(m, 2) ? -1 : (int32_t)config.vocab_size, b->is_right = false;
         if (chance(m, 1500))
             b->owner[k] = MAX_SEQUENCES, b->sequences[k] = unknown_id(m), b->is_right = false;
@@ -244,10 +269,15 @@ static void rows_make(machine *m, rows *b) {
 static void rows_append(machine *m, const rows *b) {
     bool has_failed[MAX_SEQUENCES] = {false};
     for (size_t k = 0; k < b->n; k++) has_failed[b->owner[k]] |= b->failed[k] != 0;
+    for (size_t i = 0; i < m->n_sequences; i++) m->sequences[i].n_drafted = 0;
     for (size_t k = 0; k < b->n; k++) {
         sequence *s = &m->sequences[b->owner[k]];
         if (b->failed[k] != has_failed[b->owner[k]]) violation("one row of a sequence failed, another did not");
-        if (!has_failed[b->owner[k]]) s->tokens[s->length++] = b->tokens[k];
+        if (has_failed[b->owner[k]]) continue;
+        if (b->drafted[k])
+            s->drafted[s->n_drafted++] = b->tokens[k];
+        else
+            s->tokens[s->length++] = b->tokens[k];
     }
 }
 
@@ -294,6 +324,7 @@ static void operate_forward(machine *m) {
                       .tokens = b.tokens,
                       .sequences = b.sequences,
                       .wants = b.wants,
+                      .drafted = b.drafted,
                       .failed = per_sequence ? b.failed : NULL,
                       .poll = has_poll ? poll_sometimes : NULL,
                       .poll_user = &m->r,
@@ -318,12 +349,13 @@ static void operate_forward(machine *m) {
             if (b.failed[k] != 0) violation("a call that failed as a whole says that a row did");
         if (pe_context_n_logits(m->context) != 0 || pe_context_logits(m->context, 0) != NULL)
             violation("rows of a call that failed (status %d, %s)", (int)status, m->err);
+        for (size_t i = 0; i < m->n_sequences; i++) m->sequences[i].n_drafted = 0; /* forgotten all the same */
         return;
     }
     rows_append(m, &b);
     rows_read(m, &b);
     size_t last = b.owner[b.n - 1];
-    if (m->weights == &sane && (b.wants[b.n - 1] & PE_WANT_LOGITS) && chance(m, 20))
+    if (m->weights == &sane && (b.wants[b.n - 1] & PE_WANT_LOGITS) && !b.drafted[b.n - 1] && chance(m, 12))
         compare_bits(m, last, pe_context_logits(m->context, b.n_logits - 1));
 }
 
@@ -357,6 +389,7 @@ static void operate(machine *m) {
         operate_new,     operate_new,     operate_match,   operate_fork,    operate_truncate,
         operate_drop,    operate_unknown, operate_pages,   operate_forward, operate_forward,
         operate_forward, operate_forward, operate_forward, operate_sampler, operate_cancel_another,
+        operate_accept,  operate_forward, operate_forward,
     };
     operations[rng_below(&m->r, sizeof operations / sizeof *operations)](m);
     atomic_fetch_add(&n_operations, 1);
