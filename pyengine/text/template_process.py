@@ -144,7 +144,7 @@ class _Worker:
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer. Raises TemplateError if there is none."""
-        # The kernel counts the CPU time. This is for a machine that gives it none, or a process that somebody has stopped.
+        # The kernel counts the time. This is for a process that somebody has stopped.
         self._socket.settimeout(START_TIMEOUT + 10 * request["time_limit"])
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n", getattr(socket, "MSG_NOSIGNAL", 0))
@@ -178,7 +178,7 @@ class _Worker:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "the chat template's process does not answer"
-        if code == -signal.SIGPROF:
+        if code in (-signal.SIGPROF, -signal.SIGALRM):
             return f"the chat template did not finish within {time_limit:g} s"
         return f"the chat template's process ended with code {code}"
 

@@ -4,8 +4,8 @@ It speaks lines of JSON over its standard input, a socket. The first line is {"s
 compiled; each further one {"context", "max_output", "time_limit"}. Answers are {"text"} or {"error"}, with "last": true if it
 leaves after that. It also leaves when the other side has gone.
 
-Limits are the kernel's. The timer of CPU time ends the process by a signal that nothing handles, whatever it is doing; memory is
-the size of the address space; files cannot grow; no core is written.
+Limits are the kernel's. Timers of CPU time and of the clock end the process by a signal that nothing handles, whatever it is
+doing; memory is the size of the address space; files cannot grow; no core is written.
 """
 
 from __future__ import annotations
@@ -45,12 +45,18 @@ def set_limits() -> None:
     limit(resource.RLIMIT_CORE, 0)
 
 
+def set_timers(seconds: float) -> None:
+    """End this process after so many seconds of CPU time, or five times as many on a machine that has other things to do."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 5 * seconds)
+
+
 def answer(template: jinja2.Template | None, line: bytes) -> tuple[jinja2.Template | None, bytes, bool]:
     """Compile the template, or render it: (template, what to say, whether this was the last)."""
     last = False
     try:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, request["time_limit"])
+        set_timers(request["time_limit"])
         if template is None:
             template, text = sandbox.compile_template(request["source"]), ""
         else:
@@ -63,12 +69,13 @@ def answer(template: jinja2.Template | None, line: bytes) -> tuple[jinja2.Templa
     except MemoryError:
         last = True
         data = json.dumps({"error": f"the chat template needs more than {MEMORY >> 20} MiB", "last": True}).encode()
-    signal.setitimer(signal.ITIMER_PROF, 0)
+    set_timers(0)
     return template, data, last
 
 
 def main() -> None:
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started us
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     connection = socket.socket(fileno=0)
