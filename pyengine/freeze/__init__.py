@@ -147,6 +147,8 @@ def freeze(
 
     if name is not None and not isinstance(name, str):
         raise InvalidArgumentError(f"the model's name must be a string, not {type(name).__name__}")
+    if progress is not None and not callable(progress):
+        raise InvalidArgumentError(f"progress must be callable, not {type(progress).__name__}")
     output = Path(path_of(output))
     with system_errors(), contextlib.closing(open_source(source, name=name, tokenizer=tokenizer)) as model:
         _refuse_own_source(output, _source_files(*_checked_source(source, tokenizer)))

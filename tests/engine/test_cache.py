@@ -88,6 +88,14 @@ def test_only_a_directory_itself_will_do(cache: Path, source: Path, put: Callabl
     assert not any(path.is_file() for path in cache.parent.glob("elsewhere/*"))
 
 
+def test_a_user_without_a_home(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYENGINE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(SystemCallError, match="PYENGINE_CACHE"):
+        pyengine.Engine(source)
+
+
 def test_a_directory_that_cannot_be_made(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYENGINE_CACHE", str(source / "below" / "a file"))
     with pytest.raises(SystemCallError, match=r"Not a directory|File exists"):

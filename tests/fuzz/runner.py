@@ -61,7 +61,7 @@ class Worker:
         self._status_file = tempfile.TemporaryFile()  # noqa: SIM115
         self._status_file.truncate(worker.STATUS_BYTES)
         self._status = mmap.mmap(self._status_file.fileno(), worker.STATUS_BYTES)
-        worker.STATUS.pack_into(self._status, 0, first, time.monotonic(), 0.0)
+        worker.STATUS.pack_into(self._status, 0, first, 0.0)
         read_end, write_end = os.pipe()
         fds = self._status_file.fileno(), write_end
         arguments = [target, seed, first, count, scratch, *fds]
@@ -72,6 +72,7 @@ class Worker:
         os.close(write_end)
         self.report = os.fdopen(read_end)
         self.is_ready = False
+        self._polled, self._n_polls = (-1, 0.0), 0
 
     def ask_to_stop(self) -> None:
         self._status[worker.STATUS.size] = 1
@@ -82,21 +83,21 @@ class Worker:
         return int(worker.STATUS.unpack_from(self._status)[0])
 
     def overdue(self) -> str | None:
-        """Why the current input should be ended, or None."""
-        if not self.is_ready:
-            return None
+        """Why the current input should be ended, or None. To be asked every _POLL_SECONDS."""
         status = worker.STATUS.unpack_from(self._status)
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
-        if status != worker.STATUS.unpack_from(self._status):
-            return None  # it is being written, or the next input has begun
-        _, began, cpu_began = status
+        if not self.is_ready or status != self._polled:
+            self._polled, self._n_polls = status, 0  # another input than the last time
+            return None
+        _, cpu_began = status
         cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") - cpu_began
         if cpu > self.cpu_seconds:
             return f"more than {self.cpu_seconds:g} CPU seconds"
-        if time.monotonic() - began > cases.WALL_SECONDS:
+        self._n_polls += fields[0] != "T"  # polls and not a clock: whoever stops processes stops it for all
+        if self._n_polls * _POLL_SECONDS > cases.WALL_SECONDS:
             return f"waits longer than {cases.WALL_SECONDS:g} seconds"
         return None
 

@@ -23,6 +23,7 @@ EXECUTIONS = {
     "tokenizer": 100,
     "template": 100,
     "parameters": 200,
+    "serve": 20,
 }
 FAULTY = FaultyTarget.name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from fuzz.cases import Target
@@ -23,3 +24,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "template": TemplateTarget,
     "parameters": ParametersTarget,
 }
+
+if find_spec("prometheus_client"):  # of the extra "serve"
+    from fuzz.targets.serve import ServeTarget
+
+    TARGETS["serve"] = ServeTarget

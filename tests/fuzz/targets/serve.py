@@ -1,0 +1,117 @@
+"""Requests to the server: bodies of every endpoint changed anywhere, other methods, paths and headers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+from fuzz import mutations
+from fuzz.cases import Case
+from fuzz.targets import seeds
+from fuzz.targets.template import conversation
+from serve.client import Client, serving
+
+from pyengine.freeze import freeze
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "maxLength": 3}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+_FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": _SCHEMA, "strict": True}}
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": _SCHEMA}}
+_SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1, "max_tokens": 3, "stop": ["x"], "logit_bias": {"5": -1}}
+_CHAT = {"messages": seeds.MESSAGES, "max_tokens": 3}
+BODIES: dict[str, list[dict[str, Any]]] = {
+    "/v1/chat/completions": [
+        _CHAT | _SAMPLING,
+        _CHAT | {"logprobs": True, "top_logprobs": 2, "n": 2, "frequency_penalty": 0.1},
+        _CHAT | {"stream": True, "stream_options": {"include_usage": True}},
+        _CHAT | {"tools": [_TOOL], "tool_choice": "required"},
+        _CHAT | {"response_format": _FORMAT},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_completion_tokens": 2},
+    ],
+    "/v1/completions": [
+        {"prompt": "hi", **_SAMPLING},
+        {"prompt": ["a", "b"], "max_tokens": 2, "echo": True, "logprobs": 2},
+        {"prompt": [1, 2, 3], "max_tokens": 2, "stream": True},
+    ],
+    "/v1/responses": [
+        {"input": "hi", "max_output_tokens": 2},
+        {"input": seeds.MESSAGES, "max_output_tokens": 2, "stream": True},
+    ],
+    "/tokenize": [{"content": "hi <|end|>", "add_special": True, "with_pieces": True}],
+    "/detokenize": [{"tokens": [1, 2, 257]}],
+}
+_OTHER_PATHS = ["/", "/health", "/metrics", "/props", "/v1/models", "/v1/models/tiny", "/v1/models/", "/x", ""]
+_HEADERS = ["authorization", "origin", "host", "content-type", "content-length", "x-request-id", "accept", "expect"]
+_MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 4, "best_of": 4}
+_REQUESTS = 10  # of a case: a server's start is most of its time
+
+
+class ServeTarget:
+    name = "serve"
+
+    def __init__(self, scratch: Path) -> None:
+        self.stage = ""
+        source = seeds.write_files(scratch / "hf", seeds.hf_files())
+        self._path = freeze(source, scratch / "m.safetensors", overwrite=True)
+        self._raised: list[BaseException] = []
+        handler = logging.Handler()
+        handler.emit = self._note  # type: ignore[method-assign]
+        logging.getLogger("pyengine").addHandler(handler)
+
+    def _note(self, record: logging.LogRecord) -> None:
+        """The application logs what it did not expect, and answers 500."""
+        if record.exc_info and record.exc_info[1] is not None:
+            self._raised.append(record.exc_info[1])
+
+    def make(self, rng: random.Random) -> Case:
+        return Case({}, [self._request(rng) for _ in range(_REQUESTS)])
+
+    def _request(self, rng: random.Random) -> dict[str, Any]:
+        path = rng.choice(list(BODIES))
+        body = mutations.mutated(rng, rng.choice(BODIES[path]), rng.choice([0, 1, 1, 2, 3]))
+        if isinstance(body, dict) and "messages" in body and rng.random() < 0.2:
+            body["messages"] = conversation(rng)
+        data = json.dumps(_bounded(body)).encode()
+        if rng.random() < 0.1:
+            data = mutations.mutated_bytes(rng, data)
+        if rng.random() < 0.05:
+            path = rng.choice(_OTHER_PATHS)
+        return {
+            "method": rng.choice(["GET", "HEAD", "OPTIONS", "PUT", "x", ""]) if rng.random() < 0.05 else "POST",
+            "path": path,
+            "body": data,
+            "headers": {rng.choice(_HEADERS): _latin(mutations.value(rng)) for _ in range(rng.choice([0, 0, 0, 1, 3]))},
+        }
+
+    def run(self, case: Case) -> None:
+        self._raised.clear()
+        serving(self._path, lambda client: self._send_all(client, case.arguments))
+
+    async def _send_all(self, client: Client, requests: list[dict[str, Any]]) -> None:
+        for request in requests:
+            self.stage = f"{request['method']} {request['path']}"
+            call = client.call(request["method"], request["path"], request["body"], headers=request["headers"])
+            answer = await asyncio.wait_for(call, 60)
+            if self._raised:
+                raise self._raised[0]
+            assert 200 <= answer.status < 500 or answer.status == 503, answer.body[:500]
+
+
+def _bounded(body: Any) -> Any:
+    """Wishes for very much are granted for a little: they are no faults, they only take long."""
+    for name, most in _MOST.items():
+        if isinstance(body, dict) and type(body.get(name)) in (int, float) and body[name] > most:
+            body[name] = most
+    return body
+
+
+def _latin(value: Any) -> str:
+    return str(value)[:2000].encode("latin-1", "replace").decode("latin-1")
