@@ -541,7 +541,7 @@ def test_a_lost_rank_ends_all_and_is_named(
 def test_a_signal_to_the_launcher_writes_a_checkpoint(launched: Launched, number: signal.Signals) -> None:
     launched.process.send_signal(number)
     said = launched.end()
-    assert launched.process.returncode == 128 + number
+    assert launched.process.returncode == 128 + number, said
     assert said.count("a checkpoint is written") == 1, said
     for folder in checkpoints(launched.run):  # whole ones only
         assert read_state(folder)["step"] == int(folder.name[5:])

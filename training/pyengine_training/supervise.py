@@ -23,6 +23,7 @@ from types import FrameType
 PATIENCE = 15.0  # seconds that a rank may be stopped or silent; PYENGINE_RANK_PATIENCE
 BEAT = 1.0  # seconds from one sign of life to the next
 POLL = 0.1
+REPEAT = 5.0  # seconds within which a signal that comes again is the same one
 PR_SET_PDEATHSIG = 1
 ADVICE = "continue with --resume from the last checkpoint"
 
@@ -77,6 +78,7 @@ class _Parent:
         self.seen: dict[int, tuple[str, float]] = {}  # rank -> its last sign, and when it was new
         self.first: dict[int, str] = {}  # what lay there at the start: of an earlier run, perhaps
         self.stopped: float | None = None
+        self.passed: dict[int, float] = {}  # signals passed on, and when
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._pass_on)
         if folder:
@@ -85,15 +87,24 @@ class _Parent:
             self.first = {other: self._read(other) for other in self.others}
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """To the child; not a second time within REPEAT: launchers signal a process and its group."""
+        now = time.monotonic()
+        if now - self.passed.get(number, now - 2 * REPEAT) < REPEAT:
+            return
+        self.passed[number] = now
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.child, number)
 
     def watch(self) -> int | None:
         """Until the child ends by itself, whose exit code is returned, or a rank is lost: None."""
-        next_beat = 0.0
+        next_beat, last = 0.0, time.monotonic()
         while True:
             pid, status = os.waitpid(self.child, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             now = time.monotonic()
+            if now - last > 2 * BEAT:  # this parent itself did not run, nor did the others, perhaps: a suspended job
+                self.seen = {rank: (sign, now) for rank, (sign, _) in self.seen.items()}
+                self.stopped = None if self.stopped is None else now
+            last = now
             if pid:
                 if os.WIFEXITED(status):
                     self._forget()

@@ -133,19 +133,26 @@ def open_run(folder: Path) -> Run:
 
 
 @contextlib.contextmanager
-def _signals(received: list[int]) -> Iterator[None]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one of them kills as usual."""
+def _signals(received: list[int], ranks: int) -> Iterator[None]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one of them kills as usual.
+
+    A rank that ends because of one is not disturbed any more while it takes leave of the others.
+    """
 
     def handler(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
     previous = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    interrupted = False
     try:
         yield
+    except Interrupted:
+        interrupted = True
+        raise
     finally:
         for number, old in previous.items():
-            signal.signal(number, old)
+            signal.signal(number, signal.SIG_IGN if interrupted and ranks > 1 else old)
 
 
 class Loop:
@@ -385,7 +392,7 @@ def run_training(folder: Path, machine: Machine, parent: Path | None = None) -> 
         if machine.comm.size > 1:
             for rank, (host, pid) in enumerate(machine.comm.gather((socket.gethostname(), os.getpid()))):
                 loop.log.say(f"rank {rank}: process {pid} on {host}, {threads_text(loop)}")
-        with _signals(loop.received):
+        with _signals(loop.received, machine.comm.size):
             loop.steps()
         final = loop.finish()
         loop.log.say(f"done in {format_seconds(loop.trainer.state.seconds)}: {final}")
