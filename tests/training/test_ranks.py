@@ -24,6 +24,7 @@ import pytest
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
 import pyengine_training
+from pyengine_training import supervise
 from pyengine_training.arena import Arena, parameter_shapes
 from pyengine_training.checkpoint import checkpoints, hf_config, hf_tensors, read_state
 from pyengine_training.comm import ALONE, ending_together, same_everywhere, together
@@ -502,6 +503,23 @@ def launched(stories: Path, tmp_path: Path) -> Iterator[Launched]:
         made.process.kill()
         if made.process.stderr and not made.process.stderr.closed:
             made.end()
+
+
+def test_a_sign_of_an_earlier_run_counts_only_when_all_ranks_have_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its handlers
+    (tmp_path / "signs").mkdir()
+    (tmp_path / "signs" / "1").write_text("4711 1")
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    watcher = supervise._Parent(0, 2, os.getpid(), read_end, tmp_path / "signs", patience=8.0)
+    assert not watcher._somebody_is_silent(1.0) and not watcher._somebody_is_silent(100.0)  # perhaps a killed run's
+    os.write(write_end, b"b")
+    assert not watcher._somebody_is_silent(101.0)
+    assert watcher._somebody_is_silent(110.0)  # lost before its second sign
+    os.close(read_end)
+    os.close(write_end)
 
 
 def parent_of(pid: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from .errors import ConfigError, Interrupted, MissingLibraryError, RankError, TrainingError
+from .supervise import all_have_begun
 
 Array = NDArray[Any]
 Message = tuple[int, Array]  # other rank, contiguous host array
@@ -71,7 +72,8 @@ class MpiComm:
         self._mpi = MPI
         self._world = MPI.COMM_WORLD.Dup()
         self.rank, self.size = self._world.rank, self._world.size
-        self.threads = self._share_of_the_machine()
+        self.threads = self._share_of_the_machine()  # returns when every rank has called it
+        all_have_begun()
 
     def _share_of_the_machine(self) -> int:
         """CPUs that the ranks of this machine may use between them, for each; bound to cores by the launcher or not."""

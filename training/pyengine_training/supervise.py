@@ -2,9 +2,9 @@
 
 MPI waits for messages without end, and a launcher that sees a process die ends the others before any of them can say
 which it was. So each rank works in a child process. Its parent, which does nothing else, sees the child be killed or
-stopped, and leaves a sign of life beside the run folder every second; where another rank's stays away (its machine hangs,
-its parent was stopped too), the lowest rank that is left says so. Then it
-kills itself, which is what makes launchers end everybody, stopped processes too.
+stopped, and leaves a sign of life beside the run folder every second; where another rank's stays away (its machine
+hangs, its parent was stopped too), the lowest rank that is left says so. Then it kills itself, which is what makes
+launchers end everybody, stopped processes too.
 """
 
 from __future__ import annotations
@@ -28,25 +28,44 @@ PR_SET_PDEATHSIG = 1
 ADVICE = "continue with --resume from the last checkpoint"
 
 
+_to_parent: int | None = None  # in a child: the end of the pipe by which it says that all ranks have begun
+
+
 def in_child(rank: int, size: int, arguments: Sequence[str]) -> None:
     """Return in a child process; the parent watches it and never returns."""
+    global _to_parent
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
+    from_child, to_parent = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(from_child)
+        _to_parent = to_parent
         os.setpgid(0, 0)  # signals of the terminal reach the parent, who passes them on: once
         _die_with(parent)
         return
+    os.close(to_parent)
+    os.set_blocking(from_child, False)
     patience = float(os.environ.get("PYENGINE_RANK_PATIENCE", PATIENCE))
     code: int | None = None
     try:
-        code = _Parent(rank, size, child, _folder(arguments), patience).watch()
+        code = _Parent(rank, size, child, from_child, _folder(arguments), patience).watch()
     finally:
         sys.stderr.flush()
         if code is None:  # a rank is lost
             os.kill(os.getpid(), signal.SIGKILL)  # the child goes too
         os._exit(code)
+
+
+def all_have_begun() -> None:
+    """Tell this rank's parent, where it has one, that every rank runs: by now each has left a sign of life."""
+    global _to_parent
+    if _to_parent is not None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(_to_parent, b"b")
+        os.close(_to_parent)
+        _to_parent = None
 
 
 def _die_with(parent: int) -> None:
@@ -71,12 +90,15 @@ def _folder(arguments: Sequence[str]) -> Path | None:
 class _Parent:
     """The watch over one child and over the other ranks' parents."""
 
-    def __init__(self, rank: int, size: int, child: int, folder: Path | None, patience: float) -> None:
+    def __init__(
+        self, rank: int, size: int, child: int, from_child: int, folder: Path | None, patience: float
+    ) -> None:
         self.rank, self.child, self.folder, self.patience = rank, child, folder, patience
+        self.from_child = from_child
         self.others = [other for other in range(size) if other != rank]
         self.beats = 0
         self.seen: dict[int, tuple[str, float]] = {}  # rank -> its last sign, and when it was new
-        self.first: dict[int, str] = {}  # what lay there at the start: of an earlier run, perhaps
+        self.first: dict[int, str] = {}  # what lay there at the start: of an earlier run, until all have begun
         self.stopped: float | None = None
         self.passed: dict[int, float] = {}  # signals passed on, and when
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -137,8 +159,10 @@ class _Parent:
 
     def _beat(self) -> None:
         self.beats += 1
+        path = self._path(self.rank)
         with contextlib.suppress(OSError):  # a full disk is the trainer's to tell
-            self._path(self.rank).write_text(f"{os.getpid()} {self.beats}")
+            path.with_suffix(".new").write_text(f"{os.getpid()} {self.beats}")
+            path.with_suffix(".new").replace(path)  # whole or not at all: an empty sign would mean an end
 
     def _read(self, rank: int) -> str:
         try:
@@ -148,6 +172,8 @@ class _Parent:
 
     def _somebody_is_silent(self, now: float) -> bool:
         """Whether a rank that was heard before is not heard any more and has not ended; the lowest rank left says so."""
+        if self.first and self._all_have_begun():
+            self.first.clear()  # one sign is enough from here on: a rank can be lost before its second
         for other in self.others:
             sign = self._read(other)
             if not sign:  # not begun, or ended
@@ -162,6 +188,12 @@ class _Parent:
         else:
             self._lost(lost[0], f"has not been heard of for {self.patience:.0f} s")
         return True
+
+    def _all_have_begun(self) -> bool:
+        try:
+            return bool(os.read(self.from_child, 1))
+        except BlockingIOError:
+            return False
 
     def _forget(self) -> None:
         """This rank has ended; the last one removes the folder."""
