@@ -193,14 +193,10 @@ class AsyncStream(AsyncIterator["Piece"]):
             await self._job.wait(lambda: request.has_news)
             if self._is_closed:  # by another task
                 raise StopAsyncIteration
-            if request.n_taken == len(request.output.pieces):
-                assert request.error is not None
-                raise request.error
+            piece = request.take()
         except BaseException:
             self.close()
             raise
-        piece = request.output.pieces[request.n_taken]
-        request.n_taken += 1
         if piece.result is not None:
             self.close()
         return piece

@@ -39,6 +39,8 @@ class Speculation:
         if n_rows >= self.max_rows:
             return {}
         chosen = [one for one in requests if isinstance(one, GenerationRequest) and one.max_draft > 0]
+        if not chosen:
+            return {}
         try:
             drafters = [self._drafter(request) for request in chosen]
         except OutOfMemoryError:

@@ -117,9 +117,12 @@ class Output:
 
     def catch_up(self) -> None:
         """Read what has been sampled since."""
-        reading = _Reading(self) if self._reading.is_torn else self._reading
+        reading, outputs = self._reading, self._sampler.outputs
+        if reading.is_torn:
+            reading = _Reading(self)
+        elif reading.n_read == len(outputs) and self._forced is None:
+            return
         reading.is_torn = True
-        outputs = self._sampler.outputs
         if reading.n_read < len(outputs):
             self._last_token_at = time.monotonic()
             if self._first_token_at == self.started:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from pyengine.run.output import Output
 if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Drafter
-    from pyengine.results import Generation
+    from pyengine.results import Generation, Piece
     from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams
     from pyengine.text.stops import StopStrings
@@ -40,7 +41,7 @@ class Caller:
     __slots__ = ("__weakref__",)
 
 
-class Request:
+class Request(ABC):
     """What every kind of request has.
 
     sequence  the keys and values of its first tokens, None before it starts (or after it had to make room for others)
@@ -61,31 +62,32 @@ class Request:
         self.thread = threading.get_ident()  # of its caller, as far as a fork is concerned
 
     @property
+    @abstractmethod
     def n_tokens(self) -> int:
         """Tokens known so far."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def next_row(self) -> int:
         """The first position whose logits are still wanted."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def is_done(self) -> bool:
-        raise NotImplementedError
+        """Whether nothing more is computed for it."""
 
     @property
     def is_paused(self) -> bool:
         """Whether its caller should read before more is computed."""
         return False
 
+    @abstractmethod
     def tokens(self, begin: int, end: int) -> Sequence[int]:
         """Tokens [begin, end)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wants(self, begin: int, end: int) -> bytes:
         """For each position of [begin, end): 1 if its logits are wanted."""
-        raise NotImplementedError
 
     def max_grant(self, begin: int) -> int:
         """The most tokens from `begin` on that one step should compute."""
@@ -169,6 +171,15 @@ class GenerationRequest(Request):
     @property
     def is_paused(self) -> bool:
         return self.interactive and len(self.output.pieces) - self.n_taken >= MAX_UNREAD
+
+    def take(self) -> Piece:
+        """The next piece, which is there (`has_news`). Raises the request's error after its last piece."""
+        pieces = self.output.pieces
+        if self.n_taken == len(pieces):
+            assert self.error is not None
+            raise self.error
+        self.n_taken += 1
+        return pieces[self.n_taken - 1]
 
     def tokens(self, begin: int, end: int) -> Sequence[int]:
         n = len(self.prompt)

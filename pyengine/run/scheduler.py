@@ -22,8 +22,8 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyengine._core import StepLock
 from pyengine._sampler import sample_many
+from pyengine._step_lock import StepLock
 from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
 from pyengine.run.draft import Speculation
 from pyengine.run.request import GenerationRequest, Request, RowsRequest
@@ -104,9 +104,8 @@ class Scheduler:
             self._sweep_after()
 
     def exclusively(self, function: Callable[[], object]) -> None:
-        """Call function() with the step lock."""
-        while not self.step_lock.run(self.step_lock.news, function):
-            pass
+        """Call function() with the step lock, between two steps."""
+        self.step_lock.exclusively(function)
         self._sweep_after()
 
     def _sweep_after(self) -> None:
@@ -115,11 +114,14 @@ class Scheduler:
             self.step_lock.try_run(self.sweep)
 
     def _lead(self, ready: Callable[[], bool]) -> None:
+        """Step until `ready()`, or until somebody wants the lock who does not step (a fork, a look at the books)."""
         while not ready():
             if self.closed:
                 raise PyEngineError("this engine is closed")
             if self.step():
                 self.step_lock.notify()
+            if self.step_lock.is_wanted:
+                return
 
     # ------------------------------------------------------------ one step
 
@@ -127,10 +129,9 @@ class Scheduler:
         """One forward for whatever waits. Whether there may be news for other callers."""
         self.sweep()
         requests = list(self._requests.values())
-        now = time.monotonic()
         for request in requests:
             request.catch_up()
-            if request.deadline is not None and now >= request.deadline and not request.is_done:
+            if request.deadline is not None and not request.is_done and time.monotonic() >= request.deadline:
                 request.time_out()
         grants = self._grant([request for request in requests if not request.is_done])
         began = time.perf_counter()
@@ -139,9 +140,10 @@ class Scheduler:
             if all(one.end - one.begin == 1 for one in grants):
                 self.speculation.note_step(sum(len(one.wants) for one in grants), time.perf_counter() - began)
             self._take_rows(grants)
-        news = any(request.is_done or request.interactive for request in requests)
-        self.sweep()
-        return news
+        is_one_done = any(request.is_done for request in requests)
+        if is_one_done:
+            self.sweep()  # before the next step, if there is one: its pages may be wanted
+        return is_one_done or any(request.interactive for request in requests)
 
     def sweep(self) -> None:
         """Let go of requests that are done or whose caller is gone. Their pages stay cached."""

@@ -59,14 +59,10 @@ class Stream(Caller, Iterator[Piece]):
             self._scheduler.wait(lambda: request.has_news or self._is_closed)
             if self._is_closed:  # by another thread
                 raise StopIteration
-            if request.n_taken == len(request.output.pieces):
-                assert request.error is not None
-                raise request.error
+            piece = request.take()
         except BaseException:
             self.close()
             raise
-        piece = request.output.pieces[request.n_taken]
-        request.n_taken += 1
         if piece.result is not None:
             self.close()
             cpu_watch.end(self._scheduler.n_threads)

@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "background": set(),
     "results": set(),
     "_core": {"errors"},
+    "_step_lock": {"errors"},
     "_probe": {"errors"},
     "_sampler": {"errors"},
     "_draft": {"errors"},
@@ -36,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
     "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
-    "run": {"errors", "fork", "results", "_core", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
+    "run": {"errors", "fork", "results", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
     "engine": {
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run", "fork", "files",

@@ -6,6 +6,7 @@ import gc
 import pickle
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,41 @@ def test_aborting_from_another_thread_ends_the_forward(engine: Engine) -> None:
     go_on.set()
     thread.join(60)
     assert not thread.is_alive() and seen == []
+
+
+@pytest.mark.parametrize("wants", ["a look at the books", "a fork"])
+def test_the_lock_is_given_to_others_between_two_steps(engine: Engine, wants: str) -> None:
+    """A thread that generates computes step after step: who needs the lock for something else waits for one of them."""
+    recorder, lock = record(engine), engine._scheduler.step_lock
+    seen: list[int] = []
+
+    def other() -> None:
+        if wants == "a fork":
+            lock.acquire()
+            seen.append(len(recorder.steps))
+            lock.release()
+        else:
+            engine.exclusively(lambda _: seen.append(len(recorder.steps)))
+
+    thread = threading.Thread(target=other)
+
+    def forward(*args: Any, **options: Any) -> bytes:
+        if len(recorder.steps) == 2:
+            thread.start()
+            while not lock.is_wanted:
+                time.sleep(0.001)
+        return Recorder.forward(recorder, *args, **options)
+
+    recorder.forward = forward  # type: ignore[method-assign]
+    engine.generate(text(1, 8), max_tokens=9, **SAMPLED)
+    thread.join()
+    assert seen == [3] and len(recorder.steps) == 9
+
+
+def test_what_runs_under_the_lock_cannot_ask_for_it_again(engine: Engine) -> None:
+    """A signal handler that ran in the middle of a step would find it half done."""
+    with pytest.raises(pyengine.PyEngineError, match="in this very thread"):
+        engine.exclusively(lambda _: engine.cache_stats())
 
 
 def test_a_bad_row_ends_its_own_request(tiny_model: Path) -> None:

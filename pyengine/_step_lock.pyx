@@ -1,0 +1,143 @@
+# cython: language_level=3
+"""The step lock: who computes now, and how the others wait."""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t, uint32_t
+
+from pyengine.errors import PyEngineError
+
+
+cdef extern from "platform.h" nogil:
+    ctypedef uint32_t atomic_uint32 "_Atomic uint32_t"
+    void pe_sleep_while_equal(atomic_uint32 *word, uint32_t value, int64_t timeout_ns)
+    void pe_wake_all(atomic_uint32 *word)
+    uint32_t load32 "atomic_load" (atomic_uint32 *word)
+    uint32_t add32 "atomic_fetch_add" (atomic_uint32 *word, uint32_t n)
+
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident()
+
+# A sleeping thread looks for signals so often.
+cdef int64_t SLEEP_NS = 20 * 1000 * 1000
+
+
+cdef class StepLock:
+    """A lock and a condition in one: one thread at a time computes, for all, and the others sleep until there is news.
+
+    Taking it, calling and giving it back are one compiled call: no exception, wherever it is raised, can leave it taken.
+
+    A caller that computes keeps it from step to step, so whoever needs it for something else says so (`is_wanted`), and comes
+    before the next who computes.
+
+    Its fields change under the interpreter's lock; the wait is a sleep on `counter`, so no news is missed.
+    """
+
+    cdef atomic_uint32 counter
+    cdef unsigned long holder  # thread, 0 = nobody
+    cdef bint in_call  # inside of a call
+    cdef int depth  # of acquire by the holder
+    cdef int n_sleeping
+    cdef int n_wanting  # threads in `exclusively` or `acquire` that have to wait
+    cdef object __weakref__
+
+    @property
+    def news(self) -> int:
+        """A number that changes with every notify. Read it before looking whether there is news for you."""
+        return load32(&self.counter)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for it who does not compute: between two steps its holder should give it back."""
+        return self.n_wanting > 0
+
+    def notify(self) -> None:
+        """Wake whoever waits: something may have come for it."""
+        self.wake()
+
+    cdef void wake(self) noexcept:
+        add32(&self.counter, 1)
+        if self.n_sleeping > 0:
+            pe_wake_all(&self.counter)
+
+    cdef int sleep_while(self, uint32_t news) except -1:
+        self.n_sleeping += 1
+        with nogil:
+            pe_sleep_while_equal(&self.counter, news, SLEEP_NS)
+        self.n_sleeping -= 1
+        PyErr_CheckSignals()
+        return 0
+
+    cdef int check_free_of(self, unsigned long me) except -1:
+        if self.holder == me:
+            raise PyEngineError("this engine is at work in this very thread (a signal handler cannot use it)")
+        return 0
+
+    def run(self, uint32_t news, function, *args) -> bool:
+        """Call function(*args), which computes, with the lock as soon as nobody else has it or wants it: True. Or return
+        False when there is news first, newer than `news`. Raises PyEngineError in a signal handler that runs inside of such
+        a call."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        while self.holder != 0 or self.n_wanting > 0:
+            self.check_free_of(me)
+            if load32(&self.counter) != news:
+                return False
+            self.sleep_while(news)
+        self.call(me, function, args)
+        return True
+
+    def exclusively(self, function, *args) -> None:
+        """Call function(*args) with the lock, between two steps. Raises PyEngineError like `run`."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        self.check_free_of(me)
+        self.wait_until_free(me)
+        self.call(me, function, args)
+
+    def try_run(self, function, *args) -> bool:
+        """Call function(*args) with the lock if nobody has it now."""
+        if self.holder != 0:
+            return False
+        self.call(PyThread_get_thread_ident(), function, args)
+        return True
+
+    cdef int wait_until_free(self, unsigned long me) except -1:
+        """Until nobody but this thread has it."""
+        self.n_wanting += 1
+        try:
+            while self.holder != 0 and self.holder != me:
+                self.sleep_while(load32(&self.counter))
+        finally:
+            self.n_wanting -= 1
+            self.wake()  # those that compute waited for this one, too
+        return 0
+
+    cdef int call(self, unsigned long me, function, args) except -1:
+        self.holder, self.in_call = me, True
+        try:
+            function(*args)
+        finally:
+            self.in_call = False
+            if self.depth == 0:
+                self.holder = 0
+            self.wake()
+        return 0
+
+    def acquire(self) -> bool:
+        """Wait for the lock and keep it, for a fork. By the thread that has it: once more. True."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        self.wait_until_free(me)
+        self.holder = me
+        self.depth += 1
+        return True
+
+    def release(self) -> None:
+        """Give back what `acquire` took. In the child of a fork: nobody else exists there."""
+        self.depth -= 1
+        if self.depth == 0 and not self.in_call:
+            self.holder = 0
+            self.wake()
+
+    def after_fork_in_child(self) -> None:
+        """The threads that slept do not exist here."""
+        self.n_sleeping = 0
+        self.n_wanting = 0
