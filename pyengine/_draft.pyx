@@ -37,6 +37,8 @@ cdef extern from "draft.h" nogil:
                          size_t *n_chosen)
 
 MAX_DRAFT = PE_DRAFT_MAX
+# Chance of a token that a grammar leaves no choice about. (It may still be spelt with other tokens.)
+cdef float FORCED_CHANCE = 0.98
 MAX_ROWS = PE_DRAFT_MAX_ROWS
 
 
@@ -106,13 +108,22 @@ cdef class Drafter:
         return [(tokens[i], chances[i]) for i in range(n)]
 
 
-def plan(Experience experience not None, list drafters not None, list mosts not None, size_t n_rows) -> list:
+cdef size_t propose_forced(tuple forced, size_t most, int32_t *tokens, float *chances) except? 0:
+    cdef size_t i, n = min(most, <size_t>len(forced), PE_DRAFT_MAX)
+    for i in range(n):
+        tokens[i], chances[i] = forced[i], FORCED_CHANCE
+    return n
+
+
+def plan(Experience experience not None, list drafters not None, list mosts not None, size_t n_rows, list forced=None) -> list:
     """A draft for each of drafters, a tuple of at most mosts[i] tokens, so long that the step, of n_rows rows without them,
-    yields most tokens a second."""
+    yields most tokens a second. forced[i]: tokens that are all but certain; if it is (), the drafter guesses."""
     cdef size_t i, j, n = len(drafters)
     cdef Drafter drafter
     cdef list out = [()] * n
     cdef Py_ssize_t most
+    cdef int32_t *to_tokens
+    cdef float *to_chances
     cdef float least = pe_draft_least_chance(&experience.costs, n_rows)
     if n == 0 or n > n_rows or n_rows >= PE_DRAFT_MAX_ROWS or len(mosts) != <Py_ssize_t>n:
         return out
@@ -125,9 +136,12 @@ def plan(Experience experience not None, list drafters not None, list mosts not 
             raise OutOfMemoryError(f"no memory for {n} drafts")
         for i in range(n):
             drafter = drafters[i]
-            most = mosts[i]
-            n_proposed[i] = pe_drafter_propose(&drafter.drafter, max(0, min(most, PE_DRAFT_MAX)), least,
-                                               tokens + i * PE_DRAFT_MAX, chances + i * PE_DRAFT_MAX)
+            most = max(0, min(mosts[i], PE_DRAFT_MAX))
+            to_tokens, to_chances = tokens + i * PE_DRAFT_MAX, chances + i * PE_DRAFT_MAX
+            if forced is not None and forced[i]:
+                n_proposed[i] = propose_forced(forced[i], most, to_tokens, to_chances)
+            else:
+                n_proposed[i] = pe_drafter_propose(&drafter.drafter, most, least, to_tokens, to_chances)
         pe_draft_choose(&experience.costs, n_rows, n, chances, n_proposed, n_chosen)
         for i in range(n):
             if n_chosen[i] > 0:

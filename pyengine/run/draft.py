@@ -45,9 +45,10 @@ class Speculation:
             drafters = [self._drafter(request) for request in chosen]
         except OutOfMemoryError:
             return {}
-        drafts = self._plan(self.experience, drafters, [request.max_draft for request in chosen], n_rows)
+        mosts = [request.max_draft for request in chosen]
+        drafts = self._plan(self.experience, drafters, mosts, n_rows, [_forced(request) for request in chosen])
         return {
-            request.number: until_end(draft, request.output.ends)
+            request.number: _sensible(request, draft)
             for request, draft in zip(chosen, drafts, strict=True)
             if draft
         }
@@ -78,6 +79,18 @@ class Speculation:
                 self._stores.pop(next(iter(self._stores)))
             store = self._stores[salt] = Ngrams(STORE_TOKENS)
         return store
+
+
+def _forced(request: GenerationRequest) -> tuple[int, ...]:
+    """What a grammar leaves no choice about."""
+    return () if request.guide is None else request.guide.forced(request.sampler.outputs)
+
+
+def _sensible(request: GenerationRequest, draft: tuple[int, ...]) -> tuple[int, ...]:
+    """Without guesses that cannot come, or of which nobody will want to know."""
+    if request.guide is not None:
+        draft = tuple(request.guide.allowed(request.sampler.outputs, draft))
+    return until_end(draft, request.output.ends)
 
 
 def until_end(draft: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Guides: which tokens may come next, by a grammar.
 
 A guide follows the sampler's list of outputs, which is what happened: it accepts what it has not seen of it and says which
-tokens may follow. If an exception tore that, it begins anew and reads the whole list, with the same result.
+tokens may follow, and which would follow a guess. If an exception tore that, it begins anew and reads the whole list, with the
+same result.
 
 The grammars are llguidance's (the extra pyengine-lm[guide]), which is imported when the first one is asked for.
 """
@@ -29,17 +30,42 @@ MAX_GRAMMAR = 1 << 18  # characters of a schema, regex or grammar
 
 
 class Guide:
-    """Of one output. mask: uint32 ((vocab_size + 31) // 32), bit i % 32 of word i // 32 is 1 if token i may come."""
+    """Of one output. A mask: uint32 ((vocab_size + 31) // 32), bit i % 32 of word i // 32 is 1 if token i may come."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher = matcher
-        self._mask = array("I", bytes(4 * ((vocab_size + 31) // 32)))
+        self._n_words = (vocab_size + 31) // 32
+        self._masks: list[array[int]] = []  # [i]: after i guesses
         self._n_read = 0
         self._is_torn = False
 
-    def mask(self, outputs: Sequence[int]) -> array[int]:
-        """Which tokens may follow `outputs`; valid until the next call. Raises InvalidArgumentError if the grammar has become
-        too complex to follow."""
+    def masks(self, outputs: Sequence[int], draft: Sequence[int] = ()) -> list[array[int]]:
+        """Which tokens may follow `outputs`, and which would after each guess of `draft`; valid until the next call. (After a
+        guess that may not come, which no sampler will choose, the last mask again.) Raises InvalidArgumentError if the grammar
+        has become too complex to follow."""
+        self._read(outputs)
+        self._is_torn = True
+        n_allowed = self._matcher.validate_tokens(list(draft)) if draft else 0
+        for i in range(n_allowed + 1):
+            if i > 0:
+                self._matcher.consume_token(draft[i - 1])
+            self._compute_mask(i)
+        if n_allowed > 0:
+            self._matcher.rollback(n_allowed)
+        self._is_torn = False
+        return self._masks[: n_allowed + 1] + [self._masks[n_allowed]] * (len(draft) - n_allowed)
+
+    def forced(self, outputs: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that will come next, as far as the grammar alone says so: names of a schema's properties, and the like."""
+        self._read(outputs)
+        return tuple(self._matcher.compute_ff_tokens())
+
+    def allowed(self, outputs: Sequence[int], draft: Sequence[int]) -> Sequence[int]:
+        """The beginning of `draft` that may follow `outputs`."""
+        self._read(outputs)
+        return draft[: self._matcher.validate_tokens(list(draft))]
+
+    def _read(self, outputs: Sequence[int]) -> None:
         if self._is_torn:
             self._matcher.reset()
             self._n_read = 0
@@ -47,15 +73,18 @@ class Guide:
         new = list(outputs[self._n_read :])
         if new:
             self._matcher.consume_tokens(new)
-        address, n_words = self._mask.buffer_info()
+        self._n_read = len(outputs)
+        self._is_torn = False
+
+    def _compute_mask(self, i: int) -> None:
+        if i == len(self._masks):
+            self._masks.append(array("I", bytes(4 * self._n_words)))
+        address, n_words = self._masks[i].buffer_info()
         self._matcher.unsafe_compute_mask_ptr(address, 4 * n_words)
         if self._matcher.is_error():
             raise InvalidArgumentError(
                 f"structured_outputs cannot be followed: {_first_line(self._matcher.get_error())}"
             )
-        self._n_read = len(outputs)
-        self._is_torn = False
-        return self._mask
 
 
 class Guides:
@@ -85,7 +114,7 @@ class Guides:
         if matcher.is_error():
             raise InvalidArgumentError(f"structured_outputs: {_first_line(matcher.get_error())}")
         guide = Guide(matcher, self._vocab_size)
-        guide.mask(())  # what is too complex to begin with shows here, and not in a step
+        guide.masks(())  # what is too complex to begin with shows here, and not in a step
         return guide
 
     def _make_table(self, llguidance: Any) -> Any:

@@ -125,7 +125,7 @@ class GenerationRequest(Request):
         self.prompt = prompt
         self.params = params
         self.drafter: Drafter | None = None
-        self.may_draft = params.speculative.max_draft > 0 and guide is None  # a guide masks one token at a time
+        self.may_draft = params.speculative.max_draft > 0
         end_ids = () if params.ignore_eos else end_ids
         self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)
         if params.repetition_penalty != 1.0:
@@ -194,15 +194,14 @@ class GenerationRequest(Request):
         if not self.is_started:
             self.output.cached_tokens = n_tokens
 
-    def mask(self) -> array[int] | None:
-        """Which tokens may come next, None = all."""
-        if self.guide is None:
-            return None
-        try:
-            return self.guide.mask(self.sampler.outputs)
-        except Exception as error:  # of this request's grammar
-            self.error = error
-            return None
+    def masks(self, draft: Sequence[int]) -> Sequence[array[int] | None]:
+        """Which tokens may come next, and after each guess of `draft`; None = all."""
+        if self.guide is not None:
+            try:
+                return self.guide.masks(self.sampler.outputs, draft)
+            except Exception as error:  # of this request's grammar
+                self.error = error
+        return [None] * (1 + len(draft))
 
     def catch_up(self) -> None:
         try:

@@ -312,12 +312,12 @@ class Scheduler:
             if not isinstance(request, GenerationRequest) or not wants[-1] or request.error is not None:
                 continue
             assert request.sequence is not None
-            mask = request.mask()  # a request with a mask has no draft
+            request_masks = request.masks(draft)
             if request.sequence.length == end and request.error is None:  # not if its rows failed
                 requests.append(request)
                 rows += range(row, row + 1 + len(draft))
                 drafts.append(draft)
-                masks += [mask] * (1 + len(draft))
+                masks += request_masks
         if not requests:
             return
         errors = sample_many(

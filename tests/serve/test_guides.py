@@ -12,6 +12,7 @@ import pytest
 
 import pyengine
 from pyengine import Engine, SamplingParams
+from tests.engine.scripted_drafts import drafts_of, script
 
 pytest.importorskip("llguidance", reason="the extra guide is not installed")
 
@@ -64,6 +65,40 @@ def test_guided_outputs_are_the_same_in_a_batch_streamed_and_beside_others(engin
     assert [result.tokens for result in engine.generate(["a", "bb", "ccc"], **options)] == alone
     assert [piece.token for piece in engine.stream("bb", **options)] == alone[1]
     free.close()
+
+
+WANTED: dict[str, dict[str, Any]] = {
+    "schema": {"json": PERSON},
+    "object": {"json_object": True},
+    "choice": {"choice": ["a long beginning and one end", "a long beginning and another end"]},
+    "regex": {"regex": r"[a-c]{2,5}-[0-9]{1,4}x"},
+    "grammar": {"grammar": 'start: "a" | "(" start ")"'},
+}
+
+
+@pytest.mark.parametrize("kind", ["own", "right", "wrong", "random", "mixed"])
+@pytest.mark.parametrize("wanted", WANTED)
+def test_guesses_change_nothing_of_a_guided_output(tiny_model: Path, wanted: str, kind: str) -> None:
+    options: dict[str, Any] = {"structured_outputs": WANTED[wanted], "temperature": 1.0, "max_tokens": 60}
+    prompts = ["a", "bb", "Once"]
+    with Engine(tiny_model) as engine:
+        ids = [engine.tokenize(prompt) for prompt in prompts]
+        plain = [engine.generate(one, speculative="off", seed=7, **options).tokens for one in ids]
+        if kind != "own":
+            truths = {(tuple(one), 0): tokens for one, tokens in zip(ids, plain, strict=True)}
+            script(engine, truths, drafts_of(kind, seed=3, vocab_size=engine.vocab_size))
+        together = engine.generate(ids, speculative={"max_draft": 24}, seed=7, **options)
+        assert [one.tokens for one in together] == plain
+        assert [engine.generate(one, speculative="auto", seed=7, **options).tokens for one in ids] == plain
+        if kind == "right":
+            assert all(one.timings.accepted_tokens > 0 for one in together if len(one.tokens) > 3)
+
+
+def test_what_a_grammar_forces_is_guessed_and_comes_true(tiny_model: Path) -> None:
+    with Engine(tiny_model) as engine:  # a new one, which has measured nothing yet: what it guesses first is always the same
+        result = engine.generate("Once", structured_outputs={"choice": ["x" * 40]}, temperature=1.0, seed=1)
+    assert result.text == "x" * 40
+    assert result.timings.accepted_tokens > 0
 
 
 def test_a_torn_guide_begins_anew(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
