@@ -1,6 +1,8 @@
 /* kv_pages.c: see kv_pages.h. */
 #include "kv_pages.h"
 
+#include "platform.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -71,7 +73,7 @@ pe_page *pe_page_twin(const pe_page *page) {
 /* ------------------------------------------------------------------ pages */
 
 static void page_free(pe_page_pool *pool, pe_page *page) {
-    free(page->memory);
+    free(page->data);
     free(page);
     pool->n_pages--;
 }
@@ -91,13 +93,11 @@ static pe_page *page_allocate(pe_page_pool *pool) {
     if (pool->max_pages != 0 && pool->n_pages >= pool->max_pages) return NULL;
     pe_page *page = calloc(1, sizeof *page);
     if (page == NULL) return NULL;
-    /* calloc of this size is fresh zero pages from the system, touched only as positions are written. */
-    page->memory = calloc(1, pool->page_bytes + 64);
-    if (page->memory == NULL) {
+    page->data = pe_aligned_alloc_huge(pool->page_bytes);
+    if (page->data == NULL) {
         free(page);
         return NULL;
     }
-    page->data = (char *)(((uintptr_t)page->memory + 63) / 64 * 64);
     pool->n_pages++;
     return page;
 }

@@ -29,8 +29,7 @@ typedef struct pe_page {
     size_t n_tokens;               /* positions [0, n_tokens) of the page hold keys and values of tokens[0, n_tokens) */
     uint8_t salt[PE_SALT_BYTES];
     int32_t tokens[PE_CHUNK];
-    char *data;   /* aligned to 64 */
-    void *memory; /* what the allocator returned */
+    char *data; /* aligned to 64 */
 } pe_page;
 
 typedef struct pe_page_pool {

@@ -3,6 +3,7 @@
 #include "platform.h"
 
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -15,9 +16,21 @@
 #include <pthread.h>
 #endif
 
+enum { HUGE_PAGE = 2 << 20 };
+
 void *pe_aligned_alloc(size_t n_bytes) {
     size_t padded = (n_bytes + 63) / 64 * 64;
     return n_bytes > SIZE_MAX - 63 ? NULL : aligned_alloc(64, padded);
+}
+
+void *pe_aligned_alloc_huge(size_t n_bytes) {
+    size_t whole = n_bytes / HUGE_PAGE * HUGE_PAGE;
+    if (whole == 0 || n_bytes > SIZE_MAX - HUGE_PAGE) return pe_aligned_alloc(n_bytes);
+    void *memory = aligned_alloc(HUGE_PAGE, (n_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+#if defined(MADV_HUGEPAGE) && !defined(PE_PLATFORM_POSIX)
+    if (memory != NULL) madvise(memory, whole, MADV_HUGEPAGE); /* a wish: where it fails, pages are small ones */
+#endif
+    return memory;
 }
 
 int64_t pe_now_ns(void) {
