@@ -152,7 +152,7 @@ C_ROOMS: dict[str, set[str]] = {
     "key_bias": {"kernels", "platform"},
     "model": {"pyengine", "status", "threadpool", "float_env", "kernels", "key_bias"},
     "slice": {"pyengine", "status", "platform", "threadpool", "kernels", "model"},
-    "kv_pages": {"pyengine", "kernels"},
+    "kv_pages": {"pyengine", "platform", "kernels"},
     "kv_cache": {"pyengine", "status", "kernels", "kv_pages", "model"},
     "matmul": {"kernels", "model", "slice"},
     "attention": {"kernels", "model", "slice", "kv_cache"},
