@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sampler/double_math.h"
 #include "status.h"
 
 /* ------------------------------------------------------------------ n-grams */
@@ -211,8 +212,9 @@ void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const 
     if (n_rows < 1 || n_rows >= PE_DRAFT_MAX_ROWS) return;
     size_t taken[PE_DRAFT_MAX_ROWS] = {0}; /* n <= n_rows */
     float reached[PE_DRAFT_MAX_ROWS];      /* the chance that all that is taken of a proposal is right */
-    for (size_t i = 0; i < n; i++) reached[i] = 1.0f;
-    double expected = (double)n_rows, cost = costs->cost[n_rows], best = 1.04 * expected / cost;
+    double expected[PE_DRAFT_MAX_ROWS];    /* tokens that a text gets of the step; those without a draft get one */
+    for (size_t i = 0; i < n; i++) reached[i] = 1.0f, expected[i] = 1.0;
+    double cost = costs->cost[n_rows], log_speeds = 0.0, best = (double)n_rows * pe_log(1.04 / cost);
     for (size_t rows = n_rows + 1; rows <= PE_DRAFT_MAX_ROWS; rows++) {
         size_t likeliest = n;
         float chance = 0.0f;
@@ -224,10 +226,11 @@ void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const 
         if (likeliest == n) return;
         reached[likeliest] = chance;
         taken[likeliest]++;
-        expected += chance;
+        log_speeds -= pe_log(expected[likeliest]);
+        log_speeds += pe_log(expected[likeliest] += chance);
         cost = cost_of(costs, rows, cost);
-        if (expected / cost <= best) continue;
-        best = expected / cost;
+        if (log_speeds - (double)n_rows * pe_log(cost) <= best) continue;
+        best = log_speeds - (double)n_rows * pe_log(cost);
         memcpy(n_chosen, taken, n * sizeof *taken);
     }
 }

@@ -10,8 +10,10 @@
  *              an output, drafted or not, so a drafter that is off knows when it would pay again
  *   costs      what a step of so many rows takes, relative to others, on this machine and this model
  *
- * A draft is the likeliest prediction again and again; drafts of all texts of a step together are as long as makes
- * (tokens expected) / (cost of the step) largest. */
+ * A draft is the likeliest prediction again and again; drafts of all texts of a step together are as long as makes the
+ * geometric mean of the texts' speeds largest, (tokens expected of this text) / (cost of the step). Not the sum of the
+ * speeds: a text that repeats itself must not slow its neighbours by more than it gains, and when texts are computed together,
+ * whoever waits for all of them waits for the slowest. */
 #ifndef PE_DRAFT_H
 #define PE_DRAFT_H
 

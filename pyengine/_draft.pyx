@@ -29,6 +29,7 @@ cdef extern from "draft.h" nogil:
     void pe_drafter_read(pe_drafter *drafter, int32_t token, bint is_output)
     size_t pe_drafter_propose(const pe_drafter *drafter, size_t most, float least, int32_t *tokens, float *chances)
     ctypedef struct pe_step_costs:
+        double scale
         double *cost
     void pe_step_costs_init(pe_step_costs *costs)
     void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds)
@@ -69,6 +70,10 @@ cdef class Experience:
     def note_step(self, size_t n_rows, double seconds) -> None:
         """A step of n_rows took so long."""
         pe_step_costs_note(&self.costs, n_rows, seconds)
+
+    def seconds(self, size_t n_rows) -> float:
+        """What a step of so many rows takes now; the largest one known if n_rows is larger."""
+        return self.costs.scale * self.costs.cost[max(1, min(n_rows, PE_DRAFT_MAX_ROWS))]
 
     def step_costs(self) -> list:
         """Cost of steps of 1, 2, ... MAX_ROWS rows; only their ratios mean something."""

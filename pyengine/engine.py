@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pyengine import _core
+    from pyengine.draft_file import DraftFile
     from pyengine.freeze import Progress
     from pyengine.run.guide import Guide, Guides
     from pyengine.sampling import Drafting, ResolvedParams, SamplingParams, StructuredOutputs
@@ -99,6 +100,8 @@ class Engine:
                    least what one full context takes. None = room for a few contexts, at most half of the memory
     speculative    guesses ahead, which change no byte of any output: "auto", "off" or options; see SamplingParams and
                    docs/speculation.md
+    draft_model  a smaller model with the same vocabulary, named like `model`, that guesses too: worth it beside a model several
+                   times its size
     mmap       False reads the file into memory, for files that others may truncate (a map would then kill the process)
     preload_tokenizer  True loads the tokenizer now, while a thread checks the weights: for programs that begin with text at once.
                Otherwise it is loaded when it is first needed
@@ -121,6 +124,7 @@ class Engine:
         max_sequences: int = MAX_SEQUENCES,
         max_kv_bytes: int | None = None,
         speculative: str | Mapping[str, Any] = "auto",
+        draft_model: str | os.PathLike[str] | None = None,
         mmap: bool = True,
         preload_tokenizer: bool = False,
         progress: Progress | None = None,
@@ -167,14 +171,17 @@ class Engine:
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
         context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
         self.n_threads: int = context.n_threads
-        pages = max_pages(
-            max_kv_bytes,
-            page_bytes=context.cache_stats()["page_bytes"],
-            page_positions=context.page_positions,
-            n_ctx=self.n_ctx,
-            max_sequences=max_sequences,
-        )
-        self._scheduler = Scheduler(context, max_sequences=max_sequences, max_pages=pages)
+        pages = partial(_pages, max_kv_bytes=max_kv_bytes, max_sequences=max_sequences)
+        self._scheduler = Scheduler(context, max_sequences=max_sequences, max_pages=pages(context, self.n_ctx))
+        self._draft: DraftFile | None = None
+        if draft_model is not None:
+            from pyengine.draft_file import DraftFile
+
+            self._draft = DraftFile(resolve_model(draft_model, progress), self._file, self.n_ctx, use_mmap=mmap)
+            self._options["draft_model"] = self._draft.path
+            guessing = self._draft.context(kv_dtype, n_threads)
+            guessing.set_max_pages(pages(guessing, self._draft.n_ctx))
+            self._scheduler.speculation.add_model(guessing, self._draft.n_ctx)
         fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
         self._closed = self._is_opening = False
         cpu_watch.check_threads(n_threads)
@@ -521,9 +528,16 @@ class Engine:
         return out[0]
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch"."""
-        weights = sum(size for _, size in self._file.tensors.values())
-        return self.exclusively(lambda context: {"weights": weights, **context.memory()})
+        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch", and "draft" (all of the draft model's)."""
+        draft = 0 if self._draft is None else self._draft.weights_bytes
+        speculation = self._scheduler.speculation
+        return self.exclusively(
+            lambda context: {
+                "weights": self._file.weights_bytes,
+                **context.memory(),
+                "draft": draft + speculation.memory(),
+            }
+        )
 
     def cache_stats(self) -> dict[str, int]:
         """Counts of the cache of keys and values, in pages: n_pages (allocated), of these n_cached (kept for later
@@ -550,6 +564,8 @@ class Engine:
                 self._chat_template.close()
             del self._model
             self._file.close()
+            if self._draft is not None:
+                self._draft.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -581,6 +597,17 @@ def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> S
     if params is not None and options:
         raise InvalidArgumentError(f"give params or keyword options, not both ({', '.join(options)})")
     return SamplingParams.from_kwargs(**options) if params is None else params
+
+
+def _pages(context: _core.Context, n_ctx: int, *, max_kv_bytes: int | None, max_sequences: int) -> int:
+    """Pages that a context may have."""
+    return max_pages(
+        max_kv_bytes,
+        page_bytes=context.cache_stats()["page_bytes"],
+        page_positions=context.page_positions,
+        n_ctx=n_ctx,
+        max_sequences=max_sequences,
+    )
 
 
 def _checked_speculative(value: str | Mapping[str, Any]) -> Drafting:

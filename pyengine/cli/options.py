@@ -170,6 +170,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="guess tokens ahead, which changes no byte: auto (default), off, or at most so many a step",
     )
     add(
+        "--draft-model",
+        metavar="PATH",
+        help="a smaller model with the same vocabulary that guesses, too: worth it beside one several times its size",
+    )
+    add(
         "-e",
         "--escape",
         action="store_true",
@@ -280,6 +285,8 @@ def open_engine(args: argparse.Namespace, **limits: int) -> Engine:
     options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True, **limits}
     if hasattr(args, "ctx_size"):
         options |= {"n_ctx": args.ctx_size or 0, "kv_dtype": args.kv_dtype}
+    if getattr(args, "draft_model", None) is not None:
+        options["draft_model"] = args.draft_model
     return Engine(frozen_path(args), **options)
 
 

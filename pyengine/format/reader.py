@@ -123,6 +123,11 @@ class FrozenFile:
             buffer.close()
             raise type(error)(f"{path}: {error}") from None
 
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights, all but the attachments."""
+        return sum(size for _, size, _ in self.weights.values())
+
     def attachment(self, name: str) -> bytes | None:
         """The bytes of a JSON or text attachment without its padding, or None when the file has none."""
         if name not in self.tensors or name not in ATTACHMENTS:

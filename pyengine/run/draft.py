@@ -14,11 +14,15 @@ from pyengine.errors import OutOfMemoryError
 from pyengine.run.request import GenerationRequest, Request
 
 if TYPE_CHECKING:
+    from pyengine import _core
     from pyengine._draft import Drafter, Ngrams
+    from pyengine.run.draft_model import DraftModel
 
 # The n-grams of earlier outputs: those of so many tokens, under so many salts, at 3 MB each.
 STORE_TOKENS = 1 << 15
 MAX_STORES = 16
+# An n-gram with such a chance to be right is believed without asking the draft model.
+SURE = 0.85
 # Outputs that a text's own n-grams have room for from the beginning; older ones make room for more.
 OUTPUT_TOKENS = 512
 
@@ -33,6 +37,13 @@ class Speculation:
         self.experience = _draft.Experience()
         self._plan = _draft.plan
         self._stores: dict[bytes, Ngrams] = {}
+        self.model: DraftModel | None = None
+
+    def add_model(self, context: _core.Context, n_ctx: int) -> None:
+        """From now on a draft model guesses, too."""
+        from pyengine.run.draft_model import DraftModel
+
+        self.model = DraftModel(context, n_ctx, self.experience)
 
     def plan(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
         """{number of a request: its draft} for requests that decode in a step of n_rows rows without drafts."""
@@ -45,17 +56,49 @@ class Speculation:
             drafters = [self._drafter(request) for request in chosen]
         except OutOfMemoryError:
             return {}
-        mosts = [request.max_draft for request in chosen]
-        drafts = self._plan(self.experience, drafters, mosts, n_rows, [_forced(request) for request in chosen])
-        return {
-            request.number: _sensible(request, draft)
-            for request, draft in zip(chosen, drafts, strict=True)
-            if draft
-        }
+        forced = [_forced(request) for request in chosen]
+        by_model = self._by_model(chosen, drafters, forced, n_rows)
+        n_rows += sum(map(len, by_model.values()))
+        if n_rows < self.max_rows:
+            rest = [i for i, request in enumerate(chosen) if not by_model.get(request.number)]
+            mosts = [chosen[i].max_draft for i in rest]
+            drafts = self._plan(self.experience, [drafters[i] for i in rest], mosts, n_rows, [forced[i] for i in rest])
+            by_model |= {chosen[i].number: draft for i, draft in zip(rest, drafts, strict=True)}
+        sensible = {request.number: _sensible(request, by_model.get(request.number, ())) for request in chosen}
+        return {number: draft for number, draft in sensible.items() if draft}
+
+    def _by_model(
+        self, chosen: list[GenerationRequest], drafters: list[Drafter], forced: list[tuple[int, ...]], n_rows: int
+    ) -> dict[int, tuple[int, ...]]:
+        """The draft model's guesses, for texts about which nothing surer is known."""
+        if self.model is None:
+            return {}
+        asked = [
+            request
+            for request, drafter, known in zip(chosen, drafters, forced, strict=True)
+            if not known and not any(chance > SURE for _, chance in drafter.propose(1))
+        ]
+        if not asked:
+            return {}
+        drafts = self.model.propose(asked, n_rows, self.max_rows)
+        return {request.number: draft for request, draft in zip(asked, drafts, strict=True) if draft}
 
     def note_step(self, n_rows: int, seconds: float) -> None:
         """A step of n_rows rows, with logits each, took so long."""
         self.experience.note_step(n_rows, seconds)
+
+    def memory(self) -> int:
+        """Bytes of the draft model's keys, values and scratch; 0 without one."""
+        return 0 if self.model is None else self.model.memory()
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Raises PyEngineError if the draft model's books do not balance. requests: all that may hold something."""
+        if self.model is not None:
+            self.model.check_integrity([one for one in requests if isinstance(one, GenerationRequest)])
+
+    def close(self) -> None:
+        """The draft model goes."""
+        self.model = None
 
     def _drafter(self, request: GenerationRequest) -> Drafter:
         """The request's, which has read all that is known of its text."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Drafter
     from pyengine.results import Generation, Piece
+    from pyengine.run.draft_model import Reading
     from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams
     from pyengine.text.stops import StopStrings
@@ -102,6 +103,10 @@ class Request(ABC):
     def time_out(self) -> None:
         """Its deadline has passed."""
 
+    def let_go(self) -> None:
+        """Nothing more is computed for it."""
+        self.sequence = None
+
 
 class GenerationRequest(Request):
     """One output of one prompt. Its sampler holds what was sampled, `output` what that says."""
@@ -125,6 +130,7 @@ class GenerationRequest(Request):
         self.prompt = prompt
         self.params = params
         self.drafter: Drafter | None = None
+        self.reading: Reading | None = None  # of the draft model
         self.may_draft = params.speculative.max_draft > 0
         end_ids = () if params.ignore_eos else end_ids
         self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)
@@ -212,6 +218,10 @@ class GenerationRequest(Request):
     def time_out(self) -> None:
         self.output.stop("timeout")
         self.catch_up()
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.drafter = self.reading = None
 
 
 class RowsRequest(Request):

@@ -152,7 +152,7 @@ class Scheduler:
                 self._requests.pop(number, None)
         for number, request in list(self._holders.items()):
             if number not in self._requests:
-                request.sequence = None
+                request.let_go()
                 self._is_full = False
                 self._holders.pop(number, None)
 
@@ -367,6 +367,7 @@ class Scheduler:
         for request in list(self._requests.values()):
             request.error = request.error or PyEngineError("this engine is closed")
         self.sweep()
+        self.speculation.close()
         del self.context
 
     def after_fork_in_child(self) -> None:
@@ -394,6 +395,7 @@ class Scheduler:
             held = request.sequence.tokens()
             if list(held) != list(request.tokens(0, len(held))):
                 raise PyEngineError(f"request {request.number}: its sequence holds other tokens than its text")
+        self.speculation.check_integrity(self._holders.values())
         return stats
 
 

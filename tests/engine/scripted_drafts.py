@@ -31,6 +31,12 @@ class Scripted:
     def note_step(self, n_rows: int, seconds: float) -> None:
         pass
 
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
 
 def script(engine: Engine, texts: dict[tuple[tuple[int, ...], int], list[int]], draft: Draft) -> None:
     engine._scheduler.speculation = Scripted(texts, draft)  # type: ignore[assignment]

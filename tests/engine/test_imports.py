@@ -38,7 +38,9 @@ ROOMS: dict[str, set[str]] = {
     "golden": {"_core", "format"},
     "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
     "run": {"errors", "fork", "results", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
+    "draft_file": {"errors", "_core", "format"},
     "engine": {
+        "draft_file",
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run", "fork", "files",
     },
@@ -161,7 +163,7 @@ C_ROOMS: dict[str, set[str]] = {
     "context": {"status", "platform", "slice", "kv_cache", "matmul", "attention"},
     "forward": {"status", "platform", "float_env", "slice", "kv_cache", "matmul", "block", "mlp", "context"},
     "sampler": {"pyengine", "status", "float_env", "kernels", "threadpool"},
-    "draft": {"pyengine", "status"},
+    "draft": {"pyengine", "status", "sampler"},
 }
 
 
