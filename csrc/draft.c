@@ -171,20 +171,38 @@ void pe_step_costs_init(pe_step_costs *costs) {
     for (size_t r = 1; r <= PE_DRAFT_MAX_ROWS; r++) costs->cost[r] = expected_cost(r);
 }
 
-void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds) {
-    if (n_rows < 1 || n_rows > PE_DRAFT_MAX_ROWS || !(seconds > 0.0)) return;
-    if (costs->scale == 0.0) costs->scale = seconds / costs->cost[n_rows];
-    double error = seconds / (costs->scale * costs->cost[n_rows]) - 1.0;
-    error = error > 1.0 ? 1.0 : error < -0.5 ? -0.5 : error;
+/* cost[n_rows] was measured to be 1 + error times what it is thought to be. */
+static void learn_cost(pe_step_costs *costs, size_t n_rows, double error) {
     uint32_t n_seen = costs->n_seen[n_rows]++;
-    double gain = 0.04 + (n_seen < 100 ? 0.5 / (n_seen + 1.0) : 0.0);
-    costs->scale *= 1.0 + 0.3 * error;
+    double gain = 0.05 + (n_seen < 100 ? 0.45 / (n_seen + 1.0) : 0.0);
     for (size_t r = 1; r <= PE_DRAFT_MAX_ROWS; r++) {
         size_t distance = r > n_rows ? r - n_rows : n_rows - r;
         /* Sizes that were never seen follow their neighbours. Those that seemed dear are forgotten by and by, and tried again. */
         if (distance == 0 || costs->n_seen[r] == 0) costs->cost[r] *= 1.0 + gain / (1.0 + (double)distance) * error;
         if (distance > 0 && costs->cost[r] > expected_cost(r)) costs->cost[r] += 1e-4 * (expected_cost(r) - costs->cost[r]);
     }
+}
+
+static double clipped(double error) { return error > 1.0 ? 1.0 : error < -0.5 ? -0.5 : error; }
+
+void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds) {
+    if (n_rows > PE_DRAFT_MAX_ROWS || (n_rows > 0 && !(seconds > 0.0))) return;
+    size_t before = costs->last_rows;
+    double last_seconds = costs->last_seconds;
+    costs->last_rows = n_rows, costs->last_seconds = seconds;
+    if (n_rows == 0) costs->is_cold = true;
+    if (costs->is_cold) {
+        costs->is_cold = n_rows == 0, costs->last_rows = 0;
+        return;
+    }
+    /* One step beside the one before it, of another size: whatever slows both alike, a neighbour or a longer context, cancels. */
+    if (before != 0 && before != n_rows) {
+        double ratio = seconds / last_seconds * (costs->cost[before] / costs->cost[n_rows]);
+        learn_cost(costs, n_rows, clipped(ratio - 1.0));
+        learn_cost(costs, before, clipped(1.0 / ratio - 1.0));
+    }
+    if (costs->scale == 0.0) costs->scale = seconds / costs->cost[n_rows];
+    costs->scale *= 1.0 + 0.3 * clipped(seconds / (costs->scale * costs->cost[n_rows]) - 1.0);
 }
 
 /* A larger step is not cheaper, whatever was measured. */

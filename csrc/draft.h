@@ -57,12 +57,16 @@ size_t pe_drafter_propose(const pe_drafter *drafter, size_t most, float least, i
 
 /* cost[r] is the time of a step of r rows; only ratios mean something. */
 typedef struct pe_step_costs {
-    double scale; /* seconds of a step of cost 1, now: it follows whatever slows or speeds all steps alike */
+    double scale; /* seconds of a step of cost 1, lately */
+    size_t last_rows; /* the last step, 0 = none yet */
+    double last_seconds;
+    bool is_cold; /* the next step is not measured */
     double cost[PE_DRAFT_MAX_ROWS + 1];
     uint32_t n_seen[PE_DRAFT_MAX_ROWS + 1];
 } pe_step_costs;
 void pe_step_costs_init(pe_step_costs *costs);
-/* A step of n_rows (1 to PE_DRAFT_MAX_ROWS) took so long. */
+/* A step of n_rows (1 to PE_DRAFT_MAX_ROWS) took so long. 0 = a step of another kind (a prompt): the next one, which touches
+ * memory that it left cold, counts for nothing. */
 void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds);
 
 /* A guess with a smaller chance pays in no draft of a step that has n_rows rows without drafts. */

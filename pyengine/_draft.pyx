@@ -68,7 +68,7 @@ cdef class Experience:
         pe_step_costs_init(&self.costs)
 
     def note_step(self, size_t n_rows, double seconds) -> None:
-        """A step of n_rows took so long."""
+        """A step of n_rows took so long; 0 = one of another kind, after which the next is not measured."""
         pe_step_costs_note(&self.costs, n_rows, seconds)
 
     def seconds(self, size_t n_rows) -> float:

@@ -84,7 +84,7 @@ class Speculation:
         return {request.number: draft for request, draft in zip(asked, drafts, strict=True) if draft}
 
     def note_step(self, n_rows: int, seconds: float) -> None:
-        """A step of n_rows rows, with logits each, took so long."""
+        """A step of n_rows rows, with logits each, took so long; 0 = one of another kind."""
         self.experience.note_step(n_rows, seconds)
 
     def memory(self) -> int:

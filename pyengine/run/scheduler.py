@@ -137,8 +137,8 @@ class Scheduler:
         began = time.perf_counter()
         if grants and self._forward(grants):
             self._sample(grants)
-            if all(one.end - one.begin == 1 for one in grants):
-                self.speculation.note_step(sum(len(one.wants) for one in grants), time.perf_counter() - began)
+            decodes = all(one.end - one.begin == 1 for one in grants)
+            self.speculation.note_step(sum(len(one.wants) for one in grants) if decodes else 0, time.perf_counter() - began)
             self._take_rows(grants)
         is_one_done = any(request.is_done for request in requests)
         if is_one_done:

@@ -341,7 +341,8 @@ def test_tables_forget_and_do_not_grow() -> None:
 def costs(seconds: dict[int, float], n: int = 200) -> _draft.Experience:
     experience = _draft.Experience()
     for _ in range(n):
-        for rows, time in seconds.items():
+        for rows, time in seconds.items():  # as with one text: without guesses, and with some
+            experience.note_step(1, seconds[1])
             experience.note_step(rows, time)
     return experience
 
@@ -381,6 +382,9 @@ def test_what_steps_cost_is_learnt_whatever_slows_all_of_them() -> None:
         rows = rng.choice((1, 1, 2, 8, 16))
         load = 1.0 if i % 400 < 300 else 2.5  # now and then somebody else wants the machine
         experience.note_step(rows, load * (1.0 + 0.3 * (rows - 1)) * rng.uniform(0.95, 1.05))
+        if i % 50 == 0:  # a prompt, and a step that finds cold memory
+            experience.note_step(0, 100.0)
+            experience.note_step(1, 30.0)
     learnt = experience.step_costs()
     for rows in (2, 8, 16):
         assert learnt[rows - 1] / learnt[0] == pytest.approx(1.0 + 0.3 * (rows - 1), rel=0.25)
