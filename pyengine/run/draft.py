@@ -7,6 +7,7 @@ that is decided here decides about time alone, and may follow the clock.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 # The n-grams of earlier outputs: those of so many tokens, under so many salts, at 3 MB each.
 STORE_TOKENS = 1 << 15
 MAX_STORES = 16
+# Share of the time that looking for guesses in vain may take, and steps that are not looked at for its sake at most.
+LOOK_SHARE = 0.005
+MAX_SKIP = 16
 # An n-gram with such a chance to be right is believed without asking the draft model.
 SURE = 0.85
 # Outputs that a text's own n-grams have room for from the beginning; older ones make room for more.
@@ -37,6 +41,7 @@ class Speculation:
         self.experience = _draft.Experience()
         self._plan = _draft.plan
         self._stores: dict[bytes, Ngrams] = {}
+        self._n_skip = 0  # steps until it looks again
         self.model: DraftModel | None = None
 
     def add_model(self, context: _core.Context, n_ctx: int) -> None:
@@ -49,6 +54,17 @@ class Speculation:
         """{number of a request: its draft} for requests that decode in a step of n_rows rows without drafts."""
         if n_rows >= self.max_rows:
             return {}
+        if self._n_skip > 0:
+            self._n_skip -= 1
+            return {}
+        began = time.perf_counter()
+        drafts = self._look(requests, n_rows)
+        if not drafts:  # beside a step of microseconds, looking is not free
+            step = self.experience.seconds(n_rows)
+            self._n_skip = min(int((time.perf_counter() - began) / (LOOK_SHARE * step)), MAX_SKIP) if step > 0 else 0
+        return drafts
+
+    def _look(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
         chosen = [one for one in requests if isinstance(one, GenerationRequest) and one.max_draft > 0]
         if not chosen:
             return {}
@@ -56,31 +72,32 @@ class Speculation:
             drafters = [self._drafter(request) for request in chosen]
         except OutOfMemoryError:
             return {}
-        forced = [_forced(request) for request in chosen]
-        by_model = self._by_model(chosen, drafters, forced, n_rows)
-        n_rows += sum(map(len, by_model.values()))
-        if n_rows < self.max_rows:
-            rest = [i for i, request in enumerate(chosen) if not by_model.get(request.number)]
-            mosts = [chosen[i].max_draft for i in rest]
-            drafts = self._plan(self.experience, [drafters[i] for i in rest], mosts, n_rows, [forced[i] for i in rest])
-            by_model |= {chosen[i].number: draft for i, draft in zip(rest, drafts, strict=True)}
-        sensible = {request.number: _sensible(request, by_model.get(request.number, ())) for request in chosen}
-        return {number: draft for number, draft in sensible.items() if draft}
+        drafts = {} if self.model is None else self._by_model(self.model, chosen, n_rows)
+        rest = [request for request in chosen if request.number not in drafts] if drafts else chosen
+        guesses = self._plan(
+            self.experience,
+            [self._drafter(request) for request in rest] if drafts else drafters,
+            [request.max_draft for request in rest],
+            n_rows + sum(map(len, drafts.values())),
+            [() if request.guide is None else _forced(request) for request in rest],
+        )
+        for request, draft in zip(rest, guesses, strict=True):
+            if draft:
+                drafts[request.number] = draft
+        return {one.number: _sensible(one, drafts[one.number]) for one in chosen if one.number in drafts} if drafts else drafts
 
     def _by_model(
-        self, chosen: list[GenerationRequest], drafters: list[Drafter], forced: list[tuple[int, ...]], n_rows: int
+        self, model: DraftModel, chosen: list[GenerationRequest], n_rows: int
     ) -> dict[int, tuple[int, ...]]:
         """The draft model's guesses, for texts about which nothing surer is known."""
-        if self.model is None:
-            return {}
         asked = [
             request
-            for request, drafter, known in zip(chosen, drafters, forced, strict=True)
-            if not known and not any(chance > SURE for _, chance in drafter.propose(1))
+            for request in chosen
+            if not _forced(request) and not any(chance > SURE for _, chance in self._drafter(request).propose(1))
         ]
         if not asked:
             return {}
-        drafts = self.model.propose(asked, n_rows, self.max_rows)
+        drafts = model.propose(asked, n_rows, self.max_rows)
         return {request.number: draft for request, draft in zip(asked, drafts, strict=True) if draft}
 
     def note_step(self, n_rows: int, seconds: float) -> None:
