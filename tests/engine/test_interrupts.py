@@ -22,7 +22,7 @@ import pytest
 from engine.scripted_drafts import drafts_of, script
 
 import pyengine
-from pyengine import Engine
+from pyengine import Engine, _core
 
 PROMPT = [3 + i * 7 % 50 for i in range(40)]
 OPTIONS: dict[str, Any] = {"temperature": 1.0, "seed": 11, "max_tokens": 3, "ignore_eos": True, "logprobs": 1}
@@ -98,12 +98,23 @@ def guess(engine: Engine) -> None:
     assert engine.generate(PROMPT, **GUESSED).tokens == texts[tuple(PROMPT), 0]
 
 
+def guess_by_model(engine: Engine) -> None:
+    """A draft model (the model itself) that runs ahead whenever it may."""
+    speculation = engine.scheduler.speculation
+    if speculation.model is None:
+        speculation.add_model(_core.Context(engine._model, n_threads=1), engine.n_ctx)
+        assert speculation.model is not None
+        speculation.model._best_length = lambda requests, n_rows, most: min(4, most)  # type: ignore[method-assign]
+    assert engine.generate(PROMPT, **GUESSED).tokens == text_without_guesses(engine.path)
+
+
 CALLS: dict[str, Callable[[Engine], object]] = {
     "generate": lambda engine: engine.generate(PROMPT, **OPTIONS),
     "two samples": lambda engine: engine.generate([PROMPT, PROMPT[:30]], n=2, **OPTIONS),
     "stream": read_stream,
     "closed stream": leave_a_stream,
     "drafts": guess,
+    "draft model": guess_by_model,
     "score": lambda engine: engine.score(PROMPT),
 }
 
@@ -157,7 +168,7 @@ def test_an_exception_in_one_call_leaves_another_stream_whole(tiny_model: Path, 
 
 SIGNALS = """
     import random, signal, sys, time
-    from pyengine import Engine
+    from pyengine import Engine, _core
 
     prompt = [3 + i * 7 % 50 for i in range(400)]
     options = dict(temperature=1.0, seed=11, max_tokens=12, ignore_eos=True, logprobs=0)
