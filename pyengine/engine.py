@@ -317,8 +317,10 @@ class Engine:
         *,
         cache_salt: str | None = None,
         interactive: bool = False,
+        shown_special: frozenset[int] = frozenset(),
     ) -> list[GenerationRequest]:
-        """What the scheduler is to compute for prompts: params.n requests each. Raises InvalidArgumentError."""
+        """What the scheduler is to compute for prompts: params.n requests each. shown_special: special tokens that the text
+        shows whatever skip_special_tokens says. Raises InvalidArgumentError."""
         request = partial(
             GenerationRequest,
             caller,
@@ -330,6 +332,7 @@ class Engine:
             end_ids=self.eos_token_ids,
             salt=check_salt(cache_salt),
             interactive=interactive,
+            shown_special=shown_special,
         )
         wanted = params.structured_outputs
         return [

@@ -121,6 +121,7 @@ class GenerationRequest(Request):
         salt: bytes,
         interactive: bool,
         guide: Guide | None = None,
+        shown_special: frozenset[int] = frozenset(),
     ) -> None:
         self.prompt = prompt
         self.params = params
@@ -131,7 +132,14 @@ class GenerationRequest(Request):
         if params.repetition_penalty != 1.0:
             self.sampler.accept_prompt(array("i", prompt))
         self.output = Output(
-            self.sampler, params, tokenizer, stops, prompt_tokens=len(prompt), n_ctx=n_ctx, end_ids=end_ids
+            self.sampler,
+            params,
+            tokenizer,
+            stops,
+            prompt_tokens=len(prompt),
+            n_ctx=n_ctx,
+            end_ids=end_ids,
+            shown_special=shown_special,
         )
         self.interactive = interactive
         self.guide = guide

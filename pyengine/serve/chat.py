@@ -12,6 +12,7 @@ from pyengine.results import Generation, Piece
 from pyengine.run.request import GenerationRequest
 from pyengine.sampling import SamplingParams, StructuredOutputs
 from pyengine.serve import payload
+from pyengine.serve.calls import CallReader, message_of
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange, event
 from pyengine.serve.fields import Fields
@@ -19,7 +20,7 @@ from pyengine.serve.messages import chat_messages
 from pyengine.serve.models import ServedModel
 from pyengine.serve.sampling import checked, sampling_params
 from pyengine.serve.stream import StreamOptions, stream_options
-from pyengine.serve.tools import CallReader, ForcedTools, forced_tools, whole_call
+from pyengine.serve.tools import Tools, tools_of
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -38,7 +39,7 @@ class ChatCall:
     cache_salt: str | None
     add_generation_prompt: bool
     template_variables: dict[str, Any]
-    tools: ForcedTools | None = None
+    tools: Tools | None = None
     id: str = field(default_factory=lambda: payload.new_id("chatcmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -46,7 +47,7 @@ class ChatCall:
         """The requests for the engine; in a thread."""
         ids = self.model.chat_ids(
             self.messages,
-            tools=None if self.tools is None else self.tools.tools,
+            tools=None if self.tools is None else self.tools.shown,
             add_generation_prompt=self.add_generation_prompt,
             variables=self.template_variables,
         )
@@ -57,6 +58,7 @@ class ChatCall:
             engine.resolve(self.params),
             cache_salt=self.cache_salt,
             interactive=self.stream is not None,
+            shown_special=frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax),
         )
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -91,10 +93,10 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
     _refuse(fields)
     note_user(exchange, fields)
     wanted = response_format(fields)
-    tools = forced_tools(fields)
+    tools = tools_of(fields, model)
     if tools is not None:
         if wanted is not None or fields.has("structured_outputs"):
-            raise bad_request("a forced tool call and a response format contradict each other", "tool_choice")
+            raise bad_request("tool calls and a response format contradict each other", "tool_choice")
         wanted = tools.output()
     if wanted is not None:
         given["structured_outputs"] = wanted
@@ -194,25 +196,24 @@ def _whole(call: ChatCall, requests: list[GenerationRequest]) -> dict[str, Any]:
 def _choice(call: ChatCall, index: int, request: GenerationRequest) -> dict[str, Any]:
     result = request.result
     message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
-    if call.tools is not None:
-        calls = whole_call(result.text, is_complete=_is_complete(result))
-        message |= {"content": None, "tool_calls": calls}
+    reader = None if call.tools is None else call.tools.reader()
+    if reader is not None:
+        content, calls = message_of(reader.push(result.text) + reader.finish())
+        message["content"] = content or (None if calls else "")
+        if calls:
+            message["tool_calls"] = calls
     return {
         "index": index,
         "message": message,
         "logprobs": _logprobs(call, request.output.pieces),
-        "finish_reason": _finish_reason(call, result),
+        "finish_reason": _finish_reason(reader, result),
         "stop_reason": payload.stop_reason(result),
     }
 
 
-def _finish_reason(call: ChatCall, result: Generation) -> str:
-    return "tool_calls" if call.tools is not None and _is_complete(result) else payload.finish_reason(result)
-
-
-def _is_complete(result: Generation) -> bool:
-    """Whether the text came to its own end: the end that a guide waits for."""
-    return result.finish_reason == "stop" and result.stop_reason is None
+def _finish_reason(reader: CallReader | None, result: Generation) -> str:
+    reason = payload.finish_reason(result)
+    return "tool_calls" if reason == "stop" and reader is not None and reader.has_call else reason
 
 
 def _logprobs(call: ChatCall, pieces: Sequence[Piece]) -> dict[str, Any] | None:
@@ -236,24 +237,26 @@ async def _stream(app: App, exchange: Exchange, call: ChatCall, job: Job) -> Non
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return event({**head, "choices": [choice]})
 
-    readers = [CallReader() for _ in job.requests] if call.tools is not None else []
+    readers = [None if call.tools is None else call.tools.reader() for _ in job.requests]
 
-    def delta(index: int, text: str, result: Generation | None) -> dict[str, Any]:
-        if call.tools is None:
-            return {"content": text} if text else {}
-        is_complete = result is not None and _is_complete(result)
-        calls = readers[index].push(text, is_last=result is not None, is_complete=is_complete)
-        return {"tool_calls": calls} if calls else {}
+    def deltas(index: int, text: str, is_last: bool) -> list[dict[str, Any]]:
+        reader = readers[index]
+        if reader is None:
+            return [{"content": text}] if text else []
+        return reader.push(text) + (reader.finish() if is_last else [])
 
     def part(index: int, pieces: list[Piece]) -> bytes:
         result = pieces[-1].result
-        new = delta(index, "".join(piece.text for piece in pieces), result)
+        new = deltas(index, "".join(piece.text for piece in pieces), result is not None)
         logprobs = _logprobs(call, pieces)
-        out = b""
-        if new or (logprobs is not None and logprobs["content"]):
-            out = chunk(index, new, logprobs=logprobs)
+        if not new and logprobs is not None and logprobs["content"]:
+            new = [{}]
+        out = b"".join(chunk(index, delta, logprobs=None if i else logprobs) for i, delta in enumerate(new))
         if result is not None:
-            reasons = {"finish_reason": _finish_reason(call, result), "stop_reason": payload.stop_reason(result)}
+            reasons = {
+                "finish_reason": _finish_reason(readers[index], result),
+                "stop_reason": payload.stop_reason(result),
+            }
             end = {**head, "choices": [{"index": index, "delta": {}, "logprobs": None, **reasons}]}
             out += event({**end, "timings": payload.timings(result), "seed": result.seed})
         return out
