@@ -18,6 +18,7 @@ from pyengine.serve.exchange import Exchange, event
 from pyengine.serve.fields import Fields
 from pyengine.serve.messages import chat_messages
 from pyengine.serve.models import ServedModel
+from pyengine.serve.prompts import note_user
 from pyengine.serve.sampling import checked, sampling_params
 from pyengine.serve.stream import StreamOptions, stream_options
 from pyengine.serve.tools import Tools, tools_of
@@ -138,14 +139,6 @@ def template_variables(variables: Fields | None) -> dict[str, Any]:
         variables.refuse(name, "the server sets it")
     out = {name: variables.take(name) for name in variables.names()}
     return out
-
-
-def note_user(exchange: Exchange, fields: Fields) -> None:
-    """Names that callers give their own users: for the log."""
-    for name in ("user", "safety_identifier"):
-        value = fields.string(name)
-        if value is not None:
-            exchange.notes["user"] = value[:64]
 
 
 def _refuse(fields: Fields) -> None:

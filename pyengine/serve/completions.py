@@ -12,14 +12,13 @@ from pyengine.engine import Prompt
 from pyengine.results import Piece
 from pyengine.run.request import GenerationRequest, Request
 from pyengine.serve import payload
-from pyengine.serve.chat import note_user
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange, event
 from pyengine.serve.fields import Fields
 from pyengine.serve.models import ServedModel
+from pyengine.serve.prompts import note_user, prompts_of
 from pyengine.serve.sampling import checked, sampling_params
 from pyengine.serve.stream import StreamOptions, stream_options
-from pyengine.serve.tokens import token_ids
 
 if TYPE_CHECKING:
     from pyengine.sampling import SamplingParams
@@ -91,7 +90,7 @@ class CompletionCall:
 def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.string("model"))
-    prompts = _prompts(fields, model)
+    prompts = prompts_of(fields, "prompt", model)
     echo = fields.boolean("echo")
     given: dict[str, Any] = {}
     echo_only = False
@@ -120,29 +119,6 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
             f"{len(prompts)} prompts and n = {params.n or 1} are more than {MAX_PROMPTS} outputs", "prompt"
         )
     return CompletionCall(model, prompts, params, echo, echo_only, stream, salt)
-
-
-def _prompts(fields: Fields, model: ServedModel) -> list[Prompt]:
-    value = fields.take("prompt")
-    if value is None:
-        fields.missing("prompt")
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise bad_request(
-            "prompt must be a string, a list of token ids, or a list of these that is not empty", "prompt"
-        )
-    if isinstance(value[0], int):
-        return [token_ids(value, "prompt", model.engine.vocab_size)]
-    prompts: list[Prompt] = []
-    for i, item in enumerate(value):
-        if isinstance(item, list):
-            prompts.append(token_ids(item, f"prompt[{i}]", model.engine.vocab_size))
-        elif isinstance(item, str):
-            prompts.append(item)
-        else:
-            raise bad_request(f"prompt[{i}] must be a string or a list of token ids", f"prompt[{i}]")
-    return prompts
 
 
 async def completions(app: App, exchange: Exchange) -> None:

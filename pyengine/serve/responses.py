@@ -9,11 +9,12 @@ from pyengine.results import Generation, Piece
 from pyengine.run.request import GenerationRequest
 from pyengine.sampling import StructuredOutputs
 from pyengine.serve import payload
-from pyengine.serve.chat import ChatCall, note_user
+from pyengine.serve.chat import ChatCall
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange, event
 from pyengine.serve.fields import Fields
 from pyengine.serve.messages import text_content
+from pyengine.serve.prompts import note_user
 from pyengine.serve.sampling import checked, sampling_params
 from pyengine.serve.stream import StreamOptions
 

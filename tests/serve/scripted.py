@@ -12,18 +12,30 @@ from pyengine import Engine
 
 
 class Script:
-    """A guide (run/guide.py) that allows the next token of a text, and its end after the last."""
+    """A guide (run/guide.py) that allows the tokens of a text, one after the other, and its end after the last."""
 
     def __init__(self, tokens: Sequence[int], end_id: int, vocab_size: int) -> None:
         self._tokens = [*tokens, end_id]
-        self._mask = array("I", bytes(4 * ((vocab_size + 31) // 32)))
+        self._n_words = (vocab_size + 31) // 32
 
-    def mask(self, outputs: Sequence[int]) -> array[int]:
-        token = self._tokens[min(len(outputs), len(self._tokens) - 1)]
-        for i in range(len(self._mask)):
-            self._mask[i] = 0
-        self._mask[token // 32] = 1 << token % 32
-        return self._mask
+    def _next(self, n_outputs: int) -> int:
+        return self._tokens[min(n_outputs, len(self._tokens) - 1)]
+
+    def masks(self, outputs: Sequence[int], draft: Sequence[int] = ()) -> list[array[int]]:
+        masks = [array("I", bytes(4 * self._n_words)) for _ in range(1 + len(draft))]
+        for i, mask in enumerate(masks):
+            token = self._next(len(outputs) + i)
+            mask[token // 32] = 1 << token % 32
+        return masks
+
+    def forced(self, outputs: Sequence[int]) -> tuple[int, ...]:
+        return ()
+
+    def allowed(self, outputs: Sequence[int], draft: Sequence[int]) -> Sequence[int]:
+        n = 0
+        while n < len(draft) and draft[n] == self._next(len(outputs) + n):
+            n += 1
+        return draft[:n]
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -35,7 +47,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         tokens = self.tokenize(text, add_bos=False, parse_special=True)
         for request in out:
             request.guide = Script(tokens, self.eos_token_ids[0], self.vocab_size)  # type: ignore[assignment]
-            request.may_draft = False
         return out
 
     monkeypatch.setattr(Engine, "requests", requests)
