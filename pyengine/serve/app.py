@@ -7,10 +7,11 @@ so a client that hangs up stops its work wherever it is, streamed or not.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from pyengine.async_engine import Job
 from pyengine.errors import PyEngineError
@@ -168,6 +169,17 @@ class App:
         if exchange.key_digest is None or len(self.settings.api_keys) < 2:
             return given
         return hashlib.sha256(exchange.key_digest + (given or "").encode("utf-8", "surrogatepass")).hexdigest()
+
+    @contextlib.asynccontextmanager
+    async def job(self, exchange: Exchange, model: ServedModel, make: work.Make) -> AsyncIterator[Job]:
+        """A job of this exchange, computed from now on; what is left of it ends with the block. Raises HTTPError 429, 503 and
+        whatever `make` raises."""
+        exchange.notes["model"] = model.name
+        job = await self.queue.submit(model, make)
+        try:
+            yield job
+        finally:
+            job.close()
 
     async def finish(self, exchange: Exchange, model: ServedModel, job: Job) -> list[GenerationRequest]:
         """The outputs of a job, complete. Raises the first error of one of its requests."""

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyengine.async_engine import Job
 from pyengine.results import Generation, Piece
 from pyengine.run.request import GenerationRequest
-from pyengine.sampling import SamplingParams, StructuredOutputs
+from pyengine.sampling import StructuredOutputs
 from pyengine.serve import payload
-from pyengine.serve.calls import CallReader, message_of
+from pyengine.serve.answer import Call, Choice, answer
+from pyengine.serve.calls import message_of
 from pyengine.serve.errors import bad_request
-from pyengine.serve.exchange import Exchange, event
+from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import Fields
 from pyengine.serve.messages import chat_messages
-from pyengine.serve.models import ServedModel
 from pyengine.serve.prompts import note_user
 from pyengine.serve.sampling import checked, sampling_params
-from pyengine.serve.stream import StreamOptions, stream_options
+from pyengine.serve.stream import stream_options
 from pyengine.serve.tools import Tools, tools_of
 
 if TYPE_CHECKING:
@@ -29,20 +28,18 @@ if TYPE_CHECKING:
 _RESERVED = ("self", "tokenizer", "time_limit")  # names of ChatTemplate.encode
 
 
-@dataclass
-class ChatCall:
-    """A request that was understood."""
-
-    model: ServedModel
+@dataclass(kw_only=True)
+class ChatCall(Call):
     messages: list[dict[str, Any]]
-    params: SamplingParams
-    stream: StreamOptions | None
-    cache_salt: str | None
-    add_generation_prompt: bool
-    template_variables: dict[str, Any]
+    add_generation_prompt: bool = True
+    template_variables: dict[str, Any] = field(default_factory=dict)
     tools: Tools | None = None
     id: str = field(default_factory=lambda: payload.new_id("chatcmpl-"))
-    created: int = field(default_factory=lambda: int(time.time()))
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def choice(self, index: int) -> ChatChoice:
+        return ChatChoice(self)
 
     def make(self, job: Job) -> Sequence[GenerationRequest]:
         """The requests for the engine; in a thread."""
@@ -62,14 +59,44 @@ class ChatCall:
             shown_special=frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax),
         )
 
-    def head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model.name,
-            "system_fingerprint": payload.FINGERPRINT,
-        }
+
+class ChatChoice(Choice):
+    last: ClassVar = {"delta": {}}
+
+    def __init__(self, call: ChatCall) -> None:
+        self._call = call
+        self._reader = None if call.tools is None else call.tools.reader()
+
+    def whole(self, request: GenerationRequest) -> dict[str, Any]:
+        content, calls = message_of(self._deltas(request.result.text, is_last=True))
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
+        return {"message": message, "logprobs": self._logprobs(request.output.pieces)}
+
+    def begin(self) -> list[dict[str, Any]]:
+        return [{"delta": {"role": "assistant", "content": "" if self._reader is None else None}}]
+
+    def push(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        text = "".join(piece.text for piece in pieces)
+        deltas = self._deltas(text, is_last=pieces[-1].result is not None)
+        logprobs = self._logprobs(pieces)
+        if not deltas and logprobs is not None and logprobs["content"]:
+            deltas = [{}]
+        return [{"delta": delta, "logprobs": None if i else logprobs} for i, delta in enumerate(deltas)]
+
+    def finish_reason(self, result: Generation) -> str:
+        reason = super().finish_reason(result)
+        return "tool_calls" if reason == "stop" and self._reader is not None and self._reader.has_call else reason
+
+    def _deltas(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
+        if self._reader is None:
+            return [{"content": text}] if text else []
+        return self._reader.push(text) + (self._reader.finish() if is_last else [])
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        said = self._call.said(pieces)
+        return None if said is None else payload.chat_logprobs(said, self._call.model.engine.tokenizer)
 
 
 def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
@@ -103,7 +130,16 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         given["structured_outputs"] = wanted
     params = sampling_params(fields, model, given)
     fields.end()
-    return ChatCall(model, messages, params, stream, salt, add_prompt, template_variables(variables), tools)
+    return ChatCall(
+        model=model,
+        params=params,
+        stream=stream,
+        cache_salt=salt,
+        messages=messages,
+        add_generation_prompt=add_prompt,
+        template_variables=template_variables(variables),
+        tools=tools,
+    )
 
 
 def response_format(fields: Fields) -> StructuredOutputs | None:
@@ -161,104 +197,4 @@ def _refuse(fields: Fields) -> None:
 
 
 async def chat_completions(app: App, exchange: Exchange) -> None:
-    call = parse(app, exchange, await app.fields(exchange))
-    exchange.notes["model"] = call.model.name
-    job = await app.queue.submit(call.model, call.make)
-    try:
-        if call.stream is None:
-            await exchange.reply_json(_whole(call, await app.finish(exchange, call.model, job)))
-        else:
-            await _stream(app, exchange, call, job)
-    finally:
-        job.close()
-
-
-# -------------------------------------------------------------------- whole
-
-
-def _whole(call: ChatCall, requests: list[GenerationRequest]) -> dict[str, Any]:
-    return {
-        **call.head("chat.completion"),
-        "choices": [_choice(call, index, request) for index, request in enumerate(requests)],
-        "usage": payload.usage(requests),
-        "timings": payload.timings(requests[0].result),
-        "seed": requests[0].result.seed,
-    }
-
-
-def _choice(call: ChatCall, index: int, request: GenerationRequest) -> dict[str, Any]:
-    result = request.result
-    message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
-    reader = None if call.tools is None else call.tools.reader()
-    if reader is not None:
-        content, calls = message_of(reader.push(result.text) + reader.finish())
-        message["content"] = content or (None if calls else "")
-        if calls:
-            message["tool_calls"] = calls
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": _logprobs(call, request.output.pieces),
-        "finish_reason": _finish_reason(reader, result),
-        "stop_reason": payload.stop_reason(result),
-    }
-
-
-def _finish_reason(reader: CallReader | None, result: Generation) -> str:
-    reason = payload.finish_reason(result)
-    return "tool_calls" if reason == "stop" and reader is not None and reader.has_call else reason
-
-
-def _logprobs(call: ChatCall, pieces: Sequence[Piece]) -> dict[str, Any] | None:
-    if call.params.logprobs is None:
-        return None
-    engine = call.model.engine
-    ends = (*engine.eos_token_ids, *(call.params.stop_token_ids or ()))
-    return payload.chat_logprobs(payload.said(pieces, ends), engine.tokenizer)
-
-
-# -------------------------------------------------------------------- streamed
-
-
-async def _stream(app: App, exchange: Exchange, call: ChatCall, job: Job) -> None:
-    assert call.stream is not None
-    head = call.head("chat.completion.chunk")
-    if call.stream.include_usage:
-        head["usage"] = None  # in every chunk but the last
-
-    def chunk(index: int, delta: dict[str, Any], **more: Any) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        return event({**head, "choices": [choice]})
-
-    readers = [None if call.tools is None else call.tools.reader() for _ in job.requests]
-
-    def deltas(index: int, text: str, is_last: bool) -> list[dict[str, Any]]:
-        reader = readers[index]
-        if reader is None:
-            return [{"content": text}] if text else []
-        return reader.push(text) + (reader.finish() if is_last else [])
-
-    def part(index: int, pieces: list[Piece]) -> bytes:
-        result = pieces[-1].result
-        new = deltas(index, "".join(piece.text for piece in pieces), result is not None)
-        logprobs = _logprobs(call, pieces)
-        if not new and logprobs is not None and logprobs["content"]:
-            new = [{}]
-        out = b"".join(chunk(index, delta, logprobs=None if i else logprobs) for i, delta in enumerate(new))
-        if result is not None:
-            reasons = {
-                "finish_reason": _finish_reason(readers[index], result),
-                "stop_reason": payload.stop_reason(result),
-            }
-            end = {**head, "choices": [{"index": index, "delta": {}, "logprobs": None, **reasons}]}
-            out += event({**end, "timings": payload.timings(result), "seed": result.seed})
-        return out
-
-    n = len(job.requests)
-    role = {"role": "assistant", "content": "" if call.tools is None else None}
-    first = b"".join(chunk(index, role) for index in range(n))
-    requests = await app.stream(exchange, call.model, job, first, part)
-    last = b""
-    if call.stream.include_usage:
-        last = event({**head, "choices": [], "usage": payload.usage(requests)})
-    await exchange.end(last + b"data: [DONE]\n\n")
+    await answer(app, exchange, parse(app, exchange, await app.fields(exchange)))

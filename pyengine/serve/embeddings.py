@@ -85,11 +85,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
 
 async def embeddings(app: App, exchange: Exchange) -> None:
     call = parse(app, exchange, await app.fields(exchange))
-    exchange.notes["model"] = call.model.name
-    job = await app.queue.submit(call.model, call.make)
-    try:
+    async with app.job(exchange, call.model, call.make) as job:
         await work.finish(job)
-    finally:
-        job.close()
     exchange.notes["prompt"] = call.n_tokens
     await exchange.reply(200, await asyncio.to_thread(call.body), b"application/json")

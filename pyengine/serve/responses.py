@@ -19,6 +19,7 @@ from pyengine.serve.sampling import checked, sampling_params
 from pyengine.serve.stream import StreamOptions
 
 if TYPE_CHECKING:
+    from pyengine.async_engine import Job
     from pyengine.serve.app import App
 
 
@@ -113,7 +114,8 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     _refuse(fields)
     params = sampling_params(fields, model, given)
     fields.end()
-    chat = ChatCall(model, messages, params, stream, salt, True, {}, id=payload.new_id("resp_"))
+    id_ = payload.new_id("resp_")
+    chat = ChatCall(model=model, params=params, stream=stream, cache_salt=salt, messages=messages, id=id_)
     return ResponsesCall(chat, instructions, repeated, text_format)
 
 
@@ -196,33 +198,33 @@ def _text_format(fields: Fields) -> tuple[dict[str, Any], StructuredOutputs | No
 
 async def responses(app: App, exchange: Exchange) -> None:
     call = parse(app, exchange, await app.fields(exchange))
-    exchange.notes["model"] = call.chat.model.name
-    job = await app.queue.submit(call.chat.model, call.chat.make)
-    try:
+    async with app.job(exchange, call.chat.model, call.chat.make) as job:
         if call.chat.stream is None:
             (request,) = await app.finish(exchange, call.chat.model, job)
             await exchange.reply_json(call.finished(request))
-            return
-        numbers = itertools.count()
+        else:
+            await _stream(app, exchange, call, job)
 
-        def one(kind: str, **more: Any) -> bytes:
-            return event({"type": kind, "sequence_number": next(numbers), **more}, kind)
 
-        place = {"item_id": call.item("", [])["id"], "output_index": 0, "content_index": 0}
+async def _stream(app: App, exchange: Exchange, call: ResponsesCall, job: Job) -> None:
+    numbers = itertools.count()
 
-        def part(index: int, pieces: list[Piece]) -> bytes:
-            text = "".join(piece.text for piece in pieces)
-            return one("response.output_text.delta", **place, delta=text, logprobs=[]) if text else b""
+    def one(kind: str, **more: Any) -> bytes:
+        return event({"type": kind, "sequence_number": next(numbers), **more}, kind)
 
-        begun = call.response("in_progress", [])
-        first = one("response.created", response=begun) + one("response.in_progress", response=begun)
-        first += one("response.output_item.added", output_index=0, item=call.item("in_progress", []))
-        first += one("response.content_part.added", **place, part=call.part(""))
-        (request,) = await app.stream(exchange, call.chat.model, job, first, part)
-        response, text = call.finished(request), request.result.text
-        last = one("response.output_text.done", **place, text=text, logprobs=[])
-        last += one("response.content_part.done", **place, part=call.part(text))
-        last += one("response.output_item.done", output_index=0, item=response["output"][0])
-        await exchange.end(last + one(f"response.{response['status']}", response=response))
-    finally:
-        job.close()
+    place = {"item_id": call.item("", [])["id"], "output_index": 0, "content_index": 0}
+
+    def part(index: int, pieces: list[Piece]) -> bytes:
+        text = "".join(piece.text for piece in pieces)
+        return one("response.output_text.delta", **place, delta=text, logprobs=[]) if text else b""
+
+    begun = call.response("in_progress", [])
+    first = one("response.created", response=begun) + one("response.in_progress", response=begun)
+    first += one("response.output_item.added", output_index=0, item=call.item("in_progress", []))
+    first += one("response.content_part.added", **place, part=call.part(""))
+    (request,) = await app.stream(exchange, call.chat.model, job, first, part)
+    response, text = call.finished(request), request.result.text
+    last = one("response.output_text.done", **place, text=text, logprobs=[])
+    last += one("response.content_part.done", **place, part=call.part(text))
+    last += one("response.output_item.done", output_index=0, item=response["output"][0])
+    await exchange.end(last + one(f"response.{response['status']}", response=response))
