@@ -15,12 +15,27 @@ from pyengine.serve.answer import Call, Choice, answer
 from pyengine.serve.calls import message_of
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange
-from pyengine.serve.fields import Fields
-from pyengine.serve.messages import chat_messages
-from pyengine.serve.prompts import note_user
-from pyengine.serve.sampling import checked, sampling_params
-from pyengine.serve.stream import stream_options
-from pyengine.serve.tools import Tools, tools_of
+from pyengine.serve.fields import (
+    ANYTHING,
+    BOOLEAN,
+    OBJECT,
+    STRING,
+    TRUE,
+    Fields,
+    Kind,
+    Table,
+    checked,
+    hint,
+    needed,
+    object_of,
+    one_of,
+    refused,
+)
+from pyengine.serve.messages import MESSAGES, chat_messages
+from pyengine.serve.prompts import CALLER, note_user
+from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.stream import STREAM, stream_options
+from pyengine.serve.tools import TOOLS, Tools, tools_of
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -99,28 +114,83 @@ class ChatChoice(Choice):
         return None if said is None else payload.chat_logprobs(said, self._call.model.engine.tokenizer)
 
 
+# -------------------------------------------------------------------- parsed
+
+
+def _schema(value: Any) -> StructuredOutputs:
+    return StructuredOutputs(json=value)
+
+
+# A JSON schema that an answer is held to.
+SCHEMA = checked(Kind({"type": ["object", "string", "boolean"]}, ANYTHING.read), _schema)
+_JSON_SCHEMA: Table = {
+    "name": needed(STRING),
+    "description": hint(STRING),
+    "strict": hint(BOOLEAN),  # answers are always held to the schema
+    "schema": SCHEMA,
+}
+_RESPONSE_FORMAT: Table = {
+    "type": needed(one_of("text", "json_object", "json_schema")),
+    "json_schema": object_of(_JSON_SCHEMA),
+}
+
+
+def _read_variables(value: Any, path: str) -> dict[str, Any]:
+    variables: dict[str, Any] = OBJECT.read(value, path)
+    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", *_RESERVED):
+        if variables.get(name) is not None:
+            where = f"{path}.{name}"
+            raise bad_request(f"{where} is not supported: the server sets it", where, "unsupported_parameter")
+    return {name: item for name, item in variables.items() if item is not None}
+
+
+FIELDS: Table = {
+    "messages": needed(MESSAGES),
+    **CALLER,
+    **STREAM,
+    **SAMPLING,
+    **TOOLS,
+    "max_tokens": parameter("max_tokens"),
+    "max_completion_tokens": parameter("max_tokens"),
+    "logprobs": BOOLEAN,
+    "top_logprobs": parameter("logprobs"),
+    "response_format": object_of(_RESPONSE_FORMAT),
+    "add_generation_prompt": TRUE,
+    "chat_template_kwargs": Kind(OBJECT.schema, _read_variables, default={}),
+    "functions": refused("use tools", []),
+    "function_call": refused("use tool_choice", "none", "auto"),
+    "modalities": refused("answers are text", ["text"]),
+    "audio": refused("answers are text"),
+    "prediction": refused("predicted outputs are not used"),
+    "store": refused("nothing is stored here", False),
+    "metadata": refused("nothing is stored here", {}),
+    "service_tier": refused("there is one tier", "auto", "default"),
+    "reasoning_effort": refused("effort cannot be chosen", "none"),
+    "verbosity": refused("verbosity cannot be chosen", "medium"),
+    "web_search_options": refused("this server does not search"),
+    "moderation": refused("this server does not moderate"),
+    # for routing between machines, and this is one
+    "prompt_cache_key": hint(STRING),
+    "prompt_cache_retention": hint(STRING),
+}
+
+
 def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
-    model = app.models.get(fields.string("model"))
-    messages = chat_messages(fields)
+    model = app.models.get(fields.take("model"))
+    messages = chat_messages(fields.take("messages"))
     given: dict[str, Any] = {}
     limits = [name for name in ("max_completion_tokens", "max_tokens") if fields.has(name)]
     if len(limits) > 1:
         raise bad_request("max_tokens and max_completion_tokens are the same: give one of them", "max_tokens")
     for name in limits:
-        given["max_tokens"] = checked(name, "max_tokens", fields.take(name))
-    top = fields.integer("top_logprobs", least=0)
-    if fields.boolean("logprobs"):
-        given["logprobs"] = checked("top_logprobs", "logprobs", top or 0)
+        given["max_tokens"] = fields.take(name)
+    top = fields.take("top_logprobs")
+    if fields.take("logprobs"):
+        given["logprobs"] = top or 0
     elif top:
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
-    stream = stream_options(fields)
-    salt = app.cache_salt(exchange, fields)
-    add_prompt = fields.boolean("add_generation_prompt", True)
-    variables = fields.object_("chat_template_kwargs")
-    _refuse(fields)
-    note_user(exchange, fields)
-    wanted = response_format(fields)
+    wanted = response_format(fields.take("response_format"))
     tools = tools_of(fields, model)
     if tools is not None:
         if wanted is not None or fields.has("structured_outputs"):
@@ -128,73 +198,34 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         wanted = tools.output()
     if wanted is not None:
         given["structured_outputs"] = wanted
-    params = sampling_params(fields, model, given)
-    fields.end()
-    return ChatCall(
+    note_user(exchange, fields)
+    call = ChatCall(
         model=model,
-        params=params,
-        stream=stream,
-        cache_salt=salt,
+        stream=stream_options(fields),
+        cache_salt=app.cache_salt(exchange, fields),
         messages=messages,
-        add_generation_prompt=add_prompt,
-        template_variables=template_variables(variables),
+        add_generation_prompt=fields.take("add_generation_prompt"),
+        template_variables=fields.take("chat_template_kwargs"),
         tools=tools,
+        params=sampling_params(fields, model, given),
     )
+    fields.end()
+    return call
 
 
-def response_format(fields: Fields) -> StructuredOutputs | None:
+def response_format(given: Fields | None) -> StructuredOutputs | None:
     """None for plain text. Raises HTTPError."""
-    given = fields.object_("response_format")
     if given is None:
         return None
-    kind = given.one_of("type", "text", "json_object", "json_schema")
-    schema = given.object_("json_schema")
-    if kind is None:
-        given.missing("type")
+    kind, schema = given.take("type"), given.take("json_schema")
     if kind == "json_schema":
         if schema is None:
             given.missing("json_schema")
-        schema.required_string("name")
-        schema.string("description")
-        schema.boolean("strict")  # answers are always held to the schema
-        value = schema.check("schema", lambda value: StructuredOutputs(json=value))
-        schema.end()
-        given.end()
-        return value or StructuredOutputs(json_object=True)
+        return schema.take("schema") or StructuredOutputs(json_object=True)
     if schema is not None:
         raise bad_request("response_format.json_schema goes with type json_schema", "response_format.json_schema")
-    given.end()
     return StructuredOutputs(json_object=True) if kind == "json_object" else None
 
 
-def template_variables(variables: Fields | None) -> dict[str, Any]:
-    """Further names for the template, those aside that it gets from us."""
-    if variables is None:
-        return {}
-    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", *_RESERVED):
-        variables.refuse(name, "the server sets it")
-    out = {name: variables.take(name) for name in variables.names()}
-    return out
-
-
-def _refuse(fields: Fields) -> None:
-    refuse = fields.refuse
-    refuse("functions", "use tools", [])
-    refuse("function_call", "use tool_choice", "none", "auto")
-    refuse("modalities", "answers are text", ["text"])
-    refuse("audio", "answers are text")
-    refuse("prediction", "predicted outputs are not used")
-    refuse("store", "nothing is stored here", False)
-    refuse("metadata", "nothing is stored here", {})
-    refuse("service_tier", "there is one tier", "auto", "default")
-    refuse("reasoning_effort", "effort cannot be chosen", "none")
-    refuse("verbosity", "verbosity cannot be chosen", "medium")
-    refuse("web_search_options", "this server does not search")
-    refuse("moderation", "this server does not moderate")
-    # A hint for routing between machines, and this is one: nothing is left to do.
-    fields.string("prompt_cache_key")
-    fields.string("prompt_cache_retention")
-
-
 async def chat_completions(app: App, exchange: Exchange) -> None:
-    await answer(app, exchange, parse(app, exchange, await app.fields(exchange)))
+    await answer(app, exchange, parse(app, exchange, await app.fields(exchange, FIELDS)))

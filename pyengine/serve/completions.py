@@ -10,14 +10,15 @@ from pyengine.async_engine import Job
 from pyengine.engine import Prompt
 from pyengine.results import Piece
 from pyengine.run.request import GenerationRequest, Request
+from pyengine.sampling import INT32_MAX
 from pyengine.serve import payload
 from pyengine.serve.answer import Call, Choice, answer
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange
-from pyengine.serve.fields import Fields
-from pyengine.serve.prompts import note_user, prompts_of
-from pyengine.serve.sampling import checked, sampling_params
-from pyengine.serve.stream import stream_options
+from pyengine.serve.fields import BOOLEAN, Fields, Table, integer, needed, refused
+from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
+from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.stream import STREAM, stream_options
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -122,50 +123,54 @@ class TextChoice(Choice):
         return {"text": text, "logprobs": self._call.logprobs(self._number, [])}
 
 
+FIELDS: Table = {
+    "prompt": needed(PROMPTS),
+    **CALLER,
+    **STREAM,
+    **SAMPLING,
+    "echo": BOOLEAN,
+    "max_tokens": integer(0, INT32_MAX),  # 0: the prompt alone comes back
+    "logprobs": parameter("logprobs"),
+    "suffix": refused("these models do not fill in the middle", ""),
+    "best_of": refused("samples are not ranked; use n", 1),
+    "store": refused("nothing is stored here", False),
+}
+
+
 def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
-    model = app.models.get(fields.string("model"))
-    prompts = prompts_of(fields, "prompt", model)
-    echo = fields.boolean("echo")
+    model = app.models.get(fields.take("model"))
+    prompts = prompts_of(fields.take("prompt"), model)
     given: dict[str, Any] = {}
-    echo_only = False
-    max_tokens = fields.integer("max_tokens", least=0)
+    echo, stream, max_tokens = fields.take("echo"), stream_options(fields), fields.take("max_tokens")
     if max_tokens == 0:
         if not echo:
             raise bad_request("max_tokens is 0, which asks for nothing unless echo is true", "max_tokens")
-        if fields.take("stream"):
+        if stream is not None:
             raise bad_request("max_tokens is 0: there is nothing to stream", "stream")
-        echo_only = True
     elif max_tokens is not None:
-        given["max_tokens"] = checked("max_tokens", "max_tokens", max_tokens)
-    logprobs = fields.integer("logprobs", least=0)
-    if logprobs is not None:
-        given["logprobs"] = checked("logprobs", "logprobs", logprobs)
-    stream = stream_options(fields)
-    salt = app.cache_salt(exchange, fields)
-    fields.refuse("suffix", "these models do not fill in the middle", "")
-    fields.refuse("best_of", "samples are not ranked; use n", 1)
-    fields.refuse("store", "nothing is stored here", False)
+        given["max_tokens"] = max_tokens
+    if fields.has("logprobs"):
+        given["logprobs"] = fields.take("logprobs")
     note_user(exchange, fields)
-    params = sampling_params(fields, model, given)
-    fields.end()
-    if len(prompts) * (params.n or 1) > MAX_PROMPTS:
-        raise bad_request(
-            f"{len(prompts)} prompts and n = {params.n or 1} are more than {MAX_PROMPTS} outputs", "prompt"
-        )
-    return CompletionCall(
+    call = CompletionCall(
         model=model,
-        params=params,
         stream=stream,
-        cache_salt=salt,
+        cache_salt=app.cache_salt(exchange, fields),
         prompts=prompts,
         echo=echo,
-        echo_only=echo_only,
+        echo_only=max_tokens == 0,
+        params=sampling_params(fields, model, given),
     )
+    fields.end()
+    n = call.params.n or 1
+    if len(prompts) * n > MAX_PROMPTS:
+        raise bad_request(f"{len(prompts)} prompts and n = {n} are more than {MAX_PROMPTS} outputs", "prompt")
+    return call
 
 
 async def completions(app: App, exchange: Exchange) -> None:
-    call = parse(app, exchange, await app.fields(exchange))
+    call = parse(app, exchange, await app.fields(exchange, FIELDS))
     if not call.echo_only:
         await answer(app, exchange, call)
         return

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from pyengine.serve import work
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange, dumps
-from pyengine.serve.fields import Fields
-from pyengine.serve.prompts import note_user, prompts_of
+from pyengine.serve.fields import Fields, Table, integer, needed, one_of
+from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
 
 if TYPE_CHECKING:
     from pyengine.async_engine import Job
@@ -66,25 +66,34 @@ class EmbeddingsCall:
         )
 
 
+FIELDS: Table = {
+    "input": needed(PROMPTS),
+    **CALLER,
+    "encoding_format": one_of("float", "base64", default="float"),
+    "dimensions": integer(1),
+    "pooling": one_of("mean", "last"),
+}
+
+
 def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
-    model = app.models.get(fields.string("model"))
-    prompts = prompts_of(fields, "input", model)
+    model = app.models.get(fields.take("model"))
+    prompts = prompts_of(fields.take("input"), model)
     if len(prompts) > MAX_INPUTS:
         raise bad_request(f"{len(prompts)} inputs, at most {MAX_INPUTS}", "input")
-    encoding = fields.one_of("encoding_format", "float", "base64", default="float")
-    pooling = fields.one_of("pooling", "mean", "last")
-    dimensions, dim = fields.integer("dimensions", least=1), model.engine.config["dim"]
+    is_base64 = fields.take("encoding_format") == "base64"
+    dimensions, dim = fields.take("dimensions"), model.engine.config["dim"]
     if dimensions is not None and dimensions > dim:
         raise bad_request(f"dimensions is {dimensions}, the vectors of {model.name} have {dim}", "dimensions")
-    salt = app.cache_salt(exchange, fields)
     note_user(exchange, fields)
+    salt = app.cache_salt(exchange, fields)
+    call = EmbeddingsCall(model, prompts, fields.take("pooling"), is_base64, dimensions, salt)
     fields.end()
-    return EmbeddingsCall(model, prompts, pooling, encoding == "base64", dimensions, salt)
+    return call
 
 
 async def embeddings(app: App, exchange: Exchange) -> None:
-    call = parse(app, exchange, await app.fields(exchange))
+    call = parse(app, exchange, await app.fields(exchange, FIELDS))
     async with app.job(exchange, call.model, call.make) as job:
         await work.finish(job)
     exchange.notes["prompt"] = call.n_tokens

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pyengine.sampling import StructuredOutputs
 from pyengine.serve.calls import OBJECT, CallReader, Syntax
 from pyengine.serve.errors import bad_request
-from pyengine.serve.fields import Fields
+from pyengine.serve.fields import BOOLEAN, STRING, TRUE, Fields, Kind, Table, hint, list_of, needed, object_of, one_of
 from pyengine.serve.models import ServedModel
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -53,10 +53,45 @@ class Tools:
         return CallReader(self.syntax, self.allowed, only_one=self.only_one)
 
 
+def _read_name(value: Any, path: str) -> Any:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise bad_request(f"{path} must be 1 to 64 of a-z, A-Z, 0-9, _ and -", path)
+    return value
+
+
+def _read_parameters(value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise bad_request(f"{path} must be a JSON schema", path)
+    if value.get("type", "object") != "object":  # arguments have names
+        raise bad_request(f'{path}.type must be "object"', f"{path}.type")
+    return value
+
+
+def _read_choice(value: Any, path: str) -> Any:
+    return _CHOICE.read(value, path) if isinstance(value, str) else _NAMED.read(value, path)
+
+
+_FUNCTION: Table = {
+    "name": needed(Kind({"type": "string", "pattern": f"^{_NAME.pattern}$"}, _read_name)),
+    "description": replace(STRING, default=""),
+    "parameters": Kind({"type": "object", "properties": {"type": {"enum": ["object"]}}}, _read_parameters),
+    "strict": hint(BOOLEAN),  # arguments of a forced call are always held to the schema, those of others never
+}
+_CHOICE = one_of("none", "auto", "required")
+_NAMED = object_of(
+    {"type": one_of("function"), "function": needed(object_of({"name": needed(STRING)}))},
+)
+TOOLS: Table = {
+    "tools": list_of(object_of({"type": one_of("function"), "function": needed(object_of(_FUNCTION))})),
+    "tool_choice": Kind({"anyOf": [_CHOICE.schema, _NAMED.schema]}, _read_choice),
+    "parallel_tool_calls": TRUE,
+}
+
+
 def tools_of(fields: Fields, model: ServedModel) -> Tools | None:
     """None if the request has none, or wants none called. Raises HTTPError."""
-    tools = [_tool(Fields(value, f"tools[{i}]")) for i, value in enumerate(fields.list_("tools") or [])]
-    only_one = not fields.boolean("parallel_tool_calls", True)
+    tools = [_tool(tool.take("function")) for tool in fields.take("tools") or ()]
+    only_one = not fields.take("parallel_tool_calls")
     choice = fields.take("tool_choice")
     if len(tools) > MAX_TOOLS:
         raise bad_request(f"{len(tools)} tools, at most {MAX_TOOLS}", "tools")
@@ -71,18 +106,11 @@ def tools_of(fields: Fields, model: ServedModel) -> Tools | None:
     if choice in (None, "auto"):
         return Tools(tools, allowed, _syntax(model), is_forced=False, only_one=only_one)
     if choice != "required":
-        name = _chosen(Fields(choice, "tool_choice"), allowed)
+        name = choice.take("function").take("name")
+        if name not in allowed:
+            raise bad_request(f"there is no tool {name!r} among: {', '.join(allowed)}", "tool_choice.function.name")
         allowed = {name: allowed[name]}
     return Tools(tools, allowed, OBJECT, is_forced=True, only_one=True)
-
-
-def _chosen(named: Fields, allowed: dict[str, Any]) -> str:
-    named.one_of("type", "function")
-    function = named.object_("function")
-    name = named.missing("function") if function is None else function.required_string("name")
-    if name not in allowed:
-        raise bad_request(f"there is no tool {name!r} among: {', '.join(allowed)}", "tool_choice.function.name")
-    return name
 
 
 def _syntax(model: ServedModel) -> Syntax:
@@ -101,22 +129,8 @@ def _syntax(model: ServedModel) -> Syntax:
     raise bad_request(text, "tool_choice", "unsupported_parameter")
 
 
-def _tool(tool: Fields) -> dict[str, Any]:
-    tool.one_of("type", "function", default="function")
-    function = tool.object_("function")
-    if function is None:
-        tool.missing("function")
-    name = function.required_string("name")
-    if not _NAME.fullmatch(name):
-        raise bad_request(f"{function.path('name')} must be 1 to 64 of a-z, A-Z, 0-9, _ and -", function.path("name"))
-    out: dict[str, Any] = {"name": name, "description": function.string("description") or ""}
-    parameters = function.take("parameters")
-    if parameters is not None:
-        if not isinstance(parameters, dict):
-            raise bad_request(f"{function.path('parameters')} must be a JSON schema", function.path("parameters"))
-        Fields(parameters, function.path("parameters")).one_of("type", "object")  # arguments have names
-        out["parameters"] = parameters
-    function.boolean("strict")  # arguments of a forced call are always held to the schema, those of others never
-    function.end()
-    tool.end()
+def _tool(function: Fields) -> dict[str, Any]:
+    out: dict[str, Any] = {"name": function.take("name"), "description": function.take("description")}
+    if function.has("parameters"):
+        out["parameters"] = function.take("parameters")
     return {"type": "function", "function": out}
