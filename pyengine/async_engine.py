@@ -16,7 +16,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pyengine import fork
 from pyengine.engine import Engine, Message, Prompt, sampling_params
@@ -25,6 +25,10 @@ from pyengine.run.request import Caller, GenerationRequest, Request
 from pyengine.text.prompts import is_batch
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from pyengine.embeddings import Pooled
     from pyengine.results import Generation, Piece, Score
     from pyengine.run.scheduler import Scheduler
     from pyengine.sampling import SamplingParams
@@ -345,6 +349,30 @@ class AsyncEngine:
 
         await self._run(make)
         return scores[0]
+
+    async def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["mean", "last"] | None = None,
+        normalize: bool = True,
+        parse_special: bool = False,
+        cache_salt: str | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """See Engine.embed."""
+        made: list[Pooled] = []
+
+        def make(job: Job) -> Sequence[Request]:
+            pooled, requests = self.engine.embed_requests(
+                job, texts, pooling=pooling, parse_special=parse_special, cache_salt=cache_salt
+            )
+            made.extend(pooled)
+            return requests
+
+        await self._run(make)
+        from pyengine.embeddings import vectors
+
+        return vectors(made, normalize=normalize)
 
     # ------------------------------------------------------------ life
 

@@ -21,7 +21,7 @@ from pyengine.format.reader import FrozenFile
 from pyengine.format.strict_json import parse_json_object
 from pyengine.results import Generation, Score
 from pyengine.run.pages import max_pages
-from pyengine.run.request import Caller, GenerationRequest, RowsRequest, check_salt
+from pyengine.run.request import HIDDEN, LOGITS, Caller, GenerationRequest, RowsRequest, check_salt
 from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
 from pyengine.run.stream import Stream, run_all
 from pyengine.text.prompts import is_batch, prompt_ids, token_ids
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from pyengine import _core
     from pyengine.draft_file import DraftFile
+    from pyengine.embeddings import Pooled
     from pyengine.freeze import Progress
     from pyengine.run.guide import Guide, Guides
     from pyengine.sampling import Drafting, ResolvedParams, SamplingParams, StructuredOutputs
@@ -46,8 +47,8 @@ Message = Mapping[str, Any]
 T = TypeVar("T")
 
 DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
-# score and logits ask for every row's logits; this bounds the buffer (rows x vocab_size x 4 bytes).
-LOGITS_BYTES = 32 << 20
+# score, logits and embed may ask for a row of every position; this bounds the buffer (rows x vocab_size or dim x 4 bytes).
+ROWS_BYTES = 32 << 20
 MAX_THREADS = 256  # PE_MAX_THREADS of csrc/threadpool.h
 INT32_MAX = 2**31 - 1
 
@@ -158,7 +159,11 @@ class Engine:
             "seed": seed,
             "mmap": mmap,
         }
-        self._options |= {"max_sequences": max_sequences, "max_kv_bytes": max_kv_bytes, "speculative": self._speculative}
+        self._options |= {
+            "max_sequences": max_sequences,
+            "max_kv_bytes": max_kv_bytes,
+            "speculative": self._speculative,
+        }
         config = self._file.config
         if n_ctx > config.max_seq_len:
             raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config.max_seq_len}")
@@ -324,8 +329,10 @@ class Engine:
         *,
         cache_salt: str | None = None,
         interactive: bool = False,
+        shown_special: frozenset[int] = frozenset(),
     ) -> list[GenerationRequest]:
-        """What the scheduler is to compute for prompts: params.n requests each. Raises InvalidArgumentError."""
+        """What the scheduler is to compute for prompts: params.n requests each. shown_special: special tokens that the text
+        shows whatever skip_special_tokens says. Raises InvalidArgumentError."""
         request = partial(
             GenerationRequest,
             caller,
@@ -337,6 +344,7 @@ class Engine:
             end_ids=self.eos_token_ids,
             salt=check_salt(cache_salt),
             interactive=interactive,
+            shown_special=shown_special,
         )
         wanted = params.structured_outputs
         return [
@@ -456,14 +464,17 @@ class Engine:
         take: Callable[[int, memoryview], None],
         *,
         cache_salt: str | None = None,
+        row_kind: int = LOGITS,
     ) -> list[RowsRequest]:
-        """What the scheduler is to compute for take(position, logits) at each of the positions, ascending; the view is
-        valid during the call. Nothing for no positions."""
+        """What the scheduler is to compute for take(position, row) at each of the positions, ascending: logits (vocab_size), or
+        with row_kind HIDDEN final hidden states (dim). The view is valid during the call. Nothing for no positions."""
         self.check_fits(ids)
         if not positions:
             return []
-        most = max(16, LOGITS_BYTES // (4 * self.vocab_size))
-        return [RowsRequest(caller, ids, positions, take, max_rows=most, salt=check_salt(cache_salt))]
+        width = self.vocab_size if row_kind == LOGITS else self._file.config.dim
+        most = max(16, ROWS_BYTES // (4 * width))
+        salt = check_salt(cache_salt)
+        return [RowsRequest(caller, ids, positions, take, max_rows=most, salt=salt, row_kind=row_kind)]
 
     def score_requests(
         self, caller: Caller, text: Prompt, *, parse_special: bool, start: int, cache_salt: str | None
@@ -512,6 +523,60 @@ class Engine:
         caller = Caller()
         run_all(self._scheduler, self.rows_requests(caller, ids, sorted(rows), take))
         return out
+
+    # ------------------------------------------------------------ embeddings
+
+    def embed_requests(
+        self,
+        caller: Caller,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str | None,
+        parse_special: bool,
+        cache_salt: str | None,
+    ) -> tuple[list[Pooled], list[RowsRequest]]:
+        """Each text's vector in the making, and what completes it when it is computed."""
+        with fork.importing:
+            from pyengine.embeddings import Pooled, chosen_pooling
+
+        prompts: Any = texts if is_batch(texts) else [texts]
+        config = self._file.config
+        pooling = chosen_pooling(pooling, config.extra)
+        ids = [self.prompt_ids(item, parse_special=parse_special) for item in prompts]
+        pooled = [Pooled(item, pooling, config.dim) for item in ids]
+        requests = [
+            request
+            for one in pooled
+            for request in self.rows_requests(
+                caller, one.tokens, one.positions, one.take, cache_salt=cache_salt, row_kind=HIDDEN
+            )
+        ]
+        return pooled, requests
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["mean", "last"] | None = None,
+        normalize: bool = True,
+        parse_special: bool = False,
+        cache_salt: str | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """A vector for each text (or token ids; one alone counts as a list of one): float32 (n, dim), a row's length 1 if
+        `normalize`.
+
+        pooling: "mean" of the final hidden states (after the last norm) of its tokens, or that of the "last" token; None = what
+        the model's files say, else "last". A text's tokens are those of a prompt: with BOS where the model wants one, and nothing
+        after it. A vector does not depend on what is computed beside it. Raises InvalidArgumentError, ContextFullError,
+        NotFiniteError."""
+        from pyengine.embeddings import vectors
+
+        caller = Caller()
+        pooled, requests = self.embed_requests(
+            caller, texts, pooling=pooling, parse_special=parse_special, cache_salt=cache_salt
+        )
+        run_all(self._scheduler, requests)
+        return vectors(pooled, normalize=normalize)
 
     # ------------------------------------------------------------ life
 

@@ -183,8 +183,10 @@ def _structured_outputs(value: object) -> StructuredOutputs:
     if unknown:
         raise InvalidArgumentError(f"structured_outputs has no field {unknown[0]!r}")
     return StructuredOutputs(**value)
+
+
 def check_speculative(value: object) -> Drafting:
-    """"auto", "off", or {"max_draft": ..., "store": ...}. Raises InvalidArgumentError."""
+    """ "auto", "off", or {"max_draft": ..., "store": ...}. Raises InvalidArgumentError."""
     if isinstance(value, str) and value in ("auto", "off"):
         return Drafting() if value == "auto" else Drafting(0)
     given = value._asdict() if isinstance(value, Drafting) else value
@@ -197,6 +199,40 @@ def check_speculative(value: object) -> Drafting:
     if not isinstance(store, bool):
         raise InvalidArgumentError(f"speculative: store must be True or False, not {shown(store)}")
     return Drafting(integer("max_draft of speculative", given.get("max_draft", MAX_DRAFT), 0, MAX_DRAFT), store)
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """A JSON schema of the parameter `name` of SamplingParams. Values that fit it may still be refused."""
+    if name in _INTEGERS:
+        least, most = _INTEGERS[name]
+        return {"type": "integer", "minimum": least, "maximum": most}
+    if name in _FLOATS:
+        low, high, open_low = _FLOATS[name]
+        return {"type": "number", "exclusiveMinimum" if open_low else "minimum": low, "maximum": high}
+    ids = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
+    string = {"type": "string", "minLength": 1}
+    schemas: dict[str, dict[str, Any]] = {
+        **{key: {"type": "boolean"} for key in _BOOLEANS},
+        **dict.fromkeys(_ID_LISTS, ids),
+        "stop": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
+        "logit_bias": {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "maximum": _LARGEST},
+        },
+        "structured_outputs": {
+            "type": "object",
+            "properties": {
+                "json": {"type": ["object", "string", "boolean"]},
+                "json_object": {"enum": [True]},
+                "regex": {"type": "string"},
+                "choice": {"type": "array", "items": string, "minItems": 1},
+                "grammar": {"type": "string"},
+            },
+            "additionalProperties": False,
+        },
+    }
+    return schemas[name]
 
 
 def _check(name: str, value: Any) -> Any:
@@ -346,7 +382,9 @@ class SamplingParams:
         if low is not None and high is not None and low > high:
             raise InvalidArgumentError(f"min_tokens ({low}) is above max_tokens ({high})")
         if self.structured_outputs is not None and self.ignore_eos:
-            raise InvalidArgumentError("ignore_eos and structured_outputs contradict each other: such an output has an end")
+            raise InvalidArgumentError(
+                "ignore_eos and structured_outputs contradict each other: such an output has an end"
+            )
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:
                 raise InvalidArgumentError("allowed_token_ids is empty: no token could ever come")

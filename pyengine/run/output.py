@@ -31,6 +31,7 @@ class _Reading:
             output.stops,
             skip_special_tokens=params.skip_special_tokens,
             include_stop_str=params.include_stop_str_in_output,
+            shown_special=output.shown_special,
         )
         self.n_read = 0
         self.text = ""
@@ -63,6 +64,7 @@ class Output:
     prompt_tokens  length of the prompt
     n_ctx          positions of the context
     end_ids        the model's end-of-text tokens, those that count for this request
+    shown_special  special tokens that the text shows whatever skip_special_tokens says
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class Output:
         prompt_tokens: int,
         n_ctx: int,
         end_ids: tuple[int, ...],
+        shown_special: frozenset[int] = frozenset(),
     ) -> None:
         self.params = params
+        self.shown_special = shown_special
         self.tokenizer = tokenizer
         self.stops = stops
         self.cached_tokens = 0

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pyengine.text.tokenizer import Tokenizer
 
 _numbers = itertools.count()
+# What a forward computes of a position (pe_want of csrc/pyengine.h).
+LOGITS, HIDDEN = 1, 2
 # Unread pieces after which a stream pauses: an iterator that nobody asks anything must not compute on.
 MAX_UNREAD = 32
 
@@ -51,6 +53,7 @@ class Request(ABC):
 
     keep = True  # its pages stay cached for later texts that begin alike
     interactive = False  # somebody reads along: short steps
+    row_kind = LOGITS  # what it wants of a position
 
     def __init__(self, caller: Caller, *, salt: bytes, deadline: float | None) -> None:
         self.number = next(_numbers)
@@ -70,7 +73,7 @@ class Request(ABC):
     @property
     @abstractmethod
     def next_row(self) -> int:
-        """The first position whose logits are still wanted."""
+        """The first position whose row is still wanted."""
 
     @property
     @abstractmethod
@@ -88,7 +91,7 @@ class Request(ABC):
 
     @abstractmethod
     def wants(self, begin: int, end: int) -> bytes:
-        """For each position of [begin, end): 1 if its logits are wanted."""
+        """For each position of [begin, end): `row_kind` if its row is wanted, else 0."""
 
     def max_grant(self, begin: int) -> int:
         """The most tokens from `begin` on that one step should compute."""
@@ -126,6 +129,7 @@ class GenerationRequest(Request):
         salt: bytes,
         interactive: bool,
         guide: Guide | None = None,
+        shown_special: frozenset[int] = frozenset(),
     ) -> None:
         self.prompt = prompt
         self.params = params
@@ -137,7 +141,14 @@ class GenerationRequest(Request):
         if params.repetition_penalty != 1.0:
             self.sampler.accept_prompt(array("i", prompt))
         self.output = Output(
-            self.sampler, params, tokenizer, stops, prompt_tokens=len(prompt), n_ctx=n_ctx, end_ids=end_ids
+            self.sampler,
+            params,
+            tokenizer,
+            stops,
+            prompt_tokens=len(prompt),
+            n_ctx=n_ctx,
+            end_ids=end_ids,
+            shown_special=shown_special,
         )
         self.interactive = interactive
         self.guide = guide
@@ -225,8 +236,8 @@ class GenerationRequest(Request):
 
 
 class RowsRequest(Request):
-    """Logits of given positions of a given text: `take(position, logits)` is called with each, ascending, by whoever
-    steps; the view is valid during the call."""
+    """Logits, or final hidden states, of given positions of a given text: `take(position, row)` is called with each, ascending,
+    by whoever steps; the view is valid during the call."""
 
     keep = False
 
@@ -239,8 +250,10 @@ class RowsRequest(Request):
         *,
         max_rows: int,
         salt: bytes,
+        row_kind: int = LOGITS,
     ) -> None:
         super().__init__(caller, salt=salt, deadline=None)
+        self.row_kind = row_kind
         self._tokens = tokens
         self._positions = positions
         self._wanted = frozenset(positions)
@@ -265,7 +278,7 @@ class RowsRequest(Request):
         return self._tokens[begin:end]
 
     def wants(self, begin: int, end: int) -> bytes:
-        return bytes(position in self._wanted for position in range(begin, end))
+        return bytes(self.row_kind if position in self._wanted else 0 for position in range(begin, end))
 
     def max_grant(self, begin: int) -> int:
         last = min(self.n_taken + self._max_rows, len(self._positions)) - 1

@@ -26,7 +26,7 @@ from pyengine._sampler import sample_many
 from pyengine._step_lock import StepLock
 from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
 from pyengine.run.draft import Speculation
-from pyengine.run.request import GenerationRequest, Request, RowsRequest
+from pyengine.run.request import HIDDEN, LOGITS, GenerationRequest, Request, RowsRequest
 
 if TYPE_CHECKING:
     from pyengine import _core
@@ -45,7 +45,7 @@ class Grant(NamedTuple):
     request: Request
     begin: int
     end: int
-    wants: bytes  # a flag for each: is its row of logits wanted
+    wants: bytes  # for each: the kind of row that is wanted, 0 = none
     draft: tuple[int, ...] = ()
 
 
@@ -54,11 +54,12 @@ def grant(request: Request, begin: int, end: int, draft: tuple[int, ...] = ()) -
 
 
 def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int]]:
-    """Each grant and the number of its first row of logits."""
-    row = 0
+    """Each grant and the number of its first row, among the rows of the kind that its request wants."""
+    n_rows = {LOGITS: 0, HIDDEN: 0}
     for one in grants:
-        yield one, row
-        row += one.wants.count(1)
+        kind = one.request.row_kind
+        yield one, n_rows[kind]
+        n_rows[kind] += one.wants.count(kind)
 
 
 class Scheduler:
@@ -349,10 +350,11 @@ class Scheduler:
                 self._take(request, begin, end, row)
 
     def _take(self, request: RowsRequest, begin: int, end: int, row: int) -> None:
+        row_of = self.context.logits if request.row_kind == LOGITS else self.context.hidden
         for position in request.rows(begin, end):
             try:
-                with memoryview(self.context.logits(row)) as logits:
-                    request.take(position, logits)
+                with memoryview(row_of(row)) as view:
+                    request.take(position, view)
             except Exception as error:  # of the caller's own making, for him alone
                 request.error = error
                 return

@@ -7,10 +7,11 @@ so a client that hangs up stops its work wherever it is, streamed or not.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from pyengine.async_engine import Job
 from pyengine.errors import PyEngineError
@@ -20,7 +21,7 @@ from pyengine.serve import work
 from pyengine.serve.access import Access
 from pyengine.serve.errors import HTTPError, http_error
 from pyengine.serve.exchange import Exchange, Receive, Scope, Send, event
-from pyengine.serve.fields import Fields, parse_json
+from pyengine.serve.fields import Fields, Table, parse_json
 from pyengine.serve.log import access_line
 from pyengine.serve.metrics import Metrics
 from pyengine.serve.models import Models, ServedModel
@@ -141,7 +142,7 @@ class App:
 
     # ------------------------------------------------------------ for the endpoints
 
-    async def fields(self, exchange: Exchange) -> Fields:
+    async def fields(self, exchange: Exchange, table: Table) -> Fields:
         """The fields of the body. Raises HTTPError."""
         held = 0
 
@@ -158,16 +159,25 @@ class App:
             value = parse_json(body) if len(body) < 1 << 14 else await asyncio.to_thread(parse_json, body)
         finally:
             self._bodies_bytes -= held
-        return Fields(value)
+        return Fields(value, table)
 
     def cache_salt(self, exchange: Exchange, fields: Fields) -> str | None:
         """What keeps this caller's cached beginnings apart: its key where there are several, and what it says itself."""
-        given = fields.string("cache_salt")
-        if given == "":
-            raise HTTPError(400, "cache_salt must not be empty", param="cache_salt")
+        given: str | None = fields.take("cache_salt")
         if exchange.key_digest is None or len(self.settings.api_keys) < 2:
             return given
         return hashlib.sha256(exchange.key_digest + (given or "").encode("utf-8", "surrogatepass")).hexdigest()
+
+    @contextlib.asynccontextmanager
+    async def job(self, exchange: Exchange, model: ServedModel, make: work.Make) -> AsyncIterator[Job]:
+        """A job of this exchange, computed from now on; what is left of it ends with the block. Raises HTTPError 429, 503 and
+        whatever `make` raises."""
+        exchange.notes["model"] = model.name
+        job = await self.queue.submit(model, make)
+        try:
+            yield job
+        finally:
+            job.close()
 
     async def finish(self, exchange: Exchange, model: ServedModel, job: Job) -> list[GenerationRequest]:
         """The outputs of a job, complete. Raises the first error of one of its requests."""

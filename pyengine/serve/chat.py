@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyengine.async_engine import Job
 from pyengine.results import Generation, Piece
 from pyengine.run.request import GenerationRequest
-from pyengine.sampling import SamplingParams, StructuredOutputs
+from pyengine.sampling import StructuredOutputs
 from pyengine.serve import payload
+from pyengine.serve.answer import Call, Choice, answer
+from pyengine.serve.calls import message_of
 from pyengine.serve.errors import bad_request
-from pyengine.serve.exchange import Exchange, event
-from pyengine.serve.fields import Fields
-from pyengine.serve.messages import chat_messages
-from pyengine.serve.models import ServedModel
-from pyengine.serve.sampling import checked, sampling_params
-from pyengine.serve.stream import StreamOptions, stream_options
-from pyengine.serve.tools import CallReader, ForcedTools, forced_tools, whole_call
+from pyengine.serve.exchange import Exchange
+from pyengine.serve.fields import (
+    ANYTHING,
+    BOOLEAN,
+    OBJECT,
+    STRING,
+    TRUE,
+    Fields,
+    Kind,
+    Table,
+    checked,
+    hint,
+    needed,
+    object_of,
+    one_of,
+    refused,
+)
+from pyengine.serve.messages import MESSAGES, chat_messages
+from pyengine.serve.prompts import CALLER, note_user
+from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.stream import STREAM, stream_options
+from pyengine.serve.tools import TOOLS, Tools, tools_of
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -27,26 +43,24 @@ if TYPE_CHECKING:
 _RESERVED = ("self", "tokenizer", "time_limit")  # names of ChatTemplate.encode
 
 
-@dataclass
-class ChatCall:
-    """A request that was understood."""
-
-    model: ServedModel
+@dataclass(kw_only=True)
+class ChatCall(Call):
     messages: list[dict[str, Any]]
-    params: SamplingParams
-    stream: StreamOptions | None
-    cache_salt: str | None
-    add_generation_prompt: bool
-    template_variables: dict[str, Any]
-    tools: ForcedTools | None = None
+    add_generation_prompt: bool = True
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    tools: Tools | None = None
     id: str = field(default_factory=lambda: payload.new_id("chatcmpl-"))
-    created: int = field(default_factory=lambda: int(time.time()))
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def choice(self, index: int) -> ChatChoice:
+        return ChatChoice(self)
 
     def make(self, job: Job) -> Sequence[GenerationRequest]:
         """The requests for the engine; in a thread."""
         ids = self.model.chat_ids(
             self.messages,
-            tools=None if self.tools is None else self.tools.tools,
+            tools=None if self.tools is None else self.tools.shown,
             add_generation_prompt=self.add_generation_prompt,
             variables=self.template_variables,
         )
@@ -57,212 +71,161 @@ class ChatCall:
             engine.resolve(self.params),
             cache_salt=self.cache_salt,
             interactive=self.stream is not None,
+            shown_special=frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax),
         )
 
-    def head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model.name,
-            "system_fingerprint": payload.FINGERPRINT,
-        }
+
+class ChatChoice(Choice):
+    last: ClassVar = {"delta": {}}
+
+    def __init__(self, call: ChatCall) -> None:
+        self._call = call
+        self._reader = None if call.tools is None else call.tools.reader()
+
+    def whole(self, request: GenerationRequest) -> dict[str, Any]:
+        content, calls = message_of(self._deltas(request.result.text, is_last=True))
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
+        return {"message": message, "logprobs": self._logprobs(request.output.pieces)}
+
+    def begin(self) -> list[dict[str, Any]]:
+        return [{"delta": {"role": "assistant", "content": "" if self._reader is None else None}}]
+
+    def push(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        text = "".join(piece.text for piece in pieces)
+        deltas = self._deltas(text, is_last=pieces[-1].result is not None)
+        logprobs = self._logprobs(pieces)
+        if not deltas and logprobs is not None and logprobs["content"]:
+            deltas = [{}]
+        return [{"delta": delta, "logprobs": None if i else logprobs} for i, delta in enumerate(deltas)]
+
+    def finish_reason(self, result: Generation) -> str:
+        reason = super().finish_reason(result)
+        return "tool_calls" if reason == "stop" and self._reader is not None and self._reader.has_call else reason
+
+    def _deltas(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
+        if self._reader is None:
+            return [{"content": text}] if text else []
+        return self._reader.push(text) + (self._reader.finish() if is_last else [])
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        said = self._call.said(pieces)
+        return None if said is None else payload.chat_logprobs(said, self._call.model.engine.tokenizer)
+
+
+# -------------------------------------------------------------------- parsed
+
+
+def _schema(value: Any) -> StructuredOutputs:
+    return StructuredOutputs(json=value)
+
+
+# A JSON schema that an answer is held to.
+SCHEMA = checked(Kind({"type": ["object", "string", "boolean"]}, ANYTHING.read), _schema)
+_JSON_SCHEMA: Table = {
+    "name": needed(STRING),
+    "description": hint(STRING),
+    "strict": hint(BOOLEAN),  # answers are always held to the schema
+    "schema": SCHEMA,
+}
+_RESPONSE_FORMAT: Table = {
+    "type": needed(one_of("text", "json_object", "json_schema")),
+    "json_schema": object_of(_JSON_SCHEMA),
+}
+
+
+def _read_variables(value: Any, path: str) -> dict[str, Any]:
+    variables: dict[str, Any] = OBJECT.read(value, path)
+    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", *_RESERVED):
+        if variables.get(name) is not None:
+            where = f"{path}.{name}"
+            raise bad_request(f"{where} is not supported: the server sets it", where, "unsupported_parameter")
+    return {name: item for name, item in variables.items() if item is not None}
+
+
+FIELDS: Table = {
+    "messages": needed(MESSAGES),
+    **CALLER,
+    **STREAM,
+    **SAMPLING,
+    **TOOLS,
+    "max_tokens": parameter("max_tokens"),
+    "max_completion_tokens": parameter("max_tokens"),
+    "logprobs": BOOLEAN,
+    "top_logprobs": parameter("logprobs"),
+    "response_format": object_of(_RESPONSE_FORMAT),
+    "add_generation_prompt": TRUE,
+    "chat_template_kwargs": Kind(OBJECT.schema, _read_variables, default={}),
+    "functions": refused("use tools", []),
+    "function_call": refused("use tool_choice", "none", "auto"),
+    "modalities": refused("answers are text", ["text"]),
+    "audio": refused("answers are text"),
+    "prediction": refused("predicted outputs are not used"),
+    "store": refused("nothing is stored here", False),
+    "metadata": refused("nothing is stored here", {}),
+    "service_tier": refused("there is one tier", "auto", "default"),
+    "reasoning_effort": refused("effort cannot be chosen", "none"),
+    "verbosity": refused("verbosity cannot be chosen", "medium"),
+    "web_search_options": refused("this server does not search"),
+    "moderation": refused("this server does not moderate"),
+    # for routing between machines, and this is one
+    "prompt_cache_key": hint(STRING),
+    "prompt_cache_retention": hint(STRING),
+}
 
 
 def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
-    model = app.models.get(fields.string("model"))
-    messages = chat_messages(fields)
+    model = app.models.get(fields.take("model"))
+    messages = chat_messages(fields.take("messages"))
     given: dict[str, Any] = {}
     limits = [name for name in ("max_completion_tokens", "max_tokens") if fields.has(name)]
     if len(limits) > 1:
         raise bad_request("max_tokens and max_completion_tokens are the same: give one of them", "max_tokens")
     for name in limits:
-        given["max_tokens"] = checked(name, "max_tokens", fields.take(name))
-    top = fields.integer("top_logprobs", least=0)
-    if fields.boolean("logprobs"):
-        given["logprobs"] = checked("top_logprobs", "logprobs", top or 0)
+        given["max_tokens"] = fields.take(name)
+    top = fields.take("top_logprobs")
+    if fields.take("logprobs"):
+        given["logprobs"] = top or 0
     elif top:
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
-    stream = stream_options(fields)
-    salt = app.cache_salt(exchange, fields)
-    add_prompt = fields.boolean("add_generation_prompt", True)
-    variables = fields.object_("chat_template_kwargs")
-    _refuse(fields)
-    note_user(exchange, fields)
-    wanted = response_format(fields)
-    tools = forced_tools(fields)
+    wanted = response_format(fields.take("response_format"))
+    tools = tools_of(fields, model)
     if tools is not None:
         if wanted is not None or fields.has("structured_outputs"):
-            raise bad_request("a forced tool call and a response format contradict each other", "tool_choice")
+            raise bad_request("tool calls and a response format contradict each other", "tool_choice")
         wanted = tools.output()
     if wanted is not None:
         given["structured_outputs"] = wanted
-    params = sampling_params(fields, model, given)
+    note_user(exchange, fields)
+    call = ChatCall(
+        model=model,
+        stream=stream_options(fields),
+        cache_salt=app.cache_salt(exchange, fields),
+        messages=messages,
+        add_generation_prompt=fields.take("add_generation_prompt"),
+        template_variables=fields.take("chat_template_kwargs"),
+        tools=tools,
+        params=sampling_params(fields, model, given),
+    )
     fields.end()
-    return ChatCall(model, messages, params, stream, salt, add_prompt, template_variables(variables), tools)
+    return call
 
 
-def response_format(fields: Fields) -> StructuredOutputs | None:
+def response_format(given: Fields | None) -> StructuredOutputs | None:
     """None for plain text. Raises HTTPError."""
-    given = fields.object_("response_format")
     if given is None:
         return None
-    kind = given.one_of("type", "text", "json_object", "json_schema")
-    schema = given.object_("json_schema")
-    if kind is None:
-        given.missing("type")
+    kind, schema = given.take("type"), given.take("json_schema")
     if kind == "json_schema":
         if schema is None:
             given.missing("json_schema")
-        schema.required_string("name")
-        schema.string("description")
-        schema.boolean("strict")  # answers are always held to the schema
-        value = schema.check("schema", lambda value: StructuredOutputs(json=value))
-        schema.end()
-        given.end()
-        return value or StructuredOutputs(json_object=True)
+        return schema.take("schema") or StructuredOutputs(json_object=True)
     if schema is not None:
         raise bad_request("response_format.json_schema goes with type json_schema", "response_format.json_schema")
-    given.end()
     return StructuredOutputs(json_object=True) if kind == "json_object" else None
 
 
-def template_variables(variables: Fields | None) -> dict[str, Any]:
-    """Further names for the template, those aside that it gets from us."""
-    if variables is None:
-        return {}
-    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", *_RESERVED):
-        variables.refuse(name, "the server sets it")
-    out = {name: variables.take(name) for name in variables.names()}
-    return out
-
-
-def note_user(exchange: Exchange, fields: Fields) -> None:
-    """Names that callers give their own users: for the log."""
-    for name in ("user", "safety_identifier"):
-        value = fields.string(name)
-        if value is not None:
-            exchange.notes["user"] = value[:64]
-
-
-def _refuse(fields: Fields) -> None:
-    refuse = fields.refuse
-    refuse("functions", "use tools", [])
-    refuse("function_call", "use tool_choice", "none", "auto")
-    refuse("modalities", "answers are text", ["text"])
-    refuse("audio", "answers are text")
-    refuse("prediction", "predicted outputs are not used")
-    refuse("store", "nothing is stored here", False)
-    refuse("metadata", "nothing is stored here", {})
-    refuse("service_tier", "there is one tier", "auto", "default")
-    refuse("reasoning_effort", "effort cannot be chosen", "none")
-    refuse("verbosity", "verbosity cannot be chosen", "medium")
-    refuse("web_search_options", "this server does not search")
-    refuse("moderation", "this server does not moderate")
-    # A hint for routing between machines, and this is one: nothing is left to do.
-    fields.string("prompt_cache_key")
-    fields.string("prompt_cache_retention")
-
-
 async def chat_completions(app: App, exchange: Exchange) -> None:
-    call = parse(app, exchange, await app.fields(exchange))
-    exchange.notes["model"] = call.model.name
-    job = await app.queue.submit(call.model, call.make)
-    try:
-        if call.stream is None:
-            await exchange.reply_json(_whole(call, await app.finish(exchange, call.model, job)))
-        else:
-            await _stream(app, exchange, call, job)
-    finally:
-        job.close()
-
-
-# -------------------------------------------------------------------- whole
-
-
-def _whole(call: ChatCall, requests: list[GenerationRequest]) -> dict[str, Any]:
-    return {
-        **call.head("chat.completion"),
-        "choices": [_choice(call, index, request) for index, request in enumerate(requests)],
-        "usage": payload.usage(requests),
-        "timings": payload.timings(requests[0].result),
-        "seed": requests[0].result.seed,
-    }
-
-
-def _choice(call: ChatCall, index: int, request: GenerationRequest) -> dict[str, Any]:
-    result = request.result
-    message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
-    if call.tools is not None:
-        calls = whole_call(result.text, is_complete=_is_complete(result))
-        message |= {"content": None, "tool_calls": calls}
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": _logprobs(call, request.output.pieces),
-        "finish_reason": _finish_reason(call, result),
-        "stop_reason": payload.stop_reason(result),
-    }
-
-
-def _finish_reason(call: ChatCall, result: Generation) -> str:
-    return "tool_calls" if call.tools is not None and _is_complete(result) else payload.finish_reason(result)
-
-
-def _is_complete(result: Generation) -> bool:
-    """Whether the text came to its own end: the end that a guide waits for."""
-    return result.finish_reason == "stop" and result.stop_reason is None
-
-
-def _logprobs(call: ChatCall, pieces: Sequence[Piece]) -> dict[str, Any] | None:
-    if call.params.logprobs is None:
-        return None
-    engine = call.model.engine
-    ends = (*engine.eos_token_ids, *(call.params.stop_token_ids or ()))
-    return payload.chat_logprobs(payload.said(pieces, ends), engine.tokenizer)
-
-
-# -------------------------------------------------------------------- streamed
-
-
-async def _stream(app: App, exchange: Exchange, call: ChatCall, job: Job) -> None:
-    assert call.stream is not None
-    head = call.head("chat.completion.chunk")
-    if call.stream.include_usage:
-        head["usage"] = None  # in every chunk but the last
-
-    def chunk(index: int, delta: dict[str, Any], **more: Any) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        return event({**head, "choices": [choice]})
-
-    readers = [CallReader() for _ in job.requests] if call.tools is not None else []
-
-    def delta(index: int, text: str, result: Generation | None) -> dict[str, Any]:
-        if call.tools is None:
-            return {"content": text} if text else {}
-        is_complete = result is not None and _is_complete(result)
-        calls = readers[index].push(text, is_last=result is not None, is_complete=is_complete)
-        return {"tool_calls": calls} if calls else {}
-
-    def part(index: int, pieces: list[Piece]) -> bytes:
-        result = pieces[-1].result
-        new = delta(index, "".join(piece.text for piece in pieces), result)
-        logprobs = _logprobs(call, pieces)
-        out = b""
-        if new or (logprobs is not None and logprobs["content"]):
-            out = chunk(index, new, logprobs=logprobs)
-        if result is not None:
-            reasons = {"finish_reason": _finish_reason(call, result), "stop_reason": payload.stop_reason(result)}
-            end = {**head, "choices": [{"index": index, "delta": {}, "logprobs": None, **reasons}]}
-            out += event({**end, "timings": payload.timings(result), "seed": result.seed})
-        return out
-
-    n = len(job.requests)
-    role = {"role": "assistant", "content": "" if call.tools is None else None}
-    first = b"".join(chunk(index, role) for index in range(n))
-    requests = await app.stream(exchange, call.model, job, first, part)
-    last = b""
-    if call.stream.include_usage:
-        last = event({**head, "choices": [], "usage": payload.usage(requests)})
-    await exchange.end(last + b"data: [DONE]\n\n")
+    await answer(app, exchange, parse(app, exchange, await app.fields(exchange, FIELDS)))

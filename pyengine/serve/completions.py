@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyengine.async_engine import Job
 from pyengine.engine import Prompt
 from pyengine.results import Piece
 from pyengine.run.request import GenerationRequest, Request
+from pyengine.sampling import INT32_MAX
 from pyengine.serve import payload
-from pyengine.serve.chat import note_user
+from pyengine.serve.answer import Call, Choice, answer
 from pyengine.serve.errors import bad_request
-from pyengine.serve.exchange import Exchange, event
-from pyengine.serve.fields import Fields
-from pyengine.serve.models import ServedModel
-from pyengine.serve.sampling import checked, sampling_params
-from pyengine.serve.stream import StreamOptions, stream_options
-from pyengine.serve.tokens import token_ids
+from pyengine.serve.exchange import Exchange
+from pyengine.serve.fields import BOOLEAN, Fields, Table, integer, needed, refused
+from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
+from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.stream import STREAM, stream_options
 
 if TYPE_CHECKING:
-    from pyengine.sampling import SamplingParams
     from pyengine.serve.app import App
 
 MAX_PROMPTS = 1024
 
 
-@dataclass
-class CompletionCall:
-    """A request that was understood. echo_only: nothing is generated, the prompts alone come back (max_tokens 0)."""
+@dataclass(kw_only=True)
+class CompletionCall(Call):
+    """echo_only: nothing is generated, the prompts alone come back (max_tokens 0)."""
 
-    model: ServedModel
     prompts: list[Prompt]
-    params: SamplingParams
     echo: bool
     echo_only: bool
-    stream: StreamOptions | None
-    cache_salt: str | None
     id: str = field(default_factory=lambda: payload.new_id("cmpl-"))
-    created: int = field(default_factory=lambda: int(time.time()))
+    kind = chunk_kind = "text_completion"
     ids: list[list[int]] = field(default_factory=list)  # of each prompt
     # of each prompt's tokens: (token, its log-probability, the most probable ones)
     prompt_logprobs: list[list[tuple[int, float | None, Sequence[tuple[int, float]]]]] = field(default_factory=list)
@@ -74,178 +68,127 @@ class CompletionCall:
         positions = list(range(len(ids) - 1))
         return self.model.engine.rows_requests(job, ids, positions, take, cache_salt=self.cache_salt)
 
-    def head(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model.name,
-            "system_fingerprint": payload.FINGERPRINT,
-        }
+    def choice(self, index: int) -> TextChoice:
+        return TextChoice(self, index // (self.params.n or 1))
 
     def prompt_text(self, number: int) -> str:
         prompt = self.prompts[number]
         return prompt if isinstance(prompt, str) else self.model.engine.detokenize(prompt, skip_special_tokens=False)
 
+    def logprobs(
+        self, number: int, pieces: Sequence[Piece], *, offset: int = 0, with_prompt: bool = True
+    ) -> dict[str, Any] | None:
+        """Of a prompt, if it is echoed, and of an output. `offset`: characters before them."""
+        said = self.said(pieces)
+        if said is None:
+            return None
+        tokenizer = self.model.engine.tokenizer
+        before = self.prompt_logprobs[number] if self.echo and with_prompt else []
+        if before and isinstance(self.prompts[number], str) and before[0][0] == tokenizer.bos_id:
+            offset -= len(payload.token_string(tokenizer, before[0][0]))  # a token that the text does not spell
+        entries = [*before, *((one.token, one.logprob, one.top) for one in said)]
+        return payload.text_logprobs(entries, tokenizer, offset)
+
+
+class TextChoice(Choice):
+    """An output of the number-th prompt."""
+
+    last: ClassVar = {"text": ""}
+
+    def __init__(self, call: CompletionCall, number: int) -> None:
+        self._call = call
+        self._number = number
+        self._offset = 0  # characters so far
+        self._must_echo = call.echo
+
+    def whole(self, request: GenerationRequest) -> dict[str, Any]:
+        before = self._call.prompt_text(self._number) if self._call.echo else ""
+        logprobs = self._call.logprobs(self._number, request.output.pieces)
+        return {"text": before + request.result.text, "logprobs": logprobs}
+
+    def push(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        parts = [self._echo()] if self._must_echo else []
+        text = "".join(piece.text for piece in pieces)
+        logprobs = self._call.logprobs(self._number, pieces, offset=self._offset, with_prompt=False)
+        self._offset += len(text)
+        if text or (logprobs is not None and logprobs["tokens"]):
+            parts.append({"text": text, "logprobs": logprobs})
+        return parts
+
+    def _echo(self) -> dict[str, Any]:
+        """The prompt, before the first token: its log-probabilities are known by then."""
+        self._must_echo = False
+        text = self._call.prompt_text(self._number)
+        self._offset = len(text)
+        return {"text": text, "logprobs": self._call.logprobs(self._number, [])}
+
+
+FIELDS: Table = {
+    "prompt": needed(PROMPTS),
+    **CALLER,
+    **STREAM,
+    **SAMPLING,
+    "echo": BOOLEAN,
+    "max_tokens": integer(0, INT32_MAX),  # 0: the prompt alone comes back
+    "logprobs": parameter("logprobs"),
+    "suffix": refused("these models do not fill in the middle", ""),
+    "best_of": refused("samples are not ranked; use n", 1),
+    "store": refused("nothing is stored here", False),
+}
+
 
 def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
-    model = app.models.get(fields.string("model"))
-    prompts = _prompts(fields, model)
-    echo = fields.boolean("echo")
+    model = app.models.get(fields.take("model"))
+    prompts = prompts_of(fields.take("prompt"), model)
     given: dict[str, Any] = {}
-    echo_only = False
-    max_tokens = fields.integer("max_tokens", least=0)
+    echo, stream, max_tokens = fields.take("echo"), stream_options(fields), fields.take("max_tokens")
     if max_tokens == 0:
         if not echo:
             raise bad_request("max_tokens is 0, which asks for nothing unless echo is true", "max_tokens")
-        if fields.take("stream"):
+        if stream is not None:
             raise bad_request("max_tokens is 0: there is nothing to stream", "stream")
-        echo_only = True
     elif max_tokens is not None:
-        given["max_tokens"] = checked("max_tokens", "max_tokens", max_tokens)
-    logprobs = fields.integer("logprobs", least=0)
-    if logprobs is not None:
-        given["logprobs"] = checked("logprobs", "logprobs", logprobs)
-    stream = stream_options(fields)
-    salt = app.cache_salt(exchange, fields)
-    fields.refuse("suffix", "these models do not fill in the middle", "")
-    fields.refuse("best_of", "samples are not ranked; use n", 1)
-    fields.refuse("store", "nothing is stored here", False)
+        given["max_tokens"] = max_tokens
+    if fields.has("logprobs"):
+        given["logprobs"] = fields.take("logprobs")
     note_user(exchange, fields)
-    params = sampling_params(fields, model, given)
+    call = CompletionCall(
+        model=model,
+        stream=stream,
+        cache_salt=app.cache_salt(exchange, fields),
+        prompts=prompts,
+        echo=echo,
+        echo_only=max_tokens == 0,
+        params=sampling_params(fields, model, given),
+    )
     fields.end()
-    if len(prompts) * (params.n or 1) > MAX_PROMPTS:
-        raise bad_request(
-            f"{len(prompts)} prompts and n = {params.n or 1} are more than {MAX_PROMPTS} outputs", "prompt"
-        )
-    return CompletionCall(model, prompts, params, echo, echo_only, stream, salt)
-
-
-def _prompts(fields: Fields, model: ServedModel) -> list[Prompt]:
-    value = fields.take("prompt")
-    if value is None:
-        fields.missing("prompt")
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise bad_request(
-            "prompt must be a string, a list of token ids, or a list of these that is not empty", "prompt"
-        )
-    if isinstance(value[0], int):
-        return [token_ids(value, "prompt", model.engine.vocab_size)]
-    prompts: list[Prompt] = []
-    for i, item in enumerate(value):
-        if isinstance(item, list):
-            prompts.append(token_ids(item, f"prompt[{i}]", model.engine.vocab_size))
-        elif isinstance(item, str):
-            prompts.append(item)
-        else:
-            raise bad_request(f"prompt[{i}] must be a string or a list of token ids", f"prompt[{i}]")
-    return prompts
+    n = call.params.n or 1
+    if len(prompts) * n > MAX_PROMPTS:
+        raise bad_request(f"{len(prompts)} prompts and n = {n} are more than {MAX_PROMPTS} outputs", "prompt")
+    return call
 
 
 async def completions(app: App, exchange: Exchange) -> None:
-    call = parse(app, exchange, await app.fields(exchange))
-    exchange.notes["model"] = call.model.name
-    job = await app.queue.submit(call.model, call.make)
-    try:
-        if call.stream is None:
-            await exchange.reply_json(_whole(call, await app.finish(exchange, call.model, job)))
-        else:
-            await _stream(app, exchange, call, job)
-    finally:
-        job.close()
+    call = parse(app, exchange, await app.fields(exchange, FIELDS))
+    if not call.echo_only:
+        await answer(app, exchange, call)
+        return
+    async with app.job(exchange, call.model, call.make) as job:
+        await app.finish(exchange, call.model, job)
+        await exchange.reply_json(_echo_only(call))
 
 
-def _whole(call: CompletionCall, requests: list[GenerationRequest]) -> dict[str, Any]:
-    if call.echo_only:
-        n = sum(map(len, call.ids))
-        choices = [_echo(call, number) for number in range(len(call.prompts))]
-        return {
-            **call.head(),
-            "choices": choices,
-            "usage": {"prompt_tokens": n, "completion_tokens": 0, "total_tokens": n},
+def _echo_only(call: CompletionCall) -> dict[str, Any]:
+    n = sum(map(len, call.ids))
+    choices = [
+        {
+            "index": number,
+            "text": call.prompt_text(number),
+            "logprobs": call.logprobs(number, []),
+            "finish_reason": "length",
         }
-    return {
-        **call.head(),
-        "choices": [_choice(call, index, request) for index, request in enumerate(requests)],
-        "usage": payload.usage(requests),
-        "timings": payload.timings(requests[0].result),
-        "seed": requests[0].result.seed,
-    }
-
-
-def _echo(call: CompletionCall, number: int) -> dict[str, Any]:
-    return {
-        "index": number,
-        "text": call.prompt_text(number),
-        "logprobs": _logprobs(call, number, []),
-        "finish_reason": "length",
-    }
-
-
-def _choice(call: CompletionCall, index: int, request: GenerationRequest) -> dict[str, Any]:
-    result = request.result
-    number = index // (call.params.n or 1)
-    return {
-        "index": index,
-        "text": (call.prompt_text(number) if call.echo else "") + result.text,
-        "logprobs": _logprobs(call, number, request.output.pieces),
-        "finish_reason": payload.finish_reason(result),
-        "stop_reason": payload.stop_reason(result),
-    }
-
-
-def _logprobs(
-    call: CompletionCall, number: int, pieces: Sequence[Piece], *, offset: int = 0, with_prompt: bool = True
-) -> dict[str, Any] | None:
-    if call.params.logprobs is None:
-        return None
-    engine = call.model.engine
-    ends = (*engine.eos_token_ids, *(call.params.stop_token_ids or ()))
-    entries = [(one.token, one.logprob, one.top) for one in payload.said(pieces, ends)]
-    before = call.prompt_logprobs[number] if call.echo and with_prompt else []
-    if before and isinstance(call.prompts[number], str) and before[0][0] == engine.tokenizer.bos_id:
-        offset -= len(payload.token_string(engine.tokenizer, before[0][0]))  # a token that the text does not spell
-    return payload.text_logprobs([*before, *entries], engine.tokenizer, offset)
-
-
-async def _stream(app: App, exchange: Exchange, call: CompletionCall, job: Job) -> None:
-    assert call.stream is not None
-    n = call.params.n or 1
-    head = call.head()
-    if call.stream.include_usage:
-        head["usage"] = None
-    offsets: dict[int, int] = {}  # characters of each choice so far
-    echoed: set[int] = set()
-
-    def chunk(index: int, text: str, logprobs: Any = None, **more: Any) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, **more}
-        return event({**head, "choices": [choice]})
-
-    def echo(index: int) -> bytes:
-        """The prompt, before the first token of a choice: its log-probabilities are known by then."""
-        echoed.add(index)
-        text = call.prompt_text(index // n)
-        offsets[index] = len(text)
-        return chunk(index, text, _logprobs(call, index // n, []))
-
-    def part(index: int, pieces: list[Piece]) -> bytes:
-        out = echo(index) if call.echo and index not in echoed else b""
-        text = "".join(piece.text for piece in pieces)
-        offset = offsets.get(index, 0)
-        logprobs = _logprobs(call, index // n, pieces, offset=offset, with_prompt=False)
-        offsets[index] = offset + len(text)
-        result = pieces[-1].result
-        if text or (logprobs is not None and logprobs["tokens"]):
-            out += chunk(index, text, logprobs)
-        if result is not None:
-            reasons = {"finish_reason": payload.finish_reason(result), "stop_reason": payload.stop_reason(result)}
-            end = {**head, "choices": [{"index": index, "text": "", "logprobs": None, **reasons}]}
-            out += event({**end, "timings": payload.timings(result), "seed": result.seed})
-        return out
-
-    requests = await app.stream(exchange, call.model, job, b"", part)
-    last = event({**head, "choices": [], "usage": payload.usage(requests)}) if call.stream.include_usage else b""
-    await exchange.end(last + b"data: [DONE]\n\n")
+        for number in range(len(call.prompts))
+    ]
+    usage = {"prompt_tokens": n, "completion_tokens": 0, "total_tokens": n}
+    return {**call.head(call.kind), "choices": choices, "usage": usage}

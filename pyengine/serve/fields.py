@@ -1,9 +1,14 @@
-"""JSON from strangers, field by field: each is honoured, or refused by its name."""
+"""JSON from strangers, field by field: each is honoured, or refused by its name.
+
+What an object may hold is a table, {name of a field: its kind}. The table is read in two ways: `Fields` checks an object against
+it, and openapi.py writes it down for clients.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from pyengine.serve.errors import bad_request
@@ -56,14 +61,47 @@ def _check_depth(value: Any) -> None:
         ]
 
 
-class Fields:
-    """An object's fields, taken one by one; `end` refuses what nobody took. null is the same as absent."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a field may be.
 
-    def __init__(self, value: Any, path: str = "") -> None:
+    schema      as a JSON schema, for its readers; what it lets through may still be refused
+    read        read(value, path) gives the value as the endpoint takes it. Raises HTTPError
+    default     if there is none; null is the same as absent
+    is_needed   there must be one
+    is_dropped  it is checked and has no effect: its value asks for nothing, or is a hint
+    """
+
+    schema: dict[str, Any]
+    read: Callable[[Any, str], Any]
+    default: Any = None
+    is_needed: bool = False
+    is_dropped: bool = False
+
+
+Table = Mapping[str, Kind]
+
+
+class Fields:
+    """An object's fields, checked against a table. Raises HTTPError with the path to what is wrong."""
+
+    def __init__(self, value: Any, table: Table, path: str = "") -> None:
         if not isinstance(value, dict):
-            raise bad_request(f"{path or 'the body'} must be an object, not {_kind(value)}", path or None)
-        self._left = {name: item for name, item in value.items() if item is not None}
+            raise bad_request(f"{path or 'the body'} must be an object, not {kind_of(value)}", path or None)
         self._path = path
+        self._defaults = {name: kind.default for name, kind in table.items()}
+        given = {name: item for name, item in value.items() if item is not None}
+        for name in given:
+            if name not in table:
+                raise bad_request(f"unknown field {self.path(name)!r}", self.path(name), "unknown_parameter")
+        self._left: dict[str, Any] = {}
+        for name, kind in table.items():
+            if name in given:
+                read = kind.read(given[name], self.path(name))
+                if not kind.is_dropped:
+                    self._left[name] = read
+            elif kind.is_needed:
+                self.missing(name)
 
     def path(self, name: str) -> str:
         return f"{self._path}.{name}" if self._path else name
@@ -71,81 +109,147 @@ class Fields:
     def has(self, name: str) -> bool:
         return name in self._left
 
-    def names(self) -> list[str]:
-        return list(self._left)
-
     def take(self, name: str) -> Any:
-        """The value as it came, None if there is none."""
-        return self._left.pop(name, None)
-
-    def _typed(self, name: str, kind: type | tuple[type, ...], words: str, default: Any) -> Any:
-        value = self._left.pop(name, None)
-        if value is None:
-            return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise bad_request(f"{self.path(name)} must be {words}, not {_kind(value)}", self.path(name))
-        return value
-
-    def string(self, name: str, default: str | None = None) -> str | None:
-        value: str | None = self._typed(name, str, "a string", default)
-        return value
-
-    def required_string(self, name: str) -> str:
-        value = self.string(name)
-        return self.missing(name) if value is None else value
-
-    def boolean(self, name: str, default: bool = False) -> bool:
-        return bool(self._typed(name, bool, "true or false", default))
-
-    def integer(self, name: str, default: int | None = None, *, least: int | None = None) -> int | None:
-        value: int | None = self._typed(name, int, "an integer", default)
-        if value is not None and least is not None and value < least:
-            raise bad_request(f"{self.path(name)} is {value}, expected at least {least}", self.path(name))
-        return value
-
-    def list_(self, name: str) -> list[Any] | None:
-        value: list[Any] | None = self._typed(name, list, "a list", None)
-        return value
-
-    def object_(self, name: str) -> Fields | None:
-        return Fields(self._left.pop(name), self.path(name)) if name in self._left else None
-
-    def one_of(self, name: str, *values: Any, default: Any = None) -> Any:
-        value = self._left.pop(name, default)
-        if value not in values and value != default:
-            allowed = ", ".join(map(json.dumps, values))
-            raise bad_request(f"{self.path(name)} is {_shown(value)}, supported: {allowed}", self.path(name))
-        return value
-
-    def refuse(self, name: str, why: str, *neutral: Any) -> None:
-        """A field that we know and do not support, unless its value asks for nothing."""
-        value = self._left.pop(name, None)
-        if value is not None and not any(
-            value is item or (value == item and type(value) is type(item)) for item in neutral
-        ):
-            raise bad_request(f"{self.path(name)} is not supported: {why}", self.path(name), "unsupported_parameter")
+        """The value, its kind's default if there is none."""
+        default = self._defaults[name]
+        return self._left.pop(name, default)
 
     def missing(self, name: str) -> NoReturn:
         raise bad_request(f"you must provide {self.path(name)}", self.path(name), "missing_required_parameter")
 
-    def check(self, name: str, function: Callable[[Any], Any]) -> Any:
-        """function(value), with its ValueErrors and TypeErrors told of this field; None if there is none."""
-        value = self._left.pop(name, None)
-        if value is None:
-            return None
-        try:
-            return function(value)
-        except (ValueError, TypeError) as error:
-            raise bad_request(f"{self.path(name)}: {error}", self.path(name)) from None
-
     def end(self) -> None:
+        """Everything must have been taken by now: nothing is ignored in silence."""
         for name in self._left:
-            raise bad_request(f"unknown field {self.path(name)!r}", self.path(name), "unknown_parameter")
+            raise bad_request(f"{self.path(name)} has no place here", self.path(name), "unsupported_parameter")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")
+
+
+# -------------------------------------------------------------------- kinds
+
+
+def _typed(kind: type, words: str) -> Callable[[Any, str], Any]:
+    def read(value: Any, path: str) -> Any:
+        if type(value) is not kind:
+            raise bad_request(f"{path} must be {words}, not {kind_of(value)}", path)
+        return value
+
+    return read
+
+
+STRING = Kind({"type": "string"}, _typed(str, "a string"))
+BOOLEAN = Kind({"type": "boolean"}, _typed(bool, "true or false"), default=False)
+TRUE = replace(BOOLEAN, default=True)  # unless it is said to be false
+
+
+def needed(kind: Kind) -> Kind:
+    return replace(kind, is_needed=True)
+
+
+def hint(kind: Kind) -> Kind:
+    """A field that has nothing to act on here."""
+    return replace(kind, is_dropped=True)
+
+
+def integer(least: int | None = None, most: int | None = None) -> Kind:
+    is_number = _typed(int, "an integer")
+
+    def read(value: Any, path: str) -> Any:
+        if least is not None and is_number(value, path) < least:
+            raise bad_request(f"{path} is {value}, expected at least {least}", path)
+        if most is not None and is_number(value, path) > most:
+            raise bad_request(f"{path} is {value}, expected at most {most}", path)
+        return is_number(value, path)
+
+    bounds = {"minimum": least, "maximum": most}
+    return Kind({"type": "integer", **{name: bound for name, bound in bounds.items() if bound is not None}}, read)
+
+
+def one_of(*values: str, default: str | None = None) -> Kind:
+    def read(value: Any, path: str) -> Any:
+        if value not in values:
+            raise bad_request(f"{path} is {_shown(value)}, supported: {', '.join(map(json.dumps, values))}", path)
+        return value
+
+    return Kind({"type": "string", "enum": list(values)}, read, default)
+
+
+def list_of(item: Kind, *, least: int = 0) -> Kind:
+    """A list whose items are all of one kind."""
+    is_list = _typed(list, "a list")
+
+    def read(value: Any, path: str) -> Any:
+        if len(is_list(value, path)) < least:
+            raise bad_request(f"{path} is empty", path)
+        return [item.read(one, f"{path}[{i}]") for i, one in enumerate(value)]
+
+    schema: dict[str, Any] = {"type": "array", "items": item.schema}
+    return Kind(schema | ({"minItems": least} if least else {}), read)
+
+
+def object_of(table: Table) -> Kind:
+    """An object with a table of its own, read as `Fields`."""
+    return Kind(schema_of(table), lambda value, path: Fields(value, table, path))
+
+
+def map_of(item: Kind) -> Kind:
+    """An object with any keys, whose values are all of one kind."""
+
+    def read(value: Any, path: str) -> Any:
+        if not isinstance(value, dict):
+            raise bad_request(f"{path} must be an object, not {kind_of(value)}", path)
+        return {name: item.read(one, f"{path}.{name}") for name, one in value.items()}
+
+    return Kind({"type": "object", "additionalProperties": item.schema}, read)
+
+
+ANYTHING = Kind({}, lambda value, path: value)
+OBJECT = map_of(ANYTHING)
+
+
+def refused(why: str, *neutral: Any) -> Kind:
+    """A field that we know and do not support, unless its value asks for nothing."""
+
+    def read(value: Any, path: str) -> Any:
+        if not any(value == one and type(value) is type(one) for one in neutral):
+            raise bad_request(f"{path} is not supported: {why}", path, "unsupported_parameter")
+
+    return Kind({"enum": list(neutral), "description": f"Not supported: {why}."}, read, is_dropped=True)
+
+
+def checked(kind: Kind, function: Callable[[Any], Any]) -> Kind:
+    """`kind`, whose value function(value) makes of it, with its ValueErrors and TypeErrors told of the field."""
+
+    def read(value: Any, path: str) -> Any:
+        try:
+            return function(kind.read(value, path))
+        except (ValueError, TypeError) as error:
+            raise bad_request(f"{path}: {error}", path) from None
+
+    return replace(kind, read=read)
+
+
+def schema_of(table: Table) -> dict[str, Any]:
+    """A table as the JSON schema of an object. A field that need not be there may be null."""
+    properties = {name: kind.schema if kind.is_needed else nullable(kind.schema) for name, kind in table.items()}
+    required = [name for name, kind in table.items() if kind.is_needed]
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return schema | ({"required": required} if required else {})
+
+
+def nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    if not schema:
+        return schema
+    if "enum" in schema:
+        types = {"type": [schema["type"], "null"]} if "type" in schema else {}
+        return {**schema, **types, "enum": [*schema["enum"], None]}
+    if isinstance(schema.get("type"), str):
+        return {**schema, "type": [schema["type"], "null"]}
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _shown(value: Any) -> str:

@@ -4,102 +4,140 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyengine.serve.errors import bad_request
-from pyengine.serve.fields import Fields
+from pyengine.serve.errors import HTTPError, bad_request
+from pyengine.serve.fields import (
+    STRING,
+    Fields,
+    Kind,
+    Table,
+    hint,
+    integer,
+    kind_of,
+    list_of,
+    needed,
+    object_of,
+    one_of,
+    parse_json,
+    refused,
+    schema_of,
+)
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+# -------------------------------------------------------------------- content
+
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_PART: Table = {
+    "type": needed(one_of(*_TEXT_PARTS)),
+    "text": needed(STRING),
+    "annotations": refused("annotations are not rendered", []),
+    "logprobs": refused("log-probabilities are not rendered", []),
+}
 
 
-def chat_messages(fields: Fields, name: str = "messages") -> list[dict[str, Any]]:
-    """Checked messages. Raises HTTPError with the path to what is wrong."""
-    values = fields.list_(name)
-    if values is None:
-        fields.missing(name)
-    if not values:
-        raise bad_request(f"{name} is empty", fields.path(name))
-    messages: list[dict[str, Any]] = []
-    open_calls: set[str] = set()
-    for i, value in enumerate(values):
-        message = Fields(value, f"{fields.path(name)}[{i}]")
-        messages.append(_message(message, open_calls))
-        message.end()
-    return messages
-
-
-def _message(message: Fields, open_calls: set[str]) -> dict[str, Any]:
-    role = message.one_of("role", *_ROLES)
-    if role is None:
-        message.missing("role")
-    out: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    speaker = message.string("name")
-    if speaker is not None:
-        out["name"] = speaker
-    if role == "assistant":
-        message.refuse("refusal", "refusals are not rendered")
-        message.refuse("annotations", "annotations are not rendered", [])
-        message.refuse("audio", "this server has no audio")
-        message.refuse("function_call", "use tool_calls")
-        calls = _tool_calls(message)
-        if calls:
-            out["tool_calls"] = calls
-            open_calls.update(call["id"] for call in calls)
-    if role == "tool":
-        call_id = message.required_string("tool_call_id")
-        if call_id not in open_calls:
-            path = message.path("tool_call_id")
-            raise bad_request(f"{path} is {call_id!r}, which no earlier message's tool_calls has", path)
-        out["tool_call_id"] = call_id
-    content = text_content(message)
-    if content is None and not out.get("tool_calls"):
-        message.missing("content")
-    out["content"] = content or ""
-    return out
-
-
-def text_content(message: Fields) -> str | None:
-    """Its content: a string, or parts of text, joined."""
-    value = message.take("content")
-    path = message.path("content")
-    if value is None or isinstance(value, str):
+def _read_content(value: Any, path: str) -> str:
+    """A string, or parts of text, joined."""
+    if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise bad_request(f"{path} must be a string or a list of parts", path)
-    texts = []
-    for i, item in enumerate(value):
-        part = Fields(item, f"{path}[{i}]")
-        kind = part.required_string("type")
-        if kind not in _TEXT_PARTS:
-            where = part.path("type")
-            raise bad_request(
-                f"{where} is {kind!r}: models of this server read text only", where, "unsupported_content"
-            )
-        texts.append(part.required_string("text"))
-        part.refuse("annotations", "annotations are not rendered", [])
-        part.refuse("logprobs", "log-probabilities are not rendered", [])
-        part.end()
-    return "".join(texts)
+    return "".join(_read_part(item, f"{path}[{i}]") for i, item in enumerate(value))
 
 
-def _tool_calls(message: Fields) -> list[dict[str, Any]]:
-    from pyengine.serve.fields import parse_json
+def _read_part(value: Any, path: str) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in _TEXT_PARTS:
+        text = f"{path}.type is {kind[:100]!r}: models of this server read text only"
+        raise bad_request(text, f"{path}.type", "unsupported_content")
+    text = Fields(value, _PART, path).take("text")
+    return str(text)
 
-    calls = []
-    for i, value in enumerate(message.list_("tool_calls") or []):
-        call = Fields(value, f"{message.path('tool_calls')}[{i}]")
-        call.one_of("type", "function", default="function")
-        call.integer("index")  # streamed calls have one; their order is that of the list
-        function = call.object_("function")
-        if function is None:
-            call.missing("function")
-        arguments = function.string("arguments", "{}") or "{}"
-        try:  # templates write the arguments as JSON themselves
-            parsed = parse_json(arguments.encode("utf-8", "replace"))
-        except Exception:
-            path = function.path("arguments")
-            raise bad_request(f"{path} is not JSON", path) from None
-        entry = {"name": function.required_string("name"), "arguments": parsed}
-        calls.append({"id": call.required_string("id"), "type": "function", "function": entry})
-        function.end()
-        call.end()
-    return calls
+
+CONTENT = Kind({"anyOf": [{"type": "string"}, {"type": "array", "items": schema_of(_PART)}]}, _read_content)
+
+# -------------------------------------------------------------------- calls
+
+
+def _read_arguments(value: Any, path: str) -> Any:
+    text = STRING.read(value, path) or "{}"
+    try:  # templates write the arguments as JSON themselves
+        return parse_json(text.encode("utf-8", "replace"))
+    except HTTPError:
+        raise bad_request(f"{path} is not JSON", path) from None
+
+
+_CALL: Table = {
+    "id": needed(STRING),
+    "type": one_of("function"),
+    "index": hint(integer()),  # streamed calls have one; their order is that of the list
+    "function": needed(object_of({"name": needed(STRING), "arguments": Kind({"type": "string"}, _read_arguments)})),
+}
+
+
+def _call(call: Fields) -> dict[str, Any]:
+    function = call.take("function")
+    arguments = function.take("arguments") if function.has("arguments") else {}
+    return {
+        "id": call.take("id"),
+        "type": "function",
+        "function": {"name": function.take("name"), "arguments": arguments},
+    }
+
+
+# -------------------------------------------------------------------- messages
+
+_SAID: Table = {"name": STRING, "content": needed(CONTENT)}
+_ASSISTANT: Table = {
+    "name": STRING,
+    "content": CONTENT,
+    "tool_calls": list_of(object_of(_CALL)),
+    "refusal": refused("refusals are not rendered"),
+    "annotations": refused("annotations are not rendered", []),
+    "audio": refused("this server has no audio"),
+    "function_call": refused("use tool_calls"),
+}
+# What a message may hold depends on its role.
+_BY_ROLE: dict[str, Table] = {
+    role: {"role": needed(one_of(role)), **table}
+    for role, table in (
+        ("system", _SAID),
+        ("developer", _SAID),
+        ("user", _SAID),
+        ("assistant", _ASSISTANT),
+        ("tool", {**_SAID, "tool_call_id": needed(STRING)}),
+    )
+}
+_ROLE: Table = {"role": needed(one_of(*_BY_ROLE))}
+
+
+def _read_message(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise bad_request(f"{path} must be an object, not {kind_of(value)}", path)
+    role = Fields({"role": value.get("role")}, _ROLE, path).take("role")
+    fields = Fields(value, _BY_ROLE[role], path)
+    out: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    if fields.has("name"):
+        out["name"] = fields.take("name")
+    if role == "assistant":
+        calls = fields.take("tool_calls")
+        if calls:
+            out["tool_calls"] = [_call(call) for call in calls]
+        elif not fields.has("content"):
+            fields.missing("content")
+    if role == "tool":
+        out["tool_call_id"] = fields.take("tool_call_id")
+    out["content"] = fields.take("content") or ""
+    return out
+
+
+MESSAGES = list_of(Kind({"anyOf": [schema_of(table) for table in _BY_ROLE.values()]}, _read_message), least=1)
+
+
+def chat_messages(messages: list[dict[str, Any]], path: str = "messages") -> list[dict[str, Any]]:
+    """Messages of the kind MESSAGES, as templates take them: results of tools answer calls. Raises HTTPError."""
+    open_calls: set[str] = set()
+    for i, message in enumerate(messages):
+        open_calls.update(call["id"] for call in message.get("tool_calls", ()))
+        id_ = message.get("tool_call_id")
+        if id_ is not None and id_ not in open_calls:
+            where = f"{path}[{i}].tool_call_id"
+            raise bad_request(f"{where} is {id_!r}, which no earlier message's tool_calls has", where)
+    return messages

@@ -9,6 +9,7 @@ from typing import Any
 from pyengine.async_engine import AsyncEngine
 from pyengine.engine import Engine
 from pyengine.errors import TemplateError
+from pyengine.serve.calls import Syntax, syntax_of
 from pyengine.serve.errors import HTTPError
 from pyengine.text.chat import ChatTemplate
 
@@ -20,7 +21,12 @@ PLAIN_TEMPLATE = (
 
 
 class ServedModel:
-    """An engine under a name. has_template: whether chats go by a template of the model's own, or plainly continue."""
+    """An engine under a name.
+
+    has_template  whether chats go by a template of the model's own, or plainly continue
+    shows_tools   whether the template tells the model of tools
+    call_syntax   how the model writes calls, by its template; None if it does not, or in a format that is not read here
+    """
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.name = name
@@ -35,6 +41,13 @@ class ServedModel:
             bos = engine.tokenizer.bos_id
             token = engine.tokenizer.token_text(bos) if bos is not None and engine.tokenizer.adds_bos else None
             self.template = ChatTemplate(PLAIN_TEMPLATE, bos_token=token)
+        self.shows_tools = _shows_tools(self.template)
+        self.call_syntax = syntax_of(self.template.source) if self.shows_tools else None
+
+    def call_tokens(self, syntax: Syntax) -> frozenset[int]:
+        """Special tokens that stand around calls."""
+        marks = (syntax.opening, syntax.closing)
+        return frozenset(id_ for text, id_ in self.engine.tokenizer.special_tokens.items() if text in marks)
 
     def chat_ids(
         self,
@@ -63,6 +76,20 @@ class ServedModel:
             "owned_by": "pyengine",
             "max_model_len": self.engine.n_ctx,
         }
+
+
+def _shows_tools(template: ChatTemplate) -> bool:
+    """Whether a tool appears in a conversation as the template renders it."""
+    if "tools" not in template.source:
+        return False
+    parameters = {"type": "object", "properties": {}, "required": []}
+    name = "probe_of_tools"
+    probe = {"name": name, "description": "", "parameters": parameters}
+    try:
+        text = template.render([{"role": "user", "content": "Hi"}], tools=[{"type": "function", "function": probe}])
+    except TemplateError:
+        return False
+    return name in text
 
 
 class Models:

@@ -23,6 +23,7 @@ ROUTES: dict[str, dict[str, str]] = {
     "/v1/models": {"GET": "info.models"},
     "/v1/chat/completions": {"POST": "chat.chat_completions"},
     "/v1/completions": {"POST": "completions.completions"},
+    "/v1/embeddings": {"POST": "embeddings.embeddings"},
     "/v1/responses": {"POST": "responses.responses"},
 }
 MODEL_PATH = "/v1/models/"  # and the rest is a name, slashes included

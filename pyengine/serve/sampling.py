@@ -6,9 +6,9 @@ import secrets
 from typing import Any
 
 from pyengine.errors import InvalidArgumentError
-from pyengine.sampling import SamplingParams
+from pyengine.sampling import SamplingParams, json_schema
 from pyengine.serve.errors import bad_request
-from pyengine.serve.fields import Fields
+from pyengine.serve.fields import Fields, Kind
 from pyengine.serve.models import ServedModel
 
 # Fields of every endpoint that generates, and the parameter that each is. OpenAI's names, then vLLM's and llama.cpp's.
@@ -32,7 +32,7 @@ def sampling_params(fields: Fields, model: ServedModel, given: dict[str, Any]) -
             continue
         if name in options:
             raise bad_request(f"{field} is given twice, under two names", field)
-        options[name] = checked(field, name, value)
+        options[name] = value
     if "temperature" not in options and options.get("n", 1) > 1 and _default_is_greedy(model, options):
         options["temperature"] = 1.0  # OpenAI's default, for those who count on it; equal samples are of no use
     if "seed" not in options and model.engine.seed is None:
@@ -43,12 +43,19 @@ def sampling_params(fields: Fields, model: ServedModel, given: dict[str, Any]) -
         raise bad_request(str(error)) from None
 
 
-def checked(field: str, name: str, value: Any) -> Any:
-    """The value, if this field alone is legal."""
-    try:
-        return getattr(SamplingParams(**{name: value}), name)
-    except InvalidArgumentError as error:
-        raise bad_request(str(error), field) from None
+def parameter(name: str) -> Kind:
+    """A field that is a parameter of SamplingParams."""
+
+    def read(value: Any, path: str) -> Any:
+        try:
+            return getattr(SamplingParams(**{name: value}), name)
+        except InvalidArgumentError as error:
+            raise bad_request(str(error), path) from None
+
+    return Kind(json_schema(name), read)
+
+
+SAMPLING = {field: parameter(name) for field, name in NAMES.items()}
 
 
 def _default_is_greedy(model: ServedModel, options: dict[str, Any]) -> bool:

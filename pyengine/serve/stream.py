@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyengine.serve.errors import bad_request
-from pyengine.serve.fields import Fields
+from pyengine.serve.fields import BOOLEAN, Fields, Table, object_of, refused
 
 COMMENT = b": still at work\n\n"
 
@@ -15,16 +15,24 @@ class StreamOptions:
     include_usage: bool = False
 
 
+STREAM: Table = {
+    "stream": BOOLEAN,
+    "stream_options": object_of(
+        {
+            "include_usage": BOOLEAN,
+            "include_obfuscation": refused("events are not padded", False),
+            "continuous_usage_stats": refused("usage comes once, at the end", False),
+        }
+    ),
+}
+
+
 def stream_options(fields: Fields) -> StreamOptions | None:
     """None if the answer is wanted whole. Raises HTTPError."""
-    wanted = fields.boolean("stream")
-    options = fields.object_("stream_options")
+    wanted = fields.take("stream")
+    options = fields.take("stream_options")
     if options is None:
         return StreamOptions() if wanted else None
     if not wanted:
         raise bad_request("stream_options needs stream = true", "stream_options")
-    out = StreamOptions(options.boolean("include_usage"))
-    options.refuse("include_obfuscation", "events are not padded", False)
-    options.refuse("continuous_usage_stats", "usage comes once, at the end", False)
-    options.end()
-    return out
+    return StreamOptions(options.take("include_usage"))

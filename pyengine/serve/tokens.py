@@ -3,34 +3,65 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange
-from pyengine.serve.messages import chat_messages
+from pyengine.serve.fields import BOOLEAN, STRING, TRUE, Kind, Table, integer, list_of, needed
+from pyengine.serve.messages import MESSAGES, chat_messages
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
 
 
+def _read_ids(value: Any, path: str) -> list[int]:
+    for i, one in enumerate(list_of(integer()).read(value, path)):
+        if one < 0:
+            raise bad_request(f"{path}[{i}] is no token id", f"{path}[{i}]")
+    ids: list[int] = value
+    return ids
+
+
+TOKEN_IDS = Kind({"type": "array", "items": {"type": "integer", "minimum": 0}}, _read_ids)
+
+
+def check_token_ids(values: Sequence[int], path: str, vocab_size: int) -> None:
+    """Raises HTTPError."""
+    for i, value in enumerate(values):
+        if not 0 <= value < vocab_size:
+            raise bad_request(f"{path}[{i}] is no token id from 0 to {vocab_size - 1}", f"{path}[{i}]")
+
+
+TOKENIZE: Table = {
+    "model": STRING,
+    "content": STRING,
+    "prompt": STRING,
+    "messages": MESSAGES,
+    "add_generation_prompt": TRUE,
+    "add_special": TRUE,
+    "add_special_tokens": TRUE,
+    "parse_special": BOOLEAN,
+    "with_pieces": BOOLEAN,
+}
+
+
 async def tokenize(app: App, exchange: Exchange) -> None:
     """{"content" or "prompt": text} or {"messages": [...]} -> {"tokens": [...], "count", "max_model_len"}."""
-    fields = await app.fields(exchange)
-    model = app.models.get(fields.string("model"))
+    fields = await app.fields(exchange, TOKENIZE)
+    model = app.models.get(fields.take("model"))
     given = [name for name in ("content", "prompt", "messages") if fields.has(name)]
     if len(given) != 1:
         raise bad_request("give one of content, prompt and messages", given[1] if given else "content")
     if given == ["messages"]:
-        add_prompt = fields.boolean("add_generation_prompt", True)
-        encode: Any = partial(model.chat_ids, chat_messages(fields), add_generation_prompt=add_prompt)
+        add_prompt = fields.take("add_generation_prompt")
+        encode: Any = partial(model.chat_ids, chat_messages(fields.take("messages")), add_generation_prompt=add_prompt)
     else:
-        text = fields.required_string(given[0])
-        specials = [name for name in ("add_special", "add_special_tokens") if fields.has(name)]
-        add_bos = all(map(partial(fields.boolean, default=True), specials))
-        parse = fields.boolean("parse_special")
-        encode = partial(model.engine.tokenize, text, add_bos=add_bos, parse_special=parse)
-    with_pieces = fields.boolean("with_pieces")
+        add_bos = all([fields.take("add_special"), fields.take("add_special_tokens")])
+        parse = fields.take("parse_special")
+        encode = partial(model.engine.tokenize, fields.take(given[0]), add_bos=add_bos, parse_special=parse)
+    with_pieces = fields.take("with_pieces")
     fields.end()
     ids = await asyncio.to_thread(encode)
     tokens: list[Any] = ids
@@ -48,22 +79,16 @@ def _piece(data: bytes) -> str | list[int]:
         return list(data)
 
 
+DETOKENIZE: Table = {"model": STRING, "tokens": needed(TOKEN_IDS), "skip_special_tokens": BOOLEAN}
+
+
 async def detokenize(app: App, exchange: Exchange) -> None:
     """{"tokens": [...]} -> {"content": text, "prompt": the same}."""
-    fields = await app.fields(exchange)
-    model = app.models.get(fields.string("model"))
-    tokens = token_ids(fields.list_("tokens"), "tokens", model.engine.vocab_size)
-    skip = fields.boolean("skip_special_tokens")
+    fields = await app.fields(exchange, DETOKENIZE)
+    model = app.models.get(fields.take("model"))
+    tokens = fields.take("tokens")
+    check_token_ids(tokens, "tokens", model.engine.vocab_size)
+    skip = fields.take("skip_special_tokens")
     fields.end()
     text = await asyncio.to_thread(model.engine.detokenize, tokens, skip_special_tokens=skip)
     await exchange.reply_json({"content": text, "prompt": text})
-
-
-def token_ids(values: list[Any] | None, path: str, vocab_size: int) -> list[int]:
-    """Checked token ids. Raises HTTPError."""
-    if values is None:
-        raise bad_request(f"you must provide {path}", path, "missing_required_parameter")
-    for i, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise bad_request(f"{path}[{i}] is no token id from 0 to {vocab_size - 1}", f"{path}[{i}]")
-    return values

@@ -13,14 +13,21 @@ if TYPE_CHECKING:
 
 class OutputText:
     """`push` returns the text that is certain after a token, `finish` what was held back; `matched` is the stop string that ended
-    the text, or None. A stop string may spell special tokens, whether the text shows them or not."""
+    the text, or None. A stop string may spell special tokens, whether the text shows them or not. `shown_special`: those that it
+    shows whatever skip_special_tokens says."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: StopStrings, *, skip_special_tokens: bool, include_stop_str: bool
+        self,
+        tokenizer: Tokenizer,
+        stops: StopStrings,
+        *,
+        skip_special_tokens: bool,
+        include_stop_str: bool,
+        shown_special: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip_special_tokens, continuation=True)
+        self._hidden = tokenizer.special_ids - shown_special if skip_special_tokens else frozenset()
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False, continuation=True)
         self._stops = StopMatcher(stops, include_stop_str=include_stop_str)
 
     @property

@@ -39,14 +39,15 @@ ROOMS: dict[str, set[str]] = {
     "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
     "run": {"errors", "fork", "results", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
     "draft_file": {"errors", "_core", "format"},
+    "embeddings": {"errors", "arguments"},
     "engine": {
         "draft_file",
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
-        "freeze", "run", "fork", "files",
+        "freeze", "run", "fork", "files", "embeddings",
     },
-    "async_engine": {"engine", "errors", "fork", "results", "run", "sampling", "text"},
+    "async_engine": {"embeddings", "engine", "errors", "fork", "results", "run", "sampling", "text"},
     "serve": {
-        "pyengine", "async_engine", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",
+        "pyengine", "async_engine", "embeddings", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",
         "_sampler",
     },
     "pyengine": {"errors"},  # its names are looked up when they are asked for

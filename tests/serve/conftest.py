@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,23 +22,61 @@ def _needs_the_extra(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"the extra serve is not installed: {', '.join(MISSING)} missing")
 
 
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a chat template (ChatML) and a byte-level tokenizer."""
-    import json
+TURNS = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SHOWN = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ OPENING }}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+# In the manner of the models' own: the tools, the calls so far, the conversation.
+TOOL_TEMPLATES = {
+    "qwen": SHOWN + CALLS.replace("OPENING", "'<tool_call>'") + TURNS,
+    "mistral": SHOWN + CALLS.replace("OPENING", "'[TOOL_CALLS]'") + TURNS,
+    "llama": SHOWN + CALLS.replace("OPENING", "'<|python_tag|>'") + TURNS,
+    "xml": SHOWN + CALLS.replace("OPENING", "'<tool_call><function=f>'") + TURNS,
+    "without_tools": "{# no tools #}" + TURNS,
+}
 
+
+def make_chat_model(directory: Path, template: str, special: tuple[str, ...] = (), n_ctx: int = 512) -> Path:
+    """A tiny random Llama with a chat template and a byte-level tokenizer, whose last ids are the special tokens given."""
     from reference import fixtures
 
     from pyengine.freeze import freeze
 
-    directory = tmp_path_factory.mktemp("chat_model")
-    hf = fixtures.write_hf_dir(fixtures.load("llama_tied"), directory / "hf")
-    path = Path(hf) / "tokenizer_config.json"
+    hf = Path(fixtures.write_hf_dir(fixtures.load("llama_tied"), directory / "hf"))
+    path = hf / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    config["chat_template"] = (
-        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    config["chat_template"] = template
     path.write_text(json.dumps(config))
+    path = hf / "tokenizer.json"
+    tokenizer: dict[str, Any] = json.loads(path.read_text())
+    model = tokenizer["model"]
+    for text in special:  # each in the place of a token of two bytes
+        last = max(model["vocab"], key=model["vocab"].__getitem__)
+        tokenizer["added_tokens"].append(
+            {**tokenizer["added_tokens"][0], "id": model["vocab"].pop(last), "content": text}
+        )
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) != last]
+    path.write_text(json.dumps(tokenizer))
+    path = hf / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": n_ctx}))
     freeze(hf, directory / "chat.safetensors")
     return directory / "chat.safetensors"
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template does not show tools."""
+    return make_chat_model(tmp_path_factory.mktemp("chat_model"), TURNS)
+
+
+@pytest.fixture(scope="session")
+def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, tuple[str, ...]], Path]:
+    """A model with one of TOOL_TEMPLATES and special tokens."""
+
+    @cache
+    def make(template: str, special: tuple[str, ...]) -> Path:
+        return make_chat_model(tmp_path_factory.mktemp("tool_model"), TOOL_TEMPLATES[template], special, 4096)
+
+    return make

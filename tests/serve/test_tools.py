@@ -1,19 +1,21 @@
-"""Forced tool calls: arguments of the tool's schema, whole and streamed alike."""
+"""Tool calls: forced ones, whose arguments are of the tool's schema, and those that the model makes; whole and streamed alike."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
-pytest.importorskip("llguidance", reason="the extra guide is not installed")
 
 from serve.client import Client, serving
+from serve.scripted import scripted
 
-from pyengine.serve.tools import CallReader
+needs_guide = pytest.mark.skipif(find_spec("llguidance") is None, reason="the extra guide is not installed")
 
 CHAT = "/v1/chat/completions"
 DAY = {"type": "object", "properties": {"day": {"enum": [1, 2, 3]}}, "required": ["day"], "additionalProperties": False}
@@ -29,6 +31,7 @@ BODY: dict[str, Any] = {
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
+@needs_guide
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_forced_call_is_of_the_schema_and_streams_the_same(chat_model: Path, choice: Any, seed: int) -> None:
@@ -55,6 +58,7 @@ def test_a_forced_call_is_of_the_schema_and_streams_the_same(chat_model: Path, c
     serving(chat_model, test)
 
 
+@needs_guide
 def test_calls_and_their_results_go_back_into_the_conversation(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         answer = await client.post(CHAT, {**BODY, "tool_choice": "required", "seed": 1})
@@ -67,6 +71,7 @@ def test_calls_and_their_results_go_back_into_the_conversation(chat_model: Path)
     serving(chat_model, test)
 
 
+@needs_guide
 def test_a_call_that_is_cut_says_so(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         for cut in ({"max_tokens": 30}, {"stop": "arg"}):
@@ -77,7 +82,7 @@ def test_a_call_that_is_cut_says_so(chat_model: Path) -> None:
 
 
 def test_what_is_wrong_with_tools_is_refused_by_its_name(chat_model: Path) -> None:
-    bad_schema = [{"type": "function", "function": {"name": "f", "parameters": {"type": "no such"}}}]
+    bad_type = [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"tool_choice": "auto"}, "tool_choice"),
         ({}, "tool_choice"),
@@ -89,7 +94,7 @@ def test_what_is_wrong_with_tools_is_refused_by_its_name(chat_model: Path) -> No
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": 5}}]}, "tools[0].function.parameters"),
         ({"tools": [TOOLS[0], TOOLS[0]], "tool_choice": "required"}, "tools"),
-        ({"tools": bad_schema, "tool_choice": "required"}, "structured_outputs"),
+        ({"tools": bad_type}, "tools[0].function.parameters.type"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ]
 
@@ -101,14 +106,89 @@ def test_what_is_wrong_with_tools_is_refused_by_its_name(chat_model: Path) -> No
     serving(chat_model, test)
 
 
-def test_a_call_is_read_alike_however_it_is_cut() -> None:
-    text = '{"name": "f", "arguments": {"a": "}"}}'
-    for size in range(1, len(text) + 1):
-        reader, said = CallReader(), []
-        for begin in range(0, len(text), size):
-            is_last = begin + size >= len(text)
-            said += reader.push(text[begin : begin + size], is_last=is_last, is_complete=is_last)
-        assert "".join(call["function"]["arguments"] for call in said) == '{"a": "}"}'
-        assert said[0]["function"]["name"] == "f" and "id" in said[0]
-    cut = CallReader().push(text[:-4], is_last=True, is_complete=False)
-    assert cut[0]["function"]["arguments"] == text[27:-4]
+@needs_guide
+def test_a_schema_that_is_none_is_refused(chat_model: Path) -> None:
+    bad = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "no such"}}}}}]
+
+    async def test(client: Client) -> None:
+        answer = await client.post(CHAT, {**BODY, "tools": bad, "tool_choice": "required"})
+        assert (answer.status, answer.error["param"]) == (400, "structured_outputs"), answer.body
+
+    serving(chat_model, test)
+
+
+# -------------------------------------------------------------------- calls that the model makes
+
+DAY_1 = '{"name": "weather", "arguments": {"day": 1}}'
+LLAMA_1 = DAY_1.replace("arguments", "parameters")
+HERMES_TEXT = f"Let me see.\n<tool_call>\n{DAY_1}\n</tool_call>\n<tool_call>\n{DAY_1.replace('1', '2')}\n</tool_call>"
+# template, special tokens, what the model writes, its content, days that are asked for
+AUTO = [
+    pytest.param("qwen", (), HERMES_TEXT, "Let me see.", [1, 2], id="hermes"),
+    pytest.param("mistral", ("[TOOL_CALLS]",), f"[TOOL_CALLS] [{DAY_1}]", None, [1], id="mistral"),
+    pytest.param("llama", ("<|python_tag|>",), "<|python_tag|>" + LLAMA_1, None, [1], id="llama"),
+    pytest.param("llama", (), LLAMA_1, None, [1], id="llama_bare"),
+    pytest.param("qwen", (), "It rains. <tool_call>no</tool_call>", "It rains. <tool_call>no</tool_call>", [], id="none"),
+    pytest.param("mistral", ("[TOOL_CALLS]",), "[TOOL_CALLS]no", "[TOOL_CALLS]no", [], id="none_special"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "special", "text", "content", "days"), AUTO)
+def test_the_model_s_own_calls(
+    tool_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, template: str, special: tuple[str, ...],
+    text: str, content: str | None, days: list[int],
+) -> None:  # fmt: skip
+    scripted(monkeypatch, text)
+
+    async def test(client: Client) -> None:
+        for more in ({}, {"tool_choice": "auto", "n": 2, "skip_special_tokens": False}):
+            body = {**BODY, **more, "max_tokens": 400}
+            whole = await client.post(CHAT, body)
+            assert whole.status == 200, whole.body
+            streamed = (await client.post(CHAT, {**body, "stream": True})).events
+            for choice in whole.json["choices"]:
+                message, calls = choice["message"], choice["message"].get("tool_calls", [])
+                assert message["content"] == content
+                assert choice["finish_reason"] == ("tool_calls" if days else "stop")
+                assert [json.loads(call["function"]["arguments"])["day"] for call in calls] == days
+                parts = [c for e in streamed for c in e["choices"] if c["index"] == choice["index"]]
+                assert "".join(c["delta"].get("content") or "" for c in parts) == (content or "")
+                assert parts[-1]["finish_reason"] == choice["finish_reason"]
+                arguments = [""] * len(days)
+                for part in (part for c in parts for part in c["delta"].get("tool_calls", [])):
+                    arguments[part["index"]] += part["function"]["arguments"]
+                assert arguments == [call["function"]["arguments"] for call in calls]
+
+    serving(tool_model(template, special), test)
+
+
+def test_calls_go_back_into_a_template_that_shows_them(
+    tool_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, HERMES_TEXT)
+
+    async def test(client: Client) -> None:
+        message = (await client.post(CHAT, {**BODY, "max_tokens": 400})).json["choices"][0]["message"]
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "wet"} for call in message["tool_calls"]]
+        answer = await client.post(CHAT, {**BODY, "messages": [*BODY["messages"], message, *results]})
+        assert answer.status == 200, answer.body
+        one = (await client.post(CHAT, {**BODY, "max_tokens": 400, "parallel_tool_calls": False})).json["choices"][0]
+        assert len(one["message"]["tool_calls"]) == 1 and one["finish_reason"] == "tool_calls"
+        cut = (await client.post(CHAT, {**BODY, "max_tokens": 400, "stop": "day"})).json["choices"][0]
+        assert cut["finish_reason"] == "stop"
+        assert cut["message"]["tool_calls"][0]["function"]["arguments"] == '{"'
+
+    serving(tool_model("qwen", ()), test)
+
+
+@pytest.mark.parametrize("template", ["without_tools", "xml"])
+def test_a_model_whose_calls_cannot_be_read_is_not_left_the_choice(
+    tool_model: Callable[..., Path], template: str
+) -> None:
+    async def test(client: Client) -> None:
+        for choice in ({}, {"tool_choice": "auto"}):
+            answer = await client.post(CHAT, {**BODY, **choice})
+            assert (answer.status, answer.error["param"]) == (400, "tool_choice"), answer.body
+        assert (await client.post(CHAT, {**BODY, "tool_choice": "none"})).status == 200
+
+    serving(tool_model(template, ()), test)

@@ -1,0 +1,133 @@
+"""What chat and text completions have in common: a request for outputs, and its answer, whole or streamed."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pyengine.serve import payload, work
+from pyengine.serve.exchange import Exchange, event
+from pyengine.serve.stream import StreamOptions
+
+if TYPE_CHECKING:
+    from pyengine.async_engine import Job
+    from pyengine.results import Generation, Piece, TokenLogprob
+    from pyengine.run.request import GenerationRequest, Request
+    from pyengine.sampling import SamplingParams
+    from pyengine.serve.app import App
+    from pyengine.serve.models import ServedModel
+
+
+@dataclass(kw_only=True)
+class Call(ABC):
+    """A request that was understood. stream: None if its answer is wanted whole."""
+
+    model: ServedModel
+    params: SamplingParams
+    stream: StreamOptions | None
+    cache_salt: str | None
+    id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    kind: ClassVar[str]  # of answers, as OpenAI calls them
+    chunk_kind: ClassVar[str]
+
+    @abstractmethod
+    def make(self, job: Job) -> Sequence[Request]:
+        """The requests for the engine; in a thread."""
+
+    @abstractmethod
+    def choice(self, index: int) -> Choice:
+        """The index-th output, before its first token."""
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model.name,
+            "system_fingerprint": payload.FINGERPRINT,
+        }
+
+    def said(self, pieces: Sequence[Piece]) -> list[TokenLogprob] | None:
+        """Log-probabilities of the tokens that are part of the text; None if none are wanted."""
+        if self.params.logprobs is None:
+            return None
+        ends = (*self.model.engine.eos_token_ids, *(self.params.stop_token_ids or ()))
+        return payload.said(pieces, ends)
+
+
+class Choice(ABC):
+    """One output on its way into an answer. Parts are what stands in `choices` beside index and reasons."""
+
+    last: ClassVar[dict[str, Any]]  # the part of a stream's last chunk, which has the reasons
+
+    @abstractmethod
+    def whole(self, request: GenerationRequest) -> dict[str, Any]:
+        """The part of an answer that is whole."""
+
+    def begin(self) -> list[dict[str, Any]]:
+        """Parts of a stream before its first token."""
+        return []
+
+    @abstractmethod
+    def push(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        """Parts of a stream."""
+
+    def finish_reason(self, result: Generation) -> str:
+        return payload.finish_reason(result)
+
+
+async def answer(app: App, exchange: Exchange, call: Call) -> None:
+    async with app.job(exchange, call.model, call.make) as job:
+        if call.stream is None:
+            await exchange.reply_json(_whole(call, await app.finish(exchange, call.model, job)))
+        else:
+            await _stream(app, exchange, call, job)
+
+
+def _reasons(choice: Choice, result: Generation) -> dict[str, Any]:
+    return {"finish_reason": choice.finish_reason(result), "stop_reason": payload.stop_reason(result)}
+
+
+def _whole(call: Call, requests: list[GenerationRequest]) -> dict[str, Any]:
+    choices = []
+    for index, request in enumerate(requests):
+        choice = call.choice(index)
+        choices.append({"index": index, **choice.whole(request), **_reasons(choice, request.result)})
+    return {
+        **call.head(call.kind),
+        "choices": choices,
+        "usage": payload.usage(requests),
+        "timings": payload.timings(requests[0].result),
+        "seed": requests[0].result.seed,
+    }
+
+
+async def _stream(app: App, exchange: Exchange, call: Call, job: Job) -> None:
+    assert call.stream is not None
+    choices = [call.choice(index) for index in range(len(work.generations(job)))]
+    head = call.head(call.chunk_kind)
+    if call.stream.include_usage:
+        head["usage"] = None  # in every chunk but the last
+
+    def chunk(index: int, part: dict[str, Any], **more: Any) -> bytes:
+        choice = {"index": index, "logprobs": None, "finish_reason": None, **part}
+        return event({**head, "choices": [choice], **more})
+
+    def part(index: int, pieces: list[Piece]) -> bytes:
+        choice, result = choices[index], pieces[-1].result
+        out = b"".join(chunk(index, one) for one in choice.push(pieces))
+        if result is not None:
+            last = {**choice.last, **_reasons(choice, result)}
+            out += chunk(index, last, timings=payload.timings(result), seed=result.seed)
+        return out
+
+    first = b"".join(chunk(index, one) for index, choice in enumerate(choices) for one in choice.begin())
+    requests = await app.stream(exchange, call.model, job, first, part)
+    last = b""
+    if call.stream.include_usage:
+        last = event({**head, "choices": [], "usage": payload.usage(requests)})
+    await exchange.end(last + b"data: [DONE]\n\n")

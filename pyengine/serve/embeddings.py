@@ -1,0 +1,100 @@
+"""/v1/embeddings: one vector for each input."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pyengine.serve import work
+from pyengine.serve.errors import bad_request
+from pyengine.serve.exchange import Exchange, dumps
+from pyengine.serve.fields import Fields, Table, integer, needed, one_of
+from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
+
+if TYPE_CHECKING:
+    from pyengine.async_engine import Job
+    from pyengine.embeddings import Pooled
+    from pyengine.engine import Prompt
+    from pyengine.run.request import Request
+    from pyengine.serve.app import App
+    from pyengine.serve.models import ServedModel
+
+MAX_INPUTS = 2048  # as OpenAI's
+
+
+@dataclass
+class EmbeddingsCall:
+    """A request that was understood."""
+
+    model: ServedModel
+    prompts: list[Prompt]
+    pooling: str | None
+    is_base64: bool
+    dimensions: int | None
+    cache_salt: str | None
+    pooled: list[Pooled] = field(default_factory=list)
+
+    def make(self, job: Job) -> Sequence[Request]:
+        """The requests for the engine; in a thread."""
+        self.pooled, requests = self.model.engine.embed_requests(
+            job, self.prompts, pooling=self.pooling, parse_special=False, cache_salt=self.cache_salt
+        )
+        return requests
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(one.tokens) for one in self.pooled)
+
+    def body(self) -> bytes:
+        """The answer; in a thread, since many vectors are long."""
+        from pyengine.embeddings import vectors
+
+        rows = vectors(self.pooled, normalize=True, dimensions=self.dimensions)
+        values = [
+            base64.b64encode(row.astype("<f4").tobytes()).decode() if self.is_base64 else row.tolist() for row in rows
+        ]
+        return dumps(
+            {
+                "object": "list",
+                "data": [{"object": "embedding", "index": i, "embedding": value} for i, value in enumerate(values)],
+                "model": self.model.name,
+                "usage": {"prompt_tokens": self.n_tokens, "total_tokens": self.n_tokens},
+            }
+        )
+
+
+FIELDS: Table = {
+    "input": needed(PROMPTS),
+    **CALLER,
+    "encoding_format": one_of("float", "base64", default="float"),
+    "dimensions": integer(1),
+    "pooling": one_of("mean", "last"),
+}
+
+
+def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
+    """Every field is honoured or refused by name. Raises HTTPError."""
+    model = app.models.get(fields.take("model"))
+    prompts = prompts_of(fields.take("input"), model)
+    if len(prompts) > MAX_INPUTS:
+        raise bad_request(f"{len(prompts)} inputs, at most {MAX_INPUTS}", "input")
+    is_base64 = fields.take("encoding_format") == "base64"
+    dimensions, dim = fields.take("dimensions"), model.engine.config["dim"]
+    if dimensions is not None and dimensions > dim:
+        raise bad_request(f"dimensions is {dimensions}, the vectors of {model.name} have {dim}", "dimensions")
+    note_user(exchange, fields)
+    salt = app.cache_salt(exchange, fields)
+    call = EmbeddingsCall(model, prompts, fields.take("pooling"), is_base64, dimensions, salt)
+    fields.end()
+    return call
+
+
+async def embeddings(app: App, exchange: Exchange) -> None:
+    call = parse(app, exchange, await app.fields(exchange, FIELDS))
+    async with app.job(exchange, call.model, call.make) as job:
+        await work.finish(job)
+    exchange.notes["prompt"] = call.n_tokens
+    await exchange.reply(200, await asyncio.to_thread(call.body), b"application/json")
