@@ -103,6 +103,28 @@ def test_rmsnorm_with_residual_is_addition_then_norm() -> None:
 
 
 @pytest.mark.parametrize("n_rep", [1, 3])
+def test_qk_norm(n_rep: int) -> None:
+    batch, n_kv, seq, head_dim = 2, 2, 3, 5
+    x = normal(batch, seq, n_kv * (n_rep + 2), head_dim)
+    weights, cot = [1 + normal(head_dim, seed=s) / 4 for s in (1, 2)], normal(*x.shape, seed=3)
+    state = memory(ops.qk_norm_state(x.shape, n_kv, np.float64, np.float64))
+    kept = state["raw"], state["inv_rms"]
+
+    def loss() -> float:
+        qkv = x.copy()
+        ops.qk_norm_forward(qkv, *kept, *weights, 1e-3)
+        np.testing.assert_array_equal(qkv[:, :, -n_kv:], x[:, :, -n_kv:])  # values stay as they are
+        return float((qkv * cot).sum())
+
+    loss()
+    dx, (dq, dk) = cot.copy(), np.ones((2, head_dim))  # in place; dq and dk are added to
+    ops.qk_norm_backward(dx, dq, dk, *kept, *weights, {})
+    assert_gradient(loss, x, dx)
+    for w, dw in zip(weights, (dq, dk), strict=True):
+        assert_gradient(loss, w, dw - 1)
+
+
+@pytest.mark.parametrize("n_rep", [1, 3])
 def test_rope(n_rep: int) -> None:
     batch, n_kv, seq, head_dim = 2, 2, 5, 6
     qkv = normal(batch, seq, n_kv * (n_rep + 2), head_dim)

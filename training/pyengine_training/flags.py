@@ -52,6 +52,7 @@ GROUPS: list[tuple[str, str, Options]] = [
             "n_heads": ("N", "query heads"),
             "n_kv_heads": ("N", "key and value heads; divides --n-heads, fewer make a smaller cache"),
             "head_dim": ("N", "numbers a head; even (default 64, or dim / heads where both are given)"),
+            "qk_norm": ("", "RMSNorm of every query and key head before RoPE, as in Qwen3 (default off)"),
             "hidden_dim": ("N", "width inside the feed-forward (default: 8/3 dim, rounded up to 64)"),
         },
     ),
@@ -140,7 +141,8 @@ GROUPS: list[tuple[str, str, Options]] = [
 ]
 
 KINDS = {"int": int, "float": float, "str": str}
-OTHER_KINDS: dict[str, type] = {"tokens": float, "budget_minutes": float}  # beside TrainConfig's fields and sizes
+OTHER_KINDS: dict[str, type] = {"tokens": float, "budget_minutes": float, "qk_norm": str}  # not TrainConfig's
+SWITCH = ("on", "off")
 
 
 def _add(group: Any, name: str, metavar: str, text: str) -> None:
@@ -150,8 +152,8 @@ def _add(group: Any, name: str, metavar: str, text: str) -> None:
     if name in fields:
         options["type"] = KINDS[str(fields[name].type)]
         text = f"{text} (default {fields[name].default})"
-    if name in CHOICES:
-        options.update(choices=CHOICES[name], metavar=None)
+    if name in CHOICES or name == "qk_norm":
+        options.update(choices=CHOICES.get(name, SWITCH), metavar=None)
     group.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
 
 

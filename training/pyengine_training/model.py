@@ -35,6 +35,7 @@ class BlockState:
 
     xn1: Array
     inv_rms1: Array
+    heads: dict[str, Array]  # of QK-norm, where the model has it
     q: Array
     k: Array
     v: Array
@@ -80,7 +81,7 @@ class Worker:
         self.xs = [self._new(n, c.dim) for _ in range(c.n_layers + 1 if training else 2)]
         self._shared = (self._new(n, c.dim), self._new(n, c.dim), self._new(n, c.hidden_dim))
         self.states = [self._block_state() for _ in range(n_states)]
-        self.qkv = self._new(rows, seq_len, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
+        self.qkv = self._new(*self._qkv_shape())
         self.o = self._new(*self._q_shape())
         self.xn_final = self._new(n, c.dim)
         self.inv_rms_final = allocate(ops.rmsnorm_state(n, self.wide), ops.empty)["inv_rms"]
@@ -104,6 +105,7 @@ class Worker:
         if training:
             needs = needs | self.ops.rmsnorm_scratch(self.config.dim)
             needs = needs | self.ops.embedding_scratch(self.rows * self.seq_len, self.config.vocab_size)
+            needs = needs | (self.ops.qk_norm_scratch(self.config.head_dim) if self.config.qk_norm else {})
         return needs
 
     def _new_wide(self, *shape: int) -> Array:
@@ -117,6 +119,16 @@ class Worker:
     def _kv_shape(self) -> tuple[int, ...]:
         return self.rows, self.config.n_kv_heads, self.seq_len, self.config.head_dim
 
+    def _qkv_shape(self) -> tuple[int, ...]:
+        c = self.config
+        return self.rows, self.seq_len, c.n_heads + 2 * c.n_kv_heads, c.head_dim
+
+    def _qk_norm_state(self) -> Needs:
+        if not self.config.qk_norm:
+            return {}
+        needs: Needs = self.ops.qk_norm_state(self._qkv_shape(), self.config.n_kv_heads, self.dtype, self.wide)
+        return needs
+
     def _block_state(self) -> BlockState:
         c, n = self.config, self.rows * self.seq_len
         own = self.recompute == "none"
@@ -127,6 +139,7 @@ class Worker:
         return BlockState(
             xn1=self._new(n, c.dim) if own else xn1,
             inv_rms1=state[0]["inv_rms"],
+            heads=allocate(self._qk_norm_state(), self.ops.empty),
             q=self._new(*self._q_shape()),
             k=self._new(*self._kv_shape()),
             v=self._new(*self._kv_shape()),
@@ -178,6 +191,9 @@ class Worker:
         self.ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
         self.ops.linear_forward(self.qkv.reshape(n, -1), s.xn1, params[p + "wqkv"])
+        if s.heads:
+            norms = params[p + "q_norm"], params[p + "k_norm"]
+            self.ops.qk_norm_forward(self.qkv, s.heads["raw"], s.heads["inv_rms"], *norms, self.eps)
         self.ops.qkv_rope_forward(s.q, s.k, s.v, self.qkv, self.cos, self.sin)
         if quantize:
             head_dim = self.config.head_dim
@@ -322,6 +338,10 @@ class Worker:
         inputs = self.do, s.q, s.k, s.v, s.lse, self.seen_from
         self.ops.attention_backward(self.dq, self.dk, self.dv, *inputs, self.scale, self.scratch)
         self.ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
+        if s.heads:
+            kept, norms = (s.heads["raw"], s.heads["inv_rms"]), [p + "q_norm", p + "k_norm"]
+            grads, weights = ([arena[name] for name in norms] for arena in (g, params))
+            self.ops.qk_norm_backward(self.dqkv, *grads, *kept, *weights, self.scratch)
         dqkv = self.dqkv.reshape(n, -1)
         self.ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)
         self.ops.linear_backward_input(self.dxn, dqkv, params[p + "wqkv"])
@@ -345,6 +365,7 @@ def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: st
     """Roughly what one Worker holds, gradients included, in bytes (float32)."""
     c, n = config, rows * seq_len
     per_block = n * (2 * c.q_dim + 2 * c.kv_dim + 2 * c.hidden_dim + c.dim)
+    per_block += n * (c.q_dim + c.kv_dim) if c.qk_norm else 0
     kept = n * (2 * c.dim + c.hidden_dim)
     blocks = c.n_layers if recompute != "block" else 1
     own = c.n_layers if recompute == "none" else 1

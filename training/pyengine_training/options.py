@@ -18,7 +18,7 @@ PROCESS = (
     *("config", "run_dir", "resume", "plan", "dry_run", "threads", "shard_optimizer", "device", "precision"),
     *PAPER,
 )
-SIZES = ("depth", *MODEL_OPTIONS)
+SIZES = ("depth", *MODEL_OPTIONS, "qk_norm")
 TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on")
 
 

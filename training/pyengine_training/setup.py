@@ -19,7 +19,7 @@ from .config import ModelConfig, TrainConfig, model_from_depth, to_json, train_c
 from .data import Corpus, Reader, file_sha256, prepare_corpus
 from .device import Device, Machine
 from .errors import CheckpointError, ConfigError, DataError
-from .flags import MODEL_OPTIONS
+from .flags import MODEL_OPTIONS, SWITCH
 from .lora import parse as parse_lora
 from .options import data_paths
 from .plan import estimated_step_seconds, make_plan
@@ -60,7 +60,9 @@ def model_config(values: dict[str, Any], vocab_size: int, seq_len: int) -> Model
         raise ConfigError(f"a size is no integer: {error}") from error
     if "dim" in sizes and "head_dim" not in sizes and sizes.get("n_heads", 0) > 0:
         sizes["head_dim"] = sizes["dim"] // sizes["n_heads"]
-    return dataclasses.replace(base, **sizes)
+    if values.get("qk_norm", "off") not in SWITCH:
+        raise ConfigError(f"qk_norm is {values['qk_norm']!r}; choose from {SWITCH}")
+    return dataclasses.replace(base, **sizes, qk_norm=values.get("qk_norm") == "on")
 
 
 def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:

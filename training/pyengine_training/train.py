@@ -36,7 +36,7 @@ from .errors import CheckpointError, ConfigError, Interrupted
 from .files import atomic_directory
 from .lora import LoraConfig
 from .model import Worker
-from .plan import estimated_step_seconds, format_seconds, make_plan, warnings
+from .plan import batch_hint, estimated_step_seconds, format_seconds, make_plan, warnings
 from .plot import plot_losses
 from .scale import state_bytes
 from .text import load_tokenizer
@@ -416,7 +416,8 @@ def _say_plan(loop: Loop, machine: Machine) -> None:
     epochs = loop.source.epochs(run.config.steps)
     plan = make_plan(run.model, run.config, epochs, cores, seconds, memory)
     held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
-    for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text)]:
+    hints = [] if run.lora or run.config.extra.get("init_from") else batch_hint(run.config)
+    for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text), *hints]:
         loop.log.say(line)
     if machine.comm.size > 1:
         moments = state_bytes(run.model, run.config, *ranks)

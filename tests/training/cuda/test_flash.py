@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
-from pyengine_training.gpu_check.cases import attention, check
+from pyengine_training.gpu_check.cases import attention
+from pyengine_training.gpu_check.judge import check
 from pyengine_training.ops import cuda as ops
 from pyengine_training.ops.cuda._runtime import use_runtime
 from simulated_runtime import SimulatedRuntime
