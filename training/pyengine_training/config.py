@@ -113,7 +113,7 @@ BELOW_ONE = math.nextafter(1, 0)
 RANGES: list[tuple[tuple[str, ...], float, float, str]] = [
     (("warmup_fraction", "decay_fraction", "distill_alpha"), 0, 1, "lie in [0, 1]"),
     (("beta1", "beta2", "muon_momentum"), 0, BELOW_ONE, "lie in [0, 1)"),
-    (("lr", "muon_lr", "eps", "distill_tau"), LEAST, sys.float_info.max, "be positive"),
+    (("lr", "muon_lr", "eps", "distill_tau", "dpo_beta"), LEAST, sys.float_info.max, "be positive"),
     (("weight_decay", "clip"), 0, sys.float_info.max, "be at least 0"),
     (("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints"), 0, math.inf, "be at least 0"),
     (("eval_documents", "sample_tokens"), 1, math.inf, "be at least 1"),
@@ -155,6 +155,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     distill_alpha: float = 0.0
     distill_tau: float = 2.0
+    dpo_beta: float = 0.1  # where the text is pairs of answers
     data_weights: tuple[float, ...] = (1.0,)
     decay_data_weights: tuple[float, ...] = ()  # empty: as before the decay
     # provenance: command line, budget, parent checkpoint

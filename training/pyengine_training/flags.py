@@ -126,6 +126,11 @@ GROUPS: list[tuple[str, str, Options]] = [
         },
     ),
     (
+        "preferences",
+        "of pairs of answers: the loss is -log sigmoid(beta (gain of the chosen answer - gain of the rejected one))",
+        {"dpo_beta": ("X", "how strongly the model is held to what it was: larger values hold it more")},
+    ),
+    (
         "watching and saving",
         "0 turns off what happens every N steps",
         {
@@ -204,7 +209,8 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="TEXT",
-        help='.txt, .jsonl of {"text": …} or of {"messages": […]}, or a prepared folder; repeatable',
+        help='.txt, .jsonl of {"text": …}, of {"messages": […]} or of {"prompt": …, "chosen": …, "rejected": …} (preferences: '
+        "alone), or a prepared folder; repeatable",
     )
     add("--data-weights", metavar="W,…", help="how often rows come from each text, one number a text (default: alike)")
     add(

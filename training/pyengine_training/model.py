@@ -21,10 +21,12 @@ from . import arena as arenas
 from .arena import Arena
 from .config import ModelConfig
 from .ops import cpu as cpu_ops
+from .ops.cpu.dpo import dpo_forward_backward
 from .ops.needs import Needs, allocate
 
 if TYPE_CHECKING:
     from .distill import Distillation
+    from .preference import Preference
 
 Array = NDArray[Any]
 
@@ -224,16 +226,21 @@ class Worker:
         """(vocab_size, dim): the embedding table itself when tied."""
         return params["tok_embeddings" if self.config.tie_embeddings else "output"]
 
-    def evaluate(self, params: Arena, tokens: Array, targets: Array, quantize: bool) -> Array:
+    def evaluate(
+        self, params: Arena, tokens: Array, targets: Array, quantize: bool, starts: Array | None = None
+    ) -> Array:
         """Loss per token (rows, seq_len), 0 where the target is negative; valid until the next call."""
-        self.forward(params, tokens, quantize)
-        flat = targets.ravel()
+        self.forward(params, tokens, quantize, starts)
+        self._losses(params, targets.ravel())
+        return self.loss.reshape(tokens.shape)
+
+    def _losses(self, params: Arena, flat: Array) -> None:
+        """Of what the forward has left, into self.loss; flat (N,): targets."""
         for start in range(0, flat.size, self.loss_rows):
             rows = slice(start, min(flat.size, start + self.loss_rows))
             logits = self.logits[: rows.stop - start]
             self.ops.linear_forward(logits, self.xn_final[rows], self.output_matrix(params))
             self.ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
-        return self.loss.reshape(tokens.shape)
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -246,14 +253,16 @@ class Worker:
         quantize: bool = False,
         distillation: Distillation | None = None,
         starts: Array | None = None,
+        preference: Preference | None = None,
     ) -> float:
         """Gradients of the summed loss times ``inv`` into self.grads (overwritten); returns that
         loss.
 
         tokens, targets (rows, seq_len) int64; a negative target does not count. inv = 1 / targets
-        counted in the whole batch. params holds fake-quantized values when quantize is set.
+        counted in the whole batch. params holds fake-quantized values when quantize is set. With a preference (host arrays
+        only) the loss is that of ops.cpu.dpo, one a row, and inv = 1 / pairs in the whole batch.
         """
-        self.gradients(params, tokens, targets, self.wide(inv), quantize, distillation, starts)
+        self.gradients(params, tokens, targets, self.wide(inv), quantize, distillation, starts, preference)
         return float(self.ops.total(self.loss)) * inv
 
     def gradients(
@@ -265,13 +274,15 @@ class Worker:
         quantize: bool = False,
         distillation: Distillation | None = None,
         starts: Array | None = None,
+        preference: Preference | None = None,
     ) -> None:
         """As forward_backward, but the losses stay in self.loss: nothing is read back."""
         self.ops.fill(self.grads.flat, 0)
         self.forward(params, tokens, quantize, starts)
         if distillation is not None:
             distillation.teacher.forward(distillation.params, tokens, starts=starts)
-        self._output_forward_backward(params, targets.ravel(), inv, distillation)
+        weights = None if preference is None else self._preference_weights(params, targets, preference)
+        self._output_forward_backward(params, targets.ravel(), inv, distillation, weights)
         last = self._block_io(self.config.n_layers - 1)[1]
         self.ops.fill(self.dx, 0)
         self._norm_backward(params, "norm", last, self.inv_rms_final)
@@ -284,16 +295,35 @@ class Worker:
             self._block_backward(params, layer, x)
         self.ops.embedding_backward(self.grads["tok_embeddings"], self.dx, tokens.ravel(), self.scratch)
 
+    def _preference_weights(self, params: Arena, targets: Array, preference: Preference) -> Array:
+        """Losses of pairs into self.loss, each at its row's first position; returns the weights (N,) of the gradients.
+
+        A weight depends on both answers, so all losses come before the first gradient: the output layer runs twice.
+        """
+        self._losses(params, targets.ravel())
+        losses, weights = np.empty(self.rows, self.wide), np.empty(targets.shape, self.wide)
+        nll = self.loss.reshape(targets.shape)
+        dpo_forward_backward(losses, weights, nll, targets, self.seen_from, preference.reference, preference.beta)
+        nll[...] = 0
+        nll[:, 0] = losses
+        return weights.ravel()
+
     def _output_forward_backward(
-        self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None
+        self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None, weights: Array | None
     ) -> None:
-        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of xn_final in dxn."""
+        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of xn_final in dxn.
+
+        weights (N,): of each target's gradient, where self.loss is there already; None: 1, and it is not.
+        """
         w, dw = self.output_matrix(params), self.output_matrix(self.grads)
         for start in range(0, targets.size, self.loss_rows):
             rows = slice(start, min(targets.size, start + self.loss_rows))
             logits = self.logits[: rows.stop - start]
             self.ops.linear_forward(logits, self.xn_final[rows], w)
-            if distillation is None:
+            if weights is not None:
+                self.ops.cross_entropy_forward_backward(np.empty_like(self.loss[rows]), logits, targets[rows], inv)
+                logits *= weights[rows, None]
+            elif distillation is None:
                 self.ops.cross_entropy_forward_backward(self.loss[rows], logits, targets[rows], inv)
             else:
                 self._distill(rows, logits, targets[rows], inv, distillation)

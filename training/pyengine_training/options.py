@@ -11,6 +11,7 @@ from .chat import is_chat
 from .config import load_options
 from .errors import ConfigError, DataError
 from .flags import LENGTHS, MODEL_OPTIONS
+from .preference import is_preference
 
 # about this process or this call, not about the run
 PAPER = ("ranks", "gpu", "nodes", "rate")  # of --plan alone
@@ -96,6 +97,9 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         _refuse(values, ("tokenizer", "vocab_size"), "the student reads with its teacher's tokenizer")
     else:
         _refuse(values, ("distill_alpha", "distill_tau"), "there is no --teacher")
+    if any(is_preference(Path(path)) for path in values.get("data") or [] if Path(path).is_file()):
+        return _refuse_beside_pairs(values, options)
+    _refuse(values, ("dpo_beta",), "no text consists of pairs of answers")
     chats = [is_chat(Path(path)) for path in values.get("data") or [] if Path(path).is_file()]
     if not any(chats):
         _refuse(values, ("train_on",), "no text consists of conversations")
@@ -109,6 +113,20 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
     if values.get("tokenizer"):
         _refuse(values, ("vocab_size",), "--tokenizer is given")
     return None
+
+
+def _refuse_beside_pairs(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """As refuse_unused, for a run that learns from preferences."""
+    if len(values["data"]) > 1:
+        raise ConfigError("pairs of answers are learnt from alone: give one --data")
+    if not values.get("init_from"):
+        raise ConfigError("pairs of answers need a model that answers: --init-from")
+    if options.device == "cuda":
+        raise ConfigError("--device cuda does not learn from preferences; --device cpu does")
+    _refuse(values, ("teacher", "distill_alpha", "distill_tau"), "pairs of answers have their own loss")
+    _refuse(values, ("attention", "packing"), "a row is one pair of answers, which do not see each other")
+    _refuse(values, ("train_on", "drop_unfinished", "data_weights", "decay_data_weights"), "pairs of answers are whole")
+    _refuse(values, ("tokens",), "a step counts pairs, not tokens: give --steps")
 
 
 def _refuse(values: dict[str, Any], names: tuple[str, ...], reason: str) -> None:

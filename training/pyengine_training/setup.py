@@ -23,14 +23,17 @@ from .flags import MODEL_OPTIONS, SWITCH
 from .lora import parse as parse_lora
 from .options import data_paths
 from .plan import estimated_step_seconds, make_plan
+from .preference import Pairs, is_preference, prepare_pairs, store_reference
 from .ranks import check_ranks
 from .scale import CARDS, predict
 from .text import end_token, labelled, load_tokenizer, read_documents, train_tokenizer
 from .threads import available_threads
+from .trainer import check_sizes
 
 VOCABULARY = 4096
 FINE_TUNING_LR, FINE_TUNING_MUON_LR = 3e-4, 2e-3  # of a model that has learnt already
 LORA_LR = 1e-3
+PREFERENCE_LR, PREFERENCE_LORA_LR = 1e-5, 1e-4  # AdamW's: the loss pulls as long as it is let
 DISTILL_ALPHA = 0.5  # where a teacher is given and no share
 
 
@@ -76,6 +79,9 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
         base.update(lr=LORA_LR if values.get("lora") else FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
     if any(is_chat(path) for path in paths if path.is_file()):
         base.update(attention="document", packing="best-fit")
+    if any(is_preference(path) for path in paths if path.is_file()):
+        base.update(lr=PREFERENCE_LORA_LR if values.get("lora") else PREFERENCE_LR, optimizer="adamw")
+        base.update(attention="document", weight_decay=0.0)
     if values.get("teacher"):
         base["distill_alpha"] = DISTILL_ALPHA
     return base
@@ -148,6 +154,25 @@ def prepare_all(
     return corpora
 
 
+PAIRS = "data/pairs"  # in the run folder
+
+
+def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfig, folder: Path) -> TrainConfig:
+    """Pairs of answers and what the model thinks of them; the config with rows that hold them."""
+    model_folder = Path(values["init_from"])
+    tokenizer = load_tokenizer(model_folder / "tokenizer.json")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prepare_pairs(source, folder, ChatFormat(model_folder, tokenizer))
+    pairs = Pairs(folder)
+    model, params = checkpoints.load_model(model_folder)
+    if "seq_len" not in values:
+        config = dataclasses.replace(config, seq_len=pairs.row_length(model.max_seq_len))
+    pairs.check(source, config.seq_len)
+    check_sizes(model, config)
+    store_reference(pairs, model, params, config.seq_len, available_threads())
+    return config
+
+
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +194,10 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     )
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}")
-    corpora = prepare_all(values, paths, tokenizer, folder, eos)
+    pairs = attachments is not None and is_preference(paths[0])
+    if pairs:
+        config = prepare_preferences(values, paths[0], config, folder / PAIRS)
+    corpora = [] if pairs else prepare_all(values, paths, tokenizer, folder, eos)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     extra = {
         "command": shlex.join(["pyengine", "train", *arguments]),
@@ -183,6 +211,7 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
         "model": to_json(model),
         "train": to_json(config),
         "corpora": corpora,
+        "pairs": PAIRS if pairs else None,
         "bos": bos,
         "eos": eos,
         "attachments": str(attachments) if attachments else None,
@@ -203,6 +232,8 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
             f"{checkpoint}: its run.json is not beside it; branch from a checkpoint in its run folder"
         )
     parent = train.open_run(origin)
+    if parent.pairs:
+        raise ConfigError("--branch-from continues runs on text: start from this run's final/ with --init-from")
     run_values = runfolder.read_run(origin)
     if not run_values.get("teacher") and {"distill_alpha", "distill_tau"} & set(values):
         raise ConfigError("--distill-alpha, --distill-tau would have no effect: the parent has no teacher")

@@ -38,9 +38,10 @@ from .lora import LoraConfig
 from .model import Worker
 from .plan import batch_hint, estimated_step_seconds, format_seconds, make_plan, warnings
 from .plot import plot_losses
+from .preference import PairBatch, Pairs, PairSource
 from .scale import state_bytes
 from .text import load_tokenizer
-from .validation import Validation
+from .validation import PairValidation, Validation, summarize, summarize_pairs
 
 LOG_EVERY_SECONDS = 30.0
 
@@ -52,7 +53,7 @@ class Run:
     folder: Path
     model: ModelConfig
     config: TrainConfig
-    corpora: list[Corpus]
+    corpora: list[Corpus]  # empty where there are pairs
     tokenizer: Any
     bos: int | None
     eos: int | None
@@ -60,12 +61,17 @@ class Run:
     teacher: tuple[ModelConfig, Arena] | None = None
     reader: Reader = FROM_THE_BEGINNING
     lora: LoraConfig | None = None
+    pairs: Pairs | None = None  # of answers, to learn a preference from
 
     def fingerprint(self) -> str:
-        return "+".join(corpus.fingerprint() for corpus in self.corpora)
+        sources = [self.pairs] if self.pairs else self.corpora
+        return "+".join(source.fingerprint() for source in sources)
 
-    def source(self) -> BatchSource:
+    def source(self) -> BatchSource | PairSource:
         c = self.config
+        if self.pairs:
+            options = {"batch_size": c.batch_size, "seq_len": c.seq_len, "seed": c.seed, "beta": c.dpo_beta}
+            return PairSource(self.pairs, **options, reader=self.reader)
         return BatchSource(
             [corpus.train for corpus in self.corpora],
             self.phases(),
@@ -101,8 +107,11 @@ class Run:
             attachments=self.attachments,
         )
 
-    def validation(self, rows: int) -> tuple[list[ValidationBatch], int]:
-        """Batches of the first eval_documents validation documents, and their bytes."""
+    def validation(self, rows: int) -> tuple[list[ValidationBatch] | list[PairBatch], int]:
+        """Batches of the first eval_documents validation documents, and their bytes; or of so many held-out pairs."""
+        if self.pairs:
+            c = self.config
+            return list(self.pairs.validation(rows, c.seq_len, c.dpo_beta, c.eval_documents)), 0
         split = self.corpora[0].validation
         limit = min(self.config.eval_documents, len(split.length))
         eos = self.eos if self.eos is not None else 0
@@ -128,6 +137,7 @@ def open_run(folder: Path) -> Run:
         attachments=attachments,
         teacher=teacher,
         lora=LoraConfig.from_json(values["lora"]) if values.get("lora") else None,
+        pairs=Pairs(folder / values["pairs"]) if values.get("pairs") else None,
         reader=Reader.from_json(values["reader"]) if values.get("reader") else FROM_THE_BEGINNING,
     )
 
@@ -231,28 +241,17 @@ class Loop:
         if self.trainer.backend.adapters:
             self.trainer.backend.adapters.save_state(folder)
 
-    def validate(self, quantize: bool) -> Validation:
+    def validate(self, quantize: bool) -> Validation | PairValidation:
         """Validate, log, plot."""
-        result = self.trainer.validate(self.validation, self.validation_bytes, quantize)
+        sums = self.trainer.backend.validation_sums(self.validation, quantize)
+        result = summarize_pairs(sums) if self.run.pairs else summarize(sums, self.validation_bytes)
         state = self.trainer.state
         if state.best_validation is None or result.loss < state.best_validation:
             state.best_validation = result.loss
         if not self.leads:
             return result
-        self.metrics.write(
-            {
-                "step": state.step,
-                "tokens": state.tokens,
-                "val_loss": result.loss,
-                "val_bits_per_byte": result.bits_per_byte,
-                "int8": quantize,
-            }
-        )
-        arithmetic = "int8" if quantize else "float32"
-        self.log.say(
-            f"step {state.step}: validation {result.loss:.4f} nats/token, "
-            f"{result.bits_per_byte:.4f} bits/byte ({arithmetic})"
-        )
+        self.metrics.write({"step": state.step, "tokens": state.tokens, **result.metrics(), "int8": quantize})
+        self.log.say(f"step {state.step}: validation {result} ({'int8' if quantize else 'float32'})")
         plot_losses([runfolder.read_metrics(self.metrics_path)], self.run.folder / "loss.png")
         return result
 
@@ -415,9 +414,14 @@ def _say_plan(loop: Loop, machine: Machine) -> None:
     memory = machine.device.memory_bytes(run.model, run.config, threads, *ranks)
     epochs = loop.source.epochs(run.config.steps)
     plan = make_plan(run.model, run.config, epochs, cores, seconds, memory)
-    held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
-    hints = [] if run.lora or run.config.extra.get("init_from") else batch_hint(run.config)
-    for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text), *hints]:
+    more = []
+    if run.pairs:
+        more.append(f"pairs       {len(run.pairs.train):,} to learn from, {len(run.pairs.held_out):,} held out")
+    else:
+        held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
+        more += warnings(epochs, held_out, held_out + text)
+        more += [] if run.config.extra.get("init_from") else batch_hint(run.config)
+    for line in [*plan.lines(run.model, run.config), *more]:
         loop.log.say(line)
     if machine.comm.size > 1:
         moments = state_bytes(run.model, run.config, *ranks)

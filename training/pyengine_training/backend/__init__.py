@@ -15,6 +15,7 @@ from ..arena import Arena
 from ..comm import Comm
 from ..data import ValidationBatch
 from ..lora import Adapters
+from ..preference import Preference
 
 Array = NDArray[Any]
 
@@ -27,6 +28,7 @@ class StepInputs:
     counted: int  # targets that share the mean of the loss
     quantize: bool = False  # simulate the engine's int8
     lr_factor: float = 1.0  # of the schedule
+    preference: Preference | None = None  # of pairs, one a row; counted are pairs then
     starts: Array | None = None  # (rows, seq_len) int64: first position that each position sees; None: its row's
 
 

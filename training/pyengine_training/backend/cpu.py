@@ -121,6 +121,7 @@ class CpuBackend:
             rows = slice(first, first + self.shard_rows)
             distillation = self.distillations[slot] if self.distillations else None
             starts = None if inputs.starts is None else inputs.starts[rows]
+            preference = None if inputs.preference is None else inputs.preference[rows]
 
             def run() -> None:
                 with np.errstate(over="ignore", invalid="ignore"):  # the loss and the norm tell
@@ -132,6 +133,7 @@ class CpuBackend:
                         inputs.quantize,
                         distillation,
                         starts,
+                        preference,
                     )
 
             return run

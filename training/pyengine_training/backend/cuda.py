@@ -238,6 +238,8 @@ class CudaBackend:
     def _upload(self, tokens: Array, targets: Array, inputs: StepInputs) -> None:
         """The batch and the step's knobs."""
         c, n = self.config, len(tokens)
+        if inputs.preference is not None:
+            raise ConfigError("--device cuda does not learn from preferences; --device cpu does")
         device = runtime()
         device.upload(np.ascontiguousarray(tokens, np.int64), self._tokens[:n])
         device.upload(np.ascontiguousarray(targets, np.int64), self._targets[:n])
