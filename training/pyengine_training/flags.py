@@ -135,7 +135,7 @@ GROUPS: list[tuple[str, str, Options]] = [
         "0 turns off what happens every N steps",
         {
             "eval_every": ("N", "steps from one validation to the next"),
-            "eval_documents": ("N", "held-out documents of the first text that are scored each time"),
+            "eval_documents": ("N", "held-out documents of each text that are scored each time"),
             "sample_every": ("N", "steps from one sample in the log to the next"),
             "sample_prompt": ("TEXT", "what the samples begin with"),
             "sample_tokens": ("N", "tokens of a sample"),
@@ -203,14 +203,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("text", "one document in fifty is held out for validation").add_argument
+    add = parser.add_argument_group("text", "a part of each text is held out for validation").add_argument
     add(
         "--data",
         type=Path,
         action="append",
         metavar="TEXT",
-        help='.txt, .jsonl of {"text": …}, of {"messages": […]} or of {"prompt": …, "chosen": …, "rejected": …} (preferences: '
-        "alone), or a prepared folder; repeatable",
+        help='.txt, .parquet, .jsonl of {"text": …}, of {"messages": […]} or (alone) of {"prompt": …, "chosen": …, '
+        '"rejected": …}, or a prepared folder; repeatable',
     )
     add("--data-weights", metavar="W,…", help="how often rows come from each text, one number a text (default: alike)")
     add(
@@ -218,6 +218,13 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         metavar="W,…",
         help="the same for the decay, e.g. 1,0: the first alone (default: no change)",
     )
+    add(
+        "--held-out",
+        metavar="S,…",
+        help="share of each text's documents that is held out, one for all or one a text (default 0.02; 0: none, "
+        "not for the first)",
+    )
+    add("--column", metavar="NAME", help="of .parquet files: the column with the documents (default text)")
     add("--drop-unfinished", action="store_true", help="leave out documents that do not end like a sentence")
     add("--train-on", choices=TRAIN_ON, help="of conversations: what the assistant says, or all (default assistant)")
     add(

@@ -80,8 +80,8 @@ def _sequence(chat: ChatFormat, messages: list[Any], answer: str, where: str) ->
     return ids, int(np.argmax(counted))
 
 
-def prepare_pairs(source: Path, folder: Path, chat: ChatFormat) -> None:
-    """Tokens and pairs of a file, atomically. Raises DataError that names the line which cannot be used."""
+def prepare_pairs(source: Path, folder: Path, chat: ChatFormat, share: float) -> None:
+    """Tokens and pairs of a file, a share held out, atomically. Raises DataError that names the line which cannot be used."""
     tokens: list[int] = []
     table: list[tuple[int, ...]] = []
     for number, line in read_json_lines(source):
@@ -92,7 +92,7 @@ def prepare_pairs(source: Path, folder: Path, chat: ChatFormat) -> None:
             raise DataError(f"{where} is no JSON") from error
         messages, *answers = _pair(value, where)
         (chosen, first), (rejected, second) = (_sequence(chat, messages, answer, where) for answer in answers)
-        held_out = is_validation(json.dumps(messages))  # pairs of one prompt are on one side
+        held_out = is_validation(json.dumps(messages), share)  # pairs of one prompt are on one side
         table.append((len(tokens), len(chosen), len(rejected), first, second, held_out, number))
         tokens += [*chosen, *rejected]
     if len(table) < 2:

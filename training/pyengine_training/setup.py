@@ -21,12 +21,12 @@ from .device import Device, Machine
 from .errors import CheckpointError, ConfigError, DataError
 from .flags import MODEL_OPTIONS, SWITCH
 from .lora import parse as parse_lora
-from .options import data_paths
+from .options import data_paths, held_out_shares
 from .plan import estimated_step_seconds, make_plan
 from .preference import Pairs, is_preference, prepare_pairs, store_reference
 from .ranks import check_ranks
 from .scale import CARDS, predict
-from .text import end_token, labelled, load_tokenizer, read_documents, train_tokenizer
+from .text import COLUMN, end_token, labelled, load_tokenizer, read_documents, train_tokenizer
 from .threads import available_threads
 from .trainer import check_sizes
 
@@ -90,6 +90,14 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
+def reading(values: dict[str, Any]) -> dict[str, Any]:
+    """How documents are taken out of a file."""
+    return {
+        "drop_unfinished": bool(values.get("drop_unfinished")),
+        "column": str(values.get("column", COLUMN)),
+    }
+
+
 def find_tokenizer(values: dict[str, Any], paths: Sequence[Path]) -> Any:
     """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the texts."""
     for name in ("tokenizer", "init_from", "teacher"):
@@ -101,9 +109,9 @@ def find_tokenizer(values: dict[str, Any], paths: Sequence[Path]) -> Any:
             return load_tokenizer(path / "tokenizer.json")
 
     def documents() -> Iterator[str]:
-        for path in paths:
+        for path, share in zip(paths, held_out_shares(values, len(paths)), strict=True):
             found = False
-            for text, held_out in labelled(read_documents(path, drop_unfinished=bool(values.get("drop_unfinished")))):
+            for text, held_out in labelled(read_documents(path, **reading(values)), share):
                 found = True
                 if not held_out:
                     yield text
@@ -136,6 +144,7 @@ def prepare_all(
     """Corpora of the texts as paths relative to the run folder, or absolute for prepared ones."""
     corpora = []
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    shares = held_out_shares(values, len(paths))
     for number, path in enumerate(paths):
         if path.is_dir():
             if Corpus(path).manifest.get("tokenizer_sha256") != digest:
@@ -148,8 +157,7 @@ def prepare_all(
             if not values.get("init_from"):
                 raise DataError(f"{path}: conversations need a model whose template renders them: --init-from")
             chat = ChatFormat(Path(values["init_from"]), tokenizer, values.get("train_on", TRAIN_ON[0]))
-        drop = bool(values.get("drop_unfinished"))
-        prepare_corpus(path, target, tokenizer, eos=eos, chat=chat, drop_unfinished=drop)
+        prepare_corpus(path, target, tokenizer, eos=eos, chat=chat, held_out=shares[number], **reading(values))
         corpora.append(str(target.relative_to(folder)))
     return corpora
 
@@ -162,7 +170,7 @@ def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfi
     model_folder = Path(values["init_from"])
     tokenizer = load_tokenizer(model_folder / "tokenizer.json")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    prepare_pairs(source, folder, ChatFormat(model_folder, tokenizer))
+    prepare_pairs(source, folder, ChatFormat(model_folder, tokenizer), held_out_shares(values, 1)[0])
     pairs = Pairs(folder)
     model, params = checkpoints.load_model(model_folder)
     if "seq_len" not in values:
@@ -179,6 +187,7 @@ def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfi
 def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> None:
     """Tokenizer, data, sizes, run.json of a run that begins here."""
     paths = data_paths(values)
+    held_out_shares(values, len(paths))
     config = train_config(values, base_options(values, paths))
     if values.get("lora"):
         parse_lora(str(values["lora"]), Path(values["init_from"]))  # before the text is read

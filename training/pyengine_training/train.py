@@ -29,7 +29,7 @@ from .config import (
     model_config_from_json,
     train_config_from_json,
 )
-from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, ValidationBatch, validation_batches
+from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, validation_batches
 from .device import Machine
 from .energy import EnergyMeter, add_joules
 from .errors import CheckpointError, ConfigError, Interrupted
@@ -38,17 +38,17 @@ from .lora import LoraConfig
 from .model import Worker
 from .plan import batch_hint, estimated_step_seconds, format_seconds, make_plan, warnings
 from .plot import plot_losses
-from .preference import PairBatch, Pairs, PairSource
+from .preference import Pairs, PairSource
 from .scale import state_bytes
 from .text import load_tokenizer
-from .validation import PairValidation, Validation, summarize, summarize_pairs
+from .validation import HeldOut, PairValidation, Validation
 
 LOG_EVERY_SECONDS = 30.0
 
 
 @dataclass
 class Run:
-    """Everything a run needs, opened. corpora[0] is the one that validation uses."""
+    """Everything a run needs, opened. corpora[0] is the one whose validation is the run's."""
 
     folder: Path
     model: ModelConfig
@@ -107,16 +107,19 @@ class Run:
             attachments=self.attachments,
         )
 
-    def validation(self, rows: int) -> tuple[list[ValidationBatch] | list[PairBatch], int]:
-        """Batches of the first eval_documents validation documents, and their bytes; or of so many held-out pairs."""
+    def validations(self, rows: int) -> list[HeldOut]:
+        """The first eval_documents held-out documents of each text that has some, or so many held-out pairs."""
+        c = self.config
         if self.pairs:
-            c = self.config
-            return list(self.pairs.validation(rows, c.seq_len, c.dpo_beta, c.eval_documents)), 0
-        split = self.corpora[0].validation
-        limit = min(self.config.eval_documents, len(split.length))
-        eos = self.eos if self.eos is not None else 0
-        batches = list(validation_batches(split, rows, self.config.seq_len, eos, limit))
-        return batches, int(split.n_bytes[:limit].sum())
+            return [HeldOut("pairs", list(self.pairs.validation(rows, c.seq_len, c.dpo_beta, c.eval_documents)))]
+        eos, found = self.eos if self.eos is not None else 0, []
+        for corpus in self.corpora:
+            split = corpus.validation
+            limit = min(c.eval_documents, len(split.length))
+            if limit:
+                batches = list(validation_batches(split, rows, c.seq_len, eos, limit))
+                found.append(HeldOut(corpus.folder.name, batches, int(split.n_bytes[:limit].sum())))
+        return found
 
 
 def open_run(folder: Path) -> Run:
@@ -174,7 +177,7 @@ class Loop:
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
         self.trainer = machine.trainer(run.model, run.config, run.teacher, run.lora)
-        self.validation, self.validation_bytes = run.validation(self.trainer.backend.shard_rows)
+        self.held_out = run.validations(self.trainer.backend.shard_rows)
         self.log = runfolder.Log(run.folder / "log.txt", speaks=self.leads)
         self.metrics_path = run.folder / "metrics.jsonl"
         self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False) if self.leads else None
@@ -242,16 +245,20 @@ class Loop:
             self.trainer.backend.adapters.save_state(folder)
 
     def validate(self, quantize: bool) -> Validation | PairValidation:
-        """Validate, log, plot."""
-        sums = self.trainer.backend.validation_sums(self.validation, quantize)
-        result = summarize_pairs(sums) if self.run.pairs else summarize(sums, self.validation_bytes)
+        """Validate on each text, log, plot; returns the first text's result."""
+        results = [part.result(self.trainer.backend.validation_sums(part.batches, quantize)) for part in self.held_out]
+        result = results[0]
         state = self.trainer.state
         if state.best_validation is None or result.loss < state.best_validation:
             state.best_validation = result.loss
         if not self.leads:
             return result
-        self.metrics.write({"step": state.step, "tokens": state.tokens, **result.metrics(), "int8": quantize})
-        self.log.say(f"step {state.step}: validation {result} ({'int8' if quantize else 'float32'})")
+        others = {part.name: r.metrics() for part, r in zip(self.held_out[1:], results[1:], strict=True)}
+        entry = {**result.metrics(), "int8": quantize, **({"others": others} if others else {})}
+        self.metrics.write({"step": state.step, "tokens": state.tokens, **entry})
+        for part, found in zip(self.held_out, results, strict=True):
+            of = f" of {part.name}" if others else ""
+            self.log.say(f"step {state.step}: validation{of} {found} ({'int8' if quantize else 'float32'})")
         plot_losses([runfolder.read_metrics(self.metrics_path)], self.run.folder / "loss.png")
         return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -103,3 +103,17 @@ def summarize_pairs(sums: Array) -> PairValidation:
     """The result of all batches of pairs."""
     loss, pairs, right, margin = sums.sum(axis=0)
     return PairValidation(float(loss / pairs), float(right / pairs), float(margin / pairs))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one text's validation is made of. n_bytes: of the documents' text."""
+
+    name: str
+    batches: Sequence[ValidationBatch] | Sequence[PairBatch]
+    n_bytes: int = 0
+
+    def result(self, sums: Array) -> Validation | PairValidation:
+        """Of what the back end has added up."""
+        pairs = isinstance(self.batches[0], PairBatch)
+        return summarize_pairs(sums) if pairs else summarize(sums, self.n_bytes)
