@@ -36,6 +36,7 @@ other commands, each with --help:
   pyengine train sample      text from a checkpoint, by the trainer's own forward
   pyengine train snap        a copy whose weights are what the int8 codes stand for
   pyengine train plot        the loss curves of a run and of the runs that it continues
+  pyengine runs              runs beside one another, and how they differ
   pyengine cost              what a training was and what running the model is
 """
 
