@@ -379,7 +379,7 @@ def test_mixing_follows_the_weights_and_wastes_no_row() -> None:
     for corpus in (0, 1):
         rows = [r for c, r in located if c == corpus]
         assert rows == list(range(len(rows)))
-    tokens, targets, starts = source.batch(3)
+    tokens, targets, starts, _ = source.batch(3)
     assert starts is None
     np.testing.assert_array_equal(tokens[:, 1:], targets[:, :-1])
     with pytest.raises(DataError, match="give one each"):

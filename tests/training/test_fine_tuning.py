@@ -146,8 +146,8 @@ def test_starts_and_targets_are_each_documents_own(corpus: Corpus) -> None:
     """Here a document begins with the token that ends the one before, which counts."""
     plain, masked = source(corpus, False), source(corpus, True)
     for step in range(3):
-        tokens, targets, starts = masked.batch(step)
-        wanted, next_tokens, nothing = plain.batch(step)
+        tokens, targets, starts, _ = masked.batch(step)
+        wanted, next_tokens, nothing, _ = plain.batch(step)
         assert nothing is None and starts is not None
         np.testing.assert_array_equal(tokens, wanted)
         for row in range(8):
@@ -160,7 +160,7 @@ def test_starts_and_targets_are_each_documents_own(corpus: Corpus) -> None:
 def test_a_masked_row_is_its_documents_alone(corpus: Corpus) -> None:
     """Loss and gradients of packed rows equal those of the same documents, each in a row of its own."""
     model = ModelConfig(300, 32, 1, 2, 1, 16, 64, SEQ)
-    tokens, targets, starts = (np.array(x) for x in source(corpus, True).batch(0))
+    tokens, targets, starts = (np.array(x) for x in source(corpus, True).batch(0)[:3])
     config = TrainConfig(seq_len=SEQ, batch_size=8, shards=1, quantize="never")
     trainer = make_trainer(model, config, threads=1)
     trainer.initialize()
@@ -229,7 +229,7 @@ def test_the_loss_is_on_what_the_assistant_says(model: Path, chats: Path, tmp_pa
             number = int(text.split("What is ")[1].split(" ")[0])
             answers = [f"It is {2 * number}. Zoë says so.<|end|>", "Bye.<|end|>"]
             assert learnt_texts(split, index, opened.tokenizer) == answers
-    _, targets, starts = opened.source().batch(0)
+    _, targets, starts, _ = opened.source().batch(0)
     assert starts is not None and (targets >= 0).sum() < targets.size / 2
     checked = [e for e in read_metrics(run / "metrics.jsonl") if "val_loss" in e]
     assert checked and all(e["val_loss"] > 1 for e in checked)

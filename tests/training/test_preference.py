@@ -135,7 +135,7 @@ def test_rows_are_the_rendered_pairs(model: Path, answers: Path, tmp_path: Path)
     assert run.pairs is not None and is_preference(answers)
     n = len(run.pairs.train)
     assert n + len(run.pairs.held_out) == 60 and len(run.pairs.held_out) > 0
-    source = PairSource(run.pairs, batch_size=n, seq_len=run.config.seq_len, seed=3, beta=BETA)
+    source = PairSource(run.pairs, n, run.config.seq_len, 3, BETA)
     tokens, targets, starts, _ = source.batch(2)
     decode = run.tokenizer.decode
     for row in range(n):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,10 @@ from .errors import DataError
 from .files import atomic_directory, write_json
 from .packing import RowPacker
 from .text import COLUMN, HELD_OUT, document_ids, labelled, read_documents
+
+if TYPE_CHECKING:
+    from .distill import SoftTargets
+    from .teacher_cache import TeacherCache
 
 Array = NDArray[Any]
 FORMAT_VERSION = 1
@@ -276,8 +280,10 @@ class BatchSource:
         masked: bool = False,
         eos: int | None = None,
         packing: str = "restart",
+        cache: TeacherCache | None = None,
     ) -> None:
-        """masked: documents are kept from each other; eos: the model's end token; packing: see :mod:`.packing`."""
+        """masked: documents are kept from each other; eos: the model's end token; packing: see :mod:`.packing`;
+        cache: a teacher's thoughts on the texts."""
         self.reader = reader
         for phase in phases:
             if len(phase.weights) != len(splits):
@@ -290,6 +296,8 @@ class BatchSource:
         self._rows = np.empty((batch_size, seq_len + 1), np.int64)
         self._starts = np.empty((batch_size, seq_len + 1), np.int64) if masked else None
         self._counted = np.empty((batch_size, seq_len + 1), bool) if masked else None
+        self._positions = np.empty((batch_size, seq_len + 1), np.int64) if cache else None
+        self.cache = cache
 
     @staticmethod
     def _picked(weights: Sequence[float], row: int) -> list[int]:
@@ -317,22 +325,25 @@ class BatchSource:
             base = [b + n for b, n in zip(base, self._picked(phase.weights, length), strict=True)]
         raise AssertionError("unreachable")
 
-    def batch(self, step: int) -> tuple[Array, Array, Array | None]:
+    def batch(self, step: int) -> tuple[Array, Array, Array | None, SoftTargets | None]:
         """tokens, targets and starts (batch_size, seq_len) int64 of a step, views valid until the next call.
 
         starts: where each position's document starts; None where documents are not kept from each other. A target
-        that does not count is -1.
+        that does not count is -1. Last what a cached teacher thinks of the tokens.
         """
+        corpora = []
         for i in range(self.batch_size):
             corpus, row = self.locate(self._row(step) + i)
-            if self._starts is None or self._counted is None:
-                self.packers[corpus].fill(self._rows[i], row)
-            else:
-                self.packers[corpus].fill(self._rows[i], row, self._starts[i], self._counted[i])
+            corpora.append(corpus)
+            beside = [None if x is None else x[i] for x in (self._starts, self._counted, self._positions)]
+            self.packers[corpus].fill(self._rows[i], row, *beside)
         tokens, targets = self._rows[:, :-1], self._rows[:, 1:]
+        soft = None
+        if self.cache is not None and self._positions is not None:
+            soft = self.cache.rows(corpora, self._positions[:, :-1])
         if self._starts is None or self._counted is None:
-            return tokens, targets, None
-        return tokens, np.where(self._counted[:, 1:], targets, -1), self._starts[:, :-1]
+            return tokens, targets, None, soft
+        return tokens, np.where(self._counted[:, 1:], targets, -1), self._starts[:, :-1], soft
 
     def _row(self, step: int) -> int:
         """Global row that a step begins with."""

@@ -15,6 +15,7 @@ from .chat import TRAIN_ON
 from .config import CHOICES, TrainConfig
 from .device import DEVICES, PRECISIONS
 from .scale import CARDS
+from .teacher_cache import TOP_K
 
 LENGTHS = ("steps", "tokens", "budget_minutes")
 MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
@@ -193,6 +194,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="with --init-from: learn adapters of rank R beside the named matrices (q_proj, …; default: all) instead of them",
     )
     add("--teacher", type=Path, metavar="DIR", help="a larger model's Hugging Face folder to distill from")
+    add(
+        "--teacher-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="with --teacher: its likeliest next tokens for the whole text are kept here, computed once; students share it",
+    )
+    add(
+        "--teacher-top-k",
+        type=int,
+        metavar="K",
+        help=f"with --teacher-cache: so many tokens each, the rest taken together (default {TOP_K})",
+    )
     add("--config", type=Path, metavar="FILE", help="JSON or TOML of these options, with underscores; flags win")
     add("--seed", type=int, metavar="N", help=f"of weights, batches and samples (default {TrainConfig.seed})")
     add(

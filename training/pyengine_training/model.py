@@ -22,10 +22,11 @@ from .arena import Arena
 from .config import ModelConfig
 from .ops import cpu as cpu_ops
 from .ops.cpu.dpo import dpo_forward_backward
+from .ops.cpu.topk_kl import cross_entropy_topk_forward_backward
 from .ops.needs import Needs, allocate
 
 if TYPE_CHECKING:
-    from .distill import Distillation
+    from .distill import AnyDistillation
     from .preference import Preference
 
 Array = NDArray[Any]
@@ -251,7 +252,7 @@ class Worker:
         targets: Array,
         inv: float,
         quantize: bool = False,
-        distillation: Distillation | None = None,
+        distillation: AnyDistillation | None = None,
         starts: Array | None = None,
         preference: Preference | None = None,
     ) -> float:
@@ -272,14 +273,14 @@ class Worker:
         targets: Array,
         inv: Any,
         quantize: bool = False,
-        distillation: Distillation | None = None,
+        distillation: AnyDistillation | None = None,
         starts: Array | None = None,
         preference: Preference | None = None,
     ) -> None:
         """As forward_backward, but the losses stay in self.loss: nothing is read back."""
         self.ops.fill(self.grads.flat, 0)
         self.forward(params, tokens, quantize, starts)
-        if distillation is not None:
+        if distillation is not None and distillation.teacher is not None:
             distillation.teacher.forward(distillation.params, tokens, starts=starts)
         weights = None if preference is None else self._preference_weights(params, targets, preference)
         self._output_forward_backward(params, targets.ravel(), inv, distillation, weights)
@@ -309,7 +310,7 @@ class Worker:
         return weights.ravel()
 
     def _output_forward_backward(
-        self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None, weights: Array | None
+        self, params: Arena, targets: Array, inv: Any, distillation: AnyDistillation | None, weights: Array | None
     ) -> None:
         """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of xn_final in dxn.
 
@@ -334,11 +335,16 @@ class Worker:
                 self.ops.add(dw, self.doutput)
             self.ops.linear_backward_input(self.dxn[rows], logits, w)
 
-    def _distill(self, rows: slice, logits: Array, targets: Array, inv: Any, distillation: Distillation) -> None:
-        d, teacher = distillation, distillation.teacher
+    def _distill(self, rows: slice, logits: Array, targets: Array, inv: Any, d: AnyDistillation) -> None:
+        alpha, tau = self.wide(d.alpha), self.wide(d.tau)
+        if d.teacher is None:
+            ids, probs = (x.reshape(self.loss.size, -1)[rows] for x in (d.targets.ids, d.targets.probs))
+            probs = probs.astype(self.dtype)
+            cross_entropy_topk_forward_backward(self.loss[rows], logits, ids, probs, targets, alpha, tau, inv)
+            return
+        teacher = d.teacher
         wanted = teacher.logits[: rows.stop - rows.start]
         self.ops.linear_forward(wanted, teacher.xn_final[rows], teacher.output_matrix(d.params))
-        alpha, tau = self.wide(d.alpha), self.wide(d.tau)
         self.ops.cross_entropy_kl_forward_backward(self.loss[rows], logits, wanted, targets, alpha, tau, inv)
 
     def _recompute_activations(self, params: Arena, layer: int, x: Array, quantize: bool) -> None:

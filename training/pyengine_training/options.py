@@ -90,14 +90,29 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         )
     if values.get("branch_from"):
         kept = (*SIZES, *TEXT, "teacher", "init_from", "lora", "seed", "seq_len", "packing", "optimizer")
-        return _refuse(values, kept, "--branch-from continues its parent's model, text and order of rows")
+        return _refuse(
+            values,
+            (*kept, "teacher_cache", "teacher_top_k"),
+            "--branch-from continues its parent's model, text and order of rows",
+        )
     if values.get("init_from"):
         _refuse(values, SIZES, "the model comes from --init-from")
         _refuse(values, ("tokenizer", "vocab_size"), "--init-from brings its tokenizer")
     if values.get("teacher"):
         _refuse(values, ("tokenizer", "vocab_size"), "the student reads with its teacher's tokenizer")
     else:
-        _refuse(values, ("distill_alpha", "distill_tau"), "there is no --teacher")
+        _refuse(values, ("distill_alpha", "distill_tau", "teacher_cache"), "there is no --teacher")
+    if values.get("teacher_cache"):
+        if options.device == "cuda":
+            raise ConfigError(
+                "--device cuda does not read a teacher's cache; without --teacher-cache it runs the teacher"
+            )
+        if values.get("attention", "document") != "document":
+            raise ConfigError(
+                "--teacher-cache needs --attention document: the teacher has read every document by itself"
+            )
+    else:
+        _refuse(values, ("teacher_top_k",), "there is no --teacher-cache")
     if not any(Path(path).suffix == PARQUET for path in values.get("data") or []):
         _refuse(values, ("column",), "no text is a .parquet file")
     if any(is_preference(Path(path)) for path in values.get("data") or [] if Path(path).is_file()):
@@ -126,7 +141,9 @@ def _refuse_beside_pairs(values: dict[str, Any], options: argparse.Namespace) ->
         raise ConfigError("pairs of answers need a model that answers: --init-from")
     if options.device == "cuda":
         raise ConfigError("--device cuda does not learn from preferences; --device cpu does")
-    _refuse(values, ("teacher", "distill_alpha", "distill_tau"), "pairs of answers have their own loss")
+    _refuse(
+        values, ("teacher", "teacher_cache", "distill_alpha", "distill_tau"), "pairs of answers have their own loss"
+    )
     _refuse(values, ("attention", "packing"), "a row is one pair of answers, which do not see each other")
     _refuse(values, ("train_on", "drop_unfinished", "data_weights", "decay_data_weights"), "pairs of answers are whole")
     _refuse(values, ("tokens",), "a step counts pairs, not tokens: give --steps")

@@ -209,14 +209,7 @@ class PairSource:
     """Batches of pairs: a new order each epoch; batch(step) is a pure function of the arguments and step."""
 
     def __init__(
-        self,
-        pairs: Pairs,
-        *,
-        batch_size: int,
-        seq_len: int,
-        seed: int,
-        beta: float,
-        reader: Reader = FROM_THE_BEGINNING,
+        self, pairs: Pairs, batch_size: int, seq_len: int, seed: int, beta: float, reader: Reader = FROM_THE_BEGINNING
     ) -> None:
         self.pairs, self.reader, self.beta = pairs, reader, beta
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed

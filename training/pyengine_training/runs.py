@@ -61,7 +61,7 @@ def summary(folder: Path, name: str) -> RunSummary:
     settings = settings_of(values)
     entries = runfolder.read_metrics(folder / "metrics.jsonl")
     done = [entry for entry in entries if "loss" in entry]
-    checked = next((entry for entry in reversed(entries) if "val_loss" in entry), {})
+    checked: dict[str, Any] = next((entry for entry in reversed(entries) if "val_loss" in entry), {})
     last = done[-max(1, min(LAST, len(done) // 10)) :]
     return RunSummary(
         name=name,

@@ -26,6 +26,7 @@ from .plan import estimated_step_seconds, make_plan
 from .preference import Pairs, is_preference, prepare_pairs, store_reference
 from .ranks import check_ranks
 from .scale import CARDS, predict
+from .teacher_cache import TOP_K, prepare_cache
 from .text import COLUMN, end_token, labelled, load_tokenizer, read_documents, train_tokenizer
 from .threads import available_threads
 from .trainer import check_sizes
@@ -84,6 +85,8 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
         base.update(attention="document", weight_decay=0.0)
     if values.get("teacher"):
         base["distill_alpha"] = DISTILL_ALPHA
+    if values.get("teacher_cache"):
+        base["attention"] = "document"
     return base
 
 
@@ -215,7 +218,7 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     }
     config = dataclasses.replace(config, extra=extra)
     lora = parse_lora(str(values["lora"]), attachments) if values.get("lora") and attachments else None
-    run_values = {
+    run_values: dict[str, Any] = {
         "lora": lora.to_json() if lora else None,
         "model": to_json(model),
         "train": to_json(config),
@@ -226,6 +229,12 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
         "attachments": str(attachments) if attachments else None,
         "teacher": str(Path(values["teacher"]).resolve()) if values.get("teacher") else None,
     }
+    if values.get("teacher_cache"):
+        cache, teacher = Path(values["teacher_cache"]).resolve(), Path(values["teacher"])
+        texts = [Corpus(folder / path) for path in corpora]
+        k = int(values.get("teacher_top_k", TOP_K))
+        prepare_cache(cache, teacher, texts, model, config, k, available_threads())
+        run_values["teacher_cache"] = str(cache)
     runfolder.write_run(folder, run_values)
 
 
@@ -246,6 +255,8 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
     run_values = runfolder.read_run(origin)
     if not run_values.get("teacher") and {"distill_alpha", "distill_tau"} & set(values):
         raise ConfigError("--distill-alpha, --distill-tau would have no effect: the parent has no teacher")
+    if run_values.get("teacher_cache") and "distill_tau" in values:
+        raise ConfigError("--distill-tau is that of the parent's cached teacher and cannot change")
     base = dict(state["train"])
     base["extra"] = {
         **base.get("extra", {}),

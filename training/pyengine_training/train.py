@@ -40,6 +40,7 @@ from .plan import batch_hint, estimated_step_seconds, format_seconds, make_plan,
 from .plot import plot_losses
 from .preference import Pairs, PairSource
 from .scale import state_bytes
+from .teacher_cache import TeacherCache
 from .text import load_tokenizer
 from .validation import HeldOut, PairValidation, Validation
 
@@ -61,6 +62,7 @@ class Run:
     teacher: tuple[ModelConfig, Arena] | None = None
     reader: Reader = FROM_THE_BEGINNING
     lora: LoraConfig | None = None
+    cache: TeacherCache | None = None  # instead of a teacher
     pairs: Pairs | None = None  # of answers, to learn a preference from
 
     def fingerprint(self) -> str:
@@ -70,8 +72,7 @@ class Run:
     def source(self) -> BatchSource | PairSource:
         c = self.config
         if self.pairs:
-            options = {"batch_size": c.batch_size, "seq_len": c.seq_len, "seed": c.seed, "beta": c.dpo_beta}
-            return PairSource(self.pairs, **options, reader=self.reader)
+            return PairSource(self.pairs, c.batch_size, c.seq_len, c.seed, c.dpo_beta, self.reader)
         return BatchSource(
             [corpus.train for corpus in self.corpora],
             self.phases(),
@@ -82,6 +83,7 @@ class Run:
             masked=c.attention == "document",
             eos=self.eos,
             packing=c.packing,
+            cache=self.cache,
         )
 
     def phases(self) -> list[Phase]:
@@ -127,7 +129,7 @@ def open_run(folder: Path) -> Run:
     values = runfolder.read_run(folder)
     attachments = Path(values["attachments"]) if values.get("attachments") else None
     teacher = None
-    if values.get("teacher"):
+    if values.get("teacher") and not values.get("teacher_cache"):
         teacher = checkpoints.load_model(Path(values["teacher"]))
     return Run(
         folder=folder,
@@ -140,6 +142,7 @@ def open_run(folder: Path) -> Run:
         attachments=attachments,
         teacher=teacher,
         lora=LoraConfig.from_json(values["lora"]) if values.get("lora") else None,
+        cache=TeacherCache(Path(values["teacher_cache"])) if values.get("teacher_cache") else None,
         pairs=Pairs(folder / values["pairs"]) if values.get("pairs") else None,
         reader=Reader.from_json(values["reader"]) if values.get("reader") else FROM_THE_BEGINNING,
     )

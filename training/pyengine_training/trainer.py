@@ -19,6 +19,7 @@ from .checkpoint import TrainingState
 from .comm import same_everywhere
 from .config import ModelConfig, TrainConfig
 from .data import ValidationBatch
+from .distill import SoftTargets
 from .errors import ConfigError, NotFiniteError
 from .optimizer import schedule
 from .preference import Preference
@@ -79,18 +80,20 @@ class Trainer:
         return self.backend.gradients(tokens, targets, inputs)
 
     def step(
-        self, tokens: Array, targets: Array, starts: Array | None = None, preference: Preference | None = None
+        self, tokens: Array, targets: Array, starts: Array | None = None, more: Preference | SoftTargets | None = None
     ) -> StepResult:
         """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a bad loss.
 
         starts, like tokens: the first position that each position sees, where documents are kept from each other.
-        preference: where a row is a pair of answers.
+        more: where a row is a pair of answers, or a cached teacher's thoughts on the tokens.
         """
         step = self.state.step
         quantize, factor, counted = self.config.quantized(step), schedule(self.config, step), _counted(targets)
         try:
+            preference = more if isinstance(more, Preference) else None
+            soft = more if isinstance(more, SoftTargets) else None
             share = max(1, counted) if preference is None else len(tokens)
-            inputs = StepInputs(step, share, quantize, factor, starts=starts, preference=preference)
+            inputs = StepInputs(step, share, quantize, factor, preference, soft, starts)
             loss, norm = self.backend.step(tokens, targets, inputs)
         except NotFiniteError as error:
             named = NotFiniteError(f"step {step}: {error}")

@@ -71,7 +71,7 @@ def sums_on_threads(
     workers: list[Worker], pool: ThreadPoolExecutor, params: Arena, batches: Batches, quantize: bool
 ) -> Array:
     """(batches, 4) float64: :func:`batch_sums` of each, spread over the workers."""
-    rows = list(batches)
+    rows: list[ValidationBatch | PairBatch] = [*batches]
     sums = np.zeros((len(rows), 4))
 
     def run(slot: int) -> Callable[[], None]:

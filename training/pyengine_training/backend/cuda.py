@@ -240,6 +240,10 @@ class CudaBackend:
         c, n = self.config, len(tokens)
         if inputs.preference is not None:
             raise ConfigError("--device cuda does not learn from preferences; --device cpu does")
+        if inputs.soft is not None:
+            raise ConfigError(
+                "--device cuda does not read a teacher's cache; without --teacher-cache it runs the teacher"
+            )
         device = runtime()
         device.upload(np.ascontiguousarray(tokens, np.int64), self._tokens[:n])
         device.upload(np.ascontiguousarray(targets, np.int64), self._targets[:n])
