@@ -165,7 +165,7 @@ def test_attention(seq: int, n_rep: int) -> None:
 
     loss()
     dq, dk, dv = np.full_like(q, np.nan), np.full_like(k, np.nan), np.full_like(v, np.nan)
-    ops.attention_backward(dq, dk, dv, cot, q, k, v, lse, starts, scale, scratch)
+    ops.attention_backward(dq, dk, dv, cot, q, k, v, o, lse, starts, scale, scratch)
     for x, dx in ((q, dq), (k, dk), (v, dv)):
         assert_gradient(loss, x, dx)
 
@@ -184,7 +184,7 @@ def test_documents_in_a_row_attend_as_if_alone() -> None:
         scratch = memory(ops.attention_scratch(o.shape, np.float64, True))
         ops.attention_forward(o, lse, *mine[:3], starts, 0.3, scratch)
         grads = [np.empty_like(x) for x in mine[:3]]
-        ops.attention_backward(*grads, mine[3], *mine[:3], lse, starts, 0.3, scratch)
+        ops.attention_backward(*grads, mine[3], *mine[:3], o, lse, starts, 0.3, scratch)
         return [o, *grads]
 
     begins = (0, *ends[:-1])

@@ -371,7 +371,7 @@ class Worker:
         self.ops.linear_backward_weight(g[p + "wo"], self.dx, s.att)
         self.ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
         self.ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
-        inputs = self.do, s.q, s.k, s.v, s.lse, self.seen_from
+        inputs = self.do, s.q, s.k, s.v, s.att, s.lse, self.seen_from
         self.ops.attention_backward(self.dq, self.dk, self.dv, *inputs, self.scale, self.scratch)
         self.ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
         if s.heads:

@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..lora import Adapters
 from ..model import Array, Worker, fake_quantize_parameters
 from ..ops import cuda as ops
-from ..ops.cuda import adamw, attention, buffers, fake_quant, grad_norm, muon
+from ..ops.cuda import adamw, buffers, fake_quant, grad_norm, muon
 from ..ops.cuda._counting import CountingRuntime
 from ..ops.cuda._runtime import DeviceError, runtime, use_runtime
 from ..ops.needs import allocate, largest
@@ -248,8 +248,6 @@ class CudaBackend:
         device.upload(np.ascontiguousarray(tokens, np.int64), self._tokens[:n])
         device.upload(np.ascontiguousarray(targets, np.int64), self._targets[:n])
         if inputs.starts is not None:
-            if attention.use_flash:
-                raise ConfigError("PYENGINE_CUDA_ATTENTION=flash does not keep documents from each other yet: unset it")
             device.upload(np.ascontiguousarray(inputs.starts, np.int64), self._starts[:n])
         knobs = adamw.host_knobs(
             step=inputs.step + 1,

@@ -125,12 +125,13 @@ def attention_backward(
     q: Array,
     k: Array,
     v: Array,
+    att: Array,
     lse: Array,
     starts: Array,
     scale: float,
     scratch: dict[str, Array],
 ) -> None:
-    """Gradients of q, k, v."""
+    """Gradients of q, k, v. att: the forward's o as merge_heads gives it, which this one does not need."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     dk.fill(0)
     dv.fill(0)
