@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": "measure speed, load time and memory",
     "eval": "perplexity of a text file",
     "train": "train a model (needs the extra pyengine-lm[train])",
+    "runs": "list training runs and compare them",
     "cost": "what training a model was and what running it is",
     "doctor": "what this machine offers and what pyengine makes of it",
 }

@@ -14,7 +14,9 @@ class MissingExtraError(PyEngineError, ImportError):
 
 
 def run(argv: list[str]) -> int:
-    """Everything after `train` goes to the trainer as it is, but for the one command that has a door of its own."""
+    """Everything after `train` goes to the trainer as it is, but for the commands that have doors of their own."""
+    if argv[:1] == ["runs"]:
+        raise UsageError("runs are compared by a command of its own: pyengine runs FOLDER ('pyengine runs --help' tells more)")
     if argv[:1] == ["cost"]:
         raise UsageError("the cost sheet is a command of its own: pyengine cost RUN ('pyengine cost --help' tells more)")
     if find_spec("pyengine_training") is None or find_spec("numba") is None:

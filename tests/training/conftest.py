@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,38 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "\n<|endoftext|>\n".join(make_story(generator) for _ in range(600))
     path.write_text(text + "\n<|endoftext|>\n", encoding="utf-8")
     return path
+
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+
+
+@pytest.fixture(scope="session")
+def chat_template() -> str:
+    """Of the models with :func:`chat_tokenizer`."""
+    return (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(stories: Path) -> Callable[[bool], Any]:
+    """Makes one of 320 tokens, byte-level, with BOS (1) and EOS (2) that are not the same; adds BOS or does not."""
+
+    def make(adds_bos: bool) -> Any:
+        from pyengine_training.text import read_documents
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(read_documents(stories), trainer)
+        if adds_bos:
+            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return tokenizer
+
+    return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
+from pyengine_training.__main__ import main
 from pyengine_training.data import (
     BatchSource,
     Corpus,
@@ -19,13 +21,16 @@ from pyengine_training.data import (
     prepare_corpus,
     validation_batches,
 )
-from pyengine_training.errors import DataError
+from pyengine_training.errors import DataError, MissingLibraryError
 from pyengine_training.packing import RowPacker
+from pyengine_training.runfolder import read_metrics
 from pyengine_training.text import (
     is_validation,
+    labelled,
     read_documents,
     train_tokenizer,
 )
+from pyengine_training.train import open_run
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,117 @@ def test_text_without_separators_is_cut_at_blank_lines(tmp_path: Path) -> None:
     assert "".join("".join(documents).split()) == "".join("".join(paragraphs).split())
 
 
+def write_parquet(path: Path, **columns: Any) -> Path:
+    pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+    return path
+
+
+def test_parquet_rows_are_documents(tmp_path: Path) -> None:
+    texts = ["One.", " ", "Two\r\nlines <|endoftext|> here.", "Cut sho"]
+    path = write_parquet(tmp_path / "a.parquet", id=[1, 2, 3, 4], story=texts)
+    assert list(read_documents(path, column="story")) == ["One.", "Two\nlines   here.", "Cut sho"]
+    assert list(read_documents(path, column="story", drop_unfinished=True)) == ["One.", "Two\nlines   here."]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("text", r"no column 'text'; it has number, story, parts: --column"),
+        ("number", r"row 1 of column 'number' is no text \(int\)"),
+        ("story", r"row 2 of column 'story' is no text \(NoneType\)"),
+        ("parts", r"row 1 of column 'parts' is no text \(list\)"),
+    ],
+)
+def test_parquet_without_such_texts_is_refused(tmp_path: Path, column: str, message: str) -> None:
+    path = write_parquet(tmp_path / "a.parquet", number=[1, 2], story=["One.", None], parts=[["a"], ["b"]])
+    with pytest.raises(DataError, match=message):
+        list(read_documents(path, column=column))
+
+
+def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", text=["One.", "Two."])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        list(read_documents(path))
+
+
+def test_parquet_without_its_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingLibraryError, match=r"parquet needs pyarrow: pip install 'pyengine-lm\[parquet\]'"):
+        list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_any_share_can_be_held_out() -> None:
+    documents = [f"Document {i}." for i in range(2000)]
+    for share, low, high in ((0.02, 20, 60), (0.25, 420, 580)):
+        found = [text for text, held_out in labelled(documents, share) if held_out]
+        assert low < len(found) < high
+        assert set(found) == {text for text in documents if is_validation(text, share)}
+    assert not any(held_out for _, held_out in labelled(documents, 0))
+
+
+def test_large_vocabularies_are_stored_in_32_bits(tmp_path: Path) -> None:
+    """And read, packed and trained on as others are."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, 70_000)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": f"w{i} w{69_999 - i} w65536"}) + "\n" for i in range(1, 101)))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    prepare_corpus(source, tmp_path / "out", tokenizer)
+    corpus = Corpus(tmp_path / "out")
+    assert corpus.manifest["dtype"] == "uint32"
+    found = [corpus.train.document(i).tolist() for i in range(len(corpus.train.length))]
+    found += [corpus.validation.document(i).tolist() for i in range(len(corpus.validation.length))]
+    assert sorted(found) == [[i, 69_999 - i, 65_536, 0] for i in range(1, 101)]
+    sizes = "--dim 8 --n-layers 1 --n-heads 1 --n-kv-heads 1 --head-dim 8 --hidden-dim 8 --seq-len 8 --batch-size 2"
+    given = ["--data", str(source), "--tokenizer", str(tmp_path / "tokenizer.json"), "--sample-tokens", "1"]
+    run = ["train", "--run-dir", str(tmp_path / "run"), *given, *sizes.split(), "--shards", "1", "--steps", "1"]
+    assert main([*run, "--optimizer", "adamw", "--quantize", "never", "--checkpoint-every", "0"]) == 0
+
+
+def test_every_text_has_its_share_and_its_validation(stories: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"Ben saw {i} boats and one kite."}) + "\n" for i in range(300)))
+    sizes = (
+        "--vocab-size 300 --dim 16 --n-layers 1 --n-heads 1 --n-kv-heads 1 --head-dim 16 --hidden-dim 16 --seq-len 16"
+    )
+    knobs = "--batch-size 2 --shards 1 --steps 2 --sample-tokens 1 --eval-documents 3 --quantize never"
+    given = ["--data", str(stories), "--data", str(other), "--data", str(other)]
+    run = tmp_path / "run"
+    words = [*given, *sizes.split(), *knobs.split(), "--held-out", "0.1,0.3,0"]
+    assert main(["train", "--run-dir", str(run), *words]) == 0
+    corpora = open_run(run).corpora
+    shares = [len(c.validation.length) / (len(c.validation.length) + len(c.train.length)) for c in corpora]
+    assert shares == [pytest.approx(0.1, abs=0.05), pytest.approx(0.33, abs=0.08), 0]
+    last = [entry for entry in read_metrics(run / "metrics.jsonl") if "val_loss" in entry][-1]
+    assert list(last["others"]) == ["1_other"] and last["others"]["1_other"]["val_loss"] > 0
+    assert "validation of 1_other" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--held-out", "0.1,0.2"], "2 shares for 1 texts"),
+        (["--held-out", "0"], "the first text's is not 0"),
+        (["--held-out", "0.7"], r"shares lie in 0..0.5"),
+        (["--held-out", "x"], "is no list of numbers"),
+        (["--column", "story"], "--column would have no effect"),
+    ],
+)
+def test_shares_and_columns_that_cannot_be(
+    stories: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--run-dir", str(tmp_path / "run"), "--data", str(stories), *words]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_unfinished_documents_can_be_dropped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     texts = ["It ended.", "It was cut sho", '"Bye!"', ""]
@@ -108,8 +224,8 @@ def test_tokenizer_begins_with_bos_and_round_trips(tokenizer: Any) -> None:
 def test_a_vocabulary_larger_than_the_text_supports() -> None:
     with pytest.raises(DataError, match="supports a vocabulary of only"):
         train_tokenizer(["abc abc abd"], 5000)
-    with pytest.raises(DataError, match="uint16"):
-        train_tokenizer(["abc"], 70_000)
+    with pytest.raises(DataError, match=r"must lie in 258\.\.1048576"):
+        train_tokenizer(["abc"], 1 << 21)
 
 
 def test_tokenizer_sees_the_train_split_only(stories: Path, tmp_path: Path) -> None:
@@ -263,7 +379,7 @@ def test_mixing_follows_the_weights_and_wastes_no_row() -> None:
     for corpus in (0, 1):
         rows = [r for c, r in located if c == corpus]
         assert rows == list(range(len(rows)))
-    tokens, targets, starts = source.batch(3)
+    tokens, targets, starts, _ = source.batch(3)
     assert starts is None
     np.testing.assert_array_equal(tokens[:, 1:], targets[:, :-1])
     with pytest.raises(DataError, match="give one each"):

@@ -23,7 +23,7 @@ from pyengine_training.data import BatchSource, Corpus, Phase, Reader
 from pyengine_training.errors import ConfigError, DataError, MissingLibraryError, RunFolderError
 from pyengine_training.files import read_json
 from pyengine_training.packing import RowPacker
-from pyengine_training.plan import make_plan, warnings
+from pyengine_training.plan import batch_hint, make_plan, warnings
 from pyengine_training.text import is_validation, labelled, read_documents
 from pyengine_training.train import open_run
 
@@ -115,6 +115,13 @@ def test_warnings_are_about_little_text() -> None:
     assert warnings([0.5], 30_000, 1_000_000) == []
     assert "held out" in warnings([0.5], 30_000, 10_000_000)[0]
     assert "5.0 passes" in warnings([0.5, 5.0], 30_000, 1_000_000)[0]
+
+
+def test_few_large_steps_are_told() -> None:
+    few = TrainConfig(steps=128)  # 1,048,576 tokens
+    assert batch_hint(few)[0].endswith("(as many tokens: --batch-size 2 --shards 2 --steps 1024)")
+    assert batch_hint(TrainConfig(steps=1024, batch_size=2, shards=2)) == []
+    assert batch_hint(TrainConfig(steps=1000)) == []
 
 
 def test_an_empty_text_is_called_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,46 +24,26 @@ from pyengine_training.runfolder import read_metrics
 from pyengine_training.text import document_ids, read_documents, train_tokenizer
 from pyengine_training.train import open_run
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 MODEL = ModelConfig(320, 32, 1, 2, 1, 16, 64, 64)
 KNOBS = "--seq-len 64 --batch-size 4 --shards 2 --sample-every 0 --sample-tokens 2 --eval-documents 4"
 
 
-def make_tokenizer(stories: Path, adds_bos: bool) -> Any:
-    """Byte-level, with BOS and EOS that are not the same."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(read_documents(stories), trainer)
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["adds BOS", "adds none"])
-def model(request: pytest.FixtureRequest, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(
+    request: pytest.FixtureRequest, chat_tokenizer: Any, chat_template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A model folder whose config names other ids than its tokenizer_config, which wins."""
     folder = tmp_path_factory.mktemp("model") / "hf"
     folder.mkdir()
     params = Arena(parameter_shapes(MODEL))
     initialize(params, MODEL, 3)
-    tokenizer = make_tokenizer(stories, request.param)
+    tokenizer = chat_tokenizer(request.param)
     checkpoints.write_hf_folder(folder, params, MODEL, tokenizer=tokenizer, bos=1, eos=2)
     values = read_json(folder / "config.json")
     write_json(folder / "config.json", {**values, "bos_token_id": 0, "eos_token_id": [6, 0]})
     write_json(
         folder / "tokenizer_config.json",
-        {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE},
+        {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": chat_template},
     )
     return folder
 
@@ -166,8 +146,8 @@ def test_starts_and_targets_are_each_documents_own(corpus: Corpus) -> None:
     """Here a document begins with the token that ends the one before, which counts."""
     plain, masked = source(corpus, False), source(corpus, True)
     for step in range(3):
-        tokens, targets, starts = masked.batch(step)
-        wanted, next_tokens, nothing = plain.batch(step)
+        tokens, targets, starts, _ = masked.batch(step)
+        wanted, next_tokens, nothing, _ = plain.batch(step)
         assert nothing is None and starts is not None
         np.testing.assert_array_equal(tokens, wanted)
         for row in range(8):
@@ -180,7 +160,7 @@ def test_starts_and_targets_are_each_documents_own(corpus: Corpus) -> None:
 def test_a_masked_row_is_its_documents_alone(corpus: Corpus) -> None:
     """Loss and gradients of packed rows equal those of the same documents, each in a row of its own."""
     model = ModelConfig(300, 32, 1, 2, 1, 16, 64, SEQ)
-    tokens, targets, starts = (np.array(x) for x in source(corpus, True).batch(0))
+    tokens, targets, starts = (np.array(x) for x in source(corpus, True).batch(0)[:3])
     config = TrainConfig(seq_len=SEQ, batch_size=8, shards=1, quantize="never")
     trainer = make_trainer(model, config, threads=1)
     trainer.initialize()
@@ -249,7 +229,7 @@ def test_the_loss_is_on_what_the_assistant_says(model: Path, chats: Path, tmp_pa
             number = int(text.split("What is ")[1].split(" ")[0])
             answers = [f"It is {2 * number}. Zoë says so.<|end|>", "Bye.<|end|>"]
             assert learnt_texts(split, index, opened.tokenizer) == answers
-    _, targets, starts = opened.source().batch(0)
+    _, targets, starts, _ = opened.source().batch(0)
     assert starts is not None and (targets >= 0).sum() < targets.size / 2
     checked = [e for e in read_metrics(run / "metrics.jsonl") if "val_loss" in e]
     assert checked and all(e["val_loss"] > 1 for e in checked)
@@ -268,24 +248,25 @@ def test_all_of_a_conversation_can_count(model: Path, chats: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "lines, template, message",
     [
-        (['{"messages": []}'], TEMPLATE, 'line 1: "messages" is not a list'),
-        (['{"messages": [{"role": "user"}]}'], TEMPLATE, 'line 1: a message needs "role"'),
-        (['{"messages": [{"role": "user", "content": "a <|end|>"}]}'], TEMPLATE, r"spells the special token <\|end\|>"),
-        ([json.dumps({"messages": conversation(i)[:2]}) for i in range(3)], TEMPLATE, "nothing to learn"),
-        ([json.dumps({"messages": conversation(1)})], TEMPLATE, "one conversation alone"),
+        (['{"messages": []}'], "OWN", 'line 1: "messages" is not a list'),
+        (['{"messages": [{"role": "user"}]}'], "OWN", 'line 1: a message needs "role"'),
+        (['{"messages": [{"role": "user", "content": "a <|end|>"}]}'], "OWN", r"spells the special token <\|end\|>"),
+        ([json.dumps({"messages": conversation(i)[:2]}) for i in range(3)], "OWN", "nothing to learn"),
+        ([json.dumps({"messages": conversation(1)})], "OWN", "one conversation alone"),
         ([json.dumps({"messages": conversation(i)}) for i in range(3)], None, "no chat template"),
         ([json.dumps({"messages": conversation(i)}) for i in range(3)], "{{ 1 / 0 }}", "line 1"),
         ([json.dumps({"messages": conversation(i)}) for i in range(3)], "{% for", "cannot be used"),
         (
             [json.dumps({"messages": conversation(i)}) for i in range(3)],
-            "{{ messages | length }}" + TEMPLATE,
+            "{{ messages | length }}OWN",
             "renders the beginning of a conversation in another way",
         ),
     ],
 )
 def test_conversations_that_cannot_be_used_are_named(
-    model: Path, stories: Path, tmp_path: Path, lines: list[str], template: str | None, message: str
+    model: Path, chat_template: str, tmp_path: Path, lines: list[str], template: str | None, message: str
 ) -> None:
+    """OWN stands for the model's template."""
     pytest.importorskip("pyengine._core", reason="conversations are rendered by the package pyengine")
     from pyengine_training.chat import ChatFormat
     from pyengine_training.text import load_tokenizer
@@ -295,7 +276,9 @@ def test_conversations_that_cannot_be_used_are_named(
     folder = tmp_path / "model"
     folder.mkdir()
     tokenizer = load_tokenizer(model / "tokenizer.json")
-    values = {"bos_token": "<s>", "eos_token": "</s>"} | ({"chat_template": template} if template else {})
+    values = {"bos_token": "<s>", "eos_token": "</s>"} | (
+        {"chat_template": template.replace("OWN", chat_template)} if template else {}
+    )
     write_json(folder / "tokenizer_config.json", values)
     with pytest.raises(DataError, match=message):
         prepare_corpus(path, tmp_path / "out", tokenizer, eos=2, chat=ChatFormat(folder, tokenizer))

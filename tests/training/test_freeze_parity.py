@@ -59,15 +59,17 @@ def tokenizer(stories: Path) -> Any:
     return train_tokenizer((t for t in read_documents(stories) if not is_validation(t)), VOCAB)
 
 
-@pytest.fixture(scope="module")
-def trained(stories: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig, Arena]:
-    """A model with learnt weights, so that activations are not merely random."""
+@pytest.fixture(scope="module", params=[False, True], ids=["llama", "qwen3"])
+def trained(
+    stories: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, ModelConfig, Arena]:
+    """A model with learnt weights, so that activations are not merely random; without QK-norm and with it."""
     folder = tmp_path_factory.mktemp("trained")
     prepare_corpus(stories, folder / "data", tokenizer)
     split = Corpus(folder / "data").train
     config = TrainConfig(seq_len=SEQ, batch_size=8, shards=2, steps=60, eval_every=0)
     source = BatchSource([split], [Phase(0, (1.0,))], batch_size=8, seq_len=SEQ, seed=1)
-    trainer = make_trainer(ModelConfig(**SIZES), config)
+    trainer = make_trainer(ModelConfig(**SIZES, qk_norm=request.param), config)
     trainer.initialize()
     for step in range(60):
         trainer.step(*source.batch(step))
@@ -107,7 +109,7 @@ def our_panels(params: Arena, name: str, model: ModelConfig) -> tuple[Any, Any]:
     "change",
     [
         {},
-        {"tie_embeddings": False},
+        {"tie_embeddings": False, "qk_norm": True},
         {"dim": 96, "hidden_dim": 200, "head_dim": 24, "n_heads": 2, "n_kv_heads": 1},
     ],
 )
@@ -125,10 +127,10 @@ def test_frozen_codes_and_scales_are_the_trainers(tmp_path: Path, tokenizer: Any
         assert panels[name][1].tobytes() == scales.tobytes(), name
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_the_inventorys(tmp_path: Path, tokenizer: Any, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "qk_norm"), [(True, False), (False, False), (True, True)])
+def test_parameters_are_the_inventorys(tmp_path: Path, tokenizer: Any, tied: bool, qk_norm: bool) -> None:
     """Same names and shapes in the same order: the trainer's list cannot drift from the file's."""
-    model = ModelConfig(**{**SIZES, "tie_embeddings": tied})
+    model = ModelConfig(**{**SIZES, "tie_embeddings": tied, "qk_norm": qk_norm})
     shapes = parameter_shapes(model)
     source = open_source(save(tmp_path / "hf", model, Arena(shapes), tokenizer))
     source.close()
@@ -248,7 +250,9 @@ def test_engine_opens_with_the_checkpoints_own_settings(engine: Any) -> None:
 
 def test_config_is_what_transformers_reads(trained: tuple[Path, ModelConfig, Arena]) -> None:
     values = json.loads((trained[0] / "config.json").read_text())
-    assert values["architectures"] == ["LlamaForCausalLM"]
+    architecture = "Qwen3ForCausalLM" if trained[1].qk_norm else "LlamaForCausalLM"
+    assert values["architectures"] == [architecture]
+    assert checkpoints.read_model_config(trained[0]) == trained[1]
     assert values["head_dim"] == 32 and values["tie_word_embeddings"] is True
 
 

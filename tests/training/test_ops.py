@@ -103,6 +103,28 @@ def test_rmsnorm_with_residual_is_addition_then_norm() -> None:
 
 
 @pytest.mark.parametrize("n_rep", [1, 3])
+def test_qk_norm(n_rep: int) -> None:
+    batch, n_kv, seq, head_dim = 2, 2, 3, 5
+    x = normal(batch, seq, n_kv * (n_rep + 2), head_dim)
+    weights, cot = [1 + normal(head_dim, seed=s) / 4 for s in (1, 2)], normal(*x.shape, seed=3)
+    state = memory(ops.qk_norm_state(x.shape, n_kv, np.float64, np.float64))
+    kept = state["raw"], state["inv_rms"]
+
+    def loss() -> float:
+        qkv = x.copy()
+        ops.qk_norm_forward(qkv, *kept, *weights, 1e-3)
+        np.testing.assert_array_equal(qkv[:, :, -n_kv:], x[:, :, -n_kv:])  # values stay as they are
+        return float((qkv * cot).sum())
+
+    loss()
+    dx, (dq, dk) = cot.copy(), np.ones((2, head_dim))  # in place; dq and dk are added to
+    ops.qk_norm_backward(dx, dq, dk, *kept, *weights, {})
+    assert_gradient(loss, x, dx)
+    for w, dw in zip(weights, (dq, dk), strict=True):
+        assert_gradient(loss, w, dw - 1)
+
+
+@pytest.mark.parametrize("n_rep", [1, 3])
 def test_rope(n_rep: int) -> None:
     batch, n_kv, seq, head_dim = 2, 2, 5, 6
     qkv = normal(batch, seq, n_kv * (n_rep + 2), head_dim)
@@ -143,7 +165,7 @@ def test_attention(seq: int, n_rep: int) -> None:
 
     loss()
     dq, dk, dv = np.full_like(q, np.nan), np.full_like(k, np.nan), np.full_like(v, np.nan)
-    ops.attention_backward(dq, dk, dv, cot, q, k, v, lse, starts, scale, scratch)
+    ops.attention_backward(dq, dk, dv, cot, q, k, v, o, lse, starts, scale, scratch)
     for x, dx in ((q, dq), (k, dk), (v, dv)):
         assert_gradient(loss, x, dx)
 
@@ -162,7 +184,7 @@ def test_documents_in_a_row_attend_as_if_alone() -> None:
         scratch = memory(ops.attention_scratch(o.shape, np.float64, True))
         ops.attention_forward(o, lse, *mine[:3], starts, 0.3, scratch)
         grads = [np.empty_like(x) for x in mine[:3]]
-        ops.attention_backward(*grads, mine[3], *mine[:3], lse, starts, 0.3, scratch)
+        ops.attention_backward(*grads, mine[3], *mine[:3], o, lse, starts, 0.3, scratch)
         return [o, *grads]
 
     begins = (0, *ends[:-1])

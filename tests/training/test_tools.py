@@ -55,12 +55,21 @@ def second_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def model_files(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A small model's Hugging Face folder, and what it was frozen to."""
-    model = ModelConfig(300, 64, 2, 2, 1, 32, 96, 48)
+def random_model(hidden: int, qk_norm: bool) -> tuple[ModelConfig, Arena]:
+    model = ModelConfig(300, 64, 2, 2, 1, 32, hidden, 48, qk_norm=qk_norm)
     params = Arena(parameter_shapes(model))
     initialize(params, model, seed=5)
+    for name in [name for name in params.shapes if name.endswith(("q_norm", "k_norm"))]:
+        params[name][...] = np.linspace(0.5, 1.5, 32)
+    return model, params
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["llama", "qwen3"])
+def model_files(
+    stories: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, Path]:
+    """A small model's Hugging Face folder, and what it was frozen to."""
+    model, params = random_model(96, request.param)
     folder = tmp_path_factory.mktemp("model") / "hf"
     folder.mkdir()
     tokenizer = train_tokenizer(read_documents(stories), 300)
@@ -83,11 +92,12 @@ def test_repetition_and_known_words(model_report: ModuleType) -> None:
     assert found["known_words"] == pytest.approx(4 / 5) and found["words"] == 2.5
 
 
-def test_float32_scores_are_the_trainers(model_report: ModuleType, stories: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_float32_scores_are_the_trainers(
+    model_report: ModuleType, stories: Path, tmp_path: Path, qk_norm: bool
+) -> None:
     """Read back through the freeze package (gate and up alternating by panel), scored alike."""
-    model = ModelConfig(300, 64, 2, 2, 1, 32, 88, 48)
-    params = Arena(parameter_shapes(model))
-    initialize(params, model, seed=5)
+    model, params = random_model(88, qk_norm)
     documents = list(read_documents(stories))[:40]
     folder = tmp_path / "hf"
     folder.mkdir()
@@ -277,7 +287,7 @@ def test_thawed_models_freeze_to_the_same_bytes(model_files: tuple[Path, Path], 
     first, second = load_safetensors(frozen), load_safetensors(again)
     assert first.keys() == second.keys()
     compared = [name for name in first if name.endswith((".codes", ".scales", "norm", "inv_freq"))]
-    assert len(compared) == 3 + 2 * 10 + 1
+    assert len(compared) == 3 + 2 * 10 + 1 + (4 if first["config.json"].tobytes().count(b'"qk_norm": true') else 0)
     for name in compared:
         assert first[name].tobytes() == second[name].tobytes(), name
     source, thawed = (checkpoints.load_model(path)[0] for path in (model_files[0], folder))

@@ -54,6 +54,16 @@ def test_gradients(golden: Any, tiny_sizes: dict[str, Any], kind: str, recompute
     trainer.close()
 
 
+@pytest.mark.parametrize("recompute", ["none", "activations", "block"])
+def test_gradients_with_qk_norm_and_documents(golden: Any, tiny_sizes: dict[str, Any], recompute: str) -> None:
+    trainer = parity_trainer({**tiny_sizes, "qk_norm": True}, 4, recompute=recompute, attention="document")
+    fill(trainer.params, golden)
+    loss = trainer.gradients(golden["tokens"], golden["targets"], golden["normed/starts"])
+    assert loss == pytest.approx(float(golden["normed/loss"]), rel=1e-6)
+    assert_gradients(trainer, golden, "normed")
+    trainer.close()
+
+
 def test_gradients_through_fake_quantization(golden: Any, tiny_sizes: dict[str, Any]) -> None:
     """Same straight-through estimator at the same points; the fixture keeps clear of rounding boundaries."""
     sizes = {**tiny_sizes, "n_layers": 1, "max_seq_len": 5}

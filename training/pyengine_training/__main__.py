@@ -10,7 +10,7 @@ from .comm import launched_ranks
 from .errors import Interrupted, TrainingError
 from .supervise import in_child
 
-COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "plot", "cost")
+COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "plot", "cost", "runs")
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
@@ -19,6 +19,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from .cost import cost_command
 
         return cost_command
+    if name == "runs":
+        from .runs import runs_command
+
+        return runs_command
     if name == "plot":
         from .plot import plot_command
 

@@ -29,6 +29,8 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
     for i in range(c.n_layers):
         shapes[f"layers.{i}.attention_norm"] = (c.dim,)
         shapes[f"layers.{i}.wqkv"] = (c.q_dim + 2 * c.kv_dim, c.dim)
+        if c.qk_norm:
+            shapes[f"layers.{i}.q_norm"] = shapes[f"layers.{i}.k_norm"] = (c.head_dim,)
         shapes[f"layers.{i}.wo"] = (c.dim, c.q_dim)
         shapes[f"layers.{i}.ffn_norm"] = (c.dim,)
         shapes[f"layers.{i}.w_gate_up"] = (2 * c.hidden_dim, c.dim)

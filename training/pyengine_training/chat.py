@@ -78,9 +78,9 @@ class ChatFormat:
                 messages = json.loads(line)["messages"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(f'{where} is no object with "messages"') from error
-            yield self.render(self._checked(messages, where), where)
+            yield self.render(self.checked(messages, where), where)
 
-    def _checked(self, messages: Any, where: str) -> list[dict[str, str]]:
+    def checked(self, messages: Any, where: str) -> list[dict[str, str]]:
         """Messages with a role and a text that spells no special token."""
         if not isinstance(messages, list) or not messages:
             raise DataError(f'{where}: "messages" is not a list with something in it')
@@ -100,15 +100,31 @@ class ChatFormat:
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or self.train_on == "all":
                 continue
-            before = self._render(messages[:index], True, where) if index else ""
-            until = self._render(messages[: index + 1], False, where)
-            if not (text.startswith(before) and text.startswith(until) and len(before) < len(until)):
+            span = self._span(text, messages[: index + 1], where)
+            if span is None:
                 raise DataError(
                     f"{where}: the chat template of {self.folder} renders the beginning of a conversation in another way "
                     "than the whole, so the assistant's words cannot be told: --train-on all"
                 )
-            spans.append((len(before), len(until)))
+            spans.append(span)
         return Conversation(text, tuple(spans))
+
+    def render_answer(self, messages: list[dict[str, str]], where: str) -> Conversation:
+        """The text, and the span of the last message alone, an answer of the assistant's."""
+        text = self._render(messages, False, where)
+        span = self._span(text, messages, where)
+        if span is None:
+            raise DataError(
+                f"{where}: the chat template of {self.folder} renders the prompt of an answer in another way alone"
+            )
+        return Conversation(text, (span,))
+
+    def _span(self, text: str, messages: list[dict[str, str]], where: str) -> tuple[int, int] | None:
+        """Where the last message lies in a rendered conversation that begins with these; None where that cannot be told."""
+        before = self._render(messages[:-1], True, where) if len(messages) > 1 else ""
+        until = self._render(messages, False, where)
+        found = text.startswith(before) and text.startswith(until) and len(before) < len(until)
+        return (len(before), len(until)) if found else None
 
     def _render(self, messages: list[dict[str, str]], prompt: bool, where: str) -> str:
         try:

@@ -29,7 +29,7 @@ from .text import load_tokenizer, tokenizer_config
 
 Array = NDArray[Any]
 FORMAT_VERSION = 1
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type; Qwen3 is Llama with QK-norm
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 ATTACHMENTS = (*TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json")
 
@@ -49,6 +49,9 @@ def hf_tensors(params: Arena, config: ModelConfig) -> dict[str, Array]:
         tensors[theirs + "self_attn.q_proj.weight"] = wqkv[:k]
         tensors[theirs + "self_attn.k_proj.weight"] = wqkv[k:v]
         tensors[theirs + "self_attn.v_proj.weight"] = wqkv[v:]
+        if c.qk_norm:
+            tensors[theirs + "self_attn.q_norm.weight"] = params[ours + "q_norm"]
+            tensors[theirs + "self_attn.k_norm.weight"] = params[ours + "k_norm"]
         tensors[theirs + "self_attn.o_proj.weight"] = params[ours + "wo"]
         tensors[theirs + "post_attention_layernorm.weight"] = params[ours + "ffn_norm"]
         tensors[theirs + "mlp.gate_proj.weight"] = gate_up[: c.hidden_dim]
@@ -62,10 +65,10 @@ def hf_tensors(params: Arena, config: ModelConfig) -> dict[str, Array]:
 
 def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict[str, Any]:
     """config.json."""
-    c = config
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    c, kind = config, "qwen3" if config.qk_norm else "llama"
+    values = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "vocab_size": c.vocab_size,
         "hidden_size": c.dim,
         "intermediate_size": c.hidden_dim,
@@ -87,16 +90,22 @@ def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict[str
         "eos_token_id": eos,
         "torch_dtype": "float32",
     }
+    if c.qk_norm:
+        values.update(use_sliding_window=False, sliding_window=None, max_window_layers=c.n_layers)
+        del values["mlp_bias"]
+    return values
 
 
 def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
     """ModelConfig of a config.json; CheckpointError names what is not supported."""
-    if values.get("model_type") != "llama":
-        raise CheckpointError(f"{where}: model_type is {values.get('model_type')!r}; only 'llama' can be trained")
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(f"{where}: model_type is {kind!r}; only {', '.join(ARCHITECTURES)} can be trained")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
     unsupported = {
-        "RoPE scaling": kind != "default",
+        "RoPE scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "sliding windows": bool(values.get("use_sliding_window"))
+        or "sliding_attention" in (values.get("layer_types") or []),
         "attention_bias": bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
         "hidden_act": values.get("hidden_act", "silu") != "silu",
@@ -118,6 +127,7 @@ def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+            qk_norm=kind == "qwen3",
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{where}: missing or malformed {error}") from error

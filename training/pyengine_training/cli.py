@@ -20,7 +20,7 @@ from .device import Device, Machine
 from .errors import ConfigError
 from .files import package_digest, write_json
 from .flags import train_parser
-from .text import tokenizer_config
+from .text import PARQUET, tokenizer_config
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -102,20 +102,25 @@ def _resume(values: dict[str, Any], options: argparse.Namespace, machine: Machin
 
 def _prepare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="pyengine train prepare", description="Tokenize a text.")
-    parser.add_argument("text", type=Path, help=".txt or .jsonl")
+    parser.add_argument("text", type=Path, help=".txt, .jsonl or .parquet")
     parser.add_argument("folder", type=Path, help="new folder for shards, manifest and tokenizer")
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer to train (default 4096)")
     parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
+    parser.add_argument("--held-out", type=float, metavar="S", help="share of the documents (default 0.02)")
+    parser.add_argument("--column", metavar="NAME", help="of a .parquet file (default text)")
     parser.add_argument("--drop-unfinished", action="store_true", help="documents that end like a sentence only")
     options = parser.parse_args(arguments)
     if options.vocab_size and options.tokenizer:
         raise ConfigError("--vocab-size would have no effect: --tokenizer is given")
     if options.folder.exists() and any(options.folder.iterdir()):
         raise ConfigError(f"{options.folder}: exists already and is not empty")
-    values = {name: value for name, value in vars(options).items() if value}
+    values = {name: value for name, value in vars(options).items() if value is not None and value is not False}
+    (share,) = given.held_out_shares(values, 1)
+    if options.column and options.text.suffix != PARQUET:
+        raise ConfigError("--column would have no effect: the text is no .parquet file")
     tokenizer = setup.find_tokenizer(values, given.data_paths({"data": [options.text]}))
     bos, eos = setup.find_ends(values, [], tokenizer)
-    prepare_corpus(options.text, options.folder, tokenizer, eos=eos, drop_unfinished=bool(options.drop_unfinished))
+    prepare_corpus(options.text, options.folder, tokenizer, eos=eos, held_out=share, **setup.reading(values))
     (options.folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     write_json(options.folder / "tokenizer_config.json", tokenizer_config(tokenizer, 1 << 20, bos, eos))
     corpus = Corpus(options.folder)

@@ -15,7 +15,10 @@ from .errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-family decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+    """A Llama-family decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
+
+    qk_norm: RMSNorm of each q and k head before RoPE, which makes it a Qwen3.
+    """
 
     vocab_size: int
     dim: int
@@ -28,6 +31,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_embeddings: bool = True
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
@@ -60,7 +64,7 @@ class ModelConfig:
     def n_params(self) -> int:
         """All parameters; a tied embedding counts once."""
         tables = 1 if self.tie_embeddings else 2
-        norms = (2 * self.n_layers + 1) * self.dim
+        norms = (2 * self.n_layers + 1) * self.dim + (2 * self.n_layers * self.head_dim if self.qk_norm else 0)
         return self.matrix_params() + tables * self.vocab_size * self.dim + norms
 
     def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
@@ -109,7 +113,7 @@ BELOW_ONE = math.nextafter(1, 0)
 RANGES: list[tuple[tuple[str, ...], float, float, str]] = [
     (("warmup_fraction", "decay_fraction", "distill_alpha"), 0, 1, "lie in [0, 1]"),
     (("beta1", "beta2", "muon_momentum"), 0, BELOW_ONE, "lie in [0, 1)"),
-    (("lr", "muon_lr", "eps", "distill_tau"), LEAST, sys.float_info.max, "be positive"),
+    (("lr", "muon_lr", "eps", "distill_tau", "dpo_beta"), LEAST, sys.float_info.max, "be positive"),
     (("weight_decay", "clip"), 0, sys.float_info.max, "be at least 0"),
     (("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints"), 0, math.inf, "be at least 0"),
     (("eval_documents", "sample_tokens"), 1, math.inf, "be at least 1"),
@@ -151,6 +155,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     distill_alpha: float = 0.0
     distill_tau: float = 2.0
+    dpo_beta: float = 0.1  # where the text is pairs of answers
     data_weights: tuple[float, ...] = (1.0,)
     decay_data_weights: tuple[float, ...] = ()  # empty: as before the decay
     # provenance: command line, budget, parent checkpoint

@@ -165,7 +165,10 @@ def read_training(folder: Path) -> Training:
 def _teacher(checkpoint: Path) -> ModelConfig | None:
     """The model that the run learnt from; an error where it should be and is gone."""
     run = runfolder.run_of(checkpoint)
-    teacher = runfolder.read_run(run).get("teacher") if run else None
+    values = runfolder.read_run(run) if run else {}
+    teacher = (
+        None if values.get("teacher_cache") else values.get("teacher")
+    )  # a cache is made once, for any number of runs
     return checkpoints.read_model_config(Path(teacher)) if teacher else None
 
 

@@ -1,8 +1,9 @@
 """Tokens on disk, and batches from them.
 
-Every document lies in memory-mapped uint16 shards as the model's tokenizer gives it, with the model's end token behind
-it; where the same token begins and ends documents it is stored once, and the next document's ends the one before. A batch
-is a pure function of (seed, step): resuming needs no reader state, and any rank can make any row.
+Every document lies in memory-mapped shards (uint16, or uint32 where the vocabulary needs it) as the model's tokenizer gives
+it, with the model's end token behind it; where the same token begins and ends documents it is stored once, and the next
+document's ends the one before. A batch is a pure function of (seed, step): resuming needs no reader state, and any rank can
+make any row.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,11 @@ from .chat import ChatFormat
 from .errors import DataError
 from .files import atomic_directory, write_json
 from .packing import RowPacker
-from .text import document_ids, labelled, read_documents
+from .text import COLUMN, HELD_OUT, document_ids, labelled, read_documents
+
+if TYPE_CHECKING:
+    from .distill import SoftTargets
+    from .teacher_cache import TeacherCache
 
 Array = NDArray[Any]
 FORMAT_VERSION = 1
@@ -34,10 +39,10 @@ ENCODE_BATCH = 2000
 
 
 class _SplitWriter:
-    """Shards of one split: NAME_00000.bin (uint16 tokens) and NAME_00000.npy (documents: start, tokens, bytes)."""
+    """Shards of one split: NAME_00000.bin (tokens) and NAME_00000.npy (documents: start, tokens, bytes)."""
 
-    def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
-        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
+    def __init__(self, folder: Path, name: str, shard_tokens: int, dtype: Any) -> None:
+        self.folder, self.name, self.shard_tokens, self.dtype = folder, name, shard_tokens, dtype
         self.shards: list[dict[str, Any]] = []
         self.tokens: list[Array] = []
         self.counted: list[Array] = []  # of conversations: which tokens are to be learnt
@@ -48,7 +53,7 @@ class _SplitWriter:
         if counted is not None:
             self.counted.append(np.asarray(counted, np.uint8))
         self.documents.append((self.size, len(ids), n_bytes))
-        self.tokens.append(np.asarray(ids, np.uint16))
+        self.tokens.append(np.asarray(ids, self.dtype))
         self.size += len(ids)
         if self.size >= self.shard_tokens:
             self.flush()
@@ -93,28 +98,28 @@ def prepare_corpus(
     eos: int | None = 0,
     chat: ChatFormat | None = None,
     drop_unfinished: bool = False,
+    column: str = COLUMN,
+    held_out: float = HELD_OUT,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
     """Tokenize a text into ``folder`` (shards and manifest.json), atomically. eos: the model's end token.
-    chat: how the conversations of a file of "messages" become text.
+    chat: how the conversations of a file of "messages" become text; column: of a parquet file; held_out: share of the documents.
 
-    What is held out for validation is what :func:`.text.labelled` says. Raises DataError for an empty text, or a
-    tokenizer whose ids do not fit uint16.
+    What is held out for validation is what :func:`.text.labelled` says. Raises DataError for an empty text.
     """
-    if tokenizer.get_vocab_size() > 1 << 16:
-        raise DataError("tokens are stored as uint16: the tokenizer has more than 65,536")
-    documents = labelled(read_documents(source, drop_unfinished=drop_unfinished))
+    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
+    documents = labelled(read_documents(source, drop_unfinished=drop_unfinished, column=column), held_out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     found = False
     with atomic_directory(folder) as temporary:
-        train = _SplitWriter(temporary, "train", shard_tokens)
-        validation = _SplitWriter(temporary, "validation", shard_tokens)
+        train = _SplitWriter(temporary, "train", shard_tokens, dtype)
+        validation = _SplitWriter(temporary, "validation", shard_tokens, dtype)
         if chat is not None:
-            found = _add_conversations(source, chat, train, validation)
+            found = _add_conversations(source, chat, train, validation, held_out)
         while chat is None and (chunk := list(islice(documents, ENCODE_BATCH))):
             texts = [text for text, _ in chunk]
-            for (text, held_out), encoding in zip(chunk, tokenizer.encode_batch(texts), strict=True):
-                (validation if held_out else train).add(document_ids(encoding.ids, eos), len(text.encode()))
+            for (text, aside), encoding in zip(chunk, tokenizer.encode_batch(texts), strict=True):
+                (validation if aside else train).add(document_ids(encoding.ids, eos), len(text.encode()))
                 found = True
         if not found:
             raise DataError(f"{source}: no document to train on (empty text?)")
@@ -126,19 +131,23 @@ def prepare_corpus(
             "source_bytes": source.stat().st_size,
             "source_sha256": file_sha256(source),
             "drop_unfinished": drop_unfinished,
+            "held_out": held_out,
+            "dtype": dtype.name,
             "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
             "splits": {"train": train.shards, "validation": validation.shards},
         }
         write_json(temporary / "manifest.json", manifest)
 
 
-def _add_conversations(source: Path, chat: ChatFormat, train: _SplitWriter, validation: _SplitWriter) -> bool:
+def _add_conversations(
+    source: Path, chat: ChatFormat, train: _SplitWriter, validation: _SplitWriter, share: float
+) -> bool:
     """Conversations and which of their tokens count; whether there was one. They lie in memory while they are split."""
     spans = {conversation.text: conversation for conversation in chat.conversations(source)}
     if len(spans) == 1:
         raise DataError(f"{source}: one conversation alone; validation needs another one")
     counted_at_all = not spans
-    for text, held_out in labelled(spans):
+    for text, held_out in labelled(spans, share):
         ids, counted = chat.encode(spans[text])
         counted_at_all = counted_at_all or bool(counted[1:].any())
         (validation if held_out else train).add(ids, len(text.encode()), counted)
@@ -154,7 +163,7 @@ def _add_conversations(source: Path, chat: ChatFormat, train: _SplitWriter, vali
 class Split:
     """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin with BOS."""
 
-    tokens: Sequence[Array]  # per shard, uint16, memory-mapped
+    tokens: Sequence[Array]  # per shard, uint16 or uint32, memory-mapped
     shard: Array  # (n,) int64
     start: Array
     length: Array
@@ -191,15 +200,20 @@ class Corpus:
             raise DataError(
                 f"{folder}: format_version {self.manifest.get('format_version')} (this program reads {FORMAT_VERSION})"
             )
+        if self.manifest.get("dtype", "uint16") not in ("uint16", "uint32"):
+            raise DataError(
+                f"{folder}: tokens of type {self.manifest['dtype']!r} (this program reads uint16 and uint32)"
+            )
         self.train, self.validation = (self._split(name) for name in ("train", "validation"))
 
     def _split(self, name: str) -> Split:
         tokens, shards, tables, counted = [], [], [], []
+        dtype = np.dtype(self.manifest.get("dtype", "uint16"))
         for number, entry in enumerate(self.manifest["splits"][name]):
             path = self.folder / f"{entry['stem']}.bin"
-            if not path.exists() or path.stat().st_size != 2 * entry["tokens"]:
+            if not path.exists() or path.stat().st_size != dtype.itemsize * entry["tokens"]:
                 raise DataError(f"{path}: missing or of the wrong size")
-            tokens.append(np.memmap(path, np.uint16, "r"))
+            tokens.append(np.memmap(path, dtype, "r"))
             if "mask_sha256" in entry:
                 mask = path.with_suffix(".mask")
                 if not mask.exists() or mask.stat().st_size != entry["tokens"]:
@@ -266,8 +280,10 @@ class BatchSource:
         masked: bool = False,
         eos: int | None = None,
         packing: str = "restart",
+        cache: TeacherCache | None = None,
     ) -> None:
-        """masked: documents are kept from each other; eos: the model's end token; packing: see :mod:`.packing`."""
+        """masked: documents are kept from each other; eos: the model's end token; packing: see :mod:`.packing`;
+        cache: a teacher's thoughts on the texts."""
         self.reader = reader
         for phase in phases:
             if len(phase.weights) != len(splits):
@@ -280,6 +296,8 @@ class BatchSource:
         self._rows = np.empty((batch_size, seq_len + 1), np.int64)
         self._starts = np.empty((batch_size, seq_len + 1), np.int64) if masked else None
         self._counted = np.empty((batch_size, seq_len + 1), bool) if masked else None
+        self._positions = np.empty((batch_size, seq_len + 1), np.int64) if cache else None
+        self.cache = cache
 
     @staticmethod
     def _picked(weights: Sequence[float], row: int) -> list[int]:
@@ -307,22 +325,25 @@ class BatchSource:
             base = [b + n for b, n in zip(base, self._picked(phase.weights, length), strict=True)]
         raise AssertionError("unreachable")
 
-    def batch(self, step: int) -> tuple[Array, Array, Array | None]:
+    def batch(self, step: int) -> tuple[Array, Array, Array | None, SoftTargets | None]:
         """tokens, targets and starts (batch_size, seq_len) int64 of a step, views valid until the next call.
 
         starts: where each position's document starts; None where documents are not kept from each other. A target
-        that does not count is -1.
+        that does not count is -1. Last what a cached teacher thinks of the tokens.
         """
+        corpora = []
         for i in range(self.batch_size):
             corpus, row = self.locate(self._row(step) + i)
-            if self._starts is None or self._counted is None:
-                self.packers[corpus].fill(self._rows[i], row)
-            else:
-                self.packers[corpus].fill(self._rows[i], row, self._starts[i], self._counted[i])
+            corpora.append(corpus)
+            beside = [None if x is None else x[i] for x in (self._starts, self._counted, self._positions)]
+            self.packers[corpus].fill(self._rows[i], row, *beside)
         tokens, targets = self._rows[:, :-1], self._rows[:, 1:]
+        soft = None
+        if self.cache is not None and self._positions is not None:
+            soft = self.cache.rows(corpora, self._positions[:, :-1])
         if self._starts is None or self._counted is None:
-            return tokens, targets, None
-        return tokens, np.where(self._counted[:, 1:], targets, -1), self._starts[:, :-1]
+            return tokens, targets, None, soft
+        return tokens, np.where(self._counted[:, 1:], targets, -1), self._starts[:, :-1], soft
 
     def _row(self, step: int) -> int:
         """Global row that a step begins with."""

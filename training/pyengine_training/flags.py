@@ -15,6 +15,7 @@ from .chat import TRAIN_ON
 from .config import CHOICES, TrainConfig
 from .device import DEVICES, PRECISIONS
 from .scale import CARDS
+from .teacher_cache import TOP_K
 
 LENGTHS = ("steps", "tokens", "budget_minutes")
 MODEL_OPTIONS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
@@ -36,6 +37,7 @@ other commands, each with --help:
   pyengine train sample      text from a checkpoint, by the trainer's own forward
   pyengine train snap        a copy whose weights are what the int8 codes stand for
   pyengine train plot        the loss curves of a run and of the runs that it continues
+  pyengine runs              runs beside one another, and how they differ
   pyengine cost              what a training was and what running the model is
 """
 
@@ -52,6 +54,7 @@ GROUPS: list[tuple[str, str, Options]] = [
             "n_heads": ("N", "query heads"),
             "n_kv_heads": ("N", "key and value heads; divides --n-heads, fewer make a smaller cache"),
             "head_dim": ("N", "numbers a head; even (default 64, or dim / heads where both are given)"),
+            "qk_norm": ("", "RMSNorm of every query and key head before RoPE, as in Qwen3 (default off)"),
             "hidden_dim": ("N", "width inside the feed-forward (default: 8/3 dim, rounded up to 64)"),
         },
     ),
@@ -125,11 +128,16 @@ GROUPS: list[tuple[str, str, Options]] = [
         },
     ),
     (
+        "preferences",
+        "of pairs of answers: the loss is -log sigmoid(beta (gain of the chosen answer - gain of the rejected one))",
+        {"dpo_beta": ("X", "how strongly the model is held to what it was: larger values hold it more")},
+    ),
+    (
         "watching and saving",
         "0 turns off what happens every N steps",
         {
             "eval_every": ("N", "steps from one validation to the next"),
-            "eval_documents": ("N", "held-out documents of the first text that are scored each time"),
+            "eval_documents": ("N", "held-out documents of each text that are scored each time"),
             "sample_every": ("N", "steps from one sample in the log to the next"),
             "sample_prompt": ("TEXT", "what the samples begin with"),
             "sample_tokens": ("N", "tokens of a sample"),
@@ -140,7 +148,8 @@ GROUPS: list[tuple[str, str, Options]] = [
 ]
 
 KINDS = {"int": int, "float": float, "str": str}
-OTHER_KINDS: dict[str, type] = {"tokens": float, "budget_minutes": float}  # beside TrainConfig's fields and sizes
+OTHER_KINDS: dict[str, type] = {"tokens": float, "budget_minutes": float, "qk_norm": str}  # not TrainConfig's
+SWITCH = ("on", "off")
 
 
 def _add(group: Any, name: str, metavar: str, text: str) -> None:
@@ -150,8 +159,8 @@ def _add(group: Any, name: str, metavar: str, text: str) -> None:
     if name in fields:
         options["type"] = KINDS[str(fields[name].type)]
         text = f"{text} (default {fields[name].default})"
-    if name in CHOICES:
-        options.update(choices=CHOICES[name], metavar=None)
+    if name in CHOICES or name == "qk_norm":
+        options.update(choices=CHOICES.get(name, SWITCH), metavar=None)
     group.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
 
 
@@ -185,6 +194,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="with --init-from: learn adapters of rank R beside the named matrices (q_proj, …; default: all) instead of them",
     )
     add("--teacher", type=Path, metavar="DIR", help="a larger model's Hugging Face folder to distill from")
+    add(
+        "--teacher-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="with --teacher: its likeliest next tokens for the whole text are kept here, computed once; students share it",
+    )
+    add(
+        "--teacher-top-k",
+        type=int,
+        metavar="K",
+        help=f"with --teacher-cache: so many tokens each, the rest taken together (default {TOP_K})",
+    )
     add("--config", type=Path, metavar="FILE", help="JSON or TOML of these options, with underscores; flags win")
     add("--seed", type=int, metavar="N", help=f"of weights, batches and samples (default {TrainConfig.seed})")
     add(
@@ -196,13 +217,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("text", "one document in fifty is held out for validation").add_argument
+    add = parser.add_argument_group("text", "a part of each text is held out for validation").add_argument
     add(
         "--data",
         type=Path,
         action="append",
         metavar="TEXT",
-        help='.txt, .jsonl of {"text": …} or of {"messages": […]}, or a prepared folder; repeatable',
+        help='.txt, .parquet, .jsonl of {"text": …}, of {"messages": […]} or (alone) of {"prompt": …, "chosen": …, '
+        '"rejected": …}, or a prepared folder; repeatable',
     )
     add("--data-weights", metavar="W,…", help="how often rows come from each text, one number a text (default: alike)")
     add(
@@ -210,6 +232,13 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         metavar="W,…",
         help="the same for the decay, e.g. 1,0: the first alone (default: no change)",
     )
+    add(
+        "--held-out",
+        metavar="S,…",
+        help="share of each text's documents that is held out, one for all or one a text (default 0.02; 0: none, "
+        "not for the first)",
+    )
+    add("--column", metavar="NAME", help="of .parquet files: the column with the documents (default text)")
     add("--drop-unfinished", action="store_true", help="leave out documents that do not end like a sentence")
     add("--train-on", choices=TRAIN_ON, help="of conversations: what the assistant says, or all (default assistant)")
     add(

@@ -21,10 +21,13 @@ from . import arena as arenas
 from .arena import Arena
 from .config import ModelConfig
 from .ops import cpu as cpu_ops
+from .ops.cpu.dpo import dpo_forward_backward
+from .ops.cpu.topk_kl import cross_entropy_topk_forward_backward
 from .ops.needs import Needs, allocate
 
 if TYPE_CHECKING:
-    from .distill import Distillation
+    from .distill import AnyDistillation
+    from .preference import Preference
 
 Array = NDArray[Any]
 
@@ -35,6 +38,7 @@ class BlockState:
 
     xn1: Array
     inv_rms1: Array
+    heads: dict[str, Array]  # of QK-norm, where the model has it
     q: Array
     k: Array
     v: Array
@@ -80,7 +84,7 @@ class Worker:
         self.xs = [self._new(n, c.dim) for _ in range(c.n_layers + 1 if training else 2)]
         self._shared = (self._new(n, c.dim), self._new(n, c.dim), self._new(n, c.hidden_dim))
         self.states = [self._block_state() for _ in range(n_states)]
-        self.qkv = self._new(rows, seq_len, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
+        self.qkv = self._new(*self._qkv_shape())
         self.o = self._new(*self._q_shape())
         self.xn_final = self._new(n, c.dim)
         self.inv_rms_final = allocate(ops.rmsnorm_state(n, self.wide), ops.empty)["inv_rms"]
@@ -104,6 +108,7 @@ class Worker:
         if training:
             needs = needs | self.ops.rmsnorm_scratch(self.config.dim)
             needs = needs | self.ops.embedding_scratch(self.rows * self.seq_len, self.config.vocab_size)
+            needs = needs | (self.ops.qk_norm_scratch(self.config.head_dim) if self.config.qk_norm else {})
         return needs
 
     def _new_wide(self, *shape: int) -> Array:
@@ -117,6 +122,16 @@ class Worker:
     def _kv_shape(self) -> tuple[int, ...]:
         return self.rows, self.config.n_kv_heads, self.seq_len, self.config.head_dim
 
+    def _qkv_shape(self) -> tuple[int, ...]:
+        c = self.config
+        return self.rows, self.seq_len, c.n_heads + 2 * c.n_kv_heads, c.head_dim
+
+    def _qk_norm_state(self) -> Needs:
+        if not self.config.qk_norm:
+            return {}
+        needs: Needs = self.ops.qk_norm_state(self._qkv_shape(), self.config.n_kv_heads, self.dtype, self.wide)
+        return needs
+
     def _block_state(self) -> BlockState:
         c, n = self.config, self.rows * self.seq_len
         own = self.recompute == "none"
@@ -127,6 +142,7 @@ class Worker:
         return BlockState(
             xn1=self._new(n, c.dim) if own else xn1,
             inv_rms1=state[0]["inv_rms"],
+            heads=allocate(self._qk_norm_state(), self.ops.empty),
             q=self._new(*self._q_shape()),
             k=self._new(*self._kv_shape()),
             v=self._new(*self._kv_shape()),
@@ -178,6 +194,9 @@ class Worker:
         self.ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
         self.ops.linear_forward(self.qkv.reshape(n, -1), s.xn1, params[p + "wqkv"])
+        if s.heads:
+            norms = params[p + "q_norm"], params[p + "k_norm"]
+            self.ops.qk_norm_forward(self.qkv, s.heads["raw"], s.heads["inv_rms"], *norms, self.eps)
         self.ops.qkv_rope_forward(s.q, s.k, s.v, self.qkv, self.cos, self.sin)
         if quantize:
             head_dim = self.config.head_dim
@@ -208,16 +227,21 @@ class Worker:
         """(vocab_size, dim): the embedding table itself when tied."""
         return params["tok_embeddings" if self.config.tie_embeddings else "output"]
 
-    def evaluate(self, params: Arena, tokens: Array, targets: Array, quantize: bool) -> Array:
+    def evaluate(
+        self, params: Arena, tokens: Array, targets: Array, quantize: bool, starts: Array | None = None
+    ) -> Array:
         """Loss per token (rows, seq_len), 0 where the target is negative; valid until the next call."""
-        self.forward(params, tokens, quantize)
-        flat = targets.ravel()
+        self.forward(params, tokens, quantize, starts)
+        self._losses(params, targets.ravel())
+        return self.loss.reshape(tokens.shape)
+
+    def _losses(self, params: Arena, flat: Array) -> None:
+        """Of what the forward has left, into self.loss; flat (N,): targets."""
         for start in range(0, flat.size, self.loss_rows):
             rows = slice(start, min(flat.size, start + self.loss_rows))
             logits = self.logits[: rows.stop - start]
             self.ops.linear_forward(logits, self.xn_final[rows], self.output_matrix(params))
             self.ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
-        return self.loss.reshape(tokens.shape)
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -228,16 +252,18 @@ class Worker:
         targets: Array,
         inv: float,
         quantize: bool = False,
-        distillation: Distillation | None = None,
+        distillation: AnyDistillation | None = None,
         starts: Array | None = None,
+        preference: Preference | None = None,
     ) -> float:
         """Gradients of the summed loss times ``inv`` into self.grads (overwritten); returns that
         loss.
 
         tokens, targets (rows, seq_len) int64; a negative target does not count. inv = 1 / targets
-        counted in the whole batch. params holds fake-quantized values when quantize is set.
+        counted in the whole batch. params holds fake-quantized values when quantize is set. With a preference (host arrays
+        only) the loss is that of ops.cpu.dpo, one a row, and inv = 1 / pairs in the whole batch.
         """
-        self.gradients(params, tokens, targets, self.wide(inv), quantize, distillation, starts)
+        self.gradients(params, tokens, targets, self.wide(inv), quantize, distillation, starts, preference)
         return float(self.ops.total(self.loss)) * inv
 
     def gradients(
@@ -247,15 +273,17 @@ class Worker:
         targets: Array,
         inv: Any,
         quantize: bool = False,
-        distillation: Distillation | None = None,
+        distillation: AnyDistillation | None = None,
         starts: Array | None = None,
+        preference: Preference | None = None,
     ) -> None:
         """As forward_backward, but the losses stay in self.loss: nothing is read back."""
         self.ops.fill(self.grads.flat, 0)
         self.forward(params, tokens, quantize, starts)
-        if distillation is not None:
+        if distillation is not None and distillation.teacher is not None:
             distillation.teacher.forward(distillation.params, tokens, starts=starts)
-        self._output_forward_backward(params, targets.ravel(), inv, distillation)
+        weights = None if preference is None else self._preference_weights(params, targets, preference)
+        self._output_forward_backward(params, targets.ravel(), inv, distillation, weights)
         last = self._block_io(self.config.n_layers - 1)[1]
         self.ops.fill(self.dx, 0)
         self._norm_backward(params, "norm", last, self.inv_rms_final)
@@ -268,16 +296,35 @@ class Worker:
             self._block_backward(params, layer, x)
         self.ops.embedding_backward(self.grads["tok_embeddings"], self.dx, tokens.ravel(), self.scratch)
 
+    def _preference_weights(self, params: Arena, targets: Array, preference: Preference) -> Array:
+        """Losses of pairs into self.loss, each at its row's first position; returns the weights (N,) of the gradients.
+
+        A weight depends on both answers, so all losses come before the first gradient: the output layer runs twice.
+        """
+        self._losses(params, targets.ravel())
+        losses, weights = np.empty(self.rows, self.wide), np.empty(targets.shape, self.wide)
+        nll = self.loss.reshape(targets.shape)
+        dpo_forward_backward(losses, weights, nll, targets, self.seen_from, preference.reference, preference.beta)
+        nll[...] = 0
+        nll[:, 0] = losses
+        return weights.ravel()
+
     def _output_forward_backward(
-        self, params: Arena, targets: Array, inv: Any, distillation: Distillation | None
+        self, params: Arena, targets: Array, inv: Any, distillation: AnyDistillation | None, weights: Array | None
     ) -> None:
-        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of xn_final in dxn."""
+        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of xn_final in dxn.
+
+        weights (N,): of each target's gradient, where self.loss is there already; None: 1, and it is not.
+        """
         w, dw = self.output_matrix(params), self.output_matrix(self.grads)
         for start in range(0, targets.size, self.loss_rows):
             rows = slice(start, min(targets.size, start + self.loss_rows))
             logits = self.logits[: rows.stop - start]
             self.ops.linear_forward(logits, self.xn_final[rows], w)
-            if distillation is None:
+            if weights is not None:
+                self.ops.cross_entropy_forward_backward(np.empty_like(self.loss[rows]), logits, targets[rows], inv)
+                logits *= weights[rows, None]
+            elif distillation is None:
                 self.ops.cross_entropy_forward_backward(self.loss[rows], logits, targets[rows], inv)
             else:
                 self._distill(rows, logits, targets[rows], inv, distillation)
@@ -288,11 +335,16 @@ class Worker:
                 self.ops.add(dw, self.doutput)
             self.ops.linear_backward_input(self.dxn[rows], logits, w)
 
-    def _distill(self, rows: slice, logits: Array, targets: Array, inv: Any, distillation: Distillation) -> None:
-        d, teacher = distillation, distillation.teacher
+    def _distill(self, rows: slice, logits: Array, targets: Array, inv: Any, d: AnyDistillation) -> None:
+        alpha, tau = self.wide(d.alpha), self.wide(d.tau)
+        if d.teacher is None:
+            ids, probs = (x.reshape(self.loss.size, -1)[rows] for x in (d.targets.ids, d.targets.probs))
+            probs = probs.astype(self.dtype)
+            cross_entropy_topk_forward_backward(self.loss[rows], logits, ids, probs, targets, alpha, tau, inv)
+            return
+        teacher = d.teacher
         wanted = teacher.logits[: rows.stop - rows.start]
         self.ops.linear_forward(wanted, teacher.xn_final[rows], teacher.output_matrix(d.params))
-        alpha, tau = self.wide(d.alpha), self.wide(d.tau)
         self.ops.cross_entropy_kl_forward_backward(self.loss[rows], logits, wanted, targets, alpha, tau, inv)
 
     def _recompute_activations(self, params: Arena, layer: int, x: Array, quantize: bool) -> None:
@@ -319,9 +371,13 @@ class Worker:
         self.ops.linear_backward_weight(g[p + "wo"], self.dx, s.att)
         self.ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
         self.ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
-        inputs = self.do, s.q, s.k, s.v, s.lse, self.seen_from
+        inputs = self.do, s.q, s.k, s.v, s.att, s.lse, self.seen_from
         self.ops.attention_backward(self.dq, self.dk, self.dv, *inputs, self.scale, self.scratch)
         self.ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
+        if s.heads:
+            kept, norms = (s.heads["raw"], s.heads["inv_rms"]), [p + "q_norm", p + "k_norm"]
+            grads, weights = ([arena[name] for name in norms] for arena in (g, params))
+            self.ops.qk_norm_backward(self.dqkv, *grads, *kept, *weights, self.scratch)
         dqkv = self.dqkv.reshape(n, -1)
         self.ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)
         self.ops.linear_backward_input(self.dxn, dqkv, params[p + "wqkv"])
@@ -345,6 +401,7 @@ def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: st
     """Roughly what one Worker holds, gradients included, in bytes (float32)."""
     c, n = config, rows * seq_len
     per_block = n * (2 * c.q_dim + 2 * c.kv_dim + 2 * c.hidden_dim + c.dim)
+    per_block += n * (c.q_dim + c.kv_dim) if c.qk_norm else 0
     kept = n * (2 * c.dim + c.hidden_dim)
     blocks = c.n_layers if recompute != "block" else 1
     own = c.n_layers if recompute == "none" else 1

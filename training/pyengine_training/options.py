@@ -11,6 +11,8 @@ from .chat import is_chat
 from .config import load_options
 from .errors import ConfigError, DataError
 from .flags import LENGTHS, MODEL_OPTIONS
+from .preference import is_preference
+from .text import HELD_OUT, PARQUET
 
 # about this process or this call, not about the run
 PAPER = ("ranks", "gpu", "nodes", "rate")  # of --plan alone
@@ -18,8 +20,8 @@ PROCESS = (
     *("config", "run_dir", "resume", "plan", "dry_run", "threads", "shard_optimizer", "device", "precision"),
     *PAPER,
 )
-SIZES = ("depth", *MODEL_OPTIONS)
-TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on")
+SIZES = ("depth", *MODEL_OPTIONS, "qk_norm")
+TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on", "held_out", "column")
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     if any(name in flags for name in LENGTHS):  # a flag replaces the file's length, whichever it was
         values = {name: value for name, value in values.items() if name not in LENGTHS}
     values.update((name, value) for name, value in flags.items() if name not in PROCESS)
-    for name in ("data_weights", "decay_data_weights"):
+    for name in ("data_weights", "decay_data_weights", "held_out"):
         if isinstance(values.get(name), str):
             try:
                 values[name] = [float(w) for w in values[name].split(",")]
@@ -67,7 +69,7 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
     if options.precision is not None and options.device == "cpu":
         raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
     if options.plan:
-        others = ("init_from", "branch_from", "teacher", *TEXT[:2], "drop_unfinished", "budget_minutes")
+        others = ("init_from", "branch_from", "teacher", *TEXT[:2], *TEXT[3:], "budget_minutes")
         return _refuse(values, others, "--plan computes from sizes, batch and tokens")
     given = [name for name in PAPER if getattr(options, name) is not None]
     if given:
@@ -88,14 +90,34 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         )
     if values.get("branch_from"):
         kept = (*SIZES, *TEXT, "teacher", "init_from", "lora", "seed", "seq_len", "packing", "optimizer")
-        return _refuse(values, kept, "--branch-from continues its parent's model, text and order of rows")
+        return _refuse(
+            values,
+            (*kept, "teacher_cache", "teacher_top_k"),
+            "--branch-from continues its parent's model, text and order of rows",
+        )
     if values.get("init_from"):
         _refuse(values, SIZES, "the model comes from --init-from")
         _refuse(values, ("tokenizer", "vocab_size"), "--init-from brings its tokenizer")
     if values.get("teacher"):
         _refuse(values, ("tokenizer", "vocab_size"), "the student reads with its teacher's tokenizer")
     else:
-        _refuse(values, ("distill_alpha", "distill_tau"), "there is no --teacher")
+        _refuse(values, ("distill_alpha", "distill_tau", "teacher_cache"), "there is no --teacher")
+    if values.get("teacher_cache"):
+        if options.device == "cuda":
+            raise ConfigError(
+                "--device cuda does not read a teacher's cache; without --teacher-cache it runs the teacher"
+            )
+        if values.get("attention", "document") != "document":
+            raise ConfigError(
+                "--teacher-cache needs --attention document: the teacher has read every document by itself"
+            )
+    else:
+        _refuse(values, ("teacher_top_k",), "there is no --teacher-cache")
+    if not any(Path(path).suffix == PARQUET for path in values.get("data") or []):
+        _refuse(values, ("column",), "no text is a .parquet file")
+    if any(is_preference(Path(path)) for path in values.get("data") or [] if Path(path).is_file()):
+        return _refuse_beside_pairs(values, options)
+    _refuse(values, ("dpo_beta",), "no text consists of pairs of answers")
     chats = [is_chat(Path(path)) for path in values.get("data") or [] if Path(path).is_file()]
     if not any(chats):
         _refuse(values, ("train_on",), "no text consists of conversations")
@@ -105,16 +127,44 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
     if any(prepared):
         _refuse(values, ("tokenizer", "vocab_size"), "a prepared folder brings its tokenizer")
     if prepared and all(prepared):
-        _refuse(values, ("drop_unfinished",), "the documents of a prepared folder are chosen already")
+        _refuse(values, ("drop_unfinished", "held_out"), "the documents of a prepared folder are chosen already")
     if values.get("tokenizer"):
         _refuse(values, ("vocab_size",), "--tokenizer is given")
     return None
+
+
+def _refuse_beside_pairs(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """As refuse_unused, for a run that learns from preferences."""
+    if len(values["data"]) > 1:
+        raise ConfigError("pairs of answers are learnt from alone: give one --data")
+    if not values.get("init_from"):
+        raise ConfigError("pairs of answers need a model that answers: --init-from")
+    if options.device == "cuda":
+        raise ConfigError("--device cuda does not learn from preferences; --device cpu does")
+    _refuse(
+        values, ("teacher", "teacher_cache", "distill_alpha", "distill_tau"), "pairs of answers have their own loss"
+    )
+    _refuse(values, ("attention", "packing"), "a row is one pair of answers, which do not see each other")
+    _refuse(values, ("train_on", "drop_unfinished", "data_weights", "decay_data_weights"), "pairs of answers are whole")
+    _refuse(values, ("tokens",), "a step counts pairs, not tokens: give --steps")
 
 
 def _refuse(values: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
     given = [name for name in names if name in values]
     if given:
         raise ConfigError(f"{_flags(given)} would have no effect: {reason}")
+
+
+def held_out_shares(values: dict[str, Any], count: int) -> list[float]:
+    """Of each of ``count`` texts."""
+    given = values.get("held_out", [HELD_OUT])
+    given = [given] if isinstance(given, int | float) else given
+    shares = [_number("held_out", share) for share in given] if isinstance(given, list) else []
+    if len(shares) not in (1, count):
+        raise ConfigError(f"--held-out: {len(shares)} shares for {count} texts: give one for all or one each")
+    if not all(0 <= share <= 0.5 for share in shares) or shares[0] == 0:
+        raise ConfigError(f"--held-out is {given}; shares lie in 0..0.5, and the first text's is not 0")
+    return shares * count if len(shares) == 1 else shares
 
 
 def data_paths(values: dict[str, Any]) -> list[Path]:

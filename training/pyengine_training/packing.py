@@ -128,6 +128,7 @@ class RowPacker:
         self.document = np.repeat(np.arange(len(split.length)), pieces)
         first = np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.offset = (np.arange(len(self.document)) - first) * seq_len
+        self.place = (np.cumsum(split.length) - split.length)[self.document] + self.offset
         self.length = np.minimum(split.length[self.document] - self.offset, seq_len)
         self.first_row = [0]  # of each epoch
         self.epochs: dict[int, _Restart | _BestFit] = {}
@@ -154,11 +155,21 @@ class RowPacker:
             self.first_row.append(self.first_row[-1] + self.rows_in_epoch(len(self.first_row) - 1))
         return int(np.searchsorted(self.first_row, row, side="right")) - 1
 
-    def fill(self, out: Array, row: int, starts: Array | None = None, counted: Array | None = None) -> None:
+    def fill(
+        self,
+        out: Array,
+        row: int,
+        starts: Array | None = None,
+        counted: Array | None = None,
+        positions: Array | None = None,
+        *,
+        whole: bool = False,
+    ) -> None:
         """out (seq_len + 1,) int64 = the tokens of row r.
 
-        Beside them, where wanted: starts, the position at which each token's document starts, and counted, whether the
-        token is to be predicted from what its own document has before it.
+        Beside them, where wanted: starts, the position at which each token's document starts; counted, whether the token
+        is to be predicted from what its own document has before it; positions, the token's place in the split, documents
+        behind one another (with ``whole``: only of pieces that the row does not cut).
         """
         epoch = self.epoch_of(row)
         filled = 0
@@ -170,6 +181,8 @@ class RowPacker:
                 starts[part] = filled
             if counted is not None:
                 self._count(counted, out, part, piece)
+            if positions is not None and not (whole and count < self.length[piece]):
+                positions[part] = self.place[piece] + np.arange(count)
             filled += count
 
     def _count(self, counted: Array, out: Array, part: slice, piece: int) -> None:

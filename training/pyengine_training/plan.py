@@ -90,6 +90,26 @@ def warnings(epochs: list[float], held_out: int, tokens: int) -> list[str]:
     return found
 
 
+STEPS = 1000  # steps that a short run should have: measured at 1 million tokens (docs/training.md)
+LEAST_TOKENS = 1024  # of a step
+
+
+def batch_hint(config: TrainConfig) -> list[str]:
+    """Where a run has few large steps, what would teach it more from the same text."""
+    every = config.batch_size * config.seq_len
+    wanted = max(LEAST_TOKENS, config.steps * every // STEPS)
+    if every < 2 * wanted or config.batch_size == 1:
+        return []
+    rows = 1 << (max(1, wanted // config.seq_len).bit_length() - 1)
+    again = (
+        f"--batch-size {rows} --shards {min(rows, config.shards)} --steps {config.steps * config.batch_size // rows}"
+    )
+    return [
+        f"hint: {config.steps:,} steps of {every:,} tokens: so short a run learns more in smaller steps "
+        f"(as many tokens: {again})"
+    ]
+
+
 BLAS_SHARE = 0.55  # of a large matrix product's rate is what whole steps reach, typically
 
 

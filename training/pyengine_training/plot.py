@@ -69,7 +69,8 @@ def plot_losses(pieces: list[Entries], path: Path) -> bool:
     size = -(-len(steps) // POINTS)
     axes.plot(*thinned(steps), linewidth=0.8, alpha=0.6, label="train" if size < 2 else f"train, means of {size} steps")
     if checks:
-        label = f"validation; {checks[-1]['val_bits_per_byte']:.3f} bits a byte at the end"
+        bits = checks[-1].get("val_bits_per_byte")
+        label = "validation" if bits is None else f"validation; {bits:.3f} bits a byte at the end"
         axes.plot([e["tokens"] / 1e6 for e in checks], [e["val_loss"] for e in checks], marker=".", label=label)
     _mark(axes, pieces, steps)
     _dress(axes)

@@ -19,18 +19,22 @@ from .config import ModelConfig, TrainConfig, model_from_depth, to_json, train_c
 from .data import Corpus, Reader, file_sha256, prepare_corpus
 from .device import Device, Machine
 from .errors import CheckpointError, ConfigError, DataError
-from .flags import MODEL_OPTIONS
+from .flags import MODEL_OPTIONS, SWITCH
 from .lora import parse as parse_lora
-from .options import data_paths
+from .options import data_paths, held_out_shares
 from .plan import estimated_step_seconds, make_plan
+from .preference import Pairs, is_preference, prepare_pairs, store_reference
 from .ranks import check_ranks
 from .scale import CARDS, predict
-from .text import end_token, labelled, load_tokenizer, read_documents, train_tokenizer
+from .teacher_cache import TOP_K, prepare_cache
+from .text import COLUMN, end_token, labelled, load_tokenizer, read_documents, train_tokenizer
 from .threads import available_threads
+from .trainer import check_sizes
 
 VOCABULARY = 4096
 FINE_TUNING_LR, FINE_TUNING_MUON_LR = 3e-4, 2e-3  # of a model that has learnt already
 LORA_LR = 1e-3
+PREFERENCE_LR, PREFERENCE_LORA_LR = 1e-5, 1e-4  # AdamW's: the loss pulls as long as it is let
 DISTILL_ALPHA = 0.5  # where a teacher is given and no share
 
 
@@ -60,7 +64,9 @@ def model_config(values: dict[str, Any], vocab_size: int, seq_len: int) -> Model
         raise ConfigError(f"a size is no integer: {error}") from error
     if "dim" in sizes and "head_dim" not in sizes and sizes.get("n_heads", 0) > 0:
         sizes["head_dim"] = sizes["dim"] // sizes["n_heads"]
-    return dataclasses.replace(base, **sizes)
+    if values.get("qk_norm", "off") not in SWITCH:
+        raise ConfigError(f"qk_norm is {values['qk_norm']!r}; choose from {SWITCH}")
+    return dataclasses.replace(base, **sizes, qk_norm=values.get("qk_norm") == "on")
 
 
 def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
@@ -74,12 +80,25 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
         base.update(lr=LORA_LR if values.get("lora") else FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
     if any(is_chat(path) for path in paths if path.is_file()):
         base.update(attention="document", packing="best-fit")
+    if any(is_preference(path) for path in paths if path.is_file()):
+        base.update(lr=PREFERENCE_LORA_LR if values.get("lora") else PREFERENCE_LR, optimizer="adamw")
+        base.update(attention="document", weight_decay=0.0)
     if values.get("teacher"):
         base["distill_alpha"] = DISTILL_ALPHA
+    if values.get("teacher_cache"):
+        base["attention"] = "document"
     return base
 
 
 # ---- text --------------------------------------------------------------------------------------------------------
+
+
+def reading(values: dict[str, Any]) -> dict[str, Any]:
+    """How documents are taken out of a file."""
+    return {
+        "drop_unfinished": bool(values.get("drop_unfinished")),
+        "column": str(values.get("column", COLUMN)),
+    }
 
 
 def find_tokenizer(values: dict[str, Any], paths: Sequence[Path]) -> Any:
@@ -93,9 +112,9 @@ def find_tokenizer(values: dict[str, Any], paths: Sequence[Path]) -> Any:
             return load_tokenizer(path / "tokenizer.json")
 
     def documents() -> Iterator[str]:
-        for path in paths:
+        for path, share in zip(paths, held_out_shares(values, len(paths)), strict=True):
             found = False
-            for text, held_out in labelled(read_documents(path, drop_unfinished=bool(values.get("drop_unfinished")))):
+            for text, held_out in labelled(read_documents(path, **reading(values)), share):
                 found = True
                 if not held_out:
                     yield text
@@ -128,6 +147,7 @@ def prepare_all(
     """Corpora of the texts as paths relative to the run folder, or absolute for prepared ones."""
     corpora = []
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    shares = held_out_shares(values, len(paths))
     for number, path in enumerate(paths):
         if path.is_dir():
             if Corpus(path).manifest.get("tokenizer_sha256") != digest:
@@ -140,10 +160,28 @@ def prepare_all(
             if not values.get("init_from"):
                 raise DataError(f"{path}: conversations need a model whose template renders them: --init-from")
             chat = ChatFormat(Path(values["init_from"]), tokenizer, values.get("train_on", TRAIN_ON[0]))
-        drop = bool(values.get("drop_unfinished"))
-        prepare_corpus(path, target, tokenizer, eos=eos, chat=chat, drop_unfinished=drop)
+        prepare_corpus(path, target, tokenizer, eos=eos, chat=chat, held_out=shares[number], **reading(values))
         corpora.append(str(target.relative_to(folder)))
     return corpora
+
+
+PAIRS = "data/pairs"  # in the run folder
+
+
+def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfig, folder: Path) -> TrainConfig:
+    """Pairs of answers and what the model thinks of them; the config with rows that hold them."""
+    model_folder = Path(values["init_from"])
+    tokenizer = load_tokenizer(model_folder / "tokenizer.json")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prepare_pairs(source, folder, ChatFormat(model_folder, tokenizer), held_out_shares(values, 1)[0])
+    pairs = Pairs(folder)
+    model, params = checkpoints.load_model(model_folder)
+    if "seq_len" not in values:
+        config = dataclasses.replace(config, seq_len=pairs.row_length(model.max_seq_len))
+    pairs.check(source, config.seq_len)
+    check_sizes(model, config)
+    store_reference(pairs, model, params, config.seq_len, available_threads())
+    return config
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -152,6 +190,7 @@ def prepare_all(
 def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> None:
     """Tokenizer, data, sizes, run.json of a run that begins here."""
     paths = data_paths(values)
+    held_out_shares(values, len(paths))
     config = train_config(values, base_options(values, paths))
     if values.get("lora"):
         parse_lora(str(values["lora"]), Path(values["init_from"]))  # before the text is read
@@ -167,7 +206,10 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     )
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}")
-    corpora = prepare_all(values, paths, tokenizer, folder, eos)
+    pairs = attachments is not None and is_preference(paths[0])
+    if pairs:
+        config = prepare_preferences(values, paths[0], config, folder / PAIRS)
+    corpora = [] if pairs else prepare_all(values, paths, tokenizer, folder, eos)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     extra = {
         "command": shlex.join(["pyengine", "train", *arguments]),
@@ -176,16 +218,23 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     }
     config = dataclasses.replace(config, extra=extra)
     lora = parse_lora(str(values["lora"]), attachments) if values.get("lora") and attachments else None
-    run_values = {
+    run_values: dict[str, Any] = {
         "lora": lora.to_json() if lora else None,
         "model": to_json(model),
         "train": to_json(config),
         "corpora": corpora,
+        "pairs": PAIRS if pairs else None,
         "bos": bos,
         "eos": eos,
         "attachments": str(attachments) if attachments else None,
         "teacher": str(Path(values["teacher"]).resolve()) if values.get("teacher") else None,
     }
+    if values.get("teacher_cache"):
+        cache, teacher = Path(values["teacher_cache"]).resolve(), Path(values["teacher"])
+        texts = [Corpus(folder / path) for path in corpora]
+        k = int(values.get("teacher_top_k", TOP_K))
+        prepare_cache(cache, teacher, texts, model, config, k, available_threads())
+        run_values["teacher_cache"] = str(cache)
     runfolder.write_run(folder, run_values)
 
 
@@ -201,9 +250,13 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
             f"{checkpoint}: its run.json is not beside it; branch from a checkpoint in its run folder"
         )
     parent = train.open_run(origin)
+    if parent.pairs:
+        raise ConfigError("--branch-from continues runs on text: start from this run's final/ with --init-from")
     run_values = runfolder.read_run(origin)
     if not run_values.get("teacher") and {"distill_alpha", "distill_tau"} & set(values):
         raise ConfigError("--distill-alpha, --distill-tau would have no effect: the parent has no teacher")
+    if run_values.get("teacher_cache") and "distill_tau" in values:
+        raise ConfigError("--distill-tau is that of the parent's cached teacher and cannot change")
     base = dict(state["train"])
     base["extra"] = {
         **base.get("extra", {}),

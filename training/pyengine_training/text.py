@@ -9,30 +9,33 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .errors import DataError, MissingLibraryError
 
 END_OF_TEXT = "<|endoftext|>"  # id 0 of a tokenizer trained here: begins and ends every document
-VALIDATION_EVERY = 50
+HELD_OUT = 0.02  # share of the documents
+COLUMN = "text"  # of a parquet file
 # where no separator lines exist, a document ends at the first blank line after so many characters,
 PARAGRAPH_DOCUMENT = 4096
 LINES_DOCUMENT = 4 * PARAGRAPH_DOCUMENT  # or at the first line end after these,
 LONG_LINE = 4 * LINES_DOCUMENT  # and a line is cut that is longer than this
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_END = re.compile("\r\n?")
+LARGEST_VOCABULARY = 1 << 20  # that is trained here
 SENTENCE_ENDS = tuple(".!?\"')]’”…")
 
 
-def read_documents(path: Path, *, drop_unfinished: bool = False) -> Iterator[str]:
-    """Documents of a .txt or .jsonl file, stripped, empty ones left out.
+def read_documents(path: Path, *, drop_unfinished: bool = False, column: str = COLUMN) -> Iterator[str]:
+    """Documents of a .txt, .jsonl or .parquet file, stripped, empty ones left out.
 
     In text, lines that consist of ``<|endoftext|>`` separate documents and are never part of one; a text without such
     lines is cut into documents of a few thousand bytes at blank lines, where those are far apart at line ends, and in
-    very long lines at spaces. In .jsonl each line is an object with "text". A byte order mark is no text, every kind of
-    line end becomes a newline, and a lone surrogate becomes U+FFFD. drop_unfinished leaves out documents that do not end
+    very long lines at spaces. In .jsonl each line is an object with "text"; in .parquet each row of ``column``
+    is a document. A byte order mark is no text, every kind of line end becomes a newline, and a lone surrogate becomes U+FFFD.
+    drop_unfinished leaves out documents that do not end
     like a sentence (stories cut short). Raises DataError when the file is unreadable, not UTF-8, or malformed.
     """
-    source = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
-    for document in source:
+    readers = {".jsonl": lambda: _read_jsonl(path), PARQUET: lambda: _read_parquet(path, column)}
+    for document in readers.get(path.suffix, lambda: _read_text(path))():
         document = document.strip()
         if document and not (drop_unfinished and not document.endswith(SENTENCE_ENDS)):
             yield document
@@ -97,24 +100,58 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         yield LONE_SURROGATE.sub("\ufffd", text).replace(END_OF_TEXT, " ")
 
 
+PARQUET = ".parquet"
+ROWS = 1000  # of a parquet file that are read at a time
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise MissingLibraryError(f"{path}: parquet needs pyarrow: pip install 'pyengine-lm[parquet]'") from error
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise DataError(f"{path}: no column {column!r}; it has {', '.join(names) or 'none'}: --column")
+            for batch in file.iter_batches(ROWS, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if not isinstance(text, str):
+                        raise DataError(f"{path}: row {number} of column {column!r} is no text ({type(text).__name__})")
+                    yield _plain(text)
+    except (OSError, ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _plain(text: str) -> str:
+    """Without lone surrogates, other line ends, and the separator."""
+    return LONE_SURROGATE.sub("\ufffd", LINE_END.sub("\n", text)).replace(END_OF_TEXT, " ")
+
+
 # ---- held-out documents ------------------------------------------------------------------------------------------
 
 
-def is_validation(document: str) -> bool:
-    """One document in VALIDATION_EVERY, by its content: the same text is on the same side in every run."""
+def is_validation(document: str, share: float = HELD_OUT) -> bool:
+    """One document in 1 / share, by its content: the same text is on the same side in every run."""
     digest = hashlib.sha256(document.encode()).digest()
-    return int.from_bytes(digest, "big") % VALIDATION_EVERY == 0
+    return share > 0 and int.from_bytes(digest, "big") % round(1 / share) == 0
 
 
-def labelled(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """(document, whether it is held out). Neither side is ever empty, unless there is no text at all.
+def labelled(documents: Iterable[str], share: float = HELD_OUT) -> Iterator[tuple[str, bool]]:
+    """(document, whether it is held out). Neither side is ever empty, unless there is no text at all, or share is 0.
 
     Where all documents fall on one side the last one changes it, and a text that is one document is cut near its end.
     """
+    if share == 0:
+        yield from ((document, False) for document in documents)
+        return
     last: dict[bool, str] = {}  # one of each side is kept back
     seen = {False: False, True: False}
     for document in documents:
-        side = is_validation(document)
+        side = is_validation(document, share)
         if side in last:
             yield last[side], side
             seen[side] = True
@@ -148,8 +185,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    if not 257 < vocab_size <= 1 << 16:
-        raise DataError(f"vocab_size is {vocab_size}; it must lie in 258..65536 (tokens are uint16)")
+    if not 257 < vocab_size <= LARGEST_VOCABULARY:
+        raise DataError(f"vocab_size is {vocab_size}; it must lie in 258..{LARGEST_VOCABULARY}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -29,30 +29,32 @@ from .config import (
     model_config_from_json,
     train_config_from_json,
 )
-from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, ValidationBatch, validation_batches
+from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, validation_batches
 from .device import Machine
 from .energy import EnergyMeter, add_joules
 from .errors import CheckpointError, ConfigError, Interrupted
 from .files import atomic_directory
 from .lora import LoraConfig
 from .model import Worker
-from .plan import estimated_step_seconds, format_seconds, make_plan, warnings
+from .plan import batch_hint, estimated_step_seconds, format_seconds, make_plan, warnings
 from .plot import plot_losses
+from .preference import Pairs, PairSource
 from .scale import state_bytes
+from .teacher_cache import TeacherCache
 from .text import load_tokenizer
-from .validation import Validation
+from .validation import HeldOut, PairValidation, Validation
 
 LOG_EVERY_SECONDS = 30.0
 
 
 @dataclass
 class Run:
-    """Everything a run needs, opened. corpora[0] is the one that validation uses."""
+    """Everything a run needs, opened. corpora[0] is the one whose validation is the run's."""
 
     folder: Path
     model: ModelConfig
     config: TrainConfig
-    corpora: list[Corpus]
+    corpora: list[Corpus]  # empty where there are pairs
     tokenizer: Any
     bos: int | None
     eos: int | None
@@ -60,12 +62,17 @@ class Run:
     teacher: tuple[ModelConfig, Arena] | None = None
     reader: Reader = FROM_THE_BEGINNING
     lora: LoraConfig | None = None
+    cache: TeacherCache | None = None  # instead of a teacher
+    pairs: Pairs | None = None  # of answers, to learn a preference from
 
     def fingerprint(self) -> str:
-        return "+".join(corpus.fingerprint() for corpus in self.corpora)
+        sources = [self.pairs] if self.pairs else self.corpora
+        return "+".join(source.fingerprint() for source in sources)
 
-    def source(self) -> BatchSource:
+    def source(self) -> BatchSource | PairSource:
         c = self.config
+        if self.pairs:
+            return PairSource(self.pairs, c.batch_size, c.seq_len, c.seed, c.dpo_beta, self.reader)
         return BatchSource(
             [corpus.train for corpus in self.corpora],
             self.phases(),
@@ -76,6 +83,7 @@ class Run:
             masked=c.attention == "document",
             eos=self.eos,
             packing=c.packing,
+            cache=self.cache,
         )
 
     def phases(self) -> list[Phase]:
@@ -101,13 +109,19 @@ class Run:
             attachments=self.attachments,
         )
 
-    def validation(self, rows: int) -> tuple[list[ValidationBatch], int]:
-        """Batches of the first eval_documents validation documents, and their bytes."""
-        split = self.corpora[0].validation
-        limit = min(self.config.eval_documents, len(split.length))
-        eos = self.eos if self.eos is not None else 0
-        batches = list(validation_batches(split, rows, self.config.seq_len, eos, limit))
-        return batches, int(split.n_bytes[:limit].sum())
+    def validations(self, rows: int) -> list[HeldOut]:
+        """The first eval_documents held-out documents of each text that has some, or so many held-out pairs."""
+        c = self.config
+        if self.pairs:
+            return [HeldOut("pairs", list(self.pairs.validation(rows, c.seq_len, c.dpo_beta, c.eval_documents)))]
+        eos, found = self.eos if self.eos is not None else 0, []
+        for corpus in self.corpora:
+            split = corpus.validation
+            limit = min(c.eval_documents, len(split.length))
+            if limit:
+                batches = list(validation_batches(split, rows, c.seq_len, eos, limit))
+                found.append(HeldOut(corpus.folder.name, batches, int(split.n_bytes[:limit].sum())))
+        return found
 
 
 def open_run(folder: Path) -> Run:
@@ -115,7 +129,7 @@ def open_run(folder: Path) -> Run:
     values = runfolder.read_run(folder)
     attachments = Path(values["attachments"]) if values.get("attachments") else None
     teacher = None
-    if values.get("teacher"):
+    if values.get("teacher") and not values.get("teacher_cache"):
         teacher = checkpoints.load_model(Path(values["teacher"]))
     return Run(
         folder=folder,
@@ -128,6 +142,8 @@ def open_run(folder: Path) -> Run:
         attachments=attachments,
         teacher=teacher,
         lora=LoraConfig.from_json(values["lora"]) if values.get("lora") else None,
+        cache=TeacherCache(Path(values["teacher_cache"])) if values.get("teacher_cache") else None,
+        pairs=Pairs(folder / values["pairs"]) if values.get("pairs") else None,
         reader=Reader.from_json(values["reader"]) if values.get("reader") else FROM_THE_BEGINNING,
     )
 
@@ -164,7 +180,7 @@ class Loop:
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
         self.trainer = machine.trainer(run.model, run.config, run.teacher, run.lora)
-        self.validation, self.validation_bytes = run.validation(self.trainer.backend.shard_rows)
+        self.held_out = run.validations(self.trainer.backend.shard_rows)
         self.log = runfolder.Log(run.folder / "log.txt", speaks=self.leads)
         self.metrics_path = run.folder / "metrics.jsonl"
         self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False) if self.leads else None
@@ -231,28 +247,21 @@ class Loop:
         if self.trainer.backend.adapters:
             self.trainer.backend.adapters.save_state(folder)
 
-    def validate(self, quantize: bool) -> Validation:
-        """Validate, log, plot."""
-        result = self.trainer.validate(self.validation, self.validation_bytes, quantize)
+    def validate(self, quantize: bool) -> Validation | PairValidation:
+        """Validate on each text, log, plot; returns the first text's result."""
+        results = [part.result(self.trainer.backend.validation_sums(part.batches, quantize)) for part in self.held_out]
+        result = results[0]
         state = self.trainer.state
         if state.best_validation is None or result.loss < state.best_validation:
             state.best_validation = result.loss
         if not self.leads:
             return result
-        self.metrics.write(
-            {
-                "step": state.step,
-                "tokens": state.tokens,
-                "val_loss": result.loss,
-                "val_bits_per_byte": result.bits_per_byte,
-                "int8": quantize,
-            }
-        )
-        arithmetic = "int8" if quantize else "float32"
-        self.log.say(
-            f"step {state.step}: validation {result.loss:.4f} nats/token, "
-            f"{result.bits_per_byte:.4f} bits/byte ({arithmetic})"
-        )
+        others = {part.name: r.metrics() for part, r in zip(self.held_out[1:], results[1:], strict=True)}
+        entry = {**result.metrics(), "int8": quantize, **({"others": others} if others else {})}
+        self.metrics.write({"step": state.step, "tokens": state.tokens, **entry})
+        for part, found in zip(self.held_out, results, strict=True):
+            of = f" of {part.name}" if others else ""
+            self.log.say(f"step {state.step}: validation{of} {found} ({'int8' if quantize else 'float32'})")
         plot_losses([runfolder.read_metrics(self.metrics_path)], self.run.folder / "loss.png")
         return result
 
@@ -415,8 +424,14 @@ def _say_plan(loop: Loop, machine: Machine) -> None:
     memory = machine.device.memory_bytes(run.model, run.config, threads, *ranks)
     epochs = loop.source.epochs(run.config.steps)
     plan = make_plan(run.model, run.config, epochs, cores, seconds, memory)
-    held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
-    for line in [*plan.lines(run.model, run.config), *warnings(epochs, held_out, held_out + text)]:
+    more = []
+    if run.pairs:
+        more.append(f"pairs       {len(run.pairs.train):,} to learn from, {len(run.pairs.held_out):,} held out")
+    else:
+        held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
+        more += warnings(epochs, held_out, held_out + text)
+        more += [] if run.config.extra.get("init_from") else batch_hint(run.config)
+    for line in [*plan.lines(run.model, run.config), *more]:
         loop.log.say(line)
     if machine.comm.size > 1:
         moments = state_bytes(run.model, run.config, *ranks)

@@ -19,8 +19,10 @@ from .checkpoint import TrainingState
 from .comm import same_everywhere
 from .config import ModelConfig, TrainConfig
 from .data import ValidationBatch
+from .distill import SoftTargets
 from .errors import ConfigError, NotFiniteError
 from .optimizer import schedule
+from .preference import Preference
 from .validation import Validation, summarize
 
 Array = NDArray[Any]
@@ -77,15 +79,22 @@ class Trainer:
         inputs = StepInputs(self.state.step, max(1, _counted(targets)), quantize, starts=starts)
         return self.backend.gradients(tokens, targets, inputs)
 
-    def step(self, tokens: Array, targets: Array, starts: Array | None = None) -> StepResult:
+    def step(
+        self, tokens: Array, targets: Array, starts: Array | None = None, more: Preference | SoftTargets | None = None
+    ) -> StepResult:
         """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a bad loss.
 
         starts, like tokens: the first position that each position sees, where documents are kept from each other.
+        more: where a row is a pair of answers, or a cached teacher's thoughts on the tokens.
         """
         step = self.state.step
         quantize, factor, counted = self.config.quantized(step), schedule(self.config, step), _counted(targets)
         try:
-            loss, norm = self.backend.step(tokens, targets, StepInputs(step, max(1, counted), quantize, factor, starts))
+            preference = more if isinstance(more, Preference) else None
+            soft = more if isinstance(more, SoftTargets) else None
+            share = max(1, counted) if preference is None else len(tokens)
+            inputs = StepInputs(step, share, quantize, factor, preference, soft, starts)
+            loss, norm = self.backend.step(tokens, targets, inputs)
         except NotFiniteError as error:
             named = NotFiniteError(f"step {step}: {error}")
             named.on_all_ranks = error.on_all_ranks

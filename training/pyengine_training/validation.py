@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from .arena import Arena
 from .data import ValidationBatch
 from .model import Worker
+from .preference import PairBatch
 from .threads import run_all
 
 Array = NDArray[Any]
+Batches = Iterable[ValidationBatch] | Iterable[PairBatch]
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,35 @@ class Validation:
     tokens: int
     n_bytes: int
 
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        return {"val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
 
-def batch_sums(loss: Array, batch: ValidationBatch) -> tuple[float, int, float, int]:
-    """Loss and tokens of a batch, then loss and tokens of its text alone; loss (rows, seq_len)."""
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte"
+
+
+@dataclass(frozen=True)
+class PairValidation:
+    """Over held-out pairs. accuracy: share of pairs whose chosen answer has gained on the rejected one since the start;
+    margin: by how many nats, on average."""
+
+    loss: float
+    accuracy: float
+    margin: float
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        return {"val_loss": self.loss, "val_accuracy": self.accuracy, "val_margin": self.margin}
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} a pair, {self.accuracy:.1%} right, margin {self.margin:.2f} nats"
+
+
+def batch_sums(loss: Array, batch: ValidationBatch | PairBatch) -> tuple[float, float, float, float]:
+    """Loss and tokens of a batch, then loss and tokens of its text alone; loss (rows, seq_len). Of pairs: their own sums."""
+    if isinstance(batch, PairBatch):
+        return batch.sums(loss)
     return (
         float(loss.sum(dtype=np.float64)),
         int((batch.targets >= 0).sum()),
@@ -40,17 +68,19 @@ def batch_sums(loss: Array, batch: ValidationBatch) -> tuple[float, int, float, 
 
 
 def sums_on_threads(
-    workers: list[Worker], pool: ThreadPoolExecutor, params: Arena, batches: Iterable[ValidationBatch], quantize: bool
+    workers: list[Worker], pool: ThreadPoolExecutor, params: Arena, batches: Batches, quantize: bool
 ) -> Array:
     """(batches, 4) float64: :func:`batch_sums` of each, spread over the workers."""
-    rows = list(batches)
+    rows: list[ValidationBatch | PairBatch] = [*batches]
     sums = np.zeros((len(rows), 4))
 
     def run(slot: int) -> Callable[[], None]:
         def work() -> None:
             for index in range(slot, len(rows), len(workers)):
                 batch = rows[index]
-                sums[index] = batch_sums(workers[slot].evaluate(params, batch.tokens, batch.targets, quantize), batch)
+                starts = batch.starts if isinstance(batch, PairBatch) else None
+                nll = workers[slot].evaluate(params, batch.tokens, batch.targets, quantize, starts)
+                sums[index] = batch_sums(nll, batch)
 
         return work
 
@@ -67,3 +97,23 @@ def summarize(sums: Array, n_bytes: int) -> Validation:
         tokens=int(tokens),
         n_bytes=n_bytes,
     )
+
+
+def summarize_pairs(sums: Array) -> PairValidation:
+    """The result of all batches of pairs."""
+    loss, pairs, right, margin = sums.sum(axis=0)
+    return PairValidation(float(loss / pairs), float(right / pairs), float(margin / pairs))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one text's validation is made of. n_bytes: of the documents' text."""
+
+    name: str
+    batches: Sequence[ValidationBatch] | Sequence[PairBatch]
+    n_bytes: int = 0
+
+    def result(self, sums: Array) -> Validation | PairValidation:
+        """Of what the back end has added up."""
+        pairs = isinstance(self.batches[0], PairBatch)
+        return summarize_pairs(sums) if pairs else summarize(sums, self.n_bytes)

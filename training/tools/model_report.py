@@ -57,11 +57,11 @@ def document_bits(engine: Any, text: str, log_probability: Scorer) -> float:
 def float32_scorer(source: Path, tokenizer: Path | None) -> Scorer:
     """Scores by the trainer's float32 forward on the weights of a checkpoint that freeze can read.
 
-    Biases, qk_norm and sliding windows are beyond that forward: such models are refused.
+    Biases and sliding windows are beyond that forward: such models are refused.
     """
     with contextlib.closing(open_source(source, tokenizer=tokenizer)) as model:
         c = model.config
-        if c.qkv_bias or c.o_bias or c.qk_norm or any(layer.window or layer.rope for layer in c.layers):
+        if c.qkv_bias or c.o_bias or any(layer.window or layer.rope for layer in c.layers):
             raise SystemExit(f"{source}: not a plain Llama; cannot be scored in float32")
         names = {f.name for f in dataclasses.fields(ModelConfig)} & set(dir(c))
         config = ModelConfig(**{name: getattr(c, name) for name in names})

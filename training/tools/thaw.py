@@ -4,7 +4,7 @@
 
 For models whose float32 masters are not at hand: the folder can be scored beside the engine
 (paired_losses.py), tuned further (--init-from) or distilled from (--teacher). Freezing it gives the
-same codes and scales. Plain Llama models only; the reader follows csrc/FORMAT.md.
+same codes and scales. Llama models without biases, with or without QK-norm; the reader follows csrc/FORMAT.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def matrix(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Any:
 
 def model_config(stored: dict[str, Any], inv_freq: Any) -> ModelConfig:
     """The trainer's configuration of a frozen config.json; the file has RoPE's frequencies, not its base."""
-    for name in ("qkv_bias", "o_bias", "qk_norm", "requires"):
+    for name in ("qkv_bias", "o_bias", "requires"):
         if stored.get(name):
             raise ConfigError(f"the model has {name}, which the trainer does not know")
     plain = {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"}

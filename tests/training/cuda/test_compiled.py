@@ -14,7 +14,8 @@ import numpy as np
 from compiled import RecordingRuntime, float64_lines, ptx, usage
 from pyengine_training.backend.cuda import CudaBackend
 from pyengine_training.config import ModelConfig, TrainConfig
-from pyengine_training.gpu_check.cases import attention, check, small_cases
+from pyengine_training.gpu_check.cases import attention, small_cases
+from pyengine_training.gpu_check.judge import check
 from pyengine_training.ops import cuda as ops
 from pyengine_training.ops.cuda._runtime import use_runtime
 from pyengine_training.trainer import Trainer

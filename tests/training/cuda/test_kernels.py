@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
-from pyengine_training.gpu_check.cases import Case, check, small_cases
+from pyengine_training.gpu_check.cases import Case, small_cases
+from pyengine_training.gpu_check.judge import check
 from pyengine_training.ops import cuda as ops
 from pyengine_training.ops.cuda import attention as attention_module
 from pyengine_training.ops.cuda import embedding as embedding_module

@@ -80,6 +80,20 @@ def test_gradients_of_a_whole_model(quantize: bool) -> None:
         assert distance(got[name], wanted[name]) < (1e-5 if not quantize else 0.05), name
 
 
+def test_gradients_with_qk_norm_and_documents() -> None:
+    model = dataclasses.replace(MODEL, qk_norm=True)
+    starts = np.array([[0, 0, 2, 2, 4], [0, 0, 0, 0, 0]])
+    trainers = [make_trainer(model, CONFIG, device=d, threads=1) for d in (CPU, Device("cuda", "float32"))]
+    losses = []
+    for trainer in trainers:
+        trainer.initialize()
+        losses.append(trainer.gradients(*batch(0), starts))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    wanted, got = (trainer.grads for trainer in trainers)
+    for name in wanted.shapes:
+        assert distance(got[name], wanted[name]) < 1e-5, name
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_losses_are_the_cpus(optimizer: str, runtime: SimulatedRuntime) -> None:
     cpu, gpu = pair(optimizer=optimizer, quantize="never")
@@ -240,7 +254,7 @@ def test_a_run_holds_what_was_predicted(precision: str, knobs: dict[str, Any]) -
 
 
 def test_the_products_matrices_are_the_masters_rounded_to_nearest() -> None:
-    from pyengine_training.gpu_check.cases import from_bf16, to_bf16
+    from pyengine_training.gpu_check.judge import from_bf16, to_bf16
 
     gpu = pair("bf16", quantize="never")[1]
     gpu.gradients(*batch(0))

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from ..arena import Arena
 from ..comm import Comm
 from ..data import ValidationBatch
+from ..distill import SoftTargets
 from ..lora import Adapters
+from ..preference import PairBatch, Preference
 
 Array = NDArray[Any]
 
@@ -27,6 +29,8 @@ class StepInputs:
     counted: int  # targets that share the mean of the loss
     quantize: bool = False  # simulate the engine's int8
     lr_factor: float = 1.0  # of the schedule
+    preference: Preference | None = None  # of pairs, one a row; counted are pairs then
+    soft: SoftTargets | None = None  # of a cached teacher
     starts: Array | None = None  # (rows, seq_len) int64: first position that each position sees; None: its row's
 
 
@@ -62,7 +66,7 @@ class Backend(Protocol):
     def weights(self, quantize: bool) -> Arena:
         """The parameters that products see: the masters, or the values that their int8 codes stand for."""
 
-    def validation_sums(self, batches: Iterable[ValidationBatch], quantize: bool) -> Array:
+    def validation_sums(self, batches: Iterable[ValidationBatch] | Iterable[PairBatch], quantize: bool) -> Array:
         """(batches, 4) float64, see :func:`..validation.batch_sums`; in float32 arithmetic."""
 
     @property

@@ -8,7 +8,7 @@ memory is allocated in the constructor, or by the first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 from ..arena import Arena, parameter_shapes
 from ..comm import ALONE, Comm, together
 from ..config import ModelConfig, TrainConfig
-from ..data import ValidationBatch
-from ..distill import Distillation, check_teacher
+from ..distill import AnyDistillation, CachedDistillation, Distillation, check_teacher
 from ..lora import Adapters, LoraConfig
 from ..model import Worker, activation_bytes, fake_quantize_parameters
 from ..optimizer import Optimizer, norm_of
 from ..ranks import Exchange, ShardSum, check_ranks, cut
 from ..scale import state_bytes
 from ..threads import available_threads, run_all, single_threaded_blas
-from ..validation import sums_on_threads
+from ..validation import Batches, sums_on_threads
 from . import StepInputs
 
 Array = NDArray[Any]
@@ -119,8 +118,13 @@ class CpuBackend:
         def shard(index: int, slot: int) -> Callable[[], None]:
             first = (first_shard + index) * self.shard_rows
             rows = slice(first, first + self.shard_rows)
-            distillation = self.distillations[slot] if self.distillations else None
+            distillation: AnyDistillation | None = None
+            if inputs.soft is not None:
+                distillation = CachedDistillation(inputs.soft[rows], self.config.distill_alpha, self.config.distill_tau)
+            elif self.distillations:
+                distillation = self.distillations[slot]
             starts = None if inputs.starts is None else inputs.starts[rows]
+            preference = None if inputs.preference is None else inputs.preference[rows]
 
             def run() -> None:
                 with np.errstate(over="ignore", invalid="ignore"):  # the loss and the norm tell
@@ -132,6 +136,7 @@ class CpuBackend:
                         inputs.quantize,
                         distillation,
                         starts,
+                        preference,
                     )
 
             return run
@@ -171,7 +176,7 @@ class CpuBackend:
 
     # ---- validation and checkpoints ----------------------------------------------------------------------------------
 
-    def validation_sums(self, batches: Iterable[ValidationBatch], quantize: bool) -> Array:
+    def validation_sums(self, batches: Batches, quantize: bool) -> Array:
         """Spread over the ranks, and in each over its workers."""
         rows = list(batches)
         with together(self.comm):

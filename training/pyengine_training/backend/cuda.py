@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..lora import Adapters
 from ..model import Array, Worker, fake_quantize_parameters
 from ..ops import cuda as ops
-from ..ops.cuda import adamw, attention, buffers, fake_quant, grad_norm, muon
+from ..ops.cuda import adamw, buffers, fake_quant, grad_norm, muon
 from ..ops.cuda._counting import CountingRuntime
 from ..ops.cuda._runtime import DeviceError, runtime, use_runtime
 from ..ops.needs import allocate, largest
@@ -238,12 +238,16 @@ class CudaBackend:
     def _upload(self, tokens: Array, targets: Array, inputs: StepInputs) -> None:
         """The batch and the step's knobs."""
         c, n = self.config, len(tokens)
+        if inputs.preference is not None:
+            raise ConfigError("--device cuda does not learn from preferences; --device cpu does")
+        if inputs.soft is not None:
+            raise ConfigError(
+                "--device cuda does not read a teacher's cache; without --teacher-cache it runs the teacher"
+            )
         device = runtime()
         device.upload(np.ascontiguousarray(tokens, np.int64), self._tokens[:n])
         device.upload(np.ascontiguousarray(targets, np.int64), self._targets[:n])
         if inputs.starts is not None:
-            if attention.use_flash:
-                raise ConfigError("PYENGINE_CUDA_ATTENTION=flash does not keep documents from each other yet: unset it")
             device.upload(np.ascontiguousarray(inputs.starts, np.int64), self._starts[:n])
         knobs = adamw.host_knobs(
             step=inputs.step + 1,

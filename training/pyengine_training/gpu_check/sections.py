@@ -21,7 +21,8 @@ from ..config import ModelConfig, TrainConfig
 from ..device import CPU, Device, make_trainer
 from ..errors import TrainingError
 from ..trainer import Trainer
-from .cases import check, from_bf16, large_cases, small_cases, to_bf16
+from .cases import large_cases, small_cases
+from .judge import check, from_bf16, to_bf16
 
 Array = Any
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16, by the data sheets

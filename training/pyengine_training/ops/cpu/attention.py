@@ -2,14 +2,14 @@
 
 q, o, dq, do (B, n_kv_heads, T, n_rep, head_dim);  k, v, dk, dv (B, n_kv_heads, T, head_dim)
 lse (B, n_kv_heads, T * n_rep): log-sum-exp of each query's scaled scores, kept for the backward
-starts (B, T) int64: first position that each position sees, its document's or 0;  scale = 1 / sqrt(head_dim)
+starts (B, T) int64: first position that each position sees, its document's or 0, ascending;  scale = 1 / sqrt(head_dim)
 
 forward   S = q k^T * scale, keys after the query and before its start masked;  P = softmax(S);  o = P v   written with =
 backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
           dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q                          written with =
 
-A tile holds TILE positions with their n_rep query heads (n_rep * TILE rows) against all keys up to the tile's end, so
-about half of the masked products are skipped and the scores stay in cache. Probabilities are never stored.
+A tile holds TILE positions with their n_rep query heads (n_rep * TILE rows) against the keys from its first position's start
+to its end, so most masked products are skipped and the scores stay in cache. Probabilities are never stored.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TILE = 128
 
 
 @kernel
-def _softmax(s: Array, lse: Array, starts: Array, n_rep: int, first: int, scale: float) -> None:
-    """Rows of raw scores (n, n_keys) to probabilities, in place; row i is position first + i // n_rep."""
+def _softmax(s: Array, lse: Array, starts: Array, n_rep: int, first: int, key: int, scale: float) -> None:
+    """Rows of raw scores (n, n_keys) to probabilities, in place; row i is position first + i // n_rep, column 0 is key."""
     n, n_keys = s.shape
     for i in range(n):
-        end = first + i // n_rep + 1
-        begin = starts[end - 1]
+        position = first + i // n_rep
+        begin, end = starts[position] - key, position + 1 - key
         for j in range(begin):
             s[i, j] = f4(0)
         top = s[i, begin]
@@ -50,12 +50,12 @@ def _softmax(s: Array, lse: Array, starts: Array, n_rep: int, first: int, scale:
 
 
 @kernel
-def _probabilities(s: Array, lse: Array, starts: Array, n_rep: int, first: int, scale: float) -> None:
+def _probabilities(s: Array, lse: Array, starts: Array, n_rep: int, first: int, key: int, scale: float) -> None:
     """Raw scores to probabilities with the known log-sum-exp, in place."""
     n, n_keys = s.shape
     for i in range(n):
-        end = first + i // n_rep + 1
-        begin = starts[end - 1]
+        position = first + i // n_rep
+        begin, end = starts[position] - key, position + 1 - key
         for j in range(begin):
             s[i, j] = f4(0)
         shift = lse[i]
@@ -66,12 +66,12 @@ def _probabilities(s: Array, lse: Array, starts: Array, n_rep: int, first: int, 
 
 
 @kernel
-def _softmax_backward(dp: Array, p: Array, starts: Array, n_rep: int, first: int, scale: float) -> None:
+def _softmax_backward(dp: Array, p: Array, starts: Array, n_rep: int, first: int, key: int, scale: float) -> None:
     """dp (n, n_keys) becomes the gradient of the raw scores, in place."""
     n, n_keys = p.shape
     for i in range(n):
-        end = first + i // n_rep + 1
-        begin = starts[end - 1]
+        position = first + i // n_rep
+        begin, end = starts[position] - key, position + 1 - key
         for j in range(begin):
             dp[i, j] = f4(0)
         total = f4(0)
@@ -110,11 +110,11 @@ def attention_forward(
             for first in range(0, seq, TILE):
                 end = min(seq, first + TILE)
                 rows = slice(first * n_rep, end * n_rep)
-                n_rows = (end - first) * n_rep
-                s = scratch["scores"][: n_rows * end].reshape(n_rows, end)
-                np.matmul(queries[rows], k[b, g, :end].T, out=s)
-                _softmax(s, lse[b, g, rows], starts[b], n_rep, first, scale)
-                np.matmul(s, v[b, g, :end], out=outputs[rows])
+                n_rows, key = (end - first) * n_rep, int(starts[b, first])
+                s = scratch["scores"][: n_rows * (end - key)].reshape(n_rows, end - key)
+                np.matmul(queries[rows], k[b, g, key:end].T, out=s)
+                _softmax(s, lse[b, g, rows], starts[b], n_rep, first, key, scale)
+                np.matmul(s, v[b, g, key:end], out=outputs[rows])
 
 
 def attention_backward(
@@ -125,12 +125,13 @@ def attention_backward(
     q: Array,
     k: Array,
     v: Array,
+    att: Array,
     lse: Array,
     starts: Array,
     scale: float,
     scratch: dict[str, Array],
 ) -> None:
-    """Gradients of q, k, v."""
+    """Gradients of q, k, v. att: the forward's o as merge_heads gives it, which this one does not need."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     dk.fill(0)
     dv.fill(0)
@@ -142,16 +143,17 @@ def attention_backward(
             for first in range(0, seq, TILE):
                 end = min(seq, first + TILE)
                 rows = slice(first * n_rep, end * n_rep)
-                n_rows = (end - first) * n_rep
-                p = scratch["scores"][: n_rows * end].reshape(n_rows, end)
-                dp = scratch["score_gradients"][: n_rows * end].reshape(n_rows, end)
-                product = scratch["key_product"][: end * head_dim].reshape(end, head_dim)
-                np.matmul(queries[rows], k[b, g, :end].T, out=p)
-                _probabilities(p, lse[b, g, rows], starts[b], n_rep, first, scale)
+                n_rows, key = (end - first) * n_rep, int(starts[b, first])
+                n_keys = end - key
+                p = scratch["scores"][: n_rows * n_keys].reshape(n_rows, n_keys)
+                dp = scratch["score_gradients"][: n_rows * n_keys].reshape(n_rows, n_keys)
+                product = scratch["key_product"][: n_keys * head_dim].reshape(n_keys, head_dim)
+                np.matmul(queries[rows], k[b, g, key:end].T, out=p)
+                _probabilities(p, lse[b, g, rows], starts[b], n_rep, first, key, scale)
                 np.matmul(p.T, d_out[rows], out=product)
-                dv[b, g, :end] += product
-                np.matmul(d_out[rows], v[b, g, :end].T, out=dp)
-                _softmax_backward(dp, p, starts[b], n_rep, first, scale)
-                np.matmul(dp, k[b, g, :end], out=d_queries[rows])
+                dv[b, g, key:end] += product
+                np.matmul(d_out[rows], v[b, g, key:end].T, out=dp)
+                _softmax_backward(dp, p, starts[b], n_rep, first, key, scale)
+                np.matmul(dp, k[b, g, key:end], out=d_queries[rows])
                 np.matmul(dp.T, queries[rows], out=product)
-                dk[b, g, :end] += product
+                dk[b, g, key:end] += product

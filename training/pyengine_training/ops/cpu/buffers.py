@@ -18,8 +18,8 @@ def wide_dtype(dtype: Any) -> Any:
 
 
 def loss_rows(vocab_size: int) -> int:
-    """Rows of logits to hold at a time: few enough to stay near the caches."""
-    return 512
+    """Rows of logits to hold at a time: few enough to stay near the caches, and below 128 MiB of float32."""
+    return max(32, min(512, (1 << 25) // vocab_size))
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:

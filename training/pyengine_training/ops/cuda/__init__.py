@@ -24,6 +24,7 @@ from .heads import merge_heads, split_heads
 from .kl import cross_entropy_kl_forward_backward
 from .linear import linear_backward_input, linear_backward_weight, linear_forward
 from .muon import muon_scratch, muon_update
+from .qk_norm import qk_norm_backward, qk_norm_forward, qk_norm_scratch, qk_norm_state
 from .rmsnorm import (
     rmsnorm_backward,
     rmsnorm_forward,
@@ -64,6 +65,10 @@ __all__ = [
     "merge_heads",
     "muon_scratch",
     "muon_update",
+    "qk_norm_backward",
+    "qk_norm_forward",
+    "qk_norm_scratch",
+    "qk_norm_state",
     "qkv_rope_backward",
     "qkv_rope_forward",
     "rmsnorm_backward",

@@ -205,14 +205,15 @@ def attention_backward(
     q: Array,
     k: Array,
     v: Array,
+    att: Array,
     lse: Array,
     starts: Array,
     scale: float,
     scratch: dict[str, Array],
 ) -> None:
-    """Gradients of q, k, v."""
+    """Gradients of q, k, v. att: the forward's o as merge_heads gives it, which flash.py needs."""
     if use_flash and flash.supported(q.shape[-1], q.dtype):
-        flash.flash_attention_backward(dq, dk, dv, do, q, k, v, lse, starts, scale, scratch)
+        flash.flash_attention_backward(dq, dk, dv, do, q, k, v, att, lse, starts, scale, scratch)
         return
     p, dp = scratch["scores"], scratch["score_gradients"]
     for tile in _tiles(q.shape):

@@ -6,8 +6,11 @@ Shapes, formulas and names as in attention.py. One block for ROWS query rows (po
 forward   per tile: S = q k^T * scale, masked;  m' = max(m, rowmax S);  P = exp(S - m')
                     l = l * exp(m - m') + rowsum P;  acc = acc * exp(m - m') + P v;  m = m'
           o = acc / l;  lse = m + log l
-backward  P = exp(S - lse);  delta = rowsum(P * dP), dP = do v^T;  dS = P * (dP - delta) * scale
-          one kernel walks the keys for dq (and delta), one walks the queries for dk = dS^T q and dv = P^T do
+backward  P = exp(S - lse);  dP = do v^T;  delta = rowsum(P * dP) = rowsum(do * o);  dS = P * (dP - delta) * scale
+          one kernel for delta, one walks the keys for dq, one walks the queries for dk = dS^T q and dv = P^T do
+
+Tiles of keys before the first document that a block's rows belong to are skipped, and tiles of queries behind the last one that
+sees a block's keys.
 
 Fragments are those of ``mma_bf16``: lane 4 g + t of a warp holds rows g and g + 8, columns 2t and 2t + 1 of every 8. A
 product's result has the layout of the next one's left operand, so P and dS go from one to the other in registers, rounded
@@ -27,7 +30,7 @@ from numba import float32, uint32
 
 from ..needs import Need, Needs
 from ._intrinsics import load, load_pair, mma_bf16, pack_bf16, store
-from ._jit import FULL, Array, cuda, device, f4, i8, kernel
+from ._jit import FULL, Array, cuda, device, f4, i8, kernel, launch_elements
 from ._reduce import LOWEST
 from ._runtime import flat, runtime
 
@@ -61,6 +64,22 @@ def quad_max(x: Any) -> Any:
     x = max(x, cuda.shfl_xor_sync(FULL, x, 1))
     x = max(x, cuda.shfl_xor_sync(FULL, x, 2))
     return x
+
+
+@kernel
+def delta_kernel(delta: Any, do: Any, att: Any, n: int, seq: int, n_kv: int, n_rep: int, head_dim: int) -> None:
+    """delta[i] of query row i of do, whose output lies in att (B, T, n_heads, head_dim)."""
+    i = i8(cuda.grid(1))
+    if i >= n:
+        return
+    r = i % n_rep
+    t = i // n_rep % seq
+    head = i // n_rep // seq
+    at = (((head // n_kv * seq + t) * n_kv + head % n_kv) * n_rep + r) * head_dim
+    total = f4(0)
+    for d in range(head_dim):
+        total += load(do, i * head_dim + d) * load(att, at + d)
+    store(delta, i, total)
 
 
 @functools.cache
@@ -147,7 +166,9 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
                 store(x, at + 1, values[4 * j + 3] * scale1)
 
     @kernel
-    def flash_forward_kernel(o: Any, lse: Any, q: Any, k: Any, v: Any, seq: int, n_rep: int, scale: Any) -> None:
+    def flash_forward_kernel(
+        o: Any, lse: Any, q: Any, k: Any, v: Any, starts: Any, seq: int, n_kv: int, n_rep: int, scale: Any
+    ) -> None:
         """ROWS query rows of one (row, kv head)."""
         k_tile = cuda.shared.array((keys, row_words), uint32)
         v_tile = cuda.shared.array((head_dim, column_words), uint32)
@@ -164,12 +185,15 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
         row = first + cuda.threadIdx.x // 32 * 16 + g
         see0 = row // n_rep  # the last position that each of the two rows sees
         see1 = (row + 8) // n_rep
+        base = head // n_kv * seq
+        from0 = load(starts, base + min(see0, seq - 1))  # and the first one
+        from1 = load(starts, base + min(see1, seq - 1))
         load_rows(q_rows, q, head * n_rows * head_dim, row, n_rows, t)
         for j in range(out_size):
             acc[j] = f4(0)
         m0, m1, l0, l1 = LOWEST, LOWEST, f4(0), f4(0)
         end = min(seq, (first + ROWS - 1) // n_rep + 1)
-        start = i8(0)
+        start = load(starts, base + first // n_rep) // keys * keys
         while start < end:
             cuda.syncthreads()  # the tile before is used up
             stage(k_tile, k, head * seq * head_dim, start, seq, head_dim)
@@ -179,17 +203,20 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
             top0, top1 = m0, m1
             for j in range(tiles_of_keys):
                 column = start + j * 8 + 2 * t
-                s[4 * j] = s[4 * j] * scale if column <= see0 else LOWEST
-                s[4 * j + 1] = s[4 * j + 1] * scale if column + 1 <= see0 else LOWEST
-                s[4 * j + 2] = s[4 * j + 2] * scale if column <= see1 else LOWEST
-                s[4 * j + 3] = s[4 * j + 3] * scale if column + 1 <= see1 else LOWEST
+                s[4 * j] = s[4 * j] * scale if from0 <= column and column <= see0 else LOWEST
+                s[4 * j + 1] = s[4 * j + 1] * scale if from0 <= column + 1 and column + 1 <= see0 else LOWEST
+                s[4 * j + 2] = s[4 * j + 2] * scale if from1 <= column and column <= see1 else LOWEST
+                s[4 * j + 3] = s[4 * j + 3] * scale if from1 <= column + 1 and column + 1 <= see1 else LOWEST
                 top0 = max(top0, max(s[4 * j], s[4 * j + 1]))
                 top1 = max(top1, max(s[4 * j + 2], s[4 * j + 3]))
             top0 = quad_max(top0)
             top1 = quad_max(top1)
             keep0 = math.exp(m0 - top0)
             keep1 = math.exp(m1 - top1)
-            m0, m1 = top0, top1
+            m0, m1 = (
+                top0,
+                top1,
+            )  # of a row that has seen nothing yet LOWEST: what it adds up is multiplied by zero later
             sum0, sum1 = f4(0), f4(0)
             for j in range(tiles_of_keys):
                 s[4 * j] = math.exp(s[4 * j] - m0)
@@ -215,20 +242,24 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
                 store(lse, head * n_rows + row + 8, m1 + math.log(l1))
 
     @device
-    def probabilities(s: Any, start: Any, see0: Any, see1: Any, shift0: Any, shift1: Any, scale: Any, t: int) -> None:
-        """Raw scores of two rows to probabilities with the known log-sum-exp, zero after the last seen key."""
+    def probabilities(
+        s: Any, start: Any, from0: Any, see0: Any, from1: Any, see1: Any, shift0: Any, shift1: Any, scale: Any, t: int
+    ) -> None:
+        """Raw scores of two rows to probabilities with the known log-sum-exp, zero outside the keys that they see."""
         for j in range(tiles_of_keys):
             column = start + j * 8 + 2 * t
-            s[4 * j] = math.exp(s[4 * j] * scale - shift0) if column <= see0 else f4(0)
-            s[4 * j + 1] = math.exp(s[4 * j + 1] * scale - shift0) if column + 1 <= see0 else f4(0)
-            s[4 * j + 2] = math.exp(s[4 * j + 2] * scale - shift1) if column <= see1 else f4(0)
-            s[4 * j + 3] = math.exp(s[4 * j + 3] * scale - shift1) if column + 1 <= see1 else f4(0)
+            s[4 * j] = math.exp(s[4 * j] * scale - shift0) if from0 <= column and column <= see0 else f4(0)
+            s[4 * j + 2] = math.exp(s[4 * j + 2] * scale - shift1) if from1 <= column and column <= see1 else f4(0)
+            column += 1
+            s[4 * j + 1] = math.exp(s[4 * j + 1] * scale - shift0) if from0 <= column and column <= see0 else f4(0)
+            s[4 * j + 3] = math.exp(s[4 * j + 3] * scale - shift1) if from1 <= column and column <= see1 else f4(0)
 
     @kernel
     def flash_dq_kernel(
-        dq: Any, delta: Any, do: Any, q: Any, k: Any, v: Any, lse: Any, seq: int, n_rep: int, scale: Any
-    ) -> None:
-        """dq and delta of ROWS query rows: once over the keys for delta, once more for dq."""
+        dq: Any, delta: Any, do: Any, q: Any, k: Any, v: Any, lse: Any, starts: Any,
+        seq: int, n_kv: int, n_rep: int, scale: Any,
+    ) -> None:  # fmt: skip
+        """dq of ROWS query rows."""
         k_tile = cuda.shared.array((keys, row_words), uint32)
         v_tile = cuda.shared.array((keys, row_words), uint32)
         k_columns = cuda.shared.array((head_dim, column_words), uint32)
@@ -247,51 +278,42 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
         row = first + cuda.threadIdx.x // 32 * 16 + g
         see0 = row // n_rep
         see1 = (row + 8) // n_rep
+        base = head // n_kv * seq
+        from0 = load(starts, base + min(see0, seq - 1))
+        from1 = load(starts, base + min(see1, seq - 1))
         load_rows(q_rows, q, head * n_rows * head_dim, row, n_rows, t)
         load_rows(do_rows, do, head * n_rows * head_dim, row, n_rows, t)
         shift0 = load(lse, head * n_rows + min(row, n_rows - 1))
         shift1 = load(lse, head * n_rows + min(row + 8, n_rows - 1))
+        delta0 = load(delta, head * n_rows + min(row, n_rows - 1))
+        delta1 = load(delta, head * n_rows + min(row + 8, n_rows - 1))
         for j in range(out_size):
             acc[j] = f4(0)
-        delta0, delta1 = f4(0), f4(0)
         end = min(seq, (first + ROWS - 1) // n_rep + 1)
-        for sweep in range(2):
-            start = i8(0)
-            while start < end:
-                cuda.syncthreads()  # the tile before is used up
-                stage(k_tile, k, head * seq * head_dim, start, seq, head_dim)
-                stage(v_tile, v, head * seq * head_dim, start, seq, head_dim)
-                stage_transposed(k_columns, k, head * seq * head_dim, start, seq, head_dim)
-                cuda.syncthreads()
-                multiply_rows(s, q_rows, k_tile, g, t)
-                probabilities(s, start, see0, see1, shift0, shift1, scale, t)
-                multiply_rows(dp, do_rows, v_tile, g, t)
-                if sweep == 0:
-                    for j in range(tiles_of_keys):
-                        delta0 += s[4 * j] * dp[4 * j] + s[4 * j + 1] * dp[4 * j + 1]
-                        delta1 += s[4 * j + 2] * dp[4 * j + 2] + s[4 * j + 3] * dp[4 * j + 3]
-                else:
-                    for j in range(tiles_of_keys):
-                        s[4 * j] *= (dp[4 * j] - delta0) * scale
-                        s[4 * j + 1] *= (dp[4 * j + 1] - delta0) * scale
-                        s[4 * j + 2] *= (dp[4 * j + 2] - delta1) * scale
-                        s[4 * j + 3] *= (dp[4 * j + 3] - delta1) * scale
-                    accumulate(acc, s, k_columns, g, t)
-                start += keys
-            if sweep == 0:
-                delta0 = quad_sum(delta0)
-                delta1 = quad_sum(delta1)
+        start = load(starts, base + first // n_rep) // keys * keys
+        while start < end:
+            cuda.syncthreads()  # the tile before is used up
+            stage(k_tile, k, head * seq * head_dim, start, seq, head_dim)
+            stage(v_tile, v, head * seq * head_dim, start, seq, head_dim)
+            stage_transposed(k_columns, k, head * seq * head_dim, start, seq, head_dim)
+            cuda.syncthreads()
+            multiply_rows(s, q_rows, k_tile, g, t)
+            probabilities(s, start, from0, see0, from1, see1, shift0, shift1, scale, t)
+            multiply_rows(dp, do_rows, v_tile, g, t)
+            for j in range(tiles_of_keys):
+                s[4 * j] *= (dp[4 * j] - delta0) * scale
+                s[4 * j + 1] *= (dp[4 * j + 1] - delta0) * scale
+                s[4 * j + 2] *= (dp[4 * j + 2] - delta1) * scale
+                s[4 * j + 3] *= (dp[4 * j + 3] - delta1) * scale
+            accumulate(acc, s, k_columns, g, t)
+            start += keys
         store_rows(dq, head * n_rows * head_dim, row, n_rows, t, acc, f4(1), f4(1))
-        if t == 0:
-            if row < n_rows:
-                store(delta, head * n_rows + row, delta0)
-            if row + 8 < n_rows:
-                store(delta, head * n_rows + row + 8, delta1)
 
     @kernel
     def flash_dkv_kernel(
-        dk: Any, dv: Any, delta: Any, do: Any, q: Any, k: Any, v: Any, lse: Any, seq: int, n_rep: int, scale: Any
-    ) -> None:
+        dk: Any, dv: Any, delta: Any, do: Any, q: Any, k: Any, v: Any, lse: Any, starts: Any,
+        seq: int, n_kv: int, n_rep: int, scale: Any,
+    ) -> None:  # fmt: skip
         """dk and dv of ROWS keys, over the query rows that see them; scores lie transposed, keys by queries."""
         q_tile = cuda.shared.array((keys, row_words), uint32)
         do_tile = cuda.shared.array((keys, row_words), uint32)
@@ -316,8 +338,9 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
         for j in range(out_size):
             dk_acc[j] = f4(0)
             dv_acc[j] = f4(0)
+        base = head // n_kv * seq
         start = first * n_rep // keys * keys
-        while start < n_rows:
+        while start < n_rows and load(starts, base + start // n_rep) < first + ROWS:
             cuda.syncthreads()  # the tile before is used up
             stage(q_tile, q, head * n_rows * head_dim, start, n_rows, head_dim)
             stage(do_tile, do, head * n_rows * head_dim, start, n_rows, head_dim)
@@ -333,8 +356,9 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
                     shift = load(lse, at)
                     middle = load(delta, at)
                     sees = query // n_rep if query < n_rows else i8(-1)
-                    p0 = math.exp(s[4 * j + c] * scale - shift) if row <= sees else f4(0)
-                    p1 = math.exp(s[4 * j + c + 2] * scale - shift) if row + 8 <= sees else f4(0)
+                    begins = load(starts, base + min(query // n_rep, seq - 1))
+                    p0 = math.exp(s[4 * j + c] * scale - shift) if begins <= row and row <= sees else f4(0)
+                    p1 = math.exp(s[4 * j + c + 2] * scale - shift) if begins <= row + 8 and row + 8 <= sees else f4(0)
                     s[4 * j + c] = p0
                     s[4 * j + c + 2] = p1
                     dp[4 * j + c] = p0 * (dp[4 * j + c] - middle) * scale
@@ -362,11 +386,11 @@ def flash_attention_scratch(q_shape: tuple[int, ...]) -> Needs:
 def flash_attention_forward(
     o: Array, lse: Array, q: Array, k: Array, v: Array, starts: Array, scale: float, scratch: dict[str, Array]
 ) -> None:
-    """o and lse from q, k, v; see attention.attention_forward. starts must be zero: the whole row is seen."""
+    """o and lse from q, k, v; see attention.attention_forward."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     grid = batch * n_kv * -(-seq * n_rep // ROWS)
-    arrays = map(flat, (o, lse, q, k, v))
-    runtime().launch(kernels(head_dim, KEYS).forward, grid, THREADS, (*arrays, seq, n_rep, f4(scale)))
+    arrays = map(flat, (o, lse, q, k, v, starts))
+    runtime().launch(kernels(head_dim, KEYS).forward, grid, THREADS, (*arrays, seq, n_kv, n_rep, f4(scale)))
 
 
 def flash_attention_backward(
@@ -377,16 +401,19 @@ def flash_attention_backward(
     q: Array,
     k: Array,
     v: Array,
+    att: Array,
     lse: Array,
     starts: Array,
     scale: float,
     scratch: dict[str, Array],
 ) -> None:
-    """Gradients of q, k, v; see attention.attention_backward. starts must be zero: the whole row is seen."""
+    """Gradients of q, k, v; see attention.attention_backward."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     heads, n_rows = batch * n_kv, seq * n_rep
     delta = scratch["delta"][: heads * n_rows]
-    inputs = *map(flat, (do, q, k, v, lse)), seq, n_rep, f4(scale)
+    sizes = heads * n_rows, seq, n_kv, n_rep, head_dim
+    launch_elements(delta_kernel, heads * n_rows, delta, flat(do), flat(att), *sizes)
+    inputs = *map(flat, (do, q, k, v, lse, starts)), seq, n_kv, n_rep, f4(scale)
     dq_kernel, dkv_kernel = kernels(head_dim, KEYS).dq, kernels(head_dim, QUERIES).dkv
     runtime().launch(dq_kernel, heads * -(-n_rows // ROWS), THREADS, (flat(dq), delta, *inputs))
     runtime().launch(dkv_kernel, heads * -(-seq // ROWS), THREADS, (flat(dk), flat(dv), delta, *inputs))
