@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 EPILOG = f"""\
 examples:
-  pyengine bench -m model.safetensors
   pyengine bench -m model.safetensors -p 512 -n 128 -d 0,4096 -t 1,2
   pyengine bench -m model.safetensors -p 0 -n 64 -b 1,8,32 -r 3 --json
   pyengine bench -m model.safetensors -p 0 -n 64 -d 0,1024,4096 -b 1,8 --plot speed.png
+  pyengine bench -m model.safetensors -p 0 -n 128 -f report.txt
+
+With -f FILE a text is gone on with, greedily, without guesses and with them (docs/speculation.md), and how many came true.
 
 ppN is N prompt tokens in one forward, tgN is N tokens one after the other, xB with B sequences side by side (t/s of all
 together), @ dD after D tokens. Every test runs once unmeasured before its -r times. "of limit" is the share of what this machine
@@ -73,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N,…",
         help="sequences that generate side by side (1)",
     )
+    add("-f", "--file", metavar="FILE", help="also go on with this text, without guesses and with them")
     add("-t", "--threads", type=options.count_list, metavar="N,…", help="threads; default: what the container allows")
     add("-r", "--repetitions", type=options.positive, default=5, metavar="N", help="times that each test runs (5)")
     add("--no-limits", dest="limits", action="store_false", help="do not measure what the machine allows")
@@ -135,6 +138,45 @@ class Test:
         return time.perf_counter() - started
 
 
+class TextTest:
+    """n_gen tokens that go on with a text, one a step or, with `guesses`, as many as are guessed right."""
+
+    batch = 1
+
+    def __init__(self, prompt: list[int], n_gen: int, guesses: bool) -> None:
+        self._prompt, self._n_gen, self._guesses = prompt, n_gen, guesses
+        self.drafted = self.accepted = 0  # in all runs
+        self.label = f"tg{n_gen} of a text" + (", guesses" if guesses else "")
+        self.depth = len(prompt)
+        self.n_tokens = n_gen - 1  # after the first, which ends the prompt's time
+        self.work = Work(1, 1)
+
+    def run(self, engine: Engine) -> float:
+        """Seconds from the first token to the last one."""
+        guesses: Any = {"store": False} if self._guesses else "off"  # earlier runs have said the same
+        result = engine.generate(
+            self._prompt, max_tokens=self._n_gen, temperature=0, ignore_eos=True, speculative=guesses
+        )
+        timings = result.timings
+        self.drafted += timings.drafted_tokens
+        self.accepted += timings.accepted_tokens
+        return timings.total - timings.time_to_first_token
+
+
+def text_tests(args: argparse.Namespace, engine: Engine) -> list[TextTest]:
+    """Those of --file, without guesses and with them, for each of -n. Raises UsageError if the text does not fit."""
+    if args.file is None:
+        return []
+    ids = engine.prompt_ids(options.prompt_text(args.file))
+    chosen = [TextTest(ids, n, guesses) for n in args.n_gen if n > 1 for guesses in (False, True)]
+    if not chosen:
+        raise UsageError("-f: nothing to measure, -n is below 2")
+    if len(ids) + max(args.n_gen) > engine.n_ctx:
+        needed = len(ids) + max(args.n_gen)
+        raise UsageError(f"{args.file} and {max(args.n_gen)} tokens need a context of {needed}, the model's holds {engine.n_ctx}")
+    return chosen
+
+
 def _tokens(engine: Engine, n: int) -> list[int]:
     return [(1 + STRIDE * i) % engine.vocab_size for i in range(n)]
 
@@ -145,7 +187,7 @@ def tests(args: argparse.Namespace, n_ctx: int) -> list[Test]:
     chosen += [
         Test(0, n, depth, batch) for depth in args.n_depth for n in args.n_gen if n for batch in args.batch if batch
     ]
-    if not chosen:
+    if not chosen and args.file is None:
         raise UsageError("nothing to measure: -p and -n are both 0")
     for test in chosen:
         if (needed := test.depth + (test.n_prompt or test.n_gen)) > n_ctx:
@@ -167,6 +209,8 @@ class Row:
     batch: int
     samples: list[float]
     bounds: list[Bound]
+    drafted: int = 0  # tokens that were guessed ahead, in all runs,
+    accepted: int = 0  # and how many came true
 
     @property
     def of_limit(self) -> float | None:
@@ -197,7 +241,8 @@ def measure(
         name = engine.metadata.get("name") or path.stem
         facts = name, size, parameters, engine.n_threads, engine.isa
         with closing(Roofline(engine)) as roofline:
-            for test in tests(args, engine.n_ctx):
+            every: list[Test | TextTest] = [*tests(args, engine.n_ctx), *text_tests(args, engine)]
+            for test in every:
                 limit = roofline.nearest(test.work) if args.limits else None
                 samples, bounds = [], []
                 for repetition in range(args.repetitions + 1):
@@ -205,7 +250,8 @@ def measure(
                     if limit:
                         bounds.append(roofline.bound(test.work, limit))
                     samples.append(test.n_tokens / max(test.run(engine), 1e-9))
-                yield Row(*facts, test.label, test.depth, test.batch, samples[1:], bounds[1:]), load_ms
+                guesses = (test.drafted, test.accepted) if isinstance(test, TextTest) else (0, 0)
+                yield Row(*facts, test.label, test.depth, test.batch, samples[1:], bounds[1:], *guesses), load_ms
 
 
 def first_token_ms(path: Path, n_threads: int | None, isa: str | None) -> float:
@@ -251,7 +297,8 @@ def print_table(rows: Sequence[Row]) -> None:
             f"{r['mean']:.2f} ± {r['sd']:.2f}",
         )
         share = "" if row.of_limit is None else f"{row.of_limit:.0%} {r['limit']}"
-        columns = [row.model, size, params, str(row.threads), row.isa, row.test, speed, f"{r['median']:.2f}", share]
+        guesses = f" ({row.accepted} of {row.drafted} right)" if row.drafted else ""
+        columns = [row.model, size, params, str(row.threads), row.isa, row.test + guesses, speed, f"{r['median']:.2f}", share]
         say(f"| {' | '.join(columns)} |")
 
 

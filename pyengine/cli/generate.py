@@ -45,19 +45,7 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise UsageError(f"{problem}: give it as an argument, with -p TEXT, with -f FILE, or - to read stdin")
     if args.file is None and given[0] != "-":
         return options.unescape(given[0]) if args.escape else str(given[0])
-    if args.file is None:
-        data = options.stdin().buffer.read()
-    else:
-        with open(args.file, "rb") as file:
-            data = file.read()
-    try:
-        text: str = data.decode("utf-8-sig")  # some editors begin a text with a mark of its encoding
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{args.file or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}"
-        ) from None
-    text = text.replace("\r\n", "\n")
-    return text[:-1] if text.endswith("\n") else text
+    return options.prompt_text(args.file)
 
 
 def timings_line(result: Generation, engine: Engine) -> str:

@@ -227,6 +227,20 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         raise UsageError(str(error)) from None
 
 
+def prompt_text(path: str | None) -> str:
+    """The text of a file, None = standard input, less its final newline. Raises UsageError if it is no UTF-8."""
+    if path is None:
+        data = stdin().buffer.read()
+    else:
+        with open(path, "rb") as file:
+            data = file.read()
+    try:
+        text: str = data.decode("utf-8-sig")  # some editors begin a text with a mark of its encoding
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+    return text.replace("\r\n", "\n").removesuffix("\n")
+
+
 def _text_or_file(text: str) -> str:
     if not text.startswith("@"):
         return text

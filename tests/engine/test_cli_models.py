@@ -180,6 +180,20 @@ def test_bench_table(tiny_model: Path, run: Callable[..., str]) -> None:
     assert re.fullmatch(r"load \d+ ms, process start to first token \d+ ms, peak RSS \d+ MiB", start)
 
 
+def test_bench_goes_on_with_a_text(tiny_model: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat and the dog and " * 5)
+    words = ("bench", "-m", tiny_model, "-f", tmp_path / "text.txt", "-p", 0, "-n", 24, "-r", 1)
+    rows = json.loads(run(*words, "--json"))["tests"]
+    assert [row["test"] for row in rows] == ["tg24", "tg24 of a text", "tg24 of a text, guesses"]
+    assert rows[1]["drafted"] == 0 <= rows[2]["accepted"] <= rows[2]["drafted"]
+    assert all(row["samples"][0] > 0 for row in rows)
+    assert run("bench", "-m", tiny_model, "-f", tmp_path / "none", "-r", 1, code=1, err="none") == ""
+    (tmp_path / "long.txt").write_text("the cat " * 70)
+    message = "need a context of"
+    assert run("bench", "-m", tiny_model, "-f", tmp_path / "long.txt", "-p", 0, "-n", 24, code=2, err=message) == ""
+    assert run("bench", "-m", tiny_model, "-f", tmp_path / "text.txt", "-n", 0, code=2, err="-n is below 2") == ""
+
+
 def test_bench_measures_what_it_says(tiny_model: Path) -> None:
     from pyengine.cli.bench import Test
 
