@@ -73,7 +73,7 @@ pe_page *pe_page_twin(const pe_page *page) {
 /* ------------------------------------------------------------------ pages */
 
 static void page_free(pe_page_pool *pool, pe_page *page) {
-    free(page->data);
+    pe_zeros_free(page->data, pool->page_bytes);
     free(page);
     pool->n_pages--;
 }
@@ -93,7 +93,8 @@ static pe_page *page_allocate(pe_page_pool *pool) {
     if (pool->max_pages != 0 && pool->n_pages >= pool->max_pages) return NULL;
     pe_page *page = calloc(1, sizeof *page);
     if (page == NULL) return NULL;
-    page->data = pe_aligned_alloc_huge(pool->page_bytes);
+    /* Zeros: kernels read whole tiles of positions, and multiply what lies behind the last one by 0. */
+    page->data = pe_zeros_alloc(pool->page_bytes);
     if (page->data == NULL) {
         free(page);
         return NULL;

@@ -3,6 +3,7 @@
 #include "platform.h"
 
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
@@ -16,21 +17,38 @@
 #include <pthread.h>
 #endif
 
-enum { HUGE_PAGE = 2 << 20 };
+#define HUGE_PAGE ((size_t)2 << 20)
 
 void *pe_aligned_alloc(size_t n_bytes) {
     size_t padded = (n_bytes + 63) / 64 * 64;
     return n_bytes > SIZE_MAX - 63 ? NULL : aligned_alloc(64, padded);
 }
 
-void *pe_aligned_alloc_huge(size_t n_bytes) {
-    size_t whole = n_bytes / HUGE_PAGE * HUGE_PAGE;
-    if (whole == 0 || n_bytes > SIZE_MAX - HUGE_PAGE) return pe_aligned_alloc(n_bytes);
-    void *memory = aligned_alloc(HUGE_PAGE, (n_bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+void *pe_zeros_alloc(size_t n_bytes) {
+    if (n_bytes < HUGE_PAGE) {
+        void *memory = pe_aligned_alloc(n_bytes);
+        if (memory != NULL) memset(memory, 0, n_bytes);
+        return memory;
+    }
+    if (n_bytes > SIZE_MAX - HUGE_PAGE) return NULL;
+    /* So much that a multiple of HUGE_PAGE lies in it, and back with what is before and behind. */
+    char *memory = mmap(NULL, n_bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return NULL;
+    size_t before = (HUGE_PAGE - (uintptr_t)memory % HUGE_PAGE) % HUGE_PAGE;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), used = (n_bytes + page - 1) / page * page;
+    if (before > 0) munmap(memory, before);
+    if (before + used < n_bytes + HUGE_PAGE) munmap(memory + before + used, n_bytes + HUGE_PAGE - before - used);
 #if defined(MADV_HUGEPAGE) && !defined(PE_PLATFORM_POSIX)
-    if (memory != NULL) madvise(memory, whole, MADV_HUGEPAGE); /* a wish: where it fails, pages are small ones */
+    madvise(memory + before, n_bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); /* a wish: else pages are small ones */
 #endif
-    return memory;
+    return memory + before;
+}
+
+void pe_zeros_free(void *memory, size_t n_bytes) {
+    if (n_bytes < HUGE_PAGE)
+        free(memory);
+    else if (memory != NULL)
+        munmap(memory, n_bytes);
 }
 
 int64_t pe_now_ns(void) {

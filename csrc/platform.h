@@ -17,9 +17,11 @@ void pe_sleep_reset_after_fork(void);
 
 /* n_bytes of memory that begin at a multiple of 64 bytes, or NULL (also for sizes that do not fit). Freed by free(). */
 void *pe_aligned_alloc(size_t n_bytes);
-/* The same, and the whole huge pages (2 MiB) that fit into it are asked for as such, so that walking through it misses fewer
- * translations; what is left over stays small pages and takes memory only as it is touched. */
-void *pe_aligned_alloc_huge(size_t n_bytes);
+/* n_bytes of zeros, likewise. The whole huge pages (2 MiB) that fit into them are asked for as such, so that walking through
+ * them misses fewer translations; what is left over is small pages, and takes memory only as it is touched. */
+void *pe_zeros_alloc(size_t n_bytes);
+/* What pe_zeros_alloc(n_bytes) returned; NULL does nothing. */
+void pe_zeros_free(void *memory, size_t n_bytes);
 
 /* CLOCK_MONOTONIC in nanoseconds. */
 int64_t pe_now_ns(void);
