@@ -128,12 +128,17 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
     port = reserved.getsockname()[1]
 
     def work(child: Child) -> int:
+        def started(models: Models) -> None:
+            if child.number == 0:
+                _tell_of_templates(models)
+            child.ready()
+
         try:
             sock = server.listen(args.host, port, shared=True)
             reserved.close()
             runner = _runner(args, settings, named, sock)
             child.when_orphaned(runner.stop)
-            runner.run(lambda models: child.ready())
+            runner.run(started)
         except Exception as error:
             return report(error)
         return 0
@@ -216,14 +221,18 @@ def _load(args: argparse.Namespace, named: NamedPaths) -> Models:
     return Models(models.values())
 
 
-def _announce(models: Models, sock: socket.socket) -> None:
-    from pyengine.serve.server import url
-
+def _tell_of_templates(models: Models) -> None:
     for model in models:
         if not model.has_template:
             print(
                 f"pyengine: {model.name} has no chat template: it was not made to talk, and chats go on with what they say",
                 file=sys.stderr,
             )
+
+
+def _announce(models: Models, sock: socket.socket) -> None:
+    from pyengine.serve.server import url
+
+    _tell_of_templates(models)
     names = ", ".join(model.name for model in models)
     print(f"pyengine: {names} at {url(sock)} (the API at {url(sock)}/v1); Ctrl-C ends it", file=sys.stderr, flush=True)

@@ -27,9 +27,10 @@ def shares(cpus: Sequence[int], n: int) -> list[list[int]]:
 
 
 class Child:
-    """What a process knows of its parent."""
+    """What a process knows of its parent. number: of the process, from 0 on."""
 
-    def __init__(self, news: int, life: int) -> None:
+    def __init__(self, number: int, news: int, life: int) -> None:
+        self.number = number
         self._news, self._life = news, life
 
     def ready(self) -> None:
@@ -150,7 +151,7 @@ class Parent:
             os.close(end)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.sched_setaffinity(0, self._cpus[number])
-        return self._work(Child(self._news[1], self._life[0]))
+        return self._work(Child(number, self._news[1], self._life[0]))
 
 
 def _heard(number: int, frame: object) -> None:
