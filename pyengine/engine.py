@@ -542,7 +542,7 @@ class Engine:
         prompts: Any = texts if is_batch(texts) else [texts]
         config = self._file.config
         pooling = chosen_pooling(pooling, config.extra)
-        ids = [self.prompt_ids(item, parse_special=parse_special) for item in prompts]
+        ids = [self._ended(item, self.prompt_ids(item, parse_special=parse_special)) for item in prompts]
         pooled = [Pooled(item, pooling, config.dim) for item in ids]
         requests = [
             request
@@ -552,6 +552,12 @@ class Engine:
             )
         ]
         return pooled, requests
+
+    def _ended(self, text: Prompt, ids: list[int]) -> list[int]:
+        """A text's tokens, with the one behind it where the model's tokenizer puts one: the last token is pooled."""
+        if isinstance(text, str) and self.tokenizer.end_id is not None:
+            ids.append(self.tokenizer.end_id)
+        return ids
 
     def embed(
         self,
@@ -566,9 +572,9 @@ class Engine:
         `normalize`.
 
         pooling: "mean" of the final hidden states (after the last norm) of its tokens, or that of the "last" token; None = what
-        the model's files say, else "last". A text's tokens are those of a prompt: with BOS where the model wants one, and nothing
-        after it. A vector does not depend on what is computed beside it. Raises InvalidArgumentError, ContextFullError,
-        NotFiniteError."""
+        the model's files say, else "last". A text's tokens are those of a prompt, and the one behind it that the model's
+        tokenizer puts there (<|endoftext|> of Qwen3-Embedding). A vector does not depend on what is computed beside it. Raises
+        InvalidArgumentError, ContextFullError, NotFiniteError."""
         from pyengine.embeddings import vectors
 
         caller = Caller()

@@ -214,6 +214,7 @@ def json_schema(name: str) -> dict[str, Any]:
     schemas: dict[str, dict[str, Any]] = {
         **{key: {"type": "boolean"} for key in _BOOLEANS},
         **dict.fromkeys(_ID_LISTS, ids),
+        "allowed_token_ids": {**ids, "minItems": 1},
         "stop": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
         "logit_bias": {
             "type": "object",

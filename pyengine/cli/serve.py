@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
@@ -14,7 +15,10 @@ from pyengine.errors import PyEngineError
 if TYPE_CHECKING:
     from pyengine.engine import Engine
     from pyengine.serve.models import Models
+    from pyengine.serve.server import Runner
     from pyengine.serve.settings import Settings
+
+    NamedPaths = list[tuple[str | None, argparse.Namespace]]  # the name, and options with one model
 
 EPILOG = f"""\
 Open the address that it prints in a browser for a chat; programs use the same address with /v1.
@@ -46,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_isa_option(group)
     options.add_context_options(parser)
     group = parser.add_argument_group("load")
+    group.add_argument(
+        "--processes",
+        type=options.positive,
+        metavar="N",
+        help="processes that share the address and the mapped models, each on CPUs of its own; other options are for each "
+        "of them. Default: this one",
+    )
     group.add_argument("--parallel", type=options.positive, metavar="N", help="outputs computed together; default: 64")
     group.add_argument(
         "--max-queue-tokens",
@@ -84,22 +95,60 @@ def run(argv: list[str]) -> int:
     named = _named_paths(args)
     try:
         from pyengine.serve import server
-        from pyengine.serve.app import App
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'pyengine-lm[serve]'") from None
+    if args.processes is not None:
+        return _run_processes(args, settings, named)
+    sock = server.listen(args.host, args.port)
+    _runner(args, settings, named, sock).run(lambda models: _announce(models, sock))
+    return 0
+
+
+def _runner(args: argparse.Namespace, settings: Settings, named: NamedPaths, sock: socket.socket) -> Runner:
+    from pyengine.serve.app import App
+    from pyengine.serve.server import Runner
+
     options.show_warnings()
     options.select_isa(args.isa)
-    sock = server.listen(args.host, args.port)
-    app = App(settings)
+    return Runner(App(settings), sock, lambda: _load(args, named))
 
-    def load() -> Models:
-        return _load(args, named)
 
-    def ready(models: Models) -> None:
-        _announce(models, sock)
+def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPaths) -> int:
+    from pyengine.cli.errors import report
+    from pyengine.serve import server
+    from pyengine.serve.processes import Child, Parent, shares
 
-    server.Runner(app, sock, load).run(ready)
-    return 0
+    if not hasattr(os, "sched_setaffinity") or not hasattr(socket, "SO_REUSEPORT"):
+        raise UsageError("--processes needs an operating system that pins processes to CPUs")
+    cpus = sorted(os.sched_getaffinity(0))
+    if args.processes > len(cpus):
+        raise UsageError(f"--processes {args.processes}: there are {len(cpus)} CPUs, and every process has its own")
+    server.reserve(args.host, args.port).close()  # nobody else has it, not even to share
+    reserved = server.reserve(args.host, args.port, shared=True)
+    port = reserved.getsockname()[1]
+
+    def work(child: Child) -> int:
+        def started(models: Models) -> None:
+            if child.number == 0:
+                _tell_of_templates(models)
+            child.ready()
+
+        try:
+            sock = server.listen(args.host, port, shared=True)
+            reserved.close()
+            runner = _runner(args, settings, named, sock)
+            child.when_orphaned(runner.stop)
+            runner.run(started)
+        except Exception as error:
+            return report(error)
+        return 0
+
+    def ready(pids: Sequence[int]) -> None:
+        numbers = " ".join(map(str, pids))
+        text = f"pyengine: {len(pids)} processes ({numbers}) at {server.url(reserved)}; Ctrl-C ends them"
+        print(text, file=sys.stderr, flush=True)
+
+    return Parent(shares(cpus, args.processes), work).run(ready)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -138,7 +187,7 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
     return keys
 
 
-def _named_paths(args: argparse.Namespace) -> list[tuple[str | None, argparse.Namespace]]:
+def _named_paths(args: argparse.Namespace) -> NamedPaths:
     """(name or None, options with one model each). Raises UsageError for a model that is not there."""
     chosen = args.model or [None]
     named = []
@@ -154,7 +203,7 @@ def _named_paths(args: argparse.Namespace) -> list[tuple[str | None, argparse.Na
     return named
 
 
-def _load(args: argparse.Namespace, named: list[tuple[str | None, argparse.Namespace]]) -> Models:
+def _load(args: argparse.Namespace, named: NamedPaths) -> Models:
     from pyengine.serve.models import Models, ServedModel, model_name
 
     limits: dict[str, Any] = {}
@@ -172,14 +221,18 @@ def _load(args: argparse.Namespace, named: list[tuple[str | None, argparse.Names
     return Models(models.values())
 
 
-def _announce(models: Models, sock: socket.socket) -> None:
-    from pyengine.serve.server import url
-
+def _tell_of_templates(models: Models) -> None:
     for model in models:
         if not model.has_template:
             print(
                 f"pyengine: {model.name} has no chat template: it was not made to talk, and chats go on with what they say",
                 file=sys.stderr,
             )
+
+
+def _announce(models: Models, sock: socket.socket) -> None:
+    from pyengine.serve.server import url
+
+    _tell_of_templates(models)
     names = ", ".join(model.name for model in models)
     print(f"pyengine: {names} at {url(sock)} (the API at {url(sock)}/v1); Ctrl-C ends it", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from pyengine.serve.fields import parse_json
 from pyengine.serve.json_scan import ObjectScanner
 
 _WHITESPACE = " \t\n\r"
+FENCE = ("```json", "```")
 MAX_GAP = 256  # whitespace before a call, which is left out; more of it is content
 # The first key of an object that may be a call, and the text up to its arguments if it is spelled as models are taught to.
 _FIRST_KEY = re.compile(r'\{\s*"(name|arguments|parameters|type|id)"\s*:')
@@ -42,7 +43,7 @@ class Syntax:
     bracket    may stand between the opening and the first call
     separator  between two calls after one opening
     closing    after the last one; may be missing at the end of a text
-    is_bare    a call that begins the answer needs no opening
+    is_bare    a call that begins the answer needs no opening, and may stand in a block of code
     id_length  of the call's id, where the template insists on one; 0: "call_" and more
     """
 
@@ -61,9 +62,10 @@ class Syntax:
 
 
 SYNTAXES = (
-    # Hermes, Qwen 2.5 and 3; others after the same tag write XML, which is not read
+    # Hermes, Qwen 2.5 and 3, some of which forget the tag; others after the same tag write XML, which is not read
     Syntax(
-        "Hermes", ("<tool_call>",), ("<function=", "<arg_key>"), opening="<tool_call>", closing="</tool_call>"
+        "Hermes", ("<tool_call>",), ("<function=", "<arg_key>"),
+        opening="<tool_call>", separator=",", closing="</tool_call>", is_bare=True,
     ),
     # Mistral 7B v0.3, Nemo, Large 2407; later ones write [TOOL_CALLS]name[ARGS]{...}, which is not read
     Syntax(
@@ -104,6 +106,7 @@ class CallReader:
         self._deltas = _Deltas()
         self._n_calls = 0
         self._may_be_bare = syntax.is_bare
+        self._closing = syntax.closing  # of the call at hand
         self._is_after_call = False  # nothing but whitespace since
         # Given out as content unless they become part of a call: what stands before an object, and its characters.
         self._held = ""
@@ -133,9 +136,10 @@ class CallReader:
         syntax, tag = self._syntax, self._held.lstrip(_WHITESPACE) + char
         if char in _WHITESPACE and tag == char and len(self._held) < MAX_GAP:
             self._held += char
-        elif syntax.opening.startswith(tag):
+        elif syntax.opening.startswith(tag) or (self._may_be_bare and FENCE[0].startswith(tag)):
             self._held += char
-            if tag == syntax.opening:
+            if tag in (syntax.opening, FENCE[0]):
+                self._closing = FENCE[1] if tag == FENCE[0] else syntax.closing
                 self._state = self._before
         elif self._may_be_bare and tag == "{":
             self._begin_object(char)
@@ -212,14 +216,14 @@ class CallReader:
         syntax = self._syntax
         self._held += char
         tag = self._held.strip(_WHITESPACE)
-        if tag and tag == syntax.closing:
+        if tag and tag == self._closing:
             self._held, self._state = "", self._text
         elif tag and tag == syntax.separator:
             self._state = self._before
         elif tag == "{" and syntax.is_bare and syntax.separator:
             self._held = self._held[:-1]
             self._begin_object(char)
-        elif (tag and not syntax.closing.startswith(tag)) or len(self._held) > MAX_GAP:
+        elif (tag and not self._closing.startswith(tag)) or len(self._held) > MAX_GAP:
             held, self._held, self._state = self._held, "", self._text
             for one in held:
                 self._state(one)

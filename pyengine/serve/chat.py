@@ -13,7 +13,7 @@ from pyengine.sampling import StructuredOutputs
 from pyengine.serve import payload
 from pyengine.serve.answer import Call, Choice, answer
 from pyengine.serve.calls import message_of
-from pyengine.serve.errors import bad_request
+from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import (
     ANYTHING,
@@ -46,6 +46,7 @@ _RESERVED = ("self", "tokenizer", "time_limit")  # names of ChatTemplate.encode
 @dataclass(kw_only=True)
 class ChatCall(Call):
     messages: list[dict[str, Any]]
+    messages_field: str = "messages"
     add_generation_prompt: bool = True
     template_variables: dict[str, Any] = field(default_factory=dict)
     tools: Tools | None = None
@@ -58,12 +59,13 @@ class ChatCall(Call):
 
     def make(self, job: Job) -> Sequence[GenerationRequest]:
         """The requests for the engine; in a thread."""
-        ids = self.model.chat_ids(
-            self.messages,
-            tools=None if self.tools is None else self.tools.shown,
-            add_generation_prompt=self.add_generation_prompt,
-            variables=self.template_variables,
-        )
+        with told_of(self.messages_field):
+            ids = self.model.chat_ids(
+                self.messages,
+                tools=None if self.tools is None else self.tools.shown,
+                add_generation_prompt=self.add_generation_prompt,
+                variables=self.template_variables,
+            )
         engine = self.model.engine
         return engine.requests(
             job,

@@ -13,7 +13,7 @@ from pyengine.run.request import GenerationRequest, Request
 from pyengine.sampling import INT32_MAX
 from pyengine.serve import payload
 from pyengine.serve.answer import Call, Choice, answer
-from pyengine.serve.errors import bad_request
+from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import BOOLEAN, Fields, Table, integer, needed, refused
 from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
@@ -45,7 +45,8 @@ class CompletionCall(Call):
         resolved = engine.resolve(self.params)
         requests: list[Request] = []
         for prompt in self.prompts:
-            ids = engine.prompt_ids(prompt)
+            with told_of("prompt"):
+                ids = engine.prompt_ids(prompt)
             self.ids.append(ids)
             if self.echo and self.params.logprobs is not None:
                 requests += self._score(job, ids, self.params.logprobs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pyengine.serve import work
-from pyengine.serve.errors import bad_request
+from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange, dumps
 from pyengine.serve.fields import Fields, Table, integer, needed, one_of
 from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
@@ -39,9 +39,10 @@ class EmbeddingsCall:
 
     def make(self, job: Job) -> Sequence[Request]:
         """The requests for the engine; in a thread."""
-        self.pooled, requests = self.model.engine.embed_requests(
-            job, self.prompts, pooling=self.pooling, parse_special=False, cache_salt=self.cache_salt
-        )
+        with told_of("input"):
+            self.pooled, requests = self.model.engine.embed_requests(
+                job, self.prompts, pooling=self.pooling, parse_special=False, cache_salt=self.cache_salt
+            )
         return requests
 
     @property

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from pyengine.errors import (
     ContextFullError,
     InvalidArgumentError,
+    NotFiniteError,
     OutOfMemoryError,
     PyEngineError,
     TemplateError,
@@ -66,6 +69,15 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return HTTPError(400, message, param=param, code=code)
 
 
+@contextlib.contextmanager
+def told_of(param: str) -> Iterator[None]:
+    """What the engine raises in this block comes from the field `param`."""
+    try:
+        yield
+    except PyEngineError as error:
+        raise http_error(error, param) from None
+
+
 def http_error(error: BaseException, param: str | None = None) -> HTTPError:
     """What an exception of the engine means to a client; `param` is the field that it came from."""
     if isinstance(error, HTTPError):
@@ -75,6 +87,8 @@ def http_error(error: BaseException, param: str | None = None) -> HTTPError:
     if isinstance(error, (InvalidArgumentError, TemplateError)):
         # the engine names a parameter of its own first, and these have the field's name
         return bad_request(str(error), param or ("structured_outputs" if "structured_outputs" in str(error) else None))
+    if isinstance(error, NotFiniteError):  # this text, or these penalties: the same request fails again
+        return bad_request(str(error), param, "not_finite")
     if isinstance(error, (OutOfMemoryError, MemoryError)):
         return HTTPError(503, str(error) or "out of memory", code="out_of_memory", retry_after=5.0)
     if isinstance(error, PyEngineError):

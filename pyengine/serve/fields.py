@@ -234,10 +234,10 @@ def checked(kind: Kind, function: Callable[[Any], Any]) -> Kind:
 
 
 def schema_of(table: Table) -> dict[str, Any]:
-    """A table as the JSON schema of an object. A field that need not be there may be null."""
+    """A table as the JSON schema of an object. A field that need not be there may be null, and so may one that is not known."""
     properties = {name: kind.schema if kind.is_needed else nullable(kind.schema) for name, kind in table.items()}
     required = [name for name, kind in table.items() if kind.is_needed]
-    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    schema = {"type": "object", "properties": properties, "additionalProperties": {"type": "null"}}
     return schema | ({"required": required} if required else {})
 
 

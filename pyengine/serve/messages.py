@@ -128,7 +128,16 @@ def _read_message(value: Any, path: str) -> dict[str, Any]:
     return out
 
 
-MESSAGES = list_of(Kind({"anyOf": [schema_of(table) for table in _BY_ROLE.values()]}, _read_message), least=1)
+def _schema_of(role: str) -> dict[str, Any]:
+    schema = schema_of(_BY_ROLE[role])
+    if role == "assistant":  # it has said something, or called
+        calls = {**_ASSISTANT["tool_calls"].schema, "minItems": 1}
+        ways = {"content": CONTENT.schema, "tool_calls": calls}
+        schema["anyOf"] = [{"properties": {name: way}, "required": [name]} for name, way in ways.items()]
+    return schema
+
+
+MESSAGES = list_of(Kind({"anyOf": [_schema_of(role) for role in _BY_ROLE]}, _read_message), least=1)
 
 
 def chat_messages(messages: list[dict[str, Any]], path: str = "messages") -> list[dict[str, Any]]:

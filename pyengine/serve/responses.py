@@ -191,6 +191,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         stream=StreamOptions() if fields.take("stream") else None,
         cache_salt=app.cache_salt(exchange, fields),
         messages=messages,
+        messages_field="input",
         id=payload.new_id("resp_"),
         params=sampling_params(fields, model, given),
     )

@@ -18,6 +18,7 @@ ROUTES: dict[str, dict[str, str]] = {
     "/health": {"GET": "info.health"},
     "/metrics": {"GET": "info.metrics"},
     "/props": {"GET": "info.props"},
+    "/openapi.json": {"GET": "openapi.openapi"},
     "/tokenize": {"POST": "tokens.tokenize"},
     "/detokenize": {"POST": "tokens.detokenize"},
     "/v1/models": {"GET": "info.models"},

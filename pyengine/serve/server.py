@@ -51,8 +51,16 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one. Raises OSError that says which address."""
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket that listens; port 0 takes a free one. Raises OSError that says which address. `shared`: other processes may
+    listen there, too, and the kernel deals connections out among them."""
+    sock = reserve(host, port, shared=shared)
+    sock.listen(1024)
+    return sock
+
+
+def reserve(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """As `listen`, but takes no connection."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -60,8 +68,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"{host}: {error.strerror or error}") from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
-        sock.listen(1024)
         sock.set_inheritable(True)
     except OSError as error:
         sock.close()

@@ -48,7 +48,8 @@ class Tokenizer:
     vocab_size        the model's: every id must be below it; None = any
 
     Attributes: `bos_id` (or None), `eos_ids`, `adds_bos` (whether texts begin with it), `vocab_size` (ids that mean
-    something; a model may have more), `special_ids`, `special_tokens` ({text: id}).
+    something; a model may have more), `special_ids`, `special_tokens` ({text: id}), `end_id` (what the file's post-processor
+    puts behind a text, mostly nothing: None; models that make embeddings count on it, prompts go without).
     Raises ModelFormatError for a damaged file, UnsupportedModelError for a decoder or other component that we do not know.
     """
 
@@ -80,6 +81,8 @@ class Tokenizer:
         named = (self._id_of(config.get("eos_token")),)
         self.eos_ids = tuple(id_ for id_ in (named if eos_token_ids is None else eos_token_ids) if id_ is not None)
         self.adds_bos = self.bos_id is not None and self._wants_bos(config.get("add_bos_token"))
+        last = self._account.last_id
+        self.end_id = last if last is None or 0 <= last < self.vocab_size else None
         self._bytes: dict[int, bytes] = {}
         self._lock = threading.RLock()
         fork.register(self._lock, fork.PART)

@@ -47,6 +47,7 @@ class Account(NamedTuple):
     effect           see there
     decoder          as in the file
     first_id         the id with which its post-processor begins every text, or None
+    last_id          the id with which it ends every text, or None
     tokens_strip     whether added tokens take the white space around them
     unknown_id       of a Unigram model, what stands for what it cannot spell
     """
@@ -54,6 +55,7 @@ class Account(NamedTuple):
     effect: Effect
     decoder: Mapping[str, Any] | None
     first_id: int | None
+    last_id: int | None
     tokens_strip: bool
     unknown_id: int | None
 
@@ -76,7 +78,8 @@ def check(data: bytes, vocab_size: int | None = None) -> Account:
         raise ModelFormatError("tokenizer.json: decoder is no object")
     tokens_strip = any(token.flag("lstrip") or token.flag("rstrip") for token in added)
     unknown_id = None if model.value.get("unk_id") is None else model.integer("unk_id", 0, (1 << 32) - 1)
-    return Account(effect, decoder, _first_id(document.get("post_processor")), tokens_strip, unknown_id)
+    first, last = (_end_id(document.get("post_processor"), at) for at in (0, -1))
+    return Account(effect, decoder, first, last, tokens_strip, unknown_id)
 
 
 def check_components(normalizer: Any, pre_tokenizer: Any) -> Effect:
@@ -388,31 +391,31 @@ _PRE_TOKENIZERS: dict[str, _Check] = {
 }
 
 
-def _first_id(value: Any, depth: int = 0) -> int | None:
-    """The id that a post-processor puts before a text."""
+def _end_id(value: Any, at: int, depth: int = 0) -> int | None:
+    """The id that a post-processor puts before a text (at 0), or behind it (at -1)."""
     if value is None:
         return None
     processor = _Object("the post_processor", value)
     kind = processor.text("type", "")
     if kind == "Sequence" and depth < 8:
-        found = [_first_id(part, depth + 1) for part in processor.items("processors", MAX_COMPONENTS)]
+        found = [_end_id(part, at, depth + 1) for part in processor.items("processors", MAX_COMPONENTS)]
         return next((id_ for id_ in reversed(found) if id_ is not None), None)
     if kind == "TemplateProcessing":
-        return _template_first_id(processor)
+        return _template_end_id(processor, at)
     if kind in ("RobertaProcessing", "BertProcessing"):
-        token = processor.items("cls", 2)
+        token = processor.items("cls" if at == 0 else "sep", 2)
         return token[1] if len(token) == 2 and type(token[1]) is int else None
     if kind != "ByteLevel":
         raise UnsupportedModelError(f"tokenizer post_processor {shown(kind)} is not supported")
     return None
 
 
-def _template_first_id(processor: _Object) -> int | None:
+def _template_end_id(processor: _Object, at: int) -> int | None:
     pieces: Sequence[Any] = processor.items("single", MAX_COMPONENTS)
-    special = pieces[0].get("SpecialToken") if pieces and isinstance(pieces[0], dict) else None
+    special = pieces[at].get("SpecialToken") if pieces and isinstance(pieces[at], dict) else None
     if not isinstance(special, dict):
         return None
     tokens = processor.value.get("special_tokens")
     token = tokens.get(special.get("id")) if isinstance(tokens, dict) and isinstance(special.get("id"), str) else None
     ids = token.get("ids") if isinstance(token, dict) else None
-    return ids[0] if isinstance(ids, list) and ids and type(ids[0]) is int else None
+    return ids[at] if isinstance(ids, list) and ids and type(ids[at]) is int else None

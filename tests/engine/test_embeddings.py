@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,25 @@ def test_a_row_that_comes_again_is_not_counted_twice() -> None:
     zeros = Pooled([5], "last", 2)
     zeros.take(0, memoryview(np.zeros(2, np.float32)))
     assert vectors([zeros], normalize=True).tolist() == [[0, 0]]
+
+
+def test_a_text_ends_as_the_model_s_tokenizer_ends_it(tmp_path: Path) -> None:
+    hf = Path(fixtures.write_hf_dir(fixtures.load("llama_tied"), tmp_path / "hf"))
+    document = json.loads((hf / "tokenizer.json").read_text())
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+    }
+    (hf / "tokenizer.json").write_text(json.dumps(document))
+    with Engine(freeze(hf, tmp_path / "model.safetensors"), n_ctx=8) as engine:
+        ids = engine.tokenize("a cat")
+        assert ids[-1] != 1 and np.array_equal(engine.embed("a cat"), engine.embed([[*ids, 1]]))
+        assert not np.array_equal(engine.embed("a cat"), engine.embed([ids]))
+        assert len(engine.tokenize("a cat go")) == 8
+        with pytest.raises(ContextFullError):
+            engine.embed("a cat go")
 
 
 def test_how_a_model_pools_stands_in_its_file() -> None:

@@ -37,6 +37,10 @@ CALLS: list[Case] = [
         "",
         [("get_weather", '{"city": "S\u00e3o \\"P\\" {\\u0061}", "n": [{}, -1e3]}')],
     ),
+    (HERMES, F, "", [("f", '{"a": 1}')]),
+    (HERMES, f"{F}, {F}", "", [("f", '{"a": 1}')] * 2),
+    (HERMES, f"\n```json\n{F}\n```\n", "", [("f", '{"a": 1}')]),
+    (HERMES, f"```json\n{F}\n``` Done.", " Done.", [("f", '{"a": 1}')]),
     (MISTRAL, f"[TOOL_CALLS] [{F}]", "", [("f", '{"a": 1}')]),
     (MISTRAL, f"[TOOL_CALLS][{F}, {F}]", "", [("f", '{"a": 1}')] * 2),
     (MISTRAL, f"Well. [TOOL_CALLS]{F}", "Well.", [("f", '{"a": 1}')]),
@@ -52,7 +56,11 @@ CONTENT: list[tuple[Syntax, str]] = [
     (HERMES, ""),
     (HERMES, " \n "),
     (HERMES, "1 < 2, <tool, <tool_call, a <tool_call"),
-    (HERMES, F),
+    (HERMES, f"So: {F}"),
+    (HERMES, f"So:\n```json\n{F}\n```"),
+    (HERMES, "```json\n[1]\n```"),
+    (HERMES, "````json"),
+    (HERMES, "```python\nf()\n```"),
     (HERMES, "<tool_call>"),
     (HERMES, "<tool_call>\n{"),
     (HERMES, "<tool_call>f(a=1)</tool_call>"),
@@ -129,6 +137,7 @@ def test_a_text_that_is_cut_anywhere_loses_nothing_of_its_calls(
 
 def test_pieces_and_whole_agree_on_random_texts() -> None:
     parts = [
+        "```json", "```",
         "<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "[", "]", "<|python_tag|>", ";", ",", "{", "}", "\n", " ", "x",
         F, '{"name": "f", "parameters": {', '"a": ', '"b"', "1", "true", "[1]",
     ]  # fmt: skip

@@ -140,7 +140,7 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(chat_model: Path
         for stream in (False, True):
             body = {"prompt": [5] * (n_ctx + 7), "stream": stream}
             answer = await client.post("/v1/completions", body)
-            assert answer.status == 400 and answer.error["code"] == "context_length_exceeded"
+            assert (answer.error["param"], answer.error["code"]) == ("prompt", "context_length_exceeded")
             assert str(n_ctx) in answer.error["message"] and str(n_ctx + 7) in answer.error["message"]
 
     serving(chat_model, test)

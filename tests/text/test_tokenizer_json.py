@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.small_tokenizers import byte_level, metaspace, sentencepiece_bpe, unigram
+from tokenizers import Tokenizer as Library
+from tokenizers.processors import TemplateProcessing
 
 from pyengine.errors import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError
 from pyengine.freeze.tokenizer import compact_tokenizer_json
@@ -223,7 +225,19 @@ def test_the_first_id_is_what_the_post_processor_adds(kind):
         "trim_offsets": True,
         "add_prefix_space": True,
     }
-    assert check(dumps({**DOCUMENTS[kind], "post_processor": roberta})).first_id == 7
+    account = check(dumps({**DOCUMENTS[kind], "post_processor": roberta}))
+    assert (account.first_id, account.last_id) == (7, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("single", ["$A </s>", "<s> $A </s>", "<s> $A", "$A"])
+def test_the_last_id_is_what_the_post_processor_puts_behind_a_text(kind, single):
+    library = Library.from_str(KINDS[kind].to_str())
+    ids = [(token, library.token_to_id(token)) for token in ("<s>", "</s>")]
+    library.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+    wanted = library.encode("a").ids[-1] if single.endswith("</s>") else None
+    data = library.to_str().encode()
+    assert check(data).last_id == wanted and Tokenizer(data).end_id == wanted
 
 
 def test_dropout_is_switched_off():

@@ -45,6 +45,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"input": "hi", "max_output_tokens": 2},
         {"input": seeds.MESSAGES, "max_output_tokens": 2, "stream": True},
     ],
+    "/v1/embeddings": [{"input": ["hi", [1, 2]], "dimensions": 3, "encoding_format": "base64", "pooling": "mean"}],
     "/tokenize": [{"content": "hi <|end|>", "add_special": True, "with_pieces": True}],
     "/detokenize": [{"tokens": [1, 2, 257]}],
 }

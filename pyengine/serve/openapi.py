@@ -1,0 +1,166 @@
+"""/openapi.json: what this server takes and answers, written from the tables by which requests are checked."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pyengine import __version__
+from pyengine.serve import chat, completions, embeddings, responses, tokens
+from pyengine.serve.fields import Table, schema_of
+from pyengine.serve.routes import MODEL_PATH, ROUTES
+
+if TYPE_CHECKING:
+    from pyengine.serve.app import App
+    from pyengine.serve.exchange import Exchange
+
+BODIES: dict[str, Table] = {
+    "/tokenize": tokens.TOKENIZE,
+    "/detokenize": tokens.DETOKENIZE,
+    "/v1/chat/completions": chat.FIELDS,
+    "/v1/completions": completions.FIELDS,
+    "/v1/embeddings": embeddings.FIELDS,
+    "/v1/responses": responses.FIELDS,
+}
+_WORDS = {
+    "/": "The page.",
+    "/health": "Whether requests are taken.",
+    "/metrics": "Metrics for Prometheus.",
+    "/props": "A model's template, context and defaults.",
+    "/openapi.json": "This document.",
+    "/tokenize": "Text, or messages, to token ids.",
+    "/detokenize": "Token ids to text.",
+    "/v1/models": "The models.",
+    "/v1/chat/completions": "The assistant's answer to messages.",
+    "/v1/completions": "Prompts, continued.",
+    "/v1/embeddings": "A vector for each input.",
+    "/v1/responses": "A response to text or messages.",
+}
+_JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
+
+
+def _object(*needed: str, **properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*needed, *properties]}
+
+
+def _array(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _const(value: str) -> dict[str, Any]:
+    return {"const": value}
+
+
+_INTEGER, _STRING = {"type": "integer"}, {"type": "string"}
+_MODEL = _object(id=_STRING, object=_const("model"), created=_INTEGER, owned_by=_STRING, max_model_len=_INTEGER)
+_USAGE = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER)
+_VECTOR = {"anyOf": [_array({"type": "number"}), _STRING]}
+_EMBEDDING = _object(object=_const("embedding"), index=_INTEGER, embedding=_VECTOR)
+
+
+def _outputs(kind: str, **choice: dict[str, Any]) -> dict[str, Any]:
+    reason = {"enum": ["stop", "length", "tool_calls"]}
+    choices = _array(_object("logprobs", index=_INTEGER, finish_reason=reason, **choice))
+    return _object(id=_STRING, object=_const(kind), created=_INTEGER, model=_STRING, choices=choices, usage=_USAGE)
+
+
+ANSWERS: dict[str, dict[str, Any]] = {
+    "/health": _object(status={"enum": ["ok", "starting", "draining"]}),
+    "/props": _object("n_ctx", "vocab_size", "chat_template", "default_generation_settings", model=_STRING),
+    "/openapi.json": _object("openapi", "info", "paths"),
+    "/tokenize": _object("tokens", count=_INTEGER, max_model_len=_INTEGER),
+    "/detokenize": _object(content=_STRING, prompt=_STRING),
+    "/v1/models": _object(object=_const("list"), data=_array(_MODEL)),
+    "/v1/chat/completions": _outputs("chat.completion", message=_object("content", role=_const("assistant"))),
+    "/v1/completions": _outputs("text_completion", text=_STRING),
+    "/v1/embeddings": _object("usage", object=_const("list"), data=_array(_EMBEDDING), model=_STRING),
+    "/v1/responses": _object("output", "usage", id=_STRING, object=_const("response"), status=_STRING),
+}
+_ERROR = _object(
+    error={
+        **_object("param", "code", message=_STRING, type=_STRING),
+        "properties": {
+            "message": _STRING,
+            "type": _STRING,
+            "param": {"type": ["string", "null"]},
+            "code": {"type": ["string", "null"]},
+        },
+    }
+)
+_ERRORS = {
+    "400": "A field that is wrong or not supported: `param` names it.",
+    "401": "No key, or a wrong one.",
+    "403": "A page of another site, or another host's name.",
+    "404": "No such model.",
+    "408": "The body took too long.",
+    "413": "The body is too long.",
+    "429": "The queue is full: `retry-after` says when to try again.",
+    "500": "An error of the engine.",
+    "503": "Starting, ending, or too much at a time.",
+}
+_QUERY_MODEL = {"name": "model", "in": "query", "required": False, "schema": _STRING}
+
+
+def _answers(path: str) -> dict[str, Any]:
+    takes_body = path in BODIES
+    content: dict[str, Any] = {_JSON: {"schema": ANSWERS[path]}} if path in ANSWERS else {}
+    if takes_body and "stream" in BODIES[path]:
+        content[_EVENTS] = {"schema": _STRING}
+    if path == "/metrics":
+        content[_TEXT] = {"schema": _STRING}
+    if path == "/":
+        content["text/html"] = {"schema": _STRING}
+    answers: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
+    for status, words in _ERRORS.items():
+        if takes_body or status not in ("408", "413", "429"):
+            answers[status] = {
+                "description": words,
+                "content": {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}},
+            }
+    if path == "/health":
+        answers["503"] = answers["200"]
+    return answers
+
+
+def _operation(path: str, words: str) -> dict[str, Any]:
+    operation: dict[str, Any] = {"summary": words, "responses": _answers(path)}
+    if path in BODIES:
+        schema = {"$ref": f"#/components/schemas/{_name(path)}"}
+        operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
+    if path == "/props":
+        operation["parameters"] = [_QUERY_MODEL]
+    return operation
+
+
+def _name(path: str) -> str:
+    """Of a schema: "/v1/chat/completions" -> "ChatCompletionsRequest"."""
+    return "".join(part.capitalize() for part in path.removeprefix("/v1").split("/")) + "Request"
+
+
+@cache
+def document() -> dict[str, Any]:
+    paths = {
+        path: {method.lower(): _operation(path, _WORDS[path]) for method in methods} for path, methods in ROUTES.items()
+    }
+    found = {"description": "The model.", "content": {_JSON: {"schema": _MODEL}}}
+    paths[f"{MODEL_PATH}{{id}}"] = {
+        "get": {
+            "summary": "One model.",
+            "parameters": [{"name": "id", "in": "path", "required": True, "schema": _STRING}],
+            "responses": {**_answers("/v1/models"), "200": found},
+        }
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "pyengine", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": {"Error": _ERROR, **{_name(path): schema_of(table) for path, table in BODIES.items()}},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
+    }
+
+
+async def openapi(app: App, exchange: Exchange) -> None:
+    await exchange.reply_json(document())

@@ -1,0 +1,90 @@
+"""`pyengine serve --processes`: one address, CPUs of their own, and all end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pyengine.serve.processes import shares
+
+pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+if not hasattr(os, "sched_getaffinity"):
+    pytest.skip("this system does not pin processes to CPUs", allow_module_level=True)
+
+from serve.test_server import HELLO, post
+
+# Two where there are CPUs for them; everything here is as true of one.
+N_PROCESSES = min(2, len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def servers(model: Path) -> Iterator[tuple[subprocess.Popen[str], int, list[int]]]:
+    """(the parent, the port, the processes) once all are ready. Whatever happens, they end with the parent's input."""
+    command = [sys.executable, "-I", "-m", "pyengine", "serve", "-m", str(model), "--port", "0", "--log-format", "none"]
+    process = subprocess.Popen([*command, "--processes", str(N_PROCESSES)], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = next((one for one in process.stderr if " at http://" in one), "")
+        said = re.search(r"processes \(([\d ]+)\) at http://127.0.0.1:(\d+);", line)
+        assert said is not None
+        yield process, int(said[2]), [int(pid) for pid in said[1].split()]
+    finally:
+        process.kill()  # the others notice that it is gone
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("n_cpus", range(1, 9))
+def test_every_process_has_cpus_of_its_own(n_cpus: int) -> None:
+    cpus = [3 * i + 1 for i in range(n_cpus)]
+    for n in range(1, n_cpus + 1):
+        parts = shares(cpus[::-1], n)
+        assert [cpu for part in parts for cpu in part] == cpus and len(parts) == n
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1 and all(parts)
+
+
+def test_they_answer_alike_and_end_together(chat_model: Path) -> None:
+    with servers(chat_model) as (process, port, pids):
+        assert len(set(pids)) == N_PROCESSES
+        cpus = [os.sched_getaffinity(pid) for pid in pids]
+        assert set.union(*cpus) == os.sched_getaffinity(0) and sum(map(len, cpus)) == len(set.union(*cpus))
+        answers = [post(port, "/v1/chat/completions", HELLO) for _ in range(8)]
+        assert all(status == 200 for status, _ in answers)
+        assert len({answer["choices"][0]["message"]["content"] for _, answer in answers}) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        process.stderr.read()  # until nobody holds it: all have ended
+        assert process.wait() == 0
+
+
+def test_one_that_is_lost_is_told_and_ends_all(chat_model: Path) -> None:
+    with servers(chat_model) as (process, _, pids):
+        os.kill(pids[-1], signal.SIGKILL)
+        assert process.stderr is not None
+        assert f"({pids[-1]}) was lost: signal 9" in process.stderr.read()
+        assert process.wait() == 1
+
+
+def test_they_end_when_their_parent_is_gone(chat_model: Path) -> None:
+    """It is killed, and can tell them nothing. Were one to stay, this would wait for ever."""
+    with servers(chat_model) as (process, _, _):
+        process.kill()
+        assert process.stderr is not None
+        process.stderr.read()  # until the last has closed it
+
+
+def test_what_is_wrong_is_said_once(chat_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-I", "-m", "pyengine", "serve", "--port", "0", "--processes"]
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_bytes(chat_model.read_bytes()[:1000])
+    for options in ([str(N_PROCESSES), "-m", str(wrong)], ["100000"], [str(N_PROCESSES), "-m", str(tmp_path / "none")]):
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert done.returncode != 0 and done.stderr.count("pyengine: error:") == 1, done.stderr
