@@ -50,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
         "pyengine", "async_engine", "embeddings", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",
         "_sampler",
     },
+    "compat": {"errors", "arguments", "engine", "results", "run", "sampling", "text", "format", "_sampler", "serve"},
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
         "errors", "files", "pyengine", "text", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
