@@ -17,6 +17,7 @@ COMMANDS = {
     "freeze": "turn a checkpoint (Hugging Face, GGUF, llama2.c) into a frozen int8 file",
     "info": "what is in a model file",
     "verify": "check a model's checksums and golden outputs on this machine",
+    "models": "what is kept of models: list, remove, prune",
     "bench": "measure speed, load time and memory",
     "eval": "perplexity of a text file",
     "train": "train a model (needs the extra pyengine-lm[train])",

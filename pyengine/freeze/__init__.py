@@ -174,7 +174,7 @@ def _unicode(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def frozen_cache_path(source: PathLike, tokenizer: PathLike | None = None) -> Path:
+def frozen_cache_path(source: PathLike, tokenizer: PathLike | None = None, *, name: str | None = None) -> Path:
     """Where ``freeze_cached`` keeps the frozen form of ``source``; changes whenever the source
     does.
     """
@@ -183,21 +183,25 @@ def frozen_cache_path(source: PathLike, tokenizer: PathLike | None = None) -> Pa
     with system_errors():
         kind, path, tokenizer_path = _checked_source(source, tokenizer)
         files = _source_files(kind, path, tokenizer_path)
-        return cache_path(Path(os.path.realpath(path)), [Path(os.path.realpath(file)) for file in files])
+        return cache_path(Path(os.path.realpath(path)), [Path(os.path.realpath(file)) for file in files], name)
 
 
-def freeze_cached(source: PathLike, progress: Progress | None = None, *, tokenizer: PathLike | None = None) -> Path:
-    """Freeze ``source`` into the cache unless it is there, and return the frozen file's path.
+def freeze_cached(
+    source: PathLike, progress: Progress | None = None, *, tokenizer: PathLike | None = None, name: str | None = None
+) -> Path:
+    """Freeze ``source`` into the cache unless it is there, and return the frozen file's path. ``name``: the model's, instead of
+    the source's own.
 
     Of several processes that race one freezes and the others wait for it. Raises what ``freeze`` does, and SystemCallError for a
     cache directory that others could write to.
     """
-    from .cache import missing
+    from .cache import Origin, missing
 
-    path = frozen_cache_path(source, tokenizer)
-    with missing(path) as is_missing:
+    path = frozen_cache_path(source, tokenizer, name=name)
+    origin = Origin(os.path.abspath(source), None if tokenizer is None else os.path.abspath(tokenizer), name)
+    with missing(path, origin) as is_missing:
         if is_missing:
-            freeze(source, path, tokenizer=tokenizer, progress=progress)
+            freeze(source, path, name=name, tokenizer=tokenizer, progress=progress)
     return path
 
 

@@ -27,7 +27,7 @@ _CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP = (
 )  # fmt: skip
 _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _INDEX)
+DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _INDEX)
 
 _MAX_SHARDS = 4096
 _MAX_NAME_BYTES = 255
@@ -133,9 +133,21 @@ def _open_weights(directory: Path) -> SafetensorsReader:
     return SafetensorsReader([directory / name for name in names])
 
 
+def missing_weights(directory: Path) -> list[str]:
+    """The files of weights that a directory ought to have and has not. Raises ModelFormatError for an index that is damaged."""
+    if (directory / _WEIGHTS).exists():
+        return []
+    return [name for name in _shard_names(directory) or [_WEIGHTS] if not (directory / name).exists()]
+
+
+def refuse_unknown_architecture(directory: Path) -> None:
+    """By config.json alone, before weights are fetched for nothing. Raises UnsupportedModelError, ModelFormatError."""
+    _architecture(_read_json(directory, _CONFIG) or {})
+
+
 def files_of(directory: Path) -> list[Path]:
     """Everything in a directory that decides what it freezes to, whether it is there or not."""
-    names = [*_DOCUMENTS, _WEIGHTS]
+    names = [*DOCUMENTS, _WEIGHTS]
     with contextlib.suppress(PyEngineError):  # whoever opens it will say what is wrong
         names += _shard_names(directory)
     return [directory / name for name in names]

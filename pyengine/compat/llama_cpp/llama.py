@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+from pyengine import hub
 from pyengine._sampler import logprobs as token_logprobs
 from pyengine.arguments import integer, shown
 from pyengine.compat.llama_cpp import answers, formats, options
@@ -22,6 +24,7 @@ from pyengine.compat.llama_cpp.tools import chosen_tools
 from pyengine.engine import Engine, resolve_model
 from pyengine.errors import InvalidArgumentError, TemplateError
 from pyengine.format.reader import FrozenFile
+from pyengine.freeze.gguf_split import part_paths
 from pyengine.run.request import Caller
 from pyengine.run.stream import run_all
 from pyengine.sampling import SamplingParams
@@ -85,6 +88,25 @@ class Llama:
         )
         self.chat_format, self._format = self._chat_format(chat_format)
         self._template: ChatTemplate | None = None
+
+    @classmethod
+    def from_pretrained(cls, repo_id: str, filename: str | None, revision: str | None = None, **kwargs: Any) -> Llama:
+        """A file of a repository of the hub (extra `hub`), by its name or a pattern that matches one; of a split model any part
+        stands for all. kwargs: as for Llama. Raises HubError, and InvalidArgumentError unless a pattern matches one."""
+        for name in ("additional_files", "local_dir", "cache_dir", "local_dir_use_symlinks"):
+            if kwargs.pop(name, None) not in (None, "auto", []):
+                refuse(name, "huggingface_hub keeps what it fetches; HF_HOME says where")
+        if filename is None:
+            return cls(str(hub.checked(repo_id, revision)), **kwargs)
+        names = hub.list_files(repo_id, revision)
+        found = [
+            name for name in names if fnmatchcase(name, filename) or fnmatchcase(name.rpartition("/")[2], filename)
+        ]
+        if len(found) != 1 and not (found and len(part_paths(found[0])) == len(found)):
+            raise InvalidArgumentError(
+                f"{filename!r} matches {len(found)} files of {repo_id}: {', '.join(found or names)[:500]}"
+            )
+        return cls(str(hub.checked(repo_id, revision, found[0])), **kwargs)
 
     def _chat_format(self, name: str | None) -> tuple[str, formats.ChatFormat | None]:
         """(name, format); None for the model's own template."""
