@@ -19,7 +19,7 @@ COMMANDS = {
     "verify": "check a model's checksums and golden outputs on this machine",
     "models": "what is kept of models: list, remove, prune",
     "bench": "measure speed, load time and memory",
-    "eval": "perplexity of a text file",
+    "eval": "perplexity of a text file, or accuracy on a task",
     "train": "train a model (needs the extra pyengine-lm[train])",
     "runs": "list training runs and compare them",
     "cost": "what training a model was and what running it is",

@@ -25,9 +25,9 @@ examples:
   pyengine models prune
 
 rm hf:org/name removes what was fetched of it, every revision or the one that @revision names, and what was frozen from that; any
-other name is the beginning of a frozen model's. A frozen model is made again from its source when it is needed; a model of the hub is fetched again. prune removes frozen models
-whose source has changed or is gone, or that another version made; what a killed process left behind; and, of the hub's cache,
-revisions that no branch or tag names.
+other name is the beginning of a frozen model's. A frozen model is made again from its source when it is needed; a model of the
+hub is fetched again. prune removes frozen models whose source has changed or is gone, or that another version made; what a
+killed process left behind; and, of the hub's cache, revisions that no branch or tag names.
 
 environment:
   PYENGINE_CACHE        where frozen models are kept; else pyengine/ in the user's cache directory

@@ -46,6 +46,7 @@ ROOMS: dict[str, set[str]] = {
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run", "fork", "files", "embeddings", "hub",
     },
+    "eval": {"engine", "errors", "run", "_sampler"},
     "async_engine": {"embeddings", "engine", "errors", "fork", "results", "run", "sampling", "text"},
     "serve": {
         "pyengine", "async_engine", "embeddings", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",
@@ -57,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
         "errors", "files", "pyengine", "text", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
-        "engine", "serve", "hub",
+        "engine", "serve", "hub", "eval",
     },
     "__main__": {"cli"},
 }  # fmt: skip
