@@ -18,7 +18,7 @@ from pyengine.hub import fetch, is_hub_name, parse
 EPILOG = """\
 examples:
   pyengine freeze SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.safetensors
-  pyengine freeze ./Qwen2.5-0.5B-Instruct/ -o qwen.safetensors --name "Qwen2.5 0.5B"
+  pyengine freeze ./Qwen2.5-0.5B-Instruct/ --lora ./adapter/:0.5 -o tuned.safetensors --name "Qwen2.5 0.5B"
   pyengine freeze hf:HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2.safetensors
   pyengine freeze stories15M.bin --tokenizer tokenizer.bin -o stories.safetensors
 
@@ -40,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--name", help="the model's name in the file; default: the source's own")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:SCALE]",
+        help="merge an adapter in PEFT's layout into the weights of a Hugging Face directory; may be repeated",
+    )
     add("--force", action="store_true", help="replace OUT if it exists")
     return parser
 
@@ -72,6 +79,7 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{args.output} exists; --force replaces it")
     refuse_frozen(args.source)
     from pyengine.freeze import freeze
+    from pyengine.freeze.lora import parse as parse_adapter
 
     started = time.monotonic()
     with ProgressLine("freezing") as line, options.naming(args.source):
@@ -80,6 +88,7 @@ def run(argv: list[str]) -> int:
             args.output,
             name=name,
             tokenizer=args.tokenizer,
+            lora=[parse_adapter(text) for text in args.lora],
             progress=line.update,
             overwrite=args.force,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
 from .architectures import ARCHITECTURES, PARTS, Architecture, build_model, required_features
 from .fields import Fields
+from .lora import AdaptedTensors, Adapter
 from .rope import rope_inv_freq
 from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
 from .special_tokens import begin_and_end, spellings
@@ -339,8 +340,8 @@ class _Documents:
             self.attachments[_TEMPLATE] = template
 
 
-def load_hf(directory: Path, name: str | None = None) -> SourceModel:
-    """Read the headers of a Hugging Face directory; weights are read when the freezer asks for
+def load_hf(directory: Path, name: str | None = None, lora: Sequence[Adapter] = ()) -> SourceModel:
+    """Read the headers of a Hugging Face directory; weights are read, and merged with adapters, when the freezer asks for
     their rows.
     """
     document = _read_json(directory, _CONFIG)
@@ -356,16 +357,18 @@ def load_hf(directory: Path, name: str | None = None) -> SourceModel:
         if frozen.tie_embeddings:
             ignored.append(PARTS["output"].hf)  # some save the shared matrix twice
         label = directory.resolve().name
+        tensors = AdaptedTensors(reader, lora)
         model = build_model(
-            reader,
+            tensors,
             frozen,
             [rope_inv_freq(frozen.head_dim, *_rope(config))],
             kind="hf",
             name=name or label,
-            source=f"{label} ({architecture.model_type})",
+            source=" + ".join([f"{label} ({architecture.model_type})", *(one.path.resolve().name for one in lora)]),
             interleaved=False,
             ignored=ignored,
         )
+        tensors.check_all_used()
         model.attachments = documents.attachments
     except BaseException:
         reader.close()
