@@ -114,6 +114,22 @@ def test_speculative_decoding_changes_nothing() -> None:
     assert llama(text, **GREEDY)["choices"] == plain(text, **GREEDY)["choices"]
 
 
+def test_embeddings() -> None:
+    llm = Llama(model_path=DEFAULT_MODEL, embedding=True, pooling_type=1)
+    texts = ["Hello, world!", "Goodbye, world!"]
+    answer = llm.create_embedding(texts)
+    expected = [vector.tolist() for vector in llm.engine.embed(texts, pooling="mean", normalize=False)]
+    assert [item["embedding"] for item in answer["data"]] == expected == llm.embed(texts)
+    assert llm.create_embedding(texts[0])["data"] == answer["data"][:1] and llm.embed(texts[0]) == expected[0]
+    n_tokens = sum(len(llm.tokenize(text.encode())) for text in texts)
+    assert answer["usage"] == {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    assert llm.embed(texts, normalize=True, return_count=True)[1] == n_tokens and llm.embed([]) == []
+    long = "word " * 2000
+    assert len(llm.embed(long)) == llm.n_embd()
+    with pytest.raises(ValueError, match="holds 512"):
+        llm.embed(long, truncate=False)
+
+
 # ------------------------------------------------------------------ what it says is what Engine says
 
 
@@ -253,7 +269,7 @@ def test_every_format_is_known_and_a_models_own_comes_first(tmp_path: Path) -> N
     "options",
     [
         {"vocab_only": True}, {"kv_overrides": {"a": 1}}, {"rope_freq_base": 1e6}, {"rope_freq_scale": 0.5},
-        {"yarn_orig_ctx": 4096}, {"embedding": True}, {"lora_path": "a.gguf"}, {"chat_handler": object()},
+        {"yarn_orig_ctx": 4096}, {"pooling_type": 0}, {"lora_path": "a.gguf"}, {"chat_handler": object()},
         {"last_n_tokens_size": 128}, {"draft_model": object()}, {"type_k": 1}, {"chat_format": "functionary-v2"}, {"n_ctx": 513},
         {"n_ctx": "many"}, {"tokenizer": object()}, {"seed": -2}, {"n_threads": -1}, {"context": 3},
     ],
@@ -293,7 +309,7 @@ def test_chat_arguments_are_refused_by_name(llm: Llama, options: dict[str, Any])
         llm.create_chat_completion(**{"messages": JASON, **options})
 
 
-@pytest.mark.parametrize("name", ["embed", "create_embedding", "eval", "sample", "create_chat_completion_openai_v1"])
+@pytest.mark.parametrize("name", ["eval", "sample", "create_chat_completion_openai_v1"])
 def test_methods_are_refused_by_name(llm: Llama, name: str) -> None:
     with pytest.raises(InvalidArgumentError, match=name):
         getattr(llm, name)("text")

@@ -9,8 +9,9 @@ from typing import Any
 
 from pyengine.engine import Engine
 from pyengine.results import Generation, Piece, TokenLogprob
+from pyengine.serve.calls import message_of
 from pyengine.serve.payload import chat_logprobs, finish_reason, text_logprobs
-from pyengine.serve.tools import CallReader, whole_call
+from pyengine.serve.tools import Tools
 
 Answer = dict[str, Any]
 Entry = tuple[int, float | None, Sequence[tuple[int, float]]]  # token, its log-probability, the most probable ones
@@ -83,12 +84,14 @@ def is_whole_call(result: Generation) -> bool:
     return result.finish_reason == "stop" and result.stop_reason is None
 
 
-def chat(head: Head, result: Generation, engine: Engine, *, is_call: bool) -> Answer:
+def chat(head: Head, result: Generation, engine: Engine, tools: Tools | None) -> Answer:
+    """tools: of which the answer is forced to call one, None if it is not."""
     message: Answer = {"role": "assistant", "content": result.text}
     reason = finish_reason(result)
-    if is_call:
-        calls = whole_call(result.text, is_complete=is_whole_call(result))
-        message |= {"content": None, "tool_calls": calls}
+    if tools is not None:
+        reader = tools.reader()
+        content, calls = message_of([*reader.push(result.text), *reader.finish()])
+        message |= {"content": content or None, "tool_calls": calls}
         if calls:
             message["function_call"] = calls[0]["function"]
         reason = "tool_calls" if is_whole_call(result) else reason
@@ -97,7 +100,7 @@ def chat(head: Head, result: Generation, engine: Engine, *, is_call: bool) -> An
     return {**head.answer("chat.completion", choice), "usage": usage(result)}
 
 
-def chat_chunks(head: Head, pieces: Iterator[Piece], engine: Engine, *, is_call: bool) -> Iterator[Answer]:
+def chat_chunks(head: Head, pieces: Iterator[Piece], engine: Engine, tools: Tools | None) -> Iterator[Answer]:
     """First the role, then what is said, at the end the reason."""
 
     def chunk(delta: Answer, logprobs: Answer | None = None, reason: str | None = None) -> Answer:
@@ -105,20 +108,28 @@ def chat_chunks(head: Head, pieces: Iterator[Piece], engine: Engine, *, is_call:
         return head.answer("chat.completion.chunk", choice)
 
     yield chunk({"role": "assistant"})
-    reader = CallReader()
+    reader = None if tools is None else tools.reader()
     for piece in pieces:
         result = piece.result
-        if is_call:
-            is_complete = result is not None and is_whole_call(result)
-            calls = reader.push(piece.text, is_last=result is not None, is_complete=is_complete)
-            delta: Answer = {"tool_calls": calls} if calls else {}
+        if reader is not None:
+            for delta in [*reader.push(piece.text), *(reader.finish() if result is not None else ())]:
+                yield chunk(delta)
         else:
-            delta = {"content": piece.text} if piece.text else {}
-        ended = result is not None and piece.token in engine.eos_token_ids
-        entry = None if ended else piece.logprob
-        logprobs = None if entry is None else chat_logprobs([entry], engine.tokenizer)
-        if delta or logprobs is not None:
-            yield chunk(delta, logprobs)
+            ended = result is not None and piece.token in engine.eos_token_ids
+            entry = None if ended else piece.logprob
+            logprobs = None if entry is None else chat_logprobs([entry], engine.tokenizer)
+            if piece.text or logprobs is not None:
+                yield chunk({"content": piece.text} if piece.text else {}, logprobs)
         if result is not None:
-            reason = "tool_calls" if is_call and is_whole_call(result) else finish_reason(result)
-            yield chunk({}, reason=reason)
+            yield chunk(
+                {}, reason="tool_calls" if reader is not None and is_whole_call(result) else finish_reason(result)
+            )
+
+
+# -------------------------------------------------------------------- embeddings
+
+
+def embeddings(model: str, vectors: Sequence[Sequence[float]], n_tokens: int) -> Answer:
+    data = [{"object": "embedding", "embedding": vector, "index": index} for index, vector in enumerate(vectors)]
+    counts = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": counts}

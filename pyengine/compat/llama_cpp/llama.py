@@ -43,6 +43,7 @@ class Llama:
     seed         of all calls that give none; 0xFFFFFFFF or -1 = a new one for each
     chat_format  a name of formats.FORMATS; None = the model's own template, "llama-2" if it has none
     draft_model  a LlamaPromptLookupDecoding; None = guess ahead where it pays, which changes no byte
+    pooling_type llama.cpp's number: 1 = mean, 3 = last token, -1 = what the model's files say
     type_k, type_v   of keys and values, ggml's numbers: None or 8 = int8, 0 = float32
     """
 
@@ -58,18 +59,20 @@ class Llama:
         draft_model: LlamaPromptLookupDecoding | None = None,
         type_k: int | None = None,
         type_v: int | None = None,
+        pooling_type: int = options.POOLING_UNSPECIFIED,
         verbose: bool = True,
         **others: Any,
     ) -> None:
         options.check_model_arguments(others)
         self._reopen = partial(
             type(self), model_path, n_ctx=n_ctx, n_threads=n_threads, seed=seed, use_mmap=use_mmap, chat_format=chat_format,
-            draft_model=draft_model, type_k=type_k, type_v=type_v, verbose=verbose, **others,
+            draft_model=draft_model, type_k=type_k, type_v=type_v, pooling_type=pooling_type, verbose=verbose, **others,
         )  # fmt: skip
         if draft_model is not None and not isinstance(draft_model, LlamaPromptLookupDecoding):
             refuse(f"draft_model={shown(draft_model)}", "give a LlamaPromptLookupDecoding")
         if chat_format is not None and chat_format != formats.OWN:
             formats.chat_format(chat_format)
+        self._pooling = options.pooling(pooling_type)
         self.model_path = model_path
         self.verbose = verbose
         self._seed: int | None
@@ -318,10 +321,10 @@ class Llama:
             logprobs=(top_logprobs or 0) if logprobs else None,
             structured_outputs=wanted if forced is None else forced.output(),
         )  # fmt: skip
-        head, is_call = answers.Head("chatcmpl-", model or str(self.model_path)), forced is not None
+        head = answers.Head("chatcmpl-", model or str(self.model_path))
         if stream:
-            return answers.chat_chunks(head, self.engine.stream(ids, params), self.engine, is_call=is_call)
-        return answers.chat(head, self.engine.generate(ids, params), self.engine, is_call=is_call)
+            return answers.chat_chunks(head, self.engine.stream(ids, params), self.engine, forced)
+        return answers.chat(head, self.engine.generate(ids, params), self.engine, forced)
 
     def _stops(self, stop: Any) -> Any:
         """A call's stop strings and the chat format's."""
@@ -336,6 +339,31 @@ class Llama:
             bos, eos = text(self.token_bos()), text(self.token_eos())
             self._template = ChatTemplate(self._format.template, bos_token=bos, eos_token=eos)
         return self._template.encode(self.engine.tokenizer, messages, tools=tools, n_ctx=self.engine.n_ctx)
+
+    # ------------------------------------------------------------ embeddings
+
+    def embed(
+        self, input: str | Sequence[str], normalize: bool = False, truncate: bool = True, return_count: bool = False
+    ) -> Any:
+        """A vector of floats for one text, a list of them for several; with `return_count` also how many tokens they have. Texts
+        that do not fit are cut if `truncate`."""
+        vectors, n_tokens = self._embed(input, normalize=normalize, truncate=truncate)
+        out = vectors[0] if isinstance(input, str) else vectors
+        return (out, n_tokens) if return_count else out
+
+    def create_embedding(self, input: str | Sequence[str], model: str | None = None) -> Answer:
+        """OpenAI's list of embeddings."""
+        vectors, n_tokens = self._embed(input, normalize=False, truncate=True)
+        return answers.embeddings(model or str(self.model_path), vectors, n_tokens)
+
+    def _embed(self, texts: str | Sequence[str], *, normalize: bool, truncate: bool) -> tuple[list[list[float]], int]:
+        given = [texts] if isinstance(texts, str) else list(texts)
+        prompts = [self.engine.tokenize(text, parse_special=True) for text in given]
+        ids = [prompt[: self.engine.n_ctx] for prompt in prompts] if truncate else prompts
+        vectors: list[list[float]] = []
+        if ids:
+            vectors = self.engine.embed(ids, pooling=self._pooling, normalize=normalize).tolist()
+        return vectors, sum(map(len, ids))
 
     # ------------------------------------------------------------ tokens, one by one
 
@@ -385,12 +413,6 @@ class Llama:
         self.engine.close()
 
     # ------------------------------------------------------------ refused
-
-    def embed(self, *_: Any, **__: Any) -> Any:
-        refuse("embed", "there are no embeddings through this interface")
-
-    def create_embedding(self, *_: Any, **__: Any) -> Any:
-        refuse("create_embedding", "there are no embeddings through this interface")
 
     def eval(self, *_: Any, **__: Any) -> Any:
         refuse("eval", "there is no state between calls; Engine.logits gives logits")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError, UnknownParameterError
@@ -14,6 +14,7 @@ DEFAULT_SEED = 0xFFFFFFFF  # llama.cpp's name for "a new one each time"
 HINTS = frozenset({
     "n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mlock", "n_batch", "n_ubatch", "n_threads_batch",
     "offload_kqv", "flash_attn", "op_offload", "swa_full", "no_perf", "numa", "logits_all", "f16_kv", "mul_mat_q", "low_vram",
+    "embedding",  # an engine that embeds generates as well
 })  # fmt: skip
 
 
@@ -37,9 +38,7 @@ MODEL_REFUSED = {
     "yarn_beta_fast": Refused((32.0,), _ROPE),
     "yarn_beta_slow": Refused((1.0,), _ROPE),
     "yarn_orig_ctx": Refused((0,), _ROPE),
-    "pooling_type": Refused((-1,), "there are no embeddings through this interface"),
     "attention_type": Refused((-1,), "attention is causal"),
-    "embedding": Refused((False,), "there are no embeddings through this interface"),
     "last_n_tokens_size": Refused((64, -1), "penalties look at the whole text"),
     "lora_base": Refused((None,), "adapters are merged when a model is frozen: pyengine freeze --lora"),
     "lora_scale": Refused((1.0,), "adapters are merged when a model is frozen: pyengine freeze --lora"),
@@ -57,6 +56,12 @@ CALL_REFUSED = {
     "functions": Refused((None, []), "use tools"),
     "function_call": Refused((None, "none", "auto"), "use tool_choice"),
 }
+POOLING_UNSPECIFIED = -1
+_POOLINGS: dict[int, Literal["mean", "last"] | None] = {
+    POOLING_UNSPECIFIED: None,
+    1: "mean",
+    3: "last",
+}  # llama.cpp's numbers
 _KV_DTYPES = {(None, None): "int8", (8, 8): "int8", (0, 0): "f32"}  # ggml's numbers: 0 F32, 8 Q8_0
 
 
@@ -86,3 +91,10 @@ def kv_dtype(type_k: int | None, type_v: int | None) -> Any:
             f"type_k={shown(type_k)}, type_v={shown(type_v)}", "keys and values are both int8 (8) or both float32 (0)"
         )
     return _KV_DTYPES[type_k, type_v]
+
+
+def pooling(number: int) -> Literal["mean", "last"] | None:
+    """What Engine.embed calls it. Raises InvalidArgumentError."""
+    if number not in _POOLINGS:
+        refuse(f"pooling_type={shown(number)}", "a text has one vector, the mean (1) or that of the last token (3)")
+    return _POOLINGS[number]

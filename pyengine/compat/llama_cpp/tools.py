@@ -7,13 +7,14 @@ from typing import Any
 
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError
-from pyengine.serve.tools import ForcedTools
+from pyengine.serve.calls import OBJECT
+from pyengine.serve.tools import Tools
 
 
-def chosen_tools(tools: Sequence[Mapping[str, Any]] | None, choice: Any) -> tuple[Any, ForcedTools | None]:
+def chosen_tools(given: Sequence[Mapping[str, Any]] | None, choice: Any) -> tuple[Any, Tools | None]:
     """(tools for the template, the call that is forced). "none" and None for no tools; None and "auto" leave the answer to the
     model; "required" and {"type": "function", "function": {"name": ...}} force a call. Raises InvalidArgumentError."""
-    listed = _by_name(tools)
+    listed = _by_name(given)
     if choice == "none" or not listed:
         if choice not in (None, "none", "auto"):
             raise InvalidArgumentError("tool_choice asks for a call, and there are no tools")
@@ -27,8 +28,9 @@ def chosen_tools(tools: Sequence[Mapping[str, Any]] | None, choice: Any) -> tupl
         if name not in names:
             raise InvalidArgumentError(f"tool_choice names no tool among {', '.join(names)}: {shown(choice)}")
         names = [name]
-    schemas = {name: listed[name]["function"].get("parameters") or {"type": "object"} for name in names}
-    return list(listed.values()), ForcedTools(list(listed.values()), schemas)
+    schemas = {name: {"type": "object", **(listed[name]["function"].get("parameters") or {})} for name in names}
+    tools = list(listed.values())
+    return tools, Tools(tools, schemas, OBJECT, is_forced=True, only_one=True)
 
 
 def _by_name(tools: object) -> dict[str, dict[str, Any]]:
