@@ -42,7 +42,7 @@ class Hub:
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        protocol_version = "HTTP/1.0"  # a connection a request: no thread waits for a next one
 
         def log_message(self, *_: object) -> None:
             pass
