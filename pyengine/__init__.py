@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine.errors import (
     CancelledError,
     ContextFullError,
+    HubError,
     InvalidArgumentError,
     ModelFormatError,
     NotFiniteError,
@@ -56,6 +57,7 @@ __all__ = [
     "ContextFullError",
     "Engine",
     "Generation",
+    "HubError",
     "InvalidArgumentError",
     "ModelFormatError",
     "NotFiniteError",

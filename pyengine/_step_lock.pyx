@@ -22,6 +22,7 @@ cdef extern from "pythread.h":
 cdef int64_t SLEEP_NS = 20 * 1000 * 1000
 
 
+@cython.auto_pickle(False)  # clang cannot compare what C calls atomic with a literal, and nobody pickles a lock
 cdef class StepLock:
     """A lock and a condition in one: one thread at a time computes, for all, and the others sleep until there is news.
 

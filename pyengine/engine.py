@@ -58,13 +58,21 @@ def resolve_model(
     progress: Progress | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> str:
-    """The frozen file that `model` names: itself, whatever its name, or a Hugging Face directory, a GGUF or (with the path of its
-    `tokenizer`) a llama2.c checkpoint frozen once into the cache directory. None = the model that ships with the package. Raises
-    MissingFileError, InvalidArgumentError for a tokenizer that nothing would read, and what `freeze` raises."""
+    """The frozen file that `model` names: itself, whatever its name, or a Hugging Face directory, a GGUF, a model of the hub
+    (hf:org/name[@revision][:file]) or (with the path of its `tokenizer`) a llama2.c checkpoint, all frozen once into the cache
+    directory. None = the model that ships with the package. Raises MissingFileError, InvalidArgumentError for a tokenizer that
+    nothing would read, HubError, and what `freeze` raises."""
+    label = None
     if model is None:
         if not os.path.exists(DEFAULT_MODEL):
             raise MissingFileError("this build ships no default model; name one: Engine('model.safetensors')")
         model = os.fspath(DEFAULT_MODEL)
+    if isinstance(model, str) and model.startswith("hf:"):
+        from pyengine import hub
+
+        place = hub.parse(model)
+        model = hub.fetch(place)
+        label = place.label if os.path.isdir(model) else None  # a directory of the library's is named by its commit
     path = path_of(model)
     if not os.path.exists(path):
         raise MissingFileError(f"there is no model at {path}")
@@ -74,7 +82,7 @@ def resolve_model(
         return path
     from pyengine.freeze import freeze_cached
 
-    return os.fspath(freeze_cached(path, progress=progress, tokenizer=tokenizer))
+    return os.fspath(freeze_cached(path, progress=progress, tokenizer=tokenizer, name=label))
 
 
 def threads_from_environment() -> int:
@@ -90,8 +98,9 @@ def threads_from_environment() -> int:
 class Engine:
     """A frozen model, ready to generate.
 
-    model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint (frozen once into a cache), or None for the
-               small model that ships with the package
+    model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint, a model of the hub as
+               "hf:org/name[@revision][:file]" (all these frozen once into a cache), or None for the small model that ships with
+               the package
     n_ctx      positions of the context; 0 = the model's
     n_threads  None = PYENGINE_NUM_THREADS, else what the affinity mask and the cgroup's quota allow
     kv_dtype   "int8", or "f32": a reference to compare with, slower and four times as large
@@ -190,6 +199,18 @@ class Engine:
         fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
         self._closed = self._is_opening = False
         cpu_watch.check_threads(n_threads)
+
+    @classmethod
+    def from_pretrained(cls, repo: str, *, revision: str | None = None, file: str | None = None, **options: Any) -> Engine:
+        """A model of the Hugging Face Hub, "org/name", fetched once (extra `hub`) and frozen once.
+
+        revision  a branch, tag or commit; None = the main branch
+        file      a GGUF file of the repository; None = its safetensors, or its only GGUF file
+        options   as for Engine
+        Raises HubError for what the hub refuses or does not have, and what Engine raises."""
+        from pyengine import hub
+
+        return cls(str(hub.checked(repo, revision, file)), **options)
 
     def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
         """Do `opening`, most of which is C without the interpreter's lock, while the tokenizer loads here: its parser holds the

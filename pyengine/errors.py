@@ -62,6 +62,10 @@ class ForbiddenFileError(SystemCallError, PermissionError):
     """The file may not be read or written."""
 
 
+class HubError(PyEngineError, OSError):
+    """A model could not be fetched: what the hub refuses or does not have, a connection, a full disk."""
+
+
 class UnsupportedISAError(PyEngineError, ValueError):
     """PYENGINE_ISA names an instruction set that does not exist or that this CPU lacks."""
 

@@ -1,4 +1,4 @@
-"""`pyengine eval`: how well a model predicts a text, in windows that slide over it."""
+"""`pyengine eval`: how well a model predicts a text, in windows that slide over it, or how it does on a task."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
+from pyengine.cli.terminal import say, warn
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -21,10 +22,15 @@ EPILOG = f"""\
 examples:
   pyengine eval -m model.safetensors text.txt
   pyengine eval -m model.safetensors text.txt --ctx 2048 --stride 2048 --json
+  pyengine eval -m model.safetensors --task hellaswag.jsonl --limit 200
 
 The text is cut into windows of --ctx tokens that begin every --stride tokens. Each token is scored once, in the first window
 that holds it: with a smaller stride a token sees more of what comes before it, and the work grows. Bits per byte compare models
 with different tokenizers, perplexities do not.
+
+A task has an example a line: {{"context": ..., "choices": [...], "answer": 2}} is multiple choice (acc: the most likely choice
+is the answer; acc_norm, acc_bytes: by log-likelihood per character, per byte), {{"context": ..., "target": ...}} asks for words
+(acc: the target is what the model would say; its perplexity). Numbers are those of lm-evaluation-harness, with standard errors.
 
 {options.ENVIRONMENT}"""
 
@@ -35,7 +41,9 @@ SPARE_TOKENS = 64
 def parser() -> argparse.ArgumentParser:
     parser = options.Parser("eval", EPILOG)
     add = parser.add_argument
-    add("file", type=Path, help="a UTF-8 text file; - reads stdin")
+    add("file", type=Path, nargs="?", help="a UTF-8 text file; - reads stdin")
+    add("--task", metavar="FILE", help="examples in JSONL, instead of a text; - reads stdin")
+    add("--delimiter", default=" ", metavar="TEXT", help="between a context and what follows (a space)")
     add(
         "--ctx",
         type=options.positive,
@@ -49,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens from a window's begin to the next one's (half of --ctx)",
     )
-    add("--limit", type=options.positive, metavar="N", help="only the first N tokens of the text")
+    add("--limit", type=options.positive, metavar="N", help="only the first N tokens of the text, or examples of the task")
     add("--json", action="store_true", help="one JSON object")
     options.add_model_options(parser)
     add("--kv-dtype", choices=("int8", "f32"), default="int8", help="keys and values; f32: to compare with")
@@ -141,6 +149,43 @@ def first_tokens(engine: Engine, text: Text, limit: int | None) -> list[int]:
 
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    if (args.file is None) == (args.task is None):
+        raise UsageError("give a text file or --task FILE")
+    return run_task(args) if args.task is not None else run_text(args)
+
+
+def run_task(args: argparse.Namespace) -> int:
+    from pyengine.eval.tasks import evaluate, read_task
+
+    with contextlib.ExitStack() as stack:
+        name = args.task
+        stream = options.stdin().buffer if name == "-" else stack.enter_context(open(name, "rb"))
+        try:
+            task = read_task(codecs.getreader("utf-8")(stream), name, args.limit)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{name} is no UTF-8 text: {error.reason}") from None
+        engine = stack.enter_context(options.open_engine(args))
+        line = stack.enter_context(ProgressLine("eval"))
+        metrics = evaluate(engine, task, delimiter=args.delimiter, progress=line.update)
+        n_cut = int(metrics.pop("n_cut").value)
+        facts: dict[str, Any] = {"model": str(engine.path), "task": name, "kind": task.kind, "examples": len(task.examples)}
+    if n_cut:
+        warn(f"pyengine: warning: {n_cut} contexts did not fit and lost their beginning")
+    if args.json:
+        import json
+
+        values = {key: metric.value for key, metric in metrics.items()}
+        errors = {f"{key}_stderr": metric.stderr for key, metric in metrics.items()}
+        print(json.dumps({**facts, "n_cut": n_cut, **values, **errors}))
+        return 0
+    for key, metric in metrics.items():
+        spread = "" if metric.stderr is None else f" ± {metric.stderr:.4f}"
+        say(f"{key + ':':12} {metric.value:.4f}{spread}")
+    say(f"{'examples:':12} {len(task.examples)}")
+    return 0
+
+
+def run_text(args: argparse.Namespace) -> int:
     stride = args.stride or max(1, args.ctx // 2)
     if args.ctx < 2 or stride > args.ctx:
         raise UsageError(f"--ctx is {args.ctx} and --stride {stride}: expected ctx >= 2 and stride <= ctx")

@@ -13,11 +13,13 @@ from pyengine.cli.terminal import warn
 from pyengine.errors import PyEngineError
 from pyengine.files import is_safetensors
 from pyengine.format.reader import FrozenFile
+from pyengine.hub import fetch, is_hub_name, parse
 
 EPILOG = """\
 examples:
   pyengine freeze SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.safetensors
-  pyengine freeze ./Qwen2.5-0.5B-Instruct/ -o qwen.safetensors --name "Qwen2.5 0.5B"
+  pyengine freeze ./Qwen2.5-0.5B-Instruct/ --lora ./adapter/:0.5 -o tuned.safetensors --name "Qwen2.5 0.5B"
+  pyengine freeze hf:HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2.safetensors
   pyengine freeze stories15M.bin --tokenizer tokenizer.bin -o stories.safetensors
 
 The output appears under its name only when it is whole and has computed its golden outputs; Ctrl-C leaves nothing behind.
@@ -27,7 +29,7 @@ The output appears under its name only when it is whole and has computed its gol
 def parser() -> argparse.ArgumentParser:
     parser = options.Parser("freeze", EPILOG)
     add = parser.add_argument
-    add("source", type=Path, help="a Hugging Face directory, a GGUF file or a llama2.c checkpoint")
+    add("source", help="a Hugging Face directory, a GGUF file, a llama2.c checkpoint or hf:org/name[@revision][:file]")
     add(
         "-o",
         "--output",
@@ -38,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--name", help="the model's name in the file; default: the source's own")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:SCALE]",
+        help="merge an adapter in PEFT's layout into the weights of a Hugging Face directory; may be repeated",
+    )
     add("--force", action="store_true", help="replace OUT if it exists")
     return parser
 
@@ -56,6 +65,12 @@ def refuse_frozen(source: Path) -> None:
 
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    name = args.name
+    if is_hub_name(args.source):
+        place = parse(args.source)
+        name = name or place.label
+        args.source = fetch(place)
+    args.source = Path(args.source)
     if not args.source.exists():
         raise FileNotFoundError(2, "there is no such file or directory", str(args.source))
     if args.output.is_dir():
@@ -64,14 +79,16 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{args.output} exists; --force replaces it")
     refuse_frozen(args.source)
     from pyengine.freeze import freeze
+    from pyengine.freeze.lora import parse as parse_adapter
 
     started = time.monotonic()
     with ProgressLine("freezing") as line, options.naming(args.source):
         freeze(
             args.source,
             args.output,
-            name=args.name,
+            name=name,
             tokenizer=args.tokenizer,
+            lora=[parse_adapter(text) for text in args.lora],
             progress=line.update,
             overwrite=args.force,
         )

@@ -85,8 +85,8 @@ def add_model_option(parser: argparse._ActionsContainer) -> None:
         "-m",
         "--model",
         metavar="PATH",
-        help="a frozen file, or a Hugging Face directory, GGUF file or llama2.c checkpoint that is frozen once into the cache; "
-        "default: PYENGINE_MODEL, else the small model that ships with the package",
+        help="a frozen file, or a Hugging Face directory, GGUF file, llama2.c checkpoint or hf:org/name[@revision][:file] that "
+        "is frozen once into the cache; default: PYENGINE_MODEL, else the small model that ships with the package",
     )
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint; all other models have their own"

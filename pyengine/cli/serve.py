@@ -197,7 +197,7 @@ def _named_paths(args: argparse.Namespace) -> NamedPaths:
             name, _, path = text.partition("=")
         one = argparse.Namespace(**{**vars(args), "model": path})
         wanted = options.model_name(one)
-        if wanted is not None and not os.path.exists(wanted):
+        if wanted is not None and not wanted.startswith("hf:") and not os.path.exists(wanted):
             raise UsageError(f"there is no model at {wanted}")
         named.append((name, one))
     return named

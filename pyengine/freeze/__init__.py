@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ..errors import InvalidArgumentError, ModelFormatError, system_errors
 from ..files import is_safetensors, open_regular, path_of
 
 if TYPE_CHECKING:
+    from .lora import Adapter
     from .sources import SourceModel
 
 Progress = Callable[[int, int, str], None]
@@ -65,19 +66,24 @@ def _checked_source(source: PathLike, tokenizer: PathLike | None) -> tuple[str, 
     return kind, path, None if tokenizer is None else Path(path_of(tokenizer))
 
 
-def open_source(source: PathLike, *, name: str | None = None, tokenizer: PathLike | None = None) -> SourceModel:
+def open_source(
+    source: PathLike, *, name: str | None = None, tokenizer: PathLike | None = None, lora: Sequence[Adapter] = ()
+) -> SourceModel:
     """Open a checkpoint of any supported kind; only its headers are read. Close the result.
 
     A directory is Hugging Face's, a file that starts with ``GGUF`` is GGUF (any part of a split one stands for all), another one
-    is a llama2.c legacy checkpoint and needs ``tokenizer``, the path of its tokenizer.bin. Raises ModelFormatError,
-    UnsupportedModelError, InvalidArgumentError, and MissingFileError or its like for what the system refuses.
+    is a llama2.c legacy checkpoint and needs ``tokenizer``, the path of its tokenizer.bin. ``lora``: adapters to be merged into
+    the weights of a directory (lora.py). Raises ModelFormatError, UnsupportedModelError, InvalidArgumentError, and
+    MissingFileError or its like for what the system refuses.
     """
     with system_errors():
         kind, path, tokenizer_path = _checked_source(source, tokenizer)
         if kind == "hf":
             from .hf import load_hf
 
-            return load_hf(path, name)
+            return load_hf(path, name, lora)
+        if lora:
+            raise InvalidArgumentError(f"{path} is no Hugging Face directory: adapters are merged into the weights of one")
         if kind == "gguf":
             from .gguf_model import load_gguf
 
@@ -130,12 +136,14 @@ def freeze(
     *,
     name: str | None = None,
     tokenizer: PathLike | None = None,
+    lora: Sequence[PathLike | tuple[PathLike, float]] = (),
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Freeze the checkpoint ``source`` into the file ``output`` and return its path.
 
-    ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor. At the end the
+    ``lora``: directories with adapters in PEFT's layout, or (directory, scale), merged into the weights of a Hugging Face
+    directory. ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor. At the end the
     engine runs the complete file once, for its golden outputs; only then does the file get its name.
     An existing one is replaced only with ``overwrite``, and never one that the source is made of.
     Raises UnsupportedModelError for what is not implemented, ModelFormatError for damage, InvalidArgumentError for a wrong
@@ -143,6 +151,7 @@ def freeze(
     """
     from ..format.writer import FrozenWriter
     from ..golden import compute_json
+    from .lora import files_of as adapter_files
     from .tokenizer import compact_tokenizer_json
 
     if name is not None and not isinstance(name, str):
@@ -150,8 +159,13 @@ def freeze(
     if progress is not None and not callable(progress):
         raise InvalidArgumentError(f"progress must be callable, not {type(progress).__name__}")
     output = Path(path_of(output))
-    with system_errors(), contextlib.closing(open_source(source, name=name, tokenizer=tokenizer)) as model:
-        _refuse_own_source(output, _source_files(*_checked_source(source, tokenizer)))
+    adapters = _checked_adapters(lora)
+    with (
+        system_errors(),
+        contextlib.closing(open_source(source, name=name, tokenizer=tokenizer, lora=adapters)) as model,
+    ):
+        own = [file for one in adapters for file in adapter_files(one)]
+        _refuse_own_source(output, [*_source_files(*_checked_source(source, tokenizer)), *own])
         attachments = {**model.attachments, "tokenizer.json": compact_tokenizer_json(model.attachments["tokenizer.json"])}
         with FrozenWriter(
             output,
@@ -169,12 +183,20 @@ def freeze(
     return output
 
 
+def _checked_adapters(lora: object) -> list[Adapter]:
+    if isinstance(lora, (str, bytes, os.PathLike)) or not isinstance(lora, Sequence):
+        raise InvalidArgumentError("lora must be a list of directories, or of (directory, scale)")
+    from .lora import adapter
+
+    return [adapter(one) for one in lora]
+
+
 def _unicode(text: str) -> str:
     """A name as text: what a file name has that is no Unicode becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def frozen_cache_path(source: PathLike, tokenizer: PathLike | None = None) -> Path:
+def frozen_cache_path(source: PathLike, tokenizer: PathLike | None = None, *, name: str | None = None) -> Path:
     """Where ``freeze_cached`` keeps the frozen form of ``source``; changes whenever the source
     does.
     """
@@ -183,21 +205,25 @@ def frozen_cache_path(source: PathLike, tokenizer: PathLike | None = None) -> Pa
     with system_errors():
         kind, path, tokenizer_path = _checked_source(source, tokenizer)
         files = _source_files(kind, path, tokenizer_path)
-        return cache_path(Path(os.path.realpath(path)), [Path(os.path.realpath(file)) for file in files])
+        return cache_path(Path(os.path.realpath(path)), [Path(os.path.realpath(file)) for file in files], name)
 
 
-def freeze_cached(source: PathLike, progress: Progress | None = None, *, tokenizer: PathLike | None = None) -> Path:
-    """Freeze ``source`` into the cache unless it is there, and return the frozen file's path.
+def freeze_cached(
+    source: PathLike, progress: Progress | None = None, *, tokenizer: PathLike | None = None, name: str | None = None
+) -> Path:
+    """Freeze ``source`` into the cache unless it is there, and return the frozen file's path. ``name``: the model's, instead of
+    the source's own.
 
     Of several processes that race one freezes and the others wait for it. Raises what ``freeze`` does, and SystemCallError for a
     cache directory that others could write to.
     """
-    from .cache import missing
+    from .cache import Origin, missing
 
-    path = frozen_cache_path(source, tokenizer)
-    with missing(path) as is_missing:
+    path = frozen_cache_path(source, tokenizer, name=name)
+    origin = Origin(os.path.abspath(source), None if tokenizer is None else os.path.abspath(tokenizer), name)
+    with missing(path, origin) as is_missing:
         if is_missing:
-            freeze(source, path, tokenizer=tokenizer, progress=progress)
+            freeze(source, path, name=name, tokenizer=tokenizer, progress=progress)
     return path
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import SystemCallError, system_errors
 from ..format.inventory import FORMAT_VERSION
@@ -50,12 +52,20 @@ def _identity(path: Path) -> bytes:
     return os.fsencode(path) + f"\0{numbers}\n".encode()
 
 
-def cache_path(source: Path, files: Iterable[Path]) -> Path:
+class Origin(NamedTuple):
+    """What an entry was frozen from: paths, and the name that it was given."""
+
+    source: str
+    tokenizer: str | None
+    name: str | None
+
+
+def cache_path(source: Path, files: Iterable[Path], name: str | None = None) -> Path:
     """The frozen file that belongs to ``source`` as it is now; ``files`` are those that decide what it freezes to."""
     digest = hashlib.sha256(f"format {FORMAT_VERSION}, freezer {_REVISION}\n".encode() + os.fsencode(source))
     for path in files:
         digest.update(_identity(path))
-    stem = re.sub(r"[^\w.-]", "_", source.stem, flags=re.ASCII)[:80] or "_"
+    stem = re.sub(r"[^\w.-]", "_", name or source.stem, flags=re.ASCII)[:80] or "_"
     return cache_directory() / f"{stem}-{digest.hexdigest()[:24]}.safetensors"
 
 
@@ -94,11 +104,11 @@ def _is_entry(directory: int, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def missing(path: Path) -> Iterator[bool]:
+def missing(path: Path, origin: Origin) -> Iterator[bool]:
     """Whether the entry ``path`` has to be made. While it is being made others wait: of several processes one makes it.
 
-    The lock file stays: removing it would let two holders in. Raises SystemCallError where the directory cannot be used, or
-    where somebody else could have put something there.
+    The lock file stays, removing it would let two holders in, and says where the entry comes from. Raises SystemCallError where
+    the directory cannot be used, or where somebody else could have put something there.
     """
     with system_errors():
         directory = _open_directory(path.parent)
@@ -111,6 +121,83 @@ def missing(path: Path) -> Iterator[bool]:
                 if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
                     raise SystemCallError(f".{path.name}.lock in the cache is not a file of ours; remove it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                yield not _is_entry(directory, path.name)
+                is_missing = not _is_entry(directory, path.name)
+                if is_missing:
+                    os.ftruncate(lock.fileno(), 0)
+                    os.pwrite(lock.fileno(), json.dumps(origin).encode(), 0)
+                yield is_missing
         finally:
             os.close(directory)
+
+
+# -------------------------------------------------------------------- what is in it
+
+
+class Entry(NamedTuple):
+    """A file of the cache. size in bytes; origin None where it is not known (made by an earlier version)."""
+
+    path: Path
+    size: int
+    origin: Origin | None
+
+
+def entries() -> list[Entry]:
+    """Every frozen model of the cache, by name. Raises SystemCallError for a directory that cannot be used."""
+    return [entry for entry in _listing() if entry.path.suffix == ".safetensors"]
+
+
+def leftovers() -> list[Path]:
+    """Files that a freeze left behind when its process was killed; those of one that is at work are not among them."""
+    return [entry.path for entry in _listing() if entry.path.suffix == ".partial" and not _is_locked(entry.path)]
+
+
+def remove(path: Path) -> None:
+    """Take an entry out of the cache; processes that have it open keep it. Raises SystemCallError."""
+    with system_errors():
+        directory = _open_directory(path.parent)
+        try:
+            os.unlink(path.name, dir_fd=directory)
+        finally:
+            os.close(directory)
+
+
+def _listing() -> list[Entry]:
+    path = cache_directory()
+    if not path.is_dir():
+        return []
+    with system_errors():
+        directory = _open_directory(path)
+        try:
+            names = [name for name in sorted(os.listdir(directory)) if _ENTRY.fullmatch(name)]
+            files = {name: os.stat(name, dir_fd=directory, follow_symlinks=False) for name in names}
+        finally:
+            os.close(directory)
+    sizes = {path / name: status.st_size for name, status in files.items() if stat.S_ISREG(status.st_mode)}
+    return [Entry(file, size, _origin(file)) for file, size in sizes.items()]
+
+
+def _lock_of(path: Path) -> Path:
+    entry = re.sub(r"\.[0-9a-f]{16}\.partial$", "", path.name).lstrip(".")
+    return path.with_name(f".{entry}.lock")
+
+
+def _origin(path: Path) -> Origin | None:
+    """What its lock file says, if it says anything."""
+    try:
+        with open(os.open(_lock_of(path), os.O_RDONLY | _OPEN), "rb") as lock:
+            values = json.loads(lock.read(1 << 16))
+    except (OSError, ValueError):
+        return None
+    plain = isinstance(values, list) and len(values) == 3 and isinstance(values[0], str)
+    return Origin(*values) if plain and all(value is None or isinstance(value, str) for value in values) else None
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(os.open(_lock_of(path), os.O_RDWR | _OPEN), "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False

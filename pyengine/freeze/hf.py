@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
 from .architectures import ARCHITECTURES, PARTS, Architecture, build_model, required_features
 from .fields import Fields
+from .lora import AdaptedTensors, Adapter
 from .rope import rope_inv_freq
 from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
 from .special_tokens import begin_and_end, spellings
@@ -27,7 +28,7 @@ _CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP = (
 )  # fmt: skip
 _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _INDEX)
+DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _INDEX)
 
 _MAX_SHARDS = 4096
 _MAX_NAME_BYTES = 255
@@ -133,9 +134,21 @@ def _open_weights(directory: Path) -> SafetensorsReader:
     return SafetensorsReader([directory / name for name in names])
 
 
+def missing_weights(directory: Path) -> list[str]:
+    """The files of weights that a directory ought to have and has not. Raises ModelFormatError for an index that is damaged."""
+    if (directory / _WEIGHTS).exists():
+        return []
+    return [name for name in _shard_names(directory) or [_WEIGHTS] if not (directory / name).exists()]
+
+
+def refuse_unknown_architecture(directory: Path) -> None:
+    """By config.json alone, before weights are fetched for nothing. Raises UnsupportedModelError, ModelFormatError."""
+    _architecture(_read_json(directory, _CONFIG) or {})
+
+
 def files_of(directory: Path) -> list[Path]:
     """Everything in a directory that decides what it freezes to, whether it is there or not."""
-    names = [*_DOCUMENTS, _WEIGHTS]
+    names = [*DOCUMENTS, _WEIGHTS]
     with contextlib.suppress(PyEngineError):  # whoever opens it will say what is wrong
         names += _shard_names(directory)
     return [directory / name for name in names]
@@ -327,8 +340,8 @@ class _Documents:
             self.attachments[_TEMPLATE] = template
 
 
-def load_hf(directory: Path, name: str | None = None) -> SourceModel:
-    """Read the headers of a Hugging Face directory; weights are read when the freezer asks for
+def load_hf(directory: Path, name: str | None = None, lora: Sequence[Adapter] = ()) -> SourceModel:
+    """Read the headers of a Hugging Face directory; weights are read, and merged with adapters, when the freezer asks for
     their rows.
     """
     document = _read_json(directory, _CONFIG)
@@ -344,16 +357,18 @@ def load_hf(directory: Path, name: str | None = None) -> SourceModel:
         if frozen.tie_embeddings:
             ignored.append(PARTS["output"].hf)  # some save the shared matrix twice
         label = directory.resolve().name
+        tensors = AdaptedTensors(reader, lora)
         model = build_model(
-            reader,
+            tensors,
             frozen,
             [rope_inv_freq(frozen.head_dim, *_rope(config))],
             kind="hf",
             name=name or label,
-            source=f"{label} ({architecture.model_type})",
+            source=" + ".join([f"{label} ({architecture.model_type})", *(one.path.resolve().name for one in lora)]),
             interleaved=False,
             ignored=ignored,
         )
+        tensors.check_all_used()
         model.attachments = documents.attachments
     except BaseException:
         reader.close()

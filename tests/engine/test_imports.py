@@ -37,23 +37,28 @@ ROOMS: dict[str, set[str]] = {
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
     "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
+    "hub": {"errors", "arguments", "freeze"},
     "run": {"errors", "fork", "results", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
     "draft_file": {"errors", "_core", "format"},
     "embeddings": {"errors", "arguments"},
     "engine": {
         "draft_file",
         "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
-        "freeze", "run", "fork", "files", "embeddings",
+        "freeze", "run", "fork", "files", "embeddings", "hub",
     },
+    "eval": {"engine", "errors", "run", "_sampler"},
     "async_engine": {"embeddings", "engine", "errors", "fork", "results", "run", "sampling", "text"},
     "serve": {
         "pyengine", "async_engine", "embeddings", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",
         "_sampler",
     },
+    "compat": {"errors", "arguments", "engine", "results", "run", "sampling", "text", "format", "_sampler", "serve",
+        "hub", "freeze", "pyengine",
+    },
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
         "errors", "files", "pyengine", "text", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
-        "engine", "serve",
+        "engine", "serve", "hub", "eval",
     },
     "__main__": {"cli"},
 }  # fmt: skip

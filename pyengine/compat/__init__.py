@@ -1,0 +1,1 @@
+"""Other libraries' interfaces over this engine: an application moves by one import."""
