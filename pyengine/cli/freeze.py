@@ -38,6 +38,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--name", help="the model's name in the file; default: the source's own")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint")
+    add(
+        "-c",
+        "--ctx-size",
+        type=options.positive,
+        metavar="N",
+        help="positions of the frozen model; default: the checkpoint's own (LongRoPE: its shorter table's)",
+    )
     add("--force", action="store_true", help="replace OUT if it exists")
     return parser
 
@@ -72,6 +79,7 @@ def run(argv: list[str]) -> int:
             args.output,
             name=args.name,
             tokenizer=args.tokenizer,
+            n_ctx=args.ctx_size,
             progress=line.update,
             overwrite=args.force,
         )

@@ -16,6 +16,7 @@ from .strict_json import parse_json_object
 
 MAX_DIM = 1 << 20
 MAX_LAYERS = 4096
+MAX_HEAD_DIM = 512
 MAX_POSITIONS = 1 << 24  # above it, positions are no longer exact in float32
 MAX_ROPE_TABLES = 16
 DEFAULT_KIND = "int8_g64"
@@ -31,7 +32,7 @@ _INT_RANGES = {
     "n_layers": (1, MAX_LAYERS),
     "n_heads": (1, 65_536),
     "n_kv_heads": (1, 65_536),
-    "head_dim": (2, 512),
+    "head_dim": (2, MAX_HEAD_DIM),
     "vocab_size": (1, 1 << 24),
     "max_seq_len": (1, MAX_POSITIONS),
 }

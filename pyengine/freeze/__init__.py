@@ -65,26 +65,29 @@ def _checked_source(source: PathLike, tokenizer: PathLike | None) -> tuple[str, 
     return kind, path, None if tokenizer is None else Path(path_of(tokenizer))
 
 
-def open_source(source: PathLike, *, name: str | None = None, tokenizer: PathLike | None = None) -> SourceModel:
+def open_source(
+    source: PathLike, *, name: str | None = None, tokenizer: PathLike | None = None, n_ctx: int | None = None
+) -> SourceModel:
     """Open a checkpoint of any supported kind; only its headers are read. Close the result.
 
     A directory is Hugging Face's, a file that starts with ``GGUF`` is GGUF (any part of a split one stands for all), another one
-    is a llama2.c legacy checkpoint and needs ``tokenizer``, the path of its tokenizer.bin. Raises ModelFormatError,
-    UnsupportedModelError, InvalidArgumentError, and MissingFileError or its like for what the system refuses.
+    is a llama2.c legacy checkpoint and needs ``tokenizer``, the path of its tokenizer.bin. ``n_ctx`` as in ``freeze``.
+    Raises ModelFormatError, UnsupportedModelError, InvalidArgumentError, and MissingFileError or its like for what the system
+    refuses.
     """
     with system_errors():
         kind, path, tokenizer_path = _checked_source(source, tokenizer)
         if kind == "hf":
             from .hf import load_hf
 
-            return load_hf(path, name)
+            return load_hf(path, name, n_ctx)
         if kind == "gguf":
             from .gguf_model import load_gguf
 
-            return load_gguf(path, name)
+            return load_gguf(path, name, n_ctx)
         from .llama2c import load_llama2c
 
-        return load_llama2c(path, name, tokenizer_path)
+        return load_llama2c(path, name, tokenizer_path, n_ctx)
 
 
 def _tensor_chunks(model: SourceModel) -> Iterator[tuple[str, Iterable[Any]]]:
@@ -130,11 +133,14 @@ def freeze(
     *,
     name: str | None = None,
     tokenizer: PathLike | None = None,
+    n_ctx: int | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Freeze the checkpoint ``source`` into the file ``output`` and return its path.
 
+    ``n_ctx`` is how many positions the frozen model shall have; None means the checkpoint's own. Of a model with two RoPE tables
+    for texts of two lengths (LongRoPE: Phi-3, Phi-4-mini) a file holds one, and None means the shorter one's positions.
     ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor. At the end the
     engine runs the complete file once, for its golden outputs; only then does the file get its name.
     An existing one is replaced only with ``overwrite``, and never one that the source is made of.
@@ -149,8 +155,12 @@ def freeze(
         raise InvalidArgumentError(f"the model's name must be a string, not {type(name).__name__}")
     if progress is not None and not callable(progress):
         raise InvalidArgumentError(f"progress must be callable, not {type(progress).__name__}")
+    if n_ctx is not None and (type(n_ctx) is not int or n_ctx < 1):
+        raise InvalidArgumentError(f"n_ctx must be a positive integer or None, not {n_ctx!r:.80}")
     output = Path(path_of(output))
-    with system_errors(), contextlib.closing(open_source(source, name=name, tokenizer=tokenizer)) as model:
+    with system_errors(), contextlib.closing(
+        open_source(source, name=name, tokenizer=tokenizer, n_ctx=n_ctx)
+    ) as model:
         _refuse_own_source(output, _source_files(*_checked_source(source, tokenizer)))
         attachments = {**model.attachments, "tokenizer.json": compact_tokenizer_json(model.attachments["tokenizer.json"])}
         with FrozenWriter(

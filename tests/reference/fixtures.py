@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .folds import folded, head_dim_of, unfused
+
 DATA = Path(__file__).parent / "data"
 LARGE_KEY_BIAS = 4.0
 TOKENIZER_SIZE = 263  # 3 special tokens, 256 bytes, 4 merges
@@ -79,9 +81,20 @@ def canonical_name(hf_name: str) -> str:
 
 def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     """Weights for oracle.Oracle and spec_f32.Spec: float32, (rows, columns) or (n)."""
-    weights = {canonical_name(k): w.astype(np.float32) for k, w in fixture.hf_weights.items()}
-    weights["rope.0.inv_freq"] = fixture.inv_freq
-    return split_key_biases(canonical_config(fixture), weights)
+    hf = fixture.hf_config
+    weights = {canonical_name(k): w.astype(np.float32) for k, w in unfused(hf, fixture.hf_weights).items()}
+    for i, table in enumerate(rope_tables(fixture)):
+        weights[f"rope.{i}.inv_freq"] = table
+    return split_key_biases(canonical_config(fixture), folded(hf, weights))
+
+
+def rope_tables(fixture: Fixture) -> list[NDArray[np.float32]]:
+    """Every table of RoPE frequencies, (head_dim / 2); pairs that are not turned have frequency 0."""
+    half = head_dim_of(fixture.hf_config) // 2
+    tables = [np.pad(table, (0, half - len(table))) for table in np.atleast_2d(fixture.inv_freq)]
+    if 0 in (fixture.hf_config.get("no_rope_layers") or ()):
+        tables.append(np.zeros(half, np.float32))
+    return tables
 
 
 def split_key_biases(config: Mapping[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +115,16 @@ def split_key_biases(config: Mapping[str, Any], weights: dict[str, Any]) -> dict
 
 def canonical_config(fixture: Fixture) -> dict[str, Any]:
     """The keys of FORMAT.md's config.json for a fixture."""
-    return config_from_hf(fixture.hf_config, fixture.hf_weights)
+    config = config_from_hf(fixture.hf_config, fixture.hf_weights)
+    if (fixture.hf_config.get("rope_scaling") or {}).get("type") == "longrope" and n_ctx(fixture) is None:
+        config["max_seq_len"] = fixture.hf_config["original_max_position_embeddings"]
+    return config
+
+
+def n_ctx(fixture: Fixture) -> int | None:
+    """What a freezer has to ask for: the positions that the fixture's text needs, of a model with a second table for them."""
+    trained = fixture.hf_config.get("original_max_position_embeddings", len(fixture.token_ids))
+    return fixture.hf_config["max_position_embeddings"] if len(fixture.token_ids) > trained else None
 
 
 def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[str, Any]:
@@ -110,8 +132,8 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     present = set(weight_names)
     eos = hf["eos_token_id"]
     window: Any = 0
-    if hf["model_type"] == "mistral":
-        window = hf["sliding_window"] or 0
+    if hf["model_type"] in ("mistral", "phi3"):
+        window = hf.get("sliding_window") or 0
     elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     qkv_bias = "model.layers.0.self_attn.q_proj.bias" in present
@@ -123,7 +145,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
         "n_kv_heads": hf["num_key_value_heads"],
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        "head_dim": head_dim_of(hf),
         "vocab_size": hf["vocab_size"],
         "max_seq_len": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
@@ -131,12 +153,18 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "qkv_bias": qkv_bias,
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in present,
         "qk_norm": qk_norm,
-        "layers": {"window": window, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"},
+        "layers": {"window": window, "rope": _rope(hf), "norm": "rmsnorm", "activation": "swiglu"},
         "bos_token_id": hf["bos_token_id"],
         "eos_token_ids": eos if isinstance(eos, list) else [eos],
         "kinds": {"default": "int8_g64"},
         "requires": ["key_bias"] if qkv_bias and not qk_norm else [],
     }
+
+
+def _rope(hf: Mapping[str, Any]) -> Any:
+    """Every layer's table: the second one for SmolLM3's layers without RoPE."""
+    has_rope = hf.get("no_rope_layers")
+    return [1 - x for x in has_rope] if has_rope else 0
 
 
 # ---------------------------------------------------------------------- as a Hugging Face directory
