@@ -87,7 +87,8 @@ static void matmul_tile(const matmul_job *j, size_t begin, size_t end, size_t fi
         if (j->epilogue == PE_ADD) {
             s->kernels->add(out + begin * PE_PANEL, row, width);
         } else {
-            s->kernels->swiglu(out + begin / 2 * PE_PANEL, row, (end - begin) / 2);
+            (j->epilogue == PE_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh)(out + begin / 2 * PE_PANEL, row,
+                                                                                     (end - begin) / 2);
         }
     }
 }
@@ -122,4 +123,33 @@ void pe_matmul(pe_slice *s, const pe_matrix *w, const float *bias, float *out, s
     matmul_job j = {s, w, bias, out, out_stride, panels_per_unit(s, w->n_panels), epilogue};
     size_t n_units = (w->n_panels + j.panels_per_unit - 1) / j.panels_per_unit;
     pe_parallel_for(s->n_threads, n_units, matmul_unit, &j, s->control);
+}
+
+/* ------------------------------------------------------------------ what is added to the residual stream */
+
+typedef struct add_job {
+    pe_slice *s;
+    const float *norm;
+} add_job;
+
+static void add_normed_unit(void *arg, size_t row, int thread) {
+    (void)thread;
+    add_job *j = arg;
+    pe_slice *s = j->s;
+    size_t dim = s->model->config.dim, stride = pe_x_stride(s->model);
+    float *branch = s->branch + row * stride;
+    float sum_of_squares = s->kernels->rmsnorm(branch, branch, j->norm, dim, s->model->config.norm_eps);
+    pe_slice_note_bits(s, row, pe_float_bits(sum_of_squares) & 0x7fffffffu);
+    s->kernels->add(s->x + row * stride, branch, dim);
+}
+
+void pe_matmul_add_to_x(pe_slice *s, const pe_matrix *w, const float *bias, const float *norm) {
+    size_t stride = pe_x_stride(s->model);
+    if (norm == NULL) {
+        pe_matmul(s, w, bias, s->x, stride, PE_ADD);
+        return;
+    }
+    pe_matmul(s, w, bias, s->branch, stride, PE_STORE);
+    add_job j = {s, norm};
+    pe_parallel_for(s->n_threads, s->n_tokens, add_normed_unit, &j, s->control);
 }

@@ -41,6 +41,7 @@ typedef struct pe_slice {
     int32_t *sequences;     /* (capacity) */
     size_t *positions;      /* (capacity) */
     float *x;               /* (capacity, pad16(dim)) residual stream */
+    float *branch;          /* (capacity, pad16(dim)) what is normed before it is added to x; only with norms after */
     float *qkv;             /* (capacity, pad16(q_dim + 2 kv_dim)) */
     float *att;             /* (capacity, q_dim) attention output */
     float *h;               /* (capacity, pad16(hidden_dim)) SwiGLU output */

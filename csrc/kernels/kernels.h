@@ -89,6 +89,12 @@ struct pe_kernels {
      * wrote them. */
     void (*swiglu)(float *h, const float *gate_up, size_t n_pairs);
 
+    /* The same with GELU (tanh form) in place of SiLU. */
+    void (*geglu_tanh)(float *h, const float *gate_up, size_t n_pairs);
+
+    /* x[i] = cap * tanh(x[i] / cap) for n elements, cap > 0. */
+    void (*softcap)(float *x, size_t n, float cap);
+
     /* y[i] = x[i] + y[i] for n elements. */
     void (*add)(float *y, const float *x, size_t n);
 

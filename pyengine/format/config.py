@@ -23,8 +23,9 @@ DEFAULT_KIND = "int8_g64"
 
 KEY_BIAS = "key_bias"  # a part of the keys' bias is kept out of the cache
 FEATURES = frozenset({KEY_BIAS})  # what a file may require
-NORMS = ("rmsnorm",)
-ACTIVATIONS = ("swiglu",)
+NORMS = ("rmsnorm", "rmsnorm_after", "rmsnorm_around")  # before attention and the MLP, after them, both
+ACTIVATIONS = ("swiglu", "geglu_tanh")
+SOFTCAP_RANGE = (2.0**-10, 2.0**20)
 
 _INT_RANGES = {
     "dim": (1, MAX_DIM),
@@ -37,6 +38,8 @@ _INT_RANGES = {
     "max_seq_len": (1, MAX_POSITIONS),
 }
 _FLAGS = ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm")
+_OPTIONAL_FLAGS = ("qk_norm_all_heads",)  # absent from a file that does not need it, as softcaps are
+_SOFTCAPS = ("attention_softcap", "logits_softcap")
 _MAX_EOS_TOKENS = 256
 _MAX_REQUIRED = 256
 
@@ -51,9 +54,11 @@ def _check_name(what: str, value: Any) -> None:
         raise ModelFormatError(f"config: {what} must be a name of 1..64 characters, not {value!r:.80}")
 
 
-def unknown(what: str) -> UnsupportedModelError:
-    """The refusal of what a later version may know."""
-    return UnsupportedModelError(f"{what}, which this version of pyengine does not know; a newer one may")
+def unknown(what: str, known: Iterable[str] = ()) -> UnsupportedModelError:
+    """The refusal of what a later version may know, with what this one knows."""
+    names = ", ".join(known)
+    rest = f"; it knows {names}" if names else ""
+    return UnsupportedModelError(f"{what}, which this version of pyengine does not know{rest}; a newer one may")
 
 
 def _refuse_unknown_keys(document: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -83,7 +88,7 @@ class LayerSpec(NamedTuple):
 
     window: int = 0  # a query sees the last `window` positions, its own included; 0 = all
     rope: int = 0  # which table of RoPE frequencies
-    norm: str = NORMS[0]
+    norm: str = NORMS[0]  # where the norms of the residual stream are
     activation: str = ACTIVATIONS[0]
 
 
@@ -102,7 +107,7 @@ def _check_layers(layers: Any, n_layers: int) -> tuple[LayerSpec, ...]:
         for what, name, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS)):
             _check_name(f"{what} of layer {i}", name)
             if name not in known:
-                raise unknown(f"config: layer {i} has the {what} {name!r}")
+                raise unknown(f"config: layer {i} has the {what} {name!r}", known)
     tables = {layer.rope for layer in layers}
     if absent := set(range(max(tables))) - tables:
         raise ModelFormatError(f"config: no layer uses RoPE table {min(absent)}, and one uses table {max(tables)}")
@@ -153,14 +158,18 @@ def _check_kinds(kinds: Any, n_layers: int) -> dict[str, str | tuple[str, ...]]:
 
 # ---------------------------------------------------------------------------- the configuration
 
+# Keys that a file leaves out where they say nothing: files of before there were such keys are as they were.
+_OPTIONAL: Mapping[str, Any] = {**dict.fromkeys(_OPTIONAL_FLAGS, False), **dict.fromkeys(_SOFTCAPS, 0.0)}
+
 
 @dataclass(frozen=True)
 class FrozenConfig:
     """The shape of a model. Every field is checked on construction: ModelFormatError for what cannot be,
     UnsupportedModelError for a name that is not known.
 
-    Lengths are in positions; ``norm_eps`` is added to a mean square. ``kinds`` says how matrices are stored (the
-    inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is whatever a reader may ignore.
+    Lengths are in positions; ``norm_eps`` is added to a mean square; a softcap of c makes c * tanh(x / c) of scores or logits, 0
+    is none; ``qk_norm_all_heads`` says that the norms of q and k are over all heads together. ``kinds`` says how matrices are
+    stored (the inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is what it may ignore.
     """
 
     architecture: str
@@ -182,6 +191,9 @@ class FrozenConfig:
     eos_token_ids: tuple[int, ...]
     kinds: Kinds = field(default_factory=lambda: {"default": DEFAULT_KIND}, hash=False)
     requires: tuple[str, ...] = ()
+    qk_norm_all_heads: bool = False
+    attention_softcap: float = 0.0
+    logits_softcap: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -190,7 +202,7 @@ class FrozenConfig:
             raise ModelFormatError("config: architecture must be a string of 1..256 characters")
         for name, (low, high) in _INT_RANGES.items():
             _check_int(name, getattr(self, name), low, high)
-        for name in _FLAGS:
+        for name in _FLAGS + _OPTIONAL_FLAGS:
             if type(getattr(self, name)) is not bool:
                 raise ModelFormatError(f"config: {name} must be true or false")
         if self.head_dim % 2:
@@ -204,11 +216,20 @@ class FrozenConfig:
             raise ModelFormatError(f"config: norm_eps must be in 1e-30..1, not {eps!r:.80}")
         if self.key_bias and (not self.qkv_bias or self.qk_norm):
             raise ModelFormatError(f"config: {KEY_BIAS} needs qkv_bias, and a bias that no norm follows")
+        if self.qk_norm_all_heads and not self.qk_norm:
+            raise ModelFormatError("config: qk_norm_all_heads needs qk_norm")
+        for name in _SOFTCAPS:
+            self._check_softcap(name)
         self._check_tokens()
         object.__setattr__(self, "layers", _check_layers(self.layers, self.n_layers))
         object.__setattr__(self, "kinds", _check_kinds(self.kinds, self.n_layers))
         if not isinstance(self.extra, Mapping):
             raise ModelFormatError("config: extra must be an object")
+
+    def _check_softcap(self, name: str) -> None:
+        value, (low, high) = getattr(self, name), SOFTCAP_RANGE
+        if type(value) not in (float, int) or not (value == 0 or low <= value <= high):
+            raise ModelFormatError(f"config: {name} must be 0 or in {low}..{high}, not {value!r:.80}")
 
     def _check_tokens(self) -> None:
         if self.bos_token_id is not None:
@@ -219,6 +240,14 @@ class FrozenConfig:
         for token in eos:
             _check_int("eos_token_ids", token, 0, self.vocab_size - 1)
         object.__setattr__(self, "eos_token_ids", tuple(eos))
+
+    def has_norms_before(self, layer: int) -> bool:
+        """Whether what attention and the MLP of a layer read is normed."""
+        return self.layers[layer].norm != "rmsnorm_after"
+
+    def has_norms_after(self, layer: int) -> bool:
+        """Whether what attention and the MLP of a layer add is normed."""
+        return self.layers[layer].norm != "rmsnorm"
 
     @property
     def q_dim(self) -> int:
@@ -251,7 +280,7 @@ class FrozenConfig:
         """Parse ``config.json``."""
         document = parse_json_object(text, "config.json")
         _check_requires(document.get("requires"))
-        document.setdefault("extra", {})
+        document = {**_OPTIONAL, "extra": {}, **document}
         _refuse_unknown_keys(document, [f.name for f in fields(cls)], "config.json")
         document["layers"] = _layers_from_columns(document["layers"], document["n_layers"])
         return cls(**document)
@@ -261,6 +290,7 @@ class FrozenConfig:
         kinds = {role: kind if isinstance(kind, str) else list(kind) for role, kind in self.kinds.items()}
         document: dict[str, Any] = {"requires": list(self.requires)}
         document |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("requires", "extra")}
+        document = {key: value for key, value in document.items() if key not in _OPTIONAL or value != _OPTIONAL[key]}
         document |= {"layers": _columns(self.layers), "kinds": kinds, "eos_token_ids": list(self.eos_token_ids)}
         return document | ({"extra": dict(self.extra)} if self.extra else {})
 

@@ -136,21 +136,28 @@ def _matrix(
 
 def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
     qkv = {"q": c.q_dim, "k": c.kv_dim, "v": c.kv_dim}
-    yield _vector(i, "attention_norm", {"attention_norm": c.dim})
+    before, after = c.has_norms_before(i), c.has_norms_after(i)
+    if before:
+        yield _vector(i, "attention_norm", {"attention_norm": c.dim})
     yield _matrix(c, i, "wqkv", qkv, c.dim)
     if c.qkv_bias:
         yield _vector(i, "wqkv.bias", {f"{part}.bias": rows for part, rows in qkv.items()})
     if c.key_bias:
         yield _vector(i, "key_bias", {"key_bias": c.kv_dim})
     if c.qk_norm:
-        yield _vector(i, "q_norm", {"q_norm": c.head_dim})
-        yield _vector(i, "k_norm", {"k_norm": c.head_dim})
+        yield _vector(i, "q_norm", {"q_norm": c.q_dim if c.qk_norm_all_heads else c.head_dim})
+        yield _vector(i, "k_norm", {"k_norm": c.kv_dim if c.qk_norm_all_heads else c.head_dim})
     yield _matrix(c, i, "wo", {"wo": c.dim}, c.q_dim)
     if c.o_bias:
         yield _vector(i, "wo.bias", {"wo.bias": c.dim})
-    yield _vector(i, "ffn_norm", {"ffn_norm": c.dim})
+    if after:
+        yield _vector(i, "post_attention_norm", {"post_attention_norm": c.dim})
+    if before:
+        yield _vector(i, "ffn_norm", {"ffn_norm": c.dim})
     yield _matrix(c, i, "w_gate_up", {"gate": c.hidden_dim, "up": c.hidden_dim}, c.dim, alternating=True)
     yield _matrix(c, i, "w_down", {"down": c.dim}, c.hidden_dim)
+    if after:
+        yield _vector(i, "post_ffn_norm", {"post_ffn_norm": c.dim})
 
 
 def _weights(c: FrozenConfig) -> Iterator[Weight]:

@@ -54,6 +54,9 @@ def frozen_fields(shape: Shape, traits: Traits) -> dict[str, Any]:
         "qkv_bias": traits.qkv_bias,
         "o_bias": traits.o_bias,
         "qk_norm": traits.qk_norm,
+        "qk_norm_all_heads": traits.qk_norm_all_heads,
+        "attention_softcap": traits.attention_softcap,
+        "logits_softcap": traits.logits_softcap,
         "requires": (KEY_BIAS,) if traits.qkv_bias and not traits.qk_norm else (),
     }
 
@@ -141,7 +144,7 @@ class _Source:
         if fold.offset != 0.0 or not np.all(fold.scale == 1.0):
             scale = np.resize(fold.scale, len(values))
             with np.errstate(over="ignore", invalid="ignore"):  # the freezer refuses what is not finite
-                values = ((values.astype(np.float64) + fold.offset) * scale).astype(np.float32)
+                values = ((values + np.float32(fold.offset)).astype(np.float64) * scale).astype(np.float32)
         if self._config.key_bias and part.name in _KEY_BIAS_SIDES:
             return split_key_bias(values, self._config.head_dim)[_KEY_BIAS_SIDES[part.name]]
         return values

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
-from pyengine.format.config import MAX_ROPE_TABLES, FrozenConfig, LayerSpec, same_layers
+from pyengine.format.config import ACTIVATIONS, MAX_ROPE_TABLES, NORMS, FrozenConfig, LayerSpec, same_layers
 from pyengine.format.inventory import (
     count_macs,
     count_parameters,
@@ -65,6 +65,8 @@ def test_a_config_is_read() -> None:
         ("kinds", {"default": "int8_g64", "wo": [1, 2]}), ("kinds", {"default": "int8_g64", "wo": ["x" * 65] * 2}),
         ("kinds", {"default": "int8_g64", "w" * 65: "int8_g64"}),
         ("requires", None), ("requires", "experts"), ("requires", [1]), ("requires", [""]), ("requires", ["x" * 65]),
+        ("attention_softcap", -1.0), ("attention_softcap", True), ("attention_softcap", 1e-4), ("attention_softcap", None),
+        ("logits_softcap", 10**400), ("logits_softcap", "30"), ("qk_norm_all_heads", 1), ("qk_norm_all_heads", True),
         ("requires", ["x"] * 257), ("extra", 1), ("extra", []), ("extra", None),
     ],
 )  # fmt: skip
@@ -120,6 +122,29 @@ def test_what_is_required_and_not_known_is_refused_by_name() -> None:
         with_layers(norm=["rmsnorm", "layernorm"])
     with pytest.raises(UnsupportedModelError, match=r"layer 0 has the activation 'geglu', which .* not know"):
         with_layers(activation="geglu")
+
+
+def test_optional_keys_are_left_out_where_they_say_nothing() -> None:
+    """So a file of before there were such keys is as it was."""
+    said = {"qk_norm_all_heads": False, "attention_softcap": 0, "logits_softcap": 0.0}
+    assert parse(**said) == parse() and parse(**said).to_document() == CONFIG
+    said = {"qk_norm": True, "qk_norm_all_heads": True, "attention_softcap": 50.0, "logits_softcap": 30}
+    assert parse(**said).to_document() == CONFIG | said
+    assert FrozenConfig.from_json(parse(**said).to_json()) == parse(**said)
+
+
+def test_norms_and_their_tensors() -> None:
+    """By layer: the norms before, those after, or both; norms of all heads are as wide as q and k."""
+    config = with_layers(norm=["rmsnorm_after", "rmsnorm_around"])
+    names = {weight.name: weight.shape for weight in inventory(config)}
+    assert [name for name in names if "0" in name and "norm" in name] == [
+        "layers.0.post_attention_norm", "layers.0.post_ffn_norm",
+    ]  # fmt: skip
+    assert [name for name in names if "1" in name and "norm" in name] == [
+        "layers.1.attention_norm", "layers.1.post_attention_norm", "layers.1.ffn_norm", "layers.1.post_ffn_norm",
+    ]  # fmt: skip
+    shapes = {weight.name: weight.shape for weight in inventory(parse(qk_norm=True, qk_norm_all_heads=True))}
+    assert (shapes["layers.0.q_norm"], shapes["layers.0.k_norm"]) == ((64,), (32,))
 
 
 def test_what_may_be_ignored_is_kept() -> None:
@@ -216,7 +241,12 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
         qkv_bias=draw(st.booleans()),
         o_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
-        layers=tuple(LayerSpec(*spec) for spec in zip(windows, rope, strict=True)),
+        layers=tuple(
+            LayerSpec(*spec, draw(st.sampled_from(NORMS)), draw(st.sampled_from(ACTIVATIONS)))
+            for spec in zip(windows, rope, strict=True)
+        ),
+        attention_softcap=draw(st.sampled_from([0.0, 50.0])),
+        logits_softcap=draw(st.sampled_from([0.0, 30.0])),
         bos_token_id=draw(st.none() | st.just(0)),
         eos_token_ids=tuple(draw(st.lists(st.just(0), max_size=3))),
         kinds={"default": "int8_g64", **kinds},

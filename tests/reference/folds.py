@@ -83,7 +83,21 @@ def _phi3(hf: Mapping[str, Any], weights: Weights) -> None:
         weights[name] = moved.reshape(weights[name].shape).astype(np.float32)
 
 
-FOLDS = {"granite": _granite, "phi3": _phi3}
+def _gemma(hf: Mapping[str, Any], weights: Weights) -> None:
+    """Gains are 1 + w; embeddings times sqrt(hidden_size); scores times query_pre_attn_scalar ** -0.5."""
+    for name in [name for name in weights if name.rpartition(".")[2].endswith("norm")]:
+        gain = (np.float32(1) + weights[name]).astype(np.float64)
+        if name.endswith("q_norm"):
+            gain *= math.sqrt(head_dim_of(hf) / hf["query_pre_attn_scalar"])
+        if name == "norm":
+            gain /= math.sqrt(hf["hidden_size"])
+        weights[name] = gain.astype(np.float32)
+    _multiply(weights, "tok_embeddings", math.sqrt(hf["hidden_size"]))
+    if hf["model_type"] == "gemma2":
+        _multiply(weights, ".wq", math.sqrt(head_dim_of(hf) / hf["query_pre_attn_scalar"]))
+
+
+FOLDS = {"granite": _granite, "phi3": _phi3, "gemma2": _gemma, "gemma3_text": _gemma}
 
 
 def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,18 @@ from . import fixtures
 from .fixtures import Fixture
 from .folds import head_dim_of, turned
 
-ARCHITECTURES = {"granite": "granite", "phi3": "phi3", "smollm3": "smollm3"}
+ARCHITECTURES = {
+    "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "olmo2": "olmo2",
+}  # fmt: skip
 PERMUTED = ("granite", "smollm3")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
+
+
+def expressible(fixture: Fixture) -> Fixture:
+    """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there."""
+    if "query_pre_attn_scalar" not in fixture.hf_config:
+        return fixture
+    return replace(fixture, hf_config=fixture.hf_config | {"query_pre_attn_scalar": head_dim_of(fixture.hf_config)})
 
 
 def write(fixture: Fixture, path: Path) -> Path:
@@ -58,6 +69,8 @@ def _converted(hf: dict[str, Any], arch: str, name: str, w: NDArray[Any]) -> NDA
     w = w.astype(np.float32)
     if arch in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
         return w.reshape(-1, 2, head_dim_of(hf) // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+    if arch.startswith("gemma") and name.endswith("norm.weight"):
+        return w + np.float32(1)
     return w
 
 
@@ -96,8 +109,26 @@ def _smollm3(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(head_dim_of(hf))
 
 
+def _gemma(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_key_length(hf["head_dim"])
+    writer.add_value_length(hf["head_dim"])
+    writer.add_sliding_window(hf["sliding_window"])
+    if hf["model_type"] == "gemma2":
+        writer.add_attn_logit_softcapping(hf["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(hf["final_logit_softcapping"])
+        return
+    writer.add_sliding_window_pattern([(i + 1) % hf["sliding_window_pattern"] != 0 for i in range(hf["num_hidden_layers"])])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(hf["rope_scaling"]["factor"])
+
+
+def _olmo2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_count(head_dim_of(hf))
+
+
 EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
-    "granite": _granite, "phi3": _phi3, "smollm3": _smollm3,
+    "granite": _granite, "phi3": _phi3, "smollm3": _smollm3, "gemma2": _gemma, "gemma3": _gemma,
+    "olmo2": _olmo2,
 }  # fmt: skip
 
 

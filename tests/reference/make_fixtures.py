@@ -188,7 +188,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
         80,
     ),
     "olmo2": (
-        {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **shape(48, 72, 3, 1),
+        {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **shape(48, 88, 3, 1),
          "tie_word_embeddings": False, "attention_bias": False, "rope_theta": 500000.0, "rms_norm_eps": 1e-6},
         48,
     ),
@@ -215,8 +215,8 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
     "phi4_mini": {"model.norm.weight": (0.5, 0.1)},
     "phi4_mini_long": {"model.norm.weight": (0.5, 0.1)},
     "smollm3": {"q_proj.weight": (0.0, 1.8), "k_proj.weight": (0.0, 1.8), "model.norm.weight": (0.5, 0.1)},
-    "gemma3": {**_GEMMA_NORMS, "q_norm.weight": (0.5, 0.3), "k_norm.weight": (0.5, 0.3), "model.norm.weight": (6.0, 1.0)},
-    "gemma2": {**_GEMMA_NORMS, "q_proj.weight": (0.0, 1.0), "k_proj.weight": (0.0, 1.0), "model.norm.weight": (12.0, 2.0)},
+    "gemma3": {**_GEMMA_NORMS, "q_norm.weight": (0.1, 0.3), "k_norm.weight": (0.1, 0.3), "model.norm.weight": (2.0, 0.5)},
+    "gemma2": {**_GEMMA_NORMS, "q_proj.weight": (0.0, 1.0), "k_proj.weight": (0.0, 1.0), "model.norm.weight": (5.0, 1.0)},
     "olmo2": {
         "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
         "model.norm.weight": (1.5, 0.3),
@@ -259,6 +259,8 @@ def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Gene
         value = mean + deviation / (w.shape[1] ** 0.5 if w.ndim == 2 else 1.0) * torch.randn(w.shape, generator=generator)
     if "embed_tokens" in key:
         value[:, list(LOUD_CHANNELS)] *= LOUDNESS
+        if name == "olmo2":  # no norm before layer 0: an equal maximum in every group, or codes of codes would be ties
+            value[:, list(LOUD_CHANNELS)] = 1.25 * value[:, list(LOUD_CHANNELS)].sign()
     elif w.ndim == 2 and w.shape[1] > max(LOUD_CHANNELS) and "o_proj" not in key and "down_proj" not in key:
         value[:, list(LOUD_CHANNELS)] /= LOUDNESS  # who reads the stream is used to them
     elif key == "model.norm.weight":  # Gemma's gain is 1 + w

@@ -55,7 +55,8 @@ PARTS: Mapping[str, SourceName] = {
 
 
 class Fold(NamedTuple):
-    """What is done to a part on its way into the file: values become (value + offset) * scale, in float64 and rounded once.
+    """What is done to a part on its way into the file: values become (value + offset) * scale, the sum in float32 as transformers
+    and GGUF's converters have it, the product in float64 and rounded once.
 
     ``order`` (head_dim) says where each row of a head lies in the source's head; ``scale`` is a number, or (head_dim) one for
     each row of a head, in the order of the file.
@@ -88,6 +89,9 @@ class Traits:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
+    attention_softcap: float = 0.0
+    logits_softcap: float = 0.0
     max_seq_len: int | None = None  # None: what is asked for, or the checkpoint's own
     folds: Mapping[str, Fold] = field(default_factory=dict)  # part -> what is done to it
 

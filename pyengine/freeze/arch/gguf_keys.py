@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ModelFormatError, UnsupportedModelError
-from ...format.config import MAX_POSITIONS, LayerSpec
+from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
 from ..rope import rope_inv_freq
@@ -53,11 +53,11 @@ def divisors(file: Tensors, name: str, n: int) -> Float32Array:
     return found
 
 
-def rope_table(keys: Fields, head_dim: int, file: Tensors) -> Float32Array:
+def rope_table(keys: Fields, head_dim: int, file: Tensors, default_base: float = 10_000.0) -> Float32Array:
     """The one table of a model whose layers all turn whole heads."""
     if rope_dimensions(keys, head_dim) != head_dim:
         raise UnsupportedModelError("RoPE over a part of the head (rope.dimension_count) for this architecture")
-    inv_freq = rope_inv_freq(head_dim, keys.number("rope.freq_base", 10_000.0), scaling(keys))
+    inv_freq = rope_inv_freq(head_dim, keys.number("rope.freq_base", default_base), scaling(keys))
     return inv_freq / divisors(file, ROPE_DIVISORS, head_dim // 2) if ROPE_DIVISORS in file.shapes else inv_freq
 
 
@@ -67,6 +67,14 @@ def multiplier(keys: Fields, key: str, default: float = 1.0) -> float:
     if not 1e-9 <= value <= 1e9:
         raise keys.wrong(key, "a number in 1e-9..1e9")
     return float(str(np.float32(value))) if key in keys else default
+
+
+def softcap(keys: Fields, key: str) -> float:
+    """A soft limit of scores or logits; 0 for none."""
+    value = float(str(np.float32(keys.number(key, 0.0))))
+    if not SOFTCAP_RANGE[0] <= value <= SOFTCAP_RANGE[1] and value != 0.0:
+        raise keys.wrong(key, f"0, or a number in {SOFTCAP_RANGE[0]}..{SOFTCAP_RANGE[1]}")
+    return value
 
 
 def has_bias(file: Tensors, part: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
-from ...format.config import MAX_POSITIONS, LayerSpec
+from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
 from ..rope import rope_inv_freq
@@ -14,7 +14,7 @@ from .base import Shape
 
 _DEFAULT_ROPE_THETA = 10_000.0
 FULL, SLIDING = "full_attention", "sliding_attention"
-_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
+_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
 def activation(config: Fields, key: str = "hidden_act", default: str = "silu") -> str:
@@ -32,6 +32,14 @@ def multiplier(config: Fields, key: str, default: float = 1.0) -> float:
     value = config.number(key, default)
     if not 1e-9 <= value <= 1e9:
         raise config.wrong(key, "a number in 1e-9..1e9")
+    return value
+
+
+def softcap(config: Fields, key: str) -> float:
+    """A soft limit of scores or logits; 0 for none, as null says."""
+    value = 0.0 if config.is_null(key) else config.number(key, 0.0)
+    if not SOFTCAP_RANGE[0] <= value <= SOFTCAP_RANGE[1] and key in config:
+        raise config.wrong(key, f"a number in {SOFTCAP_RANGE[0]}..{SOFTCAP_RANGE[1]}")
     return value
 
 
