@@ -95,6 +95,34 @@ class SafetensorsReader:
             file.close()
 
 
+class TextTensors:
+    """The tensors of a text model inside of one that does more, under the names that they have when it is alone.
+
+    ``beginnings`` maps the beginnings of names in the file to those outside; what has none of them is not of the text model.
+    """
+
+    def __init__(self, reader: SafetensorsReader, beginnings: Mapping[str, str]) -> None:
+        self._reader = reader
+        self._names: dict[str, str] = {}
+        for name in reader.shapes:
+            found = next((begin for begin in beginnings if name.startswith(begin)), None)
+            if found is None:
+                continue
+            if self._names.setdefault(beginnings[found] + name.removeprefix(found), name) != name:
+                raise ModelFormatError(f"tensor {name!r} is there under another name too")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = self._reader.shapes
+        return {name: shapes[inside] for name, inside in self._names.items()}
+
+    def matrix(self, name: str) -> RowSource:
+        return self._reader.matrix(self._names[name])
+
+    def vector(self, name: str) -> Float32Array:
+        return self._reader.vector(self._names[name])
+
+
 def _shard_names(directory: Path) -> list[str]:
     """The shards that model.safetensors.index.json names, which must be plain file names; none if there is no index."""
     index = _read_json(directory, _INDEX)
@@ -264,9 +292,11 @@ def load_hf(directory: Path, name: str | None = None, n_ctx: int | None = None) 
     if document is None:
         raise ModelFormatError(f"{directory} has no {_CONFIG}")
     architecture = architecture_of_hf(document)  # before the weights: the clearest reason to refuse
-    config = Fields({**architecture.hf_defaults, **document}, _CONFIG)
-    reader = _open_weights(directory)
+    text = {} if architecture.hf_text is None else Fields(document, _CONFIG).table("text_config")
+    config = Fields({**architecture.hf_defaults, **document, **text}, _CONFIG)
+    file = _open_weights(directory)
     try:
+        reader = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
         documents = _Documents(directory, config, config.integer("vocab_size"))
         _refuse_unknown_arithmetic(config)
         shape = _shape(config, architecture, reader.shapes, n_ctx)
@@ -290,7 +320,7 @@ def load_hf(directory: Path, name: str | None = None, n_ctx: int | None = None) 
         )
         model.attachments = documents.attachments
     except BaseException:
-        reader.close()
+        file.close()
         raise
-    model.close = reader.close
+    model.close = file.close
     return model

@@ -6,6 +6,7 @@ That they compute what transformers computes is in test_oracle.py and test_again
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,27 @@ def test_a_context_may_be_smaller_than_the_checkpoints(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("beginning", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_one_that_sees(tmp_path: Path, beginning: str) -> None:
+    fixture = fixtures.load("gemma3")
+    wanted = weight_bytes(freeze(fixtures.write_hf_dir(fixture, tmp_path / "text"), tmp_path / "m"))
+    outside = ("architectures", "model_type", "eos_token_id")
+    text = {key: value for key, value in fixture.hf_config.items() if key not in outside}
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text,
+        "vision_config": {"hidden_size": 8}, "eos_token_id": fixture.hf_config["eos_token_id"], "bos_token_id": 0,
+    }  # fmt: skip
+    tensors = {name.replace("model.", beginning, 1): w for name, w in fixture.hf_weights.items()}
+    tensors |= {"vision_tower.x.weight": np.ones((8, 8), np.float32), "multi_modal_projector.y": np.ones(8, np.float32)}
+    directory = fixtures.write_hf_dir(replace(fixture, hf_config=config, hf_weights=tensors), tmp_path / "both")
+    with FrozenFile.open(freeze(directory, tmp_path / "n")) as file:
+        assert file.config.eos_token_ids == (1,)
+    assert weight_bytes(tmp_path / "n") == wanted
+    (directory / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    with pytest.raises(ModelFormatError, match="text_config is missing"):
+        open_source(directory)
 
 
 def test_gemma3_in_the_spelling_of_transformers_5_and_by_its_defaults(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
 from .base import Architecture
-from .gemma import GEMMA2, GEMMA3
+from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
 from .granite import GRANITE
 from .llama import LLAMA, MISTRAL
 from .olmo2 import OLMO2
@@ -15,7 +15,7 @@ from .qwen import QWEN2, QWEN3
 from .smollm3 import SMOLLM3
 
 # Mistral's GGUF files call themselves "llama": of equal names the first counts.
-ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, OLMO2)
+ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2)
 
 
 def _unknown(name: Any, known: list[str]) -> UnsupportedModelError:

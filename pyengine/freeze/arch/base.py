@@ -119,6 +119,7 @@ class Architecture(NamedTuple):
     from_hf: Callable[[Fields, Shape], Traits]
     from_gguf: Callable[[Fields, Shape, Tensors], Traits]
     parts: Mapping[str, SourceName] = PARTS
+    hf_text: Mapping[str, str] | None = None  # of a model that sees: beginnings of the text model's tensors -> those of `parts`
     gguf_permuted: bool = False  # q and k rows are interleaved for RoPE in GGUF
     hf_defaults: Mapping[str, Any] = {}  # of transformers' class, for sizes that published files leave out
     gguf_keys: frozenset[str] = frozenset()  # what it reads beyond the keys that all have

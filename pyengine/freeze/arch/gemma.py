@@ -1,5 +1,5 @@
-"""Gemma 2 and Gemma 3 (text): gains of 1 + w, scaled embeddings and queries are folded; norms around both halves of a layer,
-GELU, windows with a RoPE table of their own and softcaps are fields of the file."""
+"""Gemma 2 and Gemma 3 (its text model): gains of 1 + w, scaled embeddings and queries are folded; norms around both halves of
+a layer, GELU, windows with a RoPE table of their own and softcaps are fields of the file."""
 
 from __future__ import annotations
 
@@ -198,3 +198,14 @@ GEMMA3 = Architecture(
     "Gemma3ForCausalLM", "gemma3_text", "gemma3", _gemma3_hf, _gemma3_gguf, _PARTS, gguf_keys=_KEYS | {"rope.freq_base_swa"},
     hf_defaults={**_DEFAULTS, "max_position_embeddings": 131_072, "vocab_size": 262_208},
 )  # fmt: skip
+# The models from 4B on see images. Published files have the first spelling of names, transformers 5 writes the last two.
+GEMMA3_IMAGES = GEMMA3._replace(
+    hf="Gemma3ForConditionalGeneration",
+    model_type="gemma3",
+    hf_text={
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+        "model.language_model.": "model.",
+        "lm_head.": "lm_head.",
+    },
+)
