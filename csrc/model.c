@@ -48,6 +48,14 @@ static pe_status check_config(const pe_config *c, char *err) {
         return pe_fail(PE_ERR_FORMAT, err, "config: key_bias needs qkv_bias, and a bias that no norm follows");
     if (c->qk_norm_all_heads && !c->qk_norm)
         return pe_fail(PE_ERR_FORMAT, err, "config: qk_norm_all_heads needs qk_norm");
+    if (c->n_experts > PE_MAX_EXPERTS || c->n_experts_used > c->n_experts || (c->n_experts > 0 && c->n_experts_used == 0))
+        return pe_fail(PE_ERR_FORMAT, err, "config: %u of %u experts, expected 1 of 1 to %u of %u, or none", c->n_experts_used,
+                       c->n_experts, PE_MAX_EXPERTS, PE_MAX_EXPERTS);
+    if ((uint64_t)c->n_layers * c->n_experts > PE_MAX_MODEL_EXPERTS)
+        return pe_fail(PE_ERR_FORMAT, err, "config: %u layers of %u experts, expected at most %d experts in all", c->n_layers,
+                       c->n_experts, PE_MAX_MODEL_EXPERTS);
+    if (c->experts_normalized && c->n_experts == 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: experts_normalized needs experts");
     pe_status status = check_softcap("attention_softcap", c->attention_softcap, err);
     return status != PE_OK ? status : check_softcap("logits_softcap", c->logits_softcap, err);
 }
@@ -113,10 +121,14 @@ pe_status pe_model_create(pe_model **out, const pe_config *config, char *err) {
     if (status != PE_OK) return status;
     pe_model *model = calloc(1, sizeof *model);
     if (model != NULL) model->layers = calloc(config->n_layers, sizeof *model->layers);
-    if (model == NULL || model->layers == NULL) {
+    size_t n_experts = config->n_experts > 0 ? config->n_experts : 1;
+    if (model != NULL) model->experts = calloc(config->n_layers * n_experts, sizeof *model->experts);
+    if (model == NULL || model->layers == NULL || model->experts == NULL) {
+        if (model != NULL) free(model->layers), free(model->experts);
         free(model);
         return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
     }
+    for (uint32_t i = 0; i < config->n_layers; i++) model->layers[i].experts = model->experts + i * n_experts;
     model->config = *config;
     model->config.layers = NULL;
     model->q_dim = (size_t)config->n_heads * config->head_dim;
@@ -145,6 +157,7 @@ static void free_tables(pe_model *model) {
 void pe_model_destroy(pe_model *model) {
     if (model == NULL) return;
     free_tables(model);
+    free(model->experts);
     free(model->layers);
     free(model);
 }
@@ -203,6 +216,18 @@ static void visit_vector(visitor *v, const float **data, size_t n, const char *n
     visit(v, (const void **)data, pe_pad(n * sizeof(float), 64), FLOATS, "%s%s", prefix, name);
 }
 
+/* A dense MLP, or a router and its experts. */
+static void visit_mlp(visitor *v, const pe_config *c, pe_layer *layer, int index) {
+    if (c->n_experts > 0) visit_vector(v, &layer->router, (size_t)c->n_experts * c->dim, "router", index);
+    for (uint32_t e = 0; e < (c->n_experts > 0 ? c->n_experts : 1); e++) {
+        char gate_up[32] = "w_gate_up", down[32] = "w_down";
+        if (c->n_experts > 0) snprintf(gate_up, sizeof gate_up, "experts.%u.w_gate_up", e);
+        if (c->n_experts > 0) snprintf(down, sizeof down, "experts.%u.w_down", e);
+        visit_matrix(v, &layer->experts[e].w_gate_up, 2 * pe_pad(c->hidden_dim, PE_PANEL), c->dim, gate_up, index);
+        visit_matrix(v, &layer->experts[e].w_down, pe_pad(c->dim, PE_PANEL), c->hidden_dim, down, index);
+    }
+}
+
 static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
     const pe_config *c = &model->config;
     visitor v = {.fn = fn, .arg = arg};
@@ -222,8 +247,7 @@ static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
         if (c->o_bias) visit_vector(&v, &layer->wo_bias, c->dim, "wo.bias", (int)i);
         if (layer->norm_after) visit_vector(&v, &layer->post_attention_norm, c->dim, "post_attention_norm", (int)i);
         if (layer->norm_before) visit_vector(&v, &layer->ffn_norm, c->dim, "ffn_norm", (int)i);
-        visit_matrix(&v, &layer->w_gate_up, 2 * pe_pad(c->hidden_dim, PE_PANEL), c->dim, "w_gate_up", (int)i);
-        visit_matrix(&v, &layer->w_down, dim_padded, c->hidden_dim, "w_down", (int)i);
+        visit_mlp(&v, c, layer, (int)i);
         if (layer->norm_after) visit_vector(&v, &layer->post_ffn_norm, c->dim, "post_ffn_norm", (int)i);
     }
     visit_vector(&v, &model->norm, c->dim, "norm", -1);

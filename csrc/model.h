@@ -7,9 +7,15 @@
 #include "key_bias.h"
 #include "pyengine.h"
 
-enum { PE_MAX_ROPE_TABLES = 16 };
+enum { PE_MAX_ROPE_TABLES = 16, PE_MAX_EXPERTS = 1024, PE_MAX_MODEL_EXPERTS = 16384 };
 
 typedef enum pe_activation { PE_ACTIVATION_SWIGLU, PE_ACTIVATION_GEGLU_TANH } pe_activation;
+
+/* The matrices of one MLP. */
+typedef struct pe_expert {
+    pe_matrix w_gate_up; /* 2 x (hidden_dim, dim), alternating by panel */
+    pe_matrix w_down;    /* (dim, hidden_dim) */
+} pe_expert;
 
 /* A norm that the layer does not have is NULL: it has the two of attention_norm and ffn_norm, or the two that follow what
  * attention and the MLP add, or all four. */
@@ -28,8 +34,8 @@ typedef struct pe_layer {
     const float *wo_bias;         /* (dim) or NULL */
     const float *post_attention_norm; /* (dim) or NULL: of what wo gives, before it is added */
     const float *ffn_norm;        /* (dim) or NULL */
-    pe_matrix w_gate_up;          /* 2 x (hidden_dim, dim), alternating by panel */
-    pe_matrix w_down;             /* (dim, hidden_dim) */
+    const float *router;          /* (n_experts, dim) or NULL */
+    pe_expert *experts;           /* (n_experts), or the one of a dense MLP; in model->experts */
     const float *post_ffn_norm;   /* (dim) or NULL: of what w_down gives, before it is added */
 } pe_layer;
 
@@ -39,6 +45,7 @@ struct pe_model {
     size_t head_dim_p;        /* head_dim padded to 32: q and K */
     pe_matrix tok_embeddings; /* (vocab_size, dim) */
     pe_layer *layers;         /* (n_layers) */
+    pe_expert *experts;       /* of all layers, one after the other */
     const float *norm;        /* (dim) */
     pe_matrix output;         /* (vocab_size, dim); the embeddings again when tied */
     bool has_post_norms;      /* some layer has */

@@ -72,6 +72,8 @@ typedef struct pe_config {
     bool tie_embeddings, qkv_bias, o_bias, qk_norm;
     bool qk_norm_all_heads; /* with qk_norm: one norm over all heads of q, and one over those of k */
     bool key_bias;          /* a part of the keys' bias is kept out of the cache; with qkv_bias, without qk_norm */
+    uint32_t n_experts, n_experts_used; /* of every layer's MLP, hidden_dim wide each; 0 = a dense MLP */
+    bool experts_normalized;            /* the weights of the experts that a row takes sum to 1 */
     float attention_softcap, logits_softcap; /* 0 = none, or in [2^-10, 2^20] */
     const pe_layer_spec *layers;             /* (n_layers); pe_model_create keeps no pointer to them */
 } pe_config;

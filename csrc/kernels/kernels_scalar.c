@@ -133,6 +133,17 @@ static void softcap(float *x, size_t n, float cap) {
     }
 }
 
+static float dot_f32(const float *x, const float *w, size_t n) {
+    float a[PE_PANEL] = {0};
+    for (size_t i = 0; i < (n + PE_PANEL - 1) / PE_PANEL * PE_PANEL; i++)
+        a[i % PE_PANEL] = i < n ? fmaf(x[i], w[i], a[i % PE_PANEL]) : fmaf(0.0f, 0.0f, a[i % PE_PANEL]);
+    return pe_sum_lanes(a);
+}
+
+static void add_scaled(float *y, const float *x, float a, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = fmaf(a, x[i], y[i]);
+}
+
 static void add(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = x[i] + y[i];
 }
@@ -252,6 +263,8 @@ const struct pe_kernels pe_kernels_scalar = {
     .swiglu = swiglu,
     .geglu_tanh = geglu_tanh,
     .softcap = softcap,
+    .dot_f32 = dot_f32,
+    .add_scaled = add_scaled,
     .add = add,
     .attention_scores = attention_scores,
     .attention_scores_f32 = attention_scores_f32,

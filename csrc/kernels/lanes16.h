@@ -282,6 +282,25 @@ static void softcap(float *x, size_t n, float cap) {
     }
 }
 
+static float dot_f32(const float *x, const float *w, size_t n) {
+    v16 lanes = v16_set1(0.0f);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) lanes = v16_fma(v16_load(x + i), v16_load(w + i), lanes);
+    if (i < n) {
+        float rest[2][PE_PANEL] = {{0}};
+        memcpy(rest[0], x + i, (n - i) * sizeof *x);
+        memcpy(rest[1], w + i, (n - i) * sizeof *w);
+        lanes = v16_fma(v16_load(rest[0]), v16_load(rest[1]), lanes);
+    }
+    return v16_sum_lanes(lanes);
+}
+
+static void add_scaled(float *y, const float *x, float a, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) v16_store(y + i, v16_fma(v16_set1(a), v16_load(x + i), v16_load(y + i)));
+    for (; i < n; i++) y[i] = fmaf(a, x[i], y[i]);
+}
+
 static void add(float *y, const float *x, size_t n) {
     size_t i = 0;
     for (; i + 16 <= n; i += 16) v16_store(y + i, v16_add(v16_load(x + i), v16_load(y + i)));
@@ -503,7 +522,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
 #define PE_LANES16_TABLE(table_name, table_required) \
     { \
         .name = table_name, .required = (table_required), .quantize = quantize, .quantize_group = quantize_group, .matmul = matmul, \
-        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .softcap = softcap, .add = add, .attention_scores = attention_scores, \
+        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .softcap = softcap, .dot_f32 = dot_f32, .add_scaled = add_scaled, .add = add, .attention_scores = attention_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = attention_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, \

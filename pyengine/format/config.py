@@ -25,6 +25,8 @@ KEY_BIAS = "key_bias"  # a part of the keys' bias is kept out of the cache
 FEATURES = frozenset({KEY_BIAS})  # what a file may require
 NORMS = ("rmsnorm", "rmsnorm_after", "rmsnorm_around")  # before attention and the MLP, after them, both
 ACTIVATIONS = ("swiglu", "geglu_tanh")
+MAX_EXPERTS = 1024  # of a layer
+MAX_MODEL_EXPERTS = 16_384  # of all layers: a file has at most 65,536 tensors, four for each
 SOFTCAP_RANGE = (2.0**-10, 2.0**20)
 
 _INT_RANGES = {
@@ -38,8 +40,9 @@ _INT_RANGES = {
     "max_seq_len": (1, MAX_POSITIONS),
 }
 _FLAGS = ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm")
-_OPTIONAL_FLAGS = ("qk_norm_all_heads",)  # absent from a file that does not need it, as softcaps are
+_OPTIONAL_FLAGS = ("qk_norm_all_heads", "experts_normalized")  # absent from a file that does not need it, as softcaps are
 _SOFTCAPS = ("attention_softcap", "logits_softcap")
+_EXPERTS = ("n_experts", "n_experts_used")
 _MAX_EOS_TOKENS = 256
 _MAX_REQUIRED = 256
 
@@ -159,7 +162,9 @@ def _check_kinds(kinds: Any, n_layers: int) -> dict[str, str | tuple[str, ...]]:
 # ---------------------------------------------------------------------------- the configuration
 
 # Keys that a file leaves out where they say nothing: files of before there were such keys are as they were.
-_OPTIONAL: Mapping[str, Any] = {**dict.fromkeys(_OPTIONAL_FLAGS, False), **dict.fromkeys(_SOFTCAPS, 0.0)}
+_OPTIONAL: Mapping[str, Any] = (
+    dict.fromkeys(_OPTIONAL_FLAGS, False) | dict.fromkeys(_SOFTCAPS, 0.0) | dict.fromkeys(_EXPERTS, 0)
+)
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,10 @@ class FrozenConfig:
     UnsupportedModelError for a name that is not known.
 
     Lengths are in positions; ``norm_eps`` is added to a mean square; a softcap of c makes c * tanh(x / c) of scores or logits, 0
-    is none; ``qk_norm_all_heads`` says that the norms of q and k are over all heads together. ``kinds`` says how matrices are
-    stored (the inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is what it may ignore.
+    is none; ``qk_norm_all_heads`` says that the norms of q and k are over all heads together. Of ``n_experts`` MLPs
+    (0: a dense one) a row takes ``n_experts_used``, with weights that sum to 1 if ``experts_normalized``. ``kinds`` says how
+    matrices are stored (the inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is what it may
+    ignore.
     """
 
     architecture: str
@@ -194,6 +201,9 @@ class FrozenConfig:
     qk_norm_all_heads: bool = False
     attention_softcap: float = 0.0
     logits_softcap: float = 0.0
+    n_experts: int = 0
+    n_experts_used: int = 0
+    experts_normalized: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -220,6 +230,7 @@ class FrozenConfig:
             raise ModelFormatError("config: qk_norm_all_heads needs qk_norm")
         for name in _SOFTCAPS:
             self._check_softcap(name)
+        self._check_experts()
         self._check_tokens()
         object.__setattr__(self, "layers", _check_layers(self.layers, self.n_layers))
         object.__setattr__(self, "kinds", _check_kinds(self.kinds, self.n_layers))
@@ -230,6 +241,16 @@ class FrozenConfig:
         value, (low, high) = getattr(self, name), SOFTCAP_RANGE
         if type(value) not in (float, int) or not (value == 0 or low <= value <= high):
             raise ModelFormatError(f"config: {name} must be 0 or in {low}..{high}, not {value!r:.80}")
+
+    def _check_experts(self) -> None:
+        _check_int("n_experts", self.n_experts, 0, MAX_EXPERTS)
+        _check_int("n_experts_used", self.n_experts_used, min(1, self.n_experts), self.n_experts)
+        if self.n_layers * self.n_experts > MAX_MODEL_EXPERTS:
+            raise ModelFormatError(
+                f"config: n_experts {self.n_experts} in {self.n_layers} layers: more than {MAX_MODEL_EXPERTS} in all"
+            )
+        if self.experts_normalized and not self.n_experts:
+            raise ModelFormatError("config: experts_normalized needs n_experts")
 
     def _check_tokens(self) -> None:
         if self.bos_token_id is not None:

@@ -57,6 +57,9 @@ def frozen_fields(shape: Shape, traits: Traits) -> dict[str, Any]:
         "qk_norm_all_heads": traits.qk_norm_all_heads,
         "attention_softcap": traits.attention_softcap,
         "logits_softcap": traits.logits_softcap,
+        "n_experts": traits.n_experts,
+        "n_experts_used": traits.n_experts_used,
+        "experts_normalized": traits.experts_normalized,
         "requires": (KEY_BIAS,) if traits.qkv_bias and not traits.qk_norm else (),
     }
 
@@ -102,12 +105,16 @@ class _Source:
     def _tensor(self, weight: Weight, part: Part) -> tuple[str, int, int]:
         """(name of the source's tensor that holds ``part`` of ``weight``, the part's first row there, the tensor's rows)."""
         place = self._parts[part.name]
-        name: str = getattr(place, self._kind).format(i=weight.layer)
-        rows, begin = part.rows, 0
+        spelling: str = getattr(place, self._kind)
+        name, rows, begin = spelling.format(i=weight.layer, e=weight.expert), part.rows, 0
         if place.fused:
             rows = sum(one.rows for one in weight.parts)
             begin = sum(one.rows for one in weight.parts[: weight.parts.index(part)])
         found, shape = self._shapes.get(name), (rows, *weight.shape[1:])
+        if part.name == "router":  # a matrix there, a vector in the frozen file
+            shape = (self._config.n_experts, self._config.dim)
+        if weight.expert is not None and "{e}" not in spelling:
+            shape, begin, rows = (self._config.n_experts, *shape), weight.expert * rows, self._config.n_experts * rows
         if found is None:
             raise ModelFormatError(f"tensor {name!r} is missing")
         if found != shape:
@@ -138,7 +145,10 @@ class _Source:
         return rows[0] if len(rows) == 1 else StackedRows(rows)
 
     def _values(self, name: str, part: Part) -> Float32Array:
-        values, fold = self._reader.vector(name), self._folds.get(part.name, _NO_FOLD)
+        fold = self._folds.get(part.name, _NO_FOLD)
+        if part.name == "router":
+            return self._reader.matrix(name).read_rows(0, self._config.n_experts).reshape(-1)
+        values = self._reader.vector(name)
         if (order := self._order(part, fold)) is not None:
             values = values.reshape(-1, len(order))[:, order].reshape(-1)
         if fold.offset != 0.0 or not np.all(fold.scale == 1.0):

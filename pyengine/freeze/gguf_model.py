@@ -37,7 +37,8 @@ GGUF = GGUFFile | SplitGGUF
 
 
 def _architecture(file: GGUF) -> Architecture:
-    found = architecture_of_gguf(Fields(file.metadata, "GGUF").text("general.architecture"))
+    name = Fields(file.metadata, "GGUF").text("general.architecture")
+    found = architecture_of_gguf(name, has_experts=bool(Fields(file.metadata, "GGUF").integer(f"{name}.expert_count", 0)))
     prefix, known = f"{found.gguf}.", _KNOWN_KEYS | found.gguf_keys
     for key in file.metadata:
         if key.startswith(prefix) and key.removeprefix(prefix) not in known:
@@ -58,8 +59,6 @@ def _keys(file: GGUF, architecture: Architecture) -> Fields:
 
 
 def _shape(file: GGUF, keys: Fields, n_ctx: int | None) -> Shape:
-    if keys.integer("expert_count", 0):
-        raise UnsupportedModelError("mixtures of experts (expert_count > 0) are not implemented")
     if not keys.flag("attention.causal", True):
         raise UnsupportedModelError("attention that is not causal is not implemented")
     dim, n_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
@@ -95,7 +94,7 @@ def _config(file: GGUF, keys: Fields, architecture: Architecture, shape: Shape, 
         eps = float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon"))))
     return FrozenConfig(
         architecture=architecture.hf,
-        hidden_dim=keys.integer("feed_forward_length"),
+        hidden_dim=keys.integer("feed_forward_length") if traits.hidden_dim is None else traits.hidden_dim,
         vocab_size=embedding.shape[0],
         norm_eps=eps,
         bos_token_id=begin_token_id(file.metadata),

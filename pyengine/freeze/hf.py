@@ -205,7 +205,7 @@ def _frozen_config(
 ) -> FrozenConfig:
     return FrozenConfig(
         architecture=architecture.hf,
-        hidden_dim=config.integer("intermediate_size"),
+        hidden_dim=config.integer("intermediate_size") if traits.hidden_dim is None else traits.hidden_dim,
         vocab_size=config.integer("vocab_size"),
         norm_eps=config.number("rms_norm_eps"),
         bos_token_id=bos,

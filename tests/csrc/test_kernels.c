@@ -200,6 +200,23 @@ static void test_softcap(const struct pe_kernels *k) {
     }
 }
 
+static void test_dot_add_scaled(const struct pe_kernels *k) {
+    rng r = {19};
+    for (size_t n = 1; n <= 70; n++)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            block x = block_new(n * 4, 4), w = block_new(n * 4, 4), a = block_new(n * 4, 4), b = block_new(n * 4, 4);
+            fill(FLOATS(x), n, pattern, &r), fill(FLOATS(w), n, pattern, &r), fill(FLOATS(a), n, pattern, &r);
+            memcpy(FLOATS(b), FLOATS(a), n * 4);
+            float dots[2] = {pe_kernels_scalar.dot_f32(FLOATS(x), FLOATS(w), n), k->dot_f32(FLOATS(x), FLOATS(w), n)};
+            CHECK(same_floats(&dots[0], &dots[1], 1), "%s: dot of %zu, %s", k->name, n, pattern_names[pattern]);
+            pe_kernels_scalar.add_scaled(FLOATS(a), FLOATS(x), 0.3f, n);
+            k->add_scaled(FLOATS(b), FLOATS(x), 0.3f, n);
+            CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: add_scaled of %zu, %s", k->name, n,
+                  pattern_names[pattern]);
+            block_free(&x), block_free(&w), block_free(&a), block_free(&b);
+        }
+}
+
 static void test_add_scale_merge(const struct pe_kernels *k) {
     rng r = {17};
     for (size_t n = 1; n <= 100; n++)
@@ -251,6 +268,7 @@ void test_kernels(const struct pe_kernels *k) {
     test_rope(k);
     test_gates(k);
     test_softcap(k);
+    test_dot_add_scaled(k);
     test_add_scale_merge(k);
     test_codes_are_legal(k);
 }

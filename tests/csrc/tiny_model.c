@@ -74,8 +74,15 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     if (c->o_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, NAME("wo.bias"));
     if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_attention_norm"));
     if (before) add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
-    add_matrix(t, r, 2, c->hidden_dim, c->dim, 6, NAME("w_gate_up"));
-    add_matrix(t, r, 1, c->dim, c->hidden_dim, 5, NAME("w_down"));
+    if (c->n_experts > 0) add_vector(t, r, (size_t)c->n_experts * c->dim, 1.0f, -0.25f, NAME("router"));
+    for (uint32_t e = 0; e < (c->n_experts > 0 ? c->n_experts : 1); e++) {
+        char expert[24] = "";
+        if (c->n_experts > 0) snprintf(expert, sizeof expert, "experts.%u.", e);
+        snprintf(name, sizeof name, "layers.%u.%sw_gate_up", index, expert);
+        add_matrix(t, r, 2, c->hidden_dim, c->dim, 6, name);
+        snprintf(name, sizeof name, "layers.%u.%sw_down", index, expert);
+        add_matrix(t, r, 1, c->dim, c->hidden_dim, 5, name);
+    }
     if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_ffn_norm"));
 #undef NAME
 }

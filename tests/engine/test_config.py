@@ -67,6 +67,7 @@ def test_a_config_is_read() -> None:
         ("requires", None), ("requires", "experts"), ("requires", [1]), ("requires", [""]), ("requires", ["x" * 65]),
         ("attention_softcap", -1.0), ("attention_softcap", True), ("attention_softcap", 1e-4), ("attention_softcap", None),
         ("logits_softcap", 10**400), ("logits_softcap", "30"), ("qk_norm_all_heads", 1), ("qk_norm_all_heads", True),
+        ("n_experts", 4), ("n_experts", 1025), ("n_experts", -1), ("n_experts_used", 1), ("experts_normalized", True),
         ("requires", ["x"] * 257), ("extra", 1), ("extra", []), ("extra", None),
     ],
 )  # fmt: skip
@@ -114,8 +115,8 @@ def test_what_is_required_and_not_known_is_refused_by_name() -> None:
     # before anything else is looked at: with experts, all the rest may mean something else
     with pytest.raises(UnsupportedModelError, match="'experts'"):
         FrozenConfig.from_json('{"requires": ["experts"], "dim": "many"}')
-    with pytest.raises(UnsupportedModelError, match=r"config\.json has the key 'n_experts', which .* not know"):
-        parse(n_experts=8)
+    with pytest.raises(UnsupportedModelError, match=r"config\.json has the key 'n_wheels', which .* not know"):
+        parse(n_wheels=8)
     with pytest.raises(UnsupportedModelError, match=r"layers has the key 'post_norm', which .* not know"):
         with_layers(post_norm="rmsnorm")
     with pytest.raises(UnsupportedModelError, match=r"layer 1 has the norm 'layernorm', which .* not know"):
@@ -145,6 +146,19 @@ def test_norms_and_their_tensors() -> None:
     ]  # fmt: skip
     shapes = {weight.name: weight.shape for weight in inventory(parse(qk_norm=True, qk_norm_all_heads=True))}
     assert (shapes["layers.0.q_norm"], shapes["layers.0.k_norm"]) == ((64,), (32,))
+
+
+def test_experts_and_their_tensors() -> None:
+    config = parse(n_experts=3, n_experts_used=2, experts_normalized=True)
+    names = [weight.name for weight in inventory(config) if weight.layer == 1]
+    assert names[-7:] == ["layers.1.router", *(f"layers.1.experts.{e}.{m}" for e in range(3) for m in ("w_gate_up", "w_down"))]
+    dense = parse()
+    mlp = 3 * 64 * 88
+    assert count_parameters(config) - count_parameters(dense) == 2 * (2 * mlp + 3 * 64)
+    assert count_macs(config, 5, 1) - count_macs(dense, 5, 1) == 5 * 2 * mlp  # a token takes two
+    assert FrozenConfig.from_json(config.to_json()) == config
+    with pytest.raises(ModelFormatError, match="n_experts 1024 in 17 layers: more than 16384 in all"):
+        parse(n_layers=17, n_experts=1024, n_experts_used=1)
 
 
 def test_what_may_be_ignored_is_kept() -> None:

@@ -48,13 +48,13 @@ def test_fixtures_cover_what_they_promise() -> None:
     assert {c["architecture"] for c in configs} == {
         "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
         "GraniteForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
-        "Olmo2ForCausalLM",
+        "Olmo2ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM",
     }  # fmt: skip
     assert {c["n_heads"] // c["n_kv_heads"] for c in configs} == {1, 2, 3, 4}
     assert {c["head_dim"] for c in configs} == {16, 32, 64}
     assert {c["tie_embeddings"] for c in configs} == {False, True}
     assert all(c["hidden_dim"] % 64 and c["vocab_size"] % 16 for c in configs)
-    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 2.7e6
+    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 3.1e6
 
 
 @pytest.mark.parametrize("name", fixtures.names())
@@ -114,6 +114,7 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
         ("gemma2", "window"),
         ("gemma2", "attention_softcap"),
         ("gemma2", "logits_softcap"),
+        ("qwen3_moe", "experts_normalized"),
         ("olmo2", "post_attention_norm"),
         ("olmo2", "post_ffn_norm"),
     ],

@@ -32,6 +32,8 @@ LAYER_NAMES = {
     "self_attn.o_proj.weight": "wo",
     "self_attn.o_proj.bias": "wo.bias",
     "post_attention_layernorm.weight": "ffn_norm",
+    "mlp.gate.weight": "router",
+    "block_sparse_moe.gate.weight": "router",
     "mlp.gate_proj.weight": "w_gate",
     "mlp.up_proj.weight": "w_up",
     "mlp.down_proj.weight": "w_down",
@@ -42,6 +44,9 @@ POST_NORM_NAMES = {
     "post_feedforward_layernorm.weight": "post_ffn_norm",
 }
 NORMS_AFTER = {"gemma2": "rmsnorm_around", "gemma3_text": "rmsnorm_around", "olmo2": "rmsnorm_after"}
+EXPERT_NAMES = {
+    "w1": "w_gate", "w3": "w_up", "w2": "w_down", "gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_down",
+}  # fmt: skip
 MODEL_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings",
     "model.norm.weight": "norm",
@@ -82,6 +87,9 @@ def canonical_name(hf_name: str, model_type: str = "llama") -> str:
     if hf_name in MODEL_NAMES:
         return MODEL_NAMES[hf_name]
     _, _, layer, rest = hf_name.split(".", 3)
+    if ".experts." in rest:
+        _, _, expert, part, _ = rest.split(".")
+        return f"layers.{layer}.experts.{expert}.{EXPERT_NAMES[part]}"
     names = LAYER_NAMES if model_type not in NORMS_AFTER else LAYER_NAMES | POST_NORM_NAMES
     return f"layers.{layer}.{names[rest]}"
 
@@ -90,6 +98,7 @@ def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     """Weights for oracle.Oracle and spec_f32.Spec: float32, (rows, columns) or (n)."""
     hf = fixture.hf_config
     weights = {canonical_name(k, hf["model_type"]): w.astype(np.float32) for k, w in unfused(hf, fixture.hf_weights).items()}
+    weights = {key: w.reshape(-1) if key.endswith(".router") else w for key, w in weights.items()}  # a vector of the file
     for i, table in enumerate(rope_tables(fixture)):
         weights[f"rope.{i}.inv_freq"] = table
     return split_key_biases(canonical_config(fixture), folded(hf, weights))
@@ -141,7 +150,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     present = set(weight_names)
     eos = hf["eos_token_id"]
     window: Any = 0
-    if hf["model_type"] in ("mistral", "phi3"):
+    if hf["model_type"] in ("mistral", "phi3", "mixtral"):
         window = hf.get("sliding_window") or 0
     elif hf["model_type"].startswith("gemma"):
         pattern = hf.get("sliding_window_pattern", 2)
@@ -155,7 +164,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     return _optional_keys(hf) | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
-        "hidden_dim": hf["intermediate_size"],
+        "hidden_dim": hf.get("moe_intermediate_size", hf["intermediate_size"]),
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
         "n_kv_heads": hf["num_key_value_heads"],
@@ -178,6 +187,10 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Those keys that a file leaves out where they say nothing."""
     keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] == "olmo2" else {}
+    if n_experts := hf.get("num_experts", hf.get("num_local_experts")):
+        keys |= {"n_experts": n_experts, "n_experts_used": hf["num_experts_per_tok"]}
+        if hf.get("norm_topk_prob", True):
+            keys["experts_normalized"] = True
     for name, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping")):
         if hf.get(key):
             keys[name] = hf[key]

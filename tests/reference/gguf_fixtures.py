@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from .folds import head_dim_of, turned
 
 ARCHITECTURES = {
     "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
-    "gemma3_text": "gemma3", "olmo2": "olmo2",
+    "gemma3_text": "gemma3", "olmo2": "olmo2", "mixtral": "llama", "qwen3_moe": "qwen3moe",
 }  # fmt: skip
-PERMUTED = ("granite", "smollm3")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
+PERMUTED = ("llama", "granite", "smollm3")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 
 
 def expressible(fixture: Fixture) -> Fixture:
-    """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there."""
+    """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there, and the weights of
+    experts sum to 1."""
+    if "norm_topk_prob" in fixture.hf_config:
+        return replace(fixture, hf_config=fixture.hf_config | {"norm_topk_prob": True})
     if "query_pre_attn_scalar" not in fixture.hf_config:
         return fixture
     return replace(fixture, hf_config=fixture.hf_config | {"query_pre_attn_scalar": head_dim_of(fixture.hf_config)})
@@ -54,7 +57,7 @@ def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(kind, hf["num_hidden_layers"])
     tensors: dict[str, NDArray[Any]] = {}
-    for name, w in fixture.hf_weights.items():
+    for name, w in _stacked(fixture.hf_weights).items():
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         tensors[target] = _converted(hf, arch, name, w)
@@ -63,6 +66,18 @@ def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
         if f"{key}_factor" in scaling:
             tensors[f"rope_factors_{key}.weight"] = np.array(scaling[f"{key}_factor"], np.float32)
     return tensors
+
+
+def _stacked(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The experts' matrices in one tensor (n_experts, rows, columns)."""
+    stacked: dict[str, Any] = {}
+    for name, w in weights.items():
+        before, found, after = name.partition(".experts.")
+        if found:
+            stacked.setdefault(before + found + after.partition(".")[2], []).append(w)
+        else:
+            stacked[name] = w
+    return {name: np.stack(w) if isinstance(w, list) else w for name, w in stacked.items()}
 
 
 def _converted(hf: dict[str, Any], arch: str, name: str, w: NDArray[Any]) -> NDArray[Any]:
@@ -126,9 +141,18 @@ def _olmo2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(head_dim_of(hf))
 
 
+def _experts(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_expert_count(hf.get("num_experts", hf.get("num_local_experts")))
+    writer.add_expert_used_count(hf["num_experts_per_tok"])
+    if "moe_intermediate_size" in hf:
+        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+        writer.add_key_length(hf["head_dim"])
+        writer.add_value_length(hf["head_dim"])
+
+
 EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "granite": _granite, "phi3": _phi3, "smollm3": _smollm3, "gemma2": _gemma, "gemma3": _gemma,
-    "olmo2": _olmo2,
+    "olmo2": _olmo2, "llama": _experts, "qwen3moe": _experts,
 }  # fmt: skip
 
 

@@ -192,6 +192,26 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "tie_word_embeddings": False, "attention_bias": False, "rope_theta": 500000.0, "rms_norm_eps": 1e-6},
         48,
     ),
+    "mixtral": (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **shape(48, 40, 3, 1),
+         "tie_word_embeddings": False, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2,
+         "rope_theta": 1000000.0},
+        48,
+    ),
+    "qwen3_moe": (
+        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **shape(48, 72, 2, 1, 16),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "attention_bias": False, "rope_theta": 1000000.0,
+         "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True,
+         "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
+        48,
+    ),
+    "qwen3_moe_plain": (
+        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **shape(48, 72, 2, 1, 16),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "attention_bias": False, "rope_theta": 1000000.0,
+         "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": False,
+         "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
+        48,
+    ),
 }  # fmt: skip
 
 LOUD_CHANNELS, LOUDNESS = (5, 33), 5.0  # of the embeddings of the fixtures that MAGNITUDES names
@@ -217,6 +237,9 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
     "smollm3": {"q_proj.weight": (0.0, 1.8), "k_proj.weight": (0.0, 1.8), "model.norm.weight": (0.5, 0.1)},
     "gemma3": {**_GEMMA_NORMS, "q_norm.weight": (0.1, 0.3), "k_norm.weight": (0.1, 0.3), "model.norm.weight": (2.0, 0.5)},
     "gemma2": {**_GEMMA_NORMS, "q_proj.weight": (0.0, 1.0), "k_proj.weight": (0.0, 1.0), "model.norm.weight": (5.0, 1.0)},
+    "mixtral": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.8, 0.1)},
+    "qwen3_moe": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.6, 0.1)},
+    "qwen3_moe_plain": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.5, 0.1)},
     "olmo2": {
         "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
         "model.norm.weight": (1.5, 0.3),
@@ -246,8 +269,8 @@ def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> tor
     elif "embed_tokens" in name:
         value = 0.25 * noise
     else:
-        value = (1.2 / w.shape[1] ** 0.5) * noise
-    return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim == 2 else value
+        value = (1.2 / w.shape[-1] ** 0.5) * noise
+    return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim > 1 else value
 
 
 def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -256,17 +279,34 @@ def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Gene
     value = random_weight(key, w, generator)
     if ends:
         mean, deviation = MAGNITUDES[name][ends[0]]
-        value = mean + deviation / (w.shape[1] ** 0.5 if w.ndim == 2 else 1.0) * torch.randn(w.shape, generator=generator)
+        value = mean + deviation / (w.shape[-1] ** 0.5 if w.ndim > 1 else 1.0) * torch.randn(w.shape, generator=generator)
     if "embed_tokens" in key:
         value[:, list(LOUD_CHANNELS)] *= LOUDNESS
         if name == "olmo2":  # no norm before layer 0: an equal maximum in every group, or codes of codes would be ties
             value[:, list(LOUD_CHANNELS)] = 1.25 * value[:, list(LOUD_CHANNELS)].sign()
-    elif w.ndim == 2 and w.shape[1] > max(LOUD_CHANNELS) and "o_proj" not in key and "down_proj" not in key:
-        value[:, list(LOUD_CHANNELS)] /= LOUDNESS  # who reads the stream is used to them
+    elif w.ndim > 1 and w.shape[-1] > max(LOUD_CHANNELS) and "o_proj" not in key and "down_proj" not in key:
+        value[..., list(LOUD_CHANNELS)] /= LOUDNESS  # who reads the stream is used to them
     elif key == "model.norm.weight":  # Gemma's gain is 1 + w
         gain = value[list(LOUD_CHANNELS)] + (1.0 if name in ("gemma2", "gemma3") else 0.0)
         value[list(LOUD_CHANNELS)] += gain / LOUDNESS**2 - gain
-    return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim == 2 else value
+    return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim > 1 else value
+
+
+def published(name: str, key: str, w: np.ndarray) -> dict[str, np.ndarray]:
+    """transformers' parameter under the names of published files, which have a matrix for each expert."""
+    mixtral = name == "mixtral"
+    prefix = key.partition("mlp.")[0] + ("block_sparse_moe" if mixtral else "mlp")
+    if key.endswith("mlp.gate.weight"):
+        return {f"{prefix}.gate.weight": w}
+    if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return {key: w}
+    halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[key.rpartition(".")[2]]
+    spelled = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if mixtral else {half: half for half in halves}
+    return {
+        f"{prefix}.experts.{e}.{spelled[half]}.weight": part
+        for e in range(len(w))
+        for half, part in zip(halves, np.split(w[e], len(halves)), strict=True)
+    }
 
 
 def put_large_key_bias(name: str, key: str, bias: torch.Tensor, head_dim: int) -> None:
@@ -294,9 +334,9 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
         make_weight = partial(realistic_weight, name) if name in MAGNITUDES else random_weight
         parameter.data.copy_(make_weight(key, parameter, generator))
         put_large_key_bias(name, key, parameter.data, model.model.layers[0].self_attn.head_dim)
-        stored = np.float16 if parameter.ndim == 2 else np.float32
-        weights[key] = parameter.data.numpy().astype(stored)
-        assert np.array_equal(weights[key].astype(np.float32), parameter.data.numpy()), key
+        stored = parameter.data.numpy().astype(np.float16 if parameter.ndim > 1 else np.float32)
+        assert np.array_equal(stored.astype(np.float32), parameter.data.numpy()), key
+        weights |= published(name, key, stored)
     assert ("lm_head.weight" in weights) == (not tied)
 
     # 263: the ids that the fixtures' tokenizer knows; a larger vocab_size is padding, as published

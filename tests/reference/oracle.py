@@ -235,13 +235,36 @@ class Oracle:
         trace["x_attention"] = x = x + self._norm_if_there(f"layers.{layer}.post_attention_norm", self._linear(layer, "wo", o))
 
         trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
-        xn = self._through_codes(trace, "ffn_normed", xn, X_GROUP)
+        xn_exact, xn = xn, self._through_codes(trace, "ffn_normed", xn, X_GROUP)
+        if cfg.get("n_experts"):
+            branch = self._experts(layer, trace, xn_exact, xn)
+            trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch)
+            return trace
         trace["gate"] = gate = self._linear(layer, "w_gate", xn)
         trace["up"] = up = self._linear(layer, "w_up", xn)
         trace["h"] = h = GATES[layer_field(cfg, "activation", layer)](gate) * up
         h = self._through_codes(trace, "h", h, X_GROUP)
         trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", self._linear(layer, "w_down", h))
         return trace
+
+    def _experts(self, layer: int, trace: Trace, xn_exact: Array, xn: Array) -> Array:
+        """The router sees xn_exact (n_tokens, dim), the experts xn -> (n_tokens, dim)."""
+        cfg = self.config
+        logits = xn_exact @ self.weights[f"layers.{layer}.router"].reshape(cfg["n_experts"], -1).T
+        p = np.exp(log_softmax(logits))
+        taken = np.argsort(-logits, axis=1, kind="stable")[:, : cfg["n_experts_used"]]
+        total = np.take_along_axis(p, taken, axis=1).sum(axis=1) if cfg.get("experts_normalized") else np.ones(len(p))
+        gate_of, out, codes = GATES[layer_field(cfg, "activation", layer)], np.zeros_like(xn), []
+        for t, row in enumerate(xn):
+            row_codes: Trace = {}
+            for slot, e in enumerate(sorted(taken[t])):
+                gate, up = (self._linear(layer, f"experts.{e}.{name}", row) for name in ("w_gate", "w_up"))
+                h = self._through_codes(row_codes, str(slot), gate_of(gate) * up, X_GROUP)
+                out[t] += p[t, e] / total[t] * self._linear(layer, f"experts.{e}.w_down", h)
+            codes.append(list(row_codes.values()))
+        if self.quantized:
+            trace["h_codes"] = np.array(codes)
+        return out
 
     def embed(self, token_ids: ArrayLike) -> Array:
         """(n_tokens) -> (n_tokens, dim), the rows of the embedding as the file holds them."""

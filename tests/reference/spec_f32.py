@@ -168,6 +168,24 @@ def softcap(x: F32, cap: float) -> F32:
     return f32(cap) * ((e - f32(1)) / (e + f32(1)))
 
 
+def route(x: F32, router: F32, n_used: int, normalized: bool) -> tuple[Array, F32]:
+    """x (n_tokens, dim), router (n_experts, dim) -> which experts each row takes, and their weights, (n_tokens, n_experts)."""
+    pad = [(0, 0), (0, -x.shape[1] % LANES)]
+    x, router = np.pad(x, pad), np.pad(router, pad)
+    a = np.zeros((len(x), len(router), LANES), dtype=f32)
+    for i in range(0, x.shape[1], LANES):
+        a = fmaf(x[:, None, i : i + LANES], router[None, :, i : i + LANES], a)
+    logits = _tree(a)
+    order = np.argsort(-logits, axis=1, kind="stable")  # ties: the lower index
+    taken = np.zeros(logits.shape, bool)
+    np.put_along_axis(taken, order[:, :n_used], True, axis=1)
+    p = exp(logits - logits.max(axis=1, keepdims=True))
+    total = np.zeros(len(x), f32)
+    for e in range(len(router)):
+        total = np.where(taken[:, e] | (not normalized), total + p[:, e], total)
+    return taken, p / total[:, None]
+
+
 # ---------------------------------------------------------------------- section 8
 
 
@@ -338,12 +356,34 @@ class Spec:
 
         trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
         x_q = self._quantize_input(trace, "ffn_normed", xn)
+        if cfg.get("n_experts"):
+            branch = self._experts(layer, trace, xn, x_q)
+            trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
+            return trace
         trace["gate"] = gate = self._linear(layer, "w_gate", x_q)
         trace["up"] = up = self._linear(layer, "w_up", x_q)
         trace["h"] = h = GATES[layer_field(cfg, "activation", layer)](gate, up)
         branch = self._linear(layer, "w_down", self._quantize_input(trace, "h", h))
         trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
         return trace
+
+    def _experts(self, layer: int, trace: Trace, xn: F32, x_q: tuple[Array, F32]) -> F32:
+        """xn (n_tokens, dim) and its codes -> what the experts of each row give, (n_tokens, dim)."""
+        cfg, n_tokens = self.config, len(xn)
+        router = self.vectors[f"layers.{layer}.router"].reshape(cfg["n_experts"], -1)
+        taken, weights = route(xn, router, cfg["n_experts_used"], cfg.get("experts_normalized", False))
+        gate_of, total = GATES[layer_field(cfg, "activation", layer)], np.zeros_like(xn)
+        slots = np.cumsum(taken, axis=1) - 1  # of a taken expert: how many the row took before it
+        n_groups = -(-cfg["hidden_dim"] // 32)
+        trace["h_codes"] = codes = np.zeros((n_tokens, cfg["n_experts_used"], n_groups, 32), np.int8)
+        for e in range(cfg["n_experts"]):
+            rows = np.flatnonzero(taken[:, e])
+            x_rows = x_q[0][rows], x_q[1][rows]
+            gate, up = (self._linear(layer, f"experts.{e}.{name}", x_rows) for name in ("w_gate", "w_up"))
+            h_q = quantize(gate_of(gate, up), 32, 64)
+            codes[rows, slots[rows, e]] = h_q[0][:, :n_groups]
+            total[rows] = fmaf(weights[rows, e, None], self._linear(layer, f"experts.{e}.w_down", h_q), total[rows])
+        return total
 
     def embed(self, token_ids: ArrayLike) -> F32:
         """(n_tokens) -> (n_tokens, dim): code * scale, exact in float32."""

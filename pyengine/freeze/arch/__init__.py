@@ -9,13 +9,14 @@ from .base import Architecture
 from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
 from .granite import GRANITE
 from .llama import LLAMA, MISTRAL
+from .mixture import MIXTRAL, QWEN3_MOE
 from .olmo2 import OLMO2
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
 from .smollm3 import SMOLLM3
 
 # Mistral's GGUF files call themselves "llama": of equal names the first counts.
-ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2)
+ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, MIXTRAL, QWEN3_MOE)
 
 
 def _unknown(name: Any, known: list[str]) -> UnsupportedModelError:
@@ -40,9 +41,12 @@ def architecture_of_hf(config: dict[str, Any]) -> Architecture:
     return found
 
 
-def architecture_of_gguf(name: str) -> Architecture:
-    """By ``general.architecture``."""
-    found = next((a for a in ARCHITECTURES if a.gguf == name), None)
+def architecture_of_gguf(name: str, *, has_experts: bool) -> Architecture:
+    """By ``general.architecture``, and by whether there are experts: Mixtral's files call themselves "llama" too."""
+    found = next((a for a in ARCHITECTURES if a.gguf == name and a.has_experts == has_experts), None)
+    if found is None and any(a.gguf == name for a in ARCHITECTURES):
+        what = "with" if has_experts else "without"
+        raise UnsupportedModelError(f"architecture {name!r:.80} {what} experts is not implemented")
     if found is None:
         raise _unknown(name, [a.gguf for a in ARCHITECTURES])
     return found

@@ -23,8 +23,8 @@ Order = npt.NDArray[np.intp]
 
 
 class SourceName(NamedTuple):
-    """A part's name in Hugging Face and GGUF files; ``{i}`` is the layer. ``fused``: that tensor holds all parts of the weight,
-    one under the other."""
+    """A part's name in Hugging Face and GGUF files; ``{i}`` is the layer, ``{e}`` the expert: a name without it is of a tensor
+    (n_experts, rows, columns) of them all. ``fused``: that tensor holds all parts of the weight, one under the other."""
 
     hf: str
     gguf: str
@@ -92,6 +92,10 @@ class Traits:
     qk_norm_all_heads: bool = False
     attention_softcap: float = 0.0
     logits_softcap: float = 0.0
+    hidden_dim: int | None = None  # None: intermediate_size, feed_forward_length
+    n_experts: int = 0
+    n_experts_used: int = 0
+    experts_normalized: bool = False
     max_seq_len: int | None = None  # None: what is asked for, or the checkpoint's own
     folds: Mapping[str, Fold] = field(default_factory=dict)  # part -> what is done to it
 
@@ -120,6 +124,7 @@ class Architecture(NamedTuple):
     from_gguf: Callable[[Fields, Shape, Tensors], Traits]
     parts: Mapping[str, SourceName] = PARTS
     hf_text: Mapping[str, str] | None = None  # of a model that sees: beginnings of the text model's tensors -> those of `parts`
+    has_experts: bool = False
     gguf_permuted: bool = False  # q and k rows are interleaved for RoPE in GGUF
     hf_defaults: Mapping[str, Any] = {}  # of transformers' class, for sizes that published files leave out
     gguf_keys: frozenset[str] = frozenset()  # what it reads beyond the keys that all have

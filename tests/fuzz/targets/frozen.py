@@ -37,6 +37,8 @@ _OPTIONAL = [  # keys of config.json that the seed does not have, or says otherw
     ("attention_softcap", [0, 50.0, 2.0**-10, 2.0**20, -1, 1e300]),
     ("logits_softcap", [0.0, 30.0, 2.0**-10, 2.0**20, True]),
     ("qk_norm_all_heads", [False, True]),
+    ("n_experts", [0, 1, 2, 1024]),
+    ("n_experts_used", [0, 1]),
     ("norm", ["rmsnorm_after", "rmsnorm_around"]),
     ("activation", ["geglu_tanh"]),
 ]

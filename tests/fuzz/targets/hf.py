@@ -56,6 +56,8 @@ _KINDS = [
     ("Gemma2ForCausalLM", "gemma2"),
     ("Gemma3ForCausalLM", "gemma3_text"),
     ("Olmo2ForCausalLM", "olmo2"),
+    ("MixtralForCausalLM", "mixtral"),
+    ("Qwen3MoeForCausalLM", "qwen3_moe"),
 ]
 _NAMES = [
     "../../etc/passwd",
