@@ -114,6 +114,8 @@ static void chunk_scores(const task *t, size_t chunk, const pe_kv_chunk *kv, siz
                                            s->q_corrections + first_row * g, t->n_rows, d, kv, n_positions, c);
         if (s->model->layers[t->layer].key_bias != NULL) add_key_bias(t, chunk, first_row, n_positions);
     }
+    float cap = s->model->config.attention_softcap;
+    for (size_t r = 0; r < t->n_rows && cap > 0.0f; r++) s->kernels->softcap(t->scores + r * PE_CHUNK, n_positions, cap);
 }
 
 /* The state of one chunk. */

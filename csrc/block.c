@@ -69,16 +69,21 @@ static void qkv_unit(void *arg, size_t token, int thread) {
     float *q = s->qkv + token * pe_qkv_stride(model), *k = q + model->q_dim, *v = k + model->kv_dim;
     size_t angle = (layer->rope * s->capacity + token) * half;
     const float *cos = s->cos + angle, *sin = s->sin + angle;
+    bool norm_heads = model->config.qk_norm && !model->config.qk_norm_all_heads;
+    if (model->config.qk_norm_all_heads) {
+        s->kernels->rmsnorm(q, q, layer->q_norm, model->q_dim, model->config.norm_eps);
+        s->kernels->rmsnorm(k, k, layer->k_norm, model->kv_dim, model->config.norm_eps);
+    }
     for (size_t head = 0; head < model->config.n_heads; head++) {
         float *row = q + head * head_dim;
-        if (layer->q_norm != NULL) s->kernels->rmsnorm(row, row, layer->q_norm, head_dim, model->config.norm_eps);
+        if (norm_heads) s->kernels->rmsnorm(row, row, layer->q_norm, head_dim, model->config.norm_eps);
         s->kernels->rope(row, cos, sin, head_dim);
         put_query(s, layer, token, head, row);
     }
     if (layer->key_bias != NULL && s->kv_dtype == PE_KV_F32) s->kernels->add(k, layer->key_bias_vector, model->kv_dim);
     for (uint32_t head = 0; head < model->config.n_kv_heads; head++) {
         float *row = k + head * head_dim;
-        if (layer->k_norm != NULL) s->kernels->rmsnorm(row, row, layer->k_norm, head_dim, model->config.norm_eps);
+        if (norm_heads) s->kernels->rmsnorm(row, row, layer->k_norm, head_dim, model->config.norm_eps);
         s->kernels->rope(row, cos, sin, head_dim);
         put_key_value(j, token, head, row, v + head * head_dim);
     }
@@ -95,6 +100,6 @@ pe_status pe_block(pe_slice *s, pe_kv_cache *kv, uint32_t index, char *err) {
     pe_status status = pe_attention(s, kv, index, err);
     if (status != PE_OK) return status;
     pe_quantize_rows(s, s->att, model->q_dim, NULL, n, model->q_dim, NULL);
-    pe_matmul(s, &layer->wo, layer->wo_bias, s->x, x_stride, PE_ADD);
+    pe_matmul_add_to_x(s, &layer->wo, layer->wo_bias, layer->post_attention_norm);
     return PE_OK;
 }

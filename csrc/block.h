@@ -5,7 +5,7 @@
 #include "kv_cache.h"
 #include "slice.h"
 
-/* x = x + wo * attention(norm(x)) for every row of the slice; the rows' keys and values of layer `index` go into `kv`,
+/* x = x + norm(wo * attention(norm(x))) for every row of the slice, with the norms that the layer has; the rows' keys and values of layer `index` go into `kv`,
  * at positions that the cache has made room for. */
 pe_status pe_block(pe_slice *slice, pe_kv_cache *kv, uint32_t index, char *err);
 

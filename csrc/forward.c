@@ -73,6 +73,13 @@ static void hidden_unit(void *arg, size_t unit, int thread) {
     pe_slice_note_bits(s, row, largest);
 }
 
+static void softcap_unit(void *arg, size_t unit, int thread) {
+    (void)thread;
+    pe_context *c = arg;
+    const pe_config *config = &c->model->config;
+    c->slice.kernels->softcap(pe_rows_at(&c->logits, c->logits.n + unit), config->vocab_size, config->logits_softcap);
+}
+
 /* The wanted results of the slice, behind the rows of earlier slices. */
 static void compute_results(pe_context *c, const uint8_t *wants) {
     pe_slice *s = &c->slice;
@@ -83,6 +90,7 @@ static void compute_results(pe_context *c, const uint8_t *wants) {
     if (n == 0) return;
     pe_quantize_rows(s, s->x, pe_x_stride(c->model), s->selected, n, c->model->config.dim, c->model->norm);
     pe_matmul(s, &c->model->output, NULL, pe_rows_at(&c->logits, c->logits.n), c->logits.stride, PE_STORE);
+    if (c->model->config.logits_softcap > 0.0f) pe_parallel_for(s->n_threads, n, softcap_unit, c, s->control);
     c->logits.n += n;
 }
 

@@ -21,6 +21,7 @@ typedef struct quantize_job {
     pe_slice *s;
     const float *rows;
     const size_t *selected;
+    const size_t *owners; /* rows of the slice that answer for these; NULL = they themselves */
     size_t stride, n;  /* n columns of each row */
     const float *norm; /* RMSNorm weight or NULL */
 } quantize_job;
@@ -39,16 +40,17 @@ static void quantize_unit(void *arg, size_t block, int thread) {
     }
     for (size_t t = 0; t < n_tokens; t++) {
         size_t index = j->selected == NULL ? first + t : j->selected[first + t];
+        size_t owner = j->owners == NULL ? index : j->owners[index];
         const float *row = j->rows + index * j->stride;
         if (j->norm != NULL) {
             float *normed = pe_thread_scratch(s, thread);
             float sum_of_squares = s->kernels->rmsnorm(normed, row, j->norm, j->n, s->model->config.norm_eps);
-            pe_slice_note_bits(s, index, pe_float_bits(sum_of_squares) & 0x7fffffffu);
+            pe_slice_note_bits(s, owner, pe_float_bits(sum_of_squares) & 0x7fffffffu);
             row = normed;
         }
         uint32_t bits = s->kernels->quantize(act->codes + first * act->n + t * 4, act->scales + first * n_groups + t,
                                              act->corrections + first * n_groups + t, width, row, j->n, act->n);
-        pe_slice_note_bits(s, index, bits);
+        pe_slice_note_bits(s, owner, bits);
     }
 }
 
@@ -56,7 +58,14 @@ void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_
                       const float *norm) {
     s->act.n = pe_pad(n, PE_GROUP);
     s->act.n_tokens = n_rows;
-    quantize_job j = {s, rows, selected, stride, n, norm};
+    quantize_job j = {s, rows, selected, NULL, stride, n, norm};
+    pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
+}
+
+void pe_quantize_gathered(pe_slice *s, const float *rows, size_t stride, const size_t *owners, size_t n_rows, size_t n) {
+    s->act.n = pe_pad(n, PE_GROUP);
+    s->act.n_tokens = n_rows;
+    quantize_job j = {s, rows, NULL, owners, stride, n, NULL};
     pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
 }
 
@@ -87,7 +96,8 @@ static void matmul_tile(const matmul_job *j, size_t begin, size_t end, size_t fi
         if (j->epilogue == PE_ADD) {
             s->kernels->add(out + begin * PE_PANEL, row, width);
         } else {
-            s->kernels->swiglu(out + begin / 2 * PE_PANEL, row, (end - begin) / 2);
+            (j->epilogue == PE_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh)(out + begin / 2 * PE_PANEL, row,
+                                                                                     (end - begin) / 2);
         }
     }
 }
@@ -122,4 +132,39 @@ void pe_matmul(pe_slice *s, const pe_matrix *w, const float *bias, float *out, s
     matmul_job j = {s, w, bias, out, out_stride, panels_per_unit(s, w->n_panels), epilogue};
     size_t n_units = (w->n_panels + j.panels_per_unit - 1) / j.panels_per_unit;
     pe_parallel_for(s->n_threads, n_units, matmul_unit, &j, s->control);
+}
+
+/* ------------------------------------------------------------------ what is added to the residual stream */
+
+typedef struct add_job {
+    pe_slice *s;
+    const float *norm;
+} add_job;
+
+static void add_branch_unit(void *arg, size_t row, int thread) {
+    (void)thread;
+    add_job *j = arg;
+    pe_slice *s = j->s;
+    size_t dim = s->model->config.dim, stride = pe_x_stride(s->model);
+    float *branch = s->branch + row * stride;
+    if (j->norm != NULL) {
+        float sum_of_squares = s->kernels->rmsnorm(branch, branch, j->norm, dim, s->model->config.norm_eps);
+        pe_slice_note_bits(s, row, pe_float_bits(sum_of_squares) & 0x7fffffffu);
+    }
+    s->kernels->add(s->x + row * stride, branch, dim);
+}
+
+void pe_add_branch_to_x(pe_slice *s, const float *norm) {
+    add_job j = {s, norm};
+    pe_parallel_for(s->n_threads, s->n_tokens, add_branch_unit, &j, s->control);
+}
+
+void pe_matmul_add_to_x(pe_slice *s, const pe_matrix *w, const float *bias, const float *norm) {
+    size_t stride = pe_x_stride(s->model);
+    if (norm == NULL) {
+        pe_matmul(s, w, bias, s->x, stride, PE_ADD);
+        return;
+    }
+    pe_matmul(s, w, bias, s->branch, stride, PE_STORE);
+    pe_add_branch_to_x(s, norm);
 }

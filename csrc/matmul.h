@@ -7,17 +7,26 @@
 
 #include "slice.h"
 
-/* What becomes of a product: out = p, out += p, or out = silu(gate) * up of alternating gate and up panels. */
-typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_SWIGLU } pe_epilogue;
+/* What becomes of a product: out = p, out += p, or out = silu(gate) * up or gelu(gate) * up of alternating gate and up
+ * panels. */
+typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_SWIGLU, PE_GEGLU_TANH } pe_epilogue;
 
 /* slice->act = the first n columns of n_rows rows, quantized. rows (capacity, stride); `selected` (n_rows) says which
  * of them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first. */
 void pe_quantize_rows(pe_slice *slice, const float *rows, size_t stride, const size_t *selected, size_t n_rows,
                       size_t n, const float *norm);
 
+/* slice->act = the first n columns of n_rows rows that were gathered: rows (n_rows, stride), row i being `owners[i]` of the slice. */
+void pe_quantize_gathered(pe_slice *slice, const float *rows, size_t stride, const size_t *owners, size_t n_rows, size_t n);
+
 /* out (act.n_tokens, out_stride) = act * w^T + bias under the epilogue. bias is padded to 16 rows like w, or NULL. */
 void pe_matmul(pe_slice *slice, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
                pe_epilogue epilogue);
+
+/* slice->x += act * w^T + bias, which with `norm` (dim), an RMSNorm weight or NULL, is normed before it is added. */
+void pe_matmul_add_to_x(pe_slice *slice, const pe_matrix *w, const float *bias, const float *norm);
+/* slice->x += slice->branch, normed likewise. */
+void pe_add_branch_to_x(pe_slice *slice, const float *norm);
 
 /* Floats of thread scratch that these two need. */
 size_t pe_matmul_scratch_floats(const pe_model *model);

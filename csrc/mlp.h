@@ -4,7 +4,8 @@
 
 #include "slice.h"
 
-/* x = x + w_down * swiglu(w_gate_up * norm(x)) for every row of the slice. */
+/* x = x + norm(w_down * gated(w_gate_up * norm(x))) for every row of the slice, with the norms and the gate that the layer
+ * has. */
 void pe_mlp(pe_slice *slice, const pe_layer *layer);
 
 #endif

@@ -14,6 +14,11 @@
 
 /* ------------------------------------------------------------------ config */
 
+static pe_status check_softcap(const char *name, float value, char *err) {
+    if (value == 0.0f || (value >= 0x1p-10f && value <= 0x1p20f)) return PE_OK;
+    return pe_fail(PE_ERR_FORMAT, err, "config: %s is %g, expected 0 or a number in [2^-10, 2^20]", name, (double)value);
+}
+
 static pe_status check_config(const pe_config *c, char *err) {
     const struct {
         const char *name;
@@ -41,7 +46,41 @@ static pe_status check_config(const pe_config *c, char *err) {
         return pe_fail(PE_ERR_FORMAT, err, "config: norm_eps is outside [0, 1)");
     if (c->key_bias && (!c->qkv_bias || c->qk_norm))
         return pe_fail(PE_ERR_FORMAT, err, "config: key_bias needs qkv_bias, and a bias that no norm follows");
-    return PE_OK;
+    if (c->qk_norm_all_heads && !c->qk_norm)
+        return pe_fail(PE_ERR_FORMAT, err, "config: qk_norm_all_heads needs qk_norm");
+    if (c->n_experts > PE_MAX_EXPERTS || c->n_experts_used > c->n_experts || (c->n_experts > 0 && c->n_experts_used == 0))
+        return pe_fail(PE_ERR_FORMAT, err, "config: %u of %u experts, expected 1 of 1 to %u of %u, or none", c->n_experts_used,
+                       c->n_experts, PE_MAX_EXPERTS, PE_MAX_EXPERTS);
+    if ((uint64_t)c->n_layers * c->n_experts > PE_MAX_MODEL_EXPERTS)
+        return pe_fail(PE_ERR_FORMAT, err, "config: %u layers of %u experts, expected at most %d experts in all", c->n_layers,
+                       c->n_experts, PE_MAX_MODEL_EXPERTS);
+    if (c->experts_normalized && c->n_experts == 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: experts_normalized needs experts");
+    pe_status status = check_softcap("attention_softcap", c->attention_softcap, err);
+    return status != PE_OK ? status : check_softcap("logits_softcap", c->logits_softcap, err);
+}
+
+/* The known names, what they mean to a layer. */
+static const struct {
+    const char *name;
+    bool before, after;
+} norms[] = {{"rmsnorm", true, false}, {"rmsnorm_after", false, true}, {"rmsnorm_around", true, true}};
+static const struct {
+    const char *name;
+    pe_activation activation;
+} activations[] = {{"swiglu", PE_ACTIVATION_SWIGLU}, {"geglu_tanh", PE_ACTIVATION_GEGLU_TANH}};
+enum { N_NORMS = sizeof norms / sizeof norms[0], N_ACTIVATIONS = sizeof activations / sizeof activations[0] };
+
+/* N_NORMS or N_ACTIVATIONS if the name is not known. */
+static size_t find_norm(const char *name) {
+    size_t i = 0;
+    while (i < N_NORMS && (name == NULL || strcmp(norms[i].name, name) != 0)) i++;
+    return i;
+}
+static size_t find_activation(const char *name) {
+    size_t i = 0;
+    while (i < N_ACTIVATIONS && (name == NULL || strcmp(activations[i].name, name) != 0)) i++;
+    return i;
 }
 
 static pe_status check_layer(const pe_layer_spec *layer, uint32_t i, char *err) {
@@ -51,10 +90,10 @@ static pe_status check_layer(const pe_layer_spec *layer, uint32_t i, char *err) 
     if (layer->rope >= PE_MAX_ROPE_TABLES)
         return pe_fail(PE_ERR_FORMAT, err, "config: layer %u uses RoPE table %u, expected 0 to %u", i, layer->rope,
                        PE_MAX_ROPE_TABLES - 1);
-    if (layer->norm == NULL || strcmp(layer->norm, "rmsnorm") != 0)
+    if (find_norm(layer->norm) == N_NORMS)
         return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the norm %.64s, which is not known", i,
                        layer->norm == NULL ? "(none)" : layer->norm);
-    if (layer->activation == NULL || strcmp(layer->activation, "swiglu") != 0)
+    if (find_activation(layer->activation) == N_ACTIVATIONS)
         return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the activation %.64s, which is not known", i,
                        layer->activation == NULL ? "(none)" : layer->activation);
     return PE_OK;
@@ -67,6 +106,10 @@ static pe_status set_layers(pe_model *model, const pe_layer_spec *specs, char *e
         if (status != PE_OK) return status;
         model->layers[i].window = specs[i].window;
         model->layers[i].rope = specs[i].rope;
+        model->layers[i].norm_before = norms[find_norm(specs[i].norm)].before;
+        model->layers[i].norm_after = norms[find_norm(specs[i].norm)].after;
+        model->layers[i].activation = activations[find_activation(specs[i].activation)].activation;
+        model->has_post_norms |= model->layers[i].norm_after;
         if (specs[i].rope >= model->n_rope_tables) model->n_rope_tables = specs[i].rope + 1;
     }
     return PE_OK;
@@ -78,10 +121,14 @@ pe_status pe_model_create(pe_model **out, const pe_config *config, char *err) {
     if (status != PE_OK) return status;
     pe_model *model = calloc(1, sizeof *model);
     if (model != NULL) model->layers = calloc(config->n_layers, sizeof *model->layers);
-    if (model == NULL || model->layers == NULL) {
+    size_t n_experts = config->n_experts > 0 ? config->n_experts : 1;
+    if (model != NULL) model->experts = calloc(config->n_layers * n_experts, sizeof *model->experts);
+    if (model == NULL || model->layers == NULL || model->experts == NULL) {
+        if (model != NULL) free(model->layers), free(model->experts);
         free(model);
         return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
     }
+    for (uint32_t i = 0; i < config->n_layers; i++) model->layers[i].experts = model->experts + i * n_experts;
     model->config = *config;
     model->config.layers = NULL;
     model->q_dim = (size_t)config->n_heads * config->head_dim;
@@ -110,6 +157,7 @@ static void free_tables(pe_model *model) {
 void pe_model_destroy(pe_model *model) {
     if (model == NULL) return;
     free_tables(model);
+    free(model->experts);
     free(model->layers);
     free(model);
 }
@@ -168,25 +216,39 @@ static void visit_vector(visitor *v, const float **data, size_t n, const char *n
     visit(v, (const void **)data, pe_pad(n * sizeof(float), 64), FLOATS, "%s%s", prefix, name);
 }
 
+/* A dense MLP, or a router and its experts. */
+static void visit_mlp(visitor *v, const pe_config *c, pe_layer *layer, int index) {
+    if (c->n_experts > 0) visit_vector(v, &layer->router, (size_t)c->n_experts * c->dim, "router", index);
+    for (uint32_t e = 0; e < (c->n_experts > 0 ? c->n_experts : 1); e++) {
+        char gate_up[32] = "w_gate_up", down[32] = "w_down";
+        if (c->n_experts > 0) snprintf(gate_up, sizeof gate_up, "experts.%u.w_gate_up", e);
+        if (c->n_experts > 0) snprintf(down, sizeof down, "experts.%u.w_down", e);
+        visit_matrix(v, &layer->experts[e].w_gate_up, 2 * pe_pad(c->hidden_dim, PE_PANEL), c->dim, gate_up, index);
+        visit_matrix(v, &layer->experts[e].w_down, pe_pad(c->dim, PE_PANEL), c->hidden_dim, down, index);
+    }
+}
+
 static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
     const pe_config *c = &model->config;
     visitor v = {.fn = fn, .arg = arg};
     size_t vocab_padded = pe_pad(c->vocab_size, PE_PANEL), dim_padded = pe_pad(c->dim, PE_PANEL);
     size_t qkv = model->q_dim + 2 * model->kv_dim;
+    size_t q_norm = c->qk_norm_all_heads ? model->q_dim : c->head_dim, k_norm = c->qk_norm_all_heads ? model->kv_dim : c->head_dim;
     visit_matrix(&v, &model->tok_embeddings, vocab_padded, c->dim, "tok_embeddings", -1);
     for (uint32_t i = 0; i < c->n_layers; i++) {
         pe_layer *layer = &model->layers[i];
-        visit_vector(&v, &layer->attention_norm, c->dim, "attention_norm", (int)i);
+        if (layer->norm_before) visit_vector(&v, &layer->attention_norm, c->dim, "attention_norm", (int)i);
         visit_matrix(&v, &layer->wqkv, pe_pad(qkv, PE_PANEL), c->dim, "wqkv", (int)i);
         if (c->qkv_bias) visit_vector(&v, &layer->wqkv_bias, qkv, "wqkv.bias", (int)i);
         if (c->key_bias) visit_vector(&v, &layer->key_bias_vector, model->kv_dim, "key_bias", (int)i);
-        if (c->qk_norm) visit_vector(&v, &layer->q_norm, c->head_dim, "q_norm", (int)i);
-        if (c->qk_norm) visit_vector(&v, &layer->k_norm, c->head_dim, "k_norm", (int)i);
+        if (c->qk_norm) visit_vector(&v, &layer->q_norm, q_norm, "q_norm", (int)i);
+        if (c->qk_norm) visit_vector(&v, &layer->k_norm, k_norm, "k_norm", (int)i);
         visit_matrix(&v, &layer->wo, dim_padded, model->q_dim, "wo", (int)i);
         if (c->o_bias) visit_vector(&v, &layer->wo_bias, c->dim, "wo.bias", (int)i);
-        visit_vector(&v, &layer->ffn_norm, c->dim, "ffn_norm", (int)i);
-        visit_matrix(&v, &layer->w_gate_up, 2 * pe_pad(c->hidden_dim, PE_PANEL), c->dim, "w_gate_up", (int)i);
-        visit_matrix(&v, &layer->w_down, dim_padded, c->hidden_dim, "w_down", (int)i);
+        if (layer->norm_after) visit_vector(&v, &layer->post_attention_norm, c->dim, "post_attention_norm", (int)i);
+        if (layer->norm_before) visit_vector(&v, &layer->ffn_norm, c->dim, "ffn_norm", (int)i);
+        visit_mlp(&v, c, layer, (int)i);
+        if (layer->norm_after) visit_vector(&v, &layer->post_ffn_norm, c->dim, "post_ffn_norm", (int)i);
     }
     visit_vector(&v, &model->norm, c->dim, "norm", -1);
     if (!c->tie_embeddings) visit_matrix(&v, &model->output, vocab_padded, c->dim, "output", -1);

@@ -7,22 +7,36 @@
 #include "key_bias.h"
 #include "pyengine.h"
 
-enum { PE_MAX_ROPE_TABLES = 16 };
+enum { PE_MAX_ROPE_TABLES = 16, PE_MAX_EXPERTS = 1024, PE_MAX_MODEL_EXPERTS = 16384 };
 
+typedef enum pe_activation { PE_ACTIVATION_SWIGLU, PE_ACTIVATION_GEGLU_TANH } pe_activation;
+
+/* The matrices of one MLP. */
+typedef struct pe_expert {
+    pe_matrix w_gate_up; /* 2 x (hidden_dim, dim), alternating by panel */
+    pe_matrix w_down;    /* (dim, hidden_dim) */
+} pe_expert;
+
+/* A norm that the layer does not have is NULL: it has the two of attention_norm and ffn_norm, or the two that follow what
+ * attention and the MLP add, or all four. */
 typedef struct pe_layer {
     uint32_t window;              /* a query sees the last `window` positions, its own included; 0 = all */
     uint32_t rope;                /* its table in inv_freq */
-    const float *attention_norm;  /* (dim) */
+    pe_activation activation;
+    bool norm_before, norm_after; /* which of the four there are */
+    const float *attention_norm;  /* (dim) or NULL */
     pe_matrix wqkv;               /* (q_dim + 2 kv_dim, dim): rows of q, then k, then v */
     const float *wqkv_bias;       /* (q_dim + 2 kv_dim) or NULL */
     const float *key_bias_vector; /* (kv_dim) or NULL: what wqkv_bias lacks of k's bias */
     pe_key_bias *key_bias;        /* the same, made ready; ours */
-    const float *q_norm, *k_norm; /* (head_dim) or NULL */
+    const float *q_norm, *k_norm; /* (head_dim), or (q_dim) and (kv_dim) with qk_norm_all_heads, or NULL */
     pe_matrix wo;                 /* (dim, q_dim) */
     const float *wo_bias;         /* (dim) or NULL */
-    const float *ffn_norm;        /* (dim) */
-    pe_matrix w_gate_up;          /* 2 x (hidden_dim, dim), alternating by panel */
-    pe_matrix w_down;             /* (dim, hidden_dim) */
+    const float *post_attention_norm; /* (dim) or NULL: of what wo gives, before it is added */
+    const float *ffn_norm;        /* (dim) or NULL */
+    const float *router;          /* (n_experts, dim) or NULL */
+    pe_expert *experts;           /* (n_experts), or the one of a dense MLP; in model->experts */
+    const float *post_ffn_norm;   /* (dim) or NULL: of what w_down gives, before it is added */
 } pe_layer;
 
 struct pe_model {
@@ -31,8 +45,10 @@ struct pe_model {
     size_t head_dim_p;        /* head_dim padded to 32: q and K */
     pe_matrix tok_embeddings; /* (vocab_size, dim) */
     pe_layer *layers;         /* (n_layers) */
+    pe_expert *experts;       /* of all layers, one after the other */
     const float *norm;        /* (dim) */
     pe_matrix output;         /* (vocab_size, dim); the embeddings again when tied */
+    bool has_post_norms;      /* some layer has */
     uint32_t n_rope_tables;
     const float *inv_freq[PE_MAX_ROPE_TABLES]; /* (n_rope_tables) of (head_dim / 2) */
     float *chunk_angles[PE_MAX_ROPE_TABLES];   /* with key_bias: pe_chunk_angles_create of each; ours */

@@ -15,7 +15,7 @@ typedef struct buffer {
     size_t n_bytes;
 } buffer;
 
-enum { N_BUFFERS = 19 };
+enum { N_BUFFERS = 24 };
 
 /* Every buffer and its size for n rows. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE_MAX. */
 static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
@@ -32,6 +32,11 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
         {(void **)&s->sequences, n * sizeof *s->sequences},
         {(void **)&s->positions, n * sizeof *s->positions},
         {(void **)&s->x, n * pe_x_stride(model) * sizeof(float)},
+        {(void **)&s->branch, model->has_post_norms || config->n_experts > 0 ? n * pe_x_stride(model) * sizeof(float) : 0},
+        {(void **)&s->normed, config->n_experts > 0 ? n * pe_x_stride(model) * sizeof(float) : 0},
+        {(void **)&s->expert_out, config->n_experts > 0 ? n * pe_x_stride(model) * sizeof(float) : 0},
+        {(void **)&s->expert_weights, n * config->n_experts * sizeof(float)},
+        {(void **)&s->expert_taken, n * config->n_experts},
         {(void **)&s->qkv, n * pe_qkv_stride(model) * sizeof(float)},
         {(void **)&s->att, n * model->q_dim * sizeof(float)},
         {(void **)&s->h, n * pe_h_stride(model) * sizeof(float)},

@@ -41,6 +41,11 @@ typedef struct pe_slice {
     int32_t *sequences;     /* (capacity) */
     size_t *positions;      /* (capacity) */
     float *x;               /* (capacity, pad16(dim)) residual stream */
+    float *branch;          /* (capacity, pad16(dim)) what is added to x when it is whole; with norms after, and with experts */
+    float *normed;          /* (capacity, pad16(dim)) the experts' input; this and what follows only with experts */
+    float *expert_out;      /* (capacity, pad16(dim)) what one expert gave to the rows that take it */
+    float *expert_weights;  /* (capacity, n_experts) */
+    uint8_t *expert_taken;  /* (capacity, n_experts) 1 = the row takes it */
     float *qkv;             /* (capacity, pad16(q_dim + 2 kv_dim)) */
     float *att;             /* (capacity, q_dim) attention output */
     float *h;               /* (capacity, pad16(hidden_dim)) SwiGLU output */

@@ -115,6 +115,10 @@ cdef class Model:
             c.vocab_size, c.max_seq_len = config.vocab_size, config.max_seq_len
             c.norm_eps, c.tie_embeddings = config.norm_eps, config.tie_embeddings
             c.qkv_bias, c.o_bias, c.qk_norm, c.key_bias = config.qkv_bias, config.o_bias, config.qk_norm, config.key_bias
+            c.qk_norm_all_heads = config.qk_norm_all_heads
+            c.n_experts, c.n_experts_used = config.n_experts, config.n_experts_used
+            c.experts_normalized = config.experts_normalized
+            c.attention_softcap, c.logits_softcap = config.attention_softcap, config.logits_softcap
             names = [(layer.norm.encode(), layer.activation.encode()) for layer in config.layers]
             for i, layer in enumerate(config.layers):
                 specs[i].window, specs[i].rope = layer.window, layer.rope

@@ -89,6 +89,17 @@ struct pe_kernels {
      * wrote them. */
     void (*swiglu)(float *h, const float *gate_up, size_t n_pairs);
 
+    /* The same with GELU (tanh form) in place of SiLU. */
+    void (*geglu_tanh)(float *h, const float *gate_up, size_t n_pairs);
+
+    /* x[i] = cap * tanh(x[i] / cap) for n elements, cap > 0. */
+    void (*softcap)(float *x, size_t n, float cap);
+
+    /* The sum of x[i] * w[i] over n elements in sixteen lanes, as if both were padded with +0 to a multiple of 16. */
+    float (*dot_f32)(const float *x, const float *w, size_t n);
+    /* y[i] = fmaf(a, x[i], y[i]) for n elements. */
+    void (*add_scaled)(float *y, const float *x, float a, size_t n);
+
     /* y[i] = x[i] + y[i] for n elements. */
     void (*add)(float *y, const float *x, size_t n);
 

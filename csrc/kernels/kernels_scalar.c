@@ -88,7 +88,7 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
     }
 }
 
-/* ------------------------------------------------------------------ norm, RoPE, SwiGLU (section 7) */
+/* ------------------------------------------------------------------ norm, RoPE, SwiGLU and its like (section 7) */
 
 static float rmsnorm(float *y, const float *x, const float *w, size_t n, float eps) {
     float a[PE_PANEL] = {0};
@@ -114,6 +114,34 @@ static void swiglu(float *h, const float *gate_up, size_t n_pairs) {
             float gate = gate_up[pair * 2 * PE_PANEL + row], up = gate_up[(pair * 2 + 1) * PE_PANEL + row];
             h[pair * PE_PANEL + row] = (gate * (1.0f / (1.0f + pe_expf(-gate)))) * up;
         }
+}
+
+static void geglu_tanh(float *h, const float *gate_up, size_t n_pairs) {
+    for (size_t pair = 0; pair < n_pairs; pair++)
+        for (size_t row = 0; row < PE_PANEL; row++) {
+            float gate = gate_up[pair * 2 * PE_PANEL + row], up = gate_up[(pair * 2 + 1) * PE_PANEL + row];
+            float z = gate * fmaf(gate * gate, PE_GELU_C3, PE_GELU_C1);
+            h[pair * PE_PANEL + row] = (gate * (1.0f / (1.0f + pe_expf(-z)))) * up;
+        }
+}
+
+static void softcap(float *x, size_t n, float cap) {
+    float twice = 2.0f / cap;
+    for (size_t i = 0; i < n; i++) {
+        float e = pe_expf(x[i] * twice);
+        x[i] = cap * ((e - 1.0f) / (e + 1.0f));
+    }
+}
+
+static float dot_f32(const float *x, const float *w, size_t n) {
+    float a[PE_PANEL] = {0};
+    for (size_t i = 0; i < (n + PE_PANEL - 1) / PE_PANEL * PE_PANEL; i++)
+        a[i % PE_PANEL] = i < n ? fmaf(x[i], w[i], a[i % PE_PANEL]) : fmaf(0.0f, 0.0f, a[i % PE_PANEL]);
+    return pe_sum_lanes(a);
+}
+
+static void add_scaled(float *y, const float *x, float a, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = fmaf(a, x[i], y[i]);
 }
 
 static void add(float *y, const float *x, size_t n) {
@@ -233,6 +261,10 @@ const struct pe_kernels pe_kernels_scalar = {
     .rmsnorm = rmsnorm,
     .rope = rope,
     .swiglu = swiglu,
+    .geglu_tanh = geglu_tanh,
+    .softcap = softcap,
+    .dot_f32 = dot_f32,
+    .add_scaled = add_scaled,
     .add = add,
     .attention_scores = attention_scores,
     .attention_scores_f32 = attention_scores_f32,

@@ -258,6 +258,49 @@ static void swiglu(float *h, const float *gate_up, size_t n_pairs) {
     }
 }
 
+static void geglu_tanh(float *h, const float *gate_up, size_t n_pairs) {
+    v16 one = v16_set1(1.0f);
+    for (size_t pair = 0; pair < n_pairs; pair++) {
+        v16 gate = v16_load(gate_up + pair * 32), up = v16_load(gate_up + pair * 32 + 16);
+        v16 z = v16_mul(gate, v16_fma(v16_mul(gate, gate), v16_set1(PE_GELU_C3), v16_set1(PE_GELU_C1)));
+        v16 sigmoid = v16_div(one, v16_add(one, exp16(v16_neg(z))));
+        v16_store(h + pair * PE_PANEL, v16_mul(v16_mul(gate, sigmoid), up));
+    }
+}
+
+static void softcap(float *x, size_t n, float cap) {
+    float twice = 2.0f / cap;
+    v16 one = v16_set1(1.0f);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        v16 e = exp16(v16_mul(v16_load(x + i), v16_set1(twice)));
+        v16_store(x + i, v16_mul(v16_set1(cap), v16_div(v16_sub(e, one), v16_add(e, one))));
+    }
+    for (; i < n; i++) {
+        float e = pe_expf(x[i] * twice);
+        x[i] = cap * ((e - 1.0f) / (e + 1.0f));
+    }
+}
+
+static float dot_f32(const float *x, const float *w, size_t n) {
+    v16 lanes = v16_set1(0.0f);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) lanes = v16_fma(v16_load(x + i), v16_load(w + i), lanes);
+    if (i < n) {
+        float rest[2][PE_PANEL] = {{0}};
+        memcpy(rest[0], x + i, (n - i) * sizeof *x);
+        memcpy(rest[1], w + i, (n - i) * sizeof *w);
+        lanes = v16_fma(v16_load(rest[0]), v16_load(rest[1]), lanes);
+    }
+    return v16_sum_lanes(lanes);
+}
+
+static void add_scaled(float *y, const float *x, float a, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) v16_store(y + i, v16_fma(v16_set1(a), v16_load(x + i), v16_load(y + i)));
+    for (; i < n; i++) y[i] = fmaf(a, x[i], y[i]);
+}
+
 static void add(float *y, const float *x, size_t n) {
     size_t i = 0;
     for (; i + 16 <= n; i += 16) v16_store(y + i, v16_add(v16_load(x + i), v16_load(y + i)));
@@ -479,7 +522,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
 #define PE_LANES16_TABLE(table_name, table_required) \
     { \
         .name = table_name, .required = (table_required), .quantize = quantize, .quantize_group = quantize_group, .matmul = matmul, \
-        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .add = add, .attention_scores = attention_scores, \
+        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .softcap = softcap, .dot_f32 = dot_f32, .add_scaled = add_scaled, .add = add, .attention_scores = attention_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = attention_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, \

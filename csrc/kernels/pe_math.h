@@ -63,6 +63,10 @@ static inline float pe_expf(float x) {
     return pe_float_from_bits(pe_float_bits(p) + ((uint32_t)(int32_t)n << 23));
 }
 
+/* GELU in its tanh form: x * (1 + tanh(z)) / 2 = x / (1 + exp(-2 z)), 2 z = x * (C1 + C3 * x^2). */
+#define PE_GELU_C1 1.5957691216057308f /* 2 * sqrt(2 / pi) */
+#define PE_GELU_C3 7.1354816272600251e-2f /* C1 * 0.044715 */
+
 /* cos and sin of angle >= 0, in double, rounded to float32. Reduction by multiples of pi/2 in two parts (the first has
  * 33 bits, so its product with the quotient is exact up to 2^20 quarter turns), then Taylor polynomials on |r| <= pi/4,
  * whose first dropped terms (r^15 / 15!, r^16 / 16!) are below 2.1e-14 and 1e-15: far under half an ulp of the float32

@@ -47,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR[:SCALE]",
         help="merge an adapter in PEFT's layout into the weights of a Hugging Face directory; may be repeated",
     )
+    add(
+        "-c",
+        "--ctx-size",
+        type=options.positive,
+        metavar="N",
+        help="positions of the frozen model; default: the checkpoint's own (LongRoPE: its shorter table's)",
+    )
     add("--force", action="store_true", help="replace OUT if it exists")
     return parser
 
@@ -89,6 +96,7 @@ def run(argv: list[str]) -> int:
             name=name,
             tokenizer=args.tokenizer,
             lora=[parse_adapter(text) for text in args.lora],
+            n_ctx=args.ctx_size,
             progress=line.update,
             overwrite=args.force,
         )

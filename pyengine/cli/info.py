@@ -125,7 +125,10 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     weights, kv, total = (
         facts[key] / MIB for key in ("weight_bytes", "kv_bytes_full_context", "memory_bytes_full_context")
     )
-    flags = [name for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm") if c[name]]
+    flags = [name for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm", "qk_norm_all_heads") if c.get(name)]
+    if c.get("n_experts"):
+        flags.append(f"{c['n_experts_used']} of {c['n_experts']} experts")
+    flags += [f"{name} {c[name]:g}" for name in ("attention_softcap", "logits_softcap") if name in c]
     lines = [
         ("file", f"{facts['path']} ({facts['file_bytes'] / MIB:.1f} MiB)"),
         ("name", f"{facts['name']} (from {facts['source']}, by {facts['generator']})"),

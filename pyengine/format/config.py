@@ -16,14 +16,18 @@ from .strict_json import parse_json_object
 
 MAX_DIM = 1 << 20
 MAX_LAYERS = 4096
+MAX_HEAD_DIM = 512
 MAX_POSITIONS = 1 << 24  # above it, positions are no longer exact in float32
 MAX_ROPE_TABLES = 16
 DEFAULT_KIND = "int8_g64"
 
 KEY_BIAS = "key_bias"  # a part of the keys' bias is kept out of the cache
 FEATURES = frozenset({KEY_BIAS})  # what a file may require
-NORMS = ("rmsnorm",)
-ACTIVATIONS = ("swiglu",)
+NORMS = ("rmsnorm", "rmsnorm_after", "rmsnorm_around")  # before attention and the MLP, after them, both
+ACTIVATIONS = ("swiglu", "geglu_tanh")
+MAX_EXPERTS = 1024  # of a layer
+MAX_MODEL_EXPERTS = 16_384  # of all layers: a file has at most 65,536 tensors, four for each
+SOFTCAP_RANGE = (2.0**-10, 2.0**20)
 
 _INT_RANGES = {
     "dim": (1, MAX_DIM),
@@ -31,11 +35,14 @@ _INT_RANGES = {
     "n_layers": (1, MAX_LAYERS),
     "n_heads": (1, 65_536),
     "n_kv_heads": (1, 65_536),
-    "head_dim": (2, 512),
+    "head_dim": (2, MAX_HEAD_DIM),
     "vocab_size": (1, 1 << 24),
     "max_seq_len": (1, MAX_POSITIONS),
 }
 _FLAGS = ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm")
+_OPTIONAL_FLAGS = ("qk_norm_all_heads", "experts_normalized")  # absent from a file that does not need it, as softcaps are
+_SOFTCAPS = ("attention_softcap", "logits_softcap")
+_EXPERTS = ("n_experts", "n_experts_used")
 _MAX_EOS_TOKENS = 256
 _MAX_REQUIRED = 256
 
@@ -50,9 +57,11 @@ def _check_name(what: str, value: Any) -> None:
         raise ModelFormatError(f"config: {what} must be a name of 1..64 characters, not {value!r:.80}")
 
 
-def unknown(what: str) -> UnsupportedModelError:
-    """The refusal of what a later version may know."""
-    return UnsupportedModelError(f"{what}, which this version of pyengine does not know; a newer one may")
+def unknown(what: str, known: Iterable[str] = ()) -> UnsupportedModelError:
+    """The refusal of what a later version may know, with what this one knows."""
+    names = ", ".join(known)
+    rest = f"; it knows {names}" if names else ""
+    return UnsupportedModelError(f"{what}, which this version of pyengine does not know{rest}; a newer one may")
 
 
 def _refuse_unknown_keys(document: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -82,7 +91,7 @@ class LayerSpec(NamedTuple):
 
     window: int = 0  # a query sees the last `window` positions, its own included; 0 = all
     rope: int = 0  # which table of RoPE frequencies
-    norm: str = NORMS[0]
+    norm: str = NORMS[0]  # where the norms of the residual stream are
     activation: str = ACTIVATIONS[0]
 
 
@@ -101,7 +110,7 @@ def _check_layers(layers: Any, n_layers: int) -> tuple[LayerSpec, ...]:
         for what, name, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS)):
             _check_name(f"{what} of layer {i}", name)
             if name not in known:
-                raise unknown(f"config: layer {i} has the {what} {name!r}")
+                raise unknown(f"config: layer {i} has the {what} {name!r}", known)
     tables = {layer.rope for layer in layers}
     if absent := set(range(max(tables))) - tables:
         raise ModelFormatError(f"config: no layer uses RoPE table {min(absent)}, and one uses table {max(tables)}")
@@ -152,14 +161,22 @@ def _check_kinds(kinds: Any, n_layers: int) -> dict[str, str | tuple[str, ...]]:
 
 # ---------------------------------------------------------------------------- the configuration
 
+# Keys that a file leaves out where they say nothing: files of before there were such keys are as they were.
+_OPTIONAL: Mapping[str, Any] = (
+    dict.fromkeys(_OPTIONAL_FLAGS, False) | dict.fromkeys(_SOFTCAPS, 0.0) | dict.fromkeys(_EXPERTS, 0)
+)
+
 
 @dataclass(frozen=True)
 class FrozenConfig:
     """The shape of a model. Every field is checked on construction: ModelFormatError for what cannot be,
     UnsupportedModelError for a name that is not known.
 
-    Lengths are in positions; ``norm_eps`` is added to a mean square. ``kinds`` says how matrices are stored (the
-    inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is whatever a reader may ignore.
+    Lengths are in positions; ``norm_eps`` is added to a mean square; a softcap of c makes c * tanh(x / c) of scores or logits, 0
+    is none; ``qk_norm_all_heads`` says that the norms of q and k are over all heads together. Of ``n_experts`` MLPs
+    (0: a dense one) a row takes ``n_experts_used``, with weights that sum to 1 if ``experts_normalized``. ``kinds`` says how
+    matrices are stored (the inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is what it may
+    ignore.
     """
 
     architecture: str
@@ -181,6 +198,12 @@ class FrozenConfig:
     eos_token_ids: tuple[int, ...]
     kinds: Kinds = field(default_factory=lambda: {"default": DEFAULT_KIND}, hash=False)
     requires: tuple[str, ...] = ()
+    qk_norm_all_heads: bool = False
+    attention_softcap: float = 0.0
+    logits_softcap: float = 0.0
+    n_experts: int = 0
+    n_experts_used: int = 0
+    experts_normalized: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -189,7 +212,7 @@ class FrozenConfig:
             raise ModelFormatError("config: architecture must be a string of 1..256 characters")
         for name, (low, high) in _INT_RANGES.items():
             _check_int(name, getattr(self, name), low, high)
-        for name in _FLAGS:
+        for name in _FLAGS + _OPTIONAL_FLAGS:
             if type(getattr(self, name)) is not bool:
                 raise ModelFormatError(f"config: {name} must be true or false")
         if self.head_dim % 2:
@@ -203,11 +226,31 @@ class FrozenConfig:
             raise ModelFormatError(f"config: norm_eps must be in 1e-30..1, not {eps!r:.80}")
         if self.key_bias and (not self.qkv_bias or self.qk_norm):
             raise ModelFormatError(f"config: {KEY_BIAS} needs qkv_bias, and a bias that no norm follows")
+        if self.qk_norm_all_heads and not self.qk_norm:
+            raise ModelFormatError("config: qk_norm_all_heads needs qk_norm")
+        for name in _SOFTCAPS:
+            self._check_softcap(name)
+        self._check_experts()
         self._check_tokens()
         object.__setattr__(self, "layers", _check_layers(self.layers, self.n_layers))
         object.__setattr__(self, "kinds", _check_kinds(self.kinds, self.n_layers))
         if not isinstance(self.extra, Mapping):
             raise ModelFormatError("config: extra must be an object")
+
+    def _check_softcap(self, name: str) -> None:
+        value, (low, high) = getattr(self, name), SOFTCAP_RANGE
+        if type(value) not in (float, int) or not (value == 0 or low <= value <= high):
+            raise ModelFormatError(f"config: {name} must be 0 or in {low}..{high}, not {value!r:.80}")
+
+    def _check_experts(self) -> None:
+        _check_int("n_experts", self.n_experts, 0, MAX_EXPERTS)
+        _check_int("n_experts_used", self.n_experts_used, min(1, self.n_experts), self.n_experts)
+        if self.n_layers * self.n_experts > MAX_MODEL_EXPERTS:
+            raise ModelFormatError(
+                f"config: n_experts {self.n_experts} in {self.n_layers} layers: more than {MAX_MODEL_EXPERTS} in all"
+            )
+        if self.experts_normalized and not self.n_experts:
+            raise ModelFormatError("config: experts_normalized needs n_experts")
 
     def _check_tokens(self) -> None:
         if self.bos_token_id is not None:
@@ -218,6 +261,14 @@ class FrozenConfig:
         for token in eos:
             _check_int("eos_token_ids", token, 0, self.vocab_size - 1)
         object.__setattr__(self, "eos_token_ids", tuple(eos))
+
+    def has_norms_before(self, layer: int) -> bool:
+        """Whether what attention and the MLP of a layer read is normed."""
+        return self.layers[layer].norm != "rmsnorm_after"
+
+    def has_norms_after(self, layer: int) -> bool:
+        """Whether what attention and the MLP of a layer add is normed."""
+        return self.layers[layer].norm != "rmsnorm"
 
     @property
     def q_dim(self) -> int:
@@ -250,7 +301,7 @@ class FrozenConfig:
         """Parse ``config.json``."""
         document = parse_json_object(text, "config.json")
         _check_requires(document.get("requires"))
-        document.setdefault("extra", {})
+        document = {**_OPTIONAL, "extra": {}, **document}
         _refuse_unknown_keys(document, [f.name for f in fields(cls)], "config.json")
         document["layers"] = _layers_from_columns(document["layers"], document["n_layers"])
         return cls(**document)
@@ -260,6 +311,7 @@ class FrozenConfig:
         kinds = {role: kind if isinstance(kind, str) else list(kind) for role, kind in self.kinds.items()}
         document: dict[str, Any] = {"requires": list(self.requires)}
         document |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("requires", "extra")}
+        document = {key: value for key, value in document.items() if key not in _OPTIONAL or value != _OPTIONAL[key]}
         document |= {"layers": _columns(self.layers), "kinds": kinds, "eos_token_ids": list(self.eos_token_ids)}
         return document | ({"extra": dict(self.extra)} if self.extra else {})
 

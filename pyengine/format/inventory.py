@@ -61,6 +61,7 @@ class Weight(NamedTuple):
     kind: str  # how its values are stored: a matrix kind, or "f32"
     use: Use
     alternating: bool = False
+    expert: int | None = None  # which of the layer's MLPs it belongs to, of a model that has many
 
     @property
     def is_matrix(self) -> bool:
@@ -125,32 +126,45 @@ def _matrix(
     columns: int,
     use: Use = "tokens",
     alternating: bool = False,
+    expert: int | None = None,
 ) -> Weight:
-    name = role if layer is None else f"layers.{layer}.{role}"
+    name = role if expert is None else f"experts.{expert}.{role}"
+    name = name if layer is None else f"layers.{layer}.{name}"
     kind = c.kind_of(role, layer)
     if kind not in MATRIX_KINDS:
         raise unknown(f"config: the matrix {name!r} is of the kind {kind!r}")
     shape = sum(parts.values()), columns
-    return Weight(name, role, layer, shape, tuple(map(Part._make, parts.items())), kind, use, alternating)
+    return Weight(name, role, layer, shape, tuple(map(Part._make, parts.items())), kind, use, alternating, expert)
 
 
 def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
     qkv = {"q": c.q_dim, "k": c.kv_dim, "v": c.kv_dim}
-    yield _vector(i, "attention_norm", {"attention_norm": c.dim})
+    before, after = c.has_norms_before(i), c.has_norms_after(i)
+    if before:
+        yield _vector(i, "attention_norm", {"attention_norm": c.dim})
     yield _matrix(c, i, "wqkv", qkv, c.dim)
     if c.qkv_bias:
         yield _vector(i, "wqkv.bias", {f"{part}.bias": rows for part, rows in qkv.items()})
     if c.key_bias:
         yield _vector(i, "key_bias", {"key_bias": c.kv_dim})
     if c.qk_norm:
-        yield _vector(i, "q_norm", {"q_norm": c.head_dim})
-        yield _vector(i, "k_norm", {"k_norm": c.head_dim})
+        yield _vector(i, "q_norm", {"q_norm": c.q_dim if c.qk_norm_all_heads else c.head_dim})
+        yield _vector(i, "k_norm", {"k_norm": c.kv_dim if c.qk_norm_all_heads else c.head_dim})
     yield _matrix(c, i, "wo", {"wo": c.dim}, c.q_dim)
     if c.o_bias:
         yield _vector(i, "wo.bias", {"wo.bias": c.dim})
-    yield _vector(i, "ffn_norm", {"ffn_norm": c.dim})
-    yield _matrix(c, i, "w_gate_up", {"gate": c.hidden_dim, "up": c.hidden_dim}, c.dim, alternating=True)
-    yield _matrix(c, i, "w_down", {"down": c.dim}, c.hidden_dim)
+    if after:
+        yield _vector(i, "post_attention_norm", {"post_attention_norm": c.dim})
+    if before:
+        yield _vector(i, "ffn_norm", {"ffn_norm": c.dim})
+    if c.n_experts:
+        yield _vector(i, "router", {"router": c.n_experts * c.dim})
+    for expert in range(c.n_experts) if c.n_experts else [None]:
+        gate_up = {"gate": c.hidden_dim, "up": c.hidden_dim}
+        yield _matrix(c, i, "w_gate_up", gate_up, c.dim, alternating=True, expert=expert)
+        yield _matrix(c, i, "w_down", {"down": c.dim}, c.hidden_dim, expert=expert)
+    if after:
+        yield _vector(i, "post_ffn_norm", {"post_ffn_norm": c.dim})
 
 
 def _weights(c: FrozenConfig) -> Iterator[Weight]:
@@ -188,10 +202,11 @@ def count_parameters(config: FrozenConfig) -> int:
 
 
 def count_macs(config: FrozenConfig, n_rows: int, n_logits: int) -> int:
-    """Multiply-accumulates of the matrix products of one forward: n_rows tokens, logits for n_logits of them. Attention
-    is not counted."""
+    """Multiply-accumulates of the matrix products of one forward: n_rows tokens, logits for n_logits of them, each token
+    in as many experts as it takes. Attention is not counted, nor is the router."""
     times = {"row": 0, "tokens": n_rows, "logits": n_logits}
-    return sum(times[weight.use] * math.prod(weight.shape) for weight in inventory(config) if weight.is_matrix)
+    matrices = (w for w in inventory(config) if w.is_matrix and (w.expert is None or w.expert < config.n_experts_used))
+    return sum(times[weight.use] * math.prod(weight.shape) for weight in matrices)
 
 
 def kv_bytes_per_position(config: FrozenConfig, kv_dtype: str = "int8") -> int:

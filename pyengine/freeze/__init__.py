@@ -67,30 +67,35 @@ def _checked_source(source: PathLike, tokenizer: PathLike | None) -> tuple[str, 
 
 
 def open_source(
-    source: PathLike, *, name: str | None = None, tokenizer: PathLike | None = None, lora: Sequence[Adapter] = ()
+    source: PathLike,
+    *,
+    name: str | None = None,
+    tokenizer: PathLike | None = None,
+    lora: Sequence[Adapter] = (),
+    n_ctx: int | None = None,
 ) -> SourceModel:
     """Open a checkpoint of any supported kind; only its headers are read. Close the result.
 
     A directory is Hugging Face's, a file that starts with ``GGUF`` is GGUF (any part of a split one stands for all), another one
     is a llama2.c legacy checkpoint and needs ``tokenizer``, the path of its tokenizer.bin. ``lora``: adapters to be merged into
-    the weights of a directory (lora.py). Raises ModelFormatError, UnsupportedModelError, InvalidArgumentError, and
-    MissingFileError or its like for what the system refuses.
+    the weights of a directory (lora.py). ``n_ctx`` as in ``freeze``. Raises ModelFormatError, UnsupportedModelError,
+    InvalidArgumentError, and MissingFileError or its like for what the system refuses.
     """
     with system_errors():
         kind, path, tokenizer_path = _checked_source(source, tokenizer)
         if kind == "hf":
             from .hf import load_hf
 
-            return load_hf(path, name, lora)
+            return load_hf(path, name, lora, n_ctx)
         if lora:
             raise InvalidArgumentError(f"{path} is no Hugging Face directory: adapters are merged into the weights of one")
         if kind == "gguf":
             from .gguf_model import load_gguf
 
-            return load_gguf(path, name)
+            return load_gguf(path, name, n_ctx)
         from .llama2c import load_llama2c
 
-        return load_llama2c(path, name, tokenizer_path)
+        return load_llama2c(path, name, tokenizer_path, n_ctx)
 
 
 def _tensor_chunks(model: SourceModel) -> Iterator[tuple[str, Iterable[Any]]]:
@@ -137,13 +142,16 @@ def freeze(
     name: str | None = None,
     tokenizer: PathLike | None = None,
     lora: Sequence[PathLike | tuple[PathLike, float]] = (),
+    n_ctx: int | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Freeze the checkpoint ``source`` into the file ``output`` and return its path.
 
     ``lora``: directories with adapters in PEFT's layout, or (directory, scale), merged into the weights of a Hugging Face
-    directory. ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor. At the end the
+    directory. ``n_ctx`` is how many positions the frozen model shall have; None means the checkpoint's own. Of a model with two
+    RoPE tables for texts of two lengths (LongRoPE: Phi-3, Phi-4-mini) a file holds one, and None means the shorter one's
+    positions. ``progress(done_bytes, total_bytes, tensor_name)`` is called after each tensor. At the end the
     engine runs the complete file once, for its golden outputs; only then does the file get its name.
     An existing one is replaced only with ``overwrite``, and never one that the source is made of.
     Raises UnsupportedModelError for what is not implemented, ModelFormatError for damage, InvalidArgumentError for a wrong
@@ -158,11 +166,13 @@ def freeze(
         raise InvalidArgumentError(f"the model's name must be a string, not {type(name).__name__}")
     if progress is not None and not callable(progress):
         raise InvalidArgumentError(f"progress must be callable, not {type(progress).__name__}")
+    if n_ctx is not None and (type(n_ctx) is not int or n_ctx < 1):
+        raise InvalidArgumentError(f"n_ctx must be a positive integer or None, not {n_ctx!r:.80}")
     output = Path(path_of(output))
     adapters = _checked_adapters(lora)
     with (
         system_errors(),
-        contextlib.closing(open_source(source, name=name, tokenizer=tokenizer, lora=adapters)) as model,
+        contextlib.closing(open_source(source, name=name, tokenizer=tokenizer, lora=adapters, n_ctx=n_ctx)) as model,
     ):
         own = [file for one in adapters for file in adapter_files(one)]
         _refuse_own_source(output, [*_source_files(*_checked_source(source, tokenizer)), *own])

@@ -8,6 +8,7 @@ quantized block is read.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -244,7 +245,7 @@ class GGUFFile:
 
     def matrix(self, name: str) -> RowSource:
         tensor = self.tensors[name]
-        rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[-1])
+        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
         row_bytes = tensor.nbytes // rows
         convert = FLOAT_CONVERTERS.get(tensor.type.name) or _Dequantizer(tensor.type.name)
         return FileRows(name, self._file.fileno(), tensor.offset, (rows, columns), row_bytes, convert)

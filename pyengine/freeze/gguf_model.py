@@ -9,13 +9,14 @@ import os
 import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
-from ..format.config import MAX_POSITIONS, FrozenConfig, same_layers
-from ..format.quantize import Float32Array
-from .architectures import ARCHITECTURES, Architecture, build_model, required_features
+from ..format.config import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
+from .arch import architecture_of_gguf
+from .arch.base import Architecture, Shape, Traits
+from .arch.gguf_keys import ROPE_DIVISORS
+from .build import build_model, checked_n_ctx, frozen_fields
 from .fields import Fields
 from .gguf import GGUFFile
 from .gguf_split import SplitGGUF, open_gguf
-from .rope import rope_inv_freq
 from .sources import SourceModel
 from .tokenizer import begin_token_id, end_token_ids, gguf_tokenizer_attachments
 
@@ -37,12 +38,10 @@ GGUF = GGUFFile | SplitGGUF
 
 def _architecture(file: GGUF) -> Architecture:
     name = Fields(file.metadata, "GGUF").text("general.architecture")
-    found = next((a for a in ARCHITECTURES if a.gguf == name), None)
-    if found is None:
-        raise UnsupportedModelError(f"architecture {name!r:.80} is not implemented")
-    prefix = f"{name}."
+    found = architecture_of_gguf(name, has_experts=bool(Fields(file.metadata, "GGUF").integer(f"{name}.expert_count", 0)))
+    prefix, known = f"{found.gguf}.", _KNOWN_KEYS | found.gguf_keys
     for key in file.metadata:
-        if key.startswith(prefix) and key.removeprefix(prefix) not in _KNOWN_KEYS:
+        if key.startswith(prefix) and key.removeprefix(prefix) not in known:
             raise UnsupportedModelError(f"key {key!r:.200} is not implemented")
     return found
 
@@ -52,36 +51,14 @@ def _keys(file: GGUF, architecture: Architecture) -> Fields:
     prefix = f"{architecture.gguf}."
     values = {key: value for key, value in file.metadata.items() if key.startswith(prefix)}
     for key, value in values.items():
-        if isinstance(value, np.ndarray) and value.size:
+        if isinstance(value, np.ndarray) and value.size and key.removeprefix(prefix) not in architecture.gguf_keys:
             if (value != value[0]).any():
                 raise UnsupportedModelError(f"key {key!r} differs between layers: not implemented")
             values[key] = value[0].item()
     return Fields(values, "GGUF", prefix)
 
 
-def _inv_freq(file: GGUF, keys: Fields, head_dim: int) -> Float32Array:
-    kind = keys.text("rope.scaling.type", "none")
-    factor = keys.number("rope.scaling.factor", 1.0)
-    if "rope.scaling.type" not in keys:
-        factor = keys.number("rope.scale_linear", factor)
-        kind = "linear" if factor != 1.0 else "none"
-    if factor == 0.0 and kind == "linear":  # how some converters write that there is none
-        kind = "none"
-    scaling = None if kind == "none" else {"rope_type": kind, "factor": factor}
-    inv_freq = rope_inv_freq(head_dim, keys.number("rope.freq_base", 10_000.0), scaling)
-    if "rope_freqs.weight" in file.tensors:
-        divisors = file.vector("rope_freqs.weight")
-        if divisors.shape != inv_freq.shape:
-            raise ModelFormatError(f"tensor 'rope_freqs.weight' has {len(divisors)} values, not {len(inv_freq)}")
-        if not (np.isfinite(divisors).all() and (divisors > 0).all()):
-            raise ModelFormatError("tensor 'rope_freqs.weight' must hold finite positive numbers")
-        inv_freq = inv_freq / divisors
-    return inv_freq
-
-
-def _config(file: GGUF, keys: Fields, architecture: Architecture) -> FrozenConfig:
-    if keys.integer("expert_count", 0):
-        raise UnsupportedModelError("mixtures of experts (expert_count > 0) are not implemented")
+def _shape(file: GGUF, keys: Fields, n_ctx: int | None) -> Shape:
     if not keys.flag("attention.causal", True):
         raise UnsupportedModelError("attention that is not causal is not implemented")
     dim, n_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
@@ -90,57 +67,63 @@ def _config(file: GGUF, keys: Fields, architecture: Architecture) -> FrozenConfi
     head_dim = keys.integer("attention.key_length", dim // n_heads)
     if keys.integer("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError("value heads of another size than key heads")
-    if keys.integer("rope.dimension_count", head_dim) != head_dim:
-        raise UnsupportedModelError("RoPE over a part of the head (rope.dimension_count)")
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ModelFormatError("tensor 'token_embd.weight' is missing")
-    window = keys.integer("attention.sliding_window", 0)
-    with np.errstate(over="ignore"):
-        # The float32 in the file as the decimal that people wrote: 1e-05, not 9.999999747378752e-06.
-        eps = float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon"))))
-    qkv_bias, o_bias, n_layers = architecture.qkv_bias, architecture.o_bias, keys.integer("block_count")
-    if qkv_bias is None:
-        qkv_bias = "blk.0.attn_q.bias" in file.tensors
-    return FrozenConfig(
-        architecture=architecture.hf,
+    if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
+        raise ModelFormatError(f"GGUF: heads of {head_dim} elements: not an even number in 2..{MAX_HEAD_DIM}")
+    n_layers = keys.integer("block_count")
+    if not 1 <= n_layers <= MAX_LAYERS:
+        raise ModelFormatError(f"GGUF: block_count {n_layers} is not in 1..{MAX_LAYERS}")
+    context = min(keys.integer("context_length"), MAX_POSITIONS)
+    return Shape(
         dim=dim,
-        hidden_dim=keys.integer("feed_forward_length"),
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=keys.integer("attention.head_count_kv", n_heads),
         head_dim=head_dim,
-        vocab_size=embedding.shape[0],
-        max_seq_len=min(keys.integer("context_length"), MAX_POSITIONS),
-        norm_eps=eps,
-        layers=same_layers(n_layers, window=0 if window > MAX_POSITIONS else window),  # wider than any context
-        tie_embeddings="output.weight" not in file.tensors,
-        qkv_bias=qkv_bias,
-        o_bias="blk.0.attn_output.bias" in file.tensors if o_bias is None else o_bias,
-        qk_norm=architecture.qk_norm,
-        bos_token_id=begin_token_id(file.metadata),
-        eos_token_ids=tuple(end_token_ids(file.metadata)),
-        requires=required_features(qkv_bias, architecture.qk_norm),
+        tied="output.weight" not in file.tensors,
+        context=context,
+        n_ctx=checked_n_ctx(n_ctx, context),
     )
 
 
-def load_gguf(path: str | os.PathLike[str], name: str | None = None) -> SourceModel:
-    """Read the header of a GGUF model; weights are read when the freezer asks for their rows."""
+def _config(file: GGUF, keys: Fields, architecture: Architecture, shape: Shape, traits: Traits) -> FrozenConfig:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelFormatError("tensor 'token_embd.weight' is missing")
+    with np.errstate(over="ignore"):
+        # The float32 in the file as the decimal that people wrote: 1e-05, not 9.999999747378752e-06.
+        eps = float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon"))))
+    return FrozenConfig(
+        architecture=architecture.hf,
+        hidden_dim=keys.integer("feed_forward_length") if traits.hidden_dim is None else traits.hidden_dim,
+        vocab_size=embedding.shape[0],
+        norm_eps=eps,
+        bos_token_id=begin_token_id(file.metadata),
+        eos_token_ids=tuple(end_token_ids(file.metadata)),
+        **frozen_fields(shape, traits),
+    )
+
+
+def load_gguf(path: str | os.PathLike[str], name: str | None = None, n_ctx: int | None = None) -> SourceModel:
+    """Read the header of a GGUF model; weights are read when the freezer asks for their rows. ``n_ctx`` as in ``freeze``."""
     file = open_gguf(path)
     try:
         architecture = _architecture(file)
         keys = _keys(file, architecture)
-        config = _config(file, keys, architecture)
+        shape = _shape(file, keys, n_ctx)
+        traits = architecture.from_gguf(keys, shape, file)
+        config = _config(file, keys, architecture, shape, traits)
         named = file.metadata.get("general.name")
         model = build_model(
             file,
             config,
-            [_inv_freq(file, keys, config.head_dim)],
+            traits.rope_tables,
+            parts=architecture.parts,
             kind="gguf",
             name=name or (named if isinstance(named, str) and named else file.path.stem),
             source=file.path.name,
             interleaved=architecture.gguf_permuted,
-            ignored=("rope_freqs.weight",),
+            folds=traits.folds,
+            ignored=architecture.gguf_tensors | {ROPE_DIVISORS},
         )
         model.attachments = gguf_tokenizer_attachments(file.metadata, config.vocab_size)
     except BaseException:

@@ -11,14 +11,15 @@ from typing import Any
 
 from ..errors import MissingFileError, ModelFormatError, PyEngineError, UnsupportedModelError
 from ..files import open_regular, read_regular
-from ..format.config import MAX_LAYERS, MAX_POSITIONS, FrozenConfig, LayerSpec
+from ..format.config import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
 from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safetensors_header
 from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
-from .architectures import ARCHITECTURES, PARTS, Architecture, build_model, required_features
+from .arch import architecture_of_hf
+from .arch.base import Architecture, Shape, Traits
+from .build import build_model, checked_n_ctx, frozen_fields
 from .fields import Fields
 from .lora import AdaptedTensors, Adapter
-from .rope import rope_inv_freq
 from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
 from .special_tokens import begin_and_end, spellings
 from .tokenizer import check_tokenizer_json, json_bytes
@@ -33,9 +34,6 @@ DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE
 _MAX_SHARDS = 4096
 _MAX_NAME_BYTES = 255
 _MAX_TOKENIZER_BYTES = 64 << 20  # twice the largest of today's vocabularies of 256k tokens
-_DEFAULT_WINDOW = 4096
-_DEFAULT_ROPE_THETA = 10_000.0
-_DEFAULT_MAX_WINDOW_LAYERS = 28
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
@@ -98,6 +96,34 @@ class SafetensorsReader:
             file.close()
 
 
+class TextTensors:
+    """The tensors of a text model inside of one that does more, under the names that they have when it is alone.
+
+    ``beginnings`` maps the beginnings of names in the file to those outside; what has none of them is not of the text model.
+    """
+
+    def __init__(self, reader: SafetensorsReader, beginnings: Mapping[str, str]) -> None:
+        self._reader = reader
+        self._names: dict[str, str] = {}
+        for name in reader.shapes:
+            found = next((begin for begin in beginnings if name.startswith(begin)), None)
+            if found is None:
+                continue
+            if self._names.setdefault(beginnings[found] + name.removeprefix(found), name) != name:
+                raise ModelFormatError(f"tensor {name!r} is there under another name too")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = self._reader.shapes
+        return {name: shapes[inside] for name, inside in self._names.items()}
+
+    def matrix(self, name: str) -> RowSource:
+        return self._reader.matrix(self._names[name])
+
+    def vector(self, name: str) -> Float32Array:
+        return self._reader.vector(self._names[name])
+
+
 def _shard_names(directory: Path) -> list[str]:
     """The shards that model.safetensors.index.json names, which must be plain file names; none if there is no index."""
     index = _read_json(directory, _INDEX)
@@ -143,7 +169,7 @@ def missing_weights(directory: Path) -> list[str]:
 
 def refuse_unknown_architecture(directory: Path) -> None:
     """By config.json alone, before weights are fetched for nothing. Raises UnsupportedModelError, ModelFormatError."""
-    _architecture(_read_json(directory, _CONFIG) or {})
+    architecture_of_hf(_read_json(directory, _CONFIG) or {})
 
 
 def files_of(directory: Path) -> list[Path]:
@@ -157,116 +183,47 @@ def files_of(directory: Path) -> list[Path]:
 # ---------------------------------------------------------------------------- configuration
 
 
-def _architecture(config: dict[str, Any]) -> Architecture:
-    named = config.get("architectures")
-    if named is None:
-        kind = config.get("model_type")
-        found = next((a for a in ARCHITECTURES if a.model_type == kind), None)
-        named = [kind]
-    else:
-        if not isinstance(named, list) or len(named) != 1:
-            raise ModelFormatError(f"config.json: architectures must name one, not {named!r:.200}")
-        found = next((a for a in ARCHITECTURES if a.hf == named[0]), None)
-    if found is None:
-        raise UnsupportedModelError(f"architecture {named[0]!r:.80} is not implemented")
-    return found
-
-
 def _refuse_unknown_arithmetic(config: Fields) -> None:
-    activation = config.text("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"activation {activation!r:.80} is not implemented")
     if config.flag("mlp_bias", False):
         raise UnsupportedModelError("mlp_bias is not implemented")
     if config.raw("quantization_config"):
         raise UnsupportedModelError("checkpoints that are quantized already are not implemented")
 
 
-def _windows(config: Fields, architecture: Architecture, n_layers: int) -> list[int]:
-    """Every layer's attention window in positions, 0 for none.
-
-    A key that is absent has the default of transformers' class; null is none.
-    """
-    none = [0] * n_layers
-    if architecture.window == "never" or config.is_null("sliding_window"):
-        return none
-    if architecture.window == "opt-in":
-        if not config.flag("use_sliding_window", False):
-            return none
-        full = max(0, min(config.integer("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS), n_layers))
-        default = ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
-    else:
-        default = ["sliding_attention"] * n_layers
-    kinds = config.raw("layer_types") or default
-    if not isinstance(kinds, list) or len(kinds) != n_layers:
-        raise ModelFormatError(f"{_CONFIG}: layer_types must name every layer's attention")
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModelError(f"a layer of type {kind!r:.80} is not implemented")
-    if "sliding_attention" not in kinds:
-        return none
-    window = config.integer("sliding_window", _DEFAULT_WINDOW)
-    if window > MAX_POSITIONS:  # wider than any context
-        return none
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
-
-
-def _rope(config: Fields) -> tuple[float, dict[str, Any]]:
-    """(base, scaling), as transformers reads them.
-
-    Newer configurations have ``rope_parameters`` with the base inside, older ones ``rope_scaling`` beside ``rope_theta``. Of both
-    the older counts, and then nothing of the newer does: model cards tell people to add a rope_scaling.
-    """
-    key = "rope_scaling" if config.table("rope_scaling", None) else "rope_parameters"
-    scaling = config.table(key, {})
-    if any(isinstance(value, dict) for value in scaling.values()):
-        raise UnsupportedModelError("RoPE parameters that differ between layers are not implemented")
-    inside = Fields(scaling, f"{_CONFIG}: {key}")
-    if inside.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedModelError("partial_rotary_factor is not implemented")
-    theta = inside.number("rope_theta", config.number("rope_theta", _DEFAULT_ROPE_THETA))
-    numbers: dict[str, float] = {
-        name: inside.number(name) for name, value in scaling.items() if type(value) in (int, float)
-    }
-    kind = inside.text("rope_type", inside.text("type", "default"))
-    if kind == "llama3":
-        key = "original_max_position_embeddings"
-        numbers[key] = config.number(key, numbers.get(key, config.number("max_position_embeddings")))
-    return theta, {**scaling, **numbers, "rope_type": kind}
-
-
-def _frozen_config(
-    config: Fields, architecture: Architecture, names: Mapping[str, object], bos: int | None, eos: tuple[int, ...]
-) -> FrozenConfig:
-    _refuse_unknown_arithmetic(config)
+def _shape(config: Fields, architecture: Architecture, names: Mapping[str, object], n_ctx: int | None) -> Shape:
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     n_layers = config.integer("num_hidden_layers")
     if not 1 <= n_layers <= MAX_LAYERS:
         raise ModelFormatError(f"{_CONFIG}: num_hidden_layers {n_layers} is not in 1..{MAX_LAYERS}")
     if n_heads < 1 or dim < 1:
         raise ModelFormatError(f"{_CONFIG}: {n_heads} heads and hidden_size {dim}")
-    n_kv_heads = config.integer("num_key_value_heads", n_heads) if architecture.model_type == "llama" else None
-    has_bias = config.flag("attention_bias", False)
-    qkv_bias = has_bias if architecture.qkv_bias is None else architecture.qkv_bias
-    return FrozenConfig(
-        architecture=architecture.hf,
+    head_dim = config.integer("head_dim", dim // n_heads)
+    if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
+        raise ModelFormatError(f"{_CONFIG}: head_dim {head_dim} is not an even number in 2..{MAX_HEAD_DIM}")
+    context = min(config.integer("max_position_embeddings"), MAX_POSITIONS)
+    return Shape(
         dim=dim,
-        hidden_dim=config.integer("intermediate_size"),
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=config.integer("num_key_value_heads") if n_kv_heads is None else n_kv_heads,
-        head_dim=config.integer("head_dim", dim // n_heads),
+        n_kv_heads=config.integer("num_key_value_heads", n_heads),
+        head_dim=head_dim,
+        tied=config.flag("tie_word_embeddings", architecture.parts["output"].hf not in names),
+        context=context,
+        n_ctx=checked_n_ctx(n_ctx, context),
+    )
+
+
+def _frozen_config(
+    config: Fields, architecture: Architecture, shape: Shape, traits: Traits, bos: int | None, eos: tuple[int, ...]
+) -> FrozenConfig:
+    return FrozenConfig(
+        architecture=architecture.hf,
+        hidden_dim=config.integer("intermediate_size") if traits.hidden_dim is None else traits.hidden_dim,
         vocab_size=config.integer("vocab_size"),
-        max_seq_len=min(config.integer("max_position_embeddings"), MAX_POSITIONS),
         norm_eps=config.number("rms_norm_eps"),
-        layers=tuple(LayerSpec(window=window) for window in _windows(config, architecture, n_layers)),
-        tie_embeddings=config.flag("tie_word_embeddings", PARTS["output"].hf not in names),
-        qkv_bias=qkv_bias,
-        o_bias=has_bias if architecture.o_bias is None else architecture.o_bias,
-        qk_norm=architecture.qk_norm,
         bos_token_id=bos,
         eos_token_ids=eos,
-        requires=required_features(qkv_bias, architecture.qk_norm),
+        **frozen_fields(shape, traits),
     )
 
 
@@ -340,38 +297,47 @@ class _Documents:
             self.attachments[_TEMPLATE] = template
 
 
-def load_hf(directory: Path, name: str | None = None, lora: Sequence[Adapter] = ()) -> SourceModel:
+def load_hf(
+    directory: Path, name: str | None = None, lora: Sequence[Adapter] = (), n_ctx: int | None = None
+) -> SourceModel:
     """Read the headers of a Hugging Face directory; weights are read, and merged with adapters, when the freezer asks for
-    their rows.
+    their rows. ``n_ctx`` as in ``freeze``.
     """
     document = _read_json(directory, _CONFIG)
     if document is None:
         raise ModelFormatError(f"{directory} has no {_CONFIG}")
-    config = Fields(document, _CONFIG)
-    architecture = _architecture(document)  # before the weights: the clearest reason to refuse
-    reader = _open_weights(directory)
+    architecture = architecture_of_hf(document)  # before the weights: the clearest reason to refuse
+    text = {} if architecture.hf_text is None else Fields(document, _CONFIG).table("text_config")
+    config = Fields({**architecture.hf_defaults, **document, **text}, _CONFIG)
+    file = _open_weights(directory)
     try:
+        reader = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
         documents = _Documents(directory, config, config.integer("vocab_size"))
-        frozen = _frozen_config(config, architecture, reader.shapes, documents.bos, documents.eos)
+        _refuse_unknown_arithmetic(config)
+        shape = _shape(config, architecture, reader.shapes, n_ctx)
+        traits = architecture.from_hf(config, shape)
+        frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos)
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
         if frozen.tie_embeddings:
-            ignored.append(PARTS["output"].hf)  # some save the shared matrix twice
+            ignored.append(architecture.parts["output"].hf)  # some save the shared matrix twice
         label = directory.resolve().name
         tensors = AdaptedTensors(reader, lora)
         model = build_model(
             tensors,
             frozen,
-            [rope_inv_freq(frozen.head_dim, *_rope(config))],
+            traits.rope_tables,
+            parts=architecture.parts,
             kind="hf",
             name=name or label,
             source=" + ".join([f"{label} ({architecture.model_type})", *(one.path.resolve().name for one in lora)]),
             interleaved=False,
+            folds=traits.folds,
             ignored=ignored,
         )
         tensors.check_all_used()
         model.attachments = documents.attachments
     except BaseException:
-        reader.close()
+        file.close()
         raise
-    model.close = reader.close
+    model.close = file.close
     return model

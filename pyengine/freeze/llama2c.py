@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from ..errors import InvalidArgumentError, ModelFormatError, UnsupportedModelErr
 from ..files import open_regular, read_regular
 from ..format.config import FrozenConfig, same_layers
 from ..format.quantize import Float32Array, RowSource
-from .architectures import PARTS, build_model
+from .arch.base import PARTS
+from .build import build_model, checked_n_ctx
 from .rope import default_inv_freq
 from .sources import FileRows, SourceModel, f32_rows
 from .tokenizer import gguf_tokenizer_attachments
@@ -148,8 +150,13 @@ def read_llama2c_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> dic
     }
 
 
-def load_llama2c(path: Path, name: str | None = None, tokenizer: str | os.PathLike[str] | None = None) -> SourceModel:
-    """Read a legacy checkpoint's header; ``tokenizer`` is the path of its tokenizer.bin."""
+def load_llama2c(
+    path: Path,
+    name: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    n_ctx: int | None = None,
+) -> SourceModel:
+    """Read a legacy checkpoint's header; ``tokenizer`` is the path of its tokenizer.bin, ``n_ctx`` as in ``freeze``."""
     file = Llama2cFile(path)
     try:
         if tokenizer is None:
@@ -157,10 +164,12 @@ def load_llama2c(path: Path, name: str | None = None, tokenizer: str | os.PathLi
                 f"{path.name}: llama2.c checkpoints need the tokenizer too: tokenizer='tokenizer.bin', here or in freeze "
                 "(--tokenizer on the command line)"
             )
+        n_ctx = checked_n_ctx(n_ctx, file.config.max_seq_len)
         model = build_model(
             file,
-            file.config,
+            file.config if n_ctx is None else replace(file.config, max_seq_len=n_ctx),
             [default_inv_freq(file.config.head_dim, _ROPE_THETA)],
+            parts=PARTS,
             kind="hf",
             name=name or path.stem,
             source=path.name,

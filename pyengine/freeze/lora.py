@@ -26,7 +26,7 @@ from .fields import Fields
 
 if TYPE_CHECKING:
     from ..format.quantize import Float32Array, RowSource
-    from .architectures import TensorReader
+    from .build import TensorReader
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 4096

@@ -11,6 +11,8 @@ import numpy as np
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.quantize import Float32Array
 
+ROPE_TYPES = ("default", "linear", "llama3", "longrope")  # the last one in arch/phi3.py
+
 
 def default_inv_freq(head_dim: int, theta: float) -> Float32Array:
     """theta ** (-2i / head_dim), float32 (head_dim / 2), rounded where transformers rounds."""
@@ -24,7 +26,7 @@ def _number(scaling: Mapping[str, Any], key: str) -> float:
     value = scaling.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ModelFormatError(f"RoPE scaling: {key} must be a number, not {value!r:.80}")
-    if not (math.isfinite(value) and 0 < value < 1e12):
+    if not 0 < value < 1e12:  # nor is NaN
         raise ModelFormatError(f"RoPE scaling: {key} {value!r} is out of range")
     return float(value)
 
@@ -59,7 +61,18 @@ def rope_inv_freq(head_dim: int, theta: float, scaling: Mapping[str, Any] | None
     elif kind == "llama3":
         result = _llama3(inv_freq, scaling or {})
     else:
-        raise UnsupportedModelError(f"RoPE type {kind!r:.80} is not implemented")
-    if not (np.isfinite(result).all() and (result > 0).all()):
+        raise UnsupportedModelError(f"RoPE type {kind!r:.80} is not implemented; known are {', '.join(ROPE_TYPES)}")
+    return _checked(result)
+
+
+def _checked(inv_freq: Float32Array) -> Float32Array:
+    if not (np.isfinite(inv_freq).all() and (inv_freq > 0).all()):
         raise ModelFormatError("the RoPE frequencies are not finite positive numbers")
-    return result
+    return inv_freq
+
+
+@np.errstate(all="ignore")  # what comes out is checked
+def long_rope_inv_freq(rotated: int, theta: float, divisors: Float32Array) -> Float32Array:
+    """LongRoPE's frequencies of the elements that are turned, float32 (rotated / 2); divisors (rotated / 2)."""
+    powers = np.float32(1) / rope_inv_freq(rotated, theta, None)
+    return _checked(np.float32(1) / (divisors * powers))

@@ -1,8 +1,8 @@
 """Where weights come from: rows of float32, whatever file, dtype and row order they lie in.
 
 A frozen matrix is made of rows read from a ``RowSource`` a chunk at a time, so freezing never holds
-a whole matrix. Stacking (q, k, v), alternating by panel (gate, up) and undoing GGUF's head
-permutation are row sources themselves.
+a whole matrix. Stacking (q, k, v), alternating by panel (gate, up), taking a fused matrix apart, putting
+the rows of heads in order and scaling are row sources themselves.
 """
 
 from __future__ import annotations
@@ -113,25 +113,55 @@ class AlternatingPanels:
         return out.reshape(-1, self.columns)
 
 
-def half_split_order(n_heads: int, head_dim: int) -> npt.NDArray[np.intp]:
-    """Where row i of a half-split matrix lies in one with interleaved RoPE pairs (2j, 2j + 1)."""
-    one = np.arange(head_dim).reshape(head_dim // 2, 2).T.reshape(-1)
-    order: npt.NDArray[np.intp] = (np.arange(n_heads)[:, None] * head_dim + one).reshape(-1)
+Order = npt.NDArray[np.intp]  # (head_dim): where row i of a head lies in the source
+
+
+def half_split_order(head_dim: int) -> Order:
+    """Of a head with interleaved RoPE pairs (2j, 2j + 1), as GGUF has it."""
+    order: Order = np.arange(head_dim).reshape(head_dim // 2, 2).T.reshape(-1)
     return order
 
 
-class UnpermutedRows:
-    """Rows of q or k with interleaved RoPE pairs, put back into Hugging Face's half-split order."""
+class ReorderedHeads:
+    """Rows of q or k, the rows of every head in another order."""
 
-    def __init__(self, source: RowSource, head_dim: int) -> None:
+    def __init__(self, source: RowSource, order: Order) -> None:
         self.name, self.rows, self.columns = source.name, source.rows, source.columns
-        self._source, self._head_dim = source, head_dim
-        self._order = half_split_order(source.rows // head_dim, head_dim)
+        self._source, self._head_dim = source, len(order)
+        starts = np.arange(0, source.rows, self._head_dim)
+        self._order = (starts[:, None] + order).reshape(-1)
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
         first = start // self._head_dim * self._head_dim
         heads = self._source.read_rows(first, pad(stop, self._head_dim))
-        return heads[self._order[start:stop] - first]
+        rows: Float32Array = heads[self._order[start:stop] - first]
+        return rows
+
+
+class SlicedRows:
+    """Rows of one part of a fused matrix."""
+
+    def __init__(self, source: RowSource, begin: int, rows: int) -> None:
+        self.name, self.rows, self.columns = source.name, rows, source.columns
+        self._source, self._begin = source, begin
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        return self._source.read_rows(self._begin + start, self._begin + stop)
+
+
+class ScaledRows:
+    """Rows times ``scale``: a number, or one for each row of a head; in float64, rounded once."""
+
+    def __init__(self, source: RowSource, scale: float | npt.NDArray[np.float64]) -> None:
+        self.name, self.rows, self.columns = source.name, source.rows, source.columns
+        self._source, self._scales = source, np.atleast_1d(scale)
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        rows = self._source.read_rows(start, stop).astype(np.float64)
+        scales = self._scales[np.arange(start, start + len(rows)) % len(self._scales)]
+        with np.errstate(over="ignore", invalid="ignore"):  # the quantizer refuses what is not finite
+            scaled: Float32Array = (rows * scales[:, None]).astype(np.float32)
+        return scaled
 
 
 @dataclass

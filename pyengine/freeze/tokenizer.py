@@ -53,6 +53,11 @@ _WORDS = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_WORDS = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _CJK = "[一-龥ࠀ-一가-\ud7ff]+"
 # Cased letters without the Georgian lower case, which was not cased when that pattern was made.
 _DEEPSEEK_LETTERS = r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u10d0-\u10ff]]"
@@ -83,7 +88,11 @@ PRE_TOKENIZERS = {
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
     "starcoder": _DIGITS_GPT2,
+    "refact": _DIGITS_GPT2,  # Granite
     "smollm": _DIGITS_GPT2,
+    "dbrx": PreTokenizer((_WORDS % "{1,3}",)),  # OLMo 2
+    "smaug-bpe": PreTokenizer((_WORDS % "{1,3}",)),
+    "gpt-4o": PreTokenizer((_CASED_WORDS,)),  # Phi-4-mini
 }
 
 

@@ -58,6 +58,16 @@ static void test_config(void) {
     WITH(norm_eps, NAN);
     WITH(norm_eps, INFINITY);
     WITH(key_bias, true); /* without qkv_bias */
+    WITH(qk_norm_all_heads, true); /* without qk_norm */
+    WITH(n_experts, 4); /* none of them used */
+    WITH(n_experts_used, 1);
+    WITH(n_experts, UINT32_MAX);
+    WITH(experts_normalized, true);
+    WITH(attention_softcap, -1.0f);
+    WITH(attention_softcap, NAN);
+    WITH(attention_softcap, 0x1p-11f);
+    WITH(logits_softcap, INFINITY);
+    WITH(logits_softcap, 0x1p21f);
 #undef WITH
 #define WITH_LAYER(member, value) \
     do { \

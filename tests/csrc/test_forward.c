@@ -29,6 +29,11 @@ static const pe_layer_spec alternating[5] = {
     {40, 0, "rmsnorm", "swiglu"}, {0, 1, "rmsnorm", "swiglu"}, {300, 2, "rmsnorm", "swiglu"}, {1, 1, "rmsnorm", "swiglu"}, {0, 0, "rmsnorm", "swiglu"},
 };
 
+static const pe_layer_spec around[3] = {
+    {40, 0, "rmsnorm_around", "geglu_tanh"}, {0, 1, "rmsnorm_around", "geglu_tanh"}, {300, 0, "rmsnorm", "geglu_tanh"},
+};
+static const pe_layer_spec after[2] = {{0, 0, "rmsnorm_after", "swiglu"}, {0, 0, "rmsnorm_after", "swiglu"}};
+
 /* Widths that no group divides; n_rep 3, 1 and 34 (more rows than a query block holds); 600 positions are three chunks. */
 static const model_case cases[] = {
     {"biases, qk_norm, untied",
@@ -59,6 +64,19 @@ static const model_case cases[] = {
      {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
       .norm_eps = 0x1p-17f, .qkv_bias = true, .key_bias = true},
      PE_KV_F32, 0x6b853772adb8778a},
+    {"norms around, GELU, softcaps",
+     {.dim = 40, .hidden_dim = 30, .n_layers = 3, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 50, .max_seq_len = 700,
+      .layers = around, .norm_eps = 0x1p-17f, .tie_embeddings = true, .qk_norm = true, .attention_softcap = 5.0f,
+      .logits_softcap = 30.0f},
+     PE_KV_INT8, 0x780a7f65cd29f873},
+    {"norms after, norms of all heads, softcap, float32 KV",
+     {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
+      .layers = after, .norm_eps = 0x1p-17f, .o_bias = true, .qk_norm = true, .qk_norm_all_heads = true, .attention_softcap = 5.0f},
+     PE_KV_F32, 0xcc7c210c0a88c7a7},
+    {"6 experts, 2 a row",
+     {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
+      .norm_eps = 0x1p-17f, .n_experts = 6, .n_experts_used = 2, .experts_normalized = true},
+     PE_KV_INT8, 0xe9c4598fad723363},
     {"float32 KV",
      {.dim = 72, .hidden_dim = 100, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 40, .vocab_size = 50, .max_seq_len = 700,
       .norm_eps = 0x1p-17f, .tie_embeddings = true},

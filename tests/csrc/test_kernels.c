@@ -143,21 +143,25 @@ static void test_rope(const struct pe_kernels *k) {
         }
 }
 
-static void compare_swiglu(const struct pe_kernels *k, const float *gate_up, size_t n_pairs, const char *what) {
-    block a = block_new(n_pairs * 64, 4), b = block_new(n_pairs * 64, 4);
-    pe_kernels_scalar.swiglu(FLOATS(a), gate_up, n_pairs);
-    k->swiglu(FLOATS(b), gate_up, n_pairs);
-    CHECK(same_floats(FLOATS(a), FLOATS(b), n_pairs * 16) && block_intact(&b), "%s: %zu pairs, %s", k->name, n_pairs, what);
-    block_free(&a), block_free(&b);
+/* The gates of a table beside those of scalar: SwiGLU, then GELU's. */
+static void compare_gates(const struct pe_kernels *k, const float *gate_up, size_t n_pairs, const char *what) {
+    for (int gelu = 0; gelu < 2; gelu++) {
+        block a = block_new(n_pairs * 64, 4), b = block_new(n_pairs * 64, 4);
+        (gelu ? pe_kernels_scalar.geglu_tanh : pe_kernels_scalar.swiglu)(FLOATS(a), gate_up, n_pairs);
+        (gelu ? k->geglu_tanh : k->swiglu)(FLOATS(b), gate_up, n_pairs);
+        CHECK(same_floats(FLOATS(a), FLOATS(b), n_pairs * 16) && block_intact(&b), "%s: gate %d, %zu pairs, %s", k->name, gelu,
+              n_pairs, what);
+        block_free(&a), block_free(&b);
+    }
 }
 
-static void test_swiglu(const struct pe_kernels *k) {
+static void test_gates(const struct pe_kernels *k) {
     rng r = {16};
     for (size_t n_pairs = 1; n_pairs <= 5; n_pairs++)
         for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
             block x = block_new(n_pairs * 128, 4);
             fill(FLOATS(x), n_pairs * 32, pattern, &r);
-            compare_swiglu(k, FLOATS(x), n_pairs, pattern_names[pattern]);
+            compare_gates(k, FLOATS(x), n_pairs, pattern_names[pattern]);
             block_free(&x);
         }
     /* exp's every regime: a sweep over all exponents and signs, up = 1 */
@@ -165,8 +169,52 @@ static void test_swiglu(const struct pe_kernels *k) {
     for (uint32_t bits = 0; bits < 0xff800000u; bits += 16 * step) {
         float x[32];
         for (uint32_t i = 0; i < 16; i++) x[i] = pe_float_from_bits(bits + i * step), x[16 + i] = 1.0f;
-        compare_swiglu(k, x, 1, "sweep");
+        compare_gates(k, x, 1, "sweep");
     }
+}
+
+static void compare_softcap(const struct pe_kernels *k, const float *x, size_t n, float cap, const char *what) {
+    block a = block_new(n * 4, 4), b = block_new(n * 4, 4);
+    memcpy(FLOATS(a), x, n * 4), memcpy(FLOATS(b), x, n * 4);
+    pe_kernels_scalar.softcap(FLOATS(a), n, cap);
+    k->softcap(FLOATS(b), n, cap);
+    CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: softcap %g of %zu, %s", k->name, (double)cap, n, what);
+    block_free(&a), block_free(&b);
+}
+
+static void test_softcap(const struct pe_kernels *k) {
+    rng r = {18};
+    for (size_t n = 1; n <= 50; n++)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            block x = block_new(n * 4, 4);
+            fill(FLOATS(x), n, pattern, &r);
+            compare_softcap(k, FLOATS(x), n, 30.0f, pattern_names[pattern]);
+            block_free(&x);
+        }
+    uint32_t step = quick ? 262139u : 65521u;
+    for (uint32_t bits = 0; bits < 0xff800000u; bits += 16 * step) {
+        float x[16];
+        for (uint32_t i = 0; i < 16; i++) x[i] = pe_float_from_bits(bits + i * step);
+        compare_softcap(k, x, 16, 0x1p-10f, "sweep"), compare_softcap(k, x, 16, 50.0f, "sweep");
+        compare_softcap(k, x, 16, 0x1p20f, "sweep");
+    }
+}
+
+static void test_dot_add_scaled(const struct pe_kernels *k) {
+    rng r = {19};
+    for (size_t n = 1; n <= 70; n++)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            block x = block_new(n * 4, 4), w = block_new(n * 4, 4), a = block_new(n * 4, 4), b = block_new(n * 4, 4);
+            fill(FLOATS(x), n, pattern, &r), fill(FLOATS(w), n, pattern, &r), fill(FLOATS(a), n, pattern, &r);
+            memcpy(FLOATS(b), FLOATS(a), n * 4);
+            float dots[2] = {pe_kernels_scalar.dot_f32(FLOATS(x), FLOATS(w), n), k->dot_f32(FLOATS(x), FLOATS(w), n)};
+            CHECK(same_floats(&dots[0], &dots[1], 1), "%s: dot of %zu, %s", k->name, n, pattern_names[pattern]);
+            pe_kernels_scalar.add_scaled(FLOATS(a), FLOATS(x), 0.3f, n);
+            k->add_scaled(FLOATS(b), FLOATS(x), 0.3f, n);
+            CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: add_scaled of %zu, %s", k->name, n,
+                  pattern_names[pattern]);
+            block_free(&x), block_free(&w), block_free(&a), block_free(&b);
+        }
 }
 
 static void test_add_scale_merge(const struct pe_kernels *k) {
@@ -218,7 +266,9 @@ void test_kernels(const struct pe_kernels *k) {
     test_quantize_group(k);
     test_rmsnorm(k);
     test_rope(k);
-    test_swiglu(k);
+    test_gates(k);
+    test_softcap(k);
+    test_dot_add_scaled(k);
     test_add_scale_merge(k);
     test_codes_are_legal(k);
 }

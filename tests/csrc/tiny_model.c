@@ -62,17 +62,28 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv = q_dim + 2 * (size_t)c->n_kv_heads * c->head_dim;
     char name[48];
 #define NAME(suffix) (snprintf(name, sizeof name, "layers.%u." suffix, index), name)
-    add_vector(t, r, c->dim, loudness, 0.75f, NAME("attention_norm"));
+    bool before = strcmp(t->layers[index].norm, "rmsnorm_after") != 0, after = strcmp(t->layers[index].norm, "rmsnorm") != 0;
+    size_t q_norm = c->qk_norm_all_heads ? q_dim : c->head_dim, k_norm = c->qk_norm_all_heads ? (qkv - q_dim) / 2 : c->head_dim;
+    if (before) add_vector(t, r, c->dim, loudness, 0.75f, NAME("attention_norm"));
     add_matrix(t, r, 1, qkv, c->dim, 6, NAME("wqkv"));
     if (c->qkv_bias) add_vector(t, r, qkv, 0.5f, -0.25f, NAME("wqkv.bias"));
     if (c->key_bias) add_key_bias(t, r, NAME("key_bias"));
-    if (c->qk_norm) add_vector(t, r, c->head_dim, 1.0f, 0.75f, NAME("q_norm"));
-    if (c->qk_norm) add_vector(t, r, c->head_dim, 1.0f, 0.75f, NAME("k_norm"));
+    if (c->qk_norm) add_vector(t, r, q_norm, 1.0f, 0.75f, NAME("q_norm"));
+    if (c->qk_norm) add_vector(t, r, k_norm, 1.0f, 0.75f, NAME("k_norm"));
     add_matrix(t, r, 1, c->dim, q_dim, 5, NAME("wo"));
     if (c->o_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, NAME("wo.bias"));
-    add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
-    add_matrix(t, r, 2, c->hidden_dim, c->dim, 6, NAME("w_gate_up"));
-    add_matrix(t, r, 1, c->dim, c->hidden_dim, 5, NAME("w_down"));
+    if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_attention_norm"));
+    if (before) add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
+    if (c->n_experts > 0) add_vector(t, r, (size_t)c->n_experts * c->dim, 1.0f, -0.25f, NAME("router"));
+    for (uint32_t e = 0; e < (c->n_experts > 0 ? c->n_experts : 1); e++) {
+        char expert[24] = "";
+        if (c->n_experts > 0) snprintf(expert, sizeof expert, "experts.%u.", e);
+        snprintf(name, sizeof name, "layers.%u.%sw_gate_up", index, expert);
+        add_matrix(t, r, 2, c->hidden_dim, c->dim, 6, name);
+        snprintf(name, sizeof name, "layers.%u.%sw_down", index, expert);
+        add_matrix(t, r, 1, c->dim, c->hidden_dim, 5, name);
+    }
+    if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_ffn_norm"));
 #undef NAME
 }
 

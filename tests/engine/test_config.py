@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
-from pyengine.format.config import MAX_ROPE_TABLES, FrozenConfig, LayerSpec, same_layers
+from pyengine.format.config import ACTIVATIONS, MAX_ROPE_TABLES, NORMS, FrozenConfig, LayerSpec, same_layers
 from pyengine.format.inventory import (
     count_macs,
     count_parameters,
@@ -65,6 +65,9 @@ def test_a_config_is_read() -> None:
         ("kinds", {"default": "int8_g64", "wo": [1, 2]}), ("kinds", {"default": "int8_g64", "wo": ["x" * 65] * 2}),
         ("kinds", {"default": "int8_g64", "w" * 65: "int8_g64"}),
         ("requires", None), ("requires", "experts"), ("requires", [1]), ("requires", [""]), ("requires", ["x" * 65]),
+        ("attention_softcap", -1.0), ("attention_softcap", True), ("attention_softcap", 1e-4), ("attention_softcap", None),
+        ("logits_softcap", 10**400), ("logits_softcap", "30"), ("qk_norm_all_heads", 1), ("qk_norm_all_heads", True),
+        ("n_experts", 4), ("n_experts", 1025), ("n_experts", -1), ("n_experts_used", 1), ("experts_normalized", True),
         ("requires", ["x"] * 257), ("extra", 1), ("extra", []), ("extra", None),
     ],
 )  # fmt: skip
@@ -112,14 +115,50 @@ def test_what_is_required_and_not_known_is_refused_by_name() -> None:
     # before anything else is looked at: with experts, all the rest may mean something else
     with pytest.raises(UnsupportedModelError, match="'experts'"):
         FrozenConfig.from_json('{"requires": ["experts"], "dim": "many"}')
-    with pytest.raises(UnsupportedModelError, match=r"config\.json has the key 'n_experts', which .* not know"):
-        parse(n_experts=8)
+    with pytest.raises(UnsupportedModelError, match=r"config\.json has the key 'n_wheels', which .* not know"):
+        parse(n_wheels=8)
     with pytest.raises(UnsupportedModelError, match=r"layers has the key 'post_norm', which .* not know"):
         with_layers(post_norm="rmsnorm")
     with pytest.raises(UnsupportedModelError, match=r"layer 1 has the norm 'layernorm', which .* not know"):
         with_layers(norm=["rmsnorm", "layernorm"])
     with pytest.raises(UnsupportedModelError, match=r"layer 0 has the activation 'geglu', which .* not know"):
         with_layers(activation="geglu")
+
+
+def test_optional_keys_are_left_out_where_they_say_nothing() -> None:
+    """So a file of before there were such keys is as it was."""
+    said = {"qk_norm_all_heads": False, "attention_softcap": 0, "logits_softcap": 0.0}
+    assert parse(**said) == parse() and parse(**said).to_document() == CONFIG
+    said = {"qk_norm": True, "qk_norm_all_heads": True, "attention_softcap": 50.0, "logits_softcap": 30}
+    assert parse(**said).to_document() == CONFIG | said
+    assert FrozenConfig.from_json(parse(**said).to_json()) == parse(**said)
+
+
+def test_norms_and_their_tensors() -> None:
+    """By layer: the norms before, those after, or both; norms of all heads are as wide as q and k."""
+    config = with_layers(norm=["rmsnorm_after", "rmsnorm_around"])
+    names = {weight.name: weight.shape for weight in inventory(config)}
+    assert [name for name in names if "0" in name and "norm" in name] == [
+        "layers.0.post_attention_norm", "layers.0.post_ffn_norm",
+    ]  # fmt: skip
+    assert [name for name in names if "1" in name and "norm" in name] == [
+        "layers.1.attention_norm", "layers.1.post_attention_norm", "layers.1.ffn_norm", "layers.1.post_ffn_norm",
+    ]  # fmt: skip
+    shapes = {weight.name: weight.shape for weight in inventory(parse(qk_norm=True, qk_norm_all_heads=True))}
+    assert (shapes["layers.0.q_norm"], shapes["layers.0.k_norm"]) == ((64,), (32,))
+
+
+def test_experts_and_their_tensors() -> None:
+    config = parse(n_experts=3, n_experts_used=2, experts_normalized=True)
+    names = [weight.name for weight in inventory(config) if weight.layer == 1]
+    assert names[-7:] == ["layers.1.router", *(f"layers.1.experts.{e}.{m}" for e in range(3) for m in ("w_gate_up", "w_down"))]
+    dense = parse()
+    mlp = 3 * 64 * 88
+    assert count_parameters(config) - count_parameters(dense) == 2 * (2 * mlp + 3 * 64)
+    assert count_macs(config, 5, 1) - count_macs(dense, 5, 1) == 5 * 2 * mlp  # a token takes two
+    assert FrozenConfig.from_json(config.to_json()) == config
+    with pytest.raises(ModelFormatError, match="n_experts 1024 in 17 layers: more than 16384 in all"):
+        parse(n_layers=17, n_experts=1024, n_experts_used=1)
 
 
 def test_what_may_be_ignored_is_kept() -> None:
@@ -216,7 +255,12 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
         qkv_bias=draw(st.booleans()),
         o_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
-        layers=tuple(LayerSpec(*spec) for spec in zip(windows, rope, strict=True)),
+        layers=tuple(
+            LayerSpec(*spec, draw(st.sampled_from(NORMS)), draw(st.sampled_from(ACTIVATIONS)))
+            for spec in zip(windows, rope, strict=True)
+        ),
+        attention_softcap=draw(st.sampled_from([0.0, 50.0])),
+        logits_softcap=draw(st.sampled_from([0.0, 30.0])),
         bos_token_id=draw(st.none() | st.just(0)),
         eos_token_ids=tuple(draw(st.lists(st.just(0), max_size=3))),
         kinds={"default": "int8_g64", **kinds},

@@ -55,7 +55,9 @@ def test_an_error_of_the_core_arrives_as_its_class_with_its_sentence() -> None:
         _core.select_isa("sse9")
     names = ("dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len")
     config = SimpleNamespace(**dict.fromkeys(names, 2), norm_eps=0.0, tie_embeddings=True, layers=[LayerSpec()] * 2)
-    config.qkv_bias = config.o_bias = config.qk_norm = config.key_bias = False
+    config.qkv_bias = config.o_bias = config.qk_norm = config.key_bias = config.qk_norm_all_heads = False
+    config.attention_softcap = config.logits_softcap = 0.0
+    config.n_experts = config.n_experts_used = config.experts_normalized = 0
     with pytest.raises(errors.ModelFormatError, match=r"tok_embeddings\.codes is missing"):
         _core.Model(config, bytes(64), {})
     config.head_dim = 3

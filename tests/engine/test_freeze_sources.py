@@ -405,7 +405,6 @@ GGUFEdit = dict[str, Any]
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
-        ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"llama.attention.causal": False}, "not causal"),
         ({"llama.logit_scale": 2.0}, r"'llama\.logit_scale'"),
         ({"llama.rope.dimension_count": 8}, "part of the head"),
@@ -416,6 +415,14 @@ GGUFEdit = dict[str, Any]
 def test_unsupported_gguf_is_named(tmp_path: Path, extra: GGUFEdit, match: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match):
         freeze(write_gguf(tmp_path / "m.gguf", extra=extra), tmp_path / "m")
+
+
+def test_experts_where_they_are_not_known(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "m.gguf", LLAMA | {"model_type": "qwen2"}, extra={"qwen2.expert_count": 8})
+    with pytest.raises(UnsupportedModelError, match="'qwen2' with experts is not implemented"):
+        freeze(source, tmp_path / "m")
+    with pytest.raises(ModelFormatError, match=r"llama\.expert_used_count is missing"):
+        freeze(write_gguf(tmp_path / "n.gguf", extra={"llama.expert_count": 8}), tmp_path / "n")
 
 
 def test_gguf_tensors_without_a_place(tmp_path: Path) -> None:

@@ -100,16 +100,26 @@ SPLITS = {
         "It", "'", "S", " ", *"12345", " naïve", "\n\n ", " wörld", "!?", " ", " x", "=", "1",
         "\r\n\t", *"42", " ",
     ],
+    "gpt-4o": [
+        "It'S", " ", "123", "45", " naïve", "\n\n", " ", " wörld", "!?", " ", " x", "=", "1",
+        "\r\n", "\t", "42", " ",
+    ],
 }  # fmt: skip
-SPLITS["llama3"] = SPLITS["llama-v3"] = SPLITS["llama-bpe"]
+SPLITS["llama3"] = SPLITS["llama-v3"] = SPLITS["dbrx"] = SPLITS["smaug-bpe"] = SPLITS["llama-bpe"]
 SPLITS["deepseek-r1-qwen"] = SPLITS["qwen2"]
-SPLITS["starcoder"] = SPLITS["smollm"]
+SPLITS["starcoder"] = SPLITS["refact"] = SPLITS["smollm"]
 
 
 @pytest.mark.parametrize("pre", SPLITS)
 def test_splits(pre: str) -> None:
     cut = rebuilt(metadata(pre)).pre_tokenizer.pre_tokenize_str(TEXT)
     assert [TEXT[a:b] for _, (a, b) in cut] == SPLITS[pre]
+
+
+def test_gpt_4o_cuts_where_case_changes() -> None:
+    text = "HTMLParser camelCase I'LL a/b\n"
+    cut = rebuilt(metadata("gpt-4o")).pre_tokenizer.pre_tokenize_str(text)
+    assert [text[a:b] for _, (a, b) in cut] == ["HTMLParser", " camel", "Case", " I'LL", " a", "/b", "\n"]
 
 
 def test_llama_bpe_takes_whole_tokens_before_merging() -> None:
@@ -119,7 +129,7 @@ def test_llama_bpe_takes_whole_tokens_before_merging() -> None:
     assert len(rebuilt(metadata("gpt-2", tokens=tokens)).encode("xyz").ids) == 3
 
 
-@pytest.mark.parametrize("pre", ["viking", "tekken", "gpt-4o", ""])
+@pytest.mark.parametrize("pre", ["viking", "tekken", "gpt-5", ""])
 def test_an_unknown_pre_tokenizer_is_refused_by_name(pre: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"pre-tokenizer '{pre}'"):
         rebuilt(metadata(pre))

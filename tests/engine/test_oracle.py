@@ -47,12 +47,14 @@ def test_fixtures_cover_what_they_promise() -> None:
     configs = [fixtures.canonical_config(fixtures.load(name)) for name in fixtures.names()]
     assert {c["architecture"] for c in configs} == {
         "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+        "GraniteForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+        "Olmo2ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM",
     }  # fmt: skip
     assert {c["n_heads"] // c["n_kv_heads"] for c in configs} == {1, 2, 3, 4}
     assert {c["head_dim"] for c in configs} == {16, 32, 64}
     assert {c["tie_embeddings"] for c in configs} == {False, True}
     assert all(c["hidden_dim"] % 64 and c["vocab_size"] % 16 for c in configs)
-    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 1.8e6
+    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 3.1e6
 
 
 @pytest.mark.parametrize("name", fixtures.names())
@@ -76,8 +78,11 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
     elif feature in ("wq.bias", "wk.bias", "wv.bias", "wo.bias"):
         for layer in range(config["n_layers"]):
             del weights[f"layers.{layer}.{feature}"]
-    elif feature == "window":
-        config["layers"] = config["layers"] | {"window": 0}
+    elif feature.endswith(("window", "rope")) or feature == "activation":
+        config["layers"] = config["layers"] | {feature: "swiglu" if feature == "activation" else 0}
+    elif feature.startswith("post_"):
+        for layer in range(config["n_layers"]):
+            del weights[f"layers.{layer}.{feature}"]
     elif feature == "output":
         config["tie_embeddings"] = True
     else:
@@ -98,6 +103,20 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
         ("qwen2", "wq.bias"),
         ("qwen2", "wv.bias"),
         ("qwen3", "qk_norm"),
+        ("phi3_window", "window"),
+        ("smollm3", "rope"),
+        ("gemma3", "window"),
+        ("gemma3", "rope"),
+        ("gemma3", "activation"),
+        ("gemma3", "post_attention_norm"),
+        ("gemma3", "post_ffn_norm"),
+        ("gemma3", "qk_norm"),
+        ("gemma2", "window"),
+        ("gemma2", "attention_softcap"),
+        ("gemma2", "logits_softcap"),
+        ("qwen3_moe", "experts_normalized"),
+        ("olmo2", "post_attention_norm"),
+        ("olmo2", "post_ffn_norm"),
     ],
 )
 def test_forgetting_a_feature_is_seen(name: str, feature: str) -> None:

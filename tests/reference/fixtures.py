@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .folds import folded, head_dim_of, unfused
+
 DATA = Path(__file__).parent / "data"
 LARGE_KEY_BIAS = 4.0
 TOKENIZER_SIZE = 263  # 3 special tokens, 256 bytes, 4 merges
@@ -30,10 +32,21 @@ LAYER_NAMES = {
     "self_attn.o_proj.weight": "wo",
     "self_attn.o_proj.bias": "wo.bias",
     "post_attention_layernorm.weight": "ffn_norm",
+    "mlp.gate.weight": "router",
+    "block_sparse_moe.gate.weight": "router",
     "mlp.gate_proj.weight": "w_gate",
     "mlp.up_proj.weight": "w_up",
     "mlp.down_proj.weight": "w_down",
 }
+POST_NORM_NAMES = {
+    "post_attention_layernorm.weight": "post_attention_norm",
+    "pre_feedforward_layernorm.weight": "ffn_norm",
+    "post_feedforward_layernorm.weight": "post_ffn_norm",
+}
+NORMS_AFTER = {"gemma2": "rmsnorm_around", "gemma3_text": "rmsnorm_around", "olmo2": "rmsnorm_after"}
+EXPERT_NAMES = {
+    "w1": "w_gate", "w3": "w_up", "w2": "w_down", "gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_down",
+}  # fmt: skip
 MODEL_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings",
     "model.norm.weight": "norm",
@@ -69,19 +82,37 @@ def load(name: str) -> Fixture:
     return Fixture(name, json.loads(str(arrays["config"])), weights, **rest)
 
 
-def canonical_name(hf_name: str) -> str:
+def canonical_name(hf_name: str, model_type: str = "llama") -> str:
     """``model.layers.3.self_attn.q_proj.weight`` -> ``layers.3.wq``."""
     if hf_name in MODEL_NAMES:
         return MODEL_NAMES[hf_name]
     _, _, layer, rest = hf_name.split(".", 3)
-    return f"layers.{layer}.{LAYER_NAMES[rest]}"
+    if ".experts." in rest:
+        _, _, expert, part, _ = rest.split(".")
+        return f"layers.{layer}.experts.{expert}.{EXPERT_NAMES[part]}"
+    names = LAYER_NAMES if model_type not in NORMS_AFTER else LAYER_NAMES | POST_NORM_NAMES
+    return f"layers.{layer}.{names[rest]}"
 
 
 def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     """Weights for oracle.Oracle and spec_f32.Spec: float32, (rows, columns) or (n)."""
-    weights = {canonical_name(k): w.astype(np.float32) for k, w in fixture.hf_weights.items()}
-    weights["rope.0.inv_freq"] = fixture.inv_freq
-    return split_key_biases(canonical_config(fixture), weights)
+    hf = fixture.hf_config
+    weights = {canonical_name(k, hf["model_type"]): w.astype(np.float32) for k, w in unfused(hf, fixture.hf_weights).items()}
+    weights = {key: w.reshape(-1) if key.endswith(".router") else w for key, w in weights.items()}  # a vector of the file
+    for i, table in enumerate(rope_tables(fixture)):
+        weights[f"rope.{i}.inv_freq"] = table
+    return split_key_biases(canonical_config(fixture), folded(hf, weights))
+
+
+def rope_tables(fixture: Fixture) -> list[NDArray[np.float32]]:
+    """Every table of RoPE frequencies, (head_dim / 2); pairs that are not turned have frequency 0."""
+    half = head_dim_of(fixture.hf_config) // 2
+    tables = [np.pad(table, (0, half - len(table))) for table in np.atleast_2d(fixture.inv_freq)]
+    if fixture.hf_config["model_type"] == "gemma3_text":
+        tables.reverse()
+    if 0 in (fixture.hf_config.get("no_rope_layers") or ()):
+        tables.append(np.zeros(half, np.float32))
+    return tables
 
 
 def split_key_biases(config: Mapping[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +133,16 @@ def split_key_biases(config: Mapping[str, Any], weights: dict[str, Any]) -> dict
 
 def canonical_config(fixture: Fixture) -> dict[str, Any]:
     """The keys of FORMAT.md's config.json for a fixture."""
-    return config_from_hf(fixture.hf_config, fixture.hf_weights)
+    config = config_from_hf(fixture.hf_config, fixture.hf_weights)
+    if (fixture.hf_config.get("rope_scaling") or {}).get("type") == "longrope" and n_ctx(fixture) is None:
+        config["max_seq_len"] = fixture.hf_config["original_max_position_embeddings"]
+    return config
+
+
+def n_ctx(fixture: Fixture) -> int | None:
+    """What a freezer has to ask for: the positions that the fixture's text needs, of a model with a second table for them."""
+    trained = fixture.hf_config.get("original_max_position_embeddings", len(fixture.token_ids))
+    return fixture.hf_config["max_position_embeddings"] if len(fixture.token_ids) > trained else None
 
 
 def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[str, Any]:
@@ -110,20 +150,25 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     present = set(weight_names)
     eos = hf["eos_token_id"]
     window: Any = 0
-    if hf["model_type"] == "mistral":
-        window = hf["sliding_window"] or 0
+    if hf["model_type"] in ("mistral", "phi3", "mixtral"):
+        window = hf.get("sliding_window") or 0
+    elif hf["model_type"].startswith("gemma"):
+        pattern = hf.get("sliding_window_pattern", 2)
+        window = [hf["sliding_window"] if (i + 1) % pattern else 0 for i in range(hf["num_hidden_layers"])]
     elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     qkv_bias = "model.layers.0.self_attn.q_proj.bias" in present
     qk_norm = "model.layers.0.self_attn.q_norm.weight" in present
-    return {
+    norm = NORMS_AFTER.get(hf["model_type"], "rmsnorm")
+    activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
+    return _optional_keys(hf) | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
-        "hidden_dim": hf["intermediate_size"],
+        "hidden_dim": hf.get("moe_intermediate_size", hf["intermediate_size"]),
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
         "n_kv_heads": hf["num_key_value_heads"],
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        "head_dim": head_dim_of(hf),
         "vocab_size": hf["vocab_size"],
         "max_seq_len": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
@@ -131,12 +176,33 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "qkv_bias": qkv_bias,
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in present,
         "qk_norm": qk_norm,
-        "layers": {"window": window, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"},
+        "layers": {"window": window, "rope": _rope(hf), "norm": norm, "activation": activation},
         "bos_token_id": hf["bos_token_id"],
         "eos_token_ids": eos if isinstance(eos, list) else [eos],
         "kinds": {"default": "int8_g64"},
         "requires": ["key_bias"] if qkv_bias and not qk_norm else [],
     }
+
+
+def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keys that a file leaves out where they say nothing."""
+    keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] == "olmo2" else {}
+    if n_experts := hf.get("num_experts", hf.get("num_local_experts")):
+        keys |= {"n_experts": n_experts, "n_experts_used": hf["num_experts_per_tok"]}
+        if hf.get("norm_topk_prob", True):
+            keys["experts_normalized"] = True
+    for name, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping")):
+        if hf.get(key):
+            keys[name] = hf[key]
+    return keys
+
+
+def _rope(hf: Mapping[str, Any]) -> Any:
+    """Every layer's table: the second one for SmolLM3's layers without RoPE and for Gemma 3's without a window."""
+    if hf["model_type"] == "gemma3_text":  # the fixture has full_attention's table first, the file that of layer 0
+        return [0 if (i + 1) % hf["sliding_window_pattern"] else 1 for i in range(hf["num_hidden_layers"])]
+    has_rope = hf.get("no_rope_layers")
+    return [1 - x for x in has_rope] if has_rope else 0
 
 
 # ---------------------------------------------------------------------- as a Hugging Face directory

@@ -79,8 +79,13 @@ def _vectors(name: str, values: NDArray[Any], config: dict[str, Any]) -> dict[st
         return {f"{layer}.{k}.bias": values[b:e] for k, (b, e) in _qkv_rows(config).items()}
     if name.endswith("key_bias"):
         return {name: values[: config["n_kv_heads"] * config["head_dim"]]}
+    if name.endswith(("q_norm", "k_norm")) and config.get("qk_norm_all_heads"):
+        n_heads = config["n_heads" if name.endswith("q_norm") else "n_kv_heads"]
+        return {name: values[: n_heads * config["head_dim"]]}
     if name.endswith(("q_norm", "k_norm")):
         return {name: values[: config["head_dim"]]}
+    if name.endswith(".router"):
+        return {name: values[: config["n_experts"] * config["dim"]]}
     return {name: values[: config["head_dim"] // 2 if name.startswith("rope.") else config["dim"]]}
 
 

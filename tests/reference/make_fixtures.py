@@ -14,13 +14,15 @@ A fixture holds (keys of the .npz)
     hidden            (n_layers + 1, n_rows, dim) float32: the input of layer 0, then the output
                       of every layer
     logits            (n_rows, vocab_size) float32
-    inv_freq          (head_dim / 2) float32, every RoPE scaling applied
+    inv_freq          (n_tables, turned elements of a head / 2) float32, every RoPE scaling applied: Gemma 3
+                      has two tables, of its full and of its sliding layers. Older fixtures have (head_dim / 2)
 
 The dimensions are small and awkward on purpose: widths that 64 does not divide, vocabularies that
 16 does not, every ratio of query to kv heads from 1 to 4, more positions than one attention chunk
 has, windows that leave a whole chunk out of sight, layers with a window beside layers without.
-Biases are as small as norm weights vary, except where real models are known for large ones
-(LARGE_KEY_BIAS).
+Magnitudes are those of real models where these are known for them: large key biases (LARGE_KEY_BIAS),
+channels of the residual stream that are far larger than the others (LOUD_CHANNELS), and what the multipliers
+of an architecture presuppose (MAGNITUDES).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from __future__ import annotations
 import json
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,16 @@ LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+
+LONG_ROPE = {
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.0, 1.02, 1.05, 1.1, 1.2],
+        "long_factor": [1.0, 1.12, 1.5, 3.0, 6.5, 8.0],
+    },
 }
 
 # name -> (config.json, n_tokens). Keys are those of published checkpoints; one file is in the
@@ -131,6 +144,106 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "layer_types": ["full_attention", "sliding_attention"]},
         300,
     ),
+    "granite": (
+        {"model_type": "granite", "architectures": ["GraniteForCausalLM"], **shape(64, 72, 4, 2),
+         "tie_word_embeddings": True, "attention_bias": False, "attention_multiplier": 0.0625, "embedding_multiplier": 12.0,
+         "residual_multiplier": 0.22, "logits_scaling": 8.0},
+        48,
+    ),
+    "phi3_window": (
+        {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 2, **shape(48, 72, 3, 3),
+         "tie_word_embeddings": False, "sliding_window": 16, "rope_scaling": None, "original_max_position_embeddings": 512},
+        48,
+    ),
+    "phi4_mini": (
+        {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 2, **shape(48, 72, 3, 1),
+         "tie_word_embeddings": True, "sliding_window": None, "partial_rotary_factor": 0.75, **LONG_ROPE},
+        48,
+    ),
+    "phi4_mini_long": (
+        {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 2, **shape(48, 72, 3, 1),
+         "tie_word_embeddings": True, "sliding_window": None, "partial_rotary_factor": 0.75, **LONG_ROPE},
+        80,
+    ),
+    "smollm3": (
+        {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "pad_token_id": 2, **shape(48, 40, 3, 1),
+         "num_hidden_layers": 4, "tie_word_embeddings": True, "attention_bias": False, "rms_norm_eps": 1e-6,
+         "rope_theta": 5000000.0, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4,
+         "use_sliding_window": False, "sliding_window": None, "layer_types": ["full_attention"] * 4},
+        48,
+    ),
+    "gemma3": (
+        {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], **shape(48, 72, 2, 1, 32),
+         "num_hidden_layers": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "hidden_act": None,
+         "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24, "sliding_window": 40,
+         "sliding_window_pattern": 3, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+         "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        300,
+    ),
+    "gemma2": (
+        {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], **shape(64, 72, 4, 2, 16),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
+         "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16, "sliding_window": 40,
+         "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+        80,
+    ),
+    "olmo2": (
+        {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **shape(48, 88, 3, 1),
+         "tie_word_embeddings": False, "attention_bias": False, "rope_theta": 500000.0, "rms_norm_eps": 1e-6},
+        48,
+    ),
+    "mixtral": (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **shape(48, 40, 3, 1),
+         "tie_word_embeddings": False, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2,
+         "rope_theta": 1000000.0},
+        48,
+    ),
+    "qwen3_moe": (
+        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **shape(48, 72, 2, 1, 16),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "attention_bias": False, "rope_theta": 1000000.0,
+         "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True,
+         "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
+        48,
+    ),
+    "qwen3_moe_plain": (
+        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **shape(48, 72, 2, 1, 16),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "attention_bias": False, "rope_theta": 1000000.0,
+         "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": False,
+         "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
+        48,
+    ),
+}  # fmt: skip
+
+LOUD_CHANNELS, LOUDNESS = (5, 33), 5.0  # of the embeddings of the fixtures that MAGNITUDES names
+
+# name -> end of a weight's name -> (mean, standard deviation), the latter for matrices in units of
+# 1 / sqrt(columns). Granite's multipliers make scores and logits small, and its weights make up for it.
+# Gemma's gains are 1 + w, far above 1 before attention and below 1 after it; its embeddings are small and
+# then scaled by sqrt(hidden_size).
+_GEMMA_NORMS = {
+    "input_layernorm.weight": (3.0, 1.0), "post_attention_layernorm.weight": (-0.5, 0.2),
+    "pre_feedforward_layernorm.weight": (3.0, 1.0), "post_feedforward_layernorm.weight": (-0.5, 0.2),
+    "embed_tokens.weight": (0.0, 0.5),
+}  # fmt: skip
+MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
+    "granite": {
+        "q_proj.weight": (0.0, 4.0), "k_proj.weight": (0.0, 4.0), "o_proj.weight": (0.0, 4.0), "down_proj.weight": (0.0, 4.0),
+        "gate_proj.weight": (0.0, 2.4), "up_proj.weight": (0.0, 2.4),
+        "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (30.0, 7.0),
+    },
+    "phi3_window": {"model.norm.weight": (0.8, 0.2)},
+    "phi4_mini": {"model.norm.weight": (0.5, 0.1)},
+    "phi4_mini_long": {"model.norm.weight": (0.5, 0.1)},
+    "smollm3": {"q_proj.weight": (0.0, 1.8), "k_proj.weight": (0.0, 1.8), "model.norm.weight": (0.5, 0.1)},
+    "gemma3": {**_GEMMA_NORMS, "q_norm.weight": (0.1, 0.3), "k_norm.weight": (0.1, 0.3), "model.norm.weight": (2.0, 0.5)},
+    "gemma2": {**_GEMMA_NORMS, "q_proj.weight": (0.0, 1.0), "k_proj.weight": (0.0, 1.0), "model.norm.weight": (5.0, 1.0)},
+    "mixtral": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.8, 0.1)},
+    "qwen3_moe": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.6, 0.1)},
+    "qwen3_moe_plain": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.5, 0.1)},
+    "olmo2": {
+        "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
+        "model.norm.weight": (1.5, 0.3),
+    },
 }  # fmt: skip
 
 # Qwen2's key biases: all but a few are about 1, and those few, mostly of the slow pairs, reach 211
@@ -156,8 +269,44 @@ def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> tor
     elif "embed_tokens" in name:
         value = 0.25 * noise
     else:
-        value = (1.2 / w.shape[1] ** 0.5) * noise
-    return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim == 2 else value
+        value = (1.2 / w.shape[-1] ** 0.5) * noise
+    return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim > 1 else value
+
+
+def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As random_weight, by the magnitudes of the fixture's architecture."""
+    ends = [end for end in MAGNITUDES[name] if key.endswith(end)]
+    value = random_weight(key, w, generator)
+    if ends:
+        mean, deviation = MAGNITUDES[name][ends[0]]
+        value = mean + deviation / (w.shape[-1] ** 0.5 if w.ndim > 1 else 1.0) * torch.randn(w.shape, generator=generator)
+    if "embed_tokens" in key:
+        value[:, list(LOUD_CHANNELS)] *= LOUDNESS
+        if name == "olmo2":  # no norm before layer 0: an equal maximum in every group, or codes of codes would be ties
+            value[:, list(LOUD_CHANNELS)] = 1.25 * value[:, list(LOUD_CHANNELS)].sign()
+    elif w.ndim > 1 and w.shape[-1] > max(LOUD_CHANNELS) and "o_proj" not in key and "down_proj" not in key:
+        value[..., list(LOUD_CHANNELS)] /= LOUDNESS  # who reads the stream is used to them
+    elif key == "model.norm.weight":  # Gemma's gain is 1 + w
+        gain = value[list(LOUD_CHANNELS)] + (1.0 if name in ("gemma2", "gemma3") else 0.0)
+        value[list(LOUD_CHANNELS)] += gain / LOUDNESS**2 - gain
+    return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim > 1 else value
+
+
+def published(name: str, key: str, w: np.ndarray) -> dict[str, np.ndarray]:
+    """transformers' parameter under the names of published files, which have a matrix for each expert."""
+    mixtral = name == "mixtral"
+    prefix = key.partition("mlp.")[0] + ("block_sparse_moe" if mixtral else "mlp")
+    if key.endswith("mlp.gate.weight"):
+        return {f"{prefix}.gate.weight": w}
+    if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return {key: w}
+    halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[key.rpartition(".")[2]]
+    spelled = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if mixtral else {half: half for half in halves}
+    return {
+        f"{prefix}.experts.{e}.{spelled[half]}.weight": part
+        for e in range(len(w))
+        for half, part in zip(halves, np.split(w[e], len(halves)), strict=True)
+    }
 
 
 def put_large_key_bias(name: str, key: str, bias: torch.Tensor, head_dim: int) -> None:
@@ -168,30 +317,39 @@ def put_large_key_bias(name: str, key: str, bias: torch.Tensor, head_dim: int) -
                 bias[head * head_dim + element] = value
 
 
+def rope_tables(rotary: torch.nn.Module) -> np.ndarray:
+    """(n_tables, turned / 2)."""
+    names = ["full_attention_inv_freq", "sliding_attention_inv_freq"] if not hasattr(rotary, "inv_freq") else ["inv_freq"]
+    return np.stack([getattr(rotary, name).numpy() for name in names])
+
+
 def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     config_json = {k: v for k, v in {**COMMON, **config_json}.items() if v is not None}
-    config = AutoConfig.for_model(**config_json)
+    config = AutoConfig.for_model(**json.loads(json.dumps(config_json)))  # it writes into what it is given
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     tied = config_json["tie_word_embeddings"]
     weights = {}
     for key, parameter in model.named_parameters():
-        parameter.data.copy_(random_weight(key, parameter, generator))
+        make_weight = partial(realistic_weight, name) if name in MAGNITUDES else random_weight
+        parameter.data.copy_(make_weight(key, parameter, generator))
         put_large_key_bias(name, key, parameter.data, model.model.layers[0].self_attn.head_dim)
-        stored = np.float16 if parameter.ndim == 2 else np.float32
-        weights[key] = parameter.data.numpy().astype(stored)
-        assert np.array_equal(weights[key].astype(np.float32), parameter.data.numpy()), key
+        stored = parameter.data.numpy().astype(np.float16 if parameter.ndim > 1 else np.float32)
+        assert np.array_equal(stored.astype(np.float32), parameter.data.numpy()), key
+        weights |= published(name, key, stored)
     assert ("lm_head.weight" in weights) == (not tied)
 
     # 263: the ids that the fixtures' tokenizer knows; a larger vocab_size is padding, as published
     # models have it
     token_ids = torch.randint(0, 263, (n_tokens,), generator=generator)
     blocks: list[torch.Tensor] = []
+    first: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _m, inputs: first.append(inputs[0][0]))
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _m, _i, out: blocks.append(out[0]))
     with torch.no_grad():
         logits = model(token_ids[None]).logits[0]
-    hidden = [model.model.embed_tokens(token_ids), *(b.reshape(n_tokens, -1) for b in blocks)]
+    hidden = [first[0], *(b.reshape(n_tokens, -1) for b in blocks)]
     rows = np.unique(np.linspace(0, n_tokens - 1, 16).astype(np.int64))
     np.savez_compressed(
         DATA / f"{name}.npz",
@@ -200,7 +358,7 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
         rows=rows.astype(np.int32),
         hidden=np.stack([h.detach().numpy()[rows] for h in hidden]),
         logits=logits.numpy()[rows],
-        inv_freq=model.model.rotary_emb.inv_freq.numpy(),
+        inv_freq=rope_tables(model.model.rotary_emb),
         **{f"weights/{key}": w for key, w in weights.items()},
     )
 

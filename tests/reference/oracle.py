@@ -79,6 +79,22 @@ def rmsnorm(x: Array, w: Array, eps: float) -> Array:
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * w
 
 
+def silu(x: Array) -> Array:
+    return x / (1.0 + np.exp(-x))
+
+
+def gelu_tanh(x: Array) -> Array:
+    return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
+
+
+GATES = {"swiglu": silu, "geglu_tanh": gelu_tanh}
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """0 = none."""
+    return cap * np.tanh(x / cap) if cap else x
+
+
 def rope(x: Array, inv_freq: Array) -> Array:
     """Rotate pairs (i, i + head_dim / 2). x (n_tokens, n_heads, head_dim) at positions 0.. -> the
     same shape.
@@ -165,6 +181,9 @@ class Oracle:
     def _norm(self, name: str, x: Array) -> Array:
         return rmsnorm(x, self.weights[name], self.config["norm_eps"])
 
+    def _norm_if_there(self, name: str, x: Array) -> Array:
+        return self._norm(name, x) if name in self.weights else x
+
     def _attention(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """q (n_tokens, n_heads, any), k (n_tokens, n_kv_heads, any) and v (n_tokens, n_kv_heads, head_dim)
         -> (n_tokens, n_heads, head_dim)."""
@@ -172,6 +191,7 @@ class Oracle:
         n_rep = n_heads // k.shape[1]
         k, v = np.repeat(k, n_rep, axis=1), np.repeat(v, n_rep, axis=1)
         scores = np.einsum("ihd,jhd->hij", q, k, optimize=True) / np.sqrt(v.shape[-1])
+        scores = softcap(scores, self.config.get("attention_softcap", 0))
         seen = visible(n_tokens, layer_field(self.config, "window", layer))
         scores = np.where(seen, scores, -np.inf)
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -191,12 +211,15 @@ class Oracle:
         cfg, trace = self.config, Trace(x=x)
         n_tokens, head_dim = len(x), cfg["head_dim"]
 
-        trace["attention_normed"] = xn = self._norm(f"layers.{layer}.attention_norm", x)
+        trace["attention_normed"] = xn = self._norm_if_there(f"layers.{layer}.attention_norm", x)
         xn = self._through_codes(trace, "attention_normed", xn, X_GROUP)
         trace["q"] = q = self._linear(layer, "wq", xn).reshape(n_tokens, -1, head_dim)
         trace["k"] = k = self._linear(layer, "wk", xn).reshape(n_tokens, -1, head_dim)
         trace["v"] = v = self._linear(layer, "wv", xn).reshape(n_tokens, -1, head_dim)
-        if cfg["qk_norm"]:
+        if cfg.get("qk_norm_all_heads"):
+            q = self._norm(f"layers.{layer}.q_norm", q.reshape(n_tokens, -1)).reshape(q.shape)
+            k = self._norm(f"layers.{layer}.k_norm", k.reshape(n_tokens, -1)).reshape(k.shape)
+        elif cfg["qk_norm"]:
             q = self._norm(f"layers.{layer}.q_norm", q)
             k = self._norm(f"layers.{layer}.k_norm", k)
         inv_freq = self.weights[f"rope.{layer_field(cfg, 'rope', layer)}.inv_freq"]
@@ -209,16 +232,39 @@ class Oracle:
         v = self._through_codes(trace, "v", v, head_dim)
         trace["attention"] = o = self._attention(layer, q, k, v).reshape(n_tokens, -1)
         o = self._through_codes(trace, "attention", o, X_GROUP)
-        trace["x_attention"] = x = x + self._linear(layer, "wo", o)
+        trace["x_attention"] = x = x + self._norm_if_there(f"layers.{layer}.post_attention_norm", self._linear(layer, "wo", o))
 
-        trace["ffn_normed"] = xn = self._norm(f"layers.{layer}.ffn_norm", x)
-        xn = self._through_codes(trace, "ffn_normed", xn, X_GROUP)
+        trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
+        xn_exact, xn = xn, self._through_codes(trace, "ffn_normed", xn, X_GROUP)
+        if cfg.get("n_experts"):
+            branch = self._experts(layer, trace, xn_exact, xn)
+            trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch)
+            return trace
         trace["gate"] = gate = self._linear(layer, "w_gate", xn)
         trace["up"] = up = self._linear(layer, "w_up", xn)
-        trace["h"] = h = gate / (1.0 + np.exp(-gate)) * up
+        trace["h"] = h = GATES[layer_field(cfg, "activation", layer)](gate) * up
         h = self._through_codes(trace, "h", h, X_GROUP)
-        trace["out"] = x + self._linear(layer, "w_down", h)
+        trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", self._linear(layer, "w_down", h))
         return trace
+
+    def _experts(self, layer: int, trace: Trace, xn_exact: Array, xn: Array) -> Array:
+        """The router sees xn_exact (n_tokens, dim), the experts xn -> (n_tokens, dim)."""
+        cfg = self.config
+        logits = xn_exact @ self.weights[f"layers.{layer}.router"].reshape(cfg["n_experts"], -1).T
+        p = np.exp(log_softmax(logits))
+        taken = np.argsort(-logits, axis=1, kind="stable")[:, : cfg["n_experts_used"]]
+        total = np.take_along_axis(p, taken, axis=1).sum(axis=1) if cfg.get("experts_normalized") else np.ones(len(p))
+        gate_of, out, codes = GATES[layer_field(cfg, "activation", layer)], np.zeros_like(xn), []
+        for t, row in enumerate(xn):
+            row_codes: Trace = {}
+            for slot, e in enumerate(sorted(taken[t])):
+                gate, up = (self._linear(layer, f"experts.{e}.{name}", row) for name in ("w_gate", "w_up"))
+                h = self._through_codes(row_codes, str(slot), gate_of(gate) * up, X_GROUP)
+                out[t] += p[t, e] / total[t] * self._linear(layer, f"experts.{e}.w_down", h)
+            codes.append(list(row_codes.values()))
+        if self.quantized:
+            trace["h_codes"] = np.array(codes)
+        return out
 
     def embed(self, token_ids: ArrayLike) -> Array:
         """(n_tokens) -> (n_tokens, dim), the rows of the embedding as the file holds them."""
@@ -235,7 +281,8 @@ class Oracle:
         """The last layer's output (n_tokens, dim) -> logits (n_tokens, vocab_size)."""
         xn = self._through_codes({}, "normed", self._norm("norm", x), X_GROUP)
         tied = self.config["tie_embeddings"]
-        return xn @ self.weights["tok_embeddings" if tied else "output"].T
+        logits = xn @ self.weights["tok_embeddings" if tied else "output"].T
+        return softcap(logits, self.config.get("logits_softcap", 0))
 
     def logits(self, token_ids: ArrayLike) -> Array:
         """(n_tokens) ids at positions 0.. -> (n_tokens, vocab_size) float64."""

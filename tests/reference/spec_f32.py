@@ -152,6 +152,40 @@ def swiglu(gate: F32, up: F32) -> F32:
     return (gate * (f32(1) / (f32(1) + exp(-gate)))) * up
 
 
+def geglu_tanh(gate: F32, up: F32) -> F32:
+    z = gate * fmaf(gate * gate, f32(7.1354816272600251e-2), f32(1.5957691216057308))
+    return (gate * (f32(1) / (f32(1) + exp(-z)))) * up
+
+
+GATES = {"swiglu": swiglu, "geglu_tanh": geglu_tanh}
+
+
+def softcap(x: F32, cap: float) -> F32:
+    """0 = none."""
+    if not cap:
+        return x
+    e = exp(x * (f32(2) / f32(cap)))
+    return f32(cap) * ((e - f32(1)) / (e + f32(1)))
+
+
+def route(x: F32, router: F32, n_used: int, normalized: bool) -> tuple[Array, F32]:
+    """x (n_tokens, dim), router (n_experts, dim) -> which experts each row takes, and their weights, (n_tokens, n_experts)."""
+    pad = [(0, 0), (0, -x.shape[1] % LANES)]
+    x, router = np.pad(x, pad), np.pad(router, pad)
+    a = np.zeros((len(x), len(router), LANES), dtype=f32)
+    for i in range(0, x.shape[1], LANES):
+        a = fmaf(x[:, None, i : i + LANES], router[None, :, i : i + LANES], a)
+    logits = _tree(a)
+    order = np.argsort(-logits, axis=1, kind="stable")  # ties: the lower index
+    taken = np.zeros(logits.shape, bool)
+    np.put_along_axis(taken, order[:, :n_used], True, axis=1)
+    p = exp(logits - logits.max(axis=1, keepdims=True))
+    total = np.zeros(len(x), f32)
+    for e in range(len(router)):
+        total = np.where(taken[:, e] | (not normalized), total + p[:, e], total)
+    return taken, p / total[:, None]
+
+
 # ---------------------------------------------------------------------- section 8
 
 
@@ -252,6 +286,9 @@ class Spec:
     def _norm(self, name: str, x: F32) -> F32:
         return rmsnorm(x, self.vectors[name], self.config["norm_eps"])
 
+    def _norm_if_there(self, name: str, x: F32) -> F32:
+        return self._norm(name, x) if name in self.vectors else x
+
     def _inv_freq(self, layer: int) -> F32:
         return self.vectors[f"rope.{layer_field(self.config, 'rope', layer)}.inv_freq"]
 
@@ -270,7 +307,7 @@ class Spec:
         """q (n_tokens, n_heads, head_dim), k and v (n_tokens, n_kv_heads, head_dim) -> like q."""
         n_tokens, n_heads, head_dim = q.shape
         seen = visible(n_tokens, layer_field(self.config, "window", layer))
-        c = f32(1) / np.sqrt(f32(head_dim))
+        c, cap = f32(1) / np.sqrt(f32(head_dim)), self.config.get("attention_softcap", 0)
         (q_codes, q_scales), (k_codes, k_scales) = quantize(q), quantize(k)
         v_codes, v_scales = quantize(v, head_dim, 1)
         trace.update(q_codes=q_codes, k_codes=k_codes, v_codes=v_codes)
@@ -279,7 +316,7 @@ class Spec:
         for head in range(n_heads):
             kv = head // (n_heads // k.shape[1])
             if self.kv_dtype == "f32":
-                scores = scores_f32(q[:, head], k[:, kv], c)
+                scores = softcap(scores_f32(q[:, head], k[:, kv], c), cap)
                 out[:, head] = attend(scores, seen, v[:, kv], np.ones(n_tokens, dtype=f32))
             else:
                 q_head = q_codes[:, head], q_scales[:, head]
@@ -287,6 +324,7 @@ class Spec:
                 if key_bias is not None:
                     bias = key_bias.reshape(-1, head_dim)[kv]
                     scores = key_bias_scores(scores, q[:, head], bias, self._inv_freq(layer), c)
+                scores = softcap(scores, cap)
                 v_head = v_codes[:, kv, 0].astype(f32)
                 out[:, head] = attend(scores, seen, v_head, v_scales[:, kv, 0])
         return out
@@ -296,12 +334,15 @@ class Spec:
         cfg, trace = self.config, Trace(x=x)
         n_tokens, head_dim = len(x), cfg["head_dim"]
 
-        trace["attention_normed"] = xn = self._norm(f"layers.{layer}.attention_norm", x)
+        trace["attention_normed"] = xn = self._norm_if_there(f"layers.{layer}.attention_norm", x)
         x_q = self._quantize_input(trace, "attention_normed", xn)
         trace["q"] = q = self._linear(layer, "wq", x_q).reshape(n_tokens, -1, head_dim)
         trace["k"] = k = self._linear(layer, "wk", x_q).reshape(n_tokens, -1, head_dim)
         trace["v"] = v = self._linear(layer, "wv", x_q).reshape(n_tokens, -1, head_dim)
-        if cfg["qk_norm"]:
+        if cfg.get("qk_norm_all_heads"):
+            q = self._norm(f"layers.{layer}.q_norm", q.reshape(n_tokens, -1)).reshape(q.shape)
+            k = self._norm(f"layers.{layer}.k_norm", k.reshape(n_tokens, -1)).reshape(k.shape)
+        elif cfg["qk_norm"]:
             q = self._norm(f"layers.{layer}.q_norm", q)
             k = self._norm(f"layers.{layer}.k_norm", k)
         if self.kv_dtype == "f32" and (key_bias := self.vectors.get(f"layers.{layer}.key_bias")) is not None:
@@ -310,15 +351,39 @@ class Spec:
         trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
         trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
         o_q = self._quantize_input(trace, "attention", o)
-        trace["x_attention"] = x = self._linear(layer, "wo", o_q) + x
+        branch = self._norm_if_there(f"layers.{layer}.post_attention_norm", self._linear(layer, "wo", o_q))
+        trace["x_attention"] = x = branch + x
 
-        trace["ffn_normed"] = xn = self._norm(f"layers.{layer}.ffn_norm", x)
+        trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
         x_q = self._quantize_input(trace, "ffn_normed", xn)
+        if cfg.get("n_experts"):
+            branch = self._experts(layer, trace, xn, x_q)
+            trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
+            return trace
         trace["gate"] = gate = self._linear(layer, "w_gate", x_q)
         trace["up"] = up = self._linear(layer, "w_up", x_q)
-        trace["h"] = h = swiglu(gate, up)
-        trace["out"] = self._linear(layer, "w_down", self._quantize_input(trace, "h", h)) + x
+        trace["h"] = h = GATES[layer_field(cfg, "activation", layer)](gate, up)
+        branch = self._linear(layer, "w_down", self._quantize_input(trace, "h", h))
+        trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
         return trace
+
+    def _experts(self, layer: int, trace: Trace, xn: F32, x_q: tuple[Array, F32]) -> F32:
+        """xn (n_tokens, dim) and its codes -> what the experts of each row give, (n_tokens, dim)."""
+        cfg, n_tokens = self.config, len(xn)
+        router = self.vectors[f"layers.{layer}.router"].reshape(cfg["n_experts"], -1)
+        taken, weights = route(xn, router, cfg["n_experts_used"], cfg.get("experts_normalized", False))
+        gate_of, total = GATES[layer_field(cfg, "activation", layer)], np.zeros_like(xn)
+        slots = np.cumsum(taken, axis=1) - 1  # of a taken expert: how many the row took before it
+        n_groups = -(-cfg["hidden_dim"] // 32)
+        trace["h_codes"] = codes = np.zeros((n_tokens, cfg["n_experts_used"], n_groups, 32), np.int8)
+        for e in range(cfg["n_experts"]):
+            rows = np.flatnonzero(taken[:, e])
+            x_rows = x_q[0][rows], x_q[1][rows]
+            gate, up = (self._linear(layer, f"experts.{e}.{name}", x_rows) for name in ("w_gate", "w_up"))
+            h_q = quantize(gate_of(gate, up), 32, 64)
+            codes[rows, slots[rows, e]] = h_q[0][:, :n_groups]
+            total[rows] = fmaf(weights[rows, e, None], self._linear(layer, f"experts.{e}.w_down", h_q), total[rows])
+        return total
 
     def embed(self, token_ids: ArrayLike) -> F32:
         """(n_tokens) -> (n_tokens, dim): code * scale, exact in float32."""
@@ -337,7 +402,8 @@ class Spec:
         """The last layer's output (n_tokens, dim) -> logits (n_tokens, vocab_size)."""
         x_q = self._quantize_input({}, "normed", self._norm("norm", x))
         tied = self.config["tie_embeddings"]
-        return matmul(*x_q, self.matrices["tok_embeddings" if tied else "output"])
+        logits = matmul(*x_q, self.matrices["tok_embeddings" if tied else "output"])
+        return softcap(logits, self.config.get("logits_softcap", 0))
 
     def logits(self, token_ids: ArrayLike) -> F32:
         """(n_tokens) ids at positions 0.. -> (n_tokens, vocab_size) float32."""

@@ -46,7 +46,7 @@ def matrix(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Any:
 
 def model_config(stored: dict[str, Any], inv_freq: Any) -> ModelConfig:
     """The trainer's configuration of a frozen config.json; the file has RoPE's frequencies, not its base."""
-    for name in ("qkv_bias", "o_bias", "requires"):
+    for name in ("qkv_bias", "o_bias", "qk_norm_all_heads", "attention_softcap", "logits_softcap", "n_experts", "requires"):
         if stored.get(name):
             raise ConfigError(f"the model has {name}, which the trainer does not know")
     plain = {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"}

@@ -33,6 +33,15 @@ _F32 = [
     0xFF800000,
     0x7FC00000,
 ]
+_OPTIONAL = [  # keys of config.json that the seed does not have, or says otherwise
+    ("attention_softcap", [0, 50.0, 2.0**-10, 2.0**20, -1, 1e300]),
+    ("logits_softcap", [0.0, 30.0, 2.0**-10, 2.0**20, True]),
+    ("qk_norm_all_heads", [False, True]),
+    ("n_experts", [0, 1, 2, 1024]),
+    ("n_experts_used", [0, 1]),
+    ("norm", ["rmsnorm_after", "rmsnorm_around"]),
+    ("activation", ["geglu_tanh"]),
+]
 _TEXTS = [
     b"[]",
     b"null",
@@ -110,6 +119,9 @@ def changed_attachment(rng: random.Random, name: str, content: bytes) -> bytes:
     kind = rng.randrange(10)
     if kind < 7:
         document = json.loads(content)
+        if name == "config.json" and rng.random() < 0.3:
+            key, values = rng.choice(_OPTIONAL)
+            (document["layers"] if key in document["layers"] else document)[key] = rng.choice(values)
         changed = changed_tokenizer(rng, document) if name == "tokenizer.json" else mutations.mutated(rng, document)
         return json.dumps(changed).encode()
     if kind == 7:

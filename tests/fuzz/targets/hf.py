@@ -28,7 +28,9 @@ _DOCUMENTS = (
 _CONFIG_KEYS = words("""
 architectures attention_bias bos_token_id eos_token_id head_dim hidden_act layer_types max_window_layers mlp_bias model_type
 num_key_value_heads original_max_position_embeddings partial_rotary_factor quantization_config rms_norm_eps rope_parameters
-rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window
+rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window attention_multiplier attn_logit_softcapping
+embedding_multiplier final_logit_softcapping hidden_activation logits_scaling no_rope_layer_interval no_rope_layers
+query_pre_attn_scalar residual_multiplier rope_local_base_freq sliding_window_pattern
 """)
 _ROPE = [
     {
@@ -48,6 +50,14 @@ _KINDS = [
     ("MistralForCausalLM", "mistral"),
     ("Qwen2ForCausalLM", "qwen2"),
     ("Qwen3ForCausalLM", "qwen3"),
+    ("GraniteForCausalLM", "granite"),
+    ("SmolLM3ForCausalLM", "smollm3"),
+    ("Phi3ForCausalLM", "phi3"),
+    ("Gemma2ForCausalLM", "gemma2"),
+    ("Gemma3ForCausalLM", "gemma3_text"),
+    ("Olmo2ForCausalLM", "olmo2"),
+    ("MixtralForCausalLM", "mixtral"),
+    ("Qwen3MoeForCausalLM", "qwen3_moe"),
 ]
 _NAMES = [
     "../../etc/passwd",

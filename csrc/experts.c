@@ -1,0 +1,93 @@
+/* experts.c: see experts.h. Route every row, then walk the experts in ascending order: gather the rows that take it, multiply,
+ * add. What a row gets does not depend on which rows are beside it: a product's bits do not, and its experts are added in
+ * ascending order. */
+#include "experts.h"
+
+#include <string.h>
+
+#include "kernels/pe_math.h"
+
+typedef struct job {
+    pe_slice *s;
+    const pe_layer *layer;
+    uint32_t expert;
+} job;
+
+/* ------------------------------------------------------------------ the router */
+
+/* The n_used experts with the largest logits, ties by index, marked in `taken` (n). A NaN is never larger, and whatever the
+ * logits are, n_used different experts are taken. */
+static void choose(const float *logits, size_t n, size_t n_used, uint8_t *taken) {
+    memset(taken, 0, n);
+    for (size_t k = 0; k < n_used; k++) {
+        size_t best = n;
+        for (size_t e = 0; e < n; e++)
+            if (!taken[e] && (best == n || logits[e] > logits[best])) best = e;
+        taken[best] = 1;
+    }
+}
+
+/* weights (n) of the chosen experts; the others' are not touched. logits are destroyed. */
+static void weigh(float *logits, size_t n, const uint8_t *taken, bool normalized, float *weights) {
+    float most = logits[0], total = 0.0f;
+    for (size_t e = 1; e < n; e++) most = logits[e] > most ? logits[e] : most;
+    for (size_t e = 0; e < n; e++) logits[e] = pe_expf(logits[e] - most);
+    for (size_t e = 0; e < n; e++)
+        if (!normalized || taken[e]) total += logits[e];
+    for (size_t e = 0; e < n; e++)
+        if (taken[e]) weights[e] = logits[e] / total;
+}
+
+static void route_unit(void *arg, size_t row, int thread) {
+    (void)thread;
+    job *j = arg;
+    pe_slice *s = j->s;
+    const pe_config *config = &s->model->config;
+    size_t dim = config->dim, stride = pe_x_stride(s->model), n = config->n_experts;
+    float *input = s->normed + row * stride, *weights = s->expert_weights + row * n, logits[PE_MAX_EXPERTS];
+    memcpy(input, s->x + row * stride, dim * sizeof *input);
+    if (j->layer->ffn_norm != NULL) {
+        float sum_of_squares = s->kernels->rmsnorm(input, input, j->layer->ffn_norm, dim, config->norm_eps);
+        pe_slice_note_bits(s, row, pe_float_bits(sum_of_squares) & 0x7fffffffu);
+    }
+    memset(s->branch + row * stride, 0, stride * sizeof *s->branch);
+    for (size_t e = 0; e < n; e++) {
+        logits[e] = s->kernels->dot_f32(input, j->layer->router + e * dim, dim);
+        pe_slice_note_bits(s, row, pe_float_bits(logits[e]) & 0x7fffffffu);
+    }
+    choose(logits, n, config->n_experts_used, s->expert_taken + row * n);
+    weigh(logits, n, s->expert_taken + row * n, config->experts_normalized, weights);
+}
+
+/* ------------------------------------------------------------------ one expert */
+
+/* branch += weight * what the expert gave; unit: one of the rows that took it. */
+static void add_unit(void *arg, size_t unit, int thread) {
+    (void)thread;
+    job *j = arg;
+    pe_slice *s = j->s;
+    size_t row = s->selected[unit], stride = pe_x_stride(s->model);
+    float weight = s->expert_weights[row * s->model->config.n_experts + j->expert];
+    s->kernels->add_scaled(s->branch + row * stride, s->expert_out + unit * stride, weight, s->model->config.dim);
+}
+
+static void run_expert(job *j, pe_epilogue gate) {
+    pe_slice *s = j->s;
+    const pe_model *model = s->model;
+    const pe_expert *expert = &j->layer->experts[j->expert];
+    size_t n = 0, stride = pe_x_stride(model), h_stride = pe_h_stride(model);
+    for (size_t row = 0; row < s->n_tokens; row++)
+        if (s->expert_taken[row * model->config.n_experts + j->expert]) s->selected[n++] = row;
+    if (n == 0) return;
+    pe_quantize_rows(s, s->normed, stride, s->selected, n, model->config.dim, NULL);
+    pe_matmul(s, &expert->w_gate_up, NULL, s->h, h_stride, gate);
+    pe_quantize_gathered(s, s->h, h_stride, s->selected, n, model->config.hidden_dim);
+    pe_matmul(s, &expert->w_down, NULL, s->expert_out, stride, PE_STORE);
+    pe_parallel_for(s->n_threads, n, add_unit, j, s->control);
+}
+
+void pe_experts(pe_slice *s, const pe_layer *layer, pe_epilogue gate) {
+    job j = {s, layer, 0};
+    pe_parallel_for(s->n_threads, s->n_tokens, route_unit, &j, s->control);
+    for (; j.expert < s->model->config.n_experts && !pe_slice_is_cancelled(s); j.expert++) run_expert(&j, gate);
+}

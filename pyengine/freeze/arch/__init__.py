@@ -1,0 +1,52 @@
+"""The architectures that can be frozen, one file for each family. What is not here is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import ModelFormatError, UnsupportedModelError
+from .base import Architecture
+from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
+from .granite import GRANITE
+from .llama import LLAMA, MISTRAL
+from .mixture import MIXTRAL, QWEN3_MOE
+from .olmo2 import OLMO2
+from .phi3 import PHI3
+from .qwen import QWEN2, QWEN3
+from .smollm3 import SMOLLM3
+
+# Mistral's GGUF files call themselves "llama": of equal names the first counts.
+ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, MIXTRAL, QWEN3_MOE)
+
+
+def _unknown(name: Any, known: list[str]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"architecture {name!r:.80} is not implemented; known are {', '.join(dict.fromkeys(known))}"
+    )
+
+
+def architecture_of_hf(config: dict[str, Any]) -> Architecture:
+    """Of a config.json: by ``architectures``, or where that is absent by ``model_type``."""
+    named = config.get("architectures")
+    if named is None:
+        kind = config.get("model_type")
+        found = next((a for a in ARCHITECTURES if a.model_type == kind), None)
+        named = [kind]
+    else:
+        if not isinstance(named, list) or len(named) != 1:
+            raise ModelFormatError(f"config.json: architectures must name one, not {named!r:.200}")
+        found = next((a for a in ARCHITECTURES if a.hf == named[0]), None)
+    if found is None:
+        raise _unknown(named[0], [a.hf for a in ARCHITECTURES])
+    return found
+
+
+def architecture_of_gguf(name: str, *, has_experts: bool) -> Architecture:
+    """By ``general.architecture``, and by whether there are experts: Mixtral's files call themselves "llama" too."""
+    found = next((a for a in ARCHITECTURES if a.gguf == name and a.has_experts == has_experts), None)
+    if found is None and any(a.gguf == name for a in ARCHITECTURES):
+        what = "with" if has_experts else "without"
+        raise UnsupportedModelError(f"architecture {name!r:.80} {what} experts is not implemented")
+    if found is None:
+        raise _unknown(name, [a.gguf for a in ARCHITECTURES])
+    return found

@@ -1,0 +1,131 @@
+"""What an architecture is: names, and two functions from a source's configuration to traits.
+
+Fold first, flag last: whatever is linear (multipliers, gains of 1 + w, fused matrices, RoPE over a part of the head) is a
+``Fold`` of weights or a place in a tensor, applied in float64 when the file is written. What is not linear is a field of the
+frozen file's configuration (csrc/FORMAT.md section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ...format.config import LayerSpec
+from ...format.quantize import Float32Array, RowSource
+from ..fields import Fields
+
+Float64Array = npt.NDArray[np.float64]
+Order = npt.NDArray[np.intp]
+
+
+class SourceName(NamedTuple):
+    """A part's name in Hugging Face and GGUF files; ``{i}`` is the layer, ``{e}`` the expert: a name without it is of a tensor
+    (n_experts, rows, columns) of them all. ``fused``: that tensor holds all parts of the weight, one under the other."""
+
+    hf: str
+    gguf: str
+    fused: bool = False
+
+
+PARTS: Mapping[str, SourceName] = {
+    "tok_embeddings": SourceName("model.embed_tokens.weight", "token_embd.weight"),
+    "norm": SourceName("model.norm.weight", "output_norm.weight"),
+    "output": SourceName("lm_head.weight", "output.weight"),
+    "attention_norm": SourceName("model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
+    "q": SourceName("model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight"),
+    "k": SourceName("model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight"),
+    "v": SourceName("model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
+    "q.bias": SourceName("model.layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias"),
+    "k.bias": SourceName("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
+    "key_bias": SourceName("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
+    "v.bias": SourceName("model.layers.{i}.self_attn.v_proj.bias", "blk.{i}.attn_v.bias"),
+    "q_norm": SourceName("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
+    "k_norm": SourceName("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
+    "wo": SourceName("model.layers.{i}.self_attn.o_proj.weight", "blk.{i}.attn_output.weight"),
+    "wo.bias": SourceName("model.layers.{i}.self_attn.o_proj.bias", "blk.{i}.attn_output.bias"),
+    "ffn_norm": SourceName("model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+    "gate": SourceName("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
+    "up": SourceName("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
+    "down": SourceName("model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
+}
+
+
+class Fold(NamedTuple):
+    """What is done to a part on its way into the file: values become (value + offset) * scale, the sum in float32 as transformers
+    and GGUF's converters have it, the product in float64 and rounded once.
+
+    ``order`` (head_dim) says where each row of a head lies in the source's head; ``scale`` is a number, or (head_dim) one for
+    each row of a head, in the order of the file.
+    """
+
+    scale: float | Float64Array = 1.0
+    offset: float = 0.0
+    order: Order | None = None
+
+
+class Shape(NamedTuple):
+    """The sizes that every architecture has, in the names of FrozenConfig."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    tied: bool  # the embeddings are the output matrix too
+    context: int  # positions that the checkpoint is made for
+    n_ctx: int | None  # positions that are asked for, at most `context`; None = as many as come at no cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an architecture makes of a configuration, beyond the sizes."""
+
+    layers: tuple[LayerSpec, ...]  # (n_layers)
+    rope_tables: tuple[Float32Array, ...]  # each (head_dim / 2): the tables that the layers name
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    qk_norm_all_heads: bool = False
+    attention_softcap: float = 0.0
+    logits_softcap: float = 0.0
+    hidden_dim: int | None = None  # None: intermediate_size, feed_forward_length
+    n_experts: int = 0
+    n_experts_used: int = 0
+    experts_normalized: bool = False
+    max_seq_len: int | None = None  # None: what is asked for, or the checkpoint's own
+    folds: Mapping[str, Fold] = field(default_factory=dict)  # part -> what is done to it
+
+
+class Tensors(Protocol):
+    """What a reader of GGUF metadata may ask of the file's tensors."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def matrix(self, name: str) -> RowSource: ...
+
+    def vector(self, name: str) -> Float32Array: ...
+
+
+class Architecture(NamedTuple):
+    """One family of checkpoints.
+
+    ``from_hf`` reads config.json; ``from_gguf`` reads the metadata below the architecture's prefix, and where it must, tensors.
+    """
+
+    hf: str  # "architectures" in config.json
+    model_type: str  # "model_type" in config.json
+    gguf: str  # "general.architecture"
+    from_hf: Callable[[Fields, Shape], Traits]
+    from_gguf: Callable[[Fields, Shape, Tensors], Traits]
+    parts: Mapping[str, SourceName] = PARTS
+    hf_text: Mapping[str, str] | None = None  # of a model that sees: beginnings of the text model's tensors -> those of `parts`
+    has_experts: bool = False
+    gguf_permuted: bool = False  # q and k rows are interleaved for RoPE in GGUF
+    hf_defaults: Mapping[str, Any] = {}  # of transformers' class, for sizes that published files leave out
+    gguf_keys: frozenset[str] = frozenset()  # what it reads beyond the keys that all have
+    gguf_tensors: frozenset[str] = frozenset()  # what `from_gguf` reads: they have no place in the frozen file

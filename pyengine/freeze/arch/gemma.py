@@ -1,0 +1,211 @@
+"""Gemma 2 and Gemma 3 (its text model): gains of 1 + w, scaled embeddings and queries are folded; norms around both halves of
+a layer, GELU, windows with a RoPE table of their own and softcaps are fields of the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import UnsupportedModelError
+from ...format.config import LayerSpec
+from ...format.quantize import Float32Array
+from ..fields import Fields
+from ..rope import rope_inv_freq
+from . import gguf_keys, hf_config
+from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
+
+_NORMS = "rmsnorm_around"
+_GAINS = ("attention_norm", "post_attention_norm", "ffn_norm", "post_ffn_norm", "q_norm", "k_norm", "norm")
+_PERIOD = {2: 2, 3: 6}  # generation -> the last layer of so many has no window
+_GLOBAL_BASE, _LOCAL_BASE = 1_000_000.0, 10_000.0  # of Gemma 3
+_GELU = "gelu_pytorch_tanh"
+_LAYERS_27B = {2: 46, 3: 62}
+
+_PARTS = {
+    **PARTS,
+    "post_attention_norm": SourceName(
+        "model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.post_attention_norm.weight"
+    ),
+    "ffn_norm": SourceName("model.layers.{i}.pre_feedforward_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+    "post_ffn_norm": SourceName("model.layers.{i}.post_feedforward_layernorm.weight", "blk.{i}.post_ffw_norm.weight"),
+}
+
+
+def _folds(shape: Shape, query: float, offset: float, qk_norm: bool) -> dict[str, Fold]:
+    """``query`` is what scores are multiplied by; ``offset`` is 1, or 0 where gains are whole already, as in GGUF."""
+    gains = {part: Fold(offset=offset) for part in _GAINS}
+    embedding, ratio = math.sqrt(shape.dim), query * math.sqrt(shape.head_dim)
+    gains["norm"] = Fold(1.0 / embedding if shape.tied else 1.0, offset)
+    queries = {"q_norm": Fold(ratio, offset)} if qk_norm else {"q": Fold(ratio), "q.bias": Fold(ratio)}
+    return {**gains, **queries, "tok_embeddings": Fold(embedding)}
+
+
+def _default_kinds(n_layers: int, period: int) -> list[str]:
+    return [hf_config.SLIDING if (i + 1) % period else hf_config.FULL for i in range(n_layers)]
+
+
+def _layers(
+    kinds: Sequence[str], windows: Sequence[int], tables: Mapping[str, Float32Array], activation: str
+) -> tuple[tuple[LayerSpec, ...], tuple[Float32Array, ...]]:
+    """(the layers, their tables), the tables numbered in the order in which layers need them."""
+    used = list(dict.fromkeys(kinds))
+    layers = tuple(
+        LayerSpec(window, used.index(kind), _NORMS, activation) for kind, window in zip(kinds, windows, strict=True)
+    )
+    return layers, tuple(tables[kind] for kind in used)
+
+
+# ---------------------------------------------------------------------------- Hugging Face
+
+
+def _period(config: Fields) -> int:
+    period = config.integer("sliding_window_pattern", _PERIOD[3])
+    if period < 1:
+        raise config.wrong("sliding_window_pattern", "a positive integer")
+    return period
+
+
+def _tables_hf(config: Fields, head_dim: int) -> dict[str, Float32Array]:
+    """Gemma 3's two tables. ``rope_parameters`` has an object for each kind of layer; older files have the bases in two keys,
+    and a ``rope_scaling`` that is of the full layers only."""
+    inside = Fields(config.table("rope_parameters", {}), "config.json: rope_parameters")
+    bases = {
+        hf_config.FULL: config.number("rope_theta", _GLOBAL_BASE),
+        hf_config.SLIDING: config.number("rope_local_base_freq", _LOCAL_BASE),
+    }
+    objects = {kind: inside.table(kind, {}) for kind in bases}
+    objects[hf_config.FULL] = {**objects[hf_config.FULL], **config.table("rope_scaling", {})}
+    tables = {}
+    for kind, found in objects.items():
+        scaling = Fields(found, f"config.json: RoPE parameters of {kind}")
+        rope_type = scaling.text("rope_type", scaling.text("type", "default"))
+        if scaling.number("partial_rotary_factor", 1.0) != 1.0 or rope_type == "llama3":
+            raise UnsupportedModelError(f"RoPE type {rope_type!r:.80}, or one over a part of the head, for this architecture")
+        base = scaling.number("rope_theta", bases[kind])
+        tables[kind] = rope_inv_freq(head_dim, base, {**found, "rope_type": rope_type})
+    return tables
+
+
+def _common_hf(config: Fields, shape: Shape, qk_norm: bool) -> dict[str, Any]:
+    if config.flag("use_bidirectional_attention", False):
+        raise UnsupportedModelError("attention that is not causal (use_bidirectional_attention) is not implemented")
+    has_bias = config.flag("attention_bias", False)
+    query = hf_config.multiplier(config, "query_pre_attn_scalar") ** -0.5
+    return {
+        "qkv_bias": has_bias,
+        "o_bias": has_bias,
+        "qk_norm": qk_norm,
+        "attention_softcap": hf_config.softcap(config, "attn_logit_softcapping"),
+        "logits_softcap": hf_config.softcap(config, "final_logit_softcapping"),
+        "folds": _folds(shape, query, 1.0, qk_norm),
+    }
+
+
+def _gemma3_hf(config: Fields, shape: Shape) -> Traits:
+    kinds = hf_config.layer_kinds(config, _default_kinds(shape.n_layers, _period(config)))
+    activation = hf_config.activation(config, "hidden_activation", _GELU)
+    tables = _tables_hf(config, shape.head_dim)
+    layers, used = _layers(kinds, hf_config.windows(config, kinds), tables, activation)
+    return Traits(layers=layers, rope_tables=used, **_common_hf(config, shape, qk_norm=True))
+
+
+def _gemma2_hf(config: Fields, shape: Shape) -> Traits:
+    kinds = hf_config.layer_kinds(config, _default_kinds(shape.n_layers, _PERIOD[2]))
+    activation = hf_config.activation(config, "hidden_activation", _GELU)
+    windows = hf_config.windows(config, kinds)
+    return Traits(
+        layers=tuple(LayerSpec(window, 0, _NORMS, activation) for window in windows),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **_common_hf(config, shape, qk_norm=False),
+    )
+
+
+# ---------------------------------------------------------------------------- GGUF
+
+
+def _query_scale_gguf(shape: Shape, generation: int) -> float:
+    """The format has no key for it: its readers know that the 27B models alone do not divide by sqrt(head_dim)."""
+    if shape.n_layers == _LAYERS_27B[generation]:
+        return float((shape.dim / shape.n_heads) ** -0.5)
+    return float(shape.head_dim**-0.5)
+
+
+def _kinds_gguf(keys: Fields, n_layers: int, generation: int) -> list[str]:
+    """``sliding_window_pattern``: a period, or a flag for each layer; absent from older files."""
+    key = "attention.sliding_window_pattern"
+    found = keys.raw(key)
+    if found is None or type(found) is int:
+        period = _PERIOD[generation] if found is None else found
+        if period < 1:
+            raise keys.wrong(key, "a positive integer")
+        return _default_kinds(n_layers, period)
+    flags = list(found) if hasattr(found, "__len__") and not isinstance(found, str) else []
+    if len(flags) != n_layers or not all(flag in (0, 1) for flag in flags):
+        raise keys.wrong(key, "an integer, or a 0 or 1 for each layer")
+    return [hf_config.SLIDING if flag else hf_config.FULL for flag in flags]
+
+
+def _windows_gguf(keys: Fields, kinds: Sequence[str]) -> list[int]:
+    window = gguf_keys.window(keys)
+    return [window if kind == hf_config.SLIDING else 0 for kind in kinds]
+
+
+def _common_gguf(keys: Fields, shape: Shape, file: Tensors, generation: int) -> dict[str, Any]:
+    qk_norm = generation == 3
+    return {
+        "qkv_bias": gguf_keys.has_bias(file, "attn_q"),
+        "o_bias": gguf_keys.has_bias(file, "attn_output"),
+        "qk_norm": qk_norm,
+        "attention_softcap": gguf_keys.softcap(keys, "attn_logit_softcapping"),
+        "logits_softcap": gguf_keys.softcap(keys, "final_logit_softcapping"),
+        "folds": _folds(shape, _query_scale_gguf(shape, generation), 0.0, qk_norm),
+    }
+
+
+def _gemma3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    """A rope.scaling is of the layers without a window."""
+    kinds = _kinds_gguf(keys, shape.n_layers, 3)
+    tables = {
+        hf_config.FULL: gguf_keys.rope_table(keys, shape.head_dim, file, _GLOBAL_BASE),
+        hf_config.SLIDING: rope_inv_freq(shape.head_dim, keys.number("rope.freq_base_swa", _LOCAL_BASE), None),
+    }
+    layers, used = _layers(kinds, _windows_gguf(keys, kinds), tables, "geglu_tanh")
+    return Traits(layers=layers, rope_tables=used, **_common_gguf(keys, shape, file, 3))
+
+
+def _gemma2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    windows = _windows_gguf(keys, _kinds_gguf(keys, shape.n_layers, 2))
+    return Traits(
+        layers=tuple(LayerSpec(window, 0, _NORMS, "geglu_tanh") for window in windows),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        **_common_gguf(keys, shape, file, 2),
+    )
+
+
+# What published files leave out: transformers' classes have it.
+_DEFAULTS = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096,
+    "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+_KEYS = frozenset({"attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping"})
+
+GEMMA2 = Architecture(
+    "Gemma2ForCausalLM", "gemma2", "gemma2", _gemma2_hf, _gemma2_gguf, _PARTS, gguf_keys=_KEYS,
+    hf_defaults={**_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192},
+)  # fmt: skip
+GEMMA3 = Architecture(
+    "Gemma3ForCausalLM", "gemma3_text", "gemma3", _gemma3_hf, _gemma3_gguf, _PARTS, gguf_keys=_KEYS | {"rope.freq_base_swa"},
+    hf_defaults={**_DEFAULTS, "max_position_embeddings": 131_072, "vocab_size": 262_208},
+)  # fmt: skip
+# The models from 4B on see images. Published files have the first spelling of names, transformers 5 writes the last two.
+GEMMA3_IMAGES = GEMMA3._replace(
+    hf="Gemma3ForConditionalGeneration",
+    model_type="gemma3",
+    hf_text={
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+        "model.language_model.": "model.",
+        "lm_head.": "lm_head.",
+    },
+)

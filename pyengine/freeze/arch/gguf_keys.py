@@ -1,0 +1,82 @@
+"""What several architectures read in a GGUF file's metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...errors import ModelFormatError, UnsupportedModelError
+from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, LayerSpec
+from ...format.quantize import Float32Array
+from ..fields import Fields
+from ..rope import rope_inv_freq
+from .base import Shape, Tensors
+
+ROPE_DIVISORS = "rope_freqs.weight"
+
+
+def window(keys: Fields, default: int = 0) -> int:
+    """``attention.sliding_window`` in positions, 0 for none."""
+    found = keys.integer("attention.sliding_window", default)
+    return 0 if found > MAX_POSITIONS else found  # wider than any context
+
+
+def same_windows(keys: Fields, shape: Shape, **spec: Any) -> tuple[LayerSpec, ...]:
+    return (LayerSpec(window=window(keys), **spec),) * shape.n_layers
+
+
+def rope_dimensions(keys: Fields, head_dim: int) -> int:
+    """How many elements of a head RoPE turns."""
+    return keys.integer("rope.dimension_count", head_dim)
+
+
+def scaling(keys: Fields) -> dict[str, Any] | None:
+    """``rope.scaling`` as transformers' dictionary, or None."""
+    kind = keys.text("rope.scaling.type", "none")
+    factor = keys.number("rope.scaling.factor", 1.0)
+    if "rope.scaling.type" not in keys:
+        factor = keys.number("rope.scale_linear", factor)
+        kind = "linear" if factor != 1.0 else "none"
+    if factor == 0.0 and kind == "linear":  # how some converters write that there is none
+        kind = "none"
+    return None if kind == "none" else {"rope_type": kind, "factor": factor}
+
+
+def divisors(file: Tensors, name: str, n: int) -> Float32Array:
+    """A tensor of n positive numbers that RoPE frequencies are divided by."""
+    found = file.vector(name)
+    if found.shape != (n,):
+        raise ModelFormatError(f"tensor {name!r} has {len(found)} values, not {n}")
+    if not (np.isfinite(found).all() and (found > 0).all()):
+        raise ModelFormatError(f"tensor {name!r} must hold finite positive numbers")
+    return found
+
+
+def rope_table(keys: Fields, head_dim: int, file: Tensors, default_base: float = 10_000.0) -> Float32Array:
+    """The one table of a model whose layers all turn whole heads."""
+    if rope_dimensions(keys, head_dim) != head_dim:
+        raise UnsupportedModelError("RoPE over a part of the head (rope.dimension_count) for this architecture")
+    inv_freq = rope_inv_freq(head_dim, keys.number("rope.freq_base", default_base), scaling(keys))
+    return inv_freq / divisors(file, ROPE_DIVISORS, head_dim // 2) if ROPE_DIVISORS in file.shapes else inv_freq
+
+
+def multiplier(keys: Fields, key: str, default: float = 1.0) -> float:
+    """A factor that may be folded into weights: the float32 in the file as the decimal that people wrote, 0.22."""
+    value = keys.number(key, default)
+    if not 1e-9 <= value <= 1e9:
+        raise keys.wrong(key, "a number in 1e-9..1e9")
+    return float(str(np.float32(value))) if key in keys else default
+
+
+def softcap(keys: Fields, key: str) -> float:
+    """A soft limit of scores or logits; 0 for none."""
+    value = float(str(np.float32(keys.number(key, 0.0))))
+    if not SOFTCAP_RANGE[0] <= value <= SOFTCAP_RANGE[1] and value != 0.0:
+        raise keys.wrong(key, f"0, or a number in {SOFTCAP_RANGE[0]}..{SOFTCAP_RANGE[1]}")
+    return value
+
+
+def has_bias(file: Tensors, part: str) -> bool:
+    """Whether layer 0 has it, and so all: ``part`` is "attn_q" or "attn_output"."""
+    return f"blk.0.{part}.bias" in file.shapes

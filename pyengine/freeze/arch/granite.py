@@ -1,0 +1,70 @@
+"""Granite 3 (dense): a Llama with four multipliers, all of them linear."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..fields import Fields
+from . import gguf_keys, hf_config
+from .base import Architecture, Fold, Shape, Tensors, Traits
+
+
+class _Multipliers(NamedTuple):
+    embedding: float
+    residual: float  # of what attention and the MLP add
+    attention: float  # of scores, instead of 1 / sqrt(head_dim)
+    logits: float  # logits are divided by it
+
+
+def _folds(m: _Multipliers, shape: Shape) -> dict[str, Fold]:
+    query = Fold(m.attention * math.sqrt(shape.head_dim))
+    final = m.logits * (m.embedding if shape.tied else 1.0)
+    return {
+        "tok_embeddings": Fold(m.embedding),
+        "q": query,
+        "q.bias": query,
+        "wo": Fold(m.residual),
+        "wo.bias": Fold(m.residual),
+        "down": Fold(m.residual),
+        "norm": Fold(1.0 / final),
+    }
+
+
+def _hf(config: Fields, shape: Shape) -> Traits:
+    has_bias = config.flag("attention_bias", False)
+    found = _Multipliers(
+        hf_config.multiplier(config, "embedding_multiplier"),
+        hf_config.multiplier(config, "residual_multiplier"),
+        hf_config.multiplier(config, "attention_multiplier"),
+        hf_config.multiplier(config, "logits_scaling"),
+    )
+    return Traits(
+        layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        folds=_folds(found, shape),
+    )
+
+
+def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    found = _Multipliers(
+        gguf_keys.multiplier(keys, "embedding_scale"),
+        gguf_keys.multiplier(keys, "residual_scale"),
+        gguf_keys.multiplier(keys, "attention.scale", 1.0 / math.sqrt(shape.head_dim)),
+        gguf_keys.multiplier(keys, "logit_scale"),
+    )
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
+        o_bias=gguf_keys.has_bias(file, "attn_output"),
+        folds=_folds(found, shape),
+    )
+
+
+GRANITE = Architecture(
+    "GraniteForCausalLM", "granite", "granite", _hf, _gguf, gguf_permuted=True,
+    gguf_keys=frozenset({"embedding_scale", "residual_scale", "attention.scale", "logit_scale"}),
+)  # fmt: skip

@@ -1,0 +1,119 @@
+"""What several architectures read in a Hugging Face config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import ModelFormatError, UnsupportedModelError
+from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, LayerSpec
+from ...format.quantize import Float32Array
+from ..fields import Fields
+from ..rope import rope_inv_freq
+from .base import Shape
+
+_DEFAULT_ROPE_THETA = 10_000.0
+FULL, SLIDING = "full_attention", "sliding_attention"
+_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
+
+
+def activation(config: Fields, key: str = "hidden_act", default: str = "silu") -> str:
+    """FrozenConfig's name of the activation."""
+    name = config.text(key, default)
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"activation {name!r:.80} is not implemented; known are {', '.join(sorted(_ACTIVATIONS))}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def multiplier(config: Fields, key: str, default: float = 1.0) -> float:
+    """A factor that may be folded into weights, and divided by."""
+    value = config.number(key, default)
+    if not 1e-9 <= value <= 1e9:
+        raise config.wrong(key, "a number in 1e-9..1e9")
+    return value
+
+
+def softcap(config: Fields, key: str) -> float:
+    """A soft limit of scores or logits; 0 for none, as null says."""
+    value = 0.0 if config.is_null(key) else config.number(key, 0.0)
+    if not SOFTCAP_RANGE[0] <= value <= SOFTCAP_RANGE[1] and key in config:
+        raise config.wrong(key, f"a number in {SOFTCAP_RANGE[0]}..{SOFTCAP_RANGE[1]}")
+    return value
+
+
+# ---------------------------------------------------------------------------- windows
+
+
+def layer_kinds(config: Fields, default: Sequence[str]) -> list[str]:
+    """``layer_types``: every layer's kind of attention, full or sliding."""
+    kinds = config.raw("layer_types") or list(default)
+    if not isinstance(kinds, list) or len(kinds) != len(default):
+        raise ModelFormatError("config.json: layer_types must name every layer's attention")
+    for kind in kinds:
+        if kind not in (FULL, SLIDING):
+            raise UnsupportedModelError(
+                f"a layer of type {kind!r:.80} is not implemented; known are {FULL} and {SLIDING}"
+            )
+    return kinds
+
+
+def windows(config: Fields, kinds: Sequence[str], default: int | None = None) -> list[int]:
+    """Every layer's attention window in positions, 0 for none. A key that is absent has ``default``, that of transformers'
+    class; null is none."""
+    none = [0] * len(kinds)
+    if SLIDING not in kinds or config.is_null("sliding_window"):
+        return none
+    if default is None and "sliding_window" not in config:
+        return none
+    window = config.integer("sliding_window", default or 0)
+    if window > MAX_POSITIONS:  # wider than any context
+        return none
+    return [window if kind == SLIDING else 0 for kind in kinds]
+
+
+def no_windows(shape: Shape, **spec: Any) -> tuple[LayerSpec, ...]:
+    """Every layer alike, and none with a window."""
+    return (LayerSpec(**spec),) * shape.n_layers
+
+
+# ---------------------------------------------------------------------------- RoPE
+
+
+def rope_scaling(config: Fields) -> tuple[Fields, dict[str, Any]]:
+    """The object that counts, for typed access, and as it is.
+
+    Newer configurations have ``rope_parameters`` with the base inside, older ones ``rope_scaling`` beside ``rope_theta``. Of both
+    the older counts, and then nothing of the newer does: model cards tell people to add a rope_scaling.
+    """
+    key = "rope_scaling" if config.table("rope_scaling", None) else "rope_parameters"
+    scaling = config.table(key, {})
+    return Fields(scaling, f"config.json: {key}"), scaling
+
+
+def partial_rotary_factor(config: Fields) -> float:
+    inside, _ = rope_scaling(config)
+    return inside.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+
+
+def rope_base(config: Fields, default: float = _DEFAULT_ROPE_THETA) -> float:
+    inside, _ = rope_scaling(config)
+    return inside.number("rope_theta", config.number("rope_theta", default))
+
+
+def rope_table(config: Fields, head_dim: int, default_base: float = _DEFAULT_ROPE_THETA) -> Float32Array:
+    """The one table of a model whose layers all turn whole heads, as transformers reads it."""
+    inside, scaling = rope_scaling(config)
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise UnsupportedModelError("RoPE parameters that differ between layers are not implemented")
+    if partial_rotary_factor(config) != 1.0:
+        raise UnsupportedModelError("partial_rotary_factor is not implemented for this architecture")
+    numbers: dict[str, float] = {
+        name: inside.number(name) for name, value in scaling.items() if type(value) in (int, float)
+    }
+    kind = inside.text("rope_type", inside.text("type", "default"))
+    if kind == "llama3":
+        key = "original_max_position_embeddings"
+        numbers[key] = config.number(key, numbers.get(key, config.number("max_position_embeddings")))
+    return rope_inv_freq(head_dim, rope_base(config, default_base), {**scaling, **numbers, "rope_type": kind})

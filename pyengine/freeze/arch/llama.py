@@ -1,0 +1,45 @@
+"""Llama 2 and 3.x (SmolLM2 too), and Mistral: the plain family."""
+
+from __future__ import annotations
+
+from ...format.config import LayerSpec
+from ..fields import Fields
+from . import gguf_keys, hf_config
+from .base import Architecture, Shape, Tensors, Traits
+
+_MISTRAL_WINDOW = 4096
+
+
+def _llama_hf(config: Fields, shape: Shape) -> Traits:
+    has_bias = config.flag("attention_bias", False)
+    return Traits(
+        layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+    )
+
+
+def _mistral_hf(config: Fields, shape: Shape) -> Traits:
+    kinds = hf_config.layer_kinds(config, [hf_config.SLIDING] * shape.n_layers)
+    windows = hf_config.windows(config, kinds, _MISTRAL_WINDOW)
+    activation = hf_config.activation(config)
+    return Traits(
+        layers=tuple(LayerSpec(window=window, activation=activation) for window in windows),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+    )
+
+
+def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
+        o_bias=gguf_keys.has_bias(file, "attn_output"),
+    )
+
+
+LLAMA = Architecture("LlamaForCausalLM", "llama", "llama", _llama_hf, _gguf, gguf_permuted=True)
+MISTRAL = Architecture(
+    "MistralForCausalLM", "mistral", "llama", _mistral_hf, _gguf, gguf_permuted=True, hf_defaults={"num_key_value_heads": 8}
+)

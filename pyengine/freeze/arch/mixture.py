@@ -1,0 +1,92 @@
+"""Mixtures of experts: Mixtral and Qwen3-MoE, whose every layer has a router and experts of one size."""
+
+from __future__ import annotations
+
+from ...errors import UnsupportedModelError
+from ...format.config import LayerSpec
+from ..fields import Fields
+from . import gguf_keys, hf_config
+from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
+
+_GGUF = {
+    "router": "blk.{i}.ffn_gate_inp.weight",
+    "gate": "blk.{i}.ffn_gate_exps.weight",
+    "up": "blk.{i}.ffn_up_exps.weight",
+    "down": "blk.{i}.ffn_down_exps.weight",
+}
+
+
+def _parts(prefix: str, gate: str, up: str, down: str) -> dict[str, SourceName]:
+    names = {"router": f"{prefix}.gate.weight"}
+    names |= {part: f"{prefix}.experts.{{e}}.{name}.weight" for part, name in (("gate", gate), ("up", up), ("down", down))}
+    return {**PARTS, **{part: SourceName("model.layers.{i}." + name, _GGUF[part]) for part, name in names.items()}}
+
+
+def _mixtral_hf(config: Fields, shape: Shape) -> Traits:
+    windows = hf_config.windows(config, hf_config.layer_kinds(config, [hf_config.SLIDING] * shape.n_layers))
+    activation = hf_config.activation(config)
+    return Traits(
+        layers=tuple(LayerSpec(window=window, activation=activation) for window in windows),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim, 1e6),),
+        n_experts=config.integer("num_local_experts"),
+        n_experts_used=config.integer("num_experts_per_tok"),
+        experts_normalized=True,
+    )
+
+
+def _mixtral_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
+        o_bias=gguf_keys.has_bias(file, "attn_output"),
+        n_experts=keys.integer("expert_count"),
+        n_experts_used=keys.integer("expert_used_count"),
+        experts_normalized=True,
+    )
+
+
+def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
+    if config.integer("decoder_sparse_step", 1) != 1 or config.raw("mlp_only_layers"):
+        raise UnsupportedModelError("layers without experts beside layers with them are not implemented")
+    if config.flag("use_sliding_window", False):
+        raise UnsupportedModelError("use_sliding_window is not implemented for this architecture")
+    has_bias = config.flag("attention_bias", False)
+    return Traits(
+        layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        qk_norm=True,
+        hidden_dim=config.integer("moe_intermediate_size"),
+        n_experts=config.integer("num_experts"),
+        n_experts_used=config.integer("num_experts_per_tok"),
+        experts_normalized=config.flag("norm_topk_prob", False),
+    )
+
+
+def _qwen3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    """The format's readers normalize the weights of this architecture."""
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
+        o_bias=gguf_keys.has_bias(file, "attn_output"),
+        qk_norm=True,
+        hidden_dim=keys.integer("expert_feed_forward_length"),
+        n_experts=keys.integer("expert_count"),
+        n_experts_used=keys.integer("expert_used_count"),
+        experts_normalized=True,
+    )
+
+
+MIXTRAL = Architecture(
+    "MixtralForCausalLM", "mixtral", "llama", _mixtral_hf, _mixtral_gguf, _parts("block_sparse_moe", "w1", "w3", "w2"),
+    has_experts=True, gguf_permuted=True,
+    hf_defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+)  # fmt: skip
+QWEN3_MOE = Architecture(
+    "Qwen3MoeForCausalLM", "qwen3_moe", "qwen3moe", _qwen3_hf, _qwen3_gguf, _parts("mlp", "gate_proj", "up_proj", "down_proj"),
+    has_experts=True, gguf_keys=frozenset({"expert_feed_forward_length"}),
+    hf_defaults={"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+)  # fmt: skip

@@ -1,0 +1,64 @@
+"""Qwen2, Qwen2.5 (biases of q, k and v) and Qwen3 (norms of q and k instead)."""
+
+from __future__ import annotations
+
+from ...format.config import LayerSpec
+from ..fields import Fields
+from . import gguf_keys, hf_config
+from .base import Architecture, Shape, Tensors, Traits
+
+_DEFAULT_WINDOW = 4096
+_DEFAULT_MAX_WINDOW_LAYERS = 28
+
+
+def _layers(config: Fields, shape: Shape) -> tuple[LayerSpec, ...]:
+    """Windows are opt-in: published files carry a width that ``use_sliding_window`` turns off."""
+    activation = hf_config.activation(config)
+    if config.is_null("sliding_window") or not config.flag("use_sliding_window", False):
+        return hf_config.no_windows(shape, activation=activation)
+    n_layers = shape.n_layers
+    full = max(0, min(config.integer("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS), n_layers))
+    kinds = hf_config.layer_kinds(config, [hf_config.FULL] * full + [hf_config.SLIDING] * (n_layers - full))
+    windows = hf_config.windows(config, kinds, _DEFAULT_WINDOW)
+    return tuple(LayerSpec(window=window, activation=activation) for window in windows)
+
+
+def _qwen2_hf(config: Fields, shape: Shape) -> Traits:
+    return Traits(
+        layers=_layers(config, shape), rope_tables=(hf_config.rope_table(config, shape.head_dim),), qkv_bias=True
+    )
+
+
+def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
+    has_bias = config.flag("attention_bias", False)
+    return Traits(
+        layers=_layers(config, shape),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        qk_norm=True,
+    )
+
+
+def _qwen2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=True,
+    )
+
+
+def _qwen3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
+        o_bias=gguf_keys.has_bias(file, "attn_output"),
+        qk_norm=True,
+    )
+
+
+_DEFAULTS = {"num_key_value_heads": 32}
+
+QWEN2 = Architecture("Qwen2ForCausalLM", "qwen2", "qwen2", _qwen2_hf, _qwen2_gguf, hf_defaults=_DEFAULTS)
+QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3", "qwen3", _qwen3_hf, _qwen3_gguf, hf_defaults=_DEFAULTS)

@@ -1,0 +1,237 @@
+"""What the architectures beyond Llama's have of their own: GGUF and Hugging Face sources freeze to the same bytes, settings mean
+what transformers makes of them, and what is not known is refused with what is.
+
+That they compute what transformers computes is in test_oracle.py and test_against_transformers.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine.freeze_models import stored_vector, weight_bytes
+from reference import fixtures, gguf_fixtures
+
+from pyengine import _core
+from pyengine.errors import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError
+from pyengine.format.reader import FrozenFile
+from pyengine.freeze import freeze, open_source
+
+NAMES = [
+    name for name in fixtures.names() if fixtures.load(name).hf_config["model_type"] in gguf_fixtures.ARCHITECTURES
+]
+
+
+def hf_dir(path: Path, name: str, **changes: Any) -> Path:
+    """A fixture's directory, with keys of config.json changed; ... drops one."""
+    directory = fixtures.write_hf_dir(fixtures.load(name), path)
+    config = fixtures.load(name).hf_config | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return directory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gguf_and_hf_freeze_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+    """Judge of the names and of what converters do: the format's own package."""
+    fixture = gguf_fixtures.expressible(fixtures.load(name))
+    n_ctx = fixtures.n_ctx(fixture)
+    from_hf = freeze(fixtures.write_hf_dir(fixture, tmp_path / "hf"), tmp_path / "hf.safetensors", n_ctx=n_ctx)
+    source = gguf_fixtures.write(fixture, tmp_path / "m.gguf")
+    from_gguf = freeze(source, tmp_path / "gguf.safetensors", n_ctx=n_ctx)
+    with FrozenFile.open(from_hf) as one, FrozenFile.open(from_gguf) as other:
+        assert other.config == one.config
+    assert weight_bytes(from_gguf) == weight_bytes(from_hf)
+
+
+def rows_of(context: Any, n: int) -> list[bytes]:
+    return [np.array(context.logits(row), np.float32).tobytes() for row in range(n)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_token_at_a_time_in_pieces_and_beside_others(name: str, tmp_path: Path) -> None:
+    """Prefill is decodes, and a batch changes nothing: the bytes of logits."""
+    fixture = fixtures.load(name)
+    path = freeze(fixtures.write_hf_dir(fixture, tmp_path / "hf"), tmp_path / "m", n_ctx=fixtures.n_ctx(fixture))
+    tokens = [int(token) for token in fixture.token_ids[:60]]
+    with FrozenFile.open(path) as file:
+        model = _core.Model(file.config, file.buffer, file.weights)
+        context = _core.Context(model, n_threads=2)
+        whole, apart, left, right = (context.sequence_new() for _ in range(4))
+        context.forward(tokens, [whole] * len(tokens), bytes([1] * len(tokens)))
+        wanted = rows_of(context, len(tokens))
+        for i, token in enumerate(tokens):
+            context.forward([token], [apart], b"\1")
+            assert rows_of(context, 1) == [wanted[i]]
+        for begin in range(0, len(tokens), 7):
+            piece = tokens[begin : begin + 7]
+            n = len(piece)
+            context.forward(piece * 2, [left] * n + [right] * n, bytes([1] * 2 * n))
+            assert rows_of(context, 2 * n) == wanted[begin : begin + n] * 2
+        del whole, apart, left, right, context, model
+
+
+# ---------------------------------------------------------------------------- LongRoPE
+
+
+@pytest.mark.parametrize(("n_ctx", "max_seq_len", "long"), [(None, 64, False), (32, 32, False), (64, 64, False), (65, 65, True)])
+def test_long_rope_has_the_table_of_the_context_that_is_asked_for(
+    tmp_path: Path, n_ctx: int | None, max_seq_len: int, long: bool
+) -> None:
+    source = hf_dir(tmp_path / "hf", "phi4_mini")
+    with FrozenFile.open(freeze(source, tmp_path / "m", n_ctx=n_ctx)) as file:
+        assert file.config.max_seq_len == max_seq_len
+        inv_freq = stored_vector(file, "rope.0.inv_freq", 8)
+    wanted = np.atleast_2d(fixtures.load("phi4_mini_long" if long else "phi4_mini").inv_freq)[0]
+    np.testing.assert_allclose(inv_freq[:6], wanted, rtol=1e-6)
+    assert not inv_freq[6:].any()  # pairs that are not turned
+
+
+def test_a_context_beyond_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    source = hf_dir(tmp_path / "hf", "phi4_mini")
+    with pytest.raises(InvalidArgumentError, match="n_ctx is 513, but the model is made for 512 positions"):
+        freeze(source, tmp_path / "m", n_ctx=513)
+    for wrong in (0, -1, True, 1.5, "64"):
+        with pytest.raises(InvalidArgumentError, match="n_ctx must be a positive integer"):
+            freeze(source, tmp_path / "m", n_ctx=wrong)  # type: ignore[arg-type]
+
+
+def test_a_context_may_be_smaller_than_the_checkpoints(tmp_path: Path) -> None:
+    with FrozenFile.open(freeze(hf_dir(tmp_path / "hf", "granite"), tmp_path / "m", n_ctx=100)) as file:
+        assert file.config.max_seq_len == 100
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("beginning", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_one_that_sees(tmp_path: Path, beginning: str) -> None:
+    fixture = fixtures.load("gemma3")
+    wanted = weight_bytes(freeze(fixtures.write_hf_dir(fixture, tmp_path / "text"), tmp_path / "m"))
+    outside = ("architectures", "model_type", "eos_token_id")
+    text = {key: value for key, value in fixture.hf_config.items() if key not in outside}
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text,
+        "vision_config": {"hidden_size": 8}, "eos_token_id": fixture.hf_config["eos_token_id"], "bos_token_id": 0,
+    }  # fmt: skip
+    tensors = {name.replace("model.", beginning, 1): w for name, w in fixture.hf_weights.items()}
+    tensors |= {"vision_tower.x.weight": np.ones((8, 8), np.float32), "multi_modal_projector.y": np.ones(8, np.float32)}
+    directory = fixtures.write_hf_dir(replace(fixture, hf_config=config, hf_weights=tensors), tmp_path / "both")
+    with FrozenFile.open(freeze(directory, tmp_path / "n")) as file:
+        assert file.config.eos_token_ids == (1,)
+    assert weight_bytes(tmp_path / "n") == wanted
+    (directory / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    with pytest.raises(ModelFormatError, match="text_config is missing"):
+        open_source(directory)
+
+
+def test_gemma3_in_the_spelling_of_transformers_5_and_by_its_defaults(tmp_path: Path) -> None:
+    """``rope_parameters`` by kind of layer and ``layer_types`` say what the older keys say; a pattern and bases have defaults."""
+    parameters = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    older = dict.fromkeys(("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern"), ...)
+    wanted = weight_bytes(freeze(hf_dir(tmp_path / "a", "gemma3"), tmp_path / "m"))
+    new = hf_dir(tmp_path / "b", "gemma3", **older, rope_parameters=parameters, layer_types=kinds)
+    assert weight_bytes(freeze(new, tmp_path / "n")) == wanted
+    absent = hf_dir(tmp_path / "c", "gemma3", rope_theta=..., rope_local_base_freq=..., hidden_activation=...)
+    assert weight_bytes(freeze(absent, tmp_path / "o")) == wanted
+
+
+
+def test_layers_without_rope_by_their_interval(tmp_path: Path) -> None:
+    source = hf_dir(tmp_path / "hf", "smollm3", no_rope_layers=..., layer_types=...)  # interval 4
+    with FrozenFile.open(freeze(source, tmp_path / "m")) as file:
+        assert [layer.rope for layer in file.config.layers] == [0, 0, 0, 1]
+        assert stored_vector(file, "rope.0.inv_freq", 8).all() and not stored_vector(file, "rope.1.inv_freq", 8).any()
+    source = hf_dir(tmp_path / "hf", "smollm3", no_rope_layers=..., no_rope_layer_interval=5)
+    with FrozenFile.open(freeze(source, tmp_path / "n")) as file:
+        assert [layer.rope for layer in file.config.layers] == [0, 0, 0, 0]
+
+
+def test_multipliers_default_to_one(tmp_path: Path) -> None:
+    keys = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    plain = hf_dir(tmp_path / "a", "granite", **dict.fromkeys(keys, 1.0), attention_multiplier=0.25)  # 1 / sqrt(head_dim)
+    absent = hf_dir(tmp_path / "b", "granite", **dict.fromkeys(keys, ...), attention_multiplier=0.25)
+    assert weight_bytes(freeze(plain, tmp_path / "m")) == weight_bytes(freeze(absent, tmp_path / "n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "match"),
+    [
+        ("granite", {"architectures": ["FalconForCausalLM"]}, UnsupportedModelError, "'Falcon.*known are Llama.*Granite"),
+        ("granite", {"architectures": ..., "model_type": "falcon"}, UnsupportedModelError, "'falcon'.*known are Llama"),
+        ("granite", {"hidden_act": "relu2"}, UnsupportedModelError, "activation 'relu2'.*known are .*silu"),
+        ("granite", {"rope_scaling": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'.*known are default, linear"),
+        ("granite", {"partial_rotary_factor": 0.5}, UnsupportedModelError, "partial_rotary_factor"),
+        ("granite", {"logits_scaling": 0}, ModelFormatError, "logits_scaling must be a number in"),
+        ("granite", {"embedding_multiplier": "12"}, ModelFormatError, "embedding_multiplier must be a number"),
+        ("phi4_mini", {"partial_rotary_factor": 0.0}, ModelFormatError, "partial_rotary_factor"),
+        ("phi4_mini", {"partial_rotary_factor": 0.7}, ModelFormatError, "RoPE over 11 elements"),
+        ("phi4_mini", {"partial_rotary_factor": 0.5}, ModelFormatError, "short_factor must be a list of 4 numbers"),
+        ("phi4_mini", {"original_max_position_embeddings": 1}, ModelFormatError, "at least 2"),
+        ("phi4_mini", {"rope_scaling": {"type": "llama3"}}, UnsupportedModelError, "'llama3'"),
+        ("gemma3", {"hidden_activation": "gelu"}, UnsupportedModelError, "activation 'gelu'.*known are gelu_pytorch_tanh"),
+        ("gemma3", {"use_bidirectional_attention": True}, UnsupportedModelError, "not causal"),
+        ("gemma3", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, UnsupportedModelError, "'linear_"),
+        ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, UnsupportedModelError, "'yarn'.*known are default"),
+        ("gemma3", {"sliding_window_pattern": 0}, ModelFormatError, "sliding_window_pattern must be a positive"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, ModelFormatError, "query_pre_attn_scalar"),
+        ("gemma2", {"attn_logit_softcapping": 1e-6}, ModelFormatError, "attn_logit_softcapping must be a number in"),
+        ("olmo2", {"hidden_act": "gelu_new"}, UnsupportedModelError, "activation 'gelu_new'"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, UnsupportedModelError, "layers without experts"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, UnsupportedModelError, "layers without experts"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, ModelFormatError, r"n_experts_used must be an integer in 1\.\.8"),
+        ("mixtral", {"num_local_experts": 5}, ModelFormatError, r"block_sparse_moe.*(shape|missing)"),
+        ("smollm3", {"no_rope_layers": [1]}, ModelFormatError, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 2]}, ModelFormatError, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, ModelFormatError, "no_rope_layer_interval"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_or_not_known_is_named(
+    tmp_path: Path, name: str, changes: dict[str, Any], error: type[PyEngineError], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        open_source(hf_dir(tmp_path / "hf", name, **changes))
+
+
+HUGE = 10**400
+VALUES = [None, True, 0, -1, 2**63, HUGE, 0.5, 1e308, "", "x", [], [{}], [HUGE], [0, 1], ["full_attention"] * 2, {}, {"a": {}}]
+OWN_KEYS = {
+    "granite": ["attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "head_dim"],
+    "phi4_mini": ["partial_rotary_factor", "original_max_position_embeddings", "rope_scaling", "sliding_window"],
+    "gemma3": [
+        "sliding_window_pattern", "rope_local_base_freq", "rope_theta", "rope_scaling", "rope_parameters", "layer_types",
+        "hidden_activation", "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "use_bidirectional_attention",
+        "head_dim", "num_key_value_heads",
+    ],
+    "mixtral": ["num_local_experts", "num_experts_per_tok", "sliding_window"],
+    "qwen3_moe": ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"],
+    "gemma2": ["attn_logit_softcapping", "final_logit_softcapping", "layer_types", "hidden_activation"],
+    "smollm3": ["no_rope_layers", "no_rope_layer_interval", "use_sliding_window", "sliding_window", "layer_types"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in OWN_KEYS.items() for key in keys])
+def test_any_value_of_an_architectures_own_keys(tmp_path: Path, name: str, key: str) -> None:
+    """Refused with one of our errors, or a source that opens; every other exception fails the test."""
+    source = hf_dir(tmp_path / "hf", name)
+    for value in VALUES:
+        config = fixtures.load(name).hf_config | {key: value}
+        (source / "config.json").write_text(json.dumps(config))
+        try:
+            open_source(source).close()
+        except PyEngineError as error:
+            assert str(error)
+    for inner in ("short_factor", "long_factor", "factor", "attention_factor", "type") if key == "rope_scaling" else ():
+        for value in VALUES:
+            config = fixtures.load(name).hf_config
+            (source / "config.json").write_text(json.dumps(config | {key: config[key] | {inner: value}}))
+            try:
+                open_source(source).close()
+            except PyEngineError as error:
+                assert str(error)

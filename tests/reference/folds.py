@@ -1,0 +1,108 @@
+"""What an architecture's linear peculiarities make of its weights: the fixtures' own reading of them, from transformers'
+modelling code, in float64 and rounded once. Shares nothing with pyengine.freeze.arch.
+
+``unfused`` takes fused matrices apart; ``folded`` multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Weights = dict[str, NDArray[Any]]
+
+
+def head_dim_of(hf: Mapping[str, Any]) -> int:
+    return int(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"])
+
+
+def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weights:
+    """Phi-3's qkv_proj and gate_up_proj as five matrices, under the names of other models."""
+    q = hf["num_attention_heads"] * head_dim_of(hf)
+    kv = hf["num_key_value_heads"] * head_dim_of(hf)
+    cuts = {
+        "qkv_proj": (("q_proj", 0, q), ("k_proj", q, q + kv), ("v_proj", q + kv, q + 2 * kv)),
+        "gate_up_proj": (("gate_proj", 0, hf["intermediate_size"]), ("up_proj", hf["intermediate_size"], None)),
+    }
+    parts: Weights = {}
+    for name, w in weights.items():
+        stem = name.removesuffix(".weight").rpartition(".")[2]
+        for part, begin, end in cuts.get(stem, ((stem, None, None),)):
+            parts[name.replace(stem, part)] = w[begin:end]
+    return parts
+
+
+def turned(hf: Mapping[str, Any]) -> int:
+    """Elements of a head that RoPE turns."""
+    return int(head_dim_of(hf) * hf.get("partial_rotary_factor", 1.0))
+
+
+def long_rope_amplitude(hf: Mapping[str, Any]) -> float:
+    """What cos and sin are multiplied by."""
+    if (hf.get("rope_scaling") or {}).get("type") != "longrope":
+        return 1.0
+    trained = hf["original_max_position_embeddings"]
+    return float(np.float32(math.sqrt(1 + math.log(hf["max_position_embeddings"] / trained) / math.log(trained))))
+
+
+def _scale(w: NDArray[Any], by: Any) -> NDArray[np.float32]:
+    return (w.astype(np.float64) * by).astype(np.float32)
+
+
+def _multiply(weights: Weights, end: str, by: Any) -> None:
+    for name in [name for name in weights if name.endswith(end)]:
+        weights[name] = _scale(weights[name], by)
+
+
+def _granite(hf: Mapping[str, Any], weights: Weights) -> None:
+    _multiply(weights, "tok_embeddings", hf["embedding_multiplier"])
+    _multiply(weights, ".wq", hf["attention_multiplier"] * math.sqrt(head_dim_of(hf)))
+    _multiply(weights, ".wo", hf["residual_multiplier"])
+    _multiply(weights, ".w_down", hf["residual_multiplier"])
+    assert hf["tie_word_embeddings"]
+    weights["norm"] = _scale(weights["norm"], 1 / (hf["embedding_multiplier"] * hf["logits_scaling"]))
+
+
+def _phi3(hf: Mapping[str, Any], weights: Weights) -> None:
+    """Pair i of the turned elements, (i, i + turned / 2), becomes (i, i + head_dim / 2); what is not turned follows."""
+    head_dim, n = head_dim_of(hf), turned(hf)
+    place = np.empty(head_dim, int)  # of a source's element
+    place[: n // 2] = np.arange(n // 2)
+    place[n // 2 : n] = head_dim // 2 + np.arange(n // 2)
+    place[n:] = np.concatenate([np.arange(n // 2, head_dim // 2), np.arange(head_dim // 2 + n // 2, head_dim)])
+    for name in [name for name in weights if name.endswith((".wq", ".wk"))]:
+        heads = weights[name].reshape(-1, head_dim, weights[name].shape[1]).astype(np.float64)
+        if name.endswith(".wq"):
+            heads[:, :n] *= long_rope_amplitude(hf) ** 2
+        moved = np.empty_like(heads)
+        moved[:, place] = heads
+        weights[name] = moved.reshape(weights[name].shape).astype(np.float32)
+
+
+def _gemma(hf: Mapping[str, Any], weights: Weights) -> None:
+    """Gains are 1 + w; embeddings times sqrt(hidden_size); scores times query_pre_attn_scalar ** -0.5."""
+    for name in [name for name in weights if name.rpartition(".")[2].endswith("norm")]:
+        gain = (np.float32(1) + weights[name]).astype(np.float64)
+        if name.endswith("q_norm"):
+            gain *= math.sqrt(head_dim_of(hf) / hf["query_pre_attn_scalar"])
+        if name == "norm":
+            gain /= math.sqrt(hf["hidden_size"])
+        weights[name] = gain.astype(np.float32)
+    _multiply(weights, "tok_embeddings", math.sqrt(hf["hidden_size"]))
+    if hf["model_type"] == "gemma2":
+        _multiply(weights, ".wq", math.sqrt(head_dim_of(hf) / hf["query_pre_attn_scalar"]))
+
+
+FOLDS = {"granite": _granite, "phi3": _phi3, "gemma2": _gemma, "gemma3_text": _gemma}
+
+
+def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
+    """float32 weights under FORMAT.md's names -> those of the frozen file."""
+    weights = dict(weights)
+    if hf["model_type"] in FOLDS:
+        FOLDS[hf["model_type"]](hf, weights)
+    return weights

@@ -1,0 +1,168 @@
+"""The fixtures as GGUF files: tensors under the names of the format's own map, changed as its converters change them, and the
+keys that these write. Written with the format's own package."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from . import fixtures
+from .fixtures import Fixture
+from .folds import head_dim_of, turned
+
+ARCHITECTURES = {
+    "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "olmo2": "olmo2", "mixtral": "llama", "qwen3_moe": "qwen3moe",
+}  # fmt: skip
+PERMUTED = ("llama", "granite", "smollm3")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
+
+
+def expressible(fixture: Fixture) -> Fixture:
+    """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there, and the weights of
+    experts sum to 1."""
+    if "norm_topk_prob" in fixture.hf_config:
+        return replace(fixture, hf_config=fixture.hf_config | {"norm_topk_prob": True})
+    if "query_pre_attn_scalar" not in fixture.hf_config:
+        return fixture
+    return replace(fixture, hf_config=fixture.hf_config | {"query_pre_attn_scalar": head_dim_of(fixture.hf_config)})
+
+
+def write(fixture: Fixture, path: Path) -> Path:
+    """Make the file and return its path."""
+    hf = fixture.hf_config
+    arch = ARCHITECTURES[hf["model_type"]]
+    writer = gguf.GGUFWriter(path, arch)
+    _add_sizes(writer, hf)
+    EXTRA_KEYS[arch](writer, hf)
+    _add_tokenizer(writer, hf)
+    for name, array in _tensors(fixture, arch).items():
+        writer.add_tensor(name, np.ascontiguousarray(array, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
+    hf = fixture.hf_config
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(kind, hf["num_hidden_layers"])
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, w in _stacked(fixture.hf_weights).items():
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert target is not None, name
+        tensors[target] = _converted(hf, arch, name, w)
+    scaling = hf.get("rope_scaling") or {}
+    for key in ("short", "long"):
+        if f"{key}_factor" in scaling:
+            tensors[f"rope_factors_{key}.weight"] = np.array(scaling[f"{key}_factor"], np.float32)
+    return tensors
+
+
+def _stacked(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The experts' matrices in one tensor (n_experts, rows, columns)."""
+    stacked: dict[str, Any] = {}
+    for name, w in weights.items():
+        before, found, after = name.partition(".experts.")
+        if found:
+            stacked.setdefault(before + found + after.partition(".")[2], []).append(w)
+        else:
+            stacked[name] = w
+    return {name: np.stack(w) if isinstance(w, list) else w for name, w in stacked.items()}
+
+
+def _converted(hf: dict[str, Any], arch: str, name: str, w: NDArray[Any]) -> NDArray[Any]:
+    w = w.astype(np.float32)
+    if arch in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
+        return w.reshape(-1, 2, head_dim_of(hf) // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+    if arch.startswith("gemma") and name.endswith("norm.weight"):
+        return w + np.float32(1)
+    return w
+
+
+# ---------------------------------------------------------------------- metadata
+
+
+def _add_sizes(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_context_length(hf["max_position_embeddings"])
+    writer.add_embedding_length(hf["hidden_size"])
+    writer.add_block_count(hf["num_hidden_layers"])
+    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_head_count(hf["num_attention_heads"])
+    writer.add_head_count_kv(hf["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    writer.add_rope_freq_base(hf["rope_theta"])
+
+
+def _granite(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_attention_scale(hf["attention_multiplier"])
+    writer.add_embedding_scale(hf["embedding_multiplier"])
+    writer.add_residual_scale(hf["residual_multiplier"])
+    writer.add_logit_scale(hf["logits_scaling"])
+    writer.add_rope_dimension_count(head_dim_of(hf))
+
+
+def _phi3(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    trained, context = hf["original_max_position_embeddings"], hf["max_position_embeddings"]
+    writer.add_rope_scaling_orig_ctx_len(trained)
+    writer.add_rope_dimension_count(turned(hf))
+    writer.add_sliding_window(hf.get("sliding_window") or 0)
+    if hf.get("rope_scaling"):
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(context / trained) / math.log(trained)))
+
+
+def _smollm3(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_count(head_dim_of(hf))
+
+
+def _gemma(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_key_length(hf["head_dim"])
+    writer.add_value_length(hf["head_dim"])
+    writer.add_sliding_window(hf["sliding_window"])
+    if hf["model_type"] == "gemma2":
+        writer.add_attn_logit_softcapping(hf["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(hf["final_logit_softcapping"])
+        return
+    writer.add_sliding_window_pattern([(i + 1) % hf["sliding_window_pattern"] != 0 for i in range(hf["num_hidden_layers"])])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(hf["rope_scaling"]["factor"])
+
+
+def _olmo2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_count(head_dim_of(hf))
+
+
+def _experts(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_expert_count(hf.get("num_experts", hf.get("num_local_experts")))
+    writer.add_expert_used_count(hf["num_experts_per_tok"])
+    if "moe_intermediate_size" in hf:
+        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+        writer.add_key_length(hf["head_dim"])
+        writer.add_value_length(hf["head_dim"])
+
+
+EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
+    "granite": _granite, "phi3": _phi3, "smollm3": _smollm3, "gemma2": _gemma, "gemma3": _gemma,
+    "olmo2": _olmo2, "llama": _experts, "qwen3moe": _experts,
+}  # fmt: skip
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    model = json.loads(fixtures.tokenizer_json())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(hf["bos_token_id"])
+    writer.add_eos_token_id(hf["eos_token_id"])
