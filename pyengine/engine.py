@@ -15,12 +15,11 @@ from pyengine import cpu_watch, fork
 from pyengine._sampler import logprobs
 from pyengine.arguments import integer, shown
 from pyengine.background import Background
-from pyengine.errors import ContextFullError, InvalidArgumentError, MissingFileError, PyEngineError, TemplateError
-from pyengine.files import is_safetensors, path_of
+from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
 from pyengine.format.reader import FrozenFile
 from pyengine.format.strict_json import parse_json_object
+from pyengine.opening import checked_threads, pages_of, resolve_model
 from pyengine.results import Generation, Score
-from pyengine.run.pages import max_pages
 from pyengine.run.request import HIDDEN, LOGITS, Caller, GenerationRequest, RowsRequest, check_salt
 from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
 from pyengine.run.stream import Stream, run_all
@@ -46,53 +45,9 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
-DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
 # score, logits and embed may ask for a row of every position; this bounds the buffer (rows x vocab_size or dim x 4 bytes).
 ROWS_BYTES = 32 << 20
-MAX_THREADS = 256  # PE_MAX_THREADS of csrc/threadpool.h
 INT32_MAX = 2**31 - 1
-
-
-def resolve_model(
-    model: str | os.PathLike[str] | None,
-    progress: Progress | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-) -> str:
-    """The frozen file that `model` names: itself, whatever its name, or a Hugging Face directory, a GGUF, a model of the hub
-    (hf:org/name[@revision][:file]) or (with the path of its `tokenizer`) a llama2.c checkpoint, all frozen once into the cache
-    directory. None = the model that ships with the package. Raises MissingFileError, InvalidArgumentError for a tokenizer that
-    nothing would read, HubError, and what `freeze` raises."""
-    label = None
-    if model is None:
-        if not os.path.exists(DEFAULT_MODEL):
-            raise MissingFileError("this build ships no default model; name one: Engine('model.safetensors')")
-        model = os.fspath(DEFAULT_MODEL)
-    if isinstance(model, str) and model.startswith("hf:"):
-        from pyengine import hub
-
-        place = hub.parse(model)
-        model = hub.fetch(place)
-        label = place.label if os.path.isdir(model) else None  # a directory of the library's is named by its commit
-    path = path_of(model)
-    if not os.path.exists(path):
-        raise MissingFileError(f"there is no model at {path}")
-    if not os.path.isdir(path) and (path.endswith(".safetensors") or is_safetensors(path)):
-        if tokenizer is not None:
-            raise InvalidArgumentError(f"{path} has a tokenizer of its own; only llama2.c checkpoints are given one")
-        return path
-    from pyengine.freeze import freeze_cached
-
-    return os.fspath(freeze_cached(path, progress=progress, tokenizer=tokenizer, name=label))
-
-
-def threads_from_environment() -> int:
-    """PYENGINE_NUM_THREADS, 0 if it is not set. Raises InvalidArgumentError if it is not a positive number."""
-    text = os.environ.get("PYENGINE_NUM_THREADS", "")
-    if not text:
-        return 0
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
-        raise InvalidArgumentError(f"PYENGINE_NUM_THREADS is {text!r}, expected a number of threads from 1")
-    return int(text)
 
 
 class Engine:
@@ -148,7 +103,7 @@ class Engine:
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         self._guides: Guides | None = None
-        n_threads = _checked_threads(n_threads)
+        n_threads = checked_threads(n_threads)
         n_ctx = integer("n_ctx", n_ctx, 0, INT32_MAX)
         max_sequences = integer("max_sequences", max_sequences, 1, INT32_MAX)
         if max_kv_bytes is not None:
@@ -185,7 +140,7 @@ class Engine:
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
         context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
         self.n_threads: int = context.n_threads
-        pages = partial(_pages, max_kv_bytes=max_kv_bytes, max_sequences=max_sequences)
+        pages = partial(pages_of, max_kv_bytes=max_kv_bytes, max_sequences=max_sequences)
         self._scheduler = Scheduler(context, max_sequences=max_sequences, max_pages=pages(context, self.n_ctx))
         self._draft: DraftFile | None = None
         if draft_model is not None:
@@ -691,24 +646,7 @@ def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> S
     return SamplingParams.from_kwargs(**options) if params is None else params
 
 
-def _pages(context: _core.Context, n_ctx: int, *, max_kv_bytes: int | None, max_sequences: int) -> int:
-    """Pages that a context may have."""
-    return max_pages(
-        max_kv_bytes,
-        page_bytes=context.cache_stats()["page_bytes"],
-        page_positions=context.page_positions,
-        n_ctx=n_ctx,
-        max_sequences=max_sequences,
-    )
-
-
 def _checked_speculative(value: str | Mapping[str, Any]) -> Drafting:
     from pyengine.sampling import check_speculative
 
     return check_speculative(value)
-
-
-def _checked_threads(n_threads: int | None) -> int:
-    if n_threads is None:
-        return threads_from_environment()
-    return integer("n_threads", n_threads, 1, MAX_THREADS)

@@ -56,8 +56,8 @@ def instruction_sets(warnings: list[str]) -> dict[str, Any]:
 def threads(warnings: list[str]) -> dict[str, Any]:
     """How many threads an engine uses by default, what decided it, and whether the quota is enough."""
     from pyengine import _core, cpu_watch
-    from pyengine.engine import threads_from_environment
     from pyengine.errors import InvalidArgumentError
+    from pyengine.opening import threads_from_environment
 
     info = _core.thread_info()
     facts: dict[str, Any] = {"cpus": os.cpu_count(), **info, "chosen": info["n_default"]}
@@ -115,7 +115,7 @@ def cache(warnings: list[str]) -> dict[str, Any]:
 
 def model(warnings: list[str]) -> dict[str, Any]:
     """The model that a command without -m would use."""
-    from pyengine.engine import DEFAULT_MODEL
+    from pyengine.opening import DEFAULT_MODEL
 
     name = os.environ.get("PYENGINE_MODEL")
     if name and not os.path.exists(name):

@@ -256,7 +256,7 @@ def model_name(args: argparse.Namespace) -> str | None:
 def frozen_path(args: argparse.Namespace) -> str:
     """The frozen file that -m means; a checkpoint is frozen into the cache, with progress on a terminal."""
     from pyengine.cli.progress import ProgressLine
-    from pyengine.engine import DEFAULT_MODEL, resolve_model
+    from pyengine.opening import DEFAULT_MODEL, resolve_model
 
     name = model_name(args)
     if name is None and not os.path.exists(DEFAULT_MODEL):

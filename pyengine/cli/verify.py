@@ -63,7 +63,7 @@ def golden_outputs(path: Path) -> dict[str, object]:
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     from pyengine import _core, golden
-    from pyengine.engine import threads_from_environment
+    from pyengine.opening import threads_from_environment
 
     options.select_isa(args.isa)
     path = Path(options.frozen_path(args))

@@ -233,7 +233,7 @@ def test_refusals_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_no_model_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pyengine.engine.DEFAULT_MODEL", tmp_path / "absent")
+    monkeypatch.setattr("pyengine.opening.DEFAULT_MODEL", tmp_path / "absent")
     assert "-m PATH or PYENGINE_MODEL" in error(capsys, "generate", "a", code=2)
 
 

@@ -179,7 +179,7 @@ def test_it_runs_ahead_as_far_as_pays(tiny_model: Path) -> None:
 
 def test_what_cannot_guess_is_refused(tiny_model: Path, one_layer: Path, tmp_path: Path) -> None:
     with pytest.raises(pyengine.InvalidArgumentError, match="another vocabulary"):
-        Engine(tiny_model, draft_model=pyengine.engine.DEFAULT_MODEL)
+        Engine(tiny_model, draft_model=pyengine.opening.DEFAULT_MODEL)
     with pytest.raises(pyengine.InvalidArgumentError, match="is larger than"):
         Engine(one_layer, draft_model=tiny_model)
     with pytest.raises(FileNotFoundError, match="there is no model at"):

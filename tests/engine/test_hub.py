@@ -21,8 +21,8 @@ from engine.hub_server import Hub, serving
 from pyengine import Engine, HubError, InvalidArgumentError, PyEngineError, UnsupportedModelError, hub
 from pyengine.cli import main
 from pyengine.compat.llama_cpp import Llama
-from pyengine.engine import DEFAULT_MODEL
 from pyengine.freeze import freeze
+from pyengine.opening import DEFAULT_MODEL
 
 REPO = "tiny/talker"
 

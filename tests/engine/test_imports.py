@@ -40,10 +40,10 @@ ROOMS: dict[str, set[str]] = {
     "hub": {"errors", "arguments", "freeze"},
     "run": {"errors", "fork", "results", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
     "draft_file": {"errors", "_core", "format"},
+    "opening": {"errors", "arguments", "files", "run", "_core", "freeze", "hub"},
     "embeddings": {"errors", "arguments"},
     "engine": {
-        "draft_file",
-        "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
+        "draft_file", "opening", "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
         "freeze", "run", "fork", "files", "embeddings", "hub",
     },
     "eval": {"engine", "errors", "run", "_sampler"},
@@ -53,12 +53,12 @@ ROOMS: dict[str, set[str]] = {
         "_sampler",
     },
     "compat": {"errors", "arguments", "engine", "results", "run", "sampling", "text", "format", "_sampler", "serve",
-        "hub", "freeze", "pyengine",
+        "hub", "freeze", "pyengine", "opening",
     },
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
         "errors", "files", "pyengine", "text", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
-        "engine", "serve", "hub", "eval",
+        "engine", "serve", "hub", "eval", "opening",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -15,7 +15,7 @@ from pyengine import Engine, InvalidArgumentError, PyEngineError
 from pyengine.compat.llama_cpp import Llama, LlamaGrammar
 from pyengine.compat.llama_cpp.formats import FORMATS
 from pyengine.compat.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-from pyengine.engine import DEFAULT_MODEL
+from pyengine.opening import DEFAULT_MODEL
 from pyengine.text.chat import ChatTemplate
 
 PLANETS = "Q: Name the planets in the solar system? A: "

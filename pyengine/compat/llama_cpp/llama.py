@@ -21,10 +21,11 @@ from pyengine.compat.llama_cpp.grammar import LlamaGrammar, wanted_output
 from pyengine.compat.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from pyengine.compat.llama_cpp.options import refuse
 from pyengine.compat.llama_cpp.tools import chosen_tools
-from pyengine.engine import Engine, resolve_model
+from pyengine.engine import Engine
 from pyengine.errors import InvalidArgumentError, TemplateError
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze.gguf_split import part_paths
+from pyengine.opening import resolve_model
 from pyengine.run.request import Caller
 from pyengine.run.stream import run_all
 from pyengine.sampling import SamplingParams

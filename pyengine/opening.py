@@ -1,0 +1,78 @@
+"""What an engine is opened with: the file that a name stands for, threads, pages."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pyengine.arguments import integer
+from pyengine.errors import InvalidArgumentError, MissingFileError
+from pyengine.files import is_safetensors, path_of
+from pyengine.run.pages import max_pages
+
+if TYPE_CHECKING:
+    from pyengine import _core
+    from pyengine.freeze import Progress
+
+DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
+MAX_THREADS = 256  # PE_MAX_THREADS of csrc/threadpool.h
+
+
+def resolve_model(
+    model: str | os.PathLike[str] | None,
+    progress: Progress | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> str:
+    """The frozen file that `model` names: itself, whatever its name, or a Hugging Face directory, a GGUF, a model of the hub
+    (hf:org/name[@revision][:file]) or (with the path of its `tokenizer`) a llama2.c checkpoint, all frozen once into the cache
+    directory. None = the model that ships with the package. Raises MissingFileError, InvalidArgumentError for a tokenizer that
+    nothing would read, HubError, and what `freeze` raises."""
+    label = None
+    if model is None:
+        if not os.path.exists(DEFAULT_MODEL):
+            raise MissingFileError("this build ships no default model; name one: Engine('model.safetensors')")
+        model = os.fspath(DEFAULT_MODEL)
+    if isinstance(model, str) and model.startswith("hf:"):
+        from pyengine import hub
+
+        place = hub.parse(model)
+        model = hub.fetch(place)
+        label = place.label if os.path.isdir(model) else None  # a directory of the library's is named by its commit
+    path = path_of(model)
+    if not os.path.exists(path):
+        raise MissingFileError(f"there is no model at {path}")
+    if not os.path.isdir(path) and (path.endswith(".safetensors") or is_safetensors(path)):
+        if tokenizer is not None:
+            raise InvalidArgumentError(f"{path} has a tokenizer of its own; only llama2.c checkpoints are given one")
+        return path
+    from pyengine.freeze import freeze_cached
+
+    return os.fspath(freeze_cached(path, progress=progress, tokenizer=tokenizer, name=label))
+
+
+def threads_from_environment() -> int:
+    """PYENGINE_NUM_THREADS, 0 if it is not set. Raises InvalidArgumentError if it is not a positive number."""
+    text = os.environ.get("PYENGINE_NUM_THREADS", "")
+    if not text:
+        return 0
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
+        raise InvalidArgumentError(f"PYENGINE_NUM_THREADS is {text!r}, expected a number of threads from 1")
+    return int(text)
+
+
+def checked_threads(n_threads: int | None) -> int:
+    """Threads that an engine is given, 0 = as many as the container allows. Raises InvalidArgumentError."""
+    if n_threads is None:
+        return threads_from_environment()
+    return integer("n_threads", n_threads, 1, MAX_THREADS)
+
+
+def pages_of(context: _core.Context, n_ctx: int, *, max_kv_bytes: int | None, max_sequences: int) -> int:
+    """Pages that a context may have."""
+    return max_pages(
+        max_kv_bytes,
+        page_bytes=context.cache_stats()["page_bytes"],
+        page_positions=context.page_positions,
+        n_ctx=n_ctx,
+        max_sequences=max_sequences,
+    )
