@@ -17,6 +17,7 @@ pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extr
 
 from compiled import RecordingRuntime
 from pyengine_training.arena import Arena, initialize, parameter_shapes
+from pyengine_training.backend import cuda as backend_module
 from pyengine_training.backend.cuda import device_bytes
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.data import ValidationBatch
@@ -104,6 +105,24 @@ def test_losses_are_the_cpus(optimizer: str, runtime: SimulatedRuntime) -> None:
         assert got.lr_factor == wanted.lr_factor
     assert distance(gpu.params.flat, cpu.params.flat) < 1e-4
     assert runtime.recorded == 1
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_matrices_are_updated_together_as_one_by_one(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same matrix of so many layers at once, of three: bit for bit what one after another gives."""
+    model = dataclasses.replace(MODEL, n_layers=3)
+    config = dataclasses.replace(CONFIG, optimizer="muon", quantize="never")
+    results = []
+    for elements in (1, layers * MODEL.dim * MODEL.hidden_dim):
+        monkeypatch.setattr(backend_module, "BATCH", elements)
+        gpu = make_trainer(model, config, device=Device("cuda", "float32"))
+        gpu.initialize()
+        gpu.step(*batch(0))
+        results.append(everything(gpu))
+        sizes = [matrices.count for matrices in gpu.backend._muon_batches]  # type: ignore[attr-defined]
+        assert max(sizes) == (1 if elements == 1 else 3) and sum(sizes) == 3 * 7
+    for wanted, got in zip(*results, strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_bfloat16_losses_are_near_the_cpus() -> None:

@@ -37,6 +37,7 @@ from ..validation import batch_sums
 from . import StepInputs
 
 NARROW = np.uint16  # bfloat16 bits
+BATCH = 1 << 26  # elements that Muon works on at once: two copies of them are its working memory
 
 
 class Mirror:
@@ -77,6 +78,23 @@ class Weights:
         return arena[name]
 
 
+def muon_batches(arena: Arena, model: ModelConfig) -> list[muon.Matrices]:
+    """All that Muon updates: the same matrix of every layer together, as many layers at once as BATCH elements hold."""
+    found: dict[tuple[str, int, int], list[int]] = {}  # role, rows, columns -> where each layer's begins
+    for name, shape in arena.shapes.items():
+        for begin, end in block_matrices(name, model):
+            role = f"{name.split('.')[-1]} {begin}"
+            found.setdefault((role, end - begin, shape[1]), []).append(arena.offsets[name] + begin * shape[1])
+    batches = []
+    for (_, rows, cols), places in found.items():
+        at_once = max(1, BATCH // (rows * cols))
+        stride = places[1] - places[0] if len(places) > 1 else 0  # layers are alike
+        for first in range(0, len(places), at_once):
+            count = min(at_once, len(places) - first)
+            batches.append(muon.Matrices(rows, cols, places[first], stride, count))
+    return batches
+
+
 class CudaBackend:
     """:class:`.Backend` on a GPU."""
 
@@ -102,7 +120,9 @@ class CudaBackend:
         self._int8_values: Arena | None = None
         self._narrow: Arena | None = None
         self._host_int8_values: Arena | None = None
-        self._muon_scratch = self._muon_memory(shapes) if config.optimizer == "muon" else {}
+        self._muon_batches = muon_batches(self._grads, model) if config.optimizer == "muon" else []
+        needs = [muon.batch_scratch(matrices, np.float32) for matrices in self._muon_batches]
+        self._muon_scratch = allocate(largest(*needs), ops.empty)
         self._worker: tuple[Any, Worker] | None = None
         self._graphs: dict[bool, Callable[[], None]] = {}
         self._tokens = ops.zeros((config.batch_size, config.seq_len), np.int64)
@@ -112,15 +132,6 @@ class CudaBackend:
         self._losses = ops.zeros((config.shards, buffers.SUM_BLOCKS), np.float32)
         self._squares = ops.zeros(-(-self._grads.flat.size // grad_norm.BLOCK), np.float32)
         self._distillation = self._teach(teacher) if teacher else None
-
-    def _muon_memory(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-        """Working memory for the largest matrix: they are updated one after another."""
-        needs = [
-            ops.muon_scratch(last - first, shape[1], np.float32)
-            for name, shape in shapes.items()
-            for first, last in block_matrices(name, self.model)
-        ]
-        return allocate(largest(*needs), ops.empty)
 
     def _teach(self, teacher: tuple[ModelConfig, Arena]) -> Distillation:
         config, host = teacher
@@ -223,17 +234,18 @@ class CudaBackend:
         grad_norm.norm_and_clip(self._knobs[: adamw.GRAD_SCALE + 1], self._squares, self.config.clip)
         c, params = self.config, self._masters.device(written=True)
         m, v = (mirror.device(written=True) for mirror in self.moments)
-        for name, shape in params.shapes.items():
-            ranges = block_matrices(name, self.model) if c.optimizer == "muon" else []
-            for first, last in ranges:
-                arrays = [a[name][first:last] for a in (params, self._grads, m)]
+        with runtime().tensor_floats(self.precision == "bf16"):
+            for matrices in self._muon_batches:
+                arrays = [arena.flat for arena in (params, self._grads, m)]
                 options: dict[str, Any] = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay}
-                muon.muon_update_by_knobs(*arrays, self._knobs, scratch=self._muon_scratch, **options)
-            if not ranges:
-                arrays = [a[name] for a in (params, self._grads, m, v)]
-                options = {"beta1": c.beta1, "beta2": c.beta2, "eps": c.eps}
-                options["weight_decay"] = c.weight_decay if len(shape) > 1 else 0.0
-                adamw.adamw_update_by_knobs(*arrays, self._knobs, **options)
+                muon.muon_update_by_knobs(*arrays, self._knobs, matrices, scratch=self._muon_scratch, **options)
+        for name, shape in params.shapes.items():
+            if self._muon_batches and block_matrices(name, self.model):
+                continue
+            arrays = [a[name] for a in (params, self._grads, m, v)]
+            options = {"beta1": c.beta1, "beta2": c.beta2, "eps": c.eps}
+            options["weight_decay"] = c.weight_decay if len(shape) > 1 else 0.0
+            adamw.adamw_update_by_knobs(*arrays, self._knobs, **options)
 
     def _upload(self, tokens: Array, targets: Array, inputs: StepInputs) -> None:
         """The batch and the step's knobs."""
