@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from pyengine_training.errors import ConfigError, DataError, MissingLibraryError
 from pyengine_training.files import read_json
 from pyengine_training.packing import RowPacker
 from pyengine_training.plan import batch_hint, make_plan, warnings
+from pyengine_training.setup import base_options, train_config
 from pyengine_training.text import is_validation, labelled, read_documents
 from pyengine_training.train import open_run
 
@@ -117,10 +119,39 @@ def test_warnings_are_about_little_text() -> None:
     assert "5.0 passes" in warnings([0.5, 5.0], 30_000, 1_000_000)[0]
 
 
+def test_runs_from_before_a_knob_go_on_as_they_were(finished: Path, tmp_path: Path) -> None:
+    """Packing and attention had no names in run.json once, and other values than today's defaults."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    values = runfolder.read_run(run)
+    assert (values["train"].pop("packing"), values["train"].pop("attention")) == ("best-fit", "document")
+    runfolder.write_run(run, {name: value for name, value in values.items() if name != "run_version"})
+    config = open_run(run).config
+    assert (config.packing, config.attention) == ("restart", "row")
+
+
+@pytest.mark.parametrize(
+    ("values", "rows", "shards"),
+    [
+        ({"tokens": 1.02e6}, 4, 4),
+        ({"tokens": 1.02e6, "seq_len": 2048}, 1, 1),
+        ({"tokens": 1e8}, 16, 4),
+        ({"tokens": 1.02e6, "batch_size": 8}, 8, 4),
+        ({"tokens": 1.02e6, "shards": 8}, 8, 8),
+        ({"steps": 10}, 16, 4),
+    ],
+)
+def test_the_batch_follows_from_the_tokens(values: dict[str, Any], rows: int, shards: int) -> None:
+    config = train_config(values, base_options(values, [Path("a.txt")]))
+    assert (config.batch_size, config.shards) == (rows, shards)
+    if "tokens" in values:
+        assert config.steps == round(values["tokens"] / (rows * config.seq_len))
+
+
 def test_few_large_steps_are_told() -> None:
     few = TrainConfig(steps=128)  # 1,048,576 tokens
-    assert batch_hint(few)[0].endswith("(as many tokens: --batch-size 2 --shards 2 --steps 1024)")
-    assert batch_hint(TrainConfig(steps=1024, batch_size=2, shards=2)) == []
+    assert batch_hint(few)[0].endswith("(as many tokens: --batch-size 4 --shards 4 --steps 512)")
+    assert batch_hint(TrainConfig(steps=512, batch_size=4)) == []
     assert batch_hint(TrainConfig(steps=1000)) == []
 
 
@@ -358,7 +389,7 @@ def rows_of(source: BatchSource, steps: range, monkeypatch: pytest.MonkeyPatch) 
     """Rows that steps read."""
     seen: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(RowPacker, "fill", lambda _self, _out, row: seen.append(row))
+        patch.setattr(RowPacker, "fill", lambda _self, _out, row, *_beside: seen.append(row))
         for step in steps:
             source.batch(step)
     return seen

@@ -67,7 +67,7 @@ def trained(
     folder = tmp_path_factory.mktemp("trained")
     prepare_corpus(stories, folder / "data", tokenizer)
     split = Corpus(folder / "data").train
-    config = TrainConfig(seq_len=SEQ, batch_size=8, shards=2, steps=60, eval_every=0)
+    config = TrainConfig(seq_len=SEQ, batch_size=8, shards=2, steps=60, eval_every=0, muon_lr=0.02)
     source = BatchSource([split], [Phase(0, (1.0,))], batch_size=8, seq_len=SEQ, seed=1)
     trainer = make_trainer(ModelConfig(**SIZES, qk_norm=request.param), config)
     trainer.initialize()

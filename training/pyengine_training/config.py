@@ -131,7 +131,7 @@ class TrainConfig:
     steps: int = 1000
     optimizer: str = "muon"  # "muon" (blocks' matrices; AdamW for the rest) or "adamw"
     lr: float = 3e-3  # AdamW
-    muon_lr: float = 0.02
+    muon_lr: float = 0.01
     muon_momentum: float = 0.95
     beta1: float = 0.9
     beta2: float = 0.95
@@ -143,8 +143,8 @@ class TrainConfig:
     decay_shape: str = "linear"  # or "cosine"
     quantize: str = "decay"  # fake-quantize "never", in the "decay" phase, or "always"
     recompute: str = "none"  # or "activations", "block"
-    packing: str = "restart"  # or "best-fit": how documents are laid into rows
-    attention: str = "row"  # or "document": documents that share a row do not see each other
+    packing: str = "best-fit"  # or "restart": how documents are laid into rows
+    attention: str = "document"  # documents that share a row do not see each other; or "row"
     seed: int = 1
     eval_every: int = 200
     eval_documents: int = 200
@@ -201,6 +201,11 @@ class TrainConfig:
 def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:
     """A dict that :func:`from_json` reads back."""
     return dataclasses.asdict(config)
+
+
+def stored(values: dict[str, Any]) -> dict[str, Any]:
+    """A TrainConfig as run.json or state.json have it; knobs that it was written without were what they are here."""
+    return {"packing": "restart", "attention": "row", **values}
 
 
 def train_config_from_json(values: dict[str, Any]) -> TrainConfig:

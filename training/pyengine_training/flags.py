@@ -81,7 +81,7 @@ GROUPS: list[tuple[str, str, Options]] = [
             ),
             "attention": (
                 "",
-                "what a position sees before it: its whole row, or its own document alone (conversations: document)",
+                "what a position sees before it: its whole row, or its own document alone",
             ),
             "batch_size": ("N", "rows a step; the gradient is the mean over all their tokens"),
             "shards": (

@@ -90,17 +90,22 @@ def warnings(epochs: list[float], held_out: int, tokens: int) -> list[str]:
     return found
 
 
-STEPS = 1000  # steps that a short run should have: measured at 1 million tokens (docs/training.md)
-LEAST_TOKENS = 1024  # of a step
+STEPS = 500  # that a short run should have, of so many tokens at least: measured at 1 million tokens (docs/training.md)
+LEAST_TOKENS = 2048
+
+
+def batch_rows(tokens: float, seq_len: int) -> int:
+    """Rows of a step, a power of two, that suit a run of so many tokens."""
+    wanted = max(LEAST_TOKENS, int(tokens) // STEPS)
+    return 1 << (max(1, wanted // seq_len).bit_length() - 1)
 
 
 def batch_hint(config: TrainConfig) -> list[str]:
     """Where a run has few large steps, what would teach it more from the same text."""
     every = config.batch_size * config.seq_len
-    wanted = max(LEAST_TOKENS, config.steps * every // STEPS)
-    if every < 2 * wanted or config.batch_size == 1:
+    rows = batch_rows(config.steps * every, config.seq_len)
+    if config.batch_size < 2 * rows:
         return []
-    rows = 1 << (max(1, wanted // config.seq_len).bit_length() - 1)
     again = (
         f"--batch-size {rows} --shards {min(rows, config.shards)} --steps {config.steps * config.batch_size // rows}"
     )

@@ -15,14 +15,14 @@ from . import checkpoint as checkpoints
 from . import runfolder, train
 from .chat import TRAIN_ON, ChatFormat, is_chat
 from .comm import together
-from .config import ModelConfig, TrainConfig, model_from_depth, to_json, train_config_from_json
+from .config import ModelConfig, TrainConfig, model_from_depth, stored, to_json, train_config_from_json
 from .data import Corpus, Reader, file_sha256, prepare_corpus
 from .device import Device, Machine
 from .errors import CheckpointError, ConfigError, DataError
 from .flags import MODEL_OPTIONS, SWITCH
 from .lora import parse as parse_lora
 from .options import data_paths, held_out_shares
-from .plan import estimated_step_seconds, make_plan
+from .plan import batch_rows, estimated_step_seconds, make_plan
 from .preference import Pairs, is_preference, prepare_pairs, store_reference
 from .ranks import check_ranks
 from .scale import CARDS, predict
@@ -76,17 +76,21 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
         if values.get(name):
             context = checkpoints.read_model_config(Path(values[name])).max_seq_len
             base["seq_len"] = min(base.get("seq_len", TrainConfig.seq_len), context)
+    sizes = values.get("seq_len", base.get("seq_len", TrainConfig.seq_len)), values.get("shards", 1)
+    if (
+        "tokens" in values
+        and not {"init_from", "batch_size"} & set(values)
+        and all(type(n) is int and n > 0 for n in sizes)
+    ):
+        base["batch_size"] = max(sizes[1], min(TrainConfig.batch_size, batch_rows(values["tokens"], sizes[0])))
+        base["shards"] = min(base["batch_size"], TrainConfig.shards)
     if values.get("init_from"):
         base.update(lr=LORA_LR if values.get("lora") else FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
-    if any(is_chat(path) for path in paths if path.is_file()):
-        base.update(attention="document", packing="best-fit")
     if any(is_preference(path) for path in paths if path.is_file()):
         base.update(lr=PREFERENCE_LORA_LR if values.get("lora") else PREFERENCE_LR, optimizer="adamw")
-        base.update(attention="document", weight_decay=0.0)
+        base["weight_decay"] = 0.0
     if values.get("teacher"):
         base["distill_alpha"] = DISTILL_ALPHA
-    if values.get("teacher_cache"):
-        base["attention"] = "document"
     return base
 
 
@@ -257,7 +261,7 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
         raise ConfigError("--distill-alpha, --distill-tau would have no effect: the parent has no teacher")
     if run_values.get("teacher_cache") and "distill_tau" in values:
         raise ConfigError("--distill-tau is that of the parent's cached teacher and cannot change")
-    base = dict(state["train"])
+    base = stored(state["train"])
     base["extra"] = {
         **base.get("extra", {}),
         "command": shlex.join(["pyengine", "train", *arguments]),

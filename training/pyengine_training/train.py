@@ -27,6 +27,7 @@ from .config import (
     ModelConfig,
     TrainConfig,
     model_config_from_json,
+    stored,
     train_config_from_json,
 )
 from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, validation_batches
@@ -134,7 +135,7 @@ def open_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         model=model_config_from_json(values["model"]),
-        config=train_config_from_json(values["train"]),
+        config=train_config_from_json(stored(values["train"])),
         corpora=[Corpus(folder / path) for path in values["corpora"]],
         tokenizer=load_tokenizer(folder / "tokenizer.json"),
         bos=values["bos"],
