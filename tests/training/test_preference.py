@@ -252,6 +252,15 @@ def test_beta_and_branches_are_refused_elsewhere(
     assert "--branch-from continues runs on text" in capsys.readouterr().err
 
 
+def test_lone_surrogates_become_replacement_characters(model: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "Who\ud800?", "chosen": "Tom\udfff.", "rejected": "Mia."}, GOOD, GOOD]
+    assert tune(tmp_path / "run", model, write(tmp_path / "pairs.jsonl", lines)) == 0
+    run = open_run(tmp_path / "run")
+    assert run.pairs is not None
+    text = run.tokenizer.decode(np.asarray(run.pairs.tokens).tolist(), skip_special_tokens=False)
+    assert "Who\ufffd?" in text and "Tom\ufffd." in text
+
+
 def test_one_pair_is_too_few(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune(tmp_path / "run", model, write(tmp_path / "pairs.jsonl", [GOOD])) == 1
     assert "1 pairs; one to learn from and one to validate with" in capsys.readouterr().err

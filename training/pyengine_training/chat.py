@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .errors import DataError, MissingLibraryError
 from .files import read_json
-from .text import read_json_lines
+from .text import LONE_SURROGATE, read_json_lines
 
 Array = NDArray[Any]
 TRAIN_ON = ("assistant", "all")
@@ -81,7 +81,7 @@ class ChatFormat:
             yield self.render(self.checked(messages, where), where)
 
     def checked(self, messages: Any, where: str) -> list[dict[str, str]]:
-        """Messages with a role and a text that spells no special token."""
+        """Messages with a role and a text that spells no special token; a lone surrogate becomes U+FFFD, as in other texts."""
         if not isinstance(messages, list) or not messages:
             raise DataError(f'{where}: "messages" is not a list with something in it')
         for message in messages:
@@ -91,7 +91,8 @@ class ChatFormat:
             spelled = next((token for token in self._special if token in message["content"]), None)
             if spelled is not None:
                 raise DataError(f"{where}: a message spells the special token {spelled}")
-        return messages
+        plain = [{name: LONE_SURROGATE.sub("\ufffd", m[name]) for name in ("role", "content")} for m in messages]
+        return [message | texts for message, texts in zip(messages, plain, strict=True)]
 
     def render(self, messages: list[dict[str, str]], where: str) -> Conversation:
         """The text and the assistant's spans."""

@@ -73,7 +73,7 @@ def plot_losses(pieces: list[Entries], path: Path) -> bool:
         label = "validation" if bits is None else f"validation; {bits:.3f} bits a byte at the end"
         axes.plot([e["tokens"] / 1e6 for e in checks], [e["val_loss"] for e in checks], marker=".", label=label)
     _mark(axes, pieces, steps)
-    _dress(axes)
+    _dress(axes, "pair" if any("val_accuracy" in check for check in checks) else "token")
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -94,11 +94,11 @@ def _mark(axes: Any, pieces: list[Entries], steps: Entries) -> None:
         axes.axvline(piece[0]["tokens"] / 1e6, color="gray", linestyle="-", linewidth=0.5, label=label)
 
 
-def _dress(axes: Any) -> None:
+def _dress(axes: Any, of: str) -> None:
     from matplotlib.ticker import FormatStrFormatter
 
     axes.set_xlabel("million tokens")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel(f"loss, nats a {of}")
     axes.set_yscale("log")
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(FormatStrFormatter("%g"))
