@@ -2,6 +2,7 @@
  * and moves no bit of another; hidden states are what the logits are made of; a flag that somebody else sets ends the call. */
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,8 +24,17 @@ static const pe_config config = {.dim = 72, .hidden_dim = 64, .n_layers = 2, .n_
 
 enum { BAD_TOKEN = 41, BAD_COLUMN = 5 };
 
-/* Where the infinity appears. */
-static const char *const places[] = {"layers.0.attention_norm", "layers.1.attention_norm", "layers.1.ffn_norm", "norm"};
+/* Where the infinity appears: behind a norm with such a gain, or, with experts, in the product of gate and up. */
+typedef struct place {
+    const char *norm;
+    float gain;
+    bool experts;
+} place;
+static const place places[] = {{"layers.0.attention_norm", 0x1.fp127f, false},
+                               {"layers.1.attention_norm", 0x1.fp127f, false},
+                               {"layers.1.ffn_norm", 0x1.fp127f, false},
+                               {"norm", 0x1.fp127f, false},
+                               {"layers.1.ffn_norm", 0x1p80f, true}};
 enum { N_PLACES = sizeof places / sizeof places[0] };
 
 static void clear_row(tiny_model *t, const char *name, size_t row, size_t columns) {
@@ -36,8 +46,10 @@ static void clear_row(tiny_model *t, const char *name, size_t row, size_t column
 
 /* In one column of the residual stream, every token's embedding is 0 and BAD_TOKEN's is large; no layer writes to that column, and one
  * norm multiplies it by nearly the largest float. */
-static void make_fragile(tiny_model *t, const char *place) {
-    tiny_model_make(t, &config, 3, 1.0f);
+static void make_fragile(tiny_model *t, const place *where) {
+    pe_config c = config;
+    if (where->experts) c.n_experts = 4, c.n_experts_used = 2;
+    tiny_model_make(t, &c, 3, 1.0f);
     int8_t *codes = tiny_model_tensor(t, "tok_embeddings.codes");
     size_t n_groups = pe_pad(config.dim, PE_GROUP) / PE_GROUP;
     for (size_t token = 0; token < config.vocab_size; token++)
@@ -46,9 +58,14 @@ static void make_fragile(tiny_model *t, const char *place) {
     scales[BAD_TOKEN / 16 * n_groups * 16 + BAD_TOKEN % 16] = 0x5c00; /* 256: this column outweighs the others */
     clear_row(t, "layers.0.wo.codes", BAD_COLUMN, config.n_heads * config.head_dim);
     clear_row(t, "layers.1.wo.codes", BAD_COLUMN, config.n_heads * config.head_dim);
-    clear_row(t, "layers.0.w_down.codes", BAD_COLUMN, config.hidden_dim);
-    clear_row(t, "layers.1.w_down.codes", BAD_COLUMN, config.hidden_dim);
-    ((float *)tiny_model_tensor(t, place))[BAD_COLUMN] = 0x1.fp127f;
+    for (int layer = 0; layer < 2; layer++)
+        for (uint32_t e = 0; e < (c.n_experts > 0 ? c.n_experts : 1); e++) {
+            char expert[24] = "", name[64];
+            if (c.n_experts > 0) snprintf(expert, sizeof expert, "experts.%u.", e);
+            snprintf(name, sizeof name, "layers.%d.%sw_down.codes", layer, expert);
+            clear_row(t, name, BAD_COLUMN, config.hidden_dim);
+        }
+    ((float *)tiny_model_tensor(t, where->norm))[BAD_COLUMN] = where->gain;
     EXPECT(PE_OK, tiny_model_load(t, 1, err));
 }
 
@@ -182,14 +199,14 @@ static void test_bad_rows(const struct pe_kernels *table, const tiny_model *t, c
 }
 
 static void test_failures(const struct pe_kernels *table) {
-    for (size_t place = 0; place < N_PLACES; place++) {
+    for (size_t i = 0; i < N_PLACES; i++) {
         tiny_model t;
-        make_fragile(&t, places[place]);
+        make_fragile(&t, &places[i]);
         for (int dtype = PE_KV_INT8; dtype <= PE_KV_F32; dtype++)
             for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
-                test_bad_rows(table, &t, places[place], (pe_kv_dtype)dtype, n_threads, 4);
-                test_bad_rows(table, &t, places[place], (pe_kv_dtype)dtype, n_threads, 29);
-                if (!quick || n_threads == 3) test_bad_rows(table, &t, places[place], (pe_kv_dtype)dtype, n_threads, MAX_ROWS);
+                test_bad_rows(table, &t, places[i].norm, (pe_kv_dtype)dtype, n_threads, 4);
+                test_bad_rows(table, &t, places[i].norm, (pe_kv_dtype)dtype, n_threads, 29);
+                if (!quick || n_threads == 3) test_bad_rows(table, &t, places[i].norm, (pe_kv_dtype)dtype, n_threads, MAX_ROWS);
             }
         tiny_model_free(&t);
     }
@@ -200,7 +217,7 @@ static void test_failures(const struct pe_kernels *table) {
 static void test_failed_rows_stop(const struct pe_kernels *table) {
     tiny_model t;
     int32_t ids[N_SEQUENCES];
-    make_fragile(&t, places[0]);
+    make_fragile(&t, &places[0]);
     pe_context *c = context_new(&t, table, PE_KV_INT8, 1, ids);
     struct pe_kernels counting = *table;
     counting.rmsnorm = cancelling_rmsnorm, inner = table, cancel_at = -1, c->slice.kernels = &counting;
@@ -218,7 +235,7 @@ static void test_failed_rows_stop(const struct pe_kernels *table) {
 static void test_errors_beside_failures(const struct pe_kernels *table) {
     tiny_model t;
     int32_t ids[N_SEQUENCES];
-    make_fragile(&t, places[0]);
+    make_fragile(&t, &places[0]);
     pe_context *c = context_new(&t, table, PE_KV_INT8, 2, ids);
     batch b = {0};
     for (int i = 0; i < 280; i++) add(&b, ids[0], 1, 0);
