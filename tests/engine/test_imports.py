@@ -43,7 +43,8 @@ ROOMS: dict[str, set[str]] = {
     "opening": {"errors", "arguments", "files", "run", "_core", "freeze", "hub"},
     "embeddings": {"errors", "arguments"},
     "engine": {
-        "draft_file", "opening", "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text", "sampling", "cpu_watch",
+        "draft_file", "opening", "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text",
+        "sampling", "cpu_watch",
         "freeze", "run", "fork", "files", "embeddings", "hub",
     },
     "eval": {"engine", "errors", "run", "_sampler"},
