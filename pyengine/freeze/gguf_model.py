@@ -29,11 +29,13 @@ _KNOWN_KEYS = {
     "attention.sliding_window",
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "expert_count", "expert_used_count",
+    "expert_count", "expert_used_count", "pooling_type",
 }  # fmt: skip
 
 
 GGUF = GGUFFile | SplitGGUF
+
+_POOLINGS = {1: "mean", 3: "last"}  # of llama.cpp's kinds those that there are here
 
 
 def _architecture(file: GGUF) -> Architecture:
@@ -99,6 +101,7 @@ def _config(file: GGUF, keys: Fields, architecture: Architecture, shape: Shape, 
         norm_eps=eps,
         bos_token_id=begin_token_id(file.metadata),
         eos_token_ids=tuple(end_token_ids(file.metadata)),
+        extra={"pooling": pooling} if (pooling := _POOLINGS.get(keys.integer("pooling_type", 0))) else {},
         **frozen_fields(shape, traits),
     )
 

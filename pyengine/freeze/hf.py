@@ -29,7 +29,8 @@ _CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP = (
 )  # fmt: skip
 _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _INDEX)
+_POOLING = "1_Pooling/config.json"  # sentence-transformers'
+DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _POOLING, _INDEX)
 
 _MAX_SHARDS = 4096
 _MAX_NAME_BYTES = 255
@@ -214,7 +215,13 @@ def _shape(config: Fields, architecture: Architecture, names: Mapping[str, objec
 
 
 def _frozen_config(
-    config: Fields, architecture: Architecture, shape: Shape, traits: Traits, bos: int | None, eos: tuple[int, ...]
+    config: Fields,
+    architecture: Architecture,
+    shape: Shape,
+    traits: Traits,
+    bos: int | None,
+    eos: tuple[int, ...],
+    extra: Mapping[str, Any],
 ) -> FrozenConfig:
     return FrozenConfig(
         architecture=architecture.hf,
@@ -223,8 +230,18 @@ def _frozen_config(
         norm_eps=config.number("rms_norm_eps"),
         bos_token_id=bos,
         eos_token_ids=eos,
+        extra=extra,
         **frozen_fields(shape, traits),
     )
+
+
+def _pooling(directory: Path) -> dict[str, Any]:
+    """How embeddings are made of hidden states, where sentence-transformers' file says one of the ways that there are here."""
+    settings = _read_json(directory, _POOLING) or {}
+    for key, name in (("pooling_mode_mean_tokens", "mean"), ("pooling_mode_lasttoken", "last")):
+        if settings.get(key) is True:
+            return {"pooling": name}
+    return {}
 
 
 # ---------------------------------------------------------------------------- attachments
@@ -316,7 +333,7 @@ def load_hf(
         _refuse_unknown_arithmetic(config)
         shape = _shape(config, architecture, reader.shapes, n_ctx)
         traits = architecture.from_hf(config, shape)
-        frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos)
+        frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, _pooling(directory))
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
         if frozen.tie_embeddings:
             ignored.append(architecture.parts["output"].hf)  # some save the shared matrix twice

@@ -59,6 +59,23 @@ def test_vectors_are_the_specification_s_hidden_states(name: str, tmp_path: Path
     assert np.array_equal((theirs @ unit.T).argmax(axis=1), np.arange(len(prefixes)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        ({"pooling_mode_mean_tokens": True, "word_embedding_dimension": 64}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode_cls_token": True}, "last"),  # not of our ways: as if it said nothing
+    ],
+)
+def test_a_directory_says_how_to_pool(tmp_path: Path, settings: dict[str, Any], pooling: Any) -> None:
+    source = fixtures.write_hf_dir(fixtures.load("llama_tied"), tmp_path / "hf")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    with Engine(freeze(source, tmp_path / "model")) as engine:
+        assert np.array_equal(engine.embed(TEXTS), engine.embed(TEXTS, pooling=pooling))
+        assert not np.array_equal(engine.embed(TEXTS), engine.embed(TEXTS, pooling="mean" if pooling == "last" else "last"))
+
+
 @POOLINGS
 def test_a_vector_is_the_same_in_any_company(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, pooling: Any) -> None:
     with Engine(tiny_model, n_threads=1) as engine:

@@ -55,7 +55,7 @@ KEYS = sorted(
      *(f"llama.{key}" for key in (
          "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.causal",
          "attention.sliding_window", "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
-         "rope.scaling.factor", "rope.scaling.original_context_length", "vocab_size", "expert_count")),
+         "rope.scaling.factor", "rope.scaling.original_context_length", "vocab_size", "expert_count", "pooling_type")),
      *(f"tokenizer.ggml.{key}" for key in (
          "add_bos_token", "add_eos_token", "add_space_prefix", "unknown_token_id", "eot_token_id", "eom_token_id"))}
 )  # fmt: skip
@@ -128,6 +128,12 @@ def test_harmless_metadata_out_of_range_is_ignored(tmp_path: Path, changes: dict
 def _written(path: Path, changes: dict[str, Value | None]) -> Path:
     path.write_bytes(model_bytes(changes))
     return path
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [(0, None), (1, "mean"), (2, None), (3, "last"), (99, None)])
+def test_how_embeddings_are_pooled(tmp_path: Path, kind: int, pooling: str | None) -> None:
+    with frozen(tmp_path, {"llama.pooling_type": (U32, kind)}) as file:
+        assert file.config.extra.get("pooling") == pooling
 
 
 def test_bos_minus_one_is_none(tmp_path: Path) -> None:
