@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import MissingFileError, ModelFormatError, PyEngineError, UnsupportedModelError
 from ..files import open_regular, read_regular
-from ..format.config import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
+from ..format.config import MAX_DIM, MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
 from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safetensors_header
 from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
@@ -196,8 +196,8 @@ def _shape(config: Fields, architecture: Architecture, names: Mapping[str, objec
     n_layers = config.integer("num_hidden_layers")
     if not 1 <= n_layers <= MAX_LAYERS:
         raise ModelFormatError(f"{_CONFIG}: num_hidden_layers {n_layers} is not in 1..{MAX_LAYERS}")
-    if n_heads < 1 or dim < 1:
-        raise ModelFormatError(f"{_CONFIG}: {n_heads} heads and hidden_size {dim}")
+    if n_heads < 1 or not 1 <= dim <= MAX_DIM:  # JSON has integers of any size
+        raise ModelFormatError(f"{_CONFIG}: {n_heads!r:.80} heads and hidden_size {dim!r:.80}")
     head_dim = config.integer("head_dim", dim // n_heads)
     if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
         raise ModelFormatError(f"{_CONFIG}: head_dim {head_dim} is not an even number in 2..{MAX_HEAD_DIM}")

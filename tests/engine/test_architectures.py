@@ -202,12 +202,14 @@ def test_what_is_wrong_or_not_known_is_named(
 HUGE = 10**400
 VALUES = [None, True, 0, -1, 2**63, HUGE, 0.5, 1e308, "", "x", [], [{}], [HUGE], [0, 1], ["full_attention"] * 2, {}, {"a": {}}]
 OWN_KEYS = {
-    "granite": ["attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "head_dim"],
+    "granite": [
+        "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "head_dim", "hidden_size",
+    ],
     "phi4_mini": ["partial_rotary_factor", "original_max_position_embeddings", "rope_scaling", "sliding_window"],
     "gemma3": [
         "sliding_window_pattern", "rope_local_base_freq", "rope_theta", "rope_scaling", "rope_parameters", "layer_types",
         "hidden_activation", "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "use_bidirectional_attention",
-        "head_dim", "num_key_value_heads",
+        "head_dim", "num_key_value_heads", "hidden_size",
     ],
     "mixtral": ["num_local_experts", "num_experts_per_tok", "sliding_window"],
     "qwen3_moe": ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"],
@@ -227,10 +229,12 @@ def test_any_value_of_an_architectures_own_keys(tmp_path: Path, name: str, key: 
             open_source(source).close()
         except PyEngineError as error:
             assert str(error)
-    for inner in ("short_factor", "long_factor", "factor", "attention_factor", "type") if key == "rope_scaling" else ():
+    inside = ("short_factor", "long_factor", "factor", "attention_factor", "type", "original_max_position_embeddings")
+    for inner in inside if key == "rope_scaling" else ():
         for value in VALUES:
             config = fixtures.load(name).hf_config
-            (source / "config.json").write_text(json.dumps(config | {key: config[key] | {inner: value}}))
+            config.pop(inner, None)  # which would count before that of the object
+            (source / "config.json").write_text(json.dumps(config | {key: config[key] | {"factor": 4.0, inner: value}}))
             try:
                 open_source(source).close()
             except PyEngineError as error:

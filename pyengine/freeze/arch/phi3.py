@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import ModelFormatError, UnsupportedModelError
-from ...format.config import LayerSpec
+from ...format.config import MAX_POSITIONS, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
 from ..rope import ROPE_TYPES, long_rope_inv_freq, rope_inv_freq
@@ -70,8 +70,8 @@ def _check_rotated(rotated: int, head_dim: int) -> int:
 
 
 def _check_trained(trained: int) -> int:
-    if trained < 2:
-        raise ModelFormatError(f"original_max_position_embeddings is {trained}, LongRoPE needs at least 2")
+    if not 2 <= trained <= MAX_POSITIONS:
+        raise ModelFormatError(f"original_max_position_embeddings {trained!r:.80}: LongRoPE needs 2..{MAX_POSITIONS}")
     return trained
 
 
