@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,7 +65,7 @@ class Adapter(NamedTuple):
 def adapter(given: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]) -> Adapter:
     """A directory, or (directory, scale). Raises InvalidArgumentError."""
     path, scale = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if type(scale) not in (int, float) or not abs(scale) <= sys.float_info.max:  # NaN is not; no float is made of an integer
         raise InvalidArgumentError(f"the scale of an adapter must be a finite number, not {scale!r:.80}")
     return Adapter(Path(path_of(path)), float(scale))
 
@@ -222,7 +223,9 @@ def _check_shapes(
     base = shapes.get(tensor)
     if base is None:
         raise ModelFormatError(f"{path}: the adapter changes {tensor!r:.200}, which the model does not have")
-    wanted = [(rank, *base[1:]), (base[0], rank)]
+    if len(base) != 2 or 0 in base:
+        raise ModelFormatError(f"{path}: the adapter changes {tensor!r:.200}, which is no matrix but {list(base)}")
+    wanted = [(rank, base[1]), (base[0], rank)]
     if found != wanted:
         a, b = (list(shape) for shape in found)
         raise ModelFormatError(

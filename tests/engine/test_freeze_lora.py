@@ -243,6 +243,18 @@ def test_tensors_that_are_refused(model: fixtures.Fixture, base: Path, tmp_path:
         freeze(base, tmp_path / "x.safetensors", lora=[adapter])
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (8,), (2, 8, 8), ()])
+def test_an_adapter_of_what_is_no_matrix(model: fixtures.Fixture, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Tensors that the model has, though it has no use for them."""
+    directory = fixtures.write_hf_dir(model, tmp_path / "model", "F32")
+    weights = {name: weight.astype(np.float32) for name, weight in model.hf_weights.items()}
+    fixtures.write_safetensors(directory / "model.safetensors", {**weights, "other.weight": np.zeros(shape, np.float32)})
+    sides = np.ones((R, *shape[1:]), np.float32), np.ones((*shape[:1], R), np.float32)
+    adapter = write_adapter(tmp_path / "adapter", {"other.weight": sides}, {"target_modules": ["other"]})
+    with pytest.raises(ModelFormatError, match=r"'other.weight', which is no matrix"):
+        freeze(directory, tmp_path / "x.safetensors", lora=[adapter])
+
+
 def test_a_shared_output_matrix_is_not_changed_in_silence(tmp_path: Path) -> None:
     tied = fixtures.load("llama_tied")
     directory = fixtures.write_hf_dir(tied, tmp_path / "model", "F32")
@@ -262,8 +274,9 @@ def test_other_sources_and_arguments(base: Path, model: fixtures.Fixture, tmp_pa
         freeze(base, tmp_path / "x.safetensors", lora=[tmp_path])
     with pytest.raises(InvalidArgumentError, match="list of directories"):
         freeze(base, tmp_path / "x.safetensors", lora=str(tmp_path))
-    with pytest.raises(InvalidArgumentError, match="scale"):
-        freeze(base, tmp_path / "x.safetensors", lora=[(tmp_path, "2")])  # type: ignore[list-item]
+    for scale in ("2", True, math.nan, math.inf, 10**400):
+        with pytest.raises(InvalidArgumentError, match="scale"):
+            freeze(base, tmp_path / "x.safetensors", lora=[(tmp_path, scale)])  # type: ignore[list-item]
     adapter = write_adapter(tmp_path / "adapter", pairs(model))
     with pytest.raises(InvalidArgumentError, match="part of the source"):
         freeze(base, adapter / "adapter_model.safetensors", lora=[adapter], overwrite=True)
