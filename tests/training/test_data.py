@@ -176,6 +176,7 @@ def test_every_text_has_its_share_and_its_validation(stories: Path, tmp_path: Pa
         (["--held-out", "0.1,0.2"], "2 shares for 1 texts"),
         (["--held-out", "0"], "the first text's is not 0"),
         (["--held-out", "0.7"], r"shares lie in 0..0.5"),
+        (["--held-out", "5e-324"], r"shares lie in 0..0.5"),
         (["--held-out", "x"], "is no list of numbers"),
         (["--column", "story"], "--column would have no effect"),
     ],

@@ -24,6 +24,9 @@ SIZES = ("depth", *MODEL_OPTIONS, "qk_norm")
 TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on", "held_out", "column")
 
 
+LEAST_SHARE = 1e-9  # that is held out: 1 / share is a count
+
+
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """File options under flags, by field name; what was not given is absent."""
     flags = {name: value for name, value in vars(options).items() if value is not None and value is not False}
@@ -162,7 +165,7 @@ def held_out_shares(values: dict[str, Any], count: int) -> list[float]:
     shares = [_number("held_out", share) for share in given] if isinstance(given, list) else []
     if len(shares) not in (1, count):
         raise ConfigError(f"--held-out: {len(shares)} shares for {count} texts: give one for all or one each")
-    if not all(0 <= share <= 0.5 for share in shares) or shares[0] == 0:
+    if not all(share == 0 or LEAST_SHARE <= share <= 0.5 for share in shares) or shares[0] == 0:
         raise ConfigError(f"--held-out is {given}; shares lie in 0..0.5, and the first text's is not 0")
     return shares * count if len(shares) == 1 else shares
 
