@@ -19,6 +19,8 @@ from pyengine import _core
 from pyengine.errors import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze, open_source
+from pyengine.freeze.arch import gguf_keys
+from pyengine.freeze.fields import Fields
 
 NAMES = [
     name for name in fixtures.names() if fixtures.load(name).hf_config["model_type"] in gguf_fixtures.ARCHITECTURES
@@ -239,3 +241,39 @@ def test_any_value_of_an_architectures_own_keys(tmp_path: Path, name: str, key: 
                 open_source(source).close()
             except PyEngineError as error:
                 assert str(error)
+
+
+# ---------------------------------------------------------------------------- GGUF
+
+
+@pytest.mark.parametrize("name", ["rope_factors_short.weight", "rope_factors_long.weight"])
+def test_long_rope_needs_both_tables(tmp_path: Path, name: str) -> None:
+    source = gguf_fixtures.write(fixtures.load("phi4_mini"), tmp_path / "m.gguf")
+    assert source.read_bytes().count(name.encode()) == 1
+    source.write_bytes(source.read_bytes().replace(name.encode(), name.replace("rope", "RoPE").encode()))
+    with pytest.raises(ModelFormatError, match=f"'{name}' is missing"):
+        open_source(source)
+
+
+class OneTensor:
+    """A GGUF file with a tensor of RoPE's divisors."""
+
+    def __init__(self, value: float) -> None:
+        self.values = np.full(8, value, np.float32)
+        self.shapes = {"rope_freqs.weight": (8,)}
+
+    def matrix(self, name: str) -> Any:
+        raise AssertionError(name)
+
+    def vector(self, name: str) -> Any:
+        return self.values
+
+
+def test_numbers_of_gguf_that_float32_does_not_hold() -> None:
+    """Nothing is warned of: they are refused here, or by the freezer, which looks at every vector."""
+    keys = Fields({"cap": 1e308}, "GGUF")
+    with pytest.raises(ModelFormatError, match="cap must be 0, or a number in"):
+        gguf_keys.softcap(keys, "cap")
+    assert not np.isfinite(gguf_keys.rope_table(keys, 16, OneTensor(1e-45))).all()
+    with pytest.raises(ModelFormatError, match="finite positive"):
+        gguf_keys.rope_table(keys, 16, OneTensor(0.0))

@@ -45,6 +45,8 @@ def scaling(keys: Fields) -> dict[str, Any] | None:
 
 def divisors(file: Tensors, name: str, n: int) -> Float32Array:
     """A tensor of n positive numbers that RoPE frequencies are divided by."""
+    if name not in file.shapes:
+        raise ModelFormatError(f"tensor {name!r} is missing")
     found = file.vector(name)
     if found.shape != (n,):
         raise ModelFormatError(f"tensor {name!r} has {len(found)} values, not {n}")
@@ -58,7 +60,10 @@ def rope_table(keys: Fields, head_dim: int, file: Tensors, default_base: float =
     if rope_dimensions(keys, head_dim) != head_dim:
         raise UnsupportedModelError("RoPE over a part of the head (rope.dimension_count) for this architecture")
     inv_freq = rope_inv_freq(head_dim, keys.number("rope.freq_base", default_base), scaling(keys))
-    return inv_freq / divisors(file, ROPE_DIVISORS, head_dim // 2) if ROPE_DIVISORS in file.shapes else inv_freq
+    if ROPE_DIVISORS not in file.shapes:
+        return inv_freq
+    with np.errstate(over="ignore", under="ignore"):  # the freezer refuses what is not finite
+        return inv_freq / divisors(file, ROPE_DIVISORS, head_dim // 2)
 
 
 def multiplier(keys: Fields, key: str, default: float = 1.0) -> float:
@@ -71,7 +76,8 @@ def multiplier(keys: Fields, key: str, default: float = 1.0) -> float:
 
 def softcap(keys: Fields, key: str) -> float:
     """A soft limit of scores or logits; 0 for none."""
-    value = float(str(np.float32(keys.number(key, 0.0))))
+    with np.errstate(over="ignore"):
+        value = float(str(np.float32(keys.number(key, 0.0))))
     if not SOFTCAP_RANGE[0] <= value <= SOFTCAP_RANGE[1] and value != 0.0:
         raise keys.wrong(key, f"0, or a number in {SOFTCAP_RANGE[0]}..{SOFTCAP_RANGE[1]}")
     return value

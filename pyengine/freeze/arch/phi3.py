@@ -71,7 +71,8 @@ def _check_rotated(rotated: int, head_dim: int) -> int:
 
 def _check_trained(trained: int) -> int:
     if not 2 <= trained <= MAX_POSITIONS:
-        raise ModelFormatError(f"original_max_position_embeddings {trained!r:.80}: LongRoPE needs 2..{MAX_POSITIONS}")
+        wanted = f"LongRoPE needs at least 2 and at most {MAX_POSITIONS}"
+        raise ModelFormatError(f"original_max_position_embeddings is {trained!r:.80}, {wanted}")
     return trained
 
 
