@@ -19,7 +19,7 @@ pytest.importorskip("pyengine._core", reason="the engine's extension is not buil
 from pyengine_training import checkpoint as checkpoints
 from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.config import ModelConfig
-from pyengine_training.files import load_safetensors
+from pyengine_training.files import load_safetensors, read_json, write_json
 from pyengine_training.model import Worker
 from pyengine_training.text import is_validation, load_tokenizer, read_documents, split_documents, train_tokenizer
 
@@ -111,6 +111,19 @@ def test_float32_scores_are_the_trainers(
         tokens[0, : len(ids) - 1], targets[0, : len(ids) - 1] = ids[:-1], ids[1:]
         wanted = -float(worker.evaluate(params, tokens, targets, False).sum())
         assert scorer(ids) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_float32_scores_are_refused_for_models_that_the_trainer_cannot_compute(
+    model_report: ModuleType, stories: Path, tmp_path: Path
+) -> None:
+    model, params = random_model(88, False)
+    tokenizer = train_tokenizer(read_documents(stories), 300)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    checkpoints.write_hf_folder(folder, params, model, tokenizer=tokenizer, bos=0, eos=0)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"hidden_act": "gelu_pytorch_tanh"})
+    with pytest.raises(SystemExit, match="not a plain Llama"):
+        model_report.float32_scorer(folder, None)
 
 
 def test_long_documents_are_scored_in_windows(model_report: ModuleType) -> None:
