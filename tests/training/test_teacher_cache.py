@@ -224,7 +224,16 @@ def test_a_damaged_cache_is_named(
     cache = tmp_path / "cache"
     words = ["--teacher-cache", str(cache), "--teacher-top-k", "2"]
     assert distill(tmp_path / "a", teacher, stories, *words) == 0
-    (cache / "0.ids").write_bytes(b"")
-    capsys.readouterr()
-    assert distill(tmp_path / "b", teacher, stories, *words) == 1
-    assert "0.ids: missing or of the wrong size" in capsys.readouterr().err
+    ids, manifest = cache / "0.ids", cache / "manifest.json"
+    whole = ids.read_bytes(), manifest.read_bytes()
+    for number, (damaged, content, message) in enumerate((
+        (ids, b"", "0.ids: missing or of the wrong size"),
+        (ids, b"\xff" * len(whole[0]), f"names token 65535 of {VOCAB}"),
+        (manifest, b'{"format_version": 1}', "manifest.json is damaged"),
+    )):  # fmt: skip
+        ids.write_bytes(whole[0])
+        manifest.write_bytes(whole[1])
+        damaged.write_bytes(content)
+        capsys.readouterr()
+        assert distill(tmp_path / f"b{number}", teacher, stories, *words) == 1
+        assert message in capsys.readouterr().err

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from . import arena as arenas
 from .arena import Arena
 from .config import ModelConfig
+from .errors import DataError
 from .ops import cpu as cpu_ops
 from .ops.cpu.dpo import dpo_forward_backward
 from .ops.cpu.topk_kl import cross_entropy_topk_forward_backward
@@ -339,6 +340,8 @@ class Worker:
         alpha, tau = self.wide(d.alpha), self.wide(d.tau)
         if d.teacher is None:
             ids, probs = (x.reshape(self.loss.size, -1)[rows] for x in (d.targets.ids, d.targets.probs))
+            if int(ids.max()) >= logits.shape[1]:  # the loop below checks no index
+                raise DataError(f"a teacher's cache names token {ids.max()} of {logits.shape[1]}: it is damaged")
             probs = probs.astype(self.dtype)
             cross_entropy_topk_forward_backward(self.loss[rows], logits, ids, probs, targets, alpha, tau, inv)
             return

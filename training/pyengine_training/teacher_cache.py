@@ -43,14 +43,15 @@ class TeacherCache:
             raise DataError(
                 f"{folder}: format_version {values.get('format_version')} (this program reads {FORMAT_VERSION})"
             )
-        self.values, k = values, int(values["k"])
+        self.values = values
         self.ids: list[Array] = []
         self.probs: list[Array] = []
-        for number, tokens in enumerate(values["tokens"]):
-            for found, name, dtype, width in (
-                (self.ids, "ids", values["dtype"], k),
-                (self.probs, "probs", "float16", k + 1),
-            ):
+        k, counts, kind = values.get("k"), values.get("tokens"), values.get("dtype")
+        numbers = [k, *counts] if isinstance(counts, list) else [0]
+        if not all(type(n) is int and n > 0 for n in numbers) or kind not in ("uint16", "uint32"):
+            raise DataError(f"{folder / 'manifest.json'} is damaged: it needs k, tokens and dtype")
+        for number, tokens in enumerate(counts):
+            for found, name, dtype, width in ((self.ids, "ids", kind, k), (self.probs, "probs", "float16", k + 1)):
                 path = folder / f"{number}.{name}"
                 if not path.exists() or path.stat().st_size != tokens * width * np.dtype(dtype).itemsize:
                     raise DataError(f"{path}: missing or of the wrong size")
