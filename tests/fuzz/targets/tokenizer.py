@@ -168,7 +168,9 @@ def post_processor(rng: random.Random) -> dict[str, Any] | None:
 
 
 def added_token(rng: random.Random, document: Any) -> dict[str, Any]:
-    contents = [*_TEXTS, "<|new|>", "<s>", *(document.get("model", {}).get("vocab") or ["a"])][:400]
+    vocab = document.get("model", {}).get("vocab")
+    known = [str(one) for one in vocab] if isinstance(vocab, (dict, list)) else []  # it may have been changed before
+    contents = [*_TEXTS, "<|new|>", "<s>", *(known or ["a"])][:400]
     flags = {key: _flag(rng) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
     return {"id": rng.choice([0, 1, 256, 299, 300, 10**6, 2**31, 2**32 - 1]), "content": rng.choice(contents), **flags}
 
