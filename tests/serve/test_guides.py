@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.scripted_drafts import drafts_of, script
 
 import pyengine
 from pyengine import Engine, SamplingParams
-from tests.engine.scripted_drafts import drafts_of, script
 
 pytest.importorskip("llguidance", reason="the extra guide is not installed")
 
