@@ -24,11 +24,11 @@ examples:
   pyengine models rm SmolLM2-135M --dry-run
   pyengine models prune
 
-rm hf:org/name removes what was fetched of it, every revision or the one that @revision names (a branch, a tag,
-or a commit by 7 characters or more), and what was frozen from that; any
-other name is the beginning of a frozen model's. A frozen model is made again from its source when it is needed; a model of the
-hub is fetched again. prune removes frozen models whose source has changed or is gone, or that another version made; what a
-killed process left behind; and, of the hub's cache, revisions that no branch or tag names.
+rm hf:org/name removes what was fetched of it, every revision or the one that @revision names (a branch, a tag, or 7 characters
+or more of a commit), and what was frozen from that; any other name is the beginning of a frozen model's. A frozen model is made
+again from its source when it is needed; a model of the hub is fetched again. prune removes frozen models whose source has changed
+or is gone, or that another version made; what a killed process left behind; and, of the hub's cache, revisions that no branch or
+tag names, also those that were fetched by their commit, here or by another program.
 
 environment:
   PYENGINE_CACHE        where frozen models are kept; else pyengine/ in the user's cache directory
