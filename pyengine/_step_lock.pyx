@@ -61,13 +61,12 @@ cdef class StepLock:
         if self.n_sleeping > 0:
             pe_wake_all(&self.counter)
 
-    cdef int sleep_while(self, uint32_t news) except -1:
+    cdef void sleep_while(self, uint32_t news) noexcept:
+        """At most SLEEP_NS: whoever calls it looks for signals after it."""
         self.n_sleeping += 1
         with nogil:
             pe_sleep_while_equal(&self.counter, news, SLEEP_NS)
         self.n_sleeping -= 1
-        PyErr_CheckSignals()
-        return 0
 
     cdef int check_free_of(self, unsigned long me) except -1:
         if self.holder == me:
@@ -84,6 +83,7 @@ cdef class StepLock:
             if load32(&self.counter) != news:
                 return False
             self.sleep_while(news)
+            PyErr_CheckSignals()
         self.call(me, function, args)
         return True
 
@@ -102,13 +102,14 @@ cdef class StepLock:
         return True
 
     cdef int wait_until_free(self, unsigned long me) except -1:
-        """Until nobody but this thread has it."""
-        self.n_wanting += 1
+        """Until nobody but this thread has it. A signal handler that runs meanwhile may compute, so nobody is wanting then."""
         try:
             while self.holder != 0 and self.holder != me:
+                self.n_wanting += 1
                 self.sleep_while(load32(&self.counter))
+                self.n_wanting -= 1
+                PyErr_CheckSignals()
         finally:
-            self.n_wanting -= 1
             self.wake()  # those that compute waited for this one, too
         return 0
 

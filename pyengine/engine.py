@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
@@ -636,10 +634,7 @@ def _reopen(path: str, options: dict[str, Any]) -> Engine:
 
 def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
     """One of the two forms in which callers give parameters. Raises InvalidArgumentError, TypeError for an unknown name."""
-    if "pyengine.sampling" not in sys.modules:  # 3 ms that a start without generation does not pay
-        with fork.importing:
-            import_module("pyengine.sampling")
-    from pyengine.sampling import SamplingParams
+    from pyengine.sampling import SamplingParams  # which every engine has imported
 
     if params is not None and options:
         raise InvalidArgumentError(f"give params or keyword options, not both ({', '.join(options)})")
@@ -647,6 +642,6 @@ def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> S
 
 
 def _checked_speculative(value: str | Mapping[str, Any]) -> Drafting:
-    from pyengine.sampling import check_speculative
-
+    with fork.importing:
+        from pyengine.sampling import check_speculative
     return check_speculative(value)

@@ -161,7 +161,8 @@ def run_task(args: argparse.Namespace) -> int:
         name = args.task
         stream = options.stdin().buffer if name == "-" else stack.enter_context(open(name, "rb"))
         try:
-            task = read_task(codecs.getreader("utf-8")(stream), name, args.limit)
+            # by bytes: only "\n" ends a line, and a text may hold what else Unicode calls the end of one
+            task = read_task((line.decode("utf-8") for line in stream), name, args.limit)
         except UnicodeDecodeError as error:
             raise UsageError(f"{name} is no UTF-8 text: {error.reason}") from None
         engine = stack.enter_context(options.open_engine(args))

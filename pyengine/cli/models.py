@@ -24,15 +24,19 @@ examples:
   pyengine models rm SmolLM2-135M --dry-run
   pyengine models prune
 
-rm hf:org/name removes what was fetched of it, every revision or the one that @revision names, and what was frozen from that; any
-other name is the beginning of a frozen model's. A frozen model is made again from its source when it is needed; a model of the
-hub is fetched again. prune removes frozen models whose source has changed or is gone, or that another version made; what a
-killed process left behind; and, of the hub's cache, revisions that no branch or tag names.
+rm hf:org/name removes what was fetched of it, every revision or the one that @revision names (a branch, a tag, or 7 characters
+or more of a commit), and what was frozen from that; any other name is the beginning of a frozen model's. A frozen model is made
+again from its source when it is needed; a model of the hub is fetched again. prune removes frozen models whose source has changed
+or is gone, or that another version made; what a killed process left behind; and, of the hub's cache, revisions that no branch or
+tag names, also those that were fetched by their commit, here or by another program.
 
 environment:
   PYENGINE_CACHE        where frozen models are kept; else pyengine/ in the user's cache directory
   HF_HOME, HF_HUB_CACHE where huggingface_hub keeps what it fetches
 """
+
+
+LEAST_COMMIT = 7  # characters by which a commit is named; what is shorter may be a branch that is not here
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +60,7 @@ class Item:
     is_stale: bool
     remove: Callable[[], None]
     repo: str | None = None
+    commit: str = ""
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": self.name, "bytes": self.size, "from": self.origin, "stale": self.is_stale}
@@ -102,6 +107,7 @@ def hub_items() -> list[Item]:
                 not one.refs,
                 one.remove,
                 one.repo,
+                one.commit,
             )
             for one in hub.cached_revisions()
         ]
@@ -125,14 +131,18 @@ def _of_hub(items: list[Item], name: str) -> list[Item]:
     from pyengine import hub
 
     place = hub.parse(name)
-    revision = place.revision or ""
-    matches = [
-        item for item in items
-        if item.repo == place.repo and (item.name.partition("@")[2].startswith(revision) or revision in item.origin.split(", "))
-    ]  # fmt: skip
-    commits = [item.name.partition("@")[2] for item in matches]
+    if place.file is not None:
+        raise UsageError(f"{name}: a revision is removed as a whole; leave out :{place.file}")
+    matches = [item for item in items if item.repo == place.repo and _is_revision(item, place.revision)]
     folder = f"/models--{place.repo.replace('/', '--')}/snapshots/"
-    return matches + [item for item in items if any(folder + commit in item.origin for commit in commits)]
+    return matches + [item for item in items if any(folder + match.commit in item.origin for match in matches)]
+
+
+def _is_revision(item: Item, revision: str | None) -> bool:
+    """By a branch, a tag or (the beginning of) a commit; None = any."""
+    if revision is None or revision in item.origin.split(", "):
+        return True
+    return len(revision) >= LEAST_COMMIT and item.commit.startswith(revision)
 
 
 def _by_beginning(items: list[Item], name: str) -> list[Item]:

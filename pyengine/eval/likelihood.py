@@ -83,7 +83,7 @@ def _together(engine: Engine, pairs: Sequence[Pair]) -> list[Likelihood]:
     for request in requests:
         request.keep = True  # the next one may begin alike
     run_all(engine.scheduler, requests)
-    return [Likelihood(math.fsum(one.values), one.is_greedy, one.n_cut) for one in rows]
+    return [Likelihood(math.fsum(one.values.values()), one.is_greedy, one.n_cut) for one in rows]
 
 
 class _Rows:
@@ -98,11 +98,11 @@ class _Rows:
         self.n_cut = len(whole) - len(self.tokens)
         n = len(self.tokens)
         self.positions = list(range(n - 1 - len(pair.continuation), n - 1))
-        self.values: list[float] = []
+        self.values: dict[int, float] = {}  # by position: a row may come again after an exception
         self.is_greedy = True
 
     def take(self, position: int, logits: memoryview) -> None:
         token = self.tokens[position + 1]
         value, top = logprobs(logits, token, 1)
-        self.values.append(value)
+        self.values[position] = value
         self.is_greedy = self.is_greedy and top[0][0] == token

@@ -149,7 +149,7 @@ def _forced(request: GenerationRequest) -> tuple[int, ...]:
 def _sensible(request: GenerationRequest, draft: tuple[int, ...]) -> tuple[int, ...]:
     """Without guesses that cannot come, or of which nobody will want to know."""
     if request.guide is not None:
-        draft = tuple(request.guide.allowed(request.sampler.outputs, draft))
+        draft = request.guide.allowed(request.sampler.outputs, draft)
     return until_end(draft, request.output.ends)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyengine import fork
 from pyengine.errors import InvalidArgumentError
+from pyengine.run.draft import until_end
 
 if TYPE_CHECKING:
     from pyengine.sampling import StructuredOutputs
@@ -32,8 +33,9 @@ MAX_GRAMMAR = 1 << 18  # characters of a schema, regex or grammar
 class Guide:
     """Of one output. A mask: uint32 ((vocab_size + 31) // 32), bit i % 32 of word i // 32 is 1 if token i may come."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, end_ids: Sequence[int]) -> None:
         self._matcher = matcher
+        self._ends = frozenset(end_ids)
         self._n_words = (vocab_size + 31) // 32
         self._masks: list[array[int]] = []  # [i]: after i guesses
         self._n_read = 0
@@ -41,11 +43,10 @@ class Guide:
 
     def masks(self, outputs: Sequence[int], draft: Sequence[int] = ()) -> list[array[int]]:
         """Which tokens may follow `outputs`, and which would after each guess of `draft`; valid until the next call. (After a
-        guess that may not come, which no sampler will choose, the last mask again.) Raises InvalidArgumentError if the grammar
-        has become too complex to follow."""
-        self._read(outputs)
+        guess that may not come, which no sampler will choose, or that ends the text, the last mask again.) Raises
+        InvalidArgumentError if the grammar has become too complex to follow."""
+        n_allowed = len(self.allowed(outputs, draft))
         self._is_torn = True
-        n_allowed = self._matcher.validate_tokens(list(draft)) if draft else 0
         for i in range(n_allowed + 1):
             if i > 0:
                 self._matcher.consume_token(draft[i - 1])
@@ -60,10 +61,12 @@ class Guide:
         self._read(outputs)
         return tuple(self._matcher.compute_ff_tokens())
 
-    def allowed(self, outputs: Sequence[int], draft: Sequence[int]) -> Sequence[int]:
-        """The beginning of `draft` that may follow `outputs`."""
+    def allowed(self, outputs: Sequence[int], draft: Sequence[int]) -> tuple[int, ...]:
+        """The beginning of `draft` that may follow `outputs`, without an end of the text: a matcher that has read one cannot be
+        rolled back over it."""
         self._read(outputs)
-        return draft[: self._matcher.validate_tokens(list(draft))]
+        draft = until_end(tuple(draft), self._ends)
+        return draft[: self._matcher.validate_tokens(list(draft))] if draft else ()
 
     def _read(self, outputs: Sequence[int]) -> None:
         if self._is_torn:
@@ -113,7 +116,7 @@ class Guides:
         matcher = llguidance.LLMatcher(self._table, _grammar(llguidance, wanted), log_level=0)
         if matcher.is_error():
             raise InvalidArgumentError(f"structured_outputs: {_first_line(matcher.get_error())}")
-        guide = Guide(matcher, self._vocab_size)
+        guide = Guide(matcher, self._vocab_size, self._end_ids)
         guide.masks(())  # what is too complex to begin with shows here, and not in a step
         return guide
 

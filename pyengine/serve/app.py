@@ -153,13 +153,15 @@ class App:
             self._bodies_bytes += n_bytes
             held += n_bytes
 
+        def read(body: bytes) -> Fields:
+            return Fields(parse_json(body), table)
+
         try:
             body = await exchange.body(self.settings.max_body_bytes, self.settings.body_timeout, reserve)
-            # a long one in a thread, so that the loop goes on
-            value = parse_json(body) if len(body) < 1 << 14 else await asyncio.to_thread(parse_json, body)
+            # a long one in a thread, so that the loop goes on: a body may hold a million token ids to check
+            return read(body) if len(body) < 1 << 14 else await asyncio.to_thread(read, body)
         finally:
             self._bodies_bytes -= held
-        return Fields(value, table)
 
     def cache_salt(self, exchange: Exchange, fields: Fields) -> str | None:
         """What keeps this caller's cached beginnings apart: its key where there are several, and what it says itself."""

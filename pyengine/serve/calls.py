@@ -312,7 +312,10 @@ def _called(text: str) -> tuple[str, str]:
         return "", ""
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
         return "", ""
-    return call["name"], json.dumps(arguments, ensure_ascii=False)
+    try:
+        return call["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # a number that is too large for a float
+        return "", ""
 
 
 def message_of(deltas: Iterable[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:

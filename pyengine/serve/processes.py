@@ -114,7 +114,9 @@ class Parent:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            number, code = self._pids.pop(pid), os.waitstatus_to_exitcode(status)
+            number, code = self._pids.pop(pid, None), os.waitstatus_to_exitcode(status)
+            if number is None:  # not ours: of the shell that became this process, or an orphan if this is a container's first
+                continue
             if self._is_ending and code in (0, -signal.SIGTERM):
                 continue
             if code <= 0:  # another one has said itself what is wrong

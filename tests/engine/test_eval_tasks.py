@@ -75,6 +75,23 @@ def test_pairs_are_cut_where_the_contexts_tokens_end(engine: Engine) -> None:
         encode_pair(engine, "The cat", "")
 
 
+def test_a_row_that_comes_again_is_not_counted_twice(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an exception in another thread's step, between taking a row and noting that it was taken."""
+    pairs = [Pair(engine.tokenize(STORY), [20, 21, 22])]
+    expected = likelihoods(engine, pairs)
+    rows_requests = engine.rows_requests
+
+    def twice(caller: Any, ids: Any, positions: Any, take: Any) -> Any:
+        def again(position: int, logits: memoryview) -> None:
+            take(position, logits)
+            take(position, logits)
+
+        return rows_requests(caller, ids, positions, again)
+
+    monkeypatch.setattr(engine, "rows_requests", twice)
+    assert likelihoods(engine, pairs) == expected
+
+
 def test_a_context_that_does_not_fit_loses_its_beginning() -> None:
     with Engine(n_ctx=16) as engine:
         context, choice = engine.tokenize(STORY), [20, 21, 22]
@@ -180,6 +197,15 @@ def test_the_command(tmp_path: Path, engine: Engine, capsys: pytest.CaptureFixtu
     assert main(["eval", "--task", str(file), str(file)]) == 2 and main(["eval"]) == 2
     file.write_bytes(b'{"context": "\xff"}')
     assert main(["eval", "--task", str(file)]) == 2 and "no UTF-8" in capsys.readouterr().err
+
+
+def test_only_a_newline_ends_an_example(tmp_path: Path, engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON lets other line separators of Unicode stand in a string as they are."""
+    file = tmp_path / "task.jsonl"
+    document = {"context": "A cat\u2028and\x85a", "target": "dog"}
+    file.write_bytes((json.dumps(document, ensure_ascii=False) + "\r\n").encode() * 2)
+    assert main(["eval", "--task", str(file), "--json", "-m", str(engine.path)]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 2
 
 
 # ------------------------------------------------------------------ lm-evaluation-harness

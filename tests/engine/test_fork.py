@@ -315,12 +315,12 @@ def test_fork_while_a_part_loads(tmp_path: Path, load: str) -> None:
 
 @pytest.mark.parametrize("module", ["pyengine.sampling", "tokenizers"])
 def test_fork_while_a_module_is_imported(tiny_model: Path, module: str) -> None:
-    """The first call of a process imports; a child of that moment would wait for the import for ever."""
+    """The first engine and the first call of a process import; a child of that moment would wait for the import for ever."""
     scene(
         SLOWLY
         + textwrap.dedent("""
-        import importlib.abc, importlib.util
-        from pyengine import Engine
+        import encodings.ascii, importlib.abc, importlib.util
+        from pyengine import Engine, _core, _draft  # these here, so that nothing else is imported meanwhile
         begun, forking = threading.Event(), threading.Event()
         class Slow(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path, target=None):
@@ -331,9 +331,13 @@ def test_fork_while_a_module_is_imported(tiny_model: Path, module: str) -> None:
                 return None
         sys.meta_path.insert(0, Slow())
         when_forking(forking.set)
-        engine = Engine(sys.argv[1], n_threads=1)
-        def use():
-            engine.generate("hello", max_tokens=2, temperature=0)
+        if sys.argv[2] == "tokenizers":
+            engine = Engine(sys.argv[1], n_threads=1)
+            def use():
+                engine.generate("hello", max_tokens=2, temperature=0)
+        else:  # the first engine of a process imports it
+            def use():
+                Engine(sys.argv[1], n_threads=1).close()
         thread = started(use)
         assert begun.wait(20)
         assert child(use) == 0

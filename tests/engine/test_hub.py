@@ -289,6 +289,18 @@ def test_models_are_listed_and_removed(server: Hub, talker: dict[str, bytes], ca
     assert main(["models", "rm"]) == 2 and main(["models", "list", "x"]) == 2
 
 
+def test_revisions_are_removed_by_their_names(server: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    commits = [server.add("tiny/gguf", {"a.gguf": b"GGUF" + bytes([i])}, branch) for i, branch in enumerate("xyz")]
+    for branch in "xyz":
+        hub.fetch(hub.HubModel("tiny/gguf", branch))
+    shown = [("hub", f"hf:tiny/gguf@{commit[:12]}") for commit in commits]
+    for name, gone in (("x", shown[0]), (commits[1], shown[1]), (commits[2][:12], shown[2])):
+        assert models(capsys, "rm", f"hf:tiny/gguf@{name}", "--dry-run") == [gone]
+    assert main(["models", "rm", f"hf:tiny/gguf@{commits[0][:1]}"]) == 2  # not every commit that begins so
+    assert main(["models", "rm", "hf:tiny/gguf:a.gguf"]) == 2 and "leave out :a.gguf" in capsys.readouterr().err
+    assert sorted(models(capsys)) == sorted(shown)
+
+
 def test_prune_removes_what_no_run_will_use_again(server: Hub, talker: dict[str, bytes], capsys: pytest.CaptureFixture[str],
                                                   tmp_path: Path) -> None:  # fmt: skip
     local = write_talker(tmp_path / "local", 64)

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,3 +247,43 @@ def test_a_signal_handler_cannot_use_the_engine_it_interrupts(engine: Engine) ->
         signal.signal(signal.SIGUSR1, before)
     assert seen == ["refused"] * 3
     assert engine.check_integrity()["n_sequences"] == 0
+
+
+def test_a_signal_handler_may_use_an_engine_for_which_its_thread_waits(engine: Engine) -> None:
+    """The thread holds nothing yet: whoever computes goes on first, then the handler computes, then the thread has its turn."""
+    main, is_handling = threading.get_ident(), threading.Event()
+    context, lock = engine._scheduler.context, engine._scheduler.step_lock
+    expected = engine.generate(PROMPT, **OPTIONS).tokens
+    seen: list[list[int]] = []
+
+    class Signalling:
+        def forward(self, *args: Any, **options: Any) -> bytes:
+            if not is_handling.is_set():
+                while not lock.is_wanted:
+                    time.sleep(0.001)
+                signal.pthread_kill(main, signal.SIGUSR1)
+                is_handling.wait()
+            return context.forward(*args, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(context, name)
+
+    def handler(*_: object) -> None:
+        is_handling.set()
+        seen.append(engine.generate(PROMPT, **OPTIONS).tokens)
+
+    def other() -> None:
+        seen.append(engine.generate(PROMPT, **OPTIONS).tokens)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    engine._scheduler.context = Signalling()  # type: ignore[assignment]
+    thread = threading.Thread(target=other)
+    try:
+        thread.start()
+        while not engine._scheduler._granted:
+            time.sleep(0.001)
+        engine.exclusively(lambda _: seen.append([]))
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert sorted(seen) == [[], expected, expected]

@@ -208,8 +208,9 @@ def test_grammars(tmp_path: Path) -> None:
         assert llm("Is it?", grammar=grammar)["choices"][0]["text"] in (" yes.", " no.")
     grammar = LlamaGrammar.from_json_schema('{"enum": [17]}')
     assert llm("It is", grammar=grammar)["choices"][0]["text"] == "17"
-    with pytest.raises(InvalidArgumentError, match="no GBNF"):
-        LlamaGrammar.from_string("root ::= (")
+    for text in ("root ::= (", "root ::= other", "root ::= " + "(" * 50_000):
+        with pytest.raises(InvalidArgumentError, match="no GBNF"):
+            LlamaGrammar.from_string(text)
 
 
 def test_pickle_opens_the_model_again(llm: Llama) -> None:
@@ -299,7 +300,8 @@ def test_call_arguments_are_refused_by_name(llm: Llama, options: dict[str, Any])
     "options",
     [
         {"functions": [{}]}, {"function_call": {"name": "f"}}, {"tools": [{}]}, {"tools": "all"}, {"tool_choice": "required"},
-        {"response_format": {"type": "xml"}}, {"response_format": "json"}, {"messages": "hello"},
+        {"response_format": {"type": "xml"}}, {"response_format": "json"}, {"messages": "hello"}, {"stop": 5},
+        {"tools": [{"function": {"name": "f", "parameters": "x"}}], "tool_choice": "required"},
     ],
     ids="-".join,
 )  # fmt: skip

@@ -31,11 +31,11 @@ class Script:
     def forced(self, outputs: Sequence[int]) -> tuple[int, ...]:
         return ()
 
-    def allowed(self, outputs: Sequence[int], draft: Sequence[int]) -> Sequence[int]:
+    def allowed(self, outputs: Sequence[int], draft: Sequence[int]) -> tuple[int, ...]:
         n = 0
         while n < len(draft) and draft[n] == self._next(len(outputs) + n):
             n += 1
-        return draft[:n]
+        return tuple(draft[:n])
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, text: str) -> None:

@@ -71,6 +71,7 @@ CONTENT: list[tuple[Syntax, str]] = [
     (HERMES, '<tool_call>{"name": "f", "arguments": "{"}</tool_call>'),
     (HERMES, '<tool_call>{"name": "f", "arguments": 1' + "0" * 5000 + "}</tool_call>"),
     (HERMES, '<tool_call>{"name": "f", "name": "f", "arguments": 1}</tool_call>'),
+    (HERMES, '<tool_call>{"arguments": {"a": 1e999}, "name": "f"}</tool_call>'),  # an infinity, which JSON cannot say
     (HERMES, '<tool_call>{"id": {"name": "f", "arguments": {}}}</tool_call>'),
     (HERMES, "<tool_call>" + '{"id": ' * 100 + F),
     (HERMES, " " * 1000 + "<tool_call>" + " " * 1000),

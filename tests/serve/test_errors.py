@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from pyengine import Engine
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 
 from serve.client import Client, serving
+
+from pyengine.serve import app
+from pyengine.serve.fields import Fields
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hello"}]
@@ -197,6 +201,26 @@ def test_bodies_have_a_limit_and_a_time(chat_model: Path) -> None:
         assert (await client.post(CHAT, {"messages": USER, "max_tokens": 2})).status == 200
 
     serving(chat_model, test, max_body_bytes=2000, body_timeout=0.05)
+
+
+def test_a_long_body_is_checked_in_a_thread(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other request waits for what the event loop does."""
+    threads = []
+
+    def read(*arguments: Any) -> Fields:
+        threads.append(threading.get_ident())
+        return Fields(*arguments)
+
+    monkeypatch.setattr(app, "Fields", read)
+
+    async def test(client: Client) -> None:
+        for n, status in ((10, 200), (20_000, 200), (20_000, 400)):
+            answer = await client.post("/detokenize", {"tokens": [5] * n if status == 200 else [5] * n + [-1]})
+            assert answer.status == status
+        assert [thread == threading.get_ident() for thread in threads] == [True, False, False]
+        assert answer.error["param"] == "tokens[20000]"
+
+    serving(chat_model, test)
 
 
 def test_a_full_queue_says_when_to_come_back(chat_model: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.scripted_drafts import drafts_of, script
 
 import pyengine
 from pyengine import Engine, SamplingParams
-from tests.engine.scripted_drafts import drafts_of, script
+from pyengine.run.guide import Guide
+from pyengine.run.request import Caller
 
 pytest.importorskip("llguidance", reason="the extra guide is not installed")
 
@@ -92,6 +94,38 @@ def test_guesses_change_nothing_of_a_guided_output(tiny_model: Path, wanted: str
         assert [engine.generate(one, speculative="auto", seed=7, **options).tokens for one in ids] == plain
         if kind == "right":
             assert all(one.timings.accepted_tokens > 0 for one in together if len(one.tokens) > 3)
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_a_draft_model_changes_nothing_of_a_guided_output(tiny_model: Path, wanted: str) -> None:
+    """It guesses on behind the end of a text, which a grammar's state cannot be rolled back over."""
+    options: dict[str, Any] = {"structured_outputs": WANTED[wanted], "temperature": 1.0, "max_tokens": 60}
+    with Engine(tiny_model, draft_model=tiny_model) as engine:
+        model = engine.scheduler.speculation.model
+        assert model is not None
+        model._best_length = lambda requests, n_rows, most: min(8, most)  # type: ignore[method-assign]
+        for seed in range(6):
+            plain = engine.generate("Once", speculative="off", seed=seed, **options)
+            guessed = engine.generate("Once", speculative={"store": False}, seed=seed, **options)
+            assert (guessed.tokens, guessed.finish_reason) == (plain.tokens, plain.finish_reason)
+
+
+@pytest.mark.parametrize("more", [[], [5], [0, 1]])
+def test_a_guide_is_as_it_was_after_a_draft_that_ends_the_text(engine: Engine, more: list[int]) -> None:
+    def guide() -> Guide:
+        params = engine.resolve(SamplingParams(structured_outputs={"regex": "[0-9]{3}x"}))
+        (request,) = engine.requests(caller, [[5]], params)
+        assert request.guide is not None
+        return request.guide
+
+    caller = Caller()
+    tokens = engine.tokenize("123x", add_bos=False)
+    for n in range(len(tokens) + 1):
+        one, outputs, draft = guide(), tokens[:n], [*tokens[n:], engine.eos_token_ids[0], *more]
+        assert one.allowed(outputs, draft) == tuple(tokens[n:])
+        masks = [bytes(mask) for mask in one.masks(outputs, draft)]
+        assert masks[: len(tokens) - n + 1] == [bytes(guide().masks(tokens[:i])[0]) for i in range(n, len(tokens) + 1)]
+        assert len(masks) == 1 + len(draft) and bytes(one.masks(outputs)[0]) == masks[0]
 
 
 def test_what_a_grammar_forces_is_guessed_and_comes_true(tiny_model: Path) -> None:

@@ -81,6 +81,21 @@ def test_they_end_when_their_parent_is_gone(chat_model: Path) -> None:
         process.stderr.read()  # until the last has closed it
 
 
+STRANGER = """
+import os, sys
+from pyengine.serve.processes import Parent
+stranger = os.fork() or os._exit(0)
+os.waitid(os.P_PID, stranger, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+sys.exit(Parent([sorted(os.sched_getaffinity(0))], lambda child: 3).run(print))
+"""
+
+
+def test_a_child_that_is_not_one_of_them_is_not_missed() -> None:
+    """As a shell leaves behind that replaces itself by the server."""
+    done = subprocess.run([sys.executable, "-I", "-c", STRANGER], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
 def test_what_is_wrong_is_said_once(chat_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-I", "-m", "pyengine", "serve", "--port", "0", "--processes"]
     wrong = tmp_path / "wrong.safetensors"

@@ -21,14 +21,14 @@ class LlamaGrammar:
     def from_string(cls, grammar: str, verbose: bool = True) -> LlamaGrammar:
         """A grammar in llama.cpp's GBNF, with a rule `root`. Raises InvalidArgumentError for what is none."""
         try:
-            from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+            from llguidance.gbnf_to_lark import gbnf_to_lark
         except ImportError:
             raise InvalidArgumentError("grammars need llguidance: pip install 'pyengine-lm[guide]'") from None
         if not isinstance(grammar, str):
             raise InvalidArgumentError(f"a grammar must be a string, not {type(grammar).__name__}")
         try:
             lark: str = gbnf_to_lark(grammar)
-        except (GbnfToLarkError, RecursionError) as error:
+        except Exception as error:  # it raises plain ones, too, for a rule that is missing
             raise InvalidArgumentError(f"this is no GBNF grammar: {error}") from None
         return cls(StructuredOutputs(grammar=lark))
 

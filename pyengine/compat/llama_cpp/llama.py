@@ -327,10 +327,11 @@ class Llama:
             return answers.chat_chunks(head, self.engine.stream(ids, params), self.engine, forced)
         return answers.chat(head, self.engine.generate(ids, params), self.engine, forced)
 
-    def _stops(self, stop: Any) -> Any:
-        """A call's stop strings and the chat format's."""
+    def _stops(self, stop: Any) -> tuple[str, ...]:
+        """A call's stop strings and the chat format's. Raises InvalidArgumentError."""
         own = () if self._format is None else self._format.stop
-        return (*((stop,) if isinstance(stop, str) else stop or ()), *own)
+        given = SamplingParams(stop=() if stop is None else stop).stop or ()
+        return (*given, *own)
 
     def _chat_ids(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> list[int]:
         if self._format is None:

@@ -42,10 +42,13 @@ def _by_name(tools: object) -> dict[str, dict[str, Any]]:
     named: dict[str, dict[str, Any]] = {}
     for tool in tools:
         function = tool.get("function") if isinstance(tool, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
+        function = function if isinstance(function, Mapping) else {}
+        name = function.get("name")
         if not isinstance(name, str) or name in named:
             raise InvalidArgumentError(
                 f"a tool is {{'type': 'function', 'function': {{'name': ...}}}}, not {shown(tool)}"
             )
+        if not isinstance(function.get("parameters") or {}, Mapping):
+            raise InvalidArgumentError(f"the parameters of the tool {name} must be a JSON schema")
         named[name] = dict(tool)
     return named
