@@ -93,7 +93,8 @@ class Engine:
         progress: Progress | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
     ) -> None:
-        from pyengine import _core
+        with fork.importing:
+            from pyengine import _core
 
         self._lock = threading.RLock()
         fork.register(self._lock, fork.ENGINE)
@@ -142,7 +143,8 @@ class Engine:
         self._scheduler = Scheduler(context, max_sequences=max_sequences, max_pages=pages(context, self.n_ctx))
         self._draft: DraftFile | None = None
         if draft_model is not None:
-            from pyengine.draft_file import DraftFile
+            with fork.importing:
+                from pyengine.draft_file import DraftFile
 
             self._draft = DraftFile(resolve_model(draft_model, progress), self._file, self.n_ctx, use_mmap=mmap)
             self._options["draft_model"] = self._draft.path

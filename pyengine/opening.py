@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from pyengine import fork
 from pyengine.arguments import integer
 from pyengine.errors import InvalidArgumentError, MissingFileError
 from pyengine.files import is_safetensors, path_of
@@ -33,7 +34,8 @@ def resolve_model(
             raise MissingFileError("this build ships no default model; name one: Engine('model.safetensors')")
         model = os.fspath(DEFAULT_MODEL)
     if isinstance(model, str) and model.startswith("hf:"):
-        from pyengine import hub
+        with fork.importing:
+            from pyengine import hub
 
         place = hub.parse(model)
         model = hub.fetch(place)
@@ -45,7 +47,8 @@ def resolve_model(
         if tokenizer is not None:
             raise InvalidArgumentError(f"{path} has a tokenizer of its own; only llama2.c checkpoints are given one")
         return path
-    from pyengine.freeze import freeze_cached
+    with fork.importing:
+        from pyengine.freeze import freeze_cached
 
     return os.fspath(freeze_cached(path, progress=progress, tokenizer=tokenizer, name=label))
 

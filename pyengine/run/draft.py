@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pyengine import fork
 from pyengine.errors import OutOfMemoryError
 from pyengine.run.request import GenerationRequest, Request
 
@@ -35,7 +36,8 @@ class Speculation:
     """Drafts for the requests of one engine. Called under the step lock."""
 
     def __init__(self) -> None:
-        from pyengine import _draft
+        with fork.importing:
+            from pyengine import _draft
 
         self.max_rows = _draft.MAX_ROWS
         self.experience = _draft.Experience()
@@ -46,7 +48,8 @@ class Speculation:
 
     def add_model(self, context: _core.Context, n_ctx: int) -> None:
         """From now on a draft model guesses, too."""
-        from pyengine.run.draft_model import DraftModel
+        with fork.importing:
+            from pyengine.run.draft_model import DraftModel
 
         self.model = DraftModel(context, n_ctx, self.experience)
 

@@ -80,7 +80,9 @@ class DraftModel:
                 running.append(i)
         lengths = self._lengths([requests[i] for i in running], n_rows, max_rows)
         left = dict(zip(running, lengths, strict=True))
-        while running := [i for i in running if left[i] > len(drafts[i])]:
+        while running := [
+            i for i in running if left[i] > len(drafts[i]) and requests[i].output.ends.isdisjoint(drafts[i][-1:])
+        ]:
             began = time.perf_counter()
             self._guess([requests[i] for i in running], [drafts[i] for i in running])
             self._note_seconds(time.perf_counter() - began)
