@@ -74,6 +74,12 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
         _libraries()
 
 
+def test_numpy_that_numba_cuda_cannot_compile_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("numpy.row_stack")
+    with pytest.raises(DeviceError, match=r"cannot compile with NumPy .*: pip install 'numpy<2.5'"):
+        _libraries()
+
+
 def test_device_cuda_without_numba_cuda_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyengine_training.backend.cuda", None)
     with pytest.raises(TrainingError, match=r"pip install 'pyengine-lm\[cuda\]'"):

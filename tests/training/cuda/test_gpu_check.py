@@ -118,8 +118,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     properties = {"name": b"NVIDIA H100 80GB HBM3"}
     runtime.cupy = SimpleNamespace(
         get_default_memory_pool=Pool,
-        cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceProperties=lambda _i: properties)),
+        cuda=SimpleNamespace(
+            runtime=SimpleNamespace(getDeviceProperties=lambda _i: properties),
+            Event=lambda: SimpleNamespace(record=lambda _stream: None),
+            get_elapsed_time=lambda _begin, _end: 1.0,
+        ),
     )
+    runtime.stream = None
     with use_runtime(runtime):
         yield runtime
 
@@ -149,6 +154,17 @@ def test_speed_and_memory_are_reported(tiny: Any, capsys: pytest.CaptureFixture[
     assert kinds[2:] == [("unfused", "muon", False), ("unfused", "adamw", True)]
     assert lines[4] == {"engine": "torch", "error": "not installed"}
     assert [line["recompute"] for line in lines[5:]] == ["none", "activations", "block"]
+
+
+def test_a_profile_names_every_kernel_and_product(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    launch = tiny.launch
+    assert sections.profile()
+    assert tiny.launch == launch, "the runtime is left as it was"
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    heads = [line for line in lines if "profile" in line]
+    assert [(line["flash"], line["int8"]) for line in heads] == [(False, False), (True, False), (False, True)]
+    names = {line["kernel"] for line in lines if "kernel" in line}
+    assert "adamw_kernel" in names and any(name.startswith("gemm ") for name in names)
 
 
 def test_the_loss_curve_is_judged(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:

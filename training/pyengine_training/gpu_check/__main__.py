@@ -23,6 +23,7 @@ LIMITS = {  # seconds; in order of worth
     "kernels": 150,
     "gradients": 70,
     "throughput": 150,
+    "profile": 60,
     "matmuls": 40,
     "loss_curve": 90,
     "resume": 60,

@@ -342,6 +342,71 @@ def throughput() -> bool:
     return True
 
 
+def profile() -> bool:
+    """Where a step of the large model spends its time: milliseconds by kernel, launched one by one between events."""
+    gpu()
+    for knobs, use_flash in (({}, False), ({}, True), ({"optimizer": "muon", "quantize": "always"}, False)):
+        _profile(dataclasses.replace(large_config(LARGE_ROWS), **knobs), use_flash)
+    return True
+
+
+def _profile(config: TrainConfig, use_flash: bool) -> None:
+    from ..ops.cuda import attention
+
+    device = gpu()
+    record, launch, gemm = device.record, device.launch, device.gemm
+    spans: list[tuple[str, Any, Any]] = []
+
+    def timed(name: str, start: Callable[[], None]) -> None:
+        events = [device.cupy.cuda.Event() for _ in range(2)]
+        events[0].record(device.stream)
+        start()
+        events[1].record(device.stream)
+        spans.append((name, *events))
+
+    def named(kernel: Any) -> str:
+        return str(kernel.py_func.__name__)
+
+    attention.use_flash = use_flash
+    device.record = lambda function: function
+    device.launch = lambda kernel, *rest: timed(named(kernel), lambda: launch(kernel, *rest))
+    device.gemm = lambda p: timed(f"gemm {p.m}x{p.n}x{p.k} x{p.batch}", lambda: gemm(p))
+    try:
+        trainer = make_trainer(LARGE, config, device=Device("cuda"))
+        trainer.initialize()
+        batch = chain(config.batch_size, config.seq_len, 0, LARGE.vocab_size)
+        for _ in range(2):
+            trainer.step(*batch)
+        spans.clear()
+        _keep_busy(gemm)  # so that events measure the device, not how fast Python launches
+        trainer.step(*batch)
+        device.synchronize()
+        trainer.close()
+    finally:
+        device.record, device.launch, device.gemm = record, launch, gemm
+        attention.use_flash = False
+    totals: dict[str, list[float]] = {}
+    for name, begin, end in spans:
+        totals.setdefault(name, []).append(device.cupy.cuda.get_elapsed_time(begin, end))
+    table = sorted(((sum(times), len(times), name) for name, times in totals.items()), reverse=True)
+    what = {"flash": use_flash, "optimizer": config.optimizer, "int8": config.quantize == "always"}
+    say(profile="one step", **what, ms=round(sum(row[0] for row in table), 2), launches=len(spans))
+    for ms, count, name in table[:40]:
+        say(kernel=name, ms=round(ms, 3), count=count)
+    device.cupy.get_default_memory_pool().free_all_blocks()
+
+
+def _keep_busy(gemm: Callable[[Any], None]) -> None:
+    """Some 300 ms of products."""
+    device = gpu()
+    n = PRODUCTS[-1]
+    ends = [(device.empty((n * n,), np.uint16), 0, n, 0) for _ in range(3)]
+    from ..ops.cuda._runtime import Product
+
+    for _ in range(200 if n > 4096 else 1):
+        gemm(Product(*ends, (n, n, n)))
+
+
 def large_config(rows: int) -> TrainConfig:
     """Steps of the large model."""
     seq = LARGE.max_seq_len
@@ -383,6 +448,7 @@ SECTIONS: dict[str, Callable[[], bool]] = {
     "kernels": kernels,
     "gradients": gradients,
     "throughput": throughput,
+    "profile": profile,
     "matmuls": matmuls,
     "loss_curve": loss_curve,
     "resume": resume,

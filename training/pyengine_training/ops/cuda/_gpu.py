@@ -36,10 +36,14 @@ def _libraries() -> tuple[Any, Any]:
     if _numba_config().ENABLE_CUDASIM:
         raise DeviceError("NUMBA_ENABLE_CUDASIM is set: this is numba's simulator, not a GPU; unset it")
     try:
-        import numba_cuda  # noqa: F401 - numba has an older module of its own under the name numba.cuda
+        import numba_cuda  # numba has an older module of its own under the name numba.cuda
         from numba import cuda
     except ImportError as error:
         raise DeviceError(f"--device cuda needs numba-cuda: {INSTALL}") from error
+    if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names it, NumPy 2.5 dropped it: no kernel would compile
+        raise DeviceError(
+            f"numba-cuda {numba_cuda.__version__} cannot compile with NumPy {np.__version__}: pip install 'numpy<2.5'"
+        )
     try:
         import cupy
     except ImportError as error:
