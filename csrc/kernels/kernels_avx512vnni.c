@@ -43,6 +43,11 @@ LANES v16 v16_from_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
 }
 
+LANES v16 v16_swap1(v16 x) { return _mm512_permute_ps(x, 0xb1); }
+LANES v16 v16_swap2(v16 x) { return _mm512_permute_ps(x, 0x4e); }
+LANES v16 v16_swap4(v16 x) { return _mm512_shuffle_f32x4(x, x, 0xb1); }
+LANES v16 v16_swap8(v16 x) { return _mm512_shuffle_f32x4(x, x, 0x4e); }
+
 LANES float v16_sum_lanes(v16 x) {
     return sum8_lanes(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
 }

@@ -58,6 +58,11 @@ LANES v16 v16_from_i8(const int8_t *p) {
                   vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
 }
 
+LANES v16 v16_swap1(v16 x) { EACH(v16, vrev64q_f32(x.val[q])); }
+LANES v16 v16_swap2(v16 x) { EACH(v16, vextq_f32(x.val[q], x.val[q], 2)); }
+LANES v16 v16_swap4(v16 x) { EACH(v16, x.val[q ^ 1]); }
+LANES v16 v16_swap8(v16 x) { EACH(v16, x.val[q ^ 2]); }
+
 LANES float v16_sum_lanes(v16 x) {
     float32x4_t a = vaddq_f32(vaddq_f32(x.val[0], x.val[2]), vaddq_f32(x.val[1], x.val[3]));
     float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
