@@ -218,13 +218,12 @@ class CudaBackend:
         worker = self.training_worker(quantize)
         weights = self._device_weights(worker, quantize)
         inv = self._knobs[adamw.INV : adamw.INV + 1]
-        ops.fill(self._grads.flat, 0)
         for shard in range(shards):
             rows = slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
             tokens, targets = self._tokens[rows], self._targets[rows]
             worker.gradients(weights, tokens, targets, inv, quantize, self._distillation, self._starts[rows])
             ops.copy(self._losses[shard], buffers.partial_sums(worker.loss))
-            ops.add(self._grads.flat, worker.grads.flat)
+            (ops.add if shard else ops.copy)(self._grads.flat, worker.grads.flat)
 
     def _launch_step(self, quantize: bool) -> None:
         """Everything between the upload of a batch and the download of its loss."""
