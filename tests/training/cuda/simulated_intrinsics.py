@@ -80,6 +80,24 @@ def load_pair(array: Any, index: Any) -> Any:
     return u4(int(array[_index(array, index)]) | int(array[_index(array, index + 1)]) << 16)
 
 
+def _eight(array: Any, index: Any) -> Any:
+    """array[index:index + 8], which has to lie where a GPU can reach it with accesses of 16 bytes."""
+    first = _index(array, index)
+    _index(array, index + 7)
+    if (array.ctypes.data + first * array.itemsize) % 16:
+        raise IndexError(f"misaligned address: element {first} of {array.dtype}")
+    return array[first : first + 8]
+
+
+def load8(values: Any, array: Any, index: Any) -> None:
+    found = _eight(array, index)
+    values[...] = from_bf16(found) if array.dtype == np.uint16 else found
+
+
+def store8(array: Any, index: Any, values: Any) -> None:
+    _eight(array, index)[...] = to_bf16(values) if array.dtype == np.uint16 else values
+
+
 def _pair(bits: Any) -> Any:
     """The two bfloat16 of a uint32, low half first."""
     low, high = np.uint16(int(bits) & 0xFFFF), np.uint16(int(bits) >> 16)
@@ -120,6 +138,8 @@ TWINS: dict[str, Callable[..., Any]] = {
     "half_bits": half_bits,
     "pack_bf16": pack_bf16,
     "load_pair": load_pair,
+    "load8": load8,
+    "store8": store8,
 }
 
 

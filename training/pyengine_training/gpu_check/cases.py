@@ -404,28 +404,32 @@ def fake_quant(rows: int, n: int) -> Iterator[Case]:
 
 
 def small_cases() -> Iterator[Case]:
-    """Every op at sizes that a simulator can do in seconds."""
+    """Every op at sizes that a simulator can do in seconds: odd ones, and multiples of the kernels' vectors of 8."""
     yield from embedding(9, 5, 7)
     yield from embedding(1, 33, 3)
     yield from linear(5, 7, 3)
     yield from rmsnorm(1, 1)
     yield from rmsnorm(5, 33)
     yield from rmsnorm(3, 70)
-    for shape in ((2, 2, 5, 1, 6), (1, 1, 1, 3, 2), (1, 2, 3, 2, 10)):
+    yield from rmsnorm(9, 264)
+    for shape in ((2, 2, 5, 1, 6), (1, 1, 1, 3, 2), (1, 2, 3, 2, 10), (1, 2, 3, 2, 32)):
         yield from rope(*shape)
         yield from qk_norm(*shape)
         yield from heads(*shape)
-    for shape in ((2, 2, 5, 1, 6), (1, 1, 1, 3, 2), (1, 2, 11, 2, 4)):
+    for shape in ((2, 2, 5, 1, 6), (1, 1, 1, 3, 2), (1, 2, 11, 2, 4), (1, 1, 24, 1, 8)):
         yield from attention(*shape)
     yield from swiglu(3, 7)
     yield from swiglu(1, 1)
+    yield from swiglu(3, 24)
     yield from cross_entropy(5, 11)
     yield from cross_entropy(2, 300)
+    yield from cross_entropy(3, 600)
     yield from updates(301)
-    for rows, cols in ((6, 6), (4, 9), (9, 4)):
+    for rows, cols in ((6, 6), (4, 9), (9, 4), (16, 24)):
         yield from muon(rows, cols)
     yield from fake_quant(3, 70)
     yield from fake_quant(2, 32)
+    yield from fake_quant(3, 128)
     yield from fake_quant(1, 3)
 
 

@@ -7,9 +7,9 @@ activations  groups of 32 (a value head is one group); scale = absmax / 127; q =
 forward      replaces x by q * scale
 backward     straight through: dx = dy, as on the CPU.
 
-One warp for each group. The kernels are exact: IEEE division and multiplication and rounding half to even are single
-instructions, and nothing is fused, so codes and scales equal the CPU's bit for bit. Values must be float32: rounding
-them to bfloat16 first would change the codes.
+A few lanes of a warp for each group, WIDTH elements for each of them. The kernels are exact: IEEE division and
+multiplication and rounding half to even are single instructions, and nothing is fused, so codes and scales equal the CPU's
+bit for bit. Values must be float32: rounding them to bfloat16 first would change the codes.
 
 A value that is not finite, or a weight scale that overflows half precision, sets a flag on the device. The functions
 raise NotFiniteError at once, which waits for the device; inside :func:`deferred_checks` the caller asks later.
@@ -18,54 +18,82 @@ raise NotFiniteError at once, which waits for the device; inside :func:`deferred
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numba import float32
 
 from ...errors import NotFiniteError
 from ..cpu.fake_quant import ACTIVATION_GROUP, WEIGHT_GROUP
 from ._intrinsics import bits_of_float as bits
-from ._intrinsics import div_rn, float_of_bits, half_bits, load, mul_rn, rint, round_half, store
-from ._jit import FULL, Array, cuda, exact_device, exact_kernel, f4, i8
+from ._intrinsics import div_rn, float_of_bits, half_bits, mul_rn, rint, round_half, store
+from ._jit import FULL, WARP, Array, cuda, exact_device, exact_kernel, f4, i8, launch_elements, u4, unsigned
 from ._runtime import flat, kept, runtime
+from ._vectors import WIDTH, aligned, pieces, read, write
 
 TINY = f4(2.0**-64)
 INF_BITS = np.int32(0x7F800000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
-WARPS = 4  # groups of a block
 i4 = np.int32
 
 
 @exact_device
-def group_absmax(x: Any, start: int, end: int) -> Any:
+def group_bounds(n: int, group: int, groups: int, n_groups: int, lanes: int) -> Any:
+    """Of this thread's group: its index, first element and the one after its last; lanes of a warp share a group.
+
+    A group past the last is empty, so that all lanes of a warp stay for the warp's operations.
+    """
+    index = i8(u4(cuda.grid(1)) // lanes)
+    row = i8(u4(index) // groups)
+    start = row * i8(n) + i8(u4(index) % groups) * i8(group)
+    end = min(start + i8(group), (row + i8(1)) * i8(n))
+    if index >= n_groups:
+        start = i8(0)
+        end = i8(0)
+    return index, start, end
+
+
+@exact_device
+def group_absmax(x: Any, start: int, end: int, lanes: int, whole: bool) -> Any:
     """Bits of the largest magnitude in [start, end), in every lane: an integer maximum, as the engine takes it."""
+    values = cuda.local.array(WIDTH, float32)
     top = i4(0)
-    c = start + cuda.threadIdx.x % 32
+    c = start + i8(cuda.threadIdx.x % lanes) * WIDTH
     while c < end:
-        top = max(top, i4(bits(load(x, c)) & MAGNITUDE))
-        c += i8(32)
-    top = max(top, cuda.shfl_xor_sync(FULL, top, 16))
-    top = max(top, cuda.shfl_xor_sync(FULL, top, 8))
-    top = max(top, cuda.shfl_xor_sync(FULL, top, 4))
-    top = max(top, cuda.shfl_xor_sync(FULL, top, 2))
-    top = max(top, cuda.shfl_xor_sync(FULL, top, 1))
+        read(values, x, c, end, whole)
+        for e in range(WIDTH):
+            top = max(top, i4(bits(values[e]) & MAGNITUDE))
+        c += i8(lanes) * WIDTH
+    distance = lanes // 2
+    while distance > 0:
+        top = max(top, cuda.shfl_xor_sync(FULL, top, distance))
+        distance //= 2
     return top
+
+
+@exact_device
+def put(out: Any, codes: Any, q: Any, scale: Any, at: int, end: int, want_codes: bool, whole: bool) -> None:
+    """Codes as they are, or the values that they stand for."""
+    if want_codes:
+        for e in range(WIDTH):
+            if at + e < end:
+                store(codes, at + e, np.int8(q[e]))
+    else:
+        for e in range(WIDTH):
+            q[e] = mul_rn(q[e], scale)
+        write(out, at, end, q, whole)
 
 
 @exact_kernel
 def activations_kernel(
     out: Any, codes: Any, scales: Any, flag: Any, x: Any,
-    n: int, group: int, groups: int, n_groups: int, want_codes: bool,
+    n: int, group: int, groups: int, n_groups: int, lanes: int, want_codes: bool, whole: bool,
 ) -> None:  # fmt: skip
-    """One warp for each group: codes and scales, or the values that they stand for into ``out`` (may be x)."""
-    index = i8(cuda.blockIdx.x) * WARPS + cuda.threadIdx.x // 32
-    if index >= n_groups:
-        return
-    row = index // groups
-    start = row * n + index % groups * group
-    end = min(start + group, (row + i8(1)) * n)
-    top = group_absmax(x, start, end)
+    """Codes and scales, or the values that they stand for into ``out`` (may be x)."""
+    index, start, end = group_bounds(n, group, groups, n_groups, lanes)
+    top = group_absmax(x, start, end, lanes, whole)
     if top >= INF_BITS:
         store(flag, 0, np.int32(1))
     absmax = float_of_bits(top)
@@ -74,46 +102,43 @@ def activations_kernel(
     if absmax >= TINY:
         scale = div_rn(absmax, f4(127))
         inv = div_rn(f4(127), absmax)
-    c = start + cuda.threadIdx.x % 32
+    lane = i8(cuda.threadIdx.x % lanes)
+    q = cuda.local.array(WIDTH, float32)
+    c = start + lane * WIDTH
     while c < end:
-        q = rint(mul_rn(load(x, c), inv))
-        if want_codes:
-            store(codes, c, np.int8(q))
-        else:
-            store(out, c, mul_rn(q, scale))
-        c += i8(32)
-    if want_codes and cuda.threadIdx.x % 32 == 0:
+        read(q, x, c, end, whole)
+        for e in range(WIDTH):
+            q[e] = rint(mul_rn(q[e], inv))
+        put(out, codes, q, scale, c, end, want_codes, whole)
+        c += i8(lanes) * WIDTH
+    if want_codes and lane == 0 and start < end:
         store(scales, index, scale)
 
 
 @exact_kernel
 def weights_kernel(
     out: Any, codes: Any, scales: Any, flag: Any, w: Any,
-    n: int, group: int, groups: int, n_groups: int, want_codes: bool,
+    n: int, group: int, groups: int, n_groups: int, lanes: int, want_codes: bool, whole: bool,
 ) -> None:  # fmt: skip
-    """One warp for each group: codes and half precision scales (as bits), or the values that they stand for."""
-    index = i8(cuda.blockIdx.x) * WARPS + cuda.threadIdx.x // 32
-    if index >= n_groups:
-        return
-    row = index // groups
-    start = row * n + index % groups * group
-    end = min(start + group, (row + i8(1)) * n)
-    ratio = div_rn(float_of_bits(group_absmax(w, start, end)), f4(127))
+    """Codes and half precision scales (as bits), or the values that they stand for."""
+    index, start, end = group_bounds(n, group, groups, n_groups, lanes)
+    ratio = div_rn(float_of_bits(group_absmax(w, start, end, lanes, whole)), f4(127))
     scale = round_half(ratio)
     if bits(scale) >= INF_BITS:
         store(flag, 0, np.int32(1))
-    c = start + cuda.threadIdx.x % 32
+    lane = i8(cuda.threadIdx.x % lanes)
+    q = cuda.local.array(WIDTH, float32)
+    c = start + lane * WIDTH
     while c < end:
-        q = f4(0)
-        if scale > f4(0):
-            q = rint(div_rn(load(w, c), scale))
-            q = min(max(q, f4(-127)), f4(127))
-        if want_codes:
-            store(codes, c, np.int8(q))
-        else:
-            store(out, c, mul_rn(q, scale))
-        c += i8(32)
-    if want_codes and cuda.threadIdx.x % 32 == 0:
+        read(q, w, c, end, whole)
+        for e in range(WIDTH):
+            code = f4(0)
+            if scale > f4(0):
+                code = min(max(rint(div_rn(q[e], scale)), f4(-127)), f4(127))
+            q[e] = code
+        put(out, codes, q, scale, c, end, want_codes, whole)
+        c += i8(lanes) * WIDTH
+    if want_codes and lane == 0 and start < end:
         store(scales, index, half_bits(ratio))
 
 
@@ -150,9 +175,11 @@ def _run(function: Any, x: Array, out: Array | None, coded: tuple[Array, Array] 
     scales = flat(coded[1]) if coded else kept("no_scales", 1, scale_type)
     values = flat(out) if out is not None else kept("no_values", 1, np.float32)
     flag = kept("not_finite", 1, np.int32, zeroed=True)
-    arguments = values, codes, scales, flag, flat(x), n, group, groups, rows * groups
-    blocks = -(-rows * groups // WARPS)
-    runtime().launch(function, blocks, 32 * WARPS, (*arguments, coded is not None))
+    lanes = min(WARP, 1 << (pieces(min(group, n)) - 1).bit_length())
+    sizes = unsigned(n, group, groups, rows * groups, lanes, addressed=max(x.size, rows * groups * lanes))
+    whole = aligned(x, *([] if out is None else [out]), width=n if group >= n else math.gcd(n, group))
+    arguments = values, codes, scales, flag, flat(x), *sizes, coded is not None, whole
+    launch_elements(function, -(-rows * groups * lanes // WARP) * WARP, *arguments)
 
 
 def fake_quant_activations(x: Array, group: int = ACTIVATION_GROUP) -> None:
