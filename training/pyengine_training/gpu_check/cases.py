@@ -430,6 +430,8 @@ def small_cases() -> Iterator[Case]:
     yield from fake_quant(1, 320)  # more than a warp holds at once of a head
     yield from fake_quant(1, 3)
     yield from fake_quant(2, 12)
+    yield from fake_quant(1, 24)
+    yield from fake_quant(1, 48)
 
 
 def large_cases() -> Iterator[Case]:
