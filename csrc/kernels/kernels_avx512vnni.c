@@ -10,10 +10,9 @@
 #include "pyengine.h"
 
 
-/* 8 int32 sums, 8 products of the first half and 8 float sums fit 32 zmm registers: nothing is spilled. That is worth more
- * than the second use of each weight that a larger tile would have. Eight chains are enough because those of the next 32
- * columns do not wait for them. Values: 24 sums, 4 columns of V. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 4, SCORE_ROWS = 8, VALUE_ROWS = 6, VALUE_COLUMNS = 4 };
+/* 16 int32 sums and 16 float sums: some of the latter are spilled once a group, which costs less than what 8 chains would
+ * wait for the dot step's latency. Values: 24 sums, 4 columns of V. */
+enum { TILE_PANELS = 2, TILE_TOKENS = 8, DOT_UNROLL = 16, SCORE_ROWS = 8, VALUE_ROWS = 6, VALUE_COLUMNS = 4 };
 
 typedef __m512 v16;
 typedef __m512i i16, w16, x4;

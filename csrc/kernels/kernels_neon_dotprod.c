@@ -13,7 +13,7 @@
 #define LANES static inline __attribute__((always_inline))
 
 /* 16 int32 sums and 4 weights of 32 q registers; the float sums are spilled. */
-enum { TILE_PANELS = 1, TILE_TOKENS = 4, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
+enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
 
 typedef float32x4x4_t v16;
 typedef int32x4x4_t i16;

@@ -16,7 +16,8 @@
  *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
  *   w16, x4          64 bytes of a panel (four inputs of sixteen rows); four inputs of one token, broadcast
  *   w16_load, x4_load, dot_start(correction of x: see pe_activations), dot(acc, w, x)
- *   TILE_PANELS, TILE_TOKENS   register block of the matrix product
+ *   TILE_PANELS, TILE_TOKENS   register block of the matrix product; TILE_TOKENS at most PE_TOKEN_BLOCK
+ *   DOT_UNROLL                 of the sixteen dot steps of a group, so many are written out one after the other
  *   SCORE_ROWS                 queries that share a panel of K; at most 8
  *   VALUE_ROWS, VALUE_COLUMNS  register block of probabilities times V: rows by vectors of 16 columns; at most 8 rows */
 #ifndef PE_LANES16_H
@@ -82,12 +83,13 @@ PE_INLINE void turn_64(v16 v[4], size_t block) {
 
 /* The first n of 64 values at x, zeros after them. */
 PE_INLINE void load_64(v16 v[4], const float *x, size_t n) {
-    float padded[PE_GROUP] = {0};
-    if (n < PE_GROUP) {
-        memcpy(padded, x, n * sizeof *x);
-        x = padded;
+    if (n >= PE_GROUP) {
+        PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(x + i * 16);
+        return;
     }
-    PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(x + i * 16);
+    float padded[PE_GROUP] = {0};
+    memcpy(padded, x, n * sizeof *x);
+    PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(padded + i * 16);
 }
 
 static void turn(float *x, size_t n, float factor) {
@@ -166,7 +168,7 @@ static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, 
  * every call. */
 PE_INLINE void dot_steps(i16 *d, const int d_stride, const int8_t *w, size_t w_stride, const int8_t *x, size_t x_step,
                          size_t x_token, const int n_k4, const int n_p, const int n_t) {
-    PE_UNROLL for (int k4 = 0; k4 < n_k4; k4++) {
+    _Pragma("GCC unroll DOT_UNROLL") for (int k4 = 0; k4 < n_k4; k4++) {
         w16 rows[TILE_PANELS];
         PE_UNROLL for (int p = 0; p < n_p; p++) rows[p] = w16_load(w + (size_t)p * w_stride + k4 * 64);
         PE_UNROLL for (int t = 0; t < n_t; t++) {

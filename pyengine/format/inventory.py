@@ -15,7 +15,7 @@ from ..errors import ModelFormatError
 from .config import FrozenConfig, unknown
 from .container import StoredTensor, pad, vector_tensor
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 
 PANEL_ROWS = 16
 GROUP_COLUMNS = 64
@@ -107,7 +107,7 @@ class MatrixKind(NamedTuple):
     stored: Callable[[Weight], dict[str, StoredTensor]]
 
 
-MATRIX_KINDS = {"int8_g64": MatrixKind("int8, groups of 64, f16 scales", _int8_g64)}
+MATRIX_KINDS = {"int8_g64": MatrixKind("int8, turned, groups of 64, f16 scales", _int8_g64)}
 
 
 # ---------------------------------------------------------------------------- the inventory
@@ -210,7 +210,7 @@ def count_macs(config: FrozenConfig, n_rows: int, n_logits: int) -> int:
 
 
 def kv_bytes_per_position(config: FrozenConfig, kv_dtype: str = "int8") -> int:
-    """Bytes of the KV cache for one position: codes of K and V, a scale for 32 values of K and one for a head of V."""
-    padded = pad(config.head_dim, 32)
-    head = 2 * padded + 4 * (padded // 32) + 4 if kv_dtype == "int8" else 8 * padded
+    """Bytes of the KV cache for one position: a head has its codes of K and V, padded to 16, and a scale for each of the two."""
+    padded = pad(config.head_dim, 16)
+    head = 2 * padded + 8 if kv_dtype == "int8" else 8 * padded
     return config.n_layers * config.n_kv_heads * head
