@@ -69,7 +69,7 @@ def check_compiled(launches: dict[tuple[Any, Any], int], folder: Path) -> int:
         if shutil.which("ptxas"):
             used = usage(text, folder)
             lines.append(f"{kernel.py_func.__name__}: {used}")
-            assert used.spill_bytes == 0, f"{name}: {used}"
+            assert used.spill_bytes == used.stack_bytes == 0, f"{name}: {used}"
             assert used.registers * threads <= 65536, f"{name}: {used} with {threads} threads"
     print("\n".join(sorted(lines)))
     return len(lines)

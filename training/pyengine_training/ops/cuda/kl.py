@@ -89,4 +89,4 @@ def cross_entropy_kl_forward_backward(
     arrays = map(flat, (loss, logits, teacher, targets))
     whole = aligned(logits, teacher, width=vocab)
     constants = number(inv), f4(alpha), f4(tau)
-    launch_rows(cross_entropy_kl_kernel, n, pieces(vocab), *arrays, *constants, vocab, whole, most=THREADS)
+    launch_rows(cross_entropy_kl_kernel, n, pieces(vocab), *arrays, *constants, vocab, whole, most=THREADS // 2)
