@@ -178,8 +178,8 @@ def _turned_weights(out: Array, w: Array) -> Array:
 
 
 @exact_kernel
-def _quantize_weights(w: Array, scales: Array, block: Any, factor: Any) -> None:
-    """The turned w (rows, n) in place: codes in float32, or with a factor that is not 0 T(codes) * scale * factor."""
+def _quantize_weights(w: Array, scales: Array) -> None:
+    """The turned w (rows, n) in place: codes, in float32; scales (rows, n_groups) float32."""
     for r in range(w.shape[0]):
         row = w[r]
         n = u8(row.size)
@@ -192,21 +192,43 @@ def _quantize_weights(w: Array, scales: Array, block: Any, factor: Any) -> None:
                 continue
             for i in range(start, end):
                 row[i] = min(max(np.rint(row[i] / scale), f4(-127)), f4(127))
-            if factor != f4(0):
-                _turn(row, start, end, block)
-                for i in range(start, end):
-                    row[i] *= scale * factor
+
+
+@exact_kernel
+def _weight_values(codes: Array, scales: Array, block: Any, factor: Any) -> None:
+    """T(q) * scale * factor in place of the codes q (rows, n), in float32; scales (rows, n_groups) float32."""
+    for r in range(codes.shape[0]):
+        row = codes[r]
+        n = u8(row.size)
+        for start in range(u8(0), n, u8(GROUP)):
+            end = min(n, start + u8(GROUP))
+            _turn(row, start, end, block)
+            for i in range(start, end):
+                row[i] *= scales[r, start // u8(GROUP)] * factor
+
+
+def _values(codes: Array, scales: Array) -> None:
+    block = turn_block(codes.shape[1])
+    _weight_values(codes, scales, u8(block), f4(value_factor(block)))
 
 
 def fake_quant_weights(out: Array, w: Array) -> None:
     """out = the float32 values that w's int8 codes and half precision scales stand for; both (rows, n) float32."""
-    scales, block = _turned_weights(out, w), turn_block(w.shape[1])
-    _quantize_weights(out, scales.astype(np.float32), u8(block), f4(value_factor(block)))
+    scales = _turned_weights(out, w).astype(np.float32)
+    _quantize_weights(out, scales)
+    _values(out, scales)
 
 
 def weight_codes(w: Array) -> tuple[Array, Array]:
     """int8 codes (rows, n) and float16 scales (rows, ceil(n / 64)) of w (rows, n) float32: the frozen file's, before panels."""
     codes = np.empty_like(w)
     scales = _turned_weights(codes, w)
-    _quantize_weights(codes, scales.astype(np.float32), u8(1), f4(0))
+    _quantize_weights(codes, scales.astype(np.float32))
     return codes.astype(np.int8), scales
+
+
+def weight_values(codes: Array, scales: Array) -> Array:
+    """The float32 values (rows, n) that ``weight_codes`` stand for."""
+    values = codes.astype(np.float32, order="C")
+    _values(values, scales.astype(np.float32, order="C"))
+    return values
