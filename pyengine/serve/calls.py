@@ -92,6 +92,18 @@ def syntax_of(template: str) -> Syntax | None:
     return None
 
 
+class TextReader:
+    """The text of one output -> the deltas of a streamed message, where there are no calls: all of it is content."""
+
+    has_call = False
+
+    def push(self, text: str) -> list[dict[str, Any]]:
+        return [{"content": text}] if text else []
+
+    def finish(self) -> list[dict[str, Any]]:
+        return []
+
+
 class CallReader:
     """The text of one output -> the deltas of a streamed message: {"content": text} and {"tool_calls": [part of a call]}.
 
