@@ -37,6 +37,12 @@ class Metrics:
         self.generation_tokens = Counter("vllm:generation_tokens", "Output tokens", labels, registry=registry)
         self.cache_queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up", labels, registry=registry)
         self.cache_hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found", labels, registry=registry)
+        self.drafted = Counter(
+            "vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead and computed", labels, registry=registry
+        )
+        self.accepted = Counter(
+            "vllm:spec_decode_num_accepted_tokens", "Of these, those that came true", labels, registry=registry
+        )
         self.first_token = Histogram(
             "vllm:time_to_first_token_seconds",
             "From the request to its first token",
@@ -71,6 +77,8 @@ class Metrics:
         self.generation_tokens.labels(model).inc(timings.generated_tokens)
         self.cache_queries.labels(model).inc(timings.prompt_tokens)
         self.cache_hits.labels(model).inc(timings.cached_tokens)
+        self.drafted.labels(model).inc(timings.drafted_tokens)
+        self.accepted.labels(model).inc(timings.accepted_tokens)
         self.first_token.labels(model).observe(timings.time_to_first_token)
         self.latency.labels(model).observe(timings.total)
         if timings.generated_tokens > 1:
