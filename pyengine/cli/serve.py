@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyengine.serve.models import Models
     from pyengine.serve.server import Runner
     from pyengine.serve.settings import Settings
+    from pyengine.serve.siblings import Siblings
 
     NamedPaths = list[tuple[str | None, argparse.Namespace]]  # the name, and options with one model
 
@@ -124,23 +125,26 @@ def run(argv: list[str]) -> int:
     if args.processes is not None:
         return _run_processes(args, settings, named)
     sock = server.listen(args.host, args.port)
-    _runner(args, settings, named, sock).run(lambda models: _announce(models, sock))
+    _runner(args, settings, named, sock, None).run(lambda models: _announce(models, sock))
     return 0
 
 
-def _runner(args: argparse.Namespace, settings: Settings, named: NamedPaths, sock: socket.socket) -> Runner:
+def _runner(
+    args: argparse.Namespace, settings: Settings, named: NamedPaths, sock: socket.socket, siblings: Siblings | None
+) -> Runner:
     from pyengine.serve.app import App
     from pyengine.serve.server import Runner
 
     options.show_warnings()
     options.select_isa(args.isa)
-    return Runner(App(settings), sock, lambda: _load(args, named))
+    return Runner(App(settings, siblings), sock, lambda: _load(args, named))
 
 
 def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPaths) -> int:
     from pyengine.cli.errors import report
     from pyengine.serve import server
     from pyengine.serve.processes import Child, Parent, shares
+    from pyengine.serve.siblings import Siblings, new_family
 
     if not hasattr(os, "sched_setaffinity") or not hasattr(socket, "SO_REUSEPORT"):
         raise UsageError("--processes needs an operating system that pins processes to CPUs")
@@ -149,7 +153,7 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
         raise UsageError(f"--processes {args.processes}: there are {len(cpus)} CPUs, and every process has its own")
     server.reserve(args.host, args.port).close()  # nobody else has it, not even to share
     reserved = server.reserve(args.host, args.port, shared=True)
-    port = reserved.getsockname()[1]
+    port, family = reserved.getsockname()[1], new_family()
 
     def work(child: Child) -> int:
         def started(models: Models) -> None:
@@ -160,7 +164,7 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
         try:
             sock = server.listen(args.host, port, shared=True)
             reserved.close()
-            runner = _runner(args, settings, named, sock)
+            runner = _runner(args, settings, named, sock, Siblings(family, child.number, args.processes))
             child.when_orphaned(runner.stop)
             runner.run(started)
         except Exception as error:
