@@ -132,6 +132,7 @@ _JSON_SCHEMA: Table = {
 _RESPONSE_FORMAT: Table = {
     "type": needed(one_of("text", "json_object", "json_schema")),
     "json_schema": object_of(_JSON_SCHEMA),
+    "schema": SCHEMA,  # of an object, as llama.cpp's server takes it
 }
 
 
@@ -214,14 +215,19 @@ def response_format(given: Fields | None) -> StructuredOutputs | None:
     """None for plain text. Raises HTTPError."""
     if given is None:
         return None
-    kind, schema = given.take("type"), given.take("json_schema")
+    kind, schema, of_object = given.take("type"), given.take("json_schema"), given.take("schema")
+    if of_object is not None and kind != "json_object":
+        raise bad_request("response_format.schema goes with type json_object", "response_format.schema")
     if kind == "json_schema":
         if schema is None:
             given.missing("json_schema")
         return schema.take("schema") or StructuredOutputs(json_object=True)
     if schema is not None:
         raise bad_request("response_format.json_schema goes with type json_schema", "response_format.json_schema")
-    return StructuredOutputs(json_object=True) if kind == "json_object" else None
+    if kind == "json_object":
+        wanted: StructuredOutputs = of_object or StructuredOutputs(json_object=True)
+        return wanted
+    return None
 
 
 async def chat_completions(app: App, exchange: Exchange) -> None:

@@ -176,7 +176,11 @@ def test_structured_outputs(chat_model: Path) -> None:
 
     async def test(client: Client) -> None:
         form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
-        for wanted in ({"response_format": form}, {"structured_outputs": {"json": schema}}):
+        for wanted in (
+            {"response_format": form},
+            {"response_format": {"type": "json_object", "schema": schema}},  # as llama.cpp's server has it
+            {"structured_outputs": {"json": schema}},
+        ):
             answer = await client.post(CHAT, {**body, **wanted})
             assert json.loads(answer.json["choices"][0]["message"]["content"]) in ({"a": 1}, {"a": 2})
             streamed = await client.post(CHAT, {**body, **wanted, "stream": True})
@@ -189,6 +193,8 @@ def test_structured_outputs(chat_model: Path) -> None:
             ({"type": "xml"}, "response_format.type"),
             ({}, "response_format.type"),
             ({"type": "json_schema"}, "response_format.json_schema"),
+            ({"type": "json_schema", "schema": schema}, "response_format.schema"),
+            ({"type": "json_object", "schema": 5}, "response_format.schema"),
             ({"type": "json_schema", "json_schema": {"schema": schema}}, "response_format.json_schema.name"),
             ({"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}, "response_format.json_schema.schema"),
             ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "y"}}}, "structured_outputs"),
