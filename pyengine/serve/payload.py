@@ -34,6 +34,12 @@ def usage(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
     }
 
 
+def begun_usage(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    """Of outputs before their first token."""
+    prompt = sum(len(tokens) for tokens in {id(request.prompt): request.prompt for request in requests}.values())
+    return {"prompt_tokens": prompt, "completion_tokens": 0, "total_tokens": prompt}
+
+
 def timings(result: Generation) -> dict[str, Any]:
     """As llama.cpp's server gives them."""
     t = result.timings

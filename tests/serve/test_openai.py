@@ -60,6 +60,12 @@ def test_a_stream_has_one_finish_reason_a_choice_and_usage_at_its_end(chat_model
             reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["index"] == index]
             assert reasons[-1] == "length" and set(reasons[:-1]) == {None}
             assert next(c["delta"] for e in events for c in e["choices"] if c["index"] == index)["role"] == "assistant"
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        *chunks, last = (await client.post(CHAT, {**body, "stream_options": options})).events
+        counts = [event["usage"]["completion_tokens"] for event in chunks]
+        assert counts == sorted(counts) and counts[0] == 0
+        names = ("prompt_tokens", "completion_tokens", "total_tokens")
+        assert chunks[-1]["usage"] == {name: last["usage"][name] for name in names}
         without = await client.post(CHAT, {**HELLO, "stream": True})
         assert all("usage" not in event for event in without.events)
 
