@@ -261,6 +261,42 @@ def test_a_value_of_tags_comes_as_it_is_written_if_it_can_only_be_text() -> None
     assert parts("</function>") == ["}"] and reader.has_call
 
 
+def test_values_between_tags_are_those_that_were_written() -> None:
+    """Texts and JSON of any kind, written as templates write them, cut anywhere."""
+    rng = random.Random(8)
+    parts = [
+        "\n",
+        " ",
+        '"',
+        "\\",
+        "<",
+        "/",
+        "</parameter",
+        ">",
+        "</function>",
+        "<parameter=s>",
+        "{",
+        "1",
+        "true",
+        "\u00e9",
+        "\x00",
+    ]
+    for _ in range(500):
+        text = "".join(rng.choice(parts) for _ in range(rng.randrange(8)))
+        if "</parameter>" in text:
+            continue  # which ends the value: the format has no other way to say it
+        other = rng.choice([1, -2.5, True, False, None, [], {"a": [text]}, [1, "b"]])
+        written = (
+            json.dumps(other) if isinstance(other, (list, dict)) else str(other)
+        )  # True, None: as Jinja shows them
+        if "</parameter>" in written:
+            continue
+        call = tagged(s=text, x=written)
+        at = rng.randrange(len(call))
+        content, calls, is_whole = read(CODER, [call[:at], call[at:]])
+        assert (content, is_whole) == ("", True) and json.loads(calls[0][1]) == {"s": text, "x": other}, call
+
+
 def test_a_number_of_too_many_digits_stays_text() -> None:
     digits = "1" * 5000
     assert read(CODER, [tagged(x=digits)]) == ("", [("f", f'{{"x": "{digits}"}}')], True)
