@@ -88,6 +88,7 @@ class Usage:
 
     registers: int
     spill_bytes: int
+    stack_bytes: int  # local arrays that did not become registers
     shared_bytes: int
 
 
@@ -102,6 +103,7 @@ def usage(text: str, folder: Path) -> Usage:
     return Usage(
         registers=int(_number(r"Used (\d+) registers", done.stderr)),
         spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)),
+        stack_bytes=int(_number(r"(\d+) bytes stack frame", done.stderr)),
         shared_bytes=int(_number(r"(\d+) bytes smem", done.stderr)),
     )
 

@@ -55,6 +55,14 @@ def div_rn(a: Any, b: Any) -> Any:
     return f4(a) / f4(b)
 
 
+def add_rn(a: Any, b: Any) -> Any:
+    return f4(a) + f4(b)
+
+
+def sub_rn(a: Any, b: Any) -> Any:
+    return f4(a) - f4(b)
+
+
 def mul_rn(a: Any, b: Any) -> Any:
     return f4(a) * f4(b)
 
@@ -67,10 +75,6 @@ def round_half(x: Any) -> Any:
     return f4(np.float16(x))
 
 
-def half_bits(x: Any) -> Any:
-    return np.asarray(np.float16(x)).view(np.uint16)[()]
-
-
 def pack_bf16(low: Any, high: Any) -> Any:
     return u4(int(to_bf16(f4(low))) | int(to_bf16(f4(high))) << 16)
 
@@ -78,6 +82,24 @@ def pack_bf16(low: Any, high: Any) -> Any:
 def load_pair(array: Any, index: Any) -> Any:
     assert array.dtype == np.uint16 and index % 2 == 0, "pairs start at even elements"
     return u4(int(array[_index(array, index)]) | int(array[_index(array, index + 1)]) << 16)
+
+
+def _eight(array: Any, index: Any) -> Any:
+    """array[index:index + 8], which has to lie where a GPU can reach it with accesses of 16 bytes."""
+    first = _index(array, index)
+    _index(array, index + 7)
+    if (array.ctypes.data + first * array.itemsize) % 16:
+        raise IndexError(f"misaligned address: element {first} of {array.dtype}")
+    return array[first : first + 8]
+
+
+def load8(values: Any, array: Any, index: Any) -> None:
+    found = _eight(array, index)
+    values[...] = from_bf16(found) if array.dtype == np.uint16 else found
+
+
+def store8(array: Any, index: Any, values: Any) -> None:
+    _eight(array, index)[...] = to_bf16(values) if array.dtype == np.uint16 else values
 
 
 def _pair(bits: Any) -> Any:
@@ -113,13 +135,16 @@ TWINS: dict[str, Callable[..., Any]] = {
     "bf16_bits": to_bf16,
     "bits_of_float": bits_of_float,
     "float_of_bits": float_of_bits,
+    "add_rn": add_rn,
+    "sub_rn": sub_rn,
     "div_rn": div_rn,
     "mul_rn": mul_rn,
     "rint": rint,
     "round_half": round_half,
-    "half_bits": half_bits,
     "pack_bf16": pack_bf16,
     "load_pair": load_pair,
+    "load8": load8,
+    "store8": store8,
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from compiled import RecordingRuntime, float64_lines, ptx, usage
 from pyengine_training.backend.cuda import CudaBackend
 from pyengine_training.config import ModelConfig, TrainConfig
-from pyengine_training.gpu_check.cases import attention, small_cases
+from pyengine_training.gpu_check.cases import attention, cross_entropy, small_cases
 from pyengine_training.gpu_check.judge import check
 from pyengine_training.ops import cuda as ops
 from pyengine_training.ops.cuda._runtime import use_runtime
@@ -47,7 +47,8 @@ def recorded() -> dict[tuple[Any, Any], int]:
             trainer.step(tokens, tokens)
             trainer.step(tokens, tokens)  # the quantized phase
             trainer.close()
-        for case in (*small_cases(), *attention(1, 1, 3, 1, 64, prefix="flash_")):
+        widest = cross_entropy(1, 8192)  # rows that get the largest blocks, whose registers must suffice
+        for case in (*small_cases(), *widest, *attention(1, 1, 3, 1, 64, prefix="flash_")):
             for bf16 in case.precisions:
                 check(case, ops, bf16=bf16)
     return runtime.launches
@@ -68,7 +69,7 @@ def check_compiled(launches: dict[tuple[Any, Any], int], folder: Path) -> int:
         if shutil.which("ptxas"):
             used = usage(text, folder)
             lines.append(f"{kernel.py_func.__name__}: {used}")
-            assert used.spill_bytes == 0, f"{name}: {used}"
+            assert used.spill_bytes == used.stack_bytes == 0, f"{name}: {used}"
             assert used.registers * threads <= 65536, f"{name}: {used} with {threads} threads"
     print("\n".join(sorted(lines)))
     return len(lines)

@@ -125,8 +125,9 @@ def test_matrices_are_updated_together_as_one_by_one(layers: int, monkeypatch: p
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_bfloat16_losses_are_near_the_cpus() -> None:
-    cpu, gpu = pair("bf16", quantize="never")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_bfloat16_losses_are_near_the_cpus(optimizer: str) -> None:
+    cpu, gpu = pair("bf16", optimizer=optimizer, quantize="never")
     assert gpu.backend.training_worker(False).xs[0].dtype == np.uint16
     for step in range(2):
         wanted, got = (trainer.step(*batch(step)) for trainer in (cpu, gpu))

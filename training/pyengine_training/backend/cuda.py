@@ -121,7 +121,8 @@ class CudaBackend:
         self._narrow: Arena | None = None
         self._host_int8_values: Arena | None = None
         self._muon_batches = muon_batches(self._grads, model) if config.optimizer == "muon" else []
-        needs = [muon.batch_scratch(matrices, np.float32) for matrices in self._muon_batches]
+        wanted = NARROW if precision == "bf16" else np.float32
+        needs = [muon.batch_scratch(matrices, wanted) for matrices in self._muon_batches]
         self._muon_scratch = allocate(largest(*needs), ops.empty)
         self._worker: tuple[Any, Worker] | None = None
         self._graphs: dict[bool, Callable[[], None]] = {}
@@ -218,13 +219,12 @@ class CudaBackend:
         worker = self.training_worker(quantize)
         weights = self._device_weights(worker, quantize)
         inv = self._knobs[adamw.INV : adamw.INV + 1]
-        ops.fill(self._grads.flat, 0)
         for shard in range(shards):
             rows = slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
             tokens, targets = self._tokens[rows], self._targets[rows]
             worker.gradients(weights, tokens, targets, inv, quantize, self._distillation, self._starts[rows])
             ops.copy(self._losses[shard], buffers.partial_sums(worker.loss))
-            ops.add(self._grads.flat, worker.grads.flat)
+            (ops.add if shard else ops.copy)(self._grads.flat, worker.grads.flat)
 
     def _launch_step(self, quantize: bool) -> None:
         """Everything between the upload of a batch and the download of its loss."""
@@ -234,11 +234,10 @@ class CudaBackend:
         grad_norm.norm_and_clip(self._knobs[: adamw.GRAD_SCALE + 1], self._squares, self.config.clip)
         c, params = self.config, self._masters.device(written=True)
         m, v = (mirror.device(written=True) for mirror in self.moments)
-        with runtime().tensor_floats(self.precision == "bf16"):
-            for matrices in self._muon_batches:
-                arrays = [arena.flat for arena in (params, self._grads, m)]
-                options: dict[str, Any] = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay}
-                muon.muon_update_by_knobs(*arrays, self._knobs, matrices, scratch=self._muon_scratch, **options)
+        for matrices in self._muon_batches:
+            arrays = [arena.flat for arena in (params, self._grads, m)]
+            options: dict[str, Any] = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay}
+            muon.muon_update_by_knobs(*arrays, self._knobs, matrices, scratch=self._muon_scratch, **options)
         for name, shape in params.shapes.items():
             if self._muon_batches and block_matrices(name, self.model):
                 continue

@@ -148,19 +148,26 @@ def pair(model: ModelConfig, config: TrainConfig, precision: str) -> tuple[Train
     return trainers[0], trainers[1]
 
 
+# precision, int8, bounds of the gradients' relative and the loss's absolute difference. Sums in another order move a value by a
+# few float32 roundings, which now and then pushes it over the edge between two int8 codes: about one code in ten thousand, and
+# then by a whole step, where rounding moves every code by up to half of one. So the difference has to stay below what int8 as a
+# whole does to this model, whose loss of 5.5697 becomes 5.5707: 1e-3.
+GRADIENTS = (("float32", False, 1e-4, 1e-4), ("float32", True, 0.1, 1e-3), ("bf16", False, 0.1, 0.05))
+
+
 def gradients() -> bool:
     """Loss and every gradient of a whole model."""
     gpu()
     config = TrainConfig(seq_len=SEQ, batch_size=4, shards=2, steps=10)
     tokens, targets = chain(4, SEQ, 0, SMALL.vocab_size)
     good = True
-    for precision, quantize, bound in (("float32", False, 1e-4), ("float32", True, 0.1), ("bf16", False, 0.1)):
+    for precision, quantize, bound, loss_bound in GRADIENTS:
         cpu, cuda = pair(SMALL, config, precision)
         losses = [trainer.gradients(tokens, targets, quantize=quantize) for trainer in (cpu, cuda)]
         wanted, got = cpu.grads, cuda.grads
         errors = {name: distance(got[name], wanted[name]) for name in wanted.shapes}
         worst = max(errors, key=lambda name: errors[name])
-        ok = errors[worst] < bound and abs(losses[1] - losses[0]) < (1e-4 if precision == "float32" else 0.05)
+        ok = errors[worst] < bound and abs(losses[1] - losses[0]) < loss_bound
         good = good and ok
         say(precision=precision, int8=quantize, ok=ok, losses=losses, worst=worst, error=errors[worst])
     return good

@@ -27,6 +27,7 @@ i8 = np.int64
 u4 = np.uint32  # indices that are divided: 64-bit division is slow; the compiler narrows products of these back
 THREADS = 256  # of an elementwise kernel, and the most that a row gets
 WARP = 32
+WARPS = THREADS // WARP  # of a block whose warps have a row each
 # Compiled kernels are kept on disk only where someone says so (gpu_check, in a folder of its own): the cache does not notice
 # that a device function in another file has changed.
 CACHE = os.environ.get("PYENGINE_CUDA_CACHE") == "1"
@@ -59,10 +60,22 @@ def launch_elements(function: Any, n: int, *arguments: Any) -> None:
         runtime().launch(function, -(-n // THREADS), THREADS, arguments)
 
 
-def launch_rows(function: Any, n_rows: int, width: int, *arguments: Any) -> None:
-    """One block for each row, with as many threads (whole warps) as a row of ``width`` elements feeds."""
+def launch_rows(function: Any, n_rows: int, width: int, *arguments: Any, most: int = THREADS) -> None:
+    """One block for each row, with as many threads (whole warps, at most ``most``) as ``width`` pieces of a row feed."""
     if n_rows:
-        runtime().launch(function, n_rows, row_threads(width), arguments)
+        runtime().launch(function, n_rows, row_threads(width, most), arguments)
+
+
+def launch_warps(function: Any, n: int, *arguments: Any) -> None:
+    """One warp for each of n rows; the kernel asks :func:`warp_index` and guards with ``< n`` itself."""
+    if n:
+        runtime().launch(function, -(-n // WARPS), THREADS, arguments)
+
+
+@device
+def warp_index() -> Any:
+    """Which warp of the grid this thread is in."""
+    return i8(cuda.blockIdx.x) * WARPS + cuda.threadIdx.x // WARP
 
 
 def unsigned(*sizes: int, addressed: int) -> tuple[Any, ...]:
@@ -76,15 +89,16 @@ def unsigned(*sizes: int, addressed: int) -> tuple[Any, ...]:
     return tuple(map(u4, sizes))
 
 
-def row_threads(width: int) -> int:
-    """Threads for a row: whole warps, at most THREADS."""
-    return min(THREADS, -(-width // WARP) * WARP)
+def row_threads(width: int, most: int = THREADS) -> int:
+    """Threads for a row: whole warps, at most so many."""
+    return min(most, -(-width // WARP) * WARP)
 
 
 __all__ = [
     "FULL",
     "THREADS",
     "WARP",
+    "WARPS",
     "Array",
     "cuda",
     "device",
@@ -95,7 +109,9 @@ __all__ = [
     "kernel",
     "launch_elements",
     "launch_rows",
+    "launch_warps",
     "row_threads",
     "u4",
     "unsigned",
+    "warp_index",
 ]

@@ -14,10 +14,12 @@ import math
 from typing import Any
 
 import numpy as np
+from numba import float32
 
-from ._intrinsics import load, store
-from ._jit import Array, cuda, f4, i8, kernel, launch_elements
+from ._intrinsics import load
+from ._jit import Array, cuda, f4, i8, kernel
 from ._runtime import flat, kept, runtime
+from ._vectors import WIDTH, aligned, launch_vectors, read, write
 
 NORM, GRAD_SCALE, LR, CORRECTION1, CORRECTION2, MUON_LR, INV = range(7)
 KNOBS = 7
@@ -25,21 +27,33 @@ KNOBS = 7
 
 @kernel
 def adamw_kernel(
-    p: Any, g: Any, m: Any, v: Any, knobs: Any, n: int,
+    p: Any, g: Any, m: Any, v: Any, knobs: Any, n: int, whole: bool,
     beta1: Any, beta2: Any, eps: Any, weight_decay: Any,
 ) -> None:  # fmt: skip
-    """One element."""
-    i = i8(cuda.grid(1))
-    if i < n and load(knobs, GRAD_SCALE) >= f4(0):
-        x = load(g, i) * load(knobs, GRAD_SCALE)
-        mean = beta1 * load(m, i) + (f4(1) - beta1) * x
-        square = beta2 * load(v, i) + (f4(1) - beta2) * x * x
-        store(m, i, mean)
-        store(v, i, square)
-        root = math.sqrt(square * load(knobs, CORRECTION2))
-        step = mean * load(knobs, CORRECTION1) / (root + eps)
-        value = load(p, i)
-        store(p, i, value - load(knobs, LR) * (step + weight_decay * value))
+    """WIDTH elements."""
+    i = i8(cuda.grid(1)) * WIDTH
+    grad_scale = load(knobs, GRAD_SCALE)
+    if i < n and grad_scale >= f4(0):
+        lr = load(knobs, LR)
+        correction1 = load(knobs, CORRECTION1)
+        correction2 = load(knobs, CORRECTION2)
+        value = cuda.local.array(WIDTH, float32)
+        x = cuda.local.array(WIDTH, float32)
+        mean = cuda.local.array(WIDTH, float32)
+        square = cuda.local.array(WIDTH, float32)
+        read(value, p, i, n, whole)
+        read(x, g, i, n, whole)
+        read(mean, m, i, n, whole)
+        read(square, v, i, n, whole)
+        for e in range(WIDTH):
+            x[e] *= grad_scale
+            mean[e] = beta1 * mean[e] + (f4(1) - beta1) * x[e]
+            square[e] = beta2 * square[e] + (f4(1) - beta2) * x[e] * x[e]
+            step = mean[e] * correction1 / (math.sqrt(square[e] * correction2) + eps)
+            value[e] -= lr * (step + weight_decay * value[e])
+        write(m, i, n, mean, whole)
+        write(v, i, n, square, whole)
+        write(p, i, n, value, whole)
 
 
 def adamw_update_by_knobs(
@@ -56,7 +70,8 @@ def adamw_update_by_knobs(
 ) -> None:
     """One update; what changes between steps is read from ``knobs``."""
     constants = f4(beta1), f4(beta2), f4(eps), f4(weight_decay)
-    launch_elements(adamw_kernel, p.size, *map(flat, (p, g, m, v)), knobs, p.size, *constants)
+    arrays = p, g, m, v
+    launch_vectors(adamw_kernel, p.size, *map(flat, arrays), knobs, p.size, aligned(*arrays), *constants)
 
 
 def host_knobs(

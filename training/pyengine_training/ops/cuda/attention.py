@@ -9,7 +9,7 @@ backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
           dS = P * (dP - rowsum(dP * P)) * scale;  dq = dS k;  dk = dS^T q                          written with =
 
 A tile holds TILE positions with their n_rep query heads against all keys up to the tile's end: one batched matrix
-product over as many (row, kv head) pairs as fit into SCORES elements, then one block for each row of scores. The
+product over as many (row, kv head) pairs as fit into SCORES elements, then one warp for each row of scores. The
 backward walks the tiles from the last, whose keys are all, so that dk and dv are written first and then added to.
 Scores live in the inputs' type; softmax is taken in float32.
 
@@ -24,98 +24,134 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from numba import float32
+
 from ..needs import Need, Needs
 from . import flash
 from ._intrinsics import load, store
-from ._jit import Array, cuda, f4, i8, kernel, launch_rows
-from ._reduce import LOWEST, block_max, block_sum
+from ._jit import WARP, Array, cuda, device, f4, i8, kernel, launch_warps, u4, unsigned, warp_index
+from ._reduce import LOWEST, warp_max, warp_sum
 from ._runtime import Product, flat, runtime
+from ._vectors import WIDTH, aligned, read, write
 
 TILE = 256  # query positions
 SCORES = 1 << 26  # elements of one scratch array of scores
 use_flash = os.environ.get("PYENGINE_CUDA_ATTENTION") == "flash"
 
 
+@device
+def first_visible(starts: Any, head: int, position: int, n_kv: int, seq: int) -> Any:
+    """First key that a position of one head sees."""
+    return load(starts, i8(u4(head) // n_kv) * i8(seq) + position)
+
+
+@device
+def hide(x: Any, j: int, begin: int, end: int, value: Any) -> None:
+    """x[:] = value where keys j, j + 1, ... lie outside of [begin, end)."""
+    if j < begin or j + WIDTH > end:
+        for e in range(WIDTH):
+            if j + e < begin or j + e >= end:
+                x[e] = value
+
+
 @kernel
 def softmax_kernel(
-    s: Any, lse: Any, n_rows: int, n_keys: int, n_rep: int, first: int,
-    lse_start: int, lse_stride: int, scale: Any, starts: Any, head: int, n_kv: int, seq: int,
+    s: Any, lse: Any, starts: Any, rows: int, n_rows: int, n_keys: int, n_rep: int, head: int, n_kv: int, seq: int,
+    first: int, lse_start: int, lse_stride: int, scale: Any, aligned: bool,
 ) -> None:  # fmt: skip
-    """One row of raw scores to probabilities, in place; row i of a head is position first + i // n_rep."""
-    row = i8(cuda.blockIdx.x)
-    i = row % n_rows
-    end = first + i // n_rep + 1
-    begin = load(starts, (head + row // n_rows) // n_kv * seq + end - 1)
-    base = row * n_keys
+    """One row of raw scores to probabilities, in place, by one warp; row i of a head is position first + i // n_rep.
+
+    The row is read twice, the second time from the cache: each lane keeps the maximum and the sum of its own keys first.
+    """
+    row = warp_index()
+    if row >= rows:
+        return
+    i = i8(u4(row) % n_rows)
+    member = i8(u4(row) // n_rows)
+    end = first + i8(u4(i) // n_rep) + i8(1)
+    begin = first_visible(starts, member + i8(head), end - i8(1), n_kv, seq)
+    base = row * i8(n_keys)
+    past = base + i8(n_keys)
+    lane = i8(cuda.threadIdx.x % WARP)
+    x = cuda.local.array(WIDTH, float32)
     top = LOWEST
-    j = begin + cuda.threadIdx.x
-    while j < end:
-        top = max(top, load(s, base + j))
-        j += cuda.blockDim.x
-    top = block_max(top)
     total = f4(0)
-    j = begin + cuda.threadIdx.x
+    j = begin // WIDTH * WIDTH + lane * WIDTH
     while j < end:
-        total += math.exp((load(s, base + j) - top) * scale)
-        j += cuda.blockDim.x
-    total = block_sum(total)
-    if cuda.threadIdx.x == 0:
-        store(lse, lse_start + row // n_rows * lse_stride + i, top * scale + math.log(total))
+        read(x, s, base + j, past, aligned)
+        hide(x, j, begin, end, LOWEST)
+        before = top
+        for e in range(WIDTH):
+            top = max(top, x[e])
+        total *= math.exp((before - top) * scale)
+        for e in range(WIDTH):
+            total += math.exp((x[e] - top) * scale)
+        j += WARP * WIDTH
+    highest = warp_max(top)
+    total = warp_sum(total * math.exp((top - highest) * scale))
+    if lane == 0:
+        store(lse, lse_start + member * lse_stride + i, highest * scale + math.log(total))
     inv = f4(1) / total
-    j = i8(cuda.threadIdx.x)
+    j = lane * WIDTH
     while j < n_keys:
-        p = f4(0)
-        if begin <= j and j < end:
-            p = math.exp((load(s, base + j) - top) * scale) * inv
-        store(s, base + j, p)
-        j += cuda.blockDim.x
+        for e in range(WIDTH):
+            x[e] = f4(0)
+        if j < end and j + WIDTH > begin:
+            read(x, s, base + j, past, aligned)
+            for e in range(WIDTH):
+                x[e] = math.exp((x[e] - highest) * scale) * inv
+            hide(x, j, begin, end, f4(0))
+        write(s, base + j, past, x, aligned)
+        j += WARP * WIDTH
 
 
 @kernel
 def softmax_backward_kernel(
-    dp: Any, s: Any, lse: Any, n_rows: int, n_keys: int, n_rep: int, first: int,
-    lse_start: int, lse_stride: int, scale: Any, starts: Any, head: int, n_kv: int, seq: int,
+    s: Any, dp: Any, lse: Any, starts: Any,
+    rows: int, n_rows: int, n_keys: int, n_rep: int, head: int, n_kv: int, seq: int,
+    first: int, lse_start: int, lse_stride: int, scale: Any, aligned: bool,
 ) -> None:  # fmt: skip
-    """One row: dp becomes the gradient of the raw scores, given the probabilities in s."""
-    row = i8(cuda.blockIdx.x)
-    i = row % n_rows
-    end = first + i // n_rep + 1
-    begin = load(starts, (head + row // n_rows) // n_kv * seq + end - 1)
-    base = row * n_keys
+    """One row by one warp: raw scores s become probabilities, and their gradient dp that of the raw scores, in place."""
+    row = warp_index()
+    if row >= rows:
+        return
+    i = i8(u4(row) % n_rows)
+    member = i8(u4(row) // n_rows)
+    end = first + i8(u4(i) // n_rep) + i8(1)
+    begin = first_visible(starts, member + i8(head), end - i8(1), n_kv, seq)
+    shift = load(lse, lse_start + member * lse_stride + i)
+    base = row * i8(n_keys)
+    past = base + i8(n_keys)
+    lane = i8(cuda.threadIdx.x % WARP)
+    p = cuda.local.array(WIDTH, float32)
+    g = cuda.local.array(WIDTH, float32)
     total = f4(0)
-    j = begin + cuda.threadIdx.x
+    j = begin // WIDTH * WIDTH + lane * WIDTH
     while j < end:
-        total += load(dp, base + j) * load(s, base + j)
-        j += cuda.blockDim.x
-    total = block_sum(total)
-    j = i8(cuda.threadIdx.x)
+        read(p, s, base + j, past, aligned)
+        read(g, dp, base + j, past, aligned)
+        hide(p, j, begin, end, LOWEST)
+        hide(g, j, begin, end, f4(0))
+        for e in range(WIDTH):
+            total += math.exp(p[e] * scale - shift) * g[e]
+        j += WARP * WIDTH
+    total = warp_sum(total)
+    j = lane * WIDTH
     while j < n_keys:
-        ds = f4(0)
-        if begin <= j and j < end:
-            ds = load(s, base + j) * (load(dp, base + j) - total) * scale
-        store(dp, base + j, ds)
-        j += cuda.blockDim.x
-
-
-@kernel
-def probabilities_kernel(
-    s: Any, lse: Any, n_rows: int, n_keys: int, n_rep: int, first: int,
-    lse_start: int, lse_stride: int, scale: Any, starts: Any, head: int, n_kv: int, seq: int,
-) -> None:  # fmt: skip
-    """One row of raw scores to probabilities with the known log-sum-exp, in place."""
-    row = i8(cuda.blockIdx.x)
-    i = row % n_rows
-    end = first + i // n_rep + 1
-    begin = load(starts, (head + row // n_rows) // n_kv * seq + end - 1)
-    base = row * n_keys
-    shift = load(lse, lse_start + row // n_rows * lse_stride + i)
-    j = i8(cuda.threadIdx.x)
-    while j < n_keys:
-        p = f4(0)
-        if begin <= j and j < end:
-            p = math.exp(load(s, base + j) * scale - shift)
-        store(s, base + j, p)
-        j += cuda.blockDim.x
+        for e in range(WIDTH):
+            p[e] = f4(0)
+            g[e] = f4(0)
+        if j < end and j + WIDTH > begin:
+            read(p, s, base + j, past, aligned)
+            read(g, dp, base + j, past, aligned)
+            for e in range(WIDTH):
+                p[e] = math.exp(p[e] * scale - shift)
+                g[e] = p[e] * (g[e] - total) * scale
+            hide(p, j, begin, end, f4(0))
+            hide(g, j, begin, end, f4(0))
+        write(s, base + j, past, p, aligned)
+        write(dp, base + j, past, g, aligned)
+        j += WARP * WIDTH
 
 
 def attention_state(q_shape: tuple[int, ...], wide: Any) -> Needs:
@@ -156,17 +192,15 @@ class _Tile:
     def scores(self, x: Array) -> tuple[Array, int, int, int]:
         return x, 0, self.end, self.rows * self.end
 
-    def row_arguments(self, scale: float) -> tuple[Any, ...]:
-        stride = self.seq * self.n_rep
-        start = self.head * stride + self.first * self.n_rep
-        return self.rows, self.end, self.n_rep, self.first, start, stride, f4(scale)
-
-    def mask_arguments(self, starts: Array) -> tuple[Any, ...]:
-        """Where a row's document starts."""
-        return flat(starts), self.head, self.n_kv, self.seq
-
-    def launch(self, function: Any, *arguments: Any) -> None:
-        launch_rows(function, self.heads * self.rows, self.end, *arguments)
+    def launch(self, function: Any, arrays: tuple[Array, ...], lse: Array, starts: Array, scale: float) -> None:
+        """A kernel on the rows of scores, one warp for each."""
+        rows, stride = self.heads * self.rows, self.seq * self.n_rep
+        sizes = unsigned(
+            self.rows, self.end, self.n_rep, self.head, self.n_kv, self.seq, addressed=self.heads * self.rows
+        )
+        place = self.first, self.head * stride + self.first * self.n_rep, stride
+        whole = aligned(*arrays, width=self.end)
+        launch_warps(function, rows, *arrays, flat(lse), flat(starts), rows, *sizes, *place, f4(scale), whole)
 
     def product(self, c: Any, a: Any, b: Any, m: int, n: int, k: int, **options: Any) -> None:
         runtime().gemm(Product(c, a, b, (m, n, k), batch=self.heads, **options))
@@ -193,7 +227,7 @@ def attention_forward(
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
         tile.product(tile.scores(s), tile.queries(q), tile.keys(k), m, n, d, trans_b=True)
-        tile.launch(softmax_kernel, s, flat(lse), *tile.row_arguments(scale), *tile.mask_arguments(starts))
+        tile.launch(softmax_kernel, (s,), lse, starts, scale)
         tile.product(tile.queries(o), tile.scores(s), tile.keys(v), m, d, n)
 
 
@@ -219,11 +253,9 @@ def attention_backward(
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
         beta = 0.0 if n == tile.seq else 1.0
-        arguments = *tile.row_arguments(scale), *tile.mask_arguments(starts)
         tile.product(tile.scores(p), tile.queries(q), tile.keys(k), m, n, d, trans_b=True)
-        tile.launch(probabilities_kernel, p, flat(lse), *arguments)
-        tile.product(tile.keys(dv), tile.scores(p), tile.queries(do), n, d, m, trans_a=True, beta=beta)
         tile.product(tile.scores(dp), tile.queries(do), tile.keys(v), m, n, d, trans_b=True)
-        tile.launch(softmax_backward_kernel, dp, p, flat(lse), *arguments)
+        tile.launch(softmax_backward_kernel, (p, dp), lse, starts, scale)
+        tile.product(tile.keys(dv), tile.scores(p), tile.queries(do), n, d, m, trans_a=True, beta=beta)
         tile.product(tile.queries(dq), tile.scores(dp), tile.keys(k), m, d, n)
         tile.product(tile.keys(dk), tile.scores(dp), tile.queries(q), n, d, m, trans_a=True, beta=beta)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import float32
 
 from ._intrinsics import load, store
-from ._jit import THREADS, Array, cuda, f4, kernel, launch_elements, row_threads
+from ._jit import THREADS, Array, cuda, f4, i8, kernel, row_threads
 from ._reduce import block_sum
 from ._runtime import flat, kept, runtime
+from ._vectors import WIDTH, aligned, launch_vectors, read, write
 
 SUM_BLOCKS = 64
 LOGITS = 1 << 29
@@ -48,29 +50,37 @@ def fill(x: Array, value: float) -> None:
 
 
 @kernel
-def add_kernel(y: Any, x: Any, n: int) -> None:
-    """y[i] += x[i]."""
-    i = cuda.grid(1)
+def add_kernel(y: Any, x: Any, n: int, whole: bool) -> None:
+    """y += x, WIDTH elements."""
+    i = i8(cuda.grid(1)) * WIDTH
     if i < n:
-        store(y, i, load(y, i) + load(x, i))
+        a = cuda.local.array(WIDTH, float32)
+        b = cuda.local.array(WIDTH, float32)
+        read(a, y, i, n, whole)
+        read(b, x, i, n, whole)
+        for e in range(WIDTH):
+            a[e] += b[e]
+        write(y, i, n, a, whole)
 
 
 def add(y: Array, x: Array) -> None:
     """y += x, element by element."""
-    launch_elements(add_kernel, y.size, flat(y), flat(x), y.size)
+    launch_vectors(add_kernel, y.size, flat(y), flat(x), y.size, aligned(y, x))
 
 
 @kernel
-def copy_kernel(y: Any, x: Any, n: int) -> None:
-    """y[i] = x[i], rounding or widening where the types differ."""
-    i = cuda.grid(1)
+def copy_kernel(y: Any, x: Any, n: int, whole: bool) -> None:
+    """y = x, WIDTH elements, rounding or widening where the types differ."""
+    i = i8(cuda.grid(1)) * WIDTH
     if i < n:
-        store(y, i, load(x, i))
+        values = cuda.local.array(WIDTH, float32)
+        read(values, x, i, n, whole)
+        write(y, i, n, values, whole)
 
 
 def copy(y: Array, x: Array) -> None:
-    """y = x; between float32 and bfloat16 elements are rounded or widened."""
-    launch_elements(copy_kernel, y.size, flat(y), flat(x), y.size)
+    """y = x of float32 or bfloat16, which are rounded or widened into each other."""
+    launch_vectors(copy_kernel, y.size, flat(y), flat(x), y.size, aligned(y, x))
 
 
 @kernel

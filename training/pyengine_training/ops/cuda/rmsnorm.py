@@ -4,7 +4,7 @@ forward   inv_rms = 1 / sqrt(mean(x^2) + eps);  y = x * inv_rms * w             
 backward  dx += inv_rms * (dy*w - x * inv_rms^2 * mean(dy*w*x))                         accumulated: dx carries
           dw += sum over rows of dy * x * inv_rms                                       the residual stream's gradient
 
-One block for each row. The weight's gradient is summed in two steps without atomics: PARTS blocks of rows into a
+One warp for each row. The weight's gradient is summed in two steps without atomics: PARTS blocks of rows into a
 scratch array, then its rows in ascending order, so the same input gives the same bits.
 """
 
@@ -14,12 +14,14 @@ import math
 from typing import Any
 
 import numpy as np
+from numba import float32
 
 from ..needs import Need, Needs
 from ._intrinsics import load, store
-from ._jit import Array, cuda, f4, i8, kernel, launch_elements, launch_rows
-from ._reduce import block_sum
+from ._jit import WARP, Array, cuda, device, f4, i8, kernel, launch_elements, launch_warps, warp_index
+from ._reduce import warp_sum
 from ._runtime import flat, runtime
+from ._vectors import WIDTH, aligned, read, write
 
 PARTS = 128  # at most so many partial sums of the weight's gradient
 COLUMNS = 64  # threads of a block that sums columns
@@ -35,80 +37,125 @@ def rmsnorm_scratch(dim: int) -> Needs:
     return {"norm_parts": Need((PARTS * dim,), np.float32)}
 
 
+@device
+def normalize_row(y: Any, x: Any, w: Any, r: Any, base: int, dim: int, whole: bool) -> None:
+    """y = x * r * w for the row that begins at ``base``, by one warp."""
+    values = cuda.local.array(WIDTH, float32)
+    weight = cuda.local.array(WIDTH, float32)
+    c = i8(cuda.threadIdx.x % WARP) * WIDTH
+    while c < dim:
+        read(values, x, base + c, base + dim, whole)
+        read(weight, w, c, dim, whole)
+        for e in range(WIDTH):
+            values[e] *= r * weight[e]
+        write(y, base + c, base + dim, values, whole)
+        c += WARP * WIDTH
+
+
 @kernel
-def rmsnorm_kernel(y: Any, inv_rms: Any, x: Any, w: Any, eps: Any, dim: int) -> None:
+def rmsnorm_kernel(
+    y: Any, inv_rms: Any, x: Any, w: Any, eps: Any, n: int, dim: int, whole: bool
+) -> None:
     """y and inv_rms of one row."""
-    row = i8(cuda.blockIdx.x)
+    row = warp_index()
+    if row >= n:
+        return
     base = row * dim
     total = f4(0)
-    c = i8(cuda.threadIdx.x)
+    values = cuda.local.array(WIDTH, float32)
+    c = i8(cuda.threadIdx.x % WARP) * WIDTH
     while c < dim:
-        value = load(x, base + c)
-        total += value * value
-        c += cuda.blockDim.x
-    total = block_sum(total)
+        read(values, x, base + c, base + dim, whole)
+        for e in range(WIDTH):
+            total += values[e] * values[e]
+        c += WARP * WIDTH
+    total = warp_sum(total)
     r = f4(1) / math.sqrt(total / f4(dim) + eps)
-    if cuda.threadIdx.x == 0:
+    if cuda.threadIdx.x % WARP == 0:
         store(inv_rms, row, r)
-    c = i8(cuda.threadIdx.x)
-    while c < dim:
-        store(y, base + c, load(x, base + c) * r * load(w, c))
-        c += cuda.blockDim.x
+    normalize_row(y, x, w, r, base, dim, whole)
 
 
 @kernel
-def rmsnorm_residual_kernel(y: Any, inv_rms: Any, x: Any, residual: Any, w: Any, eps: Any, dim: int) -> None:
+def rmsnorm_residual_kernel(
+    y: Any, inv_rms: Any, x: Any, residual: Any, w: Any, eps: Any, n: int, dim: int, whole: bool
+) -> None:
     """x += residual, then as above; each thread reads back only what it wrote."""
-    row = i8(cuda.blockIdx.x)
+    row = warp_index()
+    if row >= n:
+        return
     base = row * dim
     total = f4(0)
-    c = i8(cuda.threadIdx.x)
+    values = cuda.local.array(WIDTH, float32)
+    more = cuda.local.array(WIDTH, float32)
+    c = i8(cuda.threadIdx.x % WARP) * WIDTH
     while c < dim:
-        store(x, base + c, load(x, base + c) + load(residual, base + c))
-        value = load(x, base + c)  # what was stored: rounded where x is bfloat16
-        total += value * value
-        c += cuda.blockDim.x
-    total = block_sum(total)
+        read(values, x, base + c, base + dim, whole)
+        read(more, residual, base + c, base + dim, whole)
+        for e in range(WIDTH):
+            values[e] += more[e]
+        write(x, base + c, base + dim, values, whole)
+        read(values, x, base + c, base + dim, whole)  # what was stored: rounded where x is bfloat16
+        for e in range(WIDTH):
+            total += values[e] * values[e]
+        c += WARP * WIDTH
+    total = warp_sum(total)
     r = f4(1) / math.sqrt(total / f4(dim) + eps)
-    if cuda.threadIdx.x == 0:
+    if cuda.threadIdx.x % WARP == 0:
         store(inv_rms, row, r)
-    c = i8(cuda.threadIdx.x)
-    while c < dim:
-        store(y, base + c, load(x, base + c) * r * load(w, c))
-        c += cuda.blockDim.x
+    normalize_row(y, x, w, r, base, dim, whole)
 
 
 def rmsnorm_forward(y: Array, inv_rms: Array, x: Array, w: Array, eps: float) -> None:
     """Normalize rows."""
     n, dim = x.shape
-    arguments = flat(y), flat(inv_rms), flat(x), flat(w), f4(eps), dim
-    launch_rows(rmsnorm_kernel, n, dim, *arguments)
+    arrays = flat(y), flat(inv_rms), flat(x), flat(w)
+    launch_warps(rmsnorm_kernel, n, *arrays, f4(eps), n, dim, aligned(y, x, w, width=dim))
 
 
 def rmsnorm_residual_forward(y: Array, inv_rms: Array, x: Array, residual: Array, w: Array, eps: float) -> None:
     """x += residual, then normalize x: the residual addition costs no pass of its own."""
     n, dim = x.shape
-    arguments = flat(y), flat(inv_rms), flat(x), flat(residual), flat(w), f4(eps), dim
-    launch_rows(rmsnorm_residual_kernel, n, dim, *arguments)
+    arrays = flat(y), flat(inv_rms), flat(x), flat(residual), flat(w)
+    whole = aligned(y, x, residual, w, width=dim)
+    launch_warps(rmsnorm_residual_kernel, n, *arrays, f4(eps), n, dim, whole)
 
 
 @kernel
-def rmsnorm_backward_kernel(dx: Any, dy: Any, x: Any, w: Any, inv_rms: Any, dim: int) -> None:
+def rmsnorm_backward_kernel(
+    dx: Any, dy: Any, x: Any, w: Any, inv_rms: Any, n: int, dim: int, whole: bool
+) -> None:
     """dx of one row (+=)."""
-    row = i8(cuda.blockIdx.x)
+    row = warp_index()
+    if row >= n:
+        return
     base = row * dim
+    past = base + dim
     r = load(inv_rms, row)
+    gradient = cuda.local.array(WIDTH, float32)
+    weight = cuda.local.array(WIDTH, float32)
+    values = cuda.local.array(WIDTH, float32)
+    out = cuda.local.array(WIDTH, float32)
     total = f4(0)
-    c = i8(cuda.threadIdx.x)
+    c = i8(cuda.threadIdx.x % WARP) * WIDTH
     while c < dim:
-        total += load(dy, base + c) * load(w, c) * load(x, base + c)
-        c += cuda.blockDim.x
-    shift = block_sum(total) * r * r * r / f4(dim)
-    c = i8(cuda.threadIdx.x)
+        read(gradient, dy, base + c, past, whole)
+        read(weight, w, c, dim, whole)
+        read(values, x, base + c, past, whole)
+        for e in range(WIDTH):
+            total += gradient[e] * weight[e] * values[e]
+        c += WARP * WIDTH
+    shift = warp_sum(total) * r * r * r / f4(dim)
+    c = i8(cuda.threadIdx.x % WARP) * WIDTH
     while c < dim:
-        value = load(dy, base + c) * load(w, c) * r - load(x, base + c) * shift
-        store(dx, base + c, load(dx, base + c) + value)
-        c += cuda.blockDim.x
+        read(gradient, dy, base + c, past, whole)
+        read(weight, w, c, dim, whole)
+        read(values, x, base + c, past, whole)
+        read(out, dx, base + c, past, whole)
+        for e in range(WIDTH):
+            out[e] += gradient[e] * weight[e] * r - values[e] * shift
+        write(dx, base + c, past, out, whole)
+        c += WARP * WIDTH
 
 
 @kernel
@@ -147,7 +194,8 @@ def rmsnorm_backward(
 ) -> None:
     """Gradients of input (+=) and weight (+=)."""
     n, dim = x.shape
-    launch_rows(rmsnorm_backward_kernel, n, dim, *map(flat, (dx, dy, x, w, inv_rms)), dim)
+    whole = aligned(dx, dy, x, w, width=dim)
+    launch_warps(rmsnorm_backward_kernel, n, *map(flat, (dx, dy, x, w, inv_rms)), n, dim, whole)
     rows_per_part = -(-n // min(PARTS, n))
     n_parts = -(-n // rows_per_part)
     parts = scratch["norm_parts"]

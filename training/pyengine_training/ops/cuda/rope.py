@@ -9,17 +9,19 @@ Pairs are (i, i + h), h = head_dim / 2; position t is the row's index.
 
 forward   y[i]     = x[i] * cos - x[i+h] * sin         backward  dx[i]     = dy[i] * cos + dy[i+h] * sin
           y[i + h] = x[i+h] * cos + x[i] * sin                   dx[i + h] = dy[i+h] * cos - dy[i] * sin
-Everything is written with =.  One thread for each pair of the fused rows.
+Everything is written with =.  One thread for WIDTH pairs of a head.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from numba import float32
+
 from ..cpu.rope import rope_tables
-from ._intrinsics import load, store
-from ._jit import Array, cuda, device, kernel, launch_elements, u4, unsigned
+from ._jit import Array, cuda, device, f4, i8, kernel, launch_elements, u4, unsigned
 from ._runtime import flat
+from ._vectors import WIDTH, aligned, pieces, read, write
 
 
 @device
@@ -32,86 +34,106 @@ def head_base(b: int, t: int, head: int, seq: int, n_heads: int, n_kv: int, n_re
     return (g * seq + t) * head_dim
 
 
+@device
+def rotate(x: Any, y: Any, cos: Any, sin: Any, at: int, end: int, sign: Any, whole: bool) -> None:
+    """Pairs (x, y) in place, by the angles from table element ``at`` on; sign -1 turns them back."""
+    c = cuda.local.array(WIDTH, float32)
+    s = cuda.local.array(WIDTH, float32)
+    read(c, cos, at, end, whole)
+    read(s, sin, at, end, whole)
+    for e in range(WIDTH):
+        x0 = x[e]
+        x[e] = x0 * c[e] - y[e] * s[e] * sign
+        y[e] = y[e] * c[e] + x0 * s[e] * sign
+
+
 @kernel
 def qkv_rope_forward_kernel(
-    q: Any, k: Any, v: Any, qkv: Any, cos: Any, sin: Any,
-    n_pairs: int, seq: int, n_all: int, n_heads: int, v_start: int, n_kv: int, n_rep: int, head_dim: int, half: int,
+    q: Any, k: Any, v: Any, qkv: Any, cos: Any, sin: Any, whole: bool,
+    n: int, seq: int, n_all: int, n_heads: int, v_start: int, n_kv: int, n_rep: int, head_dim: int, half: int, parts: int,
 ) -> None:  # fmt: skip
-    """Pair i of the fused rows into q, k or v."""
+    """Part i of the fused rows' heads, WIDTH pairs, into q, k or v."""
     i = u4(cuda.grid(1))
-    if i >= n_pairs:
+    if i >= n:
         return
-    d = i % half
-    head = i // half % n_all
-    t = i // u4(half * n_all) % seq
-    b = i // u4(half * n_all * seq)
-    source = i // half * head_dim + d
-    x0 = load(qkv, source)
-    x1 = load(qkv, source + half)
-    target = head_base(b, t, head, seq, n_heads, n_kv, n_rep, head_dim) + d
-    if head >= v_start:
-        store(v, target, x0)
-        store(v, target + half, x1)
-        return
-    c = load(cos, t * half + d)
-    s = load(sin, t * half + d)
+    d = i8(i % parts) * WIDTH
+    head = i // parts % n_all
+    t = i // u4(parts * n_all) % seq
+    b = i // u4(parts * n_all * seq)
+    source = i8(i // parts * head_dim)
+    target = i8(head_base(b, t, head, seq, n_heads, n_kv, n_rep, head_dim))
+    middle = i8(half)
+    x = cuda.local.array(WIDTH, float32)
+    y = cuda.local.array(WIDTH, float32)
+    read(x, qkv, source + d, source + middle, whole)
+    read(y, qkv, source + middle + d, source + i8(head_dim), whole)
+    if head < v_start:
+        row = i8(t) * middle
+        rotate(x, y, cos, sin, row + d, row + middle, f4(1), whole)
     if head < n_heads:
-        store(q, target, x0 * c - x1 * s)
-        store(q, target + half, x1 * c + x0 * s)
+        write(q, target + d, target + middle, x, whole)
+        write(q, target + middle + d, target + i8(head_dim), y, whole)
+    elif head < v_start:
+        write(k, target + d, target + middle, x, whole)
+        write(k, target + middle + d, target + i8(head_dim), y, whole)
     else:
-        store(k, target, x0 * c - x1 * s)
-        store(k, target + half, x1 * c + x0 * s)
+        write(v, target + d, target + middle, x, whole)
+        write(v, target + middle + d, target + i8(head_dim), y, whole)
 
 
 @kernel
 def qkv_rope_backward_kernel(
-    dqkv: Any, dq: Any, dk: Any, dv: Any, cos: Any, sin: Any,
-    n_pairs: int, seq: int, n_all: int, n_heads: int, v_start: int, n_kv: int, n_rep: int, head_dim: int, half: int,
+    dqkv: Any, dq: Any, dk: Any, dv: Any, cos: Any, sin: Any, whole: bool,
+    n: int, seq: int, n_all: int, n_heads: int, v_start: int, n_kv: int, n_rep: int, head_dim: int, half: int, parts: int,
 ) -> None:  # fmt: skip
-    """Pair i of the fused rows from dq, dk or dv."""
+    """Part i of the fused rows' heads, WIDTH pairs, from dq, dk or dv."""
     i = u4(cuda.grid(1))
-    if i >= n_pairs:
+    if i >= n:
         return
-    d = i % half
-    head = i // half % n_all
-    t = i // u4(half * n_all) % seq
-    b = i // u4(half * n_all * seq)
-    target = i // half * head_dim + d
-    source = head_base(b, t, head, seq, n_heads, n_kv, n_rep, head_dim) + d
-    if head >= v_start:
-        store(dqkv, target, load(dv, source))
-        store(dqkv, target + half, load(dv, source + half))
-        return
-    c = load(cos, t * half + d)
-    s = load(sin, t * half + d)
+    d = i8(i % parts) * WIDTH
+    head = i // parts % n_all
+    t = i // u4(parts * n_all) % seq
+    b = i // u4(parts * n_all * seq)
+    target = i8(i // parts * head_dim)
+    source = i8(head_base(b, t, head, seq, n_heads, n_kv, n_rep, head_dim))
+    middle = i8(half)
+    x = cuda.local.array(WIDTH, float32)
+    y = cuda.local.array(WIDTH, float32)
     if head < n_heads:
-        y0 = load(dq, source)
-        y1 = load(dq, source + half)
+        read(x, dq, source + d, source + middle, whole)
+        read(y, dq, source + middle + d, source + i8(head_dim), whole)
+    elif head < v_start:
+        read(x, dk, source + d, source + middle, whole)
+        read(y, dk, source + middle + d, source + i8(head_dim), whole)
     else:
-        y0 = load(dk, source)
-        y1 = load(dk, source + half)
-    store(dqkv, target, y0 * c + y1 * s)
-    store(dqkv, target + half, y1 * c - y0 * s)
+        read(x, dv, source + d, source + middle, whole)
+        read(y, dv, source + middle + d, source + i8(head_dim), whole)
+    if head < v_start:
+        row = i8(t) * middle
+        rotate(x, y, cos, sin, row + d, row + middle, f4(-1), whole)
+    write(dqkv, target + d, target + middle, x, whole)
+    write(dqkv, target + middle + d, target + i8(head_dim), y, whole)
 
 
-def _sizes(q: Array) -> tuple[Any, ...]:
-    """The kernels' sizes; all heads of a row are n_heads of q, n_kv of k, and from v_start on n_kv of v."""
+def _launch(function: Any, q: Array, arrays: tuple[Array, ...]) -> None:
+    """One thread for each part; all heads of a row are n_heads of q, n_kv of k, and from v_start on n_kv of v."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
     n_all, n_heads, half = n_kv * (n_rep + 2), n_kv * n_rep, head_dim // 2
-    n_pairs = batch * seq * n_all * half
-    return unsigned(n_pairs, seq, n_all, n_heads, n_heads + n_kv, n_kv, n_rep, head_dim, half, addressed=2 * n_pairs)
+    parts, rows = pieces(half), batch * seq * n_all
+    sizes = unsigned(
+        rows * parts, seq, n_all, n_heads, n_heads + n_kv, n_kv, n_rep, head_dim, half, parts, addressed=rows * head_dim
+    )
+    launch_elements(function, rows * parts, *map(flat, arrays), aligned(*arrays, width=half), *sizes)
 
 
 def qkv_rope_forward(q: Array, k: Array, v: Array, qkv: Array, cos: Array, sin: Array) -> None:
     """Split into heads and rotate q and k."""
-    sizes, arrays = _sizes(q), map(flat, (q, k, v, qkv, cos, sin))
-    launch_elements(qkv_rope_forward_kernel, int(sizes[0]), *arrays, *sizes)
+    _launch(qkv_rope_forward_kernel, q, (q, k, v, qkv, cos, sin))
 
 
 def qkv_rope_backward(dqkv: Array, dq: Array, dk: Array, dv: Array, cos: Array, sin: Array) -> None:
     """Rotate back and put the heads' gradients into the fused rows."""
-    sizes, arrays = _sizes(dq), map(flat, (dqkv, dq, dk, dv, cos, sin))
-    launch_elements(qkv_rope_backward_kernel, int(sizes[0]), *arrays, *sizes)
+    _launch(qkv_rope_backward_kernel, dq, (dqkv, dq, dk, dv, cos, sin))
 
 
 __all__ = ["qkv_rope_backward", "qkv_rope_forward", "rope_tables"]
