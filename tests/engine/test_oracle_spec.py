@@ -3,12 +3,14 @@ float64 oracle."""
 
 from __future__ import annotations
 
+import hashlib
 from fractions import Fraction
 from functools import cache
 
 import numpy as np
 import pytest
-from reference import fixtures, spec_f32
+from engine.test_equalities import CONFIG, GOLDEN_LOGITS, TOKENS, Integers, tiny_tensors
+from reference import fixtures, frozen_reader, spec_f32
 from reference.oracle import Oracle, kl_divergence
 from reference.spec_f32 import Spec, fmaf
 
@@ -163,6 +165,17 @@ def test_blocks_agree(name: str) -> None:
     last = x.astype(f32)
     kl = kl_divergence(oracle.head(last.astype(np.float64)), spec.head(last))
     assert kl.max() < 1e-3
+
+
+def test_golden_logits_are_those_of_the_specification() -> None:
+    """The engine's golden hash is what csrc/FORMAT.md says, and not only what the engine did when it was recorded."""
+    config = CONFIG.to_document()
+    stored = {
+        name: array.view(np.float16).reshape(-1) if name.endswith(".scales") else array
+        for name, array in tiny_tensors(Integers(1))
+    }
+    logits = Spec(config, frozen_reader.weights_of(stored, config)).logits(TOKENS)
+    assert hashlib.sha256(logits.tobytes()).hexdigest() == GOLDEN_LOGITS
 
 
 @cache
