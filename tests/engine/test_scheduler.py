@@ -15,6 +15,7 @@ import pytest
 
 import pyengine
 from pyengine import Engine
+from pyengine.format.kv import KvLayout
 from pyengine.run import scheduler as scheduling
 from pyengine.run.pages import max_pages
 
@@ -240,12 +241,12 @@ def test_a_paused_stream_gives_way_and_goes_on(tiny_model: Path) -> None:
 
 
 def test_default_pages() -> None:
-    sizes = {"page_bytes": 1 << 20, "page_positions": 256, "n_ctx": 8192, "max_sequences": 16}
+    sizes = {"layout": KvLayout(1 << 20, 0, 0), "n_ctx": 8192, "n_step": 1024, "max_sequences": 16}
     assert max_pages(None, **sizes) == 4 * 32
     assert max_pages(None, **{**sizes, "n_ctx": 256}) == 2 * 16
     assert max_pages(50 << 20, **sizes) == 50
     assert max_pages(1, **sizes) == 33
-    assert max_pages(None, **{**sizes, "page_bytes": 1 << 60}) == 33
+    assert max_pages(None, **{**sizes, "layout": KvLayout(1 << 60, 0, 0)}) == 33
 
 
 # ------------------------------------------------------------------ many callers
