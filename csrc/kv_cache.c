@@ -112,10 +112,18 @@ static void hold_windows(pe_kv_cache *cache, sequence *s) {
         pe_page_hold_window(&cache->pages, s->pages[--s->first_window]);
 }
 
+static size_t count_sequences(const pe_kv_cache *cache) {
+    size_t n = 0;
+    for (size_t i = 0; i < cache->n_sequences; i++) n += cache->sequences[i].used;
+    return n;
+}
+
 /* Let go of the window parts that it need not keep any more. */
 static void slide(pe_kv_cache *cache, sequence *s) {
     size_t first = first_kept(cache, s->committed);
+    if (s->first_window >= first) return;
     while (s->first_window < first) pe_page_release_window(&cache->pages, s->pages[s->first_window++]);
+    pe_page_pool_trim_windows(&cache->pages, PE_KV_KEEP_SLID * count_sequences(cache));
 }
 
 static void shrink(pe_kv_cache *cache, sequence *s, size_t n_tokens) {
@@ -156,7 +164,7 @@ void pe_kv_cache_stats(const pe_kv_cache *cache, pe_cache_stats *out) {
                             .n_bytes = pe_page_pool_bytes(pages),
                             .n_held_bytes = pe_page_pool_held_bytes(pages),
                             .n_evicted = pages->n_evicted};
-    for (size_t i = 0; i < cache->n_sequences; i++) out->n_sequences += cache->sequences[i].used;
+    out->n_sequences = count_sequences(cache);
 }
 
 void pe_kv_cache_set_max_pages(pe_kv_cache *cache, size_t max_pages) {

@@ -18,7 +18,9 @@
 
 typedef struct pe_kv_cache pe_kv_cache;
 
-enum { PE_KV_UNDO = 64 };
+/* PE_KV_UNDO tokens can always be taken back. Of the window parts that sequences at work have slid away from, so many for each of
+ * them stay cached: others may share the text up to there, or it goes on differently from there. */
+enum { PE_KV_UNDO = 64, PE_KV_KEEP_SLID = 16 };
 
 pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dtype dtype, char *err);
 void pe_kv_cache_destroy(pe_kv_cache *cache);

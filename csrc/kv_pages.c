@@ -145,6 +145,12 @@ static void remove_leaf(pe_page_pool *pool, pe_page *page) {
              !pe_page_has_window(pool, page));
 }
 
+/* A page of the tree loses its window part, which nobody holds. */
+static void drop_window(pe_page_pool *pool, pe_page *page) {
+    cached_remove(pool, page);
+    window_put_free(pool, page);
+}
+
 /* Free the leaf, or window part, that was let go first; false if nothing is cached. A cached page's descendants are cached
  * too (who holds a page holds its ancestors), so there is a leaf in the list if there is any cached page. */
 static bool evict(pe_page_pool *pool) {
@@ -154,8 +160,7 @@ static bool evict(pe_page_pool *pool) {
             return true;
         }
         if (page->window == NULL) continue;
-        cached_remove(pool, page);
-        window_put_free(pool, page);
+        drop_window(pool, page);
         return true;
     }
     return false;
@@ -257,6 +262,14 @@ void pe_page_merge(pe_page_pool *pool, pe_page *page, pe_page *twin) {
     unlink_page(page);
     page->n_references = page->n_window_references = 0;
     put_free(pool, page);
+}
+
+void pe_page_pool_trim_windows(pe_page_pool *pool, size_t most) {
+    size_t n = 0;
+    for (pe_page *page = pool->newest, *older; page != NULL; page = older) {
+        older = page->older;
+        if (page->n_references > 0 && ++n > most) drop_window(pool, page);
+    }
 }
 
 void pe_page_pool_trim(pe_page_pool *pool) {

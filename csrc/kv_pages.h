@@ -87,6 +87,8 @@ pe_page *pe_page_twin(const pe_page *page);
 /* The only holder of `page` (of the tree, without children) and of its window part holds those of its twin from now on; `page`
  * is free. A twin without a window part is given this one. */
 void pe_page_merge(pe_page_pool *pool, pe_page *page, pe_page *twin);
+/* Of the window parts of held pages that nobody holds, keep the `most` that were let go last. */
+void pe_page_pool_trim_windows(pe_page_pool *pool, size_t most);
 /* Make room until no more than max_bytes are allocated, as far as there is anything that nobody holds. */
 void pe_page_pool_trim(pe_page_pool *pool);
 /* Forget everything that is cached and give its memory back, and that of free pages; the number of cached pages. */
