@@ -347,7 +347,7 @@ def test_counts_by_hand() -> None:
 
 
 def test_bytes_of_keys_and_values_by_what_layers_see() -> None:
-    layer = 256 * 2 * (32 + 32 + 4 + 4)
+    layer = 256 * kv_bytes_per_position(parse()) // 2
     assert kv_layout(parse()) == KvLayout(2 * layer, 0, 0)
     assert kv_layout(parse(layers=CONFIG["layers"] | {"window": [40, 0]})) == KvLayout(layer, layer, 40)
     assert kv_layout(parse(layers=CONFIG["layers"] | {"window": 40}), "f32").data_bytes == 0

@@ -18,6 +18,7 @@ from pyengine import Engine
 from pyengine.format.kv import KvLayout
 from pyengine.run import scheduler as scheduling
 from pyengine.run.pages import max_pages
+from pyengine.run.request import Caller, RowsRequest
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
 PAGE = 256
@@ -424,3 +425,27 @@ def test_after_close_everything_says_so(tiny_model: Path) -> None:
     for call in calls:
         with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
             call()
+
+
+def test_rows_are_taken_once_though_their_sequence_had_to_make_room(tiny_model: Path) -> None:
+    """What is computed again is computed for its keys and values only."""
+    tokens, positions = text(3, 400), [*range(0, 400, 3), 399]
+
+    def run(interrupted: bool) -> list[tuple[int, bytes]]:
+        taken: list[tuple[int, bytes]] = []
+        with Engine(tiny_model, n_threads=1) as engine:
+            scheduler, caller = engine.scheduler, Caller()
+            request = RowsRequest(
+                caller, tokens, positions, lambda position, row: taken.append((position, bytes(row))), max_rows=40, salt=bytes(16)
+            )
+            scheduler.add([request])
+            while not request.is_done:
+                engine.exclusively(lambda _: scheduler.step())
+                if interrupted and request.n_taken in (40, 80):
+                    request.sequence = None  # as _make_room does; its pages are not kept
+            assert request.error is None
+        return taken
+
+    whole = run(False)
+    assert [position for position, _ in whole] == positions
+    assert run(True) == whole
