@@ -109,9 +109,8 @@ static void chunk_scores(const task *t, size_t chunk, const pe_kv_chunk *kv, siz
         s->kernels->attention_scores_f32(t->scores, s->q_f32 + first_row * d, t->n_rows, d, kv, n_positions,
                                                c);
     } else {
-        size_t g = d / PE_X_GROUP;
-        s->kernels->attention_scores(t->scores, s->q + first_row * d, s->q_scales + first_row * g,
-                                           s->q_corrections + first_row * g, t->n_rows, d, kv, n_positions, c);
+        s->kernels->attention_scores(t->scores, s->q + first_row * d, s->q_scales + first_row, s->q_corrections + first_row,
+                                     t->n_rows, d, kv, n_positions, c);
         if (s->model->layers[t->layer].key_bias != NULL) add_key_bias(t, chunk, first_row, n_positions);
     }
     float cap = s->model->config.attention_softcap;

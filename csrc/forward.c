@@ -19,7 +19,7 @@
 
 /* ------------------------------------------------------------------ one slice through the layers */
 
-/* x[token] = dequantized row `id` of the embeddings: code * scale, exact. */
+/* x[token] = row `id` of the embeddings: code * scale, exact, turned back. */
 static void embed(pe_slice *s, size_t token, int32_t id) {
     const pe_matrix *w = &s->model->tok_embeddings;
     size_t stride = pe_x_stride(s->model), panel = (size_t)id / PE_PANEL, row = (size_t)id % PE_PANEL;
@@ -29,6 +29,7 @@ static void embed(pe_slice *s, size_t token, int32_t id) {
         int8_t code = w->codes[group * PE_GROUP * PE_PANEL + k4 * 64 + row * 4 + i % 4];
         x[i] = (float)code * pe_half_to_float(w->scales[group * PE_PANEL + row]);
     }
+    s->kernels->turn(x, s->model->config.dim, pe_input_factor(pe_turn_block(s->model->config.dim)));
 }
 
 /* After a stage: the call goes on unless it was cancelled, or a row failed and every row has to succeed. */

@@ -44,7 +44,7 @@ static void chunk_parts(const pe_kv_cache *cache, size_t parts[4]) {
     size_t d = cache->model->head_dim_p;
     bool f32 = cache->dtype == PE_KV_F32;
     parts[0] = PE_CHUNK * d * (f32 ? sizeof(float) : 1);
-    parts[1] = f32 ? 0 : PE_CHUNK * (d / PE_X_GROUP) * sizeof(float);
+    parts[1] = f32 ? 0 : PE_CHUNK * sizeof(float);
     parts[2] = parts[0];
     parts[3] = f32 ? 0 : PE_CHUNK * sizeof(float);
 }

@@ -30,7 +30,7 @@ static void quantize_unit(void *arg, size_t block, int thread) {
     quantize_job *j = arg;
     pe_slice *s = j->s;
     pe_activations *act = &s->act;
-    size_t first = block * PE_TOKEN_BLOCK, n_groups = act->n / PE_X_GROUP;
+    size_t first = block * PE_TOKEN_BLOCK, n_groups = act->n / PE_GROUP;
     size_t left = act->n_tokens - first, n_tokens = left < PE_TOKEN_BLOCK ? left : PE_TOKEN_BLOCK;
     size_t width = pe_block_width(left);
     if (n_tokens < width) {

@@ -1,6 +1,6 @@
 /* matmul.h: products of a slice's rows with a weight matrix: quantize the rows, multiply, do something with the result.
  *
- *     pe_quantize_rows(slice, slice->x, ..., norm)         float rows -> slice->act, int8 in groups of 32
+ *     pe_quantize_rows(slice, slice->x, ..., norm)         float rows -> slice->act, int8 in groups of 64
  *     pe_matmul(slice, &layer->wo, bias, slice->x, ..., PE_ADD)     slice->act -> float rows */
 #ifndef PE_MATMUL_H
 #define PE_MATMUL_H

@@ -133,7 +133,7 @@ pe_status pe_model_create(pe_model **out, const pe_config *config, char *err) {
     model->config.layers = NULL;
     model->q_dim = (size_t)config->n_heads * config->head_dim;
     model->kv_dim = (size_t)config->n_kv_heads * config->head_dim;
-    model->head_dim_p = pe_pad(config->head_dim, PE_X_GROUP);
+    model->head_dim_p = pe_pad(config->head_dim, PE_PANEL);
     status = set_layers(model, config->layers, err);
     if (status != PE_OK) {
         pe_model_destroy(model);

@@ -42,7 +42,7 @@ typedef struct pe_layer {
 struct pe_model {
     pe_config config; /* without `layers` */
     size_t q_dim, kv_dim;
-    size_t head_dim_p;        /* head_dim padded to 32: q and K */
+    size_t head_dim_p;        /* head_dim padded to 16: q, K and V */
     pe_matrix tok_embeddings; /* (vocab_size, dim) */
     pe_layer *layers;         /* (n_layers) */
     pe_expert *experts;       /* of all layers, one after the other */

@@ -24,7 +24,7 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
     size_t widest = config->dim > config->hidden_dim ? config->dim : config->hidden_dim;
     if (model->q_dim > widest) widest = model->q_dim;
     widest = pe_pad(widest, PE_GROUP);
-    size_t q_elements = n * config->n_heads * model->head_dim_p, q_groups = q_elements / PE_X_GROUP;
+    size_t q_rows = n * config->n_heads, q_elements = q_rows * model->head_dim_p;
     bool f32 = s->kv_dtype == PE_KV_F32;
     const buffer list[] = {
         {(void **)&s->failed, n},
@@ -41,11 +41,11 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
         {(void **)&s->att, n * model->q_dim * sizeof(float)},
         {(void **)&s->h, n * pe_h_stride(model) * sizeof(float)},
         {(void **)&s->act.codes, n * widest},
-        {(void **)&s->act.scales, n * widest / PE_X_GROUP * sizeof(float)},
-        {(void **)&s->act.corrections, n * widest / PE_X_GROUP * sizeof(int32_t)},
+        {(void **)&s->act.scales, n * widest / PE_GROUP * sizeof(float)},
+        {(void **)&s->act.corrections, n * widest / PE_GROUP * sizeof(int32_t)},
         {(void **)&s->q, f32 ? 0 : q_elements},
-        {(void **)&s->q_scales, f32 ? 0 : q_groups * sizeof(float)},
-        {(void **)&s->q_corrections, f32 ? 0 : q_groups * sizeof(int32_t)},
+        {(void **)&s->q_scales, f32 ? 0 : q_rows * sizeof(float)},
+        {(void **)&s->q_corrections, f32 ? 0 : q_rows * sizeof(int32_t)},
         {(void **)&s->q_f32, f32 ? q_elements * sizeof(float) : 0},
         {(void **)&s->cos, model->n_rope_tables * n * (config->head_dim / 2) * sizeof(float)},
         {(void **)&s->sin, model->n_rope_tables * n * (config->head_dim / 2) * sizeof(float)},

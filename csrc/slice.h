@@ -51,7 +51,7 @@ typedef struct pe_slice {
     float *h;               /* (capacity, pad16(hidden_dim)) SwiGLU output */
     pe_activations act;     /* the quantized input of the next matmul */
     int8_t *q;              /* (n_kv_heads, capacity, n_rep, head_dim_p) */
-    float *q_scales;        /* (n_kv_heads, capacity, n_rep, head_dim_p / 32) */
+    float *q_scales;        /* (n_kv_heads, capacity, n_rep) */
     int32_t *q_corrections; /* likewise */
     float *q_f32;           /* (n_kv_heads, capacity, n_rep, head_dim_p), only with a float32 cache */
     float *cos, *sin;       /* (n_rope_tables, capacity, head_dim / 2) */

@@ -11,8 +11,7 @@
 
 enum {
     PE_PANEL = 16,         /* rows of a weight panel, positions of a K panel, lanes of every float sum */
-    PE_GROUP = 64,         /* weights that share a scale */
-    PE_X_GROUP = 32,       /* activations (and q, k elements) that share a scale */
+    PE_GROUP = 64,         /* weights, and activations, that share a scale; the largest block that is turned */
     PE_TOKEN_BLOCK = 8,    /* tokens whose activations are packed together */
     PE_CHUNK = 256,        /* positions of an attention chunk = of a KV page */
     PE_MAX_HEAD_DIM = 512, /* model.c refuses more: kernels keep a head on their stack */
@@ -23,10 +22,10 @@ enum {
  * (pe_block_width): a kernel then knows every distance in a block when it is compiled, and needs no registers for them.
  * What fills it up is zero. In a block of `width` tokens:
  *     codes[k4][token][4]   int8     k4 = column / 4: four inputs of one token are one 32-bit broadcast
- *     scales[group][token]  float32  group = column / 32
- *     corrections[group][token] int32  -128 * (sum of the 32 codes): where the int32 accumulator starts in tables whose
+ *     scales[group][token]  float32  group = column / 64
+ *     corrections[group][token] int32  -128 * (sum of the 64 codes): where the int32 accumulator starts in tables whose
  *                           instructions want unsigned weights (see avx512vnni)
- * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 32, corrections likewise. Buffers have room for whole blocks. */
+ * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 64, corrections likewise. Buffers have room for whole blocks. */
 typedef struct pe_activations {
     int8_t *codes;
     float *scales;
@@ -40,6 +39,21 @@ static inline size_t pe_block_width(size_t n_left) {
     return n_left > 4 ? PE_TOKEN_BLOCK : n_left > 2 ? 4 : n_left;
 }
 
+/* The turn T of FORMAT.md section 4 works on blocks of this many of a row's n elements. */
+static inline size_t pe_turn_block(size_t n) {
+    size_t largest_power = n & (0 - n);
+    return largest_power < PE_GROUP ? largest_power : PE_GROUP;
+}
+
+/* For blocks of b = 2^k: 2^-floor(k / 2), what activations and queries carry of 1 / b, and 2^-ceil(k / 2), what weights
+ * and keys do. */
+static inline float pe_input_factor(size_t b) {
+    float factor = 1.0f;
+    for (; b >= 4; b /= 4) factor *= 0.5f;
+    return factor;
+}
+static inline float pe_weight_factor(size_t b) { return 1.0f / ((float)b * pe_input_factor(b)); }
+
 /* A matrix in panels (FORMAT.md section 3): codes (n_panels, n_groups, 16, 16, 4), scales f16 bits (n_panels, n_groups,
  * 16). */
 typedef struct pe_matrix {
@@ -48,8 +62,8 @@ typedef struct pe_matrix {
     size_t n_panels, n_groups;
 } pe_matrix;
 
-/* K and V of one layer, one kv head and one chunk of 256 positions. head_dim_p = head_dim padded to 32.
- *   int8: k (16 panels, head_dim_p / 4, 16, 4)   k_scales (16 panels, head_dim_p / 32, 16)   v (256, head_dim_p)   v_scales (256)
+/* K and V of one layer, one kv head and one chunk of 256 positions. head_dim_p = head_dim padded to 16.
+ *   int8: k (16 panels, head_dim_p / 4, 16, 4)   k_scales (256)   v (256, head_dim_p)   v_scales (256)
  *   f32:  k_f32 (16 panels, head_dim_p, 16)      v_f32 (256, head_dim_p)                      the others NULL */
 typedef struct pe_kv_chunk {
     int8_t *k;
@@ -63,14 +77,18 @@ struct pe_kernels {
     const char *name;  /* "scalar", "avx2", ...: the words that PYENGINE_ISA accepts */
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
 
-    /* Row of x (n) -> one token of a packed activation block, in groups of 32. codes, scales, corrections point at that
-     * token's first element; `width` is the distance to the same token's next one (see pe_activations). Columns
-     * n..n_padded (a multiple of 32) become 0. Returns the unsigned maximum of |x|'s bit patterns: >= 0x7f800000 means that x held an infinity or
-     * NaN, and then the codes mean nothing. */
+    /* Row of x (n), turned -> one token of a packed activation block, in groups of 64. codes, scales, corrections point at
+     * that token's first element; `width` is the distance to the same token's next one (see pe_activations). Columns
+     * n..n_padded (a multiple of 64) become 0. Returns the unsigned maximum of |T(x)|'s bit patterns: >= 0x7f800000 means
+     * that it held an infinity or NaN, and then the codes mean nothing. */
     uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
                          size_t n_padded);
-    /* The same rule for one group of any length n: codes (n), *scale. Same return value. */
-    uint32_t (*quantize_group)(int8_t *codes, float *scale, const float *x, size_t n);
+    /* A head of x (n, at most PE_MAX_HEAD_DIM), turned in blocks of `block` (1 = not at all, else one that divides n) -> one
+     * group: codes (n), *scale, which is multiplied by `factor`, *correction. Same return value. */
+    uint32_t (*quantize_head)(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
+                              float factor);
+    /* x (n) = T(x) * factor, in place. */
+    void (*turn)(float *x, size_t n, float factor);
 
     /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin,
      * token_end) where token_begin is a multiple of PE_TOKEN_BLOCK. out points at (token_begin, 16 panel_begin), rows
@@ -104,8 +122,8 @@ struct pe_kernels {
     void (*add)(float *y, const float *x, size_t n);
 
     /* scores[r][j] for n_rows query rows against positions j of the panels that cover [0, n_positions):
-     * score = c * acc as FORMAT.md section 8 has it. q (n_rows, head_dim_p) int8, q_scales and q_corrections (n_rows,
-     * head_dim_p / 32), scores rows 256 floats apart. Positions from n_positions to the end of their panel get values
+     * score = (d * (c * q_scale)) * k_scale as FORMAT.md section 8 has it. q (n_rows, head_dim_p) int8, q_scales and
+     * q_corrections (n_rows), scores rows 256 floats apart. Positions from n_positions to the end of their panel get values
      * that mean nothing. */
     void (*attention_scores)(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
                              size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c);

@@ -10,10 +10,9 @@
 #include "pyengine.h"
 
 
-/* 8 int32 sums, 8 products of the first half and 8 float sums fit 32 zmm registers: nothing is spilled. That is worth more
- * than the second use of each weight that a larger tile would have. Eight chains are enough because those of the next 32
- * columns do not wait for them. Values: 24 sums, 4 columns of V. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 4, SCORE_ROWS = 8, VALUE_ROWS = 6, VALUE_COLUMNS = 4 };
+/* 16 int32 sums and 16 float sums: some of the latter are spilled once a group, which costs less than what 8 chains would
+ * wait for the dot step's latency. Values: 24 sums, 4 columns of V. */
+enum { TILE_PANELS = 2, TILE_TOKENS = 8, DOT_UNROLL = 16, SCORE_ROWS = 8, VALUE_ROWS = 6, VALUE_COLUMNS = 4 };
 
 typedef __m512 v16;
 typedef __m512i i16, w16, x4;
@@ -42,6 +41,11 @@ LANES v16 v16_from_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu
 LANES v16 v16_from_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
 }
+
+LANES v16 v16_swap1(v16 x) { return _mm512_permute_ps(x, 0xb1); }
+LANES v16 v16_swap2(v16 x) { return _mm512_permute_ps(x, 0x4e); }
+LANES v16 v16_swap4(v16 x) { return _mm512_shuffle_f32x4(x, x, 0xb1); }
+LANES v16 v16_swap8(v16 x) { return _mm512_shuffle_f32x4(x, x, 0x4e); }
 
 LANES float v16_sum_lanes(v16 x) {
     return sum8_lanes(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));

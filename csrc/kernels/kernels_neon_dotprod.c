@@ -13,7 +13,7 @@
 #define LANES static inline __attribute__((always_inline))
 
 /* 16 int32 sums and 4 weights of 32 q registers; the float sums are spilled. */
-enum { TILE_PANELS = 1, TILE_TOKENS = 4, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
+enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
 
 typedef float32x4x4_t v16;
 typedef int32x4x4_t i16;
@@ -57,6 +57,11 @@ LANES v16 v16_from_i8(const int8_t *p) {
     return (v16){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
                   vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
 }
+
+LANES v16 v16_swap1(v16 x) { EACH(v16, vrev64q_f32(x.val[q])); }
+LANES v16 v16_swap2(v16 x) { EACH(v16, vextq_f32(x.val[q], x.val[q], 2)); }
+LANES v16 v16_swap4(v16 x) { EACH(v16, x.val[q ^ 1]); }
+LANES v16 v16_swap8(v16 x) { EACH(v16, x.val[q ^ 2]); }
 
 LANES float v16_sum_lanes(v16 x) {
     float32x4_t a = vaddq_f32(vaddq_f32(x.val[0], x.val[2]), vaddq_f32(x.val[1], x.val[3]));

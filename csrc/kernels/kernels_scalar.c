@@ -3,7 +3,23 @@
 #include "kernels.h"
 #include "pe_math.h"
 
-/* ------------------------------------------------------------------ quantization (FORMAT.md section 5) */
+/* ------------------------------------------------------------------ the turn, quantization (FORMAT.md sections 4, 5) */
+
+/* T of every block of n elements. */
+static void turn_blocks(float *x, size_t n, size_t block) {
+    for (size_t h = 1; h < block; h *= 2)
+        for (size_t i = 0; i < n; i++) {
+            if (i & h) continue;
+            float a = x[i], b = x[i + h];
+            x[i] = a + b;
+            x[i + h] = a - b;
+        }
+}
+
+static void turn(float *x, size_t n, float factor) {
+    turn_blocks(x, n, pe_turn_block(n));
+    for (size_t i = 0; i < n; i++) x[i] *= factor;
+}
 
 static const float smallest_absmax = 0x1p-64f; /* below it 127 / absmax could overflow: the group is zero */
 
@@ -19,12 +35,12 @@ static uint32_t absmax_bits(const float *x, size_t n) {
 /* One group of n values. code i goes to codes[i / 4 * stride + i % 4]: stride 4 is plain, wider strides interleave
  * tokens. */
 static uint32_t quantize_strided(int8_t *codes, size_t stride, float *scale, int32_t *correction, const float *x,
-                                 size_t n) {
+                                 size_t n, float factor) {
     uint32_t bits = absmax_bits(x, n);
     float absmax = pe_float_from_bits(bits);
     int zero = absmax < smallest_absmax || bits >= PE_NOT_FINITE_BITS;
     float inv = zero ? 0.0f : 127.0f / absmax;
-    *scale = zero ? 0.0f : absmax / 127.0f;
+    *scale = zero ? 0.0f : absmax / 127.0f * factor;
     *correction = 0;
     for (size_t i = 0; i < n; i++) {
         int8_t code = zero ? 0 : (int8_t)lrintf(x[i] * inv);
@@ -37,20 +53,25 @@ static uint32_t quantize_strided(int8_t *codes, size_t stride, float *scale, int
 static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
                          size_t n_padded) {
     uint32_t most = 0;
-    for (size_t group = 0; group < n_padded / PE_X_GROUP; group++) {
-        float padded[PE_X_GROUP] = {0};
-        size_t begin = group * PE_X_GROUP;
-        for (size_t i = 0; i < PE_X_GROUP && begin + i < n; i++) padded[i] = x[begin + i];
+    size_t block = pe_turn_block(n);
+    for (size_t group = 0; group < n_padded / PE_GROUP; group++) {
+        float turned[PE_GROUP] = {0}; /* the last group may end in zeros; n is whole blocks */
+        size_t begin = group * PE_GROUP;
+        for (size_t i = 0; i < PE_GROUP && begin + i < n; i++) turned[i] = x[begin + i];
+        turn_blocks(turned, PE_GROUP, block);
         uint32_t bits = quantize_strided(codes + begin * width, 4 * width, scales + group * width,
-                                         corrections + group * width, padded, PE_X_GROUP);
+                                         corrections + group * width, turned, PE_GROUP, pe_input_factor(block));
         if (bits > most) most = bits;
     }
     return most;
 }
 
-static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size_t n) {
-    int32_t unused;
-    return quantize_strided(codes, 4, scale, &unused, x, n);
+static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
+                              float factor) {
+    float turned[PE_MAX_HEAD_DIM];
+    for (size_t i = 0; i < n; i++) turned[i] = x[i];
+    turn_blocks(turned, n, block);
+    return quantize_strided(codes, 4, scale, correction, turned, n, factor);
 }
 
 /* ------------------------------------------------------------------ matrix product (section 6) */
@@ -60,13 +81,10 @@ static float dot_row(const int8_t *w, const uint16_t *w_scale, size_t n_groups, 
                      size_t width) {
     float acc = 0.0f;
     for (size_t group = 0; group < n_groups; group++) {
-        int32_t d[2] = {0, 0}; /* exact: 32 * 127 * 127 < 2^24 */
+        int32_t d = 0; /* exact, as a float too: 64 * 127 * 127 < 2^24 */
         for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++)
-            for (size_t k = 0; k < 4; k++)
-                d[k4 / 8] += w[(group * 16 + k4) * 64 + k] * x[(group * 16 + k4) * 4 * width + k];
-        float s0 = x_scale[2 * group * width], s1 = x_scale[(2 * group + 1) * width];
-        float t = fmaf((float)d[1], s1, (float)d[0] * s0);
-        acc = fmaf(t, pe_half_to_float(w_scale[group * PE_PANEL]), acc);
+            for (size_t k = 0; k < 4; k++) d += w[(group * 16 + k4) * 64 + k] * x[(group * 16 + k4) * 4 * width + k];
+        acc = fmaf((float)d * x_scale[group * width], pe_half_to_float(w_scale[group * PE_PANEL]), acc);
     }
     return acc;
 }
@@ -77,7 +95,7 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
         size_t block = token / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
         size_t width = pe_block_width(x->n_tokens - block);
         const int8_t *x_codes = x->codes + block * x->n + (token - block) * 4;
-        const float *x_scales = x->scales + block * (x->n / PE_X_GROUP) + (token - block);
+        const float *x_scales = x->scales + block * (x->n / PE_GROUP) + (token - block);
         for (size_t panel = panel_begin; panel < panel_end; panel++) {
             const int8_t *codes = w->codes + panel * w->n_groups * PE_GROUP * PE_PANEL;
             const uint16_t *scales = w->scales + panel * w->n_groups * PE_PANEL;
@@ -153,20 +171,12 @@ static void add(float *y, const float *x, size_t n) {
 static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
                              size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
     (void)q_corrections;
-    size_t n_groups = head_dim_p / PE_X_GROUP;
     for (size_t r = 0; r < n_rows; r++)
         for (size_t j = 0; j < n_positions; j++) {
-            size_t panel = j / PE_PANEL, lane = j % PE_PANEL;
-            float acc = 0.0f;
-            for (size_t group = 0; group < n_groups; group++) {
-                int32_t d = 0;
-                for (size_t i = group * PE_X_GROUP; i < (group + 1) * PE_X_GROUP; i++)
-                    d +=
-                        q[r * head_dim_p + i] * kv->k[((panel * head_dim_p + i / 4 * 4) * PE_PANEL) + lane * 4 + i % 4];
-                float k_scale = kv->k_scales[(panel * n_groups + group) * PE_PANEL + lane];
-                acc = fmaf((float)d * q_scales[r * n_groups + group], k_scale, acc);
-            }
-            scores[r * PE_CHUNK + j] = c * acc;
+            const int8_t *k = kv->k + j / PE_PANEL * head_dim_p * PE_PANEL + j % PE_PANEL * 4;
+            int32_t d = 0; /* exact, as a float too: 512 * 127 * 127 < 2^24 */
+            for (size_t i = 0; i < head_dim_p; i++) d += q[r * head_dim_p + i] * k[i / 4 * 4 * PE_PANEL + i % 4];
+            scores[r * PE_CHUNK + j] = (float)d * (c * q_scales[r]) * kv->k_scales[j];
         }
 }
 
@@ -256,7 +266,8 @@ const struct pe_kernels pe_kernels_scalar = {
     .name = "scalar",
     .required = 0,
     .quantize = quantize,
-    .quantize_group = quantize_group,
+    .quantize_head = quantize_head,
+    .turn = turn,
     .matmul = matmul,
     .rmsnorm = rmsnorm,
     .rope = rope,

@@ -9,13 +9,15 @@
  *   v16_max(a, b)    a > b ? a : b           v16_rint, v16_from_i8(p) 16 int8 -> float, v16_from_half(p) 16 f16 -> float
  *   v16_exp_bits(p, n)   p * 2^n by adding n to the exponents (n integral), v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
  *   v16_cap(limit, x)    limit < x ? limit : x
+ *   v16_swap1/2/4/8(x)   lanes i and i ^ 1, 2, 4 or 8 exchanged
  *   v16_sum_lanes(x)     the tree of FORMAT.md section 7; v16_max_lanes(x): the maximum, any order
  *   i16              16 int32 lanes          i16_to_float, i16_sum (all lanes, any order: exact)
  *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|; i16_umax: the maximum over lanes
  *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
  *   w16, x4          64 bytes of a panel (four inputs of sixteen rows); four inputs of one token, broadcast
  *   w16_load, x4_load, dot_start(correction of x: see pe_activations), dot(acc, w, x)
- *   TILE_PANELS, TILE_TOKENS   register block of the matrix product
+ *   TILE_PANELS, TILE_TOKENS   register block of the matrix product; TILE_TOKENS at most PE_TOKEN_BLOCK
+ *   DOT_UNROLL                 of the sixteen dot steps of a group, so many are written out one after the other
  *   SCORE_ROWS                 queries that share a panel of K; at most 8
  *   VALUE_ROWS, VALUE_COLUMNS  register block of probabilities times V: rows by vectors of 16 columns; at most 8 rows */
 #ifndef PE_LANES16_H
@@ -27,7 +29,7 @@
 #include "pe_math.h"
 
 #define PE_INLINE static inline __attribute__((always_inline))
-#define PE_UNROLL _Pragma("GCC unroll 8")
+#define PE_UNROLL _Pragma("GCC unroll 16")
 
 /* ------------------------------------------------------------------ exp */
 
@@ -46,24 +48,79 @@ PE_INLINE v16 exp16(v16 x) {
     return v16_zero_if_less(x, PE_EXP_MIN, v16_exp_bits(p, n));
 }
 
-/* ------------------------------------------------------------------ quantization */
+/* ------------------------------------------------------------------ the turn, quantization */
 
-/* One group; n a multiple of 16, at most PE_MAX_HEAD_DIM. Codes go to `dense`. */
-PE_INLINE uint32_t quantize_dense(int8_t *dense, float *scale, int32_t *correction, const float *x, size_t n) {
+/* The sign of the second half of every pair that is h lanes apart, for h = 1, 2, 4, 8. */
+static const float pe_turn_signs[4][16] = {
+    {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
+    {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
+    {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
+    {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1},
+};
+
+PE_INLINE void butterfly(v16 *a, v16 *b) {
+    v16 sum = v16_add(*a, *b);
+    *b = v16_sub(*a, *b);
+    *a = sum;
+}
+
+/* T of the blocks of 64 values. Within a vector lane i becomes its partner plus or minus itself: one fma, whose product is
+ * exact. */
+PE_INLINE void turn_64(v16 v[4], size_t block) {
+#define PE_STAGE(h, swap, index) \
+    if (block > (h)) { \
+        v16 sign = v16_load(pe_turn_signs[index]); \
+        PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_fma(v[i], sign, swap(v[i])); \
+    }
+    PE_STAGE(1, v16_swap1, 0)
+    PE_STAGE(2, v16_swap2, 1)
+    PE_STAGE(4, v16_swap4, 2)
+    PE_STAGE(8, v16_swap8, 3)
+#undef PE_STAGE
+    if (block > 16) butterfly(&v[0], &v[1]), butterfly(&v[2], &v[3]);
+    if (block > 32) butterfly(&v[0], &v[2]), butterfly(&v[1], &v[3]);
+}
+
+/* The first n of 64 values at x, zeros after them. */
+PE_INLINE void load_64(v16 v[4], const float *x, size_t n) {
+    if (n >= PE_GROUP) {
+        PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(x + i * 16);
+        return;
+    }
+    float padded[PE_GROUP] = {0};
+    memcpy(padded, x, n * sizeof *x);
+    PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(padded + i * 16);
+}
+
+static void turn(float *x, size_t n, float factor) {
+    size_t block = pe_turn_block(n);
+    for (size_t begin = 0; begin < n; begin += PE_GROUP) {
+        size_t left = n - begin < PE_GROUP ? n - begin : PE_GROUP;
+        float turned[PE_GROUP];
+        v16 v[4];
+        load_64(v, x + begin, left);
+        turn_64(v, block);
+        PE_UNROLL for (int i = 0; i < 4; i++) v16_store(turned + i * 16, v16_mul(v[i], v16_set1(factor)));
+        memcpy(x + begin, turned, left * sizeof *x);
+    }
+}
+
+/* n_v vectors, turned already. Codes go to `dense` (16 n_v). */
+PE_INLINE uint32_t quantize_vectors(int8_t *dense, float *scale, int32_t *correction, const v16 *v, size_t n_v, float factor) {
     i16 most = i16_zero();
-    for (size_t i = 0; i < n; i += 16) most = v16_abs_bits_max(most, v16_load(x + i));
+    for (size_t i = 0; i < n_v; i++) most = v16_abs_bits_max(most, v[i]);
     uint32_t bits = i16_umax(most);
     float absmax = pe_float_from_bits(bits);
     if (absmax < 0x1p-64f || bits >= PE_NOT_FINITE_BITS) {
-        memset(dense, 0, n);
+        memset(dense, 0, n_v * 16);
         *scale = 0.0f;
         *correction = 0;
         return bits;
     }
-    *scale = absmax / 127.0f;
+    *scale = absmax / 127.0f * factor;
     v16 inv = v16_set1(127.0f / absmax);
     i16 total = i16_zero();
-    for (size_t i = 0; i < n; i += 16) total = i16_add(total, v16_to_i8(dense + i, v16_mul(v16_load(x + i), inv)));
+    for (size_t i = 0; i < n_v; i++) total = i16_add(total, v16_to_i8(dense + i * 16, v16_mul(v[i], inv)));
     *correction = -128 * i16_sum(total);
     return bits;
 }
@@ -71,44 +128,47 @@ PE_INLINE uint32_t quantize_dense(int8_t *dense, float *scale, int32_t *correcti
 static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
                          size_t n_padded) {
     uint32_t most = 0;
-    for (size_t g = 0; g < n_padded / PE_X_GROUP; g++) {
-        size_t begin = g * PE_X_GROUP;
-        const float *group = x + begin;
-        float padded[PE_X_GROUP] = {0};
-        if (begin + PE_X_GROUP > n) {
-            if (begin < n) memcpy(padded, group, (n - begin) * sizeof(float));
-            group = padded;
+    size_t block = pe_turn_block(n);
+    float factor = pe_input_factor(block);
+    for (size_t g = 0; g < n_padded / PE_GROUP; g++) {
+        size_t begin = g * PE_GROUP, left = n > begin ? n - begin : 0;
+        v16 v[4];
+        int8_t dense[PE_GROUP];
+        load_64(v, x + begin, left < PE_GROUP ? left : PE_GROUP);
+        if (block == PE_GROUP) {
+            turn_64(v, PE_GROUP);
+        } else {
+            turn_64(v, block);
         }
-        int8_t dense[PE_X_GROUP];
-        uint32_t bits = quantize_dense(dense, scales + g * width, corrections + g * width, group, PE_X_GROUP);
+        uint32_t bits = quantize_vectors(dense, scales + g * width, corrections + g * width, v, 4, factor);
         most = bits > most ? bits : most;
-        for (size_t k4 = 0; k4 < PE_X_GROUP / 4; k4++) memcpy(codes + (begin + k4 * 4) * width, dense + k4 * 4, 4);
+        for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++) memcpy(codes + (begin + k4 * 4) * width, dense + k4 * 4, 4);
     }
     return most;
 }
 
-static uint32_t quantize_group(int8_t *codes, float *scale, const float *x, size_t n) {
-    float padded[PE_MAX_HEAD_DIM] = {0};
+static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
+                              float factor) {
+    v16 v[PE_MAX_HEAD_DIM / 16];
     int8_t dense[PE_MAX_HEAD_DIM];
-    int32_t unused;
-    memcpy(padded, x, n * sizeof(float));
-    uint32_t bits = quantize_dense(dense, scale, &unused, padded, (n + 15) / 16 * 16);
+    size_t n_v = 0;
+    for (size_t begin = 0; begin < n; begin += PE_GROUP, n_v += 4) {
+        load_64(v + n_v, x + begin, n - begin < PE_GROUP ? n - begin : PE_GROUP);
+        turn_64(v + n_v, block);
+    }
+    uint32_t bits = quantize_vectors(dense, scale, correction, v, n_v, factor);
     memcpy(codes, dense, n);
     return bits;
 }
 
 /* ------------------------------------------------------------------ matrix product */
 
-/* Dot products of 32 inputs, for n_p panels and n_t tokens: the integer half of a group. Strides: w_stride bytes between
- * panels, x_token bytes between tokens, x_step between consecutive k4 of one token, c_stride corrections between
- * tokens. d (n_p, d_stride). n_p and n_t are constants at every call. */
-PE_INLINE void dot_32(i16 *d, const int d_stride, const int8_t *w, size_t w_stride, const int8_t *x, size_t x_step,
-                      size_t x_token, const int32_t *corrections, size_t c_stride, const int n_p, const int n_t) {
-    PE_UNROLL for (int t = 0; t < n_t; t++) {
-        i16 start = dot_start(corrections[(size_t)t * c_stride]);
-        PE_UNROLL for (int p = 0; p < n_p; p++) d[p * d_stride + t] = start;
-    }
-    PE_UNROLL for (int k4 = 0; k4 < PE_X_GROUP / 4; k4++) {
+/* Dot products of 4 n_k4 inputs, for n_p panels and n_t tokens, added to d (n_p, d_stride). Strides: w_stride bytes between
+ * panels, x_token bytes between tokens, x_step between consecutive k4 of one token. n_k4, n_p and n_t are constants at
+ * every call. */
+PE_INLINE void dot_steps(i16 *d, const int d_stride, const int8_t *w, size_t w_stride, const int8_t *x, size_t x_step,
+                         size_t x_token, const int n_k4, const int n_p, const int n_t) {
+    _Pragma("GCC unroll DOT_UNROLL") for (int k4 = 0; k4 < n_k4; k4++) {
         w16 rows[TILE_PANELS];
         PE_UNROLL for (int p = 0; p < n_p; p++) rows[p] = w16_load(w + (size_t)p * w_stride + k4 * 64);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
@@ -148,23 +208,19 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
     PE_UNROLL for (int p = 0; p < n_p; p++) PE_UNROLL for (int t = 0; t < n_t; t++) acc[p][t] = v16_set1(0.0f);
     for (size_t g = 0; g < n_groups; g++) {
         fetch(&ahead);
-        v16 sum[TILE_PANELS][TILE_TOKENS];
         i16 d[TILE_PANELS][TILE_TOKENS];
-        dot_32(&d[0][0], TILE_TOKENS, codes, w_stride, x.codes, width * 4, 4, x.corrections, 1, n_p, n_t);
-        PE_UNROLL for (int t = 0; t < n_t; t++) {
-            v16 s = v16_set1(x.scales[t]);
-            PE_UNROLL for (int p = 0; p < n_p; p++) sum[p][t] = v16_mul(i16_to_float(d[p][t]), s);
-        }
-        dot_32(&d[0][0], TILE_TOKENS, codes + 512, w_stride, x.codes + width * 32, width * 4, 4, x.corrections + width, 1, n_p, n_t);
+        PE_UNROLL for (int t = 0; t < n_t; t++)
+            PE_UNROLL for (int p = 0; p < n_p; p++) d[p][t] = dot_start(x.corrections[t]);
+        dot_steps(&d[0][0], TILE_TOKENS, codes, w_stride, x.codes, width * 4, 4, PE_GROUP / 4, n_p, n_t);
         v16 w_scale[TILE_PANELS];
         PE_UNROLL for (int p = 0; p < n_p; p++) w_scale[p] = v16_from_half(w_scales + (size_t)p * n_groups * PE_PANEL);
         PE_UNROLL for (int t = 0; t < n_t; t++) {
-            v16 s = v16_set1(x.scales[width + t]);
+            v16 s = v16_set1(x.scales[t]);
             PE_UNROLL for (int p = 0; p < n_p; p++)
-                acc[p][t] = v16_fma(v16_fma(i16_to_float(d[p][t]), s, sum[p][t]), w_scale[p], acc[p][t]);
+                acc[p][t] = v16_fma(v16_mul(i16_to_float(d[p][t]), s), w_scale[p], acc[p][t]);
         }
         codes += PE_GROUP * PE_PANEL, w_scales += PE_PANEL;
-        x.codes += width * PE_GROUP, x.scales += width * 2, x.corrections += width * 2;
+        x.codes += width * PE_GROUP, x.scales += width, x.corrections += width;
     }
     PE_UNROLL for (int t = 0; t < n_t; t++) {
         if ((size_t)t >= n_out) return;
@@ -204,7 +260,7 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
         ahead.from = w->codes + (panel + TILE_PANELS) * panel_bytes;
         size_t end = panel_end - panel < TILE_PANELS ? panel_end : panel + TILE_PANELS;
         for (size_t first = token_begin; first < token_end; first += PE_TOKEN_BLOCK) {
-            size_t offset = first * (x->n / PE_X_GROUP);
+            size_t offset = first * (x->n / PE_GROUP);
             token_block block = {x->codes + first * x->n, x->scales + offset, x->corrections + offset};
             size_t n_tokens = token_end - first < PE_TOKEN_BLOCK ? token_end - first : PE_TOKEN_BLOCK;
             float *tile = out + (first - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
@@ -331,35 +387,29 @@ static void scale(float *y, const float *x, float s, size_t n) {
 /* Up to SCORE_ROWS queries, packed like activations (kernels.h) so that their distances are constants. */
 typedef struct query_block {
     int8_t codes[PE_MAX_HEAD_DIM / 4][SCORE_ROWS][4];
-    float scales[PE_MAX_HEAD_DIM / PE_X_GROUP][SCORE_ROWS];
-    int32_t corrections[PE_MAX_HEAD_DIM / PE_X_GROUP][SCORE_ROWS];
+    float scales[SCORE_ROWS]; /* times c */
+    int32_t corrections[SCORE_ROWS];
 } query_block;
 
 PE_INLINE void pack_queries(query_block *packed, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
-                            size_t n_rows, size_t head_dim_p) {
-    size_t n_groups = head_dim_p / PE_X_GROUP;
+                            size_t n_rows, size_t head_dim_p, float c) {
     for (size_t r = 0; r < n_rows; r++) {
         for (size_t k4 = 0; k4 < head_dim_p / 4; k4++) memcpy(packed->codes[k4][r], q + r * head_dim_p + k4 * 4, 4);
-        for (size_t g = 0; g < n_groups; g++) {
-            packed->scales[g][r] = q_scales[r * n_groups + g];
-            packed->corrections[g][r] = q_corrections[r * n_groups + g];
-        }
+        packed->scales[r] = c * q_scales[r];
+        packed->corrections[r] = q_corrections[r];
     }
 }
 
 /* One panel of 16 positions against n_r queries. */
-PE_INLINE void scores_block(float *scores, const query_block *q, size_t n_groups, const int8_t *k, const float *k_scales, float c,
+PE_INLINE void scores_block(float *scores, const query_block *q, size_t head_dim_p, const int8_t *k, const float *k_scales,
                             const int n_r) {
-    v16 acc[SCORE_ROWS];
-    PE_UNROLL for (int r = 0; r < n_r; r++) acc[r] = v16_set1(0.0f);
-    for (size_t g = 0; g < n_groups; g++) {
-        i16 d[SCORE_ROWS];
-        dot_32(d, SCORE_ROWS, k + g * 512, 0, q->codes[g * 8][0], SCORE_ROWS * 4, 4, q->corrections[g], 1, 1, n_r);
-        v16 k_scale = v16_load(k_scales + g * PE_PANEL);
-        PE_UNROLL for (int r = 0; r < n_r; r++)
-            acc[r] = v16_fma(v16_mul(i16_to_float(d[r]), v16_set1(q->scales[g][r])), k_scale, acc[r]);
-    }
-    PE_UNROLL for (int r = 0; r < n_r; r++) v16_store(scores + r * PE_CHUNK, v16_mul(v16_set1(c), acc[r]));
+    i16 d[SCORE_ROWS];
+    PE_UNROLL for (int r = 0; r < n_r; r++) d[r] = dot_start(q->corrections[r]);
+    for (size_t i = 0; i < head_dim_p; i += 16)
+        dot_steps(d, SCORE_ROWS, k + i * PE_PANEL, 0, q->codes[i / 4][0], SCORE_ROWS * 4, 4, 4, 1, n_r);
+    v16 k_scale = v16_load(k_scales);
+    PE_UNROLL for (int r = 0; r < n_r; r++)
+        v16_store(scores + r * PE_CHUNK, v16_mul(v16_mul(i16_to_float(d[r]), v16_set1(q->scales[r])), k_scale));
 }
 
 PE_INLINE void prefetch(const int8_t *p, size_t n_bytes) {
@@ -369,15 +419,14 @@ PE_INLINE void prefetch(const int8_t *p, size_t n_bytes) {
 /* V of the same positions is on its way while K is worked on: a decode at depth reads both from memory, once. */
 static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections, size_t n_rows,
                              size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
-    size_t n_groups = head_dim_p / PE_X_GROUP;
     for (size_t r = 0; r < n_rows; r += SCORE_ROWS) {
         size_t n_r = n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS;
         query_block packed;
-        pack_queries(&packed, q + r * head_dim_p, q_scales + r * n_groups, q_corrections + r * n_groups, n_r, head_dim_p);
+        pack_queries(&packed, q + r * head_dim_p, q_scales + r, q_corrections + r, n_r, head_dim_p, c);
 #define PE_SCORES(n) \
     for (size_t j = 0; j < n_positions; j += PE_PANEL) { \
         if (r == 0) prefetch(kv->v + j * head_dim_p, PE_PANEL * head_dim_p); \
-        scores_block(scores + r * PE_CHUNK + j, &packed, n_groups, kv->k + j * head_dim_p, kv->k_scales + j * n_groups, c, n); \
+        scores_block(scores + r * PE_CHUNK + j, &packed, head_dim_p, kv->k + j * head_dim_p, kv->k_scales + j, n); \
     }
         PE_WITH_ROWS(n_r, SCORE_ROWS, PE_SCORES)
 #undef PE_SCORES
@@ -521,7 +570,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
 
 #define PE_LANES16_TABLE(table_name, table_required) \
     { \
-        .name = table_name, .required = (table_required), .quantize = quantize, .quantize_group = quantize_group, .matmul = matmul, \
+        .name = table_name, .required = (table_required), .quantize = quantize, .quantize_head = quantize_head, .turn = turn, .matmul = matmul, \
         .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .softcap = softcap, .dot_f32 = dot_f32, .add_scaled = add_scaled, .add = add, .attention_scores = attention_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = attention_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \

@@ -57,6 +57,13 @@ LANES v16 v16_from_i8(const int8_t *p) {
                  _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8))))};
 }
 
+LANES v16 v16_swap1(v16 x) { return (v16){_mm256_permute_ps(x.low, 0xb1), _mm256_permute_ps(x.high, 0xb1)}; }
+LANES v16 v16_swap2(v16 x) { return (v16){_mm256_permute_ps(x.low, 0x4e), _mm256_permute_ps(x.high, 0x4e)}; }
+LANES v16 v16_swap4(v16 x) {
+    return (v16){_mm256_permute2f128_ps(x.low, x.low, 0x01), _mm256_permute2f128_ps(x.high, x.high, 0x01)};
+}
+LANES v16 v16_swap8(v16 x) { return (v16){x.high, x.low}; }
+
 LANES float v16_sum_lanes(v16 x) { return sum8_lanes(_mm256_add_ps(x.low, x.high)); }
 LANES float v16_max_lanes(v16 x) { return max8_lanes(_mm256_max_ps(x.low, x.high)); }
 

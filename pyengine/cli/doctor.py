@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import time
 from typing import Any
 
 from pyengine.cli import options
@@ -64,7 +65,9 @@ def threads(warnings: list[str]) -> dict[str, Any]:
     quota = info["cpu_quota"]
     limited = quota > 0 and info["n_default"] < info["n_affinity"]
     facts["reason"] = (
-        f"the cgroup's quota of {cpu_watch.n_cpus(quota)}" if limited else f"the affinity mask has {info['n_affinity']} CPUs"
+        f"the cgroup's quota of {cpu_watch.n_cpus(quota)}"
+        if limited
+        else f"the affinity mask has {info['n_affinity']} CPUs"
     )
     try:
         if chosen := threads_from_environment():
@@ -80,7 +83,9 @@ def threads(warnings: list[str]) -> dict[str, Any]:
     facts["throttling"] = counters = _core.throttling()
     if cpu_watch.is_throttled(counters):
         stops, periods = counters["n_throttled"], counters["n_periods"]
-        warnings.append(f"the cgroup's quota was used up in {stops} of {periods} periods so far, by whatever runs in it")
+        warnings.append(
+            f"the cgroup's quota was used up in {stops} of {periods} periods so far, by whatever runs in it"
+        )
     return facts
 
 
@@ -125,6 +130,33 @@ def model(warnings: list[str]) -> dict[str, Any]:
     return {"default": path, "reason": "PYENGINE_MODEL" if name else reason}
 
 
+def speculation() -> dict[str, Any]:
+    """What guesses tokens ahead by default, and what that costs a step of one text on this machine, in microseconds: to read the
+    token that came, and to look for what comes next."""
+    from pyengine import _draft
+
+    experience = _draft.Experience()
+    drafter = _draft.Drafter(experience, (), _draft.Ngrams(1 << 15), n_tokens=1 << 15)
+    outputs: list[int] = []
+    reads, looks = [], []
+    for n in range(16):  # nothing repeats itself: every table grows, and every look is in vain
+        outputs += range(n << 8, (n + 1) << 8)
+        began = time.perf_counter()
+        drafter.read(outputs)
+        read = time.perf_counter()
+        for _ in range(256):
+            _draft.plan(experience, [drafter], [_draft.MAX_DRAFT], 1, [()])
+        reads.append((read - began) / 256)
+        looks.append((time.perf_counter() - read) / 256)
+    return {
+        "default": "auto",
+        "guessed_by": ["n-grams", "grammars"],
+        "max_draft": _draft.MAX_DRAFT,
+        "read_us": round(1e6 * min(reads), 2),
+        "look_us": round(1e6 * min(looks), 2),
+    }
+
+
 def diagnose() -> dict[str, Any]:
     """Everything, as plain values."""
     warnings: list[str] = []
@@ -133,6 +165,7 @@ def diagnose() -> dict[str, Any]:
         "machine": {"system": platform.system(), "release": platform.release(), "architecture": platform.machine()},
         "isa": instruction_sets(warnings),
         "threads": threads(warnings),
+        "speculation": speculation(),
         "cache": cache(warnings),
         "model": model(warnings),
         "warnings": warnings,
@@ -141,7 +174,7 @@ def diagnose() -> dict[str, Any]:
 
 def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, value) of the human form."""
-    isa, t, c, m = facts["isa"], facts["threads"], facts["cache"], facts["model"]
+    isa, t, c, m, s = (facts[name] for name in ("isa", "threads", "cache", "model", "speculation"))
     quota = f"{t['cpu_quota']:g}" if t["cpu_quota"] else "none"
     stops = "{n_throttled} of {n_periods} periods".format(**t["throttling"]) if t["cpu_quota"] else "no quota"
     return [
@@ -151,6 +184,11 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("kernels", f"{', '.join(isa['available'])}; chosen: {isa['chosen'] or 'none'} ({isa['reason']})"),
         ("threads", f"{t['chosen']} ({t['reason']}; CPUs {t['cpus']}, affinity {t['n_affinity']}, quota {quota})"),
         ("throttled", stops),
+        (
+            "speculation",
+            f"{s['default']}: {' and '.join(s['guessed_by'])} guess up to {s['max_draft']} tokens a step; of its time that takes "
+            f"{s['read_us']:g} us to read a token and {s['look_us']:g} us to look for the next",
+        ),
         ("cache", f"{c['path'] or 'none'} ({c['models']} models, {c['bytes'] / 2**20:.1f} MiB)"),
         ("default model", f"{m['default'] or 'none'} ({m['reason']})"),
     ]

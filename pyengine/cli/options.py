@@ -289,14 +289,14 @@ def select_isa(name: str | None) -> None:
         raise UsageError(f"--isa {name}: this machine runs {', '.join(_core.available_isas())}") from None
 
 
-def open_engine(args: argparse.Namespace, **limits: int) -> Engine:
+def open_engine(args: argparse.Namespace, **more: Any) -> Engine:
     """The engine that the model and context options describe, with further options of Engine. Whoever opens one here has a
     text for it."""
     from pyengine.engine import Engine
 
     show_warnings()
     select_isa(args.isa)
-    options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True, **limits}
+    options: dict[str, Any] = {"n_threads": args.threads, "preload_tokenizer": True, **more}
     if hasattr(args, "ctx_size"):
         options |= {"n_ctx": args.ctx_size or 0, "kv_dtype": args.kv_dtype}
     if getattr(args, "draft_model", None) is not None:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
-from pyengine.errors import PyEngineError
+from pyengine.errors import InvalidArgumentError, PyEngineError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
     from pyengine.serve.models import Models
     from pyengine.serve.server import Runner
     from pyengine.serve.settings import Settings
+    from pyengine.serve.siblings import Siblings
 
     NamedPaths = list[tuple[str | None, argparse.Namespace]]  # the name, and options with one model
 
@@ -27,6 +28,7 @@ examples:
   pyengine serve
   pyengine serve -m model.safetensors --port 9000
   pyengine serve -m small=a.safetensors -m large=b.gguf
+  pyengine serve -m large.gguf --draft-model small.gguf
   PYENGINE_API_KEY=secret pyengine serve --host 0.0.0.0
 
 {options.ENVIRONMENT}  PYENGINE_API_KEY      the key that callers must give, when there is no --api-key-file
@@ -48,7 +50,31 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_threads_option(group)
     options.add_isa_option(group)
+    _add_speculation_options(parser)
     options.add_context_options(parser)
+    _add_load_options(parser)
+    _add_access_options(parser)
+    return parser
+
+
+def _add_speculation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speculation", "tokens that are guessed ahead change no byte of an answer")
+    group.add_argument(
+        "--draft-model",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="a smaller model with the same vocabulary that guesses for the model of that name, or for the only one",
+    )
+    group.add_argument(
+        "--speculative",
+        type=options.speculative,
+        default="auto",
+        metavar="MODE",
+        help="auto (default), off, or at most so many tokens a step",
+    )
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("load")
     group.add_argument(
         "--processes",
@@ -71,8 +97,6 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--drain-timeout", type=float, metavar="S", help="seconds for running requests at the end; default: 30"
     )
-    _add_access_options(parser)
-    return parser
 
 
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +117,7 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     settings = _settings(args)
     named = _named_paths(args)
+    _check_speculative(args)
     try:
         from pyengine.serve import server
     except ImportError as error:
@@ -100,23 +125,26 @@ def run(argv: list[str]) -> int:
     if args.processes is not None:
         return _run_processes(args, settings, named)
     sock = server.listen(args.host, args.port)
-    _runner(args, settings, named, sock).run(lambda models: _announce(models, sock))
+    _runner(args, settings, named, sock, None).run(lambda models: _announce(models, sock))
     return 0
 
 
-def _runner(args: argparse.Namespace, settings: Settings, named: NamedPaths, sock: socket.socket) -> Runner:
+def _runner(
+    args: argparse.Namespace, settings: Settings, named: NamedPaths, sock: socket.socket, siblings: Siblings | None
+) -> Runner:
     from pyengine.serve.app import App
     from pyengine.serve.server import Runner
 
     options.show_warnings()
     options.select_isa(args.isa)
-    return Runner(App(settings), sock, lambda: _load(args, named))
+    return Runner(App(settings, siblings), sock, lambda: _load(args, named))
 
 
 def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPaths) -> int:
     from pyengine.cli.errors import report
     from pyengine.serve import server
     from pyengine.serve.processes import Child, Parent, shares
+    from pyengine.serve.siblings import Siblings, new_family
 
     if not hasattr(os, "sched_setaffinity") or not hasattr(socket, "SO_REUSEPORT"):
         raise UsageError("--processes needs an operating system that pins processes to CPUs")
@@ -125,7 +153,7 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
         raise UsageError(f"--processes {args.processes}: there are {len(cpus)} CPUs, and every process has its own")
     server.reserve(args.host, args.port).close()  # nobody else has it, not even to share
     reserved = server.reserve(args.host, args.port, shared=True)
-    port = reserved.getsockname()[1]
+    port, family = reserved.getsockname()[1], new_family()
 
     def work(child: Child) -> int:
         def started(models: Models) -> None:
@@ -136,7 +164,7 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
         try:
             sock = server.listen(args.host, port, shared=True)
             reserved.close()
-            runner = _runner(args, settings, named, sock)
+            runner = _runner(args, settings, named, sock, Siblings(family, child.number, args.processes))
             child.when_orphaned(runner.stop)
             runner.run(started)
         except Exception as error:
@@ -189,24 +217,51 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
 
 def _named_paths(args: argparse.Namespace) -> NamedPaths:
     """(name or None, options with one model each). Raises UsageError for a model that is not there."""
-    chosen = args.model or [None]
     named = []
-    for text in chosen:
-        name, path = None, text
-        if text is not None and "=" in text and not os.path.exists(text):
-            name, _, path = text.partition("=")
-        one = argparse.Namespace(**{**vars(args), "model": path})
-        wanted = options.model_name(one)
-        if wanted is not None and not wanted.startswith("hf:") and not os.path.exists(wanted):
-            raise UsageError(f"there is no model at {wanted}")
+    for name, path in map(_named, args.model or [None]):
+        one = argparse.Namespace(**{**vars(args), "model": path, "draft_model": None})
+        _check_there(options.model_name(one))
         named.append((name, one))
+    for name, path in map(_named, args.draft_model or ()):
+        _check_there(path)
+        chosen = [one for other, one in named if name in (other, None)]
+        if len(chosen) != 1:
+            names = ", ".join(str(other) for other, _ in named if other is not None) or "none"
+            raise UsageError(
+                f"--draft-model {name or path}: say for which model, NAME=PATH; models with -m NAME=...: {names}"
+            )
+        if chosen[0].draft_model is not None:
+            raise UsageError(f"--draft-model {path}: its model has one, {chosen[0].draft_model}")
+        chosen[0].draft_model = path
     return named
+
+
+def _check_speculative(args: argparse.Namespace) -> None:
+    from pyengine.sampling import check_speculative
+
+    try:
+        check_speculative(args.speculative)
+    except InvalidArgumentError as error:
+        raise UsageError(f"--speculative: {error}") from None
+
+
+def _named(text: str | None) -> tuple[str | None, str | None]:
+    """(name or None, path) of [NAME=]PATH."""
+    if text is None or "=" not in text or os.path.exists(text):
+        return None, text
+    name, _, path = text.partition("=")
+    return name, path
+
+
+def _check_there(path: str | None) -> None:
+    if path is not None and not path.startswith("hf:") and not os.path.exists(path):
+        raise UsageError(f"there is no model at {path}")
 
 
 def _load(args: argparse.Namespace, named: NamedPaths) -> Models:
     from pyengine.serve.models import Models, ServedModel, model_name
 
-    limits: dict[str, Any] = {}
+    limits: dict[str, Any] = {"speculative": args.speculative}
     if args.parallel is not None:
         limits["max_sequences"] = args.parallel
     if args.max_kv_bytes is not None:

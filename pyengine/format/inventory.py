@@ -15,7 +15,7 @@ from ..errors import ModelFormatError
 from .config import FrozenConfig, unknown
 from .container import StoredTensor, pad, vector_tensor
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 
 PANEL_ROWS = 16
 GROUP_COLUMNS = 64
@@ -107,7 +107,7 @@ class MatrixKind(NamedTuple):
     stored: Callable[[Weight], dict[str, StoredTensor]]
 
 
-MATRIX_KINDS = {"int8_g64": MatrixKind("int8, groups of 64, f16 scales", _int8_g64)}
+MATRIX_KINDS = {"int8_g64": MatrixKind("int8, turned, groups of 64, f16 scales", _int8_g64)}
 
 
 # ---------------------------------------------------------------------------- the inventory

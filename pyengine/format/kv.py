@@ -45,9 +45,9 @@ class KvLayout(NamedTuple):
 
 
 def kv_bytes_per_position(config: FrozenConfig, kv_dtype: str = "int8") -> int:
-    """Bytes of one position in all layers: codes of K and V, a scale for 32 values of K and one for a head of V."""
-    padded = pad(config.head_dim, 32)
-    head = 2 * padded + 4 * (padded // 32) + 4 if kv_dtype == "int8" else 8 * padded
+    """Bytes of one position in all layers: a head has its codes of K and V, padded to 16, and a scale for each of the two."""
+    padded = pad(config.head_dim, 16)
+    head = 2 * padded + 8 if kv_dtype == "int8" else 8 * padded
     return config.n_layers * config.n_kv_heads * head
 
 

@@ -76,7 +76,10 @@ class FrozenFile:
             raise ModelFormatError("not a frozen pyengine file (freeze the model first)")
         version = header.metadata.get("format_version")
         if version != FORMAT_VERSION:
-            raise ModelFormatError(f"format_version {version!r:.80}, this version of pyengine reads {FORMAT_VERSION!r}")
+            raise ModelFormatError(
+                f"format_version {version!r:.80}, this version of pyengine reads {FORMAT_VERSION!r}: "
+                "freeze the model again from its source"
+            )
         if header.data_start % ALIGNMENT:
             raise ModelFormatError("the tensors do not start on a multiple of 64 bytes")
         cursor = header.data_start

@@ -110,8 +110,11 @@ async def _stream(app: App, exchange: Exchange, call: Call, job: Job) -> None:
     assert call.stream is not None
     choices = [call.choice(index) for index in range(len(work.generations(job)))]
     head = call.head(call.chunk_kind)
+    so_far = None
     if call.stream.include_usage:
         head["usage"] = None  # in every chunk but the last
+    if call.stream.continuous_usage_stats:
+        head["usage"] = so_far = payload.begun_usage(work.generations(job))
 
     def chunk(index: int, part: dict[str, Any], **more: Any) -> bytes:
         choice = {"index": index, "logprobs": None, "finish_reason": None, **part}
@@ -119,6 +122,10 @@ async def _stream(app: App, exchange: Exchange, call: Call, job: Job) -> None:
 
     def part(index: int, pieces: list[Piece]) -> bytes:
         choice, result = choices[index], pieces[-1].result
+        if so_far is not None:
+            n_tokens = sum(piece.token is not None for piece in pieces)
+            so_far["completion_tokens"] += n_tokens
+            so_far["total_tokens"] += n_tokens
         out = b"".join(chunk(index, one) for one in choice.push(pieces))
         if result is not None:
             last = {**choice.last, **_reasons(choice, result)}

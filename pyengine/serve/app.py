@@ -27,6 +27,7 @@ from pyengine.serve.metrics import Metrics
 from pyengine.serve.models import Models, ServedModel
 from pyengine.serve.routes import find_route
 from pyengine.serve.settings import Settings
+from pyengine.serve.siblings import Siblings
 from pyengine.serve.stream import COMMENT
 
 _logger = logging.getLogger("pyengine")
@@ -35,8 +36,9 @@ _logger = logging.getLogger("pyengine")
 class App:
     """One server's state. models: None while they are loaded; health: "starting", "ready" or "draining"."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, siblings: Siblings | None = None) -> None:
         self.settings = settings or Settings()
+        self.siblings = siblings  # the other processes behind this address
         self.health = "starting"
         self.metrics = Metrics()
         self.queue = work.Queue(self.settings)

@@ -35,7 +35,7 @@ from pyengine.serve.messages import MESSAGES, chat_messages
 from pyengine.serve.prompts import CALLER, note_user
 from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
 from pyengine.serve.stream import STREAM, stream_options
-from pyengine.serve.tools import TOOLS, Tools, tools_of
+from pyengine.serve.tools import TOOLS, Tools, held_to, reader_of, tools_of
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -82,7 +82,7 @@ class ChatChoice(Choice):
 
     def __init__(self, call: ChatCall) -> None:
         self._call = call
-        self._reader = None if call.tools is None else call.tools.reader()
+        self._reader = reader_of(call.tools)
 
     def whole(self, request: GenerationRequest) -> dict[str, Any]:
         content, calls = message_of(self._deltas(request.result.text, is_last=True))
@@ -92,7 +92,7 @@ class ChatChoice(Choice):
         return {"message": message, "logprobs": self._logprobs(request.output.pieces)}
 
     def begin(self) -> list[dict[str, Any]]:
-        return [{"delta": {"role": "assistant", "content": "" if self._reader is None else None}}]
+        return [{"delta": {"role": "assistant", "content": "" if self._call.tools is None else None}}]
 
     def push(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
         text = "".join(piece.text for piece in pieces)
@@ -104,11 +104,9 @@ class ChatChoice(Choice):
 
     def finish_reason(self, result: Generation) -> str:
         reason = super().finish_reason(result)
-        return "tool_calls" if reason == "stop" and self._reader is not None and self._reader.has_call else reason
+        return "tool_calls" if reason == "stop" and self._reader.has_call else reason
 
     def _deltas(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
-        if self._reader is None:
-            return [{"content": text}] if text else []
         return self._reader.push(text) + (self._reader.finish() if is_last else [])
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
@@ -134,6 +132,7 @@ _JSON_SCHEMA: Table = {
 _RESPONSE_FORMAT: Table = {
     "type": needed(one_of("text", "json_object", "json_schema")),
     "json_schema": object_of(_JSON_SCHEMA),
+    "schema": SCHEMA,  # of an object, as llama.cpp's server takes it
 }
 
 
@@ -194,10 +193,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
     wanted = response_format(fields.take("response_format"))
     tools = tools_of(fields, model)
-    if tools is not None:
-        if wanted is not None or fields.has("structured_outputs"):
-            raise bad_request("tool calls and a response format contradict each other", "tool_choice")
-        wanted = tools.output()
+    wanted = held_to(tools, wanted, fields)
     if wanted is not None:
         given["structured_outputs"] = wanted
     note_user(exchange, fields)
@@ -219,14 +215,19 @@ def response_format(given: Fields | None) -> StructuredOutputs | None:
     """None for plain text. Raises HTTPError."""
     if given is None:
         return None
-    kind, schema = given.take("type"), given.take("json_schema")
+    kind, schema, of_object = given.take("type"), given.take("json_schema"), given.take("schema")
+    if of_object is not None and kind != "json_object":
+        raise bad_request("response_format.schema goes with type json_object", "response_format.schema")
     if kind == "json_schema":
         if schema is None:
             given.missing("json_schema")
         return schema.take("schema") or StructuredOutputs(json_object=True)
     if schema is not None:
         raise bad_request("response_format.json_schema goes with type json_schema", "response_format.json_schema")
-    return StructuredOutputs(json_object=True) if kind == "json_object" else None
+    if kind == "json_object":
+        wanted: StructuredOutputs = of_object or StructuredOutputs(json_object=True)
+        return wanted
+    return None
 
 
 async def chat_completions(app: App, exchange: Exchange) -> None:

@@ -233,6 +233,11 @@ def checked(kind: Kind, function: Callable[[Any], Any]) -> Kind:
     return replace(kind, read=read)
 
 
+def with_given(kind: Kind, default: tuple[Any, Any]) -> Kind:
+    """`kind`, read as (the value as it was given, what `kind` makes of it)."""
+    return replace(kind, read=lambda value, path: (value, kind.read(value, path)), default=default)
+
+
 def schema_of(table: Table) -> dict[str, Any]:
     """A table as the JSON schema of an object. A field that need not be there may be null, and so may one that is not known."""
     properties = {name: kind.schema if kind.is_needed else nullable(kind.schema) for name, kind in table.items()}

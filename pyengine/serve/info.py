@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from pyengine import __version__
-from pyengine.serve.metrics import CONTENT_TYPE
+from pyengine.serve.metrics import CONTENT_TYPE, text_of
 from pyengine.serve.routes import MODEL_PATH
 
 if TYPE_CHECKING:
@@ -23,7 +23,12 @@ async def health(app: App, exchange: Exchange) -> None:
 
 
 async def metrics(app: App, exchange: Exchange) -> None:
-    text = await asyncio.to_thread(app.metrics.text)  # it waits for the step that runs
+    """Of all the processes behind this address."""
+    if app.siblings is None:
+        text = await asyncio.to_thread(app.metrics.text)  # it waits for the step that runs
+    else:
+        own, others = await asyncio.gather(asyncio.to_thread(app.metrics.snapshot), app.siblings.gather())
+        text = text_of({app.siblings.number: own, **others})
     await exchange.reply(200, text, CONTENT_TYPE)
 
 

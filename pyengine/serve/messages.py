@@ -64,22 +64,19 @@ def _read_arguments(value: Any, path: str) -> Any:
         raise bad_request(f"{path} is not JSON", path) from None
 
 
+ARGUMENTS = Kind({"type": "string"}, _read_arguments)
 _CALL: Table = {
     "id": needed(STRING),
     "type": one_of("function"),
     "index": hint(integer()),  # streamed calls have one; their order is that of the list
-    "function": needed(object_of({"name": needed(STRING), "arguments": Kind({"type": "string"}, _read_arguments)})),
+    "function": needed(object_of({"name": needed(STRING), "arguments": ARGUMENTS})),
 }
 
 
-def _call(call: Fields) -> dict[str, Any]:
-    function = call.take("function")
+def call_of(id_: str, function: Fields) -> dict[str, Any]:
+    """A call of an earlier message, as templates take it; `function` has name and arguments."""
     arguments = function.take("arguments") if function.has("arguments") else {}
-    return {
-        "id": call.take("id"),
-        "type": "function",
-        "function": {"name": function.take("name"), "arguments": arguments},
-    }
+    return {"id": id_, "type": "function", "function": {"name": function.take("name"), "arguments": arguments}}
 
 
 # -------------------------------------------------------------------- messages
@@ -119,7 +116,7 @@ def _read_message(value: Any, path: str) -> dict[str, Any]:
     if role == "assistant":
         calls = fields.take("tool_calls")
         if calls:
-            out["tool_calls"] = [_call(call) for call in calls]
+            out["tool_calls"] = [call_of(call.take("id"), call.take("function")) for call in calls]
         elif not fields.has("content"):
             fields.missing("content")
     if role == "tool":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -37,6 +37,12 @@ class Metrics:
         self.generation_tokens = Counter("vllm:generation_tokens", "Output tokens", labels, registry=registry)
         self.cache_queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up", labels, registry=registry)
         self.cache_hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found", labels, registry=registry)
+        self.drafted = Counter(
+            "vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead and computed", labels, registry=registry
+        )
+        self.accepted = Counter(
+            "vllm:spec_decode_num_accepted_tokens", "Of these, those that came true", labels, registry=registry
+        )
         self.first_token = Histogram(
             "vllm:time_to_first_token_seconds",
             "From the request to its first token",
@@ -71,6 +77,8 @@ class Metrics:
         self.generation_tokens.labels(model).inc(timings.generated_tokens)
         self.cache_queries.labels(model).inc(timings.prompt_tokens)
         self.cache_hits.labels(model).inc(timings.cached_tokens)
+        self.drafted.labels(model).inc(timings.drafted_tokens)
+        self.accepted.labels(model).inc(timings.accepted_tokens)
         self.first_token.labels(model).observe(timings.time_to_first_token)
         self.latency.labels(model).observe(timings.total)
         if timings.generated_tokens > 1:
@@ -79,6 +87,42 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def snapshot(self) -> list[Family]:
+        """All that `text` tells, as values of JSON's types."""
+        return [
+            (
+                family.name,
+                family.documentation,
+                family.type,
+                [(one.name, one.labels, one.value) for one in family.samples],
+            )
+            for family in self.registry.collect()
+        ]
+
+
+# name, documentation, type, [(name, labels, value) of a sample]
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
+
+
+def text_of(snapshots: Mapping[int, Iterable[Family]]) -> bytes:
+    """The metrics of several processes, {number: its snapshot}, told apart by the label `process`."""
+    return generate_latest(_Processes(snapshots))
+
+
+class _Processes:
+    def __init__(self, snapshots: Mapping[int, Iterable[Family]]) -> None:
+        self._snapshots = snapshots
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("pyengine:processes", "Processes that these metrics are of", value=len(self._snapshots))
+        families: dict[str, Metric] = {}
+        for number, snapshot in sorted(self._snapshots.items()):
+            for name, documentation, kind, samples in snapshot:
+                family = families.setdefault(name, Metric(name, documentation, kind))
+                for sample, labels, value in samples:
+                    family.add_sample(sample, {**labels, "process": str(number)}, value)
+        yield from families.values()
 
 
 class _Engines:

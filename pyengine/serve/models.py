@@ -46,7 +46,7 @@ class ServedModel:
 
     def call_tokens(self, syntax: Syntax) -> frozenset[int]:
         """Special tokens that stand around calls."""
-        marks = (syntax.opening, syntax.closing)
+        marks = syntax.special()
         return frozenset(id_ for text, id_ in self.engine.tokenizer.special_tokens.items() if text in marks)
 
     def chat_ids(

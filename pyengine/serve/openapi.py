@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pyengine import __version__
-from pyengine.serve import chat, completions, embeddings, responses, tokens
+from pyengine.serve import chat, completions, embeddings, response_fields, tokens
 from pyengine.serve.fields import Table, schema_of
 from pyengine.serve.routes import MODEL_PATH, ROUTES
 
@@ -20,7 +20,7 @@ BODIES: dict[str, Table] = {
     "/v1/chat/completions": chat.FIELDS,
     "/v1/completions": completions.FIELDS,
     "/v1/embeddings": embeddings.FIELDS,
-    "/v1/responses": responses.FIELDS,
+    "/v1/responses": response_fields.FIELDS,
 }
 _WORDS = {
     "/": "The page.",

@@ -34,10 +34,17 @@ def usage(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
     }
 
 
+def begun_usage(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    """Of outputs before their first token."""
+    prompt = sum(len(tokens) for tokens in {id(request.prompt): request.prompt for request in requests}.values())
+    return {"prompt_tokens": prompt, "completion_tokens": 0, "total_tokens": prompt}
+
+
 def timings(result: Generation) -> dict[str, Any]:
     """As llama.cpp's server gives them."""
     t = result.timings
     computed, first, rest = t.prompt_tokens - t.cached_tokens, t.time_to_first_token, t.total - t.time_to_first_token
+    guesses = {"draft_n": t.drafted_tokens, "draft_n_accepted": t.accepted_tokens} if t.drafted_tokens else {}
     return {
         "cache_n": t.cached_tokens,
         "prompt_n": computed,
@@ -48,6 +55,7 @@ def timings(result: Generation) -> dict[str, Any]:
         "predicted_ms": round(rest * 1e3, 3),
         "predicted_per_token_ms": round(rest * 1e3 / max(t.generated_tokens - 1, 1), 3),
         "predicted_per_second": round(t.tokens_per_second, 3),
+        **guesses,
     }
 
 

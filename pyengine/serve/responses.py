@@ -1,221 +1,160 @@
-"""/v1/responses: OpenAI's newer form of a chat, text in and text out; nothing is kept between two requests."""
+"""/v1/responses: OpenAI's newer form of a chat, text and calls; nothing is kept between two requests.
+
+How a request is read stands in response_fields.py. The answer is a list of items, messages and calls, which grows as text
+comes: a stream tells of each change, and a whole answer is what a stream would have built.
+"""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pyengine.results import Generation, Piece
+from pyengine.results import Piece
 from pyengine.run.request import GenerationRequest
-from pyengine.sampling import StructuredOutputs
 from pyengine.serve import payload
-from pyengine.serve.chat import SCHEMA, ChatCall
-from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange, event
-from pyengine.serve.fields import (
-    BOOLEAN,
-    STRING,
-    Fields,
-    Kind,
-    Table,
-    hint,
-    map_of,
-    needed,
-    object_of,
-    one_of,
-    refused,
-    schema_of,
-)
-from pyengine.serve.messages import CONTENT
-from pyengine.serve.prompts import CALLER, note_user
-from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
-from pyengine.serve.stream import StreamOptions
+from pyengine.serve.response_fields import FIELDS, ResponsesCall, parse
+from pyengine.serve.tools import reader_of
 
 if TYPE_CHECKING:
     from pyengine.async_engine import Job
     from pyengine.serve.app import App
 
+_Item = dict[str, Any]
 
-class ResponsesCall:
-    """A request that was understood: the chat that it is, and what its answer repeats."""
 
-    def __init__(self, chat: ChatCall, instructions: str | None, metadata: dict[str, str], text_format: Any) -> None:
-        self.chat = chat
-        self._message_id = payload.new_id("msg_")
-        self._repeated: dict[str, Any] = {
-            "instructions": instructions,
-            "max_output_tokens": chat.params.max_tokens,
-            "metadata": metadata,
-            "model": chat.model.name,
-            "parallel_tool_calls": True,
-            "previous_response_id": None,
-            "store": False,
-            "temperature": chat.params.temperature,
-            "text": {"format": text_format},
-            "tool_choice": "auto",
-            "tools": [],
-            "top_p": chat.params.top_p,
-            "truncation": "disabled",
-        }
+class _Tell(Protocol):
+    def __call__(self, kind: str, **more: Any) -> bytes:
+        """An event of the stream."""
 
-    def part(self, text: str) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
-    def item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"type": "message", "id": self._message_id, "status": status, "role": "assistant", "content": content}
+class _Output:
+    """The items of a response, complete ones and at most one that is being written; `tell` makes the event of a change."""
 
-    def response(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.chat.id,
-            "object": "response",
-            "created_at": self.chat.created,
-            "status": status,
-            "error": None,
-            "incomplete_details": None,
-            **self._repeated,
-            "output": output,
-            "usage": None,
-            **more,
-        }
+    def __init__(self, call: ResponsesCall, tell: _Tell) -> None:
+        self.items: list[_Item] = []
+        self._reader = reader_of(call.chat.tools)
+        self._tell = tell
+        self._is_open = False  # the last item is being written
+        self._texts: list[str] = []  # of that item
 
-    def finished(self, request: GenerationRequest) -> dict[str, Any]:
-        """The response when its one output is complete."""
-        result = request.result
-        status = _status(result)
-        usage = payload.usage([request])
-        return self.response(
-            status,
-            [self.item(status, [self.part(result.text)])],
-            incomplete_details=None if status == "completed" else {"reason": "max_output_tokens"},
-            usage={
-                "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": usage["prompt_tokens_details"],
-                "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage["total_tokens"],
-            },
-            timings=payload.timings(result),
-            seed=result.seed,
+    def push(self, text: str) -> bytes:
+        return b"".join(map(self._delta, self._reader.push(text)))
+
+    def finish(self, status: str) -> bytes:
+        """At the end of the text; what was not complete has this status."""
+        last = b"".join(map(self._delta, self._reader.finish()))
+        if not self.items:
+            last += self._open_message()
+        return last + self._close(status)
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        if "content" in delta:
+            begun = b"" if self._is_open and "content" in self.items[-1] else self._open_message()
+            self._texts.append(delta["content"])
+            return begun + self._tell(
+                "response.output_text.delta", **self._part_place(), delta=delta["content"], logprobs=[]
+            )
+        (part,) = delta["tool_calls"]
+        function = part["function"]
+        begun = self._open_call(part["id"], function["name"]) if "id" in part else b""
+        self._texts.append(function["arguments"])
+        return begun + self._tell(
+            "response.function_call_arguments.delta", **self._place(), delta=function["arguments"]
         )
 
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
 
-def _status(result: Generation) -> str:
-    return "completed" if result.finish_reason == "stop" else "incomplete"
+    def _part_place(self) -> dict[str, Any]:
+        return {**self._place(), "content_index": 0}
 
+    def _open(self, item: _Item) -> bytes:
+        closed = self._close("completed") if self._is_open else b""
+        self.items.append(item)
+        self._is_open = True
+        return closed + self._tell("response.output_item.added", output_index=len(self.items) - 1, item=item)
 
-# -------------------------------------------------------------------- parsed
+    def _open_message(self) -> bytes:
+        id_ = payload.new_id("msg_")
+        begun = self._open({"type": "message", "id": id_, "status": "in_progress", "role": "assistant", "content": []})
+        return begun + self._tell("response.content_part.added", **self._part_place(), part=_part(""))
 
+    def _open_call(self, call_id: str, name: str) -> bytes:
+        item = {"type": "function_call", "id": payload.new_id("fc_"), "call_id": call_id, "name": name}
+        return self._open({**item, "arguments": "", "status": "in_progress"})
 
-_FORMAT: Table = {
-    "type": needed(one_of("text", "json_object", "json_schema")),
-    "name": STRING,
-    "description": STRING,
-    "strict": BOOLEAN,  # answers are always held to the schema
-    "schema": SCHEMA,
-}
-_MESSAGE: Table = {
-    "type": hint(one_of("message")),
-    "role": needed(one_of("user", "assistant", "system", "developer")),
-    "content": needed(CONTENT),
-    # as the answer that it may be has them
-    "id": hint(STRING),
-    "status": hint(one_of("completed", "incomplete", "in_progress")),
-}
-
-
-def _read_input(value: Any, path: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise bad_request(f"{path} must be a string or a list of messages that is not empty", path)
-    messages = []
-    for i, item in enumerate(value):
-        message = Fields(item, _MESSAGE, f"{path}[{i}]")
-        role = message.take("role")
-        messages.append({"role": "system" if role == "developer" else role, "content": message.take("content")})
-    return messages
-
-
-INPUT = Kind(
-    {"anyOf": [{"type": "string"}, {"type": "array", "items": schema_of(_MESSAGE), "minItems": 1}]}, _read_input
-)
-FIELDS: Table = {
-    "input": needed(INPUT),
-    "instructions": STRING,
-    **CALLER,
-    **SAMPLING,
-    "stream": BOOLEAN,
-    "max_output_tokens": parameter("max_tokens"),
-    "text": object_of({"format": object_of(_FORMAT), "verbosity": refused("verbosity cannot be chosen", "medium")}),
-    "metadata": replace(map_of(STRING), default={}),
-    "n": refused("a response has one output", 1),
-    "previous_response_id": refused("nothing is kept between requests: send the whole conversation"),
-    "conversation": refused("nothing is kept between requests: send the whole conversation"),
-    "store": refused("nothing is stored here", False),
-    "background": refused("answers come with their request", False),
-    "include": refused("there is nothing to include", []),
-    "tools": refused("use /v1/chat/completions for tools", []),
-    "tool_choice": refused("use /v1/chat/completions for tools", "none", "auto"),
-    "parallel_tool_calls": hint(BOOLEAN),  # there are no tools it could be about
-    "max_tool_calls": refused("use /v1/chat/completions for tools"),
-    "truncation": refused("conversations are not cut", "disabled"),
-    "reasoning": refused("effort cannot be chosen", {}),
-    "prompt": refused("there are no stored prompts"),
-    "service_tier": refused("there is one tier", "auto", "default"),
-    "top_logprobs": refused("use /v1/chat/completions for log-probabilities", 0),
-    "stream_options": refused("events are not padded", {}, {"include_obfuscation": False}),
-    # for routing between machines, and this is one
-    "prompt_cache_key": hint(STRING),
-    "prompt_cache_retention": hint(STRING),
-}
+    def _close(self, status: str) -> bytes:
+        """End the item that is being written, if there is one."""
+        if not self._is_open:
+            return b""
+        item, text = self.items[-1], "".join(self._texts)
+        self._texts.clear()
+        self._is_open = False
+        if "content" in item:
+            part = _part(text)
+            item |= {"content": [part], "status": status}
+            done = self._tell("response.output_text.done", **self._part_place(), text=text, logprobs=[])
+            done += self._tell("response.content_part.done", **self._part_place(), part=part)
+        else:
+            item |= {"arguments": text, "status": status if _is_json(text) else "incomplete"}
+            done = self._tell(
+                "response.function_call_arguments.done", **self._place(), name=item["name"], arguments=text
+            )
+        return done + self._tell("response.output_item.done", output_index=len(self.items) - 1, item=item)
 
 
-def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
-    """Every field is honoured or refused by name. Raises HTTPError."""
-    model = app.models.get(fields.take("model"))
-    messages, instructions = fields.take("input"), fields.take("instructions")
-    if instructions is not None:
-        messages.insert(0, {"role": "system", "content": instructions})
-    given: dict[str, Any] = {}
-    if fields.has("max_output_tokens"):
-        given["max_tokens"] = fields.take("max_output_tokens")
-    text = fields.take("text")
-    text_format, wanted = _text_format(None if text is None else text.take("format"))
-    if wanted is not None:
-        given["structured_outputs"] = wanted
-    metadata = fields.take("metadata")
-    note_user(exchange, fields)
-    chat = ChatCall(
-        model=model,
-        stream=StreamOptions() if fields.take("stream") else None,
-        cache_salt=app.cache_salt(exchange, fields),
-        messages=messages,
-        messages_field="input",
-        id=payload.new_id("resp_"),
-        params=sampling_params(fields, model, given),
+def _is_json(text: str) -> bool:
+    """Whether arguments came to their end."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _response(call: ResponsesCall, status: str, output: list[_Item], **more: Any) -> dict[str, Any]:
+    return {
+        "id": call.chat.id,
+        "object": "response",
+        "created_at": call.chat.created,
+        "status": status,
+        "error": None,
+        "incomplete_details": None,
+        **call.repeated,
+        "output": output,
+        "usage": None,
+        **more,
+    }
+
+
+def _finished(call: ResponsesCall, request: GenerationRequest, output: list[_Item]) -> dict[str, Any]:
+    """The response when its one output is complete."""
+    status, usage = _status(request), payload.usage([request])
+    return _response(
+        call,
+        status,
+        output,
+        incomplete_details=None if status == "completed" else {"reason": "max_output_tokens"},
+        usage={
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["total_tokens"],
+        },
+        timings=payload.timings(request.result),
+        seed=request.result.seed,
     )
-    fields.end()
-    return ResponsesCall(chat, instructions, metadata, text_format)
 
 
-def _text_format(given: Fields | None) -> tuple[dict[str, Any], StructuredOutputs | None]:
-    """The format as the answer repeats it, and what the output must be. Raises HTTPError."""
-    if given is None:
-        return {"type": "text"}, None
-    kind = given.take("type")
-    if kind != "json_schema":
-        given.end()
-        return {"type": kind}, StructuredOutputs(json_object=True) if kind == "json_object" else None
-    for name in ("name", "schema"):
-        if not given.has(name):
-            given.missing(name)
-    wanted = given.take("schema")
-    repeated = {name: given.take(name) for name in ("name", "description", "strict")}
-    return {"type": kind, **repeated, "schema": wanted.json}, wanted
-
-
-# -------------------------------------------------------------------- answered
+def _status(request: GenerationRequest) -> str:
+    return "completed" if request.result.finish_reason == "stop" else "incomplete"
 
 
 async def responses(app: App, exchange: Exchange) -> None:
@@ -223,30 +162,32 @@ async def responses(app: App, exchange: Exchange) -> None:
     async with app.job(exchange, call.chat.model, call.chat.make) as job:
         if call.chat.stream is None:
             (request,) = await app.finish(exchange, call.chat.model, job)
-            await exchange.reply_json(call.finished(request))
+            output = _Output(call, _silence)
+            output.push(request.result.text)
+            output.finish(_status(request))
+            await exchange.reply_json(_finished(call, request, output.items))
         else:
             await _stream(app, exchange, call, job)
+
+
+def _silence(kind: str, **more: Any) -> bytes:
+    return b""
 
 
 async def _stream(app: App, exchange: Exchange, call: ResponsesCall, job: Job) -> None:
     numbers = itertools.count()
 
-    def one(kind: str, **more: Any) -> bytes:
+    def tell(kind: str, **more: Any) -> bytes:
         return event({"type": kind, "sequence_number": next(numbers), **more}, kind)
 
-    place = {"item_id": call.item("", [])["id"], "output_index": 0, "content_index": 0}
+    output = _Output(call, tell)
 
     def part(index: int, pieces: list[Piece]) -> bytes:
-        text = "".join(piece.text for piece in pieces)
-        return one("response.output_text.delta", **place, delta=text, logprobs=[]) if text else b""
+        return output.push("".join(piece.text for piece in pieces))
 
-    begun = call.response("in_progress", [])
-    first = one("response.created", response=begun) + one("response.in_progress", response=begun)
-    first += one("response.output_item.added", output_index=0, item=call.item("in_progress", []))
-    first += one("response.content_part.added", **place, part=call.part(""))
+    begun = _response(call, "in_progress", [])
+    first = tell("response.created", response=begun) + tell("response.in_progress", response=begun)
     (request,) = await app.stream(exchange, call.chat.model, job, first, part)
-    response, text = call.finished(request), request.result.text
-    last = one("response.output_text.done", **place, text=text, logprobs=[])
-    last += one("response.content_part.done", **place, part=call.part(text))
-    last += one("response.output_item.done", output_index=0, item=response["output"][0])
-    await exchange.end(last + one(f"response.{response['status']}", response=response))
+    last = output.finish(_status(request))
+    response = _finished(call, request, output.items)
+    await exchange.end(last + tell(f"response.{response['status']}", response=response))

@@ -143,6 +143,11 @@ class Runner:
         asyncio.run(self.main(ready))
 
     async def main(self, ready: Callable[[Models], None]) -> None:
+        siblings = self.app.siblings
+        async with siblings.telling(self.app.metrics.snapshot) if siblings else contextlib.nullcontext():
+            await self._main(ready)
+
+    async def _main(self, ready: Callable[[Models], None]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         if self._stops:
             self._stop.set()

@@ -12,7 +12,10 @@ COMMENT = b": still at work\n\n"
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
+    """include_usage: in a last chunk; continuous_usage_stats: what there is so far in the others, too."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 STREAM: Table = {
@@ -21,7 +24,7 @@ STREAM: Table = {
         {
             "include_usage": BOOLEAN,
             "include_obfuscation": refused("events are not padded", False),
-            "continuous_usage_stats": refused("usage comes once, at the end", False),
+            "continuous_usage_stats": BOOLEAN,
         }
     ),
 }
@@ -35,4 +38,8 @@ def stream_options(fields: Fields) -> StreamOptions | None:
         return StreamOptions() if wanted else None
     if not wanted:
         raise bad_request("stream_options needs stream = true", "stream_options")
-    return StreamOptions(options.take("include_usage"))
+    usage, is_continuous = options.take("include_usage"), options.take("continuous_usage_stats")
+    if is_continuous and not usage:
+        where = "stream_options.continuous_usage_stats"
+        raise bad_request(f"{where} needs include_usage = true", where)
+    return StreamOptions(usage, is_continuous)

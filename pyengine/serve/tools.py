@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyengine.sampling import StructuredOutputs
-from pyengine.serve.calls import OBJECT, CallReader, Syntax
+from pyengine.serve.calls import OBJECT, CallReader, Syntax, TextReader
 from pyengine.serve.errors import bad_request
 from pyengine.serve.fields import BOOLEAN, STRING, TRUE, Fields, Kind, Table, hint, list_of, needed, object_of, one_of
 from pyengine.serve.models import ServedModel
@@ -48,9 +48,19 @@ class Tools:
         ]
         return StructuredOutputs(json=calls[0] if len(calls) == 1 else {"anyOf": calls})
 
-    def reader(self) -> CallReader:
-        """For one output."""
-        return CallReader(self.syntax, self.allowed, only_one=self.only_one)
+
+def reader_of(tools: Tools | None) -> CallReader | TextReader:
+    """For one output."""
+    return TextReader() if tools is None else CallReader(tools.syntax, tools.allowed, only_one=tools.only_one)
+
+
+def held_to(tools: Tools | None, wanted: StructuredOutputs | None, fields: Fields) -> StructuredOutputs | None:
+    """What an output must be: `wanted`, or calls of the tools. Raises HTTPError if the request asks for both."""
+    if tools is None:
+        return wanted
+    if wanted is not None or fields.has("structured_outputs"):
+        raise bad_request("tool calls and a response format contradict each other", "tool_choice")
+    return tools.output()
 
 
 def _read_name(value: Any, path: str) -> Any:
@@ -67,10 +77,6 @@ def _read_parameters(value: Any, path: str) -> Any:
     return value
 
 
-def _read_choice(value: Any, path: str) -> Any:
-    return _CHOICE.read(value, path) if isinstance(value, str) else _NAMED.read(value, path)
-
-
 _FUNCTION: Table = {
     "name": needed(Kind({"type": "string", "pattern": f"^{_NAME.pattern}$"}, _read_name)),
     "description": replace(STRING, default=""),
@@ -78,21 +84,47 @@ _FUNCTION: Table = {
     "strict": hint(BOOLEAN),  # arguments of a forced call are always held to the schema, those of others never
 }
 _CHOICE = one_of("none", "auto", "required")
-_NAMED = object_of(
-    {"type": one_of("function"), "function": needed(object_of({"name": needed(STRING)}))},
-)
+
+
+def _choice_kind(named: Table) -> Kind:
+    """A word, or an object that names a tool."""
+    by_name = object_of(named)
+    return Kind(
+        {"anyOf": [_CHOICE.schema, by_name.schema]},
+        lambda value, path: (_CHOICE if isinstance(value, str) else by_name).read(value, path),
+    )
+
+
+# As chats have them: what is said of a function is an object in the tool.
 TOOLS: Table = {
     "tools": list_of(object_of({"type": one_of("function"), "function": needed(object_of(_FUNCTION))})),
-    "tool_choice": Kind({"anyOf": [_CHOICE.schema, _NAMED.schema]}, _read_choice),
+    "tool_choice": _choice_kind(
+        {"type": one_of("function"), "function": needed(object_of({"name": needed(STRING)}))},
+    ),
+    "parallel_tool_calls": TRUE,
+}
+# As responses have them: it stands in the tool itself.
+FLAT_TOOLS: Table = {
+    "tools": list_of(object_of({"type": needed(one_of("function")), **_FUNCTION})),
+    "tool_choice": _choice_kind({"type": needed(one_of("function")), "name": needed(STRING)}),
     "parallel_tool_calls": TRUE,
 }
 
 
 def tools_of(fields: Fields, model: ServedModel) -> Tools | None:
-    """None if the request has none, or wants none called. Raises HTTPError."""
-    tools = [_tool(tool.take("function")) for tool in fields.take("tools") or ()]
-    only_one = not fields.take("parallel_tool_calls")
+    """Of a chat; None if the request has none, or wants none called. Raises HTTPError."""
+    tools = [tool.take("function") for tool in fields.take("tools") or ()]
     choice = fields.take("tool_choice")
+    name = choice.take("function") if isinstance(choice, Fields) else choice
+    return chosen_tools(tools, name, model, only_one=not fields.take("parallel_tool_calls"))
+
+
+def chosen_tools(
+    given: list[Fields], choice: Fields | str | None, model: ServedModel, *, only_one: bool
+) -> Tools | None:
+    """given: what is said of each function; choice: a word, or what has the name of one. None if none may be called.
+    Raises HTTPError."""
+    tools = [_tool(function) for function in given]
     if len(tools) > MAX_TOOLS:
         raise bad_request(f"{len(tools)} tools, at most {MAX_TOOLS}", "tools")
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
@@ -105,10 +137,10 @@ def tools_of(fields: Fields, model: ServedModel) -> Tools | None:
     allowed = {name: {"type": "object", **(schema or {})} for name, schema in schemas.items()}
     if choice in (None, "auto"):
         return Tools(tools, allowed, _syntax(model), is_forced=False, only_one=only_one)
-    if choice != "required":
-        name = choice.take("function").take("name")
+    if isinstance(choice, Fields):
+        name = choice.take("name")
         if name not in allowed:
-            raise bad_request(f"there is no tool {name!r} among: {', '.join(allowed)}", "tool_choice.function.name")
+            raise bad_request(f"there is no tool {name!r} among: {', '.join(allowed)}", choice.path("name"))
         allowed = {name: allowed[name]}
     return Tools(tools, allowed, OBJECT, is_forced=True, only_one=True)
 

@@ -54,10 +54,31 @@ def prompt(rng: random.Random, n_tokens: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(max(1, n_tokens)))
 
 
-async def stream(url: str, name: str, text: str, n_tokens: int) -> Timing:
-    """One streamed completion over a connection of its own. Raises RuntimeError for anything but status 200."""
+async def complete(url: str, fields: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request for a completion, sent over a connection of its own."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    body = json.dumps(fields).encode()
+    head = f"POST {parts.path}/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    return reader, writer
+
+
+async def tokens_a_word(url: str, name: str) -> float:
+    """How many tokens a word of `prompt` is for this model."""
+    n_words = 8 * len(WORDS)
+    text = prompt(random.Random(1), n_words)
+    reader, writer = await complete(url, {"model": name, "prompt": text, "max_tokens": 1})
+    answer = await reader.read()
+    writer.close()
+    match = re.search(rb'"prompt_tokens": ?(\d+)', answer)
+    if match is None:
+        raise SystemExit(f"the server does not say how many tokens a prompt has: {answer[-500:].decode()}")
+    return int(match[1]) / n_words
+
+
+async def stream(url: str, name: str, text: str, n_tokens: int) -> Timing:
+    """One streamed completion. Raises RuntimeError for anything but status 200."""
     fields = {
         "model": name,
         "prompt": text,
@@ -66,10 +87,8 @@ async def stream(url: str, name: str, text: str, n_tokens: int) -> Timing:
         "ignore_eos": True,
         "temperature": 0,
     }
-    body = json.dumps(fields).encode()
-    head = f"POST {parts.path}/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
     begun = last = time.perf_counter()
-    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    reader, writer = await complete(url, fields)
     try:
         status = await reader.readline()
         if b" 200 " not in status:
@@ -101,23 +120,25 @@ async def closed_loop(url: str, name: str, n_clients: int, n_each: int, shape: t
 
 async def from_trace(url: str, name: str, requests: Sequence[Request]) -> list[Timing]:
     """Each request at its time, whatever has become of those before it."""
-    rng = random.Random(0)
+    rng, word = random.Random(0), await tokens_a_word(url, name)
 
     async def one(request: Request) -> Timing:
         await asyncio.sleep(request.at)
-        return await stream(url, name, prompt(rng, request.prompt_tokens), request.output_tokens)
+        return await stream(url, name, prompt(rng, round(request.prompt_tokens / word)), request.output_tokens)
 
     return list(await asyncio.gather(*map(one, requests)))
 
 
 def read_trace(path: Path, scale: float, n_requests: int, n_ctx: int) -> list[Request]:
-    """The first requests of a trace, `scale` times as often, and none longer than the context."""
+    """The first requests of a trace, `scale` times as often, and none longer than the context: prompts, whose words are not all
+    of the same number of tokens, stay a tenth below what is left of it."""
     requests: list[Request] = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() / scale
-            n_output = max(2, int(row["GeneratedTokens"]))
-            requests.append(Request(at, max(1, min(int(row["ContextTokens"]), n_ctx - n_output)), n_output))
+            n_output = max(2, min(int(row["GeneratedTokens"]), n_ctx // 2))
+            n_prompt = max(1, min(int(row["ContextTokens"]), (n_ctx - n_output) * 9 // 10))
+            requests.append(Request(at, n_prompt, n_output))
             if len(requests) == n_requests:
                 break
     return [request._replace(at=request.at - requests[0].at) for request in requests]

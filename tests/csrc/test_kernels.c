@@ -32,6 +32,9 @@ static void fill(float *x, size_t n, int pattern, rng *r) {
 
 /* ------------------------------------------------------------------ quantizers */
 
+/* Equal maxima, or both not finite: which NaN it is does not matter. */
+static bool same_outcome(uint32_t a, uint32_t b) { return a == b || (a >= PE_NOT_FINITE_BITS && b >= PE_NOT_FINITE_BITS); }
+
 /* One token of a block of `width`: outputs of the other tokens must stay as they were, which the comparison of whole blocks shows. */
 static void test_quantize_once(const struct pe_kernels *k, size_t n, size_t n_padded, size_t width, int pattern, rng *r) {
     block x = block_new(n * 4, 4 * rng_below(r, 4));
@@ -42,12 +45,12 @@ static void test_quantize_once(const struct pe_kernels *k, size_t n, size_t n_pa
     for (int which = 0; which < 2; which++) {
         const struct pe_kernels *table = which ? k : &pe_kernels_scalar;
         out[which][0] = block_new(n_padded * width, 0);
-        out[which][1] = block_new(n_padded / 32 * width * 4, 0);
-        out[which][2] = block_new(n_padded / 32 * width * 4, 0);
+        out[which][1] = block_new(n_padded / 64 * width * 4, 0);
+        out[which][2] = block_new(n_padded / 64 * width * 4, 0);
         bits[which] = table->quantize(CODES(out[which][0]) + token * 4, FLOATS(out[which][1]) + token, INTS(out[which][2]) + token,
                                       width, FLOATS(x), n, n_padded);
     }
-    CHECK(bits[0] == bits[1], "%s: n %zu, %s", k->name, n, pattern_names[pattern]);
+    CHECK(same_outcome(bits[0], bits[1]), "%s: n %zu, %s", k->name, n, pattern_names[pattern]);
     for (int i = 0; i < 3; i++) {
         bool same = bits[0] >= PE_NOT_FINITE_BITS || memcmp(out[0][i].data, out[1][i].data, out[0][i].n) == 0;
         CHECK(same && block_intact(&out[1][i]), "%s: output %d, n %zu of %zu, width %zu, %s", k->name, i, n, n_padded, width,
@@ -59,25 +62,61 @@ static void test_quantize_once(const struct pe_kernels *k, size_t n, size_t n_pa
 
 static void test_quantize(const struct pe_kernels *k) {
     rng r = {11};
-    for (size_t n = 1; n <= 130; n += quick && n > 40 ? 11 : 1)
+    for (size_t n = 1; n <= 260; n += quick && n > 70 ? 11 : 1)
         for (int pattern = 0; pattern < N_PATTERNS; pattern++)
-            test_quantize_once(k, n, (n + 31) / 32 * 32 + 32 * rng_below(&r, 2), 1 + rng_below(&r, 8), pattern, &r);
+            test_quantize_once(k, n, (n + 63) / 64 * 64 + 64 * rng_below(&r, 2), 1 + rng_below(&r, 8), pattern, &r);
 }
 
-static void test_quantize_group(const struct pe_kernels *k) {
+static void test_quantize_head(const struct pe_kernels *k) {
     rng r = {12};
     for (size_t n = 1; n <= 512; n += n < 70 ? 1 : 17)
         for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
             block x = block_new(n * 4, 4 * rng_below(&r, 4)), a = block_new(n, rng_below(&r, 8)), b = block_new(n, rng_below(&r, 8));
             fill(FLOATS(x), n, pattern, &r);
             float scales[2];
-            uint32_t bits_a = pe_kernels_scalar.quantize_group(CODES(a), &scales[0], FLOATS(x), n);
-            uint32_t bits_b = k->quantize_group(CODES(b), &scales[1], FLOATS(x), n);
-            bool same = bits_a >= PE_NOT_FINITE_BITS ||
-                        (memcmp(a.data, b.data, n) == 0 && pe_float_bits(scales[0]) == pe_float_bits(scales[1]));
-            CHECK(bits_a == bits_b && same && block_intact(&b), "%s: n %zu, %s", k->name, n, pattern_names[pattern]);
+            int32_t corrections[2];
+            size_t turned = rng_below(&r, 3) == 0 ? 1 : pe_turn_block(n);
+            uint32_t bits_a = pe_kernels_scalar.quantize_head(CODES(a), &scales[0], &corrections[0], FLOATS(x), n, turned, 0.125f);
+            uint32_t bits_b = k->quantize_head(CODES(b), &scales[1], &corrections[1], FLOATS(x), n, turned, 0.125f);
+            bool same = memcmp(a.data, b.data, n) == 0 && pe_float_bits(scales[0]) == pe_float_bits(scales[1]) && corrections[0] == corrections[1];
+            CHECK(same_outcome(bits_a, bits_b) && (bits_a >= PE_NOT_FINITE_BITS || same) && block_intact(&b), "%s: n %zu turned by %zu, %s",
+                  k->name, n, turned, pattern_names[pattern]);
             block_free(&x), block_free(&a), block_free(&b);
         }
+}
+
+static void test_turn(const struct pe_kernels *k) {
+    rng r = {14};
+    for (size_t n = 1; n <= 260; n++) {
+        block a = block_new(n * 4, 4 * rng_below(&r, 4)), b = block_new(n * 4, 4 * rng_below(&r, 4));
+        fill(FLOATS(a), n, (int)n % TIES, &r);
+        memcpy(b.data, a.data, n * 4);
+        pe_kernels_scalar.turn(FLOATS(a), n, 0.25f);
+        k->turn(FLOATS(b), n, 0.25f);
+        CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: turn of %zu", k->name, n);
+        block_free(&a), block_free(&b);
+    }
+}
+
+/* The scalar turn against the Hadamard matrix, whose element (i, j) is (-1)^(bits that i and j share), on whole numbers; and
+ * the two factors, whose product is 1 / block. */
+static void test_turn_law(void) {
+    rng r = {15};
+    for (size_t n = 1; n <= 200; n++) {
+        float x[200], turned[200];
+        size_t block = pe_turn_block(n);
+        for (size_t i = 0; i < n; i++) x[i] = turned[i] = (float)rng_below(&r, 1000) - 500.0f;
+        pe_kernels_scalar.turn(turned, n, 1.0f);
+        for (size_t i = 0; i < n; i++) {
+            float expected = 0.0f; /* whole numbers below 2^24: exact */
+            for (size_t j = 0; j < block; j++) {
+                float sign = __builtin_popcountl(i % block & j) % 2 ? -1.0f : 1.0f;
+                expected += sign * x[i / block * block + j];
+            }
+            CHECK(turned[i] == expected, "turn of %zu, element %zu: %a, expected %a", n, i, (double)turned[i], (double)expected);
+        }
+        CHECK(n % block == 0 && block <= 64 && pe_input_factor(block) * pe_weight_factor(block) * (float)block == 1.0f, "factors of %zu", n);
+    }
 }
 
 /* The scalar quantizer against the words of FORMAT.md section 5, in double where that is exact. */
@@ -88,12 +127,12 @@ static void test_quantize_law(void) {
         int8_t codes[32];
         int32_t correction, expected_sum = 0;
         fill(x, 32, round % TIES + (round % 3 == 0), &r);
-        uint32_t bits = pe_kernels_scalar.quantize(codes, &scale, &correction, 1, x, 32, 32);
+        uint32_t bits = pe_kernels_scalar.quantize_head(codes, &scale, &correction, x, 32, 1, 0.5f);
         float absmax = 0;
         for (int i = 0; i < 32; i++) absmax = fmaxf(absmax, fabsf(x[i]));
         bool zero = absmax < 0x1p-64f;
         CHECK(bits == pe_float_bits(absmax), "absmax %a", (double)absmax);
-        CHECK(scale == (zero ? 0.0f : absmax / 127.0f), "scale %a", (double)scale);
+        CHECK(scale == (zero ? 0.0f : absmax / 127.0f * 0.5f), "scale %a", (double)scale);
         for (int i = 0; i < 32; i++) {
             float scaled = zero ? 0.0f : x[i] * (127.0f / absmax);
             double below = floor((double)scaled), fraction = (double)scaled - below;
@@ -102,6 +141,28 @@ static void test_quantize_law(void) {
             CHECK(codes[i] == (int)below + up, "code %d of %a", codes[i], (double)scaled);
         }
         CHECK(correction == -128 * expected_sum, "correction %d of the sum %d", correction, expected_sum);
+    }
+}
+
+/* A row is turned as a whole, and each of its groups of 64 is then what quantize_head makes of it. */
+static void test_groups_law(void) {
+    rng r = {16};
+    for (size_t n = 1; n <= 200; n++) {
+        float x[200], scales[4];
+        int8_t codes[256], head[64];
+        int32_t corrections[4];
+        size_t n_groups = (n + 63) / 64;
+        fill(x, n, RANDOM, &r);
+        pe_kernels_scalar.quantize(codes, scales, corrections, 1, x, n, n_groups * 64);
+        pe_kernels_scalar.turn(x, n, 1.0f);
+        for (size_t g = 0; g < n_groups; g++) {
+            size_t n_group = n - g * 64 < 64 ? n - g * 64 : 64;
+            float scale;
+            int32_t correction;
+            pe_kernels_scalar.quantize_head(head, &scale, &correction, x + g * 64, n_group, 1, pe_input_factor(pe_turn_block(n)));
+            CHECK(memcmp(head, codes + g * 64, n_group) == 0 && scale == scales[g] && correction == corrections[g], "group %zu of %zu", g, n);
+            for (size_t i = n_group; i < 64; i++) CHECK(codes[g * 64 + i] == 0, "column %zu behind %zu", g * 64 + i, n);
+        }
     }
 }
 
@@ -261,9 +322,10 @@ static void test_codes_are_legal(const struct pe_kernels *k) {
 }
 
 void test_kernels(const struct pe_kernels *k) {
-    if (k == &pe_kernels_scalar) test_quantize_law();
+    if (k == &pe_kernels_scalar) test_quantize_law(), test_groups_law(), test_turn_law();
     test_quantize(k);
-    test_quantize_group(k);
+    test_quantize_head(k);
+    test_turn(k);
     test_rmsnorm(k);
     test_rope(k);
     test_gates(k);

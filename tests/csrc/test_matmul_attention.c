@@ -36,12 +36,12 @@ static float pick_scale(int pattern, rng *r) {
 static void fill_corrections(pe_activations *x) {
     for (size_t block = 0; block < x->n_tokens; block += PE_TOKEN_BLOCK) {
         size_t width = pe_block_width(x->n_tokens - block);
-        for (size_t group = 0; group < x->n / 32; group++)
+        for (size_t group = 0; group < x->n / 64; group++)
             for (size_t t = 0; t < width; t++) {
                 int32_t sum = 0;
-                for (size_t i = 0; i < 32; i++)
-                    sum += x->codes[block * x->n + (group * 8 + i / 4) * 4 * width + t * 4 + i % 4];
-                x->corrections[block * (x->n / 32) + group * width + t] = -128 * sum;
+                for (size_t i = 0; i < 64; i++)
+                    sum += x->codes[block * x->n + (group * 16 + i / 4) * 4 * width + t * 4 + i % 4];
+                x->corrections[block * (x->n / 64) + group * width + t] = -128 * sum;
             }
     }
 }
@@ -50,13 +50,13 @@ static product product_new(size_t n_panels, size_t n_groups, size_t n_tokens, in
     size_t n = n_groups * 64, n_scales = n_panels * n_groups * 16;
     size_t n_packed = n_tokens / 8 * 8 + pe_block_width(n_tokens % 8); /* whole blocks */
     product p = {.w_codes = block_new(n_scales * 64, 0), .w_scales = block_new(n_scales * 2, 0),
-                 .x_codes = block_new(n_packed * n, 0), .x_scales = block_new(n_packed * n / 32 * 4, 0),
-                 .x_corrections = block_new(n_packed * n / 32 * 4, 0)};
+                 .x_codes = block_new(n_packed * n, 0), .x_scales = block_new(n_packed * n / 64 * 4, 0),
+                 .x_corrections = block_new(n_packed * n / 64 * 4, 0)};
     uint16_t *halves = (uint16_t *)(void *)p.w_scales.data;
     for (size_t i = 0; i < p.w_codes.n; i++) CODES(p.w_codes)[i] = pick_code(pattern, 0, r);
     for (size_t i = 0; i < p.x_codes.n; i++) CODES(p.x_codes)[i] = pick_code(pattern, 1, r);
     for (size_t i = 0; i < n_scales; i++) halves[i] = rng_half(r);
-    for (size_t i = 0; i < n_packed * n / 32; i++) FLOATS(p.x_scales)[i] = pick_scale(pattern, r);
+    for (size_t i = 0; i < n_packed * n / 64; i++) FLOATS(p.x_scales)[i] = pick_scale(pattern, r);
     p.w = (pe_matrix){CODES(p.w_codes), halves, n_panels, n_groups};
     p.x = (pe_activations){CODES(p.x_codes), FLOATS(p.x_scales), INTS(p.x_corrections), n, n_tokens};
     fill_corrections(&p.x);
@@ -105,7 +105,7 @@ static void test_every_weight_scale(const struct pe_kernels *k) {
     memset(p.w_codes.data, 0, p.w_codes.n), memset(p.x_codes.data, 0, p.x_codes.n);
     for (size_t row = 0; row < 16; row++) CODES(p.w_codes)[row * 4] = 1;
     CODES(p.x_codes)[0] = 1;
-    FLOATS(p.x_scales)[0] = FLOATS(p.x_scales)[1] = 1.0f;
+    FLOATS(p.x_scales)[0] = 1.0f;
     fill_corrections(&p.x);
     for (uint32_t half = 0; half < 65536; half += 16) {
         if ((half & 0x7c00u) == 0x7c00u) continue;
@@ -149,14 +149,11 @@ typedef struct cache {
 
 /* A chunk whose first n_positions are filled; what is behind holds NaN scales, as if never written. */
 static cache cache_new(size_t d, size_t n_positions, bool extreme, rng *r) {
-    cache c = {block_new(256 * d, 0),     block_new(256 * d / 32 * 4, 0), block_new(256 * d, 0),
+    cache c = {block_new(256 * d, 0),     block_new(256 * 4, 0),          block_new(256 * d, 0),
                block_new(256 * 4, 0),     block_new(256 * d * 4, 0),      block_new(256 * d * 4, 0), {0}};
     for (size_t i = 0; i < 256 * d; i++) CODES(c.k)[i] = extreme ? 127 : rng_code(r), CODES(c.v)[i] = rng_code(r);
     for (size_t i = 0; i < 256 * d; i++) FLOATS(c.k_f32)[i] = rng_float(r), FLOATS(c.v_f32)[i] = rng_float(r);
-    for (size_t i = 0; i < 256 * d / 32; i++) {
-        size_t position = i / (d / 32 * 16) * 16 + i % 16;
-        FLOATS(c.k_scales)[i] = position < n_positions ? fabsf(rng_float(r)) * 0.01f : NAN;
-    }
+    for (size_t i = 0; i < 256; i++) FLOATS(c.k_scales)[i] = i < n_positions ? fabsf(rng_float(r)) * 0.01f : NAN;
     for (size_t i = 0; i < 256; i++) FLOATS(c.v_scales)[i] = i < n_positions ? fabsf(rng_float(r)) : NAN;
     c.chunk = (pe_kv_chunk){CODES(c.k), FLOATS(c.k_scales), CODES(c.v), FLOATS(c.v_scales), FLOATS(c.k_f32), FLOATS(c.v_f32)};
     return c;
@@ -169,13 +166,13 @@ static void cache_free(cache *c) {
 
 static void compare_scores(const struct pe_kernels *k, size_t n_rows, size_t d, size_t n_positions, bool f32, rng *r) {
     cache kv = cache_new(d, n_positions, rng_below(r, 4) == 0, r);
-    block q = block_new(n_rows * d, 0), scales = block_new(n_rows * d / 32 * 4, 0), corrections = block_new(n_rows * d / 32 * 4, 0);
+    block q = block_new(n_rows * d, 0), scales = block_new(n_rows * 4, 0), corrections = block_new(n_rows * 4, 0);
     block q_f32 = block_new(n_rows * d * 4, 0);
     for (size_t i = 0; i < n_rows * d; i++) CODES(q)[i] = rng_code(r), FLOATS(q_f32)[i] = rng_float(r);
-    for (size_t g = 0; g < n_rows * d / 32; g++) {
-        FLOATS(scales)[g] = fabsf(rng_float(r));
-        INTS(corrections)[g] = 0;
-        for (size_t i = 0; i < 32; i++) INTS(corrections)[g] -= 128 * CODES(q)[g * 32 + i];
+    for (size_t row = 0; row < n_rows; row++) {
+        FLOATS(scales)[row] = fabsf(rng_float(r));
+        INTS(corrections)[row] = 0;
+        for (size_t i = 0; i < d; i++) INTS(corrections)[row] -= 128 * CODES(q)[row * d + i];
     }
     size_t n = n_rows * 256, covered = (n_positions + 15) / 16 * 16;
     block out[2] = {block_new(n * 4, 0), block_new(n * 4, 0)}, untouched = block_new(n * 4, 0);

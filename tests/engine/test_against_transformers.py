@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import fixtures, frozen_reader, gguf_weights
-from reference.oracle import Oracle, compare_codes, kl_divergence, log_softmax, quantize_weight
+from reference.oracle import Oracle, kl_divergence, log_softmax, quantize_weight
 from reference.spec_f32 import Matrix, Spec
 from tokenizers import Tokenizer
 
@@ -135,8 +135,7 @@ def test_smollm2_equals_the_specification_bit_for_bit(smollm2_frozen: Path, isa:
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_agree_with_the_oracle(name: str, frozen_paths: dict[str, Path]) -> None:
     """Each block, fed the oracle's own input through the test hook: the specification's bits, and 1e-5 of the
-    row's norm from the oracle wherever no code flipped (test_oracle_spec.py counts the flips and
-    bounds their number)."""
+    row's norm from the oracle with the same codes (test_oracle_spec.py says which may differ)."""
     fixture = fixtures.load(name)
     config, weights = frozen_reader.read(frozen_paths[name])
     spec = Spec(config, weights)
@@ -148,15 +147,14 @@ def test_blocks_agree_with_the_oracle(name: str, frozen_paths: dict[str, Path]) 
     context = _core.Context(model)
     for layer, x in enumerate(oracle.hidden_states(fixture.token_ids)[:-1]):
         x = x.astype(f32)
-        spec_trace, trace = spec.block(layer, x), oracle.block(layer, x.astype(np.float64))
-        clean, _, _ = compare_codes(spec_trace, trace)
+        spec_trace = spec.block(layer, x)
+        trace = oracle.block(layer, x.astype(np.float64), spec_trace)
         out = x.copy()
         context.debug_block(layer, out)
         assert np.array_equal(out.view(np.uint32), spec_trace["out"].view(np.uint32))
         norm = np.linalg.norm(trace["out"], axis=1)
         error = np.linalg.norm(out - trace["out"], axis=1) / norm
-        assert clean.mean() > 0.9
-        assert error[clean].max() < 1e-5
+        assert error.max() < 1e-5
 
 
 # ---------------------------------------------------------------------- statistics
@@ -167,13 +165,13 @@ def test_logits_stay_near_transformers(name: str, frozen_paths: dict[str, Path])
     """KL(float32 || engine) per position, and the same winner wherever float32 has a clear one.
 
     The quantization error of a logit is about the specification's noise (KL of some 0.003 nats in the mean,
-    0.02 at worst, see test_oracle.py); 0.01 and 0.06 leave a factor of about three to other weights
-    and no room for a wrong operation."""
+    0.03 at worst, see test_oracle.py); 0.01 and 0.06 leave a factor of two to three to other weights
+    and no room for a wrong operation. A row whose experts are nearly tied may take others, which costs up to 0.07 here."""
     fixture = fixtures.load(name)
-    _, model = open_model(frozen_paths[name])
+    frozen, model = open_model(frozen_paths[name])
     got = engine_logits(model, fixture.token_ids)
     from_transformers = kl_divergence(fixture.logits, got[fixture.rows])
-    assert from_transformers.max() < 0.06
+    assert from_transformers.max() < (0.12 if frozen.config.n_experts else 0.06)
     wanted = plain_logits(name)
     assert kl_divergence(wanted, got).mean() < 0.01
     top_two = np.sort(wanted, axis=1)[:, -2:]
@@ -187,7 +185,7 @@ def test_smollm2_stays_near_float32(smollm2_gguf: Path, smollm2_frozen: Path, sh
     """The quality that a user gets: 4 windows of 512 tokens of WikiText-2, int8 KV included.
 
     float32 is the plain oracle over the weights as GGUF's own authors read them. Bounds: mean KL
-    0.0080 nats, negative log-likelihood 0.5 % plus two paired standard errors, and the same winner
+    0.0040 nats, negative log-likelihood 0.5 % plus two paired standard errors, and the same winner
     at 99.8 % of positions whose top two are more than 0.5 apart."""
     frozen, model = open_model(smollm2_frozen)
     tokenizer = Tokenizer.from_str((frozen.attachment("tokenizer.json") or b"").decode())
@@ -206,7 +204,7 @@ def test_smollm2_stays_near_float32(smollm2_gguf: Path, smollm2_frozen: Path, sh
         agrees.append((wanted.argmax(1) == got.argmax(1))[top_two[:, 1] - top_two[:, 0] > 0.5])
     difference = np.concatenate(differences)
     standard_error = difference.std(ddof=1) / np.sqrt(difference.size)
-    assert np.mean(kl) <= 0.0080
+    assert np.mean(kl) <= 0.0040
     assert abs(difference.mean()) <= 0.005 * np.mean(losses) + 2 * standard_error
     assert np.concatenate(agrees).mean() >= 0.998
 

@@ -355,7 +355,10 @@ def test_doctor(run: Callable[..., str], tmp_path: Path) -> None:
     assert facts["threads"]["chosen"] == _core.thread_info()["n_default"]
     assert facts["versions"]["pyengine"] == pyengine.__version__ and facts["versions"]["tokenizers"]
     assert facts["cache"] == {"path": str(tmp_path / "cache"), "models": 0, "bytes": 0}
+    guesses = facts["speculation"]
+    assert guesses["default"] == "auto" and guesses["max_draft"] == 24 and guesses["look_us"] >= 0 <= guesses["read_us"]
     text = run("doctor")
+    assert "up to 24 tokens a step" in text
     assert f"chosen: {_core.active_isa()}" in text and str(tmp_path / "cache") in text
 
 

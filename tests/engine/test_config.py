@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -341,9 +342,10 @@ def test_counts_by_hand() -> None:
     layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 88 + 2 * 64 + 128 + 64 + 2 * 16
     assert count_parameters(config) == 2 * layer + 2 * 300 * 64 + 64
     assert count_macs(config, 5, 2) == 5 * 2 * (64 * 128 + 64 * 64 + 3 * 64 * 88) + 2 * 300 * 64
-    # a head: codes of k and v padded to 32, one scale of k, one of v
-    assert kv_bytes_per_position(config) == 2 * 2 * (32 + 32 + 4 + 4)
-    assert kv_bytes_per_position(config, "f32") == 2 * 2 * 2 * 32 * 4
+    # a head: codes of k and v padded to 16, one scale of k, one of v
+    assert kv_bytes_per_position(config) == 2 * 2 * (16 + 16 + 4 + 4)
+    assert kv_bytes_per_position(config, "f32") == 2 * 2 * 2 * 16 * 4
+    assert kv_bytes_per_position(replace(config, head_dim=20)) == 2 * 2 * (32 + 32 + 4 + 4)
 
 
 def test_bytes_of_keys_and_values_by_what_layers_see() -> None:

@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine.freeze_models import ArrayRows
+from reference import oracle, spec_f32
 
 from pyengine.errors import ModelFormatError
 from pyengine.format.config import FrozenConfig, LayerSpec
 from pyengine.format.inventory import stored_tensors
-from pyengine.format.quantize import dequantize, from_panels, quantize_rows, to_panels
+from pyengine.format.quantize import dequantize, from_panels, quantize_rows, to_panels, turn, turn_exponent
 from pyengine.format.reader import FrozenFile
 from pyengine.format.writer import FrozenWriter
 from pyengine.freeze.sources import AlternatingPanels, StackedRows
 
 
 def group(*values: float) -> np.ndarray:
-    """One row of 64 weights that starts with ``values``."""
-    row = np.zeros((1, 64), np.float32)
+    """One row of 63 weights that starts with ``values``. An odd number: nothing is turned."""
+    row = np.zeros((1, 63), np.float32)
     row[0, : len(values)] = values
     return row
 
@@ -31,7 +32,94 @@ def codes_of(row: np.ndarray) -> list[int]:
     return quantize_rows(row, "w")[0].reshape(-1).tolist()
 
 
-# ---------------------------------------------------------------------------- section 4
+# ---------------------------------------------------------------------------- section 4: the turn
+
+BLOCKS = {1: 1, 2: 2, 24: 8, 64: 64, 96: 32, 100: 4, 576: 64}  # columns -> turned together
+# SHA-256 of T(x) for the x of ``turn_vector``, float32, little-endian
+TURNED = {
+    1: "50b57b10f599699ea8d0e51bf3a9240b6523769a839f2d789d0dcb4e98310246",
+    2: "ac0f736737c28c7eed7cb8e4b4fb8d1bed66b0364d93dc8134dfec2c411e85e4",
+    24: "d90033b10e1a2402bedbb294e8882211c04b752b5547818ba213084501b671e2",
+    64: "f1b4c7730d2c968c54043d58ff2b93ed861357b90f7b6ad9aaa5fdc4b0c905e4",
+    96: "3a9674f4dee560bdba4ad6aeff54d48d43d0fb31764f88bd5bfc73b34e3f88f9",
+    100: "60e96654434e5279b0a9a60b33f55f62bc5133db635ffcea4ec87b3d0056c544",
+    576: "02d6f00bd15d6d713c855768c9570ab11b6ed0cd9457ff6dd9e37b037a276e3d",
+}
+
+
+def turn_vector(columns: int) -> np.ndarray:
+    """Float32 (2, columns) whose sums are rounded: from the raw stream of PCG64, which NumPy promises never to change."""
+    raw = np.random.PCG64(columns).random_raw(2 * columns)
+    return ((raw >> np.uint64(40)).astype(np.float32) - np.float32(2**23)).reshape(2, columns) * np.float32(2.0**-24)
+
+
+def turned_one_by_one(row: np.ndarray, block: int) -> np.ndarray:
+    """The page's two lines, on scalars."""
+    x = list(row)
+    for start in range(0, len(x), block):
+        h = 1
+        while h < block:
+            for i in range(start, start + block):
+                if (i - start) & h == 0:
+                    x[i], x[i + h] = x[i] + x[i + h], x[i] - x[i + h]
+            h *= 2
+    return np.array(x, np.float32)
+
+
+def test_turns_by_hand() -> None:
+    def turned(*values: float) -> list[float]:
+        return turn(np.array([values], np.float32), 0)[0].tolist()
+
+    assert turned(3) == [3]
+    assert turned(3, 5) == [8, -2]
+    assert turned(3, 5, 7) == [3, 5, 7]
+    assert turned(1, 2, 3, 4) == [10, -2, -4, 0]
+    assert turned(1, 2, 3, 4, 5, 6) == [3, -1, 7, -1, 11, -1]
+    assert turned(0, 0, 0, 0, 0, 0, 1, 0) == [1, 1, -1, -1, -1, -1, 1, 1]
+    # 2^24 + 1 rounds to 2^24; pairs with h = 2 first would give 2^24, 2^24 - 1, 2^24, 2^24 - 2
+    assert turned(2**24, 1, 1, 0) == [2**24, 2**24, 2**24 - 1, 2**24 - 2]
+
+
+@pytest.mark.parametrize("columns", BLOCKS)
+def test_turn_vectors(columns: int) -> None:
+    """The order of the additions, in all three programs that have one; and the bits, for those that are not here."""
+    x = turn_vector(columns)
+    wanted = np.array([turned_one_by_one(row, BLOCKS[columns]) for row in x])
+    assert 2 ** turn_exponent(columns) == BLOCKS[columns]
+    for got in (turn(x, 0), spec_f32.turn(x), oracle.turn_f32(x)):
+        assert got.dtype == np.float32 and np.array_equal(got, wanted)
+    assert np.array_equal(turn(x, -3), wanted / 8)
+    assert hashlib.sha256(wanted.astype("<f4").tobytes()).hexdigest() == TURNED[columns]
+
+
+@pytest.mark.parametrize("columns", [*range(1, 20), *BLOCKS, 4096])
+def test_turning_twice_multiplies_by_the_block_and_keeps_dot_products(columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    x, w = rng.integers(-100, 101, (2, 7, columns)).astype(np.float32)
+    block = max(b for b in (1, 2, 4, 8, 16, 32, 64) if columns % b == 0)
+    assert np.array_equal(turn(turn(x, 0), 0), block * x)
+    turned = turn(x, 0).astype(np.float64) @ turn(w, 0).T.astype(np.float64)
+    assert np.array_equal(turned, block * (x.astype(np.float64) @ w.T.astype(np.float64)))
+
+
+def test_any_number_of_rows_is_turned_alike() -> None:
+    """More than what is turned at a time, and a part of it; one block; and the source stays as it was."""
+    x = turn_vector(576)[:1].repeat(1001, axis=0)
+    x.flags.writeable = False
+    assert np.array_equal(turn(x, 0), turn(x[:1], 0).repeat(1001, axis=0))
+    assert np.array_equal(turn(x[:1, 64:128], 0), turn(x[:1], 0)[:, 64:128])
+
+
+def test_one_large_weight_is_spread_over_its_block() -> None:
+    """508 among 64 zeros, turned: 64 times 508 / 8, and the codes hold it exactly."""
+    row = np.zeros((1, 64), np.float32)
+    row[0, 5] = 508
+    codes, scales = quantize_rows(row, "w")
+    assert scales.tolist() == [[0.5]] and (abs(codes) == 127).all()
+    assert np.array_equal(dequantize(*to_panels(codes, scales), 1, 64), row)
+
+
+# ---------------------------------------------------------------------------- section 4: weights
 
 
 def test_ties_round_to_even() -> None:
@@ -65,14 +153,21 @@ def test_a_scale_of_zero_has_codes_of_zero(value: float) -> None:
 def test_largest_scale_and_overflow() -> None:
     _, scales = quantize_rows(group(127 * 65504.0), "w")
     assert scales.tolist() == [[65504.0]]
+    row = np.eye(1, 64, dtype=np.float32) * np.float32(127 * 65504.0 * 8)
+    assert quantize_rows(row, "w")[1].tolist() == [[65504.0]]
     with pytest.raises(ModelFormatError, match=r"'blk\.3\.ffn_up'.*overflow"):
         quantize_rows(group(127 * 65520.0), "blk.3.ffn_up")
+    with pytest.raises(ModelFormatError, match=r"'w'.*too large"):
+        quantize_rows(np.full((1, 64), 3e38, np.float32), "w")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_must_be_finite(value: float) -> None:
-    with pytest.raises(ModelFormatError, match=r"'w'.*not finite"):
-        quantize_rows(group(1.0, value), "w")
+    for columns in (63, 64, 96):
+        row = np.ones((1, columns), np.float32)
+        row[0, 7] = value
+        with pytest.raises(ModelFormatError, match=r"'w'.*not finite"):
+            quantize_rows(row, "w")
 
 
 def test_code_minus_128_does_not_occur() -> None:
@@ -82,13 +177,15 @@ def test_code_minus_128_does_not_occur() -> None:
 
 
 def test_quantizer_equals_the_specification_one_weight_at_a_time() -> None:
+    """132 columns: blocks of 4, three groups, the last one partial."""
     rng = np.random.default_rng(3)
-    rows = (rng.standard_normal((5, 130)) * rng.choice([1e-6, 1, 1e4], (5, 130))).astype("f4")
+    rows = (rng.standard_normal((5, 132)) * rng.choice([1e-6, 1, 1e4], (5, 132))).astype("f4")
     codes, scales = quantize_rows(rows, "w")
     assert codes.shape == (5, 3, 64)
     for r in range(5):
+        turned = turned_one_by_one(rows[r], 4) / 2
         for g in range(3):
-            part = rows[r, 64 * g : 64 * g + 64]
+            part = turned[64 * g : 64 * g + 64]
             scale = np.float16(np.float32(max(abs(w) for w in part)) / np.float32(127))
             assert scales[r, g] == scale
             for k, w in enumerate(part):
@@ -97,10 +194,13 @@ def test_quantizer_equals_the_specification_one_weight_at_a_time() -> None:
             assert not codes[r, g, len(part) :].any()
 
 
-def test_requantizing_is_exact_for_normal_scales() -> None:
-    rows = np.random.default_rng(4).standard_normal((48, 128)).astype(np.float32)
+@pytest.mark.parametrize("columns", [63, 96, 100, 128])
+def test_requantizing_is_exact_for_normal_scales(columns: int) -> None:
+    """A sum of 64 products of a code and one scale has 24 bits: what is read back is exact, and turns to the same codes."""
+    rows = np.random.default_rng(4).standard_normal((48, columns)).astype(np.float32)
     codes, scales = quantize_rows(rows, "w")
-    back = dequantize(*to_panels(codes, scales), 48, 128)
+    back = dequantize(*to_panels(codes, scales), 48, columns)
+    assert np.array_equal(back, oracle.dequantize_weight(rows))
     again, scales_again = quantize_rows(back, "w")
     assert np.array_equal(codes, again) and np.array_equal(scales, scales_again)
 
@@ -206,7 +306,7 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
     text = json.dumps(sums, indent=0).encode()
     attachments["checksums.json"] = text.ljust(-(-len(text) // 64) * 64)
     header = (
-        '{"__metadata__":{"format":"pyengine","format_version":"2","name":"tiny",'
+        '{"__metadata__":{"format":"pyengine","format_version":"3","name":"tiny",'
         '"source":"test","generator":"pyengine"}'
     )
     offset = 0
@@ -220,9 +320,9 @@ def test_a_tiny_file_byte_by_byte(tmp_path: Path) -> None:
     expected = struct.pack("<Q", len(header)) + header.encode()
     expected += b"".join(body.values()) + b"".join(attachments.values())
     assert write_tiny(tmp_path / "tiny.safetensors").read_bytes() == expected
-    # and it is what it was when format version 2 was fixed
+    # and it is what it was when format version 3 was fixed
     digest = hashlib.sha256(expected).hexdigest()
-    assert digest == "ed8fd5bdaa7d40fe45f644e1c5b0c55edd128cf4e85f17f3bb57129bcc3615a9"
+    assert digest == "2089c23c47d82014e36f2aeb71c2d599720801e1fc9c96c1a5256eb29b154cc1"
 
 
 def test_every_safetensors_tool_reads_the_file(tmp_path: Path) -> None:

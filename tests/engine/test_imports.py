@@ -58,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
-        "errors", "files", "pyengine", "text", "_core", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
+        "errors", "files", "pyengine", "text", "_core", "_draft", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
         "engine", "serve", "hub", "eval", "opening",
     },
     "__main__": {"cli"},

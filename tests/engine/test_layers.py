@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from engine.freeze_models import ArrayRows
 from reference import frozen_reader
-from reference.oracle import Oracle
+from reference.oracle import Oracle, dequantize_codes
 from reference.spec_f32 import Spec
 
 from pyengine import _core
@@ -121,9 +121,7 @@ def test_the_law_is_near_the_oracle(path: Path) -> None:
         if isinstance(weight, np.ndarray):
             plain[name] = weight
         else:
-            values = (weight.codes.astype(f32) * weight.scales[:, :, None]).reshape(len(weight.codes), -1)
-            columns = {"wo": 32, "w_down": 40}.get(name.rpartition(".")[2], 32)
-            plain[name] = values[:, :columns]
+            plain[name] = dequantize_codes(weight.codes, weight.scales, 40 if name.endswith("w_down") else 32)
     wanted = Oracle(config, plain, quantized=False).logits(TOKENS)
     error = np.linalg.norm(spec_logits(path, "int8") - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     other = np.linalg.norm(np.roll(wanted, 1, axis=0) - wanted, axis=1) / np.linalg.norm(wanted, axis=1)

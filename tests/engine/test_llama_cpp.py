@@ -196,7 +196,7 @@ def test_tokens(llm: Llama) -> None:
     assert llm.tokenize(end, add_bos=False, special=True) == [llm.token_eos()]
     assert llm.tokenize(end, add_bos=False) != [llm.token_eos()] and llm.detokenize([llm.token_eos()]) == b""
     assert (llm.n_ctx(), llm.n_vocab(), llm.token_bos()) == (512, 4096, llm.engine.tokenizer.bos_id)
-    assert llm.n_embd() == 192 and llm.detokenize([llm.token_nl()]) == b"\n"
+    assert llm.n_embd() == llm.engine.embed("a").shape[1] and llm.detokenize([llm.token_nl()]) == b"\n"
 
 
 @needs_guide

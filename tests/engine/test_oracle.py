@@ -23,6 +23,8 @@ from reference.oracle import (
     kl_divergence,
     quantize,
     quantize_weight,
+    turn,
+    turn_f32,
     visible,
 )
 
@@ -138,9 +140,21 @@ def test_quantization_costs_little_and_something(name: str) -> None:
     assert 1e-5 < kl.mean() < 0.01
 
 
+def test_the_turn_in_both_ways_of_writing_it() -> None:
+    """Additions in float32 and a product with the matrix in float64, on integers; and by hand for blocks of 1, 2 and 4."""
+    rng = np.random.default_rng(6)
+    for n in (1, 2, 3, 24, 64, 96, 100, 576):
+        x = rng.integers(-1000, 1000, (3, n)).astype(np.float64)
+        assert np.array_equal(turn(x), turn_f32(x))
+    assert turn_f32([5, 7, 9]).tolist() == [5, 7, 9]
+    assert turn_f32([5, 7]).tolist() == [12, -2]
+    assert turn_f32([1, 2, 3, 4]).tolist() == [10, -2, -4, 0]
+
+
 def test_weight_codes_follow_the_law() -> None:
-    """Hand-computed groups: the stored scale divides, halves go to even, tiny groups vanish."""
-    w = np.zeros((3, 70), dtype=np.float32)
+    """Hand-computed groups of an odd number of columns, which are not turned: the stored scale divides, halves go to even,
+    tiny groups vanish."""
+    w = np.zeros((3, 71), dtype=np.float32)
     w[0, :4] = 127, 2.5, 3.5, -0.5  # scale 1
     w[1, 64:66] = -127, 64  # the second, partial group
     w[2, :2] = 1e-7, 1.0e-6  # absmax / 127 = 7.9e-9 rounds to half 0
@@ -153,10 +167,20 @@ def test_weight_codes_follow_the_law() -> None:
     assert np.array_equal(dequantize_weight(w)[0, :4], [127, 2, 4, 0])
 
 
+def test_turned_weight_codes_follow_the_law() -> None:
+    """Blocks of 8 (k = 3): turned, a quarter; and back."""
+    w = np.zeros((1, 24), dtype=np.float32)
+    w[0, 9] = 508
+    codes, scales = quantize_weight(w)
+    assert codes[0, 0, :24].tolist() == [0] * 8 + [127, -127] * 4 + [0] * 8
+    assert scales.tolist() == [[1]]
+    assert np.array_equal(dequantize_weight(w), w)
+
+
 def test_weight_codes_divide_by_the_stored_scale() -> None:
     """absmax / 127 rounds down in half here, so absmax / scale exceeds 127 and is clamped; others
     shift too."""
-    w = np.full((1, 64), 0.3, dtype=np.float32)
+    w = np.full((1, 63), 0.3, dtype=np.float32)
     w[0, 1] = 0.1488
     codes, scales = quantize_weight(w)
     stored = np.float32(np.float16(np.float32(0.3) / np.float32(127)))
@@ -165,23 +189,30 @@ def test_weight_codes_divide_by_the_stored_scale() -> None:
     assert codes[0, 0, 1] == np.rint(np.float32(0.1488) / stored)
 
 
-@pytest.mark.parametrize("bad", [np.inf, np.nan, 9e6])
-def test_weights_that_no_scale_can_hold_are_refused(bad: float) -> None:
-    w = np.ones((1, 64), dtype=np.float32)
+@pytest.mark.parametrize(("n", "bad"), [(63, np.inf), (64, np.inf), (63, np.nan), (64, np.nan), (63, 9e6), (64, 8 * 9e6)])
+def test_weights_that_no_scale_can_hold_are_refused(n: int, bad: float) -> None:
+    w = np.ones((1, n), dtype=np.float32)
     w[0, 3] = bad
     with np.errstate(over="ignore", invalid="ignore"), pytest.raises(ValueError, match="finite"):
         quantize_weight(w)
 
 
 def test_activation_codes_follow_the_law() -> None:
-    x = np.zeros(40)
+    x = np.zeros(72)
     x[:3] = 254.0, -127.0, 5.0  # scale 2: -63.5 and 2.5 are halves
-    x[32:34] = 2.0**-65, -(2.0**-66)  # below the smallest absmax
-    codes, scales = quantize(x, 32)
-    assert codes.shape == (2, 32)
+    x[64:66] = 2.0**-65, -(2.0**-66)  # below the smallest absmax
+    codes, scales = quantize(x, 64)
+    assert codes.shape == (2, 64)
     assert codes[0, :3].tolist() == [127, -64, 2]
     assert scales.tolist() == [2.0, 0.0]
     assert not codes[1].any()
+
+
+def test_codes_of_another_side_are_followed_at_ties_alone() -> None:
+    x = np.array([127.0, 2.5, 2.5, 3.4996, 3.4, 3.4])
+    others = np.array([[127, 3, 4, 4, 4, 3]], np.int8)
+    assert quantize(x, 6)[0].tolist() == [[127, 2, 2, 3, 3, 3]]
+    assert quantize(x, 6, others)[0].tolist() == [[127, 3, 2, 4, 3, 3]]
 
 
 def test_window_counts_itself() -> None:

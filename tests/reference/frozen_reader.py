@@ -7,6 +7,7 @@ file that both readers understand alike is understood as the page says.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Weight]]:
     """The attachment config.json, and the weights under their unfused names without padding."""
     tensors = _tensors(path.read_bytes())
     config = json.loads(tensors["config.json"].tobytes())
+    return config, weights_of(tensors, config)
+
+
+def weights_of(tensors: Mapping[str, NDArray[Any]], config: dict[str, Any]) -> dict[str, Weight]:
+    """Tensors in their stored shapes, scales as float16 -> the weights under their unfused names without padding."""
     weights: dict[str, Weight] = {}
     for name, tensor in tensors.items():
         base, _, kind = name.rpartition(".")
@@ -29,7 +35,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Weight]]:
             weights.update(_matrices(base, tensor, tensors[base + ".scales"], config))
         elif tensor.dtype == np.float32 and not name.startswith("extra."):
             weights.update(_vectors(name, tensor, config))
-    return config, weights
+    return weights
 
 
 def _tensors(data: bytes) -> dict[str, NDArray[Any]]:

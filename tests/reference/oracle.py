@@ -10,15 +10,17 @@ Weights are named as in FORMAT.md section 2 but before fusion: ``layers.I.wq``, 
 ``w_gate``, ``w_up`` and their ``.bias`` stand alone, and a matrix is one (rows = outputs, columns =
 inputs) float array. ``config`` is the attachment ``config.json``: the same keys, in any mapping.
 
-In quantized mode every value that the engine would hold as codes is rounded to those codes and
-multiplied back in float64. The int32 dot products of the specification are exact and so, to 1e-15, are
+In quantized mode every value that the engine would hold as codes is turned, rounded to those codes,
+multiplied back and turned back in float64. The int32 dot products of the specification are exact and so, to 1e-15, are
 float64 products of dequantized values; hence the two differ only by float32 rounding, and by the
-codes that such a rounding flips.
+codes that such a rounding flips. A flipped code moves everything after it, so a comparison gives ``block`` the
+codes of the other side, which are taken where a value lies within TIE of the middle between two codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,40 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[Any]
 Trace = dict[str, Array]  # the intermediates of one block, by name; see Oracle.block
 
-WEIGHT_GROUP = 64  # columns of a weight row that share a scale
-X_GROUP = 32  # activations, query and key elements that share a scale
+GROUP = 64  # columns of a weight row, or activations, that share a scale; and the most that are turned together
 SMALLEST_ABSMAX = 2.0**-64  # a group below this has codes 0
+TIE = 1e-3  # of a code: the error of a float32 value, about 2^-22 of the largest, is 127 * 2^-22 of a code
+
+
+def turn_exponent(n: int) -> int:
+    """k: rows of n values are turned in blocks of 2^k."""
+    return next(k for k in range(6, -1, -1) if n % 2**k == 0)
+
+
+@cache
+def hadamard(k: int) -> Array:
+    """(2^k, 2^k) float64: 1 where i & j has an even number of ones, else -1."""
+    return np.array([[(-1.0) ** (i & j).bit_count() for j in range(2**k)] for i in range(2**k)])
+
+
+def turn(x: Array) -> Array:
+    """T of FORMAT.md section 4 along the last axis, (..., n) float64: a product with the matrix."""
+    k = turn_exponent(x.shape[-1])
+    return (x.reshape(*x.shape[:-1], -1, 2**k) @ hadamard(k)).reshape(x.shape)
+
+
+def turn_f32(x: ArrayLike) -> Array:
+    """The same in float32, with each addition in its place: one after the other, as the page has it."""
+    x = np.array(x, dtype=np.float32)
+    n = x.shape[-1]
+    b = 2 ** turn_exponent(n)
+    h = 1
+    while h < b:
+        for i in range(n):
+            if i % b & h == 0:
+                x[..., i], x[..., i + h] = x[..., i] + x[..., i + h], x[..., i] - x[..., i + h]
+        h *= 2
+    return x
 
 
 def quantize_weight(w: ArrayLike) -> tuple[Array, Array]:
@@ -39,9 +72,9 @@ def quantize_weight(w: ArrayLike) -> tuple[Array, Array]:
     a widened f16.
     """
     rows, columns = np.shape(w)
-    padded = np.zeros((rows, -columns % WEIGHT_GROUP + columns), dtype=np.float32)
-    padded[:, :columns] = w
-    groups = padded.reshape(rows, -1, WEIGHT_GROUP)
+    padded = np.zeros((rows, -columns % GROUP + columns), dtype=np.float32)
+    padded[:, :columns] = turn_f32(w) / np.float32(2 ** ((turn_exponent(columns) + 1) // 2))
+    groups = padded.reshape(rows, -1, GROUP)
     absmax = np.abs(groups).max(axis=2)
     scales = (absmax / np.float32(127)).astype(np.float16).astype(np.float32)
     if not np.isfinite(scales).all():
@@ -51,18 +84,22 @@ def quantize_weight(w: ArrayLike) -> tuple[Array, Array]:
     return codes.astype(np.int8), scales
 
 
+def dequantize_codes(codes: Array, scales: Array, columns: int) -> Array:
+    """Codes (rows, n_groups, 64) and scales (rows, n_groups) of weights -> what they mean, (rows, columns) float64."""
+    values = codes * scales[:, :, None].astype(np.float64)
+    return turn(values.reshape(len(codes), -1)[:, :columns]) / 2 ** (turn_exponent(columns) // 2)
+
+
 def dequantize_weight(w: ArrayLike) -> Array:
     """(rows, columns) -> what its codes mean, (rows, columns) float64."""
-    codes, scales = quantize_weight(w)
-    values = codes * scales[:, :, None].astype(np.float64)
-    return values.reshape(len(codes), -1)[:, : np.shape(w)[1]]
+    return dequantize_codes(*quantize_weight(w), np.shape(w)[1])
 
 
-def quantize(x: Array, group: int) -> tuple[Array, Array]:
-    """FORMAT.md section 5 along the last axis, in float64.
+def quantize(x: Array, group: int, others: Array | None = None) -> tuple[Array, Array]:
+    """FORMAT.md section 5 along the last axis, in float64, of values that are turned already and without the powers of two.
 
     x (..., n) -> codes (..., n_groups, group) int8 and scales (..., n_groups) float64; n is padded
-    with zeros.
+    with zeros. Of the codes ``others``, those are taken that a value was within TIE of.
     """
     n = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % group)])
@@ -70,7 +107,10 @@ def quantize(x: Array, group: int) -> tuple[Array, Array]:
     absmax = np.abs(groups).max(axis=-1)
     absmax = np.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
     inverse = np.divide(127.0, absmax, out=np.zeros_like(absmax), where=absmax > 0)
-    codes = np.rint(groups * inverse[..., None])
+    quotients = groups * inverse[..., None]
+    codes = np.rint(quotients)
+    if others is not None:
+        codes = np.where(np.abs(quotients - others) < 0.5 + TIE, others, codes)
     return codes.astype(np.int8), absmax / 127.0
 
 
@@ -133,23 +173,6 @@ def kl_divergence(reference: Array, other: Array) -> Array:
     return (np.exp(p) * (p - q)).sum(axis=-1)
 
 
-def compare_codes(one: Trace, other: Trace) -> tuple[Array, int, int]:
-    """Two quantized traces of one block -> rows that no differing code has touched (n_tokens) bool,
-    the number of differing codes, and the number of codes.
-
-    A difference in a layer input spoils its own row, one in k or v also every later row.
-    """
-    n_tokens = len(one["x"])
-    spoiled = np.zeros(n_tokens, dtype=bool)
-    n_flips = n_codes = 0
-    for name in (key for key in one if key.endswith("_codes")):
-        flips = (one[name] != other[name]).reshape(n_tokens, -1)
-        n_flips, n_codes = n_flips + int(flips.sum()), n_codes + flips.size
-        rows = flips.any(axis=1)
-        spoiled |= np.logical_or.accumulate(rows) if name in ("k_codes", "v_codes") else rows
-    return ~spoiled, n_flips, n_codes
-
-
 class Oracle:
     """A forward pass whose every intermediate can be read."""
 
@@ -163,14 +186,15 @@ class Oracle:
 
     # ------------------------------------------------------------------ pieces
 
-    def _through_codes(self, trace: Trace, name: str, x: Array, group: int) -> Array:
-        """x as its readers see it. Quantized mode leaves the codes in trace[name + "_codes"]."""
+    def _through_codes(self, trace: Trace, name: str, x: Array, group: int = GROUP, *, turned: bool = True) -> Array:
+        """x as its readers see it. Quantized mode leaves the codes in trace[name + "_codes"], and follows those that it finds
+        there as ``quantize`` says."""
         if not self.quantized:
             return x
-        codes, scales = quantize(x, group)
+        codes, scales = quantize(turn(x) if turned else x, group, trace.get(name + "_codes"))
         trace[name + "_codes"] = codes
-        values = codes * scales[..., None]
-        return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+        values = (codes * scales[..., None]).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+        return turn(values) / 2 ** turn_exponent(x.shape[-1]) if turned else values
 
     def _linear(self, layer: int, name: str, x: Array) -> Array:
         """x (n_tokens, columns) -> (n_tokens, rows), with the bias if the model has one."""
@@ -200,19 +224,20 @@ class Oracle:
 
     # ------------------------------------------------------------------ the pass
 
-    def block(self, layer: int, x: Array) -> Trace:
+    def block(self, layer: int, x: Array, codes: Trace | None = None) -> Trace:
         """x (n_tokens, dim) at positions 0.. -> every intermediate of the layer, "out" being its
         output.
 
         attention_normed, q, k, v, q_rope, k_rope, attention, x_attention, ffn_normed, gate, up, h,
         out; in quantized mode also the int8 codes
-        {attention_normed,q,k,v,attention,ffn_normed,h}_codes.
+        {attention_normed,q,k,v,attention,ffn_normed,h}_codes. ``codes``: a trace whose codes are followed at ties.
         """
-        cfg, trace = self.config, Trace(x=x)
+        others = {name: array for name, array in (codes or {}).items() if name.endswith("_codes")}
+        cfg, trace = self.config, Trace(x=x, **others)
         n_tokens, head_dim = len(x), cfg["head_dim"]
 
         trace["attention_normed"] = xn = self._norm_if_there(f"layers.{layer}.attention_norm", x)
-        xn = self._through_codes(trace, "attention_normed", xn, X_GROUP)
+        xn = self._through_codes(trace, "attention_normed", xn)
         trace["q"] = q = self._linear(layer, "wq", xn).reshape(n_tokens, -1, head_dim)
         trace["k"] = k = self._linear(layer, "wk", xn).reshape(n_tokens, -1, head_dim)
         trace["v"] = v = self._linear(layer, "wv", xn).reshape(n_tokens, -1, head_dim)
@@ -224,18 +249,18 @@ class Oracle:
             k = self._norm(f"layers.{layer}.k_norm", k)
         inv_freq = self.weights[f"rope.{layer_field(cfg, 'rope', layer)}.inv_freq"]
         trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
-        q_exact, q = q, self._through_codes(trace, "q", q, X_GROUP)
-        k = self._through_codes(trace, "k", k, X_GROUP)
+        q_exact, q = q, self._through_codes(trace, "q", q, head_dim)
+        k = self._through_codes(trace, "k", k, head_dim)
         if (bias := self.weights.get(f"layers.{layer}.key_bias")) is not None:  # no codes come near it
             bias = rope(np.broadcast_to(bias.reshape(-1, head_dim), k.shape), inv_freq)
             q, k = np.concatenate([q, q_exact], axis=-1), np.concatenate([k, bias], axis=-1)
-        v = self._through_codes(trace, "v", v, head_dim)
+        v = self._through_codes(trace, "v", v, head_dim, turned=False)
         trace["attention"] = o = self._attention(layer, q, k, v).reshape(n_tokens, -1)
-        o = self._through_codes(trace, "attention", o, X_GROUP)
+        o = self._through_codes(trace, "attention", o)
         trace["x_attention"] = x = x + self._norm_if_there(f"layers.{layer}.post_attention_norm", self._linear(layer, "wo", o))
 
         trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
-        xn_exact, xn = xn, self._through_codes(trace, "ffn_normed", xn, X_GROUP)
+        xn_exact, xn = xn, self._through_codes(trace, "ffn_normed", xn)
         if cfg.get("n_experts"):
             branch = self._experts(layer, trace, xn_exact, xn)
             trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch)
@@ -243,7 +268,7 @@ class Oracle:
         trace["gate"] = gate = self._linear(layer, "w_gate", xn)
         trace["up"] = up = self._linear(layer, "w_up", xn)
         trace["h"] = h = GATES[layer_field(cfg, "activation", layer)](gate) * up
-        h = self._through_codes(trace, "h", h, X_GROUP)
+        h = self._through_codes(trace, "h", h)
         trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", self._linear(layer, "w_down", h))
         return trace
 
@@ -256,10 +281,11 @@ class Oracle:
         total = np.take_along_axis(p, taken, axis=1).sum(axis=1) if cfg.get("experts_normalized") else np.ones(len(p))
         gate_of, out, codes = GATES[layer_field(cfg, "activation", layer)], np.zeros_like(xn), []
         for t, row in enumerate(xn):
-            row_codes: Trace = {}
+            others = trace["h_codes"][t] if "h_codes" in trace else ()
+            row_codes: Trace = {f"{slot}_codes": array for slot, array in enumerate(others)}
             for slot, e in enumerate(sorted(taken[t])):
                 gate, up = (self._linear(layer, f"experts.{e}.{name}", row) for name in ("w_gate", "w_up"))
-                h = self._through_codes(row_codes, str(slot), gate_of(gate) * up, X_GROUP)
+                h = self._through_codes(row_codes, str(slot), gate_of(gate) * up)
                 out[t] += p[t, e] / total[t] * self._linear(layer, f"experts.{e}.w_down", h)
             codes.append(list(row_codes.values()))
         if self.quantized:
@@ -279,7 +305,7 @@ class Oracle:
 
     def head(self, x: Array) -> Array:
         """The last layer's output (n_tokens, dim) -> logits (n_tokens, vocab_size)."""
-        xn = self._through_codes({}, "normed", self._norm("norm", x), X_GROUP)
+        xn = self._through_codes({}, "normed", self._norm("norm", x))
         tied = self.config["tie_embeddings"]
         logits = xn @ self.weights["tok_embeddings" if tied else "output"].T
         return softcap(logits, self.config.get("logits_softcap", 0))

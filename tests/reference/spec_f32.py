@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .oracle import layer_field, quantize_weight, visible
+from .oracle import GROUP, layer_field, quantize_weight, turn_exponent, visible
 
 F32 = NDArray[np.float32]
 Array = NDArray[Any]
@@ -100,13 +100,29 @@ class Matrix:
 Weight = Matrix | F32
 
 
-def quantize(x: F32, group: int = 32, multiple: int = 32) -> tuple[Array, F32]:
-    """Section 5. x (..., n) -> codes (..., n_groups, group) int8, scales (..., n_groups).
+def turn(x: F32) -> F32:
+    """T of section 4 along the last axis, (..., n): all pairs of a stage at once, stage after stage."""
+    b = 2 ** turn_exponent(x.shape[-1])
+    y: F32 = x.astype(f32)
+    for h in (2**stage for stage in range(turn_exponent(x.shape[-1]))):
+        pairs = y.reshape(*x.shape[:-1], -1, b // (2 * h), 2, h)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        y = np.stack([low + high, low - high], axis=-2)
+    return y.reshape(x.shape)
 
-    n is padded with zeros to whole groups and to `multiple`.
-    """
+
+def quantize_turned(x: F32, group: int = GROUP, *, key: bool = False) -> tuple[Array, F32]:
+    """Section 5 of activations, queries and keys: turned, and the scales with their share of the factor."""
+    k = turn_exponent(x.shape[-1])
+    codes, scales = quantize(turn(x), group)
+    return codes, scales * f32(2.0 ** -((k + 1) // 2 if key else k // 2))
+
+
+def quantize(x: F32, group: int) -> tuple[Array, F32]:
+    """The quantizer of section 5, without turn and without factor. x (..., n) -> codes (..., n_groups, group) int8, scales
+    (..., n_groups). n is padded with zeros to whole groups."""
     n = x.shape[-1]
-    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % max(group, multiple))])
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % group)])
     groups = padded.reshape(*x.shape[:-1], -1, group)
     absmax = np.abs(groups).max(axis=-1)
     zero = absmax < f32(2.0**-64)
@@ -116,16 +132,13 @@ def quantize(x: F32, group: int = 32, multiple: int = 32) -> tuple[Array, F32]:
 
 
 def matmul(codes: Array, scales: F32, w: Matrix) -> F32:
-    """Section 6. Codes (n_tokens, 2 n_groups, 32) and scales (n_tokens, 2 n_groups) of x
-    -> (n_tokens, rows)."""
+    """Section 6. Codes (n_tokens, n_groups, 64) and scales (n_tokens, n_groups) of x -> (n_tokens, rows)."""
     acc = np.zeros((len(codes), len(w.codes)), dtype=f32)
     x, rows = codes.astype(f32), w.codes.astype(f32)
     for g in range(w.codes.shape[1]):
         # int32 dot products: all partial sums are below 2^24, exact in float32 in any order
-        d0 = x[:, 2 * g] @ rows[:, g, :32].T
-        d1 = x[:, 2 * g + 1] @ rows[:, g, 32:].T
-        t = fmaf(d1, scales[:, 2 * g + 1, None], d0 * scales[:, 2 * g, None])
-        acc = fmaf(t, w.scales[:, g], acc)
+        d = x[:, g] @ rows[:, g].T
+        acc = fmaf(d * scales[:, g, None], w.scales[:, g], acc)
     return acc
 
 
@@ -190,14 +203,10 @@ def route(x: F32, router: F32, n_used: int, normalized: bool) -> tuple[Array, F3
 
 
 def scores_int8(q: tuple[Array, F32], k: tuple[Array, F32], c: F32) -> F32:
-    """One head: codes (n, n_groups, 32) and scales (n, n_groups) of queries and of keys
-    -> (n_queries, n_keys)."""
+    """One head: codes (n, head_dim) and scales (n) of queries and of keys -> (n_queries, n_keys)."""
     (q_codes, q_scales), (k_codes, k_scales) = q, k
-    acc = np.zeros((len(q_codes), len(k_codes)), dtype=f32)
-    for g in range(q_codes.shape[1]):
-        d = q_codes[:, g].astype(f32) @ k_codes[:, g].astype(f32).T  # exact, as in matmul
-        acc = fmaf(d * q_scales[:, g, None], k_scales[None, :, g], acc)
-    return c * acc
+    d = q_codes.astype(f32) @ k_codes.astype(f32).T  # exact, as in matmul: at most 512 products
+    return (d * (c * q_scales)[:, None]) * k_scales
 
 
 def scores_f32(q: F32, k: F32, c: F32) -> F32:
@@ -298,9 +307,8 @@ class Spec:
         return y if bias is None else y + bias
 
     def _quantize_input(self, trace: Trace, name: str, x: F32) -> tuple[Array, F32]:
-        """Codes and scales padded to whole weight groups; the trace keeps the codes unpadded."""
-        codes, scales = quantize(x, 32, 64)
-        trace[name + "_codes"] = codes[..., : -(-x.shape[-1] // 32), :]
+        codes, scales = quantize_turned(x)
+        trace[name + "_codes"] = codes
         return codes, scales
 
     def _attention(self, layer: int, trace: Trace, q: F32, k: F32, v: F32) -> F32:
@@ -308,8 +316,9 @@ class Spec:
         n_tokens, n_heads, head_dim = q.shape
         seen = visible(n_tokens, layer_field(self.config, "window", layer))
         c, cap = f32(1) / np.sqrt(f32(head_dim)), self.config.get("attention_softcap", 0)
-        (q_codes, q_scales), (k_codes, k_scales) = quantize(q), quantize(k)
-        v_codes, v_scales = quantize(v, head_dim, 1)
+        q_codes, q_scales = quantize_turned(q, head_dim)
+        k_codes, k_scales = quantize_turned(k, head_dim, key=True)
+        v_codes, v_scales = quantize(v, head_dim)
         trace.update(q_codes=q_codes, k_codes=k_codes, v_codes=v_codes)
         key_bias = self.vectors.get(f"layers.{layer}.key_bias")
         out = np.zeros_like(q)
@@ -319,8 +328,8 @@ class Spec:
                 scores = softcap(scores_f32(q[:, head], k[:, kv], c), cap)
                 out[:, head] = attend(scores, seen, v[:, kv], np.ones(n_tokens, dtype=f32))
             else:
-                q_head = q_codes[:, head], q_scales[:, head]
-                scores = scores_int8(q_head, (k_codes[:, kv], k_scales[:, kv]), c)
+                q_head = q_codes[:, head, 0], q_scales[:, head, 0]
+                scores = scores_int8(q_head, (k_codes[:, kv, 0], k_scales[:, kv, 0]), c)
                 if key_bias is not None:
                     bias = key_bias.reshape(-1, head_dim)[kv]
                     scores = key_bias_scores(scores, q[:, head], bias, self._inv_freq(layer), c)
@@ -374,22 +383,22 @@ class Spec:
         taken, weights = route(xn, router, cfg["n_experts_used"], cfg.get("experts_normalized", False))
         gate_of, total = GATES[layer_field(cfg, "activation", layer)], np.zeros_like(xn)
         slots = np.cumsum(taken, axis=1) - 1  # of a taken expert: how many the row took before it
-        n_groups = -(-cfg["hidden_dim"] // 32)
-        trace["h_codes"] = codes = np.zeros((n_tokens, cfg["n_experts_used"], n_groups, 32), np.int8)
+        n_groups = -(-cfg["hidden_dim"] // GROUP)
+        trace["h_codes"] = codes = np.zeros((n_tokens, cfg["n_experts_used"], n_groups, GROUP), np.int8)
         for e in range(cfg["n_experts"]):
             rows = np.flatnonzero(taken[:, e])
             x_rows = x_q[0][rows], x_q[1][rows]
             gate, up = (self._linear(layer, f"experts.{e}.{name}", x_rows) for name in ("w_gate", "w_up"))
-            h_q = quantize(gate_of(gate, up), 32, 64)
-            codes[rows, slots[rows, e]] = h_q[0][:, :n_groups]
+            h_q = quantize_turned(gate_of(gate, up))
+            codes[rows, slots[rows, e]] = h_q[0]
             total[rows] = fmaf(weights[rows, e, None], self._linear(layer, f"experts.{e}.w_down", h_q), total[rows])
         return total
 
     def embed(self, token_ids: ArrayLike) -> F32:
-        """(n_tokens) -> (n_tokens, dim): code * scale, exact in float32."""
-        w, ids = self.matrices["tok_embeddings"], np.asarray(token_ids)
+        """(n_tokens) -> (n_tokens, dim): code * scale, turned back."""
+        w, ids, dim = self.matrices["tok_embeddings"], np.asarray(token_ids), self.config["dim"]
         values = w.codes[ids].astype(f32) * w.scales[ids][:, :, None]
-        return values.reshape(len(ids), -1)[:, : self.config["dim"]]
+        return turn(values.reshape(len(ids), -1)[:, :dim]) * f32(2.0 ** -(turn_exponent(dim) // 2))
 
     def hidden_states(self, token_ids: ArrayLike) -> list[F32]:
         """The input of layer 0, then the output of every layer: n_layers + 1 of (n_tokens, dim)."""

@@ -28,12 +28,23 @@ TURNS = (
 )
 SHOWN = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
 CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ OPENING }}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+NAMED_CALLS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    "{{ '[TOOL_CALLS]' + c.function.name + '[ARGS]' + c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+CODER_CALLS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ '<tool_call>\n<function=' + c.function.name + '>\n' }}"
+    "{% for key, value in c.function.arguments | items %}{{ '<parameter=' + key + '>\n' }}{{ value | string }}"
+    "{{ '\n</parameter>\n' }}{% endfor %}{{ '</function>\n</tool_call>' }}{% endfor %}{% endfor %}"
+)
 # In the manner of the models' own: the tools, the calls so far, the conversation.
 TOOL_TEMPLATES = {
     "qwen": SHOWN + CALLS.replace("OPENING", "'<tool_call>'") + TURNS,
     "mistral": SHOWN + CALLS.replace("OPENING", "'[TOOL_CALLS]'") + TURNS,
     "llama": SHOWN + CALLS.replace("OPENING", "'<|python_tag|>'") + TURNS,
-    "xml": SHOWN + CALLS.replace("OPENING", "'<tool_call><function=f>'") + TURNS,
+    "qwen_coder": SHOWN + CODER_CALLS + TURNS,
+    "mistral_named": SHOWN + NAMED_CALLS + TURNS,
+    "xml": SHOWN + CALLS.replace("OPENING", "'<tool_call><arg_key>'") + TURNS,
     "without_tools": "{# no tools #}" + TURNS,
 }
 

@@ -10,16 +10,33 @@ from typing import Any
 
 import pytest
 
+from pyengine.serve.call_forms import types_of
 from pyengine.serve.calls import OBJECT, SYNTAXES, CallReader, Syntax, message_of, syntax_of
 from pyengine.serve.json_scan import ObjectScanner
 
-HERMES, MISTRAL, LLAMA = SYNTAXES
-NAMES = ("f", "get_weather")
+HERMES, CODER, MISTRAL, NAMED, LLAMA = SYNTAXES
+TOOLS: dict[str, Any] = {
+    "f": {
+        "type": "object",
+        "properties": {"s": {"type": "string"}, "n": {"type": "integer"}, "m": {"type": ["string", "null"]}},
+    },
+    "get_weather": {"type": "object"},
+}
 TEMPLATES = Path(__file__).parent.parent / "text" / "templates"
 
 # syntax, text, content, [(name, arguments)]
 Case = tuple[Syntax, str, str, list[tuple[str, str]]]
 F = '{"name": "f", "arguments": {"a": 1}}'
+
+
+def tagged(**values: str) -> str:
+    """A call of f with these parameters, as Qwen3-Coder writes it."""
+    return (
+        "<function=f>\n" + "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items()) + "</function>"
+    )
+
+
+G, G_JSON = tagged(s='S\u00e3o\n"P"\\', n="-3", x="[1]"), '{"s": "S\u00e3o\\n\\"P\\"\\\\", "n": -3, "x": [1]}'
 CALLS: list[Case] = [
     (HERMES, f"<tool_call>\n{F}\n</tool_call>", "", [("f", '{"a": 1}')]),
     (HERMES, f"<tool_call>{F}</tool_call>", "", [("f", '{"a": 1}')]),
@@ -51,6 +68,45 @@ CALLS: list[Case] = [
     (LLAMA, f"I look. <|python_tag|>{F}; {F}", "I look.", [("f", '{"a": 1}')] * 2),
     (LLAMA, f"{F}; {F}\n{F}", "", [("f", '{"a": 1}')] * 3),
     (OBJECT, F, "", [("f", '{"a": 1}')]),
+    (NAMED, '[TOOL_CALLS]f[ARGS]{"a": 1}', "", [("f", '{"a": 1}')]),
+    (
+        NAMED,
+        'Well.\n[TOOL_CALLS]f[ARGS] {"a": "}"}[TOOL_CALLS]get_weather[ARGS]{}\n',
+        "Well.",
+        [("f", '{"a": "}"}'), ("get_weather", "{}")],
+    ),
+    (NAMED, '[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{"a": 1}', "", [("f", '{"a": 1}')]),
+    (NAMED, '[TOOL_CALLS] f[ARGS]{"a": 1} Done.', " Done.", [("f", '{"a": 1}')]),
+    (CODER, "<tool_call>\n<function=f>\n</function>\n</tool_call>", "", [("f", "{}")]),
+    (
+        CODER,
+        f"I look.\n\n<tool_call>\n{G}\n</tool_call>\n<tool_call>\n{G}\n</tool_call>",
+        "I look.",
+        [("f", G_JSON)] * 2,
+    ),
+    (CODER, f"Well. {G}\n</tool_call> Done.", "Well. Done.", [("f", G_JSON)]),  # the opening forgotten
+    (CODER, f"<tool_call>{G}{G}", "", [("f", G_JSON)] * 2),
+    (CODER, tagged(s="\n\n"), "", [("f", '{"s": "\\n\\n"}')]),
+    (CODER, tagged(s="</para</parameter<b>\n</a>"), "", [("f", '{"s": "</para</parameter<b>\\n</a>"}')]),
+    (CODER, "<function=f><parameter=s></parameter></function>", "", [("f", '{"s": ""}')]),
+    (
+        CODER,
+        "<function=f><parameter=s>a b\n</parameter><parameter=n>\n5</parameter></function>",
+        "",
+        [("f", '{"s": "a b", "n": 5}')],
+    ),
+    (CODER, tagged(s="5", n="5"), "", [("f", '{"s": "5", "n": 5}')]),  # by the schema, as far as it says
+    (CODER, tagged(n="five"), "", [("f", '{"n": "five"}')]),
+    (CODER, tagged(n='"5"'), "", [("f", '{"n": "\\"5\\""}')]),
+    (CODER, tagged(n="5.0"), "", [("f", '{"n": 5.0}')]),
+    (CODER, tagged(m="5"), "", [("f", '{"m": "5"}')]),
+    (CODER, tagged(m="None"), "", [("f", '{"m": null}')]),
+    (CODER, tagged(x="True"), "", [("f", '{"x": true}')]),
+    (CODER, tagged(x='{"a": [1,  2]}'), "", [("f", '{"x": {"a": [1,  2]}}')]),
+    (CODER, tagged(x='{"a": 1, "a": 2}'), "", [("f", '{"x": "{\\"a\\": 1, \\"a\\": 2}"}')]),
+    (CODER, tagged(x="1e999"), "", [("f", '{"x": "1e999"}')]),
+    (CODER, tagged(x=" a "), "", [("f", '{"x": " a "}')]),
+    (CODER, tagged(**{'"\u00e9': "1"}), "", [("f", '{"\\"\u00e9": 1}')]),
 ]
 CONTENT: list[tuple[Syntax, str]] = [
     (HERMES, ""),
@@ -82,19 +138,36 @@ CONTENT: list[tuple[Syntax, str]] = [
     (LLAMA, f"So: {F}"),
     (LLAMA, '<|python_tag|>brave_search.call(query="x")'),
     (OBJECT, '{"name": "f", "argu'),
+    (NAMED, f"{F} [TOOL_CALL] [TOOL_CALLS][{F}]"),
+    (NAMED, "[TOOL_CALLS]"),
+    (NAMED, "[TOOL_CALLS]f"),
+    (NAMED, "[TOOL_CALLS]unknown[ARGS]{}"),
+    (NAMED, "[TOOL_CALLS]f{}"),
+    (NAMED, "[TOOL_CALLS]f[ARGS][1]"),
+    (NAMED, "[TOOL_CALLS]f[ARGS]  "),
+    (NAMED, "[TOOL_CALLS]f[CALL_ID]a[CALL_ID]"),
+    (NAMED, "[TOOL_CALLS]f[CALL_ID]a-b[ARGS]{}"),
+    (NAMED, "[TOOL_CALLS]f[CALL_ID]" + "a" * 1000),
+    (CODER, f"1 < 2, <tool_call, <function, {F}"),
+    (CODER, f"<tool_call>{F}</tool_call>"),
+    (CODER, f"```json\n{F}\n```"),
+    (CODER, "<tool_call>\n<function=unknown>\n</function>"),
+    (CODER, "<tool_call>\n<function=f"),
+    (CODER, "<tool_call>\n<function=f >\n</function>"),
+    (CODER, "<function=f\n>" + " " * 1000),
 ]
 
 
 def read(syntax: Syntax, pieces: list[str], **options: Any) -> tuple[str, list[tuple[str, str]], bool]:
     """(content, [(name, arguments)], whether a call was read to its end), from deltas that keep the protocol's rules."""
-    reader = CallReader(syntax, NAMES, **options)
+    reader = CallReader(syntax, TOOLS, **options)
     deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
     begun = 0
     for delta in deltas:
         assert len(delta) == 1 and delta.get("content") != ""
         for part in delta.get("tool_calls", ()):
             if "id" in part:
-                assert part["index"] == begun and part["type"] == "function" and part["function"]["name"] in NAMES
+                assert part["index"] == begun and part["type"] == "function" and part["function"]["name"] in TOOLS
                 begun += 1
             else:
                 assert part["index"] == begun - 1 and part["function"]["arguments"]
@@ -140,10 +213,11 @@ def test_pieces_and_whole_agree_on_random_texts() -> None:
     parts = [
         "```json", "```",
         "<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "[", "]", "<|python_tag|>", ";", ",", "{", "}", "\n", " ", "x",
-        F, '{"name": "f", "parameters": {', '"a": ', '"b"', "1", "true", "[1]",
+        F, '{"name": "f", "parameters": {', '"a": ', '"b"', "1", "true", "[1]", "f", "[CALL_ID]", "[ARGS]",
+        "<function=f>", "<function=", "</function>", "<parameter=", "<parameter=s>", "<parameter=x>", "</parameter>", ">",
     ]  # fmt: skip
     rng = random.Random(5)
-    for syntax, _ in itertools.product((HERMES, MISTRAL, LLAMA, OBJECT), range(2000)):
+    for syntax, _ in itertools.product((*SYNTAXES, OBJECT), range(2000)):
         text = "".join(rng.choice(parts) for _ in range(rng.randrange(1, 12)))
         whole = read(syntax, [text])
         cuts = sorted(rng.sample(range(len(text) + 1), min(3, len(text))))
@@ -158,8 +232,98 @@ def test_arguments_that_break_off_are_given_as_far_as_they_are_json_and_the_rest
         assert read(HERMES, pieces) == ("b}}</tool_call>", [("f", '{"a": 1, ')], False)
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "rest"),
+    [
+        ("<function=f>\nso<parameter=s>", "{", "\nso<parameter=s>"),
+        ("<function=f><parameter=s>a</parameter>,<parameter=n>", '{"s": "a"', ",<parameter=n>"),
+        ("<function=f><parameter=s>a</parameter><parameter=s>b</parameter>", '{"s": "a"', "<parameter=s>b</parameter>"),
+        ("<function=f><parameter=>b", "{", "<parameter=>b"),
+        ("<function=f><parameter=" + "k" * 300, "{", "<parameter=" + "k" * 300),
+        ("<function=f>" + " " * 300 + "</function>", "{", " " * 300 + "</function>"),
+    ],
+)
+def test_tags_that_break_off_leave_the_rest_as_content(text: str, arguments: str, rest: str) -> None:
+    for pieces in ([text], list(text)):
+        assert read(CODER, pieces) == (rest, [("f", arguments)], False)
+
+
+def test_a_value_of_tags_comes_as_it_is_written_if_it_can_only_be_text() -> None:
+    reader = CallReader(CODER, TOOLS)
+
+    def parts(text: str) -> list[str]:
+        return [call["function"]["arguments"] for delta in reader.push(text) for call in delta["tool_calls"]]
+
+    assert parts("<tool_call><function=f") == []
+    assert parts("><parameter=s>\na") == ['{"s": "a']
+    assert parts('"b\n') == ['\\"b'] and parts("\nc</param") == ["\\n\\nc"] and parts("eter>") == ['"']
+    assert parts("<parameter=n>1") == [', "n": '] and parts("2</parameter>") == ["12"] and not reader.has_call
+    assert parts("</function>") == ["}"] and reader.has_call
+
+
+def test_values_between_tags_are_those_that_were_written() -> None:
+    """Texts and JSON of any kind, written as templates write them, cut anywhere."""
+    rng = random.Random(8)
+    parts = [
+        "\n",
+        " ",
+        '"',
+        "\\",
+        "<",
+        "/",
+        "</parameter",
+        ">",
+        "</function>",
+        "<parameter=s>",
+        "{",
+        "1",
+        "true",
+        "\u00e9",
+        "\x00",
+    ]
+    for _ in range(500):
+        text = "".join(rng.choice(parts) for _ in range(rng.randrange(8)))
+        if "</parameter>" in text:
+            continue  # which ends the value: the format has no other way to say it
+        other = rng.choice([1, -2.5, True, False, None, [], {"a": [text]}, [1, "b"]])
+        written = (
+            json.dumps(other) if isinstance(other, (list, dict)) else str(other)
+        )  # True, None: as Jinja shows them
+        if "</parameter>" in written:
+            continue
+        call = tagged(s=text, x=written)
+        at = rng.randrange(len(call))
+        content, calls, is_whole = read(CODER, [call[:at], call[at:]])
+        assert (content, is_whole) == ("", True) and json.loads(calls[0][1]) == {"s": text, "x": other}, call
+
+
+def test_a_number_of_too_many_digits_stays_text() -> None:
+    digits = "1" * 5000
+    assert read(CODER, [tagged(x=digits)]) == ("", [("f", f'{{"x": "{digits}"}}')], True)
+
+
+def test_types_are_those_of_which_the_schema_says_so() -> None:
+    every = types_of({})
+    assert (
+        every
+        == types_of(None)
+        == types_of(True)
+        == types_of({"type": 5})
+        == types_of({"type": [{}]})
+        == types_of({"enum": []})
+    )
+    assert types_of({"type": "string"}) == types_of({"enum": ["a", "b"]}) == types_of({"const": "a"}) == {"string"}
+    assert types_of({"anyOf": [{"type": "integer"}, {"type": "null"}]}) == types_of({"type": ["integer", "null"]})
+    assert types_of({"enum": [1, None, [], 2.5]}) == {"integer", "number", "null", "array"}
+    assert types_of({"oneOf": [{"$ref": "#/$defs/a"}]}) == every
+    nested: Any = {"type": "string"}
+    for _ in range(100):
+        nested = {"anyOf": [nested]}
+    assert types_of(nested) == every
+
+
 def test_arguments_come_as_they_are_written() -> None:
-    reader = CallReader(HERMES, NAMES)
+    reader = CallReader(HERMES, TOOLS)
     assert reader.push("Wait.<tool_call>\n") == [{"content": "Wait."}]
     assert reader.push('{"name": "f", "argum') == []
     (first,) = reader.push('ents": {"ci')
@@ -181,12 +345,15 @@ def test_the_template_says_how_calls_are_written() -> None:
     assert syntax_of(template["qwen2.5"]) is HERMES
     assert syntax_of(template["llama3.2"]) is LLAMA
     assert syntax_of("{{ '[TOOL_CALLS] [' }}") is MISTRAL
-    assert syntax_of("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}") is None
+    assert syntax_of("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}") is NAMED
+    assert syntax_of("{{ '<tool_call>\\n<function=' + call.name + '>\\n' }}{{ '<parameter=' + key + '>\\n' }}") is CODER
     assert syntax_of("<tool_call>\n<function=example>") is None
+    assert syntax_of("<seed:tool_call>\n<function=example>\n<parameter=x>") is None
     assert syntax_of(template["chatml"]) is None
     for syntax in SYNTAXES:  # the reader counts on it
-        assert syntax.opening[0] not in syntax.opening[1:]
-    assert len(MISTRAL.new_id()) == 9 and MISTRAL.new_id().isalnum()  # its template insists
+        assert syntax.opening[0] not in syntax.opening[1:] and (syntax.bare or "{")[0] not in syntax.bare[1:]
+    for syntax in (MISTRAL, NAMED):
+        assert len(syntax.new_id()) == 9 and syntax.new_id().isalnum()  # its template insists
 
 
 def test_the_scanner_is_of_one_mind_with_json() -> None:

@@ -60,6 +60,12 @@ def test_a_stream_has_one_finish_reason_a_choice_and_usage_at_its_end(chat_model
             reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["index"] == index]
             assert reasons[-1] == "length" and set(reasons[:-1]) == {None}
             assert next(c["delta"] for e in events for c in e["choices"] if c["index"] == index)["role"] == "assistant"
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        *chunks, last = (await client.post(CHAT, {**body, "stream_options": options})).events
+        counts = [event["usage"]["completion_tokens"] for event in chunks]
+        assert counts == sorted(counts) and counts[0] == 0
+        names = ("prompt_tokens", "completion_tokens", "total_tokens")
+        assert chunks[-1]["usage"] == {name: last["usage"][name] for name in names}
         without = await client.post(CHAT, {**HELLO, "stream": True})
         assert all("usage" not in event for event in without.events)
 
@@ -176,7 +182,11 @@ def test_structured_outputs(chat_model: Path) -> None:
 
     async def test(client: Client) -> None:
         form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
-        for wanted in ({"response_format": form}, {"structured_outputs": {"json": schema}}):
+        for wanted in (
+            {"response_format": form},
+            {"response_format": {"type": "json_object", "schema": schema}},  # as llama.cpp's server has it
+            {"structured_outputs": {"json": schema}},
+        ):
             answer = await client.post(CHAT, {**body, **wanted})
             assert json.loads(answer.json["choices"][0]["message"]["content"]) in ({"a": 1}, {"a": 2})
             streamed = await client.post(CHAT, {**body, **wanted, "stream": True})
@@ -189,6 +199,8 @@ def test_structured_outputs(chat_model: Path) -> None:
             ({"type": "xml"}, "response_format.type"),
             ({}, "response_format.type"),
             ({"type": "json_schema"}, "response_format.json_schema"),
+            ({"type": "json_schema", "schema": schema}, "response_format.schema"),
+            ({"type": "json_object", "schema": 5}, "response_format.schema"),
             ({"type": "json_schema", "json_schema": {"schema": schema}}, "response_format.json_schema.name"),
             ({"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}, "response_format.json_schema.schema"),
             ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "y"}}}, "structured_outputs"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import signal
@@ -19,7 +21,11 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 if not hasattr(os, "sched_getaffinity"):
     pytest.skip("this system does not pin processes to CPUs", allow_module_level=True)
 
-from serve.test_server import HELLO, post
+from prometheus_client.parser import text_string_to_metric_families
+from serve.test_server import HELLO, get, post
+
+from pyengine.serve.metrics import Metrics, text_of
+from pyengine.serve.siblings import Siblings, new_family
 
 # Two where there are CPUs for them; everything here is as true of one.
 N_PROCESSES = min(2, len(os.sched_getaffinity(0)))
@@ -63,6 +69,47 @@ def test_they_answer_alike_and_end_together(chat_model: Path) -> None:
         assert process.stderr is not None
         process.stderr.read()  # until nobody holds it: all have ended
         assert process.wait() == 0
+
+
+def test_whichever_is_asked_tells_the_metrics_of_all(chat_model: Path) -> None:
+    with servers(chat_model) as (_, port, _):
+        for _ in range(6):
+            assert post(port, "/v1/chat/completions", HELLO)[0] == 200
+        for _ in range(6):
+            while f"\npyengine:processes {N_PROCESSES}.0\n" not in (text := get(port, "/metrics")):
+                pass  # one of them took longer than a sibling has
+            said = re.findall(r'^vllm:generation_tokens_total\{.*process="(\d)"\} (.+)$', text, re.MULTILINE)
+            assert sum(float(n) for _, n in said) == 6 * HELLO["max_tokens"]
+            pages = re.findall(r'^vllm:kv_cache_usage_perc\{.*process="(\d)"\}', text, re.MULTILINE)
+            assert pages == [str(i) for i in range(N_PROCESSES)]
+
+
+def test_the_metrics_of_processes_are_of_one_family_each() -> None:
+    """As the format wants it: what describes a family once, before all its samples; and as prometheus_client reads it."""
+    both = [Metrics(), Metrics()]
+    for n, one in enumerate(both):
+        one.requests.labels("/", "200").inc(3 + n)
+        one.first_token.labels("m").observe(0.01)
+    text = text_of({1: both[1].snapshot(), 0: json.loads(json.dumps(both[0].snapshot()))}).decode()
+    assert text.count("# TYPE pyengine:http_requests_total ") == 1
+    counts = [line for line in text.splitlines() if line.startswith("pyengine:http_requests_total")]
+    assert [line.rsplit(" ", 1)[1] for line in counts] == ["3.0", "4.0"]
+    read = {family.name: family for family in text_string_to_metric_families(text)}
+    buckets = [s for s in read["vllm:time_to_first_token_seconds"].samples if s.labels.get("le") == "+Inf"]
+    assert [(s.labels["process"], s.value) for s in buckets] == [("0", 1.0), ("1", 1.0)]
+
+
+def test_a_process_that_does_not_answer_is_left_out() -> None:
+    async def main() -> None:
+        family = new_family()
+        first, second = (Siblings(family, number, 3) for number in range(2))
+        assert await first.gather() == {}
+        async with second.telling(lambda: [1, {"a": 2.5}]):
+            assert await first.gather() == {1: [1, {"a": 2.5}]}
+            assert await Siblings(new_family(), 0, 2).gather() == {}
+        assert await first.gather() == {}
+
+    asyncio.run(main())
 
 
 def test_one_that_is_lost_is_told_and_ends_all(chat_model: Path) -> None:

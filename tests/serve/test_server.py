@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,15 @@ def post(port: int, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
         return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def get(port: int, path: str) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
     finally:
         connection.close()
 
@@ -113,7 +122,10 @@ def test_keys_from_a_file_and_from_the_environment(chat_model: Path, tmp_path: P
         assert post(port, "/v1/chat/completions", HELLO, authorization="Bearer three")[0] == 200
 
 
-def test_what_is_wrong_at_the_start_is_one_clear_line(chat_model: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_at_the_start_is_one_clear_line(
+    chat_model: Path, tool_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    other_model = tool_model("mistral", ("[TOOL_CALLS]",))
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -124,6 +136,12 @@ def test_what_is_wrong_at_the_start_is_one_clear_line(chat_model: Path, tmp_path
             (["-m", str(tmp_path / "nothing")], 2, "there is no model at"),
             (["-m", str(tmp_path / "bad.safetensors"), "--port", "0"], 1, "bad.safetensors"),
             (["--host", "0.0.0.0"], 2, "--insecure"),
+            (["--speculative", "often"], 2, "--speculative"),
+            (["-m", str(chat_model), "--draft-model", str(tmp_path / "nothing")], 2, "there is no model at"),
+            (["-m", f"a={chat_model}", "--draft-model", f"b={chat_model}"], 2, "for which model, NAME=PATH"),
+            (["-m", f"a={chat_model}", "-m", f"b={chat_model}", "--draft-model", str(chat_model)], 2, "NAME=...: a, b"),
+            (["-m", str(chat_model), *2 * ["--draft-model", str(chat_model)]], 2, "its model has one"),
+            (["-m", str(chat_model), "--draft-model", str(other_model), "--port", "0"], 1, "another vocabulary"),
             (["--api-key-file", str(tmp_path / "empty")], 2, "holds no key"),
             (["--api-key-file", str(tmp_path / "nothing")], 1, "No such file"),
             (["-m", f"a={chat_model}", "-m", f"a={chat_model}", "--port", "0"], 1, "two models are called 'a'"),
@@ -133,6 +151,23 @@ def test_what_is_wrong_at_the_start_is_one_clear_line(chat_model: Path, tmp_path
             result = subprocess.run(command, capture_output=True, text=True, timeout=60)
             assert (result.returncode, result.stdout) == (code, ""), result
             assert words in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_draft_model_guesses_and_changes_no_byte(chat_model: Path) -> None:
+    answers = []
+    for options in (["--speculative", "off"], ["--draft-model", f"a={chat_model}"]):  # itself: it knows
+        with server("-m", f"a={chat_model}", *options) as (_, port):
+            status, answer = post(port, "/v1/chat/completions", {**HELLO, "max_tokens": 40, "ignore_eos": True})
+            assert status == 200
+            answers.append(answer["choices"])
+            assert ("draft_n" in answer["timings"]) == ("--draft-model" in options)
+            metrics = get(port, "/metrics")
+            for name, field in (("draft", "draft_n"), ("accepted", "draft_n_accepted")):
+                line = (
+                    f'vllm:spec_decode_num_{name}_tokens_total{{model_name="a"}} {answer["timings"].get(field, 0)}.0\n'
+                )
+                assert line in metrics, metrics
+    assert answers[0] == answers[1]
 
 
 def test_several_models_have_a_route_each(chat_model: Path, tiny_model: Path) -> None:

@@ -121,6 +121,8 @@ def test_a_schema_that_is_none_is_refused(chat_model: Path) -> None:
 
 DAY_1 = '{"name": "weather", "arguments": {"day": 1}}'
 LLAMA_1 = DAY_1.replace("arguments", "parameters")
+NAMED_1 = '[TOOL_CALLS]weather[ARGS]{"day": 1}'
+CODER_1 = "<tool_call>\n<function=weather>\n<parameter=day>\n1\n</parameter>\n</function>\n</tool_call>"
 HERMES_TEXT = f"Let me see.\n<tool_call>\n{DAY_1}\n</tool_call>\n<tool_call>\n{DAY_1.replace('1', '2')}\n</tool_call>"
 # template, special tokens, what the model writes, its content, days that are asked for
 AUTO = [
@@ -128,6 +130,10 @@ AUTO = [
     pytest.param("mistral", ("[TOOL_CALLS]",), f"[TOOL_CALLS] [{DAY_1}]", None, [1], id="mistral"),
     pytest.param("llama", ("<|python_tag|>",), "<|python_tag|>" + LLAMA_1, None, [1], id="llama"),
     pytest.param("llama", (), LLAMA_1, None, [1], id="llama_bare"),
+    pytest.param(
+        "mistral_named", ("[TOOL_CALLS]", "[ARGS]"), NAMED_1 + NAMED_1.replace("1", "2"), None, [1, 2], id="mistral_named"
+    ),
+    pytest.param("qwen_coder", (), f"Let me see.\n\n{CODER_1}\n{CODER_1}", "Let me see.", [1, 1], id="qwen_coder"),
     pytest.param("qwen", (), "It rains. <tool_call>no</tool_call>", "It rains. <tool_call>no</tool_call>", [], id="none"),
     pytest.param("mistral", ("[TOOL_CALLS]",), "[TOOL_CALLS]no", "[TOOL_CALLS]no", [], id="none_special"),
 ]  # fmt: skip
@@ -162,10 +168,15 @@ def test_the_model_s_own_calls(
     serving(tool_model(template, special), test)
 
 
+# template, what the model writes: two calls; the arguments of the first as far as before "day"
+BACK = [("qwen", HERMES_TEXT, '{"'), ("mistral_named", NAMED_1 * 2, '{"'), ("qwen_coder", CODER_1 * 2, "{")]
+
+
+@pytest.mark.parametrize(("template", "text", "begun"), BACK)
 def test_calls_go_back_into_a_template_that_shows_them(
-    tool_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tool_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, template: str, text: str, begun: str
 ) -> None:
-    scripted(monkeypatch, HERMES_TEXT)
+    scripted(monkeypatch, text)
 
     async def test(client: Client) -> None:
         message = (await client.post(CHAT, {**BODY, "max_tokens": 400})).json["choices"][0]["message"]
@@ -176,9 +187,20 @@ def test_calls_go_back_into_a_template_that_shows_them(
         assert len(one["message"]["tool_calls"]) == 1 and one["finish_reason"] == "tool_calls"
         cut = (await client.post(CHAT, {**BODY, "max_tokens": 400, "stop": "day"})).json["choices"][0]
         assert cut["finish_reason"] == "stop"
-        assert cut["message"]["tool_calls"][0]["function"]["arguments"] == '{"'
+        assert cut["message"]["tool_calls"][0]["function"]["arguments"] == begun
 
-    serving(tool_model("qwen", ()), test)
+    serving(tool_model(template, ()), test)
+
+
+@needs_guide
+@pytest.mark.parametrize("template", ["mistral_named", "qwen_coder"])
+def test_a_call_is_forced_whatever_the_format(tool_model: Callable[..., Path], template: str) -> None:
+    async def test(client: Client) -> None:
+        answer = await client.post(CHAT, {**BODY, "tool_choice": NAMED, "seed": 1})
+        (call,) = answer.json["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["day"] in (1, 2, 3)
+
+    serving(tool_model(template, ()), test)
 
 
 @pytest.mark.parametrize("template", ["without_tools", "xml"])

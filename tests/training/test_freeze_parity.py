@@ -1,7 +1,8 @@
 """What the trainer simulates is what ``pyengine freeze`` writes and what the engine computes.
 
-The frozen codes and scales equal the trainer's byte for byte. Losses of whole models agree statistically only: one
-flipped code moves everything after it, so the engine's and the trainer's losses are compared over many tokens.
+The frozen codes and scales equal the trainer's byte for byte, and so do the values that they stand for. Losses of whole models
+agree statistically only: one flipped code moves everything after it, so the engine's and the trainer's losses are compared over
+many tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pyengine_training.data import BatchSource, Corpus, Phase, prepare_corpus
 from pyengine_training.device import make_trainer
 from pyengine_training.model import Worker, fake_quantize_parameters
 from pyengine_training.ops import cpu as ops
+from pyengine_training.ops.cpu.fake_quant import weight_codes
 from pyengine_training.text import (
     is_validation,
     load_tokenizer,
@@ -32,7 +34,7 @@ from pyengine_training.text import (
 )
 
 from pyengine.format.inventory import inventory
-from pyengine.format.quantize import QuantizedMatrix, to_panels
+from pyengine.format.quantize import QuantizedMatrix, dequantize, to_panels
 from pyengine.freeze import open_source
 
 VOCAB, SEQ = 320, 64
@@ -93,7 +95,7 @@ def frozen_panels(folder: Path) -> dict[str, tuple[Any, Any]]:
 
 def our_panels(params: Arena, name: str, model: ModelConfig) -> tuple[Any, Any]:
     """The trainer's codes and scales of one matrix, laid out in panels."""
-    codes, scales = ops.weight_codes(params[name])
+    codes, scales = weight_codes(params[name])
     rows, columns = codes.shape
     codes = np.pad(codes, ((0, 0), (0, -columns % 64))).reshape(rows, -1, 64)
     if not name.endswith("w_gate_up"):
@@ -125,6 +127,10 @@ def test_frozen_codes_and_scales_are_the_trainers(tmp_path: Path, tokenizer: Any
         codes, scales = our_panels(params, name, model)
         assert panels[name][0].tobytes() == codes.tobytes(), name
         assert panels[name][1].tobytes() == scales.tobytes(), name
+        if not name.endswith("w_gate_up"):
+            values = np.empty_like(params[name])
+            ops.fake_quant_weights(values, params[name])
+            np.testing.assert_array_equal(values, dequantize(*panels[name], *values.shape), name)
 
 
 @pytest.mark.parametrize(("tied", "qk_norm"), [(True, False), (False, False), (True, True)])

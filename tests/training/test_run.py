@@ -45,7 +45,7 @@ def steps_of(run: Path) -> list[tuple[int, float]]:
 def finished(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    extra = "--steps 12 --eval-every 6 --checkpoint-every 4 --sample-every 0 --keep-checkpoints 0"
+    extra = "--steps 12 --eval-every 6 --checkpoint-every 4 --sample-every 12 --keep-checkpoints 0"
     assert main(arguments(run, stories, extra)) == 0
     return run
 
@@ -69,6 +69,34 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert "parameters" in log and "FLOP" in log and "sample: Once upon a time" in log
     generation = read_json(finished / "final" / "generation_config.json")
     assert generation["temperature"] == 0.7 and generation["eos_token_id"] == 0
+
+
+def test_int8_at_the_end_of_a_long_decay(stories: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    extra = "--steps 10 --eval-every 0 --sample-every 0 --decay-fraction 0.8 --quantize-fraction 0.3"
+    assert main(arguments(run, stories, extra)) == 0
+    steps = [e for e in metrics(run) if "loss" in e]
+    assert [e["quantized"] for e in steps] == [False] * 7 + [True] * 3
+    assert [e["lr_factor"] < 1 for e in steps] == [False] * 2 + [True] * 8
+    log = (run / "log.txt").read_text()
+    assert "int8 simulated: in the last 3 steps" in log
+    assert "sample" not in log
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--decay-fraction 0.2 --quantize-fraction 0.3", "quantize_fraction (0.3) exceeds decay_fraction (0.2)"),
+        ("--quantize always --quantize-fraction 0.1", "--quantize-fraction would have no effect"),
+        ("--quantize never --quantize-fraction 0.1", "--quantize-fraction would have no effect"),
+    ],
+)
+def test_parts_of_the_decay_that_cannot_be(
+    stories: Path, tmp_path: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "run", stories, f"--steps 4 {words}")) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoint_names_are_hugging_faces(finished: Path) -> None:

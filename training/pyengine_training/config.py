@@ -111,7 +111,7 @@ LEAST = sys.float_info.min  # positive
 BELOW_ONE = math.nextafter(1, 0)
 # names of TrainConfig's fields, lowest and highest value, what a value must do
 RANGES: list[tuple[tuple[str, ...], float, float, str]] = [
-    (("warmup_fraction", "decay_fraction", "distill_alpha"), 0, 1, "lie in [0, 1]"),
+    (("warmup_fraction", "decay_fraction", "quantize_fraction", "distill_alpha"), 0, 1, "lie in [0, 1]"),
     (("beta1", "beta2", "muon_momentum"), 0, BELOW_ONE, "lie in [0, 1)"),
     (("lr", "muon_lr", "eps", "distill_tau", "dpo_beta"), LEAST, sys.float_info.max, "be positive"),
     (("weight_decay", "clip"), 0, sys.float_info.max, "be at least 0"),
@@ -142,6 +142,7 @@ class TrainConfig:
     decay_fraction: float = 0.3
     decay_shape: str = "linear"  # or "cosine"
     quantize: str = "decay"  # fake-quantize "never", in the "decay" phase, or "always"
+    quantize_fraction: float = 0.0  # of "decay": the last part of the steps alone; 0: the whole decay
     recompute: str = "none"  # or "activations", "block"
     packing: str = "best-fit"  # or "restart": how documents are laid into rows
     attention: str = "document"  # documents that share a row do not see each other; or "row"
@@ -179,6 +180,11 @@ class TrainConfig:
             raise ConfigError(
                 f"warmup_fraction ({self.warmup_fraction}) and decay_fraction ({self.decay_fraction}) exceed 1 together"
             )
+        if self.quantize == "decay" and self.quantize_fraction > self.decay_fraction:
+            raise ConfigError(
+                f"quantize_fraction ({self.quantize_fraction}) exceeds decay_fraction ({self.decay_fraction}): int8 is "
+                "simulated in the last part of the decay"
+            )
 
     @property
     def warmup_steps(self) -> int:
@@ -195,7 +201,13 @@ class TrainConfig:
 
     def quantized(self, step: int) -> bool:
         """Whether step (from 0) trains with fake-quantization."""
-        return self.quantize == "always" or (self.quantize == "decay" and step >= self.decay_start)
+        return step >= self.steps - self.quantized_steps
+
+    @property
+    def quantized_steps(self) -> int:
+        """How many of the last steps train with fake-quantization."""
+        last = round(self.steps * self.quantize_fraction) if self.quantize_fraction else self.decay_steps
+        return {"never": 0, "decay": last, "always": self.steps}[self.quantize]
 
 
 def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:

@@ -117,6 +117,10 @@ GROUPS: list[tuple[str, str, Options]] = [
                 "",
                 "when the engine's own rounding is simulated, so that the weights settle where it costs nothing",
             ),
+            "quantize_fraction": (
+                "F",
+                "last part of the steps that simulates it, where a long decay needs it only at its end; 0: the whole decay",
+            ),
         },
     ),
     (

@@ -81,6 +81,8 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
     if values.get("optimizer") == "adamw":
         _refuse(values, ("muon_lr", "muon_momentum"), "--optimizer adamw does not use Muon")
+    if values.get("quantize", "decay") != "decay":
+        _refuse(values, ("quantize_fraction",), f"int8 is simulated: {values['quantize']}")
     if values.get("lora"):
         if not values.get("init_from"):
             raise ConfigError(

@@ -33,14 +33,16 @@ class Plan:
         if self.seconds is not None:
             time = f"about {format_seconds(self.seconds)} on {self.threads} threads"
         epochs = ", ".join(f"{e:.2f}" for e in self.epochs)
-        quantized = {"never": "never", "always": "all steps", "decay": "during the decay"}
+        quantized = {"never": "never", "always": "all steps", "decay": "during the decay"}[config.quantize]
+        if 0 < config.quantized_steps < config.decay_steps:
+            quantized = f"in the last {config.quantized_steps:,} steps"
         return [
             f"model       {shape}, hidden {m.hidden_dim}, vocabulary {m.vocab_size}",
             f"parameters  {self.parameters:,} (about {self.frozen_bytes / 1e6:.1f} MB frozen)",
             f"steps       {self.steps:,} of {config.batch_size} x {config.seq_len} tokens: "
             f"{config.warmup_steps} warmup, {config.decay_steps} decay ({config.decay_shape})",
             f"tokens      {self.tokens:,} ({epochs} epochs)",
-            f"optimizer   {config.optimizer}, int8 simulated: {quantized[config.quantize]}",
+            f"optimizer   {config.optimizer}, int8 simulated: {quantized}",
             f"memory      {memory}",
             f"compute     {self.flops:.3g} FLOP",
             f"time        {time}",

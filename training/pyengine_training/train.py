@@ -341,7 +341,7 @@ class Loop:
         is_last = step == c.steps
         if is_last or (c.eval_every and step % c.eval_every == 0):
             self.validate(quantized)
-        if is_last or (c.sample_every and step % c.sample_every == 0):
+        if c.sample_every and (is_last or step % c.sample_every == 0):
             self.show_sample(quantized)
         trunk_end = step == c.decay_start and c.decay_steps > 0
         if is_last or trunk_end or (c.checkpoint_every and step % c.checkpoint_every == 0):
@@ -467,7 +467,7 @@ def steps_for_budget(run: Run, minutes: float, machine: Machine) -> int:
     """Steps that fit into so many minutes of this machine: rank 0's measurement."""
     plain, quantized = machine.comm.gather(measure_step_seconds(run, machine))[0]
     c = run.config
-    share = {"never": 0.0, "always": 1.0, "decay": c.decay_fraction}[c.quantize]
+    share = c.quantized_steps / c.steps
     mean = (1 - share) * plain + share * quantized
     # validation, samples and checkpoints take a few per cent
     steps = math.floor(minutes * 60 / (mean * 1.03))

@@ -21,16 +21,17 @@ from pyengine_training.checkpoint import ATTACHMENTS, write_hf_folder
 from pyengine_training.config import ModelConfig
 from pyengine_training.errors import ConfigError
 from pyengine_training.files import atomic_directory, load_safetensors
+from pyengine_training.ops.cpu.fake_quant import weight_values
 
+VERSION = "3"  # whose codes are of turned rows
 Tensors = dict[str, Any]
 
 
-def rows_of(codes: Any, scales: Any) -> Any:
+def rows_of(codes: Any, scales: Any, rows: int, columns: int) -> Any:
     """Panels of codes (panel, group, k4, row, k) and scales (panel, group, row) -> float32 (rows, columns)."""
     n_panels, n_groups = codes.shape[:2]
-    by_row = codes.transpose(0, 3, 1, 2, 4).reshape(n_panels * 16, n_groups, 64)
-    scale = scales.transpose(0, 2, 1).reshape(n_panels * 16, n_groups, 1)
-    return (by_row.astype(np.float32) * scale.astype(np.float32)).reshape(n_panels * 16, n_groups * 64)
+    by_row = codes.transpose(0, 3, 1, 2, 4).reshape(n_panels * 16, n_groups * 64)
+    return weight_values(by_row[:rows, :columns], scales.transpose(0, 2, 1).reshape(n_panels * 16, n_groups)[:rows])
 
 
 def matrix(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Any:
@@ -39,9 +40,15 @@ def matrix(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Any:
     n_panels, n_groups = codes.shape[:2]
     scales = tensors[name + ".scales"][: n_panels * n_groups * 16].reshape(n_panels, n_groups, 16)
     if name.endswith("w_gate_up"):
-        half = shape[0] // 2
-        return np.concatenate([rows_of(codes[i::2], scales[i::2])[:half, : shape[1]] for i in (0, 1)])
-    return rows_of(codes, scales)[: shape[0], : shape[1]]
+        return np.concatenate([rows_of(codes[i::2], scales[i::2], shape[0] // 2, shape[1]) for i in (0, 1)])
+    return rows_of(codes, scales, *shape)
+
+
+def format_version(frozen: Path) -> Any:
+    """Of a safetensors file; None where it says nothing."""
+    with open(frozen, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header.get("__metadata__", {}).get("format_version")
 
 
 def model_config(stored: dict[str, Any], inv_freq: Any) -> ModelConfig:
@@ -67,6 +74,8 @@ def thaw(frozen: Path, folder: Path) -> None:
     tensors = load_safetensors(frozen)
     if "config.json" not in tensors or "golden.json" not in tensors:
         raise ConfigError(f"{frozen} is not a frozen file (pyengine freeze makes one)")
+    if format_version(frozen) != VERSION:
+        raise ConfigError(f"{frozen} has format_version {format_version(frozen)!r}, this reads {VERSION!r}")
     stored = json.loads(tensors["config.json"].tobytes())
     config = model_config(stored, tensors["rope.0.inv_freq"])
     params = Arena(parameter_shapes(config))

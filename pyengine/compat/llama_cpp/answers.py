@@ -11,7 +11,7 @@ from pyengine.engine import Engine
 from pyengine.results import Generation, Piece, TokenLogprob
 from pyengine.serve.calls import message_of
 from pyengine.serve.payload import chat_logprobs, finish_reason, text_logprobs
-from pyengine.serve.tools import Tools
+from pyengine.serve.tools import Tools, reader_of
 
 Answer = dict[str, Any]
 Entry = tuple[int, float | None, Sequence[tuple[int, float]]]  # token, its log-probability, the most probable ones
@@ -89,7 +89,7 @@ def chat(head: Head, result: Generation, engine: Engine, tools: Tools | None) ->
     message: Answer = {"role": "assistant", "content": result.text}
     reason = finish_reason(result)
     if tools is not None:
-        reader = tools.reader()
+        reader = reader_of(tools)
         content, calls = message_of([*reader.push(result.text), *reader.finish()])
         message |= {"content": content or None, "tool_calls": calls}
         if calls:
@@ -108,7 +108,7 @@ def chat_chunks(head: Head, pieces: Iterator[Piece], engine: Engine, tools: Tool
         return head.answer("chat.completion.chunk", choice)
 
     yield chunk({"role": "assistant"})
-    reader = None if tools is None else tools.reader()
+    reader = None if tools is None else reader_of(tools)
     for piece in pieces:
         result = piece.result
         if reader is not None:

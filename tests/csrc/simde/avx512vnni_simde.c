@@ -55,6 +55,15 @@ static inline unsigned emulated_reduce_max_epu32(simde__m512i x) {
     return most;
 }
 
+/* imm8 has to stay a constant. */
+#define emulated_permute_ps(x, imm8) \
+    ({ \
+        halves a = {.f = (x)}, r = {.ps = {_mm256_permute_ps(a.ps[0], imm8), _mm256_permute_ps(a.ps[1], imm8)}}; \
+        r.f; \
+    })
+
+#define _mm512_permute_ps emulated_permute_ps
+#define _mm512_shuffle_f32x4 simde_mm512_shuffle_f32x4
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32

@@ -25,15 +25,19 @@ _SCHEMA = {
 }
 _FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": _SCHEMA, "strict": True}}
 _TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": _SCHEMA}}
+_FLAT_TOOL = {"type": "function", "name": "f", "description": "d", "parameters": _SCHEMA, "strict": True}
+_CALLED = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": "b"}', "status": "completed"}
+_RESULT = {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "d"}]}
 _SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1, "max_tokens": 3, "stop": ["x"], "logit_bias": {"5": -1}}
 _CHAT = {"messages": seeds.MESSAGES, "max_tokens": 3}
 BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         _CHAT | _SAMPLING,
         _CHAT | {"logprobs": True, "top_logprobs": 2, "n": 2, "frequency_penalty": 0.1},
-        _CHAT | {"stream": True, "stream_options": {"include_usage": True}},
+        _CHAT | {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         _CHAT | {"tools": [_TOOL], "tool_choice": "required"},
         _CHAT | {"response_format": _FORMAT},
+        _CHAT | {"response_format": {"type": "json_object", "schema": _SCHEMA}},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_completion_tokens": 2},
     ],
     "/v1/completions": [
@@ -44,6 +48,17 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/responses": [
         {"input": "hi", "max_output_tokens": 2},
         {"input": seeds.MESSAGES, "max_output_tokens": 2, "stream": True},
+        {
+            "input": [{"role": "user", "content": "hi"}, _CALLED, _RESULT],
+            "max_output_tokens": 2,
+            "metadata": {"a": "b"},
+        },
+        {
+            "input": "hi",
+            "max_output_tokens": 2,
+            "tools": [_FLAT_TOOL],
+            "tool_choice": {"type": "function", "name": "f"},
+        },
     ],
     "/v1/embeddings": [{"input": ["hi", [1, 2]], "dimensions": 3, "encoding_format": "base64", "pooling": "mean"}],
     "/tokenize": [{"content": "hi <|end|>", "add_special": True, "with_pieces": True}],

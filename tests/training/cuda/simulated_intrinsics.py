@@ -55,6 +55,14 @@ def div_rn(a: Any, b: Any) -> Any:
     return f4(a) / f4(b)
 
 
+def add_rn(a: Any, b: Any) -> Any:
+    return f4(a) + f4(b)
+
+
+def sub_rn(a: Any, b: Any) -> Any:
+    return f4(a) - f4(b)
+
+
 def mul_rn(a: Any, b: Any) -> Any:
     return f4(a) * f4(b)
 
@@ -65,10 +73,6 @@ def rint(x: Any) -> Any:
 
 def round_half(x: Any) -> Any:
     return f4(np.float16(x))
-
-
-def half_bits(x: Any) -> Any:
-    return np.asarray(np.float16(x)).view(np.uint16)[()]
 
 
 def pack_bf16(low: Any, high: Any) -> Any:
@@ -131,11 +135,12 @@ TWINS: dict[str, Callable[..., Any]] = {
     "bf16_bits": to_bf16,
     "bits_of_float": bits_of_float,
     "float_of_bits": float_of_bits,
+    "add_rn": add_rn,
+    "sub_rn": sub_rn,
     "div_rn": div_rn,
     "mul_rn": mul_rn,
     "rint": rint,
     "round_half": round_half,
-    "half_bits": half_bits,
     "pack_bf16": pack_bf16,
     "load_pair": load_pair,
     "load8": load8,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ops.cpu.fake_quant import GROUP, turn_block
 from ..ops.needs import Needs, allocate
 
 Array = NDArray[Any]
@@ -367,40 +368,35 @@ def muon(rows: int, cols: int) -> Iterator[Case]:
     )
 
 
+def ties(rows: int, n: int) -> Array:
+    """(rows, n) float32 that become halves of whole numbers, and 127 in every group, once they are turned: exact, and
+    their quotients end in one half.
+    """
+    block = turn_block(n)
+    turned = np.random.default_rng(n).integers(-253, 254, (rows, n)) / 2
+    turned[:, ::GROUP] = 127
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return (turned.reshape(-1, block) @ matrix / block).reshape(rows, n).astype(np.float32)
+
+
 def fake_quant(rows: int, n: int) -> Iterator[Case]:
-    shape = f"rows={rows},n={n}"
-    x = normal(rows, n)
-    x[0, :32] = 0
-    x[-1, -1] *= 1e-24  # subnormal products
+    """Rows of every kind, of heads too; the last has a block so small beside the others that all its codes are 0."""
+    x = normal(2 * rows, n)
+    x[rows:] = ties(rows, n)
+    x[0, :GROUP] = 0
+    x[rows - 1, -turn_block(n) :] *= np.float32(1e-24)
     if rows > 1:
-        x[1] *= 2.0**-70  # below the smallest group that has a scale
-    head = {"group": n}
-    yield Case(
-        f"fake_quant_activations/{shape}",
-        {"x": x},
-        lambda ops, a: ops.fake_quant_activations(a["x"]),
-        ("x",),
-        exact=True,
-        bf16=False,
-    )
-    yield Case(
-        f"fake_quant_activations_head/{shape}",
-        {"x": x},
-        lambda ops, a: ops.fake_quant_activations(a["x"], **head),
-        ("x",),
-        exact=True,
-        bf16=False,
-    )
-    half = x.copy()
-    half[:, : n // 2] = np.rint(half[:, : n // 2] * 4) / 4  # quotients that end in one half
-    yield Case(
-        f"fake_quant_weights/{shape}",
-        {"out": nothing(rows, n), "w": half},
-        lambda ops, a: ops.fake_quant_weights(a["out"], a["w"]),
-        ("out",),
-        exact=True,
-        bf16=False,
-    )
+        x[1] *= 2.0**-76  # below the smallest group that has a scale
+    for name, quantize in (
+        ("activations", lambda ops, a: ops.fake_quant_activations(a["x"])),
+        ("queries", lambda ops, a: ops.fake_quant_heads(a["x"], True)),
+        ("value_heads", lambda ops, a: ops.fake_quant_heads(a["x"], False)),
+        ("weights", lambda ops, a: ops.fake_quant_weights(a["out"], a["x"])),
+    ):
+        arrays, output = ({"out": nothing(*x.shape), "x": x}, "out") if name == "weights" else ({"x": x}, "x")
+        yield Case(f"fake_quant_{name}/rows={rows},n={n}", arrays, quantize, (output,), exact=True, bf16=False)
 
 
 def small_cases() -> Iterator[Case]:
@@ -430,7 +426,12 @@ def small_cases() -> Iterator[Case]:
     yield from fake_quant(3, 70)
     yield from fake_quant(2, 32)
     yield from fake_quant(3, 128)
+    yield from fake_quant(2, 96)  # blocks of 32 in groups of 64
+    yield from fake_quant(1, 320)  # more than a warp holds at once of a head
     yield from fake_quant(1, 3)
+    yield from fake_quant(2, 12)
+    yield from fake_quant(1, 24)
+    yield from fake_quant(1, 48)
 
 
 def large_cases() -> Iterator[Case]:

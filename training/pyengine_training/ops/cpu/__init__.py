@@ -7,13 +7,7 @@ from .attention import attention_backward, attention_forward, attention_scratch,
 from .buffers import add, empty, fill, loss_rows, total, upload, wide_dtype, zeros
 from .cross_entropy import cross_entropy_forward, cross_entropy_forward_backward
 from .embedding import embedding_backward, embedding_forward, embedding_scratch
-from .fake_quant import (
-    activation_codes,
-    fake_quant_activations,
-    fake_quant_weights,
-    weight_codes,
-    weight_scales,
-)
+from .fake_quant import fake_quant_activations, fake_quant_heads, fake_quant_weights
 from .grad_norm import clip_coefficient, sum_of_squares
 from .heads import merge_heads, split_heads
 from .kl import cross_entropy_kl_forward_backward
@@ -31,7 +25,6 @@ from .rope import qkv_rope_backward, qkv_rope_forward, rope_tables
 from .swiglu import swiglu_backward, swiglu_forward
 
 __all__ = [
-    "activation_codes",
     "adamw_update",
     "add",
     "attention_backward",
@@ -47,6 +40,7 @@ __all__ = [
     "embedding_scratch",
     "empty",
     "fake_quant_activations",
+    "fake_quant_heads",
     "fake_quant_weights",
     "fill",
     "linear_backward_input",
@@ -74,8 +68,6 @@ __all__ = [
     "swiglu_forward",
     "total",
     "upload",
-    "weight_codes",
-    "weight_scales",
     "wide_dtype",
     "zeros",
 ]

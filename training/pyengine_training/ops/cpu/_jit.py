@@ -48,6 +48,11 @@ def exact_kernel(function: F) -> F:
     return _compile(function)
 
 
+def exact_inline(function: F) -> F:
+    """The same for a part of exact kernels of its file: pasted in before they are compiled, so loops over it become vectors."""
+    return _compile(function, inline="always")
+
+
 @intrinsic
 def _float_from_bits(_context: Any, _bits: Any) -> Any:
     """The float32 whose bit pattern is the given int32."""
@@ -58,7 +63,18 @@ def _float_from_bits(_context: Any, _bits: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
-float_from_bits: Any = _float_from_bits  # as kernels call it: one argument
+@intrinsic
+def _bits_from_float(_context: Any, _value: Any) -> Any:
+    """The bit pattern of a float32 as int32."""
+
+    def codegen(_ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+float_from_bits: Any = _float_from_bits  # as kernels call them: one argument
+bits_from_float: Any = _bits_from_float
 
 
 def exp(x: Any) -> Any:

@@ -1,10 +1,11 @@
 """The few instructions that Python has no word for. Everything else in this package is plain Numba.
 
 load, store       one element of a flat array; bfloat16 (as uint16) is widened and rounded half to even
-float_of_bits, bits_of_float   reinterpretation as int32          div_rn, mul_rn   IEEE, never approximated or fused
+float_of_bits, bits_of_float   reinterpretation as int32
+add_rn, sub_rn, mul_rn, div_rn   IEEE, never approximated or fused
 round_half        float32 -> half precision -> float32            rint             half to even
-half_bits         float32 -> half precision, as int16             mma_bf16         one tensor core instruction
 pack_bf16         two float32 -> a pair of bfloat16 in uint32     load_pair        two neighbours of a bfloat16 array
+mma_bf16          one tensor core instruction
 load8, store8     eight neighbours at once, to and from a local array of float32, in accesses of 16 bytes
 
 Each has a Python twin in the tests' simulator, which is how kernels that use them run without a GPU.
@@ -56,6 +57,8 @@ def _asm(name: str, text: str, constraints: str, result: Any, *arguments: Any) -
 bits_of_float = _asm("bits_of_float", "mov.b32 $0, $1;", "=r,f", types.int32, types.float32)
 float_of_bits = _asm("float_of_bits", "mov.b32 $0, $1;", "=f,r", types.float32, types.int32)
 rint = _asm("rint", "cvt.rni.f32.f32 $0, $1;", "=f,f", types.float32, types.float32)
+add_rn = _asm("add_rn", "add.rn.f32 $0, $1, $2;", "=f,f,f", *([types.float32] * 3))
+sub_rn = _asm("sub_rn", "sub.rn.f32 $0, $1, $2;", "=f,f,f", *([types.float32] * 3))
 div_rn = _asm("div_rn", "div.rn.f32 $0, $1, $2;", "=f,f,f", *([types.float32] * 3))
 mul_rn = _asm("mul_rn", "mul.rn.f32 $0, $1, $2;", "=f,f,f", *([types.float32] * 3))
 round_half = _asm(
@@ -65,7 +68,6 @@ round_half = _asm(
     types.float32,
     types.float32,
 )
-half_bits = _asm("half_bits", "cvt.rn.f16.f32 $0, $1;", "=h,f", types.int16, types.float32)
 # the first source of the instruction goes to the upper half
 pack_bf16 = _asm("pack_bf16", "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", types.uint32, types.float32, types.float32)
 
