@@ -75,7 +75,7 @@ size_t pe_context_memory(const pe_context *c, size_t *scratch_bytes) {
     *scratch_bytes = pe_slice_bytes(&c->slice) + n_results * sizeof(float);
     pe_cache_stats stats;
     pe_kv_cache_stats(c->kv, &stats);
-    return stats.n_pages * stats.page_bytes;
+    return stats.n_bytes;
 }
 
 /* ------------------------------------------------------------------ results */

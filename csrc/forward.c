@@ -271,6 +271,7 @@ size_t pe_debug_kv_page(const pe_context *c, int32_t sequence, uint32_t layer, u
         kv_head >= c->model->config.n_kv_heads)
         return 0;
     pe_kv_chunk kv = pe_kv_chunk_at(c->kv, sequence, page, layer, kv_head);
+    if (kv.k == NULL && kv.k_f32 == NULL) return 0;
     if (capacity > 0)
         memcpy(out, kv.k_f32 != NULL ? (void *)kv.k_f32 : (void *)kv.k, n_bytes < capacity ? n_bytes : capacity);
     return n_bytes;

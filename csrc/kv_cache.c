@@ -18,13 +18,22 @@ typedef struct sequence {
     size_t committed; /* of these, how many have their tokens in the pages */
     size_t n_drafted; /* behind the committed ones: their tokens stand in the pages too, but count for nobody */
     size_t n_pages, capacity;
-    pe_page **pages; /* (n_pages of capacity); pages[i]->parent is pages[i - 1] where both are in the tree */
+    pe_page **pages;     /* (n_pages of capacity); pages[i]->parent is pages[i - 1] where both are in the tree */
+    size_t first_window; /* it holds the window parts of pages[first_window] and of all after it */
 } sequence;
+
+/* Where a layer's chunks are: in which part of a page, and there behind those of so many layers. */
+typedef struct layer_place {
+    bool is_window;
+    size_t index;
+} layer_place;
 
 struct pe_kv_cache {
     const pe_model *model;
     pe_kv_dtype dtype;
     size_t chunk_bytes;
+    layer_place *places; /* (n_layers) */
+    size_t window;       /* the longest one of the layers in the window part, 0 = there are none */
     pe_page_pool pages;
     sequence *sequences;
     size_t n_sequences; /* entries, used or not */
@@ -40,6 +49,24 @@ static void chunk_parts(const pe_kv_cache *cache, size_t parts[4]) {
     parts[3] = f32 ? 0 : PE_CHUNK * sizeof(float);
 }
 
+/* Layers whose window is shorter than the context are in the window part of a page. */
+static pe_status place_layers(pe_kv_cache *cache, char *err) {
+    const pe_model *model = cache->model;
+    size_t n[2] = {0, 0};
+    cache->places = malloc(model->config.n_layers * sizeof *cache->places);
+    if (cache->places == NULL) return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the KV cache's tables");
+    for (uint32_t i = 0; i < model->config.n_layers; i++) {
+        size_t window = model->layers[i].window;
+        bool is_window = window != 0 && window < model->config.max_seq_len;
+        cache->places[i] = (layer_place){is_window, n[is_window]++};
+        if (is_window && window > cache->window) cache->window = window;
+    }
+    /* No overflow: the config's caps bound this by 2^12 * 2^12 * (256 * 512 * 8) < 2^45. */
+    cache->pages.data_bytes = n[false] * model->config.n_kv_heads * cache->chunk_bytes;
+    cache->pages.window_bytes = n[true] * model->config.n_kv_heads * cache->chunk_bytes;
+    return PE_OK;
+}
+
 pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dtype dtype, char *err) {
     pe_kv_cache *cache = calloc(1, sizeof *cache);
     *out = cache;
@@ -51,13 +78,61 @@ pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dty
     chunk_parts(cache, parts);
     cache->chunk_bytes = parts[0] + parts[1] + parts[2] + parts[3];
     /* No overflow: the config's caps bound this by 2^12 * 2^12 * (256 * 512 * 8) < 2^45. */
-    cache->pages.page_bytes = cache->chunk_bytes * model->config.n_layers * model->config.n_kv_heads;
-    return PE_OK;
+    return place_layers(cache, err);
+}
+
+/* The first page of a sequence of n tokens that its next query sees in a layer with a window. */
+static size_t first_needed(const pe_kv_cache *cache, size_t n) {
+    return cache->window != 0 && n + 1 > cache->window ? (n + 1 - cache->window) / PE_CHUNK : 0;
+}
+
+/* The first page whose window part it keeps: it may be truncated by PE_KV_UNDO tokens and still have what it needs. */
+static size_t first_kept(const pe_kv_cache *cache, size_t n) {
+    return n > PE_KV_UNDO ? first_needed(cache, n - PE_KV_UNDO) : 0;
+}
+
+static size_t pages_of(size_t n_tokens) { return pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK; }
+
+/* As many of the n tokens in `pages` as a sequence can hold and go on from: the window parts that its next query needs are
+ * there. */
+static size_t continuable(const pe_kv_cache *cache, pe_page *const *pages, size_t n) {
+    while (n > 0) {
+        size_t first = first_needed(cache, n), i = pages_of(n);
+        while (i > first && pe_page_has_window(&cache->pages, pages[i - 1])) i--;
+        if (i <= first) return n;
+        n = (i - 1) * PE_CHUNK;
+    }
+    return 0;
+}
+
+/* Hold the window parts before first_window that are there and that a sequence of its length keeps. */
+static void hold_windows(pe_kv_cache *cache, sequence *s) {
+    size_t first = first_kept(cache, s->committed);
+    while (s->first_window > first && pe_page_has_window(&cache->pages, s->pages[s->first_window - 1]))
+        pe_page_hold_window(&cache->pages, s->pages[--s->first_window]);
+}
+
+static size_t count_sequences(const pe_kv_cache *cache) {
+    size_t n = 0;
+    for (size_t i = 0; i < cache->n_sequences; i++) n += cache->sequences[i].used;
+    return n;
+}
+
+/* Let go of the window parts that it need not keep any more. */
+static void slide(pe_kv_cache *cache, sequence *s) {
+    size_t first = first_kept(cache, s->committed);
+    if (s->first_window >= first) return;
+    while (s->first_window < first) pe_page_release_window(&cache->pages, s->pages[s->first_window++]);
+    pe_page_pool_trim_windows(&cache->pages, PE_KV_KEEP_SLID * count_sequences(cache));
 }
 
 static void shrink(pe_kv_cache *cache, sequence *s, size_t n_tokens) {
-    size_t n_pages = pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK;
-    while (s->n_pages > n_pages) pe_page_release(&cache->pages, s->pages[--s->n_pages]);
+    while (s->n_pages > pages_of(n_tokens)) {
+        pe_page *last = s->pages[--s->n_pages];
+        if (s->n_pages >= s->first_window) pe_page_release_window(&cache->pages, last);
+        pe_page_release(&cache->pages, last);
+    }
+    if (s->first_window > s->n_pages) s->first_window = s->n_pages;
     s->length = n_tokens;
     s->n_drafted = 0;
     if (s->committed > n_tokens) s->committed = n_tokens;
@@ -70,26 +145,32 @@ void pe_kv_cache_destroy(pe_kv_cache *cache) {
         free(cache->sequences[i].pages);
     }
     pe_page_pool_destroy(&cache->pages);
+    free(cache->places);
     free(cache->sequences);
     free(cache);
 }
 
-size_t pe_kv_cache_page_bytes(const pe_kv_cache *cache) { return cache->pages.page_bytes; }
+static size_t page_bytes(const pe_kv_cache *cache) { return cache->pages.data_bytes + cache->pages.window_bytes; }
 
 void pe_kv_cache_stats(const pe_kv_cache *cache, pe_cache_stats *out) {
     const pe_page_pool *pages = &cache->pages;
-    *out = (pe_cache_stats){.page_bytes = pages->page_bytes,
-                            .max_pages = pages->max_pages,
+    *out = (pe_cache_stats){.page_bytes = page_bytes(cache),
+                            .window_bytes = pages->window_bytes,
+                            .window = cache->window,
+                            .max_pages = pages->max_bytes / page_bytes(cache),
                             .n_pages = pages->n_pages,
                             .n_cached = pages->n_cached,
                             .n_free = pages->n_free,
+                            .n_bytes = pe_page_pool_bytes(pages),
+                            .n_held_bytes = pe_page_pool_held_bytes(pages),
                             .n_evicted = pages->n_evicted};
-    for (size_t i = 0; i < cache->n_sequences; i++) out->n_sequences += cache->sequences[i].used;
+    out->n_sequences = count_sequences(cache);
 }
 
 void pe_kv_cache_set_max_pages(pe_kv_cache *cache, size_t max_pages) {
-    cache->pages.max_pages = max_pages;
-    if (max_pages != 0 && cache->pages.n_pages > max_pages) pe_page_pool_drop_cached(&cache->pages);
+    size_t most = SIZE_MAX / page_bytes(cache);
+    cache->pages.max_bytes = (max_pages < most ? max_pages : most) * page_bytes(cache);
+    pe_page_pool_trim(&cache->pages);
 }
 
 size_t pe_kv_cache_drop_cached(pe_kv_cache *cache) { return pe_page_pool_drop_cached(&cache->pages); }
@@ -106,15 +187,14 @@ static pe_status no_such_sequence(int32_t id, char *err) {
 }
 
 static pe_status out_of_memory(const pe_kv_cache *cache, char *err) {
-    const pe_page_pool *pages = &cache->pages;
-    if (pages->max_pages != 0 && pages->n_pages >= pages->max_pages) {
+    size_t n_bytes = pe_page_pool_bytes(&cache->pages), most = cache->pages.max_bytes;
+    if (most != 0 && n_bytes + page_bytes(cache) > most) {
         return pe_fail(PE_ERR_OUT_OF_MEMORY, err,
-                       "all %zu KV pages of 256 positions that are allowed (%zu bytes each) are in use",
-                       pages->max_pages, pages->page_bytes);
+                       "all memory that is allowed for keys and values (%zu bytes, %zu KV pages of 256 positions) is in use",
+                       most, most / page_bytes(cache));
     }
-    return pe_fail(PE_ERR_OUT_OF_MEMORY, err,
-                   "out of memory for a KV page of %zu bytes (%zu pages of 256 positions in use)", pages->page_bytes,
-                   pages->n_pages - pages->n_free);
+    return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for a KV page of %zu bytes (%zu bytes of them in use)",
+                   page_bytes(cache), pe_page_pool_held_bytes(&cache->pages));
 }
 
 static pe_status sequence_new(pe_kv_cache *cache, bool keep, const uint8_t *salt, int32_t *out, char *err) {
@@ -134,7 +214,7 @@ static pe_status sequence_new(pe_kv_cache *cache, bool keep, const uint8_t *salt
     s->keep = keep;
     memset(s->salt, 0, PE_SALT_BYTES);
     if (salt != NULL) memcpy(s->salt, salt, PE_SALT_BYTES);
-    s->length = s->committed = s->n_drafted = 0;
+    s->length = s->committed = s->n_drafted = s->first_window = 0;
     *out = (int32_t)id;
     return PE_OK;
 }
@@ -159,7 +239,9 @@ pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t id, size_t n_tokens, char *
     if (n_tokens > s->committed)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "cannot truncate sequence %d of %zu tokens to %zu", (int)id,
                        s->committed, n_tokens);
+    n_tokens = continuable(cache, s->pages, n_tokens);
     shrink(cache, s, n_tokens);
+    hold_windows(cache, s);
     /* What this sequence took back nobody will ask for: the next token may be written over it without a copy. */
     pe_page *last = s->n_pages > 0 ? s->pages[s->n_pages - 1] : NULL;
     size_t in_page = n_tokens % PE_CHUNK;
@@ -187,10 +269,10 @@ static pe_status reserve_pages(sequence *s, size_t n_pages, char *err) {
     return PE_OK;
 }
 
-/* A new sequence that shares n_tokens in pages (n_pages). */
+/* A new sequence that shares n_tokens, which can be continued, in pages (n_pages). */
 static pe_status share(pe_kv_cache *cache, pe_page *const *pages, size_t n_tokens, bool keep, const uint8_t *salt,
                        int32_t *out, char *err) {
-    size_t n_pages = pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK;
+    size_t n_pages = pages_of(n_tokens);
     pe_status status = sequence_new(cache, keep, salt, out, err);
     if (status != PE_OK) return status;
     sequence *s = &cache->sequences[*out];
@@ -203,8 +285,9 @@ static pe_status share(pe_kv_cache *cache, pe_page *const *pages, size_t n_token
         s->pages[i] = pages[i];
         pe_page_hold(&cache->pages, pages[i]);
     }
-    s->n_pages = n_pages;
+    s->n_pages = s->first_window = n_pages;
     s->length = s->committed = n_tokens;
+    hold_windows(cache, s);
     return PE_OK;
 }
 
@@ -216,42 +299,43 @@ pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_
                        (int)source, from->committed);
     uint8_t salt[PE_SALT_BYTES];
     memcpy(salt, from->salt, sizeof salt);
+    n_tokens = continuable(cache, from->pages, n_tokens);
     return share(cache, from->pages, n_tokens, from->keep, salt, out, err); /* the table may move, its arrays do not */
 }
 
 /* ------------------------------------------------------------------ known beginnings */
 
-/* The last page that a walk along `tokens` reaches and the number of tokens on the way, all of them known. */
-static pe_page *walk(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t *salt, size_t *n_known) {
-    pe_page *page = NULL;
-    *n_known = 0;
-    for (;;) {
-        size_t n_common = 0;
-        pe_page *next = pe_page_find(&cache->pages, page, salt, tokens + *n_known, n - *n_known, &n_common);
-        if (next == NULL) return page;
+/* path (pages that n tokens fill) = the pages that a walk along `tokens` passes; how many tokens are on the way, all of them
+ * known and fit to be continued. */
+static size_t walk(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t *salt, pe_page **path) {
+    size_t n_known = 0, n_common = PE_CHUNK;
+    while (n_common == PE_CHUNK) {
+        pe_page *page = n_known > 0 ? path[n_known / PE_CHUNK - 1] : NULL;
+        pe_page *next = pe_page_find(&cache->pages, page, salt, tokens + n_known, n - n_known, &n_common);
+        if (next == NULL) break;
         /* A part of a page, or a page somebody is writing, will be copied by the first token after it. */
         bool copy = n_common < next->n_tokens || (n_common < PE_CHUNK && next->n_references > 0);
-        if (copy && n_common < MIN_SHARED) return page;
-        *n_known += n_common;
-        page = next;
-        if (n_common < PE_CHUNK) return page;
+        if (copy && n_common < MIN_SHARED) break;
+        path[n_known / PE_CHUNK] = next;
+        n_known += n_common;
     }
+    return continuable(cache, path, n_known);
 }
 
+static pe_page **path_new(size_t n_tokens) { return malloc((pages_of(n_tokens) + 1) * sizeof(pe_page *)); }
+
 size_t pe_kv_match_length(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t salt[PE_SALT_BYTES]) {
-    size_t n_known;
-    walk(cache, tokens, n, salt, &n_known);
+    pe_page **path = path_new(n);
+    size_t n_known = path == NULL ? 0 : walk(cache, tokens, n, salt, path);
+    free(path);
     return n_known;
 }
 
 pe_status pe_kv_match(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t salt[PE_SALT_BYTES], bool keep,
                       int32_t *out, size_t *n_matched, char *err) {
-    pe_page *last = walk(cache, tokens, n, salt, n_matched);
-    size_t n_pages = pe_pad(*n_matched, PE_CHUNK) / PE_CHUNK;
-    pe_page **path = malloc((n_pages + 1) * sizeof *path);
-    if (path == NULL)
-        return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the path of %zu pages", n_pages);
-    for (size_t i = n_pages; i-- > 0; last = last->parent) path[i] = last;
+    pe_page **path = path_new(n);
+    if (path == NULL) return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the path of %zu tokens", n);
+    *n_matched = walk(cache, tokens, n, salt, path);
     pe_status status = share(cache, path, *n_matched, keep, salt, out, err);
     free(path);
     return status;
@@ -268,9 +352,11 @@ static pe_status own_last_page(pe_kv_cache *cache, sequence *s, char *err) {
     if (last->n_references == 1 && last->n_tokens <= in_page && last->first_child == NULL) return PE_OK;
     pe_page *copy = pe_page_new(&cache->pages);
     if (copy == NULL) return out_of_memory(cache, err);
-    memcpy(copy->data, last->data, cache->pages.page_bytes);
+    if (copy->data != NULL) memcpy(copy->data, last->data, cache->pages.data_bytes);
+    if (copy->window != NULL) memcpy(copy->window, last->window, cache->pages.window_bytes);
     memcpy(copy->tokens, last->tokens, in_page * sizeof *copy->tokens);
     copy->n_tokens = in_page;
+    pe_page_release_window(&cache->pages, last);
     pe_page_release(&cache->pages, last);
     s->pages[s->n_pages - 1] = copy;
     return PE_OK;
@@ -279,7 +365,7 @@ static pe_status own_last_page(pe_kv_cache *cache, sequence *s, char *err) {
 pe_status pe_kv_extend(pe_kv_cache *cache, int32_t id, size_t n_more, char *err) {
     sequence *s = find(cache, id);
     if (s == NULL) return no_such_sequence(id, err);
-    size_t length = s->length, n_pages = pe_pad(length + n_more, PE_CHUNK) / PE_CHUNK;
+    size_t length = s->length, n_pages = pages_of(length + n_more);
     if (n_more == 0) return PE_OK;
     pe_status status = reserve_pages(s, n_pages, err);
     if (status == PE_OK) status = own_last_page(cache, s, err);
@@ -303,6 +389,7 @@ void pe_kv_commit(pe_kv_cache *cache, int32_t id, int32_t token) {
     page->tokens[in_page] = token;
     page->n_tokens = in_page + 1;
     s->committed++;
+    slide(cache, s);
     /* A parent outside the tree belongs to a sequence that keeps nothing: then neither do those forked from it. */
     if (page->parent == NULL && s->keep && (parent == NULL || parent->parent != NULL))
         pe_page_link(&cache->pages, page, parent, s->salt);
@@ -310,9 +397,8 @@ void pe_kv_commit(pe_kv_cache *cache, int32_t id, int32_t token) {
     /* Two sequences computed the same page side by side: one is enough. */
     pe_page *twin = pe_page_twin(page);
     if (twin == NULL) return;
-    pe_page_hold(&cache->pages, twin);
+    pe_page_merge(&cache->pages, page, twin);
     s->pages[index] = twin;
-    pe_page_discard(&cache->pages, page);
 }
 
 void pe_kv_rollback(pe_kv_cache *cache, int32_t id) {
@@ -355,35 +441,55 @@ static pe_status broken(char *err, const char *what) {
     return pe_fail(PE_ERR_SYSTEM, err, "the KV cache is inconsistent: %s", what);
 }
 
-static pe_status check_sequence(const sequence *s, char *err) {
+static pe_status check_sequence(const pe_kv_cache *cache, const sequence *s, char *err) {
     if (s->length != s->committed + s->n_drafted) return broken(err, "a sequence holds positions without tokens");
-    if (s->n_pages != pe_pad(s->length, PE_CHUNK) / PE_CHUNK) return broken(err, "a sequence has too many pages");
+    if (s->n_pages != pages_of(s->length)) return broken(err, "a sequence has too many pages");
+    if (s->first_window > first_needed(cache, s->committed)) return broken(err, "a sequence lacks window parts");
     for (size_t i = 0; i < s->n_pages; i++) {
         size_t begin = i * PE_CHUNK, left = s->committed > begin ? s->committed - begin : 0;
         size_t here = left < PE_CHUNK ? left : PE_CHUNK;
         if (s->pages[i]->n_tokens < here) return broken(err, "a page lacks tokens of its sequence");
         if (i > 0 && s->pages[i]->parent != NULL && s->pages[i]->parent != s->pages[i - 1])
             return broken(err, "a page hangs below another page than its sequence's");
+        if (i >= s->first_window && !pe_page_has_window(&cache->pages, s->pages[i]))
+            return broken(err, "a window part that a sequence holds is gone");
     }
     return PE_OK;
 }
 
+/* Every thing that is held is held n_references times: the inverses, over its holders, add up to the number of things. */
+typedef struct share_count {
+    size_t n_references;
+    double n_held;
+} share_count;
+
+static void count_share(share_count *count, size_t n_references) {
+    count->n_references++;
+    count->n_held += 1.0 / (double)n_references;
+}
+
+static bool adds_up(const share_count *count, size_t n_held) {
+    double difference = count->n_held - (double)n_held, rounding = 1e-6 * (double)(count->n_references + 1);
+    return difference > -rounding && difference < rounding;
+}
+
 pe_status pe_kv_cache_check(const pe_kv_cache *cache, char *err) {
-    const char *wrong = pe_page_pool_check(&cache->pages);
+    const pe_page_pool *pool = &cache->pages;
+    const char *wrong = pe_page_pool_check(pool);
     if (wrong != NULL) return broken(err, wrong);
-    size_t n_references = 0, n_held = cache->pages.n_pages - cache->pages.n_cached - cache->pages.n_free;
-    double shares = 0.0; /* every held page is held n_references times: the inverses add up to the pages held */
+    share_count pages = {0}, windows = {0};
     for (size_t i = 0; i < cache->n_sequences; i++) {
         const sequence *s = &cache->sequences[i];
         if (!s->used && s->n_pages > 0) return broken(err, "a dropped sequence holds pages");
         if (!s->used) continue;
-        pe_status status = check_sequence(s, err);
+        pe_status status = check_sequence(cache, s, err);
         if (status != PE_OK) return status;
-        for (size_t k = 0; k < s->n_pages; k++) shares += 1.0 / (double)s->pages[k]->n_references;
-        n_references += s->n_pages;
+        for (size_t k = 0; k < s->n_pages; k++) count_share(&pages, s->pages[k]->n_references);
+        for (size_t k = s->first_window; k < s->n_pages; k++) count_share(&windows, s->pages[k]->n_window_references);
     }
-    if (shares < (double)n_held - 1e-6 * (double)(n_references + 1) ||
-        shares > (double)n_held + 1e-6 * (double)(n_references + 1))
+    size_t n_held = pool->n_pages - pool->n_cached - pool->n_free;
+    size_t n_windows = pool->window_bytes == 0 ? n_held : pool->n_windows - pool->n_cached_windows - pool->n_free_windows;
+    if (!adds_up(&pages, n_held) || !adds_up(&windows, n_windows))
         return broken(err, "references to pages do not add up: some page is lost or shared unseen");
     return PE_OK;
 }
@@ -393,8 +499,11 @@ pe_status pe_kv_cache_check(const pe_kv_cache *cache, char *err) {
 size_t pe_kv_chunk_bytes(const pe_kv_cache *cache) { return cache->chunk_bytes; }
 
 pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t id, size_t page_index, uint32_t layer, uint32_t kv_head) {
-    char *k = cache->sequences[id].pages[page_index]->data +
-              ((size_t)layer * cache->model->config.n_kv_heads + kv_head) * cache->chunk_bytes;
+    const layer_place *place = &cache->places[layer];
+    const pe_page *page = cache->sequences[id].pages[page_index];
+    char *part = place->is_window ? page->window : page->data;
+    if (part == NULL) return (pe_kv_chunk){0};
+    char *k = part + (place->index * cache->model->config.n_kv_heads + kv_head) * cache->chunk_bytes;
     size_t parts[4];
     chunk_parts(cache, parts);
     char *v = k + parts[0] + parts[1];

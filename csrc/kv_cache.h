@@ -1,7 +1,11 @@
 /* kv_cache.h: keys and values of many sequences, in pages of 256 positions (kv_pages.h).
  *
  * A page holds all layers and kv heads of one attention chunk, so a kernel always sees a whole chunk in one piece:
- *     page: layer (n_layers) x kv head (n_kv_heads) x chunk      chunk: k, k_scales, v, v_scales as pe_kv_chunk (kernels.h)
+ *     page: layer x kv head (n_kv_heads) x chunk      chunk: k, k_scales, v, v_scales as pe_kv_chunk (kernels.h)
+ * It has two parts: the layers that see everything before them, and those with a window. As a sequence grows, it lets go of the
+ * window parts that none of its later queries will see, but for PE_KV_UNDO tokens that it may lose again (a wrong guess of a
+ * draft model, logits that an exception took). What needs window parts that are gone, a prefix of another text or a longer way
+ * back, goes on from the longest beginning that has those it needs, be it an empty one: what is computed then is the same.
  *
  * The cache alone knows which tokens a sequence holds. A forward extends a sequence, writes keys and values, and then
  * commits the tokens, or rolls back: in between nobody else sees the new positions. Drafted tokens, guesses at what comes
@@ -14,11 +18,14 @@
 
 typedef struct pe_kv_cache pe_kv_cache;
 
+/* PE_KV_UNDO tokens can always be taken back. Of the window parts that sequences at work have slid away from, so many for each of
+ * them stay cached: others may share the text up to there, or it goes on differently from there. */
+enum { PE_KV_UNDO = 64, PE_KV_KEEP_SLID = 16 };
+
 pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dtype dtype, char *err);
 void pe_kv_cache_destroy(pe_kv_cache *cache);
-size_t pe_kv_cache_page_bytes(const pe_kv_cache *cache);
 void pe_kv_cache_stats(const pe_kv_cache *cache, pe_cache_stats *out);
-/* Pages that may be allocated, 0 = no limit. Takes back cached pages at once, others as they are released. */
+/* Memory of how many pages may be allocated, 0 = no limit. Takes back cached pages at once, others as they are released. */
 void pe_kv_cache_set_max_pages(pe_kv_cache *cache, size_t max_pages);
 size_t pe_kv_cache_drop_cached(pe_kv_cache *cache);
 /* Walks everything: references are counted anew, lists and tree are followed. PE_ERR_SYSTEM and what is wrong. */
@@ -34,8 +41,9 @@ pe_status pe_kv_match(pe_kv_cache *cache, const int32_t *tokens, size_t n, const
                       int32_t *out, size_t *n_matched, char *err);
 /* What pe_kv_match would find. Changes nothing. */
 size_t pe_kv_match_length(pe_kv_cache *cache, const int32_t *tokens, size_t n, const uint8_t salt[PE_SALT_BYTES]);
-/* The first n_tokens of `source`, shared. */
+/* The first n_tokens of `source`, shared: fewer if it has let go of window parts that they need. */
 pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_t *out, char *err);
+/* Keeps the first n_tokens, or fewer if it has let go of window parts that they need. */
 pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t sequence, size_t n_tokens, char *err);
 pe_status pe_kv_drop(pe_kv_cache *cache, int32_t sequence, char *err);
 /* The first drafted positions that hold `tokens` (n), one after the other, are the sequence's now: *n_accepted. The others
@@ -62,7 +70,8 @@ void pe_kv_rollback(pe_kv_cache *cache, int32_t sequence);
 /* Give the drafted positions of every sequence back. */
 void pe_kv_forget_drafts(pe_kv_cache *cache);
 
-/* One chunk (page) of a live sequence; page < pages that cover its length. */
+/* One chunk (page) of a live sequence; page < pages that cover its length. All NULL if the page's window part is gone, which
+ * no query will see. */
 pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer, uint32_t kv_head);
 size_t pe_kv_chunk_bytes(const pe_kv_cache *cache);
 

@@ -6,8 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KEEP_FREE = 8 }; /* pages kept for the next sequence; more go back to the system */
-
 /* ------------------------------------------------------------------ the list of cached pages */
 
 static void cached_append(pe_page_pool *pool, pe_page *page) {
@@ -16,7 +14,7 @@ static void cached_append(pe_page_pool *pool, pe_page *page) {
     if (pool->newest != NULL) pool->newest->newer = page;
     pool->newest = page;
     if (pool->oldest == NULL) pool->oldest = page;
-    pool->n_cached++;
+    pool->n_cached_windows++;
 }
 
 static void cached_remove(pe_page_pool *pool, pe_page *page) {
@@ -25,7 +23,7 @@ static void cached_remove(pe_page_pool *pool, pe_page *page) {
     if (pool->oldest == page) pool->oldest = page->newer;
     if (pool->newest == page) pool->newest = page->older;
     page->older = page->newer = NULL;
-    pool->n_cached--;
+    pool->n_cached_windows--;
 }
 
 /* ------------------------------------------------------------------ the tree */
@@ -70,64 +68,48 @@ pe_page *pe_page_twin(const pe_page *page) {
     return NULL;
 }
 
-/* ------------------------------------------------------------------ pages */
+/* ------------------------------------------------------------------ memory */
+
+size_t pe_page_pool_bytes(const pe_page_pool *pool) {
+    return pool->n_pages * pool->data_bytes + pool->n_windows * pool->window_bytes;
+}
+
+size_t pe_page_pool_held_bytes(const pe_page_pool *pool) {
+    size_t n_pages = pool->n_pages - pool->n_cached - pool->n_free;
+    if (pool->window_bytes == 0) return n_pages * pool->data_bytes;
+    return n_pages * pool->data_bytes + (pool->n_windows - pool->n_cached_windows - pool->n_free_windows) * pool->window_bytes;
+}
+
+static bool fits(const pe_page_pool *pool, size_t n_bytes) {
+    return pool->max_bytes == 0 || pe_page_pool_bytes(pool) + n_bytes <= pool->max_bytes;
+}
 
 static void page_free(pe_page_pool *pool, pe_page *page) {
-    pe_zeros_free(page->data, pool->page_bytes);
+    pe_zeros_free(page->data, pool->data_bytes);
     free(page);
     pool->n_pages--;
 }
 
-/* The leaf that was let go first, out of the tree. A cached page's descendants are cached too (who holds a page holds
- * its ancestors), so there is a leaf if there is any cached page. */
-static pe_page *evict(pe_page_pool *pool) {
-    pe_page *page = pool->oldest;
-    while (page != NULL && page->first_child != NULL) page = page->newer;
-    if (page == NULL) return NULL;
-    cached_remove(pool, page);
-    unlink_page(page);
-    return page;
+static void window_free(pe_page_pool *pool, char *window) {
+    pe_zeros_free(window, pool->window_bytes);
+    pool->n_windows--;
 }
 
-static pe_page *page_allocate(pe_page_pool *pool) {
-    if (pool->max_pages != 0 && pool->n_pages >= pool->max_pages) return NULL;
-    pe_page *page = calloc(1, sizeof *page);
-    if (page == NULL) return NULL;
-    /* Zeros: kernels read whole tiles of positions, and multiply what lies behind the last one by 0. */
-    page->data = pe_zeros_alloc(pool->page_bytes);
-    if (page->data == NULL) {
-        free(page);
-        return NULL;
-    }
-    pool->n_pages++;
-    return page;
+/* The page loses its window part, which nobody holds and which is in no list. */
+static void window_put_free(pe_page_pool *pool, pe_page *page) {
+    char *window = page->window;
+    page->window = NULL;
+    if (window == NULL) return;
+    if (pool->n_free_windows == PE_KEEP_FREE || !fits(pool, 0))
+        window_free(pool, window);
+    else
+        pool->free_windows[pool->n_free_windows++] = window;
 }
 
-pe_page *pe_page_new(pe_page_pool *pool) {
-    pe_page *page = pool->free_pages;
-    if (page != NULL) {
-        pool->free_pages = page->older;
-        pool->n_free--;
-        page->older = NULL;
-    } else {
-        page = page_allocate(pool);
-    }
-    if (page == NULL) {
-        page = evict(pool);
-        if (page == NULL) return NULL;
-        pool->n_evicted++;
-    }
-    page->n_references = 1;
-    page->n_tokens = 0;
-    return page;
-}
-
-void pe_page_hold(pe_page_pool *pool, pe_page *page) {
-    if (page->n_references++ == 0) cached_remove(pool, page);
-}
-
+/* A page that nobody holds, outside the tree and in no list. */
 static void put_free(pe_page_pool *pool, pe_page *page) {
-    if (pool->n_free == KEEP_FREE || (pool->max_pages != 0 && pool->n_pages > pool->max_pages)) {
+    window_put_free(pool, page);
+    if (pool->n_free == PE_KEEP_FREE || !fits(pool, 0)) {
         page_free(pool, page);
         return;
     }
@@ -136,57 +118,216 @@ static void put_free(pe_page_pool *pool, pe_page *page) {
     pool->n_free++;
 }
 
+/* Back to the system with a free page or window part; false if there is none. */
+static bool shed_free(pe_page_pool *pool) {
+    pe_page *page = pool->free_pages;
+    if (pool->n_free_windows > 0) {
+        window_free(pool, pool->free_windows[--pool->n_free_windows]);
+        return true;
+    }
+    if (page == NULL) return false;
+    pool->free_pages = page->older;
+    pool->n_free--;
+    page_free(pool, page);
+    return true;
+}
+
+/* Free a cached leaf, and what is of no use without it. */
+static void remove_leaf(pe_page_pool *pool, pe_page *page) {
+    do {
+        pe_page *parent = page->parent;
+        if (pe_page_has_window(pool, page)) cached_remove(pool, page);
+        unlink_page(page);
+        pool->n_cached--;
+        put_free(pool, page);
+        page = parent;
+    } while (page != &pool->root && page->n_references == 0 && page->first_child == NULL &&
+             !pe_page_has_window(pool, page));
+}
+
+/* A page of the tree loses its window part, which nobody holds. */
+static void drop_window(pe_page_pool *pool, pe_page *page) {
+    cached_remove(pool, page);
+    window_put_free(pool, page);
+}
+
+/* Free the leaf, or window part, that was let go first; false if nothing is cached. A cached page's descendants are cached
+ * too (who holds a page holds its ancestors), so there is a leaf in the list if there is any cached page. */
+static bool evict(pe_page_pool *pool) {
+    for (pe_page *page = pool->oldest; page != NULL; page = page->newer) {
+        if (page->first_child == NULL && page->n_references == 0) {
+            remove_leaf(pool, page);
+            return true;
+        }
+        if (page->window == NULL) continue;
+        drop_window(pool, page);
+        return true;
+    }
+    return false;
+}
+
+/* Something of the pool's memory becomes available for another use, be it of another size; false if all of it is held. */
+static bool make_room(pe_page_pool *pool) {
+    if (shed_free(pool)) return true;
+    if (!evict(pool)) return false;
+    pool->n_evicted++;
+    return true;
+}
+
+/* Zeros: kernels read whole tiles of positions, and multiply what lies behind the last one by 0. */
+static char *part_allocate(pe_page_pool *pool, size_t n_bytes) {
+    return fits(pool, n_bytes) ? pe_zeros_alloc(n_bytes) : NULL;
+}
+
+/* A free page, or a new one; NULL if there is no room. */
+static pe_page *take_page(pe_page_pool *pool) {
+    pe_page *page = pool->free_pages;
+    if (page != NULL) {
+        pool->free_pages = page->older;
+        pool->n_free--;
+        page->older = NULL;
+        return page;
+    }
+    page = calloc(1, sizeof *page);
+    if (page == NULL) return NULL;
+    if (pool->data_bytes > 0 && (page->data = part_allocate(pool, pool->data_bytes)) == NULL) {
+        free(page);
+        return NULL;
+    }
+    pool->n_pages++;
+    return page;
+}
+
+/* The same, of window parts. */
+static char *take_window(pe_page_pool *pool) {
+    if (pool->n_free_windows > 0) return pool->free_windows[--pool->n_free_windows];
+    char *window = part_allocate(pool, pool->window_bytes);
+    pool->n_windows += window != NULL;
+    return window;
+}
+
+/* ------------------------------------------------------------------ pages */
+
+pe_page *pe_page_new(pe_page_pool *pool) {
+    pe_page *page;
+    while ((page = take_page(pool)) == NULL)
+        if (!make_room(pool)) return NULL;
+    while (pool->window_bytes > 0 && (page->window = take_window(pool)) == NULL) {
+        if (make_room(pool)) continue;
+        put_free(pool, page);
+        return NULL;
+    }
+    page->n_references = page->n_window_references = 1;
+    page->n_tokens = 0;
+    return page;
+}
+
+void pe_page_hold(pe_page_pool *pool, pe_page *page) {
+    if (page->n_references++ == 0) pool->n_cached--;
+}
+
+void pe_page_hold_window(pe_page_pool *pool, pe_page *page) {
+    if (page->n_window_references++ == 0) cached_remove(pool, page);
+}
+
+void pe_page_release_window(pe_page_pool *pool, pe_page *page) {
+    if (--page->n_window_references > 0) return;
+    if (page->parent == NULL)
+        window_put_free(pool, page);
+    else
+        cached_append(pool, page);
+    pe_page_pool_trim(pool);
+}
+
 void pe_page_release(pe_page_pool *pool, pe_page *page) {
     if (--page->n_references > 0) return;
     if (page->parent == NULL) {
         put_free(pool, page);
         return;
     }
-    cached_append(pool, page);
-    while (pool->max_pages != 0 && pool->n_pages > pool->max_pages && (page = evict(pool)) != NULL)
-        page_free(pool, page); /* the limit was lowered while pages were held */
+    pool->n_cached++;
+    if (page->first_child == NULL && !pe_page_has_window(pool, page)) remove_leaf(pool, page);
+    pe_page_pool_trim(pool);
 }
 
-void pe_page_discard(pe_page_pool *pool, pe_page *page) {
+void pe_page_merge(pe_page_pool *pool, pe_page *page, pe_page *twin) {
+    pe_page_hold(pool, twin);
+    if (pe_page_has_window(pool, twin)) {
+        pe_page_hold_window(pool, twin);
+    } else {
+        twin->window = page->window;
+        twin->n_window_references = 1;
+        page->window = NULL;
+    }
     unlink_page(page);
-    page->n_references = 0;
+    page->n_references = page->n_window_references = 0;
     put_free(pool, page);
 }
 
-size_t pe_page_pool_drop_cached(pe_page_pool *pool) {
+void pe_page_pool_trim_windows(pe_page_pool *pool, size_t most) {
     size_t n = 0;
-    for (pe_page *page; (page = evict(pool)) != NULL; n++) page_free(pool, page);
-    for (pe_page *page; (page = pool->free_pages) != NULL; pool->n_free--) {
-        pool->free_pages = page->older;
-        page_free(pool, page);
+    for (pe_page *page = pool->newest, *older; page != NULL; page = older) {
+        older = page->older;
+        if (page->n_references > 0 && ++n > most) drop_window(pool, page);
     }
-    return n;
+}
+
+void pe_page_pool_trim(pe_page_pool *pool) {
+    while (!fits(pool, 0) && (shed_free(pool) || evict(pool))) continue;
+}
+
+size_t pe_page_pool_drop_cached(pe_page_pool *pool) {
+    size_t n_cached = pool->n_cached;
+    while (evict(pool)) continue;
+    while (shed_free(pool)) continue;
+    return n_cached - pool->n_cached;
 }
 
 void pe_page_pool_destroy(pe_page_pool *pool) { pe_page_pool_drop_cached(pool); }
 
 /* ------------------------------------------------------------------ check */
 
-const char *pe_page_pool_check(const pe_page_pool *pool) {
-    size_t n_cached = 0, n_free = 0, n_unheld = 0;
+/* The lists of what nobody holds. */
+static const char *check_lists(const pe_page_pool *pool) {
+    size_t n_cached = 0, n_free = 0;
     for (const pe_page *page = pool->oldest; page != NULL; page = page->newer, n_cached++) {
-        if (page->n_references != 0 || page->parent == NULL) return "a cached page is held, or not in the tree";
+        if (page->n_window_references != 0 || page->parent == NULL) return "a cached page is held, or not in the tree";
+        if (!pe_page_has_window(pool, page)) return "a cached window part is gone";
         if (page->newer == NULL ? pool->newest != page : page->newer->older != page) return "the cached list is broken";
     }
     for (const pe_page *page = pool->free_pages; page != NULL; page = page->older, n_free++)
-        if (page->n_references != 0 || page->parent != NULL) return "a free page is held, or in the tree";
-    if (n_cached != pool->n_cached || n_free != pool->n_free) return "the counts of cached and free pages are wrong";
-    if (pool->max_pages != 0 && pool->n_pages > pool->max_pages && n_cached + n_free > 0)
-        return "more pages than allowed, and not all of them held";
+        if (page->n_references != 0 || page->parent != NULL || page->window != NULL)
+            return "a free page is held, or in the tree";
+    if (n_cached != pool->n_cached_windows || n_free != pool->n_free) return "the counts of cached and free pages are wrong";
+    return NULL;
+}
+
+/* A page of the tree. */
+static const char *check_page(const pe_page_pool *pool, const pe_page *page) {
+    bool first = page->parent == &pool->root;
+    if (page->n_tokens == 0 || page->n_tokens > PE_CHUNK) return "a page of the tree has no tokens";
+    if (!first && page->parent->n_tokens != PE_CHUNK) return "a page's parent is not full";
+    if (!first && page->n_references > 0 && page->parent->n_references == 0) return "a held page's parent is cached";
+    if (page->n_window_references > page->n_references) return "a window part is held by more sequences than its page";
+    if (page->n_window_references > 0 && !pe_page_has_window(pool, page)) return "a window part that is held is gone";
+    if (page->n_references == 0 && page->first_child == NULL && !pe_page_has_window(pool, page))
+        return "a cached leaf is of no use";
+    return NULL;
+}
+
+const char *pe_page_pool_check(const pe_page_pool *pool) {
+    const char *wrong = check_lists(pool);
+    if (wrong != NULL) return wrong;
+    if (!fits(pool, 0) && pool->n_cached + pool->n_free + pool->n_free_windows > 0)
+        return "more memory than allowed, and not all of it held";
 
     /* Every page of the tree, depth first. */
+    size_t n_unheld = 0, n_loose = 0; /* without a holder; with a window part without one */
     const pe_page *page = pool->root.first_child;
     while (page != NULL) {
-        bool first = page->parent == &pool->root;
-        if (page->n_tokens == 0 || page->n_tokens > PE_CHUNK) return "a page of the tree has no tokens";
-        if (!first && page->parent->n_tokens != PE_CHUNK) return "a page's parent is not full";
-        if (!first && page->n_references > 0 && page->parent->n_references == 0) return "a held page's parent is cached";
+        if ((wrong = check_page(pool, page)) != NULL) return wrong;
         n_unheld += page->n_references == 0;
+        n_loose += page->n_window_references == 0 && pe_page_has_window(pool, page);
         if (page->first_child != NULL) {
             page = page->first_child;
             continue;
@@ -194,5 +335,6 @@ const char *pe_page_pool_check(const pe_page_pool *pool) {
         while (page != &pool->root && page->next_sibling == NULL) page = page->parent;
         page = page == &pool->root ? NULL : page->next_sibling;
     }
-    return n_unheld == n_cached ? NULL : "an unheld page of the tree is not in the cached list";
+    if (n_unheld != pool->n_cached) return "the count of cached pages is wrong";
+    return n_loose == pool->n_cached_windows ? NULL : "an unheld window part of the tree is not in the cached list";
 }

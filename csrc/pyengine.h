@@ -128,18 +128,23 @@ int pe_context_n_threads(const pe_context *context);
 size_t pe_context_memory(const pe_context *context, size_t *scratch_bytes);
 
 /* The cache of keys and values is made of pages of 256 positions (kv_pages.h). A page that no sequence holds may stay
- * cached: a later sequence that begins with the same tokens finds it. */
+ * cached: a later sequence that begins with the same tokens finds it. Layers with a window keep no more of a sequence than
+ * later queries will see. */
 typedef struct pe_cache_stats {
     size_t n_sequences;      /* in use */
-    size_t page_bytes;       /* of one page */
+    size_t page_bytes;       /* of one page, all layers */
+    size_t window_bytes;     /* of these, how many belong to layers with a window */
+    size_t window;           /* positions that the longest of their windows has; 0 = there are none */
     size_t max_pages;        /* 0 = no limit */
-    size_t n_pages;          /* allocated: held by sequences, cached, free */
+    size_t n_pages;          /* allocated: held by sequences, cached, free; with or without their windows' part */
     size_t n_cached, n_free; /* of these */
-    uint64_t n_evicted;      /* cached pages that had to make room so far */
+    size_t n_bytes;          /* allocated */
+    size_t n_held_bytes;     /* of these, what sequences hold; the others can make room */
+    uint64_t n_evicted;      /* times that something cached had to make room so far */
 } pe_cache_stats;
 void pe_context_cache_stats(const pe_context *context, pe_cache_stats *out);
-/* At most this many pages are allocated from now on (0 = no limit); then cached ones make room, and when none is left
- * an append fails with PE_ERR_OUT_OF_MEMORY. */
+/* At most the memory of so many pages is allocated from now on (0 = no limit); then what is cached makes room, and when nothing
+ * is left an append fails with PE_ERR_OUT_OF_MEMORY. */
 void pe_context_set_max_pages(pe_context *context, size_t max_pages);
 /* Forget every cached page; how many there were. */
 size_t pe_context_drop_cached(pe_context *context);
@@ -147,7 +152,6 @@ size_t pe_context_drop_cached(pe_context *context);
 pe_status pe_context_check(const pe_context *context, char *err);
 
 #define PE_SALT_BYTES 16
-#define PE_PAGE_POSITIONS 256
 
 /* Sequences are small non-negative ids. A new one is empty, and its pages are freed with it. */
 pe_status pe_sequence_new(pe_context *context, int32_t *out, char *err);
@@ -158,7 +162,8 @@ pe_status pe_sequence_match(pe_context *context, const int32_t *tokens, size_t n
                             int32_t *out, size_t *n_matched, char *err);
 /* The length that pe_sequence_match would give. Changes nothing. */
 size_t pe_sequence_match_length(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt);
-/* A fork shares the pages of its source until one of them appends. */
+/* A fork shares the pages of its source until one of them appends. Forks and truncated sequences may be shorter than asked for
+ * where layers with a window have let go of what the next token would see: pe_sequence_length tells. */
 pe_status pe_sequence_fork(pe_context *context, int32_t source, size_t n_tokens, int32_t *out, char *err);
 pe_status pe_sequence_truncate(pe_context *context, int32_t sequence, size_t n_tokens, char *err);
 pe_status pe_sequence_drop(pe_context *context, int32_t sequence, char *err);

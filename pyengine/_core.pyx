@@ -202,7 +202,7 @@ cdef class Sequence:
         return out
 
     def truncate(self, size_t n_tokens) -> None:
-        """Keep the first n_tokens."""
+        """Keep the first n_tokens, or fewer: as many as layers with a window can go on from (`length`)."""
         cdef char[PE_ERR_LEN] err
         err[0] = 0
         self.context.check_idle()
@@ -220,7 +220,7 @@ cdef class Sequence:
         return n_accepted
 
     def fork(self, size_t n_tokens) -> Sequence:
-        """A new sequence that shares the first n_tokens."""
+        """A new sequence that shares the first n_tokens, or fewer: as many as layers with a window can go on from."""
         cdef char[PE_ERR_LEN] err
         cdef Sequence out = self.context.sequence_object()
         err[0] = 0
@@ -392,11 +392,6 @@ cdef class Context:
     def n_threads(self) -> int:
         return pe_context_n_threads(self.context)
 
-    @property
-    def page_positions(self) -> int:
-        """Positions of one page of the cache."""
-        return PE_PAGE_POSITIONS
-
     def memory(self) -> dict:
         """{"kv": bytes of KV pages, "scratch": bytes of everything else}."""
         cdef size_t scratch = 0
@@ -405,15 +400,16 @@ cdef class Context:
         return {"kv": kv, "scratch": scratch}
 
     def cache_stats(self) -> dict:
-        """Counts of the KV cache: n_sequences; page_bytes; max_pages (0 = no limit); n_pages (allocated), of these
-        n_cached (kept for later texts) and n_free; n_evicted so far."""
+        """Counts of the KV cache: n_sequences; page_bytes, window_bytes of them of layers with a window, and the longest
+        `window` (0 = there are none); max_pages (the memory of so many, 0 = no limit); n_pages (allocated), of these n_cached
+        (kept for later texts) and n_free; n_bytes (allocated), n_held_bytes of them of sequences; n_evicted so far."""
         cdef pe_cache_stats stats
         self.check_idle()
         pe_context_cache_stats(self.context, &stats)
         return stats
 
     def set_max_pages(self, size_t max_pages) -> None:
-        """Allocate at most so many pages, 0 = no limit."""
+        """Allocate at most the memory of so many pages, 0 = no limit."""
         self.check_idle()
         pe_context_set_max_pages(self.context, max_pages)
 

@@ -62,9 +62,8 @@ cdef extern from "pyengine.h" nogil:
 
     enum:
         PE_SALT_BYTES
-        PE_PAGE_POSITIONS
     ctypedef struct pe_cache_stats:
-        size_t n_sequences, page_bytes, max_pages, n_pages, n_cached, n_free
+        size_t n_sequences, page_bytes, window_bytes, window, max_pages, n_pages, n_cached, n_free, n_bytes, n_held_bytes
         uint64_t n_evicted
     void pe_context_cache_stats(const pe_context *context, pe_cache_stats *out)
     void pe_context_set_max_pages(pe_context *context, size_t max_pages)

@@ -587,8 +587,10 @@ class Engine:
         )
 
     def cache_stats(self) -> dict[str, int]:
-        """Counts of the cache of keys and values, in pages: n_pages (allocated), of these n_cached (kept for later
-        prompts) and n_free; max_pages; n_evicted so far; page_bytes; and n_sequences at work."""
+        """Counts of the cache of keys and values. In bytes: n_bytes (allocated), of these n_held_bytes (of sequences at work);
+        page_bytes (256 positions of all layers), window_bytes (the share of layers with a window, which keep no more of a
+        sequence than that: `window` positions and a few). In pages: n_pages (allocated), of these n_cached (kept for later
+        prompts) and n_free; max_pages, the memory of how many is allowed; n_evicted so far. And n_sequences at work."""
         return self.exclusively(lambda context: context.cache_stats())
 
     def clear_cache(self) -> None:

@@ -9,7 +9,9 @@ from pyengine import fork
 from pyengine.arguments import integer
 from pyengine.errors import InvalidArgumentError, MissingFileError
 from pyengine.files import is_safetensors, path_of
+from pyengine.format.kv import KvLayout
 from pyengine.run.pages import max_pages
+from pyengine.run.scheduler import BUDGET
 
 if TYPE_CHECKING:
     from pyengine import _core
@@ -71,11 +73,6 @@ def checked_threads(n_threads: int | None) -> int:
 
 
 def pages_of(context: _core.Context, n_ctx: int, *, max_kv_bytes: int | None, max_sequences: int) -> int:
-    """Pages that a context may have."""
-    return max_pages(
-        max_kv_bytes,
-        page_bytes=context.cache_stats()["page_bytes"],
-        page_positions=context.page_positions,
-        n_ctx=n_ctx,
-        max_sequences=max_sequences,
-    )
+    """Pages whose memory a context may have."""
+    layout = KvLayout.of_stats(context.cache_stats())
+    return max_pages(max_kv_bytes, layout=layout, n_ctx=n_ctx, n_step=BUDGET, max_sequences=max_sequences)

@@ -65,7 +65,8 @@ def tokenizer_facts(
 
 def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
     """Everything that is printed, as plain values; sizes in bytes."""
-    from pyengine.format.inventory import MATRIX_KINDS, count_parameters, inventory, kv_bytes_per_position
+    from pyengine.format.inventory import MATRIX_KINDS, count_parameters, inventory
+    from pyengine.format.kv import PAGE_POSITIONS, kv_bytes_per_position, kv_layout
     from pyengine.format.strict_json import parse_json_object
 
     def attachment(name: str) -> dict[str, Any]:
@@ -75,7 +76,8 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
     c = frozen.config
     file_bytes = len(frozen.buffer)
     weights = sum(size for _, size, _ in frozen.weights.values())
-    kv = kv_bytes_per_position(c)
+    layout = kv_layout(c)
+    kv_full = layout.n_bytes(c.max_seq_len)
     kinds = dict.fromkeys(weight.kind for weight in inventory(c) if weight.is_matrix)
     facts: dict[str, Any] = {
         "path": str(frozen.path),
@@ -90,9 +92,10 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
         ),
         "chat_template": frozen.attachment("chat_template.jinja") is not None,
         "generation_config": attachment("generation_config.json"),
-        "kv_bytes_per_position": kv,
-        "kv_bytes_full_context": kv * c.max_seq_len,
-        "memory_bytes_full_context": weights + kv * c.max_seq_len,
+        "kv_bytes_per_position": kv_bytes_per_position(c),
+        "kv_window_bytes_per_position": layout.window_bytes // PAGE_POSITIONS,
+        "kv_bytes_full_context": kv_full,
+        "memory_bytes_full_context": weights + kv_full,
     }
     if with_tensors:
         facts["tensors"] = [
@@ -128,6 +131,8 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     flags = [name for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm", "qk_norm_all_heads") if c.get(name)]
     if c.get("n_experts"):
         flags.append(f"{c['n_experts_used']} of {c['n_experts']} experts")
+    in_window = facts["kv_window_bytes_per_position"]
+    window = f" ({in_window:,} of them kept for a window only)" if in_window else ""
     flags += [f"{name} {c[name]:g}" for name in ("attention_softcap", "logits_softcap") if name in c]
     lines = [
         ("file", f"{facts['path']} ({facts['file_bytes'] / MIB:.1f} MiB)"),
@@ -146,7 +151,7 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("end of text", ", ".join(map(_spelled, t["eos"])) or "none"),
         ("chat template", "yes" if facts["chat_template"] else "no"),
         ("generation", ", ".join(f"{k} {v}" for k, v in facts["generation_config"].items()) or "greedy"),
-        ("KV cache", f"{facts['kv_bytes_per_position']:,} bytes a position, {kv:.1f} MiB in full"),
+        ("KV cache", f"{facts['kv_bytes_per_position']:,} bytes a position{window}, {kv:.1f} MiB in full"),
         ("memory", f"{total:.1f} MiB with a full context, {weights:.1f} of them weights that processes share"),
     ]
     return [*lines, ("extra", json.dumps(c["extra"]))] if "extra" in c else lines

@@ -207,10 +207,3 @@ def count_macs(config: FrozenConfig, n_rows: int, n_logits: int) -> int:
     times = {"row": 0, "tokens": n_rows, "logits": n_logits}
     matrices = (w for w in inventory(config) if w.is_matrix and (w.expert is None or w.expert < config.n_experts_used))
     return sum(times[weight.use] * math.prod(weight.shape) for weight in matrices)
-
-
-def kv_bytes_per_position(config: FrozenConfig, kv_dtype: str = "int8") -> int:
-    """Bytes of the KV cache for one position: a head has its codes of K and V, padded to 16, and a scale for each of the two."""
-    padded = pad(config.head_dim, 16)
-    head = 2 * padded + 8 if kv_dtype == "int8" else 8 * padded
-    return config.n_layers * config.n_kv_heads * head

@@ -102,19 +102,23 @@ class _Source:
         self._interleaved = half_split_order(config.head_dim) if interleaved else None
         self.taken: set[str] = set()
 
+    def _spelling(self, part: Part) -> str:
+        spelling: str = getattr(self._parts[part.name], self._kind)
+        return spelling
+
     def _tensor(self, weight: Weight, part: Part) -> tuple[str, int, int]:
         """(name of the source's tensor that holds ``part`` of ``weight``, the part's first row there, the tensor's rows)."""
-        place = self._parts[part.name]
-        spelling: str = getattr(place, self._kind)
-        name, rows, begin = spelling.format(i=weight.layer, e=weight.expert), part.rows, 0
-        if place.fused:
-            rows = sum(one.rows for one in weight.parts)
-            begin = sum(one.rows for one in weight.parts[: weight.parts.index(part)])
+        spelling = self._spelling(part)
+        name = spelling.format(i=weight.layer, e=weight.expert)
+        fused = [one for one in weight.parts if self._spelling(one) == spelling]
+        rows = sum(one.rows for one in fused)
+        begin = sum(one.rows for one in fused[: fused.index(part)])
         found, shape = self._shapes.get(name), (rows, *weight.shape[1:])
         if part.name == "router":  # a matrix there, a vector in the frozen file
             shape = (self._config.n_experts, self._config.dim)
         if weight.expert is not None and "{e}" not in spelling:
-            shape, begin, rows = (self._config.n_experts, *shape), weight.expert * rows, self._config.n_experts * rows
+            shape = (self._config.n_experts, *shape)
+            begin, rows = begin + weight.expert * rows, self._config.n_experts * rows
         if found is None:
             raise ModelFormatError(f"tensor {name!r} is missing")
         if found != shape:

@@ -85,7 +85,7 @@ class SafetensorsReader:
         fd, entry = self._entries[name]
         if entry.dtype not in FLOAT_CONVERTERS:
             raise UnsupportedModelError(f"tensor {name!r}: dtype {entry.dtype} is not implemented")
-        rows, columns = entry.shape if len(entry.shape) == 2 else (1, math.prod(entry.shape))
+        rows, columns = math.prod(entry.shape[:-1]), math.prod(entry.shape[-1:])  # of experts, all under each other
         row_bytes = (entry.end - entry.begin) // rows
         return FileRows(name, fd, entry.begin, (rows, columns), row_bytes, FLOAT_CONVERTERS[entry.dtype])
 

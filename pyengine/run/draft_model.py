@@ -122,7 +122,8 @@ class DraftModel:
         reading.n_sure += n_same
         if n_same < len(held):
             reading.sequence.truncate(reading.n_sure)
-        missing = list(known[n_same : n_same + MAX_CATCH_UP])
+            reading.n_sure = reading.sequence.length  # less, where a window has slid on
+        missing = list(request.tokens(reading.n_sure, min(n - 1, reading.n_sure + MAX_CATCH_UP)))
         if len(missing) > 1:  # a single one is computed together with the last
             self.context.forward(missing, [reading.sequence] * len(missing), bytes(len(missing)))
             reading.n_sure += len(missing)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from pyengine.format.kv import KvLayout
+
 # What is allowed without being told: room for so many full contexts, or for two pages of every sequence that may run.
 CONTEXTS = 4
 PAGES_PER_SEQUENCE = 2
@@ -23,12 +25,14 @@ def memory_bytes() -> int:
     return min(limits)
 
 
-def max_pages(max_kv_bytes: int | None, *, page_bytes: int, page_positions: int, n_ctx: int, max_sequences: int) -> int:
-    """Pages that fit `max_kv_bytes`; None = at most half of the memory, and no more than a few full contexts need.
+def max_pages(max_kv_bytes: int | None, *, layout: KvLayout, n_ctx: int, n_step: int, max_sequences: int) -> int:
+    """Pages whose memory fits `max_kv_bytes`; None = at most half of the memory, and no more than a few full contexts need.
 
-    Never less than one full context, and a page for the copy that sharing may cost: one request can always be computed.
+    Never less than one full context, n_step tokens of it in one step, and a page for the copy that sharing may cost: one
+    request can always be computed.
     """
-    per_context = -(-n_ctx // page_positions)
+    page_bytes = layout.page_bytes
+    per_context = -(-layout.n_bytes(n_ctx, n_step) // page_bytes)
     least = per_context + 1
     if max_kv_bytes is not None:
         return max(least, max_kv_bytes // page_bytes)

@@ -13,7 +13,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pyengine._sampler import Sampler
@@ -278,15 +278,16 @@ class RowsRequest(Request):
         return self._tokens[begin:end]
 
     def wants(self, begin: int, end: int) -> bytes:
-        return bytes(self.row_kind if position in self._wanted else 0 for position in range(begin, end))
+        taken = self.next_row  # what lies before may be computed again, for its keys and values
+        return bytes(self.row_kind if position >= taken and position in self._wanted else 0 for position in range(begin, end))
 
     def max_grant(self, begin: int) -> int:
         last = min(self.n_taken + self._max_rows, len(self._positions)) - 1
         return self._positions[last] + 1 - begin
 
-    def rows(self, begin: int, end: int) -> Iterator[int]:
-        """The wanted positions of [begin, end)."""
-        return (position for position in range(begin, end) if position in self._wanted)
+    def rows(self, begin: int, end: int) -> list[int]:
+        """The positions of [begin, end) that are still wanted."""
+        return [position for position in range(max(begin, self.next_row), end) if position in self._wanted]
 
 
 def check_salt(salt: str | bytes | None) -> bytes:

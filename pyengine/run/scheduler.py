@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyengine._sampler import sample_many
 from pyengine._step_lock import StepLock
 from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
+from pyengine.format.kv import PAGE_POSITIONS, KvLayout
 from pyengine.run.draft import Speculation
 from pyengine.run.request import HIDDEN, LOGITS, GenerationRequest, Request, RowsRequest
 
@@ -231,14 +232,15 @@ class Scheduler:
             return True
         if self._is_full:
             return False
-        stats, page = self.context.cache_stats(), self.context.page_positions
-        n_held = stats["n_pages"] - stats["n_cached"] - stats["n_free"]
+        stats = self.context.cache_stats()
+        layout = KvLayout.of_stats(stats)
         n_known = self.context.match_length(request.tokens(0, request.next_row), request.salt)
-        needed = n_held + _n_pages(request.n_tokens, page) - n_known // page
+        # What is known of a window may be of others, who let go of it: room is made for all of it.
+        needed = stats["n_held_bytes"] + layout.n_bytes(request.n_tokens, BUDGET) - n_known // PAGE_POSITIONS * layout.data_bytes
         for other in running:
             assert other.sequence is not None
-            needed += _n_pages(other.n_tokens, page) - _n_pages(other.sequence.length, page)
-        return needed <= self.max_pages
+            needed += layout.n_bytes(other.n_tokens, BUDGET) - layout.n_bytes(other.sequence.length, BUDGET)
+        return needed <= self.max_pages * layout.page_bytes
 
     def _preempt_paused(self, running: list[Request]) -> bool:
         """Take the sequence of a request whose caller does not read; it is computed again when he does."""
@@ -411,7 +413,3 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _n_pages(n_tokens: int, page: int) -> int:
-    return -(-n_tokens // page)

@@ -141,16 +141,16 @@ class _Engines:
         waiting, running = self._counts()
         yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that have not started", value=waiting)
         yield GaugeMetricFamily("vllm:num_requests_running", "Requests that are computed", value=running)
-        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Pages in use of those allowed", labels=["model_name"])
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the allowed memory in use", labels=["model_name"])
         held = GaugeMetricFamily(
             "pyengine:kv_bytes", "Bytes of keys and values, cached ones included", labels=["model_name"]
         )
         evicted = CounterMetricFamily("pyengine:kv_pages_evicted", "Cached pages that made room", labels=["model_name"])
         for model in self._models():
             stats = model.engine.cache_stats()
-            in_use = stats["n_pages"] - stats["n_cached"] - stats["n_free"]
-            usage.add_metric([model.name], in_use / stats["max_pages"] if stats["max_pages"] else 0.0)
-            held.add_metric([model.name], stats["n_pages"] * stats["page_bytes"])
+            allowed = stats["max_pages"] * stats["page_bytes"]
+            usage.add_metric([model.name], stats["n_held_bytes"] / allowed if allowed else 0.0)
+            held.add_metric([model.name], stats["n_bytes"])
             evicted.add_metric([model.name], stats["n_evicted"])
         yield from (usage, held, evicted)
         throttling = _core.throttling()

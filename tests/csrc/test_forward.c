@@ -161,6 +161,15 @@ static bool same_logits(const pe_context *c, size_t row, const reference *ref, s
     return got != NULL && memcmp(got, ref->logits[stream] + position * ref->vocab_size, ref->vocab_size * sizeof(float)) == 0;
 }
 
+/* What a fork or a truncation left of the `n` tokens that were asked for. */
+static size_t length_left(const pe_context *c, int32_t id, size_t n) {
+    char err[PE_ERR_LEN];
+    size_t length = 0;
+    CHECK(pe_sequence_length(c, id, &length, err) == PE_OK, "%s", err);
+    CHECK(length <= n, "%zu tokens are left, %zu were asked for", length, n);
+    return length;
+}
+
 /* Position `in_chunk` of two chunks: its lane of every K panel, its scales, its row of V. Behind a sequence's end a page holds anything. */
 static bool same_position(const pe_kv_chunk *a, const pe_kv_chunk *b, size_t d, size_t in_chunk) {
     size_t panel = in_chunk / 16, lane = in_chunk % 16;
@@ -177,15 +186,21 @@ static bool same_position(const pe_kv_chunk *a, const pe_kv_chunk *b, size_t d, 
     return same && memcmp(a->v + in_chunk * d, b->v + in_chunk * d, d) == 0 && memcmp(a->v_scales + in_chunk, b->v_scales + in_chunk, 4) == 0;
 }
 
+/* Whatever a layer with a window has let go of, no later query may see it. */
 static bool same_cache(const pe_context *c, int32_t id, const reference *ref, size_t stream, size_t length) {
     const pe_model *model = ref->tiny.model;
-    for (uint32_t layer = 0; layer < model->config.n_layers; layer++)
+    for (uint32_t layer = 0; layer < model->config.n_layers; layer++) {
+        size_t window = model->layers[layer].window;
         for (uint32_t head = 0; head < model->config.n_kv_heads; head++)
             for (size_t position = 0; position < length; position++) {
                 pe_kv_chunk a = pe_kv_chunk_at(c->kv, id, position / 256, layer, head);
                 pe_kv_chunk b = pe_kv_chunk_at(ref->context->kv, (int32_t)stream, position / 256, layer, head);
+                bool is_gone = a.k == NULL && a.k_f32 == NULL;
+                if (is_gone && (window == 0 || position + window > length)) return false;
+                if (is_gone || (b.k == NULL && b.k_f32 == NULL)) continue;
                 if (!same_position(&a, &b, model->head_dim_p, position % 256)) return false;
             }
+    }
     return true;
 }
 
@@ -256,6 +271,7 @@ static void random_change(pe_context *c, const reference *ref, live *s, rng *r) 
         if (other != one && other->used) {
             one->stream = other->stream, one->length = rng_below(r, other->length + 1);
             CHECK(pe_sequence_fork(c, other->id, one->length, &one->id, err) == PE_OK, "%s", err);
+            one->length = length_left(c, one->id, one->length);
         } else {
             one->id = sequence_new(c);
         }
@@ -274,6 +290,7 @@ static void random_change(pe_context *c, const reference *ref, live *s, rng *r) 
     case 1:
         one->length -= rng_below(r, one->length / 4 + 1);
         CHECK(pe_sequence_truncate(c, one->id, one->length, err) == PE_OK, "%s", err);
+        one->length = length_left(c, one->id, one->length);
         break;
     default:
         if (stream != one->stream && one->length <= agree) one->stream = stream;

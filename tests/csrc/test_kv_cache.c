@@ -1,7 +1,8 @@
 /* test_kv_cache.c: random schedules of everything that can happen to sequences and pages, beside a plain model of them.
  *
- * Instead of keys, each position is written a number that depends on its salt and on every token up to it, as real keys do. A page
- * that is shared wrongly, copied too late, written twice or found under other tokens shows as a wrong number. */
+ * Instead of keys, each position is written a number in every layer that depends on its salt and on every token up to it, as real
+ * keys do. A page that is shared wrongly, copied too late, written twice or found under other tokens shows as a wrong number, and a
+ * window that slides too early as one that is gone. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,21 +20,40 @@ typedef struct expected {
     int32_t tokens[MAX_LENGTH];
 } expected;
 
+/* The layers of a model: their windows, 0 = none; and the pages that are too few for a schedule. */
+typedef struct layer_windows {
+    size_t too_few;
+    uint32_t n, window[3];
+} layer_windows;
+
 typedef struct world {
     rng random;
+    layer_windows layers;
     pe_kv_cache *cache;
     size_t max_pages, n_live;
     expected live[MAX_LIVE];
     int32_t bases[N_BASES][MAX_LENGTH]; /* texts that prompts begin with */
-    size_t n_refused, n_matched, n_accepted;
+    size_t max_window, n_refused, n_matched, n_accepted, n_shortened;
 } world;
 
 /* The number that belongs to the last of tokens (n): 24 bits, exact in a float. */
 static uint64_t next_number(uint64_t hash, int32_t token) { return hash_bytes(hash, &token, sizeof token); }
 static float as_float(uint64_t hash) { return (float)(hash >> 40); }
 
-static float *number_at(world *w, int32_t id, size_t position) {
-    return &pe_kv_chunk_at(w->cache, id, position / PE_CHUNK, 0, 0).v_scales[position % PE_CHUNK];
+/* NULL if it is gone. */
+static float *number_at(const world *w, int32_t id, size_t position, uint32_t layer) {
+    pe_kv_chunk chunk = pe_kv_chunk_at(w->cache, id, position / PE_CHUNK, layer, 0);
+    return chunk.k == NULL ? NULL : &chunk.v_scales[position % PE_CHUNK];
+}
+
+/* Of a sequence of n tokens: whether all layers hold `number` at a position, but those that do not see it any more. */
+static bool hold_number(const world *w, int32_t id, size_t n, size_t position, float number) {
+    for (uint32_t layer = 0; layer < w->layers.n; layer++) {
+        const float *held = number_at(w, id, position, layer);
+        size_t window = w->layers.window[layer];
+        if (held == NULL ? window == 0 || position + window > n : *held != number) return false;
+    }
+    return true;
 }
 
 static void check_sequence(world *w, const expected *e) {
@@ -45,7 +65,7 @@ static void check_sequence(world *w, const expected *e) {
     size_t n_wrong = 0;
     for (size_t i = 0; i < n; i++) {
         hash = next_number(hash, e->tokens[i]);
-        n_wrong += tokens[i] != e->tokens[i] || *number_at(w, e->id, i) != as_float(hash);
+        n_wrong += tokens[i] != e->tokens[i] || !hold_number(w, e->id, n, i, as_float(hash));
     }
     CHECK(n_wrong == 0, "%zu of %zu positions hold something else", n_wrong, n);
 }
@@ -56,7 +76,9 @@ static void check_world(world *w) {
     pe_cache_stats stats;
     pe_kv_cache_stats(w->cache, &stats);
     CHECK(stats.n_sequences == w->n_live, "%zu sequences, expected %zu", stats.n_sequences, w->n_live);
-    CHECK(w->max_pages == 0 || stats.n_pages <= w->max_pages, "%zu pages, %zu allowed", stats.n_pages, w->max_pages);
+    CHECK(stats.n_held_bytes <= stats.n_bytes, "%zu bytes are held of %zu", stats.n_held_bytes, stats.n_bytes);
+    CHECK(w->max_pages == 0 || stats.n_bytes <= w->max_pages * stats.page_bytes, "%zu bytes, %zu pages allowed", stats.n_bytes,
+          w->max_pages);
     for (size_t i = 0; i < w->n_live; i++) check_sequence(w, &w->live[i]);
 }
 
@@ -109,7 +131,9 @@ static bool place(world *w, row_state *r, bool valid) {
     if (status != PE_OK) return false;
     r->e->tokens[r->next] = r->base[r->next];
     r->hash = next_number(r->hash, r->base[r->next]);
-    *number_at(w, r->e->id, r->next++) = valid ? as_float(r->hash) : -1.0f;
+    for (uint32_t layer = 0; layer < w->layers.n; layer++)
+        *number_at(w, r->e->id, r->next, layer) = valid ? as_float(r->hash) : -1.0f;
+    r->next++;
     return true;
 }
 
@@ -168,6 +192,13 @@ static void append(world *w) {
     }
 }
 
+/* Of `n` tokens that were asked for, the cache has left e->length: fewer only where a window has slid on. */
+static void take_length(world *w, expected *e, size_t n) {
+    e->length = pe_kv_tokens(w->cache, e->id, NULL, 0);
+    CHECK(e->length == n || (w->max_window > 0 && e->length < n), "%zu tokens are left, %zu were asked for", e->length, n);
+    w->n_shortened += e->length < n;
+}
+
 static void fork_one(world *w, const expected *source) {
     if (w->n_live == MAX_LIVE) return;
     char err[PE_ERR_LEN];
@@ -175,6 +206,7 @@ static void fork_one(world *w, const expected *source) {
     *e = *source;
     if (rng_below(&w->random, 2) == 0) e->length = rng_below(&w->random, source->length + 1);
     CHECK(pe_kv_fork(w->cache, source->id, e->length, &e->id, err) == PE_OK, "%s", err);
+    take_length(w, e, e->length);
     w->n_live++;
 }
 
@@ -195,8 +227,9 @@ static void step(world *w) {
         fork_one(w, &w->live[index]);
     } else if (action < 17) {
         expected *e = &w->live[index];
-        e->length = rng_below(&w->random, e->length + 1);
-        CHECK(pe_kv_truncate(w->cache, e->id, e->length, err) == PE_OK, "%s", err);
+        size_t n = rng_below(&w->random, e->length + 1);
+        CHECK(pe_kv_truncate(w->cache, e->id, n, err) == PE_OK, "%s", err);
+        take_length(w, e, n);
     } else if (action < 19) {
         drop(w, index);
     } else if (rng_below(&w->random, 10) == 0) {
@@ -204,12 +237,20 @@ static void step(world *w) {
     }
 }
 
-static void run_schedule(uint64_t seed, size_t n_steps, size_t max_pages) {
-    /* One layer, one head, the smallest pages. */
-    pe_model model = {.config = {.n_layers = 1, .n_kv_heads = 1, .head_dim = 32}, .head_dim_p = 32};
+/* How many sequences were cut back to where a window begins. */
+static size_t run_schedule(const layer_windows *layers, uint64_t seed, size_t n_steps, size_t max_pages) {
+    /* One head, the smallest pages. */
+    pe_layer specs[3] = {{0}};
+    pe_model model = {.config = {.n_layers = layers->n, .n_kv_heads = 1, .head_dim = 32, .max_seq_len = MAX_LENGTH},
+                      .layers = specs, .head_dim_p = 32};
     world *w = calloc(1, sizeof *w);
     char err[PE_ERR_LEN];
     w->random.state = seed;
+    w->layers = *layers;
+    for (uint32_t i = 0; i < layers->n; i++) {
+        specs[i].window = layers->window[i];
+        if (layers->window[i] > w->max_window) w->max_window = layers->window[i];
+    }
     w->max_pages = max_pages;
     CHECK(pe_kv_cache_create(&w->cache, &model, PE_KV_INT8, err) == PE_OK, "%s", err);
     pe_kv_cache_set_max_pages(w->cache, max_pages);
@@ -230,12 +271,58 @@ static void run_schedule(uint64_t seed, size_t n_steps, size_t max_pages) {
     pe_kv_cache_stats(w->cache, &stats);
     CHECK(n_dropped > 0 && stats.n_cached == 0 && stats.n_pages == stats.n_free, "%zu pages are left", stats.n_pages);
     pe_kv_cache_destroy(w->cache);
+    size_t n_shortened = w->n_shortened;
     free(w);
+    return n_shortened;
+}
+
+/* A long text, token by token: a layer with a window keeps the pages that it may still need, and no others stay allocated. */
+static void test_sliding(bool keep) {
+    enum { WINDOW = 300, LENGTH = 6000 };
+    pe_layer specs[2] = {{.window = WINDOW}, {0}};
+    pe_model model = {.config = {.n_layers = 2, .n_kv_heads = 1, .head_dim = 32, .max_seq_len = LENGTH}, .layers = specs,
+                      .head_dim_p = 32};
+    pe_kv_cache *cache;
+    char err[PE_ERR_LEN];
+    int32_t id;
+    size_t n_matched;
+    const uint8_t salt[PE_SALT_BYTES] = {0};
+    CHECK(pe_kv_cache_create(&cache, &model, PE_KV_INT8, err) == PE_OK, "%s", err);
+    CHECK(pe_kv_match(cache, NULL, 0, salt, keep, &id, &n_matched, err) == PE_OK, "%s", err);
+    for (size_t n = 1; n <= LENGTH; n++) {
+        CHECK(pe_kv_extend(cache, id, 1, err) == PE_OK, "%s", err);
+        pe_kv_commit(cache, id, (int32_t)n);
+        size_t first = n > WINDOW + PE_KV_UNDO ? (n + 1 - WINDOW - PE_KV_UNDO) / PE_CHUNK : 0, n_pages = (n + PE_CHUNK - 1) / PE_CHUNK;
+        pe_cache_stats stats;
+        pe_kv_cache_stats(cache, &stats);
+        size_t expected = (n_pages + n_pages - first) * pe_kv_chunk_bytes(cache);
+        CHECK(stats.page_bytes == 2 * pe_kv_chunk_bytes(cache) && stats.window_bytes == pe_kv_chunk_bytes(cache), "the sizes of a page");
+        CHECK(stats.n_held_bytes == expected, "%zu tokens hold %zu bytes, expected %zu", n, stats.n_held_bytes, expected);
+        /* What slides out is free for the next page, or cached for a while. */
+        size_t n_slid = !keep ? 0 : first < PE_KV_KEEP_SLID ? first : PE_KV_KEEP_SLID;
+        size_t least = expected + n_slid * pe_kv_chunk_bytes(cache);
+        CHECK(stats.n_bytes >= least && stats.n_bytes <= least + pe_kv_chunk_bytes(cache), "%zu tokens: %zu bytes, of them %zu held",
+              n, stats.n_bytes, expected);
+        if (n % 40 != 0) continue;
+        int32_t fork;
+        size_t left = n > PE_KV_UNDO ? n - PE_KV_UNDO : 0; /* so many tokens it can always take back */
+        CHECK(pe_kv_fork(cache, id, left, &fork, err) == PE_OK && pe_kv_length(cache, fork) == left, "%zu of %zu tokens", left, n);
+        CHECK(pe_kv_drop(cache, fork, err) == PE_OK, "%s", err);
+    }
+    CHECK(pe_kv_drop(cache, id, err) == PE_OK && pe_kv_cache_check(cache, err) == PE_OK, "%s", err);
+    pe_kv_cache_destroy(cache);
 }
 
 void test_kv_cache(void) {
-    for (uint64_t seed = 1; seed <= (quick ? 3u : 30u); seed++) {
-        run_schedule(seed, 600, 0);
-        run_schedule(seed, 600, 24);
+    static const layer_windows models[] = {{24, 1, {0}}, {16, 2, {300, 0}}, {10, 3, {0, 1, 40}}, {7, 1, {500}}};
+    for (size_t m = 0; m < sizeof models / sizeof models[0]; m++) {
+        size_t n_shortened = 0;
+        for (uint64_t seed = 1; seed <= (quick ? 3u : 30u); seed++) {
+            n_shortened += run_schedule(&models[m], seed, 600, 0);
+            n_shortened += run_schedule(&models[m], seed, 600, models[m].too_few);
+        }
+        CHECK((m > 0) == (n_shortened > 0), "model %zu: %zu sequences were cut back", m, n_shortened);
     }
+    test_sliding(false);
+    test_sliding(true);
 }

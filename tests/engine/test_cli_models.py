@@ -21,7 +21,8 @@ from pyengine import _core, cpu_watch
 from pyengine.cli import UsageError, main
 from pyengine.cli.eval import Text, first_tokens, windows
 from pyengine.cli.info import tokenizer_facts
-from pyengine.format.inventory import count_parameters, kv_bytes_per_position
+from pyengine.format.inventory import count_parameters
+from pyengine.format.kv import kv_bytes_per_position
 from pyengine.format.reader import FrozenFile
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. Ünïcödé too.\n" * 3

@@ -16,9 +16,9 @@ from pyengine.format.inventory import (
     count_macs,
     count_parameters,
     inventory,
-    kv_bytes_per_position,
     stored_tensors,
 )
+from pyengine.format.kv import KvLayout, kv_bytes_per_position, kv_layout
 
 CONFIG: dict[str, Any] = {
     "requires": [], "architecture": "LlamaForCausalLM", "dim": 64, "hidden_dim": 88, "n_layers": 2, "n_heads": 4,
@@ -346,6 +346,18 @@ def test_counts_by_hand() -> None:
     assert kv_bytes_per_position(config) == 2 * 2 * (16 + 16 + 4 + 4)
     assert kv_bytes_per_position(config, "f32") == 2 * 2 * 2 * 16 * 4
     assert kv_bytes_per_position(replace(config, head_dim=20)) == 2 * 2 * (32 + 32 + 4 + 4)
+
+
+def test_bytes_of_keys_and_values_by_what_layers_see() -> None:
+    layer = 256 * kv_bytes_per_position(parse()) // 2
+    assert kv_layout(parse()) == KvLayout(2 * layer, 0, 0)
+    assert kv_layout(parse(layers=CONFIG["layers"] | {"window": [40, 0]})) == KvLayout(layer, layer, 40)
+    assert kv_layout(parse(layers=CONFIG["layers"] | {"window": 40}), "f32").data_bytes == 0
+    assert kv_layout(parse(layers=CONFIG["layers"] | {"window": 128})) == KvLayout(2 * layer, 0, 0)  # as long as the context
+    assert [KvLayout(5, 0, 0).n_bytes(n) for n in (0, 1, 256, 257, 2560)] == [0, 5, 5, 10, 50]
+    # 40 and 64 positions lie in two pages at most, with 1,024 in six
+    assert [KvLayout(5, 3, 40).n_bytes(n) for n in (0, 1, 256, 257, 513, 2560)] == [0, 8, 8, 16, 21, 56]
+    assert KvLayout(5, 3, 40).n_bytes(2560, 1024) == 50 + 6 * 3
 
 
 def test_key_bias_is_a_share_of_the_biases() -> None:

@@ -38,9 +38,9 @@ ROOMS: dict[str, set[str]] = {
     "golden": {"_core", "format"},
     "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
     "hub": {"errors", "arguments", "freeze"},
-    "run": {"errors", "fork", "results", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
+    "run": {"errors", "fork", "results", "format", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
     "draft_file": {"errors", "_core", "format"},
-    "opening": {"errors", "fork", "arguments", "files", "run", "_core", "freeze", "hub"},
+    "opening": {"errors", "fork", "arguments", "files", "format", "run", "_core", "freeze", "hub"},
     "embeddings": {"errors", "arguments"},
     "engine": {
         "draft_file", "opening", "errors", "arguments", "background", "results", "_core", "_sampler", "format", "text",

@@ -15,8 +15,10 @@ import pytest
 
 import pyengine
 from pyengine import Engine
+from pyengine.format.kv import KvLayout
 from pyengine.run import scheduler as scheduling
 from pyengine.run.pages import max_pages
+from pyengine.run.request import Caller, RowsRequest
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
 PAGE = 256
@@ -240,12 +242,12 @@ def test_a_paused_stream_gives_way_and_goes_on(tiny_model: Path) -> None:
 
 
 def test_default_pages() -> None:
-    sizes = {"page_bytes": 1 << 20, "page_positions": 256, "n_ctx": 8192, "max_sequences": 16}
+    sizes = {"layout": KvLayout(1 << 20, 0, 0), "n_ctx": 8192, "n_step": 1024, "max_sequences": 16}
     assert max_pages(None, **sizes) == 4 * 32
     assert max_pages(None, **{**sizes, "n_ctx": 256}) == 2 * 16
     assert max_pages(50 << 20, **sizes) == 50
     assert max_pages(1, **sizes) == 33
-    assert max_pages(None, **{**sizes, "page_bytes": 1 << 60}) == 33
+    assert max_pages(None, **{**sizes, "layout": KvLayout(1 << 60, 0, 0)}) == 33
 
 
 # ------------------------------------------------------------------ many callers
@@ -423,3 +425,27 @@ def test_after_close_everything_says_so(tiny_model: Path) -> None:
     for call in calls:
         with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
             call()
+
+
+def test_rows_are_taken_once_though_their_sequence_had_to_make_room(tiny_model: Path) -> None:
+    """What is computed again is computed for its keys and values only."""
+    tokens, positions = text(3, 400), [*range(0, 400, 3), 399]
+
+    def run(interrupted: bool) -> list[tuple[int, bytes]]:
+        taken: list[tuple[int, bytes]] = []
+        with Engine(tiny_model, n_threads=1) as engine:
+            scheduler, caller = engine.scheduler, Caller()
+            request = RowsRequest(
+                caller, tokens, positions, lambda position, row: taken.append((position, bytes(row))), max_rows=40, salt=bytes(16)
+            )
+            scheduler.add([request])
+            while not request.is_done:
+                engine.exclusively(lambda _: scheduler.step())
+                if interrupted and request.n_taken in (40, 80):
+                    request.sequence = None  # as _make_room does; its pages are not kept
+            assert request.error is None
+        return taken
+
+    whole = run(False)
+    assert [position for position, _ in whole] == positions
+    assert run(True) == whole

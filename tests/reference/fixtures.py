@@ -34,6 +34,7 @@ LAYER_NAMES = {
     "post_attention_layernorm.weight": "ffn_norm",
     "mlp.gate.weight": "router",
     "block_sparse_moe.gate.weight": "router",
+    "block_sparse_moe.router.layer.weight": "router",
     "mlp.gate_proj.weight": "w_gate",
     "mlp.up_proj.weight": "w_up",
     "mlp.down_proj.weight": "w_down",
@@ -186,7 +187,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
 
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Those keys that a file leaves out where they say nothing."""
-    keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] == "olmo2" else {}
+    keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] in ("olmo2", "olmoe") else {}
     if n_experts := hf.get("num_experts", hf.get("num_local_experts")):
         keys |= {"n_experts": n_experts, "n_experts_used": hf["num_experts_per_tok"]}
         if hf.get("norm_topk_prob", True):

@@ -21,7 +21,8 @@ def head_dim_of(hf: Mapping[str, Any]) -> int:
 
 
 def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weights:
-    """Phi-3's qkv_proj and gate_up_proj as five matrices, under the names of other models."""
+    """Phi-3's qkv_proj and gate_up_proj as five matrices, Granite-MoE's input_linear and output_linear as three of each expert,
+    under the names of other models."""
     q = hf["num_attention_heads"] * head_dim_of(hf)
     kv = hf["num_key_value_heads"] * head_dim_of(hf)
     cuts = {
@@ -31,6 +32,12 @@ def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weigh
     parts: Weights = {}
     for name, w in weights.items():
         stem = name.removesuffix(".weight").rpartition(".")[2]
+        if w.ndim == 3:
+            for e, expert in enumerate(w):
+                halves = np.split(expert, 2) if stem == "input_linear" else [expert]
+                for half, part in zip(halves, ("w1", "w3") if stem == "input_linear" else ("w2",), strict=True):
+                    parts[name.replace(stem, f"experts.{e}.{part}")] = half
+            continue
         for part, begin, end in cuts.get(stem, ((stem, None, None),)):
             parts[name.replace(stem, part)] = w[begin:end]
     return parts
@@ -97,7 +104,7 @@ def _gemma(hf: Mapping[str, Any], weights: Weights) -> None:
         _multiply(weights, ".wq", math.sqrt(head_dim_of(hf) / hf["query_pre_attn_scalar"]))
 
 
-FOLDS = {"granite": _granite, "phi3": _phi3, "gemma2": _gemma, "gemma3_text": _gemma}
+FOLDS = {"granite": _granite, "granitemoe": _granite, "phi3": _phi3, "gemma2": _gemma, "gemma3_text": _gemma}
 
 
 def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:

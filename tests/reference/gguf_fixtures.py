@@ -21,15 +21,16 @@ from .folds import head_dim_of, turned
 ARCHITECTURES = {
     "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
     "gemma3_text": "gemma3", "olmo2": "olmo2", "mixtral": "llama", "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe", "granitemoe": "granitemoe",
 }  # fmt: skip
-PERMUTED = ("llama", "granite", "smollm3")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 
 
 def expressible(fixture: Fixture) -> Fixture:
-    """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there, and the weights of
-    experts sum to 1."""
+    """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there, and whether the
+    weights of experts sum to 1 is the architecture's."""
     if "norm_topk_prob" in fixture.hf_config:
-        return replace(fixture, hf_config=fixture.hf_config | {"norm_topk_prob": True})
+        return replace(fixture, hf_config=fixture.hf_config | {"norm_topk_prob": fixture.hf_config["model_type"] != "olmoe"})
     if "query_pre_attn_scalar" not in fixture.hf_config:
         return fixture
     return replace(fixture, hf_config=fixture.hf_config | {"query_pre_attn_scalar": head_dim_of(fixture.hf_config)})
@@ -73,7 +74,10 @@ def _stacked(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     stacked: dict[str, Any] = {}
     for name, w in weights.items():
         before, found, after = name.partition(".experts.")
-        if found:
+        if name.endswith("input_linear.weight"):
+            for half, part in zip(np.split(w, 2, axis=1), ("w1", "w3"), strict=True):
+                stacked[name.replace("input_linear", f"experts.{part}")] = half
+        elif found:
             stacked.setdefault(before + found + after.partition(".")[2], []).append(w)
         else:
             stacked[name] = w
@@ -150,9 +154,15 @@ def _experts(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
         writer.add_value_length(hf["head_dim"])
 
 
+def _granite_moe(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    _granite(writer, hf)
+    _experts(writer, hf)
+
+
 EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "granite": _granite, "phi3": _phi3, "smollm3": _smollm3, "gemma2": _gemma, "gemma3": _gemma,
     "olmo2": _olmo2, "llama": _experts, "qwen3moe": _experts,
+    "olmoe": _experts, "granitemoe": _granite_moe,
 }  # fmt: skip
 
 

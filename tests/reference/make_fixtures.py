@@ -212,6 +212,19 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
         48,
     ),
+    "olmoe": (
+        {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], **shape(48, 24, 3, 1),
+         "tie_word_embeddings": False, "attention_bias": False, "clip_qkv": None, "num_experts": 8, "num_experts_per_tok": 3,
+         "norm_topk_prob": False},
+        48,
+    ),
+    "granite_moe": (
+        {"model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"], **shape(48, 24, 3, 1),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "attention_bias": False, "num_local_experts": 5,
+         "num_experts_per_tok": 2, "embedding_multiplier": 12.0, "attention_multiplier": 0.0625,
+         "residual_multiplier": 0.22, "logits_scaling": 6.0},
+        48,
+    ),
 }  # fmt: skip
 
 LOUD_CHANNELS, LOUDNESS = (5, 33), 5.0  # of the embeddings of the fixtures that MAGNITUDES names
@@ -240,6 +253,12 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
     "mixtral": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.8, 0.1)},
     "qwen3_moe": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.6, 0.1)},
     "qwen3_moe_plain": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.5, 0.1)},
+    "olmoe": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.6, 0.1)},
+    "granite_moe": {
+        "q_proj.weight": (0.0, 4.0), "k_proj.weight": (0.0, 4.0), "o_proj.weight": (0.0, 4.0), "experts.down_proj": (0.0, 2.0),
+        "experts.gate_up_proj": (0.0, 2.4), "router.weight": (0.0, 3.0),
+        "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (18.0, 4.0),
+    },
     "olmo2": {
         "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
         "model.norm.weight": (1.5, 0.3),
@@ -298,6 +317,10 @@ def published(name: str, key: str, w: np.ndarray) -> dict[str, np.ndarray]:
     prefix = key.partition("mlp.")[0] + ("block_sparse_moe" if mixtral else "mlp")
     if key.endswith("mlp.gate.weight"):
         return {f"{prefix}.gate.weight": w}
+    if name == "granite_moe":  # one tensor of all experts, gate above up
+        ends = {"router.weight": "router.layer.weight", "experts.gate_up_proj": "input_linear.weight",
+                "experts.down_proj": "output_linear.weight"}  # fmt: skip
+        return {next((key.replace(old, new) for old, new in ends.items() if key.endswith(old)), key): w}
     if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return {key: w}
     halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[key.rpartition(".")[2]]

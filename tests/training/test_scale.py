@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,13 @@ from pyengine_training.comm import NoComm
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.device import make_trainer
 from pyengine_training.ranks import Exchange, cut
-from pyengine_training.scale import CARDS, predict, state_bytes
+from pyengine_training.scale import CARDS, INT8_COMPUTE, OVERHEAD, predict, state_bytes
+from pyengine_training.setup import activations_on_a_card
 
 LARGE = ModelConfig(
     vocab_size=50304, dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048, max_seq_len=1024
 )
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "gpu-nvidia-h200-72ccf8e.jsonl"
 CONFIG = TrainConfig(seq_len=1024, batch_size=512, shards=512, steps=1000)
 
 
@@ -101,6 +106,38 @@ def test_predictions_follow_the_sizes() -> None:
     )
     sheet = predict(huge, CONFIG, CARDS["h200"], ranks=512, nodes=64, shard_optimizer=True, activations=10**9)
     assert not sheet.fits and "does not fit" in "\n".join(sheet.lines(2.0))
+
+
+@pytest.mark.parametrize(
+    ("attention", "optimizer", "int8", "batch"),
+    [("unfused", "adamw", False, 16), ("unfused", "muon", False, 16), ("unfused", "adamw", True, 16),
+     ("unfused", "adamw", False, 64)],
+)  # fmt: skip
+def test_a_step_on_paper_takes_the_time_and_memory_that_an_h200_took(
+    attention: str, optimizer: str, int8: bool, batch: int
+) -> None:
+    lines = [json.loads(line) for line in MEASURED.read_text().splitlines()]
+    wanted = {"attention": attention, "optimizer": optimizer, "int8": int8, "batch": batch}
+    (line,) = (line for line in lines if wanted.items() <= line.items())
+    quantize = "always" if int8 else "never"
+    config = TrainConfig(seq_len=1024, batch_size=batch, shards=1, steps=100, optimizer=optimizer, quantize=quantize)
+    held = activations_on_a_card(LARGE, config)
+    sheet = predict(LARGE, config, CARDS["h200"], ranks=1, nodes=1, shard_optimizer=False, activations=held)
+    assert sheet.memory_bytes + OVERHEAD == pytest.approx(line["used"], rel=0.06)
+    assert sheet.total_seconds / config.steps == pytest.approx(1e-3 * np.median(line["ms"]), rel=0.06)
+
+
+def test_a_run_counts_its_int8_steps() -> None:
+    """They cost INT8_COMPUTE times the products of the others, and nothing else is dearer."""
+    card = CARDS["h200"]
+    totals = {}
+    for quantize in ("never", "decay", "always"):
+        config = dataclasses.replace(CONFIG, quantize=quantize)
+        sheet = predict(LARGE, config, card, ranks=1, nodes=1, shard_optimizer=False, activations=0)
+        totals[quantize] = sheet.total_seconds
+    part = CONFIG.decay_steps / CONFIG.steps
+    assert totals["decay"] == pytest.approx((1 - part) * totals["never"] + part * totals["always"])
+    assert totals["always"] - totals["never"] == pytest.approx((INT8_COMPUTE - 1) * sheet.compute * CONFIG.steps)
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 The parts of a step are added, none hidden behind another:
 
-compute        6 FLOP a weight and token, attention included, over the ranks, at a share of the card's peak
+compute        6 FLOP a weight and token, attention included, over the ranks, at a share of the card's peak; a step that
+               simulates int8 has INT8_COMPUTE times that
 optimizer      Muon's products, and every byte of parameters, gradients and moments read and written once
 communication  every gradient to its owner and every sum (or parameter) back: 2 (W - 1) / W of the arena, float32, through the
                slowest link between ranks, and one latency for each round of pieces
 
-What is not known by a data sheet is an assumption and stands in ``Card``. Nothing here imports numba.
+What no data sheet knows stands in ``Card.share``, ``INT8_COMPUTE`` and ``OVERHEAD``, and was measured on one card of one kind.
+Nothing here imports numba.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from .config import ModelConfig, TrainConfig
 from .ranks import Piece, cut, owners
 
 LATENCY = 10e-6  # seconds of a message between machines
-OVERHEAD = 0.6e9  # bytes: a CUDA context and the libraries' workspaces
+OVERHEAD = 2.5e9  # bytes: a CUDA context, the libraries' workspaces, the gaps in a memory pool; measured on an H200
+INT8_COMPUTE = 2.15  # measured on an H200: such steps are float32 and TF32, and quantize every product's inputs
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Card:
     link: float  # to the other cards of its machine
     network: float  # to other machines, for each card
     per_node: int = 8
-    share: float = 0.15  # of the peak that a step's products reach: estimated for these kernels, not measured
+    share: float = 0.33  # of the peak: measured on an H200 at 124 million parameters; small models reach less
 
 
 CARDS = {
@@ -56,7 +59,8 @@ class Scale:
     card: Card
     tokens: int  # of a step, all ranks
     steps: int
-    compute: float
+    int8_steps: int  # of the steps, those that simulate int8
+    compute: float  # without int8
     optimizer: float
     communication: float
     state_bytes: int
@@ -65,6 +69,15 @@ class Scale:
     @property
     def seconds(self) -> float:
         return self.compute + self.optimizer + self.communication
+
+    @property
+    def int8_seconds(self) -> float:
+        """Of one step that simulates int8."""
+        return self.seconds + (INT8_COMPUTE - 1) * self.compute
+
+    @property
+    def total_seconds(self) -> float:
+        return (self.steps - self.int8_steps) * self.seconds + self.int8_steps * self.int8_seconds
 
     @property
     def fits(self) -> bool:
@@ -77,8 +90,7 @@ class Scale:
 
     def lines(self, rate: float | None) -> list[str]:
         """For people. rate: price of a card's hour."""
-        total = self.seconds * self.steps
-        hours = total / 3600
+        hours = self.total_seconds / 3600
         room = (
             "fits" if self.fits else "does not fit: smaller batches, --recompute block, or the model itself must be cut"
         )
@@ -91,6 +103,9 @@ class Scale:
              f"{self.state_bytes / 1e9:.2f} of them moments: {room}"),
             ("run", f"{hours:,.2f} hours, {hours * self.ranks:,.1f} card hours"),
         ]  # fmt: skip
+        if self.int8_steps:
+            row = f"{1e3 * self.int8_seconds:.1f} ms for each of the {self.int8_steps:,} steps that simulate int8"
+            rows.insert(2, ("int8 step", row))
         if rate is not None:
             rows.append(("price", f"{hours * self.ranks * rate:,.2f} at {rate:g} a card hour"))
         return [f"{name:12}{value}" for name, value in rows]
@@ -143,6 +158,7 @@ def predict(
         card=card,
         tokens=tokens,
         steps=config.steps,
+        int8_steps=config.quantized_steps,
         compute=flops / (card.flops * card.share),
         optimizer=2 * work / (card.flops * card.share) + (16 * updated + 8 * state) / card.bandwidth,
         communication=communication,

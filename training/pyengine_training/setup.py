@@ -316,10 +316,17 @@ def dry_run(values: dict[str, Any], options: argparse.Namespace) -> None:
         print(line)
 
 
-def plan_on_paper(values: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print what a run would take on many cards. Nothing is read."""
+def activations_on_a_card(model: ModelConfig, config: TrainConfig) -> int:
+    """Bytes of a micro-batch's forward and backward: bfloat16, but float32 in a run that simulates int8 at some time."""
     from .model import activation_bytes
 
+    rows = config.batch_size // config.shards
+    whole = activation_bytes(model, rows, config.seq_len, config.recompute)
+    return whole if config.quantized_steps else whole // 2
+
+
+def plan_on_paper(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print what a run would take on many cards. Nothing is read."""
     ranks = 1 if options.ranks is None else options.ranks
     card = CARDS[options.gpu or "h100"]
     nodes = options.nodes or -(-ranks // card.per_node)
@@ -328,9 +335,7 @@ def plan_on_paper(values: dict[str, Any], options: argparse.Namespace) -> None:
     config = train_config(values, {})
     check_ranks(ranks, config)
     model = model_config(values, int(values.get("vocab_size", VOCABULARY)), config.seq_len)
-    rows = config.batch_size // config.shards
-    activations = activation_bytes(model, rows, config.seq_len, config.recompute) // 2  # bfloat16
-    sharded = {"shard_optimizer": options.shard_optimizer, "activations": activations}
+    sharded = {"shard_optimizer": options.shard_optimizer, "activations": activations_on_a_card(model, config)}
     scale = predict(model, config, card, ranks=ranks, nodes=nodes, **sharded)
     print(f"{'model':12}{model.n_params():,} parameters, steps of {config.batch_size} x {config.seq_len} tokens")
     print("\n".join(scale.lines(options.rate)))

@@ -7,16 +7,19 @@ from typing import Any
 from ...errors import ModelFormatError, UnsupportedModelError
 from .base import Architecture
 from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
-from .granite import GRANITE
+from .granite import GRANITE, GRANITE_MOE
 from .llama import LLAMA, MISTRAL
-from .mixture import MIXTRAL, QWEN3_MOE
+from .mixture import MIXTRAL, OLMOE, QWEN3_MOE
 from .olmo2 import OLMO2
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
 from .smollm3 import SMOLLM3
 
 # Mistral's GGUF files call themselves "llama": of equal names the first counts.
-ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, MIXTRAL, QWEN3_MOE)
+ARCHITECTURES = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, MIXTRAL, QWEN3_MOE, OLMOE,
+    GRANITE_MOE,
+)  # fmt: skip
 
 
 def _unknown(name: Any, known: list[str]) -> UnsupportedModelError:

@@ -24,11 +24,10 @@ Order = npt.NDArray[np.intp]
 
 class SourceName(NamedTuple):
     """A part's name in Hugging Face and GGUF files; ``{i}`` is the layer, ``{e}`` the expert: a name without it is of a tensor
-    (n_experts, rows, columns) of them all. ``fused``: that tensor holds all parts of the weight, one under the other."""
+    (n_experts, rows, columns) of them all. Parts of a weight that have one name lie in that tensor one under the other."""
 
     hf: str
     gguf: str
-    fused: bool = False
 
 
 PARTS: Mapping[str, SourceName] = {

@@ -1,13 +1,15 @@
-"""Granite 3 (dense): a Llama with four multipliers, all of them linear."""
+"""Granite 3, dense and as a mixture of experts: a Llama with four multipliers, all of them linear."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..fields import Fields
 from . import gguf_keys, hf_config
-from .base import Architecture, Fold, Shape, Tensors, Traits
+from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
+from .mixture import GGUF_EXPERTS
 
 
 class _Multipliers(NamedTuple):
@@ -64,7 +66,38 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     )
 
 
-GRANITE = Architecture(
-    "GraniteForCausalLM", "granite", "granite", _hf, _gguf, gguf_permuted=True,
-    gguf_keys=frozenset({"embedding_scale", "residual_scale", "attention.scale", "logit_scale"}),
+def _moe_hf(config: Fields, shape: Shape) -> Traits:
+    """The softmax is over the experts that are taken."""
+    return replace(
+        _hf(config, shape),
+        n_experts=config.integer("num_local_experts"),
+        n_experts_used=config.integer("num_experts_per_tok"),
+        experts_normalized=True,
+    )
+
+
+def _moe_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return replace(
+        _gguf(keys, shape, file),
+        n_experts=keys.integer("expert_count"),
+        n_experts_used=keys.integer("expert_used_count"),
+        experts_normalized=True,
+    )
+
+
+_MOE = "model.layers.{i}.block_sparse_moe."
+_KEYS = frozenset({"embedding_scale", "residual_scale", "attention.scale", "logit_scale"})
+
+GRANITE = Architecture("GraniteForCausalLM", "granite", "granite", _hf, _gguf, gguf_permuted=True, gguf_keys=_KEYS)
+GRANITE_MOE = Architecture(
+    "GraniteMoeForCausalLM", "granitemoe", "granitemoe", _moe_hf, _moe_gguf,
+    {
+        **PARTS,
+        "router": SourceName(_MOE + "router.layer.weight", GGUF_EXPERTS["router"]),
+        "gate": SourceName(_MOE + "input_linear.weight", GGUF_EXPERTS["gate"]),
+        "up": SourceName(_MOE + "input_linear.weight", GGUF_EXPERTS["up"]),
+        "down": SourceName(_MOE + "output_linear.weight", GGUF_EXPERTS["down"]),
+    },
+    has_experts=True, gguf_permuted=True, gguf_keys=_KEYS,
+    hf_defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6},
 )  # fmt: skip

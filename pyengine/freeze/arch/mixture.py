@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral and Qwen3-MoE, whose every layer has a router and experts of one size."""
+"""Mixtures of experts: Mixtral, Qwen3-MoE and OLMoE, whose every layer has a router and experts of one size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..fields import Fields
 from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
 
-_GGUF = {
+GGUF_EXPERTS = {
     "router": "blk.{i}.ffn_gate_inp.weight",
     "gate": "blk.{i}.ffn_gate_exps.weight",
     "up": "blk.{i}.ffn_up_exps.weight",
@@ -19,7 +19,7 @@ _GGUF = {
 def _parts(prefix: str, gate: str, up: str, down: str) -> dict[str, SourceName]:
     names = {"router": f"{prefix}.gate.weight"}
     names |= {part: f"{prefix}.experts.{{e}}.{name}.weight" for part, name in (("gate", gate), ("up", up), ("down", down))}
-    return {**PARTS, **{part: SourceName("model.layers.{i}." + name, _GGUF[part]) for part, name in names.items()}}
+    return {**PARTS, **{part: SourceName("model.layers.{i}." + name, GGUF_EXPERTS[part]) for part, name in names.items()}}
 
 
 def _mixtral_hf(config: Fields, shape: Shape) -> Traits:
@@ -80,6 +80,37 @@ def _qwen3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     )
 
 
+def _olmoe_hf(config: Fields, shape: Shape) -> Traits:
+    if not config.is_null("clip_qkv") and "clip_qkv" in config:
+        raise UnsupportedModelError("clip_qkv, a limit of q, k and v, is not implemented")
+    has_bias = config.flag("attention_bias", False)
+    return Traits(
+        layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        qk_norm=True,
+        qk_norm_all_heads=True,
+        n_experts=config.integer("num_experts"),
+        n_experts_used=config.integer("num_experts_per_tok"),
+        experts_normalized=config.flag("norm_topk_prob", False),
+    )
+
+
+def _olmoe_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    """The format's readers do not normalize the weights of this architecture."""
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
+        o_bias=gguf_keys.has_bias(file, "attn_output"),
+        qk_norm=True,
+        qk_norm_all_heads=True,
+        n_experts=keys.integer("expert_count"),
+        n_experts_used=keys.integer("expert_used_count"),
+    )
+
+
 MIXTRAL = Architecture(
     "MixtralForCausalLM", "mixtral", "llama", _mixtral_hf, _mixtral_gguf, _parts("block_sparse_moe", "w1", "w3", "w2"),
     has_experts=True, gguf_permuted=True,
@@ -89,4 +120,9 @@ QWEN3_MOE = Architecture(
     "Qwen3MoeForCausalLM", "qwen3_moe", "qwen3moe", _qwen3_hf, _qwen3_gguf, _parts("mlp", "gate_proj", "up_proj", "down_proj"),
     has_experts=True, gguf_keys=frozenset({"expert_feed_forward_length"}),
     hf_defaults={"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+)  # fmt: skip
+OLMOE = Architecture(
+    "OlmoeForCausalLM", "olmoe", "olmoe", _olmoe_hf, _olmoe_gguf, _parts("mlp", "gate_proj", "up_proj", "down_proj"),
+    has_experts=True,
+    hf_defaults={"num_experts": 64, "num_experts_per_tok": 8, "rms_norm_eps": 1e-5},
 )  # fmt: skip

@@ -20,8 +20,8 @@ from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Fold, Order, Shape, SourceName, Tensors, Traits
 
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
-_QKV = SourceName("model.layers.{i}.self_attn.qkv_proj.weight", "blk.{i}.attn_qkv.weight", fused=True)
-_GATE_UP = SourceName("model.layers.{i}.mlp.gate_up_proj.weight", "blk.{i}.ffn_up.weight", fused=True)
+_QKV = SourceName("model.layers.{i}.self_attn.qkv_proj.weight", "blk.{i}.attn_qkv.weight")
+_GATE_UP = SourceName("model.layers.{i}.mlp.gate_up_proj.weight", "blk.{i}.ffn_up.weight")
 
 
 class _LongRope(NamedTuple):

@@ -109,8 +109,16 @@ static void compare(machine *m) {
     pe_context_cache_stats(m->context, &stats);
     if (stats.n_sequences != m->n_sequences)
         violation("%zu sequences, expected %zu", stats.n_sequences, m->n_sequences);
-    if (m->max_pages > 0 && stats.n_pages > m->max_pages && stats.n_cached + stats.n_free > 0)
-        violation("%zu pages of %zu, and not all in use", stats.n_pages, m->max_pages);
+    if (m->max_pages > 0 && stats.n_bytes > m->max_pages * stats.page_bytes && stats.n_bytes > stats.n_held_bytes)
+        violation("%zu bytes, %zu pages are allowed, and not all in use", stats.n_bytes, m->max_pages);
+}
+
+/* What is left of n tokens of a sequence: a window may have slid too far for all of them. */
+static size_t length_left(machine *m, int32_t id, size_t n) {
+    size_t length = SIZE_MAX;
+    if (pe_sequence_length(m->context, id, &length, m->err) != PE_OK || length > n)
+        violation("%zu tokens are left of %zu", length, n);
+    return length;
 }
 
 /* An id that no sequence has. */
@@ -171,7 +179,7 @@ static void operate_fork(machine *m) {
     expect(m, status, failing_disarm(), is_known && n <= source->length, false, PE_ERR_INVALID_ARGUMENT, "fork");
     if (status != PE_OK) return;
     memcpy(s->tokens, source->tokens, n * sizeof *s->tokens);
-    m->n_sequences++, s->length = n, s->n_drafted = 0;
+    m->n_sequences++, s->length = length_left(m, s->id, n), s->n_drafted = 0;
 }
 
 static void operate_truncate(machine *m) {
@@ -182,7 +190,7 @@ static void operate_truncate(machine *m) {
     maybe_arm(m);
     pe_status status = pe_sequence_truncate(m->context, is_known ? s->id : unknown_id(m), n, m->err);
     expect(m, status, failing_disarm(), is_known && n <= s->length, false, PE_ERR_INVALID_ARGUMENT, "truncate");
-    if (status == PE_OK) s->length = n, s->n_drafted = 0;
+    if (status == PE_OK) s->length = length_left(m, s->id, n), s->n_drafted = 0;
 }
 
 /* Guesses that came true, then one that did not. */

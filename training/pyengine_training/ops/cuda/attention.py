@@ -14,7 +14,7 @@ backward walks the tiles from the last, whose keys are all, so that dk and dv ar
 Scores live in the inputs' type; softmax is taken in float32.
 
 ``flash.py`` keeps the scores on the chip instead. It is used where it can be and PYENGINE_CUDA_ATTENTION=flash is set:
-its tensor core fragments are proven in the simulator only, so far.
+its kernels took 42 ms of a step that takes 41 as a whole with stored scores (docs/cuda.md, on an H200).
 """
 
 from __future__ import annotations
