@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from pyengine.cli import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -33,3 +36,13 @@ def test_ci_runs_the_readmes_commands() -> None:
     assert install == "pip install ."
     for command in (generate, extras, test):
         assert re.search(rf"^\s*(\([^)]*)?{re.escape(command)}", ci, re.MULTILINE), f"CI does not run: {command}"
+
+
+def test_the_card_is_that_of_the_model_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    models = ROOT / "pyengine" / "models"
+    card, file = (models / "README.md").read_text(), models / "default.safetensors"
+    assert main(["info", "--json", "-m", str(file)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert card.startswith(f"# default.safetensors: {facts['name']}\n")
+    assert f"| parameters | {facts['parameters']:,}, int8; {file.stat().st_size / 1e6:.1f} MB" in card
+    assert facts["name"] in (ROOT / "docs" / "serving.md").read_text()  # its example asks for it by name
