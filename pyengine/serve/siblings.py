@@ -1,7 +1,8 @@
 """What the processes of one address know of each other: whichever is asked for metrics tells those of all.
 
-Each listens on a socket in Linux's abstract namespace: it has no file, so nothing is left behind however a process ends. Others
-of the same user may connect, and are told the metrics; nobody can say anything.
+Each listens on a socket in Linux's abstract namespace: it has no file, so nothing is left behind however a process ends. Names
+are no secret there, and that of a process that has ended is free: both sides look whose process is at the other end. Those of
+the same user may connect and are told the metrics; nobody can say anything.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+
+from pyengine.errors import PyEngineError
 
 TIMEOUT = 5.0  # seconds that a sibling has: its engine's step may be a long one
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -34,14 +37,14 @@ class Siblings:
 
     @contextlib.asynccontextmanager
     async def telling(self, facts: Callable[[], Any]) -> AsyncIterator[None]:
-        """Tell who asks what facts() returns, a value of JSON's types; it is called in a thread."""
+        """Tell who asks what facts() returns, a value of JSON's types; it is called in a thread. Nothing if it raises
+        PyEngineError: engines close while processes end."""
 
         async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError):
-                if _uid(writer.get_extra_info("socket")) == os.geteuid():
+            with contextlib.closing(writer), contextlib.suppress(OSError, PyEngineError):
+                if _is_own(writer):
                     writer.write(json.dumps(await asyncio.to_thread(facts)).encode())
                     await writer.drain()
-            writer.close()
 
         server = await asyncio.start_unix_server(tell, self._names[self.number])
         try:
@@ -66,14 +69,17 @@ async def _answer(name: str) -> Any:
 
 async def _ask(name: str) -> bytes:
     reader, writer = await asyncio.open_unix_connection(name)
-    try:
-        return await reader.read()
-    finally:
-        writer.close()
+    with contextlib.closing(writer):
+        return await reader.read() if _is_own(writer) else b""
+
+
+def _is_own(writer: asyncio.StreamWriter) -> bool:
+    """Whether the process at the other end is one of this user."""
+    return _uid(writer.get_extra_info("socket")) == os.geteuid()
 
 
 def _uid(sock: socket.socket) -> int:
-    """Of the process at the other end."""
+    """Of the process at the other end: of the one that connected, or of the one that listens."""
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     uid: int = _CREDENTIALS.unpack(data)[1]
     return uid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,8 @@ if not hasattr(os, "sched_getaffinity"):
 from prometheus_client.parser import text_string_to_metric_families
 from serve.test_server import HELLO, get, post
 
+from pyengine.errors import PyEngineError
+from pyengine.serve import siblings
 from pyengine.serve.metrics import Metrics, text_of
 from pyengine.serve.siblings import Siblings, new_family
 
@@ -110,6 +114,41 @@ def test_a_process_that_does_not_answer_is_left_out() -> None:
         assert await first.gather() == {}
 
     asyncio.run(main())
+
+
+def test_a_process_of_another_user_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has taken the name of one that ended."""
+
+    async def lie(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"[1]")
+        writer.close()
+
+    async def main() -> None:
+        family = new_family()
+        async with await asyncio.start_unix_server(lie, f"\0{family}-1"):
+            assert await Siblings(family, 0, 2).gather() == {1: [1]}
+            monkeypatch.setattr(siblings, "_uid", lambda _: os.geteuid() + 1)
+            assert await Siblings(family, 0, 2).gather() == {}
+
+    asyncio.run(main())
+
+
+def test_a_process_whose_engines_are_closed_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(siblings, "TIMEOUT", None)  # were the connection left open, this would wait for ever
+    errors: list[Any] = []
+
+    def closed() -> None:
+        raise PyEngineError("the engine is closed")
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, error: errors.append(error))
+        family = new_family()
+        async with Siblings(family, 1, 2).telling(closed):
+            assert await Siblings(family, 0, 2).gather() == {}
+
+    asyncio.run(main())
+    gc.collect()  # what an error that nobody has asked for waits for
+    assert errors == []
 
 
 def test_one_that_is_lost_is_told_and_ends_all(chat_model: Path) -> None:
