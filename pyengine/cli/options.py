@@ -191,8 +191,23 @@ _SAMPLING = (
 
 
 def speculative(text: str) -> Any:
-    """ "auto", "off" or a number, as SamplingParams takes it."""
-    return {"max_draft": int(text)} if text.isascii() and text.isdigit() else text
+    """argparse type: "auto", "off" or a number, as SamplingParams takes it."""
+    from pyengine.sampling import MAX_DRAFT, check_speculative
+
+    value = {"max_draft": int(text)} if text.isascii() and text.isdigit() else text
+    try:
+        check_speculative(value)
+    except InvalidArgumentError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, off, or a number from 0 to {MAX_DRAFT}") from None
+    return value
+
+
+def check_draft_model(args: argparse.Namespace) -> None:
+    """Raises UsageError if nothing may be guessed, and a draft model is to guess."""
+    from pyengine.sampling import check_speculative
+
+    if args.draft_model and args.speculative is not None and not check_speculative(args.speculative).max_draft:
+        raise UsageError("--draft-model would have no effect: --speculative says that nothing is guessed")
 
 
 def unescape(text: str) -> str:
@@ -211,6 +226,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """SamplingParams of the options. Raises UsageError naming the parameter."""
     from pyengine.sampling import SamplingParams
 
+    check_draft_model(args)
     options: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING}
     if options["max_tokens"] is not None and options["max_tokens"] in (-1, -2):  # llama-cli's "no limit"
         options["max_tokens"] = None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
-from pyengine.errors import InvalidArgumentError, PyEngineError
+from pyengine.errors import PyEngineError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -116,8 +116,8 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     settings = _settings(args)
+    options.check_draft_model(args)
     named = _named_paths(args)
-    _check_speculative(args)
     try:
         from pyengine.serve import server
     except ImportError as error:
@@ -234,15 +234,6 @@ def _named_paths(args: argparse.Namespace) -> NamedPaths:
             raise UsageError(f"--draft-model {path}: its model has one, {chosen[0].draft_model}")
         chosen[0].draft_model = path
     return named
-
-
-def _check_speculative(args: argparse.Namespace) -> None:
-    from pyengine.sampling import check_speculative
-
-    try:
-        check_speculative(args.speculative)
-    except InvalidArgumentError as error:
-        raise UsageError(f"--speculative: {error}") from None
 
 
 def _named(text: str | None) -> tuple[str | None, str | None]:

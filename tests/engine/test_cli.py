@@ -212,6 +212,8 @@ def test_verbose_and_environment(
         (("a", "--isa", "quantum"), "this machine runs"),
         (("a", "--wat"), "unrecognized arguments: --wat"),
         (("a", "-e", "--stop", r"\x4"), "--escape"),
+        (("a", "--speculative", "often"), "'often' is not auto, off, or a number from 0 to 24"),
+        (("a", "--speculative", "off", "--draft-model", "b"), "--draft-model would have no effect"),
     ],
 )
 def test_wrong_usage_is_named(
