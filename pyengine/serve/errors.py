@@ -27,6 +27,8 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 
+MAX_TEXT = 2000  # characters of a message or a path: they quote what came, which may be all of a body
+
 
 class HTTPError(Exception):
     """An answer with a status from 400 on.
@@ -48,8 +50,8 @@ class HTTPError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _cut(message)
+        self.param = None if param is None else _cut(param)
         self.code = code
         self.headers = headers
         if retry_after is not None:
@@ -63,6 +65,10 @@ class HTTPError(Exception):
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> HTTPError:

@@ -61,6 +61,18 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
 ]
 
+LONG = "x" * 100_000
+# of /v1/chat/completions and /v1/responses: what their messages quote
+QUOTED: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"messages": USER, LONG: 1}),
+    (CHAT, {"messages": USER, "model": LONG}),
+    ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": LONG, "output": "x"}]}),
+    (
+        "/v1/responses",
+        {"input": "x", "tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": LONG}},
+    ),
+]
+
 WRONG_MESSAGES: list[tuple[Any, str]] = [
     (None, "messages"),
     ([], "messages"),
@@ -384,5 +396,15 @@ def test_metrics_count_what_was_done(chat_model: Path) -> None:
         assert 'vllm:time_to_first_token_seconds_count{model_name="tiny"} 1.0' in text
         assert "vllm:num_requests_running 0.0" in text
         assert 'pyengine:http_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
+
+    serving(chat_model, test)
+
+
+def test_an_error_does_not_send_back_all_that_came(chat_model: Path) -> None:
+    async def test(client: Client) -> None:
+        for path, body in QUOTED:
+            answer = await client.post(path, body)
+            assert answer.status in (400, 404) and "xxx" in answer.error["message"]
+            assert len(answer.body) < 5000
 
     serving(chat_model, test)
