@@ -431,3 +431,10 @@ def test_a_budget_of_a_branch_comes_after_its_parents_steps(finished: Path, tmp_
     run = tmp_path / "run"
     assert train(run, "--branch-from", finished / "trunk", "--budget-minutes 0.01 --eval-every 0") == 0
     assert read_json(run / "run.json")["train"]["steps"] > 4
+
+
+@pytest.mark.parametrize(("fraction", "steps"), [(0.0, 30), (0.3, 30), (0.1, 10), (0.004, 1)])
+def test_however_small_a_part_that_simulates_int8_has_a_step(fraction: float, steps: int) -> None:
+    config = TrainConfig(steps=100, decay_fraction=0.3, quantize_fraction=fraction)
+    assert config.quantized_steps == steps
+    assert [config.quantized(step) for step in range(100)] == [False] * (100 - steps) + [True] * steps

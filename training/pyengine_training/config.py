@@ -206,7 +206,9 @@ class TrainConfig:
     @property
     def quantized_steps(self) -> int:
         """How many of the last steps train with fake-quantization."""
-        last = round(self.steps * self.quantize_fraction) if self.quantize_fraction else self.decay_steps
+        last = self.decay_steps
+        if self.quantize_fraction:  # however small: 0 steps would be "never"
+            last = min(last, max(1, round(self.steps * self.quantize_fraction)))
         return {"never": 0, "decay": last, "always": self.steps}[self.quantize]
 
 
