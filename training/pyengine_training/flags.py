@@ -142,7 +142,7 @@ GROUPS: list[tuple[str, str, Options]] = [
         {
             "eval_every": ("N", "steps from one validation to the next"),
             "eval_documents": ("N", "held-out documents of each text that are scored each time"),
-            "sample_every": ("N", "steps from one sample in the log to the next"),
+            "sample_every": ("N", "steps from one sample in the log to the next; 0 draws none"),
             "sample_prompt": ("TEXT", "what the samples begin with"),
             "sample_tokens": ("N", "tokens of a sample"),
             "checkpoint_every": ("N", "steps from one checkpoint to the next: what a crash can cost"),
