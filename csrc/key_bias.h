@@ -1,6 +1,6 @@
 /* key_bias.h: the key biases that are kept out of the cache (FORMAT.md section 8).
  *
- * A bias of 200 on one element of k would set the scale of its whole group of codes. It is the same for every key but for
+ * A bias of 200 on one element of k would set the scale of its whole head. It is the same for every key but for
  * RoPE, so its part of a score is computed and not stored: per pair of RoPE, a product of the query with the bias, turned
  * back to the beginning of a chunk, meets the cosines and sines of the chunk's 256 positions, which all layers share. */
 #ifndef PE_KEY_BIAS_H

@@ -135,7 +135,7 @@ static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, siz
         v16 v[4];
         int8_t dense[PE_GROUP];
         load_64(v, x + begin, left < PE_GROUP ? left : PE_GROUP);
-        if (block == PE_GROUP) {
+        if (block == PE_GROUP) { /* nearly always: as a constant, it leaves no branch between the stages */
             turn_64(v, PE_GROUP);
         } else {
             turn_64(v, block);
