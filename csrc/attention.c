@@ -31,7 +31,7 @@ size_t pe_attention_scratch_floats(const pe_model *model) {
     return max_rows(model) * PE_CHUNK + 2 * state_floats(model) + max_rows(model) * model->config.head_dim;
 }
 
-/* One block and kv head; thread scratch: scores (rows, 256), then two states, then queries turned back (rows, head_dim). */
+/* One block and kv head; thread scratch: scores (rows, 256), then two states, then queries rotated back (rows, head_dim). */
 typedef struct task {
     const pe_slice *slice;
     const pe_kv_cache *kv;
@@ -86,17 +86,17 @@ static void add_key_bias(const task *t, size_t chunk, size_t first_row, size_t n
     size_t head_dim = s->model->config.head_dim, first = bias->first[t->kv_head], n = bias->first[t->kv_head + 1] - first;
     size_t angle = (layer->rope * s->n_chunks + chunk) * (head_dim / 2);
     float cos[PE_MAX_HEAD_DIM / 2], sin[PE_MAX_HEAD_DIM / 2];
-    float *turned = t->scores + max_rows(s->model) * PE_CHUNK + 2 * state_floats(s->model);
+    float *rotated = t->scores + max_rows(s->model) * PE_CHUNK + 2 * state_floats(s->model);
     if (n == 0) return;
     for (size_t p = 0; p < n; p++) {
         cos[p] = s->chunk_cos[angle + bias->pairs[first + p]];
         sin[p] = s->chunk_sin[angle + bias->pairs[first + p]];
     }
     for (size_t r = 0; r < t->n_rows; r++) {
-        memcpy(turned + r * 2 * n, s->q_key_bias + (first_row + r) * head_dim, 2 * n * sizeof(float));
-        s->kernels->rope(turned + r * 2 * n, cos, sin, 2 * n);
+        memcpy(rotated + r * 2 * n, s->q_key_bias + (first_row + r) * head_dim, 2 * n * sizeof(float));
+        s->kernels->rope(rotated + r * 2 * n, cos, sin, 2 * n);
     }
-    s->kernels->attention_key_bias(t->scores, turned, t->n_rows, bias->pairs + first, n, s->model->chunk_angles[layer->rope],
+    s->kernels->attention_key_bias(t->scores, rotated, t->n_rows, bias->pairs + first, n, s->model->chunk_angles[layer->rope],
                                    head_dim / 2, n_positions);
 }
 

@@ -16,7 +16,7 @@ typedef struct qkv_job {
 static void put_query(pe_slice *s, const pe_layer *layer, size_t token, size_t head, const float *q) {
     const pe_model *model = s->model;
     size_t n_rep = model->config.n_heads / model->config.n_kv_heads, d = model->head_dim_p;
-    size_t head_dim = model->config.head_dim, turned = pe_turn_block(head_dim);
+    size_t head_dim = model->config.head_dim, block = pe_turn_block(head_dim);
     size_t row = (head / n_rep * s->capacity + token) * n_rep + head % n_rep;
     if (s->kv_dtype == PE_KV_F32) {
         memset(s->q_f32 + row * d, 0, d * sizeof(float));
@@ -24,8 +24,8 @@ static void put_query(pe_slice *s, const pe_layer *layer, size_t token, size_t h
         return;
     }
     memset(s->q + row * d + head_dim, 0, d - head_dim);
-    uint32_t bits = s->kernels->quantize_head(s->q + row * d, &s->q_scales[row], &s->q_corrections[row], q, head_dim, turned,
-                                              pe_input_factor(turned));
+    uint32_t bits = s->kernels->quantize_head(s->q + row * d, &s->q_scales[row], &s->q_corrections[row], q, head_dim, block,
+                                              pe_input_factor(block));
     pe_slice_note_bits(s, token, bits);
     if (layer->key_bias == NULL) return;
     pe_key_bias_times_query(layer->key_bias, s->kernels, head / n_rep, head_dim, q, s->q_key_bias + row * head_dim);
@@ -49,8 +49,9 @@ static void put_key_value(const qkv_job *j, size_t token, uint32_t kv_head, cons
     }
     int8_t codes[PE_MAX_HEAD_DIM] = {0};
     int32_t unused;
-    size_t turned = pe_turn_block(head_dim);
-    uint32_t bits = s->kernels->quantize_head(codes, &kv.k_scales[in_chunk], &unused, k, head_dim, turned, pe_weight_factor(turned));
+    size_t block = pe_turn_block(head_dim);
+    uint32_t bits =
+        s->kernels->quantize_head(codes, &kv.k_scales[in_chunk], &unused, k, head_dim, block, pe_weight_factor(block));
     pe_slice_note_bits(s, token, bits);
     for (size_t i = 0; i < d; i += 4) memcpy(kv.k + (panel * d + i) * PE_PANEL + lane * 4, codes + i, 4);
     memset(kv.v + in_chunk * d, 0, d);

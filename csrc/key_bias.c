@@ -52,11 +52,11 @@ float *pe_chunk_angles_create(const float *inv_freq, size_t head_dim) {
 
 /* RoPE's own kernel multiplies: (q[i], q[i + half]) as a complex number, times the conjugate of the bias. */
 void pe_key_bias_times_query(const pe_key_bias *bias, const struct pe_kernels *kernels, size_t kv_head, size_t head_dim,
-                             const float *q, float *turned) {
+                             const float *q, float *rotated) {
     size_t first = bias->first[kv_head], n = bias->first[kv_head + 1] - first, half = head_dim / 2;
     for (size_t p = 0; p < n; p++) {
-        turned[p] = q[bias->pairs[first + p]];
-        turned[n + p] = q[bias->pairs[first + p] + half];
+        rotated[p] = q[bias->pairs[first + p]];
+        rotated[n + p] = q[bias->pairs[first + p] + half];
     }
-    kernels->rope(turned, bias->cos + first, bias->sin + first, 2 * n);
+    kernels->rope(rotated, bias->cos + first, bias->sin + first, 2 * n);
 }

@@ -1,7 +1,7 @@
 /* key_bias.h: the key biases that are kept out of the cache (FORMAT.md section 8).
  *
- * A bias of 200 on one element of k would set the scale of its whole group of codes. It is the same for every key but for
- * RoPE, so its part of a score is computed and not stored: per pair of RoPE, a product of the query with the bias, turned
+ * A bias of 200 on one element of k would set the scale of its whole head. It is the same for every key but for
+ * RoPE, so its part of a score is computed and not stored: per pair of RoPE, a product of the query with the bias, rotated
  * back to the beginning of a chunk, meets the cosines and sines of the chunk's 256 positions, which all layers share. */
 #ifndef PE_KEY_BIAS_H
 #define PE_KEY_BIAS_H
@@ -24,8 +24,8 @@ pe_key_bias *pe_key_bias_create(const float *bias, size_t n_kv_heads, size_t hea
  * out of memory; free() it. */
 float *pe_chunk_angles_create(const float *inv_freq, size_t head_dim);
 
-/* turned (2, n_pairs) = the rotated query q (head_dim) times the bias of its kv head. */
+/* rotated (2, n_pairs) = the rotated query q (head_dim) times the bias of its kv head. */
 void pe_key_bias_times_query(const pe_key_bias *bias, const struct pe_kernels *kernels, size_t kv_head, size_t head_dim,
-                             const float *q, float *turned);
+                             const float *q, float *rotated);
 
 #endif

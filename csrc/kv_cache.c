@@ -77,7 +77,6 @@ pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dty
     size_t parts[4];
     chunk_parts(cache, parts);
     cache->chunk_bytes = parts[0] + parts[1] + parts[2] + parts[3];
-    /* No overflow: the config's caps bound this by 2^12 * 2^12 * (256 * 512 * 8) < 2^45. */
     return place_layers(cache, err);
 }
 

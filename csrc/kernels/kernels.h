@@ -131,11 +131,11 @@ struct pe_kernels {
     void (*attention_scores_f32)(float *scores, const float *q, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t n_positions, float c);
 
-    /* scores[r][j] += what the keys' bias adds to it (FORMAT.md section 8), in place, positions and rows as above. turned
-     * (n_rows, 2, n_pairs) is the queries times the bias, turned back to the beginning of the chunk; pairs (n_pairs)
+    /* scores[r][j] += what the keys' bias adds to it (FORMAT.md section 8), in place, positions and rows as above. rotated
+     * (n_rows, 2, n_pairs) is the queries times the bias, rotated back to the beginning of the chunk; pairs (n_pairs)
      * ascending; angles (16 panels, n_half, 2, 16) the cos and sin of the chunk's positions for each of the n_half pairs of
      * RoPE. */
-    void (*attention_key_bias)(float *scores, const float *turned, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
+    void (*attention_key_bias)(float *scores, const float *rotated, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
                                const float *angles, size_t n_half, size_t n_positions);
 
     /* One row of scores over [begin, end) of a chunk, not empty: m, then p in place and +0 elsewhere in [0, 256), returning

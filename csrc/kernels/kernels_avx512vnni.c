@@ -9,9 +9,8 @@
 #include "lanes8_x86.h"
 #include "pyengine.h"
 
-
-/* 16 int32 sums and 16 float sums: some of the latter are spilled once a group, which costs less than what 8 chains would
- * wait for the dot step's latency. Values: 24 sums, 4 columns of V. */
+/* 16 int32 sums and 16 float sums fill the registers: at the end of a group a finished sum waits on the stack for its
+ * conversion, which costs less than what 8 chains would wait for the dot step's latency. Values: 24 sums, 4 columns of V. */
 enum { TILE_PANELS = 2, TILE_TOKENS = 8, DOT_UNROLL = 16, SCORE_ROWS = 8, VALUE_ROWS = 6, VALUE_COLUMNS = 4 };
 
 typedef __m512 v16;

@@ -192,10 +192,10 @@ static void attention_scores_f32(float *scores, const float *q, size_t n_rows, s
         }
 }
 
-static void attention_key_bias(float *scores, const float *turned, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
+static void attention_key_bias(float *scores, const float *rotated, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
                                const float *angles, size_t n_half, size_t n_positions) {
     for (size_t r = 0; r < n_rows; r++) {
-        const float *u = turned + r * 2 * n_pairs, *w = u + n_pairs;
+        const float *u = rotated + r * 2 * n_pairs, *w = u + n_pairs;
         for (size_t j = 0; j < n_positions; j++) {
             float score = scores[r * PE_CHUNK + j];
             for (size_t p = 0; p < n_pairs; p++) {

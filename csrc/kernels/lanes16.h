@@ -135,7 +135,7 @@ static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, siz
         v16 v[4];
         int8_t dense[PE_GROUP];
         load_64(v, x + begin, left < PE_GROUP ? left : PE_GROUP);
-        if (block == PE_GROUP) {
+        if (block == PE_GROUP) { /* nearly always: as a constant, it leaves no branch between the stages */
             turn_64(v, PE_GROUP);
         } else {
             turn_64(v, block);
@@ -445,12 +445,12 @@ static void attention_scores_f32(float *scores, const float *q, size_t n_rows, s
 }
 
 /* One panel of 16 positions for n_r queries; angles (n_half, 2, 16). */
-PE_INLINE void key_bias_block(float *scores, const float *turned, const uint32_t *pairs, size_t n_pairs, const float *angles,
+PE_INLINE void key_bias_block(float *scores, const float *rotated, const uint32_t *pairs, size_t n_pairs, const float *angles,
                               const int n_r) {
     v16 score[SCORE_ROWS];
     PE_UNROLL for (int r = 0; r < n_r; r++) score[r] = v16_load(scores + r * PE_CHUNK);
     for (size_t p = 0; p < n_pairs; p++) {
-        const float *u = turned + p, *w = u + n_pairs, *angle = angles + pairs[p] * 2 * PE_PANEL;
+        const float *u = rotated + p, *w = u + n_pairs, *angle = angles + pairs[p] * 2 * PE_PANEL;
         v16 cos = v16_load(angle), sin = v16_load(angle + PE_PANEL);
         PE_UNROLL for (int r = 0; r < n_r; r++) {
             score[r] = v16_fma(v16_set1(u[(size_t)r * 2 * n_pairs]), cos, score[r]);
@@ -460,13 +460,13 @@ PE_INLINE void key_bias_block(float *scores, const float *turned, const uint32_t
     PE_UNROLL for (int r = 0; r < n_r; r++) v16_store(scores + r * PE_CHUNK, score[r]);
 }
 
-static void attention_key_bias(float *scores, const float *turned, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
+static void attention_key_bias(float *scores, const float *rotated, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
                                const float *angles, size_t n_half, size_t n_positions) {
     for (size_t r = 0; r < n_rows; r += SCORE_ROWS) {
         size_t n_r = n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS;
 #define PE_KEY_BIAS(n) \
     for (size_t j = 0; j < n_positions; j += PE_PANEL) \
-        key_bias_block(scores + r * PE_CHUNK + j, turned + r * 2 * n_pairs, pairs, n_pairs, angles + j * 2 * n_half, n);
+        key_bias_block(scores + r * PE_CHUNK + j, rotated + r * 2 * n_pairs, pairs, n_pairs, angles + j * 2 * n_half, n);
         PE_WITH_ROWS(n_r, SCORE_ROWS, PE_KEY_BIAS)
 #undef PE_KEY_BIAS
     }

@@ -70,11 +70,16 @@ def bf16_rows(data: npt.NDArray[np.uint8]) -> Float32Array:
 FLOAT_CONVERTERS = {"F32": f32_rows, "F16": f16_rows, "BF16": bf16_rows}
 
 
+def _names(parts: Sequence[RowSource]) -> str:
+    """Of the tensors that hold the parts: one tensor may hold several."""
+    return " + ".join(dict.fromkeys(part.name for part in parts))
+
+
 class StackedRows:
     """One matrix after the other: (q, k, v) -> wqkv."""
 
     def __init__(self, parts: Sequence[RowSource]) -> None:
-        self.name = " + ".join(part.name for part in parts)
+        self.name = _names(parts)
         self.rows = sum(part.rows for part in parts)
         self.columns = parts[0].columns
         self._parts = parts
@@ -93,7 +98,7 @@ class AlternatingPanels:
     """Gate panel 0, up panel 0, gate panel 1, …; each matrix padded to whole panels."""
 
     def __init__(self, gate: RowSource, up: RowSource) -> None:
-        self.name = f"{gate.name} + {up.name}"
+        self.name = _names((gate, up))
         self.rows = 2 * pad(gate.rows, PANEL_ROWS)
         self.columns = gate.columns
         self._gate, self._up = gate, up

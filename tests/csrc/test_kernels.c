@@ -166,6 +166,22 @@ static void test_groups_law(void) {
     }
 }
 
+/* Of values that float32 holds, a turn may make some that it does not: those are told, and a block of one is never turned. */
+static void test_turn_overflow(const struct pe_kernels *k) {
+    float x[64], scale;
+    int8_t codes[64];
+    int32_t correction;
+    for (size_t i = 0; i < 64; i++) x[i] = 3e38f;
+    CHECK(k->quantize(codes, &scale, &correction, 1, x, 64, 64) >= PE_NOT_FINITE_BITS, "%s: a row", k->name);
+    CHECK(k->quantize_head(codes, &scale, &correction, x, 64, 64, 0.125f) >= PE_NOT_FINITE_BITS, "%s: a head", k->name);
+    CHECK(k->quantize(codes, &scale, &correction, 1, x, 63, 64) == pe_float_bits(3e38f) && scale == 3e38f / 127.0f,
+          "%s: an odd row, scale %a", k->name, (double)scale);
+    for (size_t i = 1; i < 64; i++) x[i] = 0.0f;
+    CHECK(k->quantize(codes, &scale, &correction, 1, x, 64, 64) == pe_float_bits(3e38f) && scale == 3e38f / 127.0f * 0.125f,
+          "%s: one large value, scale %a", k->name, (double)scale);
+    for (size_t i = 0; i < 64; i++) CHECK(codes[i] == 127, "%s: code %zu of one large value is %d", k->name, i, codes[i]);
+}
+
 /* ------------------------------------------------------------------ rows of floats */
 
 static void test_rmsnorm(const struct pe_kernels *k) {
@@ -326,6 +342,7 @@ void test_kernels(const struct pe_kernels *k) {
     test_quantize(k);
     test_quantize_head(k);
     test_turn(k);
+    test_turn_overflow(k);
     test_rmsnorm(k);
     test_rope(k);
     test_gates(k);

@@ -265,7 +265,7 @@ static void test_attention(const struct pe_kernels *k) {
     rng r = {31};
     for (size_t n_rows = 1; n_rows <= 17; n_rows++)
         for (int i = 0; i < 6; i++) {
-            size_t d = 32 * (1 + rng_below(&r, 5)), n_positions = i == 0 ? 256 : 1 + rng_below(&r, 256), begin = rng_below(&r, n_positions);
+            size_t d = i == 1 ? PE_MAX_HEAD_DIM : 16 * (1 + rng_below(&r, 10)), n_positions = i == 0 ? 256 : 1 + rng_below(&r, 256), begin = rng_below(&r, n_positions);
             for (int f32 = 0; f32 < 2; f32++) {
                 compare_scores(k, n_rows, d, n_positions, f32, &r);
                 compare_values(k, n_rows, d, begin, n_positions, f32, &r);

@@ -40,9 +40,8 @@ class Integers:
         return (raw % np.uint64(high - low)).astype(np.int64).reshape(shape) + low
 
 
-def tiny_tensors(rng: Integers) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Tensors of FORMAT.md section 2, in file order, from random integers alone."""
-    c = CONFIG
+def tiny_tensors(rng: Integers, c: FrozenConfig = CONFIG) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Tensors of FORMAT.md section 2, in file order, from random integers alone. `c` has the flags of CONFIG."""
     q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
 
     def matrix(name: str, rows: int, columns: int, exponent: int = 6) -> Iterator[Any]:
@@ -74,10 +73,10 @@ def tiny_tensors(rng: Integers) -> Iterator[tuple[str, NDArray[Any]]]:
     yield "rope.0.inv_freq", np.array([1 / 3**i for i in range(c.head_dim // 2)], np.float32)
 
 
-def make_model(seed: int = 1) -> _core.Model:
+def make_model(seed: int = 1, config: FrozenConfig = CONFIG) -> _core.Model:
     """The tensors in one 64-byte aligned buffer, as a mapped file would hold them."""
     pieces, table, offset = [], {}, 0
-    for name, array in tiny_tensors(Integers(seed)):
+    for name, array in tiny_tensors(Integers(seed), config):
         data = array.tobytes()
         data += bytes(pad(len(data), 64) - len(data))
         table[name] = (offset, len(data), "f32" if array.dtype == np.float32 else "int8_g64")
@@ -86,7 +85,7 @@ def make_model(seed: int = 1) -> _core.Model:
     memory = np.zeros(offset + 64, np.uint8)
     start = -memory.ctypes.data % 64
     memory[start : start + offset] = np.frombuffer(b"".join(pieces), np.uint8)
-    return _core.Model(CONFIG, memory[start : start + offset], table)
+    return _core.Model(config, memory[start : start + offset], table)
 
 
 TOKENS = [int(t) for t in Integers(2).integers(0, 90, N_TOKENS)]

@@ -242,6 +242,11 @@ def test_stacked_rows_in_any_cut() -> None:
             assert np.array_equal(stacked.read_rows(a, b), whole[a:b])
 
 
+def test_a_tensor_of_several_parts_is_named_once() -> None:
+    x, y = (ArrayRows(name, np.zeros((16, 4), np.float32)) for name in "xy")
+    assert StackedRows([x, y, y]).name == "x + y" and AlternatingPanels(x, x).name == "x"
+
+
 # ---------------------------------------------------------------------------- sections 1 and 2
 
 TINY = FrozenConfig(

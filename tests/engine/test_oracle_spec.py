@@ -4,15 +4,20 @@ float64 oracle."""
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
 import numpy as np
 import pytest
-from engine.test_equalities import CONFIG, GOLDEN_LOGITS, TOKENS, Integers, tiny_tensors
+from engine.test_equalities import CONFIG, GOLDEN_LOGITS, TOKENS, Integers, make_model, tiny_tensors
+from numpy.typing import NDArray
 from reference import fixtures, frozen_reader, spec_f32
 from reference.oracle import Oracle, kl_divergence
 from reference.spec_f32 import Spec, fmaf
+
+from pyengine import _core
+from pyengine.format.config import FrozenConfig, same_layers
 
 f32 = np.float32
 
@@ -167,15 +172,35 @@ def test_blocks_agree(name: str) -> None:
     assert kl.max() < 1e-3
 
 
-def test_golden_logits_are_those_of_the_specification() -> None:
-    """The engine's golden hash is what csrc/FORMAT.md says, and not only what the engine did when it was recorded."""
-    config = CONFIG.to_document()
+def spec_logits(config: FrozenConfig, tokens: list[int]) -> NDArray[np.float32]:
+    """What csrc/FORMAT.md makes of the tensors of ``tiny_tensors``."""
+    document = config.to_document()
     stored = {
         name: array.view(np.float16).reshape(-1) if name.endswith(".scales") else array
-        for name, array in tiny_tensors(Integers(1))
+        for name, array in tiny_tensors(Integers(1), config)
     }
-    logits = Spec(config, frozen_reader.weights_of(stored, config)).logits(TOKENS)
-    assert hashlib.sha256(logits.tobytes()).hexdigest() == GOLDEN_LOGITS
+    logits: NDArray[np.float32] = Spec(document, frozen_reader.weights_of(stored, document)).logits(tokens)
+    return logits
+
+
+def test_golden_logits_are_those_of_the_specification() -> None:
+    """The engine's golden hash is what csrc/FORMAT.md says, and not only what the engine did when it was recorded."""
+    assert hashlib.sha256(spec_logits(CONFIG, TOKENS).tobytes()).hexdigest() == GOLDEN_LOGITS
+
+
+@pytest.mark.parametrize("window", [0, 1, 37])
+@pytest.mark.parametrize(
+    ("dim", "hidden_dim", "head_dim"), [(73, 51, 2), (1, 1, 18), (34, 66, 48), (96, 3, 80), (20, 130, 512)]
+)
+def test_widths_of_every_kind_follow_the_specification(dim: int, hidden_dim: int, head_dim: int, window: int) -> None:
+    """Blocks of 1 to 64 in rows, of 2 to 64 in heads; heads that fill their padding, and heads that do not."""
+    shape = {"dim": dim, "hidden_dim": hidden_dim, "head_dim": head_dim}
+    config = replace(CONFIG, **shape, layers=same_layers(2, window=window))
+    context, tokens = _core.Context(make_model(config=config)), TOKENS[:70]
+    sequence = context.sequence_new()
+    context.forward(tokens, [sequence] * len(tokens), bytes([1]) * len(tokens))
+    got = [bytes(context.logits(row)) for row in range(len(tokens))]
+    assert got == [row.tobytes() for row in spec_logits(config, tokens)]
 
 
 @cache
