@@ -78,7 +78,7 @@ class FrozenFile:
         if version != FORMAT_VERSION:
             raise ModelFormatError(
                 f"format_version {version!r:.80}, this version of pyengine reads {FORMAT_VERSION!r}: "
-                "freeze the model again from its source"
+                "freeze the model again from its source, or use the version that wrote it"
             )
         if header.data_start % ALIGNMENT:
             raise ModelFormatError("the tensors do not start on a multiple of 64 bytes")
