@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
 from pyengine.cli.terminal import say, warn
+from pyengine.cli.text_file import Text, first_tokens
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -33,9 +34,6 @@ is the answer; acc_norm, acc_bytes: by log-likelihood per character, per byte), 
 (acc: the target is what the model would say; its perplexity). Numbers are those of lm-evaluation-harness, with standard errors.
 
 {options.ENVIRONMENT}"""
-
-
-SPARE_TOKENS = 64
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,44 +107,6 @@ def score_windows(engine: Engine, tokens: Sequence[int], ctx: int, stride: int) 
         yield tally
 
 
-class Text:
-    """A UTF-8 text in a binary file, read as far as it is needed."""
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file = file
-        self._name = name
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._n_decoded = 0  # bytes
-        self.text = ""
-        self.is_whole = False
-
-    def read(self, n_bytes: int = -1) -> None:
-        """Add n_bytes more (all that is left if negative) to `text`. Raises UsageError for what is no UTF-8."""
-        data = self._file.read(n_bytes)
-        self.is_whole = n_bytes < 0 or len(data) < n_bytes
-        pending = len(self._decoder.getstate()[0])
-        try:
-            self.text += self._decoder.decode(data, final=self.is_whole)
-        except UnicodeDecodeError as error:
-            at = self._n_decoded - pending + error.start
-            raise UsageError(f"{self._name} is no UTF-8 text: byte {at} is {error.object[error.start]:#04x}") from None
-        self._n_decoded += len(data)
-
-
-def first_tokens(engine: Engine, text: Text, limit: int | None) -> list[int]:
-    """Token ids of the text, or its first `limit`: then only as much is read and tokenized as they take."""
-    if limit is None:
-        text.read()
-        return engine.tokenize(text.text, add_bos=False)
-    while True:
-        text.read(max(len(text.text), 16 * limit, 1 << 16))
-        # What comes behind the part may change its last tokens: it ends with a word, and there must be tokens to spare.
-        end = len(text.text) if text.is_whole else text.text.rstrip().rfind(" ") + 1
-        tokens = engine.tokenize(text.text[: end or None], add_bos=False)
-        if text.is_whole or len(tokens) >= limit + SPARE_TOKENS:
-            return tokens[:limit]
-
-
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if (args.file is None) == (args.task is None):
@@ -196,7 +156,7 @@ def run_text(args: argparse.Namespace) -> int:
         engine = stack.enter_context(options.open_engine(args))
         line = stack.enter_context(ProgressLine("eval"))
         ctx = min(args.ctx, engine.n_ctx)
-        tokens = first_tokens(engine, Text(file, name), args.limit)
+        tokens = first_tokens(partial(engine.tokenize, add_bos=False), Text(file, name), args.limit)
         if len(tokens) < 2:
             raise UsageError(f"{args.file} has {len(tokens)} tokens, nothing to predict")
         tally = Tally()

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from reference import fixtures
 import pyengine
 from pyengine import _core, cpu_watch
 from pyengine.cli import UsageError, main
-from pyengine.cli.eval import Text, first_tokens, windows
+from pyengine.cli.eval import windows
 from pyengine.cli.info import tokenizer_facts
+from pyengine.cli.text_file import Text, first_tokens
 from pyengine.format.inventory import count_parameters
 from pyengine.format.kv import kv_bytes_per_position
 from pyengine.format.reader import FrozenFile
@@ -296,15 +298,16 @@ def test_eval_reads_no_more_than_its_limit(
     file, small = tmp_path / "text.txt", tmp_path / "small.txt"
     file.write_text(text, encoding="utf-8")
     with pyengine.Engine(tiny_model) as engine:
+        encode = partial(engine.tokenize, add_bos=False)
         for limit in (2, 50, 30_000):
             with open(file, "rb") as opened:
-                tokens = first_tokens(engine, Text(opened, "text"), limit)
+                tokens = first_tokens(encode, Text(opened, "text"), limit)
                 assert opened.tell() <= max(4 << 16, 64 * limit)
             assert tokens == engine.tokenize(text[: 16 * limit + 1000], add_bos=False)[:limit]
         for whole in ("no", "spaceless" * 20_000, "é" * 100_000):
             small.write_text(whole, encoding="utf-8")
             with open(small, "rb") as opened:
-                assert first_tokens(engine, Text(opened, "text"), 9) == engine.tokenize(whole, add_bos=False)[:9]
+                assert first_tokens(encode, Text(opened, "text"), 9) == engine.tokenize(whole, add_bos=False)[:9]
     facts = json.loads(run("eval", "-m", tiny_model, file, "--limit", 50, "--json"))
     assert facts["tokens"] == 49
 

@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
         "sampling", "cpu_watch",
         "freeze", "run", "fork", "files", "embeddings", "hub",
     },
-    "eval": {"engine", "errors", "run", "_sampler"},
+    "eval": {"engine", "errors", "run", "freeze", "_sampler"},
     "async_engine": {"embeddings", "engine", "errors", "fork", "results", "run", "sampling", "text"},
     "serve": {
         "pyengine", "async_engine", "embeddings", "engine", "errors", "results", "run", "sampling", "text", "format", "_core",

@@ -1,0 +1,199 @@
+"""The forward pass of csrc/FORMAT.md in float32, over the weights of a source as they are before quantization.
+
+What int8 costs is measured against it (eval/quality.py). It streams as freezing does: a matrix is read a block of rows at a time,
+multiplied with the positions of all windows, and dropped, so that each weight of a layer is read once however long the text is
+and no matrix is ever whole in memory. What grows with the text are activations: 4 * (hidden_dim + 2 q_dim + 4 dim) bytes a
+position, or so.
+
+A test holds it to transformers' logits and to the tests' float64 oracle for every architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ModelFormatError
+from ..format.config import FrozenConfig
+from ..format.inventory import PANEL_ROWS
+from ..format.quantize import Float32Array, RowSource
+from .sources import SourceModel
+
+TokenIds = npt.NDArray[np.int64]
+
+_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of weights at a time
+
+
+def _blocks(source: RowSource) -> Iterator[tuple[int, Float32Array]]:
+    """(first row, rows (n, columns)) of a matrix; n is a multiple of two panels, as alternating ones need, but for the last."""
+    step = 2 * PANEL_ROWS
+    step *= max(1, _CHUNK_ELEMENTS // (step * source.columns))
+    for start in range(0, source.rows, step):
+        yield start, source.read_rows(start, min(start + step, source.rows))
+
+
+def _product(x: Float32Array, source: RowSource) -> Float32Array:
+    """x (n, columns) times a matrix (rows, columns) -> (n, rows)."""
+    out = np.empty((len(x), source.rows), np.float32)
+    for start, rows in _blocks(source):
+        out[:, start : start + len(rows)] = x @ rows.T
+    return out
+
+
+def _rmsnorm(x: Float32Array, gain: Float32Array, eps: float) -> Float32Array:
+    """x (..., n), gain (n) -> (..., n)."""
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    normed: Float32Array = x / np.sqrt(mean_square + np.float32(eps)) * gain
+    return normed
+
+
+def _silu(x: Float32Array) -> Float32Array:
+    y: Float32Array = x / (np.float32(1) + np.exp(-x))
+    return y
+
+
+def _gelu_tanh(x: Float32Array) -> Float32Array:
+    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
+    y: Float32Array = np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
+    return y
+
+
+_GATES: dict[str, Callable[[Float32Array], Float32Array]] = {"swiglu": _silu, "geglu_tanh": _gelu_tanh}
+
+
+def _softcap(x: Float32Array, cap: float) -> Float32Array:
+    return np.float32(cap) * np.tanh(x / np.float32(cap)) if cap else x
+
+
+def _rotated(x: Float32Array, inv_freq: Float32Array) -> Float32Array:
+    """RoPE of pairs (i, i + head_dim / 2): x (n_windows, length, heads, head_dim) at positions 0.. -> the same shape."""
+    angle = np.arange(x.shape[1], dtype=np.float32)[:, None] * inv_freq
+    cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]  # (length, 1, head_dim / 2)
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _attention(q: Float32Array, k: Float32Array, v: Float32Array, seen: npt.NDArray[np.bool_], cap: float) -> Float32Array:
+    """One window: q (length, n_heads, head_dim), k and v (length, n_kv_heads, head_dim), seen (query, position)
+    -> (length, n_heads * head_dim)."""
+    length, n_heads, head_dim = q.shape
+    n_kv_heads = k.shape[1]
+    out = np.empty((length, n_kv_heads, n_heads // n_kv_heads, head_dim), np.float32)
+    for h, queries in enumerate(np.split(q, n_kv_heads, axis=1)):  # the scores of one key head at a time
+        scores = queries.transpose(1, 0, 2) @ k[:, h].T * np.float32(1 / np.sqrt(head_dim))  # (group, query, position)
+        scores = np.where(seen, _softcap(scores, cap), -np.inf)
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out[:, h] = (p @ v[:, h] / p.sum(axis=-1, keepdims=True)).transpose(1, 0, 2)
+    return out.reshape(length, -1)
+
+
+def _finite(x: Float32Array) -> Float32Array:
+    if not np.isfinite(x).all():
+        raise ModelFormatError("the forward pass of the source overflows float32")
+    return x
+
+
+class FloatForward:
+    """The float32 forward of an open source over windows of one length, each at positions 0 and on.
+
+    ``states`` is the work of all layers, ``logits`` that of the head for as many rows as one wants at once.
+    """
+
+    def __init__(self, model: SourceModel) -> None:
+        self._model = model
+        self._config: FrozenConfig = model.config
+
+    def states(self, windows: TokenIds, progress: Callable[[int], None] | None = None) -> Float32Array:
+        """Token ids (n_windows, length) -> the last layer's output, float32 (n_windows, length, dim). progress(n) is called when
+        n layers are done. Raises ModelFormatError if a value is not finite, and for a source that is damaged."""
+        with np.errstate(all="ignore"):
+            x = self._embedded(windows)
+            for layer in range(self._config.n_layers):
+                self._layer(layer, x)
+                if progress is not None:
+                    progress(layer + 1)
+        return _finite(x)
+
+    def logits(self, states: Float32Array) -> Float32Array:
+        """The last layer's output (n, dim) -> float32 logits (n, vocab_size). A call reads the head once. Raises like ``states``."""
+        head = "tok_embeddings" if self._config.tie_embeddings else "output"
+        with np.errstate(all="ignore"):
+            normed = _rmsnorm(states, self._model.vectors["norm"](), self._config.norm_eps)
+            return _finite(_softcap(_product(normed, self._model.matrices[head]), self._config.logits_softcap))
+
+    def _embedded(self, windows: TokenIds) -> Float32Array:
+        embeddings = self._model.matrices["tok_embeddings"]
+        ids, inverse = np.unique(windows, return_inverse=True)
+        rows = np.concatenate([embeddings.read_rows(int(i), int(i) + 1) for i in ids])
+        x: Float32Array = rows[inverse.reshape(windows.shape)]
+        return x
+
+    def _vector(self, layer: int, role: str) -> Float32Array | None:
+        read = self._model.vectors.get(f"layers.{layer}.{role}")
+        return None if read is None else read()
+
+    def _normed(self, layer: int, role: str, x: Float32Array) -> Float32Array:
+        """x (..., n) through a norm if the layer has it."""
+        gain = self._vector(layer, role)
+        return x if gain is None else _rmsnorm(x, gain, self._config.norm_eps)
+
+    def _linear(self, layer: int, role: str, x: Float32Array) -> Float32Array:
+        """x (n, columns) -> (n, rows), with the bias if the layer has one."""
+        y = _product(x, self._model.matrices[f"layers.{layer}.{role}"])
+        bias = self._vector(layer, f"{role}.bias")
+        return y if bias is None else y + bias
+
+    def _layer(self, layer: int, x: Float32Array) -> None:
+        """x (n_windows, length, dim), the layer's input, becomes its output."""
+        rows = x.reshape(-1, x.shape[-1])  # a view
+        attended = self._attended(layer, x.shape[1], self._normed(layer, "attention_norm", rows))
+        rows += self._normed(layer, "post_attention_norm", self._linear(layer, "wo", attended))
+        normed = self._normed(layer, "ffn_norm", rows)
+        mlp = self._experts(layer, normed) if self._config.n_experts else self._mlp(layer, "", normed)
+        rows += self._normed(layer, "post_ffn_norm", mlp)
+
+    def _attended(self, layer: int, length: int, x: Float32Array) -> Float32Array:
+        """Normed rows (n_windows * length, dim) -> what attention gives, (n_windows * length, q_dim)."""
+        c, spec = self._config, self._config.layers[layer]
+        q, k, v = np.split(self._linear(layer, "wqkv", x), [c.q_dim, c.q_dim + c.kv_dim], axis=1)
+        if (bias := self._vector(layer, "key_bias")) is not None:
+            k = k + bias
+        if c.qk_norm_all_heads:
+            q, k = self._normed(layer, "q_norm", q), self._normed(layer, "k_norm", k)
+        q, k, v = (part.reshape(-1, length, part.shape[1] // c.head_dim, c.head_dim) for part in (q, k, v))
+        if c.qk_norm and not c.qk_norm_all_heads:
+            q, k = self._normed(layer, "q_norm", q), self._normed(layer, "k_norm", k)
+        inv_freq = self._model.vectors[f"rope.{spec.rope}.inv_freq"]()
+        q, k = _rotated(q, inv_freq), _rotated(k, inv_freq)
+        i, j = np.ogrid[:length, :length]
+        seen = (j <= i) & (j > i - (spec.window or length))
+        return np.concatenate([_attention(*one, seen, c.attention_softcap) for one in zip(q, k, v, strict=True)])
+
+    def _mlp(self, layer: int, expert: str, x: Float32Array) -> Float32Array:
+        """The MLP of a layer, or of its expert "experts.E.": x (n, dim) -> (n, dim)."""
+        c = self._config
+        gate_of = _GATES[c.layers[layer].activation]
+        h = np.empty((len(x), -(-c.hidden_dim // PANEL_ROWS) * PANEL_ROWS), np.float32)
+        for start, rows in _blocks(self._model.matrices[f"layers.{layer}.{expert}w_gate_up"]):
+            panels = (x @ rows.T).reshape(len(x), -1, 2, PANEL_ROWS)  # gate and up in turn
+            h[:, start // 2 : (start + len(rows)) // 2] = (gate_of(panels[:, :, 0]) * panels[:, :, 1]).reshape(len(x), -1)
+        return self._linear(layer, f"{expert}w_down", h[:, : c.hidden_dim])
+
+    def _experts(self, layer: int, x: Float32Array) -> Float32Array:
+        """x (n, dim) -> the weighted sum of what each row's experts give, (n, dim). Experts that no row takes are not read."""
+        c = self._config
+        router = self._model.vectors[f"layers.{layer}.router"]().reshape(c.n_experts, c.dim)
+        scores = x @ router.T
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        taken = np.argsort(-scores, axis=1, kind="stable")[:, : c.n_experts_used]  # of equal ones the first
+        shares = np.take_along_axis(p, taken, axis=1)
+        if c.experts_normalized:
+            shares /= shares.sum(axis=1, keepdims=True)
+        out = np.zeros_like(x)
+        for expert in np.unique(taken):
+            rows, slots = np.nonzero(taken == expert)
+            out[rows] += shares[rows, slots, None] * self._mlp(layer, f"experts.{expert}.", x[rows])
+        return out
