@@ -80,12 +80,16 @@ def _attention(q: Float32Array, k: Float32Array, v: Float32Array, seen: npt.NDAr
     -> (length, n_heads * head_dim)."""
     length, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[1]
-    out = np.empty((length, n_kv_heads, n_heads // n_kv_heads, head_dim), np.float32)
-    for h, queries in enumerate(np.split(q, n_kv_heads, axis=1)):  # the scores of one key head at a time
-        scores = queries.transpose(1, 0, 2) @ k[:, h].T * np.float32(1 / np.sqrt(head_dim))  # (group, query, position)
-        scores = np.where(seen, _softcap(scores, cap), -np.inf)
+    group = n_heads // n_kv_heads
+    out = np.empty((length, n_kv_heads, group, head_dim), np.float32)
+    for h in range(n_kv_heads):  # the scores of one key head at a time; contiguous matrices, or NumPy would not ask BLAS
+        queries = q[:, h * group : (h + 1) * group].transpose(1, 0, 2).reshape(-1, head_dim)
+        keys, values = np.ascontiguousarray(k[:, h]), np.ascontiguousarray(v[:, h])
+        scores = (queries @ keys.T * np.float32(1 / np.sqrt(head_dim))).reshape(group, length, length)
+        scores = np.where(seen, _softcap(scores, cap), np.float32(-np.inf))
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out[:, h] = (p @ v[:, h] / p.sum(axis=-1, keepdims=True)).transpose(1, 0, 2)
+        p /= p.sum(axis=-1, keepdims=True)
+        out[:, h] = (p.reshape(-1, length) @ values).reshape(group, length, head_dim).transpose(1, 0, 2)
     return out.reshape(length, -1)
 
 
@@ -117,7 +121,7 @@ class FloatForward:
         return _finite(x)
 
     def logits(self, states: Float32Array) -> Float32Array:
-        """The last layer's output (n, dim) -> float32 logits (n, vocab_size). A call reads the head once. Raises like ``states``."""
+        """The last layer's output (n, dim) -> float32 logits (n, vocab_size); reads the head once. Raises like ``states``."""
         head = "tok_embeddings" if self._config.tie_embeddings else "output"
         with np.errstate(all="ignore"):
             normed = _rmsnorm(states, self._model.vectors["norm"](), self._config.norm_eps)
