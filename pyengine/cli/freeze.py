@@ -38,8 +38,8 @@ examples:
 --quality says what int8 costs on a text of yours: the frozen file against its source in float32, in windows of 512 tokens. The
 divergence KL(float32 || int8) of the next token's distribution, mean and of the worst token; the loss on the text and its
 difference with the paired standard error; how often both have the same most probable token where float32's two best logits are
-more than 0.5 apart. It takes a float32 forward of the source in NumPy, which streams the weights: for each 1,024 tokens about
-as long as to read the source a few times and 2,048 floating-point operations a parameter.
+more than 0.5 apart. float32 is a forward pass of the source in NumPy that streams its weights: no matrix is ever whole in memory,
+and what grows with --quality-tokens is a few times 4 bytes for each token and column of the widest matrix.
 
 The output appears under its name only when it is whole and has computed its golden outputs; Ctrl-C leaves nothing behind.
 """

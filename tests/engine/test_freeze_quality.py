@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.cli_tools import run_process
 from reference import fixtures, gguf_fixtures
 from reference.oracle import Oracle, kl_divergence, log_softmax
 
@@ -184,7 +185,10 @@ def test_numbers_are_those_of_a_direct_computation(
         windows = quality.cut_windows(engine.tokenize(TEXT, add_bos=False)[:120], 40, bos)
         reference = np.array([float32_logits(model, window) for window in windows])
         other = np.array([engine.logits(window.tolist()) for window in windows])
-        got = quality.measure(model, engine, windows)._asdict()
+        seen: list[tuple[int, int, str]] = []
+        got = quality.measure(model, engine, windows, lambda *one: seen.append(one))._asdict()
+        steps = model.config.n_layers + 3 * 6  # layers, then blocks of 7 of 40 rows
+        assert [(done, total) for done, total, _ in seen] == [(n, steps) for n in range(1, steps + 1)]
     assert_close(got, reference, other, windows)
     oracle = oracle_of(fixtures.load("granite"))
     assert_close(got, np.array([oracle.logits(window) for window in windows]), other, windows)
@@ -194,6 +198,15 @@ def test_numbers_are_those_of_a_direct_computation(
     shown["agreement"] /= 100
     for name, value in shown.items():
         assert abs(value - got[name]) < 1.1 * half_digits.get(name, 0.5e-4) + 1e-12, name
+
+
+def test_the_text_may_come_through_a_pipe(tmp_path: Path) -> None:
+    source = fixtures.write_hf_dir(fixtures.load("olmoe"), tmp_path / "hf")
+    done = run_process(
+        tmp_path, "freeze", source, "-o", tmp_path / "m", "--quality", "-", "--quality-tokens", 50, input=TEXT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert printed(done.stdout)["n_positions"] == 50
 
 
 def test_windows_begin_with_bos_where_the_model_wants_it() -> None:
