@@ -113,10 +113,10 @@ class PyEngine:
         """Tokens per second of a prefill whose products ran at the int8 peak."""
         from pyengine.cli.roofline import Work
 
-        peak = self.roofline.int8_peak()
-        if peak is None:
+        bound = self.roofline.bound(Work(512, 1), "int8")
+        if bound.limit != "int8":
             raise ValueError(f"no int8 probe of {self.engine.isa}")
-        return peak * 512 / Work(512, 1).macs(self.roofline.config)
+        return bound.tokens_per_second
 
 
 class LlamaCpp:
