@@ -30,7 +30,8 @@ def _mistral_hf(config: Fields, shape: Shape) -> Traits:
     )
 
 
-def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+def gguf_traits(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    """Of a file with nothing but what Llamas have."""
     return Traits(
         layers=gguf_keys.same_windows(keys, shape),
         rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
@@ -39,7 +40,7 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     )
 
 
-LLAMA = Architecture("LlamaForCausalLM", "llama", "llama", _llama_hf, _gguf, gguf_permuted=True)
+LLAMA = Architecture("LlamaForCausalLM", "llama", "llama", _llama_hf, gguf_traits, gguf_permuted=True)
 MISTRAL = Architecture(
-    "MistralForCausalLM", "mistral", "llama", _mistral_hf, _gguf, gguf_permuted=True, hf_defaults={"num_key_value_heads": 8}
+    "MistralForCausalLM", "mistral", "llama", _mistral_hf, gguf_traits, gguf_permuted=True, hf_defaults={"num_key_value_heads": 8}
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...errors import UnsupportedModelError
 from ...format.config import LayerSpec
 from ..fields import Fields
-from . import gguf_keys, hf_config
+from . import hf_config, llama
 from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
 
 GGUF_EXPERTS = {
@@ -22,6 +24,15 @@ def _parts(prefix: str, gate: str, up: str, down: str) -> dict[str, SourceName]:
     return {**PARTS, **{part: SourceName("model.layers.{i}." + name, GGUF_EXPERTS[part]) for part, name in names.items()}}
 
 
+def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    """What these files have in common: what a Llama's say, and how many experts there are."""
+    return replace(
+        llama.gguf_traits(keys, shape, file),
+        n_experts=keys.integer("expert_count"),
+        n_experts_used=keys.integer("expert_used_count"),
+    )
+
+
 def _mixtral_hf(config: Fields, shape: Shape) -> Traits:
     windows = hf_config.windows(config, hf_config.layer_kinds(config, [hf_config.SLIDING] * shape.n_layers))
     activation = hf_config.activation(config)
@@ -35,15 +46,7 @@ def _mixtral_hf(config: Fields, shape: Shape) -> Traits:
 
 
 def _mixtral_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
-    return Traits(
-        layers=gguf_keys.same_windows(keys, shape),
-        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
-        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
-        o_bias=gguf_keys.has_bias(file, "attn_output"),
-        n_experts=keys.integer("expert_count"),
-        n_experts_used=keys.integer("expert_used_count"),
-        experts_normalized=True,
-    )
+    return replace(_gguf(keys, shape, file), experts_normalized=True)
 
 
 def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
@@ -67,15 +70,10 @@ def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
 
 def _qwen3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     """The format's readers normalize the weights of this architecture."""
-    return Traits(
-        layers=gguf_keys.same_windows(keys, shape),
-        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
-        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
-        o_bias=gguf_keys.has_bias(file, "attn_output"),
+    return replace(
+        _gguf(keys, shape, file),
         qk_norm=True,
         hidden_dim=keys.integer("expert_feed_forward_length"),
-        n_experts=keys.integer("expert_count"),
-        n_experts_used=keys.integer("expert_used_count"),
         experts_normalized=True,
     )
 
@@ -99,16 +97,7 @@ def _olmoe_hf(config: Fields, shape: Shape) -> Traits:
 
 def _olmoe_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     """The format's readers do not normalize the weights of this architecture."""
-    return Traits(
-        layers=gguf_keys.same_windows(keys, shape),
-        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
-        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
-        o_bias=gguf_keys.has_bias(file, "attn_output"),
-        qk_norm=True,
-        qk_norm_all_heads=True,
-        n_experts=keys.integer("expert_count"),
-        n_experts_used=keys.integer("expert_used_count"),
-    )
+    return replace(_gguf(keys, shape, file), qk_norm=True, qk_norm_all_heads=True)
 
 
 MIXTRAL = Architecture(
