@@ -41,6 +41,15 @@ static uint32_t detect(void) {
     const unsigned long hwcap_asimddp = 1ul << 20;
     return getauxval(AT_HWCAP) & hwcap_asimddp ? PE_CPU_NEON_DOTPROD : 0;
 }
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static uint32_t detect(void) {
+    int has = 0;
+    size_t size = sizeof has;
+    if (sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) != 0) return 0;
+    return has ? PE_CPU_NEON_DOTPROD : 0;
+}
 #else
 static uint32_t detect(void) { return 0; }
 #endif
