@@ -3,8 +3,8 @@
     pip install 'pyengine-lm[serve]' 'ray[serve]'
     PYENGINE_MODEL=/models/model.safetensors serve run docs.scaling.ray_serve:app
 
-Every machine of the cluster must have the file at that path: it is mapped, so replicas of a machine share its memory. A client that
-sends a header X-Session-Id has its requests answered by the same replica, which has the conversation in its cache.
+Every machine of the cluster must have the file at that path: it is mapped, so replicas of a machine share its memory. Requests
+with the same header X-Session-Id go to the same replica, which has the conversation in its cache.
 """
 
 from __future__ import annotations

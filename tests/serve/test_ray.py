@@ -15,9 +15,10 @@ import pytest
 
 from pyengine import Engine
 
-ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
+import ray
 from serve.test_server import HELLO, post
 
 SCALING = Path(__file__).parents[2] / "docs" / "scaling"
