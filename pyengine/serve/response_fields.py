@@ -30,7 +30,7 @@ from pyengine.serve.messages import ARGUMENTS, CONTENT, call_of
 from pyengine.serve.prompts import CALLER, note_user
 from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
 from pyengine.serve.stream import StreamOptions
-from pyengine.serve.tools import FLAT_TOOLS, chosen_tools, held_to
+from pyengine.serve.tools import FLAT_TOOLS, choice_of, chosen_tools, held_to
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -145,7 +145,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     given_tools, functions = fields.take("tools")
     given_choice, choice = fields.take("tool_choice")
     is_parallel = fields.take("parallel_tool_calls")
-    tools = chosen_tools(functions, choice, model, only_one=not is_parallel)
+    tools = chosen_tools(functions, choice_of(choice, is_flat=True), model, only_one=not is_parallel)
     wanted = held_to(tools, wanted, fields)
     if wanted is not None:
         given["structured_outputs"] = wanted
