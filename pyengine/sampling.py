@@ -17,7 +17,7 @@ from pyengine.errors import InvalidArgumentError, ModelFormatError, UnknownParam
 
 MAX_LOGPROBS = 64
 MAX_SAMPLES = 1024
-MAX_STOP_STRINGS = 1 << 14
+MAX_STOP_STRINGS = 1024  # clients send a handful
 MAX_STOP_CHARACTERS = 1 << 17  # of all stop strings of a request: an automaton over them takes about 300 bytes each
 MAX_DRAFT = 24  # tokens guessed ahead in a step
 MAX_IDS = 1 << 24  # the largest vocabulary

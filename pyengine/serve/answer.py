@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyengine.serve import payload, work
-from pyengine.serve.exchange import Exchange, event
+from pyengine.serve.exchange import Exchange, dumps, event
 from pyengine.serve.stream import StreamOptions
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class Choice(ABC):
 async def answer(app: App, exchange: Exchange, call: Call) -> None:
     async with app.job(exchange, call.model, call.make) as job:
         if call.stream is None:
-            await exchange.reply_json(_whole(call, await app.finish(exchange, call.model, job)))
+            requests = await app.finish(exchange, call.model, job)
+            body = await work.made_of(requests, lambda: dumps(_whole(call, requests)))
+            await exchange.reply(200, body, b"application/json")
         else:
             await _stream(app, exchange, call, job)
 

@@ -35,6 +35,13 @@ class Syntax:
     bare       how a call begins that needs no opening; its first character occurs in it once
     is_first   such a call must begin the answer, and may stand in a block of code
     id_length  of the call's id, where the template insists on one; 0: "call_" and more
+
+    And how a model is made to write them (call_grammars.py):
+
+    around_all   before the first call of an answer, and after the last
+    around_each  before and after each
+    joint        between two; None: an answer is one call
+    arguments    the name of the arguments in the object that is a call
     """
 
     name: str
@@ -48,6 +55,10 @@ class Syntax:
     bare: str = ""
     is_first: bool = True
     id_length: int = 0
+    around_all: tuple[str, str] = ("", "")
+    around_each: tuple[str, str] = ("", "")
+    joint: str | None = None
+    arguments: str = "arguments"
 
     def new_id(self) -> str:
         return payload.new_id("")[: self.id_length] if self.id_length else payload.new_id("call_")
@@ -62,23 +73,31 @@ SYNTAXES = (
     Syntax(
         "Hermes", ObjectForm, ("<tool_call>",), ("<function=", "<arg_key>"),
         opening="<tool_call>", separator=",", closing="</tool_call>", bare="{",
+        around_each=("<tool_call>\n", "\n</tool_call>"), joint="\n",
     ),
     # Qwen3-Coder and Qwen 3.5, which forget the tag in the middle of an answer, too
     Syntax(
         "Qwen3-Coder", TagForm, ("<parameter=",), ("<seed:",),
         opening="<tool_call>", closing="</tool_call>", bare="<function=", is_first=False,
+        around_each=("<tool_call>\n", "\n</tool_call>"), joint="\n",
     ),
     # Mistral 7B v0.3, Nemo, Large 2407
     Syntax(
         "Mistral", ObjectForm, ("[TOOL_CALLS]",), ("[ARGS]",),
         opening="[TOOL_CALLS]", bracket="[", separator=",", closing="]", id_length=9,
+        around_all=("[TOOL_CALLS] [", "]"), joint=", ",
     ),
     # Mistral Small 3.2, Devstral, Ministral 3
-    Syntax("Mistral v11", NamedForm, ("[ARGS]",), opening="[TOOL_CALLS]", id_length=9),
+    Syntax(
+        "Mistral v11", NamedForm, ("[ARGS]",),
+        opening="[TOOL_CALLS]", id_length=9,
+        around_each=("[TOOL_CALLS]", ""), joint="",
+    ),
     # Llama 3.1, 3.2 and 3.3
     Syntax(
         "Llama 3", ObjectForm, ("<|python_tag|>", '"parameters": '), ("<parameter=",),
         opening="<|python_tag|>", separator=";", bare="{",
+        arguments="parameters",
     ),
 )  # fmt: skip
 OBJECT = Syntax("object", bare="{")  # the text is one call and nothing else: what a guide makes of it

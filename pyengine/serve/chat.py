@@ -10,9 +10,10 @@ from pyengine.async_engine import Job
 from pyengine.results import Generation, Piece
 from pyengine.run.request import GenerationRequest
 from pyengine.sampling import StructuredOutputs
-from pyengine.serve import payload
+from pyengine.serve import neutral, payload
 from pyengine.serve.answer import Call, Choice, answer
 from pyengine.serve.calls import message_of
+from pyengine.serve.effort import EFFORT, effort_variables
 from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import (
@@ -29,7 +30,6 @@ from pyengine.serve.fields import (
     needed,
     object_of,
     one_of,
-    refused,
 )
 from pyengine.serve.messages import MESSAGES, chat_messages
 from pyengine.serve.prompts import CALLER, note_user
@@ -158,21 +158,9 @@ FIELDS: Table = {
     "response_format": object_of(_RESPONSE_FORMAT),
     "add_generation_prompt": TRUE,
     "chat_template_kwargs": Kind(OBJECT.schema, _read_variables, default={}),
-    "functions": refused("use tools", []),
-    "function_call": refused("use tool_choice", "none", "auto"),
-    "modalities": refused("answers are text", ["text"]),
-    "audio": refused("answers are text"),
-    "prediction": refused("predicted outputs are not used"),
-    "store": refused("nothing is stored here", False),
-    "metadata": refused("nothing is stored here", {}),
-    "service_tier": refused("there is one tier", "auto", "default"),
-    "reasoning_effort": refused("effort cannot be chosen", "none"),
-    "verbosity": refused("verbosity cannot be chosen", "medium"),
-    "web_search_options": refused("this server does not search"),
-    "moderation": refused("this server does not moderate"),
-    # for routing between machines, and this is one
-    "prompt_cache_key": hint(STRING),
-    "prompt_cache_retention": hint(STRING),
+    **neutral.CHAT,
+    **neutral.OTHERS_CHAT,
+    "reasoning_effort": EFFORT,
 }
 
 
@@ -196,6 +184,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
     wanted = held_to(tools, wanted, fields)
     if wanted is not None:
         given["structured_outputs"] = wanted
+    thinking = effort_variables(fields.take("reasoning_effort"), model, "reasoning_effort")
     note_user(exchange, fields)
     call = ChatCall(
         model=model,
@@ -203,7 +192,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         cache_salt=app.cache_salt(exchange, fields),
         messages=messages,
         add_generation_prompt=fields.take("add_generation_prompt"),
-        template_variables=fields.take("chat_template_kwargs"),
+        template_variables=thinking | fields.take("chat_template_kwargs"),
         tools=tools,
         params=sampling_params(fields, model, given),
     )

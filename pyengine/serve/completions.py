@@ -11,11 +11,11 @@ from pyengine.engine import Prompt
 from pyengine.results import Piece
 from pyengine.run.request import GenerationRequest, Request
 from pyengine.sampling import INT32_MAX
-from pyengine.serve import payload
+from pyengine.serve import neutral, payload
 from pyengine.serve.answer import Call, Choice, answer
 from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
-from pyengine.serve.fields import BOOLEAN, Fields, Table, integer, needed, refused
+from pyengine.serve.fields import BOOLEAN, Fields, Table, integer, needed
 from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
 from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
 from pyengine.serve.stream import STREAM, stream_options
@@ -132,9 +132,8 @@ FIELDS: Table = {
     "echo": BOOLEAN,
     "max_tokens": integer(0, INT32_MAX),  # 0: the prompt alone comes back
     "logprobs": parameter("logprobs"),
-    "suffix": refused("these models do not fill in the middle", ""),
-    "best_of": refused("samples are not ranked; use n", 1),
-    "store": refused("nothing is stored here", False),
+    **neutral.COMPLETIONS,
+    **neutral.OTHERS,
 }
 
 

@@ -6,6 +6,7 @@ it, and openapi.py writes it down for clients.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -93,7 +94,9 @@ class Fields:
         given = {name: item for name, item in value.items() if item is not None}
         for name in given:
             if name not in table:
-                raise bad_request(f"unknown field {self.path(name)!r}", self.path(name), "unknown_parameter")
+                near = difflib.get_close_matches(name[:64], table, n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise bad_request(f"unknown field {self.path(name)!r}{meant}", self.path(name), "unknown_parameter")
         self._left: dict[str, Any] = {}
         for name, kind in table.items():
             if name in given:

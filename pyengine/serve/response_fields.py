@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pyengine.sampling import StructuredOutputs
-from pyengine.serve import payload
+from pyengine.serve import neutral, payload
 from pyengine.serve.chat import SCHEMA, ChatCall
+from pyengine.serve.effort import REASONING, effort_variables
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import (
@@ -29,7 +30,7 @@ from pyengine.serve.messages import ARGUMENTS, CONTENT, call_of
 from pyengine.serve.prompts import CALLER, note_user
 from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
 from pyengine.serve.stream import StreamOptions
-from pyengine.serve.tools import FLAT_TOOLS, chosen_tools, held_to
+from pyengine.serve.tools import FLAT_TOOLS, choice_of, chosen_tools, held_to
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -122,22 +123,9 @@ FIELDS: Table = {
     "tools": with_given(FLAT_TOOLS["tools"], default=([], [])),
     "tool_choice": with_given(FLAT_TOOLS["tool_choice"], default=("auto", None)),
     "parallel_tool_calls": FLAT_TOOLS["parallel_tool_calls"],
-    "max_tool_calls": refused("tools are called by whoever reads the answer"),
-    "n": refused("a response has one output", 1),
-    "previous_response_id": refused("nothing is kept between requests: send the whole conversation"),
-    "conversation": refused("nothing is kept between requests: send the whole conversation"),
-    "store": refused("nothing is stored here", False),
-    "background": refused("answers come with their request", False),
-    "include": refused("there is nothing to include", []),
-    "truncation": refused("conversations are not cut", "disabled"),
-    "reasoning": refused("effort cannot be chosen", {}),
-    "prompt": refused("there are no stored prompts"),
-    "service_tier": refused("there is one tier", "auto", "default"),
-    "top_logprobs": refused("use /v1/chat/completions for log-probabilities", 0),
-    "stream_options": refused("events are not padded", {}, {"include_obfuscation": False}),
-    # for routing between machines, and this is one
-    "prompt_cache_key": hint(STRING),
-    "prompt_cache_retention": hint(STRING),
+    **neutral.RESPONSES,
+    "priority": neutral.OTHERS["priority"],
+    "reasoning": object_of(REASONING),
 }
 
 # -------------------------------------------------------------------- parsed
@@ -157,11 +145,12 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     given_tools, functions = fields.take("tools")
     given_choice, choice = fields.take("tool_choice")
     is_parallel = fields.take("parallel_tool_calls")
-    tools = chosen_tools(functions, choice, model, only_one=not is_parallel)
+    tools = chosen_tools(functions, choice_of(choice, is_flat=True), model, only_one=not is_parallel)
     wanted = held_to(tools, wanted, fields)
     if wanted is not None:
         given["structured_outputs"] = wanted
-    metadata = fields.take("metadata")
+    metadata, reasoning = fields.take("metadata"), fields.take("reasoning")
+    effort = None if reasoning is None else reasoning.take("effort")
     note_user(exchange, fields)
     chat = ChatCall(
         model=model,
@@ -169,6 +158,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         cache_salt=app.cache_salt(exchange, fields),
         messages=messages,
         messages_field="input",
+        template_variables=effort_variables(effort, model, "reasoning.effort"),
         tools=tools,
         id=payload.new_id("resp_"),
         params=sampling_params(fields, model, given),
@@ -181,6 +171,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         "model": model.name,
         "parallel_tool_calls": is_parallel,
         "previous_response_id": None,
+        "reasoning": {"effort": effort, "summary": None},
         "store": False,
         "temperature": chat.params.temperature,
         "text": {"format": text_format},

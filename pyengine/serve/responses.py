@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pyengine.results import Piece
 from pyengine.run.request import GenerationRequest
-from pyengine.serve import payload
-from pyengine.serve.exchange import Exchange, event
+from pyengine.serve import payload, work
+from pyengine.serve.exchange import Exchange, dumps, event
 from pyengine.serve.response_fields import FIELDS, ResponsesCall, parse
 from pyengine.serve.tools import reader_of
 
@@ -43,7 +43,7 @@ class _Output:
         return b"".join(map(self._delta, self._reader.push(text)))
 
     def finish(self, status: str) -> bytes:
-        """At the end of the text; what was not complete has this status."""
+        """At the end of the text, which has this status; so does a message that was being written."""
         last = b"".join(map(self._delta, self._reader.finish()))
         if not self.items:
             last += self._open_message()
@@ -98,7 +98,7 @@ class _Output:
             done = self._tell("response.output_text.done", **self._part_place(), text=text, logprobs=[])
             done += self._tell("response.content_part.done", **self._part_place(), part=part)
         else:
-            item |= {"arguments": text, "status": status if _is_json(text) else "incomplete"}
+            item |= {"arguments": text, "status": "completed" if _is_json(text) else "incomplete"}
             done = self._tell(
                 "response.function_call_arguments.done", **self._place(), name=item["name"], arguments=text
             )
@@ -162,12 +162,17 @@ async def responses(app: App, exchange: Exchange) -> None:
     async with app.job(exchange, call.chat.model, call.chat.make) as job:
         if call.chat.stream is None:
             (request,) = await app.finish(exchange, call.chat.model, job)
-            output = _Output(call, _silence)
-            output.push(request.result.text)
-            output.finish(_status(request))
-            await exchange.reply_json(_finished(call, request, output.items))
+            body = await work.made_of([request], lambda: dumps(_whole(call, request)))
+            await exchange.reply(200, body, b"application/json")
         else:
             await _stream(app, exchange, call, job)
+
+
+def _whole(call: ResponsesCall, request: GenerationRequest) -> dict[str, Any]:
+    output = _Output(call, _silence)
+    output.push(request.result.text)
+    output.finish(_status(request))
+    return _finished(call, request, output.items)
 
 
 def _silence(kind: str, **more: Any) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyengine.sampling import StructuredOutputs
+from pyengine.serve.call_grammars import call_grammar
 from pyengine.serve.calls import OBJECT, CallReader, Syntax, TextReader
 from pyengine.serve.errors import bad_request
 from pyengine.serve.fields import BOOLEAN, STRING, TRUE, Fields, Kind, Table, hint, list_of, needed, object_of, one_of
@@ -23,30 +24,39 @@ class Tools:
     shown      as the template takes them
     allowed    {name: schema of its arguments} of those that may be called
     syntax     how the model writes calls
-    is_forced  the answer is one call, whose arguments are held to the schema; otherwise the model chooses
     only_one   the answer ends with its first call
+    must_be    of a forced call: what the model's text must be; None if the model chooses
     """
 
     shown: list[dict[str, Any]]
     allowed: dict[str, Any]
     syntax: Syntax
-    is_forced: bool
     only_one: bool
+    must_be: StructuredOutputs | None = None
 
-    def output(self) -> StructuredOutputs | None:
-        """What the model's text must be: for a forced call JSON of one spelling, {"name": "...", "arguments": {...}}."""
-        if not self.is_forced:
-            return None
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": schema},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for name, schema in self.allowed.items()
-        ]
-        return StructuredOutputs(json=calls[0] if len(calls) == 1 else {"anyOf": calls})
+
+def forced_object(shown: list[dict[str, Any]], allowed: dict[str, Any]) -> Tools:
+    """One call that any model can be made to write, as JSON of one spelling: {"name": "...", "arguments": {...}}."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": schema},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for name, schema in allowed.items()
+    ]
+    must_be = StructuredOutputs(json=calls[0] if len(calls) == 1 else {"anyOf": calls})
+    return Tools(shown, allowed, OBJECT, True, must_be)
+
+
+def _forced(shown: list[dict[str, Any]], allowed: dict[str, Any], model: ServedModel, *, only_one: bool) -> Tools:
+    """Calls in the model's own format, if it has one that we know and can hold to these schemas."""
+    syntax, special = model.call_syntax, model.engine.tokenizer.special_tokens
+    grammar = None if syntax is None else call_grammar(syntax, allowed, special, only_one=only_one)
+    if syntax is None or grammar is None:
+        return forced_object(shown, allowed)
+    return Tools(shown, allowed, syntax, only_one, StructuredOutputs(grammar=grammar))
 
 
 def reader_of(tools: Tools | None) -> CallReader | TextReader:
@@ -60,7 +70,7 @@ def held_to(tools: Tools | None, wanted: StructuredOutputs | None, fields: Field
         return wanted
     if wanted is not None or fields.has("structured_outputs"):
         raise bad_request("tool calls and a response format contradict each other", "tool_choice")
-    return tools.output()
+    return tools.must_be
 
 
 def _read_name(value: Any, path: str) -> Any:
@@ -84,65 +94,106 @@ _FUNCTION: Table = {
     "strict": hint(BOOLEAN),  # arguments of a forced call are always held to the schema, those of others never
 }
 _CHOICE = one_of("none", "auto", "required")
+_MODE = needed(one_of("auto", "required"))
 
 
-def _choice_kind(named: Table) -> Kind:
-    """A word, or an object that names a tool."""
-    by_name = object_of(named)
-    return Kind(
-        {"anyOf": [_CHOICE.schema, by_name.schema]},
-        lambda value, path: (_CHOICE if isinstance(value, str) else by_name).read(value, path),
-    )
+def _choice_kind(named: Kind, some: Kind) -> Kind:
+    """A word, an object that names a tool, or one that names those that may be called."""
+
+    def read(value: Any, path: str) -> Any:
+        if isinstance(value, dict):
+            return (some if value.get("type") == "allowed_tools" else named).read(value, path)
+        return _CHOICE.read(value, path)
+
+    return Kind({"anyOf": [_CHOICE.schema, named.schema, some.schema]}, read)
 
 
 # As chats have them: what is said of a function is an object in the tool.
+_NAMED = {"type": one_of("function"), "function": needed(object_of({"name": needed(STRING)}))}
+_ALLOWED: Table = {"mode": _MODE, "tools": needed(list_of(object_of(_NAMED), least=1))}
 TOOLS: Table = {
     "tools": list_of(object_of({"type": one_of("function"), "function": needed(object_of(_FUNCTION))})),
     "tool_choice": _choice_kind(
-        {"type": one_of("function"), "function": needed(object_of({"name": needed(STRING)}))},
+        object_of(_NAMED),
+        object_of({"type": needed(one_of("allowed_tools")), "allowed_tools": needed(object_of(_ALLOWED))}),
     ),
     "parallel_tool_calls": TRUE,
 }
 # As responses have them: it stands in the tool itself.
+_FLAT_NAMED = {"type": needed(one_of("function")), "name": needed(STRING)}
 FLAT_TOOLS: Table = {
     "tools": list_of(object_of({"type": needed(one_of("function")), **_FUNCTION})),
-    "tool_choice": _choice_kind({"type": needed(one_of("function")), "name": needed(STRING)}),
+    "tool_choice": _choice_kind(
+        object_of(_FLAT_NAMED),
+        object_of(
+            {
+                "type": needed(one_of("allowed_tools")),
+                "mode": _MODE,
+                "tools": needed(list_of(object_of(_FLAT_NAMED), least=1)),
+            }
+        ),
+    ),
     "parallel_tool_calls": TRUE,
 }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request says of which tools are called. mode: "none", "auto" or "required"; named: what has the names of those
+    that may be, None for all; is_one: it is one call."""
+
+    mode: str = "auto"
+    named: list[Fields] | None = None
+    is_one: bool = False
+
+
+def choice_of(given: Fields | str | None, *, is_flat: bool) -> Choice:
+    """Of the field tool_choice, in a response (flat) or in a chat."""
+    if not isinstance(given, Fields):
+        return Choice(given or "auto")
+    is_some = (given.take("type") if given.has("type") else None) == "allowed_tools"
+    if not is_some:
+        return Choice("required", [given if is_flat else given.take("function")], True)
+    inner = given if is_flat else given.take("allowed_tools")
+    tools = inner.take("tools")
+    return Choice(inner.take("mode"), tools if is_flat else [tool.take("function") for tool in tools])
 
 
 def tools_of(fields: Fields, model: ServedModel) -> Tools | None:
     """Of a chat; None if the request has none, or wants none called. Raises HTTPError."""
     tools = [tool.take("function") for tool in fields.take("tools") or ()]
-    choice = fields.take("tool_choice")
-    name = choice.take("function") if isinstance(choice, Fields) else choice
-    return chosen_tools(tools, name, model, only_one=not fields.take("parallel_tool_calls"))
+    choice = choice_of(fields.take("tool_choice"), is_flat=False)
+    return chosen_tools(tools, choice, model, only_one=not fields.take("parallel_tool_calls"))
 
 
-def chosen_tools(
-    given: list[Fields], choice: Fields | str | None, model: ServedModel, *, only_one: bool
-) -> Tools | None:
-    """given: what is said of each function; choice: a word, or what has the name of one. None if none may be called.
-    Raises HTTPError."""
+def chosen_tools(given: list[Fields], choice: Choice, model: ServedModel, *, only_one: bool) -> Tools | None:
+    """given: what is said of each function. None if none may be called. Raises HTTPError."""
     tools = [_tool(function) for function in given]
     if len(tools) > MAX_TOOLS:
         raise bad_request(f"{len(tools)} tools, at most {MAX_TOOLS}", "tools")
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     if len(schemas) < len(tools):
         raise bad_request("two tools have the same name", "tools")
-    if choice == "none" or (not tools and choice in (None, "auto")):
+    if choice.mode == "none" or (not tools and choice == Choice()):
         return None
     if not tools:
         raise bad_request("tool_choice asks for a call, and there are no tools", "tool_choice")
     allowed = {name: {"type": "object", **(schema or {})} for name, schema in schemas.items()}
-    if choice in (None, "auto"):
-        return Tools(tools, allowed, _syntax(model), is_forced=False, only_one=only_one)
-    if isinstance(choice, Fields):
-        name = choice.take("name")
-        if name not in allowed:
-            raise bad_request(f"there is no tool {name!r} among: {', '.join(allowed)}", choice.path("name"))
-        allowed = {name: allowed[name]}
-    return Tools(tools, allowed, OBJECT, is_forced=True, only_one=True)
+    if choice.named is not None:
+        names = [_known(named, allowed) for named in choice.named]
+        allowed = {name: schema for name, schema in allowed.items() if name in names}
+    if not choice.is_one:  # of others the model is not told: it could call them
+        tools = [tool for tool in tools if tool["function"]["name"] in allowed]
+    if choice.mode == "auto":
+        return Tools(tools, allowed, _syntax(model), only_one)
+    return _forced(tools, allowed, model, only_one=only_one or choice.is_one)
+
+
+def _known(named: Fields, tools: dict[str, Any]) -> str:
+    name: str = named.take("name")
+    if name not in tools:
+        raise bad_request(f"there is no tool {name!r} among: {', '.join(tools)}", named.path("name"))
+    return name
 
 
 def _syntax(model: ServedModel) -> Syntax:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
@@ -94,6 +95,15 @@ async def finish(job: Job) -> list[GenerationRequest]:
     if not job.is_done:
         raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
     return generations(job)
+
+
+LONG = 256  # tokens of an answer: to read so many for calls, or to write their log-probabilities, takes milliseconds
+
+
+async def made_of(requests: Sequence[GenerationRequest], make: Callable[[], bytes]) -> bytes:
+    """make(), which makes an answer of whole outputs; long ones in a thread, so that the loop goes on."""
+    n_tokens = sum(request.result.timings.generated_tokens for request in requests)
+    return make() if n_tokens <= LONG else await asyncio.to_thread(make)
 
 
 async def read(job: Job, interval: float) -> AsyncIterator[list[tuple[int, list[Piece]]]]:

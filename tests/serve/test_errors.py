@@ -39,7 +39,6 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"stop": ["x" * 200_000]}, "stop"),
-    ({"stop": ["x"] * 20_000}, "stop"),
     ({"stop": [""]}, "stop"),
     ({"stop": 5}, "stop"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),

@@ -78,7 +78,23 @@ def test_what_is_wrong_is_refused_by_its_name(chat_model: Path) -> None:
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.mode"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
+            "tool_choice.tools",
+        ),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "required",
+                    "tools": [{"type": "function", "name": "f"}],
+                },
+            },
+            "tool_choice.tools[0].name",
+        ),
         (
             {"tools": [WEATHER], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
             "tool_choice",
@@ -196,7 +212,32 @@ def test_calls_are_items_of_the_output(
         half = whole["usage"]["output_tokens"] // 2
         if half:
             cut = (await client.post(PATH, {**body, "max_output_tokens": half})).json
-            assert cut["status"] == cut["output"][-1]["status"] == "incomplete"
+            last = cut["output"][-1]
+            assert cut["status"] == "incomplete"
+            assert last["status"] == "incomplete" or last.get("arguments") == '{"day": 1}'
+
+    serving(tool_model("qwen", ()), test)
+
+
+def test_a_whole_call_of_an_answer_that_is_cut_is_complete(
+    tool_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, ONE)
+    body = {**HELLO, "tools": [WEATHER]}
+
+    async def test(client: Client) -> None:
+        whole = (await client.post(PATH, {**body, "max_output_tokens": 300})).json
+        n_tokens, told = whole["usage"]["output_tokens"], set()
+        for limit in range(1, n_tokens):
+            cut = (await client.post(PATH, {**body, "max_output_tokens": limit})).json
+            streamed = events(await client.post(PATH, {**body, "max_output_tokens": limit, "stream": True}))
+            assert cut["status"] == "incomplete" and said(rebuilt(streamed)) == said(cut["output"])
+            for item in cut["output"]:
+                if item["type"] == "function_call":
+                    is_whole = item["arguments"] == '{"day": 1}'
+                    assert item["status"] == ("completed" if is_whole else "incomplete")
+                    told.add(is_whole)
+        assert told == {True, False}
 
     serving(tool_model("qwen", ()), test)
 

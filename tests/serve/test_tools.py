@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,9 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 
 from serve.client import Client, serving
 from serve.scripted import scripted
+
+from pyengine.serve import work
+from pyengine.serve.calls import CallReader
 
 needs_guide = pytest.mark.skipif(find_spec("llguidance") is None, reason="the extra guide is not installed")
 
@@ -166,6 +170,31 @@ def test_the_model_s_own_calls(
                 assert arguments == [call["function"]["arguments"] for call in calls]
 
     serving(tool_model(template, special), test)
+
+
+def test_a_long_answer_is_read_in_a_thread(tool_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other request waits for what the event loop does."""
+    threads = []
+
+    def read(self: CallReader, text: str) -> Any:
+        threads.append(threading.get_ident())
+        return push(self, text)
+
+    push = CallReader.push
+    monkeypatch.setattr(CallReader, "push", read)
+    scripted(monkeypatch, "<tool_call>" + "no call " * 400)
+
+    async def test(client: Client) -> None:
+        for path, fields in (
+            (CHAT, BODY),
+            ("/v1/responses", {"input": "Hi", "tools": [{"type": "function", "name": "f"}]}),
+        ):
+            for limit in (work.LONG, work.LONG + 1):
+                name = "max_tokens" if path == CHAT else "max_output_tokens"
+                assert (await client.post(path, {**fields, name: limit})).status == 200
+        assert [thread == threading.get_ident() for thread in threads] == [True, False] * 2
+
+    serving(tool_model("qwen", ()), test)
 
 
 # template, what the model writes: two calls; the arguments of the first as far as before "day"

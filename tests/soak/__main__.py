@@ -261,6 +261,8 @@ def main() -> int:
     parser.add_argument("--model", help="default: the one in the package")
     parser.add_argument("--kv-bytes", type=int, default=KV_BYTES, help="memory for keys and values; scarce by default")
     args = parser.parse_args()
+    if args.clients < 1:
+        parser.error(f"--clients is {args.clients}, expected at least 1")
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     options = ["--parallel", "8", "--max-kv-bytes", str(args.kv_bytes), "--max-queue-tokens", "4096"]

@@ -320,7 +320,7 @@ class Llama:
             stop=self._stops(stop), frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
             repetition_penalty=repeat_penalty, top_k=top_k, seed=seed, logit_bias=logit_bias,
             logprobs=(top_logprobs or 0) if logprobs else None,
-            structured_outputs=wanted if forced is None else forced.output(),
+            structured_outputs=wanted if forced is None else forced.must_be,
         )  # fmt: skip
         head = answers.Head("chatcmpl-", model or str(self.model_path))
         if stream:

@@ -7,8 +7,7 @@ from typing import Any
 
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError
-from pyengine.serve.calls import OBJECT
-from pyengine.serve.tools import Tools
+from pyengine.serve.tools import Tools, forced_object
 
 
 def chosen_tools(given: Sequence[Mapping[str, Any]] | None, choice: Any) -> tuple[Any, Tools | None]:
@@ -30,7 +29,7 @@ def chosen_tools(given: Sequence[Mapping[str, Any]] | None, choice: Any) -> tupl
         names = [name]
     schemas = {name: {"type": "object", **(listed[name]["function"].get("parameters") or {})} for name in names}
     tools = list(listed.values())
-    return tools, Tools(tools, schemas, OBJECT, is_forced=True, only_one=True)
+    return tools, forced_object(tools, schemas)
 
 
 def _by_name(tools: object) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,108 @@
+"""Fields that ask for what is done anyway, as clients and routers write them unasked; and what is said where they ask for more.
+
+A router reads a request into a structure of its own and sends on all of it, its defaults included: sglang-router and vllm-router
+add SGLang's fields and vLLM's to every chat. Clients of llama.cpp's server do likewise.
+"""
+
+from __future__ import annotations
+
+from pyengine.serve.fields import ANYTHING, BOOLEAN, STRING, Table, hint, list_of, map_of, one_of, refused
+
+_STORED = refused("nothing is stored here", False)
+_TIERS = refused("there is one tier", "auto", "default")
+_TEXT_ONLY = "this server answers with text"
+
+# OpenAI's, of chats and responses
+OPENAI: Table = {
+    "store": _STORED,
+    "service_tier": _TIERS,
+    "moderation": refused("this server does not moderate"),
+    # what is computed of a prompt is kept without being told to, and where there are several servers a router reads these
+    "prompt_cache_key": hint(STRING),
+    "prompt_cache_retention": hint(STRING),
+    "prompt_cache_options": hint(map_of(ANYTHING)),
+}
+
+# OpenAI's, of chats
+CHAT: Table = {
+    **OPENAI,
+    "metadata": hint(map_of(STRING)),  # labels of what is stored
+    "functions": refused("use tools", []),
+    "function_call": refused("use tool_choice", "none", "auto"),
+    "modalities": refused(_TEXT_ONLY, ["text"]),
+    "audio": refused(_TEXT_ONLY),
+    "prediction": hint(map_of(ANYTHING)),  # it may hasten an answer, and changes none
+    "verbosity": refused("verbosity cannot be chosen", "medium"),
+    "web_search_options": refused("this server does not search"),
+}
+
+# OpenAI's, of text completions
+COMPLETIONS: Table = {
+    "suffix": refused("these models do not fill in the middle", ""),
+    "best_of": refused("samples are not ranked; use n", 1),
+    "store": _STORED,
+}
+
+# OpenAI's, of responses
+_NEEDS_CONVERSATION = "nothing is kept between requests: send the whole conversation"
+_VACUOUS = one_of(  # of items that no answer here has
+    "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url", "message.input_image.image_url",
+)  # fmt: skip
+RESPONSES: Table = {
+    **OPENAI,
+    "include": hint(list_of(_VACUOUS)),
+    "max_tool_calls": refused("tools are called by whoever reads the answer"),
+    "n": refused("a response has one output", 1),
+    "previous_response_id": refused(_NEEDS_CONVERSATION),
+    "conversation": refused(_NEEDS_CONVERSATION),
+    "context_management": refused("conversations are not cut", []),
+    "truncation": refused("conversations are not cut", "disabled"),
+    "background": refused("answers come with their request", False),
+    "background_options": refused("answers come with their request", {}),
+    "prompt": refused("there are no stored prompts"),
+    "image": refused(_TEXT_ONLY),
+    "access_programs": refused("there are no access programs"),
+    "top_logprobs": refused("use /v1/chat/completions for log-probabilities", 0),
+    "stream_options": refused("events are not padded", {}, {"include_obfuscation": False}),
+}
+
+# vLLM's, SGLang's and llama.cpp's, of chats and text completions
+OTHERS: Table = {
+    "use_beam_search": refused("there is no beam search", False),
+    "length_penalty": refused("there is no beam search", 1.0, 1),
+    "spaces_between_special_tokens": refused("a text is its tokens' bytes", True),
+    "return_token_ids": refused("use /tokenize", False),
+    "return_tokens_as_token_ids": refused("use /tokenize", False),
+    "priority": refused("requests have no priorities", 0),
+    "request_id": hint(STRING),  # the header x-request-id is the one that comes back
+    "no_stop_trim": refused("use include_stop_str_in_output", False),
+    "return_hidden_states": refused("use /v1/embeddings", False),
+    "cache_prompt": hint(BOOLEAN),  # a cached beginning changes no byte of an answer
+    "id_slot": refused("there are no slots", -1),
+    "timings_per_token": refused("timings come at the end", False),
+    "return_progress": refused("there is no report of progress", False),
+    "guided_json": refused("use structured_outputs.json"),
+    "guided_regex": refused("use structured_outputs.regex"),
+    "guided_choice": refused("use structured_outputs.choice"),
+    "guided_grammar": refused("use structured_outputs.grammar"),
+    "json_schema": refused("use response_format, or structured_outputs.json"),
+    "grammar": refused("use structured_outputs.grammar, which is in Lark's notation"),
+    "n_predict": refused("use max_tokens", -1),
+    "mirostat": refused("there is no mirostat", 0),
+    "dynatemp_range": refused("the temperature is constant", 0, 0.0),
+    "xtc_probability": refused("there is no XTC", 0, 0.0),
+    "dry_multiplier": refused("there is no DRY", 0, 0.0),
+}
+
+# of these, what only chats have; what a model writes of its reasoning is part of its text
+OTHERS_CHAT: Table = {
+    **OTHERS,
+    "continue_final_message": refused("the last message is complete", False),
+    "add_special_tokens": refused("the chat template says which", False),
+    "echo": refused("the last message is not repeated", False),
+    "include_reasoning": refused("reasoning is part of the text", True),
+    "separate_reasoning": hint(BOOLEAN),
+    "stream_reasoning": refused("reasoning is part of the text", True),
+    "reasoning_format": refused("reasoning is part of the text", "none", "auto"),
+}
