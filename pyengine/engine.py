@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
 from pyengine._sampler import logprobs
+from pyengine.adapters import Adapters, LoadedAdapter
 from pyengine.arguments import integer, shown
 from pyengine.background import Background
 from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
@@ -72,7 +73,7 @@ class Engine:
     tokenizer  the path of a llama2.c checkpoint's tokenizer.bin; every other model has its own
 
     Methods may be called from any thread: what they compute shares every step, so eight callers get the speed of a batch
-    of eight. Use it as a context manager, or `close` it. It pickles as its path and options, and opens the file again.
+    of eight. Use it as a context manager, or `close` it. It pickles as its path, options and adapters, and opens the files again.
     Raises FileNotFoundError, ModelFormatError, UnsupportedModelError, UnsupportedISAError, InvalidArgumentError.
     """
 
@@ -137,6 +138,7 @@ class Engine:
         self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
+        self._adapters = Adapters(self._file.config, self._model)
         context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
         self.n_threads: int = context.n_threads
         pages = partial(pages_of, max_kv_bytes=max_kv_bytes, max_sequences=max_sequences)
@@ -261,6 +263,40 @@ class Engine:
         text = self._file.attachment(name)
         return {} if text is None else parse_json_object(text, name)
 
+    # ------------------------------------------------------------ adapters
+
+    def load_adapter(
+        self, path: str | os.PathLike[str], *, name: str | None = None, scale: float | None = None
+    ) -> LoadedAdapter:
+        """Load a low-rank adapter (LoRA) beside the model: a directory in PEFT's layout. Calls choose it by adapter=name; they
+        share every step with calls that chose another or none, and neither changes a bit of the other.
+
+        name   what calls name it by; None = the directory's name
+        scale  multiplies what it adds, beside its own alpha / r; None = 1
+        Raises InvalidArgumentError for a name that is taken or a directory without an adapter, ModelFormatError for one of
+        another model or a damaged one, UnsupportedModelError for what it asks for beyond low-rank products of the
+        projections of attention and of a dense MLP. Then nothing is loaded."""
+        self._check_open()
+        return self._adapters.load(path, name, scale)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter: no later call finds it. Requests that run keep it to their end, and its memory goes with the
+        last of them. Raises InvalidArgumentError if there is none of that name."""
+        self._check_open()
+        self._adapters.unload(name)
+
+    def adapters(self) -> list[LoadedAdapter]:
+        """Those that are loaded, in the order in which they were."""
+        self._check_open()
+        return list(self._adapters)
+
+    def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]:
+        """What a request gets of an adapter: itself, and the salt of its keys and values."""
+        if adapter is None:
+            return None, check_salt(cache_salt)
+        loaded = self._adapters.get(adapter)
+        return loaded.core, check_salt(cache_salt, loaded.digest)
+
     # ------------------------------------------------------------ text
 
     def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
@@ -303,12 +339,14 @@ class Engine:
         prompts: Sequence[list[int]],
         params: ResolvedParams,
         *,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         interactive: bool = False,
         shown_special: frozenset[int] = frozenset(),
     ) -> list[GenerationRequest]:
         """What the scheduler is to compute for prompts: params.n requests each. shown_special: special tokens that the text
         shows whatever skip_special_tokens says. Raises InvalidArgumentError."""
+        core_adapter, salt = self._adapted(adapter, cache_salt)
         request = partial(
             GenerationRequest,
             caller,
@@ -318,7 +356,8 @@ class Engine:
             vocab_size=self.vocab_size,
             n_ctx=self.n_ctx,
             end_ids=self.eos_token_ids,
-            salt=check_salt(cache_salt),
+            adapter=core_adapter,
+            salt=salt,
             interactive=interactive,
             shown_special=shown_special,
         )
@@ -336,6 +375,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Generation: ...
@@ -346,6 +386,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> list[Generation]: ...
@@ -355,6 +396,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
@@ -362,6 +404,7 @@ class Engine:
 
         params or keyword options: see SamplingParams. One prompt with n = 1 gives a Generation; several prompts, or n > 1, give
         a list, prompt by prompt. A prompt's output does not depend on what runs beside it.
+        adapter: the name of one that `load_adapter` loaded.
         cache_salt: computed beginnings of prompts are shared between calls with the same salt only, for callers who must
         not learn from a time what others asked.
         Raises InvalidArgumentError, ContextFullError (a prompt that does not fit), NotFiniteError.
@@ -371,7 +414,7 @@ class Engine:
         prompts: Any = prompt if many else [prompt]
         ids = [self.prompt_ids(item, parse_special=parse_special) for item in prompts]
         caller = Caller()
-        requests = self.requests(caller, ids, self.resolve(chosen), cache_salt=cache_salt)
+        requests = self.requests(caller, ids, self.resolve(chosen), adapter=adapter, cache_salt=cache_salt)
         run_all(self._scheduler, requests)
         results = [request.result for request in requests]
         return results if many or len(results) > 1 else results[0]
@@ -382,6 +425,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Stream:
@@ -392,7 +436,9 @@ class Engine:
             raise InvalidArgumentError(f"a stream has one sample, n is {chosen.n}; use generate")
         ids = self.prompt_ids(prompt, parse_special=parse_special)
         stream = Stream(self._scheduler)
-        (stream.request,) = self.requests(stream, [ids], self.resolve(chosen), cache_salt=cache_salt, interactive=True)
+        (stream.request,) = self.requests(
+            stream, [ids], self.resolve(chosen), adapter=adapter, cache_salt=cache_salt, interactive=True
+        )
         return stream
 
     def chat_ids(
@@ -424,7 +470,7 @@ class Engine:
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False, **options: Any
     ) -> Generation | list[Generation] | Stream:
-        """The assistant's answer to messages ({"role", "content"}, …).
+        """The assistant's answer to messages ({"role", "content"}, …). Options are those of generate.
 
         Raises TemplateError if the model has no usable template, and what generate raises."""
         ids = self.chat_ids(messages)
@@ -439,6 +485,7 @@ class Engine:
         positions: list[int],
         take: Callable[[int, memoryview], None],
         *,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         row_kind: int = LOGITS,
     ) -> list[RowsRequest]:
@@ -449,11 +496,13 @@ class Engine:
             return []
         width = self.vocab_size if row_kind == LOGITS else self._file.config.dim
         most = max(16, ROWS_BYTES // (4 * width))
-        salt = check_salt(cache_salt)
-        return [RowsRequest(caller, ids, positions, take, max_rows=most, salt=salt, row_kind=row_kind)]
+        core_adapter, salt = self._adapted(adapter, cache_salt)
+        return [
+            RowsRequest(caller, ids, positions, take, max_rows=most, row_kind=row_kind, adapter=core_adapter, salt=salt)
+        ]
 
     def score_requests(
-        self, caller: Caller, text: Prompt, *, parse_special: bool, start: int, cache_salt: str | None
+        self, caller: Caller, text: Prompt, *, parse_special: bool, start: int, adapter: str | None, cache_salt: str | None
     ) -> tuple[Score, list[RowsRequest]]:
         """A Score, and what fills it in when it is computed."""
 
@@ -465,22 +514,31 @@ class Engine:
             values[position + 1] = logprobs(logits, ids[position + 1])[0]
 
         positions = [i - 1 for i in range(max(start, 1), len(ids))]
-        return Score(ids, values), self.rows_requests(caller, ids, positions, take, cache_salt=cache_salt)
+        requests = self.rows_requests(caller, ids, positions, take, adapter=adapter, cache_salt=cache_salt)
+        return Score(ids, values), requests
 
     def score(
-        self, text: Prompt, *, parse_special: bool = False, start: int = 0, cache_salt: str | None = None
+        self,
+        text: Prompt,
+        *,
+        parse_special: bool = False,
+        start: int = 0,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
     ) -> Score:
         """Log-probability (natural logarithm) of each token of `text`, from the `start`-th on, after those before it. Memory does
         not grow with the text's logits, and tokens before `start` are context only: they take the time of a prompt. Raises
         ContextFullError if the text does not fit the context."""
         caller = Caller()
         score, requests = self.score_requests(
-            caller, text, parse_special=parse_special, start=start, cache_salt=cache_salt
+            caller, text, parse_special=parse_special, start=start, adapter=adapter, cache_salt=cache_salt
         )
         run_all(self._scheduler, requests)
         return score
 
-    def logits(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
+    def logits(
+        self, tokens: Sequence[int], positions: Sequence[int] | None = None, *, adapter: str | None = None
+    ) -> npt.NDArray[np.float32]:
         """Logits after each token: float32 (n_tokens, vocab_size), or (len(positions), vocab_size) in the order of
         `positions`. Raises InvalidArgumentError, ContextFullError."""
         import numpy as np
@@ -497,7 +555,7 @@ class Engine:
             out[rows[position]] = np.asarray(logits)
 
         caller = Caller()
-        run_all(self._scheduler, self.rows_requests(caller, ids, sorted(rows), take))
+        run_all(self._scheduler, self.rows_requests(caller, ids, sorted(rows), take, adapter=adapter))
         return out
 
     # ------------------------------------------------------------ embeddings
@@ -509,6 +567,7 @@ class Engine:
         *,
         pooling: str | None,
         parse_special: bool,
+        adapter: str | None = None,
         cache_salt: str | None,
     ) -> tuple[list[Pooled], list[RowsRequest]]:
         """Each text's vector in the making, and what completes it when it is computed."""
@@ -524,7 +583,7 @@ class Engine:
             request
             for one in pooled
             for request in self.rows_requests(
-                caller, one.tokens, one.positions, one.take, cache_salt=cache_salt, row_kind=HIDDEN
+                caller, one.tokens, one.positions, one.take, adapter=adapter, cache_salt=cache_salt, row_kind=HIDDEN
             )
         ]
         return pooled, requests
@@ -542,6 +601,7 @@ class Engine:
         pooling: Literal["mean", "last"] | None = None,
         normalize: bool = True,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """A vector for each text (or token ids; one alone counts as a list of one): float32 (n, dim), a row's length 1 if
@@ -555,7 +615,7 @@ class Engine:
 
         caller = Caller()
         pooled, requests = self.embed_requests(
-            caller, texts, pooling=pooling, parse_special=parse_special, cache_salt=cache_salt
+            caller, texts, pooling=pooling, parse_special=parse_special, adapter=adapter, cache_salt=cache_salt
         )
         run_all(self._scheduler, requests)
         return vectors(pooled, normalize=normalize)
@@ -575,7 +635,7 @@ class Engine:
         return out[0]
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch", and "draft" (all of the draft model's)."""
+        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch", "draft" (all of the draft model's), and "adapters"."""
         draft = 0 if self._draft is None else self._draft.weights_bytes
         speculation = self._scheduler.speculation
         return self.exclusively(
@@ -583,6 +643,7 @@ class Engine:
                 "weights": self._file.weights_bytes,
                 **context.memory(),
                 "draft": draft + speculation.memory(),
+                "adapters": sum(one.n_bytes for one in self._adapters),
             }
         )
 
@@ -611,6 +672,7 @@ class Engine:
             self._closed = True
             if self._chat_template is not None:
                 self._chat_template.close()
+            self._adapters.close()
             del self._model
             self._file.close()
             if self._draft is not None:
@@ -622,9 +684,9 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[str, dict[str, Any]]]:
+    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[Any, ...]]:
         self._check_open()
-        return _reopen, (str(self.path), self._options)
+        return _reopen, (str(self.path), self._options, [(one.path, one.name, one.scale) for one in self._adapters])
 
     def __repr__(self) -> str:
         if self._closed:
@@ -632,8 +694,11 @@ class Engine:
         return f"Engine({str(self.path)!r}, isa={self.isa!r}, n_threads={self.n_threads}, n_ctx={self.n_ctx})"
 
 
-def _reopen(path: str, options: dict[str, Any]) -> Engine:
-    return Engine(path, **options)
+def _reopen(path: str, options: dict[str, Any], adapters: Sequence[tuple[Path, str, float]]) -> Engine:
+    engine = Engine(path, **options)
+    for directory, name, scale in adapters:
+        engine.load_adapter(directory, name=name, scale=scale)
+    return engine
 
 
 def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
