@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pyengine import fork
 from pyengine.arguments import number, shown
-from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError, system_errors
+from pyengine.errors import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError, system_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,8 +95,10 @@ class Adapters:
         self._check_new(name)
         with system_errors():
             products = lora.products(given, lambda tensor: self._shape(tensor))
-        assert self._model is not None
-        loaded = _loaded(name, given, self._config, self._model, {_place(tensor): one for tensor, one in products.items()})
+        model = self._model
+        if model is None:
+            raise PyEngineError("this engine is closed")
+        loaded = _loaded(name, given, self._config, model, {_place(tensor): one for tensor, one in products.items()})
         if self._by_name.setdefault(name, loaded) is not loaded:  # by another thread, meanwhile
             self._check_new(name)
         return loaded

@@ -43,9 +43,10 @@ ROOMS: dict[str, set[str]] = {
     "opening": {"errors", "fork", "arguments", "files", "format", "run", "_core", "freeze", "hub"},
     "embeddings": {"errors", "arguments"},
     "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze"},
+    "scoring": {"errors", "arguments", "results", "_core", "_sampler", "format", "text", "embeddings", "run", "fork"},
     "engine": {
-        "adapters", "draft_file", "opening", "errors", "arguments", "background", "results", "_core", "_sampler", "format",
-        "text", "sampling", "cpu_watch", "freeze", "run", "fork", "files", "embeddings", "hub",
+        "adapters", "scoring", "draft_file", "opening", "errors", "arguments", "background", "results", "_core", "format",
+        "text", "sampling", "cpu_watch", "freeze", "run", "fork", "files", "hub",
     },
     "eval": {"engine", "errors", "run", "freeze", "_sampler"},
     "async_engine": {"embeddings", "engine", "errors", "fork", "results", "run", "sampling", "text"},
