@@ -1,6 +1,6 @@
 """Make data/lora/*.npz: adapters for models of data/, as PEFT writes them, and what transformers with PEFT computes in float32.
 
-    pip install '.[oracle]' peft && python tests/reference/make_lora_fixtures.py [NAME ...]
+    pip install '.[oracle]' && python tests/reference/make_lora_fixtures.py [NAME ...]
 
 A fixture has the name of its model, and holds (keys of the .npz)
     config            adapter_config.json, the file's text
