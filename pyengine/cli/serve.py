@@ -26,10 +26,9 @@ Open the address that it prints in a browser for a chat; programs use the same a
 
 examples:
   pyengine serve
-  pyengine serve -m model.safetensors --port 9000
+  pyengine serve -m model.safetensors --lora poems=adapters/poems --port 9000
   pyengine serve -m small=a.safetensors -m large=b.gguf
   pyengine serve -m large.gguf --draft-model small.gguf
-  pyengine serve -m model.safetensors --lora poems=adapters/poems --lora adapters/sql:0.5
   PYENGINE_API_KEY=secret pyengine serve --host 0.0.0.0
 
 {options.ENVIRONMENT}  PYENGINE_API_KEY      the key that callers must give, when there is no --api-key-file
