@@ -134,6 +134,29 @@ bool pe_adapter_changes(const pe_slice *s, const pe_layer *layer, pe_adapter_mat
     return false;
 }
 
+/* ------------------------------------------------------------------ inputs */
+
+typedef struct norm_job {
+    pe_slice *s;
+    const float *norm;
+} norm_job;
+
+static void norm_unit(void *arg, size_t unit, int thread) {
+    (void)thread;
+    const norm_job *j = arg;
+    const pe_slice *s = j->s;
+    size_t at = s->adapted[unit] * pe_x_stride(s->model); /* what is not finite, the quantizer has noted */
+    s->kernels->rmsnorm(s->normed + at, s->x + at, j->norm, s->model->config.dim, s->model->config.norm_eps);
+}
+
+const float *pe_adapter_inputs(pe_slice *s, const float *norm) {
+    if (norm == NULL) return s->x;
+    norm_job j = {s, norm};
+    const pe_adapter_group *last = &s->groups[s->n_groups - 1];
+    pe_parallel_for(s->n_threads, last->first + last->n, norm_unit, &j, s->control);
+    return s->normed;
+}
+
 /* ------------------------------------------------------------------ products */
 
 typedef struct adapter_job {

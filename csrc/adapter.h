@@ -36,6 +36,10 @@ void pe_adapter_group_rows(pe_slice *slice, const pe_adapter *const *adapters);
 /* Whether an adapter of the slice changes one of the layer's matrices first..last. */
 bool pe_adapter_changes(const pe_slice *slice, const pe_layer *layer, pe_adapter_matrix first, pe_adapter_matrix last);
 
+/* The float32 rows (n_tokens, pad16(dim)) that the quantized input of a product with the residual stream is made from, for the
+ * rows with adapters: slice->x, or with `norm` (dim), an RMSNorm weight, slice->normed, which is filled here. */
+const float *pe_adapter_inputs(pe_slice *slice, const float *norm);
+
 /* Add what their adapters do to the rows of outputs (n_outputs, at most 3), the products of one input: in (n_tokens,
  * in_stride), the float32 rows that were quantized for them. */
 void pe_adapter_add(pe_slice *slice, const pe_layer *layer, const float *in, size_t in_stride, const pe_adapted_output *outputs,

@@ -99,7 +99,7 @@ static void adapt_qkv(pe_slice *s, const pe_layer *layer) {
         {PE_ADAPTER_K, s->qkv + q_dim, stride, PE_PANEL},
         {PE_ADAPTER_V, s->qkv + q_dim + kv_dim, stride, PE_PANEL},
     };
-    pe_adapter_add(s, layer, layer->attention_norm != NULL ? s->normed : s->x, pe_x_stride(s->model), outputs, 3);
+    pe_adapter_add(s, layer, pe_adapter_inputs(s, layer->attention_norm), pe_x_stride(s->model), outputs, 3);
 }
 
 pe_status pe_block(pe_slice *s, pe_kv_cache *kv, uint32_t index, char *err) {
@@ -108,7 +108,7 @@ pe_status pe_block(pe_slice *s, pe_kv_cache *kv, uint32_t index, char *err) {
     size_t n = s->n_tokens, x_stride = pe_x_stride(model);
     pe_quantize_rows(s, s->x, x_stride, NULL, n, model->config.dim, layer->attention_norm);
     pe_matmul(s, &layer->wqkv, layer->wqkv_bias, s->qkv, pe_qkv_stride(model), PE_STORE);
-    if (s->n_groups > 0) adapt_qkv(s, layer);
+    if (pe_adapter_changes(s, layer, PE_ADAPTER_Q, PE_ADAPTER_V)) adapt_qkv(s, layer);
     qkv_job qkv = {s, kv, index};
     pe_parallel_for(s->n_threads, n, qkv_unit, &qkv, s->control);
     pe_status status = pe_attention(s, kv, index, err);

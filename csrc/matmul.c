@@ -24,7 +24,6 @@ typedef struct quantize_job {
     const size_t *owners; /* rows of the slice that answer for these; NULL = they themselves */
     size_t stride, n;  /* n columns of each row */
     const float *norm; /* RMSNorm weight or NULL */
-    float *kept;       /* like rows: where the normed ones stay; NULL = nowhere */
 } quantize_job;
 
 static void quantize_unit(void *arg, size_t block, int thread) {
@@ -44,7 +43,7 @@ static void quantize_unit(void *arg, size_t block, int thread) {
         size_t owner = j->owners == NULL ? index : j->owners[index];
         const float *row = j->rows + index * j->stride;
         if (j->norm != NULL) {
-            float *normed = j->kept != NULL ? j->kept + index * j->stride : pe_thread_scratch(s, thread);
+            float *normed = pe_thread_scratch(s, thread);
             float sum_of_squares = s->kernels->rmsnorm(normed, row, j->norm, j->n, s->model->config.norm_eps);
             pe_slice_note_bits(s, owner, pe_float_bits(sum_of_squares) & 0x7fffffffu);
             row = normed;
@@ -59,14 +58,14 @@ void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_
                       const float *norm) {
     s->act.n = pe_pad(n, PE_GROUP);
     s->act.n_tokens = n_rows;
-    quantize_job j = {s, rows, selected, NULL, stride, n, norm, s->n_groups > 0 ? s->normed : NULL};
+    quantize_job j = {s, rows, selected, NULL, stride, n, norm};
     pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
 }
 
 void pe_quantize_gathered(pe_slice *s, const float *rows, size_t stride, const size_t *owners, size_t n_rows, size_t n) {
     s->act.n = pe_pad(n, PE_GROUP);
     s->act.n_tokens = n_rows;
-    quantize_job j = {s, rows, NULL, owners, stride, n, NULL, NULL};
+    quantize_job j = {s, rows, NULL, owners, stride, n, NULL};
     pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
 }
 

@@ -12,8 +12,7 @@
 typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_SWIGLU, PE_GEGLU_TANH } pe_epilogue;
 
 /* slice->act = the first n columns of n_rows rows, quantized. rows (capacity, stride); `selected` (n_rows) says which
- * of them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first; in a slice with
- * adapters the normed rows stay in slice->normed. */
+ * of them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first. */
 void pe_quantize_rows(pe_slice *slice, const float *rows, size_t stride, const size_t *selected, size_t n_rows,
                       size_t n, const float *norm);
 

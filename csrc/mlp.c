@@ -30,7 +30,8 @@ static void adapted_mlp(pe_slice *s, const pe_layer *layer) {
     gate_job gate = {s, layer->activation == PE_ACTIVATION_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh};
     pe_quantize_rows(s, s->x, x_stride, NULL, s->n_tokens, model->config.dim, layer->ffn_norm);
     pe_matmul(s, &layer->experts->w_gate_up, NULL, s->gate_up, 2 * h_stride, PE_STORE);
-    pe_adapter_add(s, layer, layer->ffn_norm != NULL ? s->normed : s->x, x_stride, outputs, 2);
+    if (pe_adapter_changes(s, layer, PE_ADAPTER_GATE, PE_ADAPTER_UP))
+        pe_adapter_add(s, layer, pe_adapter_inputs(s, layer->ffn_norm), x_stride, outputs, 2);
     pe_parallel_for(s->n_threads, s->n_tokens, gate_unit, &gate, s->control);
     pe_quantize_rows(s, s->h, h_stride, NULL, s->n_tokens, model->config.hidden_dim, NULL);
     pe_adapter_matmul_add_to_x(s, layer, PE_ADAPTER_DOWN, s->h, h_stride, layer->post_ffn_norm);
