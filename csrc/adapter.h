@@ -1,5 +1,5 @@
 /* adapter.h: low-rank adapters (LoRA) beside a model: what the rows of a slice that chose one get added to their products
- * (FORMAT.md section 10). Rows without an adapter are not looked at; rows with the same one are gathered, so that its
+ * (FORMAT.md section 11). Rows without an adapter are not looked at; rows with the same one are gathered, so that its
  * weights are read once for all of them. */
 #ifndef PE_ADAPTER_H
 #define PE_ADAPTER_H

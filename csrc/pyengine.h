@@ -97,7 +97,7 @@ void pe_model_destroy(pe_model *model);
 
 /* ------------------------------------------------------------------ adapters */
 
-/* Low-rank adapters (LoRA) beside a model, which rows of a batch may choose: FORMAT.md section 10. The matrices of a layer that
+/* Low-rank adapters (LoRA) beside a model, which rows of a batch may choose: FORMAT.md section 11. The matrices of a layer that
  * one may change; of a layer with experts only the first four. */
 typedef enum pe_adapter_matrix {
     PE_ADAPTER_Q,

@@ -163,7 +163,7 @@ ADAPTER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer, in 
 
 @cython.no_gc_clear  # the model must be there when an adapter ends
 cdef class Adapter:
-    """A low-rank adapter beside a model, which rows of a forward may choose: csrc/FORMAT.md section 10."""
+    """A low-rank adapter beside a model, which rows of a forward may choose: csrc/FORMAT.md section 11."""
 
     cdef pe_adapter *adapter
     cdef readonly Model model

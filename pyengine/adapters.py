@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA) beside a frozen model: PEFT's directories, read, checked and given to the core.
 
-    y = W x + s (alpha / r) B (A x)        csrc/FORMAT.md section 10
+    y = W x + s (alpha / r) B (A x)        csrc/FORMAT.md section 11
 
 W stays the model's int8 matrix; A and B are float32, and x is the float32 row that W's quantized input is made from. The
 file format's checks are those of `freeze --lora` (freeze/lora.py). What a freezer folded into W's rows (Granite's multipliers,

@@ -1,4 +1,4 @@
-"""csrc/FORMAT.md sections 4 to 8 and 10 in float32 NumPy, operation for operation: the specification's second text.
+"""csrc/FORMAT.md sections 4 to 8 and 11 in float32 NumPy, operation for operation: the specification's second text.
 
 Where oracle.py says what the numbers mean, this file says what their bits are. Every function
 follows the page's order of operations, so a model run here and a model run by any kernel table must
@@ -199,7 +199,7 @@ def route(x: F32, router: F32, n_used: int, normalized: bool) -> tuple[Array, F3
     return taken, p / total[:, None]
 
 
-# ---------------------------------------------------------------------- section 10
+# ---------------------------------------------------------------------- section 11
 
 
 @dataclass(frozen=True)
