@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "adapter.h"
 #include "attention.h"
 #include "matmul.h"
 
@@ -90,17 +91,32 @@ static void qkv_unit(void *arg, size_t token, int thread) {
     }
 }
 
+/* What adapters add to q, k and v. */
+static void adapt_qkv(pe_slice *s, const pe_layer *layer) {
+    size_t stride = pe_qkv_stride(s->model), q_dim = s->model->q_dim, kv_dim = s->model->kv_dim;
+    const pe_adapted_output outputs[] = {
+        {PE_ADAPTER_Q, s->qkv, stride, PE_PANEL},
+        {PE_ADAPTER_K, s->qkv + q_dim, stride, PE_PANEL},
+        {PE_ADAPTER_V, s->qkv + q_dim + kv_dim, stride, PE_PANEL},
+    };
+    pe_adapter_add(s, layer, pe_adapter_inputs(s, layer->attention_norm), pe_x_stride(s->model), outputs, 3);
+}
+
 pe_status pe_block(pe_slice *s, pe_kv_cache *kv, uint32_t index, char *err) {
     const pe_model *model = s->model;
     const pe_layer *layer = &model->layers[index];
     size_t n = s->n_tokens, x_stride = pe_x_stride(model);
     pe_quantize_rows(s, s->x, x_stride, NULL, n, model->config.dim, layer->attention_norm);
     pe_matmul(s, &layer->wqkv, layer->wqkv_bias, s->qkv, pe_qkv_stride(model), PE_STORE);
+    if (pe_adapter_changes(s, layer, PE_ADAPTER_Q, PE_ADAPTER_V)) adapt_qkv(s, layer);
     qkv_job qkv = {s, kv, index};
     pe_parallel_for(s->n_threads, n, qkv_unit, &qkv, s->control);
     pe_status status = pe_attention(s, kv, index, err);
     if (status != PE_OK) return status;
     pe_quantize_rows(s, s->att, model->q_dim, NULL, n, model->q_dim, NULL);
-    pe_matmul_add_to_x(s, &layer->wo, layer->wo_bias, layer->post_attention_norm);
+    if (pe_adapter_changes(s, layer, PE_ADAPTER_O, PE_ADAPTER_O))
+        pe_adapter_matmul_add_to_x(s, layer, PE_ADAPTER_O, s->att, model->q_dim, layer->post_attention_norm);
+    else
+        pe_matmul_add_to_x(s, &layer->wo, layer->wo_bias, layer->post_attention_norm);
     return PE_OK;
 }

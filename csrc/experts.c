@@ -51,10 +51,8 @@ static void route_unit(void *arg, size_t row, int thread) {
         pe_slice_note_bits(s, row, pe_float_bits(sum_of_squares) & 0x7fffffffu);
     }
     memset(s->branch + row * stride, 0, stride * sizeof *s->branch);
-    for (size_t e = 0; e < n; e++) {
-        logits[e] = s->kernels->dot_f32(input, j->layer->router + e * dim, dim);
-        pe_slice_note_bits(s, row, pe_float_bits(logits[e]) & 0x7fffffffu);
-    }
+    s->kernels->dots_f32(logits, input, j->layer->router, n, dim);
+    for (size_t e = 0; e < n; e++) pe_slice_note_bits(s, row, pe_float_bits(logits[e]) & 0x7fffffffu);
     choose(logits, n, config->n_experts_used, s->expert_taken + row * n);
     weigh(logits, n, s->expert_taken + row * n, config->experts_normalized, weights);
 }

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "adapter.h"
 #include "block.h"
 #include "context.h"
 #include "float_env.h"
@@ -118,10 +119,20 @@ static pe_status check_batch(const pe_context *c, const pe_batch *batch, char *e
             return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)batch->sequences[i]);
         if (batch->wants[i] & ~(PE_WANT_LOGITS | PE_WANT_HIDDEN))
             return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "row %zu wants %u, which is not known", i, batch->wants[i]);
+        if (batch->adapters != NULL && batch->adapters[i] != NULL && batch->adapters[i]->model != c->model)
+            return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "row %zu has an adapter of another model", i);
     }
     if (batch->drafted != NULL && !drafts_are_last(batch))
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "a sequence's drafted rows come before others of its rows");
     return PE_OK;
+}
+
+/* Rows of a batch that have adapters need more buffers. */
+static void expect_adapters(pe_slice *s, const pe_batch *batch) {
+    size_t n_ranks = 0;
+    for (size_t i = 0; i < batch->n_tokens && batch->adapters != NULL; i++)
+        if (batch->adapters[i] != NULL && batch->adapters[i]->n_ranks > n_ranks) n_ranks = batch->adapters[i]->n_ranks;
+    pe_slice_expect_adapters(s, n_ranks);
 }
 
 static pe_status reserve_results(pe_context *c, const pe_batch *batch, char *err) {
@@ -156,6 +167,7 @@ static pe_status run_slice(pe_context *c, const pe_batch *batch, size_t begin, c
     pe_slice *s = &c->slice;
     bool rows_may_fail = batch->failed != NULL;
     for (size_t t = 0; t < s->n_tokens; t++) embed(s, t, batch->tokens[begin + t]);
+    pe_adapter_group_rows(s, batch->adapters == NULL ? NULL : batch->adapters + begin);
     pe_status status = pe_slice_prepare(s, err);
     if (status != PE_OK) return status;
     if (rows_may_fail) memcpy(s->failed, batch->failed + begin, s->n_tokens);
@@ -177,6 +189,7 @@ static void spread_failures(const pe_slice *s, const pe_batch *batch, size_t beg
 }
 
 static pe_status run_batch(pe_context *c, const pe_batch *batch, char *err) {
+    expect_adapters(&c->slice, batch);
     for (size_t begin = 0; begin < batch->n_tokens; begin += PE_SLICE) {
         size_t n = batch->n_tokens - begin < PE_SLICE ? batch->n_tokens - begin : PE_SLICE;
         pe_status status = pe_slice_reserve(&c->slice, n, err);
@@ -234,6 +247,7 @@ pe_status pe_forward(pe_context *c, const pe_batch *batch, char *err) {
 static pe_status run_debug_block(pe_context *c, uint32_t layer, float *x, int32_t sequence, char *err) {
     pe_slice *s = &c->slice;
     size_t dim = c->model->config.dim, stride = pe_x_stride(c->model);
+    pe_adapter_group_rows(s, NULL);
     for (size_t t = 0; t < s->n_tokens; t++) {
         s->sequences[t] = sequence;
         s->positions[t] = t;

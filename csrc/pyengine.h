@@ -95,6 +95,39 @@ typedef struct pe_tensor {
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err);
 void pe_model_destroy(pe_model *model);
 
+/* ------------------------------------------------------------------ adapters */
+
+/* Low-rank adapters (LoRA) beside a model, which rows of a batch may choose: FORMAT.md section 11. The matrices of a layer that
+ * one may change; of a layer with experts only the first four. */
+typedef enum pe_adapter_matrix {
+    PE_ADAPTER_Q,
+    PE_ADAPTER_K,
+    PE_ADAPTER_V,
+    PE_ADAPTER_O,
+    PE_ADAPTER_GATE,
+    PE_ADAPTER_UP,
+    PE_ADAPTER_DOWN,
+    PE_ADAPTER_N_MATRICES /* sentinel */
+} pe_adapter_matrix;
+
+typedef struct pe_adapter pe_adapter;
+
+/* W x becomes W x + scale * B (A x). */
+typedef struct pe_adapter_product {
+    const float *a, *b; /* (rank, n_in), (n_out, rank) */
+    size_t rank, n_in, n_out;
+    float scale;
+} pe_adapter_product;
+
+/* An adapter that changes nothing yet. The model must outlive it. */
+pe_status pe_adapter_create(pe_adapter **out, const pe_model *model, char *err);
+/* Let it change a matrix, once, by a copy of the product. PE_ERR_INVALID_ARGUMENT for another shape than the matrix has, and for
+ * values that are not finite. Not while a forward uses the adapter. */
+pe_status pe_adapter_set(pe_adapter *adapter, uint32_t layer, pe_adapter_matrix matrix, const pe_adapter_product *product,
+                         char *err);
+size_t pe_adapter_bytes(const pe_adapter *adapter);
+void pe_adapter_destroy(pe_adapter *adapter);
+
 /* ------------------------------------------------------------------ threads */
 
 typedef struct pe_thread_info {
@@ -193,6 +226,9 @@ typedef struct pe_batch {
     const int32_t *sequences; /* (n_tokens) row i is appended to sequence[i], at that sequence's next position */
     const uint8_t *wants;     /* (n_tokens) PE_WANT_* bits of each row */
     const uint8_t *drafted;   /* (n_tokens) or NULL: 1 = this token is a guess, see pe_forward */
+    const pe_adapter *const *adapters; /* (n_tokens) or NULL: what row i's products are changed by, NULL = nothing. All rows of a
+                                        * sequence should name the same, and pages of another adapter are not theirs: see
+                                        * the salt of pe_sequence_match. */
     uint8_t *failed;          /* (n_tokens) or NULL: see pe_forward */
     pe_poll_fn poll;          /* may be NULL */
     void *poll_user;

@@ -15,7 +15,7 @@ typedef struct buffer {
     size_t n_bytes;
 } buffer;
 
-enum { N_BUFFERS = 24 };
+enum { N_BUFFERS = 28 };
 
 /* Every buffer and its size for n rows. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE_MAX. */
 static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
@@ -25,16 +25,16 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
     if (model->q_dim > widest) widest = model->q_dim;
     widest = pe_pad(widest, PE_GROUP);
     size_t q_rows = n * config->n_heads, q_elements = q_rows * model->head_dim_p;
-    bool f32 = s->kv_dtype == PE_KV_F32;
+    bool f32 = s->kv_dtype == PE_KV_F32, experts = config->n_experts > 0, adapters = s->n_ranks > 0;
     const buffer list[] = {
         {(void **)&s->failed, n},
         {(void **)&s->selected, n * sizeof *s->selected},
         {(void **)&s->sequences, n * sizeof *s->sequences},
         {(void **)&s->positions, n * sizeof *s->positions},
         {(void **)&s->x, n * pe_x_stride(model) * sizeof(float)},
-        {(void **)&s->branch, model->has_post_norms || config->n_experts > 0 ? n * pe_x_stride(model) * sizeof(float) : 0},
-        {(void **)&s->normed, config->n_experts > 0 ? n * pe_x_stride(model) * sizeof(float) : 0},
-        {(void **)&s->expert_out, config->n_experts > 0 ? n * pe_x_stride(model) * sizeof(float) : 0},
+        {(void **)&s->branch, model->has_post_norms || experts ? n * pe_x_stride(model) * sizeof(float) : 0},
+        {(void **)&s->normed, experts || adapters ? n * pe_x_stride(model) * sizeof(float) : 0},
+        {(void **)&s->expert_out, experts ? n * pe_x_stride(model) * sizeof(float) : 0},
         {(void **)&s->expert_weights, n * config->n_experts * sizeof(float)},
         {(void **)&s->expert_taken, n * config->n_experts},
         {(void **)&s->qkv, n * pe_qkv_stride(model) * sizeof(float)},
@@ -51,6 +51,10 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
         {(void **)&s->sin, model->n_rope_tables * n * (config->head_dim / 2) * sizeof(float)},
         {(void **)&s->q_key_bias, pe_slice_has_key_bias(s) ? n * model->q_dim * sizeof(float) : 0},
         {(void **)&s->blocks, n * sizeof *s->blocks},
+        {(void **)&s->adapted, adapters ? n * sizeof *s->adapted : 0},
+        {(void **)&s->groups, adapters ? n * sizeof *s->groups : 0},
+        {(void **)&s->projected, n * s->n_ranks * sizeof(float)},
+        {(void **)&s->gate_up, adapters && !experts ? 2 * n * pe_h_stride(model) * sizeof(float) : 0},
     };
     _Static_assert(sizeof list / sizeof list[0] == N_BUFFERS, "N_BUFFERS");
     memcpy(buffers, list, sizeof list);
@@ -87,6 +91,12 @@ pe_status pe_slice_reserve(pe_slice *s, size_t n_tokens, char *err) {
     }
     s->capacity = capacity;
     return PE_OK;
+}
+
+void pe_slice_expect_adapters(pe_slice *s, size_t n_ranks) {
+    if (n_ranks <= s->n_ranks) return;
+    free_buffers(s);
+    s->n_ranks = n_ranks;
 }
 
 pe_status pe_slice_reserve_partials(pe_slice *s, size_t n_floats, char *err) {

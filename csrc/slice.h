@@ -25,6 +25,12 @@ typedef struct pe_query_block {
     int32_t sequence;
 } pe_query_block;
 
+/* Rows of a slice that have one adapter. */
+typedef struct pe_adapter_group {
+    const pe_adapter *adapter;
+    size_t first, n; /* slice.adapted[first, first + n): the rows, ascending */
+} pe_adapter_group;
+
 typedef struct pe_slice {
     /* What to compute with; set by pe_slice_create. */
     const pe_model *model;
@@ -42,8 +48,8 @@ typedef struct pe_slice {
     size_t *positions;      /* (capacity) */
     float *x;               /* (capacity, pad16(dim)) residual stream */
     float *branch;          /* (capacity, pad16(dim)) what is added to x when it is whole; with norms after, and with experts */
-    float *normed;          /* (capacity, pad16(dim)) the experts' input; this and what follows only with experts */
-    float *expert_out;      /* (capacity, pad16(dim)) what one expert gave to the rows that take it */
+    float *normed;          /* (capacity, pad16(dim)) what a norm gave, where it is read again: by experts, by adapters */
+    float *expert_out;      /* (capacity, pad16(dim)) what one expert gave to the rows that take it; with experts, as the next two */
     float *expert_weights;  /* (capacity, n_experts) */
     uint8_t *expert_taken;  /* (capacity, n_experts) 1 = the row takes it */
     float *qkv;             /* (capacity, pad16(q_dim + 2 kv_dim)) */
@@ -58,6 +64,15 @@ typedef struct pe_slice {
     float *q_key_bias;      /* (n_kv_heads, capacity, n_rep, head_dim): of each row (2, n_pairs) are used, see key_bias.h */
     pe_query_block *blocks; /* (capacity) */
     size_t n_blocks;
+
+    /* Rows with adapters (adapter.h). The buffers are there once a batch has had some. */
+    size_t n_ranks;           /* so many low-rank values of a row there is room for; 0 = there has been no adapter */
+    size_t *adapted;          /* (capacity) rows with an adapter, group by group */
+    pe_adapter_group *groups; /* (capacity) */
+    size_t n_groups;
+    float *projected;         /* (capacity, n_ranks) row i belongs to adapted[i] */
+    float *gate_up;           /* (capacity, 2 pad16(hidden_dim)) both before they are gated; not with experts */
+
     size_t n_bytes; /* of all these buffers */
 
     /* With key_bias: the RoPE angles of the chunks' first positions, as many as there have been; sin is negated, because
@@ -82,6 +97,9 @@ size_t pe_slice_bytes(const pe_slice *slice);
 
 /* Grow the buffers to n_tokens rows (at most PE_SLICE_MAX). What was in them is lost. */
 pe_status pe_slice_reserve(pe_slice *slice, size_t n_tokens, char *err);
+/* Let buffers that are reserved from now on have room for adapters whose products of one input have n_ranks ranks. What was
+ * in the buffers is lost. */
+void pe_slice_expect_adapters(pe_slice *slice, size_t n_ranks);
 /* Grow `partials` to n_floats. What was in it is lost. */
 pe_status pe_slice_reserve_partials(pe_slice *slice, size_t n_floats, char *err);
 

@@ -34,6 +34,7 @@ _LAZY = {
     "AsyncEngine": "pyengine.async_engine",
     "Engine": "pyengine.engine",
     "Generation": "pyengine.results",
+    "LoadedAdapter": "pyengine.adapters",
     "Piece": "pyengine.results",
     "Score": "pyengine.results",
     "SamplingParams": "pyengine.sampling",
@@ -42,6 +43,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
+    from pyengine.adapters import LoadedAdapter as LoadedAdapter
     from pyengine.async_engine import AsyncEngine as AsyncEngine
     from pyengine.engine import Engine as Engine
     from pyengine.freeze import freeze as freeze
@@ -59,6 +61,7 @@ __all__ = [
     "Generation",
     "HubError",
     "InvalidArgumentError",
+    "LoadedAdapter",
     "ModelFormatError",
     "NotFiniteError",
     "OutOfMemoryError",

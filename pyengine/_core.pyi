@@ -23,6 +23,14 @@ class Model:
 
 class RowView(Buffer): ...
 
+ADAPTER_MATRICES: tuple[str, ...]
+
+class Adapter:
+    model: Model
+    n_bytes: int
+    def __init__(self, model: Model) -> None: ...
+    def set(self, layer: int, matrix: str, a: Any, b: Any, scale: float) -> None: ...
+
 class Sequence:
     length: int
     def tokens(self) -> array[int]: ...
@@ -53,6 +61,7 @@ class Context:
         wants: bytes | bytearray,
         *,
         drafted: bytes | bytearray | None = None,
+        adapters: Iterable[Adapter | None] | None = None,
         deadline: float | None = None,
     ) -> bytes: ...
     def logits(self, row: int) -> RowView: ...

@@ -156,6 +156,50 @@ cdef class Model:
         pe_model_destroy(self.model)
 
 
+# ---------------------------------------------------------------- adapters
+
+ADAPTER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer, in the order of pe_adapter_matrix
+
+
+@cython.no_gc_clear  # the model must be there when an adapter ends
+cdef class Adapter:
+    """A low-rank adapter beside a model, which rows of a forward may choose: csrc/FORMAT.md section 11."""
+
+    cdef pe_adapter *adapter
+    cdef readonly Model model
+
+    def __cinit__(self, Model model not None):
+        cdef char[PE_ERR_LEN] err
+        err[0] = 0
+        self.model = model
+        check(pe_adapter_create(&self.adapter, model.model, err), err)
+
+    def __dealloc__(self):
+        pe_adapter_destroy(self.adapter)
+
+    def set(self, uint32_t layer, matrix, const float[:, ::1] a not None, const float[:, ::1] b not None, float scale) -> None:
+        """Let it add scale * b (a x) to what a matrix of a layer, one of ADAPTER_MATRICES, makes of x: a (rank, inputs), b
+        (outputs, rank), copied. Once a matrix, and before a forward uses it. Raises InvalidArgumentError for other shapes than the
+        matrix has, and for values that are not finite."""
+        cdef char[PE_ERR_LEN] err
+        cdef pe_status status
+        cdef pe_adapter_product product
+        cdef int index = ADAPTER_MATRICES.index(matrix)
+        if a.shape[0] == 0 or a.shape[0] != b.shape[1] or a.shape[1] == 0 or b.shape[0] == 0:
+            raise InvalidArgumentError(f"a is {a.shape[0]} x {a.shape[1]}, b {b.shape[0]} x {b.shape[1]}")
+        product.a, product.b = &a[0, 0], &b[0, 0]
+        product.rank, product.n_in, product.n_out, product.scale = a.shape[0], a.shape[1], b.shape[0], scale
+        err[0] = 0
+        with nogil:
+            status = pe_adapter_set(self.adapter, layer, <pe_adapter_matrix>index, &product, err)
+        check(status, err)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of memory."""
+        return pe_adapter_bytes(self.adapter)
+
+
 # ---------------------------------------------------------------- sequences
 
 @cython.no_gc_clear  # the context must be there when a sequence ends, and the model when a context does
@@ -240,6 +284,20 @@ cdef const uint8_t *salt_pointer(const uint8_t[::1] salt) except? NULL:
     if salt.shape[0] != PE_SALT_BYTES:
         raise InvalidArgumentError(f"a salt has {PE_SALT_BYTES} bytes, not {salt.shape[0]}")
     return &salt[0]
+
+
+cdef bytes adapter_pointers(list chosen):
+    """An array of pointers to the adapters, NULL for None; None if all are. They live as long as the list."""
+    if chosen.count(None) == len(chosen):
+        return None
+    cdef Py_ssize_t i
+    cdef Adapter adapter
+    cdef bytes out = bytes(len(chosen) * sizeof(pe_adapter *))
+    cdef const pe_adapter **pointers = <const pe_adapter **><char *>out
+    for i in range(len(chosen)):
+        adapter = chosen[i]
+        pointers[i] = NULL if adapter is None else adapter.adapter
+    return out
 
 
 cdef int poll_signals(void *user) noexcept with gil:
@@ -431,14 +489,15 @@ cdef class Context:
         """End the forward that runs in another thread, or the next one: it raises CancelledError there."""
         pe_request_cancel(&self.cancelled)
 
-    def forward(self, tokens, sequences, wants, *, drafted=None, deadline=None) -> bytes:
+    def forward(self, tokens, sequences, wants, *, drafted=None, adapters=None, deadline=None) -> bytes:
         """Append tokens[i] to sequences[i], in order, and compute what wants[i] asks for: 1 logits, 2 the final hidden
         state, 3 both.
 
         drafted: None, or a byte a row: 1 = the token is a guess, which is computed but becomes the sequence's only by
-        `Sequence.accept` before the next forward. deadline: time.monotonic() at which to give up. Returns b"", or, if an infinity or NaN appeared, a byte a row, non-zero for
-        the rows of sequences in which it did: these have not changed, and their logits are anything. On any error
-        (CancelledError, ContextFullError, KeyboardInterrupt, …) no sequence has changed.
+        `Sequence.accept` before the next forward. adapters: None, or an Adapter or None for each row; a sequence has one and
+        the same from its first token on. deadline: time.monotonic() at which to give up. Returns b"", or, if an infinity or NaN
+        appeared, a byte a row, non-zero for the rows of sequences in which it did: these have not changed, and their logits are
+        anything. On any error (CancelledError, ContextFullError, KeyboardInterrupt, …) no sequence has changed.
         """
         cdef char[PE_ERR_LEN] err
         cdef pe_status status
@@ -447,10 +506,12 @@ cdef class Context:
         cdef Sequence sequence
         cdef const int32_t[::1] token_view = array("i", tokens)
         cdef const uint8_t[::1] want_view = bytes(wants), drafted_view = None if drafted is None else bytes(drafted)
-        cdef list rows = list(sequences)
+        cdef list rows = list(sequences), chosen = None if adapters is None else list(adapters)
         n = token_view.shape[0]
         if not (n == len(rows) == want_view.shape[0] and (drafted is None or n == drafted_view.shape[0])):
             raise ValueError("tokens, sequences, wants and drafted differ in length")
+        if chosen is not None and len(chosen) != n:
+            raise ValueError("tokens and adapters differ in length")
         if n == 0:
             raise ValueError("tokens is empty")
         self.check_idle()
@@ -466,6 +527,8 @@ cdef class Context:
         batch.n_tokens = n
         batch.tokens, batch.sequences, batch.wants = &token_view[0], &ids[0], &want_view[0]
         batch.drafted = NULL if drafted is None else &drafted_view[0]
+        pointers = None if chosen is None else adapter_pointers(chosen)  # kept until the forward has ended
+        batch.adapters = NULL if pointers is None else <const pe_adapter *const *><char *>pointers
         failed = bytearray(n)
         failed_view = failed
         batch.failed, batch.cancel = &failed_view[0], &self.cancelled

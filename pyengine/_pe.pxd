@@ -41,6 +41,20 @@ cdef extern from "pyengine.h" nogil:
     pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err)
     void pe_model_destroy(pe_model *model)
 
+    ctypedef enum pe_adapter_matrix:
+        PE_ADAPTER_N_MATRICES
+    ctypedef struct pe_adapter
+    ctypedef struct pe_adapter_product:
+        const float *a
+        const float *b
+        size_t rank, n_in, n_out
+        float scale
+    pe_status pe_adapter_create(pe_adapter **out, const pe_model *model, char *err)
+    pe_status pe_adapter_set(pe_adapter *adapter, uint32_t layer, pe_adapter_matrix matrix, const pe_adapter_product *product,
+                             char *err)
+    size_t pe_adapter_bytes(const pe_adapter *adapter)
+    void pe_adapter_destroy(pe_adapter *adapter)
+
     ctypedef struct pe_thread_info:
         int n_affinity
         double cpu_quota
@@ -90,6 +104,7 @@ cdef extern from "pyengine.h" nogil:
         const int32_t *sequences
         const uint8_t *wants
         const uint8_t *drafted
+        const pe_adapter *const *adapters
         uint8_t *failed
         pe_poll_fn poll
         void *poll_user

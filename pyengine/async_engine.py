@@ -266,6 +266,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
@@ -278,7 +279,7 @@ class AsyncEngine:
         def make(job: Job) -> Sequence[Request]:
             resolved = engine.resolve(chosen)
             ids = [engine.prompt_ids(item, parse_special=parse_special) for item in prompts]
-            return engine.requests(job, ids, resolved, cache_salt=cache_salt)
+            return engine.requests(job, ids, resolved, adapter=adapter, cache_salt=cache_salt)
 
         results = [one.result for one in await self._run(make) if isinstance(one, GenerationRequest)]
         return results if many or len(results) > 1 else results[0]
@@ -289,6 +290,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> AsyncStream:
@@ -296,16 +298,20 @@ class AsyncEngine:
         return self._stream(
             lambda: self.engine.prompt_ids(prompt, parse_special=parse_special),
             sampling_params(params, options),
+            adapter,
             cache_salt,
         )
 
-    def _stream(self, ids: Callable[[], list[int]], params: SamplingParams, cache_salt: str | None) -> AsyncStream:
+    def _stream(
+        self, ids: Callable[[], list[int]], params: SamplingParams, adapter: str | None, cache_salt: str | None
+    ) -> AsyncStream:
         if params.n not in (None, 1):
             raise InvalidArgumentError(f"a stream has one sample, n is {params.n}; use generate")
         engine = self.engine
 
         def make(job: Job) -> list[GenerationRequest]:
-            return engine.requests(job, [ids()], engine.resolve(params), cache_salt=cache_salt, interactive=True)
+            resolved = engine.resolve(params)
+            return engine.requests(job, [ids()], resolved, adapter=adapter, cache_salt=cache_salt, interactive=True)
 
         return AsyncStream(self, make)
 
@@ -314,35 +320,43 @@ class AsyncEngine:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
         """See Engine.chat."""
         chosen = sampling_params(params, options)
         ids = await asyncio.to_thread(self.engine.chat_ids, messages)
-        return await self.generate(ids, chosen, cache_salt=cache_salt)
+        return await self.generate(ids, chosen, adapter=adapter, cache_salt=cache_salt)
 
     def chat_stream(
         self,
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> AsyncStream:
         """The answer of `chat` as a stream."""
         chosen = sampling_params(params, options)
-        return self._stream(lambda: self.engine.chat_ids(messages), chosen, cache_salt)
+        return self._stream(lambda: self.engine.chat_ids(messages), chosen, adapter, cache_salt)
 
     async def score(
-        self, text: Prompt, *, parse_special: bool = False, start: int = 0, cache_salt: str | None = None
+        self,
+        text: Prompt,
+        *,
+        parse_special: bool = False,
+        start: int = 0,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
     ) -> Score:
         """See Engine.score."""
         scores: list[Score] = []
 
         def make(job: Job) -> Sequence[Request]:
             score, requests = self.engine.score_requests(
-                job, text, parse_special=parse_special, start=start, cache_salt=cache_salt
+                job, text, parse_special=parse_special, start=start, adapter=adapter, cache_salt=cache_salt
             )
             scores.append(score)
             return requests
@@ -357,6 +371,7 @@ class AsyncEngine:
         pooling: Literal["mean", "last"] | None = None,
         normalize: bool = True,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """See Engine.embed."""
@@ -364,7 +379,7 @@ class AsyncEngine:
 
         def make(job: Job) -> Sequence[Request]:
             pooled, requests = self.engine.embed_requests(
-                job, texts, pooling=pooling, parse_special=parse_special, cache_salt=cache_salt
+                job, texts, pooling=pooling, parse_special=parse_special, adapter=adapter, cache_salt=cache_salt
             )
             made.extend(pooled)
             return requests

@@ -10,45 +10,38 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
-from pyengine._sampler import logprobs
+from pyengine.adapters import Adapters, LoadedAdapter
 from pyengine.arguments import integer, shown
 from pyengine.background import Background
-from pyengine.errors import ContextFullError, InvalidArgumentError, PyEngineError, TemplateError
+from pyengine.errors import InvalidArgumentError, PyEngineError, TemplateError
 from pyengine.format.reader import FrozenFile
 from pyengine.format.strict_json import parse_json_object
 from pyengine.opening import checked_threads, pages_of, resolve_model
-from pyengine.results import Generation, Score
-from pyengine.run.request import HIDDEN, LOGITS, Caller, GenerationRequest, RowsRequest, check_salt
+from pyengine.results import Generation
+from pyengine.run.request import Caller, GenerationRequest, check_salt
 from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
 from pyengine.run.stream import Stream, run_all
+from pyengine.scoring import INT32_MAX, Scoring
+from pyengine.scoring import Prompt as Prompt  # ours, for callers
 from pyengine.text.prompts import is_batch, prompt_ids, token_ids
 from pyengine.text.stops import StopStrings
 
 if TYPE_CHECKING:
     from pathlib import Path  # 3 ms of the start, for names that the system calls take as they are
 
-    import numpy as np
-    import numpy.typing as npt
-
     from pyengine import _core
     from pyengine.draft_file import DraftFile
-    from pyengine.embeddings import Pooled
     from pyengine.freeze import Progress
     from pyengine.run.guide import Guide, Guides
     from pyengine.sampling import Drafting, ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
-# score, logits and embed may ask for a row of every position; this bounds the buffer (rows x vocab_size or dim x 4 bytes).
-ROWS_BYTES = 32 << 20
-INT32_MAX = 2**31 - 1
 
-
-class Engine:
+class Engine(Scoring):
     """A frozen model, ready to generate.
 
     model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint, a model of the hub as
@@ -72,7 +65,7 @@ class Engine:
     tokenizer  the path of a llama2.c checkpoint's tokenizer.bin; every other model has its own
 
     Methods may be called from any thread: what they compute shares every step, so eight callers get the speed of a batch
-    of eight. Use it as a context manager, or `close` it. It pickles as its path and options, and opens the file again.
+    of eight. Use it as a context manager, or `close` it. It pickles as its path, options and adapters, and opens the files again.
     Raises FileNotFoundError, ModelFormatError, UnsupportedModelError, UnsupportedISAError, InvalidArgumentError.
     """
 
@@ -137,6 +130,7 @@ class Engine:
         self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
+        self._adapters = Adapters(self._file.config, self._model)
         context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
         self.n_threads: int = context.n_threads
         pages = partial(pages_of, max_kv_bytes=max_kv_bytes, max_sequences=max_sequences)
@@ -261,6 +255,40 @@ class Engine:
         text = self._file.attachment(name)
         return {} if text is None else parse_json_object(text, name)
 
+    # ------------------------------------------------------------ adapters
+
+    def load_adapter(
+        self, path: str | os.PathLike[str], *, name: str | None = None, scale: float | None = None
+    ) -> LoadedAdapter:
+        """Load a low-rank adapter (LoRA) beside the model: a directory in PEFT's layout. Calls choose it by adapter=name; they
+        share every step with calls that chose another or none, and neither changes a bit of the other.
+
+        name   what calls name it by; None = the directory's name
+        scale  multiplies what it adds, beside its own alpha / r; None = 1
+        Raises InvalidArgumentError for a name that is taken or a directory without an adapter, ModelFormatError for one of
+        another model or a damaged one, UnsupportedModelError for what it asks for beyond low-rank products of the
+        projections of attention and of a dense MLP. Then nothing is loaded."""
+        self._check_open()
+        return self._adapters.load(path, name, scale)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter: no later call finds it. Requests that run keep it to their end, and its memory goes with the
+        last of them. Raises InvalidArgumentError if there is none of that name."""
+        self._check_open()
+        self._adapters.unload(name)
+
+    def adapters(self) -> list[LoadedAdapter]:
+        """Those that are loaded, in the order in which they were."""
+        self._check_open()
+        return list(self._adapters)
+
+    def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]:
+        """What a request gets of an adapter: itself, and the salt of its keys and values."""
+        if adapter is None:
+            return None, check_salt(cache_salt)
+        loaded = self._adapters.get(adapter)
+        return loaded.core, check_salt(cache_salt, loaded.digest)
+
     # ------------------------------------------------------------ text
 
     def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
@@ -280,11 +308,6 @@ class Engine:
 
     # ------------------------------------------------------------ generation
 
-    def check_fits(self, ids: Sequence[int]) -> None:
-        """Raises ContextFullError with both numbers if there are more tokens than the context holds."""
-        if len(ids) > self.n_ctx:
-            raise ContextFullError(f"the text has {len(ids)} tokens, the context holds {self.n_ctx}")
-
     def _guide(self, wanted: StructuredOutputs) -> Guide:
         with self._lock:
             if self._guides is None:
@@ -303,12 +326,14 @@ class Engine:
         prompts: Sequence[list[int]],
         params: ResolvedParams,
         *,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         interactive: bool = False,
         shown_special: frozenset[int] = frozenset(),
     ) -> list[GenerationRequest]:
         """What the scheduler is to compute for prompts: params.n requests each. shown_special: special tokens that the text
         shows whatever skip_special_tokens says. Raises InvalidArgumentError."""
+        core_adapter, salt = self._adapted(adapter, cache_salt)
         request = partial(
             GenerationRequest,
             caller,
@@ -318,7 +343,8 @@ class Engine:
             vocab_size=self.vocab_size,
             n_ctx=self.n_ctx,
             end_ids=self.eos_token_ids,
-            salt=check_salt(cache_salt),
+            adapter=core_adapter,
+            salt=salt,
             interactive=interactive,
             shown_special=shown_special,
         )
@@ -336,6 +362,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Generation: ...
@@ -346,6 +373,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> list[Generation]: ...
@@ -355,6 +383,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
@@ -362,6 +391,7 @@ class Engine:
 
         params or keyword options: see SamplingParams. One prompt with n = 1 gives a Generation; several prompts, or n > 1, give
         a list, prompt by prompt. A prompt's output does not depend on what runs beside it.
+        adapter: the name of one that `load_adapter` loaded.
         cache_salt: computed beginnings of prompts are shared between calls with the same salt only, for callers who must
         not learn from a time what others asked.
         Raises InvalidArgumentError, ContextFullError (a prompt that does not fit), NotFiniteError.
@@ -371,7 +401,7 @@ class Engine:
         prompts: Any = prompt if many else [prompt]
         ids = [self.prompt_ids(item, parse_special=parse_special) for item in prompts]
         caller = Caller()
-        requests = self.requests(caller, ids, self.resolve(chosen), cache_salt=cache_salt)
+        requests = self.requests(caller, ids, self.resolve(chosen), adapter=adapter, cache_salt=cache_salt)
         run_all(self._scheduler, requests)
         results = [request.result for request in requests]
         return results if many or len(results) > 1 else results[0]
@@ -382,6 +412,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         parse_special: bool = False,
+        adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Stream:
@@ -392,7 +423,9 @@ class Engine:
             raise InvalidArgumentError(f"a stream has one sample, n is {chosen.n}; use generate")
         ids = self.prompt_ids(prompt, parse_special=parse_special)
         stream = Stream(self._scheduler)
-        (stream.request,) = self.requests(stream, [ids], self.resolve(chosen), cache_salt=cache_salt, interactive=True)
+        (stream.request,) = self.requests(
+            stream, [ids], self.resolve(chosen), adapter=adapter, cache_salt=cache_salt, interactive=True
+        )
         return stream
 
     def chat_ids(
@@ -424,141 +457,11 @@ class Engine:
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False, **options: Any
     ) -> Generation | list[Generation] | Stream:
-        """The assistant's answer to messages ({"role", "content"}, …).
+        """The assistant's answer to messages ({"role", "content"}, …). Options are those of generate.
 
         Raises TemplateError if the model has no usable template, and what generate raises."""
         ids = self.chat_ids(messages)
         return self.stream(ids, params, **options) if stream else self.generate(ids, params, **options)
-
-    # ------------------------------------------------------------ scoring
-
-    def rows_requests(
-        self,
-        caller: Caller,
-        ids: list[int],
-        positions: list[int],
-        take: Callable[[int, memoryview], None],
-        *,
-        cache_salt: str | None = None,
-        row_kind: int = LOGITS,
-    ) -> list[RowsRequest]:
-        """What the scheduler is to compute for take(position, row) at each of the positions, ascending: logits (vocab_size), or
-        with row_kind HIDDEN final hidden states (dim). The view is valid during the call. Nothing for no positions."""
-        self.check_fits(ids)
-        if not positions:
-            return []
-        width = self.vocab_size if row_kind == LOGITS else self._file.config.dim
-        most = max(16, ROWS_BYTES // (4 * width))
-        salt = check_salt(cache_salt)
-        return [RowsRequest(caller, ids, positions, take, max_rows=most, salt=salt, row_kind=row_kind)]
-
-    def score_requests(
-        self, caller: Caller, text: Prompt, *, parse_special: bool, start: int, cache_salt: str | None
-    ) -> tuple[Score, list[RowsRequest]]:
-        """A Score, and what fills it in when it is computed."""
-
-        ids = self.prompt_ids(text, parse_special=parse_special)
-        start = integer("start", start, -INT32_MAX, INT32_MAX)
-        values: list[float | None] = [None] * len(ids)
-
-        def take(position: int, logits: memoryview) -> None:
-            values[position + 1] = logprobs(logits, ids[position + 1])[0]
-
-        positions = [i - 1 for i in range(max(start, 1), len(ids))]
-        return Score(ids, values), self.rows_requests(caller, ids, positions, take, cache_salt=cache_salt)
-
-    def score(
-        self, text: Prompt, *, parse_special: bool = False, start: int = 0, cache_salt: str | None = None
-    ) -> Score:
-        """Log-probability (natural logarithm) of each token of `text`, from the `start`-th on, after those before it. Memory does
-        not grow with the text's logits, and tokens before `start` are context only: they take the time of a prompt. Raises
-        ContextFullError if the text does not fit the context."""
-        caller = Caller()
-        score, requests = self.score_requests(
-            caller, text, parse_special=parse_special, start=start, cache_salt=cache_salt
-        )
-        run_all(self._scheduler, requests)
-        return score
-
-    def logits(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
-        """Logits after each token: float32 (n_tokens, vocab_size), or (len(positions), vocab_size) in the order of
-        `positions`. Raises InvalidArgumentError, ContextFullError."""
-        import numpy as np
-
-        ids = prompt_ids(None, tokens, vocab_size=self.vocab_size, n_ctx=self.n_ctx)
-        most = len(ids) - 1
-        chosen = list(range(len(ids))) if positions is None else [integer("a position", p, 0, most) for p in positions]
-        out = np.empty((len(chosen), self.vocab_size), np.float32)
-        rows: dict[int, list[int]] = {}
-        for row, position in enumerate(chosen):
-            rows.setdefault(position, []).append(row)
-
-        def take(position: int, logits: memoryview) -> None:
-            out[rows[position]] = np.asarray(logits)
-
-        caller = Caller()
-        run_all(self._scheduler, self.rows_requests(caller, ids, sorted(rows), take))
-        return out
-
-    # ------------------------------------------------------------ embeddings
-
-    def embed_requests(
-        self,
-        caller: Caller,
-        texts: Prompt | Sequence[Prompt],
-        *,
-        pooling: str | None,
-        parse_special: bool,
-        cache_salt: str | None,
-    ) -> tuple[list[Pooled], list[RowsRequest]]:
-        """Each text's vector in the making, and what completes it when it is computed."""
-        with fork.importing:
-            from pyengine.embeddings import Pooled, chosen_pooling
-
-        prompts: Any = texts if is_batch(texts) else [texts]
-        config = self._file.config
-        pooling = chosen_pooling(pooling, config.extra)
-        ids = [self._ended(item, self.prompt_ids(item, parse_special=parse_special)) for item in prompts]
-        pooled = [Pooled(item, pooling, config.dim) for item in ids]
-        requests = [
-            request
-            for one in pooled
-            for request in self.rows_requests(
-                caller, one.tokens, one.positions, one.take, cache_salt=cache_salt, row_kind=HIDDEN
-            )
-        ]
-        return pooled, requests
-
-    def _ended(self, text: Prompt, ids: list[int]) -> list[int]:
-        """A text's tokens, with the one behind it where the model's tokenizer puts one: the last token is pooled."""
-        if isinstance(text, str) and self.tokenizer.end_id is not None:
-            ids.append(self.tokenizer.end_id)
-        return ids
-
-    def embed(
-        self,
-        texts: Prompt | Sequence[Prompt],
-        *,
-        pooling: Literal["mean", "last"] | None = None,
-        normalize: bool = True,
-        parse_special: bool = False,
-        cache_salt: str | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """A vector for each text (or token ids; one alone counts as a list of one): float32 (n, dim), a row's length 1 if
-        `normalize`.
-
-        pooling: "mean" of the final hidden states (after the last norm) of its tokens, or that of the "last" token; None = what
-        the model's files say, else "last". A text's tokens are those of a prompt, and the one behind it that the model's
-        tokenizer puts there (<|endoftext|> of Qwen3-Embedding). A vector does not depend on what is computed beside it. Raises
-        InvalidArgumentError, ContextFullError, NotFiniteError."""
-        from pyengine.embeddings import vectors
-
-        caller = Caller()
-        pooled, requests = self.embed_requests(
-            caller, texts, pooling=pooling, parse_special=parse_special, cache_salt=cache_salt
-        )
-        run_all(self._scheduler, requests)
-        return vectors(pooled, normalize=normalize)
 
     # ------------------------------------------------------------ life
 
@@ -575,7 +478,7 @@ class Engine:
         return out[0]
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch", and "draft" (all of the draft model's)."""
+        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch", "draft" (all of the draft model's), and "adapters"."""
         draft = 0 if self._draft is None else self._draft.weights_bytes
         speculation = self._scheduler.speculation
         return self.exclusively(
@@ -583,6 +486,7 @@ class Engine:
                 "weights": self._file.weights_bytes,
                 **context.memory(),
                 "draft": draft + speculation.memory(),
+                "adapters": sum(one.n_bytes for one in self._adapters),
             }
         )
 
@@ -611,6 +515,7 @@ class Engine:
             self._closed = True
             if self._chat_template is not None:
                 self._chat_template.close()
+            self._adapters.close()
             del self._model
             self._file.close()
             if self._draft is not None:
@@ -622,9 +527,9 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[str, dict[str, Any]]]:
+    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[Any, ...]]:
         self._check_open()
-        return _reopen, (str(self.path), self._options)
+        return _reopen, (str(self.path), self._options, [(one.path, one.name, one.scale) for one in self._adapters])
 
     def __repr__(self) -> str:
         if self._closed:
@@ -632,8 +537,11 @@ class Engine:
         return f"Engine({str(self.path)!r}, isa={self.isa!r}, n_threads={self.n_threads}, n_ctx={self.n_ctx})"
 
 
-def _reopen(path: str, options: dict[str, Any]) -> Engine:
-    return Engine(path, **options)
+def _reopen(path: str, options: dict[str, Any], adapters: Sequence[tuple[Path, str, float]]) -> Engine:
+    engine = Engine(path, **options)
+    for directory, name, scale in adapters:
+        engine.load_adapter(directory, name=name, scale=scale)
+    return engine
 
 
 def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:

@@ -113,8 +113,12 @@ struct pe_kernels {
     /* x[i] = cap * tanh(x[i] / cap) for n elements, cap > 0. */
     void (*softcap)(float *x, size_t n, float cap);
 
-    /* The sum of x[i] * w[i] over n elements in sixteen lanes, as if both were padded with +0 to a multiple of 16. */
-    float (*dot_f32)(const float *x, const float *w, size_t n);
+    /* out[r] = the sum of x[i] * w[r][i] over n elements in sixteen lanes, as if both were padded with +0 to a multiple of 16.
+     * w (n_rows, n). */
+    void (*dots_f32)(float *out, const float *x, const float *w, size_t n_rows, size_t n);
+    /* n outputs of a low-rank product: y[i] = d + y[i], d = the sum of t[k] * b[k][i] over k ascending, one fmaf each, from 0.
+     * t (rank); b (ceil(n / 16), rank, 16) in panels of 16 outputs, padded with 0; y has its panels `step` floats apart. */
+    void (*add_low_rank)(float *y, size_t step, const float *t, const float *b, size_t rank, size_t n);
     /* y[i] = fmaf(a, x[i], y[i]) for n elements. */
     void (*add_scaled)(float *y, const float *x, float a, size_t n);
 

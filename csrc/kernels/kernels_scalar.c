@@ -151,11 +151,22 @@ static void softcap(float *x, size_t n, float cap) {
     }
 }
 
-static float dot_f32(const float *x, const float *w, size_t n) {
-    float a[PE_PANEL] = {0};
-    for (size_t i = 0; i < (n + PE_PANEL - 1) / PE_PANEL * PE_PANEL; i++)
-        a[i % PE_PANEL] = i < n ? fmaf(x[i], w[i], a[i % PE_PANEL]) : fmaf(0.0f, 0.0f, a[i % PE_PANEL]);
-    return pe_sum_lanes(a);
+static void dots_f32(float *out, const float *x, const float *w, size_t n_rows, size_t n) {
+    for (size_t r = 0; r < n_rows; r++, w += n) {
+        float a[PE_PANEL] = {0};
+        for (size_t i = 0; i < (n + PE_PANEL - 1) / PE_PANEL * PE_PANEL; i++)
+            a[i % PE_PANEL] = i < n ? fmaf(x[i], w[i], a[i % PE_PANEL]) : fmaf(0.0f, 0.0f, a[i % PE_PANEL]);
+        out[r] = pe_sum_lanes(a);
+    }
+}
+
+static void add_low_rank(float *y, size_t step, const float *t, const float *b, size_t rank, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        size_t panel = i / PE_PANEL, lane = i % PE_PANEL;
+        float d = 0.0f;
+        for (size_t k = 0; k < rank; k++) d = fmaf(t[k], b[(panel * rank + k) * PE_PANEL + lane], d);
+        y[panel * step + lane] = d + y[panel * step + lane];
+    }
 }
 
 static void add_scaled(float *y, const float *x, float a, size_t n) {
@@ -274,7 +285,8 @@ const struct pe_kernels pe_kernels_scalar = {
     .swiglu = swiglu,
     .geglu_tanh = geglu_tanh,
     .softcap = softcap,
-    .dot_f32 = dot_f32,
+    .dots_f32 = dots_f32,
+    .add_low_rank = add_low_rank,
     .add_scaled = add_scaled,
     .add = add,
     .attention_scores = attention_scores,

@@ -338,17 +338,53 @@ static void softcap(float *x, size_t n, float cap) {
     }
 }
 
-static float dot_f32(const float *x, const float *w, size_t n) {
-    v16 lanes = v16_set1(0.0f);
+/* n_r dot products (a constant, at most LOW_RANK_BLOCK) that read x once. */
+enum { LOW_RANK_BLOCK = 4 };
+PE_INLINE void dots_block(float *out, const float *x, const float *w, size_t n, const int n_r) {
+    v16 lanes[LOW_RANK_BLOCK];
+    PE_UNROLL for (int r = 0; r < n_r; r++) lanes[r] = v16_set1(0.0f);
     size_t i = 0;
-    for (; i + 16 <= n; i += 16) lanes = v16_fma(v16_load(x + i), v16_load(w + i), lanes);
-    if (i < n) {
-        float rest[2][PE_PANEL] = {{0}};
-        memcpy(rest[0], x + i, (n - i) * sizeof *x);
-        memcpy(rest[1], w + i, (n - i) * sizeof *w);
-        lanes = v16_fma(v16_load(rest[0]), v16_load(rest[1]), lanes);
+    for (; i + 16 <= n; i += 16) {
+        v16 inputs = v16_load(x + i);
+        PE_UNROLL for (int r = 0; r < n_r; r++) lanes[r] = v16_fma(inputs, v16_load(w + (size_t)r * n + i), lanes[r]);
     }
-    return v16_sum_lanes(lanes);
+    if (i < n) {
+        float rest[1 + LOW_RANK_BLOCK][PE_PANEL] = {{0}};
+        memcpy(rest[LOW_RANK_BLOCK], x + i, (n - i) * sizeof *x);
+        for (int r = 0; r < n_r; r++) memcpy(rest[r], w + (size_t)r * n + i, (n - i) * sizeof *w);
+        PE_UNROLL for (int r = 0; r < n_r; r++)
+            lanes[r] = v16_fma(v16_load(rest[LOW_RANK_BLOCK]), v16_load(rest[r]), lanes[r]);
+    }
+    PE_UNROLL for (int r = 0; r < n_r; r++) out[r] = v16_sum_lanes(lanes[r]);
+}
+
+static void dots_f32(float *out, const float *x, const float *w, size_t n_rows, size_t n) {
+    size_t r = 0;
+    for (; r + LOW_RANK_BLOCK <= n_rows; r += LOW_RANK_BLOCK) dots_block(out + r, x, w + r * n, n, LOW_RANK_BLOCK);
+    for (; r < n_rows; r++) dots_block(out + r, x, w + r * n, n, 1);
+}
+
+/* n_p panels of 16 outputs (a constant, at most LOW_RANK_BLOCK) that read t once. */
+PE_INLINE void low_rank_block(float *y, size_t step, const float *t, const float *b, size_t rank, const int n_p) {
+    v16 d[LOW_RANK_BLOCK];
+    PE_UNROLL for (int p = 0; p < n_p; p++) d[p] = v16_set1(0.0f);
+    for (size_t k = 0; k < rank; k++) {
+        v16 factor = v16_set1(t[k]);
+        PE_UNROLL for (int p = 0; p < n_p; p++) d[p] = v16_fma(factor, v16_load(b + ((size_t)p * rank + k) * PE_PANEL), d[p]);
+    }
+    PE_UNROLL for (int p = 0; p < n_p; p++) v16_store(y + p * step, v16_add(d[p], v16_load(y + p * step)));
+}
+
+static void add_low_rank(float *y, size_t step, const float *t, const float *b, size_t rank, size_t n) {
+    const size_t wide = LOW_RANK_BLOCK * PE_PANEL;
+    for (; n >= wide; n -= wide, y += LOW_RANK_BLOCK * step, b += rank * wide)
+        low_rank_block(y, step, t, b, rank, LOW_RANK_BLOCK);
+    for (; n >= PE_PANEL; n -= PE_PANEL, y += step, b += rank * PE_PANEL) low_rank_block(y, step, t, b, rank, 1);
+    if (n == 0) return;
+    float rest[PE_PANEL] = {0};
+    memcpy(rest, y, n * sizeof *y);
+    low_rank_block(rest, PE_PANEL, t, b, rank, 1);
+    memcpy(y, rest, n * sizeof *y);
 }
 
 static void add_scaled(float *y, const float *x, float a, size_t n) {
@@ -571,7 +607,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
 #define PE_LANES16_TABLE(table_name, table_required) \
     { \
         .name = table_name, .required = (table_required), .quantize = quantize, .quantize_head = quantize_head, .turn = turn, .matmul = matmul, \
-        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .softcap = softcap, .dot_f32 = dot_f32, .add_scaled = add_scaled, .add = add, .attention_scores = attention_scores, \
+        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = attention_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = attention_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, \

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
     parser.add_argument("-v", "--verbose", action="store_true", help="timings on stderr after each answer")
     options.add_model_options(parser)
+    options.add_lora_option(parser, "an adapter (LoRA, PEFT's directory) beside the model; its product is multiplied by SCALE")
     options.add_context_options(parser)
     options.add_sampling_options(parser)
     return parser
@@ -49,8 +50,9 @@ def parser() -> argparse.ArgumentParser:
 class Conversation:
     """The messages so far, and how an answer joins them."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, system: str | None) -> None:
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None, adapter: str | None = None) -> None:
         self._engine = engine
+        self._adapter = adapter
         self._params = params
         self._system = system
         self.messages: list[dict[str, str]] = []
@@ -65,7 +67,7 @@ class Conversation:
         said: list[str] = []
         result = None
         turn = [*self.messages, {"role": "user", "content": text}]
-        pieces = self._engine.chat(turn, self._params, stream=True)
+        pieces = self._engine.chat(turn, self._params, stream=True, adapter=self._adapter)
         with contextlib.suppress(KeyboardInterrupt):
             for piece in pieces:
                 said.append(piece.text)
@@ -169,7 +171,8 @@ def run(argv: list[str]) -> int:
         stdin.reconfigure(errors="replace")
     with options.open_engine(args) as engine:
         _ = engine.chat_template  # a model without one is refused now and not after the first question
-        conversation = Conversation(engine, params, args.system)
+        adapter = None if args.lora is None else args.lora.load(engine)
+        conversation = Conversation(engine, params, args.system, adapter)
         lines = Lines()
         if lines.is_terminal:
             terminal.warn(f"{engine.metadata.get('name') or engine.path.name}; /help lists the commands")

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="one JSON object at the end: text, tokens, reason, seed, timings")
     add("-v", "--verbose", action="store_true", help="timings on stderr afterwards")
     options.add_model_options(parser)
+    options.add_lora_option(parser, "an adapter (LoRA, PEFT's directory) beside the model; its product is multiplied by SCALE")
     options.add_context_options(parser)
     options.add_sampling_options(parser)
     return parser
@@ -104,7 +105,8 @@ def run(argv: list[str]) -> int:
     prompt = read_prompt(args)
     options.tolerant_stdout()
     with options.open_engine(args) as engine:
-        pieces = engine.stream(prompt, params, parse_special=args.special)
+        adapter = None if args.lora is None else args.lora.load(engine)
+        pieces = engine.stream(prompt, params, parse_special=args.special, adapter=adapter)
         result = write_json(pieces) if args.json else write_stream(pieces)
         if result is None:
             return EXIT_INTERRUPTED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from pyengine.cli import COMMANDS, UsageError
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
@@ -116,6 +116,11 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_lora_option(parser: argparse._ActionsContainer, help: str, *, many: bool = False) -> None:
+    """--lora: args.lora is a list of Lora, or None."""
+    parser.add_argument("--lora", action="append" if many else "store", type=Lora.parse, metavar="[NAME=]DIR[:SCALE]", help=help)
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Everything that SamplingParams knows and that people type."""
     group = parser.add_argument_group(
@@ -188,6 +193,32 @@ _SAMPLING = (
 )  # fmt: skip
 
 # -------------------------------------------------------------------- understood
+
+
+class Lora(NamedTuple):
+    """An adapter beside a model, as the command line names it."""
+
+    name: str | None  # None: the directory's
+    path: str
+    scale: float
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """argparse type: [NAME=]DIR[:SCALE]."""
+        from pyengine.freeze import lora
+
+        name, rest = None, text
+        if "=" in text and not os.path.exists(text):
+            name, _, rest = text.partition("=")
+        try:
+            path, scale = lora.parse(rest)
+        except InvalidArgumentError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return cls(name, os.fspath(path), scale)
+
+    def load(self, engine: Engine) -> str:
+        """Load it; its name."""
+        return engine.load_adapter(self.path, name=self.name, scale=self.scale).name
 
 
 def speculative(text: str) -> Any:

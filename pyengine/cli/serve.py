@@ -26,7 +26,7 @@ Open the address that it prints in a browser for a chat; programs use the same a
 
 examples:
   pyengine serve
-  pyengine serve -m model.safetensors --port 9000
+  pyengine serve -m model.safetensors --lora poems=adapters/poems --port 9000
   pyengine serve -m small=a.safetensors -m large=b.gguf
   pyengine serve -m large.gguf --draft-model small.gguf
   PYENGINE_API_KEY=secret pyengine serve --host 0.0.0.0
@@ -47,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="[NAME=]PATH",
         help="a model, under a name of yours or its own; may be repeated, and the first answers requests that name none. "
         "Default: PYENGINE_MODEL, else the small model that ships with the package",
+    )
+    options.add_lora_option(
+        group,
+        "an adapter (LoRA, PEFT's directory) beside the one model, answered for under its own name; its product is multiplied by "
+        "SCALE; may be repeated",
+        many=True,
     )
     options.add_threads_option(group)
     options.add_isa_option(group)
@@ -118,6 +124,8 @@ def run(argv: list[str]) -> int:
     settings = _settings(args)
     options.check_draft_model(args)
     named = _named_paths(args)
+    if args.lora and len(named) > 1:
+        raise UsageError("--lora: adapters are for one model, and -m names several")
     try:
         from pyengine.serve import server
     except ImportError as error:
@@ -263,6 +271,9 @@ def _load(args: argparse.Namespace, named: NamedPaths) -> Models:
         name = name or model_name(os.fspath(engine.path), engine.metadata)
         if name in models:
             raise PyEngineError(f"two models are called {name!r}: name them with -m NAME=PATH")
+        for lora in args.lora or ():
+            with options.naming(lora.path):
+                lora.load(engine)
         models[name] = ServedModel(name, engine)
     return Models(models.values())
 
@@ -280,5 +291,5 @@ def _announce(models: Models, sock: socket.socket) -> None:
     from pyengine.serve.server import url
 
     _tell_of_templates(models)
-    names = ", ".join(model.name for model in models)
+    names = ", ".join(models.names())
     print(f"pyengine: {names} at {url(sock)} (the API at {url(sock)}/v1); Ctrl-C ends it", file=sys.stderr, flush=True)

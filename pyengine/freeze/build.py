@@ -64,6 +64,17 @@ def frozen_fields(shape: Shape, traits: Traits) -> dict[str, Any]:
     }
 
 
+_ADAPTED = ("q", "k", "v", "wo", "gate", "up", "down")  # parts that an adapter beside the model may change
+
+
+def folded_multipliers(traits: Traits) -> dict[str, Any]:
+    """For ``extra``: what the rows of parts were multiplied by, for adapters, whose products need the same. Empty if nothing was.
+    (A multiplier for each row is of fused matrices alone, which these adapters do not change.)"""
+    scales = {part: traits.folds[part].scale for part in _ADAPTED if part in traits.folds}
+    folded = {part: scale for part, scale in scales.items() if isinstance(scale, float)}
+    return {"folded": folded} if folded and len(folded) == len(scales) else {}
+
+
 def split_key_bias(bias: Float32Array, head_dim: int) -> tuple[Float32Array, Float32Array]:
     """k's bias (kv_dim) -> what stays in the cache and what is kept out of it, each (kv_dim): whole pairs of RoPE."""
     pairs = bias.reshape(-1, 2, head_dim // 2)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ..errors import SystemCallError, system_errors
 from ..format.inventory import FORMAT_VERSION
 
-_REVISION = 3  # goes up when a source begins to freeze to other bytes of the same format
+_REVISION = 4  # goes up when a source begins to freeze to other bytes of the same format
 _ENTRY = re.compile(r"\.?[\w.-]{1,81}-[0-9a-f]{24}\.safetensors(\.lock|\.[0-9a-f]{16}\.partial)?")
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 

@@ -13,7 +13,7 @@ from ..format.config import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfi
 from .arch import architecture_of_gguf
 from .arch.base import Architecture, Shape, Traits
 from .arch.gguf_keys import ROPE_DIVISORS
-from .build import build_model, checked_n_ctx, frozen_fields
+from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
 from .fields import Fields
 from .gguf import GGUFFile
 from .gguf_split import SplitGGUF, open_gguf
@@ -101,7 +101,8 @@ def _config(file: GGUF, keys: Fields, architecture: Architecture, shape: Shape, 
         norm_eps=eps,
         bos_token_id=begin_token_id(file.metadata),
         eos_token_ids=tuple(end_token_ids(file.metadata)),
-        extra={"pooling": pooling} if (pooling := _POOLINGS.get(keys.integer("pooling_type", 0))) else {},
+        extra=({"pooling": pooling} if (pooling := _POOLINGS.get(keys.integer("pooling_type", 0))) else {})
+        | folded_multipliers(traits),
         **frozen_fields(shape, traits),
     )
 

@@ -17,7 +17,7 @@ from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
 from .arch import architecture_of_hf
 from .arch.base import Architecture, Shape, Traits
-from .build import build_model, checked_n_ctx, frozen_fields
+from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
 from .fields import Fields
 from .lora import AdaptedTensors, Adapter
 from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
@@ -333,7 +333,8 @@ def load_hf(
         _refuse_unknown_arithmetic(config)
         shape = _shape(config, architecture, reader.shapes, n_ctx)
         traits = architecture.from_hf(config, shape)
-        frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, _pooling(directory))
+        extra = _pooling(directory) | folded_multipliers(traits)
+        frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, extra)
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
         if frozen.tie_embeddings:
             ignored.append(architecture.parts["output"].hf)  # some save the shared matrix twice

@@ -1,4 +1,5 @@
-"""Low-rank adapters in PEFT's layout, merged into a model's matrices while it is frozen.
+"""Low-rank adapters in PEFT's layout: read and checked, and merged into a model's matrices while it is frozen. (Beside a frozen
+model: pyengine/adapters.py.)
 
     W + s (alpha / r) B A      W (out, in), A (r, in), B (out, r); alpha / sqrt(r) with use_rslora; s is the caller's
 
@@ -13,7 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -118,7 +119,7 @@ class AdaptedTensors:
         self._reader = reader
         self._products: dict[str, list[Product]] = {}
         for one in adapters:
-            for name, product in _products(one, reader.shapes).items():
+            for name, product in products(one, reader.shapes.get).items():
                 self._products.setdefault(name, []).append(product)
         self._unused = set(self._products)
 
@@ -151,8 +152,9 @@ def files_of(one: Adapter) -> list[Path]:
     return [one.path / CONFIG, one.path / WEIGHTS]
 
 
-def _products(one: Adapter, shapes: dict[str, tuple[int, ...]]) -> dict[str, Product]:
-    """What an adapter adds, by the name of the model's tensor."""
+def products(one: Adapter, shape_of: Callable[[str], tuple[int, ...] | None]) -> dict[str, Product]:
+    """What an adapter adds, by the name of the model's tensor; ``shape_of`` says which shape that has, None if there is none of
+    that name. Raises as AdaptedTensors does."""
     from .hf import SafetensorsReader
 
     config = _config(one.path)
@@ -169,7 +171,7 @@ def _products(one: Adapter, shapes: dict[str, tuple[int, ...]]) -> dict[str, Pro
         out = {}
         for module, names in modules.items():
             tensor = f"{module}.weight"
-            _check_shapes(one.path, tensor, [reader.shapes[names[side]] for side in "AB"], rank, shapes)
+            _check_shapes(one.path, tensor, [reader.shapes[names[side]] for side in "AB"], rank, shape_of(tensor))
             a, b = (_whole(reader.matrix(names[side])) for side in "AB")
             out[tensor] = Product(a, b, scale)
         return out
@@ -218,9 +220,8 @@ def _check_targets(path: Path, config: Fields, modules: dict[str, Any]) -> None:
 
 
 def _check_shapes(
-    path: Path, tensor: str, found: list[tuple[int, ...]], rank: int, shapes: dict[str, tuple[int, ...]]
+    path: Path, tensor: str, found: list[tuple[int, ...]], rank: int, base: tuple[int, ...] | None
 ) -> None:
-    base = shapes.get(tensor)
     if base is None:
         raise ModelFormatError(f"{path}: the adapter changes {tensor!r:.200}, which the model does not have")
     if len(base) != 2 or 0 in base:

@@ -48,6 +48,7 @@ class Request(ABC):
     """What every kind of request has.
 
     sequence  the keys and values of its first tokens, None before it starts (or after it had to make room for others)
+    adapter   what changes the model's products for it, None = nothing; `salt` keeps its keys and values apart
     error     what ended it, for its caller to raise
     """
 
@@ -55,10 +56,13 @@ class Request(ABC):
     interactive = False  # somebody reads along: short steps
     row_kind = LOGITS  # what it wants of a position
 
-    def __init__(self, caller: Caller, *, salt: bytes, deadline: float | None) -> None:
+    def __init__(
+        self, caller: Caller, *, salt: bytes, deadline: float | None, adapter: _core.Adapter | None = None
+    ) -> None:
         self.number = next(_numbers)
         self.caller = weakref.ref(caller)
         self.salt = salt
+        self.adapter = adapter
         self.deadline = deadline
         self.sequence: _core.Sequence | None = None
         self.error: BaseException | None = None
@@ -128,6 +132,7 @@ class GenerationRequest(Request):
         end_ids: tuple[int, ...],
         salt: bytes,
         interactive: bool,
+        adapter: _core.Adapter | None = None,
         guide: Guide | None = None,
         shown_special: frozenset[int] = frozenset(),
     ) -> None:
@@ -154,7 +159,7 @@ class GenerationRequest(Request):
         self.guide = guide
         self.n_taken = 0  # pieces that the caller has read
         deadline = None if params.timeout is None else self.output.started + params.timeout
-        super().__init__(caller, salt=salt, deadline=deadline)
+        super().__init__(caller, salt=salt, deadline=deadline, adapter=adapter)
 
     @property
     def n_tokens(self) -> int:
@@ -251,8 +256,9 @@ class RowsRequest(Request):
         max_rows: int,
         salt: bytes,
         row_kind: int = LOGITS,
+        adapter: _core.Adapter | None = None,
     ) -> None:
-        super().__init__(caller, salt=salt, deadline=None)
+        super().__init__(caller, salt=salt, deadline=None, adapter=adapter)
         self.row_kind = row_kind
         self._tokens = tokens
         self._positions = positions
@@ -290,14 +296,14 @@ class RowsRequest(Request):
         return [position for position in range(max(begin, self.next_row), end) if position in self._wanted]
 
 
-def check_salt(salt: str | bytes | None) -> bytes:
-    """16 bytes that stand for a caller's salt; texts under different salts share no cached page. Raises
-    InvalidArgumentError."""
-    if salt is None:
-        return bytes(16)
-    if not isinstance(salt, (str, bytes)) or not salt:
+def check_salt(salt: str | bytes | None, adapter: bytes = b"") -> bytes:
+    """16 bytes that stand for a caller's salt and for the digest (16 bytes) of an adapter; texts under different salts, or with
+    different adapters, share no cached page. Raises InvalidArgumentError."""
+    if salt is not None and (not isinstance(salt, (str, bytes)) or not salt):
         raise InvalidArgumentError(f"cache_salt must be a string that is not empty, not {salt!r}")
+    if salt is None and not adapter:
+        return bytes(16)
     import hashlib
 
-    data = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
-    return hashlib.blake2b(data, digest_size=16).digest()
+    data = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt or b""
+    return hashlib.blake2b(data, digest_size=16, person=adapter).digest()

@@ -258,6 +258,7 @@ class Scheduler:
         tokens: list[int] = []
         sequences: list[_core.Sequence] = []
         wants, drafted = bytearray(), bytearray()
+        adapters: list[_core.Adapter | None] = []
         deadline = None
         for request, begin, end, flags, draft in grants:
             assert request.sequence is not None
@@ -266,11 +267,12 @@ class Scheduler:
             sequences += [request.sequence] * len(flags)
             wants += flags
             drafted += bytes(end - begin) + b"\1" * len(draft)
+            adapters += [request.adapter] * len(flags)
             if request.deadline is not None:
                 deadline = request.deadline if deadline is None else min(deadline, request.deadline)
         self._granted = tuple(grants)
         try:
-            failed = self.context.forward(tokens, sequences, wants, drafted=drafted, deadline=deadline)
+            failed = self.context.forward(tokens, sequences, wants, drafted=drafted, adapters=adapters, deadline=deadline)
         except CancelledError:
             return False  # somebody's deadline, or an abort: the others are computed in the next step
         except OutOfMemoryError as error:

@@ -71,6 +71,7 @@ class ChatCall(Call):
             job,
             [ids],
             engine.resolve(self.params),
+            adapter=self.model.adapter,
             cache_salt=self.cache_salt,
             interactive=self.stream is not None,
             shown_special=frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax),

@@ -52,7 +52,12 @@ class CompletionCall(Call):
                 requests += self._score(job, ids, self.params.logprobs)
         if not self.echo_only:
             requests += engine.requests(
-                job, self.ids, resolved, cache_salt=self.cache_salt, interactive=self.stream is not None
+                job,
+                self.ids,
+                resolved,
+                adapter=self.model.adapter,
+                cache_salt=self.cache_salt,
+                interactive=self.stream is not None,
             )
         return requests
 
@@ -67,7 +72,8 @@ class CompletionCall(Call):
             entries[position + 1] = (token, *logprobs(logits, token, n_top))
 
         positions = list(range(len(ids) - 1))
-        return self.model.engine.rows_requests(job, ids, positions, take, cache_salt=self.cache_salt)
+        engine, adapter = self.model.engine, self.model.adapter
+        return engine.rows_requests(job, ids, positions, take, adapter=adapter, cache_salt=self.cache_salt)
 
     def choice(self, index: int) -> TextChoice:
         return TextChoice(self, index // (self.params.n or 1))

@@ -41,7 +41,12 @@ class EmbeddingsCall:
         """The requests for the engine; in a thread."""
         with told_of("input"):
             self.pooled, requests = self.model.engine.embed_requests(
-                job, self.prompts, pooling=self.pooling, parse_special=False, cache_salt=self.cache_salt
+                job,
+                self.prompts,
+                pooling=self.pooling,
+                parse_special=False,
+                adapter=self.model.adapter,
+                cache_salt=self.cache_salt,
             )
         return requests
 

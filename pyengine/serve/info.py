@@ -33,7 +33,7 @@ async def metrics(app: App, exchange: Exchange) -> None:
 
 
 async def models(app: App, exchange: Exchange) -> None:
-    await exchange.reply_json({"object": "list", "data": [model.card() for model in app.models]})
+    await exchange.reply_json({"object": "list", "data": app.models.cards()})
 
 
 async def model(app: App, exchange: Exchange) -> None:

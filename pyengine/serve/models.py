@@ -1,14 +1,15 @@
-"""The models of a server, each a route by its name."""
+"""The models of a server, each a route by its name, and each of its adapters a route by its own."""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pyengine.async_engine import AsyncEngine
 from pyengine.engine import Engine
-from pyengine.errors import TemplateError
+from pyengine.errors import InvalidArgumentError, TemplateError
 from pyengine.serve.calls import Syntax, syntax_of
 from pyengine.serve.errors import HTTPError
 from pyengine.text.chat import ChatTemplate
@@ -23,13 +24,16 @@ PLAIN_TEMPLATE = (
 class ServedModel:
     """An engine under a name.
 
+    adapter       the adapter that changes it, which is its name; None for the model itself
+    base          the model's own name
     has_template  whether chats go by a template of the model's own, or plainly continue
     shows_tools   whether the template tells the model of tools
     call_syntax   how the model writes calls, by its template; None if it does not, or in a format that is not read here
     """
 
     def __init__(self, name: str, engine: Engine) -> None:
-        self.name = name
+        self.name = self.base = name
+        self.adapter: str | None = None
         self.engine = engine
         self.asynchronous = AsyncEngine(engine)
         self.created = int(os.stat(engine.path).st_mtime)
@@ -43,6 +47,12 @@ class ServedModel:
             self.template = ChatTemplate(PLAIN_TEMPLATE, bos_token=token)
         self.shows_tools = _shows_tools(self.template)
         self.call_syntax = syntax_of(self.template.source) if self.shows_tools else None
+
+    def adapted(self, adapter: str) -> ServedModel:
+        """The same engine with an adapter, under the adapter's name."""
+        other = copy.copy(self)
+        other.name = other.adapter = adapter
+        return other
 
     def call_tokens(self, syntax: Syntax) -> frozenset[int]:
         """Special tokens that stand around calls."""
@@ -68,13 +78,15 @@ class ServedModel:
         return self.engine.prompt_ids(ids)
 
     def card(self) -> dict[str, Any]:
-        """As /v1/models lists it."""
+        """As /v1/models lists it; `parent` and `root` are vLLM's for an adapter."""
+        origin = {} if self.adapter is None else {"parent": self.base, "root": self.adapter}
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "pyengine",
             "max_model_len": self.engine.n_ctx,
+            **origin,
         }
 
 
@@ -93,18 +105,33 @@ def _shows_tools(template: ChatTemplate) -> bool:
 
 
 class Models:
-    """By name; the first is the default for requests that name none."""
+    """By name, with the adapters that their engines have; the first is the default for requests that name none. Raises
+    InvalidArgumentError for an adapter with the name of a model."""
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
-        self._by_name = {model.name: model for model in models}
+        self._models = list(models)
+        self._by_name = {model.name: model for model in self._models}
+        for model in self._models:
+            for adapter in model.engine.adapters():
+                if adapter.name in self._by_name:
+                    raise InvalidArgumentError(f"there is a model called {adapter.name!r}: name the adapter with --lora NAME=DIR")
+                self._by_name[adapter.name] = model.adapted(adapter.name)
 
-    def __iter__(self) -> Any:
-        return iter(self._by_name.values())
+    def __iter__(self) -> Iterator[ServedModel]:
+        """The models themselves, without adapters."""
+        return iter(self._models)
+
+    def names(self) -> list[str]:
+        """Every route."""
+        return list(self._by_name)
+
+    def cards(self) -> list[dict[str, Any]]:
+        return [model.card() for model in self._by_name.values()]
 
     def get(self, name: str | None) -> ServedModel:
         """Raises HTTPError 404 with the names that there are."""
         if name is None:
-            return next(iter(self._by_name.values()))
+            return self._models[0]
         model = self._by_name.get(name)
         if model is None:
             known = ", ".join(self._by_name)
@@ -115,7 +142,7 @@ class Models:
         return model
 
     def close(self) -> None:
-        for model in self._by_name.values():
+        for model in self._models:
             model.engine.close()
 
 

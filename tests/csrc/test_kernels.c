@@ -277,20 +277,51 @@ static void test_softcap(const struct pe_kernels *k) {
     }
 }
 
-static void test_dot_add_scaled(const struct pe_kernels *k) {
+static void test_add_scaled(const struct pe_kernels *k) {
     rng r = {19};
     for (size_t n = 1; n <= 70; n++)
         for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
-            block x = block_new(n * 4, 4), w = block_new(n * 4, 4), a = block_new(n * 4, 4), b = block_new(n * 4, 4);
-            fill(FLOATS(x), n, pattern, &r), fill(FLOATS(w), n, pattern, &r), fill(FLOATS(a), n, pattern, &r);
+            block x = block_new(n * 4, 4), a = block_new(n * 4, 4), b = block_new(n * 4, 4);
+            fill(FLOATS(x), n, pattern, &r), fill(FLOATS(a), n, pattern, &r);
             memcpy(FLOATS(b), FLOATS(a), n * 4);
-            float dots[2] = {pe_kernels_scalar.dot_f32(FLOATS(x), FLOATS(w), n), k->dot_f32(FLOATS(x), FLOATS(w), n)};
-            CHECK(same_floats(&dots[0], &dots[1], 1), "%s: dot of %zu, %s", k->name, n, pattern_names[pattern]);
             pe_kernels_scalar.add_scaled(FLOATS(a), FLOATS(x), 0.3f, n);
             k->add_scaled(FLOATS(b), FLOATS(x), 0.3f, n);
             CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: add_scaled of %zu, %s", k->name, n,
                   pattern_names[pattern]);
-            block_free(&x), block_free(&w), block_free(&a), block_free(&b);
+            block_free(&x), block_free(&a), block_free(&b);
+        }
+}
+
+static void test_dots(const struct pe_kernels *k) {
+    rng r = {20};
+    for (size_t n = 1; n <= 70; n++)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            size_t n_rows = 1 + n % 9;
+            block x = block_new(n * 4, 4), w = block_new(n_rows * n * 4, 4), out = block_new(n_rows * 4, 4);
+            float expected[9];
+            fill(FLOATS(x), n, pattern, &r), fill(FLOATS(w), n_rows * n, pattern, &r);
+            pe_kernels_scalar.dots_f32(expected, FLOATS(x), FLOATS(w), n_rows, n);
+            k->dots_f32(FLOATS(out), FLOATS(x), FLOATS(w), n_rows, n);
+            CHECK(same_floats(expected, FLOATS(out), n_rows) && block_intact(&out), "%s: %zu dots of %zu, %s", k->name, n_rows, n,
+                  pattern_names[pattern]);
+            block_free(&x), block_free(&w), block_free(&out);
+        }
+}
+
+/* y's panels lie side by side, or every second one is another matrix's. */
+static void test_low_rank(const struct pe_kernels *k) {
+    rng r = {21};
+    for (size_t n = 1; n <= 150; n++)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            size_t rank = 1 + n % 7, panels = (n + 15) / 16, step = n % 2 == 0 ? 16 : 32, size = (panels - 1) * step + (n - 1) % 16 + 1;
+            block t = block_new(rank * 4, 4), b = block_new(panels * rank * 64, 4), y = block_new(size * 4, 4), z = block_new(size * 4, 4);
+            fill(FLOATS(t), rank, pattern, &r), fill(FLOATS(b), panels * rank * 16, pattern, &r), fill(FLOATS(y), size, pattern, &r);
+            memcpy(FLOATS(z), FLOATS(y), size * 4);
+            pe_kernels_scalar.add_low_rank(FLOATS(y), step, FLOATS(t), FLOATS(b), rank, n);
+            k->add_low_rank(FLOATS(z), step, FLOATS(t), FLOATS(b), rank, n);
+            CHECK(same_floats(FLOATS(y), FLOATS(z), size) && block_intact(&z), "%s: rank %zu of %zu outputs, %s", k->name, rank, n,
+                  pattern_names[pattern]);
+            block_free(&t), block_free(&b), block_free(&y), block_free(&z);
         }
 }
 
@@ -347,7 +378,9 @@ void test_kernels(const struct pe_kernels *k) {
     test_rope(k);
     test_gates(k);
     test_softcap(k);
-    test_dot_add_scaled(k);
+    test_add_scaled(k);
+    test_dots(k);
+    test_low_rank(k);
     test_add_scale_merge(k);
     test_codes_are_legal(k);
 }

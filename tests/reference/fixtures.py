@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .folds import folded, head_dim_of, unfused
+from .folds import folded, folded_multipliers, head_dim_of, unfused
 
 DATA = Path(__file__).parent / "data"
 LARGE_KEY_BIAS = 4.0
@@ -83,6 +83,33 @@ def load(name: str) -> Fixture:
     return Fixture(name, json.loads(str(arrays["config"])), weights, **rest)
 
 
+@dataclass(frozen=True)
+class LoraFixture:
+    """An adapter for the model of the same name, and what PEFT says of both; see make_lora_fixtures.py."""
+
+    config: str
+    tensors: dict[str, NDArray[np.float32]]
+    logits: NDArray[np.float32]
+
+
+def lora_names() -> list[str]:
+    return sorted(path.stem for path in (DATA / "lora").glob("*.npz"))
+
+
+def load_lora(name: str) -> LoraFixture:
+    with np.load(DATA / "lora" / f"{name}.npz", allow_pickle=False) as file:
+        tensors = {key.removeprefix("tensors/"): file[key] for key in file.files if key.startswith("tensors/")}
+        return LoraFixture(str(file["config"]), tensors, file["logits"])
+
+
+def write_lora_dir(directory: Path, config: str, tensors: Mapping[str, NDArray[Any]]) -> Path:
+    """Make `directory` with PEFT's two files, and return it."""
+    directory.mkdir(parents=True)
+    (directory / "adapter_config.json").write_text(config)
+    write_safetensors(directory / "adapter_model.safetensors", tensors)
+    return directory
+
+
 def canonical_name(hf_name: str, model_type: str = "llama") -> str:
     """``model.layers.3.self_attn.q_proj.weight`` -> ``layers.3.wq``."""
     if hf_name in MODEL_NAMES:
@@ -135,6 +162,8 @@ def split_key_biases(config: Mapping[str, Any], weights: dict[str, Any]) -> dict
 def canonical_config(fixture: Fixture) -> dict[str, Any]:
     """The keys of FORMAT.md's config.json for a fixture."""
     config = config_from_hf(fixture.hf_config, fixture.hf_weights)
+    if multipliers := folded_multipliers(fixture.hf_config):
+        config["extra"] = {"folded": multipliers}
     if (fixture.hf_config.get("rope_scaling") or {}).get("type") == "longrope" and n_ctx(fixture) is None:
         config["max_seq_len"] = fixture.hf_config["original_max_position_embeddings"]
     return config

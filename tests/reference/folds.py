@@ -113,3 +113,13 @@ def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
     if hf["model_type"] in FOLDS:
         FOLDS[hf["model_type"]](hf, weights)
     return weights
+
+
+def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float]:
+    """The same of the matrices that an adapter may change, by the file's names of their parts: what `extra.folded` says."""
+    if hf["model_type"] == "gemma2":
+        return {"q": hf["query_pre_attn_scalar"] ** -0.5 * math.sqrt(head_dim_of(hf))}
+    if hf["model_type"] not in ("granite", "granitemoe"):
+        return {}
+    residual = hf["residual_multiplier"]
+    return {"q": hf["attention_multiplier"] * math.sqrt(head_dim_of(hf)), "wo": residual, "down": residual}

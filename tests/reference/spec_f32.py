@@ -1,4 +1,4 @@
-"""csrc/FORMAT.md sections 4 to 8 in float32 NumPy, operation for operation: the specification's second text.
+"""csrc/FORMAT.md sections 4 to 8 and 11 in float32 NumPy, operation for operation: the specification's second text.
 
 Where oracle.py says what the numbers mean, this file says what their bits are. Every function
 follows the page's order of operations, so a model run here and a model run by any kernel table must
@@ -199,6 +199,31 @@ def route(x: F32, router: F32, n_used: int, normalized: bool) -> tuple[Array, F3
     return taken, p / total[:, None]
 
 
+# ---------------------------------------------------------------------- section 11
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a matrix: a (rank, columns), b (rows, rank), float32."""
+
+    a: F32
+    b: F32
+    scale: float
+
+    def product(self, x: F32) -> F32:
+        """x (n_tokens, columns), the row before it is quantized -> (n_tokens, rows)."""
+        pad = [(0, 0), (0, -x.shape[1] % LANES)]
+        x, a = np.pad(x, pad), np.pad(self.a, pad)
+        lanes = np.zeros((len(x), len(a), LANES), dtype=f32)
+        for i in range(0, x.shape[1], LANES):
+            lanes = fmaf(x[:, None, i : i + LANES], a[None, :, i : i + LANES], lanes)
+        t = _tree(lanes) * f32(self.scale)
+        d = np.zeros((len(x), len(self.b)), dtype=f32)
+        for k in range(len(a)):
+            d = fmaf(t[:, k, None], self.b[:, k], d)
+        return d
+
+
 # ---------------------------------------------------------------------- section 8
 
 
@@ -276,10 +301,19 @@ def _attend_chunk(scores: F32, seen: Array, v: F32, v_scales: F32) -> tuple[F32,
 class Spec:
     """The engine's forward pass. Names, shapes and traces are those of oracle.Oracle.
 
-    A matrix is a float array, quantized here, or a Matrix that was read from a frozen file.
+    A matrix is a float array, quantized here, or a Matrix that was read from a frozen file. adapter: what it adds to matrices, by
+    their names ("layers.0.wq").
     """
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Weight], *, kv_dtype: str = "int8") -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Weight],
+        *,
+        kv_dtype: str = "int8",
+        adapter: Mapping[str, LowRank] | None = None,
+    ) -> None:
+        self.adapter = adapter or {}
         self.config = config
         self.kv_dtype = kv_dtype
         self.matrices: dict[str, Matrix] = {}
@@ -305,6 +339,18 @@ class Spec:
         y = matmul(*x, self.matrices[f"layers.{layer}.{name}"])
         bias = self.vectors.get(f"layers.{layer}.{name}.bias")
         return y if bias is None else y + bias
+
+    def _adapted(self, layer: int, name: str, x: tuple[Array, F32], x_float: F32) -> F32:
+        """_linear of x, quantized from x_float, and what the adapter adds."""
+        y, product = self._linear(layer, name, x), self.adapter.get(f"layers.{layer}.{name}")
+        return y if product is None else product.product(x_float) + y
+
+    def _add(self, layer: int, name: str, norm: str, x: F32, branch: tuple[Array, F32], branch_float: F32) -> F32:
+        """x and what a matrix makes of `branch`, normed if there is such a norm; without one the adapter's share comes last."""
+        if f"layers.{layer}.{norm}" in self.vectors:
+            return self._norm(f"layers.{layer}.{norm}", self._adapted(layer, name, branch, branch_float)) + x
+        y, product = self._linear(layer, name, branch) + x, self.adapter.get(f"layers.{layer}.{name}")
+        return y if product is None else product.product(branch_float) + y
 
     def _quantize_input(self, trace: Trace, name: str, x: F32) -> tuple[Array, F32]:
         codes, scales = quantize_turned(x)
@@ -345,9 +391,9 @@ class Spec:
 
         trace["attention_normed"] = xn = self._norm_if_there(f"layers.{layer}.attention_norm", x)
         x_q = self._quantize_input(trace, "attention_normed", xn)
-        trace["q"] = q = self._linear(layer, "wq", x_q).reshape(n_tokens, -1, head_dim)
-        trace["k"] = k = self._linear(layer, "wk", x_q).reshape(n_tokens, -1, head_dim)
-        trace["v"] = v = self._linear(layer, "wv", x_q).reshape(n_tokens, -1, head_dim)
+        trace["q"] = q = self._adapted(layer, "wq", x_q, xn).reshape(n_tokens, -1, head_dim)
+        trace["k"] = k = self._adapted(layer, "wk", x_q, xn).reshape(n_tokens, -1, head_dim)
+        trace["v"] = v = self._adapted(layer, "wv", x_q, xn).reshape(n_tokens, -1, head_dim)
         if cfg.get("qk_norm_all_heads"):
             q = self._norm(f"layers.{layer}.q_norm", q.reshape(n_tokens, -1)).reshape(q.shape)
             k = self._norm(f"layers.{layer}.k_norm", k.reshape(n_tokens, -1)).reshape(k.shape)
@@ -360,8 +406,7 @@ class Spec:
         trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
         trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
         o_q = self._quantize_input(trace, "attention", o)
-        branch = self._norm_if_there(f"layers.{layer}.post_attention_norm", self._linear(layer, "wo", o_q))
-        trace["x_attention"] = x = branch + x
+        trace["x_attention"] = x = self._add(layer, "wo", "post_attention_norm", x, o_q, o)
 
         trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
         x_q = self._quantize_input(trace, "ffn_normed", xn)
@@ -369,11 +414,10 @@ class Spec:
             branch = self._experts(layer, trace, xn, x_q)
             trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
             return trace
-        trace["gate"] = gate = self._linear(layer, "w_gate", x_q)
-        trace["up"] = up = self._linear(layer, "w_up", x_q)
+        trace["gate"] = gate = self._adapted(layer, "w_gate", x_q, xn)
+        trace["up"] = up = self._adapted(layer, "w_up", x_q, xn)
         trace["h"] = h = GATES[layer_field(cfg, "activation", layer)](gate, up)
-        branch = self._linear(layer, "w_down", self._quantize_input(trace, "h", h))
-        trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
+        trace["out"] = self._add(layer, "w_down", "post_ffn_norm", x, self._quantize_input(trace, "h", h), h)
         return trace
 
     def _experts(self, layer: int, trace: Trace, xn: F32, x_q: tuple[Array, F32]) -> F32:

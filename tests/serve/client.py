@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,17 @@ class Call:
             await self.news.wait()
 
 
-def serving(model: Path, test: Callable[[Client], Coroutine[Any, Any, None]], **settings: Any) -> None:
-    """Run a test against a server of one model, called "tiny"; afterwards nothing may be left of its requests."""
+def serving(
+    model: Path,
+    test: Callable[[Client], Coroutine[Any, Any, None]],
+    *,
+    adapters: Mapping[str, Path] | None = None,
+    **settings: Any,
+) -> None:
+    """Run a test against a server of one model, called "tiny", and its adapters; nothing may be left of its requests."""
     with Engine(model, max_sequences=8) as engine:
+        for name, path in (adapters or {}).items():
+            engine.load_adapter(path, name=name)
         app = App(Settings(log_format="none", **settings))
         app.start(Models([ServedModel("tiny", engine)]))
 
