@@ -33,7 +33,7 @@ static void put_query(pe_slice *s, const pe_layer *layer, size_t token, size_t h
 }
 
 /* Quantize k and v (head_dim) and put them at the token's position of the cache: k as a lane of its panel, v as
- * a row. */
+ * one of the four positions that lie side by side. */
 static void put_key_value(const qkv_job *j, size_t token, uint32_t kv_head, const float *k, const float *v) {
     pe_slice *s = j->s;
     const pe_model *model = s->model;
@@ -55,9 +55,10 @@ static void put_key_value(const qkv_job *j, size_t token, uint32_t kv_head, cons
         s->kernels->quantize_head(codes, &kv.k_scales[in_chunk], &unused, k, head_dim, block, pe_weight_factor(block));
     pe_slice_note_bits(s, token, bits);
     for (size_t i = 0; i < d; i += 4) memcpy(kv.k + (panel * d + i) * PE_PANEL + lane * 4, codes + i, 4);
-    memset(kv.v + in_chunk * d, 0, d);
-    bits = s->kernels->quantize_head(kv.v + in_chunk * d, &kv.v_scales[in_chunk], &unused, v, head_dim, 1, 1.0f);
+    bits = s->kernels->quantize_head(codes, &kv.v_scales[in_chunk], &unused, v, head_dim, 1, 1.0f);
     pe_slice_note_bits(s, token, bits);
+    int8_t *v_codes = kv.v + in_chunk / 4 * 4 * d + in_chunk % 4;
+    for (size_t i = 0; i < d; i++) v_codes[i * 4] = codes[i];
 }
 
 /* One token: q and k normed (qk_norm) and rotated, q quantized, k and v into the cache. */

@@ -14,6 +14,7 @@ enum {
     PE_GROUP = 64,         /* weights, and activations, that share a scale; the largest block that is turned */
     PE_TOKEN_BLOCK = 8,    /* tokens whose activations are packed together */
     PE_CHUNK = 256,        /* positions of an attention chunk = of a KV page */
+    PE_PROBABILITY_GROUP = 32, /* positions of a chunk whose probabilities share a scale */
     PE_MAX_HEAD_DIM = 512, /* model.c refuses more: kernels keep a head on their stack */
 };
 
@@ -54,6 +55,12 @@ static inline float pe_input_factor(size_t b) {
 }
 static inline float pe_weight_factor(size_t b) { return 1.0f / ((float)b * pe_input_factor(b)); }
 
+/* Where the groups of probabilities that hold positions [begin, end) of a chunk begin and end. */
+static inline size_t pe_group_begin(size_t begin) { return begin / PE_PROBABILITY_GROUP * PE_PROBABILITY_GROUP; }
+static inline size_t pe_group_end(size_t end) {
+    return (end + PE_PROBABILITY_GROUP - 1) / PE_PROBABILITY_GROUP * PE_PROBABILITY_GROUP;
+}
+
 /* A matrix in panels (FORMAT.md section 3): codes (n_panels, n_groups, 16, 16, 4), scales f16 bits (n_panels, n_groups,
  * 16). */
 typedef struct pe_matrix {
@@ -63,7 +70,7 @@ typedef struct pe_matrix {
 } pe_matrix;
 
 /* K and V of one layer, one kv head and one chunk of 256 positions. head_dim_p = head_dim padded to 16.
- *   int8: k (16 panels, head_dim_p / 4, 16, 4)   k_scales (256)   v (256, head_dim_p)   v_scales (256)
+ *   int8: k (16 panels, head_dim_p / 4, 16, 4)   k_scales (256)   v (64, head_dim_p, 4)   v_scales (256)
  *   f32:  k_f32 (16 panels, head_dim_p, 16)      v_f32 (256, head_dim_p)                      the others NULL */
 typedef struct pe_kv_chunk {
     int8_t *k;
@@ -148,10 +155,13 @@ struct pe_kernels {
     float (*softmax_max)(float *scores, size_t begin, size_t end);
     float (*softmax_exp)(float *scores, size_t begin, size_t end, float m);
 
-    /* out[r][d] = sum over positions [begin, end) ascending of (p[r][j] * v_scale[j]) * v[j][d], from +0. p rows 256
-     * floats apart and +0 where row r may not look; out (n_rows, head_dim_p). */
+    /* out[r][d] = o of FORMAT.md section 8 over positions [begin, end): the weights p[r][j] * v_scale[j], quantized in groups of
+     * 32 positions, times v[j][d]. p rows 256 floats apart, in 0..1, and +0 where row r may not look; out (n_rows, head_dim_p).
+     * The scales and codes of V outside of [begin, end) are not looked at, or multiplied by 0. Of a row that holds a NaN,
+     * nothing is meant. */
     void (*attention_values)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                              size_t begin, size_t end);
+    /* out[r][d] = sum of p[r][j] * v_f32[j][d], j ascending, one fmaf each from +0; all else as above. */
     void (*attention_values_f32)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end);
 

@@ -10,7 +10,7 @@
 
 /* 4 int32 sums, 4 halves of weights, x and |x| fit 16 ymm registers with room for the steps between: nothing is spilled. All
  * sixteen steps of a group written out would need more, and were a fifth slower than four. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 1, DOT_UNROLL = 4, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
+enum { TILE_PANELS = 2, TILE_TOKENS = 1, DOT_UNROLL = 4, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 4 };
 
 typedef i16 w16;
 typedef struct {
@@ -38,6 +38,11 @@ LANES __m256i dot8(__m256i acc, __m256i w, x4 x) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 LANES i16 dot(i16 acc, w16 w, x4 x) { return (i16){dot8(acc.low, w.low, x), dot8(acc.high, w.high, x)}; }
+
+LANES __m256i dot_values8(__m256i acc, __m256i v, p4 p) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(p, v), _mm256_set1_epi16(1)));
+}
+LANES i16 dot_values(i16 acc, v16x4 v, p4 p) { return (i16){dot_values8(acc.low, v.low, p), dot_values8(acc.high, v.high, p)}; }
 
 #include "lanes16.h"
 

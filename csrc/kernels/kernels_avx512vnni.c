@@ -11,10 +11,10 @@
 
 /* 16 int32 sums and 16 float sums fill the registers: at the end of a group a finished sum waits on the stack for its
  * conversion, which costs less than what 8 chains would wait for the dot step's latency. Values: 24 sums, 4 columns of V. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 8, DOT_UNROLL = 16, SCORE_ROWS = 8, VALUE_ROWS = 6, VALUE_COLUMNS = 4 };
+enum { TILE_PANELS = 2, TILE_TOKENS = 8, DOT_UNROLL = 16, SCORE_ROWS = 8, VALUE_ROWS = 3, VALUE_COLUMNS = 4, VALUE_UNROLL = 8 };
 
 typedef __m512 v16;
-typedef __m512i i16, w16, x4;
+typedef __m512i i16, w16, x4, v16x4, p4;
 
 LANES v16 v16_load(const float *p) { return _mm512_loadu_ps(p); }
 LANES void v16_store(float *p, v16 x) { _mm512_storeu_ps(p, x); }
@@ -68,6 +68,13 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
+LANES void v16_pair_to_i8(int8_t *p, v16 x, v16 y) {
+    __m512i words = _mm512_packs_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(y)); /* per 128 bits: 4 of x, 4 of y */
+    __m256i bytes = _mm256_packs_epi16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
+    __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
+    _mm256_storeu_si256((void *)p, _mm256_permutevar8x32_epi32(bytes, order));
+}
+
 LANES w16 w16_load(const int8_t *p) {
     return _mm512_xor_si512(_mm512_loadu_si512((const void *)p), _mm512_set1_epi8((char)0x80));
 }
@@ -78,6 +85,10 @@ LANES x4 x4_load(const int8_t *p) {
 }
 LANES i16 dot_start(int32_t correction) { return _mm512_set1_epi32(correction); }
 LANES i16 dot(i16 acc, w16 w, x4 x) { return _mm512_dpbusd_epi32(acc, w, x); }
+
+LANES v16x4 v16x4_load(const int8_t *p) { return _mm512_loadu_si512((const void *)p); }
+LANES p4 p4_load(const int8_t *p) { return x4_load(p); }
+LANES i16 dot_values(i16 acc, v16x4 v, p4 p) { return _mm512_dpbusd_epi32(acc, p, v); }
 
 #include "lanes16.h"
 

@@ -10,7 +10,7 @@
 #include "pyengine.h"
 
 /* 8 int32 sums of 16 ymm registers; the float sums are spilled. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 2, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
+enum { TILE_PANELS = 2, TILE_TOKENS = 2, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8 };
 
 typedef i16 w16;
 typedef __m256i x4;
@@ -34,6 +34,10 @@ LANES i16 dot_start(int32_t correction) {
 
 LANES i16 dot(i16 acc, w16 w, x4 x) {
     return (i16){_mm256_dpbusd_avx_epi32(acc.low, w.low, x), _mm256_dpbusd_avx_epi32(acc.high, w.high, x)};
+}
+
+LANES i16 dot_values(i16 acc, v16x4 v, p4 p) {
+    return (i16){_mm256_dpbusd_avx_epi32(acc.low, p, v.low), _mm256_dpbusd_avx_epi32(acc.high, p, v.high)};
 }
 
 #include "lanes16.h"

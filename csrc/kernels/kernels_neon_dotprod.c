@@ -13,12 +13,12 @@
 #define LANES static inline __attribute__((always_inline))
 
 /* 16 int32 sums and 4 weights of 32 q registers; the float sums are spilled. */
-enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1 };
+enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8 };
 
 typedef float32x4x4_t v16;
 typedef int32x4x4_t i16;
-typedef int8x16x4_t w16;
-typedef int8x16_t x4;
+typedef int8x16x4_t w16, v16x4;
+typedef int8x16_t x4, p4;
 
 /* One expression for each q register, where q is 0..3. */
 #define EACH(type, expression) \
@@ -97,6 +97,11 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
+LANES void v16_pair_to_i8(int8_t *p, v16 x, v16 y) {
+    v16_to_i8(p, x);
+    v16_to_i8(p + 16, y);
+}
+
 LANES w16 w16_load(const int8_t *p) { EACH(w16, vld1q_s8(p + 16 * q)); }
 LANES x4 x4_load(const int8_t *p) {
     int32_t four;
@@ -108,6 +113,10 @@ LANES i16 dot_start(int32_t correction) {
     return i16_zero();
 }
 LANES i16 dot(i16 acc, w16 w, x4 x) { EACH(i16, vdotq_s32(acc.val[q], w.val[q], x)); }
+
+LANES v16x4 v16x4_load(const int8_t *p) { return w16_load(p); }
+LANES p4 p4_load(const int8_t *p) { return x4_load(p); }
+LANES i16 dot_values(i16 acc, v16x4 v, p4 p) { return dot(acc, v, p); }
 
 #include "lanes16.h"
 

@@ -234,15 +234,33 @@ static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
     return pe_sum_lanes(a);
 }
 
+/* One group of probabilities times V's scales: codes 0..127. Returns their scale. */
+static float quantize_probabilities(int8_t codes[PE_PROBABILITY_GROUP], const float weights[PE_PROBABILITY_GROUP]) {
+    float most = 0.0f;
+    for (size_t j = 0; j < PE_PROBABILITY_GROUP; j++) most = weights[j] > most ? weights[j] : most;
+    int zero = most < smallest_absmax;
+    float inv = zero ? 0.0f : 127.0f / most;
+    for (size_t j = 0; j < PE_PROBABILITY_GROUP; j++) codes[j] = (int8_t)lrintf(weights[j] * inv);
+    return zero ? 0.0f : most / 127.0f;
+}
+
 static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                              size_t begin, size_t end) {
-    for (size_t r = 0; r < n_rows; r++)
-        for (size_t d = 0; d < head_dim_p; d++) {
-            float o = 0.0f;
-            for (size_t j = begin; j < end; j++)
-                o = fmaf(p[r * PE_CHUNK + j] * kv->v_scales[j], (float)kv->v[j * head_dim_p + d], o);
-            out[r * head_dim_p + d] = o;
+    for (size_t r = 0; r < n_rows; r++) {
+        float weights[PE_CHUNK] = {0};
+        for (size_t j = begin; j < end; j++) weights[j] = p[r * PE_CHUNK + j] * kv->v_scales[j];
+        for (size_t d = 0; d < head_dim_p; d++) out[r * head_dim_p + d] = 0.0f;
+        for (size_t first = 0; first < PE_CHUNK; first += PE_PROBABILITY_GROUP) {
+            int8_t codes[PE_PROBABILITY_GROUP];
+            float scale = quantize_probabilities(codes, weights + first);
+            for (size_t i = 0; i < head_dim_p; i++) {
+                int32_t d = 0; /* exact, as a float too: 32 * 127 * 127 < 2^24 */
+                for (size_t j = 0; j < PE_PROBABILITY_GROUP; j++)
+                    d += codes[j] * kv->v[((first + j) / 4 * head_dim_p + i) * 4 + j % 4];
+                out[r * head_dim_p + i] = fmaf((float)d, scale, out[r * head_dim_p + i]);
+            }
         }
+    }
 }
 
 static void attention_values_f32(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,

@@ -19,7 +19,11 @@
  *   TILE_PANELS, TILE_TOKENS   register block of the matrix product; TILE_TOKENS at most PE_TOKEN_BLOCK
  *   DOT_UNROLL                 of the sixteen dot steps of a group, so many are written out one after the other
  *   SCORE_ROWS                 queries that share a panel of K; at most 8
- *   VALUE_ROWS, VALUE_COLUMNS  register block of probabilities times V: rows by vectors of 16 columns; at most 8 rows */
+ *   v16_pair_to_i8(dst, x, y)   rint to int8, 32 bytes stored
+ *   v16x4, p4        64 bytes of V (four positions of sixteen columns); four codes of probabilities, 0..127, broadcast
+ *   v16x4_load, p4_load, dot_values(acc, v, p)
+ *   VALUE_ROWS, VALUE_COLUMNS  register block of probabilities times V: rows by vectors of 16 columns; at most 8 rows
+ *   VALUE_UNROLL               of the eight dot steps of a group of probabilities, so many are written out */
 #ifndef PE_LANES16_H
 #define PE_LANES16_H
 
@@ -535,44 +539,82 @@ static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
     return v16_sum_lanes(total);
 }
 
-/* n_r rows of weights (256 apart) times n_c vectors of columns of V from d on. */
-PE_INLINE void values_block(float *out, size_t out_stride, const float *weights, const pe_kv_chunk *kv, size_t head_dim_p, size_t d,
-                            size_t begin, size_t end, const int n_r, const int n_c, const int f32) {
+/* Up to VALUE_ROWS rows of a chunk's probabilities times V's scales, quantized; 0 where nothing is seen. */
+typedef struct probability_block {
+    int8_t codes[VALUE_ROWS][PE_CHUNK];
+    float scales[VALUE_ROWS][PE_PANEL]; /* of a row's groups; PE_CHUNK / PE_PROBABILITY_GROUP are used */
+} probability_block;
+
+/* weights (256) = p * v_scales over [begin, end), +0 in what else there is of the groups that hold these positions; most (16):
+ * the largest one of each such group. */
+PE_INLINE void weigh_probabilities(float *weights, float *most, const float *p, const float *v_scales, size_t begin, size_t end) {
+    size_t first = pe_group_begin(begin), last = pe_group_end(end);
+    for (size_t j = first; j < last; j += 16) v16_store(weights + j, v16_mul(v16_load(p + j), v16_load(v_scales + j)));
+    for (size_t j = first; j < begin; j++) weights[j] = 0.0f;
+    for (size_t j = end; j < last; j++) weights[j] = 0.0f;
+    for (size_t j = first; j < last; j += PE_PROBABILITY_GROUP)
+        most[j / PE_PROBABILITY_GROUP] = v16_max_lanes(v16_max(v16_load(weights + j), v16_load(weights + j + 16)));
+}
+
+/* Rows of p, 256 apart. Row by row each of the three steps would wait for the one before. */
+PE_INLINE void quantize_probabilities(probability_block *block, const float *p, size_t n_r, const float *v_scales, size_t begin,
+                                      size_t end) {
+    float weights[VALUE_ROWS][PE_CHUNK], most[VALUE_ROWS][PE_PANEL] = {{0}}, inverses[VALUE_ROWS][PE_PANEL];
+    for (size_t r = 0; r < n_r; r++) weigh_probabilities(weights[r], most[r], p + r * PE_CHUNK, v_scales, begin, end);
+    for (size_t r = 0; r < n_r; r++) {
+        v16 largest = v16_load(most[r]), most_code = v16_set1(127.0f);
+        v16_store(block->scales[r], v16_zero_if_less(largest, 0x1p-64f, v16_div(largest, most_code)));
+        v16_store(inverses[r], v16_zero_if_less(largest, 0x1p-64f, v16_div(most_code, largest)));
+    }
+    for (size_t r = 0; r < n_r; r++)
+        for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP) {
+            const float *w = weights[r] + j;
+            v16 inverse = v16_set1(inverses[r][j / PE_PROBABILITY_GROUP]);
+            v16_pair_to_i8(block->codes[r] + j, v16_mul(v16_load(w), inverse), v16_mul(v16_load(w + 16), inverse));
+        }
+}
+
+/* n_r rows times n_c vectors of 16 columns of V from d on, over the groups of [begin, end). */
+PE_INLINE void values_block(float *out, const probability_block *p, const int8_t *v, size_t head_dim_p, size_t d, size_t begin,
+                            size_t end, const int n_r, const int n_c) {
     v16 o[VALUE_ROWS][VALUE_COLUMNS];
     PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_set1(0.0f);
-    for (size_t j = begin; j < end; j++) {
-        v16 v[VALUE_COLUMNS];
-        PE_UNROLL for (int c = 0; c < n_c; c++) {
-            size_t at = j * head_dim_p + d + (size_t)c * 16;
-            v[c] = f32 ? v16_load(kv->v_f32 + at) : v16_from_i8(kv->v + at);
+    for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP) {
+        i16 sums[VALUE_ROWS][VALUE_COLUMNS];
+        PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) sums[r][c] = i16_zero();
+        _Pragma("GCC unroll VALUE_UNROLL") for (size_t k = 0; k < PE_PROBABILITY_GROUP; k += 4) {
+            v16x4 columns[VALUE_COLUMNS];
+            PE_UNROLL for (int c = 0; c < n_c; c++) columns[c] = v16x4_load(v + (j + k) * head_dim_p + (d + (size_t)c * 16) * 4);
+            PE_UNROLL for (int r = 0; r < n_r; r++) {
+                p4 codes = p4_load(p->codes[r] + j + k);
+                PE_UNROLL for (int c = 0; c < n_c; c++) sums[r][c] = dot_values(sums[r][c], columns[c], codes);
+            }
         }
         PE_UNROLL for (int r = 0; r < n_r; r++) {
-            v16 weight = v16_set1(weights[(size_t)r * PE_CHUNK + j]);
-            PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_fma(weight, v[c], o[r][c]);
+            v16 scale = v16_set1(p->scales[r][j / PE_PROBABILITY_GROUP]);
+            PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_fma(i16_to_float(sums[r][c]), scale, o[r][c]);
         }
     }
     PE_UNROLL for (int r = 0; r < n_r; r++)
-        PE_UNROLL for (int c = 0; c < n_c; c++) v16_store(out + (size_t)r * out_stride + d + c * 16, o[r][c]);
+        PE_UNROLL for (int c = 0; c < n_c; c++) v16_store(out + (size_t)r * head_dim_p + d + c * 16, o[r][c]);
 }
 
 /* All columns, for n_r rows (a constant). */
-PE_INLINE void values_rows(float *out, const float *weights, const pe_kv_chunk *kv, size_t head_dim_p, size_t begin, size_t end,
-                           const int n_r, const int f32) {
+PE_INLINE void values_rows(float *out, const probability_block *p, const int8_t *v, size_t head_dim_p, size_t begin, size_t end,
+                           const int n_r) {
     size_t d = 0;
     for (; d + VALUE_COLUMNS * 16 <= head_dim_p; d += VALUE_COLUMNS * 16)
-        values_block(out, head_dim_p, weights, kv, head_dim_p, d, begin, end, n_r, VALUE_COLUMNS, f32);
-    for (; d < head_dim_p; d += 16) values_block(out, head_dim_p, weights, kv, head_dim_p, d, begin, end, n_r, 1, f32);
+        values_block(out, p, v, head_dim_p, d, begin, end, n_r, VALUE_COLUMNS);
+    for (; d < head_dim_p; d += 16) values_block(out, p, v, head_dim_p, d, begin, end, n_r, 1);
 }
 
 static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
                              size_t end) {
-    float weights[VALUE_ROWS * PE_CHUNK]; /* p * v_scale */
+    probability_block block;
     for (size_t row = 0; row < n_rows; row += VALUE_ROWS) {
         size_t n_r = n_rows - row < VALUE_ROWS ? n_rows - row : VALUE_ROWS;
-        for (size_t r = 0; r < n_r; r++)
-            for (size_t j = begin / 16 * 16; j < end; j += 16)
-                v16_store(weights + r * PE_CHUNK + j, v16_mul(v16_load(p + (row + r) * PE_CHUNK + j), v16_load(kv->v_scales + j)));
-#define PE_VALUES(n_r) values_rows(out + row * head_dim_p, weights, kv, head_dim_p, begin, end, n_r, 0)
+        quantize_probabilities(&block, p + row * PE_CHUNK, n_r, kv->v_scales, begin, end);
+#define PE_VALUES(n_r) values_rows(out + row * head_dim_p, &block, kv->v, head_dim_p, begin, end, n_r)
         PE_WITH_ROWS(n_r, VALUE_ROWS, PE_VALUES)
 #undef PE_VALUES
     }
@@ -581,7 +623,12 @@ static void attention_values(float *out, const float *p, size_t n_rows, size_t h
 static void attention_values_f32(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end) {
     for (size_t r = 0; r < n_rows; r++)
-        values_rows(out + r * head_dim_p, p + r * PE_CHUNK, kv, head_dim_p, begin, end, 1, 1);
+        for (size_t d = 0; d < head_dim_p; d += 16) {
+            v16 o = v16_set1(0.0f);
+            for (size_t j = begin; j < end; j++)
+                o = v16_fma(v16_set1(p[r * PE_CHUNK + j]), v16_load(kv->v_f32 + j * head_dim_p + d), o);
+            v16_store(out + r * head_dim_p + d, o);
+        }
 }
 
 static void attention_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n) {

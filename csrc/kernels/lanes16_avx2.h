@@ -101,4 +101,24 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
+LANES void v16_pair_to_i8(int8_t *p, v16 x, v16 y) {
+    __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
+    __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high));
+    __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs works per 128 bits */
+    _mm256_storeu_si256((void *)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+
+typedef i16 v16x4;
+typedef __m256i p4;
+
+LANES v16x4 v16x4_load(const int8_t *p) {
+    return (v16x4){_mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32))};
+}
+
+LANES p4 p4_load(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+
 #endif

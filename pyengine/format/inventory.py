@@ -15,7 +15,7 @@ from ..errors import ModelFormatError
 from .config import FrozenConfig, unknown
 from .container import StoredTensor, pad, vector_tensor
 
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 
 PANEL_ROWS = 16
 GROUP_COLUMNS = 64

@@ -218,22 +218,52 @@ static void compare_key_bias(const struct pe_kernels *k, size_t n_rows, size_t n
     block_free(&turned), block_free(&angles), block_free(&out[0]), block_free(&out[1]), block_free(&before);
 }
 
-static void compare_values(const struct pe_kernels *k, size_t n_rows, size_t d, size_t begin, size_t end, bool f32, rng *r) {
+/* TINY: some groups lie below the bound of zero groups. EXTREME: every sum of products is as large as it gets. */
+enum { MIXED, TINY, EXTREME, N_WEIGHTS };
+
+static float pick_probability(int pattern, size_t j, rng *r) {
+    if (pattern == EXTREME) return 1.0f;
+    if (pattern == TINY && rng_below(r, 40) != 0 && j / 32 % 2 == 0) return pe_float_from_bits((uint32_t)rng_below(r, 0x1f800000u)); /* below 2^-64 */
+    return rng_below(r, 9) == 0 ? 1e-38f : (float)rng_below(r, 1 << 20) * 0x1p-20f;
+}
+
+static void compare_values(const struct pe_kernels *k, size_t n_rows, size_t d, size_t begin, size_t end, int pattern, bool f32, rng *r) {
     cache kv = cache_new(d, end, false, r);
+    for (size_t i = 0; pattern == EXTREME && i < 256 * d; i++) CODES(kv.v)[i] = i / 4 % 2 ? 127 : -127;
+    for (size_t j = 0; pattern == EXTREME && j < end; j++) FLOATS(kv.v_scales)[j] = 1.0f;
     block p = block_new(n_rows * 1024, 0), a = block_new(n_rows * d * 4, 0), b = block_new(n_rows * d * 4, 0);
     memset(p.data, 0, p.n);
     for (size_t row = 0; row < n_rows; row++) {
         size_t first = begin + rng_below(r, end - begin); /* this row's own mask */
-        for (size_t j = first; j < end; j++)
-            FLOATS(p)[row * 256 + j] = rng_below(r, 9) == 0 ? 1e-38f : (float)rng_below(r, 1 << 20) * 0x1p-20f;
+        for (size_t j = first; j < end; j++) FLOATS(p)[row * 256 + j] = pick_probability(pattern, j, r);
     }
     for (int which = 0; which < 2; which++) {
         const struct pe_kernels *table = which ? k : &pe_kernels_scalar;
         (f32 ? table->attention_values_f32 : table->attention_values)(FLOATS(which ? b : a), FLOATS(p), n_rows, d, &kv.chunk, begin, end);
     }
-    CHECK(same_floats(FLOATS(a), FLOATS(b), n_rows * d) && block_intact(&b), "%s: f32 %d, %zu rows, head_dim %zu, positions %zu-%zu",
-          k->name, f32, n_rows, d, begin, end);
+    CHECK(same_floats(FLOATS(a), FLOATS(b), n_rows * d) && block_intact(&b), "%s: f32 %d, pattern %d, %zu rows, head_dim %zu, positions %zu-%zu",
+          k->name, f32, pattern, n_rows, d, begin, end);
     block_free(&p), block_free(&a), block_free(&b);
+    cache_free(&kv);
+}
+
+/* The scalar product of probabilities and V against exact integers: with 127 as the largest weight of every group and scales of 1,
+ * codes are the weights and all sums are below 2^24. */
+static void test_values_law(void) {
+    rng r = {32};
+    const size_t d = 48, n_rows = 3, begin = 37, end = 250;
+    cache kv = cache_new(d, end, false, &r);
+    float p[3 * 256] = {0}, out[3 * 48];
+    for (size_t j = 0; j < end; j++) FLOATS(kv.v_scales)[j] = 1.0f;
+    for (size_t row = 0; row < n_rows; row++)
+        for (size_t j = begin; j < end; j++) p[row * 256 + j] = j == begin || j % 32 == 9 ? 127.0f : (float)rng_below(&r, 128);
+    pe_kernels_scalar.attention_values(out, p, n_rows, d, &kv.chunk, begin, end);
+    for (size_t row = 0; row < n_rows; row++)
+        for (size_t i = 0; i < d; i++) {
+            int64_t expected = 0;
+            for (size_t j = begin; j < end; j++) expected += (int64_t)p[row * 256 + j] * kv.chunk.v[j / 4 * 4 * d + i * 4 + j % 4];
+            CHECK((double)out[row * d + i] == (double)expected, "row %zu column %zu: %f", row, i, (double)out[row * d + i]);
+        }
     cache_free(&kv);
 }
 
@@ -268,7 +298,7 @@ static void test_attention(const struct pe_kernels *k) {
             size_t d = i == 1 ? PE_MAX_HEAD_DIM : 16 * (1 + rng_below(&r, 10)), n_positions = i == 0 ? 256 : 1 + rng_below(&r, 256), begin = rng_below(&r, n_positions);
             for (int f32 = 0; f32 < 2; f32++) {
                 compare_scores(k, n_rows, d, n_positions, f32, &r);
-                compare_values(k, n_rows, d, begin, n_positions, f32, &r);
+                compare_values(k, n_rows, d, begin, n_positions, i % N_WEIGHTS, f32, &r);
             }
             compare_key_bias(k, n_rows, 1 + rng_below(&r, 70), n_positions, &r);
         }
@@ -286,7 +316,7 @@ static void test_attention(const struct pe_kernels *k) {
 }
 
 void test_matmul_and_attention(const struct pe_kernels *k) {
-    if (k == &pe_kernels_scalar) test_matmul_law();
+    if (k == &pe_kernels_scalar) test_matmul_law(), test_values_law();
     test_matmul(k);
     test_every_weight_scale(k);
     test_attention(k);

@@ -15,8 +15,8 @@ from pyengine import _core
 from pyengine.format.config import FrozenConfig, same_layers
 
 N_TOKENS = 300  # two chunks of attention
-GOLDEN_LOGITS = "80e6e7375c5a5fa59eb30f4683f7e92abc5f926f38c75d3e02b743b5fd1461a3"
-GOLDEN_KV = "04187aed5c29576211fff43a4e088e21948b9f906c981b23297f98feed71bba1"
+GOLDEN_LOGITS = "ec71350b3042eeb8f320880216ddd8b73e1f18795f378c1f93ad0f164d22947b"
+GOLDEN_KV = "9e2ea2053423e08899ac6b52fbcc2d7219c161ab68604cbe95650e3bbf8dc1df"
 
 CONFIG = FrozenConfig(
     architecture="LlamaForCausalLM", dim=72, hidden_dim=100, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=20,

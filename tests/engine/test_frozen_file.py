@@ -269,7 +269,7 @@ def swap_order(header: dict[str, Any]) -> None:
         (rename("tokenizer.json", "tokenizer_config.json"), "'tokenizer.json' is missing"),
         (swap_order, "order"),
         (lambda h: h["__metadata__"].update(format="pt"), "not a frozen"),
-        (lambda h: h["__metadata__"].update(format_version="2"), "format_version '2'.*freeze the model again from its source"),
+        (lambda h: h["__metadata__"].update(format_version="3"), "format_version '3'.*freeze the model again from its source"),
         (lambda h: h["__metadata__"].update(name=1), "strings to strings"),
         (lambda h: h.pop("__metadata__"), "not a frozen"),
         (lambda h: h.update(norm=[]), "exactly dtype"),

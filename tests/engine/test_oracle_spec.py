@@ -142,8 +142,27 @@ def test_chunks_combine_to_a_softmax(window: int) -> None:
     terms = v_scales[:, None].astype(np.float64) * v
     wanted = p @ terms / p.sum(axis=1, keepdims=True)
     scale = p @ np.abs(terms) / p.sum(axis=1, keepdims=True)
-    error = np.abs(spec_f32.attend(scores, seen, v, v_scales) - wanted) / scale
+    error = np.abs(spec_f32.attend(scores, seen, v_scales[:, None] * v, None)[0] - wanted) / scale
     assert error.max() < 2.0**-24 * 25 * 4
+    # An int8 cache: every weight is wrong by at most half a code, which is 1 / 127 of the largest one of its group.
+    weights = np.pad(p * v_scales, [(0, 0), (0, 8)]).reshape(600, -1, 32)
+    half_codes = np.repeat(weights.max(axis=2) / 254, 32, axis=1)[:, :600] * seen
+    bound = half_codes @ np.abs(v) / p.sum(axis=1, keepdims=True)
+    error = np.abs(spec_f32.attend(scores, seen, v, v_scales)[0] - wanted)
+    assert (error < 1.001 * bound + 2.0**-24 * 100 * scale).all() and error.max() > 2.0**-24 * 1000
+
+
+def test_weights_of_values_by_hand() -> None:
+    """Two groups of weights, exp(0) and exp(-88) = 0 times scales of powers of two: 127, 64 (of 63.5), 32 (of 31.75) and 0 of
+    the first group; the second lies below 2^-64 and gives nothing."""
+    scores = np.full((1, 40), -88, f32)
+    scores[0, [0, 1, 2, 33]] = 0
+    v_scales = np.ones(40, f32)
+    v_scales[[1, 2, 33]] = 0.5, 0.25, 2.0**-65
+    v = np.tile(f32([[1, -2]]), (40, 1))
+    o, codes = spec_f32.attend(scores, np.ones((1, 40), bool), v, v_scales)
+    assert codes.shape == (1, 2, 32) and codes[0, 0, :4].tolist() == [127, 64, 32, 0] and not codes[0, 1].any()
+    assert o.tolist() == [[f32(223) * (f32(1) / f32(127)) / f32(4), f32(-446) * (f32(1) / f32(127)) / f32(4)]]
 
 
 # ---------------------------------------------------------------------- blocks

@@ -30,6 +30,8 @@ Array = NDArray[Any]
 Trace = dict[str, Array]  # the intermediates of one block, by name; see Oracle.block
 
 GROUP = 64  # columns of a weight row, or activations, that share a scale; and the most that are turned together
+CHUNK = 256  # positions that share a softmax maximum
+PROBABILITY_GROUP = 32  # positions whose probabilities share a scale
 SMALLEST_ABSMAX = 2.0**-64  # a group below this has codes 0
 TIE = 1e-3  # of a code: the error of a float32 value, about 2^-22 of the largest, is 127 * 2^-22 of a code
 
@@ -186,15 +188,15 @@ class Oracle:
 
     # ------------------------------------------------------------------ pieces
 
-    def _through_codes(self, trace: Trace, name: str, x: Array, group: int = GROUP, *, turned: bool = True) -> Array:
+    def _through_codes(self, trace: Trace, name: str, x: Array, group: int = GROUP) -> Array:
         """x as its readers see it. Quantized mode leaves the codes in trace[name + "_codes"], and follows those that it finds
         there as ``quantize`` says."""
         if not self.quantized:
             return x
-        codes, scales = quantize(turn(x) if turned else x, group, trace.get(name + "_codes"))
+        codes, scales = quantize(turn(x), group, trace.get(name + "_codes"))
         trace[name + "_codes"] = codes
         values = (codes * scales[..., None]).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-        return turn(values) / 2 ** turn_exponent(x.shape[-1]) if turned else values
+        return turn(values) / 2 ** turn_exponent(x.shape[-1])
 
     def _linear(self, layer: int, name: str, x: Array) -> Array:
         """x (n_tokens, columns) -> (n_tokens, rows), with the bias if the model has one."""
@@ -208,19 +210,40 @@ class Oracle:
     def _norm_if_there(self, name: str, x: Array) -> Array:
         return self._norm(name, x) if name in self.weights else x
 
-    def _attention(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """q (n_tokens, n_heads, any), k (n_tokens, n_kv_heads, any) and v (n_tokens, n_kv_heads, head_dim)
-        -> (n_tokens, n_heads, head_dim)."""
+    def _attention(self, layer: int, trace: Trace, q: Array, k: Array, v: Array) -> Array:
+        """q (n_tokens, n_heads, any), k (n_tokens, n_kv_heads, any) and v (n_tokens, n_kv_heads, head_dim), which has no codes
+        yet -> (n_tokens, n_heads, head_dim). In quantized mode also v_codes and p_codes (n_heads, n_tokens, n_groups, 32)."""
         n_tokens, n_heads, _ = q.shape
         n_rep = n_heads // k.shape[1]
-        k, v = np.repeat(k, n_rep, axis=1), np.repeat(v, n_rep, axis=1)
+        k = np.repeat(k, n_rep, axis=1)
         scores = np.einsum("ihd,jhd->hij", q, k, optimize=True) / np.sqrt(v.shape[-1])
         scores = softcap(scores, self.config.get("attention_softcap", 0))
         seen = visible(n_tokens, layer_field(self.config, "window", layer))
         scores = np.where(seen, scores, -np.inf)
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out = np.einsum("hij,jhd->hid", p, v, optimize=True) / p.sum(axis=-1, keepdims=True)
+        weights, v = self._weights_of_values(trace, scores, v, n_rep) if self.quantized else (p, v)
+        v = np.repeat(v, n_rep, axis=1)
+        out = np.einsum("hij,jhd->hid", weights, v, optimize=True) / p.sum(axis=-1, keepdims=True)
         return out.transpose(1, 0, 2)
+
+    def _weights_of_values(self, trace: Trace, scores: Array, v: Array, n_rep: int) -> tuple[Array, Array]:
+        """scores (n_heads, n_tokens, n_tokens), masked, and v (n_tokens, n_kv_heads, head_dim) -> the codes of v, and what
+        each is multiplied by: exp(score - maximum) times the scale of v, quantized by groups in chunks of their own maxima."""
+        n = scores.shape[-1]
+        trace["v_codes"], v_scales = quantize(v, v.shape[-1], trace.get("v_codes"))
+        v_scales = np.repeat(v_scales[..., 0].T, n_rep, axis=0)[:, None, :]
+        others, codes, weights = trace.get("p_codes"), [], []
+        for begin in range(0, n, CHUNK):
+            part = scores[..., begin : begin + CHUNK]
+            m = np.maximum(part.max(axis=-1, keepdims=True), -1e300)  # finite where nothing is seen, too
+            groups = slice(begin // PROBABILITY_GROUP, (begin + CHUNK) // PROBABILITY_GROUP)
+            w = np.exp(part - m) * v_scales[..., begin : begin + CHUNK]
+            chunk_codes, scales = quantize(w, PROBABILITY_GROUP, None if others is None else others[..., groups, :])
+            codes.append(chunk_codes)
+            rounded = (chunk_codes * scales[..., None]).reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
+            weights.append(rounded * np.exp(m - scores.max(axis=-1, keepdims=True)))
+        trace["p_codes"] = np.concatenate(codes, axis=-2)
+        return np.concatenate(weights, axis=-1), trace["v_codes"][:, :, 0].astype(np.float64)
 
     # ------------------------------------------------------------------ the pass
 
@@ -230,7 +253,7 @@ class Oracle:
 
         attention_normed, q, k, v, q_rope, k_rope, attention, x_attention, ffn_normed, gate, up, h,
         out; in quantized mode also the int8 codes
-        {attention_normed,q,k,v,attention,ffn_normed,h}_codes. ``codes``: a trace whose codes are followed at ties.
+        {attention_normed,q,k,v,p,attention,ffn_normed,h}_codes. ``codes``: a trace whose codes are followed at ties.
         """
         others = {name: array for name, array in (codes or {}).items() if name.endswith("_codes")}
         cfg, trace = self.config, Trace(x=x, **others)
@@ -254,8 +277,7 @@ class Oracle:
         if (bias := self.weights.get(f"layers.{layer}.key_bias")) is not None:  # no codes come near it
             bias = rope(np.broadcast_to(bias.reshape(-1, head_dim), k.shape), inv_freq)
             q, k = np.concatenate([q, q_exact], axis=-1), np.concatenate([k, bias], axis=-1)
-        v = self._through_codes(trace, "v", v, head_dim, turned=False)
-        trace["attention"] = o = self._attention(layer, q, k, v).reshape(n_tokens, -1)
+        trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
         o = self._through_codes(trace, "attention", o)
         trace["x_attention"] = x = x + self._norm_if_there(f"layers.{layer}.post_attention_norm", self._linear(layer, "wo", o))
 

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .oracle import GROUP, layer_field, quantize_weight, turn_exponent, visible
+from .oracle import CHUNK, GROUP, PROBABILITY_GROUP, layer_field, quantize_weight, turn_exponent, visible
 
 F32 = NDArray[np.float32]
 Array = NDArray[Any]
 Trace = dict[str, Array]
 
-CHUNK = 256  # positions that share a softmax maximum
 LANES = 16
 f32 = np.float32
 
@@ -261,17 +260,25 @@ def key_bias_scores(scores: F32, q: F32, bias: F32, inv_freq: F32, c: F32) -> F3
     return scores
 
 
-def attend(scores: F32, seen: Array, v: F32, v_scales: F32) -> F32:
-    """One head: scores and seen (n_queries, n_keys), v (n_keys, head_dim), v_scales (n_keys)
-    -> (n_queries, head_dim)."""
+def attend(scores: F32, seen: Array, v: F32, v_scales: F32 | None) -> tuple[F32, Array]:
+    """One head: scores and seen (n_queries, n_keys), v (n_keys, head_dim), v_scales (n_keys) or None for a float32 cache
+    -> (n_queries, head_dim), and the codes of the weights, (n_queries, n_groups, 32)."""
     n_queries = len(scores)
     big_m, big_l = np.zeros((2, n_queries), dtype=f32)
     big_o = np.zeros((n_queries, v.shape[1]), dtype=f32)
     started = np.zeros(n_queries, dtype=bool)
+    codes = []
     for begin in range(0, scores.shape[1], CHUNK):
         chunk = slice(begin, begin + CHUNK)
         sees_chunk = seen[:, chunk].any(axis=1)
-        m, el, o = _attend_chunk(scores[:, chunk], seen[:, chunk], v[chunk], v_scales[chunk])
+        m, p = _softmax_chunk(scores[:, chunk], seen[:, chunk])
+        el = sum_lanes(p)
+        if v_scales is None:
+            o = _values_f32(p, v[chunk])
+        else:
+            chunk_codes, scales = quantize(p * v_scales[chunk], PROBABILITY_GROUP)
+            codes.append(chunk_codes)
+            o = _values_int8(chunk_codes, scales, v[chunk])
         new_m = np.maximum(big_m, m)
         a, b = exp(big_m - new_m), exp(m - new_m)
         merge, first = started & sees_chunk, ~started & sees_chunk
@@ -280,19 +287,33 @@ def attend(scores: F32, seen: Array, v: F32, v_scales: F32) -> F32:
         big_o = np.select([merge[:, None], first[:, None]], [merged, o], big_o)
         big_m = np.select([merge, first], [new_m, m], big_m)
         started |= sees_chunk
-    return big_o * (f32(1) / big_l)[:, None]
+    empty = np.zeros((n_queries, 0, PROBABILITY_GROUP), np.int8)
+    return big_o * (f32(1) / big_l)[:, None], np.concatenate([empty, *codes], axis=1)
 
 
-def _attend_chunk(scores: F32, seen: Array, v: F32, v_scales: F32) -> tuple[F32, F32, F32]:
-    """m, l (n_queries) and o (n_queries, head_dim) of one chunk; of rows that see none of it,
-    nothing is meant."""
+def _softmax_chunk(scores: F32, seen: Array) -> tuple[F32, F32]:
+    """m (n_queries) and p (n_queries, n_keys) of one chunk; of rows that see none of it, nothing is meant."""
     m = np.where(seen, scores, f32(-np.inf)).max(axis=1)
     m = np.where(seen.any(axis=1), m, f32(0))
-    p = np.where(seen, exp(np.where(seen, scores - m[:, None], f32(0))), f32(0))
-    o = np.zeros((len(scores), v.shape[1]), dtype=f32)
+    return m, np.where(seen, exp(np.where(seen, scores - m[:, None], f32(0))), f32(0))
+
+
+def _values_int8(codes: Array, scales: F32, v: F32) -> F32:
+    """codes (n_queries, n_groups, 32) and scales (n_queries, n_groups) of the weights, v (n_keys, head_dim) as codes ->
+    (n_queries, head_dim). d is exact in float32: 32 * 127 * 127 < 2^24."""
+    o = np.zeros((len(codes), v.shape[1]), dtype=f32)
+    groups = np.pad(v, [(0, -len(v) % PROBABILITY_GROUP), (0, 0)]).reshape(-1, PROBABILITY_GROUP, v.shape[1])
+    for g, group in enumerate(groups):
+        o = fmaf(codes[:, g].astype(f32) @ group, scales[:, g, None], o)
+    return o
+
+
+def _values_f32(p: F32, v: F32) -> F32:
+    """p (n_queries, n_keys), v (n_keys, head_dim) -> (n_queries, head_dim)."""
+    o = np.zeros((len(p), v.shape[1]), dtype=f32)
     for j in range(len(v)):
-        o = fmaf((p[:, j] * v_scales[j])[:, None], v[j], o)
-    return m, sum_lanes(p), o
+        o = fmaf(p[:, j, None], v[j], o)
+    return o
 
 
 # ---------------------------------------------------------------------- the pass
@@ -367,12 +388,12 @@ class Spec:
         v_codes, v_scales = quantize(v, head_dim)
         trace.update(q_codes=q_codes, k_codes=k_codes, v_codes=v_codes)
         key_bias = self.vectors.get(f"layers.{layer}.key_bias")
-        out = np.zeros_like(q)
+        out, p_codes = np.zeros_like(q), []
         for head in range(n_heads):
             kv = head // (n_heads // k.shape[1])
             if self.kv_dtype == "f32":
                 scores = softcap(scores_f32(q[:, head], k[:, kv], c), cap)
-                out[:, head] = attend(scores, seen, v[:, kv], np.ones(n_tokens, dtype=f32))
+                out[:, head], _ = attend(scores, seen, v[:, kv], None)
             else:
                 q_head = q_codes[:, head, 0], q_scales[:, head, 0]
                 scores = scores_int8(q_head, (k_codes[:, kv, 0], k_scales[:, kv, 0]), c)
@@ -381,7 +402,10 @@ class Spec:
                     scores = key_bias_scores(scores, q[:, head], bias, self._inv_freq(layer), c)
                 scores = softcap(scores, cap)
                 v_head = v_codes[:, kv, 0].astype(f32)
-                out[:, head] = attend(scores, seen, v_head, v_scales[:, kv, 0])
+                out[:, head], codes = attend(scores, seen, v_head, v_scales[:, kv, 0])
+                p_codes.append(codes)
+        if p_codes:
+            trace["p_codes"] = np.stack(p_codes)
         return out
 
     def block(self, layer: int, x: F32) -> Trace:

@@ -170,7 +170,8 @@ def test_attention(seq: int, n_rep: int) -> None:
         assert_gradient(loss, x, dx)
 
 
-def test_documents_in_a_row_attend_as_if_alone() -> None:
+@pytest.mark.parametrize("quantize", [False, True])
+def test_documents_in_a_row_attend_as_if_alone(quantize: bool) -> None:
     """Three documents behind one another, across tiles, and each by itself."""
     n_rep, head_dim, ends = 2, 8, (100, 230, 300)
     seq = ends[-1]
@@ -182,7 +183,7 @@ def test_documents_in_a_row_attend_as_if_alone() -> None:
         mine = [np.ascontiguousarray(x[:, :, part]) for x in (q, k, v, cot)]
         o, lse = np.empty_like(mine[0]), np.empty((1, 1, length * n_rep))
         scratch = memory(ops.attention_scratch(o.shape, np.float64, True))
-        ops.attention_forward(o, lse, *mine[:3], starts, 0.3, scratch)
+        ops.attention_forward(o, lse, *mine[:3], starts, 0.3, scratch, quantize)
         grads = [np.empty_like(x) for x in mine[:3]]
         ops.attention_backward(*grads, mine[3], *mine[:3], o, lse, starts, 0.3, scratch)
         return [o, *grads]
@@ -210,6 +211,31 @@ def test_attention_tiles_equal_one_softmax() -> None:
     p /= p.sum(-1, keepdims=True)
     wanted = np.einsum("rts,sd->trd", p, v[0, 0])
     np.testing.assert_allclose(o[0, 0], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_rounded_probabilities_are_codes_times_scales() -> None:
+    """Over two tiles: p times the values' scales in groups of 32 keys of a document, as codes of 7 bits, times the codes of v."""
+    seq, n_rep, head_dim, ends = 200, 2, 8, (70, 200)
+    q, k = normal(1, 1, seq, n_rep, head_dim), normal(1, 1, seq, head_dim, seed=1)
+    v_codes = np.random.default_rng(2).integers(-127, 128, (seq, head_dim))
+    v_codes[:, 3] = 127
+    scales = np.abs(normal(seq, seed=3))
+    scales[5] = 0
+    v = (v_codes * scales[:, None])[None, None]
+    o, lse = np.empty_like(q), np.empty((1, 1, seq * n_rep))
+    starts = np.where(np.arange(seq) < ends[0], 0, ends[0])[None]
+    scratch = memory(ops.attention_scratch(q.shape, np.float64, False))
+    ops.attention_forward(o, lse, q, k, v, starts, 3.0, scratch, True)
+    for t in range(seq):
+        keys = np.arange(starts[0, t], t + 1)
+        scores = q[0, 0, t] @ k[0, 0, keys].T * 3.0
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        wanted = np.zeros((n_rep, head_dim))
+        for group in range(0, len(keys), 32):
+            weights = p[:, group : group + 32] * scales[keys[group : group + 32]]
+            most = weights.max(axis=1, keepdims=True)
+            wanted += np.rint(weights / most * 127) @ v_codes[keys[group : group + 32]] * most / 127
+        np.testing.assert_allclose(o[0, 0, t], wanted / p.sum(axis=1, keepdims=True), rtol=1e-9, atol=1e-12)
 
 
 def test_heads_are_a_permutation() -> None:

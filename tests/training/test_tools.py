@@ -310,6 +310,6 @@ def test_thawed_models_freeze_to_the_same_bytes(model_files: tuple[Path, Path], 
     with pytest.raises(thaw.ConfigError, match="not a frozen file"):
         thaw.thaw(model_files[0] / "model.safetensors", tmp_path / "other")
     older = tmp_path / "older.safetensors"
-    older.write_bytes(frozen.read_bytes().replace(b'"format_version":"3"', b'"format_version":"2"'))
+    older.write_bytes(frozen.read_bytes().replace(b'"format_version":"4"', b'"format_version":"2"'))
     with pytest.raises(thaw.ConfigError, match="format_version '2'"):
         thaw.thaw(older, tmp_path / "other")

@@ -5,8 +5,9 @@ activations, scratch and gradients are its own. N = rows of the shard * sequence
 
 With ``quantize`` on, every value that the engine quantizes goes through the same rounding here:
 embedding rows and matrices (the caller passes the fake-quantized parameters), the inputs of all
-five products, q and k per head after RoPE, v per head. What the engine turns before it quantizes
-comes back in its own basis, so products here are plain ones. Gradients pass straight through.
+five products, q and k per head after RoPE, v per head, probabilities before they meet v. What the
+engine turns before it quantizes comes back in its own basis, so products here are plain ones.
+Gradients pass straight through.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class Worker:
         if quantize:
             for heads, turned in ((s.q, True), (s.k, True), (s.v, False)):
                 self.ops.fake_quant_heads(heads.reshape(-1, self.config.head_dim), turned)
-        self.ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.seen_from, self.scale, self.scratch)
+        self.ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.seen_from, self.scale, self.scratch, quantize)
         self.ops.merge_heads(s.att.reshape(self.rows, self.seq_len, -1, self.config.head_dim), self.o)
         self._fake_quant(s.att, quantize)
         self.ops.linear_forward(s.x_mid, s.att, params[p + "wo"])

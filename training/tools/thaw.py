@@ -23,7 +23,7 @@ from pyengine_training.errors import ConfigError
 from pyengine_training.files import atomic_directory, load_safetensors
 from pyengine_training.ops.cpu.fake_quant import weight_values
 
-VERSION = "3"  # whose codes are of turned rows
+VERSIONS = ("3", "4")  # whose codes are of turned rows; they differ in attention alone
 Tensors = dict[str, Any]
 
 
@@ -74,8 +74,8 @@ def thaw(frozen: Path, folder: Path) -> None:
     tensors = load_safetensors(frozen)
     if "config.json" not in tensors or "golden.json" not in tensors:
         raise ConfigError(f"{frozen} is not a frozen file (pyengine freeze makes one)")
-    if format_version(frozen) != VERSION:
-        raise ConfigError(f"{frozen} has format_version {format_version(frozen)!r}, this reads {VERSION!r}")
+    if format_version(frozen) not in VERSIONS:
+        raise ConfigError(f"{frozen} has format_version {format_version(frozen)!r}, this reads {' and '.join(VERSIONS)}")
     stored = json.loads(tensors["config.json"].tobytes())
     config = model_config(stored, tensors["rope.0.inv_freq"])
     params = Arena(parameter_shapes(config))

@@ -265,6 +265,23 @@ def attention(batch: int, n_kv: int, seq: int, n_rep: int, head_dim: int, prefix
         tolerance=4e-6,
         float32=not prefix,
     )
+    if not prefix:
+        codes = np.random.default_rng(4).integers(-127, 128, v.shape).astype(np.float32)
+        codes[..., 0] = 127
+        rounded = codes * np.abs(normal(*v.shape[:-1], 1, seed=5))
+
+        def quantized(ops: Any, a: Arrays) -> None:
+            arrays = (a[x] for x in ("o", "lse", "q", "k", "v", "starts"))
+            ops.attention_forward(*arrays, scale, memory(ops, a), True)
+
+        yield Case(
+            f"attention_forward_quantized/{shape}",
+            {"o": o, "lse": lse, "q": q, "k": k, "v": rounded, "starts": starts},
+            quantized,
+            ("o",),
+            tolerance=4e-6 if seq < 64 else 1e-2,  # of many codes some flip, by 1 of 127
+            bf16=False,
+        )
     yield Case(
         f"{prefix}attention_backward/{shape}",
         {"o": o, "lse": lse, "q": q, "k": k, "v": v, "do": do, "starts": starts}

@@ -10,6 +10,8 @@ backward  P  = exp(S - lse);  dv = P^T do;  dP = do v^T
 
 A tile holds TILE positions with their n_rep query heads (n_rep * TILE rows) against the keys from its first position's start
 to its end, so most masked products are skipped and the scores stay in cache. Probabilities are never stored.
+
+``quantize`` rounds P in o = P v as fake_quant.py says; v is rounded already. The backward has P as it was.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 
 from ..needs import Need, Needs
 from ._jit import Array, exp, f4, kernel
+from .fake_quant import fake_quant_probabilities, value_scales
 
 TILE = 128
 
@@ -99,7 +102,15 @@ def attention_scratch(q_shape: tuple[int, ...], dtype: Any, training: bool) -> N
 
 
 def attention_forward(
-    o: Array, lse: Array, q: Array, k: Array, v: Array, starts: Array, scale: float, scratch: dict[str, Array]
+    o: Array,
+    lse: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    scale: float,
+    scratch: dict[str, Array],
+    quantize: bool = False,
 ) -> None:
     """o and lse from q, k, v."""
     batch, n_kv, seq, n_rep, head_dim = q.shape
@@ -114,6 +125,8 @@ def attention_forward(
                 s = scratch["scores"][: n_rows * (end - key)].reshape(n_rows, end - key)
                 np.matmul(queries[rows], k[b, g, key:end].T, out=s)
                 _softmax(s, lse[b, g, rows], starts[b], n_rep, first, key, scale)
+                if quantize:
+                    fake_quant_probabilities(s, value_scales(v[b, g, key:end]), starts[b], n_rep, first, key)
                 np.matmul(s, v[b, g, key:end], out=outputs[rows])
 
 

@@ -9,6 +9,9 @@ weights      w = T(row) 2^-ceil(k/2), groups of 64 along the input; scale = f16(
 activations  x = T(row), groups of 64, or one group a head; queries and keys are turned, value heads are not (b = 1);
              q = rint(x (127 / absmax)); absmax < 2^-64 gives codes 0;               value = T(q) (absmax / 127) 2^-k
 
+probabilities  w = p (value scale), groups of 32 keys from the row's first one: q = rint(w (127 / max w)), 0 where max w < 2^-64;
+             value = q (max w / 127) / (value scale), so that its product with a value is that of the codes with both scales
+
 forward      replaces a row by the values that its codes stand for, in the basis that it came in: products stay plain products
 backward     straight through: dx = dy. With scales from the absolute maximum nothing is clipped, so no mask is needed;
              scales count as constants, and T and its inverse cancel. Products in the backward see what the forward's saw.
@@ -29,6 +32,7 @@ from ...errors import NotFiniteError
 from ._jit import Array, bits_from_float, exact_inline, exact_kernel, f4, float_from_bits
 
 GROUP = 64  # values that share a scale, where a head is not one group
+PROBABILITY_GROUP = 32  # keys of a row that share a scale
 MOST = 64  # values that are turned together
 TINY = f4(2.0**-64)
 INF_BITS = np.int32(0x7F800000)
@@ -145,6 +149,34 @@ def fake_quant_activations(x: Array) -> None:
 def fake_quant_heads(x: Array, turned: bool) -> None:
     """The same for heads, x (rows, head_dim), each with one scale: queries and keys are turned, values are not."""
     _in_groups(x, x.shape[1], turn_block(x.shape[1]) if turned else 1)
+
+
+# ---- probabilities -----------------------------------------------------------------------------------------------
+
+
+def value_scales(v: Array) -> Array:
+    """What the codes of value heads, v (n_keys, head_dim) from ``fake_quant_heads``, are multiplied by, (n_keys,)."""
+    scales: Array = np.abs(v).max(axis=-1) / f4(127)
+    return scales
+
+
+@exact_kernel
+def fake_quant_probabilities(p: Array, scales: Array, starts: Array, n_rep: int, first: int, key: int) -> None:
+    """Rows of probabilities p (n, n_keys) in place, 0 outside of what they see; row i is position first + i // n_rep, column 0 is
+    key; scales (n_keys,) of the values. starts as in attention.py: an engine's document begins at a group's first key."""
+    for i in range(p.shape[0]):
+        position = first + i // n_rep
+        end = position + 1 - key
+        for start in range(starts[position] - key, end, PROBABILITY_GROUP):
+            stop = min(end, start + PROBABILITY_GROUP)
+            top = f4(0)
+            for j in range(start, stop):
+                top = max(top, p[i, j] * scales[j])
+            inv = f4(127) / top if top >= TINY else f4(0)
+            step = top / f4(127)
+            for j in range(start, stop):
+                code = np.rint(p[i, j] * scales[j] * inv)
+                p[i, j] = code * step / scales[j] if code > f4(0) else f4(0)
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

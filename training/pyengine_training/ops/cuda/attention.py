@@ -13,6 +13,9 @@ product over as many (row, kv head) pairs as fit into SCORES elements, then one 
 backward walks the tiles from the last, whose keys are all, so that dk and dv are written first and then added to.
 Scores live in the inputs' type; softmax is taken in float32.
 
+``quantize`` rounds P in o = P v as ops/cpu/fake_quant.py says, one warp for each row of scores, a lane for each key of a group of
+32; v is rounded already, and all is float32. The backward has P as it was.
+
 ``flash.py`` keeps the scores on the chip instead. It is used where it can be and PYENGINE_CUDA_ATTENTION=flash is set:
 its kernels took 42 ms of a step that takes 41 as a whole with stored scores (docs/cuda.md, on an H200).
 """
@@ -24,12 +27,28 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from numba import float32
 
+from ..cpu.fake_quant import PROBABILITY_GROUP, TINY
 from ..needs import Need, Needs
 from . import flash
-from ._intrinsics import load, store
-from ._jit import WARP, Array, cuda, device, f4, i8, kernel, launch_warps, u4, unsigned, warp_index
+from ._intrinsics import div_rn, load, mul_rn, rint, store
+from ._jit import (
+    WARP,
+    Array,
+    cuda,
+    device,
+    exact_kernel,
+    f4,
+    i8,
+    kernel,
+    launch_elements,
+    launch_warps,
+    u4,
+    unsigned,
+    warp_index,
+)
 from ._reduce import LOWEST, warp_max, warp_sum
 from ._runtime import Product, flat, runtime
 from ._vectors import WIDTH, aligned, read, write
@@ -154,6 +173,48 @@ def softmax_backward_kernel(
         j += WARP * WIDTH
 
 
+@exact_kernel
+def value_scales_kernel(scales: Any, v: Any, n: int, dim: int) -> None:
+    """scales[i] = what the codes of value head i, v (n, dim), are multiplied by."""
+    i = i8(cuda.grid(1))
+    if i >= n:
+        return
+    top = f4(0)
+    for d in range(dim):
+        top = max(top, abs(load(v, i * dim + d)))
+    store(scales, i, div_rn(top, f4(127)))
+
+
+@exact_kernel
+def round_probabilities_kernel(
+    s: Any, scales: Any, starts: Any, rows: int, n_rows: int, n_keys: int, n_rep: int, head: int, n_kv: int, seq: int, first: int
+) -> None:
+    """One row of probabilities, in place, by one warp; rows as in softmax_kernel, scales (heads, seq) of the values."""
+    row = warp_index()
+    if row >= rows:
+        return
+    i = i8(u4(row) % n_rows)
+    member = i8(u4(row) // n_rows) + i8(head)
+    end = first + i8(u4(i) // n_rep) + i8(1)
+    group = first_visible(starts, member, end - i8(1), n_kv, seq)
+    while group < end:
+        j = group + i8(cuda.threadIdx.x % WARP)
+        scale = f4(0)
+        weight = f4(0)
+        if j < end:
+            scale = load(scales, member * i8(seq) + j)
+            weight = mul_rn(load(s, row * i8(n_keys) + j), scale)
+        top = warp_max(weight)
+        code = f4(0)
+        if top >= TINY:
+            code = rint(mul_rn(weight, div_rn(f4(127), top)))
+        if code > f4(0):
+            code = div_rn(mul_rn(code, div_rn(top, f4(127))), scale)
+        if j < end:
+            store(s, row * i8(n_keys) + j, code)
+        group += PROBABILITY_GROUP
+
+
 def attention_state(q_shape: tuple[int, ...], wide: Any) -> Needs:
     """Kept for the backward; q_shape (B, n_kv_heads, T, n_rep, head_dim); wide: type of statistics."""
     batch, n_kv, seq, n_rep, _ = q_shape
@@ -161,13 +222,14 @@ def attention_state(q_shape: tuple[int, ...], wide: Any) -> Needs:
 
 
 def attention_scratch(q_shape: tuple[int, ...], dtype: Any, training: bool) -> Needs:
-    """Scores of one tile of as many heads as run at once, and for the backward their gradient."""
+    """Scores of one tile of as many heads as run at once, the values' scales, and for the backward the scores' gradient."""
     batch, n_kv, seq, n_rep, head_dim = q_shape
     if use_flash and flash.supported(head_dim, dtype):
         return flash.flash_attention_scratch(q_shape) if training else {}
     size = min(TILE, seq) * n_rep * seq
     scores = Need((size * min(batch * n_kv, max(1, SCORES // size)),), dtype)
-    return {"scores": scores, "score_gradients": scores} if training else {"scores": scores}
+    needs = {"scores": scores, "value_scales": Need((batch * n_kv * seq,), np.float32)}
+    return needs | {"score_gradients": scores} if training else needs
 
 
 class _Tile:
@@ -202,6 +264,11 @@ class _Tile:
         whole = aligned(*arrays, width=self.end)
         launch_warps(function, rows, *arrays, flat(lse), flat(starts), rows, *sizes, *place, f4(scale), whole)
 
+    def round_probabilities(self, s: Array, scales: Array, starts: Array) -> None:
+        rows = self.heads * self.rows
+        sizes = unsigned(self.rows, self.end, self.n_rep, self.head, self.n_kv, self.seq, addressed=rows)
+        launch_warps(round_probabilities_kernel, rows, s, scales, flat(starts), rows, *sizes, self.first)
+
     def product(self, c: Any, a: Any, b: Any, m: int, n: int, k: int, **options: Any) -> None:
         runtime().gemm(Product(c, a, b, (m, n, k), batch=self.heads, **options))
 
@@ -217,17 +284,30 @@ def _tiles(shape: tuple[int, ...]) -> Iterator[_Tile]:
 
 
 def attention_forward(
-    o: Array, lse: Array, q: Array, k: Array, v: Array, starts: Array, scale: float, scratch: dict[str, Array]
+    o: Array,
+    lse: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    scale: float,
+    scratch: dict[str, Array],
+    quantize: bool = False,
 ) -> None:
     """o and lse from q, k, v."""
     if use_flash and flash.supported(q.shape[-1], q.dtype):
         flash.flash_attention_forward(o, lse, q, k, v, starts, scale, scratch)
         return
     s = scratch["scores"]
+    if quantize:
+        n_heads = v.shape[0] * v.shape[1] * v.shape[2]
+        launch_elements(value_scales_kernel, n_heads, scratch["value_scales"], flat(v), n_heads, v.shape[3])
     for tile in _tiles(q.shape):
         m, n, d = tile.rows, tile.end, tile.dim
         tile.product(tile.scores(s), tile.queries(q), tile.keys(k), m, n, d, trans_b=True)
         tile.launch(softmax_kernel, (s,), lse, starts, scale)
+        if quantize:
+            tile.round_probabilities(s, scratch["value_scales"], starts)
         tile.product(tile.queries(o), tile.scores(s), tile.keys(v), m, d, n)
 
 
