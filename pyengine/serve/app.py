@@ -25,7 +25,7 @@ from pyengine.serve.fields import Fields, Table, parse_json
 from pyengine.serve.log import access_line
 from pyengine.serve.metrics import Metrics
 from pyengine.serve.models import Models, ServedModel
-from pyengine.serve.routes import find_route
+from pyengine.serve.routes import find_route, hint
 from pyengine.serve.settings import Settings
 from pyengine.serve.siblings import Siblings
 from pyengine.serve.stream import COMMENT
@@ -134,7 +134,7 @@ class App:
         if exchange.path != "/health":
             exchange.key_digest = self.access.check_key(exchange)
         if route is None:
-            raise HTTPError(404, f"there is nothing at {exchange.path[:100]}", code="unknown_path")
+            raise HTTPError(404, f"there is nothing at {exchange.path[:100]}{hint(exchange.path)}", code="unknown_path")
         method = "GET" if exchange.method == "HEAD" else exchange.method
         if method not in route:
             allowed = ", ".join(sorted(route))

@@ -22,9 +22,11 @@ MAX_CALLS = 16  # that an answer which must call may make
 Special = Mapping[str, int]  # {text: id} of special tokens
 
 
-def call_grammar(syntax: Syntax, tools: Mapping[str, Any], special: Special, *, only_one: bool) -> str | None:
-    """In Lark's notation as llguidance has it: calls of `tools` ({name: schema of the arguments}), and nothing else. None if a
-    schema says what this format cannot be held to."""
+def call_grammar(
+    syntax: Syntax, tools: Mapping[str, Any], special: Special, *, only_one: bool, otherwise: Any = None
+) -> str | None:
+    """In Lark's notation as llguidance has it: calls of `tools` ({name: schema of the arguments}), and nothing else; or JSON of
+    the schema `otherwise`. None if a schema says what this format cannot be held to."""
     rules = []
     for i, (name, schema) in enumerate(tools.items()):
         written = _FORMS[syntax.form](i, name, schema, syntax, special)
@@ -36,14 +38,16 @@ def call_grammar(syntax: Syntax, tools: Mapping[str, Any], special: Special, *, 
     n_more = 0 if only_one or syntax.joint is None else MAX_CALLS - 1
     more = f" ({_spelled(syntax.joint or '', special)} call){{0,{n_more}}}" if n_more else ""
     names = " | ".join(f"call_{i}" for i in range(len(tools)))
-    return "\n".join(
-        [f"start: {before} call{more} {after}", f"call: {before_each} ({names}) {after_each}", *rules, _TEXT]
-    )
+    if otherwise is not None:
+        rules.append(f"answer: {_json(otherwise)}")
+    start = "start: calls" + ("" if otherwise is None else " | answer")
+    calls = f"calls: {before} call{more} {after}"
+    return "\n".join([start, calls, f"call: {before_each} ({names}) {after_each}", *rules, _TEXT])
 
 
 def _spelled(text: str, special: Special) -> str:
     """Text, in which special tokens are such. A space behind one is the model's choice: vocabularies differ in that."""
-    marks = [re.escape(mark) for mark in sorted(special, key=len, reverse=True) if mark in text]
+    marks = [re.escape(mark) for mark in sorted((one for one in special if one in text), key=len, reverse=True)]
     parts = re.split(f"({'|'.join(marks)})( ?)", text) if marks else [text]
     # text, mark, space, text, mark, space, ..., text
     out = []
@@ -58,7 +62,9 @@ def _literal(text: str) -> str:
 
 
 def _json(schema: Any) -> str:
-    styled = {"x-guidance": JSON_STYLE, **schema} if isinstance(schema, dict) else schema
+    if isinstance(schema, str):  # it is JSON already
+        return f"%json {schema}"
+    styled = {"x-guidance": JSON_STYLE, **schema} if isinstance(schema, Mapping) else schema
     return f"%json {json.dumps(styled)}"
 
 
@@ -66,8 +72,10 @@ def _json(schema: Any) -> str:
 
 
 def _object(i: int, name: str, schema: Any, syntax: Syntax, special: Special) -> list[str]:
-    head = f'{{"name": {json.dumps(name)}, "{syntax.arguments}": '
-    return [f'call_{i}: {_literal(head)} arguments_{i} "}}"', f"arguments_{i}: {_json(schema)}"]
+    # In the words of JSON, one by one: llguidance reads the longest word, so one of them all could not become another object.
+    words = ("{", '"name"', ": ", json.dumps(name), ", ", json.dumps(syntax.arguments), ": ")
+    head = " ".join(_literal(word) for word in words)
+    return [f'call_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: {_json(schema)}"]
 
 
 def _named(i: int, name: str, schema: Any, syntax: Syntax, special: Special) -> list[str]:

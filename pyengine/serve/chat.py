@@ -182,7 +182,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
     wanted = response_format(fields.take("response_format"))
     tools = tools_of(fields, model)
-    wanted = held_to(tools, wanted, fields)
+    wanted = held_to(tools, wanted, fields, model)
     if wanted is not None:
         given["structured_outputs"] = wanted
     thinking = effort_variables(fields.take("reasoning_effort"), model, "reasoning_effort")

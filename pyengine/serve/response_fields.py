@@ -146,7 +146,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     given_choice, choice = fields.take("tool_choice")
     is_parallel = fields.take("parallel_tool_calls")
     tools = chosen_tools(functions, choice_of(choice, is_flat=True), model, only_one=not is_parallel)
-    wanted = held_to(tools, wanted, fields)
+    wanted = held_to(tools, wanted, fields, model)
     if wanted is not None:
         given["structured_outputs"] = wanted
     metadata, reasoning = fields.take("metadata"), fields.take("reasoning")

@@ -30,12 +30,34 @@ ROUTES: dict[str, dict[str, str]] = {
 MODEL_PATH = "/v1/models/"  # and the rest is a name, slashes included
 
 
+# Paths of other servers, and what does here what they do there.
+ELSEWHERE = {
+    "/api/chat": "/v1/chat/completions",
+    "/api/generate": "/v1/completions",
+    "/api/tags": "/v1/models",
+    "/api/embed": "/v1/embeddings",
+    "/api/embeddings": "/v1/embeddings",
+    "/completion": "/v1/completions",
+    "/embedding": "/v1/embeddings",
+    "/generate": "/v1/completions",
+    "/slots": "/metrics",
+    "/v1/messages": "/v1/chat/completions",
+    "/version": "/props",
+}
+
+
 def find_route(path: str) -> dict[str, Handler] | None:
-    """{method: handler} of a path."""
-    route = ROUTES.get(path)
+    """{method: handler} of a path. /v1 may be missing, as clients that are told an address without it ask."""
+    route = ROUTES.get(path) or ROUTES.get(f"/v1{path}")
     if route is None and path.startswith(MODEL_PATH):
         route = {"GET": "info.model"}
     return None if route is None else {method: _handler(name) for method, name in route.items()}
+
+
+def hint(path: str) -> str:
+    """What to ask instead of a path at which there is nothing, or nothing."""
+    meant = ELSEWHERE.get(path) or next((one for one in ROUTES if one != "/" and path.rstrip("/").endswith(one)), None)
+    return f"; there is {meant}" if meant else ""
 
 
 def _handler(name: str) -> Handler:

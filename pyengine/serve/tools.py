@@ -37,17 +37,8 @@ class Tools:
 
 def forced_object(shown: list[dict[str, Any]], allowed: dict[str, Any]) -> Tools:
     """One call that any model can be made to write, as JSON of one spelling: {"name": "...", "arguments": {...}}."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, schema in allowed.items()
-    ]
-    must_be = StructuredOutputs(json=calls[0] if len(calls) == 1 else {"anyOf": calls})
-    return Tools(shown, allowed, OBJECT, True, must_be)
+    grammar = call_grammar(OBJECT, allowed, {}, only_one=True)
+    return Tools(shown, allowed, OBJECT, True, StructuredOutputs(grammar=grammar))
 
 
 def _forced(shown: list[dict[str, Any]], allowed: dict[str, Any], model: ServedModel, *, only_one: bool) -> Tools:
@@ -64,13 +55,24 @@ def reader_of(tools: Tools | None) -> CallReader | TextReader:
     return TextReader() if tools is None else CallReader(tools.syntax, tools.allowed, only_one=tools.only_one)
 
 
-def held_to(tools: Tools | None, wanted: StructuredOutputs | None, fields: Fields) -> StructuredOutputs | None:
-    """What an output must be: `wanted`, or calls of the tools. Raises HTTPError if the request asks for both."""
+def held_to(
+    tools: Tools | None, wanted: StructuredOutputs | None, fields: Fields, model: ServedModel
+) -> StructuredOutputs | None:
+    """What an output must be: calls of the tools, or `wanted`, the JSON that is asked of an answer. It is either where the model
+    has the choice; where a call is forced there is no answer. Raises HTTPError if it cannot be held to both."""
     if tools is None:
         return wanted
-    if wanted is not None or fields.has("structured_outputs"):
-        raise bad_request("tool calls and a response format contradict each other", "tool_choice")
-    return tools.must_be
+    if fields.has("structured_outputs"):
+        raise bad_request("tool calls and structured_outputs contradict each other", "tool_choice")
+    if wanted is None or tools.must_be is not None:
+        return tools.must_be
+    schema = {"type": "object"} if wanted.json_object else wanted.json
+    special = model.engine.tokenizer.special_tokens
+    grammar = call_grammar(tools.syntax, tools.allowed, special, only_one=tools.only_one, otherwise=schema)
+    if grammar is None:
+        why = f"the format in which {model.name} writes calls cannot be held to these schemas"
+        raise bad_request(f"tools and a response format together are not supported here: {why}", "tools")
+    return StructuredOutputs(grammar=grammar)
 
 
 def _read_name(value: Any, path: str) -> Any:

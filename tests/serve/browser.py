@@ -96,8 +96,9 @@ class Browser:
         return value
 
     def open(self, url: str) -> None:
+        self.run("window.isOld = true")  # so that the page before, which may have the same address, is not taken for this one
         self.call("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.until("window.isOld === undefined && document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def type(self, text: str) -> None:
         """Into what has the focus, then Enter."""

@@ -16,11 +16,11 @@ from serve.client import Client, serving
 
 from pyengine import Engine
 from pyengine.serve.call_grammars import MAX_CALLS, call_grammar
-from pyengine.serve.calls import SYNTAXES, CallReader, Syntax, message_of
+from pyengine.serve.calls import OBJECT, SYNTAXES, CallReader, Syntax, message_of
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 SPECIAL = ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
-BY_NAME = {syntax.name: syntax for syntax in SYNTAXES}
+BY_NAME = {syntax.name: syntax for syntax in (*SYNTAXES, OBJECT)}
 
 
 def schema(**properties: Any) -> dict[str, Any]:
@@ -217,6 +217,23 @@ def test_a_forced_call_is_the_answer(tool_model: Callable[..., Path], template: 
     serving(tool_model(template, special), test)
 
 
+@pytest.mark.parametrize("template", ["qwen", "qwen_coder", "xml"])
+def test_schemas_that_refer_to_their_own_definitions(tool_model: Callable[..., Path], template: str) -> None:
+    """As Pydantic writes nested models."""
+    nested = {**schema(place={"$ref": "#/$defs/Place"}), "$defs": {"Place": schema(lat={"enum": [1]})}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": nested}} for name in ("f", "g")]
+
+    async def test(client: Client) -> None:
+        answer = await client.post(
+            CHAT, {**BODY, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+        )
+        assert answer.status == 200, answer.body
+        (call,) = answer.json["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"place": {"lat": 1}}
+
+    serving(tool_model(template, ()), test)
+
+
 def test_of_allowed_tools_others_are_not_told_of(tool_model: Callable[..., Path]) -> None:
     names = [{"type": "function", "function": {"name": "note"}}]
     some = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": names}}
@@ -242,3 +259,69 @@ def test_of_allowed_tools_others_are_not_told_of(tool_model: Callable[..., Path]
         assert refused.error["param"] == "tool_choice.allowed_tools.tools[0].function.name"
 
     serving(tool_model("qwen", ()), test)
+
+
+# -------------------------------------------------------------------- an answer of a schema, or calls
+
+ANSWER = schema(mood={"enum": ["good", "bad"]})
+EITHER: list[tuple[str, str, bool]] = [
+    ("Hermes", '{"mood": "bad"}', True),
+    ("Hermes", f"<tool_call>\n{OBJECT_1}\n</tool_call>", True),
+    ("Hermes", '{"mood": "no"}', False),
+    ("Hermes", f'{{"mood": "bad"}}<tool_call>\n{OBJECT_1}\n</tool_call>', False),
+    ("Llama 3", OBJECT_1.replace("arguments", "parameters"), True),
+    ("Llama 3", '{"mood": "good"}', True),
+    ("object", '{"mood": "good"}', True),
+    ("object", OBJECT_1, True),
+    ("Mistral v11", "[TOOL_CALLS]nothing[ARGS]{}", True),
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "is_one"), EITHER)
+def test_a_grammar_of_either(engine: Engine, name: str, answer: str, is_one: bool) -> None:
+    special = engine.tokenizer.special_tokens
+    for otherwise in (ANSWER, json.dumps(ANSWER)):
+        text = call_grammar(BY_NAME[name], TOOLS, special, only_one=False, otherwise=otherwise)
+        assert text is not None
+    text = call_grammar(BY_NAME[name], TOOLS, special, only_one=False, otherwise=ANSWER)
+    assert text is not None and lets_through(engine, text, answer) == is_one
+
+
+def test_tools_and_a_response_format_together(tool_model: Callable[..., Path]) -> None:
+    """As agents ask that have tools and a type of their last word: the model may call, or answer in that form."""
+    json_schema = {"name": "answer", "schema": ANSWER}
+    formats = {"type": "json_schema", "json_schema": json_schema}
+    flat = {"format": {"type": "json_schema", **json_schema}}
+
+    async def test(client: Client) -> None:
+        seen = set()
+        for seed in range(8):
+            body = {**BODY, "response_format": formats, "n": 4, "seed": seed, "max_tokens": 900}
+            body["parallel_tool_calls"] = False
+            answer = await client.post(CHAT, body)
+            assert answer.status == 200, answer.body
+            for choice in answer.json["choices"]:
+                message, reason = choice["message"], choice["finish_reason"]
+                is_call = reason == "tool_calls"
+                assert is_call == (message["content"] is None) == bool(message.get("tool_calls")) and reason != "length"
+                if not is_call:
+                    assert json.loads(message["content"])["mood"] in ("good", "bad")
+                seen.add(is_call)
+        assert seen == {True, False}
+        forced = await client.post(CHAT, {**BODY, "response_format": formats, "tool_choice": "required", "seed": 1})
+        assert forced.json["choices"][0]["finish_reason"] == "tool_calls"
+        body = {"input": "Hi", "tools": FLAT, "text": flat, "seed": 1, "temperature": 1, "max_output_tokens": 900}
+        (item, *_) = (await client.post(RESPONSES, body)).json["output"]
+        assert item["type"] == "function_call" or json.loads(item["content"][0]["text"])["mood"] in ("good", "bad")
+
+    serving(tool_model("qwen", ()), test)
+
+
+def test_tags_that_cannot_be_held_to_a_schema_and_a_response_format(tool_model: Callable[..., Path]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": OTHER[2]}}]
+
+    async def test(client: Client) -> None:
+        answer = await client.post(CHAT, {**BODY, "tools": tools, "response_format": {"type": "json_object"}})
+        assert (answer.status, answer.error["param"]) == (400, "tools")
+
+    serving(tool_model("qwen_coder", ()), test)

@@ -100,6 +100,60 @@ def test_stop_in_the_middle(browser: Browser, chat_model: Path) -> None:
         assert browser.run(f"{LAST}.querySelector('.text').textContent") == "Once"
 
 
+def test_what_is_written_while_an_answer_comes_waits_for_it(browser: Browser, chat_model: Path) -> None:
+    with server("-m", str(chat_model)) as (_, port):
+        browser.open(f"http://127.0.0.1:{port}/")
+        browser.until("document.querySelector('#model').textContent !== ''")
+        browser.run(ENDLESS)
+        browser.type("Hello")
+        browser.until(f"{LAST}?.querySelector('.text').textContent === 'Once'")
+        browser.type("And")  # and Enter
+        assert browser.run("document.querySelector('#send').textContent") == "Stop"
+        assert browser.run("$('input').value") == "And"
+        browser.key("Escape", 27)
+        browser.until(DONE)
+        assert "stopped" in browser.run(f"{LAST}.querySelector('footer').textContent")
+
+
+def test_a_reload_loses_neither_conversation_nor_settings(browser: Browser, chat_model: Path) -> None:
+    with server("-m", str(chat_model)) as (_, port):
+        address = f"http://127.0.0.1:{port}/"
+        browser.open(address)
+        browser.run(
+            "$('seed').value = 5; $('max_tokens').value = 8; $('system').value = 'Be brief'; $('theme').click()"
+        )
+        browser.run("$('seed').dispatchEvent(new Event('change', {bubbles: true})); $('input').focus()")
+        browser.type("Hello")
+        browser.until(DONE)
+        seen = (
+            "JSON.stringify([[...document.querySelectorAll('article .text')].map((text) => text.textContent),"
+            "[...document.querySelectorAll('dialog input, dialog textarea')].map((one) => one.value),"
+            "document.documentElement.className])"
+        )
+        before = browser.run(seen)
+        browser.open(address)
+        assert browser.run(seen) == before and '"Be brief"' in before
+        browser.run("$('new').click()")
+        browser.open(address)
+        assert browser.run("document.querySelectorAll('article').length") == 0
+
+
+def test_code_between_fences_is_shown_as_code(browser: Browser, chat_model: Path) -> None:
+    """However its text is cut into pieces, and with no character more or less."""
+    text = "Look:\n```python\nx = `1`\n```\nand ``` is\n```\nopen"
+    with server("-m", str(chat_model)) as (_, port):
+        browser.open(f"http://127.0.0.1:{port}/")
+        for size in (1, 2, 5, 100):
+            pieces = [[text[i : i + size], ""] for i in range(0, len(text), size)]
+            turn = json.dumps({"role": "assistant", "content": text, "pieces": pieces})
+            spans = f"(draw({turn}), [...{LAST}.querySelectorAll('.text span')])"
+            told = f"JSON.stringify({spans}.map((one) => [one.textContent, one.className === 'code']))"
+            shown = json.loads(browser.run(told))
+            assert "".join(part for part, _ in shown) == text
+            code = "".join(part for part, is_code in shown if is_code)
+            assert code == "```python\nx = `1`\n``````\nopen"
+
+
 def test_an_answer_full_of_html_is_text(browser: Browser, chat_model: Path) -> None:
     evil = "<img src=x onerror='window.pwned = 1'><script>window.pwned = 1</" + "script><b>bold</b>"
     choice = {"index": 0, "delta": {"content": evil}, "logprobs": None, "finish_reason": None}

@@ -96,7 +96,7 @@ def test_what_is_wrong_is_refused_by_its_name(chat_model: Path) -> None:
             "tool_choice.tools[0].name",
         ),
         (
-            {"tools": [WEATHER], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
+            {"tools": [WEATHER], "tool_choice": "required", "structured_outputs": {"json_object": True}},
             "tool_choice",
         ),
         ({"max_tool_calls": 1}, "max_tool_calls"),

@@ -99,7 +99,7 @@ def test_what_is_wrong_with_tools_is_refused_by_its_name(chat_model: Path) -> No
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": 5}}]}, "tools[0].function.parameters"),
         ({"tools": [TOOLS[0], TOOLS[0]], "tool_choice": "required"}, "tools"),
         ({"tools": bad_type}, "tools[0].function.parameters.type"),
-        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tool_choice": "required", "structured_outputs": {"json_object": True}}, "tool_choice"),
     ]
 
     async def test(client: Client) -> None:
