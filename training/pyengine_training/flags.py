@@ -189,15 +189,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     start(
         "--init-from",
         type=Path,
-        metavar="DIR",
-        help="a Llama model's Hugging Face folder to fine-tune, with its tokenizer",
+        metavar="MODEL",
+        help="a Llama or Qwen3 model to fine-tune, with its tokenizer: a Hugging Face folder or a GGUF file",
     )
     add(
         "--lora",
         metavar="R,ALPHA[,NAME,…]",
         help="with --init-from: learn adapters of rank R beside the named matrices (q_proj, …; default: all) instead of them",
     )
-    add("--teacher", type=Path, metavar="DIR", help="a larger model's Hugging Face folder to distill from")
+    add(
+        "--teacher",
+        type=Path,
+        metavar="MODEL",
+        help="a larger model to distill from: a Hugging Face folder or a GGUF file",
+    )
     add(
         "--teacher-cache",
         type=Path,

@@ -67,7 +67,12 @@ def parse(text: str, base: Path) -> LoraConfig:
     return LoraConfig(*numbers, tuple(names.split(",")) if names else TARGETS, str(base.resolve()))
 
 
-MODULES = {"wqkv": TARGETS[:3], "wo": TARGETS[3:4], "w_gate_up": TARGETS[4:6], "w_down": TARGETS[6:]}  # of fused matrices
+MODULES = {
+    "wqkv": TARGETS[:3],
+    "wo": TARGETS[3:4],
+    "w_gate_up": TARGETS[4:6],
+    "w_down": TARGETS[6:],
+}  # of fused matrices
 
 
 class Adapters:

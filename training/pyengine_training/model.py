@@ -171,7 +171,11 @@ class Worker:
         self.dqkv = self._new(*self.qkv.shape)
         if self.adapters:
             rank = self.adapters.config.r
-            self.thin, self.dthin, self.unused = self._new(n, rank), self._new(n, rank), self._new_wide(max(c.dim, c.head_dim))
+            self.thin, self.dthin, self.unused = (
+                self._new(n, rank),
+                self._new(n, rank),
+                self._new_wide(max(c.dim, c.head_dim)),
+            )
         else:
             self.doutput = self._new_wide(c.vocab_size if n > self.loss_rows else 0, c.dim)
 
@@ -421,9 +425,7 @@ class Worker:
 
     def _norm_backward(self, params: Arena, name: str, x: Array, inv_rms: Array) -> None:
         """From dxn, the gradient of a norm's output, into dx and the gradient of its weight."""
-        self.ops.rmsnorm_backward(
-            self.dx, self._norm_gradient(name), self.dxn, x, params[name], inv_rms, self.scratch
-        )
+        self.ops.rmsnorm_backward(self.dx, self._norm_gradient(name), self.dxn, x, params[name], inv_rms, self.scratch)
 
 
 def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None = None) -> None:
