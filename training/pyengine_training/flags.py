@@ -222,6 +222,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print what a run on --ranks cards of kind --gpu would take, from sizes, flags and --tokens alone, and stop",
     )
+    add(
+        "--tensorboard", action="store_true", help="write metrics.jsonl's numbers for TensorBoard, too: RUN/tensorboard"
+    )
     add("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, FLOPs, time) and stop")
 
 

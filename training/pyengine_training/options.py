@@ -17,7 +17,18 @@ from .text import HELD_OUT, PARQUET
 # about this process or this call, not about the run
 PAPER = ("ranks", "gpu", "nodes", "rate")  # of --plan alone
 PROCESS = (
-    *("config", "run_dir", "resume", "plan", "dry_run", "threads", "shard_optimizer", "device", "precision"),
+    *(
+        "config",
+        "run_dir",
+        "resume",
+        "plan",
+        "dry_run",
+        "threads",
+        "shard_optimizer",
+        "device",
+        "precision",
+        "tensorboard",
+    ),
     *PAPER,
 )
 SIZES = ("depth", *MODEL_OPTIONS, "qk_norm")
@@ -71,12 +82,16 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
     """ConfigError for what was given and would have no effect, with the reason."""
     if options.precision is not None and options.device == "cpu":
         raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
+    if options.plan and options.tensorboard:
+        raise ConfigError("--tensorboard has no effect beside --plan, which trains nothing")
     if options.plan:
         others = ("init_from", "branch_from", "teacher", *TEXT[:2], *TEXT[3:], "budget_minutes")
         return _refuse(values, others, "--plan computes from sizes, batch and tokens")
     given = [name for name in PAPER if getattr(options, name) is not None]
     if given:
         raise ConfigError(f"{_flags(given)} would have no effect: they describe a --plan")
+    if options.tensorboard and options.dry_run:
+        raise ConfigError("--tensorboard has no effect beside --dry-run, which trains nothing")
     if options.shard_optimizer and ranks == 1:
         raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
     if values.get("optimizer") == "adamw":

@@ -175,8 +175,8 @@ def _signals(received: list[int], ranks: int) -> Iterator[None]:
 class Loop:
     """The loop over steps with everything around it. Use :func:`run_training`."""
 
-    def __init__(self, run: Run, machine: Machine) -> None:
-        self.run, self.config, self.comm = run, run.config, machine.comm
+    def __init__(self, run: Run, machine: Machine, tensorboard: bool = False) -> None:
+        self.run, self.config, self.comm, self.tensorboard = run, run.config, machine.comm, tensorboard
         self.leads = self.comm.rank == 0  # writes files and talks; the other ranks only compute
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
@@ -206,7 +206,8 @@ class Loop:
         else:
             self.trainer.initialize()
         if self.leads:
-            self.metrics = runfolder.Metrics(self.metrics_path, self.trainer.state.step)
+            step = self.trainer.state.step
+            self.metrics = runfolder.Metrics(self.metrics_path, step, tensorboard=self.tensorboard)
 
     def _restore(self, folder: Path) -> None:
         values = self.trainer.restore(folder)
@@ -377,8 +378,8 @@ class Loop:
             self.metrics.close()
 
 
-def run_training(folder: Path, machine: Machine, parent: Path | None = None) -> Path:
-    """Run, or continue, the run in ``folder``; returns the folder of the final model.
+def run_training(folder: Path, machine: Machine, parent: Path | None = None, *, tensorboard: bool = False) -> Path:
+    """Run, or continue, the run in ``folder``; returns the folder of the final model. tensorboard: write event files.
 
     Raises Interrupted after a checkpoint when SIGINT or SIGTERM came, NotFiniteError when the loss
     blew up (the last checkpoint stays), OSError when the disk is full (likewise).
@@ -387,7 +388,7 @@ def run_training(folder: Path, machine: Machine, parent: Path | None = None) -> 
         run = open_run(folder)
     same_everywhere(machine.comm, {"text": run.fingerprint()})
     with together(machine.comm):
-        loop = Loop(run, machine)
+        loop = Loop(run, machine, tensorboard)
     try:
         with together(machine.comm):
             loop.start(parent)
