@@ -112,6 +112,12 @@ class Machine:
     comm: Comm = ALONE
     shard_optimizer: bool = False
 
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether steps can run elsewhere while the host writes and samples. On a CPU it is the host that trains: copies of
+        parameters and moments, 12 bytes a parameter, would buy nothing but the disk's time."""
+        return self.device.name != "cpu"
+
     def trainer(
         self,
         model: ModelConfig,

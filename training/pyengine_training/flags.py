@@ -146,6 +146,7 @@ GROUPS: list[tuple[str, str, Options]] = [
             "sample_prompt": ("TEXT", "what the samples begin with"),
             "sample_tokens": ("N", "tokens of a sample"),
             "checkpoint_every": ("N", "steps from one checkpoint to the next: what a crash can cost"),
+            "checkpoint_minutes": ("X", "minutes from one to the next, instead of --checkpoint-every; 0: as that says"),
             "keep_checkpoints": ("N", "newest checkpoints that are kept; 0 keeps all"),
         },
     ),

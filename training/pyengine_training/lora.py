@@ -150,9 +150,9 @@ class Adapters:
         """PEFT's names."""
         return {f"base_model.model.{name}": arena[name] for name in arena.shapes}
 
-    def save_state(self, folder: Path) -> None:
-        """What resuming needs beside the moments."""
-        save_safetensors(folder / STATE, self._tensors(self.values))
+    def save_state(self, folder: Path, values: Arena) -> None:
+        """What resuming needs beside the moments: A and B, or a copy of them."""
+        save_safetensors(folder / STATE, self._tensors(values))
 
     def load_state(self, folder: Path) -> None:
         """A and B of a checkpoint, on the base that the arena holds; raises CheckpointError if that has changed."""

@@ -94,6 +94,8 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         raise ConfigError("--tensorboard has no effect beside --dry-run, which trains nothing")
     if options.shard_optimizer and ranks == 1:
         raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
+    if values.get("checkpoint_minutes"):
+        _refuse(values, ("checkpoint_every",), "--checkpoint-minutes says when checkpoints are written")
     if values.get("optimizer") == "adamw":
         _refuse(values, ("muon_lr", "muon_momentum"), "--optimizer adamw does not use Muon")
     if values.get("quantize", "decay") != "decay":
