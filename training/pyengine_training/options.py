@@ -12,7 +12,7 @@ from .config import load_options
 from .errors import ConfigError, DataError
 from .flags import LENGTHS, MODEL_OPTIONS
 from .preference import is_preference
-from .text import HELD_OUT, PARQUET
+from .text import FINEST_SHARE, HELD_OUT, PARQUET
 
 # about this process or this call, not about the run
 PAPER = ("ranks", "gpu", "nodes", "rate")  # of --plan alone
@@ -33,9 +33,6 @@ PROCESS = (
 )
 SIZES = ("depth", *MODEL_OPTIONS, "qk_norm")
 TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on", "held_out", "column")
-
-
-LEAST_SHARE = 1e-9  # that is held out: 1 / share is a count
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -184,7 +181,7 @@ def held_out_shares(values: dict[str, Any], count: int) -> list[float]:
     shares = [_number("held_out", share) for share in given] if isinstance(given, list) else []
     if len(shares) not in (1, count):
         raise ConfigError(f"--held-out: {len(shares)} shares for {count} texts: give one for all or one each")
-    if not all(share == 0 or LEAST_SHARE <= share <= 0.5 for share in shares) or shares[0] == 0:
+    if not all(share == 0 or 1 / FINEST_SHARE <= share <= 0.5 for share in shares) or shares[0] == 0:
         raise ConfigError(f"--held-out is {given}; shares lie in 0..0.5, and the first text's is not 0")
     return shares * count if len(shares) == 1 else shares
 
