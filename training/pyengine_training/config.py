@@ -67,13 +67,13 @@ class ModelConfig:
         norms = (2 * self.n_layers + 1) * self.dim + (2 * self.n_layers * self.head_dim if self.qk_norm else 0)
         return self.matrix_params() + tables * self.vocab_size * self.dim + norms
 
-    def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
-        """Multiply-adds counted as two: 2 (6 in training) per matrix weight, the output layer
-        included, plus attention over half of seq_len keys on average.
+    def flops_per_token(self, seq_len: int, *, training: bool = True, adapters: bool = False) -> float:
+        """Multiply-adds counted as two: 2 per matrix weight, the output layer included, plus attention over half of seq_len
+        keys on average. In training 6, and 4 where adapters take the weights' gradients.
         """
         products = self.matrix_params() + self.vocab_size * self.dim
         attention = self.n_layers * 2 * self.q_dim * (seq_len / 2)
-        return (6.0 if training else 2.0) * (products + attention)
+        return (2.0 if not training else 4.0 if adapters else 6.0) * (products + attention)
 
 
 # --depth d: dim = 64 d, head_dim 64, d heads, two query heads to a key where d is even

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arena import Arena, Shapes, block_matrices
+from .arena import Arena, Shapes, block_matrices, parameter_shapes
 from .checkpoint import hf_tensors
 from .config import ModelConfig, TrainConfig
 from .errors import CheckpointError, ConfigError
@@ -29,6 +29,12 @@ from .ops.cpu.grad_norm import BLOCK
 
 Array = NDArray[Any]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES = {
+    "wqkv": TARGETS[:3],
+    "wo": TARGETS[3:4],
+    "w_gate_up": TARGETS[4:6],
+    "w_down": TARGETS[6:],
+}  # of fused matrices
 STATE = "lora.safetensors"  # in a checkpoint
 
 
@@ -47,6 +53,18 @@ class LoraConfig:
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets:
             raise ConfigError(f"--lora: no matrix {', '.join(unknown) or 'is named'}; choose from {', '.join(TARGETS)}")
+
+    def parts(self, model: ModelConfig, name: str) -> list[tuple[str, slice]]:
+        """Targets that lie in a parameter of the model's arena: (Hugging Face module, its rows)."""
+        head, _, last = name.rpartition(".")
+        parts = zip(MODULES.get(last, ()), block_matrices(name, model), strict=True)
+        within = "mlp" if last in ("w_gate_up", "w_down") else "self_attn"
+        return [(f"model.{head}.{within}.{m}", slice(*rows)) for m, rows in parts if m in self.targets]
+
+    def n_params(self, model: ModelConfig) -> int:
+        """Of A and B of every target."""
+        found = ((shape, self.parts(model, name)) for name, shape in parameter_shapes(model).items())
+        return sum(self.r * (rows.stop - rows.start + shape[1]) for shape, parts in found for _, rows in parts)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,14 +85,6 @@ def parse(text: str, base: Path) -> LoraConfig:
     return LoraConfig(*numbers, tuple(names.split(",")) if names else TARGETS, str(base.resolve()))
 
 
-MODULES = {
-    "wqkv": TARGETS[:3],
-    "wo": TARGETS[3:4],
-    "w_gate_up": TARGETS[4:6],
-    "w_down": TARGETS[6:],
-}  # of fused matrices
-
-
 class Adapters:
     """A and B of every target, their moments, and the effective weights in a model's arena.
 
@@ -92,7 +102,7 @@ class Adapters:
         self.values = Arena(shapes)
         self.m, self.v = self.values.like(), self.values.like()
         self._base: dict[str, Array] = {}
-        self.parts = {name: self._parts(name) for name in params.shapes}
+        self.parts = {name: config.parts(model, name) for name in params.shapes}
 
     def _targets(self, arena: Arena) -> dict[str, Array]:
         """Hugging Face module name -> its matrix in an arena, (out, in)."""
@@ -101,13 +111,6 @@ class Adapters:
             for name, view in hf_tensors(arena, self.model).items()
             if name.split(".")[-2] in self.config.targets
         }
-
-    def _parts(self, name: str) -> list[tuple[str, slice]]:
-        """Targets that lie in a parameter."""
-        head, _, last = name.rpartition(".")
-        parts = zip(MODULES.get(last, ()), block_matrices(name, self.model), strict=True)
-        within = "mlp" if last in ("w_gate_up", "w_down") else "self_attn"
-        return [(f"model.{head}.{within}.{m}", slice(*rows)) for m, rows in parts if m in self.config.targets]
 
     def pair(self, arena: Arena, name: str) -> tuple[Array, Array]:
         """A (r, in) and B (out, r) of a module, in an arena with the layout of ``values``."""

@@ -11,7 +11,6 @@ comes back in its own basis, so products here are plain ones. Gradients pass str
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from .ops.needs import Needs, allocate
 
 if TYPE_CHECKING:
     from .distill import AnyDistillation
-    from .lora import Adapters
+    from .lora import Adapters, LoraConfig
     from .preference import Preference
 
 Array = NDArray[Any]
@@ -437,7 +436,9 @@ def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None 
             cpu_ops.fake_quant_weights(out[name], params[name])
 
 
-def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: str) -> int:
+def activation_bytes(
+    config: ModelConfig, rows: int, seq_len: int, recompute: str, lora: LoraConfig | None = None
+) -> int:
     """Roughly what one Worker holds, gradients included, in bytes (float32)."""
     c, n = config, rows * seq_len
     per_block = n * (2 * c.q_dim + 2 * c.kv_dim + 2 * c.hidden_dim + c.dim)
@@ -446,9 +447,10 @@ def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: st
     blocks = c.n_layers if recompute != "block" else 1
     own = c.n_layers if recompute == "none" else 1
     backward = n * (4 * c.dim + 3 * c.hidden_dim + 5 * c.q_dim + 4 * c.kv_dim)
-    output = min(n, cpu_ops.loss_rows(c.vocab_size)) * c.vocab_size + c.vocab_size * c.dim
+    gradients = lora.n_params(c) if lora else c.n_params() + c.vocab_size * c.dim
+    output = min(n, cpu_ops.loss_rows(c.vocab_size)) * c.vocab_size
     q_shape = rows, c.n_kv_heads, seq_len, c.n_rep, c.head_dim
     scratch = sum(need.nbytes for need in cpu_ops.attention_scratch(q_shape, np.float32, True).values())
     stream = n * c.dim * (c.n_layers + 1)
     floats = blocks * per_block + own * kept + backward + output + stream
-    return 4 * (floats + math.ceil(c.n_params())) + scratch
+    return 4 * (floats + gradients) + scratch

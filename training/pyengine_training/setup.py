@@ -315,9 +315,10 @@ def dry_run(values: dict[str, Any], options: argparse.Namespace) -> None:
         tokens += Corpus(path).train.n_tokens if path.is_dir() else path.stat().st_size / 4
     epochs = [config.steps * config.batch_size * config.seq_len / max(1.0, tokens)]
     threads = max(1, min(options.threads or available_threads(), config.shards))
-    seconds = estimated_step_seconds(model, config, threads) if options.device == "cpu" else None
-    memory = Device.of(options).memory_bytes(model, config, threads)
-    for line in make_plan(model, config, epochs, threads, seconds, memory).lines(model, config):
+    lora = parse_lora(str(values["lora"]), Path(values["init_from"])) if values.get("lora") else None
+    seconds = estimated_step_seconds(model, config, threads, lora) if options.device == "cpu" else None
+    memory = Device.of(options).memory_bytes(model, config, threads, lora=lora)
+    for line in make_plan(model, config, epochs, threads, seconds, memory, lora).lines(model, config):
         print(line)
 
 

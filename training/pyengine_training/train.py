@@ -363,7 +363,8 @@ class Loop:
     def _progress(self, loss: float, tokens_per_second: float) -> str:
         c, step = self.config, self.trainer.state.step
         left = (c.steps - step) * c.batch_size * c.seq_len / tokens_per_second
-        flops = self.run.model.flops_per_token(c.seq_len) * tokens_per_second
+        adapters = self.run.lora is not None
+        flops = self.run.model.flops_per_token(c.seq_len, adapters=adapters) * tokens_per_second
         return (
             f"step {step}/{c.steps} loss {loss:.4f} {tokens_per_second:,.0f} tokens/s "
             f"{flops / 1e9:.0f} GFLOP/s {format_seconds(left)} left"
@@ -453,11 +454,11 @@ def _say_plan(loop: Loop, machine: Machine) -> None:
     run, threads = loop.run, loop.trainer.backend.threads
     cores = threads * machine.comm.size
     on_cpu = machine.device.name == "cpu"
-    seconds = estimated_step_seconds(run.model, run.config, cores) if on_cpu else None
+    seconds = estimated_step_seconds(run.model, run.config, cores, run.lora) if on_cpu else None
     ranks = machine.comm.size, machine.shard_optimizer
-    memory = machine.device.memory_bytes(run.model, run.config, threads, *ranks)
+    memory = machine.device.memory_bytes(run.model, run.config, threads, *ranks, run.lora)
     epochs = loop.source.epochs(run.config.steps)
-    plan = make_plan(run.model, run.config, epochs, cores, seconds, memory)
+    plan = make_plan(run.model, run.config, epochs, cores, seconds, memory, run.lora)
     more = []
     if run.pairs:
         more.append(f"pairs       {len(run.pairs.train):,} to learn from, {len(run.pairs.held_out):,} held out")

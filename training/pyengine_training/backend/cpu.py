@@ -218,11 +218,17 @@ class CpuBackend:
 
 
 def cpu_bytes(
-    model: ModelConfig, config: TrainConfig, threads: int, ranks: int = 1, shard_optimizer: bool = False
+    model: ModelConfig,
+    config: TrainConfig,
+    threads: int,
+    ranks: int = 1,
+    shard_optimizer: bool = False,
+    lora: LoraConfig | None = None,
 ) -> int:
-    """Roughly what a rank holds: a worker for each thread, masters, gradients, int8 values, its moments."""
+    """Roughly what a rank holds: a worker for each thread, masters, gradients, int8 values, its moments. With adapters their
+    gradients and moments, and once more the matrices that they stand beside."""
     rows = config.batch_size // config.shards
     copies = 2 + (config.quantize != "never")
-    worker = activation_bytes(model, rows, config.seq_len, config.recompute)
-    moments = state_bytes(model, config, ranks, shard_optimizer)
+    worker = activation_bytes(model, rows, config.seq_len, config.recompute, lora)
+    moments = 4 * 4 * lora.n_params(model) if lora else state_bytes(model, config, ranks, shard_optimizer)
     return min(threads, max(1, config.shards // ranks)) * worker + copies * 4 * model.n_params() + moments
