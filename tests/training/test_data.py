@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -122,11 +123,13 @@ def test_parquet_without_its_library_says_what_to_install(tmp_path: Path, monkey
 
 def test_any_share_can_be_held_out() -> None:
     documents = [f"Document {i}." for i in range(2000)]
-    for share, low, high in ((0.02, 20, 60), (0.25, 420, 580)):
+    for share, low, high in ((0.02, 20, 60), (0.25, 420, 580), (0.4, 720, 880), (0.45, 810, 990)):
         found = [text for text, held_out in labelled(documents, share) if held_out]
         assert low < len(found) < high
         assert set(found) == {text for text in documents if is_validation(text, share)}
     assert not any(held_out for _, held_out in labelled(documents, 0))
+    digests = {text: int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") for text in documents}
+    assert [is_validation(text) for text in documents] == [digests[text] % 50 == 0 for text in documents]
 
 
 def test_large_vocabularies_are_stored_in_32_bits(tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_every_text_has_its_share_and_its_validation(stories: Path, tmp_path: Pa
     assert main(["train", "--run-dir", str(run), *words]) == 0
     corpora = open_run(run).corpora
     shares = [len(c.validation.length) / (len(c.validation.length) + len(c.train.length)) for c in corpora]
-    assert shares == [pytest.approx(0.1, abs=0.05), pytest.approx(0.33, abs=0.08), 0]
+    assert shares == [pytest.approx(0.1, abs=0.05), pytest.approx(0.3, abs=0.08), 0]
     last = [entry for entry in read_metrics(run / "metrics.jsonl") if "val_loss" in entry][-1]
     assert list(last["others"]) == ["1_other"] and last["others"]["1_other"]["val_loss"] > 0
     assert "validation of 1_other" in (run / "log.txt").read_text()

@@ -14,6 +14,7 @@ pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
 from pyengine_training import checkpoint as checkpoints
 from pyengine_training.__main__ import main
+from pyengine_training.backend.cpu import cpu_bytes
 from pyengine_training.checkpoint import hf_tensors
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.device import make_trainer
@@ -55,16 +56,16 @@ def test_gradients_follow_from_the_weights(tiny_sizes: dict[str, Any], quantize:
     whole.params.flat[...] = trainer.params.flat
     loss = whole.gradients(*batch(9), quantize=quantize)
     assert trainer.gradients(*batch(9), quantize=quantize) == loss
-    norm = adapters.gradients(trainer.grads)
+    assert trainer.grads.shapes.keys() == adapters.values.shapes.keys()
     full = hf_tensors(whole.grads, whole.model)
     for name in (f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")):
         a, b = adapters.values[f"{name}.lora_A.weight"], adapters.values[f"{name}.lora_B.weight"]
         d = full[f"{name}.weight"].astype(np.float64)
         for suffix, wanted in (("A", 2 * b.T @ d), ("B", 2 * d @ a.T)):  # alpha / r = 2
-            got = adapters.grads[f"{name}.lora_{suffix}.weight"]
+            got = trainer.grads[f"{name}.lora_{suffix}.weight"]
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
-    total = float((adapters.grads.flat.astype(np.float64) ** 2).sum())
-    assert norm == pytest.approx(total**0.5, rel=1e-6)
+    total = float((trainer.grads.flat.astype(np.float64) ** 2).sum())
+    assert adapters.norm(trainer.grads) == pytest.approx(total**0.5, rel=1e-6)
     trainer.close()
     whole.close()
 
@@ -147,6 +148,22 @@ def test_moments_are_the_adapters_alone(tuned: Path) -> None:
     moments = load_safetensors(checkpoints.checkpoints(tuned)[-1] / "optimizer.safetensors")
     model = checkpoints.read_model_config(tuned / "final")
     assert moments["m"].size < model.n_params() / 4
+
+
+def test_the_plan_counts_the_adapters(
+    tuned: Path, base: Path, stories: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many as are written; two thirds of a whole step; less memory than a whole model's run."""
+    adapter = load_safetensors(tuned / "adapter" / "adapter_model.safetensors")
+    count = sum(tensor.size for tensor in adapter.values())
+    assert tune(tuned.parent / "planned", base, stories, "--steps", "10", "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert f"of adapters {count:,}, which alone are trained" in plan and "optimizer   adamw" in plan
+    model = checkpoints.read_model_config(base)
+    assert LORA.n_params(model) == count
+    assert model.flops_per_token(32, adapters=True) == model.flops_per_token(32) * 2 / 3
+    config = TrainConfig(seq_len=32, batch_size=4, shards=2)
+    assert cpu_bytes(model, config, 2, lora=LORA) < cpu_bytes(model, config, 2)
 
 
 def test_a_base_that_has_changed_is_noticed(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

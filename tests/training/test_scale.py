@@ -148,6 +148,11 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for part in ("64 x h200 on 8 machines", "communication", "card hours", "at 2 a card hour", "on paper"):
         assert part in out
+    assert "assumed" not in out
+    assert main(["train", *words.replace("h200", "a100").split()]) == 0
+    assert (
+        "assumed     that a100 reaches the share of its peak that one h200 was measured at" in capsys.readouterr().out
+    )
     assert main(["train", *words.split(), "--nodes", "65"]) == 1
     assert "64 ranks on 65 machines" in capsys.readouterr().err
     assert main(["train", *words.split(), "--data", "x.txt"]) == 1

@@ -192,6 +192,86 @@ def test_engine_and_trainer_are_compared_over_several_texts(
     assert "fewer than --at-least 100000" in capsys.readouterr().err
 
 
+def test_of_conversations_the_answers_are_compared(
+    paired_losses: ModuleType,
+    chat_model: tuple[Path, Path],
+    reminders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """So many tokens as a run would count of the same file."""
+    path = reminders / "test.jsonl"
+    assert run_tool(paired_losses, monkeypatch, *chat_model, "--text", path, "--at-least", 100) == 0
+    result = json.loads(capsys.readouterr().out)
+    tokenizer = load_tokenizer(chat_model[0] / "tokenizer.json")
+    answers = [json.loads(line)["messages"][1]["content"] for line in path.read_text().splitlines()]
+    assert result["documents"] == len(answers)
+    assert result["tokens"] == sum(len(tokenizer.encode(answer + "<|end|>").ids) for answer in answers)
+
+
+# ---- reminders and answers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reminders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reminders")
+    load("make_reminders").write(folder, 30, 20, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_model(chat_tokenizer: Any, chat_template: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder with a chat template, and what it was frozen to."""
+    from pyengine.freeze import freeze
+
+    model = ModelConfig(320, 64, 2, 2, 1, 32, 96, 192)
+    params = Arena(parameter_shapes(model))
+    initialize(params, model, seed=5)
+    folder = tmp_path_factory.mktemp("chat") / "hf"
+    folder.mkdir()
+    checkpoints.write_hf_folder(folder, params, model, tokenizer=chat_tokenizer(False), bos=1, eos=6)
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "<|end|>"})
+    (folder / "chat_template.jinja").write_text(chat_template)
+    return folder, freeze(folder, folder.parent / "model.safetensors")
+
+
+def test_reminders_have_right_answers_and_no_question_twice(reminders: Path) -> None:
+    seen = set()
+    for name, count in (("train", 30), ("test", 20)):
+        lines = (reminders / f"{name}.jsonl").read_text().splitlines()
+        assert len(lines) == count
+        for line in lines:
+            user, assistant = json.loads(line)["messages"]
+            answer = json.loads(assistant["content"])
+            hour, minute = map(int, answer["time"].split(":"))
+            said = f"{hour % 12 or 12}{f':{minute:02}' if minute else ''} {'pm' if hour >= 12 else 'am'}"
+            assert said in user["content"] and answer["what"] in user["content"]
+            assert answer["day"] is None or answer["day"] in user["content"]
+            assert (answer["day"] is None) == (not any(day in user["content"] for day in load("make_reminders").DAYS))
+            seen.add(user["content"])
+    assert len(seen) == 50
+
+
+def test_answers_are_counted(
+    chat_model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the engine itself: what it answers is wanted of one question and not of the other."""
+    import pyengine
+
+    answers, path = load("answers"), tmp_path / "asked.jsonl"
+    user = {"role": "user", "content": "Who made a kite?"}
+    with pyengine.Engine(chat_model[1]) as engine:
+        said = engine.chat([user], temperature=0, max_tokens=5)
+    talks = [[user, {"role": "assistant", "content": text}] for text in (said.text, said.text + "!")]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    run_tool(answers, monkeypatch, chat_model[1], path, "--max-tokens", 5)
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"questions": 2, "ended": 2 * (said.finish_reason == "stop"), "as_wanted": 1}
+    path.write_text(json.dumps({"messages": [user]}))
+    with pytest.raises(SystemExit, match="line 1 does not end"):
+        run_tool(answers, monkeypatch, chat_model[1], path)
+
+
 def test_a_difference_beyond_its_error_fails(
     paired_losses: ModuleType,
     model_files: tuple[Path, Path],

@@ -80,6 +80,12 @@ class Arena:
         """A zeroed arena of the same layout."""
         return Arena(self.shapes, self.flat.dtype, self._zeros)
 
+    def copy(self) -> Arena:
+        """An arena of the same layout and values."""
+        other = self.like()
+        other.flat[...] = self.flat
+        return other
+
 
 def initialize(params: Arena, config: ModelConfig, seed: int) -> None:
     """Normal weights of std 0.02 (embedding) and 0.5 / sqrt(inputs); outputs into the residual

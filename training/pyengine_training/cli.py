@@ -13,7 +13,7 @@ from typing import Any
 
 from . import checkpoint as checkpoints
 from . import options as given
-from . import report, runfolder, setup, train
+from . import report, runfolder, setup, tensorboard, train
 from .comm import ending_together, launched_ranks, same_everywhere, together, world
 from .data import Corpus, prepare_corpus
 from .device import Device, Machine
@@ -59,6 +59,8 @@ def _train(arguments: list[str]) -> int:
         machine = Machine(device, options.threads, comm, options.shard_optimizer)
         with together(comm):
             device.require()  # before minutes of tokenizing
+            if options.tensorboard:
+                tensorboard.require()
         (_resume if options.resume else _start)(values, options, machine, arguments)
     return 0
 
@@ -76,7 +78,7 @@ def _start(values: dict[str, Any], options: argparse.Namespace, machine: Machine
         if "budget_minutes" in values:
             setup.apply_budget(folder, float(values["budget_minutes"]), machine)
         parent = Path(values["branch_from"]) if values.get("branch_from") else None
-        train.run_training(folder, machine, parent)
+        train.run_training(folder, machine, parent, tensorboard=options.tensorboard)
 
 
 def _resume(values: dict[str, Any], options: argparse.Namespace, machine: Machine, arguments: list[str]) -> None:
@@ -94,7 +96,7 @@ def _resume(values: dict[str, Any], options: argparse.Namespace, machine: Machin
             if machine.comm.rank == 0:
                 stack.enter_context(runfolder.existing(folder))
             parent = runfolder.read_run(folder).get("parent")
-        train.run_training(folder, machine, Path(parent) if parent else None)
+        train.run_training(folder, machine, Path(parent) if parent else None, tensorboard=options.tensorboard)
 
 
 # ---- prepare -----------------------------------------------------------------------------------------------------

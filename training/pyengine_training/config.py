@@ -67,13 +67,13 @@ class ModelConfig:
         norms = (2 * self.n_layers + 1) * self.dim + (2 * self.n_layers * self.head_dim if self.qk_norm else 0)
         return self.matrix_params() + tables * self.vocab_size * self.dim + norms
 
-    def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
-        """Multiply-adds counted as two: 2 (6 in training) per matrix weight, the output layer
-        included, plus attention over half of seq_len keys on average.
+    def flops_per_token(self, seq_len: int, *, training: bool = True, adapters: bool = False) -> float:
+        """Multiply-adds counted as two: 2 per matrix weight, the output layer included, plus attention over half of seq_len
+        keys on average. In training 6, and 4 where adapters take the weights' gradients.
         """
         products = self.matrix_params() + self.vocab_size * self.dim
         attention = self.n_layers * 2 * self.q_dim * (seq_len / 2)
-        return (6.0 if training else 2.0) * (products + attention)
+        return (2.0 if not training else 4.0 if adapters else 6.0) * (products + attention)
 
 
 # --depth d: dim = 64 d, head_dim 64, d heads, two query heads to a key where d is even
@@ -114,7 +114,7 @@ RANGES: list[tuple[tuple[str, ...], float, float, str]] = [
     (("warmup_fraction", "decay_fraction", "quantize_fraction", "distill_alpha"), 0, 1, "lie in [0, 1]"),
     (("beta1", "beta2", "muon_momentum"), 0, BELOW_ONE, "lie in [0, 1)"),
     (("lr", "muon_lr", "eps", "distill_tau", "dpo_beta"), LEAST, sys.float_info.max, "be positive"),
-    (("weight_decay", "clip"), 0, sys.float_info.max, "be at least 0"),
+    (("weight_decay", "clip", "checkpoint_minutes"), 0, sys.float_info.max, "be at least 0"),
     (("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints"), 0, math.inf, "be at least 0"),
     (("eval_documents", "sample_tokens"), 1, math.inf, "be at least 1"),
     (("seed",), 0, (1 << 63) - 1, "lie in 0..2^63 - 1"),
@@ -153,6 +153,7 @@ class TrainConfig:
     sample_prompt: str = "Once upon a time"
     sample_tokens: int = 80
     checkpoint_every: int = 200
+    checkpoint_minutes: float = 0.0  # instead of checkpoint_every, where it is not 0
     keep_checkpoints: int = 3
     distill_alpha: float = 0.0
     distill_tau: float = 2.0

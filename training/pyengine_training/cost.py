@@ -40,11 +40,12 @@ class Training:
     seconds: float
     joules: float | None  # None: the machine does not report its energy
     teacher: ModelConfig | None = None  # of a distillation; its forward is part of the cost
+    adapters: bool = False  # are what was trained
 
     @property
     def flops(self) -> float:
-        """6 per weight and token, attention included, and 2 for a teacher's."""
-        per_token = self.model.flops_per_token(self.seq_len)
+        """6 per weight and token (4 with adapters), attention included, and 2 for a teacher's."""
+        per_token = self.model.flops_per_token(self.seq_len, adapters=self.adapters)
         if self.teacher:
             per_token += self.teacher.flops_per_token(self.seq_len, training=False)
         return per_token * self.tokens
@@ -146,7 +147,8 @@ def read_training(folder: Path) -> Training:
     """What a run folder, or one of its checkpoints, says of its training."""
     checkpoint = find_checkpoint(folder)
     state = checkpoints.read_state(checkpoint)
-    teacher = _teacher(checkpoint)
+    run = runfolder.run_of(checkpoint)
+    values = runfolder.read_run(run) if run else {}
     try:
         joules = state.get("joules")
         return Training(
@@ -156,16 +158,15 @@ def read_training(folder: Path) -> Training:
             tokens=int(state["tokens"]),
             seconds=float(state["seconds"]),
             joules=None if joules is None else float(joules),
-            teacher=teacher,
+            teacher=_teacher(values),
+            adapters=bool(values.get("lora")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / 'state.json'}: missing or malformed {error}") from error
 
 
-def _teacher(checkpoint: Path) -> ModelConfig | None:
-    """The model that the run learnt from; an error where it should be and is gone."""
-    run = runfolder.run_of(checkpoint)
-    values = runfolder.read_run(run) if run else {}
+def _teacher(values: dict[str, Any]) -> ModelConfig | None:
+    """The model that a run learnt from, by its run.json; an error where it should be and is gone."""
     teacher = (
         None if values.get("teacher_cache") else values.get("teacher")
     )  # a cache is made once, for any number of runs

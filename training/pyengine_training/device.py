@@ -45,11 +45,17 @@ class Device:
             runtime()
 
     def memory_bytes(
-        self, model: ModelConfig, config: TrainConfig, threads: int, ranks: int = 1, shard_optimizer: bool = False
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        threads: int,
+        ranks: int = 1,
+        shard_optimizer: bool = False,
+        lora: LoraConfig | None = None,
     ) -> int | None:
         """What a run needs of this device's memory, a teacher apart; None where that cannot be told here."""
         if self.name == "cpu":
-            return cpu_bytes(model, config, threads, ranks, shard_optimizer)
+            return cpu_bytes(model, config, threads, ranks, shard_optimizer, lora)
         try:
             return int(_cuda().device_bytes(model, config, self.precision))
         except TrainingError:
@@ -111,6 +117,12 @@ class Machine:
     threads: int | None = None
     comm: Comm = ALONE
     shard_optimizer: bool = False
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether steps can run elsewhere while the host writes and samples. On a CPU it is the host that trains: copies of
+        parameters and moments, 12 bytes a parameter, would buy nothing but the disk's time."""
+        return self.device.name != "cpu"
 
     def trainer(
         self,

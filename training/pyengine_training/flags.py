@@ -146,6 +146,7 @@ GROUPS: list[tuple[str, str, Options]] = [
             "sample_prompt": ("TEXT", "what the samples begin with"),
             "sample_tokens": ("N", "tokens of a sample"),
             "checkpoint_every": ("N", "steps from one checkpoint to the next: what a crash can cost"),
+            "checkpoint_minutes": ("X", "minutes from one to the next, instead of --checkpoint-every; 0: as that says"),
             "keep_checkpoints": ("N", "newest checkpoints that are kept; 0 keeps all"),
         },
     ),
@@ -189,15 +190,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     start(
         "--init-from",
         type=Path,
-        metavar="DIR",
-        help="a Llama model's Hugging Face folder to fine-tune, with its tokenizer",
+        metavar="MODEL",
+        help="a Llama or Qwen3 model to fine-tune, with its tokenizer: a Hugging Face folder or a GGUF file",
     )
     add(
         "--lora",
         metavar="R,ALPHA[,NAME,…]",
         help="with --init-from: learn adapters of rank R beside the named matrices (q_proj, …; default: all) instead of them",
     )
-    add("--teacher", type=Path, metavar="DIR", help="a larger model's Hugging Face folder to distill from")
+    add(
+        "--teacher",
+        type=Path,
+        metavar="MODEL",
+        help="a larger model to distill from: a Hugging Face folder or a GGUF file",
+    )
     add(
         "--teacher-cache",
         type=Path,
@@ -216,6 +222,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--plan",
         action="store_true",
         help="print what a run on --ranks cards of kind --gpu would take, from sizes, flags and --tokens alone, and stop",
+    )
+    add(
+        "--tensorboard", action="store_true", help="write metrics.jsonl's numbers for TensorBoard, too: RUN/tensorboard"
     )
     add("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, FLOPs, time) and stop")
 

@@ -1,11 +1,12 @@
 """Low-rank adapters (LoRA): a model's matrices stay, and what is learnt is a product of two thin ones beside each.
 
-forward   W  = W0 + s B A          s = alpha / r;  W0, W (out, in), A (r, in), B (out, r)
-backward  dA = s B^T dW;  dB = s dW A^T
+forward   W  = W0 + s B A                    s = alpha / r;  W0, W (out, in), A (r, in), B (out, r)
+backward  dA = s (dy B)^T x = s B^T dW       x (N, in), dy (N, out): of the product y = x W^T
+          dB = s dy^T (x A^T) = s dW A^T
 
-W is what every product reads, so the forward and backward of the whole model, with the engine's int8 simulated or not, is
-the same as without adapters; only the optimizer sees A and B instead of W. A begins random and B at zero, so W begins as W0.
-AdamW, without decay. What is written for others is PEFT's layout.
+W is what every product reads, so the forward of the whole model, with the engine's int8 simulated or not, is the same as without
+adapters. dW (out, in) is never made: products with r columns take its place, and a step computes two thirds of a whole one.
+A begins random and B at zero, so W begins as W0. AdamW, without decay. What is written for others is PEFT's layout.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arena import Arena, Shapes
+from .arena import Arena, Shapes, block_matrices, parameter_shapes
 from .checkpoint import hf_tensors
 from .config import ModelConfig, TrainConfig
 from .errors import CheckpointError, ConfigError
@@ -28,6 +29,12 @@ from .ops.cpu.grad_norm import BLOCK
 
 Array = NDArray[Any]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES = {
+    "wqkv": TARGETS[:3],
+    "wo": TARGETS[3:4],
+    "w_gate_up": TARGETS[4:6],
+    "w_down": TARGETS[6:],
+}  # of fused matrices
 STATE = "lora.safetensors"  # in a checkpoint
 
 
@@ -46,6 +53,18 @@ class LoraConfig:
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets:
             raise ConfigError(f"--lora: no matrix {', '.join(unknown) or 'is named'}; choose from {', '.join(TARGETS)}")
+
+    def parts(self, model: ModelConfig, name: str) -> list[tuple[str, slice]]:
+        """Targets that lie in a parameter of the model's arena: (Hugging Face module, its rows)."""
+        head, _, last = name.rpartition(".")
+        parts = zip(MODULES.get(last, ()), block_matrices(name, model), strict=True)
+        within = "mlp" if last in ("w_gate_up", "w_down") else "self_attn"
+        return [(f"model.{head}.{within}.{m}", slice(*rows)) for m, rows in parts if m in self.targets]
+
+    def n_params(self, model: ModelConfig) -> int:
+        """Of A and B of every target."""
+        found = ((shape, self.parts(model, name)) for name, shape in parameter_shapes(model).items())
+        return sum(self.r * (rows.stop - rows.start + shape[1]) for shape, parts in found for _, rows in parts)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,7 +86,10 @@ def parse(text: str, base: Path) -> LoraConfig:
 
 
 class Adapters:
-    """A and B of every target, their moments, and the effective weights in a model's arena."""
+    """A and B of every target, their moments, and the effective weights in a model's arena.
+
+    parts: fused matrix of the model's arena -> (Hugging Face module, its rows), targets alone.
+    """
 
     def __init__(self, config: LoraConfig, model: ModelConfig, params: Arena) -> None:
         self.config, self.model, self.params = config, model, params
@@ -78,8 +100,9 @@ class Adapters:
             shapes[f"{name}.lora_A.weight"] = (config.r, weight.shape[1])
             shapes[f"{name}.lora_B.weight"] = (weight.shape[0], config.r)
         self.values = Arena(shapes)
-        self.grads, self.m, self.v = self.values.like(), self.values.like(), self.values.like()
+        self.m, self.v = self.values.like(), self.values.like()
         self._base: dict[str, Array] = {}
+        self.parts = {name: config.parts(model, name) for name in params.shapes}
 
     def _targets(self, arena: Arena) -> dict[str, Array]:
         """Hugging Face module name -> its matrix in an arena, (out, in)."""
@@ -89,14 +112,15 @@ class Adapters:
             if name.split(".")[-2] in self.config.targets
         }
 
-    def _pair(self, arena: Arena, name: str) -> tuple[Array, Array]:
+    def pair(self, arena: Arena, name: str) -> tuple[Array, Array]:
+        """A (r, in) and B (out, r) of a module, in an arena with the layout of ``values``."""
         return arena[f"{name}.lora_A.weight"], arena[f"{name}.lora_B.weight"]
 
     def begin(self, seed: int) -> None:
         """Fresh adapters on what the arena holds, which is the base from now on."""
         self._base = {name: weight.copy() for name, weight in self._weights.items()}
         for index, name in enumerate(self._weights):
-            a, b = self._pair(self.values, name)
+            a, b = self.pair(self.values, name)
             generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 3, index]))
             a[...] = generator.standard_normal(a.shape, dtype=np.float32) / np.float32(math.sqrt(a.shape[1]))
             b.fill(0)
@@ -104,28 +128,22 @@ class Adapters:
     def merge(self) -> None:
         """The effective weights into the model's arena."""
         for name, weight in self._weights.items():
-            a, b = self._pair(self.values, name)
+            a, b = self.pair(self.values, name)
             np.matmul(b, a, out=weight)
             weight *= self.scale
             weight += self._base[name]
 
-    def gradients(self, grads: Arena) -> float:
-        """Of A and B from those of the effective weights; returns their norm."""
-        for name, d in self._targets(grads).items():
-            a, b = self._pair(self.values, name)
-            da, db = self._pair(self.grads, name)
-            np.matmul(b.T, d, out=da)
-            np.matmul(d, a.T, out=db)
-        self.grads.flat *= self.scale
-        partial = np.empty(-(-self.grads.flat.size // BLOCK))
-        ops.sum_of_squares(partial, self.grads.flat, BLOCK)
+    def norm(self, grads: Arena) -> float:
+        """Of a gradient of A and B."""
+        partial = np.empty(-(-grads.flat.size // BLOCK))
+        ops.sum_of_squares(partial, grads.flat, BLOCK)
         return float(np.sqrt(partial.sum()))
 
-    def step(self, config: TrainConfig, step: int, factor: float, norm: float) -> None:
+    def step(self, config: TrainConfig, grads: Arena, step: int, factor: float, norm: float) -> None:
         """One update of A and B, and the weights that follow from it."""
         options = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps, "weight_decay": 0.0}
         options["grad_scale"] = ops.clip_coefficient(norm, config.clip)
-        flat = (arena.flat for arena in (self.values, self.grads, self.m, self.v))
+        flat = (arena.flat for arena in (self.values, grads, self.m, self.v))
         ops.adamw_update(*flat, step=step + 1, lr=config.lr * factor, **options)
         self.merge()
 
@@ -135,9 +153,9 @@ class Adapters:
         """PEFT's names."""
         return {f"base_model.model.{name}": arena[name] for name in arena.shapes}
 
-    def save_state(self, folder: Path) -> None:
-        """What resuming needs beside the moments."""
-        save_safetensors(folder / STATE, self._tensors(self.values))
+    def save_state(self, folder: Path, values: Arena) -> None:
+        """What resuming needs beside the moments: A and B, or a copy of them."""
+        save_safetensors(folder / STATE, self._tensors(values))
 
     def load_state(self, folder: Path) -> None:
         """A and B of a checkpoint, on the base that the arena holds; raises CheckpointError if that has changed."""

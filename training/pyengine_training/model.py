@@ -12,7 +12,6 @@ Gradients pass straight through.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from .ops.needs import Needs, allocate
 
 if TYPE_CHECKING:
     from .distill import AnyDistillation
+    from .lora import Adapters, LoraConfig
     from .preference import Preference
 
 Array = NDArray[Any]
@@ -59,7 +59,7 @@ class Worker:
 
     recompute: "none" keeps everything; "activations" makes norm outputs and SwiGLU outputs again in
     the backward; "block" keeps only each block's input and reruns the block. Gradients are bitwise
-    equal in all three.
+    equal in all three. adapters: what is trained instead of the parameters; gradients are theirs, before their scale.
     """
 
     def __init__(
@@ -72,12 +72,13 @@ class Worker:
         training: bool = True,
         dtype: Any = np.float32,
         ops: Any = cpu_ops,
+        adapters: Adapters | None = None,
     ) -> None:
         self.config, self.rows, self.seq_len, self.dtype = config, rows, seq_len, dtype
         self.ops, self.wide = ops, ops.wide_dtype(dtype)
         # logits are made, turned into gradients and used up this many rows at a time
         self.loss_rows = ops.loss_rows(config.vocab_size)
-        self.recompute = recompute if training else "block"
+        self.recompute, self.adapters = recompute if training else "block", adapters
         c, n = config, rows * seq_len
         cos, sin = self.ops.rope_tables(seq_len, c.head_dim, c.rope_theta)
         self.cos, self.sin = ops.upload(cos.astype(self.wide)), ops.upload(sin.astype(self.wide))
@@ -160,14 +161,23 @@ class Worker:
 
     def _allocate_backward(self) -> None:
         c, n = self.config, self.rows * self.seq_len
-        self.grads = Arena(arenas.parameter_shapes(c), self.wide, self.ops.zeros)
+        shapes = self.adapters.values.shapes if self.adapters else arenas.parameter_shapes(c)
+        self.grads = Arena(shapes, self.wide, self.ops.zeros)
         self.dx, self.dxn = self._new(n, c.dim), self._new(n, c.dim)
         self.dh, self.dgate_up = self._new(n, c.hidden_dim), self._new(n, 2 * c.hidden_dim)
         self.datt, self.do = self._new(n, c.q_dim), self._new(*self._q_shape())
         self.dq = self._new(*self._q_shape())
         self.dk, self.dv = self._new(*self._kv_shape()), self._new(*self._kv_shape())
         self.dqkv = self._new(*self.qkv.shape)
-        self.doutput = self._new_wide(c.vocab_size if n > self.loss_rows else 0, c.dim)
+        if self.adapters:
+            rank = self.adapters.config.r
+            self.thin, self.dthin, self.unused = (
+                self._new(n, rank),
+                self._new(n, rank),
+                self._new_wide(max(c.dim, c.head_dim)),
+            )
+        else:
+            self.doutput = self._new_wide(c.vocab_size if n > self.loss_rows else 0, c.dim)
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -295,7 +305,8 @@ class Worker:
             elif self.recompute == "activations":
                 self._recompute_activations(params, layer, x, quantize)
             self._block_backward(params, layer, x)
-        self.ops.embedding_backward(self.grads["tok_embeddings"], self.dx, tokens.ravel(), self.scratch)
+        if not self.adapters:
+            self.ops.embedding_backward(self.grads["tok_embeddings"], self.dx, tokens.ravel(), self.scratch)
 
     def _preference_weights(self, params: Arena, targets: Array, preference: Preference) -> Array:
         """Losses of pairs into self.loss, each at its row's first position; returns the weights (N,) of the gradients.
@@ -317,7 +328,7 @@ class Worker:
 
         weights (N,): of each target's gradient, where self.loss is there already; None: 1, and it is not.
         """
-        w, dw = self.output_matrix(params), self.output_matrix(self.grads)
+        w = self.output_matrix(params)
         for start in range(0, targets.size, self.loss_rows):
             rows = slice(start, min(targets.size, start + self.loss_rows))
             logits = self.logits[: rows.stop - start]
@@ -329,12 +340,18 @@ class Worker:
                 self.ops.cross_entropy_forward_backward(self.loss[rows], logits, targets[rows], inv)
             else:
                 self._distill(rows, logits, targets[rows], inv, distillation)
-            if start == 0:
-                self.ops.linear_backward_weight(dw, logits, self.xn_final[rows])
-            else:
-                self.ops.linear_backward_weight(self.doutput, logits, self.xn_final[rows])
-                self.ops.add(dw, self.doutput)
+            if not self.adapters:
+                self._output_gradient(logits, rows)
             self.ops.linear_backward_input(self.dxn[rows], logits, w)
+
+    def _output_gradient(self, dlogits: Array, rows: slice) -> None:
+        """The output matrix's gradient: of the first rows written, of later ones added."""
+        dw = self.output_matrix(self.grads)
+        if rows.start == 0:
+            self.ops.linear_backward_weight(dw, dlogits, self.xn_final[rows])
+        else:
+            self.ops.linear_backward_weight(self.doutput, dlogits, self.xn_final[rows])
+            self.ops.add(dw, self.doutput)
 
     def _distill(self, rows: slice, logits: Array, targets: Array, inv: Any, d: AnyDistillation) -> None:
         alpha, tau = self.wide(d.alpha), self.wide(d.tau)
@@ -364,14 +381,14 @@ class Worker:
 
     def _block_backward(self, params: Arena, layer: int, x: Array) -> None:
         """self.dx: gradient of the block's output -> gradient of its input, mirror order of _block_forward."""
-        p, s, n, g = f"layers.{layer}.", self._state(layer), x.shape[0], self.grads
-        self.ops.linear_backward_weight(g[p + "w_down"], self.dx, s.h)
+        p, s, n = f"layers.{layer}.", self._state(layer), x.shape[0]
+        self._weight_gradient(p + "w_down", self.dx, s.h)
         self.ops.linear_backward_input(self.dh, self.dx, params[p + "w_down"])
         self.ops.swiglu_backward(self.dgate_up, self.dh, s.gate_up)
-        self.ops.linear_backward_weight(g[p + "w_gate_up"], self.dgate_up, s.xn2)
+        self._weight_gradient(p + "w_gate_up", self.dgate_up, s.xn2)
         self.ops.linear_backward_input(self.dxn, self.dgate_up, params[p + "w_gate_up"])
         self._norm_backward(params, p + "ffn_norm", s.x_mid, s.inv_rms2)
-        self.ops.linear_backward_weight(g[p + "wo"], self.dx, s.att)
+        self._weight_gradient(p + "wo", self.dx, s.att)
         self.ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
         self.ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
         inputs = self.do, s.q, s.k, s.v, s.att, s.lse, self.seen_from
@@ -379,16 +396,36 @@ class Worker:
         self.ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
         if s.heads:
             kept, norms = (s.heads["raw"], s.heads["inv_rms"]), [p + "q_norm", p + "k_norm"]
-            grads, weights = ([arena[name] for name in norms] for arena in (g, params))
+            grads, weights = [self._norm_gradient(name) for name in norms], [params[name] for name in norms]
             self.ops.qk_norm_backward(self.dqkv, *grads, *kept, *weights, self.scratch)
         dqkv = self.dqkv.reshape(n, -1)
-        self.ops.linear_backward_weight(g[p + "wqkv"], dqkv, s.xn1)
+        self._weight_gradient(p + "wqkv", dqkv, s.xn1)
         self.ops.linear_backward_input(self.dxn, dqkv, params[p + "wqkv"])
         self._norm_backward(params, p + "attention_norm", x, s.inv_rms1)
 
+    def _weight_gradient(self, name: str, dy: Array, x: Array) -> None:
+        """Of a matrix, y = x w^T, into grads; or of its adapters, before their scale (:mod:`.lora`)."""
+        if not self.adapters:
+            self.ops.linear_backward_weight(self.grads[name], dy, x)
+            return
+        for module, rows in self.adapters.parts[name]:
+            a, b = self.adapters.pair(self.adapters.values, module)
+            da, db = self.adapters.pair(self.grads, module)
+            self.ops.linear_forward(self.thin, x, a)
+            self.ops.linear_backward_weight(db, dy[:, rows], self.thin)
+            self.ops.linear_backward_input(self.dthin, dy[:, rows], b)
+            self.ops.linear_backward_weight(da, self.dthin, x)
+
+    def _norm_gradient(self, name: str) -> Array:
+        """Where the gradient of a norm's weight belongs; beside adapters nobody reads it."""
+        if self.adapters:
+            size = self.config.head_dim if name.endswith(("q_norm", "k_norm")) else self.config.dim
+            return self.unused[:size]
+        return self.grads[name]
+
     def _norm_backward(self, params: Arena, name: str, x: Array, inv_rms: Array) -> None:
         """From dxn, the gradient of a norm's output, into dx and the gradient of its weight."""
-        self.ops.rmsnorm_backward(self.dx, self.grads[name], self.dxn, x, params[name], inv_rms, self.scratch)
+        self.ops.rmsnorm_backward(self.dx, self._norm_gradient(name), self.dxn, x, params[name], inv_rms, self.scratch)
 
 
 def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None = None) -> None:
@@ -400,7 +437,9 @@ def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None 
             cpu_ops.fake_quant_weights(out[name], params[name])
 
 
-def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: str) -> int:
+def activation_bytes(
+    config: ModelConfig, rows: int, seq_len: int, recompute: str, lora: LoraConfig | None = None
+) -> int:
     """Roughly what one Worker holds, gradients included, in bytes (float32)."""
     c, n = config, rows * seq_len
     per_block = n * (2 * c.q_dim + 2 * c.kv_dim + 2 * c.hidden_dim + c.dim)
@@ -409,9 +448,10 @@ def activation_bytes(config: ModelConfig, rows: int, seq_len: int, recompute: st
     blocks = c.n_layers if recompute != "block" else 1
     own = c.n_layers if recompute == "none" else 1
     backward = n * (4 * c.dim + 3 * c.hidden_dim + 5 * c.q_dim + 4 * c.kv_dim)
-    output = min(n, cpu_ops.loss_rows(c.vocab_size)) * c.vocab_size + c.vocab_size * c.dim
+    gradients = lora.n_params(c) if lora else c.n_params() + c.vocab_size * c.dim
+    output = min(n, cpu_ops.loss_rows(c.vocab_size)) * c.vocab_size
     q_shape = rows, c.n_kv_heads, seq_len, c.n_rep, c.head_dim
     scratch = sum(need.nbytes for need in cpu_ops.attention_scratch(q_shape, np.float32, True).values())
     stream = n * c.dim * (c.n_layers + 1)
     floats = blocks * per_block + own * kept + backward + output + stream
-    return 4 * (floats + math.ceil(c.n_params())) + scratch
+    return 4 * (floats + gradients) + scratch

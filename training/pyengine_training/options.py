@@ -12,19 +12,27 @@ from .config import load_options
 from .errors import ConfigError, DataError
 from .flags import LENGTHS, MODEL_OPTIONS
 from .preference import is_preference
-from .text import HELD_OUT, PARQUET
+from .text import FINEST_SHARE, HELD_OUT, PARQUET
 
 # about this process or this call, not about the run
 PAPER = ("ranks", "gpu", "nodes", "rate")  # of --plan alone
 PROCESS = (
-    *("config", "run_dir", "resume", "plan", "dry_run", "threads", "shard_optimizer", "device", "precision"),
+    *(
+        "config",
+        "run_dir",
+        "resume",
+        "plan",
+        "dry_run",
+        "threads",
+        "shard_optimizer",
+        "device",
+        "precision",
+        "tensorboard",
+    ),
     *PAPER,
 )
 SIZES = ("depth", *MODEL_OPTIONS, "qk_norm")
 TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on", "held_out", "column")
-
-
-LEAST_SHARE = 1e-9  # that is held out: 1 / share is a count
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -71,14 +79,20 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
     """ConfigError for what was given and would have no effect, with the reason."""
     if options.precision is not None and options.device == "cpu":
         raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
+    if options.plan and options.tensorboard:
+        raise ConfigError("--tensorboard has no effect beside --plan, which trains nothing")
     if options.plan:
         others = ("init_from", "branch_from", "teacher", *TEXT[:2], *TEXT[3:], "budget_minutes")
         return _refuse(values, others, "--plan computes from sizes, batch and tokens")
     given = [name for name in PAPER if getattr(options, name) is not None]
     if given:
         raise ConfigError(f"{_flags(given)} would have no effect: they describe a --plan")
+    if options.tensorboard and options.dry_run:
+        raise ConfigError("--tensorboard has no effect beside --dry-run, which trains nothing")
     if options.shard_optimizer and ranks == 1:
         raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
+    if values.get("checkpoint_minutes"):
+        _refuse(values, ("checkpoint_every",), "--checkpoint-minutes says when checkpoints are written")
     if values.get("optimizer") == "adamw":
         _refuse(values, ("muon_lr", "muon_momentum"), "--optimizer adamw does not use Muon")
     if values.get("quantize", "decay") != "decay":
@@ -167,7 +181,7 @@ def held_out_shares(values: dict[str, Any], count: int) -> list[float]:
     shares = [_number("held_out", share) for share in given] if isinstance(given, list) else []
     if len(shares) not in (1, count):
         raise ConfigError(f"--held-out: {len(shares)} shares for {count} texts: give one for all or one each")
-    if not all(share == 0 or LEAST_SHARE <= share <= 0.5 for share in shares) or shares[0] == 0:
+    if not all(share == 0 or 1 / FINEST_SHARE <= share <= 0.5 for share in shares) or shares[0] == 0:
         raise ConfigError(f"--held-out is {given}; shares lie in 0..0.5, and the first text's is not 0")
     return shares * count if len(shares) == 1 else shares
 

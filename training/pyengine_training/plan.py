@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .config import ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from .lora import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Plan:
     flops: float
     seconds: float | None
     threads: int
+    adapters: int  # parameters that are trained instead of the model's; 0: none
 
     def lines(self, model: ModelConfig, config: TrainConfig) -> list[str]:
         """For people."""
@@ -36,13 +41,15 @@ class Plan:
         quantized = {"never": "never", "always": "all steps", "decay": "during the decay"}[config.quantize]
         if 0 < config.quantized_steps < config.decay_steps:
             quantized = f"in the last {config.quantized_steps:,} steps"
+        optimizer = "adamw" if self.adapters else config.optimizer
+        trained = f", of adapters {self.adapters:,}, which alone are trained" if self.adapters else ""
         return [
             f"model       {shape}, hidden {m.hidden_dim}, vocabulary {m.vocab_size}",
-            f"parameters  {self.parameters:,} (about {self.frozen_bytes / 1e6:.1f} MB frozen)",
+            f"parameters  {self.parameters:,} (about {self.frozen_bytes / 1e6:.1f} MB frozen){trained}",
             f"steps       {self.steps:,} of {config.batch_size} x {config.seq_len} tokens: "
             f"{config.warmup_steps} warmup, {config.decay_steps} decay ({config.decay_shape})",
             f"tokens      {self.tokens:,} ({epochs} epochs)",
-            f"optimizer   {config.optimizer}, int8 simulated: {quantized}",
+            f"optimizer   {optimizer}, int8 simulated: {quantized}",
             f"memory      {memory}",
             f"compute     {self.flops:.3g} FLOP",
             f"time        {time}",
@@ -56,6 +63,7 @@ def make_plan(
     threads: int,
     seconds_per_step: float | None,
     memory_bytes: int | None,
+    lora: LoraConfig | None = None,
 ) -> Plan:
     """Estimate."""
     tokens = config.steps * config.batch_size * config.seq_len
@@ -67,9 +75,10 @@ def make_plan(
         tokens=tokens,
         epochs=epochs,
         memory_bytes=memory_bytes,
-        flops=model.flops_per_token(config.seq_len) * tokens,
+        flops=model.flops_per_token(config.seq_len, adapters=lora is not None) * tokens,
         seconds=None if seconds_per_step is None else seconds_per_step * config.steps,
         threads=threads,
+        adapters=lora.n_params(model) if lora else 0,
     )
 
 
@@ -120,7 +129,9 @@ def batch_hint(config: TrainConfig) -> list[str]:
 BLAS_SHARE = 0.55  # of a large matrix product's rate is what whole steps reach, typically
 
 
-def estimated_step_seconds(model: ModelConfig, config: TrainConfig, threads: int) -> float:
+def estimated_step_seconds(
+    model: ModelConfig, config: TrainConfig, threads: int, lora: LoraConfig | None = None
+) -> float:
     """Seconds of a step, from a short matrix product on one thread: a first guess, a third off now and then."""
     from .threads import single_threaded_blas
 
@@ -135,7 +146,7 @@ def estimated_step_seconds(model: ModelConfig, config: TrainConfig, threads: int
             times.append(time.perf_counter() - began)
     rate = 2 * 512**3 / min(times) * threads * BLAS_SHARE
     tokens = config.batch_size * config.seq_len
-    return model.flops_per_token(config.seq_len) * tokens / rate
+    return model.flops_per_token(config.seq_len, adapters=lora is not None) * tokens / rate
 
 
 def format_seconds(seconds: float) -> str:

@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -213,11 +214,19 @@ class PairSource:
     ) -> None:
         self.pairs, self.reader, self.beta = pairs, reader, beta
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self._order = lru_cache(maxsize=2)(
+            self._shuffled
+        )  # a batch touches two epochs, unless there are fewer pairs than rows
+
+    def _shuffled(self, epoch: int) -> Array:
+        """The pairs' indices in the order of an epoch."""
+        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 4, epoch]))
+        order: Array = self.pairs.train[generator.permutation(len(self.pairs.train))]
+        return order
 
     def _index(self, row: int) -> int:
         epoch, place = divmod(row, len(self.pairs.train))
-        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 4, epoch]))
-        return int(self.pairs.train[generator.permutation(len(self.pairs.train))[place]])
+        return int(self._order(epoch)[place])
 
     def _row(self, step: int) -> int:
         return self.reader.row + (step - self.reader.step) * self.batch_size

@@ -6,6 +6,7 @@ tokenizer.json  the tokenizer of the run
 metrics.jsonl   one line a step (and per validation), each step once
 log.txt         what was printed
 loss.png        the curves
+tensorboard/    the numbers of metrics.jsonl once more, where they were asked for (--tensorboard)
 checkpoints/step_XXXXXXXX/
 """
 
@@ -23,6 +24,7 @@ from typing import Any, TextIO
 
 from .errors import CheckpointError, ConfigError, RunFolderError
 from .files import read_json, write_atomic, write_json
+from .tensorboard import EventFile
 
 RUN_VERSION = 1
 
@@ -111,20 +113,28 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 class Metrics:
-    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are dropped."""
+    """metrics.jsonl: appended line by line; on resuming, lines of steps that will be done again are dropped.
 
-    def __init__(self, path: Path, keep_through_step: int) -> None:
+    tensorboard: every line is written for it, too.
+    """
+
+    def __init__(self, path: Path, keep_through_step: int, *, tensorboard: bool = False) -> None:
         if path.exists():
             lines = [line + "\n" for line, entry in _metrics(path) if entry["step"] <= keep_through_step]
             write_atomic(path, "".join(lines).encode())
+        self._events = EventFile(path.parent, read_metrics(path)) if tensorboard else None
         self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry (with "step")."""
         self._file.write(json.dumps(entry) + "\n")
+        if self._events:
+            self._events.write(entry)
 
     def close(self) -> None:
         self._file.close()
+        if self._events:
+            self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from .config import ModelConfig, TrainConfig
 from .ranks import Piece, cut, owners
 
 LATENCY = 10e-6  # seconds of a message between machines
+MEASURED = "h200"  # of CARDS, the one that shares and factors come from
 OVERHEAD = 2.5e9  # bytes: a CUDA context, the libraries' workspaces, the gaps in a memory pool; measured on an H200
 INT8_COMPUTE = 2.15  # measured on an H200: such steps are float32 and TF32, and quantize every product's inputs
 
@@ -108,6 +109,10 @@ class Scale:
             rows.insert(2, ("int8 step", row))
         if rate is not None:
             rows.append(("price", f"{hours * self.ranks * rate:,.2f} at {rate:g} a card hour"))
+        if self.card.name != MEASURED:
+            rows.append(
+                ("assumed", f"that {self.card.name} reaches the share of its peak that one {MEASURED} was measured at")
+            )
         return [f"{name:12}{value}" for name, value in rows]
 
 

@@ -20,6 +20,7 @@ from .data import Corpus, Reader, file_sha256, prepare_corpus
 from .device import Device, Machine
 from .errors import CheckpointError, ConfigError, DataError
 from .flags import MODEL_OPTIONS, SWITCH
+from .gguf_source import model_config_of, model_folder
 from .lora import parse as parse_lora
 from .options import data_paths, held_out_shares
 from .plan import batch_rows, estimated_step_seconds, make_plan
@@ -74,7 +75,7 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
     base: dict[str, Any] = {"data_weights": [1.0] * len(paths)}
     for name in ("init_from", "teacher"):
         if values.get(name):
-            context = checkpoints.read_model_config(Path(values[name])).max_seq_len
+            context = model_config_of(Path(values[name])).max_seq_len
             base["seq_len"] = min(base.get("seq_len", TrainConfig.seq_len), context)
     sizes = values.get("seq_len", base.get("seq_len", TrainConfig.seq_len)), values.get("shards", 1)
     if (
@@ -170,6 +171,7 @@ def prepare_all(
 
 
 PAIRS = "data/pairs"  # in the run folder
+UNPACKED = {"init_from": "base", "teacher": "teacher"}  # likewise, of what is given as a GGUF file
 
 
 def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfig, folder: Path) -> TrainConfig:
@@ -195,6 +197,9 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     """Tokenizer, data, sizes, run.json of a run that begins here."""
     paths = data_paths(values)
     held_out_shares(values, len(paths))
+    for name, unpacked in UNPACKED.items():
+        if values.get(name):
+            values = {**values, name: model_folder(Path(values[name]), folder / unpacked)}
     config = train_config(values, base_options(values, paths))
     if values.get("lora"):
         parse_lora(str(values["lora"]), Path(values["init_from"]))  # before the text is read
@@ -302,7 +307,7 @@ def dry_run(values: dict[str, Any], options: argparse.Namespace) -> None:
     paths = data_paths(values)
     config = train_config(values, base_options(values, paths))
     if values.get("init_from"):
-        model = checkpoints.read_model_config(Path(values["init_from"]))
+        model = model_config_of(Path(values["init_from"]))
     else:
         model = model_config(values, _vocabulary(values, paths), config.seq_len)
     tokens = 0.0
@@ -310,9 +315,10 @@ def dry_run(values: dict[str, Any], options: argparse.Namespace) -> None:
         tokens += Corpus(path).train.n_tokens if path.is_dir() else path.stat().st_size / 4
     epochs = [config.steps * config.batch_size * config.seq_len / max(1.0, tokens)]
     threads = max(1, min(options.threads or available_threads(), config.shards))
-    seconds = estimated_step_seconds(model, config, threads) if options.device == "cpu" else None
-    memory = Device.of(options).memory_bytes(model, config, threads)
-    for line in make_plan(model, config, epochs, threads, seconds, memory).lines(model, config):
+    lora = parse_lora(str(values["lora"]), Path(values["init_from"])) if values.get("lora") else None
+    seconds = estimated_step_seconds(model, config, threads, lora) if options.device == "cpu" else None
+    memory = Device.of(options).memory_bytes(model, config, threads, lora=lora)
+    for line in make_plan(model, config, epochs, threads, seconds, memory, lora).lines(model, config):
         print(line)
 
 
@@ -344,6 +350,10 @@ def plan_on_paper(values: dict[str, Any], options: argparse.Namespace) -> None:
 
 def _vocabulary(values: dict[str, Any], paths: Sequence[Path]) -> int:
     """Of the tokenizer that a run would use; one that does not exist yet has as many tokens as it is asked for."""
+    if (
+        values.get("teacher") and Path(values["teacher"]).is_file()
+    ):  # a GGUF file, whose tokenizer its model's table holds
+        return model_config_of(Path(values["teacher"])).vocab_size
     given = any(values.get(name) for name in ("tokenizer", "teacher")) or any(path.is_dir() for path in paths)
     if given:
         return int(find_tokenizer(values, paths).get_vocab_size())

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .errors import DataError, MissingLibraryError
 
 END_OF_TEXT = "<|endoftext|>"  # id 0 of a tokenizer trained here: begins and ends every document
 HELD_OUT = 0.02  # share of the documents
+FINEST_SHARE = 10**9  # shares differ by at least 1 / this
 COLUMN = "text"  # of a parquet file
 # where no separator lines exist, a document ends at the first blank line after so many characters,
 PARAGRAPH_DOCUMENT = 4096
@@ -135,9 +137,10 @@ def _plain(text: str) -> str:
 
 
 def is_validation(document: str, share: float = HELD_OUT) -> bool:
-    """One document in 1 / share, by its content: the same text is on the same side in every run."""
+    """That share of all documents, by their content: the same text is on the same side in every run."""
+    part = Fraction(share).limit_denominator(FINEST_SHARE)  # 0.02 is 1 / 50
     digest = hashlib.sha256(document.encode()).digest()
-    return share > 0 and int.from_bytes(digest, "big") % round(1 / share) == 0
+    return int.from_bytes(digest, "big") % part.denominator < part.numerator
 
 
 def labelled(documents: Iterable[str], share: float = HELD_OUT) -> Iterator[tuple[str, bool]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from .errors import MissingLibraryError
@@ -39,3 +39,31 @@ def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], object]]) -> 
         future.exception()
     for future in futures:
         future.result()
+
+
+class Beside:
+    """One piece of work at a time on a thread beside the loop. What goes wrong there is raised by the next call of any method."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pyengine-beside")
+        self._running: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin when what runs has ended."""
+        self.finish()
+        self._running = self._pool.submit(work)
+
+    def check(self) -> None:
+        """Raise what has gone wrong; wait for nothing."""
+        if self._running is not None and self._running.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what runs."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread; raises nothing, for the loop may be ending by an error already."""
+        self._pool.shutdown()

@@ -10,9 +10,11 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -43,6 +45,7 @@ from .preference import Pairs, PairSource
 from .scale import state_bytes
 from .teacher_cache import TeacherCache
 from .text import load_tokenizer
+from .threads import Beside
 from .validation import HeldOut, PairValidation, Validation
 
 LOG_EVERY_SECONDS = 30.0
@@ -175,8 +178,8 @@ def _signals(received: list[int], ranks: int) -> Iterator[None]:
 class Loop:
     """The loop over steps with everything around it. Use :func:`run_training`."""
 
-    def __init__(self, run: Run, machine: Machine) -> None:
-        self.run, self.config, self.comm = run, run.config, machine.comm
+    def __init__(self, run: Run, machine: Machine, tensorboard: bool = False) -> None:
+        self.run, self.config, self.comm, self.tensorboard = run, run.config, machine.comm, tensorboard
         self.leads = self.comm.rank == 0  # writes files and talks; the other ranks only compute
         # before memory is taken: it knows whether the text is long enough
         self.source = run.source()
@@ -187,7 +190,8 @@ class Loop:
         self.sampler = Worker(run.model, 1, min(run.config.seq_len, 128), training=False) if self.leads else None
         self.received: list[int] = []
         self.energy = EnergyMeter()
-        self._saved_step = -1
+        self._saved_step, self._saved_at = -1, monotonic()
+        self.writer, self.samples = (Beside(), Beside()) if machine.waits_for_host else (None, None)
 
     def start(self, parent: Path | None) -> None:
         """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given or fresh weights."""
@@ -206,7 +210,8 @@ class Loop:
         else:
             self.trainer.initialize()
         if self.leads:
-            self.metrics = runfolder.Metrics(self.metrics_path, self.trainer.state.step)
+            step = self.trainer.state.step
+            self.metrics = runfolder.Metrics(self.metrics_path, step, tensorboard=self.tensorboard)
 
     def _restore(self, folder: Path) -> None:
         values = self.trainer.restore(folder)
@@ -225,28 +230,37 @@ class Loop:
 
     # ---- pieces of the loop --------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint and drop old ones."""
+    def save(self, *, trunk: bool = False) -> None:
+        """Write a checkpoint and drop old ones; beside the steps where these run elsewhere. trunk: keep it as that, too."""
         step = self.trainer.state.step
         if step == self._saved_step:
             return
         folder = self.run.folder / "checkpoints" / f"step_{step:08d}"
         if self.leads:
             folder.parent.mkdir(exist_ok=True)
-        self.trainer.save(
-            folder,
-            self.run.fingerprint(),
-            self._write_model,
-        )
-        self._saved_step = step
-        if self.leads:
+
+        def then() -> None:
+            if trunk:
+                self._keep_trunk(folder)
             checkpoints.prune(self.run.folder, self.config.keep_checkpoints)
 
-    def _write_model(self, folder: Path) -> None:
-        """The Hugging Face files, and the adapters' own where there are some."""
-        self.run.write_model(folder, self.trainer.params)
-        if self.trainer.backend.adapters:
-            self.trainer.backend.adapters.save_state(folder)
+        write_model = self._model_writer(copied=self.writer is not None)
+        self.trainer.save(folder, self.run.fingerprint(), write_model, then=then, beside=self.writer)
+        self._saved_step, self._saved_at = step, monotonic()
+
+    def _model_writer(self, copied: bool) -> Callable[[Path], None]:
+        """What writes the Hugging Face files, and the adapters' own where there are some; of copies: of what they hold now."""
+        params, adapters = self.trainer.params, self.trainer.backend.adapters
+        values = adapters.values if adapters else None
+        if copied:
+            params, values = params.copy(), values and values.copy()
+
+        def write(folder: Path) -> None:
+            self.run.write_model(folder, params)
+            if adapters and values:
+                adapters.save_state(folder, values)
+
+        return write
 
     def validate(self, quantize: bool) -> Validation | PairValidation:
         """Validate on each text, log, plot; returns the first text's result."""
@@ -270,19 +284,19 @@ class Loop:
         """One sample with a fixed seed."""
         if self.sampler is None:
             return
-        c = self.config
-        ids = self.run.tokenizer.encode(c.sample_prompt).ids[: self.sampler.seq_len - 1]
-        new = sample.generate(
-            self.sampler,
-            self.trainer.backend.weights(quantize),
-            ids,
-            c.sample_tokens,
-            eos=self.run.eos,
-            seed=c.seed,
-            quantize=quantize,
-        )
-        text = self.run.tokenizer.decode(ids + new)
-        self.log.say(f"step {self.trainer.state.step} sample: {text}")
+        weights, step = self.trainer.backend.weights(quantize), self.trainer.state.step
+        if self.samples is None:
+            self._sample(weights, step, quantize)
+        else:
+            self.samples.start(partial(self._sample, weights.copy(), step, quantize))
+
+    def _sample(self, weights: Arena, step: int, quantize: bool) -> None:
+        c, worker = self.config, self.sampler
+        assert worker is not None
+        ids = self.run.tokenizer.encode(c.sample_prompt).ids[: worker.seq_len - 1]
+        ends = {"eos": self.run.eos, "seed": c.seed, "quantize": quantize}
+        new = sample.generate(worker, weights, ids, c.sample_tokens, **ends)
+        self.log.say(f"step {step} sample: {self.run.tokenizer.decode(ids + new)}")
 
     def steps(self) -> None:
         """All steps that are left."""
@@ -318,10 +332,29 @@ class Loop:
                 self.log.say(text)
                 logged = now
             self._milestones(result.quantized)
-            stop = next((number for number in self.comm.gather(self.received[:1]) if number), None)
+            signs = self.comm.gather((self.received[:1], self._is_due()))
+            if signs[0][1]:  # by the clock of rank 0
+                self.save()
+            stop = next((number for number, _ in signs if number), None)
             if stop:  # on whichever rank it arrived
                 self.save()
+                self.finish_beside()
                 raise Interrupted(stop[0])
+            for beside in self._beside():
+                beside.check()
+
+    def _is_due(self) -> bool:
+        """Whether --checkpoint-minutes have passed."""
+        minutes = self.config.checkpoint_minutes
+        return minutes > 0 and monotonic() - self._saved_at >= 60 * minutes
+
+    def _beside(self) -> list[Beside]:
+        return [beside for beside in (self.writer, self.samples) if beside is not None]
+
+    def finish_beside(self) -> None:
+        """Wait for what is written and sampled beside the steps, and raise what went wrong there."""
+        for beside in self._beside():
+            beside.finish()
 
     def _write_metrics(self, entry: dict[str, Any]) -> None:
         if self.leads:
@@ -330,7 +363,8 @@ class Loop:
     def _progress(self, loss: float, tokens_per_second: float) -> str:
         c, step = self.config, self.trainer.state.step
         left = (c.steps - step) * c.batch_size * c.seq_len / tokens_per_second
-        flops = self.run.model.flops_per_token(c.seq_len) * tokens_per_second
+        adapters = self.run.lora is not None
+        flops = self.run.model.flops_per_token(c.seq_len, adapters=adapters) * tokens_per_second
         return (
             f"step {step}/{c.steps} loss {loss:.4f} {tokens_per_second:,.0f} tokens/s "
             f"{flops / 1e9:.0f} GFLOP/s {format_seconds(left)} left"
@@ -344,20 +378,18 @@ class Loop:
         if c.sample_every and (is_last or step % c.sample_every == 0):
             self.show_sample(quantized)
         trunk_end = step == c.decay_start and c.decay_steps > 0
-        if is_last or trunk_end or (c.checkpoint_every and step % c.checkpoint_every == 0):
-            self.save()
-        if trunk_end and self.leads:
-            self._keep_trunk()
+        every = 0 if c.checkpoint_minutes else c.checkpoint_every
+        if is_last or trunk_end or (every and step % every == 0):
+            self.save(trunk=trunk_end)
 
-    def _keep_trunk(self) -> None:
+    def _keep_trunk(self, checkpoint: Path) -> None:
         """The last checkpoint before the decay is kept as ``trunk``: longer runs can continue from it."""
-        name = f"step_{self.trainer.state.step:08d}"
         with atomic_directory(self.run.folder / "trunk") as temporary:
-            source = self.run.folder / "checkpoints" / name
-            shutil.copytree(source, temporary, dirs_exist_ok=True)
+            shutil.copytree(checkpoint, temporary, dirs_exist_ok=True)
 
     def finish(self) -> Path:
         """final/: the Hugging Face folder to freeze."""
+        self.finish_beside()
         target = self.run.folder / "final"
         if self.leads:
             with atomic_directory(target) as temporary:
@@ -371,14 +403,16 @@ class Loop:
         return target
 
     def close(self) -> None:
+        for beside in self._beside():
+            beside.close()
         self.trainer.close()
         self.log.close()
         if hasattr(self, "metrics"):
             self.metrics.close()
 
 
-def run_training(folder: Path, machine: Machine, parent: Path | None = None) -> Path:
-    """Run, or continue, the run in ``folder``; returns the folder of the final model.
+def run_training(folder: Path, machine: Machine, parent: Path | None = None, *, tensorboard: bool = False) -> Path:
+    """Run, or continue, the run in ``folder``; returns the folder of the final model. tensorboard: write event files.
 
     Raises Interrupted after a checkpoint when SIGINT or SIGTERM came, NotFiniteError when the loss
     blew up (the last checkpoint stays), OSError when the disk is full (likewise).
@@ -387,7 +421,7 @@ def run_training(folder: Path, machine: Machine, parent: Path | None = None) -> 
         run = open_run(folder)
     same_everywhere(machine.comm, {"text": run.fingerprint()})
     with together(machine.comm):
-        loop = Loop(run, machine)
+        loop = Loop(run, machine, tensorboard)
     try:
         with together(machine.comm):
             loop.start(parent)
@@ -420,11 +454,11 @@ def _say_plan(loop: Loop, machine: Machine) -> None:
     run, threads = loop.run, loop.trainer.backend.threads
     cores = threads * machine.comm.size
     on_cpu = machine.device.name == "cpu"
-    seconds = estimated_step_seconds(run.model, run.config, cores) if on_cpu else None
+    seconds = estimated_step_seconds(run.model, run.config, cores, run.lora) if on_cpu else None
     ranks = machine.comm.size, machine.shard_optimizer
-    memory = machine.device.memory_bytes(run.model, run.config, threads, *ranks)
+    memory = machine.device.memory_bytes(run.model, run.config, threads, *ranks, run.lora)
     epochs = loop.source.epochs(run.config.steps)
-    plan = make_plan(run.model, run.config, epochs, cores, seconds, memory)
+    plan = make_plan(run.model, run.config, epochs, cores, seconds, memory, run.lora)
     more = []
     if run.pairs:
         more.append(f"pairs       {len(run.pairs.train):,} to learn from, {len(run.pairs.held_out):,} held out")

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .distill import SoftTargets
 from .errors import ConfigError, NotFiniteError
 from .optimizer import schedule
 from .preference import Preference
+from .threads import Beside
 from .validation import Validation, summarize
 
 Array = NDArray[Any]
@@ -120,10 +122,19 @@ class Trainer:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, data_fingerprint: str, write_model: Callable[[Path], None]) -> None:
-        """Write a checkpoint of everything: rank 0 does, with the others' help; all leave when it is there.
+    def save(
+        self,
+        folder: Path,
+        data_fingerprint: str,
+        write_model: Callable[[Path], None],
+        *,
+        then: Callable[[], None] = lambda: None,
+        beside: Beside | None = None,
+    ) -> None:
+        """Write a checkpoint of everything, and call ``then``: rank 0 does, with the others' help; all leave when it is there.
 
-        Raises RankError where a rank's parameters are no longer rank 0's.
+        beside: writes it, and calls ``then``, from a copy of the moments while steps go on, which write_model must not depend on;
+        what goes wrong there it raises later. Raises RankError where a rank's parameters are no longer rank 0's.
         """
         comm = self.backend.comm
         same_everywhere(comm, {"parameters' checksum": zlib.crc32(self.params.flat) if comm.size > 1 else 0})
@@ -131,8 +142,21 @@ class Trainer:
             self.backend.save_moments(None, None)
         else:
             size, fill = self.backend.moments_size, self.backend.save_moments
-            args = self.model, self.config, size, fill, self.state, data_fingerprint, write_model
-            checkpoints.save_checkpoint(folder, *args)
+            if beside is not None:
+                copies = (
+                    np.zeros(size, np.float32),
+                    np.zeros(size, np.float32),
+                )  # as a new file: gaps between pieces stay 0
+                fill(*copies)
+                fill = partial(_fill, copies)
+            state = replace(self.state)  # the loop writes into its own
+
+            def write() -> None:
+                args = self.model, self.config, size, fill, state, data_fingerprint, write_model
+                checkpoints.save_checkpoint(folder, *args)
+                then()
+
+            write() if beside is None else beside.start(write)
         comm.gather(None)
 
     def restore(self, folder: Path) -> dict[str, Any]:
@@ -153,6 +177,10 @@ class Trainer:
             checkpoints.reader_position(values),
         )
         return values
+
+
+def _fill(copies: tuple[Array, Array], m: Array, v: Array) -> None:
+    m[...], v[...] = copies
 
 
 def _counted(targets: Array) -> int:

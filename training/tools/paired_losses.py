@@ -2,10 +2,11 @@
 
     python training/tools/paired_losses.py CHECKPOINT FROZEN --text tinystories.txt --text other.txt
 
-CHECKPOINT is the Hugging Face folder that FROZEN was made from. All held-out documents of every text
-are scored; one that is longer than the context is scored in windows that start anew. Prints, for all
-tokens and for each text, the means, the paired difference with its standard error over tokens (and
-over documents, within which tokens depend on each other) and the share of tokens that agree to 1e-4.
+CHECKPOINT is the Hugging Face folder that FROZEN was made from. All held-out documents of every text are scored; one that is
+longer than the context is scored in windows that start anew. Of a .jsonl file of conversations ("messages") all are, and of
+these the tokens that a run counts: what the assistant says, in CHECKPOINT's template. Prints, for all tokens and for each text,
+the means, the paired difference with its standard error over tokens (and over documents, within which tokens depend on each
+other) and the share of tokens that agree to 1e-4.
 
 Exit code: 0; 1 when the means over all tokens differ by more than three standard errors; 2 when the
 texts hold out fewer than --at-least tokens.
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from pyengine_training import checkpoint
+from pyengine_training.chat import ChatFormat, is_chat
 from pyengine_training.model import Worker
 from pyengine_training.report import quantized_parameters
 from pyengine_training.text import load_tokenizer, split_documents
@@ -31,6 +33,7 @@ from pyengine_training.threads import single_threaded_blas
 import pyengine
 
 Losses = Callable[[list[int]], Any]  # token ids -> loss of each but the first, float64
+Document = tuple[list[int], Any]  # token ids, and of each but the first whether it counts
 
 
 def trainer_losses(worker: Worker, params: Any, quantize: bool) -> Losses:
@@ -52,11 +55,20 @@ def windows(ids: list[int], size: int) -> Iterator[list[int]]:
         yield ids[start : start + size]
 
 
-def score(documents: list[list[int]], size: int, scorers: list[Losses]) -> list[Any]:
-    """A (3, tokens) array of losses for each document, one row a scorer."""
+def read_tokens(path: Path, folder: Path, tokenizer: Any, drop_unfinished: bool) -> list[Document]:
+    """What is scored of a text."""
+    if is_chat(path):
+        chat = ChatFormat(folder, tokenizer)
+        return [(ids, counted[1:]) for ids, counted in map(chat.encode, chat.conversations(path))]
+    _, held_out = split_documents(path, drop_unfinished=drop_unfinished)
+    return [(ids, np.ones(len(ids) - 1, bool)) for ids in (tokenizer.encode(text).ids for text in held_out) if ids]
+
+
+def score(documents: list[Document], size: int, scorers: list[Losses]) -> list[Any]:
+    """A (3, tokens that count) array of losses for each document, one row a scorer."""
     return [
-        np.stack([np.concatenate([losses(piece) for piece in windows(ids, size)]) for losses in scorers])
-        for ids in documents
+        np.stack([np.concatenate([losses(piece) for piece in windows(ids, size)]) for losses in scorers])[:, counted]
+        for ids, counted in documents
     ]
 
 
@@ -92,23 +104,24 @@ def main() -> int:
     args = parser.parse_args()
     model, params = checkpoint.load_model(args.checkpoint)
     tokenizer = load_tokenizer(args.checkpoint / "tokenizer.json")
-    texts: dict[str, list[list[int]]] = {}
+    texts: dict[str, list[Document]] = {}
     for path in args.text:
-        _, held_out = split_documents(path, drop_unfinished=not args.keep_unfinished)
-        ids = [tokenizer.encode(text).ids for text in held_out[: args.documents]]
-        texts[str(path) if path.name in texts else path.name] = [i for i in ids if len(i) > 1]
-    count = sum(len(ids) - 1 for documents in texts.values() for ids in documents)
+        read = read_tokens(path, args.checkpoint, tokenizer, not args.keep_unfinished)[: args.documents]
+        texts[str(path) if path.name in texts else path.name] = [one for one in read if one[1].any()]
+    every = [document for documents in texts.values() for document in documents]
+    count = sum(int(counted.sum()) for _, counted in every)
     if count < args.at_least:
         print(f"the held-out documents have {count} tokens, fewer than --at-least {args.at_least}", file=sys.stderr)
         return 2
-    worker = Worker(model, 1, model.max_seq_len, training=False)
+    size = min(model.max_seq_len, max(len(ids) for ids, _ in every))
+    worker = Worker(model, 1, size, training=False)
     with single_threaded_blas(), pyengine.Engine(args.frozen) as engine:
         scorers: list[Losses] = [
             lambda ids: -np.asarray(engine.score(ids).logprobs[1:], np.float64),
             trainer_losses(worker, quantized_parameters(params), True),
             trainer_losses(worker, params, False),
         ]
-        scored = {name: score(documents, model.max_seq_len, scorers) for name, documents in texts.items()}
+        scored = {name: score(documents, size, scorers) for name, documents in texts.items()}
     result = compare([document for documents in scored.values() for document in documents])
     within = abs(result["difference"]) <= 3 * result["standard_error"]
     by_text = {name: compare(documents) for name, documents in scored.items() if documents}

@@ -10,7 +10,6 @@ same codes and scales. Llama models without biases, with or without QK-norm; the
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 from pyengine_training.arena import Arena, parameter_shapes
 from pyengine_training.checkpoint import ATTACHMENTS, write_hf_folder
-from pyengine_training.config import ModelConfig
-from pyengine_training.errors import ConfigError
+from pyengine_training.errors import ConfigError, TrainingError
 from pyengine_training.files import atomic_directory, load_safetensors
+from pyengine_training.gguf_source import trainable_config
 from pyengine_training.ops.cpu.fake_quant import weight_values
 
 VERSIONS = ("3", "4")  # whose codes are of turned rows; they differ in attention alone
@@ -51,22 +50,6 @@ def format_version(frozen: Path) -> Any:
     return header.get("__metadata__", {}).get("format_version")
 
 
-def model_config(stored: dict[str, Any], inv_freq: Any) -> ModelConfig:
-    """The trainer's configuration of a frozen config.json; the file has RoPE's frequencies, not its base."""
-    for name in ("qkv_bias", "o_bias", "qk_norm_all_heads", "attention_softcap", "logits_softcap", "n_experts", "requires"):
-        if stored.get(name):
-            raise ConfigError(f"the model has {name}, which the trainer does not know")
-    plain = {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"}
-    if stored["layers"] != plain or stored["kinds"] != {"default": "int8_g64"}:
-        raise ConfigError(f"the trainer knows layers {plain} and int8_g64 matrices only")
-    half = stored["head_dim"] // 2
-    base = float(f"{float(inv_freq[half - 1]) ** (-half / (half - 1)):.6g}") if half > 1 else 10000.0
-    if not np.allclose(inv_freq[:half], base ** (-np.arange(half) / half), rtol=1e-5):
-        raise ConfigError("the model's RoPE is scaled, which the trainer does not know")
-    names = {field.name for field in dataclasses.fields(ModelConfig)} & set(stored)
-    return ModelConfig(**{name: stored[name] for name in names}, rope_theta=base)
-
-
 def thaw(frozen: Path, folder: Path) -> None:
     """Write the folder. ConfigError when it exists or the model is none that the trainer knows."""
     if folder.exists():
@@ -77,7 +60,9 @@ def thaw(frozen: Path, folder: Path) -> None:
     if format_version(frozen) not in VERSIONS:
         raise ConfigError(f"{frozen} has format_version {format_version(frozen)!r}, this reads {' and '.join(VERSIONS)}")
     stored = json.loads(tensors["config.json"].tobytes())
-    config = model_config(stored, tensors["rope.0.inv_freq"])
+    if stored["kinds"] != {"default": "int8_g64"}:
+        raise ConfigError(f"{frozen}: this reads int8_g64 matrices only, not {stored['kinds']}")
+    config = trainable_config(stored, tensors["rope.0.inv_freq"], frozen)
     params = Arena(parameter_shapes(config))
     for name, view in params.views.items():
         view[...] = tensors[name][: view.shape[0]] if view.ndim == 1 else matrix(tensors, name, view.shape)
@@ -103,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         thaw(args.frozen, args.folder)
-    except ConfigError as error:
+    except TrainingError as error:
         raise SystemExit(f"error: {error}") from error
     print(args.folder)
 

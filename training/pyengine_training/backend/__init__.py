@@ -52,7 +52,7 @@ class Backend(Protocol):
 
     @property
     def grads(self) -> Arena:
-        """The gradient of the last :meth:`gradients` or :meth:`step`."""
+        """The gradient of the last :meth:`gradients` or :meth:`step`: of the parameters, or of the adapters."""
 
     def gradients(self, tokens: Array, targets: Array, inputs: StepInputs) -> float:
         """Mean loss over the counted targets, in nats; its gradient into ``grads``."""

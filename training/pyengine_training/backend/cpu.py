@@ -52,17 +52,19 @@ class CpuBackend:
         self.threads = max(1, min(wanted, config.shards // comm.size))
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pyengine-train")
         self.params = Arena(parameter_shapes(model))
-        self._grads = self.params.like()
-        self._int8_values = self.params.like() if config.quantize != "never" else None
-        pieces = cut(self.params, model, config)
-        self.exchange = Exchange(comm, pieces)
         self.adapters = Adapters(lora, model, self.params) if lora else None
+        trained = self.adapters.values if self.adapters else self.params
+        self._grads = trained.like()
+        self._int8_values = self.params.like() if config.quantize != "never" else None
+        pieces = cut(trained, model, config)
+        self.exchange = Exchange(comm, pieces)
         self.sharded = shard_optimizer and comm.size > 1 and not lora
         updated = self.exchange.mine if self.sharded else pieces
         self.optimizer = Optimizer(config, [] if lora else updated, self.pool)
         self.shard_rows = config.batch_size // config.shards
         size = self.shard_rows, config.seq_len
-        self.workers = [Worker(model, *size, recompute=config.recompute) for _ in range(self.threads)]
+        kept = {"recompute": config.recompute, "adapters": self.adapters}
+        self.workers = [Worker(model, *size, **kept) for _ in range(self.threads)]
         self.distillations: list[Distillation] = []
         if teacher:
             check_teacher(teacher[0], model, config.seq_len)
@@ -108,6 +110,8 @@ class CpuBackend:
         with together(self.comm):
             self._local_gradients(tokens, targets, inputs, losses)
         self.exchange.reduce(self._grads.flat)
+        if self.adapters:
+            self._grads.flat *= self.adapters.scale
         return math.fsum(loss for part in self.comm.gather(losses) for loss in part)
 
     def _local_gradients(self, tokens: Array, targets: Array, inputs: StepInputs, losses: list[float]) -> None:
@@ -169,9 +173,9 @@ class CpuBackend:
     ) -> tuple[float, float]:
         """As step; they are small, so every rank updates all of them."""
         loss = self.gradients(tokens, targets, inputs)
-        norm = adapters.gradients(self._grads)
+        norm = adapters.norm(self._grads)
         if math.isfinite(loss) and math.isfinite(norm):
-            adapters.step(self.config, inputs.step, inputs.lr_factor, norm)
+            adapters.step(self.config, self._grads, inputs.step, inputs.lr_factor, norm)
         return loss, norm
 
     # ---- validation and checkpoints ----------------------------------------------------------------------------------
@@ -214,11 +218,17 @@ class CpuBackend:
 
 
 def cpu_bytes(
-    model: ModelConfig, config: TrainConfig, threads: int, ranks: int = 1, shard_optimizer: bool = False
+    model: ModelConfig,
+    config: TrainConfig,
+    threads: int,
+    ranks: int = 1,
+    shard_optimizer: bool = False,
+    lora: LoraConfig | None = None,
 ) -> int:
-    """Roughly what a rank holds: a worker for each thread, masters, gradients, int8 values, its moments."""
+    """Roughly what a rank holds: a worker for each thread, masters, gradients, int8 values, its moments. With adapters their
+    gradients and moments, and once more the matrices that they stand beside."""
     rows = config.batch_size // config.shards
     copies = 2 + (config.quantize != "never")
-    worker = activation_bytes(model, rows, config.seq_len, config.recompute)
-    moments = state_bytes(model, config, ranks, shard_optimizer)
+    worker = activation_bytes(model, rows, config.seq_len, config.recompute, lora)
+    moments = 4 * 4 * lora.n_params(model) if lora else state_bytes(model, config, ranks, shard_optimizer)
     return min(threads, max(1, config.shards // ranks)) * worker + copies * 4 * model.n_params() + moments

@@ -323,7 +323,7 @@ def throughput() -> bool:
     device = gpu()
     from ..ops.cuda import attention
 
-    name = device.cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    name, before = device.cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(), attention.use_flash
     for rows, knobs, use_flash in MEASURED:
         attention.use_flash = use_flash
         try:
@@ -331,7 +331,7 @@ def throughput() -> bool:
         except TrainingError as error:  # a batch that does not fit is a finding, and the others still count
             say(engine="pyengine", batch=rows, error=str(error)[:300], **knobs)
         device.cupy.get_default_memory_pool().free_all_blocks()
-    attention.use_flash = False
+    attention.use_flash = before
     try:
         import torch
     except ImportError:
@@ -360,7 +360,7 @@ def profile() -> bool:
 def _profile(config: TrainConfig, use_flash: bool) -> None:
     from ..ops.cuda import attention
 
-    device = gpu()
+    device, before = gpu(), attention.use_flash
     record, launch, gemm = device.record, device.launch, device.gemm
     spans: list[tuple[str, Any, Any]] = []
 
@@ -391,7 +391,7 @@ def _profile(config: TrainConfig, use_flash: bool) -> None:
         trainer.close()
     finally:
         device.record, device.launch, device.gemm = record, launch, gemm
-        attention.use_flash = False
+        attention.use_flash = before
     totals: dict[str, list[float]] = {}
     for name, begin, end in spans:
         totals.setdefault(name, []).append(device.cupy.cuda.get_elapsed_time(begin, end))
