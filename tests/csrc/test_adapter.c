@@ -35,11 +35,11 @@ static const model_case cases[] = {
     {"biases, qk_norm",
      {.dim = 72, .hidden_dim = 100, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 101,
       .max_seq_len = 200, .norm_eps = 0x1p-17f, .qkv_bias = true, .o_bias = true, .qk_norm = true},
-     PE_KV_INT8, 0x105d2e68782a8e18},
+     PE_KV_INT8, 0x8038f6fade52c197},
     {"norms around, GELU, key bias",
      {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 50, .max_seq_len = 200,
       .layers = around, .norm_eps = 0x1p-17f, .tie_embeddings = true, .qkv_bias = true, .key_bias = true},
-     PE_KV_INT8, 0x3f0403ef43d1e97d},
+     PE_KV_INT8, 0xb4d469ef840036f9},
     {"norms after, float32 KV",
      {.dim = 40, .hidden_dim = 300, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 200,
       .layers = after, .norm_eps = 0x1p-17f, .qk_norm = true, .qk_norm_all_heads = true},
@@ -47,7 +47,7 @@ static const model_case cases[] = {
     {"experts, attention alone adapted",
      {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 200,
       .norm_eps = 0x1p-17f, .n_experts = 6, .n_experts_used = 2, .experts_normalized = true},
-     PE_KV_INT8, 0x7f1fb8c4daac6c25},
+     PE_KV_INT8, 0xad4f2ea242bc127c},
 };
 enum { N_CASES = sizeof cases / sizeof cases[0] };
 

@@ -60,7 +60,7 @@ static void add_key_bias(tiny_model *t, rng *r, const char *name) {
 static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     const pe_config *c = &t->config;
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv = q_dim + 2 * (size_t)c->n_kv_heads * c->head_dim;
-    char name[48];
+    char name[64];
 #define NAME(suffix) (snprintf(name, sizeof name, "layers.%u." suffix, index), name)
     bool before = strcmp(t->layers[index].norm, "rmsnorm_after") != 0, after = strcmp(t->layers[index].norm, "rmsnorm") != 0;
     size_t q_norm = c->qk_norm_all_heads ? q_dim : c->head_dim, k_norm = c->qk_norm_all_heads ? (qkv - q_dim) / 2 : c->head_dim;
