@@ -103,10 +103,10 @@ def guess(engine: Engine) -> None:
 def guess_by_model(engine: Engine) -> None:
     """A draft model (the model itself) that runs ahead whenever it may."""
     speculation = engine.scheduler.speculation
-    if speculation.model is None:
+    if speculation.proposer is None:
         speculation.add_model(_core.Context(engine._model, n_threads=1), engine.n_ctx)
-        assert speculation.model is not None
-        speculation.model._best_length = lambda requests, n_rows, most: min(4, most)  # type: ignore[method-assign]
+        assert speculation.proposer is not None
+        speculation.proposer._best_length = lambda requests, n_rows, most: min(4, most)  # type: ignore[method-assign]
     assert engine.generate(PROMPT, **GUESSED).tokens == text_without_guesses(engine.path)
 
 

@@ -101,7 +101,7 @@ def test_a_draft_model_changes_nothing_of_a_guided_output(tiny_model: Path, want
     """It guesses on behind the end of a text, which a grammar's state cannot be rolled back over."""
     options: dict[str, Any] = {"structured_outputs": WANTED[wanted], "temperature": 1.0, "max_tokens": 60}
     with Engine(tiny_model, draft_model=tiny_model) as engine:
-        model = engine.scheduler.speculation.model
+        model = engine.scheduler.speculation.proposer
         assert model is not None
         model._best_length = lambda requests, n_rows, most: min(8, most)  # type: ignore[method-assign]
         for seed in range(6):
