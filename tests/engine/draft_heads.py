@@ -32,12 +32,12 @@ def random_head(dim: int, vocab_size: int, *, hidden_dim: int = 24, n_tokens: in
     }
 
 
-def with_random_head(model: Path, output: Path, **options: Any) -> Path:
+def with_random_head(model: Path, output: Path, *, overwrite: bool = False, **options: Any) -> Path:
     """`model` once more, with a random head."""
     with FrozenFile.open(model) as frozen:
         dim, vocab_size = frozen.config.dim, frozen.config.vocab_size
     options = {"n_tokens": max(1, vocab_size * 3 // 4), **options}
-    return attach_draft(model, output, random_head(dim, vocab_size, **options))
+    return attach_draft(model, output, random_head(dim, vocab_size, **options), overwrite=overwrite)
 
 
 STEP = 7  # what a bigram model's likeliest token is after token w: w + STEP
