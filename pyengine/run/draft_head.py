@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class HeadReading(Reading):
     """Hidden states of one text, float32 (dim)."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, chance: float) -> None:
+        super().__init__(chance)
         self.known: tuple[int, array[float]] = (0, array("f"))  # the model's, and the length of the text that it belongs to
         self.ahead = array("f")  # the head's own, after the guesses so far
 
@@ -42,7 +42,7 @@ class DraftHead(Proposer):
 
     def note_state(self, request: GenerationRequest, state: memoryview) -> None:
         if request.reading is None:
-            request.reading = HeadReading()
+            request.reading = HeadReading(self.chance)
         _reading(request).known = request.n_tokens, array("f", state.tobytes())
 
     def _prepare(self, request: GenerationRequest) -> bool:

@@ -24,8 +24,8 @@ MAX_CATCH_UP = 256
 class ModelReading(Reading):
     """How far the draft model has come with one text."""
 
-    def __init__(self, sequence: _core.Sequence) -> None:
-        super().__init__()
+    def __init__(self, chance: float, sequence: _core.Sequence) -> None:
+        super().__init__(chance)
         self.sequence = sequence
         self.n_sure = sequence.length  # of its tokens: a beginning of the text
 
@@ -54,7 +54,8 @@ class DraftModel(Proposer):
             return False
         reading = request.reading
         if reading is None:
-            reading = request.reading = ModelReading(self.context.sequence_match(request.tokens(0, n - 1), request.salt))
+            sequence = self.context.sequence_match(request.tokens(0, n - 1), request.salt)
+            reading = request.reading = ModelReading(self.chance, sequence)
         assert isinstance(reading, ModelReading)
         if n < reading.next_try:
             return False

@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 LEAST_GAIN = 1.04
 # Tokens of a text between two tries of a proposer that does not pay.
 REST = 48
-# What is believed of a text before it is known.
+# What is believed before anything is known.
 FIRST_CHANCE = 0.7
 FIRST_DRAFT = 4
-# Weight of one more token, or step, in running means.
+# Weight of one more token, or step, in running means: of one text, and of all.
 RATE = 0.06
+SHARED_RATE = 0.01
 
 
 class Reading:
-    """What a proposer knows of one text."""
+    """What a proposer knows of one text. chance: what other texts make likely."""
 
-    def __init__(self) -> None:
+    def __init__(self, chance: float) -> None:
         self.guessed: tuple[int, tuple[int, ...]] = (0, ())  # the last draft, and the length of the text before it
-        self.chance = FIRST_CHANCE  # that a guess comes true if those before it did
+        self.chance = chance  # that a guess comes true if those before it did
         self.next_try = 0  # length of the text at which it drafts again
 
 
@@ -48,6 +49,7 @@ class Proposer(ABC):
 
     def __init__(self, experience: Experience) -> None:
         self.experience = experience
+        self.chance = FIRST_CHANCE  # that a guess comes true if those before it did, over all texts
         self._seconds: float | None = None  # that one of its steps takes, lately
 
     # ------------------------------------------------------------ what each kind does in its own way
@@ -132,8 +134,7 @@ class Proposer(ABC):
 
     # ------------------------------------------------------------ whether it pays
 
-    @staticmethod
-    def _learn(request: GenerationRequest) -> None:
+    def _learn(self, request: GenerationRequest) -> None:
         """What became of the last draft."""
         reading = request.reading
         if reading is None:
@@ -142,6 +143,7 @@ class Proposer(ABC):
         reading.guessed = 0, ()
         for guess, token in zip(draft, request.tokens(begin, min(begin + len(draft), request.n_tokens)), strict=False):
             reading.chance += RATE * ((guess == token) - reading.chance)
+            self.chance += SHARED_RATE * ((guess == token) - self.chance)
             if guess != token:
                 return
 

@@ -19,7 +19,7 @@ from pyengine import Engine, SamplingParams, _core
 from pyengine.errors import ModelFormatError, OutOfMemoryError
 from pyengine.run.draft_head import DraftHead, HeadReading
 from pyengine.run.draft_model import DraftModel
-from pyengine.run.proposer import REST
+from pyengine.run.proposer import FIRST_CHANCE, REST
 from pyengine.run.request import HIDDEN, LOGITS, Caller
 from pyengine.run.stream import run_all
 
@@ -215,6 +215,18 @@ def test_a_guess_that_ends_the_text_is_the_last_one(knowing: Path) -> None:
             guessed = engine.generate([end - 3 * STEP], speculative={"store": False}, max_tokens=12, temperature=0, **options)
             assert (guessed.tokens, guessed.finish_reason) == (plain.tokens, plain.finish_reason)
             assert guessed.timings.accepted_tokens == guessed.timings.drafted_tokens > 0
+
+
+def test_what_one_text_teaches_is_believed_of_the_next(headed: Path, knowing: Path) -> None:
+    for path, is_good in ((headed, False), (knowing, True)):
+        with Engine(path) as engine:
+            head = always(engine, 4)
+            engine.generate([5], max_tokens=40, ignore_eos=True, temperature=0, speculative={"store": False})
+            assert head.chance > FIRST_CHANCE if is_good else head.chance < FIRST_CHANCE
+            stream = engine.stream([6], max_tokens=4, ignore_eos=True)
+            next(stream)
+            assert stream.request.reading is not None and stream.request.reading.chance == head.chance
+            stream.close()
 
 
 # ------------------------------------------------------------------ what goes wrong costs no answer
