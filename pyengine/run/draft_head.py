@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pyengine._draft import Experience
     from pyengine.run.request import GenerationRequest
 
+# Tokens that the head does not know have smaller logits (csrc/draft_head.c). One is chosen where nothing else is allowed.
+UNKNOWN = -1e29
+
 
 class HeadReading(Reading):
     """Hidden states of one text, float32 (dim)."""
@@ -65,7 +68,9 @@ class DraftHead(Proposer):
                 _reading(request).ahead = states[row * dim : (row + 1) * dim]
                 if not failed[row]:
                     with logits[row * vocab_size : (row + 1) * vocab_size] as one:
-                        self._choose(request, draft, one)
+                        guess = self._choose(request, draft, one)
+                        if guess is not None and one[guess] > UNKNOWN:
+                            draft.append(guess)
 
     def memory(self) -> int:
         """Bytes of its scratch."""

@@ -89,7 +89,9 @@ class DraftModel(Proposer):
         self.context.forward(tokens, sequences, wants)
         for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
             with memoryview(self.context.logits(row)) as logits:
-                self._choose(request, draft, logits)
+                guess = self._choose(request, draft, logits)
+            if guess is not None:
+                draft.append(guess)
 
     def memory(self) -> int:
         """Bytes of its keys, values and scratch."""

@@ -60,7 +60,7 @@ class Proposer(ABC):
 
     @abstractmethod
     def _guess(self, requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]) -> None:
-        """One more token of each text, onto its draft (`_choose`)."""
+        """One more token of each text, onto its draft: what `_choose` says."""
 
     @abstractmethod
     def memory(self) -> int:
@@ -123,14 +123,14 @@ class Proposer(ABC):
             ]
 
     @staticmethod
-    def _choose(request: GenerationRequest, draft: list[int], logits: memoryview) -> None:
-        """The next guess onto the draft: what the request's sampler makes of these logits (vocab_size) at that position. No
-        guess if they are none to choose from, an infinity among them for one."""
+    def _choose(request: GenerationRequest, draft: list[int], logits: memoryview) -> int | None:
+        """The guess behind a draft: what the request's sampler makes of these logits (vocab_size) at that position. None if
+        they are none to choose from, an infinity among them for one."""
+        mask = request.masks(draft)[-1]
         try:
-            mask = request.masks(draft)[-1]
-            draft.append(request.sampler.sample(logits, request.n_tokens + len(draft), mask)[0])
+            return request.sampler.sample(logits, request.n_tokens + len(draft), mask)[0]
         except PyEngineError:
-            pass
+            return None
 
     # ------------------------------------------------------------ whether it pays
 

@@ -255,6 +255,28 @@ def test_what_fails_in_it_costs_no_answer(headed: Path, plain: Engine) -> None:
         check(engine)
 
 
+def drafts_of(head: DraftHead) -> list[list[tuple[int, ...]]]:
+    """All that it will propose."""
+    drafts: list[list[tuple[int, ...]]] = []
+    propose = head.propose
+    head.propose = lambda *a: drafts.append(propose(*a)) or drafts[-1]  # type: ignore[method-assign, func-returns-value]
+    return drafts
+
+
+def test_what_it_does_not_know_it_does_not_guess(headed: Path, plain: Engine) -> None:
+    with Engine(headed) as engine:
+        file = engine._file
+        offset, _ = file.tensors["extra.draft.vocab"]
+        assert file.config.draft_head is not None
+        known = np.frombuffer(file.buffer, "<i4", file.config.draft_head.vocab_size, offset).tolist()
+        others = sorted(set(range(engine.vocab_size)) - set(known) - {0, 1, 2})
+        options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "allowed_token_ids": others, "seed": 6}
+        drafts = drafts_of(always(engine, 4))
+        result = engine.generate(PROMPT, speculative={"store": False}, **options)
+        assert result.tokens == plain.generate(PROMPT, **options).tokens
+        assert drafts and all(draft == [()] for draft in drafts)
+
+
 @pytest.mark.parametrize("tensor", ["state_norm", "output_norm"])
 def test_infinities_are_no_guesses(headed: Path, plain: Engine, tmp_path: Path, tensor: str) -> None:
     parts = FrozenParts(headed.read_bytes())
@@ -264,10 +286,7 @@ def test_infinities_are_no_guesses(headed: Path, plain: Engine, tmp_path: Path, 
     options: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True, "temperature": 1.0, "seed": 2}
     expected = plain.generate(PROMPT, **options)
     with Engine(path) as engine:
-        head = always(engine, 4)
-        drafts: list[Any] = []
-        propose = head.propose
-        head.propose = lambda *a: drafts.append(propose(*a)) or drafts[-1]  # type: ignore[method-assign, func-returns-value]
+        drafts = drafts_of(always(engine, 4))
         result = engine.generate(PROMPT, speculative={"store": False}, **options)
         assert result.tokens == expected.tokens and drafts and all(draft == [()] for draft in drafts)
         check(engine)
