@@ -49,15 +49,30 @@ examples:
 # option -> (type, default, metavar, help); stored in draft.json
 OPTIONS: dict[str, tuple[Any, Any, str, str]] = {
     "max_tokens": (int, 256, "N", "tokens of an output, at most"),
-    "tokens": (int, 1_000_000, "N", "tokens of all outputs, about: no more prompts are answered when there are so many"),
+    "tokens": (
+        int,
+        1_000_000,
+        "N",
+        "tokens of all outputs, about: no more prompts are answered when there are so many",
+    ),
     "held_out": (float, 0.02, "S", "share of the prompts whose outputs only judge the head"),
-    "vocab_size": (int, 8192, "N", "tokens that the head can guess, the most frequent of the outputs; less if the model has less"),
+    "vocab_size": (
+        int,
+        8192,
+        "N",
+        "tokens that the head can guess, the most frequent of the outputs; less if the model has less",
+    ),
     "hidden_dim": (int, 0, "N", "width of the head's MLP; 0: the model's own, at most 4 times its dim"),
     "ahead": (int, 4, "K", "guesses in a row that it is trained to make"),
     "top_k": (int, 32, "K", "likeliest tokens whose probabilities are kept of every position, the rest taken together"),
     "epochs": (float, EPOCHS, "X", "passes over the outputs; with --budget-minutes as many as fit"),
     "batch_size": (int, 256, "N", "positions a step"),
-    "shards": (int, 4, "N", "parts that the batch is cut into, a power of two: as many run at once as there are threads"),
+    "shards": (
+        int,
+        4,
+        "N",
+        "parts that the batch is cut into, a power of two: as many run at once as there are threads",
+    ),
     "lr": (float, 1e-3, "X", "peak learning rate of AdamW"),
     "seed": (int, 1, "N", "of the outputs, the head's first weights and the order of the batches"),
 }
@@ -84,7 +99,12 @@ def draft_parser() -> argparse.ArgumentParser:
     )
     add("--given", action="store_true", help="learn the data as it is, instead of what the model says after it")
     add("--temperatures", metavar="T,…", help="at which outputs are sampled in turn (default 0,0.7,1)")
-    add("--budget-minutes", type=float, metavar="X", help="for sampling, reading and training together, measured on this machine")
+    add(
+        "--budget-minutes",
+        type=float,
+        metavar="X",
+        help="for sampling, reading and training together, measured on this machine",
+    )
     for name, (kind, default, metavar, text) in OPTIONS.items():
         add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} (default {default:g})")
     add("--threads", type=int, metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
@@ -191,7 +211,9 @@ def _prepare(folder: Path, values: dict[str, Any], target: Target) -> None:
     if values["vocab_size"] > target.vocab_size and values["vocab_size"] != OPTIONS["vocab_size"][1]:
         raise ConfigError(f"--vocab-size is {values['vocab_size']}; the model has {target.vocab_size} tokens")
     if values["vocab_size"] < len(target.end_ids) + 2:
-        raise ConfigError(f"--vocab-size is {values['vocab_size']}; the tokens that end a text and two more must be in it")
+        raise ConfigError(
+            f"--vocab-size is {values['vocab_size']}; the tokens that end a text and two more must be in it"
+        )
     values["vocab_size"] = min(values["vocab_size"], target.vocab_size)
     values["hidden_dim"] = values["hidden_dim"] or min(target.hidden_dim, 4 * target.dim)
     found = read_prompts(
@@ -203,7 +225,12 @@ def _prepare(folder: Path, values: dict[str, Any], target: Target) -> None:
     )
     lines = "".join(json.dumps(ids) + "\n" for ids in found.ids)
     write_atomic(folder / "prompts.jsonl", lines.encode())
-    counts = {"norm_eps": target.norm_eps, "n_prompts": len(found.ids), "skipped": found.skipped, "model_sha256": file_sha256(Path(values["model"]))}
+    counts = {
+        "norm_eps": target.norm_eps,
+        "n_prompts": len(found.ids),
+        "skipped": found.skipped,
+        "model_sha256": file_sha256(Path(values["model"])),
+    }
     write_json(folder / RUN, {**values, **counts, "steps": None})
 
 
@@ -316,7 +343,12 @@ class _Run:
         return int(v["steps"])
 
     def _loop(
-        self, trainer: loop.HeadTrainer, batches: loop.Batches, metrics: runfolder.Metrics, identity: Any, received: list[int]
+        self,
+        trainer: loop.HeadTrainer,
+        batches: loop.Batches,
+        metrics: runfolder.Metrics,
+        identity: Any,
+        received: list[int],
     ) -> None:
         steps, n_params = trainer.config.steps, trainer.params.flat.size
         every = max(1, steps // VALIDATIONS)
@@ -344,7 +376,12 @@ class _Run:
 
     def _validate(self, trainer: loop.HeadTrainer, batches: loop.Batches, metrics: runfolder.Metrics) -> None:
         found = loop.measure(batches, trainer.params, trainer.workers, trainer.pool)
-        entry = {"agreement": found.agreement, "expected": found.expected, "ahead": found.ahead, "unigram": found.unigram}
+        entry = {
+            "agreement": found.agreement,
+            "expected": found.expected,
+            "ahead": found.ahead,
+            "unigram": found.unigram,
+        }
         metrics.write({"step": trainer.step_number, "validation_loss": found.loss, **entry})
         self.log.say(f"step {trainer.step_number}: held out: {found}")
 
@@ -356,4 +393,3 @@ class _Run:
         tensors |= {"w_gate": gate_up[:m], "w_up": gate_up[m:], "vocab": found.vocab}
         save_safetensors(self.folder / ".head.tmp", tensors)
         (self.folder / ".head.tmp").replace(self.folder / "head.safetensors")
-

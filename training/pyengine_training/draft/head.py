@@ -2,8 +2,8 @@
 
 B guesses are made at once, K steps far. Rows are stacked by step: row i * B + b is step i of guess b.
 
-s_0 (B, dim): the target's final hidden state whose logits gave the newest token; e_i (B, dim): embedding rows of token i, the newest
-known one first, then (in training) those that really came. dim = d, hidden_dim = m, V = draft vocabulary.
+s_0 (B, dim): the target's final hidden state whose logits gave the newest token; e_i (B, dim): embedding rows of token i, the
+newest known one first, then (in training) those that really came. dim = d, hidden_dim = m, V = draft vocabulary.
 
 forward    a = rmsnorm(e_i) * g_token;  c = rmsnorm(s_i) * g_state                  w_in (d, 2d) = [w_token, w_state]
            u = s_i + a @ w_token^T + c @ w_state^T
@@ -199,4 +199,6 @@ class HeadWorker:
         ops.rmsnorm_backward(later, grads["state_norm"], self._row, s, params["state_norm"], inv["state"][at], {})
         ops.linear_backward_input(self._row, du, params["w_in"][:, :d])
         self._unused.fill(0)
-        ops.rmsnorm_backward(self._unused, grads["token_norm"], self._row, e, params["token_norm"], inv["token"][at], {})
+        ops.rmsnorm_backward(
+            self._unused, grads["token_norm"], self._row, e, params["token_norm"], inv["token"][at], {}
+        )

@@ -59,14 +59,18 @@ class Batches:
         return self.at(np.array([self._start(row) for row in range(first, first + self.batch_size)]))
 
     def at(self, starts: Array) -> Batch:
-        """Guesses from these rows of the states: of start r, step i reads the token of row r + i and guesses that of r + i + 1."""
+        """Guesses from these rows of the states: of row r, step i reads the token of row r + i and guesses that of r + i + 1."""
         steps = np.arange(self.head.n_steps)[:, None]  # (K, 1)
         rows = starts[None, :] + steps + 1  # (K, B), whose distribution is learnt
         valid = rows < self.ends[starts][None, :]
         rows = np.where(valid, rows, starts[None, :])  # any row: it does not count
         s = self.states
         return Batch(
-            s.hidden[starts].astype(np.float32), self.embeddings[s.tokens[rows - valid]], s.ids[rows], s.probs[rows], valid
+            s.hidden[starts].astype(np.float32),
+            self.embeddings[s.tokens[rows - valid]],
+            s.ids[rows],
+            s.probs[rows],
+            valid,
         )
 
     def held_out_starts(self) -> Array:
@@ -143,7 +147,9 @@ def _judge(batches: Batches, worker: HeadWorker, params: Arena, starts: Array) -
     agrees = log_p.argmax(axis=1).reshape(shape) == batches.states.greedy[rows]
     q = batch.probs.astype(np.float64)
     q /= q.sum(axis=2, keepdims=True)
-    log_known = np.take_along_axis(log_p, batch.ids.reshape(len(log_p), -1).astype(np.int64), axis=1).reshape(batch.ids.shape)
+    log_known = np.take_along_axis(log_p, batch.ids.reshape(len(log_p), -1).astype(np.int64), axis=1).reshape(
+        batch.ids.shape
+    )
     expected = np.minimum(q[..., :-1] * batches.states.inside[rows][..., None], np.exp(log_known)).sum(axis=2)
     rest = np.log(np.maximum(1e-30, 1 - np.exp(log_known).sum(axis=2)))
     log_q = np.log(np.maximum(q, 1e-30))
@@ -261,7 +267,9 @@ def fresh(trainer: HeadTrainer, batches: Batches, output_rows: Array, seed: int)
     initialize_head(trainer.params, trainer.head, output_rows, rms, seed)
 
 
-def seconds_of_a_step(batches: Batches, head: HeadConfig, config: TrainConfig, output_rows: Array, threads: int) -> float:
+def seconds_of_a_step(
+    batches: Batches, head: HeadConfig, config: TrainConfig, output_rows: Array, threads: int
+) -> float:
     """The median of some steps of a throwaway trainer."""
     trainer = HeadTrainer(head, config, threads)
     try:

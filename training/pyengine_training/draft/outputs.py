@@ -1,7 +1,7 @@
 """Token sequences that a draft head learns from: what the model says after prompts, or given texts. RUN/outputs.jsonl.
 
-A line is {"prompt": [ids], "output": [ids]}: positions of the output are learnt, the prompt is what they follow. Lines are appended
-group by group, and a group's prompts, temperature and seed follow from its number, so a stopped run goes on where it was.
+A line is {"prompt": [ids], "output": [ids]}: positions of the output are learnt, the prompt is what they follow. Lines are
+appended group by group, and a group's prompts, temperature and seed follow from its number, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def make_outputs(
             temperature = sampling.temperatures[(group + group // len(groups)) % len(sampling.temperatures)]
             seed = (sampling.seed << 32) + group
             found = target.outputs(chosen, max_tokens=sampling.max_tokens, temperature=temperature, seed=seed)
-            lines = [
-                json.dumps({"prompt": list(p), "output": o}) + "\n" for p, o in zip(chosen, found, strict=True)
-            ]
+            lines = [json.dumps({"prompt": list(p), "output": o}) + "\n" for p, o in zip(chosen, found, strict=True)]
             file.write("".join(lines))
             file.flush()
             group += 1

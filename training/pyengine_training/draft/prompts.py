@@ -116,5 +116,7 @@ def _conversations(path: Path) -> Iterator[list[dict[str, str]]]:
         for message in messages:
             texts = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
             if not all(isinstance(text, str) for text in texts):
-                raise DataError(f'{where} needs "prompt", a string, or "messages" with "role" and "content", both strings')
+                raise DataError(
+                    f'{where} needs "prompt", a string, or "messages" with "role" and "content", both strings'
+                )
         yield [{name: LONE_SURROGATE.sub("\ufffd", m[name]) for name in ("role", "content")} for m in messages]

@@ -77,7 +77,9 @@ class Target:
         with _refusals():
             return self._engine.chat_ids(messages, add_generation_prompt=answer)
 
-    def outputs(self, prompts: Sequence[list[int]], *, max_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+    def outputs(
+        self, prompts: Sequence[list[int]], *, max_tokens: int, temperature: float, seed: int
+    ) -> list[list[int]]:
         """What the model says after each of the prompts, computed together; a token that ends the text is part of it."""
         with _refusals():
             found = self._engine.generate(prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
@@ -85,7 +87,9 @@ class Target:
 
     # ---- numbers -----------------------------------------------------------------------------------------------------
 
-    def read(self, sequences: Sequence[Array], first: Sequence[int], take: Callable[[int, int, Array, Array], None]) -> None:
+    def read(
+        self, sequences: Sequence[Array], first: Sequence[int], take: Callable[[int, int, Array, Array], None]
+    ) -> None:
         """One forward over token sequences, each at most `context` long.
 
         take(sequence, position, hidden (n, dim), logits (n, vocab_size)) gets float32 rows of consecutive positions, from
