@@ -6,11 +6,13 @@ RUN/outputs.jsonl      what the model said after them (outputs.py)
 RUN/states/            what it thought meanwhile (states.py)
 RUN/checkpoints/, log.txt, metrics.jsonl
 RUN/head.safetensors   the trained head, float32
+RUN/model.safetensors  the model with the head in its file
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import time
@@ -32,7 +34,7 @@ from ..threads import available_threads, single_threaded_blas
 from . import loop, outputs, states
 from .head import HeadConfig
 from .prompts import read_prompts
-from .target import Target
+from .target import Target, attach
 
 RUN, RUN_VERSION = "draft.json", 1
 SAMPLING_SHARE = 0.45  # of --budget-minutes
@@ -46,36 +48,32 @@ examples:
   pyengine train draft --run-dir ~/runs/draft --resume
 """
 
-# option -> (type, default, metavar, help); stored in draft.json
+# option -> (type, default, metavar, help); stored in draft.json. Where the default is None it depends on the model.
 OPTIONS: dict[str, tuple[Any, Any, str, str]] = {
-    "max_tokens": (int, 256, "N", "tokens of an output, at most"),
+    "max_tokens": (int, None, "N", "tokens of an output, at most (default: 256, at most half of the model's context)"),
     "tokens": (
         int,
         1_000_000,
         "N",
-        "tokens of all outputs, about: no more prompts are answered when there are so many",
+        "tokens of all outputs, about: when there are so many, no more prompts are answered",
     ),
     "held_out": (float, 0.02, "S", "share of the prompts whose outputs only judge the head"),
     "vocab_size": (
         int,
-        8192,
+        None,
         "N",
-        "tokens that the head can guess, the most frequent of the outputs; less if the model has less",
+        "tokens that it can guess, the most frequent of the outputs (default: 8192, or the model's)",
     ),
-    "hidden_dim": (int, 0, "N", "width of the head's MLP; 0: the model's own, at most 4 times its dim"),
+    "hidden_dim": (int, None, "N", "width of the head's MLP (default: the model's own, at most 4 times its dim)"),
     "ahead": (int, 4, "K", "guesses in a row that it is trained to make"),
     "top_k": (int, 32, "K", "likeliest tokens whose probabilities are kept of every position, the rest taken together"),
     "epochs": (float, EPOCHS, "X", "passes over the outputs; with --budget-minutes as many as fit"),
     "batch_size": (int, 256, "N", "positions a step"),
-    "shards": (
-        int,
-        4,
-        "N",
-        "parts that the batch is cut into, a power of two: as many run at once as there are threads",
-    ),
-    "lr": (float, 1e-3, "X", "peak learning rate of AdamW"),
+    "shards": (int, 4, "N", "parts of a batch, a power of two: as many run at once as there are threads"),
+    "lr": (float, 3e-3, "X", "peak learning rate of AdamW"),
     "seed": (int, 1, "N", "of the outputs, the head's first weights and the order of the batches"),
 }
+LONGEST_OUTPUT, VOCABULARY, WIDEST = 256, 8192, 4
 
 
 def draft_parser() -> argparse.ArgumentParser:
@@ -106,7 +104,8 @@ def draft_parser() -> argparse.ArgumentParser:
         help="for sampling, reading and training together, measured on this machine",
     )
     for name, (kind, default, metavar, text) in OPTIONS.items():
-        add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} (default {default:g})")
+        text = text if default is None else f"{text} (default {default:g})"
+        add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     add("--threads", type=int, metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
     add("-o", "--output", type=Path, metavar="FILE", help="the new frozen file (default RUN/model.safetensors)")
     return parser
@@ -119,6 +118,8 @@ def draft_command(arguments: Sequence[str]) -> int:
     if threads < 1:
         raise ConfigError(f"--threads is {threads}; it must be at least 1")
     folder: Path = options.run_dir
+    if options.output is not None and options.output.exists():
+        raise ConfigError(f"{options.output} exists already")
     began = time.monotonic()
     if options.resume:
         given = [name for name, value in vars(options).items() if value and name not in RESUMING]
@@ -129,11 +130,8 @@ def draft_command(arguments: Sequence[str]) -> int:
             return _Run(folder, threads, began).all(options.output)
     values = _checked(options)
     with runfolder.new(folder):
-        target = Target(Path(values["model"]), threads)
-        try:
+        with contextlib.closing(Target(Path(values["model"]), threads)) as target:
             _prepare(folder, values, target)
-        finally:
-            target.close()
         runfolder.begun(folder)
         return _Run(folder, threads, began).all(options.output)
 
@@ -156,16 +154,17 @@ def _checked(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--epochs and --budget-minutes are two lengths: give one")
     values = {name: default for name, (_, default, _, _) in OPTIONS.items()}
     values.update({name: value for name in OPTIONS if (value := getattr(options, name)) is not None})
-    for name in ("max_tokens", "tokens", "vocab_size", "ahead", "top_k", "batch_size", "shards"):
-        if values[name] < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {values[name]}; it must be at least 1")
+    for name, (kind, *_) in OPTIONS.items():
+        least = 0 if name == "seed" else 2 if name == "max_tokens" else 1
+        if kind is int and values[name] is not None and values[name] < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {values[name]}; it must be at least {least}")
     if not 0 < values["held_out"] <= 0.5:
         raise ConfigError(f"--held-out is {values['held_out']}; it must lie above 0 and be at most 0.5")
     for name in ("epochs", "lr"):
         if not 0 < values[name] < math.inf:
             raise ConfigError(f"--{name} is {values[name]}; it must be a positive number")
-    if not 0 <= values["seed"] < 1 << 32 or values["hidden_dim"] < 0:
-        raise ConfigError("--seed must lie in 0..2^32 - 1, --hidden-dim must not be negative")
+    if values["seed"] >= 1 << 32:
+        raise ConfigError(f"--seed is {values['seed']}; it must lie in 0..2^32 - 1")
     budget = options.budget_minutes
     if budget is not None and not 0 < budget < math.inf:
         raise ConfigError(f"--budget-minutes is {budget}; it must be a positive number")
@@ -208,14 +207,17 @@ def _train_config(values: dict[str, Any], steps: int) -> TrainConfig:
 
 def _prepare(folder: Path, values: dict[str, Any], target: Target) -> None:
     """draft.json and prompts.jsonl; what cannot work is an error here."""
-    if values["vocab_size"] > target.vocab_size and values["vocab_size"] != OPTIONS["vocab_size"][1]:
-        raise ConfigError(f"--vocab-size is {values['vocab_size']}; the model has {target.vocab_size} tokens")
-    if values["vocab_size"] < len(target.end_ids) + 2:
+    defaults = {
+        "max_tokens": max(2, min(LONGEST_OUTPUT, target.context // 2)),
+        "vocab_size": min(VOCABULARY, target.vocab_size),
+        "hidden_dim": min(target.hidden_dim, WIDEST * target.dim),
+    }
+    values.update({name: value for name, value in defaults.items() if values[name] is None})
+    if not len(target.end_ids) + 2 <= values["vocab_size"] <= target.vocab_size:
         raise ConfigError(
-            f"--vocab-size is {values['vocab_size']}; the tokens that end a text and two more must be in it"
+            f"--vocab-size is {values['vocab_size']}; it must lie in {len(target.end_ids) + 2}..{target.vocab_size}: the tokens "
+            "that end a text and two more, at most the model's"
         )
-    values["vocab_size"] = min(values["vocab_size"], target.vocab_size)
-    values["hidden_dim"] = values["hidden_dim"] or min(target.hidden_dim, 4 * target.dim)
     found = read_prompts(
         [Path(path) for path in values["data"]],
         target,
@@ -258,20 +260,16 @@ class _Run:
 
     def all(self, output: Path | None) -> int:
         """Every stage that is left."""
-        target = Target(Path(self.values["model"]), self.threads)
-        try:
-            self._make_outputs(target)
-            found = self._read_states(target)
-            embeddings, rows = target.matrix("tok_embeddings"), target.matrix("output")[found.vocab]
-        finally:
-            target.close()
-        try:
+        with contextlib.closing(self.log):
+            with contextlib.closing(Target(Path(self.values["model"]), self.threads)) as target:
+                self._make_outputs(target)
+                found = self._read_states(target)
+                embeddings, rows = target.matrix("tok_embeddings"), target.matrix("output")[found.vocab]
             with single_threaded_blas():
                 trainer = self._train(found, embeddings, rows)
-            self._write_head(found, trainer)
-        finally:
-            self.log.close()
-        print(self.folder / "head.safetensors")
+            path = self._write_head(found, trainer, output)
+            self.log.say(f"done: {path}")
+        print(path)
         return 0
 
     def _make_outputs(self, target: Target) -> None:
@@ -385,11 +383,14 @@ class _Run:
         metrics.write({"step": trainer.step_number, "validation_loss": found.loss, **entry})
         self.log.say(f"step {trainer.step_number}: held out: {found}")
 
-    def _write_head(self, found: states.States, trainer: loop.HeadTrainer) -> None:
-        """head.safetensors: gate and up apart, and the draft vocabulary."""
+    def _write_head(self, found: states.States, trainer: loop.HeadTrainer, output: Path | None) -> Path:
+        """The head, gate and up apart, with its vocabulary; and the frozen file, whose path is returned."""
         tensors = dict(trainer.params.views)
         gate_up = tensors.pop("w_gate_up")
         m = trainer.head.hidden_dim
         tensors |= {"w_gate": gate_up[:m], "w_up": gate_up[m:], "vocab": found.vocab}
         save_safetensors(self.folder / ".head.tmp", tensors)
         (self.folder / ".head.tmp").replace(self.folder / "head.safetensors")
+        path = output or self.folder / "model.safetensors"
+        attach(Path(self.values["model"]), path, tensors, overwrite=output is None)
+        return path

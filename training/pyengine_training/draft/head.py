@@ -105,8 +105,7 @@ class HeadWorker:
         self.config, self.rows, self.dtype = config, rows, dtype
         c, n = config, config.n_steps * rows
         self.states = np.zeros((config.n_steps + 1, rows, c.dim), dtype)  # s_0 ... s_K
-        for name, width in (("a", c.dim), ("c", c.dim), ("u", c.dim), ("n", c.dim), ("z", c.dim), ("dz", c.dim)):
-            setattr(self, name, np.zeros((n, width), dtype))
+        self.a, self.c, self.u, self.n, self.z, self.dz = np.zeros((6, n, c.dim), dtype)
         self.gate_up, self.dgate_up = np.zeros((2, n, 2 * c.hidden_dim), dtype)
         self.h = np.zeros((n, c.hidden_dim), dtype)
         self.inv = {name: np.zeros(n, dtype) for name in ("token", "state", "mlp", "output")}
@@ -116,24 +115,10 @@ class HeadWorker:
         self._row, self._dn, self._unused = np.zeros((3, rows, c.dim), dtype)
         self._dh = np.zeros((rows, c.hidden_dim), dtype)
 
-    a: Array
-    c: Array
-    u: Array
-    n: Array
-    z: Array
-    dz: Array
-
     def _step(self, i: int) -> slice:
         return slice(i * self.rows, (i + 1) * self.rows)
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
-
-    def forward(self, params: Arena, batch: Batch) -> None:
-        """Fill ``logits`` (K * B, V)."""
-        self.states[0] = batch.hidden
-        for i in range(self.config.n_steps):
-            self._forward_step(params, i, np.ascontiguousarray(batch.embeddings[i], self.dtype))
-        ops.linear_forward(self.logits, self.z, params["output"])
+    # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _forward_step(self, params: Arena, i: int, e: Array) -> None:
         """Formulas above; e (B, d)."""
@@ -153,7 +138,34 @@ class HeadWorker:
         out += u
         ops.rmsnorm_forward(self.z[at], inv["output"][at], out, params["output_norm"], eps)
 
-    # ---- loss and backward -------------------------------------------------------------------------------------------
+    def _backward_step(self, params: Arena, grads: Arena, i: int, e: Array, later: Array) -> None:
+        """``later`` (B, d) is ds_{i+1} of the steps behind on entry, ds_i on return."""
+        at, d, inv = self._step(i), self.config.dim, self.inv
+        s, out, ds, du = self.states[i], self.states[i + 1], self.ds[at], self.du[at]
+        ds[...] = later
+        ops.rmsnorm_backward(ds, grads["output_norm"], self.dz[at], out, params["output_norm"], inv["output"][at], {})
+        ops.linear_backward_input(self._dh, ds, params["w_down"])
+        ops.swiglu_backward(self.dgate_up[at], self._dh, self.gate_up[at])
+        ops.linear_backward_input(self._dn, self.dgate_up[at], params["w_gate_up"])
+        du[...] = ds
+        ops.rmsnorm_backward(du, grads["mlp_norm"], self._dn, self.u[at], params["mlp_norm"], inv["mlp"][at], {})
+        later[...] = du
+        ops.linear_backward_input(self._row, du, params["w_in"][:, d:])
+        ops.rmsnorm_backward(later, grads["state_norm"], self._row, s, params["state_norm"], inv["state"][at], {})
+        ops.linear_backward_input(self._row, du, params["w_in"][:, :d])
+        self._unused.fill(0)
+        ops.rmsnorm_backward(
+            self._unused, grads["token_norm"], self._row, e, params["token_norm"], inv["token"][at], {}
+        )
+
+    # ---- all of them -------------------------------------------------------------------------------------------------
+
+    def forward(self, params: Arena, batch: Batch) -> None:
+        """Fill ``logits`` (K * B, V)."""
+        self.states[0] = batch.hidden
+        for i in range(self.config.n_steps):
+            self._forward_step(params, i, np.ascontiguousarray(batch.embeddings[i], self.dtype))
+        ops.linear_forward(self.logits, self.z, params["output"])
 
     def forward_backward(self, params: Arena, grads: Arena, batch: Batch, counts: Array) -> Array:
         """Sums of the KL divergence by step, float64 (K,); grads are written. counts (K,): valid rows of the whole batch."""
@@ -182,23 +194,3 @@ class HeadWorker:
         ops.linear_backward_weight(grads["w_gate_up"], self.dgate_up, self.n)
         ops.linear_backward_weight(grads["w_in"][:, :d], self.du, self.a)
         ops.linear_backward_weight(grads["w_in"][:, d:], self.du, self.c)
-
-    def _backward_step(self, params: Arena, grads: Arena, i: int, e: Array, later: Array) -> None:
-        """``later`` (B, d) is ds_{i+1} of the steps behind on entry, ds_i on return."""
-        at, d, inv = self._step(i), self.config.dim, self.inv
-        s, out, ds, du = self.states[i], self.states[i + 1], self.ds[at], self.du[at]
-        ds[...] = later
-        ops.rmsnorm_backward(ds, grads["output_norm"], self.dz[at], out, params["output_norm"], inv["output"][at], {})
-        ops.linear_backward_input(self._dh, ds, params["w_down"])
-        ops.swiglu_backward(self.dgate_up[at], self._dh, self.gate_up[at])
-        ops.linear_backward_input(self._dn, self.dgate_up[at], params["w_gate_up"])
-        du[...] = ds
-        ops.rmsnorm_backward(du, grads["mlp_norm"], self._dn, self.u[at], params["mlp_norm"], inv["mlp"][at], {})
-        later[...] = du
-        ops.linear_backward_input(self._row, du, params["w_in"][:, d:])
-        ops.rmsnorm_backward(later, grads["state_norm"], self._row, s, params["state_norm"], inv["state"][at], {})
-        ops.linear_backward_input(self._row, du, params["w_in"][:, :d])
-        self._unused.fill(0)
-        ops.rmsnorm_backward(
-            self._unused, grads["token_norm"], self._row, e, params["token_norm"], inv["token"][at], {}
-        )

@@ -1,7 +1,8 @@
 """Token sequences that a draft head learns from: what the model says after prompts, or given texts. RUN/outputs.jsonl.
 
 A line is {"prompt": [ids], "output": [ids]}: positions of the output are learnt, the prompt is what they follow. Lines are
-appended group by group, and a group's prompts, temperature and seed follow from its number, so a stopped run goes on where it was.
+appended group by group, and a group's prompts, temperature and seed follow from its number, so a stopped run goes on
+where it was.
 """
 
 from __future__ import annotations

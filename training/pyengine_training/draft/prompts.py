@@ -41,27 +41,29 @@ def read_prompts(files: list[Path], target: Target, *, max_tokens: int, given: b
     if room < 1:
         raise DataError(f"outputs of {max_tokens} tokens leave no room in the model's context of {target.context}")
     for path in files:
-        for ids in _given(path, target) if given else _open(path, target, seed):
+        for ids in _given(path, target) if given else _open(path, target, min(room, MAX_BEGIN), seed):
             if len(ids) > room:
                 found.skipped += 1
             elif len(ids) >= (2 if given else 1):
                 found.ids.append(ids)
     if len(found.ids) < 2:
         names = ", ".join(map(str, files))
-        raise DataError(f"{names}: {len(found.ids)} texts with tokens that fit the context of {target.context}; 2 are needed, "
-                        "one to learn from and one held out")  # fmt: skip
+        raise DataError(
+            f"{names}: {len(found.ids)} texts with tokens that fit the context of {target.context}; 2 are needed, one to "
+            "learn from and one held out"
+        )
     order = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 5, 0])).permutation(len(found.ids))
     found.ids = [found.ids[i] for i in order]
     return found
 
 
-def _open(path: Path, target: Target, seed: int) -> Iterator[list[int]]:
-    """What the model is to go on from."""
+def _open(path: Path, target: Target, longest: int, seed: int) -> Iterator[list[int]]:
+    """What the model is to go on from; beginnings of texts have at most ``longest`` tokens."""
     if _kind(path) == "text":
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 6, 0]))
         for document in read_documents(path):
             ids = target.text_ids(document[: 16 * MAX_BEGIN])
-            yield ids[: int(generator.integers(MIN_BEGIN, MAX_BEGIN + 1))]
+            yield ids[: int(generator.integers(min(MIN_BEGIN, longest), longest + 1))]
         return
     for messages in _conversations(path):
         while messages and messages[-1]["role"] == "assistant":  # the model is to say it itself
@@ -74,8 +76,8 @@ def _given(path: Path, target: Target) -> Iterator[list[int]]:
     """Texts as they are; long ones in pieces."""
     if _kind(path) == "text":
         for document in read_documents(path):
-            ids = target.text_ids(document)
-            yield from (ids[at : at + LONGEST] for at in range(0, len(ids), LONGEST))
+            ids, size = target.text_ids(document), min(LONGEST, target.context)
+            yield from (ids[at : at + size] for at in range(0, len(ids), size))
         return
     for messages in _conversations(path):
         yield target.chat_ids(messages, answer=False) if target.is_chat else target.text_ids(messages[-1]["content"])

@@ -5,7 +5,7 @@ RUN/states/, memory-mapped; a row is a position of some output, in order:
 tokens  (N,) uint32        the token that came next
 hidden  (N, dim) float16   the final hidden state whose logits it was chosen from
 ids     (N, k) uint16|32   the k likeliest next tokens of the draft vocabulary, as indices into it, likeliest first,
-probs   (N, k + 1) float16 their probabilities and that of all others, within the draft vocabulary (a teacher's cache has the like)
+probs   (N, k + 1) float16 their probabilities and that of all others, within the draft vocabulary (a teacher's cache has such)
 inside  (N,) float32       the probability of the whole draft vocabulary
 greedy  (N,) int32         the likeliest token of all, as an index into the draft vocabulary, or -1
 

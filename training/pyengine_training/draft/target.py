@@ -114,6 +114,14 @@ class Target:
         return dequantize(codes.reshape(n_panels, n_groups, 16, 16, 4), scales, self.vocab_size, self.dim)
 
 
+def attach(model: Path, output: Path, head: dict[str, Array], *, overwrite: bool) -> None:
+    """Write a frozen file once more with a draft head in it, quantized as its other weights are."""
+    from pyengine.format.draft_head import attach_draft
+
+    with _refusals():
+        attach_draft(model, output, head, overwrite=overwrite)
+
+
 def _read(
     context: Any, sequences: Sequence[Array], first: Sequence[int], take: Callable[[int, int, Array, Array], None]
 ) -> None:
