@@ -286,6 +286,8 @@ class _Run:
             tuple(v["temperatures"]), v["max_tokens"], v["tokens"], SAMPLING_SHARE * self.budget_seconds, v["seed"]
         )
         outputs.make_outputs(self.folder, prompts, target, sampling, self.log.progress)
+        made = outputs.read_outputs(self.folder)
+        self.log.say(f"{len(made):,} outputs of {sum(len(output) for _, output in made):,} tokens")
 
     def _read_states(self, target: Target) -> states.States:
         v, folder = self.values, self.folder / "states"

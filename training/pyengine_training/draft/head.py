@@ -178,7 +178,8 @@ class HeadWorker:
             inv = t(weight / max(1, int(counts[i])))
             cross_entropy_topk_forward_backward(self.loss[at], self.logits[at], ids, probs, targets, t(1), t(1), inv)
         self._backward(params, grads, np.asarray(batch.embeddings))
-        return self.loss.reshape(self.config.n_steps, -1).sum(axis=1, dtype=np.float64)
+        sums: Array = self.loss.reshape(self.config.n_steps, -1).sum(axis=1, dtype=np.float64)
+        return sums
 
     def _backward(self, params: Arena, grads: Arena, embeddings: Array) -> None:
         """From ``logits``, which hold their gradient; ``grads`` are written."""
