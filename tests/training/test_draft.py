@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -248,6 +249,38 @@ def test_a_run_ends_with_the_model_and_a_head_in_its_file(run: Path, frozen: Pat
         for temperature in (0.0, 1.0):
             wanted, got = (e.generate("Tom", max_tokens=20, temperature=temperature, seed=3) for e in (plain, drafted))
             assert wanted.tokens == got.tokens
+
+
+def test_the_engines_step_is_the_trainers(run: Path) -> None:
+    """The head in the file, in int8, beside the float32 head over the same two steps."""
+    from pyengine import _core
+    from pyengine.format.reader import FrozenFile
+
+    states, head = States(run / "states"), load_safetensors(run / "head.safetensors")
+    config = HeadConfig(32, 24, 64, 1e-5, n_steps=2)
+    params = Arena(head_shapes(config))
+    for name, view in params.views.items():
+        view[...] = np.concatenate([head["w_gate"], head["w_up"]]) if name == "w_gate_up" else head[name]
+    with contextlib.closing(Target(run / "model.safetensors")) as target:
+        batches = loop.Batches(states, target.matrix("tok_embeddings"), config, 16, seed=1)
+    starts = batches.held_out_starts()[:64]  # as many as the engine takes
+    batch = batches.at(starts)
+    worker = HeadWorker(config, len(starts))
+    worker.forward(params, batch)
+    with FrozenFile.open(run / "model.safetensors") as file:
+        model = _core.Model(file.config, file.buffer, file.weights, 1)
+        assert file.config.draft_head is not None
+        engine = _core.DraftHead(model, file.config.draft_head, file.draft_weights, 1)
+        state = np.ascontiguousarray(batch.hidden.reshape(-1))
+        for step in range(2):
+            assert not any(engine.step(states.tokens[starts + step * batch.valid[step]].tolist(), state))
+            with memoryview(engine) as view:
+                logits = np.array(view).reshape(len(starts), -1)[:, states.vocab]
+            rows = batch.valid[step]
+            ours = worker.logits[step * len(starts) : (step + 1) * len(starts)][rows]
+            # rounding to int8 moves a product by about half a per cent (together 0.7 here); another formula would by about all of it
+            assert np.linalg.norm(logits[rows] - ours) < 0.03 * np.linalg.norm(ours)
+        del engine, model
 
 
 def test_the_same_bytes_on_any_threads_and_after_stopping_anywhere(
