@@ -278,7 +278,7 @@ def test_the_engines_step_is_the_trainers(run: Path) -> None:
                 logits = np.array(view).reshape(len(starts), -1)[:, states.vocab]
             rows = batch.valid[step]
             ours = worker.logits[step * len(starts) : (step + 1) * len(starts)][rows]
-            # rounding to int8 moves a product by about half a per cent (together 0.7 here); another formula would by about all of it
+            # rounding to int8 moves a product by about half a per cent (0.7 in all here), another formula by about all of it
             assert np.linalg.norm(logits[rows] - ours) < 0.03 * np.linalg.norm(ours)
         del engine, model
 
