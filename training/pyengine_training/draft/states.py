@@ -14,6 +14,7 @@ sequences.npy (S, 3) int64: first row, rows, whether held out; vocab.npy (V,) in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class States:
         path, size = self.folder / name, int(np.prod(shape)) * np.dtype(dtype).itemsize
         if mode == "r+" and not path.exists():
             with open(path, "wb") as file:
-                file.truncate(size)
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an OSError now, and no signal later
         if not path.exists() or path.stat().st_size != size:
             raise DataError(f"{path}: missing or of the wrong size")
         return np.memmap(path, dtype, mode, shape=shape)  # type: ignore[call-overload, no-any-return]
