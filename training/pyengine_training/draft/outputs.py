@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import DataError
 from ..files import write_atomic
 from .target import Target
 
@@ -36,8 +37,11 @@ def read_outputs(folder: Path) -> list[tuple[list[int], list[int]]]:
     path = folder / NAME
     found = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:  # what follows the last newline was torn
-        value = json.loads(line)
-        found.append((value["prompt"], value["output"]))
+        try:
+            value = json.loads(line)
+            found.append((value["prompt"], value["output"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: line {len(found) + 1} is damaged") from error
     return found
 
 

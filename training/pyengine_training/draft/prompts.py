@@ -46,11 +46,12 @@ def read_prompts(files: list[Path], target: Target, *, max_tokens: int, given: b
                 found.skipped += 1
             elif len(ids) >= (2 if given else 1):
                 found.ids.append(ids)
+    found.ids = [list(ids) for ids in dict.fromkeys(map(tuple, found.ids))]  # the same one twice would be on both sides
     if len(found.ids) < 2:
         names = ", ".join(map(str, files))
         raise DataError(
-            f"{names}: {len(found.ids)} texts with tokens that fit the context of {target.context}; 2 are needed, one to "
-            "learn from and one held out"
+            f"{names}: {len(found.ids)} texts with tokens that fit the context of {target.context}; 2 different ones are "
+            "needed, one to learn from and one held out"
         )
     order = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 5, 0])).permutation(len(found.ids))
     found.ids = [found.ids[i] for i in order]
