@@ -182,6 +182,21 @@ def test_the_vocabulary_is_what_outputs_have_most() -> None:
     assert draft_vocabulary([[4]], 10, 10, [2]).tolist() == list(range(10))
 
 
+def test_rows_are_those_that_the_engine_reads(frozen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state times the output rows is the logits, but for int8; some rows are those of all."""
+    with contextlib.closing(Target(frozen)) as target:
+        every = target.rows("output", np.arange(MODEL.vocab_size))
+        seen: list[tuple[Array, Array]] = []
+        target.read([np.array([1, 70, 71, 72, 73])], [2], lambda _, at, hidden, logits: seen.append((hidden, logits)))
+        ((hidden, logits),) = seen
+        assert hidden.shape == (3, 32) and logits.shape == (3, 320)
+        assert np.linalg.norm(hidden @ every.T - logits) < 0.02 * np.linalg.norm(logits)
+        some = np.array([0, 15, 16, 17, 300, 319])
+        monkeypatch.setattr("pyengine_training.draft.target.PANELS", 3)
+        np.testing.assert_array_equal(target.rows("output", some), every[some])
+        assert not np.array_equal(target.rows("tok_embeddings", some), every[some])
+
+
 def test_states_are_the_models_own(run: Path, frozen: Path) -> None:
     """Rows of the store beside the engine's logits of each whole sequence."""
     states = States(run / "states")
@@ -211,8 +226,9 @@ def test_states_are_the_models_own(run: Path, frozen: Path) -> None:
 
 def test_a_guess_reads_the_tokens_that_came_and_learns_what_followed(run: Path) -> None:
     states = States(run / "states")
-    embeddings = np.arange(MODEL.vocab_size, dtype=np.float32)[:, None]  # a token is its own embedding
-    batches = loop.Batches(states, embeddings, HeadConfig(1, 1, len(states.vocab), 1e-5, n_steps=4), 16, seed=1)
+    known = np.unique(states.tokens)
+    embeddings = known.astype(np.float32)[:, None]  # a token is its own embedding
+    batches = loop.Batches(states, known, embeddings, HeadConfig(1, 1, len(states.vocab), 1e-5, n_steps=4), 16, seed=1)
     for held_out, starts in ((0, batches.starts), (1, batches.held_out)):
         for first, rows, side in states.sequences:
             inside = (starts >= first) & (starts < first + rows)
@@ -262,7 +278,8 @@ def test_the_engines_step_is_the_trainers(run: Path) -> None:
     for name, view in params.views.items():
         view[...] = np.concatenate([head["w_gate"], head["w_up"]]) if name == "w_gate_up" else head[name]
     with contextlib.closing(Target(run / "model.safetensors")) as target:
-        batches = loop.Batches(states, target.matrix("tok_embeddings"), config, 16, seed=1)
+        known = np.unique(states.tokens)
+        batches = loop.Batches(states, known, target.rows("tok_embeddings", known), config, 16, seed=1)
     starts = batches.held_out_starts()[:64]  # as many as the engine takes
     batch = batches.at(starts)
     worker = HeadWorker(config, len(starts))

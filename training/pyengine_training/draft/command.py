@@ -264,9 +264,10 @@ class _Run:
             with contextlib.closing(Target(Path(self.values["model"]), self.threads)) as target:
                 self._make_outputs(target)
                 found = self._read_states(target)
-                embeddings, rows = target.matrix("tok_embeddings"), target.matrix("output")[found.vocab]
+                known = np.unique(found.tokens)
+                embeddings, rows = target.rows("tok_embeddings", known), target.rows("output", found.vocab)
             with single_threaded_blas():
-                trainer = self._train(found, embeddings, rows)
+                trainer = self._train(found, known, embeddings, rows)
             path = self._write_head(found, trainer, output)
             self.log.say(f"done: {path}")
         print(path)
@@ -303,10 +304,10 @@ class _Run:
         )
         return found
 
-    def _train(self, found: states.States, embeddings: Any, output_rows: Any) -> loop.HeadTrainer:
+    def _train(self, found: states.States, known: Any, embeddings: Any, output_rows: Any) -> loop.HeadTrainer:
         v = self.values
         head = HeadConfig(embeddings.shape[1], v["hidden_dim"], len(found.vocab), v["norm_eps"], v["ahead"])
-        batches = loop.Batches(found, embeddings, head, v["batch_size"], v["seed"])
+        batches = loop.Batches(found, known, embeddings, head, v["batch_size"], v["seed"])
         config = _train_config(v, self._steps(batches, head, output_rows))
         trainer = loop.HeadTrainer(head, config, self.threads)
         identity = loop.describe(head, config)

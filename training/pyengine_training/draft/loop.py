@@ -40,8 +40,11 @@ Say = Callable[[str], None]
 class Batches:
     """Guesses from stored states: a new order each epoch; ``batch`` is a pure function of the arguments and the step."""
 
-    def __init__(self, states: States, embeddings: Array, head: HeadConfig, batch_size: int, seed: int) -> None:
-        self.states, self.embeddings, self.head = states, embeddings, head
+    def __init__(
+        self, states: States, known: Array, embeddings: Array, head: HeadConfig, batch_size: int, seed: int
+    ) -> None:
+        """known (U,): the tokens of the states, ascending; embeddings (U, dim) theirs."""
+        self.states, self.known, self.embeddings, self.head = states, known, embeddings, head
         self.batch_size, self.seed = batch_size, seed
         self.starts, self.held_out = states.starts(False), states.starts(True)
         self.ends = states.ends()
@@ -67,7 +70,7 @@ class Batches:
         s = self.states
         return Batch(
             s.hidden[starts].astype(np.float32),
-            self.embeddings[s.tokens[rows - valid]],
+            self.embeddings[np.searchsorted(self.known, s.tokens[rows - valid])],
             s.ids[rows],
             s.probs[rows],
             valid,

@@ -17,6 +17,8 @@ from ..errors import DataError, MissingLibraryError
 
 Array = NDArray[Any]
 ROWS = 256  # positions of a forward: what the engine takes through its layers together
+PANEL = 16  # rows of a matrix that lie together in the file
+PANELS = 256  # that are read at a time
 BOTH = 3  # logits (1) and final hidden state (2) of a position
 
 
@@ -98,20 +100,28 @@ class Target:
         with _refusals():
             self._engine.exclusively(lambda context: _read(context, sequences, first, take))
 
-    def matrix(self, name: str) -> Array:
-        """float32 (rows, dim) of "tok_embeddings" or "output" (the same where they are tied), as their codes stand for them."""
+    def rows(self, name: str, ids: Array) -> Array:
+        """float32 (n, dim): rows ids (n,), ascending, of "tok_embeddings" or "output" (the same where they are tied), as their
+        codes stand for them."""
         from pyengine.format.quantize import dequantize
         from pyengine.format.reader import FrozenFile
 
         name = "tok_embeddings" if self.tied else name
-        with _refusals(), FrozenFile.open(self.path, use_mmap=False) as file:
-            begin, size = file.tensors[f"{name}.codes"]
-            codes = np.frombuffer(file.buffer, np.int8, size, begin).copy()
-            begin, size = file.tensors[f"{name}.scales"]
-            scales = np.frombuffer(file.buffer, np.float16, size // 2, begin).copy()
-        n_panels, n_groups = -(-self.vocab_size // 16), -(-self.dim // 64)
-        scales = scales[: n_panels * n_groups * 16].reshape(n_panels, n_groups, 16)
-        return dequantize(codes.reshape(n_panels, n_groups, 16, 16, 4), scales, self.vocab_size, self.dim)
+        n_panels, n_groups = -(-self.vocab_size // PANEL), -(-self.dim // 64)
+        found = np.zeros((len(ids), self.dim), np.float32)
+        with _refusals(), FrozenFile.open(self.path) as file:
+            shape = n_panels, n_groups, 16, PANEL, 4
+            codes = np.ndarray(shape, np.int8, file.buffer, file.tensors[f"{name}.codes"][0])
+            scales = np.ndarray((n_panels, n_groups, PANEL), np.float16, file.buffer, file.tensors[f"{name}.scales"][0])
+            for first in range(0, n_panels, PANELS):
+                part = slice(first, min(n_panels, first + PANELS))
+                begin, end = np.searchsorted(ids, [part.start * PANEL, part.stop * PANEL])
+                if begin < end:
+                    n_rows = (part.stop - part.start) * PANEL
+                    values = dequantize(codes[part].copy(), scales[part].copy(), n_rows, self.dim)
+                    found[begin:end] = values[ids[begin:end] - part.start * PANEL]
+            del codes, scales  # before the map is closed
+        return found
 
 
 def attach(model: Path, output: Path, head: dict[str, Array], *, overwrite: bool) -> None:
