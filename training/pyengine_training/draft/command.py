@@ -122,7 +122,11 @@ def draft_command(arguments: Sequence[str]) -> int:
         raise ConfigError(f"{options.output} exists already")
     began = time.monotonic()
     if options.resume:
-        given = [name for name, value in vars(options).items() if value and name not in RESUMING]
+        given = [
+            name
+            for name, value in vars(options).items()
+            if value is not None and value is not False and name not in RESUMING
+        ]
         if given:
             names = ", ".join("the model" if name == "model" else f"--{name.replace('_', '-')}" for name in given)
             raise ConfigError(f"--resume goes on as the run was started: {names} would have no effect")
