@@ -12,6 +12,7 @@
 #include "adapter.h"
 #include "block.h"
 #include "context.h"
+#include "embedding.h"
 #include "float_env.h"
 #include "matmul.h"
 #include "mlp.h"
@@ -19,19 +20,6 @@
 #include "status.h"
 
 /* ------------------------------------------------------------------ one slice through the layers */
-
-/* x[token] = row `id` of the embeddings: code * scale, exact, turned back. */
-static void embed(pe_slice *s, size_t token, int32_t id) {
-    const pe_matrix *w = &s->model->tok_embeddings;
-    size_t stride = pe_x_stride(s->model), panel = (size_t)id / PE_PANEL, row = (size_t)id % PE_PANEL;
-    float *x = s->x + token * stride;
-    for (size_t i = 0; i < stride; i++) {
-        size_t group = panel * w->n_groups + i / PE_GROUP, k4 = i % PE_GROUP / 4;
-        int8_t code = w->codes[group * PE_GROUP * PE_PANEL + k4 * 64 + row * 4 + i % 4];
-        x[i] = (float)code * pe_half_to_float(w->scales[group * PE_PANEL + row]);
-    }
-    s->kernels->turn(x, s->model->config.dim, pe_input_factor(pe_turn_block(s->model->config.dim)));
-}
 
 /* After a stage: the call goes on unless it was cancelled, or a row failed and every row has to succeed. */
 static pe_status check_stage(const pe_slice *s, bool rows_may_fail, const char *where, char *err) {
@@ -166,7 +154,8 @@ static pe_status place_slice(pe_context *c, const int32_t *sequences, char *err)
 static pe_status run_slice(pe_context *c, const pe_batch *batch, size_t begin, char *err) {
     pe_slice *s = &c->slice;
     bool rows_may_fail = batch->failed != NULL;
-    for (size_t t = 0; t < s->n_tokens; t++) embed(s, t, batch->tokens[begin + t]);
+    for (size_t t = 0; t < s->n_tokens; t++)
+        pe_embed(s->model, s->kernels, s->x + t * pe_x_stride(s->model), batch->tokens[begin + t]);
     pe_adapter_group_rows(s, batch->adapters == NULL ? NULL : batch->adapters + begin);
     pe_status status = pe_slice_prepare(s, err);
     if (status != PE_OK) return status;

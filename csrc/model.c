@@ -10,6 +10,7 @@
 #include "float_env.h"
 #include "kernels/pe_math.h"
 #include "status.h"
+#include "tensors.h"
 #include "threadpool.h"
 
 /* ------------------------------------------------------------------ config */
@@ -164,23 +165,8 @@ void pe_model_destroy(pe_model *model) {
 
 /* ------------------------------------------------------------------ tensors */
 
-typedef enum contents {
-    CODES,  /* int8: -128 does not exist */
-    HALVES, /* float16, finite */
-    FLOATS, /* float32, finite */
-} contents;
-
-/* One tensor of the format: where its pointer belongs, how many bytes it must have and what is in them. */
-typedef struct slot {
-    char name[64];
-    const char *kind; /* as in pe_tensor */
-    const void **data;
-    size_t n_bytes;
-    contents contents;
-} slot;
-
 /* Called for every tensor that this model must have, in file order; a non-zero return ends the visit and is passed on. */
-typedef int (*visit_fn)(const slot *s, void *arg);
+typedef int (*visit_fn)(const pe_tensor_slot *s, void *arg);
 
 typedef struct visitor {
     visit_fn fn;
@@ -188,10 +174,10 @@ typedef struct visitor {
     int result;
 } visitor;
 
-static void visit(visitor *v, const void **data, size_t n_bytes, contents contents, const char *format, ...) {
+static void visit(visitor *v, const void **data, size_t n_bytes, pe_contents contents, const char *format, ...) {
     if (v->result != 0) return;
-    slot s = {.data = data, .n_bytes = n_bytes, .contents = contents};
-    s.kind = contents == FLOATS ? "f32" : "int8_g64";
+    pe_tensor_slot s = {.data = data, .n_bytes = n_bytes, .contents = contents};
+    s.kind = contents == PE_FLOATS ? "f32" : "int8_g64";
     va_list args;
     va_start(args, format);
     vsnprintf(s.name, sizeof s.name, format, args);
@@ -206,14 +192,14 @@ static void visit_matrix(visitor *v, pe_matrix *m, size_t rows_padded, size_t co
     char prefix[48] = "";
     if (layer >= 0) snprintf(prefix, sizeof prefix, "layers.%d.", layer);
     size_t n_scales = m->n_panels * m->n_groups * PE_PANEL;
-    visit(v, (const void **)&m->codes, n_scales * PE_GROUP, CODES, "%s%s.codes", prefix, name);
-    visit(v, (const void **)&m->scales, pe_pad(n_scales * 2, 64), HALVES, "%s%s.scales", prefix, name);
+    visit(v, (const void **)&m->codes, n_scales * PE_GROUP, PE_CODES, "%s%s.codes", prefix, name);
+    visit(v, (const void **)&m->scales, pe_pad(n_scales * 2, 64), PE_HALVES, "%s%s.scales", prefix, name);
 }
 
 static void visit_vector(visitor *v, const float **data, size_t n, const char *name, int layer) {
     char prefix[48] = "";
     if (layer >= 0) snprintf(prefix, sizeof prefix, "layers.%d.", layer);
-    visit(v, (const void **)data, pe_pad(n * sizeof(float), 64), FLOATS, "%s%s", prefix, name);
+    visit(v, (const void **)data, pe_pad(n * sizeof(float), 64), PE_FLOATS, "%s%s", prefix, name);
 }
 
 /* A dense MLP, or a router and its experts. */
@@ -253,7 +239,7 @@ static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
     visit_vector(&v, &model->norm, c->dim, "norm", -1);
     if (!c->tie_embeddings) visit_matrix(&v, &model->output, vocab_padded, c->dim, "output", -1);
     for (uint32_t i = 0; i < model->n_rope_tables; i++)
-        visit(&v, (const void **)&model->inv_freq[i], pe_pad(c->head_dim / 2 * sizeof(float), 64), FLOATS,
+        visit(&v, (const void **)&model->inv_freq[i], pe_pad(c->head_dim / 2 * sizeof(float), 64), PE_FLOATS,
               "rope.%u.inv_freq", i);
     return v.result;
 }
@@ -265,112 +251,36 @@ typedef struct assignment {
     char *err;
 } assignment;
 
-static int assign_next(const slot *s, void *arg) {
+static int assign_next(const pe_tensor_slot *s, void *arg) {
     assignment *a = arg;
-    if (a->next == a->n_tensors) {
-        a->status = pe_fail(PE_ERR_FORMAT, a->err, "tensor %s is missing", s->name);
-        return -1;
-    }
-    const pe_tensor *t = &a->tensors[a->next++];
-    if (strcmp(s->name, t->name) != 0) {
-        a->status = pe_fail(PE_ERR_FORMAT, a->err, "found tensor %.80s where %s belongs", t->name, s->name);
-    } else if (t->kind == NULL || strcmp(s->kind, t->kind) != 0) {
-        a->status = pe_fail(PE_ERR_FORMAT, a->err, "tensor %s is of the kind %.64s, expected %s", s->name,
-                            t->kind == NULL ? "(none)" : t->kind, s->kind);
-    } else if (s->n_bytes != t->n_bytes) {
-        a->status =
-            pe_fail(PE_ERR_FORMAT, a->err, "tensor %s has %zu bytes, expected %zu", s->name, t->n_bytes, s->n_bytes);
-    } else if (t->data == NULL || (uintptr_t)t->data % 64 != 0) {
-        a->status = pe_fail(PE_ERR_INVALID_ARGUMENT, a->err, "tensor %s does not start on a 64-byte boundary", s->name);
-    } else {
-        *s->data = t->data;
-        return 0;
-    }
-    return -1;
+    a->status = a->next == a->n_tensors ? pe_fail(PE_ERR_FORMAT, a->err, "tensor %s is missing", s->name)
+                                        : pe_tensor_assign(s, &a->tensors[a->next++], a->err);
+    return a->status == PE_OK ? 0 : -1;
 }
 
 /* ------------------------------------------------------------------ checking the values */
 
-enum { CHECK_BYTES = 1 << 20 };
-
-/* Every weight is read once in pieces of 1 MiB: legal codes, finite scales and floats. It costs what mapping the pages
- * costs, and they will be needed at once. */
-typedef struct check_piece {
-    const slot *slots;
-    const size_t *first_unit; /* (n_slots + 1) */
-    size_t n_slots;
-    _Atomic(const char *) bad_name;
-} check_piece;
-
-static bool halves_are_finite(const uint16_t *x, size_t n) {
-    bool bad = false;
-    for (size_t i = 0; i < n; i++) bad |= (x[i] & 0x7c00u) == 0x7c00u;
-    return !bad;
-}
-
-static bool floats_are_finite(const float *x, size_t n) {
-    bool bad = false;
-    for (size_t i = 0; i < n; i++) bad |= (pe_float_bits(x[i]) & 0x7fffffffu) >= PE_NOT_FINITE_BITS;
-    return !bad;
-}
-
-static void check_unit(void *arg, size_t unit, int thread) {
-    (void)thread;
-    check_piece *check = arg;
-    size_t i = 0;
-    while (check->first_unit[i + 1] <= unit) i++;
-    const slot *s = &check->slots[i];
-    size_t begin = (unit - check->first_unit[i]) * CHECK_BYTES;
-    size_t n_bytes = s->n_bytes - begin < CHECK_BYTES ? s->n_bytes - begin : CHECK_BYTES;
-    const char *data = (const char *)*s->data + begin;
-    bool good = s->contents == CODES    ? pe_kernels_selected()->codes_are_legal((const int8_t *)data, n_bytes)
-                : s->contents == FLOATS ? floats_are_finite((const float *)data, n_bytes / 4)
-                                        : halves_are_finite((const uint16_t *)data, n_bytes / 2);
-    if (!good) atomic_store(&check->bad_name, s->name);
-}
-
-static int count_slot(const slot *s, void *arg) {
+/* Every weight is read once: it costs what mapping the pages costs, and they will be needed at once. */
+static int count_slot(const pe_tensor_slot *s, void *arg) {
     (void)s;
     ++*(size_t *)arg;
     return 0;
 }
 
-static int collect_slot(const slot *s, void *arg) {
-    slot **next = arg;
+static int collect_slot(const pe_tensor_slot *s, void *arg) {
+    pe_tensor_slot **next = arg;
     *(*next)++ = *s;
     return 0;
 }
 
-static pe_status check_slots(const slot *slots, size_t n_slots, size_t *first_unit, int n_threads, char *err) {
-    for (size_t i = 0; i < n_slots; i++)
-        first_unit[i + 1] = first_unit[i] + (slots[i].n_bytes + CHECK_BYTES - 1) / CHECK_BYTES;
-    pe_status status = pe_pool_acquire(n_threads, err);
-    if (status != PE_OK) return status;
-    check_piece check = {.slots = slots, .first_unit = first_unit, .n_slots = n_slots};
-    pe_parallel_for(n_threads, first_unit[n_slots], check_unit, &check, NULL);
-    pe_pool_release();
-    const char *bad = atomic_load(&check.bad_name);
-    return bad == NULL ? PE_OK
-                       : pe_fail(PE_ERR_FORMAT, err,
-                                 "tensor %s holds a value that the format forbids (code -128, or not finite)", bad);
-}
-
 static pe_status check_values(pe_model *model, int n_threads, char *err) {
-    const char *isa;
-    pe_status status = pe_isa_active(&isa, err);
-    if (status != PE_OK) return status;
     size_t n_slots = 0;
     visit_tensors(model, count_slot, &n_slots);
-    slot *slots = calloc(n_slots, sizeof *slots), *next = slots;
-    size_t *first_unit = calloc(n_slots + 1, sizeof *first_unit);
-    if (slots == NULL || first_unit == NULL) {
-        status = pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
-    } else {
-        visit_tensors(model, collect_slot, &next);
-        status = check_slots(slots, n_slots, first_unit, n_threads, err);
-    }
+    pe_tensor_slot *slots = calloc(n_slots, sizeof *slots), *next = slots;
+    if (slots == NULL) return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
+    visit_tensors(model, collect_slot, &next);
+    pe_status status = pe_tensors_check(slots, n_slots, n_threads, err);
     free(slots);
-    free(first_unit);
     return status;
 }
 

@@ -120,3 +120,12 @@ cdef extern from "pyengine.h" nogil:
     pe_status pe_debug_block(pe_context *context, uint32_t layer, float *x, size_t n_tokens, char *err)
     size_t pe_debug_kv_page(const pe_context *context, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page,
                             void *out, size_t capacity)
+
+cdef extern from "draft_head.h" nogil:
+    ctypedef struct pe_draft_head
+    pe_status pe_draft_head_create(pe_draft_head **out, const pe_model *model, uint32_t hidden_dim, uint32_t vocab_size,
+                                   const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err)
+    void pe_draft_head_destroy(pe_draft_head *head)
+    size_t pe_draft_head_memory(const pe_draft_head *head)
+    pe_status pe_draft_head_step(pe_draft_head *head, float *states, const int32_t *tokens, size_t n, uint8_t *failed, char *err)
+    const float *pe_draft_head_logits(const pe_draft_head *head, size_t row)

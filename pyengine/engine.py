@@ -57,7 +57,7 @@ class Engine(Scoring):
     speculative    guesses ahead, which change no byte of any output: "auto", "off" or options; see SamplingParams and
                    docs/speculation.md
     draft_model  a smaller model with the same vocabulary, named like `model`, that guesses too: worth it beside a model several
-                   times its size
+                   times its size. None = the draft head in the model's file, if it has one
     mmap       False reads the file into memory, for files that others may truncate (a map would then kill the process)
     preload_tokenizer  True loads the tokenizer now, while a thread checks the weights: for programs that begin with text at once.
                Otherwise it is loaded when it is first needed
@@ -145,6 +145,9 @@ class Engine(Scoring):
             guessing = self._draft.context(kv_dtype, n_threads)
             guessing.set_max_pages(pages(guessing, self._draft.n_ctx))
             self._scheduler.speculation.add_model(guessing, self._draft.n_ctx)
+        elif config.draft_head is not None:
+            weights = self._file.draft_weights
+            self._scheduler.speculation.add_head(_core.DraftHead(self._model, config.draft_head, weights, self.n_threads))
         fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
         self._closed = self._is_opening = False
         cpu_watch.check_threads(n_threads)
@@ -478,8 +481,9 @@ class Engine(Scoring):
         return out[0]
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch", "draft" (all of the draft model's), and "adapters"."""
-        draft = 0 if self._draft is None else self._draft.weights_bytes
+        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch", "draft" (all of the draft model's, or head's), and
+        "adapters"."""
+        draft = self._file.draft_bytes if self._draft is None else self._draft.weights_bytes
         speculation = self._scheduler.speculation
         return self.exclusively(
             lambda context: {

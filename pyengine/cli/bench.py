@@ -31,7 +31,8 @@ examples:
   pyengine bench -m model.safetensors -p 0 -n 64 -d 0,1024,4096 -b 1,8 --plot speed.png
   pyengine bench -m model.safetensors -p 0 -n 128 -f report.txt
 
-With -f FILE a text is gone on with, greedily, without guesses and with them (docs/speculation.md), and how many came true.
+With -f FILE a text is gone on with, greedily, without guesses and with them (docs/speculation.md), those of the model's draft
+head among them if its file has one, and how many came true.
 
 ppN is N prompt tokens in one forward, tgN is N tokens one after the other, xB with B sequences side by side (t/s of all
 together), @ dD after D tokens. Every test runs once unmeasured before its -r times. "of limit" is the share of what this machine

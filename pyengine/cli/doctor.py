@@ -150,7 +150,7 @@ def speculation() -> dict[str, Any]:
         looks.append((time.perf_counter() - read) / 256)
     return {
         "default": "auto",
-        "guessed_by": ["n-grams", "grammars"],
+        "guessed_by": ["n-grams", "grammars", "the model's draft head if it has one"],
         "max_draft": _draft.MAX_DRAFT,
         "read_us": round(1e6 * min(reads), 2),
         "look_us": round(1e6 * min(looks), 2),
@@ -186,7 +186,7 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("throttled", stops),
         (
             "speculation",
-            f"{s['default']}: {' and '.join(s['guessed_by'])} guess up to {s['max_draft']} tokens a step; of its time that takes "
+            f"{s['default']}: up to {s['max_draft']} tokens a step by {', '.join(s['guessed_by'])}; of its time n-grams take "
             f"{s['read_us']:g} us to read a token and {s['look_us']:g} us to look for the next",
         ),
         ("cache", f"{c['path'] or 'none'} ({c['models']} models, {c['bytes'] / 2**20:.1f} MiB)"),

@@ -84,6 +84,7 @@ def describe(frozen: FrozenFile, with_tensors: bool) -> dict[str, Any]:
         **{key: frozen.metadata.get(key) for key in ("name", "source", "generator", "format_version")},
         "file_bytes": file_bytes,
         "weight_bytes": weights,
+        "draft_bytes": frozen.draft_bytes,
         "parameters": count_parameters(c),
         "quantization": "; ".join(MATRIX_KINDS[kind].description for kind in kinds),
         "config": c.to_document(),
@@ -154,7 +155,11 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("KV cache", f"{facts['kv_bytes_per_position']:,} bytes a position{window}, {kv:.1f} MiB in full"),
         ("memory", f"{total:.1f} MiB with a full context, {weights:.1f} of them weights that processes share"),
     ]
-    return [*lines, ("extra", json.dumps(c["extra"]))] if "extra" in c else lines
+    extra = dict(c.get("extra", {}))
+    if head := extra.pop("draft", None):
+        size = facts["draft_bytes"] / MIB
+        lines.append(("draft head", f"hidden dim {head['hidden_dim']}, {head['vocab_size']} tokens, {size:.1f} MiB"))
+    return [*lines, ("extra", json.dumps(extra))] if extra else lines
 
 
 def run(argv: list[str]) -> int:

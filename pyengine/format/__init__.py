@@ -7,6 +7,7 @@ inventory     every weight of a model from its configuration: names, shapes, wha
 reader        open, map and check a file
 writer        stream a file, checksummed, under its name only when whole
 quantize      float32 rows to int8 panels, and back
+draft_head    put a draft head into a file, or take it out
 
 The first five are the start-up path: they import neither numpy nor anything else that is heavy.
 """

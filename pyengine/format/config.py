@@ -83,6 +83,28 @@ def _check_requires(names: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+# ---------------------------------------------------------------------------- a draft head
+
+
+class DraftHeadSpec(NamedTuple):
+    """The shape of a draft head: a small network that guesses at next tokens from the model's final hidden state."""
+
+    hidden_dim: int  # of its MLP
+    vocab_size: int  # how many of the model's tokens it knows
+
+
+def _draft_head(extra: Mapping[str, Any], vocab_size: int) -> DraftHeadSpec | None:
+    if "draft" not in extra:
+        return None
+    document = extra["draft"]
+    if not isinstance(document, Mapping):
+        raise ModelFormatError("config: extra.draft must be an object")
+    _refuse_unknown_keys(document, DraftHeadSpec._fields, "extra.draft")
+    _check_int("hidden_dim of extra.draft", document["hidden_dim"], *_INT_RANGES["hidden_dim"])
+    _check_int("vocab_size of extra.draft", document["vocab_size"], 1, vocab_size)
+    return DraftHeadSpec(**document)
+
+
 # ---------------------------------------------------------------------------- layers
 
 
@@ -236,6 +258,7 @@ class FrozenConfig:
         object.__setattr__(self, "kinds", _check_kinds(self.kinds, self.n_layers))
         if not isinstance(self.extra, Mapping):
             raise ModelFormatError("config: extra must be an object")
+        _draft_head(self.extra, self.vocab_size)
 
     def _check_softcap(self, name: str) -> None:
         value, (low, high) = getattr(self, name), SOFTCAP_RANGE
@@ -286,6 +309,11 @@ class FrozenConfig:
     @property
     def n_rope_tables(self) -> int:
         return 1 + max(layer.rope for layer in self.layers)
+
+    @property
+    def draft_head(self) -> DraftHeadSpec | None:
+        """What ``extra`` says of a draft head in the file; None if there is none."""
+        return _draft_head(self.extra, self.vocab_size)
 
     def kind_of(self, role: str, layer: int | None) -> str:
         """How a matrix is stored: by its own entry of ``kinds``, else the default."""

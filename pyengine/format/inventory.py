@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from ..errors import ModelFormatError
-from .config import FrozenConfig, unknown
+from .config import DEFAULT_KIND, FrozenConfig, unknown
 from .container import StoredTensor, pad, vector_tensor
 
 FORMAT_VERSION = "4"
@@ -33,6 +33,8 @@ ATTACHMENTS = (
     "checksums.json",
 )
 EXTRA_PREFIX = "extra."  # tensors that a reader may ignore
+DRAFT_PREFIX = EXTRA_PREFIX + "draft."  # of a draft head
+_VECTOR_DTYPES = {"f32": "F32", "i32": "I32"}
 
 # How much of a weight a forward pass reads: one row for each token, all of it for the tokens of a batch, all of it for
 # those of them whose logits are wanted.
@@ -58,7 +60,7 @@ class Weight(NamedTuple):
     layer: int | None
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    kind: str  # how its values are stored: a matrix kind, or "f32"
+    kind: str  # how its values are stored: a matrix kind, "f32" or "i32"
     use: Use
     alternating: bool = False
     expert: int | None = None  # which of the layer's MLPs it belongs to, of a model that has many
@@ -79,7 +81,7 @@ class Weight(NamedTuple):
         """Name -> tensor of the file, in file order."""
         if self.is_matrix:
             return MATRIX_KINDS[self.kind].stored(self)
-        return {self.name: vector_tensor(self.shape[0], "F32")}
+        return {self.name: vector_tensor(self.shape[0], _VECTOR_DTYPES[self.kind])}
 
 
 # ---------------------------------------------------------------------------- kinds
@@ -188,9 +190,42 @@ def inventory(config: FrozenConfig) -> list[Weight]:
     return weights
 
 
+def draft_inventory(config: FrozenConfig) -> list[Weight]:
+    """Every weight of the model's draft head, in the order in which a step reads them; none if it has no head."""
+    head = config.draft_head
+    if head is None:
+        return []
+    dim = config.dim
+
+    def vector(role: str, n: int = dim, kind: str = "f32") -> Weight:
+        return Weight(DRAFT_PREFIX + role, role, None, (n,), (Part(role, n),), kind, "tokens")
+
+    def matrix(role: str, parts: dict[str, int], columns: int, alternating: bool = False) -> Weight:
+        shape = sum(parts.values()), columns
+        of_parts = tuple(map(Part._make, parts.items()))
+        return Weight(DRAFT_PREFIX + role, role, None, shape, of_parts, DEFAULT_KIND, "tokens", alternating)
+
+    return [
+        vector("token_norm"),
+        vector("state_norm"),
+        matrix("w_in", {"w_in": dim}, 2 * dim),
+        vector("mlp_norm"),
+        matrix("w_gate_up", {"w_gate": head.hidden_dim, "w_up": head.hidden_dim}, dim, alternating=True),
+        matrix("w_down", {"w_down": dim}, head.hidden_dim),
+        vector("output_norm"),
+        matrix("output", {"output": head.vocab_size}, dim),
+        vector("vocab", head.vocab_size, "i32"),
+    ]
+
+
 def stored_tensors(config: FrozenConfig) -> dict[str, StoredTensor]:
-    """Name -> stored tensor of every weight of such a model, in file order. Attachments follow them."""
+    """Name -> stored tensor of every weight of such a model, in file order. Extra tensors and attachments follow them."""
     return {name: tensor for weight in inventory(config) for name, tensor in weight.stored().items()}
+
+
+def stored_draft_tensors(config: FrozenConfig) -> dict[str, StoredTensor]:
+    """The same of its draft head; none if it has no head."""
+    return {name: tensor for weight in draft_inventory(config) for name, tensor in weight.stored().items()}
 
 
 # ---------------------------------------------------------------------------- counting

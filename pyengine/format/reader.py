@@ -11,13 +11,22 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..errors import ModelFormatError, UnsupportedModelError, system_errors
 from ..files import open_regular, path_of
 from .config import FrozenConfig
-from .container import ALIGNMENT, SafetensorsEntry, parse_safetensors_header
-from .inventory import ATTACHMENTS, EXTRA_PREFIX, FORMAT_VERSION, MAX_ATTACHMENT_BYTES, REQUIRED_ATTACHMENTS, inventory
+from .container import ALIGNMENT, SafetensorsEntry, StoredTensor, parse_safetensors_header
+from .inventory import (
+    ATTACHMENTS,
+    EXTRA_PREFIX,
+    FORMAT_VERSION,
+    MAX_ATTACHMENT_BYTES,
+    REQUIRED_ATTACHMENTS,
+    Weight,
+    draft_inventory,
+    inventory,
+)
 from .strict_json import parse_json_object
 
 
@@ -36,10 +45,10 @@ def _check_attachments(entries: dict[str, SafetensorsEntry], names: list[str]) -
             raise ModelFormatError(f"attachment {name!r} has {size} bytes, more than {MAX_ATTACHMENT_BYTES}")
 
 
-def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -> dict[str, str]:
-    """Compare with the inventory: same names, dtypes, shapes and sizes. Returns name -> kind of the weights' tensors."""
+def _check_tensors(entries: dict[str, SafetensorsEntry], weights: Iterable[Weight]) -> dict[str, str]:
+    """Compare with what is needed: names, dtypes, shapes. Returns name -> kind of the weights' tensors."""
     kinds = {}
-    for weight in inventory(config):
+    for weight in weights:
         for name, needed in weight.stored().items():
             kinds[name] = weight.kind
             if name not in entries:
@@ -49,6 +58,12 @@ def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -
                     f"tensor {name!r} is {entries[name].dtype} {list(entries[name].shape)}, the configuration needs "
                     f"{needed.dtype} {list(needed.shape)}"
                 )
+    return kinds
+
+
+def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -> dict[str, str]:
+    """Compare with the inventory: its tensors, in its order, and no others. Returns name -> kind of them."""
+    kinds = _check_tensors(entries, inventory(config))
     others = [name for name in entries if name not in kinds and name not in ATTACHMENTS]
     if strange := [name for name in others if not name.startswith(EXTRA_PREFIX)]:
         raise ModelFormatError(f"unknown tensor {strange[0]!r} for this configuration")
@@ -62,10 +77,11 @@ class FrozenFile:
     """A validated frozen file: ``config``, ``metadata``, ``buffer`` and where each tensor lies in
     it.
 
-    ``tensors`` maps a name to (offset, size) in bytes of ``buffer``; ``weights``, those of the
-    inventory alone, to (offset, size, kind). Offsets are multiples of 64 and ``buffer`` begins on a
-    page. Use as a context manager or call ``close``; views taken from ``buffer`` stay valid until
-    they are released.
+    ``tensors`` maps a name to (offset, size) in bytes of ``buffer``, ``extra`` those of extra tensors to
+    what is stored; ``weights``, those of the
+    inventory alone, to (offset, size, kind); ``draft_weights``, those of the draft head, likewise, and
+    is empty where there is none. Offsets are multiples of 64 and ``buffer`` begins on a page. Use as a
+    context manager or call ``close``; views taken from ``buffer`` stay valid until they are released.
     """
 
     def __init__(self, path: str, buffer: mmap.mmap) -> None:
@@ -92,9 +108,14 @@ class FrozenFile:
         self.buffer = buffer
         self.metadata = header.metadata
         self.tensors = {name: (e.begin, e.end - e.begin) for name, e in entries.items()}
+        self.extra = {
+            name: StoredTensor(e.dtype, e.shape, e.end - e.begin) for name, e in entries.items() if name.startswith(EXTRA_PREFIX)
+        }
         self.config = FrozenConfig.from_json(self.attachment("config.json") or b"")
         kinds = _check_weights(entries, self.config)
         self.weights = {name: (*self.tensors[name], kind) for name, kind in kinds.items()}
+        kinds = _check_tensors(entries, draft_inventory(self.config))
+        self.draft_weights = {name: (*self.tensors[name], kind) for name, kind in kinds.items()}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], use_mmap: bool = True) -> FrozenFile:
@@ -128,8 +149,13 @@ class FrozenFile:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the weights, all but the attachments."""
+        """Bytes of the weights, without extra tensors and attachments."""
         return sum(size for _, size, _ in self.weights.values())
+
+    @property
+    def draft_bytes(self) -> int:
+        """Bytes of the draft head's weights; 0 without one."""
+        return sum(size for _, size, _ in self.draft_weights.values())
 
     def attachment(self, name: str) -> bytes | None:
         """The bytes of a JSON or text attachment without its padding, or None when the file has none."""

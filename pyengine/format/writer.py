@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -20,7 +20,14 @@ from ..errors import InvalidArgumentError, ModelFormatError
 from ..files import open_regular
 from .config import FrozenConfig
 from .container import ALIGNMENT, StoredTensor, build_header, pad
-from .inventory import ATTACHMENTS, FORMAT_VERSION, GOLDEN_BYTES, stored_tensors
+from .inventory import (
+    ATTACHMENTS,
+    EXTRA_PREFIX,
+    FORMAT_VERSION,
+    GOLDEN_BYTES,
+    stored_draft_tensors,
+    stored_tensors,
+)
 
 GoldenCallback = Callable[[str], "bytes | None"]
 _PARTIAL = ".partial"
@@ -77,12 +84,13 @@ def terminate_as_exception() -> Iterator[None]:
 
 
 class FrozenWriter:
-    """Write the tensors of ``stored_tensors(config)`` in that order, each as a stream of chunks.
+    """Write the tensors of ``stored_tensors(config)``, then ``extra`` ones, in that order, each as a stream of chunks.
 
         with FrozenWriter(path, config, attachments, name="...", source="...") as writer:
             for name in writer.names:
                 writer.write(name, chunks_of(name))
 
+    ``extra``: name -> what is stored, a draft head's tensors among them if the configuration has one.
     A clean exit of the block writes the attachments, asks ``golden`` (called with the path of the
     complete temporary file) for the content of golden.json, syncs and renames. Any exception,
     Ctrl-C included, removes the temporary file.
@@ -97,6 +105,7 @@ class FrozenWriter:
         name: str,
         source: str,
         generator: str = "pyengine",
+        extra: Mapping[str, StoredTensor] | None = None,
         golden: GoldenCallback | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -108,7 +117,12 @@ class FrozenWriter:
             raise InvalidArgumentError(f"unknown attachment {sorted(unknown)[0]!r}")
         if "tokenizer.json" not in attachments:
             raise InvalidArgumentError("the attachment tokenizer.json is missing")
-        weights = stored_tensors(config)
+        extra = dict(extra or {})
+        if strange := [one for one in extra if not one.startswith(EXTRA_PREFIX)]:
+            raise InvalidArgumentError(f"the extra tensor {strange[0]!r} has a name without {EXTRA_PREFIX!r}")
+        if not stored_draft_tensors(config).items() <= extra.items():
+            raise InvalidArgumentError("the configuration has a draft head, and its tensors are not among the extra ones")
+        weights = stored_tensors(config) | extra
         self.names = list(weights)
         attachments = {"config.json": config.to_json().encode(), **attachments, "golden.json": b"{}"}
         self._attachments = {r: _attachment_bytes(r, attachments[r]) for r in ATTACHMENTS if r in attachments}

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from pyengine import fork
 from pyengine.errors import OutOfMemoryError
-from pyengine.run.request import GenerationRequest, Request
+from pyengine.run.request import HIDDEN, LOGITS, GenerationRequest, Request
 
 if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Drafter, Ngrams
-    from pyengine.run.draft_model import DraftModel
+    from pyengine.run.proposer import Proposer
 
 # The n-grams of earlier outputs: those of so many tokens, under so many salts, at 3 MB each.
 STORE_TOKENS = 1 << 15
@@ -26,7 +26,7 @@ MAX_STORES = 16
 # Share of the time that looking for guesses in vain may take, and steps that are not looked at for its sake at most.
 LOOK_SHARE = 0.005
 MAX_SKIP = 16
-# An n-gram with such a chance to be right is believed without asking the draft model.
+# An n-gram with such a chance to be right is believed without asking a draft model or head.
 SURE = 0.85
 # Outputs that a text's own n-grams have room for from the beginning; older ones make room for more.
 OUTPUT_TOKENS = 512
@@ -44,14 +44,33 @@ class Speculation:
         self._plan = _draft.plan
         self._stores: dict[bytes, Ngrams] = {}
         self._n_skip = 0  # steps until it looks again
-        self.model: DraftModel | None = None
+        self._wants_states = False
+        self.proposer: Proposer | None = None
 
     def add_model(self, context: _core.Context, n_ctx: int) -> None:
         """From now on a draft model guesses, too."""
         with fork.importing:
             from pyengine.run.draft_model import DraftModel
 
-        self.model = DraftModel(context, n_ctx, self.experience)
+        self.proposer = DraftModel(context, n_ctx, self.experience)
+
+    def add_head(self, head: _core.DraftHead) -> None:
+        """From now on a draft head guesses, too, and requests that start want hidden states beside their logits."""
+        with fork.importing:
+            from pyengine.run.draft_head import DraftHead
+
+        self.proposer = DraftHead(head, self.experience)
+        self._wants_states = True
+
+    def start(self, request: Request) -> None:
+        """A request is about to be computed: what its rows must give."""
+        if self._wants_states and isinstance(request, GenerationRequest) and request.may_draft:
+            request.row_kind = LOGITS | HIDDEN
+
+    def note_state(self, request: GenerationRequest, state: memoryview) -> None:
+        """The hidden state (dim) of the row that gave the newest token of a request, which wanted it."""
+        if self.proposer is not None:
+            self.proposer.note_state(request, state)
 
     def plan(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
         """{number of a request: its draft} for requests that decode in a step of n_rows rows without drafts."""
@@ -75,7 +94,7 @@ class Speculation:
             drafters = [self._drafter(request) for request in chosen]
         except OutOfMemoryError:
             return {}
-        drafts = {} if self.model is None else self._by_model(self.model, chosen, n_rows)
+        drafts = {} if self.proposer is None else self._by_proposer(self.proposer, chosen, n_rows)
         rest = [request for request in chosen if request.number not in drafts] if drafts else chosen
         guesses = self._plan(
             self.experience,
@@ -89,10 +108,10 @@ class Speculation:
                 drafts[request.number] = draft
         return {one.number: _sensible(one, drafts[one.number]) for one in chosen if one.number in drafts} if drafts else drafts
 
-    def _by_model(
-        self, model: DraftModel, chosen: list[GenerationRequest], n_rows: int
+    def _by_proposer(
+        self, proposer: Proposer, chosen: list[GenerationRequest], n_rows: int
     ) -> dict[int, tuple[int, ...]]:
-        """The draft model's guesses, for texts about which nothing surer is known."""
+        """Guesses of the draft model or head, for texts about which nothing surer is known."""
         asked = [
             request
             for request in chosen
@@ -100,7 +119,7 @@ class Speculation:
         ]
         if not asked:
             return {}
-        drafts = model.propose(asked, n_rows, self.max_rows)
+        drafts = proposer.propose(asked, n_rows, self.max_rows)
         return {request.number: draft for request, draft in zip(asked, drafts, strict=True) if draft}
 
     def note_step(self, n_rows: int, seconds: float) -> None:
@@ -108,17 +127,17 @@ class Speculation:
         self.experience.note_step(n_rows, seconds)
 
     def memory(self) -> int:
-        """Bytes of the draft model's keys, values and scratch; 0 without one."""
-        return 0 if self.model is None else self.model.memory()
+        """Bytes that the draft model or head has beside its weights; 0 without one."""
+        return 0 if self.proposer is None else self.proposer.memory()
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Raises PyEngineError if the draft model's books do not balance. requests: all that may hold something."""
-        if self.model is not None:
-            self.model.check_integrity([one for one in requests if isinstance(one, GenerationRequest)])
+        if self.proposer is not None:
+            self.proposer.check_integrity([one for one in requests if isinstance(one, GenerationRequest)])
 
     def close(self) -> None:
-        """The draft model goes."""
-        self.model = None
+        """The draft model or head goes."""
+        self.proposer = None
 
     def _drafter(self, request: GenerationRequest) -> Drafter:
         """The request's, which has read all that is known of its text."""

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Drafter
     from pyengine.results import Generation, Piece
-    from pyengine.run.draft_model import Reading
     from pyengine.run.guide import Guide
+    from pyengine.run.proposer import Reading
     from pyengine.sampling import ResolvedParams
     from pyengine.text.stops import StopStrings
     from pyengine.text.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ class Request(ABC):
 
     keep = True  # its pages stay cached for later texts that begin alike
     interactive = False  # somebody reads along: short steps
-    row_kind = LOGITS  # what it wants of a position
+    row_kind = LOGITS  # what it wants of a position: LOGITS, HIDDEN or both
 
     def __init__(
         self, caller: Caller, *, salt: bytes, deadline: float | None, adapter: _core.Adapter | None = None
@@ -139,7 +139,7 @@ class GenerationRequest(Request):
         self.prompt = prompt
         self.params = params
         self.drafter: Drafter | None = None
-        self.reading: Reading | None = None  # of the draft model
+        self.reading: Reading | None = None  # of the draft model or head
         self.may_draft = params.speculative.max_draft > 0
         end_ids = () if params.ignore_eos else end_ids
         self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)
@@ -210,7 +210,7 @@ class GenerationRequest(Request):
         return [*self.prompt[begin:end], *self.sampler.outputs[: max(0, end - n)]]
 
     def wants(self, begin: int, end: int) -> bytes:
-        return bytes(end - begin) if end < self.n_tokens else bytes(end - begin - 1) + b"\1"
+        return bytes(end - begin) if end < self.n_tokens else bytes(end - begin - 1) + bytes((self.row_kind,))
 
     def note_cached(self, n_tokens: int) -> None:
         if not self.is_started:

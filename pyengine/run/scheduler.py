@@ -51,16 +51,17 @@ class Grant(NamedTuple):
 
 
 def grant(request: Request, begin: int, end: int, draft: tuple[int, ...] = ()) -> Grant:
-    return Grant(request, begin, end, request.wants(begin, end) + b"\1" * len(draft), draft)
+    return Grant(request, begin, end, request.wants(begin, end) + bytes((request.row_kind,)) * len(draft), draft)
 
 
-def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int]]:
-    """Each grant and the number of its first row, among the rows of the kind that its request wants."""
-    n_rows = {LOGITS: 0, HIDDEN: 0}
+def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int, int]]:
+    """Each grant and the numbers of its first row, among the rows of logits and among those of hidden states."""
+    n_logits = n_hidden = 0
     for one in grants:
-        kind = one.request.row_kind
-        yield one, n_rows[kind]
-        n_rows[kind] += one.wants.count(kind)
+        yield one, n_logits, n_hidden
+        n_both = one.wants.count(LOGITS | HIDDEN)
+        n_logits += one.wants.count(LOGITS) + n_both
+        n_hidden += one.wants.count(HIDDEN) + n_both
 
 
 class Scheduler:
@@ -204,6 +205,7 @@ class Scheduler:
 
     def _start(self, request: Request) -> None:
         self._holders[request.number] = request
+        self.speculation.start(request)
         known = request.tokens(0, request.next_row)
         request.sequence = self.context.sequence_match(known, request.salt, keep=request.keep)
         request.note_cached(request.sequence.length)
@@ -311,9 +313,10 @@ class Scheduler:
         """The next token of every request whose last one was computed."""
         requests: list[GenerationRequest] = []
         rows: list[int] = []
+        hidden_rows: list[int] = []
         drafts: list[tuple[int, ...]] = []
         masks: list[array[int] | None] = []
-        for (request, _, end, wants, draft), row in with_rows(grants):
+        for (request, _, end, wants, draft), row, hidden_row in with_rows(grants):
             if not isinstance(request, GenerationRequest) or not wants[-1] or request.error is not None:
                 continue
             assert request.sequence is not None
@@ -321,14 +324,16 @@ class Scheduler:
             if request.sequence.length == end and request.error is None:  # not if its rows failed
                 requests.append(request)
                 rows += range(row, row + 1 + len(draft))
+                hidden_rows.append(hidden_row)
                 drafts.append(draft)
                 masks += request_masks
         if not requests:
             return
+        lengths = [request.n_tokens for request in requests]
         errors = sample_many(
             [self.context.logits(row) for row in rows],
             [request.sampler for request in requests],
-            [request.n_tokens for request in requests],
+            lengths,
             masks,
             n_threads=self.n_threads,
             drafts=drafts,
@@ -338,6 +343,10 @@ class Scheduler:
             if draft:
                 self._accept(request, draft)
             request.catch_up()
+        for request, n_before, row in zip(requests, lengths, hidden_rows, strict=True):
+            if request.row_kind & HIDDEN and request.n_tokens > n_before and not request.is_done:
+                with memoryview(self.context.hidden(row + request.n_tokens - n_before - 1)) as state:
+                    self.speculation.note_state(request, state)
 
     @staticmethod
     def _accept(request: GenerationRequest, draft: tuple[int, ...]) -> None:
@@ -349,9 +358,9 @@ class Scheduler:
         output.accepted_tokens += sequence.accept(request.tokens(sequence.length, request.n_tokens))
 
     def _take_rows(self, grants: list[Grant]) -> None:
-        for (request, begin, end, _, _), row in with_rows(grants):
+        for (request, begin, end, _, _), row, hidden_row in with_rows(grants):
             if isinstance(request, RowsRequest) and request.error is None:
-                self._take(request, begin, end, row)
+                self._take(request, begin, end, row if request.row_kind == LOGITS else hidden_row)
 
     def _take(self, request: RowsRequest, begin: int, end: int, row: int) -> None:
         row_of = self.context.logits if request.row_kind == LOGITS else self.context.hidden

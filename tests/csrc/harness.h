@@ -72,5 +72,6 @@ void test_cancellation(const struct pe_kernels *table);
 void test_sampler(void);
 void test_batch(const struct pe_kernels *table);
 void test_adapters(const struct pe_kernels *const *tables, size_t n_tables);
+void test_draft_head(void);
 
 #endif

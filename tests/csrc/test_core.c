@@ -53,6 +53,8 @@ static void test_the_rest(const struct pe_kernels *const *tables, size_t n_table
     for (size_t i = 0; i < n_tables; i++) test_batch(tables[i]);
     section("adapters");
     test_adapters(tables, n_tables);
+    section("draft head");
+    test_draft_head();
 }
 
 int main(int argc, char **argv) {

@@ -19,6 +19,9 @@ class Scripted:
         self.texts = texts
         self.draft = draft
 
+    def start(self, request: Request) -> None:
+        pass
+
     def plan(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
         return {one.number: self._draft(one) for one in requests if isinstance(one, GenerationRequest)}
 

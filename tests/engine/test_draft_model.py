@@ -15,7 +15,8 @@ import pyengine
 from pyengine import Engine
 from pyengine.errors import OutOfMemoryError
 from pyengine.freeze import freeze
-from pyengine.run.draft_model import REST, DraftModel
+from pyengine.run.draft_model import DraftModel
+from pyengine.run.proposer import REST
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def plain(tiny_model: Path) -> Iterator[Engine]:
 
 def always(engine: Engine, n: int) -> DraftModel:
     """Its draft model guesses n tokens whenever it may, whatever that costs."""
-    model = engine.scheduler.speculation.model
-    assert model is not None
+    model = engine.scheduler.speculation.proposer
+    assert isinstance(model, DraftModel)
     model._best_length = lambda requests, n_rows, most: min(n, most)  # type: ignore[method-assign]
     return model
 
@@ -52,8 +53,8 @@ def always(engine: Engine, n: int) -> DraftModel:
 def check(engine: Engine) -> None:
     stats = engine.check_integrity()
     assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]
-    assert engine.scheduler.speculation.model is not None
-    stats = engine.scheduler.speculation.model.context.cache_stats()
+    assert engine.scheduler.speculation.proposer is not None
+    stats = engine.scheduler.speculation.proposer.context.cache_stats()
     assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]
 
 
@@ -162,7 +163,7 @@ class Costs:
 
 def test_it_runs_ahead_as_far_as_pays(tiny_model: Path) -> None:
     with Engine(tiny_model, draft_model=tiny_model) as engine:
-        model = engine.scheduler.speculation.model
+        model = engine.scheduler.speculation.proposer
         assert model is not None
         stream = engine.stream(PROMPT, max_tokens=20, ignore_eos=True, temperature=1.0, seed=1)
         next(stream), next(stream)
@@ -194,4 +195,4 @@ def test_memory_and_pickle_know_it(tiny_model: Path, one_layer: Path) -> None:
         engine.generate(PROMPT, max_tokens=8, ignore_eos=True)
         assert engine.memory()["draft"] > engine.memory()["kv"] // 2 > 0 == other.memory()["draft"]
         with pickle.loads(pickle.dumps(engine)) as again:
-            assert again.scheduler.speculation.model is not None
+            assert again.scheduler.speculation.proposer is not None

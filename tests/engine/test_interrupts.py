@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.draft_heads import with_random_head
 from engine.scripted_drafts import drafts_of, script
 
 import pyengine
 from pyengine import Engine, _core
+from pyengine.format.reader import FrozenFile
 
 PROMPT = [3 + i * 7 % 50 for i in range(40)]
 OPTIONS: dict[str, Any] = {"temperature": 1.0, "seed": 11, "max_tokens": 3, "ignore_eos": True, "logprobs": 1}
@@ -103,10 +105,29 @@ def guess(engine: Engine) -> None:
 def guess_by_model(engine: Engine) -> None:
     """A draft model (the model itself) that runs ahead whenever it may."""
     speculation = engine.scheduler.speculation
-    if speculation.model is None:
+    if speculation.proposer is None:
         speculation.add_model(_core.Context(engine._model, n_threads=1), engine.n_ctx)
-        assert speculation.model is not None
-        speculation.model._best_length = lambda requests, n_rows, most: min(4, most)  # type: ignore[method-assign]
+        assert speculation.proposer is not None
+        speculation.proposer._best_length = lambda requests, n_rows, most: min(4, most)  # type: ignore[method-assign]
+    assert engine.generate(PROMPT, **GUESSED).tokens == text_without_guesses(engine.path)
+
+
+@functools.cache
+def headed(path: Path) -> FrozenFile:
+    """The model with a draft head, whose file stays open."""
+    return FrozenFile.open(with_random_head(path, path.with_name("headed.safetensors"), overwrite=True))
+
+
+def guess_by_head(engine: Engine) -> None:
+    """A draft head that runs ahead whenever it may."""
+    speculation = engine.scheduler.speculation
+    if speculation.proposer is None:
+        file = headed(engine.path)
+        model = _core.Model(file.config, file.buffer, file.weights, 1)
+        assert file.config.draft_head is not None
+        speculation.add_head(_core.DraftHead(model, file.config.draft_head, file.draft_weights, 1))
+        assert speculation.proposer is not None
+        speculation.proposer._best_length = lambda requests, n_rows, most: min(4, most)  # type: ignore[method-assign]
     assert engine.generate(PROMPT, **GUESSED).tokens == text_without_guesses(engine.path)
 
 
@@ -117,6 +138,7 @@ CALLS: dict[str, Callable[[Engine], object]] = {
     "closed stream": leave_a_stream,
     "drafts": guess,
     "draft model": guess_by_model,
+    "draft head": guess_by_head,
     "score": lambda engine: engine.score(PROMPT),
 }
 

@@ -180,7 +180,7 @@ def test_a_draft_model_with_windows(path: Path) -> None:
     with Engine(path, speculative="off") as engine:
         expected = engine.generate(prompt, **options).tokens
     with Engine(path, draft_model=path, max_kv_bytes=1) as engine:
-        drafting = engine.scheduler.speculation.model
+        drafting = engine.scheduler.speculation.proposer
         assert drafting is not None
         drafting._lengths = lambda requests, n_rows, max_rows: [4 for _ in requests]  # type: ignore[method-assign]
         result = engine.generate(prompt, speculative={"store": False}, **options)

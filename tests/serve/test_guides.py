@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.draft_heads import with_random_head
 from engine.scripted_drafts import drafts_of, script
 
 import pyengine
@@ -96,12 +97,21 @@ def test_guesses_change_nothing_of_a_guided_output(tiny_model: Path, wanted: str
             assert all(one.timings.accepted_tokens > 0 for one in together if len(one.tokens) > 3)
 
 
+@pytest.fixture(scope="module")
+def headed_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with a draft head that guesses anything."""
+    return with_random_head(tiny_model, tmp_path_factory.mktemp("headed") / "headed.safetensors")
+
+
+@pytest.mark.parametrize("by", ["draft model", "draft head"])
 @pytest.mark.parametrize("wanted", WANTED)
-def test_a_draft_model_changes_nothing_of_a_guided_output(tiny_model: Path, wanted: str) -> None:
+def test_a_draft_model_or_head_changes_nothing_of_a_guided_output(
+    tiny_model: Path, headed_model: Path, wanted: str, by: str
+) -> None:
     """It guesses on behind the end of a text, which a grammar's state cannot be rolled back over."""
     options: dict[str, Any] = {"structured_outputs": WANTED[wanted], "temperature": 1.0, "max_tokens": 60}
-    with Engine(tiny_model, draft_model=tiny_model) as engine:
-        model = engine.scheduler.speculation.model
+    with Engine(tiny_model, draft_model=tiny_model) if by == "draft model" else Engine(headed_model) as engine:
+        model = engine.scheduler.speculation.proposer
         assert model is not None
         model._best_length = lambda requests, n_rows, most: min(8, most)  # type: ignore[method-assign]
         for seed in range(6):

@@ -10,7 +10,7 @@ from .comm import launched_ranks
 from .errors import Interrupted, TrainingError
 from .supervise import in_child
 
-COMMANDS = ("train", "prepare", "evaluate", "sample", "snap", "plot", "cost", "runs")
+COMMANDS = ("train", "draft", "prepare", "evaluate", "sample", "snap", "plot", "cost", "runs")
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
@@ -27,6 +27,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from .plot import plot_command
 
         return plot_command
+    if name == "draft":
+        from .draft.command import draft_command
+
+        return draft_command
     from . import cli
 
     return lambda arguments: cli.run(name, arguments)

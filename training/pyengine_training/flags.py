@@ -32,6 +32,7 @@ RUN/final is what 'pyengine freeze' takes. Ctrl-C writes a checkpoint, --resume 
 halve both learning rates; if memory does not suffice, raise --shards or set --recompute block.
 
 other commands, each with --help:
+  pyengine train draft       a draft head for a frozen model, which guesses its next tokens
   pyengine train prepare     tokenize a text once, for many runs
   pyengine train evaluate    loss and bits per byte of a model, float32 and int8
   pyengine train sample      text from a checkpoint, by the trainer's own forward

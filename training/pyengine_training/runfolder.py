@@ -70,9 +70,9 @@ def new(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def existing(folder: Path) -> Iterator[None]:
-    """A run to continue, locked while the body runs. ConfigError when there is none."""
-    if not (folder / "run.json").exists() or (folder / UNFINISHED).exists():
+def existing(folder: Path, name: str = "run.json") -> Iterator[None]:
+    """A run to continue, which has the file ``name``, locked while the body runs. ConfigError when there is none."""
+    if not (folder / name).exists() or (folder / UNFINISHED).exists():
         raise ConfigError(f"{folder}: nothing to resume")
     with _locked(folder):
         yield

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import shutil
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -43,6 +40,7 @@ from .plan import batch_hint, estimated_step_seconds, format_seconds, make_plan,
 from .plot import plot_losses
 from .preference import Pairs, PairSource
 from .scale import state_bytes
+from .signals import signals
 from .teacher_cache import TeacherCache
 from .text import load_tokenizer
 from .threads import Beside
@@ -150,29 +148,6 @@ def open_run(folder: Path) -> Run:
         pairs=Pairs(folder / values["pairs"]) if values.get("pairs") else None,
         reader=Reader.from_json(values["reader"]) if values.get("reader") else FROM_THE_BEGINNING,
     )
-
-
-@contextlib.contextmanager
-def _signals(received: list[int], ranks: int) -> Iterator[None]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one of them kills as usual.
-
-    A rank that ends because of one is not disturbed any more while it takes leave of the others.
-    """
-
-    def handler(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    previous = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    interrupted = False
-    try:
-        yield
-    except Interrupted:
-        interrupted = True
-        raise
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, signal.SIG_IGN if interrupted and ranks > 1 else old)
 
 
 class Loop:
@@ -436,7 +411,7 @@ def run_training(folder: Path, machine: Machine, parent: Path | None = None, *, 
         if machine.comm.size > 1:
             for rank, (host, pid) in enumerate(machine.comm.gather((socket.gethostname(), os.getpid()))):
                 loop.log.say(f"rank {rank}: process {pid} on {host}, {threads_text(loop)}")
-        with _signals(loop.received, machine.comm.size):
+        with signals(loop.received, machine.comm.size):
             loop.steps()
         final = loop.finish()
         loop.log.say(f"done in {format_seconds(loop.trainer.state.seconds)}: {final}")

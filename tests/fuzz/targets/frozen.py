@@ -1,4 +1,4 @@
-"""The frozen file: its header, its weights and every attachment."""
+"""The frozen file: its header, its weights, a draft head and every attachment."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import struct
 from pathlib import Path
 
+from engine.draft_heads import with_random_head
 from engine.frozen_parts import FrozenParts
 from fuzz import mutations
 from fuzz.cases import Case
@@ -66,8 +67,8 @@ class FrozenFileTarget:
     def __init__(self, scratch: Path) -> None:
         self.stage = ""
         self._path = scratch / "m.safetensors"
-        freeze(seeds.write_files(scratch / "hf", seeds.hf_files()), self._path, overwrite=True)
-        self._file = FrozenParts(self._path.read_bytes())
+        plain = freeze(seeds.write_files(scratch / "hf", seeds.hf_files()), scratch / "plain.safetensors", overwrite=True)
+        self._file = FrozenParts(with_random_head(plain, self._path, overwrite=True).read_bytes())
         self._weights = [name for name in self._file.parts if name not in ATTACHMENTS]
         self._attachments = [name for name in self._file.parts if name in ATTACHMENTS]
 

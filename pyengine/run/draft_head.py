@@ -1,0 +1,77 @@
+"""A draft head: a small network in the model's own file guesses from the model's final hidden state.
+
+It reads no text and has no keys and values. The forward that gives a text its newest token gives the hidden state at that
+position, too (`note_state`); from there the head goes on by itself, one small step a guess. A state that an exception loses is
+missed until the next step of the model, and no longer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pyengine.run.proposer import Proposer, Reading
+
+if TYPE_CHECKING:
+    from pyengine import _core
+    from pyengine._draft import Experience
+    from pyengine.run.request import GenerationRequest
+
+# Tokens that the head does not know have smaller logits (csrc/draft_head.c). One is chosen where nothing else is allowed.
+UNKNOWN = -1e29
+
+
+class HeadReading(Reading):
+    """Hidden states of one text, float32 (dim)."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__(chance)
+        self.known: tuple[int, array[float]] = (0, array("f"))  # the model's, and the length of the text that it belongs to
+        self.ahead = array("f")  # the head's own, after the guesses so far
+
+
+def _reading(request: GenerationRequest) -> HeadReading:
+    assert isinstance(request.reading, HeadReading)
+    return request.reading
+
+
+class DraftHead(Proposer):
+    """Guesses of a draft head."""
+
+    def __init__(self, head: _core.DraftHead, experience: Experience) -> None:
+        super().__init__(experience)
+        self.head = head
+
+    def note_state(self, request: GenerationRequest, state: memoryview) -> None:
+        if request.reading is None:
+            request.reading = HeadReading(self.chance)
+        _reading(request).known = request.n_tokens, array("f", state.tobytes())
+
+    def _prepare(self, request: GenerationRequest) -> bool:
+        if request.max_draft == 0 or request.reading is None:
+            return False
+        reading = _reading(request)
+        n, reading.ahead = reading.known
+        return n == request.n_tokens >= reading.next_try
+
+    def _guess(self, requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]) -> None:
+        states = array("f")
+        tokens: list[int] = []
+        for request, draft in zip(requests, drafts, strict=True):
+            states += _reading(request).ahead
+            tokens += draft[-1:] or request.tokens(request.n_tokens - 1, request.n_tokens)
+        failed = self.head.step(tokens, states)
+        dim, vocab_size = self.head.model.dim, self.head.model.vocab_size
+        with memoryview(self.head) as logits:
+            for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
+                _reading(request).ahead = states[row * dim : (row + 1) * dim]
+                if not failed[row]:
+                    with logits[row * vocab_size : (row + 1) * vocab_size] as one:
+                        guess = self._choose(request, draft, one)
+                        if guess is not None and one[guess] > UNKNOWN:
+                            draft.append(guess)
+
+    def memory(self) -> int:
+        """Bytes of its scratch."""
+        return self.head.memory()

@@ -1,0 +1,322 @@
+"""A draft head changes no byte, whatever it guesses, and it never costs an answer."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine.draft_heads import STEP, bigram_model, with_random_head
+from engine.frozen_parts import FrozenParts
+from engine.test_speculation import PARAMETERS, PROMPT, said
+
+from pyengine import Engine, SamplingParams, _core
+from pyengine.errors import ModelFormatError, OutOfMemoryError
+from pyengine.run.draft_head import DraftHead, HeadReading
+from pyengine.run.draft_model import DraftModel
+from pyengine.run.proposer import FIRST_CHANCE, REST
+from pyengine.run.request import HIDDEN, LOGITS, Caller
+from pyengine.run.stream import run_all
+
+
+@pytest.fixture(autouse=True)
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step goes by without a look for guesses, however long that takes beside a step of so small a model."""
+    monkeypatch.setattr("pyengine.run.draft.MAX_SKIP", 0)
+
+
+@pytest.fixture(scope="module")
+def headed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a head that guesses anything."""
+    return with_random_head(tiny_model, tmp_path_factory.mktemp("headed") / "headed.safetensors")
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a head that knows what it will say."""
+    return bigram_model(tmp_path_factory.mktemp("knowing"))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path) -> Iterator[Engine]:
+    """Without a head, one token a step, one thread, the scalar kernels."""
+    _core.select_isa("scalar")
+    try:
+        with Engine(tiny_model, n_threads=1, speculative="off") as engine:
+            yield engine
+    finally:
+        _core.select_isa(None)
+
+
+def always(engine: Engine, n: int) -> DraftHead:
+    """Its head guesses n tokens whenever it may, whatever that costs."""
+    head = engine.scheduler.speculation.proposer
+    assert isinstance(head, DraftHead)
+    head._best_length = lambda requests, n_rows, most: min(n, most)  # type: ignore[method-assign]
+    return head
+
+
+def check(engine: Engine) -> None:
+    stats = engine.check_integrity()
+    assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]
+
+
+# ------------------------------------------------------------------ no byte
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_its_guesses_change_no_byte(headed: Path, plain: Engine, name: str) -> None:
+    options = {"max_tokens": 40, "ignore_eos": True, "seed": 5, **PARAMETERS[name]}
+    expected = plain.generate([PROMPT], **options)
+    with Engine(headed) as engine:
+        always(engine, 5)
+        for _ in range(2):  # the second time from the cache
+            results = engine.generate([PROMPT], speculative={"store": False}, **options)
+            assert [said(result) for result in results] == [said(result) for result in expected]
+            check(engine)
+        assert [piece.token for piece in engine.stream(PROMPT, **{**options, "n": 1}) if piece.token is not None] == (
+            expected[0].tokens
+        )
+        check(engine)
+        if name in ("sampled", "filters"):
+            assert results[0].timings.drafted_tokens > 0
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_every_instruction_set_and_thread_count(headed: Path, plain: Engine, isa: str, n_threads: int) -> None:
+    options: dict[str, Any] = {"temperature": 0.8, "seed": 9, "max_tokens": 60, "ignore_eos": True, "logprobs": 0}
+    expected = plain.generate(PROMPT, **options)
+    _core.select_isa(isa)
+    try:
+        with Engine(headed, n_threads=n_threads) as engine:
+            always(engine, 3)
+            result = engine.generate(PROMPT, **options)
+            assert said(result) == said(expected) and result.timings.drafted_tokens > 0
+    finally:
+        _core.select_isa(None)
+
+
+def test_in_company_left_half_way_and_with_few_pages(headed: Path, plain: Engine) -> None:
+    rng = random.Random(8)
+    jobs: list[tuple[list[int], dict[str, Any], list[int]]] = []
+    for i in range(12):
+        prompt = [3 + rng.randrange(50) for _ in range(rng.choice((1, 2, 40, 300, 450)))]
+        options = {"max_tokens": rng.choice((1, 2, 30)), "ignore_eos": True, "seed": i, "temperature": rng.choice((0, 1))}
+        jobs.append((prompt, options, plain.generate(prompt, **options).tokens))
+    for n_pages in (0, 7):
+        page_bytes = plain.cache_stats()["page_bytes"]
+        with Engine(headed, max_kv_bytes=n_pages * page_bytes or None, max_sequences=3) as engine:
+            always(engine, 4)
+            for _ in range(12):
+                prompt, options, tokens = rng.choice(jobs)
+                stream = engine.stream(prompt, **options)
+                assert next(stream).token == tokens[0]
+                some = [rng.choice(jobs) for _ in range(3)]
+                for prompt, options, tokens in some:
+                    assert engine.generate(prompt, **options).tokens == tokens
+                assert engine.generate([prompt for prompt, _, _ in some], max_tokens=3, ignore_eos=True)
+                del stream
+                check(engine)
+
+
+def test_rows_of_all_kinds_in_one_step(headed: Path, plain: Engine) -> None:
+    """Logits and hidden states that others want are found among those that the head wants."""
+    options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "temperature": 1.0, "seed": 4}
+    texts = [[3 + i * k % 50 for i in range(20 + k)] for k in (3, 7, 11)]
+
+    def run(engine: Engine) -> tuple[list[list[int]], dict[tuple[int, int], bytes]]:
+        caller, rows = Caller(), dict[tuple[int, int], bytes]()
+        says = engine.requests(caller, texts, engine.resolve(SamplingParams(**options)))
+        wanted = []
+        for kind in (LOGITS, HIDDEN):
+
+            def take(at: int, row: memoryview, kind: int = kind) -> None:
+                rows[kind, at] = row.tobytes()
+
+            wanted += engine.rows_requests(caller, texts[kind], [4, 9, 15], take, row_kind=kind)
+        run_all(engine.scheduler, [says[0], wanted[0], says[1], wanted[1], says[2]])
+        return [request.result.tokens for request in says], rows
+
+    expected = run(plain)
+    assert len(expected[1]) == 6
+    with Engine(headed) as engine:
+        always(engine, 3)
+        assert run(engine) == expected
+        check(engine)
+
+
+# ------------------------------------------------------------------ what it knows
+
+
+def test_it_goes_on_from_the_hidden_state_that_gave_the_newest_token(knowing: Path) -> None:
+    with Engine(knowing) as engine:
+        always(engine, 4)
+        states: list[tuple[list[int], bytes]] = []
+        stream = engine.stream(PROMPT, max_tokens=25, ignore_eos=True, temperature=1.0, seed=1)
+        for _ in range(12):
+            next(stream)
+            request = stream.request
+            n, reading = request.n_tokens, request.reading
+            assert isinstance(reading, HeadReading) and reading.known[0] == n
+            states.append((list(request.tokens(0, n - 1)), reading.known[1].tobytes()))
+        assert request.output.accepted_tokens > 0
+        stream.close()
+        for text, state in states:
+            caller, found = Caller(), list[bytes]()
+            rows = engine.rows_requests(
+                caller, text, [len(text) - 1], lambda _, row, found=found: found.append(row.tobytes()), row_kind=HIDDEN
+            )
+            run_all(engine.scheduler, rows)
+            assert found == [state]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_head_that_knows_the_model_is_right(knowing: Path, temperature: float) -> None:
+    options: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "temperature": temperature, "seed": 3}
+    with Engine(knowing) as engine:
+        plain = engine.generate([5], speculative="off", **options)
+        assert plain.timings.drafted_tokens == 0
+        always(engine, 4)
+        result = engine.generate([5], speculative={"store": False}, **options)
+        assert result.tokens == plain.tokens
+        timings = result.timings
+        if temperature == 0:
+            assert result.tokens == [5 + STEP * (i + 1) for i in range(40)]
+            assert timings.accepted_tokens == timings.drafted_tokens >= 28
+        else:  # both draw with the number of the position
+            assert timings.accepted_tokens >= 0.8 * timings.drafted_tokens > 0
+        check(engine)
+
+
+def test_many_texts_are_guessed_together(knowing: Path) -> None:
+    options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "temperature": 0}
+    prompts = [[10 * k + 1] for k in range(9)]
+    with Engine(knowing) as engine:
+        always(engine, 3)
+        results = engine.generate(prompts, speculative={"store": False}, **options)
+        for prompt, result in zip(prompts, results, strict=True):
+            assert result.tokens == [prompt[0] + STEP * (i + 1) for i in range(20)]
+            assert result.timings.accepted_tokens == result.timings.drafted_tokens >= 10
+
+
+def test_a_guess_that_ends_the_text_is_the_last_one(knowing: Path) -> None:
+    """And what a mask forbids is not guessed."""
+    with Engine(knowing) as engine:
+        end = engine.eos_token_ids[0]
+        always(engine, 8)
+        for options in ({}, {"bad_token_ids": [end]}):
+            plain = engine.generate([end - 3 * STEP], speculative="off", max_tokens=12, temperature=0, **options)
+            guessed = engine.generate([end - 3 * STEP], speculative={"store": False}, max_tokens=12, temperature=0, **options)
+            assert (guessed.tokens, guessed.finish_reason) == (plain.tokens, plain.finish_reason)
+            assert guessed.timings.accepted_tokens == guessed.timings.drafted_tokens > 0
+
+
+def test_what_one_text_teaches_is_believed_of_the_next(headed: Path, knowing: Path) -> None:
+    for path, is_good in ((headed, False), (knowing, True)):
+        with Engine(path) as engine:
+            head = always(engine, 4)
+            engine.generate([5], max_tokens=40, ignore_eos=True, temperature=0, speculative={"store": False})
+            assert head.chance > FIRST_CHANCE if is_good else head.chance < FIRST_CHANCE
+            stream = engine.stream([6], max_tokens=4, ignore_eos=True)
+            next(stream)
+            assert stream.request.reading is not None and stream.request.reading.chance == head.chance
+            stream.close()
+
+
+# ------------------------------------------------------------------ what goes wrong costs no answer
+
+
+def test_what_fails_in_it_costs_no_answer(headed: Path, plain: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "temperature": 1.0, "seed": 2}
+    expected = plain.generate(PROMPT, **options)
+    with Engine(headed) as engine:
+        proposer = always(engine, 4)
+        calls: list[str] = []
+
+        class Failing:
+            def __init__(self, whole: _core.DraftHead) -> None:
+                self.model = whole.model
+
+            def step(self, tokens: list[int], states: array[float]) -> bytes:
+                calls.append("step")
+                raise OutOfMemoryError("no memory")
+
+        whole = proposer.head
+        proposer.head = Failing(whole)  # type: ignore[assignment]
+        assert engine.generate(PROMPT, speculative={"store": False}, **options).tokens == expected.tokens
+        proposer.head = whole
+        assert 1 <= len(calls) <= 60 // REST + 1  # it rests in between
+        check(engine)
+
+
+def drafts_of(head: DraftHead) -> list[list[tuple[int, ...]]]:
+    """All that it will propose."""
+    drafts: list[list[tuple[int, ...]]] = []
+    propose = head.propose
+    head.propose = lambda *a: drafts.append(propose(*a)) or drafts[-1]  # type: ignore[method-assign, func-returns-value]
+    return drafts
+
+
+def test_what_it_does_not_know_it_does_not_guess(headed: Path, plain: Engine) -> None:
+    with Engine(headed) as engine:
+        file = engine._file
+        offset, _ = file.tensors["extra.draft.vocab"]
+        assert file.config.draft_head is not None
+        known = np.frombuffer(file.buffer, "<i4", file.config.draft_head.vocab_size, offset).tolist()
+        others = sorted(set(range(engine.vocab_size)) - set(known) - {0, 1, 2})
+        options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "allowed_token_ids": others, "seed": 6}
+        drafts = drafts_of(always(engine, 4))
+        result = engine.generate(PROMPT, speculative={"store": False}, **options)
+        assert result.tokens == plain.generate(PROMPT, **options).tokens
+        assert drafts and all(draft == [()] for draft in drafts)
+
+
+@pytest.mark.parametrize("tensor", ["state_norm", "output_norm"])
+def test_infinities_are_no_guesses(headed: Path, plain: Engine, tmp_path: Path, tensor: str) -> None:
+    parts = FrozenParts(headed.read_bytes())
+    name = f"extra.draft.{tensor}"
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(parts.build({name: np.full(len(parts.parts[name]) // 4, 3e38, "<f4").tobytes()}))
+    options: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True, "temperature": 1.0, "seed": 2}
+    expected = plain.generate(PROMPT, **options)
+    with Engine(path) as engine:
+        drafts = drafts_of(always(engine, 4))
+        result = engine.generate(PROMPT, speculative={"store": False}, **options)
+        assert result.tokens == expected.tokens and drafts and all(draft == [()] for draft in drafts)
+        check(engine)
+
+
+def test_a_damaged_head_is_refused(headed: Path, tmp_path: Path) -> None:
+    parts = FrozenParts(headed.read_bytes())
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(parts.build({"extra.draft.vocab": bytes(len(parts.parts["extra.draft.vocab"]))}))
+    with pytest.raises(ModelFormatError, match=r"extra\.draft\.vocab does not hold ascending ids"):
+        Engine(path)
+
+
+# ------------------------------------------------------------------ who guesses
+
+
+def test_it_is_used_unless_something_else_is_asked_for(headed: Path, tiny_model: Path) -> None:
+    with Engine(headed) as engine, Engine(tiny_model) as without, Engine(headed, draft_model=tiny_model) as by_model:
+        assert isinstance(engine.scheduler.speculation.proposer, DraftHead)
+        assert without.scheduler.speculation.proposer is None
+        assert isinstance(by_model.scheduler.speculation.proposer, DraftModel)
+        always(engine, 2)
+        assert engine.generate(PROMPT, max_tokens=9, ignore_eos=True).timings.drafted_tokens > 0
+        stream = engine.stream(PROMPT, max_tokens=9, ignore_eos=True, speculative="off")
+        next(stream)
+        assert stream.request.row_kind == LOGITS and stream.request.reading is None
+        with pickle.loads(pickle.dumps(engine)) as again:
+            assert isinstance(again.scheduler.speculation.proposer, DraftHead)
+        memory = engine.memory()["draft"]
+        with Engine(headed, speculative="off") as off:
+            assert off.generate(PROMPT, max_tokens=9).timings.drafted_tokens == 0
+            assert 0 < off.memory()["draft"] < memory  # no rows so far
+        assert without.memory()["draft"] == 0
