@@ -26,8 +26,6 @@ MAX_STORES = 16
 # Share of the time that looking for guesses in vain may take, and steps that are not looked at for its sake at most.
 LOOK_SHARE = 0.005
 MAX_SKIP = 16
-# An n-gram with such a chance to be right is believed without asking a draft model or head.
-SURE = 0.85
 # Outputs that a text's own n-grams have room for from the beginning; older ones make room for more.
 OUTPUT_TOKENS = 512
 
@@ -111,11 +109,12 @@ class Speculation:
     def _by_proposer(
         self, proposer: Proposer, chosen: list[GenerationRequest], n_rows: int
     ) -> dict[int, tuple[int, ...]]:
-        """Guesses of the draft model or head, for texts about which nothing surer is known."""
+        """Guesses of the draft model or head, for texts about which nothing surer is known: no n-gram is likelier to be right."""
         asked = [
             request
             for request in chosen
-            if not _forced(request) and not any(chance > SURE for _, chance in self._drafter(request).propose(1))
+            if not _forced(request)
+            and not any(chance > proposer.chance_of(request) for _, chance in self._drafter(request).propose(1))
         ]
         if not asked:
             return {}

@@ -27,9 +27,12 @@ REST = 48
 # What is believed before anything is known.
 FIRST_CHANCE = 0.7
 FIRST_DRAFT = 4
-# Weight of one more token, or step, in running means: of one text, and of all.
+# Weight of one more token in running means: of one text, and of all.
 RATE = 0.06
 SHARED_RATE = 0.01
+FIRST_WEIGHT = 8  # FIRST_CHANCE counts like so many guesses
+# Weight of one more step's time, if it is shorter than lately and if it is longer: what interrupts a step only lengthens it.
+SHORTER_RATE, LONGER_RATE = 0.5, 0.1
 
 
 class Reading:
@@ -50,6 +53,7 @@ class Proposer(ABC):
     def __init__(self, experience: Experience) -> None:
         self.experience = experience
         self.chance = FIRST_CHANCE  # that a guess comes true if those before it did, over all texts
+        self._n_learnt = 0  # guesses that it was learnt from
         self._seconds: float | None = None  # that one of its steps takes, lately
 
     # ------------------------------------------------------------ what each kind does in its own way
@@ -134,6 +138,10 @@ class Proposer(ABC):
 
     # ------------------------------------------------------------ whether it pays
 
+    def chance_of(self, request: GenerationRequest) -> float:
+        """That its next guess at this text comes true."""
+        return self.chance if request.reading is None else request.reading.chance
+
     def _learn(self, request: GenerationRequest) -> None:
         """What became of the last draft."""
         reading = request.reading
@@ -143,7 +151,8 @@ class Proposer(ABC):
         reading.guessed = 0, ()
         for guess, token in zip(draft, request.tokens(begin, min(begin + len(draft), request.n_tokens)), strict=False):
             reading.chance += RATE * ((guess == token) - reading.chance)
-            self.chance += SHARED_RATE * ((guess == token) - self.chance)
+            self._n_learnt += 1
+            self.chance += max(SHARED_RATE, 1 / (FIRST_WEIGHT + self._n_learnt)) * ((guess == token) - self.chance)
             if guess != token:
                 return
 
@@ -178,8 +187,11 @@ class Proposer(ABC):
                 best, best_gain = k, gain
         if best == 0:
             for reading in readings:
-                reading.chance += 0.25 * (FIRST_CHANCE - reading.chance)  # texts change: it is tried again
+                reading.chance += 0.25 * (FIRST_CHANCE - reading.chance)  # texts change: it is tried again,
+            self._seconds *= 0.75  # and so is a step that may have been interrupted
         return best
 
     def _note_seconds(self, seconds: float) -> None:
-        self._seconds = seconds if self._seconds is None else self._seconds + RATE * (seconds - self._seconds)
+        lately = seconds if self._seconds is None else self._seconds
+        rate = SHORTER_RATE if seconds < lately else LONGER_RATE
+        self._seconds = lately + rate * (min(seconds, 2 * lately) - lately)

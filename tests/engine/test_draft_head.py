@@ -229,6 +229,30 @@ def test_what_one_text_teaches_is_believed_of_the_next(headed: Path, knowing: Pa
             stream.close()
 
 
+def test_an_interrupted_step_is_not_believed_for_long(headed: Path) -> None:
+    class Costs:
+        """Steps of the model that take 1 s, and a hundredth more for each further row."""
+
+        def seconds(self, n_rows: int) -> float:
+            return 1 + 0.01 * (n_rows - 1)
+
+    with Engine(headed) as engine:
+        head = engine.scheduler.speculation.proposer
+        assert isinstance(head, DraftHead)
+        stream = engine.stream(PROMPT, max_tokens=20, ignore_eos=True)
+        next(stream)
+        head.experience = Costs()  # type: ignore[assignment]
+        head._seconds = None
+        head._note_seconds(100.0)  # the first one
+        assert head._best_length([stream.request], 1, 8) == 0
+        lengths = [head._best_length([stream.request], 1, 8) for _ in range(30)]
+        assert lengths[-1] > 0
+        for seconds in (0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 5.0, 0.01):
+            head._note_seconds(seconds)
+        assert head._best_length([stream.request], 1, 8) >= 4
+        stream.close()
+
+
 # ------------------------------------------------------------------ what goes wrong costs no answer
 
 
