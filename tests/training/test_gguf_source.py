@@ -163,3 +163,30 @@ def test_files_that_cannot_be_trained(folder: Path, chat_template: str, tmp_path
     with pytest.raises(CheckpointError, match=r"m\.gguf"):
         model_folder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_from_a_file(folder: Path, chat_template: str, stories: Path, tmp_path: Path) -> None:
+    source = tmp_path / "m.gguf"
+    write_gguf(source, folder, chat_template)
+    sizes = [
+        "--dim",
+        "32",
+        "--n-layers",
+        "1",
+        "--n-heads",
+        "2",
+        "--n-kv-heads",
+        "1",
+        "--head-dim",
+        "16",
+        "--hidden-dim",
+        "64",
+    ]
+    for name, teacher in (("gguf", source), ("hf", folder)):
+        words = ["--teacher", str(teacher), "--data", str(stories), *sizes, *KNOBS.split()]
+        assert main(["train", "--run-dir", str(tmp_path / name), *words]) == 0
+    weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("gguf", "hf")]
+    assert weights[0] == weights[1]
+    assert json.loads((tmp_path / "gguf" / "run.json").read_text())["teacher"] == str(
+        (tmp_path / "gguf" / "teacher").resolve()
+    )

@@ -32,6 +32,7 @@ from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.device import make_trainer
 from pyengine_training.errors import ConfigError, NotFiniteError, RankError
 from pyengine_training.files import read_json, save_safetensors, write_json
+from pyengine_training.lora import LoraConfig
 from pyengine_training.ranks import Exchange, Piece, ShardSum, add_tree, cut, owners, trailing_ones
 from pyengine_training.trainer import Trainer
 
@@ -249,6 +250,27 @@ def test_any_number_of_ranks_and_threads_gives_the_same_bits(tmp_path: Path, opt
             assert digests == wanted[1]
         states = [state for _, _, state in found]
         assert (sum(states) == whole) if shard else (set(states) == {whole})
+
+
+def test_adapters_have_the_same_bits_on_ranks(tmp_path: Path) -> None:
+    """Their gradients are summed by the same tree; a scale that is no power of two, so that its place in the sum matters."""
+    lora = LoraConfig(3, 8.0, ("q_proj", "o_proj", "up_proj"), "unused")
+
+    def work(comm: Any) -> Any:
+        trainer = make_trainer(MODEL, config(lr=0.01, clip=0.5), threads=2, comm=comm, lora=lora)
+        trainer.initialize()
+        adapters = trainer.backend.adapters
+        assert adapters is not None
+        adapters.begin(1)
+        results = [trainer.step(*batch(s)) for s in range(6)]
+        moved = float(np.abs(adapters.m.flat).max()) > 0
+        trainer.close()
+        return results, adapters.values.flat.tobytes(), trainer.params.flat.tobytes(), moved
+
+    wanted = on_ranks(1, work)[0]
+    assert wanted[3]
+    for size in (2, 4, 8):
+        assert all(found == wanted for found in on_ranks(size, work)), size
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
