@@ -2,8 +2,6 @@
  * bits do not depend on how they are cut. */
 #include "matmul.h"
 
-#include <string.h>
-
 enum {
     TILE_TOKENS = 64, /* one tile of a product with an epilogue: 64 tokens x 4 panels of float32 = 16 KiB */
     TILE_PANELS = 4,
@@ -11,8 +9,8 @@ enum {
 };
 
 size_t pe_matmul_scratch_floats(const pe_model *model) {
-    size_t tile = (size_t)TILE_TOKENS * TILE_PANELS * PE_PANEL, normed_row = pe_pad(model->config.dim, PE_GROUP);
-    return tile > normed_row ? tile : normed_row;
+    (void)model;
+    return (size_t)TILE_TOKENS * TILE_PANELS * PE_PANEL;
 }
 
 /* ------------------------------------------------------------------ quantized inputs */
@@ -27,31 +25,20 @@ typedef struct quantize_job {
 } quantize_job;
 
 static void quantize_unit(void *arg, size_t block, int thread) {
+    (void)thread;
     quantize_job *j = arg;
     pe_slice *s = j->s;
-    pe_activations *act = &s->act;
-    size_t first = block * PE_TOKEN_BLOCK, n_groups = act->n / PE_GROUP;
-    size_t left = act->n_tokens - first, n_tokens = left < PE_TOKEN_BLOCK ? left : PE_TOKEN_BLOCK;
-    size_t width = pe_block_width(left);
-    if (n_tokens < width) {
-        memset(act->codes + first * act->n, 0, width * act->n);
-        memset(act->scales + first * n_groups, 0, width * n_groups * sizeof *act->scales);
-        memset(act->corrections + first * n_groups, 0, width * n_groups * sizeof *act->corrections);
-    }
+    size_t first = block * PE_TOKEN_BLOCK, left = s->act.n_tokens - first, owners[PE_TOKEN_BLOCK];
+    size_t n_tokens = left < PE_TOKEN_BLOCK ? left : PE_TOKEN_BLOCK;
+    const float *rows[PE_TOKEN_BLOCK] = {NULL};
     for (size_t t = 0; t < n_tokens; t++) {
         size_t index = j->selected == NULL ? first + t : j->selected[first + t];
-        size_t owner = j->owners == NULL ? index : j->owners[index];
-        const float *row = j->rows + index * j->stride;
-        if (j->norm != NULL) {
-            float *normed = pe_thread_scratch(s, thread);
-            float sum_of_squares = s->kernels->rmsnorm(normed, row, j->norm, j->n, s->model->config.norm_eps);
-            pe_slice_note_bits(s, owner, pe_float_bits(sum_of_squares) & 0x7fffffffu);
-            row = normed;
-        }
-        uint32_t bits = s->kernels->quantize(act->codes + first * act->n + t * 4, act->scales + first * n_groups + t,
-                                             act->corrections + first * n_groups + t, width, row, j->n, act->n);
-        pe_slice_note_bits(s, owner, bits);
+        owners[t] = j->owners == NULL ? index : j->owners[index];
+        rows[t] = j->rows + index * j->stride;
     }
+    uint32_t not_finite = s->kernels->quantize(&s->act, first, rows, j->n, j->norm, s->model->config.norm_eps);
+    for (size_t t = 0; t < n_tokens; t++)
+        if (not_finite >> t & 1) s->failed[owners[t]] = 1;
 }
 
 void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_t *selected, size_t n_rows, size_t n,
