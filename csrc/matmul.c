@@ -3,7 +3,7 @@
 #include "matmul.h"
 
 enum {
-    TILE_TOKENS = 64, /* one tile of a product with an epilogue: 64 tokens x 4 panels of float32 = 16 KiB */
+    TILE_TOKENS = 64, /* one tile of a product that goes through a gate: 64 tokens x 4 panels of float32 = 16 KiB */
     TILE_PANELS = 4,
     MAX_PANELS_PER_UNIT = 64
 };
@@ -67,26 +67,14 @@ typedef struct matmul_job {
     pe_epilogue epilogue;
 } matmul_job;
 
-static void add_bias(const pe_slice *s, float *out, size_t stride, size_t n_tokens, const float *bias, size_t n) {
-    for (size_t t = 0; t < n_tokens; t++) s->kernels->add(out + t * stride, bias, n);
-}
-
-/* Panels [begin, end), at most TILE_PANELS, times tokens [first, last), at most TILE_TOKENS. */
-static void matmul_tile(const matmul_job *j, size_t begin, size_t end, size_t first, size_t last, float *tile) {
+/* Panels [begin, end), at most TILE_PANELS, times tokens [first, last), at most TILE_TOKENS, through the gate. */
+static void gated_tile(const matmul_job *j, size_t begin, size_t end, size_t first, size_t last, float *tile) {
     const pe_slice *s = j->s;
     size_t width = (end - begin) * PE_PANEL;
-    s->kernels->matmul(tile, width, j->w, begin, end, &s->act, first, last);
-    if (j->bias != NULL) add_bias(s, tile, width, last - first, j->bias + begin * PE_PANEL, width);
-    for (size_t t = first; t < last; t++) {
-        const float *row = tile + (t - first) * width;
-        float *out = j->out + t * j->out_stride;
-        if (j->epilogue == PE_ADD) {
-            s->kernels->add(out + begin * PE_PANEL, row, width);
-        } else {
-            (j->epilogue == PE_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh)(out + begin / 2 * PE_PANEL, row,
-                                                                                     (end - begin) / 2);
-        }
-    }
+    s->kernels->matmul(tile, width, j->w, begin, end, &s->act, first, last, j->bias, false);
+    for (size_t t = first; t < last; t++)
+        (j->epilogue == PE_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh)(
+            j->out + t * j->out_stride + begin / 2 * PE_PANEL, tile + (t - first) * width, (end - begin) / 2);
 }
 
 static void matmul_unit(void *arg, size_t unit, int thread) {
@@ -94,17 +82,15 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
     const pe_slice *s = j->s;
     size_t begin = unit * j->panels_per_unit, end = begin + j->panels_per_unit, n_tokens = s->act.n_tokens;
     if (end > j->w->n_panels) end = j->w->n_panels;
-    if (j->epilogue == PE_STORE) {
-        float *out = j->out + begin * PE_PANEL;
-        s->kernels->matmul(out, j->out_stride, j->w, begin, end, &s->act, 0, n_tokens);
-        if (j->bias != NULL)
-            add_bias(s, out, j->out_stride, n_tokens, j->bias + begin * PE_PANEL, (end - begin) * PE_PANEL);
+    if (j->epilogue == PE_STORE || j->epilogue == PE_ADD) {
+        s->kernels->matmul(j->out + begin * PE_PANEL, j->out_stride, j->w, begin, end, &s->act, 0, n_tokens, j->bias,
+                           j->epilogue == PE_ADD);
         return;
     }
     for (size_t p = begin; p < end; p += TILE_PANELS)
         for (size_t t = 0; t < n_tokens; t += TILE_TOKENS)
-            matmul_tile(j, p, end - p < TILE_PANELS ? end : p + TILE_PANELS, t,
-                        n_tokens - t < TILE_TOKENS ? n_tokens : t + TILE_TOKENS, pe_thread_scratch(s, thread));
+            gated_tile(j, p, end - p < TILE_PANELS ? end : p + TILE_PANELS, t,
+                       n_tokens - t < TILE_TOKENS ? n_tokens : t + TILE_TOKENS, pe_thread_scratch(s, thread));
 }
 
 /* Small enough that no thread waits long for the last unit, and an even number of panels: kernels like pairs, SwiGLU

@@ -6,6 +6,7 @@
 #ifndef PE_KERNELS_H
 #define PE_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -91,9 +92,9 @@ struct pe_kernels {
 
     /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin,
      * token_end) where token_begin is a multiple of PE_TOKEN_BLOCK. out points at (token_begin, 16 panel_begin), rows
-     * out_stride floats apart. */
+     * out_stride floats apart. bias, of all rows of w, is added to it unless NULL; then it is added to what out held, if `add`. */
     void (*matmul)(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
-                   const pe_activations *x, size_t token_begin, size_t token_end);
+                   const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add);
 
     /* y = (x * inv_rms) * w over n elements; x == y is allowed. Returns the sum of squares, which is not finite if x
      * overflowed. */

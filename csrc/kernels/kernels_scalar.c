@@ -104,7 +104,7 @@ static float dot_row(const int8_t *w, const uint16_t *w_scale, size_t n_groups, 
 }
 
 static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
-                   const pe_activations *x, size_t token_begin, size_t token_end) {
+                   const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
     for (size_t token = token_begin; token < token_end; token++) {
         size_t block = token / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
         size_t width = pe_block_width(x->n_tokens - block);
@@ -113,9 +113,12 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
         for (size_t panel = panel_begin; panel < panel_end; panel++) {
             const int8_t *codes = w->codes + panel * w->n_groups * PE_GROUP * PE_PANEL;
             const uint16_t *scales = w->scales + panel * w->n_groups * PE_PANEL;
-            for (size_t row = 0; row < PE_PANEL; row++)
-                out[(token - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL + row] =
-                    dot_row(codes + row * 4, scales + row, w->n_groups, x_codes, x_scales, width);
+            for (size_t row = 0; row < PE_PANEL; row++) {
+                float *y = &out[(token - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL + row];
+                float product = dot_row(codes + row * 4, scales + row, w->n_groups, x_codes, x_scales, width);
+                if (bias != NULL) product = product + bias[panel * PE_PANEL + row];
+                *y = add ? product + *y : product;
+            }
         }
     }
 }

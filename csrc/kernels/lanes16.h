@@ -25,7 +25,6 @@
 #ifndef PE_LANES16_H
 #define PE_LANES16_H
 
-#include <stdbool.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -106,9 +105,15 @@ PE_INLINE void fetch(fetch_ahead *ahead) {
     for (size_t i = 0; i < ahead->n_lines; i++, ahead->from += 64) __builtin_prefetch(ahead->from, 0, 2);
 }
 
+/* What becomes of a product, see kernels.h. */
+typedef struct epilogue {
+    const float *bias;
+    bool add;
+} epilogue;
+
 /* n_p panels from `panel` times tokens [0, n_t) of a block of `width`, of which the first n_out are wanted. */
 PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
-                           const int n_p, const int n_t, size_t n_out, fetch_ahead ahead) {
+                           const int n_p, const int n_t, size_t n_out, fetch_ahead ahead, epilogue then) {
     size_t n_groups = w->n_groups, w_stride = n_groups * PE_GROUP * PE_PANEL;
     const int8_t *codes = w->codes + panel * w_stride;
     const uint16_t *w_scales = w->scales + panel * n_groups * PE_PANEL;
@@ -130,6 +135,17 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
         codes += PE_GROUP * PE_PANEL, w_scales += PE_PANEL;
         x.codes += width * PE_GROUP, x.scales += width, x.corrections += width;
     }
+    if (then.bias != NULL)
+        PE_UNROLL for (int p = 0; p < n_p; p++) {
+            v16 bias = v16_load(then.bias + (panel + (size_t)p) * PE_PANEL);
+            PE_UNROLL for (int t = 0; t < n_t; t++) acc[p][t] = v16_add(bias, acc[p][t]);
+        }
+    if (then.add)
+        PE_UNROLL for (int t = 0; t < n_t; t++) {
+            if ((size_t)t >= n_out) break;
+            PE_UNROLL for (int p = 0; p < n_p; p++)
+                acc[p][t] = v16_add(acc[p][t], v16_load(out + (size_t)t * out_stride + p * PE_PANEL));
+        }
     PE_UNROLL for (int t = 0; t < n_t; t++) {
         if ((size_t)t >= n_out) return;
         PE_UNROLL for (int p = 0; p < n_p; p++) v16_store(out + (size_t)t * out_stride + p * PE_PANEL, acc[p][t]);
@@ -138,31 +154,33 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
 
 /* n_p panels times the first n_tokens of a block of `width`. */
 PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
-                            const int n_p, size_t n_tokens, fetch_ahead *ahead) {
+                            const int n_p, size_t n_tokens, fetch_ahead *ahead, epilogue then) {
     const int n_t = width < TILE_TOKENS ? width : TILE_TOKENS;
     for (size_t t = 0; t < n_tokens; t += n_t, ahead->from += ahead->n_lines * 64 * w->n_groups) {
         token_block tile = {x.codes + t * 4, x.scales + t, x.corrections + t};
-        matmul_tile(out + t * out_stride, out_stride, w, panel, tile, width, n_p, n_t, n_tokens - t, *ahead);
+        matmul_tile(out + t * out_stride, out_stride, w, panel, tile, width, n_p, n_t, n_tokens - t, *ahead, then);
     }
 }
 
 /* Panels [panel, panel_end), at most TILE_PANELS, times one block. */
 PE_INLINE void matmul_panels(float *out, size_t out_stride, const pe_matrix *w, size_t panel, size_t panel_end, token_block x,
-                             const int width, size_t n_tokens, fetch_ahead *ahead) {
+                             const int width, size_t n_tokens, fetch_ahead *ahead, epilogue then) {
     /* A single token only streams weights: one panel at a time is the order in which they lie in the file. */
     if (width > 1 && panel_end - panel == TILE_PANELS) {
-        matmul_block(out, out_stride, w, panel, x, width, TILE_PANELS, n_tokens, ahead);
+        matmul_block(out, out_stride, w, panel, x, width, TILE_PANELS, n_tokens, ahead, then);
         return;
     }
-    for (; panel < panel_end; panel++, out += PE_PANEL) matmul_block(out, out_stride, w, panel, x, width, 1, n_tokens, ahead);
+    for (; panel < panel_end; panel++, out += PE_PANEL)
+        matmul_block(out, out_stride, w, panel, x, width, 1, n_tokens, ahead, then);
 }
 
 static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
-                   const pe_activations *x, size_t token_begin, size_t token_end) {
+                   const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
     /* A few tokens take about as long to compute as their weights take to arrive: every tile fetches its share of the next
      * panels, or memory would rest in all tiles but the first. A single token leaves that to the hardware, which sees one
      * stream; many tokens have all the time there is. */
     size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS, panel_bytes = w->n_groups * PE_GROUP * PE_PANEL;
+    epilogue then = {bias, add};
     fetch_ahead ahead = {NULL, token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0};
     for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
         ahead.from = w->codes + (panel + TILE_PANELS) * panel_bytes;
@@ -173,10 +191,10 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
             size_t n_tokens = token_end - first < PE_TOKEN_BLOCK ? token_end - first : PE_TOKEN_BLOCK;
             float *tile = out + (first - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
             switch (pe_block_width(x->n_tokens - first)) {
-            case 1: matmul_panels(tile, out_stride, w, panel, end, block, 1, n_tokens, &ahead); break;
-            case 2: matmul_panels(tile, out_stride, w, panel, end, block, 2, n_tokens, &ahead); break;
-            case 4: matmul_panels(tile, out_stride, w, panel, end, block, 4, n_tokens, &ahead); break;
-            default: matmul_panels(tile, out_stride, w, panel, end, block, PE_TOKEN_BLOCK, n_tokens, &ahead);
+            case 1: matmul_panels(tile, out_stride, w, panel, end, block, 1, n_tokens, &ahead, then); break;
+            case 2: matmul_panels(tile, out_stride, w, panel, end, block, 2, n_tokens, &ahead, then); break;
+            case 4: matmul_panels(tile, out_stride, w, panel, end, block, 4, n_tokens, &ahead, then); break;
+            default: matmul_panels(tile, out_stride, w, panel, end, block, PE_TOKEN_BLOCK, n_tokens, &ahead, then);
             }
         }
     }

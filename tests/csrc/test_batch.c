@@ -284,7 +284,7 @@ static void test_hidden(const struct pe_kernels *table) {
             if (b.wants[i] & PE_WANT_LOGITS) {
                 pe_activations x = {codes, scales, corrections, n, 1};
                 pe_kernels_scalar.quantize(&x, 0, &row, config.dim, NULL, 0.0f);
-                pe_kernels_scalar.matmul(expected, 64, &t.model->output, 0, vocab_padded / PE_PANEL, &x, 0, 1);
+                pe_kernels_scalar.matmul(expected, 64, &t.model->output, 0, vocab_padded / PE_PANEL, &x, 0, 1, NULL, false);
                 CHECK(same_floats(expected, pe_context_logits(c, logits), config.vocab_size), "%s: logits from the hidden state of row %zu",
                       table->name, i);
             }
