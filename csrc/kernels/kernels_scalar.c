@@ -58,8 +58,10 @@ static float inverse_rms(float *sum, const float *x, size_t n, float eps) {
     return 1.0f / sqrtf(*sum / (float)n + eps);
 }
 
-static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm, float eps) {
-    size_t n_left = x->n_tokens - first, width = pe_block_width(n_left), n_groups = x->n / PE_GROUP, block = pe_turn_block(n);
+static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
+                         float eps) {
+    size_t n_left = x->n_tokens - first, width = pe_block_width(n_left);
+    size_t n_groups = x->n / PE_GROUP, block = pe_turn_block(n);
     uint32_t not_finite = 0;
     for (size_t t = 0; t < width; t++) {
         const float *row = t < n_left ? rows[t] : NULL;

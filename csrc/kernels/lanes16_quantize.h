@@ -1,15 +1,16 @@
 /* lanes16_quantize.h: the turn and the quantizers of lanes16.h, which includes this; FORMAT.md sections 4 and 5.
  *
- * Four groups of 64 values are worked on together. They are transposed by quads of four lanes: of the sixteen vectors that they
- * fill, vector c then holds elements 4 c to 4 c + 3 of all four, those of group k in its quad k. Stages of the turn from four
- * elements on are additions of whole vectors, a group's maximum is one of vectors and of four lanes, four groups share a
- * division, and rounded to bytes a vector is what a block of four tokens or more has side by side. */
+ * A block of tokens is quantized four groups of 64 values at a time, transposed by quads of four lanes: of the sixteen
+ * vectors that they fill, vector c then holds elements 4 c to 4 c + 3 of all four, those of group k in its quad k. Stages of
+ * the turn that pair elements four or more apart are additions of whole vectors, a group's maximum is one of vectors and
+ * then of four lanes, four groups share a division, and rounded to bytes a vector is what a block of four tokens or more has
+ * side by side. */
 #ifndef PE_LANES16_QUANTIZE_H
 #define PE_LANES16_QUANTIZE_H
 
 enum {
     QUADS = 4, /* groups that are worked on together = quads of a vector */
-    AHEAD = 4  /* fours that are turned before the first of them is rounded: its maximum and division are done by then */
+    AHEAD = 4  /* fours that are turned before the first of them is rounded: by then its maximum and division are done */
 };
 
 /* ------------------------------------------------------------------ the turn */
@@ -28,19 +29,20 @@ PE_INLINE void butterfly(v16 *a, v16 *b) {
     *a = sum;
 }
 
-/* T of the blocks of 64 values. Within a vector lane i becomes its partner plus or minus itself: one fma, whose product is
- * exact. */
-#define PE_TURN_LANES(v, n_v, h, swap, index) \
-    if (block > (h)) { \
+/* A stage of the turn within each of four vectors, if blocks of `block` have it. Lane i becomes its partner plus or minus
+ * itself: one fma, whose product is exact. */
+#define PE_TURN_LANES(v, block, h, swap, index) \
+    if ((block) > (h)) { \
         v16 sign = v16_load(pe_turn_signs[index]); \
-        PE_UNROLL for (int i = 0; i < (n_v); i++) (v)[i] = v16_fma((v)[i], sign, swap((v)[i])); \
+        PE_UNROLL for (int i = 0; i < 4; i++) (v)[i] = v16_fma((v)[i], sign, swap((v)[i])); \
     }
 
+/* T of the blocks of 64 values. */
 PE_INLINE void turn_64(v16 v[4], size_t block) {
-    PE_TURN_LANES(v, 4, 1, v16_swap1, 0)
-    PE_TURN_LANES(v, 4, 2, v16_swap2, 1)
-    PE_TURN_LANES(v, 4, 4, v16_swap4, 2)
-    PE_TURN_LANES(v, 4, 8, v16_swap8, 3)
+    PE_TURN_LANES(v, block, 1, v16_swap1, 0)
+    PE_TURN_LANES(v, block, 2, v16_swap2, 1)
+    PE_TURN_LANES(v, block, 4, v16_swap4, 2)
+    PE_TURN_LANES(v, block, 8, v16_swap8, 3)
     if (block > 16) butterfly(&v[0], &v[1]), butterfly(&v[2], &v[3]);
     if (block > 32) butterfly(&v[0], &v[2]), butterfly(&v[1], &v[3]);
 }
@@ -106,7 +108,7 @@ typedef struct four_groups {
     float inv_rms[QUADS];
 } four_groups;
 
-/* The four, transposed, after the turn; `absmax` has the bits of each group's largest magnitude in all lanes of its quad. */
+/* The four, transposed, after the turn; absmax: the bits of each group's largest magnitude in all lanes of its quad. */
 typedef struct turned_four {
     v16 v[16];
     i16 absmax;
@@ -131,8 +133,8 @@ PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, 
             q[k] = v16_load(in->x[k] + j * 16);
             if (normed) q[k] = v16_mul(v16_mul(q[k], v16_set1(in->inv_rms[k])), v16_load(in->norm[k] + j * 16));
         }
-        PE_TURN_LANES(q, QUADS, 1, v16_swap1, 0)
-        PE_TURN_LANES(q, QUADS, 2, v16_swap2, 1)
+        PE_TURN_LANES(q, block, 1, v16_swap1, 0)
+        PE_TURN_LANES(q, block, 2, v16_swap2, 1)
         v16_transpose_quads(q);
         if (block > 4) butterfly(&q[0], &q[1]), butterfly(&q[2], &q[3]);
         if (block > 8) butterfly(&q[0], &q[2]), butterfly(&q[1], &q[3]);
@@ -147,7 +149,8 @@ PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, 
 
 /* Codes of vector c go to codes + c * step, sixteen of them; scales and corrections (16) are the same in all lanes of a
  * quad. */
-PE_INLINE void round_four(int8_t *codes, size_t step, float *scales, float *corrections, const turned_four *in, float factor) {
+PE_INLINE void round_four(int8_t *codes, size_t step, float *scales, float *corrections, const turned_four *in,
+                          float factor) {
     v16 absmax = v16_from_bits(in->absmax), most_code = v16_set1(127.0f);
     v16 scale = v16_mul(v16_div(absmax, most_code), v16_set1(factor));
     v16 inv = v16_zero_if_less(absmax, 0x1p-64f, v16_div(most_code, absmax));
@@ -163,8 +166,8 @@ PE_INLINE void round_four(int8_t *codes, size_t step, float *scales, float *corr
 
 /* ------------------------------------------------------------------ a block of tokens */
 
-/* The rows of a block and what becomes of them. Its items are the groups of all tokens in the order of their scales: item i
- * is group i / width of token i % width. */
+/* The rows of a block and what becomes of them. Its items are the groups of all tokens in the order of their scales: item
+ * i is group i / width of token i % width. */
 typedef struct block_rows {
     const float *const *rows; /* (n_rows), n floats each */
     size_t n_rows, n;
@@ -203,11 +206,12 @@ PE_INLINE void take_four(four_groups *four, float padded[2 * QUADS][PE_GROUP], c
     }
 }
 
-/* n_items items, at most four, from `item` on to where kernels.h has them. In a block of four tokens or more each vector's
- * codes lie side by side. */
+/* n_items items, at most four, from `item` on to where kernels.h has them. In a block of four tokens or more each
+ * vector's codes lie side by side. */
 PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const turned_four *four, float factor) {
     size_t width = (size_t)1 << b->width_bits;
-    int8_t dense[QUADS * PE_GROUP], *first = b->codes + item_group(b, item) * PE_GROUP * width + item_token(b, item) * 4;
+    int8_t dense[QUADS * PE_GROUP];
+    int8_t *first = b->codes + item_group(b, item) * PE_GROUP * width + item_token(b, item) * 4;
     float scales[PE_PANEL], corrections[PE_PANEL];
     if (width >= QUADS) {
         round_four(first, width * 4, scales, corrections, four, factor);
@@ -238,7 +242,7 @@ static uint32_t norm_rows(block_rows *b, float eps) {
     return not_finite;
 }
 
-/* absmax[q] is the largest of items 4 q + k, 8 + 4 q + k, ... in quad k. Returns a bit for each token that has one which is
+/* absmax[q] has in quad k the largest of items 4 q + k, 8 + 4 q + k, ... Returns a bit for each token that has one which is
  * not finite. */
 static uint32_t not_finite_tokens(const i16 absmax[PE_TOKEN_BLOCK / QUADS], const block_rows *b) {
     uint32_t not_finite = 0;
@@ -250,11 +254,18 @@ static uint32_t not_finite_tokens(const i16 absmax[PE_TOKEN_BLOCK / QUADS], cons
     return not_finite;
 }
 
-static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm, float eps) {
-    size_t left = x->n_tokens - first, width = pe_block_width(left), block = pe_turn_block(n), at = first * (x->n / PE_GROUP);
-    block_rows b = {.rows = rows, .n_rows = left < width ? left : width, .n = n, .norm = norm,
-                    .width_bits = (size_t)__builtin_ctzll(width), .codes = x->codes + first * x->n, .scales = x->scales + at,
-                    .corrections = x->corrections + at};
+static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
+                         float eps) {
+    size_t left = x->n_tokens - first, width = pe_block_width(left), block = pe_turn_block(n);
+    size_t first_scale = first * (x->n / PE_GROUP);
+    block_rows b = {.rows = rows,
+                    .n_rows = left < width ? left : width,
+                    .n = n,
+                    .norm = norm,
+                    .width_bits = (size_t)__builtin_ctzll(width),
+                    .codes = x->codes + first * x->n,
+                    .scales = x->scales + first_scale,
+                    .corrections = x->corrections + first_scale};
     uint32_t not_finite = norm != NULL ? norm_rows(&b, eps) : 0;
     i16 absmax[PE_TOKEN_BLOCK / QUADS] = {i16_zero(), i16_zero()};
     turned_four turned[AHEAD];
@@ -276,5 +287,7 @@ static uint32_t quantize(pe_activations *x, size_t first, const float *const *ro
     }
     return not_finite | not_finite_tokens(absmax, &b);
 }
+
+#undef PE_TURN_LANES
 
 #endif
