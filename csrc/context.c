@@ -21,7 +21,7 @@ static pe_status check_arguments(const pe_model *model, pe_kv_dtype kv_dtype, in
 }
 
 static pe_status create_slice(pe_context *c, pe_kv_dtype kv_dtype, int n_threads, char *err) {
-    size_t matmul = pe_matmul_scratch_floats(c->model), attention = pe_attention_scratch_floats(c->model);
+    size_t matmul = pe_matmul_scratch_floats(), attention = pe_attention_scratch_floats(c->model);
     return pe_slice_create(&c->slice, c->model, pe_kernels_selected(), kv_dtype, n_threads,
                            matmul > attention ? matmul : attention, err);
 }

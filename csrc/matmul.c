@@ -2,18 +2,13 @@
  * bits do not depend on how they are cut. */
 #include "matmul.h"
 
-#include <string.h>
-
 enum {
-    TILE_TOKENS = 64, /* one tile of a product with an epilogue: 64 tokens x 4 panels of float32 = 16 KiB */
+    TILE_TOKENS = 64, /* one tile of a product that goes through a gate: 64 tokens x 4 panels of float32 = 16 KiB */
     TILE_PANELS = 4,
     MAX_PANELS_PER_UNIT = 64
 };
 
-size_t pe_matmul_scratch_floats(const pe_model *model) {
-    size_t tile = (size_t)TILE_TOKENS * TILE_PANELS * PE_PANEL, normed_row = pe_pad(model->config.dim, PE_GROUP);
-    return tile > normed_row ? tile : normed_row;
-}
+size_t pe_matmul_scratch_floats(void) { return (size_t)TILE_TOKENS * TILE_PANELS * PE_PANEL; }
 
 /* ------------------------------------------------------------------ quantized inputs */
 
@@ -26,32 +21,22 @@ typedef struct quantize_job {
     const float *norm; /* RMSNorm weight or NULL */
 } quantize_job;
 
+/* One block of tokens; no other unit sees its rows. */
 static void quantize_unit(void *arg, size_t block, int thread) {
+    (void)thread;
     quantize_job *j = arg;
     pe_slice *s = j->s;
-    pe_activations *act = &s->act;
-    size_t first = block * PE_TOKEN_BLOCK, n_groups = act->n / PE_GROUP;
-    size_t left = act->n_tokens - first, n_tokens = left < PE_TOKEN_BLOCK ? left : PE_TOKEN_BLOCK;
-    size_t width = pe_block_width(left);
-    if (n_tokens < width) {
-        memset(act->codes + first * act->n, 0, width * act->n);
-        memset(act->scales + first * n_groups, 0, width * n_groups * sizeof *act->scales);
-        memset(act->corrections + first * n_groups, 0, width * n_groups * sizeof *act->corrections);
-    }
+    size_t first = block * PE_TOKEN_BLOCK, left = s->act.n_tokens - first, owners[PE_TOKEN_BLOCK];
+    size_t n_tokens = left < PE_TOKEN_BLOCK ? left : PE_TOKEN_BLOCK;
+    const float *rows[PE_TOKEN_BLOCK] = {NULL};
     for (size_t t = 0; t < n_tokens; t++) {
         size_t index = j->selected == NULL ? first + t : j->selected[first + t];
-        size_t owner = j->owners == NULL ? index : j->owners[index];
-        const float *row = j->rows + index * j->stride;
-        if (j->norm != NULL) {
-            float *normed = pe_thread_scratch(s, thread);
-            float sum_of_squares = s->kernels->rmsnorm(normed, row, j->norm, j->n, s->model->config.norm_eps);
-            pe_slice_note_bits(s, owner, pe_float_bits(sum_of_squares) & 0x7fffffffu);
-            row = normed;
-        }
-        uint32_t bits = s->kernels->quantize(act->codes + first * act->n + t * 4, act->scales + first * n_groups + t,
-                                             act->corrections + first * n_groups + t, width, row, j->n, act->n);
-        pe_slice_note_bits(s, owner, bits);
+        owners[t] = j->owners == NULL ? index : j->owners[index];
+        rows[t] = j->rows + index * j->stride;
     }
+    uint32_t not_finite = s->kernels->quantize(&s->act, first, rows, j->n, j->norm, s->model->config.norm_eps);
+    for (size_t t = 0; t < n_tokens; t++)
+        if (not_finite >> t & 1) s->failed[owners[t]] = 1;
 }
 
 void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_t *selected, size_t n_rows, size_t n,
@@ -80,26 +65,14 @@ typedef struct matmul_job {
     pe_epilogue epilogue;
 } matmul_job;
 
-static void add_bias(const pe_slice *s, float *out, size_t stride, size_t n_tokens, const float *bias, size_t n) {
-    for (size_t t = 0; t < n_tokens; t++) s->kernels->add(out + t * stride, bias, n);
-}
-
-/* Panels [begin, end), at most TILE_PANELS, times tokens [first, last), at most TILE_TOKENS. */
-static void matmul_tile(const matmul_job *j, size_t begin, size_t end, size_t first, size_t last, float *tile) {
+/* Panels [begin, end), at most TILE_PANELS, times tokens [first, last), at most TILE_TOKENS, through the gate. */
+static void gated_tile(const matmul_job *j, size_t begin, size_t end, size_t first, size_t last, float *tile) {
     const pe_slice *s = j->s;
     size_t width = (end - begin) * PE_PANEL;
-    s->kernels->matmul(tile, width, j->w, begin, end, &s->act, first, last);
-    if (j->bias != NULL) add_bias(s, tile, width, last - first, j->bias + begin * PE_PANEL, width);
-    for (size_t t = first; t < last; t++) {
-        const float *row = tile + (t - first) * width;
-        float *out = j->out + t * j->out_stride;
-        if (j->epilogue == PE_ADD) {
-            s->kernels->add(out + begin * PE_PANEL, row, width);
-        } else {
-            (j->epilogue == PE_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh)(out + begin / 2 * PE_PANEL, row,
-                                                                                     (end - begin) / 2);
-        }
-    }
+    s->kernels->matmul(tile, width, j->w, begin, end, &s->act, first, last, j->bias, false);
+    for (size_t t = first; t < last; t++)
+        (j->epilogue == PE_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh)(
+            j->out + t * j->out_stride + begin / 2 * PE_PANEL, tile + (t - first) * width, (end - begin) / 2);
 }
 
 static void matmul_unit(void *arg, size_t unit, int thread) {
@@ -107,17 +80,15 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
     const pe_slice *s = j->s;
     size_t begin = unit * j->panels_per_unit, end = begin + j->panels_per_unit, n_tokens = s->act.n_tokens;
     if (end > j->w->n_panels) end = j->w->n_panels;
-    if (j->epilogue == PE_STORE) {
-        float *out = j->out + begin * PE_PANEL;
-        s->kernels->matmul(out, j->out_stride, j->w, begin, end, &s->act, 0, n_tokens);
-        if (j->bias != NULL)
-            add_bias(s, out, j->out_stride, n_tokens, j->bias + begin * PE_PANEL, (end - begin) * PE_PANEL);
+    if (j->epilogue == PE_STORE || j->epilogue == PE_ADD) {
+        s->kernels->matmul(j->out + begin * PE_PANEL, j->out_stride, j->w, begin, end, &s->act, 0, n_tokens, j->bias,
+                           j->epilogue == PE_ADD);
         return;
     }
     for (size_t p = begin; p < end; p += TILE_PANELS)
         for (size_t t = 0; t < n_tokens; t += TILE_TOKENS)
-            matmul_tile(j, p, end - p < TILE_PANELS ? end : p + TILE_PANELS, t,
-                        n_tokens - t < TILE_TOKENS ? n_tokens : t + TILE_TOKENS, pe_thread_scratch(s, thread));
+            gated_tile(j, p, end - p < TILE_PANELS ? end : p + TILE_PANELS, t,
+                       n_tokens - t < TILE_TOKENS ? n_tokens : t + TILE_TOKENS, pe_thread_scratch(s, thread));
 }
 
 /* Small enough that no thread waits long for the last unit, and an even number of panels: kernels like pairs, SwiGLU

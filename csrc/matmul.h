@@ -28,7 +28,7 @@ void pe_matmul_add_to_x(pe_slice *slice, const pe_matrix *w, const float *bias, 
 /* slice->x += slice->branch, normed likewise. */
 void pe_add_branch_to_x(pe_slice *slice, const float *norm);
 
-/* Floats of thread scratch that these two need. */
-size_t pe_matmul_scratch_floats(const pe_model *model);
+/* Floats of thread scratch that a product through a gate needs. */
+size_t pe_matmul_scratch_floats(void);
 
 #endif

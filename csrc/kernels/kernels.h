@@ -6,6 +6,7 @@
 #ifndef PE_KERNELS_H
 #define PE_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -84,12 +85,12 @@ struct pe_kernels {
     const char *name;  /* "scalar", "avx2", ...: the words that PYENGINE_ISA accepts */
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
 
-    /* Row of x (n), turned -> one token of a packed activation block, in groups of 64. codes, scales, corrections point at
-     * that token's first element; `width` is the distance to the same token's next one (see pe_activations). Columns
-     * n..n_padded (a multiple of 64) become 0. Returns the unsigned maximum of |T(x)|'s bit patterns: >= 0x7f800000 means
-     * that it held an infinity or NaN, and then the codes mean nothing. */
-    uint32_t (*quantize)(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
-                         size_t n_padded);
+    /* A block of activations, tokens [first, first + PE_TOKEN_BLOCK) of x or as many as there are, from a row of n floats
+     * each, turned, in groups of 64; with `norm` (n), an RMSNorm weight or NULL, the rows are normed first. Columns n..x->n
+     * become 0, and so do the tokens that fill the block up. Returns bit t set if T(row t), or with `norm` the row's sum of
+     * squares, held an infinity or NaN: then that token's codes and scales mean nothing. */
+    uint32_t (*quantize)(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
+                         float eps);
     /* A head of x (n, at most PE_MAX_HEAD_DIM), turned in blocks of `block` (1 = not at all, else one that divides n) -> one
      * group: codes (n), *scale, which is multiplied by `factor`, *correction. Same return value. */
     uint32_t (*quantize_head)(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
@@ -99,9 +100,9 @@ struct pe_kernels {
 
     /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin,
      * token_end) where token_begin is a multiple of PE_TOKEN_BLOCK. out points at (token_begin, 16 panel_begin), rows
-     * out_stride floats apart. */
+     * out_stride floats apart. bias (all rows of w, or NULL) is added to it; then, if `add`, it is added to what out held. */
     void (*matmul)(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
-                   const pe_activations *x, size_t token_begin, size_t token_end);
+                   const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add);
 
     /* y = (x * inv_rms) * w over n elements; x == y is allowed. Returns the sum of squares, which is not finite if x
      * overflowed. */

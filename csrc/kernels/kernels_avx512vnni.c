@@ -45,6 +45,12 @@ LANES v16 v16_swap1(v16 x) { return _mm512_permute_ps(x, 0xb1); }
 LANES v16 v16_swap2(v16 x) { return _mm512_permute_ps(x, 0x4e); }
 LANES v16 v16_swap4(v16 x) { return _mm512_shuffle_f32x4(x, x, 0xb1); }
 LANES v16 v16_swap8(v16 x) { return _mm512_shuffle_f32x4(x, x, 0x4e); }
+LANES void v16_transpose_quads(v16 v[4]) {
+    v16 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+    v16 c = _mm512_shuffle_f32x4(v[2], v[3], 0x44), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    v[0] = _mm512_shuffle_f32x4(a, c, 0x88), v[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[2] = _mm512_shuffle_f32x4(b, d, 0x88), v[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
 
 LANES float v16_sum_lanes(v16 x) {
     return sum8_lanes(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
@@ -56,6 +62,7 @@ LANES float v16_max_lanes(v16 x) {
 LANES i16 i16_zero(void) { return _mm512_setzero_si512(); }
 LANES i16 i16_add(i16 a, i16 b) { return _mm512_add_epi32(a, b); }
 LANES v16 i16_to_float(i16 x) { return _mm512_cvtepi32_ps(x); }
+LANES v16 v16_from_bits(i16 x) { return _mm512_castsi512_ps(x); }
 LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     return _mm512_max_epu32(m, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
 }

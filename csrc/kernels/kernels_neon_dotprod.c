@@ -62,6 +62,11 @@ LANES v16 v16_swap1(v16 x) { EACH(v16, vrev64q_f32(x.val[q])); }
 LANES v16 v16_swap2(v16 x) { EACH(v16, vextq_f32(x.val[q], x.val[q], 2)); }
 LANES v16 v16_swap4(v16 x) { EACH(v16, x.val[q ^ 1]); }
 LANES v16 v16_swap8(v16 x) { EACH(v16, x.val[q ^ 2]); }
+LANES void v16_transpose_quads(v16 v[4]) {
+    v16 x[4] = {v[0], v[1], v[2], v[3]};
+    _Pragma("GCC unroll 4") for (int c = 0; c < 4; c++)
+        v[c] = (v16){{x[0].val[c], x[1].val[c], x[2].val[c], x[3].val[c]}};
+}
 
 LANES float v16_sum_lanes(v16 x) {
     float32x4_t a = vaddq_f32(vaddq_f32(x.val[0], x.val[2]), vaddq_f32(x.val[1], x.val[3]));
@@ -76,6 +81,7 @@ LANES i16 i16_set1(int32_t x) { EACH(i16, vdupq_n_s32(x)); }
 LANES i16 i16_zero(void) { return i16_set1(0); }
 LANES i16 i16_add(i16 a, i16 b) { EACH(i16, vaddq_s32(a.val[q], b.val[q])); }
 LANES v16 i16_to_float(i16 x) { EACH(v16, vcvtq_f32_s32(x.val[q])); }
+LANES v16 v16_from_bits(i16 x) { EACH(v16, vreinterpretq_f32_s32(x.val[q])); }
 LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     EACH(i16, vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(m.val[q]), vreinterpretq_u32_f32(vabsq_f32(x.val[q])))));
 }

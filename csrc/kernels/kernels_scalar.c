@@ -50,20 +50,36 @@ static uint32_t quantize_strided(int8_t *codes, size_t stride, float *scale, int
     return bits;
 }
 
-static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
-                         size_t n_padded) {
-    uint32_t most = 0;
-    size_t block = pe_turn_block(n);
-    for (size_t group = 0; group < n_padded / PE_GROUP; group++) {
-        float turned[PE_GROUP] = {0}; /* the last group may end in zeros; n is whole blocks */
-        size_t begin = group * PE_GROUP;
-        for (size_t i = 0; i < PE_GROUP && begin + i < n; i++) turned[i] = x[begin + i];
-        turn_blocks(turned, PE_GROUP, block);
-        uint32_t bits = quantize_strided(codes + begin * width, 4 * width, scales + group * width,
-                                         corrections + group * width, turned, PE_GROUP, pe_input_factor(block));
-        if (bits > most) most = bits;
+/* RMSNorm of section 7: *sum is the sum of squares of x (n), the result 1 / rms. */
+static float inverse_rms(float *sum, const float *x, size_t n, float eps) {
+    float a[PE_PANEL] = {0};
+    for (size_t i = 0; i < n; i++) a[i % PE_PANEL] = fmaf(x[i], x[i], a[i % PE_PANEL]);
+    *sum = pe_sum_lanes(a);
+    return 1.0f / sqrtf(*sum / (float)n + eps);
+}
+
+static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
+                         float eps) {
+    size_t n_left = x->n_tokens - first, width = pe_block_width(n_left);
+    size_t n_groups = x->n / PE_GROUP, block = pe_turn_block(n);
+    uint32_t not_finite = 0;
+    for (size_t t = 0; t < width; t++) {
+        const float *row = t < n_left ? rows[t] : NULL;
+        float sum = 0.0f, inv_rms = row != NULL && norm != NULL ? inverse_rms(&sum, row, n, eps) : 1.0f;
+        uint32_t most = pe_float_bits(sum);
+        for (size_t group = 0; group < n_groups; group++) {
+            float turned[PE_GROUP] = {0}; /* the last group may end in zeros; n is whole blocks */
+            size_t begin = group * PE_GROUP, at = first * n_groups + group * width + t;
+            for (size_t i = begin; i < begin + PE_GROUP && i < n && row != NULL; i++)
+                turned[i - begin] = norm != NULL ? (row[i] * inv_rms) * norm[i] : row[i];
+            turn_blocks(turned, PE_GROUP, block);
+            uint32_t bits = quantize_strided(x->codes + first * x->n + begin * width + t * 4, 4 * width, x->scales + at,
+                                             x->corrections + at, turned, PE_GROUP, pe_input_factor(block));
+            if (bits > most) most = bits;
+        }
+        if ((most & 0x7fffffffu) >= PE_NOT_FINITE_BITS) not_finite |= 1u << t;
     }
-    return most;
+    return not_finite;
 }
 
 static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
@@ -90,7 +106,7 @@ static float dot_row(const int8_t *w, const uint16_t *w_scale, size_t n_groups, 
 }
 
 static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
-                   const pe_activations *x, size_t token_begin, size_t token_end) {
+                   const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
     for (size_t token = token_begin; token < token_end; token++) {
         size_t block = token / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
         size_t width = pe_block_width(x->n_tokens - block);
@@ -99,9 +115,12 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
         for (size_t panel = panel_begin; panel < panel_end; panel++) {
             const int8_t *codes = w->codes + panel * w->n_groups * PE_GROUP * PE_PANEL;
             const uint16_t *scales = w->scales + panel * w->n_groups * PE_PANEL;
-            for (size_t row = 0; row < PE_PANEL; row++)
-                out[(token - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL + row] =
-                    dot_row(codes + row * 4, scales + row, w->n_groups, x_codes, x_scales, width);
+            for (size_t row = 0; row < PE_PANEL; row++) {
+                float *y = &out[(token - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL + row];
+                float product = dot_row(codes + row * 4, scales + row, w->n_groups, x_codes, x_scales, width);
+                if (bias != NULL) product = product + bias[panel * PE_PANEL + row];
+                *y = add ? product + *y : product;
+            }
         }
     }
 }
@@ -109,10 +128,7 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
 /* ------------------------------------------------------------------ norm, RoPE, SwiGLU and its like (section 7) */
 
 static float rmsnorm(float *y, const float *x, const float *w, size_t n, float eps) {
-    float a[PE_PANEL] = {0};
-    for (size_t i = 0; i < n; i++) a[i % PE_PANEL] = fmaf(x[i], x[i], a[i % PE_PANEL]);
-    float sum = pe_sum_lanes(a);
-    float inv_rms = 1.0f / sqrtf(sum / (float)n + eps);
+    float sum, inv_rms = inverse_rms(&sum, x, n, eps);
     for (size_t i = 0; i < n; i++) y[i] = (x[i] * inv_rms) * w[i];
     return sum;
 }

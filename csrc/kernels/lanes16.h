@@ -10,8 +10,10 @@
  *   v16_exp_bits(p, n)   p * 2^n by adding n to the exponents (n integral), v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
  *   v16_cap(limit, x)    limit < x ? limit : x
  *   v16_swap1/2/4/8(x)   lanes i and i ^ 1, 2, 4 or 8 exchanged
+ *   v16_transpose_quads(v)   quad k (four lanes) of v[c] and quad c of v[k] exchanged, for four vectors
  *   v16_sum_lanes(x)     the tree of FORMAT.md section 7; v16_max_lanes(x): the maximum, any order
  *   i16              16 int32 lanes          i16_to_float, i16_sum (all lanes, any order: exact)
+ *   v16_from_bits(m)     the float32 whose bits these are
  *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|; i16_umax: the maximum over lanes
  *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
  *   w16, x4          64 bytes of a panel (four inputs of sixteen rows); four inputs of one token, broadcast
@@ -54,116 +56,21 @@ PE_INLINE v16 exp16(v16 x) {
 
 /* ------------------------------------------------------------------ the turn, quantization */
 
-/* The sign of the second half of every pair that is h lanes apart, for h = 1, 2, 4, 8. */
-static const float pe_turn_signs[4][16] = {
-    {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
-    {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
-    {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
-    {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1},
-};
-
-PE_INLINE void butterfly(v16 *a, v16 *b) {
-    v16 sum = v16_add(*a, *b);
-    *b = v16_sub(*a, *b);
-    *a = sum;
-}
-
-/* T of the blocks of 64 values. Within a vector lane i becomes its partner plus or minus itself: one fma, whose product is
- * exact. */
-PE_INLINE void turn_64(v16 v[4], size_t block) {
-#define PE_STAGE(h, swap, index) \
-    if (block > (h)) { \
-        v16 sign = v16_load(pe_turn_signs[index]); \
-        PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_fma(v[i], sign, swap(v[i])); \
-    }
-    PE_STAGE(1, v16_swap1, 0)
-    PE_STAGE(2, v16_swap2, 1)
-    PE_STAGE(4, v16_swap4, 2)
-    PE_STAGE(8, v16_swap8, 3)
-#undef PE_STAGE
-    if (block > 16) butterfly(&v[0], &v[1]), butterfly(&v[2], &v[3]);
-    if (block > 32) butterfly(&v[0], &v[2]), butterfly(&v[1], &v[3]);
-}
-
-/* The first n of 64 values at x, zeros after them. */
-PE_INLINE void load_64(v16 v[4], const float *x, size_t n) {
-    if (n >= PE_GROUP) {
-        PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(x + i * 16);
-        return;
-    }
-    float padded[PE_GROUP] = {0};
-    memcpy(padded, x, n * sizeof *x);
-    PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(padded + i * 16);
-}
-
-static void turn(float *x, size_t n, float factor) {
-    size_t block = pe_turn_block(n);
-    for (size_t begin = 0; begin < n; begin += PE_GROUP) {
-        size_t left = n - begin < PE_GROUP ? n - begin : PE_GROUP;
-        float turned[PE_GROUP];
-        v16 v[4];
-        load_64(v, x + begin, left);
-        turn_64(v, block);
-        PE_UNROLL for (int i = 0; i < 4; i++) v16_store(turned + i * 16, v16_mul(v[i], v16_set1(factor)));
-        memcpy(x + begin, turned, left * sizeof *x);
+/* Of n_r rows of n elements; side by side, because a sum waits for itself at every step. */
+PE_INLINE void sums_of_squares(float *sums, const float *const *rows, size_t n, const int n_r) {
+    v16 lanes[4];
+    size_t i = 0;
+    PE_UNROLL for (int r = 0; r < n_r; r++) lanes[r] = v16_set1(0.0f);
+    for (; i + 16 <= n; i += 16)
+        PE_UNROLL for (int r = 0; r < n_r; r++) lanes[r] = v16_fma(v16_load(rows[r] + i), v16_load(rows[r] + i), lanes[r]);
+    PE_UNROLL for (int r = 0; r < n_r; r++) {
+        float rest[PE_PANEL] = {0}; /* fmaf(0, 0, a) is a: sums of squares are never -0 */
+        memcpy(rest, rows[r] + i, (n - i) * sizeof *rest);
+        sums[r] = v16_sum_lanes(v16_fma(v16_load(rest), v16_load(rest), lanes[r]));
     }
 }
 
-/* n_v vectors, turned already. Codes go to `dense` (16 n_v). */
-PE_INLINE uint32_t quantize_vectors(int8_t *dense, float *scale, int32_t *correction, const v16 *v, size_t n_v, float factor) {
-    i16 most = i16_zero();
-    for (size_t i = 0; i < n_v; i++) most = v16_abs_bits_max(most, v[i]);
-    uint32_t bits = i16_umax(most);
-    float absmax = pe_float_from_bits(bits);
-    if (absmax < 0x1p-64f || bits >= PE_NOT_FINITE_BITS) {
-        memset(dense, 0, n_v * 16);
-        *scale = 0.0f;
-        *correction = 0;
-        return bits;
-    }
-    *scale = absmax / 127.0f * factor;
-    v16 inv = v16_set1(127.0f / absmax);
-    i16 total = i16_zero();
-    for (size_t i = 0; i < n_v; i++) total = i16_add(total, v16_to_i8(dense + i * 16, v16_mul(v[i], inv)));
-    *correction = -128 * i16_sum(total);
-    return bits;
-}
-
-static uint32_t quantize(int8_t *codes, float *scales, int32_t *corrections, size_t width, const float *x, size_t n,
-                         size_t n_padded) {
-    uint32_t most = 0;
-    size_t block = pe_turn_block(n);
-    float factor = pe_input_factor(block);
-    for (size_t g = 0; g < n_padded / PE_GROUP; g++) {
-        size_t begin = g * PE_GROUP, left = n > begin ? n - begin : 0;
-        v16 v[4];
-        int8_t dense[PE_GROUP];
-        load_64(v, x + begin, left < PE_GROUP ? left : PE_GROUP);
-        if (block == PE_GROUP) { /* nearly always: as a constant, it leaves no branch between the stages */
-            turn_64(v, PE_GROUP);
-        } else {
-            turn_64(v, block);
-        }
-        uint32_t bits = quantize_vectors(dense, scales + g * width, corrections + g * width, v, 4, factor);
-        most = bits > most ? bits : most;
-        for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++) memcpy(codes + (begin + k4 * 4) * width, dense + k4 * 4, 4);
-    }
-    return most;
-}
-
-static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
-                              float factor) {
-    v16 v[PE_MAX_HEAD_DIM / 16];
-    int8_t dense[PE_MAX_HEAD_DIM];
-    size_t n_v = 0;
-    for (size_t begin = 0; begin < n; begin += PE_GROUP, n_v += 4) {
-        load_64(v + n_v, x + begin, n - begin < PE_GROUP ? n - begin : PE_GROUP);
-        turn_64(v + n_v, block);
-    }
-    uint32_t bits = quantize_vectors(dense, scale, correction, v, n_v, factor);
-    memcpy(codes, dense, n);
-    return bits;
-}
+#include "lanes16_quantize.h"
 
 /* ------------------------------------------------------------------ matrix product */
 
@@ -202,9 +109,15 @@ PE_INLINE void fetch(fetch_ahead *ahead) {
     for (size_t i = 0; i < ahead->n_lines; i++, ahead->from += 64) __builtin_prefetch(ahead->from, 0, 2);
 }
 
+/* What becomes of a product, see kernels.h. */
+typedef struct epilogue {
+    const float *bias;
+    bool add;
+} epilogue;
+
 /* n_p panels from `panel` times tokens [0, n_t) of a block of `width`, of which the first n_out are wanted. */
 PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
-                           const int n_p, const int n_t, size_t n_out, fetch_ahead ahead) {
+                           const int n_p, const int n_t, size_t n_out, fetch_ahead ahead, epilogue then) {
     size_t n_groups = w->n_groups, w_stride = n_groups * PE_GROUP * PE_PANEL;
     const int8_t *codes = w->codes + panel * w_stride;
     const uint16_t *w_scales = w->scales + panel * n_groups * PE_PANEL;
@@ -226,6 +139,17 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
         codes += PE_GROUP * PE_PANEL, w_scales += PE_PANEL;
         x.codes += width * PE_GROUP, x.scales += width, x.corrections += width;
     }
+    if (then.bias != NULL)
+        PE_UNROLL for (int p = 0; p < n_p; p++) {
+            v16 bias = v16_load(then.bias + (panel + (size_t)p) * PE_PANEL);
+            PE_UNROLL for (int t = 0; t < n_t; t++) acc[p][t] = v16_add(bias, acc[p][t]);
+        }
+    if (then.add)
+        PE_UNROLL for (int t = 0; t < n_t; t++) {
+            if ((size_t)t >= n_out) break;
+            PE_UNROLL for (int p = 0; p < n_p; p++)
+                acc[p][t] = v16_add(acc[p][t], v16_load(out + (size_t)t * out_stride + p * PE_PANEL));
+        }
     PE_UNROLL for (int t = 0; t < n_t; t++) {
         if ((size_t)t >= n_out) return;
         PE_UNROLL for (int p = 0; p < n_p; p++) v16_store(out + (size_t)t * out_stride + p * PE_PANEL, acc[p][t]);
@@ -234,31 +158,33 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
 
 /* n_p panels times the first n_tokens of a block of `width`. */
 PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
-                            const int n_p, size_t n_tokens, fetch_ahead *ahead) {
+                            const int n_p, size_t n_tokens, fetch_ahead *ahead, epilogue then) {
     const int n_t = width < TILE_TOKENS ? width : TILE_TOKENS;
     for (size_t t = 0; t < n_tokens; t += n_t, ahead->from += ahead->n_lines * 64 * w->n_groups) {
         token_block tile = {x.codes + t * 4, x.scales + t, x.corrections + t};
-        matmul_tile(out + t * out_stride, out_stride, w, panel, tile, width, n_p, n_t, n_tokens - t, *ahead);
+        matmul_tile(out + t * out_stride, out_stride, w, panel, tile, width, n_p, n_t, n_tokens - t, *ahead, then);
     }
 }
 
 /* Panels [panel, panel_end), at most TILE_PANELS, times one block. */
 PE_INLINE void matmul_panels(float *out, size_t out_stride, const pe_matrix *w, size_t panel, size_t panel_end, token_block x,
-                             const int width, size_t n_tokens, fetch_ahead *ahead) {
+                             const int width, size_t n_tokens, fetch_ahead *ahead, epilogue then) {
     /* A single token only streams weights: one panel at a time is the order in which they lie in the file. */
     if (width > 1 && panel_end - panel == TILE_PANELS) {
-        matmul_block(out, out_stride, w, panel, x, width, TILE_PANELS, n_tokens, ahead);
+        matmul_block(out, out_stride, w, panel, x, width, TILE_PANELS, n_tokens, ahead, then);
         return;
     }
-    for (; panel < panel_end; panel++, out += PE_PANEL) matmul_block(out, out_stride, w, panel, x, width, 1, n_tokens, ahead);
+    for (; panel < panel_end; panel++, out += PE_PANEL)
+        matmul_block(out, out_stride, w, panel, x, width, 1, n_tokens, ahead, then);
 }
 
 static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
-                   const pe_activations *x, size_t token_begin, size_t token_end) {
+                   const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
     /* A few tokens take about as long to compute as their weights take to arrive: every tile fetches its share of the next
      * panels, or memory would rest in all tiles but the first. A single token leaves that to the hardware, which sees one
      * stream; many tokens have all the time there is. */
     size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS, panel_bytes = w->n_groups * PE_GROUP * PE_PANEL;
+    epilogue then = {bias, add};
     fetch_ahead ahead = {NULL, token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0};
     for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
         ahead.from = w->codes + (panel + TILE_PANELS) * panel_bytes;
@@ -269,10 +195,10 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
             size_t n_tokens = token_end - first < PE_TOKEN_BLOCK ? token_end - first : PE_TOKEN_BLOCK;
             float *tile = out + (first - token_begin) * out_stride + (panel - panel_begin) * PE_PANEL;
             switch (pe_block_width(x->n_tokens - first)) {
-            case 1: matmul_panels(tile, out_stride, w, panel, end, block, 1, n_tokens, &ahead); break;
-            case 2: matmul_panels(tile, out_stride, w, panel, end, block, 2, n_tokens, &ahead); break;
-            case 4: matmul_panels(tile, out_stride, w, panel, end, block, 4, n_tokens, &ahead); break;
-            default: matmul_panels(tile, out_stride, w, panel, end, block, PE_TOKEN_BLOCK, n_tokens, &ahead);
+            case 1: matmul_panels(tile, out_stride, w, panel, end, block, 1, n_tokens, &ahead, then); break;
+            case 2: matmul_panels(tile, out_stride, w, panel, end, block, 2, n_tokens, &ahead, then); break;
+            case 4: matmul_panels(tile, out_stride, w, panel, end, block, 4, n_tokens, &ahead, then); break;
+            default: matmul_panels(tile, out_stride, w, panel, end, block, PE_TOKEN_BLOCK, n_tokens, &ahead, then);
             }
         }
     }
@@ -281,16 +207,12 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
 /* ------------------------------------------------------------------ norm, RoPE, SwiGLU */
 
 static float rmsnorm(float *y, const float *x, const float *w, size_t n, float eps) {
-    v16 lanes = v16_set1(0.0f);
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16) lanes = v16_fma(v16_load(x + i), v16_load(x + i), lanes);
-    float rest[PE_PANEL] = {0}; /* fmaf(0, 0, a) is a: sums of squares are never -0 */
-    memcpy(rest, x + i, (n - i) * sizeof *rest);
-    lanes = v16_fma(v16_load(rest), v16_load(rest), lanes);
-    float sum = v16_sum_lanes(lanes);
+    float sum;
+    sums_of_squares(&sum, &x, n, 1);
     float inv_rms = 1.0f / sqrtf(sum / (float)n + eps);
     v16 inv = v16_set1(inv_rms);
-    for (i = 0; i + 16 <= n; i += 16) v16_store(y + i, v16_mul(v16_mul(v16_load(x + i), inv), v16_load(w + i)));
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) v16_store(y + i, v16_mul(v16_mul(v16_load(x + i), inv), v16_load(w + i)));
     for (; i < n; i++) y[i] = (x[i] * inv_rms) * w[i];
     return sum;
 }

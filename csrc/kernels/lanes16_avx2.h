@@ -63,6 +63,13 @@ LANES v16 v16_swap4(v16 x) {
     return (v16){_mm256_permute2f128_ps(x.low, x.low, 0x01), _mm256_permute2f128_ps(x.high, x.high, 0x01)};
 }
 LANES v16 v16_swap8(v16 x) { return (v16){x.high, x.low}; }
+LANES void v16_transpose_quads(v16 v[4]) {
+    v16 a = v[0], b = v[1], c = v[2], d = v[3];
+    v[0] = (v16){_mm256_permute2f128_ps(a.low, b.low, 0x20), _mm256_permute2f128_ps(c.low, d.low, 0x20)};
+    v[1] = (v16){_mm256_permute2f128_ps(a.low, b.low, 0x31), _mm256_permute2f128_ps(c.low, d.low, 0x31)};
+    v[2] = (v16){_mm256_permute2f128_ps(a.high, b.high, 0x20), _mm256_permute2f128_ps(c.high, d.high, 0x20)};
+    v[3] = (v16){_mm256_permute2f128_ps(a.high, b.high, 0x31), _mm256_permute2f128_ps(c.high, d.high, 0x31)};
+}
 
 LANES float v16_sum_lanes(v16 x) { return sum8_lanes(_mm256_add_ps(x.low, x.high)); }
 LANES float v16_max_lanes(v16 x) { return max8_lanes(_mm256_max_ps(x.low, x.high)); }
@@ -70,7 +77,7 @@ LANES float v16_max_lanes(v16 x) { return max8_lanes(_mm256_max_ps(x.low, x.high
 LANES i16 i16_zero(void) { return (i16){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 LANES i16 i16_add(i16 a, i16 b) { return (i16){_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 LANES v16 i16_to_float(i16 x) { return (v16){_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
-
+LANES v16 v16_from_bits(i16 x) { return (v16){_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
 LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     return (i16){_mm256_max_epu32(m.low, _mm256_and_si256(_mm256_castps_si256(x.low), magnitude)),

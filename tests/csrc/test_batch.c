@@ -72,15 +72,15 @@ static void make_fragile(tiny_model *t, const place *where) {
 
 /* ------------------------------------------------------------------ a table that counts and cancels */
 
-/* Its rmsnorm counts its calls and sets the flag at one of them: a cancellation in the middle of a forward, always at the same place
+/* Its quantizer counts its calls, one for each block of tokens, and sets the flag at one of them: a cancellation in the middle of a forward, always at the same place
  * when one thread computes. */
 static const struct pe_kernels *inner;
 static atomic_int n_calls;
 static int cancel_at, cancel_flag;
 
-static float cancelling_rmsnorm(float *y, const float *x, const float *w, size_t n, float eps) {
+static uint32_t cancelling_quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm, float eps) {
     if (atomic_fetch_add(&n_calls, 1) + 1 == cancel_at) pe_request_cancel(&cancel_flag);
-    return inner->rmsnorm(y, x, w, n, eps);
+    return inner->quantize(x, first, rows, n, norm, eps);
 }
 
 /* ------------------------------------------------------------------ batches */
@@ -221,12 +221,12 @@ static void test_failed_rows_stop(const struct pe_kernels *table) {
     make_fragile(&t, &places[0]);
     pe_context *c = context_new(&t, table, PE_KV_INT8, 1, ids);
     struct pe_kernels counting = *table;
-    counting.rmsnorm = cancelling_rmsnorm, inner = table, cancel_at = -1, c->slice.kernels = &counting;
+    counting.quantize = cancelling_quantize, inner = table, cancel_at = -1, c->slice.kernels = &counting;
     batch b = {0};
     for (int i = 0; i < MAX_ROWS; i++) add(&b, ids[1], BAD_TOKEN, 0);
     atomic_store(&n_calls, 0);
     EXPECT(PE_OK, forward(c, &b, true, err));
-    CHECK(atomic_load(&n_calls) == 2 * PE_SLICE, "%s: %d rows normed", table->name, atomic_load(&n_calls));
+    CHECK(atomic_load(&n_calls) == 4 * PE_SLICE / PE_TOKEN_BLOCK, "%s: %d blocks quantized", table->name, atomic_load(&n_calls));
     for (size_t i = 0; i < b.n; i++) CHECK(b.failed[i] == 1, "failed[%zu]", i);
     pe_context_destroy(c);
     tiny_model_free(&t);
@@ -283,8 +283,8 @@ static void test_hidden(const struct pe_kernels *table) {
             CHECK(same_floats(row, pe_context_hidden(one, 0), config.dim), "%s: hidden state of row %zu", table->name, i);
             if (b.wants[i] & PE_WANT_LOGITS) {
                 pe_activations x = {codes, scales, corrections, n, 1};
-                pe_kernels_scalar.quantize(codes, scales, corrections, 1, row, config.dim, n);
-                pe_kernels_scalar.matmul(expected, 64, &t.model->output, 0, vocab_padded / PE_PANEL, &x, 0, 1);
+                pe_kernels_scalar.quantize(&x, 0, &row, config.dim, NULL, 0.0f);
+                pe_kernels_scalar.matmul(expected, 64, &t.model->output, 0, vocab_padded / PE_PANEL, &x, 0, 1, NULL, false);
                 CHECK(same_floats(expected, pe_context_logits(c, logits), config.vocab_size), "%s: logits from the hidden state of row %zu",
                       table->name, i);
             }
@@ -304,7 +304,7 @@ static pe_status cancel_after(pe_context *c, batch *b, int at, char *err) {
     atomic_store(&n_calls, 0);
     pe_status status = pe_forward(c, &view, err);
     int n_after = atomic_load(&n_calls) - at; /* one thread finishes the unit that it was in */
-    CHECK(status == PE_OK || c->slice.n_threads > 1 || n_after < PE_TOKEN_BLOCK, "%d rows normed after the flag was set at %d", n_after, at);
+    CHECK(status == PE_OK || c->slice.n_threads > 1 || n_after <= 0, "%d blocks quantized after the flag was set at %d", n_after, at);
     return status;
 }
 
@@ -315,20 +315,20 @@ static void test_cancel_flag(const struct pe_kernels *table, int n_threads) {
     tiny_model_make(&t, &config, 5, 1.0f);
     EXPECT(PE_OK, tiny_model_load(&t, 1, err));
     pe_context *c = context_new(&t, table, PE_KV_INT8, n_threads, ids);
-    cancelling.rmsnorm = cancelling_rmsnorm, inner = table, c->slice.kernels = &cancelling;
+    cancelling.quantize = cancelling_quantize, inner = table, c->slice.kernels = &cancelling;
     batch b = {0};
     for (int i = 0; i < MAX_ROWS; i++) add(&b, ids[i % 4], i % 40, 1);
 
     cancel_flag = 0;
     EXPECT(PE_OK, cancel_after(c, &b, INT32_MAX, err));
     uint64_t expected = hash_bytes(HASH_START, pe_context_logits(c, 0), MAX_ROWS * c->logits.stride * sizeof(float));
-    int n_norms = atomic_load(&n_calls);
+    int n_blocks = atomic_load(&n_calls);
     for (size_t i = 0; i < 4; i++) EXPECT(PE_OK, pe_sequence_truncate(c, ids[i], 5, err));
 
     cancel_flag = 1; /* set before the call begins: nothing is computed at all */
     EXPECT(PE_ERR_CANCELLED, cancel_after(c, &b, INT32_MAX, err));
-    CHECK(atomic_load(&n_calls) == 0, "%d rows normed", atomic_load(&n_calls));
-    for (int at = 1; at <= n_norms - PE_TOKEN_BLOCK * n_threads; at += n_norms / (quick ? 7 : 50)) {
+    CHECK(atomic_load(&n_calls) == 0, "%d blocks quantized", atomic_load(&n_calls));
+    for (int at = 1; at <= n_blocks - n_threads; at += n_blocks / (quick ? 7 : 50)) {
         cancel_flag = 0;
         EXPECT(PE_ERR_CANCELLED, cancel_after(c, &b, at, err));
         for (size_t i = 0; i < 4; i++) CHECK(length_of(c, ids[i]) == 5, "sequence %zu after a cancelled call", i);

@@ -35,36 +35,105 @@ static void fill(float *x, size_t n, int pattern, rng *r) {
 /* Equal maxima, or both not finite: which NaN it is does not matter. */
 static bool same_outcome(uint32_t a, uint32_t b) { return a == b || (a >= PE_NOT_FINITE_BITS && b >= PE_NOT_FINITE_BITS); }
 
-/* One token of a block of `width`: outputs of the other tokens must stay as they were, which the comparison of whole blocks shows. */
-static void test_quantize_once(const struct pe_kernels *k, size_t n, size_t n_padded, size_t width, int pattern, rng *r) {
-    block x = block_new(n * 4, 4 * rng_below(r, 4));
-    fill(FLOATS(x), n, pattern, r);
-    block out[2][3];
-    uint32_t bits[2];
-    size_t token = rng_below(r, width);
+/* Activations of n_tokens rows, padded to n_padded columns, in guarded memory. */
+typedef struct packed_rows {
+    block codes, scales, corrections;
+    pe_activations x;
+} packed_rows;
+
+static packed_rows packed_new(size_t n_tokens, size_t n_padded) {
+    size_t n_packed = n_tokens / 8 * 8 + pe_block_width(n_tokens % 8), n_scales = n_packed * (n_padded / 64);
+    packed_rows p = {.codes = block_new(n_packed * n_padded, 0), .scales = block_new(n_scales * 4, 0),
+                     .corrections = block_new(n_scales * 4, 0)};
+    p.x = (pe_activations){CODES(p.codes), FLOATS(p.scales), INTS(p.corrections), n_padded, n_tokens};
+    return p;
+}
+
+static void packed_free(packed_rows *p) { block_free(&p->codes), block_free(&p->scales), block_free(&p->corrections); }
+
+/* Zero what means nothing: the outputs of a token that is not finite. */
+static void packed_forget(packed_rows *p, size_t token) {
+    size_t first = token / 8 * 8, width = pe_block_width(p->x.n_tokens - first), n_groups = p->x.n / 64;
+    for (size_t k4 = 0; k4 < p->x.n / 4; k4++) memset(p->x.codes + first * p->x.n + (k4 * width + token - first) * 4, 0, 4);
+    for (size_t g = 0; g < n_groups; g++) {
+        p->x.scales[first * n_groups + g * width + token - first] = 0.0f;
+        p->x.corrections[first * n_groups + g * width + token - first] = 0;
+    }
+}
+
+static bool packed_equal(const packed_rows *a, const packed_rows *b) {
+    bool intact = block_intact(&b->codes) && block_intact(&b->scales) && block_intact(&b->corrections);
+    return intact && memcmp(a->codes.data, b->codes.data, a->codes.n) == 0 && memcmp(a->scales.data, b->scales.data, a->scales.n) == 0 &&
+           memcmp(a->corrections.data, b->corrections.data, a->corrections.n) == 0;
+}
+
+/* The last block of n_tokens rows, each filled by a pattern of its own; the blocks before it must stay as they were. */
+static void test_quantize_once(const struct pe_kernels *k, size_t n, size_t n_padded, size_t n_tokens, bool normed, rng *r) {
+    size_t first = (n_tokens - 1) / 8 * 8, n_rows = n_tokens - first;
+    block x[8], norm = block_new(n * 4, 4 * rng_below(r, 4));
+    const float *rows[8];
+    uint32_t not_finite[2];
+    packed_rows out[2];
+    fill(FLOATS(norm), n, RANDOM, r);
+    for (size_t t = 0; t < n_rows; t++) {
+        x[t] = block_new(n * 4, 4 * rng_below(r, 4));
+        rows[t] = FLOATS(x[t]);
+        fill(FLOATS(x[t]), n, (int)rng_below(r, N_PATTERNS), r);
+    }
+    float eps = rng_below(r, 2) ? 1e-5f : 0.0f;
     for (int which = 0; which < 2; which++) {
         const struct pe_kernels *table = which ? k : &pe_kernels_scalar;
-        out[which][0] = block_new(n_padded * width, 0);
-        out[which][1] = block_new(n_padded / 64 * width * 4, 0);
-        out[which][2] = block_new(n_padded / 64 * width * 4, 0);
-        bits[which] = table->quantize(CODES(out[which][0]) + token * 4, FLOATS(out[which][1]) + token, INTS(out[which][2]) + token,
-                                      width, FLOATS(x), n, n_padded);
+        out[which] = packed_new(n_tokens, n_padded);
+        not_finite[which] = table->quantize(&out[which].x, first, rows, n, normed ? FLOATS(norm) : NULL, eps);
+        for (size_t t = 0; t < n_rows; t++)
+            if (not_finite[0] >> t & 1) packed_forget(&out[which], first + t);
     }
-    CHECK(same_outcome(bits[0], bits[1]), "%s: n %zu, %s", k->name, n, pattern_names[pattern]);
-    for (int i = 0; i < 3; i++) {
-        bool same = bits[0] >= PE_NOT_FINITE_BITS || memcmp(out[0][i].data, out[1][i].data, out[0][i].n) == 0;
-        CHECK(same && block_intact(&out[1][i]), "%s: output %d, n %zu of %zu, width %zu, %s", k->name, i, n, n_padded, width,
-              pattern_names[pattern]);
-        block_free(&out[0][i]), block_free(&out[1][i]);
-    }
-    block_free(&x);
+    CHECK(not_finite[0] == not_finite[1] && packed_equal(&out[0], &out[1]), "%s: n %zu of %zu, %zu tokens, normed %d", k->name, n,
+          n_padded, n_tokens, normed);
+    packed_free(&out[0]), packed_free(&out[1]);
+    for (size_t t = 0; t < n_rows; t++) block_free(&x[t]);
+    block_free(&norm);
 }
 
 static void test_quantize(const struct pe_kernels *k) {
     rng r = {11};
     for (size_t n = 1; n <= 260; n += quick && n > 70 ? 11 : 1)
-        for (int pattern = 0; pattern < N_PATTERNS; pattern++)
-            test_quantize_once(k, n, (n + 63) / 64 * 64 + 64 * rng_below(&r, 2), 1 + rng_below(&r, 8), pattern, &r);
+        for (size_t n_tokens = 1; n_tokens <= 9; n_tokens++)
+            test_quantize_once(k, n, (n + 63) / 64 * 64 + 64 * rng_below(&r, 2), n_tokens, n_tokens % 2, &r);
+    for (size_t n = 576; n <= 1600; n += 64) /* rows longer than what is worked on together */
+        for (size_t n_tokens = 1; n_tokens <= 16; n_tokens++) test_quantize_once(k, n, n, n_tokens, rng_below(&r, 2), &r);
+}
+
+/* The kernel beside what it is made of: each row normed, turned and quantized group by group. And which rows are not finite. */
+static void test_quantize_composition(const struct pe_kernels *k) {
+    enum { N = 200 };
+    rng r = {17};
+    float x[5][N], norm[N];
+    const float *rows[5] = {x[0], x[1], x[2], x[3], x[4]};
+    packed_rows out = packed_new(5, 256);
+    for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+        for (int t = 0; t < 5; t++) fill(x[t], N, t == 3 ? pattern : RANDOM, &r);
+        fill(norm, N, RANDOM, &r);
+        uint32_t not_finite = k->quantize(&out.x, 0, rows, N, norm, 1e-5f);
+        float y[N], scale;
+        int8_t codes[64];
+        int32_t correction;
+        for (size_t t = 0; t < 5; t++) {
+            bool finite = isfinite(pe_kernels_scalar.rmsnorm(y, x[t], norm, N, 1e-5f));
+            pe_kernels_scalar.turn(y, N, 1.0f);
+            for (size_t i = 0; i < N; i++) finite = finite && isfinite(y[i]);
+            CHECK((not_finite >> t & 1) == !finite, "%s: token %zu, %s", k->name, t, pattern_names[pattern]);
+            for (size_t g = 0; g < 3 && finite; g++) {
+                pe_kernels_scalar.quantize_head(codes, &scale, &correction, y + g * 64, 64, 1, pe_input_factor(pe_turn_block(N)));
+                CHECK(scale == out.x.scales[g * 8 + t] && correction == out.x.corrections[g * 8 + t], "%s: group %zu", k->name, g);
+                for (size_t i = 0; i < 64; i++)
+                    CHECK(codes[i] == out.x.codes[((g * 16 + i / 4) * 8 + t) * 4 + i % 4], "%s: code %zu of %zu", k->name, i, g);
+            }
+        }
+        for (size_t t = 5; t < 8; t++)
+            for (size_t i = 0; i < 256; i++) CHECK(out.x.codes[(i / 4 * 8 + t) * 4 + i % 4] == 0, "%s: filling %zu", k->name, t);
+    }
+    packed_free(&out);
 }
 
 static void test_quantize_head(const struct pe_kernels *k) {
@@ -153,7 +222,9 @@ static void test_groups_law(void) {
         int32_t corrections[4];
         size_t n_groups = (n + 63) / 64;
         fill(x, n, RANDOM, &r);
-        pe_kernels_scalar.quantize(codes, scales, corrections, 1, x, n, n_groups * 64);
+        const float *row = x;
+        pe_activations packed = {codes, scales, corrections, n_groups * 64, 1};
+        pe_kernels_scalar.quantize(&packed, 0, &row, n, NULL, 0.0f);
         pe_kernels_scalar.turn(x, n, 1.0f);
         for (size_t g = 0; g < n_groups; g++) {
             size_t n_group = n - g * 64 < 64 ? n - g * 64 : 64;
@@ -169,16 +240,18 @@ static void test_groups_law(void) {
 /* Of values that float32 holds, a turn may make some that it does not: those are told, and a block of one is never turned. */
 static void test_turn_overflow(const struct pe_kernels *k) {
     float x[64], scale;
+    const float *row = x;
     int8_t codes[64];
     int32_t correction;
+    pe_activations packed = {codes, &scale, &correction, 64, 1};
     for (size_t i = 0; i < 64; i++) x[i] = 3e38f;
-    CHECK(k->quantize(codes, &scale, &correction, 1, x, 64, 64) >= PE_NOT_FINITE_BITS, "%s: a row", k->name);
+    CHECK(k->quantize(&packed, 0, &row, 64, NULL, 0.0f) == 1, "%s: a row", k->name);
     CHECK(k->quantize_head(codes, &scale, &correction, x, 64, 64, 0.125f) >= PE_NOT_FINITE_BITS, "%s: a head", k->name);
-    CHECK(k->quantize(codes, &scale, &correction, 1, x, 63, 64) == pe_float_bits(3e38f) && scale == 3e38f / 127.0f,
-          "%s: an odd row, scale %a", k->name, (double)scale);
+    CHECK(k->quantize(&packed, 0, &row, 63, NULL, 0.0f) == 0 && scale == 3e38f / 127.0f, "%s: an odd row, scale %a", k->name,
+          (double)scale);
     for (size_t i = 1; i < 64; i++) x[i] = 0.0f;
-    CHECK(k->quantize(codes, &scale, &correction, 1, x, 64, 64) == pe_float_bits(3e38f) && scale == 3e38f / 127.0f * 0.125f,
-          "%s: one large value, scale %a", k->name, (double)scale);
+    CHECK(k->quantize(&packed, 0, &row, 64, NULL, 0.0f) == 0 && scale == 3e38f / 127.0f * 0.125f, "%s: one large value, scale %a",
+          k->name, (double)scale);
     for (size_t i = 0; i < 64; i++) CHECK(codes[i] == 127, "%s: code %zu of one large value is %d", k->name, i, codes[i]);
 }
 
@@ -371,6 +444,7 @@ static void test_codes_are_legal(const struct pe_kernels *k) {
 void test_kernels(const struct pe_kernels *k) {
     if (k == &pe_kernels_scalar) test_quantize_law(), test_groups_law(), test_turn_law();
     test_quantize(k);
+    test_quantize_composition(k);
     test_quantize_head(k);
     test_turn(k);
     test_turn_overflow(k);

@@ -72,8 +72,12 @@ static void compare_matmul(const struct pe_kernels *k, const product *p, size_t 
     size_t n_rows = (panel_end - panel_begin) * 16, stride = n_rows + rng_below(r, 20), n_tokens = token_end - token_begin;
     size_t n = (n_tokens - 1) * stride + n_rows, misaligned = 4 * rng_below(r, 16);
     block a = block_new(n * 4, misaligned), b = block_new(n * 4, misaligned);
-    pe_kernels_scalar.matmul(FLOATS(a), stride, &p->w, panel_begin, panel_end, &p->x, token_begin, token_end);
-    k->matmul(FLOATS(b), stride, &p->w, panel_begin, panel_end, &p->x, token_begin, token_end);
+    float bias[16 * 8];
+    for (size_t i = 0; i < p->w.n_panels * 16; i++) bias[i] = rng_float(r);
+    bool biased = rng_below(r, 2), add = rng_below(r, 2);
+    for (size_t i = 0; i < n; i++) FLOATS(a)[i] = FLOATS(b)[i] = rng_float(r);
+    pe_kernels_scalar.matmul(FLOATS(a), stride, &p->w, panel_begin, panel_end, &p->x, token_begin, token_end, biased ? bias : NULL, add);
+    k->matmul(FLOATS(b), stride, &p->w, panel_begin, panel_end, &p->x, token_begin, token_end, biased ? bias : NULL, add);
     CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: panels %zu-%zu of %zu, tokens %zu-%zu of %zu, %zu groups",
           k->name, panel_begin, panel_end, p->w.n_panels, token_begin, token_end, p->x.n_tokens, p->w.n_groups);
     block_free(&a), block_free(&b);
@@ -111,7 +115,7 @@ static void test_every_weight_scale(const struct pe_kernels *k) {
         if ((half & 0x7c00u) == 0x7c00u) continue;
         float out[16];
         for (uint32_t row = 0; row < 16; row++) ((uint16_t *)(void *)p.w_scales.data)[row] = (uint16_t)(half + row);
-        k->matmul(out, 16, &p.w, 0, 1, &p.x, 0, 1);
+        k->matmul(out, 16, &p.w, 0, 1, &p.x, 0, 1, NULL, false);
         for (uint32_t row = 0; row < 16; row++) {
             float expected = pe_half_to_float((uint16_t)(half + row));
             CHECK(out[row] == expected, "%s: half %04x gives %a, expected %a", k->name, half + row, (double)out[row], (double)expected);
@@ -126,8 +130,11 @@ static void test_matmul_law(void) {
     product p = product_new(3, 2, 11, RANDOM, &r);
     for (size_t i = 0; i < 3 * 2 * 16; i++) ((uint16_t *)(void *)p.w_scales.data)[i] = 0x3c00; /* 1 */
     for (size_t i = 0; i < p.x_scales.n / 4; i++) FLOATS(p.x_scales)[i] = 1.0f;
-    float out[11 * 48];
-    pe_kernels_scalar.matmul(out, 48, &p.w, 0, 3, &p.x, 0, 11);
+    float out[11 * 48], sum[11 * 48], bias[48]; /* whole numbers, which add exactly */
+    for (size_t i = 0; i < 48; i++) bias[i] = (float)i * 3.0f;
+    for (size_t i = 0; i < 11 * 48; i++) sum[i] = -(float)i;
+    pe_kernels_scalar.matmul(out, 48, &p.w, 0, 3, &p.x, 0, 11, NULL, false);
+    pe_kernels_scalar.matmul(sum, 48, &p.w, 0, 3, &p.x, 0, 11, bias, true);
     for (size_t token = 0; token < 11; token++)
         for (size_t row = 0; row < 48; row++) {
             size_t width = token < 8 ? 8 : 4;
@@ -135,7 +142,9 @@ static void test_matmul_law(void) {
             for (size_t i = 0; i < 128; i++)
                 expected += (int64_t)p.w.codes[(row / 16 * 2 + i / 64) * 1024 + i % 64 / 4 * 64 + row % 16 * 4 + i % 4] *
                             p.x.codes[token / 8 * 8 * 128 + i / 4 * 4 * width + token % 8 * 4 + i % 4];
-            CHECK((double)out[token * 48 + row] == (double)expected, "token %zu row %zu", token, row);
+            size_t at = token * 48 + row;
+            CHECK((double)out[at] == (double)expected, "token %zu row %zu", token, row);
+            CHECK((double)sum[at] == (double)expected + (double)bias[row] - (double)at, "token %zu row %zu, added", token, row);
         }
     product_free(&p);
 }

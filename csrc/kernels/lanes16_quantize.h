@@ -1,0 +1,293 @@
+/* lanes16_quantize.h: the turn and the quantizers of lanes16.h, which includes this; FORMAT.md sections 4 and 5.
+ *
+ * A block of tokens is quantized four groups of 64 values at a time, transposed by quads of four lanes: of the sixteen
+ * vectors that they fill, vector c then holds elements 4 c to 4 c + 3 of all four, those of group k in its quad k. Stages of
+ * the turn that pair elements four or more apart are additions of whole vectors, a group's maximum is one of vectors and
+ * then of four lanes, four groups share a division, and rounded to bytes a vector is what a block of four tokens or more has
+ * side by side. */
+#ifndef PE_LANES16_QUANTIZE_H
+#define PE_LANES16_QUANTIZE_H
+
+enum {
+    QUADS = 4, /* groups that are worked on together = quads of a vector */
+    AHEAD = 4  /* fours that are turned before the first of them is rounded: by then its maximum and division are done */
+};
+
+/* ------------------------------------------------------------------ the turn */
+
+/* The sign of the second half of every pair that is h lanes apart, for h = 1, 2, 4, 8. */
+static const float pe_turn_signs[4][16] = {
+    {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
+    {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
+    {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
+    {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1},
+};
+
+PE_INLINE void butterfly(v16 *a, v16 *b) {
+    v16 sum = v16_add(*a, *b);
+    *b = v16_sub(*a, *b);
+    *a = sum;
+}
+
+/* A stage of the turn within each of four vectors, if blocks of `block` have it. Lane i becomes its partner plus or minus
+ * itself: one fma, whose product is exact. */
+#define PE_TURN_LANES(v, block, h, swap, index) \
+    if ((block) > (h)) { \
+        v16 sign = v16_load(pe_turn_signs[index]); \
+        PE_UNROLL for (int i = 0; i < 4; i++) (v)[i] = v16_fma((v)[i], sign, swap((v)[i])); \
+    }
+
+/* T of the blocks of 64 values. */
+PE_INLINE void turn_64(v16 v[4], size_t block) {
+    PE_TURN_LANES(v, block, 1, v16_swap1, 0)
+    PE_TURN_LANES(v, block, 2, v16_swap2, 1)
+    PE_TURN_LANES(v, block, 4, v16_swap4, 2)
+    PE_TURN_LANES(v, block, 8, v16_swap8, 3)
+    if (block > 16) butterfly(&v[0], &v[1]), butterfly(&v[2], &v[3]);
+    if (block > 32) butterfly(&v[0], &v[2]), butterfly(&v[1], &v[3]);
+}
+
+/* The first n of 64 values at x, zeros after them. */
+PE_INLINE void load_64(v16 v[4], const float *x, size_t n) {
+    if (n >= PE_GROUP) {
+        PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(x + i * 16);
+        return;
+    }
+    float padded[PE_GROUP] = {0};
+    memcpy(padded, x, n * sizeof *x);
+    PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(padded + i * 16);
+}
+
+static void turn(float *x, size_t n, float factor) {
+    size_t block = pe_turn_block(n);
+    for (size_t begin = 0; begin < n; begin += PE_GROUP) {
+        size_t left = n - begin < PE_GROUP ? n - begin : PE_GROUP;
+        float turned[PE_GROUP];
+        v16 v[4];
+        load_64(v, x + begin, left);
+        turn_64(v, block);
+        PE_UNROLL for (int i = 0; i < 4; i++) v16_store(turned + i * 16, v16_mul(v[i], v16_set1(factor)));
+        memcpy(x + begin, turned, left * sizeof *x);
+    }
+}
+
+/* ------------------------------------------------------------------ one head */
+
+static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
+                              float factor) {
+    v16 v[PE_MAX_HEAD_DIM / 16];
+    int8_t dense[PE_MAX_HEAD_DIM];
+    size_t n_v = 0;
+    i16 most = i16_zero(), total = i16_zero();
+    for (size_t begin = 0; begin < n; begin += PE_GROUP, n_v += 4) {
+        load_64(v + n_v, x + begin, n - begin < PE_GROUP ? n - begin : PE_GROUP);
+        turn_64(v + n_v, block);
+    }
+    for (size_t i = 0; i < n_v; i++) most = v16_abs_bits_max(most, v[i]);
+    uint32_t bits = i16_umax(most);
+    float absmax = pe_float_from_bits(bits);
+    if (absmax < 0x1p-64f || bits >= PE_NOT_FINITE_BITS) {
+        memset(codes, 0, n);
+        *scale = 0.0f;
+        *correction = 0;
+        return bits;
+    }
+    *scale = absmax / 127.0f * factor;
+    v16 inv = v16_set1(127.0f / absmax);
+    for (size_t i = 0; i < n_v; i++) total = i16_add(total, v16_to_i8(dense + i * 16, v16_mul(v[i], inv)));
+    *correction = -128 * i16_sum(total);
+    memcpy(codes, dense, n);
+    return bits;
+}
+
+/* ------------------------------------------------------------------ four groups */
+
+/* Four groups of 64 values, and what they are multiplied with if their rows are normed. */
+typedef struct four_groups {
+    const float *x[QUADS], *norm[QUADS];
+    float inv_rms[QUADS];
+} four_groups;
+
+/* The four, transposed, after the turn; absmax: the bits of each group's largest magnitude in all lanes of its quad. */
+typedef struct turned_four {
+    v16 v[16];
+    i16 absmax;
+} turned_four;
+
+PE_INLINE i16 absmax_four(const v16 v[16]) {
+    i16 most[4];
+    PE_UNROLL for (int i = 0; i < 4; i++) {
+        most[i] = v16_abs_bits_max(i16_zero(), v[i]);
+        PE_UNROLL for (int c = 4; c < 16; c += 4) most[i] = v16_abs_bits_max(most[i], v[c + i]);
+    }
+    PE_UNROLL for (int i = 1; i < 4; i++) most[0] = v16_abs_bits_max(most[0], v16_from_bits(most[i]));
+    most[0] = v16_abs_bits_max(most[0], v16_swap1(v16_from_bits(most[0])));
+    return v16_abs_bits_max(most[0], v16_swap2(v16_from_bits(most[0])));
+}
+
+PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, const int normed) {
+    v16 v[16];
+    PE_UNROLL for (int j = 0; j < 4; j++) {
+        v16 *q = v + j * 4;
+        PE_UNROLL for (int k = 0; k < QUADS; k++) {
+            q[k] = v16_load(in->x[k] + j * 16);
+            if (normed) q[k] = v16_mul(v16_mul(q[k], v16_set1(in->inv_rms[k])), v16_load(in->norm[k] + j * 16));
+        }
+        PE_TURN_LANES(q, block, 1, v16_swap1, 0)
+        PE_TURN_LANES(q, block, 2, v16_swap2, 1)
+        v16_transpose_quads(q);
+        if (block > 4) butterfly(&q[0], &q[1]), butterfly(&q[2], &q[3]);
+        if (block > 8) butterfly(&q[0], &q[2]), butterfly(&q[1], &q[3]);
+    }
+    PE_UNROLL for (int i = 0; i < 4; i++) {
+        if (block > 16) butterfly(&v[i], &v[4 + i]), butterfly(&v[8 + i], &v[12 + i]);
+        if (block > 32) butterfly(&v[i], &v[8 + i]), butterfly(&v[4 + i], &v[12 + i]);
+    }
+    out->absmax = absmax_four(v);
+    PE_UNROLL for (int c = 0; c < 16; c++) out->v[c] = v[c]; /* here, not stage by stage */
+}
+
+/* Codes of vector c go to codes + c * step, sixteen of them; scales and corrections (16) are the same in all lanes of a
+ * quad. */
+PE_INLINE void round_four(int8_t *codes, size_t step, float *scales, float *corrections, const turned_four *in,
+                          float factor) {
+    v16 absmax = v16_from_bits(in->absmax), most_code = v16_set1(127.0f);
+    v16 scale = v16_mul(v16_div(absmax, most_code), v16_set1(factor));
+    v16 inv = v16_zero_if_less(absmax, 0x1p-64f, v16_div(most_code, absmax));
+    v16_store(scales, v16_zero_if_less(absmax, 0x1p-64f, scale));
+    i16 total = i16_zero();
+    PE_UNROLL for (int c = 0; c < 16; c++)
+        total = i16_add(total, v16_to_i8(codes + (size_t)c * step, v16_mul(in->v[c], inv)));
+    v16 sum = i16_to_float(total); /* sums of 64 codes, and 128 times them, are exact */
+    sum = v16_add(sum, v16_swap1(sum));
+    sum = v16_add(sum, v16_swap2(sum));
+    v16_store(corrections, v16_mul(sum, v16_set1(-128.0f)));
+}
+
+/* ------------------------------------------------------------------ a block of tokens */
+
+/* The rows of a block and what becomes of them. Its items are the groups of all tokens in the order of their scales: item
+ * i is group i / width of token i % width. */
+typedef struct block_rows {
+    const float *const *rows; /* (n_rows), n floats each */
+    size_t n_rows, n;
+    const float *norm; /* (n) or NULL */
+    float inv_rms[PE_TOKEN_BLOCK];
+    size_t width_bits; /* log2 of the width */
+    int8_t *codes;
+    float *scales;
+    int32_t *corrections;
+} block_rows;
+
+static inline size_t item_token(const block_rows *b, size_t item) { return item & (((size_t)1 << b->width_bits) - 1); }
+static inline size_t item_group(const block_rows *b, size_t item) { return item >> b->width_bits; }
+
+static const float pe_zero_group[PE_GROUP];
+
+/* The first n of 64 values at x, in place or copied to `padded` with zeros after them. */
+static inline const float *whole_group(float padded[PE_GROUP], const float *x, size_t n) {
+    if (n >= PE_GROUP) return x;
+    memset(padded, 0, PE_GROUP * sizeof *padded);
+    memcpy(padded, x, n * sizeof *x);
+    return padded;
+}
+
+/* Items from `item` on. Those that are not there are zero. */
+PE_INLINE void take_four(four_groups *four, float padded[2 * QUADS][PE_GROUP], const block_rows *b, size_t item) {
+    PE_UNROLL for (size_t k = 0; k < QUADS; k++) {
+        size_t token = item_token(b, item + k), begin = item_group(b, item + k) * PE_GROUP;
+        four->x[k] = four->norm[k] = pe_zero_group;
+        four->inv_rms[k] = 0.0f;
+        if (token >= b->n_rows || begin >= b->n) continue;
+        four->x[k] = whole_group(padded[k], b->rows[token] + begin, b->n - begin);
+        if (b->norm == NULL) continue;
+        four->norm[k] = whole_group(padded[QUADS + k], b->norm + begin, b->n - begin);
+        four->inv_rms[k] = b->inv_rms[token];
+    }
+}
+
+/* n_items items, at most four, from `item` on to where kernels.h has them. In a block of four tokens or more each
+ * vector's codes lie side by side. */
+PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const turned_four *four, float factor) {
+    size_t width = (size_t)1 << b->width_bits;
+    int8_t dense[QUADS * PE_GROUP];
+    int8_t *first = b->codes + item_group(b, item) * PE_GROUP * width + item_token(b, item) * 4;
+    float scales[PE_PANEL], corrections[PE_PANEL];
+    if (width >= QUADS) {
+        round_four(first, width * 4, scales, corrections, four, factor);
+    } else {
+        round_four(dense, PE_PANEL, scales, corrections, four, factor);
+        for (size_t k = 0; k < n_items; k++) {
+            int8_t *to = b->codes + item_group(b, item + k) * PE_GROUP * width + item_token(b, item + k) * 4;
+            for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++) memcpy(to + k4 * 4 * width, dense + k4 * PE_PANEL + k * 4, 4);
+        }
+    }
+    for (size_t k = 0; k < n_items; k++) {
+        b->scales[item + k] = scales[k * 4];
+        b->corrections[item + k] = (int32_t)corrections[k * 4];
+    }
+}
+
+/* inv_rms of every row. Returns a bit for each whose sum of squares is not finite. */
+static uint32_t norm_rows(block_rows *b, float eps) {
+    float sums[PE_TOKEN_BLOCK];
+    uint32_t not_finite = 0;
+    size_t t = 0;
+    for (; t + 4 <= b->n_rows; t += 4) sums_of_squares(sums + t, b->rows + t, b->n, 4);
+    for (; t < b->n_rows; t++) sums_of_squares(sums + t, b->rows + t, b->n, 1);
+    for (t = 0; t < b->n_rows; t++) {
+        b->inv_rms[t] = 1.0f / sqrtf(sums[t] / (float)b->n + eps);
+        not_finite |= (uint32_t)((pe_float_bits(sums[t]) & 0x7fffffffu) >= PE_NOT_FINITE_BITS) << t;
+    }
+    return not_finite;
+}
+
+/* absmax[q] has in quad k the largest of items 4 q + k, 8 + 4 q + k, ... Returns a bit for each token that has one which is
+ * not finite. */
+static uint32_t not_finite_tokens(const i16 absmax[PE_TOKEN_BLOCK / QUADS], const block_rows *b) {
+    uint32_t not_finite = 0;
+    for (size_t item = 0; item < PE_TOKEN_BLOCK; item++) {
+        float lanes[PE_PANEL];
+        v16_store(lanes, v16_from_bits(absmax[item / QUADS]));
+        not_finite |= (uint32_t)(pe_float_bits(lanes[item % QUADS * 4]) >= PE_NOT_FINITE_BITS) << item_token(b, item);
+    }
+    return not_finite;
+}
+
+static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
+                         float eps) {
+    size_t left = x->n_tokens - first, width = pe_block_width(left), block = pe_turn_block(n);
+    size_t first_scale = first * (x->n / PE_GROUP);
+    block_rows b = {.rows = rows,
+                    .n_rows = left < width ? left : width,
+                    .n = n,
+                    .norm = norm,
+                    .width_bits = (size_t)__builtin_ctzll(width),
+                    .codes = x->codes + first * x->n,
+                    .scales = x->scales + first_scale,
+                    .corrections = x->corrections + first_scale};
+    uint32_t not_finite = norm != NULL ? norm_rows(&b, eps) : 0;
+    i16 absmax[PE_TOKEN_BLOCK / QUADS] = {i16_zero(), i16_zero()};
+    turned_four turned[AHEAD];
+    float padded[2 * QUADS][PE_GROUP], factor = pe_input_factor(block);
+    size_t end = x->n / PE_GROUP * width;
+    for (size_t begin = 0; begin < end; begin += AHEAD * QUADS) {
+        size_t n_items = end - begin < AHEAD * QUADS ? end - begin : AHEAD * QUADS;
+        for (size_t i = 0; i < n_items; i += QUADS) {
+            turned_four *t = &turned[i / QUADS];
+            four_groups four;
+            take_four(&four, padded, &b, begin + i);
+            if (norm != NULL) turn_four(t, &four, block, 1);
+            else turn_four(t, &four, block, 0);
+            i16 *most = &absmax[i / QUADS % (PE_TOKEN_BLOCK / QUADS)];
+            *most = v16_abs_bits_max(*most, v16_from_bits(t->absmax));
+        }
+        for (size_t i = 0; i < n_items; i += QUADS)
+            put_four(&b, begin + i, n_items - i < QUADS ? n_items - i : QUADS, &turned[i / QUADS], factor);
+    }
+    return not_finite | not_finite_tokens(absmax, &b);
+}
+
+#undef PE_TURN_LANES
+
+#endif
