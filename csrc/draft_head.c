@@ -126,8 +126,8 @@ pe_status pe_draft_head_create(pe_draft_head **out, const pe_model *model, uint3
     if (status == PE_OK) status = pe_pool_acquire(n_threads, err);
     h->has_threads = status == PE_OK;
     if (status == PE_OK)
-        status = pe_slice_create(&h->slice, &h->net, pe_kernels_selected(), PE_KV_INT8, n_threads,
-                                 pe_matmul_scratch_floats(&h->net), err);
+        status = pe_slice_create(&h->slice, &h->net, pe_kernels_selected(), PE_KV_INT8, n_threads, pe_matmul_scratch_floats(),
+                                 err);
     if (status != PE_OK) {
         pe_draft_head_destroy(h);
         return status;

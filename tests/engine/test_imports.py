@@ -178,8 +178,9 @@ C_ROOMS: dict[str, set[str]] = {
     "mlp": {"slice", "matmul", "adapter", "experts"},
     "context": {"status", "platform", "slice", "kv_cache", "matmul", "attention"},
     "forward": {
-        "status", "platform", "float_env", "embedding", "slice", "kv_cache", "matmul", "adapter", "block", "mlp", "context",
-    },  # fmt: skip
+        "status", "platform", "float_env", "embedding", "slice", "kv_cache", "matmul", "adapter", "block", "mlp",
+        "context",
+    },
     "draft_head": {"pyengine", "status", "platform", "float_env", "embedding", "tensors", "slice", "matmul", "mlp"},
     "sampler": {"pyengine", "status", "float_env", "kernels", "threadpool"},
     "draft": {"pyengine", "status", "sampler"},
