@@ -123,7 +123,7 @@ def test_a_stop_waits_for_the_checkpoint(stories: Path, tmp_path: Path, monkeypa
         yield
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
-    monkeypatch.setattr(train, "_signals", signals)
+    monkeypatch.setattr(train, "signals", signals)
     assert run(tmp_path / "run", stories) == 130
     assert [path.name for path in checkpoints.checkpoints(tmp_path / "run")] == ["step_00000001"]
 
