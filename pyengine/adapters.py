@@ -100,14 +100,14 @@ class Adapters:
             raise PyEngineError("this engine is closed")
         loaded = _loaded(name, given, self._config, model, {_place(tensor): one for tensor, one in products.items()})
         if self._by_name.setdefault(name, loaded) is not loaded:  # by another thread, meanwhile
-            self._check_new(name)
+            raise _taken(name)
         return loaded
 
     def _check_new(self, name: object) -> None:
         if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
             raise InvalidArgumentError(f"an adapter's name is 1 to {MAX_NAME} printable characters, not {shown(name)}")
         if name in self._by_name:
-            raise InvalidArgumentError(f"there is an adapter called {shown(name)} already")
+            raise _taken(name)
 
     def _shape(self, tensor: str) -> tuple[int, int] | None:
         """Of a matrix by its name in Hugging Face's checkpoints, None if there is no such layer. Raises UnsupportedModelError
@@ -152,6 +152,10 @@ class Adapters:
     def close(self) -> None:
         self._by_name.clear()
         self._model = None
+
+
+def _taken(name: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"there is an adapter called {shown(name)} already")
 
 
 def _place(tensor: str) -> tuple[int, str]:
