@@ -98,7 +98,7 @@ class Adapters:
         model = self._model
         if model is None:
             raise PyEngineError("this engine is closed")
-        loaded = _loaded(name, given, self._config, model, {_place(tensor): one for tensor, one in products.items()})
+        loaded = _loaded(name, given, self._config, model, _by_place(given.path, products))
         if self._by_name.setdefault(name, loaded) is not loaded:  # by another thread, meanwhile
             raise _taken(name)
         return loaded
@@ -163,6 +163,16 @@ def _place(tensor: str) -> tuple[int, str]:
     match = _TENSOR.fullmatch(tensor)
     assert match is not None
     return int(match[1]), match[2]
+
+
+def _by_place(path: Path, products: Mapping[str, Product]) -> dict[tuple[int, str], Product]:
+    """Products by (layer, module). Raises ModelFormatError for two of one matrix, which has a name in each kind of model."""
+    placed: dict[tuple[int, str], Product] = {}
+    for tensor, product in products.items():
+        layer, module = _place(tensor)
+        if placed.setdefault((layer, module), product) is not product:
+            raise ModelFormatError(f"{path}: the adapter changes {module} of layer {layer} twice")
+    return placed
 
 
 def _folded(config: FrozenConfig, part: str) -> float:

@@ -376,6 +376,7 @@ def test_tensors(engine: pyengine.Engine, tmp_path: Path) -> None:
         ({**good, **moved("model.layers.0.mlp.experts.0.up_proj")}, UnsupportedModelError, "experts.0.up_proj"),
         ({**good, **moved("model.layers.01.self_attn.q_proj")}, UnsupportedModelError, "layers.01"),
         ({**good, **moved("model.layers.9.self_attn.q_proj")}, ModelFormatError, "layers.9.*does not have"),
+        ({**good, **moved("model.language_model.layers.1.self_attn.q_proj")}, ModelFormatError, "of layer 1 twice"),
         ({**good, f"{prefix}.lora_magnitude_vector": b[:, 0]}, UnsupportedModelError, "magnitude"),
         ({}, ModelFormatError, "is empty"),
     ]
