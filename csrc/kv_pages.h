@@ -1,8 +1,9 @@
 /* kv_pages.h: the pages of the KV cache: who holds them, which are kept for later, which one makes room.
  *
  * A page holds the keys and values of 256 consecutive positions, and the ids of the tokens at these positions. What a
- * page contains depends on its tokens and on all tokens before them, and on nothing else (FORMAT.md section 9), so pages
- * form a tree: a page's parent is the page of the 256 positions before it, and the path from the root spells the text.
+ * page contains depends on its tokens, on all tokens before them, on the adapter that they were computed with (which a salt
+ * stands for, see below), and on nothing else (FORMAT.md section 9), so pages form a tree: a page's parent is the page of the
+ * 256 positions before it, and the path from the root spells the text.
  *
  *     root -- "Once upon a ... garden" -- "with her ... and"  (in use by two sequences)
  *          |                           \- "and a ... said"    (cached: nobody holds it)
@@ -11,7 +12,7 @@
  * Looking up a prompt is walking down from the root; the last step may share a part of a page. Sequences hold references;
  * a page that nobody holds stays in the tree until its memory is wanted: then the leaf that was let go first makes room.
  * Tokens are compared, never hashes, so one text's keys cannot be taken for another's. Pages below the root also carry the
- * caller's salt: texts under different salts share nothing.
+ * caller's salt: texts under different salts share nothing, and a caller has one for each adapter.
  *
  * Layers with a sliding window have their keys and values in a part of the page of their own, the window part. Sequences hold
  * the window parts of the last pages they have, and of no others: a page that is held may have no window part, and a window

@@ -189,8 +189,9 @@ pe_status pe_context_check(const pe_context *context, char *err);
 /* Sequences are small non-negative ids. A new one is empty, and its pages are freed with it. */
 pe_status pe_sequence_new(pe_context *context, int32_t *out, char *err);
 /* A sequence that already holds the first *n_matched of tokens (n), as far as pages of them are known under this salt
- * (NULL = all zero): texts under different salts share nothing. With `keep`, its own pages can be found from now on,
- * and stay cached when it is dropped. What is shared changes no bit of any result. */
+ * (NULL = all zero): texts under different salts share nothing, and texts computed with different adapters must have
+ * different ones. With `keep`, its own pages can be found from now on, and stay cached when it is dropped. What is shared
+ * changes no bit of any result. */
 pe_status pe_sequence_match(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt, bool keep,
                             int32_t *out, size_t *n_matched, char *err);
 /* The length that pe_sequence_match would give. Changes nothing. */

@@ -98,16 +98,16 @@ class Adapters:
         model = self._model
         if model is None:
             raise PyEngineError("this engine is closed")
-        loaded = _loaded(name, given, self._config, model, {_place(tensor): one for tensor, one in products.items()})
+        loaded = _loaded(name, given, self._config, model, _by_place(given.path, products))
         if self._by_name.setdefault(name, loaded) is not loaded:  # by another thread, meanwhile
-            self._check_new(name)
+            raise _taken(name)
         return loaded
 
     def _check_new(self, name: object) -> None:
         if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
             raise InvalidArgumentError(f"an adapter's name is 1 to {MAX_NAME} printable characters, not {shown(name)}")
         if name in self._by_name:
-            raise InvalidArgumentError(f"there is an adapter called {shown(name)} already")
+            raise _taken(name)
 
     def _shape(self, tensor: str) -> tuple[int, int] | None:
         """Of a matrix by its name in Hugging Face's checkpoints, None if there is no such layer. Raises UnsupportedModelError
@@ -154,11 +154,25 @@ class Adapters:
         self._model = None
 
 
+def _taken(name: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"there is an adapter called {shown(name)} already")
+
+
 def _place(tensor: str) -> tuple[int, str]:
     """(layer, module) of a tensor that has a shape."""
     match = _TENSOR.fullmatch(tensor)
     assert match is not None
     return int(match[1]), match[2]
+
+
+def _by_place(path: Path, products: Mapping[str, Product]) -> dict[tuple[int, str], Product]:
+    """Products by (layer, module). Raises ModelFormatError for two of one matrix, which has a name in each kind of model."""
+    placed: dict[tuple[int, str], Product] = {}
+    for tensor, product in products.items():
+        layer, module = _place(tensor)
+        if placed.setdefault((layer, module), product) is not product:
+            raise ModelFormatError(f"{path}: the adapter changes {module} of layer {layer} twice")
+    return placed
 
 
 def _folded(config: FrozenConfig, part: str) -> float:

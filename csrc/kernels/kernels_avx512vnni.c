@@ -37,9 +37,6 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
 }
 
 LANES v16 v16_from_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
-LANES v16 v16_from_i8(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
-}
 
 LANES v16 v16_swap1(v16 x) { return _mm512_permute_ps(x, 0xb1); }
 LANES v16 v16_swap2(v16 x) { return _mm512_permute_ps(x, 0x4e); }

@@ -51,12 +51,6 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
 }
 
 LANES v16 v16_from_half(const uint16_t *p) { EACH(v16, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * q)))); }
-LANES v16 v16_from_i8(const int8_t *p) {
-    int8x16_t x = vld1q_s8(p);
-    int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_high_s8(x);
-    return (v16){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
-                  vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
-}
 
 LANES v16 v16_swap1(v16 x) { EACH(v16, vrev64q_f32(x.val[q])); }
 LANES v16 v16_swap2(v16 x) { EACH(v16, vextq_f32(x.val[q], x.val[q], 2)); }

@@ -52,11 +52,6 @@ LANES v16 v16_from_half(const uint16_t *p) {
                  _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
 }
 
-LANES v16 v16_from_i8(const int8_t *p) {
-    return (v16){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))),
-                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8))))};
-}
-
 LANES v16 v16_swap1(v16 x) { return (v16){_mm256_permute_ps(x.low, 0xb1), _mm256_permute_ps(x.high, 0xb1)}; }
 LANES v16 v16_swap2(v16 x) { return (v16){_mm256_permute_ps(x.low, 0x4e), _mm256_permute_ps(x.high, 0x4e)}; }
 LANES v16 v16_swap4(v16 x) {

@@ -224,7 +224,7 @@ PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const 
     }
     for (size_t k = 0; k < n_items; k++) {
         b->scales[item + k] = scales[k * 4];
-        b->corrections[item + k] = (int32_t)corrections[k * 4];
+        b->corrections[item + k] = (int32_t)(int64_t)corrections[k * 4]; /* of what is not finite it is beyond int32 */
     }
 }
 

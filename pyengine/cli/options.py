@@ -117,7 +117,7 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lora_option(parser: argparse._ActionsContainer, help: str, *, many: bool = False) -> None:
-    """--lora: args.lora is a list of Lora, or None."""
+    """--lora: args.lora is a Lora, with `many` a list of them; None if it is not given."""
     parser.add_argument("--lora", action="append" if many else "store", type=Lora.parse, metavar="[NAME=]DIR[:SCALE]", help=help)
 
 

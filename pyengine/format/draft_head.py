@@ -1,4 +1,4 @@
-"""Put a draft head into a frozen file, or take it out (csrc/FORMAT.md, section 2)."""
+"""Put a draft head into a frozen file, or take it out (csrc/FORMAT.md, section 10)."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.draft_heads import with_random_head
 from engine.test_against_transformers import isa, open_model
 from numpy.typing import NDArray
 from reference import fixtures, frozen_reader
@@ -234,6 +235,43 @@ def test_speculation_changes_nothing(engine: pyengine.Engine) -> None:
         assert engine.generate(text, adapter=adapter, max_tokens=40, temperature=0).tokens == plain.tokens
 
 
+@pytest.mark.parametrize("by", ["head", "model"])
+@pytest.mark.parametrize("name", ["llama_untied", "qwen2_key_bias", "gemma2", "granite"])
+def test_what_guesses_with_a_network_changes_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, by: str
+) -> None:
+    """A draft head goes on from the changed model's hidden states, a draft model reads the text without the adapter: both guess
+    wrong more often, and that is all. Attaching a head keeps what the file says of folded multipliers."""
+    monkeypatch.setattr("pyengine.run.draft.MAX_SKIP", 0)  # no step goes by without a look for guesses
+    model, path = frozen(root, name), directory(root, name, 0)
+    drafted = with_random_head(model, tmp_path / "headed.safetensors") if by == "head" else model
+    texts, chosen = [list(range(3, 3 + n)) for n in (30, 9, 30)], ["a", None, "a"]
+    with pyengine.Engine(model, n_threads=1, speculative="off") as plain:
+        plain.load_adapter(path, name="a")
+        expected = [plain.generate(text, adapter=one, **PARAMS).tokens for text, one in zip(texts, chosen, strict=True)]
+        samples = [result.tokens for result in plain.generate(texts[0], adapter="a", n=3, **PARAMS)]
+    with pyengine.Engine(drafted, draft_model=None if by == "head" else model) as engine:
+        loaded = engine.load_adapter(path, name="a")
+        proposer = engine.scheduler.speculation.proposer
+        assert proposer is not None
+        proposer._best_length = lambda requests, n_rows, most: min(3, most)  # type: ignore[method-assign]
+
+        async def together() -> list[Any]:
+            asynchronous = pyengine.AsyncEngine(engine)
+            calls = [asynchronous.generate(t, adapter=one, **PARAMS) for t, one in zip(texts, chosen, strict=True)]
+            return await asyncio.gather(*calls)
+
+        results = asyncio.run(together())
+        assert [result.tokens for result in results] == expected
+        assert [result.tokens for result in engine.generate(texts[0], adapter="a", n=3, **PARAMS)] == samples
+        stream = engine.stream(texts[0], adapter="a", **PARAMS)
+        assert next(stream).token == expected[0][0]
+        engine.unload_adapter("a")
+        assert [piece.token for piece in stream][: len(expected[0]) - 1] == expected[0][1:]
+        assert sum(result.timings.drafted_tokens for result in results) > 0 < loaded.n_bytes
+        assert engine.check_integrity()["n_sequences"] == 0 == engine.memory()["adapters"]
+
+
 # ------------------------------------------------------------------ coming and going
 
 
@@ -286,6 +324,21 @@ def test_names_and_scales(root: Path, engine: pyengine.Engine, tmp_path: Path) -
     refused(engine, InvalidArgumentError, "is no adapter", tmp_path / "nowhere")
 
 
+def test_two_threads_load_under_one_name(root: Path, engine: pyengine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes second is refused, even if the first has been unloaded by then."""
+    path, adapters = directory(root, "llama_untied", 0), engine._adapters
+
+    class Late(dict[str, Any]):
+        """The other thread: it comes before `setdefault`, and has gone after it."""
+
+        def setdefault(self, name: str, _: Any = None) -> Any:
+            return self["one"]
+
+    monkeypatch.setattr(adapters, "_by_name", Late(adapters._by_name))
+    with pytest.raises(InvalidArgumentError, match="called 'late' already"):
+        engine.load_adapter(path, name="late")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -323,6 +376,7 @@ def test_tensors(engine: pyengine.Engine, tmp_path: Path) -> None:
         ({**good, **moved("model.layers.0.mlp.experts.0.up_proj")}, UnsupportedModelError, "experts.0.up_proj"),
         ({**good, **moved("model.layers.01.self_attn.q_proj")}, UnsupportedModelError, "layers.01"),
         ({**good, **moved("model.layers.9.self_attn.q_proj")}, ModelFormatError, "layers.9.*does not have"),
+        ({**good, **moved("model.language_model.layers.1.self_attn.q_proj")}, ModelFormatError, "of layer 1 twice"),
         ({**good, f"{prefix}.lora_magnitude_vector": b[:, 0]}, UnsupportedModelError, "magnitude"),
         ({}, ModelFormatError, "is empty"),
     ]

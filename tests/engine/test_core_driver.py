@@ -82,7 +82,7 @@ def test_driver_under_sanitizers(tmp_path: Path) -> None:
     """No read or write outside a contract, no undefined step, and all checks pass."""
     if not compilers():
         pytest.skip("neither gcc nor clang is installed")
-    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
     command = [compilers()[0], *flags, str(probe), "-o", str(tmp_path / "probe")]

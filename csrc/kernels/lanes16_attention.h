@@ -1,0 +1,250 @@
+/* lanes16_attention.h: the attention of lanes16.h, which includes this, over one chunk of positions; FORMAT.md section 8.
+ *
+ * Scores are int8 products of queries with panels of K, sixteen positions in the lanes; values are int8 products of quantized
+ * probabilities with V, sixteen columns in the lanes. So no integer product adds across lanes. */
+#ifndef PE_LANES16_ATTENTION_H
+#define PE_LANES16_ATTENTION_H
+
+/* RUN(n) with the constant that n_rows (1..most, most at most 8) is: register blocks must know their size. */
+#define PE_WITH_ROWS(n_rows, most, RUN) \
+    switch (n_rows) { \
+    case 1: RUN(1); break; \
+    case 2: RUN((most) < 2 ? (most) : 2); break; \
+    case 3: RUN((most) < 3 ? (most) : 3); break; \
+    case 4: RUN((most) < 4 ? (most) : 4); break; \
+    case 5: RUN((most) < 5 ? (most) : 5); break; \
+    case 6: RUN((most) < 6 ? (most) : 6); break; \
+    case 7: RUN((most) < 7 ? (most) : 7); break; \
+    default: RUN(most); \
+    }
+
+/* ------------------------------------------------------------------ scores */
+
+/* Up to SCORE_ROWS queries, packed like activations (kernels.h) so that their distances are constants. */
+typedef struct query_block {
+    int8_t codes[PE_MAX_HEAD_DIM / 4][SCORE_ROWS][4];
+    float scales[SCORE_ROWS]; /* times c */
+    int32_t corrections[SCORE_ROWS];
+} query_block;
+
+PE_INLINE void pack_queries(query_block *packed, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
+                            size_t n_rows, size_t head_dim_p, float c) {
+    for (size_t r = 0; r < n_rows; r++) {
+        for (size_t k4 = 0; k4 < head_dim_p / 4; k4++) memcpy(packed->codes[k4][r], q + r * head_dim_p + k4 * 4, 4);
+        packed->scales[r] = c * q_scales[r];
+        packed->corrections[r] = q_corrections[r];
+    }
+}
+
+/* One panel of 16 positions against n_r queries. */
+PE_INLINE void scores_block(float *scores, const query_block *q, size_t head_dim_p, const int8_t *k, const float *k_scales,
+                            const int n_r) {
+    i16 d[SCORE_ROWS];
+    PE_UNROLL for (int r = 0; r < n_r; r++) d[r] = dot_start(q->corrections[r]);
+    for (size_t i = 0; i < head_dim_p; i += 16)
+        dot_steps(d, SCORE_ROWS, k + i * PE_PANEL, 0, q->codes[i / 4][0], SCORE_ROWS * 4, 4, 4, 1, n_r);
+    v16 k_scale = v16_load(k_scales);
+    PE_UNROLL for (int r = 0; r < n_r; r++)
+        v16_store(scores + r * PE_CHUNK, v16_mul(v16_mul(i16_to_float(d[r]), v16_set1(q->scales[r])), k_scale));
+}
+
+PE_INLINE void prefetch(const int8_t *p, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+/* V of the same positions is on its way while K is worked on: a decode at depth reads both from memory, once. */
+static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections, size_t n_rows,
+                             size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
+    for (size_t r = 0; r < n_rows; r += SCORE_ROWS) {
+        size_t n_r = n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS;
+        query_block packed;
+        pack_queries(&packed, q + r * head_dim_p, q_scales + r, q_corrections + r, n_r, head_dim_p, c);
+#define PE_SCORES(n) \
+    for (size_t j = 0; j < n_positions; j += PE_PANEL) { \
+        if (r == 0) prefetch(kv->v + j * head_dim_p, PE_PANEL * head_dim_p); \
+        scores_block(scores + r * PE_CHUNK + j, &packed, head_dim_p, kv->k + j * head_dim_p, kv->k_scales + j, n); \
+    }
+        PE_WITH_ROWS(n_r, SCORE_ROWS, PE_SCORES)
+#undef PE_SCORES
+    }
+}
+
+static void attention_scores_f32(float *scores, const float *q, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                                 size_t n_positions, float c) {
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t j = 0; j < n_positions; j += PE_PANEL) {
+            v16 acc = v16_set1(0.0f);
+            for (size_t i = 0; i < head_dim_p; i++)
+                acc = v16_fma(v16_set1(q[r * head_dim_p + i]), v16_load(kv->k_f32 + (j / PE_PANEL * head_dim_p + i) * PE_PANEL), acc);
+            v16_store(scores + r * PE_CHUNK + j, v16_mul(v16_set1(c), acc));
+        }
+}
+
+/* One panel of 16 positions for n_r queries; angles (n_half, 2, 16). */
+PE_INLINE void key_bias_block(float *scores, const float *rotated, const uint32_t *pairs, size_t n_pairs, const float *angles,
+                              const int n_r) {
+    v16 score[SCORE_ROWS];
+    PE_UNROLL for (int r = 0; r < n_r; r++) score[r] = v16_load(scores + r * PE_CHUNK);
+    for (size_t p = 0; p < n_pairs; p++) {
+        const float *u = rotated + p, *w = u + n_pairs, *angle = angles + pairs[p] * 2 * PE_PANEL;
+        v16 cos = v16_load(angle), sin = v16_load(angle + PE_PANEL);
+        PE_UNROLL for (int r = 0; r < n_r; r++) {
+            score[r] = v16_fma(v16_set1(u[(size_t)r * 2 * n_pairs]), cos, score[r]);
+            score[r] = v16_fma(v16_set1(w[(size_t)r * 2 * n_pairs]), sin, score[r]);
+        }
+    }
+    PE_UNROLL for (int r = 0; r < n_r; r++) v16_store(scores + r * PE_CHUNK, score[r]);
+}
+
+static void attention_key_bias(float *scores, const float *rotated, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
+                               const float *angles, size_t n_half, size_t n_positions) {
+    for (size_t r = 0; r < n_rows; r += SCORE_ROWS) {
+        size_t n_r = n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS;
+#define PE_KEY_BIAS(n) \
+    for (size_t j = 0; j < n_positions; j += PE_PANEL) \
+        key_bias_block(scores + r * PE_CHUNK + j, rotated + r * 2 * n_pairs, pairs, n_pairs, angles + j * 2 * n_half, n);
+        PE_WITH_ROWS(n_r, SCORE_ROWS, PE_KEY_BIAS)
+#undef PE_KEY_BIAS
+    }
+}
+
+/* ------------------------------------------------------------------ softmax */
+
+/* Whole strips of 16 from here on: what the range leaves of the first and the last strip becomes exp(-inf) = +0. */
+PE_INLINE void mask_strips(float *scores, size_t begin, size_t end) {
+    for (size_t j = begin / 16 * 16; j < begin; j++) scores[j] = -INFINITY;
+    for (size_t j = end; j % 16 != 0; j++) scores[j] = -INFINITY;
+}
+
+static float softmax_max(float *scores, size_t begin, size_t end) {
+    mask_strips(scores, begin, end);
+    v16 most = v16_load(scores + begin / 16 * 16);
+    for (size_t j = begin / 16 * 16 + 16; j < end; j += 16) most = v16_max(v16_load(scores + j), most);
+    return v16_max_lanes(most);
+}
+
+static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
+    size_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
+    mask_strips(scores, begin, end);
+    v16 total = v16_set1(0.0f), maximum = v16_set1(m);
+    for (size_t j = first; j < last; j += 16) {
+        v16 p = exp16(v16_sub(v16_load(scores + j), maximum));
+        v16_store(scores + j, p);
+        total = v16_add(total, p);
+    }
+    for (size_t j = 0; j < first; j += 16) v16_store(scores + j, v16_set1(0.0f));
+    for (size_t j = last; j < PE_CHUNK; j += 16) v16_store(scores + j, v16_set1(0.0f));
+    return v16_sum_lanes(total);
+}
+
+/* ------------------------------------------------------------------ values */
+
+/* Up to VALUE_ROWS rows of a chunk's probabilities times V's scales, quantized; 0 where nothing is seen. */
+typedef struct probability_block {
+    int8_t codes[VALUE_ROWS][PE_CHUNK];
+    float scales[VALUE_ROWS][PE_PANEL]; /* of a row's groups; PE_CHUNK / PE_PROBABILITY_GROUP are used */
+} probability_block;
+
+/* weights (256) = p * v_scales over [begin, end), +0 in what else there is of the groups that hold these positions; most (16):
+ * the largest one of each such group. */
+PE_INLINE void weigh_probabilities(float *weights, float *most, const float *p, const float *v_scales, size_t begin, size_t end) {
+    size_t first = pe_group_begin(begin), last = pe_group_end(end);
+    for (size_t j = first; j < last; j += 16) v16_store(weights + j, v16_mul(v16_load(p + j), v16_load(v_scales + j)));
+    for (size_t j = first; j < begin; j++) weights[j] = 0.0f;
+    for (size_t j = end; j < last; j++) weights[j] = 0.0f;
+    for (size_t j = first; j < last; j += PE_PROBABILITY_GROUP)
+        most[j / PE_PROBABILITY_GROUP] = v16_max_lanes(v16_max(v16_load(weights + j), v16_load(weights + j + 16)));
+}
+
+/* Rows of p, 256 apart. Row by row each of the three steps would wait for the one before. */
+PE_INLINE void quantize_probabilities(probability_block *block, const float *p, size_t n_r, const float *v_scales, size_t begin,
+                                      size_t end) {
+    float weights[VALUE_ROWS][PE_CHUNK], most[VALUE_ROWS][PE_PANEL] = {{0}}, inverses[VALUE_ROWS][PE_PANEL];
+    for (size_t r = 0; r < n_r; r++) weigh_probabilities(weights[r], most[r], p + r * PE_CHUNK, v_scales, begin, end);
+    for (size_t r = 0; r < n_r; r++) {
+        v16 largest = v16_load(most[r]), most_code = v16_set1(127.0f);
+        v16_store(block->scales[r], v16_zero_if_less(largest, 0x1p-64f, v16_div(largest, most_code)));
+        v16_store(inverses[r], v16_zero_if_less(largest, 0x1p-64f, v16_div(most_code, largest)));
+    }
+    for (size_t r = 0; r < n_r; r++)
+        for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP) {
+            const float *w = weights[r] + j;
+            v16 inverse = v16_set1(inverses[r][j / PE_PROBABILITY_GROUP]);
+            v16_pair_to_i8(block->codes[r] + j, v16_mul(v16_load(w), inverse), v16_mul(v16_load(w + 16), inverse));
+        }
+}
+
+/* n_r rows times n_c vectors of 16 columns of V from d on, over the groups of [begin, end). */
+PE_INLINE void values_block(float *out, const probability_block *p, const int8_t *v, size_t head_dim_p, size_t d, size_t begin,
+                            size_t end, const int n_r, const int n_c) {
+    v16 o[VALUE_ROWS][VALUE_COLUMNS];
+    PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_set1(0.0f);
+    for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP) {
+        i16 sums[VALUE_ROWS][VALUE_COLUMNS];
+        PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) sums[r][c] = i16_zero();
+        _Pragma("GCC unroll VALUE_UNROLL") for (size_t k = 0; k < PE_PROBABILITY_GROUP; k += 4) {
+            v16x4 columns[VALUE_COLUMNS];
+            PE_UNROLL for (int c = 0; c < n_c; c++) columns[c] = v16x4_load(v + (j + k) * head_dim_p + (d + (size_t)c * 16) * 4);
+            PE_UNROLL for (int r = 0; r < n_r; r++) {
+                p4 codes = p4_load(p->codes[r] + j + k);
+                PE_UNROLL for (int c = 0; c < n_c; c++) sums[r][c] = dot_values(sums[r][c], columns[c], codes);
+            }
+        }
+        PE_UNROLL for (int r = 0; r < n_r; r++) {
+            v16 scale = v16_set1(p->scales[r][j / PE_PROBABILITY_GROUP]);
+            PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_fma(i16_to_float(sums[r][c]), scale, o[r][c]);
+        }
+    }
+    PE_UNROLL for (int r = 0; r < n_r; r++)
+        PE_UNROLL for (int c = 0; c < n_c; c++) v16_store(out + (size_t)r * head_dim_p + d + c * 16, o[r][c]);
+}
+
+/* All columns, for n_r rows (a constant). */
+PE_INLINE void values_rows(float *out, const probability_block *p, const int8_t *v, size_t head_dim_p, size_t begin, size_t end,
+                           const int n_r) {
+    size_t d = 0;
+    for (; d + VALUE_COLUMNS * 16 <= head_dim_p; d += VALUE_COLUMNS * 16)
+        values_block(out, p, v, head_dim_p, d, begin, end, n_r, VALUE_COLUMNS);
+    for (; d < head_dim_p; d += 16) values_block(out, p, v, head_dim_p, d, begin, end, n_r, 1);
+}
+
+static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
+                             size_t end) {
+    probability_block block;
+    for (size_t row = 0; row < n_rows; row += VALUE_ROWS) {
+        size_t n_r = n_rows - row < VALUE_ROWS ? n_rows - row : VALUE_ROWS;
+        quantize_probabilities(&block, p + row * PE_CHUNK, n_r, kv->v_scales, begin, end);
+#define PE_VALUES(n_r) values_rows(out + row * head_dim_p, &block, kv->v, head_dim_p, begin, end, n_r)
+        PE_WITH_ROWS(n_r, VALUE_ROWS, PE_VALUES)
+#undef PE_VALUES
+    }
+}
+
+static void attention_values_f32(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                                 size_t begin, size_t end) {
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t d = 0; d < head_dim_p; d += 16) {
+            v16 o = v16_set1(0.0f);
+            for (size_t j = begin; j < end; j++)
+                o = v16_fma(v16_set1(p[r * PE_CHUNK + j]), v16_load(kv->v_f32 + j * head_dim_p + d), o);
+            v16_store(out + r * head_dim_p + d, o);
+        }
+}
+
+/* ------------------------------------------------------------------ states of chunks */
+
+static void attention_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n) {
+    float most = m_chunk > *m ? m_chunk : *m, e[PE_PANEL] = {*m - most, m_chunk - most};
+    v16_store(e, exp16(v16_load(e))); /* two of sixteen lanes: still quicker than one scalar exp */
+    float a = e[0], b = e[1];
+    *m = most;
+    *l = fmaf(l_chunk, b, *l * a);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        v16_store(o + i, v16_fma(v16_load(o_chunk + i), v16_set1(b), v16_mul(v16_load(o + i), v16_set1(a))));
+    for (; i < n; i++) o[i] = fmaf(o_chunk[i], b, o[i] * a);
+}
+
+#undef PE_WITH_ROWS
+
+#endif
