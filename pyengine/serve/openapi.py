@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine import __version__
 from pyengine.serve import chat, completions, embeddings, response_fields, tokens
 from pyengine.serve.fields import Table, schema_of
-from pyengine.serve.routes import MODEL_PATH, ROUTES
+from pyengine.serve.routes import ONE_MODEL, ROUTES
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -143,7 +143,7 @@ def document() -> dict[str, Any]:
         path: {method.lower(): _operation(path, _WORDS[path]) for method in methods} for path, methods in ROUTES.items()
     }
     found = {"description": "The model.", "content": {_JSON: {"schema": _MODEL}}}
-    paths[f"{MODEL_PATH}{{id}}"] = {
+    paths[ONE_MODEL] = {
         "get": {
             "summary": "One model.",
             "parameters": [{"name": "id", "in": "path", "required": True, "schema": _STRING}],
