@@ -53,6 +53,7 @@ def _const(value: str) -> dict[str, Any]:
 
 _INTEGER, _STRING = {"type": "integer"}, {"type": "string"}
 _MODEL = _object(id=_STRING, object=_const("model"), created=_INTEGER, owned_by=_STRING, max_model_len=_INTEGER)
+_MODEL["properties"] |= {"parent": _STRING, "root": _STRING}  # of an adapter
 _USAGE = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER)
 _VECTOR = {"anyOf": [_array({"type": "number"}), _STRING]}
 _EMBEDDING = _object(object=_const("embedding"), index=_INTEGER, embedding=_VECTOR)
