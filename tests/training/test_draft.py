@@ -415,8 +415,9 @@ def test_a_folder_belongs_to_one_run(
     assert main(new) == 1 and "already used" in capsys.readouterr().err
     assert main(["draft", "--run-dir", str(tmp_path), "--resume"]) == 1
     assert "nothing to resume" in capsys.readouterr().err
-    assert main(["--run-dir", str(run), "--resume"]) == 1  # of a model's training
-    assert "nothing to resume" in capsys.readouterr().err
+    for words in (["train", "--resume", "--run-dir"], ["plot"], ["runs"], ["cost"]):  # of a model's training
+        assert main([*words, str(run)]) == 1, words
+        assert "it is a draft head's run ('pyengine train draft')" in capsys.readouterr().err, words
     assert main(["draft", str(frozen), "--run-dir", str(run), "--resume", "--lr", "1"]) == 1
     assert "the model, --lr would have no effect" in capsys.readouterr().err
     copy = tmp_path / "copy"

@@ -36,7 +36,7 @@ from .head import HeadConfig
 from .prompts import read_prompts
 from .target import Target, attach
 
-RUN, RUN_VERSION = "draft.json", 1
+RUN, RUN_VERSION = runfolder.DRAFT, 1
 SAMPLING_SHARE = 0.45  # of --budget-minutes
 EPOCHS = 4  # over the states, without a budget
 VALIDATIONS = 8

@@ -134,7 +134,8 @@ def _require_frozen(path: Path) -> None:
     try:
         FrozenFile.open(path).close()
     except PyEngineError as error:
-        raise DataError(f"{path}: no frozen file that can be used ({wanted}): {error}") from error
+        why = str(error).removeprefix(f"{path}: ")
+        raise DataError(f"{path}: no frozen file that can be used ({wanted}): {why}") from error
 
 
 def attach(model: Path, output: Path, head: dict[str, Array], *, overwrite: bool) -> None:
