@@ -221,9 +221,9 @@ def show_quality(quality: Quality, length: int) -> None:
     """To stdout, in nats a token."""
     q = quality
     agreement = "none has a clear winner" if q.agreement is None else f"{100 * q.agreement:.2f} %"
-    difference = f"{q.nll_difference:+.4f} (paired standard error {q.nll_stderr:.4f})"
+    difference = f"{round(q.nll_difference, 4) + 0.0:+.4f} (paired standard error {q.nll_stderr:.4f})"
     facts = {
-        "positions": f"{q.n_positions} in {q.n_windows} windows of {length}",
+        "positions": f"{q.n_positions} in {q.n_windows} window{'s' * (q.n_windows > 1)} of {length}",
         "KL(float32 || int8)": f"mean {q.kl_mean:.5f} nats, worst token {q.kl_max:.4f}",
         "loss": f"float32 {q.nll_float32:.4f} nats a token, int8 {difference}",
         "same argmax": f"{agreement} of {q.n_clear} positions where float32's two best logits are more than 0.5 apart",

@@ -118,7 +118,16 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
 
 def add_lora_option(parser: argparse._ActionsContainer, help: str, *, many: bool = False) -> None:
     """--lora: args.lora is a Lora, with `many` a list of them; None if it is not given."""
-    parser.add_argument("--lora", action="append" if many else "store", type=Lora.parse, metavar="[NAME=]DIR[:SCALE]", help=help)
+    parser.add_argument("--lora", action="append" if many else _Once, type=Lora.parse, metavar="[NAME=]DIR[:SCALE]", help=help)
+
+
+class _Once(argparse.Action):
+    """Stores its value; a second one is refused, for one of the two would have no effect."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "there is one adapter to a text; it is given twice")
+        setattr(namespace, self.dest, values)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from pyengine.serve.fields import Fields, Table, parse_json
 from pyengine.serve.log import access_line
 from pyengine.serve.metrics import Metrics
 from pyengine.serve.models import Models, ServedModel
-from pyengine.serve.routes import find_route, hint
+from pyengine.serve.routes import find_route, full_path, hint, label
 from pyengine.serve.settings import Settings
 from pyengine.serve.siblings import Siblings
 from pyengine.serve.stream import COMMENT
@@ -83,8 +83,7 @@ class App:
             await self._beside_client(exchange, task)
         finally:
             self.exchanges.discard(exchange)
-            path = exchange.path if find_route(exchange.path) else "other"
-            self.metrics.requests.labels(path, str(exchange.status)).inc()
+            self.metrics.requests.labels(label(full_path(exchange.path)), str(exchange.status)).inc()
             access_line(self.settings.log_format, exchange)
 
     @staticmethod
@@ -127,7 +126,7 @@ class App:
     async def _route(self, exchange: Exchange) -> None:
         self.access.check_host(exchange)
         exchange.extra_headers += self.access.cors_headers(exchange)
-        route = find_route(exchange.path)
+        route = find_route(full_path(exchange.path))
         if exchange.method == "OPTIONS" and "access-control-request-method" in exchange.headers:
             await exchange.reply(204, b"", b"text/plain", self.access.preflight_headers(exchange))
             return

@@ -88,6 +88,8 @@ OTHERS: Table = {
     "guided_grammar": refused("use structured_outputs.grammar"),
     "json_schema": refused("use response_format, or structured_outputs.json"),
     "grammar": refused("use structured_outputs.grammar, which is in Lark's notation"),
+    "lora": refused("an adapter is asked for by its name, as model", []),
+    "lora_path": refused("an adapter is asked for by its name, as model"),
     "n_predict": refused("use max_tokens", -1),
     "mirostat": refused("there is no mirostat", 0),
     "dynatemp_range": refused("the temperature is constant", 0, 0.0),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine import __version__
 from pyengine.serve import chat, completions, embeddings, response_fields, tokens
 from pyengine.serve.fields import Table, schema_of
-from pyengine.serve.routes import MODEL_PATH, ROUTES
+from pyengine.serve.routes import ONE_MODEL, ROUTES
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -53,6 +53,7 @@ def _const(value: str) -> dict[str, Any]:
 
 _INTEGER, _STRING = {"type": "integer"}, {"type": "string"}
 _MODEL = _object(id=_STRING, object=_const("model"), created=_INTEGER, owned_by=_STRING, max_model_len=_INTEGER)
+_MODEL["properties"] |= {"parent": _STRING, "root": _STRING}  # of an adapter
 _USAGE = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER)
 _VECTOR = {"anyOf": [_array({"type": "number"}), _STRING]}
 _EMBEDDING = _object(object=_const("embedding"), index=_INTEGER, embedding=_VECTOR)
@@ -143,7 +144,7 @@ def document() -> dict[str, Any]:
         path: {method.lower(): _operation(path, _WORDS[path]) for method in methods} for path, methods in ROUTES.items()
     }
     found = {"description": "The model.", "content": {_JSON: {"schema": _MODEL}}}
-    paths[f"{MODEL_PATH}{{id}}"] = {
+    paths[ONE_MODEL] = {
         "get": {
             "summary": "One model.",
             "parameters": [{"name": "id", "in": "path", "required": True, "schema": _STRING}],

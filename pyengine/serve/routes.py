@@ -28,7 +28,7 @@ ROUTES: dict[str, dict[str, str]] = {
     "/v1/responses": {"POST": "responses.responses"},
 }
 MODEL_PATH = "/v1/models/"  # and the rest is a name, slashes included
-
+ONE_MODEL = f"{MODEL_PATH}{{id}}"  # all of these, in OpenAPI's notation
 
 # Paths of other servers, and what does here what they do there.
 ELSEWHERE = {
@@ -46,12 +46,22 @@ ELSEWHERE = {
 }
 
 
+def full_path(path: str) -> str:
+    """The path with /v1, which may be missing, as clients that are told an address without it ask."""
+    return f"/v1{path}" if f"/v1{path}" in ROUTES or f"/v1{path}".startswith(MODEL_PATH) else path
+
+
 def find_route(path: str) -> dict[str, Handler] | None:
-    """{method: handler} of a path. /v1 may be missing, as clients that are told an address without it ask."""
-    route = ROUTES.get(path) or ROUTES.get(f"/v1{path}")
+    """{method: handler} of a full path."""
+    route = ROUTES.get(path)
     if route is None and path.startswith(MODEL_PATH):
         route = {"GET": "info.model"}
     return None if route is None else {method: _handler(name) for method, name in route.items()}
+
+
+def label(path: str) -> str:
+    """What the metrics call a full path: one of few words, whatever clients ask for."""
+    return ONE_MODEL if path.startswith(MODEL_PATH) else path if path in ROUTES else "other"
 
 
 def hint(path: str) -> str:

@@ -425,6 +425,7 @@ def test_generate(root: Path, engine: pyengine.Engine, capsys: pytest.CaptureFix
     assert "is no adapter" in capsys.readouterr().err
     assert main([*words, f"{path}:nan"]) == 2
     assert "finite" in capsys.readouterr().err
+    assert main([*words, str(path), "--lora", str(path)]) == 2 and "given twice" in capsys.readouterr().err
 
 
 def test_serve_wants_one_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from reference.oracle import Oracle, kl_divergence, log_softmax
 
 from pyengine import Engine
 from pyengine.cli import main
+from pyengine.cli.freeze import show_quality
 from pyengine.errors import InvalidArgumentError, ModelFormatError
 from pyengine.eval import quality
 from pyengine.freeze import float_forward, open_source
@@ -156,7 +157,7 @@ def assert_close(got: dict[str, float], reference: Any, other: Any, windows: Any
 def printed(out: str) -> dict[str, float]:
     """The numbers of the command's four lines."""
     pattern = (
-        r"positions: +(?P<n_positions>\d+) in (?P<n_windows>\d+) windows of (?P<length>\d+)\n"
+        r"positions: +(?P<n_positions>\d+) in (?P<n_windows>\d+) windows? of (?P<length>\d+)\n"
         r"KL\(float32 \|\| int8\): +mean (?P<kl_mean>\S+) nats, worst token (?P<kl_max>\S+)\n"
         r"loss: +float32 (?P<nll_float32>\S+) nats a token, int8 (?P<nll_difference>\S+) "
         r"\(paired standard error (?P<nll_stderr>\S+)\)\n"
@@ -165,6 +166,12 @@ def printed(out: str) -> dict[str, float]:
     found = re.fullmatch(pattern, out)
     assert found, out
     return {name: float(value) for name, value in found.groupdict().items()}
+
+
+def test_one_window_and_nothing_lost_are_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    show_quality(quality.Quality(1, 31, 1e-6, 1e-5, 2.0, -4e-5, 1e-5, 1.0, 9), 32)
+    out = capsys.readouterr().out
+    assert "31 in 1 window of 32" in out and "int8 +0.0000 (" in out
 
 
 def test_numbers_are_those_of_a_direct_computation(

@@ -177,7 +177,7 @@ def test_paths_methods_and_models(chat_model: Path) -> None:
         assert "tiny" in unknown.error["message"] and unknown.error["param"] == "model"
         listed = (await client.get("/v1/models")).json["data"]
         assert [model["id"] for model in listed] == ["tiny"]
-        assert (await client.get("/v1/models/tiny")).json == listed[0]
+        assert (await client.get("/v1/models/tiny")).json == (await client.get("/models/tiny")).json == listed[0]
         assert (await client.get("/v1/models/other")).status == 404
         assert (await client.post("/v1/completions", {"prompt": "a", "suffix": "b"})).error["param"] == "suffix"
         assert (await client.post("/v1/completions", {"prompt": "a", "best_of": 3})).error["param"] == "best_of"
@@ -400,6 +400,22 @@ def test_metrics_count_what_was_done(chat_model: Path) -> None:
         assert 'vllm:time_to_first_token_seconds_count{model_name="tiny"} 1.0' in text
         assert "vllm:num_requests_running 0.0" in text
         assert 'pyengine:http_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
+
+    serving(chat_model, test)
+
+
+def test_paths_that_clients_make_up_add_no_metric(chat_model: Path) -> None:
+    async def test(client: Client) -> None:
+        for path in ("/v1/models/one", "/models/two", "/three", "/v1/models/a/b"):
+            assert (await client.get(path)).status == 404
+        await client.post("/completions", {"prompt": "a", "max_tokens": 1})
+        text = (await client.get("/metrics")).body.decode()
+        counted = [line for line in text.splitlines() if line.startswith("pyengine:http_requests_total")]
+        assert sorted(counted) == [
+            'pyengine:http_requests_total{path="/v1/completions",status="200"} 1.0',
+            'pyengine:http_requests_total{path="/v1/models/{id}",status="404"} 3.0',
+            'pyengine:http_requests_total{path="other",status="404"} 1.0',
+        ]
 
     serving(chat_model, test)
 

@@ -191,6 +191,7 @@ def test_a_field_that_is_almost_one_says_which(chat_model: Path) -> None:
         for name, words in (
             ("max_token", "did you mean 'max_tokens'?"),
             ("guided_json", "use structured_outputs.json"),
+            ("lora", "an adapter is asked for by its name, as model"),
             ("n_predict", "use max_tokens"),
             ("grammar", "structured_outputs.grammar"),
         ):

@@ -140,6 +140,7 @@ def test_what_is_wrong_at_the_start_is_one_clear_line(
             (["--no-such-option"], 2, "unrecognized arguments: --no-such-option ("),
             (["--api-key=secret"], 2, "there is no option --api-key: keys are taken from PYENGINE_API_KEY"),
             (["-ngl", "99"], 2, "there is no option -ngl: this server computes on CPUs"),
+            (["--lora-modules", "a=b"], 2, "there is no option --lora-modules: use --lora NAME=DIR"),
             (["--speculative", "often"], 2, "'often' is not auto, off, or a number from 0 to 24"),
             (["--speculative", "25"], 2, "'25' is not auto, off, or a number from 0 to 24"),
             (["--speculative", "0", "--draft-model", str(chat_model)], 2, "--draft-model would have no effect"),

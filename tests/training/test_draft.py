@@ -370,7 +370,7 @@ def test_a_head_learns_what_the_shipped_model_says(stories: Path, tmp_path: Path
     [
         ([], "a new run needs a frozen model and --data"),
         (["{hf}", "--data", "{questions}"], "no frozen file"),
-        (["{questions}", "--data", "{questions}"], "not a"),
+        (["{questions}", "--data", "{questions}"], "questions.jsonl: no frozen file"),
         (["{frozen}", "--data", "{empty}"], "no line with anything in it"),
         (["{frozen}", "--data", "{blank}"], "0 texts with tokens"),
         (["{frozen}", "--data", "{numbers}"], "line 1 is no object"),
@@ -388,7 +388,9 @@ def test_a_head_learns_what_the_shipped_model_says(stories: Path, tmp_path: Path
         (["{frozen}", "--data", "{questions}", "--given", "--tokens", "9"], "would have no effect"),
         (["{frozen}", "--data", "{questions}", "--epochs", "1", "--budget-minutes", "1"], "two lengths"),
         (["{frozen}", "--data", "{questions}", "-o", "{questions}"], "exists already"),
+        (["{frozen}", "--data", "{questions}", "-o", "{missing}/model.safetensors"], "there is no such folder"),
         (["{frozen}", "--data", "{questions}", "--max-tokens", "1"], "it must be at least 2"),
+        (["{frozen}", "--data", "{questions}", "--ahead", "25"], "it must be at most 24"),
     ],
 )
 def test_what_cannot_be_used_is_named_and_leaves_no_folder(
@@ -413,8 +415,9 @@ def test_a_folder_belongs_to_one_run(
     assert main(new) == 1 and "already used" in capsys.readouterr().err
     assert main(["draft", "--run-dir", str(tmp_path), "--resume"]) == 1
     assert "nothing to resume" in capsys.readouterr().err
-    assert main(["--run-dir", str(run), "--resume"]) == 1  # of a model's training
-    assert "nothing to resume" in capsys.readouterr().err
+    for words in (["train", "--resume", "--run-dir"], ["plot"], ["runs"], ["cost"]):  # of a model's training
+        assert main([*words, str(run)]) == 1, words
+        assert "it is a draft head's run ('pyengine train draft')" in capsys.readouterr().err, words
     assert main(["draft", str(frozen), "--run-dir", str(run), "--resume", "--lr", "1"]) == 1
     assert "the model, --lr would have no effect" in capsys.readouterr().err
     copy = tmp_path / "copy"
@@ -426,6 +429,39 @@ def test_a_folder_belongs_to_one_run(
     write_json(copy / "draft.json", {**values, "steps": values["steps"] + 1})
     assert main(["draft", "--run-dir", str(copy), "--resume"]) == 1
     assert "a checkpoint of another head or other data" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_has_what_is_left_of_its_budget(
+    frozen: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped while it samples, a thousand years after it began: one group is what it has, and one step."""
+    folder = tmp_path / "run"
+    lengths = ["--budget-minutes", "1000", "--temperatures", "0,1"]
+    sizes = KNOBS.removesuffix(" --epochs 2").split()
+    work, calls = Target.outputs, []
+
+    def stops(self: Target, *arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return work(self, *arguments, **options)
+
+    monkeypatch.setattr(Target, "outputs", stops)
+    new = ["draft", str(frozen), "--data", str(questions), "--run-dir", str(folder), "--threads", "1"]
+    assert main([*new, *lengths, *sizes]) == 130
+    values = read_json(folder / "draft.json")
+    assert values["seconds"] > 0
+    write_json(folder / "draft.json", {**values, "seconds": 1e12})
+    assert main(["draft", "--run-dir", str(folder), "--resume", "--threads", "1"]) == 0
+    assert len(calls) == 2 and read_json(folder / "draft.json")["steps"] == 1
+
+
+def test_guesses_ahead_are_those_of_the_engine() -> None:
+    from pyengine_training.draft.command import MOST_AHEAD
+
+    from pyengine.sampling import MAX_DRAFT
+
+    assert MOST_AHEAD == MAX_DRAFT
 
 
 def test_damaged_states_are_refused(run: Path, tmp_path: Path) -> None:

@@ -95,7 +95,9 @@ def _resume(values: dict[str, Any], options: argparse.Namespace, machine: Machin
         with together(machine.comm):
             if machine.comm.rank == 0:
                 stack.enter_context(runfolder.existing(folder))
-            parent = runfolder.read_run(folder).get("parent")
+            run = runfolder.read_run(folder)
+            given.refuse_sharded_adapters(run, options)
+            parent = run.get("parent")
         train.run_training(folder, machine, Path(parent) if parent else None, tensorboard=options.tensorboard)
 
 

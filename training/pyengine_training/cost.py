@@ -140,6 +140,7 @@ def find_checkpoint(folder: Path) -> Path:
         raise CheckpointError(f"{folder} is a model without its counters; give its run folder, {folder.parent}")
     raise CheckpointError(
         f"{folder} is not a run folder: it has no run.json (it is what 'pyengine train --run-dir' was given)"
+        + runfolder.kind(folder)
     )
 
 

@@ -60,7 +60,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with contextlib.closing(open_source(path)) as source:
             yield source
     except PyEngineError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _config(source: Any, path: Path) -> ModelConfig:

@@ -75,6 +75,12 @@ def _flags(names: list[str]) -> str:
     return ", ".join(map(flag, names))
 
 
+def refuse_sharded_adapters(run: dict[str, Any], options: argparse.Namespace) -> None:
+    """ConfigError where a run, or the flags of a new one, have adapters."""
+    if options.shard_optimizer and run.get("lora"):
+        raise ConfigError("--shard-optimizer has no effect with --lora: every rank keeps the moments of all adapters")
+
+
 def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: int = 1) -> None:
     """ConfigError for what was given and would have no effect, with the reason."""
     if options.precision is not None and options.device == "cpu":
@@ -91,6 +97,7 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         raise ConfigError("--tensorboard has no effect beside --dry-run, which trains nothing")
     if options.shard_optimizer and ranks == 1:
         raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
+    refuse_sharded_adapters(values, options)
     if values.get("checkpoint_minutes"):
         _refuse(values, ("checkpoint_every",), "--checkpoint-minutes says when checkpoints are written")
     if values.get("optimizer") == "adamw":

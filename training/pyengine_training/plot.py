@@ -121,7 +121,7 @@ def plot_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     run: Path = options.run
     if not (run / "run.json").exists():
-        raise ConfigError(f"{run} is not a run folder: it has no run.json")
+        raise ConfigError(f"{run} is not a run folder: it has no run.json{runfolder.kind(run)}")
     pieces = [runfolder.read_metrics(run / "metrics.jsonl")] if options.alone else read_chain(run)
     if not any("loss" in entry for piece in pieces for entry in piece):
         raise ConfigError(f"{run}: no step has been done yet")

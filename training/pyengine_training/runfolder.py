@@ -27,7 +27,7 @@ from .files import read_json, write_atomic, write_json
 from .tensorboard import EventFile
 
 RUN_VERSION = 1
-
+DRAFT = "draft.json"  # in place of run.json where a draft head is trained
 
 LOCK, UNFINISHED = ".lock", ".unfinished"  # held by the process that trains; until the first step can be taken
 
@@ -73,9 +73,14 @@ def new(folder: Path) -> Iterator[None]:
 def existing(folder: Path, name: str = "run.json") -> Iterator[None]:
     """A run to continue, which has the file ``name``, locked while the body runs. ConfigError when there is none."""
     if not (folder / name).exists() or (folder / UNFINISHED).exists():
-        raise ConfigError(f"{folder}: nothing to resume")
+        raise ConfigError(f"{folder}: nothing to resume" + ("" if name == DRAFT else kind(folder)))
     with _locked(folder):
         yield
+
+
+def kind(folder: Path) -> str:
+    """To be said of a folder that has no run.json: which command's it is, if it is one's."""
+    return "; it is a draft head's run ('pyengine train draft')" if (folder / DRAFT).exists() else ""
 
 
 def begun(folder: Path) -> None:

@@ -84,7 +84,8 @@ def find_runs(paths: Iterable[Path]) -> list[tuple[Path, str]]:
     for path in paths:
         inside = [path] if (path / "run.json").exists() else sorted(child.parent for child in path.glob("*/run.json"))
         if not inside:
-            raise ConfigError(f"{path}: neither a run folder nor a folder of run folders (there is no run.json)")
+            reason = "neither a run folder nor a folder of run folders (there is no run.json)"
+            raise ConfigError(f"{path}: {reason}{runfolder.kind(path)}")
         found += inside
     names = [folder.resolve().name for folder in found]
     return [(f, name if names.count(name) == 1 else str(f)) for f, name in zip(found, names, strict=True)]

@@ -36,10 +36,11 @@ from .head import HeadConfig
 from .prompts import read_prompts
 from .target import Target, attach
 
-RUN, RUN_VERSION = "draft.json", 1
+RUN, RUN_VERSION = runfolder.DRAFT, 1
 SAMPLING_SHARE = 0.45  # of --budget-minutes
 EPOCHS = 4  # over the states, without a budget
 VALIDATIONS = 8
+MOST_AHEAD = 24  # the engine guesses no more in a step
 LOG_EVERY_SECONDS = 30.0
 
 EPILOG = """\
@@ -65,7 +66,7 @@ OPTIONS: dict[str, tuple[Any, Any, str, str]] = {
         "tokens that it can guess, the most frequent of the outputs (default: 8192, or the model's)",
     ),
     "hidden_dim": (int, None, "N", "width of the head's MLP (default: the model's own, at most 4 times its dim)"),
-    "ahead": (int, 4, "K", "guesses in a row that it is trained to make"),
+    "ahead": (int, 4, "K", f"guesses in a row that it is trained to make, at most {MOST_AHEAD}"),
     "top_k": (int, 32, "K", "likeliest tokens whose probabilities are kept of every position, the rest taken together"),
     "epochs": (float, EPOCHS, "X", "passes over the outputs; with --budget-minutes as many as fit"),
     "batch_size": (int, 256, "N", "positions a step"),
@@ -118,8 +119,11 @@ def draft_command(arguments: Sequence[str]) -> int:
     if threads < 1:
         raise ConfigError(f"--threads is {threads}; it must be at least 1")
     folder: Path = options.run_dir
-    if options.output is not None and options.output.exists():
-        raise ConfigError(f"{options.output} exists already")
+    if options.output is not None:  # before hours of work
+        if options.output.exists():
+            raise ConfigError(f"{options.output} exists already")
+        if not options.output.absolute().parent.is_dir():
+            raise ConfigError(f"{options.output}: there is no such folder to write it into")
     began = time.monotonic()
     if options.resume:
         given = [
@@ -162,6 +166,8 @@ def _checked(options: argparse.Namespace) -> dict[str, Any]:
         least = 0 if name == "seed" else 2 if name == "max_tokens" else 1
         if kind is int and values[name] is not None and values[name] < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {values[name]}; it must be at least {least}")
+    if values["ahead"] > MOST_AHEAD:
+        raise ConfigError(f"--ahead is {values['ahead']}; it must be at most {MOST_AHEAD}: the engine guesses no more")
     if not 0 < values["held_out"] <= 0.5:
         raise ConfigError(f"--held-out is {values['held_out']}; it must lie above 0 and be at most 0.5")
     for name in ("epochs", "lr"):
@@ -257,10 +263,22 @@ class _Run:
         if not model.exists() or file_sha256(model) != self.values["model_sha256"]:
             raise ConfigError(f"{model} is not the file that the run in {folder} was started with")
         self.log = runfolder.Log(folder / "log.txt")
+        self.before = float(self.values.get("seconds", 0.0))  # what the run has taken until it was stopped
 
     @property
     def budget_seconds(self) -> float:
         return 60 * float(self.values["budget_minutes"] or 0)
+
+    def _seconds(self) -> float:
+        """What the run has taken."""
+        return self.before + time.monotonic() - self.began
+
+    def _store(self) -> None:
+        write_json(self.folder / RUN, {**self.values, "seconds": self._seconds()})
+
+    def _progress(self, text: str) -> None:
+        self.log.progress(text)
+        self._store()  # so that the budget of a run that goes on is what is left of it
 
     def all(self, output: Path | None) -> int:
         """Every stage that is left."""
@@ -287,10 +305,9 @@ class _Run:
         if v["given"]:
             outputs.take_given(self.folder, prompts)
             return
-        sampling = outputs.Sampling(
-            tuple(v["temperatures"]), v["max_tokens"], v["tokens"], SAMPLING_SHARE * self.budget_seconds, v["seed"]
-        )
-        outputs.make_outputs(self.folder, prompts, target, sampling, self.log.progress)
+        seconds = self.budget_seconds and max(1e-9, SAMPLING_SHARE * self.budget_seconds - self._seconds())
+        sampling = outputs.Sampling(tuple(v["temperatures"]), v["max_tokens"], v["tokens"], seconds, v["seed"])
+        outputs.make_outputs(self.folder, prompts, target, sampling, self._progress)
         made = outputs.read_outputs(self.folder)
         self.log.say(f"{len(made):,} outputs of {sum(len(output) for _, output in made):,} tokens")
 
@@ -300,7 +317,7 @@ class _Run:
         if not (folder / "layout.json").exists():
             with atomic_directory(folder) as temporary:
                 states.create(temporary, made, v["n_prompts"], v["held_out"], v["vocab_size"], v["top_k"], target)
-        found = states.fill(folder, made, target, self.log.progress)
+        found = states.fill(folder, made, target, self._progress)
         inside = float(np.mean(found.inside[:: max(1, len(found.inside) // 10000)]))
         self.log.say(
             f"{len(found.starts(False)):,} positions of {len(made):,} outputs to learn from, {len(found.starts(True)):,} held "
@@ -339,12 +356,12 @@ class _Run:
         if v["steps"] is None:
             if v["budget_minutes"] is not None:
                 config = _train_config(v, 10)
-                seconds = loop.seconds_of_a_step(batches, head, config, output_rows, self.threads)
-                left = max(0.0, self.budget_seconds - (time.monotonic() - self.began))
-                v["steps"] = max(1, int(left / (seconds * 1.05)))  # validation and checkpoints take some per cent
+                seconds, validation = loop.seconds_of_a_step(batches, head, config, output_rows, self.threads)
+                left = self.budget_seconds - self._seconds() - (VALIDATIONS + 1) * validation
+                v["steps"] = max(1, int(left / (seconds * 1.05)))  # checkpoints take some per cent
             else:
                 v["steps"] = max(1, round(v["epochs"] * len(batches.starts) / v["batch_size"]))
-            write_json(self.folder / RUN, v)
+            self._store()
         return int(v["steps"])
 
     def _loop(
@@ -356,7 +373,7 @@ class _Run:
         received: list[int],
     ) -> None:
         steps, n_params = trainer.config.steps, trainer.params.flat.size
-        every = max(1, steps // VALIDATIONS)
+        every = -(-steps // VALIDATIONS)
         if trainer.step_number == 0:
             epochs = steps * trainer.config.batch_size / len(batches.starts)
             self.log.say(f"head of {n_params:,} parameters; {steps:,} steps, {epochs:.1f} passes over the outputs")

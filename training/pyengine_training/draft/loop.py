@@ -272,8 +272,8 @@ def fresh(trainer: HeadTrainer, batches: Batches, output_rows: Array, seed: int)
 
 def seconds_of_a_step(
     batches: Batches, head: HeadConfig, config: TrainConfig, output_rows: Array, threads: int
-) -> float:
-    """The median of some steps of a throwaway trainer."""
+) -> tuple[float, float]:
+    """Of a throwaway trainer: the median of some steps, and a validation."""
     trainer = HeadTrainer(head, config, threads)
     try:
         fresh(trainer, batches, output_rows, 0)
@@ -282,7 +282,9 @@ def seconds_of_a_step(
             began = time.monotonic()
             trainer.step(batches.batch(step))
             times.append(time.monotonic() - began)
-        return float(np.median(times[1:]))
+        began = time.monotonic()
+        measure(batches, trainer.params, trainer.workers, trainer.pool)
+        return float(np.median(times[1:])), time.monotonic() - began
     finally:
         trainer.close()
 

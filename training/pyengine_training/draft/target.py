@@ -43,8 +43,7 @@ class Target:
             raise MissingLibraryError(
                 "a draft head is trained with the package pyengine, which is not installed: pip install pyengine-lm"
             ) from error
-        if path.is_dir() or not path.exists():
-            raise DataError(f"{path}: no frozen file (pyengine freeze makes one of a model's folder)")
+        _require_frozen(path)
         with _refusals():
             self._engine = pyengine.Engine(path, n_threads=threads or None)
         self.path = path
@@ -122,6 +121,21 @@ class Target:
                     found[begin:end] = values[ids[begin:end] - part.start * PANEL]
             del codes, scales  # before the map is closed
         return found
+
+
+def _require_frozen(path: Path) -> None:
+    """The engine opens other files, too, by freezing them elsewhere; the head has to go into the file itself."""
+    from pyengine.errors import PyEngineError
+    from pyengine.format.reader import FrozenFile
+
+    wanted = "pyengine freeze makes one of a model's folder or a GGUF file"
+    if path.is_dir() or not path.exists():
+        raise DataError(f"{path}: no frozen file ({wanted})")
+    try:
+        FrozenFile.open(path).close()
+    except PyEngineError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise DataError(f"{path}: no frozen file that can be used ({wanted}): {why}") from error
 
 
 def attach(model: Path, output: Path, head: dict[str, Array], *, overwrite: bool) -> None:
