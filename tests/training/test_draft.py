@@ -60,22 +60,17 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def small_run(frozen: Path, questions: Path, folder: Path, n_threads: int) -> list[str]:
+    """Arguments of a run that takes seconds."""
+    named = {"--data": questions, "--run-dir": folder, "--threads": n_threads}
+    return ["draft", str(frozen), *(str(word) for pair in named.items() for word in pair), *KNOBS.split()]
+
+
 @pytest.fixture(scope="module")
 def run(frozen: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on one thread."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    arguments = [
-        "draft",
-        str(frozen),
-        "--data",
-        str(questions),
-        "--run-dir",
-        str(folder),
-        "--threads",
-        "1",
-        *KNOBS.split(),
-    ]
-    assert main(arguments) == 0
+    assert main(small_run(frozen, questions, folder, n_threads=1)) == 0
     return folder
 
 
@@ -304,17 +299,7 @@ def test_the_same_bytes_on_any_threads_and_after_stopping_anywhere(
     run: Path, frozen: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    arguments = [
-        "draft",
-        str(frozen),
-        "--data",
-        str(questions),
-        "--run-dir",
-        str(folder),
-        "--threads",
-        "2",
-        *KNOBS.split(),
-    ]
+    arguments = small_run(frozen, questions, folder, n_threads=2)
 
     def stopped(place: Any, name: str, times: int) -> None:
         """Let a function end by an interrupt at its so many-th call."""

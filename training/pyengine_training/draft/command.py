@@ -105,7 +105,7 @@ def draft_parser() -> argparse.ArgumentParser:
         help="for sampling, reading and training together, measured on this machine",
     )
     for name, (kind, default, metavar, text) in OPTIONS.items():
-        text = text if default is None else f"{text} (default {default:g})"
+        text = text if default is None else f"{text} (default {default:{',' if kind is int else 'g'}})"
         add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     add("--threads", type=int, metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
     add("-o", "--output", type=Path, metavar="FILE", help="the new frozen file (default RUN/model.safetensors)")
