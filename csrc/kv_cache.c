@@ -4,40 +4,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kv_pages.h"
+#include "kv_sequences.h"
 #include "status.h"
 
 /* Sharing fewer tokens of a page than this is not worth its copy. */
 enum { MIN_SHARED = 16 };
-
-typedef struct sequence {
-    bool used;
-    bool keep; /* its pages join the tree */
-    uint8_t salt[PE_SALT_BYTES];
-    size_t length;    /* positions present */
-    size_t committed; /* of these, how many have their tokens in the pages */
-    size_t n_drafted; /* behind the committed ones: their tokens stand in the pages too, but count for nobody */
-    size_t n_pages, capacity;
-    pe_page **pages;     /* (n_pages of capacity); pages[i]->parent is pages[i - 1] where both are in the tree */
-    size_t first_window; /* it holds the window parts of pages[first_window] and of all after it */
-} sequence;
-
-/* Where a layer's chunks are: in which part of a page, and there behind those of so many layers. */
-typedef struct layer_place {
-    bool is_window;
-    size_t index;
-} layer_place;
-
-struct pe_kv_cache {
-    const pe_model *model;
-    pe_kv_dtype dtype;
-    size_t chunk_bytes;
-    layer_place *places; /* (n_layers) */
-    size_t window;       /* the longest one of the layers in the window part, 0 = there are none */
-    pe_page_pool pages;
-    sequence *sequences;
-    size_t n_sequences; /* entries, used or not */
-};
 
 /* Bytes of k, k_scales, v, v_scales of one chunk, in that order; every one a multiple of 64. */
 static void chunk_parts(const pe_kv_cache *cache, size_t parts[4]) {
@@ -80,17 +51,10 @@ pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dty
     return place_layers(cache, err);
 }
 
-/* The first page of a sequence of n tokens that its next query sees in a layer with a window. */
-static size_t first_needed(const pe_kv_cache *cache, size_t n) {
-    return cache->window != 0 && n + 1 > cache->window ? (n + 1 - cache->window) / PE_CHUNK : 0;
-}
-
 /* The first page whose window part it keeps: it may be truncated by PE_KV_UNDO tokens and still have what it needs. */
 static size_t first_kept(const pe_kv_cache *cache, size_t n) {
     return n > PE_KV_UNDO ? first_needed(cache, n - PE_KV_UNDO) : 0;
 }
-
-static size_t pages_of(size_t n_tokens) { return pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK; }
 
 /* As many of the n tokens in `pages` as a sequence can hold and go on from: the window parts that its next query needs are
  * there. */
@@ -432,65 +396,6 @@ pe_status pe_kv_accept(pe_kv_cache *cache, int32_t id, const int32_t *tokens, si
 void pe_kv_forget_drafts(pe_kv_cache *cache) {
     for (size_t i = 0; i < cache->n_sequences; i++)
         if (cache->sequences[i].n_drafted > 0) shrink(cache, &cache->sequences[i], cache->sequences[i].committed);
-}
-
-/* ------------------------------------------------------------------ check */
-
-static pe_status broken(char *err, const char *what) {
-    return pe_fail(PE_ERR_SYSTEM, err, "the KV cache is inconsistent: %s", what);
-}
-
-static pe_status check_sequence(const pe_kv_cache *cache, const sequence *s, char *err) {
-    if (s->length != s->committed + s->n_drafted) return broken(err, "a sequence holds positions without tokens");
-    if (s->n_pages != pages_of(s->length)) return broken(err, "a sequence has too many pages");
-    if (s->first_window > first_needed(cache, s->committed)) return broken(err, "a sequence lacks window parts");
-    for (size_t i = 0; i < s->n_pages; i++) {
-        size_t begin = i * PE_CHUNK, left = s->committed > begin ? s->committed - begin : 0;
-        size_t here = left < PE_CHUNK ? left : PE_CHUNK;
-        if (s->pages[i]->n_tokens < here) return broken(err, "a page lacks tokens of its sequence");
-        if (i > 0 && s->pages[i]->parent != NULL && s->pages[i]->parent != s->pages[i - 1])
-            return broken(err, "a page hangs below another page than its sequence's");
-        if (i >= s->first_window && !pe_page_has_window(&cache->pages, s->pages[i]))
-            return broken(err, "a window part that a sequence holds is gone");
-    }
-    return PE_OK;
-}
-
-/* Every thing that is held is held n_references times: the inverses, over its holders, add up to the number of things. */
-typedef struct share_count {
-    size_t n_references;
-    double n_held;
-} share_count;
-
-static void count_share(share_count *count, size_t n_references) {
-    count->n_references++;
-    count->n_held += 1.0 / (double)n_references;
-}
-
-static bool adds_up(const share_count *count, size_t n_held) {
-    double difference = count->n_held - (double)n_held, rounding = 1e-6 * (double)(count->n_references + 1);
-    return difference > -rounding && difference < rounding;
-}
-
-pe_status pe_kv_cache_check(const pe_kv_cache *cache, char *err) {
-    const pe_page_pool *pool = &cache->pages;
-    const char *wrong = pe_page_pool_check(pool);
-    if (wrong != NULL) return broken(err, wrong);
-    share_count pages = {0}, windows = {0};
-    for (size_t i = 0; i < cache->n_sequences; i++) {
-        const sequence *s = &cache->sequences[i];
-        if (!s->used && s->n_pages > 0) return broken(err, "a dropped sequence holds pages");
-        if (!s->used) continue;
-        pe_status status = check_sequence(cache, s, err);
-        if (status != PE_OK) return status;
-        for (size_t k = 0; k < s->n_pages; k++) count_share(&pages, s->pages[k]->n_references);
-        for (size_t k = s->first_window; k < s->n_pages; k++) count_share(&windows, s->pages[k]->n_window_references);
-    }
-    size_t n_held = pool->n_pages - pool->n_cached - pool->n_free;
-    size_t n_windows = pool->window_bytes == 0 ? n_held : pool->n_windows - pool->n_cached_windows - pool->n_free_windows;
-    if (!adds_up(&pages, n_held) || !adds_up(&windows, n_windows))
-        return broken(err, "references to pages do not add up: some page is lost or shared unseen");
-    return PE_OK;
 }
 
 /* ------------------------------------------------------------------ chunks */
