@@ -2,9 +2,10 @@
 
 Nearly all chat templates are loops over the messages, conditions and strings put together. Those are evaluated from jinja2's
 syntax tree, node by node, by this module: no code is generated, no attribute of a Python object is looked up, and each step is
-paid for (plain_values.py), so a rendering ends in a fraction of a second whatever the template says. A template with anything
-else in it is not plain, and neither is one that runs out of fuel or does what only jinja2 knows the outcome of: it raises
-NotPlain, and template_process.py renders it. What comes out of here is, to the character, what jinja2 would write.
+paid for (plain_values.py, plain_filters.py), so a rendering ends in a fraction of a second whatever the template says. A
+template with anything else in it is not plain, and neither is one that runs out of fuel or does what only jinja2 knows the
+outcome of: it raises NotPlain, and template_process.py renders it. What comes out of here is, to the character, what jinja2
+would write.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jinja2 import nodes
 
 from pyengine.errors import TemplateError
 from pyengine.text import plain_values as values
+from pyengine.text.plain_filters import FILTERS
 from pyengine.text.plain_values import UNDEFINED, Fuel, Namespace, NotPlain, require
 from pyengine.text.template_syntax import SYNTAX, syntax_error
 
@@ -79,7 +81,7 @@ def _is_plain_node(node: nodes.Node, is_top: bool, in_loop: bool) -> bool:
     if isinstance(node, nodes.Name):
         return node.name not in _FORBIDDEN_NAMES
     if isinstance(node, nodes.Filter):
-        return node.node is not None and node.name in values.FILTERS and _has_simple_arguments(node)
+        return node.node is not None and node.name in FILTERS and _has_simple_arguments(node)
     if isinstance(node, nodes.Test):
         return node.name in values.TESTS and _has_simple_arguments(node) and not node.kwargs
     if isinstance(node, nodes.Call):
@@ -374,7 +376,7 @@ class _Rendering:
     def _filter(self, node: nodes.Filter, scope: _Scope) -> Any:
         assert node.node is not None
         value = self.value(node.node, scope)
-        return values.FILTERS[node.name](self.fuel, value, *self._arguments(node, scope))
+        return FILTERS[node.name](self.fuel, value, *self._arguments(node, scope))
 
     def _test(self, node: nodes.Test, scope: _Scope) -> bool:
         value = self.value(node.node, scope)

@@ -1,7 +1,8 @@
-"""Values of plain templates, and what may be done with them: jinja2's filters, tests and operators where their cost is known.
+"""Values of plain templates, and what may be done with them: operators, tests and methods, where their cost is known.
 
 Every function pays for its work before it does it, in characters and items. What is not done here raises NotPlain, also where
 jinja2 would raise an error of its own: then jinja2 renders the template, in another process, with its own result or message.
+Filters are in plain_filters.py.
 """
 
 from __future__ import annotations
@@ -58,8 +59,11 @@ class Fuel:
 
 
 UNDEFINED = Undefined()
-_CONTAINERS = (list, tuple, dict)
-_NUMBERS = (int, float)  # bool is an int
+CONTAINERS = (list, tuple, dict)
+NUMBERS = (int, float)  # bool is an int
+
+Args = Sequence[Any]
+Kwargs = dict[str, Any]
 
 # -------------------------------------------------------------------- operators
 
@@ -72,7 +76,7 @@ def require(condition: bool) -> None:
 def is_true(value: Any) -> bool:
     if value is UNDEFINED:
         return False
-    require(value is None or isinstance(value, (str, *_NUMBERS, *_CONTAINERS)))
+    require(value is None or isinstance(value, (str, *NUMBERS, *CONTAINERS)))
     return bool(value)
 
 
@@ -82,11 +86,11 @@ def to_text(value: Any) -> str:
         return value
     if value is UNDEFINED:
         return ""
-    require(value is None or _is_short(value))
+    require(value is None or is_short(value))
     return str(value)
 
 
-def _is_short(value: Any) -> bool:
+def is_short(value: Any) -> bool:
     """A number that has a text: CPython refuses to write down integers of 5,000 digits."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) <= MAX_INTEGER)
 
@@ -95,14 +99,14 @@ def equal(fuel: Fuel, left: Any, right: Any) -> bool:
     if left is UNDEFINED or right is UNDEFINED:
         return left is right
     fuel.steps(1)
-    if isinstance(left, _CONTAINERS) and isinstance(right, _CONTAINERS):
+    if isinstance(left, CONTAINERS) and isinstance(right, CONTAINERS):
         if type(left) is not type(right) or len(left) != len(right):
             return False
         if isinstance(left, dict):
             return all(key in right and equal(fuel, value, right[key]) for key, value in left.items())
         return all(equal(fuel, *pair) for pair in zip(left, right, strict=True))
     for value in (left, right):
-        require(value is None or isinstance(value, (str, *_NUMBERS, *_CONTAINERS)))
+        require(value is None or isinstance(value, (str, *NUMBERS, *CONTAINERS)))
     if isinstance(left, str) and isinstance(right, str):
         fuel.characters(min(len(left), len(right)))
     return bool(left == right)
@@ -114,7 +118,7 @@ def compare(fuel: Fuel, name: str, left: Any, right: Any) -> bool:
         return equal(fuel, left, right) == (name == "eq")
     if name in ("in", "notin"):
         return contains(fuel, right, left) == (name == "in")
-    numbers = isinstance(left, _NUMBERS) and isinstance(right, _NUMBERS)
+    numbers = isinstance(left, NUMBERS) and isinstance(right, NUMBERS)
     require(numbers or (isinstance(left, str) and isinstance(right, str)))
     if not numbers:
         fuel.characters(min(len(left), len(right)))
@@ -129,15 +133,15 @@ def contains(fuel: Fuel, container: Any, value: Any) -> bool:
         require(isinstance(value, str))
         fuel.characters(len(container))
         return value in container
-    require(value is None or isinstance(value, (str, *_NUMBERS)))
+    require(value is None or isinstance(value, (str, *NUMBERS)))
     if isinstance(container, dict):
         fuel.characters(len(value) if isinstance(value, str) else 0)
         return value in container
     require(isinstance(container, (list, tuple)))
-    return any(equal(fuel, item, value) for item in _paid(fuel, container))
+    return any(equal(fuel, item, value) for item in paid(fuel, container))
 
 
-def _paid(fuel: Fuel, items: Any) -> Any:
+def paid(fuel: Fuel, items: Any) -> Any:
     fuel.steps(len(items))
     return items
 
@@ -153,12 +157,12 @@ def add(fuel: Fuel, left: Any, right: Any) -> Any:
 
 
 def negative(value: Any) -> Any:
-    require(isinstance(value, _NUMBERS) and _is_short(value))
+    require(isinstance(value, NUMBERS) and is_short(value))
     return -value
 
 
 def arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    require(isinstance(left, _NUMBERS) and isinstance(right, _NUMBERS))
+    require(isinstance(left, NUMBERS) and isinstance(right, NUMBERS))
     try:
         result = operation(left, right)
     except ArithmeticError:
@@ -168,9 +172,16 @@ def arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> A
 
 
 def join(fuel: Fuel, separator: str, items: Sequence[Any]) -> str:
-    texts = [to_text(item) for item in _paid(fuel, items)]
+    texts = [to_text(item) for item in paid(fuel, items)]
     fuel.characters(sum(map(len, texts)) + len(separator) * len(texts))
     return separator.join(texts)
+
+
+def replace(fuel: Fuel, text: str, args: Args) -> str:
+    old, new = args
+    require(isinstance(old, str) and isinstance(new, str))
+    fuel.characters(len(text) + text.count(old) * len(new))
+    return text.replace(old, new)
 
 
 def iterate(fuel: Fuel, value: Any) -> Sequence[Any]:
@@ -184,7 +195,7 @@ def iterate(fuel: Fuel, value: Any) -> Sequence[Any]:
     else:
         require(isinstance(value, (str, list, tuple)))
         items = value
-    return _paid(fuel, items)  # type: ignore[no-any-return]
+    return paid(fuel, items)  # type: ignore[no-any-return]
 
 
 # -------------------------------------------------------------------- attributes and items
@@ -195,16 +206,16 @@ def attribute(value: Any, name: str) -> Any:
     if isinstance(value, Namespace):
         require(not name.startswith("_"))
         return value.values.get(name, UNDEFINED)
-    require(value is None or isinstance(value, (str, *_NUMBERS, *_CONTAINERS)))
+    require(value is None or isinstance(value, (str, *NUMBERS, *CONTAINERS)))
     require(not hasattr(value, name))  # a method, or what the sandbox hides
     return value.get(name, UNDEFINED) if isinstance(value, dict) else UNDEFINED
 
 
 def item(value: Any, key: Any) -> Any:
     """value[key]: the item first, then the attribute."""
-    require(value is None or isinstance(value, (str, *_NUMBERS, *_CONTAINERS)))
-    require(key is None or isinstance(key, (str, *_NUMBERS)))
-    if isinstance(value, (str, *_CONTAINERS)):
+    require(value is None or isinstance(value, (str, *NUMBERS, *CONTAINERS)))
+    require(key is None or isinstance(key, (str, *NUMBERS)))
+    if isinstance(value, (str, *CONTAINERS)):
         try:
             return value[key]
         except (LookupError, TypeError):
@@ -233,11 +244,11 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: value is True or value is False,
     "true": lambda value: value is True,
     "false": lambda value: value is False,
-    "number": lambda value: isinstance(value, _NUMBERS),
+    "number": lambda value: isinstance(value, NUMBERS),
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "float": lambda value: isinstance(value, float),
-    "sequence": lambda value: isinstance(value, (str, *_CONTAINERS)),
-    "iterable": lambda value: isinstance(value, (str, *_CONTAINERS)),
+    "sequence": lambda value: isinstance(value, (str, *CONTAINERS)),
+    "iterable": lambda value: isinstance(value, (str, *CONTAINERS)),
 }
 _COMPARISONS = {
     "eq": "eq", "==": "eq", "equalto": "eq", "ne": "ne", "!=": "ne", "in": "in", "lt": "lt", "<": "lt", "lessthan": "lt",
@@ -256,7 +267,7 @@ def test(fuel: Fuel, name: str, value: Any, args: Sequence[Any]) -> bool:
         require(len(args) == 1)
         return compare(fuel, _COMPARISONS[name], value, args[0])
     if name in _TYPES:
-        known = value is None or isinstance(value, (str, *_NUMBERS, *_CONTAINERS))
+        known = value is None or isinstance(value, (str, *NUMBERS, *CONTAINERS))
         require(not args and (known or (value is UNDEFINED and name not in ("sequence", "iterable"))))
         return _TYPES[name](value)
     require(isinstance(value, int) and name in TESTS)
@@ -266,180 +277,6 @@ def test(fuel: Fuel, name: str, value: Any, args: Sequence[Any]) -> bool:
     require(not args)
     return bool(value % 2 == (name == "odd"))
 
-
-# -------------------------------------------------------------------- filters
-
-_Args = Sequence[Any]
-_Kwargs = dict[str, Any]
-
-
-def _string(fuel: Fuel, value: Any, factor: int = 1) -> str:
-    """A string that a filter works on."""
-    require(isinstance(value, str))
-    fuel.characters(factor * len(value))
-    return str(value)
-
-
-def _simple(method: Callable[[str], str]) -> Callable[[Fuel, Any, _Args, _Kwargs], Any]:
-    def apply(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> str:
-        require(not args and not kwargs)
-        return method(_string(fuel, value, 4))  # upper case may be three times as long
-
-    return apply
-
-
-def _trim(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> str:
-    require(not kwargs and len(args) <= 1 and all(isinstance(chars, str) and len(chars) <= 64 for chars in args))
-    return _string(fuel, to_text(value)).strip(*args)
-
-
-def _length(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> int:
-    require(not args and not kwargs and isinstance(value, (str, *_CONTAINERS)))
-    return len(value)
-
-
-def _default(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> Any:
-    require(len(args) <= 2 and kwargs.keys() <= {"boolean"} and not (len(args) == 2 and kwargs))
-    also_false = args[1] if len(args) == 2 else kwargs.get("boolean", False)
-    if value is UNDEFINED or (is_true(also_false) and not is_true(value)):
-        return args[0] if args else ""
-    return value
-
-
-def _tojson(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> str:
-    require(not args and kwargs.keys() <= {"indent", "ensure_ascii", "sort_keys"})
-    indent = kwargs.get("indent")
-    require(indent is None or (type(indent) is int and 0 <= indent <= 8))
-    require(all(isinstance(kwargs.get(name, False), bool) for name in ("ensure_ascii", "sort_keys")))
-    _weigh(fuel, value, 64)
-    text = template_syntax.tojson(value, **kwargs)
-    fuel.characters(len(text))
-    return text
-
-
-def _weigh(fuel: Fuel, value: Any, depth: int) -> None:
-    """Pay for all of a nested value, which holds nothing but JSON's types."""
-    require(depth > 0)
-    if isinstance(value, str):
-        fuel.characters(len(value))
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            require(isinstance(key, str))
-            fuel.characters(len(key))
-            _weigh(fuel, inner, depth - 1)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            _weigh(fuel, inner, depth - 1)
-    else:
-        require(value is None or _is_short(value))
-    fuel.steps(1)
-
-
-def _items(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> Lazy:
-    require(not args and not kwargs and (value is UNDEFINED or isinstance(value, dict)))
-    return Lazy([] if value is UNDEFINED else list(_paid(fuel, value).items()))
-
-
-def _list(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> list[Any]:
-    require(not args and not kwargs)
-    return list(iterate(fuel, value))
-
-
-def _first(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> Any:
-    require(not args and not kwargs and value is not UNDEFINED)
-    return next(iter(iterate(fuel, value)), UNDEFINED)
-
-
-def _last(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> Any:
-    require(not args and not kwargs and isinstance(value, (str, list, tuple)))
-    return value[-1] if value else UNDEFINED
-
-
-def _join(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> str:
-    require(not kwargs and len(args) <= 1)
-    return join(fuel, to_text(args[0]) if args else "", iterate(fuel, value))
-
-
-def _replace(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> str:
-    require(not kwargs and len(args) == 2)
-    return replace(fuel, _string(fuel, value), args)
-
-
-def replace(fuel: Fuel, text: str, args: _Args) -> str:
-    old, new = args
-    require(isinstance(old, str) and isinstance(new, str))
-    fuel.characters(len(text) + text.count(old) * len(new))
-    return text.replace(old, new)
-
-
-def _string_filter(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> str:
-    require(not args and not kwargs)
-    return to_text(value)
-
-
-def _reverse(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> Any:
-    require(not args and not kwargs and isinstance(value, (str, list, tuple)))
-    return _string(fuel, value)[::-1] if isinstance(value, str) else Lazy(_paid(fuel, value)[::-1])
-
-
-def _path(value: Any, path: Any) -> Any:
-    """selectattr("function.name"): items of items."""
-    require(isinstance(path, str) and len(path) <= 256)
-    for name in path.split("."):
-        require(name.isascii() or not name.isdigit())
-        value = item(value, int(name) if name.isdigit() else name)
-    return value
-
-
-def _selects(keeps: bool, by_attribute: bool) -> Callable[[Fuel, Any, _Args, _Kwargs], Any]:
-    def select(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> Lazy:
-        require(not kwargs and len(args) >= by_attribute)
-        path, tests = (args[0], args[1:]) if by_attribute else (None, args)
-        require(not tests or (isinstance(tests[0], str) and tests[0] in TESTS))
-        chosen = []
-        for element in iterate(fuel, value):
-            subject = _path(element, path) if by_attribute else element
-            outcome = test(fuel, tests[0], subject, tests[1:]) if tests else is_true(subject)
-            if outcome == keeps:
-                chosen.append(element)
-        return Lazy(chosen)
-
-    return select
-
-
-def _map(fuel: Fuel, value: Any, args: _Args, kwargs: _Kwargs) -> Lazy:
-    elements = iterate(fuel, value)
-    if kwargs:
-        require(not args and kwargs.keys() == {"attribute"})
-        return Lazy([_path(element, kwargs["attribute"]) for element in elements])
-    require(len(args) == 1 and args[0] in ("trim", "upper", "lower", "string", "length", "tojson"))
-    return Lazy([FILTERS[args[0]](fuel, element, (), {}) for element in elements])
-
-
-FILTERS: dict[str, Callable[[Fuel, Any, _Args, _Kwargs], Any]] = {
-    "trim": _trim,
-    "upper": _simple(str.upper),
-    "lower": _simple(str.lower),
-    "capitalize": _simple(str.capitalize),
-    "length": _length,
-    "count": _length,
-    "default": _default,
-    "d": _default,
-    "tojson": _tojson,
-    "items": _items,
-    "list": _list,
-    "first": _first,
-    "last": _last,
-    "join": _join,
-    "replace": _replace,
-    "string": _string_filter,
-    "reverse": _reverse,
-    "select": _selects(True, by_attribute=False),
-    "reject": _selects(False, by_attribute=False),
-    "selectattr": _selects(True, by_attribute=True),
-    "rejectattr": _selects(False, by_attribute=True),
-    "map": _map,
-}
 
 # -------------------------------------------------------------------- methods and functions
 
@@ -451,7 +288,7 @@ _STRING_METHODS: dict[str, int] = {  # name -> arguments at most; all of them st
 METHODS = frozenset((*_STRING_METHODS, "replace", "join", "items", "keys", "values", "get"))
 
 
-def method(fuel: Fuel, value: Any, name: str, args: _Args) -> Any:
+def method(fuel: Fuel, value: Any, name: str, args: Args) -> Any:
     """value.name(args)."""
     if isinstance(value, str):
         return _string_method(fuel, value, name, args)
@@ -464,7 +301,7 @@ def method(fuel: Fuel, value: Any, name: str, args: _Args) -> Any:
     return Lazy(list(getattr(value, name)()))
 
 
-def _string_method(fuel: Fuel, value: str, name: str, args: _Args) -> Any:
+def _string_method(fuel: Fuel, value: str, name: str, args: Args) -> Any:
     if name == "replace":
         require(len(args) == 2)
         return replace(fuel, value, args)
@@ -482,7 +319,7 @@ def _string_method(fuel: Fuel, value: str, name: str, args: _Args) -> Any:
     return getattr(value, name)(*args)
 
 
-def function(fuel: Fuel, name: str, args: _Args, kwargs: _Kwargs) -> Any:
+def function(fuel: Fuel, name: str, args: Args, kwargs: Kwargs) -> Any:
     """One of the functions that every template has."""
     if name == "namespace":
         require(not args)
@@ -494,7 +331,7 @@ def function(fuel: Fuel, name: str, args: _Args, kwargs: _Kwargs) -> Any:
         )
         numbers = range(*args)
         require(len(numbers) <= MAX_RANGE)
-        return Lazy(_paid(fuel, numbers))
+        return Lazy(paid(fuel, numbers))
     require(len(args) == 1 and isinstance(args[0], str))
     if name == "raise_exception":
         template_syntax.raise_exception(args[0])
