@@ -1,4 +1,4 @@
-"""Arguments of the public functions: one way to check a number, and to show a value in an error message."""
+"""Arguments of the public functions: one way to check a number or a flag, and to show a value in an error message."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from pyengine.errors import InvalidArgumentError
 
 MAX_SHOWN = 80
+INT32_MAX = 2**31 - 1  # what the core counts tokens with
 
 
 def shown(value: object) -> str:
@@ -40,3 +41,10 @@ def number(name: str, value: object) -> float:
     if math.isnan(result):
         raise InvalidArgumentError(f"{name} must not be NaN")
     return result
+
+
+def boolean(name: str, value: object) -> bool:
+    """`value` if it is a bool. Raises InvalidArgumentError naming `name`."""
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} is True or False, not {shown(value)}")
+    return value

@@ -5,24 +5,24 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
 from pyengine.adapters import Adapters, LoadedAdapter
-from pyengine.arguments import integer, shown
+from pyengine.arguments import boolean
 from pyengine.background import Background
-from pyengine.errors import InvalidArgumentError, PyEngineError, TemplateError
+from pyengine.errors import InvalidArgumentError, PyEngineError
 from pyengine.format.reader import FrozenFile
-from pyengine.format.strict_json import parse_json_object
-from pyengine.opening import checked_threads, pages_of, resolve_model
+from pyengine.language import Language
+from pyengine.opening import Options, pages_of, resolve_model
 from pyengine.results import Generation
 from pyengine.run.request import Caller, GenerationRequest, check_salt
 from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
 from pyengine.run.stream import Stream, run_all
-from pyengine.scoring import INT32_MAX, Scoring
 from pyengine.scoring import Prompt as Prompt  # ours, for callers
+from pyengine.scoring import Scoring
 from pyengine.text.prompts import is_batch, prompt_ids, token_ids
 from pyengine.text.stops import StopStrings
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pyengine import _core
     from pyengine.draft_file import DraftFile
     from pyengine.freeze import Progress
-    from pyengine.run.guide import Guide, Guides
-    from pyengine.sampling import Drafting, ResolvedParams, SamplingParams, StructuredOutputs
+    from pyengine.run.guide import Guide
+    from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.tokenizer import Tokenizer
 
@@ -91,57 +91,42 @@ class Engine(Scoring):
 
         self._lock = threading.RLock()
         fork.register(self._lock, fork.ENGINE)
-        self._closed = self._is_opening = True
-        self._tokenizer: Tokenizer | None = None
-        self._chat_template: ChatTemplate | None = None
-        self._guides: Guides | None = None
-        n_threads = checked_threads(n_threads)
-        n_ctx = integer("n_ctx", n_ctx, 0, INT32_MAX)
-        max_sequences = integer("max_sequences", max_sequences, 1, INT32_MAX)
-        if max_kv_bytes is not None:
-            max_kv_bytes = integer("max_kv_bytes", max_kv_bytes, 1, 2**63 - 1)
-        self.seed = None if seed is None else integer("seed", seed, 0, 2**64 - 1)
-        if not isinstance(kv_dtype, str) or kv_dtype not in ("int8", "f32"):
-            raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(kv_dtype)}")
-        for name, flag in (("mmap", mmap), ("preload_tokenizer", preload_tokenizer)):
-            if not isinstance(flag, bool):
-                raise InvalidArgumentError(f"{name} is True or False, not {shown(flag)}")
-        self._speculative = _checked_speculative(speculative)
+        self._closed = True
+        self._options = options = Options(
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            kv_dtype=kv_dtype,
+            seed=seed,
+            max_sequences=max_sequences,
+            max_kv_bytes=max_kv_bytes,
+            speculative=speculative,
+            mmap=mmap,
+        )
+        preload_tokenizer = boolean("preload_tokenizer", preload_tokenizer)
+        n_ctx, n_threads = options.n_ctx, options.n_threads or 0
+        self.seed = options.seed
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
-        self._options: dict[str, Any] = {
-            "n_ctx": n_ctx,
-            "n_threads": n_threads or None,
-            "kv_dtype": kv_dtype,
-            "seed": seed,
-            "mmap": mmap,
-        }
-        self._options |= {
-            "max_sequences": max_sequences,
-            "max_kv_bytes": max_kv_bytes,
-            "speculative": self._speculative,
-        }
+        self._language = Language(self._file, self._lock)
         config = self._file.config
         if n_ctx > config.max_seq_len:
             raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config.max_seq_len}")
         self.n_ctx = n_ctx or config.max_seq_len
         config = replace(config, max_seq_len=self.n_ctx)
         self.vocab_size = config.vocab_size
-        self._generation_config = self._json_attachment("generation_config.json")
         self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
         self._adapters = Adapters(self._file.config, self._model)
         context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
         self.n_threads: int = context.n_threads
-        pages = partial(pages_of, max_kv_bytes=max_kv_bytes, max_sequences=max_sequences)
-        self._scheduler = Scheduler(context, max_sequences=max_sequences, max_pages=pages(context, self.n_ctx))
+        pages = partial(pages_of, max_kv_bytes=options.max_kv_bytes, max_sequences=options.max_sequences)
+        self._scheduler = Scheduler(context, max_sequences=options.max_sequences, max_pages=pages(context, self.n_ctx))
         self._draft: DraftFile | None = None
         if draft_model is not None:
             with fork.importing:
                 from pyengine.draft_file import DraftFile
 
             self._draft = DraftFile(resolve_model(draft_model, progress), self._file, self.n_ctx, use_mmap=mmap)
-            self._options["draft_model"] = self._draft.path
             guessing = self._draft.context(kv_dtype, n_threads)
             guessing.set_max_pages(pages(guessing, self._draft.n_ctx))
             self._scheduler.speculation.add_model(guessing, self._draft.n_ctx)
@@ -149,7 +134,7 @@ class Engine(Scoring):
             weights = self._file.draft_weights
             self._scheduler.speculation.add_head(_core.DraftHead(self._model, config.draft_head, weights, self.n_threads))
         fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
-        self._closed = self._is_opening = False
+        self._closed = False
         cpu_watch.check_threads(n_threads)
 
     @classmethod
@@ -170,7 +155,7 @@ class Engine(Scoring):
         background = Background(opening)
         try:
             background.start()
-            _ = self.tokenizer
+            _ = self._language.tokenizer
         finally:
             background.wait()
         return background.result()
@@ -196,7 +181,7 @@ class Engine(Scoring):
 
     def generation_defaults(self) -> dict[str, Any]:
         """generation_config.json of the frozen file, as plain values."""
-        return dict(self._generation_config)
+        return dict(self._language.generation_config)
 
     @property
     def isa(self) -> str:
@@ -218,45 +203,14 @@ class Engine(Scoring):
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, loaded when it is first needed."""
-        self._check_open(opening=True)
-        with self._lock:
-            if self._tokenizer is None:
-                from pyengine.text.tokenizer import Tokenizer
-
-                self._tokenizer = Tokenizer(
-                    self._file.attachment("tokenizer.json") or b"",
-                    self._json_attachment("tokenizer_config.json"),
-                    bos_token_id=self._file.config.bos_token_id,
-                    eos_token_ids=self.eos_token_ids,
-                    vocab_size=self.vocab_size,
-                )
-            return self._tokenizer
+        self._check_open()
+        return self._language.tokenizer
 
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template. Raises TemplateError if it has none."""
         self._check_open()
-        with self._lock:
-            if self._chat_template is None:
-                from pyengine.text.chat import ChatTemplate
-
-                source = self._file.attachment("chat_template.jinja")
-                if source is None:
-                    raise TemplateError(
-                        "this model has no chat template; use generate, or render the conversation yourself"
-                    )
-                bos, eos = self._file.config.bos_token_id, self.eos_token_ids
-                text = self.tokenizer.token_text
-                self._chat_template = ChatTemplate(
-                    source,
-                    bos_token=None if bos is None else text(bos),
-                    eos_token=text(eos[0]) if eos else None,
-                )
-            return self._chat_template
-
-    def _json_attachment(self, name: str) -> dict[str, Any]:
-        text = self._file.attachment(name)
-        return {} if text is None else parse_json_object(text, name)
+        return self._language.chat_template
 
     # ------------------------------------------------------------ adapters
 
@@ -311,17 +265,15 @@ class Engine(Scoring):
 
     # ------------------------------------------------------------ generation
 
-    def _guide(self, wanted: StructuredOutputs) -> Guide:
-        with self._lock:
-            if self._guides is None:
-                from pyengine.run.guide import Guides
-
-                self._guides = Guides(self.tokenizer, self.vocab_size, self.eos_token_ids)
-        return self._guides.new(wanted)
+    def guide(self, wanted: StructuredOutputs) -> Guide:
+        """For one output. Raises InvalidArgumentError for what is no schema or grammar, is not understood or too costly."""
+        return self._language.guide(wanted)
 
     def resolve(self, params: SamplingParams) -> ResolvedParams:
         """`params` with the model's and this engine's defaults. Raises InvalidArgumentError."""
-        return params.resolve(self._generation_config, seed=self.seed, speculative=self._speculative)
+        return params.resolve(
+            self._language.generation_config, seed=self.seed, speculative=self._options.speculative
+        )
 
     def requests(
         self,
@@ -353,7 +305,7 @@ class Engine(Scoring):
         )
         wanted = params.structured_outputs
         return [
-            request(ids, index=index, guide=None if wanted is None else self._guide(wanted))
+            request(ids, index=index, guide=None if wanted is None else self.guide(wanted))
             for ids in prompts
             for index in range(params.n)
         ]
@@ -468,8 +420,8 @@ class Engine(Scoring):
 
     # ------------------------------------------------------------ life
 
-    def _check_open(self, opening: bool = False) -> None:
-        if self._closed and not (opening and self._is_opening):
+    def _check_open(self) -> None:
+        if self._closed:
             raise PyEngineError("this engine is closed")
 
     def exclusively(self, function: Callable[[_core.Context], T]) -> T:
@@ -517,8 +469,7 @@ class Engine(Scoring):
                 return
             self._scheduler.exclusively(self._scheduler.close)
             self._closed = True
-            if self._chat_template is not None:
-                self._chat_template.close()
+            self._language.close()
             self._adapters.close()
             del self._model
             self._file.close()
@@ -533,7 +484,10 @@ class Engine(Scoring):
 
     def __reduce__(self) -> tuple[Callable[..., Engine], tuple[Any, ...]]:
         self._check_open()
-        return _reopen, (str(self.path), self._options, [(one.path, one.name, one.scale) for one in self._adapters])
+        options = asdict(self._options)
+        if self._draft is not None:
+            options["draft_model"] = self._draft.path
+        return _reopen, (str(self.path), options, [(one.path, one.name, one.scale) for one in self._adapters])
 
     def __repr__(self) -> str:
         if self._closed:
@@ -555,9 +509,3 @@ def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> S
     if params is not None and options:
         raise InvalidArgumentError(f"give params or keyword options, not both ({', '.join(options)})")
     return SamplingParams.from_kwargs(**options) if params is None else params
-
-
-def _checked_speculative(value: str | Mapping[str, Any]) -> Drafting:
-    with fork.importing:
-        from pyengine.sampling import check_speculative
-    return check_speculative(value)

@@ -1,12 +1,13 @@
-"""What an engine is opened with: the file that a name stands for, threads, pages."""
+"""What an engine is opened with: its options, the file that a name stands for, threads, pages."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from pyengine import fork
-from pyengine.arguments import integer
+from pyengine.arguments import INT32_MAX, boolean, integer, shown
 from pyengine.errors import InvalidArgumentError, MissingFileError
 from pyengine.files import is_safetensors, path_of
 from pyengine.format.kv import KvLayout
@@ -19,6 +20,39 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = os.path.join(os.path.dirname(__file__), "models", "default.safetensors")
 MAX_THREADS = 256  # PE_MAX_THREADS of csrc/threadpool.h
+
+
+@dataclass
+class Options:
+    """Options of an `Engine`, whose docstring says what they mean, checked: those that it has in another process, too.
+
+    Raises InvalidArgumentError.
+    """
+
+    n_ctx: int
+    n_threads: int | None
+    kv_dtype: Literal["int8", "f32"]
+    seed: int | None
+    max_sequences: int
+    max_kv_bytes: int | None
+    speculative: Any  # a Drafting when it is checked
+    mmap: bool
+
+    def __post_init__(self) -> None:
+        with fork.importing:
+            from pyengine.sampling import check_speculative
+
+        self.n_threads = checked_threads(self.n_threads) or None
+        self.n_ctx = integer("n_ctx", self.n_ctx, 0, INT32_MAX)
+        self.max_sequences = integer("max_sequences", self.max_sequences, 1, INT32_MAX)
+        if self.max_kv_bytes is not None:
+            self.max_kv_bytes = integer("max_kv_bytes", self.max_kv_bytes, 1, 2**63 - 1)
+        if self.seed is not None:
+            self.seed = integer("seed", self.seed, 0, 2**64 - 1)
+        if not isinstance(self.kv_dtype, str) or self.kv_dtype not in ("int8", "f32"):
+            raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(self.kv_dtype)}")
+        self.mmap = boolean("mmap", self.mmap)
+        self.speculative = check_speculative(self.speculative)
 
 
 def resolve_model(

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from pyengine.arguments import integer, number, shown
+from pyengine.arguments import INT32_MAX, integer, number, shown
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnknownParameterError
 
 MAX_LOGPROBS = 64
@@ -21,7 +21,6 @@ MAX_STOP_STRINGS = 1024  # clients send a handful
 MAX_STOP_CHARACTERS = 1 << 17  # of all stop strings of a request: an automaton over them takes about 300 bytes each
 MAX_DRAFT = 24  # tokens guessed ahead in a step
 MAX_IDS = 1 << 24  # the largest vocabulary
-INT32_MAX = 2**31 - 1
 
 # Names that people bring from llama-cpp-python, transformers and OpenVINO GenAI.
 ALIASES: dict[str, str] = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pyengine import fork
 from pyengine._sampler import logprobs
-from pyengine.arguments import integer
+from pyengine.arguments import INT32_MAX, integer
 from pyengine.errors import ContextFullError
 from pyengine.results import Score
 from pyengine.run.request import HIDDEN, LOGITS, Caller, RowsRequest
@@ -29,7 +29,6 @@ Prompt = str | Sequence[int]
 
 # score, logits and embed may ask for a row of every position; this bounds the buffer (rows x vocab_size or dim x 4 bytes).
 ROWS_BYTES = 32 << 20
-INT32_MAX = 2**31 - 1
 
 
 class Scoring(ABC):

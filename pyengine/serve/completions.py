@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pyengine.arguments import INT32_MAX
 from pyengine.async_engine import Job
 from pyengine.engine import Prompt
 from pyengine.results import Piece
 from pyengine.run.request import GenerationRequest, Request
-from pyengine.sampling import INT32_MAX
 from pyengine.serve import neutral, payload
 from pyengine.serve.answer import Call, Choice, answer
 from pyengine.serve.errors import bad_request, told_of

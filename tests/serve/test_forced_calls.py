@@ -83,7 +83,7 @@ def lets_through(engine: Engine, text: str, answer: str) -> bool:
     """Whether a model may write the answer and then end; its special tokens are such."""
     from pyengine.sampling import StructuredOutputs
 
-    guide = engine._guide(StructuredOutputs(grammar=text))
+    guide = engine.guide(StructuredOutputs(grammar=text))
     tokens = engine.tokenize(answer, add_bos=False, parse_special=True)
     for n in range(len(tokens) + 1):
         token = tokens[n] if n < len(tokens) else engine.eos_token_ids[0]

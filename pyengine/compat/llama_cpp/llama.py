@@ -14,7 +14,7 @@ from typing import Any
 
 from pyengine import hub
 from pyengine._sampler import logprobs as token_logprobs
-from pyengine.arguments import integer, shown
+from pyengine.arguments import INT32_MAX, integer, shown
 from pyengine.compat.llama_cpp import answers, formats, options
 from pyengine.compat.llama_cpp.answers import Answer
 from pyengine.compat.llama_cpp.grammar import LlamaGrammar, wanted_output
@@ -32,7 +32,6 @@ from pyengine.sampling import SamplingParams
 from pyengine.text.chat import ChatTemplate
 from pyengine.text.prompts import token_ids
 
-_INT32_MAX = 2**31 - 1
 _DEFAULT_CTX = 512
 
 
@@ -244,11 +243,11 @@ class Llama:
     def _params(self, **given: Any) -> SamplingParams:
         """Sampling parameters with llama-cpp-python's conventions for "none". Raises InvalidArgumentError."""
         limit = given["max_tokens"]
-        if limit is not None and integer("max_tokens", limit, -_INT32_MAX, _INT32_MAX) <= 0:
+        if limit is not None and integer("max_tokens", limit, -INT32_MAX, INT32_MAX) <= 0:
             given["max_tokens"] = None
         if given["stop"] is None:
             given["stop"] = ()
-        if given["top_k"] is not None and integer("top_k", given["top_k"], -_INT32_MAX, _INT32_MAX) <= 0:
+        if given["top_k"] is not None and integer("top_k", given["top_k"], -INT32_MAX, INT32_MAX) <= 0:
             given["top_k"] = 0
         if given["seed"] is None:
             given["seed"] = self._next_seed()

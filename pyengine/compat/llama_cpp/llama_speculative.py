@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pyengine.arguments import integer
-from pyengine.sampling import INT32_MAX, MAX_DRAFT
+from pyengine.arguments import INT32_MAX, integer
+from pyengine.sampling import MAX_DRAFT
 
 
 class LlamaPromptLookupDecoding:

@@ -1,0 +1,84 @@
+"""What an engine reads and writes with: the tokenizer, chat template and guides of a frozen file, each made when first needed."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from pyengine.errors import TemplateError
+from pyengine.format.reader import FrozenFile
+from pyengine.format.strict_json import parse_json_object
+
+if TYPE_CHECKING:
+    from pyengine.run.guide import Guide, Guides
+    from pyengine.sampling import StructuredOutputs
+    from pyengine.text.chat import ChatTemplate
+    from pyengine.text.tokenizer import Tokenizer
+
+
+class Language:
+    """The attachments of a frozen file, as objects. lock: the engine's; it is held while one of them is made."""
+
+    def __init__(self, file: FrozenFile, lock: threading.RLock) -> None:
+        self._file = file
+        self._lock = lock
+        self.generation_config = self._json("generation_config.json")
+        self._tokenizer: Tokenizer | None = None
+        self._chat_template: ChatTemplate | None = None
+        self._guides: Guides | None = None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        text = self._file.attachment(name)
+        return {} if text is None else parse_json_object(text, name)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                from pyengine.text.tokenizer import Tokenizer
+
+                config = self._file.config
+                self._tokenizer = Tokenizer(
+                    self._file.attachment("tokenizer.json") or b"",
+                    self._json("tokenizer_config.json"),
+                    bos_token_id=config.bos_token_id,
+                    eos_token_ids=config.eos_token_ids,
+                    vocab_size=config.vocab_size,
+                )
+            return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """Raises TemplateError if the file has none."""
+        with self._lock:
+            if self._chat_template is None:
+                from pyengine.text.chat import ChatTemplate
+
+                source = self._file.attachment("chat_template.jinja")
+                if source is None:
+                    raise TemplateError(
+                        "this model has no chat template; use generate, or render the conversation yourself"
+                    )
+                bos, eos = self._file.config.bos_token_id, self._file.config.eos_token_ids
+                text = self.tokenizer.token_text
+                self._chat_template = ChatTemplate(
+                    source,
+                    bos_token=None if bos is None else text(bos),
+                    eos_token=text(eos[0]) if eos else None,
+                )
+            return self._chat_template
+
+    def guide(self, wanted: StructuredOutputs) -> Guide:
+        """A new guide, for one output. Raises InvalidArgumentError for a grammar that cannot be used."""
+        with self._lock:
+            if self._guides is None:
+                from pyengine.run.guide import Guides
+
+                config = self._file.config
+                self._guides = Guides(self.tokenizer, config.vocab_size, config.eos_token_ids)
+        return self._guides.new(wanted)
+
+    def close(self) -> None:
+        """End what has processes of its own."""
+        if self._chat_template is not None:
+            self._chat_template.close()
