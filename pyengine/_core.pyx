@@ -82,6 +82,16 @@ def throttling() -> dict:
     return {"n_periods": t.n_periods, "n_throttled": t.n_throttled, "throttled_us": t.throttled_us}
 
 
+cdef extern from "sampler/sampler.h" nogil:
+    ctypedef struct pe_sample_row
+    pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err)
+
+
+cdef int sample_many(void *rows, size_t n_rows, int n_threads, char *err) noexcept nogil:
+    """pe_sample_many, for _sampler.pyx, on the pool of this module's contexts."""
+    return pe_sample_many(<pe_sample_row *>rows, n_rows, n_threads, err)
+
+
 # ---------------------------------------------------------------- classes
 
 # One module: the thread pool and the chosen kernels are variables of the core, which every extension module links for itself.

@@ -10,6 +10,8 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_G
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
+from pyengine cimport _core
+
 from pyengine.errors import InvalidArgumentError, OutOfMemoryError, STATUS_ERRORS
 
 
@@ -57,7 +59,6 @@ cdef extern from "sampler/sampler.h" nogil:
         pe_status status
         char *err
         pe_sample_result result
-    pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err)
     pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
                           char *err)
 
@@ -343,7 +344,7 @@ cdef list sample_rows(_Rows rows, list samplers, int n_threads):
             call.logits, call.mask = source.logits, source.mask
         err[0] = 0
         with nogil:
-            status = pe_sample_many(rows.calls, n, n_threads, err)
+            status = <pe_status>_core.sample_many(rows.calls, n, n_threads, err)
         if status != PE_OK and not is_first:
             break  # what is recorded is right; the rest is for another call
         check(status, err)

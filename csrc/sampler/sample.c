@@ -1,12 +1,11 @@
 /* sample.c: one call, logits -> token: step 1 (edits.c), then the greedy choice or steps 2 to 7 (choice.c), then
- * log-probabilities (logprobs.c). And many calls at once. */
+ * log-probabilities (logprobs.c). */
 #include <math.h>
 
 #include "float_env.h"
 #include "kernels/pe_math.h"
 #include "state.h"
 #include "status.h"
-#include "threadpool.h"
 
 /* ------------------------------------------------------------------ passes over the logits */
 
@@ -81,36 +80,4 @@ pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t p
     pe_status status = sample(sampler, logits, position, mask, out, err);
     pe_float_env_leave(env);
     return status;
-}
-
-/* ------------------------------------------------------------------ many calls */
-
-static void sample_unit(void *arg, size_t unit, int thread) {
-    (void)thread;
-    pe_sample_row *row = (pe_sample_row *)arg + unit;
-    row->err[0] = '\0';
-    row->status = sample(row->sampler, row->logits, row->position, row->mask, &row->result, row->err);
-}
-
-/* Whether every sampler is in one row only. Marks are taken off again. */
-static bool samplers_are_distinct(pe_sample_row *rows, size_t n_rows) {
-    size_t n_marked = 0;
-    while (n_marked < n_rows && !rows[n_marked].sampler->marked) rows[n_marked++].sampler->marked = true;
-    for (size_t i = 0; i < n_marked; i++) rows[i].sampler->marked = false;
-    return n_marked == n_rows;
-}
-
-pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err) {
-    if (n_threads < 1 || n_threads > PE_MAX_THREADS)
-        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "n_threads is %d, expected 1 to %d", n_threads, PE_MAX_THREADS);
-    if (!samplers_are_distinct(rows, n_rows))
-        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "a sampler is in two of %zu rows", n_rows);
-    if ((size_t)n_threads > n_rows) n_threads = n_rows > 1 ? (int)n_rows : 1;
-    pe_status status = pe_pool_acquire(n_threads, err);
-    if (status != PE_OK) return status;
-    uint64_t env = pe_float_env_enter();
-    pe_parallel_for(n_threads, n_rows, sample_unit, rows, NULL);
-    pe_float_env_leave(env);
-    pe_pool_release();
-    return PE_OK;
 }

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "_core": {"errors"},
     "_step_lock": {"errors"},
     "_probe": {"errors"},
-    "_sampler": {"errors"},
+    "_sampler": {"errors", "_core"},
     "_draft": {"errors"},
     "format": {"errors", "files"},
     "text": {"errors", "fork", "arguments"},
@@ -149,6 +149,18 @@ def test_import_pyengine_loads_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     heavy = {"numpy", "tokenizers", "jinja2", "gguf", "numba", "torch", "transformers"}
     assert not heavy & set(result.stdout.split())
+
+
+def test_threads_are_started_by_one_module() -> None:
+    """Each extension module has a copy of the core. The pool must be that of `_core`, whose contexts keep it: in another copy every
+    call would start threads and end them. (`_probe` measures once, with threads of its own.)"""
+    from pyengine import _core
+
+    directory = Path(_core.__file__).parent
+    suffix = Path(_core.__file__).name.removeprefix("_core")
+    built = {name: path.read_bytes() for name in ROOMS if (path := directory / f"{name}{suffix}").exists()}
+    found = {name for name, code in built.items() if b"pthread_create" in code or b"_beginthreadex" in code}
+    assert found == {"_core", "_probe"}
 
 
 # ---------------------------------------------------------------------- C
