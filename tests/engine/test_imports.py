@@ -152,8 +152,8 @@ def test_import_pyengine_loads_nothing_heavy() -> None:
 
 
 def test_threads_are_started_by_one_module() -> None:
-    """Each extension module has a copy of the core. The pool must be that of `_core`, whose contexts keep it: in another copy every
-    call would start threads and end them. (`_probe` measures once, with threads of its own.)"""
+    """Each extension module has a copy of the core. The pool must be that of `_core`, whose contexts keep it: in another copy
+    every call would start threads and end them. (`_probe` measures once, with threads of its own.)"""
     from pyengine import _core
 
     directory = Path(_core.__file__).parent
