@@ -18,8 +18,11 @@ from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.data import BatchSource, Corpus, Phase, prepare_corpus, validation_batches
 from pyengine_training.device import make_trainer
+from pyengine_training.distill import Distillation
 from pyengine_training.errors import DataError
 from pyengine_training.files import read_json, write_json
+from pyengine_training.model import Worker
+from pyengine_training.ops import cpu
 from pyengine_training.runfolder import read_metrics
 from pyengine_training.text import document_ids, read_documents, train_tokenizer
 from pyengine_training.train import open_run
@@ -197,6 +200,52 @@ def test_a_step_without_a_target_moves_nothing_but_the_decay(tiny_sizes: dict[st
     assert result.loss == 0 and result.grad_norm == 0
     np.testing.assert_array_equal(trainer.params.flat, before)
     trainer.close()
+
+
+class Recording:
+    """The CPU's operations, with few rows of logits at a time; counts those that are made. chosen: of counted rows only."""
+
+    def __init__(self, chosen: bool) -> None:
+        self.chosen, self.rows = chosen, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cpu, name)
+
+    def loss_rows(self, vocab_size: int) -> int:
+        return 7
+
+    def counted_rows(self, targets: Any) -> Any:
+        return cpu.counted_rows(targets) if self.chosen else None
+
+    def linear_forward(self, y: Any, x: Any, w: Any) -> None:
+        self.rows += len(y) if len(w) == 48 else 0  # the output matrix
+        cpu.linear_forward(y, x, w)
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+@pytest.mark.parametrize("counted", [0, 1, 17, 47])
+def test_logits_are_made_of_the_rows_that_count(tiny_sizes: dict[str, Any], counted: int, teaches: bool) -> None:
+    """Losses and gradients are those of all rows. In float64: sums of 48 rows and 48 words, in another order."""
+    model = ModelConfig(**tiny_sizes)
+    params = Arena(parameter_shapes(model), np.float64)
+    initialize(params, model, 1)
+    generator = np.random.default_rng(counted)
+    tokens, targets = generator.integers(0, 48, (2, 2, 24))
+    targets.ravel()[generator.permutation(48)[counted:]] = -1
+    found = []
+    for ops in (Recording(True), Recording(False)):
+        teacher = Worker(model, 2, 24, training=False, dtype=np.float64, ops=ops)
+        worker = Worker(model, 2, 24, dtype=np.float64, ops=ops)
+        worker.loss.fill(9)  # of a step before
+        worker.dxn.fill(9)
+        distillation = Distillation(teacher, params, TrainConfig(distill_alpha=0.5)) if teaches else None
+        loss = worker.forward_backward(params, tokens, targets, 1 / 48, distillation=distillation)
+        gradients = worker.grads.flat.copy()
+        found.append((loss, worker.loss.copy(), gradients, worker.evaluate(params, tokens, targets, False).copy()))
+        assert ops.rows == (counted if ops.chosen else 48) * (3 if teaches else 2)
+    for chosen, whole in zip(*found, strict=True):
+        np.testing.assert_allclose(chosen, whole, rtol=1e-12, atol=1e-12 * max(1.0, np.abs(whole).max()))
+    assert (np.abs(found[0][2]).max() > 0) == (counted > 0)
 
 
 # ---- conversations -----------------------------------------------------------------------------------------------

@@ -248,11 +248,23 @@ class Worker:
 
     def _losses(self, params: Arena, flat: Array) -> None:
         """Of what the forward has left, into self.loss; flat (N,): targets."""
-        for start in range(0, flat.size, self.loss_rows):
-            rows = slice(start, min(flat.size, start + self.loss_rows))
-            logits = self.logits[: rows.stop - start]
-            self.ops.linear_forward(logits, self.xn_final[rows], self.output_matrix(params))
-            self.ops.cross_entropy_forward(self.loss[rows], logits, flat[rows])
+        for rows in self.counted(flat, self.loss):
+            hidden, loss = self.xn_final[rows], self.loss[rows]
+            logits = self.logits[: len(loss)]
+            self.ops.linear_forward(logits, hidden, self.output_matrix(params))
+            self.ops.cross_entropy_forward(loss, logits, flat[rows])
+            _put(self.loss, rows, loss)
+
+    def counted(self, targets: Array, *results: Array) -> list[slice] | list[Array]:
+        """The rows of targets (N,) that count, at most loss_rows together: only of these are there logits. Where some do not
+        count, the results (N, ...) are set to 0, and the rows are indices: ``x[rows]`` is a copy then, which :func:`_put` puts
+        back."""
+        n, rows = self.loss_rows, self.ops.counted_rows(targets)
+        if rows is None:
+            return [slice(start, min(targets.size, start + n)) for start in range(0, targets.size, n)]
+        for result in results:
+            self.ops.fill(result, 0)
+        return [rows[start : start + n] for start in range(0, rows.size, n)]
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -324,48 +336,52 @@ class Worker:
     def _output_forward_backward(
         self, params: Arena, targets: Array, inv: Any, distillation: AnyDistillation | None, weights: Array | None
     ) -> None:
-        """Output layer, loss, and their backward, loss_rows rows at a time; leaves the gradient of xn_final in dxn.
+        """Output layer, loss, and their backward, at most loss_rows rows together; leaves the gradient of xn_final in dxn.
 
         weights (N,): of each target's gradient, where self.loss is there already; None: 1, and it is not.
         """
         w = self.output_matrix(params)
-        for start in range(0, targets.size, self.loss_rows):
-            rows = slice(start, min(targets.size, start + self.loss_rows))
-            logits = self.logits[: rows.stop - start]
-            self.ops.linear_forward(logits, self.xn_final[rows], w)
+        results = (self.dxn, self.loss) if weights is None else (self.dxn,)
+        for number, rows in enumerate(self.counted(targets, *results)):
+            hidden, loss, dhidden = self.xn_final[rows], self.loss[rows], self.dxn[rows]
+            logits = self.logits[: len(loss)]
+            self.ops.linear_forward(logits, hidden, w)
             if weights is not None:
-                self.ops.cross_entropy_forward_backward(np.empty_like(self.loss[rows]), logits, targets[rows], inv)
-                logits *= weights[rows, None]
+                self.ops.cross_entropy_forward_backward(np.empty_like(loss), logits, targets[rows], inv)
+                logits *= weights[rows][:, None]
             elif distillation is None:
-                self.ops.cross_entropy_forward_backward(self.loss[rows], logits, targets[rows], inv)
+                self.ops.cross_entropy_forward_backward(loss, logits, targets[rows], inv)
             else:
-                self._distill(rows, logits, targets[rows], inv, distillation)
+                self._distill(rows, loss, logits, targets[rows], inv, distillation)
             if not self.adapters:
-                self._output_gradient(logits, rows)
-            self.ops.linear_backward_input(self.dxn[rows], logits, w)
+                self._output_gradient(logits, hidden, first=number == 0)
+            self.ops.linear_backward_input(dhidden, logits, w)
+            _put(self.loss, rows, loss)
+            _put(self.dxn, rows, dhidden)
 
-    def _output_gradient(self, dlogits: Array, rows: slice) -> None:
+    def _output_gradient(self, dlogits: Array, hidden: Array, *, first: bool) -> None:
         """The output matrix's gradient: of the first rows written, of later ones added."""
         dw = self.output_matrix(self.grads)
-        if rows.start == 0:
-            self.ops.linear_backward_weight(dw, dlogits, self.xn_final[rows])
-        else:
-            self.ops.linear_backward_weight(self.doutput, dlogits, self.xn_final[rows])
+        self.ops.linear_backward_weight(dw if first else self.doutput, dlogits, hidden)
+        if not first:
             self.ops.add(dw, self.doutput)
 
-    def _distill(self, rows: slice, logits: Array, targets: Array, inv: Any, d: AnyDistillation) -> None:
+    def _distill(
+        self, rows: slice | Array, loss: Array, logits: Array, targets: Array, inv: Any, d: AnyDistillation
+    ) -> None:
+        """Mixed loss of some rows into loss, and its gradient over their logits."""
         alpha, tau = self.wide(d.alpha), self.wide(d.tau)
         if d.teacher is None:
             ids, probs = (x.reshape(self.loss.size, -1)[rows] for x in (d.targets.ids, d.targets.probs))
             if int(ids.max()) >= logits.shape[1]:  # the loop below checks no index
                 raise DataError(f"a teacher's cache names token {ids.max()} of {logits.shape[1]}: it is damaged")
             probs = probs.astype(self.dtype)
-            cross_entropy_topk_forward_backward(self.loss[rows], logits, ids, probs, targets, alpha, tau, inv)
+            cross_entropy_topk_forward_backward(loss, logits, ids, probs, targets, alpha, tau, inv)
             return
         teacher = d.teacher
-        wanted = teacher.logits[: rows.stop - rows.start]
+        wanted = teacher.logits[: len(loss)]
         self.ops.linear_forward(wanted, teacher.xn_final[rows], teacher.output_matrix(d.params))
-        self.ops.cross_entropy_kl_forward_backward(self.loss[rows], logits, wanted, targets, alpha, tau, inv)
+        self.ops.cross_entropy_kl_forward_backward(loss, logits, wanted, targets, alpha, tau, inv)
 
     def _recompute_activations(self, params: Arena, layer: int, x: Array, quantize: bool) -> None:
         """The buffers that blocks share in recompute mode "activations", made again from what was
@@ -426,6 +442,12 @@ class Worker:
     def _norm_backward(self, params: Arena, name: str, x: Array, inv_rms: Array) -> None:
         """From dxn, the gradient of a norm's output, into dx and the gradient of its weight."""
         self.ops.rmsnorm_backward(self.dx, self._norm_gradient(name), self.dxn, x, params[name], inv_rms, self.scratch)
+
+
+def _put(x: Array, rows: slice | Array, values: Array) -> None:
+    """x[rows] = values, a copy of them; a slice was no copy."""
+    if not isinstance(rows, slice):
+        x[rows] = values
 
 
 def fake_quantize_parameters(out: Arena, params: Arena, names: list[str] | None = None) -> None:

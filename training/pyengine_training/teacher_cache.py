@@ -124,13 +124,11 @@ def _read(teacher: Worker, params: Arena, packer: RowPacker, first: int, tau: fl
         packer.fill(tokens[i], first + i, starts[i], None, positions[i], whole=True)
     teacher.forward(params, tokens, starts=starts)
     flat, k = positions.ravel(), ids.shape[1]
-    for begin in range(0, flat.size, teacher.loss_rows):
-        part = slice(begin, min(flat.size, begin + teacher.loss_rows))
-        logits = teacher.logits[: part.stop - begin]
-        teacher.ops.linear_forward(logits, teacher.xn_final[part], teacher.output_matrix(params))
-        wanted = np.flatnonzero(flat[part] >= 0)
-        found = likeliest(logits[wanted], k, tau)
-        ids[flat[part][wanted]], probs[flat[part][wanted]] = found
+    for rows in teacher.counted(flat):
+        hidden = teacher.xn_final[rows]
+        logits = teacher.logits[: len(hidden)]
+        teacher.ops.linear_forward(logits, hidden, teacher.output_matrix(params))
+        ids[flat[rows]], probs[flat[rows]] = likeliest(logits, k, tau)
 
 
 def likeliest(logits: Array, k: int, tau: float) -> tuple[Array, Array]:

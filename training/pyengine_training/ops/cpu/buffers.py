@@ -22,6 +22,12 @@ def loss_rows(vocab_size: int) -> int:
     return max(32, min(512, (1 << 25) // vocab_size))
 
 
+def counted_rows(targets: Array) -> Array | None:
+    """Where targets (N,) count, ascending; None: everywhere."""
+    rows = np.flatnonzero(targets >= 0)
+    return rows if rows.size < targets.size else None
+
+
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     """A new array whose pages have been touched: first touches are slow, and later would be in a step."""
     buffer = np.empty(shape, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .adamw import adamw_update
 from .attention import attention_backward, attention_forward, attention_scratch, attention_state
-from .buffers import add, copy, empty, fill, loss_rows, total, upload, wide_dtype, zeros
+from .buffers import add, copy, counted_rows, empty, fill, loss_rows, total, upload, wide_dtype, zeros
 from .cross_entropy import cross_entropy_forward, cross_entropy_forward_backward
 from .embedding import embedding_backward, embedding_forward, embedding_scratch
 from .fake_quant import fake_quant_activations, fake_quant_heads, fake_quant_weights
@@ -38,6 +38,7 @@ __all__ = [
     "attention_state",
     "clip_coefficient",
     "copy",
+    "counted_rows",
     "cross_entropy_forward",
     "cross_entropy_forward_backward",
     "cross_entropy_kl_forward_backward",
