@@ -393,6 +393,19 @@ def test_what_cannot_be_used_is_named_and_leaves_no_folder(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("epochs", ["2", "0.001"])
+def test_a_head_that_is_not_finite_ends_the_run(
+    frozen: Path, questions: Path, tmp_path: Path, epochs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Be it seen in the second step or after the only one: one error, and neither a checkpoint nor a file of such a head."""
+    folder = tmp_path / "run"
+    assert main([*small_run(frozen, questions, folder, n_threads=1), "--lr", "1e30", "--epochs", epochs]) == 1
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1 and "step 1: " in said and "try a lower --lr" in said, said
+    assert "nan" not in said.partition("error:")[0]
+    assert not checkpoints.checkpoints(folder) and not (folder / "model.safetensors").exists()
+
+
 def test_a_folder_belongs_to_one_run(
     run: Path, frozen: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,6 +201,16 @@ def test_options_from_a_file_lose_to_flags(stories: Path, tmp_path: Path, capsys
     assert "depht" in capsys.readouterr().err
 
 
+def test_a_model_that_the_last_step_ruined_is_not_kept(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, rates = tmp_path / "run", "--optimizer adamw --lr 1e30 --warmup-fraction 0 --quantize never"
+    assert main(arguments(run, stories, f"{rates} --steps 1")) == 1
+    said = capsys.readouterr().err
+    assert said.count("error: step 1: the held-out loss of") == 1 and "Lower the learning rate" in said, said
+    assert not checkpoints.checkpoints(run) and not (run / "final").exists()
+
+
 # ---- interruption ------------------------------------------------------------------------------------------------
 
 

@@ -42,8 +42,9 @@ def _train(arguments: list[str]) -> int:
         if options.run_dir is None and not options.plan:
             parser.error("the following arguments are required: --run-dir")
     values = given.collect(options)
+    given.refuse_unused_here(options, ranks)
     if not options.resume:
-        given.refuse_unused(values, options, ranks)
+        given.refuse_unused(values, options)
     if options.plan:
         setup.plan_on_paper(values, options)
         return 0

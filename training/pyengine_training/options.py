@@ -81,15 +81,15 @@ def refuse_sharded_adapters(run: dict[str, Any], options: argparse.Namespace) ->
         raise ConfigError("--shard-optimizer has no effect with --lora: every rank keeps the moments of all adapters")
 
 
-def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: int = 1) -> None:
-    """ConfigError for what was given and would have no effect, with the reason."""
+def refuse_unused_here(options: argparse.Namespace, ranks: int) -> None:
+    """ConfigError for what would have no effect in this process, be the run new or an old one that goes on."""
     if options.precision is not None and options.device == "cpu":
         raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
-    if options.plan and options.tensorboard:
-        raise ConfigError("--tensorboard has no effect beside --plan, which trains nothing")
     if options.plan:
-        others = ("init_from", "branch_from", "teacher", *TEXT[:2], *TEXT[3:], "budget_minutes")
-        return _refuse(values, others, "--plan computes from sizes, batch and tokens")
+        for name in ("resume", "tensorboard"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name} has no effect beside --plan, which trains nothing")
+        return
     given = [name for name in PAPER if getattr(options, name) is not None]
     if given:
         raise ConfigError(f"{_flags(given)} would have no effect: they describe a --plan")
@@ -97,6 +97,13 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace, ranks: in
         raise ConfigError("--tensorboard has no effect beside --dry-run, which trains nothing")
     if options.shard_optimizer and ranks == 1:
         raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
+
+
+def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """ConfigError for what was given of a new run and would have no effect, with the reason."""
+    if options.plan:
+        others = ("init_from", "branch_from", "teacher", *TEXT[:2], *TEXT[3:], "budget_minutes")
+        return _refuse(values, others, "--plan computes from sizes, batch and tokens")
     refuse_sharded_adapters(values, options)
     if values.get("checkpoint_minutes"):
         _refuse(values, ("checkpoint_every",), "--checkpoint-minutes says when checkpoints are written")

@@ -32,7 +32,7 @@ from .config import (
 from .data import FROM_THE_BEGINNING, BatchSource, Corpus, Phase, Reader, validation_batches
 from .device import Machine
 from .energy import EnergyMeter, add_joules
-from .errors import CheckpointError, ConfigError, Interrupted
+from .errors import CheckpointError, ConfigError, Interrupted, NotFiniteError
 from .files import atomic_directory
 from .lora import LoraConfig
 from .model import Worker
@@ -238,10 +238,18 @@ class Loop:
         return write
 
     def validate(self, quantize: bool) -> Validation | PairValidation:
-        """Validate on each text, log, plot; returns the first text's result."""
+        """Validate on each text, log, plot; returns the first text's result. Raises NotFiniteError where there is none."""
         results = [part.result(self.trainer.backend.validation_sums(part.batches, quantize)) for part in self.held_out]
         result = results[0]
         state = self.trainer.state
+        for part, found in zip(self.held_out, results, strict=True):
+            if not math.isfinite(found.loss):
+                error = NotFiniteError(
+                    f"step {state.step}: the held-out loss of {part.name} is {found.loss}. "
+                    "Lower the learning rate or warm up longer."
+                )
+                error.on_all_ranks = True  # they all have the same sums
+                raise error
         if state.best_validation is None or result.loss < state.best_validation:
             state.best_validation = result.loss
         if not self.leads:

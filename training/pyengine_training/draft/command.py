@@ -26,7 +26,7 @@ from .. import runfolder
 from ..checkpoint import environment
 from ..config import TrainConfig
 from ..data import file_sha256
-from ..errors import CheckpointError, ConfigError, Interrupted
+from ..errors import CheckpointError, ConfigError, Interrupted, NotFiniteError
 from ..files import atomic_directory, read_json, save_safetensors, write_atomic, write_json
 from ..plan import format_seconds
 from ..signals import signals
@@ -397,7 +397,10 @@ class _Run:
                 raise Interrupted(received[0])
 
     def _validate(self, trainer: loop.HeadTrainer, batches: loop.Batches, metrics: runfolder.Metrics) -> None:
+        """Raises NotFiniteError, before anything is written of it, for a head whose guesses have no number."""
         found = loop.measure(batches, trainer.params, trainer.workers, trainer.pool)
+        if not math.isfinite(found.loss):
+            raise NotFiniteError(f"step {trainer.step_number}: the loss on held-out outputs is {found.loss}: try a lower --lr")
         entry = {
             "agreement": found.agreement,
             "expected": found.expected,
