@@ -116,7 +116,7 @@ class Adapters:
         if config.architecture in _FUSED:
             what = f"adapters beside {config.architecture}, whose matrices are fused, are not implemented"
             raise UnsupportedModelError(f"{what}; merge them with 'pyengine freeze --lora'")
-        if config.architecture in _FOLDED and not isinstance(config.extra.get("folded"), Mapping):
+        if config.architecture in _FOLDED and config.folded is None:
             raise UnsupportedModelError("this file does not say what was folded into its matrices: freeze the model again")
         match = _TENSOR.fullmatch(tensor)
         if match is None or match[2] not in _MODULES or (config.n_experts and match[2].startswith("mlp.")):
@@ -175,12 +175,6 @@ def _by_place(path: Path, products: Mapping[str, Product]) -> dict[tuple[int, st
     return placed
 
 
-def _folded(config: FrozenConfig, part: str) -> float:
-    """What the freezer multiplied the rows of a part by."""
-    folded = config.extra.get("folded")
-    return number(f"extra.folded.{part} of the model", folded.get(part, 1.0)) if isinstance(folded, Mapping) else 1.0
-
-
 def _loaded(
     name: str,
     given: tuple[Path, float],
@@ -194,12 +188,13 @@ def _loaded(
     from pyengine import _core
 
     path, scale = given
+    folded = config.folded or {}
     core, digest = _core.Adapter(model), hashlib.blake2b(digest_size=DIGEST_BYTES)
     for (layer, module), product in sorted(products.items()):
         matrix, part = _MODULES[module]
         with np.errstate(over="ignore", invalid="ignore"):
             a, b = (np.ascontiguousarray(side, np.float32) for side in (product.a, product.b))
-            factor = np.float32(product.scale * _folded(config, part))
+            factor = np.float32(product.scale * folded.get(part, 1.0))
         if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(factor)):
             raise ModelFormatError(f"{path}: layer {layer}, {module}: a value or the scale is too large for float32")
         digest.update(f"{layer} {matrix} {len(a)} {float(factor).hex()}\n".encode())

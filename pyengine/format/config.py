@@ -105,6 +105,26 @@ def _draft_head(extra: Mapping[str, Any], vocab_size: int) -> DraftHeadSpec | No
     return DraftHeadSpec(**document)
 
 
+# ---------------------------------------------------------------------------- folded multipliers
+
+MAX_FOLDED = 3.4e38  # what float32 holds
+FOLDED_PARTS = ("q", "k", "v", "wo", "gate", "up", "down")  # matrices that an adapter beside the model may change
+
+
+def _folded(extra: Mapping[str, Any]) -> dict[str, float] | None:
+    if "folded" not in extra:
+        return None
+    document = extra["folded"]
+    if not isinstance(document, Mapping):
+        raise ModelFormatError("config: extra.folded must be an object")
+    if strange := sorted(document.keys() - set(FOLDED_PARTS)):
+        raise unknown(f"config: extra.folded has the key {strange[0]!r:.80}", FOLDED_PARTS)
+    for part, value in document.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_FOLDED:
+            raise ModelFormatError(f"config: {part} of extra.folded is {value!r:.80}, not a number that float32 holds")
+    return {part: float(value) for part, value in document.items()}
+
+
 # ---------------------------------------------------------------------------- layers
 
 
@@ -259,6 +279,7 @@ class FrozenConfig:
         if not isinstance(self.extra, Mapping):
             raise ModelFormatError("config: extra must be an object")
         _draft_head(self.extra, self.vocab_size)
+        _folded(self.extra)
 
     def _check_softcap(self, name: str) -> None:
         value, (low, high) = getattr(self, name), SOFTCAP_RANGE
@@ -314,6 +335,11 @@ class FrozenConfig:
     def draft_head(self) -> DraftHeadSpec | None:
         """What ``extra`` says of a draft head in the file; None if there is none."""
         return _draft_head(self.extra, self.vocab_size)
+
+    @property
+    def folded(self) -> Mapping[str, float] | None:
+        """By what a freezer multiplied the rows of parts, 1 for those that are not named; None: the file does not say."""
+        return _folded(self.extra)
 
     def kind_of(self, role: str, layer: int | None) -> str:
         """How a matrix is stored: by its own entry of ``kinds``, else the default."""

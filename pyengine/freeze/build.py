@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
-from ..format.config import KEY_BIAS, FrozenConfig
+from ..format.config import FOLDED_PARTS, KEY_BIAS, FrozenConfig
 from ..format.inventory import Part, Weight, inventory
 from ..format.quantize import Float32Array, RowSource
 from .arch.base import Fold, Shape, SourceName, Traits
@@ -64,13 +64,10 @@ def frozen_fields(shape: Shape, traits: Traits) -> dict[str, Any]:
     }
 
 
-_ADAPTED = ("q", "k", "v", "wo", "gate", "up", "down")  # parts that an adapter beside the model may change
-
-
 def folded_multipliers(traits: Traits) -> dict[str, Any]:
     """For ``extra``: what the rows of parts were multiplied by, for adapters, whose products need the same. Empty if nothing was.
     (A multiplier for each row is of fused matrices alone, which these adapters do not change.)"""
-    scales = {part: traits.folds[part].scale for part in _ADAPTED if part in traits.folds}
+    scales = {part: traits.folds[part].scale for part in FOLDED_PARTS if part in traits.folds}
     folded = {part: scale for part, scale in scales.items() if isinstance(scale, float)}
     return {"folded": folded} if folded and len(folded) == len(scales) else {}
 

@@ -171,6 +171,27 @@ def test_what_may_be_ignored_is_kept() -> None:
     assert "extra" not in parse().to_document()
 
 
+@pytest.mark.parametrize(
+    ("folded", "error", "match"),
+    [
+        ([], ModelFormatError, "extra.folded must be an object"),
+        ({"q": "2"}, ModelFormatError, "q of extra.folded is '2'"),
+        ({"q": True}, ModelFormatError, "q of extra.folded is True"),
+        ({"wo": float("nan")}, ModelFormatError, "wo of extra.folded is nan"),
+        ({"up": 10**400}, ModelFormatError, "up of extra.folded is 1000"),
+        ({"wqkv": 2.0}, UnsupportedModelError, "extra.folded has the key 'wqkv'"),
+    ],
+)
+def test_folded_multipliers_are_checked_when_a_file_is_opened(folded: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        replace(parse(), extra={"folded": folded})
+
+
+def test_folded_multipliers_are_numbers() -> None:
+    assert parse(extra={"folded": {"q": 2, "down": 0.5}}).folded == {"q": 2.0, "down": 0.5}
+    assert parse().folded is None and parse(extra={"folded": {}}).folded == {}
+
+
 # ---------------------------------------------------------------------------- kinds
 
 
