@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from .config import TrainConfig, to_json
 from .errors import CheckpointError, ConfigError, RunFolderError
 from .files import read_json, write_atomic, write_json
 from .tensorboard import EventFile
@@ -107,6 +108,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     if values.get("run_version") != RUN_VERSION:
         raise CheckpointError(f"{folder}: run_version {values.get('run_version')} (this program reads {RUN_VERSION})")
     return values
+
+
+def replace_config(folder: Path, config: TrainConfig) -> None:
+    """Another configuration of training in run.json."""
+    write_run(folder, {**read_run(folder), "train": to_json(config)})
 
 
 def run_of(checkpoint: Path) -> Path | None:

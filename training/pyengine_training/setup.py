@@ -268,7 +268,7 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
         raise ConfigError("--distill-tau is that of the parent's cached teacher and cannot change")
     base = stored(state["train"])
     base["extra"] = {
-        **base.get("extra", {}),
+        **{name: value for name, value in base.get("extra", {}).items() if name != "budget"},  # it was the parent's
         "command": shlex.join(["pyengine", "train", *arguments]),
         "parent_command": base.get("extra", {}).get("command"),
     }
@@ -284,7 +284,6 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
         parent=str(checkpoint),
         reader=Reader(step=done[0], row=row, past=past).to_json(),
     )
-    run_values.pop("run_version", None)
     shutil.copyfile(origin / "tokenizer.json", folder / "tokenizer.json")
     runfolder.write_run(folder, run_values)
 
@@ -293,12 +292,10 @@ def apply_budget(folder: Path, minutes: float, machine: Machine) -> None:
     """Replace the steps of run.json by those that fit into minutes, after what a parent has done. On every rank."""
     with together(machine.comm):
         run = train.open_run(folder)
-    steps = run.reader.step + train.steps_for_budget(run, minutes, machine)
+    budget, fitting = train.measured_budget(run, minutes, machine)
+    steps, extra = run.reader.step + fitting, {**run.config.extra, **budget.stored()}
     if machine.comm.rank == 0:
-        config = dataclasses.replace(run.config, steps=steps, extra={**run.config.extra, "budget_minutes": minutes})
-        values = runfolder.read_run(folder)
-        values.pop("run_version")
-        runfolder.write_run(folder, {**values, "train": to_json(config)})
+        runfolder.replace_config(folder, dataclasses.replace(run.config, steps=steps, extra=extra))
     machine.comm.gather(None)
 
 

@@ -7,12 +7,11 @@ import math
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from . import checkpoint as checkpoints
 from . import runfolder, sample
 from .arena import Arena
+from .budget import Budget
 from .checkpoint import write_hf_folder
 from .comm import same_everywhere, together
 from .config import (
@@ -167,9 +167,13 @@ class Loop:
         self.energy = EnergyMeter()
         self._saved_step, self._saved_at = -1, monotonic()
         self.writer, self.samples = (Beside(), Beside()) if machine.waits_for_host else (None, None)
+        self.budget = Budget.of(run.config, run.reader.step)
+        self.seconds_of_parent, self.has_shrunk = 0.0, False
 
     def start(self, parent: Path | None) -> None:
         """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given or fresh weights."""
+        if parent is not None:
+            self.seconds_of_parent = float(checkpoints.read_state(parent)["seconds"])
         own = checkpoints.checkpoints(self.run.folder)
         if own:
             self._restore(own[-1])
@@ -184,6 +188,7 @@ class Loop:
             self.log.say(f"weights from {folder}")
         else:
             self.trainer.initialize()
+        self.in_decay = self.trainer.state.step >= self.config.decay_start
         if self.leads:
             step = self.trainer.state.step
             self.metrics = runfolder.Metrics(self.metrics_path, step, tensorboard=self.tensorboard)
@@ -283,14 +288,14 @@ class Loop:
 
     def steps(self) -> None:
         """All steps that are left."""
-        trainer, c = self.trainer, self.config
+        trainer, c = self.trainer, self.config  # of these only the number of steps may change
         first, logged = trainer.state.step, 0.0
-        began = time.monotonic()
+        began = monotonic()
         before = trainer.state.seconds
-        while trainer.state.step < c.steps:
-            step_began, cpu_began = time.monotonic(), time.process_time()
+        while trainer.state.step < self.config.steps:
+            step_began, cpu_began = monotonic(), process_time()
             result = trainer.step(*self.source.batch(trainer.state.step))
-            now, cpu_now = time.monotonic(), time.process_time()
+            now, cpu_now = monotonic(), process_time()
             state = trainer.state
             state.seconds = before + now - began
             state.joules = add_joules(state.joules, self.energy.joules())
@@ -308,6 +313,7 @@ class Loop:
                     "cpu_seconds": round(cpu_now - cpu_began, 4),  # of this step, all threads
                 }
             )
+            self._keep_to_budget()
             mean = (state.step - first) * c.batch_size * c.seq_len / (now - began)
             text = self._progress(result.loss, mean)
             self.log.progress(text)
@@ -325,6 +331,25 @@ class Loop:
                 raise Interrupted(stop[0])
             for beside in self._beside():
                 beside.check()
+
+    def _keep_to_budget(self) -> None:
+        """Fewer steps, by the clock of rank 0, where the machine has become slower than it was when their number was decided."""
+        if self.budget is None:
+            return
+        state = self.trainer.state
+        mine = self.budget.steps(self.config, state.step, state.seconds - self.seconds_of_parent)
+        steps = self.comm.gather(mine)[0]
+        if steps == self.config.steps:
+            return
+        if not self.has_shrunk:  # more may follow, one step after the other
+            self.has_shrunk = True
+            self.log.say(
+                f"step {state.step}: the machine is slower than it was: fewer steps than {self.config.steps:,} fit"
+            )
+        self.config = self.run.config = self.trainer.config = dataclasses.replace(self.config, steps=steps)
+        self.source = self.run.source()
+        if self.leads:
+            runfolder.replace_config(self.run.folder, self.config)
 
     def _is_due(self) -> bool:
         """Whether --checkpoint-minutes have passed."""
@@ -360,7 +385,8 @@ class Loop:
             self.validate(quantized)
         if c.sample_every and (is_last or step % c.sample_every == 0):
             self.show_sample(quantized)
-        trunk_end = step == c.decay_start and c.decay_steps > 0
+        trunk_end = not self.in_decay and step >= c.decay_start and c.decay_steps > 0
+        self.in_decay = self.in_decay or trunk_end
         every = 0 if c.checkpoint_minutes else c.checkpoint_every
         if is_last or trunk_end or (every and step % every == 0):
             self.save(trunk=trunk_end)
@@ -471,25 +497,21 @@ def measure_step_seconds(run: Run, machine: Machine) -> tuple[float, float]:
             trainer.config = dataclasses.replace(config, quantize="always" if quantize else "never")
             times = []
             for _ in range(4):  # the first one compiles
-                began = time.monotonic()
+                began = monotonic()
                 trainer.step(*batch)
-                times.append(time.monotonic() - began)
+                times.append(monotonic() - began)
             results.append(float(np.median(times[1:])))
         return results[0], results[1]
     finally:
         trainer.close()
 
 
-def steps_for_budget(run: Run, minutes: float, machine: Machine) -> int:
-    """Steps that fit into so many minutes of this machine: rank 0's measurement."""
-    plain, quantized = machine.comm.gather(measure_step_seconds(run, machine))[0]
-    c = run.config
-    share = c.quantized_steps / c.steps
-    mean = (1 - share) * plain + share * quantized
-    # validation, samples and checkpoints take a few per cent
-    steps = math.floor(minutes * 60 / (mean * 1.03))
+def measured_budget(run: Run, minutes: float, machine: Machine) -> tuple[Budget, int]:
+    """A budget of so many minutes on this machine, by rank 0's measurement, and how many steps fit into it."""
+    budget = Budget(60 * minutes, *machine.comm.gather(measure_step_seconds(run, machine))[0])
+    steps = budget.steps_at_first(run.config)
     if steps < 1:
-        error = ConfigError(f"{minutes} minutes are not enough for one step of {mean:.1f} s")
+        error = ConfigError(f"{minutes} minutes are not enough for one step of {budget.plain:.1f} s")
         error.on_all_ranks = True
         raise error
-    return steps
+    return budget, steps
