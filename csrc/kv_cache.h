@@ -22,11 +22,15 @@ typedef struct pe_kv_cache pe_kv_cache;
  * them stay cached: others may share the text up to there, or it goes on differently from there. */
 enum { PE_KV_UNDO = 64, PE_KV_KEEP_SLID = 16 };
 
+/* A cache without sequences or pages, for a model that outlives it. On failure *out is what there is of it: destroy that, too. */
 pe_status pe_kv_cache_create(pe_kv_cache **out, const pe_model *model, pe_kv_dtype dtype, char *err);
+/* Ends all sequences. NULL is allowed. */
 void pe_kv_cache_destroy(pe_kv_cache *cache);
+/* Counts, of all that is allocated now. */
 void pe_kv_cache_stats(const pe_kv_cache *cache, pe_cache_stats *out);
 /* Memory of how many pages may be allocated, 0 = no limit. Takes back cached pages at once, others as they are released. */
 void pe_kv_cache_set_max_pages(pe_kv_cache *cache, size_t max_pages);
+/* Gives the pages back that no sequence holds; how many of them were kept for later texts. */
 size_t pe_kv_cache_drop_cached(pe_kv_cache *cache);
 /* Walks everything: references are counted anew, lists and tree are followed. PE_ERR_SYSTEM and what is wrong. */
 pe_status pe_kv_cache_check(const pe_kv_cache *cache, char *err);
@@ -45,6 +49,7 @@ size_t pe_kv_match_length(pe_kv_cache *cache, const int32_t *tokens, size_t n, c
 pe_status pe_kv_fork(pe_kv_cache *cache, int32_t source, size_t n_tokens, int32_t *out, char *err);
 /* Keeps the first n_tokens, or fewer if it has let go of window parts that they need. */
 pe_status pe_kv_truncate(pe_kv_cache *cache, int32_t sequence, size_t n_tokens, char *err);
+/* Ends a sequence, whose id may be given to another one. */
 pe_status pe_kv_drop(pe_kv_cache *cache, int32_t sequence, char *err);
 /* The first drafted positions that hold `tokens` (n), one after the other, are the sequence's now: *n_accepted. The others
  * are given back. */
@@ -73,6 +78,7 @@ void pe_kv_forget_drafts(pe_kv_cache *cache);
 /* One chunk (page) of a live sequence; page < pages that cover its length. All NULL if the page's window part is gone, which
  * no query will see. */
 pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer, uint32_t kv_head);
+/* Of each of them, k, k_scales, v and v_scales together. */
 size_t pe_kv_chunk_bytes(const pe_kv_cache *cache);
 
 #endif

@@ -57,6 +57,7 @@ typedef struct pe_page_pool {
     char *free_windows[PE_KEEP_FREE];
 } pe_page_pool;
 
+/* Frees every page, of which none may be held. */
 void pe_page_pool_destroy(pe_page_pool *pool);
 /* Bytes allocated, and bytes of these that sequences hold. */
 size_t pe_page_pool_bytes(const pe_page_pool *pool);

@@ -47,6 +47,7 @@ enum {
     PE_CPU_NEON_DOTPROD = 1u << 8,
     PE_CPU_AVXVNNI = 1u << 9, /* vpdpbusd on ymm registers, VEX-encoded: without AVX-512 */
 };
+/* Those that the CPU has and the operating system supports. */
 uint32_t pe_cpu_features(void);
 
 /* Names of the tables that this CPU can run, best first, ending with "scalar"; NULL past the end. */
@@ -93,6 +94,7 @@ typedef struct pe_tensor {
  * other. Checks names, kinds and sizes, then reads all values once (on n_threads threads, 0 = default; it also brings a mapped
  * file into memory): codes are never -128, scales and floats are finite. */
 pe_status pe_model_set_tensors(pe_model *model, const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err);
+/* When nothing that was made with it is left. NULL is allowed. */
 void pe_model_destroy(pe_model *model);
 
 /* ------------------------------------------------------------------ adapters */
@@ -125,7 +127,9 @@ pe_status pe_adapter_create(pe_adapter **out, const pe_model *model, char *err);
  * values that are not finite. Not while a forward uses the adapter. */
 pe_status pe_adapter_set(pe_adapter *adapter, uint32_t layer, pe_adapter_matrix matrix, const pe_adapter_product *product,
                          char *err);
+/* Of memory. */
 size_t pe_adapter_bytes(const pe_adapter *adapter);
+/* When no forward uses it. NULL is allowed. */
 void pe_adapter_destroy(pe_adapter *adapter);
 
 /* ------------------------------------------------------------------ threads */
@@ -135,6 +139,7 @@ typedef struct pe_thread_info {
     double cpu_quota; /* CPUs that the cgroup (v1 or v2) allows, 0 = no limit */
     int n_default;    /* what n_threads = 0 means: min of the two, from 1 to 256 */
 } pe_thread_info;
+/* Of now: mask and quota may change. Reads a few small files. */
 void pe_thread_info_get(pe_thread_info *info);
 
 /* How often the kernel has stopped this process's cgroup, or a parent of it, because its CPU quota was used up. The
@@ -154,7 +159,9 @@ typedef struct pe_context pe_context;
 
 /* n_threads 0 = pe_thread_info.n_default. The model must outlive the context. */
 pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype kv_dtype, int n_threads, char *err);
+/* Its sequences end with it. NULL is allowed. */
 void pe_context_destroy(pe_context *context);
+/* The table of kernels that it computes with, and with how many threads. */
 const char *pe_context_isa(const pe_context *context);
 int pe_context_n_threads(const pe_context *context);
 /* Bytes of KV pages in use and of scratch. */

@@ -33,6 +33,7 @@ class Language:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """Raises ModelFormatError if what the file has is none."""
         with self._lock:
             if self._tokenizer is None:
                 from pyengine.text.tokenizer import Tokenizer

@@ -41,6 +41,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
+    """Examples of a kind: which of the choices, or whether the last words, a model finds likeliest."""
+
     kind: str  # "multiple_choice" or "last_words"
     examples: list[Example]
 

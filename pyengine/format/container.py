@@ -33,6 +33,8 @@ def pad(n: int, multiple: int) -> int:
 
 
 class SafetensorsEntry(NamedTuple):
+    """What the header says of a tensor: it lies within the file, and its bytes are those of dtype and shape."""
+
     dtype: str
     shape: tuple[int, ...]
     begin: int  # absolute offsets in the file
@@ -40,6 +42,8 @@ class SafetensorsEntry(NamedTuple):
 
 
 class SafetensorsHeader(NamedTuple):
+    """A checked header. Data begin at data_start, an absolute offset."""
+
     metadata: dict[str, str]
     entries: dict[str, SafetensorsEntry]  # in the order of the header
     data_start: int

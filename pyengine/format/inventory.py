@@ -74,9 +74,6 @@ class Weight(NamedTuple):
         """Trained, in contrast to a table of constants and to ``key_bias``, a share of parameters counted elsewhere."""
         return not self.role.startswith("rope.") and self.role != "key_bias"
 
-    def part_shape(self, part: Part) -> tuple[int, ...]:
-        return (part.rows, *self.shape[1:])
-
     def stored(self) -> dict[str, StoredTensor]:
         """Name -> tensor of the file, in file order."""
         if self.is_matrix:

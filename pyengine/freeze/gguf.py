@@ -40,6 +40,8 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 
 class BlockType(NamedTuple):
+    """A type of ggml: how many values are stored together, and in how many bytes."""
+
     name: str
     items: int  # values per block
     nbytes: int  # bytes per block
@@ -63,6 +65,8 @@ BLOCK_TYPES = {
 
 
 class GGUFTensor(NamedTuple):
+    """Where a tensor lies in the file."""
+
     name: str
     type: BlockType
     shape: tuple[int, ...]  # outermost first: (rows, columns)

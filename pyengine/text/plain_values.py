@@ -74,6 +74,7 @@ def require(condition: bool) -> None:
 
 
 def is_true(value: Any) -> bool:
+    """As a condition takes it."""
     if value is UNDEFINED:
         return False
     require(value is None or isinstance(value, (str, *NUMBERS, *CONTAINERS)))
@@ -96,6 +97,7 @@ def is_short(value: Any) -> bool:
 
 
 def equal(fuel: Fuel, left: Any, right: Any) -> bool:
+    """left == right, item by item: each comparison is paid for."""
     if left is UNDEFINED or right is UNDEFINED:
         return left is right
     fuel.steps(1)
@@ -129,6 +131,7 @@ _ORDER = {"lt": operator.lt, "lteq": operator.le, "gt": operator.gt, "gteq": ope
 
 
 def contains(fuel: Fuel, container: Any, value: Any) -> bool:
+    """value in container: a part of a string, a key of a mapping, an item of a list."""
     if isinstance(container, str):
         require(isinstance(value, str))
         fuel.characters(len(container))
@@ -147,6 +150,7 @@ def paid(fuel: Fuel, items: Any) -> Any:
 
 
 def add(fuel: Fuel, left: Any, right: Any) -> Any:
+    """left + right: strings, lists or numbers."""
     if isinstance(left, str) and isinstance(right, str):
         fuel.characters(len(left) + len(right))
         return left + right

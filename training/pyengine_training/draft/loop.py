@@ -31,7 +31,6 @@ Array = NDArray[Any]
 HELD_OUT_STARTS = 4096  # guesses that a validation makes, evenly spread over the held-out outputs
 KEEP_CHECKPOINTS = 2
 FORMAT_VERSION = 1
-Say = Callable[[str], None]
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
