@@ -42,15 +42,47 @@ LANES void zip_eight(int8_t *operands, const int8_t *codes, size_t step, size_t 
         }
 }
 
-/* sums += tokens times rows, both zipped, over n_steps eights of inputs. */
+/* The first n_rows of eight rows that lie one after the other, `stride` bytes apart -> operands (n_steps, 4, 2, 8); the others are zero. */
+LANES void zip_rows(int8_t *operands, const int8_t *rows, size_t stride, size_t n_rows, size_t n_steps) {
+    if (n_rows < EIGHT) memset(operands, 0, n_steps * EIGHT_BYTES);
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t k8 = 0; k8 < n_steps; k8++) memcpy(operands + k8 * EIGHT_BYTES + r * INPUTS, rows + r * stride + k8 * INPUTS, INPUTS);
+}
+
+/* Scales of eight where the sums have them: of tokens (s0, s0, s1, s1) for each pair, of rows (s0, s1, s0, s1). */
+typedef float pair_scales[PAIRS][4];
+
+LANES void spread_over_tokens(pair_scales out, const float *scales) {
+    PE_UNROLL for (int half = 0; half < 2; half++) {
+        float32x4_t four = vld1q_f32(scales + half * 4);
+        vst1q_f32(out[2 * half], vzip1q_f32(four, four));
+        vst1q_f32(out[2 * half + 1], vzip2q_f32(four, four));
+    }
+}
+
+/* Of sixteen rows. */
+LANES void spread_over_rows(pair_scales out[2], v16 scales) {
+    PE_UNROLL for (int p = 0; p < 2 * PAIRS; p++) {
+        float32x4_t four = scales.val[p / 2];
+        float32x2_t two = p % 2 ? vget_high_f32(four) : vget_low_f32(four);
+        vst1q_f32(out[p / PAIRS][p % PAIRS], vcombine_f32(two, two));
+    }
+}
+
+/* sums = tokens times rows, both zipped, over n_steps eights of inputs. Not unrolled: two dozen registers are enough for one
+ * step, and of more of them compilers make chains of one sum after the other, and spill. */
 LANES void multiply_eights(pair_sums sums, const int8_t *tokens, const int8_t *rows, size_t n_steps) {
-    for (size_t k8 = 0; k8 < n_steps; k8++, tokens += EIGHT_BYTES, rows += EIGHT_BYTES) {
+    PE_UNROLL for (int u = 0; u < PAIRS; u++) PE_UNROLL for (int p = 0; p < PAIRS; p++) sums[u][p] = vdupq_n_s32(0);
+    _Pragma("GCC unroll 1") for (size_t k8 = 0; k8 < n_steps; k8++, tokens += EIGHT_BYTES, rows += EIGHT_BYTES) {
         int8x16_t t[PAIRS], r[PAIRS];
         PE_UNROLL for (int p = 0; p < PAIRS; p++) t[p] = vld1q_s8(tokens + p * OPERAND), r[p] = vld1q_s8(rows + p * OPERAND);
         PE_UNROLL for (int u = 0; u < PAIRS; u++)
             PE_UNROLL for (int p = 0; p < PAIRS; p++) sums[u][p] = vmmlaq_s32(sums[u][p], t[u], r[p]);
     }
 }
+
+/* How many of n tokens are multiplied in eights; what is left of the others is one to four. */
+static inline size_t in_eights(size_t n) { return n % EIGHT > PAIRS ? n : n - n % EIGHT; }
 
 /* ------------------------------------------------------------------ matrix product */
 
@@ -60,45 +92,26 @@ enum {
 };
 _Static_assert((int)PE_TOKEN_BLOCK == (int)EIGHT && (int)PE_PANEL == 2 * (int)EIGHT, "a block of tokens is an eight, a panel is two");
 
-/* One group of eight tokens or rows, zipped; the scale of each where the sums have it: of tokens as (s0, s0, s1, s1) for each pair, of
- * rows as (s0, s1, s0, s1). */
-typedef struct eight {
-    int8_t operands[PE_GROUP / INPUTS][PAIRS][OPERAND];
-    float scales[PAIRS][4];
-} eight;
+/* One group of a block of tokens. */
+typedef struct token_group {
+    int8_t operands[PE_GROUP / INPUTS][EIGHT_BYTES];
+    pair_scales scales;
+} token_group;
 
-/* One group of a panel, codes (16, 16, 4) and scales (16). */
-LANES void zip_panel(eight rows[2], const int8_t *codes, const uint16_t *scales) {
-    v16 scale = v16_from_half(scales);
-    PE_UNROLL for (int half = 0; half < 2; half++) {
-        zip_eight(rows[half].operands[0][0], codes + half * EIGHT * 4, PE_PANEL * 4, PE_GROUP / INPUTS);
-        PE_UNROLL for (int p = 0; p < PAIRS; p++) {
-            float32x4_t four = scale.val[half * 2 + p / 2];
-            float32x2_t two = p % 2 ? vget_high_f32(four) : vget_low_f32(four);
-            vst1q_f32(rows[half].scales[p], vcombine_f32(two, two));
-        }
-    }
-}
-
-/* One group of a block of eight tokens, codes (16, 8, 4) and scales (8). */
-LANES void zip_tokens(eight *tokens, const int8_t *codes, const float *scales) {
-    zip_eight(tokens->operands[0][0], codes, EIGHT * 4, PE_GROUP / INPUTS);
-    PE_UNROLL for (int half = 0; half < 2; half++) {
-        float32x4_t four = vld1q_f32(scales + half * 4);
-        vst1q_f32(tokens->scales[2 * half], vzip1q_f32(four, four));
-        vst1q_f32(tokens->scales[2 * half + 1], vzip2q_f32(four, four));
-    }
-}
+/* One group of a panel, as two eights of rows. */
+typedef struct panel_group {
+    int8_t operands[2][PE_GROUP / INPUTS][EIGHT_BYTES];
+    pair_scales scales[2];
+} panel_group;
 
 /* acc, in the order of pair_sums, takes up one group. */
-LANES void add_group(float acc[PAIRS][PAIRS][4], const eight *tokens, const eight *rows) {
+LANES void add_group(float acc[PAIRS][PAIRS][4], const token_group *tokens, const int8_t *rows, const pair_scales scales) {
     pair_sums d;
-    PE_UNROLL for (int u = 0; u < PAIRS; u++) PE_UNROLL for (int p = 0; p < PAIRS; p++) d[u][p] = vdupq_n_s32(0);
-    multiply_eights(d, tokens->operands[0][0], rows->operands[0][0], PE_GROUP / INPUTS);
+    multiply_eights(d, tokens->operands[0], rows, PE_GROUP / INPUTS);
     PE_UNROLL for (int u = 0; u < PAIRS; u++)
         PE_UNROLL for (int p = 0; p < PAIRS; p++) {
             float32x4_t scaled = vmulq_f32(vcvtq_f32_s32(d[u][p]), vld1q_f32(tokens->scales[u]));
-            vst1q_f32(acc[u][p], vfmaq_f32(vld1q_f32(acc[u][p]), scaled, vld1q_f32(rows->scales[p])));
+            vst1q_f32(acc[u][p], vfmaq_f32(vld1q_f32(acc[u][p]), scaled, vld1q_f32(scales[p])));
         }
 }
 
@@ -115,18 +128,21 @@ static void matmul_strip(float *out, size_t out_stride, const pe_matrix *w, size
     size_t n_groups = w->n_groups, n_blocks = (n_tokens + EIGHT - 1) / EIGHT;
     for (size_t p = 0; p < n_p; p++) memset(acc[p], 0, n_blocks * sizeof acc[p][0]);
     for (size_t g = 0; g < n_groups; g++) {
-        eight rows[STRIP_PANELS][2];
+        panel_group rows[STRIP_PANELS];
         fetch(&ahead);
         for (size_t p = 0; p < n_p; p++) {
             size_t group = (panel + p) * n_groups + g;
-            zip_panel(rows[p], w->codes + group * PE_GROUP * PE_PANEL, w->scales + group * PE_PANEL);
+            for (size_t half = 0; half < 2; half++)
+                zip_eight(rows[p].operands[half][0], w->codes + group * PE_GROUP * PE_PANEL + half * EIGHT * 4, PE_PANEL * 4, PE_GROUP / INPUTS);
+            spread_over_rows(rows[p].scales, v16_from_half(w->scales + group * PE_PANEL));
         }
         for (size_t b = 0; b < n_blocks; b++) {
-            eight tokens;
+            token_group tokens;
             size_t block = first + b * EIGHT;
-            zip_tokens(&tokens, x->codes + block * x->n + g * PE_GROUP * EIGHT, x->scales + block * n_groups + g * EIGHT);
+            zip_eight(tokens.operands[0], x->codes + block * x->n + g * PE_GROUP * EIGHT, EIGHT * 4, PE_GROUP / INPUTS);
+            spread_over_tokens(tokens.scales, x->scales + block * n_groups + g * EIGHT);
             for (size_t p = 0; p < n_p; p++)
-                for (int half = 0; half < 2; half++) add_group(acc[p][b][half], &tokens, &rows[p][half]);
+                for (int half = 0; half < 2; half++) add_group(acc[p][b][half], &tokens, rows[p].operands[half][0], rows[p].scales[half]);
         }
     }
     for (size_t t = 0; t < n_tokens; t++)
@@ -141,7 +157,7 @@ static void matmul_strip(float *out, size_t out_stride, const pe_matrix *w, size
 
 static void matmul_by_eights(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
                              const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
-    size_t n_last = x->n_tokens % EIGHT, n_in_eights = pe_block_width(n_last) == EIGHT ? x->n_tokens : x->n_tokens - n_last;
+    size_t n_in_eights = in_eights(x->n_tokens);
     size_t end = token_end < n_in_eights ? token_end : n_in_eights, rest = token_begin > end ? token_begin : end;
     epilogue then = {bias, add};
     for (size_t panel = panel_begin; panel < panel_end; panel += STRIP_PANELS) {
@@ -158,5 +174,131 @@ static void matmul_by_eights(float *out, size_t out_stride, const pe_matrix *w, 
     }
 }
 
+/* ------------------------------------------------------------------ attention */
+
+enum {
+    STRIP_QUERIES = 4, /* eights of queries for which K and V are zipped once: as many as attention.c has in a block */
+    MAX_HEAD_STEPS = PE_MAX_HEAD_DIM / INPUTS,
+    CHUNK_STEPS = PE_CHUNK / INPUTS,
+    GROUP_STEPS = PE_PROBABILITY_GROUP / INPUTS
+};
+
+/* Rows [0, n_rows) of eight, in the order of pair_sums, to out: eight columns each, rows `stride` floats apart. */
+LANES void store_eight(float *out, size_t stride, float32x4_t x[PAIRS][PAIRS], size_t n_rows) {
+    PE_UNROLL for (int t = 0; t < EIGHT; t++) {
+        if ((size_t)t >= n_rows) return;
+        PE_UNROLL for (int p = 0; p < PAIRS; p += 2) {
+            float32x4_t a = x[t / 2][p], b = x[t / 2][p + 1];
+            float32x4_t four = t % 2 ? vcombine_f32(vget_high_f32(a), vget_high_f32(b)) : vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+            vst1q_f32(out + (size_t)t * stride + p * 2, four);
+        }
+    }
+}
+
+/* At most STRIP_QUERIES eights of queries; all else as attention_scores has it. */
+static void scores_strip(float *scores, const int8_t *q, const float *q_scales, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                         size_t n_positions, float c) {
+    int8_t queries[STRIP_QUERIES][MAX_HEAD_STEPS * EIGHT_BYTES], keys[2][MAX_HEAD_STEPS * EIGHT_BYTES];
+    pair_scales query_scales[STRIP_QUERIES], key_scales[2];
+    size_t n_steps = head_dim_p / INPUTS;
+    for (size_t r = 0; r < n_rows; r += EIGHT) {
+        size_t n_r = n_rows - r < EIGHT ? n_rows - r : EIGHT;
+        float scaled[EIGHT] = {0};
+        for (size_t i = 0; i < n_r; i++) scaled[i] = c * q_scales[r + i];
+        spread_over_tokens(query_scales[r / EIGHT], scaled);
+        zip_rows(queries[r / EIGHT], q + r * head_dim_p, head_dim_p, n_r, n_steps);
+    }
+    for (size_t j = 0; j < n_positions; j += PE_PANEL) {
+        for (size_t half = 0; half < 2; half++)
+            zip_eight(keys[half], kv->k + j * head_dim_p + half * EIGHT * 4, PE_PANEL * 4, n_steps);
+        spread_over_rows(key_scales, v16_load(kv->k_scales + j));
+        for (size_t r = 0; r < n_rows; r += EIGHT)
+            for (size_t half = 0; half < 2; half++) {
+                pair_sums d;
+                float32x4_t score[PAIRS][PAIRS];
+                multiply_eights(d, queries[r / EIGHT], keys[half], n_steps);
+                PE_UNROLL for (int u = 0; u < PAIRS; u++)
+                    PE_UNROLL for (int p = 0; p < PAIRS; p++)
+                        score[u][p] = vmulq_f32(vmulq_f32(vcvtq_f32_s32(d[u][p]), vld1q_f32(query_scales[r / EIGHT][u])),
+                                                vld1q_f32(key_scales[half][p]));
+                store_eight(scores + r * PE_CHUNK + j + half * EIGHT, PE_CHUNK, score, n_rows - r);
+            }
+    }
+}
+
+static void scores_by_eights(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections, size_t n_rows,
+                             size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
+    size_t n = in_eights(n_rows);
+    for (size_t r = 0; r < n; r += STRIP_QUERIES * EIGHT) {
+        size_t n_r = n - r < STRIP_QUERIES * EIGHT ? n - r : STRIP_QUERIES * EIGHT;
+        scores_strip(scores + r * PE_CHUNK, q + r * head_dim_p, q_scales + r, n_r, head_dim_p, kv, n_positions, c);
+    }
+    attention_scores(scores + n * PE_CHUNK, q + n * head_dim_p, q_scales + n, q_corrections + n, n_rows - n, head_dim_p, kv, n_positions, c);
+}
+
+/* Eight rows of a chunk's probabilities times V's scales, quantized and zipped, and the scales of their groups. */
+typedef struct probability_eight {
+    int8_t operands[CHUNK_STEPS * EIGHT_BYTES];
+    pair_scales scales[PE_CHUNK / PE_PROBABILITY_GROUP];
+} probability_eight;
+
+static void quantize_eight(probability_eight *eight, const float *p, size_t n_rows, const float *v_scales, size_t begin, size_t end) {
+    enum { N_GROUPS = PE_CHUNK / PE_PROBABILITY_GROUP };
+    int8_t codes[EIGHT][PE_CHUNK] = {{0}};
+    float scales[N_GROUPS][EIGHT] = {{0}};
+    for (size_t r = 0; r < n_rows; r += VALUE_ROWS) {
+        size_t n_r = n_rows - r < VALUE_ROWS ? n_rows - r : VALUE_ROWS, first = pe_group_begin(begin);
+        probability_block block;
+        quantize_probabilities(&block, p + r * PE_CHUNK, n_r, v_scales, begin, end);
+        for (size_t i = 0; i < n_r; i++) {
+            memcpy(codes[r + i] + first, block.codes[i] + first, pe_group_end(end) - first);
+            for (size_t g = 0; g < N_GROUPS; g++) scales[g][r + i] = block.scales[i][g];
+        }
+    }
+    zip_rows(eight->operands, codes[0], PE_CHUNK, EIGHT, CHUNK_STEPS);
+    for (size_t g = 0; g < N_GROUPS; g++) spread_over_tokens(eight->scales[g], scales[g]);
+}
+
+/* out = eight rows of probabilities times eight columns of V, zipped from the first group of [begin, end) on. */
+LANES void values_eight(float *out, size_t stride, size_t n_rows, const probability_eight *p, const int8_t *columns, size_t begin,
+                        size_t end) {
+    float32x4_t o[PAIRS][PAIRS];
+    PE_UNROLL for (int u = 0; u < PAIRS; u++) PE_UNROLL for (int i = 0; i < PAIRS; i++) o[u][i] = vdupq_n_f32(0.0f);
+    for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP, columns += GROUP_STEPS * EIGHT_BYTES) {
+        pair_sums d;
+        multiply_eights(d, p->operands + j / INPUTS * EIGHT_BYTES, columns, GROUP_STEPS);
+        PE_UNROLL for (int u = 0; u < PAIRS; u++) {
+            float32x4_t scale = vld1q_f32(p->scales[j / PE_PROBABILITY_GROUP][u]);
+            PE_UNROLL for (int i = 0; i < PAIRS; i++) o[u][i] = vfmaq_f32(o[u][i], vcvtq_f32_s32(d[u][i]), scale);
+        }
+    }
+    store_eight(out, stride, o, n_rows);
+}
+
+/* At most STRIP_QUERIES eights of rows; all else as attention_values has it. */
+static void values_strip(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin, size_t end) {
+    probability_eight probabilities[STRIP_QUERIES];
+    int8_t columns[2][CHUNK_STEPS * EIGHT_BYTES];
+    size_t first = pe_group_begin(begin), n_steps = (pe_group_end(end) - first) / INPUTS;
+    for (size_t r = 0; r < n_rows; r += EIGHT)
+        quantize_eight(&probabilities[r / EIGHT], p + r * PE_CHUNK, n_rows - r < EIGHT ? n_rows - r : EIGHT, kv->v_scales, begin, end);
+    for (size_t d = 0; d < head_dim_p; d += PE_PANEL) {
+        for (size_t half = 0; half < 2; half++)
+            zip_eight(columns[half], kv->v + first * head_dim_p + (d + half * EIGHT) * 4, head_dim_p * 4, n_steps);
+        for (size_t r = 0; r < n_rows; r += EIGHT)
+            for (size_t half = 0; half < 2; half++)
+                values_eight(out + r * head_dim_p + d + half * EIGHT, head_dim_p, n_rows - r, &probabilities[r / EIGHT], columns[half], begin, end);
+    }
+}
+
+static void values_by_eights(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin, size_t end) {
+    size_t n = in_eights(n_rows);
+    for (size_t r = 0; r < n; r += STRIP_QUERIES * EIGHT) {
+        size_t n_r = n - r < STRIP_QUERIES * EIGHT ? n - r : STRIP_QUERIES * EIGHT;
+        values_strip(out + r * head_dim_p, p + r * PE_CHUNK, n_r, head_dim_p, kv, begin, end);
+    }
+    attention_values(out + n * head_dim_p, p + n * PE_CHUNK, n_rows - n, head_dim_p, kv, begin, end);
+}
+
 const struct pe_kernels pe_kernels_neon_i8mm = PE_LANES16_TABLE_WITH(
-    "neon_i8mm", PE_CPU_NEON_DOTPROD | PE_CPU_NEON_I8MM, matmul_by_eights, attention_scores, attention_values);
+    "neon_i8mm", PE_CPU_NEON_DOTPROD | PE_CPU_NEON_I8MM, matmul_by_eights, scores_by_eights, values_by_eights);
