@@ -1,19 +1,20 @@
-/* kernels_neon_i8mm.c: sixteen lanes in four q registers, and int8 products of many rows by smmla. Armv8.2-A with the dot
- * product and the int8 matrix extension.
+/* kernels_neon_i8mm.c: sixteen lanes in four q registers, and int8 products of many rows by smmla. Armv8.2-A with the
+ * dot product and the int8 matrix extension.
  *
  * smmla multiplies a matrix of 2 x 8 signed bytes by the transpose of another and adds the 2 x 2 products to four int32
  * lanes: 32 multiplications where sdot has 16. Its operand is eight inputs of one row, then eight of the next. In memory
- * the fours of a panel's sixteen rows lie side by side, as those of a block's tokens do, so two vectors, eight inputs of four rows, are
- * zipped into the operands of two pairs of rows. That would cost half of what smmla saves if it were done for every product: both
- * sides are zipped once into the stack, in eights, and multiplied from there, weights with up to 64 tokens, tokens with up
- * to 64 weight rows.
+ * the fours of a panel's sixteen rows lie side by side, as those of a block's tokens do, so two vectors, eight inputs of
+ * four rows, are zipped into the operands of two pairs of rows. Done anew for every product that would cost half of what
+ * smmla saves: both sides are zipped once into the stack, in eights of rows, and multiplied from there, weights with up
+ * to 64 tokens, tokens with up to 64 rows of weights.
  *
- * Fewer than five rows or tokens go to the loops of lanes16.h and their sdot: nothing would come back of what zipping costs. */
+ * Fewer than five tokens go to the loops of lanes16.h and their sdot: zipping would cost what smmla brings. */
 #include "lanes16_neon.h"
 #include "pyengine.h"
 
 /* As in kernels_neon_dotprod.c. */
-enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8 };
+enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16 };
+enum { SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8 };
 
 #include "lanes16.h"
 
@@ -27,11 +28,12 @@ enum {
     EIGHT_BYTES = PAIRS * OPERAND
 };
 
-/* Sums of eight tokens times eight rows: [u][p] is tokens 2 u, 2 u + 1 times rows 2 p, 2 p + 1, in lanes (t, r), (t, r + 1),
- * (t + 1, r), (t + 1, r + 1). */
+/* Sums of eight tokens times eight rows: [u][p] is tokens t = 2 u and t + 1 times rows r = 2 p and r + 1, in lanes (t, r),
+ * (t, r + 1), (t + 1, r), (t + 1, r + 1). */
 typedef int32x4_t pair_sums[PAIRS][PAIRS];
 
-/* Eight rows whose fours of inputs lie side by side, `step` bytes from one k4 to the next -> operands (n_steps, 4, 2, 8). */
+/* Eight rows whose fours of inputs lie side by side, `step` bytes from one k4 to the next -> operands (n_steps, 4, 2, 8),
+ * a step being eight inputs. */
 LANES void zip_eight(int8_t *operands, const int8_t *codes, size_t step, size_t n_steps) {
     for (size_t k8 = 0; k8 < n_steps; k8++, codes += 2 * step, operands += EIGHT_BYTES)
         PE_UNROLL for (int half = 0; half < 2; half++) {
@@ -42,11 +44,13 @@ LANES void zip_eight(int8_t *operands, const int8_t *codes, size_t step, size_t 
         }
 }
 
-/* The first n_rows of eight rows that lie one after the other, `stride` bytes apart -> operands (n_steps, 4, 2, 8); the others are zero. */
+/* The first n_rows of eight, which lie one after the other, `stride` bytes apart -> operands (n_steps, 4, 2, 8); what
+ * fills the eight up is zero. */
 LANES void zip_rows(int8_t *operands, const int8_t *rows, size_t stride, size_t n_rows, size_t n_steps) {
     if (n_rows < EIGHT) memset(operands, 0, n_steps * EIGHT_BYTES);
     for (size_t r = 0; r < n_rows; r++)
-        for (size_t k8 = 0; k8 < n_steps; k8++) memcpy(operands + k8 * EIGHT_BYTES + r * INPUTS, rows + r * stride + k8 * INPUTS, INPUTS);
+        for (size_t k8 = 0; k8 < n_steps; k8++)
+            memcpy(operands + k8 * EIGHT_BYTES + r * INPUTS, rows + r * stride + k8 * INPUTS, INPUTS);
 }
 
 /* Scales of eight where the sums have them: of tokens (s0, s0, s1, s1) for each pair, of rows (s0, s1, s0, s1). */
@@ -69,19 +73,20 @@ LANES void spread_over_rows(pair_scales out[2], v16 scales) {
     }
 }
 
-/* sums = tokens times rows, both zipped, over n_steps eights of inputs. Not unrolled: two dozen registers are enough for one
- * step, and of more of them compilers make chains of one sum after the other, and spill. */
+/* sums = tokens times rows, both zipped, over n_steps. Not unrolled: one step keeps two dozen registers busy, and of
+ * several GCC makes chains, one sum after the other, and spills. */
 LANES void multiply_eights(pair_sums sums, const int8_t *tokens, const int8_t *rows, size_t n_steps) {
     PE_UNROLL for (int u = 0; u < PAIRS; u++) PE_UNROLL for (int p = 0; p < PAIRS; p++) sums[u][p] = vdupq_n_s32(0);
     _Pragma("GCC unroll 1") for (size_t k8 = 0; k8 < n_steps; k8++, tokens += EIGHT_BYTES, rows += EIGHT_BYTES) {
         int8x16_t t[PAIRS], r[PAIRS];
-        PE_UNROLL for (int p = 0; p < PAIRS; p++) t[p] = vld1q_s8(tokens + p * OPERAND), r[p] = vld1q_s8(rows + p * OPERAND);
+        PE_UNROLL for (int p = 0; p < PAIRS; p++)
+            t[p] = vld1q_s8(tokens + p * OPERAND), r[p] = vld1q_s8(rows + p * OPERAND);
         PE_UNROLL for (int u = 0; u < PAIRS; u++)
             PE_UNROLL for (int p = 0; p < PAIRS; p++) sums[u][p] = vmmlaq_s32(sums[u][p], t[u], r[p]);
     }
 }
 
-/* How many of n tokens are multiplied in eights; what is left of the others is one to four. */
+/* How many of n rows or tokens are worked on in eights, the last one perhaps not full; at most four are left. */
 static inline size_t in_eights(size_t n) { return n % EIGHT > PAIRS ? n : n - n % EIGHT; }
 
 /* ------------------------------------------------------------------ matrix product */
@@ -90,7 +95,8 @@ enum {
     STRIP_PANELS = 4, /* weights that are zipped together, and the tokens that they are multiplied with: */
     STRIP_BLOCKS = 8  /* blocks of PE_TOKEN_BLOCK. 16 KiB of float sums */
 };
-_Static_assert((int)PE_TOKEN_BLOCK == (int)EIGHT && (int)PE_PANEL == 2 * (int)EIGHT, "a block of tokens is an eight, a panel is two");
+_Static_assert((int)PE_TOKEN_BLOCK == (int)EIGHT && (int)PE_PANEL == 2 * (int)EIGHT,
+               "a block of tokens is an eight, a panel is two");
 
 /* One group of a block of tokens. */
 typedef struct token_group {
@@ -105,7 +111,8 @@ typedef struct panel_group {
 } panel_group;
 
 /* acc, in the order of pair_sums, takes up one group. */
-LANES void add_group(float acc[PAIRS][PAIRS][4], const token_group *tokens, const int8_t *rows, const pair_scales scales) {
+LANES void add_group(float acc[PAIRS][PAIRS][4], const token_group *tokens, const int8_t *rows,
+                     const pair_scales scales) {
     pair_sums d;
     multiply_eights(d, tokens->operands[0], rows, PE_GROUP / INPUTS);
     PE_UNROLL for (int u = 0; u < PAIRS; u++)
@@ -117,13 +124,14 @@ LANES void add_group(float acc[PAIRS][PAIRS][4], const token_group *tokens, cons
 
 /* The sixteen outputs of token t of a block, from those of both eights of a panel. */
 LANES v16 outputs_of(float acc[2][PAIRS][PAIRS][4], size_t t) {
-    EACH(v16, vcombine_f32(vld1_f32(acc[q / 2][t / 2][q % 2 * 2] + t % 2 * 2), vld1_f32(acc[q / 2][t / 2][q % 2 * 2 + 1] + t % 2 * 2)));
+    size_t lane = t % 2 * 2;
+    EACH(v16, vcombine_f32(vld1_f32(acc[q / 2][t / 2][q % 2 * 2] + lane), vld1_f32(acc[q / 2][t / 2][q % 2 * 2 + 1] + lane)));
 }
 
-/* n_p panels from `panel`, at most STRIP_PANELS, times tokens [first, first + n_tokens), at most STRIP_BLOCKS blocks, all of
- * eight tokens. out points at both. */
-static void matmul_strip(float *out, size_t out_stride, const pe_matrix *w, size_t panel, size_t n_p, const pe_activations *x,
-                         size_t first, size_t n_tokens, fetch_ahead ahead, epilogue then) {
+/* n_p panels from `panel`, at most STRIP_PANELS, times tokens [first, first + n_tokens), at most STRIP_BLOCKS blocks, each
+ * eight wide. out points at (first, 16 panel). */
+static void matmul_strip(float *out, size_t out_stride, const pe_matrix *w, size_t panel, size_t n_p,
+                         const pe_activations *x, size_t first, size_t n_tokens, fetch_ahead ahead, epilogue then) {
     float acc[STRIP_PANELS][STRIP_BLOCKS][2][PAIRS][PAIRS][4];
     size_t n_groups = w->n_groups, n_blocks = (n_tokens + EIGHT - 1) / EIGHT;
     for (size_t p = 0; p < n_p; p++) memset(acc[p], 0, n_blocks * sizeof acc[p][0]);
@@ -132,8 +140,9 @@ static void matmul_strip(float *out, size_t out_stride, const pe_matrix *w, size
         fetch(&ahead);
         for (size_t p = 0; p < n_p; p++) {
             size_t group = (panel + p) * n_groups + g;
+            const int8_t *codes = w->codes + group * PE_GROUP * PE_PANEL;
             for (size_t half = 0; half < 2; half++)
-                zip_eight(rows[p].operands[half][0], w->codes + group * PE_GROUP * PE_PANEL + half * EIGHT * 4, PE_PANEL * 4, PE_GROUP / INPUTS);
+                zip_eight(rows[p].operands[half][0], codes + half * EIGHT * 4, PE_PANEL * 4, PE_GROUP / INPUTS);
             spread_over_rows(rows[p].scales, v16_from_half(w->scales + group * PE_PANEL));
         }
         for (size_t b = 0; b < n_blocks; b++) {
@@ -142,7 +151,8 @@ static void matmul_strip(float *out, size_t out_stride, const pe_matrix *w, size
             zip_eight(tokens.operands[0], x->codes + block * x->n + g * PE_GROUP * EIGHT, EIGHT * 4, PE_GROUP / INPUTS);
             spread_over_tokens(tokens.scales, x->scales + block * n_groups + g * EIGHT);
             for (size_t p = 0; p < n_p; p++)
-                for (int half = 0; half < 2; half++) add_group(acc[p][b][half], &tokens, rows[p].operands[half][0], rows[p].scales[half]);
+                for (int half = 0; half < 2; half++)
+                    add_group(acc[p][b][half], &tokens, rows[p].operands[half][0], rows[p].scales[half]);
         }
     }
     for (size_t t = 0; t < n_tokens; t++)
@@ -156,7 +166,8 @@ static void matmul_strip(float *out, size_t out_stride, const pe_matrix *w, size
 }
 
 static void matmul_by_eights(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
-                             const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
+                             const pe_activations *x, size_t token_begin, size_t token_end, const float *bias,
+                             bool add) {
     size_t n_in_eights = in_eights(x->n_tokens);
     size_t end = token_end < n_in_eights ? token_end : n_in_eights, rest = token_begin > end ? token_begin : end;
     epilogue then = {bias, add};
@@ -167,10 +178,12 @@ static void matmul_by_eights(float *out, size_t out_stride, const pe_matrix *w, 
         fetch_ahead ahead = {w->codes + (panel + n_p) * w->n_groups * PE_GROUP * PE_PANEL, n_p * PE_PANEL};
         for (size_t first = token_begin; first < end; first += STRIP_BLOCKS * EIGHT, ahead.n_lines = 0) {
             size_t n_tokens = end - first < STRIP_BLOCKS * EIGHT ? end - first : STRIP_BLOCKS * EIGHT;
-            matmul_strip(columns + (first - token_begin) * out_stride, out_stride, w, panel, n_p, x, first, n_tokens, ahead, then);
+            matmul_strip(columns + (first - token_begin) * out_stride, out_stride, w, panel, n_p, x, first, n_tokens,
+                         ahead, then);
         }
         if (rest < token_end)
-            matmul(columns + (rest - token_begin) * out_stride, out_stride, w, panel, panel + n_p, x, rest, token_end, bias, add);
+            matmul(columns + (rest - token_begin) * out_stride, out_stride, w, panel, panel + n_p, x, rest, token_end,
+                   bias, add);
     }
 }
 
@@ -189,15 +202,16 @@ LANES void store_eight(float *out, size_t stride, float32x4_t x[PAIRS][PAIRS], s
         if ((size_t)t >= n_rows) return;
         PE_UNROLL for (int p = 0; p < PAIRS; p += 2) {
             float32x4_t a = x[t / 2][p], b = x[t / 2][p + 1];
-            float32x4_t four = t % 2 ? vcombine_f32(vget_high_f32(a), vget_high_f32(b)) : vcombine_f32(vget_low_f32(a), vget_low_f32(b));
-            vst1q_f32(out + (size_t)t * stride + p * 2, four);
+            vst1q_f32(out + (size_t)t * stride + p * 2,
+                      t % 2 ? vcombine_f32(vget_high_f32(a), vget_high_f32(b))
+                            : vcombine_f32(vget_low_f32(a), vget_low_f32(b)));
         }
     }
 }
 
 /* At most STRIP_QUERIES eights of queries; all else as attention_scores has it. */
-static void scores_strip(float *scores, const int8_t *q, const float *q_scales, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
-                         size_t n_positions, float c) {
+static void scores_strip(float *scores, const int8_t *q, const float *q_scales, size_t n_rows, size_t head_dim_p,
+                         const pe_kv_chunk *kv, size_t n_positions, float c) {
     int8_t queries[STRIP_QUERIES][MAX_HEAD_STEPS * EIGHT_BYTES], keys[2][MAX_HEAD_STEPS * EIGHT_BYTES];
     pair_scales query_scales[STRIP_QUERIES], key_scales[2];
     size_t n_steps = head_dim_p / INPUTS;
@@ -217,32 +231,37 @@ static void scores_strip(float *scores, const int8_t *q, const float *q_scales, 
                 pair_sums d;
                 float32x4_t score[PAIRS][PAIRS];
                 multiply_eights(d, queries[r / EIGHT], keys[half], n_steps);
-                PE_UNROLL for (int u = 0; u < PAIRS; u++)
+                PE_UNROLL for (int u = 0; u < PAIRS; u++) {
+                    float32x4_t scale = vld1q_f32(query_scales[r / EIGHT][u]);
                     PE_UNROLL for (int p = 0; p < PAIRS; p++)
-                        score[u][p] = vmulq_f32(vmulq_f32(vcvtq_f32_s32(d[u][p]), vld1q_f32(query_scales[r / EIGHT][u])),
-                                                vld1q_f32(key_scales[half][p]));
+                        score[u][p] = vmulq_f32(vmulq_f32(vcvtq_f32_s32(d[u][p]), scale), vld1q_f32(key_scales[half][p]));
+                }
                 store_eight(scores + r * PE_CHUNK + j + half * EIGHT, PE_CHUNK, score, n_rows - r);
             }
     }
 }
 
-static void scores_by_eights(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections, size_t n_rows,
-                             size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
+static void scores_by_eights(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
+                             size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
     size_t n = in_eights(n_rows);
     for (size_t r = 0; r < n; r += STRIP_QUERIES * EIGHT) {
         size_t n_r = n - r < STRIP_QUERIES * EIGHT ? n - r : STRIP_QUERIES * EIGHT;
         scores_strip(scores + r * PE_CHUNK, q + r * head_dim_p, q_scales + r, n_r, head_dim_p, kv, n_positions, c);
     }
-    attention_scores(scores + n * PE_CHUNK, q + n * head_dim_p, q_scales + n, q_corrections + n, n_rows - n, head_dim_p, kv, n_positions, c);
+    attention_scores(scores + n * PE_CHUNK, q + n * head_dim_p, q_scales + n, q_corrections + n, n_rows - n, head_dim_p,
+                     kv, n_positions, c);
 }
 
-/* Eight rows of a chunk's probabilities times V's scales, quantized and zipped, and the scales of their groups. */
+/* Eight rows of a chunk's probabilities times V's scales, quantized (FORMAT.md section 8) and zipped; the scales of their
+ * groups. */
 typedef struct probability_eight {
     int8_t operands[CHUNK_STEPS * EIGHT_BYTES];
     pair_scales scales[PE_CHUNK / PE_PROBABILITY_GROUP];
 } probability_eight;
 
-static void quantize_eight(probability_eight *eight, const float *p, size_t n_rows, const float *v_scales, size_t begin, size_t end) {
+/* From n_rows rows of p, at most eight, over the groups of [begin, end); all else becomes 0. */
+static void quantize_eight(probability_eight *eight, const float *p, size_t n_rows, const float *v_scales, size_t begin,
+                           size_t end) {
     enum { N_GROUPS = PE_CHUNK / PE_PROBABILITY_GROUP };
     int8_t codes[EIGHT][PE_CHUNK] = {{0}};
     float scales[N_GROUPS][EIGHT] = {{0}};
@@ -259,9 +278,10 @@ static void quantize_eight(probability_eight *eight, const float *p, size_t n_ro
     for (size_t g = 0; g < N_GROUPS; g++) spread_over_tokens(eight->scales[g], scales[g]);
 }
 
-/* out = eight rows of probabilities times eight columns of V, zipped from the first group of [begin, end) on. */
-LANES void values_eight(float *out, size_t stride, size_t n_rows, const probability_eight *p, const int8_t *columns, size_t begin,
-                        size_t end) {
+/* out (n_rows of eight, eight columns; rows `stride` floats apart) = probabilities times eight columns of V, zipped from
+ * the first group of [begin, end) on. */
+LANES void values_eight(float *out, size_t stride, size_t n_rows, const probability_eight *p, const int8_t *columns,
+                        size_t begin, size_t end) {
     float32x4_t o[PAIRS][PAIRS];
     PE_UNROLL for (int u = 0; u < PAIRS; u++) PE_UNROLL for (int i = 0; i < PAIRS; i++) o[u][i] = vdupq_n_f32(0.0f);
     for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP, columns += GROUP_STEPS * EIGHT_BYTES) {
@@ -276,22 +296,26 @@ LANES void values_eight(float *out, size_t stride, size_t n_rows, const probabil
 }
 
 /* At most STRIP_QUERIES eights of rows; all else as attention_values has it. */
-static void values_strip(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin, size_t end) {
+static void values_strip(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                         size_t begin, size_t end) {
     probability_eight probabilities[STRIP_QUERIES];
     int8_t columns[2][CHUNK_STEPS * EIGHT_BYTES];
     size_t first = pe_group_begin(begin), n_steps = (pe_group_end(end) - first) / INPUTS;
     for (size_t r = 0; r < n_rows; r += EIGHT)
-        quantize_eight(&probabilities[r / EIGHT], p + r * PE_CHUNK, n_rows - r < EIGHT ? n_rows - r : EIGHT, kv->v_scales, begin, end);
+        quantize_eight(&probabilities[r / EIGHT], p + r * PE_CHUNK, n_rows - r < EIGHT ? n_rows - r : EIGHT, kv->v_scales,
+                       begin, end);
     for (size_t d = 0; d < head_dim_p; d += PE_PANEL) {
         for (size_t half = 0; half < 2; half++)
             zip_eight(columns[half], kv->v + first * head_dim_p + (d + half * EIGHT) * 4, head_dim_p * 4, n_steps);
         for (size_t r = 0; r < n_rows; r += EIGHT)
             for (size_t half = 0; half < 2; half++)
-                values_eight(out + r * head_dim_p + d + half * EIGHT, head_dim_p, n_rows - r, &probabilities[r / EIGHT], columns[half], begin, end);
+                values_eight(out + r * head_dim_p + d + half * EIGHT, head_dim_p, n_rows - r, &probabilities[r / EIGHT],
+                             columns[half], begin, end);
     }
 }
 
-static void values_by_eights(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin, size_t end) {
+static void values_by_eights(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+                             size_t begin, size_t end) {
     size_t n = in_eights(n_rows);
     for (size_t r = 0; r < n; r += STRIP_QUERIES * EIGHT) {
         size_t n_r = n - r < STRIP_QUERIES * EIGHT ? n - r : STRIP_QUERIES * EIGHT;
