@@ -124,10 +124,10 @@ def test_vnni_tables_equal_scalar_over_emulated_intrinsics(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_driver_under_qemu_aarch64(tmp_path: Path) -> None:
-    """Cross-compiled: the NEON tables equal the scalar one on their own architecture, all give the hashes of x86-64, and a CPU runs
-    those whose instructions it has."""
+    """Cross-compiled: the NEON tables equal the scalar one on their own architecture, all give the hashes of x86-64,
+    and a CPU runs those whose instructions it has."""
     compiler = shutil.which("aarch64-linux-gnu-gcc")
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
@@ -138,7 +138,8 @@ def test_driver_under_qemu_aarch64(tmp_path: Path) -> None:
         command = [compiler, *FLAGS, "-O3", f"-march=armv8.2-a{extensions}", "-c", str(KERNELS / f"kernels_{name}.c")]
         subprocess.run([*command, "-o", str(objects[-1])], check=True)
     driver = tmp_path / "test_core"
-    command = [compiler, *FLAGS, "-O2", "-DPE_HAVE_NEON_I8MM", "-static", *map(str, objects), "-pthread", "-lm", "-o", str(driver)]
+    command = [compiler, *FLAGS, "-O2", "-DPE_HAVE_NEON_I8MM", "-static", *map(str, objects), "-pthread", "-lm"]
+    command += ["-o", str(driver)]
     subprocess.run(command, check=True)
     runs = [
         ("max", "--quick", "neon_i8mm neon_dotprod scalar"),

@@ -109,7 +109,7 @@ def test_integer_sums_stay_in_registers(vnni_loops: list[Loop]) -> None:
 
 
 def neon_loops(table: str, march: str, step: str, directory: Path) -> list[Loop]:
-    """Innermost of the loops of a table for AArch64 that multiply, as the cross-compiler makes them with the flags of CMakeLists.txt."""
+    """Innermost of the loops of a table for AArch64 that multiply, compiled with the flags of CMakeLists.txt."""
     need("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump")
     command = ["aarch64-linux-gnu-gcc", "-dumpfullversion"]
     version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
