@@ -116,8 +116,9 @@ def neon_loops(table: str, march: str, step: str, directory: Path) -> list[Loop]
     if int(version.split(".")[0]) < 12:
         pytest.skip(f"the register blocks were chosen by reading what gcc 12 and later make of them, this is {version}")
     path = directory / f"{table}.o"
-    command = ["aarch64-linux-gnu-gcc", "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    command += ["-fno-schedule-insns", march, f"-I{REPOSITORY / 'csrc'}", "-c", str(REPOSITORY / "csrc/kernels" / f"{table}.c")]
+    flags = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-schedule-insns"]
+    source = REPOSITORY / "csrc/kernels" / f"{table}.c"
+    command = ["aarch64-linux-gnu-gcc", *flags, march, f"-I{REPOSITORY / 'csrc'}", "-c", str(source)]
     subprocess.run([*command, "-o", str(path)], check=True)
     command = ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", str(path)]
     return multiplying_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout, step)
