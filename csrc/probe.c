@@ -158,6 +158,14 @@ __attribute__((target("arch=armv8.2-a+dotprod"))) static void neon_step(void) {
     __asm__ volatile("" : "+w"(w), "+w"(x));
     CHAINS(16, int32x4_t, "w", vdupq_n_s32(0), vdotq_s32(acc[i], w, x));
 }
+
+#if defined(PE_HAVE_NEON_I8MM)
+__attribute__((target("arch=armv8.2-a+dotprod+i8mm"))) static void i8mm_step(void) {
+    int8x16_t w = vdupq_n_s8(3), x = vdupq_n_s8(-2);
+    __asm__ volatile("" : "+w"(w), "+w"(x));
+    CHAINS(16, int32x4_t, "w", vdupq_n_s32(0), vmmlaq_s32(acc[i], w, x));
+}
+#endif
 #endif
 
 static const dot_step dot_steps[] = {
@@ -168,6 +176,9 @@ static const dot_step dot_steps[] = {
     {"avxvnni", (uint64_t)STEPS * 12 * 32, avxvnni_step},
 #endif
 #elif defined(__aarch64__)
+#if defined(PE_HAVE_NEON_I8MM)
+    {"neon_i8mm", (uint64_t)STEPS * 16 * 32, i8mm_step},
+#endif
     {"neon_dotprod", (uint64_t)STEPS * 16 * 16, neon_step},
 #endif
     {"scalar", (uint64_t)STEPS * 8, scalar_step},

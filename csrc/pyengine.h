@@ -45,6 +45,7 @@ enum {
     PE_CPU_AVX512VNNI = 1u << 6,
     PE_CPU_AVX512DQ = 1u << 7,
     PE_CPU_NEON_DOTPROD = 1u << 8,
+    PE_CPU_NEON_I8MM = 1u << 10,
     PE_CPU_AVXVNNI = 1u << 9, /* vpdpbusd on ymm registers, VEX-encoded: without AVX-512 */
 };
 /* Those that the CPU has and the operating system supports. */

@@ -38,17 +38,26 @@ static uint32_t detect(void) {
 #include <sys/auxv.h>
 
 static uint32_t detect(void) {
-    const unsigned long hwcap_asimddp = 1ul << 20;
-    return getauxval(AT_HWCAP) & hwcap_asimddp ? PE_CPU_NEON_DOTPROD : 0;
+    const unsigned long hwcap_asimddp = 1ul << 20, hwcap2_i8mm = 1ul << 13; /* which older headers do not have */
+    uint32_t features = 0;
+    if (getauxval(AT_HWCAP) & hwcap_asimddp) features |= PE_CPU_NEON_DOTPROD;
+    if (getauxval(AT_HWCAP2) & hwcap2_i8mm) features |= PE_CPU_NEON_I8MM;
+    return features;
 }
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 
+static int has(const char *feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, NULL, 0) == 0 && value != 0; /* a name that the system does not know: no */
+}
+
 static uint32_t detect(void) {
-    int has = 0;
-    size_t size = sizeof has;
-    if (sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) != 0) return 0;
-    return has ? PE_CPU_NEON_DOTPROD : 0;
+    uint32_t features = 0;
+    if (has("hw.optional.arm.FEAT_DotProd")) features |= PE_CPU_NEON_DOTPROD;
+    if (has("hw.optional.arm.FEAT_I8MM")) features |= PE_CPU_NEON_I8MM;
+    return features;
 }
 #else
 static uint32_t detect(void) { return 0; }

@@ -17,6 +17,9 @@ static const struct pe_kernels *const tables[] = {
 #endif
     &pe_kernels_avx2,
 #elif defined(__aarch64__)
+#if defined(PE_HAVE_NEON_I8MM)
+    &pe_kernels_neon_i8mm,
+#endif
     &pe_kernels_neon_dotprod,
 #endif
     &pe_kernels_scalar,

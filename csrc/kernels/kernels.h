@@ -182,6 +182,7 @@ extern const struct pe_kernels pe_kernels_avx2, pe_kernels_avx512vnni;
 extern const struct pe_kernels pe_kernels_avxvnni; /* linked in where the compiler knows it: PE_HAVE_AVXVNNI */
 #elif defined(__aarch64__)
 extern const struct pe_kernels pe_kernels_neon_dotprod;
+extern const struct pe_kernels pe_kernels_neon_i8mm; /* linked in where the compiler knows it: PE_HAVE_NEON_I8MM */
 #endif
 
 /* The selected table (dispatch.c); NULL before the first pe_isa_select or pe_isa_active. */

@@ -72,7 +72,7 @@ static void compare_matmul(const struct pe_kernels *k, const product *p, size_t 
     size_t n_rows = (panel_end - panel_begin) * 16, stride = n_rows + rng_below(r, 20), n_tokens = token_end - token_begin;
     size_t n = (n_tokens - 1) * stride + n_rows, misaligned = 4 * rng_below(r, 16);
     block a = block_new(n * 4, misaligned), b = block_new(n * 4, misaligned);
-    float bias[16 * 8];
+    float bias[16 * 9];
     for (size_t i = 0; i < p->w.n_panels * 16; i++) bias[i] = rng_float(r);
     bool biased = rng_below(r, 2), add = rng_below(r, 2);
     for (size_t i = 0; i < n; i++) FLOATS(a)[i] = FLOATS(b)[i] = rng_float(r);
@@ -95,6 +95,12 @@ static void test_matmul(const struct pe_kernels *k) {
                            &r);
             product_free(&p);
         }
+    for (size_t n_tokens = 60; n_tokens <= 76; n_tokens += 3) { /* more than any table works on at a time */
+        product p = product_new(9, 2, n_tokens, RANDOM, &r);
+        compare_matmul(k, &p, 0, 9, 0, n_tokens, &r);
+        compare_matmul(k, &p, 1, 7, 8, n_tokens, &r);
+        product_free(&p);
+    }
     for (int pattern = 0; pattern < N_PATTERNS; pattern++) { /* a long row: the order of many groups */
         product p = product_new(4, 40, 9, pattern, &r);
         compare_matmul(k, &p, 0, 4, 0, 9, &r);
@@ -311,6 +317,10 @@ static void test_attention(const struct pe_kernels *k) {
             }
             compare_key_bias(k, n_rows, 1 + rng_below(&r, 70), n_positions, &r);
         }
+    for (size_t n_rows = 31; n_rows <= 40; n_rows += 3) { /* more than any table works on at a time */
+        compare_scores(k, n_rows, 32, 70, false, &r);
+        compare_values(k, n_rows, 32, 40, 70, MIXED, false, &r);
+    }
     for (size_t n_positions = 1; n_positions <= 33; n_positions++) compare_scores(k, 3, 64, n_positions, false, &r);
     for (int pattern = 0; pattern < 6; pattern++) {
         for (size_t begin = 0; begin < 34; begin++)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -50,17 +51,22 @@ def functions(listing: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def multiplying_loops(listing: str) -> list[Loop]:
+def is_jump(name: str) -> bool:
+    """Of x86-64 or AArch64, and no call."""
+    return name == "b" or name.startswith(("j", "b.", "cb", "tb"))
+
+
+def multiplying_loops(listing: str, step: str = "vpdpbusd") -> list[Loop]:
     """Loops with a dot step that hold no other such loop. (What they may hold is a loop that fetches memory ahead.)"""
     loops = []
     for function, instructions in functions(listing).items():
         spans = set()
         for i in instructions:
-            target = re.match(r"([0-9a-f]+) <", i.operands)
-            if i.name.startswith("j") and target and int(target[1], 16) <= i.address:
+            target = re.search(r"(?:^|, )([0-9a-f]+) <", i.operands)
+            if is_jump(i.name) and target and int(target[1], 16) <= i.address:
                 spans.add((int(target[1], 16), i.address))
         bodies = {(b, e): [i for i in instructions if b <= i.address <= e] for b, e in spans}
-        spans = {span for span, body in bodies.items() if any(i.name == "vpdpbusd" for i in body)}
+        spans = {span for span, body in bodies.items() if any(i.name == step for i in body)}
         for begin, end in spans:
             if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans):
                 loops.append(Loop(function, bodies[begin, end]))
@@ -100,6 +106,39 @@ def test_integer_sums_stay_in_registers(vnni_loops: list[Loop]) -> None:
     assert {loop.function for loop in vnni_loops} >= {"matmul", "attention_scores"}
     for loop in vnni_loops:
         assert not loop.integer_vector_spills, (loop.function, loop.count("vpdpbusd"))
+
+
+def neon_loops(table: str, march: str, step: str, directory: Path) -> list[Loop]:
+    """Innermost of the loops of a table for AArch64 that multiply, compiled with the flags of CMakeLists.txt."""
+    need("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump")
+    command = ["aarch64-linux-gnu-gcc", "-dumpfullversion"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if int(version.split(".")[0]) < 12:
+        pytest.skip(f"the register blocks were chosen by reading what gcc 12 and later make of them, this is {version}")
+    path = directory / f"{table}.o"
+    flags = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-schedule-insns"]
+    source = REPOSITORY / "csrc/kernels" / f"{table}.c"
+    command = ["aarch64-linux-gnu-gcc", *flags, march, f"-I{REPOSITORY / 'csrc'}", "-c", str(source)]
+    subprocess.run([*command, "-o", str(path)], check=True)
+    command = ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", str(path)]
+    return multiplying_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout, step)
+
+
+def test_matrix_steps_of_aarch64_read_operands_and_multiply(tmp_path: Path) -> None:
+    """Eight tokens times eight rows: sixteen smmla for eight operands, in registers, for products, scores and values."""
+    loops = neon_loops("kernels_neon_i8mm", "-march=armv8.2-a+dotprod+i8mm", "smmla", tmp_path)
+    assert {loop.function.split(".")[0] for loop in loops} == {"matmul_strip", "scores_strip", "values_strip"}
+    for loop in loops:
+        assert loop.count("smmla") == 16
+        assert loop.count("smmla") >= 0.6 * len(loop.body), (loop.function, "too much beside the multiplications")
+        assert not [i for i in loop.body if "[sp" in i.operands], loop.function
+
+
+def test_prefill_block_of_aarch64_spills_little(tmp_path: Path) -> None:
+    loops = neon_loops("kernels_neon_dotprod", "-march=armv8.2-a+dotprod", "sdot", tmp_path)
+    largest = max((loop for loop in loops if loop.function == "matmul"), key=lambda loop: loop.count("sdot"))
+    assert largest.count("sdot") == 4 * 4 * 16  # four registers of rows, four tokens, the sixteen fours of a group
+    assert largest.count("sdot") >= 0.4 * len(largest.body), "too much beside the multiplications"
 
 
 def test_wide_registers_stay_in_their_files() -> None:
