@@ -16,7 +16,7 @@ from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safeten
 from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
 from .arch import architecture_of_hf
-from .arch.base import Architecture, Shape, Traits
+from .arch.base import Architecture, Shape, Traits, spelled
 from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
 from .fields import Fields
 from .lora import AdaptedTensors, Adapter
@@ -227,7 +227,7 @@ def _frozen_config(
         architecture=architecture.hf,
         hidden_dim=config.integer("intermediate_size") if traits.hidden_dim is None else traits.hidden_dim,
         vocab_size=config.integer("vocab_size"),
-        norm_eps=config.number("rms_norm_eps"),
+        norm_eps=config.number("rms_norm_eps") if traits.norm_eps is None else traits.norm_eps,
         bos_token_id=bos,
         eos_token_ids=eos,
         extra=extra,
@@ -336,7 +336,7 @@ def load_hf(
         extra = _pooling(directory) | folded_multipliers(traits)
         frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, extra)
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
-        if frozen.tie_embeddings:
+        if shape.tied:
             ignored.append(architecture.parts["output"].hf)  # some save the shared matrix twice
         label = directory.resolve().name
         tensors = AdaptedTensors(reader, lora)
@@ -344,7 +344,7 @@ def load_hf(
             tensors,
             frozen,
             traits.rope_tables,
-            parts=architecture.parts,
+            parts=spelled(architecture.parts, shape.tied),
             kind="hf",
             name=name or label,
             source=" + ".join([f"{label} ({architecture.model_type})", *(one.path.resolve().name for one in lora)]),

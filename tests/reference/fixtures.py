@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .folds import folded, folded_multipliers, head_dim_of, unfused
+from .folds import LAYER_NORMS, PARALLEL, UNGATED, folded, folded_multipliers, head_dim_of, unfused
 
 DATA = Path(__file__).parent / "data"
 LARGE_KEY_BIAS = 4.0
 TOKENIZER_SIZE = 263  # 3 special tokens, 256 bytes, 4 merges
+
+MLP = ("gate", "up", "down")
 
 # Hugging Face tensor name inside a layer -> ours (FORMAT.md section 2, unfused)
 LAYER_NAMES = {
@@ -38,6 +40,14 @@ LAYER_NAMES = {
     "mlp.gate_proj.weight": "w_gate",
     "mlp.up_proj.weight": "w_up",
     "mlp.down_proj.weight": "w_down",
+    "mlp.shared_expert_gate.weight": "shared_router",
+    **{f"{mlp}.{part}_proj.weight": f"shared.w_{part}" for mlp in ("mlp.shared_expert", "shared_mlp") for part in MLP},
+    "input_layernorm.bias": "attention_norm.bias",
+    "post_attention_layernorm.bias": "ffn_norm.bias",
+    "mlp.c_fc.weight": "w_up",
+    "mlp.c_fc.bias": "w_up.bias",
+    "mlp.c_proj.weight": "w_down",
+    "mlp.c_proj.bias": "w_down.bias",
 }
 POST_NORM_NAMES = {
     "post_attention_layernorm.weight": "post_attention_norm",
@@ -52,6 +62,7 @@ MODEL_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings",
     "model.norm.weight": "norm",
     "lm_head.weight": "output",
+    "model.norm.bias": "norm.bias",
 }
 
 
@@ -126,7 +137,7 @@ def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     """Weights for oracle.Oracle and spec_f32.Spec: float32, (rows, columns) or (n)."""
     hf = fixture.hf_config
     weights = {canonical_name(k, hf["model_type"]): w.astype(np.float32) for k, w in unfused(hf, fixture.hf_weights).items()}
-    weights = {key: w.reshape(-1) if key.endswith(".router") else w for key, w in weights.items()}  # a vector of the file
+    weights = {key: w.reshape(-1) if key.endswith("router") else w for key, w in weights.items()}  # vectors of the file
     for i, table in enumerate(rope_tables(fixture)):
         weights[f"rope.{i}.inv_freq"] = table
     return split_key_biases(canonical_config(fixture), folded(hf, weights))
@@ -162,11 +173,17 @@ def split_key_biases(config: Mapping[str, Any], weights: dict[str, Any]) -> dict
 def canonical_config(fixture: Fixture) -> dict[str, Any]:
     """The keys of FORMAT.md's config.json for a fixture."""
     config = config_from_hf(fixture.hf_config, fixture.hf_weights)
-    if multipliers := folded_multipliers(fixture.hf_config):
+    if (multipliers := folded_multipliers(fixture.hf_config)) != {}:
         config["extra"] = {"folded": multipliers}
     if (fixture.hf_config.get("rope_scaling") or {}).get("type") == "longrope" and n_ctx(fixture) is None:
         config["max_seq_len"] = fixture.hf_config["original_max_position_embeddings"]
     return config
+
+
+def expected_hidden(fixture: Fixture) -> NDArray[np.float32]:
+    """The fixture's hidden states as those of the folded model: without their means where norms subtract them."""
+    mean = fixture.hidden.mean(axis=-1, keepdims=True, dtype=np.float64)
+    return (fixture.hidden - mean).astype(np.float32) if fixture.hf_config["model_type"] in LAYER_NORMS else fixture.hidden
 
 
 def n_ctx(fixture: Fixture) -> int | None:
@@ -180,7 +197,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     present = set(weight_names)
     eos = hf["eos_token_id"]
     window: Any = 0
-    if hf["model_type"] in ("mistral", "phi3", "mixtral"):
+    if hf["model_type"] in ("mistral", "phi3", "mixtral", "starcoder2"):
         window = hf.get("sliding_window") or 0
     elif hf["model_type"].startswith("gemma"):
         pattern = hf.get("sliding_window_pattern", 2)
@@ -189,9 +206,12 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     qkv_bias = "model.layers.0.self_attn.q_proj.bias" in present
     qk_norm = "model.layers.0.self_attn.q_norm.weight" in present
-    norm = NORMS_AFTER.get(hf["model_type"], "rmsnorm")
+    norm = "rmsnorm_parallel" if hf["model_type"] in PARALLEL else NORMS_AFTER.get(hf["model_type"], "rmsnorm")
     activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
-    return _optional_keys(hf) | {
+    if hf["model_type"] in UNGATED:
+        activation = "gelu_tanh"
+    biases = {"gate_up_bias": _FC_BIASES, "down_bias": _DOWN_BIASES, "output_bias": ("model.norm.bias", "lm_head.bias")}
+    return _optional_keys(hf) | {key: True for key, names in biases.items() if present & set(names)} | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
         "hidden_dim": hf.get("moe_intermediate_size", hf["intermediate_size"]),
@@ -201,8 +221,8 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "head_dim": head_dim_of(hf),
         "vocab_size": hf["vocab_size"],
         "max_seq_len": hf["max_position_embeddings"],
-        "norm_eps": hf["rms_norm_eps"],
-        "tie_embeddings": hf["tie_word_embeddings"],
+        "norm_eps": next(hf[key] for key in ("rms_norm_eps", "norm_epsilon", "layer_norm_eps") if key in hf),
+        "tie_embeddings": hf["tie_word_embeddings"] and hf["model_type"] not in LAYER_NORMS,
         "qkv_bias": qkv_bias,
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in present,
         "qk_norm": qk_norm,
@@ -214,6 +234,10 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     }
 
 
+_FC_BIASES = tuple(f"model.layers.0.{name}.bias" for name in ("post_attention_layernorm", "mlp.c_fc", "mlp.up_proj"))
+_DOWN_BIASES = ("model.layers.0.mlp.c_proj.bias", "model.layers.0.mlp.down_proj.bias")
+
+
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Those keys that a file leaves out where they say nothing."""
     keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] in ("olmo2", "olmoe") else {}
@@ -221,6 +245,8 @@ def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
         keys |= {"n_experts": n_experts, "n_experts_used": hf["num_experts_per_tok"]}
         if hf.get("norm_topk_prob", True):
             keys["experts_normalized"] = True
+        if shared := hf.get("shared_expert_intermediate_size", hf.get("shared_intermediate_size")):
+            keys |= {"shared_hidden_dim": shared} | ({"shared_gated": True} if "norm_topk_prob" in hf else {})
     for name, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping")):
         if hf.get(key):
             keys[name] = hf[key]

@@ -21,14 +21,17 @@ def head_dim_of(hf: Mapping[str, Any]) -> int:
 
 
 def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weights:
-    """Phi-3's qkv_proj and gate_up_proj as five matrices, Granite-MoE's input_linear and output_linear as three of each expert,
-    under the names of other models."""
+    """Phi-3's qkv_proj and gate_up_proj as five matrices, Granite-MoE's input_linear and output_linear as three of each expert
+    and of the shared one, under the names of other models."""
     q = hf["num_attention_heads"] * head_dim_of(hf)
     kv = hf["num_key_value_heads"] * head_dim_of(hf)
     cuts = {
         "qkv_proj": (("q_proj", 0, q), ("k_proj", q, q + kv), ("v_proj", q + kv, q + 2 * kv)),
         "gate_up_proj": (("gate_proj", 0, hf["intermediate_size"]), ("up_proj", hf["intermediate_size"], None)),
     }
+    shared = hf.get("shared_intermediate_size", 0)
+    cuts["input_linear"] = (("gate_proj", 0, shared), ("up_proj", shared, None))
+    cuts["output_linear"] = (("down_proj", None, None),)
     parts: Weights = {}
     for name, w in weights.items():
         stem = name.removesuffix(".weight").rpartition(".")[2]
@@ -104,7 +107,41 @@ def _gemma(hf: Mapping[str, Any], weights: Weights) -> None:
         _multiply(weights, ".wq", math.sqrt(head_dim_of(hf) / hf["query_pre_attn_scalar"]))
 
 
-FOLDS = {"granite": _granite, "granitemoe": _granite, "phi3": _phi3, "gemma2": _gemma, "gemma3_text": _gemma}
+# LayerNorm(x) = RMSNorm(x - mean(x)) * w + b. What is added to the stream loses its mean; b goes through the
+# matrices that read it.
+NORM_READERS = {"attention_norm": ("wq", "wk", "wv"), "ffn_norm": ("w_gate", "w_up")}
+
+
+def _centered(w: NDArray[Any], axis: int) -> NDArray[np.float32]:
+    wide = w.astype(np.float64)
+    return (wide - wide.sum(axis=axis, keepdims=True) / wide.shape[axis]).astype(np.float32)
+
+
+def _layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
+    if hf.get("tie_word_embeddings"):
+        weights["output"] = weights["tok_embeddings"]
+    weights["tok_embeddings"] = _centered(weights["tok_embeddings"], 1)
+    for name in [name for name in weights if name.endswith((".wo", ".wo.bias", ".w_down", ".w_down.bias"))]:
+        weights[name] = _centered(weights[name], 0)
+    for name in [name for name in weights if name.endswith("norm.bias")]:
+        layer, _, norm = name.removesuffix(".bias").rpartition(".")
+        b = weights.pop(name).astype(np.float64)
+        readers = [f"{layer}.{matrix}" for matrix in NORM_READERS[norm]] if layer else ["output"]
+        if layer and hf["model_type"] in PARALLEL:
+            readers += [f"{layer}.{matrix}" for matrix in NORM_READERS["ffn_norm"]]
+        for reader in readers:
+            if reader in weights:
+                own = weights.get(f"{reader}.bias", np.zeros(1))
+                weights[f"{reader}.bias"] = (own.astype(np.float64) + weights[reader].astype(np.float64) @ b).astype(np.float32)
+
+
+LAYER_NORMS = ("starcoder2",)
+PARALLEL: tuple[str, ...] = ()
+UNGATED = ("starcoder2",)
+FOLDS = {
+    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _layer_norm),
+    "phi3": _phi3, "gemma2": _gemma, "gemma3_text": _gemma,
+}  # fmt: skip
 
 
 def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
@@ -115,11 +152,14 @@ def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
     return weights
 
 
-def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float]:
-    """The same of the matrices that an adapter may change, by the file's names of their parts: what `extra.folded` says."""
+def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float] | bool:
+    """The same of the matrices that an adapter may change, by the file's names of their parts: what `extra.folded` says. False
+    where they are changed otherwise."""
+    if hf["model_type"] in LAYER_NORMS or hf["model_type"] == "phi3":
+        return False
     if hf["model_type"] == "gemma2":
         return {"q": hf["query_pre_attn_scalar"] ** -0.5 * math.sqrt(head_dim_of(hf))}
-    if hf["model_type"] not in ("granite", "granitemoe"):
+    if not hf["model_type"].startswith("granite"):
         return {}
     residual = hf["residual_multiplier"]
     return {"q": hf["attention_multiplier"] * math.sqrt(head_dim_of(hf)), "wo": residual, "down": residual}

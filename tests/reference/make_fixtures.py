@@ -225,6 +225,26 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "residual_multiplier": 0.22, "logits_scaling": 6.0},
         48,
     ),
+    "qwen2_moe": (
+        {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], **shape(48, 72, 3, 1),
+         "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False,
+         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 56,
+         "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        48,
+    ),
+    "granite_moe_shared": (
+        {"model_type": "granitemoeshared", "architectures": ["GraniteMoeSharedForCausalLM"], **shape(48, 40, 3, 1),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "attention_bias": False, "num_local_experts": 5,
+         "num_experts_per_tok": 3, "shared_intermediate_size": 24, "embedding_multiplier": 12.0,
+         "attention_multiplier": 0.0625, "residual_multiplier": 0.22, "logits_scaling": 6.0},
+        48,
+    ),
+    "starcoder2": (
+        {"model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"], **shape(48, 72, 3, 1),
+         "tie_word_embeddings": True, "rms_norm_eps": None, "norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh",
+         "use_bias": True, "sliding_window": 20, "rope_theta": 100000.0},
+        48,
+    ),
 }  # fmt: skip
 
 LOUD_CHANNELS, LOUDNESS = (5, 33), 5.0  # of the embeddings of the fixtures that MAGNITUDES names
@@ -259,6 +279,13 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
         "experts.gate_up_proj": (0.0, 2.4), "router.weight": (0.0, 3.0),
         "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (18.0, 4.0),
     },
+    "qwen2_moe": {"mlp.gate.weight": (0.0, 3.0), "shared_expert_gate.weight": (0.0, 2.0), "model.norm.weight": (0.9, 0.1)},
+    "granite_moe_shared": {
+        "q_proj.weight": (0.0, 4.0), "k_proj.weight": (0.0, 4.0), "o_proj.weight": (0.0, 4.0), "output_linear.weight": (0.0, 2.0),
+        "input_linear.weight": (0.0, 2.4), "router.layer.weight": (0.0, 8.0),
+        "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (6.0, 1.0),
+    },
+    "starcoder2": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (0.6, 0.1)},
     "olmo2": {
         "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
         "model.norm.weight": (1.5, 0.3),
@@ -303,12 +330,15 @@ def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Gene
         value[:, list(LOUD_CHANNELS)] *= LOUDNESS
         if name == "olmo2":  # no norm before layer 0: an equal maximum in every group, or codes of codes would be ties
             value[:, list(LOUD_CHANNELS)] = 1.25 * value[:, list(LOUD_CHANNELS)].sign()
-    elif w.ndim > 1 and w.shape[-1] > max(LOUD_CHANNELS) and "o_proj" not in key and "down_proj" not in key:
+    elif w.ndim > 1 and w.shape[-1] > max(LOUD_CHANNELS) and not key.endswith(WRITERS):
         value[..., list(LOUD_CHANNELS)] /= LOUDNESS  # who reads the stream is used to them
     elif key == "model.norm.weight":  # Gemma's gain is 1 + w
         gain = value[list(LOUD_CHANNELS)] + (1.0 if name in ("gemma2", "gemma3") else 0.0)
         value[list(LOUD_CHANNELS)] += gain / LOUDNESS**2 - gain
     return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim > 1 else value
+
+
+WRITERS = ("o_proj.weight", "down_proj", "down_proj.weight", "output_linear.weight", "c_proj.weight")  # to the residual stream
 
 
 def published(name: str, key: str, w: np.ndarray) -> dict[str, np.ndarray]:

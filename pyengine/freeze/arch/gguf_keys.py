@@ -14,6 +14,7 @@ from ..rope import rope_inv_freq
 from .base import Shape, Tensors
 
 ROPE_DIVISORS = "rope_freqs.weight"
+LAYER_NORM_EPS = "attention.layer_norm_epsilon"
 
 
 def window(keys: Fields, default: int = 0) -> int:
@@ -64,6 +65,12 @@ def rope_table(keys: Fields, head_dim: int, file: Tensors, default_base: float =
         return inv_freq
     with np.errstate(over="ignore", under="ignore"):  # the freezer refuses what is not finite
         return inv_freq / divisors(file, ROPE_DIVISORS, head_dim // 2)
+
+
+def norm_eps(keys: Fields, key: str = "attention.layer_norm_rms_epsilon") -> float:
+    """The float32 in the file as the decimal that people wrote: 1e-05, not 9.999999747378752e-06."""
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(keys.number(key))))
 
 
 def multiplier(keys: Fields, key: str, default: float = 1.0) -> float:

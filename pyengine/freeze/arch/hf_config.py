@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
-from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, LayerSpec
+from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, UNGATED, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
 from ..rope import rope_inv_freq
@@ -15,16 +15,20 @@ from .base import Shape
 _DEFAULT_ROPE_THETA = 10_000.0
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
+_UNGATED_ACTIVATIONS = {"gelu_pytorch_tanh": UNGATED, "gelu_new": UNGATED}
 
 
-def activation(config: Fields, key: str = "hidden_act", default: str = "silu") -> str:
+def activation(config: Fields, key: str = "hidden_act", default: str = "silu", known: Mapping[str, str] = _ACTIVATIONS) -> str:
     """FrozenConfig's name of the activation."""
     name = config.text(key, default)
-    if name not in _ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"activation {name!r:.80} is not implemented; known are {', '.join(sorted(_ACTIVATIONS))}"
-        )
-    return _ACTIVATIONS[name]
+    if name not in known:
+        raise UnsupportedModelError(f"activation {name!r:.80} is not implemented; known are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def ungated_activation(config: Fields, default: str) -> str:
+    """The same of an MLP without a gate."""
+    return activation(config, "hidden_act", default, _UNGATED_ACTIVATIONS)
 
 
 def multiplier(config: Fields, key: str, default: float = 1.0) -> float:
