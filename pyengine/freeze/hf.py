@@ -184,8 +184,8 @@ def files_of(directory: Path) -> list[Path]:
 # ---------------------------------------------------------------------------- configuration
 
 
-def _refuse_unknown_arithmetic(config: Fields) -> None:
-    if config.flag("mlp_bias", False):
+def _refuse_unknown_arithmetic(config: Fields, traits: Traits) -> None:
+    if config.flag("mlp_bias", False) and not traits.gate_up_bias:
         raise UnsupportedModelError("mlp_bias is not implemented")
     if config.raw("quantization_config"):
         raise UnsupportedModelError("checkpoints that are quantized already are not implemented")
@@ -330,9 +330,9 @@ def load_hf(
     try:
         reader = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
         documents = _Documents(directory, config, config.integer("vocab_size"))
-        _refuse_unknown_arithmetic(config)
         shape = _shape(config, architecture, reader.shapes, n_ctx)
         traits = architecture.from_hf(config, shape)
+        _refuse_unknown_arithmetic(config, traits)
         extra = _pooling(directory) | folded_multipliers(traits)
         frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, extra)
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]

@@ -77,15 +77,19 @@ def _granite(hf: Mapping[str, Any], weights: Weights) -> None:
     weights["norm"] = _scale(weights["norm"], 1 / (hf["embedding_multiplier"] * hf["logits_scaling"]))
 
 
-def _phi3(hf: Mapping[str, Any], weights: Weights) -> None:
-    """Pair i of the turned elements, (i, i + turned / 2), becomes (i, i + head_dim / 2); what is not turned follows."""
+def _turned_first(hf: Mapping[str, Any], weights: Weights) -> None:
+    """Pair i of the turned elements, (i, i + turned / 2) or (2i, 2i + 1), becomes (i, i + head_dim / 2); what is not turned
+    follows."""
     head_dim, n = head_dim_of(hf), turned(hf)
     place = np.empty(head_dim, int)  # of a source's element
-    place[: n // 2] = np.arange(n // 2)
-    place[n // 2 : n] = head_dim // 2 + np.arange(n // 2)
+    first, second = slice(0, n // 2), slice(n // 2, n)
+    if hf["model_type"] in INTERLEAVED:
+        first, second = slice(0, n, 2), slice(1, n, 2)
+    place[first] = np.arange(n // 2)
+    place[second] = head_dim // 2 + np.arange(n // 2)
     place[n:] = np.concatenate([np.arange(n // 2, head_dim // 2), np.arange(head_dim // 2 + n // 2, head_dim)])
-    for name in [name for name in weights if name.endswith((".wq", ".wk"))]:
-        heads = weights[name].reshape(-1, head_dim, weights[name].shape[1]).astype(np.float64)
+    for name in [name for name in weights if name.endswith((".wq", ".wk", ".wq.bias", ".wk.bias"))]:
+        heads = weights[name].reshape(-1, head_dim, *weights[name].shape[1:]).astype(np.float64)
         if name.endswith(".wq"):
             heads[:, :n] *= long_rope_amplitude(hf) ** 2
         moved = np.empty_like(heads)
@@ -135,12 +139,24 @@ def _layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
                 weights[f"{reader}.bias"] = (own.astype(np.float64) + weights[reader].astype(np.float64) @ b).astype(np.float32)
 
 
-LAYER_NORMS = ("starcoder2",)
-PARALLEL: tuple[str, ...] = ()
-UNGATED = ("starcoder2",)
+LAYER_NORMS = ("starcoder2", "stablelm", "phi", "cohere", "cohere2", "olmo")
+PARALLEL = ("phi", "cohere", "cohere2")
+UNGATED = ("starcoder2", "phi")
+INTERLEAVED = ("glm4", "ernie4_5", "cohere", "cohere2")  # RoPE turns elements 2i and 2i + 1
+
+
+def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
+    if hf["model_type"] == "olmo":
+        norms = [f"layers.{i}.{norm}" for i in range(hf["num_hidden_layers"]) for norm in NORM_READERS]
+        weights |= {name: np.ones(hf["hidden_size"], np.float32) for name in (*norms, "norm")}
+    _layer_norm(hf, weights)
+    _turned_first(hf, weights)
+    weights["norm"] = _scale(weights["norm"], hf.get("logit_scale", 1.0))
+
+
 FOLDS = {
-    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _layer_norm),
-    "phi3": _phi3, "gemma2": _gemma, "gemma3_text": _gemma,
+    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
+    **dict.fromkeys(("phi3", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
 }  # fmt: skip
 
 
@@ -155,7 +171,7 @@ def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
 def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float] | bool:
     """The same of the matrices that an adapter may change, by the file's names of their parts: what `extra.folded` says. False
     where they are changed otherwise."""
-    if hf["model_type"] in LAYER_NORMS or hf["model_type"] == "phi3":
+    if hf["model_type"] in (*LAYER_NORMS, *INTERLEAVED, "phi3"):
         return False
     if hf["model_type"] == "gemma2":
         return {"q": hf["query_pre_attn_scalar"] ** -0.5 * math.sqrt(head_dim_of(hf))}

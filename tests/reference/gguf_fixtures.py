@@ -22,9 +22,10 @@ ARCHITECTURES = {
     "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
     "gemma3_text": "gemma3", "olmo2": "olmo2", "mixtral": "llama", "qwen3_moe": "qwen3moe",
     "olmoe": "olmoe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe",
-    "starcoder2": "starcoder2",
+    "starcoder2": "starcoder2", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5", "seed_oss": "seed_oss",
+    "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
 }  # fmt: skip
-PERMUTED = ("llama", "granite", "granitemoe", "smollm3")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 
 
 def expressible(fixture: Fixture) -> Fixture:
@@ -115,7 +116,7 @@ def _add_sizes(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     if "rms_norm_eps" in hf:
         writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
     else:
-        writer.add_layer_norm_eps(hf["norm_epsilon"])
+        writer.add_layer_norm_eps(hf.get("norm_epsilon", hf.get("layer_norm_eps", 1e-5)))
     writer.add_rope_freq_base(hf["rope_theta"])
 
 
@@ -169,6 +170,26 @@ def _experts(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
         writer.add_value_length(hf["head_dim"])
 
 
+def _rotary(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_count(turned(hf))
+    if "use_parallel_residual" in hf:
+        writer.add_parallel_residual(hf["use_parallel_residual"])
+    if "head_dim" in hf:
+        writer.add_key_length(hf["head_dim"])
+        writer.add_value_length(hf["head_dim"])
+
+
+def _windows(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_sliding_window(hf["sliding_window"])
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in hf["layer_types"]])
+
+
+def _command_r(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_logit_scale(hf["logit_scale"])
+    if "layer_types" in hf:
+        _windows(writer, hf)
+
+
 def _granite_moe(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     _granite(writer, hf)
     _experts(writer, hf)
@@ -178,6 +199,8 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "granite": _granite, "phi3": _phi3, "smollm3": _smollm3, "gemma2": _gemma, "gemma3": _gemma,
     "olmo2": _olmo2, "llama": _experts, "qwen3moe": _experts,
     "olmoe": _experts, "granitemoe": _granite_moe, "qwen2moe": _experts, "starcoder2": lambda _writer, _hf: None,
+    "glm4": _rotary, "ernie4_5": _rotary, "seed_oss": _rotary, "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
+    "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
 }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "llama_linear_bias": (
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **shape(96, 88, 3, 1),
-         "tie_word_embeddings": True, "attention_bias": True,
+         "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True,
          "rope_scaling": {"type": "linear", "factor": 4.0}},
         48,
     ),
@@ -245,6 +245,56 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "use_bias": True, "sliding_window": 20, "rope_theta": 100000.0},
         48,
     ),
+    "glm4": (
+        {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], **shape(32, 40, 2, 1, 16), "tie_word_embeddings": False,
+         "attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": 2},
+        48,
+    ),
+    "exaone4": (
+        {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"], **shape(32, 40, 2, 1), "tie_word_embeddings": True,
+         "sliding_window": 20, "sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"],
+         "rope_theta": 1000000.0},
+        48,
+    ),
+    "ernie4_5": (
+        {"model_type": "ernie4_5", "architectures": ["Ernie4_5ForCausalLM"], **shape(32, 40, 2, 1, 16),
+         "tie_word_embeddings": True, "use_bias": True, "rope_theta": 500000.0},
+        48,
+    ),
+    "seed_oss": (
+        {"model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], **shape(32, 40, 3, 1, 16),
+         "tie_word_embeddings": False, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False,
+         "attention_dropout": 0.0, "residual_dropout": 0.0},
+        48,
+    ),
+    "cohere": (
+        {"model_type": "cohere", "architectures": ["CohereForCausalLM"], **shape(48, 40, 3, 1), "tie_word_embeddings": True,
+         "rms_norm_eps": None, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "attention_bias": False, "use_qk_norm": False},
+        48,
+    ),
+    "cohere2": (
+        {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], **shape(48, 40, 3, 1), "tie_word_embeddings": True,
+         "rms_norm_eps": None, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "attention_bias": False, "sliding_window": 20,
+         "layer_types": ["sliding_attention", "full_attention"]},
+        48,
+    ),
+    "phi2": (
+        {"model_type": "phi", "architectures": ["PhiForCausalLM"], **shape(48, 72, 3, 3), "tie_word_embeddings": False,
+         "rms_norm_eps": None, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5,
+         "qk_layernorm": False},
+        48,
+    ),
+    "stablelm": (
+        {"model_type": "stablelm", "architectures": ["StableLmForCausalLM"], **shape(48, 72, 3, 3), "tie_word_embeddings": False,
+         "rms_norm_eps": None, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_qkv_bias": True,
+         "qk_layernorm": False, "use_parallel_residual": False},
+        48,
+    ),
+    "olmo": (
+        {"model_type": "olmo", "architectures": ["OlmoForCausalLM"], **shape(48, 40, 3, 3), "tie_word_embeddings": False,
+         "rms_norm_eps": None, "attention_bias": False, "clip_qkv": None},
+        48,
+    ),
 }  # fmt: skip
 
 LOUD_CHANNELS, LOUDNESS = (5, 33), 5.0  # of the embeddings of the fixtures that MAGNITUDES names
@@ -286,6 +336,11 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
         "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (6.0, 1.0),
     },
     "starcoder2": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (0.6, 0.1)},
+    "cohere": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (7.0, 1.0)},
+    "cohere2": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (2.0, 0.3)},
+    "phi2": {"embed_tokens.weight": (0.1, 2.0), "final_layernorm.weight": (0.7, 0.1)},
+    "stablelm": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (0.7, 0.1)},
+    "olmo": {"embed_tokens.weight": (0.1, 2.0), "lm_head.weight": (0.0, 0.8)},
     "olmo2": {
         "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
         "model.norm.weight": (1.5, 0.3),
@@ -338,7 +393,9 @@ def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Gene
     return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim > 1 else value
 
 
-WRITERS = ("o_proj.weight", "down_proj", "down_proj.weight", "output_linear.weight", "c_proj.weight")  # to the residual stream
+WRITERS = (  # to the residual stream
+    "o_proj.weight", "down_proj", "down_proj.weight", "output_linear.weight", "c_proj.weight", "dense.weight", "fc2.weight",
+)  # fmt: skip
 
 
 def published(name: str, key: str, w: np.ndarray) -> dict[str, np.ndarray]:

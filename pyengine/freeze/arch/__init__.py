@@ -6,19 +6,28 @@ from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
 from .base import Architecture
+from .cohere import COMMAND_R, COMMAND_R7B
+from .ernie import ERNIE
+from .exaone4 import EXAONE4
 from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
+from .glm4 import GLM4
 from .granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
 from .llama import LLAMA, MISTRAL
 from .mixture import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from .olmo import OLMO
 from .olmo2 import OLMO2
+from .phi import PHI2
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
+from .seed_oss import SEED_OSS
 from .smollm3 import SMOLLM3
+from .stablelm import STABLELM
 from .starcoder2 import STARCODER2
 
 # Mistral's GGUF files call themselves "llama": of equal names the first counts.
 ARCHITECTURES = (
     LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, STARCODER2,
+    GLM4, EXAONE4, ERNIE, SEED_OSS, COMMAND_R, COMMAND_R7B, PHI2, STABLELM, OLMO,
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED,
 )  # fmt: skip
 

@@ -51,6 +51,9 @@ PARTS: Mapping[str, SourceName] = {
     "gate": SourceName("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
     "up": SourceName("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
     "down": SourceName("model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
+    "gate.bias": SourceName("model.layers.{i}.mlp.gate_proj.bias", "blk.{i}.ffn_gate.bias"),
+    "up.bias": SourceName("model.layers.{i}.mlp.up_proj.bias", "blk.{i}.ffn_up.bias"),
+    "down.bias": SourceName("model.layers.{i}.mlp.down_proj.bias", "blk.{i}.ffn_down.bias"),
 }
 
 

@@ -63,6 +63,14 @@ def layer_kinds(config: Fields, default: Sequence[str]) -> list[str]:
     return kinds
 
 
+def periodic_kinds(config: Fields, n_layers: int, period: int) -> list[str]:
+    """By ``sliding_window_pattern``, by default ``period``: the last layer of so many has no window."""
+    period = config.integer("sliding_window_pattern", period)
+    if period < 1:
+        raise config.wrong("sliding_window_pattern", "a positive integer")
+    return [SLIDING if (i + 1) % period else FULL for i in range(n_layers)]
+
+
 def windows(config: Fields, kinds: Sequence[str], default: int | None = None) -> list[int]:
     """Every layer's attention window in positions, 0 for none. A key that is absent has ``default``, that of transformers'
     class; null is none."""
@@ -106,12 +114,15 @@ def rope_base(config: Fields, default: float = _DEFAULT_ROPE_THETA) -> float:
     return inside.number("rope_theta", config.number("rope_theta", default))
 
 
-def rope_table(config: Fields, head_dim: int, default_base: float = _DEFAULT_ROPE_THETA) -> Float32Array:
-    """The one table of a model whose layers all turn whole heads, as transformers reads it."""
+def rope_table(
+    config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA, *, is_partial: bool = False
+) -> Float32Array:
+    """The one table of a model whose layers turn the same ``rotated`` elements, (rotated / 2), as transformers reads it:
+    all elements, unless it ``is_partial``."""
     inside, scaling = rope_scaling(config)
     if any(isinstance(value, dict) for value in scaling.values()):
         raise UnsupportedModelError("RoPE parameters that differ between layers are not implemented")
-    if partial_rotary_factor(config) != 1.0:
+    if not is_partial and partial_rotary_factor(config) != 1.0:
         raise UnsupportedModelError("partial_rotary_factor is not implemented for this architecture")
     numbers: dict[str, float] = {
         name: inside.number(name) for name, value in scaling.items() if type(value) in (int, float)
@@ -120,4 +131,4 @@ def rope_table(config: Fields, head_dim: int, default_base: float = _DEFAULT_ROP
     if kind == "llama3":
         key = "original_max_position_embeddings"
         numbers[key] = config.number(key, numbers.get(key, config.number("max_position_embeddings")))
-    return rope_inv_freq(head_dim, rope_base(config, default_base), {**scaling, **numbers, "rope_type": kind})
+    return rope_inv_freq(rotated, rope_base(config, default_base), {**scaling, **numbers, "rope_type": kind})
