@@ -220,7 +220,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     window: Any = 0
     if hf["model_type"] in ("mistral", "phi3", "mixtral", "starcoder2"):
         window = hf.get("sliding_window") or 0
-    elif hf["model_type"] in NO_ROPE_WITHOUT_WINDOW:
+    elif hf["model_type"] in (*NO_ROPE_WITHOUT_WINDOW, "ministral"):
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     elif hf["model_type"].startswith("gemma"):
         pattern = hf.get("sliding_window_pattern", 2)

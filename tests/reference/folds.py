@@ -142,7 +142,7 @@ def _layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
 LAYER_NORMS = ("starcoder2", "stablelm", "phi", "cohere", "cohere2", "olmo")
 PARALLEL = ("phi", "cohere", "cohere2")
 UNGATED = ("starcoder2", "phi")
-INTERLEAVED = ("glm4", "ernie4_5", "cohere", "cohere2")  # RoPE turns elements 2i and 2i + 1
+INTERLEAVED = ("glm", "glm4", "ernie4_5", "cohere", "cohere2")  # RoPE turns elements 2i and 2i + 1
 
 
 def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
@@ -156,7 +156,7 @@ def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
 
 FOLDS = {
     **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
-    **dict.fromkeys(("phi3", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
+    **dict.fromkeys(("phi3", "glm", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
 }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ ARCHITECTURES = {
     "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
     "gemma3_text": "gemma3", "olmo2": "olmo2", "mixtral": "llama", "qwen3_moe": "qwen3moe",
     "olmoe": "olmoe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe",
-    "starcoder2": "starcoder2", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5", "seed_oss": "seed_oss",
-    "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
+    "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
+    "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
 }  # fmt: skip
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 
@@ -199,7 +199,8 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "granite": _granite, "phi3": _phi3, "smollm3": _smollm3, "gemma2": _gemma, "gemma3": _gemma,
     "olmo2": _olmo2, "llama": _experts, "qwen3moe": _experts,
     "olmoe": _experts, "granitemoe": _granite_moe, "qwen2moe": _experts, "starcoder2": lambda _writer, _hf: None,
-    "glm4": _rotary, "ernie4_5": _rotary, "seed_oss": _rotary, "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
+    "chatglm": _rotary, "glm4": _rotary, "ernie4_5": _rotary, "seed_oss": _rotary,
+    "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
     "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
 }  # fmt: skip
 

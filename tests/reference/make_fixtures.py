@@ -245,6 +245,16 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "use_bias": True, "sliding_window": 20, "rope_theta": 100000.0},
         48,
     ),
+    "glm": (
+        {"model_type": "glm", "architectures": ["GlmForCausalLM"], **shape(32, 40, 2, 1, 16), "tie_word_embeddings": False,
+         "attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": 2},
+        48,
+    ),
+    "ministral": (
+        {"model_type": "ministral", "architectures": ["MinistralForCausalLM"], **shape(32, 40, 3, 1, 16),
+         "tie_word_embeddings": False, "sliding_window": 20, "layer_types": ["full_attention", "sliding_attention"]},
+        48,
+    ),
     "glm4": (
         {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], **shape(32, 40, 2, 1, 16), "tie_word_embeddings": False,
          "attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": 2},

@@ -10,9 +10,9 @@ from .cohere import COMMAND_R, COMMAND_R7B
 from .ernie import ERNIE
 from .exaone4 import EXAONE4
 from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
-from .glm4 import GLM4
+from .glm4 import GLM, GLM4
 from .granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
-from .llama import LLAMA, MISTRAL
+from .llama import LLAMA, MINISTRAL, MISTRAL
 from .mixture import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from .olmo import OLMO
 from .olmo2 import OLMO2
@@ -26,8 +26,8 @@ from .starcoder2 import STARCODER2
 
 # Mistral's GGUF files call themselves "llama": of equal names the first counts.
 ARCHITECTURES = (
-    LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, STARCODER2,
-    GLM4, EXAONE4, ERNIE, SEED_OSS, COMMAND_R, COMMAND_R7B, PHI2, STABLELM, OLMO,
+    LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, STARCODER2,
+    GLM, GLM4, EXAONE4, ERNIE, SEED_OSS, COMMAND_R, COMMAND_R7B, PHI2, STABLELM, OLMO,
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED,
 )  # fmt: skip
 

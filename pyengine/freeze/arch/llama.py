@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x (SmolLM2 too), and Mistral: the plain family."""
+"""Llama 2 and 3.x (SmolLM2 too), and Mistral and Ministral: the plain family."""
 
 from __future__ import annotations
 
@@ -48,3 +48,5 @@ LLAMA = Architecture("LlamaForCausalLM", "llama", "llama", _llama_hf, gguf_trait
 MISTRAL = Architecture(
     "MistralForCausalLM", "mistral", "llama", _mistral_hf, gguf_traits, gguf_permuted=True, hf_defaults={"num_key_value_heads": 8}
 )
+# Mistral's layers under another name.
+MINISTRAL = MISTRAL._replace(hf="MinistralForCausalLM", model_type="ministral")
