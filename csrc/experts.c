@@ -1,6 +1,6 @@
 /* experts.c: see experts.h. Route every row, then walk the experts in ascending order: gather the rows that take it, multiply,
- * add; last the shared one, which all rows take. What a row gets does not depend on which rows are beside it: a product's bits do not, and its experts are added in
- * ascending order. */
+ * add; last the shared one, which all rows take. What a row gets does not depend on which rows are beside it: a product's bits
+ * do not, and its experts are added in ascending order. */
 #include "experts.h"
 
 #include <string.h>

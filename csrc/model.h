@@ -36,7 +36,7 @@ typedef struct pe_layer {
     const float *post_attention_norm; /* (dim) or NULL: of what wo gives, before it is added */
     const float *ffn_norm;        /* (dim) or NULL */
     const float *router;          /* (n_experts, dim) or NULL */
-    const float *shared_router;     /* (dim) or NULL: of the shared expert's weight */
+    const float *shared_router;   /* (dim) or NULL: of the shared expert's weight */
     pe_expert *experts;           /* (pe_n_mlps): n_experts and then the shared one, or that of a dense MLP; in model->experts */
     const float *gate_up_bias;    /* of w_gate_up, in the order of its padded rows, or NULL */
     const float *down_bias;       /* (dim) or NULL */

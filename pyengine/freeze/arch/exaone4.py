@@ -26,7 +26,7 @@ def _traits(kinds: Sequence[str], windows: Sequence[int], inv_freq: Float32Array
 
 def _hf(config: Fields, shape: Shape) -> Traits:
     inv_freq, activation = hf_config.rope_table(config, shape.head_dim), hf_config.activation(config)
-    if "sliding_window" not in config:
+    if config.is_null("sliding_window"):
         full = [hf_config.FULL] * shape.n_layers
         return _traits(full, [0] * shape.n_layers, inv_freq, activation)
     kinds = config.raw("layer_types") or hf_config.periodic_kinds(config, shape.n_layers, _PERIOD)
@@ -43,5 +43,5 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 
 EXAONE4 = Architecture(
     "Exaone4ForCausalLM", "exaone4", "exaone4", _hf, _gguf, OLMO2.parts, gguf_keys=frozenset({gguf_keys.WINDOW_PATTERN}),
-    hf_defaults={"rms_norm_eps": 1e-5},
+    hf_defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
 )  # fmt: skip

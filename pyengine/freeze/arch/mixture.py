@@ -57,7 +57,7 @@ def _mixtral_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return replace(_gguf(keys, shape, file), experts_normalized=True)
 
 
-def _refuse_mixed_layers(config: Fields) -> None:
+def _refuse_layers_apart(config: Fields) -> None:
     if config.integer("decoder_sparse_step", 1) != 1 or config.raw("mlp_only_layers"):
         raise UnsupportedModelError("layers without experts beside layers with them are not implemented")
     if config.flag("use_sliding_window", False):
@@ -65,7 +65,7 @@ def _refuse_mixed_layers(config: Fields) -> None:
 
 
 def _qwen2_hf(config: Fields, shape: Shape) -> Traits:
-    _refuse_mixed_layers(config)
+    _refuse_layers_apart(config)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
         rope_tables=(hf_config.rope_table(config, shape.head_dim),),
@@ -90,7 +90,7 @@ def _qwen2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 
 
 def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
-    _refuse_mixed_layers(config)
+    _refuse_layers_apart(config)
     has_bias = config.flag("attention_bias", False)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
