@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
-from pyengine.format.config import ACTIVATIONS, MAX_ROPE_TABLES, NORMS, FrozenConfig, LayerSpec, same_layers
+from pyengine.format.config import ACTIVATIONS, MAX_ROPE_TABLES, NORMS, UNGATED, FrozenConfig, LayerSpec, same_layers
 from pyengine.format.inventory import (
     count_macs,
     count_parameters,
@@ -268,10 +268,10 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
         st.integers(0, n_tables - 1), min_size=n_layers - n_tables, max_size=n_layers - n_tables
     ))]))  # fmt: skip
     windows = draw(st.lists(st.sampled_from([0, 1, 4096]), min_size=n_layers, max_size=n_layers))
+    activations = draw(st.lists(st.sampled_from(ACTIVATIONS), min_size=n_layers, max_size=n_layers))
     by_layer = st.tuples(*[st.just("int8_g64")] * n_layers)
-    kinds = draw(
-        st.dictionaries(st.sampled_from(["wqkv", "wo", "w_gate_up", "w_down"]), st.just("int8_g64") | by_layer)
-    )
+    matrices = ["wqkv", "wo", "w_down", *{"w_up" if activation == UNGATED else "w_gate_up": 0 for activation in activations}]
+    kinds = draw(st.dictionaries(st.sampled_from(matrices), st.just("int8_g64") | by_layer))
     return FrozenConfig(
         architecture=draw(names),
         dim=draw(st.integers(1, 300)),
@@ -288,9 +288,12 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
         o_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         layers=tuple(
-            LayerSpec(*spec, draw(st.sampled_from(NORMS)), draw(st.sampled_from(ACTIVATIONS)))
-            for spec in zip(windows, rope, strict=True)
+            LayerSpec(window, table, draw(st.sampled_from(NORMS)), activation)
+            for window, table, activation in zip(windows, rope, activations, strict=True)
         ),
+        gate_up_bias=draw(st.booleans()),
+        down_bias=draw(st.booleans()),
+        output_bias=draw(st.booleans()),
         attention_softcap=draw(st.sampled_from([0.0, 50.0])),
         logits_softcap=draw(st.sampled_from([0.0, 30.0])),
         bos_token_id=draw(st.none() | st.just(0)),
