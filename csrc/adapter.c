@@ -62,6 +62,8 @@ static pe_status check_product(const pe_adapter *adapter, uint32_t layer, pe_ada
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no matrix %d in layer %u", (int)matrix, layer);
     if (matrix >= PE_ADAPTER_GATE && model->config.n_experts > 0)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "an adapter cannot change the experts of a mixture");
+    if (model->layers[layer].parallel || (matrix >= PE_ADAPTER_GATE && model->layers[layer].activation == PE_ACTIVATION_GELU_TANH))
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "an adapter cannot change an MLP without a gate, or parallel halves of a layer");
     if (adapter->layers[layer][matrix].rank > 0)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "the adapter has changed matrix %d of layer %u already", (int)matrix, layer);
     if (p->rank == 0 || p->rank > MAX_RANK || p->n_in != inputs_of(model, matrix) || p->n_out != outputs_of(model, matrix))
@@ -248,7 +250,7 @@ void pe_adapter_matmul_add_to_x(pe_slice *s, const pe_layer *layer, pe_adapter_m
     bool is_o = matrix == PE_ADAPTER_O;
     float *out = norm == NULL ? s->x : s->branch;
     pe_adapted_output output = {matrix, out, pe_x_stride(s->model), PE_PANEL};
-    pe_matmul(s, is_o ? &layer->wo : &layer->experts->w_down, is_o ? layer->wo_bias : NULL, out, output.stride,
+    pe_matmul(s, is_o ? &layer->wo : &layer->experts->w_down, is_o ? layer->wo_bias : layer->down_bias, out, output.stride,
               norm == NULL ? PE_ADD : PE_STORE);
     pe_adapter_add(s, layer, in, in_stride, &output, 1);
     if (norm != NULL) pe_add_branch_to_x(s, norm);

@@ -117,6 +117,8 @@ pe_status pe_block(pe_slice *s, pe_kv_cache *kv, uint32_t index, char *err) {
     pe_quantize_rows(s, s->att, model->q_dim, NULL, n, model->q_dim, NULL);
     if (pe_adapter_changes(s, layer, PE_ADAPTER_O, PE_ADAPTER_O))
         pe_adapter_matmul_add_to_x(s, layer, PE_ADAPTER_O, s->att, model->q_dim, layer->post_attention_norm);
+    else if (layer->parallel)
+        pe_matmul(s, &layer->wo, layer->wo_bias, s->branch, x_stride, PE_STORE);
     else
         pe_matmul_add_to_x(s, &layer->wo, layer->wo_bias, layer->post_attention_norm);
     return PE_OK;

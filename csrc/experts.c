@@ -1,6 +1,6 @@
 /* experts.c: see experts.h. Route every row, then walk the experts in ascending order: gather the rows that take it, multiply,
- * add. What a row gets does not depend on which rows are beside it: a product's bits do not, and its experts are added in
- * ascending order. */
+ * add; last the shared one, which all rows take. What a row gets does not depend on which rows are beside it: a product's bits
+ * do not, and its experts are added in ascending order. */
 #include "experts.h"
 
 #include <string.h>
@@ -38,13 +38,28 @@ static void weigh(float *logits, size_t n, const uint8_t *taken, bool normalized
         if (taken[e]) weights[e] = logits[e] / total;
 }
 
+/* The row takes the shared expert: with weight 1, or a sigmoid of its own input (dim). */
+static void take_shared(const job *j, size_t row, const float *input) {
+    pe_slice *s = j->s;
+    const pe_config *config = &s->model->config;
+    size_t at = row * pe_n_mlps(config) + config->n_experts;
+    float logit;
+    s->expert_taken[at] = 1;
+    s->expert_weights[at] = 1.0f;
+    if (!config->shared_gated) return;
+    s->kernels->dots_f32(&logit, input, j->layer->shared_router, 1, config->dim);
+    pe_slice_note_bits(s, row, pe_float_bits(logit) & 0x7fffffffu);
+    s->expert_weights[at] = 1.0f / (1.0f + pe_expf(-logit));
+}
+
 static void route_unit(void *arg, size_t row, int thread) {
     (void)thread;
     job *j = arg;
     pe_slice *s = j->s;
     const pe_config *config = &s->model->config;
     size_t dim = config->dim, stride = pe_x_stride(s->model), n = config->n_experts;
-    float *input = s->normed + row * stride, *weights = s->expert_weights + row * n, logits[PE_MAX_EXPERTS];
+    size_t at = row * pe_n_mlps(config);
+    float *input = s->normed + row * stride, logits[PE_MAX_EXPERTS];
     memcpy(input, s->x + row * stride, dim * sizeof *input);
     if (j->layer->ffn_norm != NULL) {
         float sum_of_squares = s->kernels->rmsnorm(input, input, j->layer->ffn_norm, dim, config->norm_eps);
@@ -53,8 +68,9 @@ static void route_unit(void *arg, size_t row, int thread) {
     memset(s->branch + row * stride, 0, stride * sizeof *s->branch);
     s->kernels->dots_f32(logits, input, j->layer->router, n, dim);
     for (size_t e = 0; e < n; e++) pe_slice_note_bits(s, row, pe_float_bits(logits[e]) & 0x7fffffffu);
-    choose(logits, n, config->n_experts_used, s->expert_taken + row * n);
-    weigh(logits, n, s->expert_taken + row * n, config->experts_normalized, weights);
+    choose(logits, n, config->n_experts_used, s->expert_taken + at);
+    weigh(logits, n, s->expert_taken + at, config->experts_normalized, s->expert_weights + at);
+    if (config->shared_hidden_dim > 0) take_shared(j, row, input);
 }
 
 /* ------------------------------------------------------------------ one expert */
@@ -65,7 +81,7 @@ static void add_unit(void *arg, size_t unit, int thread) {
     job *j = arg;
     pe_slice *s = j->s;
     size_t row = s->selected[unit], stride = pe_x_stride(s->model);
-    float weight = s->expert_weights[row * s->model->config.n_experts + j->expert];
+    float weight = s->expert_weights[row * pe_n_mlps(&s->model->config) + j->expert];
     s->kernels->add_scaled(s->branch + row * stride, s->expert_out + unit * stride, weight, s->model->config.dim);
 }
 
@@ -73,13 +89,14 @@ static void run_expert(job *j, pe_epilogue gate) {
     pe_slice *s = j->s;
     const pe_model *model = s->model;
     const pe_expert *expert = &j->layer->experts[j->expert];
-    size_t n = 0, stride = pe_x_stride(model), h_stride = pe_h_stride(model);
+    size_t n = 0, n_mlps = pe_n_mlps(&model->config), stride = pe_x_stride(model), h_stride = pe_h_stride(model);
+    size_t hidden_dim = j->expert < model->config.n_experts ? model->config.hidden_dim : model->config.shared_hidden_dim;
     for (size_t row = 0; row < s->n_tokens; row++)
-        if (s->expert_taken[row * model->config.n_experts + j->expert]) s->selected[n++] = row;
+        if (s->expert_taken[row * n_mlps + j->expert]) s->selected[n++] = row;
     if (n == 0) return;
     pe_quantize_rows(s, s->normed, stride, s->selected, n, model->config.dim, NULL);
     pe_matmul(s, &expert->w_gate_up, NULL, s->h, h_stride, gate);
-    pe_quantize_gathered(s, s->h, h_stride, s->selected, n, model->config.hidden_dim);
+    pe_quantize_gathered(s, s->h, h_stride, s->selected, n, hidden_dim);
     pe_matmul(s, &expert->w_down, NULL, s->expert_out, stride, PE_STORE);
     pe_parallel_for(s->n_threads, n, add_unit, j, s->control);
 }
@@ -87,5 +104,5 @@ static void run_expert(job *j, pe_epilogue gate) {
 void pe_experts(pe_slice *s, const pe_layer *layer, pe_epilogue gate) {
     job j = {s, layer, 0};
     pe_parallel_for(s->n_threads, s->n_tokens, route_unit, &j, s->control);
-    for (; j.expert < s->model->config.n_experts && !pe_slice_is_cancelled(s); j.expert++) run_expert(&j, gate);
+    for (; j.expert < pe_n_mlps(&s->model->config) && !pe_slice_is_cancelled(s); j.expert++) run_expert(&j, gate);
 }

@@ -79,7 +79,7 @@ static void compute_results(pe_context *c, const uint8_t *wants) {
     n = select_rows(s, wants, PE_WANT_LOGITS);
     if (n == 0) return;
     pe_quantize_rows(s, s->x, pe_x_stride(c->model), s->selected, n, c->model->config.dim, c->model->norm);
-    pe_matmul(s, &c->model->output, NULL, pe_rows_at(&c->logits, c->logits.n), c->logits.stride, PE_STORE);
+    pe_matmul(s, &c->model->output, c->model->output_bias, pe_rows_at(&c->logits, c->logits.n), c->logits.stride, PE_STORE);
     if (c->model->config.logits_softcap > 0.0f) pe_parallel_for(s->n_threads, n, softcap_unit, c, s->control);
     c->logits.n += n;
 }

@@ -80,9 +80,11 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
     const pe_slice *s = j->s;
     size_t begin = unit * j->panels_per_unit, end = begin + j->panels_per_unit, n_tokens = s->act.n_tokens;
     if (end > j->w->n_panels) end = j->w->n_panels;
-    if (j->epilogue == PE_STORE || j->epilogue == PE_ADD) {
-        s->kernels->matmul(j->out + begin * PE_PANEL, j->out_stride, j->w, begin, end, &s->act, 0, n_tokens, j->bias,
-                           j->epilogue == PE_ADD);
+    if (j->epilogue == PE_STORE || j->epilogue == PE_ADD || j->epilogue == PE_GELU_TANH) {
+        float *out = j->out + begin * PE_PANEL;
+        s->kernels->matmul(out, j->out_stride, j->w, begin, end, &s->act, 0, n_tokens, j->bias, j->epilogue == PE_ADD);
+        for (size_t t = 0; t < n_tokens && j->epilogue == PE_GELU_TANH; t++)
+            s->kernels->gelu_tanh(out + t * j->out_stride, (end - begin) * PE_PANEL);
         return;
     }
     for (size_t p = begin; p < end; p += TILE_PANELS)

@@ -7,9 +7,9 @@
 
 #include "slice.h"
 
-/* What becomes of a product: out = p, out += p, or out = silu(gate) * up or gelu(gate) * up of alternating gate and up
- * panels. */
-typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_SWIGLU, PE_GEGLU_TANH } pe_epilogue;
+/* What becomes of a product: out = p, out += p, out = gelu(p), or out = silu(gate) * up or gelu(gate) * up of alternating gate
+ * and up panels. */
+typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_GELU_TANH, PE_SWIGLU, PE_GEGLU_TANH } pe_epilogue;
 
 /* slice->act = the first n columns of n_rows rows, quantized. rows (capacity, stride); `selected` (n_rows) says which
  * of them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first. */

@@ -29,12 +29,16 @@ static void adapted_mlp(pe_slice *s, const pe_layer *layer) {
     };
     gate_job gate = {s, layer->activation == PE_ACTIVATION_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh};
     pe_quantize_rows(s, s->x, x_stride, NULL, s->n_tokens, model->config.dim, layer->ffn_norm);
-    pe_matmul(s, &layer->experts->w_gate_up, NULL, s->gate_up, 2 * h_stride, PE_STORE);
+    pe_matmul(s, &layer->experts->w_gate_up, layer->gate_up_bias, s->gate_up, 2 * h_stride, PE_STORE);
     if (pe_adapter_changes(s, layer, PE_ADAPTER_GATE, PE_ADAPTER_UP))
         pe_adapter_add(s, layer, pe_adapter_inputs(s, layer->ffn_norm), x_stride, outputs, 2);
     pe_parallel_for(s->n_threads, s->n_tokens, gate_unit, &gate, s->control);
     pe_quantize_rows(s, s->h, h_stride, NULL, s->n_tokens, model->config.hidden_dim, NULL);
     pe_adapter_matmul_add_to_x(s, layer, PE_ADAPTER_DOWN, s->h, h_stride, layer->post_ffn_norm);
+}
+
+static pe_epilogue epilogue_of(pe_activation activation) {
+    return activation == PE_ACTIVATION_SWIGLU ? PE_SWIGLU : activation == PE_ACTIVATION_GELU_TANH ? PE_GELU_TANH : PE_GEGLU_TANH;
 }
 
 void pe_mlp(pe_slice *s, const pe_layer *layer) {
@@ -44,14 +48,16 @@ void pe_mlp(pe_slice *s, const pe_layer *layer) {
     }
     const pe_model *model = s->model;
     size_t h_stride = pe_h_stride(model);
-    pe_epilogue gate = layer->activation == PE_ACTIVATION_SWIGLU ? PE_SWIGLU : PE_GEGLU_TANH;
+    pe_epilogue gate = epilogue_of(layer->activation);
     if (model->config.n_experts > 0) {
         pe_experts(s, layer, gate);
         pe_add_branch_to_x(s, layer->post_ffn_norm);
         return;
     }
-    pe_quantize_rows(s, s->x, pe_x_stride(model), NULL, s->n_tokens, model->config.dim, layer->ffn_norm);
-    pe_matmul(s, &layer->experts->w_gate_up, NULL, s->h, h_stride, gate);
+    pe_quantize_rows(s, s->x, pe_x_stride(model), NULL, s->n_tokens, model->config.dim,
+                     layer->parallel ? layer->attention_norm : layer->ffn_norm);
+    pe_matmul(s, &layer->experts->w_gate_up, layer->gate_up_bias, s->h, h_stride, gate);
     pe_quantize_rows(s, s->h, h_stride, NULL, s->n_tokens, model->config.hidden_dim, NULL);
-    pe_matmul_add_to_x(s, &layer->experts->w_down, NULL, layer->post_ffn_norm);
+    pe_matmul_add_to_x(s, &layer->experts->w_down, layer->down_bias, layer->post_ffn_norm);
+    if (layer->parallel) pe_add_branch_to_x(s, NULL);
 }

@@ -57,6 +57,13 @@ static pe_status check_config(const pe_config *c, char *err) {
                        c->n_experts, PE_MAX_MODEL_EXPERTS);
     if (c->experts_normalized && c->n_experts == 0)
         return pe_fail(PE_ERR_FORMAT, err, "config: experts_normalized needs experts");
+    if (c->shared_hidden_dim > 1 << 22 || (c->shared_hidden_dim > 0 && c->n_experts == 0))
+        return pe_fail(PE_ERR_FORMAT, err, "config: shared_hidden_dim is %u, expected 0, or with experts 1 to %u",
+                       c->shared_hidden_dim, 1u << 22);
+    if (c->shared_gated && c->shared_hidden_dim == 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: shared_gated needs shared_hidden_dim");
+    if ((c->gate_up_bias || c->down_bias) && c->n_experts > 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: gate_up_bias and down_bias are of a dense MLP");
     pe_status status = check_softcap("attention_softcap", c->attention_softcap, err);
     return status != PE_OK ? status : check_softcap("logits_softcap", c->logits_softcap, err);
 }
@@ -64,12 +71,17 @@ static pe_status check_config(const pe_config *c, char *err) {
 /* The known names, what they mean to a layer. */
 static const struct {
     const char *name;
-    bool before, after;
-} norms[] = {{"rmsnorm", true, false}, {"rmsnorm_after", false, true}, {"rmsnorm_around", true, true}};
+    bool before, after, parallel;
+} norms[] = {{"rmsnorm", true, false, false},
+             {"rmsnorm_after", false, true, false},
+             {"rmsnorm_around", true, true, false},
+             {"rmsnorm_parallel", true, false, true}};
 static const struct {
     const char *name;
     pe_activation activation;
-} activations[] = {{"swiglu", PE_ACTIVATION_SWIGLU}, {"geglu_tanh", PE_ACTIVATION_GEGLU_TANH}};
+} activations[] = {{"swiglu", PE_ACTIVATION_SWIGLU},
+                   {"geglu_tanh", PE_ACTIVATION_GEGLU_TANH},
+                   {"gelu_tanh", PE_ACTIVATION_GELU_TANH}};
 enum { N_NORMS = sizeof norms / sizeof norms[0], N_ACTIVATIONS = sizeof activations / sizeof activations[0] };
 
 /* N_NORMS or N_ACTIVATIONS if the name is not known. */
@@ -84,7 +96,7 @@ static size_t find_activation(const char *name) {
     return i;
 }
 
-static pe_status check_layer(const pe_layer_spec *layer, uint32_t i, char *err) {
+static pe_status check_layer(const pe_layer_spec *layer, uint32_t i, uint32_t n_experts, char *err) {
     if (layer->window > 1 << 24)
         return pe_fail(PE_ERR_FORMAT, err, "config: window of layer %u is %u, expected 0 to %u", i, layer->window,
                        1u << 24);
@@ -97,20 +109,23 @@ static pe_status check_layer(const pe_layer_spec *layer, uint32_t i, char *err) 
     if (find_activation(layer->activation) == N_ACTIVATIONS)
         return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the activation %.64s, which is not known", i,
                        layer->activation == NULL ? "(none)" : layer->activation);
+    if (norms[find_norm(layer->norm)].parallel && n_experts > 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the norm rmsnorm_parallel and experts", i);
     return PE_OK;
 }
 
 static pe_status set_layers(pe_model *model, const pe_layer_spec *specs, char *err) {
     if (specs == NULL) return pe_fail(PE_ERR_FORMAT, err, "config: no layers are described");
     for (uint32_t i = 0; i < model->config.n_layers; i++) {
-        pe_status status = check_layer(&specs[i], i, err);
+        pe_status status = check_layer(&specs[i], i, model->config.n_experts, err);
         if (status != PE_OK) return status;
         model->layers[i].window = specs[i].window;
         model->layers[i].rope = specs[i].rope;
         model->layers[i].norm_before = norms[find_norm(specs[i].norm)].before;
         model->layers[i].norm_after = norms[find_norm(specs[i].norm)].after;
+        model->layers[i].parallel = norms[find_norm(specs[i].norm)].parallel;
         model->layers[i].activation = activations[find_activation(specs[i].activation)].activation;
-        model->has_post_norms |= model->layers[i].norm_after;
+        model->has_branches |= model->layers[i].norm_after || model->layers[i].parallel;
         if (specs[i].rope >= model->n_rope_tables) model->n_rope_tables = specs[i].rope + 1;
     }
     return PE_OK;
@@ -122,14 +137,14 @@ pe_status pe_model_create(pe_model **out, const pe_config *config, char *err) {
     if (status != PE_OK) return status;
     pe_model *model = calloc(1, sizeof *model);
     if (model != NULL) model->layers = calloc(config->n_layers, sizeof *model->layers);
-    size_t n_experts = config->n_experts > 0 ? config->n_experts : 1;
-    if (model != NULL) model->experts = calloc(config->n_layers * n_experts, sizeof *model->experts);
+    size_t n_mlps = pe_n_mlps(config);
+    if (model != NULL) model->experts = calloc(config->n_layers * n_mlps, sizeof *model->experts);
     if (model == NULL || model->layers == NULL || model->experts == NULL) {
         if (model != NULL) free(model->layers), free(model->experts);
         free(model);
         return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the model's tables");
     }
-    for (uint32_t i = 0; i < config->n_layers; i++) model->layers[i].experts = model->experts + i * n_experts;
+    for (uint32_t i = 0; i < config->n_layers; i++) model->layers[i].experts = model->experts + i * n_mlps;
     model->config = *config;
     model->config.layers = NULL;
     model->q_dim = (size_t)config->n_heads * config->head_dim;
@@ -202,16 +217,32 @@ static void visit_vector(visitor *v, const float **data, size_t n, const char *n
     visit(v, (const void **)data, pe_pad(n * sizeof(float), 64), PE_FLOATS, "%s%s", prefix, name);
 }
 
+/* One of a layer's MLPs; `prefix` is "", "shared." or "experts.E.". */
+static void visit_mlp(visitor *v, const pe_config *c, pe_layer *layer, size_t mlp, size_t hidden_dim, const char *prefix, int index) {
+    bool gated = layer->activation != PE_ACTIVATION_GELU_TANH;
+    size_t rows = (gated ? 2 : 1) * pe_pad(hidden_dim, PE_PANEL);
+    char gate_up[40], down[32], bias[48];
+    snprintf(gate_up, sizeof gate_up, "%s%s", prefix, gated ? "w_gate_up" : "w_up");
+    snprintf(down, sizeof down, "%sw_down", prefix);
+    snprintf(bias, sizeof bias, "%s.bias", gate_up);
+    visit_matrix(v, &layer->experts[mlp].w_gate_up, rows, c->dim, gate_up, index);
+    if (c->gate_up_bias) visit_vector(v, &layer->gate_up_bias, rows, bias, index);
+    visit_matrix(v, &layer->experts[mlp].w_down, pe_pad(c->dim, PE_PANEL), hidden_dim, down, index);
+    if (c->down_bias) visit_vector(v, &layer->down_bias, c->dim, "w_down.bias", index);
+}
+
 /* A dense MLP, or a router and its experts. */
-static void visit_mlp(visitor *v, const pe_config *c, pe_layer *layer, int index) {
-    if (c->n_experts > 0) visit_vector(v, &layer->router, (size_t)c->n_experts * c->dim, "router", index);
-    for (uint32_t e = 0; e < (c->n_experts > 0 ? c->n_experts : 1); e++) {
-        char gate_up[32] = "w_gate_up", down[32] = "w_down";
-        if (c->n_experts > 0) snprintf(gate_up, sizeof gate_up, "experts.%u.w_gate_up", e);
-        if (c->n_experts > 0) snprintf(down, sizeof down, "experts.%u.w_down", e);
-        visit_matrix(v, &layer->experts[e].w_gate_up, 2 * pe_pad(c->hidden_dim, PE_PANEL), c->dim, gate_up, index);
-        visit_matrix(v, &layer->experts[e].w_down, pe_pad(c->dim, PE_PANEL), c->hidden_dim, down, index);
+static void visit_mlps(visitor *v, const pe_config *c, pe_layer *layer, int index) {
+    if (c->n_experts == 0) visit_mlp(v, c, layer, 0, c->hidden_dim, "", index);
+    if (c->n_experts == 0) return;
+    visit_vector(v, &layer->router, (size_t)c->n_experts * c->dim, "router", index);
+    if (c->shared_gated) visit_vector(v, &layer->shared_router, c->dim, "shared_router", index);
+    for (uint32_t e = 0; e < c->n_experts; e++) {
+        char prefix[24];
+        snprintf(prefix, sizeof prefix, "experts.%u.", e);
+        visit_mlp(v, c, layer, e, c->hidden_dim, prefix, index);
     }
+    if (c->shared_hidden_dim > 0) visit_mlp(v, c, layer, c->n_experts, c->shared_hidden_dim, "shared.", index);
 }
 
 static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
@@ -232,12 +263,13 @@ static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
         visit_matrix(&v, &layer->wo, dim_padded, model->q_dim, "wo", (int)i);
         if (c->o_bias) visit_vector(&v, &layer->wo_bias, c->dim, "wo.bias", (int)i);
         if (layer->norm_after) visit_vector(&v, &layer->post_attention_norm, c->dim, "post_attention_norm", (int)i);
-        if (layer->norm_before) visit_vector(&v, &layer->ffn_norm, c->dim, "ffn_norm", (int)i);
-        visit_mlp(&v, c, layer, (int)i);
+        if (layer->norm_before && !layer->parallel) visit_vector(&v, &layer->ffn_norm, c->dim, "ffn_norm", (int)i);
+        visit_mlps(&v, c, layer, (int)i);
         if (layer->norm_after) visit_vector(&v, &layer->post_ffn_norm, c->dim, "post_ffn_norm", (int)i);
     }
     visit_vector(&v, &model->norm, c->dim, "norm", -1);
     if (!c->tie_embeddings) visit_matrix(&v, &model->output, vocab_padded, c->dim, "output", -1);
+    if (c->output_bias) visit_vector(&v, &model->output_bias, c->vocab_size, "output.bias", -1);
     for (uint32_t i = 0; i < model->n_rope_tables; i++)
         visit(&v, (const void **)&model->inv_freq[i], pe_pad(c->head_dim / 2 * sizeof(float), 64), PE_FLOATS,
               "rope.%u.inv_freq", i);

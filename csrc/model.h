@@ -9,21 +9,22 @@
 
 enum { PE_MAX_ROPE_TABLES = 16, PE_MAX_EXPERTS = 1024, PE_MAX_MODEL_EXPERTS = 16384 };
 
-typedef enum pe_activation { PE_ACTIVATION_SWIGLU, PE_ACTIVATION_GEGLU_TANH } pe_activation;
+typedef enum pe_activation { PE_ACTIVATION_SWIGLU, PE_ACTIVATION_GEGLU_TANH, PE_ACTIVATION_GELU_TANH } pe_activation;
 
 /* The matrices of one MLP. */
 typedef struct pe_expert {
-    pe_matrix w_gate_up; /* 2 x (hidden_dim, dim), alternating by panel */
+    pe_matrix w_gate_up; /* 2 x (hidden_dim, dim), alternating by panel; without a gate w_up, (hidden_dim, dim) */
     pe_matrix w_down;    /* (dim, hidden_dim) */
 } pe_expert;
 
 /* A norm that the layer does not have is NULL: it has the two of attention_norm and ffn_norm, or the two that follow what
- * attention and the MLP add, or all four. */
+ * attention and the MLP add, or all four, or attention_norm alone if both read what it gives. */
 typedef struct pe_layer {
     uint32_t window;              /* a query sees the last `window` positions, its own included; 0 = all */
     uint32_t rope;                /* its table in inv_freq */
     pe_activation activation;
     bool norm_before, norm_after; /* which of the four there are */
+    bool parallel;                /* the MLP reads what attention read: norm_before without an ffn_norm */
     const float *attention_norm;  /* (dim) or NULL */
     pe_matrix wqkv;               /* (q_dim + 2 kv_dim, dim): rows of q, then k, then v */
     const float *wqkv_bias;       /* (q_dim + 2 kv_dim) or NULL */
@@ -35,7 +36,10 @@ typedef struct pe_layer {
     const float *post_attention_norm; /* (dim) or NULL: of what wo gives, before it is added */
     const float *ffn_norm;        /* (dim) or NULL */
     const float *router;          /* (n_experts, dim) or NULL */
-    pe_expert *experts;           /* (n_experts), or the one of a dense MLP; in model->experts */
+    const float *shared_router;   /* (dim) or NULL: of the shared expert's weight */
+    pe_expert *experts;           /* (pe_n_mlps): n_experts and then the shared one, or that of a dense MLP; in model->experts */
+    const float *gate_up_bias;    /* of w_gate_up, in the order of its padded rows, or NULL */
+    const float *down_bias;       /* (dim) or NULL */
     const float *post_ffn_norm;   /* (dim) or NULL: of what w_down gives, before it is added */
 } pe_layer;
 
@@ -48,7 +52,8 @@ struct pe_model {
     pe_expert *experts;       /* of all layers, one after the other */
     const float *norm;        /* (dim) */
     pe_matrix output;         /* (vocab_size, dim); the embeddings again when tied */
-    bool has_post_norms;      /* some layer has */
+    const float *output_bias; /* (vocab_size) or NULL */
+    bool has_branches;        /* what is added to the residual stream is whole before that in some layer: norms after, parallel */
     uint32_t n_rope_tables;
     const float *inv_freq[PE_MAX_ROPE_TABLES]; /* (n_rope_tables) of (head_dim / 2) */
     float *chunk_angles[PE_MAX_ROPE_TABLES];   /* with key_bias: pe_chunk_angles_create of each; ours */
@@ -56,5 +61,13 @@ struct pe_model {
 };
 
 static inline size_t pe_pad(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+/* MLPs of a layer. */
+static inline size_t pe_n_mlps(const pe_config *c) {
+    return c->n_experts == 0 ? 1 : (size_t)c->n_experts + (c->shared_hidden_dim > 0);
+}
+/* Of the widest of them. */
+static inline size_t pe_widest_mlp(const pe_config *c) {
+    return c->shared_hidden_dim > c->hidden_dim ? c->shared_hidden_dim : c->hidden_dim;
+}
 
 #endif

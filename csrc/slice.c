@@ -21,7 +21,8 @@ enum { N_BUFFERS = 28 };
 static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
     const pe_model *model = s->model;
     const pe_config *config = &model->config;
-    size_t widest = config->dim > config->hidden_dim ? config->dim : config->hidden_dim;
+    size_t widest = pe_widest_mlp(config), n_mlps = pe_n_mlps(config);
+    if (config->dim > widest) widest = config->dim;
     if (model->q_dim > widest) widest = model->q_dim;
     widest = pe_pad(widest, PE_GROUP);
     size_t q_rows = n * config->n_heads, q_elements = q_rows * model->head_dim_p;
@@ -32,11 +33,11 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
         {(void **)&s->sequences, n * sizeof *s->sequences},
         {(void **)&s->positions, n * sizeof *s->positions},
         {(void **)&s->x, n * pe_x_stride(model) * sizeof(float)},
-        {(void **)&s->branch, model->has_post_norms || experts ? n * pe_x_stride(model) * sizeof(float) : 0},
+        {(void **)&s->branch, model->has_branches || experts ? n * pe_x_stride(model) * sizeof(float) : 0},
         {(void **)&s->normed, experts || adapters ? n * pe_x_stride(model) * sizeof(float) : 0},
         {(void **)&s->expert_out, experts ? n * pe_x_stride(model) * sizeof(float) : 0},
-        {(void **)&s->expert_weights, n * config->n_experts * sizeof(float)},
-        {(void **)&s->expert_taken, n * config->n_experts},
+        {(void **)&s->expert_weights, experts ? n * n_mlps * sizeof(float) : 0},
+        {(void **)&s->expert_taken, experts ? n * n_mlps : 0},
         {(void **)&s->qkv, n * pe_qkv_stride(model) * sizeof(float)},
         {(void **)&s->att, n * model->q_dim * sizeof(float)},
         {(void **)&s->h, n * pe_h_stride(model) * sizeof(float)},

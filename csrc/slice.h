@@ -47,14 +47,14 @@ typedef struct pe_slice {
     int32_t *sequences;     /* (capacity) */
     size_t *positions;      /* (capacity) */
     float *x;               /* (capacity, pad16(dim)) residual stream */
-    float *branch;          /* (capacity, pad16(dim)) what is added to x when it is whole; with norms after, and with experts */
+    float *branch;          /* (capacity, pad16(dim)) what is added to x when it is whole; with norms after, parallel halves, experts */
     float *normed;          /* (capacity, pad16(dim)) what a norm gave, where it is read again: by experts, by adapters */
     float *expert_out;      /* (capacity, pad16(dim)) what one expert gave to the rows that take it; with experts, as the next two */
-    float *expert_weights;  /* (capacity, n_experts) */
-    uint8_t *expert_taken;  /* (capacity, n_experts) 1 = the row takes it */
+    float *expert_weights;  /* (capacity, pe_n_mlps) */
+    uint8_t *expert_taken;  /* (capacity, pe_n_mlps) 1 = the row takes it; the shared one, the last, is taken by all */
     float *qkv;             /* (capacity, pad16(q_dim + 2 kv_dim)) */
     float *att;             /* (capacity, q_dim) attention output */
-    float *h;               /* (capacity, pad16(hidden_dim)) SwiGLU output */
+    float *h;               /* (capacity, pad16(pe_widest_mlp)) what the activation gave */
     pe_activations act;     /* the quantized input of the next matmul */
     int8_t *q;              /* (n_kv_heads, capacity, n_rep, head_dim_p) */
     float *q_scales;        /* (n_kv_heads, capacity, n_rep) */
@@ -132,6 +132,6 @@ static inline size_t pe_x_stride(const pe_model *model) { return pe_pad(model->c
 static inline size_t pe_qkv_stride(const pe_model *model) {
     return pe_pad(model->q_dim + 2 * model->kv_dim, PE_PANEL);
 }
-static inline size_t pe_h_stride(const pe_model *model) { return pe_pad(model->config.hidden_dim, PE_PANEL); }
+static inline size_t pe_h_stride(const pe_model *model) { return pe_pad(pe_widest_mlp(&model->config), PE_PANEL); }
 
 #endif

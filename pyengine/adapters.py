@@ -113,8 +113,8 @@ class Adapters:
         """Of a matrix by its name in Hugging Face's checkpoints, None if there is no such layer. Raises UnsupportedModelError
         for what adapters beside a model cannot change."""
         config = self._config
-        if config.architecture in _FUSED:
-            what = f"adapters beside {config.architecture}, whose matrices are fused, are not implemented"
+        if config.architecture in _FUSED or config.extra.get("folded") is False:
+            what = f"adapters beside {config.architecture}, whose matrices are fused or otherwise changed, are not implemented"
             raise UnsupportedModelError(f"{what}; merge them with 'pyengine freeze --lora'")
         if config.architecture in _FOLDED and config.folded is None:
             raise UnsupportedModelError("this file does not say what was folded into its matrices: freeze the model again")

@@ -118,6 +118,9 @@ struct pe_kernels {
     /* The same with GELU (tanh form) in place of SiLU. */
     void (*geglu_tanh)(float *h, const float *gate_up, size_t n_pairs);
 
+    /* x[i] = gelu(x[i]) (tanh form) for n elements, a multiple of 16. */
+    void (*gelu_tanh)(float *x, size_t n);
+
     /* x[i] = cap * tanh(x[i] / cap) for n elements, cap > 0. */
     void (*softcap)(float *x, size_t n, float cap);
 

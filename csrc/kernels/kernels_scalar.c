@@ -159,6 +159,13 @@ static void geglu_tanh(float *h, const float *gate_up, size_t n_pairs) {
         }
 }
 
+static void gelu_tanh(float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float z = x[i] * fmaf(x[i] * x[i], PE_GELU_C3, PE_GELU_C1);
+        x[i] = x[i] * (1.0f / (1.0f + pe_expf(-z)));
+    }
+}
+
 static void softcap(float *x, size_t n, float cap) {
     float twice = 2.0f / cap;
     for (size_t i = 0; i < n; i++) {
@@ -318,6 +325,7 @@ const struct pe_kernels pe_kernels_scalar = {
     .rope = rope,
     .swiglu = swiglu,
     .geglu_tanh = geglu_tanh,
+    .gelu_tanh = gelu_tanh,
     .softcap = softcap,
     .dots_f32 = dots_f32,
     .add_low_rank = add_low_rank,

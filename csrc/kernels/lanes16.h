@@ -250,6 +250,15 @@ static void geglu_tanh(float *h, const float *gate_up, size_t n_pairs) {
     }
 }
 
+static void gelu_tanh(float *x, size_t n) {
+    v16 one = v16_set1(1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        v16 a = v16_load(x + i);
+        v16 z = v16_mul(a, v16_fma(v16_mul(a, a), v16_set1(PE_GELU_C3), v16_set1(PE_GELU_C1)));
+        v16_store(x + i, v16_mul(a, v16_div(one, v16_add(one, exp16(v16_neg(z))))));
+    }
+}
+
 static void softcap(float *x, size_t n, float cap) {
     float twice = 2.0f / cap;
     v16 one = v16_set1(1.0f);
@@ -347,7 +356,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
 #define PE_LANES16_TABLE_WITH(table_name, table_required, table_matmul, table_scores, table_values) \
     { \
         .name = table_name, .required = (table_required), .quantize = quantize, .quantize_head = quantize_head, .turn = turn, .matmul = table_matmul, \
-        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = table_scores, \
+        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = table_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = table_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, \

@@ -129,9 +129,11 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     weights, kv, total = (
         facts[key] / MIB for key in ("weight_bytes", "kv_bytes_full_context", "memory_bytes_full_context")
     )
-    flags = [name for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm", "qk_norm_all_heads") if c.get(name)]
+    biases = "qkv_bias", "o_bias", "gate_up_bias", "down_bias", "output_bias"
+    flags = [name for name in ("tie_embeddings", *biases, "qk_norm", "qk_norm_all_heads") if c.get(name)]
     if c.get("n_experts"):
-        flags.append(f"{c['n_experts_used']} of {c['n_experts']} experts")
+        shared = " and a shared one" if c.get("shared_hidden_dim") else ""
+        flags.append(f"{c['n_experts_used']} of {c['n_experts']} experts{shared}")
     in_window = facts["kv_window_bytes_per_position"]
     window = f" ({in_window:,} of them kept for a window only)" if in_window else ""
     flags += [f"{name} {c[name]:g}" for name in ("attention_softcap", "logits_softcap") if name in c]

@@ -23,8 +23,11 @@ DEFAULT_KIND = "int8_g64"
 
 KEY_BIAS = "key_bias"  # a part of the keys' bias is kept out of the cache
 FEATURES = frozenset({KEY_BIAS})  # what a file may require
-NORMS = ("rmsnorm", "rmsnorm_after", "rmsnorm_around")  # before attention and the MLP, after them, both
-ACTIVATIONS = ("swiglu", "geglu_tanh")
+PARALLEL = "rmsnorm_parallel"
+# before attention and the MLP, after them, both; one before both, which read the same
+NORMS = ("rmsnorm", "rmsnorm_after", "rmsnorm_around", PARALLEL)
+UNGATED = "gelu_tanh"
+ACTIVATIONS = ("swiglu", "geglu_tanh", UNGATED)
 MAX_EXPERTS = 1024  # of a layer
 MAX_MODEL_EXPERTS = 16_384  # of all layers: a file has at most 65,536 tensors, four for each
 SOFTCAP_RANGE = (2.0**-10, 2.0**20)
@@ -40,9 +43,10 @@ _INT_RANGES = {
     "max_seq_len": (1, MAX_POSITIONS),
 }
 _FLAGS = ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm")
-_OPTIONAL_FLAGS = ("qk_norm_all_heads", "experts_normalized")  # absent from a file that does not need it, as softcaps are
+# Absent from a file that does not need it, as softcaps are.
+_OPTIONAL_FLAGS = ("qk_norm_all_heads", "experts_normalized", "shared_gated", "gate_up_bias", "down_bias", "output_bias")
 _SOFTCAPS = ("attention_softcap", "logits_softcap")
-_EXPERTS = ("n_experts", "n_experts_used")
+_EXPERTS = ("n_experts", "n_experts_used", "shared_hidden_dim")
 _MAX_EOS_TOKENS = 256
 _MAX_REQUIRED = 256
 
@@ -112,7 +116,7 @@ FOLDED_PARTS = ("q", "k", "v", "wo", "gate", "up", "down")  # matrices that an a
 
 
 def _folded(extra: Mapping[str, Any]) -> dict[str, float] | None:
-    if "folded" not in extra:
+    if extra.get("folded", False) is False:  # False: more was done than adapters could undo
         return None
     document = extra["folded"]
     if not isinstance(document, Mapping):
@@ -143,7 +147,7 @@ def same_layers(n_layers: int, **spec: Any) -> tuple[LayerSpec, ...]:
     return (LayerSpec(**spec),) * n_layers
 
 
-def _check_layers(layers: Any, n_layers: int) -> tuple[LayerSpec, ...]:
+def _check_layers(layers: Any, n_layers: int, n_experts: int) -> tuple[LayerSpec, ...]:
     if not isinstance(layers, (tuple, list)) or len(layers) != n_layers:
         raise ModelFormatError(f"config: layers must describe {n_layers} layers")
     for i, (window, rope, norm, activation) in enumerate(layers):
@@ -153,6 +157,8 @@ def _check_layers(layers: Any, n_layers: int) -> tuple[LayerSpec, ...]:
             _check_name(f"{what} of layer {i}", name)
             if name not in known:
                 raise unknown(f"config: layer {i} has the {what} {name!r}", known)
+        if norm == PARALLEL and n_experts:
+            raise ModelFormatError(f"config: layer {i} has the norm {PARALLEL} and experts")
     tables = {layer.rope for layer in layers}
     if absent := set(range(max(tables))) - tables:
         raise ModelFormatError(f"config: no layer uses RoPE table {min(absent)}, and one uses table {max(tables)}")
@@ -216,7 +222,8 @@ class FrozenConfig:
 
     Lengths are in positions; ``norm_eps`` is added to a mean square; a softcap of c makes c * tanh(x / c) of scores or logits, 0
     is none; ``qk_norm_all_heads`` says that the norms of q and k are over all heads together. Of ``n_experts`` MLPs
-    (0: a dense one) a row takes ``n_experts_used``, with weights that sum to 1 if ``experts_normalized``. ``kinds`` says how
+    (0: a dense one) a row takes ``n_experts_used``, with weights that sum to 1 if ``experts_normalized``, and beside them a
+    shared one of ``shared_hidden_dim`` (0: there is none), with a weight of its own if ``shared_gated``. ``kinds`` says how
     matrices are stored (the inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is what it may
     ignore.
     """
@@ -246,6 +253,11 @@ class FrozenConfig:
     n_experts: int = 0
     n_experts_used: int = 0
     experts_normalized: bool = False
+    shared_hidden_dim: int = 0
+    shared_gated: bool = False
+    gate_up_bias: bool = False
+    down_bias: bool = False
+    output_bias: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -274,7 +286,7 @@ class FrozenConfig:
             self._check_softcap(name)
         self._check_experts()
         self._check_tokens()
-        object.__setattr__(self, "layers", _check_layers(self.layers, self.n_layers))
+        object.__setattr__(self, "layers", _check_layers(self.layers, self.n_layers, self.n_experts))
         object.__setattr__(self, "kinds", _check_kinds(self.kinds, self.n_layers))
         if not isinstance(self.extra, Mapping):
             raise ModelFormatError("config: extra must be an object")
@@ -295,6 +307,11 @@ class FrozenConfig:
             )
         if self.experts_normalized and not self.n_experts:
             raise ModelFormatError("config: experts_normalized needs n_experts")
+        _check_int("shared_hidden_dim", self.shared_hidden_dim, 0, _INT_RANGES["hidden_dim"][1] if self.n_experts else 0)
+        if self.shared_gated and not self.shared_hidden_dim:
+            raise ModelFormatError("config: shared_gated needs shared_hidden_dim")
+        if self.n_experts and (self.gate_up_bias or self.down_bias):
+            raise ModelFormatError("config: gate_up_bias and down_bias are of a dense MLP")
 
     def _check_tokens(self) -> None:
         if self.bos_token_id is not None:
@@ -310,9 +327,17 @@ class FrozenConfig:
         """Whether what attention and the MLP of a layer read is normed."""
         return self.layers[layer].norm != "rmsnorm_after"
 
+    def has_ffn_norm(self, layer: int) -> bool:
+        """Whether what the MLP of a layer reads has a norm of its own."""
+        return self.has_norms_before(layer) and self.layers[layer].norm != PARALLEL
+
     def has_norms_after(self, layer: int) -> bool:
         """Whether what attention and the MLP of a layer add is normed."""
-        return self.layers[layer].norm != "rmsnorm"
+        return self.layers[layer].norm in ("rmsnorm_after", "rmsnorm_around")
+
+    def is_gated(self, layer: int) -> bool:
+        """Whether the MLP of a layer has a gate beside what it gates."""
+        return self.layers[layer].activation != UNGATED
 
     @property
     def q_dim(self) -> int:

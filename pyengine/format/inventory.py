@@ -63,7 +63,7 @@ class Weight(NamedTuple):
     kind: str  # how its values are stored: a matrix kind, "f32" or "i32"
     use: Use
     alternating: bool = False
-    expert: int | None = None  # which of the layer's MLPs it belongs to, of a model that has many
+    expert: int | None = None  # which of the layer's MLPs it belongs to, of a model that has many; n_experts is the shared one
 
     @property
     def is_matrix(self) -> bool:
@@ -78,7 +78,8 @@ class Weight(NamedTuple):
         """Name -> tensor of the file, in file order."""
         if self.is_matrix:
             return MATRIX_KINDS[self.kind].stored(self)
-        return {self.name: vector_tensor(self.shape[0], _VECTOR_DTYPES[self.kind])}
+        n = _n_panels(self) * PANEL_ROWS if self.alternating else self.shape[0]
+        return {self.name: vector_tensor(n, _VECTOR_DTYPES[self.kind])}
 
 
 # ---------------------------------------------------------------------------- kinds
@@ -112,9 +113,11 @@ MATRIX_KINDS = {"int8_g64": MatrixKind("int8, turned, groups of 64, f16 scales",
 # ---------------------------------------------------------------------------- the inventory
 
 
-def _vector(layer: int | None, role: str, parts: dict[str, int], use: Use = "tokens") -> Weight:
+def _vector(
+    layer: int | None, role: str, parts: dict[str, int], use: Use = "tokens", alternating: bool = False
+) -> Weight:
     name = role if layer is None else f"layers.{layer}.{role}"
-    return Weight(name, role, layer, (sum(parts.values()),), tuple(map(Part._make, parts.items())), "f32", use)
+    return Weight(name, role, layer, (sum(parts.values()),), tuple(map(Part._make, parts.items())), "f32", use, alternating)
 
 
 def _matrix(
@@ -127,13 +130,26 @@ def _matrix(
     alternating: bool = False,
     expert: int | None = None,
 ) -> Weight:
-    name = role if expert is None else f"experts.{expert}.{role}"
+    name = role if expert is None else f"shared.{role}" if expert == c.n_experts else f"experts.{expert}.{role}"
     name = name if layer is None else f"layers.{layer}.{name}"
     kind = c.kind_of(role, layer)
     if kind not in MATRIX_KINDS:
         raise unknown(f"config: the matrix {name!r} is of the kind {kind!r}")
     shape = sum(parts.values()), columns
     return Weight(name, role, layer, shape, tuple(map(Part._make, parts.items())), kind, use, alternating, expert)
+
+
+def _mlp(c: FrozenConfig, i: int, expert: int | None, hidden_dim: int, prefix: str = "") -> Iterator[Weight]:
+    """One of a layer's MLPs; its parts' names begin with ``prefix``."""
+    names = ["gate", "up"] if c.is_gated(i) else ["up"]
+    role, gated = "w_gate_up" if c.is_gated(i) else "w_up", c.is_gated(i)
+    parts = {prefix + name: hidden_dim for name in names}
+    yield _matrix(c, i, role, parts, c.dim, alternating=gated, expert=expert)
+    if c.gate_up_bias:
+        yield _vector(i, f"{role}.bias", {f"{part}.bias": rows for part, rows in parts.items()}, alternating=gated)
+    yield _matrix(c, i, "w_down", {f"{prefix}down": c.dim}, hidden_dim, expert=expert)
+    if c.down_bias:
+        yield _vector(i, "w_down.bias", {"down.bias": c.dim})
 
 
 def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
@@ -154,14 +170,16 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
         yield _vector(i, "wo.bias", {"wo.bias": c.dim})
     if after:
         yield _vector(i, "post_attention_norm", {"post_attention_norm": c.dim})
-    if before:
+    if c.has_ffn_norm(i):
         yield _vector(i, "ffn_norm", {"ffn_norm": c.dim})
     if c.n_experts:
         yield _vector(i, "router", {"router": c.n_experts * c.dim})
+    if c.shared_gated:
+        yield _vector(i, "shared_router", {"shared_router": c.dim})
     for expert in range(c.n_experts) if c.n_experts else [None]:
-        gate_up = {"gate": c.hidden_dim, "up": c.hidden_dim}
-        yield _matrix(c, i, "w_gate_up", gate_up, c.dim, alternating=True, expert=expert)
-        yield _matrix(c, i, "w_down", {"down": c.dim}, c.hidden_dim, expert=expert)
+        yield from _mlp(c, i, expert, c.hidden_dim)
+    if c.shared_hidden_dim:
+        yield from _mlp(c, i, c.n_experts, c.shared_hidden_dim, "shared_")
     if after:
         yield _vector(i, "post_ffn_norm", {"post_ffn_norm": c.dim})
 
@@ -174,6 +192,8 @@ def _weights(c: FrozenConfig) -> Iterator[Weight]:
     yield _vector(None, "norm", {"norm": c.dim}, "logits")
     if not c.tie_embeddings:
         yield _matrix(c, None, "output", {"output": c.vocab_size}, c.dim, "logits")
+    if c.output_bias:
+        yield _vector(None, "output.bias", {"output.bias": c.vocab_size}, "logits")
     for i in range(c.n_rope_tables):
         yield _vector(None, f"rope.{i}.inv_freq", {"inv_freq": c.head_dim // 2})
 
@@ -237,5 +257,6 @@ def count_macs(config: FrozenConfig, n_rows: int, n_logits: int) -> int:
     """Multiply-accumulates of the matrix products of one forward: n_rows tokens, logits for n_logits of them, each token
     in as many experts as it takes. Attention is not counted, nor is the router."""
     times = {"row": 0, "tokens": n_rows, "logits": n_logits}
-    matrices = (w for w in inventory(config) if w.is_matrix and (w.expert is None or w.expert < config.n_experts_used))
+    some = {None, config.n_experts, *range(config.n_experts_used)}  # as many experts as are taken, and the shared one
+    matrices = (weight for weight in inventory(config) if weight.is_matrix and weight.expert in some)
     return sum(times[weight.use] * math.prod(weight.shape) for weight in matrices)

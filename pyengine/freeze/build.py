@@ -8,26 +8,32 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
 from ..format.config import FOLDED_PARTS, KEY_BIAS, FrozenConfig
 from ..format.inventory import Part, Weight, inventory
 from ..format.quantize import Float32Array, RowSource
-from .arch.base import Fold, Shape, SourceName, Traits
+from .arch.base import Float64Array, Fold, Shape, SourceName, Traits
 from .sources import (
     AlternatingPanels,
+    CenteredColumns,
+    CenteredRows,
     Order,
     ReorderedHeads,
     ScaledRows,
     SlicedRows,
     SourceModel,
     StackedRows,
+    alternating_panels,
     half_split_order,
+    row_blocks,
 )
 
 _ROTATED = ("q", "k", "q.bias", "k.bias", "key_bias")  # parts whose rows are heads that RoPE turns
 _KEY_BIAS_SIDES = {"k.bias": 0, "key_bias": 1}  # parts that share k's bias, with their place in what split_key_bias returns
 _NO_FOLD = Fold()
+_AS_VECTORS = ("router", "shared_router")  # matrices of a source, vectors in the frozen file
 
 LARGE_KEY_BIAS = 4.0  # a pair with a bias this large is kept out of the cache (docs/performance.md)
 
@@ -49,7 +55,7 @@ def frozen_fields(shape: Shape, traits: Traits) -> dict[str, Any]:
         "n_kv_heads": shape.n_kv_heads,
         "head_dim": shape.head_dim,
         "max_seq_len": max_seq_len,
-        "tie_embeddings": shape.tied,
+        "tie_embeddings": shape.tied and not traits.is_untied,
         "layers": traits.layers,
         "qkv_bias": traits.qkv_bias,
         "o_bias": traits.o_bias,
@@ -60,16 +66,22 @@ def frozen_fields(shape: Shape, traits: Traits) -> dict[str, Any]:
         "n_experts": traits.n_experts,
         "n_experts_used": traits.n_experts_used,
         "experts_normalized": traits.experts_normalized,
+        "shared_hidden_dim": traits.shared_hidden_dim,
+        "shared_gated": traits.shared_gated,
+        "gate_up_bias": traits.gate_up_bias,
+        "down_bias": traits.down_bias,
+        "output_bias": traits.output_bias,
         "requires": (KEY_BIAS,) if traits.qkv_bias and not traits.qk_norm else (),
     }
 
 
 def folded_multipliers(traits: Traits) -> dict[str, Any]:
-    """For ``extra``: what the rows of parts were multiplied by, for adapters, whose products need the same. Empty if nothing was.
-    (A multiplier for each row is of fused matrices alone, which these adapters do not change.)"""
-    scales = {part: traits.folds[part].scale for part in FOLDED_PARTS if part in traits.folds}
-    folded = {part: scale for part, scale in scales.items() if isinstance(scale, float)}
-    return {"folded": folded} if folded and len(folded) == len(scales) else {}
+    """For ``extra``: what the rows of parts were multiplied by, for adapters, whose products need the same. Empty if nothing was;
+    False where more was done to them, so that adapters can only be merged."""
+    folds = {part: traits.folds[part] for part in FOLDED_PARTS if part in traits.folds}
+    if any(fold.order is not None or fold.center or not isinstance(fold.scale, float) for fold in folds.values()):
+        return {"folded": False}
+    return {"folded": {part: fold.scale for part, fold in folds.items()}} if folds else {}
 
 
 def split_key_bias(bias: Float32Array, head_dim: int) -> tuple[Float32Array, Float32Array]:
@@ -108,6 +120,8 @@ class _Source:
         self._parts, self._kind = parts, kind
         self._folds, self._config = folds, config
         self._interleaved = half_split_order(config.head_dim) if interleaved else None
+        matrices = (weight for weight in inventory(config) if weight.is_matrix and weight.expert is None)
+        self._matrices = {(weight.layer, part.name): (weight, part) for weight in matrices for part in weight.parts}
         self.taken: set[str] = set()
 
     def _spelling(self, part: Part) -> str:
@@ -122,9 +136,10 @@ class _Source:
         rows = sum(one.rows for one in fused)
         begin = sum(one.rows for one in fused[: fused.index(part)])
         found, shape = self._shapes.get(name), (rows, *weight.shape[1:])
-        if part.name == "router":  # a matrix there, a vector in the frozen file
-            shape = (self._config.n_experts, self._config.dim)
-        if weight.expert is not None and "{e}" not in spelling:
+        if part.name in _AS_VECTORS:
+            n = part.rows // self._config.dim
+            shape = (n, self._config.dim) if n > 1 or found != (self._config.dim,) else (self._config.dim,)
+        if weight.expert is not None and weight.expert < self._config.n_experts and "{e}" not in spelling:
             shape = (self._config.n_experts, *shape)
             begin, rows = begin + weight.expert * rows, self._config.n_experts * rows
         if found is None:
@@ -140,15 +155,21 @@ class _Source:
             return fold.order
         return self._interleaved if fold.order is None else self._interleaved[fold.order]
 
-    def _rows(self, weight: Weight, part: Part) -> RowSource:
+    def _unfolded(self, weight: Weight, part: Part) -> RowSource:
         name, begin, n_rows = self._tensor(weight, part)
         rows = self._reader.matrix(name)
-        if n_rows != part.rows:
-            rows = SlicedRows(rows, begin, part.rows)
+        return rows if n_rows == part.rows else SlicedRows(rows, begin, part.rows)
+
+    def _rows(self, weight: Weight, part: Part) -> RowSource:
+        rows = self._unfolded(weight, part)
         fold = self._folds.get(part.name, _NO_FOLD)
         if (order := self._order(part, fold)) is not None:
             rows = ReorderedHeads(rows, order)
-        return rows if np.all(fold.scale == 1.0) else ScaledRows(rows, fold.scale)
+        if not np.all(fold.scale == 1.0):
+            rows = ScaledRows(rows, fold.scale)
+        if fold.center:
+            rows = CenteredRows(rows) if fold.center == "rows" else CenteredColumns(rows)
+        return rows
 
     def matrix(self, weight: Weight) -> RowSource:
         rows = [self._rows(weight, part) for part in weight.parts]
@@ -156,23 +177,58 @@ class _Source:
             return AlternatingPanels(*rows)
         return rows[0] if len(rows) == 1 else StackedRows(rows)
 
-    def _values(self, name: str, part: Part) -> Float32Array:
+    def _own(self, weight: Weight, part: Part, fold: Fold) -> Callable[[], Float32Array]:
+        """A part of a vector as the source has it, (part.rows)."""
+        if fold.is_absent:
+            return lambda: np.zeros(part.rows, np.float32)
+        name, begin, _ = self._tensor(weight, part)
+        if part.name in _AS_VECTORS:
+            matrix = self._reader.matrix(name)
+            return lambda: matrix.read_rows(0, part.rows // self._config.dim).reshape(-1)
+        return lambda: self._reader.vector(name)[begin : begin + part.rows]
+
+    def _through_matrix(self, weight: Weight, part: Part, norm_bias: str) -> Callable[[], Float64Array]:
+        """What the bias of the norm before it becomes in a matrix: of a bias "q.bias", rows of q times it, in float64."""
+        of = "k" if part.name == "key_bias" else part.name.removesuffix(".bias")
+        rows = self._unfolded(*self._matrices[weight.layer, of])
+        norm = Part(norm_bias, self._config.dim)
+        bias = self._own(weight._replace(shape=(norm.rows,), parts=(norm,)), norm, _NO_FOLD)
+
+        def product() -> Float64Array:
+            x = bias().astype(np.float64)
+            return np.concatenate([block.astype(np.float64) @ x for _, block in row_blocks(rows)])
+
+        return product
+
+    def _values(self, weight: Weight, part: Part) -> Callable[[], Float32Array]:
+        """A part of a vector as the frozen file has it, (part.rows)."""
         fold = self._folds.get(part.name, _NO_FOLD)
-        if part.name == "router":
-            return self._reader.matrix(name).read_rows(0, self._config.n_experts).reshape(-1)
-        values = self._reader.vector(name)
-        if (order := self._order(part, fold)) is not None:
-            values = values.reshape(-1, len(order))[:, order].reshape(-1)
-        if fold.offset != 0.0 or not np.all(fold.scale == 1.0):
-            scale = np.resize(fold.scale, len(values))
+        own = self._own(weight, part, fold)
+        added = None if fold.norm_bias is None else self._through_matrix(weight, part, fold.norm_bias)
+
+        def folded() -> Float32Array:
+            values: npt.NDArray[np.floating[Any]] = own()
             with np.errstate(over="ignore", invalid="ignore"):  # the freezer refuses what is not finite
-                values = ((values + np.float32(fold.offset)).astype(np.float64) * scale).astype(np.float32)
-        if self._config.key_bias and part.name in _KEY_BIAS_SIDES:
-            return split_key_bias(values, self._config.head_dim)[_KEY_BIAS_SIDES[part.name]]
-        return values
+                values = values if added is None else values + added()
+                if (order := self._order(part, fold)) is not None:
+                    values = values.reshape(-1, len(order))[:, order].reshape(-1)
+                if fold.offset != 0.0:
+                    values = values + np.float32(fold.offset)
+                if not np.all(fold.scale == 1.0):
+                    values = values.astype(np.float64) * np.resize(fold.scale, len(values))
+                if fold.center:
+                    values = values - np.mean(values, dtype=np.float64)
+                values = values.astype(np.float32, copy=False)
+            if self._config.key_bias and part.name in _KEY_BIAS_SIDES:
+                return split_key_bias(values, self._config.head_dim)[_KEY_BIAS_SIDES[part.name]]
+            return values
+
+        return folded
 
     def vector(self, weight: Weight) -> Callable[[], Float32Array]:
-        parts = [partial(self._values, self._tensor(weight, part)[0], part) for part in weight.parts]
+        parts = [self._values(weight, part) for part in weight.parts]
+        if weight.alternating:
+            return lambda: alternating_panels(*(part() for part in parts))
         return parts[0] if len(parts) == 1 else lambda: np.concatenate([part() for part in parts])
 
 

@@ -10,34 +10,25 @@ A test holds it to transformers' logits and to the tests' float64 oracle for eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelFormatError
-from ..format.config import FrozenConfig
+from ..format.config import PARALLEL, FrozenConfig
+from ..format.container import pad
 from ..format.inventory import PANEL_ROWS
 from ..format.quantize import Float32Array, RowSource
-from .sources import SourceModel
+from .sources import SourceModel, row_blocks
 
 TokenIds = npt.NDArray[np.int64]
-
-_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of weights at a time
-
-
-def _blocks(source: RowSource) -> Iterator[tuple[int, Float32Array]]:
-    """(first row, rows (n, columns)) of a matrix; n is a multiple of two panels, as alternating ones need, but for the last."""
-    step = 2 * PANEL_ROWS
-    step *= max(1, _CHUNK_ELEMENTS // (step * source.columns))
-    for start in range(0, source.rows, step):
-        yield start, source.read_rows(start, min(start + step, source.rows))
 
 
 def _product(x: Float32Array, source: RowSource) -> Float32Array:
     """x (n, columns) times a matrix (rows, columns) -> (n, rows)."""
     out = np.empty((len(x), source.rows), np.float32)
-    for start, rows in _blocks(source):
+    for start, rows in row_blocks(source):
         out[:, start : start + len(rows)] = x @ rows.T
     return out
 
@@ -60,7 +51,11 @@ def _gelu_tanh(x: Float32Array) -> Float32Array:
     return y
 
 
-_GATES: dict[str, Callable[[Float32Array], Float32Array]] = {"swiglu": _silu, "geglu_tanh": _gelu_tanh}
+_GATES: dict[str, Callable[[Float32Array], Float32Array]] = {
+    "swiglu": _silu,
+    "geglu_tanh": _gelu_tanh,
+    "gelu_tanh": _gelu_tanh,
+}
 
 
 def _softcap(x: Float32Array, cap: float) -> Float32Array:
@@ -125,7 +120,10 @@ class FloatForward:
         head = "tok_embeddings" if self._config.tie_embeddings else "output"
         with np.errstate(all="ignore"):
             normed = _rmsnorm(states, self._model.vectors["norm"](), self._config.norm_eps)
-            return _finite(_softcap(_product(normed, self._model.matrices[head]), self._config.logits_softcap))
+            logits = _product(normed, self._model.matrices[head])
+            if self._config.output_bias:
+                logits += self._model.vectors["output.bias"]()
+            return _finite(_softcap(logits, self._config.logits_softcap))
 
     def _embedded(self, windows: TokenIds) -> Float32Array:
         embeddings = self._model.matrices["tok_embeddings"]
@@ -152,10 +150,11 @@ class FloatForward:
     def _layer(self, layer: int, x: Float32Array) -> None:
         """x (n_windows, length, dim), the layer's input, becomes its output."""
         rows = x.reshape(-1, x.shape[-1])  # a view
-        attended = self._attended(layer, x.shape[1], self._normed(layer, "attention_norm", rows))
+        before = self._normed(layer, "attention_norm", rows)
+        attended = self._attended(layer, x.shape[1], before)
         rows += self._normed(layer, "post_attention_norm", self._linear(layer, "wo", attended))
-        normed = self._normed(layer, "ffn_norm", rows)
-        mlp = self._experts(layer, normed) if self._config.n_experts else self._mlp(layer, "", normed)
+        normed = before if self._config.layers[layer].norm == PARALLEL else self._normed(layer, "ffn_norm", rows)
+        mlp = self._experts(layer, normed) if self._config.n_experts else self._mlp(layer, "", normed, self._config.hidden_dim)
         rows += self._normed(layer, "post_ffn_norm", mlp)
 
     def _attended(self, layer: int, length: int, x: Float32Array) -> Float32Array:
@@ -175,15 +174,24 @@ class FloatForward:
         seen = (j <= i) & (j > i - (spec.window or length))
         return np.concatenate([_attention(*one, seen, c.attention_softcap) for one in zip(q, k, v, strict=True)])
 
-    def _mlp(self, layer: int, expert: str, x: Float32Array) -> Float32Array:
-        """The MLP of a layer, or of its expert "experts.E.": x (n, dim) -> (n, dim)."""
-        c = self._config
-        gate_of = _GATES[c.layers[layer].activation]
-        h = np.empty((len(x), -(-c.hidden_dim // PANEL_ROWS) * PANEL_ROWS), np.float32)
-        for start, rows in _blocks(self._model.matrices[f"layers.{layer}.{expert}w_gate_up"]):
-            panels = (x @ rows.T).reshape(len(x), -1, 2, PANEL_ROWS)  # gate and up in turn
+    def _mlp(self, layer: int, prefix: str, x: Float32Array, hidden_dim: int) -> Float32Array:
+        """An MLP of a layer, "", or one of its experts, "experts.E." and "shared.": x (n, dim) -> (n, dim)."""
+        gate_of = _GATES[self._config.layers[layer].activation]
+        if not self._config.is_gated(layer):
+            return self._linear(layer, f"{prefix}w_down", gate_of(self._linear(layer, f"{prefix}w_up", x)))
+        h = np.empty((len(x), pad(hidden_dim, PANEL_ROWS)), np.float32)
+        bias = self._vector(layer, f"{prefix}w_gate_up.bias")
+        for start, rows in row_blocks(self._model.matrices[f"layers.{layer}.{prefix}w_gate_up"]):
+            product = x @ rows.T if bias is None else x @ rows.T + bias[start : start + len(rows)]
+            panels = product.reshape(len(x), -1, 2, PANEL_ROWS)  # gate and up in turn
             h[:, start // 2 : (start + len(rows)) // 2] = (gate_of(panels[:, :, 0]) * panels[:, :, 1]).reshape(len(x), -1)
-        return self._linear(layer, f"{expert}w_down", h[:, : c.hidden_dim])
+        return self._linear(layer, f"{prefix}w_down", h[:, :hidden_dim])
+
+    def _shared_expert(self, layer: int, x: Float32Array) -> Float32Array:
+        """What every row of x (n, dim) takes beside its experts, (n, dim)."""
+        y = self._mlp(layer, "shared.", x, self._config.shared_hidden_dim)
+        gate = self._vector(layer, "shared_router")
+        return y if gate is None else y / (np.float32(1) + np.exp(-(x @ gate)))[:, None]
 
     def _experts(self, layer: int, x: Float32Array) -> Float32Array:
         """x (n, dim) -> the weighted sum of what each row's experts give, (n, dim). Experts that no row takes are not read."""
@@ -196,8 +204,8 @@ class FloatForward:
         shares = np.take_along_axis(p, taken, axis=1)
         if c.experts_normalized:
             shares /= shares.sum(axis=1, keepdims=True)
-        out = np.zeros_like(x)
+        out = self._shared_expert(layer, x) if c.shared_hidden_dim else np.zeros_like(x)
         for expert in np.unique(taken):
             rows, slots = np.nonzero(taken == expert)
-            out[rows] += shares[rows, slots, None] * self._mlp(layer, f"experts.{expert}.", x[rows])
+            out[rows] += shares[rows, slots, None] * self._mlp(layer, f"experts.{expert}.", x[rows], c.hidden_dim)
         return out

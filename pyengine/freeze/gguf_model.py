@@ -10,9 +10,8 @@ import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.config import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
-from .arch import architecture_of_gguf
-from .arch.base import Architecture, Shape, Traits
-from .arch.gguf_keys import ROPE_DIVISORS
+from .arch import architecture_of_gguf, gguf_keys
+from .arch.base import Architecture, Shape, Traits, spelled
 from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
 from .fields import Fields
 from .gguf import GGUFFile
@@ -29,7 +28,7 @@ _KNOWN_KEYS = {
     "attention.sliding_window",
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "expert_count", "expert_used_count", "pooling_type",
+    "expert_count", "expert_used_count", "expert_shared_feed_forward_length", "pooling_type",
 }  # fmt: skip
 
 
@@ -40,7 +39,12 @@ _POOLINGS = {1: "mean", 3: "last"}  # of llama.cpp's kinds those that there are 
 
 def _architecture(file: GGUF) -> Architecture:
     name = Fields(file.metadata, "GGUF").text("general.architecture")
-    found = architecture_of_gguf(name, has_experts=bool(Fields(file.metadata, "GGUF").integer(f"{name}.expert_count", 0)))
+    keys = Fields(file.metadata, "GGUF", f"{name}.")
+    found = architecture_of_gguf(
+        name,
+        has_experts=bool(keys.integer("expert_count", 0)),
+        has_shared_expert=bool(keys.integer("expert_shared_feed_forward_length", 0)),
+    )
     prefix, known = f"{found.gguf}.", _KNOWN_KEYS | found.gguf_keys
     for key in file.metadata:
         if key.startswith(prefix) and key.removeprefix(prefix) not in known:
@@ -91,9 +95,7 @@ def _config(file: GGUF, keys: Fields, architecture: Architecture, shape: Shape, 
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelFormatError("tensor 'token_embd.weight' is missing")
-    with np.errstate(over="ignore"):
-        # The float32 in the file as the decimal that people wrote: 1e-05, not 9.999999747378752e-06.
-        eps = float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon"))))
+    eps = gguf_keys.norm_eps(keys) if traits.norm_eps is None else traits.norm_eps
     return FrozenConfig(
         architecture=architecture.hf,
         hidden_dim=keys.integer("feed_forward_length") if traits.hidden_dim is None else traits.hidden_dim,
@@ -121,13 +123,13 @@ def load_gguf(path: str | os.PathLike[str], name: str | None = None, n_ctx: int 
             file,
             config,
             traits.rope_tables,
-            parts=architecture.parts,
+            parts=spelled(architecture.parts, shape.tied),
             kind="gguf",
             name=name or (named if isinstance(named, str) and named else file.path.stem),
             source=file.path.name,
             interleaved=architecture.gguf_permuted,
             folds=traits.folds,
-            ignored=architecture.gguf_tensors | {ROPE_DIVISORS},
+            ignored=architecture.gguf_tensors | {gguf_keys.ROPE_DIVISORS},
         )
         model.attachments = gguf_tokenizer_attachments(file.metadata, config.vocab_size)
     except BaseException:

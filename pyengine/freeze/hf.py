@@ -16,7 +16,7 @@ from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry, parse_safeten
 from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
 from .arch import architecture_of_hf
-from .arch.base import Architecture, Shape, Traits
+from .arch.base import Architecture, Shape, Traits, spelled
 from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
 from .fields import Fields
 from .lora import AdaptedTensors, Adapter
@@ -184,8 +184,8 @@ def files_of(directory: Path) -> list[Path]:
 # ---------------------------------------------------------------------------- configuration
 
 
-def _refuse_unknown_arithmetic(config: Fields) -> None:
-    if config.flag("mlp_bias", False):
+def _refuse_unknown_arithmetic(config: Fields, traits: Traits) -> None:
+    if config.flag("mlp_bias", False) and not traits.gate_up_bias:
         raise UnsupportedModelError("mlp_bias is not implemented")
     if config.raw("quantization_config"):
         raise UnsupportedModelError("checkpoints that are quantized already are not implemented")
@@ -227,7 +227,7 @@ def _frozen_config(
         architecture=architecture.hf,
         hidden_dim=config.integer("intermediate_size") if traits.hidden_dim is None else traits.hidden_dim,
         vocab_size=config.integer("vocab_size"),
-        norm_eps=config.number("rms_norm_eps"),
+        norm_eps=config.number("rms_norm_eps") if traits.norm_eps is None else traits.norm_eps,
         bos_token_id=bos,
         eos_token_ids=eos,
         extra=extra,
@@ -330,13 +330,13 @@ def load_hf(
     try:
         reader = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
         documents = _Documents(directory, config, config.integer("vocab_size"))
-        _refuse_unknown_arithmetic(config)
         shape = _shape(config, architecture, reader.shapes, n_ctx)
         traits = architecture.from_hf(config, shape)
+        _refuse_unknown_arithmetic(config, traits)
         extra = _pooling(directory) | folded_multipliers(traits)
         frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, extra)
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
-        if frozen.tie_embeddings:
+        if shape.tied:
             ignored.append(architecture.parts["output"].hf)  # some save the shared matrix twice
         label = directory.resolve().name
         tensors = AdaptedTensors(reader, lora)
@@ -344,7 +344,7 @@ def load_hf(
             tensors,
             frozen,
             traits.rope_tables,
-            parts=architecture.parts,
+            parts=spelled(architecture.parts, shape.tied),
             kind="hf",
             name=name or label,
             source=" + ".join([f"{label} ({architecture.model_type})", *(one.path.resolve().name for one in lora)]),

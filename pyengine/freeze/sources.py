@@ -8,7 +8,7 @@ the rows of heads in order and scaling are row sources themselves.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,8 @@ from ..format.config import FrozenConfig
 from ..format.container import pad
 from ..format.inventory import PANEL_ROWS
 from ..format.quantize import Float32Array, RowSource
+
+_BLOCK_ELEMENTS = 1 << 22  # 16 MiB of weights
 
 
 class FileRows:
@@ -70,6 +72,15 @@ def bf16_rows(data: npt.NDArray[np.uint8]) -> Float32Array:
 FLOAT_CONVERTERS = {"F32": f32_rows, "F16": f16_rows, "BF16": bf16_rows}
 
 
+def row_blocks(source: RowSource) -> Iterator[tuple[int, Float32Array]]:
+    """(first row, rows (n, columns)) of a matrix, a few megabytes at a time; n is a multiple of two panels, as alternating ones
+    need, but for the last."""
+    step = 2 * PANEL_ROWS
+    step *= max(1, _BLOCK_ELEMENTS // (step * source.columns))
+    for start in range(0, source.rows, step):
+        yield start, source.read_rows(start, min(start + step, source.rows))
+
+
 def _names(parts: Sequence[RowSource]) -> str:
     """Of the tensors that hold the parts: one tensor may hold several."""
     return " + ".join(dict.fromkeys(part.name for part in parts))
@@ -116,6 +127,12 @@ class AlternatingPanels:
             if split < len(rows):
                 out[full, side, : len(rows) - split] = rows[split:]
         return out.reshape(-1, self.columns)
+
+
+def alternating_panels(gate: Float32Array, up: Float32Array) -> Float32Array:
+    """The same of two vectors (n): (2 pad(n, 16))."""
+    panels = [np.pad(part, (0, -len(part) % PANEL_ROWS)).reshape(-1, 1, PANEL_ROWS) for part in (gate, up)]
+    return np.concatenate(panels, axis=1).reshape(-1)
 
 
 Order = npt.NDArray[np.intp]  # (head_dim): where row i of a head lies in the source
@@ -167,6 +184,39 @@ class ScaledRows:
         with np.errstate(over="ignore", invalid="ignore"):  # the quantizer refuses what is not finite
             scaled: Float32Array = (rows * scales[:, None]).astype(np.float32)
         return scaled
+
+
+class CenteredRows:
+    """Rows without their means: vectors whose elements add up to 0. In float64, rounded once."""
+
+    def __init__(self, source: RowSource) -> None:
+        self.name, self.rows, self.columns = source.name, source.rows, source.columns
+        self._source = source
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        rows = self._source.read_rows(start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):  # the quantizer refuses what is not finite
+            centered: Float32Array = (rows - np.mean(rows, axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+        return centered
+
+
+class CenteredColumns:
+    """A matrix whose products have elements that add up to 0: every column without its mean, likewise.
+
+    The source is read twice."""
+
+    def __init__(self, source: RowSource) -> None:
+        self.name, self.rows, self.columns = source.name, source.rows, source.columns
+        self._source = source
+        self._mean: npt.NDArray[np.float64] | None = None
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # the quantizer refuses what is not finite
+            if self._mean is None:
+                sums = [np.sum(rows, axis=0, dtype=np.float64) for _, rows in row_blocks(self._source)]
+                self._mean = np.sum(sums, axis=0) / self.rows
+            centered: Float32Array = (self._source.read_rows(start, stop) - self._mean).astype(np.float32)
+        return centered
 
 
 @dataclass

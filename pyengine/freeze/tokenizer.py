@@ -53,6 +53,9 @@ _WORDS = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_WORDS_WITHOUT_LINE_ENDS = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED_WORDS = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
@@ -65,16 +68,22 @@ _DEEPSEEK_PUNCTUATION = "[!-/:-~！-／：-～‘-‟\u3000-。]"
 
 _LLAMA3 = PreTokenizer((_WORDS % "{1,3}",), ignore_merges=True, add_bos=True)
 _QWEN2 = PreTokenizer((_WORDS % "",))
+_PLAIN_GPT2 = PreTokenizer((_GPT2,))
 _DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
 
 PRE_TOKENIZERS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    "gpt-2": PreTokenizer((_GPT2,)),
+    "gpt-2": _PLAIN_GPT2,
+    "phi-2": _PLAIN_GPT2,
+    "olmo": _PLAIN_GPT2,
+    "exaone4": _PLAIN_GPT2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "stablelm2": _QWEN2,
+    "seed-coder": PreTokenizer((_WORDS_WITHOUT_LINE_ENDS,)),  # Seed-OSS
     "deepseek-llm": PreTokenizer(
         (
             r"[\r\n]",
@@ -90,8 +99,11 @@ PRE_TOKENIZERS = {
     "starcoder": _DIGITS_GPT2,
     "refact": _DIGITS_GPT2,  # Granite
     "smollm": _DIGITS_GPT2,
+    "command-r": _DIGITS_GPT2,
     "dbrx": PreTokenizer((_WORDS % "{1,3}",)),  # OLMo 2
     "smaug-bpe": PreTokenizer((_WORDS % "{1,3}",)),
+    "glm4": PreTokenizer((_WORDS % "{1,3}",)),
+    "chatglm-bpe": PreTokenizer((_WORDS % "{1,3}",)),
     "gpt-4o": PreTokenizer((_CASED_WORDS,)),  # Phi-4-mini
 }
 

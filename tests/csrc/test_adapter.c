@@ -44,6 +44,10 @@ static const model_case cases[] = {
      {.dim = 40, .hidden_dim = 300, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 200,
       .layers = after, .norm_eps = 0x1p-17f, .qk_norm = true, .qk_norm_all_heads = true},
      PE_KV_F32, 0xc29691b61cb2fae2},
+    {"biases of the MLP",
+     {.dim = 40, .hidden_dim = 50, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 200,
+      .norm_eps = 0x1p-17f, .o_bias = true, .gate_up_bias = true, .down_bias = true, .output_bias = true},
+     PE_KV_INT8, 0x05a7d3e4d1ed4cf0},
     {"experts, attention alone adapted",
      {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 200,
       .norm_eps = 0x1p-17f, .n_experts = 6, .n_experts_used = 2, .experts_normalized = true},
@@ -235,6 +239,25 @@ static void test_refused(const reference *ref, const model_case *which) {
     tiny_model_free(&other);
 }
 
+/* Layers whose halves are parallel cannot be changed, nor can an MLP without a gate. */
+static void test_refused_layers(void) {
+    static const pe_layer_spec layers[2] = {{0, 0, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm", "gelu_tanh"}};
+    const pe_config config = {.dim = 16, .hidden_dim = 16, .n_layers = 2, .n_heads = 2, .n_kv_heads = 2, .head_dim = 8, .vocab_size = 16,
+                              .max_seq_len = 16, .norm_eps = 0x1p-17f, .layers = layers};
+    rng r = {19};
+    tiny_model tiny;
+    pe_adapter *adapter = NULL;
+    tiny_model_make(&tiny, &config, 12, 1.0f);
+    EXPECT(PE_OK, tiny_model_load(&tiny, 1, err));
+    EXPECT(PE_OK, pe_adapter_create(&adapter, tiny.model, err));
+    EXPECT(PE_ERR_INVALID_ARGUMENT, set(adapter, &config, 0, PE_ADAPTER_Q, 2, 1.0f, &r, err));
+    EXPECT(PE_ERR_INVALID_ARGUMENT, set(adapter, &config, 0, PE_ADAPTER_DOWN, 2, 1.0f, &r, err));
+    EXPECT(PE_ERR_INVALID_ARGUMENT, set(adapter, &config, 1, PE_ADAPTER_UP, 2, 1.0f, &r, err));
+    EXPECT(PE_OK, set(adapter, &config, 1, PE_ADAPTER_O, 2, 1.0f, &r, err));
+    pe_adapter_destroy(adapter);
+    tiny_model_free(&tiny);
+}
+
 /* An adapter that changes nothing is none, also in the first batch of a context. */
 static void test_empty(const reference *ref, const model_case *which) {
     pe_adapter *adapter = NULL;
@@ -262,4 +285,5 @@ void test_adapters(const struct pe_kernels *const *tables, size_t n_tables) {
         test_empty(ref, &cases[i]);
         reference_free(ref);
     }
+    test_refused_layers();
 }

@@ -63,6 +63,8 @@ static void test_config(void) {
     WITH(n_experts_used, 1);
     WITH(n_experts, UINT32_MAX);
     WITH(experts_normalized, true);
+    WITH(shared_hidden_dim, 8); /* without experts */
+    WITH(shared_gated, true);
     WITH(attention_softcap, -1.0f);
     WITH(attention_softcap, NAN);
     WITH(attention_softcap, 0x1p-11f);
@@ -85,6 +87,18 @@ static void test_config(void) {
     WITH_LAYER(norm, "layernorm");
     WITH_LAYER(activation, NULL);
     WITH_LAYER(activation, "swiglu2");
+    pe_config mixture = small;
+    mixture.layers = plain, mixture.n_experts = 2, mixture.n_experts_used = 1;
+    EXPECT(PE_OK, create(mixture, err));
+    mixture.shared_hidden_dim = (1u << 22) + 1;
+    EXPECT(PE_ERR_FORMAT, create(mixture, err));
+    mixture.shared_hidden_dim = 0, mixture.down_bias = true;
+    EXPECT(PE_ERR_FORMAT, create(mixture, err));
+    mixture.down_bias = false, mixture.gate_up_bias = true;
+    EXPECT(PE_ERR_FORMAT, create(mixture, err));
+    const pe_layer_spec parallel[2] = {{0, 0, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm_parallel", "swiglu"}};
+    mixture.gate_up_bias = false, mixture.layers = parallel;
+    EXPECT(PE_ERR_FORMAT, create(mixture, err));
 #undef WITH_LAYER
     pe_model *model = NULL;
     EXPECT(PE_ERR_FORMAT, pe_model_create(&model, &small, err)); /* layers is NULL */

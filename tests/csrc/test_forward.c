@@ -34,6 +34,11 @@ static const pe_layer_spec around[3] = {
 };
 static const pe_layer_spec after[2] = {{0, 0, "rmsnorm_after", "swiglu"}, {0, 0, "rmsnorm_after", "swiglu"}};
 
+static const pe_layer_spec parallel[3] = {
+    {0, 0, "rmsnorm_parallel", "gelu_tanh"}, {40, 1, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm", "gelu_tanh"},
+};
+static const pe_layer_spec ungated[2] = {{0, 0, "rmsnorm_around", "gelu_tanh"}, {0, 0, "rmsnorm_around", "gelu_tanh"}};
+
 /* Widths that no group divides; n_rep 3, 1 and 34 (more rows than a query block holds); 600 positions are three chunks. */
 static const model_case cases[] = {
     {"biases, qk_norm, untied",
@@ -77,6 +82,23 @@ static const model_case cases[] = {
      {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
       .norm_eps = 0x1p-17f, .n_experts = 6, .n_experts_used = 2, .experts_normalized = true},
      PE_KV_INT8, 0xdf882b65263f1c02},
+    {"a shared expert with a weight",
+     {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
+      .norm_eps = 0x1p-17f, .n_experts = 5, .n_experts_used = 2, .shared_hidden_dim = 100, .shared_gated = true},
+     PE_KV_INT8, 0xd5cd0a5b7876d099},
+    {"a narrow shared expert",
+     {.dim = 40, .hidden_dim = 70, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
+      .layers = window_37, .norm_eps = 0x1p-17f, .n_experts = 3, .n_experts_used = 1, .shared_hidden_dim = 20},
+     PE_KV_INT8, 0xf2ee3b44331b4055},
+    {"MLPs without gates, all biases, parallel",
+     {.dim = 40, .hidden_dim = 300, .n_layers = 3, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
+      .layers = parallel, .norm_eps = 0x1p-17f, .qkv_bias = true, .o_bias = true, .key_bias = true, .gate_up_bias = true,
+      .down_bias = true, .output_bias = true},
+     PE_KV_INT8, 0x1f1f7bb9cd2ce9e3},
+    {"experts without gates",
+     {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
+      .layers = ungated, .norm_eps = 0x1p-17f, .tie_embeddings = true, .n_experts = 3, .n_experts_used = 2, .output_bias = true},
+     PE_KV_F32, 0x15bdf7b22daecb7b},
     {"float32 KV",
      {.dim = 72, .hidden_dim = 100, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 40, .vocab_size = 50, .max_seq_len = 700,
       .norm_eps = 0x1p-17f, .tie_embeddings = true},

@@ -293,7 +293,7 @@ static void test_rope(const struct pe_kernels *k) {
         }
 }
 
-/* The gates of a table beside those of scalar: SwiGLU, then GELU's. */
+/* The gates of a table beside those of scalar: SwiGLU, then GELU's; and GELU alone. */
 static void compare_gates(const struct pe_kernels *k, const float *gate_up, size_t n_pairs, const char *what) {
     for (int gelu = 0; gelu < 2; gelu++) {
         block a = block_new(n_pairs * 64, 4), b = block_new(n_pairs * 64, 4);
@@ -303,6 +303,12 @@ static void compare_gates(const struct pe_kernels *k, const float *gate_up, size
               n_pairs, what);
         block_free(&a), block_free(&b);
     }
+    block a = block_new(n_pairs * 128, 4), b = block_new(n_pairs * 128, 4);
+    memcpy(a.data, gate_up, n_pairs * 128), memcpy(b.data, gate_up, n_pairs * 128);
+    pe_kernels_scalar.gelu_tanh(FLOATS(a), n_pairs * 32);
+    k->gelu_tanh(FLOATS(b), n_pairs * 32);
+    CHECK(same_floats(FLOATS(a), FLOATS(b), n_pairs * 32) && block_intact(&b), "%s: GELU, %zu pairs, %s", k->name, n_pairs, what);
+    block_free(&a), block_free(&b);
 }
 
 static void test_gates(const struct pe_kernels *k) {

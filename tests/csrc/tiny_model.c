@@ -57,12 +57,31 @@ static void add_key_bias(tiny_model *t, rng *r, const char *name) {
         }
 }
 
+static void add_mlp(tiny_model *t, rng *r, uint32_t layer, size_t hidden_dim, const char *prefix) {
+    const pe_config *c = &t->config;
+    bool gated = strcmp(t->layers[layer].activation, "gelu_tanh") != 0;
+    size_t parts = gated ? 2 : 1;
+    char name[64];
+    snprintf(name, sizeof name, "layers.%u.%s%s", layer, prefix, gated ? "w_gate_up" : "w_up");
+    add_matrix(t, r, parts, hidden_dim, c->dim, 6, name);
+    if (c->gate_up_bias) {
+        snprintf(name, sizeof name, "layers.%u.%s.bias", layer, gated ? "w_gate_up" : "w_up");
+        add_vector(t, r, parts * pe_pad(hidden_dim, 16), 0.5f, -0.25f, name);
+    }
+    snprintf(name, sizeof name, "layers.%u.%sw_down", layer, prefix);
+    add_matrix(t, r, 1, c->dim, hidden_dim, 5, name);
+    snprintf(name, sizeof name, "layers.%u.w_down.bias", layer);
+    if (c->down_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, name);
+}
+
 static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     const pe_config *c = &t->config;
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv = q_dim + 2 * (size_t)c->n_kv_heads * c->head_dim;
     char name[64];
 #define NAME(suffix) (snprintf(name, sizeof name, "layers.%u." suffix, index), name)
-    bool before = strcmp(t->layers[index].norm, "rmsnorm_after") != 0, after = strcmp(t->layers[index].norm, "rmsnorm") != 0;
+    const char *norm = t->layers[index].norm;
+    bool before = strcmp(norm, "rmsnorm_after") != 0, parallel = strcmp(norm, "rmsnorm_parallel") == 0;
+    bool after = !before || strcmp(norm, "rmsnorm_around") == 0;
     size_t q_norm = c->qk_norm_all_heads ? q_dim : c->head_dim, k_norm = c->qk_norm_all_heads ? (qkv - q_dim) / 2 : c->head_dim;
     if (before) add_vector(t, r, c->dim, loudness, 0.75f, NAME("attention_norm"));
     add_matrix(t, r, 1, qkv, c->dim, 6, NAME("wqkv"));
@@ -73,16 +92,15 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     add_matrix(t, r, 1, c->dim, q_dim, 5, NAME("wo"));
     if (c->o_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, NAME("wo.bias"));
     if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_attention_norm"));
-    if (before) add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
+    if (before && !parallel) add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
     if (c->n_experts > 0) add_vector(t, r, (size_t)c->n_experts * c->dim, 1.0f, -0.25f, NAME("router"));
+    if (c->shared_gated) add_vector(t, r, c->dim, 1.0f, -0.25f, NAME("shared_router"));
     for (uint32_t e = 0; e < (c->n_experts > 0 ? c->n_experts : 1); e++) {
         char expert[24] = "";
         if (c->n_experts > 0) snprintf(expert, sizeof expert, "experts.%u.", e);
-        snprintf(name, sizeof name, "layers.%u.%sw_gate_up", index, expert);
-        add_matrix(t, r, 2, c->hidden_dim, c->dim, 6, name);
-        snprintf(name, sizeof name, "layers.%u.%sw_down", index, expert);
-        add_matrix(t, r, 1, c->dim, c->hidden_dim, 5, name);
+        add_mlp(t, r, index, c->hidden_dim, expert);
     }
+    if (c->shared_hidden_dim > 0) add_mlp(t, r, index, c->shared_hidden_dim, "shared.");
     if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_ffn_norm"));
 #undef NAME
 }
@@ -100,6 +118,7 @@ void tiny_model_make(tiny_model *t, const pe_config *config, uint64_t seed, floa
     for (uint32_t i = 0; i < config->n_layers; i++) add_layer(t, &r, i, loudness);
     add_vector(t, &r, config->dim, loudness, 0.75f, "norm");
     if (!config->tie_embeddings) add_matrix(t, &r, 1, config->vocab_size, config->dim, 6, "output");
+    if (config->output_bias) add_vector(t, &r, config->vocab_size, 0.5f, -0.25f, "output.bias");
     for (uint32_t table = 0; table < n_tables; table++) {
         float *inv_freq = add_tensor(t, "f32", config->head_dim / 2 * sizeof(float), "rope.%u.inv_freq", table);
         for (size_t i = 0; i < config->head_dim / 2; i++) inv_freq[i] = 1.0f / (float)((1 + 3 * i * i) << (4 * table));

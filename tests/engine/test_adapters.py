@@ -403,6 +403,8 @@ def test_experts_and_fused_matrices(root: Path, tmp_path: Path) -> None:
         refused(engine, UnsupportedModelError, "experts.0.w1.*cannot change experts", path)
     with pyengine.Engine(frozen(root, "phi3_window")) as engine:
         refused(engine, UnsupportedModelError, "Phi3ForCausalLM, whose matrices are fused", directory(root, "llama_untied", 0))
+    with pyengine.Engine(frozen(root, "starcoder2")) as engine:
+        refused(engine, UnsupportedModelError, "Starcoder2ForCausalLM, whose .* changed", directory(root, "llama_untied", 0))
     file, model = open_model(frozen(root, "granite"))
     with pytest.raises(UnsupportedModelError, match="freeze the model again"):
         Adapters(replace(file.config, extra={}), model).load(directory(root, "granite", 0), None, None)

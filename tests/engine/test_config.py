@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
-from pyengine.format.config import ACTIVATIONS, MAX_ROPE_TABLES, NORMS, FrozenConfig, LayerSpec, same_layers
+from pyengine.format.config import ACTIVATIONS, MAX_ROPE_TABLES, NORMS, UNGATED, FrozenConfig, LayerSpec, same_layers
 from pyengine.format.inventory import (
     count_macs,
     count_parameters,
@@ -69,7 +69,8 @@ def test_a_config_is_read() -> None:
         ("attention_softcap", -1.0), ("attention_softcap", True), ("attention_softcap", 1e-4), ("attention_softcap", None),
         ("logits_softcap", 10**400), ("logits_softcap", "30"), ("qk_norm_all_heads", 1), ("qk_norm_all_heads", True),
         ("n_experts", 4), ("n_experts", 1025), ("n_experts", -1), ("n_experts_used", 1), ("experts_normalized", True),
-        ("requires", ["x"] * 257), ("extra", 1), ("extra", []), ("extra", None),
+        ("shared_hidden_dim", 8), ("shared_hidden_dim", -1), ("shared_gated", True), ("gate_up_bias", 1), ("down_bias", None),
+        ("output_bias", "no"), ("requires", ["x"] * 257), ("extra", 1), ("extra", []), ("extra", None),
     ],
 )  # fmt: skip
 def test_errors_name_the_field(key: str, value: Any) -> None:
@@ -160,6 +161,36 @@ def test_experts_and_their_tensors() -> None:
     assert FrozenConfig.from_json(config.to_json()) == config
     with pytest.raises(ModelFormatError, match="n_experts 1024 in 17 layers: more than 16384 in all"):
         parse(n_layers=17, n_experts=1024, n_experts_used=1)
+
+
+def test_a_shared_expert_and_its_tensors() -> None:
+    mixture = {"n_experts": 2, "n_experts_used": 1}
+    config = parse(**mixture, shared_hidden_dim=24, shared_gated=True)
+    names = [weight.name for weight in inventory(config) if weight.layer == 1]
+    assert [name.removeprefix("layers.1.") for name in names[-8:]] == [
+        "router", "shared_router", "experts.0.w_gate_up", "experts.0.w_down", "experts.1.w_gate_up", "experts.1.w_down",
+        "shared.w_gate_up", "shared.w_down",
+    ]  # fmt: skip
+    without = parse(**mixture)
+    assert count_parameters(config) - count_parameters(without) == 2 * (3 * 64 * 24 + 64)
+    assert count_macs(config, 5, 1) - count_macs(without, 5, 1) == 5 * 2 * 3 * 64 * 24  # every token takes it
+    assert FrozenConfig.from_json(config.to_json()) == config
+    for wrong in ({"gate_up_bias": True}, {"down_bias": True}, {"shared_hidden_dim": 1 << 23}):
+        with pytest.raises(ModelFormatError, match=next(iter(wrong))):
+            parse(**mixture, **wrong)
+    with pytest.raises(ModelFormatError, match="layer 0 has the norm rmsnorm_parallel and experts"):
+        parse(**mixture, layers={"window": 0, "rope": 0, "norm": "rmsnorm_parallel", "activation": "swiglu"})
+
+
+def test_an_mlp_without_a_gate_and_biases() -> None:
+    layers = {"window": 0, "rope": 0, "norm": ["rmsnorm", "rmsnorm_parallel"], "activation": ["swiglu", "gelu_tanh"]}
+    config = parse(layers=layers, gate_up_bias=True, down_bias=True, output_bias=True)
+    found = {weight.name: weight for weight in inventory(config)}
+    assert "layers.0.ffn_norm" in found and "layers.1.ffn_norm" not in found
+    assert found["layers.0.w_gate_up.bias"].stored()["layers.0.w_gate_up.bias"].shape == (2 * 96,)  # 88, padded
+    assert found["layers.1.w_up"].shape == (88, 64) and found["layers.1.w_up.bias"].shape == (88,)
+    assert "layers.1.w_gate_up" not in found and found["output.bias"].shape == (config.vocab_size,)
+    assert FrozenConfig.from_json(config.to_json()) == config
 
 
 def test_what_may_be_ignored_is_kept() -> None:
@@ -258,10 +289,10 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
         st.integers(0, n_tables - 1), min_size=n_layers - n_tables, max_size=n_layers - n_tables
     ))]))  # fmt: skip
     windows = draw(st.lists(st.sampled_from([0, 1, 4096]), min_size=n_layers, max_size=n_layers))
+    activations = draw(st.lists(st.sampled_from(ACTIVATIONS), min_size=n_layers, max_size=n_layers))
     by_layer = st.tuples(*[st.just("int8_g64")] * n_layers)
-    kinds = draw(
-        st.dictionaries(st.sampled_from(["wqkv", "wo", "w_gate_up", "w_down"]), st.just("int8_g64") | by_layer)
-    )
+    matrices = ["wqkv", "wo", "w_down", *{"w_up" if activation == UNGATED else "w_gate_up": 0 for activation in activations}]
+    kinds = draw(st.dictionaries(st.sampled_from(matrices), st.just("int8_g64") | by_layer))
     return FrozenConfig(
         architecture=draw(names),
         dim=draw(st.integers(1, 300)),
@@ -278,9 +309,12 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
         o_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         layers=tuple(
-            LayerSpec(*spec, draw(st.sampled_from(NORMS)), draw(st.sampled_from(ACTIVATIONS)))
-            for spec in zip(windows, rope, strict=True)
+            LayerSpec(window, table, draw(st.sampled_from(NORMS)), activation)
+            for window, table, activation in zip(windows, rope, activations, strict=True)
         ),
+        gate_up_bias=draw(st.booleans()),
+        down_bias=draw(st.booleans()),
+        output_bias=draw(st.booleans()),
         attention_softcap=draw(st.sampled_from([0.0, 50.0])),
         logits_softcap=draw(st.sampled_from([0.0, 30.0])),
         bos_token_id=draw(st.none() | st.just(0)),

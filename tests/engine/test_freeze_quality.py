@@ -20,7 +20,7 @@ from pyengine.cli import main
 from pyengine.cli.freeze import show_quality
 from pyengine.errors import InvalidArgumentError, ModelFormatError
 from pyengine.eval import quality
-from pyengine.freeze import float_forward, open_source
+from pyengine.freeze import open_source, sources
 from pyengine.freeze.float_forward import FloatForward
 from pyengine.freeze.sources import SourceModel
 
@@ -66,7 +66,7 @@ def test_windows_do_not_see_one_another_and_blocks_change_little(tmp_path: Path,
     ids = np.array(fixture.token_ids[:48], np.int64)
     with contextlib.closing(open_source(fixtures.write_hf_dir(fixture, tmp_path / "hf"))) as model:
         wanted = [float32_logits(model, window) for window in (ids[:24], ids[24:])]
-        monkeypatch.setattr(float_forward, "_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(sources, "_BLOCK_ELEMENTS", 1)
         forward = FloatForward(model)
         states = forward.states(ids.reshape(2, 24))
         for window, logits in zip(states, wanted, strict=True):

@@ -29,7 +29,7 @@ from pyengine.freeze import freeze
         ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM'"),
         ({"architectures": None, "model_type": "gpt2"}, "architecture 'gpt2'"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        (QWEN2 | {"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantized already"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type 'yarn'"),

@@ -106,8 +106,10 @@ SPLITS = {
     ],
 }  # fmt: skip
 SPLITS["llama3"] = SPLITS["llama-v3"] = SPLITS["dbrx"] = SPLITS["smaug-bpe"] = SPLITS["llama-bpe"]
-SPLITS["deepseek-r1-qwen"] = SPLITS["qwen2"]
-SPLITS["starcoder"] = SPLITS["refact"] = SPLITS["smollm"]
+SPLITS["glm4"] = SPLITS["chatglm-bpe"] = SPLITS["llama-bpe"]
+SPLITS["deepseek-r1-qwen"] = SPLITS["stablelm2"] = SPLITS["seed-coder"] = SPLITS["qwen2"]
+SPLITS["starcoder"] = SPLITS["refact"] = SPLITS["command-r"] = SPLITS["smollm"]
+SPLITS["phi-2"] = SPLITS["olmo"] = SPLITS["exaone4"] = SPLITS["gpt-2"]
 
 
 @pytest.mark.parametrize("pre", SPLITS)
@@ -120,6 +122,15 @@ def test_gpt_4o_cuts_where_case_changes() -> None:
     text = "HTMLParser camelCase I'LL a/b\n"
     cut = rebuilt(metadata("gpt-4o")).pre_tokenizer.pre_tokenize_str(text)
     assert [text[a:b] for _, (a, b) in cut] == ["HTMLParser", " camel", "Case", " I'LL", " a", "/b", "\n"]
+
+
+def test_seed_coder_cuts_before_line_ends() -> None:
+    """Punctuation keeps them in others."""
+    cuts = {}
+    for pre in ("seed-coder", "qwen2"):
+        cut = rebuilt(metadata(pre)).pre_tokenizer.pre_tokenize_str("a!\nb")
+        cuts[pre] = ["a!\nb"[a:b] for _, (a, b) in cut]
+    assert cuts == {"seed-coder": ["a", "!", "\n", "b"], "qwen2": ["a", "!\n", "b"]}
 
 
 def test_llama_bpe_takes_whole_tokens_before_merging() -> None:

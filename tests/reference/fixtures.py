@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .folds import folded, folded_multipliers, head_dim_of, unfused
+from .folds import LAYER_NORMS, PARALLEL, UNGATED, folded, folded_multipliers, head_dim_of, unfused
 
 DATA = Path(__file__).parent / "data"
 LARGE_KEY_BIAS = 4.0
 TOKENIZER_SIZE = 263  # 3 special tokens, 256 bytes, 4 merges
+
+MLP = ("gate", "up", "down")
 
 # Hugging Face tensor name inside a layer -> ours (FORMAT.md section 2, unfused)
 LAYER_NAMES = {
@@ -38,13 +40,36 @@ LAYER_NAMES = {
     "mlp.gate_proj.weight": "w_gate",
     "mlp.up_proj.weight": "w_up",
     "mlp.down_proj.weight": "w_down",
+    "mlp.shared_expert_gate.weight": "shared_router",
+    **{f"{mlp}.{part}_proj.weight": f"shared.w_{part}" for mlp in ("mlp.shared_expert", "shared_mlp") for part in MLP},
+    **{f"mlp.{part}_proj.bias": f"w_{part}.bias" for part in MLP},
+    "self_attn.dense.weight": "wo",
+    "self_attn.dense.bias": "wo.bias",
+    "mlp.fc1.weight": "w_up",
+    "mlp.fc1.bias": "w_up.bias",
+    "mlp.fc2.weight": "w_down",
+    "mlp.fc2.bias": "w_down.bias",
+    "input_layernorm.bias": "attention_norm.bias",
+    "post_attention_layernorm.bias": "ffn_norm.bias",
+    "mlp.c_fc.weight": "w_up",
+    "mlp.c_fc.bias": "w_up.bias",
+    "mlp.c_proj.weight": "w_down",
+    "mlp.c_proj.bias": "w_down.bias",
 }
 POST_NORM_NAMES = {
     "post_attention_layernorm.weight": "post_attention_norm",
     "pre_feedforward_layernorm.weight": "ffn_norm",
     "post_feedforward_layernorm.weight": "post_ffn_norm",
 }
-NORMS_AFTER = {"gemma2": "rmsnorm_around", "gemma3_text": "rmsnorm_around", "olmo2": "rmsnorm_after"}
+GLM4_NORM_NAMES = {
+    "post_self_attn_layernorm.weight": "post_attention_norm",
+    "post_mlp_layernorm.weight": "post_ffn_norm",
+}
+NORMS_AFTER = {
+    "gemma2": "rmsnorm_around", "gemma3_text": "rmsnorm_around", "glm4": "rmsnorm_around",
+    "olmo2": "rmsnorm_after", "exaone4": "rmsnorm_after",
+}  # fmt: skip
+NO_ROPE_WITHOUT_WINDOW = ("cohere2", "exaone4")
 EXPERT_NAMES = {
     "w1": "w_gate", "w3": "w_up", "w2": "w_down", "gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_down",
 }  # fmt: skip
@@ -52,6 +77,10 @@ MODEL_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings",
     "model.norm.weight": "norm",
     "lm_head.weight": "output",
+    "model.norm.bias": "norm.bias",
+    "model.final_layernorm.weight": "norm",
+    "model.final_layernorm.bias": "norm.bias",
+    "lm_head.bias": "output.bias",
 }
 
 
@@ -119,6 +148,7 @@ def canonical_name(hf_name: str, model_type: str = "llama") -> str:
         _, _, expert, part, _ = rest.split(".")
         return f"layers.{layer}.experts.{expert}.{EXPERT_NAMES[part]}"
     names = LAYER_NAMES if model_type not in NORMS_AFTER else LAYER_NAMES | POST_NORM_NAMES
+    names = LAYER_NAMES | GLM4_NORM_NAMES if model_type == "glm4" else names
     return f"layers.{layer}.{names[rest]}"
 
 
@@ -126,7 +156,7 @@ def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     """Weights for oracle.Oracle and spec_f32.Spec: float32, (rows, columns) or (n)."""
     hf = fixture.hf_config
     weights = {canonical_name(k, hf["model_type"]): w.astype(np.float32) for k, w in unfused(hf, fixture.hf_weights).items()}
-    weights = {key: w.reshape(-1) if key.endswith(".router") else w for key, w in weights.items()}  # a vector of the file
+    weights = {key: w.reshape(-1) if key.endswith("router") else w for key, w in weights.items()}  # vectors of the file
     for i, table in enumerate(rope_tables(fixture)):
         weights[f"rope.{i}.inv_freq"] = table
     return split_key_biases(canonical_config(fixture), folded(hf, weights))
@@ -138,6 +168,8 @@ def rope_tables(fixture: Fixture) -> list[NDArray[np.float32]]:
     tables = [np.pad(table, (0, half - len(table))) for table in np.atleast_2d(fixture.inv_freq)]
     if fixture.hf_config["model_type"] == "gemma3_text":
         tables.reverse()
+    if fixture.hf_config["model_type"] in NO_ROPE_WITHOUT_WINDOW:
+        tables.append(np.zeros(half, np.float32))
     if 0 in (fixture.hf_config.get("no_rope_layers") or ()):
         tables.append(np.zeros(half, np.float32))
     return tables
@@ -162,11 +194,17 @@ def split_key_biases(config: Mapping[str, Any], weights: dict[str, Any]) -> dict
 def canonical_config(fixture: Fixture) -> dict[str, Any]:
     """The keys of FORMAT.md's config.json for a fixture."""
     config = config_from_hf(fixture.hf_config, fixture.hf_weights)
-    if multipliers := folded_multipliers(fixture.hf_config):
+    if (multipliers := folded_multipliers(fixture.hf_config)) != {}:
         config["extra"] = {"folded": multipliers}
     if (fixture.hf_config.get("rope_scaling") or {}).get("type") == "longrope" and n_ctx(fixture) is None:
         config["max_seq_len"] = fixture.hf_config["original_max_position_embeddings"]
     return config
+
+
+def expected_hidden(fixture: Fixture) -> NDArray[np.float32]:
+    """The fixture's hidden states as those of the folded model: without their means where norms subtract them."""
+    mean = fixture.hidden.mean(axis=-1, keepdims=True, dtype=np.float64)
+    return (fixture.hidden - mean).astype(np.float32) if fixture.hf_config["model_type"] in LAYER_NORMS else fixture.hidden
 
 
 def n_ctx(fixture: Fixture) -> int | None:
@@ -180,18 +218,24 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     present = set(weight_names)
     eos = hf["eos_token_id"]
     window: Any = 0
-    if hf["model_type"] in ("mistral", "phi3", "mixtral"):
+    if hf["model_type"] in ("mistral", "phi3", "mixtral", "starcoder2"):
         window = hf.get("sliding_window") or 0
+    elif hf["model_type"] in (*NO_ROPE_WITHOUT_WINDOW, "ministral"):
+        window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     elif hf["model_type"].startswith("gemma"):
         pattern = hf.get("sliding_window_pattern", 2)
         window = [hf["sliding_window"] if (i + 1) % pattern else 0 for i in range(hf["num_hidden_layers"])]
     elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
-    qkv_bias = "model.layers.0.self_attn.q_proj.bias" in present
+    qkv_bias = not present.isdisjoint({"model.layers.0.self_attn.q_proj.bias", "model.layers.0.input_layernorm.bias"})
     qk_norm = "model.layers.0.self_attn.q_norm.weight" in present
-    norm = NORMS_AFTER.get(hf["model_type"], "rmsnorm")
+    norm = "rmsnorm_parallel" if hf["model_type"] in PARALLEL else NORMS_AFTER.get(hf["model_type"], "rmsnorm")
     activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
-    return _optional_keys(hf) | {
+    if hf["model_type"] in UNGATED:
+        activation = "gelu_tanh"
+    biases = {"gate_up_bias": _FC_BIASES, "down_bias": _DOWN_BIASES, "output_bias": ("model.norm.bias", "lm_head.bias")}
+    o_bias = not present.isdisjoint({"model.layers.0.self_attn.o_proj.bias", "model.layers.0.self_attn.dense.bias"})
+    return _optional_keys(hf) | {key: True for key, names in biases.items() if present & set(names)} | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
         "hidden_dim": hf.get("moe_intermediate_size", hf["intermediate_size"]),
@@ -201,10 +245,10 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "head_dim": head_dim_of(hf),
         "vocab_size": hf["vocab_size"],
         "max_seq_len": hf["max_position_embeddings"],
-        "norm_eps": hf["rms_norm_eps"],
-        "tie_embeddings": hf["tie_word_embeddings"],
+        "norm_eps": next((hf[key] for key in ("norm_epsilon", "layer_norm_eps", "rms_norm_eps") if key in hf), 1e-5),
+        "tie_embeddings": hf["tie_word_embeddings"] and hf["model_type"] not in LAYER_NORMS,
         "qkv_bias": qkv_bias,
-        "o_bias": "model.layers.0.self_attn.o_proj.bias" in present,
+        "o_bias": o_bias,
         "qk_norm": qk_norm,
         "layers": {"window": window, "rope": _rope(hf), "norm": norm, "activation": activation},
         "bos_token_id": hf["bos_token_id"],
@@ -214,6 +258,10 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     }
 
 
+_FC_BIASES = tuple(f"model.layers.0.{name}.bias" for name in ("post_attention_layernorm", "mlp.c_fc", "mlp.fc1", "mlp.up_proj"))
+_DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "fc2", "down_proj"))
+
+
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Those keys that a file leaves out where they say nothing."""
     keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] in ("olmo2", "olmoe") else {}
@@ -221,6 +269,8 @@ def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
         keys |= {"n_experts": n_experts, "n_experts_used": hf["num_experts_per_tok"]}
         if hf.get("norm_topk_prob", True):
             keys["experts_normalized"] = True
+        if shared := hf.get("shared_expert_intermediate_size", hf.get("shared_intermediate_size")):
+            keys |= {"shared_hidden_dim": shared} | ({"shared_gated": True} if "norm_topk_prob" in hf else {})
     for name, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping")):
         if hf.get(key):
             keys[name] = hf[key]
@@ -229,6 +279,8 @@ def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(hf: Mapping[str, Any]) -> Any:
     """Every layer's table: the second one for SmolLM3's layers without RoPE and for Gemma 3's without a window."""
+    if hf["model_type"] in NO_ROPE_WITHOUT_WINDOW:
+        return [int(kind == "full_attention") for kind in hf["layer_types"]]
     if hf["model_type"] == "gemma3_text":  # the fixture has full_attention's table first, the file that of layer 0
         return [0 if (i + 1) % hf["sliding_window_pattern"] else 1 for i in range(hf["num_hidden_layers"])]
     has_rope = hf.get("no_rope_layers")

@@ -21,14 +21,17 @@ def head_dim_of(hf: Mapping[str, Any]) -> int:
 
 
 def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weights:
-    """Phi-3's qkv_proj and gate_up_proj as five matrices, Granite-MoE's input_linear and output_linear as three of each expert,
-    under the names of other models."""
+    """Phi-3's qkv_proj and gate_up_proj as five matrices, Granite-MoE's input_linear and output_linear as three of each expert
+    and of the shared one, under the names of other models."""
     q = hf["num_attention_heads"] * head_dim_of(hf)
     kv = hf["num_key_value_heads"] * head_dim_of(hf)
     cuts = {
         "qkv_proj": (("q_proj", 0, q), ("k_proj", q, q + kv), ("v_proj", q + kv, q + 2 * kv)),
         "gate_up_proj": (("gate_proj", 0, hf["intermediate_size"]), ("up_proj", hf["intermediate_size"], None)),
     }
+    shared = hf.get("shared_intermediate_size", 0)
+    cuts["input_linear"] = (("gate_proj", 0, shared), ("up_proj", shared, None))
+    cuts["output_linear"] = (("down_proj", None, None),)
     parts: Weights = {}
     for name, w in weights.items():
         stem = name.removesuffix(".weight").rpartition(".")[2]
@@ -74,15 +77,19 @@ def _granite(hf: Mapping[str, Any], weights: Weights) -> None:
     weights["norm"] = _scale(weights["norm"], 1 / (hf["embedding_multiplier"] * hf["logits_scaling"]))
 
 
-def _phi3(hf: Mapping[str, Any], weights: Weights) -> None:
-    """Pair i of the turned elements, (i, i + turned / 2), becomes (i, i + head_dim / 2); what is not turned follows."""
+def _turned_first(hf: Mapping[str, Any], weights: Weights) -> None:
+    """Pair i of the turned elements, (i, i + turned / 2) or (2i, 2i + 1), becomes (i, i + head_dim / 2); what is not turned
+    follows."""
     head_dim, n = head_dim_of(hf), turned(hf)
     place = np.empty(head_dim, int)  # of a source's element
-    place[: n // 2] = np.arange(n // 2)
-    place[n // 2 : n] = head_dim // 2 + np.arange(n // 2)
+    first, second = slice(0, n // 2), slice(n // 2, n)
+    if hf["model_type"] in INTERLEAVED:
+        first, second = slice(0, n, 2), slice(1, n, 2)
+    place[first] = np.arange(n // 2)
+    place[second] = head_dim // 2 + np.arange(n // 2)
     place[n:] = np.concatenate([np.arange(n // 2, head_dim // 2), np.arange(head_dim // 2 + n // 2, head_dim)])
-    for name in [name for name in weights if name.endswith((".wq", ".wk"))]:
-        heads = weights[name].reshape(-1, head_dim, weights[name].shape[1]).astype(np.float64)
+    for name in [name for name in weights if name.endswith((".wq", ".wk", ".wq.bias", ".wk.bias"))]:
+        heads = weights[name].reshape(-1, head_dim, *weights[name].shape[1:]).astype(np.float64)
         if name.endswith(".wq"):
             heads[:, :n] *= long_rope_amplitude(hf) ** 2
         moved = np.empty_like(heads)
@@ -104,7 +111,53 @@ def _gemma(hf: Mapping[str, Any], weights: Weights) -> None:
         _multiply(weights, ".wq", math.sqrt(head_dim_of(hf) / hf["query_pre_attn_scalar"]))
 
 
-FOLDS = {"granite": _granite, "granitemoe": _granite, "phi3": _phi3, "gemma2": _gemma, "gemma3_text": _gemma}
+# LayerNorm(x) = RMSNorm(x - mean(x)) * w + b. What is added to the stream loses its mean; b goes through the
+# matrices that read it.
+NORM_READERS = {"attention_norm": ("wq", "wk", "wv"), "ffn_norm": ("w_gate", "w_up")}
+
+
+def _centered(w: NDArray[Any], axis: int) -> NDArray[np.float32]:
+    wide = w.astype(np.float64)
+    return (wide - wide.sum(axis=axis, keepdims=True) / wide.shape[axis]).astype(np.float32)
+
+
+def _layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
+    if hf.get("tie_word_embeddings"):
+        weights["output"] = weights["tok_embeddings"]
+    weights["tok_embeddings"] = _centered(weights["tok_embeddings"], 1)
+    for name in [name for name in weights if name.endswith((".wo", ".wo.bias", ".w_down", ".w_down.bias"))]:
+        weights[name] = _centered(weights[name], 0)
+    for name in [name for name in weights if name.endswith("norm.bias")]:
+        layer, _, norm = name.removesuffix(".bias").rpartition(".")
+        b = weights.pop(name).astype(np.float64)
+        readers = [f"{layer}.{matrix}" for matrix in NORM_READERS[norm]] if layer else ["output"]
+        if layer and hf["model_type"] in PARALLEL:
+            readers += [f"{layer}.{matrix}" for matrix in NORM_READERS["ffn_norm"]]
+        for reader in readers:
+            if reader in weights:
+                own = weights.get(f"{reader}.bias", np.zeros(1))
+                weights[f"{reader}.bias"] = (own.astype(np.float64) + weights[reader].astype(np.float64) @ b).astype(np.float32)
+
+
+LAYER_NORMS = ("starcoder2", "stablelm", "phi", "cohere", "cohere2", "olmo")
+PARALLEL = ("phi", "cohere", "cohere2")
+UNGATED = ("starcoder2", "phi")
+INTERLEAVED = ("glm", "glm4", "ernie4_5", "cohere", "cohere2")  # RoPE turns elements 2i and 2i + 1
+
+
+def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
+    if hf["model_type"] == "olmo":
+        norms = [f"layers.{i}.{norm}" for i in range(hf["num_hidden_layers"]) for norm in NORM_READERS]
+        weights |= {name: np.ones(hf["hidden_size"], np.float32) for name in (*norms, "norm")}
+    _layer_norm(hf, weights)
+    _turned_first(hf, weights)
+    weights["norm"] = _scale(weights["norm"], hf.get("logit_scale", 1.0))
+
+
+FOLDS = {
+    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
+    **dict.fromkeys(("phi3", "glm", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
+}  # fmt: skip
 
 
 def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
@@ -115,11 +168,14 @@ def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
     return weights
 
 
-def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float]:
-    """The same of the matrices that an adapter may change, by the file's names of their parts: what `extra.folded` says."""
+def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float] | bool:
+    """The same of the matrices that an adapter may change, by the file's names of their parts: what `extra.folded` says. False
+    where they are changed otherwise."""
+    if hf["model_type"] in (*LAYER_NORMS, *INTERLEAVED, "phi3"):
+        return False
     if hf["model_type"] == "gemma2":
         return {"q": hf["query_pre_attn_scalar"] ** -0.5 * math.sqrt(head_dim_of(hf))}
-    if hf["model_type"] not in ("granite", "granitemoe"):
+    if not hf["model_type"].startswith("granite"):
         return {}
     residual = hf["residual_multiplier"]
     return {"q": hf["attention_multiplier"] * math.sqrt(head_dim_of(hf)), "wo": residual, "down": residual}

@@ -67,15 +67,15 @@ def _matrices(base: str, codes: NDArray[Any], scales: NDArray[Any], config: dict
     n_panels, n_groups = codes.shape[:2]
     scales = scales[: n_panels * n_groups * 16].reshape(n_panels, n_groups, 16)
     layer, _, kind = base.rpartition(".")
+    n = config["shared_hidden_dim" if layer.endswith(".shared") else "hidden_dim"]
     if kind == "w_gate_up":
         gate, up = (_from_panels(codes[i::2], scales[i::2]) for i in (0, 1))
-        n = config["hidden_dim"]
         return {f"{layer}.w_gate": _rows(gate, 0, n), f"{layer}.w_up": _rows(up, 0, n)}
     matrix = _from_panels(codes, scales)
     if kind == "wqkv":
         begins = _qkv_rows(config)
         return {f"{layer}.{name}": _rows(matrix, begin, end) for name, (begin, end) in begins.items()}
-    n_rows = config["vocab_size"] if not layer else config["dim"]
+    n_rows = config["vocab_size"] if not layer else n if kind == "w_up" else config["dim"]
     return {base: _rows(matrix, 0, n_rows)}
 
 
@@ -83,6 +83,14 @@ def _vectors(name: str, values: NDArray[Any], config: dict[str, Any]) -> dict[st
     layer, _, _ = name.rpartition(".wqkv.bias")
     if layer:
         return {f"{layer}.{k}.bias": values[b:e] for k, (b, e) in _qkv_rows(config).items()}
+    layer, _, _ = name.rpartition(".w_gate_up.bias")
+    if layer:
+        panels, n = values.reshape(-1, 2, 16), config["hidden_dim"]
+        return {f"{layer}.w_{half}.bias": panels[:, i].reshape(-1)[:n] for i, half in enumerate(("gate", "up"))}
+    if name.endswith(".w_up.bias"):
+        return {name: values[: config["hidden_dim"]]}
+    if name == "output.bias":
+        return {name: values[: config["vocab_size"]]}
     if name.endswith("key_bias"):
         return {name: values[: config["n_kv_heads"] * config["head_dim"]]}
     if name.endswith(("q_norm", "k_norm")) and config.get("qk_norm_all_heads"):

@@ -21,16 +21,20 @@ from .folds import head_dim_of, turned
 ARCHITECTURES = {
     "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
     "gemma3_text": "gemma3", "olmo2": "olmo2", "mixtral": "llama", "qwen3_moe": "qwen3moe",
-    "olmoe": "olmoe", "granitemoe": "granitemoe",
+    "olmoe": "olmoe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe",
+    "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
+    "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
 }  # fmt: skip
-PERMUTED = ("llama", "granite", "granitemoe", "smollm3")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 
 
 def expressible(fixture: Fixture) -> Fixture:
-    """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there, and whether the
-    weights of experts sum to 1 is the architecture's."""
+    """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there, whether the
+    weights of experts sum to 1 is the architecture's, and converters leave StarCoder2's window out."""
     if "norm_topk_prob" in fixture.hf_config:
-        return replace(fixture, hf_config=fixture.hf_config | {"norm_topk_prob": fixture.hf_config["model_type"] != "olmoe"})
+        return replace(fixture, hf_config=fixture.hf_config | {"norm_topk_prob": fixture.hf_config["model_type"] == "qwen3_moe"})
+    if fixture.hf_config["model_type"] == "starcoder2":
+        return replace(fixture, hf_config=fixture.hf_config | {"sliding_window": None})
     if "query_pre_attn_scalar" not in fixture.hf_config:
         return fixture
     return replace(fixture, hf_config=fixture.hf_config | {"query_pre_attn_scalar": head_dim_of(fixture.hf_config)})
@@ -59,6 +63,7 @@ def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
     names = gguf.get_tensor_name_map(kind, hf["num_hidden_layers"])
     tensors: dict[str, NDArray[Any]] = {}
     for name, w in _stacked(fixture.hf_weights).items():
+        name = name.replace("shared_mlp.", "mlp.shared_expert.")
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         tensors[target] = _converted(hf, arch, name, w)
@@ -74,7 +79,12 @@ def _stacked(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     stacked: dict[str, Any] = {}
     for name, w in weights.items():
         before, found, after = name.partition(".experts.")
-        if name.endswith("input_linear.weight"):
+        if name.endswith("input_linear.weight") and w.ndim == 2:
+            for half, part in zip(np.split(w, 2), ("gate_proj", "up_proj"), strict=True):
+                stacked[name.replace("input_linear", part)] = half
+        elif name.endswith("shared_mlp.output_linear.weight"):
+            stacked[name.replace("output_linear", "down_proj")] = w
+        elif name.endswith("input_linear.weight"):
             for half, part in zip(np.split(w, 2, axis=1), ("w1", "w3"), strict=True):
                 stacked[name.replace("input_linear", f"experts.{part}")] = half
         elif found:
@@ -103,7 +113,10 @@ def _add_sizes(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_feed_forward_length(hf["intermediate_size"])
     writer.add_head_count(hf["num_attention_heads"])
     writer.add_head_count_kv(hf["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    if "rms_norm_eps" in hf:
+        writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    else:
+        writer.add_layer_norm_eps(hf.get("norm_epsilon", hf.get("layer_norm_eps", 1e-5)))
     writer.add_rope_freq_base(hf["rope_theta"])
 
 
@@ -150,8 +163,31 @@ def _experts(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_expert_used_count(hf["num_experts_per_tok"])
     if "moe_intermediate_size" in hf:
         writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+    if shared := hf.get("shared_expert_intermediate_size", hf.get("shared_intermediate_size")):
+        writer.add_expert_shared_feed_forward_length(shared)
+    if "head_dim" in hf:
         writer.add_key_length(hf["head_dim"])
         writer.add_value_length(hf["head_dim"])
+
+
+def _rotary(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_count(turned(hf))
+    if "use_parallel_residual" in hf:
+        writer.add_parallel_residual(hf["use_parallel_residual"])
+    if "head_dim" in hf:
+        writer.add_key_length(hf["head_dim"])
+        writer.add_value_length(hf["head_dim"])
+
+
+def _windows(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_sliding_window(hf["sliding_window"])
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in hf["layer_types"]])
+
+
+def _command_r(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_logit_scale(hf["logit_scale"])
+    if "layer_types" in hf:
+        _windows(writer, hf)
 
 
 def _granite_moe(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
@@ -162,7 +198,10 @@ def _granite_moe(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
 EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "granite": _granite, "phi3": _phi3, "smollm3": _smollm3, "gemma2": _gemma, "gemma3": _gemma,
     "olmo2": _olmo2, "llama": _experts, "qwen3moe": _experts,
-    "olmoe": _experts, "granitemoe": _granite_moe,
+    "olmoe": _experts, "granitemoe": _granite_moe, "qwen2moe": _experts, "starcoder2": lambda _writer, _hf: None,
+    "chatglm": _rotary, "glm4": _rotary, "ernie4_5": _rotary, "seed_oss": _rotary,
+    "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
+    "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
 }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "llama_linear_bias": (
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **shape(96, 88, 3, 1),
-         "tie_word_embeddings": True, "attention_bias": True,
+         "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True,
          "rope_scaling": {"type": "linear", "factor": 4.0}},
         48,
     ),
@@ -225,6 +225,86 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "residual_multiplier": 0.22, "logits_scaling": 6.0},
         48,
     ),
+    "qwen2_moe": (
+        {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], **shape(48, 72, 3, 1),
+         "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False,
+         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 56,
+         "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        48,
+    ),
+    "granite_moe_shared": (
+        {"model_type": "granitemoeshared", "architectures": ["GraniteMoeSharedForCausalLM"], **shape(48, 40, 3, 1),
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "attention_bias": False, "num_local_experts": 5,
+         "num_experts_per_tok": 3, "shared_intermediate_size": 24, "embedding_multiplier": 12.0,
+         "attention_multiplier": 0.0625, "residual_multiplier": 0.22, "logits_scaling": 6.0},
+        48,
+    ),
+    "starcoder2": (
+        {"model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"], **shape(48, 72, 3, 1),
+         "tie_word_embeddings": True, "rms_norm_eps": None, "norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh",
+         "use_bias": True, "sliding_window": 20, "rope_theta": 100000.0},
+        48,
+    ),
+    "glm": (
+        {"model_type": "glm", "architectures": ["GlmForCausalLM"], **shape(32, 40, 2, 1, 16), "tie_word_embeddings": False,
+         "attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": 2},
+        48,
+    ),
+    "ministral": (
+        {"model_type": "ministral", "architectures": ["MinistralForCausalLM"], **shape(32, 40, 3, 1, 16),
+         "tie_word_embeddings": False, "sliding_window": 20, "layer_types": ["full_attention", "sliding_attention"]},
+        48,
+    ),
+    "glm4": (
+        {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], **shape(32, 40, 2, 1, 16), "tie_word_embeddings": False,
+         "attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": 2},
+        48,
+    ),
+    "exaone4": (
+        {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"], **shape(32, 40, 2, 1), "tie_word_embeddings": True,
+         "sliding_window": 20, "sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"],
+         "rope_theta": 1000000.0},
+        48,
+    ),
+    "ernie4_5": (
+        {"model_type": "ernie4_5", "architectures": ["Ernie4_5ForCausalLM"], **shape(32, 40, 2, 1, 16),
+         "tie_word_embeddings": True, "use_bias": True, "rope_theta": 500000.0},
+        48,
+    ),
+    "seed_oss": (
+        {"model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], **shape(32, 40, 3, 1, 16),
+         "tie_word_embeddings": False, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False,
+         "attention_dropout": 0.0, "residual_dropout": 0.0},
+        48,
+    ),
+    "cohere": (
+        {"model_type": "cohere", "architectures": ["CohereForCausalLM"], **shape(48, 40, 3, 1), "tie_word_embeddings": True,
+         "rms_norm_eps": None, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "attention_bias": False, "use_qk_norm": False},
+        48,
+    ),
+    "cohere2": (
+        {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], **shape(48, 40, 3, 1), "tie_word_embeddings": True,
+         "rms_norm_eps": None, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "attention_bias": False, "sliding_window": 20,
+         "layer_types": ["sliding_attention", "full_attention"]},
+        48,
+    ),
+    "phi2": (
+        {"model_type": "phi", "architectures": ["PhiForCausalLM"], **shape(48, 72, 3, 3), "tie_word_embeddings": False,
+         "rms_norm_eps": None, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5,
+         "qk_layernorm": False},
+        48,
+    ),
+    "stablelm": (
+        {"model_type": "stablelm", "architectures": ["StableLmForCausalLM"], **shape(48, 72, 3, 3), "tie_word_embeddings": False,
+         "rms_norm_eps": None, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_qkv_bias": True,
+         "qk_layernorm": False, "use_parallel_residual": False},
+        48,
+    ),
+    "olmo": (
+        {"model_type": "olmo", "architectures": ["OlmoForCausalLM"], **shape(48, 40, 3, 3), "tie_word_embeddings": False,
+         "rms_norm_eps": None, "attention_bias": False, "clip_qkv": None},
+        48,
+    ),
 }  # fmt: skip
 
 LOUD_CHANNELS, LOUDNESS = (5, 33), 5.0  # of the embeddings of the fixtures that MAGNITUDES names
@@ -259,6 +339,18 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
         "experts.gate_up_proj": (0.0, 2.4), "router.weight": (0.0, 3.0),
         "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (18.0, 4.0),
     },
+    "qwen2_moe": {"mlp.gate.weight": (0.0, 3.0), "shared_expert_gate.weight": (0.0, 2.0), "model.norm.weight": (0.9, 0.1)},
+    "granite_moe_shared": {
+        "q_proj.weight": (0.0, 4.0), "k_proj.weight": (0.0, 4.0), "o_proj.weight": (0.0, 4.0), "output_linear.weight": (0.0, 2.0),
+        "input_linear.weight": (0.0, 2.4), "router.layer.weight": (0.0, 8.0),
+        "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (6.0, 1.0),
+    },
+    "starcoder2": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (0.6, 0.1)},
+    "cohere": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (7.0, 1.0)},
+    "cohere2": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (2.0, 0.3)},
+    "phi2": {"embed_tokens.weight": (0.1, 2.0), "final_layernorm.weight": (0.7, 0.1)},
+    "stablelm": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (0.7, 0.1)},
+    "olmo": {"embed_tokens.weight": (0.1, 2.0), "lm_head.weight": (0.0, 0.8)},
     "olmo2": {
         "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
         "model.norm.weight": (1.5, 0.3),
@@ -303,12 +395,17 @@ def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Gene
         value[:, list(LOUD_CHANNELS)] *= LOUDNESS
         if name == "olmo2":  # no norm before layer 0: an equal maximum in every group, or codes of codes would be ties
             value[:, list(LOUD_CHANNELS)] = 1.25 * value[:, list(LOUD_CHANNELS)].sign()
-    elif w.ndim > 1 and w.shape[-1] > max(LOUD_CHANNELS) and "o_proj" not in key and "down_proj" not in key:
+    elif w.ndim > 1 and w.shape[-1] > max(LOUD_CHANNELS) and not key.endswith(WRITERS):
         value[..., list(LOUD_CHANNELS)] /= LOUDNESS  # who reads the stream is used to them
     elif key == "model.norm.weight":  # Gemma's gain is 1 + w
         gain = value[list(LOUD_CHANNELS)] + (1.0 if name in ("gemma2", "gemma3") else 0.0)
         value[list(LOUD_CHANNELS)] += gain / LOUDNESS**2 - gain
     return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim > 1 else value
+
+
+WRITERS = (  # to the residual stream
+    "o_proj.weight", "down_proj", "down_proj.weight", "output_linear.weight", "c_proj.weight", "dense.weight", "fc2.weight",
+)  # fmt: skip
 
 
 def published(name: str, key: str, w: np.ndarray) -> dict[str, np.ndarray]:

@@ -129,7 +129,7 @@ def gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
 
 
-GATES = {"swiglu": silu, "geglu_tanh": gelu_tanh}
+GATES = {"swiglu": silu, "geglu_tanh": gelu_tanh, "gelu_tanh": gelu_tanh}  # the last one gates nothing
 
 
 def softcap(x: Array, cap: float) -> Array:
@@ -281,18 +281,35 @@ class Oracle:
         o = self._through_codes(trace, "attention", o)
         trace["x_attention"] = x = x + self._norm_if_there(f"layers.{layer}.post_attention_norm", self._linear(layer, "wo", o))
 
-        trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
-        xn_exact, xn = xn, self._through_codes(trace, "ffn_normed", xn)
+        parallel = layer_field(cfg, "norm", layer) == "rmsnorm_parallel"
+        xn = trace["attention_normed"] if parallel else self._norm_if_there(f"layers.{layer}.ffn_norm", x)
+        trace["ffn_normed"] = xn_exact = xn
+        xn = self._through_codes(trace, "ffn_normed", xn)
         if cfg.get("n_experts"):
             branch = self._experts(layer, trace, xn_exact, xn)
             trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch)
             return trace
-        trace["gate"] = gate = self._linear(layer, "w_gate", xn)
-        trace["up"] = up = self._linear(layer, "w_up", xn)
-        trace["h"] = h = GATES[layer_field(cfg, "activation", layer)](gate) * up
-        h = self._through_codes(trace, "h", h)
+        h = self._through_codes(trace, "h", self._hidden(layer, trace, "", xn))
         trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", self._linear(layer, "w_down", h))
         return trace
+
+    def _hidden(self, layer: int, trace: Trace, prefix: str, xn: Array) -> Array:
+        """What the activation of an MLP gives, (n_tokens, hidden_dim)."""
+        activation = layer_field(self.config, "activation", layer)
+        trace[f"{prefix}up"] = up = self._linear(layer, f"{prefix}w_up", xn)
+        if activation == "gelu_tanh":
+            trace[f"{prefix}h"] = GATES[activation](up)
+        else:
+            trace[f"{prefix}gate"] = gate = self._linear(layer, f"{prefix}w_gate", xn)
+            trace[f"{prefix}h"] = GATES[activation](gate) * up
+        return trace[f"{prefix}h"]
+
+    def _shared_expert(self, layer: int, trace: Trace, xn_exact: Array, xn: Array) -> Array:
+        h = self._through_codes(trace, "shared.h", self._hidden(layer, trace, "shared.", xn))
+        y = self._linear(layer, "shared.w_down", h)
+        if not self.config.get("shared_gated"):
+            return y
+        return y / (1.0 + np.exp(-xn_exact @ self.weights[f"layers.{layer}.shared_router"]))[:, None]
 
     def _experts(self, layer: int, trace: Trace, xn_exact: Array, xn: Array) -> Array:
         """The router sees xn_exact (n_tokens, dim), the experts xn -> (n_tokens, dim)."""
@@ -312,7 +329,7 @@ class Oracle:
             codes.append(list(row_codes.values()))
         if self.quantized:
             trace["h_codes"] = np.array(codes)
-        return out
+        return out + self._shared_expert(layer, trace, xn_exact, xn) if cfg.get("shared_hidden_dim") else out
 
     def embed(self, token_ids: ArrayLike) -> Array:
         """(n_tokens) -> (n_tokens, dim), the rows of the embedding as the file holds them."""
@@ -329,7 +346,7 @@ class Oracle:
         """The last layer's output (n_tokens, dim) -> logits (n_tokens, vocab_size)."""
         xn = self._through_codes({}, "normed", self._norm("norm", x))
         tied = self.config["tie_embeddings"]
-        logits = xn @ self.weights["tok_embeddings" if tied else "output"].T
+        logits = xn @ self.weights["tok_embeddings" if tied else "output"].T + self.weights.get("output.bias", 0.0)
         return softcap(logits, self.config.get("logits_softcap", 0))
 
     def logits(self, token_ids: ArrayLike) -> Array:

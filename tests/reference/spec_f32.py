@@ -169,6 +169,10 @@ def geglu_tanh(gate: F32, up: F32) -> F32:
     return (gate * (f32(1) / (f32(1) + exp(-z)))) * up
 
 
+def gelu_tanh(up: F32) -> F32:
+    return geglu_tanh(up, np.ones_like(up))
+
+
 GATES = {"swiglu": swiglu, "geglu_tanh": geglu_tanh}
 
 
@@ -180,14 +184,19 @@ def softcap(x: F32, cap: float) -> F32:
     return f32(cap) * ((e - f32(1)) / (e + f32(1)))
 
 
+def dots(x: F32, w: F32) -> F32:
+    """x (n_tokens, n), w (n_rows, n) -> the 16-lane sums of products, (n_tokens, n_rows)."""
+    pad = [(0, 0), (0, -x.shape[1] % LANES)]
+    x, w = np.pad(x, pad), np.pad(w, pad)
+    a = np.zeros((len(x), len(w), LANES), dtype=f32)
+    for i in range(0, x.shape[1], LANES):
+        a = fmaf(x[:, None, i : i + LANES], w[None, :, i : i + LANES], a)
+    return _tree(a)
+
+
 def route(x: F32, router: F32, n_used: int, normalized: bool) -> tuple[Array, F32]:
     """x (n_tokens, dim), router (n_experts, dim) -> which experts each row takes, and their weights, (n_tokens, n_experts)."""
-    pad = [(0, 0), (0, -x.shape[1] % LANES)]
-    x, router = np.pad(x, pad), np.pad(router, pad)
-    a = np.zeros((len(x), len(router), LANES), dtype=f32)
-    for i in range(0, x.shape[1], LANES):
-        a = fmaf(x[:, None, i : i + LANES], router[None, :, i : i + LANES], a)
-    logits = _tree(a)
+    logits = dots(x, router)
     order = np.argsort(-logits, axis=1, kind="stable")  # ties: the lower index
     taken = np.zeros(logits.shape, bool)
     np.put_along_axis(taken, order[:, :n_used], True, axis=1)
@@ -211,14 +220,9 @@ class LowRank:
 
     def product(self, x: F32) -> F32:
         """x (n_tokens, columns), the row before it is quantized -> (n_tokens, rows)."""
-        pad = [(0, 0), (0, -x.shape[1] % LANES)]
-        x, a = np.pad(x, pad), np.pad(self.a, pad)
-        lanes = np.zeros((len(x), len(a), LANES), dtype=f32)
-        for i in range(0, x.shape[1], LANES):
-            lanes = fmaf(x[:, None, i : i + LANES], a[None, :, i : i + LANES], lanes)
-        t = _tree(lanes) * f32(self.scale)
+        t = dots(x, self.a) * f32(self.scale)
         d = np.zeros((len(x), len(self.b)), dtype=f32)
-        for k in range(len(a)):
+        for k in range(len(self.a)):
             d = fmaf(t[:, k, None], self.b[:, k], d)
         return d
 
@@ -430,6 +434,11 @@ class Spec:
         trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
         trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
         o_q = self._quantize_input(trace, "attention", o)
+        if layer_field(cfg, "norm", layer) == "rmsnorm_parallel":
+            h = self._hidden(layer, trace, "", x_q, xn)
+            mlp = self._linear(layer, "w_down", self._quantize_input(trace, "h", h)) + x
+            trace.update(ffn_normed=xn, ffn_normed_codes=x_q[0], out=self._linear(layer, "wo", o_q) + mlp)
+            return trace
         trace["x_attention"] = x = self._add(layer, "wo", "post_attention_norm", x, o_q, o)
 
         trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
@@ -438,11 +447,27 @@ class Spec:
             branch = self._experts(layer, trace, xn, x_q)
             trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
             return trace
-        trace["gate"] = gate = self._adapted(layer, "w_gate", x_q, xn)
-        trace["up"] = up = self._adapted(layer, "w_up", x_q, xn)
-        trace["h"] = h = GATES[layer_field(cfg, "activation", layer)](gate, up)
+        h = self._hidden(layer, trace, "", x_q, xn)
         trace["out"] = self._add(layer, "w_down", "post_ffn_norm", x, self._quantize_input(trace, "h", h), h)
         return trace
+
+    def _hidden(self, layer: int, trace: Trace, prefix: str, x_q: tuple[Array, F32], xn: F32) -> F32:
+        """What the activation of an MLP gives, (n_tokens, hidden_dim)."""
+        activation = layer_field(self.config, "activation", layer)
+        trace[f"{prefix}up"] = up = self._adapted(layer, f"{prefix}w_up", x_q, xn)
+        if activation == "gelu_tanh":
+            trace[f"{prefix}h"] = gelu_tanh(up)
+        else:
+            trace[f"{prefix}gate"] = gate = self._adapted(layer, f"{prefix}w_gate", x_q, xn)
+            trace[f"{prefix}h"] = GATES[activation](gate, up)
+        return trace[f"{prefix}h"]
+
+    def _add_shared(self, layer: int, trace: Trace, xn: F32, x_q: tuple[Array, F32], total: F32) -> F32:
+        h_q = self._quantize_input(trace, "shared.h", self._hidden(layer, trace, "shared.", x_q, xn))
+        weight = np.ones(len(xn), f32)
+        if self.config.get("shared_gated"):
+            weight = f32(1) / (f32(1) + exp(-dots(xn, self.vectors[f"layers.{layer}.shared_router"][None])[:, 0]))
+        return fmaf(weight[:, None], self._linear(layer, "shared.w_down", h_q), total)
 
     def _experts(self, layer: int, trace: Trace, xn: F32, x_q: tuple[Array, F32]) -> F32:
         """xn (n_tokens, dim) and its codes -> what the experts of each row give, (n_tokens, dim)."""
@@ -460,7 +485,7 @@ class Spec:
             h_q = quantize_turned(gate_of(gate, up))
             codes[rows, slots[rows, e]] = h_q[0]
             total[rows] = fmaf(weights[rows, e, None], self._linear(layer, f"experts.{e}.w_down", h_q), total[rows])
-        return total
+        return self._add_shared(layer, trace, xn, x_q, total) if cfg.get("shared_hidden_dim") else total
 
     def embed(self, token_ids: ArrayLike) -> F32:
         """(n_tokens) -> (n_tokens, dim): code * scale, turned back."""
@@ -480,6 +505,7 @@ class Spec:
         x_q = self._quantize_input({}, "normed", self._norm("norm", x))
         tied = self.config["tie_embeddings"]
         logits = matmul(*x_q, self.matrices["tok_embeddings" if tied else "output"])
+        logits = logits + self.vectors["output.bias"] if "output.bias" in self.vectors else logits
         return softcap(logits, self.config.get("logits_softcap", 0))
 
     def logits(self, token_ids: ArrayLike) -> F32:

@@ -6,19 +6,29 @@ from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
 from .base import Architecture
+from .cohere import COMMAND_R, COMMAND_R7B
+from .ernie import ERNIE
+from .exaone4 import EXAONE4
 from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
-from .granite import GRANITE, GRANITE_MOE
-from .llama import LLAMA, MISTRAL
-from .mixture import MIXTRAL, OLMOE, QWEN3_MOE
+from .glm4 import GLM, GLM4
+from .granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
+from .llama import LLAMA, MINISTRAL, MISTRAL
+from .mixture import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from .olmo import OLMO
 from .olmo2 import OLMO2
+from .phi import PHI2
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
+from .seed_oss import SEED_OSS
 from .smollm3 import SMOLLM3
+from .stablelm import STABLELM
+from .starcoder2 import STARCODER2
 
 # Mistral's GGUF files call themselves "llama": of equal names the first counts.
 ARCHITECTURES = (
-    LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, MIXTRAL, QWEN3_MOE, OLMOE,
-    GRANITE_MOE,
+    LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, STARCODER2,
+    GLM, GLM4, EXAONE4, ERNIE, SEED_OSS, COMMAND_R, COMMAND_R7B, PHI2, STABLELM, OLMO,
+    MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED,
 )  # fmt: skip
 
 
@@ -44,12 +54,14 @@ def architecture_of_hf(config: dict[str, Any]) -> Architecture:
     return found
 
 
-def architecture_of_gguf(name: str, *, has_experts: bool) -> Architecture:
-    """By ``general.architecture``, and by whether there are experts: Mixtral's files call themselves "llama" too."""
-    found = next((a for a in ARCHITECTURES if a.gguf == name and a.has_experts == has_experts), None)
-    if found is None and any(a.gguf == name for a in ARCHITECTURES):
-        what = "with" if has_experts else "without"
-        raise UnsupportedModelError(f"architecture {name!r:.80} {what} experts is not implemented")
+def architecture_of_gguf(name: str, *, has_experts: bool, has_shared_expert: bool = False) -> Architecture:
+    """By ``general.architecture``, and by which experts there are: Mixtral's files call themselves "llama" too."""
+    wanted = has_experts, has_shared_expert
+    of_name = [a for a in ARCHITECTURES if a.gguf == name]
+    found = next((a for a in of_name if (a.has_experts, a.has_shared_expert) == wanted), None)
+    if found is None and of_name:
+        what = f"{'with' if has_experts else 'without'} experts {'and a shared one ' if has_shared_expert else ''}"
+        raise UnsupportedModelError(f"architecture {name!r:.80} {what}is not implemented")
     if found is None:
         raise _unknown(name, [a.gguf for a in ARCHITECTURES])
     return found

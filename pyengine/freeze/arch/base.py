@@ -34,6 +34,7 @@ PARTS: Mapping[str, SourceName] = {
     "tok_embeddings": SourceName("model.embed_tokens.weight", "token_embd.weight"),
     "norm": SourceName("model.norm.weight", "output_norm.weight"),
     "output": SourceName("lm_head.weight", "output.weight"),
+    "output.bias": SourceName("lm_head.bias", "output.bias"),
     "attention_norm": SourceName("model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
     "q": SourceName("model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight"),
     "k": SourceName("model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight"),
@@ -50,7 +51,15 @@ PARTS: Mapping[str, SourceName] = {
     "gate": SourceName("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
     "up": SourceName("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
     "down": SourceName("model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
+    "gate.bias": SourceName("model.layers.{i}.mlp.gate_proj.bias", "blk.{i}.ffn_gate.bias"),
+    "up.bias": SourceName("model.layers.{i}.mlp.up_proj.bias", "blk.{i}.ffn_up.bias"),
+    "down.bias": SourceName("model.layers.{i}.mlp.down_proj.bias", "blk.{i}.ffn_down.bias"),
 }
+
+
+def spelled(parts: Mapping[str, SourceName], tied: bool) -> Mapping[str, SourceName]:
+    """The parts' names where the embeddings are the output matrix too."""
+    return {**parts, "output": parts["tok_embeddings"]} if tied else parts
 
 
 class Fold(NamedTuple):
@@ -58,12 +67,17 @@ class Fold(NamedTuple):
     and GGUF's converters have it, the product in float64 and rounded once.
 
     ``order`` (head_dim) says where each row of a head lies in the source's head; ``scale`` is a number, or (head_dim) one for
-    each row of a head, in the order of the file.
+    each row of a head, in the order of the file. The others are for LayerNorms (arch/layer_norm.py): ``center`` subtracts means,
+    "rows" of each row, "columns" of each column, and of all of a vector; a bias with ``norm_bias``, the part that is the bias of
+    the norm before its matrix, gets the matrix times it. ``is_absent``: the source has no such vector, which is ``offset`` then.
     """
 
     scale: float | Float64Array = 1.0
     offset: float = 0.0
     order: Order | None = None
+    center: str = ""
+    norm_bias: str | None = None
+    is_absent: bool = False
 
 
 class Shape(NamedTuple):
@@ -95,6 +109,13 @@ class Traits:
     n_experts: int = 0
     n_experts_used: int = 0
     experts_normalized: bool = False
+    shared_hidden_dim: int = 0
+    shared_gated: bool = False
+    gate_up_bias: bool = False
+    down_bias: bool = False
+    output_bias: bool = False
+    is_untied: bool = False  # tied embeddings become two matrices, which are folded in different ways
+    norm_eps: float | None = None  # None: rms_norm_eps, attention.layer_norm_rms_epsilon
     max_seq_len: int | None = None  # None: what is asked for, or the checkpoint's own
     folds: Mapping[str, Fold] = field(default_factory=dict)  # part -> what is done to it
 
@@ -124,6 +145,7 @@ class Architecture(NamedTuple):
     parts: Mapping[str, SourceName] = PARTS
     hf_text: Mapping[str, str] | None = None  # of a model that sees: beginnings of the text model's tensors -> those of `parts`
     has_experts: bool = False
+    has_shared_expert: bool = False  # beside them
     gguf_permuted: bool = False  # q and k rows are interleaved for RoPE in GGUF
     hf_defaults: Mapping[str, Any] = {}  # of transformers' class, for sizes that published files leave out
     gguf_keys: frozenset[str] = frozenset()  # what it reads beyond the keys that all have

@@ -41,10 +41,6 @@ def _folds(shape: Shape, query: float, offset: float, qk_norm: bool) -> dict[str
     return {**gains, **queries, "tok_embeddings": Fold(embedding)}
 
 
-def _default_kinds(n_layers: int, period: int) -> list[str]:
-    return [hf_config.SLIDING if (i + 1) % period else hf_config.FULL for i in range(n_layers)]
-
-
 def _layers(
     kinds: Sequence[str], windows: Sequence[int], tables: Mapping[str, Float32Array], activation: str
 ) -> tuple[tuple[LayerSpec, ...], tuple[Float32Array, ...]]:
@@ -57,13 +53,6 @@ def _layers(
 
 
 # ---------------------------------------------------------------------------- Hugging Face
-
-
-def _period(config: Fields) -> int:
-    period = config.integer("sliding_window_pattern", _PERIOD[3])
-    if period < 1:
-        raise config.wrong("sliding_window_pattern", "a positive integer")
-    return period
 
 
 def _tables_hf(config: Fields, head_dim: int) -> dict[str, Float32Array]:
@@ -103,7 +92,7 @@ def _common_hf(config: Fields, shape: Shape, qk_norm: bool) -> dict[str, Any]:
 
 
 def _gemma3_hf(config: Fields, shape: Shape) -> Traits:
-    kinds = hf_config.layer_kinds(config, _default_kinds(shape.n_layers, _period(config)))
+    kinds = hf_config.layer_kinds(config, hf_config.periodic_kinds(config, shape.n_layers, _PERIOD[3]))
     activation = hf_config.activation(config, "hidden_activation", _GELU)
     tables = _tables_hf(config, shape.head_dim)
     layers, used = _layers(kinds, hf_config.windows(config, kinds), tables, activation)
@@ -111,7 +100,7 @@ def _gemma3_hf(config: Fields, shape: Shape) -> Traits:
 
 
 def _gemma2_hf(config: Fields, shape: Shape) -> Traits:
-    kinds = hf_config.layer_kinds(config, _default_kinds(shape.n_layers, _PERIOD[2]))
+    kinds = hf_config.layer_kinds(config, hf_config.periodic_kinds(config, shape.n_layers, _PERIOD[2]))
     activation = hf_config.activation(config, "hidden_activation", _GELU)
     windows = hf_config.windows(config, kinds)
     return Traits(
@@ -129,21 +118,6 @@ def _query_scale_gguf(shape: Shape, generation: int) -> float:
     if shape.n_layers == _LAYERS_27B[generation]:
         return float((shape.dim / shape.n_heads) ** -0.5)
     return float(shape.head_dim**-0.5)
-
-
-def _kinds_gguf(keys: Fields, n_layers: int, generation: int) -> list[str]:
-    """``sliding_window_pattern``: a period, or a flag for each layer; absent from older files."""
-    key = "attention.sliding_window_pattern"
-    found = keys.raw(key)
-    if found is None or type(found) is int:
-        period = _PERIOD[generation] if found is None else found
-        if period < 1:
-            raise keys.wrong(key, "a positive integer")
-        return _default_kinds(n_layers, period)
-    flags = list(found) if hasattr(found, "__len__") and not isinstance(found, str) else []
-    if len(flags) != n_layers or not all(flag in (0, 1) for flag in flags):
-        raise keys.wrong(key, "an integer, or a 0 or 1 for each layer")
-    return [hf_config.SLIDING if flag else hf_config.FULL for flag in flags]
 
 
 def _windows_gguf(keys: Fields, kinds: Sequence[str]) -> list[int]:
@@ -165,7 +139,7 @@ def _common_gguf(keys: Fields, shape: Shape, file: Tensors, generation: int) -> 
 
 def _gemma3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     """A rope.scaling is of the layers without a window."""
-    kinds = _kinds_gguf(keys, shape.n_layers, 3)
+    kinds = gguf_keys.layer_kinds(keys, shape.n_layers, _PERIOD[3])
     tables = {
         hf_config.FULL: gguf_keys.rope_table(keys, shape.head_dim, file, _GLOBAL_BASE),
         hf_config.SLIDING: rope_inv_freq(shape.head_dim, keys.number("rope.freq_base_swa", _LOCAL_BASE), None),
@@ -175,7 +149,7 @@ def _gemma3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 
 
 def _gemma2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
-    windows = _windows_gguf(keys, _kinds_gguf(keys, shape.n_layers, 2))
+    windows = _windows_gguf(keys, gguf_keys.layer_kinds(keys, shape.n_layers, _PERIOD[2]))
     return Traits(
         layers=tuple(LayerSpec(window, 0, _NORMS, "geglu_tanh") for window in windows),
         rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
@@ -188,7 +162,7 @@ _DEFAULTS = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096,
     "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-_KEYS = frozenset({"attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping"})
+_KEYS = frozenset({gguf_keys.WINDOW_PATTERN, "attn_logit_softcapping", "final_logit_softcapping"})
 
 GEMMA2 = Architecture(
     "Gemma2ForCausalLM", "gemma2", "gemma2", _gemma2_hf, _gemma2_gguf, _PARTS, gguf_keys=_KEYS,

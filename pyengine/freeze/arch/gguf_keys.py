@@ -11,15 +11,32 @@ from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
 from ..rope import rope_inv_freq
+from . import hf_config
 from .base import Shape, Tensors
 
 ROPE_DIVISORS = "rope_freqs.weight"
+WINDOW_PATTERN = "attention.sliding_window_pattern"
+LAYER_NORM_EPS = "attention.layer_norm_epsilon"
 
 
 def window(keys: Fields, default: int = 0) -> int:
     """``attention.sliding_window`` in positions, 0 for none."""
     found = keys.integer("attention.sliding_window", default)
     return 0 if found > MAX_POSITIONS else found  # wider than any context
+
+
+def layer_kinds(keys: Fields, n_layers: int, period: int) -> list[str]:
+    """``sliding_window_pattern``: a period, or a flag for each layer; absent from older files, whose readers know the period."""
+    found = keys.raw(WINDOW_PATTERN)
+    if found is None or type(found) is int:
+        period = period if found is None else found
+        if period < 1:
+            raise keys.wrong(WINDOW_PATTERN, "a positive integer")
+        return [hf_config.SLIDING if (i + 1) % period else hf_config.FULL for i in range(n_layers)]
+    flags = list(found) if hasattr(found, "__len__") and not isinstance(found, str) else []
+    if len(flags) != n_layers or not all(flag in (0, 1) for flag in flags):
+        raise keys.wrong(WINDOW_PATTERN, "an integer, or a 0 or 1 for each layer")
+    return [hf_config.SLIDING if flag else hf_config.FULL for flag in flags]
 
 
 def same_windows(keys: Fields, shape: Shape, **spec: Any) -> tuple[LayerSpec, ...]:
@@ -66,6 +83,12 @@ def rope_table(keys: Fields, head_dim: int, file: Tensors, default_base: float =
         return inv_freq / divisors(file, ROPE_DIVISORS, head_dim // 2)
 
 
+def norm_eps(keys: Fields, key: str = "attention.layer_norm_rms_epsilon") -> float:
+    """The float32 in the file as the decimal that people wrote: 1e-05, not 9.999999747378752e-06."""
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(keys.number(key))))
+
+
 def multiplier(keys: Fields, key: str, default: float = 1.0) -> float:
     """A factor that may be folded into weights: the float32 in the file as the decimal that people wrote, 0.22."""
     value = keys.number(key, default)
@@ -84,5 +107,5 @@ def softcap(keys: Fields, key: str) -> float:
 
 
 def has_bias(file: Tensors, part: str) -> bool:
-    """Whether layer 0 has it, and so all: ``part`` is "attn_q" or "attn_output"."""
+    """Whether layer 0 has it, and so all: ``part`` is "attn_q", "attn_output", "ffn_up" or "ffn_down"."""
     return f"blk.0.{part}.bias" in file.shapes

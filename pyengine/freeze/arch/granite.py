@@ -1,4 +1,5 @@
-"""Granite 3, dense and as a mixture of experts: a Llama with four multipliers, all of them linear."""
+"""Granite 3, dense and as a mixture of experts with or without a shared one: a Llama with four multipliers, all of them
+linear."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from ..fields import Fields
 from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
-from .mixture import GGUF_EXPERTS
+from .mixture import GGUF_EXPERTS, GGUF_SHARED, SHARED_FEED_FORWARD
 
 
 class _Multipliers(NamedTuple):
@@ -29,6 +30,7 @@ def _folds(m: _Multipliers, shape: Shape) -> dict[str, Fold]:
         "wo": Fold(m.residual),
         "wo.bias": Fold(m.residual),
         "down": Fold(m.residual),
+        "shared_down": Fold(m.residual),
         "norm": Fold(1.0 / final),
     }
 
@@ -85,6 +87,15 @@ def _moe_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     )
 
 
+def _shared_hf(config: Fields, shape: Shape) -> Traits:
+    """The same, and an MLP beside the experts whose weight is 1; width 0 is none."""
+    return replace(_moe_hf(config, shape), shared_hidden_dim=config.integer("shared_intermediate_size"))
+
+
+def _shared_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return replace(_moe_gguf(keys, shape, file), shared_hidden_dim=keys.integer(SHARED_FEED_FORWARD))
+
+
 _MOE = "model.layers.{i}.block_sparse_moe."
 _KEYS = frozenset({"embedding_scale", "residual_scale", "attention.scale", "logit_scale"})
 
@@ -101,3 +112,18 @@ GRANITE_MOE = Architecture(
     has_experts=True, gguf_permuted=True, gguf_keys=_KEYS,
     hf_defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6},
 )  # fmt: skip
+_SHARED_MLP = "model.layers.{i}.shared_mlp."
+GRANITE_MOE_SHARED = GRANITE_MOE._replace(
+    hf="GraniteMoeSharedForCausalLM",
+    model_type="granitemoeshared",
+    from_hf=_shared_hf,
+    from_gguf=_shared_gguf,
+    has_shared_expert=True,
+    parts={
+        **GRANITE_MOE.parts,
+        "shared_gate": SourceName(_SHARED_MLP + "input_linear.weight", GGUF_SHARED["shared_gate"]),
+        "shared_up": SourceName(_SHARED_MLP + "input_linear.weight", GGUF_SHARED["shared_up"]),
+        "shared_down": SourceName(_SHARED_MLP + "output_linear.weight", GGUF_SHARED["shared_down"]),
+    },
+    hf_defaults={**GRANITE_MOE.hf_defaults, "shared_intermediate_size": 0},
+)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
-from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, LayerSpec
+from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, UNGATED, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
 from ..rope import rope_inv_freq
@@ -15,16 +15,20 @@ from .base import Shape
 _DEFAULT_ROPE_THETA = 10_000.0
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
+_UNGATED_ACTIVATIONS = {"gelu_pytorch_tanh": UNGATED, "gelu_new": UNGATED}
 
 
-def activation(config: Fields, key: str = "hidden_act", default: str = "silu") -> str:
+def activation(config: Fields, key: str = "hidden_act", default: str = "silu", known: Mapping[str, str] = _ACTIVATIONS) -> str:
     """FrozenConfig's name of the activation."""
     name = config.text(key, default)
-    if name not in _ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"activation {name!r:.80} is not implemented; known are {', '.join(sorted(_ACTIVATIONS))}"
-        )
-    return _ACTIVATIONS[name]
+    if name not in known:
+        raise UnsupportedModelError(f"activation {name!r:.80} is not implemented; known are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def ungated_activation(config: Fields, default: str) -> str:
+    """The same of an MLP without a gate."""
+    return activation(config, "hidden_act", default, _UNGATED_ACTIVATIONS)
 
 
 def multiplier(config: Fields, key: str, default: float = 1.0) -> float:
@@ -57,6 +61,14 @@ def layer_kinds(config: Fields, default: Sequence[str]) -> list[str]:
                 f"a layer of type {kind!r:.80} is not implemented; known are {FULL} and {SLIDING}"
             )
     return kinds
+
+
+def periodic_kinds(config: Fields, n_layers: int, period: int) -> list[str]:
+    """By ``sliding_window_pattern``, by default ``period``: the last layer of so many has no window."""
+    period = config.integer("sliding_window_pattern", period)
+    if period < 1:
+        raise config.wrong("sliding_window_pattern", "a positive integer")
+    return [SLIDING if (i + 1) % period else FULL for i in range(n_layers)]
 
 
 def windows(config: Fields, kinds: Sequence[str], default: int | None = None) -> list[int]:
@@ -102,12 +114,15 @@ def rope_base(config: Fields, default: float = _DEFAULT_ROPE_THETA) -> float:
     return inside.number("rope_theta", config.number("rope_theta", default))
 
 
-def rope_table(config: Fields, head_dim: int, default_base: float = _DEFAULT_ROPE_THETA) -> Float32Array:
-    """The one table of a model whose layers all turn whole heads, as transformers reads it."""
+def rope_table(
+    config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA, *, is_partial: bool = False
+) -> Float32Array:
+    """The one table of a model whose layers turn the same ``rotated`` elements, (rotated / 2), as transformers reads it:
+    all elements, unless it ``is_partial``."""
     inside, scaling = rope_scaling(config)
     if any(isinstance(value, dict) for value in scaling.values()):
         raise UnsupportedModelError("RoPE parameters that differ between layers are not implemented")
-    if partial_rotary_factor(config) != 1.0:
+    if not is_partial and partial_rotary_factor(config) != 1.0:
         raise UnsupportedModelError("partial_rotary_factor is not implemented for this architecture")
     numbers: dict[str, float] = {
         name: inside.number(name) for name, value in scaling.items() if type(value) in (int, float)
@@ -116,4 +131,4 @@ def rope_table(config: Fields, head_dim: int, default_base: float = _DEFAULT_ROP
     if kind == "llama3":
         key = "original_max_position_embeddings"
         numbers[key] = config.number(key, numbers.get(key, config.number("max_position_embeddings")))
-    return rope_inv_freq(head_dim, rope_base(config, default_base), {**scaling, **numbers, "rope_type": kind})
+    return rope_inv_freq(rotated, rope_base(config, default_base), {**scaling, **numbers, "rope_type": kind})

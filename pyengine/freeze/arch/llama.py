@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x (SmolLM2 too), and Mistral: the plain family."""
+"""Llama 2 and 3.x (SmolLM2 too), and Mistral and Ministral: the plain family."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ _MISTRAL_WINDOW = 4096
 
 
 def _llama_hf(config: Fields, shape: Shape) -> Traits:
-    has_bias = config.flag("attention_bias", False)
+    has_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
         rope_tables=(hf_config.rope_table(config, shape.head_dim),),
         qkv_bias=has_bias,
         o_bias=has_bias,
+        gate_up_bias=mlp_bias,
+        down_bias=mlp_bias,
     )
 
 
@@ -37,6 +39,8 @@ def gguf_traits(keys: Fields, shape: Shape, file: Tensors) -> Traits:
         rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         o_bias=gguf_keys.has_bias(file, "attn_output"),
+        gate_up_bias=gguf_keys.has_bias(file, "ffn_up"),
+        down_bias=gguf_keys.has_bias(file, "ffn_down"),
     )
 
 
@@ -44,3 +48,5 @@ LLAMA = Architecture("LlamaForCausalLM", "llama", "llama", _llama_hf, gguf_trait
 MISTRAL = Architecture(
     "MistralForCausalLM", "mistral", "llama", _mistral_hf, gguf_traits, gguf_permuted=True, hf_defaults={"num_key_value_heads": 8}
 )
+# Mistral's layers under another name.
+MINISTRAL = MISTRAL._replace(hf="MinistralForCausalLM", model_type="ministral")

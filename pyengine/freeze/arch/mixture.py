@@ -1,4 +1,5 @@
-"""Mixtures of experts: Mixtral, Qwen3-MoE and OLMoE, whose every layer has a router and experts of one size."""
+"""Mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, whose every layer has a router and experts of one size, and
+Qwen2-MoE's one of another size beside them that every row takes."""
 
 from __future__ import annotations
 
@@ -10,6 +11,13 @@ from ..fields import Fields
 from . import hf_config, llama
 from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
 
+SHARED_FEED_FORWARD = "expert_shared_feed_forward_length"
+GGUF_SHARED = {
+    "shared_router": "blk.{i}.ffn_gate_inp_shexp.weight",
+    "shared_gate": "blk.{i}.ffn_gate_shexp.weight",
+    "shared_up": "blk.{i}.ffn_up_shexp.weight",
+    "shared_down": "blk.{i}.ffn_down_shexp.weight",
+}
 GGUF_EXPERTS = {
     "router": "blk.{i}.ffn_gate_inp.weight",
     "gate": "blk.{i}.ffn_gate_exps.weight",
@@ -49,11 +57,40 @@ def _mixtral_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return replace(_gguf(keys, shape, file), experts_normalized=True)
 
 
-def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
+def _refuse_layers_apart(config: Fields) -> None:
     if config.integer("decoder_sparse_step", 1) != 1 or config.raw("mlp_only_layers"):
         raise UnsupportedModelError("layers without experts beside layers with them are not implemented")
     if config.flag("use_sliding_window", False):
         raise UnsupportedModelError("use_sliding_window is not implemented for this architecture")
+
+
+def _qwen2_hf(config: Fields, shape: Shape) -> Traits:
+    _refuse_layers_apart(config)
+    return Traits(
+        layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        qkv_bias=config.flag("qkv_bias", True),
+        hidden_dim=config.integer("moe_intermediate_size"),
+        n_experts=config.integer("num_experts"),
+        n_experts_used=config.integer("num_experts_per_tok"),
+        experts_normalized=config.flag("norm_topk_prob", False),
+        shared_hidden_dim=config.integer("shared_expert_intermediate_size"),
+        shared_gated=True,
+    )
+
+
+def _qwen2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    """The format's readers do not normalize the weights of this architecture."""
+    return replace(
+        _gguf(keys, shape, file),
+        hidden_dim=keys.integer("expert_feed_forward_length"),
+        shared_hidden_dim=keys.integer(SHARED_FEED_FORWARD),
+        shared_gated=True,
+    )
+
+
+def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
+    _refuse_layers_apart(config)
     has_bias = config.flag("attention_bias", False)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
@@ -100,10 +137,26 @@ def _olmoe_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return replace(_gguf(keys, shape, file), qk_norm=True, qk_norm_all_heads=True)
 
 
+_SHARED = {
+    "shared_router": SourceName("model.layers.{i}.mlp.shared_expert_gate.weight", GGUF_SHARED["shared_router"]),
+    "shared_gate": SourceName("model.layers.{i}.mlp.shared_expert.gate_proj.weight", GGUF_SHARED["shared_gate"]),
+    "shared_up": SourceName("model.layers.{i}.mlp.shared_expert.up_proj.weight", GGUF_SHARED["shared_up"]),
+    "shared_down": SourceName("model.layers.{i}.mlp.shared_expert.down_proj.weight", GGUF_SHARED["shared_down"]),
+}
+
 MIXTRAL = Architecture(
     "MixtralForCausalLM", "mixtral", "llama", _mixtral_hf, _mixtral_gguf, _parts("block_sparse_moe", "w1", "w3", "w2"),
     has_experts=True, gguf_permuted=True,
     hf_defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+)  # fmt: skip
+QWEN2_MOE = Architecture(
+    "Qwen2MoeForCausalLM", "qwen2_moe", "qwen2moe", _qwen2_hf, _qwen2_gguf,
+    {**_parts("mlp", "gate_proj", "up_proj", "down_proj"), **_SHARED},
+    has_experts=True, has_shared_expert=True, gguf_keys=frozenset({"expert_feed_forward_length"}),
+    hf_defaults={
+        "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632, "rms_norm_eps": 1e-6,
+    },
 )  # fmt: skip
 QWEN3_MOE = Architecture(
     "Qwen3MoeForCausalLM", "qwen3_moe", "qwen3moe", _qwen3_hf, _qwen3_gguf, _parts("mlp", "gate_proj", "up_proj", "down_proj"),

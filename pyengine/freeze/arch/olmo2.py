@@ -7,7 +7,7 @@ from ..fields import Fields
 from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
 
-_NORMS = "rmsnorm_after"
+NORMS = "rmsnorm_after"
 _PARTS = {
     **PARTS,
     "post_attention_norm": SourceName(
@@ -20,7 +20,7 @@ _PARTS = {
 def _hf(config: Fields, shape: Shape) -> Traits:
     has_bias = config.flag("attention_bias", False)
     return Traits(
-        layers=(LayerSpec(norm=_NORMS, activation=hf_config.activation(config)),) * shape.n_layers,
+        layers=(LayerSpec(norm=NORMS, activation=hf_config.activation(config)),) * shape.n_layers,
         rope_tables=(hf_config.rope_table(config, shape.head_dim),),
         qkv_bias=has_bias,
         o_bias=has_bias,
@@ -31,7 +31,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
 
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return Traits(
-        layers=gguf_keys.same_windows(keys, shape, norm=_NORMS),
+        layers=gguf_keys.same_windows(keys, shape, norm=NORMS),
         rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         o_bias=gguf_keys.has_bias(file, "attn_output"),

@@ -16,8 +16,8 @@ from ...format.config import MAX_POSITIONS, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
 from ..rope import ROPE_TYPES, long_rope_inv_freq, rope_inv_freq
-from . import gguf_keys, hf_config
-from .base import PARTS, Architecture, Fold, Order, Shape, SourceName, Tensors, Traits
+from . import gguf_keys, hf_config, rotary
+from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
 
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _QKV = SourceName("model.layers.{i}.self_attn.qkv_proj.weight", "blk.{i}.attn_qkv.weight")
@@ -33,14 +33,6 @@ class _LongRope(NamedTuple):
     amplitude: float  # rounded to float32: so transformers multiplies, and so GGUF has it
 
 
-def _rotated_first(head_dim: int, rotated: int) -> Order:
-    """Where row i of a head lies in the source, whose first ``rotated`` elements are turned, i with i + rotated / 2: the file
-    turns i with i + head_dim / 2, the last pairs by angle 0."""
-    turned, rest = np.arange(rotated).reshape(2, -1), np.arange(rotated, head_dim).reshape(2, -1)
-    order: Order = np.concatenate([turned, rest], axis=1).reshape(-1)
-    return order
-
-
 def _traits(shape: Shape, window: int, activation: str, rotated: int, base: float, long_rope: _LongRope | None) -> Traits:
     max_seq_len, amplitude = None, 1.0
     if long_rope is None:
@@ -51,22 +43,16 @@ def _traits(shape: Shape, window: int, activation: str, rotated: int, base: floa
         divisors = long_rope.long if max_seq_len > long_rope.trained else long_rope.short
         inv_freq = long_rope_inv_freq(rotated, base, divisors)
     half, still = rotated // 2, (shape.head_dim - rotated) // 2
-    inv_freq = np.concatenate([inv_freq, np.zeros(still, np.float32)])
+    inv_freq = rotary.padded(inv_freq, shape.head_dim)
     # q and k both carry the amplitude, where they are turned; the query gets it for both.
     scale = np.tile(np.concatenate([np.full(half, amplitude**2), np.ones(still)]), 2)
-    order = _rotated_first(shape.head_dim, rotated)
+    order = rotary.order(shape.head_dim, rotated)
     return Traits(
         layers=(LayerSpec(window=window, activation=activation),) * shape.n_layers,
         rope_tables=(inv_freq,),
         max_seq_len=max_seq_len,
         folds={"q": Fold(scale, order=order), "k": Fold(order=order)},
     )
-
-
-def _check_rotated(rotated: int, head_dim: int) -> int:
-    if not 2 <= rotated <= head_dim or rotated % 2:
-        raise ModelFormatError(f"RoPE over {rotated} elements of a head of {head_dim}")
-    return rotated
 
 
 def _check_trained(trained: int) -> int:
@@ -106,17 +92,14 @@ def _hf_long_rope(config: Fields, shape: Shape, rotated: int) -> _LongRope | Non
 
 
 def _hf(config: Fields, shape: Shape) -> Traits:
-    share = hf_config.partial_rotary_factor(config)
-    if not 0 < share <= 1:
-        raise config.wrong("partial_rotary_factor", "a number above 0, at most 1")
-    rotated = _check_rotated(int(shape.head_dim * share), shape.head_dim)
+    rotated = rotary.hf_rotated(config, shape)
     window = hf_config.windows(config, [hf_config.SLIDING] * shape.n_layers)[0]
     long_rope = _hf_long_rope(config, shape, rotated)
     return _traits(shape, window, hf_config.activation(config), rotated, hf_config.rope_base(config), long_rope)
 
 
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
-    rotated = _check_rotated(gguf_keys.rope_dimensions(keys, shape.head_dim), shape.head_dim)
+    rotated = rotary.gguf_rotated(keys, shape)
     long_rope = None
     if _LONG in file.shapes or _SHORT in file.shapes:
         short, long = (gguf_keys.divisors(file, name, rotated // 2) for name in (_SHORT, _LONG))

@@ -34,7 +34,7 @@ def _has_rope(config: Fields, n_layers: int) -> list[bool]:
     return [bool(x) for x in found]
 
 
-def _tables(has_rope: Sequence[bool], inv_freq: Float32Array) -> tuple[list[int], tuple[Float32Array, ...]]:
+def tables_of(has_rope: Sequence[bool], inv_freq: Float32Array) -> tuple[list[int], tuple[Float32Array, ...]]:
     """(every layer's table, the tables), numbered in the order in which layers need them."""
     kinds = list(dict.fromkeys(has_rope))
     return [kinds.index(kind) for kind in has_rope], tuple(inv_freq if kind else np.zeros_like(inv_freq) for kind in kinds)
@@ -50,7 +50,7 @@ def _windows(config: Fields, has_rope: Sequence[bool]) -> list[int]:
 
 def _hf(config: Fields, shape: Shape) -> Traits:
     has_rope, activation = _has_rope(config, shape.n_layers), hf_config.activation(config)
-    which, tables = _tables(has_rope, hf_config.rope_table(config, shape.head_dim, _DEFAULT_BASE))
+    which, tables = tables_of(has_rope, hf_config.rope_table(config, shape.head_dim, _DEFAULT_BASE))
     has_bias = config.flag("attention_bias", False)
     windows = _windows(config, has_rope)
     return Traits(
@@ -64,7 +64,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     """The format has no key for it: its readers know that every fourth layer has no RoPE."""
     has_rope = [bool(x) for x in _default_rope(shape.n_layers, _INTERVAL)]
-    which, tables = _tables(has_rope, gguf_keys.rope_table(keys, shape.head_dim, file))
+    which, tables = tables_of(has_rope, gguf_keys.rope_table(keys, shape.head_dim, file))
     return Traits(
         layers=tuple(LayerSpec(gguf_keys.window(keys), table) for table in which),
         rope_tables=tables,

@@ -40,8 +40,13 @@ _OPTIONAL = [  # keys of config.json that the seed does not have, or says otherw
     ("qk_norm_all_heads", [False, True]),
     ("n_experts", [0, 1, 2, 1024]),
     ("n_experts_used", [0, 1]),
-    ("norm", ["rmsnorm_after", "rmsnorm_around"]),
-    ("activation", ["geglu_tanh"]),
+    ("shared_hidden_dim", [0, 1, 64, 1 << 22]),
+    ("shared_gated", [False, True]),
+    ("gate_up_bias", [False, True]),
+    ("down_bias", [False, True]),
+    ("output_bias", [False, True]),
+    ("norm", ["rmsnorm_after", "rmsnorm_around", "rmsnorm_parallel"]),
+    ("activation", ["geglu_tanh", "gelu_tanh"]),
 ]
 _TEXTS = [
     b"[]",

@@ -1,0 +1,36 @@
+"""ERNIE 4.5 (dense): a Llama whose RoPE turns neighbours, with biases everywhere or nowhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..fields import Fields
+from . import hf_config, llama, rotary
+from .base import Architecture, Shape, Tensors, Traits
+
+
+def _folded(traits: Traits, shape: Shape) -> Traits:
+    return replace(traits, folds=rotary.folds(rotary.order(shape.head_dim, shape.head_dim, is_interleaved=True)))
+
+
+def _hf(config: Fields, shape: Shape) -> Traits:
+    has_bias = config.flag("use_bias", False)
+    plain = Traits(
+        layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
+        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        gate_up_bias=has_bias,
+        down_bias=has_bias,
+    )
+    return _folded(plain, shape)
+
+
+def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return _folded(llama.gguf_traits(keys, shape, file), shape)
+
+
+ERNIE = Architecture(
+    "Ernie4_5ForCausalLM", "ernie4_5", "ernie4_5", _hf, _gguf,
+    hf_defaults={"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+)  # fmt: skip
