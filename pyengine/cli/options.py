@@ -64,6 +64,14 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """argparse type: an integer from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
 def count_list(text: str) -> list[int]:
     """argparse type: "128" or "0,4096"."""
     values = [int(part) for part in text.split(",")]

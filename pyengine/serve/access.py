@@ -41,7 +41,7 @@ class Access:
     def preflight_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
         asked = exchange.headers.get("access-control-request-headers", "")
         return [
-            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"access-control-allow-headers", asked.encode("latin-1")),
             (b"access-control-max-age", b"600"),
         ]

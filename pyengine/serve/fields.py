@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
+from urllib.parse import parse_qsl
 
 from pyengine.serve.errors import bad_request
 
@@ -124,6 +125,20 @@ class Fields:
         """Everything must have been taken by now: nothing is ignored in silence."""
         for name in self._left:
             raise bad_request(f"{self.path(name)} has no place here", self.path(name), "unsupported_parameter")
+
+
+def query_fields(query: str, table: Table) -> Fields:
+    """What stands in a query, "a=b&c=d", checked as a body is: a field that may be a list is one, of what it is given as. Raises
+    HTTPError."""
+    given: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name in table and table[name].schema.get("type") == "array":
+            given.setdefault(name, []).append(text)
+        elif name in given:
+            raise bad_request(f"the query has {name[:100]!r} twice", name)
+        else:
+            given[name] = text
+    return Fields(given, table)
 
 
 def kind_of(value: Any) -> str:

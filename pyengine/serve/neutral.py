@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pyengine.serve.fields import ANYTHING, BOOLEAN, STRING, Table, hint, list_of, map_of, one_of, refused
 
-_STORED = refused("nothing is stored here", False)
+_STORED = refused("only responses are stored", False)
 _TIERS = refused("there is one tier", "auto", "default")
 _TEXT_ONLY = "this server answers with text"
 
 # OpenAI's, of chats and responses
 OPENAI: Table = {
-    "store": _STORED,
     "service_tier": _TIERS,
     "moderation": refused("this server does not moderate"),
     # what is computed of a prompt is kept without being told to, and where there are several servers a router reads these
@@ -26,6 +25,7 @@ OPENAI: Table = {
 # OpenAI's, of chats
 CHAT: Table = {
     **OPENAI,
+    "store": _STORED,
     "metadata": hint(map_of(STRING)),  # labels of what is stored
     "functions": refused("use tools", []),
     "function_call": refused("use tool_choice", "none", "auto"),
@@ -44,18 +44,16 @@ COMPLETIONS: Table = {
 }
 
 # OpenAI's, of responses
-_NEEDS_CONVERSATION = "nothing is kept between requests: send the whole conversation"
-_VACUOUS = one_of(  # of items that no answer here has
+VACUOUS = one_of(  # of items that no answer here has
     "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
     "code_interpreter_call.outputs", "computer_call_output.output.image_url", "message.input_image.image_url",
 )  # fmt: skip
 RESPONSES: Table = {
     **OPENAI,
-    "include": hint(list_of(_VACUOUS)),
+    "include": hint(list_of(VACUOUS)),
     "max_tool_calls": refused("tools are called by whoever reads the answer"),
     "n": refused("a response has one output", 1),
-    "previous_response_id": refused(_NEEDS_CONVERSATION),
-    "conversation": refused(_NEEDS_CONVERSATION),
+    "conversation": refused("there are no conversations but those of previous_response_id"),
     "context_management": refused("conversations are not cut", []),
     "truncation": refused("conversations are not cut", "disabled"),
     "background": refused("answers come with their request", False),

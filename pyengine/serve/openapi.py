@@ -6,9 +6,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pyengine import __version__
-from pyengine.serve import chat, completions, embeddings, response_fields, tokens
-from pyengine.serve.fields import Table, schema_of
-from pyengine.serve.routes import ONE_MODEL, ROUTES
+from pyengine.serve import chat, completions, embeddings, response_fields, stored_responses, tokens
+from pyengine.serve.fields import STRING, Table, schema_of
+from pyengine.serve.routes import ROUTES
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -22,6 +22,14 @@ BODIES: dict[str, Table] = {
     "/v1/embeddings": embeddings.FIELDS,
     "/v1/responses": response_fields.FIELDS,
 }
+_ONE_RESPONSE = "/v1/responses/{id}"
+_DELETE_RESPONSE = f"DELETE {_ONE_RESPONSE}"  # whose answer is none of the path's GET
+QUERIES: dict[str, Table] = {
+    "/props": {"model": STRING},
+    _ONE_RESPONSE: stored_responses.RETRIEVE,
+    _DELETE_RESPONSE: stored_responses.DELETE,
+    f"{_ONE_RESPONSE}/input_items": stored_responses.INPUT_ITEMS,
+}
 _WORDS = {
     "/": "The page.",
     "/health": "Whether requests are taken.",
@@ -31,10 +39,14 @@ _WORDS = {
     "/tokenize": "Text, or messages, to token ids.",
     "/detokenize": "Token ids to text.",
     "/v1/models": "The models.",
+    "/v1/models/{id}": "One model.",
     "/v1/chat/completions": "The assistant's answer to messages.",
     "/v1/completions": "Prompts, continued.",
     "/v1/embeddings": "A vector for each input.",
     "/v1/responses": "A response to text or messages.",
+    _ONE_RESPONSE: "A response that is kept.",
+    _DELETE_RESPONSE: "Keep it no longer.",
+    f"{_ONE_RESPONSE}/input_items": "What it was computed from.",
 }
 _JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
 
@@ -65,6 +77,7 @@ def _outputs(kind: str, **choice: dict[str, Any]) -> dict[str, Any]:
     return _object(id=_STRING, object=_const(kind), created=_INTEGER, model=_STRING, choices=choices, usage=_USAGE)
 
 
+_RESPONSE = _object("output", "usage", id=_STRING, object=_const("response"), status=_STRING, store={"type": "boolean"})
 ANSWERS: dict[str, dict[str, Any]] = {
     "/health": _object(status={"enum": ["ok", "starting", "draining"]}),
     "/props": _object("n_ctx", "vocab_size", "chat_template", "default_generation_settings", model=_STRING),
@@ -72,10 +85,20 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/tokenize": _object("tokens", count=_INTEGER, max_model_len=_INTEGER),
     "/detokenize": _object(content=_STRING, prompt=_STRING),
     "/v1/models": _object(object=_const("list"), data=_array(_MODEL)),
+    "/v1/models/{id}": _MODEL,
     "/v1/chat/completions": _outputs("chat.completion", message=_object("content", role=_const("assistant"))),
     "/v1/completions": _outputs("text_completion", text=_STRING),
     "/v1/embeddings": _object("usage", object=_const("list"), data=_array(_EMBEDDING), model=_STRING),
-    "/v1/responses": _object("output", "usage", id=_STRING, object=_const("response"), status=_STRING),
+    "/v1/responses": _RESPONSE,
+    _ONE_RESPONSE: _RESPONSE,
+    _DELETE_RESPONSE: _object(id=_STRING, object=_const("response"), deleted={"const": True}),
+    f"{_ONE_RESPONSE}/input_items": _object(
+        "first_id",
+        "last_id",
+        object=_const("list"),
+        data=_array(_object(id=_STRING, type=_STRING)),
+        has_more={"type": "boolean"},
+    ),
 }
 _ERROR = _object(
     error={
@@ -92,14 +115,13 @@ _ERRORS = {
     "400": "A field that is wrong or not supported: `param` names it.",
     "401": "No key, or a wrong one.",
     "403": "A page of another site, or another host's name.",
-    "404": "No such model.",
+    "404": "No such model, or response.",
     "408": "The body took too long.",
     "413": "The body is too long.",
     "429": "The queue is full: `retry-after` says when to try again.",
     "500": "An error of the engine.",
     "503": "Starting, ending, or too much at a time.",
 }
-_QUERY_MODEL = {"name": "model", "in": "query", "required": False, "schema": _STRING}
 
 
 def _answers(path: str) -> dict[str, Any]:
@@ -123,14 +145,19 @@ def _answers(path: str) -> dict[str, Any]:
     return answers
 
 
-def _operation(path: str, words: str) -> dict[str, Any]:
-    operation: dict[str, Any] = {"summary": words, "responses": _answers(path)}
+def _operation(path: str, method: str) -> dict[str, Any]:
+    path = f"{method} {path}" if f"{method} {path}" in _WORDS else path
+    operation: dict[str, Any] = {"summary": _WORDS[path], "responses": _answers(path)}
     if path in BODIES:
         schema = {"$ref": f"#/components/schemas/{_name(path)}"}
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
-    if path == "/props":
-        operation["parameters"] = [_QUERY_MODEL]
-    return operation
+    parameters = [
+        {"name": name, "in": "query", "required": False, "schema": kind.schema}
+        for name, kind in QUERIES.get(path, {}).items()
+    ]
+    if "{id}" in path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": _STRING})
+    return operation | ({"parameters": parameters} if parameters else {})
 
 
 def _name(path: str) -> str:
@@ -140,17 +167,7 @@ def _name(path: str) -> str:
 
 @cache
 def document() -> dict[str, Any]:
-    paths = {
-        path: {method.lower(): _operation(path, _WORDS[path]) for method in methods} for path, methods in ROUTES.items()
-    }
-    found = {"description": "The model.", "content": {_JSON: {"schema": _MODEL}}}
-    paths[ONE_MODEL] = {
-        "get": {
-            "summary": "One model.",
-            "parameters": [{"name": "id", "in": "path", "required": True, "schema": _STRING}],
-            "responses": {**_answers("/v1/models"), "200": found},
-        }
-    }
+    paths = {path: {method.lower(): _operation(path, method) for method in methods} for path, methods in ROUTES.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "pyengine", "version": __version__},

@@ -17,18 +17,18 @@ from pyengine.serve.fields import (
     Fields,
     Kind,
     Table,
-    hint,
     map_of,
     needed,
     object_of,
     one_of,
     refused,
-    schema_of,
     with_given,
 )
-from pyengine.serve.messages import ARGUMENTS, CONTENT, call_of
 from pyengine.serve.prompts import CALLER, note_user
+from pyengine.serve.response_input import INPUT, REFERENCE, Item, messages_of, read_item
 from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.store import Owner
+from pyengine.serve.stored_responses import read_long
 from pyengine.serve.stream import StreamOptions
 from pyengine.serve.tools import FLAT_TOOLS, choice_of, chosen_tools, held_to
 
@@ -38,13 +38,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResponsesCall:
-    """A request that was understood: the chat that it is, and what its answer repeats."""
+    """A request that was understood: the chat that it is, what its answer repeats, whose it is, and the items that it is computed
+    from, None if it is not to be kept."""
 
     chat: ChatCall
     repeated: dict[str, Any]
+    owner: Owner
+    items: list[dict[str, Any]] | None
 
 
-# -------------------------------------------------------------------- input
+# -------------------------------------------------------------------- fields
 
 _FORMAT: Table = {
     "type": needed(one_of("text", "json_object", "json_schema")),
@@ -53,67 +56,11 @@ _FORMAT: Table = {
     "strict": BOOLEAN,  # answers are always held to the schema
     "schema": SCHEMA,
 }
-# as the answer that an item may be has them
-_OF_ANSWERS: Table = {"id": hint(STRING), "status": hint(one_of("completed", "incomplete", "in_progress"))}
-_ITEMS: dict[str, Table] = {
-    "message": {
-        "type": hint(one_of("message")),
-        "role": needed(one_of("user", "assistant", "system", "developer")),
-        "content": needed(CONTENT),
-        **_OF_ANSWERS,
-    },
-    "function_call": {
-        "type": needed(one_of("function_call")),
-        "call_id": needed(STRING),
-        "name": needed(STRING),
-        "arguments": needed(ARGUMENTS),
-        **_OF_ANSWERS,
-    },
-    "function_call_output": {
-        "type": needed(one_of("function_call_output")),
-        "call_id": needed(STRING),
-        "output": needed(CONTENT),
-        **_OF_ANSWERS,
-    },
-}
-_TYPE = one_of(*_ITEMS, default="message")
-
-
-def _read_input(value: Any, path: str) -> list[dict[str, Any]]:
-    """Messages as templates take them. Calls belong to the assistant's message before them; results answer calls."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise bad_request(f"{path} must be a string or a list of items that is not empty", path)
-    messages: list[dict[str, Any]] = []
-    call_ids: set[str] = set()
-    for i, item in enumerate(value):
-        where = f"{path}[{i}]"
-        kind = item.get("type") if isinstance(item, dict) else None
-        kind = "message" if kind is None else _TYPE.read(kind, f"{where}.type")
-        fields = Fields(item, _ITEMS[kind], where)
-        if kind == "message":
-            role = fields.take("role")
-            messages.append({"role": "system" if role == "developer" else role, "content": fields.take("content")})
-            continue
-        call_id = fields.take("call_id")
-        if kind == "function_call":
-            call_ids.add(call_id)
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": ""})
-            messages[-1].setdefault("tool_calls", []).append(call_of(call_id, fields))
-        elif call_id in call_ids:
-            messages.append({"role": "tool", "tool_call_id": call_id, "content": fields.take("output")})
-        else:
-            raise bad_request(f"{where}.call_id is {call_id!r}, which no earlier call has", f"{where}.call_id")
-    return messages
-
-
-_ITEM_SCHEMA = {"anyOf": [schema_of(table) for table in _ITEMS.values()]}
-INPUT = Kind({"anyOf": [{"type": "string"}, {"type": "array", "items": _ITEM_SCHEMA, "minItems": 1}]}, _read_input)
 FIELDS: Table = {
     "input": needed(INPUT),
     "instructions": STRING,
+    "previous_response_id": STRING,
+    "store": Kind(BOOLEAN.schema, BOOLEAN.read),  # None: if the server keeps any
     **CALLER,
     **SAMPLING,
     "stream": BOOLEAN,
@@ -131,10 +78,16 @@ FIELDS: Table = {
 # -------------------------------------------------------------------- parsed
 
 
-def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
+async def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.take("model"))
-    messages, instructions = fields.take("input"), fields.take("instructions")
+    salt = fields.take("cache_salt")
+    owner: Owner = (exchange.key_digest, salt)
+    previous = fields.take("previous_response_id")
+    items = [*await _earlier(app, owner, previous), *await _resolved(app, owner, fields.take("input"))]
+    store = _is_kept(app, fields.take("store"))
+    kept = [item.kept() for item in items] if store else None
+    messages, instructions = messages_of(items), fields.take("instructions")
     if instructions is not None:
         messages.insert(0, {"role": "system", "content": instructions})
     given: dict[str, Any] = {}
@@ -155,7 +108,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     chat = ChatCall(
         model=model,
         stream=StreamOptions() if fields.take("stream") else None,
-        cache_salt=app.cache_salt(exchange, fields),
+        cache_salt=app.salted(exchange, salt),
         messages=messages,
         messages_field="input",
         template_variables=effort_variables(effort, model, "reasoning.effort"),
@@ -170,9 +123,9 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         "metadata": metadata,
         "model": model.name,
         "parallel_tool_calls": is_parallel,
-        "previous_response_id": None,
+        "previous_response_id": previous,
         "reasoning": {"effort": effort, "summary": None},
-        "store": False,
+        "store": store,
         "temperature": chat.params.temperature,
         "text": {"format": text_format},
         "tool_choice": given_choice,
@@ -180,7 +133,42 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         "top_p": chat.params.top_p,
         "truncation": "disabled",
     }
-    return ResponsesCall(chat, repeated)
+    return ResponsesCall(chat, repeated, owner, kept)
+
+
+def _is_kept(app: App, wanted: bool | None) -> bool:
+    if wanted and not app.store.keeps_any:
+        text = "store is not supported: this server keeps no responses (as --max-stored-responses or --processes say)"
+        raise bad_request(text, "store", "unsupported_parameter")
+    return app.store.keeps_any if wanted is None else wanted
+
+
+async def _earlier(app: App, owner: Owner, previous: str | None) -> list[Item]:
+    """The conversation that a request goes on with, instructions left out: they are said anew in every turn."""
+    name = "previous_response_id"
+    if previous is None:
+        return []
+    stored = app.store.get(owner, previous)
+    if stored is None:
+        text = f"{name}: there is no response {previous[:100]!r} among those that are kept"
+        raise bad_request(text, name, "previous_response_not_found")
+    items = [*await read_long(stored.items), *(await read_long(stored.response))["output"]]
+    return [read_item(item, f"{name}[{i}]") for i, item in enumerate(items)]
+
+
+async def _resolved(app: App, owner: Owner, items: list[Item]) -> list[Item]:
+    """Items with what they refer to in their places: outputs of responses that are kept."""
+    return [await _referred(app, owner, item) if item.kind == REFERENCE else item for item in items]
+
+
+async def _referred(app: App, owner: Owner, item: Item) -> Item:
+    id_ = item.fields.take("id")
+    stored = app.store.with_item(owner, id_)
+    for one in [] if stored is None else (await read_long(stored.response))["output"]:
+        if one["id"] == id_:
+            return read_item(one, item.path)
+    where = f"{item.path}.id"
+    raise bad_request(f"{where}: no response that is kept has an item {id_[:100]!r}", where, "item_not_found")
 
 
 def _text_format(given: Fields | None) -> tuple[dict[str, Any], StructuredOutputs | None]:

@@ -86,6 +86,7 @@ FIELDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     },
     RESPONSES: {
         **SAMPLED, **STORED,
+        "store": ([True, False], [5]),
         "input": ([], [[], 5]),
         "model": (["tiny"], [5]),
         "access_programs": ([], [{}]),
