@@ -17,7 +17,6 @@ from pyengine.serve.effort import EFFORT, effort_variables
 from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import (
-    ANYTHING,
     BOOLEAN,
     OBJECT,
     STRING,
@@ -25,7 +24,6 @@ from pyengine.serve.fields import (
     Fields,
     Kind,
     Table,
-    checked,
     hint,
     needed,
     object_of,
@@ -33,7 +31,7 @@ from pyengine.serve.fields import (
 )
 from pyengine.serve.messages import MESSAGES, chat_messages
 from pyengine.serve.prompts import CALLER, note_user
-from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.sampling import SAMPLING, SCHEMA, Asked, parameter, sampling_params
 from pyengine.serve.stream import STREAM, stream_options
 from pyengine.serve.tools import TOOLS, Tools, held_to, reader_of, tools_of
 
@@ -66,16 +64,8 @@ class ChatCall(Call):
                 add_generation_prompt=self.add_generation_prompt,
                 variables=self.template_variables,
             )
-        engine = self.model.engine
-        return engine.requests(
-            job,
-            [ids],
-            engine.resolve(self.params),
-            adapter=self.model.adapter,
-            cache_salt=self.cache_salt,
-            interactive=self.stream is not None,
-            shown_special=frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax),
-        )
+        shown = frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax)
+        return self.requests(job, [ids], shown_special=shown)
 
 
 class ChatChoice(Choice):
@@ -118,12 +108,6 @@ class ChatChoice(Choice):
 # -------------------------------------------------------------------- parsed
 
 
-def _schema(value: Any) -> StructuredOutputs:
-    return StructuredOutputs(json=value)
-
-
-# A JSON schema that an answer is held to.
-SCHEMA = checked(Kind({"type": ["object", "string", "boolean"]}, ANYTHING.read), _schema)
 _JSON_SCHEMA: Table = {
     "name": needed(STRING),
     "description": hint(STRING),
@@ -180,9 +164,9 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         given["logprobs"] = top or 0
     elif top:
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
-    wanted = response_format(fields.take("response_format"))
+    asked = response_format(fields.take("response_format"))
     tools = tools_of(fields, model)
-    wanted = held_to(tools, wanted, fields, model)
+    wanted, asked = held_to(tools, asked, fields, model)
     if wanted is not None:
         given["structured_outputs"] = wanted
     thinking = effort_variables(fields.take("reasoning_effort"), model, "reasoning_effort")
@@ -195,29 +179,29 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         add_generation_prompt=fields.take("add_generation_prompt"),
         template_variables=thinking | fields.take("chat_template_kwargs"),
         tools=tools,
+        asked=asked,
         params=sampling_params(fields, model, given),
     )
     fields.end()
     return call
 
 
-def response_format(given: Fields | None) -> StructuredOutputs | None:
-    """None for plain text. Raises HTTPError."""
+def response_format(given: Fields | None) -> Asked:
+    """Nothing for plain text. Raises HTTPError."""
     if given is None:
-        return None
+        return ()
     kind, schema, of_object = given.take("type"), given.take("json_schema"), given.take("schema")
     if of_object is not None and kind != "json_object":
         raise bad_request("response_format.schema goes with type json_object", "response_format.schema")
     if kind == "json_schema":
         if schema is None:
             given.missing("json_schema")
-        return schema.take("schema") or StructuredOutputs(json_object=True)
+        return [(schema.path("schema"), schema.take("schema") or StructuredOutputs(json_object=True))]
     if schema is not None:
         raise bad_request("response_format.json_schema goes with type json_schema", "response_format.json_schema")
     if kind == "json_object":
-        wanted: StructuredOutputs = of_object or StructuredOutputs(json_object=True)
-        return wanted
-    return None
+        return [(given.path("schema"), of_object or StructuredOutputs(json_object=True))]
+    return ()
 
 
 async def chat_completions(app: App, exchange: Exchange) -> None:

@@ -113,6 +113,10 @@ class Fields:
     def has(self, name: str) -> bool:
         return name in self._left
 
+    def peek(self, name: str) -> Any:
+        """The value of a field that is there; it is still to be taken."""
+        return self._left[name]
+
     def take(self, name: str) -> Any:
         """The value, its kind's default if there is none."""
         default = self._defaults[name]

@@ -84,8 +84,6 @@ OTHERS: Table = {
     "guided_regex": refused("use structured_outputs.regex"),
     "guided_choice": refused("use structured_outputs.choice"),
     "guided_grammar": refused("use structured_outputs.grammar"),
-    "json_schema": refused("use response_format, or structured_outputs.json"),
-    "grammar": refused("use structured_outputs.grammar, which is in Lark's notation"),
     "lora": refused("an adapter is asked for by its name, as model", []),
     "lora_path": refused("an adapter is asked for by its name, as model"),
     "n_predict": refused("use max_tokens", -1),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyengine.sampling import StructuredOutputs
 from pyengine.serve import neutral, payload
-from pyengine.serve.chat import SCHEMA, ChatCall
+from pyengine.serve.chat import ChatCall
 from pyengine.serve.effort import REASONING, effort_variables
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange
@@ -26,7 +26,7 @@ from pyengine.serve.fields import (
 )
 from pyengine.serve.prompts import CALLER, note_user
 from pyengine.serve.response_input import INPUT, REFERENCE, Item, messages_of, read_item
-from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.sampling import SAMPLING, SCHEMA, Asked, parameter, sampling_params
 from pyengine.serve.store import Owner
 from pyengine.serve.stored_responses import read_long
 from pyengine.serve.stream import StreamOptions
@@ -94,12 +94,12 @@ async def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     if fields.has("max_output_tokens"):
         given["max_tokens"] = fields.take("max_output_tokens")
     text = fields.take("text")
-    text_format, wanted = _text_format(None if text is None else text.take("format"))
+    text_format, asked = _text_format(None if text is None else text.take("format"))
     given_tools, functions = fields.take("tools")
     given_choice, choice = fields.take("tool_choice")
     is_parallel = fields.take("parallel_tool_calls")
     tools = chosen_tools(functions, choice_of(choice, is_flat=True), model, only_one=not is_parallel)
-    wanted = held_to(tools, wanted, fields, model)
+    wanted, asked = held_to(tools, asked, fields, model)
     if wanted is not None:
         given["structured_outputs"] = wanted
     metadata, reasoning = fields.take("metadata"), fields.take("reasoning")
@@ -113,6 +113,7 @@ async def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         messages_field="input",
         template_variables=effort_variables(effort, model, "reasoning.effort"),
         tools=tools,
+        asked=asked,
         id=payload.new_id("resp_"),
         params=sampling_params(fields, model, given),
     )
@@ -171,17 +172,17 @@ async def _referred(app: App, owner: Owner, item: Item) -> Item:
     raise bad_request(f"{where}: no response that is kept has an item {id_[:100]!r}", where, "item_not_found")
 
 
-def _text_format(given: Fields | None) -> tuple[dict[str, Any], StructuredOutputs | None]:
-    """The format as the answer repeats it, and what the output must be. Raises HTTPError."""
+def _text_format(given: Fields | None) -> tuple[dict[str, Any], Asked]:
+    """The format as the answer repeats it, and what it asks of the output. Raises HTTPError."""
     if given is None:
-        return {"type": "text"}, None
+        return {"type": "text"}, ()
     kind = given.take("type")
     if kind != "json_schema":
         given.end()
-        return {"type": kind}, StructuredOutputs(json_object=True) if kind == "json_object" else None
+        return {"type": kind}, [(given.path("type"), StructuredOutputs(json_object=True))] if kind == "json_object" else ()
     for name in ("name", "schema"):
         if not given.has(name):
             given.missing(name)
     wanted = given.take("schema")
     repeated = {name: given.take(name) for name in ("name", "description", "strict")}
-    return {"type": kind, **repeated, "schema": wanted.json}, wanted
+    return {"type": kind, **repeated, "schema": wanted.json}, [(given.path("schema"), wanted)]

@@ -175,6 +175,15 @@ def test_a_silent_stream_gives_signs_of_life(chat_model: Path) -> None:
     serving(chat_model, test, comment_interval=0.01)
 
 
+REFUSED_OUTPUTS: list[tuple[dict[str, Any], str]] = [
+    ({"grammar": "root ::= other"}, "grammar"),
+    ({"grammar": "start: other"}, "grammar"),
+    ({"json_schema": {"type": "y"}}, "json_schema"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"grammar": 'root ::= "a"', "json_schema": {}}, "json_schema"),  # or the other way round: one is too many
+]
+
+
 def test_structured_outputs(chat_model: Path) -> None:
     pytest.importorskip("llguidance", reason="the extra guide is not installed")
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
@@ -186,6 +195,8 @@ def test_structured_outputs(chat_model: Path) -> None:
             {"response_format": form},
             {"response_format": {"type": "json_object", "schema": schema}},  # as llama.cpp's server has it
             {"structured_outputs": {"json": schema}},
+            {"json_schema": schema},  # llama.cpp's, too
+            {"grammar": 'root ::= "{\\"a\\": " ("1" | "2") "}"'},
         ):
             answer = await client.post(CHAT, {**body, **wanted})
             assert json.loads(answer.json["choices"][0]["message"]["content"]) in ({"a": 1}, {"a": 2})
@@ -195,6 +206,12 @@ def test_structured_outputs(chat_model: Path) -> None:
         assert chosen.json["choices"][0]["text"] in ("yes", "no")
         free = await client.post(CHAT, {**body, "response_format": {"type": "json_object"}})
         assert free.json["choices"][0]["message"]["content"].startswith("{")
+        for fields, param in REFUSED_OUTPUTS:
+            answer = await client.post(CHAT, {**body, **fields})
+            assert (answer.status, answer.error["param"]) == (400, param), answer.body
+            assert answer.error["message"].startswith(param)
+        unasked = {"grammar": "", "json_schema": None}  # as llama.cpp's clients say it
+        assert (await client.post(CHAT, {**HELLO, **unasked})).status == 200
         wrong: list[tuple[Any, str]] = [
             ({"type": "xml"}, "response_format.type"),
             ({}, "response_format.type"),
@@ -203,7 +220,11 @@ def test_structured_outputs(chat_model: Path) -> None:
             ({"type": "json_object", "schema": 5}, "response_format.schema"),
             ({"type": "json_schema", "json_schema": {"schema": schema}}, "response_format.json_schema.name"),
             ({"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}, "response_format.json_schema.schema"),
-            ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "y"}}}, "structured_outputs"),
+            (
+                {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "y"}}},
+                "response_format.json_schema.schema",
+            ),
+            ({"type": "json_object", "schema": {"type": "y"}}, "response_format.schema"),
         ]
         for value, param in wrong:
             answer = await client.post(CHAT, {**body, "response_format": value})
