@@ -20,7 +20,6 @@ from pyengine.serve.fields import (
     BOOLEAN,
     OBJECT,
     STRING,
-    TRUE,
     Fields,
     Kind,
     Table,
@@ -29,7 +28,7 @@ from pyengine.serve.fields import (
     object_of,
     one_of,
 )
-from pyengine.serve.messages import MESSAGES, chat_messages
+from pyengine.serve.messages import ENDING, MESSAGES, chat_messages, ending_of
 from pyengine.serve.prompts import CALLER, note_user
 from pyengine.serve.sampling import SAMPLING, SCHEMA, Asked, parameter, sampling_params
 from pyengine.serve.stream import STREAM, stream_options
@@ -38,14 +37,14 @@ from pyengine.serve.tools import TOOLS, Tools, held_to, reader_of, tools_of
 if TYPE_CHECKING:
     from pyengine.serve.app import App
 
-_RESERVED = ("self", "tokenizer", "time_limit")  # names of ChatTemplate.encode
+_RESERVED = ("self", "tokenizer", "n_ctx", "time_limit")  # names of ChatTemplate.encode
 
 
 @dataclass(kw_only=True)
 class ChatCall(Call):
     messages: list[dict[str, Any]]
     messages_field: str = "messages"
-    add_generation_prompt: bool = True
+    ending: dict[str, bool] = field(default_factory=dict)
     template_variables: dict[str, Any] = field(default_factory=dict)
     tools: Tools | None = None
     id: str = field(default_factory=lambda: payload.new_id("chatcmpl-"))
@@ -61,7 +60,7 @@ class ChatCall(Call):
             ids = self.model.chat_ids(
                 self.messages,
                 tools=None if self.tools is None else self.tools.shown,
-                add_generation_prompt=self.add_generation_prompt,
+                ending=self.ending,
                 variables=self.template_variables,
             )
         shown = frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax)
@@ -123,7 +122,7 @@ _RESPONSE_FORMAT: Table = {
 
 def _read_variables(value: Any, path: str) -> dict[str, Any]:
     variables: dict[str, Any] = OBJECT.read(value, path)
-    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", *_RESERVED):
+    for name in ("messages", "tools", *ENDING, "bos_token", "eos_token", *_RESERVED):
         if variables.get(name) is not None:
             where = f"{path}.{name}"
             raise bad_request(f"{where} is not supported: the server sets it", where, "unsupported_parameter")
@@ -141,7 +140,7 @@ FIELDS: Table = {
     "logprobs": BOOLEAN,
     "top_logprobs": parameter("logprobs"),
     "response_format": object_of(_RESPONSE_FORMAT),
-    "add_generation_prompt": TRUE,
+    **ENDING,
     "chat_template_kwargs": Kind(OBJECT.schema, _read_variables, default={}),
     **neutral.CHAT,
     **neutral.OTHERS_CHAT,
@@ -176,7 +175,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         stream=stream_options(fields),
         cache_salt=app.cache_salt(exchange, fields),
         messages=messages,
-        add_generation_prompt=fields.take("add_generation_prompt"),
+        ending=ending_of(fields, messages),
         template_variables=thinking | fields.take("chat_template_kwargs"),
         tools=tools,
         asked=asked,

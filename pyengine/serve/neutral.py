@@ -96,7 +96,6 @@ OTHERS: Table = {
 # of these, what only chats have; what a model writes of its reasoning is part of its text
 OTHERS_CHAT: Table = {
     **OTHERS,
-    "continue_final_message": refused("the last message is complete", False),
     "add_special_tokens": refused("the chat template says which", False),
     "echo": refused("the last message is not repeated", False),
     "include_reasoning": refused("reasoning is part of the text", True),

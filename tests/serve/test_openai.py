@@ -144,6 +144,53 @@ def test_a_model_without_a_template_goes_on_with_what_is_said(tiny_model: Path) 
     serving(tiny_model, test)
 
 
+def test_a_last_message_goes_on(chat_model: Path) -> None:
+    """The prompt ends inside the assistant's message, and the answer is what comes after it."""
+    messages = [*HELLO["messages"], {"role": "assistant", "content": "Well, "}]
+    with Engine(chat_model) as engine:
+        ids = engine.tokenize("[user]Hello\n[assistant]Well, ")
+        assert engine.chat_ids(messages, continue_final_message=True) == ids
+        wanted: Any = engine.generate(ids, seed=3, max_tokens=12)
+        assert engine.chat(messages, continue_final_message=True, seed=3, max_tokens=12).text == wanted.text
+        pieces = engine.chat(messages, continue_final_message=True, stream=True, seed=3, max_tokens=12)
+        assert "".join(piece.text for piece in pieces) == wanted.text
+
+    async def test(client: Client) -> None:
+        body = {**HELLO, "messages": messages, "continue_final_message": True}
+        for more in ({}, {"add_generation_prompt": False}):
+            answer = await client.post(CHAT, {**body, **more})
+            assert answer.json["choices"][0]["message"]["content"] == wanted.text
+            assert answer.json["usage"]["prompt_tokens"] == len(ids)
+        assert joined(await client.post(CHAT, {**body, "stream": True})) == wanted.text
+        tokens = await client.post("/tokenize", {"messages": messages, "continue_final_message": True})
+        assert tokens.json["tokens"] == ids
+        model = client.app.models.get(None).asynchronous
+        assert (await model.chat(messages, continue_final_message=True, seed=3, max_tokens=12)).text == wanted.text
+        parts = [
+            piece.text
+            async for piece in model.chat_stream(messages, continue_final_message=True, seed=3, max_tokens=12)
+        ]
+        assert "".join(parts) == wanted.text
+        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        wrong: list[dict[str, Any]] = [
+            {"add_generation_prompt": True},
+            {"messages": HELLO["messages"]},
+            {"messages": [*HELLO["messages"], {"role": "assistant", "content": "a", "tool_calls": [call]}]},
+        ]
+        for fields in wrong:
+            for path in (CHAT, "/tokenize"):
+                given = {**body, **fields}
+                if path == "/tokenize":
+                    given = {name: value for name, value in given.items() if name not in ("seed", "max_tokens")}
+                answer = await client.post(path, given)
+                assert (answer.status, answer.error["param"]) == (400, "continue_final_message"), answer.body
+        for name in ("continue_final_message", "n_ctx"):
+            answer = await client.post(CHAT, {**body, "chat_template_kwargs": {name: True}})
+            assert (answer.status, answer.error["param"]) == (400, f"chat_template_kwargs.{name}")
+
+    serving(chat_model, test)
+
+
 def test_parts_of_text_are_joined(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
