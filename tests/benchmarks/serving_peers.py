@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +43,22 @@ def load_options(args: argparse.Namespace) -> list[str]:
 
 
 def lines_of(command: list[str], limit: float) -> list[dict[str, Any]]:
-    """What it measures. Raises TimeoutError, RuntimeError."""
+    """What it measures. Raises TimeoutError, RuntimeError; then, too, nothing that it started is left."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=limit, check=False
-        )
+        out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"not done after {limit:g} seconds") from None
-    if done.returncode != 0:
-        raise RuntimeError(f"ended with {done.returncode}: {done.stderr[-1000:]}")
-    print(done.stdout, end="", file=sys.stderr, flush=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a server that it started is of its group
+        process.wait()
+    if process.returncode != 0:
+        raise RuntimeError(f"ended with {process.returncode}: {err[-1000:]}")
+    print(out, end="", file=sys.stderr, flush=True)
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 @contextmanager
@@ -134,9 +141,8 @@ def main() -> int:
             rows += [row(name, line) for line in measure(args)]
         except (OSError, RuntimeError) as error:  # TimeoutError is an OSError
             failed.append(f"{name}: {error}")
-    print(
-        "| load | server | tokens/s in all | first token, ms, p50 / p95 / p99 | between writes, ms, p50 / p95 / p99 | CPUs | peak MiB |"
-    )
+    times = "first token, ms, p50 / p95 / p99 | between writes, ms, p50 / p95 / p99"
+    print(f"| load | server | tokens/s in all | {times} | CPUs | peak MiB |")
     print("|---|---|---:|---|---|---:|---:|")
     print("\n".join(sorted(rows, key=lambda one: one.split("|")[1])))
     print("\n".join(failed), file=sys.stderr)
