@@ -82,6 +82,11 @@ WRONG: list[tuple[str, str, bytes, tuple[int, ...]]] = [  # method, path, body, 
     ("GET", "/nowhere", b"", (404,)),
     ("PATCH", "/v1/models", b"{}", (405,)),
     ("GET", "/v1/models/nobody", b"", (404,)),
+    ("GET", "/v1/responses/nobody", b"", (404,)),
+    ("DELETE", "/v1/responses/nobody", b"", (404,)),
+    ("GET", "/v1/responses/nobody/input_items?limit=x", b"", (400,)),
+    ("POST", "/v1/responses", b'{"input": "a", "previous_response_id": "nobody"}', (400,)),
+    ("POST", "/v1/completions", b'{"prompt": "a", "grammar": "root ::= other"}', (400,)),
 ]
 LOOKS = ("/health", "/metrics", "/props", "/v1/models", "/openapi.json", "/")
 GARBAGE = (
