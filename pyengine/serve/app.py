@@ -121,10 +121,13 @@ class App:
     @staticmethod
     async def _tell(exchange: Exchange, error: HTTPError) -> None:
         exchange.notes["error"] = error.message
-        if exchange.is_stream:  # the status has gone out: OpenAI's clients raise at this event
-            await exchange.end(event(error.body()))
+        place = find_place(exchange.path)
+        is_anthropic = place is not None and place.path.startswith("/v1/messages")
+        body = error.anthropic_body(exchange.id) if is_anthropic else error.body()
+        if exchange.is_stream:  # the status has gone out: clients raise at this event
+            await exchange.end(event(body, "error" if is_anthropic else None))
         elif exchange.status == 0:
-            await exchange.reply_json(error.body(), error.status, error.headers)
+            await exchange.reply_json(body, error.status, error.headers)
 
     async def _route(self, exchange: Exchange) -> None:
         self.access.check_host(exchange)

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pyengine import __version__
-from pyengine.serve import chat, completions, embeddings, response_fields, stored_responses, tokens
+from pyengine.serve import anthropic_fields, chat, completions, embeddings, response_fields, stored_responses, tokens
 from pyengine.serve.fields import STRING, Table, schema_of
 from pyengine.serve.routes import ROUTES
 
@@ -20,6 +20,8 @@ BODIES: dict[str, Table] = {
     "/v1/chat/completions": chat.FIELDS,
     "/v1/completions": completions.FIELDS,
     "/v1/embeddings": embeddings.FIELDS,
+    "/v1/messages": anthropic_fields.FIELDS,
+    "/v1/messages/count_tokens": anthropic_fields.COUNT,
     "/v1/responses": response_fields.FIELDS,
 }
 _ONE_RESPONSE = "/v1/responses/{id}"
@@ -43,6 +45,8 @@ _WORDS = {
     "/v1/chat/completions": "The assistant's answer to messages.",
     "/v1/completions": "Prompts, continued.",
     "/v1/embeddings": "A vector for each input.",
+    "/v1/messages": "The assistant's answer to messages, in Anthropic's form.",
+    "/v1/messages/count_tokens": "How many tokens the prompt of such a request has.",
     "/v1/responses": "A response to text or messages.",
     _ONE_RESPONSE: "A response that is kept.",
     _DELETE_RESPONSE: "Keep it no longer.",
@@ -89,6 +93,15 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": _outputs("chat.completion", message=_object("content", role=_const("assistant"))),
     "/v1/completions": _outputs("text_completion", text=_STRING),
     "/v1/embeddings": _object("usage", object=_const("list"), data=_array(_EMBEDDING), model=_STRING),
+    "/v1/messages": _object(
+        "stop_reason",
+        "stop_sequence",
+        id=_STRING,
+        type=_const("message"),
+        content=_array(_object(type=_STRING)),
+        usage=_object(),
+    ),
+    "/v1/messages/count_tokens": _object(input_tokens=_INTEGER),
     "/v1/responses": _RESPONSE,
     _ONE_RESPONSE: _RESPONSE,
     _DELETE_RESPONSE: _object(id=_STRING, object=_const("response"), deleted={"const": True}),
@@ -111,6 +124,7 @@ _ERROR = _object(
         },
     }
 )
+_ANTHROPIC_ERROR = _object(type=_const("error"), request_id=_STRING, **_ERROR["properties"])
 _ERRORS = {
     "400": "A field that is wrong or not supported: `param` names it.",
     "401": "No key, or a wrong one.",
@@ -126,6 +140,7 @@ _ERRORS = {
 
 def _answers(path: str) -> dict[str, Any]:
     takes_body = path in BODIES
+    error = "AnthropicError" if path.startswith("/v1/messages") else "Error"
     content: dict[str, Any] = {_JSON: {"schema": ANSWERS[path]}} if path in ANSWERS else {}
     if takes_body and "stream" in BODIES[path]:
         content[_EVENTS] = {"schema": _STRING}
@@ -138,7 +153,7 @@ def _answers(path: str) -> dict[str, Any]:
         if takes_body or status not in ("408", "413", "429"):
             answers[status] = {
                 "description": words,
-                "content": {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}},
+                "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}},
             }
     if path == "/health":
         answers["503"] = answers["200"]
@@ -173,7 +188,11 @@ def document() -> dict[str, Any]:
         "info": {"title": "pyengine", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {"Error": _ERROR, **{_name(path): schema_of(table) for path, table in BODIES.items()}},
+            "schemas": {
+                "Error": _ERROR,
+                "AnthropicError": _ANTHROPIC_ERROR,
+                **{_name(path): schema_of(table) for path, table in BODIES.items()},
+            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],

@@ -27,6 +27,8 @@ ROUTES: dict[str, dict[str, str]] = {
     "/v1/chat/completions": {"POST": "chat.chat_completions"},
     "/v1/completions": {"POST": "completions.completions"},
     "/v1/embeddings": {"POST": "embeddings.embeddings"},
+    "/v1/messages": {"POST": "anthropic.messages"},
+    "/v1/messages/count_tokens": {"POST": "anthropic.count_tokens"},
     "/v1/responses": {"POST": "responses.responses"},
     "/v1/responses/{id}": {"GET": "stored_responses.retrieve", "DELETE": "stored_responses.delete"},
     "/v1/responses/{id}/input_items": {"GET": "stored_responses.input_items"},
@@ -46,7 +48,6 @@ ELSEWHERE = {
     "/embedding": "/v1/embeddings",
     "/generate": "/v1/completions",
     "/slots": "/metrics",
-    "/v1/messages": "/v1/chat/completions",
     "/version": "/props",
 }
 

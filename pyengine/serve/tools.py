@@ -94,10 +94,12 @@ def _read_parameters(value: Any, path: str) -> Any:
     return value
 
 
+NAME = Kind({"type": "string", "pattern": f"^{_NAME.pattern}$"}, _read_name)
+PARAMETERS = Kind({"type": "object", "properties": {"type": {"enum": ["object"]}}}, _read_parameters)
 _FUNCTION: Table = {
-    "name": needed(Kind({"type": "string", "pattern": f"^{_NAME.pattern}$"}, _read_name)),
+    "name": needed(NAME),
     "description": replace(STRING, default=""),
-    "parameters": Kind({"type": "object", "properties": {"type": {"enum": ["object"]}}}, _read_parameters),
+    "parameters": PARAMETERS,
     "strict": hint(BOOLEAN),  # arguments of a forced call are always held to the schema, those of others never
 }
 _CHOICE = one_of("none", "auto", "required")
@@ -173,9 +175,12 @@ def tools_of(fields: Fields, model: ServedModel) -> Tools | None:
     return chosen_tools(tools, choice, model, only_one=not fields.take("parallel_tool_calls"))
 
 
-def chosen_tools(given: list[Fields], choice: Choice, model: ServedModel, *, only_one: bool) -> Tools | None:
-    """given: what is said of each function. None if none may be called. Raises HTTPError."""
-    tools = [_tool(function) for function in given]
+def chosen_tools(
+    given: list[Fields], choice: Choice, model: ServedModel, *, only_one: bool, parameters: str = "parameters"
+) -> Tools | None:
+    """given: what is said of each function, its parameters in the field of this name. None if none may be called. Raises
+    HTTPError."""
+    tools = [_tool(function, parameters) for function in given]
     if len(tools) > MAX_TOOLS:
         raise bad_request(f"{len(tools)} tools, at most {MAX_TOOLS}", "tools")
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
@@ -186,7 +191,7 @@ def chosen_tools(given: list[Fields], choice: Choice, model: ServedModel, *, onl
     if not tools:
         raise bad_request("tool_choice asks for a call, and there are no tools", "tool_choice")
     allowed = {name: {"type": "object", **(schema or {})} for name, schema in schemas.items()}
-    paths = {name: function.path("parameters") for name, function in zip(schemas, given, strict=True)}
+    paths = {name: function.path(parameters) for name, function in zip(schemas, given, strict=True)}
     if choice.named is not None:
         names = [_known(named, allowed) for named in choice.named]
         allowed = {name: schema for name, schema in allowed.items() if name in names}
@@ -221,8 +226,8 @@ def _syntax(model: ServedModel) -> Syntax:
     raise bad_request(text, "tool_choice", "unsupported_parameter")
 
 
-def _tool(function: Fields) -> dict[str, Any]:
+def _tool(function: Fields, parameters: str) -> dict[str, Any]:
     out: dict[str, Any] = {"name": function.take("name"), "description": function.take("description")}
-    if function.has("parameters"):
-        out["parameters"] = function.take("parameters")
+    if function.has(parameters):
+        out["parameters"] = function.take(parameters)
     return {"type": "function", "function": out}
