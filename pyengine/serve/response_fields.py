@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from pyengine.serve import neutral, payload
 from pyengine.serve.chat import ChatCall
 from pyengine.serve.effort import REASONING, effort_variables
 from pyengine.serve.errors import bad_request
-from pyengine.serve.exchange import Exchange
+from pyengine.serve.exchange import Exchange, dumps
 from pyengine.serve.fields import (
     BOOLEAN,
     STRING,
@@ -28,23 +30,42 @@ from pyengine.serve.prompts import CALLER, note_user
 from pyengine.serve.response_input import INPUT, REFERENCE, Item, messages_of, read_item
 from pyengine.serve.sampling import SAMPLING, SCHEMA, Asked, parameter, sampling_params
 from pyengine.serve.store import Owner
-from pyengine.serve.stored_responses import read_long
 from pyengine.serve.stream import StreamOptions
 from pyengine.serve.tools import FLAT_TOOLS, choice_of, chosen_tools, held_to
+from pyengine.serve.work import unless_short
 
 if TYPE_CHECKING:
+    from pyengine.async_engine import Job
+    from pyengine.run.request import GenerationRequest
     from pyengine.serve.app import App
 
+LONG = 1 << 14  # bytes; to read a longer text as JSON takes milliseconds
+LONG_LIST = 256  # items
 
-@dataclass(frozen=True)
+
+@dataclass
 class ResponsesCall:
-    """A request that was understood: the chat that it is, what its answer repeats, whose it is, and the items that it is computed
-    from, None if it is not to be kept."""
+    """A request that was understood.
+
+    chat      the chat that it is
+    repeated  what its answer repeats
+    owner     whose it is
+    items     that it is computed from, None if it is not to be kept
+    kept      these as they are kept, once the requests are made
+    """
 
     chat: ChatCall
     repeated: dict[str, Any]
     owner: Owner
-    items: list[dict[str, Any]] | None
+    items: list[Item] | None
+    kept: bytes | None = None
+
+    def make(self, job: Job) -> Sequence[GenerationRequest]:
+        """The requests for the engine; in a thread."""
+        if self.items is not None:
+            self.kept = dumps([item.kept() for item in self.items])
+            self.items = None
+        return self.chat.make(job)
 
 
 # -------------------------------------------------------------------- fields
@@ -86,8 +107,8 @@ async def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     previous = fields.take("previous_response_id")
     items = [*await _earlier(app, owner, previous), *await _resolved(app, owner, fields.take("input"))]
     store = _is_kept(app, fields.take("store"))
-    kept = [item.kept() for item in items] if store else None
-    messages, instructions = messages_of(items), fields.take("instructions")
+    messages = await unless_short(LONG_LIST, len(items), messages_of, items)
+    instructions = fields.take("instructions")
     if instructions is not None:
         messages.insert(0, {"role": "system", "content": instructions})
     given: dict[str, Any] = {}
@@ -134,7 +155,7 @@ async def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         "top_p": chat.params.top_p,
         "truncation": "disabled",
     }
-    return ResponsesCall(chat, repeated, owner, kept)
+    return ResponsesCall(chat, repeated, owner, items if store else None)
 
 
 def _is_kept(app: App, wanted: bool | None) -> bool:
@@ -153,8 +174,12 @@ async def _earlier(app: App, owner: Owner, previous: str | None) -> list[Item]:
     if stored is None:
         text = f"{name}: there is no response {previous[:100]!r} among those that are kept"
         raise bad_request(text, name, "previous_response_not_found")
-    items = [*await read_long(stored.items), *(await read_long(stored.response))["output"]]
-    return [read_item(item, f"{name}[{i}]") for i, item in enumerate(items)]
+
+    def read() -> list[Item]:
+        items = [*json.loads(stored.items), *json.loads(stored.response)["output"]]
+        return [read_item(item, f"{name}[{i}]") for i, item in enumerate(items)]
+
+    return await unless_short(LONG, stored.n_bytes, read)
 
 
 async def _resolved(app: App, owner: Owner, items: list[Item]) -> list[Item]:
@@ -165,7 +190,10 @@ async def _resolved(app: App, owner: Owner, items: list[Item]) -> list[Item]:
 async def _referred(app: App, owner: Owner, item: Item) -> Item:
     id_ = item.fields.take("id")
     stored = app.store.with_item(owner, id_)
-    for one in [] if stored is None else (await read_long(stored.response))["output"]:
+    response = (
+        {"output": []} if stored is None else await unless_short(LONG, stored.n_bytes, json.loads, stored.response)
+    )
+    for one in response["output"]:
         if one["id"] == id_:
             return read_item(one, item.path)
     where = f"{item.path}.id"
@@ -179,7 +207,9 @@ def _text_format(given: Fields | None) -> tuple[dict[str, Any], Asked]:
     kind = given.take("type")
     if kind != "json_schema":
         given.end()
-        return {"type": kind}, [(given.path("type"), StructuredOutputs(json_object=True))] if kind == "json_object" else ()
+        return {"type": kind}, [
+            (given.path("type"), StructuredOutputs(json_object=True))
+        ] if kind == "json_object" else ()
     for name in ("name", "schema"):
         if not given.has(name):
             given.missing(name)

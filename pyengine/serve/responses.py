@@ -160,7 +160,7 @@ def _status(request: GenerationRequest) -> str:
 
 async def responses(app: App, exchange: Exchange) -> None:
     call = await parse(app, exchange, await app.fields(exchange, FIELDS))
-    async with app.job(exchange, call.chat.model, call.chat.make) as job:
+    async with app.job(exchange, call.chat.model, call.make) as job:
         if call.chat.stream is None:
             (request,) = await app.finish(exchange, call.chat.model, job)
             body, stored = await work.made_of([request], lambda: _whole(app, call, request))
@@ -173,9 +173,9 @@ async def responses(app: App, exchange: Exchange) -> None:
 
 def _kept(app: App, call: ResponsesCall, response: dict[str, Any]) -> tuple[dict[str, Any], Stored | None]:
     """A response as it is answered, and as it is kept; one that there is no room for says that it is not."""
-    if call.items is None:
+    if call.kept is None:
         return response, None
-    stored = Stored.of(call.owner, response, call.items)
+    stored = Stored.of(call.owner, response, call.kept)
     return (response, stored) if app.store.fits(stored) else ({**response, "store": False}, None)
 
 

@@ -8,7 +8,7 @@ All of it is called in the event loop, but for `Stored` itself.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,8 @@ class Stored:
     output_ids: tuple[str, ...]
 
     @classmethod
-    def of(cls, owner: Owner, response: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> Stored:
-        return cls(owner, dumps(response), dumps(items), tuple(item["id"] for item in response["output"]))
+    def of(cls, owner: Owner, response: Mapping[str, Any], items: bytes) -> Stored:
+        return cls(owner, dumps(response), items, tuple(item["id"] for item in response["output"]))
 
     @property
     def n_bytes(self) -> int:

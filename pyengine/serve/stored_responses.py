@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,13 @@ from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import STRING, Kind, Table, hint, integer, list_of, one_of, query_fields, refused
 from pyengine.serve.neutral import VACUOUS
 from pyengine.serve.prompts import SALT
+from pyengine.serve.response_fields import LONG
+from pyengine.serve.work import unless_short
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
     from pyengine.serve.fields import Fields
     from pyengine.serve.store import Stored
-
-LONG = 1 << 14  # bytes; to read a longer text as JSON takes milliseconds
 
 
 def _written(kind: Kind) -> Kind:
@@ -78,7 +77,7 @@ async def input_items(app: App, exchange: Exchange) -> None:
     """A page of the items that a response was computed from, those of earlier turns included."""
     fields = query_fields(exchange.query, INPUT_ITEMS)
     stored = _stored(app, exchange, fields)
-    items = await read_long(stored.items)
+    items: list[dict[str, Any]] = await unless_short(LONG, len(stored.items), json.loads, stored.items)
     if fields.take("order") == "desc":
         items.reverse()
     begin, end = 0, len(items)
@@ -97,11 +96,6 @@ async def input_items(app: App, exchange: Exchange) -> None:
             "has_more": len(chosen) > limit,
         }
     )
-
-
-async def read_long(text: bytes) -> Any:
-    """The value of a text of ours; a long one in a thread, so that the loop goes on."""
-    return json.loads(text) if len(text) < LONG else await asyncio.to_thread(json.loads, text)
 
 
 def _place(items: list[dict[str, Any]], id_: str, name: str) -> int:

@@ -346,9 +346,7 @@ def test_the_store_holds_what_a_plain_list_would() -> None:
         action, owner = rng.choice(("put", "put", "get", "delete")), rng.choice(owners)
         if action == "put":
             output = [{"id": f"msg_{step}_{i}"} for i in range(rng.randrange(4))]
-            stored = Stored.of(
-                owner, {"output": output, "x": "x" * rng.randrange(4000)}, [{"y": "y" * rng.randrange(4000)}]
-            )
+            stored = Stored.of(owner, {"output": output, "x": "x" * rng.randrange(4000)}, b"y" * rng.randrange(4000))
             assert store.fits(stored)
             store.put(f"resp_{step}", stored)
             model.append((f"resp_{step}", stored))
