@@ -109,7 +109,7 @@ async def unless_short(least: int, size: int, function: Callable[..., T], *args:
 async def made_of(requests: Sequence[GenerationRequest], make: Callable[[], T]) -> T:
     """make(), which makes an answer of whole outputs; long ones in a thread, so that the loop goes on."""
     n_tokens = sum(request.result.timings.generated_tokens for request in requests)
-    return await unless_short(LONG, n_tokens, make)
+    return await unless_short(LONG + 1, n_tokens, make)
 
 
 async def read(job: Job, interval: float) -> AsyncIterator[list[tuple[int, list[Piece]]]]:

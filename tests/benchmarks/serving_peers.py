@@ -145,7 +145,8 @@ def main() -> int:
     print(f"| load | server | tokens/s in all | {times} | CPUs | peak MiB |")
     print("|---|---|---:|---|---|---:|---:|")
     print("\n".join(sorted(rows, key=lambda one: one.split("|")[1])))
-    print("\n".join(failed), file=sys.stderr)
+    for line in failed:
+        print(line, file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -336,7 +336,7 @@ def test_errors_have_anthropic_s_form(chat_model: Path) -> None:
 
         def failing_step() -> bool:
             for job in client.app.queue.jobs():
-                if len(job.requests[0].output.pieces) == 5:  # type: ignore[attr-defined]
+                if len(job.requests[0].output.pieces) >= 5:  # type: ignore[attr-defined]
                     job.requests[0].error = RuntimeError("a secret of the inside")
             return step()
 
