@@ -320,13 +320,14 @@ class AsyncEngine:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        continue_final_message: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
         """See Engine.chat."""
         chosen = sampling_params(params, options)
-        ids = await asyncio.to_thread(self.engine.chat_ids, messages)
+        ids = await asyncio.to_thread(self.engine.chat_ids, messages, continue_final_message=continue_final_message)
         return await self.generate(ids, chosen, adapter=adapter, cache_salt=cache_salt)
 
     def chat_stream(
@@ -334,13 +335,18 @@ class AsyncEngine:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        continue_final_message: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
         **options: Any,
     ) -> AsyncStream:
         """The answer of `chat` as a stream."""
         chosen = sampling_params(params, options)
-        return self._stream(lambda: self.engine.chat_ids(messages), chosen, adapter, cache_salt)
+
+        def ids() -> list[int]:
+            return self.engine.chat_ids(messages, continue_final_message=continue_final_message)
+
+        return self._stream(ids, chosen, adapter, cache_salt)
 
     async def score(
         self,

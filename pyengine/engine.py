@@ -384,11 +384,23 @@ class Engine(Scoring):
         return stream
 
     def chat_ids(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> list[int]:
-        """Token ids of a conversation under the model's template. Special tokens come from it, never from content."""
+        """Token ids of a conversation under the model's template. Special tokens come from it, never from content. It ends with
+        the beginning of an answer, or with continue_final_message inside the assistant's last message. Raises TemplateError,
+        InvalidArgumentError, ContextFullError."""
         return self.chat_template.encode(
-            self.tokenizer, messages, n_ctx=self.n_ctx, add_generation_prompt=add_generation_prompt, **variables
+            self.tokenizer,
+            messages,
+            n_ctx=self.n_ctx,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
         )
 
     @overload
@@ -397,6 +409,7 @@ class Engine(Scoring):
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        continue_final_message: bool = False,
         stream: Literal[False] = False,
         **options: Any,
     ) -> Generation: ...
@@ -406,16 +419,24 @@ class Engine(Scoring):
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        continue_final_message: bool = False,
         stream: Literal[True],
         **options: Any,
     ) -> Stream: ...
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False, **options: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        continue_final_message: bool = False,
+        stream: bool = False,
+        **options: Any,
     ) -> Generation | list[Generation] | Stream:
-        """The assistant's answer to messages ({"role", "content"}, …). Options are those of generate.
+        """The assistant's answer to messages ({"role", "content"}, …), or, with continue_final_message, how the last one goes on,
+        which is the assistant's. Options are those of generate.
 
         Raises TemplateError if the model has no usable template, and what generate raises."""
-        ids = self.chat_ids(messages)
+        ids = self.chat_ids(messages, continue_final_message=continue_final_message)
         return self.stream(ids, params, **options) if stream else self.generate(ids, params, **options)
 
     # ------------------------------------------------------------ life

@@ -146,7 +146,7 @@ class StructuredOutputs:
     json_object  True: any JSON object
     regex        a regular expression that the whole text matches
     choice       one of these strings
-    grammar      a context-free grammar in Lark's notation, with a rule `start`
+    grammar      a context-free grammar in Lark's notation, with a rule `start`, or in llama.cpp's (GBNF), with a rule `root`
 
     Raises InvalidArgumentError. Whether a schema is understood shows when it is used.
     """

@@ -64,6 +64,14 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """argparse type: an integer from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
 def count_list(text: str) -> list[int]:
     """argparse type: "128" or "0,4096"."""
     values = [int(part) for part in text.split(",")]
@@ -176,7 +184,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--ignore-eos", action="store_true", default=None, help="go on after the model's end of text")
     add("--timeout", type=float, metavar="S", help="end after S seconds, with what there is")
     add("--json-schema", metavar="JSON", help="the text is JSON of this schema; @FILE reads one")
-    add("--grammar", metavar="LARK", help="the text is of this Lark grammar; @FILE reads one")
+    add("--grammar", metavar="TEXT", help="the text is of this grammar, Lark's or llama.cpp's (GBNF); @FILE reads one")
     add(
         "--speculative",
         type=speculative,

@@ -133,6 +133,15 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-kv-bytes", type=options.positive, metavar="N", help="memory for keys and values of a model"
     )
+    group.add_argument(
+        "--max-stored-responses",
+        type=options.natural,
+        metavar="N",
+        help="responses that are kept for previous_response_id, in memory; 0 = none. Default: 1000, none with --processes",
+    )
+    group.add_argument(
+        "--max-stored-bytes", type=options.positive, metavar="N", help="bytes of these together; default: 64 MiB"
+    )
     group.add_argument("--max-body-bytes", type=options.positive, metavar="N", help="longest request; default: 4 MiB")
     group.add_argument(
         "--drain-timeout", type=float, metavar="S", help="seconds for running requests at the end; default: 30"
@@ -244,9 +253,15 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UsageError(
             f"--host {args.host} lets other machines in: set a key (PYENGINE_API_KEY or --api-key-file), or say --insecure"
         )
+    if args.processes is not None:
+        if args.max_stored_responses:
+            raise UsageError("--max-stored-responses: responses are kept by one process, and --processes has several")
+        args.max_stored_responses = 0
     given: dict[str, Any] = {
         "max_queue_tokens": args.max_queue_tokens,
         "max_body_bytes": args.max_body_bytes,
+        "max_stored_responses": args.max_stored_responses,
+        "max_stored_bytes": args.max_stored_bytes,
         "drain_timeout": args.drain_timeout,
     }
     return Settings(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine import fork
 from pyengine.errors import InvalidArgumentError
 from pyengine.run.draft import until_end
+from pyengine.run.gbnf import is_gbnf, to_lark
 
 if TYPE_CHECKING:
     from pyengine.sampling import StructuredOutputs
@@ -107,9 +108,9 @@ class Guides:
             with fork.importing:
                 import llguidance
         except ImportError:
-            raise InvalidArgumentError("structured output needs llguidance: pip install 'pyengine-lm[guide]'") from None
+            raise InvalidArgumentError("structured_outputs needs llguidance: pip install 'pyengine-lm[guide]'") from None
         if not self._end_ids:
-            raise InvalidArgumentError("structured output needs a model that has an end-of-text token")
+            raise InvalidArgumentError("structured_outputs needs a model that has an end-of-text token")
         with self._lock:
             if self._table is None:
                 self._table = self._make_table(llguidance)
@@ -156,13 +157,18 @@ def _grammar(llguidance: Any, wanted: StructuredOutputs) -> str:
         source = "start: " + " | ".join(json.dumps(one) for one in wanted.choice)
         make = matcher.grammar_from_lark
     else:
-        source, make = wanted.grammar or "", matcher.grammar_from_lark
+        source, make = wanted.grammar or "", partial(_from_grammar, matcher)
     if len(source) > MAX_GRAMMAR:
         raise InvalidArgumentError(f"structured_outputs: {len(source)} characters, at most {MAX_GRAMMAR}")
     try:
         grammar: str = make(source)
-    except ValueError as error:
+    except ValueError as error:  # an InvalidArgumentError is one
         raise InvalidArgumentError(f"structured_outputs: {_first_line(str(error))}") from None
+    return grammar
+
+
+def _from_grammar(matcher: Any, text: str) -> str:
+    grammar: str = matcher.grammar_from_lark(to_lark(text) if is_gbnf(text) else text)
     return grammar
 
 

@@ -41,7 +41,7 @@ class Access:
     def preflight_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
         asked = exchange.headers.get("access-control-request-headers", "")
         return [
-            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"access-control-allow-headers", asked.encode("latin-1")),
             (b"access-control-max-age", b"600"),
         ]
@@ -50,7 +50,9 @@ class Access:
         """The digest of the caller's key, None where none is needed. Raises HTTPError 401."""
         if not self._digests:
             return None
-        digest = _digest(_given_key(exchange.headers.get("authorization", "")))
+        authorization = exchange.headers.get("authorization")
+        given = exchange.headers.get("x-api-key", "") if authorization is None else _given_key(authorization)
+        digest = _digest(given)
         equal = [hmac.compare_digest(digest, known) for known in self._digests]  # every one, whichever is right
         if not any(equal):
             # a browser asks its user (the key is the password); programs send a bearer token

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyengine.serve import payload, work
 from pyengine.serve.exchange import Exchange, dumps, event
+from pyengine.serve.sampling import Asked, told_of_output
 from pyengine.serve.stream import StreamOptions
 
 if TYPE_CHECKING:
@@ -23,13 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Call(ABC):
-    """A request that was understood. stream: None if its answer is wanted whole."""
+    """A request that was understood.
+
+    stream  None if its answer is wanted whole
+    asked   where params.structured_outputs comes from
+    """
 
     model: ServedModel
     params: SamplingParams
     stream: StreamOptions | None
     cache_salt: str | None
     id: str
+    asked: Asked = ()
     created: int = field(default_factory=lambda: int(time.time()))
     kind: ClassVar[str]  # of answers, as OpenAI calls them
     chunk_kind: ClassVar[str]
@@ -50,6 +56,20 @@ class Call(ABC):
             "model": self.model.name,
             "system_fingerprint": payload.FINGERPRINT,
         }
+
+    def requests(self, job: Job, prompts: Sequence[list[int]], **options: Any) -> Sequence[GenerationRequest]:
+        """For the engine, of prompts as token ids."""
+        engine = self.model.engine
+        with told_of_output(engine, self.asked):
+            return engine.requests(
+                job,
+                prompts,
+                engine.resolve(self.params),
+                adapter=self.model.adapter,
+                cache_salt=self.cache_salt,
+                interactive=self.stream is not None,
+                **options,
+            )
 
     def said(self, pieces: Sequence[Piece]) -> list[TokenLogprob] | None:
         """Log-probabilities of the tokens that are part of the text; None if none are wanted."""

@@ -25,9 +25,10 @@ from pyengine.serve.fields import Fields, Table, parse_json
 from pyengine.serve.log import access_line
 from pyengine.serve.metrics import Metrics
 from pyengine.serve.models import Models, ServedModel
-from pyengine.serve.routes import find_route, full_path, hint, label
+from pyengine.serve.routes import find_place, handlers, hint
 from pyengine.serve.settings import Settings
 from pyengine.serve.siblings import Siblings
+from pyengine.serve.store import ResponseStore
 from pyengine.serve.stream import COMMENT
 
 _logger = logging.getLogger("pyengine")
@@ -40,13 +41,14 @@ class App:
         self.settings = settings or Settings()
         self.siblings = siblings  # the other processes behind this address
         self.health = "starting"
+        self.store = ResponseStore(self.settings.max_stored_responses, self.settings.max_stored_bytes)
         self.metrics = Metrics()
         self.queue = work.Queue(self.settings)
         self.access = Access(self.settings)
         self.exchanges: set[Exchange] = set()
         self._models: Models | None = None
         self._bodies_bytes = 0
-        self.metrics.watch(lambda: iter(self._models or ()), self.queue.counts)
+        self.metrics.watch(lambda: iter(self._models or ()), self.queue.counts, self.store)
 
     @property
     def models(self) -> Models:
@@ -83,7 +85,8 @@ class App:
             await self._beside_client(exchange, task)
         finally:
             self.exchanges.discard(exchange)
-            self.metrics.requests.labels(label(full_path(exchange.path)), str(exchange.status)).inc()
+            place = find_place(exchange.path)  # one of few words, whatever clients ask for
+            self.metrics.requests.labels("other" if place is None else place.path, str(exchange.status)).inc()
             access_line(self.settings.log_format, exchange)
 
     @staticmethod
@@ -118,28 +121,32 @@ class App:
     @staticmethod
     async def _tell(exchange: Exchange, error: HTTPError) -> None:
         exchange.notes["error"] = error.message
-        if exchange.is_stream:  # the status has gone out: OpenAI's clients raise at this event
-            await exchange.end(event(error.body()))
+        place = find_place(exchange.path)
+        is_anthropic = place is not None and place.path.startswith("/v1/messages")
+        body = error.anthropic_body(exchange.id) if is_anthropic else error.body()
+        if exchange.is_stream:  # the status has gone out: clients raise at this event
+            await exchange.end(event(body, "error" if is_anthropic else None))
         elif exchange.status == 0:
-            await exchange.reply_json(error.body(), error.status, error.headers)
+            await exchange.reply_json(body, error.status, error.headers)
 
     async def _route(self, exchange: Exchange) -> None:
         self.access.check_host(exchange)
         exchange.extra_headers += self.access.cors_headers(exchange)
-        route = find_route(full_path(exchange.path))
+        place = find_place(exchange.path)
         if exchange.method == "OPTIONS" and "access-control-request-method" in exchange.headers:
             await exchange.reply(204, b"", b"text/plain", self.access.preflight_headers(exchange))
             return
         if exchange.path != "/health":
             exchange.key_digest = self.access.check_key(exchange)
-        if route is None:
+        if place is None:
             raise HTTPError(404, f"there is nothing at {exchange.path[:100]}{hint(exchange.path)}", code="unknown_path")
         method = "GET" if exchange.method == "HEAD" else exchange.method
-        if method not in route:
-            allowed = ", ".join(sorted(route))
+        exchange.path_id, of_method = place.id, handlers(place)
+        if method not in of_method:
+            allowed = ", ".join(sorted(of_method))
             headers = ((b"allow", allowed.encode()),)
             raise HTTPError(405, f"{exchange.path} takes {allowed}", code="method_not_allowed", headers=headers)
-        await route[method](self, exchange)
+        await of_method[method](self, exchange)
 
     # ------------------------------------------------------------ for the endpoints
 
@@ -166,7 +173,10 @@ class App:
 
     def cache_salt(self, exchange: Exchange, fields: Fields) -> str | None:
         """What keeps this caller's cached beginnings apart: its key where there are several, and what it says itself."""
-        given: str | None = fields.take("cache_salt")
+        return self.salted(exchange, fields.take("cache_salt"))
+
+    def salted(self, exchange: Exchange, given: str | None) -> str | None:
+        """`cache_salt` of what the caller says."""
         if exchange.key_digest is None or len(self.settings.api_keys) < 2:
             return given
         return hashlib.sha256(exchange.key_digest + (given or "").encode("utf-8", "surrogatepass")).hexdigest()

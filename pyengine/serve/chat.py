@@ -17,37 +17,34 @@ from pyengine.serve.effort import EFFORT, effort_variables
 from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import (
-    ANYTHING,
     BOOLEAN,
     OBJECT,
     STRING,
-    TRUE,
     Fields,
     Kind,
     Table,
-    checked,
     hint,
     needed,
     object_of,
     one_of,
 )
-from pyengine.serve.messages import MESSAGES, chat_messages
+from pyengine.serve.messages import ENDING, MESSAGES, chat_messages, ending_of
 from pyengine.serve.prompts import CALLER, note_user
-from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.sampling import SAMPLING, SCHEMA, Asked, parameter, sampling_params
 from pyengine.serve.stream import STREAM, stream_options
 from pyengine.serve.tools import TOOLS, Tools, held_to, reader_of, tools_of
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
 
-_RESERVED = ("self", "tokenizer", "time_limit")  # names of ChatTemplate.encode
+_RESERVED = ("self", "tokenizer", "n_ctx", "time_limit")  # names of ChatTemplate.encode
 
 
 @dataclass(kw_only=True)
 class ChatCall(Call):
     messages: list[dict[str, Any]]
     messages_field: str = "messages"
-    add_generation_prompt: bool = True
+    ending: dict[str, bool] = field(default_factory=dict)
     template_variables: dict[str, Any] = field(default_factory=dict)
     tools: Tools | None = None
     id: str = field(default_factory=lambda: payload.new_id("chatcmpl-"))
@@ -63,19 +60,11 @@ class ChatCall(Call):
             ids = self.model.chat_ids(
                 self.messages,
                 tools=None if self.tools is None else self.tools.shown,
-                add_generation_prompt=self.add_generation_prompt,
+                ending=self.ending,
                 variables=self.template_variables,
             )
-        engine = self.model.engine
-        return engine.requests(
-            job,
-            [ids],
-            engine.resolve(self.params),
-            adapter=self.model.adapter,
-            cache_salt=self.cache_salt,
-            interactive=self.stream is not None,
-            shown_special=frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax),
-        )
+        shown = frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax)
+        return self.requests(job, [ids], shown_special=shown)
 
 
 class ChatChoice(Choice):
@@ -118,12 +107,6 @@ class ChatChoice(Choice):
 # -------------------------------------------------------------------- parsed
 
 
-def _schema(value: Any) -> StructuredOutputs:
-    return StructuredOutputs(json=value)
-
-
-# A JSON schema that an answer is held to.
-SCHEMA = checked(Kind({"type": ["object", "string", "boolean"]}, ANYTHING.read), _schema)
 _JSON_SCHEMA: Table = {
     "name": needed(STRING),
     "description": hint(STRING),
@@ -139,7 +122,7 @@ _RESPONSE_FORMAT: Table = {
 
 def _read_variables(value: Any, path: str) -> dict[str, Any]:
     variables: dict[str, Any] = OBJECT.read(value, path)
-    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", *_RESERVED):
+    for name in ("messages", "tools", *ENDING, "bos_token", "eos_token", *_RESERVED):
         if variables.get(name) is not None:
             where = f"{path}.{name}"
             raise bad_request(f"{where} is not supported: the server sets it", where, "unsupported_parameter")
@@ -157,7 +140,7 @@ FIELDS: Table = {
     "logprobs": BOOLEAN,
     "top_logprobs": parameter("logprobs"),
     "response_format": object_of(_RESPONSE_FORMAT),
-    "add_generation_prompt": TRUE,
+    **ENDING,
     "chat_template_kwargs": Kind(OBJECT.schema, _read_variables, default={}),
     **neutral.CHAT,
     **neutral.OTHERS_CHAT,
@@ -180,9 +163,9 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         given["logprobs"] = top or 0
     elif top:
         raise bad_request("top_logprobs needs logprobs = true", "top_logprobs")
-    wanted = response_format(fields.take("response_format"))
+    asked = response_format(fields.take("response_format"))
     tools = tools_of(fields, model)
-    wanted = held_to(tools, wanted, fields, model)
+    wanted, asked = held_to(tools, asked, fields, model)
     if wanted is not None:
         given["structured_outputs"] = wanted
     thinking = effort_variables(fields.take("reasoning_effort"), model, "reasoning_effort")
@@ -192,32 +175,32 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         stream=stream_options(fields),
         cache_salt=app.cache_salt(exchange, fields),
         messages=messages,
-        add_generation_prompt=fields.take("add_generation_prompt"),
+        ending=ending_of(fields, messages),
         template_variables=thinking | fields.take("chat_template_kwargs"),
         tools=tools,
+        asked=asked,
         params=sampling_params(fields, model, given),
     )
     fields.end()
     return call
 
 
-def response_format(given: Fields | None) -> StructuredOutputs | None:
-    """None for plain text. Raises HTTPError."""
+def response_format(given: Fields | None) -> Asked:
+    """Nothing for plain text. Raises HTTPError."""
     if given is None:
-        return None
+        return ()
     kind, schema, of_object = given.take("type"), given.take("json_schema"), given.take("schema")
     if of_object is not None and kind != "json_object":
         raise bad_request("response_format.schema goes with type json_object", "response_format.schema")
     if kind == "json_schema":
         if schema is None:
             given.missing("json_schema")
-        return schema.take("schema") or StructuredOutputs(json_object=True)
+        return [(schema.path("schema"), schema.take("schema") or StructuredOutputs(json_object=True))]
     if schema is not None:
         raise bad_request("response_format.json_schema goes with type json_schema", "response_format.json_schema")
     if kind == "json_object":
-        wanted: StructuredOutputs = of_object or StructuredOutputs(json_object=True)
-        return wanted
-    return None
+        return [(given.path("schema"), of_object or StructuredOutputs(json_object=True))]
+    return ()
 
 
 async def chat_completions(app: App, exchange: Exchange) -> None:

@@ -17,7 +17,7 @@ from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import BOOLEAN, Fields, Table, integer, needed
 from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
-from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.sampling import SAMPLING, asked_by, parameter, sampling_params
 from pyengine.serve.stream import STREAM, stream_options
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class CompletionCall(Call):
     def make(self, job: Job) -> Sequence[Request]:
         """The requests for the engine; in a thread. Log-probabilities of prompts come first."""
         engine = self.model.engine
-        resolved = engine.resolve(self.params)
         requests: list[Request] = []
         for prompt in self.prompts:
             with told_of("prompt"):
@@ -51,14 +50,7 @@ class CompletionCall(Call):
             if self.echo and self.params.logprobs is not None:
                 requests += self._score(job, ids, self.params.logprobs)
         if not self.echo_only:
-            requests += engine.requests(
-                job,
-                self.ids,
-                resolved,
-                adapter=self.model.adapter,
-                cache_salt=self.cache_salt,
-                interactive=self.stream is not None,
-            )
+            requests += self.requests(job, self.ids)
         return requests
 
     def _score(self, job: Job, ids: list[int], n_top: int) -> Sequence[Request]:
@@ -166,6 +158,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
         prompts=prompts,
         echo=echo,
         echo_only=max_tokens == 0,
+        asked=asked_by(fields),
         params=sampling_params(fields, model, given),
     )
     fields.end()

@@ -27,6 +27,16 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
 MAX_TEXT = 2000  # characters of a message or a path: they quote what came, which may be all of a body
 
 
@@ -65,6 +75,13 @@ class HTTPError(Exception):
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+    def anthropic_body(self, request_id: str) -> dict[str, Any]:
+        """In the form of /v1/messages, with `param` and `code` beside it."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        error = {"type": kind, "message": self.message, "param": self.param, "code": self.code}
+        return {"type": "error", "error": error, "request_id": request_id}
 
 
 def _cut(text: str) -> str:

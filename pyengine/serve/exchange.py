@@ -47,6 +47,7 @@ class Exchange:
         self._body_read = asyncio.Event()  # or nobody wants it
         self._abort: Callable[[], None] | None = (scope.get("extensions") or {}).get("pyengine.abort")
         self.key_digest: bytes | None = None
+        self.path_id = ""  # what stands in the place of a route's {id}
 
     # ------------------------------------------------------------ the request
 

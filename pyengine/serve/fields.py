@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
+from urllib.parse import parse_qsl
 
 from pyengine.serve.errors import bad_request
 
@@ -112,6 +113,10 @@ class Fields:
     def has(self, name: str) -> bool:
         return name in self._left
 
+    def peek(self, name: str) -> Any:
+        """The value of a field that is there; it is still to be taken."""
+        return self._left[name]
+
     def take(self, name: str) -> Any:
         """The value, its kind's default if there is none."""
         default = self._defaults[name]
@@ -124,6 +129,20 @@ class Fields:
         """Everything must have been taken by now: nothing is ignored in silence."""
         for name in self._left:
             raise bad_request(f"{self.path(name)} has no place here", self.path(name), "unsupported_parameter")
+
+
+def query_fields(query: str, table: Table) -> Fields:
+    """What stands in a query, "a=b&c=d", checked as a body is: a field that may be a list is one, of what it is given as. Raises
+    HTTPError."""
+    given: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name in table and table[name].schema.get("type") == "array":
+            given.setdefault(name, []).append(text)
+        elif name in given:
+            raise bad_request(f"the query has {name[:100]!r} twice", name)
+        else:
+            given[name] = text
+    return Fields(given, table)
 
 
 def kind_of(value: Any) -> str:

@@ -8,7 +8,6 @@ from urllib.parse import parse_qs
 
 from pyengine import __version__
 from pyengine.serve.metrics import CONTENT_TYPE, text_of
-from pyengine.serve.routes import MODEL_PATH, full_path
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -37,7 +36,7 @@ async def models(app: App, exchange: Exchange) -> None:
 
 
 async def model(app: App, exchange: Exchange) -> None:
-    await exchange.reply_json(app.models.get(full_path(exchange.path)[len(MODEL_PATH) :]).card())
+    await exchange.reply_json(app.models.get(exchange.path_id).card())
 
 
 async def props(app: App, exchange: Exchange) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pyengine.serve.errors import HTTPError, bad_request
 from pyengine.serve.fields import (
+    BOOLEAN,
     STRING,
     Fields,
     Kind,
@@ -135,6 +136,27 @@ def _schema_of(role: str) -> dict[str, Any]:
 
 
 MESSAGES = list_of(Kind({"anyOf": [_schema_of(role) for role in _BY_ROLE]}, _read_message), least=1)
+
+
+# How the rendered conversation ends: with the beginning of an answer, as it is, or inside of its last message.
+ENDING: Table = {
+    "add_generation_prompt": Kind(BOOLEAN.schema, BOOLEAN.read),  # None: unless the last message goes on
+    "continue_final_message": BOOLEAN,
+}
+
+
+def ending_of(fields: Fields, messages: list[dict[str, Any]]) -> dict[str, bool]:
+    """As arguments for the template. Raises HTTPError."""
+    adds, goes_on = fields.take("add_generation_prompt"), fields.take("continue_final_message")
+    if not goes_on:
+        return {"add_generation_prompt": adds is not False}
+    if adds:
+        text = "add_generation_prompt and continue_final_message contradict each other"
+        raise bad_request(text, "continue_final_message")
+    if messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]:
+        text = "continue_final_message needs a last message of the assistant, of text alone"
+        raise bad_request(text, "continue_final_message")
+    return {"continue_final_message": True}
 
 
 def chat_messages(messages: list[dict[str, Any]], path: str = "messages") -> list[dict[str, Any]]:

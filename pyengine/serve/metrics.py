@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
     from pyengine.results import Generation
     from pyengine.serve.models import ServedModel
+    from pyengine.serve.store import ResponseStore
 
 CONTENT_TYPE = b"text/plain; version=1.0.0; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -65,9 +66,15 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, models: Callable[[], Iterator[ServedModel]], counts: Callable[[], tuple[int, int]]) -> None:
-        """Also tell of these models' engines, and of (waiting, running) requests."""
+    def watch(
+        self, models: Callable[[], Iterator[ServedModel]], counts: Callable[[], tuple[int, int]], store: ResponseStore
+    ) -> None:
+        """Also tell of these models' engines, of (waiting, running) requests, and of what is kept."""
         self.registry.register(_Engines(models, counts))
+        stored = Gauge("pyengine:stored_responses", "Responses that are kept", registry=self.registry)
+        stored.set_function(lambda: len(store))
+        stored_bytes = Gauge("pyengine:stored_responses_bytes", "Bytes that they count as", registry=self.registry)
+        stored_bytes.set_function(lambda: store.n_bytes)
 
     def note(self, model: str, result: Generation) -> None:
         """One output has ended."""

@@ -64,15 +64,15 @@ class ServedModel:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        ending: Mapping[str, bool] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation. Raises TemplateError, InvalidArgumentError."""
+        """Token ids of a conversation; `ending` as messages.ending_of gives it. Raises TemplateError, InvalidArgumentError."""
         ids = self.template.encode(
             self.engine.tokenizer,
             messages,
             tools=tools,
-            add_generation_prompt=add_generation_prompt,
+            **(ending or {}),
             **(variables or {}),
         )
         return self.engine.prompt_ids(ids)

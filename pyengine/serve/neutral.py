@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pyengine.serve.fields import ANYTHING, BOOLEAN, STRING, Table, hint, list_of, map_of, one_of, refused
 
-_STORED = refused("nothing is stored here", False)
+_STORED = refused("only responses are stored", False)
 _TIERS = refused("there is one tier", "auto", "default")
 _TEXT_ONLY = "this server answers with text"
 
 # OpenAI's, of chats and responses
 OPENAI: Table = {
-    "store": _STORED,
     "service_tier": _TIERS,
     "moderation": refused("this server does not moderate"),
     # what is computed of a prompt is kept without being told to, and where there are several servers a router reads these
@@ -26,6 +25,7 @@ OPENAI: Table = {
 # OpenAI's, of chats
 CHAT: Table = {
     **OPENAI,
+    "store": _STORED,
     "metadata": hint(map_of(STRING)),  # labels of what is stored
     "functions": refused("use tools", []),
     "function_call": refused("use tool_choice", "none", "auto"),
@@ -44,18 +44,16 @@ COMPLETIONS: Table = {
 }
 
 # OpenAI's, of responses
-_NEEDS_CONVERSATION = "nothing is kept between requests: send the whole conversation"
-_VACUOUS = one_of(  # of items that no answer here has
+VACUOUS = one_of(  # of items that no answer here has
     "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
     "code_interpreter_call.outputs", "computer_call_output.output.image_url", "message.input_image.image_url",
 )  # fmt: skip
 RESPONSES: Table = {
     **OPENAI,
-    "include": hint(list_of(_VACUOUS)),
+    "include": hint(list_of(VACUOUS)),
     "max_tool_calls": refused("tools are called by whoever reads the answer"),
     "n": refused("a response has one output", 1),
-    "previous_response_id": refused(_NEEDS_CONVERSATION),
-    "conversation": refused(_NEEDS_CONVERSATION),
+    "conversation": refused("there are no conversations but those of previous_response_id"),
     "context_management": refused("conversations are not cut", []),
     "truncation": refused("conversations are not cut", "disabled"),
     "background": refused("answers come with their request", False),
@@ -86,8 +84,6 @@ OTHERS: Table = {
     "guided_regex": refused("use structured_outputs.regex"),
     "guided_choice": refused("use structured_outputs.choice"),
     "guided_grammar": refused("use structured_outputs.grammar"),
-    "json_schema": refused("use response_format, or structured_outputs.json"),
-    "grammar": refused("use structured_outputs.grammar, which is in Lark's notation"),
     "lora": refused("an adapter is asked for by its name, as model", []),
     "lora_path": refused("an adapter is asked for by its name, as model"),
     "n_predict": refused("use max_tokens", -1),
@@ -100,7 +96,6 @@ OTHERS: Table = {
 # of these, what only chats have; what a model writes of its reasoning is part of its text
 OTHERS_CHAT: Table = {
     **OTHERS,
-    "continue_final_message": refused("the last message is complete", False),
     "add_special_tokens": refused("the chat template says which", False),
     "echo": refused("the last message is not repeated", False),
     "include_reasoning": refused("reasoning is part of the text", True),

@@ -6,9 +6,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pyengine import __version__
-from pyengine.serve import chat, completions, embeddings, response_fields, tokens
-from pyengine.serve.fields import Table, schema_of
-from pyengine.serve.routes import ONE_MODEL, ROUTES
+from pyengine.serve import anthropic_fields, chat, completions, embeddings, response_fields, stored_responses, tokens
+from pyengine.serve.fields import STRING, Table, schema_of
+from pyengine.serve.routes import ROUTES
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -20,7 +20,17 @@ BODIES: dict[str, Table] = {
     "/v1/chat/completions": chat.FIELDS,
     "/v1/completions": completions.FIELDS,
     "/v1/embeddings": embeddings.FIELDS,
+    "/v1/messages": anthropic_fields.FIELDS,
+    "/v1/messages/count_tokens": anthropic_fields.COUNT,
     "/v1/responses": response_fields.FIELDS,
+}
+_ONE_RESPONSE = "/v1/responses/{id}"
+_DELETE_RESPONSE = f"DELETE {_ONE_RESPONSE}"  # whose answer is none of the path's GET
+QUERIES: dict[str, Table] = {
+    "/props": {"model": STRING},
+    _ONE_RESPONSE: stored_responses.RETRIEVE,
+    _DELETE_RESPONSE: stored_responses.DELETE,
+    f"{_ONE_RESPONSE}/input_items": stored_responses.INPUT_ITEMS,
 }
 _WORDS = {
     "/": "The page.",
@@ -31,10 +41,16 @@ _WORDS = {
     "/tokenize": "Text, or messages, to token ids.",
     "/detokenize": "Token ids to text.",
     "/v1/models": "The models.",
+    "/v1/models/{id}": "One model.",
     "/v1/chat/completions": "The assistant's answer to messages.",
     "/v1/completions": "Prompts, continued.",
     "/v1/embeddings": "A vector for each input.",
+    "/v1/messages": "The assistant's answer to messages, in Anthropic's form.",
+    "/v1/messages/count_tokens": "How many tokens the prompt of such a request has.",
     "/v1/responses": "A response to text or messages.",
+    _ONE_RESPONSE: "A response that is kept.",
+    _DELETE_RESPONSE: "Keep it no longer.",
+    f"{_ONE_RESPONSE}/input_items": "What it was computed from.",
 }
 _JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
 
@@ -65,6 +81,7 @@ def _outputs(kind: str, **choice: dict[str, Any]) -> dict[str, Any]:
     return _object(id=_STRING, object=_const(kind), created=_INTEGER, model=_STRING, choices=choices, usage=_USAGE)
 
 
+_RESPONSE = _object("output", "usage", id=_STRING, object=_const("response"), status=_STRING, store={"type": "boolean"})
 ANSWERS: dict[str, dict[str, Any]] = {
     "/health": _object(status={"enum": ["ok", "starting", "draining"]}),
     "/props": _object("n_ctx", "vocab_size", "chat_template", "default_generation_settings", model=_STRING),
@@ -72,10 +89,29 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/tokenize": _object("tokens", count=_INTEGER, max_model_len=_INTEGER),
     "/detokenize": _object(content=_STRING, prompt=_STRING),
     "/v1/models": _object(object=_const("list"), data=_array(_MODEL)),
+    "/v1/models/{id}": _MODEL,
     "/v1/chat/completions": _outputs("chat.completion", message=_object("content", role=_const("assistant"))),
     "/v1/completions": _outputs("text_completion", text=_STRING),
     "/v1/embeddings": _object("usage", object=_const("list"), data=_array(_EMBEDDING), model=_STRING),
-    "/v1/responses": _object("output", "usage", id=_STRING, object=_const("response"), status=_STRING),
+    "/v1/messages": _object(
+        "stop_reason",
+        "stop_sequence",
+        id=_STRING,
+        type=_const("message"),
+        content=_array(_object(type=_STRING)),
+        usage=_object(),
+    ),
+    "/v1/messages/count_tokens": _object(input_tokens=_INTEGER),
+    "/v1/responses": _RESPONSE,
+    _ONE_RESPONSE: _RESPONSE,
+    _DELETE_RESPONSE: _object(id=_STRING, object=_const("response"), deleted={"const": True}),
+    f"{_ONE_RESPONSE}/input_items": _object(
+        "first_id",
+        "last_id",
+        object=_const("list"),
+        data=_array(_object(id=_STRING, type=_STRING)),
+        has_more={"type": "boolean"},
+    ),
 }
 _ERROR = _object(
     error={
@@ -88,22 +124,23 @@ _ERROR = _object(
         },
     }
 )
+_ANTHROPIC_ERROR = _object(type=_const("error"), request_id=_STRING, **_ERROR["properties"])
 _ERRORS = {
     "400": "A field that is wrong or not supported: `param` names it.",
     "401": "No key, or a wrong one.",
     "403": "A page of another site, or another host's name.",
-    "404": "No such model.",
+    "404": "No such model, or response.",
     "408": "The body took too long.",
     "413": "The body is too long.",
     "429": "The queue is full: `retry-after` says when to try again.",
     "500": "An error of the engine.",
     "503": "Starting, ending, or too much at a time.",
 }
-_QUERY_MODEL = {"name": "model", "in": "query", "required": False, "schema": _STRING}
 
 
 def _answers(path: str) -> dict[str, Any]:
     takes_body = path in BODIES
+    error = "AnthropicError" if path.startswith("/v1/messages") else "Error"
     content: dict[str, Any] = {_JSON: {"schema": ANSWERS[path]}} if path in ANSWERS else {}
     if takes_body and "stream" in BODIES[path]:
         content[_EVENTS] = {"schema": _STRING}
@@ -116,21 +153,26 @@ def _answers(path: str) -> dict[str, Any]:
         if takes_body or status not in ("408", "413", "429"):
             answers[status] = {
                 "description": words,
-                "content": {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}},
+                "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}},
             }
     if path == "/health":
         answers["503"] = answers["200"]
     return answers
 
 
-def _operation(path: str, words: str) -> dict[str, Any]:
-    operation: dict[str, Any] = {"summary": words, "responses": _answers(path)}
+def _operation(path: str, method: str) -> dict[str, Any]:
+    path = f"{method} {path}" if f"{method} {path}" in _WORDS else path
+    operation: dict[str, Any] = {"summary": _WORDS[path], "responses": _answers(path)}
     if path in BODIES:
         schema = {"$ref": f"#/components/schemas/{_name(path)}"}
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
-    if path == "/props":
-        operation["parameters"] = [_QUERY_MODEL]
-    return operation
+    parameters = [
+        {"name": name, "in": "query", "required": False, "schema": kind.schema}
+        for name, kind in QUERIES.get(path, {}).items()
+    ]
+    if "{id}" in path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": _STRING})
+    return operation | ({"parameters": parameters} if parameters else {})
 
 
 def _name(path: str) -> str:
@@ -140,23 +182,17 @@ def _name(path: str) -> str:
 
 @cache
 def document() -> dict[str, Any]:
-    paths = {
-        path: {method.lower(): _operation(path, _WORDS[path]) for method in methods} for path, methods in ROUTES.items()
-    }
-    found = {"description": "The model.", "content": {_JSON: {"schema": _MODEL}}}
-    paths[ONE_MODEL] = {
-        "get": {
-            "summary": "One model.",
-            "parameters": [{"name": "id", "in": "path", "required": True, "schema": _STRING}],
-            "responses": {**_answers("/v1/models"), "200": found},
-        }
-    }
+    paths = {path: {method.lower(): _operation(path, method) for method in methods} for path, methods in ROUTES.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "pyengine", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {"Error": _ERROR, **{_name(path): schema_of(table) for path, table in BODIES.items()}},
+            "schemas": {
+                "Error": _ERROR,
+                "AnthropicError": _ANTHROPIC_ERROR,
+                **{_name(path): schema_of(table) for path, table in BODIES.items()},
+            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],

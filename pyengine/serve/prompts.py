@@ -53,10 +53,11 @@ def _read_salt(value: Any, path: str) -> Any:
     return STRING.read(value, path)
 
 
+SALT = Kind({"type": "string", "minLength": 1}, _read_salt)
 # Fields of every endpoint that computes.
 CALLER: Table = {
     "model": STRING,
-    "cache_salt": Kind({"type": "string", "minLength": 1}, _read_salt),
+    "cache_salt": SALT,
     "user": STRING,
     "safety_identifier": STRING,
 }

@@ -2,49 +2,73 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pyengine.sampling import StructuredOutputs
 from pyengine.serve import neutral, payload
-from pyengine.serve.chat import SCHEMA, ChatCall
+from pyengine.serve.chat import ChatCall
 from pyengine.serve.effort import REASONING, effort_variables
 from pyengine.serve.errors import bad_request
-from pyengine.serve.exchange import Exchange
+from pyengine.serve.exchange import Exchange, dumps
 from pyengine.serve.fields import (
     BOOLEAN,
     STRING,
     Fields,
     Kind,
     Table,
-    hint,
     map_of,
     needed,
     object_of,
     one_of,
     refused,
-    schema_of,
     with_given,
 )
-from pyengine.serve.messages import ARGUMENTS, CONTENT, call_of
 from pyengine.serve.prompts import CALLER, note_user
-from pyengine.serve.sampling import SAMPLING, parameter, sampling_params
+from pyengine.serve.response_input import INPUT, REFERENCE, Item, messages_of, read_item
+from pyengine.serve.sampling import SAMPLING, SCHEMA, Asked, parameter, sampling_params
+from pyengine.serve.store import Owner
 from pyengine.serve.stream import StreamOptions
 from pyengine.serve.tools import FLAT_TOOLS, choice_of, chosen_tools, held_to
+from pyengine.serve.work import unless_short
 
 if TYPE_CHECKING:
+    from pyengine.async_engine import Job
+    from pyengine.run.request import GenerationRequest
     from pyengine.serve.app import App
 
+LONG = 1 << 14  # bytes; to read a longer text as JSON takes milliseconds
+LONG_LIST = 256  # items
 
-@dataclass(frozen=True)
+
+@dataclass
 class ResponsesCall:
-    """A request that was understood: the chat that it is, and what its answer repeats."""
+    """A request that was understood.
+
+    chat      the chat that it is
+    repeated  what its answer repeats
+    owner     whose it is
+    items     that it is computed from, None if it is not to be kept
+    kept      these as they are kept, once the requests are made
+    """
 
     chat: ChatCall
     repeated: dict[str, Any]
+    owner: Owner
+    items: list[Item] | None
+    kept: bytes | None = None
+
+    def make(self, job: Job) -> Sequence[GenerationRequest]:
+        """The requests for the engine; in a thread."""
+        if self.items is not None:
+            self.kept = dumps([item.kept() for item in self.items])
+            self.items = None
+        return self.chat.make(job)
 
 
-# -------------------------------------------------------------------- input
+# -------------------------------------------------------------------- fields
 
 _FORMAT: Table = {
     "type": needed(one_of("text", "json_object", "json_schema")),
@@ -53,67 +77,11 @@ _FORMAT: Table = {
     "strict": BOOLEAN,  # answers are always held to the schema
     "schema": SCHEMA,
 }
-# as the answer that an item may be has them
-_OF_ANSWERS: Table = {"id": hint(STRING), "status": hint(one_of("completed", "incomplete", "in_progress"))}
-_ITEMS: dict[str, Table] = {
-    "message": {
-        "type": hint(one_of("message")),
-        "role": needed(one_of("user", "assistant", "system", "developer")),
-        "content": needed(CONTENT),
-        **_OF_ANSWERS,
-    },
-    "function_call": {
-        "type": needed(one_of("function_call")),
-        "call_id": needed(STRING),
-        "name": needed(STRING),
-        "arguments": needed(ARGUMENTS),
-        **_OF_ANSWERS,
-    },
-    "function_call_output": {
-        "type": needed(one_of("function_call_output")),
-        "call_id": needed(STRING),
-        "output": needed(CONTENT),
-        **_OF_ANSWERS,
-    },
-}
-_TYPE = one_of(*_ITEMS, default="message")
-
-
-def _read_input(value: Any, path: str) -> list[dict[str, Any]]:
-    """Messages as templates take them. Calls belong to the assistant's message before them; results answer calls."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise bad_request(f"{path} must be a string or a list of items that is not empty", path)
-    messages: list[dict[str, Any]] = []
-    call_ids: set[str] = set()
-    for i, item in enumerate(value):
-        where = f"{path}[{i}]"
-        kind = item.get("type") if isinstance(item, dict) else None
-        kind = "message" if kind is None else _TYPE.read(kind, f"{where}.type")
-        fields = Fields(item, _ITEMS[kind], where)
-        if kind == "message":
-            role = fields.take("role")
-            messages.append({"role": "system" if role == "developer" else role, "content": fields.take("content")})
-            continue
-        call_id = fields.take("call_id")
-        if kind == "function_call":
-            call_ids.add(call_id)
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": ""})
-            messages[-1].setdefault("tool_calls", []).append(call_of(call_id, fields))
-        elif call_id in call_ids:
-            messages.append({"role": "tool", "tool_call_id": call_id, "content": fields.take("output")})
-        else:
-            raise bad_request(f"{where}.call_id is {call_id!r}, which no earlier call has", f"{where}.call_id")
-    return messages
-
-
-_ITEM_SCHEMA = {"anyOf": [schema_of(table) for table in _ITEMS.values()]}
-INPUT = Kind({"anyOf": [{"type": "string"}, {"type": "array", "items": _ITEM_SCHEMA, "minItems": 1}]}, _read_input)
 FIELDS: Table = {
     "input": needed(INPUT),
     "instructions": STRING,
+    "previous_response_id": STRING,
+    "store": Kind(BOOLEAN.schema, BOOLEAN.read),  # None: if the server keeps any
     **CALLER,
     **SAMPLING,
     "stream": BOOLEAN,
@@ -131,22 +99,28 @@ FIELDS: Table = {
 # -------------------------------------------------------------------- parsed
 
 
-def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
+async def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.take("model"))
-    messages, instructions = fields.take("input"), fields.take("instructions")
+    salt = fields.take("cache_salt")
+    owner: Owner = (exchange.key_digest, salt)
+    previous = fields.take("previous_response_id")
+    items = [*await _earlier(app, owner, previous), *await _resolved(app, owner, fields.take("input"))]
+    store = _is_kept(app, fields.take("store"))
+    messages = await unless_short(LONG_LIST, len(items), messages_of, items)
+    instructions = fields.take("instructions")
     if instructions is not None:
         messages.insert(0, {"role": "system", "content": instructions})
     given: dict[str, Any] = {}
     if fields.has("max_output_tokens"):
         given["max_tokens"] = fields.take("max_output_tokens")
     text = fields.take("text")
-    text_format, wanted = _text_format(None if text is None else text.take("format"))
+    text_format, asked = _text_format(None if text is None else text.take("format"))
     given_tools, functions = fields.take("tools")
     given_choice, choice = fields.take("tool_choice")
     is_parallel = fields.take("parallel_tool_calls")
     tools = chosen_tools(functions, choice_of(choice, is_flat=True), model, only_one=not is_parallel)
-    wanted = held_to(tools, wanted, fields, model)
+    wanted, asked = held_to(tools, asked, fields, model)
     if wanted is not None:
         given["structured_outputs"] = wanted
     metadata, reasoning = fields.take("metadata"), fields.take("reasoning")
@@ -155,11 +129,12 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     chat = ChatCall(
         model=model,
         stream=StreamOptions() if fields.take("stream") else None,
-        cache_salt=app.cache_salt(exchange, fields),
+        cache_salt=app.salted(exchange, salt),
         messages=messages,
         messages_field="input",
         template_variables=effort_variables(effort, model, "reasoning.effort"),
         tools=tools,
+        asked=asked,
         id=payload.new_id("resp_"),
         params=sampling_params(fields, model, given),
     )
@@ -170,9 +145,9 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         "metadata": metadata,
         "model": model.name,
         "parallel_tool_calls": is_parallel,
-        "previous_response_id": None,
+        "previous_response_id": previous,
         "reasoning": {"effort": effort, "summary": None},
-        "store": False,
+        "store": store,
         "temperature": chat.params.temperature,
         "text": {"format": text_format},
         "tool_choice": given_choice,
@@ -180,20 +155,64 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
         "top_p": chat.params.top_p,
         "truncation": "disabled",
     }
-    return ResponsesCall(chat, repeated)
+    return ResponsesCall(chat, repeated, owner, items if store else None)
 
 
-def _text_format(given: Fields | None) -> tuple[dict[str, Any], StructuredOutputs | None]:
-    """The format as the answer repeats it, and what the output must be. Raises HTTPError."""
+def _is_kept(app: App, wanted: bool | None) -> bool:
+    if wanted and not app.store.keeps_any:
+        text = "store is not supported: this server keeps no responses (as --max-stored-responses or --processes say)"
+        raise bad_request(text, "store", "unsupported_parameter")
+    return app.store.keeps_any if wanted is None else wanted
+
+
+async def _earlier(app: App, owner: Owner, previous: str | None) -> list[Item]:
+    """The conversation that a request goes on with, instructions left out: they are said anew in every turn."""
+    name = "previous_response_id"
+    if previous is None:
+        return []
+    stored = app.store.get(owner, previous)
+    if stored is None:
+        text = f"{name}: there is no response {previous[:100]!r} among those that are kept"
+        raise bad_request(text, name, "previous_response_not_found")
+
+    def read() -> list[Item]:
+        items = [*json.loads(stored.items), *json.loads(stored.response)["output"]]
+        return [read_item(item, f"{name}[{i}]") for i, item in enumerate(items)]
+
+    return await unless_short(LONG, stored.n_bytes, read)
+
+
+async def _resolved(app: App, owner: Owner, items: list[Item]) -> list[Item]:
+    """Items with what they refer to in their places: outputs of responses that are kept."""
+    return [await _referred(app, owner, item) if item.kind == REFERENCE else item for item in items]
+
+
+async def _referred(app: App, owner: Owner, item: Item) -> Item:
+    id_ = item.fields.take("id")
+    stored = app.store.with_item(owner, id_)
+    response = (
+        {"output": []} if stored is None else await unless_short(LONG, stored.n_bytes, json.loads, stored.response)
+    )
+    for one in response["output"]:
+        if one["id"] == id_:
+            return read_item(one, item.path)
+    where = f"{item.path}.id"
+    raise bad_request(f"{where}: no response that is kept has an item {id_[:100]!r}", where, "item_not_found")
+
+
+def _text_format(given: Fields | None) -> tuple[dict[str, Any], Asked]:
+    """The format as the answer repeats it, and what it asks of the output. Raises HTTPError."""
     if given is None:
-        return {"type": "text"}, None
+        return {"type": "text"}, ()
     kind = given.take("type")
     if kind != "json_schema":
         given.end()
-        return {"type": kind}, StructuredOutputs(json_object=True) if kind == "json_object" else None
+        return {"type": kind}, [
+            (given.path("type"), StructuredOutputs(json_object=True))
+        ] if kind == "json_object" else ()
     for name in ("name", "schema"):
         if not given.has(name):
             given.missing(name)
     wanted = given.take("schema")
     repeated = {name: given.take(name) for name in ("name", "description", "strict")}
-    return {"type": kind, **repeated, "schema": wanted.json}, wanted
+    return {"type": kind, **repeated, "schema": wanted.json}, [(given.path("schema"), wanted)]

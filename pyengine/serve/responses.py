@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer form of a chat, text and calls; nothing is kept between two requests.
+"""/v1/responses: OpenAI's newer form of a chat, text and calls, kept for the next turn unless that is not wanted (store.py).
 
 How a request is read stands in response_fields.py. The answer is a list of items, messages and calls, which grows as text
 comes: a stream tells of each change, and a whole answer is what a stream would have built.
@@ -15,6 +15,7 @@ from pyengine.run.request import GenerationRequest
 from pyengine.serve import payload, work
 from pyengine.serve.exchange import Exchange, dumps, event
 from pyengine.serve.response_fields import FIELDS, ResponsesCall, parse
+from pyengine.serve.store import Stored
 from pyengine.serve.tools import reader_of
 
 if TYPE_CHECKING:
@@ -158,21 +159,32 @@ def _status(request: GenerationRequest) -> str:
 
 
 async def responses(app: App, exchange: Exchange) -> None:
-    call = parse(app, exchange, await app.fields(exchange, FIELDS))
-    async with app.job(exchange, call.chat.model, call.chat.make) as job:
+    call = await parse(app, exchange, await app.fields(exchange, FIELDS))
+    async with app.job(exchange, call.chat.model, call.make) as job:
         if call.chat.stream is None:
             (request,) = await app.finish(exchange, call.chat.model, job)
-            body = await work.made_of([request], lambda: dumps(_whole(call, request)))
+            body, stored = await work.made_of([request], lambda: _whole(app, call, request))
+            if stored is not None:
+                app.store.put(call.chat.id, stored)
             await exchange.reply(200, body, b"application/json")
         else:
             await _stream(app, exchange, call, job)
 
 
-def _whole(call: ResponsesCall, request: GenerationRequest) -> dict[str, Any]:
+def _kept(app: App, call: ResponsesCall, response: dict[str, Any]) -> tuple[dict[str, Any], Stored | None]:
+    """A response as it is answered, and as it is kept; one that there is no room for says that it is not."""
+    if call.kept is None:
+        return response, None
+    stored = Stored.of(call.owner, response, call.kept)
+    return (response, stored) if app.store.fits(stored) else ({**response, "store": False}, None)
+
+
+def _whole(app: App, call: ResponsesCall, request: GenerationRequest) -> tuple[bytes, Stored | None]:
     output = _Output(call, _silence)
     output.push(request.result.text)
     output.finish(_status(request))
-    return _finished(call, request, output.items)
+    response, stored = _kept(app, call, _finished(call, request, output.items))
+    return dumps(response) if stored is None else stored.response, stored
 
 
 def _silence(kind: str, **more: Any) -> bytes:
@@ -194,5 +206,7 @@ async def _stream(app: App, exchange: Exchange, call: ResponsesCall, job: Job) -
     first = tell("response.created", response=begun) + tell("response.in_progress", response=begun)
     (request,) = await app.stream(exchange, call.chat.model, job, first, part)
     last = output.finish(_status(request))
-    response = _finished(call, request, output.items)
+    response, stored = await work.made_of([request], lambda: _kept(app, call, _finished(call, request, output.items)))
+    if stored is not None:  # before its client can know of its end
+        app.store.put(call.chat.id, stored)
     await exchange.end(last + tell(f"response.{response['status']}", response=response))

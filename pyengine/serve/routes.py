@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -22,13 +23,19 @@ ROUTES: dict[str, dict[str, str]] = {
     "/tokenize": {"POST": "tokens.tokenize"},
     "/detokenize": {"POST": "tokens.detokenize"},
     "/v1/models": {"GET": "info.models"},
+    "/v1/models/{id}": {"GET": "info.model"},
     "/v1/chat/completions": {"POST": "chat.chat_completions"},
     "/v1/completions": {"POST": "completions.completions"},
     "/v1/embeddings": {"POST": "embeddings.embeddings"},
+    "/v1/messages": {"POST": "anthropic.messages"},
+    "/v1/messages/count_tokens": {"POST": "anthropic.count_tokens"},
     "/v1/responses": {"POST": "responses.responses"},
+    "/v1/responses/{id}": {"GET": "stored_responses.retrieve", "DELETE": "stored_responses.delete"},
+    "/v1/responses/{id}/input_items": {"GET": "stored_responses.input_items"},
 }
-MODEL_PATH = "/v1/models/"  # and the rest is a name, slashes included
-ONE_MODEL = f"{MODEL_PATH}{{id}}"  # all of these, in OpenAPI's notation
+# What {id} is in a path: the name of a model may have slashes.
+_ID = {"/v1/models/{id}": "(.*)"}
+_WITH_ID = {one: re.compile(one.replace("{id}", _ID.get(one, "([^/]+)"))) for one in ROUTES if "{id}" in one}
 
 # Paths of other servers, and what does here what they do there.
 ELSEWHERE = {
@@ -41,32 +48,38 @@ ELSEWHERE = {
     "/embedding": "/v1/embeddings",
     "/generate": "/v1/completions",
     "/slots": "/metrics",
-    "/v1/messages": "/v1/chat/completions",
     "/version": "/props",
 }
 
 
-def full_path(path: str) -> str:
-    """The path with /v1, which may be missing, as clients that are told an address without it ask."""
-    return f"/v1{path}" if f"/v1{path}" in ROUTES or f"/v1{path}".startswith(MODEL_PATH) else path
+class Place(NamedTuple):
+    """A path of ROUTES, and what stands in the place of its {id}."""
+
+    path: str
+    id: str = ""
 
 
-def find_route(path: str) -> dict[str, Handler] | None:
-    """{method: handler} of a full path."""
-    route = ROUTES.get(path)
-    if route is None and path.startswith(MODEL_PATH):
-        route = {"GET": "info.model"}
-    return None if route is None else {method: _handler(name) for method, name in route.items()}
+def find_place(path: str) -> Place | None:
+    """Of a path as it was asked for; /v1 may be missing, as with clients that are told an address without it."""
+    for full in (path, f"/v1{path}"):
+        if full in ROUTES and "{id}" not in full:
+            return Place(full)
+        for one, pattern in _WITH_ID.items():
+            match = pattern.fullmatch(full)
+            if match:
+                return Place(one, match[1])
+    return None
 
 
-def label(path: str) -> str:
-    """What the metrics call a full path: one of few words, whatever clients ask for."""
-    return ONE_MODEL if path.startswith(MODEL_PATH) else path if path in ROUTES else "other"
+def handlers(place: Place) -> dict[str, Handler]:
+    """By method."""
+    return {method: _handler(name) for method, name in ROUTES[place.path].items()}
 
 
 def hint(path: str) -> str:
     """What to ask instead of a path at which there is nothing, or nothing."""
-    meant = ELSEWHERE.get(path) or next((one for one in ROUTES if one != "/" and path.rstrip("/").endswith(one)), None)
+    plain = [one for one in ROUTES if one != "/" and one not in _WITH_ID]
+    meant = ELSEWHERE.get(path) or next((one for one in plain if path.rstrip("/").endswith(one)), None)
     return f"; there is {meant}" if meant else ""
 
 

@@ -1,15 +1,25 @@
-"""Fields of a request that say how to choose tokens -> SamplingParams."""
+"""Fields of a request that say how to choose tokens, and what an output must be -> SamplingParams."""
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pyengine.errors import InvalidArgumentError
-from pyengine.sampling import SamplingParams, json_schema
-from pyengine.serve.errors import bad_request
-from pyengine.serve.fields import Fields, Kind
+from pyengine.sampling import SamplingParams, StructuredOutputs, json_schema
+from pyengine.serve.errors import HTTPError, bad_request
+from pyengine.serve.fields import ANYTHING, STRING, Fields, Kind, checked
 from pyengine.serve.models import ServedModel
+
+if TYPE_CHECKING:
+    from pyengine.engine import Engine
+
+# Where a request says what an output must be: the field, as a path, and what it says.
+Asked = Sequence[tuple[str, StructuredOutputs]]
+# A JSON schema that an output is held to.
+SCHEMA = checked(Kind({"type": ["object", "string", "boolean"]}, ANYTHING.read), lambda value: StructuredOutputs(json=value))
 
 # Fields of every endpoint that generates, and the parameter that each is. OpenAI's names, then vLLM's and llama.cpp's.
 NAMES = {
@@ -20,7 +30,7 @@ NAMES = {
         "include_stop_str_in_output", "skip_special_tokens", "allowed_token_ids", "bad_token_ids", "timeout",
         "structured_outputs",
     )
-} | {"repeat_penalty": "repetition_penalty"}  # fmt: skip
+} | {"repeat_penalty": "repetition_penalty", "grammar": "structured_outputs", "json_schema": "structured_outputs"}  # fmt: skip
 
 
 def sampling_params(fields: Fields, model: ServedModel, given: dict[str, Any]) -> SamplingParams:
@@ -55,7 +65,41 @@ def parameter(name: str) -> Kind:
     return Kind(json_schema(name), read)
 
 
-SAMPLING = {field: parameter(name) for field, name in NAMES.items()}
+SAMPLING = {field: parameter(name) for field, name in NAMES.items()} | {
+    "grammar": checked(STRING, lambda text: StructuredOutputs(grammar=text) if text else None),
+    "json_schema": SCHEMA,
+}
+
+
+def asked_by(fields: Fields) -> Asked:
+    """What these fields say that an output must be."""
+    names = [name for name, parameter in NAMES.items() if parameter == "structured_outputs" and fields.has(name)]
+    return [(name, fields.peek(name)) for name in names if fields.peek(name) is not None]
+
+
+@contextlib.contextmanager
+def told_of_output(engine: Engine, asked: Asked) -> Iterator[None]:
+    """What the engine says of structured_outputs in this block comes from the first field whose own demand it does not take; or
+    it is too much together, and comes from the first."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        if not asked or not str(error).startswith("structured_outputs"):
+            raise
+        found = (_refused(engine, path, wanted) for path, wanted in asked)
+        raise next(filter(None, found), _said_of(asked[0][0], error)) from None
+
+
+def _refused(engine: Engine, path: str, wanted: StructuredOutputs) -> HTTPError | None:
+    try:
+        engine.guide(wanted)
+    except InvalidArgumentError as error:
+        return _said_of(path, error)
+    return None
+
+
+def _said_of(path: str, error: InvalidArgumentError) -> HTTPError:
+    return bad_request(path + str(error).removeprefix("structured_outputs"), path)
 
 
 def _default_is_greedy(model: ServedModel, options: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine.serve.errors import bad_request
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import BOOLEAN, STRING, TRUE, Kind, Table, integer, list_of, needed
-from pyengine.serve.messages import MESSAGES, chat_messages
+from pyengine.serve.messages import ENDING, MESSAGES, chat_messages, ending_of
 
 if TYPE_CHECKING:
     from pyengine.serve.app import App
@@ -39,7 +39,7 @@ TOKENIZE: Table = {
     "content": STRING,
     "prompt": STRING,
     "messages": MESSAGES,
-    "add_generation_prompt": TRUE,
+    **ENDING,
     "add_special": TRUE,
     "add_special_tokens": TRUE,
     "parse_special": BOOLEAN,
@@ -55,8 +55,8 @@ async def tokenize(app: App, exchange: Exchange) -> None:
     if len(given) != 1:
         raise bad_request("give one of content, prompt and messages", given[1] if given else "content")
     if given == ["messages"]:
-        add_prompt = fields.take("add_generation_prompt")
-        encode: Any = partial(model.chat_ids, chat_messages(fields.take("messages")), add_generation_prompt=add_prompt)
+        messages = chat_messages(fields.take("messages"))
+        encode: Any = partial(model.chat_ids, messages, ending=ending_of(fields, messages))
     else:
         add_bos = all([fields.take("add_special"), fields.take("add_special_tokens")])
         parse = fields.take("parse_special")

@@ -12,6 +12,7 @@ from pyengine.serve.calls import OBJECT, CallReader, Syntax, TextReader
 from pyengine.serve.errors import bad_request
 from pyengine.serve.fields import BOOLEAN, STRING, TRUE, Fields, Kind, Table, hint, list_of, needed, object_of, one_of
 from pyengine.serve.models import ServedModel
+from pyengine.serve.sampling import Asked, asked_by
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MAX_TOOLS = 128
@@ -26,6 +27,7 @@ class Tools:
     syntax     how the model writes calls
     only_one   the answer ends with its first call
     must_be    of a forced call: what the model's text must be; None if the model chooses
+    asked      what that is made of: the schemas of those that may be called
     """
 
     shown: list[dict[str, Any]]
@@ -33,6 +35,7 @@ class Tools:
     syntax: Syntax
     only_one: bool
     must_be: StructuredOutputs | None = None
+    asked: Asked = ()
 
 
 def forced_object(shown: list[dict[str, Any]], allowed: dict[str, Any]) -> Tools:
@@ -56,23 +59,25 @@ def reader_of(tools: Tools | None) -> CallReader | TextReader:
 
 
 def held_to(
-    tools: Tools | None, wanted: StructuredOutputs | None, fields: Fields, model: ServedModel
-) -> StructuredOutputs | None:
-    """What an output must be: calls of the tools, or `wanted`, the JSON that is asked of an answer. It is either where the model
-    has the choice; where a call is forced there is no answer. Raises HTTPError if it cannot be held to both."""
+    tools: Tools | None, asked: Asked, fields: Fields, model: ServedModel
+) -> tuple[StructuredOutputs | None, Asked]:
+    """What an output must be, and where that comes from: calls of the tools, or `asked`, the JSON that is asked of an answer. It
+    is either where the model has the choice; where a call is forced there is no answer. Raises HTTPError if it cannot be held
+    to both."""
     if tools is None:
-        return wanted
-    if fields.has("structured_outputs"):
-        raise bad_request("tool calls and structured_outputs contradict each other", "tool_choice")
-    if wanted is None or tools.must_be is not None:
-        return tools.must_be
+        return (asked[0][1] if asked else None), (*asked, *asked_by(fields))
+    for name, _ in asked_by(fields):
+        raise bad_request(f"tool calls and {name} contradict each other", "tool_choice")
+    if not asked or tools.must_be is not None:
+        return tools.must_be, tools.asked
+    ((_, wanted),) = asked
     schema = {"type": "object"} if wanted.json_object else wanted.json
     special = model.engine.tokenizer.special_tokens
     grammar = call_grammar(tools.syntax, tools.allowed, special, only_one=tools.only_one, otherwise=schema)
     if grammar is None:
         why = f"the format in which {model.name} writes calls cannot be held to these schemas"
         raise bad_request(f"tools and a response format together are not supported here: {why}", "tools")
-    return StructuredOutputs(grammar=grammar)
+    return StructuredOutputs(grammar=grammar), (*tools.asked, *asked)
 
 
 def _read_name(value: Any, path: str) -> Any:
@@ -89,10 +94,12 @@ def _read_parameters(value: Any, path: str) -> Any:
     return value
 
 
+NAME = Kind({"type": "string", "pattern": f"^{_NAME.pattern}$"}, _read_name)
+PARAMETERS = Kind({"type": "object", "properties": {"type": {"enum": ["object"]}}}, _read_parameters)
 _FUNCTION: Table = {
-    "name": needed(Kind({"type": "string", "pattern": f"^{_NAME.pattern}$"}, _read_name)),
+    "name": needed(NAME),
     "description": replace(STRING, default=""),
-    "parameters": Kind({"type": "object", "properties": {"type": {"enum": ["object"]}}}, _read_parameters),
+    "parameters": PARAMETERS,
     "strict": hint(BOOLEAN),  # arguments of a forced call are always held to the schema, those of others never
 }
 _CHOICE = one_of("none", "auto", "required")
@@ -168,9 +175,12 @@ def tools_of(fields: Fields, model: ServedModel) -> Tools | None:
     return chosen_tools(tools, choice, model, only_one=not fields.take("parallel_tool_calls"))
 
 
-def chosen_tools(given: list[Fields], choice: Choice, model: ServedModel, *, only_one: bool) -> Tools | None:
-    """given: what is said of each function. None if none may be called. Raises HTTPError."""
-    tools = [_tool(function) for function in given]
+def chosen_tools(
+    given: list[Fields], choice: Choice, model: ServedModel, *, only_one: bool, parameters: str = "parameters"
+) -> Tools | None:
+    """given: what is said of each function, its parameters in the field of this name. None if none may be called. Raises
+    HTTPError."""
+    tools = [_tool(function, parameters) for function in given]
     if len(tools) > MAX_TOOLS:
         raise bad_request(f"{len(tools)} tools, at most {MAX_TOOLS}", "tools")
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
@@ -181,14 +191,16 @@ def chosen_tools(given: list[Fields], choice: Choice, model: ServedModel, *, onl
     if not tools:
         raise bad_request("tool_choice asks for a call, and there are no tools", "tool_choice")
     allowed = {name: {"type": "object", **(schema or {})} for name, schema in schemas.items()}
+    paths = {name: function.path(parameters) for name, function in zip(schemas, given, strict=True)}
     if choice.named is not None:
         names = [_known(named, allowed) for named in choice.named]
         allowed = {name: schema for name, schema in allowed.items() if name in names}
     if not choice.is_one:  # of others the model is not told: it could call them
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
+    asked = [(paths[name], StructuredOutputs(json=schema)) for name, schema in allowed.items()]
     if choice.mode == "auto":
-        return Tools(tools, allowed, _syntax(model), only_one)
-    return _forced(tools, allowed, model, only_one=only_one or choice.is_one)
+        return Tools(tools, allowed, _syntax(model), only_one, asked=asked)
+    return replace(_forced(tools, allowed, model, only_one=only_one or choice.is_one), asked=asked)
 
 
 def _known(named: Fields, tools: dict[str, Any]) -> str:
@@ -214,8 +226,8 @@ def _syntax(model: ServedModel) -> Syntax:
     raise bad_request(text, "tool_choice", "unsupported_parameter")
 
 
-def _tool(function: Fields) -> dict[str, Any]:
+def _tool(function: Fields, parameters: str) -> dict[str, Any]:
     out: dict[str, Any] = {"name": function.take("name"), "description": function.take("description")}
-    if function.has("parameters"):
-        out["parameters"] = function.take("parameters")
+    if function.has(parameters):
+        out["parameters"] = function.take(parameters)
     return {"type": "function", "function": out}

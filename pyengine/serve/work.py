@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyengine.async_engine import Job
 from pyengine.results import Piece
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyengine.serve.models import ServedModel
     from pyengine.serve.settings import Settings
 
+T = TypeVar("T")
 Make = Callable[[Job], Sequence[Request]]
 # Prompt tokens a second, before any was measured: only for "try again in".
 FIRST_GUESS = 1000.0
@@ -100,10 +101,15 @@ async def finish(job: Job) -> list[GenerationRequest]:
 LONG = 256  # tokens of an answer: to read so many for calls, or to write their log-probabilities, takes milliseconds
 
 
-async def made_of(requests: Sequence[GenerationRequest], make: Callable[[], bytes]) -> bytes:
+async def unless_short(least: int, size: int, function: Callable[..., T], *args: Any) -> T:
+    """function(*args); in a thread if its work is of a size from `least` on, so that the loop goes on."""
+    return function(*args) if size < least else await asyncio.to_thread(function, *args)
+
+
+async def made_of(requests: Sequence[GenerationRequest], make: Callable[[], T]) -> T:
     """make(), which makes an answer of whole outputs; long ones in a thread, so that the loop goes on."""
     n_tokens = sum(request.result.timings.generated_tokens for request in requests)
-    return make() if n_tokens <= LONG else await asyncio.to_thread(make)
+    return await unless_short(LONG + 1, n_tokens, make)
 
 
 async def read(job: Job, interval: float) -> AsyncIterator[list[tuple[int, list[Piece]]]]:

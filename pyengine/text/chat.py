@@ -9,6 +9,9 @@ a special token, the rendered text is tokenized as it is. Otherwise a private-us
 each such spelling before rendering. Whatever the template does to the content, the spelling is broken; afterwards
 `Tokenizer.encode_marked` parses the unbroken ones, takes the marks out and tokenizes the rest as text. (A template that measures
 a string, or compares it with a special token, then sees the mark: only content that spells special tokens can notice.)
+
+**A last message that goes on** (continue_final_message) has such a character behind its content, and what is rendered ends before
+it: whatever the template writes after a message, and whether it trims what is in one.
 """
 
 from __future__ import annotations
@@ -74,17 +77,46 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         time_limit: float = TIME_LIMIT,
         **variables: Any,
     ) -> str:
         """The conversation as text, as transformers' `apply_chat_template(tokenize=False)` gives it.
 
-        `variables` are further names for the template. TemplateError if it raises, or exceeds a limit; InvalidArgumentError for
+        add_generation_prompt   end with the beginning of an answer; None = unless the last message goes on
+        continue_final_message  end inside the last message, the assistant's, right behind its content
+        variables               further names for the template
+        TemplateError if it raises, exceeds a limit, or changes the end of a message that goes on; InvalidArgumentError for
         messages, tools and variables that are no data."""
+        said = plain_messages(messages)
         options = plain_data({**variables, "add_generation_prompt": add_generation_prompt}, "variables")
-        return self._render(plain_messages(messages), plain_data(tools, "tools"), options, time_limit)
+        end = self._end(said, options, continue_final_message)
+        return self._until(end, self._render(said, plain_data(tools, "tools"), options, time_limit))
+
+    def _end(self, said: list[dict[str, Any]], options: dict[str, Any], goes_on: bool) -> str | None:
+        """Settle in `options` how the conversation ends. If its last message goes on, that gets a mark, which is returned."""
+        if options["add_generation_prompt"] is None:
+            options["add_generation_prompt"] = not goes_on
+        if not goes_on:
+            return None
+        last = said[-1]
+        if options["add_generation_prompt"]:
+            raise InvalidArgumentError("add_generation_prompt and continue_final_message contradict each other")
+        if last["role"] != "assistant" or not isinstance(last.get("content"), str) or last.get("tool_calls"):
+            raise InvalidArgumentError("continue_final_message needs a last message of the assistant, of text alone")
+        mark = _unused_mark([self.source, *_strings([said, options])])
+        last["content"] += mark
+        return mark
+
+    @staticmethod
+    def _until(end: str | None, text: str) -> str:
+        if end is None:
+            return text
+        if end not in text:
+            raise TemplateError("the chat template does not show the last message as it is, so it cannot be gone on with")
+        return text[: text.rindex(end)]
 
     def _render(self, messages: Any, tools: Any, options: Mapping[str, Any], time_limit: float = TIME_LIMIT) -> str:
         context = {**self._tokens, **options, "messages": messages, "tools": tools}
@@ -114,7 +146,8 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         n_ctx: int | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:
@@ -122,13 +155,14 @@ class ChatTemplate:
         and ContextFullError for a text that cannot fit `n_ctx` positions."""
         said, tools = plain_messages(messages), plain_data(tools, "tools")
         options = plain_data({**variables, "add_generation_prompt": add_generation_prompt}, "variables")
+        end = self._end(said, options, continue_final_message)
         strings = list(_strings([said, tools, options]))
         mark = None
         if any(_threatens(tokenizer, string) for string in strings):
             mark = _unused_mark([self.source, *strings, *tokenizer.special_tokens])
             broken = {string: _mark(tokenizer, string, mark) for string in strings}
             said, tools, options = (_map_strings(data, broken.__getitem__) for data in (said, tools, options))
-        text = self._render(said, tools, options)
+        text = self._until(end, self._render(said, tools, options))
         if n_ctx is not None:
             check_length(tokenizer, text, n_ctx)
         if mark is not None:
@@ -184,4 +218,4 @@ def _unused_mark(texts: Iterable[str]) -> str:
     for code in _MARKS:
         if chr(code) not in used:
             return chr(code)
-    raise InvalidArgumentError("the messages use every private-use character and spell special tokens")
+    raise InvalidArgumentError("the messages use every private-use character, and one is needed to mark something in them")

@@ -10,8 +10,8 @@ about the wanted number of tokens; answers have exactly the wanted number where 
 came is counted. llama_cpp.server needs `--interrupt_requests False`, or each request ends the one before it.
 
 A line of JSON for every load: tokens a second, and p50, p95 and p99 in milliseconds of the time to the first token and of the
-gaps between writes; with --model also CPU seconds of the server a second, and its peak memory. The trace is a CSV with the
-columns TIMESTAMP, ContextTokens, GeneratedTokens, as Azure published them.
+gaps between writes; with --model or --pid also CPU seconds of the server a second, and its peak memory. The trace is a CSV with
+the columns TIMESTAMP, ContextTokens, GeneratedTokens, as Azure published them.
 """
 
 from __future__ import annotations
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--model", help="start `pyengine serve` with this model")
     parser.add_argument("--url", help="drive this server; ends with /v1")
     parser.add_argument("--name", default="model", help="the model's name there")
+    parser.add_argument("--pid", type=int, help="its process, if its CPU seconds and memory are to be measured")
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rounds", type=int, default=4, help="requests of each client")
     parser.add_argument("--shape", type=int, nargs=2, default=[64, 64], metavar=("PROMPT", "OUTPUT"), help="tokens")
@@ -244,7 +245,7 @@ def main() -> None:
     if (args.model is None) == (args.url is None):
         parser.error("give one of --model and --url")
     if args.model is None:
-        measure(args.url, args, None)
+        measure(args.url, args, args.pid)
     else:
         with our_server(args.model) as (url, pid):
             measure(url, args, pid)

@@ -305,7 +305,7 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event(chat_model: Path) -> Non
 
         def failing_step() -> bool:
             for job in client.app.queue.jobs():
-                if len(job.requests[0].output.pieces) == 5:  # type: ignore[attr-defined]
+                if len(job.requests[0].output.pieces) >= 5:  # a step may give several  # type: ignore[attr-defined]
                     job.requests[0].error = RuntimeError("a secret of the inside")
             return step()
 

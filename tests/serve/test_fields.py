@@ -86,6 +86,7 @@ FIELDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     },
     RESPONSES: {
         **SAMPLED, **STORED,
+        "store": ([True, False], [5]),
         "input": ([], [[], 5]),
         "model": (["tiny"], [5]),
         "access_programs": ([], [{}]),
@@ -193,7 +194,7 @@ def test_a_field_that_is_almost_one_says_which(chat_model: Path) -> None:
             ("guided_json", "use structured_outputs.json"),
             ("lora", "an adapter is asked for by its name, as model"),
             ("n_predict", "use max_tokens"),
-            ("grammar", "structured_outputs.grammar"),
+            ("guided_grammar", "structured_outputs.grammar"),
         ):
             answer = await client.post(CHAT, PROMPT[CHAT] | {name: "x"})
             assert (answer.status, answer.error["param"]) == (400, name) and words in answer.error["message"]

@@ -139,7 +139,9 @@ def test_a_guide_is_as_it_was_after_a_draft_that_ends_the_text(engine: Engine, m
 
 
 def test_what_a_grammar_forces_is_guessed_and_comes_true(tiny_model: Path) -> None:
-    with Engine(tiny_model) as engine:  # a new one, which has measured nothing yet: what it guesses first is always the same
+    with Engine(
+        tiny_model
+    ) as engine:  # a new one, which has measured nothing yet: what it guesses first is always the same
         result = engine.generate("Once", structured_outputs={"choice": ["x" * 40]}, temperature=1.0, seed=1)
     assert result.text == "x" * 40
     assert result.timings.accepted_tokens > 0
@@ -182,3 +184,69 @@ def test_what_cannot_be_is_refused(engine: Engine, wanted: Any, words: str) -> N
 def test_an_output_without_end_contradicts_itself() -> None:
     with pytest.raises(pyengine.InvalidArgumentError, match="ignore_eos"):
         SamplingParams(structured_outputs={"regex": "a"}, ignore_eos=True)
+
+
+# -------------------------------------------------------------------- llama.cpp's notation
+
+# a grammar, texts of it, texts that are not; as llama.cpp takes them
+GBNF: list[tuple[str, list[str], list[str]]] = [
+    ('root ::= "yes" | "no"', ["yes", "no"], ["", "yesno", "maybe"]),
+    ('root ::= word "end"\nword ::= [a-z]+', ["friend", "aend", "endend"], ["end", "friends"]),  # no longest word
+    ('root ::= num "." num\nnum ::= [0-9.]+', ["1.2.3", "..."], ["1", ".1"]),
+    ('root ::= line+\nline ::= "- " [^\\r\\n]+ "\\n"  # an item', ["- a\n- b # c\n"], ["- a", "-a\n"]),
+    ("root ::= .{2}", ["ab", "a\n", "é\u2028"], ["a", "abc"]),
+    ("root ::= [\\u0041-\\x43\\u00e9\\U0001F600]+", ["ABC", "é😀"], ["D", "u0041"]),
+    ('root ::= "\\\\u0041" [\\]"/]', ["\\u0041]", '\\u0041"', "\\u0041/"], ["A]", "\\u0041\\"]),
+    ('start ::= "a"\nstart-x ::= "b" | "start"\nroot ::= start start-x', ["ab", "astart"], ["a", "ba"]),
+    (
+        'root ::= (\n  "a" |  # one\n  camelCase-rule\n)*\ncamelCase-rule ::= "b"{2,3}',
+        ["", "abba", "bbb"],
+        ["b", "abb b"],
+    ),
+    ('root ::= expr\nexpr ::= expr "+" [0-9]{1,2} | [0-9]', ["1+23", "1+2+3"], ["1+", "12"]),
+    ('root ::= "start: x" "\\t" "%llguidance"', ["start: x\t%llguidance"], ["start: x%llguidance"]),
+]
+
+
+def is_text_of(engine: Engine, grammar: str, text: str) -> bool:
+    """By the masks, a token at a time, as a model would write it."""
+    guide = engine.guide(pyengine.StructuredOutputs(grammar=grammar))
+    outputs: list[int] = []
+    for token in [*engine.tokenize(text, add_bos=False), engine.eos_token_ids[0]]:
+        (mask,) = guide.masks(outputs)
+        if not mask[token // 32] >> token % 32 & 1:
+            return False
+        outputs.append(token)
+    return True
+
+
+@pytest.mark.parametrize(("grammar", "right", "wrong"), GBNF)
+def test_a_grammar_of_llama_cpp_s(engine: Engine, grammar: str, right: list[str], wrong: list[str]) -> None:
+    assert [text for text in right if not is_text_of(engine, grammar, text)] == []
+    assert [text for text in wrong if is_text_of(engine, grammar, text)] == []
+
+
+NO_GBNF = [
+    ("root ::= (", "no GBNF grammar"),
+    ("root ::= other", "'other' not found"),
+    ("other ::= [a]", "No 'root'"),
+    ("root ::= " + "(" * 50_000, "no GBNF grammar"),
+    ('root ::= "' + '\\"' * 100_000, "no GBNF grammar"),
+    ('root ::= "\\', "no GBNF grammar"),
+    ("root ::= [\\uD800]", "surrogates not allowed"),
+    ("root ::= [\\U00110000]", "no GBNF grammar"),
+    ("root ::= [a]{" + "9" * 5000 + "}", "no GBNF grammar"),
+    ('root ::= a-b A-b\na-b ::= "x"\nA-b ::= "y"', "already exists|in nothing but case"),
+    ("root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(3000)) + 'r3000 ::= "a"', "more than 2000 rules"),
+    ("root ::= [a]" + " " * (1 << 18), "characters, at most"),
+]
+
+
+@pytest.mark.parametrize(("grammar", "words"), NO_GBNF, ids=range(len(NO_GBNF)))
+def test_what_is_no_grammar_of_llama_cpp_s_is_refused(engine: Engine, grammar: str, words: str) -> None:
+    with pytest.raises(pyengine.InvalidArgumentError, match=words):
+        engine.guide(pyengine.StructuredOutputs(grammar=grammar))
+
+
+def test_a_grammar_in_lark_s_notation_may_speak_of_the_other(engine: Engine) -> None:
+    assert is_text_of(engine, 'start: "a ::= b"  // root ::= "c"', "a ::= b")

@@ -144,6 +144,53 @@ def test_a_model_without_a_template_goes_on_with_what_is_said(tiny_model: Path) 
     serving(tiny_model, test)
 
 
+def test_a_last_message_goes_on(chat_model: Path) -> None:
+    """The prompt ends inside the assistant's message, and the answer is what comes after it."""
+    messages = [*HELLO["messages"], {"role": "assistant", "content": "Well, "}]
+    with Engine(chat_model) as engine:
+        ids = engine.tokenize("[user]Hello\n[assistant]Well, ")
+        assert engine.chat_ids(messages, continue_final_message=True) == ids
+        wanted: Any = engine.generate(ids, seed=3, max_tokens=12)
+        assert engine.chat(messages, continue_final_message=True, seed=3, max_tokens=12).text == wanted.text
+        pieces = engine.chat(messages, continue_final_message=True, stream=True, seed=3, max_tokens=12)
+        assert "".join(piece.text for piece in pieces) == wanted.text
+
+    async def test(client: Client) -> None:
+        body = {**HELLO, "messages": messages, "continue_final_message": True}
+        for more in ({}, {"add_generation_prompt": False}):
+            answer = await client.post(CHAT, {**body, **more})
+            assert answer.json["choices"][0]["message"]["content"] == wanted.text
+            assert answer.json["usage"]["prompt_tokens"] == len(ids)
+        assert joined(await client.post(CHAT, {**body, "stream": True})) == wanted.text
+        tokens = await client.post("/tokenize", {"messages": messages, "continue_final_message": True})
+        assert tokens.json["tokens"] == ids
+        model = client.app.models.get(None).asynchronous
+        assert (await model.chat(messages, continue_final_message=True, seed=3, max_tokens=12)).text == wanted.text
+        parts = [
+            piece.text
+            async for piece in model.chat_stream(messages, continue_final_message=True, seed=3, max_tokens=12)
+        ]
+        assert "".join(parts) == wanted.text
+        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        wrong: list[dict[str, Any]] = [
+            {"add_generation_prompt": True},
+            {"messages": HELLO["messages"]},
+            {"messages": [*HELLO["messages"], {"role": "assistant", "content": "a", "tool_calls": [call]}]},
+        ]
+        for fields in wrong:
+            for path in (CHAT, "/tokenize"):
+                given = {**body, **fields}
+                if path == "/tokenize":
+                    given = {name: value for name, value in given.items() if name not in ("seed", "max_tokens")}
+                answer = await client.post(path, given)
+                assert (answer.status, answer.error["param"]) == (400, "continue_final_message"), answer.body
+        for name in ("continue_final_message", "n_ctx"):
+            answer = await client.post(CHAT, {**body, "chat_template_kwargs": {name: True}})
+            assert (answer.status, answer.error["param"]) == (400, f"chat_template_kwargs.{name}")
+
+    serving(chat_model, test)
+
+
 def test_parts_of_text_are_joined(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
@@ -175,6 +222,15 @@ def test_a_silent_stream_gives_signs_of_life(chat_model: Path) -> None:
     serving(chat_model, test, comment_interval=0.01)
 
 
+REFUSED_OUTPUTS: list[tuple[dict[str, Any], str]] = [
+    ({"grammar": "root ::= other"}, "grammar"),
+    ({"grammar": "start: other"}, "grammar"),
+    ({"json_schema": {"type": "y"}}, "json_schema"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"grammar": 'root ::= "a"', "json_schema": {}}, "json_schema"),  # or the other way round: one is too many
+]
+
+
 def test_structured_outputs(chat_model: Path) -> None:
     pytest.importorskip("llguidance", reason="the extra guide is not installed")
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
@@ -186,6 +242,8 @@ def test_structured_outputs(chat_model: Path) -> None:
             {"response_format": form},
             {"response_format": {"type": "json_object", "schema": schema}},  # as llama.cpp's server has it
             {"structured_outputs": {"json": schema}},
+            {"json_schema": schema},  # llama.cpp's, too
+            {"grammar": 'root ::= "{\\"a\\": " ("1" | "2") "}"'},
         ):
             answer = await client.post(CHAT, {**body, **wanted})
             assert json.loads(answer.json["choices"][0]["message"]["content"]) in ({"a": 1}, {"a": 2})
@@ -195,6 +253,12 @@ def test_structured_outputs(chat_model: Path) -> None:
         assert chosen.json["choices"][0]["text"] in ("yes", "no")
         free = await client.post(CHAT, {**body, "response_format": {"type": "json_object"}})
         assert free.json["choices"][0]["message"]["content"].startswith("{")
+        for fields, param in REFUSED_OUTPUTS:
+            answer = await client.post(CHAT, {**body, **fields})
+            assert (answer.status, answer.error["param"]) == (400, param), answer.body
+            assert answer.error["message"].startswith(param)
+        unasked = {"grammar": "", "json_schema": None}  # as llama.cpp's clients say it
+        assert (await client.post(CHAT, {**HELLO, **unasked})).status == 200
         wrong: list[tuple[Any, str]] = [
             ({"type": "xml"}, "response_format.type"),
             ({}, "response_format.type"),
@@ -203,7 +267,11 @@ def test_structured_outputs(chat_model: Path) -> None:
             ({"type": "json_object", "schema": 5}, "response_format.schema"),
             ({"type": "json_schema", "json_schema": {"schema": schema}}, "response_format.json_schema.name"),
             ({"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}, "response_format.json_schema.schema"),
-            ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "y"}}}, "structured_outputs"),
+            (
+                {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "y"}}},
+                "response_format.json_schema.schema",
+            ),
+            ({"type": "json_object", "schema": {"type": "y"}}, "response_format.schema"),
         ]
         for value, param in wrong:
             answer = await client.post(CHAT, {**body, "response_format": value})

@@ -23,7 +23,7 @@ def test_the_document_has_every_path_and_field(chat_model: Path) -> None:
 
     serving(chat_model, test)
     paths, schemas = document()["paths"], document()["components"]["schemas"]
-    assert set(paths) == {*ROUTES, "/v1/models/{id}"}
+    assert set(paths) == set(ROUTES)
     assert {path for path, methods in ROUTES.items() if "POST" in methods} == set(BODIES)
     for path, table in BODIES.items():
         reference = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
@@ -79,6 +79,6 @@ def test_every_field_of_a_table_is_read(chat_model: Path) -> None:
             }
             for name, kind in table.items():
                 answer = await client.post(path, {**body, name: value(kind.schema)})
-                assert answer.status == 200 or "has no place here" not in answer.error["message"], (path, name)
+                assert answer.status == 200 or "has no place here" not in answer.json["error"]["message"], (path, name)
 
     serving(chat_model, test)

@@ -69,6 +69,10 @@ def test_they_answer_alike_and_end_together(chat_model: Path) -> None:
         answers = [post(port, "/v1/chat/completions", HELLO) for _ in range(8)]
         assert all(status == 200 for status, _ in answers)
         assert len({answer["choices"][0]["message"]["content"] for _, answer in answers}) == 1
+        status, refused = post(port, "/v1/responses", {"input": "Hello", "store": True})
+        assert (status, refused["error"]["param"]) == (400, "store")  # the next one could come to another process
+        status, unkept = post(port, "/v1/responses", {"input": "Hello", "max_output_tokens": 1})
+        assert (status, unkept["store"]) == (200, False)
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         process.stderr.read()  # until nobody holds it: all have ended

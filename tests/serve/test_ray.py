@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +20,21 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 import ray
 from serve.test_server import HELLO, post
 
+from pyengine.serve.server import reserve
+
 SCALING = Path(__file__).parents[2] / "docs" / "scaling"
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """On this machine; its CPUs are numbers that Ray reserves, so their count here says nothing about the machine's."""
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """On this machine; its CPUs are numbers that Ray reserves, so their count here says nothing about the machine's. Ray's
+    workers import from the directory where it is started, and in a checkout that is the package without its core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cluster"))
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.mark.usefixtures("cluster")
@@ -54,14 +58,14 @@ def test_replicas_of_the_server(chat_model: Path, monkeypatch: pytest.MonkeyPatc
     serve: Any = pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
     monkeypatch.setitem(os.environ, "PYENGINE_MODEL", str(chat_model))
     app = runpy.run_path(str(SCALING / "ray_serve.py"), run_name="__main__")["app"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
-        serve.run(app)
-        answers = [post(port, "/v1/chat/completions", HELLO, **{"x-session-id": str(i)}) for i in range(6)]
-    finally:
-        serve.shutdown()
+    with reserve("127.0.0.1", 0, shared=True) as reserved:  # nobody else gets it; Ray listens as one of those who share
+        port = reserved.getsockname()[1]
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        try:
+            serve.run(app)
+            answers = [post(port, "/v1/chat/completions", HELLO, **{"x-session-id": str(i)}) for i in range(6)]
+        finally:
+            serve.shutdown()
     assert all(status == 200 for status, _ in answers)
     with Engine(chat_model) as engine:
         alone = engine.chat(HELLO["messages"], max_tokens=HELLO["max_tokens"], seed=HELLO["seed"])

@@ -69,7 +69,10 @@ def test_what_is_wrong_is_refused_by_its_name(chat_model: Path) -> None:
         ({"input": [{"type": "reasoning"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"store": True}, "store"),
+        ({"store": 1}, "store"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
@@ -111,6 +114,7 @@ def test_what_is_wrong_is_refused_by_its_name(chat_model: Path) -> None:
         ({"metadata": {"a": 5}}, "metadata.a"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"grammar": 5}, "grammar"),
         ({"nonsense": 1}, "nonsense"),
     ]
 
@@ -270,6 +274,42 @@ def test_calls_and_their_results_are_the_messages_of_a_chat(
         assert (answer.status, chat.status) == (200, 200), answer.body + chat.body
         assert answer.json["output"][0]["content"][0]["text"] == chat.json["choices"][0]["message"]["content"]
         assert answer.json["usage"]["input_tokens"] == chat.json["usage"]["prompt_tokens"]
+
+    serving(tool_model("qwen", ()), test)
+
+
+BAD = {"type": "object", "properties": {"a": {"type": "y"}}}
+
+
+@needs_guide
+def test_a_schema_that_is_not_understood_is_refused_by_its_place(tool_model: Callable[..., Path]) -> None:
+    """Whether it is held to alone, or with others in one grammar."""
+    other = {"type": "function", "name": "other", "parameters": BAD}
+    right = {"type": "json_schema", "name": "x", "schema": DAY}
+    flat: list[tuple[dict[str, Any], str]] = [
+        ({"tools": [WEATHER, other], "tool_choice": "required"}, "tools[1].parameters"),
+        ({"tools": [other, WEATHER], "tool_choice": {"type": "function", "name": "other"}}, "tools[0].parameters"),
+        ({"tools": [WEATHER, other], "text": {"format": right}}, "tools[1].parameters"),
+        ({"tools": [WEATHER], "text": {"format": {**right, "schema": BAD}}}, "text.format.schema"),
+        ({"text": {"format": {**right, "schema": BAD}}}, "text.format.schema"),
+    ]
+    nested = [
+        {"type": "function", "function": {key: tool[key] for key in ("name", "parameters")}}
+        for tool in (WEATHER, other)
+    ]
+    messages = [{"role": "user", "content": "Hi"}]
+
+    async def test(client: Client) -> None:
+        for fields, param in flat:
+            answer = await client.post(PATH, {**HELLO, **fields})
+            assert (answer.status, answer.error["param"]) == (400, param), answer.body
+            assert answer.error["message"].startswith(f"{param}: ")
+        answer = await client.post(
+            "/v1/chat/completions", {"messages": messages, "tools": nested, "tool_choice": "required"}
+        )
+        assert (answer.status, answer.error["param"]) == (400, "tools[1].function.parameters"), answer.body
+        unforced = {**HELLO, "tools": [WEATHER, other]}  # arguments of calls that the model likes are held to no schema
+        assert (await client.post(PATH, unforced)).status == 200
 
     serving(tool_model("qwen", ()), test)
 

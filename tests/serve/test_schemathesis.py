@@ -17,7 +17,7 @@ import schemathesis
 from pyengine import Engine
 from pyengine.serve.app import App
 from pyengine.serve.models import Models, ServedModel
-from pyengine.serve.routes import MODEL_PATH, ROUTES
+from pyengine.serve.routes import ROUTES
 from pyengine.serve.settings import Settings
 
 CHECKS = [  # not that all that fits the document is accepted: what a model can take is not said in it
@@ -28,7 +28,7 @@ CHECKS = [  # not that all that fits the document is accepted: what a model can 
     )
 ]  # fmt: skip
 RIGHT, WRONG = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
-PATHS = [(path, method) for path, methods in ROUTES.items() for method in methods] + [(MODEL_PATH + "{id}", "GET")]
+PATHS = [(path, method) for path, methods in ROUTES.items() for method in methods]
 OPERATIONS = [(*one, RIGHT) for one in PATHS] + [(*one, WRONG) for one in PATHS if one[1] == "POST"]
 N_EXAMPLES = 20  # of each kind and endpoint
 

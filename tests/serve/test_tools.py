@@ -116,7 +116,7 @@ def test_a_schema_that_is_none_is_refused(chat_model: Path) -> None:
 
     async def test(client: Client) -> None:
         answer = await client.post(CHAT, {**BODY, "tools": bad, "tool_choice": "required"})
-        assert (answer.status, answer.error["param"]) == (400, "structured_outputs"), answer.body
+        assert (answer.status, answer.error["param"]) == (400, "tools[0].function.parameters"), answer.body
 
     serving(chat_model, test)
 

@@ -8,6 +8,7 @@ Clients ask for whole and streamed answers of every endpoint, hang up anywhere (
 read slowly, run out of time, and send what is no request at all. At the end it is checked that
 
     every finished answer was that of the request alone, before the load; one that ran out of time was a beginning of it
+    a response that was kept came back as it was, to its owner alone, and what went on from it was that of the whole conversation
     what was wrong was refused with a status that says so, and nothing had status 500
     no request is left, no page of keys and values is held, and no descriptor or thread more than before is open
     memory of its own that the server gained after the first third is a few per cent at most
@@ -63,7 +64,7 @@ class Soak:
     async def client(self, rng: random.Random) -> None:
         actions = (
             (self.ask, 50), (self.hang_up, 20), (self.break_off, 8), (self.be_wrong, 12), (self.run_out, 4), (self.look, 5),
-            (self.talk_nonsense, 1),
+            (self.go_on, 5), (self.talk_nonsense, 1),
         )  # fmt: skip
         while time.monotonic() < self.until:
             (action,) = rng.choices([one for one, _ in actions], [weight for _, weight in actions])
@@ -158,6 +159,56 @@ class Soak:
                     self.find(f"{ask} ran out of time with {text!r}, alone {whole!r}")
         finally:
             connection.close()
+
+    async def go_on(self, rng: random.Random) -> None:
+        """From a response that is kept, unless it has made room: as from the whole conversation. Read it, or delete it."""
+        ask, wanted = rng.choice(
+            [one for one in self.known if one[0].path == "/v1/responses" and "tools" not in one[0].body]
+        )
+        salt = ask.body.get("cache_salt")
+        first = await self.json_of("POST", ask.path, ask.body)
+        if first is None:
+            return
+        path = f"{ask.path}/{first['id']}" + ("" if salt is None else f"?cache_salt={salt}")
+        stranger = await self.json_of("GET", f"{ask.path}/{first['id']}?cache_salt=nobody", right=(404,))
+        kept = await self.json_of("GET", path, right=(200, 404))
+        if essence(first) != essence(wanted) or stranger is not None or (kept is not None and kept != first):
+            self.find(f"{ask}: {first}, kept as {kept}, alone {wanted}")
+        more = {**ask.body, "max_output_tokens": 5}
+        turn = {**more, "input": "So.", "previous_response_id": first["id"]}
+        whole = {
+            **more,
+            "input": [
+                {"role": "user", "content": ask.body["input"]},
+                *first["output"],
+                {"role": "user", "content": "So."},
+            ],
+        }
+        answers = [
+            await self.json_of("POST", ask.path, body, right=(200, 400)) for body in (turn, {**whole, "store": False})
+        ]
+        outputs = [essence(answer["output"]) for answer in answers if answer is not None]
+        if len(outputs) == 2 and outputs[0] != outputs[1]:
+            self.find(f"{turn}: {answers[0]}, of the whole conversation {answers[1]}")
+        if rng.random() < 0.5:
+            await self.json_of("DELETE", path, right=(200, 404))
+        self.counts["gone on from"] += len(outputs) == 2
+
+    async def json_of(
+        self, method: str, path: str, body: Any = None, right: tuple[int, ...] = (200,)
+    ) -> dict[str, Any] | None:
+        """Of an answer of status 200; None if it has another one that is right, or says to come back."""
+        connection = await Connection.open(self.server.port)
+        try:
+            connection.send(method, path, b"" if body is None else json.dumps(body).encode())
+            status, headers = await connection.head()
+            data = await connection.body(headers)
+        finally:
+            connection.close()
+        if status not in (*right, 429, 503):
+            self.find(f"{status} for {method} {path} {body}: {data!r}")
+        answer: dict[str, Any] | None = json.loads(data) if status == 200 else None
+        return answer
 
     async def look(self, rng: random.Random) -> None:
         connection = await Connection.open(self.server.port)
@@ -266,6 +317,7 @@ def main() -> int:
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     options = ["--parallel", "8", "--max-kv-bytes", str(args.kv_bytes), "--max-queue-tokens", "4096"]
+    options += ["--max-stored-responses", "50", "--max-stored-bytes", "100000"]  # so few that they make room
     server = Server([*options, *(["-m", args.model] if args.model else [])])
     try:
         run = asyncio.run(soak(server, 60 * args.minutes, args.clients, seed))

@@ -39,6 +39,7 @@ def asks(rng: random.Random) -> list[Ask]:
         out.append(Ask("/v1/completions", {**base, **more, "prompt": text, "max_tokens": n_tokens, "logprobs": 2}))
         out.append(Ask("/v1/chat/completions", {**base, **more, "messages": messages, "max_tokens": n_tokens}))
         out.append(Ask("/v1/responses", {**base, "input": text, "max_output_tokens": n_tokens}))
+        out.append(Ask("/v1/messages", {**base, "messages": messages, "max_tokens": n_tokens}))
     out.append(Ask("/v1/completions", {"prompt": list(BEGINNINGS), "max_tokens": 20, "seed": 1}))
     out.append(Ask("/v1/completions", {"prompt": BEGINNINGS[0], "max_tokens": 0, "echo": True, "logprobs": 0}))
     out.append(Ask("/v1/embeddings", {"input": list(BEGINNINGS)}))
@@ -77,11 +78,18 @@ WRONG: list[tuple[str, str, bytes, tuple[int, ...]]] = [  # method, path, body, 
     ("POST", "/v1/chat/completions", b'{"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}', (400,)),
     ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', (400,)),
     ("POST", "/v1/responses", b'{"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}', (400,)),
+    ("POST", "/v1/messages", b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', (400,)),
+    ("POST", "/v1/messages/count_tokens", b'{"messages": [{"role": "user", "content": 5}]}', (400,)),
     ("POST", "/v1/embeddings", b'{"input": []}', (400,)),
     ("GET", "/v1/completions", b"", (405,)),
     ("GET", "/nowhere", b"", (404,)),
     ("PATCH", "/v1/models", b"{}", (405,)),
     ("GET", "/v1/models/nobody", b"", (404,)),
+    ("GET", "/v1/responses/nobody", b"", (404,)),
+    ("DELETE", "/v1/responses/nobody", b"", (404,)),
+    ("GET", "/v1/responses/nobody/input_items?limit=x", b"", (400,)),
+    ("POST", "/v1/responses", b'{"input": "a", "previous_response_id": "nobody"}', (400,)),
+    ("POST", "/v1/completions", b'{"prompt": "a", "grammar": "root ::= other"}', (400,)),
 ]
 LOOKS = ("/health", "/metrics", "/props", "/v1/models", "/openapi.json", "/")
 GARBAGE = (

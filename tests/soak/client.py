@@ -68,6 +68,8 @@ def essence(answer: Any) -> Any:
         "cached_tokens",
         "prompt_tokens_details",
         "input_tokens_details",
+        "input_tokens",  # /v1/messages: those that were not cached
+        "cache_read_input_tokens",
     )
     return {name: essence(one) for name, one in answer.items() if name not in left_out}
 
@@ -80,6 +82,12 @@ def streamed(path: str, data: bytes) -> Any:
         if last["type"] not in ("response.completed", "response.incomplete"):
             raise ValueError(last)
         return texts(path, last["response"])
+    if path == "/v1/messages":
+        *deltas, ended, last = [json.loads(one) for one in events[1:]]
+        if last["type"] != "message_stop":
+            raise ValueError(last)
+        said = [one["delta"]["text"] for one in deltas if one["type"] == "content_block_delta"]
+        return [["".join(said), "", ended["delta"]["stop_reason"]]]
     if events[-1] != b"[DONE]":
         raise ValueError(events[-1])
     out: dict[int, list[str]] = {}
@@ -99,6 +107,8 @@ def texts(path: str, answer: Any) -> Any:
         parts = [part["text"] for item in answer["output"] for part in item.get("content", ())]
         calls = [item["name"] + item["arguments"] for item in answer["output"] if "arguments" in item]
         return [["".join(parts), "".join(calls), answer["status"]]]
+    if path == "/v1/messages":
+        return [["".join(block["text"] for block in answer["content"]), "", answer["stop_reason"]]]
     out = []
     for choice in answer["choices"]:
         message = choice.get("message", choice)

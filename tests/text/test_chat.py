@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -387,3 +389,57 @@ def test_smollm2s_own_template_and_vocabulary(smollm2_gguf):
         text = tokenizer.decode(ids, skip_special_tokens=False)
         assert text.startswith("<|im_start|>system\n")
         assert text.endswith(f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n")
+
+
+# ---------------------------------------------------------------- a last message that goes on
+
+CONTINUED = json.loads((Path(__file__).parent / "continued.json").read_text())
+SURE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure, "}]
+
+
+@pytest.mark.parametrize("name", CONTINUED["texts"])
+def test_a_last_message_goes_on_where_transformers_ends(name):
+    source = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text()
+    chat_template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    for number, text in CONTINUED["texts"][name].items():
+        assert chat_template.render(CONTINUED["conversations"][number], continue_final_message=True) == text
+    # transformers takes this space away where the template does; whoever writes it wants it
+    assert chat_template.render(SURE, continue_final_message=True).endswith("Sure, ")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("end", ["yes", "<", "<|im_", "</s>", "a</s> b</s"])
+def test_special_tokens_of_a_message_that_goes_on_are_text(kind, end):
+    tokenizer, chat_template = TOKENIZERS[kind], template("chatml")
+    before = chat_template.encode(tokenizer, SURE[:1])
+    ids = chat_template.encode(
+        tokenizer, [*SURE[:1], {"role": "assistant", "content": end}], continue_final_message=True
+    )
+    special = tokenizer.special_ids
+    assert [id_ for id_ in ids if id_ in special] == [id_ for id_ in before if id_ in special]
+    assert tokenizer.decode(ids, skip_special_tokens=False).endswith("assistant\n" + end)
+
+
+WRONG_ENDS = [
+    ([{"role": "user", "content": "Hi"}], {}, InvalidArgumentError, "last message of the assistant"),
+    ([{"role": "assistant", "content": None}], {}, InvalidArgumentError, "of text alone"),
+    ([{"role": "assistant", "content": {"a": "b"}}], {}, InvalidArgumentError, "of text alone"),
+    ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], {}, InvalidArgumentError, "of text alone"),
+    (SURE, {"add_generation_prompt": True}, InvalidArgumentError, "contradict each other"),
+]
+
+
+@pytest.mark.parametrize(("messages", "options", "error", "words"), WRONG_ENDS)
+def test_what_cannot_go_on_is_refused(messages, options, error, words):
+    for call in (template("chatml").render, partial(template("chatml").encode, TOKENIZERS["byte_level"])):
+        with pytest.raises(error, match=words):
+            call(messages, continue_final_message=True, **options)
+
+
+def test_a_template_that_hides_the_end_of_a_message_cannot_go_on():
+    hidden = ChatTemplate("{% for m in messages %}{{ m['content'][:2] }}{% endfor %}")
+    with pytest.raises(TemplateError, match="does not show the last message as it is"):
+        hidden.render(SURE, continue_final_message=True)
+    everything = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(InvalidArgumentError, match="every private-use character"):
+        hidden.render([{"role": "assistant", "content": everything}], continue_final_message=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyengine.errors import InvalidArgumentError, system_errors
+from pyengine.run.gbnf import to_lark
 from pyengine.sampling import StructuredOutputs
 
 
@@ -20,17 +21,9 @@ class LlamaGrammar:
     @classmethod
     def from_string(cls, grammar: str, verbose: bool = True) -> LlamaGrammar:
         """A grammar in llama.cpp's GBNF, with a rule `root`. Raises InvalidArgumentError for what is none."""
-        try:
-            from llguidance.gbnf_to_lark import gbnf_to_lark
-        except ImportError:
-            raise InvalidArgumentError("grammars need llguidance: pip install 'pyengine-lm[guide]'") from None
         if not isinstance(grammar, str):
             raise InvalidArgumentError(f"a grammar must be a string, not {type(grammar).__name__}")
-        try:
-            lark: str = gbnf_to_lark(grammar)
-        except Exception as error:  # it raises plain ones, too, for a rule that is missing
-            raise InvalidArgumentError(f"this is no GBNF grammar: {error}") from None
-        return cls(StructuredOutputs(grammar=lark))
+        return cls(StructuredOutputs(grammar=to_lark(grammar)))
 
     @classmethod
     def from_file(cls, file: str | os.PathLike[str], verbose: bool = True) -> LlamaGrammar:

@@ -28,6 +28,19 @@ _TOOL = {"type": "function", "function": {"name": "f", "description": "d", "para
 _FLAT_TOOL = {"type": "function", "name": "f", "description": "d", "parameters": _SCHEMA, "strict": True}
 _CALLED = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": "b"}', "status": "completed"}
 _RESULT = {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "d"}]}
+_USE = {"type": "tool_use", "id": "c", "name": "f", "input": {"a": "b"}}
+_USED = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "d"}], "is_error": False}
+_ANTHROPIC = {
+    "messages": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}, _USE]},
+        {"role": "user", "content": [_USED, {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]},
+    ],
+    "system": [{"type": "text", "text": "s"}],
+    "tools": [{"name": "f", "input_schema": _SCHEMA}],
+    "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    "output_config": {"format": {"type": "json_schema", "schema": _SCHEMA}},
+}
 _SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1, "max_tokens": 3, "stop": ["x"], "logit_bias": {"5": -1}}
 _CHAT = {"messages": seeds.MESSAGES, "max_tokens": 3}
 BODIES: dict[str, list[dict[str, Any]]] = {
@@ -39,6 +52,13 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         _CHAT | {"response_format": _FORMAT},
         _CHAT | {"response_format": {"type": "json_object", "schema": _SCHEMA}},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_completion_tokens": 2},
+        {
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a <|end|>"}],
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+            "max_tokens": 2,
+        },
+        _CHAT | {"grammar": 'root ::= (item "." | start)+  # a\nitem ::= [a-z\\u0041]{1,2}\nstart ::= "\\x41\\""'},
     ],
     "/v1/completions": [
         {"prompt": "hi", **_SAMPLING},
@@ -59,12 +79,22 @@ BODIES: dict[str, list[dict[str, Any]]] = {
             "tools": [_FLAT_TOOL],
             "tool_choice": {"type": "function", "name": "f"},
         },
+        {"input": [{"type": "item_reference", "id": "msg_1"}], "previous_response_id": "resp_1", "store": True},
     ],
+    "/v1/messages": [
+        {"messages": seeds.MESSAGES, "max_tokens": 2, "stop_sequences": ["x"], "stream": True},
+        {**_ANTHROPIC, "max_tokens": 2},
+        {**_ANTHROPIC, "max_tokens": 2, "tool_choice": {"type": "none"}, "metadata": {"user_id": "u"}},
+    ],
+    "/v1/messages/count_tokens": [_ANTHROPIC],
     "/v1/embeddings": [{"input": ["hi", [1, 2]], "dimensions": 3, "encoding_format": "base64", "pooling": "mean"}],
     "/tokenize": [{"content": "hi <|end|>", "add_special": True, "with_pieces": True}],
     "/detokenize": [{"tokens": [1, 2, 257]}],
 }
 _OTHER_PATHS = ["/", "/health", "/metrics", "/props", "/v1/models", "/v1/models/tiny", "/v1/models/", "/x", ""]
+_OTHER_PATHS += [
+    f"/v1/responses/resp_1{more}" for more in ("", "?cache_salt=a", "/input_items?limit=2&order=asc&after=b")
+]
 _HEADERS = ["authorization", "origin", "host", "content-type", "content-length", "x-request-id", "accept", "expect"]
 _MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 4, "best_of": 4}
 _REQUESTS = 10  # of a case: a server's start is most of its time
