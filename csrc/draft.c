@@ -147,11 +147,13 @@ static float predict(const pe_drafter *d, const int32_t *recent, size_t n_recent
     return best;
 }
 
-size_t pe_drafter_propose(const pe_drafter *d, size_t most, float least, int32_t *tokens, float *chances) {
+size_t pe_drafter_propose(const pe_drafter *d, const int32_t *behind, size_t n_behind, size_t most, float least,
+                          int32_t *tokens, float *chances) {
     int32_t recent[PE_DRAFT_MAX_ORDER];
     size_t n_recent = d->n_recent, n = 0;
     float all_right = 1.0f;
     memcpy(recent, d->recent, sizeof recent);
+    for (size_t i = 0; i < n_behind; i++) push(recent, &n_recent, behind[i]);
     while (n < most) {
         chances[n] = predict(d, recent, n_recent, &tokens[n]);
         all_right *= chances[n];
@@ -224,15 +226,17 @@ float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows) {
     return least < 0.01 ? 0.01f : (float)least;
 }
 
-void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
-                     const size_t *n_proposed, size_t *n_chosen) {
+double pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
+                       const size_t *n_proposed, size_t *n_chosen) {
     for (size_t i = 0; i < n; i++) n_chosen[i] = 0;
-    if (n_rows < 1 || n_rows >= PE_DRAFT_MAX_ROWS) return;
+    if (n_rows < 1 || n_rows >= PE_DRAFT_MAX_ROWS) return 0.0;
     size_t taken[PE_DRAFT_MAX_ROWS] = {0}; /* n <= n_rows */
     float reached[PE_DRAFT_MAX_ROWS];      /* the chance that all that is taken of a proposal is right */
     double expected[PE_DRAFT_MAX_ROWS];    /* tokens that a text gets of the step; those without a draft get one */
     for (size_t i = 0; i < n; i++) reached[i] = 1.0f, expected[i] = 1.0;
-    double cost = costs->cost[n_rows], log_speeds = 0.0, best = (double)n_rows * pe_log(1.04 / cost);
+    double cost = costs->cost[n_rows], log_speeds = 0.0, plain = -(double)n_rows * pe_log(cost);
+    double best = plain + (double)n_rows * pe_log(1.04);
+    bool pays = false;
     for (size_t rows = n_rows + 1; rows <= PE_DRAFT_MAX_ROWS; rows++) {
         size_t likeliest = n;
         float chance = 0.0f;
@@ -241,7 +245,7 @@ void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const 
             float next = reached[i] * chances[i * PE_DRAFT_MAX + taken[i]];
             if (next > chance) chance = next, likeliest = i;
         }
-        if (likeliest == n) return;
+        if (likeliest == n) break;
         reached[likeliest] = chance;
         taken[likeliest]++;
         log_speeds -= pe_log(expected[likeliest]);
@@ -249,6 +253,8 @@ void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const 
         cost = cost_of(costs, rows, cost);
         if (log_speeds - (double)n_rows * pe_log(cost) <= best) continue;
         best = log_speeds - (double)n_rows * pe_log(cost);
+        pays = true;
         memcpy(n_chosen, taken, n * sizeof *taken);
     }
+    return pays ? (best - plain) / (double)n_rows : 0.0;
 }
