@@ -87,6 +87,7 @@ void pe_draft_chances_init(pe_draft_chances *chances) {
                 chances->all[source][i][k] = 16.0f;
                 chances->right[source][i][k] = (source == 0 ? 16.0f : 10.0f) * right[i][k];
             }
+    for (size_t i = 0; i < PE_DRAFT_N_EIGHTHS; i++) chances->came[i] = chances->expected[i] = 4.0f;
 }
 
 /* Of this text's own experience and, as if seen eight times, that of all. */
@@ -110,9 +111,50 @@ static void push(int32_t *recent, size_t *n_recent, int32_t token) {
     recent[(*n_recent)++] = token;
 }
 
+/* The likeliest of the predictions after a context with these hashes (n_hashes), or NULL; its chance, and its token. */
+static const entry *likeliest(const pe_drafter *d, const uint64_t *hashes, size_t n_hashes, float *chance) {
+    const entry *best = NULL;
+    *chance = 0.0f;
+    for (size_t source = 0; source < 2; source++) {
+        pe_ngrams *ngrams = source == 0 ? d->own : d->others;
+        for (size_t i = n_hashes; ngrams != NULL && i-- > 0;) {
+            const entry *e = find(ngrams, hashes[i]);
+            if (e == NULL) continue;
+            float one = chance_of(d, source, i, e->count);
+            if (one > *chance) *chance = one, best = e;
+        }
+    }
+    return best;
+}
+
+static size_t eighth(float chance) {
+    size_t i = (size_t)(chance * PE_DRAFT_N_EIGHTHS);
+    return i < PE_DRAFT_N_EIGHTHS ? i : PE_DRAFT_N_EIGHTHS - 1;
+}
+
+static void learn_likeliest(pe_draft_chances *c, float chance, bool right, float memory) {
+    size_t i = eighth(chance);
+    c->came[i] = c->came[i] * memory + (right ? 1.0f : 0.0f);
+    c->expected[i] = c->expected[i] * memory + chance;
+}
+
+/* What the chance of the likeliest prediction is worth: by the experience of all texts and, over that, of this one. */
+static float corrected(const pe_drafter *d, float chance) {
+    size_t i = eighth(chance);
+    float shared = d->shared->came[i] / d->shared->expected[i];
+    float factor = (d->chances.came[i] + 4.0f * shared) / (d->chances.expected[i] + 4.0f);
+    return factor * chance < 0.98f ? factor * chance : 0.98f;
+}
+
 void pe_drafter_read(pe_drafter *d, int32_t token, bool is_output) {
     uint64_t hashes[PE_DRAFT_N_ORDERS];
     size_t n = hash_contexts(d->recent, d->n_recent, hashes);
+    float chance = 0.0f;
+    const entry *best = is_output ? likeliest(d, hashes, n, &chance) : NULL;
+    if (best != NULL) {
+        learn_likeliest(&d->chances, chance, best->token == token, 0.97f);
+        learn_likeliest(d->shared, chance, best->token == token, 0.999f);
+    }
     for (size_t source = 0; source < 2; source++) {
         pe_ngrams *ngrams = source == 0 ? d->own : d->others;
         if (ngrams == NULL || (source == 1 && !is_output)) continue;
@@ -131,20 +173,11 @@ void pe_drafter_read(pe_drafter *d, int32_t token, bool is_output) {
 /* The likeliest prediction; its chance, 0 if there is none. */
 static float predict(const pe_drafter *d, const int32_t *recent, size_t n_recent, int32_t *token) {
     uint64_t hashes[PE_DRAFT_N_ORDERS];
-    size_t n = hash_contexts(recent, n_recent, hashes);
-    float best = 0.0f;
-    for (size_t source = 0; source < 2; source++) {
-        pe_ngrams *ngrams = source == 0 ? d->own : d->others;
-        for (size_t i = n; ngrams != NULL && i-- > 0;) {
-            const entry *e = find(ngrams, hashes[i]);
-            if (e == NULL) continue;
-            float chance = chance_of(d, source, i, e->count);
-            if (chance <= best) continue;
-            best = chance;
-            *token = e->token;
-        }
-    }
-    return best;
+    float chance;
+    const entry *best = likeliest(d, hashes, hash_contexts(recent, n_recent, hashes), &chance);
+    if (best == NULL) return 0.0f;
+    *token = best->token;
+    return corrected(d, chance);
 }
 
 size_t pe_drafter_propose(const pe_drafter *d, const int32_t *behind, size_t n_behind, size_t most, float least,

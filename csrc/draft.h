@@ -24,6 +24,7 @@
 #define PE_DRAFT_N_ORDERS 5
 #define PE_DRAFT_MAX_ORDER 12
 #define PE_DRAFT_N_COUNTS 4
+#define PE_DRAFT_N_EIGHTHS 8
 
 /* What follows which tokens, of one text or of many: a table of fixed size, whose least confirmed entries make room. */
 typedef struct pe_ngrams pe_ngrams;
@@ -34,6 +35,9 @@ void pe_ngrams_destroy(pe_ngrams *ngrams);
 /* How often predictions came true. [0] by the text's own n-grams, [1] by those of other texts. */
 typedef struct pe_draft_chances {
     float right[2][PE_DRAFT_N_ORDERS][PE_DRAFT_N_COUNTS], all[2][PE_DRAFT_N_ORDERS][PE_DRAFT_N_COUNTS];
+    /* Of the likeliest prediction, by its chance in eighths: how often it came true, and should have. The largest of several
+     * chances that err is too large more often than too small. */
+    float came[PE_DRAFT_N_EIGHTHS], expected[PE_DRAFT_N_EIGHTHS];
 } pe_draft_chances;
 /* What was measured on a small chat model: a start. */
 void pe_draft_chances_init(pe_draft_chances *chances);

@@ -215,13 +215,29 @@ int32_t pe_sampler_choose(pe_sampler *s, const float *logits, size_t n_logits, f
     return draw_from_heap(p, s->pool, n, total, random);
 }
 
+/* 2^z for -126 <= z <= 0 to 2e-4: an integer power in the exponent's bits times a cubic on [-1/2, 1/2]. */
+static inline float rough_exp2(float z) {
+    float shifted = z + 12582912.0f; /* 1.5 * 2^23: its low bits are rint(z) */
+    float f = z - (shifted - 12582912.0f);
+    float p = ((0.0558f * f + 0.2402f) * f + 0.6931f) * f + 1.0f;
+    return pe_float_from_bits(pe_float_bits(p) + (pe_float_bits(shifted) << 23));
+}
+
 float pe_sampler_probability(const float *logits, size_t n, size_t index, float top, double temperature) {
-    const double lowest = top - 12.0 * temperature; /* below: 6e-6 of the first token's */
-    double sum = 0.0;
-    for (size_t begin = 0; begin < n; begin += PE_SAMPLER_BLOCK) {
-        const size_t end = n - begin < PE_SAMPLER_BLOCK ? n : begin + PE_SAMPLER_BLOCK;
-        if (!any_at_least(logits + begin, end - begin, lowest)) continue;
-        for (size_t i = begin; i < end; i++) sum += pe_exp(((double)logits[i] - top) / temperature);
+    enum { LANES = 16 };
+    const float scale = (float)(1.44269504 / temperature);
+    float lanes[LANES] = {0}, sum = 0.0f;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++) {
+            float z = (logits[i + l] - top) * scale;
+            lanes[l] += rough_exp2(z > -126.0f ? z : -126.0f);
+        }
+    for (; i < n; i++) {
+        float z = (logits[i] - top) * scale;
+        sum += rough_exp2(z > -126.0f ? z : -126.0f);
     }
-    return (float)(pe_exp(((double)logits[index] - top) / temperature) / sum);
+    for (size_t l = 0; l < LANES; l++) sum += lanes[l];
+    float z = (logits[index] - top) * scale;
+    return rough_exp2(z > -126.0f ? z : -126.0f) / sum;
 }

@@ -13,9 +13,11 @@ N_RANGES = 8
 ALONE, AGAINST, AGAINST_LIKELY, WITH = range(4)
 # From which chance on n-grams count there.
 WEAK, LIKELY = 0.25, 0.5
-# Weight of one text's own experience: that of all counts like so many of its guesses.
-SHARED_WEIGHT = 8.0
+# What is believed at first counts like so many guesses of all texts, and what all texts teach like so many of one.
+FIRST_WEIGHT, OWN_WEIGHT = 4.0, 3.0
+# Weight of what was learnt when one more guess is.
 MEMORY, SHARED_MEMORY = 0.97, 0.999
+SUREST = 0.98
 
 # Kinds of places, by the chance of the n-grams' next guess: below a quarter, below a half and so on.
 N_PLACES = 4
@@ -50,10 +52,12 @@ class Lessons:
 
     def __init__(self, all: Lessons | None = None) -> None:
         self.all = all
-        n_cells = 4 * N_RANGES
-        self._n = [0.0 if all is not None else 4.0] * n_cells
-        self._n_right = [n * _first_chance(cell) for cell, n in enumerate(self._n)]
-        self._worth = list(all._worth) if all is not None else [FIRST_WORTH] * N_PLACES
+        # Of all texts: guesses, and those that came true, by cell. Of one text: all of them, and how many were expected to.
+        n_cells = 4 * N_RANGES if all is None else 0
+        self._n = [FIRST_WEIGHT] * n_cells
+        self._n_right = [FIRST_WEIGHT * _first_chance(cell) for cell in range(n_cells)]
+        self._came = self._expected = OWN_WEIGHT
+        self._worth: list[float] = [FIRST_WORTH] * N_PLACES if all is None else list(all._worth)
         self._pause = [FIRST_PAUSE] * N_PLACES
         # Length of the text at which it is asked again; of all texts: of an output at which it is first asked.
         self._next_try = [0 if all is not None else FIRST_TRY] * N_PLACES
@@ -64,18 +68,20 @@ class Lessons:
         return relation * N_RANGES + max(0, min(int(probability * N_RANGES), N_RANGES - 1))
 
     def chance(self, cell: int) -> float:
-        """That a guess of this kind comes true."""
+        """That a guess of this kind comes true: as of all texts, times how much more often this one's do."""
         if self.all is None:
             return self._n_right[cell] / self._n[cell]
-        return (self._n_right[cell] + SHARED_WEIGHT * self.all.chance(cell)) / (self._n[cell] + SHARED_WEIGHT)
+        return min(self.all.chance(cell) * self._came / self._expected, SUREST)
 
     def learn(self, cell: int, right: bool) -> None:
         """A guess of this kind came true, or did not."""
-        memory = SHARED_MEMORY if self.all is None else MEMORY
-        self._n[cell] = self._n[cell] * memory + 1.0
-        self._n_right[cell] = self._n_right[cell] * memory + right
-        if self.all is not None:
-            self.all.learn(cell, right)
+        if self.all is None:
+            self._n[cell] = self._n[cell] * SHARED_MEMORY + 1.0
+            self._n_right[cell] = self._n_right[cell] * SHARED_MEMORY + right
+            return
+        self._came += (1.0 - MEMORY) * (OWN_WEIGHT - self._came) + right
+        self._expected += (1.0 - MEMORY) * (OWN_WEIGHT - self._expected) + self.all.chance(cell)
+        self.all.learn(cell, right)
 
     @staticmethod
     def place(ngrams: list[tuple[int, float]]) -> int:

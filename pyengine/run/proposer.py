@@ -3,9 +3,9 @@
 A proposer chooses each guess with the request's own sampler and the random number of that very position. So at any temperature
 a guess is right whenever proposer and model agree about what that number chooses, not only where the model is certain.
 
-Guess by guess the likelier one is taken, the proposer's or the n-grams', and n-grams go on where the proposer stops. Asking it has
-a price, its steps. What an answer brings, the expected speed with it against the one with n-grams alone, is kept by kind of place;
-where that is less than the price nothing is asked, but for a try now and then (confidence.py).
+Guess by guess the likelier one is taken, the proposer's or the n-grams', and n-grams go on where the proposer stops. Asking it
+has a price, its steps. What an answer brings, the expected speed with it against the one with n-grams alone, is kept by kind of
+place; where that is less than the price nothing is asked, but for a try now and then (confidence.py).
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Proposer(ABC):
         self.new_chain = Chain
         self._plain = Lessons()  # of texts without an adapter
         self._adapted: WeakKeyDictionary[_core.Adapter, Lessons] = WeakKeyDictionary()
-        # What one of its steps takes, lately: the first of a draft, which finds its weights in no cache, and later ones.
+        # What one of its steps takes, lately: the first of a draft, which finds its weights in no cache, with all that an answer
+        # costs beside its steps; and later ones.
         self._seconds: list[float | None] = [None, None]
 
     # ------------------------------------------------------------ what each kind does in its own way
@@ -106,12 +107,13 @@ class Proposer(ABC):
         """Proposals that are likelier than those of the n-grams, for a step of n_rows rows without them; and whether anything was
         asked for their sake. drafters[i]: the n-grams of requests[i]."""
         asked = [i for i, request in enumerate(requests) if self._is_asked(request, ngrams[i])]
+        began = time.perf_counter()
         try:
             asked = [i for i in asked if self._prepare(requests[i])]
             if not asked:
                 return ngrams, False
             chains = {i: self.new_chain(requests[i], drafters[i], ngrams[i]) for i in asked}
-            spent = self._run_ahead(list(chains.values()), n_rows)
+            later = self._run_ahead(list(chains.values()), n_rows)
         except PyEngineError:  # no memory, for one: nobody needs a draft
             for i in asked:
                 reading = requests[i].reading
@@ -119,7 +121,8 @@ class Proposer(ABC):
                     reading.lessons.rest(requests[i].n_tokens)
             return ngrams, True
         proposals = [chains[i].proposal() if i in chains else one for i, one in enumerate(ngrams)]
-        self._note_worth(list(chains.values()), ngrams, proposals, n_rows, spent)
+        first = self._note_seconds(False, time.perf_counter() - began - later)
+        self._note_worth(list(chains.values()), ngrams, proposals, n_rows, first + later)
         return proposals, True
 
     def _is_asked(self, request: GenerationRequest, ngrams: Proposal) -> bool:
@@ -130,7 +133,7 @@ class Proposer(ABC):
         return reading.lessons.is_worth_asking(place, request.n_tokens)
 
     def _run_ahead(self, chains: list[Chain], n_rows: int) -> float:
-        """Lengthen each chain as far as pays. The seconds that it took, as such steps take lately."""
+        """Lengthen each chain as far as pays. The seconds that all steps but the first took."""
         running, n, spent = chains, 0, 0.0
         while running:
             began = time.perf_counter()
@@ -138,7 +141,10 @@ class Proposer(ABC):
             for chain, guess in zip(running, guesses, strict=True):
                 chain.add(guess)
             n += 1
-            spent += self._note_seconds(n > 1, time.perf_counter() - began)
+            if n > 1:
+                seconds = time.perf_counter() - began
+                self._note_seconds(True, seconds)
+                spent += seconds
             running = [one for one in running if one.is_open and n < self._room(one.request)]
             running = [one for one in running if self._goes_on(one, len(running), n_rows)]
         for chain in chains:
@@ -152,8 +158,8 @@ class Proposer(ABC):
     def _choose(
         request: GenerationRequest, draft: list[int], logits: memoryview, ids: Sequence[int] | None = None
     ) -> tuple[int, float] | None:
-        """The guess behind a draft, and its probability: what the request's sampler makes of these logits, of the tokens `ids` (None =
-        all), at that position. None if they are none to choose from, an infinity among them for one."""
+        """The guess behind a draft, and its probability: what the request's sampler makes of these logits, of the tokens `ids`
+        (None = all), at that position. None if they are none to choose from, an infinity among them for one."""
         mask = request.masks(draft)[-1]
         try:
             return request.sampler.guess(logits, request.n_tokens + len(draft), mask, ids)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import pyengine
 from pyengine import Engine
 from pyengine.results import Generation
-from pyengine.run import scheduler
+from pyengine.run import draft, proposer, scheduler
 
 MAX_PROMPT = 1500
 
@@ -164,7 +164,8 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     if args.cpu_time:
         args.threads = 1
-        scheduler.time = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)  # type: ignore[assignment]
+        cpu = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)
+        scheduler.time = draft.time = proposer.time = cpu  # type: ignore[assignment]
 
     def note(name: str, row: Row) -> None:
         if row.plain:

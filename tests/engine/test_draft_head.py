@@ -19,7 +19,6 @@ from pyengine import Engine, SamplingParams, _core
 from pyengine.errors import ModelFormatError, OutOfMemoryError
 from pyengine.run.draft_head import DraftHead, HeadReading
 from pyengine.run.draft_model import DraftModel
-from pyengine.run.confidence import LONGEST_PAUSE
 from pyengine.run.request import HIDDEN, LOGITS, Caller
 from pyengine.run.stream import run_all
 
