@@ -1,4 +1,4 @@
-"""What a network that knows a part of the vocabulary makes the sampler choose: the token of all of it, were the rest impossible."""
+"""What a network that knows a part of the vocabulary makes the sampler choose: the same as if the rest were impossible."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_what_is_no_guess_is_refused() -> None:
         sampler.guess(array("f", [1.0]), 0, None, array("i", [3]))
     with pytest.raises(NotFiniteError, match="infinity"):
         sampler.guess(array("f", [1.0, float("inf")]), 0, None, array("i", [3, 4]))
-    for logits, ids, words in (([], [], "0 logits"), ([1, 2], [1], "2 logits"), ([1], [10], "ids from 10"), ([1], [-1], "ids from")):
+    wrong = ([], [], "0 logits"), ([1, 2], [1], "2 logits"), ([1], [10], "ids from 10"), ([1], [-1], "ids from")
+    for logits, ids, words in wrong:
         with pytest.raises(InvalidArgumentError, match=words):
             sampler.guess(array("f", logits), 0, None, array("i", ids))
     with pytest.raises(InvalidArgumentError, match="vocabulary of 10"):
