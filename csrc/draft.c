@@ -87,6 +87,7 @@ void pe_draft_chances_init(pe_draft_chances *chances) {
                 chances->all[source][i][k] = 16.0f;
                 chances->right[source][i][k] = (source == 0 ? 16.0f : 10.0f) * right[i][k];
             }
+    for (size_t i = 0; i < PE_DRAFT_N_EIGHTHS; i++) chances->came[i] = chances->expected[i] = 4.0f;
 }
 
 /* Of this text's own experience and, as if seen eight times, that of all. */
@@ -110,9 +111,50 @@ static void push(int32_t *recent, size_t *n_recent, int32_t token) {
     recent[(*n_recent)++] = token;
 }
 
+/* The likeliest of the predictions after a context with these hashes (n_hashes), or NULL; its chance, and its token. */
+static const entry *likeliest(const pe_drafter *d, const uint64_t *hashes, size_t n_hashes, float *chance) {
+    const entry *best = NULL;
+    *chance = 0.0f;
+    for (size_t source = 0; source < 2; source++) {
+        pe_ngrams *ngrams = source == 0 ? d->own : d->others;
+        for (size_t i = n_hashes; ngrams != NULL && i-- > 0;) {
+            const entry *e = find(ngrams, hashes[i]);
+            if (e == NULL) continue;
+            float one = chance_of(d, source, i, e->count);
+            if (one > *chance) *chance = one, best = e;
+        }
+    }
+    return best;
+}
+
+static size_t eighth(float chance) {
+    size_t i = (size_t)(chance * PE_DRAFT_N_EIGHTHS);
+    return i < PE_DRAFT_N_EIGHTHS ? i : PE_DRAFT_N_EIGHTHS - 1;
+}
+
+static void learn_likeliest(pe_draft_chances *c, float chance, bool right, float memory) {
+    size_t i = eighth(chance);
+    c->came[i] = c->came[i] * memory + (right ? 1.0f : 0.0f);
+    c->expected[i] = c->expected[i] * memory + chance;
+}
+
+/* What the chance of the likeliest prediction is worth: by the experience of all texts and, over that, of this one. */
+static float corrected(const pe_drafter *d, float chance) {
+    size_t i = eighth(chance);
+    float shared = d->shared->came[i] / d->shared->expected[i];
+    float factor = (d->chances.came[i] + 4.0f * shared) / (d->chances.expected[i] + 4.0f);
+    return factor * chance < 0.98f ? factor * chance : 0.98f;
+}
+
 void pe_drafter_read(pe_drafter *d, int32_t token, bool is_output) {
     uint64_t hashes[PE_DRAFT_N_ORDERS];
     size_t n = hash_contexts(d->recent, d->n_recent, hashes);
+    float chance = 0.0f;
+    const entry *best = is_output ? likeliest(d, hashes, n, &chance) : NULL;
+    if (best != NULL) {
+        learn_likeliest(&d->chances, chance, best->token == token, 0.97f);
+        learn_likeliest(d->shared, chance, best->token == token, 0.999f);
+    }
     for (size_t source = 0; source < 2; source++) {
         pe_ngrams *ngrams = source == 0 ? d->own : d->others;
         if (ngrams == NULL || (source == 1 && !is_output)) continue;
@@ -131,27 +173,20 @@ void pe_drafter_read(pe_drafter *d, int32_t token, bool is_output) {
 /* The likeliest prediction; its chance, 0 if there is none. */
 static float predict(const pe_drafter *d, const int32_t *recent, size_t n_recent, int32_t *token) {
     uint64_t hashes[PE_DRAFT_N_ORDERS];
-    size_t n = hash_contexts(recent, n_recent, hashes);
-    float best = 0.0f;
-    for (size_t source = 0; source < 2; source++) {
-        pe_ngrams *ngrams = source == 0 ? d->own : d->others;
-        for (size_t i = n; ngrams != NULL && i-- > 0;) {
-            const entry *e = find(ngrams, hashes[i]);
-            if (e == NULL) continue;
-            float chance = chance_of(d, source, i, e->count);
-            if (chance <= best) continue;
-            best = chance;
-            *token = e->token;
-        }
-    }
-    return best;
+    float chance;
+    const entry *best = likeliest(d, hashes, hash_contexts(recent, n_recent, hashes), &chance);
+    if (best == NULL) return 0.0f;
+    *token = best->token;
+    return corrected(d, chance);
 }
 
-size_t pe_drafter_propose(const pe_drafter *d, size_t most, float least, int32_t *tokens, float *chances) {
+size_t pe_drafter_propose(const pe_drafter *d, const int32_t *behind, size_t n_behind, size_t most, float least,
+                          int32_t *tokens, float *chances) {
     int32_t recent[PE_DRAFT_MAX_ORDER];
     size_t n_recent = d->n_recent, n = 0;
     float all_right = 1.0f;
     memcpy(recent, d->recent, sizeof recent);
+    for (size_t i = 0; i < n_behind; i++) push(recent, &n_recent, behind[i]);
     while (n < most) {
         chances[n] = predict(d, recent, n_recent, &tokens[n]);
         all_right *= chances[n];
@@ -224,15 +259,17 @@ float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows) {
     return least < 0.01 ? 0.01f : (float)least;
 }
 
-void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
-                     const size_t *n_proposed, size_t *n_chosen) {
+double pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
+                       const size_t *n_proposed, size_t *n_chosen) {
     for (size_t i = 0; i < n; i++) n_chosen[i] = 0;
-    if (n_rows < 1 || n_rows >= PE_DRAFT_MAX_ROWS) return;
+    if (n_rows < 1 || n_rows >= PE_DRAFT_MAX_ROWS) return 0.0;
     size_t taken[PE_DRAFT_MAX_ROWS] = {0}; /* n <= n_rows */
     float reached[PE_DRAFT_MAX_ROWS];      /* the chance that all that is taken of a proposal is right */
     double expected[PE_DRAFT_MAX_ROWS];    /* tokens that a text gets of the step; those without a draft get one */
     for (size_t i = 0; i < n; i++) reached[i] = 1.0f, expected[i] = 1.0;
-    double cost = costs->cost[n_rows], log_speeds = 0.0, best = (double)n_rows * pe_log(1.04 / cost);
+    double cost = costs->cost[n_rows], log_speeds = 0.0, plain = -(double)n_rows * pe_log(cost);
+    double best = plain + (double)n_rows * pe_log(1.04);
+    bool pays = false;
     for (size_t rows = n_rows + 1; rows <= PE_DRAFT_MAX_ROWS; rows++) {
         size_t likeliest = n;
         float chance = 0.0f;
@@ -241,7 +278,7 @@ void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const 
             float next = reached[i] * chances[i * PE_DRAFT_MAX + taken[i]];
             if (next > chance) chance = next, likeliest = i;
         }
-        if (likeliest == n) return;
+        if (likeliest == n) break;
         reached[likeliest] = chance;
         taken[likeliest]++;
         log_speeds -= pe_log(expected[likeliest]);
@@ -249,6 +286,8 @@ void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const 
         cost = cost_of(costs, rows, cost);
         if (log_speeds - (double)n_rows * pe_log(cost) <= best) continue;
         best = log_speeds - (double)n_rows * pe_log(cost);
+        pays = true;
         memcpy(n_chosen, taken, n * sizeof *taken);
     }
+    return pays ? (best - plain) / (double)n_rows : 0.0;
 }

@@ -24,6 +24,7 @@
 #define PE_DRAFT_N_ORDERS 5
 #define PE_DRAFT_MAX_ORDER 12
 #define PE_DRAFT_N_COUNTS 4
+#define PE_DRAFT_N_EIGHTHS 8
 
 /* What follows which tokens, of one text or of many: a table of fixed size, whose least confirmed entries make room. */
 typedef struct pe_ngrams pe_ngrams;
@@ -34,6 +35,9 @@ void pe_ngrams_destroy(pe_ngrams *ngrams);
 /* How often predictions came true. [0] by the text's own n-grams, [1] by those of other texts. */
 typedef struct pe_draft_chances {
     float right[2][PE_DRAFT_N_ORDERS][PE_DRAFT_N_COUNTS], all[2][PE_DRAFT_N_ORDERS][PE_DRAFT_N_COUNTS];
+    /* Of the likeliest prediction, by its chance in eighths: how often it came true, and should have. The largest of several
+     * chances that err is too large more often than too small. */
+    float came[PE_DRAFT_N_EIGHTHS], expected[PE_DRAFT_N_EIGHTHS];
 } pe_draft_chances;
 /* What was measured on a small chat model: a start. */
 void pe_draft_chances_init(pe_draft_chances *chances);
@@ -51,9 +55,10 @@ typedef struct pe_drafter {
 /* The text goes on with `token`. is_output: a model said it; chances are learnt from such tokens, and others may draft
  * by them. */
 void pe_drafter_read(pe_drafter *drafter, int32_t token, bool is_output);
-/* At most `most` (<= PE_DRAFT_MAX) guesses at the next tokens, and for each the chance that it is right if those before it
- * are, as long as the chance of all of them is at least `least`. How many. */
-size_t pe_drafter_propose(const pe_drafter *drafter, size_t most, float least, int32_t *tokens, float *chances);
+/* At most `most` (<= PE_DRAFT_MAX) guesses at the tokens after the text and `behind` (n_behind), which somebody else guesses, and for
+ * each the chance that it is right if those before it are, as long as the chance of all of them is at least `least`. How many. */
+size_t pe_drafter_propose(const pe_drafter *drafter, const int32_t *behind, size_t n_behind, size_t most, float least,
+                          int32_t *tokens, float *chances);
 
 /* cost[r] is the time of a step of r rows; only ratios mean something. */
 typedef struct pe_step_costs {
@@ -72,8 +77,9 @@ void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds);
 /* A guess with a smaller chance pays in no draft of a step that has n_rows rows without drafts. */
 float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows);
 /* How much of each proposal to compute in one step that has n_rows rows without them: n_chosen (n). chances (n,
- * PE_DRAFT_MAX), n_proposed (n). Nothing unless it pays by 4 %. */
-void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
+ * PE_DRAFT_MAX), n_proposed (n). Nothing unless it pays by 4 %. What it gains: the logarithm of the mean factor by which the texts
+ * of the step become faster, 0 without drafts. */
+double pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
                      const size_t *n_proposed, size_t *n_chosen);
 
 #endif

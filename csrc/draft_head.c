@@ -14,9 +14,6 @@
 #include "status.h"
 #include "tensors.h"
 
-/* What a token that the head does not know gets: exp of it is 0 beside any other logit, and penalties keep it finite. */
-#define NO_LOGIT (-1e30f)
-
 enum { N_SLOTS = 13 };
 
 struct pe_draft_head {
@@ -35,12 +32,11 @@ struct pe_draft_head {
     pe_slice slice;
     size_t capacity, n; /* rows: of the buffers, of the last step */
     float *inputs;      /* (capacity, input_stride) normed embedding, then normed state */
-    float *known;       /* (capacity, pad16(vocab_size)) logits of the tokens that it knows */
-    float *logits;      /* (capacity, the model's vocab_size) NO_LOGIT but at `vocab` */
+    float *logits;      /* (capacity, pad16(vocab_size)) of the tokens `vocab` */
 };
 
 static size_t input_stride(const pe_draft_head *h) { return pe_pad(2 * (size_t)h->net.config.dim, PE_PANEL); }
-static size_t known_stride(const pe_draft_head *h) { return pe_pad(h->vocab_size, PE_PANEL); }
+static size_t logits_stride(const pe_draft_head *h) { return pe_pad(h->vocab_size, PE_PANEL); }
 
 /* ------------------------------------------------------------------ life */
 
@@ -75,7 +71,7 @@ static void list_slots(pe_draft_head *h, pe_tensor_slot slots[N_SLOTS]) {
     next = matrix_slots(next, "w_gate_up", &h->mlp.w_gate_up, 2 * pe_pad(hidden_dim, PE_PANEL), dim);
     next = matrix_slots(next, "w_down", &h->mlp.w_down, dim_padded, hidden_dim);
     next = vector_slot(next, "output_norm", (const void **)&h->output_norm, dim, false);
-    next = matrix_slots(next, "output", &h->output, known_stride(h), dim);
+    next = matrix_slots(next, "output", &h->output, logits_stride(h), dim);
     vector_slot(next, "vocab", (const void **)&h->vocab, h->vocab_size, true);
 }
 
@@ -138,9 +134,8 @@ pe_status pe_draft_head_create(pe_draft_head **out, const pe_model *model, uint3
 
 static void free_rows(pe_draft_head *h) {
     free(h->inputs);
-    free(h->known);
     free(h->logits);
-    h->inputs = h->known = h->logits = NULL;
+    h->inputs = h->logits = NULL;
     h->capacity = h->n = 0;
 }
 
@@ -152,9 +147,7 @@ void pe_draft_head_destroy(pe_draft_head *h) {
     free(h);
 }
 
-static size_t row_floats(const pe_draft_head *h) {
-    return input_stride(h) + known_stride(h) + h->model->config.vocab_size;
-}
+static size_t row_floats(const pe_draft_head *h) { return input_stride(h) + logits_stride(h); }
 
 size_t pe_draft_head_memory(const pe_draft_head *h) {
     return sizeof *h + pe_slice_bytes(&h->slice) + h->capacity * row_floats(h) * sizeof(float);
@@ -163,16 +156,13 @@ size_t pe_draft_head_memory(const pe_draft_head *h) {
 static pe_status reserve(pe_draft_head *h, size_t n, char *err) {
     pe_status status = pe_slice_reserve(&h->slice, n, err);
     if (status != PE_OK || n <= h->capacity) return status;
-    size_t vocab_size = h->model->config.vocab_size;
     free_rows(h);
     h->inputs = pe_aligned_alloc(n * input_stride(h) * sizeof(float));
-    h->known = pe_aligned_alloc(n * known_stride(h) * sizeof(float));
-    h->logits = pe_aligned_alloc(n * vocab_size * sizeof(float));
-    if (h->inputs == NULL || h->known == NULL || h->logits == NULL) {
+    h->logits = pe_aligned_alloc(n * logits_stride(h) * sizeof(float));
+    if (h->inputs == NULL || h->logits == NULL) {
         free_rows(h);
         return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for %zu rows of a draft head", n);
     }
-    for (size_t i = 0; i < n * vocab_size; i++) h->logits[i] = NO_LOGIT;
     h->capacity = n;
     return PE_OK;
 }
@@ -201,15 +191,6 @@ static void input_unit(void *arg, size_t row, int thread) {
     for (size_t i = 0; i < 2; i++) pe_slice_note_bits(&h->slice, row, pe_float_bits(sums[i]) & 0x7fffffffu);
 }
 
-/* One row of logits: what the head knows goes to its place. */
-static void scatter_unit(void *arg, size_t row, int thread) {
-    (void)thread;
-    pe_draft_head *h = arg;
-    const float *known = h->known + row * known_stride(h);
-    float *logits = h->logits + row * h->model->config.vocab_size;
-    for (size_t i = 0; i < h->vocab_size; i++) logits[h->vocab[i]] = known[i];
-}
-
 static void compute(pe_draft_head *h, float *states, const int32_t *tokens) {
     pe_slice *s = &h->slice;
     size_t n = s->n_tokens, dim = h->net.config.dim, stride = pe_x_stride(&h->net);
@@ -220,8 +201,7 @@ static void compute(pe_draft_head *h, float *states, const int32_t *tokens) {
     pe_mlp(s, &h->layer);
     for (size_t t = 0; t < n; t++) memcpy(states + t * dim, s->x + t * stride, dim * sizeof(float));
     pe_quantize_rows(s, s->x, stride, NULL, n, dim, h->output_norm);
-    pe_matmul(s, &h->output, NULL, h->known, known_stride(h), PE_STORE);
-    pe_parallel_for(s->n_threads, n, scatter_unit, h, NULL);
+    pe_matmul(s, &h->output, NULL, h->logits, logits_stride(h), PE_STORE);
 }
 
 pe_status pe_draft_head_step(pe_draft_head *h, float *states, const int32_t *tokens, size_t n, uint8_t *failed, char *err) {
@@ -245,5 +225,9 @@ pe_status pe_draft_head_step(pe_draft_head *h, float *states, const int32_t *tok
 }
 
 const float *pe_draft_head_logits(const pe_draft_head *h, size_t row) {
-    return row < h->n ? h->logits + row * h->model->config.vocab_size : NULL;
+    return row < h->n ? h->logits + row * logits_stride(h) : NULL;
 }
+
+size_t pe_draft_head_logits_stride(const pe_draft_head *h) { return logits_stride(h); }
+
+const int32_t *pe_draft_head_vocab(const pe_draft_head *h) { return h->vocab; }

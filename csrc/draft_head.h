@@ -28,8 +28,11 @@ size_t pe_draft_head_memory(const pe_draft_head *head);
  * error `states` has not changed, and there are no logits. */
 pe_status pe_draft_head_step(pe_draft_head *head, float *states, const int32_t *tokens, size_t n, uint8_t *failed, char *err);
 
-/* Logits of row `row` of the last step, float32 (the model's vocab_size): those of tokens that the head does not know are
- * so low (finite) that no sampler chooses them beside one that it knows. NULL if there are not so many rows. */
+/* Logits of row `row` of the last step, float32 (vocab_size): of the tokens that the head knows, pe_draft_head_vocab (vocab_size),
+ * ascending. NULL if there are not so many rows. */
 const float *pe_draft_head_logits(const pe_draft_head *head, size_t row);
+/* Floats from one row of logits to the next. */
+size_t pe_draft_head_logits_stride(const pe_draft_head *head);
+const int32_t *pe_draft_head_vocab(const pe_draft_head *head);
 
 #endif

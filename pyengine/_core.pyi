@@ -71,6 +71,8 @@ class Context:
 
 class DraftHead(Buffer):
     model: Model
+    vocab: array[int]
+    stride: int
     def __init__(
         self, model: Model, spec: DraftHeadSpec, tensors: Mapping[str, tuple[int, int, str]], n_threads: int
     ) -> None: ...

@@ -5,12 +5,14 @@ cdef class DraftHead:
     """A model's draft head (csrc/draft_head.h), with scratch for its rows. Not for two threads at once.
 
     spec: a DraftHeadSpec. tensors: name -> (offset, n_bytes, kind) in `model`'s buffer, in the order of the format. As a buffer, it is
-    the logits of the last step, float32 (n_rows * vocab_size), read-only; views must be released before the next step. Raises
-    ModelFormatError when anything disagrees with csrc/FORMAT.md.
+    the logits of the last step, float32 (n_rows * stride), read-only, of each row those of the tokens `vocab` first; views must be
+    released before the next step. Raises ModelFormatError when anything disagrees with csrc/FORMAT.md.
     """
 
     cdef pe_draft_head *head
     cdef readonly Model model
+    cdef readonly object vocab  # array('i'), ascending: the tokens that it knows
+    cdef readonly Py_ssize_t stride  # floats from one row of logits to the next
     cdef Py_ssize_t n_rows, n_exports
     cdef bint busy
     cdef Py_ssize_t shape[1]
@@ -26,6 +28,9 @@ cdef class DraftHead:
         with nogil:
             status = pe_draft_head_create(&self.head, model.model, hidden_dim, vocab_size, found.items, found.n, n_threads, err)
         check(status, err)
+        cdef const int32_t *ids = pe_draft_head_vocab(self.head)
+        self.vocab = array("i", [ids[i] for i in range(vocab_size)])
+        self.stride = pe_draft_head_logits_stride(self.head)
 
     def __dealloc__(self):
         with nogil:
@@ -59,7 +64,7 @@ cdef class DraftHead:
     def __getbuffer__(self, Py_buffer *view, int flags):
         if self.n_rows == 0:
             raise BufferError("there are no logits")
-        self.shape[0], self.strides[0] = self.n_rows * self.model.vocab_size, sizeof(float)
+        self.shape[0], self.strides[0] = self.n_rows * self.stride, sizeof(float)
         view.buf, view.obj, view.len = <void *>pe_draft_head_logits(self.head, 0), self, self.shape[0] * <Py_ssize_t>sizeof(float)
         view.readonly, view.itemsize, view.ndim = 1, sizeof(float), 1
         view.format, view.shape, view.strides = b"f", self.shape, self.strides

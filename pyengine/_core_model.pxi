@@ -96,6 +96,7 @@ ADAPTER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer, in 
 cdef class Adapter:
     """A low-rank adapter beside a model, which rows of a forward may choose: csrc/FORMAT.md section 11."""
 
+    cdef object __weakref__
     cdef pe_adapter *adapter
     cdef readonly Model model
 

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
 MAX_DRAFT: int
+FORCED_CHANCE: float
 MAX_ROWS: int
 
 class Ngrams:
@@ -16,7 +17,7 @@ class Drafter:
         self, experience: Experience, prompt: Sequence[int], others: Ngrams | None = None, *, n_tokens: int = 0
     ) -> None: ...
     def read(self, outputs: list[int]) -> None: ...
-    def propose(self, most: int) -> list[tuple[int, float]]: ...
+    def propose(self, most: int, behind: list[int] = ...) -> list[tuple[int, float]]: ...
 
 def plan(
     experience: Experience,
@@ -25,3 +26,5 @@ def plan(
     n_rows: int,
     forced: list[tuple[int, ...]] | None = None,
 ) -> list[tuple[int, ...]]: ...
+
+def choose(experience: Experience, chances: list[list[float]], n_rows: int) -> tuple[float, list[int]]: ...

@@ -27,19 +27,21 @@ cdef extern from "draft.h" nogil:
         pe_ngrams *others
         pe_draft_chances *shared
     void pe_drafter_read(pe_drafter *drafter, int32_t token, bint is_output)
-    size_t pe_drafter_propose(const pe_drafter *drafter, size_t most, float least, int32_t *tokens, float *chances)
+    size_t pe_drafter_propose(const pe_drafter *drafter, const int32_t *behind, size_t n_behind, size_t most, float least,
+                              int32_t *tokens, float *chances)
     ctypedef struct pe_step_costs:
         double scale
         double *cost
     void pe_step_costs_init(pe_step_costs *costs)
     void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds)
     float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows)
-    void pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances, const size_t *n_proposed,
-                         size_t *n_chosen)
+    double pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances, const size_t *n_proposed,
+                           size_t *n_chosen)
 
 MAX_DRAFT = PE_DRAFT_MAX
 # Chance of a token that a grammar leaves no choice about. (It may still be spelt with other tokens.)
-cdef float FORCED_CHANCE = 0.98
+FORCED_CHANCE = 0.98
+cdef float forced_chance = FORCED_CHANCE
 MAX_ROWS = PE_DRAFT_MAX_ROWS
 
 
@@ -105,18 +107,25 @@ cdef class Drafter:
             self.n_outputs += 1
             pe_drafter_read(&self.drafter, token, True)
 
-    def propose(self, size_t most) -> list:
-        """[(token, chance that it is right if those before it are), ...], at most `most` (and MAX_DRAFT) of them."""
+    def propose(self, size_t most, list behind=[]) -> list:
+        """[(token, chance that it is right if those before it are), ...], at most `most` (and MAX_DRAFT) of them, after the text
+        and `behind`, the guesses of somebody else, at most MAX_DRAFT."""
+        cdef int32_t given[PE_DRAFT_MAX]
         cdef int32_t tokens[PE_DRAFT_MAX]
         cdef float chances[PE_DRAFT_MAX]
-        cdef size_t i, n = pe_drafter_propose(&self.drafter, min(most, PE_DRAFT_MAX), 0.01, tokens, chances)
+        cdef size_t i, n, n_given = len(behind)
+        if n_given > PE_DRAFT_MAX:
+            raise ValueError(f"{n_given} guesses, at most {PE_DRAFT_MAX}")
+        for i in range(n_given):
+            given[i] = behind[i]
+        n = pe_drafter_propose(&self.drafter, given, n_given, min(most, PE_DRAFT_MAX), 0.01, tokens, chances)
         return [(tokens[i], chances[i]) for i in range(n)]
 
 
 cdef size_t propose_forced(tuple forced, size_t most, int32_t *tokens, float *chances) except? 0:
     cdef size_t i, n = min(most, <size_t>len(forced), PE_DRAFT_MAX)
     for i in range(n):
-        tokens[i], chances[i] = forced[i], FORCED_CHANCE
+        tokens[i], chances[i] = forced[i], forced_chance
     return n
 
 
@@ -146,7 +155,7 @@ def plan(Experience experience not None, list drafters not None, list mosts not 
             if forced is not None and forced[i]:
                 n_proposed[i] = propose_forced(forced[i], most, to_tokens, to_chances)
             else:
-                n_proposed[i] = pe_drafter_propose(&drafter.drafter, most, least, to_tokens, to_chances)
+                n_proposed[i] = pe_drafter_propose(&drafter.drafter, NULL, 0, most, least, to_tokens, to_chances)
         pe_draft_choose(&experience.costs, n_rows, n, chances, n_proposed, n_chosen)
         for i in range(n):
             if n_chosen[i] > 0:
@@ -155,3 +164,27 @@ def plan(Experience experience not None, list drafters not None, list mosts not 
         free(tokens)
         free(chances)
     return out
+
+
+def choose(Experience experience not None, list chances not None, size_t n_rows):
+    """How much of each proposal to compute in a step of n_rows rows without them, as `plan` chooses it. chances[i]: for each guess of
+    the i-th, at most MAX_DRAFT, the chance that it is right if those before it are. (gain, number of guesses of each); gain is the mean
+    over the texts of the logarithm of how much faster they become."""
+    cdef size_t i, j, n = len(chances)
+    cdef size_t n_proposed[PE_DRAFT_MAX_ROWS]
+    cdef size_t n_chosen[PE_DRAFT_MAX_ROWS]
+    cdef double gain
+    if n == 0 or n > n_rows or n_rows >= PE_DRAFT_MAX_ROWS:
+        return 0.0, [0] * n
+    cdef float *c_chances = <float *>malloc(n * PE_DRAFT_MAX * sizeof(float))
+    if c_chances == NULL:
+        raise OutOfMemoryError(f"no memory for {n} drafts")
+    try:
+        for i in range(n):
+            n_proposed[i] = min(<size_t>len(chances[i]), PE_DRAFT_MAX)
+            for j in range(n_proposed[i]):
+                c_chances[i * PE_DRAFT_MAX + j] = chances[i][j]
+        gain = pe_draft_choose(&experience.costs, n_rows, n, c_chances, n_proposed, n_chosen)
+    finally:
+        free(c_chances)
+    return gain, [n_chosen[i] for i in range(n)]

@@ -130,3 +130,5 @@ cdef extern from "draft_head.h" nogil:
     size_t pe_draft_head_memory(const pe_draft_head *head)
     pe_status pe_draft_head_step(pe_draft_head *head, float *states, const int32_t *tokens, size_t n, uint8_t *failed, char *err)
     const float *pe_draft_head_logits(const pe_draft_head *head, size_t row)
+    size_t pe_draft_head_logits_stride(const pe_draft_head *head)
+    const int32_t *pe_draft_head_vocab(const pe_draft_head *head)

@@ -21,6 +21,9 @@ class Sampler:
     def sample(
         self, logits: Buffer, position: int, mask: Buffer | None = None
     ) -> tuple[int, float | None, list[tuple[int, float]] | None]: ...
+    def guess(
+        self, logits: Buffer, position: int, mask: Buffer | None = None, ids: Buffer | None = None
+    ) -> tuple[int, float]: ...
 
 def sample_many(
     rows: Sequence[Buffer],

@@ -51,6 +51,11 @@ cdef extern from "sampler/sampler.h" nogil:
     pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bint is_prompt, char *err)
     pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, const uint32_t *mask,
                                 pe_sample_result *out, char *err)
+    ctypedef struct pe_guess:
+        int32_t token
+        float probability
+    pe_status pe_sampler_guess(pe_sampler *sampler, const float *logits, const int32_t *ids, size_t n, uint64_t position,
+                               const uint32_t *mask, pe_guess *out, char *err)
     ctypedef struct pe_sample_row:
         pe_sampler *sampler
         const float *logits
@@ -241,6 +246,31 @@ cdef class Sampler:
         if not self.wants_logprobs:
             return result.token, None, None
         return result.token, result.logprob, top_of(&result)
+
+
+    def guess(self, const float[::1] logits not None, uint64_t position, mask=None, const int32_t[::1] ids=None):
+        """What `sample` would choose if only the tokens `ids` (n) int32, ascending, could be chosen, whose logits (n) these are; None =
+        all tokens. (token, its probability among them); raises like `sample`."""
+        cdef char err[PE_ERR_LEN]
+        cdef const uint32_t *words = NULL
+        cdef const int32_t *known = NULL
+        cdef _View view = None
+        cdef pe_guess result
+        cdef pe_status status
+        cdef size_t n = logits.shape[0]
+        if n == 0 or (ids is not None and <size_t>ids.shape[0] != n):
+            raise InvalidArgumentError(f"{n} logits for other tokens than those named")
+        if ids is not None:
+            if ids[0] < 0 or <size_t>ids[n - 1] >= self.size:
+                raise InvalidArgumentError(f"ids from {ids[0]} to {ids[n - 1]} in a vocabulary of {self.size}")
+            known = &ids[0]
+        if mask is not None:
+            view = mask_view(mask, self.size)
+            words = <const uint32_t *>view.buffer.buf
+        with nogil:
+            status = pe_sampler_guess(self.sampler, &logits[0], known, n, position, words, &result, err)
+        check(status, err)
+        return result.token, result.probability
 
 
 cdef _View mask_view(mask, size_t vocab_size):

@@ -54,13 +54,13 @@ static uint64_t weigh_all(const float *logits, size_t n, double top, double temp
 /* ------------------------------------------------------------------ step 4: typical */
 
 /* Set the weights of what is not typical to 0; returns the sum of what is left. */
-static uint64_t keep_typical(pe_sampler *s, const float *logits, double top, uint64_t total) {
+static uint64_t keep_typical(pe_sampler *s, const float *logits, size_t n_logits, double top, uint64_t total) {
     double temperature = s->params.temperature, expectation = 0.0;
     size_t n = 0;
-    for (size_t i = 0; i < s->vocab_size; i++)
+    for (size_t i = 0; i < n_logits; i++)
         if (s->weights[i]) expectation += (double)s->weights[i] * (((double)logits[i] - top) / temperature);
     expectation /= (double)total;
-    for (size_t i = 0; i < s->vocab_size; i++) {
+    for (size_t i = 0; i < n_logits; i++) {
         if (!s->weights[i]) continue;
         double score = ((double)logits[i] - top) / temperature - expectation;
         s->pool[n++] = (pe_candidate){score < 0.0 ? -score : score, s->weights[i], logits[i], (int32_t)i};
@@ -81,8 +81,8 @@ static uint64_t keep_typical(pe_sampler *s, const float *logits, double top, uin
 
 /* The first top_k tokens of the order into s->pool, as a heap with the first on top; how many there are. Their weights
  * are computed here if those of all were not needed before. *total: the sum of their weights. */
-static size_t keep_first(pe_sampler *s, const float *logits, double top, double cut, uint64_t *total) {
-    size_t n = select_first(logits, s->weights, s->vocab_size, (size_t)s->params.top_k, s->pool);
+static size_t keep_first(pe_sampler *s, const float *logits, size_t n_logits, double top, double cut, uint64_t *total) {
+    size_t n = select_first(logits, s->weights, n_logits, (size_t)s->params.top_k, s->pool);
     *total = 0;
     for (size_t i = 0; i < n; i++) {
         pe_candidate *c = &s->pool[i];
@@ -135,16 +135,17 @@ static inline uint32_t key_of(float logit) {
 }
 
 /* Into s->reachable, ascending, the tokens that can be drawn when only the first `least` of the sum `total` is asked
- * for; how many they are. What is left out weighs less than (total - least) / vocab_size apiece, so together less than
+ * for; how many they are. What is left out weighs less than (total - least) / n_logits apiece, so together less than
  * total - least; and it is the end of the order, because the limit is one on logits (lowered by a hundredth of the
  * temperature, far more than exp and log can err). */
-static size_t find_reachable(const pe_sampler *s, const float *logits, double top, uint64_t total, uint64_t least) {
-    uint64_t share = (total - least) / s->vocab_size;
+static size_t find_reachable(const pe_sampler *s, const float *logits, size_t n_logits, double top, uint64_t total,
+                             uint64_t least) {
+    uint64_t share = (total - least) / n_logits;
     double lowest = -INFINITY;
     size_t n = 0;
     if (share >= 1000) lowest = top + s->params.temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01);
-    for (size_t begin = 0; begin < s->vocab_size; begin += PE_SAMPLER_BLOCK) {
-        size_t end = begin + PE_SAMPLER_BLOCK < s->vocab_size ? begin + PE_SAMPLER_BLOCK : s->vocab_size;
+    for (size_t begin = 0; begin < n_logits; begin += PE_SAMPLER_BLOCK) {
+        size_t end = begin + PE_SAMPLER_BLOCK < n_logits ? begin + PE_SAMPLER_BLOCK : n_logits;
         if (!any_at_least(logits + begin, end - begin, lowest)) continue;
         for (size_t i = begin; i < end; i++) {
             s->reachable[n] = (int32_t)i;
@@ -189,25 +190,54 @@ static int32_t find_in_order(const pe_sampler *s, const float *logits, size_t n,
     return token;
 }
 
-/* From all tokens of the vocabulary, whose weights sum up to `total`. */
-static int32_t draw_from_all(const pe_sampler *s, const float *logits, double top, uint64_t total, uint64_t random) {
+/* From all n_logits tokens, whose weights sum up to `total`. */
+static int32_t draw_from_all(const pe_sampler *s, const float *logits, size_t n_logits, double top, uint64_t total,
+                             uint64_t random) {
     const pe_sampler_params *p = &s->params;
     uint64_t kept = total;
     uint64_t least = p->top_p < 1.0 ? least_reaching(p->top_p * (double)total) : pe_mul_high(random, total) + 1;
-    size_t n = find_reachable(s, logits, top, total, least);
+    size_t n = find_reachable(s, logits, n_logits, top, total, least);
     int32_t token = find_in_order(s, logits, n, least, &kept);
     if (p->top_p >= 1.0) return token;
     return find_in_order(s, logits, n, pe_mul_high(random, kept) + 1, &kept);
 }
 
-int32_t pe_sampler_choose(pe_sampler *s, const float *logits, float top, uint64_t position) {
+int32_t pe_sampler_choose(pe_sampler *s, const float *logits, size_t n_logits, float top, uint64_t position) {
     const pe_sampler_params *p = &s->params;
     const double cut = exponent_cut(p);
     const uint64_t random = pe_philox_draw(p->seed, position, p->sample_index);
     uint64_t total = 0;
-    if (s->weights != NULL) total = weigh_all(logits, s->vocab_size, top, p->temperature, cut, s->weights);
-    if (p->typical_p < 1.0) total = keep_typical(s, logits, top, total);
-    if (p->top_k == 0 || (size_t)p->top_k >= s->vocab_size) return draw_from_all(s, logits, top, total, random);
-    size_t n = keep_first(s, logits, top, cut, &total);
+    if (s->weights != NULL) total = weigh_all(logits, n_logits, top, p->temperature, cut, s->weights);
+    if (p->typical_p < 1.0) total = keep_typical(s, logits, n_logits, top, total);
+    if (p->top_k == 0 || (size_t)p->top_k >= s->vocab_size)
+        return draw_from_all(s, logits, n_logits, top, total, random);
+    size_t n = keep_first(s, logits, n_logits, top, cut, &total);
     return draw_from_heap(p, s->pool, n, total, random);
+}
+
+/* 2^z for -126 <= z <= 0 to 2e-4: an integer power in the exponent's bits times a cubic on [-1/2, 1/2]. */
+static inline float rough_exp2(float z) {
+    float shifted = z + 12582912.0f; /* 1.5 * 2^23: its low bits are rint(z) */
+    float f = z - (shifted - 12582912.0f);
+    float p = ((0.0558f * f + 0.2402f) * f + 0.6931f) * f + 1.0f;
+    return pe_float_from_bits(pe_float_bits(p) + (pe_float_bits(shifted) << 23));
+}
+
+float pe_sampler_probability(const float *logits, size_t n, size_t index, float top, double temperature) {
+    enum { LANES = 16 };
+    const float scale = (float)(1.44269504 / temperature);
+    float lanes[LANES] = {0}, sum = 0.0f;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++) {
+            float z = (logits[i + l] - top) * scale;
+            lanes[l] += rough_exp2(z > -126.0f ? z : -126.0f);
+        }
+    for (; i < n; i++) {
+        float z = (logits[i] - top) * scale;
+        sum += rough_exp2(z > -126.0f ? z : -126.0f);
+    }
+    for (size_t l = 0; l < LANES; l++) sum += lanes[l];
+    float z = (logits[index] - top) * scale;
+    return rough_exp2(z > -126.0f ? z : -126.0f) / sum;
 }

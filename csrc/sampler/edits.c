@@ -34,25 +34,43 @@ void pe_sampler_reset(pe_sampler *s) {
 
 /* ------------------------------------------------------------------ penalties, bias, bans */
 
-static pe_status penalize(pe_sampler *s, char *err) {
+/* Where the token lies in the row; row->n if it is not there. */
+static size_t find(const pe_logit_row *row, int32_t id) {
+    if (row->ids == NULL) return (size_t)id;
+    size_t begin = 0, end = row->n;
+    while (begin < end) {
+        size_t middle = begin + (end - begin) / 2;
+        if (row->ids[middle] < id)
+            begin = middle + 1;
+        else
+            end = middle;
+    }
+    return begin < row->n && row->ids[begin] == id ? begin : row->n;
+}
+
+static pe_status penalize(pe_sampler *s, const pe_logit_row *row, char *err) {
     const pe_sampler_params *p = &s->params;
     for (size_t i = 0; i < s->n_seen; i++) {
         int32_t id = s->seen[i];
-        double l = s->adjusted[id];
+        size_t at = find(row, id);
+        if (at == row->n) continue;
+        double l = s->adjusted[at];
         l = l > 0.0 ? l / p->repetition_penalty : l * p->repetition_penalty;
         if (s->n_output[id]) l = l - p->frequency_penalty * s->n_output[id] - p->presence_penalty;
         float rounded = (float)l;
         if ((pe_float_bits(rounded) & 0x7fffffffu) >= PE_NOT_FINITE_BITS)
             return pe_fail(PE_ERR_NOT_FINITE, err, "the logit of token %d overflows under the penalties", (int)id);
-        s->adjusted[id] = rounded;
+        s->adjusted[at] = rounded;
     }
     return PE_OK;
 }
 
-static pe_status add_bias(pe_sampler *s, char *err) {
+static pe_status add_bias(pe_sampler *s, const pe_logit_row *row, char *err) {
     const pe_sampler_params *p = &s->params;
     for (size_t i = 0; i < p->n_bias; i++) {
-        float *l = &s->adjusted[p->bias_ids[i]];
+        size_t at = find(row, p->bias_ids[i]);
+        if (at == row->n) continue;
+        float *l = &s->adjusted[at];
         *l = *l + p->bias_values[i];
         if (*l > 3.4028234664e38f)
             return pe_fail(PE_ERR_NOT_FINITE, err, "the logit of token %d overflows under its bias",
@@ -62,31 +80,40 @@ static pe_status add_bias(pe_sampler *s, char *err) {
 }
 
 /* Tokens whose bit in mask is 0. */
-static void ban_unmasked(float *logits, size_t n, const uint32_t *mask) {
-    for (size_t begin = 0; begin < n; begin += 32) {
+static void ban_unmasked(float *logits, const pe_logit_row *row, const uint32_t *mask) {
+    for (size_t i = 0; row->ids != NULL && i < row->n; i++)
+        if (!(mask[row->ids[i] / 32] >> row->ids[i] % 32 & 1)) logits[i] = -INFINITY;
+    for (size_t begin = 0; row->ids == NULL && begin < row->n; begin += 32) {
         uint32_t word = mask[begin / 32];
-        size_t length = n - begin < 32 ? n - begin : 32;
+        size_t length = row->n - begin < 32 ? row->n - begin : 32;
         if (word == UINT32_MAX) continue;
         for (size_t i = 0; i < length; i++) logits[begin + i] = word >> i & 1 ? logits[begin + i] : -INFINITY;
     }
 }
 
-pe_status pe_sampler_edit(pe_sampler *s, const float *logits, const uint32_t *mask, const float **out, char *err) {
+static void ban(float *logits, const pe_logit_row *row, const int32_t *ids, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        size_t at = find(row, ids[i]);
+        if (at < row->n) logits[at] = -INFINITY;
+    }
+}
+
+pe_status pe_sampler_edit(pe_sampler *s, const pe_logit_row *row, const uint32_t *mask, const float **out, char *err) {
     const pe_sampler_params *p = &s->params;
     bool ban_stop = p->n_stop && s->n_outputs < (uint64_t)p->min_tokens;
-    *out = logits;
+    *out = row->values;
     if (!(s->n_seen || p->n_bias || p->n_bad || s->banned || ban_stop || mask)) return PE_OK;
     if (!s->adjusted) s->adjusted = malloc(s->vocab_size * sizeof *s->adjusted); /* this sampler's first mask */
     if (!s->adjusted) return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "no memory for %zu masked logits", s->vocab_size);
     *out = s->adjusted;
-    memcpy(s->adjusted, logits, s->vocab_size * sizeof *logits);
-    pe_status status = penalize(s, err);
-    if (status == PE_OK) status = add_bias(s, err);
+    memcpy(s->adjusted, row->values, row->n * sizeof *row->values);
+    pe_status status = penalize(s, row, err);
+    if (status == PE_OK) status = add_bias(s, row, err);
     if (status != PE_OK) return status;
-    if (s->banned)
-        for (size_t i = 0; i < s->vocab_size; i++) s->adjusted[i] = s->banned[i] ? -INFINITY : s->adjusted[i];
-    if (mask) ban_unmasked(s->adjusted, s->vocab_size, mask);
-    for (size_t i = 0; i < p->n_bad; i++) s->adjusted[p->bad[i]] = -INFINITY;
-    for (size_t i = 0; ban_stop && i < p->n_stop; i++) s->adjusted[p->stop[i]] = -INFINITY;
+    for (size_t i = 0; s->banned != NULL && i < row->n; i++)
+        if (s->banned[row->ids == NULL ? i : (size_t)row->ids[i]]) s->adjusted[i] = -INFINITY;
+    if (mask) ban_unmasked(s->adjusted, row, mask);
+    ban(s->adjusted, row, p->bad, p->n_bad);
+    if (ban_stop) ban(s->adjusted, row, p->stop, p->n_stop);
     return PE_OK;
 }

@@ -86,6 +86,17 @@ pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bool is_prompt, 
 pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, const uint32_t *mask,
                             pe_sample_result *out, char *err);
 
+/* What a network that guesses makes the sampler choose. */
+typedef struct pe_guess {
+    int32_t token;
+    float probability; /* about that of the token at this temperature (1 if it is 0), after step 1 and before the filters */
+} pe_guess;
+
+/* pe_sampler_sample for a network that knows only some tokens: logits (n) of the tokens ids (n), ascending and in the vocabulary;
+ * NULL = the whole vocabulary. The token is the one that would be chosen if all others were banned. */
+pe_status pe_sampler_guess(pe_sampler *sampler, const float *logits, const int32_t *ids, size_t n, uint64_t position,
+                           const uint32_t *mask, pe_guess *out, char *err);
+
 /* One call of pe_sampler_sample among many. */
 typedef struct pe_sample_row {
     pe_sampler *sampler;     /* of this row alone */

@@ -30,12 +30,20 @@ struct pe_sampler {
     bool marked;        /* within samplers_are_distinct */
 };
 
-/* edits.c: step 1. *out is `logits` itself if there is nothing to change, else the sampler's edited copy of them. */
-pe_status pe_sampler_edit(pe_sampler *sampler, const float *logits, const uint32_t *mask, const float **out,
-                          char *err);
-/* choice.c: steps 2 to 7 for a temperature above 0: the token drawn at `position`. logits (vocab_size) are those after
- * step 1; top, the largest of them, is finite. */
-int32_t pe_sampler_choose(pe_sampler *sampler, const float *logits, float top, uint64_t position);
+/* Logits of some tokens: values (n) of ids (n), ascending, or of the whole vocabulary if ids is NULL. */
+typedef struct pe_logit_row {
+    const float *values;
+    const int32_t *ids;
+    size_t n;
+} pe_logit_row;
+
+/* edits.c: step 1. *out (row->n) is row->values itself if there is nothing to change, else the sampler's edited copy of them. */
+pe_status pe_sampler_edit(pe_sampler *sampler, const pe_logit_row *row, const uint32_t *mask, const float **out, char *err);
+/* choice.c: steps 2 to 7 for a temperature above 0: the index of the token drawn at `position`. logits (n_logits <= vocab_size)
+ * are those after step 1, of tokens with ascending ids; top, the largest of them, is finite. */
+int32_t pe_sampler_choose(pe_sampler *sampler, const float *logits, size_t n_logits, float top, uint64_t position);
+/* choice.c: softmax(logits / temperature)[index] to a thousandth of itself; logits (n) are finite or -infinity, top is the largest, temperature > 0. */
+float pe_sampler_probability(const float *logits, size_t n, size_t index, float top, double temperature);
 /* logprobs.c: fill in the log-probability of out->token and the n_top (<= 64) most probable tokens. logits (n) finite,
  * top the largest. */
 void pe_sampler_fill_logprobs(const float *logits, size_t n, float top, size_t n_top, pe_sample_result *out);

@@ -19,6 +19,8 @@ from .quantize import quantize_rows, to_panels
 from .reader import FrozenFile
 from .writer import FrozenWriter
 
+# Attachments that depend on the tensors, or on the others.
+WRITTEN_ANEW = ("config.json", "golden.json", "checksums.json")
 Chunks = Iterable[npt.NDArray[Any] | memoryview]
 NAMES = ("w_in", "w_gate", "w_up", "w_down", "output", "token_norm", "state_norm", "mlp_norm", "output_norm", "vocab")
 
@@ -99,7 +101,7 @@ def _write(
     target: Path, frozen: FrozenFile, config: FrozenConfig, head: dict[str, Chunks], view: memoryview, overwrite: bool
 ) -> None:
     others = {name: tensor for name, tensor in frozen.extra.items() if not name.startswith(DRAFT_PREFIX)}
-    attachments = {name: frozen.attachment(name) for name in ATTACHMENTS[1:-2]}
+    attachments = {name: frozen.attachment(name) for name in ATTACHMENTS if name not in WRITTEN_ANEW}
     with FrozenWriter(
         target,
         config,

@@ -18,7 +18,7 @@ from pyengine.run.request import HIDDEN, LOGITS, GenerationRequest, Request
 if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Drafter, Ngrams
-    from pyengine.run.proposer import Proposer
+    from pyengine.run.proposer import Proposal, Proposer
 
 # The n-grams of earlier outputs: those of so many tokens, under so many salts, at 3 MB each.
 STORE_TOKENS = 1 << 15
@@ -40,6 +40,8 @@ class Speculation:
         self.max_rows = _draft.MAX_ROWS
         self.experience = _draft.Experience()
         self._plan = _draft.plan
+        self._choose = _draft.choose
+        self._forced_chance = _draft.FORCED_CHANCE
         self._stores: dict[bytes, Ngrams] = {}
         self._n_skip = 0  # steps until it looks again
         self._wants_states = False
@@ -78,48 +80,54 @@ class Speculation:
             self._n_skip -= 1
             return {}
         began = time.perf_counter()
-        drafts = self._look(requests, n_rows)
-        if not drafts:  # beside a step of microseconds, looking is not free
+        drafts, has_asked = self._look(requests, n_rows)
+        if not drafts and not has_asked:  # beside a step of microseconds, looking is not free
             step = self.experience.seconds(n_rows)
             self._n_skip = min(int((time.perf_counter() - began) / (LOOK_SHARE * step)), MAX_SKIP) if step > 0 else 0
         return drafts
 
-    def _look(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
+    def _look(self, requests: Iterable[Request], n_rows: int) -> tuple[dict[int, tuple[int, ...]], bool]:
+        """The drafts, and whether a proposer was asked for one, which sees itself that it pays."""
         chosen = [one for one in requests if isinstance(one, GenerationRequest) and one.max_draft > 0]
         if not chosen:
-            return {}
+            return {}, False
         try:
             drafters = [self._drafter(request) for request in chosen]
         except OutOfMemoryError:
-            return {}
-        drafts = {} if self.proposer is None else self._by_proposer(self.proposer, chosen, n_rows)
-        rest = [request for request in chosen if request.number not in drafts] if drafts else chosen
-        guesses = self._plan(
-            self.experience,
-            [self._drafter(request) for request in rest] if drafts else drafters,
-            [request.max_draft for request in rest],
-            n_rows + sum(map(len, drafts.values())),
-            [() if request.guide is None else _forced(request) for request in rest],
-        )
-        for request, draft in zip(rest, guesses, strict=True):
-            if draft:
-                drafts[request.number] = draft
-        return {one.number: _sensible(one, drafts[one.number]) for one in chosen if one.number in drafts} if drafts else drafts
+            return {}, False
+        forced = [() if request.guide is None else _forced(request) for request in chosen]
+        has_asked = False
+        if self.proposer is None:
+            mosts = [request.max_draft for request in chosen]
+            guesses = self._plan(self.experience, drafters, mosts, n_rows, forced)
+        else:
+            guesses, has_asked = self._with_proposer(self.proposer, chosen, drafters, forced, n_rows)
+        pairs = zip(chosen, guesses, strict=True)
+        return {request.number: _sensible(request, draft) for request, draft in pairs if draft}, has_asked
 
-    def _by_proposer(
-        self, proposer: Proposer, chosen: list[GenerationRequest], n_rows: int
-    ) -> dict[int, tuple[int, ...]]:
-        """Guesses of the draft model or head, for texts about which nothing surer is known: no n-gram is likelier to be right."""
-        asked = [
-            request
-            for request in chosen
-            if not _forced(request)
-            and not any(chance > proposer.chance_of(request) for _, chance in self._drafter(request).propose(1))
+    def _with_proposer(
+        self,
+        proposer: Proposer,
+        chosen: list[GenerationRequest],
+        drafters: list[Drafter],
+        forced: list[tuple[int, ...]],
+        n_rows: int,
+    ) -> tuple[list[tuple[int, ...]], bool]:
+        """Drafts in which the draft model or head may have a part, and whether it was asked. It is not where a grammar leaves no
+        choice."""
+        proposals: list[Proposal] = [
+            [(token, self._forced_chance) for token in tokens[: request.max_draft]] or drafter.propose(request.max_draft)
+            for request, drafter, tokens in zip(chosen, drafters, forced, strict=True)
         ]
-        if not asked:
-            return {}
-        drafts = proposer.propose(asked, n_rows, self.max_rows)
-        return {request.number: draft for request, draft in zip(asked, drafts, strict=True) if draft}
+        free = [i for i, tokens in enumerate(forced) if not tokens]
+        improved, has_asked = proposer.improve(
+            [chosen[i] for i in free], [drafters[i] for i in free], [proposals[i] for i in free], n_rows
+        )
+        for i, proposal in zip(free, improved, strict=True):
+            proposals[i] = proposal
+        _, lengths = self._choose(self.experience, [[chance for _, chance in one] for one in proposals], n_rows)
+        drafts = [tuple(token for token, _ in one[:n]) for one, n in zip(proposals, lengths, strict=True)]
+        return drafts, has_asked
 
     def note_step(self, n_rows: int, seconds: float) -> None:
         """A step of n_rows rows, with logits each, took so long; 0 = one of another kind."""

@@ -16,17 +16,15 @@ from pyengine.run.proposer import Proposer, Reading
 if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Experience
+    from pyengine.run.confidence import Lessons
     from pyengine.run.request import GenerationRequest
-
-# Tokens that the head does not know have smaller logits (csrc/draft_head.c). One is chosen where nothing else is allowed.
-UNKNOWN = -1e29
 
 
 class HeadReading(Reading):
     """Hidden states of one text, float32 (dim)."""
 
-    def __init__(self, chance: float) -> None:
-        super().__init__(chance)
+    def __init__(self, all: Lessons) -> None:
+        super().__init__(all)
         self.known: tuple[int, array[float]] = (0, array("f"))  # the model's, and the length of the text that it belongs to
         self.ahead = array("f")  # the head's own, after the guesses so far
 
@@ -45,7 +43,7 @@ class DraftHead(Proposer):
 
     def note_state(self, request: GenerationRequest, state: memoryview) -> None:
         if request.reading is None:
-            request.reading = HeadReading(self.chance)
+            request.reading = HeadReading(self.lessons(request))
         _reading(request).known = request.n_tokens, array("f", state.tobytes())
 
     def _prepare(self, request: GenerationRequest) -> bool:
@@ -53,24 +51,25 @@ class DraftHead(Proposer):
             return False
         reading = _reading(request)
         n, reading.ahead = reading.known
-        return n == request.n_tokens >= reading.next_try
+        return n == request.n_tokens
 
-    def _guess(self, requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]) -> None:
+    def _guess(
+        self, requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]
+    ) -> list[tuple[int, float] | None]:
         states = array("f")
         tokens: list[int] = []
         for request, draft in zip(requests, drafts, strict=True):
             states += _reading(request).ahead
             tokens += draft[-1:] or request.tokens(request.n_tokens - 1, request.n_tokens)
-        failed = self.head.step(tokens, states)
-        dim, vocab_size = self.head.model.dim, self.head.model.vocab_size
-        with memoryview(self.head) as logits:
+        head, dim = self.head, self.head.model.dim
+        failed = head.step(tokens, states)
+        guesses: list[tuple[int, float] | None] = []
+        with memoryview(head) as logits:
             for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
                 _reading(request).ahead = states[row * dim : (row + 1) * dim]
-                if not failed[row]:
-                    with logits[row * vocab_size : (row + 1) * vocab_size] as one:
-                        guess = self._choose(request, draft, one)
-                        if guess is not None and one[guess] > UNKNOWN:
-                            draft.append(guess)
+                with logits[row * head.stride : row * head.stride + len(head.vocab)] as known:
+                    guesses.append(None if failed[row] else self._choose(request, draft, known, head.vocab))
+        return guesses
 
     def memory(self) -> int:
         """Bytes of its scratch."""

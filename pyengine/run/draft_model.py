@@ -15,6 +15,7 @@ from pyengine.run.proposer import Proposer, Reading
 if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Experience
+    from pyengine.run.confidence import Lessons
     from pyengine.run.request import GenerationRequest
 
 # Tokens of a text that the draft model computes in one step at most, so that nobody waits long for it.
@@ -24,8 +25,8 @@ MAX_CATCH_UP = 256
 class ModelReading(Reading):
     """How far the draft model has come with one text."""
 
-    def __init__(self, chance: float, sequence: _core.Sequence) -> None:
-        super().__init__(chance)
+    def __init__(self, all: Lessons, sequence: _core.Sequence) -> None:
+        super().__init__(all)
         self.sequence = sequence
         self.n_sure = sequence.length  # of its tokens: a beginning of the text
 
@@ -55,10 +56,8 @@ class DraftModel(Proposer):
         reading = request.reading
         if reading is None:
             sequence = self.context.sequence_match(request.tokens(0, n - 1), request.salt)
-            reading = request.reading = ModelReading(self.chance, sequence)
+            reading = request.reading = ModelReading(self.lessons(request), sequence)
         assert isinstance(reading, ModelReading)
-        if n < reading.next_try:
-            return False
         # Guesses that it computed, perhaps wrong ones, lie behind what is sure; also after an exception, wherever it came.
         held = reading.sequence.tokens()[reading.n_sure :]
         known = request.tokens(reading.n_sure, n - 1)
@@ -76,7 +75,9 @@ class DraftModel(Proposer):
     def _room(self, request: GenerationRequest) -> int:
         return min(request.max_draft, self.n_ctx - request.n_tokens)
 
-    def _guess(self, requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]) -> None:
+    def _guess(
+        self, requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]
+    ) -> list[tuple[int, float] | None]:
         tokens: list[int] = []
         sequences: list[_core.Sequence] = []
         wants = bytearray()
@@ -87,11 +88,11 @@ class DraftModel(Proposer):
             sequences += [sequence] * len(new)
             wants += bytes(len(new) - 1) + b"\1"
         self.context.forward(tokens, sequences, wants)
+        guesses = []
         for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
             with memoryview(self.context.logits(row)) as logits:
-                guess = self._choose(request, draft, logits)
-            if guess is not None:
-                draft.append(guess)
+                guesses.append(self._choose(request, draft, logits))
+        return guesses
 
     def memory(self) -> int:
         """Bytes of its keys, values and scratch."""

@@ -1,47 +1,57 @@
-"""Proposers: networks that guess what a model will say, and how far they run ahead.
+"""Proposers: networks that guess what a model will say, beside the n-grams, and how far they run ahead.
 
 A proposer chooses each guess with the request's own sampler and the random number of that very position. So at any temperature
 a guess is right whenever proposer and model agree about what that number chooses, not only where the model is certain.
 
-How far it runs ahead follows from how often its guesses came true and from what its steps cost beside those of the model, both
-measured while running; below break-even it rests, and tries again now and then.
+Guess by guess the likelier one is taken, the proposer's or the n-grams', and n-grams go on where the proposer stops. Asking it
+has a price, its steps. What an answer brings, the expected speed with it against the one with n-grams alone, is kept by kind of
+place; where that is less than the price nothing is asked, but for a try now and then (confidence.py).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
+from pyengine import fork
 from pyengine.errors import PyEngineError
+from pyengine.run.confidence import Lessons, relation
 
 if TYPE_CHECKING:
-    from pyengine._draft import Experience
+    from pyengine import _core
+    from pyengine._draft import Drafter, Experience
     from pyengine.run.request import GenerationRequest
 
-# A draft must promise so much more than plain decoding.
-LEAST_GAIN = 1.04
-# Tokens of a text between two tries of a proposer that does not pay.
-REST = 48
-# What is believed before anything is known.
-FIRST_CHANCE = 0.7
-FIRST_DRAFT = 4
-# Weight of one more token in running means: of one text, and of all.
-RATE = 0.06
-SHARED_RATE = 0.01
-FIRST_WEIGHT = 8  # FIRST_CHANCE counts like so many guesses
+# Guesses with their chances that they come true if those before them did.
+Proposal = list[tuple[int, float]]
+
+# What is believed of the next guess before anything is known of this text, and weight of one more guess in that running mean.
+FIRST_CHANCE = 0.4
+CHANCE_RATE = 0.06
 # Weight of one more step's time, if it is shorter than lately and if it is longer: what interrupts a step only lengthens it.
 SHORTER_RATE, LONGER_RATE = 0.5, 0.1
 
 
-class Reading:
-    """What a proposer knows of one text. chance: what other texts make likely."""
+class Asked(NamedTuple):
+    """A guess of the proposer, and what was put onto the draft at its place."""
 
-    def __init__(self, chance: float) -> None:
-        self.guessed: tuple[int, tuple[int, ...]] = (0, ())  # the last draft, and the length of the text before it
-        self.chance = chance  # that a guess comes true if those before it did
-        self.next_try = 0  # length of the text at which it drafts again
+    cell: int  # Lessons.cell
+    guess: int
+    taken: int
+
+
+class Reading:
+    """What a proposer knows of one text. all: what it knows of texts like it."""
+
+    def __init__(self, all: Lessons) -> None:
+        self.lessons = Lessons(all)
+        self.chance = FIRST_CHANCE  # of its guesses lately, as far as is known
+        self.asked: list[Asked] = []  # of which nothing was learnt so far
+        self.n_asked = 0  # length of the text before the first of them
 
 
 class Proposer(ABC):
@@ -51,20 +61,29 @@ class Proposer(ABC):
     """
 
     def __init__(self, experience: Experience) -> None:
+        with fork.importing:
+            from pyengine import _draft
+
         self.experience = experience
-        self.chance = FIRST_CHANCE  # that a guess comes true if those before it did, over all texts
-        self._n_learnt = 0  # guesses that it was learnt from
-        self._seconds: float | None = None  # that one of its steps takes, lately
+        self._choose_lengths = _draft.choose
+        self.new_chain = Chain
+        self._plain = Lessons()  # of texts without an adapter
+        self._adapted: WeakKeyDictionary[_core.Adapter, Lessons] = WeakKeyDictionary()
+        # What one of its steps takes, lately: the first of a draft, which finds its weights in no cache, with all that an answer
+        # costs beside its steps; and later ones.
+        self._seconds: list[float | None] = [None, None]
 
     # ------------------------------------------------------------ what each kind does in its own way
 
     @abstractmethod
     def _prepare(self, request: GenerationRequest) -> bool:
-        """Make ready to guess what comes next. Whether that is done: then the request has a reading."""
+        """Make ready to guess what comes next. Whether that is done."""
 
     @abstractmethod
-    def _guess(self, requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]) -> None:
-        """One more token of each text, onto its draft: what `_choose` says."""
+    def _guess(
+        self, requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]
+    ) -> list[tuple[int, float] | None]:
+        """What comes after each text and its draft: what `_choose` says."""
 
     @abstractmethod
     def memory(self) -> int:
@@ -80,118 +99,187 @@ class Proposer(ABC):
     def check_integrity(self, requests: Sequence[GenerationRequest]) -> None:
         """Raises PyEngineError if its books do not balance. requests: all that may hold something."""
 
-    # ------------------------------------------------------------ a draft
+    # ------------------------------------------------------------ proposals
 
-    def propose(self, requests: Sequence[GenerationRequest], n_rows: int, max_rows: int) -> list[tuple[int, ...]]:
-        """A draft for each request, () where none pays; all of them together at most max_rows - n_rows tokens."""
+    def improve(
+        self, requests: Sequence[GenerationRequest], drafters: Sequence[Drafter], ngrams: list[Proposal], n_rows: int
+    ) -> tuple[list[Proposal], bool]:
+        """Proposals that are likelier than those of the n-grams, for a step of n_rows rows without them; and whether anything was
+        asked for their sake. drafters[i]: the n-grams of requests[i]."""
+        asked = [i for i, request in enumerate(requests) if self._is_asked(request, ngrams[i])]
+        began = time.perf_counter()
         try:
-            return self._propose(requests, n_rows, max_rows)
+            asked = [i for i in asked if self._prepare(requests[i])]
+            if not asked:
+                return ngrams, False
+            chains = {i: self.new_chain(requests[i], drafters[i], ngrams[i]) for i in asked}
+            later = self._run_ahead(list(chains.values()), n_rows)
         except PyEngineError:  # no memory, for one: nobody needs a draft
-            for request in requests:
-                self._rest(request)
-            return [()] * len(requests)
+            for i in asked:
+                reading = requests[i].reading
+                if reading is not None:
+                    reading.lessons.rest(requests[i].n_tokens)
+            return ngrams, True
+        proposals = [chains[i].proposal() if i in chains else one for i, one in enumerate(ngrams)]
+        first = self._note_seconds(False, time.perf_counter() - began - later)
+        self._note_worth(list(chains.values()), ngrams, proposals, n_rows, first + later)
+        return proposals, True
 
-    def _propose(
-        self, requests: Sequence[GenerationRequest], n_rows: int, max_rows: int
-    ) -> list[tuple[int, ...]]:
-        drafts: list[list[int]] = [[] for _ in requests]
-        ready: list[int] = []
-        for i, request in enumerate(requests):
-            self._learn(request)
-            if self._prepare(request):
-                ready.append(i)
-        lengths = self._lengths([requests[i] for i in ready], n_rows, max_rows)
-        self._run_ahead({i: length for i, length in zip(ready, lengths, strict=True) if length > 0}, requests, drafts)
-        for request, draft in zip(requests, drafts, strict=True):
-            if request.reading is not None:
-                request.reading.guessed = request.n_tokens, tuple(draft)
-        return [tuple(draft) for draft in drafts]
+    def _is_asked(self, request: GenerationRequest, ngrams: Proposal) -> bool:
+        place, reading = Lessons.place(ngrams), request.reading
+        if reading is None:  # it would have to read the text first
+            return self.lessons(request).is_worth_asking(place, len(request.sampler.outputs))
+        self._learn(request, reading)
+        return reading.lessons.is_worth_asking(place, request.n_tokens)
 
-    def _run_ahead(
-        self, lengths: dict[int, int], requests: Sequence[GenerationRequest], drafts: Sequence[list[int]]
-    ) -> None:
-        """Up to lengths[i] guesses onto drafts[i]; none behind one that ends the text, or where there is no next guess."""
-        running, n = list(lengths), 0
+    def _run_ahead(self, chains: list[Chain], n_rows: int) -> float:
+        """Lengthen each chain as far as pays. The seconds that all steps but the first took."""
+        running, n, spent = chains, 0, 0.0
         while running:
             began = time.perf_counter()
-            self._guess([requests[i] for i in running], [drafts[i] for i in running])
-            self._note_seconds(time.perf_counter() - began)
+            guesses = self._guess([one.request for one in running], [one.tokens for one in running])
+            for chain, guess in zip(running, guesses, strict=True):
+                chain.add(guess)
             n += 1
-            for i in running:
-                if not drafts[i]:
-                    self._rest(requests[i])
-            running = [
-                i
-                for i in running
-                if n == len(drafts[i]) < lengths[i] and requests[i].output.ends.isdisjoint(drafts[i][-1:])
-            ]
+            if n > 1:
+                seconds = time.perf_counter() - began
+                self._note_seconds(True, seconds)
+                spent += seconds
+            running = [one for one in running if one.is_open and n < self._room(one.request)]
+            running = [one for one in running if self._goes_on(one, len(running), n_rows)]
+        for chain in chains:
+            reading = chain.reading
+            reading.asked, reading.n_asked = chain.asked, chain.request.n_tokens
+            if not chain.asked:
+                reading.lessons.rest(chain.request.n_tokens)
+        return spent
 
     @staticmethod
-    def _choose(request: GenerationRequest, draft: list[int], logits: memoryview) -> int | None:
-        """The guess behind a draft: what the request's sampler makes of these logits (vocab_size) at that position. None if
-        they are none to choose from, an infinity among them for one."""
+    def _choose(
+        request: GenerationRequest, draft: list[int], logits: memoryview, ids: Sequence[int] | None = None
+    ) -> tuple[int, float] | None:
+        """The guess behind a draft, and its probability: what the request's sampler makes of these logits, of the tokens `ids`
+        (None = all), at that position. None if they are none to choose from, an infinity among them for one."""
         mask = request.masks(draft)[-1]
         try:
-            return request.sampler.sample(logits, request.n_tokens + len(draft), mask)[0]
+            return request.sampler.guess(logits, request.n_tokens + len(draft), mask, ids)  # type: ignore[arg-type]
         except PyEngineError:
             return None
 
     # ------------------------------------------------------------ whether it pays
 
-    def chance_of(self, request: GenerationRequest) -> float:
-        """That its next guess at this text comes true."""
-        return self.chance if request.reading is None else request.reading.chance
-
-    def _learn(self, request: GenerationRequest) -> None:
-        """What became of the last draft."""
-        reading = request.reading
-        if reading is None:
-            return
-        begin, draft = reading.guessed
-        reading.guessed = 0, ()
-        for guess, token in zip(draft, request.tokens(begin, min(begin + len(draft), request.n_tokens)), strict=False):
-            reading.chance += RATE * ((guess == token) - reading.chance)
-            self._n_learnt += 1
-            self.chance += max(SHARED_RATE, 1 / (FIRST_WEIGHT + self._n_learnt)) * ((guess == token) - self.chance)
-            if guess != token:
-                return
+    def lessons(self, request: GenerationRequest) -> Lessons:
+        """Of all texts with the request's adapter: another one makes another model of it."""
+        if request.adapter is None:
+            return self._plain
+        found = self._adapted.get(request.adapter)
+        if found is None:
+            found = self._adapted[request.adapter] = Lessons()
+        return found
 
     @staticmethod
-    def _rest(request: GenerationRequest) -> None:
-        if request.reading is not None:
-            request.reading.next_try = request.n_tokens + REST
+    def _learn(request: GenerationRequest, reading: Reading) -> None:
+        """What became of its guesses, drafted or not, as far as is known."""
+        begin, asked = reading.n_asked, reading.asked
+        truth = request.tokens(begin, min(begin + len(asked), request.n_tokens))
+        for (cell, guess, taken), token in zip(asked, truth, strict=False):
+            reading.lessons.learn(cell, guess == token)
+            reading.chance += CHANCE_RATE * ((guess == token) - reading.chance)
+            if taken != token:
+                reading.asked = []
+                return
+        reading.asked, reading.n_asked = asked[len(truth) :], begin + len(truth)
 
-    def _lengths(self, requests: Sequence[GenerationRequest], n_rows: int, max_rows: int) -> list[int]:
-        """How many tokens to guess of each text: as many as make (tokens expected) / (seconds) largest."""
-        if not requests:
-            return []
-        most = min(max(request.max_draft for request in requests), (max_rows - n_rows) // len(requests))
-        best = self._best_length(requests, n_rows, most)
-        if best == 0:
-            for request in requests:
-                self._rest(request)
-        return [min(best, self._room(request)) for request in requests]
+    def _goes_on(self, chain: Chain, n_running: int, n_rows: int) -> bool:
+        """Whether one more guess is expected to bring more than its step and its row cost."""
+        rows = n_rows + len(chain.tokens)
+        cost = self.experience.seconds(rows)
+        row = max(0.0, self.experience.seconds(rows + 1) - cost)
+        price = ((self._seconds[1] or self._seconds[0] or 0.0) / n_running + row) * n_rows
+        return chain.reached * chain.reading.chance * cost > price * chain.expected
 
-    def _best_length(self, requests: Sequence[GenerationRequest], n_rows: int, most: int) -> int:
-        if self._seconds is None:
-            return min(FIRST_DRAFT, most)  # to learn what it costs
-        n = len(requests)
-        readings = [request.reading for request in requests if request.reading is not None]
-        chance = sum(reading.chance for reading in readings) / n
-        plain = self.experience.seconds(n_rows)
-        best, best_gain, expected = 0, LEAST_GAIN, float(n_rows)
-        for k in range(1, most + 1):
-            expected += n * chance**k
-            gain = expected / n_rows * plain / (self.experience.seconds(n_rows + k * n) + k * self._seconds)
-            if gain > best_gain:
-                best, best_gain = k, gain
-        if best == 0:
-            for reading in readings:
-                reading.chance += 0.25 * (FIRST_CHANCE - reading.chance)  # texts change: it is tried again,
-            self._seconds *= 0.75  # and so is a step that may have been interrupted
-        return best
+    def _note_worth(
+        self, chains: list[Chain], ngrams: list[Proposal], proposals: list[Proposal], n_rows: int, spent: float
+    ) -> None:
+        """What the answers brought is shared out among those who asked."""
+        without, _ = self._choose_lengths(self.experience, [[chance for _, chance in one] for one in ngrams], n_rows)
+        gain, lengths = self._choose_lengths(self.experience, [[chance for _, chance in one] for one in proposals], n_rows)
+        step = self.experience.seconds(n_rows + sum(lengths))
+        if step <= 0.0:
+            return  # nothing is known so far
+        worth = (gain - without - math.log1p(spent / step)) * n_rows / len(chains)
+        for chain in chains:
+            chain.reading.lessons.note_worth(Lessons.place(chain.ngrams), chain.request.n_tokens, worth)
 
-    def _note_seconds(self, seconds: float) -> None:
-        lately = seconds if self._seconds is None else self._seconds
+    def _note_seconds(self, is_later: bool, seconds: float) -> float:
+        """A step took so long; what such steps take lately."""
+        known = self._seconds[is_later]
+        lately = seconds if known is None else known
         rate = SHORTER_RATE if seconds < lately else LONGER_RATE
-        self._seconds = lately + rate * (min(seconds, 2 * lately) - lately)
+        self._seconds[is_later] = lately = lately + rate * (min(seconds, 2 * lately) - lately)
+        return lately
+
+
+class Chain:
+    """A draft on its way: of each place the likelier guess, the proposer's or the n-grams'."""
+
+    def __init__(self, request: GenerationRequest, drafter: Drafter, ngrams: Proposal) -> None:
+        assert request.reading is not None
+        self.request = request
+        self.reading = request.reading
+        self.ngrams = ngrams
+        self.asked: list[Asked] = []
+        self.tokens: list[int] = []
+        self.reached = 1.0  # the chance that all of it comes true
+        self.expected = 1.0  # tokens of a step with it
+        self.is_open = True  # something may come behind it
+        self._chances: list[float] = []
+        self._drafter = drafter
+        self._is_ngrams = True  # so far these are the n-grams' own guesses
+
+    def add(self, guess: tuple[int, float] | None) -> None:
+        """The proposer's guess, with its probability; None = it has none."""
+        if guess is None:
+            self.is_open = False
+            return
+        ngram = self._ngram()
+        token, cell = guess[0], Lessons.cell(guess[1], relation(guess[0], ngram))
+        chance = self._chance(cell)
+        if ngram is not None and ngram[0] == token:
+            chance = max(chance, ngram[1])
+        elif ngram is not None and ngram[1] > chance:
+            token, chance = ngram
+        self._is_ngrams = self._is_ngrams and ngram is not None and ngram[0] == token
+        self.asked.append(Asked(cell, guess[0], token))
+        self.tokens.append(token)
+        self._chances.append(chance)
+        self.reached *= chance
+        self.expected += self.reached
+        self.is_open = token not in self.request.output.ends
+
+    def _chance(self, cell: int) -> float:
+        return self.reading.lessons.chance(cell)
+
+    def _ngram(self) -> tuple[int, float] | None:
+        """The n-grams' guess behind it."""
+        n = len(self.tokens)
+        if self._is_ngrams and n < len(self.ngrams):
+            return self.ngrams[n]
+        found = self._drafter.propose(1, self.tokens)
+        return found[0] if found else None
+
+    def proposal(self) -> Proposal:
+        """The chain, and what n-grams guess behind it; or theirs alone, if more of it is expected to come true."""
+        whole = list(zip(self.tokens, self._chances, strict=True))
+        if self.is_open:
+            whole += self._drafter.propose(self.request.max_draft - len(whole), self.tokens)
+        return whole if _expected(whole) > _expected(self.ngrams) else self.ngrams
+
+
+def _expected(proposal: Proposal) -> float:
+    """Guesses of it that are expected to come true."""
+    reached, expected = 1.0, 0.0
+    for _, chance in proposal:
+        reached *= chance
+        expected += reached
+    return expected

@@ -9,6 +9,10 @@ same bytes, which is checked. Each prompt runs once with guesses, in an engine t
 Rows with several sequences ask that many questions in one call. What counts is the ratio of the sums, and beside it the
 median of the ratios, which a busy neighbour moves less. --cpu-time is for a busy machine: one thread, and the time that it
 had a CPU, also for what the engine measures of its own steps.
+
+--llama-cpp PYTHON --gguf MODEL.gguf: the same questions, greedily, to llama.cpp with the prompt lookup of llama-cpp-python, which
+is installed for that interpreter, in turn with ours; ratios are tokens a second of ours over its, both guessing, and of its own
+with guesses over those without.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import ast
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -30,7 +35,7 @@ from typing import Any, NamedTuple
 import pyengine
 from pyengine import Engine
 from pyengine.results import Generation
-from pyengine.run import scheduler
+from pyengine.run import draft, proposer, scheduler
 
 MAX_PROMPT = 1500
 
@@ -116,6 +121,79 @@ def rewriting(engine: Engine, n: int) -> list[list[int]]:
     return prompts
 
 
+# ------------------------------------------------------------------ llama.cpp
+
+
+class LlamaCpp:
+    """speculation_llama_cpp.py in a process of its own. Raises OSError or ValueError with the reason if it does not start."""
+
+    def __init__(self, python: str, gguf: Path, n_threads: int) -> None:
+        worker = Path(__file__).with_name("speculation_llama_cpp.py")
+        self._process = subprocess.Popen(
+            [python, "-I", str(worker), str(gguf), str(n_threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.version: str = self._read()["version"]
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ValueError(f"no answer; it ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def rate(self, ids: list[int], n: int, drafts: bool) -> tuple[int, float]:
+        """Tokens after the first one, and their seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"ids": ids, "n": n, "drafts": drafts, "temperature": 0}) + "\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        return answer["tokens"], answer["seconds"]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def beside_llama_cpp(args: argparse.Namespace, work: list[tuple[str, list[list[int]]]]) -> dict[str, Any] | None:
+    """Tokens a second over all questions: ours and llama.cpp's, each with guesses and without. None where it cannot be run."""
+    try:
+        peer = LlamaCpp(args.llama_cpp, args.gguf, args.threads)
+    except (OSError, ValueError) as reason:
+        print(f"llama.cpp is not measured: {reason}", file=sys.stderr)
+        return None
+    sums: dict[str, list[float]] = {name: [0, 0.0] for name in ("ours", "ours, plain", "llama.cpp", "llama.cpp, plain")}
+    with Engine(args.model, n_threads=args.threads) as engine:
+        for number, (_, (ids,)) in enumerate(work):
+            names = list(sums)
+            for name in names[number % 4 :] + names[: number % 4]:
+                drafts = not name.endswith("plain")
+                if name.startswith("llama"):
+                    n, seconds = peer.rate(ids, args.n_tokens, drafts)
+                else:
+                    guesses = "auto" if drafts else "off"
+                    timed = generate(
+                        engine, [ids], time.perf_counter, max_tokens=args.n_tokens, seed=1, temperature=0, speculative=guesses
+                    )
+                    n, seconds = len(timed.results[0].tokens), timed.seconds
+                sums[name][0] += n
+                sums[name][1] += seconds
+    peer.close()
+    rates = {name: n / seconds for name, (n, seconds) in sums.items()}
+    return {
+        "version": peer.version,
+        "tokens_per_second": rates,
+        "ours_over_llama_cpp": rates["ours"] / rates["llama.cpp"],
+        "llama_cpp_over_its_plain": rates["llama.cpp"] / rates["llama.cpp, plain"],
+    }
+
+
 # ------------------------------------------------------------------ runs
 
 
@@ -157,14 +235,19 @@ def main() -> None:
     add("--n-tokens", type=int, default=96)
     add("--batches", type=int, default=2)
     add("--threads", type=int, default=2)
+    add("--llama-cpp", metavar="PYTHON", help="an interpreter that has llama-cpp-python")
+    add("--gguf", type=Path, help="the same model for it")
     add("--cpu-time", action="store_true", help="one thread, CPU time")
     add("--out", type=Path, help="JSON")
     add("--verbose", action="store_true")
     args = parser.parse_args()
+    if (args.llama_cpp is None) != (args.gguf is None):
+        parser.error("--llama-cpp and --gguf belong together")
     results: dict[str, dict[str, Any]] = {}
     if args.cpu_time:
         args.threads = 1
-        scheduler.time = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)  # type: ignore[assignment]
+        cpu = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)
+        scheduler.time = draft.time = proposer.time = cpu  # type: ignore[assignment]
 
     def note(name: str, row: Row) -> None:
         if row.plain:
@@ -176,6 +259,10 @@ def main() -> None:
         questions = spec_bench(engine, args.questions, args.per_category) if args.questions else {}
         tasks = rewriting(engine, args.rewriting)
     questions_in_turn = in_turn(questions)
+    if args.llama_cpp is not None:
+        beside = beside_llama_cpp(args, questions_in_turn)
+        print("beside llama.cpp:", json.dumps(beside))
+        results["beside llama.cpp, greedy"] = beside or {}
     for label, options in (("greedy", {"temperature": 0}), ("temperature 0.7", {"temperature": 0.7})):
         for name, row in run_pairs(args.model, questions_in_turn, args, **options).items():
             note(f"{name}, {label}", row)

@@ -67,7 +67,7 @@ static pe_draft_head *create(const pe_model *model, const head_tensors *h, int n
     return head;
 }
 
-/* Two steps of the first n of the rows, from fresh states; logits go to out (n, VOCAB). The hash of all that came. */
+/* Two steps of the first n of the rows, from fresh states; logits go to out (n, KNOWN). The hash of all that came. */
 static uint64_t run(pe_draft_head *head, size_t first, size_t n, float *out) {
     float states[MAX_ROWS * DIM];
     int32_t tokens[MAX_ROWS];
@@ -85,14 +85,14 @@ static uint64_t run(pe_draft_head *head, size_t first, size_t n, float *out) {
         CHECK(status == PE_OK, "%s", err);
         for (size_t i = 0; i < n; i++) CHECK(!failed[i], "row %zu", i);
     }
-    for (size_t i = 0; i < n; i++) memcpy(out + i * VOCAB, pe_draft_head_logits(head, i), VOCAB * sizeof(float));
+    for (size_t i = 0; i < n; i++) memcpy(out + i * KNOWN, pe_draft_head_logits(head, i), KNOWN * sizeof(float));
     CHECK(pe_draft_head_logits(head, n) == NULL, "no row %zu", n);
     hash = hash_bytes(hash, states, n * DIM * sizeof(float));
-    return hash_bytes(hash, out, n * VOCAB * sizeof(float));
+    return hash_bytes(hash, out, n * KNOWN * sizeof(float));
 }
 
 static void test_rows(const pe_model *model, const head_tensors *h) {
-    float together[MAX_ROWS * VOCAB], alone[VOCAB];
+    float together[MAX_ROWS * KNOWN], alone[KNOWN];
     uint64_t expected = 0;
     for (size_t isa = 0; pe_isa_available(isa) != NULL; isa++) {
         char err[PE_ERR_LEN];
@@ -103,12 +103,14 @@ static void test_rows(const pe_model *model, const head_tensors *h) {
             for (size_t i = 0; i < MAX_ROWS; i += 5) { /* buffers grow meanwhile */
                 run(head, i, 1, alone);
                 uint64_t hash = run(head, 0, MAX_ROWS, together);
-                CHECK(same_floats(alone, together + i * VOCAB, VOCAB), "row %zu alone, %s", i, pe_isa_available(isa));
+                CHECK(same_floats(alone, together + i * KNOWN, KNOWN), "row %zu alone, %s", i, pe_isa_available(isa));
                 if (expected == 0) expected = hash;
                 CHECK(hash == expected, "%s, %d threads", pe_isa_available(isa), n_threads);
             }
-            CHECK(together[1] > -1e20f && together[0] < -1e20f, "only tokens that it knows have logits");
-            CHECK(pe_draft_head_memory(head) > MAX_ROWS * VOCAB * sizeof(float), "scratch is counted");
+            for (int32_t i = 0; i < KNOWN; i++) CHECK(pe_draft_head_vocab(head)[i] == 2 * i + 1, "token %d", (int)i);
+            CHECK(pe_draft_head_logits(head, 1) - pe_draft_head_logits(head, 0) == 48, "whole panels");
+            CHECK(pe_draft_head_logits_stride(head) == 48, "whole panels");
+            CHECK(pe_draft_head_memory(head) > MAX_ROWS * KNOWN * sizeof(float), "scratch is counted");
             pe_draft_head_destroy(head);
         }
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.always_guessing import always_guess
 from engine.draft_heads import with_random_head
 from engine.test_against_transformers import isa, open_model
 from numpy.typing import NDArray
@@ -252,9 +253,7 @@ def test_what_guesses_with_a_network_changes_nothing(
         samples = [result.tokens for result in plain.generate(texts[0], adapter="a", n=3, **PARAMS)]
     with pyengine.Engine(drafted, draft_model=None if by == "head" else model) as engine:
         loaded = engine.load_adapter(path, name="a")
-        proposer = engine.scheduler.speculation.proposer
-        assert proposer is not None
-        proposer._best_length = lambda requests, n_rows, most: min(3, most)  # type: ignore[method-assign]
+        always_guess(engine.scheduler.speculation, 3)
 
         async def together() -> list[Any]:
             asynchronous = pyengine.AsyncEngine(engine)

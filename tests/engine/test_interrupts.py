@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.always_guessing import always_guess
 from engine.draft_heads import with_random_head
 from engine.scripted_drafts import drafts_of, script
 
@@ -107,8 +108,7 @@ def guess_by_model(engine: Engine) -> None:
     speculation = engine.scheduler.speculation
     if speculation.proposer is None:
         speculation.add_model(_core.Context(engine._model, n_threads=1), engine.n_ctx)
-        assert speculation.proposer is not None
-        speculation.proposer._best_length = lambda requests, n_rows, most: min(4, most)  # type: ignore[method-assign]
+        always_guess(speculation, 4)
     assert engine.generate(PROMPT, **GUESSED).tokens == text_without_guesses(engine.path)
 
 
@@ -126,8 +126,7 @@ def guess_by_head(engine: Engine) -> None:
         model = _core.Model(file.config, file.buffer, file.weights, 1)
         assert file.config.draft_head is not None
         speculation.add_head(_core.DraftHead(model, file.config.draft_head, file.draft_weights, 1))
-        assert speculation.proposer is not None
-        speculation.proposer._best_length = lambda requests, n_rows, most: min(4, most)  # type: ignore[method-assign]
+        always_guess(speculation, 4)
     assert engine.generate(PROMPT, **GUESSED).tokens == text_without_guesses(engine.path)
 
 

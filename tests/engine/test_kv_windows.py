@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.always_guessing import always_guess
 from engine.scripted_drafts import drafts_of, script
 from reference import fixtures
 
@@ -180,9 +181,7 @@ def test_a_draft_model_with_windows(path: Path) -> None:
     with Engine(path, speculative="off") as engine:
         expected = engine.generate(prompt, **options).tokens
     with Engine(path, draft_model=path, max_kv_bytes=1) as engine:
-        drafting = engine.scheduler.speculation.proposer
-        assert drafting is not None
-        drafting._lengths = lambda requests, n_rows, max_rows: [4 for _ in requests]  # type: ignore[method-assign]
+        always_guess(engine.scheduler.speculation, 4)
         result = engine.generate(prompt, speculative={"store": False}, **options)
         assert result.tokens == expected and result.timings.drafted_tokens > 0
         engine.check_integrity()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.always_guessing import costs
 from engine.scripted_drafts import drafts_of, script
 
 import pyengine
@@ -336,15 +337,6 @@ def test_tables_forget_and_do_not_grow() -> None:
     tail = list(range(300, 340))
     drafter.read(tail + tail[:10])
     assert proposed(drafter, 8) == tail[10:18]
-
-
-def costs(seconds: dict[int, float], n: int = 200) -> _draft.Experience:
-    experience = _draft.Experience()
-    for _ in range(n):
-        for rows, time in seconds.items():  # as with one text: without guesses, and with some
-            experience.note_step(1, seconds[1])
-            experience.note_step(rows, time)
-    return experience
 
 
 def test_drafts_are_as_long_as_pays() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.always_guessing import always_guess
 from engine.draft_heads import with_random_head
 from engine.scripted_drafts import drafts_of, script
 
@@ -111,9 +112,7 @@ def test_a_draft_model_or_head_changes_nothing_of_a_guided_output(
     """It guesses on behind the end of a text, which a grammar's state cannot be rolled back over."""
     options: dict[str, Any] = {"structured_outputs": WANTED[wanted], "temperature": 1.0, "max_tokens": 60}
     with Engine(tiny_model, draft_model=tiny_model) if by == "draft model" else Engine(headed_model) as engine:
-        model = engine.scheduler.speculation.proposer
-        assert model is not None
-        model._best_length = lambda requests, n_rows, most: min(8, most)  # type: ignore[method-assign]
+        always_guess(engine.scheduler.speculation, 8)
         for seed in range(6):
             plain = engine.generate("Once", speculative="off", seed=seed, **options)
             guessed = engine.generate("Once", speculative={"store": False}, seed=seed, **options)

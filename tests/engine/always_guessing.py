@@ -1,0 +1,73 @@
+"""Draft models and heads that guess whatever it costs, and what tests of both have in common."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from pyengine import Engine, _draft
+from pyengine.run.draft import Speculation
+from pyengine.run.proposer import Chain, Proposer
+
+
+def costs(seconds: dict[int, float], n: int = 200) -> _draft.Experience:
+    """What was learnt from steps that took so long by their number of rows."""
+    experience = _draft.Experience()
+    for _ in range(n):
+        for rows, time in seconds.items():  # as with one text: without guesses, and with some
+            experience.note_step(1, seconds[1])
+            experience.note_step(rows, time)
+    return experience
+
+
+class Free(Chain):
+    """Nothing but guesses of the proposer, which are believed to be right."""
+
+    def _chance(self, cell: int) -> float:
+        return 0.999
+
+    def _ngram(self) -> tuple[int, float] | None:
+        return None
+
+    def proposal(self) -> list[tuple[int, float]]:
+        return [(token, 0.999) for token in self.tokens]
+
+
+def always_guess(speculation: Speculation, n: int) -> Proposer:
+    """The draft model or head guesses n tokens whenever it may, as if steps of any size took the same time."""
+    proposer = speculation.proposer
+    assert proposer is not None
+    speculation.experience = proposer.experience = costs(dict.fromkeys(range(1, _draft.MAX_ROWS + 1), 1.0), n=2)
+    speculation.note_step = lambda n_rows, seconds: None  # type: ignore[method-assign]
+    proposer.new_chain = Free
+    proposer._note_worth = lambda *_: None  # type: ignore[method-assign]
+    proposer._goes_on = lambda chain, n_running, n_rows: len(chain.tokens) < n  # type: ignore[method-assign]
+    return proposer
+
+
+def in_company(
+    plain: Engine, engine_of: Callable[[int | None], Engine], n_guesses: int, check: Callable[[Engine], None]
+) -> None:
+    """Texts of many lengths side by side, streams left half way, all pages and few: each says what `plain` says. engine_of: an
+    engine with so many bytes for its cache (None = as many as it wants) and three sequences at once."""
+    rng = random.Random(8)
+    jobs: list[tuple[list[int], dict[str, Any], list[int]]] = []
+    for i in range(12):
+        prompt = [3 + rng.randrange(50) for _ in range(rng.choice((1, 2, 40, 300, 450)))]
+        options = {"max_tokens": rng.choice((1, 2, 30)), "ignore_eos": True, "seed": i, "temperature": rng.choice((0, 1))}
+        jobs.append((prompt, options, plain.generate(prompt, speculative="off", **options).tokens))
+    for n_pages in (0, 7):
+        page_bytes = plain.cache_stats()["page_bytes"]
+        with engine_of(n_pages * page_bytes or None) as engine:
+            always_guess(engine.scheduler.speculation, n_guesses)
+            for _ in range(12):
+                prompt, options, tokens = rng.choice(jobs)
+                stream = engine.stream(prompt, **options)
+                assert next(stream).token == tokens[0]
+                some = [rng.choice(jobs) for _ in range(3)]
+                for prompt, options, tokens in some:
+                    assert engine.generate(prompt, **options).tokens == tokens
+                assert engine.generate([prompt for prompt, _, _ in some], max_tokens=3, ignore_eos=True)
+                del stream
+                check(engine)

@@ -1,0 +1,66 @@
+"""What a network that knows a part of the vocabulary makes the sampler choose: the same as if the rest were impossible."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyengine import _sampler
+from pyengine.errors import InvalidArgumentError, NotFiniteError
+from pyengine.sampling import SamplingParams
+
+N = 700
+IMPOSSIBLE = np.float32(-1e30)  # beside any other logit its weight is 0
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {},
+    "filters": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95},
+    "top-k beyond what it knows": {"top_k": 650},
+    "top-p": {"top_p": 0.7},
+    "penalties": {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.3},
+    "lists": {"bad_token_ids": [4, 5, 6, 7], "logit_bias": {7: 3.0, 9: 2.0, 10: -2.0, 300: 4.0}},
+    "allowed": {"allowed_token_ids": list(range(0, N, 3))},
+    "stops": {"min_tokens": 90, "stop_token_ids": list(range(0, N, 2))},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_guess_is_the_token_of_the_whole_vocabulary(name: str, masked: bool) -> None:
+    rng = np.random.default_rng(3)
+    params = SamplingParams(**{"temperature": 1.0, "seed": 5, **PARAMETERS[name]}).resolve()
+    sampler, whole = _sampler.Sampler(params, N), _sampler.Sampler(params, N)
+    for position in range(60):
+        ids = np.sort(rng.permutation(N)[: rng.integers(N // 2, N)]).astype(np.int32)
+        logits = rng.normal(0, 2, len(ids)).astype(np.float32)
+        scattered = np.full(N, IMPOSSIBLE)
+        scattered[ids] = logits
+        mask = rng.integers(0, 2**32, (N + 31) // 32, dtype=np.uint32) if masked else None
+        token, probability = sampler.guess(logits, position, mask, ids)
+        assert token == whole.sample(scattered, position, mask)[0]
+        assert token in ids and 0 < probability <= 1
+        if name == "sampled" and not masked:
+            exact = np.exp(logits.astype(float) - logits.max())
+            np.testing.assert_allclose(probability, exact[ids == token][0] / exact.sum(), rtol=1e-3)
+        sampler.accept(token)
+        whole.accept(token)
+    full = rng.normal(0, 2, N).astype(np.float32)
+    assert sampler.guess(full, 99)[0] == whole.sample(full, 99)[0]
+
+
+def test_what_is_no_guess_is_refused() -> None:
+    sampler = _sampler.Sampler(SamplingParams(temperature=0, bad_token_ids=[3]).resolve(), 10)
+    with pytest.raises(InvalidArgumentError, match="every token is banned"):
+        sampler.guess(array("f", [1.0]), 0, None, array("i", [3]))
+    with pytest.raises(NotFiniteError, match="infinity"):
+        sampler.guess(array("f", [1.0, float("inf")]), 0, None, array("i", [3, 4]))
+    wrong = ([], [], "0 logits"), ([1, 2], [1], "2 logits"), ([1], [10], "ids from 10"), ([1], [-1], "ids from")
+    for logits, ids, words in wrong:
+        with pytest.raises(InvalidArgumentError, match=words):
+            sampler.guess(array("f", logits), 0, None, array("i", ids))
+    with pytest.raises(InvalidArgumentError, match="vocabulary of 10"):
+        sampler.guess(array("f", [1.0] * 9), 0)
+    assert sampler.guess(array("f", [0.0, 0.0]), 0, None, array("i", [3, 4])) == (4, 1.0)
