@@ -341,9 +341,12 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
     return !illegal;
 }
 
-#define PE_LANES16_TABLE(table_name, table_required) \
+#define PE_LANES16_TABLE(table_name, table_required) PE_LANES16_TABLE_WITH(table_name, table_required, SIZE_MAX, quantize, matmul)
+
+/* The same with another way to lay out the inputs of products of many tokens, and to multiply them. */
+#define PE_LANES16_TABLE_WITH(table_name, table_required, n_tiled, its_quantize, its_matmul) \
     { \
-        .name = table_name, .required = (table_required), .quantize = quantize, .quantize_head = quantize_head, .turn = turn, .matmul = matmul, \
+        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_head = quantize_head, .turn = turn, .matmul = its_matmul, \
         .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = attention_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = attention_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
