@@ -34,7 +34,8 @@ const char *pe_status_message(pe_status status);
 
 /* ------------------------------------------------------------------ instruction sets */
 
-/* Bits of pe_cpu_features(): what the CPU has and the operating system saves on a switch. */
+/* Bits of pe_cpu_features(): what the CPU has and the operating system saves on a switch. (AMX wants permission besides, which
+ * is asked for when its table is considered: pe_isa_available says whether it was given.) */
 enum {
     PE_CPU_AVX2 = 1u << 0,
     PE_CPU_FMA = 1u << 1,
@@ -45,13 +46,16 @@ enum {
     PE_CPU_AVX512VNNI = 1u << 6,
     PE_CPU_AVX512DQ = 1u << 7,
     PE_CPU_NEON_DOTPROD = 1u << 8,
-    PE_CPU_NEON_I8MM = 1u << 10,
     PE_CPU_AVXVNNI = 1u << 9, /* vpdpbusd on ymm registers, VEX-encoded: without AVX-512 */
+    PE_CPU_NEON_I8MM = 1u << 10,
+    PE_CPU_AMX_TILE = 1u << 11,
+    PE_CPU_AMX_INT8 = 1u << 12,
 };
 /* Those that the CPU has and the operating system supports. */
 uint32_t pe_cpu_features(void);
 
-/* Names of the tables that this CPU can run, best first, ending with "scalar"; NULL past the end. */
+/* Names of the tables that this CPU can run and the operating system permits, best first, ending with "scalar"; NULL past the
+ * end. */
 const char *pe_isa_available(size_t index);
 /* Select the table for every later pe_context_create: a name, or NULL for PYENGINE_ISA or else the best one. */
 pe_status pe_isa_select(const char *name, char *err);

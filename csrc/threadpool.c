@@ -178,11 +178,14 @@ static void forget_workers_in_child(void) {
 
 static void register_fork_handler(void) { pthread_atfork(NULL, NULL, forget_workers_in_child); }
 
-/* With pool.lock held. Signals stay with the application's threads. */
+/* With pool.lock held. Signals stay with the application's threads, but for those that tell of a thread's own fault: were they
+ * blocked, the system would end the process without asking the application's handler. */
 static pe_status start_workers(int n_workers, char *err) {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const int faults[] = {SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGTRAP};
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
     int failure = 0;
     while (pool.n_workers < n_workers && failure == 0) {
         failure = pthread_create(&pool.threads[pool.n_workers], NULL, worker, (void *)(intptr_t)(pool.n_workers + 1));

@@ -62,6 +62,7 @@ def cpu_features() -> list:
         "avx2": PE_CPU_AVX2, "fma": PE_CPU_FMA, "f16c": PE_CPU_F16C, "avx512f": PE_CPU_AVX512F, "avx512bw": PE_CPU_AVX512BW,
         "avx512vl": PE_CPU_AVX512VL, "avx512dq": PE_CPU_AVX512DQ, "avx512vnni": PE_CPU_AVX512VNNI, "avxvnni": PE_CPU_AVXVNNI, "neon_dotprod": PE_CPU_NEON_DOTPROD,
         "neon_i8mm": PE_CPU_NEON_I8MM,
+        "amx_tile": PE_CPU_AMX_TILE, "amx_int8": PE_CPU_AMX_INT8,
     }
     return [name for name, bit in known.items() if bits & <uint32_t>bit]
 

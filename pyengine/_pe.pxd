@@ -13,7 +13,7 @@ cdef extern from "pyengine.h" nogil:
 
     enum:
         PE_CPU_AVX2, PE_CPU_FMA, PE_CPU_F16C, PE_CPU_AVX512F, PE_CPU_AVX512BW, PE_CPU_AVX512VL, PE_CPU_AVX512VNNI
-        PE_CPU_AVX512DQ, PE_CPU_NEON_DOTPROD, PE_CPU_NEON_I8MM, PE_CPU_AVXVNNI
+        PE_CPU_AVX512DQ, PE_CPU_NEON_DOTPROD, PE_CPU_NEON_I8MM, PE_CPU_AVXVNNI, PE_CPU_AMX_TILE, PE_CPU_AMX_INT8
     uint32_t pe_cpu_features()
     const char *pe_isa_available(size_t index)
     pe_status pe_isa_select(const char *name, char *err)

@@ -18,7 +18,7 @@ static uint32_t detect(void) {
     uint32_t a, b, c, d, features = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
     uint64_t state = saved_state();
-    int ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
+    int ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tmm = (state & 0x60000) == 0x60000;
     if (ymm && (c & bit_FMA)) features |= PE_CPU_FMA;
     if (ymm && (c & bit_F16C)) features |= PE_CPU_F16C;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
@@ -28,6 +28,9 @@ static uint32_t detect(void) {
     if (zmm && (b & bit_AVX512VL)) features |= PE_CPU_AVX512VL;
     if (zmm && (b & bit_AVX512DQ)) features |= PE_CPU_AVX512DQ;
     if (zmm && (c & bit_AVX512VNNI)) features |= PE_CPU_AVX512VNNI;
+    const uint32_t amx_tile = 1u << 24, amx_int8 = 1u << 25; /* bit_AMX_TILE, bit_AMX_INT8, likewise below */
+    if (tmm && (d & amx_tile)) features |= PE_CPU_AMX_TILE;
+    if (tmm && (d & amx_int8)) features |= PE_CPU_AMX_INT8;
     uint32_t last_subleaf = a;
     const uint32_t avxvnni = 1u << 4; /* bit_AVXVNNI, which older headers do not have */
     if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a & avxvnni))
@@ -64,3 +67,17 @@ static uint32_t detect(void) { return 0; }
 #endif
 
 uint32_t pe_cpu_features(void) { return detect(); }
+
+/* ------------------------------------------------------------------ tile registers, which a process must ask for */
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+bool pe_tiles_permitted(void) {
+    const unsigned long request_permission = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#else
+bool pe_tiles_permitted(void) { return false; }
+#endif

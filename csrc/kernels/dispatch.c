@@ -11,6 +11,9 @@
 
 static const struct pe_kernels *const tables[] = {
 #if defined(__x86_64__)
+#if defined(PE_HAVE_AMX)
+    &pe_kernels_amx,
+#endif
     &pe_kernels_avx512vnni,
 #if defined(PE_HAVE_AVXVNNI)
     &pe_kernels_avxvnni,
@@ -28,7 +31,10 @@ enum { N_TABLES = sizeof tables / sizeof tables[0] };
 
 static _Atomic(const struct pe_kernels *) selected;
 
-static int can_run(const struct pe_kernels *table) { return (table->required & ~pe_cpu_features()) == 0; }
+static bool can_run(const struct pe_kernels *table) {
+    if ((table->required & ~pe_cpu_features()) != 0) return false;
+    return !(table->required & PE_CPU_AMX_TILE) || pe_tiles_permitted();
+}
 
 const char *pe_isa_available(size_t index) {
     for (size_t i = 0; i < N_TABLES; i++)

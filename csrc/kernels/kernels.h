@@ -14,6 +14,7 @@ enum {
     PE_PANEL = 16,         /* rows of a weight panel, positions of a K panel, lanes of every float sum */
     PE_GROUP = 64,         /* weights, and activations, that share a scale; the largest block that is turned */
     PE_TOKEN_BLOCK = 8,    /* tokens whose activations are packed together */
+    PE_TILE_TOKENS = 16,   /* two blocks: tokens whose activations are one tile of a matrix unit */
     PE_CHUNK = 256,        /* positions of an attention chunk = of a KV page */
     PE_PROBABILITY_GROUP = 32, /* positions of a chunk whose probabilities share a scale */
     PE_MAX_HEAD_DIM = 512, /* model.c refuses more: kernels keep a head on their stack */
@@ -27,7 +28,11 @@ enum {
  *     scales[group][token]  float32  group = column / 64
  *     corrections[group][token] int32  -128 * (sum of the 64 codes): where the int32 accumulator starts in tables whose
  *                           instructions want unsigned weights (see avx512vnni)
- * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 64, corrections likewise. Buffers have room for whole blocks. */
+ * Block b begins at codes + b * 8 * n, scales + b * 8 * n / 64, corrections likewise. Buffers have room for whole blocks.
+ *
+ * A matrix unit wants the inputs of one token side by side and sixteen tokens one after the other. So a table that drives
+ * one has its own order of codes for n_tokens >= tiled_from, in the same memory: the codes of each two blocks, `width` tokens
+ * together (pe_tile_width), are codes[group][token][64]. Scales and corrections stay where they are. */
 typedef struct pe_activations {
     int8_t *codes;
     float *scales;
@@ -39,6 +44,11 @@ typedef struct pe_activations {
 /* Width of a block that holds the first of n_left tokens. */
 static inline size_t pe_block_width(size_t n_left) {
     return n_left > 4 ? PE_TOKEN_BLOCK : n_left > 2 ? 4 : n_left;
+}
+
+/* Width of two blocks that hold the first of n_left tokens. */
+static inline size_t pe_tile_width(size_t n_left) {
+    return n_left > PE_TOKEN_BLOCK ? PE_TOKEN_BLOCK + pe_block_width(n_left - PE_TOKEN_BLOCK) : pe_block_width(n_left);
 }
 
 /* The turn T of FORMAT.md section 4 works on blocks of this many of a row's n elements. */
@@ -84,6 +94,7 @@ typedef struct pe_kv_chunk {
 struct pe_kernels {
     const char *name;  /* "scalar", "avx2", ...: the words that PYENGINE_ISA accepts */
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
+    size_t tiled_from; /* activations of at least so many tokens are in tiles (pe_activations); SIZE_MAX = none are */
 
     /* A block of activations, tokens [first, first + PE_TOKEN_BLOCK) of x or as many as there are, from a row of n floats
      * each, turned, in groups of 64; with `norm` (n), an RMSNorm weight or NULL, the rows are normed first. Columns n..x->n
@@ -183,10 +194,18 @@ extern const struct pe_kernels pe_kernels_scalar;
 #if defined(__x86_64__)
 extern const struct pe_kernels pe_kernels_avx2, pe_kernels_avx512vnni;
 extern const struct pe_kernels pe_kernels_avxvnni; /* linked in where the compiler knows it: PE_HAVE_AVXVNNI */
+extern const struct pe_kernels pe_kernels_amx;     /* likewise: PE_HAVE_AMX */
 #elif defined(__aarch64__)
 extern const struct pe_kernels pe_kernels_neon_dotprod;
 extern const struct pe_kernels pe_kernels_neon_i8mm; /* linked in where the compiler knows it: PE_HAVE_NEON_I8MM */
 #endif
+
+/* Ask the operating system for AMX's tile registers, on a CPU that has them; false where it refuses or knows no such question.
+ * Linux grants them to the process for good: to all its threads, earlier ones too, and to children of fork, not beyond exec, and
+ * a second question costs nothing. What a thread saves at a context switch grows by 8 KiB once it uses them, and so does the
+ * stack that a signal handler needs from the answer on: the kernel refuses if a thread's alternate stack (sigaltstack) is too
+ * small, and later refuses such stacks. So only who is about to use the tiles asks: dispatch.c, for a table that is wanted. */
+bool pe_tiles_permitted(void);
 
 /* The selected table (dispatch.c); NULL before the first pe_isa_select or pe_isa_active. */
 const struct pe_kernels *pe_kernels_selected(void);

@@ -325,4 +325,4 @@ static void values_by_eights(float *out, const float *p, size_t n_rows, size_t h
 }
 
 const struct pe_kernels pe_kernels_neon_i8mm = PE_LANES16_TABLE_WITH(
-    "neon_i8mm", PE_CPU_NEON_DOTPROD | PE_CPU_NEON_I8MM, matmul_by_eights, scores_by_eights, values_by_eights);
+    "neon_i8mm", PE_CPU_NEON_DOTPROD | PE_CPU_NEON_I8MM, SIZE_MAX, quantize, matmul_by_eights, scores_by_eights, values_by_eights);

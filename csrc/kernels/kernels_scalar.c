@@ -317,6 +317,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
 const struct pe_kernels pe_kernels_scalar = {
     .name = "scalar",
     .required = 0,
+    .tiled_from = SIZE_MAX,
     .quantize = quantize,
     .quantize_head = quantize_head,
     .turn = turn,

@@ -350,14 +350,15 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
     return !illegal;
 }
 
-/* The table, and the same with kernels of its own for the int8 products. */
 #define PE_LANES16_TABLE(table_name, table_required) \
-    PE_LANES16_TABLE_WITH(table_name, table_required, matmul, attention_scores, attention_values)
-#define PE_LANES16_TABLE_WITH(table_name, table_required, table_matmul, table_scores, table_values) \
+    PE_LANES16_TABLE_WITH(table_name, table_required, SIZE_MAX, quantize, matmul, attention_scores, attention_values)
+
+/* The same with int8 products of its own, and from n_tiled tokens on with another way to lay out their inputs. */
+#define PE_LANES16_TABLE_WITH(table_name, table_required, n_tiled, its_quantize, its_matmul, its_scores, its_values) \
     { \
-        .name = table_name, .required = (table_required), .quantize = quantize, .quantize_head = quantize_head, .turn = turn, .matmul = table_matmul, \
-        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = table_scores, \
-        .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = table_values, \
+        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_head = quantize_head, .turn = turn, .matmul = its_matmul, \
+        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
+        .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = its_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, \
     }

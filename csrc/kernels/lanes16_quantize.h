@@ -175,6 +175,7 @@ typedef struct block_rows {
     float inv_rms[PE_TOKEN_BLOCK];
     size_t width_bits; /* log2 of the width */
     int8_t *codes;
+    size_t group_bytes; /* from the codes of a group to those of the next */
     float *scales;
     int32_t *corrections;
 } block_rows;
@@ -211,14 +212,14 @@ PE_INLINE void take_four(four_groups *four, float padded[2 * QUADS][PE_GROUP], c
 PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const turned_four *four, float factor) {
     size_t width = (size_t)1 << b->width_bits;
     int8_t dense[QUADS * PE_GROUP];
-    int8_t *first = b->codes + item_group(b, item) * PE_GROUP * width + item_token(b, item) * 4;
+    int8_t *first = b->codes + item_group(b, item) * b->group_bytes + item_token(b, item) * 4;
     float scales[PE_PANEL], corrections[PE_PANEL];
     if (width >= QUADS) {
         round_four(first, width * 4, scales, corrections, four, factor);
     } else {
         round_four(dense, PE_PANEL, scales, corrections, four, factor);
         for (size_t k = 0; k < n_items; k++) {
-            int8_t *to = b->codes + item_group(b, item + k) * PE_GROUP * width + item_token(b, item + k) * 4;
+            int8_t *to = b->codes + item_group(b, item + k) * b->group_bytes + item_token(b, item + k) * 4;
             for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++) memcpy(to + k4 * 4 * width, dense + k4 * PE_PANEL + k * 4, 4);
         }
     }
@@ -254,8 +255,9 @@ static uint32_t not_finite_tokens(const i16 absmax[PE_TOKEN_BLOCK / QUADS], cons
     return not_finite;
 }
 
-static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
-                         float eps) {
+/* quantize of kernels.h, whose codes of the block begin at `codes` and are group_bytes apart from group to group. */
+static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, size_t group_bytes, const float *const *rows,
+                               size_t n, const float *norm, float eps) {
     size_t left = x->n_tokens - first, width = pe_block_width(left), block = pe_turn_block(n);
     size_t first_scale = first * (x->n / PE_GROUP);
     block_rows b = {.rows = rows,
@@ -263,7 +265,8 @@ static uint32_t quantize(pe_activations *x, size_t first, const float *const *ro
                     .n = n,
                     .norm = norm,
                     .width_bits = (size_t)__builtin_ctzll(width),
-                    .codes = x->codes + first * x->n,
+                    .codes = codes,
+                    .group_bytes = group_bytes,
                     .scales = x->scales + first_scale,
                     .corrections = x->corrections + first_scale};
     uint32_t not_finite = norm != NULL ? norm_rows(&b, eps) : 0;
@@ -286,6 +289,12 @@ static uint32_t quantize(pe_activations *x, size_t first, const float *const *ro
             put_four(&b, begin + i, n_items - i < QUADS ? n_items - i : QUADS, &turned[i / QUADS], factor);
     }
     return not_finite | not_finite_tokens(absmax, &b);
+}
+
+static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
+                         float eps) {
+    size_t group_bytes = pe_block_width(x->n_tokens - first) * PE_GROUP;
+    return quantize_block(x, first, x->codes + first * x->n, group_bytes, rows, n, norm, eps);
 }
 
 #undef PE_TURN_LANES

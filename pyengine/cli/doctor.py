@@ -19,8 +19,9 @@ examples:
   pyengine doctor --json > machine.json
 """
 
-# What PYENGINE_ISA and the CPU can offer, fastest first; the hint is about what is missing.
+# Kernel tables by the CPU features that they need.
 _FEATURES_OF = {
+    "amx": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "amx_tile", "amx_int8"),
     "avxvnni": ("avx2", "fma", "f16c", "avxvnni"),
     "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
     "avx2": ("avx2", "fma", "f16c"),
@@ -51,7 +52,18 @@ def instruction_sets(warnings: list[str]) -> dict[str, Any]:
     if available[0] == "scalar" and platform.machine() in ("x86_64", "AMD64"):
         missing = [f for f in _FEATURES_OF["avx2"] if f not in features]
         warnings.append(f"without {', '.join(missing)} only the scalar kernels run, which are many times slower")
+    warnings += withheld(features, available)
     return facts
+
+
+def withheld(features: list[str], available: list[str]) -> list[str]:
+    """A warning for each table that the CPU could run and that is not available all the same."""
+    reasons = "the compiler of this build did not know it"
+    return [
+        f"this CPU could run {name}, but {reasons}" + (", or the kernel refuses the tile registers" if name == "amx" else "")
+        for name, needed in _FEATURES_OF.items()
+        if name not in available and set(needed) <= set(features)
+    ]
 
 
 def threads(warnings: list[str]) -> dict[str, Any]:

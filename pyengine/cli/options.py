@@ -20,7 +20,7 @@ ENVIRONMENT = """\
 environment:
   PYENGINE_MODEL        the model, when there is no -m
   PYENGINE_NUM_THREADS  threads, when there is no -t
-  PYENGINE_ISA          instruction set: avx512vnni, avxvnni, avx2, neon_i8mm, neon_dotprod or scalar
+  PYENGINE_ISA          instruction set: amx, avx512vnni, avxvnni, avx2, neon_i8mm, neon_dotprod or scalar
   PYENGINE_CACHE        where checkpoints that -m names are kept frozen
 """
 

@@ -101,3 +101,16 @@ bool same_floats(const float *a, const float *b, size_t n) {
     }
     return true;
 }
+
+size_t code_offset(const struct pe_kernels *table, const pe_activations *x, size_t token, size_t column) {
+    if (x->n_tokens >= table->tiled_from) {
+        size_t tile = token / PE_TILE_TOKENS * PE_TILE_TOKENS, width = pe_tile_width(x->n_tokens - tile);
+        return tile * x->n + (column / 64 * width + token - tile) * 64 + column % 64;
+    }
+    size_t block = token / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK, width = pe_block_width(x->n_tokens - block);
+    return block * x->n + (column / 4 * width + token - block) * 4 + column % 4;
+}
+
+size_t n_packed_tokens(size_t n_tokens) {
+    return n_tokens / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK + pe_block_width(n_tokens % PE_TOKEN_BLOCK);
+}

@@ -49,10 +49,18 @@ void block_free(block *b);
 /* n floats are equal bit for bit, or both NaN (which NaN is the instruction set's affair: it ends the call either way). */
 bool same_floats(const float *a, const float *b, size_t n);
 
+/* ------------------------------------------------------------------ activations */
+
+/* Where the code of a token's column is in x->codes if `table` has written it: kernels.h, pe_activations. */
+size_t code_offset(const struct pe_kernels *table, const pe_activations *x, size_t token, size_t column);
+/* Tokens that x has room for: those of whole blocks. */
+size_t n_packed_tokens(size_t n_tokens);
+
 /* ------------------------------------------------------------------ tables under test */
 
-/* All tables that can run here, scalar last; with PE_TEST_SIMDE the VNNI tables compiled over an emulation are among them. */
-enum { MAX_TABLES = 8 };
+/* All tables that can run here, scalar last; with PE_TEST_SIMDE the VNNI and AMX tables compiled over an emulation are among
+ * them, and on CPUs that lack its tiles only the AMX table itself (amx/trap.h). */
+enum { MAX_TABLES = 10 };
 size_t tables_under_test(const struct pe_kernels *out[MAX_TABLES]);
 
 /* Fewer repetitions of the same checks: for emulators and sanitizers. */

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "amx/trap.h"
 #include "harness.h"
 #include "pyengine.h"
 
@@ -15,7 +16,16 @@ bool quick;
 
 #if defined(PE_TEST_SIMDE)
 extern const struct pe_kernels pe_kernels_avx512vnni_simde, pe_kernels_avxvnni_simde; /* over emulated intrinsics, tests/csrc/simde */
+extern const struct pe_kernels pe_kernels_amx_simde;
 #endif
+
+/* The machine code of the AMX table, if this CPU runs all of it but the tiles; else NULL. */
+static const struct pe_kernels *table_with_emulated_tiles(void) {
+#if defined(PE_HAVE_AMX)
+    if (pe_kernels_by_name("amx") == NULL && pe_kernels_by_name("avx512vnni") != NULL && emulate_amx()) return &pe_kernels_amx;
+#endif
+    return NULL;
+}
 
 size_t tables_under_test(const struct pe_kernels *out[MAX_TABLES]) {
     size_t n = 0;
@@ -23,11 +33,15 @@ size_t tables_under_test(const struct pe_kernels *out[MAX_TABLES]) {
     if (pe_kernels_by_name("avx2") != NULL) { /* for which they are compiled */
         out[n++] = &pe_kernels_avx512vnni_simde;
         out[n++] = &pe_kernels_avxvnni_simde;
+        out[n++] = &pe_kernels_amx_simde;
     }
 #endif
+    if ((out[n] = table_with_emulated_tiles()) != NULL) n++;
     for (size_t i = 0; pe_isa_available(i) != NULL; i++) out[n++] = pe_kernels_by_name(pe_isa_available(i));
     return n;
 }
+
+static bool is_trapped(const struct pe_kernels *table) { return table == table_with_emulated_tiles(); }
 
 static void section(const char *name) {
     printf("%s\n", name);
@@ -68,7 +82,8 @@ int main(int argc, char **argv) {
     size_t n_tables = tables_under_test(tables);
     printf("tables:");
     for (size_t i = 0; i < n_tables; i++)
-        printf(" %s%s", tables[i]->name, pe_kernels_by_name(tables[i]->name) == tables[i] ? "" : " (over SIMDe)");
+        printf(" %s%s", tables[i]->name,
+               pe_kernels_by_name(tables[i]->name) == tables[i] ? "" : is_trapped(tables[i]) ? " (emulated tiles)" : " (over SIMDe)");
     printf("\n");
     CHECK(n_tables > 0 && strcmp(tables[n_tables - 1]->name, "scalar") == 0, "scalar ends the list");
 
@@ -77,6 +92,7 @@ int main(int argc, char **argv) {
         section(tables[i]->name);
         test_kernels(tables[i]);
         test_matmul_and_attention(tables[i]);
+        CHECK(!has_live_tiles() && (!is_trapped(tables[i]) || n_emulated_products() > 0), "tiles were used, and released");
     }
     if (!kernels_only) test_the_rest(tables, n_tables);
 

@@ -42,7 +42,7 @@ typedef struct packed_rows {
 } packed_rows;
 
 static packed_rows packed_new(size_t n_tokens, size_t n_padded) {
-    size_t n_packed = n_tokens / 8 * 8 + pe_block_width(n_tokens % 8), n_scales = n_packed * (n_padded / 64);
+    size_t n_packed = n_packed_tokens(n_tokens), n_scales = n_packed * (n_padded / 64);
     packed_rows p = {.codes = block_new(n_packed * n_padded, 0), .scales = block_new(n_scales * 4, 0),
                      .corrections = block_new(n_scales * 4, 0)};
     p.x = (pe_activations){CODES(p.codes), FLOATS(p.scales), INTS(p.corrections), n_padded, n_tokens};
@@ -52,18 +52,23 @@ static packed_rows packed_new(size_t n_tokens, size_t n_padded) {
 static void packed_free(packed_rows *p) { block_free(&p->codes), block_free(&p->scales), block_free(&p->corrections); }
 
 /* Zero what means nothing: the outputs of a token that is not finite. */
-static void packed_forget(packed_rows *p, size_t token) {
+static void packed_forget(const struct pe_kernels *table, packed_rows *p, size_t token) {
     size_t first = token / 8 * 8, width = pe_block_width(p->x.n_tokens - first), n_groups = p->x.n / 64;
-    for (size_t k4 = 0; k4 < p->x.n / 4; k4++) memset(p->x.codes + first * p->x.n + (k4 * width + token - first) * 4, 0, 4);
+    for (size_t column = 0; column < p->x.n; column++) p->x.codes[code_offset(table, &p->x, token, column)] = 0;
     for (size_t g = 0; g < n_groups; g++) {
         p->x.scales[first * n_groups + g * width + token - first] = 0.0f;
         p->x.corrections[first * n_groups + g * width + token - first] = 0;
     }
 }
 
-static bool packed_equal(const packed_rows *a, const packed_rows *b) {
-    bool intact = block_intact(&b->codes) && block_intact(&b->scales) && block_intact(&b->corrections);
-    return intact && memcmp(a->codes.data, b->codes.data, a->codes.n) == 0 && memcmp(a->scales.data, b->scales.data, a->scales.n) == 0 &&
+/* Whether `table` has written to b what the scalar one wrote to a. */
+static bool packed_equal(const packed_rows *a, const struct pe_kernels *table, const packed_rows *b) {
+    bool equal = block_intact(&b->codes) && block_intact(&b->scales) && block_intact(&b->corrections);
+    for (size_t token = 0; token < n_packed_tokens(a->x.n_tokens); token++)
+        for (size_t column = 0; column < a->x.n; column++)
+            equal = equal && a->x.codes[code_offset(&pe_kernels_scalar, &a->x, token, column)] ==
+                                 b->x.codes[code_offset(table, &b->x, token, column)];
+    return equal && memcmp(a->scales.data, b->scales.data, a->scales.n) == 0 &&
            memcmp(a->corrections.data, b->corrections.data, a->corrections.n) == 0;
 }
 
@@ -86,9 +91,9 @@ static void test_quantize_once(const struct pe_kernels *k, size_t n, size_t n_pa
         out[which] = packed_new(n_tokens, n_padded);
         not_finite[which] = table->quantize(&out[which].x, first, rows, n, normed ? FLOATS(norm) : NULL, eps);
         for (size_t t = 0; t < n_rows; t++)
-            if (not_finite[0] >> t & 1) packed_forget(&out[which], first + t);
+            if (not_finite[0] >> t & 1) packed_forget(table, &out[which], first + t);
     }
-    CHECK(not_finite[0] == not_finite[1] && packed_equal(&out[0], &out[1]), "%s: n %zu of %zu, %zu tokens, normed %d", k->name, n,
+    CHECK(not_finite[0] == not_finite[1] && packed_equal(&out[0], k, &out[1]), "%s: n %zu of %zu, %zu tokens, normed %d", k->name, n,
           n_padded, n_tokens, normed);
     packed_free(&out[0]), packed_free(&out[1]);
     for (size_t t = 0; t < n_rows; t++) block_free(&x[t]);
@@ -102,6 +107,10 @@ static void test_quantize(const struct pe_kernels *k) {
             test_quantize_once(k, n, (n + 63) / 64 * 64 + 64 * rng_below(&r, 2), n_tokens, n_tokens % 2, &r);
     for (size_t n = 576; n <= 1600; n += 64) /* rows longer than what is worked on together */
         for (size_t n_tokens = 1; n_tokens <= 16; n_tokens++) test_quantize_once(k, n, n, n_tokens, rng_below(&r, 2), &r);
+    for (size_t n_tokens = 17; n_tokens <= 33; n_tokens++) { /* whole tiles, and narrow ones */
+        test_quantize_once(k, 200, 256, n_tokens, rng_below(&r, 2), &r);
+        test_quantize_once(k, 576, 576, n_tokens, rng_below(&r, 2), &r);
+    }
 }
 
 /* The kernel beside what it is made of: each row normed, turned and quantized group by group. And which rows are not finite. */

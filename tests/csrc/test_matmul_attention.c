@@ -48,7 +48,7 @@ static void fill_corrections(pe_activations *x) {
 
 static product product_new(size_t n_panels, size_t n_groups, size_t n_tokens, int pattern, rng *r) {
     size_t n = n_groups * 64, n_scales = n_panels * n_groups * 16;
-    size_t n_packed = n_tokens / 8 * 8 + pe_block_width(n_tokens % 8); /* whole blocks */
+    size_t n_packed = n_packed_tokens(n_tokens);
     product p = {.w_codes = block_new(n_scales * 64, 0), .w_scales = block_new(n_scales * 2, 0),
                  .x_codes = block_new(n_packed * n, 0), .x_scales = block_new(n_packed * n / 64 * 4, 0),
                  .x_corrections = block_new(n_packed * n / 64 * 4, 0)};
@@ -71,36 +71,38 @@ static void compare_matmul(const struct pe_kernels *k, const product *p, size_t 
                            size_t token_end, rng *r) {
     size_t n_rows = (panel_end - panel_begin) * 16, stride = n_rows + rng_below(r, 20), n_tokens = token_end - token_begin;
     size_t n = (n_tokens - 1) * stride + n_rows, misaligned = 4 * rng_below(r, 16);
-    block a = block_new(n * 4, misaligned), b = block_new(n * 4, misaligned);
+    block a = block_new(n * 4, misaligned), b = block_new(n * 4, misaligned), codes = block_new(p->x_codes.n, 0);
+    pe_activations x = p->x; /* in the table's order */
+    x.codes = CODES(codes);
+    for (size_t t = 0; t < n_packed_tokens(x.n_tokens); t++)
+        for (size_t i = 0; i < x.n; i++) x.codes[code_offset(k, &x, t, i)] = p->x.codes[code_offset(&pe_kernels_scalar, &x, t, i)];
     float bias[16 * 9];
     for (size_t i = 0; i < p->w.n_panels * 16; i++) bias[i] = rng_float(r);
     bool biased = rng_below(r, 2), add = rng_below(r, 2);
     for (size_t i = 0; i < n; i++) FLOATS(a)[i] = FLOATS(b)[i] = rng_float(r);
     pe_kernels_scalar.matmul(FLOATS(a), stride, &p->w, panel_begin, panel_end, &p->x, token_begin, token_end, biased ? bias : NULL, add);
-    k->matmul(FLOATS(b), stride, &p->w, panel_begin, panel_end, &p->x, token_begin, token_end, biased ? bias : NULL, add);
+    k->matmul(FLOATS(b), stride, &p->w, panel_begin, panel_end, &x, token_begin, token_end, biased ? bias : NULL, add);
     CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: panels %zu-%zu of %zu, tokens %zu-%zu of %zu, %zu groups",
           k->name, panel_begin, panel_end, p->w.n_panels, token_begin, token_end, p->x.n_tokens, p->w.n_groups);
-    block_free(&a), block_free(&b);
+    block_free(&a), block_free(&b), block_free(&codes);
+}
+
+/* The whole product, and a part of its panels and tokens. */
+static void compare_parts(const struct pe_kernels *k, size_t n_panels, size_t n_groups, size_t n_tokens, int pattern, rng *r) {
+    product p = product_new(n_panels, n_groups, n_tokens, pattern, r);
+    compare_matmul(k, &p, 0, n_panels, 0, n_tokens, r);
+    size_t panel = rng_below(r, n_panels), token = rng_below(r, n_tokens) / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
+    compare_matmul(k, &p, panel, panel + 1 + rng_below(r, n_panels - panel), token, token + 1 + rng_below(r, n_tokens - token), r);
+    product_free(&p);
 }
 
 static void test_matmul(const struct pe_kernels *k) {
     rng r = {21};
     for (size_t n_tokens = 1; n_tokens <= 19; n_tokens++)
-        for (size_t n_panels = 1; n_panels <= 5; n_panels++) {
-            int pattern = (int)(n_tokens + n_panels) % N_PATTERNS;
-            product p = product_new(n_panels, 1 + rng_below(&r, 4), n_tokens, pattern, &r);
-            compare_matmul(k, &p, 0, n_panels, 0, n_tokens, &r);
-            size_t panel = rng_below(&r, n_panels), token = rng_below(&r, n_tokens) / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
-            compare_matmul(k, &p, panel, panel + 1 + rng_below(&r, n_panels - panel), token, token + 1 + rng_below(&r, n_tokens - token),
-                           &r);
-            product_free(&p);
-        }
-    for (size_t n_tokens = 60; n_tokens <= 76; n_tokens += 3) { /* more than any table works on at a time */
-        product p = product_new(9, 2, n_tokens, RANDOM, &r);
-        compare_matmul(k, &p, 0, 9, 0, n_tokens, &r);
-        compare_matmul(k, &p, 1, 7, 8, n_tokens, &r);
-        product_free(&p);
-    }
+        for (size_t n_panels = 1; n_panels <= 5; n_panels++)
+            compare_parts(k, n_panels, 1 + rng_below(&r, 4), n_tokens, (int)(n_tokens + n_panels) % N_PATTERNS, &r);
+    for (size_t n_tokens = 20; n_tokens <= 148; n_tokens += 8) /* more than any table works on at a time, in tiles of any width */
+        compare_parts(k, 1 + rng_below(&r, 9), 1 + rng_below(&r, 5), n_tokens - rng_below(&r, 8), RANDOM, &r);
     for (int pattern = 0; pattern < N_PATTERNS; pattern++) { /* a long row: the order of many groups */
         product p = product_new(4, 40, 9, pattern, &r);
         compare_matmul(k, &p, 0, 4, 0, 9, &r);

@@ -365,6 +365,17 @@ def test_doctor(run: Callable[..., str], tmp_path: Path) -> None:
     assert f"chosen: {_core.active_isa()}" in text and str(tmp_path / "cache") in text
 
 
+def test_doctor_tells_of_tables_that_are_withheld() -> None:
+    from pyengine.cli import doctor
+
+    avx512 = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"]
+    assert doctor.withheld(avx512, ["avx512vnni", "avx2", "scalar"]) == []
+    (warning,) = doctor.withheld([*avx512, "amx_tile", "amx_int8"], ["avx512vnni", "avx2", "scalar"])
+    assert warning.startswith("this CPU could run amx") and "refuses the tile registers" in warning
+    (warning,) = doctor.withheld(["avx2", "fma", "f16c", "avxvnni"], ["avx2", "scalar"])
+    assert warning == "this CPU could run avxvnni, but the compiler of this build did not know it"
+
+
 def test_doctor_says_why(tmp_path: Path, tiny_model: Path) -> None:
     def doctor(**changes: str) -> tuple[str, str]:
         done = run_process(tmp_path, "doctor", env={**os.environ, **changes})

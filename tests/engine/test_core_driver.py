@@ -15,13 +15,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"count_instructions.c"}  # have a main of their own
 CORE = [*ROOT.glob("csrc/*.c"), *ROOT.glob("csrc/sampler/*.c")]
-SOURCES = sorted([*CORE, *(p for p in ROOT.glob("tests/csrc/*.c") if p.name not in PROGRAMS)])
+SOURCES = sorted([*CORE, ROOT / "tests/csrc/amx/trap.c", *(p for p in ROOT.glob("tests/csrc/*.c") if p.name not in PROGRAMS)])
 KERNELS = ROOT / "csrc" / "kernels"
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
 AVXVNNI = [*AVX2, "-mavxvnni"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-int8"]
 SIMDE = sorted((ROOT / "tests" / "csrc" / "simde").glob("*.c"))
 
 
@@ -44,6 +45,9 @@ def compile_driver(compiler: str, directory: Path, flags: list[str], *, simde: b
     if x86 and knows(compiler, AVXVNNI):
         per_file["kernels_avxvnni.c"] = AVXVNNI
         flags = [*flags, "-DPE_HAVE_AVXVNNI"]
+    if x86 and knows(compiler, AMX):
+        per_file["kernels_amx.c"] = AMX
+        flags = [*flags, "-DPE_HAVE_AMX"]
     if x86:
         sources += [KERNELS / name for name in per_file]
     if simde:
@@ -114,13 +118,13 @@ def test_driver_on_condition_variables(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_vnni_tables_equal_scalar_over_emulated_intrinsics(tmp_path: Path) -> None:
+def test_vnni_and_amx_tables_equal_scalar_over_emulated_intrinsics(tmp_path: Path) -> None:
     if not have_simde():
         pytest.skip("no x86-64, or no SIMDe headers (Debian: libsimde-dev)")
     if not compilers():
         pytest.skip("neither gcc nor clang is installed")
     output = run_driver(compile_driver(compilers()[0], tmp_path, ["-O2"], simde=True), "--quick")
-    assert "avx512vnni (over SIMDe) avxvnni (over SIMDe)" in output.splitlines()[0]
+    assert "avx512vnni (over SIMDe) avxvnni (over SIMDe) amx (over SIMDe)" in output.splitlines()[0]
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def vnni_loops() -> list[Loop]:
 
 
 def test_prefill_block_is_fully_unrolled(vnni_loops: list[Loop]) -> None:
-    source = (REPOSITORY / "csrc/kernels/kernels_avx512vnni.c").read_text()
+    source = (REPOSITORY / "csrc/kernels/lanes16_avx512.h").read_text()
     sizes = re.search(r"TILE_PANELS = (\d+), TILE_TOKENS = (\d+)", source)
     assert sizes is not None
     largest = max((loop for loop in vnni_loops if loop.function == "matmul"), key=lambda loop: loop.count("vpdpbusd"))
@@ -108,6 +108,40 @@ def test_integer_sums_stay_in_registers(vnni_loops: list[Loop]) -> None:
         assert not loop.integer_vector_spills, (loop.function, loop.count("vpdpbusd"))
 
 
+@pytest.fixture(scope="module")
+def amx_listing() -> str:
+    gcc_version()
+    if not (build("pyengine_core") / OBJECTS / "kernels/kernels_amx.c.o").exists():
+        pytest.skip("not an x86-64 machine, or a compiler without AMX")
+    return disassemble("kernels/kernels_amx.c")
+
+
+def test_a_tile_of_sums_costs_what_the_format_asks(amx_listing: str) -> None:
+    """Of 16 tokens and two groups: a conversion, a multiplication and an fma for each row of sums, nothing on the stack. Sums and
+    the tokens' scales are operands in memory."""
+    (convert,) = (body for name, body in functions(amx_listing).items() if name.startswith("convert_two"))
+    names = [i.name for i in convert]
+    assert [names.count(name) for name in ("vcvtdq2ps", "vmulps")] == [32, 32]
+    assert sum(name.startswith("vfmadd") for name in names) == 32
+    assert not [i for i in convert if re.search(STACK, i.operands) and "zmm" in i.operands]
+    assert len(convert) <= 3 * 32 + 2 * 16 + 24  # the accumulators, and some addresses
+
+
+def test_a_step_loads_inputs_once_for_two_panels(amx_listing: str) -> None:
+    """From the first product of a step to its last: two tiles of inputs, four products, the weights where they were."""
+    product = functions(amx_listing)["matmul_tiled"]
+    at = [n for n, i in enumerate(product) if i.name == "tdpbssd"]
+    assert [product[n].operands for n in at] == [
+        "%tmm4,%tmm2,%tmm0",
+        "%tmm5,%tmm2,%tmm1",
+        "%tmm6,%tmm3,%tmm0",
+        "%tmm7,%tmm3,%tmm1",
+    ]
+    assert sum(i.name.startswith("tileload") for i in product[at[0] : at[-1]]) == 1
+    assert sum(i.name == "tilestored" for i in product) == 4
+    # configured for whole tiles or narrow ones, and released on every way out
+    assert sum(i.name == "ldtilecfg" for i in product) == 1
+    assert sum(i.name == "tilerelease" for i in product) == 1
 def neon_loops(table: str, march: str, step: str, directory: Path) -> list[Loop]:
     """Innermost of the loops of a table for AArch64 that multiply, compiled with the flags of CMakeLists.txt."""
     need("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump")
@@ -150,7 +184,7 @@ def test_wide_registers_stay_in_their_files() -> None:
         pytest.skip("not an x86-64 machine")
     assert len(names) > 10
     for name in names:
-        forbidden = [] if "avx512" in name else ["zmm"] if "avx" in name else ["zmm", "ymm"]
+        forbidden = [] if "avx512" in name or "amx" in name else ["zmm"] if "avx" in name else ["zmm", "ymm"]
         for function, instructions in functions(disassemble(name)).items():
             if name == "probe.c" and "avx" in function:  # each has a target attribute, and is chosen at run time
                 continue

@@ -255,18 +255,12 @@ def undefined_symbols(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     directory = tmp_path_factory.mktemp("core")
     flags = ["-std=gnu11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-fno-stack-protector", "-U_FORTIFY_SOURCE", f"-I{CSRC}", "-c"]
+    avx512 = ["-mfma", "-mf16c", *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
     own = {
         "kernels_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
         "kernels_avxvnni.c": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
-        "kernels_avx512vnni.c": [
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512dq",
-            "-mavx512vnni",
-            "-mfma",
-            "-mf16c",
-        ],
+        "kernels_avx512vnni.c": avx512,
+        "kernels_amx.c": [*avx512, "-mamx-tile", "-mamx-int8"],
     }
     symbols: dict[str, set[str]] = {"U": set(), "defined": set()}
     for path in CSRC.rglob("*.c"):
