@@ -49,6 +49,12 @@ LANES void v16_transpose_quads(v16 v[4]) {
     v[2] = _mm512_shuffle_f32x4(b, d, 0x88), v[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
 }
 
+LANES v16 v16_max_in_quads(const v16 v[4]) {
+    v16 a = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])); /* of a quad: v[0], v[1], v[0], v[1] */
+    v16 b = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    return _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+
 LANES float v16_sum_lanes(v16 x) {
     return sum8_lanes(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
 }
@@ -72,11 +78,11 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void v16_pair_to_i8(int8_t *p, v16 x, v16 y) {
-    __m512i words = _mm512_packs_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(y)); /* per 128 bits: 4 of x, 4 of y */
-    __m256i bytes = _mm256_packs_epi16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
-    __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
-    _mm256_storeu_si256((void *)p, _mm256_permutevar8x32_epi32(bytes, order));
+LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    __m512i a = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1])); /* per 128 bits: 4 of v[0], 4 of v[1] */
+    __m512i b = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+    __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a, b)));
 }
 
 LANES w16 w16_load(const int8_t *p) {
