@@ -276,16 +276,37 @@ static void attention_values_f32(float *out, const float *p, size_t n_rows, size
 
 /* ------------------------------------------------------------------ states of chunks */
 
-static void attention_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n) {
-    float most = m_chunk > *m ? m_chunk : *m, e[PE_PANEL] = {*m - most, m_chunk - most};
-    v16_store(e, exp16(v16_load(e))); /* two of sixteen lanes: still quicker than one scalar exp */
-    float a = e[0], b = e[1];
-    *m = most;
-    *l = fmaf(l_chunk, b, *l * a);
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16)
+/* Row r of the states. Of a row that both sides have seen, total->m[r] becomes `most`, and a and b are what their parts are
+ * multiplied with. */
+PE_INLINE void merge_row(const pe_attention_state *total, const pe_attention_state *chunk, size_t r, size_t head_dim_p, float most,
+                         float a, float b) {
+    float *o = total->o + r * head_dim_p;
+    const float *o_chunk = chunk->o + r * head_dim_p;
+    if (chunk->l[r] == 0.0f) return;
+    if (total->l[r] == 0.0f) {
+        total->m[r] = chunk->m[r], total->l[r] = chunk->l[r];
+        for (size_t i = 0; i < head_dim_p; i += 16) v16_store(o + i, v16_load(o_chunk + i));
+        return;
+    }
+    total->m[r] = most;
+    total->l[r] = fmaf(chunk->l[r], b, total->l[r] * a);
+    for (size_t i = 0; i < head_dim_p; i += 16)
         v16_store(o + i, v16_fma(v16_load(o_chunk + i), v16_set1(b), v16_mul(v16_load(o + i), v16_set1(a))));
-    for (; i < n; i++) o[i] = fmaf(o_chunk[i], b, o[i] * a);
+}
+
+/* Sixteen rows' exponentials at once. */
+static void attention_merge(const pe_attention_state *total, const pe_attention_state *chunk, size_t n_rows, size_t head_dim_p) {
+    for (size_t first = 0; first < n_rows; first += PE_PANEL) {
+        size_t n_r = n_rows - first < PE_PANEL ? n_rows - first : PE_PANEL;
+        float m[PE_PANEL] = {0}, m_chunk[PE_PANEL] = {0}, most[PE_PANEL], a[PE_PANEL], b[PE_PANEL];
+        memcpy(m, total->m + first, n_r * sizeof *m);
+        memcpy(m_chunk, chunk->m + first, n_r * sizeof *m);
+        v16 ours = v16_load(m), theirs = v16_load(m_chunk), larger = v16_max(theirs, ours);
+        v16_store(most, larger);
+        v16_store(a, exp16(v16_sub(ours, larger)));
+        v16_store(b, exp16(v16_sub(theirs, larger)));
+        for (size_t r = 0; r < n_r; r++) merge_row(total, chunk, first + r, head_dim_p, most[r], a[r], b[r]);
+    }
 }
 
 #undef PE_WITH_ROWS
