@@ -29,9 +29,7 @@ LANES v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); }
 LANES v16 v16_cap(v16 limit, v16 x) { return _mm512_min_ps(limit, x); }
 LANES v16 v16_rint(v16 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-LANES v16 v16_exp_bits(v16 p, v16 n) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
-}
+LANES v16 v16_exp_bits(v16 p, v16 n) { return _mm512_scalef_ps(p, n); }
 LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
 }

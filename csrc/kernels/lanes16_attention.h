@@ -20,9 +20,9 @@
 
 /* ------------------------------------------------------------------ scores */
 
-/* Up to SCORE_ROWS queries, packed like activations (kernels.h) so that their distances are constants. */
+/* Up to SCORE_ROWS queries at distances that are constants. */
 typedef struct query_block {
-    int8_t codes[PE_MAX_HEAD_DIM / 4][SCORE_ROWS][4];
+    int8_t codes[SCORE_ROWS][PE_MAX_HEAD_DIM];
     float scales[SCORE_ROWS]; /* times c */
     int32_t corrections[SCORE_ROWS];
 } query_block;
@@ -30,7 +30,7 @@ typedef struct query_block {
 PE_INLINE void pack_queries(query_block *packed, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
                             size_t n_rows, size_t head_dim_p, float c) {
     for (size_t r = 0; r < n_rows; r++) {
-        for (size_t k4 = 0; k4 < head_dim_p / 4; k4++) memcpy(packed->codes[k4][r], q + r * head_dim_p + k4 * 4, 4);
+        for (size_t i = 0; i < head_dim_p; i += 16) memcpy(packed->codes[r] + i, q + r * head_dim_p + i, 16);
         packed->scales[r] = c * q_scales[r];
         packed->corrections[r] = q_corrections[r];
     }
@@ -42,7 +42,7 @@ PE_INLINE void scores_block(float *scores, const query_block *q, size_t head_dim
     i16 d[SCORE_ROWS];
     PE_UNROLL for (int r = 0; r < n_r; r++) d[r] = dot_start(q->corrections[r]);
     for (size_t i = 0; i < head_dim_p; i += 16)
-        dot_steps(d, SCORE_ROWS, k + i * PE_PANEL, 0, q->codes[i / 4][0], SCORE_ROWS * 4, 4, 4, 1, n_r);
+        dot_steps(d, SCORE_ROWS, k + i * PE_PANEL, 0, q->codes[0] + i, 4, PE_MAX_HEAD_DIM, 4, 1, n_r);
     v16 k_scale = v16_load(k_scales);
     PE_UNROLL for (int r = 0; r < n_r; r++)
         v16_store(scores + r * PE_CHUNK, v16_mul(v16_mul(i16_to_float(d[r]), v16_set1(q->scales[r])), k_scale));
