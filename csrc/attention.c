@@ -14,17 +14,11 @@ static size_t max_rows(const pe_model *model) {
     return n_rep > PE_ATTENTION_ROWS ? n_rep : PE_ATTENTION_ROWS;
 }
 
-/* Attention state of the rows of one block: running, or of one chunk. A row that has seen nothing yet has l = 0. */
-typedef struct state {
-    float *m, *l; /* (rows) */
-    float *o;     /* (rows, head_dim_p) */
-} state;
-
 static size_t state_floats(const pe_model *model) { return max_rows(model) * (2 + model->head_dim_p); }
 
-static state state_at(float *memory, const pe_model *model) {
+static pe_attention_state state_at(float *memory, const pe_model *model) {
     size_t rows = max_rows(model);
-    return (state){memory, memory + rows, memory + 2 * rows};
+    return (pe_attention_state){memory, memory + rows, memory + 2 * rows};
 }
 
 size_t pe_attention_scratch_floats(const pe_model *model) {
@@ -118,7 +112,7 @@ static void chunk_scores(const task *t, size_t chunk, const pe_kv_chunk *kv, siz
 }
 
 /* The state of one chunk. */
-static void attend_chunk(const task *t, size_t chunk, state *out) {
+static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out) {
     const pe_slice *s = t->slice;
     pe_kv_chunk kv = pe_kv_chunk_at(t->kv, t->block->sequence, chunk, t->layer, t->kv_head);
     size_t first = PE_CHUNK, last = 0, begin, end;
@@ -148,25 +142,7 @@ static void attend_chunk(const task *t, size_t chunk, state *out) {
     values(out->o, t->scores, t->n_rows, s->model->head_dim_p, &kv, first, last);
 }
 
-/* Merge the next chunk's state into the running one. exp(0) is exactly 1, so the larger maximum's side is kept as it
- * is. l >= 1 for every row that saw something: its own maximum contributes exp(0). A NaN is not 0 either, and is
- * carried on. */
-static void merge(const task *t, state *total, const state *chunk) {
-    size_t d = t->slice->model->head_dim_p;
-    for (size_t r = 0; r < t->n_rows; r++) {
-        if (chunk->l[r] == 0.0f) continue;
-        if (total->l[r] == 0.0f) {
-            total->m[r] = chunk->m[r];
-            total->l[r] = chunk->l[r];
-            memcpy(total->o + r * d, chunk->o + r * d, d * sizeof(float));
-            continue;
-        }
-        t->slice->kernels->attention_merge(&total->m[r], &total->l[r], total->o + r * d, chunk->m[r], chunk->l[r],
-                                             chunk->o + r * d, d);
-    }
-}
-
-static void write_output(const task *t, const state *total) {
+static void write_output(const task *t, const pe_attention_state *total) {
     const pe_model *model = t->slice->model;
     size_t head_dim = model->config.head_dim;
     for (size_t r = 0; r < t->n_rows; r++) {
@@ -182,11 +158,11 @@ static void whole_unit(void *arg, size_t unit, int thread) {
     const pe_model *model = j->slice->model;
     task t = task_make(j, unit, thread);
     float *memory = t.scores + max_rows(model) * PE_CHUNK;
-    state total = state_at(memory, model), chunk_state = state_at(memory + state_floats(model), model);
+    pe_attention_state total = state_at(memory, model), chunk_state = state_at(memory + state_floats(model), model);
     memset(total.l, 0, t.n_rows * sizeof *total.l);
     for (size_t chunk = chunk_begin(&t); chunk < chunk_end(&t); chunk++) {
         attend_chunk(&t, chunk, &chunk_state);
-        merge(&t, &total, &chunk_state);
+        j->slice->kernels->attention_merge(&total, &chunk_state, t.n_rows, model->head_dim_p);
     }
     write_output(&t, &total);
 }
@@ -198,7 +174,7 @@ static void chunk_unit(void *arg, size_t unit, int thread) {
     task t = task_make(j, unit / j->chunks_per_task, thread);
     size_t chunk = unit % j->chunks_per_task;
     if (chunk < chunk_begin(&t) || chunk >= chunk_end(&t)) return;
-    state out = state_at(j->slice->partials + unit * state_floats(model), model);
+    pe_attention_state out = state_at(j->slice->partials + unit * state_floats(model), model);
     attend_chunk(&t, chunk, &out);
 }
 
@@ -207,12 +183,12 @@ static void merge_unit(void *arg, size_t unit, int thread) {
     job *j = arg;
     const pe_model *model = j->slice->model;
     task t = task_make(j, unit, thread);
-    state total = state_at(t.scores, model);
+    pe_attention_state total = state_at(t.scores, model);
     memset(total.l, 0, t.n_rows * sizeof *total.l);
     for (size_t chunk = chunk_begin(&t); chunk < chunk_end(&t); chunk++) {
         size_t index = unit * j->chunks_per_task + chunk;
-        state part = state_at(j->slice->partials + index * state_floats(model), model);
-        merge(&t, &total, &part);
+        pe_attention_state part = state_at(j->slice->partials + index * state_floats(model), model);
+        j->slice->kernels->attention_merge(&total, &part, t.n_rows, model->head_dim_p);
     }
     write_output(&t, &total);
 }

@@ -91,6 +91,13 @@ typedef struct pe_kv_chunk {
     float *k_f32, *v_f32;
 } pe_kv_chunk;
 
+/* Attention states of rows, running or of one chunk. l is at least 1 for a row that saw something, since its own maximum
+ * contributes exp(0), or NaN; a row that has seen nothing has l = 0, and its m and o mean nothing. */
+typedef struct pe_attention_state {
+    float *m, *l; /* (rows) */
+    float *o;     /* (rows, head_dim_p) */
+} pe_attention_state;
+
 struct pe_kernels {
     const char *name;  /* "scalar", "avx2", ...: the words that PYENGINE_ISA accepts */
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
@@ -180,9 +187,9 @@ struct pe_kernels {
     void (*attention_values_f32)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end);
 
-    /* The state (*m, *l, o) of a row takes up a further chunk's as FORMAT.md section 8 merges them; o (n). Both have seen
-     * something: neither l is 0. */
-    void (*attention_merge)(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n);
+    /* The states of n_rows rows take up a further chunk's as FORMAT.md section 8 merges them; of a row that one side has not
+     * seen (l = 0) the other's state is the result. */
+    void (*attention_merge)(const pe_attention_state *total, const pe_attention_state *chunk, size_t n_rows, size_t head_dim_p);
     /* y = x * s over n elements. */
     void (*scale)(float *y, const float *x, float s, size_t n);
 

@@ -296,12 +296,22 @@ static void attention_values_f32(float *out, const float *p, size_t n_rows, size
         }
 }
 
-static void attention_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n) {
-    float most = m_chunk > *m ? m_chunk : *m;
-    float a = pe_expf(*m - most), b = pe_expf(m_chunk - most);
-    *m = most;
-    *l = fmaf(l_chunk, b, *l * a);
-    for (size_t i = 0; i < n; i++) o[i] = fmaf(o_chunk[i], b, o[i] * a);
+static void attention_merge(const pe_attention_state *total, const pe_attention_state *chunk, size_t n_rows, size_t head_dim_p) {
+    for (size_t r = 0; r < n_rows; r++) {
+        float *m = &total->m[r], *l = &total->l[r], *o = total->o + r * head_dim_p, m_chunk = chunk->m[r];
+        const float *o_chunk = chunk->o + r * head_dim_p;
+        if (chunk->l[r] == 0.0f) continue;
+        if (*l == 0.0f) {
+            *m = m_chunk, *l = chunk->l[r];
+            memcpy(o, o_chunk, head_dim_p * sizeof *o);
+            continue;
+        }
+        float most = m_chunk > *m ? m_chunk : *m;
+        float a = pe_expf(*m - most), b = pe_expf(m_chunk - most);
+        *m = most;
+        *l = fmaf(chunk->l[r], b, *l * a);
+        for (size_t i = 0; i < head_dim_p; i++) o[i] = fmaf(o_chunk[i], b, o[i] * a);
+    }
 }
 
 static void scale(float *y, const float *x, float s, size_t n) {

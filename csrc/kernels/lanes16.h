@@ -7,9 +7,10 @@
  *
  *   v16              16 float32 lanes        v16_load/store (unaligned), v16_set1, v16_add/sub/mul/div/fma(a, b, c) = a * b + c
  *   v16_max(a, b)    a > b ? a : b           v16_rint, v16_from_half(p) 16 f16 -> float
- *   v16_exp_bits(p, n)   p * 2^n by adding n to the exponents (n integral), v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
+ *   v16_exp_bits(p, n)   p * 2^n, n integral, where that is a normal number, as it is in exp; v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
  *   v16_cap(limit, x)    limit < x ? limit : x
  *   v16_swap1/2/4/8(x)   lanes i and i ^ 1, 2, 4 or 8 exchanged
+ *   v16_max_in_quads(v)      lane k of each quad: the maximum of that quad of v[k], for four vectors
  *   v16_transpose_quads(v)   quad k (four lanes) of v[c] and quad c of v[k] exchanged, for four vectors
  *   v16_sum_lanes(x)     the tree of FORMAT.md section 7; v16_max_lanes(x): the maximum, any order
  *   i16              16 int32 lanes          i16_to_float, i16_sum (all lanes, any order: exact)
@@ -21,7 +22,7 @@
  *   TILE_PANELS, TILE_TOKENS   register block of the matrix product; TILE_TOKENS at most PE_TOKEN_BLOCK
  *   DOT_UNROLL                 of the sixteen dot steps of a group, so many are written out one after the other
  *   SCORE_ROWS                 queries that share a panel of K; at most 8
- *   v16_pair_to_i8(dst, x, y)   rint to int8, 32 bytes stored
+ *   v16_four_to_i8(dst, v)   rint to int8 of four vectors, 64 bytes stored
  *   v16x4, p4        64 bytes of V (four positions of sixteen columns); four codes of probabilities, 0..127, broadcast
  *   v16x4_load, p4_load, dot_values(acc, v, p)
  *   VALUE_ROWS, VALUE_COLUMNS  register block of probabilities times V: rows by vectors of 16 columns; at most 8 rows

@@ -20,9 +20,9 @@
 
 /* ------------------------------------------------------------------ scores */
 
-/* Up to SCORE_ROWS queries, packed like activations (kernels.h) so that their distances are constants. */
+/* Up to SCORE_ROWS queries at distances that are constants. */
 typedef struct query_block {
-    int8_t codes[PE_MAX_HEAD_DIM / 4][SCORE_ROWS][4];
+    int8_t codes[SCORE_ROWS][PE_MAX_HEAD_DIM];
     float scales[SCORE_ROWS]; /* times c */
     int32_t corrections[SCORE_ROWS];
 } query_block;
@@ -30,7 +30,7 @@ typedef struct query_block {
 PE_INLINE void pack_queries(query_block *packed, const int8_t *q, const float *q_scales, const int32_t *q_corrections,
                             size_t n_rows, size_t head_dim_p, float c) {
     for (size_t r = 0; r < n_rows; r++) {
-        for (size_t k4 = 0; k4 < head_dim_p / 4; k4++) memcpy(packed->codes[k4][r], q + r * head_dim_p + k4 * 4, 4);
+        for (size_t i = 0; i < head_dim_p; i += 16) memcpy(packed->codes[r] + i, q + r * head_dim_p + i, 16);
         packed->scales[r] = c * q_scales[r];
         packed->corrections[r] = q_corrections[r];
     }
@@ -42,7 +42,7 @@ PE_INLINE void scores_block(float *scores, const query_block *q, size_t head_dim
     i16 d[SCORE_ROWS];
     PE_UNROLL for (int r = 0; r < n_r; r++) d[r] = dot_start(q->corrections[r]);
     for (size_t i = 0; i < head_dim_p; i += 16)
-        dot_steps(d, SCORE_ROWS, k + i * PE_PANEL, 0, q->codes[i / 4][0], SCORE_ROWS * 4, 4, 4, 1, n_r);
+        dot_steps(d, SCORE_ROWS, k + i * PE_PANEL, 0, q->codes[0] + i, 4, PE_MAX_HEAD_DIM, 4, 1, n_r);
     v16 k_scale = v16_load(k_scales);
     PE_UNROLL for (int r = 0; r < n_r; r++)
         v16_store(scores + r * PE_CHUNK, v16_mul(v16_mul(i16_to_float(d[r]), v16_set1(q->scales[r])), k_scale));
@@ -139,84 +139,127 @@ static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
 
 /* ------------------------------------------------------------------ values */
 
-/* Up to VALUE_ROWS rows of a chunk's probabilities times V's scales, quantized; 0 where nothing is seen. */
+enum {
+    PROBABILITY_ROWS = 4 * VALUE_ROWS,         /* rows that are quantized before they are multiplied */
+    FOUR_GROUPS = 4 * PE_PROBABILITY_GROUP     /* positions whose four maxima are found together */
+};
+
+/* Rows of a chunk's probabilities times V's scales, quantized; 0 where nothing is seen. */
 typedef struct probability_block {
-    int8_t codes[VALUE_ROWS][PE_CHUNK];
-    float scales[VALUE_ROWS][PE_PANEL]; /* of a row's groups; PE_CHUNK / PE_PROBABILITY_GROUP are used */
+    int8_t codes[PROBABILITY_ROWS][PE_CHUNK];
+    float scales[PROBABILITY_ROWS * PE_CHUNK / PE_PROBABILITY_GROUP]; /* (rows, groups of [first, last)) */
+    size_t first, last;                                               /* positions, multiples of FOUR_GROUPS */
 } probability_block;
 
-/* weights (256) = p * v_scales over [begin, end), +0 in what else there is of the groups that hold these positions; most (16):
- * the largest one of each such group. */
-PE_INLINE void weigh_probabilities(float *weights, float *most, const float *p, const float *v_scales, size_t begin, size_t end) {
-    size_t first = pe_group_begin(begin), last = pe_group_end(end);
-    for (size_t j = first; j < last; j += 16) v16_store(weights + j, v16_mul(v16_load(p + j), v16_load(v_scales + j)));
-    for (size_t j = first; j < begin; j++) weights[j] = 0.0f;
-    for (size_t j = end; j < last; j++) weights[j] = 0.0f;
-    for (size_t j = first; j < last; j += PE_PROBABILITY_GROUP)
-        most[j / PE_PROBABILITY_GROUP] = v16_max_lanes(v16_max(v16_load(weights + j), v16_load(weights + j + 16)));
+/* weights (last - first) of positions [first, last) = p * v_scales over [begin, end), +0 in what else there is. */
+PE_INLINE void weigh_probabilities(float *weights, const float *p, const float *v_scales, size_t begin, size_t end, size_t first,
+                                   size_t last) {
+    size_t j = first;
+    for (; j + 16 <= begin; j += 16) v16_store(weights + j - first, v16_set1(0.0f));
+    for (; j < end; j += 16) v16_store(weights + j - first, v16_mul(v16_load(p + j), v16_load(v_scales + j)));
+    for (; j < last; j += 16) v16_store(weights + j - first, v16_set1(0.0f));
+    for (j = begin / 16 * 16; j < begin; j++) weights[j - first] = 0.0f;
+    for (j = end; j % 16 != 0; j++) weights[j - first] = 0.0f;
 }
 
-/* Rows of p, 256 apart. Row by row each of the three steps would wait for the one before. */
-PE_INLINE void quantize_probabilities(probability_block *block, const float *p, size_t n_r, const float *v_scales, size_t begin,
-                                      size_t end) {
-    float weights[VALUE_ROWS][PE_CHUNK], most[VALUE_ROWS][PE_PANEL] = {{0}}, inverses[VALUE_ROWS][PE_PANEL];
-    for (size_t r = 0; r < n_r; r++) weigh_probabilities(weights[r], most[r], p + r * PE_CHUNK, v_scales, begin, end);
-    for (size_t r = 0; r < n_r; r++) {
-        v16 largest = v16_load(most[r]), most_code = v16_set1(127.0f);
-        v16_store(block->scales[r], v16_zero_if_less(largest, 0x1p-64f, v16_div(largest, most_code)));
-        v16_store(inverses[r], v16_zero_if_less(largest, 0x1p-64f, v16_div(most_code, largest)));
+/* Lane k of each quad: the largest weight of group k of four in that quad's lanes. */
+PE_INLINE v16 four_maxima(const float *weights) {
+    v16 most[4];
+    PE_UNROLL for (int k = 0; k < 4; k++) {
+        const float *group = weights + k * PE_PROBABILITY_GROUP;
+        most[k] = v16_max(v16_load(group), v16_load(group + 16));
     }
-    for (size_t r = 0; r < n_r; r++)
-        for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP) {
-            const float *w = weights[r] + j;
-            v16 inverse = v16_set1(inverses[r][j / PE_PROBABILITY_GROUP]);
-            v16_pair_to_i8(block->codes[r] + j, v16_mul(v16_load(w), inverse), v16_mul(v16_load(w + 16), inverse));
+    return v16_max_in_quads(most);
+}
+
+/* scales and inverses of four times four groups, which lie `FOUR_GROUPS` apart. */
+PE_INLINE void scales_of_fours(float *scales, float *inverses, const float *const weights[4]) {
+    v16 most[4], most_code = v16_set1(127.0f);
+    PE_UNROLL for (int i = 0; i < 4; i++) most[i] = four_maxima(weights[i]);
+    v16_transpose_quads(most);
+    v16 largest = v16_max(v16_max(most[0], most[1]), v16_max(most[2], most[3]));
+    v16_store(scales, v16_zero_if_less(largest, 0x1p-64f, v16_div(largest, most_code)));
+    v16_store(inverses, v16_zero_if_less(largest, 0x1p-64f, v16_div(most_code, largest)));
+}
+
+/* Rows of p, PE_CHUNK apart. Row by row each of the three steps would wait for the one before. */
+PE_INLINE void quantize_probabilities(probability_block *block, const float *p, size_t n_rows, const float *v_scales,
+                                      size_t begin, size_t end) {
+    enum { MOST_FOURS = PROBABILITY_ROWS * PE_CHUNK / FOUR_GROUPS };
+    size_t first = begin / FOUR_GROUPS * FOUR_GROUPS, last = (end + FOUR_GROUPS - 1) / FOUR_GROUPS * FOUR_GROUPS;
+    size_t width = last - first, n_fours = n_rows * (width / FOUR_GROUPS);
+    float weights[PROBABILITY_ROWS * PE_CHUNK], inverses[MOST_FOURS * 4];
+    block->first = first, block->last = last;
+    for (size_t r = 0; r < n_rows; r++)
+        weigh_probabilities(weights + r * width, p + r * PE_CHUNK, v_scales, begin, end, first, last);
+    for (size_t i = 0; i < n_fours; i += 4) {
+        const float *fours[4];
+        for (size_t k = 0; k < 4; k++) fours[k] = weights + (i + k < n_fours ? i + k : i) * FOUR_GROUPS;
+        scales_of_fours(block->scales + i * 4, inverses + i * 4, fours);
+    }
+    for (size_t r = 0; r < n_rows; r++)
+        for (size_t j = 0; j < width; j += 2 * PE_PROBABILITY_GROUP) {
+            const float *w = weights + r * width + j, *inverse = inverses + (r * width + j) / PE_PROBABILITY_GROUP;
+            v16 x[4], a = v16_set1(inverse[0]), b = v16_set1(inverse[1]);
+            PE_UNROLL for (int i = 0; i < 4; i++) x[i] = v16_mul(v16_load(w + i * 16), i < 2 ? a : b);
+            v16_four_to_i8(block->codes[r] + first + j, x);
         }
 }
 
-/* n_r rows times n_c vectors of 16 columns of V from d on, over the groups of [begin, end). */
-PE_INLINE void values_block(float *out, const probability_block *p, const int8_t *v, size_t head_dim_p, size_t d, size_t begin,
-                            size_t end, const int n_r, const int n_c) {
+/* n_r rows of codes and scales, n_groups apart, times n_c vectors of 16 columns of V over the groups of positions [begin, end);
+ * codes, scales and v at the first of them. */
+PE_INLINE void values_block(float *out, const int8_t *codes, const float *scales, size_t n_groups, const int8_t *v,
+                            size_t head_dim_p, size_t begin, size_t end, const int n_r, const int n_c) {
     v16 o[VALUE_ROWS][VALUE_COLUMNS];
     PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_set1(0.0f);
-    for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP) {
+    for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP, scales++) {
         i16 sums[VALUE_ROWS][VALUE_COLUMNS];
         PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) sums[r][c] = i16_zero();
         _Pragma("GCC unroll VALUE_UNROLL") for (size_t k = 0; k < PE_PROBABILITY_GROUP; k += 4) {
             v16x4 columns[VALUE_COLUMNS];
-            PE_UNROLL for (int c = 0; c < n_c; c++) columns[c] = v16x4_load(v + (j + k) * head_dim_p + (d + (size_t)c * 16) * 4);
+            PE_UNROLL for (int c = 0; c < n_c; c++) columns[c] = v16x4_load(v + (j + k) * head_dim_p + (size_t)c * 64);
             PE_UNROLL for (int r = 0; r < n_r; r++) {
-                p4 codes = p4_load(p->codes[r] + j + k);
-                PE_UNROLL for (int c = 0; c < n_c; c++) sums[r][c] = dot_values(sums[r][c], columns[c], codes);
+                p4 four = p4_load(codes + r * PE_CHUNK + j + k);
+                PE_UNROLL for (int c = 0; c < n_c; c++) sums[r][c] = dot_values(sums[r][c], columns[c], four);
             }
         }
         PE_UNROLL for (int r = 0; r < n_r; r++) {
-            v16 scale = v16_set1(p->scales[r][j / PE_PROBABILITY_GROUP]);
+            v16 scale = v16_set1(scales[(size_t)r * n_groups]);
             PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_fma(i16_to_float(sums[r][c]), scale, o[r][c]);
         }
     }
     PE_UNROLL for (int r = 0; r < n_r; r++)
-        PE_UNROLL for (int c = 0; c < n_c; c++) v16_store(out + (size_t)r * head_dim_p + d + c * 16, o[r][c]);
+        PE_UNROLL for (int c = 0; c < n_c; c++) v16_store(out + (size_t)r * head_dim_p + c * 16, o[r][c]);
 }
 
-/* All columns, for n_r rows (a constant). */
-PE_INLINE void values_rows(float *out, const probability_block *p, const int8_t *v, size_t head_dim_p, size_t begin, size_t end,
-                           const int n_r) {
-    size_t d = 0;
+/* All columns, for n_r rows (a constant) from `row` on. */
+PE_INLINE void values_rows(float *out, const probability_block *p, size_t row, const int8_t *v, size_t head_dim_p, size_t begin,
+                           size_t end, const int n_r) {
+    size_t n_groups = (p->last - p->first) / PE_PROBABILITY_GROUP, d = 0;
+    const float *scales = p->scales + row * n_groups + (begin - p->first) / PE_PROBABILITY_GROUP;
     for (; d + VALUE_COLUMNS * 16 <= head_dim_p; d += VALUE_COLUMNS * 16)
-        values_block(out, p, v, head_dim_p, d, begin, end, n_r, VALUE_COLUMNS);
-    for (; d < head_dim_p; d += 16) values_block(out, p, v, head_dim_p, d, begin, end, n_r, 1);
+        values_block(out + d, p->codes[row], scales, n_groups, v + d * 4, head_dim_p, begin, end, n_r, VALUE_COLUMNS);
+    for (; d < head_dim_p; d += 16)
+        values_block(out + d, p->codes[row], scales, n_groups, v + d * 4, head_dim_p, begin, end, n_r, 1);
+}
+
+/* Not inlined: a compiler that saw the most that n_rows can be would write a copy of the loop's body for each of its passes. */
+static __attribute__((noinline)) void multiply_values(float *out, const probability_block *p, size_t n_rows, const int8_t *v,
+                                                      size_t head_dim_p, size_t begin, size_t end) {
+    for (size_t row = 0; row < n_rows; row += VALUE_ROWS) {
+#define PE_VALUES(n_r) values_rows(out + row * head_dim_p, p, row, v, head_dim_p, begin, end, n_r)
+        PE_WITH_ROWS(n_rows - row, VALUE_ROWS, PE_VALUES)
+#undef PE_VALUES
+    }
 }
 
 static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
                              size_t end) {
     probability_block block;
-    for (size_t row = 0; row < n_rows; row += VALUE_ROWS) {
-        size_t n_r = n_rows - row < VALUE_ROWS ? n_rows - row : VALUE_ROWS;
-        quantize_probabilities(&block, p + row * PE_CHUNK, n_r, kv->v_scales, begin, end);
-#define PE_VALUES(n_r) values_rows(out + row * head_dim_p, &block, kv->v, head_dim_p, begin, end, n_r)
-        PE_WITH_ROWS(n_r, VALUE_ROWS, PE_VALUES)
-#undef PE_VALUES
+    for (size_t row = 0; row < n_rows; row += PROBABILITY_ROWS) {
+        size_t n = n_rows - row < PROBABILITY_ROWS ? n_rows - row : PROBABILITY_ROWS;
+        quantize_probabilities(&block, p + row * PE_CHUNK, n, kv->v_scales, begin, end);
+        multiply_values(out + row * head_dim_p, &block, n, kv->v, head_dim_p, begin, end);
     }
 }
 
@@ -233,16 +276,37 @@ static void attention_values_f32(float *out, const float *p, size_t n_rows, size
 
 /* ------------------------------------------------------------------ states of chunks */
 
-static void attention_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, size_t n) {
-    float most = m_chunk > *m ? m_chunk : *m, e[PE_PANEL] = {*m - most, m_chunk - most};
-    v16_store(e, exp16(v16_load(e))); /* two of sixteen lanes: still quicker than one scalar exp */
-    float a = e[0], b = e[1];
-    *m = most;
-    *l = fmaf(l_chunk, b, *l * a);
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16)
+/* Row r of the states. Of a row that both sides have seen, total->m[r] becomes `most`, and a and b are what their parts are
+ * multiplied with. */
+PE_INLINE void merge_row(const pe_attention_state *total, const pe_attention_state *chunk, size_t r, size_t head_dim_p, float most,
+                         float a, float b) {
+    float *o = total->o + r * head_dim_p;
+    const float *o_chunk = chunk->o + r * head_dim_p;
+    if (chunk->l[r] == 0.0f) return;
+    if (total->l[r] == 0.0f) {
+        total->m[r] = chunk->m[r], total->l[r] = chunk->l[r];
+        for (size_t i = 0; i < head_dim_p; i += 16) v16_store(o + i, v16_load(o_chunk + i));
+        return;
+    }
+    total->m[r] = most;
+    total->l[r] = fmaf(chunk->l[r], b, total->l[r] * a);
+    for (size_t i = 0; i < head_dim_p; i += 16)
         v16_store(o + i, v16_fma(v16_load(o_chunk + i), v16_set1(b), v16_mul(v16_load(o + i), v16_set1(a))));
-    for (; i < n; i++) o[i] = fmaf(o_chunk[i], b, o[i] * a);
+}
+
+/* Sixteen rows' exponentials at once. */
+static void attention_merge(const pe_attention_state *total, const pe_attention_state *chunk, size_t n_rows, size_t head_dim_p) {
+    for (size_t first = 0; first < n_rows; first += PE_PANEL) {
+        size_t n_r = n_rows - first < PE_PANEL ? n_rows - first : PE_PANEL;
+        float m[PE_PANEL] = {0}, m_chunk[PE_PANEL] = {0}, most[PE_PANEL], a[PE_PANEL], b[PE_PANEL];
+        memcpy(m, total->m + first, n_r * sizeof *m);
+        memcpy(m_chunk, chunk->m + first, n_r * sizeof *m);
+        v16 ours = v16_load(m), theirs = v16_load(m_chunk), larger = v16_max(theirs, ours);
+        v16_store(most, larger);
+        v16_store(a, exp16(v16_sub(ours, larger)));
+        v16_store(b, exp16(v16_sub(theirs, larger)));
+        for (size_t r = 0; r < n_r; r++) merge_row(total, chunk, first + r, head_dim_p, most[r], a[r], b[r]);
+    }
 }
 
 #undef PE_WITH_ROWS

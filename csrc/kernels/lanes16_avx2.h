@@ -66,6 +66,16 @@ LANES void v16_transpose_quads(v16 v[4]) {
     v[3] = (v16){_mm256_permute2f128_ps(a.high, b.high, 0x31), _mm256_permute2f128_ps(c.high, d.high, 0x31)};
 }
 
+LANES __m256 max_in_quads8(__m256 v0, __m256 v1, __m256 v2, __m256 v3) {
+    __m256 a = _mm256_max_ps(_mm256_unpacklo_ps(v0, v1), _mm256_unpackhi_ps(v0, v1)); /* of a quad: v0, v1, v0, v1 */
+    __m256 b = _mm256_max_ps(_mm256_unpacklo_ps(v2, v3), _mm256_unpackhi_ps(v2, v3));
+    return _mm256_max_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+}
+LANES v16 v16_max_in_quads(const v16 v[4]) {
+    return (v16){max_in_quads8(v[0].low, v[1].low, v[2].low, v[3].low),
+                 max_in_quads8(v[0].high, v[1].high, v[2].high, v[3].high)};
+}
+
 LANES float v16_sum_lanes(v16 x) { return sum8_lanes(_mm256_add_ps(x.low, x.high)); }
 LANES float v16_max_lanes(v16 x) { return max8_lanes(_mm256_max_ps(x.low, x.high)); }
 
@@ -103,11 +113,15 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void v16_pair_to_i8(int8_t *p, v16 x, v16 y) {
+LANES void pair_to_i8(int8_t *p, v16 x, v16 y) {
     __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
     __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high));
     __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs works per 128 bits */
     _mm256_storeu_si256((void *)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    pair_to_i8(p, v[0], v[1]);
+    pair_to_i8(p + 32, v[2], v[3]);
 }
 
 typedef i16 v16x4;

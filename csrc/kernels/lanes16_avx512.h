@@ -32,9 +32,7 @@ LANES v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); }
 LANES v16 v16_cap(v16 limit, v16 x) { return _mm512_min_ps(limit, x); }
 LANES v16 v16_rint(v16 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-LANES v16 v16_exp_bits(v16 p, v16 n) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
-}
+LANES v16 v16_exp_bits(v16 p, v16 n) { return _mm512_scalef_ps(p, n); }
 LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
 }
@@ -50,6 +48,12 @@ LANES void v16_transpose_quads(v16 v[4]) {
     v16 c = _mm512_shuffle_f32x4(v[2], v[3], 0x44), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
     v[0] = _mm512_shuffle_f32x4(a, c, 0x88), v[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
     v[2] = _mm512_shuffle_f32x4(b, d, 0x88), v[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
+
+LANES v16 v16_max_in_quads(const v16 v[4]) {
+    v16 a = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])); /* of a quad: v[0], v[1], v[0], v[1] */
+    v16 b = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    return _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
 }
 
 LANES float v16_sum_lanes(v16 x) {
@@ -75,11 +79,11 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void v16_pair_to_i8(int8_t *p, v16 x, v16 y) {
-    __m512i words = _mm512_packs_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(y)); /* per 128 bits: 4 of x, 4 of y */
-    __m256i bytes = _mm256_packs_epi16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
-    __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
-    _mm256_storeu_si256((void *)p, _mm256_permutevar8x32_epi32(bytes, order));
+LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    __m512i a = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1])); /* per 128 bits: 4 of v[0], 4 of v[1] */
+    __m512i b = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+    __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a, b)));
 }
 
 LANES w16 w16_load(const int8_t *p) {

@@ -62,6 +62,10 @@ LANES void v16_transpose_quads(v16 v[4]) {
         v[c] = (v16){{x[0].val[c], x[1].val[c], x[2].val[c], x[3].val[c]}};
 }
 
+LANES v16 v16_max_in_quads(const v16 v[4]) {
+    EACH(v16, vpmaxq_f32(vpmaxq_f32(v[0].val[q], v[1].val[q]), vpmaxq_f32(v[2].val[q], v[3].val[q])));
+}
+
 LANES float v16_sum_lanes(v16 x) {
     float32x4_t a = vaddq_f32(vaddq_f32(x.val[0], x.val[2]), vaddq_f32(x.val[1], x.val[3]));
     float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
@@ -97,9 +101,8 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void v16_pair_to_i8(int8_t *p, v16 x, v16 y) {
-    v16_to_i8(p, x);
-    v16_to_i8(p + 16, y);
+LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    for (int i = 0; i < 4; i++) v16_to_i8(p + 16 * i, v[i]);
 }
 
 LANES w16 w16_load(const int8_t *p) { EACH(w16, vld1q_s8(p + 16 * q)); }
