@@ -174,11 +174,15 @@ C_ROOMS: dict[str, set[str]] = {
     "status": {"pyengine"},
     "kernels": {"pyengine", "status"},
     "threadpool": {"pyengine", "status", "platform", "float_env"},
+    "cgroup": {"pyengine", "cpu_limits"},
     "cpu_limits": {"pyengine", "platform", "threadpool"},
+    "job_object": {"pyengine", "cpu_limits"},
+    "platform_posix": {"platform"},
+    "platform_windows": {"platform"},
     "probe": {"pyengine", "status", "platform", "threadpool", "kernels"},
     "key_bias": {"kernels", "platform"},
     "tensors": {"pyengine", "status", "threadpool", "kernels"},
-    "model": {"pyengine", "status", "threadpool", "float_env", "kernels", "key_bias", "tensors"},
+    "model": {"pyengine", "status", "platform", "threadpool", "float_env", "kernels", "key_bias", "tensors"},
     "embedding": {"kernels", "model"},
     "slice": {"pyengine", "status", "platform", "threadpool", "kernels", "model"},
     "kv_pages": {"pyengine", "platform", "kernels"},
@@ -240,10 +244,12 @@ def test_c_includes_have_no_circle() -> None:
 
 
 def test_platform_calls_are_in_one_place() -> None:
-    """cpu_features.c asks Linux for the CPU's features; everything else of an operating system is in platform.c."""
-    marks = re.compile(r"__linux__|__APPLE__|_WIN32|<sys/|<linux/|<sched\.h>|<unistd\.h>")
+    """cpu_features.c asks Linux for the CPU's features, cgroup.c and job_object.c for the quota; everything else of an operating
+    system is in the two files of platform.h."""
+    marks = re.compile(r"__linux__|__APPLE__|_WIN32|<sys/|<linux/|<sched\.h>|<unistd\.h>|<windows\.h>|pthread|\"/proc")
     found = {str(path.relative_to(CSRC)) for path in sources() if marks.search(path.read_text())}
-    assert found == {"platform.c", "kernels/cpu_features.c"}
+    system = {"platform.h", "platform_posix.c", "platform_windows.c", "cgroup.c", "job_object.c"}
+    assert found == system | {"kernels/cpu_features.c"}
 
 
 @pytest.fixture(scope="module")

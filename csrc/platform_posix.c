@@ -1,7 +1,8 @@
-/* platform.c: see platform.h. Compile with PE_PLATFORM_POSIX to get the other systems' half on Linux, for tests. */
+/* platform_posix.c: see platform.h. Compile with PE_PLATFORM_POSIX to get the other systems' half on Linux, for tests. */
 #define _GNU_SOURCE
 #include "platform.h"
 
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -13,9 +14,31 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
-#else
-#include <pthread.h>
 #endif
+
+/* ------------------------------------------------------------------ threads */
+
+int pe_thread_start(pe_thread *thread, void *(*fn)(void *), void *arg) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failure = pthread_create(thread, NULL, fn, arg);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return failure;
+}
+
+void *pe_thread_join(pe_thread thread) {
+    void *result = NULL;
+    pthread_join(thread, &result);
+    return result;
+}
+
+void pe_mutex_lock(pe_mutex *mutex) { pthread_mutex_lock(mutex); }
+void pe_mutex_unlock(pe_mutex *mutex) { pthread_mutex_unlock(mutex); }
+void pe_mutex_reset_after_fork(pe_mutex *mutex) { pthread_mutex_init(mutex, NULL); }
+void pe_at_fork_in_child(void (*handler)(void)) { pthread_atfork(NULL, NULL, handler); }
+
+/* ------------------------------------------------------------------ memory */
 
 #define HUGE_PAGE ((size_t)2 << 20)
 
@@ -23,6 +46,8 @@ void *pe_aligned_alloc(size_t n_bytes) {
     size_t padded = (n_bytes + 63) / 64 * 64;
     return n_bytes > SIZE_MAX - 63 ? NULL : aligned_alloc(64, padded);
 }
+
+void pe_aligned_free(void *memory) { free(memory); }
 
 void *pe_zeros_alloc(size_t n_bytes) {
     if (n_bytes < HUGE_PAGE) {
@@ -46,10 +71,12 @@ void *pe_zeros_alloc(size_t n_bytes) {
 
 void pe_zeros_free(void *memory, size_t n_bytes) {
     if (n_bytes < HUGE_PAGE)
-        free(memory);
+        pe_aligned_free(memory);
     else if (memory != NULL)
         munmap(memory, n_bytes);
 }
+
+/* ------------------------------------------------------------------ clock and CPUs */
 
 int64_t pe_now_ns(void) {
     struct timespec t;
