@@ -22,7 +22,8 @@ CSRC = ROOT / "csrc"
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "fork": set(),
-    "files": {"errors"},
+    "system": set(),
+    "files": {"errors", "system"},
     "arguments": {"errors"},
     "background": set(),
     "results": set(),
@@ -31,14 +32,17 @@ ROOMS: dict[str, set[str]] = {
     "_probe": {"errors"},
     "_sampler": {"errors", "_core"},
     "_draft": {"errors"},
-    "format": {"errors", "files"},
+    "format": {"errors", "files", "system"},
     "text": {"errors", "fork", "arguments"},
     "sampling": {"errors", "arguments"},
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
-    "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
+    "freeze": {"errors", "files", "system", "format", "golden", "text", "pyengine"},
     "hub": {"errors", "arguments", "freeze"},
-    "run": {"errors", "fork", "results", "format", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
+    "run": {
+        "errors", "system", "fork", "results", "format", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling",
+        "cpu_watch",
+    },
     "draft_file": {"errors", "_core", "format"},
     "opening": {"errors", "fork", "arguments", "files", "format", "run", "_core", "sampling", "freeze", "hub"},
     "language": {"errors", "format", "run", "sampling", "text"},
@@ -61,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
         "errors", "files", "pyengine", "text", "_core", "_draft", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
-        "engine", "serve", "hub", "eval", "opening",
+        "engine", "serve", "hub", "eval", "opening", "system",
     },
     "__main__": {"cli"},
 }  # fmt: skip
