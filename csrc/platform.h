@@ -1,6 +1,6 @@
 /* platform.h: what the core asks of the operating system beyond C11: threads and a mutex, sleeping on a word, aligned memory, a
- * clock, the number of CPUs. platform_posix.c has it for Linux, and for any other POSIX system; platform_windows.c for
- * Windows 8 and newer. */
+ * clock, the number of CPUs. platform_posix.c and threads_posix.c have it for Linux, and for any other POSIX system;
+ * platform_windows.c and threads_windows.c for Windows 8 and newer. */
 #ifndef PE_PLATFORM_H
 #define PE_PLATFORM_H
 

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "platform.h"
 
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -16,22 +15,7 @@
 #include <sys/syscall.h>
 #endif
 
-/* ------------------------------------------------------------------ threads */
-
-int pe_thread_start(pe_thread *thread, void *(*fn)(void *), void *arg) {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int failure = pthread_create(thread, NULL, fn, arg);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return failure;
-}
-
-void *pe_thread_join(pe_thread thread) {
-    void *result = NULL;
-    pthread_join(thread, &result);
-    return result;
-}
+/* ------------------------------------------------------------------ mutexes and forks */
 
 void pe_mutex_lock(pe_mutex *mutex) { pthread_mutex_lock(mutex); }
 void pe_mutex_unlock(pe_mutex *mutex) { pthread_mutex_unlock(mutex); }

@@ -183,6 +183,8 @@ C_ROOMS: dict[str, set[str]] = {
     "job_object": {"pyengine", "cpu_limits"},
     "platform_posix": {"platform"},
     "platform_windows": {"platform"},
+    "threads_posix": {"platform"},
+    "threads_windows": {"platform"},
     "probe": {"pyengine", "status", "platform", "threadpool", "kernels"},
     "key_bias": {"kernels", "platform"},
     "tensors": {"pyengine", "status", "threadpool", "kernels"},
@@ -249,10 +251,11 @@ def test_c_includes_have_no_circle() -> None:
 
 def test_platform_calls_are_in_one_place() -> None:
     """cpu_features.c asks Linux for the CPU's features, cgroup.c and job_object.c for the quota; everything else of an operating
-    system is in the two files of platform.h."""
+    system is in the files of platform.h."""
     marks = re.compile(r"__linux__|__APPLE__|_WIN32|<sys/|<linux/|<sched\.h>|<unistd\.h>|<windows\.h>|pthread|\"/proc")
     found = {str(path.relative_to(CSRC)) for path in sources() if marks.search(path.read_text())}
-    system = {"platform.h", "platform_posix.c", "platform_windows.c", "cgroup.c", "job_object.c"}
+    system = {"platform.h", *(f"{what}_{of}.c" for what in ("platform", "threads") for of in ("posix", "windows"))}
+    system |= {"cgroup.c", "job_object.c"}
     assert found == system | {"kernels/cpu_features.c"}
 
 
