@@ -48,7 +48,10 @@ pe_status pe_adapter_create(pe_adapter **out, const pe_model *model, char *err) 
 void pe_adapter_destroy(pe_adapter *adapter) {
     if (adapter == NULL) return;
     for (uint32_t i = 0; i < adapter->model->config.n_layers; i++)
-        for (size_t m = 0; m < PE_ADAPTER_N_MATRICES; m++) free(adapter->layers[i][m].a), free(adapter->layers[i][m].b);
+        for (size_t m = 0; m < PE_ADAPTER_N_MATRICES; m++) {
+            pe_aligned_free(adapter->layers[i][m].a);
+            pe_aligned_free(adapter->layers[i][m].b);
+        }
     free(adapter->layers);
     free(adapter);
 }
@@ -89,7 +92,7 @@ pe_status pe_adapter_set(pe_adapter *adapter, uint32_t layer, pe_adapter_matrix 
     size_t a_bytes = p->rank * p->n_in * sizeof(float), b_floats = pe_pad(p->n_out, PE_PANEL) * p->rank;
     pe_low_rank made = {p->rank, p->scale, pe_aligned_alloc(a_bytes), pe_aligned_alloc(b_floats * sizeof(float))};
     if (made.a == NULL || made.b == NULL) {
-        free(made.a), free(made.b);
+        pe_aligned_free(made.a), pe_aligned_free(made.b);
         return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for %zu bytes of an adapter", a_bytes + b_floats * sizeof(float));
     }
     memcpy(made.a, p->a, a_bytes);

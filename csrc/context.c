@@ -62,8 +62,8 @@ void pe_context_destroy(pe_context *c) {
     pe_pool_release();
     pe_slice_destroy(&c->slice);
     pe_kv_cache_destroy(c->kv);
-    free(c->logits.data);
-    free(c->hidden.data);
+    pe_aligned_free(c->logits.data);
+    pe_aligned_free(c->hidden.data);
     free(c);
 }
 
@@ -84,7 +84,7 @@ pe_status pe_rows_reserve(pe_rows *rows, size_t n_rows, char *err) {
     rows->n = 0;
     if (n_rows <= rows->capacity) return PE_OK;
     size_t row_bytes = rows->stride * sizeof(float);
-    free(rows->data);
+    pe_aligned_free(rows->data);
     rows->capacity = 0;
     rows->data = n_rows > SIZE_MAX / row_bytes ? NULL : pe_aligned_alloc(n_rows * row_bytes);
     if (rows->data == NULL)

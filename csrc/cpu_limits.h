@@ -1,15 +1,8 @@
-/* cpu_limits.h: the part of cpu_limits.c that reads files, with the files as parameters so that it can be tested on
- * made-up ones. */
+/* cpu_limits.h: what besides the affinity mask limits this process: a cgroup (cgroup.c) or a job object (job_object.c). */
 #ifndef PE_CPU_LIMITS_H
 #define PE_CPU_LIMITS_H
 
-#include "pyengine.h"
-
-/* CPUs that a cgroup may use, 0 = no limit. groups: a file like /proc/self/cgroup; mount: the directory like
- * /sys/fs/cgroup below which v2 groups lie directly and v1 groups of the cpu controller under cpu/. Anything unreadable
- * or malformed is no limit. */
-double pe_cgroup_quota(const char *groups, const char *mount);
-/* Sums of the counters in the cpu.stat files of these groups and their parents; what is unreadable counts 0. */
-void pe_cgroup_throttling(const char *groups, const char *mount, pe_throttling *out);
+/* CPUs whose time the system gives to this process or to the group that it is in, like 1.5; 0 = no limit. */
+double pe_cpu_quota(void);
 
 #endif

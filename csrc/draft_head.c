@@ -133,8 +133,8 @@ pe_status pe_draft_head_create(pe_draft_head **out, const pe_model *model, uint3
 }
 
 static void free_rows(pe_draft_head *h) {
-    free(h->inputs);
-    free(h->logits);
+    pe_aligned_free(h->inputs);
+    pe_aligned_free(h->logits);
     h->inputs = h->logits = NULL;
     h->capacity = h->n = 0;
 }

@@ -21,7 +21,7 @@ typedef struct pe_key_bias {
 pe_key_bias *pe_key_bias_create(const float *bias, size_t n_kv_heads, size_t head_dim);
 
 /* cos and sin of a chunk's positions from its beginning: (16 panels, head_dim / 2, 2, 16), the 2 being cos and sin. NULL =
- * out of memory; free() it. */
+ * out of memory; pe_aligned_free() it. */
 float *pe_chunk_angles_create(const float *inv_freq, size_t head_dim);
 
 /* rotated (2, n_pairs) = the rotated query q (head_dim) times the bias of its kv head. */

@@ -9,6 +9,7 @@
 
 #include "float_env.h"
 #include "kernels/pe_math.h"
+#include "platform.h"
 #include "status.h"
 #include "tensors.h"
 #include "threadpool.h"
@@ -165,7 +166,7 @@ static void free_tables(pe_model *model) {
         model->layers[i].key_bias = NULL;
     }
     for (uint32_t i = 0; i < PE_MAX_ROPE_TABLES; i++) {
-        free(model->chunk_angles[i]);
+        pe_aligned_free(model->chunk_angles[i]);
         model->chunk_angles[i] = NULL;
     }
 }

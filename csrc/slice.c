@@ -1,7 +1,6 @@
 /* slice.c: see slice.h. Memory, then what is the same for all layers. */
 #include "slice.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include "platform.h"
@@ -66,7 +65,7 @@ static void free_buffers(pe_slice *s) {
     buffer buffers[N_BUFFERS];
     size_t n = list_buffers(s, s->capacity, buffers);
     for (size_t i = 0; i < n; i++) {
-        free(*buffers[i].pointer);
+        pe_aligned_free(*buffers[i].pointer);
         *buffers[i].pointer = NULL;
     }
     s->capacity = 0;
@@ -102,7 +101,7 @@ void pe_slice_expect_adapters(pe_slice *s, size_t n_ranks) {
 
 pe_status pe_slice_reserve_partials(pe_slice *s, size_t n_floats, char *err) {
     if (n_floats <= s->partials_capacity) return PE_OK;
-    free(s->partials);
+    pe_aligned_free(s->partials);
     s->partials_capacity = 0;
     s->partials = pe_aligned_alloc(n_floats * sizeof(float));
     if (s->partials == NULL)
@@ -124,10 +123,10 @@ pe_status pe_slice_create(pe_slice *s, const pe_model *model, const struct pe_ke
 void pe_slice_destroy(pe_slice *s) {
     if (s->model == NULL) return;
     free_buffers(s);
-    free(s->chunk_cos);
-    free(s->chunk_sin);
-    free(s->partials);
-    free(s->thread_scratch);
+    pe_aligned_free(s->chunk_cos);
+    pe_aligned_free(s->chunk_sin);
+    pe_aligned_free(s->partials);
+    pe_aligned_free(s->thread_scratch);
     *s = (pe_slice){0};
 }
 
@@ -167,8 +166,8 @@ static pe_status reserve_chunks(pe_slice *s, char *err) {
     if (last / PE_CHUNK < s->n_chunks) return PE_OK;
     size_t n = s->n_chunks == 0 ? 16 : s->n_chunks;
     while (n <= last / PE_CHUNK) n *= 2;
-    free(s->chunk_cos);
-    free(s->chunk_sin);
+    pe_aligned_free(s->chunk_cos);
+    pe_aligned_free(s->chunk_sin);
     s->n_chunks = 0;
     s->chunk_cos = pe_aligned_alloc(n_tables * n * half * sizeof(float));
     s->chunk_sin = pe_aligned_alloc(n_tables * n * half * sizeof(float));

@@ -12,8 +12,6 @@
  * and one beyond the loop's n_threads reads in the word itself that it is not invited. */
 #include "threadpool.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <string.h>
 
 #include "float_env.h"
@@ -32,10 +30,11 @@ static const int64_t spin_ns = 50 * 1000;
 static const int64_t poll_interval_ns = 20 * 1000 * 1000;
 
 static struct pe_pool {
-    pthread_mutex_t lock; /* guards n_users, n_workers, threads and the start and end of workers */
+    pe_mutex lock; /* guards n_users, n_workers, threads and the start and end of workers */
+    bool knows_forks;
     int n_users;
     atomic_int n_workers; /* written under the lock, read by every loop */
-    pthread_t threads[PE_MAX_THREADS];
+    pe_thread threads[PE_MAX_THREADS];
 
     atomic_bool busy; /* a loop is running; taken by try-lock */
     atomic_bool stopping;
@@ -54,7 +53,7 @@ static struct pe_pool {
     struct {
         _Alignas(64) _Atomic uint64_t left;
     } runs[PE_MAX_THREADS];
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
+} pool = {.lock = PE_MUTEX_INIT};
 
 /* ------------------------------------------------------------------ units */
 
@@ -166,7 +165,7 @@ static void wake_workers(void) {
 
 /* Threads do not survive fork: the child begins with an empty pool, and the next loop or context starts workers again. */
 static void forget_workers_in_child(void) {
-    pthread_mutex_init(&pool.lock, NULL);
+    pe_mutex_reset_after_fork(&pool.lock);
     pe_sleep_reset_after_fork();
     pool.n_workers = 0;
     atomic_store(&pool.busy, false);
@@ -176,47 +175,38 @@ static void forget_workers_in_child(void) {
     atomic_store(&pool.caller_sleeps, 0);
 }
 
-static void register_fork_handler(void) { pthread_atfork(NULL, NULL, forget_workers_in_child); }
-
-/* With pool.lock held. Signals stay with the application's threads, but for those that tell of a thread's own fault: were they
- * blocked, the system would end the process without asking the application's handler. */
+/* With pool.lock held. */
 static pe_status start_workers(int n_workers, char *err) {
-    const int faults[] = {SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGTRAP};
-    sigset_t blocked, before;
-    sigfillset(&blocked);
-    for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&blocked, faults[i]);
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
     int failure = 0;
     while (pool.n_workers < n_workers && failure == 0) {
-        failure = pthread_create(&pool.threads[pool.n_workers], NULL, worker, (void *)(intptr_t)(pool.n_workers + 1));
+        failure = pe_thread_start(&pool.threads[pool.n_workers], worker, (void *)(intptr_t)(pool.n_workers + 1));
         if (failure == 0) pool.n_workers++;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (failure == 0) return PE_OK;
     return pe_fail(PE_ERR_SYSTEM, err, "cannot start worker thread %d of %d: %s", pool.n_workers + 1, n_workers,
                    strerror(failure));
 }
 
 pe_status pe_pool_acquire(int n_threads, char *err) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, register_fork_handler);
-    pthread_mutex_lock(&pool.lock);
+    pe_mutex_lock(&pool.lock);
+    if (!pool.knows_forks) pe_at_fork_in_child(forget_workers_in_child);
+    pool.knows_forks = true;
     pe_status status = start_workers(n_threads - 1, err);
     if (status == PE_OK) pool.n_users++;
-    pthread_mutex_unlock(&pool.lock);
+    pe_mutex_unlock(&pool.lock);
     return status;
 }
 
 void pe_pool_release(void) {
-    pthread_mutex_lock(&pool.lock);
+    pe_mutex_lock(&pool.lock);
     if (--pool.n_users == 0) {
         atomic_store(&pool.stopping, true);
         wake_workers();
-        for (int i = 0; i < pool.n_workers; i++) pthread_join(pool.threads[i], NULL);
+        for (int i = 0; i < pool.n_workers; i++) pe_thread_join(pool.threads[i]);
         pool.n_workers = 0;
         atomic_store(&pool.stopping, false);
     }
-    pthread_mutex_unlock(&pool.lock);
+    pe_mutex_unlock(&pool.lock);
 }
 
 /* ------------------------------------------------------------------ loops */
@@ -254,9 +244,9 @@ void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe
     }
     if (pool.n_workers < n_threads - 1) { /* after a fork */
         char err[PE_ERR_LEN];
-        pthread_mutex_lock(&pool.lock);
+        pe_mutex_lock(&pool.lock);
         start_workers(n_threads - 1, err); /* fewer workers only mean less help */
-        pthread_mutex_unlock(&pool.lock);
+        pe_mutex_unlock(&pool.lock);
     }
     pool.fn = fn, pool.arg = arg, pool.n_units = n_units, pool.control = control;
     atomic_store(&pool.n_finished, 0);

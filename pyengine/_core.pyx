@@ -2,6 +2,7 @@
 """Python bindings of csrc/: validate, release the GIL, one call, one check. No policy lives here, and no numpy."""
 
 from array import array
+from time import monotonic
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals

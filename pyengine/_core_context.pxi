@@ -256,8 +256,9 @@ cdef class Context:
         failed_view = failed
         batch.failed, batch.cancel = &failed_view[0], &self.cancelled
         batch.poll, batch.poll_user = poll_signals, <void *>self
-        # 2^62 ns is a century of uptime: more (or infinity) means no deadline
-        batch.deadline_ns = 0 if deadline is None or not deadline < 4.6e9 else max(1, <int64_t>(deadline * 1e9))
+        # Python's clock and the core's begin at the same moment on Linux only. In a century (or infinity) means no deadline
+        wait = None if deadline is None else deadline - monotonic()
+        batch.deadline_ns = 0 if wait is None or not wait < 3e9 else max(1, pe_now_ns() + <int64_t>(max(wait, -1.0) * 1e9))
         err[0] = 0
         self.pending = None
         self.busy = True

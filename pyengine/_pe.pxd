@@ -1,6 +1,9 @@
-# The part of csrc/pyengine.h that the bindings use.
+# The part of csrc/pyengine.h that the bindings use, and the core's clock.
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+cdef extern from "platform.h" nogil:
+    int64_t pe_now_ns()
 
 cdef extern from "pyengine.h" nogil:
     enum:

@@ -10,6 +10,7 @@ import io
 import os
 import stat
 
+from pyengine import system
 from pyengine.errors import InvalidArgumentError, ModelFormatError, system_errors
 
 _KINDS = {
@@ -20,7 +21,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 # No waiting for a writer, and no terminal of our own.
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_FLAGS = system.flags("O_RDONLY", "O_NONBLOCK", "O_NOCTTY")
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LFS_POINTER_BYTES = 1024  # pointers are smaller, as their specification says
@@ -59,7 +60,7 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
         try:
             status = os.fstat(fd)
             _check_regular(path, status)  # and after: by then the name may have meant another file
-            if status.st_size < _LFS_POINTER_BYTES and os.pread(fd, 64, 0).startswith(_LFS_POINTER):
+            if status.st_size < _LFS_POINTER_BYTES and system.read_at(fd, 64, 0).startswith(_LFS_POINTER):
                 raise ModelFormatError(
                     f"{path}: a Git LFS pointer and not the file itself; fetch it with 'git lfs pull'"
                 )
@@ -82,5 +83,5 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as safetensors do: the length of a header, and a header. Raises what open_regular does."""
     with open_regular(path) as file, system_errors():
-        head = os.pread(file.fileno(), 9, 0)
+        head = system.read_at(file.fileno(), 9, 0)
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER

@@ -209,7 +209,7 @@ class _Cached:
         folder = cache_directory() / f"models--{model.repo.replace('/', '--')}"
         revision = model.revision or "main"
         reference = folder / "refs" / revision
-        commit = reference.read_text().strip() if reference.is_file() else revision
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
         self._snapshot = folder / "snapshots" / commit
         self._what = f"{model} is not on this machine ({cache_directory()})"
         self._reason = f"and the hub cannot be asked: {_first_line(why)}"

@@ -281,10 +281,9 @@ def first_token_ms(path: Path, n_threads: int | None, isa: str | None) -> float:
 
 def peak_rss_mib() -> float:
     """Peak resident memory of this process, mapped weights included."""
-    import resource
+    from pyengine.system import peak_memory
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak_memory() / 2**20
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -205,12 +205,12 @@ def _runner(
 
 def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPaths) -> int:
     from pyengine.cli.errors import report
+    if not hasattr(os, "sched_setaffinity") or not hasattr(socket, "SO_REUSEPORT"):
+        raise UsageError("--processes needs an operating system that pins processes to CPUs")
     from pyengine.serve import server
     from pyengine.serve.processes import Child, Parent, shares
     from pyengine.serve.siblings import Siblings, new_family
 
-    if not hasattr(os, "sched_setaffinity") or not hasattr(socket, "SO_REUSEPORT"):
-        raise UsageError("--processes needs an operating system that pins processes to CPUs")
     cpus = sorted(os.sched_getaffinity(0))
     if args.processes > len(cpus):
         raise UsageError(f"--processes {args.processes}: there are {len(cpus)} CPUs, and every process has its own")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from .. import system
 from ..errors import InvalidArgumentError, ModelFormatError
 from ..files import open_regular
 from .config import FrozenConfig
@@ -58,9 +58,8 @@ def _temporary_prefix(name: str) -> str:
 def _remove_abandoned(directory: Path, prefix: str) -> None:
     """Delete what a killed writer of the same file left: its lock went with it."""
     for path in directory.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
-        with contextlib.suppress(OSError, ModelFormatError), open_regular(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with contextlib.suppress(OSError, ModelFormatError):
+            system.remove_if_unlocked(open_regular(path), path)
 
 
 @contextlib.contextmanager
@@ -167,11 +166,11 @@ class FrozenWriter:
 
     def _create(self, prefix: str) -> None:
         """Make the temporary file and lock it against ``_remove_abandoned`` of other writers."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        flags = system.flags("O_CREAT", "O_EXCL", "O_RDWR")
         while True:
             self._temporary = self.path.with_name(f"{prefix}{secrets.token_hex(8)}{_PARTIAL}")
             self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "w+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            system.lock_file(self._file, wait=True)
             if self._temporary.exists():
                 return
             self._file.close()  # swept away in the moment before it was locked: once more
@@ -243,9 +242,5 @@ class FrozenWriter:
             self._write_tail()
         os.fsync(self._file.fileno())
         self._refuse_existing()
-        os.replace(self._temporary, self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        system.replace_open(self._file, self._temporary, self.path)
+        system.sync_directory(self.path.parent)

@@ -11,7 +11,6 @@ given its old size and modification time is another file here. Nothing of the so
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,17 +22,19 @@ from typing import NamedTuple
 
 from ..errors import SystemCallError, system_errors
 from ..format.inventory import FORMAT_VERSION
+from ..system import HAS_DIRECTORY_DESCRIPTORS, flags, lock_file
 
 _REVISION = 4  # goes up when a source begins to freeze to other bytes of the same format
 _ENTRY = re.compile(r"\.?[\w.-]{1,81}-[0-9a-f]{24}\.safetensors(\.lock|\.[0-9a-f]{16}\.partial)?")
-_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_OPEN = flags("O_NOFOLLOW", "O_NONBLOCK")
 
 
 def cache_directory() -> Path:
-    """$PYENGINE_CACHE, else pyengine/ in the user's cache directory as XDG has it. Raises SystemCallError if there is none."""
+    """$PYENGINE_CACHE, else pyengine/ in the user's cache directory, as XDG or Windows has it. Raises SystemCallError if there is
+    none."""
     if own := os.environ.get("PYENGINE_CACHE"):
         return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
     if os.path.isabs(base):
         return Path(base) / "pyengine"
     try:
@@ -69,36 +70,75 @@ def cache_path(source: Path, files: Iterable[Path], name: str | None = None) -> 
     return cache_directory() / f"{stem}-{digest.hexdigest()[:24]}.safetensors"
 
 
-def _open_directory(path: Path) -> int:
+class _Directory:
+    """The cache directory, open: what is in it is looked up there, and not by its path once more, if the system can do that."""
+
+    def __init__(self, path: Path, fd: int | None) -> None:
+        self._path, self._fd = path, fd
+
+    def _name(self, name: str) -> str:
+        return name if self._fd is not None else str(self._path / name)
+
+    def open(self, name: str, flags: int) -> int:
+        return os.open(self._name(name), flags | _OPEN, 0o600, dir_fd=self._fd)
+
+    def stat(self, name: str) -> os.stat_result:
+        return os.stat(self._name(name), dir_fd=self._fd, follow_symlinks=False)
+
+    def unlink(self, name: str) -> None:
+        os.unlink(self._name(name), dir_fd=self._fd)
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self._path if self._fd is None else self._fd))
+
+    def __enter__(self) -> _Directory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Windows has no numbers of users: there, the user's profile is the user's by its access list."""
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+
+
+def _open_directory(path: Path) -> _Directory:
     """The cache directory, made if need be. Raises SystemCallError if it is not the user's alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    remedy = "PYENGINE_CACHE names another"
     if path.is_symlink() or not path.is_dir():
-        raise SystemCallError(f"the cache {path} is no directory; {remedy}")
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _OPEN)
+        raise SystemCallError(f"the cache {path} is no directory; PYENGINE_CACHE names another")
+    if not HAS_DIRECTORY_DESCRIPTORS:
+        return _Directory(path, None)
+    fd = os.open(path, flags("O_RDONLY", "O_DIRECTORY") | _OPEN)
     try:
-        status = os.fstat(directory)
-        if status.st_uid != os.geteuid():
-            raise SystemCallError(f"the cache directory {path} belongs to another user; {remedy}")
-        if status.st_mode & 0o022:
-            raise SystemCallError(f"others may write to the cache directory {path}: 'chmod 700' it, or {remedy}")
-        if status.st_mode & 0o077 and all(map(_ENTRY.fullmatch, os.listdir(directory))):
-            os.fchmod(directory, 0o700)  # made by somebody with another umask, and used for nothing else
+        _check_directory(path, fd)
     except BaseException:
-        os.close(directory)
+        os.close(fd)
         raise
-    return directory
+    return _Directory(path, fd)
 
 
-def _is_entry(directory: int, name: str) -> bool:
+def _check_directory(path: Path, fd: int) -> None:
+    status, remedy = os.fstat(fd), "PYENGINE_CACHE names another"
+    if not _is_ours(status):
+        raise SystemCallError(f"the cache directory {path} belongs to another user; {remedy}")
+    if status.st_mode & 0o022:
+        raise SystemCallError(f"others may write to the cache directory {path}: 'chmod 700' it, or {remedy}")
+    if status.st_mode & 0o077 and all(map(_ENTRY.fullmatch, os.listdir(fd))):
+        os.fchmod(fd, 0o700)  # made by somebody with another umask, and used for nothing else
+
+
+def _is_entry(directory: _Directory, name: str) -> bool:
     """Whether there is a finished entry of this name. Raises SystemCallError for anything else under it."""
     try:
-        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        status = directory.stat(name)
     except FileNotFoundError:
         return False
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+    if not stat.S_ISREG(status.st_mode) or not _is_ours(status):
         raise SystemCallError(f"{name} in the cache is not a file of ours; remove it")
     return True
 
@@ -110,24 +150,19 @@ def missing(path: Path, origin: Origin) -> Iterator[bool]:
     The lock file stays, removing it would let two holders in, and says where the entry comes from. Raises SystemCallError where
     the directory cannot be used, or where somebody else could have put something there.
     """
-    with system_errors():
-        directory = _open_directory(path.parent)
-        try:
-            if _is_entry(directory, path.name):
-                yield False
-                return
-            flags = os.O_RDWR | os.O_CREAT | _OPEN
-            with open(os.open(f".{path.name}.lock", flags, 0o600, dir_fd=directory), "rb") as lock:
-                if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
-                    raise SystemCallError(f".{path.name}.lock in the cache is not a file of ours; remove it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                is_missing = not _is_entry(directory, path.name)
-                if is_missing:
-                    os.ftruncate(lock.fileno(), 0)
-                    os.pwrite(lock.fileno(), json.dumps(origin).encode(), 0)
-                yield is_missing
-        finally:
-            os.close(directory)
+    with system_errors(), _open_directory(path.parent) as directory:
+        if _is_entry(directory, path.name):
+            yield False
+            return
+        with open(directory.open(f".{path.name}.lock", os.O_RDWR | os.O_CREAT), "rb") as lock:
+            if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+                raise SystemCallError(f".{path.name}.lock in the cache is not a file of ours; remove it")
+            lock_file(lock, wait=True)
+            is_missing = not _is_entry(directory, path.name)
+            if is_missing:
+                os.ftruncate(lock.fileno(), 0)
+                os.write(lock.fileno(), json.dumps(origin).encode())  # at 0: nothing has been read
+            yield is_missing
 
 
 # -------------------------------------------------------------------- what is in it
@@ -153,25 +188,16 @@ def leftovers() -> list[Path]:
 
 def remove(path: Path) -> None:
     """Take an entry out of the cache; processes that have it open keep it. Raises SystemCallError."""
-    with system_errors():
-        directory = _open_directory(path.parent)
-        try:
-            os.unlink(path.name, dir_fd=directory)
-        finally:
-            os.close(directory)
+    with system_errors(), _open_directory(path.parent) as directory:
+        directory.unlink(path.name)
 
 
 def _listing() -> list[Entry]:
     path = cache_directory()
     if not path.is_dir():
         return []
-    with system_errors():
-        directory = _open_directory(path)
-        try:
-            names = [name for name in sorted(os.listdir(directory)) if _ENTRY.fullmatch(name)]
-            files = {name: os.stat(name, dir_fd=directory, follow_symlinks=False) for name in names}
-        finally:
-            os.close(directory)
+    with system_errors(), _open_directory(path) as directory:
+        files = {name: directory.stat(name) for name in directory.names() if _ENTRY.fullmatch(name)}
     sizes = {path / name: status.st_size for name, status in files.items() if stat.S_ISREG(status.st_mode)}
     return [Entry(file, size, _origin(file)) for file, size in sizes.items()]
 
@@ -195,7 +221,7 @@ def _origin(path: Path) -> Origin | None:
 def _is_locked(path: Path) -> bool:
     try:
         with open(os.open(_lock_of(path), os.O_RDWR | _OPEN), "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock, wait=False)
     except BlockingIOError:
         return True
     except OSError:

@@ -16,6 +16,7 @@ from ..errors import InvalidArgumentError, ModelFormatError, UnsupportedModelErr
 from ..files import open_regular, read_regular
 from ..format.config import FrozenConfig, same_layers
 from ..format.quantize import Float32Array, RowSource
+from ..system import read_at
 from .arch.base import PARTS
 from .build import build_model, checked_n_ctx
 from .rope import default_inv_freq
@@ -42,7 +43,7 @@ class Llama2cFile:
             raise
 
     def _parse(self, file_bytes: int) -> None:
-        head = os.pread(self._file.fileno(), _HEADER.size, 0)
+        head = read_at(self._file.fileno(), _HEADER.size, 0)
         if len(head) < _HEADER.size:
             raise ModelFormatError(f"{file_bytes} bytes: not a model file")
         if head[:4] == _VERSIONED_MAGIC:

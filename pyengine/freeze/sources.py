@@ -7,7 +7,6 @@ the rows of heads in order and scaling are row sources themselves.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from ..format.config import FrozenConfig
 from ..format.container import pad
 from ..format.inventory import PANEL_ROWS
 from ..format.quantize import Float32Array, RowSource
+from ..system import read_at
 
 _BLOCK_ELEMENTS = 1 << 22  # 16 MiB of weights
 
@@ -46,10 +46,10 @@ class FileRows:
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
         wanted = (stop - start) * self._row_bytes
-        data = os.pread(self._fd, wanted, self._offset + start * self._row_bytes)
+        data = read_at(self._fd, wanted, self._offset + start * self._row_bytes)
         while len(data) < wanted:  # pread gives at most 2 GiB at once
             at = self._offset + start * self._row_bytes + len(data)
-            more = os.pread(self._fd, wanted - len(data), at)
+            more = read_at(self._fd, wanted - len(data), at)
             if not more:
                 raise ModelFormatError(f"tensor {self.name!r}: the file ends inside it")
             data += more

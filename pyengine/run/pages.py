@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from pyengine.format.kv import KvLayout
+from pyengine.system import machine_memory
 
 # What is allowed without being told: room for so many full contexts, or for two pages of every sequence that may run.
 CONTEXTS = 4
@@ -13,7 +12,7 @@ PAGES_PER_SEQUENCE = 2
 
 def memory_bytes() -> int:
     """Memory that this process may use at most: the machine's, or the cgroup's limit."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [machine_memory()]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             with open(path, encoding="ascii") as file:

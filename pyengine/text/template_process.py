@@ -121,6 +121,11 @@ class _Worker:
     """A process that runs template_worker.py, and our end of the socket that is its standard input."""
 
     def __init__(self) -> None:
+        if os.name == "nt":  # no limits that the kernel enforces, and no sockets as standard input
+            raise TemplateError(
+                "this chat template uses parts of jinja2 that are rendered in another process only, which has limits of time and "
+                "memory; on Windows there is no such process yet"
+            )
         ours, theirs = socket.socketpair()
         with theirs:
             try:

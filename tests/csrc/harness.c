@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "kernels/pe_math.h"
+#include "platform.h"
 
 size_t n_passed, n_failed;
 
@@ -73,13 +74,42 @@ enum { GUARD_AFTER = 128 };
 #endif
 enum { GUARD_BEFORE = 64, PATTERN = 0xa5 };
 
-block block_new(size_t n, size_t misaligned) {
-    size_t before = GUARD_BEFORE + misaligned, total = before + n + GUARD_AFTER;
-    void *base = NULL;
-    if (posix_memalign(&base, 64, total) != 0) {
+void *memory_new(size_t n_bytes) {
+    void *memory = NULL;
+#if defined(_WIN32)
+    memory = pe_aligned_alloc(n_bytes);
+#else
+    if (posix_memalign(&memory, 64, n_bytes) != 0) memory = NULL;
+#endif
+    if (memory == NULL) {
         printf("FAILED: out of memory in the driver\n");
         exit(2);
     }
+    return memory;
+}
+
+void memory_free(void *memory) {
+#if defined(_WIN32)
+    pe_aligned_free(memory);
+#else
+    free(memory);
+#endif
+}
+
+void set_environment(const char *name, const char *value) {
+#if defined(_WIN32)
+    _putenv_s(name, value == NULL ? "" : value);
+#else
+    if (value == NULL)
+        unsetenv(name);
+    else
+        setenv(name, value, 1);
+#endif
+}
+
+block block_new(size_t n, size_t misaligned) {
+    size_t before = GUARD_BEFORE + misaligned, total = before + n + GUARD_AFTER;
+    void *base = memory_new(total);
     memset(base, PATTERN, total);
     return (block){base, (unsigned char *)base + before, n};
 }
@@ -92,7 +122,7 @@ bool block_intact(const block *b) {
     return true;
 }
 
-void block_free(block *b) { free(b->base); }
+void block_free(block *b) { memory_free(b->base); }
 
 bool same_floats(const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++) {

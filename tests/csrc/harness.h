@@ -42,6 +42,14 @@ typedef struct block {
 block block_new(size_t n, size_t misaligned);
 bool block_intact(const block *b);
 void block_free(block *b);
+
+/* n_bytes at a multiple of 64 that end where the allocation ends, so that sanitizers see every byte beyond them; ends the driver
+ * if there are none. */
+void *memory_new(size_t n_bytes);
+void memory_free(void *memory);
+
+/* value NULL: without the variable. */
+void set_environment(const char *name, const char *value);
 #define FLOATS(b) ((float *)(void *)(b).data)
 #define CODES(b) ((int8_t *)(b).data)
 #define INTS(b) ((int32_t *)(void *)(b).data)
@@ -73,6 +81,7 @@ void test_kernels(const struct pe_kernels *table);
 void test_matmul_and_attention(const struct pe_kernels *table);
 void test_pool(void);
 void test_cpu_limits(void);
+void test_cgroups(void); /* not on Windows */
 void test_kv_cache(void);
 void test_arguments(void);
 void test_forward(const struct pe_kernels *const *tables, size_t n_tables);

@@ -1,6 +1,5 @@
 /* test_batch.c: what a forward promises for each row of a batch. A row in which an infinity or NaN appears ends its own sequence
  * and moves no bit of another; hidden states are what the logits are made of; a flag that somebody else sets ends the call. */
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,6 +7,7 @@
 
 #include "context.h"
 #include "harness.h"
+#include "platform.h"
 #include "tiny_model.h"
 
 #define EXPECT(expected, call) \
@@ -360,11 +360,11 @@ static void test_cancel_from_thread(const struct pe_kernels *table) {
     for (int i = 0; i < (quick ? 10 : 50); i++) {
         char err[PE_ERR_LEN] = "";
         int flag = 0;
-        pthread_t thread;
+        pe_thread thread;
         pe_batch view = {.n_tokens = b.n, .tokens = b.tokens, .sequences = b.sequences, .wants = b.wants, .cancel = &flag};
-        if (!CHECK(pthread_create(&thread, NULL, canceller, &flag) == 0, "no thread")) break;
+        if (!CHECK(pe_thread_start(&thread, canceller, &flag) == 0, "no thread")) break;
         pe_status status = pe_forward(c, &view, err);
-        pthread_join(thread, NULL);
+        pe_thread_join(thread);
         CHECK(status == PE_OK || status == PE_ERR_CANCELLED, "%d '%s'", (int)status, err);
         CHECK(length_of(c, ids[0]) == (status == PE_OK ? 5 + b.n : 5), "%zu positions after status %d", length_of(c, ids[0]), (int)status);
         EXPECT(PE_OK, pe_sequence_truncate(c, ids[0], 5, err));

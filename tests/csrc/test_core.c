@@ -54,6 +54,9 @@ static void test_the_rest(const struct pe_kernels *const *tables, size_t n_table
     section("thread pool, CPU limits");
     test_pool();
     test_cpu_limits();
+#if !defined(_WIN32)
+    test_cgroups();
+#endif
     section("KV cache");
     test_kv_cache();
     section("sampler");

@@ -25,7 +25,7 @@ static void *add(head_tensors *h, const char *kind, size_t n_bytes, const char *
     size_t i = h->n++;
     snprintf(h->names[i], sizeof h->names[i], "extra.draft.%s%s", name, suffix);
     n_bytes = pe_pad(n_bytes, 64);
-    if (posix_memalign(&h->memory[i], 64, n_bytes) != 0) exit(2);
+    h->memory[i] = memory_new(n_bytes);
     memset(h->memory[i], 0, n_bytes);
     h->list[i] = (pe_tensor){h->names[i], kind, h->memory[i], n_bytes};
     return h->memory[i];
@@ -179,6 +179,6 @@ void test_draft_head(void) {
     test_rows(t.model, &h);
     test_steps(t.model, &h);
     test_tensors(t.model, &h);
-    for (size_t i = 0; i < N_TENSORS; i++) free(h.memory[i]);
+    for (size_t i = 0; i < N_TENSORS; i++) memory_free(h.memory[i]);
     tiny_model_free(&t);
 }

@@ -121,7 +121,7 @@ static void expect_load(pe_status expected, const pe_config *config, void (*chan
 }
 
 static void nothing(tiny_model *t) { (void)t; }
-static void one_less(tiny_model *t) { free(t->memory[--t->n_tensors]); }
+static void one_less(tiny_model *t) { memory_free(t->memory[--t->n_tensors]); }
 static void wrong_name(tiny_model *t) { t->tensors[3].name = "layers.0.wq.codes"; }
 static void wrong_kind(tiny_model *t) { t->tensors[3].kind = "int4_g32"; }
 static void no_kind(tiny_model *t) { t->tensors[2].kind = NULL; }
@@ -135,7 +135,7 @@ static void huge_frequency(tiny_model *t) { ((float *)tiny_model_tensor(t, "rope
 static void negative_frequency(tiny_model *t) { ((float *)tiny_model_tensor(t, "rope.0.inv_freq"))[0] = -0.5f; }
 static void one_more(tiny_model *t) {
     size_t i = t->n_tensors++;
-    if (posix_memalign(&t->memory[i], 64, 64) != 0) exit(2);
+    t->memory[i] = memory_new(64);
     t->tensors[i] = (pe_tensor){"surplus", "f32", t->memory[i], 64};
 }
 
@@ -250,9 +250,9 @@ static void test_isa_names(void) {
     EXPECT(PE_OK, pe_isa_select("scalar", err));
     EXPECT(PE_OK, pe_isa_active(&name, err));
     CHECK(name != NULL && strcmp(name, "scalar") == 0, "active is %s", name);
-    setenv("PYENGINE_ISA", "nonsense", 1);
+    set_environment("PYENGINE_ISA", "nonsense");
     EXPECT(PE_ERR_UNSUPPORTED_ISA, pe_isa_select(NULL, err));
-    unsetenv("PYENGINE_ISA");
+    set_environment("PYENGINE_ISA", NULL);
     EXPECT(PE_OK, pe_isa_select(NULL, err));
 }
 

@@ -16,7 +16,7 @@ static void *add_tensor(tiny_model *t, const char *kind, size_t n_bytes, const c
     vsnprintf(t->names[i], sizeof t->names[i], format, args);
     va_end(args);
     n_bytes = pe_pad(n_bytes, 64);
-    if (posix_memalign(&t->memory[i], 64, n_bytes) != 0) exit(2);
+    t->memory[i] = memory_new(n_bytes);
     memset(t->memory[i], 0, n_bytes);
     t->tensors[i] = (pe_tensor){t->names[i], kind, t->memory[i], n_bytes};
     return t->memory[i];
@@ -139,6 +139,6 @@ void *tiny_model_tensor(const tiny_model *t, const char *name) {
 
 void tiny_model_free(tiny_model *t) {
     pe_model_destroy(t->model);
-    for (size_t i = 0; i < t->n_tensors; i++) free(t->memory[i]);
+    for (size_t i = 0; i < t->n_tensors; i++) memory_free(t->memory[i]);
     t->n_tensors = 0;
 }

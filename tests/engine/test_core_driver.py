@@ -110,7 +110,7 @@ def test_driver_gives_the_same_hashes_from_every_compiler(compiler: str, level: 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_driver_on_condition_variables(tmp_path: Path) -> None:
-    """The half of platform.c that systems without futexes run."""
+    """The half of platform_posix.c that systems without futexes run."""
     if not compilers():
         pytest.skip("neither gcc nor clang is installed")
     run_driver(compile_driver(compilers()[0], tmp_path, ["-O2", "-DPE_PLATFORM_POSIX"], simde=False), "--quick")

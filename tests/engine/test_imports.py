@@ -22,7 +22,8 @@ CSRC = ROOT / "csrc"
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "fork": set(),
-    "files": {"errors"},
+    "system": set(),
+    "files": {"errors", "system"},
     "arguments": {"errors"},
     "background": set(),
     "results": set(),
@@ -31,14 +32,17 @@ ROOMS: dict[str, set[str]] = {
     "_probe": {"errors"},
     "_sampler": {"errors", "_core"},
     "_draft": {"errors"},
-    "format": {"errors", "files"},
+    "format": {"errors", "files", "system"},
     "text": {"errors", "fork", "arguments"},
     "sampling": {"errors", "arguments"},
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
-    "freeze": {"errors", "files", "format", "golden", "text", "pyengine"},
+    "freeze": {"errors", "files", "system", "format", "golden", "text", "pyengine"},
     "hub": {"errors", "arguments", "freeze"},
-    "run": {"errors", "fork", "results", "format", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling", "cpu_watch"},
+    "run": {
+        "errors", "system", "fork", "results", "format", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling",
+        "cpu_watch",
+    },
     "draft_file": {"errors", "_core", "format"},
     "opening": {"errors", "fork", "arguments", "files", "format", "run", "_core", "sampling", "freeze", "hub"},
     "language": {"errors", "format", "run", "sampling", "text"},
@@ -61,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
         "errors", "files", "pyengine", "text", "_core", "_draft", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
-        "engine", "serve", "hub", "eval", "opening",
+        "engine", "serve", "hub", "eval", "opening", "system",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -174,11 +178,17 @@ C_ROOMS: dict[str, set[str]] = {
     "status": {"pyengine"},
     "kernels": {"pyengine", "status"},
     "threadpool": {"pyengine", "status", "platform", "float_env"},
+    "cgroup": {"pyengine", "cpu_limits"},
     "cpu_limits": {"pyengine", "platform", "threadpool"},
+    "job_object": {"pyengine", "cpu_limits"},
+    "platform_posix": {"platform"},
+    "platform_windows": {"platform"},
+    "threads_posix": {"platform"},
+    "threads_windows": {"platform"},
     "probe": {"pyengine", "status", "platform", "threadpool", "kernels"},
     "key_bias": {"kernels", "platform"},
     "tensors": {"pyengine", "status", "threadpool", "kernels"},
-    "model": {"pyengine", "status", "threadpool", "float_env", "kernels", "key_bias", "tensors"},
+    "model": {"pyengine", "status", "platform", "threadpool", "float_env", "kernels", "key_bias", "tensors"},
     "embedding": {"kernels", "model"},
     "slice": {"pyengine", "status", "platform", "threadpool", "kernels", "model"},
     "kv_pages": {"pyengine", "platform", "kernels"},
@@ -240,10 +250,13 @@ def test_c_includes_have_no_circle() -> None:
 
 
 def test_platform_calls_are_in_one_place() -> None:
-    """cpu_features.c asks Linux for the CPU's features; everything else of an operating system is in platform.c."""
-    marks = re.compile(r"__linux__|__APPLE__|_WIN32|<sys/|<linux/|<sched\.h>|<unistd\.h>")
+    """cpu_features.c asks Linux for the CPU's features, cgroup.c and job_object.c for the quota; everything else of an operating
+    system is in the files of platform.h."""
+    marks = re.compile(r"__linux__|__APPLE__|_WIN32|<sys/|<linux/|<sched\.h>|<unistd\.h>|<windows\.h>|pthread|\"/proc")
     found = {str(path.relative_to(CSRC)) for path in sources() if marks.search(path.read_text())}
-    assert found == {"platform.c", "kernels/cpu_features.c"}
+    system = {"platform.h", *(f"{what}_{of}.c" for what in ("platform", "threads") for of in ("posix", "windows"))}
+    system |= {"cgroup.c", "job_object.c"}
+    assert found == system | {"kernels/cpu_features.c"}
 
 
 @pytest.fixture(scope="module")

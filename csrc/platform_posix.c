@@ -1,4 +1,4 @@
-/* platform.c: see platform.h. Compile with PE_PLATFORM_POSIX to get the other systems' half on Linux, for tests. */
+/* platform_posix.c: see platform.h. Compile with PE_PLATFORM_POSIX to get the other systems' half on Linux, for tests. */
 #define _GNU_SOURCE
 #include "platform.h"
 
@@ -13,9 +13,16 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
-#else
-#include <pthread.h>
 #endif
+
+/* ------------------------------------------------------------------ mutexes and forks */
+
+void pe_mutex_lock(pe_mutex *mutex) { pthread_mutex_lock(mutex); }
+void pe_mutex_unlock(pe_mutex *mutex) { pthread_mutex_unlock(mutex); }
+void pe_mutex_reset_after_fork(pe_mutex *mutex) { pthread_mutex_init(mutex, NULL); }
+void pe_at_fork_in_child(void (*handler)(void)) { pthread_atfork(NULL, NULL, handler); }
+
+/* ------------------------------------------------------------------ memory */
 
 #define HUGE_PAGE ((size_t)2 << 20)
 
@@ -23,6 +30,8 @@ void *pe_aligned_alloc(size_t n_bytes) {
     size_t padded = (n_bytes + 63) / 64 * 64;
     return n_bytes > SIZE_MAX - 63 ? NULL : aligned_alloc(64, padded);
 }
+
+void pe_aligned_free(void *memory) { free(memory); }
 
 void *pe_zeros_alloc(size_t n_bytes) {
     if (n_bytes < HUGE_PAGE) {
@@ -46,10 +55,12 @@ void *pe_zeros_alloc(size_t n_bytes) {
 
 void pe_zeros_free(void *memory, size_t n_bytes) {
     if (n_bytes < HUGE_PAGE)
-        free(memory);
+        pe_aligned_free(memory);
     else if (memory != NULL)
         munmap(memory, n_bytes);
 }
+
+/* ------------------------------------------------------------------ clock and CPUs */
 
 int64_t pe_now_ns(void) {
     struct timespec t;
