@@ -418,26 +418,11 @@ pe_kv_chunk pe_kv_chunk_in(const pe_kv_cache *cache, char *k) {
     return (pe_kv_chunk){(int8_t *)k, (float *)(k + parts[0]), (int8_t *)v, (float *)(v + parts[2]), NULL, NULL};
 }
 
-size_t pe_kv_head_dim_p(const pe_kv_cache *cache) { return cache->model->head_dim_p; }
-
-/* ------------------------------------------------------------------ parts of pages */
-
-size_t pe_kv_part_bytes(const pe_kv_cache *cache, pe_kv_part part) {
-    return part == PE_KV_WINDOW ? cache->pages.window_bytes : cache->pages.data_bytes;
-}
-
-char *pe_kv_part_of(const pe_kv_cache *cache, int32_t id, size_t page_index, pe_kv_part part) {
-    const pe_page *page = cache->sequences[id].pages[page_index];
-    return part == PE_KV_WINDOW ? page->window : page->data;
-}
+/* ------------------------------------------------------------------ for kv_snapshot.c */
 
 size_t pe_kv_first_window(const pe_kv_cache *cache, size_t n_tokens) { return first_kept(cache, n_tokens); }
 
 void pe_kv_drop_windows(pe_kv_cache *cache, int32_t id) {
     sequence *s = &cache->sequences[id];
     while (s->first_window < s->n_pages) pe_page_release_window(&cache->pages, s->pages[s->first_window++]);
-}
-
-pe_status pe_kv_check(const pe_kv_cache *cache, int32_t id, char *err) {
-    return find(cache, id) == NULL ? no_such_sequence(id, err) : PE_OK;
 }

@@ -76,22 +76,13 @@ pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t sequence, size_t pa
 size_t pe_kv_chunk_bytes(const pe_kv_cache *cache);
 /* The chunk whose bytes begin at `data`, aligned to 64. */
 pe_kv_chunk pe_kv_chunk_in(const pe_kv_cache *cache, char *data);
-size_t pe_kv_head_dim_p(const pe_kv_cache *cache);
 
-/* ------------------------------------------------------------------ parts of pages, for kv_snapshot.c */
+/* ------------------------------------------------------------------ for kv_snapshot.c */
 
-typedef enum pe_kv_part { PE_KV_DATA, PE_KV_WINDOW } pe_kv_part;
-
-/* Bytes of a page's part, chunk after chunk; 0 if no layer is in it. */
-size_t pe_kv_part_bytes(const pe_kv_cache *cache, pe_kv_part part);
-/* One page's part of a live sequence, which it holds. */
-char *pe_kv_part_of(const pe_kv_cache *cache, int32_t sequence, size_t page, pe_kv_part part);
 /* The first page whose window part a sequence of n_tokens keeps: it holds that of this page and of all after it. */
 size_t pe_kv_first_window(const pe_kv_cache *cache, size_t n_tokens);
 /* A sequence lets go of the window parts of all its pages: its next query is so far away that it sees none of them. That of a page
  * without committed tokens is gone for everybody. */
 void pe_kv_drop_windows(pe_kv_cache *cache, int32_t sequence);
-/* PE_ERR_INVALID_ARGUMENT if there is no such sequence. */
-pe_status pe_kv_check(const pe_kv_cache *cache, int32_t sequence, char *err);
 
 #endif

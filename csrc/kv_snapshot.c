@@ -4,13 +4,20 @@
 #include <math.h>
 #include <string.h>
 
+#include "kv_sequences.h"
 #include "status.h"
 
-static size_t pages_of(size_t n_tokens) { return pe_pad(n_tokens, PE_CHUNK) / PE_CHUNK; }
+typedef enum page_part { DATA, WINDOW } page_part; /* in the order of the snapshot */
+
+static size_t part_bytes_of(const pe_kv_cache *cache, page_part part) {
+    return part == WINDOW ? cache->pages.window_bytes : cache->pages.data_bytes;
+}
+
+static char *part_of(const pe_page *page, page_part part) { return part == WINDOW ? page->window : page->data; }
 
 size_t pe_kv_snapshot_bytes(const pe_kv_cache *cache, size_t n_tokens) {
     size_t n_pages = pages_of(n_tokens), n_windows = n_pages - pe_kv_first_window(cache, n_tokens);
-    return n_pages * pe_kv_part_bytes(cache, PE_KV_DATA) + n_windows * pe_kv_part_bytes(cache, PE_KV_WINDOW);
+    return n_pages * cache->pages.data_bytes + n_windows * cache->pages.window_bytes;
 }
 
 static pe_status check_size(const pe_kv_cache *cache, size_t n_tokens, size_t n_bytes, char *err) {
@@ -20,8 +27,8 @@ static pe_status check_size(const pe_kv_cache *cache, size_t n_tokens, size_t n_
                    n_bytes);
 }
 
-/* The first and last part of page `page` that a sequence keeps whose window parts begin with page first_window. */
-static pe_kv_part last_part(size_t page, size_t first_window) { return page < first_window ? PE_KV_DATA : PE_KV_WINDOW; }
+/* The last part of a page that is in the snapshot of a sequence whose window parts begin with page first_window. */
+static page_part last_part(size_t page, size_t first_window) { return page < first_window ? DATA : WINDOW; }
 
 /* ------------------------------------------------------------------ save */
 
@@ -44,19 +51,20 @@ static void clear_position(const pe_kv_chunk *kv, size_t head_dim_p, size_t p) {
 static void clear_tail(const pe_kv_cache *cache, char *part, size_t n_bytes, size_t n_tokens) {
     for (size_t at = 0; at < n_bytes; at += pe_kv_chunk_bytes(cache)) {
         pe_kv_chunk kv = pe_kv_chunk_in(cache, part + at);
-        for (size_t p = n_tokens; p < PE_CHUNK; p++) clear_position(&kv, pe_kv_head_dim_p(cache), p);
+        for (size_t p = n_tokens; p < PE_CHUNK; p++) clear_position(&kv, cache->model->head_dim_p, p);
     }
 }
 
 pe_status pe_kv_snapshot_save(const pe_kv_cache *cache, int32_t sequence, char *out, size_t n_bytes, char *err) {
     size_t n_tokens = pe_kv_tokens(cache, sequence, NULL, 0), first_window = pe_kv_first_window(cache, n_tokens);
-    pe_status status = pe_kv_check(cache, sequence, err);
-    if (status == PE_OK) status = check_size(cache, n_tokens, n_bytes, err);
+    if (pe_kv_length(cache, sequence) == SIZE_MAX)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)sequence);
+    pe_status status = check_size(cache, n_tokens, n_bytes, err);
     for (size_t page = 0; status == PE_OK && page < pages_of(n_tokens); page++) {
-        for (int part = PE_KV_DATA; part <= (int)last_part(page, first_window); part++) {
-            size_t part_bytes = pe_kv_part_bytes(cache, part), here = n_tokens - page * PE_CHUNK;
+        for (int part = DATA; part <= (int)last_part(page, first_window); part++) {
+            size_t part_bytes = part_bytes_of(cache, part), here = n_tokens - page * PE_CHUNK;
             if (part_bytes == 0) continue;
-            memcpy(out, pe_kv_part_of(cache, sequence, page, part), part_bytes);
+            memcpy(out, part_of(cache->sequences[sequence].pages[page], part), part_bytes);
             if (here < PE_CHUNK) clear_tail(cache, out, part_bytes, here);
             out += part_bytes;
         }
@@ -79,14 +87,14 @@ static bool are_scales(const float *x, size_t n) {
 }
 
 /* Whether a chunk holds nothing that no text has: the code -128, a scale that is negative, an infinity, a NaN. */
-static bool is_legal(const pe_kv_chunk *kv, const pe_kernels *kernels, size_t n_codes) {
+static bool is_legal(const pe_kv_chunk *kv, const struct pe_kernels *kernels, size_t n_codes) {
     if (kv->k_f32 != NULL) return are_finite(kv->k_f32, n_codes) && are_finite(kv->v_f32, n_codes);
     return kernels->codes_are_legal(kv->k, n_codes) && kernels->codes_are_legal(kv->v, n_codes) &&
            are_scales(kv->k_scales, PE_CHUNK) && are_scales(kv->v_scales, PE_CHUNK);
 }
 
-static pe_status check_contents(const pe_kv_cache *cache, const pe_kernels *kernels, const char *in, size_t n_bytes, char *err) {
-    size_t chunk_bytes = pe_kv_chunk_bytes(cache), n_codes = PE_CHUNK * pe_kv_head_dim_p(cache);
+static pe_status check_contents(const pe_kv_cache *cache, const struct pe_kernels *kernels, const char *in, size_t n_bytes, char *err) {
+    size_t chunk_bytes = pe_kv_chunk_bytes(cache), n_codes = PE_CHUNK * cache->model->head_dim_p;
     for (size_t at = 0; at < n_bytes; at += chunk_bytes) {
         pe_kv_chunk kv = pe_kv_chunk_in(cache, (char *)in + at); /* only read */
         if (!is_legal(&kv, kernels, n_codes))
@@ -97,22 +105,22 @@ static pe_status check_contents(const pe_kv_cache *cache, const pe_kernels *kern
 }
 
 /* The sequence holds whole pages; its next one, of the tokens (n) at most, comes from the parts at `in`. */
-static pe_status restore_page(pe_kv_cache *cache, int32_t sequence, const int32_t *tokens, size_t n, pe_kv_part last,
+static pe_status restore_page(pe_kv_cache *cache, int32_t sequence, const int32_t *tokens, size_t n, page_part last,
                               const char *in, char *err) {
     size_t page = pe_kv_length(cache, sequence) / PE_CHUNK, here = n < PE_CHUNK ? n : PE_CHUNK;
     pe_status status = pe_kv_extend(cache, sequence, here, err);
     if (status != PE_OK) return status;
-    if (last == PE_KV_DATA) pe_kv_drop_windows(cache, sequence);
-    for (int part = PE_KV_DATA; part <= (int)last; part++) {
-        size_t part_bytes = pe_kv_part_bytes(cache, part);
-        if (part_bytes > 0) memcpy(pe_kv_part_of(cache, sequence, page, part), in, part_bytes);
+    if (last == DATA) pe_kv_drop_windows(cache, sequence);
+    for (int part = DATA; part <= (int)last; part++) {
+        size_t part_bytes = part_bytes_of(cache, part);
+        if (part_bytes > 0) memcpy(part_of(cache->sequences[sequence].pages[page], part), in, part_bytes);
         in += part_bytes;
     }
     for (size_t i = 0; i < here; i++) pe_kv_commit(cache, sequence, tokens[i]);
     return PE_OK;
 }
 
-pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const pe_kernels *kernels, const int32_t *tokens, size_t n,
+pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const struct pe_kernels *kernels, const int32_t *tokens, size_t n,
                                  const uint8_t salt[PE_SALT_BYTES], const char *in, size_t n_bytes, int32_t *out, char *err) {
     size_t begin, first_window = pe_kv_first_window(cache, n);
     pe_status status = check_size(cache, n, n_bytes, err);
@@ -125,11 +133,11 @@ pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const pe_kernels *kernels, 
         begin = pe_kv_length(cache, *out);
     }
     for (size_t page = 0; status == PE_OK && page < pages_of(n); page++) {
-        pe_kv_part last = last_part(page, first_window);
+        page_part last = last_part(page, first_window);
         size_t at = page * PE_CHUNK;
         if (at >= begin) status = restore_page(cache, *out, tokens + at, n - at, last, in, err);
-        for (int part = PE_KV_DATA; part <= (int)last; part++) in += pe_kv_part_bytes(cache, part);
+        for (int part = DATA; part <= (int)last; part++) in += part_bytes_of(cache, part);
     }
-    if (status != PE_OK) (void)pe_kv_drop(cache, *out, NULL);
+    if (status != PE_OK) (void)pe_kv_drop(cache, *out, err); /* there is such a sequence: err stays */
     return status;
 }

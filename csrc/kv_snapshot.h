@@ -19,7 +19,7 @@ pe_status pe_kv_snapshot_save(const pe_kv_cache *cache, int32_t sequence, char *
  * that the tree has are shared, all others join it. The bytes may be a stranger's: PE_ERR_INVALID_ARGUMENT for codes and
  * scales that no text has. Others than those of these tokens make other results, and no further harm. On failure there is no
  * new sequence. */
-pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const pe_kernels *kernels, const int32_t *tokens, size_t n,
+pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const struct pe_kernels *kernels, const int32_t *tokens, size_t n,
                                  const uint8_t salt[PE_SALT_BYTES], const char *in, size_t n_bytes, int32_t *out, char *err);
 
 #endif
