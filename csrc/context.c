@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "kv_snapshot.h"
 #include "matmul.h"
 #include "platform.h"
 #include "status.h"
@@ -143,4 +144,25 @@ pe_status pe_sequence_length(const pe_context *c, int32_t sequence, size_t *out,
     *out = pe_kv_tokens(c->kv, sequence, NULL, 0);
     if (pe_kv_length(c->kv, sequence) != SIZE_MAX) return PE_OK;
     return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)sequence);
+}
+
+/* ------------------------------------------------------------------ snapshots */
+
+size_t pe_sequence_snapshot_bytes(const pe_context *c, size_t n_tokens) { return pe_kv_snapshot_bytes(c->kv, n_tokens); }
+
+pe_status pe_sequence_save(const pe_context *c, int32_t sequence, void *out, size_t n_bytes, char *err) {
+    return pe_kv_snapshot_save(c->kv, sequence, out, n_bytes, err);
+}
+
+pe_status pe_sequence_restore(pe_context *c, const int32_t *tokens, size_t n, const uint8_t *salt, const void *in,
+                              size_t n_bytes, int32_t *out, char *err) {
+    const pe_config *config = &c->model->config;
+    if (n > config->max_seq_len)
+        return pe_fail(PE_ERR_CONTEXT_FULL, err, "%zu tokens, the context has %u positions", n, config->max_seq_len);
+    if ((uintptr_t)in % 64 != 0) return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "keys and values must be aligned to 64 bytes");
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= config->vocab_size)
+            return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "token %d is outside of the vocabulary (0 to %u)", (int)tokens[i],
+                           config->vocab_size - 1);
+    return pe_kv_snapshot_restore(c->kv, c->slice.kernels, tokens, n, salt == NULL ? no_salt : salt, in, n_bytes, out, err);
 }

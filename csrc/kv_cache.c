@@ -407,10 +407,22 @@ pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t id, size_t page_ind
     const pe_page *page = cache->sequences[id].pages[page_index];
     char *part = place->is_window ? page->window : page->data;
     if (part == NULL) return (pe_kv_chunk){0};
-    char *k = part + (place->index * cache->model->config.n_kv_heads + kv_head) * cache->chunk_bytes;
+    return pe_kv_chunk_in(cache, part + (place->index * cache->model->config.n_kv_heads + kv_head) * cache->chunk_bytes);
+}
+
+pe_kv_chunk pe_kv_chunk_in(const pe_kv_cache *cache, char *k) {
     size_t parts[4];
     chunk_parts(cache, parts);
     char *v = k + parts[0] + parts[1];
     if (cache->dtype == PE_KV_F32) return (pe_kv_chunk){.k_f32 = (float *)k, .v_f32 = (float *)v};
     return (pe_kv_chunk){(int8_t *)k, (float *)(k + parts[0]), (int8_t *)v, (float *)(v + parts[2]), NULL, NULL};
+}
+
+/* ------------------------------------------------------------------ for kv_snapshot.c */
+
+size_t pe_kv_first_window(const pe_kv_cache *cache, size_t n_tokens) { return first_kept(cache, n_tokens); }
+
+void pe_kv_drop_windows(pe_kv_cache *cache, int32_t id) {
+    sequence *s = &cache->sequences[id];
+    while (s->first_window < s->n_pages) pe_page_release_window(&cache->pages, s->pages[s->first_window++]);
 }

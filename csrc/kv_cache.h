@@ -80,5 +80,15 @@ void pe_kv_forget_drafts(pe_kv_cache *cache);
 pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer, uint32_t kv_head);
 /* Of each of them, k, k_scales, v and v_scales together. */
 size_t pe_kv_chunk_bytes(const pe_kv_cache *cache);
+/* The chunk whose bytes begin at `data`, aligned to 64. */
+pe_kv_chunk pe_kv_chunk_in(const pe_kv_cache *cache, char *data);
+
+/* ------------------------------------------------------------------ for kv_snapshot.c */
+
+/* The first page whose window part a sequence of n_tokens keeps: it holds that of this page and of all after it. */
+size_t pe_kv_first_window(const pe_kv_cache *cache, size_t n_tokens);
+/* A sequence lets go of the window parts of all its pages: its next query is so far away that it sees none of them. That of a page
+ * without committed tokens is gone for everybody. */
+void pe_kv_drop_windows(pe_kv_cache *cache, int32_t sequence);
 
 #endif

@@ -252,7 +252,9 @@ void pe_page_release(pe_page_pool *pool, pe_page *page) {
 
 void pe_page_merge(pe_page_pool *pool, pe_page *page, pe_page *twin) {
     pe_page_hold(pool, twin);
-    if (pe_page_has_window(pool, twin)) {
+    if (page->n_window_references == 0) {
+        /* the holder has let go of the window part already */
+    } else if (pe_page_has_window(pool, twin)) {
         pe_page_hold_window(pool, twin);
     } else {
         twin->window = page->window;

@@ -86,8 +86,8 @@ pe_page *pe_page_find(pe_page_pool *pool, pe_page *parent, const uint8_t salt[PE
                       size_t n, size_t *n_common);
 /* Another page of the tree with the same parent, salt and 256 tokens as `page`, which is full; NULL if there is none. */
 pe_page *pe_page_twin(const pe_page *page);
-/* The only holder of `page` (of the tree, without children) and of its window part holds those of its twin from now on; `page`
- * is free. A twin without a window part is given this one. */
+/* The only holder of `page` (of the tree, without children), and of its window part if it has not let go of that, holds those
+ * of its twin from now on; `page` is free. A twin without a window part is given this one. */
 void pe_page_merge(pe_page_pool *pool, pe_page *page, pe_page *twin);
 /* Of the window parts of held pages that nobody holds, keep the `most` that were let go last. */
 void pe_page_pool_trim_windows(pe_page_pool *pool, size_t most);

@@ -1,4 +1,5 @@
-/* kv_sequences.h: what a cache is made of, for kv_cache.c, which changes it, and kv_check.c, which looks whether it adds up. */
+/* kv_sequences.h: what a cache is made of, for kv_cache.c, which changes it, kv_check.c, which looks whether it adds up, and
+ * kv_snapshot.c, which copies pages out and in. */
 #ifndef PE_KV_SEQUENCES_H
 #define PE_KV_SEQUENCES_H
 

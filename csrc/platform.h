@@ -21,7 +21,8 @@ typedef pthread_mutex_t pe_mutex;
 #define PE_MUTEX_INIT PTHREAD_MUTEX_INITIALIZER
 #endif
 
-/* Run fn(arg) in a thread of its own, which hears no signals: those stay with the application's threads. 0, or an errno. Every
+/* Run fn(arg) in a thread of its own, which hears no signals but those of its own faults: the others stay with the
+ * application's threads. 0, or an errno. Every
  * thread that was started is joined. */
 int pe_thread_start(pe_thread *thread, void *(*fn)(void *), void *arg);
 /* Wait for the thread's end; what fn returned. */

@@ -227,6 +227,18 @@ pe_status pe_sequence_accept(pe_context *context, int32_t sequence, const int32_
 /* Copies at most `capacity` of the tokens that a sequence holds; returns how many it holds. */
 size_t pe_sequence_tokens(const pe_context *context, int32_t sequence, int32_t *out, size_t capacity);
 
+/* Keys and values as bytes, to be kept and put back later, by another process or on another machine: what they are is a
+ * matter of model, tokens and pe_kv_dtype alone (and of n_ctx, where layers have windows as long). The bytes of a
+ * sequence of n_tokens, at most the model's context. */
+size_t pe_sequence_snapshot_bytes(const pe_context *context, size_t n_tokens);
+/* out (n_bytes, those of its length) = keys and values of a sequence. */
+pe_status pe_sequence_save(const pe_context *context, int32_t sequence, void *out, size_t n_bytes, char *err);
+/* A sequence that holds tokens (n), with the keys and values in `in` (n_bytes, aligned to 64) instead of a forward's; its pages
+ * are found like those of pe_sequence_match with `keep`. Bytes of other tokens make other results, and no further harm:
+ * PE_ERR_INVALID_ARGUMENT for numbers that no text has. */
+pe_status pe_sequence_restore(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt, const void *in,
+                              size_t n_bytes, int32_t *out, char *err);
+
 /* ------------------------------------------------------------------ forward */
 
 /* Called by the calling thread between work units, at most every 20 ms; non-zero ends the call. */

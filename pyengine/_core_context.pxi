@@ -163,6 +163,25 @@ cdef class Context:
         self.check_idle()
         return pe_sequence_match_length(self.context, &view[0] if n else NULL, n, salt_pointer(salt))
 
+    def restore(self, tokens, const uint8_t[::1] data not None, const uint8_t[::1] salt=None) -> Sequence:
+        """A new sequence that holds `tokens` with keys and values that Sequence.save wrote: data, aligned to 64 bytes (a map).
+        Raises InvalidArgumentError for bytes of another length, and for numbers that no text has."""
+        cdef char[PE_ERR_LEN] err
+        cdef pe_status status
+        cdef const int32_t[::1] view = array("i", tokens)
+        cdef size_t n = view.shape[0], n_bytes = data.shape[0]
+        cdef const int32_t *ids = &view[0] if n else NULL
+        cdef const uint8_t *begin = &data[0] if n_bytes else NULL
+        cdef const uint8_t *of_salt = salt_pointer(salt)
+        cdef Sequence out = self.sequence_object()
+        err[0] = 0
+        with nogil:
+            status = pe_sequence_restore(self.context, ids, n, of_salt, begin, n_bytes, &out.id, err)
+        if status != PE_OK:
+            out.id = -1
+        check(status, err)
+        return out
+
     # ------------------------------------------------------------ what it is and has
 
     @property

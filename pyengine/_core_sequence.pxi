@@ -44,6 +44,24 @@ cdef class Sequence:
             pe_sequence_tokens(self.context.context, self.id, &view[0], n)
         return out
 
+    def save(self) -> bytearray:
+        """Its keys and values as bytes, for Context.restore: csrc/kv_snapshot.h."""
+        cdef char[PE_ERR_LEN] err
+        cdef int32_t id = self.open_id()
+        cdef pe_status status
+        cdef pe_context *context = self.context.context
+        cdef uint8_t[::1] view
+        cdef size_t n_bytes = pe_sequence_snapshot_bytes(context, self.length)
+        err[0] = 0
+        self.context.check_idle()
+        out = bytearray(n_bytes)
+        if n_bytes > 0:
+            view = out
+            with nogil:
+                status = pe_sequence_save(context, id, &view[0], n_bytes, err)
+            check(status, err)
+        return out
+
     def truncate(self, size_t n_tokens) -> None:
         """Keep the first n_tokens, or fewer: as many as layers with a window can go on from (`length`)."""
         cdef char[PE_ERR_LEN] err

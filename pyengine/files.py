@@ -7,6 +7,7 @@ socket or a directory; or a Git LFS pointer, a line of text that stands for a fi
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import stat
 
@@ -85,3 +86,19 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     with open_regular(path) as file, system_errors():
         head = system.read_at(file.fileno(), 9, 0)
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER
+
+
+def read_aligned(file: io.FileIO) -> mmap.mmap:
+    """The content of a file that open_regular opened in an anonymous map: nobody can change it any more, and it begins on a page,
+    which the core counts on. Raises ModelFormatError for an empty file, and for one that shrinks while it is read."""
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise ModelFormatError("an empty file")
+    buffer = mmap.mmap(-1, size)
+    with memoryview(buffer) as view:
+        done = 0
+        while done < size and (n := file.readinto(view[done : done + (1 << 28)])):
+            done += n
+    if done < size:
+        raise ModelFormatError(f"shrank to {done} bytes while it was read")
+    return buffer

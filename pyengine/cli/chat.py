@@ -7,7 +7,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from pyengine.cli import EXIT_INTERRUPTED, options, terminal
+from pyengine.cli import EXIT_INTERRUPTED, UsageError, options, terminal
 from pyengine.errors import ContextFullError
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_model_options(parser)
     options.add_lora_option(parser, "an adapter (LoRA, PEFT's directory) beside the model; its product is multiplied by SCALE")
     options.add_context_options(parser)
+    options.add_prompt_cache_option(
+        parser, "what was computed of the system prompt: read from FILE if it is there, else written there; changes no answer"
+    )
     options.add_sampling_options(parser)
     return parser
 
@@ -172,6 +175,11 @@ def run(argv: list[str]) -> int:
     with options.open_engine(args) as engine:
         _ = engine.chat_template  # a model without one is refused now and not after the first question
         adapter = None if args.lora is None else args.lora.load(engine)
+        if options.load_prompt_cache(args, engine):
+            if args.system is None:
+                raise UsageError("--prompt-cache: there is no such file, and no system prompt (--system) to be kept in it")
+            system = [{"role": "system", "content": args.system}]
+            engine.save_prefix(engine.chat_ids(system, add_generation_prompt=False), args.prompt_cache)
         conversation = Conversation(engine, params, args.system, adapter)
         lines = Lines()
         if lines.is_terminal:

@@ -17,6 +17,7 @@ EPILOG = f"""\
 examples:
   pyengine generate -m model.safetensors "The capital of France is" --temp 0 -n 20
   pyengine generate -m model.gguf -f prompt.txt --temp 0.8 --top-p 0.95 --seed 7 > story.txt
+  pyengine generate -m model.safetensors -f book.txt --prompt-cache book.kv -n 200     # the second time it begins at once
   echo "def fibonacci(n):" | pyengine generate -m model.safetensors - --stop '\\n\\n' --escape
 
 {options.ENVIRONMENT}"""
@@ -34,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_model_options(parser)
     options.add_lora_option(parser, "an adapter (LoRA, PEFT's directory) beside the model; its product is multiplied by SCALE")
     options.add_context_options(parser)
+    options.add_prompt_cache_option(
+        parser,
+        "what was computed of the prompt: read from FILE if it is there, else written there in the end. Another prompt goes on "
+        "from what it shares with it; no byte of the output changes",
+    )
     options.add_sampling_options(parser)
     return parser
 
@@ -106,10 +112,14 @@ def run(argv: list[str]) -> int:
     options.tolerant_stdout()
     with options.open_engine(args) as engine:
         adapter = None if args.lora is None else args.lora.load(engine)
-        pieces = engine.stream(prompt, params, parse_special=args.special, adapter=adapter)
+        ids = engine.prompt_ids(prompt, parse_special=args.special)
+        keep = options.load_prompt_cache(args, engine)
+        pieces = engine.stream(ids, params, adapter=adapter)
         result = write_json(pieces) if args.json else write_stream(pieces)
         if result is None:
             return EXIT_INTERRUPTED
         if args.verbose:
             terminal.warn(timings_line(result, engine))
+        if keep:
+            engine.save_prefix(ids, args.prompt_cache)
     return 0

@@ -129,6 +129,23 @@ def add_lora_option(parser: argparse._ActionsContainer, help: str, *, many: bool
     parser.add_argument("--lora", action="append" if many else _Once, type=Lora.parse, metavar="[NAME=]DIR[:SCALE]", help=help)
 
 
+def add_prompt_cache_option(parser: argparse._ActionsContainer, help: str, *, many: bool = False) -> None:
+    """--prompt-cache: args.prompt_cache is a path, with `many` a list of them; None if it is not given."""
+    parser.add_argument("--prompt-cache", action="append" if many else "store", metavar="FILE", help=help)
+
+
+def load_prompt_cache(args: argparse.Namespace, engine: Engine) -> bool:
+    """Read the file of --prompt-cache if it is given and there. Whether it is to be written when the prompt has been computed."""
+    if args.prompt_cache is None:
+        return False
+    if args.lora is not None:
+        raise UsageError("--prompt-cache: keys and values of a prompt with an adapter are not kept; leave out one of the two")
+    if not os.path.exists(args.prompt_cache):
+        return True
+    engine.load_prefix(args.prompt_cache)
+    return False
+
+
 class _Once(argparse.Action):
     """Stores its value; a second one is refused, for one of the two would have no effect."""
 

@@ -88,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
         "SCALE; may be repeated",
         many=True,
     )
+    options.add_prompt_cache_option(
+        group,
+        "a beginning of prompts, computed before by the one model (--prompt-cache of generate and chat, Engine.save_prefix), at "
+        "which requests without cache_salt go on; may be repeated",
+        many=True,
+    )
     options.add_threads_option(group)
     options.add_isa_option(group)
     _add_speculation_options(parser)
@@ -167,6 +173,8 @@ def run(argv: list[str]) -> int:
     settings = _settings(args)
     options.check_draft_model(args)
     named = _named_paths(args)
+    if args.prompt_cache and len(named) > 1:
+        raise UsageError("--prompt-cache: keys and values are of one model, and -m names several")
     if args.lora and len(named) > 1:
         raise UsageError("--lora: adapters are for one model, and -m names several")
     try:
@@ -335,6 +343,8 @@ def _load(args: argparse.Namespace, named: NamedPaths) -> Models:
         for lora in args.lora or ():
             with options.naming(lora.path):
                 lora.load(engine)
+        for prefix in args.prompt_cache or ():
+            engine.load_prefix(prefix)
         models[name] = ServedModel(name, engine)
     return Models(models.values())
 

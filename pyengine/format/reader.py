@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from ..errors import ModelFormatError, UnsupportedModelError, system_errors
-from ..files import open_regular, path_of
+from ..files import open_regular, path_of, read_aligned
 from .config import FrozenConfig
 from .container import ALIGNMENT, SafetensorsEntry, StoredTensor, parse_safetensors_header
 from .inventory import (
@@ -130,17 +130,10 @@ class FrozenFile:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise ModelFormatError(f"{path}: {size} bytes: not a frozen pyengine file")
-            if use_mmap:
-                buffer = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            else:
-                # An anonymous map and not bytes: it is page-aligned, which the kernels count on.
-                buffer = mmap.mmap(-1, size)
-                with memoryview(buffer) as view:
-                    done = 0
-                    while done < size and (n := file.readinto(view[done : done + (1 << 28)])):
-                        done += n
-                if done < size:
-                    raise ModelFormatError(f"{path}: shrank to {done} bytes while it was read")
+            try:
+                buffer = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if use_mmap else read_aligned(file)
+            except ModelFormatError as error:
+                raise ModelFormatError(f"{path}: {error}") from None
         try:
             return cls(path, buffer)
         except (ModelFormatError, UnsupportedModelError) as error:

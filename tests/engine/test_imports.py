@@ -49,8 +49,9 @@ ROOMS: dict[str, set[str]] = {
     "embeddings": {"errors", "arguments"},
     "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze"},
     "scoring": {"errors", "arguments", "results", "_core", "_sampler", "format", "text", "embeddings", "run", "fork"},
+    "prefixes": {"errors", "format"},
     "engine": {
-        "adapters", "scoring", "draft_file", "opening", "language", "errors", "arguments", "background", "results", "_core",
+        "adapters", "prefixes", "scoring", "draft_file", "opening", "language", "errors", "arguments", "background", "results", "_core",
         "format", "text", "sampling", "cpu_watch", "freeze", "run", "fork", "files", "hub",
     },
     "eval": {"engine", "errors", "run", "freeze", "_sampler"},
@@ -194,6 +195,7 @@ C_ROOMS: dict[str, set[str]] = {
     "kv_pages": {"pyengine", "platform", "kernels"},
     "kv_sequences": {"kv_pages", "model"},
     "kv_cache": {"status", "kv_sequences", "model"},
+    "kv_snapshot": {"kernels", "status", "kv_sequences", "kv_cache"},
     "kv_check": {"status", "kv_sequences", "kv_cache"},
     "matmul": {"kernels", "model", "slice"},
     "attention": {"kernels", "model", "slice", "kv_cache"},
@@ -201,7 +203,7 @@ C_ROOMS: dict[str, set[str]] = {
     "experts": {"kernels", "model", "slice", "matmul"},
     "adapter": {"pyengine", "status", "platform", "threadpool", "model", "slice", "matmul"},
     "mlp": {"slice", "matmul", "adapter", "experts"},
-    "context": {"status", "platform", "slice", "kv_cache", "matmul", "attention"},
+    "context": {"status", "platform", "slice", "kv_cache", "kv_snapshot", "matmul", "attention"},
     "forward": {
         "status", "platform", "float_env", "embedding", "slice", "kv_cache", "matmul", "adapter", "block", "mlp",
         "context",

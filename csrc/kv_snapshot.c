@@ -1,0 +1,143 @@
+/* kv_snapshot.c: see kv_snapshot.h. */
+#include "kv_snapshot.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "kv_sequences.h"
+#include "status.h"
+
+typedef enum page_part { DATA, WINDOW } page_part; /* in the order of the snapshot */
+
+static size_t part_bytes_of(const pe_kv_cache *cache, page_part part) {
+    return part == WINDOW ? cache->pages.window_bytes : cache->pages.data_bytes;
+}
+
+static char *part_of(const pe_page *page, page_part part) { return part == WINDOW ? page->window : page->data; }
+
+size_t pe_kv_snapshot_bytes(const pe_kv_cache *cache, size_t n_tokens) {
+    size_t n_pages = pages_of(n_tokens), n_windows = n_pages - pe_kv_first_window(cache, n_tokens);
+    return n_pages * cache->pages.data_bytes + n_windows * cache->pages.window_bytes;
+}
+
+static pe_status check_size(const pe_kv_cache *cache, size_t n_tokens, size_t n_bytes, char *err) {
+    size_t needed = pe_kv_snapshot_bytes(cache, n_tokens);
+    if (n_bytes == needed) return PE_OK;
+    return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "keys and values of %zu tokens have %zu bytes here, not %zu", n_tokens, needed,
+                   n_bytes);
+}
+
+/* The last part of a page that is in the snapshot of a sequence whose window parts begin with page first_window. */
+static page_part last_part(size_t page, size_t first_window) { return page < first_window ? DATA : WINDOW; }
+
+/* ------------------------------------------------------------------ save */
+
+/* Position p of a chunk becomes zeros. */
+static void clear_position(const pe_kv_chunk *kv, size_t head_dim_p, size_t p) {
+    size_t panel = p / PE_PANEL, lane = p % PE_PANEL;
+    if (kv->k_f32 != NULL) {
+        for (size_t i = 0; i < head_dim_p; i++) kv->k_f32[(panel * head_dim_p + i) * PE_PANEL + lane] = 0.0f;
+        memset(kv->v_f32 + p * head_dim_p, 0, head_dim_p * sizeof(float));
+        return;
+    }
+    for (size_t i = 0; i < head_dim_p; i++) {
+        kv->k[((panel * head_dim_p / 4 + i / 4) * PE_PANEL + lane) * 4 + i % 4] = 0;
+        kv->v[(p / 4 * head_dim_p + i) * 4 + p % 4] = 0;
+    }
+    kv->k_scales[p] = kv->v_scales[p] = 0.0f;
+}
+
+/* Positions from n_tokens on of the chunks in a page's part (n_bytes) become zeros. */
+static void clear_tail(const pe_kv_cache *cache, char *part, size_t n_bytes, size_t n_tokens) {
+    for (size_t at = 0; at < n_bytes; at += pe_kv_chunk_bytes(cache)) {
+        pe_kv_chunk kv = pe_kv_chunk_in(cache, part + at);
+        for (size_t p = n_tokens; p < PE_CHUNK; p++) clear_position(&kv, cache->model->head_dim_p, p);
+    }
+}
+
+pe_status pe_kv_snapshot_save(const pe_kv_cache *cache, int32_t sequence, char *out, size_t n_bytes, char *err) {
+    size_t n_tokens = pe_kv_tokens(cache, sequence, NULL, 0), first_window = pe_kv_first_window(cache, n_tokens);
+    if (pe_kv_length(cache, sequence) == SIZE_MAX)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)sequence);
+    pe_status status = check_size(cache, n_tokens, n_bytes, err);
+    for (size_t page = 0; status == PE_OK && page < pages_of(n_tokens); page++) {
+        for (int part = DATA; part <= (int)last_part(page, first_window); part++) {
+            size_t part_bytes = part_bytes_of(cache, part), here = n_tokens - page * PE_CHUNK;
+            if (part_bytes == 0) continue;
+            memcpy(out, part_of(cache->sequences[sequence].pages[page], part), part_bytes);
+            if (here < PE_CHUNK) clear_tail(cache, out, part_bytes, here);
+            out += part_bytes;
+        }
+    }
+    return status;
+}
+
+/* ------------------------------------------------------------------ restore */
+
+static bool are_finite(const float *x, size_t n) {
+    bool finite = true;
+    for (size_t i = 0; i < n; i++) finite &= isfinite(x[i]) != 0;
+    return finite;
+}
+
+static bool are_scales(const float *x, size_t n) {
+    bool legal = are_finite(x, n);
+    for (size_t i = 0; i < n; i++) legal &= x[i] >= 0.0f;
+    return legal;
+}
+
+/* Whether a chunk holds nothing that no text has: the code -128, a scale that is negative, an infinity, a NaN. */
+static bool is_legal(const pe_kv_chunk *kv, const struct pe_kernels *kernels, size_t n_codes) {
+    if (kv->k_f32 != NULL) return are_finite(kv->k_f32, n_codes) && are_finite(kv->v_f32, n_codes);
+    return kernels->codes_are_legal(kv->k, n_codes) && kernels->codes_are_legal(kv->v, n_codes) &&
+           are_scales(kv->k_scales, PE_CHUNK) && are_scales(kv->v_scales, PE_CHUNK);
+}
+
+static pe_status check_contents(const pe_kv_cache *cache, const struct pe_kernels *kernels, const char *in, size_t n_bytes, char *err) {
+    size_t chunk_bytes = pe_kv_chunk_bytes(cache), n_codes = PE_CHUNK * cache->model->head_dim_p;
+    for (size_t at = 0; at < n_bytes; at += chunk_bytes) {
+        pe_kv_chunk kv = pe_kv_chunk_in(cache, (char *)in + at); /* only read */
+        if (!is_legal(&kv, kernels, n_codes))
+            return pe_fail(PE_ERR_INVALID_ARGUMENT, err,
+                           "the keys and values hold what no text has (code -128, a negative scale, or not finite)");
+    }
+    return PE_OK;
+}
+
+/* The sequence holds whole pages; its next one, of the tokens (n) at most, comes from the parts at `in`. */
+static pe_status restore_page(pe_kv_cache *cache, int32_t sequence, const int32_t *tokens, size_t n, page_part last,
+                              const char *in, char *err) {
+    size_t page = pe_kv_length(cache, sequence) / PE_CHUNK, here = n < PE_CHUNK ? n : PE_CHUNK;
+    pe_status status = pe_kv_extend(cache, sequence, here, err);
+    if (status != PE_OK) return status;
+    if (last == DATA) pe_kv_drop_windows(cache, sequence);
+    for (int part = DATA; part <= (int)last; part++) {
+        size_t part_bytes = part_bytes_of(cache, part);
+        if (part_bytes > 0) memcpy(part_of(cache->sequences[sequence].pages[page], part), in, part_bytes);
+        in += part_bytes;
+    }
+    for (size_t i = 0; i < here; i++) pe_kv_commit(cache, sequence, tokens[i]);
+    return PE_OK;
+}
+
+pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const struct pe_kernels *kernels, const int32_t *tokens, size_t n,
+                                 const uint8_t salt[PE_SALT_BYTES], const char *in, size_t n_bytes, int32_t *out, char *err) {
+    size_t begin, first_window = pe_kv_first_window(cache, n);
+    pe_status status = check_size(cache, n, n_bytes, err);
+    if (status == PE_OK) status = check_contents(cache, kernels, in, n_bytes, err);
+    if (status == PE_OK) status = pe_kv_match(cache, tokens, n, salt, true, out, &begin, err);
+    if (status != PE_OK || begin == n) return status;
+    /* What is shared ends with a whole page: where layers with a window have let go of theirs, earlier than asked for. */
+    while (begin % PE_CHUNK != 0) {
+        (void)pe_kv_truncate(cache, *out, begin / PE_CHUNK * PE_CHUNK, err);
+        begin = pe_kv_length(cache, *out);
+    }
+    for (size_t page = 0; status == PE_OK && page < pages_of(n); page++) {
+        page_part last = last_part(page, first_window);
+        size_t at = page * PE_CHUNK;
+        if (at >= begin) status = restore_page(cache, *out, tokens + at, n - at, last, in, err);
+        for (int part = DATA; part <= (int)last; part++) in += part_bytes_of(cache, part);
+    }
+    if (status != PE_OK) (void)pe_kv_drop(cache, *out, err); /* there is such a sequence: err stays */
+    return status;
+}
