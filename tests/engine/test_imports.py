@@ -51,8 +51,8 @@ ROOMS: dict[str, set[str]] = {
     "scoring": {"errors", "arguments", "results", "_core", "_sampler", "format", "text", "embeddings", "run", "fork"},
     "prefixes": {"errors", "format"},
     "engine": {
-        "adapters", "prefixes", "scoring", "draft_file", "opening", "language", "errors", "arguments", "background", "results", "_core",
-        "format", "text", "sampling", "cpu_watch", "freeze", "run", "fork", "files", "hub",
+        "adapters", "prefixes", "scoring", "draft_file", "opening", "language", "errors", "arguments", "background", "results",
+        "_core", "format", "text", "sampling", "cpu_watch", "freeze", "run", "fork", "files", "hub",
     },
     "eval": {"engine", "errors", "run", "freeze", "_sampler"},
     "async_engine": {"embeddings", "engine", "errors", "fork", "results", "run", "sampling", "text"},
