@@ -259,20 +259,20 @@ typedef struct probability_eight {
     pair_scales scales[PE_CHUNK / PE_PROBABILITY_GROUP];
 } probability_eight;
 
+_Static_assert((int)PROBABILITY_ROWS >= (int)EIGHT, "they are quantized at once");
+
 /* From n_rows rows of p, at most eight, over the groups of [begin, end); all else becomes 0. */
 static void quantize_eight(probability_eight *eight, const float *p, size_t n_rows, const float *v_scales, size_t begin,
                            size_t end) {
     enum { N_GROUPS = PE_CHUNK / PE_PROBABILITY_GROUP };
     int8_t codes[EIGHT][PE_CHUNK] = {{0}};
     float scales[N_GROUPS][EIGHT] = {{0}};
-    for (size_t r = 0; r < n_rows; r += VALUE_ROWS) {
-        size_t n_r = n_rows - r < VALUE_ROWS ? n_rows - r : VALUE_ROWS, first = pe_group_begin(begin);
-        probability_block block;
-        quantize_probabilities(&block, p + r * PE_CHUNK, n_r, v_scales, begin, end);
-        for (size_t i = 0; i < n_r; i++) {
-            memcpy(codes[r + i] + first, block.codes[i] + first, pe_group_end(end) - first);
-            for (size_t g = 0; g < N_GROUPS; g++) scales[g][r + i] = block.scales[i][g];
-        }
+    probability_block block;
+    quantize_probabilities(&block, p, n_rows, v_scales, begin, end);
+    size_t first = block.first, n_groups = (block.last - first) / PE_PROBABILITY_GROUP;
+    for (size_t r = 0; r < n_rows; r++) {
+        memcpy(codes[r] + first, block.codes[r] + first, block.last - first);
+        for (size_t g = 0; g < n_groups; g++) scales[first / PE_PROBABILITY_GROUP + g][r] = block.scales[r * n_groups + g];
     }
     zip_rows(eight->operands, codes[0], PE_CHUNK, EIGHT, CHUNK_STEPS);
     for (size_t g = 0; g < N_GROUPS; g++) spread_over_tokens(eight->scales[g], scales[g]);
