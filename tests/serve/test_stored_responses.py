@@ -371,10 +371,12 @@ def test_a_response_that_nobody_waited_for_is_not_kept(chat_model: Path) -> None
 
         model.engine.scheduler.step = held_step  # type: ignore[method-assign]
         call = client.begin("POST", PATH, {**HELLO, "max_output_tokens": 300, "ignore_eos": True, "stream": True})
-        await call.until(lambda answer: bool(answer.writes))
-        call.hang_up()
-        await call.task
-        may_end.set()
+        try:
+            await call.until(lambda answer: bool(answer.writes))
+            call.hang_up()
+            await call.task
+        finally:
+            may_end.set()
         assert len(client.app.store) == 0 and not call.answer.is_complete
 
     serving(chat_model, test)
