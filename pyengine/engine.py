@@ -14,10 +14,10 @@ from pyengine.adapters import Adapters, LoadedAdapter
 from pyengine.arguments import boolean
 from pyengine.background import Background
 from pyengine.errors import InvalidArgumentError, PyEngineError
-from pyengine.format.kv import KvLayout
 from pyengine.format.reader import FrozenFile
 from pyengine.language import Language
 from pyengine.opening import Options, pages_of, resolve_model
+from pyengine.prefixes import Prefixes
 from pyengine.results import Generation
 from pyengine.run.request import Caller, GenerationRequest, check_salt
 from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from pyengine import _core
     from pyengine.draft_file import DraftFile
-    from pyengine.format.prefix import PrefixKey
     from pyengine.freeze import Progress
     from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
@@ -43,7 +42,7 @@ Message = Mapping[str, Any]
 T = TypeVar("T")
 
 
-class Engine(Scoring):
+class Engine(Scoring, Prefixes):
     """A frozen model, ready to generate.
 
     model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint, a model of the hub as
@@ -479,35 +478,6 @@ class Engine(Scoring):
     def clear_cache(self) -> None:
         """Forget what is kept for later prompts."""
         self.exclusively(lambda context: context.drop_cached())
-
-    def save_prefix(self, prompt: Prompt, path: str | os.PathLike[str], *, parse_special: bool = False) -> int:
-        """Compute a prompt (text or token ids), without an adapter, and keep its keys and values in a file: prompts that begin
-        with the same tokens, the system prompt of many conversations for example, then begin there, in another process or on
-        another machine. The number of tokens. See `load_prefix`.
-
-        A file that is there is replaced. It has 2 head_dim + 8 bytes a token for each layer and kv head. Raises what generate
-        raises, OutOfMemoryError if other work has taken the room meanwhile, and OSError."""
-        from pyengine.prefixes import save_prefix
-
-        return save_prefix(self, self.prompt_ids(prompt, parse_special=parse_special), path)
-
-    def load_prefix(self, path: str | os.PathLike[str], *, cache_salt: str | None = None) -> list[int]:
-        """Put what `save_prefix` wrote into the cache, as if its prompt had been asked just now: prompts that begin with it have
-        their first token sooner, and no byte of any output changes. Its tokens.
-
-        Such a file says what the model has read, so take it from whom you would take the model. It makes room like everything
-        cached. Raises InvalidArgumentError for a file of another model, kv_dtype or n_ctx, ModelFormatError for what is no such
-        file, ContextFullError, FileNotFoundError."""
-        from pyengine.prefixes import load_prefix
-
-        return load_prefix(self, path, check_salt(cache_salt))
-
-    def prefix_key(self) -> PrefixKey:
-        """What files of keys and values have to belong to."""
-        from pyengine.format.prefix import PrefixKey, model_digest
-
-        layout = KvLayout.of_stats(self.exclusively(lambda context: context.cache_stats()))
-        return PrefixKey(model_digest(self._file), self._options.kv_dtype, layout)
 
     def check_integrity(self) -> dict[str, int]:
         """Check that sequences belong to requests, tokens to pages, and that references add up. Returns cache_stats();

@@ -1,41 +1,86 @@
-"""Keys and values of a prompt's beginning, to a file and back into the cache: for `Engine.save_prefix` and `load_prefix`."""
+"""Keys and values of a prompt's beginning, to a file and back into the cache."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from array import array
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyengine.errors import OutOfMemoryError
-from pyengine.format.prefix import read_prefix, write_prefix
+from pyengine.format.kv import KvLayout
+from pyengine.format.reader import FrozenFile
+from pyengine.run.request import check_salt
 
 if TYPE_CHECKING:
     from pyengine import _core
-    from pyengine.engine import Engine
+    from pyengine.format.prefix import PrefixKey
+    from pyengine.opening import Options
+    from pyengine.scoring import Prompt
+
+T = TypeVar("T")
 
 
-def save_prefix(engine: Engine, tokens: list[int], path: str | os.PathLike[str]) -> int:
-    """See `Engine.save_prefix`."""
-    engine.generate(tokens, max_tokens=1, temperature=0)  # the way of all work: in slices, beside others, until Ctrl-C
+class Prefixes(ABC):
+    """The part of an `Engine` that keeps beginnings of prompts in files. What it needs of the others comes first."""
 
-    def snapshot(context: _core.Context) -> tuple[array[int], bytearray]:
-        sequence = context.sequence_match(tokens)
-        try:
-            return sequence.tokens(), sequence.save()
-        finally:
-            sequence.close()
+    _file: FrozenFile
+    _options: Options
 
-    kept, keys_values = engine.exclusively(snapshot)
-    if len(kept) < len(tokens):
-        raise OutOfMemoryError(
-            f"the cache has kept {len(kept)} of {len(tokens)} tokens: other work needed the room (max_kv_bytes, max_sequences)"
-        )
-    write_prefix(path, engine.prefix_key(), kept, keys_values)
-    return len(kept)
+    @abstractmethod
+    def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]: ...
 
+    @abstractmethod
+    def generate(self, prompt: Any, params: Any = None, **options: Any) -> Any: ...
 
-def load_prefix(engine: Engine, path: str | os.PathLike[str], salt: bytes) -> list[int]:
-    """See `Engine.load_prefix`."""
-    with read_prefix(path, engine.prefix_key()) as prefix:
-        engine.exclusively(lambda context: context.restore(prefix.tokens, prefix.keys_values, salt).close())
-        return prefix.tokens.tolist()
+    @abstractmethod
+    def exclusively(self, function: Callable[[_core.Context], T]) -> T: ...
+
+    def save_prefix(self, prompt: Prompt, path: str | os.PathLike[str], *, parse_special: bool = False) -> int:
+        """Compute a prompt (text or token ids), without an adapter, and keep its keys and values in a file: prompts that begin
+        with the same tokens, the system prompt of many conversations for example, then begin there, in another process or on
+        another machine. The number of tokens. See `load_prefix`.
+
+        A file that is there is replaced. It has 2 head_dim + 8 bytes a token for each layer and kv head. Raises what generate
+        raises, OutOfMemoryError if other work has taken the room meanwhile, and OSError."""
+        from pyengine.format.prefix import write_prefix
+
+        tokens = self.prompt_ids(prompt, parse_special=parse_special)
+        self.generate(tokens, max_tokens=1, temperature=0)  # the way of all work: in slices, beside others, until Ctrl-C
+
+        def snapshot(context: _core.Context) -> tuple[array[int], bytearray]:
+            sequence = context.sequence_match(tokens)
+            try:
+                return sequence.tokens(), sequence.save()
+            finally:
+                sequence.close()
+
+        kept, keys_values = self.exclusively(snapshot)
+        if len(kept) < len(tokens):
+            raise OutOfMemoryError(
+                f"the cache has kept {len(kept)} of {len(tokens)} tokens: other work needed the room (max_kv_bytes)"
+            )
+        write_prefix(path, self.prefix_key(), kept, keys_values)
+        return len(kept)
+
+    def load_prefix(self, path: str | os.PathLike[str], *, cache_salt: str | None = None) -> list[int]:
+        """Put what `save_prefix` wrote into the cache, as if its prompt had been asked just now: prompts that begin with it have
+        their first token sooner, and no byte of any output changes. Its tokens.
+
+        Such a file says what the model has read, so take it from whom you would take the model. It makes room like everything
+        cached. Raises InvalidArgumentError for a file of another model, kv_dtype or n_ctx, ModelFormatError for what is no such
+        file, ContextFullError, FileNotFoundError."""
+        from pyengine.format.prefix import read_prefix
+
+        salt = check_salt(cache_salt)
+        with read_prefix(path, self.prefix_key()) as prefix:
+            self.exclusively(lambda context: context.restore(prefix.tokens, prefix.keys_values, salt).close())
+            return prefix.tokens.tolist()
+
+    def prefix_key(self) -> PrefixKey:
+        """What files of keys and values have to belong to."""
+        from pyengine.format.prefix import PrefixKey, model_digest
+
+        layout = KvLayout.of_stats(self.exclusively(lambda context: context.cache_stats()))
+        return PrefixKey(model_digest(self._file), self._options.kv_dtype, layout)

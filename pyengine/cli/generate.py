@@ -17,7 +17,7 @@ EPILOG = f"""\
 examples:
   pyengine generate -m model.safetensors "The capital of France is" --temp 0 -n 20
   pyengine generate -m model.gguf -f prompt.txt --temp 0.8 --top-p 0.95 --seed 7 > story.txt
-  pyengine generate -m model.safetensors -f book.txt --prompt-cache book.kv -n 200     # the second time it begins at once
+  pyengine generate -m model.safetensors -f book.txt --prompt-cache book.kv -n 200
   echo "def fibonacci(n):" | pyengine generate -m model.safetensors - --stop '\\n\\n' --escape
 
 {options.ENVIRONMENT}"""

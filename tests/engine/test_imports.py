@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "embeddings": {"errors", "arguments"},
     "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze"},
     "scoring": {"errors", "arguments", "results", "_core", "_sampler", "format", "text", "embeddings", "run", "fork"},
-    "prefixes": {"errors", "format"},
+    "prefixes": {"errors", "_core", "format", "opening", "run", "scoring"},
     "engine": {
         "adapters", "prefixes", "scoring", "draft_file", "opening", "language", "errors", "arguments", "background", "results",
         "_core", "format", "text", "sampling", "cpu_watch", "freeze", "run", "fork", "files", "hub",
