@@ -141,6 +141,9 @@ def load_prompt_cache(args: argparse.Namespace, engine: Engine) -> bool:
     if args.lora is not None:
         raise UsageError("--prompt-cache: keys and values of a prompt with an adapter are not kept; leave out one of the two")
     if not os.path.exists(args.prompt_cache):
+        folder = os.path.dirname(args.prompt_cache) or "."
+        if not args.prompt_cache or not os.path.isdir(folder):  # said now, and not when all has been computed
+            raise UsageError(f"--prompt-cache {args.prompt_cache!r}: there is no directory to write it to")
         return True
     engine.load_prefix(args.prompt_cache)
     return False

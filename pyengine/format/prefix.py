@@ -130,15 +130,16 @@ def read_prefix(path: str | os.PathLike[str], key: PrefixKey) -> Iterator[Prefix
     Raises ModelFormatError for what is no such file, or damaged, InvalidArgumentError for one that does not belong to `key`, and
     what ``open_regular`` does."""
     path = path_of(path)
-    try:
-        with open_regular(path) as file, system_errors():
-            buffer = read_aligned(file)
-        with buffer:
-            header = parse_safetensors_header(buffer, len(buffer))
-            prefix = _parse(buffer, header, key)
-            with prefix.keys_values:
-                if header.metadata.get("sha256") != _digest(_little_endian(prefix.tokens).tobytes(), prefix.keys_values):
-                    raise ModelFormatError("damaged: its checksum is another")
-                yield prefix
-    except (ModelFormatError, InvalidArgumentError) as error:
-        raise type(error)(f"{path}: {error}") from None
+    with open_regular(path) as file:
+        try:
+            with system_errors():
+                buffer = read_aligned(file)
+            with buffer:
+                header = parse_safetensors_header(buffer, len(buffer))
+                prefix = _parse(buffer, header, key)
+                with prefix.keys_values:
+                    if header.metadata.get("sha256") != _digest(_little_endian(prefix.tokens).tobytes(), prefix.keys_values):
+                        raise ModelFormatError("damaged: its checksum is another")
+                    yield prefix
+        except (ModelFormatError, InvalidArgumentError) as error:
+            raise type(error)(f"{path}: {error}") from None

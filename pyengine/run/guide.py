@@ -168,7 +168,11 @@ def _grammar(llguidance: Any, wanted: StructuredOutputs) -> str:
 
 
 def _from_grammar(matcher: Any, text: str) -> str:
-    grammar: str = matcher.grammar_from_lark(to_lark(text) if is_gbnf(text) else text)
+    if is_gbnf(text):
+        text = to_lark(text)  # up to twice as long
+        if len(text) > MAX_GRAMMAR:
+            raise InvalidArgumentError(f"{len(text)} characters in Lark's notation, at most {MAX_GRAMMAR}")
+    grammar: str = matcher.grammar_from_lark(text)
     return grammar
 
 

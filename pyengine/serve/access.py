@@ -12,8 +12,6 @@ from pyengine.serve.errors import HTTPError
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.settings import Settings
 
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
-
 
 class Access:
     """Checks of one server. Keys are compared by digest, each with each, in a time that does not depend on them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import TYPE_CHECKING, Any
 
 from pyengine.results import Generation, Piece
@@ -11,8 +10,9 @@ from pyengine.run.request import GenerationRequest
 from pyengine.serve import payload, work
 from pyengine.serve.anthropic_fields import COUNT, FIELDS, INVALID, conversation, ending_of, parse
 from pyengine.serve.chat import ChatCall
-from pyengine.serve.errors import told_of
+from pyengine.serve.errors import HTTPError, told_of
 from pyengine.serve.exchange import Exchange, dumps, event
+from pyengine.serve.fields import parse_json
 from pyengine.serve.tools import reader_of
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ class _Content:
 
 
 def _input_of(text: str) -> dict[str, Any]:
-    """The arguments of a call; as text under a name for it if they are no JSON object, cut short for instance."""
+    """The arguments of a call; as text under a name for it if they are no JSON object, cut short for instance, or none that we
+    would read when they come back."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text.encode("utf-8", "replace"))
+    except HTTPError:
         value = None
     return value if isinstance(value, dict) else {INVALID: text}
 

@@ -76,7 +76,6 @@ class HTTPError(Exception):
         kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-
     def anthropic_body(self, request_id: str) -> dict[str, Any]:
         """In the form of /v1/messages, with `param` and `code` beside it."""
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")

@@ -11,7 +11,7 @@ from pyengine.sampling import StructuredOutputs
 from pyengine.serve import neutral, payload
 from pyengine.serve.chat import ChatCall
 from pyengine.serve.effort import REASONING, effort_variables
-from pyengine.serve.errors import bad_request
+from pyengine.serve.errors import HTTPError, bad_request
 from pyengine.serve.exchange import Exchange, dumps
 from pyengine.serve.fields import (
     BOOLEAN,
@@ -29,7 +29,7 @@ from pyengine.serve.fields import (
 from pyengine.serve.prompts import CALLER, note_user
 from pyengine.serve.response_input import INPUT, REFERENCE, Item, messages_of, read_item
 from pyengine.serve.sampling import SAMPLING, SCHEMA, Asked, parameter, sampling_params
-from pyengine.serve.store import Owner
+from pyengine.serve.store import Owner, Stored, owner_of
 from pyengine.serve.stream import StreamOptions
 from pyengine.serve.tools import FLAT_TOOLS, choice_of, chosen_tools, held_to
 from pyengine.serve.work import unless_short
@@ -62,10 +62,11 @@ class ResponsesCall:
 
     def make(self, job: Job) -> Sequence[GenerationRequest]:
         """The requests for the engine; in a thread."""
+        requests = self.chat.make(job)  # first: what is too long for the model is not written for the store
         if self.items is not None:
             self.kept = dumps([item.kept() for item in self.items])
             self.items = None
-        return self.chat.make(job)
+        return requests
 
 
 # -------------------------------------------------------------------- fields
@@ -103,7 +104,7 @@ async def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.take("model"))
     salt = fields.take("cache_salt")
-    owner: Owner = (exchange.key_digest, salt)
+    owner = owner_of(exchange.key_digest, salt)
     previous = fields.take("previous_response_id")
     items = [*await _earlier(app, owner, previous), *await _resolved(app, owner, fields.take("input"))]
     store = _is_kept(app, fields.take("store"))
@@ -174,6 +175,7 @@ async def _earlier(app: App, owner: Owner, previous: str | None) -> list[Item]:
     if stored is None:
         text = f"{name}: there is no response {previous[:100]!r} among those that are kept"
         raise bad_request(text, name, "previous_response_not_found")
+    _check_length(app, stored.n_bytes, name)
 
     def read() -> list[Item]:
         items = [*json.loads(stored.items), *json.loads(stored.response)["output"]]
@@ -183,21 +185,41 @@ async def _earlier(app: App, owner: Owner, previous: str | None) -> list[Item]:
 
 
 async def _resolved(app: App, owner: Owner, items: list[Item]) -> list[Item]:
-    """Items with what they refer to in their places: outputs of responses that are kept."""
-    return [await _referred(app, owner, item) if item.kind == REFERENCE else item for item in items]
+    """Items with what they refer to in their places: outputs of responses that are kept, each of which is read once."""
+    stored: dict[str, Stored] = {}  # by the first item of its output
+    references: set[str] = set()
+    for item in items:
+        if item.kind != REFERENCE:
+            continue
+        id_, where = item.fields.peek("id"), f"{item.path}.id"
+        found = app.store.with_item(owner, id_)
+        if found is None:
+            raise bad_request(f"{where}: no response that is kept has an item {id_[:100]!r}", where, "item_not_found")
+        if id_ in references:
+            raise bad_request(f"{where}: the item {id_!r} is referred to twice", where)
+        references.add(id_)
+        stored[found.output_ids[0]] = found
+    if not references:
+        return items
+    n_bytes = sum(one.n_bytes for one in stored.values())
+    _check_length(app, n_bytes, "input")
+
+    def read() -> list[Item]:
+        outputs = [one for response in stored.values() for one in json.loads(response.response)["output"]]
+        by_id = {one["id"]: one for one in outputs}
+        return [
+            read_item(by_id[item.fields.take("id")], item.path) if item.kind == REFERENCE else item for item in items
+        ]
+
+    return await unless_short(LONG, n_bytes, read)
 
 
-async def _referred(app: App, owner: Owner, item: Item) -> Item:
-    id_ = item.fields.take("id")
-    stored = app.store.with_item(owner, id_)
-    response = (
-        {"output": []} if stored is None else await unless_short(LONG, stored.n_bytes, json.loads, stored.response)
-    )
-    for one in response["output"]:
-        if one["id"] == id_:
-            return read_item(one, item.path)
-    where = f"{item.path}.id"
-    raise bad_request(f"{where}: no response that is kept has an item {id_[:100]!r}", where, "item_not_found")
+def _check_length(app: App, n_bytes: int, name: str) -> None:
+    """A request that names what is kept is held to the length of one that says it all: few words must not cost much memory."""
+    most = app.settings.max_body_bytes
+    if n_bytes > most:
+        text = f"{name}: what is kept of this conversation has {n_bytes} bytes; a request may have {most}"
+        raise HTTPError(413, text, param=name, code="body_too_large")
 
 
 def _text_format(given: Fields | None) -> tuple[dict[str, Any], Asked]:

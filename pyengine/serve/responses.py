@@ -110,7 +110,7 @@ def _is_json(text: str) -> bool:
     """Whether arguments came to their end."""
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -7,6 +7,7 @@ All of it is called in the event loop, but for `Stored` itself.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,17 @@ from typing import Any
 
 from pyengine.serve.exchange import dumps
 
-# Whose it is: the digest of a key, None where there are no keys; and what the request itself kept apart by (cache_salt).
-Owner = tuple[bytes | None, str | None]
+# Whose it is: digests of a key, None where there are no keys, and of what the request itself kept apart by (cache_salt), which
+# may be as long as a body.
+Owner = tuple[bytes | None, bytes | None]
 
 OVERHEAD = 1024  # bytes that a response is counted beside its own: objects, keys of tables
 ITEM_OVERHEAD = 256  # and for each item of its output, which can be found by its id
+
+
+def owner_of(key_digest: bytes | None, salt: str | None) -> Owner:
+    """Of a request with this key and cache_salt."""
+    return key_digest, None if salt is None else hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pyengine.serve.fields import STRING, Kind, Table, hint, integer, list_of, o
 from pyengine.serve.neutral import VACUOUS
 from pyengine.serve.prompts import SALT
 from pyengine.serve.response_fields import LONG
+from pyengine.serve.store import owner_of
 from pyengine.serve.work import unless_short
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _not_found(id_: str) -> HTTPError:
 
 def _stored(app: App, exchange: Exchange, fields: Fields) -> Stored:
     """Raises HTTPError 404, also for what is somebody else's."""
-    stored = app.store.get((exchange.key_digest, fields.take("cache_salt")), exchange.path_id)
+    stored = app.store.get(owner_of(exchange.key_digest, fields.take("cache_salt")), exchange.path_id)
     if stored is None:
         raise _not_found(exchange.path_id)
     return stored
@@ -68,7 +69,7 @@ async def retrieve(app: App, exchange: Exchange) -> None:
 async def delete(app: App, exchange: Exchange) -> None:
     """Those that went on from it stay as they are."""
     salt = query_fields(exchange.query, DELETE).take("cache_salt")
-    if not app.store.delete((exchange.key_digest, salt), exchange.path_id):
+    if not app.store.delete(owner_of(exchange.key_digest, salt), exchange.path_id):
         raise _not_found(exchange.path_id)
     await exchange.reply_json({"id": exchange.path_id, "object": "response", "deleted": True})
 

@@ -142,6 +142,8 @@ def test_a_step_loads_inputs_once_for_two_panels(amx_listing: str) -> None:
     # configured for whole tiles or narrow ones, and released on every way out
     assert sum(i.name == "ldtilecfg" for i in product) == 1
     assert sum(i.name == "tilerelease" for i in product) == 1
+
+
 def neon_loops(table: str, march: str, step: str, directory: Path) -> list[Loop]:
     """Innermost of the loops of a table for AArch64 that multiply, compiled with the flags of CMakeLists.txt."""
     need("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump")

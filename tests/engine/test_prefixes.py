@@ -190,8 +190,9 @@ def test_files_that_do_not_belong(plain: Path, path: Path, tmp_path: Path) -> No
         engine.load_prefix(saved)
     with Engine(plain) as engine:
         for wrong in (plain, tmp_path):
-            with pytest.raises(ModelFormatError):
+            with pytest.raises(ModelFormatError) as caught:
                 engine.load_prefix(wrong)
+            assert str(caught.value).count(str(wrong)) == 1
 
 
 def test_damaged_files(plain: Path, tmp_path: Path) -> None:
@@ -235,6 +236,9 @@ def test_generate_reads_and_writes_it(plain: Path, tmp_path: Path) -> None:
     assert "cached" not in first.stderr and "cached" in again.stderr
     other = run_process(tmp_path, "generate", "-m", plain, "-c", 64, "-p", "x", "-n", 1, "--prompt-cache", plain)
     assert other.returncode != 0 and "not a file of keys and values" in other.stderr
+    for nowhere in ("", "missing/a.kv"):  # refused before anything is computed
+        other = run_process(tmp_path, "generate", "-m", plain, "-p", "x", "-n", 1, "--prompt-cache", nowhere)
+        assert other.returncode == 2 and other.stdout == "" and "no directory" in other.stderr
 
 
 def test_chat_keeps_its_system_prompt(tmp_path: Path) -> None:

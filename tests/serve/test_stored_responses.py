@@ -17,7 +17,7 @@ from serve.scripted import scripted
 from serve.test_responses import CALLED, ONE, WEATHER, events
 from serve.test_server import server
 
-from pyengine.serve.store import Owner, ResponseStore, Stored
+from pyengine.serve.store import Owner, ResponseStore, Stored, owner_of
 
 PATH = "/v1/responses"
 HELLO: dict[str, Any] = {"input": "Hello", "seed": 3, "max_output_tokens": 6}
@@ -315,6 +315,39 @@ def test_what_there_is_no_room_for_says_that_it_is_not_kept(chat_model: Path) ->
     serving(chat_model, test, max_stored_bytes=5000)
 
 
+def test_few_words_cannot_name_more_than_a_body_may_hold(chat_model: Path) -> None:
+    """Ids and such are in no prompt, so a conversation may be longer than the model's context."""
+    items = [{"role": "user", "content": "Hello", "id": "x" * 3000}]
+
+    async def test(client: Client) -> None:
+        first = (await client.post(PATH, {**HELLO, "input": items})).json
+        second = (await client.post(PATH, {**HELLO, "input": items, "previous_response_id": first["id"]})).json
+        answer = await client.post(PATH, {**HELLO, "previous_response_id": second["id"]})
+        assert (answer.status, answer.error["param"]) == (413, "previous_response_id"), answer.body
+        references = [{"type": "item_reference", "id": one["output"][0]["id"]} for one in (first, second)]
+        assert (await client.post(PATH, {**HELLO, "input": references[:1]})).status == 200
+        answer = await client.post(PATH, {**HELLO, "input": references})
+        assert (answer.status, answer.error["param"]) == (413, "input"), answer.body
+
+    serving(chat_model, test, max_body_bytes=8000)
+
+
+def test_an_item_is_referred_to_once(chat_model: Path) -> None:
+    async def test(client: Client) -> None:
+        first = (await client.post(PATH, HELLO)).json
+        reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+        answer = await client.post(PATH, {**HELLO, "input": [reference, {"role": "user", "content": "a"}, reference]})
+        assert (answer.status, answer.error["param"]) == (400, "input[2].id") and "twice" in answer.error["message"]
+
+    serving(chat_model, test)
+
+
+def test_an_owner_is_short_whatever_a_caller_says() -> None:
+    assert owner_of(None, None) == (None, None)
+    assert len({owner_of(key, salt) for key in (None, b"k") for salt in (None, "a", "b" * 1000, "\ud800")}) == 8
+    assert [len(one or b"") for one in owner_of(b"k", "x" * (1 << 20))] == [1, 32]
+
+
 def test_a_server_that_keeps_nothing_says_so(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         answer = await client.post(PATH, {**HELLO, "store": True})
@@ -338,10 +371,12 @@ def test_a_response_that_nobody_waited_for_is_not_kept(chat_model: Path) -> None
 
         model.engine.scheduler.step = held_step  # type: ignore[method-assign]
         call = client.begin("POST", PATH, {**HELLO, "max_output_tokens": 300, "ignore_eos": True, "stream": True})
-        await call.until(lambda answer: bool(answer.writes))
-        call.hang_up()
-        await call.task
-        may_end.set()
+        try:
+            await call.until(lambda answer: bool(answer.writes))
+            call.hang_up()
+            await call.task
+        finally:
+            may_end.set()
         assert len(client.app.store) == 0 and not call.answer.is_complete
 
     serving(chat_model, test)
@@ -352,7 +387,7 @@ def test_the_store_holds_what_a_plain_list_would() -> None:
     rng = random.Random(5)
     max_responses, max_bytes = 6, 12_000
     store = ResponseStore(max_responses, max_bytes)
-    owners: list[Owner] = [(None, None), (b"k", None), (b"k", "s")]
+    owners: list[Owner] = [(None, None), (b"k", None), (b"k", b"s")]
     model: list[tuple[str, Stored]] = []
     for step in range(2000):
         action, owner = rng.choice(("put", "put", "get", "delete")), rng.choice(owners)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_a_machine_as_fast_as_it_was_keeps_its_plan() -> None:
 @pytest.mark.parametrize("first", [0, 1000])
 def test_a_slower_machine_makes_fewer_steps_and_the_whole_decay(slow_from: int, factor: float, first: int) -> None:
     """Of which the last step may be over the time, and the rates fall from one step to the next until they are almost zero."""
-    budget = Budget(103.0, 1.0, 2.0, first)
+    budget = Budget(103.0, 1.0, 2.0, first=first)
     config = TrainConfig(steps=first + 76, warmup_fraction=0.0)
     step, elapsed, before, factors = first, 0.0, 0.0, []
     while step < config.steps:
@@ -87,3 +88,29 @@ def test_a_run_on_a_machine_that_slows_down(stories: Path, tmp_path: Path, monke
     assert 0 < read_state(run / "trunk")["step"] <= steps and (run / "final").exists()
     assert main(["train", "--run-dir", str(run), "--resume"]) == 0  # it is finished
     assert len([line for line in read_metrics(run / "metrics.jsonl") if "lr_factor" in line]) == steps
+
+
+def test_a_branch_has_its_own_minutes_and_goes_on_without_the_trunk(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the parent's steps took is none of the branch's time, and is known where that checkpoint is gone."""
+    clock, work = [0.0], Trainer.step
+
+    def step(self: Trainer, *batch: object) -> object:
+        clock[0] += 1.0
+        return work(self, *batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(train, "measure_step_seconds", lambda run, machine: (1.0, 1.0))
+    monkeypatch.setattr(Trainer, "step", step)
+    parent, branch = tmp_path / "parent", tmp_path / "branch"
+    assert main(["train", "--run-dir", str(parent), "--data", str(stories), *FLAGS.split(), "--steps", "20"]) == 0
+    trunk = parent / "trunk"
+    seconds = read_state(trunk)["seconds"]
+    begin = ["train", "--run-dir", str(branch), "--branch-from", str(trunk), "--budget-minutes", "0.3"]
+    assert seconds > 0 and main(begin) == 0
+    values = read_json(branch / "run.json")["train"]
+    assert values["extra"]["budget"]["before"] == seconds
+    assert values["steps"] == read_state(trunk)["step"] + 17  # 18 seconds, of which a few per cent are for the rest
+    shutil.rmtree(trunk)  # its texts are where they were
+    assert main(["train", "--run-dir", str(branch), "--resume"]) == 0

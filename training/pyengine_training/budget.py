@@ -19,11 +19,12 @@ MARGIN = 0.01  # of what is left: a plan that fits barely would be changed again
 @dataclass(frozen=True)
 class Budget:
     """seconds: of all steps of the run, the first of which is step ``first``; plain, quantized: seconds of a step without and
-    with fake-quantization, as they were measured before it."""
+    with fake-quantization, as they were measured before it; before: seconds that a parent's steps took."""
 
     seconds: float
     plain: float
     quantized: float
+    before: float = 0.0
     first: int = 0
 
     @classmethod
@@ -34,7 +35,8 @@ class Budget:
 
     def stored(self) -> dict[str, Any]:
         """For :attr:`TrainConfig.extra`."""
-        return {"budget": {"seconds": self.seconds, "plain": self.plain, "quantized": self.quantized}}
+        names = ("seconds", "plain", "quantized", "before")
+        return {"budget": {name: getattr(self, name) for name in names}}
 
     def _work(self, config: TrainConfig, begin: int, end: int) -> float:
         """What steps begin..end - 1 take on the machine as it was measured, in seconds."""

@@ -65,7 +65,7 @@ GROUPS: list[tuple[str, str, Options]] = [
         {
             "steps": ("N", "optimizer steps, counted from the beginning of the first run"),
             "tokens": ("X", "train on so many tokens instead; 20 a parameter are balanced"),
-            "budget_minutes": ("X", "as many steps as fit, measured once at the start and stored"),
+            "budget_minutes": ("X", "as many steps as fit, measured at the start; fewer where the machine becomes slower"),
             "warmup_fraction": ("F", "first part of the steps, in which the learning rates rise from zero"),
             "decay_fraction": ("F", "last part, in which they fall to zero; before it lies the trunk"),
             "decay_shape": ("", "how they fall: a straight line, or half a cosine wave"),

@@ -292,7 +292,9 @@ def apply_budget(folder: Path, minutes: float, machine: Machine) -> None:
     """Replace the steps of run.json by those that fit into minutes, after what a parent has done. On every rank."""
     with together(machine.comm):
         run = train.open_run(folder)
-    budget, fitting = train.measured_budget(run, minutes, machine)
+        parent = runfolder.read_run(folder).get("parent")
+        before = 0.0 if parent is None else float(checkpoints.read_state(Path(parent))["seconds"])
+    budget, fitting = train.measured_budget(run, minutes, machine, before)
     steps, extra = run.reader.step + fitting, {**run.config.extra, **budget.stored()}
     if machine.comm.rank == 0:
         runfolder.replace_config(folder, dataclasses.replace(run.config, steps=steps, extra=extra))

@@ -168,12 +168,10 @@ class Loop:
         self._saved_step, self._saved_at = -1, monotonic()
         self.writer, self.samples = (Beside(), Beside()) if machine.waits_for_host else (None, None)
         self.budget = Budget.of(run.config, run.reader.step)
-        self.seconds_of_parent, self.has_shrunk = 0.0, False
+        self.has_shrunk = False
 
     def start(self, parent: Path | None) -> None:
         """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given or fresh weights."""
-        if parent is not None:
-            self.seconds_of_parent = float(checkpoints.read_state(parent)["seconds"])
         own = checkpoints.checkpoints(self.run.folder)
         if own:
             self._restore(own[-1])
@@ -337,7 +335,7 @@ class Loop:
         if self.budget is None:
             return
         state = self.trainer.state
-        mine = self.budget.steps(self.config, state.step, state.seconds - self.seconds_of_parent)
+        mine = self.budget.steps(self.config, state.step, state.seconds - self.budget.before)
         steps = self.comm.gather(mine)[0]
         if steps == self.config.steps:
             return
@@ -506,9 +504,10 @@ def measure_step_seconds(run: Run, machine: Machine) -> tuple[float, float]:
         trainer.close()
 
 
-def measured_budget(run: Run, minutes: float, machine: Machine) -> tuple[Budget, int]:
-    """A budget of so many minutes on this machine, by rank 0's measurement, and how many steps fit into it."""
-    budget = Budget(60 * minutes, *machine.comm.gather(measure_step_seconds(run, machine))[0])
+def measured_budget(run: Run, minutes: float, machine: Machine, before: float) -> tuple[Budget, int]:
+    """A budget of so many minutes on this machine, by rank 0's measurement, after ``before`` seconds of a parent; and how many
+    steps fit into it."""
+    budget = Budget(60 * minutes, *machine.comm.gather(measure_step_seconds(run, machine))[0], before)
     steps = budget.steps_at_first(run.config)
     if steps < 1:
         error = ConfigError(f"{minutes} minutes are not enough for one step of {budget.plain:.1f} s")
