@@ -26,6 +26,8 @@ MAX_STORES = 16
 # Share of the time that looking for guesses in vain may take, and steps that are not looked at for its sake at most.
 LOOK_SHARE = 0.005
 MAX_SKIP = 16
+# Texts at once for which a draft model or head is asked: of more, its choices take longer than they bring, and rows are dear.
+MAX_ASKED = 4
 # Outputs that a text's own n-grams have room for from the beginning; older ones make room for more.
 OUTPUT_TOKENS = 512
 
@@ -46,6 +48,7 @@ class Speculation:
         self._n_skip = 0  # steps until it looks again
         self._wants_states = False
         self.proposer: Proposer | None = None
+        self.max_asked = MAX_ASKED
 
     def add_model(self, context: _core.Context, n_ctx: int) -> None:
         """From now on a draft model guesses, too."""
@@ -97,7 +100,7 @@ class Speculation:
             return {}, False
         forced = [() if request.guide is None else _forced(request) for request in chosen]
         has_asked = False
-        if self.proposer is None:
+        if self.proposer is None or len(chosen) > self.max_asked:
             mosts = [request.max_draft for request in chosen]
             guesses = self._plan(self.experience, drafters, mosts, n_rows, forced)
         else:

@@ -38,6 +38,7 @@ def always_guess(speculation: Speculation, n: int) -> Proposer:
     """The draft model or head guesses n tokens whenever it may, as if steps of any size took the same time."""
     proposer = speculation.proposer
     assert proposer is not None
+    speculation.max_asked = 1 << 20
     speculation.experience = proposer.experience = costs(dict.fromkeys(range(1, _draft.MAX_ROWS + 1), 1.0), n=2)
     speculation.note_step = lambda n_rows, seconds: None  # type: ignore[method-assign]
     proposer.new_chain = Free

@@ -182,6 +182,10 @@ def test_many_texts_are_guessed_together(knowing: Path) -> None:
         for prompt, result in zip(prompts, results, strict=True):
             assert result.tokens == [prompt[0] + STEP * (i + 1) for i in range(20)]
             assert result.timings.accepted_tokens == result.timings.drafted_tokens >= 10
+        engine.scheduler.speculation.max_asked = len(prompts) - 1  # texts that never repeat themselves: n-grams know nothing
+        others = [[10 * k + 2] for k in range(9)]
+        results = engine.generate(others, speculative={"store": False}, max_tokens=4, ignore_eos=True, temperature=0)
+        assert all(result.timings.drafted_tokens == 0 for result in results)
 
 
 def test_a_guess_that_ends_the_text_is_the_last_one(knowing: Path) -> None:
