@@ -148,7 +148,7 @@ pe_status pe_sequence_length(const pe_context *c, int32_t sequence, size_t *out,
 
 /* ------------------------------------------------------------------ snapshots */
 
-size_t pe_sequence_snapshot_bytes(const pe_context *c, size_t n_tokens) { return pe_kv_snapshot_bytes(c->kv, n_tokens); }
+size_t pe_sequence_snapshot_bytes(const pe_context *c, int32_t sequence) { return pe_kv_snapshot_bytes(c->kv, sequence); }
 
 pe_status pe_sequence_save(const pe_context *c, int32_t sequence, void *out, size_t n_bytes, char *err) {
     return pe_kv_snapshot_save(c->kv, sequence, out, n_bytes, err);

@@ -15,16 +15,31 @@ static size_t part_bytes_of(const pe_kv_cache *cache, page_part part) {
 
 static char *part_of(const pe_page *page, page_part part) { return part == WINDOW ? page->window : page->data; }
 
-size_t pe_kv_snapshot_bytes(const pe_kv_cache *cache, size_t n_tokens) {
-    size_t n_pages = pages_of(n_tokens), n_windows = n_pages - pe_kv_first_window(cache, n_tokens);
-    return n_pages * cache->pages.data_bytes + n_windows * cache->pages.window_bytes;
+/* Of n_tokens, with the window parts of page first_window and of all after it. */
+static size_t bytes_of(const pe_kv_cache *cache, size_t n_tokens, size_t first_window) {
+    size_t n_pages = pages_of(n_tokens);
+    return n_pages * cache->pages.data_bytes + (n_pages - first_window) * cache->pages.window_bytes;
 }
 
-static pe_status check_size(const pe_kv_cache *cache, size_t n_tokens, size_t n_bytes, char *err) {
-    size_t needed = pe_kv_snapshot_bytes(cache, n_tokens);
-    if (n_bytes == needed) return PE_OK;
-    return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "keys and values of %zu tokens have %zu bytes here, not %zu", n_tokens, needed,
-                   n_bytes);
+static pe_status wrong_size(const pe_kv_cache *cache, size_t n_tokens, size_t n_bytes, char *err) {
+    size_t expected = bytes_of(cache, n_tokens, pe_kv_first_window(cache, n_tokens));
+    return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "keys and values of %zu tokens have %zu bytes here, not %zu", n_tokens,
+                   expected, n_bytes);
+}
+
+size_t pe_kv_snapshot_bytes(const pe_kv_cache *cache, int32_t sequence) {
+    if (pe_kv_length(cache, sequence) == SIZE_MAX) return 0;
+    return bytes_of(cache, pe_kv_tokens(cache, sequence, NULL, 0), cache->sequences[sequence].first_window);
+}
+
+/* The first page whose window part a snapshot of so many bytes has: one that a sequence of n_tokens can go on from. */
+static pe_status find_first_window(const pe_kv_cache *cache, size_t n_tokens, size_t n_bytes, size_t *first_window, char *err) {
+    size_t last = first_needed(cache, n_tokens);
+    for (size_t page = pe_kv_first_window(cache, n_tokens); page <= last; page++) {
+        *first_window = page;
+        if (n_bytes == bytes_of(cache, n_tokens, page)) return PE_OK;
+    }
+    return wrong_size(cache, n_tokens, n_bytes, err);
 }
 
 /* The last part of a page that is in the snapshot of a sequence whose window parts begin with page first_window. */
@@ -56,11 +71,11 @@ static void clear_tail(const pe_kv_cache *cache, char *part, size_t n_bytes, siz
 }
 
 pe_status pe_kv_snapshot_save(const pe_kv_cache *cache, int32_t sequence, char *out, size_t n_bytes, char *err) {
-    size_t n_tokens = pe_kv_tokens(cache, sequence, NULL, 0), first_window = pe_kv_first_window(cache, n_tokens);
     if (pe_kv_length(cache, sequence) == SIZE_MAX)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no sequence %d", (int)sequence);
-    pe_status status = check_size(cache, n_tokens, n_bytes, err);
-    for (size_t page = 0; status == PE_OK && page < pages_of(n_tokens); page++) {
+    size_t n_tokens = pe_kv_tokens(cache, sequence, NULL, 0), first_window = cache->sequences[sequence].first_window;
+    if (n_bytes != bytes_of(cache, n_tokens, first_window)) return wrong_size(cache, n_tokens, n_bytes, err);
+    for (size_t page = 0; page < pages_of(n_tokens); page++) {
         for (int part = DATA; part <= (int)last_part(page, first_window); part++) {
             size_t part_bytes = part_bytes_of(cache, part), here = n_tokens - page * PE_CHUNK;
             if (part_bytes == 0) continue;
@@ -69,7 +84,7 @@ pe_status pe_kv_snapshot_save(const pe_kv_cache *cache, int32_t sequence, char *
             out += part_bytes;
         }
     }
-    return status;
+    return PE_OK;
 }
 
 /* ------------------------------------------------------------------ restore */
@@ -122,8 +137,8 @@ static pe_status restore_page(pe_kv_cache *cache, int32_t sequence, const int32_
 
 pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const struct pe_kernels *kernels, const int32_t *tokens, size_t n,
                                  const uint8_t salt[PE_SALT_BYTES], const char *in, size_t n_bytes, int32_t *out, char *err) {
-    size_t begin, first_window = pe_kv_first_window(cache, n);
-    pe_status status = check_size(cache, n, n_bytes, err);
+    size_t begin, first_window;
+    pe_status status = find_first_window(cache, n, n_bytes, &first_window, err);
     if (status == PE_OK) status = check_contents(cache, kernels, in, n_bytes, err);
     if (status == PE_OK) status = pe_kv_match(cache, tokens, n, salt, true, out, &begin, err);
     if (status != PE_OK || begin == n) return status;

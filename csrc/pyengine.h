@@ -228,10 +228,10 @@ pe_status pe_sequence_accept(pe_context *context, int32_t sequence, const int32_
 size_t pe_sequence_tokens(const pe_context *context, int32_t sequence, int32_t *out, size_t capacity);
 
 /* Keys and values as bytes, to be kept and put back later, by another process or on another machine: what they are is a
- * matter of model, tokens and pe_kv_dtype alone (and of n_ctx, where layers have windows as long). The bytes of a
- * sequence of n_tokens, at most the model's context. */
-size_t pe_sequence_snapshot_bytes(const pe_context *context, size_t n_tokens);
-/* out (n_bytes, those of its length) = keys and values of a sequence. */
+ * matter of model, tokens and pe_kv_dtype alone (and of n_ctx, where layers have windows as long). The number of bytes
+ * of a sequence, 0 if there is no such one. */
+size_t pe_sequence_snapshot_bytes(const pe_context *context, int32_t sequence);
+/* out (n_bytes, pe_sequence_snapshot_bytes) = keys and values of a sequence. */
 pe_status pe_sequence_save(const pe_context *context, int32_t sequence, void *out, size_t n_bytes, char *err);
 /* A sequence that holds tokens (n), with the keys and values in `in` (n_bytes, aligned to 64) instead of a forward's; its pages
  * are found like those of pe_sequence_match with `keep`. Bytes of other tokens make other results, and no further harm:

@@ -51,7 +51,7 @@ cdef class Sequence:
         cdef pe_status status
         cdef pe_context *context = self.context.context
         cdef uint8_t[::1] view
-        cdef size_t n_bytes = pe_sequence_snapshot_bytes(context, self.length)
+        cdef size_t n_bytes = pe_sequence_snapshot_bytes(context, id)
         err[0] = 0
         self.context.check_idle()
         out = bytearray(n_bytes)

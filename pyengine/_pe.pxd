@@ -97,7 +97,7 @@ cdef extern from "pyengine.h" nogil:
     pe_status pe_sequence_drop(pe_context *context, int32_t sequence, char *err)
     pe_status pe_sequence_accept(pe_context *context, int32_t sequence, const int32_t *tokens, size_t n,
                                  size_t *n_accepted, char *err)
-    size_t pe_sequence_snapshot_bytes(const pe_context *context, size_t n_tokens)
+    size_t pe_sequence_snapshot_bytes(const pe_context *context, int32_t sequence)
     pe_status pe_sequence_save(const pe_context *context, int32_t sequence, void *out, size_t n_bytes, char *err) nogil
     pe_status pe_sequence_restore(pe_context *context, const int32_t *tokens, size_t n, const uint8_t *salt, const void *bytes,
                                   size_t n_bytes, int32_t *out, char *err) nogil

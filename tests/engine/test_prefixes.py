@@ -103,6 +103,32 @@ def test_equal_texts_have_equal_snapshots(path: Path) -> None:
         assert one.save() == other.save()
 
 
+def test_a_sequence_that_lacks_window_parts_is_saved_all_the_same(path: Path) -> None:
+    """One that shares pages whose windows have made room holds those that its next query sees, and perhaps no others."""
+    tokens = text_of(10, 1100)
+    with FrozenFile.open(path) as file:
+        model = _core.Model(file.config, file.buffer, file.weights)
+        context, source = _core.Context(model), _core.Context(model)
+        longer = context.sequence_match([])
+        forward(context, longer, tokens)  # has let go of the windows of its first pages
+        for n in (300, 560, 800):
+            fresh = source.sequence_new()
+            forward(source, fresh, tokens[:n])
+            expected = forward(source, fresh, tokens[n : n + 70])
+            for max_pages in range(5, 2, -1):
+                context.set_max_pages(max_pages)
+                sequence = context.sequence_match(tokens[:n])
+                other = _core.Context(model)
+                restored = other.restore(tokens[: sequence.length], aligned(sequence.save()))
+                other.check()
+                assert restored.save() == sequence.save()
+                assert forward(other, restored, tokens[sequence.length : n + 70]) == expected
+                restored.truncate(n - 1)
+                restored.close()
+                other.check()
+            context.set_max_pages(0)
+
+
 def test_a_full_cache_refuses_and_stays_whole(path: Path) -> None:
     with FrozenFile.open(path) as file:
         model = _core.Model(file.config, file.buffer, file.weights)
