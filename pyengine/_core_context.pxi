@@ -74,9 +74,9 @@ cdef class Context:
     cdef readonly Model model
     cdef object pending
     cdef int n_exports
-    cdef bint busy  # a forward runs, without the interpreter's lock
+    cdef bint busy  # a forward, or a copy of keys and values, runs without the interpreter's lock
     cdef int cancelled
-    # Sequences that were let go while a forward ran. There is room for all that exist, so letting go cannot fail.
+    # Sequences that were let go meanwhile. There is room for all that exist, so letting go cannot fail.
     cdef int32_t *let_go_ids
     cdef size_t n_let_go, n_sequences, capacity
 
@@ -175,8 +175,10 @@ cdef class Context:
         cdef const uint8_t *of_salt = salt_pointer(salt)
         cdef Sequence out = self.sequence_object()
         err[0] = 0
+        self.busy = True
         with nogil:
             status = pe_sequence_restore(self.context, ids, n, of_salt, begin, n_bytes, &out.id, err)
+        self.end_work()
         if status != PE_OK:
             out.id = -1
         check(status, err)

@@ -49,16 +49,18 @@ cdef class Sequence:
         cdef char[PE_ERR_LEN] err
         cdef int32_t id = self.open_id()
         cdef pe_status status
-        cdef pe_context *context = self.context.context
+        cdef Context context = self.context  # `close` in another thread takes it from this object
         cdef uint8_t[::1] view
-        cdef size_t n_bytes = pe_sequence_snapshot_bytes(context, id)
+        context.check_idle()
+        cdef size_t n_bytes = pe_sequence_snapshot_bytes(context.context, id)
         err[0] = 0
-        self.context.check_idle()
         out = bytearray(n_bytes)
         if n_bytes > 0:
             view = out
+            context.busy = True
             with nogil:
-                status = pe_sequence_save(context, id, &view[0], n_bytes, err)
+                status = pe_sequence_save(context.context, id, &view[0], n_bytes, err)
+            context.end_work()
             check(status, err)
         return out
 
