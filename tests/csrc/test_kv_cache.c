@@ -9,8 +9,9 @@
 
 #include "harness.h"
 #include "kv_cache.h"
+#include "kv_snapshot.h"
 
-enum { MAX_LENGTH = 1500, MAX_LIVE = 12, N_BASES = 4 };
+enum { MAX_LENGTH = 1500, MAX_LIVE = 12, N_BASES = 4, N_SAVED = 3 };
 
 /* What a sequence should hold. */
 typedef struct expected {
@@ -19,6 +20,13 @@ typedef struct expected {
     uint8_t salt[PE_SALT_BYTES];
     int32_t tokens[MAX_LENGTH];
 } expected;
+
+/* What a sequence held once: bytes (n_bytes), NULL = nothing has been saved here. */
+typedef struct snapshot {
+    expected of;
+    char *bytes;
+    size_t n_bytes;
+} snapshot;
 
 /* The layers of a model: their windows, 0 = none; and the pages that are too few for a schedule. */
 typedef struct layer_windows {
@@ -32,8 +40,9 @@ typedef struct world {
     pe_kv_cache *cache;
     size_t max_pages, n_live;
     expected live[MAX_LIVE];
+    snapshot saved[N_SAVED];
     int32_t bases[N_BASES][MAX_LENGTH]; /* texts that prompts begin with */
-    size_t max_window, n_refused, n_matched, n_accepted, n_shortened;
+    size_t max_window, n_refused, n_matched, n_accepted, n_shortened, n_restored;
 } world;
 
 /* The number that belongs to the last of tokens (n): 24 bits, exact in a float. */
@@ -216,9 +225,35 @@ static void drop(world *w, size_t index) {
     w->live[index] = w->live[--w->n_live];
 }
 
+/* Drafts of the last forward are no part of it. */
+static void save(world *w, const expected *source) {
+    snapshot *s = &w->saved[rng_below(&w->random, N_SAVED)];
+    char err[PE_ERR_LEN];
+    free(s->bytes);
+    s->of = *source;
+    s->n_bytes = pe_kv_snapshot_bytes(w->cache, source->id);
+    s->bytes = malloc(s->n_bytes + 1);
+    CHECK(pe_kv_snapshot_save(w->cache, source->id, s->bytes, s->n_bytes, err) == PE_OK, "%s", err);
+    CHECK(pe_kv_snapshot_save(w->cache, source->id, s->bytes, s->n_bytes + 64, err) == PE_ERR_INVALID_ARGUMENT, "a wrong size");
+}
+
+static void restore(world *w, const snapshot *s) {
+    if (w->n_live == MAX_LIVE || s->bytes == NULL) return;
+    char err[PE_ERR_LEN];
+    expected *e = &w->live[w->n_live];
+    *e = s->of;
+    size_t n_bytes = s->n_bytes + (rng_below(&w->random, 8) == 0 ? 64 : 0); /* a wrong size: refused before a byte is read */
+    pe_status status = pe_kv_snapshot_restore(w->cache, &pe_kernels_scalar, e->tokens, e->length, e->salt, s->bytes, n_bytes,
+                                              &e->id, err);
+    CHECK(n_bytes == s->n_bytes || status == PE_ERR_INVALID_ARGUMENT, "%zu bytes for %zu", n_bytes, s->n_bytes);
+    CHECK(n_bytes != s->n_bytes || status == PE_OK || (status == PE_ERR_OUT_OF_MEMORY && w->max_pages > 0), "%s", err);
+    w->n_live += status == PE_OK;
+    w->n_restored += status == PE_OK && e->length > 0;
+}
+
 static void step(world *w) {
     char err[PE_ERR_LEN];
-    size_t action = rng_below(&w->random, 20), index = w->n_live > 0 ? rng_below(&w->random, w->n_live) : 0;
+    size_t action = rng_below(&w->random, 24), index = w->n_live > 0 ? rng_below(&w->random, w->n_live) : 0;
     if (w->n_live == 0 || action < 3) {
         begin(w);
     } else if (action < 13) {
@@ -232,6 +267,10 @@ static void step(world *w) {
         take_length(w, e, n);
     } else if (action < 19) {
         drop(w, index);
+    } else if (action < 21) {
+        save(w, &w->live[index]);
+    } else if (action < 23) {
+        restore(w, &w->saved[rng_below(&w->random, N_SAVED)]);
     } else if (rng_below(&w->random, 10) == 0) {
         pe_kv_cache_drop_cached(w->cache);
     }
@@ -263,6 +302,7 @@ static size_t run_schedule(const layer_windows *layers, uint64_t seed, size_t n_
     }
     CHECK(w->n_matched > 0, "no prompt ever found its beginning");
     CHECK(w->n_accepted > 0, "no guess ever came true");
+    CHECK(w->n_restored > 0, "no snapshot was ever restored");
     CHECK((max_pages > 0) == (w->n_refused > 0), "%zu appends were refused", w->n_refused);
     while (w->n_live > 0) drop(w, 0);
     check_world(w);
@@ -272,6 +312,7 @@ static size_t run_schedule(const layer_windows *layers, uint64_t seed, size_t n_
     CHECK(n_dropped > 0 && stats.n_cached == 0 && stats.n_pages == stats.n_free, "%zu pages are left", stats.n_pages);
     pe_kv_cache_destroy(w->cache);
     size_t n_shortened = w->n_shortened;
+    for (size_t i = 0; i < N_SAVED; i++) free(w->saved[i].bytes);
     free(w);
     return n_shortened;
 }
