@@ -70,7 +70,7 @@ class Prefixes(ABC):
 
         Such a file says what the model has read, so take it from whom you would take the model. It makes room like everything
         cached. Raises InvalidArgumentError for a file of another model, kv_dtype or n_ctx, ModelFormatError for what is no such
-        file, ContextFullError, FileNotFoundError."""
+        file, OutOfMemoryError if max_kv_bytes has no room for it, ContextFullError, FileNotFoundError."""
         from pyengine.format.prefix import read_prefix
 
         salt = check_salt(cache_salt)
