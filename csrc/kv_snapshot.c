@@ -108,7 +108,8 @@ static bool is_legal(const pe_kv_chunk *kv, const struct pe_kernels *kernels, si
            are_scales(kv->k_scales, PE_CHUNK) && are_scales(kv->v_scales, PE_CHUNK);
 }
 
-static pe_status check_contents(const pe_kv_cache *cache, const struct pe_kernels *kernels, const char *in, size_t n_bytes, char *err) {
+static pe_status check_contents(const pe_kv_cache *cache, const struct pe_kernels *kernels, const char *in, size_t n_bytes,
+                                char *err) {
     size_t chunk_bytes = pe_kv_chunk_bytes(cache), n_codes = PE_CHUNK * cache->model->head_dim_p;
     for (size_t at = 0; at < n_bytes; at += chunk_bytes) {
         pe_kv_chunk kv = pe_kv_chunk_in(cache, (char *)in + at); /* only read */
