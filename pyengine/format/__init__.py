@@ -5,7 +5,9 @@ config        the attachment config.json: the shape of a model, checked
 container     safetensors: the header, parsed with caps and built
 inventory     every weight of a model from its configuration: names, shapes, what is stored, what a token reads
 reader        open, map and check a file
-writer        stream a file, checksummed, under its name only when whole
+whole_file    a file that appears under its name only when it is whole
+writer        stream a model's file, checksummed
+prefix        keys and values of a prompt's beginning in a file
 quantize      float32 rows to int8 panels, and back
 draft_head    put a draft head into a file, or take it out
 

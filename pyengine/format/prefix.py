@@ -17,10 +17,10 @@ import contextlib
 import hashlib
 import mmap
 import os
-import secrets
 import sys
 from array import array
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InvalidArgumentError, ModelFormatError, system_errors
@@ -29,6 +29,7 @@ from .container import ALIGNMENT, SafetensorsHeader, StoredTensor, build_header,
 from .inventory import FORMAT_VERSION
 from .kv import KvLayout
 from .reader import FrozenFile
+from .whole_file import WholeFile
 
 FORMAT = "pyengine-prefix"
 VERSION = "1"
@@ -78,18 +79,8 @@ def write_prefix(path: str | os.PathLike[str], key: PrefixKey, tokens: array[int
         "tokens": StoredTensor("I32", (len(tokens),), len(ids)),
     }
     header = build_header(stored, key.metadata() | {"sha256": _digest(ids, keys_values)})
-    temporary = f"{path}.{secrets.token_hex(8)}.partial"
-    with system_errors():
-        try:
-            with open(temporary, "xb") as file:
-                file.writelines((header, keys_values, ids))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+    with system_errors(), WholeFile(Path(path), overwrite=True) as out:
+        out.file.writelines((header, keys_values, ids))
 
 
 def _check_key(metadata: Mapping[str, str], key: PrefixKey) -> None:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
-import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
-from .. import system
-from ..errors import InvalidArgumentError, ModelFormatError
-from ..files import open_regular
+from ..errors import InvalidArgumentError
 from .config import FrozenConfig
 from .container import ALIGNMENT, StoredTensor, build_header, pad
 from .inventory import (
@@ -28,10 +22,9 @@ from .inventory import (
     stored_draft_tensors,
     stored_tensors,
 )
+from .whole_file import WholeFile
 
 GoldenCallback = Callable[[str], "bytes | None"]
-_PARTIAL = ".partial"
-_LONGEST_NAME = 255 - len(f"..{'0' * 16}{_PARTIAL}")  # bytes; file systems allow 255
 
 
 def _attachment_bytes(name: str, content: bytes) -> bytes:
@@ -49,39 +42,6 @@ def _checksums_json(sums: dict[str, str]) -> bytes:
     return json.dumps(sums, indent=0).encode()
 
 
-def _temporary_prefix(name: str) -> str:
-    """How the temporary names of an output begin; its own name is in them if there is room."""
-    encoded = os.fsencode(name)
-    return f".{name if len(encoded) <= _LONGEST_NAME else hashlib.sha256(encoded).hexdigest()[:32]}."
-
-
-def _remove_abandoned(directory: Path, prefix: str) -> None:
-    """Delete what a killed writer of the same file left: its lock went with it."""
-    for path in directory.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
-        with contextlib.suppress(OSError, ModelFormatError):
-            system.remove_if_unlocked(open_regular(path), path)
-
-
-@contextlib.contextmanager
-def terminate_as_exception() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that temporary files go, unless somebody handles it."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
-        yield
-        return
-
-    def unwind(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 class FrozenWriter:
     """Write the tensors of ``stored_tensors(config)``, then ``extra`` ones, in that order, each as a stream of chunks.
 
@@ -91,8 +51,8 @@ class FrozenWriter:
 
     ``extra``: name -> what is stored, a draft head's tensors among them if the configuration has one.
     A clean exit of the block writes the attachments, asks ``golden`` (called with the path of the
-    complete temporary file) for the content of golden.json, syncs and renames. Any exception,
-    Ctrl-C included, removes the temporary file.
+    complete temporary file) for the content of golden.json, and puts the file into its place
+    (``WholeFile``).
     """
 
     def __init__(
@@ -108,10 +68,8 @@ class FrozenWriter:
         golden: GoldenCallback | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.path = Path(path)
-        self._overwrite = overwrite
+        self._out = WholeFile(Path(path), overwrite=overwrite)
         self._golden = golden
-        self._refuse_existing()
         if unknown := set(attachments) - set(ATTACHMENTS[1:-2]):
             raise InvalidArgumentError(f"unknown attachment {sorted(unknown)[0]!r}")
         if "tokenizer.json" not in attachments:
@@ -147,33 +105,12 @@ class FrozenWriter:
         self._next = 0
         self.bytes_written = len(self._header)
 
-    def _refuse_existing(self) -> None:
-        if self.path.exists() and not self._overwrite:
-            raise FileExistsError(17, "the output exists (overwrite=True replaces it)", str(self.path))
-
     def __enter__(self) -> FrozenWriter:
-        prefix = _temporary_prefix(self.path.name)
-        _remove_abandoned(self.path.parent, prefix)
-        self._signals = terminate_as_exception()
-        self._signals.__enter__()
-        try:
-            self._create(prefix)
-            self._file.write(self._header)
-        except BaseException:
-            self._discard()
-            raise
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._out)
+            self._out.file.write(self._header)
+            stack.pop_all()  # nothing went wrong: __exit__ ends it
         return self
-
-    def _create(self, prefix: str) -> None:
-        """Make the temporary file and lock it against ``_remove_abandoned`` of other writers."""
-        flags = system.flags("O_CREAT", "O_EXCL", "O_RDWR")
-        while True:
-            self._temporary = self.path.with_name(f"{prefix}{secrets.token_hex(8)}{_PARTIAL}")
-            self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "w+b")
-            system.lock_file(self._file, wait=True)
-            if self._temporary.exists():
-                return
-            self._file.close()  # swept away in the moment before it was locked: once more
 
     def __exit__(
         self,
@@ -181,21 +118,12 @@ class FrozenWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._discard()
-
-    def _discard(self) -> None:
-        """Close, and remove the temporary file unless it has been renamed."""
-        try:
-            if hasattr(self, "_file"):
-                self._file.close()
-        finally:
-            if hasattr(self, "_temporary"):
-                self._temporary.unlink(missing_ok=True)
-            self._signals.__exit__(None, None, None)
+        if kind is not None:
+            self._out.__exit__(kind, error, trace)
+            return
+        with contextlib.ExitStack() as stack:
+            stack.push(self._out)
+            self._finish()
 
     def write(self, name: str, chunks: Iterable[Any]) -> None:
         """Append a tensor from buffers that together have its size, or less by under 64 bytes of
@@ -209,12 +137,12 @@ class FrozenWriter:
         for chunk in chunks:
             with memoryview(chunk) as view:
                 done += view.nbytes
-                self._file.write(view)
+                self._out.file.write(view)
                 digest.update(view)
         if not 0 <= nbytes - done < ALIGNMENT:
             raise InvalidArgumentError(f"tensor {name!r} needs {nbytes} bytes, {done} were given")
         padding = bytes(nbytes - done)
-        self._file.write(padding)
+        self._out.file.write(padding)
         digest.update(padding)
         self._sums[name] = digest.hexdigest()
         self._next += 1
@@ -223,24 +151,20 @@ class FrozenWriter:
     def _write_tail(self) -> None:
         """Attachments and checksums, from wherever the weights end."""
         for name, content in self._attachments.items():
-            self._file.write(content)
+            self._out.file.write(content)
             self._sums[name] = hashlib.sha256(content).hexdigest()
-        self._file.write(_attachment_bytes("checksums.json", _checksums_json(self._sums)))
-        self._file.flush()
+        self._out.file.write(_attachment_bytes("checksums.json", _checksums_json(self._sums)))
+        self._out.file.flush()
 
     def _finish(self) -> None:
         if self._next != len(self.names):
             raise InvalidArgumentError(f"tensor {self.names[self._next]!r} was not written")
-        tail = self._file.tell()
+        tail = self._out.file.tell()
         self._write_tail()
-        golden = self._golden(str(self._temporary)) if self._golden else None
+        golden = self._golden(str(self._out.temporary)) if self._golden else None
         if golden is not None:
             if len(golden) > GOLDEN_BYTES:
                 raise InvalidArgumentError(f"golden.json has {len(golden)} > {GOLDEN_BYTES} bytes")
             self._attachments["golden.json"] = golden.ljust(GOLDEN_BYTES)
-            self._file.seek(tail)
+            self._out.file.seek(tail)
             self._write_tail()
-        os.fsync(self._file.fileno())
-        self._refuse_existing()
-        system.replace_open(self._file, self._temporary, self.path)
-        system.sync_directory(self.path.parent)

@@ -36,9 +36,9 @@ def tokens(n: int, vocab_size: int = 40_000) -> list[int]:
 
 
 class Peer(Protocol):
+    """Those whose speed is measured have, besides, prefill(n) and decode(n, depth, batch): tokens per second."""
+
     def info(self) -> dict[str, Any]: ...
-    def prefill(self, n: int) -> float: ...
-    def decode(self, n: int, depth: int, batch: int) -> float: ...
     def logits(self, ids: list[int], path: str) -> float: ...
 
 
@@ -288,12 +288,6 @@ class Float32:
 
     def info(self) -> dict[str, Any]:
         return {"version": self.version}
-
-    def prefill(self, n: int) -> float:
-        raise NotImplementedError("float32 is there for its logits")
-
-    def decode(self, n: int, depth: int, batch: int) -> float:
-        raise NotImplementedError("float32 is there for its logits")
 
     def logits(self, ids: list[int], path: str) -> float:
         import numpy as np

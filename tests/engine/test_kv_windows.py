@@ -3,7 +3,6 @@ guess or an eviction equals one forward of the whole text, in which every layer 
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from engine.always_guessing import always_guess
+from engine.freeze_models import freeze_fixture
 from engine.scripted_drafts import drafts_of, script
-from reference import fixtures
 
 from pyengine import Engine, _core
 from pyengine.cli.info import describe, text_lines
 from pyengine.format.kv import PAGE_POSITIONS, UNDO, KvLayout, kv_layout
 from pyengine.format.reader import FrozenFile
-from pyengine.freeze import freeze
 
 N_CTX = 2048
 # All layers with a window of 16; one layer of three that sees everything, the others 40 positions.
@@ -33,11 +31,7 @@ def text_of(seed: int, n: int) -> list[int]:
 
 @pytest.fixture(scope="module", params=MODELS)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp(request.param)
-    short = fixtures.load(request.param)
-    fixture = dataclasses.replace(short, hf_config={**short.hf_config, "max_position_embeddings": N_CTX})
-    freeze(fixtures.write_hf_dir(fixture, directory / "hf"), directory / "long.safetensors")
-    return directory / "long.safetensors"
+    return freeze_fixture(request.param, tmp_path_factory.mktemp(request.param), N_CTX)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import mmap
 import random
 import struct
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from engine.cli_tools import run_process, write_talker
-from reference import fixtures
+from engine.freeze_models import freeze_fixture
 
 from pyengine import ContextFullError, Engine, InvalidArgumentError, ModelFormatError, PyEngineError, _core
 from pyengine.format.prefix import read_prefix, write_prefix
@@ -25,18 +24,12 @@ MODELS = ["llama_tied", "mistral_window", "gemma3"]
 
 @pytest.fixture(scope="module", params=MODELS)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp(request.param)
-    short = fixtures.load(request.param)
-    fixture = dataclasses.replace(short, hf_config={**short.hf_config, "max_position_embeddings": N_CTX})
-    freeze(fixtures.write_hf_dir(fixture, directory / "hf"), directory / "long.safetensors")
-    return directory / "long.safetensors"
+    return freeze_fixture(request.param, tmp_path_factory.mktemp(request.param), N_CTX)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("plain")
-    freeze(fixtures.write_hf_dir(fixtures.load("llama_tied"), directory / "hf"), directory / "plain.safetensors")
-    return directory / "plain.safetensors"
+    return freeze_fixture("llama_tied", tmp_path_factory.mktemp("plain"))
 
 
 def text_of(seed: int, n: int) -> list[int]:

@@ -45,6 +45,16 @@ class Answer:
         assert lines[-1] == "data: [DONE]", self.body[-600:]
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
+    @property
+    def named_events(self) -> list[Any]:
+        """The data of every event of a stream whose events have names, which are the data's types."""
+        out = []
+        for block in self.body.decode().strip().split("\n\n"):
+            name, data = block.split("\n")
+            out.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {out[-1]['type']}"
+        return out
+
 
 class Client:
     """Calls an App as a server would. `call` waits for the answer; `begin` gives a call that can be hung up."""

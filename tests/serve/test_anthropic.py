@@ -30,15 +30,6 @@ WEATHER = {"name": "weather", "description": "Tomorrow", "input_schema": DAY}
 BAD = {"type": "object", "properties": {"a": {"type": "y"}}}
 
 
-def events(answer: Answer) -> list[Any]:
-    out = []
-    for block in answer.body.decode().strip().split("\n\n"):
-        name, data = block.split("\n")
-        out.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {out[-1]['type']}"
-    return out
-
-
 def rebuilt(streamed: list[Any]) -> dict[str, Any]:
     """The message as its events build it; checks that each stands where the protocol wants it."""
     first, *inner, end, last = streamed
@@ -105,7 +96,7 @@ def test_whole_and_streamed_answers_are_those_of_the_chat(chat_model: Path) -> N
         assert usage["input_tokens"] + usage["cache_read_input_tokens"] == chat["usage"]["prompt_tokens"]
         assert usage["output_tokens"] == 12
         parts = {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}
-        streamed = events(await client.post(PATH, {**HELLO, "messages": [parts], "system": "Be brief", "stream": True}))
+        streamed = (await client.post(PATH, {**HELLO, "messages": [parts], "system": "Be brief", "stream": True})).named_events
         assert said(rebuilt(streamed)) == said(whole)
         counted = await client.post(f"{PATH}/count_tokens", {"messages": USER, "system": "Be brief"})
         assert counted.json == {"input_tokens": chat["usage"]["prompt_tokens"]}
@@ -120,7 +111,7 @@ def test_a_stop_sequence_is_told(chat_model: Path) -> None:
         text = (await client.post(PATH, HELLO)).json["content"][0]["text"]
         for body in (HELLO, {**HELLO, "stream": True}):
             answer = await client.post(PATH, {**body, "stop_sequences": [text[3:5]]})
-            message = rebuilt(events(answer)) if "stream" in body else answer.json
+            message = rebuilt(answer.named_events) if "stream" in body else answer.json
             at = text.index(text[3:5])
             wanted = [[{"type": "text", "text": text[:at]}] if at else [], "stop_sequence", text[3:5]]
             assert said(message) == wanted
@@ -163,7 +154,7 @@ def test_calls_are_blocks(
     async def test(client: Client) -> None:
         whole = (await client.post(PATH, body)).json
         assert said(whole) == [blocks, reason, None]
-        assert said(rebuilt(events(await client.post(PATH, {**body, "stream": True})))) == said(whole)
+        assert said(rebuilt((await client.post(PATH, {**body, "stream": True})).named_events)) == said(whole)
         alone = {**body, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
         one = (await client.post(PATH, alone)).json["content"]
         assert sum(block["type"] == "tool_use" for block in one) == min(1, blocks.count(CALL))
@@ -181,7 +172,7 @@ def test_arguments_that_are_cut_are_told_as_they_are(
         for limit in range(1, 100):
             body = {**HELLO, "tools": [WEATHER], "max_tokens": limit}
             whole = (await client.post(PATH, body)).json
-            assert said(rebuilt(events(await client.post(PATH, {**body, "stream": True})))) == said(whole)
+            assert said(rebuilt((await client.post(PATH, {**body, "stream": True})).named_events)) == said(whole)
             for block in whole["content"]:
                 assert block["type"] == "tool_use" or whole["stop_reason"] == "max_tokens"
                 if block["type"] == "tool_use" and block["input"] != CALL["input"]:
@@ -236,7 +227,7 @@ def test_forced_calls_and_formats_are_held_to_their_schemas(chat_model: Path) ->
             whole = (await client.post(PATH, {**body, "tools": [WEATHER], "tool_choice": choice})).json
             assert whole["stop_reason"] == "tool_use" and whole["content"][0]["input"]["day"] in (1, 2)
             again = await client.post(PATH, {**body, "tools": [WEATHER], "tool_choice": choice, "stream": True})
-            assert said(rebuilt(events(again))) == said(whole)
+            assert said(rebuilt(again.named_events)) == said(whole)
         formatted = {**body, "output_config": {"format": {"type": "json_schema", "schema": DAY}}}
         assert json.loads((await client.post(PATH, formatted)).json["content"][0]["text"])["day"] in (1, 2)
         for fields, param in (
@@ -342,7 +333,7 @@ def test_errors_have_anthropic_s_form(chat_model: Path) -> None:
 
         model.engine.scheduler.step = failing_step  # type: ignore[method-assign]
         failed = await client.post(PATH, {**HELLO, "max_tokens": 30, "ignore_eos": True, "stream": True}, headers=key)
-        *_, last = events(failed)
+        *_, last = failed.named_events
         assert (last["type"], last["error"]["type"]) == ("error", "api_error") and "secret" not in failed.body.decode()
 
     serving(chat_model, test, api_keys=("one",), max_body_bytes=4000)

@@ -28,11 +28,7 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "weather", "argument
 
 
 def events(answer: Answer) -> list[Any]:
-    out = []
-    for block in answer.body.decode().strip().split("\n\n"):
-        name, data = block.split("\n")
-        out.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {out[-1]['type']}"
+    out = answer.named_events
     assert [one["sequence_number"] for one in out] == list(range(len(out)))
     return out
 
