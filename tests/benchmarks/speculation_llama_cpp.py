@@ -37,9 +37,15 @@ def main() -> None:
 
     path, n_threads = sys.argv[1], int(sys.argv[2])
     guesser = LlamaPromptLookupDecoding(num_pred_tokens=2)
-    # Rows of all guessed tokens must have logits, which llama-cpp-python keeps only with a draft model or logits_all.
+    # Rows of all guessed tokens must have logits; without logits_all there is room for those of one batch of a prompt only.
     model = llama_cpp.Llama(
-        path, n_ctx=4096, n_threads=n_threads, n_threads_batch=n_threads, draft_model=guesser, verbose=False
+        path,
+        n_ctx=4096,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        draft_model=guesser,
+        logits_all=True,
+        verbose=False,
     )
     print(json.dumps({"version": llama_cpp.__version__}), flush=True)
     for line in sys.stdin:
