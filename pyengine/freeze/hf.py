@@ -20,6 +20,7 @@ from .arch.base import Architecture, Shape, Traits, spelled
 from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
 from .fields import Fields
 from .lora import AdaptedTensors, Adapter
+from .packed import PackedTensors
 from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
 from .special_tokens import begin_and_end, spellings
 from .tokenizer import check_tokenizer_json, json_bytes
@@ -81,8 +82,12 @@ class SafetensorsReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, (_, entry) in self._entries.items()}
 
+    def stored(self, name: str) -> tuple[int, SafetensorsEntry]:
+        """The file's descriptor, and dtype, shape and offsets."""
+        return self._entries[name]
+
     def matrix(self, name: str) -> RowSource:
-        fd, entry = self._entries[name]
+        fd, entry = self.stored(name)
         if entry.dtype not in FLOAT_CONVERTERS:
             raise UnsupportedModelError(f"tensor {name!r}: dtype {entry.dtype} is not implemented")
         rows, columns = math.prod(entry.shape[:-1]), math.prod(entry.shape[-1:])  # of experts, all under each other
@@ -117,6 +122,9 @@ class TextTensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = self._reader.shapes
         return {name: shapes[inside] for name, inside in self._names.items()}
+
+    def stored(self, name: str) -> tuple[int, SafetensorsEntry]:
+        return self._reader.stored(self._names[name])
 
     def matrix(self, name: str) -> RowSource:
         return self._reader.matrix(self._names[name])
@@ -187,8 +195,6 @@ def files_of(directory: Path) -> list[Path]:
 def _refuse_unknown_arithmetic(config: Fields, traits: Traits) -> None:
     if config.flag("mlp_bias", False) and not traits.gate_up_bias:
         raise UnsupportedModelError("mlp_bias is not implemented")
-    if config.raw("quantization_config"):
-        raise UnsupportedModelError("checkpoints that are quantized already are not implemented")
 
 
 def _shape(config: Fields, architecture: Architecture, names: Mapping[str, object], n_ctx: int | None) -> Shape:
@@ -328,7 +334,9 @@ def load_hf(
     config = Fields({**architecture.hf_defaults, **document, **text}, _CONFIG)
     file = _open_weights(directory)
     try:
-        reader = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
+        stored = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
+        packing = config.table("quantization_config", {})
+        reader = PackedTensors(stored, Fields(packing, f"{_CONFIG}: quantization_config")) if packing else stored
         documents = _Documents(directory, config, config.integer("vocab_size"))
         shape = _shape(config, architecture, reader.shapes, n_ctx)
         traits = architecture.from_hf(config, shape)

@@ -30,7 +30,7 @@ from pyengine.freeze import freeze
         ({"architectures": None, "model_type": "gpt2"}, "architecture 'gpt2'"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         (QWEN2 | {"mlp_bias": True}, "mlp_bias"),
-        ({"quantization_config": {"bits": 4}}, "quantized already"),
+        ({"quantization_config": {"bits": 4}}, "unnamed method"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
