@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ Array = np.ndarray[Any, Any]
 class ThreadComm:
     """Ranks that are threads of this process."""
 
-    threads = 1
+    threads, local_rank = 1, 0
 
     def __init__(self, rank: int, size: int, shared: dict[str, Any]) -> None:
         self.rank, self.size, self.shared = rank, size, shared
@@ -120,7 +121,10 @@ def test_shards_are_summed_by_the_tree_whatever_the_waves(
 def test_ranks_are_summed_by_the_same_tree() -> None:
     parts = shards_of(8)
     wanted = tree(parts)
-    np.testing.assert_array_equal(add_tree([part.copy() for part in parts]), wanted)
+    for rank in range(8):  # whose own part takes the sum
+        copies = [part.copy() for part in parts]
+        add_tree(copies, copies[rank], operator.iadd)
+        np.testing.assert_array_equal(copies[rank], wanted)
 
 
 MODEL = ModelConfig(

@@ -89,9 +89,13 @@ def test_int8_at_the_end_of_a_long_decay(stories: Path, tmp_path: Path) -> None:
         ("--decay-fraction 0.2 --quantize-fraction 0.3", "quantize_fraction (0.3) exceeds decay_fraction (0.2)"),
         ("--quantize always --quantize-fraction 0.1", "--quantize-fraction would have no effect"),
         ("--quantize never --quantize-fraction 0.1", "--quantize-fraction would have no effect"),
+        ("--comm nccl", "--comm has no effect on --device cpu"),
+        ("--comm nccl --device cuda", "--comm has no effect on one rank"),
+        ("--shard-optimizer", "--shard-optimizer has no effect on one rank"),
+        ("--shard-optimizer --device cuda", "--shard-optimizer works on --device cpu"),
     ],
 )
-def test_parts_of_the_decay_that_cannot_be(
+def test_flags_that_cannot_be(
     stories: Path, tmp_path: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(tmp_path / "run", stories, f"--steps 4 {words}")) == 1

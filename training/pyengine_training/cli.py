@@ -57,11 +57,12 @@ def _train(arguments: list[str]) -> int:
             program = {"program": package_digest(), "command line": shlex.join(arguments)}
             same_everywhere(comm, {**checkpoints.environment(), **program})
         device = Device.of(options)
-        machine = Machine(device, options.threads, comm, options.shard_optimizer)
         with together(comm):
-            device.require()  # before minutes of tokenizing
+            device.require(comm.local_rank)  # before minutes of tokenizing
             if options.tensorboard:
                 tensorboard.require()
+        comm = device.connect(comm, options.comm)
+        machine = Machine(device, options.threads, comm, options.shard_optimizer)
         (_resume if options.resume else _start)(values, options, machine, arguments)
     return 0
 

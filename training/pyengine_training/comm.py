@@ -1,7 +1,8 @@
 """How ranks talk: the seam between one process and several that train one model together.
 
 Ranks are started by MPI (``mpiexec -n 4 pyengine train …``), each with its share of the batch. Nothing above this module
-knows how bytes travel, and nothing here adds numbers: the order of every sum is :mod:`.ranks`'s.
+knows how bytes travel, and nothing here adds numbers: the order of every sum is :mod:`.ranks`'s. Arrays of GPUs travel by
+:mod:`.backend.cuda_ranks`, which stands on the ranks of this module.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .errors import ConfigError, Interrupted, MissingLibraryError, RankError, Tr
 from .supervise import all_have_begun
 
 Array = NDArray[Any]
-Message = tuple[int, Array]  # other rank, contiguous host array
+Message = tuple[int, Array]  # other rank, contiguous array where the rank computes: the host's, or its GPU's
 
 
 class Comm(Protocol):
@@ -28,6 +29,7 @@ class Comm(Protocol):
     rank: int
     size: int
     threads: int | None  # that a rank of this machine should use; None: what the process may
+    local_rank: int  # among the ranks of this machine
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank, on every rank. Small objects only."""
@@ -45,7 +47,7 @@ class Comm(Protocol):
 class NoComm:
     """One rank."""
 
-    rank, size, threads = 0, 1, None
+    rank, size, threads, local_rank = 0, 1, None, 0
 
     def gather(self, value: Any) -> list[Any]:
         """What was given."""
@@ -63,6 +65,26 @@ class NoComm:
 ALONE = NoComm()
 
 
+class PaperComm:
+    """The first of so many ranks, without the others: to count what a rank holds."""
+
+    rank, threads, local_rank = 0, None, 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def gather(self, value: Any) -> list[Any]:
+        """All say the same."""
+        return [value] * self.size
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
+        """Nothing arrives."""
+        return lambda: None
+
+    def abort(self) -> None:
+        """Nobody else has to end."""
+
+
 class MpiComm:
     """All ranks of MPI's world, through mpi4py."""
 
@@ -72,16 +94,17 @@ class MpiComm:
         self._mpi = MPI
         self._world = MPI.COMM_WORLD.Dup()
         self.rank, self.size = self._world.rank, self._world.size
-        self.threads = self._share_of_the_machine()  # returns when every rank has called it
+        self.threads, self.local_rank = self._share_of_the_machine()  # returns when every rank has called it
         all_have_begun()
 
-    def _share_of_the_machine(self) -> int:
-        """CPUs that the ranks of this machine may use between them, for each; bound to cores by the launcher or not."""
+    def _share_of_the_machine(self) -> tuple[int, int]:
+        """CPUs that the ranks of this machine may use between them, for each, bound to cores by the launcher or not; and
+        which of these ranks this is."""
         neighbours = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         allowed = neighbours.allgather(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0})
-        share = max(1, len(set().union(*allowed)) // neighbours.size)
+        share, local_rank = max(1, len(set().union(*allowed)) // neighbours.size), int(neighbours.rank)
         neighbours.Free()
-        return share
+        return share, local_rank
 
     def gather(self, value: Any) -> list[Any]:
         """By pickle."""

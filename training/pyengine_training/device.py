@@ -12,10 +12,12 @@ from .comm import ALONE, Comm
 from .config import ModelConfig, TrainConfig
 from .errors import ConfigError, MissingLibraryError, TrainingError
 from .lora import LoraConfig
+from .ranks import check_ranks
 from .trainer import Trainer, check_sizes
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("bf16", "float32")
+COMMS = ("mpi", "nccl")
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,24 @@ class Device:
         """What parsed options ask for."""
         return cls(options.device, options.precision or PRECISIONS[0])
 
-    def require(self) -> None:
-        """Raise MissingLibraryError or DeviceError, with the way out, unless the device can be used here."""
+    def require(self, local_rank: int = 0) -> None:
+        """Raise MissingLibraryError or DeviceError, with the way out, unless the device can be used here.
+
+        local_rank: among the ranks of this machine, who take its GPUs in turn.
+        """
         if self.name == "cuda":
             _cuda()
-            from .ops.cuda._runtime import runtime
+            from .ops.cuda._runtime import open_runtime
 
-            runtime()
+            open_runtime(local_rank)
+
+    def connect(self, comm: Comm, kind: str | None) -> Comm:
+        """MPI's ranks as they exchange arrays of this device, which :meth:`require` has found on each; kind: of ``COMMS``."""
+        if self.name == "cpu" or comm.size == 1:
+            return comm
+        from .backend import cuda_ranks
+
+        return cuda_ranks.connect(comm, kind)
 
     def memory_bytes(
         self,
@@ -57,7 +70,7 @@ class Device:
         if self.name == "cpu":
             return cpu_bytes(model, config, threads, ranks, shard_optimizer, lora)
         try:
-            return int(_cuda().device_bytes(model, config, self.precision))
+            return int(_cuda().device_bytes(model, config, self.precision, ranks=ranks))
         except TrainingError:
             return None
 
@@ -86,12 +99,13 @@ def make_trainer(
         return Trainer(model, config, CpuBackend(model, config, threads=threads, teacher=teacher, **more))
     if lora is not None:
         raise ConfigError("--device cuda trains whole models; adapters (--lora) are trained on CPUs")
-    if comm.size > 1:
-        raise ConfigError("--device cuda trains on one GPU; several ranks train on CPUs")
+    if shard_optimizer and comm.size > 1:
+        raise ConfigError("--device cuda keeps all moments on every rank; --shard-optimizer works on CPUs")
     cuda = _cuda()
-    cuda.check_memory(model, config, device.precision, teacher)
-    backend = cuda.CudaBackend(model, config, precision=device.precision, threads=threads, teacher=teacher)
-    return Trainer(model, config, backend)
+    check_ranks(comm.size, config)
+    cuda.check_memory(model, config, device.precision, teacher, comm.size)
+    more = {"threads": threads, "teacher": teacher, "comm": comm}
+    return Trainer(model, config, cuda.CudaBackend(model, config, precision=device.precision, **more))
 
 
 def _cuda() -> Any:

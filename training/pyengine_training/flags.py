@@ -13,7 +13,7 @@ from typing import Any
 
 from .chat import TRAIN_ON
 from .config import CHOICES, TrainConfig
-from .device import DEVICES, PRECISIONS
+from .device import COMMS, DEVICES, PRECISIONS
 from .scale import CARDS
 from .teacher_cache import TOP_K
 
@@ -278,6 +278,11 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="with several ranks: each keeps the moments of its share of the parameters only",
     )
     add("--device", choices=DEVICES, default="cpu", help="what to train on (default cpu)")
+    add(
+        "--comm",
+        choices=COMMS,
+        help="with several ranks on --device cuda: gradients from GPU to GPU (nccl), or through the hosts (default nccl)",
+    )
     add("--precision", choices=PRECISIONS, help=f"activations on --device cuda (default {PRECISIONS[0]})")
 
 

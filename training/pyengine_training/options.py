@@ -26,6 +26,7 @@ PROCESS = (
         "threads",
         "shard_optimizer",
         "device",
+        "comm",
         "precision",
         "tensorboard",
     ),
@@ -85,8 +86,12 @@ def refuse_unused_here(options: argparse.Namespace, ranks: int) -> None:
     """ConfigError for what would have no effect in this process, be the run new or an old one that goes on."""
     if options.precision is not None and options.device == "cpu":
         raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
+    if options.comm is not None and options.device == "cpu":
+        raise ConfigError("--comm has no effect on --device cpu: ranks on CPUs exchange their arrays by MPI")
+    if options.shard_optimizer and options.device == "cuda" and not options.plan:
+        raise ConfigError("--shard-optimizer works on --device cpu; ranks with a GPU each keep all moments")
     if options.plan:
-        for name in ("resume", "tensorboard"):
+        for name in ("resume", "tensorboard", "comm"):
             if getattr(options, name):
                 raise ConfigError(f"--{name} has no effect beside --plan, which trains nothing")
         return
@@ -95,8 +100,9 @@ def refuse_unused_here(options: argparse.Namespace, ranks: int) -> None:
         raise ConfigError(f"{_flags(given)} would have no effect: they describe a --plan")
     if options.tensorboard and options.dry_run:
         raise ConfigError("--tensorboard has no effect beside --dry-run, which trains nothing")
-    if options.shard_optimizer and ranks == 1:
-        raise ConfigError("--shard-optimizer has no effect on one rank: start several with mpiexec")
+    for name in ("shard_optimizer", "comm"):
+        if getattr(options, name) and ranks == 1:
+            raise ConfigError(f"{flag(name)} has no effect on one rank: start several with mpiexec")
 
 
 def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:

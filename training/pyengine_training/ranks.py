@@ -12,6 +12,7 @@ way each rank sends and receives about twice the arena, as a ring would.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ def cut(params: Arena, model: ModelConfig, config: TrainConfig) -> list[Piece]:
             for start in range(first, last, SLICE):
                 pieces.append(Piece(start, min(last, start + SLICE), None, len(shape) > 1))
     return pieces
+
+
+def slices(total: int, size: int) -> list[Piece]:
+    """A flat array of ``total`` elements in equal pieces, where what the optimizer updates together does not matter."""
+    return [Piece(start, min(start + size, total), None, False) for start in range(0, total, size)]
 
 
 def owners(pieces: Sequence[Piece], size: int) -> list[int]:
@@ -154,27 +160,38 @@ def trailing_ones(n: int) -> int:
     return (~n & (n + 1)).bit_length() - 1
 
 
-def add_tree(parts: list[Array]) -> Array:
-    """parts[0] = their sum by the binary tree; the others are overwritten. A power of two of them."""
+Add = Callable[[Array, Array], object]  # first += second
+
+
+def add_tree(parts: Sequence[Array], into: Array, add: Add) -> None:
+    """``into``, one of the parts, = their sum by the binary tree; the others are overwritten. A power of two of them.
+
+    Which of two takes the sum does not change it, and so a rank's own part can.
+    """
     while len(parts) > 1:
-        for left, right in zip(parts[::2], parts[1::2], strict=True):
-            left += right
-        parts = parts[::2]
-    return parts[0]
+        pairs = [(b, a) if b is into else (a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        for sum_of, other in pairs:
+            add(sum_of, other)
+        parts = [sum_of for sum_of, _ in pairs]
 
 
 class Exchange:
-    """Reduction and distribution of pieces of flat arrays between their owners and everybody."""
+    """Reduction and distribution of pieces of flat arrays between their owners and everybody.
 
-    def __init__(self, comm: Comm, pieces: Sequence[Piece]) -> None:
-        self.comm, self.pieces = comm, pieces
+    empty, add: of the arrays' device.
+    """
+
+    def __init__(
+        self, comm: Comm, pieces: Sequence[Piece], *, empty: Callable[..., Array] = np.empty, add: Add = operator.iadd
+    ) -> None:
+        self.comm, self.pieces, self._add = comm, pieces, add
         ranks = owners(pieces, comm.size)
         self.owned = [[p for p, rank in zip(pieces, ranks, strict=True) if rank == r] for r in range(comm.size)]
         self.mine = self.owned[comm.rank]
         self._others = [rank for rank in range(comm.size) if rank != comm.rank]
         largest = max((piece.size for piece in self.mine), default=0)
         shape = (2, len(self._others), largest) if self._others else (0, 0, 0)
-        self._received = np.empty(shape, np.float32)  # two rounds' parts of the other ranks
+        self._received = empty(shape, np.float32)  # two rounds' parts of the other ranks
 
     @property
     def _rounds(self) -> range:
@@ -209,9 +226,7 @@ class Exchange:
                 own = flat[piece.start : piece.stop]
                 parts = [buffer[: piece.size] for buffer in self._received[number % 2]]
                 parts.insert(self.comm.rank, own)
-                total = add_tree(parts)
-                if total is not own:
-                    own[...] = total
+                add_tree(parts, own, self._add)
 
     def distribute(self, flat: Array) -> None:
         """Every owner's pieces of flat, on every rank."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,12 @@ class SimulatedRuntime:
     """The runtime of ``ops.cuda`` on a simulator. Fresh memory is NaN (floats) or 77 (integers)."""
 
     capturing = False
+    kind = "simulated"
+    stream_address = 0
 
     def __init__(self, schedule: str = "forward", seed: int = 0) -> None:
+        self.place = f"process {os.getpid()}"
+        self.check: Callable[[], None] = lambda: None
         self.simulator = Simulator(schedule, seed)
         self.launches: list[str] = []
         self.recorded = 0
@@ -41,7 +46,11 @@ class SimulatedRuntime:
         out[...] = host
         return out
 
+    def address(self, array: Array) -> int:
+        return int(array.ctypes.data)
+
     def download(self, array: Array) -> Any:
+        self.synchronize()
         return array.copy()
 
     def fill(self, array: Array, value: float) -> None:
@@ -54,8 +63,11 @@ class SimulatedRuntime:
         yield
         self.allowed = before
 
+    def watch(self, check: Callable[[], None]) -> None:
+        self.check = check
+
     def synchronize(self) -> None:
-        return
+        self.check()
 
     def memory(self) -> tuple[int, int]:
         return 1 << 30, 1 << 30

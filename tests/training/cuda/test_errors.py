@@ -18,7 +18,7 @@ from pyengine_training import device
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.errors import ConfigError, TrainingError
 from pyengine_training.ops.cuda import _gpu, _jit
-from pyengine_training.ops.cuda._gpu import GpuRuntime, _check_device, _libraries
+from pyengine_training.ops.cuda._gpu import GpuRuntime, _check_device, _check_driver, _libraries
 from pyengine_training.ops.cuda._runtime import DeviceError, kept, runtime, use_runtime
 
 MODEL = ModelConfig(
@@ -40,23 +40,24 @@ def fake_cupy(version: int = 13000, count: int = 1) -> Any:
 
 def test_no_driver() -> None:
     with pytest.raises(DeviceError, match=r"no NVIDIA driver.*--gpus all.*cannot be found"):
-        _check_device(fake_cuda("CUDA driver library\ncannot be found"), fake_cupy())
+        _check_driver(fake_cuda("CUDA driver library\ncannot be found"), fake_cupy())
 
 
 def test_old_driver() -> None:
     with pytest.raises(DeviceError, match=r"supports CUDA 11\.8, 12\.2 is needed: update the driver"):
-        _check_device(fake_cuda(), fake_cupy(version=11080))
+        _check_driver(fake_cuda(), fake_cupy(version=11080))
 
 
 def test_no_gpu() -> None:
     with pytest.raises(DeviceError, match=r"finds no GPU.*CUDA_VISIBLE_DEVICES"):
-        _check_device(fake_cuda(), fake_cupy(count=0))
+        _check_driver(fake_cuda(), fake_cupy(count=0))
 
 
 def test_old_gpu() -> None:
     with pytest.raises(DeviceError, match=r"capability 7\.5; 8\.0 or newer"):
-        _check_device(fake_cuda(capability=(7, 5)), fake_cupy())
-    _check_device(fake_cuda(), fake_cupy())
+        _check_device(fake_cuda(capability=(7, 5)))
+    _check_device(fake_cuda())
+    _check_driver(fake_cuda(), fake_cupy())
 
 
 @pytest.mark.parametrize("missing", ["numba_cuda", "cupy"])
@@ -142,7 +143,7 @@ def test_a_failing_launch_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     gpu = object.__new__(GpuRuntime)
     gpu.__dict__.update(
         _recent=_gpu.deque(maxlen=4), _numba_stream=None, cupy=SimpleNamespace(ndarray=np.ndarray),
-        wait_always=False, capturing=False,
+        wait_always=False, capturing=False, _check=None,
     )  # fmt: skip
     with pytest.raises(DeviceError, match=r"kernel example_kernel \(grid 3, block 32\): CUDA_ERROR"):
         gpu.launch(Kernel(), 3, 32, (1, 2.0))
@@ -153,6 +154,30 @@ def test_a_failing_launch_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     gpu.__dict__["stream"] = SimpleNamespace(synchronize=fail)
     with pytest.raises(DeviceError, match=r"illegal memory access; started last: example_kernel.*PYENGINE_CUDA_SYNC"):
         gpu.synchronize()
+
+
+def test_what_watches_the_device_ends_the_waiting_for_it() -> None:
+    """A message that never comes keeps the stream busy; the network's error is told as it is."""
+
+    class Stream:
+        done = False
+
+        def synchronize(self) -> None:
+            raise AssertionError("would wait without end")
+
+    calls = []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            raise DeviceError("NCCL: messages: a network error")
+
+    gpu = object.__new__(GpuRuntime)
+    gpu.__dict__.update(stream=Stream(), _recent=_gpu.deque(maxlen=4))
+    gpu.watch(check)
+    with pytest.raises(DeviceError, match=r"^NCCL: messages"):
+        gpu.synchronize()
+    assert len(calls) == 3
 
 
 def test_a_failing_recording_says_how_to_go_without(monkeypatch: pytest.MonkeyPatch) -> None:

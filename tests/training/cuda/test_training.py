@@ -19,6 +19,7 @@ from compiled import RecordingRuntime
 from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.backend import cuda as backend_module
 from pyengine_training.backend.cuda import device_bytes
+from pyengine_training.comm import ALONE, PaperComm
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.data import ValidationBatch
 from pyengine_training.device import CPU, Device, make_trainer
@@ -241,28 +242,29 @@ class Counted(RecordingRuntime):
         return self.empty(host.shape, host.dtype) if out is None else out
 
 
-@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("precision, ranks", [("bf16", 1), ("float32", 1), ("bf16", 2)])
 @pytest.mark.parametrize(
     "knobs",
     [
         {},
         {"quantize": "never", "optimizer": "muon"},
         {"quantize": "always", "recompute": "block"},
-        {"shards": 1, "recompute": "activations", "optimizer": "muon"},
+        {"shards": 4, "batch_size": 4, "recompute": "activations", "optimizer": "muon"},
         {"distill_alpha": 0.5},
     ],
     ids=str,
 )
-def test_a_run_holds_what_was_predicted(precision: str, knobs: dict[str, Any]) -> None:
-    """Steps through all phases with validation in between and a checkpoint, to the byte."""
+def test_a_run_holds_what_was_predicted(precision: str, ranks: int, knobs: dict[str, Any]) -> None:
+    """Steps through all phases with validation in between and a checkpoint, to the byte, on one of several ranks too."""
     config = dataclasses.replace(CONFIG, **knobs)
     teacher = (MODEL, Arena(parameter_shapes(MODEL))) if config.distill_alpha else None
-    wanted = device_bytes(MODEL, config, precision, teacher)
-    tokens, targets = batch(1)
-    part = slice(0, 2 // config.shards)
+    wanted = device_bytes(MODEL, config, precision, teacher, ranks)
+    tokens, targets = (np.concatenate([x, x])[: config.batch_size] for x in batch(1))
+    part = slice(0, config.batch_size // config.shards)
     validation = ValidationBatch(tokens[part], targets[part], targets[part] >= 0, np.arange(part.stop))
     with use_runtime(Counted()) as counted:
-        trainer = make_trainer(MODEL, config, device=Device("cuda", precision), teacher=teacher)
+        comm = ALONE if ranks == 1 else PaperComm(ranks)
+        trainer = make_trainer(MODEL, config, device=Device("cuda", precision), teacher=teacher, comm=comm)
         trainer.initialize()
         for step in range(config.steps):
             trainer.step(tokens, targets)

@@ -9,18 +9,23 @@ A step is one list of launches. The first runs it as it is, which compiles the k
 and started with one call. What changes between steps (learning rates, bias corrections, 1 / targets, seed, and the clip
 coefficient, which the device computes itself) lies in the small device array ``knobs``. The only wait is at the end, for
 the loss. Updates are skipped on the device when the gradient's norm is not finite, so parameters stay as they were.
+
+Several ranks have a GPU each (:mod:`.cuda_ranks`). A rank's shards are summed on its device by the tree of :mod:`..ranks`,
+the ranks' sums by its upper levels, and every rank updates everything; two lists are recorded then, with the exchange between.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..arena import Arena, block_matrices, parameter_shapes
-from ..comm import ALONE
+from ..comm import ALONE, Comm, PaperComm, together
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..distill import Distillation, check_teacher
@@ -32,12 +37,14 @@ from ..ops.cuda import adamw, buffers, fake_quant, grad_norm, muon
 from ..ops.cuda._counting import CountingRuntime
 from ..ops.cuda._runtime import DeviceError, runtime, use_runtime
 from ..ops.needs import allocate, largest
+from ..ranks import Exchange, check_ranks, slices, trailing_ones
 from ..threads import available_threads, run_all
 from ..validation import batch_sums
 from . import StepInputs
 
 NARROW = np.uint16  # bfloat16 bits
 BATCH = 1 << 26  # elements that Muon works on at once: two copies of them are its working memory
+MESSAGE = 1 << 21  # elements of the gradient that a rank adds up at once; twice as many of each other rank are held
 
 
 class Mirror:
@@ -108,15 +115,22 @@ class CudaBackend:
         precision: str = "bf16",
         threads: int | None = None,
         teacher: tuple[ModelConfig, Arena] | None = None,
+        comm: Comm = ALONE,
     ) -> None:
-        self.model, self.config, self.precision, self.comm = model, config, precision, ALONE
+        self.model, self.config, self.precision, self.comm = model, config, precision, comm
+        check_ranks(comm.size, config)
         self.shard_rows = config.batch_size // config.shards
+        self._n_shards = config.shards // comm.size  # of this rank
         self.threads = threads or available_threads()
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pyengine-train")
         shapes = parameter_shapes(model)
         self._masters = Mirror(shapes)
         self.moments = Mirror(shapes), Mirror(shapes)
         self._grads = Arena(shapes, np.float32, ops.zeros)
+        flat = self._grads.flat
+        self._levels = [ops.empty(flat.shape, np.float32) for _ in range(trailing_ones(self._n_shards - 1) - 1)]
+        self._levels.append(flat)  # the highest is free until the last shard
+        self.exchange = Exchange(comm, slices(flat.size, MESSAGE), empty=ops.empty, add=ops.add)
         self._int8_values: Arena | None = None
         self._narrow: Arena | None = None
         self._host_int8_values: Arena | None = None
@@ -125,12 +139,11 @@ class CudaBackend:
         needs = [muon.batch_scratch(matrices, wanted) for matrices in self._muon_batches]
         self._muon_scratch = allocate(largest(*needs), ops.empty)
         self._worker: tuple[Any, Worker] | None = None
-        self._graphs: dict[bool, Callable[[], None]] = {}
-        self._tokens = ops.zeros((config.batch_size, config.seq_len), np.int64)
-        self._targets = ops.zeros((config.batch_size, config.seq_len), np.int64)
-        self._starts = ops.zeros((config.batch_size, config.seq_len), np.int64)
+        self._graphs: dict[bool, list[Callable[[], None]]] = {}
+        rows = self._n_shards * self.shard_rows, config.seq_len
+        self._tokens, self._targets, self._starts = (ops.zeros(rows, np.int64) for _ in range(3))
         self._knobs = ops.zeros(adamw.KNOBS, np.float32)
-        self._losses = ops.zeros((config.shards, buffers.SUM_BLOCKS), np.float32)
+        self._losses = ops.zeros((self._n_shards, buffers.SUM_BLOCKS), np.float32)
         self._squares = ops.zeros(-(-self._grads.flat.size // grad_norm.BLOCK), np.float32)
         self._distillation = self._teach(teacher) if teacher else None
 
@@ -215,21 +228,31 @@ class CudaBackend:
         return masters
 
     def _launch_gradients(self, quantize: bool, shards: int) -> None:
-        """Gradients of the batch in the device's buffers into self._grads, losses into self._losses."""
-        worker = self.training_worker(quantize)
-        weights = self._device_weights(worker, quantize)
-        inv = self._knobs[adamw.INV : adamw.INV + 1]
-        for shard in range(shards):
-            rows = slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
-            tokens, targets = self._tokens[rows], self._targets[rows]
-            worker.gradients(weights, tokens, targets, inv, quantize, self._distillation, self._starts[rows])
-            ops.copy(self._losses[shard], buffers.partial_sums(worker.loss))
-            (ops.add if shard else ops.copy)(self._grads.flat, worker.grads.flat)
+        """The sum of this rank's gradients, of the batch in the device's buffers, into self._grads; losses into self._losses.
 
-    def _launch_step(self, quantize: bool) -> None:
-        """Everything between the upload of a batch and the download of its loss."""
+        By the tree: a binary counter, as :class:`..ranks.ShardSum`.
+        """
         with fake_quant.deferred_checks(), runtime().tensor_floats(self.precision == "bf16"):
-            self._launch_gradients(quantize, self.config.shards)
+            worker = self.training_worker(quantize)
+            weights = self._device_weights(worker, quantize)
+            inv = self._knobs[adamw.INV : adamw.INV + 1]
+            for shard in range(shards):
+                rows = slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
+                tokens, targets = self._tokens[rows], self._targets[rows]
+                worker.gradients(weights, tokens, targets, inv, quantize, self._distillation, self._starts[rows])
+                ops.copy(self._losses[shard], buffers.partial_sums(worker.loss))
+                level, gradient = trailing_ones(shard), worker.grads.flat
+                for below in self._levels[:level]:
+                    ops.add(gradient, below)
+                ops.copy(self._grads.flat if shard + 1 == shards else self._levels[level], gradient)
+
+    def _add_up_ranks(self) -> None:
+        """self._grads = the sum of all ranks', on every rank."""
+        self.exchange.reduce(self._grads.flat)
+        self.exchange.distribute(self._grads.flat)
+
+    def _launch_update(self) -> None:
+        """Norm, clipping and the update, from self._grads."""
         ops.sum_of_squares(self._squares, self._grads.flat, grad_norm.BLOCK)
         grad_norm.norm_and_clip(self._knobs[: adamw.GRAD_SCALE + 1], self._squares, self.config.clip)
         c, params = self.config, self._masters.device(written=True)
@@ -247,8 +270,9 @@ class CudaBackend:
             adamw.adamw_update_by_knobs(*arrays, self._knobs, **options)
 
     def _upload(self, tokens: Array, targets: Array, inputs: StepInputs) -> None:
-        """The batch and the step's knobs."""
-        c, n = self.config, len(tokens)
+        """This rank's rows of the batch, and the step's knobs."""
+        c, n = self.config, len(tokens) // self.comm.size
+        rows = slice(self.comm.rank * n, (self.comm.rank + 1) * n)
         if inputs.preference is not None:
             raise ConfigError("--device cuda does not learn from preferences; --device cpu does")
         if inputs.soft is not None:
@@ -256,10 +280,10 @@ class CudaBackend:
                 "--device cuda does not read a teacher's cache; without --teacher-cache it runs the teacher"
             )
         device = runtime()
-        device.upload(np.ascontiguousarray(tokens, np.int64), self._tokens[:n])
-        device.upload(np.ascontiguousarray(targets, np.int64), self._targets[:n])
+        device.upload(np.ascontiguousarray(tokens[rows], np.int64), self._tokens[:n])
+        device.upload(np.ascontiguousarray(targets[rows], np.int64), self._targets[:n])
         if inputs.starts is not None:
-            device.upload(np.ascontiguousarray(inputs.starts, np.int64), self._starts[:n])
+            device.upload(np.ascontiguousarray(inputs.starts[rows], np.int64), self._starts[:n])
         knobs = adamw.host_knobs(
             step=inputs.step + 1,
             lr=c.lr * inputs.lr_factor,
@@ -273,13 +297,34 @@ class CudaBackend:
 
     def gradients(self, tokens: Array, targets: Array, inputs: StepInputs) -> float:
         """Mean loss; its gradient into ``grads``."""
-        device = runtime()
         self._upload(tokens, targets, inputs)
-        shards = len(tokens) // self.shard_rows
-        with fake_quant.deferred_checks(), device.tensor_floats(self.precision == "bf16"):
-            self._launch_gradients(inputs.quantize, shards)
-        losses = device.download(self._losses[:shards])
-        return float(losses.sum(dtype=np.float64)) / inputs.counted
+        shards = len(tokens) // self.shard_rows // self.comm.size
+        self._launch_gradients(inputs.quantize, shards)
+        self._add_up_ranks()
+        return self._loss(shards, inputs)
+
+    def _loss(self, shards: int, inputs: StepInputs) -> float:
+        """Mean over the counted targets of all ranks, whose first ``shards`` losses are on their devices."""
+        losses = runtime().download(self._losses[:shards]).sum(axis=1, dtype=np.float64)
+        return math.fsum(loss for part in self.comm.gather(losses.tolist()) for loss in part) / inputs.counted
+
+    def _parts(self, quantize: bool) -> list[Callable[[], None]]:
+        """What a step launches, in parts of which each is recorded; between them the ranks add up their gradients."""
+        gradients = partial(self._launch_gradients, quantize, self._n_shards)
+        if self.comm.size > 1:
+            return [gradients, self._launch_update]
+
+        def step() -> None:
+            gradients()
+            self._launch_update()
+
+        return [step]
+
+    def _run(self, parts: list[Callable[[], None]]) -> None:
+        for number, part in enumerate(parts):
+            if number:
+                self._add_up_ranks()
+            part()
 
     def step(self, tokens: Array, targets: Array, inputs: StepInputs) -> tuple[float, float]:
         """Loss and gradient norm; the device updates nothing unless the norm is finite."""
@@ -288,23 +333,33 @@ class CudaBackend:
         self.training_worker(quantize)
         recorded = self._graphs.get(quantize)
         if recorded is None:
-            self._launch_step(quantize)
+            self._run(self._parts(quantize))
             device.synchronize()
-            self._graphs[quantize] = device.record(lambda: self._launch_step(quantize))
+            self._graphs[quantize] = [device.record(part) for part in self._parts(quantize)]
         else:
             for mirror in (self._masters, *self.moments):
                 mirror.device(written=True)
-            recorded()
-        loss = float(device.download(self._losses).sum(dtype=np.float64)) / inputs.counted
+            self._run(recorded)
+        loss = self._loss(self._n_shards, inputs)
         norm = float(device.download(self._knobs)[adamw.NORM])
         if quantize:
-            fake_quant.raise_if_not_finite(f"{fake_quant.BAD_WEIGHT}, or an activation is")
+            with together(self.comm):
+                fake_quant.raise_if_not_finite(f"{fake_quant.BAD_WEIGHT}, or an activation is")
         return loss, norm
 
     # ---- validation --------------------------------------------------------------------------------------------------
 
     def validation_sums(self, batches: Iterable[ValidationBatch], quantize: bool) -> Array:
-        """One batch after another, in float32."""
+        """Spread over the ranks, on each one batch after another; in float32."""
+        rows = list(batches)
+        with together(self.comm):
+            part = self._validation_sums(rows[self.comm.rank :: self.comm.size], quantize)
+        sums = np.zeros((len(rows), 4))
+        for rank, found in enumerate(self.comm.gather(part)):
+            sums[rank :: self.comm.size] = found
+        return sums
+
+    def _validation_sums(self, batches: list[Any], quantize: bool) -> Array:
         device = runtime()
         worker = Worker(self.model, self.shard_rows, self.config.seq_len, training=False, ops=ops)
         with fake_quant.deferred_checks():
@@ -324,16 +379,21 @@ class CudaBackend:
 
 
 def device_bytes(
-    model: ModelConfig, config: TrainConfig, precision: str, teacher: tuple[ModelConfig, Arena] | None = None
+    model: ModelConfig,
+    config: TrainConfig,
+    precision: str,
+    teacher: tuple[ModelConfig, Arena] | None = None,
+    ranks: int = 1,
 ) -> int:
-    """Most bytes of GPU memory that a run holds at once: trunk, int8 steps and validation are gone through, not run."""
+    """Most bytes of GPU memory that a rank holds at once: trunk, int8 steps and validation are gone through, not run."""
     rows = config.batch_size, config.seq_len
     tokens = np.zeros(rows, np.int64)
     part = tokens[: config.batch_size // config.shards]
     batch = ValidationBatch(part, part, part == 0, part[:, 0])
     phases = {"never": (False,), "always": (True,), "decay": (False, True)}[config.quantize]
     with use_runtime(CountingRuntime()) as counter:
-        backend = CudaBackend(model, config, precision=precision, threads=1, teacher=teacher)
+        comm = PaperComm(ranks) if ranks > 1 else ALONE
+        backend = CudaBackend(model, config, precision=precision, threads=1, teacher=teacher, comm=comm)
         for quantize in phases:
             backend.step(tokens, tokens, StepInputs(0, tokens.size, quantize))
             backend.validation_sums([batch], quantize)
@@ -344,10 +404,14 @@ def device_bytes(
 
 
 def check_memory(
-    model: ModelConfig, config: TrainConfig, precision: str, teacher: tuple[ModelConfig, Arena] | None = None
+    model: ModelConfig,
+    config: TrainConfig,
+    precision: str,
+    teacher: tuple[ModelConfig, Arena] | None = None,
+    ranks: int = 1,
 ) -> None:
     """Raise DeviceError, before anything is allocated, for sizes that cannot fit."""
-    wanted = device_bytes(model, config, precision, teacher)
+    wanted = device_bytes(model, config, precision, teacher, ranks)
     free, total = runtime().memory()
     if wanted > free:
         raise DeviceError(

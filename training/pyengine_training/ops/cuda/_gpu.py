@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from ._runtime import Array, DeviceError, Product
 INSTALL = "pip install 'pyengine-lm[cuda]'"
 OLDEST_DRIVER = 12020  # CUDA 12.2
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 conversion and tensor cores
+POLL = 5e-5  # seconds
 ADVICE = "use a smaller --batch-size, more --shards, or --recompute block"
 
 
@@ -51,8 +53,8 @@ def _libraries() -> tuple[Any, Any]:
     return cuda, cupy
 
 
-def _check_device(cuda: Any, cupy: Any) -> None:
-    """Raise DeviceError unless there is a driver, new enough, and a GPU, new enough."""
+def _check_driver(cuda: Any, cupy: Any) -> None:
+    """Raise DeviceError unless there is a driver, new enough, and a GPU."""
     error = cuda.cuda_error() if hasattr(cuda, "cuda_error") else None
     if error is not None:
         raise DeviceError(
@@ -70,6 +72,10 @@ def _check_device(cuda: Any, cupy: Any) -> None:
         )
     if count < 1:
         raise DeviceError("the driver finds no GPU (is CUDA_VISIBLE_DEVICES empty?)")
+
+
+def _check_device(cuda: Any) -> None:
+    """Raise DeviceError unless the current GPU is new enough."""
     capability = cuda.get_current_device().compute_capability
     if tuple(capability[:2]) < OLDEST_CAPABILITY:
         raise DeviceError(
@@ -78,20 +84,29 @@ def _check_device(cuda: Any, cupy: Any) -> None:
 
 
 class GpuRuntime:
-    """The current GPU. Constructing it raises DeviceError, with the way out, where there is no usable one."""
+    """A GPU of this machine. Constructing it raises DeviceError, with the way out, where there is no usable one."""
 
-    def __init__(self) -> None:
+    def __init__(self, local_rank: int = 0) -> None:
+        """local_rank: among the ranks of this machine, to whom the GPUs are dealt out in turn."""
         from ._cublas import WORKSPACE_BYTES, Cublas, load_cublas
 
         self.cuda, self.cupy = _libraries()
-        _check_device(self.cuda, self.cupy)
+        _check_driver(self.cuda, self.cupy)
+        number = local_rank % self.cupy.cuda.runtime.getDeviceCount()
+        self.cupy.cuda.Device(number).use()
+        self.cuda.select_device(number)
+        _check_device(self.cuda)
+        self.kind = str(self.cuda.get_current_device().name)
+        self.place = str(self.cupy.cuda.runtime.deviceGetPCIBusId(number))
         # Everything runs on one stream: no waiting when an array changes hands. Small grids are meant.
         config = _numba_config()
         config.CUDA_ARRAY_INTERFACE_SYNC = False
         config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
         self.capturing = False
         self.wait_always = os.environ.get("PYENGINE_CUDA_SYNC") == "1"
+        self._check: Callable[[], None] | None = None
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.stream_address = int(self.stream.ptr)
         self._numba_stream = self.cuda.external_stream(self.stream.ptr)
         self._workspace = self.empty((WORKSPACE_BYTES,), np.uint8)
         self._cublas = Cublas(load_cublas(), self.stream.ptr, self._workspace.data.ptr, lambda x: int(x.data.ptr))
@@ -117,13 +132,16 @@ class GpuRuntime:
         free, total = self.cupy.cuda.runtime.memGetInfo()
         return int(free), int(total)
 
+    def address(self, array: Array) -> int:
+        return int(array.data.ptr)
+
     def upload(self, host: Any, out: Array | None = None) -> Array:
         host = np.ascontiguousarray(host)
         if out is None:
             out = self.empty(host.shape, host.dtype)
         with self.stream:
             out.set(host, stream=self.stream)
-        self.stream.synchronize()  # the host array may go away
+        self.synchronize()  # the host array may go away
         return out
 
     def download(self, array: Array) -> Any:
@@ -175,9 +193,17 @@ class GpuRuntime:
     def tensor_floats(self, allowed: bool) -> contextlib.AbstractContextManager[None]:
         return self._cublas.tensor_floats(allowed)
 
+    def watch(self, check: Callable[[], None]) -> None:
+        self._check = check
+
     def synchronize(self) -> None:
         try:
+            while self._check is not None and not self.stream.done:
+                self._check()
+                time.sleep(POLL)
             self.stream.synchronize()
+        except DeviceError:
+            raise
         except Exception as error:
             raise DeviceError(
                 f"the GPU reports: {error}; started last: {', '.join(self._recent)}. "

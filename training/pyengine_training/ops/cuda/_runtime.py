@@ -25,6 +25,16 @@ class DeviceError(TrainingError, RuntimeError):
 class Runtime(Protocol):
     """One device. Arrays are C-contiguous; everything runs in order on one stream."""
 
+    kind: str  # of the device: ranks whose devices are of one kind compute the same bits
+    place: str  # of the device in its machine
+    stream_address: int
+
+    def address(self, array: Array) -> int:
+        """Where the array begins in the device's memory."""
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Call ``check`` now and then while the device is waited for, which it ends by raising."""
+
     def launch(self, kernel: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
         """Start a kernel on (grid,) blocks of (block,) threads."""
 
@@ -96,6 +106,16 @@ def runtime() -> Runtime:
         from ._gpu import GpuRuntime
 
         _current = GpuRuntime()
+    return _current
+
+
+def open_runtime(local_rank: int) -> Runtime:
+    """The device of one of several ranks of this machine, unless one is in use. Raises DeviceError as :func:`runtime` does."""
+    global _current
+    if _current is None:
+        from ._gpu import GpuRuntime
+
+        _current = GpuRuntime(local_rank)
     return _current
 
 
