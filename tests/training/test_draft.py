@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from pyengine_training import checkpoint as checkpoints
 from pyengine_training.__main__ import main
 from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.config import ModelConfig
-from pyengine_training.draft import loop, outputs
+from pyengine_training.draft import command, loop, outputs
 from pyengine_training.draft.head import Batch, HeadConfig, HeadWorker, head_shapes
 from pyengine_training.draft.prompts import MAX_BEGIN, MIN_BEGIN, read_prompts
 from pyengine_training.draft.states import TOGETHER, States, draft_vocabulary
 from pyengine_training.draft.target import Target
 from pyengine_training.errors import ConfigError, DataError
 from pyengine_training.files import load_safetensors, read_json, write_json
+from pyengine_training.optimizer import schedule
 from pyengine_training.runfolder import read_metrics
 
 import pyengine
@@ -452,6 +454,35 @@ def test_a_run_that_goes_on_has_what_is_left_of_its_budget(
     write_json(folder / "draft.json", {**values, "seconds": 1e12})
     assert main(["draft", "--run-dir", str(folder), "--resume", "--threads", "1"]) == 0
     assert len(calls) == 2 and read_json(folder / "draft.json")["steps"] == 1
+
+
+def test_a_run_on_a_machine_that_slows_down_makes_fewer_steps(
+    frozen: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second a step, then three, on a clock of the test's own: it ends in time and at the end of its decay, also in two parts."""
+    clock, work, factors = [0.0], loop.HeadTrainer.step, []
+
+    def step(self: loop.HeadTrainer, batch: Any) -> Any:
+        clock[0] += 1.0 if self.step_number < 20 else 3.0
+        factors.append(schedule(self.config, self.step_number))
+        if self.step_number == 30 and len(factors) == 31:
+            raise KeyboardInterrupt
+        return work(self, batch)
+
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop, "seconds_of_a_step", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr(loop.HeadTrainer, "step", step)
+    folder, sizes = tmp_path / "run", KNOBS.removeprefix("--max-tokens 12 ").removesuffix(" --epochs 2").split()
+    begin = ["draft", str(frozen), "--data", str(questions), "--given", "--run-dir", str(folder), "--threads", "1"]
+    assert main([*begin, "--budget-minutes", "1", *sizes]) == 130
+    planned = read_json(folder / "draft.json")
+    assert 31 < planned["steps"] < 57
+    last = checkpoints.checkpoints(folder)[-1]
+    assert main(["draft", "--run-dir", str(folder), "--resume", "--threads", "1"]) == 0
+    values = read_json(folder / "draft.json")
+    assert 20 < values["steps"] <= planned["steps"] and values["budget"]["seconds"] == 60
+    assert clock[0] <= 60 + 3 + 3 * (31 - int(last.name[5:]))  # the last step, and what was done after the checkpoint
+    assert 0 < factors[-1] < 0.2 and factors[-1] == min(factors[31:])
 
 
 def test_guesses_ahead_are_those_of_the_engine() -> None:

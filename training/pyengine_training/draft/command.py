@@ -17,12 +17,14 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import runfolder
+from ..budget import Budget
 from ..checkpoint import environment
 from ..config import TrainConfig
 from ..data import file_sha256
@@ -102,7 +104,7 @@ def draft_parser() -> argparse.ArgumentParser:
         "--budget-minutes",
         type=float,
         metavar="X",
-        help="for sampling, reading and training together, measured on this machine",
+        help="for sampling, reading and training together, measured on this machine; fewer steps where it becomes slower",
     )
     for name, (kind, default, metavar, text) in OPTIONS.items():
         text = text if default is None else f"{text} (default {default:{',' if kind is int else 'g'}})"
@@ -264,6 +266,7 @@ class _Run:
             raise ConfigError(f"{model} is not the file that the run in {folder} was started with")
         self.log = runfolder.Log(folder / "log.txt")
         self.before = float(self.values.get("seconds", 0.0))  # what the run has taken until it was stopped
+        self.has_shrunk = False
 
     @property
     def budget_seconds(self) -> float:
@@ -331,7 +334,8 @@ class _Run:
         batches = loop.Batches(found, known, embeddings, head, v["batch_size"], v["seed"])
         config = _train_config(v, self._steps(batches, head, output_rows))
         trainer = loop.HeadTrainer(head, config, self.threads)
-        identity = loop.describe(head, config)
+        budget = Budget(**v["budget"]) if v.get("budget") else None
+        identity = loop.describe(head, config, steps_may_fall=budget is not None)
         restored = trainer.restore(self.folder, identity)
         if restored is None:
             loop.fresh(trainer, batches, output_rows, v["seed"])
@@ -344,21 +348,23 @@ class _Run:
         received: list[int] = []
         try:
             with signals(received):
-                self._loop(trainer, batches, metrics, identity, received)
+                self._loop(trainer, batches, metrics, identity, received, budget)
         finally:
             metrics.close()
             trainer.close()
         return trainer
 
     def _steps(self, batches: loop.Batches, head: HeadConfig, output_rows: Any) -> int:
-        """Of the run: decided once, before its first one, and stored."""
+        """Of the run: decided before its first one, and stored; with a budget they may become fewer."""
         v = self.values
         if v["steps"] is None:
             if v["budget_minutes"] is not None:
                 config = _train_config(v, 10)
                 seconds, validation = loop.seconds_of_a_step(batches, head, config, output_rows, self.threads)
-                left = self.budget_seconds - self._seconds() - (VALIDATIONS + 1) * validation
-                v["steps"] = max(1, int(left / (seconds * 1.05)))  # checkpoints take some per cent
+                before = self._seconds() + validation  # the one before the first step
+                left = self.budget_seconds - before
+                v["steps"] = max(1, int((left - VALIDATIONS * validation) / (seconds * 1.05)))  # checkpoints take some per cent
+                v.update(Budget(max(0.0, left), seconds, seconds, before).stored())
             else:
                 v["steps"] = max(1, round(v["epochs"] * len(batches.starts) / v["batch_size"]))
             self._store()
@@ -371,6 +377,7 @@ class _Run:
         metrics: runfolder.Metrics,
         identity: Any,
         received: list[int],
+        budget: Budget | None,
     ) -> None:
         steps, n_params = trainer.config.steps, trainer.params.flat.size
         every = -(-steps // VALIDATIONS)
@@ -383,6 +390,7 @@ class _Run:
             loss, norm = trainer.step(batches.batch(trainer.step_number))
             step, now = trainer.step_number, time.monotonic()
             metrics.write({"step": step, "loss": loss, "grad_norm": norm})
+            steps = self._keep_to(budget, trainer, steps)
             left = (now - began) / (step - first) * (steps - step)
             text = f"step {step}/{steps} KL {loss:.4f} {format_seconds(left)} left"
             self.log.progress(text)
@@ -391,10 +399,29 @@ class _Run:
                 logged = now
             if step % every == 0 or step == steps:
                 self._validate(trainer, batches, metrics)
-                trainer.save(self.folder, identity)
+                self._save(trainer, identity)
             if received:
-                trainer.save(self.folder, identity)
+                self._save(trainer, identity)
                 raise Interrupted(received[0])
+
+    def _keep_to(self, budget: Budget | None, trainer: loop.HeadTrainer, steps: int) -> int:
+        """How many steps the run has, fewer than ``steps`` where the machine has become slower."""
+        if budget is None:
+            return steps
+        fewer = budget.steps(trainer.config, trainer.step_number, self._seconds() - budget.before)
+        if fewer < steps:
+            if not self.has_shrunk:  # more may follow, one step after the other
+                self.has_shrunk = True
+                self.log.say(f"step {trainer.step_number}: the machine is slower than it was: fewer steps than {steps:,} fit")
+            trainer.config = replace(trainer.config, steps=fewer)
+            self.values["steps"] = fewer
+            self._store()
+        return fewer
+
+    def _save(self, trainer: loop.HeadTrainer, identity: Any) -> None:
+        """A checkpoint, and what the run has taken until it."""
+        trainer.save(self.folder, identity)
+        self._store()
 
     def _validate(self, trainer: loop.HeadTrainer, batches: loop.Batches, metrics: runfolder.Metrics) -> None:
         """Raises NotFiniteError, before anything is written of it, for a head whose guesses have no number."""
