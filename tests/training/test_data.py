@@ -24,6 +24,7 @@ from pyengine_training.data import (
 )
 from pyengine_training.errors import DataError, MissingLibraryError
 from pyengine_training.packing import RowPacker
+from pyengine_training.run import open_run
 from pyengine_training.runfolder import read_metrics
 from pyengine_training.text import (
     is_validation,
@@ -31,7 +32,6 @@ from pyengine_training.text import (
     read_documents,
     train_tokenizer,
 )
-from pyengine_training.train import open_run
 
 
 @pytest.fixture(scope="module")

@@ -459,7 +459,7 @@ def test_a_run_that_goes_on_has_what_is_left_of_its_budget(
 def test_a_run_on_a_machine_that_slows_down_makes_fewer_steps(
     frozen: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second a step, then three, on a clock of the test's own: it ends in time and at the end of its decay, also in two parts."""
+    """A second a step, then three, on the test's clock: it ends in time and at the end of its decay, also in two parts."""
     clock, work, factors = [0.0], loop.HeadTrainer.step, []
 
     def step(self: loop.HeadTrainer, batch: Any) -> Any:

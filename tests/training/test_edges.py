@@ -25,9 +25,9 @@ from pyengine_training.errors import ConfigError, DataError, MissingLibraryError
 from pyengine_training.files import read_json
 from pyengine_training.packing import RowPacker
 from pyengine_training.plan import batch_hint, make_plan, warnings
+from pyengine_training.run import open_run
 from pyengine_training.setup import base_options, train_config
 from pyengine_training.text import is_validation, labelled, read_documents
-from pyengine_training.train import open_run
 
 SIZES = "--dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64"
 KNOBS = "--seq-len 32 --batch-size 4 --shards 2 --eval-documents 4 --sample-tokens 4"

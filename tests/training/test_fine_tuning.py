@@ -23,9 +23,9 @@ from pyengine_training.errors import DataError
 from pyengine_training.files import read_json, write_json
 from pyengine_training.model import Worker
 from pyengine_training.ops import cpu
+from pyengine_training.run import open_run
 from pyengine_training.runfolder import read_metrics
 from pyengine_training.text import document_ids, read_documents, train_tokenizer
-from pyengine_training.train import open_run
 
 MODEL = ModelConfig(320, 32, 1, 2, 1, 16, 64, 64)
 KNOBS = "--seq-len 64 --batch-size 4 --shards 2 --sample-every 0 --sample-tokens 2 --eval-documents 4"

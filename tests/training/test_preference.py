@@ -22,8 +22,8 @@ from pyengine_training.config import ModelConfig
 from pyengine_training.files import read_json, write_json
 from pyengine_training.model import Worker
 from pyengine_training.preference import Pairs, PairSource, Preference, is_preference, store_reference
+from pyengine_training.run import open_run
 from pyengine_training.runfolder import read_metrics
-from pyengine_training.train import open_run
 
 Array = np.ndarray[Any, Any]
 MODEL = ModelConfig(320, 32, 1, 2, 1, 16, 64, 64)

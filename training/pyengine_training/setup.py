@@ -26,6 +26,7 @@ from .options import data_paths, held_out_shares
 from .plan import batch_rows, estimated_step_seconds, make_plan
 from .preference import Pairs, is_preference, prepare_pairs, store_reference
 from .ranks import check_ranks
+from .run import open_run
 from .scale import CARDS, predict
 from .teacher_cache import TOP_K, prepare_cache
 from .text import COLUMN, end_token, labelled, load_tokenizer, read_documents, train_tokenizer
@@ -258,7 +259,7 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
         raise CheckpointError(
             f"{checkpoint}: its run.json is not beside it; branch from a checkpoint in its run folder"
         )
-    parent = train.open_run(origin)
+    parent = open_run(origin)
     if parent.pairs:
         raise ConfigError("--branch-from continues runs on text: start from this run's final/ with --init-from")
     run_values = runfolder.read_run(origin)
@@ -291,7 +292,7 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
 def apply_budget(folder: Path, minutes: float, machine: Machine) -> None:
     """Replace the steps of run.json by those that fit into minutes, after what a parent has done. On every rank."""
     with together(machine.comm):
-        run = train.open_run(folder)
+        run = open_run(folder)
         parent = runfolder.read_run(folder).get("parent")
         before = 0.0 if parent is None else float(checkpoints.read_state(Path(parent))["seconds"])
     budget, fitting = train.measured_budget(run, minutes, machine, before)
