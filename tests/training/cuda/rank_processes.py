@@ -1,9 +1,9 @@
 """Ranks that are processes of this machine, whose GPUs are simulated; small objects go through pipes.
 
-    python rank_processes.py LIBRARY FOLDER OPTIMIZER
+    python rank_processes.py LIBRARY FOLDER
 
-trains a tiny model on 1, 2 and 4 ranks that exchange gradients through LIBRARY, an NCCL, and on 2 whose arrays go through
-the host, and prints what each rank of each run found: a JSON object, run -> ranks.
+trains a tiny model on ranks that exchange arrays through LIBRARY, an NCCL, or through the host, and prints what each rank of
+each of RUNS found: a JSON object, run -> ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +36,17 @@ from pyengine_training.ops.cuda._runtime import use_runtime
 from pyengine_training.trainer import Trainer
 from simulated_runtime import SimulatedRuntime
 
+# run -> ranks, device, how arrays travel, whether the optimizer is sharded
+RUNS: dict[str, tuple[int, str, str, bool]] = {
+    "gpu 1": (1, "cuda", "", False),
+    "gpu 2": (2, "cuda", "nccl", False),
+    "gpu 4": (4, "cuda", "nccl", False),
+    "gpu host": (2, "cuda", "host", False),
+    "cpu 1": (1, "cpu", "", False),
+    "cpu 4": (4, "cpu", "nccl", False),
+    "cpu 2 sharded": (2, "cpu", "nccl", True),
+    "cpu 4 sharded": (4, "cpu", "nccl", True),
+}
 PATIENCE = 60.0  # seconds until a rank gives up another
 MODEL = ModelConfig(
     vocab_size=11, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=12, max_seq_len=4
@@ -132,17 +144,18 @@ def checkpoint_digest(trainer: Trainer, folder: Path) -> str:
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
-def train(control: PipeComm, library: str, kind: str, folder: Path, optimizer: str) -> dict[str, Any]:
-    """A step of the bfloat16 trunk and one that simulates int8, a checkpoint and a validation."""
-    config = TrainConfig(**{**vars(CONFIG), "optimizer": optimizer})
+def train(control: PipeComm, library: str, how: tuple[str, str, bool], folder: Path) -> dict[str, Any]:
+    """A step of the trunk, in bfloat16 on a GPU, and one that simulates int8, a checkpoint and a validation."""
+    device, kind, shard_optimizer = how
     backend_module.MESSAGE = 300  # elements: every rank owns several pieces
     with use_runtime(SimulatedRuntime()):
         comm: Any = control
         if control.size > 1:
             comm = StagedComm(control) if kind == "host" else NcclComm(control, Nccl(ctypes.CDLL(library), PATIENCE))
-        trainer = make_trainer(MODEL, config, device=Device("cuda"), threads=1, comm=comm)
+        more: dict[str, Any] = {"threads": 1, "comm": comm, "shard_optimizer": shard_optimizer}
+        trainer = make_trainer(MODEL, CONFIG, device=Device(device), **more)
         trainer.initialize()
-        steps = [trainer.step(*batch(step)) for step in range(config.steps)]
+        steps = [trainer.step(*batch(step)) for step in range(CONFIG.steps)]
         tokens, targets = batch(9)
         rows = [slice(i, i + 1) for i in range(2)]
         held_out = [ValidationBatch(tokens[r], targets[r], targets[r] >= 0, np.arange(1)) for r in rows]
@@ -156,12 +169,8 @@ def train(control: PipeComm, library: str, kind: str, folder: Path, optimizer: s
 
 
 if __name__ == "__main__":
-    shared_library, where, chosen = sys.argv[1:]
-    os.environ["FAKE_NCCL_DIR"] = where
-    runs: dict[str, Any] = {}
-    for name, n_ranks in (("1", 1), ("2", 2), ("4", 4), ("host", 2)):
-        target = Path(where) / name
-        runs[name] = on_processes(
-            n_ranks, lambda comm, name=name, target=target: train(comm, shared_library, name, target, chosen)
-        )
-    print(json.dumps(runs))
+    shared_library, where = sys.argv[1:]
+    found = {}
+    for name, (n_ranks, *how) in RUNS.items():
+        found[name] = on_processes(n_ranks, partial(train, library=shared_library, how=how, folder=Path(where) / name))
+    print(json.dumps(found))

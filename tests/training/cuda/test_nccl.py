@@ -27,6 +27,7 @@ from pyengine_training.backend.cuda_ranks import NcclComm, refuse_shared_gpus
 from pyengine_training.errors import ConfigError
 from pyengine_training.ops.cuda._nccl import Nccl, load_nccl
 from pyengine_training.ops.cuda._runtime import DeviceError, use_runtime
+from rank_processes import RUNS
 from simulated_runtime import SimulatedRuntime
 
 Array = np.ndarray[Any, Any]
@@ -169,18 +170,19 @@ def environment(tmp_path: Path, library: Path, **extra: str) -> dict[str, str]:
     return {**os.environ, **here, **extra}
 
 
-def test_any_number_of_gpus_gives_the_same_bits(library: Path, tmp_path: Path) -> None:
-    """Losses, norms, checkpoint and validation, through the int8 decay; from GPU to GPU and through the host."""
+def test_any_number_of_ranks_gives_the_same_bits(library: Path, tmp_path: Path) -> None:
+    """Losses, norms, checkpoint and validation, through the int8 decay: of GPUs, from one to another and through the host, and
+    of the CPU's arrays by the same messages, with a sharded optimizer too."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "rank_processes.py"), str(library), str(tmp_path), "muon"],
+        [sys.executable, str(HERE / "rank_processes.py"), str(library), str(tmp_path)],
         capture_output=True, text=True, check=False, timeout=240, env=environment(tmp_path, library),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = json.loads(done.stdout)
-    assert {name: len(ranks) for name, ranks in runs.items()} == {"1": 1, "2": 2, "4": 4, "host": 2}
-    wanted = runs["1"][0]
-    assert [quantized for _, _, quantized in wanted["steps"]] == [False, True]
+    assert {name: len(ranks) for name, ranks in runs.items()} == {name: size for name, (size, *_) in RUNS.items()}
     for name, ranks in runs.items():
+        wanted = runs[f"{RUNS[name][1].replace('cuda', 'gpu')} 1"][0]
+        assert [quantized for _, _, quantized in wanted["steps"]] == [False, True]
         assert all(found == wanted for found in ranks), name
     assert not list(tmp_path.glob("*-*.*-*"))  # every message was received
 
