@@ -23,13 +23,17 @@ class SimulatedRuntime:
     stream_address = 0
 
     def __init__(self, schedule: str = "forward", seed: int = 0) -> None:
-        self.place = f"process {os.getpid()}"
         self.check: Callable[[], None] = lambda: None
         self.simulator = Simulator(schedule, seed)
         self.launches: list[str] = []
         self.recorded = 0
         self.allowed = False  # TF32
         self.products: list[bool] = []  # of float32: whether TF32 was allowed
+
+    @property
+    def place(self) -> str:
+        """Forked processes have GPUs of their own."""
+        return f"process {os.getpid()}"
 
     def launch(self, kernel: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
         self.launches.append(kernel.py_func.__name__)

@@ -170,21 +170,34 @@ def environment(tmp_path: Path, library: Path, **extra: str) -> dict[str, str]:
     return {**os.environ, **here, **extra}
 
 
+def rank_processes(library: Path, tmp_path: Path, *words: str) -> tuple[list[Any], str]:
+    """The lines of rank_processes.py, which has to end well, and its errors."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "rank_processes.py"), *words],
+        capture_output=True, text=True, check=False, timeout=240, env=environment(tmp_path, library),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
 def test_any_number_of_ranks_gives_the_same_bits(library: Path, tmp_path: Path) -> None:
     """Losses, norms, checkpoint and validation, through the int8 decay: of GPUs, from one to another and through the host, and
     of the CPU's arrays by the same messages, with a sharded optimizer too."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "rank_processes.py"), str(library), str(tmp_path)],
-        capture_output=True, text=True, check=False, timeout=240, env=environment(tmp_path, library),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    runs = json.loads(done.stdout)
-    assert {name: len(ranks) for name, ranks in runs.items()} == {name: size for name, (size, *_) in RUNS.items()}
-    for name, ranks in runs.items():
-        wanted = runs[f"{RUNS[name][1].replace('cuda', 'gpu')} 1"][0]
-        assert [quantized for _, _, quantized in wanted["steps"]] == [False, True]
-        assert all(found == wanted for found in ranks), name
+    lines, errors = rank_processes(library, tmp_path)
+    assert len(lines) == len(RUNS), errors
+    for run, line in zip(RUNS, lines, strict=True):
+        assert (line["ranks"], line["by"], line["device"]) == (run.ranks, run.by, run.device)
+        assert line["ok"] and len(line["losses"]) == 2, line
     assert not list(tmp_path.glob("*-*.*-*"))  # every message was received
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_has_a_section_of_ranks(library: Path, tmp_path: Path) -> None:
+    lines, _ = rank_processes(library, tmp_path, "section")
+    assert lines[0] == {"gpus": 2}
+    assert [(line["ranks"], line["by"], line["ok"]) for line in lines[1:]] == [
+        (1, "", True), (2, "host", True), (2, "nccl", True),
+    ]  # fmt: skip
 
 
 SIZES = "--vocab-size 300 --dim 16 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 16"

@@ -28,6 +28,7 @@ LIMITS = {  # seconds; in order of worth
     "loss_curve": 90,
     "resume": 60,
     "graph": 60,
+    "ranks": 90,
     "memory": 60,
 }
 NO_DEVICE = 3  # exit code of a section that found no usable GPU

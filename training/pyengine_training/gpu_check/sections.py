@@ -42,6 +42,7 @@ MEASURED: tuple[tuple[int, dict[str, Any], bool], ...] = (  # rows, knobs, atten
     (LARGE_ROWS, {"quantize": "always"}, False),
     (4 * LARGE_ROWS, {}, False),
 )
+RANKS = 8  # at most; shards of a batch
 PRODUCTS = (2048, 8192)  # sides of the square products that are timed
 _started = False
 
@@ -275,6 +276,30 @@ def resume() -> bool:
     return same_losses and same_bits
 
 
+def ranks() -> bool:
+    """One, two and more ranks: the same bits, by NCCL on several GPUs, through the host on one."""
+    from .ranks import Run, compare, on_processes
+
+    count, reason = on_processes(1, lambda _: _count_gpus())[0]  # in a process of its own: ranks are forked from this one
+    if reason:
+        from ..ops.cuda._runtime import DeviceError
+
+        raise DeviceError(reason)
+    say(gpus=count)
+    config = TrainConfig(seq_len=SEQ, batch_size=ROWS, shards=RANKS, steps=min(STEPS, 6), decay_fraction=0.5)
+    sizes = [size for size in (2, 4, 8) if size <= RANKS]
+    runs = [Run(1), Run(2, "host"), *(Run(size, "nccl") for size in sizes if size <= count)]
+    return compare(runs, SMALL, config, lambda step: chain(ROWS, SEQ, step, SMALL.vocab_size), say)
+
+
+def _count_gpus() -> tuple[int, str]:
+    """How many, or why there is none."""
+    try:
+        return int(gpu().cupy.cuda.runtime.getDeviceCount()), ""
+    except (TrainingError, ImportError) as error:
+        return 0, str(error)
+
+
 def graph() -> bool:
     """A recorded step against the same step launched piece by piece: the same bits, and both times."""
     device = gpu()
@@ -460,5 +485,6 @@ SECTIONS: dict[str, Callable[[], bool]] = {
     "loss_curve": loss_curve,
     "resume": resume,
     "graph": graph,
+    "ranks": ranks,
     "memory": memory,
 }
