@@ -43,7 +43,7 @@ def in_child(rank: int, size: int, arguments: Sequence[str]) -> None:
         os.close(from_child)
         _to_parent = to_parent
         os.setpgid(0, 0)  # signals of the terminal reach the parent, who passes them on: once
-        _die_with(parent)
+        die_with(parent)
         return
     os.close(to_parent)
     os.set_blocking(from_child, False)
@@ -68,7 +68,7 @@ def all_have_begun() -> None:
         _to_parent = None
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Be killed when the parent is (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

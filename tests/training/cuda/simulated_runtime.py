@@ -50,9 +50,6 @@ class SimulatedRuntime:
         out[...] = host
         return out
 
-    def address(self, array: Array) -> int:
-        return int(array.ctypes.data)
-
     def download(self, array: Array) -> Any:
         self.synchronize()
         return array.copy()

@@ -50,7 +50,7 @@ def loaded(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     """Makes an Nccl of the library; patience in seconds."""
     monkeypatch.setenv("FAKE_NCCL_DIR", str(tmp_path))
     monkeypatch.setenv("PYENGINE_NCCL", str(library))
-    return lambda patience=60.0: Nccl(load_nccl(), patience)
+    return lambda patience=300.0: Nccl(load_nccl(), patience)
 
 
 def part(rank: int, array: Array) -> tuple[int, int, int]:
@@ -174,7 +174,7 @@ def rank_processes(library: Path, tmp_path: Path, *words: str) -> tuple[list[Any
     """The lines of rank_processes.py, which has to end well, and its errors."""
     done = subprocess.run(
         [sys.executable, str(HERE / "rank_processes.py"), *words],
-        capture_output=True, text=True, check=False, timeout=240, env=environment(tmp_path, library),
+        capture_output=True, text=True, check=False, timeout=280, env=environment(tmp_path, library),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
@@ -222,7 +222,7 @@ def test_a_gpu_rank_that_fails_ends_all_and_is_named(
     words = ["train", "--run-dir", str(tmp_path / "run"), "--data", str(stories), "--device", "cuda"]
     done = subprocess.run(
         [mpiexec, "-n", "2", sys.executable, str(HERE / "simulated_train.py"), *words, *SIZES.split(), *KNOBS.split()],
-        capture_output=True, text=True, check=False, timeout=240,
+        capture_output=True, text=True, check=False, timeout=280,
         env=environment(tmp_path, library, FAKE_NCCL_FAULT=fault),
     )  # fmt: skip
     assert done.returncode != 0

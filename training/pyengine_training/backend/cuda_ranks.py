@@ -15,6 +15,7 @@ from ..comm import Comm, Message, same_everywhere
 from ..errors import ConfigError
 from ..ops.cuda._nccl import Nccl, load_nccl
 from ..ops.cuda._runtime import runtime
+from ..ops.cuda._vectors import address
 
 
 class StagedComm:
@@ -65,7 +66,6 @@ class NcclComm:
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
         """What the device does afterwards comes after the messages, so there is nothing for the host to wait for."""
-        address = runtime().address
         parts = ([(rank, address(array), array.nbytes) for rank, array in side] for side in (sends, receives))
         self.nccl.exchange(*parts)
         return lambda: None

@@ -24,8 +24,9 @@ from ..comm import ALONE, Comm
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
 from ..device import Device, make_trainer
+from ..supervise import die_with
 
-PATIENCE = 60.0  # seconds until a rank gives up another
+PATIENCE = 300.0  # seconds until a rank gives up another, which may be compiling
 
 
 class PipeComm:
@@ -86,10 +87,11 @@ def on_processes(size: int, work: Callable[[PipeComm], Any]) -> list[Any]:
         for b in range(a):
             pipes[a][b], pipes[b][a] = Pipe()
     results = [Pipe(duplex=False) for _ in range(size)]
-    children = []
+    children, parent = [], os.getpid()
     for rank in range(size):
         child = os.fork()
         if child == 0:
+            die_with(parent)
             _in_child(rank, pipes, results[rank][1], work)
         children.append(child)
     for ends in ([end for row in pipes for end in row], [end for _, end in results]):

@@ -26,9 +26,6 @@ class CountingRuntime:
     def __init__(self) -> None:
         self.held = self.peak = 0
 
-    def address(self, array: Array) -> int:
-        return 0
-
     def watch(self, check: Callable[[], None]) -> None:
         return
 

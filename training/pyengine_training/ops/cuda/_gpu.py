@@ -132,9 +132,6 @@ class GpuRuntime:
         free, total = self.cupy.cuda.runtime.memGetInfo()
         return int(free), int(total)
 
-    def address(self, array: Array) -> int:
-        return int(array.data.ptr)
-
     def upload(self, host: Any, out: Array | None = None) -> Array:
         host = np.ascontiguousarray(host)
         if out is None:

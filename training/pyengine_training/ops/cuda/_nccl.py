@@ -22,7 +22,7 @@ BYTES = 1  # ncclUint8
 ID_BYTES = 128  # NCCL_UNIQUE_ID_BYTES
 MAGIC, CONFIG_VERSION = 0xCAFEBEEF, 21400  # of the configuration below; the library goes by these
 OLDEST = 21400  # 2.14: the first whose communicators need not block
-PATIENCE = 60.0  # seconds that a call may be in progress while nobody is known to be lost
+PATIENCE = 300.0  # seconds that a call may be in progress while nobody is known to be lost: others may be compiling
 POLL = 1e-4
 ADVICE = "NCCL_DEBUG=INFO says more, and --comm mpi goes through the host"
 

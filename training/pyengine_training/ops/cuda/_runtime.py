@@ -29,9 +29,6 @@ class Runtime(Protocol):
     place: str  # of the device in its machine
     stream_address: int
 
-    def address(self, array: Array) -> int:
-        """Where the array begins in the device's memory."""
-
     def watch(self, check: Callable[[], None]) -> None:
         """Call ``check`` now and then while the device is waited for, which it ends by raising."""
 
