@@ -37,7 +37,7 @@ class ThreadComm:
     threads, local_rank = 1, 0
 
     def __init__(self, rank: int, size: int, shared: dict[str, Any]) -> None:
-        self.rank, self.size, self.shared = rank, size, shared
+        self.rank, self.size, self.shared, self.host = rank, size, shared, self
         self.aborted = False
 
     def gather(self, value: Any) -> list[Any]:

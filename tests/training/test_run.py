@@ -92,7 +92,6 @@ def test_int8_at_the_end_of_a_long_decay(stories: Path, tmp_path: Path) -> None:
         ("--comm nccl", "--comm has no effect on --device cpu"),
         ("--comm nccl --device cuda", "--comm has no effect on one rank"),
         ("--shard-optimizer", "--shard-optimizer has no effect on one rank"),
-        ("--shard-optimizer --device cuda", "--shard-optimizer works on --device cpu"),
     ],
 )
 def test_flags_that_cannot_be(

@@ -31,6 +31,10 @@ class Comm(Protocol):
     threads: int | None  # that a rank of this machine should use; None: what the process may
     local_rank: int  # among the ranks of this machine
 
+    @property
+    def host(self) -> Comm:
+        """These ranks as they exchange the host's arrays."""
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank, on every rank. Small objects only."""
 
@@ -48,6 +52,11 @@ class NoComm:
     """One rank."""
 
     rank, size, threads, local_rank = 0, 1, None, 0
+
+    @property
+    def host(self) -> Comm:
+        """Itself."""
+        return self
 
     def gather(self, value: Any) -> list[Any]:
         """What was given."""
@@ -73,6 +82,11 @@ class PaperComm:
     def __init__(self, size: int) -> None:
         self.size = size
 
+    @property
+    def host(self) -> Comm:
+        """Itself."""
+        return self
+
     def gather(self, value: Any) -> list[Any]:
         """All say the same."""
         return [value] * self.size
@@ -96,6 +110,11 @@ class MpiComm:
         self.rank, self.size = self._world.rank, self._world.size
         self.threads, self.local_rank = self._share_of_the_machine()  # returns when every rank has called it
         all_have_begun()
+
+    @property
+    def host(self) -> Comm:
+        """Itself."""
+        return self
 
     def _share_of_the_machine(self) -> tuple[int, int]:
         """CPUs that the ranks of this machine may use between them, for each, bound to cores by the launcher or not; and

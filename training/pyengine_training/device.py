@@ -70,7 +70,8 @@ class Device:
         if self.name == "cpu":
             return cpu_bytes(model, config, threads, ranks, shard_optimizer, lora)
         try:
-            return int(_cuda().device_bytes(model, config, self.precision, ranks=ranks))
+            shared = {"ranks": ranks, "shard_optimizer": shard_optimizer}
+            return int(_cuda().device_bytes(model, config, self.precision, **shared))
         except TrainingError:
             return None
 
@@ -99,12 +100,10 @@ def make_trainer(
         return Trainer(model, config, CpuBackend(model, config, threads=threads, teacher=teacher, **more))
     if lora is not None:
         raise ConfigError("--device cuda trains whole models; adapters (--lora) are trained on CPUs")
-    if shard_optimizer and comm.size > 1:
-        raise ConfigError("--device cuda keeps all moments on every rank; --shard-optimizer works on CPUs")
     cuda = _cuda()
     check_ranks(comm.size, config)
-    cuda.check_memory(model, config, device.precision, teacher, comm.size)
-    more = {"threads": threads, "teacher": teacher, "comm": comm}
+    cuda.check_memory(model, config, device.precision, teacher, comm.size, shard_optimizer)
+    more = {"threads": threads, "teacher": teacher, "comm": comm, "shard_optimizer": shard_optimizer}
     return Trainer(model, config, cuda.CudaBackend(model, config, precision=device.precision, **more))
 
 

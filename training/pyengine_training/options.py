@@ -88,8 +88,6 @@ def refuse_unused_here(options: argparse.Namespace, ranks: int) -> None:
         raise ConfigError("--precision has no effect on --device cpu, which trains in float32")
     if options.comm is not None and options.device == "cpu":
         raise ConfigError("--comm has no effect on --device cpu: ranks on CPUs exchange their arrays by MPI")
-    if options.shard_optimizer and options.device == "cuda" and not options.plan:
-        raise ConfigError("--shard-optimizer works on --device cpu; ranks with a GPU each keep all moments")
     if options.plan:
         for name in ("resume", "tensorboard", "comm"):
             if getattr(options, name):

@@ -16,7 +16,7 @@ import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +82,23 @@ def slices(total: int, size: int) -> list[Piece]:
     return [Piece(start, min(start + size, total), None, False) for start in range(0, total, size)]
 
 
-def owners(pieces: Sequence[Piece], size: int) -> list[int]:
+class Owned(Protocol):
+    """What one rank has: a piece, or several that are updated together."""
+
+    @property
+    def shape(self) -> tuple[int, int] | None: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def state(self) -> int: ...
+
+    @property
+    def work(self) -> float: ...
+
+
+def owners(pieces: Sequence[Owned], size: int) -> list[int]:
     """The rank of each piece: Muon's matrices balanced by work, then AdamW's slices by what state a rank has."""
     result = [0] * len(pieces)
     work, state = [0.0] * size, [0] * size
@@ -178,14 +194,20 @@ def add_tree(parts: Sequence[Array], into: Array, add: Add) -> None:
 class Exchange:
     """Reduction and distribution of pieces of flat arrays between their owners and everybody.
 
-    empty, add: of the arrays' device.
+    ranks: the owner of each piece, where it matters. empty, add: of the arrays' device.
     """
 
     def __init__(
-        self, comm: Comm, pieces: Sequence[Piece], *, empty: Callable[..., Array] = np.empty, add: Add = operator.iadd
+        self,
+        comm: Comm,
+        pieces: Sequence[Piece],
+        ranks: Sequence[int] | None = None,
+        *,
+        empty: Callable[..., Array] = np.empty,
+        add: Add = operator.iadd,
     ) -> None:
         self.comm, self.pieces, self._add = comm, pieces, add
-        ranks = owners(pieces, comm.size)
+        ranks = owners(pieces, comm.size) if ranks is None else ranks
         self.owned = [[p for p, rank in zip(pieces, ranks, strict=True) if rank == r] for r in range(comm.size)]
         self.mine = self.owned[comm.rank]
         self._others = [rank for rank in range(comm.size) if rank != comm.rank]

@@ -5,8 +5,8 @@ The parts of a step are added, none hidden behind another:
 compute        6 FLOP a weight and token, attention included, over the ranks, at a share of the card's peak; a step that
                simulates int8 has INT8_COMPUTE times that
 optimizer      Muon's products, and every byte of parameters, gradients and moments read and written once
-communication  every gradient to its owner and every sum (or parameter) back: 2 (W - 1) / W of the arena, float32, through the
-               slowest link between ranks, and one latency for each round of pieces
+communication  every gradient to its owner and every sum back: 2 (W - 1) / W of the arena, float32, through the slowest link
+               between ranks, and one latency for each round of pieces; with a sharded optimizer once more for the parameters
 
 What no data sheet knows stands in ``Card.share``, ``INT8_COMPUTE`` and ``OVERHEAD``, and was measured on one card of one kind.
 Nothing here imports numba.
@@ -153,7 +153,8 @@ def predict(
     if ranks > 1:
         slowest = card.link if nodes == 1 else card.network
         rounds = math.ceil(len(pieces) / ranks)
-        communication = 2 * (4 * n * (ranks - 1) / ranks / slowest + rounds * LATENCY)
+        trips = 3 if shard_optimizer else 2
+        communication = trips * (4 * n * (ranks - 1) / ranks / slowest + rounds * LATENCY)
     copies = (
         4 * n + 4 * n + 2 * n + (4 * n if config.quantize != "never" else 0)
     )  # masters, gradients, bf16, int8 values

@@ -25,10 +25,10 @@ RUNS = [
     Run(1),
     Run(2, "nccl"),
     Run(4, "nccl"),
-    Run(2, "host"),
+    Run(2, "nccl", shard_optimizer=True),
+    Run(4, "nccl", shard_optimizer=True),
+    Run(2, "host", shard_optimizer=True),
     Run(1, device="cpu"),
-    Run(4, "nccl", device="cpu"),
-    Run(2, "nccl", device="cpu", shard_optimizer=True),
     Run(4, "nccl", device="cpu", shard_optimizer=True),
 ]
 MODEL = ModelConfig(

@@ -22,11 +22,17 @@ pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
 import pyengine_training
+from pyengine_training.arena import Arena, layout_only, parameter_shapes
 from pyengine_training.backend import cuda_ranks
+from pyengine_training.backend.cuda import MESSAGE
+from pyengine_training.backend.cuda_optimizer import cut_units
 from pyengine_training.backend.cuda_ranks import NcclComm, refuse_shared_gpus
+from pyengine_training.config import TrainConfig
 from pyengine_training.errors import ConfigError
+from pyengine_training.gpu_check.sections import LARGE
 from pyengine_training.ops.cuda._nccl import Nccl, load_nccl
 from pyengine_training.ops.cuda._runtime import DeviceError, use_runtime
+from pyengine_training.ranks import cut, owners
 from rank_processes import RUNS
 from simulated_runtime import SimulatedRuntime
 
@@ -170,6 +176,19 @@ def environment(tmp_path: Path, library: Path, **extra: str) -> dict[str, str]:
     return {**os.environ, **here, **extra}
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_gpus_share_the_moments_of_a_model_of_124_million_parameters(optimizer: str) -> None:
+    """Together they keep what one keeps alone; none more than its share and what is updated at once."""
+    shapes = parameter_shapes(LARGE)
+    arena, config = Arena(shapes, zeros=layout_only), TrainConfig(optimizer=optimizer)
+    whole = sum(unit.state for unit in cut_units(arena, LARGE, config, None))
+    assert whole == sum(piece.state for piece in cut(arena, LARGE, config))  # as on CPUs
+    units = cut_units(arena, LARGE, config, MESSAGE)
+    ranks = owners(units, 4)
+    kept = [sum(unit.state for unit, owner in zip(units, ranks, strict=True) if owner == rank) for rank in range(4)]
+    assert sum(kept) == whole and max(kept) <= whole / 4 + max(unit.state for unit in units)
+
+
 def rank_processes(library: Path, tmp_path: Path, *words: str) -> tuple[list[Any], str]:
     """The lines of rank_processes.py, which has to end well, and its errors."""
     done = subprocess.run(
@@ -186,7 +205,7 @@ def test_any_number_of_ranks_gives_the_same_bits(library: Path, tmp_path: Path) 
     lines, errors = rank_processes(library, tmp_path)
     assert len(lines) == len(RUNS), errors
     for run, line in zip(RUNS, lines, strict=True):
-        assert (line["ranks"], line["by"], line["device"]) == (run.ranks, run.by, run.device)
+        assert (line["ranks"], line["by"], line["sharded"]) == (run.ranks, run.by, run.shard_optimizer)
         assert line["ok"] and len(line["losses"]) == 2, line
     assert not list(tmp_path.glob("*-*.*-*"))  # every message was received
 
@@ -195,9 +214,10 @@ def test_any_number_of_ranks_gives_the_same_bits(library: Path, tmp_path: Path) 
 def test_the_check_for_gpus_has_a_section_of_ranks(library: Path, tmp_path: Path) -> None:
     lines, _ = rank_processes(library, tmp_path, "section")
     assert lines[0] == {"gpus": 2}
-    assert [(line["ranks"], line["by"], line["ok"]) for line in lines[1:]] == [
-        (1, "", True), (2, "host", True), (2, "nccl", True),
+    assert [(line["by"], line["sharded"]) for line in lines[2:]] == [
+        ("host", False), ("host", True), ("nccl", False), ("nccl", True),
     ]  # fmt: skip
+    assert all(line["ok"] for line in lines[1:])
 
 
 SIZES = "--vocab-size 300 --dim 16 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 16"

@@ -17,7 +17,7 @@ pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extr
 
 from compiled import RecordingRuntime
 from pyengine_training.arena import Arena, initialize, parameter_shapes
-from pyengine_training.backend import cuda as backend_module
+from pyengine_training.backend import cuda_optimizer
 from pyengine_training.backend.cuda import device_bytes
 from pyengine_training.comm import ALONE, PaperComm
 from pyengine_training.config import ModelConfig, TrainConfig
@@ -115,12 +115,13 @@ def test_matrices_are_updated_together_as_one_by_one(layers: int, monkeypatch: p
     config = dataclasses.replace(CONFIG, optimizer="muon", quantize="never")
     results = []
     for elements in (1, layers * MODEL.dim * MODEL.hidden_dim):
-        monkeypatch.setattr(backend_module, "BATCH", elements)
+        monkeypatch.setattr(cuda_optimizer, "BATCH", elements)
         gpu = make_trainer(model, config, device=Device("cuda", "float32"))
         gpu.initialize()
         gpu.step(*batch(0))
         results.append(everything(gpu))
-        sizes = [matrices.count for matrices in gpu.backend._muon_batches]  # type: ignore[attr-defined]
+        units = gpu.backend.optimizer.units  # type: ignore[attr-defined]
+        sizes = [unit.matrices.count for unit in units if unit.matrices]
         assert max(sizes) == (1 if elements == 1 else 3) and sum(sizes) == 3 * 7
     for wanted, got in zip(*results, strict=True):
         np.testing.assert_array_equal(got, wanted)
@@ -197,7 +198,7 @@ def test_distillation_is_the_cpus() -> None:
 
 def everything(trainer: Trainer) -> list[Array]:
     """Parameters and moments."""
-    moments = [np.empty_like(trainer.params.flat) for _ in range(2)]
+    moments = [np.zeros_like(trainer.params.flat) for _ in range(2)]
     trainer.backend.save_moments(*moments)
     return [trainer.params.flat.copy(), *moments]
 
@@ -242,7 +243,9 @@ class Counted(RecordingRuntime):
         return self.empty(host.shape, host.dtype) if out is None else out
 
 
-@pytest.mark.parametrize("precision, ranks", [("bf16", 1), ("float32", 1), ("bf16", 2)])
+@pytest.mark.parametrize(
+    "precision, ranks, shard", [("bf16", 1, False), ("float32", 1, False), ("bf16", 2, False), ("bf16", 2, True)]
+)
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -254,17 +257,17 @@ class Counted(RecordingRuntime):
     ],
     ids=str,
 )
-def test_a_run_holds_what_was_predicted(precision: str, ranks: int, knobs: dict[str, Any]) -> None:
+def test_a_run_holds_what_was_predicted(precision: str, ranks: int, shard: bool, knobs: dict[str, Any]) -> None:
     """Steps through all phases with validation in between and a checkpoint, to the byte, on one of several ranks too."""
     config = dataclasses.replace(CONFIG, **knobs)
     teacher = (MODEL, Arena(parameter_shapes(MODEL))) if config.distill_alpha else None
-    wanted = device_bytes(MODEL, config, precision, teacher, ranks)
+    wanted = device_bytes(MODEL, config, precision, teacher, ranks, shard)
     tokens, targets = (np.concatenate([x, x])[: config.batch_size] for x in batch(1))
     part = slice(0, config.batch_size // config.shards)
     validation = ValidationBatch(tokens[part], targets[part], targets[part] >= 0, np.arange(part.stop))
     with use_runtime(Counted()) as counted:
         comm = ALONE if ranks == 1 else PaperComm(ranks)
-        trainer = make_trainer(MODEL, config, device=Device("cuda", precision), teacher=teacher, comm=comm)
+        trainer = make_trainer(MODEL, config, device=Device("cuda", precision), teacher=teacher, comm=comm, shard_optimizer=shard)
         trainer.initialize()
         for step in range(config.steps):
             trainer.step(tokens, targets)

@@ -11,7 +11,9 @@ coefficient, which the device computes itself) lies in the small device array ``
 the loss. Updates are skipped on the device when the gradient's norm is not finite, so parameters stay as they were.
 
 Several ranks have a GPU each (:mod:`.cuda_ranks`). A rank's shards are summed on its device by the tree of :mod:`..ranks`,
-the ranks' sums by its upper levels, and every rank updates everything; two lists are recorded then, with the exchange between.
+the ranks' sums by its upper levels; two lists are recorded then, with the exchange between. Every rank updates everything, or
+with a sharded optimizer its units (:mod:`.cuda_optimizer`), and then all get the parameters. They all have the whole gradient
+in either case: its norm is added up in one order, whoever owns what.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arena import Arena, block_matrices, parameter_shapes
+from ..arena import Arena, parameter_shapes
 from ..comm import ALONE, Comm, PaperComm, together
 from ..config import ModelConfig, TrainConfig
 from ..data import ValidationBatch
@@ -33,17 +35,16 @@ from ..errors import ConfigError
 from ..lora import Adapters
 from ..model import Array, Worker, fake_quantize_parameters
 from ..ops import cuda as ops
-from ..ops.cuda import adamw, buffers, fake_quant, grad_norm, muon
+from ..ops.cuda import adamw, buffers, fake_quant, grad_norm
 from ..ops.cuda._counting import CountingRuntime
 from ..ops.cuda._runtime import DeviceError, runtime, use_runtime
-from ..ops.needs import allocate, largest
 from ..ranks import Exchange, check_ranks, slices, trailing_ones
 from ..threads import available_threads, run_all
 from ..validation import batch_sums
 from . import StepInputs
+from .cuda_optimizer import CudaOptimizer
 
 NARROW = np.uint16  # bfloat16 bits
-BATCH = 1 << 26  # elements that Muon works on at once: two copies of them are its working memory
 MESSAGE = 1 << 21  # elements of the gradient that a rank adds up at once; twice as many of each other rank are held
 
 
@@ -85,23 +86,6 @@ class Weights:
         return arena[name]
 
 
-def muon_batches(arena: Arena, model: ModelConfig) -> list[muon.Matrices]:
-    """All that Muon updates: the same matrix of every layer together, as many layers at once as BATCH elements hold."""
-    found: dict[tuple[str, int, int], list[int]] = {}  # role, rows, columns -> where each layer's begins
-    for name, shape in arena.shapes.items():
-        for begin, end in block_matrices(name, model):
-            role = f"{name.split('.')[-1]} {begin}"
-            found.setdefault((role, end - begin, shape[1]), []).append(arena.offsets[name] + begin * shape[1])
-    batches = []
-    for (_, rows, cols), places in found.items():
-        at_once = max(1, BATCH // (rows * cols))
-        stride = places[1] - places[0] if len(places) > 1 else 0  # layers are alike
-        for first in range(0, len(places), at_once):
-            count = min(at_once, len(places) - first)
-            batches.append(muon.Matrices(rows, cols, places[first], stride, count))
-    return batches
-
-
 class CudaBackend:
     """:class:`.Backend` on a GPU."""
 
@@ -116,6 +100,7 @@ class CudaBackend:
         threads: int | None = None,
         teacher: tuple[ModelConfig, Arena] | None = None,
         comm: Comm = ALONE,
+        shard_optimizer: bool = False,
     ) -> None:
         self.model, self.config, self.precision, self.comm = model, config, precision, comm
         check_ranks(comm.size, config)
@@ -125,19 +110,19 @@ class CudaBackend:
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pyengine-train")
         shapes = parameter_shapes(model)
         self._masters = Mirror(shapes)
-        self.moments = Mirror(shapes), Mirror(shapes)
         self._grads = Arena(shapes, np.float32, ops.zeros)
         flat = self._grads.flat
         self._levels = [ops.empty(flat.shape, np.float32) for _ in range(trailing_ones(self._n_shards - 1) - 1)]
         self._levels.append(flat)  # the highest is free until the last shard
-        self.exchange = Exchange(comm, slices(flat.size, MESSAGE), empty=ops.empty, add=ops.add)
+        self.sharded = shard_optimizer and comm.size > 1
+        products = NARROW if precision == "bf16" else np.float32
+        share = MESSAGE if self.sharded else None
+        self.optimizer = CudaOptimizer(self._grads, model, config, comm, products, share)
+        pieces = self.optimizer.pieces(MESSAGE) if self.sharded else (slices(flat.size, MESSAGE),)
+        self.exchange = Exchange(comm, *pieces, empty=ops.empty, add=ops.add)
         self._int8_values: Arena | None = None
         self._narrow: Arena | None = None
         self._host_int8_values: Arena | None = None
-        self._muon_batches = muon_batches(self._grads, model) if config.optimizer == "muon" else []
-        wanted = NARROW if precision == "bf16" else np.float32
-        needs = [muon.batch_scratch(matrices, wanted) for matrices in self._muon_batches]
-        self._muon_scratch = allocate(largest(*needs), ops.empty)
         self._worker: tuple[Any, Worker] | None = None
         self._graphs: dict[bool, list[Callable[[], None]]] = {}
         rows = self._n_shards * self.shard_rows, config.seq_len
@@ -186,15 +171,12 @@ class CudaBackend:
         return int(self._grads.flat.size)
 
     def save_moments(self, m: Array | None, v: Array | None) -> None:
-        """Copies."""
-        for out, mirror in zip((m, v), self.moments, strict=True):
-            if out is not None:
-                out[...] = mirror.host().flat
+        """From the ranks that keep them."""
+        self.optimizer.save(m, v)
 
     def load_moments(self, m: Array, v: Array) -> None:
-        """Copies."""
-        for values, mirror in zip((m, v), self.moments, strict=True):
-            mirror.host().flat[...] = values
+        """Copies of what this rank keeps."""
+        self.optimizer.load(m, v)
 
     def close(self) -> None:
         """Stop the host's threads."""
@@ -255,19 +237,7 @@ class CudaBackend:
         """Norm, clipping and the update, from self._grads."""
         ops.sum_of_squares(self._squares, self._grads.flat, grad_norm.BLOCK)
         grad_norm.norm_and_clip(self._knobs[: adamw.GRAD_SCALE + 1], self._squares, self.config.clip)
-        c, params = self.config, self._masters.device(written=True)
-        m, v = (mirror.device(written=True) for mirror in self.moments)
-        for matrices in self._muon_batches:
-            arrays = [arena.flat for arena in (params, self._grads, m)]
-            options: dict[str, Any] = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay}
-            muon.muon_update_by_knobs(*arrays, self._knobs, matrices, scratch=self._muon_scratch, **options)
-        for name, shape in params.shapes.items():
-            if self._muon_batches and block_matrices(name, self.model):
-                continue
-            arrays = [a[name] for a in (params, self._grads, m, v)]
-            options = {"beta1": c.beta1, "beta2": c.beta2, "eps": c.eps}
-            options["weight_decay"] = c.weight_decay if len(shape) > 1 else 0.0
-            adamw.adamw_update_by_knobs(*arrays, self._knobs, **options)
+        self.optimizer.launch(self._masters.device(written=True).flat, self._grads.flat, self._knobs)
 
     def _upload(self, tokens: Array, targets: Array, inputs: StepInputs) -> None:
         """This rank's rows of the batch, and the step's knobs."""
@@ -325,6 +295,8 @@ class CudaBackend:
             if number:
                 self._add_up_ranks()
             part()
+        if self.sharded:
+            self.exchange.distribute(self._masters.device(written=True).flat)
 
     def step(self, tokens: Array, targets: Array, inputs: StepInputs) -> tuple[float, float]:
         """Loss and gradient norm; the device updates nothing unless the norm is finite."""
@@ -337,8 +309,7 @@ class CudaBackend:
             device.synchronize()
             self._graphs[quantize] = [device.record(part) for part in self._parts(quantize)]
         else:
-            for mirror in (self._masters, *self.moments):
-                mirror.device(written=True)
+            self._masters.device(written=True)
             self._run(recorded)
         loss = self._loss(self._n_shards, inputs)
         norm = float(device.download(self._knobs)[adamw.NORM])
@@ -384,6 +355,7 @@ def device_bytes(
     precision: str,
     teacher: tuple[ModelConfig, Arena] | None = None,
     ranks: int = 1,
+    shard_optimizer: bool = False,
 ) -> int:
     """Most bytes of GPU memory that a rank holds at once: trunk, int8 steps and validation are gone through, not run."""
     rows = config.batch_size, config.seq_len
@@ -393,7 +365,8 @@ def device_bytes(
     phases = {"never": (False,), "always": (True,), "decay": (False, True)}[config.quantize]
     with use_runtime(CountingRuntime()) as counter:
         comm = PaperComm(ranks) if ranks > 1 else ALONE
-        backend = CudaBackend(model, config, precision=precision, threads=1, teacher=teacher, comm=comm)
+        more: dict[str, Any] = {"teacher": teacher, "comm": comm, "shard_optimizer": shard_optimizer}
+        backend = CudaBackend(model, config, precision=precision, threads=1, **more)
         for quantize in phases:
             backend.step(tokens, tokens, StepInputs(0, tokens.size, quantize))
             backend.validation_sums([batch], quantize)
@@ -409,9 +382,10 @@ def check_memory(
     precision: str,
     teacher: tuple[ModelConfig, Arena] | None = None,
     ranks: int = 1,
+    shard_optimizer: bool = False,
 ) -> None:
     """Raise DeviceError, before anything is allocated, for sizes that cannot fit."""
-    wanted = device_bytes(model, config, precision, teacher, ranks)
+    wanted = device_bytes(model, config, precision, teacher, ranks, shard_optimizer)
     free, total = runtime().memory()
     if wanted > free:
         raise DeviceError(

@@ -22,7 +22,7 @@ class StagedComm:
     """:class:`..comm.Comm` of device arrays, which travel by way of the hosts' memory."""
 
     def __init__(self, control: Comm) -> None:
-        self.control = control
+        self.control = self.host = control
         self.rank, self.size, self.threads, self.local_rank = _numbers(control)
 
     def gather(self, value: Any) -> list[Any]:
@@ -51,7 +51,7 @@ class NcclComm:
 
     def __init__(self, control: Comm, nccl: Nccl) -> None:
         """Every rank calls it. Raises ConfigError, on all, where two ranks share a GPU or their NCCLs differ."""
-        self.control, self.nccl = control, nccl
+        self.control, self.host, self.nccl = control, control, nccl
         self.rank, self.size, self.threads, self.local_rank = _numbers(control)
         device = runtime()
         same_everywhere(control, {"NCCL": nccl.version})

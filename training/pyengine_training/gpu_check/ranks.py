@@ -37,6 +37,7 @@ class PipeComm:
     def __init__(self, rank: int, pipes: Sequence[Sequence[Connection | None]]) -> None:
         self.rank = self.local_rank = rank
         self.size, self._pipes = len(pipes), pipes[rank]
+        self.host: Comm = self
         self._sender = ThreadPoolExecutor(1)  # in order, and not in the way of what is received meanwhile
 
     def _pipe(self, rank: int) -> Connection:

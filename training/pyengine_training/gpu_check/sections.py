@@ -288,7 +288,8 @@ def ranks() -> bool:
     say(gpus=count)
     config = TrainConfig(seq_len=SEQ, batch_size=ROWS, shards=RANKS, steps=min(STEPS, 6), decay_fraction=0.5)
     sizes = [size for size in (2, 4, 8) if size <= RANKS]
-    runs = [Run(1), Run(2, "host"), *(Run(size, "nccl") for size in sizes if size <= count)]
+    runs = [Run(1), Run(2, "host"), Run(2, "host", shard_optimizer=True)]
+    runs += [Run(size, "nccl", shard_optimizer=shard) for size in sizes if size <= count for shard in (False, True)]
     return compare(runs, SMALL, config, lambda step: chain(ROWS, SEQ, step, SMALL.vocab_size), say)
 
 

@@ -81,23 +81,24 @@ def batch_scratch(matrices: Matrices, dtype: Any) -> Needs:
 def momentum_kernel(
     u: Any, m: Any, g: Any, knobs: Any, n: int, count: int, parts: int, first: int, stride: int, momentum: Any, whole: bool
 ) -> None:
-    """m and the Nesterov directions u, which lie behind one another: part i of all, WIDTH elements of one matrix."""
+    """m and the Nesterov directions u, which both lie behind one another: part i of all, WIDTH elements of one matrix."""
     i = u4(cuda.grid(1))
     scale = load(knobs, GRAD_SCALE)
     if i < count * parts and scale >= f4(0):
         matrix = i8(i // parts)
         c = i8(i % parts) * WIDTH
         place = first + matrix * stride
+        own = matrix * n
         fresh = cuda.local.array(WIDTH, float32)
         mean = cuda.local.array(WIDTH, float32)
         read(fresh, g, place + c, place + n, whole)
-        read(mean, m, place + c, place + n, whole)
+        read(mean, m, own + c, own + n, whole)
         for e in range(WIDTH):
             fresh[e] *= scale * (f4(1) - momentum)
             mean[e] = mean[e] * momentum + fresh[e]
             fresh[e] += momentum * mean[e]
-        write(m, place + c, place + n, mean, whole)
-        write(u, matrix * n + c, (matrix + i8(1)) * n, fresh, whole)
+        write(m, own + c, own + n, mean, whole)
+        write(u, own + c, own + n, fresh, whole)
 
 
 @kernel
@@ -242,7 +243,8 @@ def muon_update_by_knobs(
     weight_decay: float,
     scratch: dict[str, Array],
 ) -> None:
-    """One update of some matrices of flat p, g and m; learning rate and gradient scale are read from ``knobs``."""
+    """One update of some matrices of flat p and g, whose m (count * n,) lie behind one another; learning rate and gradient scale
+    are read from ``knobs``."""
     place = *_parts(matrices), matrices.first, matrices.stride
     n = matrices.count * pieces(matrices.n)
     u = scratch["direction"][: matrices.n * matrices.count]
