@@ -106,7 +106,7 @@ class CudaBackend:
         check_ranks(comm.size, config)
         self.shard_rows = config.batch_size // config.shards
         self._n_shards = config.shards // comm.size  # of this rank
-        self.threads = threads or available_threads()
+        self.threads = threads or comm.threads or available_threads()
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pyengine-train")
         shapes = parameter_shapes(model)
         self._masters = Mirror(shapes)

@@ -109,7 +109,9 @@ class Nccl:
         self._done(what, ended if status in (SUCCESS, IN_PROGRESS) else status)
 
     def check(self) -> None:
-        """Raise what has gone wrong meanwhile; wait for nothing."""
+        """Raise what has gone wrong meanwhile, once; wait for nothing."""
+        if not self._communicator:  # it was told already: other ranks are told by MPI
+            return
         status = self._state()
         if status not in (SUCCESS, IN_PROGRESS):
             self._fail("messages", status)
