@@ -157,15 +157,12 @@ def test_a_failing_launch_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_watches_the_device_ends_the_waiting_for_it() -> None:
-    """A message that never comes keeps the stream busy; the network's error is told as it is."""
+    """A message that never comes keeps the stream busy; the network's error is told as it is. So is the device's own."""
 
-    class Stream:
-        done = False
+    def synchronize() -> None:
+        raise RuntimeError("illegal memory access")
 
-        def synchronize(self) -> None:
-            raise AssertionError("would wait without end")
-
-    calls = []
+    calls: list[None] = []
 
     def check() -> None:
         calls.append(None)
@@ -173,11 +170,19 @@ def test_what_watches_the_device_ends_the_waiting_for_it() -> None:
             raise DeviceError("NCCL: messages: a network error")
 
     gpu = object.__new__(GpuRuntime)
-    gpu.__dict__.update(stream=Stream(), _recent=_gpu.deque(maxlen=4))
+    status = [_gpu.NOT_READY]
+    calls_of = SimpleNamespace(streamQuery=lambda _stream: status[0])
+    gpu.__dict__.update(
+        cupy=SimpleNamespace(cuda=SimpleNamespace(runtime=calls_of)), stream=SimpleNamespace(synchronize=synchronize),
+        stream_address=0, _recent=_gpu.deque(maxlen=4),
+    )  # fmt: skip
     gpu.watch(check)
     with pytest.raises(DeviceError, match=r"^NCCL: messages"):
         gpu.synchronize()
     assert len(calls) == 3
+    status[0] = 700
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        gpu.synchronize()
 
 
 def test_a_failing_recording_says_how_to_go_without(monkeypatch: pytest.MonkeyPatch) -> None:

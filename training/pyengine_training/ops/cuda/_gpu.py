@@ -23,6 +23,7 @@ from ._runtime import Array, DeviceError, Product
 INSTALL = "pip install 'pyengine-lm[cuda]'"
 OLDEST_DRIVER = 12020  # CUDA 12.2
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 conversion and tensor cores
+NOT_READY = 600  # cudaErrorNotReady
 POLL = 5e-5  # seconds
 ADVICE = "use a smaller --batch-size, more --shards, or --recompute block"
 
@@ -193,9 +194,13 @@ class GpuRuntime:
     def watch(self, check: Callable[[], None]) -> None:
         self._check = check
 
+    def _is_busy(self) -> bool:
+        """Whether the stream has work left, and no error: cupy's Stream.done is False then, too, and would stay so."""
+        return bool(self.cupy.cuda.runtime.streamQuery(self.stream_address) == NOT_READY)
+
     def synchronize(self) -> None:
         try:
-            while self._check is not None and not self.stream.done:
+            while self._check is not None and self._is_busy():
                 self._check()
                 time.sleep(POLL)
             self.stream.synchronize()
