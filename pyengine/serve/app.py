@@ -27,8 +27,9 @@ from pyengine.serve.metrics import Metrics
 from pyengine.serve.models import Models, ServedModel
 from pyengine.serve.routes import find_place, handlers, hint
 from pyengine.serve.settings import Settings
+from pyengine.serve.shared_store import SharedStore
 from pyengine.serve.siblings import Siblings
-from pyengine.serve.store import ResponseStore
+from pyengine.serve.store import ResponseStore, Store
 from pyengine.serve.stream import COMMENT
 
 _logger = logging.getLogger("pyengine")
@@ -41,7 +42,7 @@ class App:
         self.settings = settings or Settings()
         self.siblings = siblings  # the other processes behind this address
         self.health = "starting"
-        self.store = ResponseStore(self.settings.max_stored_responses, self.settings.max_stored_bytes)
+        self.store = self._store()
         self.metrics = Metrics()
         self.queue = work.Queue(self.settings)
         self.access = Access(self.settings)
@@ -49,6 +50,14 @@ class App:
         self._models: Models | None = None
         self._bodies_bytes = 0
         self.metrics.watch(lambda: iter(self._models or ()), self.queue.counts, self.store)
+
+    def _store(self) -> Store:
+        """Of several processes the first keeps the responses of all."""
+        settings = self.settings
+        if self.siblings is not None and self.siblings.number > 0:
+            return SharedStore(settings.max_stored_responses > 0)
+        by_key = len(settings.api_keys) > 1
+        return ResponseStore(settings.max_stored_responses, settings.max_stored_bytes, by_key=by_key)
 
     @property
     def models(self) -> Models:

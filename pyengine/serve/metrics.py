@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from pyengine.serve.store import ResponseStore, Store
+
 if TYPE_CHECKING:
     from pyengine.results import Generation
     from pyengine.serve.models import ServedModel
-    from pyengine.serve.store import ResponseStore
 
 CONTENT_TYPE = b"text/plain; version=1.0.0; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -67,10 +68,12 @@ class Metrics:
         )
 
     def watch(
-        self, models: Callable[[], Iterator[ServedModel]], counts: Callable[[], tuple[int, int]], store: ResponseStore
+        self, models: Callable[[], Iterator[ServedModel]], counts: Callable[[], tuple[int, int]], store: Store
     ) -> None:
-        """Also tell of these models' engines, of (waiting, running) requests, and of what is kept."""
+        """Also tell of these models' engines, of (waiting, running) requests, and of what is kept in this process."""
         self.registry.register(_Engines(models, counts))
+        if not isinstance(store, ResponseStore):
+            return
         stored = Gauge("pyengine:stored_responses", "Responses that are kept", registry=self.registry)
         stored.set_function(lambda: len(store))
         stored_bytes = Gauge("pyengine:stored_responses_bytes", "Bytes that they count as", registry=self.registry)

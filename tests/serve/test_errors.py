@@ -26,7 +26,7 @@ USER = [{"role": "user", "content": "Hello"}]
 WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
-    ({"temperature": 1e400}, ""),
+    ({"temperature": 1e400}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"top_k": 2**70}, "top_k"),
     ({"max_tokens": 0}, "max_tokens"),

@@ -150,7 +150,7 @@ def test_what_is_wrong_at_the_start_is_one_clear_line(
             (["-m", str(chat_model), *2 * ["--draft-model", str(chat_model)]], 2, "its model has one"),
             (["-m", str(chat_model), "--draft-model", str(other_model), "--port", "0"], 1, "another vocabulary"),
             (["--max-stored-responses", "-1"], 2, "-1 is negative"),
-            (["--processes", "1", "--max-stored-responses", "5"], 2, "responses are kept by one process"),
+            (["--drain-timeout", "nan"], 2, "nan is not a number of seconds"),
             (["--api-key-file", str(tmp_path / "empty")], 2, "holds no key"),
             (["--api-key-file", str(tmp_path / "nothing")], 1, "No such file"),
             (["-m", f"a={chat_model}", "-m", f"a={chat_model}", "--port", "0"], 1, "two models are called 'a'"),
