@@ -296,6 +296,8 @@ def _named_paths(args: argparse.Namespace) -> NamedPaths:
     """(name or None, options with one model each). Raises UsageError for a model that is not there."""
     named = []
     for name, path in map(_named, args.model or [None]):
+        if path == "":
+            raise UsageError(f"-m {name or ''}{'=' if name else repr('')}: there is no path")
         one = argparse.Namespace(**{**vars(args), "model": path, "draft_model": None})
         _check_there(options.model_name(one))
         named.append((name, one))

@@ -49,7 +49,7 @@ class App:
         self.exchanges: set[Exchange] = set()
         self._models: Models | None = None
         self._bodies_bytes = 0
-        self.metrics.watch(lambda: iter(self._models or ()), self.queue.counts, self.store)
+        self.metrics.watch(lambda: self._models or Models(()), self.queue.counts, self.store)
 
     def _store(self) -> Store:
         """Of several processes the first keeps the responses of all."""

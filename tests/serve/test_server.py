@@ -150,6 +150,8 @@ def test_what_is_wrong_at_the_start_is_one_clear_line(
             (["-m", str(chat_model), *2 * ["--draft-model", str(chat_model)]], 2, "its model has one"),
             (["-m", str(chat_model), "--draft-model", str(other_model), "--port", "0"], 1, "another vocabulary"),
             (["--max-stored-responses", "-1"], 2, "-1 is negative"),
+            (["-m", "name="], 2, "-m name=: there is no path"),
+            (["-m", ""], 2, "-m '': there is no path"),
             (["--drain-timeout", "nan"], 2, "nan is not a number of seconds"),
             (["--api-key-file", str(tmp_path / "empty")], 2, "holds no key"),
             (["--api-key-file", str(tmp_path / "nothing")], 1, "No such file"),
