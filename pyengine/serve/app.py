@@ -20,7 +20,7 @@ from pyengine.run.request import GenerationRequest
 from pyengine.serve import work
 from pyengine.serve.access import Access
 from pyengine.serve.errors import HTTPError, http_error
-from pyengine.serve.exchange import Exchange, Receive, Scope, Send, event
+from pyengine.serve.exchange import Exchange, Receive, Scope, Send, dumps, event
 from pyengine.serve.fields import Fields, Table, parse_json
 from pyengine.serve.log import access_line
 from pyengine.serve.metrics import Metrics
@@ -131,10 +131,11 @@ class App:
     async def _tell(exchange: Exchange, error: HTTPError) -> None:
         exchange.notes["error"] = error.message
         place = find_place(exchange.path)
-        is_anthropic = place is not None and place.path.startswith("/v1/messages")
-        body = error.anthropic_body(exchange.id) if is_anthropic else error.body()
-        if exchange.is_stream:  # the status has gone out: clients raise at this event
-            await exchange.end(event(body, "error" if is_anthropic else None))
+        path = "" if place is None else place.path
+        is_anthropic, is_ollama = path.startswith("/v1/messages"), path.startswith("/api/")
+        body = error.anthropic_body(exchange.id) if is_anthropic else error.ollama_body() if is_ollama else error.body()
+        if exchange.is_stream:  # the status has gone out: clients raise at this event, or line
+            await exchange.end(dumps(body) + b"\n" if is_ollama else event(body, "error" if is_anthropic else None))
         elif exchange.status == 0:
             await exchange.reply_json(body, error.status, error.headers)
 
@@ -214,12 +215,16 @@ class App:
         job: Job,
         first: bytes,
         part: Callable[[int, list[Piece]], bytes],
+        *,
+        silence: bytes = COMMENT,
+        **form: bytes,
     ) -> list[GenerationRequest]:
-        """Write a job's outputs as they come: `first`, then part(index, pieces) of each. Its caller writes the end."""
-        await exchange.start_events()
+        """Write a job's outputs as they come: `first`, then part(index, pieces) of each; `silence` as a sign of life where there
+        is nothing else. Its caller writes the end. form: see Exchange.start_stream."""
+        await exchange.start_stream(**form)
         await exchange.write(first)
         async for news in work.read(job, self.settings.comment_interval):
-            data = b"".join([part(index, pieces) for index, pieces in news]) if news else COMMENT
+            data = b"".join([part(index, pieces) for index, pieces in news]) if news else silence
             if data:
                 await exchange.write(data)
         self._note(exchange, model, job)

@@ -88,6 +88,10 @@ class HTTPError(Exception):
         error = {"type": kind, "message": self.message, "param": self.param, "code": self.code}
         return {"type": "error", "error": error, "request_id": request_id}
 
+    def ollama_body(self) -> dict[str, Any]:
+        """In the form of /api, with `param` and `code` beside it."""
+        return {"error": self.message, "param": self.param, "code": self.code}
+
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"

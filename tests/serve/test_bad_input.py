@@ -131,9 +131,9 @@ def test_a_number_that_is_not_finite_is_refused_by_its_place(chat_model: Path) -
             for name in table:
                 for number in NOT_FINITE:
                     answer = await client.post(path, b'{"%b": %b}' % (name.encode(), number))
-                    error = answer.json["error"]
+                    error = answer.json if path.startswith("/api/") else answer.json["error"]
                     assert (answer.status, error["param"]) == (400, name), answer.body
-                    assert error["message"] == f"{name} is not a finite number"
+                    assert error.get("message", error.get("error")) == f"{name} is not a finite number"
         tools = b'{"messages": [], "tools": [{"a": 1e308}, {"function": {"parameters": {"enum": [1, "x", 1e309]}}}]}'
         answer = await client.post(CHAT, tools)
         assert answer.error["param"] == "tools[1].function.parameters.enum[2]"

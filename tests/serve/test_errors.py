@@ -172,7 +172,8 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(chat_model: Path
 def test_paths_methods_and_models(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         assert (await client.get("/v2/nothing")).status == 404
-        for path, meant in (("/api/chat", CHAT), ("/v1/v1/chat/completions", CHAT), ("/v1/models/", "/v1/models/")):
+        elsewhere = [("/completion", "/v1/completions"), ("/v1/v1/chat/completions", CHAT), ("/v1/models/", "/v1/models/")]
+        for path, meant in elsewhere:
             answer = await client.post(path, {})
             assert answer.status in (404, 405) and (meant in answer.error["message"]), answer.body
         short = await client.post("/chat/completions", {"messages": USER, "max_tokens": 1})
