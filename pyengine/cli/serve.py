@@ -150,8 +150,21 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-body-bytes", type=options.positive, metavar="N", help="longest request; default: 4 MiB")
     group.add_argument(
-        "--drain-timeout", type=options.seconds, metavar="S", help="seconds for running requests at the end; default: 30"
+        "--drain-timeout",
+        type=options.seconds,
+        metavar="S",
+        help="seconds for running requests at the end; default: 30",
     )
+
+
+def _origin(text: str) -> str:
+    """argparse type: an origin as browsers write it ("null" of a file), or all; another text would never be equal to one."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(text)
+    if text not in ("*", "null") and (not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin, as in https://a.example or http://localhost:3000")
+    return text
 
 
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +174,11 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key-file", metavar="FILE", help="keys, one a line; callers must give one of them")
     group.add_argument("--insecure", action="store_true", help="listen to other machines without a key")
     group.add_argument(
-        "--cors-origin", action="append", metavar="ORIGIN", help="pages of this origin may call; '*' = all"
+        "--cors-origin",
+        type=_origin,
+        action="append",
+        metavar="ORIGIN",
+        help="pages of this origin may call; '*' = all",
     )
     group.add_argument(
         "--log-format", choices=("line", "json", "none"), default="line", help="a line on stderr for every request"
