@@ -218,7 +218,7 @@ def json_schema(name: str) -> dict[str, Any]:
         "logit_bias": {
             "type": "object",
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-            "additionalProperties": {"type": "number", "maximum": _LARGEST},
+            "additionalProperties": {"type": "number", "minimum": -_LARGEST, "maximum": _LARGEST},
         },
         "structured_outputs": {
             "type": "object",

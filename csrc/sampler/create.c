@@ -53,9 +53,9 @@ static pe_status check_ids(const char *name, const int32_t *ids, size_t n, size_
 
 static pe_status check_lists(size_t vocab_size, const pe_sampler_params *p, char *err) {
     pe_status status = check_ids("logit_bias", p->bias_ids, p->n_bias, vocab_size, err);
-    if (status == PE_OK) status = check_ids("allowed tokens", p->allowed, p->n_allowed, vocab_size, err);
-    if (status == PE_OK) status = check_ids("bad tokens", p->bad, p->n_bad, vocab_size, err);
-    if (status == PE_OK) status = check_ids("stop tokens", p->stop, p->n_stop, vocab_size, err);
+    if (status == PE_OK) status = check_ids("allowed_token_ids", p->allowed, p->n_allowed, vocab_size, err);
+    if (status == PE_OK) status = check_ids("bad_token_ids", p->bad, p->n_bad, vocab_size, err);
+    if (status == PE_OK) status = check_ids("stop_token_ids", p->stop, p->n_stop, vocab_size, err);
     if (status != PE_OK || !p->n_bias) return status;
     if (!p->bias_values) return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "logit_bias has ids but no values");
     for (size_t i = 0; i < p->n_bias; i++)

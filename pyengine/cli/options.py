@@ -72,6 +72,14 @@ def natural(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """argparse type: a number from 0; infinity is for ever."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
 def count_list(text: str) -> list[int]:
     """argparse type: "128" or "0,4096"."""
     values = [int(part) for part in text.split(",")]

@@ -126,8 +126,8 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=options.positive,
         metavar="N",
-        help="processes that share the address and the mapped models, each on CPUs of its own; other options are for each "
-        "of them. Default: this one",
+        help="processes that share the address and the mapped models, each on CPUs of its own; limits are for each "
+        "of them, unless they say otherwise. Default: this one",
     )
     group.add_argument("--parallel", type=options.positive, metavar="N", help="outputs computed together; default: 64")
     group.add_argument(
@@ -143,15 +143,28 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
         "--max-stored-responses",
         type=options.natural,
         metavar="N",
-        help="responses that are kept for previous_response_id, in memory; 0 = none. Default: 1000, none with --processes",
+        help="responses that are kept for previous_response_id, in memory, for all processes together; 0 = none. Default: 1000",
     )
     group.add_argument(
         "--max-stored-bytes", type=options.positive, metavar="N", help="bytes of these together; default: 64 MiB"
     )
     group.add_argument("--max-body-bytes", type=options.positive, metavar="N", help="longest request; default: 4 MiB")
     group.add_argument(
-        "--drain-timeout", type=float, metavar="S", help="seconds for running requests at the end; default: 30"
+        "--drain-timeout",
+        type=options.seconds,
+        metavar="S",
+        help="seconds for running requests at the end; default: 30",
     )
+
+
+def _origin(text: str) -> str:
+    """argparse type: an origin as browsers write it ("null" of a file), or all; another text would never be equal to one."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(text)
+    if text not in ("*", "null") and (not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin, as in https://a.example or http://localhost:3000")
+    return text
 
 
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +174,11 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key-file", metavar="FILE", help="keys, one a line; callers must give one of them")
     group.add_argument("--insecure", action="store_true", help="listen to other machines without a key")
     group.add_argument(
-        "--cors-origin", action="append", metavar="ORIGIN", help="pages of this origin may call; '*' = all"
+        "--cors-origin",
+        type=_origin,
+        action="append",
+        metavar="ORIGIN",
+        help="pages of this origin may call; '*' = all",
     )
     group.add_argument(
         "--log-format", choices=("line", "json", "none"), default="line", help="a line on stderr for every request"
@@ -213,10 +230,12 @@ def _runner(
 
 def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPaths) -> int:
     from pyengine.cli.errors import report
+
     if not hasattr(os, "sched_setaffinity") or not hasattr(socket, "SO_REUSEPORT"):
         raise UsageError("--processes needs an operating system that pins processes to CPUs")
     from pyengine.serve import server
     from pyengine.serve.processes import Child, Parent, shares
+    from pyengine.serve.shared_store import Links
     from pyengine.serve.siblings import Siblings, new_family
 
     cpus = sorted(os.sched_getaffinity(0))
@@ -224,7 +243,7 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
         raise UsageError(f"--processes {args.processes}: there are {len(cpus)} CPUs, and every process has its own")
     server.reserve(args.host, args.port).close()  # nobody else has it, not even to share
     reserved = server.reserve(args.host, args.port, shared=True)
-    port, family = reserved.getsockname()[1], new_family()
+    port, family, links = reserved.getsockname()[1], new_family(), Links(args.processes)
 
     def work(child: Child) -> int:
         def started(models: Models) -> None:
@@ -235,7 +254,8 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
         try:
             sock = server.listen(args.host, port, shared=True)
             reserved.close()
-            runner = _runner(args, settings, named, sock, Siblings(family, child.number, args.processes))
+            siblings = Siblings(family, child.number, args.processes, links.of(child.number))
+            runner = _runner(args, settings, named, sock, siblings)
             child.when_orphaned(runner.stop)
             runner.run(started)
         except Exception as error:
@@ -243,6 +263,7 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
         return 0
 
     def ready(pids: Sequence[int]) -> None:
+        links.close()
         numbers = " ".join(map(str, pids))
         text = f"pyengine: {len(pids)} processes ({numbers}) at {server.url(reserved)}; Ctrl-C ends them"
         print(text, file=sys.stderr, flush=True)
@@ -261,10 +282,6 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UsageError(
             f"--host {args.host} lets other machines in: set a key (PYENGINE_API_KEY or --api-key-file), or say --insecure"
         )
-    if args.processes is not None:
-        if args.max_stored_responses:
-            raise UsageError("--max-stored-responses: responses are kept by one process, and --processes has several")
-        args.max_stored_responses = 0
     given: dict[str, Any] = {
         "max_queue_tokens": args.max_queue_tokens,
         "max_body_bytes": args.max_body_bytes,
@@ -296,6 +313,8 @@ def _named_paths(args: argparse.Namespace) -> NamedPaths:
     """(name or None, options with one model each). Raises UsageError for a model that is not there."""
     named = []
     for name, path in map(_named, args.model or [None]):
+        if path == "":
+            raise UsageError(f"-m {name or ''}{'=' if name else repr('')}: there is no path")
         one = argparse.Namespace(**{**vars(args), "model": path, "draft_model": None})
         _check_there(options.model_name(one))
         named.append((name, one))

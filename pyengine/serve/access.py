@@ -33,7 +33,11 @@ class Access:
             return []
         if "*" not in self._origins and origin not in self._origins:
             raise HTTPError(403, "pages of this origin may not use this server (--cors-origin)", code="origin_refused")
-        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-expose-headers", b"x-request-id, retry-after, retry-after-ms"),
+            (b"vary", b"origin"),
+        ]
 
     @staticmethod
     def preflight_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from pyengine.results import Generation, Piece
 from pyengine.run.request import GenerationRequest
 from pyengine.serve import payload, work
-from pyengine.serve.anthropic_fields import COUNT, FIELDS, INVALID, conversation, ending_of, parse
+from pyengine.serve.anthropic_fields import COUNT, FIELDS, conversation, ending_of, parse
 from pyengine.serve.chat import ChatCall
-from pyengine.serve.errors import HTTPError, told_of
+from pyengine.serve.errors import told_of
 from pyengine.serve.exchange import Exchange, dumps, event
-from pyengine.serve.fields import parse_json
-from pyengine.serve.tools import reader_of
+from pyengine.serve.tools import arguments_of, reader_of
 
 if TYPE_CHECKING:
     from pyengine.async_engine import Job
@@ -72,18 +71,8 @@ class _Content:
         if self.blocks[-1]["type"] == "text":
             self.blocks[-1]["text"] = text
         else:
-            self.blocks[-1]["input"] = _input_of(text)
+            self.blocks[-1]["input"] = arguments_of(text)
         return _tell("content_block_stop", index=len(self.blocks) - 1)
-
-
-def _input_of(text: str) -> dict[str, Any]:
-    """The arguments of a call; as text under a name for it if they are no JSON object, cut short for instance, or none that we
-    would read when they come back."""
-    try:
-        value = parse_json(text.encode("utf-8", "replace"))
-    except HTTPError:
-        value = None
-    return value if isinstance(value, dict) else {INVALID: text}
 
 
 def _message(call: ChatCall, content: list[_Block], **more: Any) -> dict[str, Any]:

@@ -48,8 +48,6 @@ _TEXT: Table = {
     **_CACHED,
 }
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": schema_of(_TEXT)}]}
-# The name for arguments that are no JSON, as a model may leave them; Anthropic's documents have it.
-INVALID = "INVALID_JSON"
 
 
 def _read_block(value: Any, blocks: dict[str, Table], path: str) -> tuple[str, Fields]:

@@ -20,15 +20,16 @@ from pyengine.run.request import GenerationRequest
 from pyengine.serve import work
 from pyengine.serve.access import Access
 from pyengine.serve.errors import HTTPError, http_error
-from pyengine.serve.exchange import Exchange, Receive, Scope, Send, event
+from pyengine.serve.exchange import Exchange, Receive, Scope, Send, dumps, event
 from pyengine.serve.fields import Fields, Table, parse_json
 from pyengine.serve.log import access_line
 from pyengine.serve.metrics import Metrics
 from pyengine.serve.models import Models, ServedModel
 from pyengine.serve.routes import find_place, handlers, hint
 from pyengine.serve.settings import Settings
+from pyengine.serve.shared_store import SharedStore
 from pyengine.serve.siblings import Siblings
-from pyengine.serve.store import ResponseStore
+from pyengine.serve.store import ResponseStore, Store
 from pyengine.serve.stream import COMMENT
 
 _logger = logging.getLogger("pyengine")
@@ -41,14 +42,22 @@ class App:
         self.settings = settings or Settings()
         self.siblings = siblings  # the other processes behind this address
         self.health = "starting"
-        self.store = ResponseStore(self.settings.max_stored_responses, self.settings.max_stored_bytes)
+        self.store = self._store()
         self.metrics = Metrics()
         self.queue = work.Queue(self.settings)
         self.access = Access(self.settings)
         self.exchanges: set[Exchange] = set()
         self._models: Models | None = None
         self._bodies_bytes = 0
-        self.metrics.watch(lambda: iter(self._models or ()), self.queue.counts, self.store)
+        self.metrics.watch(lambda: self._models or Models(()), self.queue.counts, self.store)
+
+    def _store(self) -> Store:
+        """Of several processes the first keeps the responses of all."""
+        settings = self.settings
+        if self.siblings is not None and self.siblings.number > 0:
+            return SharedStore(settings.max_stored_responses > 0)
+        by_key = len(settings.api_keys) > 1
+        return ResponseStore(settings.max_stored_responses, settings.max_stored_bytes, by_key=by_key)
 
     @property
     def models(self) -> Models:
@@ -122,10 +131,11 @@ class App:
     async def _tell(exchange: Exchange, error: HTTPError) -> None:
         exchange.notes["error"] = error.message
         place = find_place(exchange.path)
-        is_anthropic = place is not None and place.path.startswith("/v1/messages")
-        body = error.anthropic_body(exchange.id) if is_anthropic else error.body()
-        if exchange.is_stream:  # the status has gone out: clients raise at this event
-            await exchange.end(event(body, "error" if is_anthropic else None))
+        path = "" if place is None else place.path
+        is_anthropic, is_ollama = path.startswith("/v1/messages"), path.startswith("/api/")
+        body = error.anthropic_body(exchange.id) if is_anthropic else error.ollama_body() if is_ollama else error.body()
+        if exchange.is_stream:  # the status has gone out: clients raise at this event, or line
+            await exchange.end(dumps(body) + b"\n" if is_ollama else event(body, "error" if is_anthropic else None))
         elif exchange.status == 0:
             await exchange.reply_json(body, error.status, error.headers)
 
@@ -205,12 +215,16 @@ class App:
         job: Job,
         first: bytes,
         part: Callable[[int, list[Piece]], bytes],
+        *,
+        silence: bytes = COMMENT,
+        **form: bytes,
     ) -> list[GenerationRequest]:
-        """Write a job's outputs as they come: `first`, then part(index, pieces) of each. Its caller writes the end."""
-        await exchange.start_events()
+        """Write a job's outputs as they come: `first`, then part(index, pieces) of each; `silence` as a sign of life where there
+        is nothing else. Its caller writes the end. form: see Exchange.start_stream."""
+        await exchange.start_stream(**form)
         await exchange.write(first)
         async for news in work.read(job, self.settings.comment_interval):
-            data = b"".join([part(index, pieces) for index, pieces in news]) if news else COMMENT
+            data = b"".join([part(index, pieces) for index, pieces in news]) if news else silence
             if data:
                 await exchange.write(data)
         self._note(exchange, model, job)

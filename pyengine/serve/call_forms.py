@@ -143,10 +143,7 @@ def _called(text: str) -> tuple[str, str]:
         return "", ""
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
         return "", ""
-    try:
-        return call["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # a number that is too large for a float
-        return "", ""
+    return call["name"], json.dumps(arguments, ensure_ascii=False)
 
 
 # -------------------------------------------------------------------- f[ARGS]{...}
@@ -286,8 +283,7 @@ def _value(text: str, types: frozenset[str]) -> str:
     word = _PYTHON.get(word, word)
     try:
         value = parse_json(word.encode("utf-8", "replace"))
-        json.dumps(value, allow_nan=False)
-    except (HTTPError, ValueError):  # no JSON, or a number that is too large for a float
+    except HTTPError:
         return _json_string(text)
     return word if _type_of(value) & types else _json_string(text)
 

@@ -189,5 +189,10 @@ def _echo_only(call: CompletionCall) -> dict[str, Any]:
         }
         for number in range(len(call.prompts))
     ]
-    usage = {"prompt_tokens": n, "completion_tokens": 0, "total_tokens": n}
+    usage = {
+        "prompt_tokens": n,
+        "completion_tokens": 0,
+        "total_tokens": n,
+        "prompt_tokens_details": {"cached_tokens": 0},  # the logits of each are wanted
+    }
     return {**call.head(call.kind), "choices": choices, "usage": usage}

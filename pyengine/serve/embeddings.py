@@ -6,7 +6,7 @@ import asyncio
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyengine.serve import work
 from pyengine.serve.errors import bad_request, told_of
@@ -54,18 +54,21 @@ class EmbeddingsCall:
     def n_tokens(self) -> int:
         return sum(len(one.tokens) for one in self.pooled)
 
-    def body(self) -> bytes:
-        """The answer; in a thread, since many vectors are long."""
+    def values(self) -> list[Any]:
+        """A vector for each prompt, as JSON has it; in a thread, since many vectors are long."""
         from pyengine.embeddings import vectors
 
         rows = vectors(self.pooled, normalize=True, dimensions=self.dimensions)
-        values = [
+        return [
             base64.b64encode(row.astype("<f4").tobytes()).decode() if self.is_base64 else row.tolist() for row in rows
         ]
+
+    def body(self) -> bytes:
+        """The answer; in a thread."""
         return dumps(
             {
                 "object": "list",
-                "data": [{"object": "embedding", "index": i, "embedding": value} for i, value in enumerate(values)],
+                "data": [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(self.values())],
                 "model": self.model.name,
                 "usage": {"prompt_tokens": self.n_tokens, "total_tokens": self.n_tokens},
             }
@@ -81,6 +84,14 @@ FIELDS: Table = {
 }
 
 
+def most_dimensions(dimensions: int | None, model: ServedModel) -> int | None:
+    """`dimensions`, if the model's vectors have so many. Raises HTTPError."""
+    dim = model.engine.config["dim"]
+    if dimensions is not None and dimensions > dim:
+        raise bad_request(f"dimensions is {dimensions}, the vectors of {model.name} have {dim}", "dimensions")
+    return dimensions
+
+
 def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.take("model"))
@@ -88,9 +99,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
     if len(prompts) > MAX_INPUTS:
         raise bad_request(f"{len(prompts)} inputs, at most {MAX_INPUTS}", "input")
     is_base64 = fields.take("encoding_format") == "base64"
-    dimensions, dim = fields.take("dimensions"), model.engine.config["dim"]
-    if dimensions is not None and dimensions > dim:
-        raise bad_request(f"dimensions is {dimensions}, the vectors of {model.name} have {dim}", "dimensions")
+    dimensions = most_dimensions(fields.take("dimensions"), model)
     note_user(exchange, fields)
     salt = app.cache_salt(exchange, fields)
     call = EmbeddingsCall(model, prompts, fields.take("pooling"), is_base64, dimensions, salt)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from pyengine.errors import (
@@ -14,6 +16,7 @@ from pyengine.errors import (
     PyEngineError,
     TemplateError,
 )
+from pyengine.sampling import SamplingParams
 
 _TYPES = {
     400: "invalid_request_error",
@@ -36,6 +39,9 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+
+_WORD = re.compile(r"\w+")
+_PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 
 MAX_TEXT = 2000  # characters of a message or a path: they quote what came, which may be all of a body
 
@@ -82,6 +88,10 @@ class HTTPError(Exception):
         error = {"type": kind, "message": self.message, "param": self.param, "code": self.code}
         return {"type": "error", "error": error, "request_id": request_id}
 
+    def ollama_body(self) -> dict[str, Any]:
+        """In the form of /api, with `param` and `code` beside it."""
+        return {"error": self.message, "param": self.param, "code": self.code}
+
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
@@ -100,6 +110,14 @@ def told_of(param: str) -> Iterator[None]:
         raise http_error(error, param) from None
 
 
+def parameter_in(message: str) -> str | None:
+    """The sampling parameter that a message of the engine's is about: it names it first. Fields have these names."""
+    word = _WORD.match(message)
+    if word is not None and word[0] in _PARAMETERS:
+        return word[0]
+    return "structured_outputs" if "structured_outputs" in message else None
+
+
 def http_error(error: BaseException, param: str | None = None) -> HTTPError:
     """What an exception of the engine means to a client; `param` is the field that it came from."""
     if isinstance(error, HTTPError):
@@ -107,8 +125,7 @@ def http_error(error: BaseException, param: str | None = None) -> HTTPError:
     if isinstance(error, ContextFullError):
         return bad_request(str(error), param, "context_length_exceeded")
     if isinstance(error, (InvalidArgumentError, TemplateError)):
-        # the engine names a parameter of its own first, and these have the field's name
-        return bad_request(str(error), param or ("structured_outputs" if "structured_outputs" in str(error) else None))
+        return bad_request(str(error), param or parameter_in(str(error)))
     if isinstance(error, NotFiniteError):  # this text, or these penalties: the same request fails again
         return bad_request(str(error), param, "not_finite")
     if isinstance(error, (OutOfMemoryError, MemoryError)):

@@ -115,14 +115,14 @@ class Exchange:
     async def reply_json(self, value: Any, status: int = 200, headers: Headers = ()) -> None:
         await self.reply(status, dumps(value), b"application/json", headers)
 
-    async def start_events(self) -> None:
-        """Begin a stream of server-sent events."""
+    async def start_stream(self, content_type: bytes = b"text/event-stream; charset=utf-8") -> None:
+        """Begin an answer that comes in parts, server-sent events if nothing else is said."""
         self.is_stream = True
         # x-accel-buffering: nginx passes events on as they come
         await self._start(
             200,
             [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"content-type", content_type),
                 (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no"),
             ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -19,9 +20,9 @@ MAX_DEPTH = 64  # of nested lists and objects
 
 
 def parse_json(body: bytes) -> Any:
-    """Strict JSON: UTF-8, no key twice in one object, no NaN, bounded depth. Raises HTTPError 400."""
+    """Strict JSON: UTF-8, no key twice in one object, finite numbers, bounded depth. Raises HTTPError 400."""
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -30,7 +31,7 @@ def parse_json(body: bytes) -> Any:
         raise bad_request("the body is nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python converts
         raise bad_request(f"the body is not JSON that we read: {error}") from None
-    _check_depth(value)
+    _check_values(value)
     return value
 
 
@@ -45,22 +46,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise bad_request(f"the body is not JSON: {name} is no number")
-
-
-def _check_depth(value: Any) -> None:
+def _check_values(value: Any) -> None:
+    """Depth and numbers: Python's reader takes NaN and Infinity, and makes 1e999 infinite."""
     level, depth = [value], 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
             raise bad_request(f"the body is nested more than {MAX_DEPTH} levels deep")
+        if not all(math.isfinite(one) for one in level if type(one) is float):
+            place = _place_of_infinity(value)
+            raise bad_request(f"{place or 'the body'} is not a finite number", place or None)
         level = [
             item
             for one in level
             if isinstance(one, (dict, list))
             for item in (one.values() if isinstance(one, dict) else one)
         ]
+
+
+def _place_of_infinity(value: Any) -> str:
+    """The path of a number that is none, or is infinite."""
+    left: list[tuple[str, Any]] = [("", value)]
+    while True:
+        path, one = left.pop()
+        if isinstance(one, dict):
+            left += [(f"{path}.{name}" if path else name, item) for name, item in one.items()]
+        elif isinstance(one, list):
+            left += [(f"{path}[{i}]", item) for i, item in enumerate(one)]
+        elif isinstance(one, float) and not math.isfinite(one):
+            return path
 
 
 @dataclass(frozen=True, slots=True)

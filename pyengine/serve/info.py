@@ -45,7 +45,7 @@ async def props(app: App, exchange: Exchange) -> None:
     chosen = app.models.get(query["model"][-1] if "model" in query else None)
     engine = chosen.engine
     bos, text = engine.tokenizer.bos_id, engine.tokenizer.token_text
-    waiting, running = app.queue.counts()
+    counts = app.queue.counts().values()
     await exchange.reply_json(
         {
             "model": chosen.name,
@@ -58,8 +58,8 @@ async def props(app: App, exchange: Exchange) -> None:
             "default_generation_settings": engine.generation_defaults(),
             "isa": engine.isa,
             "n_threads": engine.n_threads,
-            "requests_waiting": waiting,
-            "requests_running": running,
+            "requests_waiting": sum(waiting for waiting, _ in counts),
+            "requests_running": sum(running for _, running in counts),
             "max_queue_tokens": app.settings.max_queue_tokens,
             "build": f"pyengine {__version__}",
         }

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from pyengine.serve.store import ResponseStore, Store
+
 if TYPE_CHECKING:
     from pyengine.results import Generation
-    from pyengine.serve.models import ServedModel
-    from pyengine.serve.store import ResponseStore
+    from pyengine.serve.models import Models
 
 CONTENT_TYPE = b"text/plain; version=1.0.0; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TOKENS = tuple(float(1 << i) for i in range(18))
 _STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -44,6 +46,12 @@ class Metrics:
         self.accepted = Counter(
             "vllm:spec_decode_num_accepted_tokens", "Of these, those that came true", labels, registry=registry
         )
+        self.prompt_lengths = Histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of an output", labels, buckets=_TOKENS, registry=registry
+        )
+        self.output_lengths = Histogram(
+            "vllm:request_generation_tokens", "Tokens of an output", labels, buckets=_TOKENS, registry=registry
+        )
         self.first_token = Histogram(
             "vllm:time_to_first_token_seconds",
             "From the request to its first token",
@@ -67,10 +75,12 @@ class Metrics:
         )
 
     def watch(
-        self, models: Callable[[], Iterator[ServedModel]], counts: Callable[[], tuple[int, int]], store: ResponseStore
+        self, models: Callable[[], Models], counts: Callable[[], Mapping[str, tuple[int, int]]], store: Store
     ) -> None:
-        """Also tell of these models' engines, of (waiting, running) requests, and of what is kept."""
+        """Also tell of these models' engines, of each one's (waiting, running) requests, and of what is kept in this process."""
         self.registry.register(_Engines(models, counts))
+        if not isinstance(store, ResponseStore):
+            return
         stored = Gauge("pyengine:stored_responses", "Responses that are kept", registry=self.registry)
         stored.set_function(lambda: len(store))
         stored_bytes = Gauge("pyengine:stored_responses_bytes", "Bytes that they count as", registry=self.registry)
@@ -82,6 +92,8 @@ class Metrics:
         self.success.labels(model, result.finish_reason).inc()
         self.prompt_tokens.labels(model).inc(timings.prompt_tokens)
         self.generation_tokens.labels(model).inc(timings.generated_tokens)
+        self.prompt_lengths.labels(model).observe(timings.prompt_tokens)
+        self.output_lengths.labels(model).observe(timings.generated_tokens)
         self.cache_queries.labels(model).inc(timings.prompt_tokens)
         self.cache_hits.labels(model).inc(timings.cached_tokens)
         self.drafted.labels(model).inc(timings.drafted_tokens)
@@ -135,7 +147,7 @@ class _Processes:
 class _Engines:
     """A collector: what is read when it is asked for. Waits for the step that runs, so not in an event loop."""
 
-    def __init__(self, models: Callable[[], Iterator[ServedModel]], counts: Callable[[], tuple[int, int]]) -> None:
+    def __init__(self, models: Callable[[], Models], counts: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
         self._models = models
         self._counts = counts
 
@@ -145,15 +157,17 @@ class _Engines:
     def collect(self) -> Iterator[Metric]:
         from pyengine import _core
 
-        waiting, running = self._counts()
-        yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that have not started", value=waiting)
-        yield GaugeMetricFamily("vllm:num_requests_running", "Requests that are computed", value=running)
-        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the allowed memory in use", labels=["model_name"])
-        held = GaugeMetricFamily(
-            "pyengine:kv_bytes", "Bytes of keys and values, cached ones included", labels=["model_name"]
-        )
-        evicted = CounterMetricFamily("pyengine:kv_pages_evicted", "Cached pages that made room", labels=["model_name"])
-        for model in self._models():
+        labels, models, counts = ["model_name"], self._models(), self._counts()
+        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests that have not started", labels=labels)
+        running = GaugeMetricFamily("vllm:num_requests_running", "Requests that are computed", labels=labels)
+        for name in models.names():
+            for family, count in zip((waiting, running), counts.get(name, (0, 0)), strict=True):
+                family.add_metric([name], count)
+        yield from (waiting, running)
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the allowed memory in use", labels=labels)
+        held = GaugeMetricFamily("pyengine:kv_bytes", "Bytes of keys and values, cached ones included", labels=labels)
+        evicted = CounterMetricFamily("pyengine:kv_pages_evicted", "Cached pages that made room", labels=labels)
+        for model in models:
             stats = model.engine.cache_stats()
             allowed = stats["max_pages"] * stats["page_bytes"]
             usage.add_metric([model.name], stats["n_held_bytes"] / allowed if allowed else 0.0)

@@ -6,7 +6,16 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pyengine import __version__
-from pyengine.serve import anthropic_fields, chat, completions, embeddings, response_fields, stored_responses, tokens
+from pyengine.serve import (
+    anthropic_fields,
+    chat,
+    completions,
+    embeddings,
+    ollama_fields,
+    response_fields,
+    stored_responses,
+    tokens,
+)
 from pyengine.serve.fields import STRING, Table, schema_of
 from pyengine.serve.routes import ROUTES
 
@@ -17,6 +26,10 @@ if TYPE_CHECKING:
 BODIES: dict[str, Table] = {
     "/tokenize": tokens.TOKENIZE,
     "/detokenize": tokens.DETOKENIZE,
+    "/api/chat": ollama_fields.CHAT,
+    "/api/embed": ollama_fields.EMBED,
+    "/api/generate": ollama_fields.GENERATE,
+    "/api/show": ollama_fields.SHOW,
     "/v1/chat/completions": chat.FIELDS,
     "/v1/completions": completions.FIELDS,
     "/v1/embeddings": embeddings.FIELDS,
@@ -40,6 +53,13 @@ _WORDS = {
     "/openapi.json": "This document.",
     "/tokenize": "Text, or messages, to token ids.",
     "/detokenize": "Token ids to text.",
+    "/api/chat": "The assistant's answer to messages, in ollama's form.",
+    "/api/embed": "A vector for each input, in ollama's form.",
+    "/api/generate": "The answer to a prompt, in ollama's form.",
+    "/api/ps": "The models, in ollama's form.",
+    "/api/show": "One model, in ollama's form.",
+    "/api/tags": "The models, in ollama's form.",
+    "/api/version": "Which version of ollama's form this is.",
     "/v1/models": "The models.",
     "/v1/models/{id}": "One model.",
     "/v1/chat/completions": "The assistant's answer to messages.",
@@ -52,7 +72,7 @@ _WORDS = {
     _DELETE_RESPONSE: "Keep it no longer.",
     f"{_ONE_RESPONSE}/input_items": "What it was computed from.",
 }
-_JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
+_JSON, _TEXT, _EVENTS, _LINES = "application/json", "text/plain", "text/event-stream", "application/x-ndjson"
 
 
 def _object(*needed: str, **properties: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +83,7 @@ def _array(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
-def _const(value: str) -> dict[str, Any]:
+def _const(value: str | bool) -> dict[str, Any]:
     return {"const": value}
 
 
@@ -82,7 +102,15 @@ def _outputs(kind: str, **choice: dict[str, Any]) -> dict[str, Any]:
 
 
 _RESPONSE = _object("output", "usage", id=_STRING, object=_const("response"), status=_STRING, store={"type": "boolean"})
+_CARD = _object(name=_STRING, model=_STRING, size=_INTEGER, digest=_STRING, details=_object())
 ANSWERS: dict[str, dict[str, Any]] = {
+    "/api/chat": _object(model=_STRING, created_at=_STRING, message=_object("content"), done=_const(True), done_reason=_STRING),
+    "/api/embed": _object(model=_STRING, embeddings=_array(_array({"type": "number"})), prompt_eval_count=_INTEGER),
+    "/api/generate": _object(model=_STRING, created_at=_STRING, response=_STRING, done=_const(True), done_reason=_STRING),
+    "/api/ps": _object(models=_array(_CARD)),
+    "/api/show": _object(template=_STRING, details=_object(), model_info=_object(), capabilities=_array(_STRING)),
+    "/api/tags": _object(models=_array(_CARD)),
+    "/api/version": _object(version=_STRING),
     "/health": _object(status={"enum": ["ok", "starting", "draining"]}),
     "/props": _object("n_ctx", "vocab_size", "chat_template", "default_generation_settings", model=_STRING),
     "/openapi.json": _object("openapi", "info", "paths"),
@@ -113,18 +141,20 @@ ANSWERS: dict[str, dict[str, Any]] = {
         has_more={"type": "boolean"},
     ),
 }
+_NULLABLE = {"type": ["string", "null"]}
 _ERROR = _object(
     error={
         **_object("param", "code", message=_STRING, type=_STRING),
         "properties": {
             "message": _STRING,
             "type": _STRING,
-            "param": {"type": ["string", "null"]},
-            "code": {"type": ["string", "null"]},
+            "param": _NULLABLE,
+            "code": _NULLABLE,
         },
     }
 )
 _ANTHROPIC_ERROR = _object(type=_const("error"), request_id=_STRING, **_ERROR["properties"])
+_OLLAMA_ERROR = _object(error=_STRING, param=_NULLABLE, code=_NULLABLE)
 _ERRORS = {
     "400": "A field that is wrong or not supported: `param` names it.",
     "401": "No key, or a wrong one.",
@@ -140,10 +170,11 @@ _ERRORS = {
 
 def _answers(path: str) -> dict[str, Any]:
     takes_body = path in BODIES
-    error = "AnthropicError" if path.startswith("/v1/messages") else "Error"
+    forms = {"/v1/messages": "AnthropicError", "/api/": "OllamaError"}
+    error = next((name for begin, name in forms.items() if path.startswith(begin)), "Error")
     content: dict[str, Any] = {_JSON: {"schema": ANSWERS[path]}} if path in ANSWERS else {}
     if takes_body and "stream" in BODIES[path]:
-        content[_EVENTS] = {"schema": _STRING}
+        content[_LINES if path.startswith("/api/") else _EVENTS] = {"schema": _STRING}
     if path == "/metrics":
         content[_TEXT] = {"schema": _STRING}
     if path == "/":
@@ -191,6 +222,7 @@ def document() -> dict[str, Any]:
             "schemas": {
                 "Error": _ERROR,
                 "AnthropicError": _ANTHROPIC_ERROR,
+                "OllamaError": _OLLAMA_ERROR,
                 **{_name(path): schema_of(table) for path, table in BODIES.items()},
             },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pyengine.serve.errors import bad_request
-from pyengine.serve.fields import STRING, Kind, Table
+from pyengine.serve.fields import STRING, Kind, Table, list_of
 from pyengine.serve.tokens import TOKEN_IDS, check_token_ids
 
 if TYPE_CHECKING:
@@ -37,6 +37,17 @@ _TEXT_OR_IDS = [STRING.schema, TOKEN_IDS.schema]
 PROMPTS = Kind(
     {"anyOf": [*_TEXT_OR_IDS, {"type": "array", "items": {"anyOf": _TEXT_OR_IDS}, "minItems": 1}]}, _read_prompts
 )
+
+
+def _read_texts(value: Any, path: str) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    texts: list[str] = list_of(STRING, least=1).read(value, path)
+    return texts
+
+
+# A text, or a list of texts.
+TEXTS = Kind({"anyOf": [STRING.schema, {"type": "array", "items": STRING.schema, "minItems": 1}]}, _read_texts)
 
 
 def prompts_of(given: list[tuple[str, Prompt]], model: ServedModel) -> list[Prompt]:

@@ -161,7 +161,7 @@ async def parse(app: App, exchange: Exchange, fields: Fields) -> ResponsesCall:
 
 def _is_kept(app: App, wanted: bool | None) -> bool:
     if wanted and not app.store.keeps_any:
-        text = "store is not supported: this server keeps no responses (as --max-stored-responses or --processes say)"
+        text = "store is not supported: this server keeps no responses (--max-stored-responses 0)"
         raise bad_request(text, "store", "unsupported_parameter")
     return app.store.keeps_any if wanted is None else wanted
 
@@ -171,7 +171,7 @@ async def _earlier(app: App, owner: Owner, previous: str | None) -> list[Item]:
     name = "previous_response_id"
     if previous is None:
         return []
-    stored = app.store.get(owner, previous)
+    stored = await app.store.get(owner, previous)
     if stored is None:
         text = f"{name}: there is no response {previous[:100]!r} among those that are kept"
         raise bad_request(text, name, "previous_response_not_found")
@@ -192,7 +192,7 @@ async def _resolved(app: App, owner: Owner, items: list[Item]) -> list[Item]:
         if item.kind != REFERENCE:
             continue
         id_, where = item.fields.peek("id"), f"{item.path}.id"
-        found = app.store.with_item(owner, id_)
+        found = await app.store.with_item(owner, id_)
         if found is None:
             raise bad_request(f"{where}: no response that is kept has an item {id_[:100]!r}", where, "item_not_found")
         if id_ in references:

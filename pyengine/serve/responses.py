@@ -163,28 +163,30 @@ async def responses(app: App, exchange: Exchange) -> None:
     async with app.job(exchange, call.chat.model, call.make) as job:
         if call.chat.stream is None:
             (request,) = await app.finish(exchange, call.chat.model, job)
-            body, stored = await work.made_of([request], lambda: _whole(app, call, request))
-            if stored is not None:
-                app.store.put(call.chat.id, stored)
+            response, stored = await work.made_of([request], lambda: _kept(call, _whole(call, request)))
+            if stored is not None and await app.store.put(call.chat.id, stored):
+                body = stored.response
+            else:
+                body = await work.made_of([request], lambda: dumps(_unkept(response)))
             await exchange.reply(200, body, b"application/json")
         else:
             await _stream(app, exchange, call, job)
 
 
-def _kept(app: App, call: ResponsesCall, response: dict[str, Any]) -> tuple[dict[str, Any], Stored | None]:
-    """A response as it is answered, and as it is kept; one that there is no room for says that it is not."""
-    if call.kept is None:
-        return response, None
-    stored = Stored.of(call.owner, response, call.kept)
-    return (response, stored) if app.store.fits(stored) else ({**response, "store": False}, None)
+def _kept(call: ResponsesCall, response: dict[str, Any]) -> tuple[dict[str, Any], Stored | None]:
+    """A response as it is answered, and as it is kept if there is room."""
+    return response, None if call.kept is None else Stored.of(call.owner, response, call.kept)
 
 
-def _whole(app: App, call: ResponsesCall, request: GenerationRequest) -> tuple[bytes, Stored | None]:
+def _unkept(response: dict[str, Any]) -> dict[str, Any]:
+    return {**response, "store": False}
+
+
+def _whole(call: ResponsesCall, request: GenerationRequest) -> dict[str, Any]:
     output = _Output(call, _silence)
     output.push(request.result.text)
     output.finish(_status(request))
-    response, stored = _kept(app, call, _finished(call, request, output.items))
-    return dumps(response) if stored is None else stored.response, stored
+    return _finished(call, request, output.items)
 
 
 def _silence(kind: str, **more: Any) -> bytes:
@@ -206,7 +208,8 @@ async def _stream(app: App, exchange: Exchange, call: ResponsesCall, job: Job) -
     first = tell("response.created", response=begun) + tell("response.in_progress", response=begun)
     (request,) = await app.stream(exchange, call.chat.model, job, first, part)
     last = output.finish(_status(request))
-    response, stored = await work.made_of([request], lambda: _kept(app, call, _finished(call, request, output.items)))
-    if stored is not None:  # before its client can know of its end
-        app.store.put(call.chat.id, stored)
+    response, stored = await work.made_of([request], lambda: _kept(call, _finished(call, request, output.items)))
+    # before its client can know of its end
+    if stored is not None and not await app.store.put(call.chat.id, stored):
+        response = _unkept(response)
     await exchange.end(last + tell(f"response.{response['status']}", response=response))

@@ -22,6 +22,13 @@ ROUTES: dict[str, dict[str, str]] = {
     "/openapi.json": {"GET": "openapi.openapi"},
     "/tokenize": {"POST": "tokens.tokenize"},
     "/detokenize": {"POST": "tokens.detokenize"},
+    "/api/chat": {"POST": "ollama.chat"},
+    "/api/embed": {"POST": "ollama.embed"},
+    "/api/generate": {"POST": "ollama.generate"},
+    "/api/ps": {"GET": "ollama.running"},
+    "/api/show": {"POST": "ollama.show"},
+    "/api/tags": {"GET": "ollama.tags"},
+    "/api/version": {"GET": "ollama.version"},
     "/v1/models": {"GET": "info.models"},
     "/v1/models/{id}": {"GET": "info.model"},
     "/v1/chat/completions": {"POST": "chat.chat_completions"},
@@ -39,11 +46,7 @@ _WITH_ID = {one: re.compile(one.replace("{id}", _ID.get(one, "([^/]+)"))) for on
 
 # Paths of other servers, and what does here what they do there.
 ELSEWHERE = {
-    "/api/chat": "/v1/chat/completions",
-    "/api/generate": "/v1/completions",
-    "/api/tags": "/v1/models",
-    "/api/embed": "/v1/embeddings",
-    "/api/embeddings": "/v1/embeddings",
+    "/api/embeddings": "/api/embed",
     "/completion": "/v1/completions",
     "/embedding": "/v1/embeddings",
     "/generate": "/v1/completions",

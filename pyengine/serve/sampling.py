@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyengine.errors import InvalidArgumentError
 from pyengine.sampling import SamplingParams, StructuredOutputs, json_schema
-from pyengine.serve.errors import HTTPError, bad_request
+from pyengine.serve.errors import HTTPError, bad_request, parameter_in
 from pyengine.serve.fields import ANYTHING, STRING, Fields, Kind, checked
 from pyengine.serve.models import ServedModel
 
@@ -50,7 +50,7 @@ def sampling_params(fields: Fields, model: ServedModel, given: dict[str, Any]) -
     try:
         return SamplingParams(**options)
     except InvalidArgumentError as error:
-        raise bad_request(str(error)) from None
+        raise bad_request(str(error), parameter_in(str(error))) from None
 
 
 def parameter(name: str) -> Kind:

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pyengine.serve.app import App
 from pyengine.serve.models import Models
+from pyengine.serve.shared_store import shared
 
 HEADER_TIMEOUT = 15.0  # seconds for a connection's first request line and headers
 KEEP_ALIVE = 75.0  # seconds between two requests of a connection
@@ -144,7 +145,10 @@ class Runner:
 
     async def main(self, ready: Callable[[Models], None]) -> None:
         siblings = self.app.siblings
-        async with siblings.telling(self.app.metrics.snapshot) if siblings else contextlib.nullcontext():
+        if siblings is None:
+            await self._main(ready)
+            return
+        async with siblings.telling(self.app.metrics.snapshot), shared(self.app.store, siblings.ends):
             await self._main(ready)
 
     async def _main(self, ready: Callable[[Models], None]) -> None:

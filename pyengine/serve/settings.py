@@ -15,7 +15,8 @@ class Settings:
     max_queue_tokens  tokens of prompts that wait for their first output token; beyond: 429
     max_exchanges     requests at a time, of any kind; beyond: 503
     max_body_bytes, max_bodies_bytes   of one request, and of all that are being read
-    max_stored_responses, max_stored_bytes   of responses that are kept for GET and previous_response_id; 0 responses: none are
+    max_stored_responses, max_stored_bytes   of responses that are kept for GET and previous_response_id, for all processes
+                      together; 0 responses: none are
     body_timeout      seconds in which a body must be complete
     write_timeout     seconds after which a client that takes nothing of an answer is let go
     comment_interval  seconds between signs of life on a silent stream

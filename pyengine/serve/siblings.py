@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from pyengine.errors import PyEngineError
@@ -29,10 +29,11 @@ def new_family() -> str:
 
 
 class Siblings:
-    """family: see `new_family`; number: of this process, from 0 on; n_processes: of the family."""
+    """family: see `new_family`; number: of this process, from 0 on; n_processes: of the family; ends: of shared_store.py."""
 
-    def __init__(self, family: str, number: int, n_processes: int) -> None:
+    def __init__(self, family: str, number: int, n_processes: int, ends: Sequence[socket.socket] = ()) -> None:
         self.number = number
+        self.ends = ends
         self._names = [f"\0{family}-{i}" for i in range(n_processes)]
 
     @contextlib.asynccontextmanager

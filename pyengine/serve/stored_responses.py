@@ -52,9 +52,9 @@ def _not_found(id_: str) -> HTTPError:
     return HTTPError(404, f"there is no response {shown!r} among those that are kept", code="response_not_found")
 
 
-def _stored(app: App, exchange: Exchange, fields: Fields) -> Stored:
+async def _stored(app: App, exchange: Exchange, fields: Fields) -> Stored:
     """Raises HTTPError 404, also for what is somebody else's."""
-    stored = app.store.get(owner_of(exchange.key_digest, fields.take("cache_salt")), exchange.path_id)
+    stored = await app.store.get(owner_of(exchange.key_digest, fields.take("cache_salt")), exchange.path_id)
     if stored is None:
         raise _not_found(exchange.path_id)
     return stored
@@ -62,14 +62,14 @@ def _stored(app: App, exchange: Exchange, fields: Fields) -> Stored:
 
 async def retrieve(app: App, exchange: Exchange) -> None:
     """The response as it was answered."""
-    stored = _stored(app, exchange, query_fields(exchange.query, RETRIEVE))
+    stored = await _stored(app, exchange, query_fields(exchange.query, RETRIEVE))
     await exchange.reply(200, stored.response, b"application/json")
 
 
 async def delete(app: App, exchange: Exchange) -> None:
     """Those that went on from it stay as they are."""
     salt = query_fields(exchange.query, DELETE).take("cache_salt")
-    if not app.store.delete(owner_of(exchange.key_digest, salt), exchange.path_id):
+    if not await app.store.delete(owner_of(exchange.key_digest, salt), exchange.path_id):
         raise _not_found(exchange.path_id)
     await exchange.reply_json({"id": exchange.path_id, "object": "response", "deleted": True})
 
@@ -77,7 +77,7 @@ async def delete(app: App, exchange: Exchange) -> None:
 async def input_items(app: App, exchange: Exchange) -> None:
     """A page of the items that a response was computed from, those of earlier turns included."""
     fields = query_fields(exchange.query, INPUT_ITEMS)
-    stored = _stored(app, exchange, fields)
+    stored = await _stored(app, exchange, fields)
     items: list[dict[str, Any]] = await unless_short(LONG, len(stored.items), json.loads, stored.items)
     if fields.take("order") == "desc":
         items.reverse()

@@ -9,13 +9,27 @@ from typing import Any
 from pyengine.sampling import StructuredOutputs
 from pyengine.serve.call_grammars import call_grammar
 from pyengine.serve.calls import OBJECT, CallReader, Syntax, TextReader
-from pyengine.serve.errors import bad_request
-from pyengine.serve.fields import BOOLEAN, STRING, TRUE, Fields, Kind, Table, hint, list_of, needed, object_of, one_of
+from pyengine.serve.errors import HTTPError, bad_request
+from pyengine.serve.fields import (
+    BOOLEAN,
+    STRING,
+    TRUE,
+    Fields,
+    Kind,
+    Table,
+    hint,
+    list_of,
+    needed,
+    object_of,
+    one_of,
+    parse_json,
+)
 from pyengine.serve.models import ServedModel
 from pyengine.serve.sampling import Asked, asked_by
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MAX_TOOLS = 128
+INVALID = "INVALID_JSON"  # the name for arguments that are no JSON, as Anthropic's documents have it
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,16 @@ def _forced(shown: list[dict[str, Any]], allowed: dict[str, Any], model: ServedM
 def reader_of(tools: Tools | None) -> CallReader | TextReader:
     """For one output."""
     return TextReader() if tools is None else CallReader(tools.syntax, tools.allowed, only_one=tools.only_one)
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """The arguments of a call as an object; as text under a name for it if they are no JSON object, cut short for instance, or
+    none that we would read when they come back."""
+    try:
+        value = parse_json(text.encode("utf-8", "replace"))
+    except HTTPError:
+        value = None
+    return value if isinstance(value, dict) else {INVALID: text}
 
 
 def held_to(

@@ -27,7 +27,8 @@ class Queue:
 
     def __init__(self, settings: Settings) -> None:
         self._limit = settings.max_queue_tokens
-        self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()  # of this loop
+        # those that somebody holds, and the model of each; changed by single operations only: /metrics is told in a thread
+        self._jobs: dict[weakref.ref[Job], str] = {}
         self._rate = FIRST_GUESS
         self.is_draining = False
 
@@ -44,12 +45,16 @@ class Queue:
                 code="queue_full",
                 retry_after=min(60.0, max(0.1, waiting / self._rate)),
             )
-        self._jobs.add(job)
+        self._jobs[weakref.ref(job, lambda gone: self._jobs.pop(gone, None))] = model.name
         model.asynchronous.stepper.add(job)
         return job
 
     def jobs(self) -> list[Job]:
-        return [job for job in self._jobs if not job.is_closed]
+        return [job for job, _ in self._named()]
+
+    def _named(self) -> list[tuple[Job, str]]:
+        living = ((ref(), name) for ref, name in list(self._jobs.items()))
+        return [(job, name) for job, name in living if job is not None and not job.is_closed]
 
     def waiting_tokens(self) -> int:
         """Of prompts whose first output token has not come."""
@@ -60,11 +65,14 @@ class Queue:
             if not request.is_done and not (isinstance(request, GenerationRequest) and request.output.pieces)
         )
 
-    def counts(self) -> tuple[int, int]:
-        """Requests that have not started, and those that run."""
-        requests = [one for job in self.jobs() for one in job.requests if not one.is_done]
-        running = sum(request.is_started for request in requests)
-        return len(requests) - running, running
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Requests that have not started, and those that run, of each model that has any."""
+        counts: dict[str, tuple[int, int]] = {}
+        for job, name in self._named():
+            started = [one.is_started for one in job.requests if not one.is_done]
+            waiting, running = counts.get(name, (0, 0))
+            counts[name] = waiting + started.count(False), running + started.count(True)
+        return counts
 
     def note_rate(self, prompt_tokens_per_second: float) -> None:
         self._rate = max(1.0, 0.8 * self._rate + 0.2 * prompt_tokens_per_second)

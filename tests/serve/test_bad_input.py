@@ -14,6 +14,8 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 from serve.client import Answer, Client, serving
 from serve.conftest import TURNS, make_chat_model
 
+from pyengine.serve.openapi import BODIES
+
 CHAT, TEXT, RESPONSES, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"
 USER = {"role": "user", "content": "Hello"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -52,7 +54,7 @@ OF_ALL: list[tuple[str, Any, str]] = [
         (with_field(path, b'"user": "\xff"'), "not UTF-8: invalid start byte at byte"),
         (with_field(path, b'"user": "\xed\xa0\x80"'), "not UTF-8"),
         (with_field(path, b'"user": "\x00"'), "not JSON"),
-        (with_field(path, b'"temperature": Infinity'), "Infinity is no number"),
+        (b"1e999", "the body is not a finite number"),
         (with_field(path, b'"no_such": 1'), "unknown field 'no_such'"),
     ]
 ]
@@ -90,6 +92,10 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
+# as they are written, and what they are: numbers that are none, and those that a double does not hold
+NOT_FINITE = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"9" * 400 + b".0")
+
+
 def beside_a_stream(model: Path, test: Any) -> None:
     """test(client) beside an answer that is being written, which must be that of the request alone."""
 
@@ -115,6 +121,24 @@ def test_what_is_no_body_of_ours(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         for path, body, words in OF_ALL:
             check(await client.post(path, body), words)
+
+    beside_a_stream(chat_model, test)
+
+
+def test_a_number_that_is_not_finite_is_refused_by_its_place(chat_model: Path) -> None:
+    async def test(client: Client) -> None:
+        for path, table in BODIES.items():
+            for name in table:
+                for number in NOT_FINITE:
+                    answer = await client.post(path, b'{"%b": %b}' % (name.encode(), number))
+                    error = answer.json if path.startswith("/api/") else answer.json["error"]
+                    assert (answer.status, error["param"]) == (400, name), answer.body
+                    assert error.get("message", error.get("error")) == f"{name} is not a finite number"
+        tools = b'{"messages": [], "tools": [{"a": 1e308}, {"function": {"parameters": {"enum": [1, "x", 1e309]}}}]}'
+        answer = await client.post(CHAT, tools)
+        assert answer.error["param"] == "tools[1].function.parameters.enum[2]"
+        largest = {**PROMPT[TEXT], "max_tokens": 1, "logit_bias": {"5": 3.4e38, "6": -3.4e38}}
+        assert (await client.post(TEXT, largest)).status == 200
 
     beside_a_stream(chat_model, test)
 

@@ -26,7 +26,7 @@ USER = [{"role": "user", "content": "Hello"}]
 WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
-    ({"temperature": 1e400}, ""),
+    ({"temperature": 1e400}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"top_k": 2**70}, "top_k"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -40,6 +40,13 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**64}, "seed"),
     ({"stop": ["x" * 200_000]}, "stop"),
     ({"stop": [""]}, "stop"),
+    ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+    ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+    ({"bad_token_ids": [10**6]}, "bad_token_ids"),
+    ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"min_tokens": 5}, "min_tokens"),
+    ({"n": 2, "temperature": 0}, "n"),
     ({"stop": 5}, "stop"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"logprobs": 3}, "logprobs"),
@@ -165,7 +172,8 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(chat_model: Path
 def test_paths_methods_and_models(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         assert (await client.get("/v2/nothing")).status == 404
-        for path, meant in (("/api/chat", CHAT), ("/v1/v1/chat/completions", CHAT), ("/v1/models/", "/v1/models/")):
+        elsewhere = [("/completion", "/v1/completions"), ("/v1/v1/chat/completions", CHAT), ("/v1/models/", "/v1/models/")]
+        for path, meant in elsewhere:
             answer = await client.post(path, {})
             assert answer.status in (404, 405) and (meant in answer.error["message"]), answer.body
         short = await client.post("/chat/completions", {"messages": USER, "max_tokens": 1})
@@ -341,6 +349,7 @@ def test_keys_hosts_and_origins(chat_model: Path) -> None:
         good = {"origin": "https://good.example", "host": "localhost:80"}
         answer = await client.get("/v1/models", headers=good)
         assert answer.status == 200 and answer.headers["access-control-allow-origin"] == "https://good.example"
+        assert "retry-after-ms" in answer.headers["access-control-expose-headers"]
         assert (await client.get("/v1/models", headers={**good, "origin": "https://evil.example"})).status == 403
         same = await client.get("/v1/models", headers={"origin": "http://localhost:80", "host": "localhost:80"})
         assert same.status == 200 and "access-control-allow-origin" not in same.headers
@@ -398,8 +407,31 @@ def test_metrics_count_what_was_done(chat_model: Path) -> None:
         prompt = answer.json["usage"]["prompt_tokens"]
         assert f'vllm:prompt_tokens_total{{model_name="tiny"}} {prompt}.0' in text
         assert 'vllm:time_to_first_token_seconds_count{model_name="tiny"} 1.0' in text
-        assert "vllm:num_requests_running 0.0" in text
+        assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in text
+        assert 'vllm:request_prompt_tokens_bucket{le="+Inf",model_name="tiny"} 1.0' in text
+        assert 'vllm:request_generation_tokens_sum{model_name="tiny"} 4.0' in text
         assert 'pyengine:http_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
+
+    serving(chat_model, test)
+
+
+def test_requests_are_counted_by_their_model(chat_model: Path) -> None:
+    async def test(client: Client) -> None:
+        may_step = threading.Event()
+        scheduler = client.app.models.get(None).engine.scheduler
+        step = scheduler.step
+        scheduler.step = lambda: may_step.wait() and step()  # type: ignore[method-assign]
+        assert client.app.queue.counts() == {}
+        call = client.begin("POST", CHAT, {"messages": USER, "max_tokens": 4, "n": 3, "temperature": 1})
+        try:
+            while not client.app.queue.jobs():
+                await asyncio.sleep(0.001)
+            assert client.app.queue.counts() == {"tiny": (3, 0)}
+            assert (await client.get("/props")).json["requests_waiting"] == 3
+        finally:
+            may_step.set()
+        await call.task
+        assert client.app.queue.counts() == {}
 
     serving(chat_model, test)
 

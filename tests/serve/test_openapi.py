@@ -79,6 +79,6 @@ def test_every_field_of_a_table_is_read(chat_model: Path) -> None:
             }
             for name, kind in table.items():
                 answer = await client.post(path, {**body, name: value(kind.schema)})
-                assert answer.status == 200 or "has no place here" not in answer.json["error"]["message"], (path, name)
+                assert answer.status == 200 or b"has no place here" not in answer.body, (path, name)
 
     serving(chat_model, test)

@@ -69,14 +69,26 @@ def test_they_answer_alike_and_end_together(chat_model: Path) -> None:
         answers = [post(port, "/v1/chat/completions", HELLO) for _ in range(8)]
         assert all(status == 200 for status, _ in answers)
         assert len({answer["choices"][0]["message"]["content"] for _, answer in answers}) == 1
-        status, refused = post(port, "/v1/responses", {"input": "Hello", "store": True})
-        assert (status, refused["error"]["param"]) == (400, "store")  # the next one could come to another process
-        status, unkept = post(port, "/v1/responses", {"input": "Hello", "max_output_tokens": 1})
-        assert (status, unkept["store"]) == (200, False)
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         process.stderr.read()  # until nobody holds it: all have ended
         assert process.wait() == 0
+
+
+def test_a_response_is_there_whichever_process_is_asked(chat_model: Path) -> None:
+    """Every request is a connection of its own, and may come to any of them."""
+    with servers(chat_model) as (_, port, _):
+        body = {"input": "Hello", "max_output_tokens": 2, "seed": 1}
+        kept = [post(port, "/v1/responses", body) for _ in range(8)]
+        assert all(status == 200 and response["store"] for status, response in kept)
+        for _, response in kept:
+            assert json.loads(get(port, f"/v1/responses/{response['id']}")) == response
+            status, next_one = post(port, "/v1/responses", {**body, "previous_response_id": response["id"]})
+            assert status == 200 and next_one["previous_response_id"] == response["id"]
+        gauge = re.compile(r'^pyengine:stored_responses\{process="(\d)"\} (.+)$', re.MULTILINE)
+        while not (stored := gauge.findall(get(port, "/metrics"))):
+            pass  # the first process took longer than a sibling has
+        assert stored == [("0", "16.0")]
 
 
 def test_whichever_is_asked_tells_the_metrics_of_all(chat_model: Path) -> None:

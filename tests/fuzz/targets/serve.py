@@ -41,6 +41,12 @@ _ANTHROPIC = {
     "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
     "output_config": {"format": {"type": "json_schema", "schema": _SCHEMA}},
 }
+_OLLAMA = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]},
+    {"role": "tool", "content": "d", "tool_name": "f"},
+]
+_OPTIONS = {"temperature": 0.7, "top_k": 5, "seed": -1, "num_predict": 3, "stop": ["x"], "repeat_penalty": 1.1}
 _SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1, "max_tokens": 3, "stop": ["x"], "logit_bias": {"5": -1}}
 _CHAT = {"messages": seeds.MESSAGES, "max_tokens": 3}
 BODIES: dict[str, list[dict[str, Any]]] = {
@@ -88,15 +94,26 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     ],
     "/v1/messages/count_tokens": [_ANTHROPIC],
     "/v1/embeddings": [{"input": ["hi", [1, 2]], "dimensions": 3, "encoding_format": "base64", "pooling": "mean"}],
+    "/api/chat": [
+        {"messages": seeds.MESSAGES, "options": {**_OPTIONS, "num_ctx": 512, "mirostat": 0}, "keep_alive": "5m"},
+        {"messages": _OLLAMA, "tools": [_TOOL], "options": {"num_predict": 3}, "stream": False, "think": False},
+        {"messages": [{"role": "user", "content": "hi"}], "format": _SCHEMA, "options": {"num_predict": 3}},
+    ],
+    "/api/generate": [
+        {"prompt": "hi", "system": "s", "format": "json", "options": _OPTIONS},
+        {"prompt": "hi", "raw": True, "stream": False, "options": _OPTIONS},
+    ],
+    "/api/embed": [{"input": ["hi", "b"], "dimensions": 3, "options": {"num_thread": 1}}],
+    "/api/show": [{"model": "tiny", "verbose": True}],
     "/tokenize": [{"content": "hi <|end|>", "add_special": True, "with_pieces": True}],
     "/detokenize": [{"tokens": [1, 2, 257]}],
 }
 _OTHER_PATHS = ["/", "/health", "/metrics", "/props", "/v1/models", "/v1/models/tiny", "/v1/models/", "/x", ""]
-_OTHER_PATHS += [
+_OTHER_PATHS += ["/api/tags", "/api/ps", "/api/pull"] + [
     f"/v1/responses/resp_1{more}" for more in ("", "?cache_salt=a", "/input_items?limit=2&order=asc&after=b")
 ]
 _HEADERS = ["authorization", "origin", "host", "content-type", "content-length", "x-request-id", "accept", "expect"]
-_MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 4, "best_of": 4}
+_MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "num_predict": 4, "n": 4, "best_of": 4}
 _REQUESTS = 10  # of a case: a server's start is most of its time
 
 
@@ -153,9 +170,10 @@ class ServeTarget:
 
 def _bounded(body: Any) -> Any:
     """Wishes for very much are granted for a little: they are no faults, they only take long."""
-    for name, most in _MOST.items():
-        if isinstance(body, dict) and type(body.get(name)) in (int, float) and body[name] > most:
-            body[name] = most
+    for part in (body, body.get("options")) if isinstance(body, dict) else ():
+        for name, most in _MOST.items():
+            if isinstance(part, dict) and type(part.get(name)) in (int, float) and part[name] > most:
+                part[name] = most
     return body
 
 
