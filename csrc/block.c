@@ -17,7 +17,7 @@ typedef struct qkv_job {
 static void put_query(pe_slice *s, const pe_layer *layer, size_t token, size_t head, const float *q) {
     const pe_model *model = s->model;
     size_t n_rep = model->config.n_heads / model->config.n_kv_heads, d = model->head_dim_p;
-    size_t head_dim = model->config.head_dim, block = pe_turn_block(head_dim);
+    size_t head_dim = model->config.head_dim, block = pe_hadamard_block(head_dim);
     size_t row = (head / n_rep * s->capacity + token) * n_rep + head % n_rep;
     if (s->kv_dtype == PE_KV_F32) {
         memset(s->q_f32 + row * d, 0, d * sizeof(float));
@@ -50,7 +50,7 @@ static void put_key_value(const qkv_job *j, size_t token, uint32_t kv_head, cons
     }
     int8_t codes[PE_MAX_HEAD_DIM] = {0};
     int32_t unused;
-    size_t block = pe_turn_block(head_dim);
+    size_t block = pe_hadamard_block(head_dim);
     uint32_t bits =
         s->kernels->quantize_head(codes, &kv.k_scales[in_chunk], &unused, k, head_dim, block, pe_weight_factor(block));
     pe_slice_note_bits(s, token, bits);

@@ -5,7 +5,8 @@
 #include "kernels/pe_math.h"
 #include "model.h"
 
-/* x (pad16(dim)) = row `id`, which is in the vocabulary, of the embeddings: code * scale, exact, turned back; zeros behind it. */
+/* x (pad16(dim)) = row `id`, which is in the vocabulary, of the embeddings: code * scale, exact, transformed back; zeros
+ * behind it. */
 static inline void pe_embed(const pe_model *model, const struct pe_kernels *kernels, float *x, int32_t id) {
     const pe_matrix *w = &model->tok_embeddings;
     size_t panel = (size_t)id / PE_PANEL, row = (size_t)id % PE_PANEL;
@@ -14,7 +15,7 @@ static inline void pe_embed(const pe_model *model, const struct pe_kernels *kern
         int8_t code = w->codes[group * PE_GROUP * PE_PANEL + k4 * 64 + row * 4 + i % 4];
         x[i] = (float)code * pe_half_to_float(w->scales[group * PE_PANEL + row]);
     }
-    kernels->turn(x, model->config.dim, pe_input_factor(pe_turn_block(model->config.dim)));
+    kernels->hadamard(x, model->config.dim, pe_input_factor(pe_hadamard_block(model->config.dim)));
 }
 
 #endif

@@ -1,8 +1,8 @@
-/* lanes16_quantize.h: the turn and the quantizers of lanes16.h, which includes this; FORMAT.md sections 4 and 5.
+/* lanes16_quantize.h: the Hadamard transform and the quantizers of lanes16.h, which includes this; FORMAT.md sections 4 and 5.
  *
  * A block of tokens is quantized four groups of 64 values at a time, transposed by quads of four lanes: of the sixteen
  * vectors that they fill, vector c then holds elements 4 c to 4 c + 3 of all four, those of group k in its quad k. Stages of
- * the turn that pair elements four or more apart are additions of whole vectors, a group's maximum is one of vectors and
+ * the transform that pair elements four or more apart are additions of whole vectors, a group's maximum is one of vectors and
  * then of four lanes, four groups share a division, and rounded to bytes a vector is what a block of four tokens or more has
  * side by side. */
 #ifndef PE_LANES16_QUANTIZE_H
@@ -10,13 +10,13 @@
 
 enum {
     QUADS = 4, /* groups that are worked on together = quads of a vector */
-    AHEAD = 4  /* fours that are turned before the first of them is rounded: by then its maximum and division are done */
+    AHEAD = 4  /* fours that are transformed before the first of them is rounded: by then its maximum and division are done */
 };
 
-/* ------------------------------------------------------------------ the turn */
+/* ------------------------------------------------------------------ the Hadamard transform */
 
 /* The sign of the second half of every pair that is h lanes apart, for h = 1, 2, 4, 8. */
-static const float pe_turn_signs[4][16] = {
+static const float pe_hadamard_signs[4][16] = {
     {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
     {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
     {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
@@ -29,20 +29,20 @@ PE_INLINE void butterfly(v16 *a, v16 *b) {
     *a = sum;
 }
 
-/* A stage of the turn within each of four vectors, if blocks of `block` have it. Lane i becomes its partner plus or minus
+/* A stage of the transform within each of four vectors, if blocks of `block` have it. Lane i becomes its partner plus or minus
  * itself: one fma, whose product is exact. */
-#define PE_TURN_LANES(v, block, h, swap, index) \
+#define PE_HADAMARD_LANES(v, block, h, swap, index) \
     if ((block) > (h)) { \
-        v16 sign = v16_load(pe_turn_signs[index]); \
+        v16 sign = v16_load(pe_hadamard_signs[index]); \
         PE_UNROLL for (int i = 0; i < 4; i++) (v)[i] = v16_fma((v)[i], sign, swap((v)[i])); \
     }
 
 /* T of the blocks of 64 values. */
-PE_INLINE void turn_64(v16 v[4], size_t block) {
-    PE_TURN_LANES(v, block, 1, v16_swap1, 0)
-    PE_TURN_LANES(v, block, 2, v16_swap2, 1)
-    PE_TURN_LANES(v, block, 4, v16_swap4, 2)
-    PE_TURN_LANES(v, block, 8, v16_swap8, 3)
+PE_INLINE void hadamard_64(v16 v[4], size_t block) {
+    PE_HADAMARD_LANES(v, block, 1, v16_swap1, 0)
+    PE_HADAMARD_LANES(v, block, 2, v16_swap2, 1)
+    PE_HADAMARD_LANES(v, block, 4, v16_swap4, 2)
+    PE_HADAMARD_LANES(v, block, 8, v16_swap8, 3)
     if (block > 16) butterfly(&v[0], &v[1]), butterfly(&v[2], &v[3]);
     if (block > 32) butterfly(&v[0], &v[2]), butterfly(&v[1], &v[3]);
 }
@@ -58,16 +58,16 @@ PE_INLINE void load_64(v16 v[4], const float *x, size_t n) {
     PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(padded + i * 16);
 }
 
-static void turn(float *x, size_t n, float factor) {
-    size_t block = pe_turn_block(n);
+static void hadamard(float *x, size_t n, float factor) {
+    size_t block = pe_hadamard_block(n);
     for (size_t begin = 0; begin < n; begin += PE_GROUP) {
         size_t left = n - begin < PE_GROUP ? n - begin : PE_GROUP;
-        float turned[PE_GROUP];
+        float transformed[PE_GROUP];
         v16 v[4];
         load_64(v, x + begin, left);
-        turn_64(v, block);
-        PE_UNROLL for (int i = 0; i < 4; i++) v16_store(turned + i * 16, v16_mul(v[i], v16_set1(factor)));
-        memcpy(x + begin, turned, left * sizeof *x);
+        hadamard_64(v, block);
+        PE_UNROLL for (int i = 0; i < 4; i++) v16_store(transformed + i * 16, v16_mul(v[i], v16_set1(factor)));
+        memcpy(x + begin, transformed, left * sizeof *x);
     }
 }
 
@@ -81,7 +81,7 @@ static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, 
     i16 most = i16_zero(), total = i16_zero();
     for (size_t begin = 0; begin < n; begin += PE_GROUP, n_v += 4) {
         load_64(v + n_v, x + begin, n - begin < PE_GROUP ? n - begin : PE_GROUP);
-        turn_64(v + n_v, block);
+        hadamard_64(v + n_v, block);
     }
     for (size_t i = 0; i < n_v; i++) most = v16_abs_bits_max(most, v[i]);
     uint32_t bits = i16_umax(most);
@@ -108,11 +108,11 @@ typedef struct four_groups {
     float inv_rms[QUADS];
 } four_groups;
 
-/* The four, transposed, after the turn; absmax: the bits of each group's largest magnitude in all lanes of its quad. */
-typedef struct turned_four {
+/* The four, transposed, after the transform; absmax: the bits of each group's largest magnitude in all lanes of its quad. */
+typedef struct transformed_four {
     v16 v[16];
     i16 absmax;
-} turned_four;
+} transformed_four;
 
 PE_INLINE i16 absmax_four(const v16 v[16]) {
     i16 most[4];
@@ -125,7 +125,7 @@ PE_INLINE i16 absmax_four(const v16 v[16]) {
     return v16_abs_bits_max(most[0], v16_swap2(v16_from_bits(most[0])));
 }
 
-PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, const int normed) {
+PE_INLINE void transform_four(transformed_four *out, const four_groups *in, size_t block, const int normed) {
     v16 v[16];
     PE_UNROLL for (int j = 0; j < 4; j++) {
         v16 *q = v + j * 4;
@@ -133,8 +133,8 @@ PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, 
             q[k] = v16_load(in->x[k] + j * 16);
             if (normed) q[k] = v16_mul(v16_mul(q[k], v16_set1(in->inv_rms[k])), v16_load(in->norm[k] + j * 16));
         }
-        PE_TURN_LANES(q, block, 1, v16_swap1, 0)
-        PE_TURN_LANES(q, block, 2, v16_swap2, 1)
+        PE_HADAMARD_LANES(q, block, 1, v16_swap1, 0)
+        PE_HADAMARD_LANES(q, block, 2, v16_swap2, 1)
         v16_transpose_quads(q);
         if (block > 4) butterfly(&q[0], &q[1]), butterfly(&q[2], &q[3]);
         if (block > 8) butterfly(&q[0], &q[2]), butterfly(&q[1], &q[3]);
@@ -149,7 +149,7 @@ PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, 
 
 /* Codes of vector c go to codes + c * step, sixteen of them; scales and corrections (16) are the same in all lanes of a
  * quad. */
-PE_INLINE void round_four(int8_t *codes, size_t step, float *scales, float *corrections, const turned_four *in,
+PE_INLINE void round_four(int8_t *codes, size_t step, float *scales, float *corrections, const transformed_four *in,
                           float factor) {
     v16 absmax = v16_from_bits(in->absmax), most_code = v16_set1(127.0f);
     v16 scale = v16_mul(v16_div(absmax, most_code), v16_set1(factor));
@@ -209,7 +209,7 @@ PE_INLINE void take_four(four_groups *four, float padded[2 * QUADS][PE_GROUP], c
 
 /* n_items items, at most four, from `item` on to where kernels.h has them. In a block of four tokens or more each
  * vector's codes lie side by side. */
-PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const turned_four *four, float factor) {
+PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const transformed_four *four, float factor) {
     size_t width = (size_t)1 << b->width_bits;
     int8_t dense[QUADS * PE_GROUP];
     int8_t *first = b->codes + item_group(b, item) * b->group_bytes + item_token(b, item) * 4;
@@ -258,7 +258,7 @@ static uint32_t not_finite_tokens(const i16 absmax[PE_TOKEN_BLOCK / QUADS], cons
 /* quantize of kernels.h, whose codes of the block begin at `codes` and are group_bytes apart from group to group. */
 static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, size_t group_bytes, const float *const *rows,
                                size_t n, const float *norm, float eps) {
-    size_t left = x->n_tokens - first, width = pe_block_width(left), block = pe_turn_block(n);
+    size_t left = x->n_tokens - first, width = pe_block_width(left), block = pe_hadamard_block(n);
     size_t first_scale = first * (x->n / PE_GROUP);
     block_rows b = {.rows = rows,
                     .n_rows = left < width ? left : width,
@@ -271,22 +271,22 @@ static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, s
                     .corrections = x->corrections + first_scale};
     uint32_t not_finite = norm != NULL ? norm_rows(&b, eps) : 0;
     i16 absmax[PE_TOKEN_BLOCK / QUADS] = {i16_zero(), i16_zero()};
-    turned_four turned[AHEAD];
+    transformed_four transformed[AHEAD];
     float padded[2 * QUADS][PE_GROUP], factor = pe_input_factor(block);
     size_t end = x->n / PE_GROUP * width;
     for (size_t begin = 0; begin < end; begin += AHEAD * QUADS) {
         size_t n_items = end - begin < AHEAD * QUADS ? end - begin : AHEAD * QUADS;
         for (size_t i = 0; i < n_items; i += QUADS) {
-            turned_four *t = &turned[i / QUADS];
+            transformed_four *t = &transformed[i / QUADS];
             four_groups four;
             take_four(&four, padded, &b, begin + i);
-            if (norm != NULL) turn_four(t, &four, block, 1);
-            else turn_four(t, &four, block, 0);
+            if (norm != NULL) transform_four(t, &four, block, 1);
+            else transform_four(t, &four, block, 0);
             i16 *most = &absmax[i / QUADS % (PE_TOKEN_BLOCK / QUADS)];
             *most = v16_abs_bits_max(*most, v16_from_bits(t->absmax));
         }
         for (size_t i = 0; i < n_items; i += QUADS)
-            put_four(&b, begin + i, n_items - i < QUADS ? n_items - i : QUADS, &turned[i / QUADS], factor);
+            put_four(&b, begin + i, n_items - i < QUADS ? n_items - i : QUADS, &transformed[i / QUADS], factor);
     }
     return not_finite | not_finite_tokens(absmax, &b);
 }
@@ -297,6 +297,6 @@ static uint32_t quantize(pe_activations *x, size_t first, const float *const *ro
     return quantize_block(x, first, x->codes + first * x->n, group_bytes, rows, n, norm, eps);
 }
 
-#undef PE_TURN_LANES
+#undef PE_HADAMARD_LANES
 
 #endif
