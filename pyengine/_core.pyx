@@ -11,15 +11,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
 from pyengine._pe cimport *
 
-from pyengine.errors import STATUS_ERRORS, InvalidArgumentError, ModelFormatError, PyEngineError
-
-
-cdef int check(pe_status status, const char *err) except -1:
-    """Raise the one class that belongs to `status`, with the core's own sentence."""
-    if status == PE_OK:
-        return 0
-    message = (err if err[0] else pe_status_message(status)).decode("utf-8", "replace")
-    raise STATUS_ERRORS[<int>status](message)
+from pyengine.errors import InvalidArgumentError, ModelFormatError, PyEngineError
 
 
 def status_count() -> int:
@@ -42,7 +34,6 @@ def available_isas() -> list:
 def select_isa(name=None) -> None:
     """Choose the kernel table for contexts created from now on; None = PYENGINE_ISA, else the best."""
     cdef char[PE_ERR_LEN] err
-    err[0] = 0
     encoded = None if name is None else str(name).encode()
     check(pe_isa_select(NULL if encoded is None else <const char *>encoded, err), err)
 
@@ -51,7 +42,6 @@ def active_isa() -> str:
     """The kernel table that a context created now would use."""
     cdef char[PE_ERR_LEN] err
     cdef const char *name = NULL
-    err[0] = 0
     check(pe_isa_active(&name, err), err)
     return name.decode()
 
@@ -61,8 +51,8 @@ def cpu_features() -> list:
     cdef uint32_t bits = pe_cpu_features()
     known = {
         "avx2": PE_CPU_AVX2, "fma": PE_CPU_FMA, "f16c": PE_CPU_F16C, "avx512f": PE_CPU_AVX512F, "avx512bw": PE_CPU_AVX512BW,
-        "avx512vl": PE_CPU_AVX512VL, "avx512dq": PE_CPU_AVX512DQ, "avx512vnni": PE_CPU_AVX512VNNI, "avxvnni": PE_CPU_AVXVNNI, "neon_dotprod": PE_CPU_NEON_DOTPROD,
-        "neon_i8mm": PE_CPU_NEON_I8MM,
+        "avx512vl": PE_CPU_AVX512VL, "avx512dq": PE_CPU_AVX512DQ, "avx512vnni": PE_CPU_AVX512VNNI, "avxvnni": PE_CPU_AVXVNNI,
+        "neon_dotprod": PE_CPU_NEON_DOTPROD, "neon_i8mm": PE_CPU_NEON_I8MM,
         "amx_tile": PE_CPU_AMX_TILE, "amx_int8": PE_CPU_AMX_INT8,
     }
     return [name for name, bit in known.items() if bits & <uint32_t>bit]

@@ -85,7 +85,6 @@ cdef class Context:
         cdef pe_kv_dtype dtype = PE_KV_F32 if kv_dtype == "f32" else PE_KV_INT8
         if kv_dtype not in ("int8", "f32"):
             raise ValueError(f"kv_dtype is {kv_dtype!r}, expected 'int8' or 'f32'")
-        err[0] = 0
         self.model = model
         check(pe_context_create(&self.context, model.model, dtype, n_threads, err), err)
 
@@ -139,7 +138,6 @@ cdef class Context:
         """An empty sequence, whose pages end with it."""
         cdef char[PE_ERR_LEN] err
         cdef Sequence out = self.sequence_object()
-        err[0] = 0
         check(pe_sequence_new(self.context, &out.id, err), err)
         return out
 
@@ -151,7 +149,6 @@ cdef class Context:
         cdef const int32_t[::1] view = array("i", tokens)
         cdef size_t n = view.shape[0]
         cdef Sequence out = self.sequence_object()
-        err[0] = 0
         check(pe_sequence_match(self.context, &view[0] if n else NULL, n, salt_pointer(salt), keep, &out.id, &n_matched,
                                 err), err)
         return out
@@ -174,7 +171,6 @@ cdef class Context:
         cdef const uint8_t *begin = &data[0] if n_bytes else NULL
         cdef const uint8_t *of_salt = salt_pointer(salt)
         cdef Sequence out = self.sequence_object()
-        err[0] = 0
         self.busy = True
         with nogil:
             status = pe_sequence_restore(self.context, ids, n, of_salt, begin, n_bytes, &out.id, err)
@@ -224,7 +220,6 @@ cdef class Context:
         """Count every reference of the KV cache anew. Raises SystemCallError if the books do not balance."""
         cdef char[PE_ERR_LEN] err
         self.check_idle()
-        err[0] = 0
         check(pe_context_check(self.context, err), err)
 
     # ------------------------------------------------------------ forward
@@ -280,7 +275,6 @@ cdef class Context:
         # Python's clock and the core's begin at the same moment on Linux only. In a century (or infinity) means no deadline
         wait = None if deadline is None else deadline - monotonic()
         batch.deadline_ns = 0 if wait is None or not wait < 3e9 else max(1, pe_now_ns() + <int64_t>(max(wait, -1.0) * 1e9))
-        err[0] = 0
         self.pending = None
         self.busy = True
         with nogil:
@@ -324,7 +318,6 @@ cdef class Context:
         cdef size_t n_tokens = x.shape[0]
         if x.shape[1] != self.model.dim or n_tokens == 0:
             raise ValueError(f"x must be (n_tokens, {self.model.dim})")
-        err[0] = 0
         with nogil:
             status = pe_debug_block(self.context, layer, &x[0, 0], n_tokens, err)
         check(status, err)

@@ -23,7 +23,6 @@ cdef class DraftHead:
         cdef pe_status status
         cdef uint32_t hidden_dim = spec.hidden_dim, vocab_size = spec.vocab_size
         cdef _Tensors found = _Tensors(model.buffer, tensors)
-        err[0] = 0
         self.model = model
         with nogil:
             status = pe_draft_head_create(&self.head, model.model, hidden_dim, vocab_size, found.items, found.n, n_threads, err)
@@ -52,7 +51,6 @@ cdef class DraftHead:
             raise PyEngineError("this draft head is at work in another thread, or its logits are still looked at")
         failed = bytearray(n)
         cdef uint8_t[::1] failed_view = failed
-        err[0] = 0
         self.n_rows, self.busy = 0, True
         with nogil:
             status = pe_draft_head_step(self.head, &states[0], &view[0], n, &failed_view[0], err)

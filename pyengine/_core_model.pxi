@@ -51,7 +51,6 @@ cdef class Model:
         cdef pe_layer_spec *specs = <pe_layer_spec *>PyMem_Malloc((len(config.layers) + 1) * sizeof(pe_layer_spec))
         if specs == NULL:
             raise MemoryError
-        err[0] = 0
         try:
             c.dim, c.hidden_dim, c.n_layers = config.dim, config.hidden_dim, len(config.layers)
             c.n_heads, c.n_kv_heads, c.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
@@ -78,7 +77,6 @@ cdef class Model:
         cdef char[PE_ERR_LEN] err
         cdef pe_status status
         cdef _Tensors found = _Tensors(self.buffer, tensors)
-        err[0] = 0
         with nogil:
             status = pe_model_set_tensors(self.model, found.items, found.n, n_threads, err)
         check(status, err)
@@ -102,7 +100,6 @@ cdef class Adapter:
 
     def __cinit__(self, Model model not None):
         cdef char[PE_ERR_LEN] err
-        err[0] = 0
         self.model = model
         check(pe_adapter_create(&self.adapter, model.model, err), err)
 
@@ -121,7 +118,6 @@ cdef class Adapter:
             raise InvalidArgumentError(f"a is {a.shape[0]} x {a.shape[1]}, b {b.shape[0]} x {b.shape[1]}")
         product.a, product.b = &a[0, 0], &b[0, 0]
         product.rank, product.n_in, product.n_out, product.scale = a.shape[0], a.shape[1], b.shape[0], scale
-        err[0] = 0
         with nogil:
             status = pe_adapter_set(self.adapter, layer, <pe_adapter_matrix>index, &product, err)
         check(status, err)

@@ -30,7 +30,6 @@ cdef class Sequence:
         """Tokens in it."""
         cdef size_t length = 0
         cdef char[PE_ERR_LEN] err
-        err[0] = 0
         check(pe_sequence_length(self.context.context, self.open_id(), &length, err), err)
         return length
 
@@ -53,7 +52,6 @@ cdef class Sequence:
         cdef uint8_t[::1] view
         context.check_idle()
         cdef size_t n_bytes = pe_sequence_snapshot_bytes(context.context, id)
-        err[0] = 0
         out = bytearray(n_bytes)
         if n_bytes > 0:
             view = out
@@ -67,7 +65,6 @@ cdef class Sequence:
     def truncate(self, size_t n_tokens) -> None:
         """Keep the first n_tokens, or fewer: as many as layers with a window can go on from (`length`)."""
         cdef char[PE_ERR_LEN] err
-        err[0] = 0
         self.context.check_idle()
         check(pe_sequence_truncate(self.context.context, self.open_id(), n_tokens, err), err)
 
@@ -77,7 +74,6 @@ cdef class Sequence:
         cdef char[PE_ERR_LEN] err
         cdef const int32_t[::1] view = array("i", tokens)
         cdef size_t n = view.shape[0], n_accepted = 0
-        err[0] = 0
         self.context.check_idle()
         check(pe_sequence_accept(self.context.context, self.open_id(), &view[0] if n else NULL, n, &n_accepted, err), err)
         return n_accepted
@@ -86,7 +82,6 @@ cdef class Sequence:
         """A new sequence that shares the first n_tokens, or fewer: as many as layers with a window can go on from."""
         cdef char[PE_ERR_LEN] err
         cdef Sequence out = self.context.sequence_object()
-        err[0] = 0
         check(pe_sequence_fork(self.context.context, self.open_id(), n_tokens, &out.id, err), err)
         return out
 

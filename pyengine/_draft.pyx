@@ -5,13 +5,9 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int32_t
 from libc.stdlib cimport free, malloc
 
+from pyengine._pe cimport PE_ERR_LEN, check, pe_status
+
 from pyengine.errors import OutOfMemoryError
-
-
-cdef extern from "pyengine.h" nogil:
-    enum: PE_ERR_LEN
-    ctypedef enum pe_status:
-        PE_OK
 
 
 cdef extern from "draft.h" nogil:
@@ -52,14 +48,13 @@ cdef class Ngrams:
 
     def __cinit__(self, size_t n_tokens):
         cdef char[PE_ERR_LEN] err
-        if pe_ngrams_create(&self.ngrams, n_tokens, err) != PE_OK:
-            raise OutOfMemoryError(err.decode("utf-8", "replace"))
+        check(pe_ngrams_create(&self.ngrams, n_tokens, err), err)
 
     def __dealloc__(self):
         pe_ngrams_destroy(self.ngrams)
 
 
-cdef class Experience:
+cdef class DraftStats:
     """What all texts of an engine teach: how often guesses are right, and what a step of so many rows costs."""
 
     cdef pe_draft_chances chances
@@ -86,15 +81,15 @@ cdef class Drafter:
     """Guesses at the next tokens of one text. others: n-grams of other texts, read and added to, or None."""
 
     cdef pe_drafter drafter
-    cdef Experience experience
+    cdef DraftStats stats
     cdef Ngrams own
     cdef Ngrams others
     cdef size_t n_outputs
 
-    def __cinit__(self, Experience experience not None, prompt, Ngrams others=None, *, size_t n_tokens=0):
-        self.experience, self.others = experience, others
+    def __cinit__(self, DraftStats stats not None, prompt, Ngrams others=None, *, size_t n_tokens=0):
+        self.stats, self.others = stats, others
         self.own = Ngrams(max(n_tokens, len(prompt)))
-        self.drafter.own, self.drafter.shared = self.own.ngrams, &experience.chances
+        self.drafter.own, self.drafter.shared = self.own.ngrams, &stats.chances
         self.drafter.others = NULL if others is None else others.ngrams
         for token in prompt:
             pe_drafter_read(&self.drafter, token, False)
@@ -129,7 +124,7 @@ cdef size_t propose_forced(tuple forced, size_t most, int32_t *tokens, float *ch
     return n
 
 
-def plan(Experience experience not None, list drafters not None, list mosts not None, size_t n_rows, list forced=None) -> list:
+def plan(DraftStats stats not None, list drafters not None, list mosts not None, size_t n_rows, list forced=None) -> list:
     """A draft for each of drafters, a tuple of at most mosts[i] tokens, so long that the step, of n_rows rows without them,
     yields most tokens a second. forced[i]: tokens that are all but certain; if it is (), the drafter guesses."""
     cdef size_t i, j, n = len(drafters)
@@ -138,7 +133,7 @@ def plan(Experience experience not None, list drafters not None, list mosts not 
     cdef Py_ssize_t most
     cdef int32_t *to_tokens
     cdef float *to_chances
-    cdef float least = pe_draft_least_chance(&experience.costs, n_rows)
+    cdef float least = pe_draft_least_chance(&stats.costs, n_rows)
     if n == 0 or n > n_rows or n_rows >= PE_DRAFT_MAX_ROWS or len(mosts) != <Py_ssize_t>n:
         return out
     cdef int32_t *tokens = <int32_t *>malloc(n * PE_DRAFT_MAX * sizeof(int32_t))
@@ -156,7 +151,7 @@ def plan(Experience experience not None, list drafters not None, list mosts not 
                 n_proposed[i] = propose_forced(forced[i], most, to_tokens, to_chances)
             else:
                 n_proposed[i] = pe_drafter_propose(&drafter.drafter, NULL, 0, most, least, to_tokens, to_chances)
-        pe_draft_choose(&experience.costs, n_rows, n, chances, n_proposed, n_chosen)
+        pe_draft_choose(&stats.costs, n_rows, n, chances, n_proposed, n_chosen)
         for i in range(n):
             if n_chosen[i] > 0:
                 out[i] = tuple([tokens[i * PE_DRAFT_MAX + j] for j in range(n_chosen[i])])
@@ -166,7 +161,7 @@ def plan(Experience experience not None, list drafters not None, list mosts not 
     return out
 
 
-def choose(Experience experience not None, list chances not None, size_t n_rows):
+def choose(DraftStats stats not None, list chances not None, size_t n_rows):
     """How much of each proposal to compute in a step of n_rows rows without them, as `plan` chooses it. chances[i]: for each guess of
     the i-th, at most MAX_DRAFT, the chance that it is right if those before it are. (gain, number of guesses of each); gain is the mean
     over the texts of the logarithm of how much faster they become."""
@@ -184,7 +179,7 @@ def choose(Experience experience not None, list chances not None, size_t n_rows)
             n_proposed[i] = min(<size_t>len(chances[i]), PE_DRAFT_MAX)
             for j in range(n_proposed[i]):
                 c_chances[i * PE_DRAFT_MAX + j] = chances[i][j]
-        gain = pe_draft_choose(&experience.costs, n_rows, n, c_chances, n_proposed, n_chosen)
+        gain = pe_draft_choose(&stats.costs, n_rows, n, c_chances, n_proposed, n_chosen)
     finally:
         free(c_chances)
     return gain, [n_chosen[i] for i in range(n)]

@@ -1,4 +1,5 @@
-# The part of csrc/pyengine.h that the bindings use, and the core's clock.
+# What the extension modules share: the part of csrc/pyengine.h (and draft_head.h) that they use, the core's clock, and how a
+# pe_status becomes an exception. What one module alone calls (the sampler, the drafter, the probe) is declared there.
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
@@ -10,9 +11,7 @@ cdef extern from "pyengine.h" nogil:
         PE_ERR_LEN
     ctypedef enum pe_status:
         PE_OK
-        PE_ERR_CANCELLED
         PE_STATUS_COUNT
-    const char *pe_status_message(pe_status status)
 
     enum:
         PE_CPU_AVX2, PE_CPU_FMA, PE_CPU_F16C, PE_CPU_AVX512F, PE_CPU_AVX512BW, PE_CPU_AVX512VL, PE_CPU_AVX512VNNI
@@ -139,3 +138,17 @@ cdef extern from "draft_head.h" nogil:
     const float *pe_draft_head_logits(const pe_draft_head *head, size_t row)
     size_t pe_draft_head_logits_stride(const pe_draft_head *head)
     const int32_t *pe_draft_head_vocab(const pe_draft_head *head)
+
+
+cdef inline object error_of(pe_status status, const char *err):
+    """The exception of the one class that belongs to `status`, with the core's own sentence."""
+    from pyengine.errors import STATUS_ERRORS
+
+    return STATUS_ERRORS[<int>status]((<bytes>err).decode("utf-8", "replace"))
+
+
+cdef inline int check(pe_status status, const char *err) except -1:
+    """Raise it unless `status` is PE_OK. err: the PE_ERR_LEN bytes that the call filled."""
+    if status != PE_OK:
+        raise error_of(status, err)
+    return 0

@@ -4,19 +4,11 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
 
-from pyengine._pe cimport PE_ERR_LEN, PE_OK, pe_status
-
-from pyengine.errors import STATUS_ERRORS
+from pyengine._pe cimport PE_ERR_LEN, check, pe_status
 
 cdef extern from "probe.h" nogil:
     pe_status pe_probe_read(const void *data, size_t n_bytes, int n_threads, double seconds, double *bytes_per_second, char *err)
     pe_status pe_probe_int8(const char *isa, int n_threads, double seconds, double *macs_per_second, char *err)
-
-
-cdef int check(pe_status status, const char *err) except -1:
-    if status != PE_OK:
-        raise STATUS_ERRORS[<int>status](err.decode("utf-8", "replace"))
-    return 0
 
 
 def read_bandwidth(buffer, int n_threads, double seconds=0.1) -> float:
@@ -29,7 +21,6 @@ def read_bandwidth(buffer, int n_threads, double seconds=0.1) -> float:
     cdef const void *data = &view[0] if n_bytes > 0 else NULL
     if not 1 <= n_threads <= 256:
         raise ValueError(f"n_threads is {n_threads}, expected 1 to 256")
-    err[0] = 0
     with nogil:
         status = pe_probe_read(data, n_bytes, n_threads, seconds, &rate, err)
     check(status, err)
@@ -45,7 +36,6 @@ def int8_peak(isa: str, int n_threads, double seconds=0.05) -> float:
     cdef const char *name = encoded
     if not 1 <= n_threads <= 256:
         raise ValueError(f"n_threads is {n_threads}, expected 1 to 256")
-    err[0] = 0
     with nogil:
         status = pe_probe_int8(name, n_threads, seconds, &rate, err)
     check(status, err)

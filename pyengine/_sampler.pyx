@@ -11,14 +11,9 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
 from pyengine cimport _core
+from pyengine._pe cimport PE_ERR_LEN, PE_OK, check, error_of, pe_status
 
-from pyengine.errors import InvalidArgumentError, OutOfMemoryError, STATUS_ERRORS
-
-
-cdef extern from "pyengine.h" nogil:
-    enum: PE_ERR_LEN
-    ctypedef enum pe_status:
-        PE_OK
+from pyengine.errors import InvalidArgumentError, OutOfMemoryError
 
 
 cdef extern from "sampler/sampler.h" nogil:
@@ -80,16 +75,6 @@ cdef extern from "sampler/double_math.h" nogil:
 MAX_TOP_LOGPROBS = PE_SAMPLER_MAX_TOP_LOGPROBS
 
 
-cdef object error_of(pe_status status, const char *err):
-    return STATUS_ERRORS[<int>status]((<bytes>err).decode("utf-8", "replace"))
-
-
-cdef int check(pe_status status, const char *err) except -1:
-    if status != PE_OK:
-        raise error_of(status, err)
-    return 0
-
-
 cdef list top_of(const pe_sample_result *result):
     return [(result.top_ids[i], result.top_logprobs[i]) for i in range(result.n_top)]
 
@@ -105,7 +90,9 @@ cdef class _View:
         self.held = True
         given = (<bytes>self.buffer.format).decode() if self.buffer.format != NULL else "B"
         if self.buffer.ndim != 1 or self.buffer.itemsize != 4 or given not in format:
-            raise ValueError(f"{what}: a one-dimensional buffer of type {format[0]!r} is expected, not {given!r} of {self.buffer.ndim} dimensions")
+            raise ValueError(
+                f"{what}: a one-dimensional buffer of type {format[0]!r} is expected, not {given!r} of {self.buffer.ndim} dimensions"
+            )
         if self.buffer.shape[0] != size:
             raise InvalidArgumentError(f"{self.buffer.shape[0]} {what}, expected {size}")
 
@@ -247,7 +234,6 @@ cdef class Sampler:
             return result.token, None, None
         return result.token, result.logprob, top_of(&result)
 
-
     def guess(self, const float[::1] logits not None, uint64_t position, mask=None, const int32_t[::1] ids=None):
         """What `sample` would choose if only the tokens `ids` (n) int32, ascending, could be chosen, whose logits (n) these are; None =
         all tokens. (token, its probability among them); raises like `sample`."""
@@ -372,7 +358,6 @@ cdef list sample_rows(_Rows rows, list samplers, int n_threads):
             call, source = &rows.calls[i], &rows.sources[rows.cursors[i]]
             call.sampler = (<Sampler>samplers[rows.owners[i]]).sampler
             call.logits, call.mask = source.logits, source.mask
-        err[0] = 0
         with nogil:
             status = <pe_status>_core.sample_many(rows.calls, n, n_threads, err)
         if status != PE_OK and not is_first:

@@ -147,8 +147,8 @@ def speculation() -> dict[str, Any]:
     token that came, and to look for what comes next."""
     from pyengine import _draft
 
-    experience = _draft.Experience()
-    drafter = _draft.Drafter(experience, (), _draft.Ngrams(1 << 15), n_tokens=1 << 15)
+    stats = _draft.DraftStats()
+    drafter = _draft.Drafter(stats, (), _draft.Ngrams(1 << 15), n_tokens=1 << 15)
     outputs: list[int] = []
     reads, looks = [], []
     for n in range(16):  # nothing repeats itself: every table grows, and every look is in vain
@@ -157,7 +157,7 @@ def speculation() -> dict[str, Any]:
         drafter.read(outputs)
         read = time.perf_counter()
         for _ in range(256):
-            _draft.plan(experience, [drafter], [_draft.MAX_DRAFT], 1, [()])
+            _draft.plan(stats, [drafter], [_draft.MAX_DRAFT], 1, [()])
         reads.append((read - began) / 256)
         looks.append((time.perf_counter() - read) / 256)
     return {

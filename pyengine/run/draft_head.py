@@ -11,46 +11,46 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pyengine.run.proposer import Proposer, Reading
+from pyengine.run.proposer import DraftState, Proposer
 
 if TYPE_CHECKING:
     from pyengine import _core
-    from pyengine._draft import Experience
-    from pyengine.run.confidence import Lessons
+    from pyengine._draft import DraftStats
+    from pyengine.run.acceptance import AcceptanceStats
     from pyengine.run.request import GenerationRequest
 
 
-class HeadReading(Reading):
+class HeadState(DraftState):
     """Hidden states of one text, float32 (dim)."""
 
-    def __init__(self, all: Lessons) -> None:
-        super().__init__(all)
+    def __init__(self, shared: AcceptanceStats) -> None:
+        super().__init__(shared)
         self.known: tuple[int, array[float]] = (0, array("f"))  # the model's, and the length of the text that it belongs to
         self.ahead = array("f")  # the head's own, after the guesses so far
 
 
-def _reading(request: GenerationRequest) -> HeadReading:
-    assert isinstance(request.reading, HeadReading)
-    return request.reading
+def _state(request: GenerationRequest) -> HeadState:
+    assert isinstance(request.draft_state, HeadState)
+    return request.draft_state
 
 
 class DraftHead(Proposer):
     """Guesses of a draft head."""
 
-    def __init__(self, head: _core.DraftHead, experience: Experience) -> None:
-        super().__init__(experience)
+    def __init__(self, head: _core.DraftHead, stats: DraftStats) -> None:
+        super().__init__(stats)
         self.head = head
 
     def note_state(self, request: GenerationRequest, state: memoryview) -> None:
-        if request.reading is None:
-            request.reading = HeadReading(self.lessons(request))
-        _reading(request).known = request.n_tokens, array("f", state.tobytes())
+        if request.draft_state is None:
+            request.draft_state = HeadState(self.acceptance(request))
+        _state(request).known = request.n_tokens, array("f", state.tobytes())
 
     def _prepare(self, request: GenerationRequest) -> bool:
-        if request.max_draft == 0 or request.reading is None:
+        if request.max_draft == 0 or request.draft_state is None:
             return False
-        reading = _reading(request)
-        n, reading.ahead = reading.known
+        own = _state(request)
+        n, own.ahead = own.known
         return n == request.n_tokens
 
     def _guess(
@@ -59,14 +59,14 @@ class DraftHead(Proposer):
         states = array("f")
         tokens: list[int] = []
         for request, draft in zip(requests, drafts, strict=True):
-            states += _reading(request).ahead
+            states += _state(request).ahead
             tokens += draft[-1:] or request.tokens(request.n_tokens - 1, request.n_tokens)
         head, dim = self.head, self.head.model.dim
         failed = head.step(tokens, states)
         guesses: list[tuple[int, float] | None] = []
         with memoryview(head) as logits:
             for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
-                _reading(request).ahead = states[row * dim : (row + 1) * dim]
+                _state(request).ahead = states[row * dim : (row + 1) * dim]
                 with logits[row * head.stride : row * head.stride + len(head.vocab)] as known:
                     guesses.append(None if failed[row] else self._choose(request, draft, known, head.vocab))
         return guesses

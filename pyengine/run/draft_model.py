@@ -10,30 +10,30 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyengine.errors import PyEngineError
-from pyengine.run.proposer import Proposer, Reading
+from pyengine.run.proposer import DraftState, Proposer
 
 if TYPE_CHECKING:
     from pyengine import _core
-    from pyengine._draft import Experience
-    from pyengine.run.confidence import Lessons
+    from pyengine._draft import DraftStats
+    from pyengine.run.acceptance import AcceptanceStats
     from pyengine.run.request import GenerationRequest
 
 # Tokens of a text that the draft model computes in one step at most, so that nobody waits long for it.
 MAX_CATCH_UP = 256
 
 
-class ModelReading(Reading):
+class ModelState(DraftState):
     """How far the draft model has come with one text."""
 
-    def __init__(self, all: Lessons, sequence: _core.Sequence) -> None:
-        super().__init__(all)
+    def __init__(self, shared: AcceptanceStats, sequence: _core.Sequence) -> None:
+        super().__init__(shared)
         self.sequence = sequence
         self.n_sure = sequence.length  # of its tokens: a beginning of the text
 
 
 def _sequence(request: GenerationRequest) -> _core.Sequence:
-    assert isinstance(request.reading, ModelReading)
-    return request.reading.sequence
+    assert isinstance(request.draft_state, ModelState)
+    return request.draft_state.sequence
 
 
 class DraftModel(Proposer):
@@ -43,8 +43,8 @@ class DraftModel(Proposer):
     n_ctx       positions of that context
     """
 
-    def __init__(self, context: _core.Context, n_ctx: int, experience: Experience) -> None:
-        super().__init__(experience)
+    def __init__(self, context: _core.Context, n_ctx: int, stats: DraftStats) -> None:
+        super().__init__(stats)
         self.context = context
         self.n_ctx = n_ctx
 
@@ -53,24 +53,24 @@ class DraftModel(Proposer):
         n = request.n_tokens
         if n >= self.n_ctx or request.max_draft == 0:
             return False
-        reading = request.reading
-        if reading is None:
+        state = request.draft_state
+        if state is None:
             sequence = self.context.sequence_match(request.tokens(0, n - 1), request.salt)
-            reading = request.reading = ModelReading(self.lessons(request), sequence)
-        assert isinstance(reading, ModelReading)
+            state = request.draft_state = ModelState(self.acceptance(request), sequence)
+        assert isinstance(state, ModelState)
         # Guesses that it computed, perhaps wrong ones, lie behind what is sure; also after an exception, wherever it came.
-        held = reading.sequence.tokens()[reading.n_sure :]
-        known = request.tokens(reading.n_sure, n - 1)
+        held = state.sequence.tokens()[state.n_sure :]
+        known = request.tokens(state.n_sure, n - 1)
         n_same = next((i for i, (a, b) in enumerate(zip(held, known, strict=False)) if a != b), min(len(held), len(known)))
-        reading.n_sure += n_same
+        state.n_sure += n_same
         if n_same < len(held):
-            reading.sequence.truncate(reading.n_sure)
-            reading.n_sure = reading.sequence.length  # less, where a window has slid on
-        missing = list(request.tokens(reading.n_sure, min(n - 1, reading.n_sure + MAX_CATCH_UP)))
+            state.sequence.truncate(state.n_sure)
+            state.n_sure = state.sequence.length  # less, where a window has slid on
+        missing = list(request.tokens(state.n_sure, min(n - 1, state.n_sure + MAX_CATCH_UP)))
         if len(missing) > 1:  # a single one is computed together with the last
-            self.context.forward(missing, [reading.sequence] * len(missing), bytes(len(missing)))
-            reading.n_sure += len(missing)
-        return reading.n_sure >= n - 2
+            self.context.forward(missing, [state.sequence] * len(missing), bytes(len(missing)))
+            state.n_sure += len(missing)
+        return state.n_sure >= n - 2
 
     def _room(self, request: GenerationRequest) -> int:
         return min(request.max_draft, self.n_ctx - request.n_tokens)
@@ -101,6 +101,6 @@ class DraftModel(Proposer):
     def check_integrity(self, requests: Sequence[GenerationRequest]) -> None:
         """Raises PyEngineError if its sequences are not those of `requests`."""
         self.context.check()
-        n_held = sum(request.reading is not None for request in requests)
+        n_held = sum(request.draft_state is not None for request in requests)
         if self.context.cache_stats()["n_sequences"] != n_held:
             raise PyEngineError(f"the draft model has sequences for other texts than the {n_held} that it reads")

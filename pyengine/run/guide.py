@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyengine import fork
 from pyengine.errors import InvalidArgumentError
-from pyengine.run.draft import until_end
 from pyengine.run.gbnf import is_gbnf, to_lark
+from pyengine.run.speculation import until_end
 
 if TYPE_CHECKING:
     from pyengine.sampling import StructuredOutputs

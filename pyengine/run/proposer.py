@@ -5,7 +5,7 @@ a guess is right whenever proposer and model agree about what that number choose
 
 Guess by guess the likelier one is taken, the proposer's or the n-grams', and n-grams go on where the proposer stops. Asking it
 has a price, its steps. What an answer brings, the expected speed with it against the one with n-grams alone, is kept by kind of
-place; where that is less than the price nothing is asked, but for a try now and then (confidence.py).
+position; where that is less than the price nothing is asked, but for a try now and then (acceptance.py).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from weakref import WeakKeyDictionary
 
 from pyengine import fork
 from pyengine.errors import PyEngineError
-from pyengine.run.confidence import Lessons, relation
+from pyengine.run.acceptance import AcceptanceStats, guess_bucket, ngram_bucket, relation
 
 if TYPE_CHECKING:
     from pyengine import _core
-    from pyengine._draft import Drafter, Experience
+    from pyengine._draft import Drafter, DraftStats
     from pyengine.run.request import GenerationRequest
 
 # Guesses with their chances that they come true if those before them did.
@@ -36,39 +36,39 @@ CHANCE_RATE = 0.06
 SHORTER_RATE, LONGER_RATE = 0.5, 0.1
 
 
-class Asked(NamedTuple):
-    """A guess of the proposer, and what was put onto the draft at its place."""
+class Guess(NamedTuple):
+    """A guess of the proposer, and what was drafted at its position."""
 
-    cell: int  # Lessons.cell
-    guess: int
-    taken: int
+    bucket: int  # acceptance.guess_bucket
+    token: int
+    drafted: int
 
 
-class Reading:
-    """What a proposer knows of one text. all: what it knows of texts like it."""
+class DraftState:
+    """What a proposer keeps of one text. shared: what it knows of texts like it."""
 
-    def __init__(self, all: Lessons) -> None:
-        self.lessons = Lessons(all)
+    def __init__(self, shared: AcceptanceStats) -> None:
+        self.acceptance = AcceptanceStats(shared)
         self.chance = FIRST_CHANCE  # of its guesses lately, as far as is known
-        self.asked: list[Asked] = []  # of which nothing was learnt so far
-        self.n_asked = 0  # length of the text before the first of them
+        self.pending: list[Guess] = []  # of which nothing was learnt so far
+        self.pending_at = 0  # length of the text before the first of them
 
 
 class Proposer(ABC):
     """Guesses for the requests of one engine. Called under the step lock.
 
-    experience  the engine's, which knows what steps of the model cost
+    stats  the engine's, which knows what steps of the model cost
     """
 
-    def __init__(self, experience: Experience) -> None:
+    def __init__(self, stats: DraftStats) -> None:
         with fork.importing:
             from pyengine import _draft
 
-        self.experience = experience
+        self.stats = stats
         self._choose_lengths = _draft.choose
-        self.new_chain = Chain
-        self._plain = Lessons()  # of texts without an adapter
-        self._adapted: WeakKeyDictionary[_core.Adapter, Lessons] = WeakKeyDictionary()
+        self.new_builder = DraftBuilder
+        self._plain = AcceptanceStats()  # of texts without an adapter
+        self._adapted: WeakKeyDictionary[_core.Adapter, AcceptanceStats] = WeakKeyDictionary()
         # What one of its steps takes, lately: the first of a draft, which finds its weights in no cache, with all that an answer
         # costs beside its steps; and later ones.
         self._seconds: list[float | None] = [None, None]
@@ -112,34 +112,34 @@ class Proposer(ABC):
             asked = [i for i in asked if self._prepare(requests[i])]
             if not asked:
                 return ngrams, False
-            chains = {i: self.new_chain(requests[i], drafters[i], ngrams[i]) for i in asked}
-            later = self._run_ahead(list(chains.values()), n_rows)
+            builders = {i: self.new_builder(requests[i], drafters[i], ngrams[i]) for i in asked}
+            later = self._run_ahead(list(builders.values()), n_rows)
         except PyEngineError:  # no memory, for one: nobody needs a draft
             for i in asked:
-                reading = requests[i].reading
-                if reading is not None:
-                    reading.lessons.rest(requests[i].n_tokens)
+                state = requests[i].draft_state
+                if state is not None:
+                    state.acceptance.suspend(requests[i].n_tokens)
             return ngrams, True
-        proposals = [chains[i].proposal() if i in chains else one for i, one in enumerate(ngrams)]
+        proposals = [builders[i].proposal() if i in builders else one for i, one in enumerate(ngrams)]
         first = self._note_seconds(False, time.perf_counter() - began - later)
-        self._note_worth(list(chains.values()), ngrams, proposals, n_rows, first + later)
+        self._note_gain(list(builders.values()), ngrams, proposals, n_rows, first + later)
         return proposals, True
 
     def _is_asked(self, request: GenerationRequest, ngrams: Proposal) -> bool:
-        place, reading = Lessons.place(ngrams), request.reading
-        if reading is None:  # it would have to read the text first
-            return self.lessons(request).is_worth_asking(place, len(request.sampler.outputs))
-        self._learn(request, reading)
-        return reading.lessons.is_worth_asking(place, request.n_tokens)
+        bucket, state = ngram_bucket(ngrams), request.draft_state
+        if state is None:  # it would have to read the text first
+            return self.acceptance(request).is_worth_asking(bucket, len(request.sampler.outputs))
+        self._learn(request, state)
+        return state.acceptance.is_worth_asking(bucket, request.n_tokens)
 
-    def _run_ahead(self, chains: list[Chain], n_rows: int) -> float:
-        """Lengthen each chain as far as pays. The seconds that all steps but the first took."""
-        running, n, spent = chains, 0, 0.0
+    def _run_ahead(self, builders: list[DraftBuilder], n_rows: int) -> float:
+        """Lengthen each draft as far as pays. The seconds that all steps but the first took."""
+        running, n, spent = builders, 0, 0.0
         while running:
             began = time.perf_counter()
             guesses = self._guess([one.request for one in running], [one.tokens for one in running])
-            for chain, guess in zip(running, guesses, strict=True):
-                chain.add(guess)
+            for builder, guess in zip(running, guesses, strict=True):
+                builder.add(guess)
             n += 1
             if n > 1:
                 seconds = time.perf_counter() - began
@@ -147,11 +147,11 @@ class Proposer(ABC):
                 spent += seconds
             running = [one for one in running if one.is_open and n < self._room(one.request)]
             running = [one for one in running if self._goes_on(one, len(running), n_rows)]
-        for chain in chains:
-            reading = chain.reading
-            reading.asked, reading.n_asked = chain.asked, chain.request.n_tokens
-            if not chain.asked:
-                reading.lessons.rest(chain.request.n_tokens)
+        for builder in builders:
+            state = builder.draft_state
+            state.pending, state.pending_at = builder.guesses, builder.request.n_tokens
+            if not builder.guesses:
+                state.acceptance.suspend(builder.request.n_tokens)
         return spent
 
     @staticmethod
@@ -168,48 +168,48 @@ class Proposer(ABC):
 
     # ------------------------------------------------------------ whether it pays
 
-    def lessons(self, request: GenerationRequest) -> Lessons:
+    def acceptance(self, request: GenerationRequest) -> AcceptanceStats:
         """Of all texts with the request's adapter: another one makes another model of it."""
         if request.adapter is None:
             return self._plain
         found = self._adapted.get(request.adapter)
         if found is None:
-            found = self._adapted[request.adapter] = Lessons()
+            found = self._adapted[request.adapter] = AcceptanceStats()
         return found
 
     @staticmethod
-    def _learn(request: GenerationRequest, reading: Reading) -> None:
+    def _learn(request: GenerationRequest, state: DraftState) -> None:
         """What became of its guesses, drafted or not, as far as is known."""
-        begin, asked = reading.n_asked, reading.asked
-        truth = request.tokens(begin, min(begin + len(asked), request.n_tokens))
-        for (cell, guess, taken), token in zip(asked, truth, strict=False):
-            reading.lessons.learn(cell, guess == token)
-            reading.chance += CHANCE_RATE * ((guess == token) - reading.chance)
-            if taken != token:
-                reading.asked = []
+        begin, pending = state.pending_at, state.pending
+        truth = request.tokens(begin, min(begin + len(pending), request.n_tokens))
+        for (bucket, guess, drafted), token in zip(pending, truth, strict=False):
+            state.acceptance.learn(bucket, guess == token)
+            state.chance += CHANCE_RATE * ((guess == token) - state.chance)
+            if drafted != token:
+                state.pending = []
                 return
-        reading.asked, reading.n_asked = asked[len(truth) :], begin + len(truth)
+        state.pending, state.pending_at = pending[len(truth) :], begin + len(truth)
 
-    def _goes_on(self, chain: Chain, n_running: int, n_rows: int) -> bool:
+    def _goes_on(self, builder: DraftBuilder, n_running: int, n_rows: int) -> bool:
         """Whether one more guess is expected to bring more than its step and its row cost."""
-        rows = n_rows + len(chain.tokens)
-        cost = self.experience.seconds(rows)
-        row = max(0.0, self.experience.seconds(rows + 1) - cost)
+        rows = n_rows + len(builder.tokens)
+        cost = self.stats.seconds(rows)
+        row = max(0.0, self.stats.seconds(rows + 1) - cost)
         price = ((self._seconds[1] or self._seconds[0] or 0.0) / n_running + row) * n_rows
-        return chain.reached * chain.reading.chance * cost > price * chain.expected
+        return builder.reached * builder.draft_state.chance * cost > price * builder.expected
 
-    def _note_worth(
-        self, chains: list[Chain], ngrams: list[Proposal], proposals: list[Proposal], n_rows: int, spent: float
+    def _note_gain(
+        self, builders: list[DraftBuilder], ngrams: list[Proposal], proposals: list[Proposal], n_rows: int, spent: float
     ) -> None:
         """What the answers brought is shared out among those who asked."""
-        without, _ = self._choose_lengths(self.experience, [[chance for _, chance in one] for one in ngrams], n_rows)
-        gain, lengths = self._choose_lengths(self.experience, [[chance for _, chance in one] for one in proposals], n_rows)
-        step = self.experience.seconds(n_rows + sum(lengths))
+        without, _ = self._choose_lengths(self.stats, [[chance for _, chance in one] for one in ngrams], n_rows)
+        gain, lengths = self._choose_lengths(self.stats, [[chance for _, chance in one] for one in proposals], n_rows)
+        step = self.stats.seconds(n_rows + sum(lengths))
         if step <= 0.0:
             return  # nothing is known so far
-        worth = (gain - without - math.log1p(spent / step)) * n_rows / len(chains)
-        for chain in chains:
-            chain.reading.lessons.note_worth(Lessons.place(chain.ngrams), chain.request.n_tokens, worth)
+        net_gain = (gain - without - math.log1p(spent / step)) * n_rows / len(builders)
+        for builder in builders:
+            builder.draft_state.acceptance.note_gain(ngram_bucket(builder.ngrams), builder.request.n_tokens, net_gain)
 
     def _note_seconds(self, is_later: bool, seconds: float) -> float:
         """A step took so long; what such steps take lately."""
@@ -220,15 +220,15 @@ class Proposer(ABC):
         return lately
 
 
-class Chain:
+class DraftBuilder:
     """A draft on its way: of each place the likelier guess, the proposer's or the n-grams'."""
 
     def __init__(self, request: GenerationRequest, drafter: Drafter, ngrams: Proposal) -> None:
-        assert request.reading is not None
+        assert request.draft_state is not None
         self.request = request
-        self.reading = request.reading
+        self.draft_state = request.draft_state
         self.ngrams = ngrams
-        self.asked: list[Asked] = []
+        self.guesses: list[Guess] = []
         self.tokens: list[int] = []
         self.reached = 1.0  # the chance that all of it comes true
         self.expected = 1.0  # tokens of a step with it
@@ -243,22 +243,22 @@ class Chain:
             self.is_open = False
             return
         ngram = self._ngram()
-        token, cell = guess[0], Lessons.cell(guess[1], relation(guess[0], ngram))
-        chance = self._chance(cell)
+        token, bucket = guess[0], guess_bucket(guess[1], relation(guess[0], ngram))
+        chance = self._chance(bucket)
         if ngram is not None and ngram[0] == token:
             chance = max(chance, ngram[1])
         elif ngram is not None and ngram[1] > chance:
             token, chance = ngram
         self._is_ngrams = self._is_ngrams and ngram is not None and ngram[0] == token
-        self.asked.append(Asked(cell, guess[0], token))
+        self.guesses.append(Guess(bucket, guess[0], token))
         self.tokens.append(token)
         self._chances.append(chance)
         self.reached *= chance
         self.expected += self.reached
         self.is_open = token not in self.request.output.ends
 
-    def _chance(self, cell: int) -> float:
-        return self.reading.lessons.chance(cell)
+    def _chance(self, bucket: int) -> float:
+        return self.draft_state.acceptance.chance(bucket)
 
     def _ngram(self) -> tuple[int, float] | None:
         """The n-grams' guess behind it."""
@@ -269,7 +269,7 @@ class Chain:
         return found[0] if found else None
 
     def proposal(self) -> Proposal:
-        """The chain, and what n-grams guess behind it; or theirs alone, if more of it is expected to come true."""
+        """The draft, and what n-grams guess behind it; or theirs alone, if more of it is expected to come true."""
         whole = list(zip(self.tokens, self._chances, strict=True))
         if self.is_open:
             whole += self._drafter.propose(self.request.max_draft - len(whole), self.tokens)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyengine._draft import Drafter
     from pyengine.results import Generation, Piece
     from pyengine.run.guide import Guide
-    from pyengine.run.proposer import Reading
+    from pyengine.run.proposer import DraftState
     from pyengine.sampling import ResolvedParams
     from pyengine.text.stops import StopStrings
     from pyengine.text.tokenizer import Tokenizer
@@ -139,7 +139,7 @@ class GenerationRequest(Request):
         self.prompt = prompt
         self.params = params
         self.drafter: Drafter | None = None
-        self.reading: Reading | None = None  # of the draft model or head
+        self.draft_state: DraftState | None = None  # of the draft model or head
         self.may_draft = params.speculative.max_draft > 0
         end_ids = () if params.ignore_eos else end_ids
         self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)
@@ -237,7 +237,7 @@ class GenerationRequest(Request):
 
     def let_go(self) -> None:
         super().let_go()
-        self.drafter = self.reading = None
+        self.drafter = self.draft_state = None
 
 
 class RowsRequest(Request):

@@ -3,7 +3,7 @@
 A step walks through the requests, oldest first, and grants each min(what it misses, what is left of the budget) tokens.
 The forward appends them, rows whose logits somebody waits for are sampled, and that is all: a request that misses its
 whole prompt is a prefill, one that misses a part of it a prefill in chunks, one that misses a token decodes, and a few
-guessed tokens may follow that one (draft.py).
+guessed tokens may follow that one (speculation.py).
 
 Whoever waits for an output steps, for all: the library has no thread of its own. A caller becomes the leader by taking
 the step lock, and the others sleep until there is news. An exception in a step (Ctrl-C in the leader's thread) ends the
@@ -26,8 +26,8 @@ from pyengine._sampler import sample_many
 from pyengine._step_lock import StepLock
 from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
 from pyengine.format.kv import PAGE_POSITIONS, KvLayout
-from pyengine.run.draft import Speculation
 from pyengine.run.request import HIDDEN, LOGITS, GenerationRequest, Request, RowsRequest
+from pyengine.run.speculation import Speculation
 
 if TYPE_CHECKING:
     from pyengine import _core

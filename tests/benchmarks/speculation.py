@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import pyengine
 from pyengine import Engine
 from pyengine.results import Generation
-from pyengine.run import draft, proposer, scheduler
+from pyengine.run import proposer, scheduler, speculation
 
 MAX_PROMPT = 1500
 
@@ -247,7 +247,7 @@ def main() -> None:
     if args.cpu_time:
         args.threads = 1
         cpu = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)
-        scheduler.time = draft.time = proposer.time = cpu  # type: ignore[assignment]
+        scheduler.time = speculation.time = proposer.time = cpu  # type: ignore[assignment]
 
     def note(name: str, row: Row) -> None:
         if row.plain:

@@ -7,24 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 from pyengine import Engine, _draft
-from pyengine.run.draft import Speculation
-from pyengine.run.proposer import Chain, Proposer
+from pyengine.run.proposer import DraftBuilder, Proposer
+from pyengine.run.speculation import Speculation
 
 
-def costs(seconds: dict[int, float], n: int = 200) -> _draft.Experience:
+def costs(seconds: dict[int, float], n: int = 200) -> _draft.DraftStats:
     """What was learnt from steps that took so long by their number of rows."""
-    experience = _draft.Experience()
+    stats = _draft.DraftStats()
     for _ in range(n):
         for rows, time in seconds.items():  # as with one text: without guesses, and with some
-            experience.note_step(1, seconds[1])
-            experience.note_step(rows, time)
-    return experience
+            stats.note_step(1, seconds[1])
+            stats.note_step(rows, time)
+    return stats
 
 
-class Free(Chain):
+class Free(DraftBuilder):
     """Nothing but guesses of the proposer, which are believed to be right."""
 
-    def _chance(self, cell: int) -> float:
+    def _chance(self, bucket: int) -> float:
         return 0.999
 
     def _ngram(self) -> tuple[int, float] | None:
@@ -39,11 +39,11 @@ def always_guess(speculation: Speculation, n: int) -> Proposer:
     proposer = speculation.proposer
     assert proposer is not None
     speculation.max_asked = 1 << 20
-    speculation.experience = proposer.experience = costs(dict.fromkeys(range(1, _draft.MAX_ROWS + 1), 1.0), n=2)
+    speculation.stats = proposer.stats = costs(dict.fromkeys(range(1, _draft.MAX_ROWS + 1), 1.0), n=2)
     speculation.note_step = lambda n_rows, seconds: None  # type: ignore[method-assign]
-    proposer.new_chain = Free
-    proposer._note_worth = lambda *_: None  # type: ignore[method-assign]
-    proposer._goes_on = lambda chain, n_running, n_rows: len(chain.tokens) < n  # type: ignore[method-assign]
+    proposer.new_builder = Free
+    proposer._note_gain = lambda *_: None  # type: ignore[method-assign]
+    proposer._goes_on = lambda builder, n_running, n_rows: len(builder.tokens) < n  # type: ignore[method-assign]
     return proposer
 
 

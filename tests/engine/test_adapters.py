@@ -243,7 +243,7 @@ def test_what_guesses_with_a_network_changes_nothing(
 ) -> None:
     """A draft head goes on from the changed model's hidden states, a draft model reads the text without the adapter: both guess
     wrong more often, and that is all. Attaching a head keeps what the file says of folded multipliers."""
-    monkeypatch.setattr("pyengine.run.draft.MAX_SKIP", 0)  # no step goes by without a look for guesses
+    monkeypatch.setattr("pyengine.run.speculation.MAX_SKIP", 0)  # no step goes by without a look for guesses
     model, path = frozen(root, name), directory(root, name, 0)
     drafted = with_random_head(model, tmp_path / "headed.safetensors") if by == "head" else model
     texts, chosen = [list(range(3, 3 + n)) for n in (30, 9, 30)], ["a", None, "a"]

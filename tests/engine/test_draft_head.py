@@ -17,7 +17,7 @@ from engine.test_speculation import PARAMETERS, PROMPT, said
 
 from pyengine import Engine, SamplingParams, _core
 from pyengine.errors import ModelFormatError, OutOfMemoryError
-from pyengine.run.draft_head import DraftHead, HeadReading
+from pyengine.run.draft_head import DraftHead, HeadState
 from pyengine.run.draft_model import DraftModel
 from pyengine.run.request import HIDDEN, LOGITS, Caller
 from pyengine.run.stream import run_all
@@ -26,7 +26,7 @@ from pyengine.run.stream import run_all
 @pytest.fixture(autouse=True)
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step goes by without a look for guesses, however long that takes beside a step of so small a model."""
-    monkeypatch.setattr("pyengine.run.draft.MAX_SKIP", 0)
+    monkeypatch.setattr("pyengine.run.speculation.MAX_SKIP", 0)
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,9 @@ def test_it_goes_on_from_the_hidden_state_that_gave_the_newest_token(knowing: Pa
         for _ in range(12):
             next(stream)
             request = stream.request
-            n, reading = request.n_tokens, request.reading
-            assert isinstance(reading, HeadReading) and reading.known[0] == n
-            states.append((list(request.tokens(0, n - 1)), reading.known[1].tobytes()))
+            n, state = request.n_tokens, request.draft_state
+            assert isinstance(state, HeadState) and state.known[0] == n
+            states.append((list(request.tokens(0, n - 1)), state.known[1].tobytes()))
         assert request.output.accepted_tokens > 0
         stream.close()
         for text, state in states:
@@ -289,7 +289,7 @@ def test_it_is_used_unless_something_else_is_asked_for(headed: Path, tiny_model:
         assert engine.generate(PROMPT, max_tokens=9, ignore_eos=True).timings.drafted_tokens > 0
         stream = engine.stream(PROMPT, max_tokens=9, ignore_eos=True, speculative="off")
         next(stream)
-        assert stream.request.row_kind == LOGITS and stream.request.reading is None
+        assert stream.request.row_kind == LOGITS and stream.request.draft_state is None
         with pickle.loads(pickle.dumps(engine)) as again:
             assert isinstance(again.scheduler.speculation.proposer, DraftHead)
         memory = engine.memory()["draft"]

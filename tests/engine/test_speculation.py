@@ -16,7 +16,7 @@ from engine.scripted_drafts import drafts_of, script
 import pyengine
 from pyengine import Engine, _core, _draft, _sampler
 from pyengine.results import Generation
-from pyengine.run.draft import until_end
+from pyengine.run.speculation import until_end
 from pyengine.sampling import Drafting, SamplingParams
 
 KINDS = ["right", "wrong", "random", "mixed"]
@@ -305,35 +305,35 @@ def proposed(drafter: _draft.Drafter, most: int = 24) -> list[int]:
 
 def test_a_text_that_repeats_is_guessed(plain: Engine) -> None:
     period = list(range(100, 120))
-    drafter = _draft.Drafter(_draft.Experience(), [*period, *period, *period[:5]])
+    drafter = _draft.Drafter(_draft.DraftStats(), [*period, *period, *period[:5]])
     assert proposed(drafter, 10) == period[5:15]
     drafter.read([1, 2, *period[5:8]])
     assert proposed(drafter, 4) == period[8:12]
-    assert proposed(_draft.Drafter(_draft.Experience(), [1, 2, 3])) == []
+    assert proposed(_draft.Drafter(_draft.DraftStats(), [1, 2, 3])) == []
     assert proposed(drafter, 0) == []
 
 
 def test_the_longest_context_decides() -> None:
     prompt = [1, 2, 3, 4, 50, 9, 2, 3, 4, 60, 8, 3, 4, 70, 7, 4, 80, 1, 2, 3, 4]
-    assert proposed(_draft.Drafter(_draft.Experience(), prompt), 1) == [60]  # after 2, 3, 4 last time
+    assert proposed(_draft.Drafter(_draft.DraftStats(), prompt), 1) == [60]  # after 2, 3, 4 last time
 
 
 def test_other_texts_teach_and_other_salts_do_not() -> None:
-    experience, store = _draft.Experience(), _draft.Ngrams(1000)
+    stats, store = _draft.DraftStats(), _draft.Ngrams(1000)
     words = list(range(200, 230))
-    first = _draft.Drafter(experience, [1], store)
+    first = _draft.Drafter(stats, [1], store)
     first.read(words)
-    assert proposed(_draft.Drafter(experience, words[:4], store), 5) == words[4:9]
-    assert proposed(_draft.Drafter(experience, words[:4], _draft.Ngrams(1000)), 5) == []
-    assert proposed(_draft.Drafter(experience, words[:4]), 5) == []
-    prompt_only = _draft.Drafter(experience, words, store := _draft.Ngrams(1000))
-    assert proposed(prompt_only, 3) == [] and proposed(_draft.Drafter(experience, words[:4], store), 5) == []
+    assert proposed(_draft.Drafter(stats, words[:4], store), 5) == words[4:9]
+    assert proposed(_draft.Drafter(stats, words[:4], _draft.Ngrams(1000)), 5) == []
+    assert proposed(_draft.Drafter(stats, words[:4]), 5) == []
+    prompt_only = _draft.Drafter(stats, words, store := _draft.Ngrams(1000))
+    assert proposed(prompt_only, 3) == [] and proposed(_draft.Drafter(stats, words[:4], store), 5) == []
 
 
 def test_tables_forget_and_do_not_grow() -> None:
     """A hundred thousand tokens in room for a few: the newest are known."""
     rng = random.Random(1)
-    drafter = _draft.Drafter(_draft.Experience(), [rng.randrange(50_000) for _ in range(100_000)], n_tokens=1)
+    drafter = _draft.Drafter(_draft.DraftStats(), [rng.randrange(50_000) for _ in range(100_000)], n_tokens=1)
     tail = list(range(300, 340))
     drafter.read(tail + tail[:10])
     assert proposed(drafter, 8) == tail[10:18]
@@ -342,9 +342,9 @@ def test_tables_forget_and_do_not_grow() -> None:
 def test_drafts_are_as_long_as_pays() -> None:
     period = list(range(100, 120))
     cheap, dear = costs(dict.fromkeys(range(1, 65), 1.0)), costs({rows: float(rows) for rows in range(1, 65)})
-    for experience, least, most in ((cheap, 20, 24), (_draft.Experience(), 4, 24), (dear, 0, 0)):
-        drafter = _draft.Drafter(experience, period * 8)
-        (draft,) = _draft.plan(experience, [drafter], [24], 1)
+    for stats, least, most in ((cheap, 20, 24), (_draft.DraftStats(), 4, 24), (dear, 0, 0)):
+        drafter = _draft.Drafter(stats, period * 8)
+        (draft,) = _draft.plan(stats, [drafter], [24], 1)
         assert least <= len(draft) <= most and list(draft) == (period * 2)[: len(draft)]
     assert _draft.plan(cheap, [_draft.Drafter(cheap, period * 8)], [3], 1) == [tuple(period[:3])]
     assert _draft.plan(cheap, [_draft.Drafter(cheap, period * 8)], [24], 64) == [()]
@@ -353,37 +353,37 @@ def test_drafts_are_as_long_as_pays() -> None:
 
 def test_guesses_that_fail_stop_and_come_back_when_they_would_be_right() -> None:
     """No step is spent on trying: every token says what a draft would have been worth."""
-    experience = _draft.Experience()
+    stats = _draft.DraftStats()
     rng = random.Random(2)
-    drafter = _draft.Drafter(experience, [7, 8] * 40)
+    drafter = _draft.Drafter(stats, [7, 8] * 40)
     outputs: list[int] = []
     for _ in range(150):  # after 7 comes 8, says the prompt; it never does
         outputs += [7, rng.randrange(1000, 2000)]
         drafter.read(outputs)
     drafter.read([*outputs, 7])
-    assert _draft.plan(experience, [drafter], [24], 1) == [()]
+    assert _draft.plan(stats, [drafter], [24], 1) == [()]
     outputs = [*outputs, 7, *list(range(100, 120)) * 6]
     drafter.read(outputs)
-    assert len(_draft.plan(experience, [drafter], [24], 1)[0]) > 3
+    assert len(_draft.plan(stats, [drafter], [24], 1)[0]) > 3
 
 
 def test_what_steps_cost_is_learnt_whatever_slows_all_of_them() -> None:
     rng = random.Random(3)
-    experience = _draft.Experience()
+    stats = _draft.DraftStats()
     for i in range(4000):
         rows = rng.choice((1, 1, 2, 8, 16))
         load = 1.0 if i % 400 < 300 else 2.5  # now and then somebody else wants the machine
-        experience.note_step(rows, load * (1.0 + 0.3 * (rows - 1)) * rng.uniform(0.95, 1.05))
+        stats.note_step(rows, load * (1.0 + 0.3 * (rows - 1)) * rng.uniform(0.95, 1.05))
         if i % 50 == 0:  # a prompt, and a step that finds cold memory
-            experience.note_step(0, 100.0)
-            experience.note_step(1, 30.0)
-    learnt = experience.step_costs()
+            stats.note_step(0, 100.0)
+            stats.note_step(1, 30.0)
+    learnt = stats.step_costs()
     for rows in (2, 8, 16):
         assert learnt[rows - 1] / learnt[0] == pytest.approx(1.0 + 0.3 * (rows - 1), rel=0.25)
     for seconds in (0.0, -1.0, float("nan")):
-        experience.note_step(1, seconds)
-    experience.note_step(65, 1.0)
-    assert experience.step_costs() == learnt
+        stats.note_step(1, seconds)
+    stats.note_step(65, 1.0)
+    assert stats.step_costs() == learnt
 
 
 def test_nothing_is_drafted_beyond_an_end() -> None:
@@ -404,8 +404,8 @@ def test_what_the_engine_drafts_changes_no_byte(tiny_model: Path, plain: Engine,
     expected = without(plain, prompt, **options)
     with Engine(tiny_model) as engine:
         # as if rows were free, so that something is drafted whatever the machine does
-        experience = costs(dict.fromkeys(range(1, 65), 1.0))
-        engine._scheduler.speculation.experience = experience
+        stats = costs(dict.fromkeys(range(1, 65), 1.0))
+        engine._scheduler.speculation.stats = stats
         engine._scheduler.speculation.note_step = lambda n_rows, seconds: None  # type: ignore[method-assign]
         for _ in range(2):
             results = engine.generate([prompt], **options)

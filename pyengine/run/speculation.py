@@ -40,7 +40,9 @@ class Speculation:
             from pyengine import _draft
 
         self.max_rows = _draft.MAX_ROWS
-        self.experience = _draft.Experience()
+        # How often n-grams of which kind come true is shared by all texts, whatever their adapter: it is where a text begins, as
+        # if seen eight times, and soon outweighed by its own (csrc/draft.c).
+        self.stats = _draft.DraftStats()
         self._plan = _draft.plan
         self._choose = _draft.choose
         self._forced_chance = _draft.FORCED_CHANCE
@@ -55,14 +57,14 @@ class Speculation:
         with fork.importing:
             from pyengine.run.draft_model import DraftModel
 
-        self.proposer = DraftModel(context, n_ctx, self.experience)
+        self.proposer = DraftModel(context, n_ctx, self.stats)
 
     def add_head(self, head: _core.DraftHead) -> None:
         """From now on a draft head guesses, too, and requests that start want hidden states beside their logits."""
         with fork.importing:
             from pyengine.run.draft_head import DraftHead
 
-        self.proposer = DraftHead(head, self.experience)
+        self.proposer = DraftHead(head, self.stats)
         self._wants_states = True
 
     def start(self, request: Request) -> None:
@@ -83,13 +85,13 @@ class Speculation:
             self._n_skip -= 1
             return {}
         began = time.perf_counter()
-        drafts, has_asked = self._look(requests, n_rows)
+        drafts, has_asked = self._propose(requests, n_rows)
         if not drafts and not has_asked:  # beside a step of microseconds, looking is not free
-            step = self.experience.seconds(n_rows)
+            step = self.stats.seconds(n_rows)
             self._n_skip = min(int((time.perf_counter() - began) / (LOOK_SHARE * step)), MAX_SKIP) if step > 0 else 0
         return drafts
 
-    def _look(self, requests: Iterable[Request], n_rows: int) -> tuple[dict[int, tuple[int, ...]], bool]:
+    def _propose(self, requests: Iterable[Request], n_rows: int) -> tuple[dict[int, tuple[int, ...]], bool]:
         """The drafts, and whether a proposer was asked for one, which sees itself that it pays."""
         chosen = [one for one in requests if isinstance(one, GenerationRequest) and one.max_draft > 0]
         if not chosen:
@@ -102,11 +104,11 @@ class Speculation:
         has_asked = False
         if self.proposer is None or len(chosen) > self.max_asked:
             mosts = [request.max_draft for request in chosen]
-            guesses = self._plan(self.experience, drafters, mosts, n_rows, forced)
+            guesses = self._plan(self.stats, drafters, mosts, n_rows, forced)
         else:
             guesses, has_asked = self._with_proposer(self.proposer, chosen, drafters, forced, n_rows)
         pairs = zip(chosen, guesses, strict=True)
-        return {request.number: _sensible(request, draft) for request, draft in pairs if draft}, has_asked
+        return {request.number: _trimmed(request, draft) for request, draft in pairs if draft}, has_asked
 
     def _with_proposer(
         self,
@@ -128,13 +130,13 @@ class Speculation:
         )
         for i, proposal in zip(free, improved, strict=True):
             proposals[i] = proposal
-        _, lengths = self._choose(self.experience, [[chance for _, chance in one] for one in proposals], n_rows)
+        _, lengths = self._choose(self.stats, [[chance for _, chance in one] for one in proposals], n_rows)
         drafts = [tuple(token for token, _ in one[:n]) for one, n in zip(proposals, lengths, strict=True)]
         return drafts, has_asked
 
     def note_step(self, n_rows: int, seconds: float) -> None:
         """A step of n_rows rows, with logits each, took so long; 0 = one of another kind."""
-        self.experience.note_step(n_rows, seconds)
+        self.stats.note_step(n_rows, seconds)
 
     def memory(self) -> int:
         """Bytes that the draft model or head has beside its weights; 0 without one."""
@@ -157,7 +159,7 @@ class Speculation:
 
             prompt, options = request.prompt, request.params.speculative
             store = self._store(request.salt) if options.store else None
-            drafter = request.drafter = Drafter(self.experience, prompt, store, n_tokens=len(prompt) + OUTPUT_TOKENS)
+            drafter = request.drafter = Drafter(self.stats, prompt, store, n_tokens=len(prompt) + OUTPUT_TOKENS)
         drafter.read(request.sampler.outputs)
         return drafter
 
@@ -178,7 +180,7 @@ def _forced(request: GenerationRequest) -> tuple[int, ...]:
     return () if request.guide is None else request.guide.forced(request.sampler.outputs)
 
 
-def _sensible(request: GenerationRequest, draft: tuple[int, ...]) -> tuple[int, ...]:
+def _trimmed(request: GenerationRequest, draft: tuple[int, ...]) -> tuple[int, ...]:
     """Without guesses that cannot come, or of which nobody will want to know."""
     if request.guide is not None:
         draft = request.guide.allowed(request.sampler.outputs, draft)

@@ -9,87 +9,98 @@ from typing import Any
 import pytest
 
 from pyengine import _draft
-from pyengine.run.confidence import AGAINST_LIKELY, ALONE, FIRST_PAUSE, LONGEST_PAUSE, N_PLACES, WITH, Lessons, relation
-from pyengine.run.proposer import Chain, Proposer, Reading
+from pyengine.run.acceptance import (
+    AGAINST_LIKELY,
+    ALONE,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    N_NGRAM_BUCKETS,
+    WITH,
+    AcceptanceStats,
+    guess_bucket,
+    ngram_bucket,
+    relation,
+)
+from pyengine.run.proposer import DraftBuilder, DraftState, Proposer
 
 
 def test_a_guess_is_believed_as_often_as_its_like_came_true() -> None:
     rng = random.Random(1)
-    all = Lessons()
-    truth = {Lessons.cell(p, r): 0.1 + 0.8 * p * (r != AGAINST_LIKELY) for p in (0.1, 0.4, 0.9) for r in (ALONE, AGAINST_LIKELY)}
+    shared = AcceptanceStats()
+    truth = {guess_bucket(p, r): 0.1 + 0.8 * p * (r != AGAINST_LIKELY) for p in (0.1, 0.4, 0.9) for r in (ALONE, AGAINST_LIKELY)}
     for _ in range(20):
-        text = Lessons(all)
+        text = AcceptanceStats(shared)
         for _ in range(100):
-            cell = rng.choice(list(truth))
-            text.learn(cell, rng.random() < truth[cell])
-    for cell, chance in truth.items():
-        assert all.chance(cell) == pytest.approx(chance, abs=0.1)  # of some 300 guesses: three standard errors
-    worse = Lessons(all)
-    before = [worse.chance(cell) for cell in truth]
+            bucket = rng.choice(list(truth))
+            text.learn(bucket, rng.random() < truth[bucket])
+    for bucket, chance in truth.items():
+        assert shared.chance(bucket) == pytest.approx(chance, abs=0.1)  # of some 300 guesses: three standard errors
+    worse = AcceptanceStats(shared)
+    before = [worse.chance(bucket) for bucket in truth]
     for _ in range(40):
-        worse.learn(Lessons.cell(0.9, ALONE), False)
-    assert all.chance(Lessons.cell(0.9, ALONE)) > 0.5  # the others taught more,
-    assert [worse.chance(cell) < 0.3 * chance for cell, chance in zip(truth, before, strict=True)] == [True] * len(truth)
-    assert Lessons(all).chance(Lessons.cell(0.1, ALONE)) == before[0]  # and other kinds have learnt nothing
+        worse.learn(guess_bucket(0.9, ALONE), False)
+    assert shared.chance(guess_bucket(0.9, ALONE)) > 0.5  # the others taught more,
+    assert [worse.chance(bucket) < 0.3 * chance for bucket, chance in zip(truth, before, strict=True)] == [True] * len(truth)
+    assert AcceptanceStats(shared).chance(guess_bucket(0.1, ALONE)) == before[0]  # and other kinds have learnt nothing
 
 
 def test_how_a_guess_stands_to_that_of_n_grams() -> None:
     assert relation(5, None) == ALONE == relation(5, (6, 0.1))
     assert relation(5, (5, 0.1)) == WITH == relation(5, (5, 0.9))
     assert relation(5, (6, 0.9)) == AGAINST_LIKELY != relation(5, (6, 0.3))
-    assert [Lessons.place(one) for one in ([], [(1, 0.2)], [(1, 0.3)], [(1, 0.6)], [(1, 1.0)])] == [0, 0, 1, 2, 3]
-    assert len({Lessons.cell(p / 8, r) for p in range(9) for r in range(4)}) == 32
+    assert [ngram_bucket(one) for one in ([], [(1, 0.2)], [(1, 0.3)], [(1, 0.6)], [(1, 1.0)])] == [0, 0, 1, 2, 3]
+    assert len({guess_bucket(p / 8, r) for p in range(9) for r in range(4)}) == 32
 
 
-@pytest.mark.parametrize("worth", [-0.06, 0.02])
-def test_what_does_not_pay_is_asked_ever_more_rarely(worth: float) -> None:
-    all = Lessons()
+@pytest.mark.parametrize("gain", [-0.06, 0.02])
+def test_what_does_not_pay_is_asked_ever_more_rarely(gain: float) -> None:
+    shared = AcceptanceStats()
     asked = []
     for _ in range(4):
-        text = Lessons(all)
+        text = AcceptanceStats(shared)
         times = []
         for n in range(100, 1100):
             if text.is_worth_asking(0, n):
                 times.append(n)
-                text.note_worth(0, n, worth)
+                text.note_gain(0, n, gain)
         asked.append(times)
-    if worth > 0:
+    if gain > 0:
         assert [len(times) for times in asked] == [1000] * 4
         return
     first = asked[0]
     assert first[12] - first[0] > 2 * FIRST_PAUSE and len(first) < 24  # silent within a dozen questions,
     assert first[-1] - first[-2] == LONGEST_PAUSE  # and then hardly ever heard
-    assert len(asked[3]) < len(first) and sum(worth for _ in asked[3]) > -1.0  # a thousand tokens for less than a step
-    text = Lessons(all)  # it comes back where it pays
+    assert len(asked[3]) < len(first) and sum(gain for _ in asked[3]) > -1.0  # a thousand tokens for less than a step
+    text = AcceptanceStats(shared)  # it comes back where it pays
     for n in range(60):
         if text.is_worth_asking(0, n):
-            text.note_worth(0, n, 0.3)
-    assert text.is_worth_asking(0, 60) and [text.is_worth_asking(i, 60) for i in range(1, N_PLACES)] == [True] * 3
-    text.rest(60)
-    assert not any(text.is_worth_asking(i, 59 + LONGEST_PAUSE) for i in range(N_PLACES))
+            text.note_gain(0, n, 0.3)
+    assert text.is_worth_asking(0, 60) and [text.is_worth_asking(i, 60) for i in range(1, N_NGRAM_BUCKETS)] == [True] * 3
+    text.suspend(60)
+    assert not any(text.is_worth_asking(i, 59 + LONGEST_PAUSE) for i in range(N_NGRAM_BUCKETS))
 
 
 def test_a_text_that_was_not_read_waits_where_asking_did_not_pay() -> None:
-    all = Lessons()
-    assert all.is_worth_asking(0, 0)
+    shared = AcceptanceStats()
+    assert shared.is_worth_asking(0, 0)
     for _ in range(200):
-        Lessons(all).note_worth(0, 0, -1.0)
-    assert not all.is_worth_asking(0, 5) and all.is_worth_asking(0, 100)
+        AcceptanceStats(shared).note_gain(0, 0, -1.0)
+    assert not shared.is_worth_asking(0, 5) and shared.is_worth_asking(0, 100)
 
 
-# ------------------------------------------------------------------ chains and decisions
+# ------------------------------------------------------------------ drafts and decisions
 
 
 class Script(Proposer):
     """Guesses that a test gives, each with a probability, in steps that take no time but what the test says they take."""
 
-    def __init__(self, experience: _draft.Experience, seconds: float, guesses: list[tuple[int, float]]) -> None:
-        super().__init__(experience)
+    def __init__(self, stats: _draft.DraftStats, seconds: float, guesses: list[tuple[int, float]]) -> None:
+        super().__init__(stats)
         self.guesses, self.n_steps, self.price = guesses, 0, seconds
         self._seconds = [seconds, seconds]
 
     def _prepare(self, request: Any) -> bool:
-        request.reading = request.reading or Reading(self.lessons(request))
+        request.draft_state = request.draft_state or DraftState(self.acceptance(request))
         return True
 
     def _guess(self, requests: Any, drafts: Any) -> list[tuple[int, float] | None]:
@@ -103,19 +114,19 @@ class Script(Proposer):
         return 0
 
 
-def experience_of(row: float) -> _draft.Experience:
+def stats_of(row: float) -> _draft.DraftStats:
     """Steps of 1 s, and so much more for a draft and again for each further row."""
-    experience = _draft.Experience()
+    stats = _draft.DraftStats()
     rng = random.Random(2)
     for _ in range(3000):
         for rows in (1, rng.randrange(2, 20)):
-            experience.note_step(rows, 1.0 + (0.2 + row * (rows - 1) if rows > 1 else 0.0))
-    return experience
+            stats.note_step(rows, 1.0 + (0.2 + row * (rows - 1) if rows > 1 else 0.0))
+    return stats
 
 
 def a_request(text: list[int], **more: Any) -> Any:
     made = SimpleNamespace(
-        reading=None, adapter=None, max_draft=8, n_tokens=len(text), number=0, output=SimpleNamespace(ends=frozenset({99}))
+        draft_state=None, adapter=None, max_draft=8, n_tokens=len(text), number=0, output=SimpleNamespace(ends=frozenset({99}))
     )
     made.sampler = SimpleNamespace(outputs=text)
     made.tokens = lambda begin, end: text[begin:end]
@@ -125,15 +136,15 @@ def a_request(text: list[int], **more: Any) -> Any:
 
 def believed(proposer: Proposer, adapter: Any = None, n: int = 300) -> None:
     """Guesses are right as often as their probabilities say."""
-    rng, all = random.Random(5), proposer.lessons(SimpleNamespace(adapter=adapter))  # type: ignore[arg-type]
+    rng, shared = random.Random(5), proposer.acceptance(SimpleNamespace(adapter=adapter))  # type: ignore[arg-type]
     for _ in range(n):
         for probability in (0.05, 0.3, 0.6, 0.95):
             for stands in range(4):
-                all.learn(Lessons.cell(probability, stands), rng.random() < probability)
+                shared.learn(guess_bucket(probability, stands), rng.random() < probability)
 
 
 def improved(proposer: Proposer, request: Any, ngrams: list[tuple[int, float]]) -> list[int]:
-    drafter = _draft.Drafter(proposer.experience, [])
+    drafter = _draft.Drafter(proposer.stats, [])
     ((found,), _) = proposer.improve([request], [drafter], [ngrams], 1)
     return [token for token, _ in found]
 
@@ -142,7 +153,7 @@ SURE = [(10, 0.95), (11, 0.95), (12, 0.95), (13, 0.05), (14, 0.05), (15, 0.05)]
 
 
 def test_the_likelier_guess_is_taken() -> None:
-    proposer = Script(experience_of(0.01), 0.01, SURE)
+    proposer = Script(stats_of(0.01), 0.01, SURE)
     believed(proposer)
     assert improved(proposer, a_request([1, 2]), [(20, 0.6)] * 5)[:3] == [10, 11, 12]
     assert improved(proposer, a_request([1, 2]), [(20, 0.9)] * 5) == [20] * 5  # more of it is expected to come true
@@ -157,7 +168,7 @@ def test_it_runs_ahead_as_far_as_pays() -> None:
     steps = []
     cases = (0.001, 0.0, 0.95), (0.05, 0.02, 0.95), (0.05, 0.02, 0.6), (0.05, 0.02, 0.05), (0.5, 0.02, 0.6)
     for seconds, row, probability in cases:
-        proposer = Script(experience_of(row), seconds, [(10 + i, probability) for i in range(8)])
+        proposer = Script(stats_of(row), seconds, [(10 + i, probability) for i in range(8)])
         believed(proposer)
         improved(proposer, a_request([1, 2]), [])
         steps.append(proposer.n_steps)
@@ -183,10 +194,10 @@ def run(proposer: Script, accept: float, n_tokens: int, probability: float) -> i
 def test_one_that_is_wrong_goes_silent_and_costs_next_to_nothing() -> None:
     """Whatever it thinks of itself."""
     for probability in (0.3, 0.95):
-        proposer = Script(experience_of(0.02), 0.06, [])
+        proposer = Script(stats_of(0.02), 0.06, [])
         assert run(proposer, 0.02, 400, probability) < 40
         assert run(proposer, 0.02, 400, probability) * 0.06 < 0.01 * 400  # the next text: less than one percent
-    proposer = Script(experience_of(0.02), 0.06, [])
+    proposer = Script(stats_of(0.02), 0.06, [])
     assert run(proposer, 0.9, 400, 0.95) == 399
 
 
@@ -194,41 +205,41 @@ def test_texts_with_an_adapter_teach_nothing_to_others() -> None:
     class Adapter:
         pass
 
-    proposer, one, two = Script(experience_of(0.02), 0.01, []), Adapter(), Adapter()
-    cell = Lessons.cell(0.9, ALONE)
+    proposer, one, two = Script(stats_of(0.02), 0.01, []), Adapter(), Adapter()
+    bucket = guess_bucket(0.9, ALONE)
     requests = [a_request([1], adapter=adapter) for adapter in (None, one, two, one)]
     for request in requests:
         proposer._prepare(request)
-    first = requests[1].reading.lessons
+    first = requests[1].draft_state.acceptance
     for _ in range(50):
-        first.learn(cell, False)
-        first.note_worth(0, 1, -1.0)
-    same = Reading(proposer.lessons(requests[3])).lessons
-    assert same.chance(cell) < 0.2 and not same._worth[0] > 0
+        first.learn(bucket, False)
+        first.note_gain(0, 1, -1.0)
+    same = DraftState(proposer.acceptance(requests[3])).acceptance
+    assert same.chance(bucket) < 0.2 and not same._gain[0] > 0
     for other in (requests[0], requests[2]):
-        assert Reading(proposer.lessons(other)).lessons.chance(cell) > 0.7
-        assert Reading(proposer.lessons(other)).lessons._worth[0] > 0
+        assert DraftState(proposer.acceptance(other)).acceptance.chance(bucket) > 0.7
+        assert DraftState(proposer.acceptance(other)).acceptance._gain[0] > 0
     del one, requests, request, first, same
     assert len(proposer._adapted) == 1  # an adapter that is gone takes what was learnt of it along
 
 
 def test_a_guess_is_learnt_from_whether_it_was_drafted_or_not() -> None:
-    proposer = Script(experience_of(0.02), 0.01, SURE)
+    proposer = Script(stats_of(0.02), 0.01, SURE)
     text = [1, 2]
     request = a_request(text)
     proposer._prepare(request)
-    reading = request.reading
-    chain = Chain(request, _draft.Drafter(proposer.experience, []), [])
+    state = request.draft_state
+    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [])
     for guess in SURE[:3]:
-        chain.add(guess)
-    reading.asked, reading.n_asked = chain.asked, 2
+        builder.add(guess)
+    state.pending, state.pending_at = builder.guesses, 2
     learnt: list[bool] = []
-    reading.lessons.learn = lambda cell, right: learnt.append(right)
+    state.acceptance.learn = lambda bucket, accepted: learnt.append(accepted)
     for token, expected in ((10, [True]), (11, [True, True]), (7, [True, True, False]), (12, [True, True, False])):
         text.append(token)
         request.n_tokens = len(text)
-        Proposer._learn(request, reading)
+        Proposer._learn(request, state)
         assert learnt == expected
-    chain = Chain(request, _draft.Drafter(proposer.experience, []), [(40, 0.98), (41, 0.98)])
-    chain.add((10, 0.05))  # the n-grams' guess is on the draft; its own is learnt from all the same
-    assert chain.tokens == [40] and chain.asked[0].guess == 10
+    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [(40, 0.98), (41, 0.98)])
+    builder.add((10, 0.05))  # the n-grams' guess is on the draft; its own is learnt from all the same
+    assert builder.tokens == [40] and builder.guesses[0].token == 10
