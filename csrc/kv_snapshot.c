@@ -120,6 +120,18 @@ static pe_status check_contents(const pe_kv_cache *cache, const struct pe_kernel
     return PE_OK;
 }
 
+/* Whether the pages from `begin` (whole pages) to n_tokens, with window parts from page first_window on, fit beside all that is held.
+ * Asked first: to find it out page by page would take room from what is cached, in vain. (A page of the same tokens that another
+ * sequence holds without its window part counts as missing.) */
+static pe_status check_room(const pe_kv_cache *cache, size_t begin, size_t n_tokens, size_t first_window, char *err) {
+    const pe_page_pool *pool = &cache->pages;
+    size_t first = begin / PE_CHUNK, windows_from = first_window > first ? first_window : first;
+    size_t missing = bytes_of(cache, n_tokens, windows_from) - first * pool->data_bytes, held = pe_page_pool_held_bytes(pool);
+    if (pool->max_bytes == 0 || held + missing <= pool->max_bytes) return PE_OK;
+    return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "%zu bytes of keys and values do not fit beside the %zu in use: %zu are allowed",
+                   missing, held, pool->max_bytes);
+}
+
 /* The sequence holds whole pages; its next one, of the tokens (n) at most, comes from the parts at `in`. */
 static pe_status restore_page(pe_kv_cache *cache, int32_t sequence, const int32_t *tokens, size_t n, page_part last,
                               const char *in, char *err) {
@@ -148,6 +160,7 @@ pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const struct pe_kernels *ke
         (void)pe_kv_truncate(cache, *out, begin / PE_CHUNK * PE_CHUNK, err);
         begin = pe_kv_length(cache, *out);
     }
+    status = check_room(cache, begin, n, first_window, err);
     for (size_t page = 0; status == PE_OK && page < pages_of(n); page++) {
         page_part last = last_part(page, first_window);
         size_t at = page * PE_CHUNK;

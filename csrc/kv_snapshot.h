@@ -20,7 +20,8 @@ pe_status pe_kv_snapshot_save(const pe_kv_cache *cache, int32_t sequence, char *
 /* A new sequence that holds tokens (n, each in the vocabulary) with the keys and values of the snapshot in (n_bytes). Pages
  * that the tree has are shared, all others join it. The bytes may be a stranger's: PE_ERR_INVALID_ARGUMENT for codes and
  * scales that no text has. Others than those of these tokens make other results, and no further harm. On failure there is no
- * new sequence. */
+ * new sequence, and if it is one of room (PE_ERR_OUT_OF_MEMORY) nothing cached has been given up for it, unless the system has
+ * no memory. */
 pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const struct pe_kernels *kernels, const int32_t *tokens, size_t n,
                                  const uint8_t salt[PE_SALT_BYTES], const char *in, size_t n_bytes, int32_t *out, char *err);
 

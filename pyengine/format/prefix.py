@@ -36,7 +36,10 @@ VERSION = "1"
 
 
 def model_digest(file: FrozenFile) -> str:
-    """What stands for a model: the version of the arithmetic, its shape, and the checksums of its tensors."""
+    """What stands for a model: the version of the arithmetic, its shape, and its tensors' checksums as the file gives them.
+
+    A file whose tensors are others than it says is damaged, which `pyengine verify` finds; to hash all weights at every start
+    would take longer than most prefixes save."""
     digest = hashlib.sha256(FORMAT_VERSION.encode())
     for name in ("config.json", "checksums.json"):
         content = file.attachment(name) or b""

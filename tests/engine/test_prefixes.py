@@ -12,7 +12,7 @@ import pytest
 from engine.cli_tools import run_process, write_talker
 from engine.freeze_models import freeze_fixture
 
-from pyengine import ContextFullError, Engine, InvalidArgumentError, ModelFormatError, PyEngineError, _core
+from pyengine import ContextFullError, Engine, InvalidArgumentError, ModelFormatError, OutOfMemoryError, _core
 from pyengine.format.prefix import read_prefix, write_prefix
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
@@ -122,19 +122,24 @@ def test_a_sequence_that_lacks_window_parts_is_saved_all_the_same(path: Path) ->
             context.set_max_pages(0)
 
 
-def test_a_full_cache_refuses_and_stays_whole(path: Path) -> None:
+def test_a_full_cache_refuses_and_keeps_what_it_has(path: Path) -> None:
+    """What does not fit beside what is held is refused before anything cached has made room for it in vain."""
     with FrozenFile.open(path) as file:
         model = _core.Model(file.config, file.buffer, file.weights)
         context = _core.Context(model)
         sequence = context.sequence_new()
-        forward(context, sequence, text_of(5, 1000))
+        forward(context, sequence, text_of(5, 1030))  # two pages, also of what a window of 16 positions keeps
         saved = sequence.save()
         small = _core.Context(model)
-        small.set_max_pages(1)
-        with pytest.raises(PyEngineError):
-            held = small.sequence_new()
-            forward(small, held, text_of(6, 200))
-            small.restore(text_of(5, 1000), aligned(saved))
+        small.set_max_pages(2)
+        held, cached = small.sequence_new(), small.sequence_match([])
+        forward(small, held, text_of(6, 200))
+        forward(small, cached, text_of(7, 200))
+        cached.close()
+        before = small.cache_stats()
+        with pytest.raises(OutOfMemoryError):
+            small.restore(text_of(5, 1030), aligned(saved))
+        assert small.cache_stats() == before and small.match_length(text_of(7, 200)) == 200
         small.check()
 
 
