@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
-from pyengine.adapters import Adapters, LoadedAdapter
+from pyengine.adapters import Adaptable, Adapters
 from pyengine.arguments import boolean
 from pyengine.background import Background
 from pyengine.errors import InvalidArgumentError, PyEngineError
@@ -19,7 +19,7 @@ from pyengine.language import Language
 from pyengine.opening import Options, pages_of, resolve_model
 from pyengine.prefixes import Prefixes
 from pyengine.results import Generation
-from pyengine.run.request import Caller, GenerationRequest, check_salt
+from pyengine.run.request import Caller, GenerationRequest
 from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
 from pyengine.run.stream import Stream, run_all
 from pyengine.scoring import Prompt as Prompt  # ours, for callers
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from pyengine import _core
     from pyengine.draft_file import DraftFile
+    from pyengine.format.config import DraftHeadSpec
     from pyengine.freeze import Progress
     from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
@@ -42,7 +43,7 @@ Message = Mapping[str, Any]
 T = TypeVar("T")
 
 
-class Engine(Scoring, Prefixes):
+class Engine(Adaptable, Scoring, Prefixes):
     """A frozen model, ready to generate.
 
     model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint, a model of the hub as
@@ -87,9 +88,6 @@ class Engine(Scoring, Prefixes):
         progress: Progress | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
     ) -> None:
-        with fork.importing:
-            from pyengine import _core
-
         self._lock = threading.RLock()
         fork.register(self._lock, fork.ENGINE)
         self._closed = True
@@ -104,39 +102,57 @@ class Engine(Scoring, Prefixes):
             mmap=mmap,
         )
         preload_tokenizer = boolean("preload_tokenizer", preload_tokenizer)
-        n_ctx, n_threads = options.n_ctx, options.n_threads or 0
         self.seed = options.seed
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
         self._language = Language(self._file, self._lock)
-        config = self._file.config
-        if n_ctx > config.max_seq_len:
-            raise InvalidArgumentError(f"n_ctx is {n_ctx}, the model's context holds {config.max_seq_len}")
-        self.n_ctx = n_ctx or config.max_seq_len
-        config = replace(config, max_seq_len=self.n_ctx)
+        self._open_model(preload_tokenizer)
+        self._draft: DraftFile | None = None
+        if draft_model is not None:
+            self._open_draft_model(resolve_model(draft_model, progress))
+        elif (head := self._file.config.draft_head) is not None:
+            self._open_draft_head(head)
+        fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
+        self._closed = False
+        cpu_watch.check_threads(options.n_threads or 0)
+
+    def _open_model(self, preload_tokenizer: bool) -> None:
+        """The model of the file, and what computes with it."""
+        with fork.importing:
+            from pyengine import _core
+
+        options, config = self._options, self._file.config
+        if options.n_ctx > config.max_seq_len:
+            raise InvalidArgumentError(f"n_ctx is {options.n_ctx}, the model's context holds {config.max_seq_len}")
+        self.n_ctx = options.n_ctx or config.max_seq_len
         self.vocab_size = config.vocab_size
         self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
+        n_threads = options.n_threads or 0
+        config = replace(config, max_seq_len=self.n_ctx)
         opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
         self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
         self._adapters = Adapters(self._file.config, self._model)
-        context = _core.Context(self._model, kv_dtype=kv_dtype, n_threads=n_threads)
+        context = _core.Context(self._model, kv_dtype=options.kv_dtype, n_threads=n_threads)
         self.n_threads: int = context.n_threads
-        pages = partial(pages_of, max_kv_bytes=options.max_kv_bytes, max_sequences=options.max_sequences)
-        self._scheduler = Scheduler(context, max_sequences=options.max_sequences, max_pages=pages(context, self.n_ctx))
-        self._draft: DraftFile | None = None
-        if draft_model is not None:
-            with fork.importing:
-                from pyengine.draft_file import DraftFile
+        max_pages = pages_of(context, self.n_ctx, options)
+        self._scheduler = Scheduler(context, max_sequences=options.max_sequences, max_pages=max_pages)
 
-            self._draft = DraftFile(resolve_model(draft_model, progress), self._file, self.n_ctx, use_mmap=mmap)
-            guessing = self._draft.context(kv_dtype, n_threads)
-            guessing.set_max_pages(pages(guessing, self._draft.n_ctx))
-            self._scheduler.speculation.add_model(guessing, self._draft.n_ctx)
-        elif config.draft_head is not None:
-            weights = self._file.draft_weights
-            self._scheduler.speculation.add_head(_core.DraftHead(self._model, config.draft_head, weights, self.n_threads))
-        fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
-        self._closed = False
-        cpu_watch.check_threads(n_threads)
+    def _open_draft_model(self, path: str) -> None:
+        """A model of the same vocabulary that guesses ahead, with keys and values of its own."""
+        with fork.importing:
+            from pyengine.draft_file import DraftFile
+
+        options = self._options
+        self._draft = draft = DraftFile(path, self._file, self.n_ctx, use_mmap=options.mmap)
+        context = draft.context(options.kv_dtype, options.n_threads or 0)
+        context.set_max_pages(pages_of(context, draft.n_ctx, options))
+        self._scheduler.speculation.add_model(context, draft.n_ctx)
+
+    def _open_draft_head(self, spec: DraftHeadSpec) -> None:
+        """The network in the file that guesses ahead."""
+        from pyengine import _core
+
+        head = _core.DraftHead(self._model, spec, self._file.draft_weights, self.n_threads)
+        self._scheduler.speculation.add_head(head)
 
     @classmethod
     def from_pretrained(cls, repo: str, *, revision: str | None = None, file: str | None = None, **options: Any) -> Engine:
@@ -212,40 +228,6 @@ class Engine(Scoring, Prefixes):
         """The model's chat template. Raises TemplateError if it has none."""
         self._check_open()
         return self._language.chat_template
-
-    # ------------------------------------------------------------ adapters
-
-    def load_adapter(
-        self, path: str | os.PathLike[str], *, name: str | None = None, scale: float | None = None
-    ) -> LoadedAdapter:
-        """Load a low-rank adapter (LoRA) beside the model: a directory in PEFT's layout. Calls choose it by adapter=name; they
-        share every step with calls that chose another or none, and neither changes a bit of the other.
-
-        name   what calls name it by; None = the directory's name
-        scale  multiplies what it adds, beside its own alpha / r; None = 1
-        Raises InvalidArgumentError for a name that is taken or a directory without an adapter, ModelFormatError for one of
-        another model or a damaged one, UnsupportedModelError for what it asks for beyond low-rank products of the
-        projections of attention and of a dense MLP. Then nothing is loaded."""
-        self._check_open()
-        return self._adapters.load(path, name, scale)
-
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter: no later call finds it. Requests that run keep it to their end, and its memory goes with the
-        last of them. Raises InvalidArgumentError if there is none of that name."""
-        self._check_open()
-        self._adapters.unload(name)
-
-    def adapters(self) -> list[LoadedAdapter]:
-        """Those that are loaded, in the order in which they were."""
-        self._check_open()
-        return list(self._adapters)
-
-    def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]:
-        """What a request gets of an adapter: itself, and the salt of its keys and values."""
-        if adapter is None:
-            return None, check_salt(cache_salt)
-        loaded = self._adapters.get(adapter)
-        return loaded.core, check_salt(cache_salt, loaded.digest)
 
     # ------------------------------------------------------------ text
 

@@ -106,7 +106,7 @@ def checked_threads(n_threads: int | None) -> int:
     return integer("n_threads", n_threads, 1, MAX_THREADS)
 
 
-def pages_of(context: _core.Context, n_ctx: int, *, max_kv_bytes: int | None, max_sequences: int) -> int:
-    """Pages whose memory a context may have."""
+def pages_of(context: _core.Context, n_ctx: int, options: Options) -> int:
+    """Pages whose memory a context of n_ctx positions may have."""
     layout = KvLayout.of_stats(context.cache_stats())
-    return max_pages(max_kv_bytes, layout=layout, n_ctx=n_ctx, n_step=BUDGET, max_sequences=max_sequences)
+    return max_pages(options.max_kv_bytes, layout=layout, n_ctx=n_ctx, n_step=BUDGET, max_sequences=options.max_sequences)

@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "opening": {"errors", "fork", "arguments", "files", "format", "run", "_core", "sampling", "freeze", "hub"},
     "language": {"errors", "format", "run", "sampling", "text"},
     "embeddings": {"errors", "arguments"},
-    "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze"},
+    "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze", "run"},
     "scoring": {"errors", "arguments", "results", "_core", "_sampler", "format", "text", "embeddings", "run", "fork"},
     "prefixes": {"errors", "_core", "format", "opening", "run", "scoring"},
     "engine": {
