@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from reference import fixtures
+
+from pyengine import cpu_watch
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
@@ -26,6 +29,16 @@ def environment(**changes: str) -> dict[str, str]:
     """This process's environment without what steers pyengine, and with `changes`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYENGINE_")}
     return {**clean, "PYTHONUTF8": "1", **changes}
+
+
+def isolate(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """For commands that run in this process: no model, thread count or instruction set from outside, and a cache of their own."""
+    for name in ("PYENGINE_MODEL", "PYENGINE_NUM_THREADS", "PYENGINE_ISA", "PYENGINE_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYENGINE_CACHE", str(cache))
+    # What this machine has too few CPUs for is no matter here (test_cpu_watch.py); the commands put their own `say` in.
+    monkeypatch.setattr(cpu_watch._state, "said", {"threads", "throttling"})
+    monkeypatch.setattr(cpu_watch, "say", cpu_watch.say)
 
 
 def run_process(

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.always_guessing import always_guess
 from engine.draft_heads import with_random_head
+from engine.speculation_tools import always_guess
 from engine.test_against_transformers import isa, open_model
 from numpy.typing import NDArray
 from reference import fixtures, frozen_reader

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from engine import cli_tools
-from engine.cli_tools import run_process
+from engine.cli_tools import isolate, run_process
 from reference import fixtures
 
 import pyengine
-from pyengine import _core, cpu_watch
+from pyengine import _core
 from pyengine.cli import COMMANDS, main
 from pyengine.format.reader import FrozenFile
 
@@ -27,14 +27,8 @@ HEAVY = ("numpy", "jinja2", "gguf", "pyengine.freeze", "pyengine.text.chat", "su
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No model, thread count or instruction set from outside, and a cache of our own."""
-    for name in ("PYENGINE_MODEL", "PYENGINE_NUM_THREADS", "PYENGINE_ISA", "PYENGINE_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYENGINE_CACHE", str(tmp_path / "cache"))
-    # What this machine has too few CPUs for is no matter here (test_cpu_watch.py); the commands put their own `say` in.
-    monkeypatch.setattr(cpu_watch._state, "said", {"threads", "throttling"})
-    monkeypatch.setattr(cpu_watch, "say", cpu_watch.say)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    isolate(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture()

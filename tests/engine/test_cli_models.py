@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.cli_tools import run_process
+from engine.cli_tools import isolate, run_process, write_talker
 from reference import fixtures
 
 import pyengine
-from pyengine import _core, cpu_watch
+from pyengine import _core
 from pyengine.cli import UsageError, main
 from pyengine.cli.eval import windows
 from pyengine.cli.info import tokenizer_facts
@@ -31,13 +31,8 @@ TEXT = "It was a bright cold day in April, and the clocks were striking thirteen
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("PYENGINE_MODEL", "PYENGINE_NUM_THREADS", "PYENGINE_ISA", "PYENGINE_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYENGINE_CACHE", str(tmp_path / "cache"))
-    # What this machine has too few CPUs for is no matter here (test_cpu_watch.py); the commands put their own `say` in.
-    monkeypatch.setattr(cpu_watch._state, "said", {"threads", "throttling"})
-    monkeypatch.setattr(cpu_watch, "say", cpu_watch.say)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    isolate(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture()
@@ -333,8 +328,6 @@ def test_eval_names_the_byte_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_eval_with_bos_scores_every_token(tmp_path: Path, run: Callable[..., str]) -> None:
-    from engine.cli_tools import write_talker
-
     path = pyengine.freeze(write_talker(tmp_path / "hf", 512), tmp_path / "x.safetensors")
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.always_guessing import always_guess, in_company
 from engine.draft_heads import STEP, bigram_model, with_random_head
 from engine.frozen_parts import FrozenParts
+from engine.speculation_tools import always_guess, assert_nothing_is_held, in_company, plain_engine
 from engine.test_speculation import PARAMETERS, PROMPT, said
 
 from pyengine import Engine, SamplingParams, _core
@@ -43,13 +43,8 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tiny_model: Path) -> Iterator[Engine]:
-    """Without a head, one token a step, one thread, the scalar kernels."""
-    _core.select_isa("scalar")
-    try:
-        with Engine(tiny_model, n_threads=1, speculative="off") as engine:
-            yield engine
-    finally:
-        _core.select_isa(None)
+    with plain_engine(tiny_model) as engine:
+        yield engine
 
 
 def always(engine: Engine, n: int) -> DraftHead:
@@ -60,8 +55,7 @@ def always(engine: Engine, n: int) -> DraftHead:
 
 
 def check(engine: Engine) -> None:
-    stats = engine.check_integrity()
-    assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]
+    assert_nothing_is_held(engine.check_integrity())
 
 
 # ------------------------------------------------------------------ no byte

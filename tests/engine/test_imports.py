@@ -18,8 +18,8 @@ CSRC = ROOT / "csrc"
 
 # ---------------------------------------------------------------------- Python
 
-# What each room of pyengine/ may import, from the bottom up, be it inside a function. A room is a module or a folder.
-ROOMS: dict[str, set[str]] = {
+# What each component of pyengine/ may import, from the bottom up, be it inside a function. A component is a module or a folder.
+COMPONENTS: dict[str, set[str]] = {
     "errors": set(),
     "fork": set(),
     "system": set(),
@@ -72,21 +72,21 @@ ROOMS: dict[str, set[str]] = {
 }  # fmt: skip
 
 
-def python_room(module: str) -> str:
+def python_component(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def test_python_rooms_import_only_what_they_may() -> None:
+def test_python_components_import_only_what_they_may() -> None:
     graph = imports(modules(ROOT, "pyengine"), at_import=False)
-    assert {python_room(module) for module in graph} == ROOMS.keys()
+    assert {python_component(module) for module in graph} == COMPONENTS.keys()
     wrong = [
         f"{module} imports {other}"
         for module, others in graph.items()
         for other in others
-        if python_room(other) not in ROOMS[python_room(module)] | {python_room(module)}
+        if python_component(other) not in COMPONENTS[python_component(module)] | {python_component(module)}
     ]
     assert not wrong
-    assert len(list(TopologicalSorter(ROOMS).static_order())) == len(ROOMS)  # or CycleError
+    assert len(list(TopologicalSorter(COMPONENTS).static_order())) == len(COMPONENTS)  # or CycleError
 
 
 @pytest.mark.parametrize(("root", "package"), [(ROOT, "pyengine"), (ROOT / "training", "pyengine_training")])
@@ -163,16 +163,16 @@ def test_threads_are_started_by_one_module() -> None:
 
     directory = Path(_core.__file__).parent
     suffix = Path(_core.__file__).name.removeprefix("_core")
-    built = {name: path.read_bytes() for name in ROOMS if (path := directory / f"{name}{suffix}").exists()}
+    built = {name: path.read_bytes() for name in COMPONENTS if (path := directory / f"{name}{suffix}").exists()}
     found = {name for name, code in built.items() if b"pthread_create" in code or b"_beginthreadex" in code}
     assert found == {"_core", "_probe"}
 
 
 # ---------------------------------------------------------------------- C
 
-# What each room of csrc/ may include, from the bottom up. A room is a pair X.h, X.c, or a folder; kernels/ knows nothing of
-# models or threads, and nothing below context knows what a context is.
-C_ROOMS: dict[str, set[str]] = {
+# What each component of csrc/ may include, from the bottom up. A component is a pair X.h, X.c, or a folder; kernels/ knows
+# nothing of models or threads, and nothing below context knows what a context is.
+C_COMPONENTS: dict[str, set[str]] = {
     "pyengine": set(),
     "float_env": set(),
     "platform": set(),
@@ -218,7 +218,7 @@ def sources() -> list[Path]:
     return sorted([*CSRC.rglob("*.c"), *CSRC.rglob("*.h")])
 
 
-def room(path: Path) -> str:
+def component(path: Path) -> str:
     first = path.relative_to(CSRC).parts[0]
     return first.split(".")[0]
 
@@ -233,21 +233,21 @@ def includes_of(path: Path) -> list[Path]:
     return found
 
 
-def test_c_rooms_include_only_what_they_may() -> None:
-    assert {room(path) for path in sources()} == C_ROOMS.keys()
+def test_c_components_include_only_what_they_may() -> None:
+    assert {component(path) for path in sources()} == C_COMPONENTS.keys()
     wrong = [
         f"{path.relative_to(CSRC)} includes {included.relative_to(CSRC)}"
         for path in sources()
         for included in includes_of(path)
-        if room(included) not in C_ROOMS[room(path)] | {room(path)}
+        if component(included) not in C_COMPONENTS[component(path)] | {component(path)}
     ]
     assert not wrong
 
 
 def test_c_includes_have_no_circle() -> None:
-    """Neither between rooms nor between files: TopologicalSorter raises CycleError."""
-    rooms = list(TopologicalSorter(C_ROOMS).static_order())
-    assert rooms.index("kernels") < rooms.index("model") < rooms.index("slice") < rooms.index("forward")
+    """Neither between components nor between files: TopologicalSorter raises CycleError."""
+    components = list(TopologicalSorter(C_COMPONENTS).static_order())
+    assert components.index("kernels") < components.index("model") < components.index("slice") < components.index("forward")
     assert len(list(TopologicalSorter({path: includes_of(path) for path in sources()}).static_order())) > 40
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.always_guessing import always_guess
 from engine.draft_heads import with_random_head
 from engine.scripted_drafts import drafts_of, script
+from engine.speculation_tools import always_guess
 
 import pyengine
 from pyengine import Engine, _core

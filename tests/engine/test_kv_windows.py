@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.always_guessing import always_guess
 from engine.freeze_models import freeze_fixture
 from engine.scripted_drafts import drafts_of, script
+from engine.speculation_tools import always_guess
 
 from pyengine import Engine, _core
 from pyengine.cli.info import describe, text_lines

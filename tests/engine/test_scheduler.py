@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.speculation_tools import assert_nothing_is_held
 
 import pyengine
 from pyengine import Engine
@@ -55,8 +56,7 @@ def engine(tiny_model: Path) -> Iterator[Engine]:
     """Without guesses, so that a test can count its steps."""
     with Engine(tiny_model, speculative="off") as engine:
         yield engine
-        stats = engine.check_integrity()
-        assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]
+        assert_nothing_is_held(engine.check_integrity())
 
 
 # ------------------------------------------------------------------ one rule

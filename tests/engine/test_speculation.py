@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.always_guessing import costs
 from engine.scripted_drafts import drafts_of, script
+from engine.speculation_tools import assert_nothing_is_held, costs, plain_engine
 
 import pyengine
 from pyengine import Engine, _core, _draft, _sampler
@@ -25,13 +25,8 @@ PROMPT = [3 + i * 7 % 50 for i in range(30)]
 
 @pytest.fixture(scope="module")
 def plain(tiny_model: Path) -> Iterator[Engine]:
-    """One token a step, one thread, the scalar kernels."""
-    _core.select_isa("scalar")
-    try:
-        with Engine(tiny_model, n_threads=1, speculative="off") as engine:
-            yield engine
-    finally:
-        _core.select_isa(None)
+    with plain_engine(tiny_model) as engine:
+        yield engine
 
 
 def said(result: Generation) -> tuple[Any, ...]:
@@ -51,8 +46,7 @@ def texts_of(prompt: list[int], results: list[Generation]) -> dict[tuple[tuple[i
 
 
 def check(engine: Engine) -> None:
-    stats = engine.check_integrity()
-    assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]
+    assert_nothing_is_held(engine.check_integrity())
 
 
 # ------------------------------------------------------------------ every parameter

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from pyengine import Engine, _draft
+from pyengine import Engine, _core, _draft
 from pyengine.run.proposer import DraftBuilder, Proposer
 from pyengine.run.speculation import Speculation
+
+
+@contextlib.contextmanager
+def plain_engine(model: Path) -> Iterator[Engine]:
+    """What outputs are compared with: one token a step, one thread, the scalar kernels."""
+    _core.select_isa("scalar")
+    try:
+        with Engine(model, n_threads=1, speculative="off") as engine:
+            yield engine
+    finally:
+        _core.select_isa(None)
+
+
+def assert_nothing_is_held(stats: dict[str, int]) -> None:
+    """Of a cache: no sequence is left, and every page is cached or free."""
+    assert stats["n_sequences"] == 0 and stats["n_pages"] == stats["n_cached"] + stats["n_free"]
 
 
 def costs(seconds: dict[int, float], n: int = 200) -> _draft.DraftStats:
