@@ -22,8 +22,7 @@ typedef pthread_mutex_t pe_mutex;
 #endif
 
 /* Run fn(arg) in a thread of its own, which hears no signals but those of its own faults: the others stay with the
- * application's threads. 0, or an errno. Every
- * thread that was started is joined. */
+ * application's threads. 0, or an errno. Every thread that was started must be joined. */
 int pe_thread_start(pe_thread *thread, void *(*fn)(void *), void *arg);
 /* Wait for the thread's end; what fn returned. */
 void *pe_thread_join(pe_thread thread);

@@ -294,8 +294,8 @@ const float *pe_context_hidden(const pe_context *context, size_t row);
 /* One block in isolation: x (n_tokens, dim) float32 at positions 0.. of a fresh sequence goes through layer `layer` in
  * place. */
 pe_status pe_debug_block(pe_context *context, uint32_t layer, float *x, size_t n_tokens, char *err);
-/* SHA-independent view of a sequence's KV: bytes of one page of one layer and kv head, as FORMAT.md's section 8 has
- * them in memory. Returns the size; copies at most `capacity` bytes into out. */
+/* The keys and values of one page of one layer and kv head of a sequence, as they lie in memory (pe_kv_chunk of
+ * kernels/kernels.h). Returns the size; copies at most `capacity` bytes into out. */
 size_t pe_debug_kv_page(const pe_context *context, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page,
                         void *out, size_t capacity);
 

@@ -70,8 +70,8 @@ def hadamard(rows: Float32Array, exponent: int) -> Float32Array:
 def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16Array]:
     """Weights (rows, columns), transformed -> codes (rows, n_groups, 64) and scales (rows, n_groups).
 
-    Columns are padded with zeros. Raises ModelFormatError that names the tensor for a weight that
-    is not finite or a scale that overflows f16.
+    Columns are padded with zeros. Raises ModelFormatError that names the tensor for a weight that is not finite or a scale that
+    overflows f16.
     """
     rows, columns = weights.shape
     k = hadamard_exponent(columns)
@@ -98,8 +98,7 @@ def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16A
 
 
 def to_panels(codes: Int8Array, scales: Float16Array) -> tuple[Int8Array, Float16Array]:
-    """(rows, n_groups, 64), (rows, n_groups) -> (panels, n_groups, 16, 16, 4), (panels, n_groups,
-    16).
+    """(rows, n_groups, 64), (rows, n_groups) -> (panels, n_groups, 16, 16, 4), (panels, n_groups, 16).
 
     Rows are padded to whole panels with zero codes and scales.
     """

@@ -1,9 +1,8 @@
 """Open a frozen file.
 
-``FrozenFile.open`` validates everything before anything uses the file, and reads nothing but its
-header and its ``config.json``: this is the start-up path, so it imports neither numpy nor the
-tokenizer and takes milliseconds. The file comes from strangers; whatever is wrong with it is a
-``ModelFormatError`` that says what and where.
+``FrozenFile.open`` validates everything before anything uses the file, and reads nothing but its header and its ``config.json``:
+this is the start-up path, so it imports neither numpy nor the tokenizer and takes milliseconds. The file comes from strangers;
+whatever is wrong with it is a ``ModelFormatError`` that says what and where.
 """
 
 from __future__ import annotations
@@ -74,14 +73,15 @@ def _check_weights(entries: dict[str, SafetensorsEntry], config: FrozenConfig) -
 
 
 class FrozenFile:
-    """A validated frozen file: ``config``, ``metadata``, ``buffer`` and where each tensor lies in
-    it.
+    """A validated frozen file. Use as a context manager or call ``close``.
 
-    ``tensors`` maps a name to (offset, size) in bytes of ``buffer``, ``extra`` those of extra tensors to
-    what is stored; ``weights``, those of the
-    inventory alone, to (offset, size, kind); ``draft_weights``, those of the draft head, likewise, and
-    is empty where there is none. Offsets are multiples of 64 and ``buffer`` begins on a page. Use as a
-    context manager or call ``close``; views taken from ``buffer`` stay valid until they are released.
+    config         its configuration
+    metadata       strings of its header: name, source, generator
+    buffer         its bytes, from a page boundary on; views taken from it stay valid until they are released
+    tensors        name -> (offset, size) in bytes of ``buffer``, every tensor; offsets are multiples of 64
+    weights        name -> (offset, size, kind) of the inventory's
+    draft_weights  the same of the draft head's; empty where there is none
+    extra          name -> what is stored, of extra tensors
     """
 
     def __init__(self, path: str, buffer: mmap.mmap) -> None:
@@ -122,8 +122,8 @@ class FrozenFile:
         """Map (or, with ``use_mmap=False``, copy) and validate a file.
 
         A file that is truncated while it is mapped kills the process with SIGBUS: a copy is immune.
-        Raises ModelFormatError for whatever is wrong with the content, UnsupportedModelError for what
-        it needs and this version does not know, and what ``open_regular`` does.
+        Raises ModelFormatError for whatever is wrong with the content, UnsupportedModelError for what it needs and this version
+        does not know, and what ``open_regular`` does.
         """
         path = path_of(path)
         with open_regular(path) as file, system_errors():
@@ -158,9 +158,7 @@ class FrozenFile:
         return bytes(self.buffer[offset : offset + size]).rstrip(b"\n" if name.endswith(".jinja") else b" ")
 
     def check_codes(self) -> None:
-        """Refuse code -128, which the format does not have. Reads every weight: not part of
-        ``open``.
-        """
+        """Refuse code -128, which the format does not have. Reads every weight: not part of ``open``."""
         for name, (offset, size) in self.tensors.items():
             if name.endswith(".codes") and self.buffer.find(b"\x80", offset, offset + size) >= 0:
                 raise ModelFormatError(f"{self.path}: tensor {name!r} holds the code -128")
@@ -178,9 +176,7 @@ class FrozenFile:
 
 
 def verify_checksums(frozen: FrozenFile) -> Iterator[tuple[str, bool]]:
-    """Yield (tensor name, whether its SHA-256 is the one on file) for every tensor but
-    checksums.json.
-    """
+    """Yield (tensor name, whether its SHA-256 is the one on file) for every tensor but checksums.json."""
     import hashlib
 
     sums = parse_json_object(frozen.attachment("checksums.json") or b"", "checksums.json")

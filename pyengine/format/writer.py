@@ -126,9 +126,7 @@ class FrozenWriter:
             self._finish()
 
     def write(self, name: str, chunks: Iterable[Any]) -> None:
-        """Append a tensor from buffers that together have its size, or less by under 64 bytes of
-        padding.
-        """
+        """Append a tensor from buffers that together have its size, or less by under 64 bytes of padding."""
         if self._next >= len(self.names) or self.names[self._next] != name:
             raise InvalidArgumentError(f"tensor {name!r} is not the next one in the file")
         digest = hashlib.sha256()

@@ -1,9 +1,8 @@
 """Freezing: any supported checkpoint -> one frozen int8 file (csrc/FORMAT.md).
 
-``freeze`` finds out by content what the source is, maps its tensors to their frozen places and
-streams them through the quantizer; memory stays bounded by a few megabytes of weights and one
-matrix's scales. ``freeze_cached`` does it once per source. ``pyengine.freeze`` is both this package
-and, being callable, the function.
+``freeze`` finds out by content what the source is, maps its tensors to their frozen places and streams them through the
+quantizer; memory stays bounded by a few megabytes of weights and one matrix's scales. ``freeze_cached`` does it once per source.
+``pyengine.freeze`` is both this package and, being callable, the function.
 """
 
 from __future__ import annotations
@@ -99,9 +98,7 @@ def open_source(
 
 
 def _tensor_chunks(model: SourceModel) -> Iterator[tuple[str, Iterable[Any]]]:
-    """Every tensor of the file in order, as a stream of buffers. Scales follow the codes they come
-    from.
-    """
+    """Every tensor of the file in order, as a stream of buffers. Scales follow the codes they come from."""
     from ..format.inventory import inventory
     from ..format.quantize import QuantizedMatrix
 
@@ -207,9 +204,7 @@ def _unicode(text: str) -> str:
 
 
 def frozen_cache_path(source: PathLike, tokenizer: PathLike | None = None, *, name: str | None = None) -> Path:
-    """Where ``freeze_cached`` keeps the frozen form of ``source``; changes whenever the source
-    does.
-    """
+    """Where ``freeze_cached`` keeps the frozen form of ``source``; changes whenever the source does."""
     from .cache import cache_path
 
     with system_errors():
@@ -238,9 +233,7 @@ def freeze_cached(
 
 
 class _CallableModule(ModuleType):
-    """Importing any submodule binds the package to the name ``pyengine.freeze``: let both readings
-    work.
-    """
+    """Importing any submodule binds the package to the name ``pyengine.freeze``: let both readings work."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Path:
         return freeze(*args, **kwargs)

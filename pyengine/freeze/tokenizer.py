@@ -1,9 +1,8 @@
 """A Hugging Face ``tokenizer.json`` from the tokenizer metadata of a GGUF file.
 
-Two families: byte-level BPE ("gpt2"), told apart by how text is split before merging, and
-SentencePiece BPE ("llama"), whose merges are not stored but follow from the scores. Control tokens
-become *special* added tokens: the ``tokenizers`` library matches them in text unless
-``Tokenizer.encode_special_tokens`` is set, so whoever encodes text decides.
+Two families: byte-level BPE ("gpt2"), told apart by how text is split before merging, and SentencePiece BPE ("llama"), whose
+merges are not stored but follow from the scores. Control tokens become *special* added tokens: the ``tokenizers`` library matches
+them in text unless ``Tokenizer.encode_special_tokens`` is set, so whoever encodes text decides.
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ _MAX_MERGE_CHARACTERS = 1 << 26
 
 
 class PreTokenizer(NamedTuple):
-    """How text is cut before byte-level merging: the patterns apply in turn, each to the pieces of
-    the one before.
-    """
+    """How text is cut before byte-level merging: the patterns apply in turn, each to the pieces of the one before."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False  # a piece that is a whole token is that token
@@ -272,12 +269,11 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dic
 
 
 def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[list[str]]:
-    """SentencePiece BPE joins the adjacent pair whose result scores best: that order, as a list of
-    merges.
+    """SentencePiece BPE joins the adjacent pair whose result scores best: that order, as a list of merges.
 
-    ``tokens`` are the pieces that may take part, ``scores`` theirs. Of two splits of one piece the
-    left-longer one comes last; they never compete for the same characters. Raises ModelFormatError where the pieces are so long
-    that looking at every split would take seconds, or writing the merges down hundreds of megabytes.
+    ``tokens`` are the pieces that may take part, ``scores`` theirs. Of two splits of one piece the left-longer one comes last;
+    they never compete for the same characters. Raises ModelFormatError where the pieces are so long that looking at every split
+    would take seconds, or writing the merges down hundreds of megabytes.
     """
     if sum(len(token) ** 2 for token in tokens) > _MAX_SPLIT_CHARACTERS:
         raise ModelFormatError("the pieces of the vocabulary are too long for a SentencePiece model")
