@@ -168,9 +168,8 @@ def read_training(folder: Path) -> Training:
 
 def _teacher(values: dict[str, Any]) -> ModelConfig | None:
     """The model that a run learnt from, by its run.json; an error where it should be and is gone."""
-    teacher = (
-        None if values.get("teacher_cache") else values.get("teacher")
-    )  # a cache is made once, for any number of runs
+    # a cache is made once, for any number of runs
+    teacher = None if values.get("teacher_cache") else values.get("teacher")
     return checkpoints.read_model_config(Path(teacher)) if teacher else None
 
 

@@ -283,7 +283,7 @@ class BatchSource:
         cache: TeacherCache | None = None,
     ) -> None:
         """masked: documents are kept from each other; eos: the model's end token; packing: see :mod:`.packing`;
-        cache: a teacher's thoughts on the texts."""
+        cache: a teacher's soft targets for the texts."""
         self.reader = reader
         for phase in phases:
             if len(phase.weights) != len(splits):
@@ -329,7 +329,7 @@ class BatchSource:
         """tokens, targets and starts (batch_size, seq_len) int64 of a step, views valid until the next call.
 
         starts: where each position's document starts; None where documents are not kept from each other. A target
-        that does not count is -1. Last what a cached teacher thinks of the tokens.
+        that does not count is -1. Last a cached teacher's soft targets for the tokens.
         """
         corpora = []
         for i in range(self.batch_size):
@@ -390,10 +390,8 @@ def validation_batches(
     for index in range(count):
         tokens = split.document(index).astype(np.int64)
         learnt = split.learnt(index)
-        if learnt is None and (
-            tokens[-1] != eos or len(tokens) == 1
-        ):  # stored without it: the next document's first token ends it
-            tokens = np.append(tokens, eos)
+        if learnt is None and (tokens[-1] != eos or len(tokens) == 1):
+            tokens = np.append(tokens, eos)  # stored without it: the next document's first token ends it
         for start in range(0, len(tokens) - 1, seq_len):
             window = tokens[start : start + seq_len + 1]
             counted = None if learnt is None else learnt[start : start + seq_len + 1]

@@ -171,11 +171,8 @@ class Worker:
         self.dqkv = self._new(*self.qkv.shape)
         if self.adapters:
             rank = self.adapters.config.r
-            self.thin, self.dthin, self.unused = (
-                self._new(n, rank),
-                self._new(n, rank),
-                self._new_wide(max(c.dim, c.head_dim)),
-            )
+            self.thin, self.dthin = self._new(n, rank), self._new(n, rank)
+            self.unused = self._new_wide(max(c.dim, c.head_dim))
         else:
             self.doutput = self._new_wide(c.vocab_size if n > self.loss_rows else 0, c.dim)
 

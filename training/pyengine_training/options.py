@@ -135,6 +135,12 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:
     if values.get("init_from"):
         _refuse(values, SIZES, "the model comes from --init-from")
         _refuse(values, ("tokenizer", "vocab_size"), "--init-from brings its tokenizer")
+    _refuse_of_teacher(values, options)
+    return _refuse_of_texts(values, options)
+
+
+def _refuse_of_teacher(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """As refuse_unused, of what a teacher, or none, leaves without effect."""
     if values.get("teacher"):
         _refuse(values, ("tokenizer", "vocab_size"), "the student reads with its teacher's tokenizer")
     else:
@@ -150,10 +156,15 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:
             )
     else:
         _refuse(values, ("teacher_top_k",), "there is no --teacher-cache")
+
+
+def _refuse_of_texts(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """As refuse_unused, of what the kinds of the texts leave without effect."""
     if not any(Path(path).suffix == PARQUET for path in values.get("data") or []):
         _refuse(values, ("column",), "no text is a .parquet file")
     if any(is_preference(Path(path)) for path in values.get("data") or [] if Path(path).is_file()):
-        return _refuse_beside_pairs(values, options)
+        _refuse_beside_pairs(values, options)
+        return
     _refuse(values, ("dpo_beta",), "no text consists of pairs of answers")
     chats = [is_chat(Path(path)) for path in values.get("data") or [] if Path(path).is_file()]
     if not any(chats):
@@ -167,7 +178,6 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:
         _refuse(values, ("drop_unfinished", "held_out"), "the documents of a prepared folder are chosen already")
     if values.get("tokenizer"):
         _refuse(values, ("vocab_size",), "--tokenizer is given")
-    return None
 
 
 def _refuse_beside_pairs(values: dict[str, Any], options: argparse.Namespace) -> None:

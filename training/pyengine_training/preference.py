@@ -1,4 +1,4 @@
-"""Pairs of answers to learn a preference from: reading, storing, batches, and what the model thought of them before.
+"""Pairs of answers to learn a preference from: reading, storing, batches, and the reference's log-probabilities.
 
 A line of a .jsonl file is ``{"prompt": …, "chosen": …, "rejected": …}``, or has ``"messages"`` (a conversation up to the
 answer) instead of ``"prompt"``. The model's own template renders both answers after the same prompt. A row of a batch is one
@@ -214,9 +214,8 @@ class PairSource:
     ) -> None:
         self.pairs, self.reader, self.beta = pairs, reader, beta
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self._order = lru_cache(maxsize=2)(
-            self._shuffled
-        )  # a batch touches two epochs, unless there are fewer pairs than rows
+        # a batch touches two epochs, unless there are fewer pairs than rows
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Array:
         """The pairs' indices in the order of an epoch."""

@@ -176,7 +176,7 @@ UNPACKED = {"init_from": "base", "teacher": "teacher"}  # likewise, of what is g
 
 
 def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfig, folder: Path) -> TrainConfig:
-    """Pairs of answers and what the model thinks of them; the config with rows that hold them."""
+    """Pairs of answers and their log-probabilities by the model; the config with rows that hold them."""
     model_folder = Path(values["init_from"])
     tokenizer = load_tokenizer(model_folder / "tokenizer.json")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -350,9 +350,8 @@ def plan_on_paper(values: dict[str, Any], options: argparse.Namespace) -> None:
 
 def _vocabulary(values: dict[str, Any], paths: Sequence[Path]) -> int:
     """Of the tokenizer that a run would use; one that does not exist yet has as many tokens as it is asked for."""
-    if (
-        values.get("teacher") and Path(values["teacher"]).is_file()
-    ):  # a GGUF file, whose tokenizer its model's table holds
+    if values.get("teacher") and Path(values["teacher"]).is_file():
+        # a GGUF file, whose tokenizer its model's table holds
         return model_config_of(Path(values["teacher"])).vocab_size
     given = any(values.get(name) for name in ("tokenizer", "teacher")) or any(path.is_dir() for path in paths)
     if given:

@@ -1,4 +1,4 @@
-"""What a teacher thinks of every token of a text, on disk: computed once, read by any number of students and epochs.
+"""A teacher's soft targets for every token of a text, on disk: computed once, read by any number of students and epochs.
 
 For each token of the training split, in document order: the teacher's k likeliest next tokens at temperature tau, their
 probabilities, and the probability of all others together, float16. The teacher reads every document (every piece of seq_len
@@ -117,7 +117,7 @@ def make_cache(
 
 
 def _read(teacher: Worker, params: Arena, packer: RowPacker, first: int, tau: float, ids: Array, probs: Array) -> None:
-    """Rows ``first`` to ``first + ROWS`` of the text's first epoch: the teacher's thoughts on pieces that are whole there."""
+    """Rows ``first`` to ``first + ROWS`` of the text's first epoch: soft targets for the pieces that are whole there."""
     tokens, starts, positions = np.zeros((3, ROWS, packer.width), np.int64)
     positions -= 1
     for i in range(min(ROWS, packer.rows_in_epoch(0) - first)):

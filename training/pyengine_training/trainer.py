@@ -87,7 +87,7 @@ class Trainer:
         """One optimizer step on one batch. Raises NotFiniteError, with parameters untouched, for a bad loss.
 
         starts, like tokens: the first position that each position sees, where documents are kept from each other.
-        more: where a row is a pair of answers, or a cached teacher's thoughts on the tokens.
+        more: where a row is a pair of answers, or has a cached teacher's soft targets.
         """
         step = self.state.step
         quantize, factor, counted = self.config.quantized(step), schedule(self.config, step), _counted(targets)
@@ -143,10 +143,8 @@ class Trainer:
         else:
             size, fill = self.backend.moments_size, self.backend.save_moments
             if beside is not None:
-                copies = (
-                    np.zeros(size, np.float32),
-                    np.zeros(size, np.float32),
-                )  # as a new file: gaps between pieces stay 0
+                # zeros, as a new file: gaps between pieces stay 0
+                copies = np.zeros(size, np.float32), np.zeros(size, np.float32)
                 fill(*copies)
                 fill = partial(_fill, copies)
             state = replace(self.state)  # the loop writes into its own

@@ -3,7 +3,7 @@
 RUN/draft.json         what the run was started with
 RUN/prompts.jsonl      token ids of the prompts, in their order
 RUN/outputs.jsonl      what the model said after them (outputs.py)
-RUN/states/            what it thought meanwhile (states.py)
+RUN/states/            its hidden states and likeliest tokens meanwhile (states.py)
 RUN/checkpoints/, log.txt, metrics.jsonl
 RUN/head.safetensors   the trained head, float32
 RUN/model.safetensors  the model with the head in its file

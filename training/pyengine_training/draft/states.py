@@ -1,4 +1,4 @@
-"""What the model thinks along the sequences that a draft head learns from: one pass of its own int8 forward, kept on disk.
+"""The model's states and likeliest tokens along the texts that a draft head learns from: one int8 forward, kept on disk.
 
 RUN/states/, memory-mapped; a row is a position of some output, in order:
 

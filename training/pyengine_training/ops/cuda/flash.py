@@ -213,10 +213,7 @@ def kernels(head_dim: int, keys: int) -> SimpleNamespace:
             top1 = quad_max(top1)
             keep0 = math.exp(m0 - top0)
             keep1 = math.exp(m1 - top1)
-            m0, m1 = (
-                top0,
-                top1,
-            )  # of a row that has seen nothing yet LOWEST: what it adds up is multiplied by zero later
+            m0, m1 = top0, top1  # of a row that has seen nothing yet LOWEST: what it adds up is multiplied by zero later
             sum0, sum1 = f4(0), f4(0)
             for j in range(tiles_of_keys):
                 s[4 * j] = math.exp(s[4 * j] - m0)
