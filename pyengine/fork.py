@@ -19,8 +19,11 @@ import _thread
 import itertools
 import operator
 import os
+import sys
 import threading
+import time
 import weakref
+from types import CodeType, FrameType
 from typing import Protocol
 
 # Ranks, from the outside in.
@@ -83,10 +86,11 @@ def _before() -> None:
             if not forking:
                 forking.extend(filter(_acquired, [_forking]))
             _take_all(held)
+            if not any(one is held for one in _held):
+                _held.append(held)
             break
         except BaseException as error:  # the interpreter would print it and fork all the same
             _late.append(error)
-    _held.append(held)
 
 
 def _after() -> None:
@@ -102,8 +106,23 @@ def _after_in_parent() -> None:
     for error in errors:
         if not isinstance(error, KeyboardInterrupt):
             raise error
-        # A Ctrl-C that came too early comes now, but not in here, where it would be printed and forgotten.
-        _thread.start_new_thread(_thread.interrupt_main, ())
+        _thread.start_new_thread(_interrupt_main_after, (_after_in_parent.__code__,))
+
+
+def _interrupt_main_after(handler: CodeType) -> None:
+    """A Ctrl-C that came too early comes now, but not while the main thread is in a handler of the fork: there it would be
+    printed and forgotten."""
+    main = threading.main_thread().ident or 0
+    while _runs(handler, sys._current_frames().get(main)):
+        time.sleep(0.001)
+    _thread.interrupt_main()
+
+
+def _runs(code: CodeType, frame: FrameType | None) -> bool:
+    """Whether `code` runs in a frame or in one of its callers."""
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _after_in_child() -> None:

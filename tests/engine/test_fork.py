@@ -199,18 +199,19 @@ def test_the_forking_thread_may_hold_locks() -> None:
 def test_ctrl_c_while_a_fork_waits_comes_after_it() -> None:
     scene("""
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        lock, held, forking = threading.RLock(), threading.Event(), threading.Event()
+        lock, held = threading.RLock(), threading.Event()
         fork.register(lock, fork.PART)
+        main = threading.get_ident()
         def hold():
             with lock:
                 held.set()
-                forking.wait()
-                time.sleep(0.05)
+                while sys._current_frames()[main].f_code is not fork._take_all.__code__:
+                    time.sleep(0.001)  # until the fork waits for the lock
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.05)
+                while not fork._late:
+                    time.sleep(0.001)
         started(hold)
         held.wait()
-        when_forking(forking.set)
         try:
             pid = os.fork()
             if pid == 0:
@@ -221,6 +222,54 @@ def test_ctrl_c_while_a_fork_waits_comes_after_it() -> None:
         except KeyboardInterrupt:
             pass
         assert os.waitpid(-1, 0)[1] == 0
+        assert child(lambda: take(lock)) == 0
+    """)
+
+
+def test_a_late_ctrl_c_waits_for_the_end_of_the_fork() -> None:
+    """Whoever brings it may be quicker than the handler that sends for it, in which it would be printed and forgotten."""
+    scene("""
+        import _thread
+        from types import SimpleNamespace
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def start_and_linger(function, args):
+            _thread.start_new_thread(function, args)
+            time.sleep(0.5)
+        fork._thread = SimpleNamespace(start_new_thread=start_and_linger, interrupt_main=_thread.interrupt_main)
+        fork._late.append(KeyboardInterrupt())
+        try:
+            if os.fork() == 0:
+                os._exit(0)
+            for _ in range(200):
+                time.sleep(0.1)
+            sys.exit("it never came")
+        except KeyboardInterrupt:
+            pass
+    """)
+
+
+def test_ctrl_c_when_all_locks_are_taken_is_late_too() -> None:
+    scene("""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupted = []
+        class Held(list):
+            def append(self, item):
+                super().append(item)
+                if not interrupted:
+                    interrupted.append(True)
+                    raise KeyboardInterrupt
+        fork._held = Held()
+        lock = threading.RLock()
+        fork.register(lock, fork.PART)
+        try:
+            if os.fork() == 0:
+                os._exit(0)
+            for _ in range(200):
+                time.sleep(0.1)
+            sys.exit("it never came")
+        except KeyboardInterrupt:
+            pass
+        assert not fork._held
         assert child(lambda: take(lock)) == 0
     """)
 
