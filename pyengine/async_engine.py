@@ -115,11 +115,13 @@ class Stepper:
         self._jobs: dict[int, weakref.ref[Job]] = {}  # by id; changed by single operations only
 
     def add(self, job: Job) -> None:
+        """Compute the requests of a job from now on."""
         self._jobs[id(job)] = weakref.ref(job)
         self._scheduler.add(job.requests)
         self.ensure_running()
 
     def remove(self, job: Job) -> None:
+        """Drop the requests of a job, done or not. Idempotent."""
         self._jobs.pop(id(job), None)
         self._scheduler.abort(job.requests)
 

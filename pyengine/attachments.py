@@ -1,4 +1,4 @@
-"""What an engine reads and writes with: the tokenizer, chat template and guides of a frozen file, each made when first needed."""
+"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, guides, generation defaults."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pyengine.text.tokenizer import Tokenizer
 
 
-class Language:
-    """The attachments of a frozen file, as objects. lock: the engine's; it is held while one of them is made."""
+class Attachments:
+    """Of one engine. lock: the engine's; it is held while one of them is made."""
 
     def __init__(self, file: FrozenFile, lock: threading.RLock) -> None:
         self._file = file

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from pyengine import cpu_watch, fork
 from pyengine.adapters import Adaptable, Adapters
 from pyengine.arguments import boolean
+from pyengine.attachments import Attachments
 from pyengine.background import Background
 from pyengine.errors import InvalidArgumentError, PyEngineError
 from pyengine.format.reader import FrozenFile
-from pyengine.language import Language
 from pyengine.opening import Options, pages_of, resolve_model
 from pyengine.prefixes import Prefixes
 from pyengine.results import Generation
@@ -104,7 +104,7 @@ class Engine(Adaptable, Scoring, Prefixes):
         preload_tokenizer = boolean("preload_tokenizer", preload_tokenizer)
         self.seed = options.seed
         self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
-        self._language = Language(self._file, self._lock)
+        self._attachments = Attachments(self._file, self._lock)
         self._open_model(preload_tokenizer)
         self._draft: DraftFile | None = None
         if draft_model is not None:
@@ -172,7 +172,7 @@ class Engine(Adaptable, Scoring, Prefixes):
         background = Background(opening)
         try:
             background.start()
-            _ = self._language.tokenizer
+            _ = self._attachments.tokenizer
         finally:
             background.wait()
         return background.result()
@@ -198,7 +198,7 @@ class Engine(Adaptable, Scoring, Prefixes):
 
     def generation_defaults(self) -> dict[str, Any]:
         """generation_config.json of the frozen file, as plain values."""
-        return dict(self._language.generation_config)
+        return dict(self._attachments.generation_config)
 
     @property
     def isa(self) -> str:
@@ -221,13 +221,13 @@ class Engine(Adaptable, Scoring, Prefixes):
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, loaded when it is first needed."""
         self._check_open()
-        return self._language.tokenizer
+        return self._attachments.tokenizer
 
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template. Raises TemplateError if it has none."""
         self._check_open()
-        return self._language.chat_template
+        return self._attachments.chat_template
 
     # ------------------------------------------------------------ text
 
@@ -250,12 +250,12 @@ class Engine(Adaptable, Scoring, Prefixes):
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """For one output. Raises InvalidArgumentError for what is no schema or grammar, is not understood or too costly."""
-        return self._language.guide(wanted)
+        return self._attachments.guide(wanted)
 
     def resolve(self, params: SamplingParams) -> ResolvedParams:
         """`params` with the model's and this engine's defaults. Raises InvalidArgumentError."""
         return params.resolve(
-            self._language.generation_config, seed=self.seed, speculative=self._options.speculative
+            self._attachments.generation_config, seed=self.seed, speculative=self._options.speculative
         )
 
     def requests(
@@ -473,7 +473,7 @@ class Engine(Adaptable, Scoring, Prefixes):
                 return
             self._scheduler.exclusively(self._scheduler.close)
             self._closed = True
-            self._language.close()
+            self._attachments.close()
             self._adapters.close()
             del self._model
             self._file.close()

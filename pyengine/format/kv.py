@@ -52,6 +52,7 @@ def kv_bytes_per_position(config: FrozenConfig, kv_dtype: str = "int8") -> int:
 
 
 def kv_layout(config: FrozenConfig, kv_dtype: str = "int8") -> KvLayout:
+    """The parts of a page of a model's cache, as the core lays them out (csrc/kv_cache.h)."""
     windows = [layer.window for layer in config.layers if 0 < layer.window < config.max_seq_len]
     layer = PAGE_POSITIONS * kv_bytes_per_position(config, kv_dtype) // config.n_layers
     return KvLayout((config.n_layers - len(windows)) * layer, len(windows) * layer, max(windows, default=0))

@@ -51,6 +51,7 @@ class Grant(NamedTuple):
 
 
 def grant(request: Request, begin: int, end: int, draft: tuple[int, ...] = ()) -> Grant:
+    """Tokens [begin, end) of a request and a draft behind them; every guess wants the request's kind of row."""
     return Grant(request, begin, end, request.wants(begin, end) + bytes((request.row_kind,)) * len(draft), draft)
 
 
@@ -86,6 +87,7 @@ class Scheduler:
     # ------------------------------------------------------------ callers
 
     def add(self, requests: Iterable[Request]) -> None:
+        """From now on steps compute them, in the order of their numbers. They belong to their callers, see `Caller`."""
         for request in requests:
             self._requests[request.number] = request
 

@@ -72,6 +72,7 @@ class ByteSpelling:
         return [f"<0x{byte:02X}>" for byte in range(256)] if self.byte_fallback else []
 
     def bytes_of(self, token: str) -> bytes:
+        """The bytes that a token of this spelling stands for inside a text."""
         if self.byte_level:
             try:
                 return bytes([self._alphabet[character] for character in token])

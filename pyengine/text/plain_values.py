@@ -44,17 +44,19 @@ class Namespace:
 
 
 class Fuel:
-    """What a rendering may still do."""
+    """The work that a rendering may still do. What takes more raises NotPlain."""
 
     def __init__(self, steps: int = FUEL) -> None:
         self.left = steps
 
     def steps(self, n: int) -> None:
+        """Pay for n steps."""
         self.left -= n
         if self.left < 0:
             raise NotPlain("too much work")
 
     def characters(self, n: int) -> None:
+        """Pay for a string of n characters."""
         self.steps(1 + n // CHARACTERS_PER_STEP)
 
 
@@ -69,6 +71,7 @@ Kwargs = dict[str, Any]
 
 
 def require(condition: bool) -> None:
+    """Raise NotPlain unless it holds."""
     if not condition:
         raise NotPlain
 
@@ -145,6 +148,7 @@ def contains(fuel: Fuel, container: Any, value: Any) -> bool:
 
 
 def paid(fuel: Fuel, items: Any) -> Any:
+    """`items`, a step each."""
     fuel.steps(len(items))
     return items
 
@@ -161,11 +165,13 @@ def add(fuel: Fuel, left: Any, right: Any) -> Any:
 
 
 def negative(value: Any) -> Any:
+    """-value, a number."""
     require(isinstance(value, NUMBERS) and is_short(value))
     return -value
 
 
 def arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    """operation(left, right) of two numbers, whose result is one that is not too large."""
     require(isinstance(left, NUMBERS) and isinstance(right, NUMBERS))
     try:
         result = operation(left, right)
@@ -176,12 +182,14 @@ def arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> A
 
 
 def join(fuel: Fuel, separator: str, items: Sequence[Any]) -> str:
+    """separator.join(items), each as text."""
     texts = [to_text(item) for item in paid(fuel, items)]
     fuel.characters(sum(map(len, texts)) + len(separator) * len(texts))
     return separator.join(texts)
 
 
 def replace(fuel: Fuel, text: str, args: Args) -> str:
+    """text.replace(*args)."""
     old, new = args
     require(isinstance(old, str) and isinstance(new, str))
     fuel.characters(len(text) + text.count(old) * len(new))
