@@ -46,6 +46,16 @@ def take(lock):
     lock.acquire()
     lock.release()
 
+def ctrl_c_comes_after_a_fork():
+    try:
+        if os.fork() == 0:
+            os._exit(0)
+        for _ in range(200):
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        return True
+    return False
+
 class Recorded:
     '''A lock that writes down what happens to it.'''
     def __init__(self, name, log):
@@ -237,14 +247,7 @@ def test_a_late_ctrl_c_waits_for_the_end_of_the_fork() -> None:
             time.sleep(0.5)
         fork._thread = SimpleNamespace(start_new_thread=start_and_linger, interrupt_main=_thread.interrupt_main)
         fork._late.append(KeyboardInterrupt())
-        try:
-            if os.fork() == 0:
-                os._exit(0)
-            for _ in range(200):
-                time.sleep(0.1)
-            sys.exit("it never came")
-        except KeyboardInterrupt:
-            pass
+        assert ctrl_c_comes_after_a_fork()
     """)
 
 
@@ -261,15 +264,7 @@ def test_ctrl_c_when_all_locks_are_taken_is_late_too() -> None:
         fork._held = Held()
         lock = threading.RLock()
         fork.register(lock, fork.PART)
-        try:
-            if os.fork() == 0:
-                os._exit(0)
-            for _ in range(200):
-                time.sleep(0.1)
-            sys.exit("it never came")
-        except KeyboardInterrupt:
-            pass
-        assert not fork._held
+        assert ctrl_c_comes_after_a_fork() and not fork._held
         assert child(lambda: take(lock)) == 0
     """)
 

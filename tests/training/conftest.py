@@ -86,3 +86,23 @@ def chat_tokenizer(stories: Path) -> Callable[[bool], Any]:
         return tokenizer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_chat_model(chat_tokenizer: Callable[[bool], Any], chat_template: str) -> Callable[[Path, Any], Path]:
+    """Writes a random model (a ModelConfig) with that tokenizer and template into a new Hugging Face directory."""
+
+    def write(folder: Path, model: Any) -> Path:
+        from pyengine_training import checkpoint as checkpoints
+        from pyengine_training.arena import Arena, initialize, parameter_shapes
+        from pyengine_training.files import write_json
+
+        folder.mkdir()
+        params = Arena(parameter_shapes(model))
+        initialize(params, model, 3)
+        checkpoints.write_hf_folder(folder, params, model, tokenizer=chat_tokenizer(True), bos=1, eos=2)
+        names = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": chat_template}
+        write_json(folder / "tokenizer_config.json", names)
+        return folder
+
+    return write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ pytest.importorskip("pyengine.freeze", reason="a GGUF file is read by the engine
 import gguf
 from pyengine_training import checkpoint as checkpoints
 from pyengine_training.__main__ import main
-from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.checkpoint import hf_tensors
 from pyengine_training.config import ModelConfig
 from pyengine_training.errors import CheckpointError
-from pyengine_training.files import load_safetensors, write_json
+from pyengine_training.files import load_safetensors
 from pyengine_training.gguf_source import model_config_of, model_folder
 
 MODEL = ModelConfig(320, 32, 2, 2, 1, 16, 64, 64, norm_eps=1e-5, rope_theta=20000.0)
@@ -38,16 +38,9 @@ GGUF_NAMES = {
 
 
 @pytest.fixture(scope="module")
-def folder(chat_tokenizer: Any, chat_template: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(write_chat_model: Callable[[Path, ModelConfig], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as Hugging Face has it."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    folder.mkdir()
-    params = Arena(parameter_shapes(MODEL))
-    initialize(params, MODEL, 3)
-    checkpoints.write_hf_folder(folder, params, MODEL, tokenizer=chat_tokenizer(True), bos=1, eos=2)
-    named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": chat_template}
-    write_json(folder / "tokenizer_config.json", named)
-    return folder
+    return write_chat_model(tmp_path_factory.mktemp("model") / "hf", MODEL)
 
 
 def gguf_name(name: str) -> str:

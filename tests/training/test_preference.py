@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pyengine_training import checkpoint as checkpoints
 from pyengine_training.__main__ import main
 from pyengine_training.arena import Arena, initialize, parameter_shapes
 from pyengine_training.config import ModelConfig
-from pyengine_training.files import read_json, write_json
+from pyengine_training.files import read_json
 from pyengine_training.model import Worker
 from pyengine_training.preference import Pairs, PairSource, Preference, is_preference, store_reference
 from pyengine_training.run import open_run
@@ -32,15 +33,8 @@ BETA = 0.3
 
 
 @pytest.fixture(scope="module")
-def model(chat_tokenizer: Any, chat_template: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    folder.mkdir()
-    params = Arena(parameter_shapes(MODEL))
-    initialize(params, MODEL, 3)
-    checkpoints.write_hf_folder(folder, params, MODEL, tokenizer=chat_tokenizer(True), bos=1, eos=2)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": chat_template}
-    write_json(folder / "tokenizer_config.json", names)
-    return folder
+def model(write_chat_model: Callable[[Path, ModelConfig], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("model") / "hf", MODEL)
 
 
 def write(path: Path, lines: list[Any]) -> Path:
