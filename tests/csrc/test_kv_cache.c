@@ -243,8 +243,12 @@ static void restore(world *w, const snapshot *s) {
     expected *e = &w->live[w->n_live];
     *e = s->of;
     size_t n_bytes = s->n_bytes + (rng_below(&w->random, 8) == 0 ? 64 : 0); /* a wrong size: refused before a byte is read */
+    pe_cache_stats before, after;
+    pe_kv_cache_stats(w->cache, &before);
     pe_status status = pe_kv_snapshot_restore(w->cache, &pe_kernels_scalar, e->tokens, e->length, e->salt, s->bytes, n_bytes,
                                               &e->id, err);
+    pe_kv_cache_stats(w->cache, &after);
+    CHECK(status == PE_OK || after.n_evicted == before.n_evicted, "something cached made room in vain");
     CHECK(n_bytes == s->n_bytes || status == PE_ERR_INVALID_ARGUMENT, "%zu bytes for %zu", n_bytes, s->n_bytes);
     CHECK(n_bytes != s->n_bytes || status == PE_OK || (status == PE_ERR_OUT_OF_MEMORY && w->max_pages > 0), "%s", err);
     w->n_live += status == PE_OK;
