@@ -33,6 +33,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "logits.h"
 #include "pe_math.h"
 
 #define PE_INLINE static inline __attribute__((always_inline))
@@ -365,6 +366,29 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
     return !illegal;
 }
 
+/* ------------------------------------------------------------------ logits */
+
+/* Two strips side by side: a maximum waits for the one before it. */
+static bool maximum(const float *logits, size_t n, float *most) {
+    v16 largest[2] = {v16_set1(logits[0]), v16_set1(logits[0])};
+    i16 bits[2] = {i16_zero(), i16_zero()}; /* of |logits| */
+    size_t i = 0;
+    for (; i + 2 * PE_PANEL <= n; i += 2 * PE_PANEL)
+        PE_UNROLL for (int k = 0; k < 2; k++) {
+            v16 x = v16_load(logits + i + k * PE_PANEL);
+            largest[k] = v16_max(x, largest[k]);
+            bits[k] = v16_abs_bits_max(bits[k], x);
+        }
+    *most = v16_max_lanes(v16_max(largest[0], largest[1]));
+    uint32_t absmax_bits = i16_umax(v16_abs_bits_max(bits[0], v16_from_bits(bits[1])));
+    for (; i < n; i++) {
+        uint32_t its_bits = pe_float_bits(logits[i]) & 0x7fffffffu;
+        absmax_bits = its_bits > absmax_bits ? its_bits : absmax_bits;
+        *most = logits[i] > *most ? logits[i] : *most;
+    }
+    return absmax_bits < PE_NOT_FINITE_BITS;
+}
+
 #define PE_LANES16_TABLE(table_name, table_required) \
     PE_LANES16_TABLE_WITH(table_name, table_required, SIZE_MAX, quantize, matmul, attention_scores, attention_values)
 
@@ -375,7 +399,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
         .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = its_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
-        .codes_are_legal = codes_are_legal, \
+        .codes_are_legal = codes_are_legal, .maximum = maximum, .weigh = logits_weigh, .sum_of_exps = logits_sum_of_exps, \
     }
 
 #endif
