@@ -130,7 +130,7 @@ static size_t find_reachable(const pe_sampler *s, const float *logits, size_t n_
         if (end - begin == STRIP && !any_at_least(logits + begin, STRIP, lowest)) continue;
         for (size_t i = begin; i < end; i++) {
             s->reachable[n] = (int32_t)i;
-            n += logits[i] >= lowest && s->weights[i] != 0;
+            n += (size_t)(logits[i] >= lowest) & (size_t)(s->weights[i] != 0); /* no branch: nobody foresees it */
         }
     }
     return n;
