@@ -111,8 +111,24 @@ static void chunk_scores(const task *t, size_t chunk, const pe_kv_chunk *kv, siz
     for (size_t r = 0; r < t->n_rows && cap > 0.0f; r++) s->kernels->softcap(t->scores + r * PE_CHUNK, n_positions, cap);
 }
 
-/* The state of one chunk. */
-static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out) {
+/* The keys of a task's first chunk and the scales of its values are on their way from here on, into the second-level cache: of a
+ * batch that decodes each task reads a little from memory, which would rest while one computes, and the next one would wait.
+ * What the kernel of scores fetches itself are the values. */
+static void fetch_keys(const task *t) {
+    const pe_slice *s = t->slice;
+    size_t chunk = chunk_begin(t), n = t->block->first_position + t->block->n_tokens - chunk * PE_CHUNK;
+    pe_kv_chunk kv = pe_kv_chunk_at(t->kv, t->block->sequence, chunk, t->layer, t->kv_head);
+    if (s->kv_dtype == PE_KV_F32) return;
+    n = n < PE_CHUNK ? pe_pad(n, PE_PANEL) : PE_CHUNK;
+    for (size_t i = 0; i < n * s->model->head_dim_p; i += 64) __builtin_prefetch(kv.k + i, 0, 2);
+    for (size_t i = 0; i < n; i += 64 / sizeof(float)) {
+        __builtin_prefetch(kv.k_scales + i, 0, 2);
+        __builtin_prefetch(kv.v_scales + i, 0, 2);
+    }
+}
+
+/* The state of one chunk. `next`, if there is one, is what this thread will probably work on afterwards. */
+static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out, const task *next) {
     const pe_slice *s = t->slice;
     pe_kv_chunk kv = pe_kv_chunk_at(t->kv, t->block->sequence, chunk, t->layer, t->kv_head);
     size_t first = PE_CHUNK, last = 0, begin, end;
@@ -123,6 +139,7 @@ static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out) {
         last = end > last ? end : last;
     }
     chunk_scores(t, chunk, &kv, last);
+    if (next != NULL) fetch_keys(next);
     for (size_t r = 0; r < t->n_rows; r++) {
         visible_range(t, chunk, r, &begin, &end);
         if (begin < end) out->m[r] = s->kernels->softmax_max(t->scores + r * PE_CHUNK, begin, end);
@@ -159,9 +176,11 @@ static void whole_unit(void *arg, size_t unit, int thread) {
     task t = task_make(j, unit, thread);
     float *memory = t.scores + max_rows(model) * PE_CHUNK;
     pe_attention_state total = state_at(memory, model), chunk_state = state_at(memory + state_floats(model), model);
+    bool is_last = unit + 1 == j->slice->n_blocks * model->config.n_kv_heads;
+    task next = task_make(j, is_last ? unit : unit + 1, thread);
     memset(total.l, 0, t.n_rows * sizeof *total.l);
     for (size_t chunk = chunk_begin(&t); chunk < chunk_end(&t); chunk++) {
-        attend_chunk(&t, chunk, &chunk_state);
+        attend_chunk(&t, chunk, &chunk_state, is_last || chunk + 1 < chunk_end(&t) ? NULL : &next);
         j->slice->kernels->attention_merge(&total, &chunk_state, t.n_rows, model->head_dim_p);
     }
     write_output(&t, &total);
@@ -175,7 +194,7 @@ static void chunk_unit(void *arg, size_t unit, int thread) {
     size_t chunk = unit % j->chunks_per_task;
     if (chunk < chunk_begin(&t) || chunk >= chunk_end(&t)) return;
     pe_attention_state out = state_at(j->slice->partials + unit * state_floats(model), model);
-    attend_chunk(&t, chunk, &out);
+    attend_chunk(&t, chunk, &out, NULL);
 }
 
 /* Unit of split mode, afterwards: merge a task's states. */

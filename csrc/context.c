@@ -9,6 +9,10 @@
 #include "platform.h"
 #include "status.h"
 
+/* Floats between two rows of logits. A vocabulary is often a multiple of what a cache's ways hold: without a gap the lines that a
+ * tile of the output matrix stores, one of each row, would want the same few places. */
+enum { LOGITS_GAP = PE_PANEL };
+
 /* ------------------------------------------------------------------ life */
 
 static pe_status check_arguments(const pe_model *model, pe_kv_dtype kv_dtype, int n_threads, char *err) {
@@ -41,7 +45,7 @@ pe_status pe_context_create(pe_context **out, const pe_model *model, pe_kv_dtype
     pe_context *c = calloc(1, sizeof *c);
     if (c == NULL) return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for a context");
     c->model = model;
-    c->logits.stride = pe_pad(model->config.vocab_size, PE_PANEL);
+    c->logits.stride = pe_pad(model->config.vocab_size, PE_PANEL) + LOGITS_GAP;
     c->hidden.stride = model->config.dim;
     status = pe_pool_acquire(n_threads, err);
     if (status != PE_OK) {

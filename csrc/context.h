@@ -17,7 +17,7 @@ struct pe_context {
     pe_kv_cache *kv;
     pe_slice slice; /* the rows that are being computed */
 
-    pe_rows logits; /* (n, pad16(vocab_size)) */
+    pe_rows logits; /* (n, pad16(vocab_size)), a cache line between two rows */
     pe_rows hidden; /* (n, dim) */
 };
 

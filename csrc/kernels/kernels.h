@@ -195,6 +195,15 @@ struct pe_kernels {
 
     /* Whether codes[n] (n a multiple of 64) hold no -128. */
     int (*codes_are_legal)(const int8_t *codes, size_t n);
+
+    /* The sampler's passes over logits (n), n > 0; see sampler.h for what they are of. *most = the largest, of two zeros either
+     * one, and anything if there is a NaN; returns whether all are finite. */
+    bool (*maximum)(const float *logits, size_t n, float *most);
+    /* weights[i] = rint(exp(d) * 2^42) with d = (logits[i] - top) / temperature, or 0 where d < cut; returns their sum. Logits are
+     * at most top, or -infinity; cut is from -30 to 0. */
+    uint64_t (*weigh)(uint64_t *weights, const float *logits, size_t n, double top, double temperature, double cut);
+    /* The sum of exp(logits[i] - top), i ascending. Logits are finite and at most top. */
+    double (*sum_of_exps)(const float *logits, size_t n, double top);
 };
 
 extern const struct pe_kernels pe_kernels_scalar;

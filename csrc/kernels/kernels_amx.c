@@ -191,6 +191,7 @@ PE_INLINE void multiply_chunk(workspace *work, const pe_matrix *w, size_t panel,
         float(*w_scales)[STEP_PANELS][PE_PANEL] = work->w_scales[g / STEP_GROUPS % 2];
         int n_g = n_groups - g < STEP_GROUPS ? 1 : STEP_GROUPS;
         take_weights(w_scales, w, panel, g, n_g, n_p);
+        for (int i = 0; i < n_g; i++) fetch_scales(ahead);
         for (size_t tile = 0; tile < c->n_tiles; tile++, n_steps++) {
             size_t token = c->first + tile * PE_TILE_TOKENS, parity = n_steps % 2;
             step *next = &steps[parity];
@@ -200,7 +201,7 @@ PE_INLINE void multiply_chunk(workspace *work, const pe_matrix *w, size_t panel,
             next->convert = g == 0 ? (n_g == 1 ? start_one : start_two) : (n_g == 1 ? convert_one : convert_two);
             for (int i = 0; i < n_g; i++) {
                 find_scales(next->x_scales[i], work->x_scales[parity][i], c, token, g + (size_t)i);
-                fetch(ahead);
+                fetch_codes(ahead);
             }
             multiply_and_convert(next, &steps[1 - parity]);
         }
@@ -247,13 +248,12 @@ static void matmul_tiled(float *out, size_t out_stride, const pe_matrix *w, size
     size_t n_tiles = (token_end - first + PE_TILE_TOKENS - 1) / PE_TILE_TOKENS;
     size_t last_width = pe_tile_width(x->n_tokens - first - (n_tiles - 1) * PE_TILE_TOKENS);
     size_t n_whole = last_width == PE_TILE_TOKENS ? n_tiles : n_tiles - 1;
-    fetch_ahead ahead = {NULL, STEP_PANELS * 16 / n_tiles}; /* as matmul does it */
     for (int narrow = n_whole == 0; narrow <= (n_whole < n_tiles); narrow++) {
         configure_tiles(narrow ? last_width : PE_TILE_TOKENS);
         if (narrow) memset(work.sums, 0, sizeof work.sums); /* rows that a narrow tile does not have are converted, too */
         for (size_t panel = panel_begin; panel < panel_end; panel += STEP_PANELS) {
             int n_p = panel_end - panel < STEP_PANELS ? 1 : STEP_PANELS;
-            ahead.from = w->codes + (panel + STEP_PANELS) * w->n_groups * TILE_BYTES;
+            fetch_ahead ahead = fetch_from(w, panel + STEP_PANELS, STEP_PANELS * 16 / n_tiles); /* as matmul does it */
             for (size_t tile = narrow ? n_whole : 0; tile < (narrow ? n_tiles : n_whole); tile += CHUNK_TILES) {
                 size_t left = narrow ? 1 : n_whole - tile;
                 chunk c = {x, first + tile * PE_TILE_TOKENS, left < CHUNK_TILES ? left : CHUNK_TILES,

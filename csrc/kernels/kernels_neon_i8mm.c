@@ -137,7 +137,8 @@ static void matmul_strip(float *out, size_t out_stride, const pe_matrix *w, size
     for (size_t p = 0; p < n_p; p++) memset(acc[p], 0, n_blocks * sizeof acc[p][0]);
     for (size_t g = 0; g < n_groups; g++) {
         panel_group rows[STRIP_PANELS];
-        fetch(&ahead);
+        fetch_codes(&ahead);
+        fetch_scales(&ahead);
         for (size_t p = 0; p < n_p; p++) {
             size_t group = (panel + p) * n_groups + g;
             const int8_t *codes = w->codes + group * PE_GROUP * PE_PANEL;
@@ -175,7 +176,7 @@ static void matmul_by_eights(float *out, size_t out_stride, const pe_matrix *w, 
         size_t n_p = panel_end - panel < STRIP_PANELS ? panel_end - panel : STRIP_PANELS;
         float *columns = out + (panel - panel_begin) * PE_PANEL;
         /* The first strip of tokens fetches the next panels, see matmul in lanes16.h. */
-        fetch_ahead ahead = {w->codes + (panel + n_p) * w->n_groups * PE_GROUP * PE_PANEL, n_p * PE_PANEL};
+        fetch_ahead ahead = fetch_from(w, panel + n_p, n_p * PE_PANEL);
         for (size_t first = token_begin; first < end; first += STRIP_BLOCKS * EIGHT, ahead.n_lines = 0) {
             size_t n_tokens = end - first < STRIP_BLOCKS * EIGHT ? end - first : STRIP_BLOCKS * EIGHT;
             matmul_strip(columns + (first - token_begin) * out_stride, out_stride, w, panel, n_p, x, first, n_tokens,

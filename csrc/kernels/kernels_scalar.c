@@ -1,6 +1,7 @@
 /* kernels_scalar.c: the specification. Plain C that computes FORMAT.md line by line; every other table must give the
  * same bits. It is written to be read, not to be fast. */
 #include "kernels.h"
+#include "logits.h"
 #include "pe_math.h"
 
 /* ------------------------------------------------------------------ Hadamard transform, quantization (FORMAT.md sections 4, 5) */
@@ -324,6 +325,12 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
     return !illegal;
 }
 
+static bool maximum(const float *logits, size_t n, float *most) {
+    *most = logits[0];
+    for (size_t i = 1; i < n; i++) *most = logits[i] > *most ? logits[i] : *most;
+    return absmax_bits(logits, n) < PE_NOT_FINITE_BITS;
+}
+
 const struct pe_kernels pe_kernels_scalar = {
     .name = "scalar",
     .required = 0,
@@ -352,4 +359,7 @@ const struct pe_kernels pe_kernels_scalar = {
     .attention_merge = attention_merge,
     .scale = scale,
     .codes_are_legal = codes_are_legal,
+    .maximum = maximum,
+    .weigh = logits_weigh,
+    .sum_of_exps = logits_sum_of_exps,
 };

@@ -33,6 +33,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "logits.h"
 #include "pe_math.h"
 
 #define PE_INLINE static inline __attribute__((always_inline))
@@ -97,17 +98,30 @@ typedef struct token_block {
     const int32_t *corrections;
 } token_block;
 
-/* Weights that a tile fetches for those that come after it: n_lines cache lines of `from` for each of its groups. They may
- * lie behind the matrix: a prefetch reads nothing that a program could see, and never faults. They go into the second-level
- * cache: in the first, the tile's own panels and those to come would push each other out. */
+/* Weights that a tile fetches for those that come after it: for each of its groups n_lines cache lines of `codes`, of which
+ * every tile has its share, and one of `scales`. They may lie behind the matrix: a prefetch reads nothing that a program could
+ * see, and never faults. They go into the second-level cache: in the first, the tile's own panels and those to come would push
+ * each other out. */
 typedef struct fetch_ahead {
-    const int8_t *from;
-    size_t n_lines;
+    const int8_t *codes;
+    const uint16_t *scales;
+    size_t n_lines; /* 0 = nothing is fetched */
 } fetch_ahead;
 
-/* One group's share. Locality 2 is the second level (prefetcht1, pldl2keep). */
-PE_INLINE void fetch(fetch_ahead *ahead) {
-    for (size_t i = 0; i < ahead->n_lines; i++, ahead->from += 64) __builtin_prefetch(ahead->from, 0, 2);
+/* From `panel` on, which may not be there. */
+PE_INLINE fetch_ahead fetch_from(const pe_matrix *w, size_t panel, size_t n_lines) {
+    size_t group = panel * w->n_groups;
+    return (fetch_ahead){w->codes + group * PE_GROUP * PE_PANEL, w->scales + group * PE_PANEL, n_lines};
+}
+
+/* One group's share of codes, and its scales. Locality 2 is the second level (prefetcht1, pldl2keep). */
+PE_INLINE void fetch_codes(fetch_ahead *ahead) {
+    for (size_t i = 0; i < ahead->n_lines; i++, ahead->codes += 64) __builtin_prefetch(ahead->codes, 0, 2);
+}
+PE_INLINE void fetch_scales(fetch_ahead *ahead) {
+    if (ahead->n_lines == 0) return;
+    __builtin_prefetch(ahead->scales, 0, 2);
+    ahead->scales += TILE_PANELS * PE_PANEL; /* of two panels that is a line */
 }
 
 /* What becomes of a product, see kernels.h. */
@@ -125,7 +139,8 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
     v16 acc[TILE_PANELS][TILE_TOKENS];
     PE_UNROLL for (int p = 0; p < n_p; p++) PE_UNROLL for (int t = 0; t < n_t; t++) acc[p][t] = v16_set1(0.0f);
     for (size_t g = 0; g < n_groups; g++) {
-        fetch(&ahead);
+        fetch_codes(&ahead);
+        fetch_scales(&ahead);
         i16 d[TILE_PANELS][TILE_TOKENS];
         PE_UNROLL for (int t = 0; t < n_t; t++)
             PE_UNROLL for (int p = 0; p < n_p; p++) d[p][t] = dot_start(x.corrections[t]);
@@ -161,7 +176,7 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
 PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, size_t panel, token_block x, const int width,
                             const int n_p, size_t n_tokens, fetch_ahead *ahead, epilogue then) {
     const int n_t = width < TILE_TOKENS ? width : TILE_TOKENS;
-    for (size_t t = 0; t < n_tokens; t += n_t, ahead->from += ahead->n_lines * 64 * w->n_groups) {
+    for (size_t t = 0; t < n_tokens; t += n_t, ahead->codes += ahead->n_lines * 64 * w->n_groups) {
         token_block tile = {x.codes + t * 4, x.scales + t, x.corrections + t};
         matmul_tile(out + t * out_stride, out_stride, w, panel, tile, width, n_p, n_t, n_tokens - t, *ahead, then);
     }
@@ -184,11 +199,11 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
     /* A few tokens take about as long to compute as their weights take to arrive: every tile fetches its share of the next
      * panels, or memory would rest in all tiles but the first. A single token leaves that to the hardware, which sees one
      * stream; many tokens have all the time there is. */
-    size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS, panel_bytes = w->n_groups * PE_GROUP * PE_PANEL;
+    size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS;
+    size_t n_lines = token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0;
     epilogue then = {bias, add};
-    fetch_ahead ahead = {NULL, token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0};
     for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
-        ahead.from = w->codes + (panel + TILE_PANELS) * panel_bytes;
+        fetch_ahead ahead = fetch_from(w, panel + TILE_PANELS, n_lines);
         size_t end = panel_end - panel < TILE_PANELS ? panel_end : panel + TILE_PANELS;
         for (size_t first = token_begin; first < token_end; first += PE_TOKEN_BLOCK) {
             size_t offset = first * (x->n / PE_GROUP);
@@ -351,6 +366,29 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
     return !illegal;
 }
 
+/* ------------------------------------------------------------------ logits */
+
+/* Two strips side by side: a maximum waits for the one before it. */
+static bool maximum(const float *logits, size_t n, float *most) {
+    v16 largest[2] = {v16_set1(logits[0]), v16_set1(logits[0])};
+    i16 bits[2] = {i16_zero(), i16_zero()}; /* of |logits| */
+    size_t i = 0;
+    for (; i + 2 * PE_PANEL <= n; i += 2 * PE_PANEL)
+        PE_UNROLL for (int k = 0; k < 2; k++) {
+            v16 x = v16_load(logits + i + k * PE_PANEL);
+            largest[k] = v16_max(x, largest[k]);
+            bits[k] = v16_abs_bits_max(bits[k], x);
+        }
+    *most = v16_max_lanes(v16_max(largest[0], largest[1]));
+    uint32_t absmax_bits = i16_umax(v16_abs_bits_max(bits[0], v16_from_bits(bits[1])));
+    for (; i < n; i++) {
+        uint32_t its_bits = pe_float_bits(logits[i]) & 0x7fffffffu;
+        absmax_bits = its_bits > absmax_bits ? its_bits : absmax_bits;
+        *most = logits[i] > *most ? logits[i] : *most;
+    }
+    return absmax_bits < PE_NOT_FINITE_BITS;
+}
+
 #define PE_LANES16_TABLE(table_name, table_required) \
     PE_LANES16_TABLE_WITH(table_name, table_required, SIZE_MAX, quantize, matmul, attention_scores, attention_values)
 
@@ -361,7 +399,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
         .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = its_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
-        .codes_are_legal = codes_are_legal, \
+        .codes_are_legal = codes_are_legal, .maximum = maximum, .weigh = logits_weigh, .sum_of_exps = logits_sum_of_exps, \
     }
 
 #endif

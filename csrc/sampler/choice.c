@@ -19,38 +19,6 @@ static double exponent_cut(const pe_sampler_params *p) {
     return cut > MIN_EXPONENT ? cut : MIN_EXPONENT;
 }
 
-/* rint(exp(d) * 2^42), or 0 below the cut: added to 1.5 * 2^10, whose last place is 2^-42, exp(d) rounds to it. */
-static inline uint64_t weight_of(double d, double cut) {
-    uint64_t weight = pe_double_bits(pe_exp(d) + 1536.0) - pe_double_bits(1536.0);
-    return d < cut ? 0 : weight;
-}
-
-static inline bool any_at_least(const float *logits, size_t n, double lowest) {
-    int any = 0;
-    for (size_t i = 0; i < n; i++) any |= (double)logits[i] >= lowest;
-    return any;
-}
-
-/* weights (n) of all logits; returns their sum. Banned tokens have d = -infinity. Blocks that lie wholly below the cut
- * (lowered by a hundredth of the temperature, so that rounding cannot matter) are not exponentiated. */
-static uint64_t weigh_all(const float *logits, size_t n, double top, double temperature, double cut,
-                          uint64_t *weights) {
-    const double lowest = top + temperature * (cut - 0.01);
-    uint64_t total = 0;
-    for (size_t begin = 0; begin < n; begin += PE_SAMPLER_BLOCK) {
-        const size_t length = n - begin < PE_SAMPLER_BLOCK ? n - begin : PE_SAMPLER_BLOCK;
-        const float *l = logits + begin;
-        uint64_t *w = weights + begin;
-        if (!any_at_least(l, length, lowest)) {
-            memset(w, 0, length * sizeof *w);
-            continue;
-        }
-        for (size_t i = 0; i < length; i++) w[i] = weight_of(((double)l[i] - top) / temperature, cut);
-        for (size_t i = 0; i < length; i++) total += w[i];
-    }
-    return total;
-}
-
 /* ------------------------------------------------------------------ step 4: typical */
 
 /* Set the weights of what is not typical to 0; returns the sum of what is left. */
@@ -86,7 +54,7 @@ static size_t keep_first(pe_sampler *s, const float *logits, size_t n_logits, do
     *total = 0;
     for (size_t i = 0; i < n; i++) {
         pe_candidate *c = &s->pool[i];
-        if (s->weights == NULL) c->weight = weight_of(((double)c->logit - top) / s->params.temperature, cut);
+        if (s->weights == NULL) s->kernels->weigh(&c->weight, &c->logit, 1, top, s->params.temperature, cut);
         *total += c->weight;
     }
     make_heap(s->pool, n, false);
@@ -134,22 +102,35 @@ static inline uint32_t key_of(float logit) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+/* The least float32 that is at least x. */
+static float float_from(double x) {
+    float rounded = (float)x;
+    return (double)rounded < x ? nextafterf(rounded, INFINITY) : rounded;
+}
+
+static inline bool any_at_least(const float *logits, size_t n, float lowest) {
+    int any = 0;
+    for (size_t i = 0; i < n; i++) any |= logits[i] >= lowest;
+    return any;
+}
+
 /* Into s->reachable, ascending, the tokens that can be drawn when only the first `least` of the sum `total` is asked
  * for; how many they are. What is left out weighs less than (total - least) / n_logits apiece, so together less than
  * total - least; and it is the end of the order, because the limit is one on logits (lowered by a hundredth of the
  * temperature, far more than exp and log can err). */
 static size_t find_reachable(const pe_sampler *s, const float *logits, size_t n_logits, double top, uint64_t total,
                              uint64_t least) {
+    enum { STRIP = 16 };
     uint64_t share = (total - least) / n_logits;
-    double lowest = -INFINITY;
+    float lowest = -INFINITY;
     size_t n = 0;
-    if (share >= 1000) lowest = top + s->params.temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01);
-    for (size_t begin = 0; begin < n_logits; begin += PE_SAMPLER_BLOCK) {
-        size_t end = begin + PE_SAMPLER_BLOCK < n_logits ? begin + PE_SAMPLER_BLOCK : n_logits;
-        if (!any_at_least(logits + begin, end - begin, lowest)) continue;
+    if (share >= 1000) lowest = float_from(top + s->params.temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01));
+    for (size_t begin = 0; begin < n_logits; begin += STRIP) {
+        size_t end = begin + STRIP < n_logits ? begin + STRIP : n_logits;
+        if (end - begin == STRIP && !any_at_least(logits + begin, STRIP, lowest)) continue;
         for (size_t i = begin; i < end; i++) {
             s->reachable[n] = (int32_t)i;
-            n += (double)logits[i] >= lowest && s->weights[i] != 0;
+            n += (size_t)(logits[i] >= lowest) & (size_t)(s->weights[i] != 0); /* no branch: nobody foresees it */
         }
     }
     return n;
@@ -207,7 +188,7 @@ int32_t pe_sampler_choose(pe_sampler *s, const float *logits, size_t n_logits, f
     const double cut = exponent_cut(p);
     const uint64_t random = pe_philox_draw(p->seed, position, p->sample_index);
     uint64_t total = 0;
-    if (s->weights != NULL) total = weigh_all(logits, n_logits, top, p->temperature, cut, s->weights);
+    if (s->weights != NULL) total = s->kernels->weigh(s->weights, logits, n_logits, top, p->temperature, cut);
     if (p->typical_p < 1.0) total = keep_typical(s, logits, n_logits, top, total);
     if (p->top_k == 0 || (size_t)p->top_k >= s->vocab_size)
         return draw_from_all(s, logits, n_logits, top, total, random);

@@ -123,11 +123,14 @@ static bool own_buffers(pe_sampler *s) {
 
 pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sampler_params *params, char *err) {
     *out = NULL;
+    const char *isa;
     pe_status status = check_numbers(vocab_size, params, err);
     if (status == PE_OK) status = check_lists(vocab_size, params, err);
+    if (status == PE_OK) status = pe_isa_active(&isa, err);
     if (status != PE_OK) return status;
     pe_sampler *s = calloc(1, sizeof *s);
     if (s) {
+        s->kernels = pe_kernels_selected();
         s->vocab_size = vocab_size;
         s->params = *params;
     }

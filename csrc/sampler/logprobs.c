@@ -4,16 +4,10 @@
 #include "float_env.h"
 #include "status.h"
 
-void pe_sampler_fill_logprobs(const float *logits, size_t n, float top, size_t n_top, pe_sample_result *out) {
+void pe_sampler_fill_logprobs(const struct pe_kernels *kernels, const float *logits, size_t n, float top, size_t n_top,
+                              pe_sample_result *out) {
     pe_candidate best[PE_SAMPLER_MAX_TOP_LOGPROBS];
-    double sum = 0.0; /* by ascending id */
-    for (size_t begin = 0; begin < n; begin += PE_SAMPLER_BLOCK) {
-        double terms[PE_SAMPLER_BLOCK];
-        size_t length = n - begin < PE_SAMPLER_BLOCK ? n - begin : PE_SAMPLER_BLOCK;
-        for (size_t i = 0; i < length; i++) terms[i] = pe_exp((double)logits[begin + i] - top);
-        for (size_t i = 0; i < length; i++) sum += terms[i];
-    }
-    double log_sum = pe_log(sum);
+    double log_sum = pe_log(kernels->sum_of_exps(logits, n, top));
     out->logprob = (double)logits[out->token] - top - log_sum;
     size_t count = n_top ? select_first(logits, NULL, n, n_top, best) : 0;
     out->n_top = (int32_t)count;
@@ -35,12 +29,16 @@ pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, siz
     if (n_top > PE_SAMPLER_MAX_TOP_LOGPROBS)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%zu alternatives asked for, at most %d", n_top,
                        PE_SAMPLER_MAX_TOP_LOGPROBS);
+    const char *isa;
+    pe_status status = pe_isa_active(&isa, err);
+    if (status != PE_OK) return status;
+    const struct pe_kernels *kernels = pe_kernels_selected();
     uint64_t env = pe_float_env_enter();
     float top;
-    bool finite = pe_sampler_finite_maximum(logits, vocab_size, &top);
+    bool finite = kernels->maximum(logits, vocab_size, &top);
     if (finite) {
         out->token = token;
-        pe_sampler_fill_logprobs(logits, vocab_size, top, n_top, out);
+        pe_sampler_fill_logprobs(kernels, logits, vocab_size, top, n_top, out);
     }
     pe_float_env_leave(env);
     return finite ? PE_OK : pe_fail(PE_ERR_NOT_FINITE, err, "a logit is an infinity or NaN");

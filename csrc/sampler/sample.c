@@ -2,47 +2,9 @@
  * log-probabilities (logprobs.c). */
 #include <math.h>
 
+#include "candidates.h"
 #include "float_env.h"
-#include "kernels/pe_math.h"
-#include "state.h"
 #include "status.h"
-
-/* ------------------------------------------------------------------ passes over the logits */
-
-bool pe_sampler_finite_maximum(const float *logits, size_t n, float *out) {
-    float lanes[16];
-    uint32_t largest_bits = 0;
-    size_t i = 0;
-    for (int l = 0; l < 16; l++) lanes[l] = logits[0];
-    for (; i + 16 <= n; i += 16) {
-        int32_t bad = 0;
-        for (size_t l = 0; l < 16; l++) {
-            float x = logits[i + l];
-            bad |= (int32_t)(pe_float_bits(x) & 0x7fffffffu) >= (int32_t)PE_NOT_FINITE_BITS;
-            lanes[l] = x > lanes[l] ? x : lanes[l];
-        }
-        if (bad) return false;
-    }
-    for (; i < n; i++) {
-        uint32_t bits = pe_float_bits(logits[i]) & 0x7fffffffu;
-        largest_bits = bits > largest_bits ? bits : largest_bits;
-        lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
-    }
-    for (int l = 1; l < 16; l++) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
-    *out = lanes[0];
-    return largest_bits < PE_NOT_FINITE_BITS;
-}
-
-static float maximum(const float *logits, size_t n) {
-    float lanes[16];
-    size_t i = 0;
-    for (int l = 0; l < 16; l++) lanes[l] = logits[0];
-    for (; i + 16 <= n; i += 16)
-        for (size_t l = 0; l < 16; l++) lanes[l] = logits[i + l] > lanes[l] ? logits[i + l] : lanes[l];
-    for (; i < n; i++) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
-    for (int l = 1; l < 16; l++) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
-    return lanes[0];
-}
 
 /* ------------------------------------------------------------------ one call */
 
@@ -53,19 +15,32 @@ typedef struct choice {
     float raw_top, top;    /* the largest logit before and after step 1 */
 } choice;
 
+/* The first of the logits (n) that equals `top`, which is one of them. */
+static size_t first_of(const float *logits, size_t n, float top) {
+    size_t i = 0;
+    for (; n - i >= PE_SAMPLER_BLOCK; i += PE_SAMPLER_BLOCK) {
+        int any = 0;
+        for (size_t k = 0; k < PE_SAMPLER_BLOCK; k++) any |= logits[i + k] == top;
+        if (any) break;
+    }
+    while (logits[i] != top) i++;
+    return i;
+}
+
 static pe_status choose(pe_sampler *s, const pe_logit_row *row, uint64_t position, const uint32_t *mask, choice *c, char *err) {
-    if (!pe_sampler_finite_maximum(row->values, row->n, &c->raw_top))
+    if (!s->kernels->maximum(row->values, row->n, &c->raw_top))
         return pe_fail(PE_ERR_NOT_FINITE, err, "a logit at position %llu is an infinity or NaN",
                        (unsigned long long)position);
     pe_status status = pe_sampler_edit(s, row, mask, &c->adjusted, err);
     if (status != PE_OK) return status;
-    c->top = c->adjusted == row->values ? c->raw_top : maximum(c->adjusted, row->n);
+    c->top = c->raw_top;
+    if (c->adjusted != row->values) s->kernels->maximum(c->adjusted, row->n, &c->top); /* banned ones are -infinity */
     if (c->top == -INFINITY)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err,
                        "every token is banned: allowed_token_ids, bad tokens, logit_bias, min_tokens and the mask "
                        "leave none");
     if (s->params.temperature == 0.0)
-        for (c->index = 0; c->adjusted[c->index] != c->top;) c->index++;
+        c->index = first_of(c->adjusted, row->n, c->top);
     else
         c->index = (size_t)pe_sampler_choose(s, c->adjusted, row->n, c->top, position);
     return PE_OK;
@@ -80,7 +55,7 @@ static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, c
     out->n_top = 0;
     out->logprob = 0.0;
     if (s->params.n_top_logprobs >= 0)
-        pe_sampler_fill_logprobs(logits, s->vocab_size, c.raw_top, (size_t)s->params.n_top_logprobs, out);
+        pe_sampler_fill_logprobs(s->kernels, logits, s->vocab_size, c.raw_top, (size_t)s->params.n_top_logprobs, out);
     return PE_OK;
 }
 

@@ -2,6 +2,7 @@
 #ifndef PE_SAMPLER_STATE_H
 #define PE_SAMPLER_STATE_H
 
+#include "kernels/kernels.h"
 #include "sampler.h"
 
 /* A token in the running. `score` is 0 except while typical sampling orders by it. */
@@ -13,6 +14,7 @@ typedef struct pe_candidate {
 } pe_candidate;
 
 struct pe_sampler {
+    const struct pe_kernels *kernels;
     size_t vocab_size;
     pe_sampler_params params; /* its list pointers point into the copies below */
     int32_t *id_lists;        /* bias_ids, bad and stop, one behind the other */
@@ -46,8 +48,7 @@ int32_t pe_sampler_choose(pe_sampler *sampler, const float *logits, size_t n_log
 float pe_sampler_probability(const float *logits, size_t n, size_t index, float top, double temperature);
 /* logprobs.c: fill in the log-probability of out->token and the n_top (<= 64) most probable tokens. logits (n) finite,
  * top the largest. */
-void pe_sampler_fill_logprobs(const float *logits, size_t n, float top, size_t n_top, pe_sample_result *out);
-/* sample.c: the largest logit; false if any is an infinity or NaN. */
-bool pe_sampler_finite_maximum(const float *logits, size_t n, float *out);
+void pe_sampler_fill_logprobs(const struct pe_kernels *kernels, const float *logits, size_t n, float top, size_t n_top,
+                              pe_sample_result *out);
 
 #endif

@@ -491,6 +491,32 @@ static void test_codes_are_legal(const struct pe_kernels *k) {
     }
 }
 
+/* The maximum of any values; weights and exponentials of those that have one, below which some are banned. */
+static void test_logits(const struct pe_kernels *k) {
+    rng r = {26};
+    for (size_t n = 1; n <= 200; n += 1 + n / 40)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            block x = block_new(n * 4, 4), expected = block_new(n * 8, 8), weights = block_new(n * 8, 8);
+            float top, found;
+            fill(FLOATS(x), n, pattern, &r);
+            bool finite = pe_kernels_scalar.maximum(FLOATS(x), n, &top);
+            CHECK(k->maximum(FLOATS(x), n, &found) == finite && (pattern == NOT_A_NUMBER || found == top), "%s: maximum of %zu, %s",
+                  k->name, n, pattern_names[pattern]);
+            if (finite) {
+                double sum = pe_kernels_scalar.sum_of_exps(FLOATS(x), n, top), its_sum = k->sum_of_exps(FLOATS(x), n, top);
+                CHECK(memcmp(&sum, &its_sum, sizeof sum) == 0, "%s: %zu exponentials, %s", k->name, n, pattern_names[pattern]);
+                for (size_t i = 0; i < n; i++)
+                    if (FLOATS(x)[i] < top && rng_below(&r, 4) == 0) FLOATS(x)[i] = -INFINITY;
+                double temperature = rng_below(&r, 2) ? 0.7 : 30.0, cut = rng_below(&r, 2) ? -30.0 : -2.0;
+                uint64_t *a = (uint64_t *)(void *)expected.data, *b = (uint64_t *)(void *)weights.data;
+                CHECK(pe_kernels_scalar.weigh(a, FLOATS(x), n, top, temperature, cut) == k->weigh(b, FLOATS(x), n, top, temperature, cut) &&
+                          memcmp(a, b, n * sizeof *a) == 0 && block_intact(&weights),
+                      "%s: %zu weights, %s", k->name, n, pattern_names[pattern]);
+            }
+            block_free(&x), block_free(&expected), block_free(&weights);
+        }
+}
+
 void test_kernels(const struct pe_kernels *k) {
     if (k == &pe_kernels_scalar) test_quantize_law(), test_groups_law(), test_hadamard_law();
     test_quantize(k);
@@ -508,4 +534,5 @@ void test_kernels(const struct pe_kernels *k) {
     test_add_scale(k);
     test_merge(k);
     test_codes_are_legal(k);
+    test_logits(k);
 }
