@@ -22,7 +22,8 @@
  *   TILE_PANELS, TILE_TOKENS   register block of the matrix product; TILE_TOKENS at most PE_TOKEN_BLOCK
  *   DOT_UNROLL                 of the sixteen dot steps of a group, so many are written out one after the other
  *   SCORE_ROWS                 queries that share a panel of K; at most 8
- *   v16_four_to_i8(dst, v)   rint to int8 of four vectors, 64 bytes stored
+ *   v16_four_to_i8(dst, v)   rint to int8 of four vectors, 64 bytes stored; returns the sum of the four vectors of codes
+ *   i8_transpose_fours(dst, src)   sixteen bytes, byte c of four k exchanged with byte k of four c
  *   v16x4, p4        64 bytes of V (four positions of sixteen columns); four codes of probabilities, 0..127, broadcast
  *   v16x4_load, p4_load, dot_values(acc, v, p)
  *   VALUE_ROWS, VALUE_COLUMNS  register block of probabilities times V: rows by vectors of 16 columns; at most 8 rows
@@ -357,7 +358,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
 /* The same with int8 products of its own, and from n_tiled tokens on with another way to lay out their inputs. */
 #define PE_LANES16_TABLE_WITH(table_name, table_required, n_tiled, its_quantize, its_matmul, its_scores, its_values) \
     { \
-        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_head = quantize_head, .turn = turn, .matmul = its_matmul, \
+        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_heads = quantize_heads, .turn = turn, .matmul = its_matmul, \
         .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = its_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \

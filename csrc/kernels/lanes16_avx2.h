@@ -113,15 +113,16 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void pair_to_i8(int8_t *p, v16 x, v16 y) {
-    __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
-    __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high));
+LANES i16 pair_to_i8(int8_t *p, v16 x, v16 y) {
+    i16 c = {_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)}, d = {_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high)};
+    __m256i low = _mm256_packs_epi32(c.low, c.high), high = _mm256_packs_epi32(d.low, d.high);
     __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs works per 128 bits */
     _mm256_storeu_si256((void *)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+    return i16_add(c, d);
 }
-LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
-    pair_to_i8(p, v[0], v[1]);
-    pair_to_i8(p + 32, v[2], v[3]);
+LANES i16 v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    i16 first = pair_to_i8(p, v[0], v[1]);
+    return i16_add(first, pair_to_i8(p + 32, v[2], v[3]));
 }
 
 typedef i16 v16x4;

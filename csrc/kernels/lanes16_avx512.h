@@ -79,11 +79,13 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
-    __m512i a = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1])); /* per 128 bits: 4 of v[0], 4 of v[1] */
-    __m512i b = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+LANES i16 v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    i16 c[4] = {_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]), _mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3])};
+    __m512i a = _mm512_packs_epi32(c[0], c[1]); /* per 128 bits: 4 of v[0], 4 of v[1] */
+    __m512i b = _mm512_packs_epi32(c[2], c[3]);
     __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a, b)));
+    return i16_add(i16_add(c[0], c[1]), i16_add(c[2], c[3]));
 }
 
 LANES w16 w16_load(const int8_t *p) {

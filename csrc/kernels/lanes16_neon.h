@@ -101,8 +101,15 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
-    for (int i = 0; i < 4; i++) v16_to_i8(p + 16 * i, v[i]);
+LANES i16 v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    i16 sum = v16_to_i8(p, v[0]);
+    for (int i = 1; i < 4; i++) sum = i16_add(sum, v16_to_i8(p + 16 * i, v[i]));
+    return sum;
+}
+
+LANES void i8_transpose_fours(int8_t *to, const int8_t *from) {
+    static const uint8_t order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    vst1q_s8(to, vqtbl1q_s8(vld1q_s8(from), vld1q_u8(order)));
 }
 
 LANES w16 w16_load(const int8_t *p) { EACH(w16, vld1q_s8(p + 16 * q)); }
