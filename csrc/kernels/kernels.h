@@ -186,9 +186,8 @@ struct pe_kernels {
                                const float *angles, size_t n_half, size_t n_positions);
 
     /* One row of scores over [begin, end) of a chunk, not empty: m, then p in place and +0 elsewhere in [0, 256), returning
-     * l. Two kernels, because the maxima of many rows do not wait for one another. Scores outside of [begin, end) may be
-     * overwritten by either. */
-    float (*softmax_max)(float *scores, size_t begin, size_t end);
+     * l. Two kernels, because the maxima of many rows do not wait for one another. */
+    float (*softmax_max)(const float *scores, size_t begin, size_t end);
     float (*softmax_exp)(float *scores, size_t begin, size_t end, float m);
 
     /* out[r][d] = o of FORMAT.md section 8 over positions [begin, end): the weights p[r][j] * v_scale[j], quantized in groups of

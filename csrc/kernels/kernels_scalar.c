@@ -246,7 +246,7 @@ static void attention_key_bias(float *scores, const float *rotated, size_t n_row
     }
 }
 
-static float softmax_max(float *scores, size_t begin, size_t end) {
+static float softmax_max(const float *scores, size_t begin, size_t end) {
     float m = scores[begin];
     for (size_t j = begin + 1; j < end; j++) m = scores[j] > m ? scores[j] : m;
     return m;

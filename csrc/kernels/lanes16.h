@@ -8,6 +8,7 @@
  *   v16              16 float32 lanes        v16_load/store (unaligned), v16_set1, v16_add/sub/mul/div/fma(a, b, c) = a * b + c
  *   v16_max(a, b)    a > b ? a : b           v16_rint, v16_from_half(p) 16 f16 -> float
  *   v16_exp_bits(p, n)   p * 2^n, n integral, where that is a normal number, as it is in exp; v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
+ *   v16_first_lanes(n, x, y)   lanes 0 to n - 1 of x, the others of y
  *   v16_cap(limit, x)    limit < x ? limit : x
  *   v16_swap1/2/4/8(x)   lanes i and i ^ 1, 2, 4 or 8 exchanged
  *   v16_max_in_quads(v)      lane k of each quad: the maximum of that quad of v[k], for four vectors

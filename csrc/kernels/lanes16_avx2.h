@@ -47,6 +47,12 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
                  _mm256_andnot_ps(_mm256_cmp_ps(x.high, l, _CMP_LT_OQ), y.high)};
 }
 
+LANES v16 v16_first_lanes(size_t n, v16 x, v16 y) {
+    __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), low = _mm256_set1_epi32((int)n), high = _mm256_set1_epi32((int)n - 8);
+    return (v16){_mm256_blendv_ps(y.low, x.low, _mm256_castsi256_ps(_mm256_cmpgt_epi32(low, lanes))),
+                 _mm256_blendv_ps(y.high, x.high, _mm256_castsi256_ps(_mm256_cmpgt_epi32(high, lanes)))};
+}
+
 LANES v16 v16_from_half(const uint16_t *p) {
     return (v16){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
                  _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};

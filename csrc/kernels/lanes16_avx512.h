@@ -37,6 +37,8 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
 }
 
+LANES v16 v16_first_lanes(size_t n, v16 x, v16 y) { return _mm512_mask_mov_ps(y, (__mmask16)((1u << n) - 1), x); }
+
 LANES v16 v16_from_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 
 LANES v16 v16_swap1(v16 x) { return _mm512_permute_ps(x, 0xb1); }

@@ -50,6 +50,11 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
     EACH(v16, vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y.val[q]), vcltq_f32(x.val[q], vdupq_n_f32(limit)))));
 }
 
+LANES v16 v16_first_lanes(size_t n, v16 x, v16 y) {
+    static const uint32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    EACH(v16, vbslq_f32(vcltq_u32(vld1q_u32(lanes + 4 * q), vdupq_n_u32((uint32_t)n)), x.val[q], y.val[q]));
+}
+
 LANES v16 v16_from_half(const uint16_t *p) { EACH(v16, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * q)))); }
 
 LANES v16 v16_swap1(v16 x) { EACH(v16, vrev64q_f32(x.val[q])); }
