@@ -95,20 +95,20 @@ LANES i16 v16_abs_bits_max(i16 m, v16 x) {
                  _mm256_max_epu32(m.high, _mm256_and_si256(_mm256_castps_si256(x.high), magnitude))};
 }
 
-LANES uint32_t i16_umax(i16 x) {
-    __m256i m = _mm256_max_epu32(x.low, x.high);
-    __m128i h = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
-    h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0x4e));
-    h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0xb1));
-    return (uint32_t)_mm_cvtsi128_si32(h);
-}
 
-LANES int32_t i16_sum(i16 x) {
-    __m256i s = _mm256_add_epi32(x.low, x.high);
-    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1));
-    return _mm_cvtsi128_si32(h);
+LANES __m128 firsts(__m256 low, __m256 high) {
+    __m128 a = _mm_unpacklo_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1));
+    __m128 b = _mm_unpacklo_ps(_mm256_castps256_ps128(high), _mm256_extractf128_ps(high, 1));
+    return _mm_movelh_ps(a, b);
+}
+LANES void v16_store_firsts(float *p, v16 x) { _mm_storeu_ps(p, firsts(x.low, x.high)); }
+LANES __m256i quad_sums8(__m256i x) {
+    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0xb1));
+    return _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0x4e));
+}
+LANES void i16_store_corrections(int32_t *p, i16 x) {
+    __m128i sums = _mm_castps_si128(firsts(_mm256_castsi256_ps(quad_sums8(x.low)), _mm256_castsi256_ps(quad_sums8(x.high))));
+    _mm_storeu_si128((void *)p, _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sums, 7)));
 }
 
 LANES i16 v16_to_i8(int8_t *p, v16 x) {

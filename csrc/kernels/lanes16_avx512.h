@@ -72,8 +72,14 @@ LANES v16 v16_from_bits(i16 x) { return _mm512_castsi512_ps(x); }
 LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     return _mm512_max_epu32(m, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
 }
-LANES uint32_t i16_umax(i16 x) { return _mm512_reduce_max_epu32(x); }
-LANES int32_t i16_sum(i16 x) { return _mm512_reduce_add_epi32(x); }
+
+LANES __m128 firsts(v16 x) { return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, x)); }
+LANES void v16_store_firsts(float *p, v16 x) { _mm_storeu_ps(p, firsts(x)); }
+LANES void i16_store_corrections(int32_t *p, i16 x) {
+    x = i16_add(x, _mm512_castps_si512(v16_swap1(v16_from_bits(x))));
+    x = i16_add(x, _mm512_castps_si512(v16_swap2(v16_from_bits(x))));
+    _mm_storeu_si128((void *)p, _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(_mm_castps_si128(firsts(v16_from_bits(x))), 7)));
+}
 
 LANES i16 v16_to_i8(int8_t *p, v16 x) {
     i16 codes = _mm512_cvtps_epi32(x);

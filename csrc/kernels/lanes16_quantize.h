@@ -128,30 +128,21 @@ PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, 
     PE_UNROLL for (int c = 0; c < 16; c++) out->v[c] = v[c]; /* here, not stage by stage */
 }
 
-/* What the values of four groups are multiplied with, in all lanes of a quad like absmax; scales (16) likewise. */
-PE_INLINE v16 group_scales(float *scales, v16 absmax, float factor) {
+/* What the values of four groups are multiplied with, in all lanes of a quad like absmax; scales (QUADS), those of the groups. */
+PE_INLINE v16 group_scales(float scales[QUADS], v16 absmax, float factor) {
     v16 most_code = v16_set1(127.0f), scale = v16_mul(v16_div(absmax, most_code), v16_set1(factor));
-    v16_store(scales, v16_zero_if_less(absmax, 0x1p-64f, scale));
+    v16_store_firsts(scales, v16_zero_if_less(absmax, 0x1p-64f, scale));
     return v16_zero_if_less(absmax, 0x1p-64f, v16_div(most_code, absmax));
 }
 
-/* corrections (16), the same in all lanes of a quad, from the sums of codes in each lane: they and 128 times them are exact. */
-PE_INLINE void group_corrections(float *corrections, i16 total) {
-    v16 sum = i16_to_float(total);
-    sum = v16_add(sum, v16_swap1(sum));
-    sum = v16_add(sum, v16_swap2(sum));
-    v16_store(corrections, v16_mul(sum, v16_set1(-128.0f)));
-}
-
-/* Codes of vector c go to codes + c * step, sixteen of them; scales and corrections (16) are the same in all lanes of a
- * quad. */
-PE_INLINE void round_four(int8_t *codes, size_t step, float *scales, float *corrections, const turned_four *in,
+/* Codes of vector c go to codes + c * step, sixteen of them; scales and corrections are those of the four groups. */
+PE_INLINE void round_four(int8_t *codes, size_t step, float scales[QUADS], int32_t corrections[QUADS], const turned_four *in,
                           float factor) {
     v16 inv = group_scales(scales, v16_from_bits(in->absmax), factor);
     i16 total = i16_zero();
     PE_UNROLL for (int c = 0; c < 16; c++)
         total = i16_add(total, v16_to_i8(codes + (size_t)c * step, v16_mul(in->v[c], inv)));
-    group_corrections(corrections, total);
+    i16_store_corrections(corrections, total);
 }
 
 /* ------------------------------------------------------------------ heads */
@@ -200,7 +191,8 @@ PE_INLINE void turn_heads(turned_four *turned, i16 *absmax, const pe_heads *head
 /* These heads' results, from what turn_heads gave. */
 PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const turned_four *turned, i16 absmax, size_t n, float factor) {
     int8_t fours[PE_MAX_HEAD_DIM * QUADS];
-    float scales[PE_PANEL], magnitudes[PE_PANEL], corrections[PE_PANEL];
+    float scales[QUADS], magnitudes[QUADS];
+    int32_t corrections[QUADS];
     size_t n_fours = (n + PE_PANEL - 1) / PE_PANEL * (PE_PANEL / 4);
     i16 total = i16_zero();
     v16 inv = group_scales(scales, v16_from_bits(absmax), factor);
@@ -209,14 +201,14 @@ PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const turn
         PE_UNROLL for (int i = 0; i < 4; i++) x[i] = v16_mul(turned[c / 16].v[c % 16 + i], inv);
         total = i16_add(total, v16_four_to_i8(fours + c * 16, x));
     }
-    group_corrections(corrections, total);
-    v16_store(magnitudes, v16_from_bits(absmax));
+    i16_store_corrections(corrections, total);
+    v16_store_firsts(magnitudes, v16_from_bits(absmax));
     for (size_t h = 0; h < n_h; h++) {
-        uint32_t bits = pe_float_bits(magnitudes[h * 4]);
+        uint32_t bits = pe_float_bits(magnitudes[h]);
         bool finite = bits < PE_NOT_FINITE_BITS;
         heads->absmax_bits[first + h] = bits;
-        heads->scales[first + h] = finite ? scales[h * 4] : 0.0f;
-        heads->corrections[first + h] = finite ? (int32_t)corrections[h * 4] : 0;
+        heads->scales[first + h] = finite ? scales[h] : 0.0f;
+        heads->corrections[first + h] = finite ? corrections[h] : 0;
         for (size_t c = 0; c < n_fours && !finite; c++) memset(fours + c * 16 + h * 4, 0, 4);
     }
     put_heads(heads, first, n_h, fours, n_fours);
@@ -274,19 +266,17 @@ PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const 
     size_t width = (size_t)1 << b->width_bits;
     int8_t dense[QUADS * PE_GROUP];
     int8_t *first = b->codes + item_group(b, item) * b->group_bytes + item_token(b, item) * 4;
-    float scales[PE_PANEL], corrections[PE_PANEL];
+    float scales[QUADS];
+    int32_t corrections[QUADS];
     if (width >= QUADS) {
-        round_four(first, width * 4, scales, corrections, four, factor);
-    } else {
-        round_four(dense, PE_PANEL, scales, corrections, four, factor);
-        for (size_t k = 0; k < n_items; k++) {
-            int8_t *to = b->codes + item_group(b, item + k) * b->group_bytes + item_token(b, item + k) * 4;
-            for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++) memcpy(to + k4 * 4 * width, dense + k4 * PE_PANEL + k * 4, 4);
-        }
+        round_four(first, width * 4, b->scales + item, b->corrections + item, four, factor);
+        return;
     }
+    round_four(dense, PE_PANEL, scales, corrections, four, factor);
     for (size_t k = 0; k < n_items; k++) {
-        b->scales[item + k] = scales[k * 4];
-        b->corrections[item + k] = (int32_t)(int64_t)corrections[k * 4]; /* of what is not finite it is beyond int32 */
+        int8_t *to = b->codes + item_group(b, item + k) * b->group_bytes + item_token(b, item + k) * 4;
+        for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++) memcpy(to + k4 * 4 * width, dense + k4 * PE_PANEL + k * 4, 4);
+        b->scales[item + k] = scales[k], b->corrections[item + k] = corrections[k];
     }
 }
 
@@ -304,15 +294,18 @@ static uint32_t norm_rows(block_rows *b, float eps) {
     return not_finite;
 }
 
-/* absmax[q] has in quad k the largest of items 4 q + k, 8 + 4 q + k, ... Returns a bit for each token that has one which is
- * not finite. */
-static uint32_t not_finite_tokens(const i16 absmax[PE_TOKEN_BLOCK / QUADS], const block_rows *b) {
+/* A bit for each token that has a scale which is not finite, as it is where the group's largest magnitude is not. */
+static uint32_t not_finite_tokens(const block_rows *b, size_t n_items) {
+    i16 most = i16_zero();
+    float lanes[PE_PANEL];
     uint32_t not_finite = 0;
-    for (size_t item = 0; item < PE_TOKEN_BLOCK; item++) {
-        float lanes[PE_PANEL];
-        v16_store(lanes, v16_from_bits(absmax[item / QUADS]));
-        not_finite |= (uint32_t)(pe_float_bits(lanes[item % QUADS * 4]) >= PE_NOT_FINITE_BITS) << item_token(b, item);
-    }
+    size_t item = 0;
+    for (; item + PE_PANEL <= n_items; item += PE_PANEL) most = v16_abs_bits_max(most, v16_load(b->scales + item));
+    v16_store(lanes, v16_from_bits(most)); /* widths divide 16: a lane has scales of one token */
+    for (size_t lane = 0; lane < PE_PANEL; lane++)
+        not_finite |= (uint32_t)(pe_float_bits(lanes[lane]) >= PE_NOT_FINITE_BITS) << item_token(b, lane);
+    for (; item < n_items; item++)
+        not_finite |= (uint32_t)((pe_float_bits(b->scales[item]) & 0x7fffffffu) >= PE_NOT_FINITE_BITS) << item_token(b, item);
     return not_finite;
 }
 
@@ -331,7 +324,6 @@ static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, s
                     .scales = x->scales + first_scale,
                     .corrections = x->corrections + first_scale};
     uint32_t not_finite = norm != NULL ? norm_rows(&b, eps) : 0;
-    i16 absmax[PE_TOKEN_BLOCK / QUADS] = {i16_zero(), i16_zero()};
     turned_four turned[AHEAD];
     float padded[2 * QUADS][PE_GROUP], factor = pe_input_factor(block);
     size_t end = x->n / PE_GROUP * width;
@@ -343,13 +335,11 @@ static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, s
             take_four(&four, padded, &b, begin + i);
             if (norm != NULL) turn_four(t, &four, block, 1);
             else turn_four(t, &four, block, 0);
-            i16 *most = &absmax[i / QUADS % (PE_TOKEN_BLOCK / QUADS)];
-            *most = v16_abs_bits_max(*most, v16_from_bits(t->absmax));
         }
         for (size_t i = 0; i < n_items; i += QUADS)
             put_four(&b, begin + i, n_items - i < QUADS ? n_items - i : QUADS, &turned[i / QUADS], factor);
     }
-    return not_finite | not_finite_tokens(absmax, &b);
+    return not_finite | not_finite_tokens(&b, end);
 }
 
 static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
