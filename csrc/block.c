@@ -76,7 +76,7 @@ static void quantize_batch(pe_slice *s, head_batch *b, bool last, size_t block, 
 static void put_queries(const token_run *run) {
     pe_slice *s = run->job->s;
     const pe_model *model = s->model;
-    size_t n_heads = model->config.n_heads, head_dim = model->config.head_dim, block = pe_turn_block(head_dim);
+    size_t n_heads = model->config.n_heads, head_dim = model->config.head_dim, block = pe_hadamard_block(head_dim);
     const pe_key_bias *bias = model->layers[run->job->layer].key_bias;
     head_batch batch = {.heads = {.four_step = 4, .step = 1}};
     for (size_t head = 0; head < n_heads; head++)
@@ -96,13 +96,13 @@ static pe_kv_chunk chunk_of(const qkv_job *j, size_t token, size_t kv_head) {
     return pe_kv_chunk_at(j->kv, j->s->sequences[token], j->s->positions[token] / PE_CHUNK, j->layer, (uint32_t)kv_head);
 }
 
-/* Keys, turned and quantized, become lanes of their panels; values, quantized, each one of the four positions that lie side by
+/* Keys, transformed and quantized, become lanes of their panels; values, quantized, each one of the four positions that lie side by
  * side. */
 static void put_keys_and_values(const token_run *run) {
     pe_slice *s = run->job->s;
     const pe_model *model = s->model;
     size_t n_heads = model->config.n_kv_heads, head_dim = model->config.head_dim, d = model->head_dim_p;
-    size_t block = pe_turn_block(head_dim);
+    size_t block = pe_hadamard_block(head_dim);
     int32_t unused;
     head_batch keys = {.heads = {.four_step = 4 * PE_PANEL, .step = 1}}, values = {.heads = {.four_step = 16, .step = 4}};
     for (size_t head = 0; head < n_heads; head++)

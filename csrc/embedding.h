@@ -5,7 +5,8 @@
 #include "kernels/pe_math.h"
 #include "model.h"
 
-/* x (pad16(dim)) = row `id`, which is in the vocabulary, of the embeddings: code * scale, exact, turned back; zeros behind it. */
+/* x (pad16(dim)) = row `id`, which is in the vocabulary, of the embeddings: code * scale, exact, transformed back; zeros
+ * behind it. */
 static inline void pe_embed(const pe_model *model, const struct pe_kernels *kernels, float *x, int32_t id) {
     const pe_matrix *w = &model->tok_embeddings;
     size_t panel = (size_t)id / PE_PANEL, row = (size_t)id % PE_PANEL, padded = pe_pad(model->config.dim, PE_PANEL);
@@ -15,7 +16,7 @@ static inline void pe_embed(const pe_model *model, const struct pe_kernels *kern
         float scale = pe_half_to_float(w->scales[group * PE_PANEL + row]);
         for (size_t i = 0; i < n; i++) x[begin + i] = (float)codes[i / 4 * 64 + i % 4] * scale;
     }
-    kernels->turn(x, model->config.dim, pe_input_factor(pe_turn_block(model->config.dim)));
+    kernels->hadamard(x, model->config.dim, pe_input_factor(pe_hadamard_block(model->config.dim)));
 }
 
 #endif

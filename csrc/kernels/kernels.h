@@ -12,7 +12,7 @@
 
 enum {
     PE_PANEL = 16,         /* rows of a weight panel, positions of a K panel, lanes of every float sum */
-    PE_GROUP = 64,         /* weights, and activations, that share a scale; the largest block that is turned */
+    PE_GROUP = 64,         /* weights, and activations, that share a scale; the largest block that is transformed */
     PE_TOKEN_BLOCK = 8,    /* tokens whose activations are packed together */
     PE_TILE_TOKENS = 16,   /* two blocks: tokens whose activations are one tile of a matrix unit */
     PE_CHUNK = 256,        /* positions of an attention chunk = of a KV page */
@@ -52,8 +52,8 @@ static inline size_t pe_tile_width(size_t n_left) {
     return n_left > PE_TOKEN_BLOCK ? PE_TOKEN_BLOCK + pe_block_width(n_left - PE_TOKEN_BLOCK) : pe_block_width(n_left);
 }
 
-/* The turn T of FORMAT.md section 4 works on blocks of this many of a row's n elements. */
-static inline size_t pe_turn_block(size_t n) {
+/* The Hadamard transform T of FORMAT.md section 4 works on blocks of this many of a row's n elements. */
+static inline size_t pe_hadamard_block(size_t n) {
     size_t largest_power = n & (0 - n);
     return largest_power < PE_GROUP ? largest_power : PE_GROUP;
 }
@@ -118,17 +118,17 @@ struct pe_kernels {
     size_t tiled_from; /* activations of at least so many tokens are in tiles (pe_activations); SIZE_MAX = none are */
 
     /* A block of activations, tokens [first, first + PE_TOKEN_BLOCK) of x or as many as there are, from a row of n floats
-     * each, turned, in groups of 64; with `norm` (n), an RMSNorm weight or NULL, the rows are normed first. Columns n..x->n
+     * each, transformed, in groups of 64; with `norm` (n), an RMSNorm weight or NULL, the rows are normed first. Columns n..x->n
      * become 0, and so do the tokens that fill the block up. Returns bit t set if T(row t), or with `norm` the row's sum of
      * squares, held an infinity or NaN: then that token's codes and scales mean nothing. */
     uint32_t (*quantize)(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
                          float eps);
-    /* Heads of n values each (at most PE_MAX_HEAD_DIM), turned in blocks of `block` (1 = not at all, else one that divides n),
+    /* Heads of n values each (at most PE_MAX_HEAD_DIM), transformed in blocks of `block` (1 = not at all, else one that divides n),
      * each of them one group: its codes, behind them zeros up to a multiple of 16, its scale, which is multiplied by `factor`,
      * and its correction. Of a head with an infinity or NaN all of these are 0. */
     void (*quantize_heads)(pe_heads *heads, size_t n, size_t block, float factor);
     /* x (n) = T(x) * factor, in place. */
-    void (*turn)(float *x, size_t n, float factor);
+    void (*hadamard)(float *x, size_t n, float factor);
 
     /* out[t][16 p + r] = row (16 p + r) of w times token t, panels [panel_begin, panel_end), tokens [token_begin,
      * token_end) where token_begin is a multiple of PE_TOKEN_BLOCK. out points at (token_begin, 16 panel_begin), rows

@@ -5,10 +5,10 @@
 #include "kernels.h"
 #include "pe_math.h"
 
-/* ------------------------------------------------------------------ the turn, quantization (FORMAT.md sections 4, 5) */
+/* ------------------------------------------------------------------ Hadamard transform, quantization (FORMAT.md sections 4, 5) */
 
 /* T of every block of n elements. */
-static void turn_blocks(float *x, size_t n, size_t block) {
+static void hadamard_blocks(float *x, size_t n, size_t block) {
     for (size_t h = 1; h < block; h *= 2)
         for (size_t i = 0; i < n; i++) {
             if (i & h) continue;
@@ -18,8 +18,8 @@ static void turn_blocks(float *x, size_t n, size_t block) {
         }
 }
 
-static void turn(float *x, size_t n, float factor) {
-    turn_blocks(x, n, pe_turn_block(n));
+static void hadamard(float *x, size_t n, float factor) {
+    hadamard_blocks(x, n, pe_hadamard_block(n));
     for (size_t i = 0; i < n; i++) x[i] *= factor;
 }
 
@@ -63,20 +63,20 @@ static float inverse_rms(float *sum, const float *x, size_t n, float eps) {
 static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
                          float eps) {
     size_t n_left = x->n_tokens - first, width = pe_block_width(n_left);
-    size_t n_groups = x->n / PE_GROUP, block = pe_turn_block(n);
+    size_t n_groups = x->n / PE_GROUP, block = pe_hadamard_block(n);
     uint32_t not_finite = 0;
     for (size_t t = 0; t < width; t++) {
         const float *row = t < n_left ? rows[t] : NULL;
         float sum = 0.0f, inv_rms = row != NULL && norm != NULL ? inverse_rms(&sum, row, n, eps) : 1.0f;
         uint32_t most = pe_float_bits(sum);
         for (size_t group = 0; group < n_groups; group++) {
-            float turned[PE_GROUP] = {0}; /* the last group may end in zeros; n is whole blocks */
+            float transformed[PE_GROUP] = {0}; /* the last group may end in zeros; n is whole blocks */
             size_t begin = group * PE_GROUP, at = first * n_groups + group * width + t;
             for (size_t i = begin; i < begin + PE_GROUP && i < n && row != NULL; i++)
-                turned[i - begin] = norm != NULL ? (row[i] * inv_rms) * norm[i] : row[i];
-            turn_blocks(turned, PE_GROUP, block);
+                transformed[i - begin] = norm != NULL ? (row[i] * inv_rms) * norm[i] : row[i];
+            hadamard_blocks(transformed, PE_GROUP, block);
             uint32_t bits = quantize_strided(x->codes + first * x->n + begin * width + t * 4, 4 * width, 1,
-                                             x->scales + at, x->corrections + at, turned, PE_GROUP, pe_input_factor(block));
+                                             x->scales + at, x->corrections + at, transformed, PE_GROUP, pe_input_factor(block));
             if (bits > most) most = bits;
         }
         if ((most & 0x7fffffffu) >= PE_NOT_FINITE_BITS) not_finite |= 1u << t;
@@ -86,11 +86,11 @@ static uint32_t quantize(pe_activations *x, size_t first, const float *const *ro
 
 static void quantize_heads(pe_heads *heads, size_t n, size_t block, float factor) {
     for (size_t h = 0; h < heads->n_heads; h++) {
-        float turned[PE_MAX_HEAD_DIM] = {0};
-        memcpy(turned, heads->x[h], n * sizeof *turned);
-        turn_blocks(turned, n, block);
+        float transformed[PE_MAX_HEAD_DIM] = {0};
+        memcpy(transformed, heads->x[h], n * sizeof *transformed);
+        hadamard_blocks(transformed, n, block);
         heads->absmax_bits[h] = quantize_strided(heads->codes[h], heads->four_step, heads->step, &heads->scales[h],
-                                                 &heads->corrections[h], turned, (n + PE_PANEL - 1) / PE_PANEL * PE_PANEL, factor);
+                                                 &heads->corrections[h], transformed, (n + PE_PANEL - 1) / PE_PANEL * PE_PANEL, factor);
     }
 }
 
@@ -334,7 +334,7 @@ const struct pe_kernels pe_kernels_scalar = {
     .tiled_from = SIZE_MAX,
     .quantize = quantize,
     .quantize_heads = quantize_heads,
-    .turn = turn,
+    .hadamard = hadamard,
     .matmul = matmul,
     .rmsnorm = rmsnorm,
     .rope = rope,

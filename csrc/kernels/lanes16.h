@@ -59,7 +59,7 @@ PE_INLINE v16 exp16(v16 x) {
     return v16_zero_if_less(x, PE_EXP_MIN, v16_exp_bits(p, n));
 }
 
-/* ------------------------------------------------------------------ the turn, quantization */
+/* ------------------------------------------------------------------ the Hadamard transform, quantization */
 
 /* Of n_r rows of n elements; side by side, because a sum waits for itself at every step. */
 PE_INLINE void sums_of_squares(float *sums, const float *const *rows, size_t n, const int n_r) {
@@ -361,7 +361,7 @@ static int codes_are_legal(const int8_t *codes, size_t n) {
 /* The same with int8 products of its own, and from n_tiled tokens on with another way to lay out their inputs. */
 #define PE_LANES16_TABLE_WITH(table_name, table_required, n_tiled, its_quantize, its_matmul, its_scores, its_values) \
     { \
-        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_heads = quantize_heads, .turn = turn, .matmul = its_matmul, \
+        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_heads = quantize_heads, .hadamard = hadamard, .matmul = its_matmul, \
         .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = its_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \

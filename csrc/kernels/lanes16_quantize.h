@@ -1,8 +1,8 @@
-/* lanes16_quantize.h: the turn and the quantizers of lanes16.h, which includes this; FORMAT.md sections 4 and 5.
+/* lanes16_quantize.h: the Hadamard transform and the quantizers of lanes16.h, which includes this; FORMAT.md sections 4 and 5.
  *
  * A block of tokens is quantized four groups of 64 values at a time, transposed by quads of four lanes: of the sixteen
  * vectors that they fill, vector c then holds elements 4 c to 4 c + 3 of all four, those of group k in its quad k. Stages of
- * the turn that pair elements four or more apart are additions of whole vectors, a group's maximum is one of vectors and
+ * the transform that pair elements four or more apart are additions of whole vectors, a group's maximum is one of vectors and
  * then of four lanes, four groups share a division, and rounded to bytes a vector is what a block of four tokens or more has
  * side by side. */
 #ifndef PE_LANES16_QUANTIZE_H
@@ -10,13 +10,13 @@
 
 enum {
     QUADS = 4, /* groups that are worked on together = quads of a vector */
-    AHEAD = 4  /* fours that are turned before the first of them is rounded: by then its maximum and division are done */
+    AHEAD = 4  /* fours that are transformed before the first of them is rounded: by then its maximum and division are done */
 };
 
-/* ------------------------------------------------------------------ the turn */
+/* ------------------------------------------------------------------ the Hadamard transform */
 
 /* The sign of the second half of every pair that is h lanes apart, for h = 1, 2, 4, 8. */
-static const float pe_turn_signs[4][16] = {
+static const float pe_hadamard_signs[4][16] = {
     {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
     {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
     {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
@@ -29,20 +29,20 @@ PE_INLINE void butterfly(v16 *a, v16 *b) {
     *a = sum;
 }
 
-/* A stage of the turn within each of four vectors, if blocks of `block` have it. Lane i becomes its partner plus or minus
+/* A stage of the transform within each of four vectors, if blocks of `block` have it. Lane i becomes its partner plus or minus
  * itself: one fma, whose product is exact. */
-#define PE_TURN_LANES(v, block, h, swap, index) \
+#define PE_HADAMARD_LANES(v, block, h, swap, index) \
     if ((block) > (h)) { \
-        v16 sign = v16_load(pe_turn_signs[index]); \
+        v16 sign = v16_load(pe_hadamard_signs[index]); \
         PE_UNROLL for (int i = 0; i < 4; i++) (v)[i] = v16_fma((v)[i], sign, swap((v)[i])); \
     }
 
 /* T of the blocks of 64 values. */
-PE_INLINE void turn_64(v16 v[4], size_t block) {
-    PE_TURN_LANES(v, block, 1, v16_swap1, 0)
-    PE_TURN_LANES(v, block, 2, v16_swap2, 1)
-    PE_TURN_LANES(v, block, 4, v16_swap4, 2)
-    PE_TURN_LANES(v, block, 8, v16_swap8, 3)
+PE_INLINE void hadamard_64(v16 v[4], size_t block) {
+    PE_HADAMARD_LANES(v, block, 1, v16_swap1, 0)
+    PE_HADAMARD_LANES(v, block, 2, v16_swap2, 1)
+    PE_HADAMARD_LANES(v, block, 4, v16_swap4, 2)
+    PE_HADAMARD_LANES(v, block, 8, v16_swap8, 3)
     if (block > 16) butterfly(&v[0], &v[1]), butterfly(&v[2], &v[3]);
     if (block > 32) butterfly(&v[0], &v[2]), butterfly(&v[1], &v[3]);
 }
@@ -58,16 +58,16 @@ PE_INLINE void load_64(v16 v[4], const float *x, size_t n) {
     PE_UNROLL for (int i = 0; i < 4; i++) v[i] = v16_load(padded + i * 16);
 }
 
-static void turn(float *x, size_t n, float factor) {
-    size_t block = pe_turn_block(n);
+static void hadamard(float *x, size_t n, float factor) {
+    size_t block = pe_hadamard_block(n);
     for (size_t begin = 0; begin < n; begin += PE_GROUP) {
         size_t left = n - begin < PE_GROUP ? n - begin : PE_GROUP;
-        float turned[PE_GROUP];
+        float transformed[PE_GROUP];
         v16 v[4];
         load_64(v, x + begin, left);
-        turn_64(v, block);
-        PE_UNROLL for (int i = 0; i < 4; i++) v16_store(turned + i * 16, v16_mul(v[i], v16_set1(factor)));
-        memcpy(x + begin, turned, left * sizeof *x);
+        hadamard_64(v, block);
+        PE_UNROLL for (int i = 0; i < 4; i++) v16_store(transformed + i * 16, v16_mul(v[i], v16_set1(factor)));
+        memcpy(x + begin, transformed, left * sizeof *x);
     }
 }
 
@@ -89,11 +89,11 @@ typedef struct four_groups {
     float inv_rms[QUADS];
 } four_groups;
 
-/* The four, transposed, after the turn; absmax: the bits of each group's largest magnitude in all lanes of its quad. */
-typedef struct turned_four {
+/* The four, transposed, after the transform; absmax: the bits of each group's largest magnitude in all lanes of its quad. */
+typedef struct transformed_four {
     v16 v[16];
     i16 absmax;
-} turned_four;
+} transformed_four;
 
 PE_INLINE i16 absmax_four(const v16 v[16]) {
     i16 most[4];
@@ -106,7 +106,7 @@ PE_INLINE i16 absmax_four(const v16 v[16]) {
     return v16_abs_bits_max(most[0], v16_swap2(v16_from_bits(most[0])));
 }
 
-PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, const int normed) {
+PE_INLINE void transform_four(transformed_four *out, const four_groups *in, size_t block, const int normed) {
     v16 v[16];
     PE_UNROLL for (int j = 0; j < 4; j++) {
         v16 *q = v + j * 4;
@@ -114,8 +114,8 @@ PE_INLINE void turn_four(turned_four *out, const four_groups *in, size_t block, 
             q[k] = v16_load(in->x[k] + j * 16);
             if (normed) q[k] = v16_mul(v16_mul(q[k], v16_set1(in->inv_rms[k])), v16_load(in->norm[k] + j * 16));
         }
-        PE_TURN_LANES(q, block, 1, v16_swap1, 0)
-        PE_TURN_LANES(q, block, 2, v16_swap2, 1)
+        PE_HADAMARD_LANES(q, block, 1, v16_swap1, 0)
+        PE_HADAMARD_LANES(q, block, 2, v16_swap2, 1)
         v16_transpose_quads(q);
         if (block > 4) butterfly(&q[0], &q[1]), butterfly(&q[2], &q[3]);
         if (block > 8) butterfly(&q[0], &q[2]), butterfly(&q[1], &q[3]);
@@ -136,7 +136,7 @@ PE_INLINE v16 group_scales(float scales[QUADS], v16 absmax, float factor) {
 }
 
 /* Codes of vector c go to codes + c * step, sixteen of them; scales and corrections are those of the four groups. */
-PE_INLINE void round_four(int8_t *codes, size_t step, float scales[QUADS], int32_t corrections[QUADS], const turned_four *in,
+PE_INLINE void round_four(int8_t *codes, size_t step, float scales[QUADS], int32_t corrections[QUADS], const transformed_four *in,
                           float factor) {
     v16 inv = group_scales(scales, v16_from_bits(in->absmax), factor);
     i16 total = i16_zero();
@@ -175,21 +175,21 @@ static void put_heads(const pe_heads *heads, size_t first, size_t n_h, const int
     }
 }
 
-/* Heads [first, first + n_h), at most QUADS of them, of n values: turned (n / 64), and absmax, the bits of their largest
+/* Heads [first, first + n_h), at most QUADS of them, of n values: transformed (n / 64), and absmax, the bits of their largest
  * magnitudes in all lanes of their quads. */
-PE_INLINE void turn_heads(turned_four *turned, i16 *absmax, const pe_heads *heads, size_t first, size_t n_h, size_t n, size_t block) {
+PE_INLINE void turn_heads(transformed_four *transformed, i16 *absmax, const pe_heads *heads, size_t first, size_t n_h, size_t n, size_t block) {
     float padded[QUADS][PE_GROUP];
     *absmax = i16_zero();
-    for (size_t begin = 0; begin < n; begin += PE_GROUP, turned++) {
+    for (size_t begin = 0; begin < n; begin += PE_GROUP, transformed++) {
         four_groups four = {.x = {pe_zero_group, pe_zero_group, pe_zero_group, pe_zero_group}};
         for (size_t h = 0; h < n_h; h++) four.x[h] = whole_group(padded[h], heads->x[first + h] + begin, n - begin);
-        turn_four(turned, &four, block, 0);
-        *absmax = v16_abs_bits_max(*absmax, v16_from_bits(turned->absmax));
+        transform_four(transformed, &four, block, 0);
+        *absmax = v16_abs_bits_max(*absmax, v16_from_bits(transformed->absmax));
     }
 }
 
 /* These heads' results, from what turn_heads gave. */
-PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const turned_four *turned, i16 absmax, size_t n, float factor) {
+PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const transformed_four *transformed, i16 absmax, size_t n, float factor) {
     int8_t fours[PE_MAX_HEAD_DIM * QUADS];
     float scales[QUADS], magnitudes[QUADS];
     int32_t corrections[QUADS];
@@ -198,7 +198,7 @@ PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const turn
     v16 inv = group_scales(scales, v16_from_bits(absmax), factor);
     for (size_t c = 0; c < n_fours; c += 4) {
         v16 x[4];
-        PE_UNROLL for (int i = 0; i < 4; i++) x[i] = v16_mul(turned[c / 16].v[c % 16 + i], inv);
+        PE_UNROLL for (int i = 0; i < 4; i++) x[i] = v16_mul(transformed[c / 16].v[c % 16 + i], inv);
         total = i16_add(total, v16_four_to_i8(fours + c * 16, x));
     }
     i16_store_corrections(corrections, total);
@@ -215,15 +215,15 @@ PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const turn
 }
 
 static void quantize_heads(pe_heads *heads, size_t n, size_t block, float factor) {
-    turned_four turned[PE_MAX_HEAD_DIM / PE_GROUP];
+    transformed_four transformed[PE_MAX_HEAD_DIM / PE_GROUP];
     i16 absmax[AHEAD];
     size_t n_turned = (n + PE_GROUP - 1) / PE_GROUP, at_once = n_turned < AHEAD ? AHEAD / n_turned * QUADS : QUADS;
     for (size_t begin = 0; begin < heads->n_heads; begin += at_once) {
         size_t end = heads->n_heads - begin < at_once ? heads->n_heads : begin + at_once;
         for (size_t h = begin, i = 0; h < end; h += QUADS, i++)
-            turn_heads(turned + i * n_turned, &absmax[i], heads, h, end - h < QUADS ? end - h : QUADS, n, block);
+            turn_heads(transformed + i * n_turned, &absmax[i], heads, h, end - h < QUADS ? end - h : QUADS, n, block);
         for (size_t h = begin, i = 0; h < end; h += QUADS, i++)
-            round_heads(heads, h, end - h < QUADS ? end - h : QUADS, turned + i * n_turned, absmax[i], n, factor);
+            round_heads(heads, h, end - h < QUADS ? end - h : QUADS, transformed + i * n_turned, absmax[i], n, factor);
     }
 }
 
@@ -262,7 +262,7 @@ PE_INLINE void take_four(four_groups *four, float padded[2 * QUADS][PE_GROUP], c
 
 /* n_items items, at most four, from `item` on to where kernels.h has them. In a block of four tokens or more each
  * vector's codes lie side by side. */
-PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const turned_four *four, float factor) {
+PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const transformed_four *four, float factor) {
     size_t width = (size_t)1 << b->width_bits;
     int8_t dense[QUADS * PE_GROUP];
     int8_t *first = b->codes + item_group(b, item) * b->group_bytes + item_token(b, item) * 4;
@@ -312,7 +312,7 @@ static uint32_t not_finite_tokens(const block_rows *b, size_t n_items) {
 /* quantize of kernels.h, whose codes of the block begin at `codes` and are group_bytes apart from group to group. */
 static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, size_t group_bytes, const float *const *rows,
                                size_t n, const float *norm, float eps) {
-    size_t left = x->n_tokens - first, width = pe_block_width(left), block = pe_turn_block(n);
+    size_t left = x->n_tokens - first, width = pe_block_width(left), block = pe_hadamard_block(n);
     size_t first_scale = first * (x->n / PE_GROUP);
     block_rows b = {.rows = rows,
                     .n_rows = left < width ? left : width,
@@ -324,20 +324,20 @@ static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, s
                     .scales = x->scales + first_scale,
                     .corrections = x->corrections + first_scale};
     uint32_t not_finite = norm != NULL ? norm_rows(&b, eps) : 0;
-    turned_four turned[AHEAD];
+    transformed_four transformed[AHEAD];
     float padded[2 * QUADS][PE_GROUP], factor = pe_input_factor(block);
     size_t end = x->n / PE_GROUP * width;
     for (size_t begin = 0; begin < end; begin += AHEAD * QUADS) {
         size_t n_items = end - begin < AHEAD * QUADS ? end - begin : AHEAD * QUADS;
         for (size_t i = 0; i < n_items; i += QUADS) {
-            turned_four *t = &turned[i / QUADS];
+            transformed_four *t = &transformed[i / QUADS];
             four_groups four;
             take_four(&four, padded, &b, begin + i);
-            if (norm != NULL) turn_four(t, &four, block, 1);
-            else turn_four(t, &four, block, 0);
+            if (norm != NULL) transform_four(t, &four, block, 1);
+            else transform_four(t, &four, block, 0);
         }
         for (size_t i = 0; i < n_items; i += QUADS)
-            put_four(&b, begin + i, n_items - i < QUADS ? n_items - i : QUADS, &turned[i / QUADS], factor);
+            put_four(&b, begin + i, n_items - i < QUADS ? n_items - i : QUADS, &transformed[i / QUADS], factor);
     }
     return not_finite | not_finite_tokens(&b, end);
 }
@@ -348,6 +348,6 @@ static uint32_t quantize(pe_activations *x, size_t first, const float *const *ro
     return quantize_block(x, first, x->codes + first * x->n, group_bytes, rows, n, norm, eps);
 }
 
-#undef PE_TURN_LANES
+#undef PE_HADAMARD_LANES
 
 #endif

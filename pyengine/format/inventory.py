@@ -107,7 +107,7 @@ class MatrixKind(NamedTuple):
     stored: Callable[[Weight], dict[str, StoredTensor]]
 
 
-MATRIX_KINDS = {"int8_g64": MatrixKind("int8, turned, groups of 64, f16 scales", _int8_g64)}
+MATRIX_KINDS = {"int8_g64": MatrixKind("int8, Hadamard-transformed, groups of 64, f16 scales", _int8_g64)}
 
 
 # ---------------------------------------------------------------------------- the inventory

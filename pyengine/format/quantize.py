@@ -1,6 +1,6 @@
 """Int8 weights in panels (csrc/FORMAT.md, sections 3 and 4), in exact float32 arithmetic.
 
-``turn``, ``quantize_rows`` and ``to_panels`` are the specification on arrays; ``QuantizedMatrix`` streams a
+``hadamard``, ``quantize_rows`` and ``to_panels`` are the specification on arrays; ``QuantizedMatrix`` streams a
 ``RowSource`` through them. ``from_panels`` and ``dequantize`` are the way back.
 """
 
@@ -21,7 +21,7 @@ Int8Array = npt.NDArray[np.int8]
 Float16Array = npt.NDArray[np.float16]
 
 _CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: bounds memory
-_TURN_ELEMENTS = 1 << 17  # turned at a time: twice 512 KiB, which stay in a cache of the second level
+_TRANSFORM_ELEMENTS = 1 << 17  # transformed at a time: twice 512 KiB, which stay in a cache of the second level
 _INT8_MAX = np.float32(127)
 
 
@@ -36,50 +36,50 @@ class RowSource(Protocol):
         """Rows start..stop-1 as float32 (stop - start, columns)."""
 
 
-def turn_exponent(columns: int) -> int:
-    """k: rows of so many columns are turned in blocks of 2^k, the largest power of two that divides them, at most 64."""
+def hadamard_exponent(columns: int) -> int:
+    """k: rows of so many columns are transformed in blocks of 2^k, the largest power of two that divides them, at most 64."""
     return min((columns & -columns).bit_length(), GROUP_COLUMNS.bit_length()) - 1
 
 
-def turn(rows: Float32Array, exponent: int) -> Float32Array:
+def hadamard(rows: Float32Array, exponent: int) -> Float32Array:
     """T of section 4: each block of 2^k columns times the Hadamard matrix, not normalized.
 
-    Float32 (rows, columns), with k = ``turn_exponent(columns)`` -> the same shape, times 2^``exponent``. What overflows is
+    Float32 (rows, columns), with k = ``hadamard_exponent(columns)`` -> the same shape, times 2^``exponent``. What overflows is
     not finite.
     """
     rows = np.ascontiguousarray(rows, np.float32)
-    block = 1 << turn_exponent(rows.shape[1])
+    block = 1 << hadamard_exponent(rows.shape[1])
     blocks = rows.reshape(-1, block)
-    turned = np.empty_like(blocks)
+    transformed = np.empty_like(blocks)
     factor = np.float32(2.0**exponent)
-    step = _TURN_ELEMENTS // block
+    step = _TRANSFORM_ELEMENTS // block
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(blocks), step):
             x = blocks[start : start + step].T.copy()  # (block, n): a pair of columns is a pair of vectors
             y = np.empty_like(x)
-            for h in (1 << stage for stage in range(turn_exponent(rows.shape[1]))):
+            for h in (1 << stage for stage in range(hadamard_exponent(rows.shape[1]))):
                 a, b = x.reshape(-1, 2, h, x.shape[1]).transpose(1, 0, 2, 3)
                 sums, differences = y.reshape(-1, 2, h, x.shape[1]).transpose(1, 0, 2, 3)
                 np.add(a, b, out=sums)
                 np.subtract(a, b, out=differences)
                 x, y = y, x
-            np.multiply(x.T, factor, out=turned[start : start + step])
-    return turned.reshape(rows.shape)
+            np.multiply(x.T, factor, out=transformed[start : start + step])
+    return transformed.reshape(rows.shape)
 
 
 def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16Array]:
-    """Weights (rows, columns), turned -> codes (rows, n_groups, 64) and scales (rows, n_groups).
+    """Weights (rows, columns), transformed -> codes (rows, n_groups, 64) and scales (rows, n_groups).
 
     Columns are padded with zeros. Raises ModelFormatError that names the tensor for a weight that
     is not finite or a scale that overflows f16.
     """
     rows, columns = weights.shape
-    k = turn_exponent(columns)
-    turned = turn(weights, -((k + 1) // 2))
+    k = hadamard_exponent(columns)
+    transformed = hadamard(weights, -((k + 1) // 2))
     padded = pad(columns, GROUP_COLUMNS)
     if padded != columns:
-        turned = np.pad(turned, ((0, 0), (0, padded - columns)))
-    groups = turned.reshape(rows, -1, GROUP_COLUMNS)
+        transformed = np.pad(transformed, ((0, 0), (0, padded - columns)))
+    groups = transformed.reshape(rows, -1, GROUP_COLUMNS)
     absmax = np.abs(groups).max(axis=2)
     if not np.isfinite(absmax).all():
         row = int(np.argwhere(~np.isfinite(absmax))[0, 0])
@@ -87,7 +87,7 @@ def quantize_rows(weights: Float32Array, name: str) -> tuple[Int8Array, Float16A
     with np.errstate(over="ignore", under="ignore"):
         scales = (absmax / _INT8_MAX).astype(np.float16)
     if not np.isfinite(scales).all():
-        raise ModelFormatError(f"tensor {name!r}: turned weights up to {absmax.max():g} overflow the f16 scale")
+        raise ModelFormatError(f"tensor {name!r}: transformed weights up to {absmax.max():g} overflow the f16 scale")
     stored = scales.astype(np.float32)
     # A scale of 0 has codes 0: dividing by infinity gives them without a second pass.
     divisor = np.where(stored == 0, np.float32(np.inf), stored)
@@ -126,12 +126,12 @@ def from_panels(panels: Int8Array, scales: Float16Array) -> tuple[Int8Array, Flo
 
 
 def dequantize(panels: Int8Array, scales: Float16Array, rows: int, columns: int) -> Float32Array:
-    """Stored codes and scales -> the weights that they stand for, float32 (rows, columns): code * scale turned back, which is
-    how an embedding row is read. Exact, but for results near the ends of what float32 holds.
+    """Stored codes and scales -> the weights that they stand for, float32 (rows, columns): code * scale transformed back,
+    which is how an embedding row is read. Exact, but for results near the ends of what float32 holds.
     """
     codes, row_scales = from_panels(panels, scales)
     values = codes.astype(np.float32) * row_scales.astype(np.float32)[:, :, None]
-    return turn(values.reshape(len(codes), -1)[:rows, :columns], -(turn_exponent(columns) // 2))
+    return hadamard(values.reshape(len(codes), -1)[:rows, :columns], -(hadamard_exponent(columns) // 2))
 
 
 class QuantizedMatrix:

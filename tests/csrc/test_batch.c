@@ -17,7 +17,7 @@
         CHECK(got == (expected) && (got == PE_OK || err[0] != '\0'), "%s: %d '%s'", #call, (int)got, err); \
     } while (0)
 
-/* An odd dim: the residual stream is not turned, and a column of the embeddings is one of the stream. */
+/* An odd dim: the residual stream is not transformed, and a column of the embeddings is one of the stream. */
 static const pe_config config = {.dim = 73, .hidden_dim = 64, .n_layers = 2, .n_heads = 2, .n_kv_heads = 1, .head_dim = 32,
                                  .vocab_size = 60, .max_seq_len = 400, .norm_eps = 0x1p-17f, .tie_embeddings = true};
 

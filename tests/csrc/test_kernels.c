@@ -122,7 +122,8 @@ static void test_quantize(const struct pe_kernels *k) {
     }
 }
 
-/* The kernel beside what it is made of: each row normed, turned and quantized group by group. And which rows are not finite. */
+/* The kernel beside what it is made of: each row normed, transformed and quantized group by group. And which rows are not
+ * finite. */
 static void test_quantize_composition(const struct pe_kernels *k) {
     enum { N = 200 };
     rng r = {17};
@@ -138,11 +139,11 @@ static void test_quantize_composition(const struct pe_kernels *k) {
         int32_t correction;
         for (size_t t = 0; t < 5; t++) {
             bool finite = isfinite(pe_kernels_scalar.rmsnorm(y, x[t], norm, N, 1e-5f));
-            pe_kernels_scalar.turn(y, N, 1.0f);
+            pe_kernels_scalar.hadamard(y, N, 1.0f);
             for (size_t i = 0; i < N; i++) finite = finite && isfinite(y[i]);
             CHECK((not_finite >> t & 1) == !finite, "%s: token %zu, %s", k->name, t, pattern_names[pattern]);
             for (size_t g = 0; g < 3 && finite; g++) {
-                quantize_one(&pe_kernels_scalar, codes, &scale, &correction, y + g * 64, 64, 1, pe_input_factor(pe_turn_block(N)));
+                quantize_one(&pe_kernels_scalar, codes, &scale, &correction, y + g * 64, 64, 1, pe_input_factor(pe_hadamard_block(N)));
                 CHECK(scale == out.x.scales[g * 8 + t] && correction == out.x.corrections[g * 8 + t], "%s: group %zu", k->name, g);
                 for (size_t i = 0; i < 64; i++)
                     CHECK(codes[i] == out.x.codes[((g * 16 + i / 4) * 8 + t) * 4 + i % 4], "%s: code %zu of %zu", k->name, i, g);
@@ -178,13 +179,13 @@ static void test_quantize_heads(const struct pe_kernels *k) {
     for (size_t n = 1; n <= 512; n += n < 70 ? 1 : 17)
         for (int round = 0; round < 8; round++) {
             size_t n_heads = round < 4 ? PE_HEADS : 1 + rng_below(&r, PE_HEADS), n_bytes = (n + 15) / 16 * 16 * PE_HEADS;
-            size_t turned = rng_below(&r, 3) == 0 ? 1 : pe_turn_block(n);
+            size_t transformed = rng_below(&r, 3) == 0 ? 1 : pe_hadamard_block(n);
             int layout = round % N_LAYOUTS;
             block x = block_new(n_heads * n * 4, 4 * rng_below(&r, 4)), a = block_new(n_bytes, 0), b = block_new(n_bytes, rng_below(&r, 8));
             for (size_t h = 0; h < n_heads; h++) fill(FLOATS(x) + h * n, n, (int)rng_below(&r, N_PATTERNS), &r);
             pe_heads of_a = heads_of(&x, &a, n_heads, n, layout), of_b = heads_of(&x, &b, n_heads, n, layout);
-            pe_kernels_scalar.quantize_heads(&of_a, n, turned, 0.125f);
-            k->quantize_heads(&of_b, n, turned, 0.125f);
+            pe_kernels_scalar.quantize_heads(&of_a, n, transformed, 0.125f);
+            k->quantize_heads(&of_b, n, transformed, 0.125f);
             CHECK(memcmp(a.data, b.data, n_bytes) == 0 && block_intact(&b), "%s: %zu heads of %zu, layout %d", k->name, n_heads, n, layout);
             for (size_t h = 0; h < n_heads; h++)
                 CHECK(same_outcome(of_a.absmax_bits[h], of_b.absmax_bits[h]) && of_a.corrections[h] == of_b.corrections[h] &&
@@ -194,35 +195,36 @@ static void test_quantize_heads(const struct pe_kernels *k) {
         }
 }
 
-static void test_turn(const struct pe_kernels *k) {
+static void test_hadamard(const struct pe_kernels *k) {
     rng r = {14};
     for (size_t n = 1; n <= 260; n++) {
         block a = block_new(n * 4, 4 * rng_below(&r, 4)), b = block_new(n * 4, 4 * rng_below(&r, 4));
         fill(FLOATS(a), n, (int)n % TIES, &r);
         memcpy(b.data, a.data, n * 4);
-        pe_kernels_scalar.turn(FLOATS(a), n, 0.25f);
-        k->turn(FLOATS(b), n, 0.25f);
-        CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: turn of %zu", k->name, n);
+        pe_kernels_scalar.hadamard(FLOATS(a), n, 0.25f);
+        k->hadamard(FLOATS(b), n, 0.25f);
+        CHECK(same_floats(FLOATS(a), FLOATS(b), n) && block_intact(&b), "%s: Hadamard transform of %zu", k->name, n);
         block_free(&a), block_free(&b);
     }
 }
 
-/* The scalar turn against the Hadamard matrix, whose element (i, j) is (-1)^(bits that i and j share), on whole numbers; and
+/* The scalar transform against the Hadamard matrix, whose element (i, j) is (-1)^(bits that i and j share), on whole numbers; and
  * the two factors, whose product is 1 / block. */
-static void test_turn_law(void) {
+static void test_hadamard_law(void) {
     rng r = {15};
     for (size_t n = 1; n <= 200; n++) {
-        float x[200], turned[200];
-        size_t block = pe_turn_block(n);
-        for (size_t i = 0; i < n; i++) x[i] = turned[i] = (float)rng_below(&r, 1000) - 500.0f;
-        pe_kernels_scalar.turn(turned, n, 1.0f);
+        float x[200], transformed[200];
+        size_t block = pe_hadamard_block(n);
+        for (size_t i = 0; i < n; i++) x[i] = transformed[i] = (float)rng_below(&r, 1000) - 500.0f;
+        pe_kernels_scalar.hadamard(transformed, n, 1.0f);
         for (size_t i = 0; i < n; i++) {
             float expected = 0.0f; /* whole numbers below 2^24: exact */
             for (size_t j = 0; j < block; j++) {
                 float sign = __builtin_popcountl(i % block & j) % 2 ? -1.0f : 1.0f;
                 expected += sign * x[i / block * block + j];
             }
-            CHECK(turned[i] == expected, "turn of %zu, element %zu: %a, expected %a", n, i, (double)turned[i], (double)expected);
+            CHECK(transformed[i] == expected, "Hadamard transform of %zu, element %zu: %a, expected %a", n, i,
+                  (double)transformed[i], (double)expected);
         }
         CHECK(n % block == 0 && block <= 64 && pe_input_factor(block) * pe_weight_factor(block) * (float)block == 1.0f, "factors of %zu", n);
     }
@@ -253,7 +255,7 @@ static void test_quantize_law(void) {
     }
 }
 
-/* A row is turned as a whole, and each of its groups of 64 is then what quantize_heads makes of it. */
+/* A row is transformed as a whole, and each of its groups of 64 is then what quantize_heads makes of it. */
 static void test_groups_law(void) {
     rng r = {16};
     for (size_t n = 1; n <= 200; n++) {
@@ -265,20 +267,21 @@ static void test_groups_law(void) {
         const float *row = x;
         pe_activations packed = {codes, scales, corrections, n_groups * 64, 1};
         pe_kernels_scalar.quantize(&packed, 0, &row, n, NULL, 0.0f);
-        pe_kernels_scalar.turn(x, n, 1.0f);
+        pe_kernels_scalar.hadamard(x, n, 1.0f);
         for (size_t g = 0; g < n_groups; g++) {
             size_t n_group = n - g * 64 < 64 ? n - g * 64 : 64;
             float scale;
             int32_t correction;
-            quantize_one(&pe_kernels_scalar, head, &scale, &correction, x + g * 64, n_group, 1, pe_input_factor(pe_turn_block(n)));
+            quantize_one(&pe_kernels_scalar, head, &scale, &correction, x + g * 64, n_group, 1, pe_input_factor(pe_hadamard_block(n)));
             CHECK(memcmp(head, codes + g * 64, n_group) == 0 && scale == scales[g] && correction == corrections[g], "group %zu of %zu", g, n);
             for (size_t i = n_group; i < 64; i++) CHECK(codes[g * 64 + i] == 0, "column %zu behind %zu", g * 64 + i, n);
         }
     }
 }
 
-/* Of values that float32 holds, a turn may make some that it does not: those are told, and a block of one is never turned. */
-static void test_turn_overflow(const struct pe_kernels *k) {
+/* Of values that float32 holds, a transform may make some that it does not: those are told, and a block of one is never
+ * transformed. */
+static void test_hadamard_overflow(const struct pe_kernels *k) {
     float x[64], scale;
     const float *row = x;
     int8_t codes[64];
@@ -520,12 +523,12 @@ static void test_codes_are_legal(const struct pe_kernels *k) {
 }
 
 void test_kernels(const struct pe_kernels *k) {
-    if (k == &pe_kernels_scalar) test_quantize_law(), test_groups_law(), test_turn_law();
+    if (k == &pe_kernels_scalar) test_quantize_law(), test_groups_law(), test_hadamard_law();
     test_quantize(k);
     test_quantize_composition(k);
     test_quantize_heads(k);
-    test_turn(k);
-    test_turn_overflow(k);
+    test_hadamard(k);
+    test_hadamard_overflow(k);
     test_rmsnorm(k);
     test_rope(k);
     test_gates(k);

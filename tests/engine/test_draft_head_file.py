@@ -60,7 +60,7 @@ def test_what_is_attached_is_found_again(tiny_model: Path, headed: Path) -> None
         assert found.keys() == given.keys()
         for name, values in found.items():
             assert values.shape == given[name].shape
-            # A turned weight of absmax a is stored to a / 254, and turned back it is a sum of at most 64 such errors / 8.
+            # A transformed weight of absmax a is stored to a / 254; transformed back it is a sum of at most 64 such errors / 8.
             atol = np.abs(given[name]).max() * 64 / 254 if values.ndim == 2 else 0
             np.testing.assert_allclose(values, given[name], rtol=0, atol=atol)
             assert values.ndim == 1 or np.corrcoef(values.ravel(), given[name].ravel())[0, 1] > 0.999

@@ -15,14 +15,14 @@ from reference import oracle, spec_f32
 from pyengine.errors import ModelFormatError
 from pyengine.format.config import FrozenConfig, LayerSpec
 from pyengine.format.inventory import stored_tensors
-from pyengine.format.quantize import dequantize, from_panels, quantize_rows, to_panels, turn, turn_exponent
+from pyengine.format.quantize import dequantize, from_panels, hadamard, hadamard_exponent, quantize_rows, to_panels
 from pyengine.format.reader import FrozenFile
 from pyengine.format.writer import FrozenWriter
 from pyengine.freeze.sources import AlternatingPanels, StackedRows
 
 
 def group(*values: float) -> np.ndarray:
-    """One row of 63 weights that starts with ``values``. An odd number: nothing is turned."""
+    """One row of 63 weights that starts with ``values``. An odd number: nothing is transformed."""
     row = np.zeros((1, 63), np.float32)
     row[0, : len(values)] = values
     return row
@@ -32,11 +32,11 @@ def codes_of(row: np.ndarray) -> list[int]:
     return quantize_rows(row, "w")[0].reshape(-1).tolist()
 
 
-# ---------------------------------------------------------------------------- section 4: the turn
+# ---------------------------------------------------------------------------- section 4: the Hadamard transform
 
-BLOCKS = {1: 1, 2: 2, 24: 8, 64: 64, 96: 32, 100: 4, 576: 64}  # columns -> turned together
-# SHA-256 of T(x) for the x of ``turn_vector``, float32, little-endian
-TURNED = {
+BLOCKS = {1: 1, 2: 2, 24: 8, 64: 64, 96: 32, 100: 4, 576: 64}  # columns -> transformed together
+# SHA-256 of T(x) for the x of ``hadamard_vector``, float32, little-endian
+TRANSFORMED = {
     1: "50b57b10f599699ea8d0e51bf3a9240b6523769a839f2d789d0dcb4e98310246",
     2: "ac0f736737c28c7eed7cb8e4b4fb8d1bed66b0364d93dc8134dfec2c411e85e4",
     24: "d90033b10e1a2402bedbb294e8882211c04b752b5547818ba213084501b671e2",
@@ -47,13 +47,13 @@ TURNED = {
 }
 
 
-def turn_vector(columns: int) -> np.ndarray:
+def hadamard_vector(columns: int) -> np.ndarray:
     """Float32 (2, columns) whose sums are rounded: from the raw stream of PCG64, which NumPy promises never to change."""
     raw = np.random.PCG64(columns).random_raw(2 * columns)
     return ((raw >> np.uint64(40)).astype(np.float32) - np.float32(2**23)).reshape(2, columns) * np.float32(2.0**-24)
 
 
-def turned_one_by_one(row: np.ndarray, block: int) -> np.ndarray:
+def transformed_one_by_one(row: np.ndarray, block: int) -> np.ndarray:
     """The page's two lines, on scalars."""
     x = list(row)
     for start in range(0, len(x), block):
@@ -66,52 +66,52 @@ def turned_one_by_one(row: np.ndarray, block: int) -> np.ndarray:
     return np.array(x, np.float32)
 
 
-def test_turns_by_hand() -> None:
-    def turned(*values: float) -> list[float]:
-        return turn(np.array([values], np.float32), 0)[0].tolist()
+def test_hadamard_transforms_by_hand() -> None:
+    def transformed(*values: float) -> list[float]:
+        return hadamard(np.array([values], np.float32), 0)[0].tolist()
 
-    assert turned(3) == [3]
-    assert turned(3, 5) == [8, -2]
-    assert turned(3, 5, 7) == [3, 5, 7]
-    assert turned(1, 2, 3, 4) == [10, -2, -4, 0]
-    assert turned(1, 2, 3, 4, 5, 6) == [3, -1, 7, -1, 11, -1]
-    assert turned(0, 0, 0, 0, 0, 0, 1, 0) == [1, 1, -1, -1, -1, -1, 1, 1]
+    assert transformed(3) == [3]
+    assert transformed(3, 5) == [8, -2]
+    assert transformed(3, 5, 7) == [3, 5, 7]
+    assert transformed(1, 2, 3, 4) == [10, -2, -4, 0]
+    assert transformed(1, 2, 3, 4, 5, 6) == [3, -1, 7, -1, 11, -1]
+    assert transformed(0, 0, 0, 0, 0, 0, 1, 0) == [1, 1, -1, -1, -1, -1, 1, 1]
     # 2^24 + 1 rounds to 2^24; pairs with h = 2 first would give 2^24, 2^24 - 1, 2^24, 2^24 - 2
-    assert turned(2**24, 1, 1, 0) == [2**24, 2**24, 2**24 - 1, 2**24 - 2]
+    assert transformed(2**24, 1, 1, 0) == [2**24, 2**24, 2**24 - 1, 2**24 - 2]
 
 
 @pytest.mark.parametrize("columns", BLOCKS)
-def test_turn_vectors(columns: int) -> None:
+def test_hadamard_vectors(columns: int) -> None:
     """The order of the additions, in all three programs that have one; and the bits, for those that are not here."""
-    x = turn_vector(columns)
-    wanted = np.array([turned_one_by_one(row, BLOCKS[columns]) for row in x])
-    assert 2 ** turn_exponent(columns) == BLOCKS[columns]
-    for got in (turn(x, 0), spec_f32.turn(x), oracle.turn_f32(x)):
+    x = hadamard_vector(columns)
+    wanted = np.array([transformed_one_by_one(row, BLOCKS[columns]) for row in x])
+    assert 2 ** hadamard_exponent(columns) == BLOCKS[columns]
+    for got in (hadamard(x, 0), spec_f32.hadamard(x), oracle.hadamard_f32(x)):
         assert got.dtype == np.float32 and np.array_equal(got, wanted)
-    assert np.array_equal(turn(x, -3), wanted / 8)
-    assert hashlib.sha256(wanted.astype("<f4").tobytes()).hexdigest() == TURNED[columns]
+    assert np.array_equal(hadamard(x, -3), wanted / 8)
+    assert hashlib.sha256(wanted.astype("<f4").tobytes()).hexdigest() == TRANSFORMED[columns]
 
 
 @pytest.mark.parametrize("columns", [*range(1, 20), *BLOCKS, 4096])
-def test_turning_twice_multiplies_by_the_block_and_keeps_dot_products(columns: int) -> None:
+def test_transforming_twice_multiplies_by_the_block_and_keeps_dot_products(columns: int) -> None:
     rng = np.random.default_rng(columns)
     x, w = rng.integers(-100, 101, (2, 7, columns)).astype(np.float32)
     block = max(b for b in (1, 2, 4, 8, 16, 32, 64) if columns % b == 0)
-    assert np.array_equal(turn(turn(x, 0), 0), block * x)
-    turned = turn(x, 0).astype(np.float64) @ turn(w, 0).T.astype(np.float64)
-    assert np.array_equal(turned, block * (x.astype(np.float64) @ w.T.astype(np.float64)))
+    assert np.array_equal(hadamard(hadamard(x, 0), 0), block * x)
+    transformed = hadamard(x, 0).astype(np.float64) @ hadamard(w, 0).T.astype(np.float64)
+    assert np.array_equal(transformed, block * (x.astype(np.float64) @ w.T.astype(np.float64)))
 
 
-def test_any_number_of_rows_is_turned_alike() -> None:
-    """More than what is turned at a time, and a part of it; one block; and the source stays as it was."""
-    x = turn_vector(576)[:1].repeat(1001, axis=0)
+def test_any_number_of_rows_is_transformed_alike() -> None:
+    """More than what is transformed at a time, and a part of it; one block; and the source stays as it was."""
+    x = hadamard_vector(576)[:1].repeat(1001, axis=0)
     x.flags.writeable = False
-    assert np.array_equal(turn(x, 0), turn(x[:1], 0).repeat(1001, axis=0))
-    assert np.array_equal(turn(x[:1, 64:128], 0), turn(x[:1], 0)[:, 64:128])
+    assert np.array_equal(hadamard(x, 0), hadamard(x[:1], 0).repeat(1001, axis=0))
+    assert np.array_equal(hadamard(x[:1, 64:128], 0), hadamard(x[:1], 0)[:, 64:128])
 
 
 def test_one_large_weight_is_spread_over_its_block() -> None:
-    """508 among 64 zeros, turned: 64 times 508 / 8, and the codes hold it exactly."""
+    """508 among 64 zeros, transformed: 64 times 508 / 8, and the codes hold it exactly."""
     row = np.zeros((1, 64), np.float32)
     row[0, 5] = 508
     codes, scales = quantize_rows(row, "w")
@@ -183,9 +183,9 @@ def test_quantizer_equals_the_specification_one_weight_at_a_time() -> None:
     codes, scales = quantize_rows(rows, "w")
     assert codes.shape == (5, 3, 64)
     for r in range(5):
-        turned = turned_one_by_one(rows[r], 4) / 2
+        transformed = transformed_one_by_one(rows[r], 4) / 2
         for g in range(3):
-            part = turned[64 * g : 64 * g + 64]
+            part = transformed[64 * g : 64 * g + 64]
             scale = np.float16(np.float32(max(abs(w) for w in part)) / np.float32(127))
             assert scales[r, g] == scale
             for k, w in enumerate(part):
@@ -196,7 +196,7 @@ def test_quantizer_equals_the_specification_one_weight_at_a_time() -> None:
 
 @pytest.mark.parametrize("columns", [63, 96, 100, 128])
 def test_requantizing_is_exact_for_normal_scales(columns: int) -> None:
-    """A sum of 64 products of a code and one scale has 24 bits: what is read back is exact, and turns to the same codes."""
+    """A sum of 64 products of a code and one scale has 24 bits: what is read back is exact, and transforms to the same codes."""
     rows = np.random.default_rng(4).standard_normal((48, columns)).astype(np.float32)
     codes, scales = quantize_rows(rows, "w")
     back = dequantize(*to_panels(codes, scales), 48, columns)

@@ -42,7 +42,7 @@ ALL = {
 
 
 def close_to(stored: np.ndarray, weights: np.ndarray) -> None:
-    """Half a quantization step of a group whose largest turned weight is below 6: the turn back keeps the mean square."""
+    """Half a quantization step of a group whose largest transformed weight is below 6: the way back keeps the mean square."""
     assert np.sqrt(np.square(stored - weights).mean(axis=1)).max() <= 6 / 127 / 2
 
 

@@ -20,11 +20,11 @@ from reference import fixtures
 from reference.oracle import (
     Oracle,
     dequantize_weight,
+    hadamard,
+    hadamard_f32,
     kl_divergence,
     quantize,
     quantize_weight,
-    turn,
-    turn_f32,
     visible,
 )
 
@@ -167,19 +167,19 @@ def test_quantization_costs_little_and_something(name: str) -> None:
     assert 1e-5 < kl.mean() < 0.01
 
 
-def test_the_turn_in_both_ways_of_writing_it() -> None:
+def test_the_hadamard_transform_in_both_ways_of_writing_it() -> None:
     """Additions in float32 and a product with the matrix in float64, on integers; and by hand for blocks of 1, 2 and 4."""
     rng = np.random.default_rng(6)
     for n in (1, 2, 3, 24, 64, 96, 100, 576):
         x = rng.integers(-1000, 1000, (3, n)).astype(np.float64)
-        assert np.array_equal(turn(x), turn_f32(x))
-    assert turn_f32([5, 7, 9]).tolist() == [5, 7, 9]
-    assert turn_f32([5, 7]).tolist() == [12, -2]
-    assert turn_f32([1, 2, 3, 4]).tolist() == [10, -2, -4, 0]
+        assert np.array_equal(hadamard(x), hadamard_f32(x))
+    assert hadamard_f32([5, 7, 9]).tolist() == [5, 7, 9]
+    assert hadamard_f32([5, 7]).tolist() == [12, -2]
+    assert hadamard_f32([1, 2, 3, 4]).tolist() == [10, -2, -4, 0]
 
 
 def test_weight_codes_follow_the_law() -> None:
-    """Hand-computed groups of an odd number of columns, which are not turned: the stored scale divides, halves go to even,
+    """Hand-computed groups of an odd number of columns, which are not transformed: the stored scale divides, halves go to even,
     tiny groups vanish."""
     w = np.zeros((3, 71), dtype=np.float32)
     w[0, :4] = 127, 2.5, 3.5, -0.5  # scale 1
@@ -194,8 +194,8 @@ def test_weight_codes_follow_the_law() -> None:
     assert np.array_equal(dequantize_weight(w)[0, :4], [127, 2, 4, 0])
 
 
-def test_turned_weight_codes_follow_the_law() -> None:
-    """Blocks of 8 (k = 3): turned, a quarter; and back."""
+def test_transformed_weight_codes_follow_the_law() -> None:
+    """Blocks of 8 (k = 3): transformed, a quarter; and back."""
     w = np.zeros((1, 24), dtype=np.float32)
     w[0, 9] = 508
     codes, scales = quantize_weight(w)

@@ -87,40 +87,40 @@ def test_lanes_and_tree_have_the_written_order() -> None:
 
 def test_activation_scales_carry_their_share_of_the_factor() -> None:
     """k = 1: a key's scale is halved, an activation's is not. k = 3: a quarter and a half. By hand."""
-    x = f32([[3, 1]])  # turned: 4, 2
-    codes, scales = spec_f32.quantize_turned(x)
+    x = f32([[3, 1]])  # transformed: 4, 2
+    codes, scales = spec_f32.quantize_transformed(x)
     assert codes[0, 0, :3].tolist() == [127, 64, 0] and codes.shape == (1, 1, 64)  # 63.5 goes to even
     assert scales[0, 0] == f32(4) / f32(127)
-    codes, scales = spec_f32.quantize_turned(x, 2, key=True)
+    codes, scales = spec_f32.quantize_transformed(x, 2, key=True)
     assert codes.tolist() == [[[127, 64]]] and scales[0, 0] == f32(4) / f32(127) / 2
     eight = np.eye(1, 8, 2, dtype=f32) * f32(254)  # the third column of the matrix of 8
     for key, factor in ((False, 0.5), (True, 0.25)):
-        codes, scales = spec_f32.quantize_turned(eight, 8, key=key)
+        codes, scales = spec_f32.quantize_transformed(eight, 8, key=key)
         assert (codes[0, 0] == 127 * np.array([1, 1, -1, -1, 1, 1, -1, -1])).all()
         assert scales[0, 0] == f32(2 * factor)
 
 
-def test_tiny_activations_are_zero_after_their_turn() -> None:
-    """The bound of 2^-64 is one of the turned values."""
+def test_tiny_activations_are_zero_after_their_transform() -> None:
+    """The bound of 2^-64 is one of the transformed values."""
     x = np.full((1, 4), 2.0**-66, f32)
-    assert spec_f32.quantize_turned(x)[1][0, 0] == f32(2.0**-64) / f32(127) / 2
-    assert spec_f32.quantize_turned(x / f32(2))[1][0, 0] == 0
+    assert spec_f32.quantize_transformed(x)[1][0, 0] == f32(2.0**-64) / f32(127) / 2
+    assert spec_f32.quantize_transformed(x / f32(2))[1][0, 0] == 0
     assert spec_f32.quantize(x, 4)[1][0, 0] == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 24, 64, 96, 100, 128, 576])
 def test_where_codes_are_exact_a_product_is_that_of_the_values(n: int) -> None:
-    """Rows whose turned values are codes, with 127 in each group: products and scores lose nothing by the turn."""
+    """Rows whose transformed values are codes, with 127 in each group: products and scores lose nothing by it."""
     rng = np.random.default_rng(n)
     c = rng.integers(-127, 128, (5, n)).astype(f32)
     c[:, ::64] = 127
-    x = spec_f32.turn(c) / f32(2 ** spec_f32.turn_exponent(n))
-    assert np.array_equal(spec_f32.turn(x), c)
+    x = spec_f32.hadamard(c) / f32(2 ** spec_f32.hadamard_exponent(n))
+    assert np.array_equal(spec_f32.hadamard(x), c)
     exact = x.astype(np.float64) @ x.astype(np.float64).T
     weights = spec_f32.Matrix.quantize(x)
-    product = spec_f32.matmul(*spec_f32.quantize_turned(x), weights)
+    product = spec_f32.matmul(*spec_f32.quantize_transformed(x), weights)
     assert np.abs(product - exact).max() <= 2.0**-23 * np.abs(exact).max()
-    (q, q_scales), (k, k_scales) = (spec_f32.quantize_turned(x, n, key=key) for key in (False, True))
+    (q, q_scales), (k, k_scales) = (spec_f32.quantize_transformed(x, n, key=key) for key in (False, True))
     scores = spec_f32.scores_int8((q[:, 0], q_scales[:, 0]), (k[:, 0], k_scales[:, 0]), f32(1))
     assert np.abs(scores - exact).max() <= 2.0**-23 * np.abs(exact).max()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .spec_f32 import F32, Matrix, Spec, matmul, quantize_turned, rmsnorm, swiglu
+from .spec_f32 import F32, Matrix, Spec, matmul, quantize_transformed, rmsnorm, swiglu
 
 
 class DraftHead:
@@ -24,7 +24,7 @@ class DraftHead:
         return rmsnorm(x, self.vectors[f"draft.{name}"].astype(np.float32), self.eps)
 
     def _linear(self, name: str, x: F32) -> F32:
-        return matmul(*quantize_turned(x), self.matrices[f"draft.{name}"])
+        return matmul(*quantize_transformed(x), self.matrices[f"draft.{name}"])
 
     def step(self, states: F32, tokens: ArrayLike) -> tuple[F32, F32]:
         """states (n, dim), tokens (n) -> the next states (n, dim), logits (n, the head's vocab_size)."""

@@ -10,8 +10,8 @@ Weights are named as in FORMAT.md section 2 but before fusion: ``layers.I.wq``, 
 ``w_gate``, ``w_up`` and their ``.bias`` stand alone, and a matrix is one (rows = outputs, columns =
 inputs) float array. ``config`` is the attachment ``config.json``: the same keys, in any mapping.
 
-In quantized mode every value that the engine would hold as codes is turned, rounded to those codes,
-multiplied back and turned back in float64. The int32 dot products of the specification are exact and so, to 1e-15, are
+In quantized mode every value that the engine would hold as codes is transformed, rounded to those codes,
+multiplied back and transformed back in float64. The int32 dot products of the specification are exact and so, to 1e-15, are
 float64 products of dequantized values; hence the two differ only by float32 rounding, and by the
 codes that such a rounding flips. A flipped code moves everything after it, so a comparison gives ``block`` the
 codes of the other side, which are taken where a value lies within TIE of the middle between two codes.
@@ -29,35 +29,35 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[Any]
 Trace = dict[str, Array]  # the intermediates of one block, by name; see Oracle.block
 
-GROUP = 64  # columns of a weight row, or activations, that share a scale; and the most that are turned together
+GROUP = 64  # columns of a weight row, or activations, that share a scale; and the most that are transformed together
 CHUNK = 256  # positions that share a softmax maximum
 PROBABILITY_GROUP = 32  # positions whose probabilities share a scale
 SMALLEST_ABSMAX = 2.0**-64  # a group below this has codes 0
 TIE = 1e-3  # of a code: the error of a float32 value, about 2^-22 of the largest, is 127 * 2^-22 of a code
 
 
-def turn_exponent(n: int) -> int:
-    """k: rows of n values are turned in blocks of 2^k."""
+def hadamard_exponent(n: int) -> int:
+    """k: rows of n values are transformed in blocks of 2^k."""
     return next(k for k in range(6, -1, -1) if n % 2**k == 0)
 
 
 @cache
-def hadamard(k: int) -> Array:
+def hadamard_matrix(k: int) -> Array:
     """(2^k, 2^k) float64: 1 where i & j has an even number of ones, else -1."""
     return np.array([[(-1.0) ** (i & j).bit_count() for j in range(2**k)] for i in range(2**k)])
 
 
-def turn(x: Array) -> Array:
+def hadamard(x: Array) -> Array:
     """T of FORMAT.md section 4 along the last axis, (..., n) float64: a product with the matrix."""
-    k = turn_exponent(x.shape[-1])
-    return (x.reshape(*x.shape[:-1], -1, 2**k) @ hadamard(k)).reshape(x.shape)
+    k = hadamard_exponent(x.shape[-1])
+    return (x.reshape(*x.shape[:-1], -1, 2**k) @ hadamard_matrix(k)).reshape(x.shape)
 
 
-def turn_f32(x: ArrayLike) -> Array:
+def hadamard_f32(x: ArrayLike) -> Array:
     """The same in float32, with each addition in its place: one after the other, as the page has it."""
     x = np.array(x, dtype=np.float32)
     n = x.shape[-1]
-    b = 2 ** turn_exponent(n)
+    b = 2 ** hadamard_exponent(n)
     h = 1
     while h < b:
         for i in range(n):
@@ -75,7 +75,7 @@ def quantize_weight(w: ArrayLike) -> tuple[Array, Array]:
     """
     rows, columns = np.shape(w)
     padded = np.zeros((rows, -columns % GROUP + columns), dtype=np.float32)
-    padded[:, :columns] = turn_f32(w) / np.float32(2 ** ((turn_exponent(columns) + 1) // 2))
+    padded[:, :columns] = hadamard_f32(w) / np.float32(2 ** ((hadamard_exponent(columns) + 1) // 2))
     groups = padded.reshape(rows, -1, GROUP)
     absmax = np.abs(groups).max(axis=2)
     scales = (absmax / np.float32(127)).astype(np.float16).astype(np.float32)
@@ -89,7 +89,7 @@ def quantize_weight(w: ArrayLike) -> tuple[Array, Array]:
 def dequantize_codes(codes: Array, scales: Array, columns: int) -> Array:
     """Codes (rows, n_groups, 64) and scales (rows, n_groups) of weights -> what they mean, (rows, columns) float64."""
     values = codes * scales[:, :, None].astype(np.float64)
-    return turn(values.reshape(len(codes), -1)[:, :columns]) / 2 ** (turn_exponent(columns) // 2)
+    return hadamard(values.reshape(len(codes), -1)[:, :columns]) / 2 ** (hadamard_exponent(columns) // 2)
 
 
 def dequantize_weight(w: ArrayLike) -> Array:
@@ -98,7 +98,7 @@ def dequantize_weight(w: ArrayLike) -> Array:
 
 
 def quantize(x: Array, group: int, others: Array | None = None) -> tuple[Array, Array]:
-    """FORMAT.md section 5 along the last axis, in float64, of values that are turned already and without the powers of two.
+    """FORMAT.md section 5 along the last axis, in float64, of values that are transformed already and without the powers of two.
 
     x (..., n) -> codes (..., n_groups, group) int8 and scales (..., n_groups) float64; n is padded
     with zeros. Of the codes ``others``, those are taken that a value was within TIE of.
@@ -193,10 +193,10 @@ class Oracle:
         there as ``quantize`` says."""
         if not self.quantized:
             return x
-        codes, scales = quantize(turn(x), group, trace.get(name + "_codes"))
+        codes, scales = quantize(hadamard(x), group, trace.get(name + "_codes"))
         trace[name + "_codes"] = codes
         values = (codes * scales[..., None]).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-        return turn(values) / 2 ** turn_exponent(x.shape[-1])
+        return hadamard(values) / 2 ** hadamard_exponent(x.shape[-1])
 
     def _linear(self, layer: int, name: str, x: Array) -> Array:
         """x (n_tokens, columns) -> (n_tokens, rows), with the bias if the model has one."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .oracle import CHUNK, GROUP, PROBABILITY_GROUP, layer_field, quantize_weight, turn_exponent, visible
+from .oracle import CHUNK, GROUP, PROBABILITY_GROUP, hadamard_exponent, layer_field, quantize_weight, visible
 
 F32 = NDArray[np.float32]
 Array = NDArray[Any]
@@ -99,26 +99,26 @@ class Matrix:
 Weight = Matrix | F32
 
 
-def turn(x: F32) -> F32:
+def hadamard(x: F32) -> F32:
     """T of section 4 along the last axis, (..., n): all pairs of a stage at once, stage after stage."""
-    b = 2 ** turn_exponent(x.shape[-1])
+    b = 2 ** hadamard_exponent(x.shape[-1])
     y: F32 = x.astype(f32)
-    for h in (2**stage for stage in range(turn_exponent(x.shape[-1]))):
+    for h in (2**stage for stage in range(hadamard_exponent(x.shape[-1]))):
         pairs = y.reshape(*x.shape[:-1], -1, b // (2 * h), 2, h)
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         y = np.stack([low + high, low - high], axis=-2)
     return y.reshape(x.shape)
 
 
-def quantize_turned(x: F32, group: int = GROUP, *, key: bool = False) -> tuple[Array, F32]:
-    """Section 5 of activations, queries and keys: turned, and the scales with their share of the factor."""
-    k = turn_exponent(x.shape[-1])
-    codes, scales = quantize(turn(x), group)
+def quantize_transformed(x: F32, group: int = GROUP, *, key: bool = False) -> tuple[Array, F32]:
+    """Section 5 of activations, queries and keys: transformed, and the scales with their share of the factor."""
+    k = hadamard_exponent(x.shape[-1])
+    codes, scales = quantize(hadamard(x), group)
     return codes, scales * f32(2.0 ** -((k + 1) // 2 if key else k // 2))
 
 
 def quantize(x: F32, group: int) -> tuple[Array, F32]:
-    """The quantizer of section 5, without turn and without factor. x (..., n) -> codes (..., n_groups, group) int8, scales
+    """The quantizer of section 5, without transform and without factor. x (..., n) -> codes (..., n_groups, group) int8, scales
     (..., n_groups). n is padded with zeros to whole groups."""
     n = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % group)])
@@ -378,7 +378,7 @@ class Spec:
         return y if product is None else product.product(branch_float) + y
 
     def _quantize_input(self, trace: Trace, name: str, x: F32) -> tuple[Array, F32]:
-        codes, scales = quantize_turned(x)
+        codes, scales = quantize_transformed(x)
         trace[name + "_codes"] = codes
         return codes, scales
 
@@ -387,8 +387,8 @@ class Spec:
         n_tokens, n_heads, head_dim = q.shape
         seen = visible(n_tokens, layer_field(self.config, "window", layer))
         c, cap = f32(1) / np.sqrt(f32(head_dim)), self.config.get("attention_softcap", 0)
-        q_codes, q_scales = quantize_turned(q, head_dim)
-        k_codes, k_scales = quantize_turned(k, head_dim, key=True)
+        q_codes, q_scales = quantize_transformed(q, head_dim)
+        k_codes, k_scales = quantize_transformed(k, head_dim, key=True)
         v_codes, v_scales = quantize(v, head_dim)
         trace.update(q_codes=q_codes, k_codes=k_codes, v_codes=v_codes)
         key_bias = self.vectors.get(f"layers.{layer}.key_bias")
@@ -482,16 +482,16 @@ class Spec:
             rows = np.flatnonzero(taken[:, e])
             x_rows = x_q[0][rows], x_q[1][rows]
             gate, up = (self._linear(layer, f"experts.{e}.{name}", x_rows) for name in ("w_gate", "w_up"))
-            h_q = quantize_turned(gate_of(gate, up))
+            h_q = quantize_transformed(gate_of(gate, up))
             codes[rows, slots[rows, e]] = h_q[0]
             total[rows] = fmaf(weights[rows, e, None], self._linear(layer, f"experts.{e}.w_down", h_q), total[rows])
         return self._add_shared(layer, trace, xn, x_q, total) if cfg.get("shared_hidden_dim") else total
 
     def embed(self, token_ids: ArrayLike) -> F32:
-        """(n_tokens) -> (n_tokens, dim): code * scale, turned back."""
+        """(n_tokens) -> (n_tokens, dim): code * scale, transformed back."""
         w, ids, dim = self.matrices["tok_embeddings"], np.asarray(token_ids), self.config["dim"]
         values = w.codes[ids].astype(f32) * w.scales[ids][:, :, None]
-        return turn(values.reshape(len(ids), -1)[:, :dim]) * f32(2.0 ** -(turn_exponent(dim) // 2))
+        return hadamard(values.reshape(len(ids), -1)[:, :dim]) * f32(2.0 ** -(hadamard_exponent(dim) // 2))
 
     def hidden_states(self, token_ids: ArrayLike) -> list[F32]:
         """The input of layer 0, then the output of every layer: n_layers + 1 of (n_tokens, dim)."""

@@ -6,7 +6,7 @@ activations, scratch and gradients are its own. N = rows of the shard * sequence
 With ``quantize`` on, every value that the engine quantizes goes through the same rounding here:
 embedding rows and matrices (the caller passes the fake-quantized parameters), the inputs of all
 five products, q and k per head after RoPE, v per head, probabilities before they meet v. What the
-engine turns before it quantizes comes back in its own basis, so products here are plain ones.
+engine transforms before it quantizes comes back in its own basis, so products here are plain ones.
 Gradients pass straight through.
 """
 
@@ -212,8 +212,8 @@ class Worker:
             self.ops.qk_norm_forward(self.qkv, s.heads["raw"], s.heads["inv_rms"], *norms, self.eps)
         self.ops.qkv_rope_forward(s.q, s.k, s.v, self.qkv, self.cos, self.sin)
         if quantize:
-            for heads, turned in ((s.q, True), (s.k, True), (s.v, False)):
-                self.ops.fake_quant_heads(heads.reshape(-1, self.config.head_dim), turned)
+            for heads, transformed in ((s.q, True), (s.k, True), (s.v, False)):
+                self.ops.fake_quant_heads(heads.reshape(-1, self.config.head_dim), transformed)
         self.ops.attention_forward(self.o, s.lse, s.q, s.k, s.v, self.seen_from, self.scale, self.scratch, quantize)
         self.ops.merge_heads(s.att.reshape(self.rows, self.seq_len, -1, self.config.head_dim), self.o)
         self._fake_quant(s.att, quantize)

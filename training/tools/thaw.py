@@ -22,7 +22,7 @@ from pyengine_training.files import atomic_directory, load_safetensors
 from pyengine_training.gguf_source import trainable_config
 from pyengine_training.ops.cpu.fake_quant import weight_values
 
-VERSIONS = ("3", "4")  # whose codes are of turned rows; they differ in attention alone
+VERSIONS = ("3", "4")  # whose codes are of transformed rows; they differ in attention alone
 Tensors = dict[str, Any]
 
 

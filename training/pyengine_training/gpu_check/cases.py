@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ops.cpu.fake_quant import GROUP, turn_block
+from ..ops.cpu.fake_quant import GROUP, hadamard_block
 from ..ops.needs import Needs, allocate
 
 Array = NDArray[Any]
@@ -386,16 +386,16 @@ def muon(rows: int, cols: int) -> Iterator[Case]:
 
 
 def ties(rows: int, n: int) -> Array:
-    """(rows, n) float32 that become halves of whole numbers, and 127 in every group, once they are turned: exact, and
+    """(rows, n) float32 that become halves of whole numbers, and 127 in every group, once they are transformed: exact, and
     their quotients end in one half.
     """
-    block = turn_block(n)
-    turned = np.random.default_rng(n).integers(-253, 254, (rows, n)) / 2
-    turned[:, ::GROUP] = 127
+    block = hadamard_block(n)
+    transformed = np.random.default_rng(n).integers(-253, 254, (rows, n)) / 2
+    transformed[:, ::GROUP] = 127
     matrix = np.ones((1, 1))
     while len(matrix) < block:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
-    return (turned.reshape(-1, block) @ matrix / block).reshape(rows, n).astype(np.float32)
+    return (transformed.reshape(-1, block) @ matrix / block).reshape(rows, n).astype(np.float32)
 
 
 def fake_quant(rows: int, n: int) -> Iterator[Case]:
@@ -403,7 +403,7 @@ def fake_quant(rows: int, n: int) -> Iterator[Case]:
     x = normal(2 * rows, n)
     x[rows:] = ties(rows, n)
     x[0, :GROUP] = 0
-    x[rows - 1, -turn_block(n) :] *= np.float32(1e-24)
+    x[rows - 1, -hadamard_block(n) :] *= np.float32(1e-24)
     if rows > 1:
         x[1] *= 2.0**-76  # below the smallest group that has a scale
     for name, quantize in (

@@ -1,12 +1,12 @@
-"""The engine's int8 arithmetic, simulated in float32: the same turn, groups, scales and rounding as csrc/FORMAT.md.
+"""The engine's int8 arithmetic, simulated in float32: the same Hadamard transform, groups, scales and rounding as csrc/FORMAT.md.
 
-turn         T(x): a row in blocks of b = 2^k values, b the largest power of two that divides its length, at most 64,
+hadamard     T(x): a row in blocks of b = 2^k values, b the largest power of two that divides its length, at most 64,
              each times the Hadamard matrix of b: for h = 1, 2, 4, ... b / 2, for all i with i & h == 0,
              (x[i], x[i + h]) = (x[i] + x[i + h], x[i] - x[i + h]). It is undone by T / b, since T(T(x)) = b x.
 
 weights      w = T(row) 2^-ceil(k/2), groups of 64 along the input; scale = f16(absmax / 127);
              q = clamp(rint(w / scale), -127, 127);                                   value = T(q) scale 2^-floor(k/2)
-activations  x = T(row), groups of 64, or one group a head; queries and keys are turned, value heads are not (b = 1);
+activations  x = T(row), groups of 64, or one group a head; queries and keys are transformed, value heads are not (b = 1);
              q = rint(x (127 / absmax)); absmax < 2^-64 gives codes 0;               value = T(q) (absmax / 127) 2^-k
 
 probabilities  w = p (value scale), groups of 32 keys from the row's first one: q = rint(w (127 / max w)), 0 where max w < 2^-64;
@@ -17,7 +17,7 @@ backward     straight through: dx = dy. With scales from the absolute maximum no
              scales count as constants, and T and its inverse cancel. Products in the backward see what the forward's saw.
 
 T(q) is a whole number below 2^13 and a half precision scale has 11 bits, so a weight's value is exact, T(q scale) to the bit,
-and so is the turn of such values: weights that are replaced by their values have the same codes again.
+and so is the Hadamard transform of such values: weights that are replaced by their values have the same codes again.
 
 Kernels are exact (no relaxed float semantics), rounding is half to even. Half precision scales are rounded by NumPy.
 """
@@ -33,15 +33,15 @@ from ._jit import Array, bits_from_float, exact_inline, exact_kernel, f4, float_
 
 GROUP = 64  # values that share a scale, where a head is not one group
 PROBABILITY_GROUP = 32  # keys of a row that share a scale
-MOST = 64  # values that are turned together
+MOST = 64  # values that are transformed together
 TINY = f4(2.0**-64)
 INF_BITS = np.int32(0x7F800000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 u8 = np.uint64  # indices that need no check for negative ones: with it loops over them stay scalar
 
 
-def turn_block(n: int) -> int:
-    """b: how many values of a row of n are turned together."""
+def hadamard_block(n: int) -> int:
+    """b: how many values of a row of n are transformed together."""
     return min(MOST, n & -n)
 
 
@@ -55,7 +55,7 @@ def value_factor(block: int) -> float:
     return 1 / (block * code_factor(block))
 
 
-# ---- the turn ----------------------------------------------------------------------------------------------------
+# ---- the Hadamard transform ----
 
 
 @exact_inline
@@ -73,7 +73,7 @@ def _three_stages(x: Array, i: Any, h: Any) -> None:
 
 
 @exact_kernel
-def _turn(x: Array, start: Any, end: Any, block: Any) -> None:
+def _hadamard(x: Array, start: Any, end: Any, block: Any) -> None:
     """T(x[start:end]) in place, x (n,) float32, in blocks that divide its length; 1 leaves it as it is."""
     if block == u8(64):  # the usual one: loops of constant length
         for first in range(start, end, u8(64)):
@@ -115,7 +115,7 @@ def _fake_quant_activations(x: Array, group: Any, block: Any) -> Any:
         n = u8(row.size)
         for start in range(u8(0), n, group):
             end = min(n, start + group)
-            _turn(row, start, end, block)
+            _hadamard(row, start, end, block)
             top = _absmax_bits(row, start, end)
             worst = max(worst, top)
             absmax = float_from_bits(top)
@@ -126,7 +126,7 @@ def _fake_quant_activations(x: Array, group: Any, block: Any) -> Any:
             inv = f4(127) / absmax
             for i in range(start, end):
                 row[i] = np.rint(row[i] * inv)
-            _turn(row, start, end, block)
+            _hadamard(row, start, end, block)
             step = absmax / f4(127) * (f4(1) / f4(block))
             for i in range(start, end):
                 row[i] *= step
@@ -141,14 +141,14 @@ def _in_groups(x: Array, group: int, block: int) -> None:
 def fake_quant_activations(x: Array) -> None:
     """Round x (rows, n) float32, the input of a product, to what the engine's int8 codes stand for, in place.
 
-    Raises NotFiniteError when a value is infinite or NaN, or becomes so where it is turned.
+    Raises NotFiniteError when a value is infinite or NaN, or becomes so where it is transformed.
     """
-    _in_groups(x, GROUP, turn_block(x.shape[1]))
+    _in_groups(x, GROUP, hadamard_block(x.shape[1]))
 
 
-def fake_quant_heads(x: Array, turned: bool) -> None:
-    """The same for heads, x (rows, head_dim), each with one scale: queries and keys are turned, values are not."""
-    _in_groups(x, x.shape[1], turn_block(x.shape[1]) if turned else 1)
+def fake_quant_heads(x: Array, transformed: bool) -> None:
+    """The same for heads, x (rows, head_dim), each with one scale: queries and keys are transformed, values are not."""
+    _in_groups(x, x.shape[1], hadamard_block(x.shape[1]) if transformed else 1)
 
 
 # ---- probabilities -----------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def fake_quant_probabilities(p: Array, scales: Array, starts: Array, n_rep: int,
 
 
 @exact_kernel
-def _turn_weights(out: Array, absmax: Array, w: Array, block: Any, factor: Any) -> None:
+def _transform_weights(out: Array, absmax: Array, w: Array, block: Any, factor: Any) -> None:
     """out (rows, n) = T(w) * factor, and the largest magnitudes of its groups, absmax (rows, n_groups)."""
     for r in range(w.shape[0]):
         row = out[r]
@@ -191,17 +191,17 @@ def _turn_weights(out: Array, absmax: Array, w: Array, block: Any, factor: Any) 
         n = u8(row.size)
         for start in range(u8(0), n, u8(GROUP)):
             end = min(n, start + u8(GROUP))
-            _turn(row, start, end, block)
+            _hadamard(row, start, end, block)
             for i in range(start, end):
                 row[i] *= factor
             absmax[r, start // u8(GROUP)] = float_from_bits(_absmax_bits(row, start, end))
 
 
-def _turned_weights(out: Array, w: Array) -> Array:
-    """out = the turned w, both (rows, n) float32; returns the float16 scales (rows, ceil(n / 64))."""
+def _transformed_weights(out: Array, w: Array) -> Array:
+    """out = the transformed w, both (rows, n) float32; returns the float16 scales (rows, ceil(n / 64))."""
     absmax = np.empty((w.shape[0], -(-w.shape[1] // GROUP)), np.float32)
-    block = turn_block(w.shape[1])
-    _turn_weights(out, absmax, w, u8(block), f4(code_factor(block)))
+    block = hadamard_block(w.shape[1])
+    _transform_weights(out, absmax, w, u8(block), f4(code_factor(block)))
     with np.errstate(over="ignore", invalid="ignore"):
         scales = (absmax / f4(127)).astype(np.float16)
     if not np.isfinite(scales).all():
@@ -211,7 +211,7 @@ def _turned_weights(out: Array, w: Array) -> Array:
 
 @exact_kernel
 def _quantize_weights(w: Array, scales: Array) -> None:
-    """The turned w (rows, n) in place: codes, in float32; scales (rows, n_groups) float32."""
+    """The transformed w (rows, n) in place: codes, in float32; scales (rows, n_groups) float32."""
     for r in range(w.shape[0]):
         row = w[r]
         n = u8(row.size)
@@ -234,19 +234,19 @@ def _weight_values(codes: Array, scales: Array, block: Any, factor: Any) -> None
         n = u8(row.size)
         for start in range(u8(0), n, u8(GROUP)):
             end = min(n, start + u8(GROUP))
-            _turn(row, start, end, block)
+            _hadamard(row, start, end, block)
             for i in range(start, end):
                 row[i] *= scales[r, start // u8(GROUP)] * factor
 
 
 def _values(codes: Array, scales: Array) -> None:
-    block = turn_block(codes.shape[1])
+    block = hadamard_block(codes.shape[1])
     _weight_values(codes, scales, u8(block), f4(value_factor(block)))
 
 
 def fake_quant_weights(out: Array, w: Array) -> None:
     """out = the float32 values that w's int8 codes and half precision scales stand for; both (rows, n) float32."""
-    scales = _turned_weights(out, w).astype(np.float32)
+    scales = _transformed_weights(out, w).astype(np.float32)
     _quantize_weights(out, scales)
     _values(out, scales)
 
@@ -254,7 +254,7 @@ def fake_quant_weights(out: Array, w: Array) -> None:
 def weight_codes(w: Array) -> tuple[Array, Array]:
     """int8 codes (rows, n) and float16 scales (rows, ceil(n / 64)) of w (rows, n) float32: the frozen file's, before panels."""
     codes = np.empty_like(w)
-    scales = _turned_weights(codes, w)
+    scales = _transformed_weights(codes, w)
     _quantize_weights(codes, scales.astype(np.float32))
     return codes.astype(np.int8), scales
 

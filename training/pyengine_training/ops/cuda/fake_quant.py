@@ -1,8 +1,8 @@
-"""The engine's int8 arithmetic, simulated in float32: the same turn, groups, scales and rounding as csrc/FORMAT.md.
+"""The engine's int8 arithmetic, simulated in float32: the same Hadamard transform, groups, scales and rounding as csrc/FORMAT.md.
 
-The formulas are those of ops/cpu/fake_quant.py. A few lanes of a warp have a group, WIDTH neighbours each: of the turn's stages
-1, 2 and 4 are among a lane's own values, 8, 16 and 32 exchange values with the lane 1, 2 and 4 away. All lanes take part in every
-exchange, those without values too.
+The formulas are those of ops/cpu/fake_quant.py. A few lanes of a warp have a group, WIDTH neighbours each: of the transform's
+stages 1, 2 and 4 are among a lane's own values, 8, 16 and 32 exchange values with the lane 1, 2 and 4 away. All lanes take part
+in every exchange, those without values too.
 
 The kernels are exact: every operation is one IEEE instruction, and nothing is fused, so values equal the CPU's bit for bit. They
 must be float32: rounding them to bfloat16 first would change the codes.
@@ -22,7 +22,7 @@ import numpy as np
 from numba import float32
 
 from ...errors import NotFiniteError
-from ..cpu.fake_quant import GROUP, INF_BITS, MAGNITUDE, TINY, code_factor, turn_block, value_factor
+from ..cpu.fake_quant import GROUP, INF_BITS, MAGNITUDE, TINY, code_factor, hadamard_block, value_factor
 from ._intrinsics import add_rn, div_rn, float_of_bits, mul_rn, rint, round_half, store, sub_rn
 from ._intrinsics import bits_of_float as bits
 from ._jit import FULL, WARP, Array, cuda, exact_device, exact_kernel, f4, i8, launch_elements, u4, unsigned
@@ -53,7 +53,7 @@ def group_bounds(n: int, group: int, groups: int, n_groups: int, lanes: int) -> 
 
 @exact_device
 def own_stage(x: Any, h: int) -> None:
-    """One stage of the turn, on a lane's own x (WIDTH,): pairs (e, e + h) for every e with e & h == 0."""
+    """One stage of the Hadamard transform, on a lane's own x (WIDTH,): pairs (e, e + h) for every e with e & h == 0."""
     for pair in range(WIDTH // 2):
         e = pair + (pair & -h)
         low = x[e]
@@ -74,7 +74,7 @@ def shared_stage(x: Any, distance: int) -> None:
 
 
 @exact_device
-def turn(x: Any, block: int) -> None:
+def hadamard(x: Any, block: int) -> None:
     """T in blocks of so many values, x (WIDTH,) in each lane; a block of 1 is left as it is."""
     if block > 1:
         own_stage(x, 1)
@@ -118,12 +118,12 @@ def activations_kernel(
     start, end = group_bounds(n, group, groups, n_groups, lanes)
     at = start + i8(cuda.threadIdx.x % lanes) * WIDTH
     held = i8(lanes) * WIDTH
-    steps = (i8(group) + held - i8(1)) // held  # the same in all lanes, as the turn's exchanges need
+    steps = (i8(group) + held - i8(1)) // held  # the same in all lanes, as the Hadamard transform's exchanges need
     values = cuda.local.array(WIDTH, float32)
     top = i4(0)
     for step in range(steps):
         read(values, x, at + step * held, end, whole)
-        turn(values, block)
+        hadamard(values, block)
         top = max(top, magnitude_bits(values))
     top = group_maximum(top, lanes)
     if top >= INF_BITS:
@@ -137,10 +137,10 @@ def activations_kernel(
     for step in range(steps):
         if steps > 1:
             read(values, x, at + step * held, end, whole)
-            turn(values, block)
+            hadamard(values, block)
         for e in range(WIDTH):
             values[e] = rint(mul_rn(values[e], inv))
-        turn(values, block)
+        hadamard(values, block)
         for e in range(WIDTH):
             values[e] = mul_rn(values[e], unit)
         write(x, at + step * held, end, values, whole)
@@ -156,7 +156,7 @@ def weights_kernel(
     at = start + i8(cuda.threadIdx.x % lanes) * WIDTH
     values = cuda.local.array(WIDTH, float32)
     read(values, w, at, end, whole)
-    turn(values, block)
+    hadamard(values, block)
     for e in range(WIDTH):
         values[e] = mul_rn(values[e], code_factor)
     scale = round_half(div_rn(float_of_bits(group_maximum(magnitude_bits(values), lanes)), f4(127)))
@@ -167,7 +167,7 @@ def weights_kernel(
         divisor = f4(np.inf)  # all codes 0
     for e in range(WIDTH):
         values[e] = min(max(rint(div_rn(values[e], divisor)), f4(-127)), f4(127))
-    turn(values, block)
+    hadamard(values, block)
     unit = mul_rn(scale, value_factor)
     for e in range(WIDTH):
         values[e] = mul_rn(values[e], unit)
@@ -226,14 +226,14 @@ def _in_groups(x: Array, group: int, block: int) -> None:
 def fake_quant_activations(x: Array) -> None:
     """Round x (rows, n) float32, the input of a product, to what the engine's int8 codes stand for, in place.
 
-    Raises NotFiniteError when a value is infinite or NaN, or becomes so where it is turned.
+    Raises NotFiniteError when a value is infinite or NaN, or becomes so where it is transformed.
     """
-    _in_groups(x, GROUP, turn_block(x.shape[1]))
+    _in_groups(x, GROUP, hadamard_block(x.shape[1]))
 
 
-def fake_quant_heads(x: Array, turned: bool) -> None:
-    """The same for heads, x (rows, head_dim), each with one scale: queries and keys are turned, values are not."""
-    _in_groups(x, x.shape[1], turn_block(x.shape[1]) if turned else 1)
+def fake_quant_heads(x: Array, transformed: bool) -> None:
+    """The same for heads, x (rows, head_dim), each with one scale: queries and keys are transformed, values are not."""
+    _in_groups(x, x.shape[1], hadamard_block(x.shape[1]) if transformed else 1)
 
 
 BAD_WEIGHT = "a weight is infinite, NaN, or too large for a half precision scale"
@@ -241,7 +241,7 @@ BAD_WEIGHT = "a weight is infinite, NaN, or too large for a half precision scale
 
 def fake_quant_weights(out: Array, w: Array) -> None:
     """out = the float32 values that w's int8 codes and half precision scales stand for; both (rows, n) float32."""
-    block = turn_block(w.shape[1])
+    block = hadamard_block(w.shape[1])
     threads, sizes, whole = _layout(w, GROUP, block, out)
     factors = f4(code_factor(block)), f4(value_factor(block))
     launch_elements(weights_kernel, threads, flat(out), _flag(), flat(w), *sizes, *factors, whole)
