@@ -149,13 +149,25 @@ static pe_status place_slice(pe_context *c, const int32_t *sequences, char *err)
     return PE_OK;
 }
 
+/* Rows of the slice and the tokens that they begin as. */
+typedef struct embed_job {
+    pe_slice *s;
+    const int32_t *tokens; /* (n_tokens) */
+} embed_job;
+
+static void embed_unit(void *arg, size_t row, int thread) {
+    (void)thread;
+    const embed_job *j = arg;
+    pe_embed(j->s->model, j->s->kernels, j->s->x + row * pe_x_stride(j->s->model), j->tokens[row]);
+}
+
 /* Rows [begin, begin + n_tokens) of the batch, which have their positions, through all layers. Rows of sequences that
  * failed in an earlier slice are carried along, but nothing is computed for them alone. */
 static pe_status run_slice(pe_context *c, const pe_batch *batch, size_t begin, char *err) {
     pe_slice *s = &c->slice;
     bool rows_may_fail = batch->failed != NULL;
-    for (size_t t = 0; t < s->n_tokens; t++)
-        pe_embed(s->model, s->kernels, s->x + t * pe_x_stride(s->model), batch->tokens[begin + t]);
+    embed_job embed = {s, batch->tokens + begin};
+    pe_parallel_for(s->n_threads, s->n_tokens, embed_unit, &embed, s->control);
     pe_adapter_group_rows(s, batch->adapters == NULL ? NULL : batch->adapters + begin);
     pe_status status = pe_slice_prepare(s, err);
     if (status != PE_OK) return status;

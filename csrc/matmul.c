@@ -1,5 +1,5 @@
-/* matmul.c: see matmul.h. Units are blocks of tokens for the quantizer and runs of weight panels for the product; the
- * bits do not depend on how they are cut. */
+/* matmul.c: see matmul.h. Units are blocks of tokens for the quantizer, and strips of tokens times runs of weight panels for the
+ * product; the bits do not depend on how they are cut. */
 #include "matmul.h"
 
 enum {
@@ -61,7 +61,7 @@ typedef struct matmul_job {
     const pe_matrix *w;
     const float *bias; /* padded to 16 rows, or NULL */
     float *out;
-    size_t out_stride, panels_per_unit;
+    size_t out_stride, panels_per_unit, units_per_strip, tokens_per_strip;
     pe_epilogue epilogue;
 } matmul_job;
 
@@ -78,33 +78,49 @@ static void gated_tile(const matmul_job *j, size_t begin, size_t end, size_t fir
 static void matmul_unit(void *arg, size_t unit, int thread) {
     matmul_job *j = arg;
     const pe_slice *s = j->s;
-    size_t begin = unit * j->panels_per_unit, end = begin + j->panels_per_unit, n_tokens = s->act.n_tokens;
+    size_t begin = unit % j->units_per_strip * j->panels_per_unit, end = begin + j->panels_per_unit;
+    size_t first = unit / j->units_per_strip * j->tokens_per_strip, last = first + j->tokens_per_strip;
     if (end > j->w->n_panels) end = j->w->n_panels;
+    if (last > s->act.n_tokens) last = s->act.n_tokens;
     if (j->epilogue == PE_STORE || j->epilogue == PE_ADD || j->epilogue == PE_GELU_TANH) {
-        float *out = j->out + begin * PE_PANEL;
-        s->kernels->matmul(out, j->out_stride, j->w, begin, end, &s->act, 0, n_tokens, j->bias, j->epilogue == PE_ADD);
-        for (size_t t = 0; t < n_tokens && j->epilogue == PE_GELU_TANH; t++)
+        float *out = j->out + first * j->out_stride + begin * PE_PANEL;
+        s->kernels->matmul(out, j->out_stride, j->w, begin, end, &s->act, first, last, j->bias, j->epilogue == PE_ADD);
+        for (size_t t = 0; t < last - first && j->epilogue == PE_GELU_TANH; t++)
             s->kernels->gelu_tanh(out + t * j->out_stride, (end - begin) * PE_PANEL);
         return;
     }
     for (size_t p = begin; p < end; p += TILE_PANELS)
-        for (size_t t = 0; t < n_tokens; t += TILE_TOKENS)
-            gated_tile(j, p, end - p < TILE_PANELS ? end : p + TILE_PANELS, t,
-                       n_tokens - t < TILE_TOKENS ? n_tokens : t + TILE_TOKENS, pe_thread_scratch(s, thread));
+        for (size_t t = first; t < last; t += TILE_TOKENS)
+            gated_tile(j, p, end - p < TILE_PANELS ? end : p + TILE_PANELS, t, last - t < TILE_TOKENS ? last : t + TILE_TOKENS,
+                       pe_thread_scratch(s, thread));
+}
+
+/* Many tokens are cut into strips, one a thread, as far as there are enough: then a thread reads what it wrote itself in the loop
+ * before, and not what another core has. Every strip reads the whole matrix, which pays as long as that is not much more than the
+ * rows themselves. */
+static size_t tokens_per_strip(const pe_slice *s, const pe_matrix *w, bool gated) {
+    size_t n_tokens = s->act.n_tokens, n_strips = n_tokens / TILE_TOKENS;
+    size_t n_outputs = gated ? w->n_panels * PE_PANEL / 2 : w->n_panels * PE_PANEL;
+    size_t row_bytes = n_tokens * (s->act.n + n_outputs * sizeof(float)), weight_bytes = w->n_panels * w->n_groups * PE_GROUP * PE_PANEL;
+    if (n_strips > (size_t)s->n_threads) n_strips = (size_t)s->n_threads;
+    if (n_strips < 2 || 2 * weight_bytes > 3 * row_bytes) return n_tokens;
+    return pe_pad((n_tokens + n_strips - 1) / n_strips, TILE_TOKENS);
 }
 
 /* Small enough that no thread waits long for the last unit, and an even number of panels: kernels like pairs, SwiGLU
  * needs them. */
-static size_t panels_per_unit(const pe_slice *s, size_t n_panels) {
-    size_t panels = n_panels / ((size_t)s->n_threads * 16) / 2 * 2;
+static size_t panels_per_unit(const pe_slice *s, size_t n_panels, size_t n_strips) {
+    size_t panels = n_panels * n_strips / ((size_t)s->n_threads * 16) / 2 * 2;
     return panels < 2 ? 2 : panels > MAX_PANELS_PER_UNIT ? MAX_PANELS_PER_UNIT : panels;
 }
 
 void pe_matmul(pe_slice *s, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
                pe_epilogue epilogue) {
-    matmul_job j = {s, w, bias, out, out_stride, panels_per_unit(s, w->n_panels), epilogue};
-    size_t n_units = (w->n_panels + j.panels_per_unit - 1) / j.panels_per_unit;
-    pe_parallel_for(s->n_threads, n_units, matmul_unit, &j, s->control);
+    bool gated = epilogue == PE_SWIGLU || epilogue == PE_GEGLU_TANH;
+    size_t n_tokens = s->act.n_tokens, strip = tokens_per_strip(s, w, gated), n_strips = (n_tokens + strip - 1) / strip;
+    size_t panels = panels_per_unit(s, w->n_panels, n_strips), n_units = (w->n_panels + panels - 1) / panels;
+    matmul_job j = {s, w, bias, out, out_stride, panels, n_units, strip, epilogue};
+    pe_parallel_for(s->n_threads, n_units * n_strips, matmul_unit, &j, s->control);
 }
 
 /* ------------------------------------------------------------------ what is added to the residual stream */

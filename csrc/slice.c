@@ -183,14 +183,19 @@ static pe_status reserve_chunks(pe_slice *s, char *err) {
     return PE_OK;
 }
 
+/* The angles of one token by every table. */
+static void angles_unit(void *arg, size_t token, int thread) {
+    (void)thread;
+    pe_slice *s = arg;
+    for (uint32_t table = 0; table < s->model->n_rope_tables; table++) {
+        size_t at = (table * s->capacity + token) * (s->model->config.head_dim / 2);
+        rope_angles(s, table, s->positions[token], s->cos + at, s->sin + at);
+    }
+}
+
 pe_status pe_slice_prepare(pe_slice *s, char *err) {
-    size_t half = s->model->config.head_dim / 2;
     memset(s->failed, 0, s->n_tokens);
-    for (uint32_t table = 0; table < s->model->n_rope_tables; table++)
-        for (size_t t = 0; t < s->n_tokens; t++) {
-            size_t at = (table * s->capacity + t) * half;
-            rope_angles(s, table, s->positions[t], s->cos + at, s->sin + at);
-        }
+    pe_parallel_for(s->n_threads, s->n_tokens, angles_unit, s, s->control);
     find_query_blocks(s);
     return pe_slice_has_key_bias(s) ? reserve_chunks(s, err) : PE_OK;
 }

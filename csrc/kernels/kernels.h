@@ -17,7 +17,8 @@ enum {
     PE_TILE_TOKENS = 16,   /* two blocks: tokens whose activations are one tile of a matrix unit */
     PE_CHUNK = 256,        /* positions of an attention chunk = of a KV page */
     PE_PROBABILITY_GROUP = 32, /* positions of a chunk whose probabilities share a scale */
-    PE_MAX_HEAD_DIM = 512, /* model.c refuses more: kernels keep a head on their stack */
+    PE_MAX_HEAD_DIM = 512, /* model.c refuses more: kernels keep heads on their stack */
+    PE_HEADS = 16,         /* heads that are quantized in one call */
 };
 
 /* Quantized activations of n_tokens rows of n columns (n a multiple of 64), packed for the matrix kernels. Tokens are
@@ -98,6 +99,19 @@ typedef struct pe_attention_state {
     float *o;     /* (rows, head_dim_p) */
 } pe_attention_state;
 
+/* At most PE_HEADS heads, of one token or of several, that are quantized in one call. Code i of head h goes to
+ * codes[h][i / 4 * four_step + i % 4 * step]: (4, 1) puts a head's codes side by side, (64, 1) makes it a lane of a panel of K,
+ * (16, 4) one of the four positions that lie side by side in V. */
+typedef struct pe_heads {
+    size_t n_heads;
+    const float *x[PE_HEADS];
+    int8_t *codes[PE_HEADS];
+    size_t four_step, step;
+    float scales[PE_HEADS];         /* results: as of a group of activations */
+    int32_t corrections[PE_HEADS];  /* likewise */
+    uint32_t absmax_bits[PE_HEADS]; /* of each head's largest magnitude; PE_NOT_FINITE_BITS or more: an infinity or NaN */
+} pe_heads;
+
 struct pe_kernels {
     const char *name;  /* "scalar", "avx2", ...: the words that PYENGINE_ISA accepts */
     uint32_t required; /* PE_CPU_* bits; covers every -m flag given to this file in CMakeLists.txt */
@@ -109,10 +123,10 @@ struct pe_kernels {
      * squares, held an infinity or NaN: then that token's codes and scales mean nothing. */
     uint32_t (*quantize)(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,
                          float eps);
-    /* A head of x (n, at most PE_MAX_HEAD_DIM), transformed in blocks of `block` (1 = not at all, else one that divides n) -> one
-     * group: codes (n), *scale, which is multiplied by `factor`, *correction. Same return value. */
-    uint32_t (*quantize_head)(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
-                              float factor);
+    /* Heads of n values each (at most PE_MAX_HEAD_DIM), transformed in blocks of `block` (1 = not at all, else one that divides n),
+     * each of them one group: its codes, behind them zeros up to a multiple of 16, its scale, which is multiplied by `factor`,
+     * and its correction. Of a head with an infinity or NaN all of these are 0. */
+    void (*quantize_heads)(pe_heads *heads, size_t n, size_t block, float factor);
     /* x (n) = T(x) * factor, in place. */
     void (*hadamard)(float *x, size_t n, float factor);
 
@@ -172,9 +186,8 @@ struct pe_kernels {
                                const float *angles, size_t n_half, size_t n_positions);
 
     /* One row of scores over [begin, end) of a chunk, not empty: m, then p in place and +0 elsewhere in [0, 256), returning
-     * l. Two kernels, because the maxima of many rows do not wait for one another. Scores outside of [begin, end) may be
-     * overwritten by either. */
-    float (*softmax_max)(float *scores, size_t begin, size_t end);
+     * l. Two kernels, because the maxima of many rows do not wait for one another. */
+    float (*softmax_max)(const float *scores, size_t begin, size_t end);
     float (*softmax_exp)(float *scores, size_t begin, size_t end, float m);
 
     /* out[r][d] = o of FORMAT.md section 8 over positions [begin, end): the weights p[r][j] * v_scale[j], quantized in groups of

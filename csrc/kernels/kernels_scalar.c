@@ -1,5 +1,7 @@
 /* kernels_scalar.c: the specification. Plain C that computes FORMAT.md line by line; every other table must give the
  * same bits. It is written to be read, not to be fast. */
+#include <string.h>
+
 #include "kernels.h"
 #include "logits.h"
 #include "pe_math.h"
@@ -33,10 +35,10 @@ static uint32_t absmax_bits(const float *x, size_t n) {
     return most;
 }
 
-/* One group of n values. code i goes to codes[i / 4 * stride + i % 4]: stride 4 is plain, wider strides interleave
+/* One group of n values. code i goes to codes[i / 4 * four_step + i % 4 * step]: (4, 1) is plain, wider ones interleave
  * tokens. */
-static uint32_t quantize_strided(int8_t *codes, size_t stride, float *scale, int32_t *correction, const float *x,
-                                 size_t n, float factor) {
+static uint32_t quantize_strided(int8_t *codes, size_t four_step, size_t step, float *scale, int32_t *correction,
+                                 const float *x, size_t n, float factor) {
     uint32_t bits = absmax_bits(x, n);
     float absmax = pe_float_from_bits(bits);
     int zero = absmax < smallest_absmax || bits >= PE_NOT_FINITE_BITS;
@@ -45,7 +47,7 @@ static uint32_t quantize_strided(int8_t *codes, size_t stride, float *scale, int
     *correction = 0;
     for (size_t i = 0; i < n; i++) {
         int8_t code = zero ? 0 : (int8_t)lrintf(x[i] * inv);
-        codes[i / 4 * stride + i % 4] = code;
+        codes[i / 4 * four_step + i % 4 * step] = code;
         *correction -= 128 * code;
     }
     return bits;
@@ -74,8 +76,8 @@ static uint32_t quantize(pe_activations *x, size_t first, const float *const *ro
             for (size_t i = begin; i < begin + PE_GROUP && i < n && row != NULL; i++)
                 transformed[i - begin] = norm != NULL ? (row[i] * inv_rms) * norm[i] : row[i];
             hadamard_blocks(transformed, PE_GROUP, block);
-            uint32_t bits = quantize_strided(x->codes + first * x->n + begin * width + t * 4, 4 * width, x->scales + at,
-                                             x->corrections + at, transformed, PE_GROUP, pe_input_factor(block));
+            uint32_t bits = quantize_strided(x->codes + first * x->n + begin * width + t * 4, 4 * width, 1,
+                                             x->scales + at, x->corrections + at, transformed, PE_GROUP, pe_input_factor(block));
             if (bits > most) most = bits;
         }
         if ((most & 0x7fffffffu) >= PE_NOT_FINITE_BITS) not_finite |= 1u << t;
@@ -83,12 +85,14 @@ static uint32_t quantize(pe_activations *x, size_t first, const float *const *ro
     return not_finite;
 }
 
-static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
-                              float factor) {
-    float transformed[PE_MAX_HEAD_DIM];
-    for (size_t i = 0; i < n; i++) transformed[i] = x[i];
-    hadamard_blocks(transformed, n, block);
-    return quantize_strided(codes, 4, scale, correction, transformed, n, factor);
+static void quantize_heads(pe_heads *heads, size_t n, size_t block, float factor) {
+    for (size_t h = 0; h < heads->n_heads; h++) {
+        float transformed[PE_MAX_HEAD_DIM] = {0};
+        memcpy(transformed, heads->x[h], n * sizeof *transformed);
+        hadamard_blocks(transformed, n, block);
+        heads->absmax_bits[h] = quantize_strided(heads->codes[h], heads->four_step, heads->step, &heads->scales[h],
+                                                 &heads->corrections[h], transformed, (n + PE_PANEL - 1) / PE_PANEL * PE_PANEL, factor);
+    }
 }
 
 /* ------------------------------------------------------------------ matrix product (section 6) */
@@ -243,7 +247,7 @@ static void attention_key_bias(float *scores, const float *rotated, size_t n_row
     }
 }
 
-static float softmax_max(float *scores, size_t begin, size_t end) {
+static float softmax_max(const float *scores, size_t begin, size_t end) {
     float m = scores[begin];
     for (size_t j = begin + 1; j < end; j++) m = scores[j] > m ? scores[j] : m;
     return m;
@@ -336,7 +340,7 @@ const struct pe_kernels pe_kernels_scalar = {
     .required = 0,
     .tiled_from = SIZE_MAX,
     .quantize = quantize,
-    .quantize_head = quantize_head,
+    .quantize_heads = quantize_heads,
     .hadamard = hadamard,
     .matmul = matmul,
     .rmsnorm = rmsnorm,

@@ -8,21 +8,25 @@
  *   v16              16 float32 lanes        v16_load/store (unaligned), v16_set1, v16_add/sub/mul/div/fma(a, b, c) = a * b + c
  *   v16_max(a, b)    a > b ? a : b           v16_rint, v16_from_half(p) 16 f16 -> float
  *   v16_exp_bits(p, n)   p * 2^n, n integral, where that is a normal number, as it is in exp; v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
+ *   v16_first_lanes(n, x, y)   lanes 0 to n - 1 of x, the others of y
  *   v16_cap(limit, x)    limit < x ? limit : x
  *   v16_swap1/2/4/8(x)   lanes i and i ^ 1, 2, 4 or 8 exchanged
  *   v16_max_in_quads(v)      lane k of each quad: the maximum of that quad of v[k], for four vectors
  *   v16_transpose_quads(v)   quad k (four lanes) of v[c] and quad c of v[k] exchanged, for four vectors
  *   v16_sum_lanes(x)     the tree of FORMAT.md section 7; v16_max_lanes(x): the maximum, any order
- *   i16              16 int32 lanes          i16_to_float, i16_sum (all lanes, any order: exact)
+ *   i16              16 int32 lanes          i16_to_float, i16_add
+ *   v16_store_firsts(p, x)   the first lane of each quad, four floats
+ *   i16_store_corrections(p, x)   -128 times the sum of each quad, four int32
  *   v16_from_bits(m)     the float32 whose bits these are
- *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|; i16_umax: the maximum over lanes
+ *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|
  *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
  *   w16, x4          64 bytes of a panel (four inputs of sixteen rows); four inputs of one token, broadcast
  *   w16_load, x4_load, dot_start(correction of x: see pe_activations), dot(acc, w, x)
  *   TILE_PANELS, TILE_TOKENS   register block of the matrix product; TILE_TOKENS at most PE_TOKEN_BLOCK
  *   DOT_UNROLL                 of the sixteen dot steps of a group, so many are written out one after the other
  *   SCORE_ROWS                 queries that share a panel of K; at most 8
- *   v16_four_to_i8(dst, v)   rint to int8 of four vectors, 64 bytes stored
+ *   v16_four_to_i8(dst, v)   rint to int8 of four vectors, 64 bytes stored; returns the sum of the four vectors of codes
+ *   i8_transpose_fours(dst, src)   sixteen bytes, byte c of four k exchanged with byte k of four c
  *   v16x4, p4        64 bytes of V (four positions of sixteen columns); four codes of probabilities, 0..127, broadcast
  *   v16x4_load, p4_load, dot_values(acc, v, p)
  *   VALUE_ROWS, VALUE_COLUMNS  register block of probabilities times V: rows by vectors of 16 columns; at most 8 rows
@@ -395,7 +399,7 @@ static bool maximum(const float *logits, size_t n, float *most) {
 /* The same with int8 products of its own, and from n_tiled tokens on with another way to lay out their inputs. */
 #define PE_LANES16_TABLE_WITH(table_name, table_required, n_tiled, its_quantize, its_matmul, its_scores, its_values) \
     { \
-        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_head = quantize_head, .hadamard = hadamard, .matmul = its_matmul, \
+        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_heads = quantize_heads, .hadamard = hadamard, .matmul = its_matmul, \
         .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = its_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \

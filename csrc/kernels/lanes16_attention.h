@@ -110,30 +110,33 @@ static void attention_key_bias(float *scores, const float *rotated, size_t n_row
 
 /* ------------------------------------------------------------------ softmax */
 
-/* Whole strips of 16 from here on: what the range leaves of the first and the last strip becomes exp(-inf) = +0. */
-PE_INLINE void mask_strips(float *scores, size_t begin, size_t end) {
-    for (size_t j = begin / 16 * 16; j < begin; j++) scores[j] = -INFINITY;
-    for (size_t j = end; j % 16 != 0; j++) scores[j] = -INFINITY;
+/* Strip j (a multiple of 16) of x, of which only positions [begin, end) count: what else is in it becomes -infinity, so that it
+ * is no maximum and its exp is +0. */
+PE_INLINE v16 visible_strip(v16 x, size_t j, size_t begin, size_t end) {
+    v16 nothing = v16_set1(-INFINITY);
+    if (j < begin) x = v16_first_lanes(begin - j, nothing, x);
+    return end - j < 16 ? v16_first_lanes(end - j, x, nothing) : x;
 }
 
-static float softmax_max(float *scores, size_t begin, size_t end) {
-    mask_strips(scores, begin, end);
-    v16 most = v16_load(scores + begin / 16 * 16);
-    for (size_t j = begin / 16 * 16 + 16; j < end; j += 16) most = v16_max(v16_load(scores + j), most);
+static float softmax_max(const float *scores, size_t begin, size_t end) {
+    size_t j = begin / 16 * 16;
+    v16 most = visible_strip(v16_load(scores + j), j, begin, end);
+    for (j += 16; j + 16 <= end; j += 16) most = v16_max(v16_load(scores + j), most);
+    if (j < end) most = v16_max(visible_strip(v16_load(scores + j), j, begin, end), most);
     return v16_max_lanes(most);
 }
 
 static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
-    size_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
-    mask_strips(scores, begin, end);
     v16 total = v16_set1(0.0f), maximum = v16_set1(m);
-    for (size_t j = first; j < last; j += 16) {
-        v16 p = exp16(v16_sub(v16_load(scores + j), maximum));
+    size_t j = 0;
+    for (; j + 16 <= begin; j += 16) v16_store(scores + j, v16_set1(0.0f));
+    for (; j < end; j += 16) {
+        v16 x = v16_sub(v16_load(scores + j), maximum);
+        v16 p = exp16(j < begin || end - j < 16 ? visible_strip(x, j, begin, end) : x);
         v16_store(scores + j, p);
         total = v16_add(total, p);
     }
-    for (size_t j = 0; j < first; j += 16) v16_store(scores + j, v16_set1(0.0f));
-    for (size_t j = last; j < PE_CHUNK; j += 16) v16_store(scores + j, v16_set1(0.0f));
+    for (; j < PE_CHUNK; j += 16) v16_store(scores + j, v16_set1(0.0f));
     return v16_sum_lanes(total);
 }
 

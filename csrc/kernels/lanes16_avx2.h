@@ -47,6 +47,12 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
                  _mm256_andnot_ps(_mm256_cmp_ps(x.high, l, _CMP_LT_OQ), y.high)};
 }
 
+LANES v16 v16_first_lanes(size_t n, v16 x, v16 y) {
+    __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), low = _mm256_set1_epi32((int)n), high = _mm256_set1_epi32((int)n - 8);
+    return (v16){_mm256_blendv_ps(y.low, x.low, _mm256_castsi256_ps(_mm256_cmpgt_epi32(low, lanes))),
+                 _mm256_blendv_ps(y.high, x.high, _mm256_castsi256_ps(_mm256_cmpgt_epi32(high, lanes)))};
+}
+
 LANES v16 v16_from_half(const uint16_t *p) {
     return (v16){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
                  _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
@@ -89,20 +95,20 @@ LANES i16 v16_abs_bits_max(i16 m, v16 x) {
                  _mm256_max_epu32(m.high, _mm256_and_si256(_mm256_castps_si256(x.high), magnitude))};
 }
 
-LANES uint32_t i16_umax(i16 x) {
-    __m256i m = _mm256_max_epu32(x.low, x.high);
-    __m128i h = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
-    h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0x4e));
-    h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0xb1));
-    return (uint32_t)_mm_cvtsi128_si32(h);
-}
 
-LANES int32_t i16_sum(i16 x) {
-    __m256i s = _mm256_add_epi32(x.low, x.high);
-    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1));
-    return _mm_cvtsi128_si32(h);
+LANES __m128 firsts(__m256 low, __m256 high) {
+    __m128 a = _mm_unpacklo_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1));
+    __m128 b = _mm_unpacklo_ps(_mm256_castps256_ps128(high), _mm256_extractf128_ps(high, 1));
+    return _mm_movelh_ps(a, b);
+}
+LANES void v16_store_firsts(float *p, v16 x) { _mm_storeu_ps(p, firsts(x.low, x.high)); }
+LANES __m256i quad_sums8(__m256i x) {
+    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0xb1));
+    return _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0x4e));
+}
+LANES void i16_store_corrections(int32_t *p, i16 x) {
+    __m128i sums = _mm_castps_si128(firsts(_mm256_castsi256_ps(quad_sums8(x.low)), _mm256_castsi256_ps(quad_sums8(x.high))));
+    _mm_storeu_si128((void *)p, _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sums, 7)));
 }
 
 LANES i16 v16_to_i8(int8_t *p, v16 x) {
@@ -113,15 +119,16 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void pair_to_i8(int8_t *p, v16 x, v16 y) {
-    __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
-    __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high));
+LANES i16 pair_to_i8(int8_t *p, v16 x, v16 y) {
+    i16 c = {_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)}, d = {_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high)};
+    __m256i low = _mm256_packs_epi32(c.low, c.high), high = _mm256_packs_epi32(d.low, d.high);
     __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs works per 128 bits */
     _mm256_storeu_si256((void *)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+    return i16_add(c, d);
 }
-LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
-    pair_to_i8(p, v[0], v[1]);
-    pair_to_i8(p + 32, v[2], v[3]);
+LANES i16 v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    i16 first = pair_to_i8(p, v[0], v[1]);
+    return i16_add(first, pair_to_i8(p + 32, v[2], v[3]));
 }
 
 typedef i16 v16x4;

@@ -37,6 +37,8 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
 }
 
+LANES v16 v16_first_lanes(size_t n, v16 x, v16 y) { return _mm512_mask_mov_ps(y, (__mmask16)((1u << n) - 1), x); }
+
 LANES v16 v16_from_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 
 LANES v16 v16_swap1(v16 x) { return _mm512_permute_ps(x, 0xb1); }
@@ -70,8 +72,14 @@ LANES v16 v16_from_bits(i16 x) { return _mm512_castsi512_ps(x); }
 LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     return _mm512_max_epu32(m, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
 }
-LANES uint32_t i16_umax(i16 x) { return _mm512_reduce_max_epu32(x); }
-LANES int32_t i16_sum(i16 x) { return _mm512_reduce_add_epi32(x); }
+
+LANES __m128 firsts(v16 x) { return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, x)); }
+LANES void v16_store_firsts(float *p, v16 x) { _mm_storeu_ps(p, firsts(x)); }
+LANES void i16_store_corrections(int32_t *p, i16 x) {
+    x = i16_add(x, _mm512_castps_si512(v16_swap1(v16_from_bits(x))));
+    x = i16_add(x, _mm512_castps_si512(v16_swap2(v16_from_bits(x))));
+    _mm_storeu_si128((void *)p, _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(_mm_castps_si128(firsts(v16_from_bits(x))), 7)));
+}
 
 LANES i16 v16_to_i8(int8_t *p, v16 x) {
     i16 codes = _mm512_cvtps_epi32(x);
@@ -79,11 +87,13 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
-    __m512i a = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1])); /* per 128 bits: 4 of v[0], 4 of v[1] */
-    __m512i b = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+LANES i16 v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    i16 c[4] = {_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]), _mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3])};
+    __m512i a = _mm512_packs_epi32(c[0], c[1]); /* per 128 bits: 4 of v[0], 4 of v[1] */
+    __m512i b = _mm512_packs_epi32(c[2], c[3]);
     __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(a, b)));
+    return i16_add(i16_add(c[0], c[1]), i16_add(c[2], c[3]));
 }
 
 LANES w16 w16_load(const int8_t *p) {

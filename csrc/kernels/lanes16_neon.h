@@ -50,6 +50,11 @@ LANES v16 v16_zero_if_less(v16 x, float limit, v16 y) {
     EACH(v16, vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y.val[q]), vcltq_f32(x.val[q], vdupq_n_f32(limit)))));
 }
 
+LANES v16 v16_first_lanes(size_t n, v16 x, v16 y) {
+    static const uint32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    EACH(v16, vbslq_f32(vcltq_u32(vld1q_u32(lanes + 4 * q), vdupq_n_u32((uint32_t)n)), x.val[q], y.val[q]));
+}
+
 LANES v16 v16_from_half(const uint16_t *p) { EACH(v16, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * q)))); }
 
 LANES v16 v16_swap1(v16 x) { EACH(v16, vrev64q_f32(x.val[q])); }
@@ -83,13 +88,12 @@ LANES v16 v16_from_bits(i16 x) { EACH(v16, vreinterpretq_f32_s32(x.val[q])); }
 LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     EACH(i16, vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(m.val[q]), vreinterpretq_u32_f32(vabsq_f32(x.val[q])))));
 }
-LANES uint32_t i16_umax(i16 x) {
-    uint32x4_t low = vmaxq_u32(vreinterpretq_u32_s32(x.val[0]), vreinterpretq_u32_s32(x.val[1]));
-    uint32x4_t high = vmaxq_u32(vreinterpretq_u32_s32(x.val[2]), vreinterpretq_u32_s32(x.val[3]));
-    return vmaxvq_u32(vmaxq_u32(low, high));
+
+LANES void v16_store_firsts(float *p, v16 x) {
+    for (int q = 0; q < 4; q++) p[q] = vgetq_lane_f32(x.val[q], 0);
 }
-LANES int32_t i16_sum(i16 x) {
-    return vaddvq_s32(vaddq_s32(vaddq_s32(x.val[0], x.val[1]), vaddq_s32(x.val[2], x.val[3])));
+LANES void i16_store_corrections(int32_t *p, i16 x) {
+    for (int q = 0; q < 4; q++) p[q] = -128 * vaddvq_s32(x.val[q]);
 }
 
 LANES i16 v16_to_i8(int8_t *p, v16 x) {
@@ -101,8 +105,15 @@ LANES i16 v16_to_i8(int8_t *p, v16 x) {
     return codes;
 }
 
-LANES void v16_four_to_i8(int8_t *p, const v16 v[4]) {
-    for (int i = 0; i < 4; i++) v16_to_i8(p + 16 * i, v[i]);
+LANES i16 v16_four_to_i8(int8_t *p, const v16 v[4]) {
+    i16 sum = v16_to_i8(p, v[0]);
+    for (int i = 1; i < 4; i++) sum = i16_add(sum, v16_to_i8(p + 16 * i, v[i]));
+    return sum;
+}
+
+LANES void i8_transpose_fours(int8_t *to, const int8_t *from) {
+    static const uint8_t order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    vst1q_s8(to, vqtbl1q_s8(vld1q_s8(from), vld1q_u8(order)));
 }
 
 LANES w16 w16_load(const int8_t *p) { EACH(w16, vld1q_s8(p + 16 * q)); }

@@ -71,36 +71,17 @@ static void hadamard(float *x, size_t n, float factor) {
     }
 }
 
-/* ------------------------------------------------------------------ one head */
-
-static uint32_t quantize_head(int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n, size_t block,
-                              float factor) {
-    v16 v[PE_MAX_HEAD_DIM / 16];
-    int8_t dense[PE_MAX_HEAD_DIM];
-    size_t n_v = 0;
-    i16 most = i16_zero(), total = i16_zero();
-    for (size_t begin = 0; begin < n; begin += PE_GROUP, n_v += 4) {
-        load_64(v + n_v, x + begin, n - begin < PE_GROUP ? n - begin : PE_GROUP);
-        hadamard_64(v + n_v, block);
-    }
-    for (size_t i = 0; i < n_v; i++) most = v16_abs_bits_max(most, v[i]);
-    uint32_t bits = i16_umax(most);
-    float absmax = pe_float_from_bits(bits);
-    if (absmax < 0x1p-64f || bits >= PE_NOT_FINITE_BITS) {
-        memset(codes, 0, n);
-        *scale = 0.0f;
-        *correction = 0;
-        return bits;
-    }
-    *scale = absmax / 127.0f * factor;
-    v16 inv = v16_set1(127.0f / absmax);
-    for (size_t i = 0; i < n_v; i++) total = i16_add(total, v16_to_i8(dense + i * 16, v16_mul(v[i], inv)));
-    *correction = -128 * i16_sum(total);
-    memcpy(codes, dense, n);
-    return bits;
-}
-
 /* ------------------------------------------------------------------ four groups */
+
+static const float pe_zero_group[PE_GROUP];
+
+/* The first n of 64 values at x, in place or copied to `padded` with zeros after them. */
+static inline const float *whole_group(float padded[PE_GROUP], const float *x, size_t n) {
+    if (n >= PE_GROUP) return x;
+    memset(padded, 0, PE_GROUP * sizeof *padded);
+    memcpy(padded, x, n * sizeof *x);
+    return padded;
+}
 
 /* Four groups of 64 values, and what they are multiplied with if their rows are normed. */
 typedef struct four_groups {
@@ -147,21 +128,103 @@ PE_INLINE void transform_four(transformed_four *out, const four_groups *in, size
     PE_UNROLL for (int c = 0; c < 16; c++) out->v[c] = v[c]; /* here, not stage by stage */
 }
 
-/* Codes of vector c go to codes + c * step, sixteen of them; scales and corrections (16) are the same in all lanes of a
- * quad. */
-PE_INLINE void round_four(int8_t *codes, size_t step, float *scales, float *corrections, const transformed_four *in,
+/* What the values of four groups are multiplied with, in all lanes of a quad like absmax; scales (QUADS), those of the groups. */
+PE_INLINE v16 group_scales(float scales[QUADS], v16 absmax, float factor) {
+    v16 most_code = v16_set1(127.0f), scale = v16_mul(v16_div(absmax, most_code), v16_set1(factor));
+    v16_store_firsts(scales, v16_zero_if_less(absmax, 0x1p-64f, scale));
+    return v16_zero_if_less(absmax, 0x1p-64f, v16_div(most_code, absmax));
+}
+
+/* Codes of vector c go to codes + c * step, sixteen of them; scales and corrections are those of the four groups. */
+PE_INLINE void round_four(int8_t *codes, size_t step, float scales[QUADS], int32_t corrections[QUADS], const transformed_four *in,
                           float factor) {
-    v16 absmax = v16_from_bits(in->absmax), most_code = v16_set1(127.0f);
-    v16 scale = v16_mul(v16_div(absmax, most_code), v16_set1(factor));
-    v16 inv = v16_zero_if_less(absmax, 0x1p-64f, v16_div(most_code, absmax));
-    v16_store(scales, v16_zero_if_less(absmax, 0x1p-64f, scale));
+    v16 inv = group_scales(scales, v16_from_bits(in->absmax), factor);
     i16 total = i16_zero();
     PE_UNROLL for (int c = 0; c < 16; c++)
         total = i16_add(total, v16_to_i8(codes + (size_t)c * step, v16_mul(in->v[c], inv)));
-    v16 sum = i16_to_float(total); /* sums of 64 codes, and 128 times them, are exact */
-    sum = v16_add(sum, v16_swap1(sum));
-    sum = v16_add(sum, v16_swap2(sum));
-    v16_store(corrections, v16_mul(sum, v16_set1(-128.0f)));
+    i16_store_corrections(corrections, total);
+}
+
+/* ------------------------------------------------------------------ heads */
+
+/* Heads [first, first + n_h), at most QUADS of them, have their codes at a constant distance. */
+static inline bool heads_are_apart(const pe_heads *heads, size_t first, size_t n_h, ptrdiff_t n_bytes) {
+    bool apart = n_h == QUADS;
+    for (size_t h = first + 1; h < first + n_h; h++) apart &= heads->codes[h] - heads->codes[h - 1] == n_bytes;
+    return apart;
+}
+
+/* Fours of codes (n_fours, QUADS, 4) of these heads to where they belong. */
+static void put_heads(const pe_heads *heads, size_t first, size_t n_h, const int8_t *fours, size_t n_fours) {
+    size_t four_step = heads->four_step, step = heads->step;
+    int8_t *to = heads->codes[first];
+    if (step == 1 && heads_are_apart(heads, first, n_h, 4)) { /* lanes of a panel of K */
+        for (size_t c = 0; c < n_fours; c++) memcpy(to + c * four_step, fours + c * 16, 16);
+        return;
+    }
+    if (step == QUADS && heads_are_apart(heads, first, n_h, 1)) { /* positions of V */
+        for (size_t c = 0; c < n_fours; c++) i8_transpose_fours(to + c * four_step, fours + c * 16);
+        return;
+    }
+    for (size_t h = 0; h < n_h; h++, fours += 4) {
+        to = heads->codes[first + h];
+        for (size_t c = 0; c < n_fours; c++, to += four_step) {
+            if (step == 1) memcpy(to, fours + c * 16, 4);
+            else for (size_t i = 0; i < 4; i++) to[i * step] = fours[c * 16 + i];
+        }
+    }
+}
+
+/* Heads [first, first + n_h), at most QUADS of them, of n values: transformed (n / 64), and absmax, the bits of their largest
+ * magnitudes in all lanes of their quads. */
+PE_INLINE void transform_heads(transformed_four *transformed, i16 *absmax, const pe_heads *heads, size_t first, size_t n_h, size_t n, size_t block) {
+    float padded[QUADS][PE_GROUP];
+    *absmax = i16_zero();
+    for (size_t begin = 0; begin < n; begin += PE_GROUP, transformed++) {
+        four_groups four = {.x = {pe_zero_group, pe_zero_group, pe_zero_group, pe_zero_group}};
+        for (size_t h = 0; h < n_h; h++) four.x[h] = whole_group(padded[h], heads->x[first + h] + begin, n - begin);
+        transform_four(transformed, &four, block, 0);
+        *absmax = v16_abs_bits_max(*absmax, v16_from_bits(transformed->absmax));
+    }
+}
+
+/* These heads' results, from what transform_heads gave. */
+PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const transformed_four *transformed, i16 absmax, size_t n, float factor) {
+    int8_t fours[PE_MAX_HEAD_DIM * QUADS];
+    float scales[QUADS], magnitudes[QUADS];
+    int32_t corrections[QUADS];
+    size_t n_fours = (n + PE_PANEL - 1) / PE_PANEL * (PE_PANEL / 4);
+    i16 total = i16_zero();
+    v16 inv = group_scales(scales, v16_from_bits(absmax), factor);
+    for (size_t c = 0; c < n_fours; c += 4) {
+        v16 x[4];
+        PE_UNROLL for (int i = 0; i < 4; i++) x[i] = v16_mul(transformed[c / 16].v[c % 16 + i], inv);
+        total = i16_add(total, v16_four_to_i8(fours + c * 16, x));
+    }
+    i16_store_corrections(corrections, total);
+    v16_store_firsts(magnitudes, v16_from_bits(absmax));
+    for (size_t h = 0; h < n_h; h++) {
+        uint32_t bits = pe_float_bits(magnitudes[h]);
+        bool finite = bits < PE_NOT_FINITE_BITS;
+        heads->absmax_bits[first + h] = bits;
+        heads->scales[first + h] = finite ? scales[h] : 0.0f;
+        heads->corrections[first + h] = finite ? corrections[h] : 0;
+        for (size_t c = 0; c < n_fours && !finite; c++) memset(fours + c * 16 + h * 4, 0, 4);
+    }
+    put_heads(heads, first, n_h, fours, n_fours);
+}
+
+static void quantize_heads(pe_heads *heads, size_t n, size_t block, float factor) {
+    transformed_four transformed[PE_MAX_HEAD_DIM / PE_GROUP];
+    i16 absmax[AHEAD];
+    size_t n_transformed = (n + PE_GROUP - 1) / PE_GROUP, at_once = n_transformed < AHEAD ? AHEAD / n_transformed * QUADS : QUADS;
+    for (size_t begin = 0; begin < heads->n_heads; begin += at_once) {
+        size_t end = heads->n_heads - begin < at_once ? heads->n_heads : begin + at_once;
+        for (size_t h = begin, i = 0; h < end; h += QUADS, i++)
+            transform_heads(transformed + i * n_transformed, &absmax[i], heads, h, end - h < QUADS ? end - h : QUADS, n, block);
+        for (size_t h = begin, i = 0; h < end; h += QUADS, i++)
+            round_heads(heads, h, end - h < QUADS ? end - h : QUADS, transformed + i * n_transformed, absmax[i], n, factor);
+    }
 }
 
 /* ------------------------------------------------------------------ a block of tokens */
@@ -183,16 +246,6 @@ typedef struct block_rows {
 static inline size_t item_token(const block_rows *b, size_t item) { return item & (((size_t)1 << b->width_bits) - 1); }
 static inline size_t item_group(const block_rows *b, size_t item) { return item >> b->width_bits; }
 
-static const float pe_zero_group[PE_GROUP];
-
-/* The first n of 64 values at x, in place or copied to `padded` with zeros after them. */
-static inline const float *whole_group(float padded[PE_GROUP], const float *x, size_t n) {
-    if (n >= PE_GROUP) return x;
-    memset(padded, 0, PE_GROUP * sizeof *padded);
-    memcpy(padded, x, n * sizeof *x);
-    return padded;
-}
-
 /* Items from `item` on. Those that are not there are zero. */
 PE_INLINE void take_four(four_groups *four, float padded[2 * QUADS][PE_GROUP], const block_rows *b, size_t item) {
     PE_UNROLL for (size_t k = 0; k < QUADS; k++) {
@@ -213,19 +266,17 @@ PE_INLINE void put_four(const block_rows *b, size_t item, size_t n_items, const 
     size_t width = (size_t)1 << b->width_bits;
     int8_t dense[QUADS * PE_GROUP];
     int8_t *first = b->codes + item_group(b, item) * b->group_bytes + item_token(b, item) * 4;
-    float scales[PE_PANEL], corrections[PE_PANEL];
+    float scales[QUADS];
+    int32_t corrections[QUADS];
     if (width >= QUADS) {
-        round_four(first, width * 4, scales, corrections, four, factor);
-    } else {
-        round_four(dense, PE_PANEL, scales, corrections, four, factor);
-        for (size_t k = 0; k < n_items; k++) {
-            int8_t *to = b->codes + item_group(b, item + k) * b->group_bytes + item_token(b, item + k) * 4;
-            for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++) memcpy(to + k4 * 4 * width, dense + k4 * PE_PANEL + k * 4, 4);
-        }
+        round_four(first, width * 4, b->scales + item, b->corrections + item, four, factor);
+        return;
     }
+    round_four(dense, PE_PANEL, scales, corrections, four, factor);
     for (size_t k = 0; k < n_items; k++) {
-        b->scales[item + k] = scales[k * 4];
-        b->corrections[item + k] = (int32_t)(int64_t)corrections[k * 4]; /* of what is not finite it is beyond int32 */
+        int8_t *to = b->codes + item_group(b, item + k) * b->group_bytes + item_token(b, item + k) * 4;
+        for (size_t k4 = 0; k4 < PE_GROUP / 4; k4++) memcpy(to + k4 * 4 * width, dense + k4 * PE_PANEL + k * 4, 4);
+        b->scales[item + k] = scales[k], b->corrections[item + k] = corrections[k];
     }
 }
 
@@ -243,15 +294,18 @@ static uint32_t norm_rows(block_rows *b, float eps) {
     return not_finite;
 }
 
-/* absmax[q] has in quad k the largest of items 4 q + k, 8 + 4 q + k, ... Returns a bit for each token that has one which is
- * not finite. */
-static uint32_t not_finite_tokens(const i16 absmax[PE_TOKEN_BLOCK / QUADS], const block_rows *b) {
+/* A bit for each token that has a scale which is not finite, as it is where the group's largest magnitude is not. */
+static uint32_t not_finite_tokens(const block_rows *b, size_t n_items) {
+    i16 most = i16_zero();
+    float lanes[PE_PANEL];
     uint32_t not_finite = 0;
-    for (size_t item = 0; item < PE_TOKEN_BLOCK; item++) {
-        float lanes[PE_PANEL];
-        v16_store(lanes, v16_from_bits(absmax[item / QUADS]));
-        not_finite |= (uint32_t)(pe_float_bits(lanes[item % QUADS * 4]) >= PE_NOT_FINITE_BITS) << item_token(b, item);
-    }
+    size_t item = 0;
+    for (; item + PE_PANEL <= n_items; item += PE_PANEL) most = v16_abs_bits_max(most, v16_load(b->scales + item));
+    v16_store(lanes, v16_from_bits(most)); /* widths divide 16: a lane has scales of one token */
+    for (size_t lane = 0; lane < PE_PANEL; lane++)
+        not_finite |= (uint32_t)(pe_float_bits(lanes[lane]) >= PE_NOT_FINITE_BITS) << item_token(b, lane);
+    for (; item < n_items; item++)
+        not_finite |= (uint32_t)((pe_float_bits(b->scales[item]) & 0x7fffffffu) >= PE_NOT_FINITE_BITS) << item_token(b, item);
     return not_finite;
 }
 
@@ -270,7 +324,6 @@ static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, s
                     .scales = x->scales + first_scale,
                     .corrections = x->corrections + first_scale};
     uint32_t not_finite = norm != NULL ? norm_rows(&b, eps) : 0;
-    i16 absmax[PE_TOKEN_BLOCK / QUADS] = {i16_zero(), i16_zero()};
     transformed_four transformed[AHEAD];
     float padded[2 * QUADS][PE_GROUP], factor = pe_input_factor(block);
     size_t end = x->n / PE_GROUP * width;
@@ -282,13 +335,11 @@ static uint32_t quantize_block(pe_activations *x, size_t first, int8_t *codes, s
             take_four(&four, padded, &b, begin + i);
             if (norm != NULL) transform_four(t, &four, block, 1);
             else transform_four(t, &four, block, 0);
-            i16 *most = &absmax[i / QUADS % (PE_TOKEN_BLOCK / QUADS)];
-            *most = v16_abs_bits_max(*most, v16_from_bits(t->absmax));
         }
         for (size_t i = 0; i < n_items; i += QUADS)
             put_four(&b, begin + i, n_items - i < QUADS ? n_items - i : QUADS, &transformed[i / QUADS], factor);
     }
-    return not_finite | not_finite_tokens(absmax, &b);
+    return not_finite | not_finite_tokens(&b, end);
 }
 
 static uint32_t quantize(pe_activations *x, size_t first, const float *const *rows, size_t n, const float *norm,

@@ -72,6 +72,15 @@ static bool packed_equal(const packed_rows *a, const struct pe_kernels *table, c
            memcmp(a->corrections.data, b->corrections.data, a->corrections.n) == 0;
 }
 
+/* One head by itself: codes (n padded to 16). Returns the bits of its largest magnitude. */
+static uint32_t quantize_one(const struct pe_kernels *k, int8_t *codes, float *scale, int32_t *correction, const float *x, size_t n,
+                             size_t block, float factor) {
+    pe_heads heads = {.n_heads = 1, .x = {x}, .codes = {codes}, .four_step = 4, .step = 1};
+    k->quantize_heads(&heads, n, block, factor);
+    *scale = heads.scales[0], *correction = heads.corrections[0];
+    return heads.absmax_bits[0];
+}
+
 /* The last block of n_tokens rows, each filled by a pattern of its own; the blocks before it must stay as they were. */
 static void test_quantize_once(const struct pe_kernels *k, size_t n, size_t n_padded, size_t n_tokens, bool normed, rng *r) {
     size_t first = (n_tokens - 1) / 8 * 8, n_rows = n_tokens - first;
@@ -134,7 +143,7 @@ static void test_quantize_composition(const struct pe_kernels *k) {
             for (size_t i = 0; i < N; i++) finite = finite && isfinite(y[i]);
             CHECK((not_finite >> t & 1) == !finite, "%s: token %zu, %s", k->name, t, pattern_names[pattern]);
             for (size_t g = 0; g < 3 && finite; g++) {
-                pe_kernels_scalar.quantize_head(codes, &scale, &correction, y + g * 64, 64, 1, pe_input_factor(pe_hadamard_block(N)));
+                quantize_one(&pe_kernels_scalar, codes, &scale, &correction, y + g * 64, 64, 1, pe_input_factor(pe_hadamard_block(N)));
                 CHECK(scale == out.x.scales[g * 8 + t] && correction == out.x.corrections[g * 8 + t], "%s: group %zu", k->name, g);
                 for (size_t i = 0; i < 64; i++)
                     CHECK(codes[i] == out.x.codes[((g * 16 + i / 4) * 8 + t) * 4 + i % 4], "%s: code %zu of %zu", k->name, i, g);
@@ -146,20 +155,42 @@ static void test_quantize_composition(const struct pe_kernels *k) {
     packed_free(&out);
 }
 
-static void test_quantize_head(const struct pe_kernels *k) {
+/* Where head h is, of so many codes each: side by side, as lanes of a panel of K, among positions of V, and among positions of V
+ * in another order, since heads of one call may be of tokens that do not follow each other. */
+enum { PLAIN, KEYS, VALUES, SHUFFLED_VALUES, N_LAYOUTS };
+static size_t head_offset(int layout, size_t h, size_t n_codes) {
+    if (layout == PLAIN) return h * n_codes;
+    if (layout == KEYS) return h * 4;
+    size_t position = layout == VALUES ? h : h * 5 % PE_HEADS;
+    return position / 4 * 4 * n_codes + position % 4;
+}
+
+static pe_heads heads_of(const block *x, const block *codes, size_t n_heads, size_t n, int layout) {
+    pe_heads heads = {.n_heads = n_heads, .four_step = layout == PLAIN ? 4 : layout == KEYS ? 64 : 16, .step = layout >= VALUES ? 4 : 1};
+    for (size_t h = 0; h < n_heads; h++) {
+        heads.x[h] = FLOATS(*x) + h * n;
+        heads.codes[h] = CODES(*codes) + head_offset(layout, h, (n + 15) / 16 * 16);
+    }
+    return heads;
+}
+
+static void test_quantize_heads(const struct pe_kernels *k) {
     rng r = {12};
     for (size_t n = 1; n <= 512; n += n < 70 ? 1 : 17)
-        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
-            block x = block_new(n * 4, 4 * rng_below(&r, 4)), a = block_new(n, rng_below(&r, 8)), b = block_new(n, rng_below(&r, 8));
-            fill(FLOATS(x), n, pattern, &r);
-            float scales[2];
-            int32_t corrections[2];
+        for (int round = 0; round < 8; round++) {
+            size_t n_heads = round < 4 ? PE_HEADS : 1 + rng_below(&r, PE_HEADS), n_bytes = (n + 15) / 16 * 16 * PE_HEADS;
             size_t transformed = rng_below(&r, 3) == 0 ? 1 : pe_hadamard_block(n);
-            uint32_t bits_a = pe_kernels_scalar.quantize_head(CODES(a), &scales[0], &corrections[0], FLOATS(x), n, transformed, 0.125f);
-            uint32_t bits_b = k->quantize_head(CODES(b), &scales[1], &corrections[1], FLOATS(x), n, transformed, 0.125f);
-            bool same = memcmp(a.data, b.data, n) == 0 && pe_float_bits(scales[0]) == pe_float_bits(scales[1]) && corrections[0] == corrections[1];
-            CHECK(same_outcome(bits_a, bits_b) && (bits_a >= PE_NOT_FINITE_BITS || same) && block_intact(&b),
-                  "%s: n %zu transformed by %zu, %s", k->name, n, transformed, pattern_names[pattern]);
+            int layout = round % N_LAYOUTS;
+            block x = block_new(n_heads * n * 4, 4 * rng_below(&r, 4)), a = block_new(n_bytes, 0), b = block_new(n_bytes, rng_below(&r, 8));
+            for (size_t h = 0; h < n_heads; h++) fill(FLOATS(x) + h * n, n, (int)rng_below(&r, N_PATTERNS), &r);
+            pe_heads of_a = heads_of(&x, &a, n_heads, n, layout), of_b = heads_of(&x, &b, n_heads, n, layout);
+            pe_kernels_scalar.quantize_heads(&of_a, n, transformed, 0.125f);
+            k->quantize_heads(&of_b, n, transformed, 0.125f);
+            CHECK(memcmp(a.data, b.data, n_bytes) == 0 && block_intact(&b), "%s: %zu heads of %zu, layout %d", k->name, n_heads, n, layout);
+            for (size_t h = 0; h < n_heads; h++)
+                CHECK(same_outcome(of_a.absmax_bits[h], of_b.absmax_bits[h]) && of_a.corrections[h] == of_b.corrections[h] &&
+                          pe_float_bits(of_a.scales[h]) == pe_float_bits(of_b.scales[h]),
+                      "%s: head %zu of %zu values", k->name, h, n);
             block_free(&x), block_free(&a), block_free(&b);
         }
 }
@@ -207,7 +238,7 @@ static void test_quantize_law(void) {
         int8_t codes[32];
         int32_t correction, expected_sum = 0;
         fill(x, 32, round % TIES + (round % 3 == 0), &r);
-        uint32_t bits = pe_kernels_scalar.quantize_head(codes, &scale, &correction, x, 32, 1, 0.5f);
+        uint32_t bits = quantize_one(&pe_kernels_scalar, codes, &scale, &correction, x, 32, 1, 0.5f);
         float absmax = 0;
         for (int i = 0; i < 32; i++) absmax = fmaxf(absmax, fabsf(x[i]));
         bool zero = absmax < 0x1p-64f;
@@ -224,7 +255,7 @@ static void test_quantize_law(void) {
     }
 }
 
-/* A row is transformed as a whole, and each of its groups of 64 is then what quantize_head makes of it. */
+/* A row is transformed as a whole, and each of its groups of 64 is then what quantize_heads makes of it. */
 static void test_groups_law(void) {
     rng r = {16};
     for (size_t n = 1; n <= 200; n++) {
@@ -241,7 +272,7 @@ static void test_groups_law(void) {
             size_t n_group = n - g * 64 < 64 ? n - g * 64 : 64;
             float scale;
             int32_t correction;
-            pe_kernels_scalar.quantize_head(head, &scale, &correction, x + g * 64, n_group, 1, pe_input_factor(pe_hadamard_block(n)));
+            quantize_one(&pe_kernels_scalar, head, &scale, &correction, x + g * 64, n_group, 1, pe_input_factor(pe_hadamard_block(n)));
             CHECK(memcmp(head, codes + g * 64, n_group) == 0 && scale == scales[g] && correction == corrections[g], "group %zu of %zu", g, n);
             for (size_t i = n_group; i < 64; i++) CHECK(codes[g * 64 + i] == 0, "column %zu behind %zu", g * 64 + i, n);
         }
@@ -258,7 +289,7 @@ static void test_hadamard_overflow(const struct pe_kernels *k) {
     pe_activations packed = {codes, &scale, &correction, 64, 1};
     for (size_t i = 0; i < 64; i++) x[i] = 3e38f;
     CHECK(k->quantize(&packed, 0, &row, 64, NULL, 0.0f) == 1, "%s: a row", k->name);
-    CHECK(k->quantize_head(codes, &scale, &correction, x, 64, 64, 0.125f) >= PE_NOT_FINITE_BITS, "%s: a head", k->name);
+    CHECK(quantize_one(k, codes, &scale, &correction, x, 64, 64, 0.125f) >= PE_NOT_FINITE_BITS, "%s: a head", k->name);
     CHECK(k->quantize(&packed, 0, &row, 63, NULL, 0.0f) == 0 && scale == 3e38f / 127.0f, "%s: an odd row, scale %a", k->name,
           (double)scale);
     for (size_t i = 1; i < 64; i++) x[i] = 0.0f;
@@ -521,7 +552,7 @@ void test_kernels(const struct pe_kernels *k) {
     if (k == &pe_kernels_scalar) test_quantize_law(), test_groups_law(), test_hadamard_law();
     test_quantize(k);
     test_quantize_composition(k);
-    test_quantize_head(k);
+    test_quantize_heads(k);
     test_hadamard(k);
     test_hadamard_overflow(k);
     test_rmsnorm(k);
