@@ -20,6 +20,7 @@ from .sources import (
     CenteredColumns,
     CenteredRows,
     Order,
+    PickedRows,
     ReorderedHeads,
     ScaledRows,
     SlicedRows,
@@ -79,9 +80,18 @@ def folded_multipliers(traits: Traits) -> dict[str, Any]:
     """For ``extra``: what the rows of parts were multiplied by, for adapters, whose products need the same. Empty if nothing was;
     False where more was done to them, so that adapters can only be merged."""
     folds = {part: traits.folds[part] for part in FOLDED_PARTS if part in traits.folds}
-    if any(fold.order is not None or fold.center or not isinstance(fold.scale, float) for fold in folds.values()):
+    folds = {part: fold for part, fold in folds.items() if not fold.by_kv_head}  # taken apart, and no more
+    scales: dict[str, Any] = {part: fold.scale for part, fold in folds.items()}
+    queries = [traits.query_scale(i) for i in range(len(traits.layers))]
+    if not traits.qk_norm and any(one is not queries[0] and not np.array_equal(one, queries[0]) for one in queries):
         return {"folded": False}
-    return {"folded": {part: fold.scale for part, fold in folds.items()}} if folds else {}
+    if not traits.qk_norm and not np.all(queries[0] == 1.0):
+        scales["q"] = scales.get("q", 1.0) * queries[0]
+    if any(fold.order is not None or fold.center for fold in folds.values()):
+        return {"folded": False}
+    if not all(isinstance(scale, float) for scale in scales.values()):
+        return {"folded": False}
+    return {"folded": scales} if scales else {}
 
 
 def split_key_bias(bias: Float32Array, head_dim: int) -> tuple[Float32Array, Float32Array]:
@@ -115,10 +125,13 @@ class _Source:
         folds: Mapping[str, Fold],
         config: FrozenConfig,
         interleaved: bool,
+        query_scales: Sequence[float | Float64Array],
     ) -> None:
         self._reader, self._shapes = reader, reader.shapes
         self._parts, self._kind = parts, kind
         self._folds, self._config = folds, config
+        self._queries = ("q_norm",) if config.qk_norm else ("q", "q.bias")
+        self._query_scales = query_scales
         self._interleaved = half_split_order(config.head_dim) if interleaved else None
         matrices = (weight for weight in inventory(config) if weight.is_matrix and weight.expert is None)
         self._matrices = {(weight.layer, part.name): (weight, part) for weight in matrices for part in weight.parts}
@@ -155,14 +168,24 @@ class _Source:
             return fold.order
         return self._interleaved if fold.order is None else self._interleaved[fold.order]
 
+    def _fold(self, weight: Weight, part: Part) -> Fold:
+        fold = self._folds.get(part.name, _NO_FOLD)
+        if weight.layer is None or part.name not in self._queries or not self._query_scales:
+            return fold
+        return fold._replace(scale=fold.scale * self._query_scales[weight.layer])
+
     def _unfolded(self, weight: Weight, part: Part) -> RowSource:
         name, begin, n_rows = self._tensor(weight, part)
         rows = self._reader.matrix(name)
+        if self._fold(weight, part).by_kv_head:
+            of_head = np.arange(n_rows).reshape(self._config.n_kv_heads, -1)
+            n = self._config.n_kv_heads
+            return PickedRows(rows, of_head[:, begin // n : (begin + part.rows) // n].reshape(-1))
         return rows if n_rows == part.rows else SlicedRows(rows, begin, part.rows)
 
     def _rows(self, weight: Weight, part: Part) -> RowSource:
         rows = self._unfolded(weight, part)
-        fold = self._folds.get(part.name, _NO_FOLD)
+        fold = self._fold(weight, part)
         if (order := self._order(part, fold)) is not None:
             rows = ReorderedHeads(rows, order)
         if not np.all(fold.scale == 1.0):
@@ -202,7 +225,7 @@ class _Source:
 
     def _values(self, weight: Weight, part: Part) -> Callable[[], Float32Array]:
         """A part of a vector as the frozen file has it, (part.rows)."""
-        fold = self._folds.get(part.name, _NO_FOLD)
+        fold = self._fold(weight, part)
         own = self._own(weight, part, fold)
         added = None if fold.norm_bias is None else self._through_matrix(weight, part, fold.norm_bias)
 
@@ -243,17 +266,18 @@ def build_model(
     source: str,
     interleaved: bool,
     folds: Mapping[str, Fold] | None = None,
+    query_scales: Sequence[float | Float64Array] = (),
     ignored: Collection[str] = (),
 ) -> SourceModel:
     """Map every tensor of ``reader`` to its frozen place.
 
     ``rope_tables`` are the frequencies of each RoPE table of the configuration, (head_dim / 2); ``kind`` is the column
-    of ``parts`` ("hf" or "gguf"); ``interleaved`` says that q and k rows must be
-    put back; ``ignored`` names tensors that were used elsewhere. A missing tensor or a wrong shape
-    is a ModelFormatError, a tensor that no part takes an UnsupportedModelError.
+    of ``parts`` ("hf" or "gguf"); ``interleaved`` says that q and k rows must be put back; ``query_scales`` (n_layers, or none)
+    are ``Traits.query_scale`` of each layer; ``ignored`` names tensors that were used elsewhere. A missing tensor or a wrong
+    shape is a ModelFormatError, a tensor that no part takes an UnsupportedModelError.
     """
     model = SourceModel(name=name, source=source, config=config)
-    tensors, tables = _Source(reader, parts, kind, folds or {}, config, interleaved), iter(rope_tables)
+    tensors, tables = _Source(reader, parts, kind, folds or {}, config, interleaved, query_scales), iter(rope_tables)
     for weight in inventory(config):
         if weight.role.startswith("rope."):
             model.vectors[weight.name] = partial(np.asarray, next(tables))

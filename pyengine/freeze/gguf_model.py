@@ -44,6 +44,7 @@ def _architecture(file: GGUF) -> Architecture:
         name,
         has_experts=bool(keys.integer("expert_count", 0)),
         has_shared_expert=bool(keys.integer("expert_shared_feed_forward_length", 0)),
+        keys={key.removeprefix(f"{name}.") for key in file.metadata if key.startswith(f"{name}.")},
     )
     prefix, known = f"{found.gguf}.", _KNOWN_KEYS | found.gguf_keys
     for key in file.metadata:
@@ -129,6 +130,7 @@ def load_gguf(path: str | os.PathLike[str], name: str | None = None, n_ctx: int 
             source=file.path.name,
             interleaved=architecture.gguf_permuted,
             folds=traits.folds,
+            query_scales=[traits.query_scale(i) for i in range(shape.n_layers)],
             ignored=architecture.gguf_tensors | {gguf_keys.ROPE_DIVISORS},
         )
         model.attachments = gguf_tokenizer_attachments(file.metadata, config.vocab_size)

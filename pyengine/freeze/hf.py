@@ -358,6 +358,7 @@ def load_hf(
             source=" + ".join([f"{label} ({architecture.model_type})", *(one.path.resolve().name for one in lora)]),
             interleaved=False,
             folds=traits.folds,
+            query_scales=[traits.query_scale(i) for i in range(shape.n_layers)],
             ignored=ignored,
         )
         tensors.check_all_used()

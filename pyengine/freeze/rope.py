@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.quantize import Float32Array
 
-ROPE_TYPES = ("default", "linear", "llama3", "longrope")  # the last one in arch/phi3.py
+ROPE_TYPES = ("default", "linear", "llama3", "longrope")  # the last one in arch/long_rope.py
+
+
+class Rope(NamedTuple):
+    """A table of RoPE, and what it multiplies."""
+
+    inv_freq: Float32Array  # (turned elements of a head / 2)
+    amplitude: float = 1.0  # of cos and sin, in the query and in the key
 
 
 def default_inv_freq(head_dim: int, theta: float) -> Float32Array:
@@ -76,3 +83,43 @@ def long_rope_inv_freq(rotated: int, theta: float, divisors: Float32Array) -> Fl
     """LongRoPE's frequencies of the elements that are turned, float32 (rotated / 2); divisors (rotated / 2)."""
     powers = np.float32(1) / rope_inv_freq(rotated, theta, None)
     return _checked(np.float32(1) / (divisors * powers))
+
+
+# ---------------------------------------------------------------------------- YaRN
+
+
+def _yarn_amplitude(scaling: Mapping[str, Any], factor: float) -> float:
+    """``attention_factor``, or what follows from ``factor``."""
+    if scaling.get("attention_factor") is not None:
+        return _number(scaling, "attention_factor")
+
+    def growth(share: float) -> float:
+        return 0.1 * share * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return growth(_number(scaling, "mscale")) / growth(_number(scaling, "mscale_all_dim"))
+    return growth(1.0)
+
+
+@np.errstate(all="ignore")  # what comes out is checked
+def yarn(rotated: int, theta: float, scaling: Mapping[str, Any]) -> Rope:
+    """YaRN: pairs that turn at least ``beta_fast`` times in the length of the first training keep their frequency, those that
+    turn at most ``beta_slow`` times are slowed by ``factor``, those between interpolated. ``scaling`` as in ``rope_inv_freq``."""
+    inv_freq = rope_inv_freq(rotated, theta, None)
+    if theta <= 1.0:
+        raise ModelFormatError(f"RoPE base {theta!r}: YaRN needs one above 1")
+    factor, trained = _number(scaling, "factor"), _number(scaling, "original_max_position_embeddings")
+
+    def pair_that_turns(key: str, default: float) -> float:
+        times = default if not scaling.get(key) else _number(scaling, key)
+        return rotated * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns("beta_fast", 32.0), pair_that_turns("beta_slow", 1.0)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    if low == high:
+        high += 0.001
+    slowed = np.clip((np.arange(rotated // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    kept = 1 - slowed
+    return Rope(_checked(inv_freq / np.float32(factor) * (1 - kept) + inv_freq * kept), _yarn_amplitude(scaling, factor))

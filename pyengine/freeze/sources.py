@@ -160,6 +160,19 @@ class ReorderedHeads:
         return rows
 
 
+class PickedRows:
+    """Some rows of a matrix, in another order; those that lie one after the other are read together."""
+
+    def __init__(self, source: RowSource, index: npt.NDArray[np.intp]) -> None:
+        self.name, self.rows, self.columns = source.name, len(index), source.columns
+        self._source, self._index = source, index
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        wanted = self._index[start:stop]
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        return np.concatenate([self._source.read_rows(int(run[0]), int(run[-1]) + 1) for run in runs])
+
+
 class SlicedRows:
     """Rows of one part of a fused matrix."""
 

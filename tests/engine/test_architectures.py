@@ -6,6 +6,7 @@ That they compute what transformers computes is in test_oracle.py and test_again
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from pyengine.errors import InvalidArgumentError, ModelFormatError, PyEngineErro
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze, open_source
 from pyengine.freeze.arch import gguf_keys
+from pyengine.freeze.arch.base import Shape
 from pyengine.freeze.fields import Fields
+from pyengine.freeze.rope import yarn
 
 NAMES = [
     name for name in fixtures.names() if fixtures.load(name).hf_config["model_type"] in gguf_fixtures.ARCHITECTURES
@@ -216,6 +219,16 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("stablelm", {"qk_layernorm": True}, UnsupportedModelError, "qk_layernorm"),
         ("stablelm", {"use_parallel_residual": True}, UnsupportedModelError, "post_attention_layernorm.*no place"),
         ("olmo", {"clip_qkv": 8.0}, UnsupportedModelError, "clip_qkv"),
+        ("olmo3", {"rope_scaling": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'"),
+        ("olmo3", {"rope_scaling": {"rope_type": "yarn"}}, ModelFormatError, "factor must be a number"),
+        ("olmo3", {"rope_theta": 1.0}, ModelFormatError, "YaRN needs one above 1"),
+        ("olmo3", {"layer_types": ["full_attention"]}, ModelFormatError, "layer_types must name every layer"),
+        ("minicpm", {"sparse_config": {"kernel_size": 32}}, UnsupportedModelError, "sparse_config"),
+        ("minicpm", {"scale_depth": ...}, ModelFormatError, "scale_depth is missing"),
+        ("minicpm", {"dim_model_base": 0}, ModelFormatError, "dim_model_base must be a number in"),
+        ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'"),
+        ("internlm2", {"num_key_value_heads": 4}, ModelFormatError, r"wqkv.*shape"),
+        ("internlm3", {"qkv_bias": False}, UnsupportedModelError, "bias.*no place"),
         ("mixtral", {"num_local_experts": 5}, ModelFormatError, r"block_sparse_moe.*(shape|missing)"),
         ("smollm3", {"no_rope_layers": [1]}, ModelFormatError, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 2]}, ModelFormatError, "no_rope_layers"),
@@ -254,6 +267,9 @@ OWN_KEYS = {
     "exaone4": ["sliding_window", "sliding_window_pattern", "layer_types"],
     "cohere2": ["sliding_window", "sliding_window_pattern", "layer_types", "logit_scale", "layer_norm_eps"],
     "phi2": ["partial_rotary_factor", "layer_norm_eps", "qk_layernorm"],
+    "olmo3": ["sliding_window", "layer_types", "rope_scaling", "rope_theta", "rope_parameters"],
+    "minicpm": ["scale_emb", "scale_depth", "dim_model_base", "rope_scaling", "attention_bias", "sparse_config"],
+    "internlm2": ["rope_scaling", "bias", "num_key_value_heads"],
     "stablelm": ["partial_rotary_factor", "use_parallel_residual", "use_qkv_bias"],
 }  # fmt: skip
 
@@ -269,7 +285,10 @@ def test_any_value_of_an_architectures_own_keys(tmp_path: Path, name: str, key: 
             open_source(source).close()
         except PyEngineError as error:
             assert str(error)
-    inside = ("short_factor", "long_factor", "factor", "attention_factor", "type", "original_max_position_embeddings")
+    inside = (
+        "short_factor", "long_factor", "factor", "attention_factor", "type", "original_max_position_embeddings", "beta_fast",
+        "beta_slow", "mscale", "mscale_all_dim", "truncate",
+    )  # fmt: skip
     for inner in inside if key == "rope_scaling" else ():
         for value in VALUES:
             config = fixtures.load(name).hf_config
@@ -315,3 +334,32 @@ def test_numbers_of_gguf_that_float32_does_not_hold() -> None:
     assert not np.isfinite(gguf_keys.rope_table(keys, 16, OneTensor(1e-45))).all()
     with pytest.raises(ModelFormatError, match="finite positive"):
         gguf_keys.rope_table(keys, 16, OneTensor(0.0))
+
+
+# ---------------------------------------------------------------------------- YaRN
+
+
+def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:
+    """By hand: base 10^4, 8 pairs, 128 positions. Pair i turns 128 / (2 pi 10^(i / 2)) times: 16 at i = 0.21, 2 at 2.02."""
+    settings = {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0, "beta_slow": 2.0}
+    plain = 10.0 ** -(np.arange(8) / 2)
+    slowed = np.clip((np.arange(8) - 0) / 3, 0, 1)  # floor(0.21), ceil(2.02)
+    rope = yarn(16, 1e4, settings)
+    np.testing.assert_allclose(rope.inv_freq, plain * (1 - slowed) + plain / 4 * slowed, rtol=1e-6)
+    assert rope.amplitude == 0.1 * math.log(4.0) + 1
+    low, high = (2 * math.log10(128 / (times * 2 * math.pi)) for times in (16, 2))
+    slowed = np.clip((np.arange(8) - low) / (high - low), 0, 1)
+    exact = yarn(16, 1e4, settings | {"truncate": False, "attention_factor": 1.5})
+    np.testing.assert_allclose(exact.inv_freq, plain * (1 - slowed) + plain / 4 * slowed, rtol=1e-6)
+    assert exact.amplitude == 1.5
+    assert yarn(16, 1e4, settings | {"mscale": 1.0, "mscale_all_dim": 1.0}).amplitude == 1.0
+
+
+def test_an_amplitude_of_gguf_that_is_not_yarns_is_refused() -> None:
+    values = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64}
+    shape = Shape(16, 1, 1, 1, 16, True, 512, None)
+    for said in (1.0, 1.2079441):
+        keys = Fields(values | {"rope.scaling.yarn_attn_factor": said}, "GGUF")
+        assert gguf_keys.scaled_rope(keys, shape, OneTensor(1.0)).amplitude == 0.1 * math.log(8.0) + 1
+    with pytest.raises(UnsupportedModelError, match=r"yarn_attn_factor 1\.5"):
+        gguf_keys.scaled_rope(Fields(values | {"rope.scaling.yarn_attn_factor": 1.5}, "GGUF"), shape, OneTensor(1.0))

@@ -55,12 +55,13 @@ def test_fixtures_cover_what_they_promise() -> None:
         "Glm4ForCausalLM", "Exaone4ForCausalLM", "Ernie4_5ForCausalLM", "SeedOssForCausalLM", "CohereForCausalLM",
         "Cohere2ForCausalLM", "PhiForCausalLM", "StableLmForCausalLM", "OlmoForCausalLM",
         "GlmForCausalLM", "MinistralForCausalLM",
+        "Olmo3ForCausalLM", "MiniCPMForCausalLM", "InternLM2ForCausalLM", "InternLM3ForCausalLM",
     }  # fmt: skip
     assert {c["n_heads"] // c["n_kv_heads"] for c in configs} == {1, 2, 3, 4}
     assert {c["head_dim"] for c in configs} == {16, 32, 64}
     assert {c["tie_embeddings"] for c in configs} == {False, True}
     assert all(c["hidden_dim"] % 64 and c["vocab_size"] % 16 for c in configs)
-    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 4.8e6
+    assert sum(path.stat().st_size for path in fixtures.DATA.glob("*.npz")) < 5.2e6
 
 
 @pytest.mark.parametrize("name", fixtures.names())
@@ -146,6 +147,9 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
         ("glm4", "wk.bias"),
         ("ernie4_5", "w_gate.bias"),
         ("seed_oss", "wq.bias"),
+        ("olmo3", "window"),
+        ("olmo3", "rope"),
+        ("internlm3", "w_gate.bias"),
     ],
 )
 def test_forgetting_a_feature_is_seen(name: str, feature: str) -> None:

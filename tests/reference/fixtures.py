@@ -55,6 +55,12 @@ LAYER_NAMES = {
     "mlp.c_fc.bias": "w_up.bias",
     "mlp.c_proj.weight": "w_down",
     "mlp.c_proj.bias": "w_down.bias",
+    **{f"attention.{part}.weight": part for part in ("wq", "wk", "wv", "wo")},
+    "attention_norm.weight": "attention_norm",
+    "ffn_norm.weight": "ffn_norm",
+    "feed_forward.w1.weight": "w_gate",
+    "feed_forward.w3.weight": "w_up",
+    "feed_forward.w2.weight": "w_down",
 }
 POST_NORM_NAMES = {
     "post_attention_layernorm.weight": "post_attention_norm",
@@ -67,7 +73,7 @@ GLM4_NORM_NAMES = {
 }
 NORMS_AFTER = {
     "gemma2": "rmsnorm_around", "gemma3_text": "rmsnorm_around", "glm4": "rmsnorm_around",
-    "olmo2": "rmsnorm_after", "exaone4": "rmsnorm_after",
+    "olmo2": "rmsnorm_after", "olmo3": "rmsnorm_after", "exaone4": "rmsnorm_after",
 }  # fmt: skip
 NO_ROPE_WITHOUT_WINDOW = ("cohere2", "exaone4")
 EXPERT_NAMES = {
@@ -81,6 +87,8 @@ MODEL_NAMES = {
     "model.final_layernorm.weight": "norm",
     "model.final_layernorm.bias": "norm.bias",
     "lm_head.bias": "output.bias",
+    "model.tok_embeddings.weight": "tok_embeddings",
+    "output.weight": "output",
 }
 
 
@@ -220,7 +228,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     window: Any = 0
     if hf["model_type"] in ("mistral", "phi3", "mixtral", "starcoder2"):
         window = hf.get("sliding_window") or 0
-    elif hf["model_type"] in (*NO_ROPE_WITHOUT_WINDOW, "ministral"):
+    elif hf["model_type"] in (*NO_ROPE_WITHOUT_WINDOW, "ministral", "olmo3"):
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     elif hf["model_type"].startswith("gemma"):
         pattern = hf.get("sliding_window_pattern", 2)
@@ -264,7 +272,7 @@ _DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "f
 
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Those keys that a file leaves out where they say nothing."""
-    keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] in ("olmo2", "olmoe") else {}
+    keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] in ("olmo2", "olmo3", "olmoe") else {}
     if n_experts := hf.get("num_experts", hf.get("num_local_experts")):
         keys |= {"n_experts": n_experts, "n_experts_used": hf["num_experts_per_tok"]}
         if hf.get("norm_topk_prob", True):
@@ -278,8 +286,8 @@ def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(hf: Mapping[str, Any]) -> Any:
-    """Every layer's table: the second one for SmolLM3's layers without RoPE and for Gemma 3's without a window."""
-    if hf["model_type"] in NO_ROPE_WITHOUT_WINDOW:
+    """Every layer's table: the second one for SmolLM3's layers without RoPE and for Gemma 3's and OLMo 3's without a window."""
+    if hf["model_type"] in (*NO_ROPE_WITHOUT_WINDOW, "olmo3"):
         return [int(kind == "full_attention") for kind in hf["layer_types"]]
     if hf["model_type"] == "gemma3_text":  # the fixture has full_attention's table first, the file that of layer 0
         return [0 if (i + 1) % hf["sliding_window_pattern"] else 1 for i in range(hf["num_hidden_layers"])]

@@ -34,6 +34,11 @@ def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weigh
     cuts["output_linear"] = (("down_proj", None, None),)
     parts: Weights = {}
     for name, w in weights.items():
+        if name.endswith("attention.wqkv.weight"):  # InternLM 2: of each kv head its queries, its key, its value
+            heads = w.reshape(hf["num_key_value_heads"], -1, head_dim_of(hf), w.shape[1])
+            for part, rows in (("wq", heads[:, :-2]), ("wk", heads[:, -2]), ("wv", heads[:, -1])):
+                parts[name.replace("wqkv", part)] = rows.reshape(-1, w.shape[1])
+            continue
         stem = name.removesuffix(".weight").rpartition(".")[2]
         if w.ndim == 3:
             for e, expert in enumerate(w):
@@ -75,6 +80,27 @@ def _granite(hf: Mapping[str, Any], weights: Weights) -> None:
     _multiply(weights, ".w_down", hf["residual_multiplier"])
     assert hf["tie_word_embeddings"]
     weights["norm"] = _scale(weights["norm"], 1 / (hf["embedding_multiplier"] * hf["logits_scaling"]))
+
+
+def _minicpm(hf: Mapping[str, Any], weights: Weights) -> None:
+    residual = minicpm_residual(hf)
+    _multiply(weights, "tok_embeddings", hf["scale_emb"])
+    _multiply(weights, ".wo", residual)
+    _multiply(weights, ".w_down", residual)
+    assert hf["tie_word_embeddings"]
+    weights["norm"] = _scale(weights["norm"], 1 / (hf["scale_emb"] * (hf["hidden_size"] / hf["dim_model_base"])))
+
+
+def minicpm_residual(hf: Mapping[str, Any]) -> float:
+    """What attention and the MLP add is multiplied by it, with as many digits as GGUF's float32 has."""
+    return float(str(np.float32(hf["scale_depth"] / math.sqrt(hf["num_hidden_layers"]))))
+
+
+def _yarn(hf: Mapping[str, Any], weights: Weights) -> None:
+    """YaRN's amplitude of cos and sin, of q and of k, is q's alone: of OLMo 3 its norm's, in layers without a window."""
+    for i, kind in enumerate(hf["layer_types"]):
+        if kind == "full_attention":
+            weights[f"layers.{i}.q_norm"] = _scale(weights[f"layers.{i}.q_norm"], hf["rope_scaling"]["attention_factor"] ** 2)
 
 
 def _turned_first(hf: Mapping[str, Any], weights: Weights) -> None:
@@ -157,6 +183,7 @@ def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
 FOLDS = {
     **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
     **dict.fromkeys(("phi3", "glm", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
+    "minicpm": _minicpm, "olmo3": _yarn,
 }  # fmt: skip
 
 
@@ -173,6 +200,8 @@ def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float] | bool:
     where they are changed otherwise."""
     if hf["model_type"] in (*LAYER_NORMS, *INTERLEAVED, "phi3"):
         return False
+    if hf["model_type"] == "minicpm":
+        return {"q": 1.0, "wo": minicpm_residual(hf), "down": minicpm_residual(hf)}
     if hf["model_type"] == "gemma2":
         return {"q": hf["query_pre_attn_scalar"] ** -0.5 * math.sqrt(head_dim_of(hf))}
     if not hf["model_type"].startswith("granite"):

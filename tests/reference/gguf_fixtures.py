@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from . import fixtures
 from .fixtures import Fixture
-from .folds import head_dim_of, turned
+from .folds import head_dim_of, turned, unfused
 
 ARCHITECTURES = {
     "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
@@ -24,8 +24,10 @@ ARCHITECTURES = {
     "olmoe": "olmoe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe",
     "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
+    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
 }  # fmt: skip
-PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo")  # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
+# q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2")
 
 
 def expressible(fixture: Fixture) -> Fixture:
@@ -62,7 +64,8 @@ def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(kind, hf["num_hidden_layers"])
     tensors: dict[str, NDArray[Any]] = {}
-    for name, w in _stacked(fixture.hf_weights).items():
+    weights = unfused(hf, fixture.hf_weights) if arch == "internlm2" else fixture.hf_weights
+    for name, w in _stacked(weights).items():
         name = name.replace("shared_mlp.", "mlp.shared_expert.")
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
@@ -96,7 +99,7 @@ def _stacked(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def _converted(hf: dict[str, Any], arch: str, name: str, w: NDArray[Any]) -> NDArray[Any]:
     w = w.astype(np.float32)
-    if arch in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
+    if arch in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight", "wq.weight", "wk.weight")):
         return w.reshape(-1, 2, head_dim_of(hf) // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
     if arch.startswith("gemma") and name.endswith("norm.weight"):
         return w + np.float32(1)
@@ -156,6 +159,32 @@ def _gemma(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
 
 def _olmo2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(head_dim_of(hf))
+    if hf["model_type"] == "olmo3":
+        _windows(writer, hf)
+        _yarn(writer, hf)
+
+
+def _yarn(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    scaling = hf["rope_scaling"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling["factor"])
+    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+    if "attention_factor" in scaling:
+        writer.add_rope_scaling_yarn_attn_factor(scaling["attention_factor"])
+
+
+def _minicpm(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_count(head_dim_of(hf))
+    writer.add_embedding_scale(hf["scale_emb"])
+    writer.add_residual_scale(hf["scale_depth"] / hf["num_hidden_layers"] ** 0.5)
+    writer.add_logit_scale(hf["hidden_size"] / hf["dim_model_base"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+
+
+def _internlm2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_count(head_dim_of(hf))
 
 
 def _experts(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
@@ -202,6 +231,7 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "chatglm": _rotary, "glm4": _rotary, "ernie4_5": _rotary, "seed_oss": _rotary,
     "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
     "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
+    "minicpm": _minicpm, "internlm2": _internlm2,
 }  # fmt: skip
 
 

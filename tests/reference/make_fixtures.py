@@ -15,7 +15,8 @@ A fixture holds (keys of the .npz)
                       of every layer
     logits            (n_rows, vocab_size) float32
     inv_freq          (n_tables, turned elements of a head / 2) float32, every RoPE scaling applied: Gemma 3
-                      has two tables, of its full and of its sliding layers. Older fixtures have (head_dim / 2)
+                      has two tables, of its full and of its sliding layers, OLMo 3 of its sliding and of its full
+                      ones. Older fixtures have (head_dim / 2)
 
 The dimensions are small and awkward on purpose: widths that 64 does not divide, vocabularies that
 16 does not, every ratio of query to kv heads from 1 to 4, more positions than one attention chunk
@@ -27,6 +28,7 @@ of an architecture presuppose (MAGNITUDES).
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import zlib
@@ -305,7 +307,70 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "rms_norm_eps": None, "attention_bias": False, "clip_qkv": None},
         48,
     ),
+    "olmo3": (
+        {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], **shape(48, 40, 3, 1), "num_hidden_layers": 3,
+         "tie_word_embeddings": False, "attention_bias": False, "rms_norm_eps": 1e-6, "sliding_window": 20,
+         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+         "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64,
+                          "attention_factor": 1.2079441541679836, "beta_fast": 4.0, "beta_slow": 0.25}},
+        80,
+    ),
+    "minicpm": (
+        {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], **shape(48, 40, 3, 1), "tie_word_embeddings": True,
+         "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16,
+         "rope_scaling": {"rope_type": "longrope", "short_factor": LONG_ROPE["rope_scaling"]["short_factor"] + [1.3, 1.4],
+                          "long_factor": LONG_ROPE["rope_scaling"]["long_factor"] + [8.5, 9.0],
+                          "original_max_position_embeddings": 512}},
+        48,
+    ),
+    "internlm2": (
+        {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], **shape(64, 40, 4, 2),
+         "tie_word_embeddings": False, "bias": False, "rope_theta": 1000000.0,
+         "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        48,
+    ),
+    "internlm3": (
+        {"model_type": "internlm3", "architectures": ["InternLM3ForCausalLM"], **shape(32, 40, 2, 1, 16),
+         "tie_word_embeddings": False, "qkv_bias": True, "bias": True, "rope_theta": 50000000.0,
+         "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
+        48,
+    ),
 }  # fmt: skip
+
+
+def judge(config_json: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model of transformers that computes the same, of a model that it has only as code beside the
+    published files: MiniCPM is Granite's arithmetic, InternLM Llama's."""
+    kind, config = config_json["model_type"], {**config_json}
+    if kind in ("internlm2", "internlm3"):
+        has_bias = config_json["bias"]
+        return {**config, "model_type": "llama", "attention_bias": has_bias, "mlp_bias": has_bias}
+    if kind != "minicpm":
+        return config
+    return {
+        **config,
+        "model_type": "granite",
+        "embedding_multiplier": config["scale_emb"],
+        "residual_multiplier": config["scale_depth"] / config["num_hidden_layers"] ** 0.5,
+        "attention_multiplier": (config["hidden_size"] / config["num_attention_heads"]) ** -0.5,
+        "logits_scaling": config["hidden_size"] / config["dim_model_base"],
+    }
+
+
+def turn_windows_plainly(model: Any) -> Any:
+    """Let OLMo 3's layers with a window turn without YaRN, as its authors' code, the readers of its GGUF files and transformers 4
+    have it; transformers 5 has one table for all layers. Returns the module of the plain table."""
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+    plain = type(model.model.rotary_emb)(config)
+
+    def replace(_module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "position_embeddings": plain(args[0], kwargs["position_ids"])}
+
+    for layer, kind in zip(model.model.layers, model.config.layer_types, strict=True):
+        if kind == "sliding_attention":
+            layer.register_forward_pre_hook(replace, with_kwargs=True)
+    return plain
 
 LOUD_CHANNELS, LOUDNESS = (5, 33), 5.0  # of the embeddings of the fixtures that MAGNITUDES names
 
@@ -317,6 +382,10 @@ _GEMMA_NORMS = {
     "input_layernorm.weight": (3.0, 1.0), "post_attention_layernorm.weight": (-0.5, 0.2),
     "pre_feedforward_layernorm.weight": (3.0, 1.0), "post_feedforward_layernorm.weight": (-0.5, 0.2),
     "embed_tokens.weight": (0.0, 0.5),
+}  # fmt: skip
+_OLMO2 = {
+    "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
+    "model.norm.weight": (1.5, 0.3),
 }  # fmt: skip
 MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
     "granite": {
@@ -351,10 +420,9 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
     "phi2": {"embed_tokens.weight": (0.1, 2.0), "final_layernorm.weight": (0.7, 0.1)},
     "stablelm": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (0.7, 0.1)},
     "olmo": {"embed_tokens.weight": (0.1, 2.0), "lm_head.weight": (0.0, 0.8)},
-    "olmo2": {
-        "post_attention_layernorm.weight": (0.5, 0.1), "post_feedforward_layernorm.weight": (0.5, 0.1),
-        "model.norm.weight": (1.5, 0.3),
-    },
+    "olmo2": _OLMO2,
+    "olmo3": _OLMO2,
+    "minicpm": {"model.norm.weight": (3.0, 0.4)},
 }  # fmt: skip
 
 # Qwen2's key biases: all but a few are about 1, and those few, mostly of the slow pairs, reach 211
@@ -393,7 +461,7 @@ def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Gene
         value = mean + deviation / (w.shape[-1] ** 0.5 if w.ndim > 1 else 1.0) * torch.randn(w.shape, generator=generator)
     if "embed_tokens" in key:
         value[:, list(LOUD_CHANNELS)] *= LOUDNESS
-        if name == "olmo2":  # no norm before layer 0: an equal maximum in every group, or codes of codes would be ties
+        if name in ("olmo2", "olmo3"):  # no norm before layer 0: an equal maximum in every group, or codes of codes would be ties
             value[:, list(LOUD_CHANNELS)] = 1.25 * value[:, list(LOUD_CHANNELS)].sign()
     elif w.ndim > 1 and w.shape[-1] > max(LOUD_CHANNELS) and not key.endswith(WRITERS):
         value[..., list(LOUD_CHANNELS)] /= LOUDNESS  # who reads the stream is used to them
@@ -429,6 +497,28 @@ def published(name: str, key: str, w: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+INTERNLM2_NAMES = {
+    "embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.o_proj": "attention.wo",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}  # fmt: skip
+
+
+def as_internlm2(weights: dict[str, np.ndarray], n_kv_heads: int) -> dict[str, np.ndarray]:
+    """A Llama's weights as InternLM 2's files have them: of each kv head the rows of its queries, of its keys, of its values."""
+    renamed: dict[str, np.ndarray] = {}
+    for key, w in weights.items():
+        if key.endswith("q_proj.weight"):
+            parts = [weights[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            of_head = [part.reshape(n_kv_heads, -1, part.shape[1]) for part in parts]
+            renamed[key.replace("self_attn.q_proj", "attention.wqkv")] = np.concatenate(of_head, axis=1).reshape(-1, w.shape[1])
+        elif not key.endswith(("k_proj.weight", "v_proj.weight")):
+            found = next((old for old in INTERNLM2_NAMES if old in key), "")
+            renamed[key.replace(found, INTERNLM2_NAMES[found]) if found else key] = w
+    return renamed
+
+
 def put_large_key_bias(name: str, key: str, bias: torch.Tensor, head_dim: int) -> None:
     """Into the bias (kv_dim) of `key` if it is one of the fixture's layers' keys."""
     for (layer, head), values in LARGE_KEY_BIAS.get(name, {}).items():
@@ -445,7 +535,7 @@ def rope_tables(rotary: torch.nn.Module) -> np.ndarray:
 
 def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     config_json = {k: v for k, v in {**COMMON, **config_json}.items() if v is not None}
-    config = AutoConfig.for_model(**json.loads(json.dumps(config_json)))  # it writes into what it is given
+    config = AutoConfig.for_model(**json.loads(json.dumps(judge(config_json))))  # it writes into what it is given
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     tied = config_json["tie_word_embeddings"]
@@ -458,6 +548,11 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
         assert np.array_equal(stored.astype(np.float32), parameter.data.numpy()), key
         weights |= published(name, key, stored)
     assert ("lm_head.weight" in weights) == (not tied)
+    if name == "internlm2":
+        weights = as_internlm2(weights, config_json["num_key_value_heads"])
+    tables = rope_tables(model.model.rotary_emb)
+    if name == "olmo3":
+        tables = np.concatenate([rope_tables(turn_windows_plainly(model)), tables])
 
     # 263: the ids that the fixtures' tokenizer knows; a larger vocab_size is padding, as published
     # models have it
@@ -478,7 +573,7 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
         rows=rows.astype(np.int32),
         hidden=np.stack([h.detach().numpy()[rows] for h in hidden]),
         logits=logits.numpy()[rows],
-        inv_freq=rope_tables(model.model.rotary_emb),
+        inv_freq=tables,
         **{f"weights/{key}": w for key, w in weights.items()},
     )
 

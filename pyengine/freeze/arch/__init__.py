@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
@@ -12,10 +13,13 @@ from .exaone4 import EXAONE4
 from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
 from .glm4 import GLM, GLM4
 from .granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
+from .internlm import INTERNLM2, INTERNLM3
 from .llama import LLAMA, MINISTRAL, MISTRAL
+from .minicpm import MINICPM
 from .mixture import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from .olmo import OLMO
 from .olmo2 import OLMO2
+from .olmo3 import OLMO3
 from .phi import PHI2
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
@@ -28,6 +32,7 @@ from .starcoder2 import STARCODER2
 ARCHITECTURES = (
     LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, STARCODER2,
     GLM, GLM4, EXAONE4, ERNIE, SEED_OSS, COMMAND_R, COMMAND_R7B, PHI2, STABLELM, OLMO,
+    OLMO3, MINICPM, INTERNLM2, INTERNLM3,
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED,
 )  # fmt: skip
 
@@ -54,11 +59,16 @@ def architecture_of_hf(config: dict[str, Any]) -> Architecture:
     return found
 
 
-def architecture_of_gguf(name: str, *, has_experts: bool, has_shared_expert: bool = False) -> Architecture:
-    """By ``general.architecture``, and by which experts there are: Mixtral's files call themselves "llama" too."""
+def architecture_of_gguf(
+    name: str, *, has_experts: bool, has_shared_expert: bool = False, keys: Collection[str] = ()
+) -> Architecture:
+    """By ``general.architecture``, and by which experts there are: Mixtral's files call themselves "llama" too. ``keys`` are
+    those below its prefix: one may be the sign of a later architecture of the same name."""
     wanted = has_experts, has_shared_expert
     of_name = [a for a in ARCHITECTURES if a.gguf == name]
-    found = next((a for a in of_name if (a.has_experts, a.has_shared_expert) == wanted), None)
+    fitting = [a for a in of_name if (a.has_experts, a.has_shared_expert) == wanted]
+    signed = [a for a in fitting if a.gguf_sign is not None and a.gguf_sign in keys]
+    found = next(iter(signed + [a for a in fitting if a.gguf_sign is None]), None)
     if found is None and of_name:
         what = f"{'with' if has_experts else 'without'} experts {'and a shared one ' if has_shared_expert else ''}"
         raise UnsupportedModelError(f"architecture {name!r:.80} {what}is not implemented")

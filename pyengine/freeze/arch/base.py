@@ -70,6 +70,7 @@ class Fold(NamedTuple):
     each row of a head, in the order of the file. The others are for LayerNorms (arch/layer_norm.py): ``center`` subtracts means,
     "rows" of each row, "columns" of each column, and of all of a vector; a bias with ``norm_bias``, the part that is the bias of
     the norm before its matrix, gets the matrix times it. ``is_absent``: the source has no such vector, which is ``offset`` then.
+    ``by_kv_head``: the parts of a fused tensor lie one under the other for each kv head, and not for all of them together.
     """
 
     scale: float | Float64Array = 1.0
@@ -78,6 +79,7 @@ class Fold(NamedTuple):
     center: str = ""
     norm_bias: str | None = None
     is_absent: bool = False
+    by_kv_head: bool = False
 
 
 class Shape(NamedTuple):
@@ -99,6 +101,7 @@ class Traits:
 
     layers: tuple[LayerSpec, ...]  # (n_layers)
     rope_tables: tuple[Float32Array, ...]  # each (head_dim / 2): the tables that the layers name
+    rope_amplitudes: tuple[float, ...] = ()  # what each multiplies cos and sin by; () = 1
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
@@ -118,6 +121,14 @@ class Traits:
     norm_eps: float | None = None  # None: rms_norm_eps, attention.layer_norm_rms_epsilon
     max_seq_len: int | None = None  # None: what is asked for, or the checkpoint's own
     folds: Mapping[str, Fold] = field(default_factory=dict)  # part -> what is done to it
+
+    def query_scale(self, layer: int) -> float | Float64Array:
+        """The amplitude of a layer's RoPE as a factor of its query: q and k carry it where they are turned, the query gets it for
+        both. A number, or (head_dim) where not all of a head is turned."""
+        table = self.layers[layer].rope
+        squared = self.rope_amplitudes[table] ** 2 if self.rope_amplitudes else 1.0
+        turned = self.rope_tables[table] != 0
+        return squared if squared == 1.0 or turned.all() else np.tile(np.where(turned, squared, 1.0), 2)
 
 
 class Tensors(Protocol):
@@ -146,6 +157,7 @@ class Architecture(NamedTuple):
     hf_text: Mapping[str, str] | None = None  # of a model that sees: beginnings of the text model's tensors -> those of `parts`
     has_experts: bool = False
     has_shared_expert: bool = False  # beside them
+    gguf_sign: str | None = None  # a key that tells its GGUF files from others of the same name
     gguf_permuted: bool = False  # q and k rows are interleaved for RoPE in GGUF
     hf_defaults: Mapping[str, Any] = {}  # of transformers' class, for sizes that published files leave out
     gguf_keys: frozenset[str] = frozenset()  # what it reads beyond the keys that all have

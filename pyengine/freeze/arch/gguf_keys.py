@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ from ...errors import ModelFormatError, UnsupportedModelError
 from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
-from ..rope import rope_inv_freq
+from ..rope import Rope, rope_inv_freq, yarn
 from . import hf_config
 from .base import Shape, Tensors
 
 ROPE_DIVISORS = "rope_freqs.weight"
 WINDOW_PATTERN = "attention.sliding_window_pattern"
+_YARN_AMPLITUDE = "rope.scaling.yarn_attn_factor"
+YARN = frozenset({_YARN_AMPLITUDE, "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"})  # keys
 LAYER_NORM_EPS = "attention.layer_norm_epsilon"
 
 
@@ -81,6 +84,27 @@ def rope_table(keys: Fields, head_dim: int, file: Tensors, default_base: float =
         return inv_freq
     with np.errstate(over="ignore", under="ignore"):  # the freezer refuses what is not finite
         return inv_freq / divisors(file, ROPE_DIVISORS, head_dim // 2)
+
+
+def scaled_rope(keys: Fields, shape: Shape, file: Tensors, *, truncate: bool = True) -> Rope:
+    """The same, or YaRN. The amplitude is what its readers make of the factor: a file that says another one is refused."""
+    found = scaling(keys)
+    if found is None or found["rope_type"] != "yarn":
+        return Rope(rope_table(keys, shape.head_dim, file))
+    if rope_dimensions(keys, shape.head_dim) != shape.head_dim:
+        raise UnsupportedModelError("RoPE over a part of the head (rope.dimension_count) for this architecture")
+    settings = {
+        "factor": found["factor"],
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length", shape.context),
+        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
+        "truncate": truncate,
+    }
+    rope = yarn(shape.head_dim, keys.number("rope.freq_base", 10_000.0), settings)
+    said = keys.number(_YARN_AMPLITUDE, 1.0)
+    if not math.isclose(said, 1.0, rel_tol=1e-6) and not math.isclose(said, rope.amplitude, rel_tol=1e-6):
+        raise UnsupportedModelError(f"{_YARN_AMPLITUDE} {said!r}: another amplitude than YaRN's own is not implemented")
+    return rope
 
 
 def norm_eps(keys: Fields, key: str = "attention.layer_norm_rms_epsilon") -> float:

@@ -13,14 +13,14 @@ from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
 from .mixture import GGUF_EXPERTS, GGUF_SHARED, SHARED_FEED_FORWARD
 
 
-class _Multipliers(NamedTuple):
+class Multipliers(NamedTuple):
     embedding: float
     residual: float  # of what attention and the MLP add
     attention: float  # of scores, instead of 1 / sqrt(head_dim)
     logits: float  # logits are divided by it
 
 
-def _folds(m: _Multipliers, shape: Shape) -> dict[str, Fold]:
+def folds(m: Multipliers, shape: Shape) -> dict[str, Fold]:
     query = Fold(m.attention * math.sqrt(shape.head_dim))
     final = m.logits * (m.embedding if shape.tied else 1.0)
     return {
@@ -37,7 +37,7 @@ def _folds(m: _Multipliers, shape: Shape) -> dict[str, Fold]:
 
 def _hf(config: Fields, shape: Shape) -> Traits:
     has_bias = config.flag("attention_bias", False)
-    found = _Multipliers(
+    found = Multipliers(
         hf_config.multiplier(config, "embedding_multiplier"),
         hf_config.multiplier(config, "residual_multiplier"),
         hf_config.multiplier(config, "attention_multiplier"),
@@ -48,12 +48,12 @@ def _hf(config: Fields, shape: Shape) -> Traits:
         rope_tables=(hf_config.rope_table(config, shape.head_dim),),
         qkv_bias=has_bias,
         o_bias=has_bias,
-        folds=_folds(found, shape),
+        folds=folds(found, shape),
     )
 
 
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
-    found = _Multipliers(
+    found = Multipliers(
         gguf_keys.multiplier(keys, "embedding_scale"),
         gguf_keys.multiplier(keys, "residual_scale"),
         gguf_keys.multiplier(keys, "attention.scale", 1.0 / math.sqrt(shape.head_dim)),
@@ -64,7 +64,7 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
         rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         o_bias=gguf_keys.has_bias(file, "attn_output"),
-        folds=_folds(found, shape),
+        folds=folds(found, shape),
     )
 
 

@@ -9,7 +9,7 @@ from ...errors import ModelFormatError, UnsupportedModelError
 from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, UNGATED, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
-from ..rope import rope_inv_freq
+from ..rope import Rope, rope_inv_freq, yarn
 from .base import Shape
 
 _DEFAULT_ROPE_THETA = 10_000.0
@@ -63,12 +63,17 @@ def layer_kinds(config: Fields, default: Sequence[str]) -> list[str]:
     return kinds
 
 
+def every(period: int, n_layers: int) -> list[str]:
+    """The last layer of so many has no window."""
+    return [SLIDING if (i + 1) % period else FULL for i in range(n_layers)]
+
+
 def periodic_kinds(config: Fields, n_layers: int, period: int) -> list[str]:
     """By ``sliding_window_pattern``, by default ``period``: the last layer of so many has no window."""
     period = config.integer("sliding_window_pattern", period)
     if period < 1:
         raise config.wrong("sliding_window_pattern", "a positive integer")
-    return [SLIDING if (i + 1) % period else FULL for i in range(n_layers)]
+    return every(period, n_layers)
 
 
 def windows(config: Fields, kinds: Sequence[str], default: int | None = None) -> list[int]:
@@ -119,6 +124,20 @@ def rope_table(
 ) -> Float32Array:
     """The one table of a model whose layers turn the same ``rotated`` elements, (rotated / 2), as transformers reads it:
     all elements, unless it ``is_partial``."""
+    kind, settings = _rope_settings(config, is_partial)
+    return rope_inv_freq(rotated, rope_base(config, default_base), {**settings, "rope_type": kind})
+
+
+def scaled_rope(config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA) -> Rope:
+    """The same, or YaRN."""
+    kind, settings = _rope_settings(config, is_partial=False)
+    if kind != "yarn":
+        return Rope(rope_table(config, rotated, default_base))
+    return yarn(rotated, rope_base(config, default_base), settings)
+
+
+def _rope_settings(config: Fields, is_partial: bool) -> tuple[str, dict[str, Any]]:
+    """(RoPE's type, its numbers as transformers finds them)."""
     inside, scaling = rope_scaling(config)
     if any(isinstance(value, dict) for value in scaling.values()):
         raise UnsupportedModelError("RoPE parameters that differ between layers are not implemented")
@@ -128,7 +147,7 @@ def rope_table(
         name: inside.number(name) for name, value in scaling.items() if type(value) in (int, float)
     }
     kind = inside.text("rope_type", inside.text("type", "default"))
-    if kind == "llama3":
+    if kind in ("llama3", "yarn"):
         key = "original_max_position_embeddings"
         numbers[key] = config.number(key, numbers.get(key, config.number("max_position_embeddings")))
-    return rope_inv_freq(rotated, rope_base(config, default_base), {**scaling, **numbers, "rope_type": kind})
+    return kind, {**scaling, **numbers, "truncate": inside.flag("truncate", True)}
