@@ -253,7 +253,7 @@ void pe_adapter_matmul_add_to_x(pe_slice *s, const pe_layer *layer, pe_adapter_m
     bool is_o = matrix == PE_ADAPTER_O;
     float *out = norm == NULL ? s->x : s->branch;
     pe_adapted_output output = {matrix, out, pe_x_stride(s->model), PE_PANEL};
-    pe_matmul(s, is_o ? &layer->wo : &layer->experts->w_down, is_o ? layer->wo_bias : layer->down_bias, out, output.stride,
+    pe_matmul(s, is_o ? &layer->wo : &layer->experts->w_down, is_o ? layer->wo_bias : layer->experts->down_bias, out, output.stride,
               norm == NULL ? PE_ADD : PE_STORE);
     pe_adapter_add(s, layer, in, in_stride, &output, 1);
     if (norm != NULL) pe_add_branch_to_x(s, norm);

@@ -9,6 +9,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "kernels/pe_math.h"
+
 static size_t max_rows(const pe_model *model) {
     size_t n_rep = model->config.n_heads / model->config.n_kv_heads;
     return n_rep > PE_ATTENTION_ROWS ? n_rep : PE_ATTENTION_ROWS;
@@ -159,13 +161,22 @@ static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out, c
     values(out->o, t->scores, t->n_rows, s->model->head_dim_p, &kv, first, last);
 }
 
+/* What a row's o is multiplied by: 1 / l, or with a sink, a position without a value whose score is `sink`, what is left of that. */
+static float output_factor(float m, float l, const float *sink) {
+    if (sink == NULL) return 1.0f / l;
+    float most = *sink > m ? *sink : m, share = pe_expf(m - most);
+    return share / fmaf(l, share, pe_expf(*sink - most));
+}
+
 static void write_output(const task *t, const pe_attention_state *total) {
     const pe_model *model = t->slice->model;
+    const float *sinks = model->layers[t->layer].sinks;
     size_t head_dim = model->config.head_dim;
     for (size_t r = 0; r < t->n_rows; r++) {
         size_t token = t->block->first_token + r / t->n_rep, head = t->kv_head * t->n_rep + r % t->n_rep;
         float *out = t->slice->att + token * model->q_dim + head * head_dim;
-        t->slice->kernels->scale(out, total->o + r * model->head_dim_p, 1.0f / total->l[r], head_dim);
+        float factor = output_factor(total->m[r], total->l[r], sinks == NULL ? NULL : sinks + head);
+        t->slice->kernels->scale(out, total->o + r * model->head_dim_p, factor, head_dim);
     }
 }
 

@@ -67,6 +67,7 @@ static void route_unit(void *arg, size_t row, int thread) {
     }
     memset(s->branch + row * stride, 0, stride * sizeof *s->branch);
     s->kernels->dots_f32(logits, input, j->layer->router, n, dim);
+    if (j->layer->router_bias != NULL) s->kernels->add(logits, j->layer->router_bias, n);
     for (size_t e = 0; e < n; e++) pe_slice_note_bits(s, row, pe_float_bits(logits[e]) & 0x7fffffffu);
     choose(logits, n, config->n_experts_used, s->expert_taken + at);
     weigh(logits, n, s->expert_taken + at, config->experts_normalized, s->expert_weights + at);
@@ -95,9 +96,9 @@ static void run_expert(job *j, pe_epilogue gate) {
         if (s->expert_taken[row * n_mlps + j->expert]) s->selected[n++] = row;
     if (n == 0) return;
     pe_quantize_rows(s, s->normed, stride, s->selected, n, model->config.dim, NULL);
-    pe_matmul(s, &expert->w_gate_up, NULL, s->h, h_stride, gate);
+    pe_matmul(s, &expert->w_gate_up, expert->gate_up_bias, s->h, h_stride, gate);
     pe_quantize_gathered(s, s->h, h_stride, s->selected, n, hidden_dim);
-    pe_matmul(s, &expert->w_down, NULL, s->expert_out, stride, PE_STORE);
+    pe_matmul(s, &expert->w_down, expert->down_bias, s->expert_out, stride, PE_STORE);
     pe_parallel_for(s->n_threads, n, add_unit, j, s->control);
 }
 

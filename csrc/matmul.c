@@ -69,10 +69,10 @@ typedef struct matmul_job {
 static void gated_tile(const matmul_job *j, size_t begin, size_t end, size_t first, size_t last, float *tile) {
     const pe_slice *s = j->s;
     size_t width = (end - begin) * PE_PANEL;
+    pe_gate gate = pe_gate_of(s->kernels, j->epilogue);
     s->kernels->matmul(tile, width, j->w, begin, end, &s->act, first, last, j->bias, false);
     for (size_t t = first; t < last; t++)
-        (j->epilogue == PE_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh)(
-            j->out + t * j->out_stride + begin / 2 * PE_PANEL, tile + (t - first) * width, (end - begin) / 2);
+        gate(j->out + t * j->out_stride + begin / 2 * PE_PANEL, tile + (t - first) * width, (end - begin) / 2);
 }
 
 static void matmul_unit(void *arg, size_t unit, int thread) {

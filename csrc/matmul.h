@@ -7,9 +7,17 @@
 
 #include "slice.h"
 
-/* What becomes of a product: out = p, out += p, out = gelu(p), or out = silu(gate) * up or gelu(gate) * up of alternating gate
- * and up panels. */
-typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_GELU_TANH, PE_SWIGLU, PE_GEGLU_TANH } pe_epilogue;
+/* What becomes of a product: out = p, out += p, out = gelu(p), or out = what a gate (kernels.h) makes of alternating gate and up
+ * panels. */
+typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_GELU_TANH, PE_SWIGLU, PE_SWIGLU_CLAMPED, PE_GEGLU_TANH } pe_epilogue;
+
+typedef void (*pe_gate)(float *h, const float *gate_up, size_t n_pairs);
+/* Of the last three. */
+static inline pe_gate pe_gate_of(const struct pe_kernels *kernels, pe_epilogue epilogue) {
+    return epilogue == PE_SWIGLU           ? kernels->swiglu
+           : epilogue == PE_SWIGLU_CLAMPED ? kernels->swiglu_clamped
+                                           : kernels->geglu_tanh;
+}
 
 /* slice->act = the first n columns of n_rows rows, quantized. rows (capacity, stride); `selected` (n_rows) says which
  * of them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first. */

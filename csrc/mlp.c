@@ -7,8 +7,18 @@
 
 typedef struct gate_job {
     pe_slice *s;
-    void (*gate)(float *h, const float *gate_up, size_t n_pairs);
+    pe_gate gate;
 } gate_job;
+
+static pe_epilogue epilogue_of(pe_activation activation) {
+    static const pe_epilogue epilogues[] = {
+        [PE_ACTIVATION_SWIGLU] = PE_SWIGLU,
+        [PE_ACTIVATION_SWIGLU_CLAMPED] = PE_SWIGLU_CLAMPED,
+        [PE_ACTIVATION_GEGLU_TANH] = PE_GEGLU_TANH,
+        [PE_ACTIVATION_GELU_TANH] = PE_GELU_TANH,
+    };
+    return epilogues[activation];
+}
 
 /* h of one row = its gated gate_up. */
 static void gate_unit(void *arg, size_t row, int thread) {
@@ -27,18 +37,14 @@ static void adapted_mlp(pe_slice *s, const pe_layer *layer) {
         {PE_ADAPTER_GATE, s->gate_up, 2 * h_stride, 2 * PE_PANEL},
         {PE_ADAPTER_UP, s->gate_up + PE_PANEL, 2 * h_stride, 2 * PE_PANEL},
     };
-    gate_job gate = {s, layer->activation == PE_ACTIVATION_SWIGLU ? s->kernels->swiglu : s->kernels->geglu_tanh};
+    gate_job gate = {s, pe_gate_of(s->kernels, epilogue_of(layer->activation))};
     pe_quantize_rows(s, s->x, x_stride, NULL, s->n_tokens, model->config.dim, layer->ffn_norm);
-    pe_matmul(s, &layer->experts->w_gate_up, layer->gate_up_bias, s->gate_up, 2 * h_stride, PE_STORE);
+    pe_matmul(s, &layer->experts->w_gate_up, layer->experts->gate_up_bias, s->gate_up, 2 * h_stride, PE_STORE);
     if (pe_adapter_changes(s, layer, PE_ADAPTER_GATE, PE_ADAPTER_UP))
         pe_adapter_add(s, layer, pe_adapter_inputs(s, layer->ffn_norm), x_stride, outputs, 2);
     pe_parallel_for(s->n_threads, s->n_tokens, gate_unit, &gate, s->control);
     pe_quantize_rows(s, s->h, h_stride, NULL, s->n_tokens, model->config.hidden_dim, NULL);
     pe_adapter_matmul_add_to_x(s, layer, PE_ADAPTER_DOWN, s->h, h_stride, layer->post_ffn_norm);
-}
-
-static pe_epilogue epilogue_of(pe_activation activation) {
-    return activation == PE_ACTIVATION_SWIGLU ? PE_SWIGLU : activation == PE_ACTIVATION_GELU_TANH ? PE_GELU_TANH : PE_GEGLU_TANH;
 }
 
 void pe_mlp(pe_slice *s, const pe_layer *layer) {
@@ -56,8 +62,8 @@ void pe_mlp(pe_slice *s, const pe_layer *layer) {
     }
     pe_quantize_rows(s, s->x, pe_x_stride(model), NULL, s->n_tokens, model->config.dim,
                      layer->parallel ? layer->attention_norm : layer->ffn_norm);
-    pe_matmul(s, &layer->experts->w_gate_up, layer->gate_up_bias, s->h, h_stride, gate);
+    pe_matmul(s, &layer->experts->w_gate_up, layer->experts->gate_up_bias, s->h, h_stride, gate);
     pe_quantize_rows(s, s->h, h_stride, NULL, s->n_tokens, model->config.hidden_dim, NULL);
-    pe_matmul_add_to_x(s, &layer->experts->w_down, layer->down_bias, layer->post_ffn_norm);
+    pe_matmul_add_to_x(s, &layer->experts->w_down, layer->experts->down_bias, layer->post_ffn_norm);
     if (layer->parallel) pe_add_branch_to_x(s, NULL);
 }

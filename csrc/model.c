@@ -63,8 +63,9 @@ static pe_status check_config(const pe_config *c, char *err) {
                        c->shared_hidden_dim, 1u << 22);
     if (c->shared_gated && c->shared_hidden_dim == 0)
         return pe_fail(PE_ERR_FORMAT, err, "config: shared_gated needs shared_hidden_dim");
-    if ((c->gate_up_bias || c->down_bias) && c->n_experts > 0)
-        return pe_fail(PE_ERR_FORMAT, err, "config: gate_up_bias and down_bias are of a dense MLP");
+    if ((c->gate_up_bias || c->down_bias) && c->shared_hidden_dim > 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: gate_up_bias and down_bias beside a shared expert");
+    if (c->router_bias && c->n_experts == 0) return pe_fail(PE_ERR_FORMAT, err, "config: router_bias needs experts");
     pe_status status = check_softcap("attention_softcap", c->attention_softcap, err);
     return status != PE_OK ? status : check_softcap("logits_softcap", c->logits_softcap, err);
 }
@@ -81,6 +82,7 @@ static const struct {
     const char *name;
     pe_activation activation;
 } activations[] = {{"swiglu", PE_ACTIVATION_SWIGLU},
+                   {"swiglu_clamped", PE_ACTIVATION_SWIGLU_CLAMPED},
                    {"geglu_tanh", PE_ACTIVATION_GEGLU_TANH},
                    {"gelu_tanh", PE_ACTIVATION_GELU_TANH}};
 enum { N_NORMS = sizeof norms / sizeof norms[0], N_ACTIVATIONS = sizeof activations / sizeof activations[0] };
@@ -222,14 +224,16 @@ static void visit_vector(visitor *v, const float **data, size_t n, const char *n
 static void visit_mlp(visitor *v, const pe_config *c, pe_layer *layer, size_t mlp, size_t hidden_dim, const char *prefix, int index) {
     bool gated = layer->activation != PE_ACTIVATION_GELU_TANH;
     size_t rows = (gated ? 2 : 1) * pe_pad(hidden_dim, PE_PANEL);
-    char gate_up[40], down[32], bias[48];
-    snprintf(gate_up, sizeof gate_up, "%s%s", prefix, gated ? "w_gate_up" : "w_up");
-    snprintf(down, sizeof down, "%sw_down", prefix);
-    snprintf(bias, sizeof bias, "%s.bias", gate_up);
-    visit_matrix(v, &layer->experts[mlp].w_gate_up, rows, c->dim, gate_up, index);
-    if (c->gate_up_bias) visit_vector(v, &layer->gate_up_bias, rows, bias, index);
-    visit_matrix(v, &layer->experts[mlp].w_down, pe_pad(c->dim, PE_PANEL), hidden_dim, down, index);
-    if (c->down_bias) visit_vector(v, &layer->down_bias, c->dim, "w_down.bias", index);
+    pe_expert *expert = &layer->experts[mlp];
+    char name[48];
+    snprintf(name, sizeof name, "%s%s", prefix, gated ? "w_gate_up" : "w_up");
+    visit_matrix(v, &expert->w_gate_up, rows, c->dim, name, index);
+    snprintf(name, sizeof name, "%s%s.bias", prefix, gated ? "w_gate_up" : "w_up");
+    if (c->gate_up_bias) visit_vector(v, &expert->gate_up_bias, rows, name, index);
+    snprintf(name, sizeof name, "%sw_down", prefix);
+    visit_matrix(v, &expert->w_down, pe_pad(c->dim, PE_PANEL), hidden_dim, name, index);
+    snprintf(name, sizeof name, "%sw_down.bias", prefix);
+    if (c->down_bias) visit_vector(v, &expert->down_bias, c->dim, name, index);
 }
 
 /* A dense MLP, or a router and its experts. */
@@ -237,6 +241,7 @@ static void visit_mlps(visitor *v, const pe_config *c, pe_layer *layer, int inde
     if (c->n_experts == 0) visit_mlp(v, c, layer, 0, c->hidden_dim, "", index);
     if (c->n_experts == 0) return;
     visit_vector(v, &layer->router, (size_t)c->n_experts * c->dim, "router", index);
+    if (c->router_bias) visit_vector(v, &layer->router_bias, c->n_experts, "router.bias", index);
     if (c->shared_gated) visit_vector(v, &layer->shared_router, c->dim, "shared_router", index);
     for (uint32_t e = 0; e < c->n_experts; e++) {
         char prefix[24];
@@ -261,6 +266,7 @@ static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
         if (c->key_bias) visit_vector(&v, &layer->key_bias_vector, model->kv_dim, "key_bias", (int)i);
         if (c->qk_norm) visit_vector(&v, &layer->q_norm, q_norm, "q_norm", (int)i);
         if (c->qk_norm) visit_vector(&v, &layer->k_norm, k_norm, "k_norm", (int)i);
+        if (c->attention_sinks) visit_vector(&v, &layer->sinks, c->n_heads, "sinks", (int)i);
         visit_matrix(&v, &layer->wo, dim_padded, model->q_dim, "wo", (int)i);
         if (c->o_bias) visit_vector(&v, &layer->wo_bias, c->dim, "wo.bias", (int)i);
         if (layer->norm_after) visit_vector(&v, &layer->post_attention_norm, c->dim, "post_attention_norm", (int)i);

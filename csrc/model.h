@@ -9,12 +9,19 @@
 
 enum { PE_MAX_ROPE_TABLES = 16, PE_MAX_EXPERTS = 1024, PE_MAX_MODEL_EXPERTS = 16384 };
 
-typedef enum pe_activation { PE_ACTIVATION_SWIGLU, PE_ACTIVATION_GEGLU_TANH, PE_ACTIVATION_GELU_TANH } pe_activation;
+typedef enum pe_activation {
+    PE_ACTIVATION_SWIGLU,
+    PE_ACTIVATION_SWIGLU_CLAMPED,
+    PE_ACTIVATION_GEGLU_TANH,
+    PE_ACTIVATION_GELU_TANH
+} pe_activation;
 
-/* The matrices of one MLP. */
+/* The matrices of one MLP and their biases. */
 typedef struct pe_expert {
     pe_matrix w_gate_up; /* 2 x (hidden_dim, dim), alternating by panel; without a gate w_up, (hidden_dim, dim) */
     pe_matrix w_down;    /* (dim, hidden_dim) */
+    const float *gate_up_bias; /* of w_gate_up, in the order of its padded rows, or NULL */
+    const float *down_bias;    /* (dim) or NULL */
 } pe_expert;
 
 /* A norm that the layer does not have is NULL: it has the two of attention_norm and ffn_norm, or the two that follow what
@@ -31,15 +38,15 @@ typedef struct pe_layer {
     const float *key_bias_vector; /* (kv_dim) or NULL: what wqkv_bias lacks of k's bias */
     pe_key_bias *key_bias;        /* the same, made ready; ours */
     const float *q_norm, *k_norm; /* (head_dim), or (q_dim) and (kv_dim) with qk_norm_all_heads, or NULL */
+    const float *sinks;           /* (n_heads) or NULL: a score of each head that has no value */
     pe_matrix wo;                 /* (dim, q_dim) */
     const float *wo_bias;         /* (dim) or NULL */
     const float *post_attention_norm; /* (dim) or NULL: of what wo gives, before it is added */
     const float *ffn_norm;        /* (dim) or NULL */
     const float *router;          /* (n_experts, dim) or NULL */
+    const float *router_bias;     /* (n_experts) or NULL */
     const float *shared_router;   /* (dim) or NULL: of the shared expert's weight */
     pe_expert *experts;           /* (pe_n_mlps): n_experts and then the shared one, or that of a dense MLP; in model->experts */
-    const float *gate_up_bias;    /* of w_gate_up, in the order of its padded rows, or NULL */
-    const float *down_bias;       /* (dim) or NULL */
     const float *post_ffn_norm;   /* (dim) or NULL: of what w_down gives, before it is added */
 } pe_layer;
 

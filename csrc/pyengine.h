@@ -70,19 +70,21 @@ typedef struct pe_layer_spec {
     uint32_t rope;          /* which table of RoPE frequencies */
     const char *norm;       /* "rmsnorm" before attention and before the MLP, "rmsnorm_after" them, "rmsnorm_around" both,
                              * "rmsnorm_parallel" one before both, which read the same */
-    const char *activation; /* "swiglu" or "geglu_tanh", or "gelu_tanh": an MLP without a gate */
+    const char *activation; /* "swiglu", "swiglu_clamped" or "geglu_tanh", or "gelu_tanh": an MLP without a gate */
 } pe_layer_spec;
 
 typedef struct pe_config {
     uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
     float norm_eps;
     bool tie_embeddings, qkv_bias, o_bias, qk_norm;
-    bool gate_up_bias, down_bias; /* of a dense MLP */
+    bool gate_up_bias, down_bias; /* of every MLP; not with a shared expert */
     bool output_bias;             /* of the output matrix */
     bool qk_norm_all_heads; /* with qk_norm: one norm over all heads of q, and one over those of k */
+    bool attention_sinks;   /* each head has a score without a value */
     bool key_bias;          /* a part of the keys' bias is kept out of the cache; with qkv_bias, without qk_norm */
     uint32_t n_experts, n_experts_used; /* of every layer's MLP, hidden_dim wide each; 0 = a dense MLP */
     bool experts_normalized;            /* the weights of the experts that a row takes sum to 1 */
+    bool router_bias;
     uint32_t shared_hidden_dim;         /* of an expert beside them that every row takes; 0 = there is none */
     bool shared_gated;                  /* its weight is a sigmoid of the row; else it is 1 */
     float attention_softcap, logits_softcap; /* 0 = none, or in [2^-10, 2^20] */

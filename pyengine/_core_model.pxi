@@ -61,6 +61,7 @@ cdef class Model:
             c.n_experts, c.n_experts_used = config.n_experts, config.n_experts_used
             c.experts_normalized, c.shared_gated = config.experts_normalized, config.shared_gated
             c.shared_hidden_dim, c.output_bias = config.shared_hidden_dim, config.output_bias
+            c.attention_sinks, c.router_bias = config.attention_sinks, config.router_bias
             c.gate_up_bias, c.down_bias = config.gate_up_bias, config.down_bias
             c.attention_softcap, c.logits_softcap = config.attention_softcap, config.logits_softcap
             names = [(layer.norm.encode(), layer.activation.encode()) for layer in config.layers]

@@ -147,7 +147,10 @@ struct pe_kernels {
      * wrote them. */
     void (*swiglu)(float *h, const float *gate_up, size_t n_pairs);
 
-    /* The same with GELU (tanh form) in place of SiLU. */
+    /* The same of clamped values: g = min(gate, 7), u = up within [-7, 7], h = g / (1 + exp(-1.702 g)) * (u + 1). */
+    void (*swiglu_clamped)(float *h, const float *gate_up, size_t n_pairs);
+
+    /* swiglu with GELU (tanh form) in place of SiLU. */
     void (*geglu_tanh)(float *h, const float *gate_up, size_t n_pairs);
 
     /* x[i] = gelu(x[i]) (tanh form) for n elements, a multiple of 16. */

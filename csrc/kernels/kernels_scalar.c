@@ -155,6 +155,18 @@ static void swiglu(float *h, const float *gate_up, size_t n_pairs) {
         }
 }
 
+static void swiglu_clamped(float *h, const float *gate_up, size_t n_pairs) {
+    for (size_t pair = 0; pair < n_pairs; pair++)
+        for (size_t row = 0; row < PE_PANEL; row++) {
+            float gate = gate_up[pair * 2 * PE_PANEL + row], up = gate_up[(pair * 2 + 1) * PE_PANEL + row];
+            gate = PE_CLAMP < gate ? PE_CLAMP : gate; /* a NaN stays one */
+            up = PE_CLAMP < up ? PE_CLAMP : up;
+            up = -PE_CLAMP > up ? -PE_CLAMP : up;
+            float sigmoid = 1.0f / (1.0f + pe_expf(-(gate * PE_CLAMPED_SLOPE)));
+            h[pair * PE_PANEL + row] = (gate * sigmoid) * (up + 1.0f);
+        }
+}
+
 static void geglu_tanh(float *h, const float *gate_up, size_t n_pairs) {
     for (size_t pair = 0; pair < n_pairs; pair++)
         for (size_t row = 0; row < PE_PANEL; row++) {
@@ -346,6 +358,7 @@ const struct pe_kernels pe_kernels_scalar = {
     .rmsnorm = rmsnorm,
     .rope = rope,
     .swiglu = swiglu,
+    .swiglu_clamped = swiglu_clamped,
     .geglu_tanh = geglu_tanh,
     .gelu_tanh = gelu_tanh,
     .softcap = softcap,

@@ -260,6 +260,16 @@ static void swiglu(float *h, const float *gate_up, size_t n_pairs) {
     }
 }
 
+static void swiglu_clamped(float *h, const float *gate_up, size_t n_pairs) {
+    v16 one = v16_set1(1.0f), limit = v16_set1(PE_CLAMP);
+    for (size_t pair = 0; pair < n_pairs; pair++) {
+        v16 gate = v16_cap(limit, v16_load(gate_up + pair * 32)), up = v16_cap(limit, v16_load(gate_up + pair * 32 + 16));
+        up = v16_max(v16_set1(-PE_CLAMP), up);
+        v16 sigmoid = v16_div(one, v16_add(one, exp16(v16_neg(v16_mul(gate, v16_set1(PE_CLAMPED_SLOPE))))));
+        v16_store(h + pair * PE_PANEL, v16_mul(v16_mul(gate, sigmoid), v16_add(up, one)));
+    }
+}
+
 static void geglu_tanh(float *h, const float *gate_up, size_t n_pairs) {
     v16 one = v16_set1(1.0f);
     for (size_t pair = 0; pair < n_pairs; pair++) {
@@ -400,7 +410,7 @@ static bool maximum(const float *logits, size_t n, float *most) {
 #define PE_LANES16_TABLE_WITH(table_name, table_required, n_tiled, its_quantize, its_matmul, its_scores, its_values) \
     { \
         .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_heads = quantize_heads, .hadamard = hadamard, .matmul = its_matmul, \
-        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
+        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .swiglu_clamped = swiglu_clamped, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
         .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = its_values, \
         .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, .maximum = maximum, .weigh = logits_weigh, .sum_of_exps = logits_sum_of_exps, \

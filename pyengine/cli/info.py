@@ -130,7 +130,8 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         facts[key] / MIB for key in ("weight_bytes", "kv_bytes_full_context", "memory_bytes_full_context")
     )
     biases = "qkv_bias", "o_bias", "gate_up_bias", "down_bias", "output_bias"
-    flags = [name for name in ("tie_embeddings", *biases, "qk_norm", "qk_norm_all_heads") if c.get(name)]
+    attention = "attention_sinks", "qk_norm", "qk_norm_all_heads"
+    flags = [name for name in ("tie_embeddings", *biases, "router_bias", *attention) if c.get(name)]
     if c.get("n_experts"):
         shared = " and a shared one" if c.get("shared_hidden_dim") else ""
         flags.append(f"{c['n_experts_used']} of {c['n_experts']} experts{shared}")

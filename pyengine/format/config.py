@@ -27,9 +27,9 @@ PARALLEL = "rmsnorm_parallel"
 # before attention and the MLP, after them, both; one before both, which read the same
 NORMS = ("rmsnorm", "rmsnorm_after", "rmsnorm_around", PARALLEL)
 UNGATED = "gelu_tanh"
-ACTIVATIONS = ("swiglu", "geglu_tanh", UNGATED)
+ACTIVATIONS = ("swiglu", "geglu_tanh", UNGATED, "swiglu_clamped")
 MAX_EXPERTS = 1024  # of a layer
-MAX_MODEL_EXPERTS = 16_384  # of all layers: a file has at most 65,536 tensors, four for each
+MAX_MODEL_EXPERTS = 16_384  # of all layers: a file has at most 65,536 tensors, four for each, six with biases
 SOFTCAP_RANGE = (2.0**-10, 2.0**20)
 
 _INT_RANGES = {
@@ -44,7 +44,10 @@ _INT_RANGES = {
 }
 _FLAGS = ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm")
 # Absent from a file that does not need it, as softcaps are.
-_OPTIONAL_FLAGS = ("qk_norm_all_heads", "experts_normalized", "shared_gated", "gate_up_bias", "down_bias", "output_bias")
+_OPTIONAL_FLAGS = (
+    "qk_norm_all_heads", "experts_normalized", "shared_gated", "gate_up_bias", "down_bias", "output_bias", "attention_sinks",
+    "router_bias",
+)  # fmt: skip
 _SOFTCAPS = ("attention_softcap", "logits_softcap")
 _EXPERTS = ("n_experts", "n_experts_used", "shared_hidden_dim")
 _MAX_EOS_TOKENS = 256
@@ -223,7 +226,8 @@ class FrozenConfig:
     Lengths are in positions; ``norm_eps`` is added to a mean square; a softcap of c makes c * tanh(x / c) of scores or logits, 0
     is none; ``qk_norm_all_heads`` says that the norms of q and k are over all heads together. Of ``n_experts`` MLPs
     (0: a dense one) a row takes ``n_experts_used``, with weights that sum to 1 if ``experts_normalized``, and beside them a
-    shared one of ``shared_hidden_dim`` (0: there is none), with a weight of its own if ``shared_gated``. ``kinds`` says how
+    shared one of ``shared_hidden_dim`` (0: there is none), with a weight of its own if ``shared_gated``. With ``attention_sinks``
+    each head's softmax has one score more, which has no value. ``kinds`` says how
     matrices are stored (the inventory resolves it), ``requires`` names what else a reader must know, ``extra`` is what it may
     ignore.
     """
@@ -258,6 +262,8 @@ class FrozenConfig:
     gate_up_bias: bool = False
     down_bias: bool = False
     output_bias: bool = False
+    attention_sinks: bool = False
+    router_bias: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -310,8 +316,10 @@ class FrozenConfig:
         _check_int("shared_hidden_dim", self.shared_hidden_dim, 0, _INT_RANGES["hidden_dim"][1] if self.n_experts else 0)
         if self.shared_gated and not self.shared_hidden_dim:
             raise ModelFormatError("config: shared_gated needs shared_hidden_dim")
-        if self.n_experts and (self.gate_up_bias or self.down_bias):
-            raise ModelFormatError("config: gate_up_bias and down_bias are of a dense MLP")
+        if self.shared_hidden_dim and (self.gate_up_bias or self.down_bias):
+            raise ModelFormatError("config: gate_up_bias and down_bias are not implemented beside a shared expert")
+        if self.router_bias and not self.n_experts:
+            raise ModelFormatError("config: router_bias needs n_experts")
 
     def _check_tokens(self) -> None:
         if self.bos_token_id is not None:

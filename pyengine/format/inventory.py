@@ -114,10 +114,17 @@ MATRIX_KINDS = {"int8_g64": MatrixKind("int8, Hadamard-transformed, groups of 64
 
 
 def _vector(
-    layer: int | None, role: str, parts: dict[str, int], use: Use = "tokens", alternating: bool = False
+    layer: int | None,
+    role: str,
+    parts: dict[str, int],
+    use: Use = "tokens",
+    alternating: bool = False,
+    expert: int | None = None,
 ) -> Weight:
-    name = role if layer is None else f"layers.{layer}.{role}"
-    return Weight(name, role, layer, (sum(parts.values()),), tuple(map(Part._make, parts.items())), "f32", use, alternating)
+    name = role if expert is None else f"experts.{expert}.{role}"
+    name = name if layer is None else f"layers.{layer}.{name}"
+    n, named = sum(parts.values()), tuple(map(Part._make, parts.items()))
+    return Weight(name, role, layer, (n,), named, "f32", use, alternating, expert)
 
 
 def _matrix(
@@ -146,10 +153,11 @@ def _mlp(c: FrozenConfig, i: int, expert: int | None, hidden_dim: int, prefix: s
     parts = {prefix + name: hidden_dim for name in names}
     yield _matrix(c, i, role, parts, c.dim, alternating=gated, expert=expert)
     if c.gate_up_bias:
-        yield _vector(i, f"{role}.bias", {f"{part}.bias": rows for part, rows in parts.items()}, alternating=gated)
+        biases = {f"{part}.bias": rows for part, rows in parts.items()}
+        yield _vector(i, f"{role}.bias", biases, alternating=gated, expert=expert)
     yield _matrix(c, i, "w_down", {f"{prefix}down": c.dim}, hidden_dim, expert=expert)
     if c.down_bias:
-        yield _vector(i, "w_down.bias", {"down.bias": c.dim})
+        yield _vector(i, "w_down.bias", {"down.bias": c.dim}, expert=expert)
 
 
 def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
@@ -165,6 +173,8 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
     if c.qk_norm:
         yield _vector(i, "q_norm", {"q_norm": c.q_dim if c.qk_norm_all_heads else c.head_dim})
         yield _vector(i, "k_norm", {"k_norm": c.kv_dim if c.qk_norm_all_heads else c.head_dim})
+    if c.attention_sinks:
+        yield _vector(i, "sinks", {"sinks": c.n_heads})
     yield _matrix(c, i, "wo", {"wo": c.dim}, c.q_dim)
     if c.o_bias:
         yield _vector(i, "wo.bias", {"wo.bias": c.dim})
@@ -174,6 +184,8 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
         yield _vector(i, "ffn_norm", {"ffn_norm": c.dim})
     if c.n_experts:
         yield _vector(i, "router", {"router": c.n_experts * c.dim})
+    if c.router_bias:
+        yield _vector(i, "router.bias", {"router.bias": c.n_experts})
     if c.shared_gated:
         yield _vector(i, "shared_router", {"shared_router": c.dim})
     for expert in range(c.n_experts) if c.n_experts else [None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,8 @@ def frozen_fields(shape: Shape, traits: Traits) -> dict[str, Any]:
         "gate_up_bias": traits.gate_up_bias,
         "down_bias": traits.down_bias,
         "output_bias": traits.output_bias,
+        "attention_sinks": traits.attention_sinks,
+        "router_bias": traits.router_bias,
         "requires": (KEY_BIAS,) if traits.qkv_bias and not traits.qk_norm else (),
     }
 
@@ -80,7 +82,7 @@ def folded_multipliers(traits: Traits) -> dict[str, Any]:
     """For ``extra``: what the rows of parts were multiplied by, for adapters, whose products need the same. Empty if nothing was;
     False where more was done to them, so that adapters can only be merged."""
     folds = {part: traits.folds[part] for part in FOLDED_PARTS if part in traits.folds}
-    folds = {part: fold for part, fold in folds.items() if not fold.by_kv_head}  # taken apart, and no more
+    folds = {part: fold for part, fold in folds.items() if fold.pieces == 1}  # else taken apart, and no more
     scales: dict[str, Any] = {part: fold.scale for part, fold in folds.items()}
     queries = [traits.query_scale(i) for i in range(len(traits.layers))]
     if not traits.qk_norm and any(one is not queries[0] and not np.array_equal(one, queries[0]) for one in queries):
@@ -114,6 +116,14 @@ class TensorReader(Protocol):
     def vector(self, name: str) -> Float32Array: ...
 
 
+class _Place(NamedTuple):
+    """A part in a tensor of the source: its rows, or its values of all of the tensor's, and how many there are."""
+
+    name: str
+    where: slice | npt.NDArray[np.intp]
+    n: int
+
+
 class _Source:
     """A reader's tensors by part: checks shapes, remembers what was taken, and folds."""
 
@@ -141,26 +151,31 @@ class _Source:
         spelling: str = getattr(self._parts[part.name], self._kind)
         return spelling
 
-    def _tensor(self, weight: Weight, part: Part) -> tuple[str, int, int]:
-        """(name of the source's tensor that holds ``part`` of ``weight``, the part's first row there, the tensor's rows)."""
+    def _place(self, weight: Weight, part: Part) -> _Place:
+        """Where ``part`` of ``weight`` lies."""
         spelling = self._spelling(part)
         name = spelling.format(i=weight.layer, e=weight.expert)
         fused = [one for one in weight.parts if self._spelling(one) == spelling]
-        rows = sum(one.rows for one in fused)
+        rows, base = sum(one.rows for one in fused), 0
         begin = sum(one.rows for one in fused[: fused.index(part)])
         found, shape = self._shapes.get(name), (rows, *weight.shape[1:])
         if part.name in _AS_VECTORS:
             n = part.rows // self._config.dim
             shape = (n, self._config.dim) if n > 1 or found != (self._config.dim,) else (self._config.dim,)
+        n_tensor = rows
         if weight.expert is not None and weight.expert < self._config.n_experts and "{e}" not in spelling:
             shape = (self._config.n_experts, *shape)
-            begin, rows = begin + weight.expert * rows, self._config.n_experts * rows
+            base, n_tensor = weight.expert * rows, self._config.n_experts * rows
         if found is None:
             raise ModelFormatError(f"tensor {name!r} is missing")
         if found != shape:
             raise ModelFormatError(f"tensor {name!r} has shape {list(found)}, the configuration needs {list(shape)}")
         self.taken.add(name)
-        return name, begin, rows
+        pieces = self._fold(weight, part).pieces
+        if pieces == 1:
+            return _Place(name, slice(base + begin, base + begin + part.rows), n_tensor)
+        of_piece = np.arange(base, base + rows).reshape(pieces, -1)
+        return _Place(name, of_piece[:, begin // pieces : (begin + part.rows) // pieces].reshape(-1), n_tensor)
 
     def _order(self, part: Part, fold: Fold) -> Order | None:
         """Of a head's rows, by what the format of the source does to them and by what the architecture does."""
@@ -175,13 +190,11 @@ class _Source:
         return fold._replace(scale=fold.scale * self._query_scales[weight.layer])
 
     def _unfolded(self, weight: Weight, part: Part) -> RowSource:
-        name, begin, n_rows = self._tensor(weight, part)
+        name, where, n_rows = self._place(weight, part)
         rows = self._reader.matrix(name)
-        if self._fold(weight, part).by_kv_head:
-            of_head = np.arange(n_rows).reshape(self._config.n_kv_heads, -1)
-            n = self._config.n_kv_heads
-            return PickedRows(rows, of_head[:, begin // n : (begin + part.rows) // n].reshape(-1))
-        return rows if n_rows == part.rows else SlicedRows(rows, begin, part.rows)
+        if not isinstance(where, slice):
+            return PickedRows(rows, where)
+        return rows if n_rows == part.rows else SlicedRows(rows, where.start, part.rows)
 
     def _rows(self, weight: Weight, part: Part) -> RowSource:
         rows = self._unfolded(weight, part)
@@ -204,11 +217,15 @@ class _Source:
         """A part of a vector as the source has it, (part.rows)."""
         if fold.is_absent:
             return lambda: np.zeros(part.rows, np.float32)
-        name, begin, _ = self._tensor(weight, part)
-        if part.name in _AS_VECTORS:
-            matrix = self._reader.matrix(name)
-            return lambda: matrix.read_rows(0, part.rows // self._config.dim).reshape(-1)
-        return lambda: self._reader.vector(name)[begin : begin + part.rows]
+        name, where, _ = self._place(weight, part)
+        return lambda: self._flat(name)[where]
+
+    def _flat(self, name: str) -> Float32Array:
+        """All values of a tensor, one after the other."""
+        if len(self._shapes[name]) == 1:
+            return self._reader.vector(name)
+        matrix = self._reader.matrix(name)
+        return matrix.read_rows(0, matrix.rows).reshape(-1)
 
     def _through_matrix(self, weight: Weight, part: Part, norm_bias: str) -> Callable[[], Float64Array]:
         """What the bias of the norm before it becomes in a matrix: of a bias "q.bias", rows of q times it, in float64."""

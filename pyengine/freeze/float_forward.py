@@ -51,10 +51,17 @@ def _gelu_tanh(x: Float32Array) -> Float32Array:
     return y
 
 
-_GATES: dict[str, Callable[[Float32Array], Float32Array]] = {
-    "swiglu": _silu,
-    "geglu_tanh": _gelu_tanh,
-    "gelu_tanh": _gelu_tanh,
+def _clamped(gate: Float32Array, up: Float32Array) -> Float32Array:
+    gate = np.minimum(gate, np.float32(7))
+    h: Float32Array = gate / (np.float32(1) + np.exp(np.float32(-1.702) * gate)) * (np.clip(up, -7, 7) + np.float32(1))
+    return h
+
+
+# What becomes of the gate and of what it gates.
+_GATES: dict[str, Callable[[Float32Array, Float32Array], Float32Array]] = {
+    "swiglu": lambda gate, up: _silu(gate) * up,
+    "geglu_tanh": lambda gate, up: _gelu_tanh(gate) * up,
+    "swiglu_clamped": _clamped,
 }
 
 
@@ -70,8 +77,10 @@ def _rotated(x: Float32Array, inv_freq: Float32Array) -> Float32Array:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def _attention(q: Float32Array, k: Float32Array, v: Float32Array, seen: npt.NDArray[np.bool_], cap: float) -> Float32Array:
-    """One window: q (length, n_heads, head_dim), k and v (length, n_kv_heads, head_dim), seen (query, position)
+def _attention(
+    q: Float32Array, k: Float32Array, v: Float32Array, seen: npt.NDArray[np.bool_], cap: float, sinks: Float32Array | None
+) -> Float32Array:
+    """One window: q (length, n_heads, head_dim), k and v (length, n_kv_heads, head_dim), seen (query, position), sinks (n_heads)
     -> (length, n_heads * head_dim)."""
     length, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[1]
@@ -82,8 +91,12 @@ def _attention(q: Float32Array, k: Float32Array, v: Float32Array, seen: npt.NDAr
         keys, values = np.ascontiguousarray(k[:, h]), np.ascontiguousarray(v[:, h])
         scores = (queries @ keys.T * np.float32(1 / np.sqrt(head_dim))).reshape(group, length, length)
         scores = np.where(seen, _softcap(scores, cap), np.float32(-np.inf))
-        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        p /= p.sum(axis=-1, keepdims=True)
+        most = scores.max(axis=-1, keepdims=True)
+        p = np.exp(scores - most)
+        total = p.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(sinks[h * group : (h + 1) * group, None, None] - most)
+        p /= total
         out[:, h] = (p.reshape(-1, length) @ values).reshape(group, length, head_dim).transpose(1, 0, 2)
     return out.reshape(length, -1)
 
@@ -170,21 +183,22 @@ class FloatForward:
             q, k = self._normed(layer, "q_norm", q), self._normed(layer, "k_norm", k)
         inv_freq = self._model.vectors[f"rope.{spec.rope}.inv_freq"]()
         q, k = _rotated(q, inv_freq), _rotated(k, inv_freq)
+        sinks = self._vector(layer, "sinks")
         i, j = np.ogrid[:length, :length]
         seen = (j <= i) & (j > i - (spec.window or length))
-        return np.concatenate([_attention(*one, seen, c.attention_softcap) for one in zip(q, k, v, strict=True)])
+        return np.concatenate([_attention(*one, seen, c.attention_softcap, sinks) for one in zip(q, k, v, strict=True)])
 
     def _mlp(self, layer: int, prefix: str, x: Float32Array, hidden_dim: int) -> Float32Array:
         """An MLP of a layer, "", or one of its experts, "experts.E." and "shared.": x (n, dim) -> (n, dim)."""
-        gate_of = _GATES[self._config.layers[layer].activation]
         if not self._config.is_gated(layer):
-            return self._linear(layer, f"{prefix}w_down", gate_of(self._linear(layer, f"{prefix}w_up", x)))
+            return self._linear(layer, f"{prefix}w_down", _gelu_tanh(self._linear(layer, f"{prefix}w_up", x)))
+        gated = _GATES[self._config.layers[layer].activation]
         h = np.empty((len(x), pad(hidden_dim, PANEL_ROWS)), np.float32)
         bias = self._vector(layer, f"{prefix}w_gate_up.bias")
         for start, rows in row_blocks(self._model.matrices[f"layers.{layer}.{prefix}w_gate_up"]):
             product = x @ rows.T if bias is None else x @ rows.T + bias[start : start + len(rows)]
             panels = product.reshape(len(x), -1, 2, PANEL_ROWS)  # gate and up in turn
-            h[:, start // 2 : (start + len(rows)) // 2] = (gate_of(panels[:, :, 0]) * panels[:, :, 1]).reshape(len(x), -1)
+            h[:, start // 2 : (start + len(rows)) // 2] = gated(panels[:, :, 0], panels[:, :, 1]).reshape(len(x), -1)
         return self._linear(layer, f"{prefix}w_down", h[:, :hidden_dim])
 
     def _shared_expert(self, layer: int, x: Float32Array) -> Float32Array:
@@ -198,6 +212,8 @@ class FloatForward:
         c = self._config
         router = self._model.vectors[f"layers.{layer}.router"]().reshape(c.n_experts, c.dim)
         scores = x @ router.T
+        if (bias := self._vector(layer, "router.bias")) is not None:
+            scores += bias
         p = np.exp(scores - scores.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         taken = np.argsort(-scores, axis=1, kind="stable")[:, : c.n_experts_used]  # of equal ones the first

@@ -17,9 +17,11 @@ from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
 from .arch import architecture_of_hf
 from .arch.base import Architecture, Shape, Traits, spelled
-from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
+from .arch.hf_config import is_mxfp4
+from .build import TensorReader, build_model, checked_n_ctx, folded_multipliers, frozen_fields
 from .fields import Fields
 from .lora import AdaptedTensors, Adapter
+from .mxfp4 import Mxfp4Tensors
 from .packed import PackedTensors
 from .sources import FLOAT_CONVERTERS, FileRows, SourceModel
 from .special_tokens import begin_and_end, spellings
@@ -335,8 +337,10 @@ def load_hf(
     file = _open_weights(directory)
     try:
         stored = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
-        packing = config.table("quantization_config", {})
-        reader = PackedTensors(stored, Fields(packing, f"{_CONFIG}: quantization_config")) if packing else stored
+        packing, reader = config.table("quantization_config", {}), stored
+        if packing:
+            settings = Fields(packing, f"{_CONFIG}: quantization_config")
+            reader = Mxfp4Tensors(stored) if is_mxfp4(config) else PackedTensors(stored, settings)
         documents = _Documents(directory, config, config.integer("vocab_size"))
         shape = _shape(config, architecture, reader.shapes, n_ctx)
         traits = architecture.from_hf(config, shape)

@@ -23,12 +23,31 @@ from ..system import read_at
 _BLOCK_ELEMENTS = 1 << 22  # 16 MiB of weights
 
 
-class FileRows:
-    """Rows that lie one after the other in a file; ``convert`` turns uint8 (rows, row_bytes) into
-    float32.
+class FileBytes:
+    """Rows of ``row_bytes`` bytes that lie one after the other in a file.
 
     Read with ``pread`` and not mapped: pages of a map count as this process's memory.
     """
+
+    def __init__(self, name: str, fd: int, offset: int, rows: int, row_bytes: int) -> None:
+        self.name, self.rows, self.row_bytes = name, rows, row_bytes
+        self._fd, self._offset = fd, offset
+
+    def read_bytes(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """(stop - start, row_bytes)."""
+        wanted = (stop - start) * self.row_bytes
+        data = read_at(self._fd, wanted, self._offset + start * self.row_bytes)
+        while len(data) < wanted:  # pread gives at most 2 GiB at once
+            at = self._offset + start * self.row_bytes + len(data)
+            more = read_at(self._fd, wanted - len(data), at)
+            if not more:
+                raise ModelFormatError(f"tensor {self.name!r}: the file ends inside it")
+            data += more
+        return np.frombuffer(data, np.uint8).reshape(stop - start, -1)
+
+
+class FileRows(FileBytes):
+    """The same as rows of float32; ``convert`` turns uint8 (rows, row_bytes) into them."""
 
     def __init__(
         self,
@@ -39,21 +58,12 @@ class FileRows:
         row_bytes: int,
         convert: Callable[[npt.NDArray[np.uint8]], Float32Array],
     ) -> None:
-        self.name = name
-        self.rows, self.columns = shape
-        self._fd, self._offset, self._row_bytes = fd, offset, row_bytes
+        super().__init__(name, fd, offset, shape[0], row_bytes)
+        self.columns = shape[1]
         self._convert = convert
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
-        wanted = (stop - start) * self._row_bytes
-        data = read_at(self._fd, wanted, self._offset + start * self._row_bytes)
-        while len(data) < wanted:  # pread gives at most 2 GiB at once
-            at = self._offset + start * self._row_bytes + len(data)
-            more = read_at(self._fd, wanted - len(data), at)
-            if not more:
-                raise ModelFormatError(f"tensor {self.name!r}: the file ends inside it")
-            data += more
-        return self._convert(np.frombuffer(data, np.uint8).reshape(stop - start, -1))
+        return self._convert(self.read_bytes(start, stop))
 
 
 def f32_rows(data: npt.NDArray[np.uint8]) -> Float32Array:
@@ -161,7 +171,9 @@ class ReorderedHeads:
 
 
 class PickedRows:
-    """Some rows of a matrix, in another order; those that lie one after the other are read together."""
+    """Some rows of a matrix, ascending; those that lie close together are read together."""
+
+    _GAP = 64  # rows that are read for nothing rather than left out
 
     def __init__(self, source: RowSource, index: npt.NDArray[np.intp]) -> None:
         self.name, self.rows, self.columns = source.name, len(index), source.columns
@@ -169,8 +181,8 @@ class PickedRows:
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
         wanted = self._index[start:stop]
-        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-        return np.concatenate([self._source.read_rows(int(run[0]), int(run[-1]) + 1) for run in runs])
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > self._GAP) + 1)
+        return np.concatenate([self._source.read_rows(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs])
 
 
 class SlicedRows:

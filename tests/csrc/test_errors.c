@@ -63,7 +63,8 @@ static void test_config(void) {
     WITH(n_experts_used, 1);
     WITH(n_experts, UINT32_MAX);
     WITH(experts_normalized, true);
-    WITH(shared_hidden_dim, 8); /* without experts */
+    WITH(router_bias, true);    /* without experts */
+    WITH(shared_hidden_dim, 8); /* likewise */
     WITH(shared_gated, true);
     WITH(attention_softcap, -1.0f);
     WITH(attention_softcap, NAN);
@@ -92,10 +93,12 @@ static void test_config(void) {
     EXPECT(PE_OK, create(mixture, err));
     mixture.shared_hidden_dim = (1u << 22) + 1;
     EXPECT(PE_ERR_FORMAT, create(mixture, err));
-    mixture.shared_hidden_dim = 0, mixture.down_bias = true;
+    mixture.shared_hidden_dim = 8, mixture.down_bias = true;
     EXPECT(PE_ERR_FORMAT, create(mixture, err));
     mixture.down_bias = false, mixture.gate_up_bias = true;
     EXPECT(PE_ERR_FORMAT, create(mixture, err));
+    mixture.shared_hidden_dim = 0;
+    EXPECT(PE_OK, create(mixture, err));
     const pe_layer_spec parallel[2] = {{0, 0, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm_parallel", "swiglu"}};
     mixture.gate_up_bias = false, mixture.layers = parallel;
     EXPECT(PE_ERR_FORMAT, create(mixture, err));

@@ -336,13 +336,16 @@ static void test_rope(const struct pe_kernels *k) {
         }
 }
 
-/* The gates of a table beside those of scalar: SwiGLU, then GELU's; and GELU alone. */
+/* The gates of a table beside those of scalar; and GELU alone. */
 static void compare_gates(const struct pe_kernels *k, const float *gate_up, size_t n_pairs, const char *what) {
-    for (int gelu = 0; gelu < 2; gelu++) {
+    const struct pe_kernels *scalar = &pe_kernels_scalar;
+    void (*const expected[])(float *, const float *, size_t) = {scalar->swiglu, scalar->swiglu_clamped, scalar->geglu_tanh};
+    void (*const gates[])(float *, const float *, size_t) = {k->swiglu, k->swiglu_clamped, k->geglu_tanh};
+    for (int gate = 0; gate < 3; gate++) {
         block a = block_new(n_pairs * 64, 4), b = block_new(n_pairs * 64, 4);
-        (gelu ? pe_kernels_scalar.geglu_tanh : pe_kernels_scalar.swiglu)(FLOATS(a), gate_up, n_pairs);
-        (gelu ? k->geglu_tanh : k->swiglu)(FLOATS(b), gate_up, n_pairs);
-        CHECK(same_floats(FLOATS(a), FLOATS(b), n_pairs * 16) && block_intact(&b), "%s: gate %d, %zu pairs, %s", k->name, gelu,
+        expected[gate](FLOATS(a), gate_up, n_pairs);
+        gates[gate](FLOATS(b), gate_up, n_pairs);
+        CHECK(same_floats(FLOATS(a), FLOATS(b), n_pairs * 16) && block_intact(&b), "%s: gate %d, %zu pairs, %s", k->name, gate,
               n_pairs, what);
         block_free(&a), block_free(&b);
     }

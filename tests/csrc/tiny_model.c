@@ -65,12 +65,12 @@ static void add_mlp(tiny_model *t, rng *r, uint32_t layer, size_t hidden_dim, co
     snprintf(name, sizeof name, "layers.%u.%s%s", layer, prefix, gated ? "w_gate_up" : "w_up");
     add_matrix(t, r, parts, hidden_dim, c->dim, 6, name);
     if (c->gate_up_bias) {
-        snprintf(name, sizeof name, "layers.%u.%s.bias", layer, gated ? "w_gate_up" : "w_up");
+        snprintf(name, sizeof name, "layers.%u.%s%s.bias", layer, prefix, gated ? "w_gate_up" : "w_up");
         add_vector(t, r, parts * pe_pad(hidden_dim, 16), 0.5f, -0.25f, name);
     }
     snprintf(name, sizeof name, "layers.%u.%sw_down", layer, prefix);
     add_matrix(t, r, 1, c->dim, hidden_dim, 5, name);
-    snprintf(name, sizeof name, "layers.%u.w_down.bias", layer);
+    snprintf(name, sizeof name, "layers.%u.%sw_down.bias", layer, prefix);
     if (c->down_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, name);
 }
 
@@ -89,11 +89,13 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     if (c->key_bias) add_key_bias(t, r, NAME("key_bias"));
     if (c->qk_norm) add_vector(t, r, q_norm, 1.0f, 0.75f, NAME("q_norm"));
     if (c->qk_norm) add_vector(t, r, k_norm, 1.0f, 0.75f, NAME("k_norm"));
+    if (c->attention_sinks) add_vector(t, r, c->n_heads, 16.0f, -0.25f, NAME("sinks"));
     add_matrix(t, r, 1, c->dim, q_dim, 5, NAME("wo"));
     if (c->o_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, NAME("wo.bias"));
     if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_attention_norm"));
     if (before && !parallel) add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
     if (c->n_experts > 0) add_vector(t, r, (size_t)c->n_experts * c->dim, 1.0f, -0.25f, NAME("router"));
+    if (c->router_bias) add_vector(t, r, c->n_experts, 8.0f, -0.25f, NAME("router.bias"));
     if (c->shared_gated) add_vector(t, r, c->dim, 1.0f, -0.25f, NAME("shared_router"));
     for (uint32_t e = 0; e < (c->n_experts > 0 ? c->n_experts : 1); e++) {
         char expert[24] = "";

@@ -55,7 +55,7 @@ def test_fixtures_cover_what_they_promise() -> None:
         "Glm4ForCausalLM", "Exaone4ForCausalLM", "Ernie4_5ForCausalLM", "SeedOssForCausalLM", "CohereForCausalLM",
         "Cohere2ForCausalLM", "PhiForCausalLM", "StableLmForCausalLM", "OlmoForCausalLM",
         "GlmForCausalLM", "MinistralForCausalLM",
-        "Olmo3ForCausalLM", "MiniCPMForCausalLM", "InternLM2ForCausalLM", "InternLM3ForCausalLM",
+        "GptOssForCausalLM", "Olmo3ForCausalLM", "MiniCPMForCausalLM", "InternLM2ForCausalLM", "InternLM3ForCausalLM",
     }  # fmt: skip
     assert {c["n_heads"] // c["n_kv_heads"] for c in configs} == {1, 2, 3, 4}
     assert {c["head_dim"] for c in configs} == {16, 32, 64}
@@ -89,7 +89,7 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
             del weights[f"layers.{layer}.{feature}"]
     elif feature.endswith(("window", "rope")) or feature in ("activation", "norm"):
         config["layers"] = config["layers"] | {feature: "swiglu" if feature == "activation" else 0}
-    elif feature.startswith("post_"):
+    elif feature.startswith("post_") or feature == "sinks":
         for layer in range(config["n_layers"]):
             del weights[f"layers.{layer}.{feature}"]
     elif feature == "output":
@@ -150,6 +150,11 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
         ("olmo3", "window"),
         ("olmo3", "rope"),
         ("internlm3", "w_gate.bias"),
+        ("gpt_oss", "window"),
+        ("gpt_oss", "sinks"),
+        ("gpt_oss", "activation"),
+        ("gpt_oss", "router.bias"),
+        ("gpt_oss", "experts.1.w_down.bias"),
     ],
 )
 def test_forgetting_a_feature_is_seen(name: str, feature: str) -> None:

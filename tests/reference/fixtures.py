@@ -37,6 +37,9 @@ LAYER_NAMES = {
     "mlp.gate.weight": "router",
     "block_sparse_moe.gate.weight": "router",
     "block_sparse_moe.router.layer.weight": "router",
+    "mlp.router.weight": "router",
+    "mlp.router.bias": "router.bias",
+    "self_attn.sinks": "sinks",
     "mlp.gate_proj.weight": "w_gate",
     "mlp.up_proj.weight": "w_up",
     "mlp.down_proj.weight": "w_down",
@@ -153,8 +156,8 @@ def canonical_name(hf_name: str, model_type: str = "llama") -> str:
         return MODEL_NAMES[hf_name]
     _, _, layer, rest = hf_name.split(".", 3)
     if ".experts." in rest:
-        _, _, expert, part, _ = rest.split(".")
-        return f"layers.{layer}.experts.{expert}.{EXPERT_NAMES[part]}"
+        _, _, expert, part, kind = rest.split(".")
+        return f"layers.{layer}.experts.{expert}.{EXPERT_NAMES[part]}" + (".bias" if kind == "bias" else "")
     names = LAYER_NAMES if model_type not in NORMS_AFTER else LAYER_NAMES | POST_NORM_NAMES
     names = LAYER_NAMES | GLM4_NORM_NAMES if model_type == "glm4" else names
     return f"layers.{layer}.{names[rest]}"
@@ -228,7 +231,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     window: Any = 0
     if hf["model_type"] in ("mistral", "phi3", "mixtral", "starcoder2"):
         window = hf.get("sliding_window") or 0
-    elif hf["model_type"] in (*NO_ROPE_WITHOUT_WINDOW, "ministral", "olmo3"):
+    elif hf["model_type"] in (*NO_ROPE_WITHOUT_WINDOW, "ministral", "olmo3", "gpt_oss"):
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     elif hf["model_type"].startswith("gemma"):
         pattern = hf.get("sliding_window_pattern", 2)
@@ -241,6 +244,8 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
     if hf["model_type"] in UNGATED:
         activation = "gelu_tanh"
+    if hf["model_type"] == "gpt_oss":
+        activation = "swiglu_clamped"
     biases = {"gate_up_bias": _FC_BIASES, "down_bias": _DOWN_BIASES, "output_bias": ("model.norm.bias", "lm_head.bias")}
     o_bias = not present.isdisjoint({"model.layers.0.self_attn.o_proj.bias", "model.layers.0.self_attn.dense.bias"})
     return _optional_keys(hf) | {key: True for key, names in biases.items() if present & set(names)} | {
@@ -273,6 +278,8 @@ _DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "f
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Those keys that a file leaves out where they say nothing."""
     keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] in ("olmo2", "olmo3", "olmoe") else {}
+    if hf["model_type"] == "gpt_oss":
+        keys |= dict.fromkeys(("attention_sinks", "router_bias", "gate_up_bias", "down_bias"), True)
     if n_experts := hf.get("num_experts", hf.get("num_local_experts")):
         keys |= {"n_experts": n_experts, "n_experts_used": hf["num_experts_per_tok"]}
         if hf.get("norm_topk_prob", True):
@@ -314,11 +321,11 @@ def write_hf_dir(fixture: Fixture, directory: Path, dtype: str = "F16") -> Path:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """float16 and float32 arrays -> a safetensors file."""
+    """float16, float32 and uint8 arrays -> a safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
-        dtype = {"float16": "F16", "float32": "F32"}[tensor.dtype.name]
+        dtype = {"float16": "F16", "float32": "F32", "uint8": "U8"}[tensor.dtype.name]
         end = offset + tensor.nbytes
         header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
         offset = end

@@ -22,7 +22,9 @@ def head_dim_of(hf: Mapping[str, Any]) -> int:
 
 def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weights:
     """Phi-3's qkv_proj and gate_up_proj as five matrices, Granite-MoE's input_linear and output_linear as three of each expert
-    and of the shared one, under the names of other models."""
+    and of the shared one, gpt-oss's gate_up_proj and down_proj as three of each expert, under the names of other models."""
+    if hf["model_type"] == "gpt_oss":
+        return _gpt_oss_experts(weights)
     q = hf["num_attention_heads"] * head_dim_of(hf)
     kv = hf["num_key_value_heads"] * head_dim_of(hf)
     cuts = {
@@ -48,6 +50,40 @@ def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weigh
             continue
         for part, begin, end in cuts.get(stem, ((stem, None, None),)):
             parts[name.replace(stem, part)] = w[begin:end]
+    return parts
+
+
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _mxfp4(blocks: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float32]:
+    """One expert: blocks (rows, groups, 16) and scales (rows, groups), uint8 -> (rows, 32 groups)."""
+    values = np.empty((*blocks.shape, 2), np.float64)
+    for i in range(16):
+        number = _FP4[i % 8] * (-1 if i >= 8 else 1)
+        values[..., 0][blocks % 16 == i] = number
+        values[..., 1][blocks // 16 == i] = number
+    values *= 2.0 ** (scales.astype(int) - 127)[..., None, None]
+    return values.reshape(len(blocks), -1).astype(np.float32)
+
+
+def _gpt_oss_experts(weights: Mapping[str, NDArray[Any]]) -> Weights:
+    """Rows of gate and up take turns in gate_up_proj and in its bias."""
+    parts: Weights = {}
+    for name, w in weights.items():
+        if ".experts." not in name:
+            parts[name] = w
+        elif not name.endswith("_scales"):
+            stem = name.removesuffix("_blocks").removesuffix("_bias")
+            kind = "bias" if name.endswith("_bias") else "weight"
+            for e in range(len(w)):
+                one = w[e] if kind == "bias" else _mxfp4(w[e], weights[stem + "_scales"][e])
+                place = stem.replace(".experts.", f".experts.{e}.")
+                if "gate_up" in stem:
+                    parts[place.replace("gate_up", "gate") + f".{kind}"] = one[::2]
+                    parts[place.replace("gate_up", "up") + f".{kind}"] = one[1::2]
+                else:
+                    parts[f"{place}.{kind}"] = one
     return parts
 
 
@@ -99,8 +135,16 @@ def minicpm_residual(hf: Mapping[str, Any]) -> float:
 def _yarn(hf: Mapping[str, Any], weights: Weights) -> None:
     """YaRN's amplitude of cos and sin, of q and of k, is q's alone: of OLMo 3 its norm's, in layers without a window."""
     for i, kind in enumerate(hf["layer_types"]):
-        if kind == "full_attention":
-            weights[f"layers.{i}.q_norm"] = _scale(weights[f"layers.{i}.q_norm"], hf["rope_scaling"]["attention_factor"] ** 2)
+        if hf["model_type"] == "gpt_oss":
+            _multiply(weights, f"layers.{i}.wq", yarn_amplitude(hf) ** 2)
+            _multiply(weights, f"layers.{i}.wq.bias", yarn_amplitude(hf) ** 2)
+        elif kind == "full_attention":
+            _multiply(weights, f"layers.{i}.q_norm", yarn_amplitude(hf) ** 2)
+
+
+def yarn_amplitude(hf: Mapping[str, Any]) -> float:
+    scaling: dict[str, Any] = hf["rope_scaling"]
+    return float(scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1.0))
 
 
 def _turned_first(hf: Mapping[str, Any], weights: Weights) -> None:
@@ -183,7 +227,7 @@ def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
 FOLDS = {
     **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
     **dict.fromkeys(("phi3", "glm", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
-    "minicpm": _minicpm, "olmo3": _yarn,
+    "minicpm": _minicpm, "olmo3": _yarn, "gpt_oss": _yarn,
 }  # fmt: skip
 
 
@@ -200,6 +244,8 @@ def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float] | bool:
     where they are changed otherwise."""
     if hf["model_type"] in (*LAYER_NORMS, *INTERLEAVED, "phi3"):
         return False
+    if hf["model_type"] == "gpt_oss":
+        return {"q": yarn_amplitude(hf) ** 2}
     if hf["model_type"] == "minicpm":
         return {"q": 1.0, "wo": minicpm_residual(hf), "down": minicpm_residual(hf)}
     if hf["model_type"] == "gemma2":

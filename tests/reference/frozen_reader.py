@@ -98,6 +98,10 @@ def _vectors(name: str, values: NDArray[Any], config: dict[str, Any]) -> dict[st
         return {name: values[: n_heads * config["head_dim"]]}
     if name.endswith(("q_norm", "k_norm")):
         return {name: values[: config["head_dim"]]}
+    if name.endswith(".sinks"):
+        return {name: values[: config["n_heads"]]}
+    if name.endswith(".router.bias"):
+        return {name: values[: config["n_experts"]]}
     if name.endswith(".router"):
         return {name: values[: config["n_experts"] * config["dim"]]}
     return {name: values[: config["head_dim"] // 2 if name.startswith("rope.") else config["dim"]]}

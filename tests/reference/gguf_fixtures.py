@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "olmoe": "olmoe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe",
     "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
-    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
+    "gpt_oss": "gpt-oss", "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
 }  # fmt: skip
 # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2")
@@ -51,6 +51,10 @@ def write(fixture: Fixture, path: Path) -> Path:
     EXTRA_KEYS[arch](writer, hf)
     _add_tokenizer(writer, hf)
     for name, array in _tensors(fixture, arch).items():
+        if arch == "gpt-oss" and name.endswith("_exps.weight"):
+            mxfp4 = gguf.GGMLQuantizationType.MXFP4
+            writer.add_tensor(name, gguf.quants.quantize(array, mxfp4), raw_dtype=mxfp4)
+            continue
         writer.add_tensor(name, np.ascontiguousarray(array, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -64,11 +68,12 @@ def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(kind, hf["num_hidden_layers"])
     tensors: dict[str, NDArray[Any]] = {}
-    weights = unfused(hf, fixture.hf_weights) if arch == "internlm2" else fixture.hf_weights
+    weights = unfused(hf, fixture.hf_weights) if arch in ("internlm2", "gpt-oss") else fixture.hf_weights
     for name, w in _stacked(weights).items():
         name = name.replace("shared_mlp.", "mlp.shared_expert.")
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
+        target += ".weight" if name.endswith(".sinks") else ""
         tensors[target] = _converted(hf, arch, name, w)
     scaling = hf.get("rope_scaling") or {}
     for key in ("short", "long"):
@@ -165,7 +170,7 @@ def _olmo2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
 
 
 def _yarn(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
-    scaling = hf["rope_scaling"]
+    scaling = {"beta_fast": 32.0, "beta_slow": 1.0} | hf["rope_scaling"]
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(scaling["factor"])
     writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
@@ -173,6 +178,13 @@ def _yarn(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
     if "attention_factor" in scaling:
         writer.add_rope_scaling_yarn_attn_factor(scaling["attention_factor"])
+
+
+def _gpt_oss(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    _experts(writer, hf)
+    _yarn(writer, hf)
+    writer.add_sliding_window(hf["sliding_window"])
+    writer.add_expert_feed_forward_length(hf["intermediate_size"])
 
 
 def _minicpm(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
@@ -231,7 +243,7 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "chatglm": _rotary, "glm4": _rotary, "ernie4_5": _rotary, "seed_oss": _rotary,
     "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
     "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
-    "minicpm": _minicpm, "internlm2": _internlm2,
+    "minicpm": _minicpm, "internlm2": _internlm2, "gpt-oss": _gpt_oss,
 }  # fmt: skip
 
 

@@ -335,6 +335,15 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
         48,
     ),
+    "gpt_oss": (
+        {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], **shape(64, 32, 4, 2, 16), "tie_word_embeddings": False,
+         "attention_bias": True, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"],
+         "num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 150000, "swiglu_limit": 7.0,
+         "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 4.0,
+                          "beta_slow": 0.25, "truncate": False},
+         "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}},
+        300,
+    ),
 }  # fmt: skip
 
 
@@ -342,6 +351,7 @@ def judge(config_json: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a model of transformers that computes the same, of a model that it has only as code beside the
     published files: MiniCPM is Granite's arithmetic, InternLM Llama's."""
     kind, config = config_json["model_type"], {**config_json}
+    config.pop("quantization_config", None)  # its values are the parameters' of a model that is not quantized
     if kind in ("internlm2", "internlm3"):
         has_bias = config_json["bias"]
         return {**config, "model_type": "llama", "attention_bias": has_bias, "mlp_bias": has_bias}
@@ -445,6 +455,8 @@ def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> tor
         value = 1.0 + 0.25 * noise
     elif name.endswith("bias"):
         value = 0.3 * noise
+    elif name.endswith("sinks"):
+        value = 1.0 + noise
     elif "embed_tokens" in name:
         value = 0.25 * noise
     else:
@@ -519,6 +531,32 @@ def as_internlm2(weights: dict[str, np.ndarray], n_kv_heads: int) -> dict[str, n
     return renamed
 
 
+FP4 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+
+
+def as_mxfp4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """w (..., rows, columns) -> blocks (..., rows, groups, 16) and scales (..., rows, groups), uint8, of gpt-oss's files."""
+    groups = w.reshape(*w.shape[:-1], -1, 32)
+    exponent = np.floor(np.log2(np.abs(groups).max(axis=-1, keepdims=True))) - 2
+    scaled = np.ldexp(groups, -exponent.astype(int))
+    codes = np.abs(np.abs(scaled)[..., None] - FP4).argmin(axis=-1) + 8 * (scaled < 0)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    return blocks.astype(np.uint8), (exponent[..., 0] + 127).astype(np.uint8)
+
+
+def from_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
+    values = np.where(codes & 8, -FP4[codes & 7], FP4[codes & 7])
+    return np.ldexp(values, scales[..., None].astype(int) - 127).reshape(*scales.shape[:-1], -1).astype(np.float32)
+
+
+def put_mxfp4(key: str, parameter: torch.Tensor) -> dict[str, np.ndarray]:
+    """gpt-oss's experts, (n_experts, inputs, outputs) with values that MXFP4 has, from now on -> what its files have of them."""
+    blocks, scales = as_mxfp4(parameter.data.numpy().swapaxes(1, 2))
+    parameter.data.copy_(torch.from_numpy(from_mxfp4(blocks, scales).swapaxes(1, 2).copy()))
+    return {f"{key}_blocks": blocks, f"{key}_scales": scales}
+
+
 def put_large_key_bias(name: str, key: str, bias: torch.Tensor, head_dim: int) -> None:
     """Into the bias (kv_dim) of `key` if it is one of the fixture's layers' keys."""
     for (layer, head), values in LARGE_KEY_BIAS.get(name, {}).items():
@@ -544,6 +582,9 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
         make_weight = partial(realistic_weight, name) if name in MAGNITUDES else random_weight
         parameter.data.copy_(make_weight(key, parameter, generator))
         put_large_key_bias(name, key, parameter.data, model.model.layers[0].self_attn.head_dim)
+        if name == "gpt_oss" and key.endswith(("gate_up_proj", "down_proj")):
+            weights |= put_mxfp4(key, parameter)
+            continue
         stored = parameter.data.numpy().astype(np.float16 if parameter.ndim > 1 else np.float32)
         assert np.array_equal(stored.astype(np.float32), parameter.data.numpy()), key
         weights |= published(name, key, stored)

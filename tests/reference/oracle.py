@@ -129,7 +129,16 @@ def gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
 
 
-GATES = {"swiglu": silu, "geglu_tanh": gelu_tanh, "gelu_tanh": gelu_tanh}  # the last one gates nothing
+def swiglu_clamped(gate: Array, up: Array) -> Array:
+    gate = np.minimum(gate, 7.0)
+    return gate / (1.0 + np.exp(-1.702 * gate)) * (np.clip(up, -7.0, 7.0) + 1.0)
+
+
+GATES = {
+    "swiglu": lambda gate, up: silu(gate) * up,
+    "geglu_tanh": lambda gate, up: gelu_tanh(gate) * up,
+    "swiglu_clamped": swiglu_clamped,
+}
 
 
 def softcap(x: Array, cap: float) -> Array:
@@ -223,7 +232,10 @@ class Oracle:
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights, v = self._weights_of_values(trace, scores, v, n_rep) if self.quantized else (p, v)
         v = np.repeat(v, n_rep, axis=1)
-        out = np.einsum("hij,jhd->hid", weights, v, optimize=True) / p.sum(axis=-1, keepdims=True)
+        total = p.sum(axis=-1, keepdims=True)
+        if (sinks := self.weights.get(f"layers.{layer}.sinks")) is not None:  # a score more in each row, without a value
+            total = total + np.exp(sinks[:, None, None] - scores.max(axis=-1, keepdims=True))
+        out = np.einsum("hij,jhd->hid", weights, v, optimize=True) / total
         return out.transpose(1, 0, 2)
 
     def _weights_of_values(self, trace: Trace, scores: Array, v: Array, n_rep: int) -> tuple[Array, Array]:
@@ -298,10 +310,10 @@ class Oracle:
         activation = layer_field(self.config, "activation", layer)
         trace[f"{prefix}up"] = up = self._linear(layer, f"{prefix}w_up", xn)
         if activation == "gelu_tanh":
-            trace[f"{prefix}h"] = GATES[activation](up)
+            trace[f"{prefix}h"] = gelu_tanh(up)
         else:
             trace[f"{prefix}gate"] = gate = self._linear(layer, f"{prefix}w_gate", xn)
-            trace[f"{prefix}h"] = GATES[activation](gate) * up
+            trace[f"{prefix}h"] = GATES[activation](gate, up)
         return trace[f"{prefix}h"]
 
     def _shared_expert(self, layer: int, trace: Trace, xn_exact: Array, xn: Array) -> Array:
@@ -315,6 +327,7 @@ class Oracle:
         """The router sees xn_exact (n_tokens, dim), the experts xn -> (n_tokens, dim)."""
         cfg = self.config
         logits = xn_exact @ self.weights[f"layers.{layer}.router"].reshape(cfg["n_experts"], -1).T
+        logits = logits + self.weights.get(f"layers.{layer}.router.bias", 0.0)
         p = np.exp(log_softmax(logits))
         taken = np.argsort(-logits, axis=1, kind="stable")[:, : cfg["n_experts_used"]]
         total = np.take_along_axis(p, taken, axis=1).sum(axis=1) if cfg.get("experts_normalized") else np.ones(len(p))
@@ -324,7 +337,7 @@ class Oracle:
             row_codes: Trace = {f"{slot}_codes": array for slot, array in enumerate(others)}
             for slot, e in enumerate(sorted(taken[t])):
                 gate, up = (self._linear(layer, f"experts.{e}.{name}", row) for name in ("w_gate", "w_up"))
-                h = self._through_codes(row_codes, str(slot), gate_of(gate) * up)
+                h = self._through_codes(row_codes, str(slot), gate_of(gate, up))
                 out[t] += p[t, e] / total[t] * self._linear(layer, f"experts.{e}.w_down", h)
             codes.append(list(row_codes.values()))
         if self.quantized:

@@ -173,7 +173,12 @@ def gelu_tanh(up: F32) -> F32:
     return geglu_tanh(up, np.ones_like(up))
 
 
-GATES = {"swiglu": swiglu, "geglu_tanh": geglu_tanh}
+def swiglu_clamped(gate: F32, up: F32) -> F32:
+    gate, up = np.minimum(gate, f32(7)), np.maximum(np.minimum(up, f32(7)), f32(-7))
+    return (gate * (f32(1) / (f32(1) + exp(-(gate * f32(1.702)))))) * (up + f32(1))
+
+
+GATES = {"swiglu": swiglu, "geglu_tanh": geglu_tanh, "swiglu_clamped": swiglu_clamped}
 
 
 def softcap(x: F32, cap: float) -> F32:
@@ -194,9 +199,11 @@ def dots(x: F32, w: F32) -> F32:
     return _tree(a)
 
 
-def route(x: F32, router: F32, n_used: int, normalized: bool) -> tuple[Array, F32]:
-    """x (n_tokens, dim), router (n_experts, dim) -> which experts each row takes, and their weights, (n_tokens, n_experts)."""
+def route(x: F32, router: F32, bias: F32 | None, n_used: int, normalized: bool) -> tuple[Array, F32]:
+    """x (n_tokens, dim), router (n_experts, dim), bias (n_experts) -> which experts each row takes, and
+    their weights, (n_tokens, n_experts)."""
     logits = dots(x, router)
+    logits = logits if bias is None else logits + bias
     order = np.argsort(-logits, axis=1, kind="stable")  # ties: the lower index
     taken = np.zeros(logits.shape, bool)
     np.put_along_axis(taken, order[:, :n_used], True, axis=1)
@@ -264,8 +271,8 @@ def key_bias_scores(scores: F32, q: F32, bias: F32, inv_freq: F32, c: F32) -> F3
     return scores
 
 
-def attend(scores: F32, seen: Array, v: F32, v_scales: F32 | None) -> tuple[F32, Array]:
-    """One head: scores and seen (n_queries, n_keys), v (n_keys, head_dim), v_scales (n_keys) or None for a float32 cache
+def attend(scores: F32, seen: Array, v: F32, v_scales: F32 | None, sink: F32 | None = None) -> tuple[F32, Array]:
+    """One head: scores and seen (n_queries, n_keys), v (n_keys, head_dim), v_scales (n_keys) or None for a float32 cache, sink ()
     -> (n_queries, head_dim), and the codes of the weights, (n_queries, n_groups, 32)."""
     n_queries = len(scores)
     big_m, big_l = np.zeros((2, n_queries), dtype=f32)
@@ -292,7 +299,12 @@ def attend(scores: F32, seen: Array, v: F32, v_scales: F32 | None) -> tuple[F32,
         big_m = np.select([merge, first], [new_m, m], big_m)
         started |= sees_chunk
     empty = np.zeros((n_queries, 0, PROBABILITY_GROUP), np.int8)
-    return big_o * (f32(1) / big_l)[:, None], np.concatenate([empty, *codes], axis=1)
+    factor = f32(1) / big_l
+    if sink is not None:
+        most = np.maximum(big_m, sink)
+        share = exp(big_m - most)
+        factor = share / fmaf(big_l, share, exp(sink - most))
+    return big_o * factor[:, None], np.concatenate([empty, *codes], axis=1)
 
 
 def _softmax_chunk(scores: F32, seen: Array) -> tuple[F32, F32]:
@@ -392,12 +404,13 @@ class Spec:
         v_codes, v_scales = quantize(v, head_dim)
         trace.update(q_codes=q_codes, k_codes=k_codes, v_codes=v_codes)
         key_bias = self.vectors.get(f"layers.{layer}.key_bias")
+        sinks = self.vectors.get(f"layers.{layer}.sinks", [None] * n_heads)
         out, p_codes = np.zeros_like(q), []
         for head in range(n_heads):
             kv = head // (n_heads // k.shape[1])
             if self.kv_dtype == "f32":
                 scores = softcap(scores_f32(q[:, head], k[:, kv], c), cap)
-                out[:, head], _ = attend(scores, seen, v[:, kv], None)
+                out[:, head], _ = attend(scores, seen, v[:, kv], None, sinks[head])
             else:
                 q_head = q_codes[:, head, 0], q_scales[:, head, 0]
                 scores = scores_int8(q_head, (k_codes[:, kv, 0], k_scales[:, kv, 0]), c)
@@ -406,7 +419,7 @@ class Spec:
                     scores = key_bias_scores(scores, q[:, head], bias, self._inv_freq(layer), c)
                 scores = softcap(scores, cap)
                 v_head = v_codes[:, kv, 0].astype(f32)
-                out[:, head], codes = attend(scores, seen, v_head, v_scales[:, kv, 0])
+                out[:, head], codes = attend(scores, seen, v_head, v_scales[:, kv, 0], sinks[head])
                 p_codes.append(codes)
         if p_codes:
             trace["p_codes"] = np.stack(p_codes)
@@ -473,7 +486,8 @@ class Spec:
         """xn (n_tokens, dim) and its codes -> what the experts of each row give, (n_tokens, dim)."""
         cfg, n_tokens = self.config, len(xn)
         router = self.vectors[f"layers.{layer}.router"].reshape(cfg["n_experts"], -1)
-        taken, weights = route(xn, router, cfg["n_experts_used"], cfg.get("experts_normalized", False))
+        bias = self.vectors.get(f"layers.{layer}.router.bias")
+        taken, weights = route(xn, router, bias, cfg["n_experts_used"], cfg.get("experts_normalized", False))
         gate_of, total = GATES[layer_field(cfg, "activation", layer)], np.zeros_like(xn)
         slots = np.cumsum(taken, axis=1) - 1  # of a taken expert: how many the row took before it
         n_groups = -(-cfg["hidden_dim"] // GROUP)

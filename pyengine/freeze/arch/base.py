@@ -70,7 +70,8 @@ class Fold(NamedTuple):
     each row of a head, in the order of the file. The others are for LayerNorms (arch/layer_norm.py): ``center`` subtracts means,
     "rows" of each row, "columns" of each column, and of all of a vector; a bias with ``norm_bias``, the part that is the bias of
     the norm before its matrix, gets the matrix times it. ``is_absent``: the source has no such vector, which is ``offset`` then.
-    ``by_kv_head``: the parts of a fused tensor lie one under the other for each kv head, and not for all of them together.
+    ``pieces``: the parts of a fused tensor are cut into so many pieces; the first of each lie one under the other, then the
+    second of each, and so on.
     """
 
     scale: float | Float64Array = 1.0
@@ -79,7 +80,7 @@ class Fold(NamedTuple):
     center: str = ""
     norm_bias: str | None = None
     is_absent: bool = False
-    by_kv_head: bool = False
+    pieces: int = 1
 
 
 class Shape(NamedTuple):
@@ -117,6 +118,8 @@ class Traits:
     gate_up_bias: bool = False
     down_bias: bool = False
     output_bias: bool = False
+    attention_sinks: bool = False
+    router_bias: bool = False
     is_untied: bool = False  # tied embeddings become two matrices, which are folded in different ways
     norm_eps: float | None = None  # None: rms_norm_eps, attention.layer_norm_rms_epsilon
     max_seq_len: int | None = None  # None: what is asked for, or the checkpoint's own

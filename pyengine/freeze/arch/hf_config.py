@@ -47,6 +47,12 @@ def softcap(config: Fields, key: str) -> float:
     return value
 
 
+def is_mxfp4(config: Fields) -> bool:
+    """Whether matrices are in MXFP4 (freeze/mxfp4.py)."""
+    found = config.raw("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == "mxfp4"
+
+
 # ---------------------------------------------------------------------------- windows
 
 

@@ -38,7 +38,7 @@ def _internlm2_hf(config: Fields, shape: Shape) -> Traits:
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
         rope_tables=(_rope_table(config, shape),),
-        folds={part: Fold(by_kv_head=True) for part in ("q", "k", "v")},
+        folds={part: Fold(pieces=shape.n_kv_heads) for part in ("q", "k", "v")},
     )
 
 

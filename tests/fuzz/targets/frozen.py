@@ -45,8 +45,10 @@ _OPTIONAL = [  # keys of config.json that the seed does not have, or says otherw
     ("gate_up_bias", [False, True]),
     ("down_bias", [False, True]),
     ("output_bias", [False, True]),
+    ("attention_sinks", [False, True]),
+    ("router_bias", [False, True]),
     ("norm", ["rmsnorm_after", "rmsnorm_around", "rmsnorm_parallel"]),
-    ("activation", ["geglu_tanh", "gelu_tanh"]),
+    ("activation", ["geglu_tanh", "gelu_tanh", "swiglu_clamped"]),
 ]
 _TEXTS = [
     b"[]",
