@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from reference import fixtures, gguf_fixtures
 from pyengine import _core
 from pyengine.errors import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError
 from pyengine.format.reader import FrozenFile
-from pyengine.freeze import freeze, open_source
+from pyengine.freeze import freeze, mxfp4, open_source
 from pyengine.freeze.arch import gguf_keys
 from pyengine.freeze.arch.base import Shape
 from pyengine.freeze.fields import Fields
@@ -229,6 +231,13 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'"),
         ("internlm2", {"num_key_value_heads": 4}, ModelFormatError, r"wqkv.*shape"),
         ("internlm3", {"qkv_bias": False}, UnsupportedModelError, "bias.*no place"),
+        ("gpt_oss", {"quantization_config": None}, UnsupportedModelError, "not in MXFP4"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError, "not in MXFP4"),
+        ("granite", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError, "quantized already"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, UnsupportedModelError, r"swiglu_limit 6\.0"),
+        ("gpt_oss", {"intermediate_size": 64}, ModelFormatError, r"gate_up_proj.*shape"),
+        ("gpt_oss", {"num_local_experts": 5}, ModelFormatError, r"(router|experts).*shape"),
+        ("gpt_oss", {"attention_bias": False, "hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'"),
         ("mixtral", {"num_local_experts": 5}, ModelFormatError, r"block_sparse_moe.*(shape|missing)"),
         ("smollm3", {"no_rope_layers": [1]}, ModelFormatError, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 2]}, ModelFormatError, "no_rope_layers"),
@@ -267,6 +276,10 @@ OWN_KEYS = {
     "exaone4": ["sliding_window", "sliding_window_pattern", "layer_types"],
     "cohere2": ["sliding_window", "sliding_window_pattern", "layer_types", "logit_scale", "layer_norm_eps"],
     "phi2": ["partial_rotary_factor", "layer_norm_eps", "qk_layernorm"],
+    "gpt_oss": [
+        "num_local_experts", "num_experts_per_tok", "intermediate_size", "swiglu_limit", "quantization_config", "rope_scaling",
+        "layer_types", "sliding_window",
+    ],
     "olmo3": ["sliding_window", "layer_types", "rope_scaling", "rope_theta", "rope_parameters"],
     "minicpm": ["scale_emb", "scale_depth", "dim_model_base", "rope_scaling", "attention_bias", "sparse_config"],
     "internlm2": ["rope_scaling", "bias", "num_key_value_heads"],
@@ -363,3 +376,71 @@ def test_an_amplitude_of_gguf_that_is_not_yarns_is_refused() -> None:
         assert gguf_keys.scaled_rope(keys, shape, OneTensor(1.0)).amplitude == 0.1 * math.log(8.0) + 1
     with pytest.raises(UnsupportedModelError, match=r"yarn_attn_factor 1\.5"):
         gguf_keys.scaled_rope(Fields(values | {"rope.scaling.yarn_attn_factor": 1.5}, "GGUF"), shape, OneTensor(1.0))
+
+
+# ---------------------------------------------------------------------------- MXFP4
+
+
+def test_mxfp4_by_hand() -> None:
+    """Every code, in the order of Hugging Face's files (two neighbours a byte) and of GGML's blocks (16 apart)."""
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    wanted = np.array([values + [-x for x in values]] * 2, np.float32).reshape(-1) * 0.25
+    codes = np.tile(np.arange(16, dtype=np.uint8), 2)
+    ggml = np.concatenate([[np.uint8(125)], codes[:16] | codes[16:] << 4])
+    assert np.array_equal(mxfp4.gguf_rows(ggml[None]), wanted[None])
+    tensors = {
+        "w_blocks": (codes[::2] | codes[1::2] << 4).reshape(1, 1, 1, 16), "w_scales": np.full((1, 1, 1), 125, np.uint8),
+    }  # fmt: skip
+    reader = mxfp4.Mxfp4Tensors(InMemory(tensors))
+    assert reader.shapes == {"w": (1, 1, 32)}
+    assert np.array_equal(reader.matrix("w").read_rows(0, 1), wanted[None])
+
+
+class InMemory:
+    """Tensors of bytes as a reader of safetensors has them."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        self._tensors = tensors
+        self.shapes = {name: w.shape for name, w in tensors.items()}
+
+    def matrix(self, name: str) -> Any:
+        raise AssertionError(name)
+
+    vector = matrix
+
+    def bytes_of(self, name: str, outer: Sequence[int]) -> Any:
+        rows = self._tensors[name].reshape(math.prod(outer), -1)
+        return SimpleNamespace(
+            name=name, rows=len(rows), row_bytes=rows.shape[1], read_bytes=lambda start, stop: rows[start:stop]
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"w_scales": None},
+        {"w_scales": np.zeros((4, 64, 1), np.uint8)},
+        {"w_scales": np.zeros((4, 64, 2, 1), np.uint8)},
+        {"w": np.zeros((4, 64), np.uint8)},
+    ],
+)
+def test_blocks_of_mxfp4_need_their_scales(change: dict[str, Any]) -> None:
+    tensors = {"w_blocks": np.zeros((4, 64, 2, 16), np.uint8), "w_scales": np.zeros((4, 64, 2), np.uint8)} | change
+    with pytest.raises(ModelFormatError, match="'w_blocks' has no 'w_scales' of its shape"):
+        mxfp4.Mxfp4Tensors(InMemory({name: w for name, w in tensors.items() if w is not None}))
+
+
+def test_mxfp4_that_is_not_of_bytes_is_refused(tmp_path: Path) -> None:
+    fixture = fixtures.load("gpt_oss")
+    scales = {name: w.astype(np.float16) for name, w in fixture.hf_weights.items() if name.endswith("_scales")}
+    directory = fixtures.write_hf_dir(replace(fixture, hf_weights=fixture.hf_weights | scales), tmp_path / "hf")
+    with pytest.raises(UnsupportedModelError, match="in anything but bytes"):
+        open_source(directory)
+
+
+def test_an_exponent_that_overflows_is_refused_when_it_is_quantized(tmp_path: Path) -> None:
+    fixture = fixtures.load("gpt_oss")
+    largest = {name: np.full_like(w, 255) for name, w in fixture.hf_weights.items() if name.endswith("_scales")}
+    directory = fixtures.write_hf_dir(replace(fixture, hf_weights=fixture.hf_weights | largest), tmp_path / "hf")
+    with pytest.raises(PyEngineError, match="finite"):
+        freeze(directory, tmp_path / "m")

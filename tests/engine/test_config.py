@@ -175,11 +175,35 @@ def test_a_shared_expert_and_its_tensors() -> None:
     assert count_parameters(config) - count_parameters(without) == 2 * (3 * 64 * 24 + 64)
     assert count_macs(config, 5, 1) - count_macs(without, 5, 1) == 5 * 2 * 3 * 64 * 24  # every token takes it
     assert FrozenConfig.from_json(config.to_json()) == config
-    for wrong in ({"gate_up_bias": True}, {"down_bias": True}, {"shared_hidden_dim": 1 << 23}):
-        with pytest.raises(ModelFormatError, match=next(iter(wrong))):
-            parse(**mixture, **wrong)
+    with pytest.raises(ModelFormatError, match="shared_hidden_dim"):
+        parse(**mixture, shared_hidden_dim=1 << 23)
+    for wrong in ("gate_up_bias", "down_bias"):
+        with pytest.raises(ModelFormatError, match=f"{wrong}.* beside a shared expert"):
+            parse(**mixture, shared_hidden_dim=24, **{wrong: True})
     with pytest.raises(ModelFormatError, match="layer 0 has the norm rmsnorm_parallel and experts"):
         parse(**mixture, layers={"window": 0, "rope": 0, "norm": "rmsnorm_parallel", "activation": "swiglu"})
+
+
+def test_sinks_and_biases_of_experts() -> None:
+    mixture = {"n_experts": 2, "n_experts_used": 1, "gate_up_bias": True, "down_bias": True, "router_bias": True}
+    layers = {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu_clamped"}
+    config = parse(**mixture, attention_sinks=True, layers=layers)
+    found = {weight.name: weight for weight in inventory(config)}
+    names = [name.removeprefix("layers.1.") for name in found if name.startswith("layers.1.")]
+    assert names[names.index("sinks") :] == [
+        "sinks", "wo", "ffn_norm", "router", "router.bias",
+        "experts.0.w_gate_up", "experts.0.w_gate_up.bias", "experts.0.w_down", "experts.0.w_down.bias",
+        "experts.1.w_gate_up", "experts.1.w_gate_up.bias", "experts.1.w_down", "experts.1.w_down.bias",
+    ]  # fmt: skip
+    assert found["layers.0.sinks"].shape == (config.n_heads,) and found["layers.0.router.bias"].shape == (2,)
+    assert found["layers.0.experts.1.w_gate_up.bias"].alternating
+    assert FrozenConfig.from_json(config.to_json()) == config
+    with pytest.raises(ModelFormatError, match="router_bias needs n_experts"):
+        parse(router_bias=True)
+    for key in ("attention_sinks", "router_bias"):
+        assert key not in parse().to_document()  # files of before there were such keys are as they were
+        with pytest.raises(ModelFormatError, match=f"{key} must be true or false"):
+            parse(**mixture | {key: 1})
 
 
 def test_an_mlp_without_a_gate_and_biases() -> None:
