@@ -337,7 +337,8 @@ def load_hf(
     file = _open_weights(directory)
     try:
         stored = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
-        packing, reader = config.table("quantization_config", {}), stored
+        packing = config.table("quantization_config", {})
+        reader: TensorReader = stored
         if packing:
             settings = Fields(packing, f"{_CONFIG}: quantization_config")
             reader = Mxfp4Tensors(stored) if is_mxfp4(config) else PackedTensors(stored, settings)

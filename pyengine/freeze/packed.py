@@ -280,7 +280,8 @@ class PackedTensors:
         method = settings.text("quant_method", "")
         if method not in _METHODS:
             raise UnsupportedModelError(
-                f"weights quantized by {method or 'an unnamed method'!r:.80} are not implemented, only by {', '.join(_METHODS)}"
+                f"weights quantized by {method or 'an unnamed method'!r:.80} are not implemented, only by "
+                f"{', '.join(_METHODS)} and mxfp4"
             )
         self._settings, self._method = settings, method
         if method == "compressed-tensors" and settings.text("format", "dense") not in _FORMATS:

@@ -5,12 +5,12 @@ That they compute what transformers computes is in test_oracle.py and test_again
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from pyengine.freeze import freeze, mxfp4, open_source
 from pyengine.freeze.arch import gguf_keys
 from pyengine.freeze.arch.base import Shape
 from pyengine.freeze.fields import Fields
+from pyengine.freeze.hf import SafetensorsReader
 from pyengine.freeze.rope import yarn
 
 NAMES = [
@@ -233,7 +234,6 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("internlm3", {"qkv_bias": False}, UnsupportedModelError, "bias.*no place"),
         ("gpt_oss", {"quantization_config": None}, UnsupportedModelError, "not in MXFP4"),
         ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError, "not in MXFP4"),
-        ("granite", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError, "quantized already"),
         ("gpt_oss", {"swiglu_limit": 6.0}, UnsupportedModelError, r"swiglu_limit 6\.0"),
         ("gpt_oss", {"intermediate_size": 64}, ModelFormatError, r"gate_up_proj.*shape"),
         ("gpt_oss", {"num_local_experts": 5}, ModelFormatError, r"(router|experts).*shape"),
@@ -381,38 +381,24 @@ def test_an_amplitude_of_gguf_that_is_not_yarns_is_refused() -> None:
 # ---------------------------------------------------------------------------- MXFP4
 
 
-def test_mxfp4_by_hand() -> None:
-    """Every code, in the order of Hugging Face's files (two neighbours a byte) and of GGML's blocks (16 apart)."""
+@contextlib.contextmanager
+def mxfp4_file(path: Path, tensors: dict[str, Any]) -> Iterator[mxfp4.Mxfp4Tensors]:
+    fixtures.write_safetensors(path, {name: w for name, w in tensors.items() if w is not None})
+    with contextlib.closing(SafetensorsReader([path])) as reader:
+        yield mxfp4.Mxfp4Tensors(reader)
+
+
+def test_mxfp4_by_hand(tmp_path: Path) -> None:
+    """Every code, two neighbours a byte, and an exponent."""
     values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    wanted = np.array([values + [-x for x in values]] * 2, np.float32).reshape(-1) * 0.25
+    wanted = np.array([values + [-x for x in values]] * 2, np.float32).reshape(1, -1)
     codes = np.tile(np.arange(16, dtype=np.uint8), 2)
-    ggml = np.concatenate([[np.uint8(125)], codes[:16] | codes[16:] << 4])
-    assert np.array_equal(mxfp4.gguf_rows(ggml[None]), wanted[None])
-    tensors = {
-        "w_blocks": (codes[::2] | codes[1::2] << 4).reshape(1, 1, 1, 16), "w_scales": np.full((1, 1, 1), 125, np.uint8),
-    }  # fmt: skip
-    reader = mxfp4.Mxfp4Tensors(InMemory(tensors))
-    assert reader.shapes == {"w": (1, 1, 32)}
-    assert np.array_equal(reader.matrix("w").read_rows(0, 1), wanted[None])
-
-
-class InMemory:
-    """Tensors of bytes as a reader of safetensors has them."""
-
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        self._tensors = tensors
-        self.shapes = {name: w.shape for name, w in tensors.items()}
-
-    def matrix(self, name: str) -> Any:
-        raise AssertionError(name)
-
-    vector = matrix
-
-    def bytes_of(self, name: str, outer: Sequence[int]) -> Any:
-        rows = self._tensors[name].reshape(math.prod(outer), -1)
-        return SimpleNamespace(
-            name=name, rows=len(rows), row_bytes=rows.shape[1], read_bytes=lambda start, stop: rows[start:stop]
-        )
+    blocks = np.tile(codes[::2] | codes[1::2] << 4, (1, 3, 1, 1))  # one expert of three rows
+    scales = np.array([[[127], [125], [130]]], np.uint8)
+    with mxfp4_file(tmp_path / "m", {"w_blocks": blocks, "w_scales": scales}) as reader:
+        assert reader.shapes == {"w": (1, 3, 32)}
+        assert np.array_equal(reader.matrix("w").read_rows(0, 3), np.concatenate([wanted, wanted / 4, wanted * 8]))
+        assert np.array_equal(reader.matrix("w").read_rows(1, 2), wanted / 4)
 
 
 @pytest.mark.parametrize(
@@ -424,17 +410,18 @@ class InMemory:
         {"w": np.zeros((4, 64), np.uint8)},
     ],
 )
-def test_blocks_of_mxfp4_need_their_scales(change: dict[str, Any]) -> None:
+def test_blocks_of_mxfp4_need_their_scales(tmp_path: Path, change: dict[str, Any]) -> None:
     tensors = {"w_blocks": np.zeros((4, 64, 2, 16), np.uint8), "w_scales": np.zeros((4, 64, 2), np.uint8)} | change
-    with pytest.raises(ModelFormatError, match="'w_blocks' has no 'w_scales' of its shape"):
-        mxfp4.Mxfp4Tensors(InMemory({name: w for name, w in tensors.items() if w is not None}))
+    wanted = pytest.raises(ModelFormatError, match="'w_blocks' has no 'w_scales' of its shape")
+    with wanted, mxfp4_file(tmp_path / "m", tensors):
+        pass
 
 
 def test_mxfp4_that_is_not_of_bytes_is_refused(tmp_path: Path) -> None:
     fixture = fixtures.load("gpt_oss")
     scales = {name: w.astype(np.float16) for name, w in fixture.hf_weights.items() if name.endswith("_scales")}
     directory = fixtures.write_hf_dir(replace(fixture, hf_weights=fixture.hf_weights | scales), tmp_path / "hf")
-    with pytest.raises(UnsupportedModelError, match="in anything but bytes"):
+    with pytest.raises(UnsupportedModelError, match="MXFP4 in F16 is not"):
         open_source(directory)
 
 
