@@ -115,13 +115,14 @@ def test_a_context_may_be_smaller_than_the_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("beginning", ["language_model.model.", "model.language_model."])
-def test_the_text_model_of_one_that_sees(tmp_path: Path, beginning: str) -> None:
-    fixture = fixtures.load("gemma3")
+@pytest.mark.parametrize(("name", "kind"), [("gemma3", "gemma3"), ("ministral3", "mistral3")])
+def test_the_text_model_of_one_that_sees(tmp_path: Path, name: str, kind: str, beginning: str) -> None:
+    fixture = fixtures.load(name)
     wanted = weight_bytes(freeze(fixtures.write_hf_dir(fixture, tmp_path / "text"), tmp_path / "m"))
     outside = ("architectures", "model_type", "eos_token_id")
     text = {key: value for key, value in fixture.hf_config.items() if key not in outside}
     config = {
-        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text,
+        "architectures": [f"{kind.capitalize()}ForConditionalGeneration"], "model_type": kind, "text_config": text,
         "vision_config": {"hidden_size": 8}, "eos_token_id": fixture.hf_config["eos_token_id"], "bos_token_id": 0,
     }  # fmt: skip
     tensors = {name.replace("model.", beginning, 1): w for name, w in fixture.hf_weights.items()}
@@ -232,6 +233,8 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'"),
         ("internlm2", {"num_key_value_heads": 4}, ModelFormatError, r"wqkv.*shape"),
         ("internlm3", {"qkv_bias": False}, UnsupportedModelError, "bias.*no place"),
+        ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, ModelFormatError, "original_max.* is missing"),
+        ("ministral3", {"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'"),
         ("gpt_oss", {"quantization_config": None}, UnsupportedModelError, "not in MXFP4"),
         ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError, "not in MXFP4"),
         ("gpt_oss", {"swiglu_limit": 6.0}, UnsupportedModelError, r"swiglu_limit 6\.0"),
@@ -280,6 +283,7 @@ OWN_KEYS = {
         "num_local_experts", "num_experts_per_tok", "intermediate_size", "swiglu_limit", "quantization_config", "rope_scaling",
         "layer_types", "sliding_window",
     ],
+    "ministral3": ["rope_parameters", "sliding_window", "max_position_embeddings"],
     "olmo3": ["sliding_window", "layer_types", "rope_scaling", "rope_theta", "rope_parameters"],
     "minicpm": ["scale_emb", "scale_depth", "dim_model_base", "rope_scaling", "attention_bias", "sparse_config"],
     "internlm2": ["rope_scaling", "bias", "num_key_value_heads"],
@@ -350,6 +354,15 @@ def test_numbers_of_gguf_that_float32_does_not_hold() -> None:
 
 
 # ---------------------------------------------------------------------------- YaRN
+
+
+def test_ministral3_has_the_positions_before_its_queries_grow(tmp_path: Path) -> None:
+    source = hf_dir(tmp_path / "hf", "ministral3")
+    for n_ctx, wanted in ((None, 64), (40, 40), (64, 64)):
+        with FrozenFile.open(freeze(source, tmp_path / f"{n_ctx}", n_ctx=n_ctx)) as file:
+            assert file.config.max_seq_len == wanted
+    with pytest.raises(InvalidArgumentError, match="n_ctx is 65, but queries .* from 64 on"):
+        freeze(source, tmp_path / "m", n_ctx=65)
 
 
 def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:

@@ -209,6 +209,8 @@ def canonical_config(fixture: Fixture) -> dict[str, Any]:
         config["extra"] = {"folded": multipliers}
     if (fixture.hf_config.get("rope_scaling") or {}).get("type") == "longrope" and n_ctx(fixture) is None:
         config["max_seq_len"] = fixture.hf_config["original_max_position_embeddings"]
+    if fixture.hf_config["model_type"] == "ministral3":  # from there on queries grow
+        config["max_seq_len"] = fixture.hf_config["rope_parameters"]["original_max_position_embeddings"]
     return config
 
 

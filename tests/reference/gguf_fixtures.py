@@ -24,10 +24,10 @@ ARCHITECTURES = {
     "olmoe": "olmoe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe",
     "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
-    "gpt_oss": "gpt-oss", "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
+    "gpt_oss": "gpt-oss", "ministral3": "mistral3", "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
 }  # fmt: skip
 # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
-PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2")
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2", "mistral3")
 
 
 def expressible(fixture: Fixture) -> Fixture:
@@ -125,7 +125,7 @@ def _add_sizes(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
         writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
     else:
         writer.add_layer_norm_eps(hf.get("norm_epsilon", hf.get("layer_norm_eps", 1e-5)))
-    writer.add_rope_freq_base(hf["rope_theta"])
+    writer.add_rope_freq_base(hf["rope_theta"] if "rope_theta" in hf else hf["rope_parameters"]["rope_theta"])
 
 
 def _granite(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
@@ -170,7 +170,7 @@ def _olmo2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
 
 
 def _yarn(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
-    scaling = {"beta_fast": 32.0, "beta_slow": 1.0} | hf["rope_scaling"]
+    scaling = hf.get("rope_scaling") or hf["rope_parameters"]
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(scaling["factor"])
     writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
@@ -178,6 +178,13 @@ def _yarn(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
     if "attention_factor" in scaling:
         writer.add_rope_scaling_yarn_attn_factor(scaling["attention_factor"])
+
+
+def _mistral3(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    _rotary(writer, hf)
+    _yarn(writer, hf)
+    writer.add_rope_scaling_yarn_log_mul(hf["rope_parameters"]["mscale_all_dim"])
+    writer.add_attn_temperature_scale(hf["rope_parameters"]["llama_4_scaling_beta"])
 
 
 def _gpt_oss(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
@@ -244,6 +251,7 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
     "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
     "minicpm": _minicpm, "internlm2": _internlm2, "gpt-oss": _gpt_oss,
+    "mistral3": _mistral3,
 }  # fmt: skip
 
 

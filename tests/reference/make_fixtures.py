@@ -335,6 +335,14 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
         48,
     ),
+    "ministral3": (
+        {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"], **shape(32, 40, 3, 1, 16),
+         "tie_word_embeddings": True, "sliding_window": None, "rope_theta": None,
+         "rope_parameters": {"rope_type": "yarn", "type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 4.0,
+                             "beta_slow": 0.25, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+                             "original_max_position_embeddings": 64}},
+        48,
+    ),
     "gpt_oss": (
         {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], **shape(64, 32, 4, 2, 16), "tie_word_embeddings": False,
          "attention_bias": True, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"],

@@ -172,14 +172,16 @@ GEMMA3 = Architecture(
     "Gemma3ForCausalLM", "gemma3_text", "gemma3", _gemma3_hf, _gemma3_gguf, _PARTS, gguf_keys=_KEYS | {"rope.freq_base_swa"},
     hf_defaults={**_DEFAULTS, "max_position_embeddings": 131_072, "vocab_size": 262_208},
 )  # fmt: skip
-# The models from 4B on see images. Published files have the first spelling of names, transformers 5 writes the last two.
+# Of a model that sees images. Published files have the first spelling of names, transformers 5 writes the last two.
+TEXT_OF_IMAGES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+# The models from 4B on.
 GEMMA3_IMAGES = GEMMA3._replace(
     hf="Gemma3ForConditionalGeneration",
     model_type="gemma3",
-    hf_text={
-        "language_model.model.": "model.",
-        "language_model.lm_head.": "lm_head.",
-        "model.language_model.": "model.",
-        "lm_head.": "lm_head.",
-    },
+    hf_text=TEXT_OF_IMAGES,
 )

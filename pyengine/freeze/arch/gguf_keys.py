@@ -19,6 +19,7 @@ ROPE_DIVISORS = "rope_freqs.weight"
 WINDOW_PATTERN = "attention.sliding_window_pattern"
 _YARN_AMPLITUDE = "rope.scaling.yarn_attn_factor"
 YARN = frozenset({_YARN_AMPLITUDE, "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"})  # keys
+YARN_LOG = "rope.scaling.yarn_log_multiplier"  # of some architectures
 LAYER_NORM_EPS = "attention.layer_norm_epsilon"
 
 
@@ -100,6 +101,8 @@ def scaled_rope(keys: Fields, shape: Shape, file: Tensors, *, truncate: bool = T
         "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
         "truncate": truncate,
     }
+    if growth := keys.number(YARN_LOG, 0.0):
+        settings |= {"mscale": 1.0, "mscale_all_dim": growth}
     rope = yarn(shape.head_dim, keys.number("rope.freq_base", 10_000.0), settings)
     said = keys.number(_YARN_AMPLITUDE, 1.0)
     if not math.isclose(said, 1.0, rel_tol=1e-6) and not math.isclose(said, rope.amplitude, rel_tol=1e-6):
