@@ -361,7 +361,7 @@ def test_ministral3_has_the_positions_before_its_queries_grow(tmp_path: Path) ->
     for n_ctx, wanted in ((None, 64), (40, 40), (64, 64)):
         with FrozenFile.open(freeze(source, tmp_path / f"{n_ctx}", n_ctx=n_ctx)) as file:
             assert file.config.max_seq_len == wanted
-    with pytest.raises(InvalidArgumentError, match="n_ctx is 65, but queries .* from 64 on"):
+    with pytest.raises(InvalidArgumentError, match=r"n_ctx is 65, but queries .* from 64 on"):
         freeze(source, tmp_path / "m", n_ctx=65)
 
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from reference import fixtures
-from reference.make_fixtures import LOUD_CHANNELS, LOUDNESS, MAGNITUDES
+from reference.fixture_models import LOUD_CHANNELS, LOUDNESS, MAGNITUDES
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

@@ -1,7 +1,7 @@
 """Ministral 3, and the text models of it and of Mistral Small 3.1 and 3.2, which see images: Mistrals, Ministral 3 with YaRN.
 
-Ministral 3's queries grow with their position, in steps of the length of the first training. A frozen file has the positions before
-the first step, whose queries are as they are."""
+Ministral 3's queries grow with their position, in steps of the length of the first training. A frozen file has the positions
+before the first step, whose queries are as they are."""
 
 from __future__ import annotations
 
