@@ -28,7 +28,7 @@ _KNOWN_KEYS = {
     "attention.sliding_window",
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "expert_count", "expert_used_count", "expert_shared_feed_forward_length", "pooling_type",
+    "expert_count", "expert_used_count", "expert_shared_feed_forward_length", "pooling_type", *gguf_keys.YARN,
 }  # fmt: skip
 
 

@@ -28,9 +28,7 @@ from pyengine.freeze.fields import Fields
 from pyengine.freeze.hf import SafetensorsReader
 from pyengine.freeze.rope import yarn
 
-NAMES = [
-    name for name in fixtures.names() if fixtures.load(name).hf_config["model_type"] in gguf_fixtures.ARCHITECTURES
-]
+NAMES = [name for name in fixtures.names() if gguf_fixtures.architecture_of(fixtures.load(name))]
 
 
 def hf_dir(path: Path, name: str, **changes: Any) -> Path:
@@ -384,11 +382,15 @@ def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:
 def test_an_amplitude_of_gguf_that_is_not_yarns_is_refused() -> None:
     values = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64}
     shape = Shape(16, 1, 1, 1, 16, True, 512, None)
+    file = OneTensor(1.0)
+    with pytest.raises(UnsupportedModelError, match="YaRN and rope_freqs.weight together"):
+        gguf_keys.scaled_rope(Fields(values, "GGUF"), shape, file)
+    file.shapes = {}
     for said in (1.0, 1.2079441):
         keys = Fields(values | {"rope.scaling.yarn_attn_factor": said}, "GGUF")
-        assert gguf_keys.scaled_rope(keys, shape, OneTensor(1.0)).amplitude == 0.1 * math.log(8.0) + 1
+        assert gguf_keys.scaled_rope(keys, shape, file).amplitude == 0.1 * math.log(8.0) + 1
     with pytest.raises(UnsupportedModelError, match=r"yarn_attn_factor 1\.5"):
-        gguf_keys.scaled_rope(Fields(values | {"rope.scaling.yarn_attn_factor": 1.5}, "GGUF"), shape, OneTensor(1.0))
+        gguf_keys.scaled_rope(Fields(values | {"rope.scaling.yarn_attn_factor": 1.5}, "GGUF"), shape, file)
 
 
 # ---------------------------------------------------------------------------- MXFP4

@@ -109,8 +109,8 @@ def test_a_scaling_beside_rope_parameters_is_applied_or_refused_by_name(tmp_path
     plain = frequencies(tmp_path / "a", parameters)
     linear = frequencies(tmp_path / "b", parameters | {"rope_scaling": {"type": "linear", "factor": 4.0}})
     np.testing.assert_array_equal(linear, plain / np.float32(4))
-    with pytest.raises(UnsupportedModelError, match="'yarn'"):
-        frequencies(tmp_path / "c", parameters | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
+    with pytest.raises(UnsupportedModelError, match="'dynamic'"):
+        frequencies(tmp_path / "c", parameters | {"rope_scaling": {"type": "dynamic", "factor": 4.0}})
 
 
 # ---------------------------------------------------------------------------- one kind of exception

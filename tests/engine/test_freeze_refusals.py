@@ -32,7 +32,7 @@ from pyengine.freeze import freeze
         (QWEN2 | {"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "unnamed method"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "RoPE type 'longrope'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "between layers"),
         (
@@ -139,7 +139,8 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
         ({"llama.attention.causal": False}, "not causal"),
         ({"llama.logit_scale": 2.0}, r"'llama\.logit_scale'"),
         ({"llama.rope.dimension_count": 8}, "part of the head"),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "'yarn'"),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "'longrope'"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_attn_factor": 2.0}, "another amplitude than YaRN's own"),
         ({"llama.attention.value_length": 8}, "value heads"),
     ],
 )

@@ -297,6 +297,12 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
         48,
     ),
+    "qwen2_yarn": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **shape(48, 40, 3, 1), "tie_word_embeddings": True,
+         "rms_norm_eps": 1e-6, "use_sliding_window": False,
+         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        80,
+    ),
     "ministral3": (
         {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"], **shape(32, 40, 3, 1, 16),
          "tie_word_embeddings": True, "sliding_window": None, "rope_theta": None,

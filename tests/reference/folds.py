@@ -134,12 +134,16 @@ def minicpm_residual(hf: Mapping[str, Any]) -> float:
 
 def _yarn(hf: Mapping[str, Any], weights: Weights) -> None:
     """YaRN's amplitude of cos and sin, of q and of k, is q's alone: of OLMo 3 its norm's, in layers without a window."""
-    for i, kind in enumerate(hf["layer_types"]):
-        if hf["model_type"] == "gpt_oss":
+    for i in range(hf["num_hidden_layers"]):
+        if hf["model_type"] != "olmo3":
             _multiply(weights, f"layers.{i}.wq", yarn_amplitude(hf) ** 2)
             _multiply(weights, f"layers.{i}.wq.bias", yarn_amplitude(hf) ** 2)
-        elif kind == "full_attention":
+        elif hf["layer_types"][i] == "full_attention":
             _multiply(weights, f"layers.{i}.q_norm", yarn_amplitude(hf) ** 2)
+
+
+def has_yarn(hf: Mapping[str, Any]) -> bool:
+    return (hf.get("rope_scaling") or {}).get("rope_type") == "yarn"
 
 
 def yarn_amplitude(hf: Mapping[str, Any]) -> float:
@@ -227,7 +231,7 @@ def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
 FOLDS = {
     **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
     **dict.fromkeys(("phi3", "glm", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
-    "minicpm": _minicpm, "olmo3": _yarn, "gpt_oss": _yarn,
+    "minicpm": _minicpm,
 }  # fmt: skip
 
 
@@ -236,6 +240,8 @@ def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
     weights = dict(weights)
     if hf["model_type"] in FOLDS:
         FOLDS[hf["model_type"]](hf, weights)
+    if has_yarn(hf):
+        _yarn(hf, weights)
     return weights
 
 
@@ -244,7 +250,7 @@ def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float] | bool:
     where they are changed otherwise."""
     if hf["model_type"] in (*LAYER_NORMS, *INTERLEAVED, "phi3"):
         return False
-    if hf["model_type"] == "gpt_oss":
+    if has_yarn(hf) and hf["model_type"] != "olmo3":
         return {"q": yarn_amplitude(hf) ** 2}
     if hf["model_type"] == "minicpm":
         return {"q": 1.0, "wo": minicpm_residual(hf), "down": minicpm_residual(hf)}

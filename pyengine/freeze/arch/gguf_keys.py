@@ -94,6 +94,8 @@ def scaled_rope(keys: Fields, shape: Shape, file: Tensors, *, truncate: bool = T
         return Rope(rope_table(keys, shape.head_dim, file))
     if rope_dimensions(keys, shape.head_dim) != shape.head_dim:
         raise UnsupportedModelError("RoPE over a part of the head (rope.dimension_count) for this architecture")
+    if ROPE_DIVISORS in file.shapes:
+        raise UnsupportedModelError(f"YaRN and {ROPE_DIVISORS} together are not implemented")
     settings = {
         "factor": found["factor"],
         "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length", shape.context),
@@ -108,6 +110,12 @@ def scaled_rope(keys: Fields, shape: Shape, file: Tensors, *, truncate: bool = T
     if not math.isclose(said, 1.0, rel_tol=1e-6) and not math.isclose(said, rope.amplitude, rel_tol=1e-6):
         raise UnsupportedModelError(f"{_YARN_AMPLITUDE} {said!r}: another amplitude than YaRN's own is not implemented")
     return rope
+
+
+def one_rope(keys: Fields, shape: Shape, file: Tensors) -> dict[str, Any]:
+    """The fields of Traits of a model whose layers all turn whole heads alike, perhaps by YaRN."""
+    rope = scaled_rope(keys, shape, file)
+    return {"rope_tables": (rope.inv_freq,), "rope_amplitudes": (rope.amplitude,)}
 
 
 def norm_eps(keys: Fields, key: str = "attention.layer_norm_rms_epsilon") -> float:

@@ -84,7 +84,7 @@ GPT_OSS = Architecture(
         "down.bias": SourceName(_EXPERTS + "down_proj_bias", "blk.{i}.ffn_down_exps.bias"),
     },
     has_experts=True,
-    gguf_keys=gguf_keys.YARN | {gguf_keys.WINDOW_PATTERN, "expert_feed_forward_length"},
+    gguf_keys=frozenset({gguf_keys.WINDOW_PATTERN, "expert_feed_forward_length"}),
     hf_defaults={
         "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131_072,

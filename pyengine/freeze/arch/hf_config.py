@@ -142,6 +142,12 @@ def scaled_rope(config: Fields, rotated: int, default_base: float = _DEFAULT_ROP
     return yarn(rotated, rope_base(config, default_base), settings)
 
 
+def one_rope(config: Fields, shape: Shape, default_base: float = _DEFAULT_ROPE_THETA) -> dict[str, Any]:
+    """The fields of Traits of a model whose layers all turn whole heads alike, perhaps by YaRN."""
+    rope = scaled_rope(config, shape.head_dim, default_base)
+    return {"rope_tables": (rope.inv_freq,), "rope_amplitudes": (rope.amplitude,)}
+
+
 def _rope_settings(config: Fields, is_partial: bool) -> tuple[str, dict[str, Any]]:
     """(RoPE's type, its numbers as transformers finds them)."""
     inside, scaling = rope_scaling(config)

@@ -14,7 +14,7 @@ def _llama_hf(config: Fields, shape: Shape) -> Traits:
     has_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=has_bias,
         o_bias=has_bias,
         gate_up_bias=mlp_bias,
@@ -28,7 +28,7 @@ def _mistral_hf(config: Fields, shape: Shape) -> Traits:
     activation = hf_config.activation(config)
     return Traits(
         layers=tuple(LayerSpec(window=window, activation=activation) for window in windows),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
     )
 
 
@@ -36,7 +36,7 @@ def gguf_traits(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     """Of a file with nothing but what Llamas have."""
     return Traits(
         layers=gguf_keys.same_windows(keys, shape),
-        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        **gguf_keys.one_rope(keys, shape, file),
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         o_bias=gguf_keys.has_bias(file, "attn_output"),
         gate_up_bias=gguf_keys.has_bias(file, "ffn_up"),

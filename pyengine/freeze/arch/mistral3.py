@@ -56,6 +56,6 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 MINISTRAL3 = Architecture(
     "Ministral3ForCausalLM", "ministral3", "mistral3", _hf, _gguf, gguf_permuted=True,
     hf_defaults={"num_key_value_heads": 8, "head_dim": 128},
-    gguf_keys=gguf_keys.YARN | {gguf_keys.YARN_LOG, _GROWTH},
+    gguf_keys=frozenset({gguf_keys.YARN_LOG, _GROWTH}),
 )  # fmt: skip
 MISTRAL3_IMAGES = MINISTRAL3._replace(hf="Mistral3ForConditionalGeneration", model_type="mistral3", hf_text=TEXT_OF_IMAGES)

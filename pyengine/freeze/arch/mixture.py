@@ -46,7 +46,7 @@ def _mixtral_hf(config: Fields, shape: Shape) -> Traits:
     activation = hf_config.activation(config)
     return Traits(
         layers=tuple(LayerSpec(window=window, activation=activation) for window in windows),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim, 1e6),),
+        **hf_config.one_rope(config, shape, 1e6),
         n_experts=config.integer("num_local_experts"),
         n_experts_used=config.integer("num_experts_per_tok"),
         experts_normalized=True,
@@ -68,7 +68,7 @@ def _qwen2_hf(config: Fields, shape: Shape) -> Traits:
     _refuse_layers_apart(config)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=config.flag("qkv_bias", True),
         hidden_dim=config.integer("moe_intermediate_size"),
         n_experts=config.integer("num_experts"),
@@ -94,7 +94,7 @@ def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
     has_bias = config.flag("attention_bias", False)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=has_bias,
         o_bias=has_bias,
         qk_norm=True,
@@ -121,7 +121,7 @@ def _olmoe_hf(config: Fields, shape: Shape) -> Traits:
     has_bias = config.flag("attention_bias", False)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=has_bias,
         o_bias=has_bias,
         qk_norm=True,

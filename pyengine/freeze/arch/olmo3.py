@@ -53,6 +53,6 @@ OLMO3 = OLMO2._replace(
     from_hf=_hf,
     from_gguf=_gguf,
     gguf_sign="attention.sliding_window",
-    gguf_keys=gguf_keys.YARN | {gguf_keys.WINDOW_PATTERN},
+    gguf_keys=frozenset({gguf_keys.WINDOW_PATTERN}),
     hf_defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
 )

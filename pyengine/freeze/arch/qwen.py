@@ -24,16 +24,14 @@ def _layers(config: Fields, shape: Shape) -> tuple[LayerSpec, ...]:
 
 
 def _qwen2_hf(config: Fields, shape: Shape) -> Traits:
-    return Traits(
-        layers=_layers(config, shape), rope_tables=(hf_config.rope_table(config, shape.head_dim),), qkv_bias=True
-    )
+    return Traits(layers=_layers(config, shape), qkv_bias=True, **hf_config.one_rope(config, shape))
 
 
 def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
     has_bias = config.flag("attention_bias", False)
     return Traits(
         layers=_layers(config, shape),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=has_bias,
         o_bias=has_bias,
         qk_norm=True,
@@ -43,7 +41,7 @@ def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
 def _qwen2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return Traits(
         layers=gguf_keys.same_windows(keys, shape),
-        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        **gguf_keys.one_rope(keys, shape, file),
         qkv_bias=True,
     )
 
@@ -51,7 +49,7 @@ def _qwen2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 def _qwen3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return Traits(
         layers=gguf_keys.same_windows(keys, shape),
-        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        **gguf_keys.one_rope(keys, shape, file),
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         o_bias=gguf_keys.has_bias(file, "attn_output"),
         qk_norm=True,
