@@ -26,6 +26,7 @@ from .sources import (
     SlicedRows,
     SourceModel,
     StackedRows,
+    TransposedRows,
     alternating_panels,
     half_split_order,
     row_blocks,
@@ -82,7 +83,7 @@ def folded_multipliers(traits: Traits) -> dict[str, Any]:
     """For ``extra``: what the rows of parts were multiplied by, for adapters, whose products need the same. Empty if nothing was;
     False where more was done to them, so that adapters can only be merged."""
     folds = {part: traits.folds[part] for part in FOLDED_PARTS if part in traits.folds}
-    folds = {part: fold for part, fold in folds.items() if fold.pieces == 1}  # else taken apart, and no more
+    folds = {part: fold for part, fold in folds.items() if fold.pieces == 1 and not fold.is_transposed}
     scales: dict[str, Any] = {part: fold.scale for part, fold in folds.items()}
     queries = [traits.query_scale(i) for i in range(len(traits.layers))]
     if not traits.qk_norm and any(one is not queries[0] and not np.array_equal(one, queries[0]) for one in queries):
@@ -162,7 +163,8 @@ class _Source:
         if part.name in _AS_VECTORS:
             n = part.rows // self._config.dim
             shape = (n, self._config.dim) if n > 1 or found != (self._config.dim,) else (self._config.dim,)
-        n_tensor = rows
+        fold, n_tensor = self._fold(weight, part), rows
+        shape = shape[::-1] if fold.is_transposed else shape
         if weight.expert is not None and weight.expert < self._config.n_experts and "{e}" not in spelling:
             shape = (self._config.n_experts, *shape)
             base, n_tensor = weight.expert * rows, self._config.n_experts * rows
@@ -171,7 +173,7 @@ class _Source:
         if found != shape:
             raise ModelFormatError(f"tensor {name!r} has shape {list(found)}, the configuration needs {list(shape)}")
         self.taken.add(name)
-        pieces = self._fold(weight, part).pieces
+        pieces = fold.pieces
         if pieces == 1:
             return _Place(name, slice(base + begin, base + begin + part.rows), n_tensor)
         of_piece = np.arange(base, base + rows).reshape(pieces, -1)
@@ -192,6 +194,8 @@ class _Source:
     def _unfolded(self, weight: Weight, part: Part) -> RowSource:
         name, where, n_rows = self._place(weight, part)
         rows = self._reader.matrix(name)
+        if self._fold(weight, part).is_transposed:
+            rows = TransposedRows(rows, weight.shape[1])
         if not isinstance(where, slice):
             return PickedRows(rows, where)
         return rows if n_rows == part.rows else SlicedRows(rows, where.start, part.rows)

@@ -185,6 +185,22 @@ class PickedRows:
         return np.concatenate([self._source.read_rows(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs])
 
 
+class TransposedRows:
+    """The columns of matrices (``n_inputs``, outputs) that lie one under the other. Each is read whole for any of its columns."""
+
+    def __init__(self, source: RowSource, n_inputs: int) -> None:
+        self.name, self.rows, self.columns = source.name, source.rows // n_inputs * source.columns, n_inputs
+        self._source, self._n_outputs = source, source.columns
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        pieces = []
+        for which in range(start // self._n_outputs, (stop - 1) // self._n_outputs + 1):
+            whole = self._source.read_rows(which * self.columns, (which + 1) * self.columns)
+            first = which * self._n_outputs
+            pieces.append(whole[:, max(start - first, 0) : stop - first].T)
+        return np.ascontiguousarray(np.concatenate(pieces))
+
+
 class SlicedRows:
     """Rows of one part of a fused matrix."""
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from engine.freeze_models import stored_vector, weight_bytes
 from reference import fixtures, gguf_fixtures
+from reference.folds import unfused
 
 from pyengine import _core
 from pyengine.errors import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError
@@ -233,8 +234,8 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("internlm3", {"qkv_bias": False}, UnsupportedModelError, "bias.*no place"),
         ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, ModelFormatError, "original_max.* is missing"),
         ("ministral3", {"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'"),
-        ("gpt_oss", {"quantization_config": None}, UnsupportedModelError, "not in MXFP4"),
-        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError, "not in MXFP4"),
+        ("gpt_oss", {"quantization_config": None}, ModelFormatError, r"experts\.gate_up_proj' is missing"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp4"}}, UnsupportedModelError, "quantized by 'fp4'"),
         ("gpt_oss", {"swiglu_limit": 6.0}, UnsupportedModelError, r"swiglu_limit 6\.0"),
         ("gpt_oss", {"intermediate_size": 64}, ModelFormatError, r"gate_up_proj.*shape"),
         ("gpt_oss", {"num_local_experts": 5}, ModelFormatError, r"(router|experts).*shape"),
@@ -383,7 +384,7 @@ def test_an_amplitude_of_gguf_that_is_not_yarns_is_refused() -> None:
     values = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64}
     shape = Shape(16, 1, 1, 1, 16, True, 512, None)
     file = OneTensor(1.0)
-    with pytest.raises(UnsupportedModelError, match="YaRN and rope_freqs.weight together"):
+    with pytest.raises(UnsupportedModelError, match=r"YaRN and rope_freqs\.weight together"):
         gguf_keys.scaled_rope(Fields(values, "GGUF"), shape, file)
     file.shapes = {}
     for said in (1.0, 1.2079441):
@@ -446,3 +447,19 @@ def test_an_exponent_that_overflows_is_refused_when_it_is_quantized(tmp_path: Pa
     directory = fixtures.write_hf_dir(replace(fixture, hf_weights=fixture.hf_weights | largest), tmp_path / "hf")
     with pytest.raises(PyEngineError, match="finite"):
         freeze(directory, tmp_path / "m")
+
+
+def test_experts_that_are_not_quantized_are_transposed(tmp_path: Path) -> None:
+    """What tools make of gpt-oss when they dequantize it: the same values, (n_experts, inputs, outputs)."""
+    fixture = fixtures.load("gpt_oss")
+    wanted = weight_bytes(freeze(fixtures.write_hf_dir(fixture, tmp_path / "a"), tmp_path / "m"))
+    tensors = {name: w for name, w in fixture.hf_weights.items() if w.dtype != np.uint8}
+    parts = unfused(fixture.hf_config, fixture.hf_weights)
+    for i in range(2):
+        prefix = f"model.layers.{i}.mlp.experts."
+        gate, up, down = (np.stack([parts[f"{prefix}{e}.{end}_proj.weight"] for e in range(4)]) for end in ("gate", "up", "down"))
+        alternating = np.stack([gate, up], axis=2).reshape(4, -1, gate.shape[2])
+        tensors |= {prefix + "gate_up_proj": alternating.swapaxes(1, 2), prefix + "down_proj": down.swapaxes(1, 2)}
+    config = {key: value for key, value in fixture.hf_config.items() if key != "quantization_config"}
+    plain = fixtures.write_hf_dir(replace(fixture, hf_config=config, hf_weights=tensors), tmp_path / "b")
+    assert weight_bytes(freeze(plain, tmp_path / "n")) == wanted

@@ -1,5 +1,5 @@
-"""gpt-oss: experts in MXFP4 with biases and a clamped gate, a score in each head's softmax that has no value (a sink), windows in
-every other layer, YaRN."""
+"""gpt-oss: experts, in MXFP4 or not, with biases and a clamped gate, a score in each head's softmax that has no value (a sink),
+windows in every other layer, YaRN."""
 
 from __future__ import annotations
 
@@ -41,18 +41,20 @@ def _traits(
 
 
 def _hf(config: Fields, shape: Shape) -> Traits:
-    if not hf_config.is_mxfp4(config):
-        raise UnsupportedModelError("gpt-oss whose experts are not in MXFP4 (quantization_config) is not implemented")
     if config.number("swiglu_limit", _LIMIT) != _LIMIT:
         raise UnsupportedModelError(f"swiglu_limit {config.number('swiglu_limit')!r} is not implemented, only {_LIMIT}")
     hf_config.activation(config)
     kinds = hf_config.layer_kinds(config, hf_config.every(_PERIOD, shape.n_layers))
     rope = hf_config.scaled_rope(config, shape.head_dim, _BASE)
-    hidden_dim = config.integer("intermediate_size")
+    hidden_dim, is_transposed = config.integer("intermediate_size"), not hf_config.is_mxfp4(config)
+    folds = {part: Fold(pieces=hidden_dim) for part in _GATED}
+    if is_transposed:  # checkpoints in BF16 have their experts' matrices as (inputs, outputs)
+        folds |= {part: Fold(pieces=hidden_dim, is_transposed=True) for part in ("gate", "up")}
+        folds["down"] = Fold(is_transposed=True)
     return _traits(
         shape, hf_config.windows(config, kinds, _WINDOW), rope, hidden_dim,
         (config.integer("num_local_experts"), config.integer("num_experts_per_tok")),
-        {part: Fold(pieces=hidden_dim) for part in _GATED},
+        folds,
     )  # fmt: skip
 
 
