@@ -29,6 +29,8 @@ static void rotate(pe_slice *s, const pe_layer *layer, size_t token) {
     const pe_model *model = s->model;
     size_t head_dim = model->config.head_dim, angle = (layer->rope * s->capacity + token) * (head_dim / 2);
     float *q = qkv_row(s, token), *k = q + model->q_dim;
+    bool norm_after = model->config.qk_norm_after_rope;
+    bool norm_before = model->config.qk_norm && !model->config.qk_norm_all_heads && !norm_after;
     if (model->config.qk_norm && model->config.qk_norm_all_heads) {
         s->kernels->rmsnorm(q, q, layer->q_norm, model->q_dim, model->config.norm_eps);
         s->kernels->rmsnorm(k, k, layer->k_norm, model->kv_dim, model->config.norm_eps);
@@ -37,9 +39,9 @@ static void rotate(pe_slice *s, const pe_layer *layer, size_t token) {
     for (size_t head = 0; head < model->config.n_heads + model->config.n_kv_heads; head++) {
         float *row = q + head * head_dim; /* the heads of k lie behind those of q */
         const float *norm = row < k ? layer->q_norm : layer->k_norm;
-        if (model->config.qk_norm && !model->config.qk_norm_all_heads)
-            s->kernels->rmsnorm(row, row, norm, head_dim, model->config.norm_eps);
+        if (norm_before) s->kernels->rmsnorm(row, row, norm, head_dim, model->config.norm_eps);
         s->kernels->rope(row, s->cos + angle, s->sin + angle, head_dim);
+        if (norm_after) s->kernels->rmsnorm(row, row, norm, head_dim, model->config.norm_eps);
     }
 }
 
@@ -139,7 +141,7 @@ static void put_f32(const qkv_job *j, size_t token) {
     }
 }
 
-/* q and k normed (qk_norm) and rotated; q quantized, k and v into the cache. */
+/* q and k normed (qk_norm) and rotated, or the other way round; q quantized, k and v into the cache. */
 static void qkv_unit(void *arg, size_t unit, int thread) {
     (void)thread;
     const qkv_job *j = arg;

@@ -50,6 +50,8 @@ static pe_status check_config(const pe_config *c, char *err) {
         return pe_fail(PE_ERR_FORMAT, err, "config: key_bias needs qkv_bias, and a bias that no norm follows");
     if (c->qk_norm_all_heads && !c->qk_norm)
         return pe_fail(PE_ERR_FORMAT, err, "config: qk_norm_all_heads needs qk_norm");
+    if (c->qk_norm_after_rope && (!c->qk_norm || c->qk_norm_all_heads))
+        return pe_fail(PE_ERR_FORMAT, err, "config: qk_norm_after_rope needs qk_norm, of each head");
     if (c->n_experts > PE_MAX_EXPERTS || c->n_experts_used > c->n_experts || (c->n_experts > 0 && c->n_experts_used == 0))
         return pe_fail(PE_ERR_FORMAT, err, "config: %u of %u experts, expected 1 of 1 to %u of %u, or none", c->n_experts_used,
                        c->n_experts, PE_MAX_EXPERTS, PE_MAX_EXPERTS);

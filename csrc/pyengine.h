@@ -80,6 +80,7 @@ typedef struct pe_config {
     bool gate_up_bias, down_bias; /* of every MLP; not with a shared expert */
     bool output_bias;             /* of the output matrix */
     bool qk_norm_all_heads; /* with qk_norm: one norm over all heads of q, and one over those of k */
+    bool qk_norm_after_rope; /* with qk_norm of each head: it is normed after RoPE */
     bool attention_sinks;   /* each head has a score without a value */
     bool key_bias;          /* a part of the keys' bias is kept out of the cache; with qkv_bias, without qk_norm */
     uint32_t n_experts, n_experts_used; /* of every layer's MLP, hidden_dim wide each; 0 = a dense MLP */

@@ -57,7 +57,7 @@ cdef class Model:
             c.vocab_size, c.max_seq_len = config.vocab_size, config.max_seq_len
             c.norm_eps, c.tie_embeddings = config.norm_eps, config.tie_embeddings
             c.qkv_bias, c.o_bias, c.qk_norm, c.key_bias = config.qkv_bias, config.o_bias, config.qk_norm, config.key_bias
-            c.qk_norm_all_heads = config.qk_norm_all_heads
+            c.qk_norm_all_heads, c.qk_norm_after_rope = config.qk_norm_all_heads, config.qk_norm_after_rope
             c.n_experts, c.n_experts_used = config.n_experts, config.n_experts_used
             c.experts_normalized, c.shared_gated = config.experts_normalized, config.shared_gated
             c.shared_hidden_dim, c.output_bias = config.shared_hidden_dim, config.output_bias

@@ -28,7 +28,7 @@ cdef extern from "pyengine.h" nogil:
     ctypedef struct pe_config:
         uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len
         float norm_eps
-        bint tie_embeddings, qkv_bias, o_bias, qk_norm, qk_norm_all_heads, attention_sinks, key_bias, gate_up_bias, down_bias, output_bias
+        bint tie_embeddings, qkv_bias, o_bias, qk_norm, qk_norm_all_heads, qk_norm_after_rope, attention_sinks, key_bias, gate_up_bias, down_bias, output_bias
         uint32_t n_experts, n_experts_used
         bint experts_normalized, router_bias, shared_gated
         uint32_t shared_hidden_dim

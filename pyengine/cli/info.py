@@ -130,7 +130,7 @@ def text_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         facts[key] / MIB for key in ("weight_bytes", "kv_bytes_full_context", "memory_bytes_full_context")
     )
     biases = "qkv_bias", "o_bias", "gate_up_bias", "down_bias", "output_bias"
-    attention = "attention_sinks", "qk_norm", "qk_norm_all_heads"
+    attention = "attention_sinks", "qk_norm", "qk_norm_all_heads", "qk_norm_after_rope"
     flags = [name for name in ("tie_embeddings", *biases, "router_bias", *attention) if c.get(name)]
     if c.get("n_experts"):
         shared = " and a shared one" if c.get("shared_hidden_dim") else ""

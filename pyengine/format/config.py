@@ -46,7 +46,7 @@ _FLAGS = ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm")
 # Absent from a file that does not need it, as softcaps are.
 _OPTIONAL_FLAGS = (
     "qk_norm_all_heads", "experts_normalized", "shared_gated", "gate_up_bias", "down_bias", "output_bias", "attention_sinks",
-    "router_bias",
+    "router_bias", "qk_norm_after_rope",
 )  # fmt: skip
 _SOFTCAPS = ("attention_softcap", "logits_softcap")
 _EXPERTS = ("n_experts", "n_experts_used", "shared_hidden_dim")
@@ -224,7 +224,8 @@ class FrozenConfig:
     UnsupportedModelError for a name that is not known.
 
     Lengths are in positions; ``norm_eps`` is added to a mean square; a softcap of c makes c * tanh(x / c) of scores or logits, 0
-    is none; ``qk_norm_all_heads`` says that the norms of q and k are over all heads together. Of ``n_experts`` MLPs
+    is none; ``qk_norm_all_heads`` says that the norms of q and k are over all heads together, ``qk_norm_after_rope`` that they
+    come after RoPE. Of ``n_experts`` MLPs
     (0: a dense one) a row takes ``n_experts_used``, with weights that sum to 1 if ``experts_normalized``, and beside them a
     shared one of ``shared_hidden_dim`` (0: there is none), with a weight of its own if ``shared_gated``. With ``attention_sinks``
     each head's softmax has one score more, which has no value. ``kinds`` says how
@@ -264,6 +265,7 @@ class FrozenConfig:
     output_bias: bool = False
     attention_sinks: bool = False
     router_bias: bool = False
+    qk_norm_after_rope: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -288,6 +290,8 @@ class FrozenConfig:
             raise ModelFormatError(f"config: {KEY_BIAS} needs qkv_bias, and a bias that no norm follows")
         if self.qk_norm_all_heads and not self.qk_norm:
             raise ModelFormatError("config: qk_norm_all_heads needs qk_norm")
+        if self.qk_norm_after_rope and (not self.qk_norm or self.qk_norm_all_heads):
+            raise ModelFormatError("config: qk_norm_after_rope needs qk_norm, of each head")
         for name in _SOFTCAPS:
             self._check_softcap(name)
         self._check_experts()

@@ -63,6 +63,7 @@ def frozen_fields(shape: Shape, traits: Traits) -> dict[str, Any]:
         "o_bias": traits.o_bias,
         "qk_norm": traits.qk_norm,
         "qk_norm_all_heads": traits.qk_norm_all_heads,
+        "qk_norm_after_rope": traits.qk_norm_after_rope,
         "attention_softcap": traits.attention_softcap,
         "logits_softcap": traits.logits_softcap,
         "n_experts": traits.n_experts,

@@ -179,10 +179,13 @@ class FloatForward:
         if c.qk_norm_all_heads:
             q, k = self._normed(layer, "q_norm", q), self._normed(layer, "k_norm", k)
         q, k, v = (part.reshape(-1, length, part.shape[1] // c.head_dim, c.head_dim) for part in (q, k, v))
-        if c.qk_norm and not c.qk_norm_all_heads:
+        norm_heads = c.qk_norm and not c.qk_norm_all_heads
+        if norm_heads and not c.qk_norm_after_rope:
             q, k = self._normed(layer, "q_norm", q), self._normed(layer, "k_norm", k)
         inv_freq = self._model.vectors[f"rope.{spec.rope}.inv_freq"]()
         q, k = _rotated(q, inv_freq), _rotated(k, inv_freq)
+        if c.qk_norm_after_rope:
+            q, k = self._normed(layer, "q_norm", q), self._normed(layer, "k_norm", k)
         sinks = self._vector(layer, "sinks")
         i, j = np.ogrid[:length, :length]
         seen = (j <= i) & (j > i - (spec.window or length))

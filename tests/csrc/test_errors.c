@@ -59,6 +59,7 @@ static void test_config(void) {
     WITH(norm_eps, INFINITY);
     WITH(key_bias, true); /* without qkv_bias */
     WITH(qk_norm_all_heads, true); /* without qk_norm */
+    WITH(qk_norm_after_rope, true); /* likewise */
     WITH(n_experts, 4); /* none of them used */
     WITH(n_experts_used, 1);
     WITH(n_experts, UINT32_MAX);

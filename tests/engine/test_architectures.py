@@ -232,6 +232,9 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'"),
         ("internlm2", {"num_key_value_heads": 4}, ModelFormatError, r"wqkv.*shape"),
         ("internlm3", {"qkv_bias": False}, UnsupportedModelError, "bias.*no place"),
+        ("hunyuan", {"use_cla": True}, UnsupportedModelError, "use_cla"),
+        ("hunyuan", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'"),
+        ("hunyuan", {"rope_scaling": {"type": "dynamic", "alpha": 0}}, ModelFormatError, "alpha must be a number in"),
         ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, ModelFormatError, "original_max.* is missing"),
         ("ministral3", {"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'"),
         ("gpt_oss", {"quantization_config": None}, ModelFormatError, r"experts\.gate_up_proj' is missing"),
@@ -282,6 +285,7 @@ OWN_KEYS = {
         "num_local_experts", "num_experts_per_tok", "intermediate_size", "swiglu_limit", "quantization_config", "rope_scaling",
         "layer_types", "sliding_window",
     ],
+    "hunyuan": ["rope_scaling", "rope_theta", "head_dim", "attention_bias"],
     "ministral3": ["rope_parameters", "sliding_window", "max_position_embeddings"],
     "olmo3": ["sliding_window", "layer_types", "rope_scaling", "rope_theta", "rope_parameters"],
     "minicpm": ["scale_emb", "scale_depth", "dim_model_base", "rope_scaling", "attention_bias", "sparse_config"],
@@ -303,7 +307,7 @@ def test_any_value_of_an_architectures_own_keys(tmp_path: Path, name: str, key: 
             assert str(error)
     inside = (
         "short_factor", "long_factor", "factor", "attention_factor", "type", "original_max_position_embeddings", "beta_fast",
-        "beta_slow", "mscale", "mscale_all_dim", "truncate",
+        "beta_slow", "mscale", "mscale_all_dim", "truncate", "alpha",
     )  # fmt: skip
     for inner in inside if key == "rope_scaling" else ():
         for value in VALUES:

@@ -206,6 +206,14 @@ def test_sinks_and_biases_of_experts() -> None:
             parse(**mixture | {key: 1})
 
 
+def test_norms_of_heads_after_rope() -> None:
+    config = parse(qk_norm=True, qk_norm_after_rope=True)
+    assert FrozenConfig.from_json(config.to_json()) == config
+    for wrong in ({"qk_norm": False}, {"qk_norm": True, "qk_norm_all_heads": True}):
+        with pytest.raises(ModelFormatError, match="qk_norm_after_rope needs qk_norm, of each head"):
+            parse(qk_norm_after_rope=True, **wrong)
+
+
 def test_an_mlp_without_a_gate_and_biases() -> None:
     layers = {"window": 0, "rope": 0, "norm": ["rmsnorm", "rmsnorm_parallel"], "activation": ["swiglu", "gelu_tanh"]}
     config = parse(layers=layers, gate_up_bias=True, down_bias=True, output_bias=True)

@@ -58,7 +58,7 @@ def test_an_error_of_the_core_arrives_as_its_class_with_its_sentence() -> None:
     config.qkv_bias = config.o_bias = config.qk_norm = config.key_bias = config.qk_norm_all_heads = False
     config.attention_softcap = config.logits_softcap = 0.0
     config.n_experts = config.n_experts_used = config.experts_normalized = config.shared_hidden_dim = 0
-    config.attention_sinks = config.router_bias = False
+    config.attention_sinks = config.router_bias = config.qk_norm_after_rope = False
     config.shared_gated = config.gate_up_bias = config.down_bias = config.output_bias = False
     with pytest.raises(errors.ModelFormatError, match=r"tok_embeddings\.codes is missing"):
         _core.Model(config, bytes(64), {})

@@ -55,7 +55,7 @@ def test_fixtures_cover_what_they_promise() -> None:
         "Glm4ForCausalLM", "Exaone4ForCausalLM", "Ernie4_5ForCausalLM", "SeedOssForCausalLM", "CohereForCausalLM",
         "Cohere2ForCausalLM", "PhiForCausalLM", "StableLmForCausalLM", "OlmoForCausalLM",
         "GlmForCausalLM", "MinistralForCausalLM",
-        "GptOssForCausalLM", "Ministral3ForCausalLM", "Olmo3ForCausalLM", "MiniCPMForCausalLM",
+        "GptOssForCausalLM", "Ministral3ForCausalLM", "HunYuanDenseV1ForCausalLM", "Olmo3ForCausalLM", "MiniCPMForCausalLM",
         "InternLM2ForCausalLM", "InternLM3ForCausalLM",
     }  # fmt: skip
     assert {c["n_heads"] // c["n_kv_heads"] for c in configs} == {1, 2, 3, 4}
@@ -88,7 +88,7 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
     elif feature.endswith(".bias"):
         for layer in range(config["n_layers"]):
             del weights[f"layers.{layer}.{feature}"]
-    elif feature.endswith(("window", "rope")) or feature in ("activation", "norm"):
+    elif feature in ("window", "rope", "activation", "norm"):
         config["layers"] = config["layers"] | {feature: "swiglu" if feature == "activation" else 0}
     elif feature.startswith("post_") or feature == "sinks":
         for layer in range(config["n_layers"]):
@@ -151,6 +151,7 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
         ("olmo3", "window"),
         ("olmo3", "rope"),
         ("internlm3", "w_gate.bias"),
+        ("hunyuan", "qk_norm_after_rope"),
         ("gpt_oss", "window"),
         ("gpt_oss", "sinks"),
         ("gpt_oss", "activation"),

@@ -303,6 +303,13 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
         80,
     ),
+    "hunyuan": (
+        {"model_type": "hunyuan_v1_dense", "architectures": ["HunYuanDenseV1ForCausalLM"], **shape(32, 40, 3, 1, 16),
+         "tie_word_embeddings": True, "attention_bias": False, "use_qk_norm": True, "use_cla": False,
+         "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+                          "mscale_all_dim": 0.0}},
+        48,
+    ),
     "ministral3": (
         {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"], **shape(32, 40, 3, 1, 16),
          "tie_word_embeddings": True, "sliding_window": None, "rope_theta": None,

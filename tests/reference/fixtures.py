@@ -40,6 +40,8 @@ LAYER_NAMES = {
     "mlp.router.weight": "router",
     "mlp.router.bias": "router.bias",
     "self_attn.sinks": "sinks",
+    "self_attn.query_layernorm.weight": "q_norm",
+    "self_attn.key_layernorm.weight": "k_norm",
     "mlp.gate_proj.weight": "w_gate",
     "mlp.up_proj.weight": "w_up",
     "mlp.down_proj.weight": "w_down",
@@ -241,7 +243,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     qkv_bias = not present.isdisjoint({"model.layers.0.self_attn.q_proj.bias", "model.layers.0.input_layernorm.bias"})
-    qk_norm = "model.layers.0.self_attn.q_norm.weight" in present
+    qk_norm = not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
     norm = "rmsnorm_parallel" if hf["model_type"] in PARALLEL else NORMS_AFTER.get(hf["model_type"], "rmsnorm")
     activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
     if hf["model_type"] in UNGATED:
@@ -280,6 +282,8 @@ _DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "f
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Those keys that a file leaves out where they say nothing."""
     keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] in ("olmo2", "olmo3", "olmoe") else {}
+    if hf["model_type"] == "hunyuan_v1_dense":
+        keys["qk_norm_after_rope"] = True
     if hf["model_type"] == "gpt_oss":
         keys |= dict.fromkeys(("attention_sinks", "router_bias", "gate_up_bias", "down_bias"), True)
     if n_experts := hf.get("num_experts", hf.get("num_local_experts")):

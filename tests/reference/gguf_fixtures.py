@@ -24,7 +24,8 @@ ARCHITECTURES = {
     "olmoe": "olmoe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe",
     "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
-    "gpt_oss": "gpt-oss", "ministral3": "mistral3", "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
+    "gpt_oss": "gpt-oss", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
+    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
 }  # fmt: skip
 # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2", "mistral3")
@@ -131,7 +132,9 @@ def _add_sizes(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
         writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
     else:
         writer.add_layer_norm_eps(hf.get("norm_epsilon", hf.get("layer_norm_eps", 1e-5)))
-    writer.add_rope_freq_base(hf["rope_theta"] if "rope_theta" in hf else hf["rope_parameters"]["rope_theta"])
+    scaling, d = hf.get("rope_scaling") or hf.get("rope_parameters") or {}, head_dim_of(hf)
+    base = hf["rope_theta"] if "rope_theta" in hf else scaling["rope_theta"]
+    writer.add_rope_freq_base(base * scaling.get("alpha", 1.0) ** (d / (d - 2)))
 
 
 def _granite(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
@@ -258,7 +261,7 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
     "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
     "minicpm": _minicpm, "internlm2": _internlm2, "gpt-oss": _gpt_oss,
-    "mistral3": _mistral3, "qwen2": _yarn,
+    "mistral3": _mistral3, "qwen2": _yarn, "hunyuan-dense": _rotary,
 }  # fmt: skip
 
 

@@ -279,11 +279,14 @@ class Oracle:
         if cfg.get("qk_norm_all_heads"):
             q = self._norm(f"layers.{layer}.q_norm", q.reshape(n_tokens, -1)).reshape(q.shape)
             k = self._norm(f"layers.{layer}.k_norm", k.reshape(n_tokens, -1)).reshape(k.shape)
-        elif cfg["qk_norm"]:
+        elif cfg["qk_norm"] and not cfg.get("qk_norm_after_rope"):
             q = self._norm(f"layers.{layer}.q_norm", q)
             k = self._norm(f"layers.{layer}.k_norm", k)
         inv_freq = self.weights[f"rope.{layer_field(cfg, 'rope', layer)}.inv_freq"]
-        trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
+        q, k = rope(q, inv_freq), rope(k, inv_freq)
+        if cfg.get("qk_norm_after_rope"):
+            q, k = self._norm(f"layers.{layer}.q_norm", q), self._norm(f"layers.{layer}.k_norm", k)
+        trace["q_rope"], trace["k_rope"] = q, k
         q_exact, q = q, self._through_codes(trace, "q", q, head_dim)
         k = self._through_codes(trace, "k", k, head_dim)
         if (bias := self.weights.get(f"layers.{layer}.key_bias")) is not None:  # no codes come near it

@@ -438,13 +438,16 @@ class Spec:
         if cfg.get("qk_norm_all_heads"):
             q = self._norm(f"layers.{layer}.q_norm", q.reshape(n_tokens, -1)).reshape(q.shape)
             k = self._norm(f"layers.{layer}.k_norm", k.reshape(n_tokens, -1)).reshape(k.shape)
-        elif cfg["qk_norm"]:
+        elif cfg["qk_norm"] and not cfg.get("qk_norm_after_rope"):
             q = self._norm(f"layers.{layer}.q_norm", q)
             k = self._norm(f"layers.{layer}.k_norm", k)
         if self.kv_dtype == "f32" and (key_bias := self.vectors.get(f"layers.{layer}.key_bias")) is not None:
             k = k + key_bias.reshape(-1, head_dim)
         inv_freq = self._inv_freq(layer)
-        trace["q_rope"], trace["k_rope"] = q, k = rope(q, inv_freq), rope(k, inv_freq)
+        q, k = rope(q, inv_freq), rope(k, inv_freq)
+        if cfg.get("qk_norm_after_rope"):
+            q, k = self._norm(f"layers.{layer}.q_norm", q), self._norm(f"layers.{layer}.k_norm", k)
+        trace["q_rope"], trace["k_rope"] = q, k
         trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
         o_q = self._quantize_input(trace, "attention", o)
         if layer_field(cfg, "norm", layer) == "rmsnorm_parallel":

@@ -23,7 +23,7 @@ from .files import atomic_directory
 PLAIN_LAYERS = {"window": 0, "rope": 0, "norm": "rmsnorm", "activation": "swiglu"}
 UNKNOWN = (
     "qkv_bias", "o_bias", "gate_up_bias", "down_bias", "output_bias", "qk_norm_all_heads", "attention_softcap", "logits_softcap",
-    "n_experts", "attention_sinks", "requires",
+    "n_experts", "attention_sinks", "qk_norm_after_rope", "requires",
 )  # fmt: skip
 PANEL = 16  # rows of gate, then as many of up: how the frozen layout fuses them
 

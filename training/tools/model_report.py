@@ -65,7 +65,8 @@ def float32_scorer(source: Path, tokenizer: Path | None) -> Scorer:
     with contextlib.closing(open_source(source, tokenizer=tokenizer)) as model:
         c = model.config
         biases = c.qkv_bias, c.o_bias, c.gate_up_bias, c.down_bias, c.output_bias
-        beyond = *biases, c.qk_norm_all_heads, c.n_experts, c.attention_sinks, c.attention_softcap, c.logits_softcap
+        attention = c.qk_norm_all_heads, c.qk_norm_after_rope, c.attention_sinks, c.attention_softcap
+        beyond = *biases, *attention, c.n_experts, c.logits_softcap
         if any(beyond) or any(tuple(layer) != PLAIN_LAYER for layer in c.layers):
             raise SystemExit(f"{source}: not a plain Llama; cannot be scored in float32")
         names = {f.name for f in dataclasses.fields(ModelConfig)} & set(dir(c))

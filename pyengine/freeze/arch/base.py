@@ -108,6 +108,7 @@ class Traits:
     o_bias: bool = False
     qk_norm: bool = False
     qk_norm_all_heads: bool = False
+    qk_norm_after_rope: bool = False
     attention_softcap: float = 0.0
     logits_softcap: float = 0.0
     hidden_dim: int | None = None  # None: intermediate_size, feed_forward_length

@@ -47,6 +47,7 @@ _OPTIONAL = [  # keys of config.json that the seed does not have, or says otherw
     ("output_bias", [False, True]),
     ("attention_sinks", [False, True]),
     ("router_bias", [False, True]),
+    ("qk_norm_after_rope", [False, True]),
     ("norm", ["rmsnorm_after", "rmsnorm_around", "rmsnorm_parallel"]),
     ("activation", ["geglu_tanh", "gelu_tanh", "swiglu_clamped"]),
 ]
