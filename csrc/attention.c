@@ -161,7 +161,8 @@ static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out, c
     values(out->o, t->scores, t->n_rows, s->model->head_dim_p, &kv, first, last);
 }
 
-/* What a row's o is multiplied by: 1 / l, or with a sink, a position without a value whose score is `sink`, what is left of that. */
+/* What a row's o is multiplied by: 1 / l, or beside a score without a value, *sink, what is left of that (FORMAT.md section 8);
+ * sink is NULL where there is none. */
 static float output_factor(float m, float l, const float *sink) {
     if (sink == NULL) return 1.0f / l;
     float most = *sink > m ? *sink : m, share = pe_expf(m - most);
