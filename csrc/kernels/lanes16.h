@@ -18,7 +18,7 @@
  *   v16_store_firsts(p, x)   the first lane of each quad, four floats
  *   i16_store_corrections(p, x)   -128 times the sum of each quad, four int32
  *   v16_from_bits(m)     the float32 whose bits these are
- *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|
+ *   v16_abs_bits_max(m, x)  unsigned maximum of m and the bits of |x|; i16_umax: the maximum over lanes
  *   v16_to_i8(dst, x)    rint to int8, 16 bytes stored; returns the codes as i16
  *   w16, x4          64 bytes of a panel (four inputs of sixteen rows); four inputs of one token, broadcast
  *   w16_load, x4_load, dot_start(correction of x: see pe_activations), dot(acc, w, x)

@@ -94,7 +94,13 @@ LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     return (i16){_mm256_max_epu32(m.low, _mm256_and_si256(_mm256_castps_si256(x.low), magnitude)),
                  _mm256_max_epu32(m.high, _mm256_and_si256(_mm256_castps_si256(x.high), magnitude))};
 }
-
+LANES uint32_t i16_umax(i16 x) {
+    __m256i m = _mm256_max_epu32(x.low, x.high);
+    __m128i h = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0x4e));
+    h = _mm_max_epu32(h, _mm_shuffle_epi32(h, 0xb1));
+    return (uint32_t)_mm_cvtsi128_si32(h);
+}
 
 LANES __m128 firsts(__m256 low, __m256 high) {
     __m128 a = _mm_unpacklo_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1));

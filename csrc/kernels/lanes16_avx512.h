@@ -72,6 +72,7 @@ LANES v16 v16_from_bits(i16 x) { return _mm512_castsi512_ps(x); }
 LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     return _mm512_max_epu32(m, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
 }
+LANES uint32_t i16_umax(i16 x) { return _mm512_reduce_max_epu32(x); }
 
 LANES __m128 firsts(v16 x) { return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, x)); }
 LANES void v16_store_firsts(float *p, v16 x) { _mm_storeu_ps(p, firsts(x)); }

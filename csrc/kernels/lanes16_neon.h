@@ -88,6 +88,11 @@ LANES v16 v16_from_bits(i16 x) { EACH(v16, vreinterpretq_f32_s32(x.val[q])); }
 LANES i16 v16_abs_bits_max(i16 m, v16 x) {
     EACH(i16, vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(m.val[q]), vreinterpretq_u32_f32(vabsq_f32(x.val[q])))));
 }
+LANES uint32_t i16_umax(i16 x) {
+    uint32x4_t low = vmaxq_u32(vreinterpretq_u32_s32(x.val[0]), vreinterpretq_u32_s32(x.val[1]));
+    uint32x4_t high = vmaxq_u32(vreinterpretq_u32_s32(x.val[2]), vreinterpretq_u32_s32(x.val[3]));
+    return vmaxvq_u32(vmaxq_u32(low, high));
+}
 
 LANES void v16_store_firsts(float *p, v16 x) {
     for (int q = 0; q < 4; q++) p[q] = vgetq_lane_f32(x.val[q], 0);
