@@ -69,15 +69,25 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"pyengine {__version__}")
         return 0
     if name not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean 'pyengine {near[0]}'?" if near else "'pyengine --help' lists the commands"
-        raise UsageError(f"there is no command {name!r}; {hint}")
+        raise UsageError(f"there is no command {name!r}; {_meant(name)}")
     from importlib import import_module
 
     code: int = import_module(f"pyengine.cli.{name}").run(list(argv[1:]))
     return code
+
+
+def _meant(name: str) -> str:
+    """What somebody meant who typed this for a command."""
+    import difflib
+
+    from pyengine.cli import elsewhere
+
+    if name.startswith("-"):
+        return f"a command comes first: pyengine generate {name} …"
+    if name in elsewhere.COMMANDS:
+        return elsewhere.COMMANDS[name]
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"did you mean 'pyengine {near[0]}'?" if near else "'pyengine --help' lists the commands"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pyengine.cli import COMMANDS, UsageError
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pyengine.engine import Engine
     from pyengine.sampling import SamplingParams
@@ -26,10 +26,12 @@ environment:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as exceptions, so that they are one line like all others."""
+    """argparse with errors as exceptions, so that they are one line like all others, and with answers for options that other
+    programs have (elsewhere.py; `is_server`: those of servers, too)."""
 
-    def __init__(self, command: str, epilog: str, usage: str | None = None) -> None:
+    def __init__(self, command: str, epilog: str, usage: str | None = None, *, is_server: bool = False) -> None:
         self.width = 80
+        self._is_server = is_server
         super().__init__(
             prog=f"pyengine {command}",
             usage=usage,
@@ -52,24 +54,47 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ('{self.prog} --help' tells more)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """All of them are to be known: UsageError for what is not, with what was perhaps meant."""
+        self._refuse_options_of_others(args or ())
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")
+        return parsed, unknown
+
+    def _refuse_options_of_others(self, words: Sequence[str]) -> None:
+        """Before argparse reads them: to it -ngl is -n with the value "gl", and -hf is -h."""
+        for word in words:
+            name = word.partition("=")[0]
+            if word == "--":
+                return
+            if not name.startswith("-") or name in self._option_string_actions:
+                continue
+            from pyengine.cli import elsewhere
+
+            meant = elsewhere.meaning(name, elsewhere.SERVER_OPTIONS if self._is_server else elsewhere.OPTIONS)
+            if meant is not None:
+                raise UsageError(f"there is no option {name}: {meant}")
+
+    def _meant(self, word: str) -> str:
+        if word.startswith("-"):
+            return ""
+        if any(action.dest == "prompt" for action in self._get_positional_actions()):
+            return "; a prompt of several words is put in quotes"
+        return f"; a model is given with -m {word}" if "-m" in self._option_string_actions else ""
+
 
 # -------------------------------------------------------------------- declared
 
 
 def positive(text: str) -> int:
     """argparse type: an integer from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 1")
-    return value
+    return _integer(text, 1)
 
 
 def natural(text: str) -> int:
     """argparse type: an integer from 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
+    return _integer(text, 0)
 
 
 def seconds(text: str) -> float:
@@ -82,10 +107,27 @@ def seconds(text: str) -> float:
 
 def count_list(text: str) -> list[int]:
     """argparse type: "128" or "0,4096"."""
-    values = [int(part) for part in text.split(",")]
-    if any(value < 0 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} has a negative number")
-    return values
+    return [_integer(part, 0) for part in text.split(",")]
+
+
+def _integer(text: str, low: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low}")
+    return value
+
+
+FOUR_WAYS = "give it as an argument, with -p TEXT, with -f FILE, or - to read stdin"
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, help: str) -> None:
+    """The prompt in one of four ways, for `read_prompt`."""
+    parser.add_argument("prompt", nargs="?", help=f"{help}; - reads it from stdin")
+    parser.add_argument("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the same, as an option")
+    parser.add_argument("-f", "--file", metavar="FILE", help="the same, from FILE: UTF-8 text, less its final newline")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +149,19 @@ def add_model_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint; all other models have their own"
     )
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """A model by itself, for commands that take nothing else of the kind; `take_model_argument` makes it that of -m."""
+    parser.add_argument("path", nargs="?", help="the model, instead of -m")
+
+
+def take_model_argument(args: argparse.Namespace) -> None:
+    if args.path is None:
+        return
+    if args.model is not None:
+        raise UsageError("the model is named twice: as an argument and with -m")
+    args.model = args.path
 
 
 def add_threads_option(parser: argparse._ActionsContainer) -> None:
@@ -176,6 +231,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "-n",
         "--max-tokens",
         "--predict",
+        "--n-predict",
         type=int,
         metavar="N",
         help="at most N tokens; default: to the end of text or context",
@@ -310,13 +366,34 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         options["stop"] = [unescape(text) for text in options["stop"]]
     if args.json_schema is not None and args.grammar is not None:
         raise UsageError("--json-schema and --grammar: give one of them")
-    for name, text in (("json", args.json_schema), ("grammar", args.grammar)):
+    for name, option, text in (("json", "--json-schema", args.json_schema), ("grammar", "--grammar", args.grammar)):
         if text is not None:
-            options["structured_outputs"] = {name: _text_or_file(text)}
+            options["structured_outputs"] = {name: _text_or_file(option, text)}
     try:
         return SamplingParams(**options)
     except InvalidArgumentError as error:
         raise UsageError(str(error)) from None
+
+
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The prompt that was given in one of the four ways, None if none was. Raises UsageError for several, and for what is no
+    UTF-8."""
+    given = [value for value in (args.prompt, args.prompt_option, args.file) if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise UsageError(f"more than one prompt: {FOUR_WAYS}")
+    if args.file is None and given[0] != "-":
+        text = checked_text(given[0], "the prompt")
+        return unescape(text) if args.escape else text
+    return prompt_text(args.file)
+
+
+def checked_text(text: str, name: str) -> str:
+    """A text of the command line. Raises UsageError if its bytes were no text in the encoding of the locale."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python shows such bytes
+        raise UsageError(f"{name} is no text in this terminal's encoding; UTF-8 can be read from a file")
+    return text
 
 
 def prompt_text(path: str | None) -> str:
@@ -333,11 +410,12 @@ def prompt_text(path: str | None) -> str:
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 
-def _text_or_file(text: str) -> str:
+def _text_or_file(option: str, text: str) -> str:
     if not text.startswith("@"):
         return text
-    with open(text[1:], encoding="utf-8") as file:
-        return file.read()
+    if text == "@":
+        raise UsageError(f"{option} @FILE: the file's name is missing")
+    return prompt_text(text[1:])
 
 
 def model_name(args: argparse.Namespace) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from reference import fixtures
 
 import pyengine
 from pyengine import _core
-from pyengine.cli import COMMANDS, main
+from pyengine.cli import COMMANDS, elsewhere, main
 from pyengine.format.reader import FrozenFile
 
 GREEDY = ("--temp", "0", "--ignore-eos")
@@ -75,6 +76,25 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'pyengine generate'?" in error(capsys, "generat", code=2)
     assert "--help" in error(capsys, "qqq", code=2)
+    assert "'pyengine chat -m MODEL'" in error(capsys, "run", "llama", code=2)
+    assert "pyengine generate -m …" in error(capsys, "-m", "model.safetensors", code=2)
+
+
+def test_what_is_said_of_other_programs_names_what_is_here() -> None:
+    assert not elsewhere.COMMANDS.keys() & COMMANDS.keys()
+    assert {word for text in elsewhere.COMMANDS.values() for word in re.findall(r"'pyengine (\w+)", text)} <= COMMANDS.keys()
+    its_own = {name: text for name, text in elsewhere.SERVER_OPTIONS.items() if name not in elsewhere.OPTIONS}
+    for command, table in (("generate", elsewhere.OPTIONS), ("serve", its_own)):
+        known = importlib.import_module(f"pyengine.cli.{command}").parser()._option_string_actions
+        assert not table.keys() & known.keys()
+        for text in table.values():
+            assert all(option in known for option in re.findall(r"^use (-[-\w]+)", text)), text
+
+
+def test_what_is_after_two_dashes_is_a_prompt(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pyengine.Engine(tiny_model) as engine:
+        expected = engine.generate("-ngl", temperature=0, max_tokens=20, ignore_eos=True).text.removesuffix("\n")
+    assert output(capsys, "generate", "-m", tiny_model, "-n", 20, *GREEDY, "--", "-ngl")[0] == expected + "\n"
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
@@ -201,11 +221,18 @@ def test_verbose_and_environment(
         (("a", "-n", "0"), "max_tokens"),
         (("a", "-s", "-4"), "seed must be in"),
         (("a", "--stop", ""), "stop must not hold an empty string"),
-        (("a", "-t", "0"), "-t/--threads: 0 is not a number from 1"),
+        (("a", "-t", "0"), "-t/--threads: 0 is not a whole number from 1"),
+        (("a", "-t", "two"), "-t/--threads: two is not a whole number from 1"),
         (("a", "--kv-dtype", "f64"), "--kv-dtype"),
         (("a", "--isa", "quantum"), "this machine runs"),
         (("a", "--wat"), "unrecognized arguments: --wat"),
         (("a", "-e", "--stop", r"\x4"), "--escape"),
+        (("a", "b"), "unrecognized arguments: b; a prompt of several words is put in quotes"),
+        (("caf\udce9",), "the prompt is no text in this terminal's encoding"),
+        (("a", "-ngl", "99"), "there is no option -ngl: the engine computes on CPUs"),
+        (("a", "-hf", "org/name"), "there is no option -hf: use -m hf:ORG/NAME"),
+        (("a", "--mirostat", "2"), "there is no option --mirostat: there is no such sampler here"),
+        (("a", "--grammar", "@"), "--grammar @FILE: the file's name is missing"),
         (("a", "--speculative", "often"), "'often' is not auto, off, or a number from 0 to 24"),
         (("a", "--speculative", "off", "--draft-model", "b"), "--draft-model would have no effect"),
     ],
@@ -222,7 +249,9 @@ def test_refusals_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.Cap
     assert "600 tokens" in error(capsys, "generate", "-m", tiny_model, "é" * 300, code=1)
     assert "absent" in error(capsys, "generate", "-m", tiny_model, "-f", tmp_path / "absent", code=1)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    assert "byte 3 is 0xe9" in error(capsys, "generate", "-m", tiny_model, "-f", tmp_path / "latin", code=2)
+    latin = str(tmp_path / "latin")
+    for arguments in (("-f", latin), ("a", "--grammar", f"@{latin}"), ("a", "--json-schema", f"@{latin}")):
+        assert "byte 3 is 0xe9" in error(capsys, "generate", "-m", tiny_model, *arguments, code=2)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(tiny_model.read_bytes()[:-64])
     assert "damaged.safetensors: " in error(capsys, "generate", "-m", damaged, "a", code=1)

@@ -244,7 +244,7 @@ def test_bench_measures_what_it_says(tiny_model: Path) -> None:
         (("-d", "500", "-n", "0", "-p", "20"), "pp20 @ d500 needs a context of 520"),
         (("-t", "0"), "counted from 1"),
         (("-p", "-3"), "-p"),
-        (("-r", "0"), "not a number from 1"),
+        (("-r", "0"), "0 is not a whole number from 1"),
     ],
 )
 def test_bench_refuses(tiny_model: Path, run: Callable[..., str], arguments: tuple[str, ...], words: str) -> None:
