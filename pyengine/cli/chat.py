@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pyengine.cli import EXIT_INTERRUPTED, UsageError, options, terminal
-from pyengine.errors import ContextFullError
+from pyengine.errors import ContextFullError, TemplateError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -178,6 +178,18 @@ def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: 
             print("\n(Ctrl-C again leaves)", file=sys.stderr)
 
 
+def check_template(engine: Engine, model: str | None) -> None:
+    """A model without a chat template is refused now and not after the first question. Raises TemplateError."""
+    try:
+        _ = engine.chat_template
+    except TemplateError:
+        if model is not None:
+            raise
+        raise TemplateError(
+            "the model in the package tells stories and was not made to talk: name another one with -m, or use 'pyengine generate'"
+        ) from None
+
+
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     params = options.sampling_params(args)
@@ -188,7 +200,7 @@ def run(argv: list[str]) -> int:
     if question is None and hasattr(stdin := options.stdin(), "reconfigure"):
         stdin.reconfigure(errors="replace")
     with options.open_engine(args) as engine:
-        _ = engine.chat_template  # a model without one is refused now and not after the first question
+        check_template(engine, options.model_name(args))
         adapter = None if args.lora is None else args.lora.load(engine)
         if options.load_prompt_cache(args, engine):
             if args.system is None:

@@ -400,9 +400,14 @@ def test_a_line_that_goes_on_in_the_next(talker: Path, tmp_path: Path) -> None:
     assert shown == "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in answer)
 
 
-def test_chat_needs_a_template(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_needs_a_template(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["chat", "-m", str(tiny_model)]) == 1
     assert "chat template" in capsys.readouterr().err
+    monkeypatch.delenv("PYENGINE_MODEL", raising=False)
+    assert main(["chat"]) == 1
+    assert "name another one with -m" in capsys.readouterr().err
 
 
 def test_chat_whose_context_is_full(talker: Path, tmp_path: Path) -> None:
