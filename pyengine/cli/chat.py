@@ -186,7 +186,7 @@ def check_template(engine: Engine, model: str | None) -> None:
         if model is not None:
             raise
         raise TemplateError(
-            "the model in the package tells stories and was not made to talk: name another one with -m, or use 'pyengine generate'"
+            "the model in the package tells stories and was not made to talk: name another one with -m, or use generate"
         ) from None
 
 

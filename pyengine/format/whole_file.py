@@ -65,8 +65,8 @@ class WholeFile:
 
     ``file`` is open for reading and writing bytes, and ``temporary`` its path until then. A clean exit of the block syncs and
     renames; any exception, Ctrl-C and SIGTERM included, removes the temporary file, and what a killed process left behind goes
-    with the next attempt. Raises FileExistsError if there is such a file, before and after, unless ``overwrite``, and OSError, which
-    names the file to be: nobody has heard of the temporary one, and a full disk says no name.
+    with the next attempt. Raises FileExistsError if there is such a file, before and after, unless ``overwrite``, and OSError,
+    which names the file to be: nobody has heard of the temporary one, and a full disk says no name.
     """
 
     file: IO[bytes]

@@ -239,11 +239,20 @@ def test_bad_options_are_value_errors_that_name_them(engine: Engine, options: di
         engine.generate(PROMPT, **options)
 
 
+def test_parameters_are_of_their_class(engine: Engine) -> None:
+    for params in ({"max_tokens": 3}, 64):
+        with pytest.raises(pyengine.InvalidArgumentError, match=r"params is a SamplingParams.*max_tokens=64"):
+            engine.generate("a", params)
+
+
 def test_unknown_option_is_named(engine: Engine) -> None:
     with pytest.raises(TypeError, match="temprature"):
         engine.generate(PROMPT, temprature=1)
     with pytest.raises(ValueError, match="not both"):
         engine.generate(PROMPT, SamplingParams(), max_tokens=3)
+    for stream in (False, True):  # refused before the model is asked for its template
+        with pytest.raises(TypeError, match="parse_special"):
+            engine.chat([], stream=stream, parse_special=True)
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], [10**9], [-1], ""])
@@ -287,6 +296,8 @@ def test_closed_engine_says_so(tiny_model: Path) -> None:
         next(stream)
     with pytest.raises(pyengine.PyEngineError, match="closed"):
         engine.generate(PROMPT)
+    with pytest.raises(pyengine.PyEngineError, match="closed"):
+        engine.generation_defaults()
     assert repr(engine) == "Engine(closed)"
 
 
