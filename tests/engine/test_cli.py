@@ -345,6 +345,10 @@ def test_train_is_a_door(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert seen == [["--steps", "3", "--help"]]
 
 
+def test_the_trainers_errors_are_lines_like_all_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "neither a run folder" in error(capsys, "runs", tmp_path / "absent", code=1)
+
+
 @pytest.mark.parametrize("missing", ["numba", "pyengine_training"])
 def test_train_names_the_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
