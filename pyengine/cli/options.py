@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from pyengine.cli import COMMANDS, UsageError
+from pyengine.cli import UsageError
+from pyengine.cli.parser import Parser as Parser
+from pyengine.cli.parser import count_list as count_list
+from pyengine.cli.parser import natural as natural
+from pyengine.cli.parser import positive as positive
+from pyengine.cli.parser import seconds as seconds
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from pyengine.engine import Engine
     from pyengine.sampling import SamplingParams
@@ -25,99 +30,7 @@ environment:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors as exceptions, so that they are one line like all others, and with answers for options that other
-    programs have (elsewhere.py; `is_server`: those of servers, too)."""
-
-    def __init__(self, command: str, epilog: str, usage: str | None = None, *, is_server: bool = False) -> None:
-        self.width = 80
-        self._is_server = is_server
-        super().__init__(
-            prog=f"pyengine {command}",
-            usage=usage,
-            description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
-            epilog=epilog,
-            formatter_class=self._formatter,
-            allow_abbrev=False,
-        )
-
-    def _formatter(self, prog: str) -> argparse.HelpFormatter:
-        """argparse makes one for every option that it is told of, and importing what knows the terminal takes 2 ms."""
-        return argparse.RawDescriptionHelpFormatter(prog, width=self.width)
-
-    def format_help(self) -> str:
-        from shutil import get_terminal_size
-
-        self.width = get_terminal_size().columns - 2
-        return super().format_help()
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ('{self.prog} --help' tells more)")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """All of them are to be known: UsageError for what is not, with what was perhaps meant."""
-        self._refuse_options_of_others(args or ())
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")
-        return parsed, unknown
-
-    def _refuse_options_of_others(self, words: Sequence[str]) -> None:
-        """Before argparse reads them: to it -ngl is -n with the value "gl", and -hf is -h."""
-        for word in words:
-            name = word.partition("=")[0]
-            if word == "--":
-                return
-            if not name.startswith("-") or name in self._option_string_actions:
-                continue
-            from pyengine.cli import elsewhere
-
-            meant = elsewhere.meaning(name, elsewhere.SERVER_OPTIONS if self._is_server else elsewhere.OPTIONS)
-            if meant is not None:
-                raise UsageError(f"there is no option {name}: {meant}")
-
-    def _meant(self, word: str) -> str:
-        if word.startswith("-"):
-            return ""
-        if any(action.dest == "prompt" for action in self._get_positional_actions()):
-            return "; a prompt of several words is put in quotes"
-        return f"; a model is given with -m {word}" if "-m" in self._option_string_actions else ""
-
-
 # -------------------------------------------------------------------- declared
-
-
-def positive(text: str) -> int:
-    """argparse type: an integer from 1."""
-    return _integer(text, 1)
-
-
-def natural(text: str) -> int:
-    """argparse type: an integer from 0."""
-    return _integer(text, 0)
-
-
-def seconds(text: str) -> float:
-    """argparse type: a number from 0; infinity is for ever."""
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
-
-
-def count_list(text: str) -> list[int]:
-    """argparse type: "128" or "0,4096"."""
-    return [_integer(part, 0) for part in text.split(",")]
-
-
-def _integer(text: str, low: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if value < low:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low}")
-    return value
 
 
 FOUR_WAYS = "give it as an argument, with -p TEXT, with -f FILE, or - to read stdin"
@@ -369,6 +282,8 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     for name, option, text in (("json", "--json-schema", args.json_schema), ("grammar", "--grammar", args.grammar)):
         if text is not None:
             options["structured_outputs"] = {name: _text_or_file(option, text)}
+    if args.json_schema is not None:
+        _check_json(options["structured_outputs"]["json"])
     try:
         return SamplingParams(**options)
     except InvalidArgumentError as error:
@@ -408,6 +323,16 @@ def prompt_text(path: str | None) -> str:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
     return text.replace("\r\n", "\n").removesuffix("\n")
+
+
+def _check_json(text: str) -> None:
+    """What is no JSON is most often a shell's doing, and said at once. Raises UsageError."""
+    import json
+
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--json-schema is no JSON: {error}") from None
 
 
 def _text_or_file(option: str, text: str) -> str:

@@ -232,6 +232,7 @@ def test_verbose_and_environment(
         (("a", "-ngl", "99"), "there is no option -ngl: the engine computes on CPUs"),
         (("a", "-hf", "org/name"), "there is no option -hf: use -m hf:ORG/NAME"),
         (("a", "--mirostat", "2"), "there is no option --mirostat: there is no such sampler here"),
+        (("a", "--json-schema", "{type: string}"), "--json-schema is no JSON: Expecting property name"),
         (("a", "--grammar", "@"), "--grammar @FILE: the file's name is missing"),
         (("a", "--speculative", "often"), "'often' is not auto, off, or a number from 0 to 24"),
         (("a", "--speculative", "off", "--draft-model", "b"), "--draft-model would have no effect"),
