@@ -296,7 +296,9 @@ def _named(text: str | None) -> tuple[str | None, str | None]:
 
 def _check_there(path: str | None) -> None:
     if path is not None and not path.startswith("hf:") and not os.path.exists(path):
-        raise UsageError(f"there is no model at {path}")
+        from pyengine.opening import no_model_at
+
+        raise UsageError(no_model_at(path))
 
 
 def _load(args: argparse.Namespace, named: NamedPaths) -> Models:

@@ -272,6 +272,11 @@ def test_bad_engine_options(tiny_model: Path, options: dict[str, int]) -> None:
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Engine(tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"at org/name; one of the hub is named hf:org/name$"):
+        Engine("org/name")
+    for path in ("nowhere", "a/b/c", "/a", "./a", "models/a.gguf"):
+        with pytest.raises(FileNotFoundError, match=rf"there is no model at {path}$"):
+            Engine(path)
 
 
 def test_thread_environment(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
