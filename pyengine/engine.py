@@ -236,15 +236,16 @@ class Engine(Adaptable, Scoring, Prefixes):
     # ------------------------------------------------------------ text
 
     def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`. Special tokens written in it are plain text unless parse_special."""
+        """Token ids of `text`, behind the model's BOS if it has one and add_bos. Special tokens written in the text are plain text
+        unless parse_special. Raises InvalidArgumentError for what is no string."""
         return self.tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
 
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD. Raises InvalidArgumentError for ids out of range."""
         return self.tokenizer.decode(token_ids(tokens, self.vocab_size), skip_special_tokens=skip_special_tokens)
 
     def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
-        """Token ids of a prompt, text or ids, checked. Raises InvalidArgumentError."""
+        """Token ids of a prompt, text or ids, checked. Raises InvalidArgumentError, ContextFullError."""
         self._check_open()
         return prompt_ids(
             lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special

@@ -49,8 +49,8 @@ commands:
   pyengine --version
 
 examples:
+  pyengine generate "Once upon a time"                  with the small model that ships with the package
   pyengine freeze model.gguf -o model.safetensors
-  pyengine generate -m model.safetensors "Once upon a time" -n 100
   pyengine chat -m model.safetensors
 """
 
@@ -58,7 +58,7 @@ examples:
 def dispatch(argv: Sequence[str]) -> int:
     """Run the command that argv names. Raises what the command raises."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        if len(argv) > 1 and argv[1] in COMMANDS:
+        if len(argv) > 1 and not argv[1].startswith("-"):
             return dispatch([argv[1], "--help"])
         sys.stdout.write(overview())
         return 0

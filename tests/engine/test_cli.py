@@ -75,6 +75,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'pyengine generate'?" in error(capsys, "generat", code=2)
+    assert "did you mean 'pyengine generate'?" in error(capsys, "help", "generat", code=2)
     assert "--help" in error(capsys, "qqq", code=2)
     assert "'pyengine chat -m MODEL'" in error(capsys, "run", "llama", code=2)
     assert "pyengine generate -m …" in error(capsys, "-m", "model.safetensors", code=2)
