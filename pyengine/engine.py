@@ -236,7 +236,7 @@ class Engine(Adaptable, Scoring, Prefixes):
     # ------------------------------------------------------------ text
 
     def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`, behind the model's BOS if it has one and add_bos. Special tokens written in the text are plain text
+        """Token ids of `text`, behind BOS if the model wants it and add_bos. Special tokens written in the text are plain text
         unless parse_special. Raises InvalidArgumentError for what is no string."""
         return self.tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
+    "embed": "a vector for each text",
     "serve": "an OpenAI-compatible server with a page (needs the extra pyengine-lm[serve])",
     "freeze": "turn a checkpoint (Hugging Face, GGUF, llama2.c) into a frozen int8 file",
     "info": "what is in a model file",

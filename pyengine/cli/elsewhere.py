@@ -21,9 +21,8 @@ COMMANDS: dict[str, str] = {
     **dict.fromkeys(("convert", "create", "quantize"), "'pyengine freeze SOURCE -o OUT' makes a model file"),
     **dict.fromkeys(("perplexity", "ppl"), "'pyengine eval -m MODEL FILE' measures perplexity"),
     **dict.fromkeys(("server", "start"), "'pyengine serve' is the server"),
-    **dict.fromkeys(
-        ("embed", "embedding", "tokenize"), "'pyengine serve' has a path for it, and in Python an Engine has a method"
-    ),
+    "embedding": "'pyengine embed' is the command",
+    "tokenize": "'pyengine serve' has a path for it, and in Python an Engine has a method",
 }
 
 # Options of others -> the end of a sentence that begins "there is no option X: ". None of them is an option of the command that

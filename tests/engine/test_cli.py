@@ -284,6 +284,44 @@ def test_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     assert (failed.returncode, failed.stdout) == (2, "") and failed.stderr.startswith("pyengine: error: no prompt")
 
 
+# -------------------------------------------------------------------- embed
+
+
+def test_embed_prints_a_vector_a_text(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["hello", "hello you", "a"]
+    with pyengine.Engine(tiny_model) as engine:
+        expected = {
+            options: engine.embed(texts, pooling=options[1], normalize=options[0]).tolist()
+            for options in ((True, None), (False, None), (True, "mean"))
+        }
+    (tmp_path / "texts").write_bytes(b"hello\r\n\nhello you\na")
+    set_stdin(monkeypatch, b"hello\nhello you\n\na\n")
+    for given in (texts, ["-"], ["-f", tmp_path / "texts"]):
+        lines = output(capsys, "embed", "-m", tiny_model, *given)[0].splitlines()
+        assert [json.loads(line) for line in lines] == expected[True, None]
+    raw = output(capsys, "embed", "-m", tiny_model, "--raw", *texts)[0].splitlines()
+    assert [json.loads(line) for line in raw] == expected[False, None]
+    whole = json.loads(output(capsys, "embed", "-m", tiny_model, "--pooling", "mean", "--json", *texts)[0])
+    assert whole == {"model": str(tiny_model), "vectors": expected[True, "mean"]}
+    # More texts than are computed together: the same vectors, in order.
+    many = output(capsys, "embed", "-m", tiny_model, *(texts * 30))[0].splitlines()
+    assert [json.loads(line) for line in many] == expected[True, None] * 30
+
+
+def test_embed_refuses(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").write_bytes(b"\n \n")
+    for arguments, words in (
+        ((), "give texts"),
+        (("a", "-f", tmp_path / "empty"), "give texts"),
+        (("-f", tmp_path / "empty"), "has no line that is not empty"),
+        (("a", "b\udce9"), "text 2 is no text in this terminal's encoding"),
+    ):
+        assert words in error(capsys, "embed", "-m", tiny_model, *arguments, code=2)
+    assert "text 2: the prompt has 600 tokens" in error(capsys, "embed", "-m", tiny_model, "a", "é" * 300, code=1)
+
+
 # -------------------------------------------------------------------- freeze
 
 
