@@ -49,7 +49,7 @@ def read_texts(args: argparse.Namespace) -> list[str]:
         raise UsageError("give texts, each in quotes, or a file with one a line: -f FILE, or - to read stdin")
     if args.texts and not from_stdin:
         return [options.checked_text(text, f"text {number}") for number, text in enumerate(args.texts, 1)]
-    lines = options.prompt_text(None if from_stdin else args.file).split("\n")
+    lines = options.prompt_text("-" if from_stdin else args.file).split("\n")
     texts = [line for line in lines if line.strip()]
     if not texts:
         raise UsageError(f"{args.file or 'stdin'} has no line that is not empty")

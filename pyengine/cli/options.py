@@ -301,7 +301,7 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     if args.file is None and given[0] != "-":
         text = checked_text(given[0], "the prompt")
         return unescape(text) if args.escape else text
-    return prompt_text(args.file)
+    return prompt_text("-" if args.file is None else args.file)
 
 
 def checked_text(text: str, name: str) -> str:
@@ -311,9 +311,9 @@ def checked_text(text: str, name: str) -> str:
     return text
 
 
-def prompt_text(path: str | None) -> str:
-    """The text of a file, None = standard input, less its final newline. Raises UsageError if it is no UTF-8."""
-    if path is None:
+def prompt_text(path: str) -> str:
+    """The text of a file, - = standard input, less its final newline. Raises UsageError if it is no UTF-8."""
+    if path == "-":
         data = stdin().buffer.read()
     else:
         with open(path, "rb") as file:
@@ -321,7 +321,7 @@ def prompt_text(path: str | None) -> str:
     try:
         text: str = data.decode("utf-8-sig")  # some editors begin a text with a mark of its encoding
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+        raise UsageError(f"{'stdin' if path == '-' else path} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 

@@ -148,6 +148,8 @@ def test_four_ways_to_give_a_prompt(
 
     set_stdin(monkeypatch, b"hello\n")
     assert tokens("hello") == tokens("-p", "hello") == tokens("-f", file) == tokens("-") != tokens("hello\n")
+    set_stdin(monkeypatch, b"hello\n")
+    assert tokens("-f", "-") == tokens("hello")
     assert tokens("hello\n") == tokens(r"hello\n", "-e")
     # Text as other systems write it is the same text.
     for data in (b"hello\r\n", b"\xef\xbb\xbfhello\n", b"\xef\xbb\xbfhello\r\n", b"hello"):
