@@ -321,7 +321,8 @@ def prompt_text(path: str) -> str:
     try:
         text: str = data.decode("utf-8-sig")  # some editors begin a text with a mark of its encoding
     except UnicodeDecodeError as error:
-        raise UsageError(f"{'stdin' if path == '-' else path} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+        name = "stdin" if path == "-" else path
+        raise UsageError(f"{name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 
