@@ -219,6 +219,12 @@ class AsyncStream(AsyncIterator["Piece"]):
         """`close`, for contextlib.aclosing."""
         self.close()
 
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
 
 class AsyncEngine:
     """An `Engine` whose methods are awaited. Any number of event loops, in any threads, may share one.

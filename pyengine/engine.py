@@ -360,7 +360,7 @@ class Engine(Adaptable, Scoring, Prefixes):
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Like generate for one prompt, a Piece a token; the last piece carries the result. What generate refuses is
-        refused by this call, not by the first piece. Closing the iterator, or letting go of it, ends it."""
+        refused by this call, not by the first piece. Closing the iterator (also by `with`), or letting go of it, ends it."""
         chosen = sampling_params(params, options)
         if chosen.n not in (None, 1):
             raise InvalidArgumentError(f"a stream has one sample, n is {chosen.n}; use generate")

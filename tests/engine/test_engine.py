@@ -146,13 +146,17 @@ def test_timeout_returns_what_there_is(engine: Engine) -> None:
 
 
 def test_a_closed_stream_gives_its_sequence_back(engine: Engine) -> None:
-    for i in range(5):
+    for i in range(6):
         stream = engine.stream(f"{i} {PROMPT}", **SAMPLED)
         next(stream)
         stats = engine.cache_stats()
         assert stats["n_sequences"] == 1 and stats["n_pages"] > stats["n_cached"] + stats["n_free"]
-        if i % 2:
+        if i % 3 == 1:
             stream.close()
+        elif i % 3 == 2:
+            with stream as same:
+                assert same is stream
+            assert list(stream) == []
         else:
             del stream
         stats = engine.check_integrity()
