@@ -81,7 +81,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            from pyengine.errors import import_error
+
+            raise import_error(error) from error
     raise AttributeError(f"module 'pyengine' has no attribute {name!r}")
 
 

@@ -16,7 +16,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import fork
 from pyengine.engine import Engine, Message, Prompt, sampling_params
@@ -27,11 +27,13 @@ from pyengine.text.prompts import is_batch
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
     from pyengine.embeddings import Pooled
     from pyengine.results import Generation, Piece, Score
     from pyengine.run.scheduler import Scheduler
     from pyengine.sampling import SamplingParams
+    from pyengine.sampling_options import SamplingOptions
 
 T = TypeVar("T")
 
@@ -217,6 +219,12 @@ class AsyncStream(AsyncIterator["Piece"]):
         """`close`, for contextlib.aclosing."""
         self.close()
 
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
 
 class AsyncEngine:
     """An `Engine` whose methods are awaited. Any number of event loops, in any threads, may share one.
@@ -262,6 +270,28 @@ class AsyncEngine:
 
     # ------------------------------------------------------------ text
 
+    @overload
+    async def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+    @overload
+    async def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Generation]: ...
     async def generate(
         self,
         prompt: Prompt | Sequence[str] | Sequence[Sequence[int]],
@@ -270,7 +300,7 @@ class AsyncEngine:
         parse_special: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Generation | list[Generation]:
         """See Engine.generate."""
         chosen = sampling_params(params, options)
@@ -294,7 +324,7 @@ class AsyncEngine:
         parse_special: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """See Engine.stream. What a prompt is refused for is raised with the first piece: it is tokenized then."""
         return self._stream(
@@ -325,8 +355,8 @@ class AsyncEngine:
         continue_final_message: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-        **options: Any,
-    ) -> Generation | list[Generation]:
+        **options: Unpack[SamplingOptions],
+    ) -> Generation:
         """See Engine.chat."""
         chosen = sampling_params(params, options)
         ids = await asyncio.to_thread(self.engine.chat_ids, messages, continue_final_message=continue_final_message)
@@ -340,7 +370,7 @@ class AsyncEngine:
         continue_final_message: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """The answer of `chat` as a stream."""
         chosen = sampling_params(params, options)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import cpu_watch, fork
 from pyengine.adapters import Adaptable, Adapters
-from pyengine.arguments import boolean
+from pyengine.arguments import boolean, shown
 from pyengine.attachments import Attachments
 from pyengine.background import Background
 from pyengine.errors import InvalidArgumentError, PyEngineError
@@ -30,12 +30,15 @@ from pyengine.text.stops import StopStrings
 if TYPE_CHECKING:
     from pathlib import Path  # 3 ms of the start, for names that the system calls take as they are
 
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
+
     from pyengine import _core
     from pyengine.draft_file import DraftFile
     from pyengine.format.config import DraftHeadSpec
     from pyengine.freeze import Progress
     from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
+    from pyengine.sampling_options import SamplingOptions
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.tokenizer import Tokenizer
 
@@ -197,7 +200,8 @@ class Engine(Adaptable, Scoring, Prefixes):
         return dict(self._file.metadata)
 
     def generation_defaults(self) -> dict[str, Any]:
-        """generation_config.json of the frozen file, as plain values."""
+        """generation_config.json of the frozen file, as plain values. Raises PyEngineError on a closed engine."""
+        self._check_open()
         return dict(self._attachments.generation_config)
 
     @property
@@ -232,15 +236,16 @@ class Engine(Adaptable, Scoring, Prefixes):
     # ------------------------------------------------------------ text
 
     def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`. Special tokens written in it are plain text unless parse_special."""
+        """Token ids of `text`, behind BOS if the model wants it and add_bos. Special tokens written in the text are plain text
+        unless parse_special. Raises InvalidArgumentError for what is no string."""
         return self.tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
 
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD. Raises InvalidArgumentError for ids out of range."""
         return self.tokenizer.decode(token_ids(tokens, self.vocab_size), skip_special_tokens=skip_special_tokens)
 
     def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
-        """Token ids of a prompt, text or ids, checked. Raises InvalidArgumentError."""
+        """Token ids of a prompt, text or ids, checked. Raises InvalidArgumentError, ContextFullError."""
         self._check_open()
         return prompt_ids(
             lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
@@ -293,8 +298,8 @@ class Engine(Adaptable, Scoring, Prefixes):
             for index in range(params.n)
         ]
 
-    @overload
-    def generate(
+    @overload  # the first that fits: a str is a sequence of str, too
+    def generate(  # type: ignore[overload-overlap]
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
@@ -302,7 +307,7 @@ class Engine(Adaptable, Scoring, Prefixes):
         parse_special: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Generation: ...
     @overload
     def generate(
@@ -313,7 +318,7 @@ class Engine(Adaptable, Scoring, Prefixes):
         parse_special: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> list[Generation]: ...
     def generate(
         self,
@@ -323,7 +328,7 @@ class Engine(Adaptable, Scoring, Prefixes):
         parse_special: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Generation | list[Generation]:
         """Continue one prompt (text or token ids), or many together.
 
@@ -352,10 +357,10 @@ class Engine(Adaptable, Scoring, Prefixes):
         parse_special: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Like generate for one prompt, a Piece a token; the last piece carries the result. What generate refuses is
-        refused by this call, not by the first piece. Closing the iterator, or letting go of it, ends it."""
+        refused by this call, not by the first piece. Closing the iterator (also by `with`), or letting go of it, ends it."""
         chosen = sampling_params(params, options)
         if chosen.n not in (None, 1):
             raise InvalidArgumentError(f"a stream has one sample, n is {chosen.n}; use generate")
@@ -394,7 +399,9 @@ class Engine(Adaptable, Scoring, Prefixes):
         *,
         continue_final_message: bool = False,
         stream: Literal[False] = False,
-        **options: Any,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Generation: ...
     @overload
     def chat(
@@ -404,7 +411,9 @@ class Engine(Adaptable, Scoring, Prefixes):
         *,
         continue_final_message: bool = False,
         stream: Literal[True],
-        **options: Any,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Stream: ...
     def chat(
         self,
@@ -413,14 +422,19 @@ class Engine(Adaptable, Scoring, Prefixes):
         *,
         continue_final_message: bool = False,
         stream: bool = False,
-        **options: Any,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Generation | list[Generation] | Stream:
         """The assistant's answer to messages ({"role", "content"}, …), or, with continue_final_message, how the last one goes on,
-        which is the assistant's. Options are those of generate.
+        which is the assistant's. All else is as in generate, or with stream=True as in stream.
 
         Raises TemplateError if the model has no usable template, and what generate raises."""
+        chosen = sampling_params(params, options)
         ids = self.chat_ids(messages, continue_final_message=continue_final_message)
-        return self.stream(ids, params, **options) if stream else self.generate(ids, params, **options)
+        if stream:
+            return self.stream(ids, chosen, adapter=adapter, cache_salt=cache_salt)
+        return self.generate(ids, chosen, adapter=adapter, cache_salt=cache_salt)
 
     # ------------------------------------------------------------ life
 
@@ -506,10 +520,12 @@ def _reopen(path: str, options: dict[str, Any], adapters: Sequence[tuple[Path, s
     return engine
 
 
-def sampling_params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
-    """One of the two forms in which callers give parameters. Raises InvalidArgumentError, TypeError for an unknown name."""
+def sampling_params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    """One of the two forms in which callers give parameters. Raises InvalidArgumentError, UnknownParameterError."""
     from pyengine.sampling import SamplingParams  # which every engine has imported
 
+    if params is not None and not isinstance(params, SamplingParams):
+        raise InvalidArgumentError(f"params is a SamplingParams, not {shown(params)}; options have names: max_tokens=64")
     if params is not None and options:
         raise InvalidArgumentError(f"give params or keyword options, not both ({', '.join(options)})")
     return SamplingParams.from_kwargs(**options) if params is None else params

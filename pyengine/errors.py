@@ -6,6 +6,7 @@ Every class derives from :class:`PyEngineError` and, where a user would expect o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,6 +75,10 @@ class TemplateError(PyEngineError, ValueError):
     """A chat template is missing, invalid, too large, too slow, or does something that the sandbox forbids."""
 
 
+class NotBuiltError(PyEngineError, ImportError):
+    """The compiled modules are not there: Python has found a checkout, and not the package that is installed."""
+
+
 # The order is that of enum pe_status in csrc/pyengine.h; a test walks it.
 STATUS_ERRORS: dict[int, type[PyEngineError]] = {
     1: InvalidArgumentError,
@@ -105,3 +110,13 @@ def system_errors() -> Iterator[None]:
     except OSError as error:
         kind = next((ours for builtin, ours in _SYSTEM_ERRORS.items() if isinstance(error, builtin)), SystemCallError)
         raise kind(error.errno, error.strerror or str(error), error.filename) from error
+
+
+def import_error(error: ModuleNotFoundError) -> ImportError:
+    """What to raise for a module that is missing: where it is a compiled one of ours, a NotBuiltError that says why."""
+    if not (error.name or "").startswith("pyengine._"):
+        return error
+    return NotBuiltError(
+        f"{os.path.dirname(__file__)} is not built ({error.name} is missing): Python has found a checkout instead of the package "
+        "that is installed, because it was started there; start it in another directory"
+    )

@@ -78,7 +78,7 @@ def resolve_model(
         label = place.label if os.path.isdir(model) else None  # a directory of the library's is named by its commit
     path = path_of(model)
     if not os.path.exists(path):
-        raise MissingFileError(f"there is no model at {path}")
+        raise MissingFileError(no_model_at(path))
     if not os.path.isdir(path) and (path.endswith(".safetensors") or is_safetensors(path)):
         if tokenizer is not None:
             raise InvalidArgumentError(f"{path} has a tokenizer of its own; only llama2.c checkpoints are given one")
@@ -87,6 +87,14 @@ def resolve_model(
         from pyengine.freeze import freeze_cached
 
     return os.fspath(freeze_cached(path, progress=progress, tokenizer=tokenizer, name=label))
+
+
+def no_model_at(path: str) -> str:
+    """The sentence that says so, and to whom wrote a name of the hub how it is written here."""
+    organization, _, name = path.partition("/")
+    is_file = name.endswith((".safetensors", ".gguf", ".bin"))
+    is_name = organization not in ("", ".", "..", "~") and name and "/" not in name and not is_file
+    return f"there is no model at {path}" + (f"; one of the hub is named hf:{path}" if is_name else "")
 
 
 def threads_from_environment() -> int:

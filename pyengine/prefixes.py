@@ -14,9 +14,12 @@ from pyengine.format.reader import FrozenFile
 from pyengine.run.request import check_salt
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from pyengine import _core
     from pyengine.format.prefix import PrefixKey
     from pyengine.opening import Options
+    from pyengine.sampling_options import SamplingOptions
     from pyengine.scoring import Prompt
 
 T = TypeVar("T")
@@ -32,7 +35,7 @@ class Prefixes(ABC):
     def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]: ...
 
     @abstractmethod
-    def generate(self, prompt: Any, params: Any = None, **options: Any) -> Any: ...
+    def generate(self, prompt: Any, params: Any = None, **options: Unpack[SamplingOptions]) -> Any: ...
 
     @abstractmethod
     def exclusively(self, function: Callable[[_core.Context], T]) -> T: ...

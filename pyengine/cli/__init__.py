@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
+    "embed": "a vector for each text",
     "serve": "an OpenAI-compatible server with a page (needs the extra pyengine-lm[serve])",
     "freeze": "turn a checkpoint (Hugging Face, GGUF, llama2.c) into a frozen int8 file",
     "info": "what is in a model file",
@@ -49,8 +50,8 @@ commands:
   pyengine --version
 
 examples:
+  pyengine generate "Once upon a time"                  with the small model that ships with the package
   pyengine freeze model.gguf -o model.safetensors
-  pyengine generate -m model.safetensors "Once upon a time" -n 100
   pyengine chat -m model.safetensors
 """
 
@@ -58,7 +59,7 @@ examples:
 def dispatch(argv: Sequence[str]) -> int:
     """Run the command that argv names. Raises what the command raises."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        if len(argv) > 1 and argv[1] in COMMANDS:
+        if len(argv) > 1 and not argv[1].startswith("-"):
             return dispatch([argv[1], "--help"])
         sys.stdout.write(overview())
         return 0
@@ -69,15 +70,25 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"pyengine {__version__}")
         return 0
     if name not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean 'pyengine {near[0]}'?" if near else "'pyengine --help' lists the commands"
-        raise UsageError(f"there is no command {name!r}; {hint}")
+        raise UsageError(f"there is no command {name!r}; {_meant(name)}")
     from importlib import import_module
 
     code: int = import_module(f"pyengine.cli.{name}").run(list(argv[1:]))
     return code
+
+
+def _meant(name: str) -> str:
+    """What somebody meant who typed this for a command."""
+    import difflib
+
+    from pyengine.cli import elsewhere
+
+    if name.startswith("-"):
+        return f"a command comes first: pyengine generate {name} …"
+    if name in elsewhere.COMMANDS:
+        return elsewhere.COMMANDS[name]
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"did you mean 'pyengine {near[0]}'?" if near else "'pyengine --help' lists the commands"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`pyengine chat`: a conversation on the terminal, or line by line through a pipe."""
+"""`pyengine chat`: a conversation on the terminal, or line by line through a pipe; with a question its answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pyengine.cli import EXIT_INTERRUPTED, UsageError, options, terminal
-from pyengine.errors import ContextFullError
+from pyengine.errors import ContextFullError, TemplateError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -21,9 +21,11 @@ commands in the conversation:
   /help     this list
   /exit     leave (so does Ctrl-D)
 Ctrl-C stops the answer; at the prompt it drops the line, and twice in a row it leaves.
+A line that ends with \\ goes on in the next.
 
 examples:
   pyengine chat -m model.safetensors
+  pyengine chat -m model.safetensors "Why is the sky blue?"
   pyengine chat -m model.safetensors -sys "Answer in one sentence." --temp 0.7
   printf 'Hello!\\nAnd again.\\n' | pyengine chat -m model.safetensors --temp 0
 
@@ -33,12 +35,14 @@ HELP = """\
 /reset  forget everything but the system prompt
 /help   this list
 /exit   leave (so does Ctrl-D)
-Ctrl-C stops an answer; twice in a row at the prompt it leaves."""
+Ctrl-C stops an answer; twice in a row at the prompt it leaves.
+A line that ends with \\ goes on in the next."""
 
 
 def parser() -> argparse.ArgumentParser:
     parser = options.Parser("chat", EPILOG)
-    parser.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
+    options.add_prompt_options(parser, "a question: it is answered, and that is all; without one a conversation begins")
+    parser.add_argument("-sys", "--system", "--system-prompt", metavar="TEXT", help="system prompt")
     parser.add_argument("-v", "--verbose", action="store_true", help="timings on stderr after each answer")
     options.add_model_options(parser)
     options.add_lora_option(parser, "an adapter (LoRA, PEFT's directory) beside the model; its product is multiplied by SCALE")
@@ -97,15 +101,23 @@ class Lines:
                 import readline  # noqa: F401  (input() edits lines once this is imported)
 
     def next(self) -> str | None:
-        """The next line, without its newline; None at the end of input."""
+        """The next line, without its newline; None at the end of input. On a terminal a line that ends with a backslash goes on
+        in the next one, and the text has both."""
+        line = self._line("> ")
+        while line is not None and self.is_terminal and line.endswith("\\"):
+            more = self._line(". ")
+            line = line[:-1] if more is None else f"{line[:-1]}\n{more}"
+        return line
+
+    def _line(self, prompt: str) -> str | None:
         if self._edits:
             try:
-                return input("> ")
+                return input(prompt)
             except EOFError:
                 print()
                 return None
         if self.is_terminal:  # stdout goes elsewhere, and gets only what the model says
-            print("> ", end="", file=sys.stderr, flush=True)
+            print(prompt, end="", file=sys.stderr, flush=True)
         line = self._input.readline()
         return line.removeprefix("\ufeff").rstrip("\n") if line else None
 
@@ -126,24 +138,20 @@ def command(line: str, conversation: Conversation) -> bool:
     return True
 
 
-def say(line: str, conversation: Conversation, engine: Engine, *, verbose: bool, is_terminal: bool) -> None:
-    """One turn. On a terminal a full context is told and the conversation stays; otherwise ContextFullError is raised."""
-    from pyengine.cli.errors import sentence
+def say(line: str, conversation: Conversation, engine: Engine, *, verbose: bool) -> Generation | None:
+    """One turn. Returns None if Ctrl-C ended it, raises ContextFullError."""
     from pyengine.cli.generate import timings_line
 
-    try:
-        result = conversation.answer(line)
-    except ContextFullError as error:
-        if not is_terminal:
-            raise
-        terminal.warn(f"pyengine: error: {sentence(error)}; /reset starts anew")
-        return
+    result = conversation.answer(line)
     if verbose and result is not None:
         terminal.warn(timings_line(result, engine))
+    return result
 
 
 def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: bool) -> int:
-    """The loop. Returns the exit code."""
+    """The loop. On a terminal a full context is told and the conversation stays. Returns the exit code."""
+    from pyengine.cli.errors import sentence
+
     n_interrupts = 0
     while True:
         try:
@@ -157,7 +165,11 @@ def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: 
                 if not command(line, conversation):
                     return 0
             elif line:
-                say(line, conversation, engine, verbose=verbose, is_terminal=lines.is_terminal)
+                say(line, conversation, engine, verbose=verbose)
+        except ContextFullError as error:
+            if not lines.is_terminal:
+                raise
+            terminal.warn(f"pyengine: error: {sentence(error)}; /reset starts anew")
         except KeyboardInterrupt:  # at the prompt: an answer handles its own
             n_interrupts += 1
             if n_interrupts == 2 or not lines.is_terminal:
@@ -166,14 +178,29 @@ def converse(conversation: Conversation, lines: Lines, engine: Engine, verbose: 
             print("\n(Ctrl-C again leaves)", file=sys.stderr)
 
 
+def check_template(engine: Engine, model: str | None) -> None:
+    """A model without a chat template is refused now and not after the first question. Raises TemplateError."""
+    try:
+        _ = engine.chat_template
+    except TemplateError:
+        if model is not None:
+            raise
+        raise TemplateError(
+            "the model in the package tells stories and was not made to talk: name another one with -m, or use generate"
+        ) from None
+
+
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     params = options.sampling_params(args)
+    question = options.read_prompt(args)
+    if args.system is not None:
+        options.checked_text(args.system, "the system prompt")
     options.tolerant_stdout()
-    if hasattr(stdin := options.stdin(), "reconfigure"):
+    if question is None and hasattr(stdin := options.stdin(), "reconfigure"):
         stdin.reconfigure(errors="replace")
     with options.open_engine(args) as engine:
-        _ = engine.chat_template  # a model without one is refused now and not after the first question
+        check_template(engine, options.model_name(args))
         adapter = None if args.lora is None else args.lora.load(engine)
         if options.load_prompt_cache(args, engine):
             if args.system is None:
@@ -181,6 +208,8 @@ def run(argv: list[str]) -> int:
             system = [{"role": "system", "content": args.system}]
             engine.save_prefix(engine.chat_ids(system, add_generation_prompt=False), args.prompt_cache)
         conversation = Conversation(engine, params, args.system, adapter)
+        if question is not None:
+            return EXIT_INTERRUPTED if say(question, conversation, engine, verbose=args.verbose) is None else 0
         lines = Lines()
         if lines.is_terminal:
             terminal.warn(f"{engine.metadata.get('name') or engine.path.name}; /help lists the commands")

@@ -19,6 +19,8 @@ examples:
   pyengine doctor --json > machine.json
 """
 
+# What the extras serve, guide, hub and train bring.
+EXTRAS = ("uvicorn", "llguidance", "huggingface_hub", "numba")
 # Kernel tables by the CPU features that they need.
 _FEATURES_OF = {
     "amx": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "amx_tile", "amx_int8"),
@@ -108,7 +110,7 @@ def versions() -> dict[str, str | None]:
     from pyengine import __version__
 
     found: dict[str, str | None] = {"pyengine": __version__, "python": platform.python_version()}
-    for package in ("tokenizers", "numpy", "jinja2", "gguf", "numba"):
+    for package in ("tokenizers", "numpy", "jinja2", "gguf", *EXTRAS):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -135,7 +137,7 @@ def model(warnings: list[str]) -> dict[str, Any]:
     from pyengine.opening import DEFAULT_MODEL
 
     name = os.environ.get("PYENGINE_MODEL")
-    if name and not os.path.exists(name):
+    if name and not name.startswith("hf:") and not os.path.exists(name):
         warnings.append(f"PYENGINE_MODEL={name}: there is no such file")
     path = name or (DEFAULT_MODEL if os.path.exists(DEFAULT_MODEL) else None)
     reason = "shipped with the package" if path else "this build ships none"

@@ -7,7 +7,7 @@ import sys
 
 from pyengine.cli import EXIT_ERROR, EXIT_USAGE, UsageError, abandon_stdout
 from pyengine.cli.terminal import visible, warn
-from pyengine.errors import PyEngineError
+from pyengine.errors import PyEngineError, import_error
 
 
 def sentence(error: BaseException) -> str:
@@ -25,6 +25,8 @@ def sentence(error: BaseException) -> str:
 
 def report(error: Exception) -> int:
     """Print the one line (or the traceback, if PYENGINE_TRACEBACK asks for it) and return the exit code."""
+    if isinstance(error, ModuleNotFoundError):
+        error = import_error(error)
     if os.environ.get("PYENGINE_TRACEBACK", "") not in ("", "0"):
         import traceback
 

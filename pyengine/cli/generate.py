@@ -26,9 +26,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     parser = options.Parser("generate", EPILOG)
     add = parser.add_argument
-    add("prompt", nargs="?", help="the text to continue; - reads it from stdin")
-    add("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the same, as an option")
-    add("-f", "--file", metavar="FILE", help="read the prompt from FILE, UTF-8 text, less its final newline")
+    options.add_prompt_options(parser, "the text to continue")
     add("--special", action="store_true", help="special tokens that the prompt spells (<|im_start|>) are those tokens")
     add("--json", action="store_true", help="one JSON object at the end: text, tokens, reason, seed, timings")
     add("-v", "--verbose", action="store_true", help="timings on stderr afterwards")
@@ -42,17 +40,6 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_sampling_options(parser)
     return parser
-
-
-def read_prompt(args: argparse.Namespace) -> str:
-    """The one prompt that was given, in one of the four ways."""
-    given = [value for value in (args.prompt, args.prompt_option, args.file) if value is not None]
-    if len(given) != 1:
-        problem = "more than one prompt" if given else "no prompt"
-        raise UsageError(f"{problem}: give it as an argument, with -p TEXT, with -f FILE, or - to read stdin")
-    if args.file is None and given[0] != "-":
-        return options.unescape(given[0]) if args.escape else str(given[0])
-    return options.prompt_text(args.file)
 
 
 def timings_line(result: Generation, engine: Engine) -> str:
@@ -108,7 +95,9 @@ def write_json(pieces: Iterator[Piece]) -> Generation | None:
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     params = options.sampling_params(args)
-    prompt = read_prompt(args)
+    prompt = options.read_prompt(args)
+    if prompt is None:
+        raise UsageError(f"no prompt: {options.FOUR_WAYS}")
     options.tolerant_stdout()
     with options.open_engine(args) as engine:
         adapter = None if args.lora is None else args.lora.load(engine)

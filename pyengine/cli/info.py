@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pyengine.cli import UsageError, options
+from pyengine.cli import options
 from pyengine.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ MIB = 1 << 20
 
 def parser() -> argparse.ArgumentParser:
     parser = options.Parser("info", EPILOG)
-    parser.add_argument("path", nargs="?", help="the model, instead of -m")
+    options.add_model_argument(parser)
     options.add_model_option(parser)
     parser.add_argument("--tensors", action="store_true", help="list the tensors")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -169,10 +169,7 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     from pyengine.format.reader import FrozenFile
 
-    if args.path is not None:
-        if args.model is not None:
-            raise UsageError("the model is named twice: as an argument and with -m")
-        args.model = args.path
+    options.take_model_argument(args)
     with FrozenFile.open(options.frozen_path(args)) as frozen:
         facts = describe(frozen, args.tensors)
     options.tolerant_stdout()

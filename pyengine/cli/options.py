@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from pyengine.cli import COMMANDS, UsageError
+from pyengine.cli import UsageError
+from pyengine.cli.parser import Parser as Parser
+from pyengine.cli.parser import count_list as count_list
+from pyengine.cli.parser import natural as natural
+from pyengine.cli.parser import positive as positive
+from pyengine.cli.parser import seconds as seconds
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -25,67 +30,17 @@ environment:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors as exceptions, so that they are one line like all others."""
-
-    def __init__(self, command: str, epilog: str, usage: str | None = None) -> None:
-        self.width = 80
-        super().__init__(
-            prog=f"pyengine {command}",
-            usage=usage,
-            description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
-            epilog=epilog,
-            formatter_class=self._formatter,
-            allow_abbrev=False,
-        )
-
-    def _formatter(self, prog: str) -> argparse.HelpFormatter:
-        """argparse makes one for every option that it is told of, and importing what knows the terminal takes 2 ms."""
-        return argparse.RawDescriptionHelpFormatter(prog, width=self.width)
-
-    def format_help(self) -> str:
-        from shutil import get_terminal_size
-
-        self.width = get_terminal_size().columns - 2
-        return super().format_help()
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ('{self.prog} --help' tells more)")
-
-
 # -------------------------------------------------------------------- declared
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 1")
-    return value
+FOUR_WAYS = "give it as an argument, with -p TEXT, with -f FILE, or - to read stdin"
 
 
-def natural(text: str) -> int:
-    """argparse type: an integer from 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
-def seconds(text: str) -> float:
-    """argparse type: a number from 0; infinity is for ever."""
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
-
-
-def count_list(text: str) -> list[int]:
-    """argparse type: "128" or "0,4096"."""
-    values = [int(part) for part in text.split(",")]
-    if any(value < 0 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} has a negative number")
-    return values
+def add_prompt_options(parser: argparse.ArgumentParser, help: str) -> None:
+    """The prompt in one of four ways, for `read_prompt`."""
+    parser.add_argument("prompt", nargs="?", help=f"{help}; - reads it from stdin")
+    parser.add_argument("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the same, as an option")
+    parser.add_argument("-f", "--file", metavar="FILE", help="the same, from FILE: UTF-8 text, less its final newline")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +62,19 @@ def add_model_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer.bin of a llama2.c checkpoint; all other models have their own"
     )
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """A model by itself, for commands that take nothing else of the kind; `take_model_argument` makes it that of -m."""
+    parser.add_argument("path", nargs="?", help="the model, instead of -m")
+
+
+def take_model_argument(args: argparse.Namespace) -> None:
+    if args.path is None:
+        return
+    if args.model is not None:
+        raise UsageError("the model is named twice: as an argument and with -m")
+    args.model = args.path
 
 
 def add_threads_option(parser: argparse._ActionsContainer) -> None:
@@ -176,6 +144,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "-n",
         "--max-tokens",
         "--predict",
+        "--n-predict",
         type=int,
         metavar="N",
         help="at most N tokens; default: to the end of text or context",
@@ -310,18 +279,41 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         options["stop"] = [unescape(text) for text in options["stop"]]
     if args.json_schema is not None and args.grammar is not None:
         raise UsageError("--json-schema and --grammar: give one of them")
-    for name, text in (("json", args.json_schema), ("grammar", args.grammar)):
+    for name, option, text in (("json", "--json-schema", args.json_schema), ("grammar", "--grammar", args.grammar)):
         if text is not None:
-            options["structured_outputs"] = {name: _text_or_file(text)}
+            options["structured_outputs"] = {name: _text_or_file(option, text)}
+    if args.json_schema is not None:
+        _check_json(options["structured_outputs"]["json"])
     try:
         return SamplingParams(**options)
     except InvalidArgumentError as error:
         raise UsageError(str(error)) from None
 
 
-def prompt_text(path: str | None) -> str:
-    """The text of a file, None = standard input, less its final newline. Raises UsageError if it is no UTF-8."""
-    if path is None:
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The prompt that was given in one of the four ways, None if none was. Raises UsageError for several, and for what is no
+    UTF-8."""
+    given = [value for value in (args.prompt, args.prompt_option, args.file) if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise UsageError(f"more than one prompt: {FOUR_WAYS}")
+    if args.file is None and given[0] != "-":
+        text = checked_text(given[0], "the prompt")
+        return unescape(text) if args.escape else text
+    return prompt_text("-" if args.file is None else args.file)
+
+
+def checked_text(text: str, name: str) -> str:
+    """A text of the command line. Raises UsageError if its bytes were no text in the encoding of the locale."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python shows such bytes
+        raise UsageError(f"{name} is no text in this terminal's encoding; UTF-8 can be read from a file")
+    return text
+
+
+def prompt_text(path: str) -> str:
+    """The text of a file, - = standard input, less its final newline. Raises UsageError if it is no UTF-8."""
+    if path == "-":
         data = stdin().buffer.read()
     else:
         with open(path, "rb") as file:
@@ -329,15 +321,27 @@ def prompt_text(path: str | None) -> str:
     try:
         text: str = data.decode("utf-8-sig")  # some editors begin a text with a mark of its encoding
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path or 'stdin'} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+        name = "stdin" if path == "-" else path
+        raise UsageError(f"{name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 
-def _text_or_file(text: str) -> str:
+def _check_json(text: str) -> None:
+    """What is no JSON is most often a shell's doing, and said at once. Raises UsageError."""
+    import json
+
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--json-schema is no JSON: {error}") from None
+
+
+def _text_or_file(option: str, text: str) -> str:
     if not text.startswith("@"):
         return text
-    with open(text[1:], encoding="utf-8") as file:
-        return file.read()
+    if text == "@":
+        raise UsageError(f"{option} @FILE: the file's name is missing")
+    return prompt_text(text[1:])
 
 
 def model_name(args: argparse.Namespace) -> str | None:

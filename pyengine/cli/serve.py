@@ -34,45 +34,11 @@ examples:
 {options.ENVIRONMENT}  PYENGINE_API_KEY      the key that callers must give, when there is no --api-key-file
 """
 
-# Options of llama-server and vLLM, and what does it here.
-_NO_GPU = "this server computes on CPUs; leave it out"
-_ALWAYS = "that is always so; leave it out"
-ELSEWHERE = {
-    "--api-key": "keys are taken from PYENGINE_API_KEY or --api-key-file, where other users of the machine do not see them",
-    "-a": "give a name with -m NAME=PATH",
-    "--alias": "give a name with -m NAME=PATH",
-    "--served-model-name": "give a name with -m NAME=PATH",
-    "-hf": "use -m hf:ORG/NAME",
-    "--hf-repo": "use -m hf:ORG/NAME",
-    "-md": "use --draft-model",
-    "--model-draft": "use --draft-model",
-    "--speculative-config": "use --draft-model",
-    "--speculative-model": "use --draft-model",
-    "--enable-lora": "--lora NAME=DIR is enough; leave it out",
-    "--lora-modules": "use --lora NAME=DIR, once for each adapter",
-    "--lora-scaled": "use --lora DIR:SCALE, a directory of PEFT's",
-    "-np": "use --parallel",
-    "--max-num-seqs": "use --parallel",
-    "--max-model-len": "use --ctx-size",
-    "-ngl": _NO_GPU,
-    "--n-gpu-layers": _NO_GPU,
-    "--gpu-layers": _NO_GPU,
-    "--gpu-memory-utilization": _NO_GPU,
-    "--tensor-parallel-size": _NO_GPU,
-    "-cb": _ALWAYS,
-    "--cont-batching": _ALWAYS,
-    "--enable-prefix-caching": _ALWAYS,
-    "--enable-auto-tool-choice": _ALWAYS,
-    "--metrics": _ALWAYS,
-    "--jinja": _ALWAYS,
-    "--tool-call-parser": "the format of calls is read from the chat template; leave it out",
-}
-
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = options.Parser("serve", EPILOG)
+    parser = options.Parser("serve", EPILOG, is_server=True)
     group = parser.add_argument_group("models")
     group.add_argument(
         "-m",
@@ -186,7 +152,7 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(argv: list[str]) -> int:
-    args = _parsed(argv)
+    args = parser().parse_args(argv)
     settings = _settings(args)
     options.check_draft_model(args)
     named = _named_paths(args)
@@ -203,18 +169,6 @@ def run(argv: list[str]) -> int:
     sock = server.listen(args.host, args.port)
     _runner(args, settings, named, sock, None).run(lambda models: _announce(models, sock))
     return 0
-
-
-def _parsed(argv: list[str]) -> argparse.Namespace:
-    for one in argv:
-        name = one.partition("=")[0]
-        if name in ELSEWHERE:
-            raise UsageError(f"there is no option {name}: {ELSEWHERE[name]}")
-    args, unknown = parser().parse_known_args(argv)
-    if unknown:
-        meant = "" if unknown[0].startswith("-") else f"; a model is given with -m {unknown[0]}"
-        parser().error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
-    return args
 
 
 def _runner(
@@ -342,7 +296,9 @@ def _named(text: str | None) -> tuple[str | None, str | None]:
 
 def _check_there(path: str | None) -> None:
     if path is not None and not path.startswith("hf:") and not os.path.exists(path):
-        raise UsageError(f"there is no model at {path}")
+        from pyengine.opening import no_model_at
+
+        raise UsageError(no_model_at(path))
 
 
 def _load(args: argparse.Namespace, named: NamedPaths) -> Models:

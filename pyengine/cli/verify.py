@@ -11,7 +11,7 @@ from pyengine.cli.terminal import say, warn
 
 EPILOG = f"""\
 examples:
-  pyengine verify -m model.safetensors
+  pyengine verify model.safetensors
   pyengine verify -m model.safetensors --all-isas && echo "this machine computes it bit for bit"
 
 Every tensor's SHA-256 is compared with the one on file, then the golden outputs are computed again and compared to the bit.
@@ -22,6 +22,7 @@ Exit code 1 if anything differs.
 
 def parser() -> argparse.ArgumentParser:
     parser = options.Parser("verify", EPILOG)
+    options.add_model_argument(parser)
     options.add_model_options(parser)
     parser.add_argument(
         "--all-isas", action="store_true", help="golden outputs on every instruction set that this CPU has"
@@ -62,6 +63,7 @@ def golden_outputs(path: Path) -> dict[str, object]:
 
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    options.take_model_argument(args)
     from pyengine import _core, golden
     from pyengine.opening import threads_from_environment
 

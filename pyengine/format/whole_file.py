@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -19,6 +20,7 @@ from ..errors import ModelFormatError
 from ..files import open_regular
 
 _PARTIAL = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
 _LONGEST_NAME = 255 - len(f"..{'0' * 16}{_PARTIAL}")  # bytes; file systems allow 255
 
 
@@ -63,7 +65,8 @@ class WholeFile:
 
     ``file`` is open for reading and writing bytes, and ``temporary`` its path until then. A clean exit of the block syncs and
     renames; any exception, Ctrl-C and SIGTERM included, removes the temporary file, and what a killed process left behind goes
-    with the next attempt. Raises FileExistsError if there is such a file, before and after, unless ``overwrite``, and OSError.
+    with the next attempt. Raises FileExistsError if there is such a file, before and after, unless ``overwrite``, and OSError,
+    which names the file to be: nobody has heard of the temporary one, and a full disk says no name.
     """
 
     file: IO[bytes]
@@ -85,8 +88,9 @@ class WholeFile:
         self._signals.__enter__()
         try:
             self._create(prefix)
-        except BaseException:
+        except BaseException as error:
             self._discard()
+            self._name(error)
             raise
         return self
 
@@ -108,10 +112,15 @@ class WholeFile:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._discard()
+            try:
+                if kind is None:
+                    self._finish()
+            finally:
+                self._discard()
+        except OSError as failure:
+            self._name(failure)
+            raise
+        self._name(error)
 
     def _finish(self) -> None:
         self.file.flush()
@@ -119,6 +128,14 @@ class WholeFile:
         self._refuse_existing()
         system.replace_open(self.file, self.temporary, self._path)
         system.sync_directory(self._path.parent)
+
+    def _name(self, error: BaseException | None) -> None:
+        """Let what the system refused of the file name it."""
+        if not isinstance(error, OSError):
+            return
+        is_ours = hasattr(self, "temporary") and error.filename == os.fspath(self.temporary)
+        if is_ours or (error.filename is None and error.errno in _FULL):
+            error.filename = os.fspath(self._path)
 
     def _discard(self) -> None:
         """Close, and remove the temporary file unless it has been renamed."""

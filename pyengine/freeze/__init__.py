@@ -238,5 +238,12 @@ class _CallableModule(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Path:
         return freeze(*args, **kwargs)
 
+    @property
+    def __signature__(self) -> Any:
+        """What notebooks and `inspect` show of it."""
+        import inspect
+
+        return inspect.signature(freeze)
+
 
 sys.modules[__name__].__class__ = _CallableModule

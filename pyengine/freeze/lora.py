@@ -183,7 +183,8 @@ def _config(path: Path) -> Fields:
     try:
         document = parse_json_object(read_regular(path / CONFIG, _MAX_CONFIG_BYTES), CONFIG)
     except MissingFileError:
-        raise InvalidArgumentError(f"{path} is no adapter: it has no {CONFIG}") from None
+        reason = f"it has no {CONFIG}" if path.exists() else "there is no such directory"
+        raise InvalidArgumentError(f"{path} is no adapter: {reason}") from None
     kind = document.get("peft_type")
     if kind != "LORA":
         raise UnsupportedModelError(f"{path}: adapters of type {kind!r:.80} are not implemented, only LORA")

@@ -69,10 +69,16 @@ class Stream(Caller, Iterator[Piece]):
         return piece
 
     def close(self) -> None:
-        """End it; what is left is not computed."""
+        """End it; what is left is not computed. Idempotent; a `with` block does it at its end."""
         self._is_closed = True
         if self._is_added:
             self._scheduler.abort([self.request])
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # not wholly made, or the interpreter is going

@@ -320,7 +320,7 @@ def test_names_and_scales(root: Path, engine: pyengine.Engine, tmp_path: Path) -
         refused(engine, InvalidArgumentError, "scale", path, scale=scale)
     refused(engine, ModelFormatError, "too large for float32", path, scale=1e300)
     refused(engine, InvalidArgumentError, "is no adapter", tmp_path)
-    refused(engine, InvalidArgumentError, "is no adapter", tmp_path / "nowhere")
+    refused(engine, InvalidArgumentError, "is no adapter: there is no such directory", tmp_path / "nowhere")
 
 
 def test_two_threads_load_under_one_name(root: Path, engine: pyengine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from reference import fixtures
 
 import pyengine
 from pyengine import _core
-from pyengine.cli import COMMANDS, main
+from pyengine.cli import COMMANDS, elsewhere, main
 from pyengine.format.reader import FrozenFile
 
 GREEDY = ("--temp", "0", "--ignore-eos")
@@ -74,7 +75,27 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'pyengine generate'?" in error(capsys, "generat", code=2)
+    assert "did you mean 'pyengine generate'?" in error(capsys, "help", "generat", code=2)
     assert "--help" in error(capsys, "qqq", code=2)
+    assert "'pyengine chat -m MODEL'" in error(capsys, "run", "llama", code=2)
+    assert "pyengine generate -m …" in error(capsys, "-m", "model.safetensors", code=2)
+
+
+def test_what_is_said_of_other_programs_names_what_is_here() -> None:
+    assert not elsewhere.COMMANDS.keys() & COMMANDS.keys()
+    assert {word for text in elsewhere.COMMANDS.values() for word in re.findall(r"'pyengine (\w+)", text)} <= COMMANDS.keys()
+    its_own = {name: text for name, text in elsewhere.SERVER_OPTIONS.items() if name not in elsewhere.OPTIONS}
+    for command, table in (("generate", elsewhere.OPTIONS), ("serve", its_own)):
+        known = importlib.import_module(f"pyengine.cli.{command}").parser()._option_string_actions
+        assert not table.keys() & known.keys()
+        for text in table.values():
+            assert all(option in known for option in re.findall(r"^use (-[-\w]+)", text)), text
+
+
+def test_what_is_after_two_dashes_is_a_prompt(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pyengine.Engine(tiny_model) as engine:
+        expected = engine.generate("-ngl", temperature=0, max_tokens=20, ignore_eos=True).text.removesuffix("\n")
+    assert output(capsys, "generate", "-m", tiny_model, "-n", 20, *GREEDY, "--", "-ngl")[0] == expected + "\n"
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
@@ -127,6 +148,8 @@ def test_four_ways_to_give_a_prompt(
 
     set_stdin(monkeypatch, b"hello\n")
     assert tokens("hello") == tokens("-p", "hello") == tokens("-f", file) == tokens("-") != tokens("hello\n")
+    set_stdin(monkeypatch, b"hello\n")
+    assert tokens("-f", "-") == tokens("hello")
     assert tokens("hello\n") == tokens(r"hello\n", "-e")
     # Text as other systems write it is the same text.
     for data in (b"hello\r\n", b"\xef\xbb\xbfhello\n", b"\xef\xbb\xbfhello\r\n", b"hello"):
@@ -201,11 +224,19 @@ def test_verbose_and_environment(
         (("a", "-n", "0"), "max_tokens"),
         (("a", "-s", "-4"), "seed must be in"),
         (("a", "--stop", ""), "stop must not hold an empty string"),
-        (("a", "-t", "0"), "-t/--threads: 0 is not a number from 1"),
+        (("a", "-t", "0"), "-t/--threads: 0 is not a whole number from 1"),
+        (("a", "-t", "two"), "-t/--threads: two is not a whole number from 1"),
         (("a", "--kv-dtype", "f64"), "--kv-dtype"),
         (("a", "--isa", "quantum"), "this machine runs"),
         (("a", "--wat"), "unrecognized arguments: --wat"),
         (("a", "-e", "--stop", r"\x4"), "--escape"),
+        (("a", "b"), "unrecognized arguments: b; a prompt of several words is put in quotes"),
+        (("caf\udce9",), "the prompt is no text in this terminal's encoding"),
+        (("a", "-ngl", "99"), "there is no option -ngl: the engine computes on CPUs"),
+        (("a", "-hf", "org/name"), "there is no option -hf: use -m hf:ORG/NAME"),
+        (("a", "--mirostat", "2"), "there is no option --mirostat: there is no such sampler here"),
+        (("a", "--json-schema", "{type: string}"), "--json-schema is no JSON: Expecting property name"),
+        (("a", "--grammar", "@"), "--grammar @FILE: the file's name is missing"),
         (("a", "--speculative", "often"), "'often' is not auto, off, or a number from 0 to 24"),
         (("a", "--speculative", "off", "--draft-model", "b"), "--draft-model would have no effect"),
     ],
@@ -222,7 +253,9 @@ def test_refusals_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.Cap
     assert "600 tokens" in error(capsys, "generate", "-m", tiny_model, "é" * 300, code=1)
     assert "absent" in error(capsys, "generate", "-m", tiny_model, "-f", tmp_path / "absent", code=1)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    assert "byte 3 is 0xe9" in error(capsys, "generate", "-m", tiny_model, "-f", tmp_path / "latin", code=2)
+    latin = str(tmp_path / "latin")
+    for arguments in (("-f", latin), ("a", "--grammar", f"@{latin}"), ("a", "--json-schema", f"@{latin}")):
+        assert "byte 3 is 0xe9" in error(capsys, "generate", "-m", tiny_model, *arguments, code=2)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(tiny_model.read_bytes()[:-64])
     assert "damaged.safetensors: " in error(capsys, "generate", "-m", damaged, "a", code=1)
@@ -251,6 +284,44 @@ def test_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\n")
     failed = run_process(tmp_path, "generate", "-m", tiny_model)
     assert (failed.returncode, failed.stdout) == (2, "") and failed.stderr.startswith("pyengine: error: no prompt")
+
+
+# -------------------------------------------------------------------- embed
+
+
+def test_embed_prints_a_vector_a_text(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["hello", "hello you", "a"]
+    with pyengine.Engine(tiny_model) as engine:
+        expected = {
+            options: engine.embed(texts, pooling=options[1], normalize=options[0]).tolist()
+            for options in ((True, None), (False, None), (True, "mean"))
+        }
+    (tmp_path / "texts").write_bytes(b"hello\r\n\nhello you\na")
+    set_stdin(monkeypatch, b"hello\nhello you\n\na\n")
+    for given in (texts, ["-"], ["-f", tmp_path / "texts"]):
+        lines = output(capsys, "embed", "-m", tiny_model, *given)[0].splitlines()
+        assert [json.loads(line) for line in lines] == expected[True, None]
+    raw = output(capsys, "embed", "-m", tiny_model, "--raw", *texts)[0].splitlines()
+    assert [json.loads(line) for line in raw] == expected[False, None]
+    whole = json.loads(output(capsys, "embed", "-m", tiny_model, "--pooling", "mean", "--json", *texts)[0])
+    assert whole == {"model": str(tiny_model), "vectors": expected[True, "mean"]}
+    # More texts than are computed together: the same vectors, in order.
+    many = output(capsys, "embed", "-m", tiny_model, *(texts * 30))[0].splitlines()
+    assert [json.loads(line) for line in many] == expected[True, None] * 30
+
+
+def test_embed_refuses(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").write_bytes(b"\n \n")
+    for arguments, words in (
+        ((), "give texts"),
+        (("a", "-f", tmp_path / "empty"), "give texts"),
+        (("-f", tmp_path / "empty"), "has no line that is not empty"),
+        (("a", "b\udce9"), "text 2 is no text in this terminal's encoding"),
+    ):
+        assert words in error(capsys, "embed", "-m", tiny_model, *arguments, code=2)
+    assert "text 2: the prompt has 600 tokens" in error(capsys, "embed", "-m", tiny_model, "a", "é" * 300, code=1)
 
 
 # -------------------------------------------------------------------- freeze
@@ -314,6 +385,10 @@ def test_train_is_a_door(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr("pyengine.cli.train.import_module", lambda name: SimpleNamespace(main=trainer))
     output(capsys, "train", "--steps", "3", "--help", code=7)
     assert seen == [["--steps", "3", "--help"]]
+
+
+def test_the_trainers_errors_are_lines_like_all_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "neither a run folder" in error(capsys, "runs", tmp_path / "absent", code=1)
 
 
 @pytest.mark.parametrize("missing", ["numba", "pyengine_training"])

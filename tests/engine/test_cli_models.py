@@ -244,7 +244,7 @@ def test_bench_measures_what_it_says(tiny_model: Path) -> None:
         (("-d", "500", "-n", "0", "-p", "20"), "pp20 @ d500 needs a context of 520"),
         (("-t", "0"), "counted from 1"),
         (("-p", "-3"), "-p"),
-        (("-r", "0"), "not a number from 1"),
+        (("-r", "0"), "0 is not a whole number from 1"),
     ],
 )
 def test_bench_refuses(tiny_model: Path, run: Callable[..., str], arguments: tuple[str, ...], words: str) -> None:
@@ -357,6 +357,7 @@ def test_doctor(run: Callable[..., str], tmp_path: Path) -> None:
     assert facts["isa"]["available"] == _core.available_isas() and facts["isa"]["chosen"] == _core.active_isa()
     assert facts["threads"]["chosen"] == _core.thread_info()["n_default"]
     assert facts["versions"]["pyengine"] == pyengine.__version__ and facts["versions"]["tokenizers"]
+    assert {"uvicorn", "llguidance", "huggingface_hub", "numba"} <= facts["versions"].keys()  # None: not installed
     assert facts["cache"] == {"path": str(tmp_path / "cache"), "models": 0, "bytes": 0}
     guesses = facts["speculation"]
     assert guesses["default"] == "auto" and guesses["max_draft"] == 24 and guesses["look_us"] >= 0 <= guesses["read_us"]
@@ -390,6 +391,8 @@ def test_doctor_says_why(tmp_path: Path, tiny_model: Path) -> None:
     assert "quantum" in err and "'lots'" in err and "/absent/model: there is no such file" in err
     out, err = doctor(PYENGINE_NUM_THREADS="200", PYENGINE_MODEL=str(tiny_model))
     assert "200 is more than" in err and f"{tiny_model} (PYENGINE_MODEL)" in out
+    out, err = doctor(PYENGINE_MODEL="hf:org/name")
+    assert "hf:org/name (PYENGINE_MODEL)" in out and "hf:org/name" not in err
 
 
 # -------------------------------------------------------------------- a real model

@@ -52,12 +52,12 @@ def process(directory: Path, *arguments: object) -> Iterator[subprocess.Popen[by
 class Terminal:
     """A command on a pseudo-terminal. `expect` reads until the output holds something."""
 
-    def __init__(self, directory: Path, *arguments: object) -> None:
+    def __init__(self, directory: Path, *arguments: object, term: str = "dumb") -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:  # the child: nothing but exec, whatever happens
             try:
                 os.chdir(directory)
-                os.execve(command()[0], command(*arguments), environment(TERM="dumb", COLUMNS="80"))
+                os.execve(command()[0], command(*arguments), environment(TERM=term, COLUMNS="80"))
             finally:
                 os._exit(99)
         self.output = ""
@@ -108,8 +108,8 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def terminal(directory: Path, *arguments: object) -> Iterator[Terminal]:
-    opened = Terminal(directory, *arguments)
+def terminal(directory: Path, *arguments: object, term: str = "dumb") -> Iterator[Terminal]:
+    opened = Terminal(directory, *arguments, term=term)
     try:
         yield opened
     finally:
@@ -190,9 +190,12 @@ def test_closed_outputs(talker: Path, tmp_path: Path) -> None:
 
 def test_progress_is_for_terminals(talker: Path, tmp_path: Path) -> None:
     checkpoint = talker.parent / "hf"
-    with terminal(tmp_path, "freeze", checkpoint, "-o", tmp_path / "a.safetensors") as tty:
+    with terminal(tmp_path, "freeze", checkpoint, "-o", tmp_path / "a.safetensors", term="xterm") as tty:
         assert tty.wait() == 0
     assert " %  " in tty.output.partition("freezing ")[2] and "a.safetensors: " in tty.output
+    with terminal(tmp_path, "freeze", checkpoint, "-o", tmp_path / "a.safetensors", "--force") as tty:
+        assert tty.wait() == 0
+    assert "freezing" not in tty.output and "\x1b" not in tty.output and "a.safetensors: " in tty.output
     piped = run_process(tmp_path, "freeze", checkpoint, "-o", tmp_path / "b.safetensors")
     assert (piped.returncode, piped.stdout, piped.stderr) == (0, "", "")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -202,7 +205,7 @@ def test_a_model_frozen_into_the_cache_shows_progress(
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    with terminal(tmp_path, "info", talker.parent / "hf") as tty:
+    with terminal(tmp_path, "info", talker.parent / "hf", term="xterm") as tty:
         assert tty.wait() == 0
     assert " %  " in tty.output.partition("freezing into the cache ")[2]
     assert len(list((tmp_path / "xdg" / "pyengine").glob("*.safetensors"))) == 1
@@ -318,7 +321,9 @@ def test_no_control_character_of_a_model_reaches_a_terminal(
     assert outputs[1] == "é\t😀\u200d\na\\x1b[2J\\x1b]0;owned\\x07\\r\nb\\x9b31m\u202ec\\x7f\n"
 
 
-def test_progress_shows_no_control_characters() -> None:
+def test_progress_shows_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
     class Tty(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -361,9 +366,48 @@ engine.chat_template._in_process().start()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_chat_needs_a_template(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_with_a_question_answers_it(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"temperature": 0.0, "max_tokens": 12, "stop": "\n"}
+    with pyengine.Engine(talker) as engine:
+        system = {"role": "system", "content": "be kind"}
+        text = engine.chat([system, {"role": "user", "content": "hello\nyou"}], **options).text
+    (tmp_path / "question").write_text("hello\nyou\n")
+    for given in (["hello\nyou"], ["-p", "hello\nyou"], ["-f", str(tmp_path / "question")], ["-e", r"hello\nyou"]):
+        arguments = ["-m", str(talker), "--temp", "0", "-n", "12", "--stop", "\n", "--system-prompt", "be kind"]
+        assert main(["chat", *arguments, *given]) == 0
+        assert capsys.readouterr() == (text + "\n", "")
+    full = main(["chat", "-m", str(talker), "-c", "64", "x" * 100])
+    assert full == 1 and "the context holds 64" in capsys.readouterr().err
+    assert main(["chat", "-m", str(talker), "a", "-p", "b"]) == 2
+    assert "more than one prompt" in capsys.readouterr().err
+
+
+def test_a_line_that_goes_on_in_the_next(talker: Path, tmp_path: Path) -> None:
+    """On a terminal; through a pipe every line is a question."""
+    options = ("--temp", "0", "-n", "12", "--stop", "\n")
+    with pyengine.Engine(talker) as engine:
+        messages = [{"role": "user", "content": "hello\nyou"}]
+        answer = engine.chat(messages, temperature=0.0, max_tokens=12, stop="\n").text
+    with terminal(tmp_path, "chat", "-m", talker, *options) as tty:
+        tty.expect("> ")
+        tty.type("hello\\\n")
+        at = tty.expect(". ", tty.expect("hello"))
+        tty.type("you\n")
+        assert tty.expect("\n> ", at) > at
+        tty.type("/exit\n")
+        assert tty.wait() == 0
+    shown = tty.output[at:].partition("you\r\n")[2].partition("\r\n> ")[0]
+    assert shown == "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in answer)
+
+
+def test_chat_needs_a_template(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["chat", "-m", str(tiny_model)]) == 1
     assert "chat template" in capsys.readouterr().err
+    monkeypatch.delenv("PYENGINE_MODEL", raising=False)
+    assert main(["chat"]) == 1
+    assert "name another one with -m" in capsys.readouterr().err
 
 
 def test_chat_whose_context_is_full(talker: Path, tmp_path: Path) -> None:

@@ -146,13 +146,17 @@ def test_timeout_returns_what_there_is(engine: Engine) -> None:
 
 
 def test_a_closed_stream_gives_its_sequence_back(engine: Engine) -> None:
-    for i in range(5):
+    for i in range(6):
         stream = engine.stream(f"{i} {PROMPT}", **SAMPLED)
         next(stream)
         stats = engine.cache_stats()
         assert stats["n_sequences"] == 1 and stats["n_pages"] > stats["n_cached"] + stats["n_free"]
-        if i % 2:
+        if i % 3 == 1:
             stream.close()
+        elif i % 3 == 2:
+            with stream as same:
+                assert same is stream
+            assert list(stream) == []
         else:
             del stream
         stats = engine.check_integrity()
@@ -239,11 +243,20 @@ def test_bad_options_are_value_errors_that_name_them(engine: Engine, options: di
         engine.generate(PROMPT, **options)
 
 
+def test_parameters_are_of_their_class(engine: Engine) -> None:
+    for params in ({"max_tokens": 3}, 64):
+        with pytest.raises(pyengine.InvalidArgumentError, match=r"params is a SamplingParams.*max_tokens=64"):
+            engine.generate("a", params)
+
+
 def test_unknown_option_is_named(engine: Engine) -> None:
     with pytest.raises(TypeError, match="temprature"):
         engine.generate(PROMPT, temprature=1)
     with pytest.raises(ValueError, match="not both"):
         engine.generate(PROMPT, SamplingParams(), max_tokens=3)
+    for stream in (False, True):  # refused before the model is asked for its template
+        with pytest.raises(TypeError, match="parse_special"):
+            engine.chat([], stream=stream, parse_special=True)
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], [10**9], [-1], ""])
@@ -263,6 +276,11 @@ def test_bad_engine_options(tiny_model: Path, options: dict[str, int]) -> None:
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Engine(tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"at org/name; one of the hub is named hf:org/name$"):
+        Engine("org/name")
+    for path in ("nowhere", "a/b/c", "/a", "./a", "models/a.gguf"):
+        with pytest.raises(FileNotFoundError, match=rf"there is no model at {path}$"):
+            Engine(path)
 
 
 def test_thread_environment(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +305,8 @@ def test_closed_engine_says_so(tiny_model: Path) -> None:
         next(stream)
     with pytest.raises(pyengine.PyEngineError, match="closed"):
         engine.generate(PROMPT)
+    with pytest.raises(pyengine.PyEngineError, match="closed"):
+        engine.generation_defaults()
     assert repr(engine) == "Engine(closed)"
 
 

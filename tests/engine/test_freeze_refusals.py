@@ -65,6 +65,7 @@ def test_unsupported_is_named(tmp_path: Path, config: dict[str, Any], match: str
         ({"eos_token_id": 300}, "eos_token_ids"),
         (MISTRAL | {"num_hidden_layers": 1 << 60, "sliding_window": 8}, "num_hidden_layers"),
         ({"architectures": ["A", "B"]}, "must name one"),
+        ({"architectures": None, "model_type": None}, "config.json names no architecture"),
         ({"attention_bias": True}, r"q_proj\.bias' is missing"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,7 @@ def test_the_package_is_the_function_too(tmp_path: Path) -> None:
     import pyengine.freeze.hf  # binds the name pyengine.freeze to the package
 
     assert pyengine.freeze(write_hf(tmp_path / "hf"), tmp_path / "m") == tmp_path / "m"
+    assert inspect.signature(pyengine.freeze) == inspect.signature(pyengine.freeze.freeze)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])

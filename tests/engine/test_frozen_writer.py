@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -93,6 +94,25 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException])
         out.write("tok_embeddings.codes", [bytes(1024)])
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_system_refuses_names_the_file_to_be(tmp_path: Path) -> None:
+    """And not the temporary one, of which nobody has heard. A limit on the size of files stands for a disk that is full."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.safetensors"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError) as full, writer(path) as out:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
+        try:
+            write_all(out)
+            out.file.flush()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full.value.errno == errno.EFBIG and full.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError) as missing, writer(tmp_path / "absent" / "a.safetensors"):
+        pass
+    assert missing.value.filename == str(tmp_path / "absent" / "a.safetensors")
 
 
 def test_misuse_is_an_error(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ COMPONENTS: dict[str, set[str]] = {
     "format": {"errors", "files", "system"},
     "text": {"errors", "fork", "arguments"},
     "sampling": {"errors", "arguments"},
+    "sampling_options": set(),  # types alone
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
     "freeze": {"errors", "files", "system", "format", "golden", "text", "pyengine"},

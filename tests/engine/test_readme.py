@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyengine_training.flags import train_parser
 
 from pyengine.cli import main
 
@@ -36,6 +40,28 @@ def test_ci_runs_the_readmes_commands() -> None:
     assert install == "pip install ."
     for command in (generate, extras, test):
         assert re.search(rf"^\s*(\([^)]*)?{re.escape(command)}", ci, re.MULTILINE), f"CI does not run: {command}"
+
+
+def commands(document: str) -> Iterator[list[str]]:
+    """Of pyengine's in the blocks of a document, their words; not those in which something is left out or filled in."""
+    for block in re.split(r"^```.*\n", document, flags=re.MULTILINE)[1::2]:
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|[|;]", line):
+                if re.match(r"\s*([A-Z_]+=\S+ )*pyengine ", part) and not re.search(r"[…$<]", part):
+                    words = shlex.split(part.partition(" > ")[0], comments=True)
+                    yield words[words.index("pyengine") + 1 :]
+
+
+def test_commands_of_the_documents_are_what_the_commands_take() -> None:
+    n_parsed = 0
+    for document in (ROOT / "README.md", ROOT / "HACKING.md", *(ROOT / "docs").glob("*.md")):
+        for name, *arguments in commands(document.read_text()):
+            if name != "train":
+                importlib.import_module(f"pyengine.cli.{name}").parser().parse_args(arguments)
+            elif arguments[0].startswith("-"):  # the trainer's other commands have parsers of their own
+                train_parser().parse_args(arguments)
+            n_parsed += 1
+    assert n_parsed > 40
 
 
 def test_the_card_is_that_of_the_model_beside_it(capsys: pytest.CaptureFixture[str]) -> None:

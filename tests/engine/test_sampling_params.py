@@ -14,6 +14,7 @@ import pytest
 
 from pyengine.errors import InvalidArgumentError, ModelFormatError
 from pyengine.sampling import ALIASES, Drafting, ResolvedParams, SamplingParams
+from pyengine.sampling_options import SamplingOptions
 
 NAN, INF = math.nan, math.inf
 HUGE = 10**5000  # no float holds it, and CPython refuses to write it down
@@ -190,3 +191,12 @@ def test_params_are_frozen_and_copy():
     p = SamplingParams(logit_bias=bias)
     bias[1] = 3.0
     assert p.logit_bias == {1: 2.0}
+
+
+def test_the_options_of_calls_are_the_fields_and_their_aliases() -> None:
+    """What editors and type checkers are told of is what there is, with the same types."""
+    types = {field.name: field.type for field in dataclasses.fields(SamplingParams)}
+    assert {name: hint.__forward_arg__ for name, hint in SamplingOptions.__annotations__.items()} == {
+        **types,
+        **{alias: types[name] for alias, name in ALIASES.items()},
+    }

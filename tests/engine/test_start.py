@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,26 @@ PROMPT = "hello"
 
 def start_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "pyengine-start"]
+
+
+def test_a_checkout_that_is_not_built_says_so(tmp_path: Path) -> None:
+    """Python started in a checkout finds its sources before the installed package."""
+    sources = Path(pyengine.__file__).parent
+    shutil.copytree(sources, tmp_path / "pyengine", ignore=shutil.ignore_patterns("*.so", "*.pyd", "models", "__pycache__"))
+    for code in ("import pyengine; pyengine.Engine()", "from pyengine import Engine"):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=cli_tools.environment(), capture_output=True, text=True, timeout=60)
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("pyengine.errors.NotBuiltError: ") and "start it in another directory" in last
+    done = cli_tools.run_process(tmp_path, "info")
+    assert (done.returncode, done.stdout) == (1, "") and "start it in another directory" in done.stderr
+    assert done.stderr.startswith("pyengine: error: ") and done.stderr.count("\n") == 1
+    # What is not compiled works there, too: the trainer reads chat templates with it.
+    code = "import pyengine, pyengine.text.chat; pyengine.SamplingParams(); print(pyengine.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=cli_tools.environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == (f"{pyengine.__version__}\n", "")
 
 
 # -------------------------------------------------------------------- one call beside the caller

@@ -119,6 +119,15 @@ def test_a_stream_that_ends_early_is_not_computed_on(engine: Engine, how: str) -
     asyncio.run(main())
 
 
+def test_a_stream_ends_with_its_block(engine: Engine) -> None:
+    async def main() -> None:
+        async with AsyncEngine(engine).stream(text(1, 8), max_tokens=100, **SAMPLED) as stream:
+            await anext(stream)
+        assert [piece async for piece in stream] == [] and stream._job.is_closed
+
+    asyncio.run(main())
+
+
 def test_a_stream_that_nobody_reads_pauses_and_no_thread_spins(engine: Engine) -> None:
     one = AsyncEngine(engine)
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = _command(command)
     except ImportError as error:
-        print(f"error: training needs {error.name}: install pyengine-lm[train]", file=sys.stderr)
+        print(f"pyengine: error: training needs {error.name}: install pyengine-lm[train]", file=sys.stderr)
         return 1
     code, message = 1, ""
     try:
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = 130, "interrupted"
     except MemoryError as error:
         advice = "use a smaller --batch-size, more --shards, or --recompute block"
-        message = f"error: out of memory ({error}): {advice}"
+        message = f"pyengine: error: out of memory ({error}): {advice}"
     except (TrainingError, OSError) as error:
-        message = f"error: {error}"
+        message = f"pyengine: error: {error}"
     if rank == 0:  # errors that come here are those that all ranks have
         print(message, file=sys.stderr)
     return code

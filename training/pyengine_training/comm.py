@@ -197,7 +197,7 @@ def ending_together(comm: Comm) -> Iterator[None]:
             raise
         if not isinstance(error, TrainingError | OSError | MemoryError):
             traceback.print_exc()
-        print(f"error: rank {comm.rank}: {error or type(error).__name__}", file=sys.stderr, flush=True)
+        print(f"pyengine: error: rank {comm.rank}: {error or type(error).__name__}", file=sys.stderr, flush=True)
         comm.abort()
         raise
 

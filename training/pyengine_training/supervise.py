@@ -149,7 +149,7 @@ class _Parent:
 
     def _lost(self, rank: int, what: str) -> None:
         host = f" on {socket.gethostname()}" if rank == self.rank else ""
-        print(f"error: rank {rank}{host} {what}: {ADVICE}", file=sys.stderr, flush=True)
+        print(f"pyengine: error: rank {rank}{host} {what}: {ADVICE}", file=sys.stderr, flush=True)
 
     # ---- signs of life -----------------------------------------------------------------------------------------------
 

@@ -51,6 +51,8 @@ def architecture_of_hf(config: dict[str, Any]) -> Architecture:
     named = config.get("architectures")
     if named is None:
         kind = config.get("model_type")
+        if kind is None:
+            raise ModelFormatError("config.json names no architecture: it has neither architectures nor model_type")
         found = next((a for a in ARCHITECTURES if a.model_type == kind), None)
         named = [kind]
     else:

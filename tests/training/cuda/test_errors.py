@@ -117,7 +117,7 @@ def test_the_command_says_so_before_it_prepares_anything(tmp_path: Path, capsys:
     arguments = ["--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "none.txt"), "--device", "cuda"]
     assert main(["train", *arguments]) == 1
     message = capsys.readouterr().err
-    assert message.startswith("error: ")
+    assert message.startswith("pyengine: error: ")
     assert any(word in message for word in ("driver", "GPU", "cupy", "none.txt")), message
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,48 @@
+"""Names and types of the keyword options that generate, stream and chat take, for editors and type checkers: the fields of
+`SamplingParams` (sampling.py says what each means) and the aliases that it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from pyengine.sampling import Drafting, StructuredOutputs
+
+
+class SamplingOptions(TypedDict, total=False):
+    """`SamplingParams`, field by field."""
+
+    n: int | None
+    max_tokens: int | None
+    min_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    allowed_token_ids: Sequence[int] | None
+    bad_token_ids: Sequence[int] | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    include_stop_str_in_output: bool | None
+    ignore_eos: bool | None
+    seed: int | None
+    logprobs: int | None
+    skip_special_tokens: bool | None
+    timeout: float | None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None
+    speculative: str | Mapping[str, Any] | Drafting | None
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    repeat_penalty: float | None
+    stop_strings: str | Sequence[str] | None
+    rng_seed: int | None
+    num_return_sequences: int | None
+    max_time: float | None
+    temp: float | None
