@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "sampler/double_math.h"
+#include "kernels/double_math.h"
 #include "status.h"
 
 /* ------------------------------------------------------------------ n-grams */

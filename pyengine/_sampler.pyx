@@ -67,7 +67,7 @@ cdef extern from "sampler/philox.h" nogil:
     void pe_philox4x32_10(const uint32_t *counter, const uint32_t *key, uint32_t *out)
 
 
-cdef extern from "sampler/double_math.h" nogil:
+cdef extern from "kernels/double_math.h" nogil:
     double pe_exp(double x)
     double pe_log(double x)
 

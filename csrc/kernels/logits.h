@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "kernels.h"
-#include "sampler/double_math.h"
+#include "double_math.h"
 
 enum { LOGITS_BLOCK = 64 };
 

@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "candidates.h"
-#include "double_math.h"
+#include "kernels/double_math.h"
 #include "kernels/pe_math.h"
 #include "philox.h"
 

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "double_math.h"
+#include "kernels/double_math.h"
 #include "state.h"
 #include "status.h"
 

@@ -1,7 +1,7 @@
 /* logprobs.c: log-probabilities of the model: log-softmax of logits as given. */
 #include "candidates.h"
-#include "double_math.h"
 #include "float_env.h"
+#include "kernels/double_math.h"
 #include "status.h"
 
 void pe_sampler_fill_logprobs(const struct pe_kernels *kernels, const float *logits, size_t n, float top, size_t n_top,

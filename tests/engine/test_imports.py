@@ -211,7 +211,7 @@ C_COMPONENTS: dict[str, set[str]] = {
     },
     "draft_head": {"pyengine", "status", "platform", "float_env", "embedding", "tensors", "slice", "matmul", "mlp"},
     "sampler": {"pyengine", "status", "float_env", "kernels", "threadpool"},
-    "draft": {"pyengine", "status", "sampler"},
+    "draft": {"pyengine", "status", "kernels"},
 }
 
 
