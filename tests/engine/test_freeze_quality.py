@@ -235,7 +235,7 @@ def test_windows_begin_with_bos_where_the_model_wants_it() -> None:
         (b"hello hello", [], 2, "tokens, too few for a window of 64"),
         (b"a" * 100 + b"\xff", [], 2, "is no UTF-8 text: byte 100 is 0xff"),
         (b"hello " * 100, ["--quality-tokens", "2"], 1, "at least 3"),
-        (b"hello " * 100, ["--quality-tokens", "0"], 2, "not a number from 1"),
+        (b"hello " * 100, ["--quality-tokens", "0"], 2, "not a whole number from 1"),
         (..., [], 1, "Is a directory"),
         (None, [], 1, "No such file"),
     ],
