@@ -57,7 +57,7 @@ uint32_t pe_cpu_features(void);
 /* Names of the tables that this CPU can run and the operating system permits, best first, ending with "scalar"; NULL past the
  * end. */
 const char *pe_isa_available(size_t index);
-/* Select the table for every later pe_context_create: a name, or NULL for PYENGINE_ISA or else the best one. */
+/* Select the table of what is created from now on, contexts and samplers: a name, or NULL for PYENGINE_ISA or else the best one. */
 pe_status pe_isa_select(const char *name, char *err);
 /* The name of the table that a context created now would use (selecting it first if none is selected). */
 pe_status pe_isa_active(const char **name, char *err);

@@ -32,7 +32,7 @@ def available_isas() -> list:
 
 
 def select_isa(name=None) -> None:
-    """Choose the kernel table for contexts created from now on; None = PYENGINE_ISA, else the best."""
+    """Choose the kernel table for contexts and samplers created from now on; None = PYENGINE_ISA, else the best."""
     cdef char[PE_ERR_LEN] err
     encoded = None if name is None else str(name).encode()
     check(pe_isa_select(NULL if encoded is None else <const char *>encoded, err), err)
@@ -76,13 +76,28 @@ def throttling() -> dict:
 
 
 cdef extern from "sampler/sampler.h" nogil:
+    ctypedef struct pe_sampler
+    ctypedef struct pe_sampler_params
     ctypedef struct pe_sample_row
+    ctypedef struct pe_sample_result
+    pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sampler_params *params, char *err)
+    pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out, char *err)
     pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err)
+
+
+cdef int create_sampler(void *out, size_t vocab_size, const void *params, char *err) noexcept nogil:
+    """pe_sampler_create, for _sampler.pyx, with the kernels that were chosen in this module."""
+    return pe_sampler_create(<pe_sampler **>out, vocab_size, <const pe_sampler_params *>params, err)
 
 
 cdef int sample_many(void *rows, size_t n_rows, int n_threads, char *err) noexcept nogil:
     """pe_sample_many, for _sampler.pyx, on the pool of this module's contexts."""
     return pe_sample_many(<pe_sample_row *>rows, n_rows, n_threads, err)
+
+
+cdef int logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, void *out, char *err) noexcept nogil:
+    """pe_logprobs, for _sampler.pyx, with the kernels that were chosen in this module."""
+    return pe_logprobs(logits, vocab_size, token, n_top, <pe_sample_result *>out, err)
 
 
 # ---------------------------------------------------------------- classes

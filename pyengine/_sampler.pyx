@@ -40,7 +40,6 @@ cdef extern from "sampler/sampler.h" nogil:
         double *top_logprobs
     ctypedef struct pe_sampler
     void pe_sampler_params_init(pe_sampler_params *params)
-    pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sampler_params *params, char *err)
     void pe_sampler_destroy(pe_sampler *sampler)
     void pe_sampler_reset(pe_sampler *sampler)
     pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bint is_prompt, char *err)
@@ -59,8 +58,6 @@ cdef extern from "sampler/sampler.h" nogil:
         pe_status status
         char *err
         pe_sample_result result
-    pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
-                          char *err)
 
 
 cdef extern from "sampler/philox.h" nogil:
@@ -174,7 +171,7 @@ cdef class Sampler:
         self.size = vocab_size
         self.outputs = []
         self.logprobs = [] if self.wants_logprobs else None
-        check(pe_sampler_create(&self.sampler, vocab_size, &c, err), err)
+        check(<pe_status>_core.create_sampler(&self.sampler, vocab_size, &c, err), err)
 
     def __dealloc__(self):
         pe_sampler_destroy(self.sampler)
@@ -395,7 +392,7 @@ def logprobs(const float[::1] logits not None, int32_t token, size_t n_top=0):
     cdef size_t n = logits.shape[0]
     cdef const float *data = &logits[0] if n else NULL
     with nogil:
-        status = pe_logprobs(data, n, token, n_top, &result, err)
+        status = <pe_status>_core.logprobs(data, n, token, n_top, &result, err)
     check(status, err)
     return result.logprob, top_of(&result)
 

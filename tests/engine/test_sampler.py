@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 from array import array
 from typing import Any
 
 import numpy as np
 import pytest
+from engine import cli_tools
 from reference.sampler import adjust, choose, log_softmax, philox
 
 from pyengine import _sampler
@@ -489,3 +492,29 @@ def test_wrong_buffers_and_tokens_are_refused():
         _sampler.Sampler(params(), 0)
     with pytest.raises(InvalidArgumentError, match="vocab_size"):
         _sampler.Sampler(params(), 2**21 + 1)
+
+
+def test_a_sampler_uses_the_instruction_set_that_was_selected(tmp_path):
+    """Chosen in this process, it overrules PYENGINE_ISA for samplers as it does for contexts: extension modules have a copy of
+    the core each, and only one of them is told."""
+    script = (
+        "from array import array\n"
+        "from pyengine import _core, _sampler\n"
+        "from pyengine.errors import UnsupportedISAError\n"
+        "from pyengine.sampling import SamplingParams\n"
+        "logits, params = array('f', [0.0, 1.0]), SamplingParams(temperature=0.0).resolve()\n"
+        "uses = (lambda: _sampler.Sampler(params, 2).sample(logits, 0)[0], lambda: _sampler.logprobs(logits, 1)[0])\n"
+        "for use in uses:\n"
+        "    try:\n"
+        "        print(use())\n"
+        "    except UnsupportedISAError:\n"
+        "        print('unsupported')\n"
+        "_core.select_isa('scalar')\n"
+        "print(*[use() for use in uses])\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=cli_tools.environment(PYENGINE_ISA="quantum"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.stdout.split()[:3] == ["unsupported", "unsupported", "1"], ran.stderr
+    assert float(ran.stdout.split()[3]) == pytest.approx(-math.log1p(math.exp(-1.0)), rel=1e-14)
