@@ -82,7 +82,7 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
     size_t first = unit / j->units_per_strip * j->tokens_per_strip, last = first + j->tokens_per_strip;
     if (end > j->w->n_panels) end = j->w->n_panels;
     if (last > s->act.n_tokens) last = s->act.n_tokens;
-    if (j->epilogue == PE_STORE || j->epilogue == PE_ADD || j->epilogue == PE_GELU_TANH) {
+    if (!pe_is_gated(j->epilogue)) {
         float *out = j->out + first * j->out_stride + begin * PE_PANEL;
         s->kernels->matmul(out, j->out_stride, j->w, begin, end, &s->act, first, last, j->bias, j->epilogue == PE_ADD);
         for (size_t t = 0; t < last - first && j->epilogue == PE_GELU_TANH; t++)
@@ -98,9 +98,9 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
 /* Many tokens are cut into strips, one a thread, as far as there are enough: then a thread reads what it wrote itself in the loop
  * before, and not what another core has. Every strip reads the whole matrix, which pays as long as that is not much more than the
  * rows themselves. */
-static size_t tokens_per_strip(const pe_slice *s, const pe_matrix *w, bool gated) {
+static size_t tokens_per_strip(const pe_slice *s, const pe_matrix *w, pe_epilogue epilogue) {
     size_t n_tokens = s->act.n_tokens, n_strips = n_tokens / TILE_TOKENS;
-    size_t n_outputs = gated ? w->n_panels * PE_PANEL / 2 : w->n_panels * PE_PANEL;
+    size_t n_outputs = pe_is_gated(epilogue) ? w->n_panels * PE_PANEL / 2 : w->n_panels * PE_PANEL;
     size_t row_bytes = n_tokens * (s->act.n + n_outputs * sizeof(float)), weight_bytes = w->n_panels * w->n_groups * PE_GROUP * PE_PANEL;
     if (n_strips > (size_t)s->n_threads) n_strips = (size_t)s->n_threads;
     if (n_strips < 2 || 2 * weight_bytes > 3 * row_bytes) return n_tokens;
@@ -116,8 +116,7 @@ static size_t panels_per_unit(const pe_slice *s, size_t n_panels, size_t n_strip
 
 void pe_matmul(pe_slice *s, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
                pe_epilogue epilogue) {
-    bool gated = epilogue == PE_SWIGLU || epilogue == PE_GEGLU_TANH;
-    size_t n_tokens = s->act.n_tokens, strip = tokens_per_strip(s, w, gated), n_strips = (n_tokens + strip - 1) / strip;
+    size_t n_tokens = s->act.n_tokens, strip = tokens_per_strip(s, w, epilogue), n_strips = (n_tokens + strip - 1) / strip;
     size_t panels = panels_per_unit(s, w->n_panels, n_strips), n_units = (w->n_panels + panels - 1) / panels;
     matmul_job j = {s, w, bias, out, out_stride, panels, n_units, strip, epilogue};
     pe_parallel_for(s->n_threads, n_units * n_strips, matmul_unit, &j, s->control);

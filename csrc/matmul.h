@@ -11,8 +11,11 @@
  * panels. */
 typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_GELU_TANH, PE_SWIGLU, PE_SWIGLU_CLAMPED, PE_GEGLU_TANH } pe_epilogue;
 
+/* Of the last three: a pair of panels becomes one. */
+static inline bool pe_is_gated(pe_epilogue epilogue) { return epilogue >= PE_SWIGLU; }
+
 typedef void (*pe_gate)(float *h, const float *gate_up, size_t n_pairs);
-/* Of the last three. */
+/* Of an epilogue that is gated. */
 static inline pe_gate pe_gate_of(const struct pe_kernels *kernels, pe_epilogue epilogue) {
     return epilogue == PE_SWIGLU           ? kernels->swiglu
            : epilogue == PE_SWIGLU_CLAMPED ? kernels->swiglu_clamped

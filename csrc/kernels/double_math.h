@@ -1,7 +1,7 @@
 /* double_math.h: exp and log in double from + - * / alone, so that every platform computes the same bits.
  * (kernels/pe_math.h has the float32 exp of the forward pass.) Both need round-to-nearest and no contraction. */
-#ifndef PE_SAMPLER_DOUBLE_MATH_H
-#define PE_SAMPLER_DOUBLE_MATH_H
+#ifndef PE_DOUBLE_MATH_H
+#define PE_DOUBLE_MATH_H
 
 #include <stdint.h>
 #include <string.h>

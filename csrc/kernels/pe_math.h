@@ -63,9 +63,10 @@ static inline float pe_expf(float x) {
     return pe_float_from_bits(pe_float_bits(p) + ((uint32_t)(int32_t)n << 23));
 }
 
-/* GELU in its tanh form: x * (1 + tanh(z)) / 2 = x / (1 + exp(-2 z)), 2 z = x * (C1 + C3 * x^2). */
 #define PE_CLAMP 7.0f /* of swiglu_clamped */
 #define PE_CLAMPED_SLOPE 1.702f
+
+/* GELU in its tanh form: x * (1 + tanh(z)) / 2 = x / (1 + exp(-2 z)), 2 z = x * (C1 + C3 * x^2). */
 #define PE_GELU_C1 1.5957691216057308f /* 2 * sqrt(2 / pi) */
 #define PE_GELU_C3 7.1354816272600251e-2f /* C1 * 0.044715 */
 
