@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -382,6 +383,14 @@ def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:
     np.testing.assert_allclose(exact.inv_freq, plain * (1 - slowed) + plain / 4 * slowed, rtol=1e-6)
     assert exact.amplitude == 1.5
     assert yarn(16, 1e4, settings | {"mscale": 1.0, "mscale_all_dim": 1.0}).amplitude == 1.0
+
+
+def test_numbers_of_yarn_whose_quotients_are_none_are_refused() -> None:
+    settings = {"factor": 4.0, "original_max_position_embeddings": 128}
+    for key in (*settings, "beta_fast", "beta_slow", "attention_factor"):
+        for number in (1e-320, 1e-300, 1e300):
+            with pytest.raises(ModelFormatError, match=re.escape(f"{key} {number!r} is out of range")):
+                yarn(16, 1e4, settings | {key: number})
 
 
 def test_an_amplitude_of_gguf_that_is_not_yarns_is_refused() -> None:
