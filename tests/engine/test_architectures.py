@@ -369,6 +369,33 @@ def test_ministral3_has_the_positions_before_its_queries_grow(tmp_path: Path) ->
         freeze(source, tmp_path / "m", n_ctx=65)
 
 
+@pytest.mark.parametrize(
+    ("name", "rope"),  # as transformers' classes have it
+    [
+        ("gpt_oss", {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}),
+        (
+            "ministral3",
+            {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16_384, "rope_theta": 1e6}
+            | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        ),
+    ],
+)
+def test_a_configuration_that_says_nothing_of_rope_has_its_class_s_own(
+    name: str, rope: dict[str, Any], tmp_path: Path
+) -> None:
+    said, silent = {"rope_scaling": ..., "rope_parameters": rope}, {"rope_scaling": ..., "rope_parameters": ...}
+    paths = [freeze(hf_dir(tmp_path / f"hf{i}", name, **one), tmp_path / f"{i}") for i, one in enumerate((said, silent))]
+    assert weight_bytes(paths[0]) == weight_bytes(paths[1])
+
+
+def test_ministral3_needs_a_length_before_its_queries_grow(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
+    for length in (0, -1):
+        source = hf_dir(tmp_path / f"hf{length}", "ministral3", rope_parameters=rope | {"original_max_position_embeddings": length})
+        with pytest.raises(ModelFormatError, match="queries that grow every"):
+            freeze(source, tmp_path / "m")
+
+
 def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:
     """By hand: base 10^4, 8 pairs, 128 positions. Pair i turns 128 / (2 pi 10^(i / 2)) times: 16 at i = 0.21, 2 at 2.02."""
     settings = {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0, "beta_slow": 2.0}
