@@ -389,9 +389,9 @@ def test_a_configuration_that_says_nothing_of_rope_has_its_class_s_own(
 
 
 def test_ministral3_needs_a_length_before_its_queries_grow(tmp_path: Path) -> None:
-    rope = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
     for length in (0, -1):
-        source = hf_dir(tmp_path / f"hf{length}", "ministral3", rope_parameters=rope | {"original_max_position_embeddings": length})
+        rope = {"rope_type": "default", "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": length}
+        source = hf_dir(tmp_path / f"hf{length}", "ministral3", rope_parameters=rope)
         with pytest.raises(ModelFormatError, match="queries that grow every"):
             freeze(source, tmp_path / "m")
 

@@ -21,8 +21,8 @@ _DEFAULT_ROPE = {
 
 
 def _positions(shape: Shape, growth: float, step: int) -> int | None:
-    """Those that the file has, if it is not for the checkpoint to say. InvalidArgumentError if more are asked for, ModelFormatError
-    for a step that is none."""
+    """Those that the file has, if it is not for the checkpoint to say. InvalidArgumentError if more are asked for,
+    ModelFormatError for a step that is none."""
     if growth == 0.0:
         return None
     if step < 1:
