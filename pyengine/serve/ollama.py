@@ -152,9 +152,13 @@ async def embed(app: App, exchange: Exchange) -> None:
     fields.end()
     async with app.job(exchange, model, call.make) as job:
         await work.finish(job)
-    exchange.notes["prompt"] = call.n_tokens
-    vectors = await asyncio.to_thread(call.values)
-    await exchange.reply_json({"model": model.name, "embeddings": vectors, "prompt_eval_count": call.n_tokens})
+    exchange.notes["prompt"] = n_tokens = call.n_tokens
+
+    def body() -> bytes:
+        """In a thread, since many vectors are long."""
+        return dumps({"model": model.name, "embeddings": call.values(), "prompt_eval_count": n_tokens})
+
+    await exchange.reply(200, await asyncio.to_thread(body), b"application/json")
 
 
 # -------------------------------------------------------------------- models
