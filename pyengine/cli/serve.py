@@ -127,8 +127,11 @@ def _origin(text: str) -> str:
     """argparse type: an origin as browsers write it ("null" of a file), or all; another text would never be equal to one."""
     from urllib.parse import urlsplit
 
-    parts = urlsplit(text)
-    if text not in ("*", "null") and (not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
+    try:
+        scheme, place, *_ = urlsplit(text)
+    except ValueError:  # [ without ]
+        scheme = place = ""
+    if text not in ("*", "null") and (not place or text != f"{scheme}://{place}"):
         raise argparse.ArgumentTypeError(f"{text!r} is no origin, as in https://a.example or http://localhost:3000")
     return text
 

@@ -199,6 +199,13 @@ def _refuse_unknown_arithmetic(config: Fields, traits: Traits) -> None:
         raise UnsupportedModelError("mlp_bias is not implemented")
 
 
+def _vocab_size(config: Fields) -> int:
+    found = config.integer("vocab_size")
+    if found < 1:
+        raise config.wrong("vocab_size", "a positive integer")
+    return found
+
+
 def _shape(config: Fields, architecture: Architecture, names: Mapping[str, object], n_ctx: int | None) -> Shape:
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     n_layers = config.integer("num_hidden_layers")
@@ -342,7 +349,7 @@ def load_hf(
         if packing:
             settings = Fields(packing, f"{_CONFIG}: quantization_config")
             reader = Mxfp4Tensors(stored) if is_mxfp4(config) else PackedTensors(stored, settings)
-        documents = _Documents(directory, config, config.integer("vocab_size"))
+        documents = _Documents(directory, config, _vocab_size(config))
         shape = _shape(config, architecture, reader.shapes, n_ctx)
         traits = architecture.from_hf(config, shape)
         _refuse_unknown_arithmetic(config, traits)

@@ -354,7 +354,7 @@ class PackedTensors:
             block = block or (weights.get("block_structure") if isinstance(weights, dict) else None)
         if block is None:
             return None
-        if not isinstance(block, list) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
+        if not isinstance(block, list) or len(block) != 2 or any(type(x) is not int or not 1 <= x < 1 << 31 for x in block):
             raise ModelFormatError(f"quantization_config: a block of {block!r:.80}")
         return block[0], block[1]
 

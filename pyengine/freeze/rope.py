@@ -33,7 +33,7 @@ def _number(scaling: Mapping[str, Any], key: str) -> float:
     value = scaling.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ModelFormatError(f"RoPE scaling: {key} must be a number, not {value!r:.80}")
-    if not 0 < value < 1e12:  # nor is NaN
+    if not 1e-9 <= value <= 1e12:  # nor is NaN: quotients and their logarithms stay finite
         raise ModelFormatError(f"RoPE scaling: {key} {value!r} is out of range")
     return float(value)
 

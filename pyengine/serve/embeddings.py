@@ -92,12 +92,17 @@ def most_dimensions(dimensions: int | None, model: ServedModel) -> int | None:
     return dimensions
 
 
+def checked_number(n: int) -> None:
+    """Raises HTTPError for more inputs than a request may have: each is a sequence of its own."""
+    if n > MAX_INPUTS:
+        raise bad_request(f"{n} inputs, at most {MAX_INPUTS}", "input")
+
+
 def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.take("model"))
     prompts = prompts_of(fields.take("input"), model)
-    if len(prompts) > MAX_INPUTS:
-        raise bad_request(f"{len(prompts)} inputs, at most {MAX_INPUTS}", "input")
+    checked_number(len(prompts))
     is_base64 = fields.take("encoding_format") == "base64"
     dimensions = most_dimensions(fields.take("dimensions"), model)
     note_user(exchange, fields)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl
@@ -54,7 +54,7 @@ def _check_values(value: Any) -> None:
         if depth > MAX_DEPTH:
             raise bad_request(f"the body is nested more than {MAX_DEPTH} levels deep")
         if not all(math.isfinite(one) for one in level if type(one) is float):
-            place = _place_of_infinity(value)
+            place = (_way_to_infinity(value, depth) or "").removeprefix(".")
             raise bad_request(f"{place or 'the body'} is not a finite number", place or None)
         level = [
             item
@@ -64,17 +64,19 @@ def _check_values(value: Any) -> None:
         ]
 
 
-def _place_of_infinity(value: Any) -> str:
-    """The path of a number that is none, or is infinite."""
-    left: list[tuple[str, Any]] = [("", value)]
-    while True:
-        path, one = left.pop()
-        if isinstance(one, dict):
-            left += [(f"{path}.{name}" if path else name, item) for name, item in one.items()]
-        elif isinstance(one, list):
-            left += [(f"{path}[{i}]", item) for i, item in enumerate(one)]
-        elif isinstance(one, float) and not math.isfinite(one):
-            return path
+def _way_to_infinity(value: Any, levels: int) -> str | None:
+    """The path below a value of a number that is none, or is infinite, at most so many levels down; None if there is none. Only
+    the path that is the answer is put together: a body may have a long name above a million numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""
+    if levels == 0 or not isinstance(value, (dict, list)):
+        return None
+    items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+    for step, item in items:
+        rest = _way_to_infinity(item, levels - 1)
+        if rest is not None:
+            return (f".{step}" if isinstance(value, dict) else f"[{step}]") + rest
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ class ServedModel:
         self.adapter: str | None = None
         self.engine = engine
         self.asynchronous = AsyncEngine(engine)
-        self.created = int(os.stat(engine.path).st_mtime)
+        file = os.stat(engine.path)  # once: the file may go while its pages stay
+        self.created, self.n_bytes = int(file.st_mtime), file.st_size
         self.has_template = True
         try:
             self.template = engine.chat_template

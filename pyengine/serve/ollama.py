@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from pyengine.results import Generation, Piece
 from pyengine.serve import work
 from pyengine.serve.answer import Call
 from pyengine.serve.chat import ChatCall
-from pyengine.serve.embeddings import EmbeddingsCall, most_dimensions
+from pyengine.serve.embeddings import EmbeddingsCall, checked_number, most_dimensions
 from pyengine.serve.exchange import Exchange, dumps
 from pyengine.serve.ollama_fields import CHAT, EMBED, GENERATE, SHOW, model_of, parse_chat, parse_generate
 from pyengine.serve.prompts import note_user
@@ -145,6 +144,7 @@ async def embed(app: App, exchange: Exchange) -> None:
     fields = await app.fields(exchange, EMBED)
     model = model_of(app.models, fields.take("model"))
     given = fields.take("input")
+    checked_number(len(given))
     dimensions = most_dimensions(fields.take("dimensions"), model)
     note_user(exchange, fields)
     call = EmbeddingsCall(model, given, None, False, dimensions, app.cache_salt(exchange, fields))
@@ -152,9 +152,13 @@ async def embed(app: App, exchange: Exchange) -> None:
     fields.end()
     async with app.job(exchange, model, call.make) as job:
         await work.finish(job)
-    exchange.notes["prompt"] = call.n_tokens
-    vectors = await asyncio.to_thread(call.values)
-    await exchange.reply_json({"model": model.name, "embeddings": vectors, "prompt_eval_count": call.n_tokens})
+    exchange.notes["prompt"] = n_tokens = call.n_tokens
+
+    def body() -> bytes:
+        """In a thread, since many vectors are long."""
+        return dumps({"model": model.name, "embeddings": call.values(), "prompt_eval_count": n_tokens})
+
+    await exchange.reply(200, await asyncio.to_thread(body), b"application/json")
 
 
 # -------------------------------------------------------------------- models
@@ -162,9 +166,8 @@ async def embed(app: App, exchange: Exchange) -> None:
 
 def _card(model: ServedModel) -> dict[str, Any]:
     """digest: made of the file's name, size and date; the file is not read for it."""
-    size = os.stat(model.engine.path).st_size
-    digest = hashlib.sha256(f"{model.name} {size} {model.created}".encode()).hexdigest()
-    return {"name": model.name, "model": model.name, "size": size, "digest": digest, "details": _details(model)}
+    digest = hashlib.sha256(f"{model.name} {model.n_bytes} {model.created}".encode()).hexdigest()
+    return {"name": model.name, "model": model.name, "size": model.n_bytes, "digest": digest, "details": _details(model)}
 
 
 def _details(model: ServedModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -179,24 +180,52 @@ def model_of(models: Models, name: str | None) -> ServedModel:
     return models.get(name)
 
 
+class _Unanswered:
+    """The calls that have no result yet, in their order; each is found in a time that does not depend on how many there are."""
+
+    def __init__(self) -> None:
+        self._tools: OrderedDict[str, str] = OrderedDict()  # {id of a call: name of its tool}
+        self._ids: dict[str, OrderedDict[str, None]] = {}  # {name of a tool: ids of its calls}
+
+    def add(self, id_: str, tool: str) -> None:
+        if id_ in self._tools:
+            self._drop(id_)
+        self._tools[id_] = tool
+        self._ids.setdefault(tool, OrderedDict())[id_] = None
+
+    def take(self, id_: str | None, tool: str | None) -> tuple[str, str] | None:
+        """(id, tool) of the first one with this id and tool, of each that is given. It waits no longer."""
+        if id_ is None:
+            id_ = next(iter(self._tools if tool is None else self._ids.get(tool, ())), None)
+        if id_ is None or id_ not in self._tools or tool not in (None, self._tools[id_]):
+            return None
+        return id_, self._drop(id_)
+
+    def _drop(self, id_: str) -> str:
+        tool = self._tools.pop(id_)
+        del self._ids[tool][id_]
+        return tool
+
+
 def messages_of(given: list[Fields]) -> list[dict[str, Any]]:
     """As templates take them. A result that does not say which call it answers is that of the first one, of its tool if it names
     one, that has none yet. Raises HTTPError."""
     messages: list[dict[str, Any]] = []
-    unanswered: dict[str, str] = {}  # {id of a call: name of its tool}
+    unanswered = _Unanswered()
     for fields in given:
         message = {"role": fields.take("role"), "content": fields.take("content")}
         calls, id_, tool = fields.take("tool_calls"), fields.take("tool_call_id"), fields.take("tool_name")
         if message["role"] == "assistant" and calls:
             message["tool_calls"] = [_call(call, f"call_{len(messages)}_{i}") for i, call in enumerate(calls)]
-            unanswered |= {call["id"]: call["function"]["name"] for call in message["tool_calls"]}
+            for call in message["tool_calls"]:
+                unanswered.add(call["id"], call["function"]["name"])
         elif calls:
             raise bad_request(f"{fields.path('tool_calls')} are the assistant's", fields.path("tool_calls"))
         if message["role"] == "tool":
-            found = next((one for one, name in unanswered.items() if id_ in (None, one) and tool in (None, name)), None)
+            found = unanswered.take(id_, tool)
             if found is None:
                 raise bad_request(f'{fields.path("role")} is "tool", and no call waits for it', fields.path("role"))
-            message |= {"tool_call_id": found, "name": unanswered.pop(found)}
+            message["tool_call_id"], message["name"] = found
         messages.append(message)
     return messages
 

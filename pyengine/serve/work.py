@@ -53,7 +53,7 @@ class Queue:
         return [job for job, _ in self._named()]
 
     def _named(self) -> list[tuple[Job, str]]:
-        living = ((ref(), name) for ref, name in list(self._jobs.items()))
+        living = ((ref(), name) for ref, name in self._jobs.copy().items())  # in one step, unlike a list
         return [(job, name) for job, name in living if job is not None and not job.is_closed]
 
     def waiting_tokens(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -368,6 +369,33 @@ def test_ministral3_has_the_positions_before_its_queries_grow(tmp_path: Path) ->
         freeze(source, tmp_path / "m", n_ctx=65)
 
 
+@pytest.mark.parametrize(
+    ("name", "rope"),  # as transformers' classes have it
+    [
+        ("gpt_oss", {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}),
+        (
+            "ministral3",
+            {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16_384, "rope_theta": 1e6}
+            | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        ),
+    ],
+)
+def test_a_configuration_that_says_nothing_of_rope_has_its_class_s_own(
+    name: str, rope: dict[str, Any], tmp_path: Path
+) -> None:
+    said, silent = {"rope_scaling": ..., "rope_parameters": rope}, {"rope_scaling": ..., "rope_parameters": ...}
+    paths = [freeze(hf_dir(tmp_path / f"hf{i}", name, **one), tmp_path / f"{i}") for i, one in enumerate((said, silent))]
+    assert weight_bytes(paths[0]) == weight_bytes(paths[1])
+
+
+def test_ministral3_needs_a_length_before_its_queries_grow(tmp_path: Path) -> None:
+    for length in (0, -1):
+        rope = {"rope_type": "default", "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": length}
+        source = hf_dir(tmp_path / f"hf{length}", "ministral3", rope_parameters=rope)
+        with pytest.raises(ModelFormatError, match="queries that grow every"):
+            freeze(source, tmp_path / "m")
+
+
 def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:
     """By hand: base 10^4, 8 pairs, 128 positions. Pair i turns 128 / (2 pi 10^(i / 2)) times: 16 at i = 0.21, 2 at 2.02."""
     settings = {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0, "beta_slow": 2.0}
@@ -382,6 +410,14 @@ def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:
     np.testing.assert_allclose(exact.inv_freq, plain * (1 - slowed) + plain / 4 * slowed, rtol=1e-6)
     assert exact.amplitude == 1.5
     assert yarn(16, 1e4, settings | {"mscale": 1.0, "mscale_all_dim": 1.0}).amplitude == 1.0
+
+
+def test_numbers_of_yarn_whose_quotients_are_none_are_refused() -> None:
+    settings = {"factor": 4.0, "original_max_position_embeddings": 128}
+    for key in (*settings, "beta_fast", "beta_slow", "attention_factor"):
+        for number in (1e-320, 1e-300, 1e300):
+            with pytest.raises(ModelFormatError, match=re.escape(f"{key} {number!r} is out of range")):
+                yarn(16, 1e4, settings | {key: number})
 
 
 def test_an_amplitude_of_gguf_that_is_not_yarns_is_refused() -> None:

@@ -56,6 +56,7 @@ def test_unsupported_is_named(tmp_path: Path, config: dict[str, Any], match: str
         ({"num_attention_heads": "4"}, "num_attention_heads must be an integer"),
         ({"num_key_value_heads": 3}, "n_kv_heads 3|shape"),
         ({"vocab_size": 1 << 30}, "vocab_size"),
+        ({"vocab_size": -1}, "vocab_size must be a positive integer"),
         ({"rms_norm_eps": None}, "norm_eps"),
         ({"rope_theta": "x"}, "rope_theta must be a number"),
         ({"rope_theta": -1.0}, "RoPE base"),

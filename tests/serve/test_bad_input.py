@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 from serve.client import Answer, Client, serving
 from serve.conftest import TURNS, make_chat_model
 
+from pyengine.serve.errors import HTTPError
+from pyengine.serve.fields import parse_json
 from pyengine.serve.openapi import BODIES
 
 CHAT, TEXT, RESPONSES, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"
@@ -141,6 +144,20 @@ def test_a_number_that_is_not_finite_is_refused_by_its_place(chat_model: Path) -
         assert (await client.post(TEXT, largest)).status == 200
 
     beside_a_stream(chat_model, test)
+
+
+def test_the_place_of_a_number_takes_no_more_memory_than_the_body() -> None:
+    name, n = "k" * 20_000, 2_000
+    body = b'{"a": [{"%b": [%b1e999]}]}' % (name.encode(), b"0," * n)
+    tracemalloc.start()
+    try:
+        with pytest.raises(HTTPError) as caught:
+            parse_json(body)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.param is not None and f"a[0].{name}[{n}]".startswith(caught.value.param.removesuffix("…"))
+    assert peak < 1 << 20  # a path for each number would take 40 MB
 
 
 def test_what_is_wrong_in_a_field(chat_model: Path) -> None:

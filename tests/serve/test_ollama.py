@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,11 @@ from serve.test_responses import ONE
 from serve.test_server import server
 
 from pyengine.serve import work
+from pyengine.serve.embeddings import MAX_INPUTS
+from pyengine.serve.errors import HTTPError
+from pyengine.serve.fields import Fields
+from pyengine.serve.ollama_fields import CHAT as CHAT_FIELDS
+from pyengine.serve.ollama_fields import messages_of
 
 CHAT, GENERATE = "/api/chat", "/api/generate"
 USER = {"role": "user", "content": "Hello"}
@@ -110,6 +117,36 @@ def test_calls_come_whole_and_are_answered_in_their_order(
     serving(tool_model("qwen", ()), test)
 
 
+def test_a_result_answers_the_first_call_that_waits_for_it() -> None:
+    """At random, beside a plain list of what waits. Ids may come again."""
+    rng = random.Random(4)
+    for _ in range(300):
+        waiting: list[tuple[str, str]] = []
+        said: list[dict[str, Any]] = []
+        wanted: list[tuple[str, str] | None] = []
+        while None not in wanted and len(said) < 12:
+            if rng.random() < 0.4:
+                calls = [(rng.choice("12345"), rng.choice("ab")) for _ in range(rng.randrange(1, 4))]
+                for id_, tool in calls:
+                    waiting = [one for one in waiting if one[0] != id_] + [(id_, tool)]
+                functions = [{"id": id_, "function": {"name": tool, "arguments": {}}} for id_, tool in calls]
+                said.append({"role": "assistant", "tool_calls": functions})
+            else:
+                given = {"tool_call_id": rng.choice((None, "1", "2")), "tool_name": rng.choice((None, "a", "b"))}
+                keys = tuple(given.values())
+                fitting = (one for one in waiting if all(key in (None, own) for key, own in zip(keys, one, strict=True)))
+                wanted.append(next(fitting, None))
+                waiting = [one for one in waiting if one != wanted[-1]]
+                said.append({"role": "tool", **given})
+        fields = Fields({"messages": said}, CHAT_FIELDS).take("messages")
+        if None in wanted:
+            with pytest.raises(HTTPError, match=rf"messages\[{len(said) - 1}\]\.role is \"tool\", and no call waits"):
+                messages_of(fields)
+        else:
+            results = [one for one in messages_of(fields) if one["role"] == "tool"]
+            assert [(one["tool_call_id"], one["name"]) for one in results] == wanted
+
+
 def test_fields_are_taken_or_refused_by_name(chat_model: Path) -> None:
     taken: list[tuple[str, Any]] = [
         ("keep_alive", "5m"), ("keep_alive", -1), ("think", False), ("format", ""), ("stream", None), ("logprobs", False),
@@ -177,6 +214,19 @@ def test_models_are_told_as_clients_ask_for_them(chat_model: Path) -> None:
     serving(chat_model, test)
 
 
+def test_a_model_whose_file_has_gone_is_still_told_of(chat_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gone.safetensors"
+    shutil.copy(chat_model, path)
+
+    async def test(client: Client) -> None:
+        path.unlink()
+        for one in ("/api/tags", "/api/ps"):
+            (card,) = (await client.get(one)).json["models"]
+            assert card["size"] == chat_model.stat().st_size
+
+    serving(path, test)
+
+
 def test_vectors_are_those_of_the_other_form(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         other = (await client.post("/v1/embeddings", {"input": ["a", "bc"], "dimensions": 8})).json
@@ -186,6 +236,8 @@ def test_vectors_are_those_of_the_other_form(chat_model: Path) -> None:
             assert answer.json["embeddings"] == wanted
         assert (await client.post("/api/embed", {"input": "a", "dimensions": 10**6})).json["param"] == "dimensions"
         assert (await client.post("/api/embed", {"input": []})).json["param"] == "input"
+        many = await client.post("/api/embed", {"input": ["a"] * (MAX_INPUTS + 1)})
+        assert (many.status, many.json["param"]) == (400, "input")
 
     serving(chat_model, test)
 

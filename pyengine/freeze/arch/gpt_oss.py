@@ -90,5 +90,9 @@ GPT_OSS = Architecture(
     hf_defaults={
         "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131_072,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
     },
 )  # fmt: skip

@@ -5,7 +5,7 @@ before the first step, whose queries are as they are."""
 
 from __future__ import annotations
 
-from ...errors import InvalidArgumentError
+from ...errors import InvalidArgumentError, ModelFormatError
 from ...format.config import LayerSpec
 from ..fields import Fields
 from ..rope import Rope
@@ -14,12 +14,19 @@ from .base import Architecture, Shape, Tensors, Traits
 from .gemma import TEXT_OF_IMAGES
 
 _GROWTH = "attention.temperature_scale"
+_DEFAULT_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16_384, "beta_fast": 32.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 
 
 def _positions(shape: Shape, growth: float, step: int) -> int | None:
-    """Those that the file has, if it is not for the checkpoint to say. InvalidArgumentError if more are asked for."""
+    """Those that the file has, if it is not for the checkpoint to say. InvalidArgumentError if more are asked for,
+    ModelFormatError for a step that is none."""
     if growth == 0.0:
         return None
+    if step < 1:
+        raise ModelFormatError(f"queries that grow every {step!r:.80} positions, of original_max_position_embeddings")
     most = min(step, shape.context)
     if shape.n_ctx is not None and shape.n_ctx > most:
         raise InvalidArgumentError(
@@ -55,7 +62,11 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 
 MINISTRAL3 = Architecture(
     "Ministral3ForCausalLM", "ministral3", "mistral3", _hf, _gguf, gguf_permuted=True,
-    hf_defaults={"num_key_value_heads": 8, "head_dim": 128},
+    hf_defaults={"num_key_value_heads": 8, "head_dim": 128, "rope_parameters": _DEFAULT_ROPE},
     gguf_keys=frozenset({gguf_keys.YARN_LOG, _GROWTH}),
 )  # fmt: skip
-MISTRAL3_IMAGES = MINISTRAL3._replace(hf="Mistral3ForConditionalGeneration", model_type="mistral3", hf_text=TEXT_OF_IMAGES)
+# Its text model may be a Mistral, whose RoPE is plain if nothing is said.
+MISTRAL3_IMAGES = MINISTRAL3._replace(
+    hf="Mistral3ForConditionalGeneration", model_type="mistral3", hf_text=TEXT_OF_IMAGES,
+    hf_defaults={"num_key_value_heads": 8, "head_dim": 128},
+)  # fmt: skip
