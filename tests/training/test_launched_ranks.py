@@ -23,6 +23,8 @@ from pyengine_training.checkpoint import checkpoints, read_state
 from pyengine_training.files import read_json, write_json
 
 SIZES = "--vocab-size 300 --dim 64 --n-layers 2 --n-heads 4 --n-kv-heads 2 --head-dim 16 --hidden-dim 96"
+LIMIT = 1800.0  # seconds: ends what hangs, and is far from what ranks of a busy machine take
+pytestmark = pytest.mark.timeout(5 * LIMIT)
 KNOBS = "--seq-len 32 --batch-size 16 --shards 8 --eval-documents 4 --sample-tokens 4 --sample-every 0 --steps 6"
 
 
@@ -51,7 +53,7 @@ def launch(ranks: int, *words: object) -> subprocess.CompletedProcess[str]:
     """A run from beginning to end."""
     given = [part for word in words for part in (str(word).split() if isinstance(word, str) else [str(word)])]
     return subprocess.run(
-        [*command(ranks), *given], capture_output=True, text=True, env=environment(), check=False, timeout=240
+        [*command(ranks), *given], capture_output=True, text=True, env=environment(), check=False, timeout=LIMIT
     )
 
 
@@ -182,6 +184,8 @@ def test_a_lost_rank_ends_all_and_is_named(
     launched: Launched, stories: Path, number: signal.Signals, whole: bool, message: str
 ) -> None:
     victim = launched.pid(1)
+    mapped = re.findall(r"/dev/shm/mpich_shm_\w+$", Path(f"/proc/{victim}/maps").read_text(), re.MULTILINE)
+    assert not mapped  # "(deleted)" follows: nothing stays in memory when nobody is left to remove it
     if whole:
         os.kill(parent_of(victim), number)
     os.kill(victim, number)

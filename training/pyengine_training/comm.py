@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -122,6 +123,8 @@ class MpiComm:
         neighbours = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         allowed = neighbours.allgather(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0})
         share, local_rank = max(1, len(set().union(*allowed)) // neighbours.size), int(neighbours.rank)
+        if local_rank == 0:
+            _forget_shared_memory()
         neighbours.Free()
         return share, local_rank
 
@@ -139,6 +142,15 @@ class MpiComm:
     def abort(self) -> None:
         """MPI ends every process."""
         self._world.Abort(1)
+
+
+def _forget_shared_memory() -> None:
+    """Remove the name of MPICH's segment, which all ranks of this machine have mapped: where one is killed nobody would."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            name = line.split(maxsplit=5)[-1]
+            if name.startswith("/dev/shm/mpich_shm_"):
+                Path(name).unlink(missing_ok=True)
 
 
 def launched_ranks() -> tuple[int, int]:

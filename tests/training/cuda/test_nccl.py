@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pyengine_training.backend.cuda_optimizer import cut_units
 from pyengine_training.backend.cuda_ranks import NcclComm, refuse_shared_gpus
 from pyengine_training.config import TrainConfig
 from pyengine_training.errors import ConfigError
+from pyengine_training.gpu_check.ranks import PipeComm, on_processes
 from pyengine_training.gpu_check.sections import LARGE
 from pyengine_training.ops.cuda._nccl import Nccl, load_nccl
 from pyengine_training.ops.cuda._runtime import DeviceError, use_runtime
@@ -38,6 +40,7 @@ from simulated_runtime import SimulatedRuntime
 
 Array = np.ndarray[Any, Any]
 HERE = Path(__file__).parent
+LIMIT = 1800.0  # seconds: ends what hangs, and is far from what processes of a busy machine take
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,14 @@ def test_other_gpus_and_other_libraries_are_named(loaded: Callable[..., Nccl]) -
             NcclComm(Control(lambda value: {"NCCL": 1}), loaded())  # type: ignore[arg-type]
 
 
+def test_a_missing_library_is_told_by_one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All ranks of a run start from the same packages."""
+    monkeypatch.setenv("PYENGINE_NCCL", str(tmp_path / "none.so"))
+    with use_runtime(SimulatedRuntime()), pytest.raises(DeviceError, match="NCCL was not found") as raised:
+        cuda_ranks.connect(Control(lambda value: value), None)  # type: ignore[arg-type]
+    assert raised.value.on_all_ranks
+
+
 def environment(tmp_path: Path, library: Path, **extra: str) -> dict[str, str]:
     path = os.pathsep.join([str(Path(pyengine_training.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     here = {"FAKE_NCCL_DIR": str(tmp_path), "PYENGINE_NCCL": str(library), "PYTHONPATH": path}
@@ -190,16 +201,29 @@ def test_gpus_share_the_moments_of_a_model_of_124_million_parameters(optimizer: 
     assert sum(kept) == whole and max(kept) <= whole / 4 + max(unit.state for unit in units)
 
 
+def test_a_rank_that_fails_ends_those_that_wait_for_it_in_a_library() -> None:
+    """NCCL between GPUs of one machine does not notice: the waiting one is killed, also where it was begun first."""
+
+    def work(comm: PipeComm) -> None:
+        if comm.rank == 1:
+            os._exit(3)
+        time.sleep(60)  # seconds: in the place of a wait without end
+
+    with pytest.raises(RuntimeError, match=re.escape("[-9, 3, -9, -9]")):
+        on_processes(4, work)
+
+
 def rank_processes(library: Path, tmp_path: Path, *words: str) -> tuple[list[Any], str]:
     """The lines of rank_processes.py, which has to end well, and its errors."""
     done = subprocess.run(
         [sys.executable, str(HERE / "rank_processes.py"), *words],
-        capture_output=True, text=True, check=False, timeout=280, env=environment(tmp_path, library),
+        capture_output=True, text=True, check=False, timeout=LIMIT, env=environment(tmp_path, library),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
+@pytest.mark.timeout(LIMIT + 60)
 def test_any_number_of_ranks_gives_the_same_bits(library: Path, tmp_path: Path) -> None:
     """Losses, norms, checkpoint and validation, through the int8 decay: of GPUs, from one to another and through the host, and
     of the CPU's arrays by the same messages, with a sharded optimizer too."""
@@ -211,6 +235,7 @@ def test_any_number_of_ranks_gives_the_same_bits(library: Path, tmp_path: Path) 
     assert not list(tmp_path.glob("*-*.*-*"))  # every message was received
 
 
+@pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.slow
 def test_the_check_for_gpus_has_a_section_of_ranks(library: Path, tmp_path: Path) -> None:
     lines, _ = rank_processes(library, tmp_path, "section")
@@ -225,6 +250,7 @@ SIZES = "--vocab-size 300 --dim 16 --n-layers 1 --n-heads 2 --n-kv-heads 1 --hea
 KNOBS = "--seq-len 8 --batch-size 2 --shards 2 --steps 3 --eval-documents 1 --sample-every 0 --quantize never"
 
 
+@pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.parametrize(
     "fault, message",
     [
@@ -243,7 +269,7 @@ def test_a_gpu_rank_that_fails_ends_all_and_is_named(
     words = ["train", "--run-dir", str(tmp_path / "run"), "--data", str(stories), "--device", "cuda"]
     done = subprocess.run(
         [mpiexec, "-n", "2", sys.executable, str(HERE / "simulated_train.py"), *words, *SIZES.split(), *KNOBS.split()],
-        capture_output=True, text=True, check=False, timeout=280,
+        capture_output=True, text=True, check=False, timeout=LIMIT,
         env=environment(tmp_path, library, FAKE_NCCL_FAULT=fault),
     )  # fmt: skip
     assert done.returncode != 0

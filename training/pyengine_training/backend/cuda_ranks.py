@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..comm import Comm, Message, same_everywhere
+from ..comm import Comm, Message, same_everywhere, together
 from ..errors import ConfigError
 from ..ops.cuda._nccl import Nccl, load_nccl
 from ..ops.cuda._runtime import runtime
@@ -94,4 +94,8 @@ def refuse_shared_gpus(places: Sequence[tuple[str, str]]) -> None:
 def connect(control: Comm, kind: str | None) -> Comm:
     """MPI's ranks as they exchange device arrays: "mpi", through the hosts; "nccl" or None, from GPU to GPU."""
     same_everywhere(control, {"GPU": runtime().kind})
-    return StagedComm(control) if kind == "mpi" else NcclComm(control, Nccl(load_nccl()))
+    if kind == "mpi":
+        return StagedComm(control)
+    with together(control):  # a library that is missing is missing everywhere, as a rule: one rank says so
+        nccl = Nccl(load_nccl())
+    return NcclComm(control, nccl)

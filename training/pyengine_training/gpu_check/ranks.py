@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,8 @@ class PipeComm:
 def on_processes(size: int, work: Callable[[PipeComm], Any]) -> list[Any]:
     """work(comm) on so many processes, which are forked from this one: it must not have used a GPU yet. Their results, by rank.
 
-    Raises RuntimeError where one of them fails, whose traceback is on stderr then.
+    Raises RuntimeError where one of them fails, whose traceback is on stderr then; the others, who may wait for it in a library
+    that has no end of patience, are killed.
     """
     pipes: list[list[Connection | None]] = [[None] * size for _ in range(size)]
     for a in range(size):
@@ -93,21 +95,33 @@ def on_processes(size: int, work: Callable[[PipeComm], Any]) -> list[Any]:
         child = os.fork()
         if child == 0:
             die_with(parent)
-            _in_child(rank, pipes, results[rank][1], work)
+            _in_child(rank, pipes, results, work)
         children.append(child)
     for ends in ([end for row in pipes for end in row], [end for _, end in results]):
         for end in ends:
             if end is not None:
                 end.close()
-    found = [_received(receiver) for receiver, _ in results]
+    found: dict[int, Any] = {}
+    waiting = {receiver: rank for rank, (receiver, _) in enumerate(results)}
+    while waiting:
+        for receiver in wait(list(waiting)):
+            rank = waiting.pop(receiver)  # type: ignore[arg-type]
+            try:
+                found[rank] = results[rank][0].recv()
+            except EOFError:  # its exit code says the rest
+                for other in waiting.values():
+                    os.kill(children[other], signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if any(codes):
         raise RuntimeError(f"ranks ended with the exit codes {codes}")
-    return found
+    return [found[rank] for rank in range(size)]
 
 
 def _in_child(
-    rank: int, pipes: list[list[Connection | None]], result: Connection, work: Callable[[PipeComm], Any]
+    rank: int,
+    pipes: list[list[Connection | None]],
+    results: list[tuple[Connection, Connection]],
+    work: Callable[[PipeComm], Any],
 ) -> None:
     """Work, tell the result, and end."""
     code = 1
@@ -116,7 +130,10 @@ def _in_child(
             for end in row if other != rank else []:
                 if end is not None:
                     end.close()
-        result.send(work(PipeComm(rank, pipes)))
+        for other, (_, result) in enumerate(results):
+            if other != rank:
+                result.close()
+        results[rank][1].send(work(PipeComm(rank, pipes)))
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -124,13 +141,6 @@ def _in_child(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _received(receiver: Connection) -> Any:
-    try:
-        return receiver.recv()
-    except EOFError:  # its exit code says the rest
-        return None
 
 
 @dataclass(frozen=True)
