@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,35 @@ def test_a_slower_machine_makes_fewer_steps_and_the_whole_decay(slow_from: int, 
     assert before < budget.seconds
     assert factors == sorted(factors, reverse=True)
     assert len(factors) < 76
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.3])
+def test_after_a_pause_steps_come_back_until_the_decay_begins(warmup: float) -> None:
+    """At most to the first plan; the rates do not rise again, end at almost zero, and the time is kept."""
+    for pause_at, comes_back in [(12, True), (65, False)]:
+        budget = Budget(103.0, 1.0, 2.0, planned=76)
+        config = TrainConfig(steps=76, warmup_fraction=warmup)
+        elapsed, before, counts, factors = 0.0, 0.0, [76], []
+        step = 0
+        while step < config.steps:
+            before = elapsed
+            elapsed += (2.0 if config.quantized(step) else 1.0) + (10.0 if step == pause_at else 0.0)
+            factors.append(schedule(config, step))
+            step += 1
+            steps = budget.steps(config, step, elapsed)
+            assert step <= steps <= 76 and (steps <= config.steps or step < config.decay_start)
+            config = replace(config, steps=steps)
+            counts.append(steps)
+        grown = [after - was for was, after in itertools.pairwise(counts) if after > was]
+        assert bool(grown) == comes_back and len(grown) < 20, counts  # of more than 40: not at every step
+        assert before < budget.seconds and factors[-1] < 0.1
+        past_warmup = factors[factors.index(1.0) :]
+        assert past_warmup == sorted(past_warmup, reverse=True)
+
+
+def test_a_run_that_was_begun_without_a_first_plan_only_shrinks() -> None:
+    budget = Budget.of(TrainConfig(extra={"budget": {"seconds": 100.0, "plain": 1.0, "quantized": 1.0}}), 0)
+    assert budget is not None and budget.steps(TrainConfig(steps=50), 10, 10.0) == 50
 
 
 def test_the_first_steps_say_little() -> None:

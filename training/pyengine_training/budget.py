@@ -1,7 +1,8 @@
 """A run that has so many minutes: how many steps fit, measured before the first one and judged anew while it runs.
 
-A plan only ever shrinks. The schedule is a function of the number of steps: with fewer of them the decay begins earlier, or goes
-on faster, and ends with the run, whatever slows the machine down.
+The schedule is a function of the number of steps: with fewer of them the decay begins earlier, or goes on faster, and ends
+with the run, whatever slows the machine down. Where it becomes faster again before the decay has begun, steps come back, at
+most as many as the first plan had; from then on they only become fewer.
 """
 
 from __future__ import annotations
@@ -14,17 +15,26 @@ from .config import TrainConfig
 OVERHEAD = 1.03  # validation, samples and checkpoints take a few per cent
 TRUSTED = 0.05  # of the budget: what the first steps take says little
 MARGIN = 0.01  # of what is left: a plan that fits barely would be changed again by the next step
+GAIN = 0.05  # of the steps that are left: fewer than these are not worth another plan
+
+
+def change(before: int, steps: int) -> str:
+    """Of a run's number of steps, for people."""
+    speed, fitting = ("faster", "more") if steps > before else ("slower", "fewer")
+    return f"the machine is {speed} than it was: {fitting} steps than {before:,} fit"
 
 
 @dataclass(frozen=True)
 class Budget:
     """seconds: of all steps of the run, the first of which is step ``first``; plain, quantized: seconds of a step without and
-    with fake-quantization, as they were measured before it; before: seconds that a parent's steps took."""
+    with fake-quantization, as they were measured before it; before: seconds that a parent's steps took;
+    planned: the run's steps by its first plan."""
 
     seconds: float
     plain: float
     quantized: float
     before: float = 0.0
+    planned: int = 0
     first: int = 0
 
     @classmethod
@@ -35,7 +45,7 @@ class Budget:
 
     def stored(self) -> dict[str, Any]:
         """For :attr:`TrainConfig.extra`."""
-        names = ("seconds", "plain", "quantized", "before")
+        names = ("seconds", "plain", "quantized", "before", "planned")
         return {"budget": {name: getattr(self, name) for name in names}}
 
     def _work(self, config: TrainConfig, begin: int, end: int) -> float:
@@ -51,7 +61,8 @@ class Budget:
         return int(self.seconds / (mean * OVERHEAD))
 
     def steps(self, config: TrainConfig, step: int, elapsed: float) -> int:
-        """How many steps the run has in all, ``config.steps`` or fewer, where it took ``elapsed`` seconds up to step ``step``."""
+        """How many steps the run has in all, where it took ``elapsed`` seconds up to step ``step``: ``config.steps``, fewer, or,
+        between warmup and decay, more."""
         if elapsed < TRUSTED * self.seconds or step <= self.first:
             return config.steps
         pace = elapsed / self._work(config, self.first, step)
@@ -60,10 +71,17 @@ class Budget:
         def fits(steps: int, seconds: float) -> bool:
             return pace * self._work(replace(config, steps=steps), step, steps) <= seconds
 
-        if fits(config.steps, left):
+        def most(fewest: int, too_many: int) -> int:
+            """The most that fit; fewest do, or nothing does."""
+            while too_many - fewest > 1:
+                middle = (fewest + too_many) // 2
+                fewest, too_many = (middle, too_many) if fits(middle, (1 - MARGIN) * left) else (fewest, middle)
+            return fewest
+
+        if not fits(config.steps, left):
+            return most(step, config.steps)
+        first_plan = replace(config, steps=max(self.planned, config.steps))
+        if not first_plan.warmup_steps <= step < config.decay_start:
             return config.steps
-        fewest, most = step, config.steps  # fewest fits, or nothing does
-        while most - fewest > 1:
-            middle = (fewest + most) // 2
-            fewest, most = (middle, most) if fits(middle, (1 - MARGIN) * left) else (fewest, middle)
-        return fewest
+        more = most(config.steps, first_plan.steps + 1)
+        return more if more - config.steps > GAIN * (config.steps - step) else config.steps

@@ -296,7 +296,8 @@ def apply_budget(folder: Path, minutes: float, machine: Machine) -> None:
         parent = runfolder.read_run(folder).get("parent")
         before = 0.0 if parent is None else float(checkpoints.read_state(Path(parent))["seconds"])
     budget, fitting = train.measured_budget(run, minutes, machine, before)
-    steps, extra = run.reader.step + fitting, {**run.config.extra, **budget.stored()}
+    steps = run.reader.step + fitting
+    extra = {**run.config.extra, **dataclasses.replace(budget, planned=steps).stored()}
     if machine.comm.rank == 0:
         runfolder.replace_config(folder, dataclasses.replace(run.config, steps=steps, extra=extra))
     machine.comm.gather(None)

@@ -18,7 +18,7 @@ import numpy as np
 from . import checkpoint as checkpoints
 from . import runfolder, sample
 from .arena import Arena
-from .budget import Budget
+from .budget import Budget, change
 from .comm import same_everywhere, together
 from .config import model_config_from_json
 from .device import Machine
@@ -55,7 +55,7 @@ class Loop:
         self._saved_step, self._saved_at = -1, monotonic()
         self.writer, self.samples = (Beside(), Beside()) if machine.waits_for_host else (None, None)
         self.budget = Budget.of(run.config, run.reader.step)
-        self.has_shrunk = False
+        self.fits_more: bool | None = None  # by the last change of the number of steps
 
     def start(self, parent: Path | None) -> None:
         """Newest checkpoint of the run, else the parent's (a trunk to branch from), else the given or fresh weights."""
@@ -218,7 +218,7 @@ class Loop:
                 beside.check()
 
     def _keep_to_budget(self) -> None:
-        """Fewer steps, by the clock of rank 0, where the machine has become slower than it was when their number was decided."""
+        """Another number of steps, by the clock of rank 0, where the machine is not as fast as when it was decided."""
         if self.budget is None:
             return
         state = self.trainer.state
@@ -226,11 +226,10 @@ class Loop:
         steps = self.comm.gather(mine)[0]
         if steps == self.config.steps:
             return
-        if not self.has_shrunk:  # more may follow, one step after the other
-            self.has_shrunk = True
-            self.log.say(
-                f"step {state.step}: the machine is slower than it was: fewer steps than {self.config.steps:,} fit"
-            )
+        more = steps > self.config.steps
+        if more != self.fits_more:  # others may follow, one step after the other
+            self.fits_more = more
+            self.log.say(f"step {state.step}: {change(self.config.steps, steps)}")
         self.config = self.run.config = self.trainer.config = dataclasses.replace(self.config, steps=steps)
         self.source = self.run.source()
         if self.leads:

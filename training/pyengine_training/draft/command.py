@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .. import runfolder
-from ..budget import Budget
+from ..budget import Budget, change
 from ..checkpoint import environment
 from ..config import TrainConfig
 from ..data import file_sha256
@@ -266,7 +266,7 @@ class _Run:
             raise ConfigError(f"{model} is not the file that the run in {folder} was started with")
         self.log = runfolder.Log(folder / "log.txt")
         self.before = float(self.values.get("seconds", 0.0))  # what the run has taken until it was stopped
-        self.has_shrunk = False
+        self.fits_more: bool | None = None  # by the last change of the number of steps
 
     @property
     def budget_seconds(self) -> float:
@@ -364,7 +364,7 @@ class _Run:
                 before = self._seconds() + validation  # the one before the first step
                 left = self.budget_seconds - before
                 v["steps"] = max(1, int((left - VALIDATIONS * validation) / (seconds * 1.05)))  # checkpoints take some per cent
-                v.update(Budget(max(0.0, left), seconds, seconds, before).stored())
+                v.update(Budget(max(0.0, left), seconds, seconds, before, v["steps"]).stored())
             else:
                 v["steps"] = max(1, round(v["epochs"] * len(batches.starts) / v["batch_size"]))
             self._store()
@@ -405,18 +405,18 @@ class _Run:
                 raise Interrupted(received[0])
 
     def _keep_to(self, budget: Budget | None, trainer: loop.HeadTrainer, steps: int) -> int:
-        """How many steps the run has, fewer than ``steps`` where the machine has become slower."""
+        """How many steps the run has, others than ``steps`` where the machine has become slower or faster."""
         if budget is None:
             return steps
-        fewer = budget.steps(trainer.config, trainer.step_number, self._seconds() - budget.before)
-        if fewer < steps:
-            if not self.has_shrunk:  # more may follow, one step after the other
-                self.has_shrunk = True
-                self.log.say(f"step {trainer.step_number}: the machine is slower than it was: fewer steps than {steps:,} fit")
-            trainer.config = replace(trainer.config, steps=fewer)
-            self.values["steps"] = fewer
+        fitting = budget.steps(trainer.config, trainer.step_number, self._seconds() - budget.before)
+        if fitting != steps:
+            if (fitting > steps) != self.fits_more:  # others may follow, one step after the other
+                self.fits_more = fitting > steps
+                self.log.say(f"step {trainer.step_number}: {change(steps, fitting)}")
+            trainer.config = replace(trainer.config, steps=fitting)
+            self.values["steps"] = fitting
             self._store()
-        return fewer
+        return fitting
 
     def _save(self, trainer: loop.HeadTrainer, identity: Any) -> None:
         """A checkpoint, and what the run has taken until it."""
