@@ -76,12 +76,12 @@ ALONE = NoComm()
 
 
 class PaperComm:
-    """The first of so many ranks, without the others: to count what a rank holds."""
+    """One of so many ranks, without the others: to count what it holds."""
 
-    rank, threads, local_rank = 0, None, 0
+    threads, local_rank = None, 0
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, rank: int = 0) -> None:
+        self.size, self.rank = size, rank
 
     @property
     def host(self) -> Comm:

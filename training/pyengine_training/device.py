@@ -102,7 +102,7 @@ def make_trainer(
         raise ConfigError("--device cuda trains whole models; adapters (--lora) are trained on CPUs")
     cuda = _cuda()
     check_ranks(comm.size, config)
-    cuda.check_memory(model, config, device.precision, teacher, comm.size, shard_optimizer)
+    cuda.check_memory(model, config, device.precision, teacher, comm.size, shard_optimizer, comm.rank)
     more = {"threads": threads, "teacher": teacher, "comm": comm, "shard_optimizer": shard_optimizer}
     return Trainer(model, config, cuda.CudaBackend(model, config, precision=device.precision, **more))
 

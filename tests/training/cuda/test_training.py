@@ -244,7 +244,8 @@ class Counted(RecordingRuntime):
 
 
 @pytest.mark.parametrize(
-    "precision, ranks, shard", [("bf16", 1, False), ("float32", 1, False), ("bf16", 2, False), ("bf16", 2, True)]
+    "precision, ranks, shard, rank",
+    [("bf16", 1, False, 0), ("float32", 1, False, 0), ("bf16", 2, False, 0), ("bf16", 2, True, 0), ("bf16", 2, True, 1)],
 )
 @pytest.mark.parametrize(
     "knobs",
@@ -257,24 +258,24 @@ class Counted(RecordingRuntime):
     ],
     ids=str,
 )
-def test_a_run_holds_what_was_predicted(precision: str, ranks: int, shard: bool, knobs: dict[str, Any]) -> None:
+def test_a_run_holds_what_was_predicted(precision: str, ranks: int, shard: bool, rank: int, knobs: dict[str, Any]) -> None:
     """Steps through all phases with validation in between and a checkpoint, to the byte, on one of several ranks too."""
     config = dataclasses.replace(CONFIG, **knobs)
     teacher = (MODEL, Arena(parameter_shapes(MODEL))) if config.distill_alpha else None
-    wanted = device_bytes(MODEL, config, precision, teacher, ranks, shard)
+    wanted = device_bytes(MODEL, config, precision, teacher, ranks, shard, rank)
     tokens, targets = (np.concatenate([x, x])[: config.batch_size] for x in batch(1))
     part = slice(0, config.batch_size // config.shards)
-    validation = ValidationBatch(tokens[part], targets[part], targets[part] >= 0, np.arange(part.stop))
+    validation = [ValidationBatch(tokens[part], targets[part], targets[part] >= 0, np.arange(part.stop))] * ranks
     with use_runtime(Counted()) as counted:
-        comm = ALONE if ranks == 1 else PaperComm(ranks)
+        comm = ALONE if ranks == 1 else PaperComm(ranks, rank)
         trainer = make_trainer(MODEL, config, device=Device("cuda", precision), teacher=teacher, comm=comm, shard_optimizer=shard)
         trainer.initialize()
         for step in range(config.steps):
             trainer.step(tokens, targets)
-            trainer.validate([validation], 10, config.quantized(step))
+            trainer.validate(validation, 10, config.quantized(step))
             everything(trainer)
         for quantize in {False, config.quantize != "never"}:
-            trainer.validate([validation], 10, quantize)
+            trainer.validate(validation, 10, quantize)
     assert counted.peak == wanted  # type: ignore[attr-defined]
 
 

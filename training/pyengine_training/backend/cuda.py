@@ -356,22 +356,26 @@ def device_bytes(
     teacher: tuple[ModelConfig, Arena] | None = None,
     ranks: int = 1,
     shard_optimizer: bool = False,
+    rank: int = 0,
 ) -> int:
-    """Most bytes of GPU memory that a rank holds at once: trunk, int8 steps and validation are gone through, not run."""
+    """Most bytes of GPU memory that a rank holds at once: trunk, int8 steps and validation are gone through, not run.
+
+    rank: which; with a sharded optimizer they hold not quite the same.
+    """
     rows = config.batch_size, config.seq_len
     tokens = np.zeros(rows, np.int64)
     part = tokens[: config.batch_size // config.shards]
-    batch = ValidationBatch(part, part, part == 0, part[:, 0])
+    batches = [ValidationBatch(part, part, part == 0, part[:, 0])] * ranks
     phases = {"never": (False,), "always": (True,), "decay": (False, True)}[config.quantize]
     with use_runtime(CountingRuntime()) as counter:
-        comm = PaperComm(ranks) if ranks > 1 else ALONE
+        comm = PaperComm(ranks, rank) if ranks > 1 else ALONE
         more: dict[str, Any] = {"teacher": teacher, "comm": comm, "shard_optimizer": shard_optimizer}
         backend = CudaBackend(model, config, precision=precision, threads=1, **more)
         for quantize in phases:
             backend.step(tokens, tokens, StepInputs(0, tokens.size, quantize))
-            backend.validation_sums([batch], quantize)
+            backend.validation_sums(batches, quantize)
         if config.quantize != "never":  # the end of a run validates in both arithmetics
-            backend.validation_sums([batch], False)
+            backend.validation_sums(batches, False)
         backend.close()
         return int(counter.peak)
 
@@ -383,9 +387,10 @@ def check_memory(
     teacher: tuple[ModelConfig, Arena] | None = None,
     ranks: int = 1,
     shard_optimizer: bool = False,
+    rank: int = 0,
 ) -> None:
     """Raise DeviceError, before anything is allocated, for sizes that cannot fit."""
-    wanted = device_bytes(model, config, precision, teacher, ranks, shard_optimizer)
+    wanted = device_bytes(model, config, precision, teacher, ranks, shard_optimizer, rank)
     free, total = runtime().memory()
     if wanted > free:
         raise DeviceError(
