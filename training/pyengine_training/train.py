@@ -370,7 +370,8 @@ def measure_step_seconds(run: Run, machine: Machine) -> tuple[float, float]:
     """Median seconds of a step without and with fake-quantization, on a throwaway trainer."""
     config = dataclasses.replace(run.config, quantize="always", steps=10)
     source = run.source()
-    trainer = machine.trainer(run.model, config, run.teacher, run.lora)
+    with together(machine.comm):  # too little memory is told once
+        trainer = machine.trainer(run.model, config, run.teacher, run.lora)
     try:
         trainer.initialize()
         if trainer.backend.adapters:

@@ -335,7 +335,7 @@ class _Run:
         config = _train_config(v, self._steps(batches, head, output_rows))
         trainer = loop.HeadTrainer(head, config, self.threads)
         budget = Budget(**v["budget"]) if v.get("budget") else None
-        identity = loop.describe(head, config, steps_may_fall=budget is not None)
+        identity = loop.describe(head, config, steps_may_change=budget is not None)
         restored = trainer.restore(self.folder, identity)
         if restored is None:
             loop.fresh(trainer, batches, output_rows, v["seed"])
@@ -355,7 +355,7 @@ class _Run:
         return trainer
 
     def _steps(self, batches: loop.Batches, head: HeadConfig, output_rows: Any) -> int:
-        """Of the run: decided before its first one, and stored; with a budget they may become fewer."""
+        """Of the run: decided before its first one, and stored; with a budget their number may change."""
         v = self.values
         if v["steps"] is None:
             if v["budget_minutes"] is not None:

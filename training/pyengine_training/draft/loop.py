@@ -288,7 +288,7 @@ def seconds_of_a_step(
         trainer.close()
 
 
-def describe(head: HeadConfig, config: TrainConfig, *, steps_may_fall: bool) -> dict[str, Any]:
+def describe(head: HeadConfig, config: TrainConfig, *, steps_may_change: bool) -> dict[str, Any]:
     """What a checkpoint must have been made with to be continued."""
-    steps = {} if steps_may_fall else {"steps": config.steps}
+    steps = {} if steps_may_change else {"steps": config.steps}
     return {"head": asdict(head), **steps, "batch_size": config.batch_size, "shards": config.shards}
