@@ -87,6 +87,18 @@ def leave_a_stream(engine: Engine) -> None:
     stream.close()
 
 
+def search(engine: Engine) -> None:
+    """Three beams, of which some end and some fork."""
+    beams = engine.beam_search(PROMPT, beam_width=3, n=3, max_tokens=3)
+    assert [beam.cumulative_logprob for beam in beams] == beams_of(engine.path)
+
+
+@functools.cache
+def beams_of(path: Path) -> list[float]:
+    with Engine(path, n_threads=1) as fresh:
+        return [beam.cumulative_logprob for beam in fresh.beam_search(PROMPT, beam_width=3, n=3, max_tokens=3)]
+
+
 GUESSED = {**OPTIONS, "max_tokens": 8}
 
 
@@ -132,6 +144,7 @@ def guess_by_head(engine: Engine) -> None:
 
 CALLS: dict[str, Callable[[Engine], object]] = {
     "generate": lambda engine: engine.generate(PROMPT, **OPTIONS),
+    "beams": search,
     "two samples": lambda engine: engine.generate([PROMPT, PROMPT[:30]], n=2, **OPTIONS),
     "stream": read_stream,
     "closed stream": leave_a_stream,
