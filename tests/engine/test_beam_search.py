@@ -1,5 +1,5 @@
-"""Beam search: the algorithm against transformers' over the same log-probabilities and against a search of everything, the engine's
-against the algorithm over the engine's own logits."""
+"""Beam search: the algorithm against transformers' over the same log-probabilities and against a search of everything, the
+engine's against the algorithm over the engine's own logits."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def fixture() -> tuple[Any, list[dict[str, Any]]]:
 
 
 def test_it_finds_what_transformers_finds() -> None:
-    """The same outputs in the same order. transformers' scores are sums of float32. Its log-softmax of logits in [-8, 8] rounds two
-    numbers below 16 to half of 2**-20 each, every sum rounds a number no larger than the last one, and so do the power and the
-    quotient."""
+    """The same outputs in the same order. transformers' scores are sums of float32. Its log-softmax of logits in [-8, 8] rounds
+    two numbers below 16 to half of 2**-20 each, every sum rounds a number no larger than the last one, and so do the power and
+    the quotient."""
     table, cases = fixture()
     assert len(cases) > 100 and np.abs(table).max() < 8
     for case in cases:
