@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.freeze_models import freeze_fixture
 from engine.speculation_tools import assert_nothing_is_held
 
 from pyengine import BeamHypothesis, ContextFullError, Engine, InvalidArgumentError, PyEngineError
@@ -191,6 +192,17 @@ def test_nobody_beside_it_can_tell(engine: Engine) -> None:
         for _ in range(2):
             engine.clear_cache()
             assert [future.result() for future in [pool.submit(call) for call in calls]] == alone
+
+
+@pytest.mark.parametrize("max_sequences", [2, 64])
+def test_beams_fork_what_a_window_holds(tmp_path: Path, max_sequences: int) -> None:
+    """A layer of three sees everything, the others 40 positions, whose pages have slid out behind them; with two sequences three
+    beams take turns, and begin again where a window is gone."""
+    path, prompt = freeze_fixture("gemma3", tmp_path, 1024), prompt_of(500)
+    with Engine(path, max_sequences=max_sequences) as engine:
+        found = engine.beam_search(prompt, beam_width=3, n=3, max_tokens=16)
+        assert found == expected(engine, prompt, 3, 16)
+        assert_nothing_is_held(engine.check_integrity())
 
 
 @pytest.mark.parametrize("max_sequences", [1, 2, 64])
