@@ -111,7 +111,9 @@ class BeamSearching(ABC):
         reader = Reader(end_ids, frozenset(params.stop_token_ids), rules.max_tokens)
         if width + reader.n_ends > MAX_TOP_LOGPROBS:
             most = MAX_TOP_LOGPROBS - width
-            raise InvalidArgumentError(f"{reader.n_ends} tokens end a text, with a beam_width of {width} at most {most} may")
+            raise InvalidArgumentError(
+                f"{reader.n_ends} tokens end a text, with a beam_width of {width} at most {most} may"
+            )
         core_adapter, salt = self._adapted(adapter, cache_salt)
         caller = Caller()
         search = BeamSearch(caller, ids, rules, reader, words, salt=salt, adapter=core_adapter)

@@ -80,7 +80,11 @@ class Rules(NamedTuple):
         return self.score(beam.logprob, len(beam.tokens))
 
     def step(
-        self, beams: Sequence[Beam], finished: Sequence[Beam], rows: Sequence[Row], read: Callable[[Said, int, int], Said]
+        self,
+        beams: Sequence[Beam],
+        finished: Sequence[Beam],
+        rows: Sequence[Row],
+        read: Callable[[Said, int, int], Said],
     ) -> tuple[list[Beam], list[Beam]]:
         """One token more: the beams that go on, the most probable first, none if the search has ended; and those that are
         finished, the highest score first.
@@ -108,7 +112,9 @@ class Rules(NamedTuple):
                 going_on += [beam] if len(going_on) < self.width else []
             elif rank < self.width:
                 merged.append(beam)
-        merged.sort(key=self.score_of, reverse=True)  # of those with one score, the one that was finished first stays first
+        merged.sort(
+            key=self.score_of, reverse=True
+        )  # of those with one score, the one that was finished first stays first
         del merged[self.width :]
         return (going_on if going_on and self._may_improve(going_on[0], merged) else []), merged
 
