@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AsyncEngine": "pyengine.async_engine",
+    "BeamHypothesis": "pyengine.results",
     "Engine": "pyengine.engine",
     "Generation": "pyengine.results",
     "LoadedAdapter": "pyengine.adapters",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from pyengine.async_engine import AsyncEngine as AsyncEngine
     from pyengine.engine import Engine as Engine
     from pyengine.freeze import freeze as freeze
+    from pyengine.results import BeamHypothesis as BeamHypothesis
     from pyengine.results import Generation as Generation
     from pyengine.results import Piece as Piece
     from pyengine.results import Score as Score
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncEngine",
+    "BeamHypothesis",
     "CancelledError",
     "ContextFullError",
     "Engine",

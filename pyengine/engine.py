@@ -14,6 +14,7 @@ from pyengine.adapters import Adaptable, Adapters
 from pyengine.arguments import boolean, shown
 from pyengine.attachments import Attachments
 from pyengine.background import Background
+from pyengine.beam import BeamSearching
 from pyengine.errors import InvalidArgumentError, PyEngineError
 from pyengine.format.reader import FrozenFile
 from pyengine.opening import Options, pages_of, resolve_model
@@ -46,7 +47,7 @@ Message = Mapping[str, Any]
 T = TypeVar("T")
 
 
-class Engine(Adaptable, Scoring, Prefixes):
+class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
     """A frozen model, ready to generate.
 
     model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint, a model of the hub as

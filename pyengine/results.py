@@ -88,6 +88,27 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class BeamHypothesis:
+    """One output of a beam search.
+
+    text, tokens, finish_reason, stop_reason   as of a Generation
+    cumulative_logprob  sum of the tokens' log-probabilities (natural logarithm)
+    score               what outputs are ordered by: cumulative_logprob / (number of tokens ** length_penalty)
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    cumulative_logprob: float
+    score: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A step of a stream: whole characters that are certain to stay, possibly none; the last piece carries the result."""
 

@@ -46,6 +46,8 @@ OPTIONS: dict[str, str] = {
     "--grammar-file": "use --grammar @FILE",
     "--repeat-last-n": "penalties look at the whole text; leave it out",
     "--lora-scaled": "use --lora DIR:SCALE, a directory of PEFT's",
+    **dict.fromkeys(("--num-beams", "--beam-size", "--beam-width", "--use-beam-search"), "use --beams of 'pyengine generate'"),
+    "--num-return-sequences": "'pyengine generate --beams N --json' has all of them",
     "--max-model-len": "use --ctx-size",
     "--max-new-tokens": "use --max-tokens",
     "--log-disable": "nothing is logged; leave it out",

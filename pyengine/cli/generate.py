@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 
     from pyengine.engine import Engine
     from pyengine.results import Generation, Piece
+    from pyengine.sampling import SamplingParams
 
 EPILOG = f"""\
 examples:
   pyengine generate -m model.safetensors "The capital of France is" --temp 0 -n 20
   pyengine generate -m model.gguf -f prompt.txt --temp 0.8 --top-p 0.95 --seed 7 > story.txt
+  pyengine generate -m model.safetensors "The capital of France is" --beams 4 -n 20
   pyengine generate -m model.safetensors -f book.txt --prompt-cache book.kv -n 200
   echo "def fibonacci(n):" | pyengine generate -m model.safetensors - --stop '\\n\\n' --escape
 
@@ -39,6 +41,14 @@ def parser() -> argparse.ArgumentParser:
         "from what it shares with it; no byte of the output changes",
     )
     options.add_sampling_options(parser)
+    group = parser.add_argument_group("beam search", "the most probable output that is found, instead of a sampled one")
+    group.add_argument("--beams", type=options.positive, metavar="N", help="outputs that go on together; --json has all of them")
+    group.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="log-probabilities are compared divided by the number of tokens to the power of X; default: 1",
+    )
     return parser
 
 
@@ -92,9 +102,55 @@ def write_json(pieces: Iterator[Piece]) -> Generation | None:
     return result
 
 
+# What chooses or bounds a sampled output, and would not have any effect on beams.
+_NOT_OF_BEAMS = {
+    "seed": "--seed", "temperature": "--temp", "top_k": "--top-k", "top_p": "--top-p", "min_p": "--min-p",
+    "typical_p": "--typical", "repetition_penalty": "--repeat-penalty", "presence_penalty": "--presence-penalty",
+    "frequency_penalty": "--frequency-penalty", "timeout": "--timeout", "json_schema": "--json-schema", "grammar": "--grammar",
+    "speculative": "--speculative", "draft_model": "--draft-model",
+}  # fmt: skip
+
+
+def check_beams(args: argparse.Namespace) -> None:
+    """Raises UsageError for an option that would have no effect."""
+    if args.beams is None:
+        if args.length_penalty is not None:
+            raise UsageError("--length-penalty is of a beam search: give --beams, too")
+        return
+    for name, option in _NOT_OF_BEAMS.items():
+        if getattr(args, name):  # a temperature of 0 is what beams have
+            raise UsageError(f"{option} would have no effect: --beams finds the most probable output of the model as it is")
+
+
+def write_beams(engine: Engine, ids: list[int], args: argparse.Namespace, params: SamplingParams, adapter: str | None) -> None:
+    """The best output of a beam search, or with --json all; what --verbose says of them."""
+    beams = engine.beam_search(
+        ids,
+        beam_width=args.beams,
+        n=args.beams,
+        length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+        max_tokens=params.max_tokens,
+        stop=params.stop,
+        ignore_eos=params.ignore_eos,
+        adapter=adapter,
+    )
+    if args.json:
+        import json
+
+        print(json.dumps({"hypotheses": [beam.to_dict() for beam in beams]}))
+    else:
+        text = beams[0].text
+        terminal.write(text if text.endswith("\n") else text + "\n")
+    if args.verbose:
+        for beam in beams:
+            size = f"{beam.cumulative_logprob:.4f} nats, {len(beam.tokens)} tokens"
+            terminal.warn(f"score {beam.score:.4f}: {size}, end: {beam.finish_reason}")
+
+
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     params = options.sampling_params(args)
+    check_beams(args)
     prompt = options.read_prompt(args)
     if prompt is None:
         raise UsageError(f"no prompt: {options.FOUR_WAYS}")
@@ -103,12 +159,15 @@ def run(argv: list[str]) -> int:
         adapter = None if args.lora is None else args.lora.load(engine)
         ids = engine.prompt_ids(prompt, parse_special=args.special)
         keep = options.load_prompt_cache(args, engine)
-        pieces = engine.stream(ids, params, adapter=adapter)
-        result = write_json(pieces) if args.json else write_stream(pieces)
-        if result is None:
-            return EXIT_INTERRUPTED
-        if args.verbose:
-            terminal.warn(timings_line(result, engine))
+        if args.beams is not None:
+            write_beams(engine, ids, args, params, adapter)
+        else:
+            pieces = engine.stream(ids, params, adapter=adapter)
+            result = write_json(pieces) if args.json else write_stream(pieces)
+            if result is None:
+                return EXIT_INTERRUPTED
+            if args.verbose:
+                terminal.warn(timings_line(result, engine))
         if keep:
             engine.save_prefix(ids, args.prompt_cache)
     return 0

@@ -101,8 +101,23 @@ class Request(ABC):
         """The most tokens from `begin` on that one step should compute."""
         return self.n_tokens - begin
 
+    def n_known(self, context: _core.Context) -> int:
+        """How many of the tokens before `next_row` a new sequence would hold."""
+        return context.match_length(self.tokens(0, self.next_row), self.salt)
+
+    def new_sequence(self, context: _core.Context) -> _core.Sequence:
+        """What it starts with: as many of its tokens as are known."""
+        return context.sequence_match(self.tokens(0, self.next_row), self.salt, keep=self.keep)
+
     def note_cached(self, n_tokens: int) -> None:
         """So many of its first tokens were found in the cache."""
+
+    def rows(self, begin: int, end: int) -> Sequence[int]:
+        """The positions of [begin, end) whose rows it takes itself, ascending; none of a request that is sampled."""
+        return ()
+
+    def take_row(self, position: int, row: memoryview) -> None:
+        """One of these rows, which is valid during the call. What it raises is the request's error."""
 
     def catch_up(self) -> None:
         """Make of what was sampled what its caller will read."""
@@ -292,8 +307,11 @@ class RowsRequest(Request):
         return self._positions[last] + 1 - begin
 
     def rows(self, begin: int, end: int) -> list[int]:
-        """The positions of [begin, end) that are still wanted."""
         return [position for position in range(max(begin, self.next_row), end) if position in self._wanted]
+
+    def take_row(self, position: int, row: memoryview) -> None:
+        self.take(position, row)
+        self.n_taken += 1
 
 
 def check_salt(salt: str | bytes | None, adapter: bytes = b"") -> bytes:

@@ -26,7 +26,7 @@ from pyengine._sampler import sample_many
 from pyengine._step_lock import StepLock
 from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
 from pyengine.format.kv import PAGE_POSITIONS, KvLayout
-from pyengine.run.request import HIDDEN, LOGITS, GenerationRequest, Request, RowsRequest
+from pyengine.run.request import HIDDEN, LOGITS, GenerationRequest, Request
 from pyengine.run.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Scheduler:
 
     def _grant(self, requests: list[Request]) -> list[Grant]:
         """Tokens for this step. A request that cannot start yet does not keep later ones that can."""
-        waiting = [request for request in requests if request.sequence is None]
+        waiting = [request for request in requests if request.sequence is None and not request.is_paused]
         if waiting:
             self._admit(waiting, [request for request in requests if request.sequence is not None])
         running = [(request, self._begin(request)) for request in requests if request.sequence is not None]
@@ -208,8 +208,7 @@ class Scheduler:
     def _start(self, request: Request) -> None:
         self._holders[request.number] = request
         self.speculation.start(request)
-        known = request.tokens(0, request.next_row)
-        request.sequence = self.context.sequence_match(known, request.salt, keep=request.keep)
+        request.sequence = request.new_sequence(self.context)
         request.note_cached(request.sequence.length)
         request.is_started = True
 
@@ -225,7 +224,7 @@ class Scheduler:
             if least > min(n, other.next_row) or request.tokens(0, least) != other.tokens(0, least):
                 continue
             if n_known is None:
-                n_known = self.context.match_length(request.tokens(0, n), request.salt)
+                n_known = request.n_known(self.context)
             if n_known < least:
                 return True
         return False
@@ -238,7 +237,7 @@ class Scheduler:
             return False
         stats = self.context.cache_stats()
         layout = KvLayout.of_stats(stats)
-        n_known = self.context.match_length(request.tokens(0, request.next_row), request.salt)
+        n_known = request.n_known(self.context)
         # What is known of a window may be of others, who let go of it: room is made for all of it.
         needed = stats["n_held_bytes"] + layout.n_bytes(request.n_tokens, BUDGET) - n_known // PAGE_POSITIONS * layout.data_bytes
         for other in running:
@@ -361,19 +360,18 @@ class Scheduler:
 
     def _take_rows(self, grants: list[Grant]) -> None:
         for (request, begin, end, _, _), row, hidden_row in with_rows(grants):
-            if isinstance(request, RowsRequest) and request.error is None:
+            if request.error is None:
                 self._take(request, begin, end, row if request.row_kind == LOGITS else hidden_row)
 
-    def _take(self, request: RowsRequest, begin: int, end: int, row: int) -> None:
+    def _take(self, request: Request, begin: int, end: int, row: int) -> None:
         row_of = self.context.logits if request.row_kind == LOGITS else self.context.hidden
         for position in request.rows(begin, end):
             try:
                 with memoryview(row_of(row)) as view:
-                    request.take(position, view)
+                    request.take_row(position, view)
             except Exception as error:  # of the caller's own making, for him alone
                 request.error = error
                 return
-            request.n_taken += 1
             row += 1
 
     # ------------------------------------------------------------ life

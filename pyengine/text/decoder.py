@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from pyengine.arguments import shown
@@ -105,6 +106,12 @@ class IncrementalDecoder:
         spelling = tokenizer.spelling
         self._first = spelling.strip_first_token and not continuation
         self._strip_left = 0 if continuation else spelling.strip_left
+
+    def copy(self) -> IncrementalDecoder:
+        """Another one that goes on from the same text."""
+        twin = copy(self)
+        twin._utf8 = copy(self._utf8)
+        return twin
 
     def push(self, id_: int) -> str:
         """The text that became certain with this token; often empty inside an emoji."""

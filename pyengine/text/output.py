@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 from pyengine.text.decoder import IncrementalDecoder
@@ -33,6 +34,12 @@ class OutputText:
     @property
     def matched(self) -> str | None:
         return self._stops.matched
+
+    def copy(self) -> OutputText:
+        """Another one that goes on from the same text."""
+        twin = copy(self)
+        twin._decoder, twin._stops = self._decoder.copy(), copy(self._stops)
+        return twin
 
     def push(self, id_: int) -> str:
         if id_ in self._hidden:

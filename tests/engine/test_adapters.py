@@ -99,6 +99,18 @@ def engine(root: Path) -> Iterator[pyengine.Engine]:
 # ------------------------------------------------------------------ what it computes
 
 
+def test_beams_are_of_their_adapter(engine: pyengine.Engine) -> None:
+    prompt = list(range(3, 43))
+    found = {name: engine.beam_search(prompt, max_tokens=6, adapter=name)[0] for name in ("one", "two", None)}
+    for name, beam in found.items():
+        total = 0.0
+        for value in engine.score(prompt + beam.tokens, start=40, adapter=name).logprobs[40:]:
+            assert value is not None
+            total += value
+        assert beam.cumulative_logprob == total
+    assert len({beam.cumulative_logprob for beam in found.values()}) == 3
+
+
 @pytest.mark.parametrize("name", ["llama_untied", "qwen2_key_bias", "gemma2", "olmo2", "granite", "granite_moe"])
 def test_engine_equals_the_specification_bit_for_bit(name: str, isa: str, root: Path) -> None:
     """One prefill with half of the rows of another sequence without an adapter."""

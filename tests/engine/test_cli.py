@@ -169,6 +169,17 @@ def test_generate_json_is_the_result(tiny_model: Path, capsys: pytest.CaptureFix
     assert result == expected
 
 
+def test_beams_are_those_of_the_engine(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pyengine.Engine(tiny_model) as engine:
+        beams = engine.beam_search("hello you", beam_width=3, n=3, max_tokens=9, length_penalty=0.5, ignore_eos=True)
+    arguments = ("generate", "-m", tiny_model, "hello you", "-n", 9, "--beams", 3, "--length-penalty", 0.5, *GREEDY)
+    out, err = output(capsys, *arguments, "-v")
+    assert out.removesuffix("\n") == beams[0].text.removesuffix("\n") and err.count("nats, 9 tokens, end: length\n") == 3
+    hypotheses = json.loads(output(capsys, *arguments, "--json")[0])["hypotheses"]
+    assert hypotheses == [beam.to_dict() for beam in beams]
+    assert "beam_width must be in [1, 32], not 33" in error(capsys, *arguments, "--beams", 33, code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
@@ -238,6 +249,11 @@ def test_verbose_and_environment(
         (("a", "--json-schema", "{type: string}"), "--json-schema is no JSON: Expecting property name"),
         (("a", "--grammar", "@"), "--grammar @FILE: the file's name is missing"),
         (("a", "--speculative", "often"), "'often' is not auto, off, or a number from 0 to 24"),
+        (("a", "--beams", "0"), "--beams: 0 is not a whole number from 1"),
+        (("a", "--beams", "2", "--temp", "0.5"), "--temp would have no effect: --beams"),
+        (("a", "--beams", "2", "--grammar", "start: /a/"), "--grammar would have no effect: --beams"),
+        (("a", "--length-penalty", "2"), "give --beams, too"),
+        (("a", "--num-beams", "2"), "there is no option --num-beams: use --beams"),
         (("a", "--speculative", "off", "--draft-model", "b"), "--draft-model would have no effect"),
     ],
 )

@@ -50,10 +50,11 @@ COMPONENTS: dict[str, set[str]] = {
     "embeddings": {"errors", "arguments"},
     "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze", "run"},
     "scoring": {"errors", "arguments", "results", "_core", "_sampler", "format", "text", "embeddings", "run", "fork"},
+    "beam": {"errors", "fork", "arguments", "results", "_core", "_sampler", "run", "text", "sampling", "scoring"},
     "prefixes": {"errors", "_core", "format", "opening", "run", "scoring"},
     "engine": {
-        "adapters", "prefixes", "scoring", "draft_file", "opening", "attachments", "errors", "arguments", "background", "results",
-        "_core", "format", "text", "sampling", "cpu_watch", "freeze", "run", "fork", "files", "hub",
+        "adapters", "beam", "prefixes", "scoring", "draft_file", "opening", "attachments", "errors", "arguments", "background",
+        "results", "_core", "format", "text", "sampling", "cpu_watch", "freeze", "run", "fork", "files", "hub",
     },
     "eval": {"engine", "errors", "run", "freeze", "_sampler"},
     "async_engine": {"embeddings", "engine", "errors", "fork", "results", "run", "sampling", "text"},

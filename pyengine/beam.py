@@ -1,0 +1,148 @@
+"""What an engine finds by beam search: the outputs of high probability, instead of one that is sampled."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pyengine import fork
+from pyengine._sampler import MAX_TOP_LOGPROBS
+from pyengine.arguments import integer, number, shown
+from pyengine.errors import InvalidArgumentError
+from pyengine.results import BeamHypothesis
+from pyengine.run.request import Caller
+from pyengine.run.stream import run_all
+from pyengine.text.output import OutputText
+from pyengine.text.stops import StopStrings
+
+if TYPE_CHECKING:
+    from pyengine import _core
+    from pyengine.run.beam_search import Beam, BeamSearch, EarlyStopping, Rules
+    from pyengine.run.scheduler import Scheduler
+    from pyengine.sampling import ResolvedParams, SamplingParams
+    from pyengine.scoring import Prompt
+    from pyengine.text.tokenizer import Tokenizer
+
+MAX_BEAM_WIDTH = MAX_TOP_LOGPROBS // 2  # as many candidates of a beam, and as many that may end
+MAX_LENGTH_PENALTY = 10  # a power of the length of any context is a float then
+
+
+class BeamSearching(ABC):
+    """The part of an `Engine` that searches. What it needs of the others comes first."""
+
+    n_ctx: int
+    eos_token_ids: tuple[int, ...]
+    _scheduler: Scheduler
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
+
+    @abstractmethod
+    def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]: ...
+
+    @abstractmethod
+    def resolve(self, params: SamplingParams) -> ResolvedParams: ...
+
+    @abstractmethod
+    def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]: ...
+
+    def beam_search(
+        self,
+        prompt: Prompt,
+        *,
+        beam_width: int = 4,
+        n: int = 1,
+        max_tokens: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        include_stop_str_in_output: bool | None = None,
+        ignore_eos: bool | None = None,
+        skip_special_tokens: bool | None = None,
+        parse_special: bool = False,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+    ) -> list[BeamHypothesis]:
+        """The n outputs of the highest scores that beam search finds, best first. An output's score is the sum of its tokens'
+        log-probabilities / (their number ** length_penalty).
+
+        beam_width      beams that go on together, 1 to 32: a step computes all, beside other requests. 1 is greedy: the most
+                        probable token each time
+        n               outputs wanted, at most beam_width. There are fewer if so few tokens have no more outputs
+        max_tokens      tokens of an output at most; None = as many as the context holds
+        length_penalty  above 0 longer outputs gain by their length, 0 = the sum counts alone; -10 to 10
+        early_stopping  with beam_width outputs finished the search ends: True: at once; False: when the best beam would not score
+                        higher than the last of them if it ended now; "never": if it ended at max_tokens either
+        stop, stop_token_ids, include_stop_str_in_output, ignore_eos, skip_special_tokens   as in SamplingParams
+        parse_special, adapter, cache_salt   as in generate
+
+        The model's own probabilities count: no temperature, filter, penalty, bias or grammar. Results are those of transformers'
+        generate(num_beams=beam_width, num_return_sequences=n) over the same log-probabilities, and depend on nothing that runs
+        beside. Raises what generate raises."""
+        with fork.importing:
+            from pyengine.run.beam_search import BeamSearch, Reader
+            from pyengine.sampling import SamplingParams
+
+        ids = self.prompt_ids(prompt, parse_special=parse_special)
+        width = integer("beam_width", beam_width, 1, MAX_BEAM_WIDTH)
+        n = integer("n", n, 1, width)
+        params = self.resolve(
+            SamplingParams(
+                max_tokens=max_tokens,
+                temperature=0,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                include_stop_str_in_output=include_stop_str_in_output,
+                ignore_eos=ignore_eos,
+                skip_special_tokens=skip_special_tokens,
+            )
+        )
+        rules = _rules(width, params.max_tokens, self.n_ctx - len(ids), length_penalty, early_stopping)
+        words = OutputText(
+            self.tokenizer,
+            StopStrings(params.stop),
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop_str=params.include_stop_str_in_output,
+        )
+        end_ids = frozenset(() if params.ignore_eos else self.eos_token_ids)
+        reader = Reader(end_ids, frozenset(params.stop_token_ids), rules.max_tokens)
+        if width + reader.n_ends > MAX_TOP_LOGPROBS:
+            most = MAX_TOP_LOGPROBS - width
+            raise InvalidArgumentError(
+                f"{reader.n_ends} tokens end a text, with a beam_width of {width} at most {most} may"
+            )
+        core_adapter, salt = self._adapted(adapter, cache_salt)
+        caller = Caller()
+        search = BeamSearch(caller, ids, rules, reader, words, salt=salt, adapter=core_adapter)
+        run_all(self._scheduler, search.lanes)
+        return [_hypothesis(search, beam) for beam in search.finished[:n]]
+
+
+def _rules(width: int, max_tokens: int | None, room: int, length_penalty: object, early_stopping: object) -> Rules:
+    """What callers ask for, with `room` positions behind the prompt. Raises InvalidArgumentError."""
+    from pyengine.run.beam_search import Rules
+
+    penalty = number("length_penalty", length_penalty)
+    if not abs(penalty) <= MAX_LENGTH_PENALTY:
+        most = MAX_LENGTH_PENALTY
+        raise InvalidArgumentError(f"length_penalty must be in [-{most}, {most}], not {shown(length_penalty)}")
+    when: EarlyStopping
+    if isinstance(early_stopping, str) and early_stopping == "never":
+        when = "never"
+    elif isinstance(early_stopping, bool):
+        when = early_stopping
+    else:
+        raise InvalidArgumentError(f'early_stopping is True, False or "never", not {shown(early_stopping)}')
+    n_tokens = max(1, room if max_tokens is None else min(max_tokens, room))  # a whole context has one more token, too
+    return Rules(width, n_tokens, penalty, when)
+
+
+def _hypothesis(search: BeamSearch, beam: Beam) -> BeamHypothesis:
+    said = beam.said
+    assert said.finish_reason is not None
+    return BeamHypothesis(
+        said.text, list(beam.tokens), said.finish_reason, said.stop_reason, beam.logprob, search.score_of(beam)
+    )

@@ -1,0 +1,317 @@
+"""Beam search: the `width` most probable beginnings of an output go on together, a token a step.
+
+`Rules.step` is the algorithm, a function of numbers alone, and transformers' (`generate` with num_beams, from version 4.50 on):
+of the candidates of a step, all beams by all tokens, the first `width` that do not end go on, and those that end among the first
+`width` of all are finished; the `width` finished ones of the highest score are kept. Candidates are ordered by log-probability,
+those that tie by beam and by token, so there is one result.
+
+Each beam is a request of the scheduler, and all beams of a step are rows of one forward. There are `width` requests for the whole
+search, its lanes: a beam's first successor stays in its lane and goes on from its keys and values, others fork them into lanes
+that have become free. The prompt's are cached like anybody's, those of beams are not: most of them lead nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pyengine._sampler import MAX_TOP_LOGPROBS, logprobs
+from pyengine.run.request import Caller, Request
+from pyengine.text.output import OutputText
+
+if TYPE_CHECKING:
+    from pyengine import _core
+    from pyengine.results import FinishReason
+
+EarlyStopping = bool | Literal["never"]
+Row = Sequence[tuple[int, float]]  # the most probable tokens, and their log-probabilities
+
+
+# ------------------------------------------------------------------ the algorithm
+
+
+class Said(NamedTuple):
+    """What a beam's tokens say, and whether that is its end.
+
+    words  where its decoder and its stop strings stand; never changed, a successor has a copy
+    """
+
+    text: str
+    words: OutputText
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Beam(NamedTuple):
+    """The beginning of an output, or a whole one.
+
+    tokens   what came after the prompt
+    logprob  sum of their log-probabilities, natural logarithm
+    said     what they say
+    parent   which of the beams of the step before it goes on from
+    """
+
+    tokens: tuple[int, ...]
+    logprob: float
+    said: Said
+    parent: int = 0
+
+
+class Rules(NamedTuple):
+    """What a search is to do.
+
+    width           beams that go on, and finished ones that are kept
+    max_tokens      tokens of an output at most
+    length_penalty  a score is logprob / n_tokens ** length_penalty
+    early_stopping  when a search ends that has `width` finished beams: True: at once; False: when the best beam, if it ended now,
+                    would not score higher than the last of them; "never": when it would not after max_tokens either, its
+                    log-probability unchanged (which is False's test unless length_penalty > 0)
+    """
+
+    width: int
+    max_tokens: int
+    length_penalty: float
+    early_stopping: EarlyStopping
+
+    def score(self, logprob: float, n_tokens: int) -> float:
+        return float(logprob / n_tokens**self.length_penalty)
+
+    def score_of(self, beam: Beam) -> float:
+        return self.score(beam.logprob, len(beam.tokens))
+
+    def step(
+        self,
+        beams: Sequence[Beam],
+        finished: Sequence[Beam],
+        rows: Sequence[Row],
+        read: Callable[[Said, int, int], Said],
+    ) -> tuple[list[Beam], list[Beam]]:
+        """One token more: the beams that go on, the most probable first, none if the search has ended; and those that are
+        finished, the highest score first.
+
+        beams     the most probable first; all have the same number of tokens
+        finished  so far, the highest score first
+        rows      for each beam its most probable tokens: `width` and as many as there are that end a text, or all
+        read      (what a beam said, a token, which one it is from 1 on) -> what its successor says
+        """
+        n_tokens = len(beams[0].tokens) + 1
+        candidates = sorted(
+            (-(beam.logprob + logprob), parent, token)
+            for parent, (beam, row) in enumerate(zip(beams, rows, strict=True))
+            for token, logprob in row
+        )
+        going_on: list[Beam] = []
+        merged = list(finished)
+        for rank, (cost, parent, token) in enumerate(candidates):
+            if rank >= self.width and (len(going_on) == self.width or n_tokens >= self.max_tokens):
+                break
+            before = beams[parent]
+            said = read(before.said, token, n_tokens)
+            beam = Beam((*before.tokens, token), -cost, said, parent)
+            if said.finish_reason is None:
+                going_on += [beam] if len(going_on) < self.width else []
+            elif rank < self.width:
+                merged.append(beam)
+        merged.sort(
+            key=self.score_of, reverse=True
+        )  # of those with one score, the one that was finished first stays first
+        del merged[self.width :]
+        return (going_on if going_on and self._may_improve(going_on[0], merged) else []), merged
+
+    def _may_improve(self, best: Beam, finished: Sequence[Beam]) -> bool:
+        if len(finished) < self.width:
+            return True
+        if self.early_stopping is True:
+            return False
+        at_end = self.early_stopping == "never" and self.length_penalty > 0
+        n_tokens = self.max_tokens if at_end else len(best.tokens)
+        return self.score(best.logprob, n_tokens) > self.score_of(finished[-1])
+
+
+class Reader(NamedTuple):
+    """Reads beams as outputs are read: end_ids (of the model) and stop_ids end one, and a stop string does."""
+
+    end_ids: frozenset[int]
+    stop_ids: frozenset[int]
+    max_tokens: int
+
+    def read(self, before: Said, token: int, n_tokens: int) -> Said:
+        """What is said with one more token, the n_tokens-th."""
+        words, text = before.words.copy(), before.text
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if token in self.end_ids or token in self.stop_ids:
+            reason, stop_reason = "stop", token if token in self.stop_ids else None
+        else:
+            text += words.push(token)
+            reason = "length" if n_tokens >= self.max_tokens else None
+        if reason is not None or words.matched is not None:
+            text += words.finish()
+        if words.matched is not None:
+            reason, stop_reason = "stop", words.matched
+        return Said(text, words, reason, stop_reason)
+
+    @property
+    def n_ends(self) -> int:
+        return len(self.end_ids | self.stop_ids)
+
+
+# ------------------------------------------------------------------ its requests
+
+
+class _Step:
+    """Where a search is. Only `rows` changes, one entry at a time.
+
+    beams     the most probable first; none: it has ended
+    finished  the highest score first
+    lanes     for each beam, which request computes it
+    sources   for each beam, the lane in which its parent was and its parent's first successor is
+    rows      for each beam, its most probable next tokens, None = not computed yet
+    """
+
+    __slots__ = ("beams", "finished", "lanes", "rows", "sources")
+
+    def __init__(
+        self, beams: Sequence[Beam], finished: Sequence[Beam], lanes: Sequence[int], sources: Sequence[int]
+    ) -> None:
+        self.beams, self.finished, self.lanes, self.sources = beams, finished, lanes, sources
+        self.rows: list[Row | None] = [None] * len(beams)
+
+
+class BeamSearch:
+    """One search: its lanes are what the scheduler is to compute. They are done together, by the same step or error.
+
+    An exception may fall anywhere: the search goes from one step to the next by one assignment, before which lanes whose beams
+    change have let go of their sequences, and what is lost before it is computed again from the same rows.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        prompt: Sequence[int],
+        rules: Rules,
+        reader: Reader,
+        words: OutputText,
+        *,
+        salt: bytes,
+        adapter: _core.Adapter | None,
+    ) -> None:
+        self.prompt = prompt
+        self._rules, self._reader = rules, reader
+        # as many candidates as `step` needs; twice the width, so that stop strings leave enough that go on
+        self.n_candidates = min(2 * rules.width + reader.n_ends, MAX_TOP_LOGPROBS)
+        self.lanes = [BeamRequest(self, lane, caller, salt=salt, adapter=adapter) for lane in range(rules.width)]
+        self.lanes[0].keep = True  # until it has computed the prompt
+        self.step = _Step([Beam((), 0.0, Said("", words))], (), [0], [0])
+
+    @property
+    def is_done(self) -> bool:
+        return not self.step.beams or any(lane.error is not None for lane in self.lanes)
+
+    @property
+    def finished(self) -> Sequence[Beam]:
+        """The highest score first. There are fewer than `width` if there are no more outputs of so few tokens."""
+        return self.step.finished
+
+    def score_of(self, beam: Beam) -> float:
+        return self._rules.score_of(beam)
+
+    def advance(self) -> None:
+        """Go on to the next step if every beam has its row."""
+        step = self.step
+        rows = [row for row in step.rows if row is not None]
+        if len(rows) < len(step.rows) or not step.beams:
+            return
+        beams, finished = self._rules.step(step.beams, step.finished, rows, self._reader.read)
+        sources = [step.lanes[beam.parent] for beam in beams]
+        lanes = _lanes(sources, len(self.lanes))
+        is_prompt = not step.beams[0].tokens
+        for lane in self.lanes:
+            if is_prompt or lane.index not in sources:
+                lane.keep, lane.sequence = False, None
+        self.step = _Step(beams, finished, lanes, sources)
+
+
+def _lanes(sources: Sequence[int], width: int) -> list[int]:
+    """A lane for each beam: its parent's for the first successor, others where no beam goes on."""
+    free = [lane for lane in range(width) if lane not in sources]
+    return [source if source not in sources[:beam] else free.pop(0) for beam, source in enumerate(sources)]
+
+
+class BeamRequest(Request):
+    """A lane: the beam that is in it, if any."""
+
+    keep = False
+
+    def __init__(
+        self, search: BeamSearch, index: int, caller: Caller, *, salt: bytes, adapter: _core.Adapter | None
+    ) -> None:
+        super().__init__(caller, salt=salt, deadline=None, adapter=adapter)
+        self.search = search
+        self.index = index
+
+    def _rank(self, step: _Step) -> int | None:
+        """Which of the beams is here."""
+        return step.lanes.index(self.index) if self.index in step.lanes else None
+
+    @property
+    def _wants_row(self) -> bool:
+        step = self.search.step
+        rank = self._rank(step)
+        return rank is not None and step.rows[rank] is None
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.search.prompt) + len(self.search.step.beams[0].tokens)
+
+    @property
+    def next_row(self) -> int:
+        return self.n_tokens - 1 if self._wants_row else self.n_tokens
+
+    @property
+    def is_done(self) -> bool:
+        return self.error is not None or self.search.is_done
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether others have to come first. It makes room for them if there is none."""
+        return not self._wants_row
+
+    def tokens(self, begin: int, end: int) -> Sequence[int]:
+        prompt, step = self.search.prompt, self.search.step
+        n, rank = len(prompt), self._rank(step)
+        assert rank is not None
+        return [*prompt[begin:end], *step.beams[rank].tokens[max(0, begin - n) : max(0, end - n)]]
+
+    def wants(self, begin: int, end: int) -> bytes:
+        return bytes(end - begin) if end < self.n_tokens else bytes(end - begin - 1) + bytes((self.row_kind,))
+
+    def _source(self) -> _core.Sequence | None:
+        """Whose first tokens are those of this beam's parent, if they have been computed and not made room."""
+        step = self.search.step
+        rank = self._rank(step)
+        source = None if rank is None else self.search.lanes[step.sources[rank]].sequence
+        return source if source is not None and source.length >= self.next_row else None
+
+    def n_known(self, context: _core.Context) -> int:
+        return super().n_known(context) if self._source() is None else self.next_row
+
+    def new_sequence(self, context: _core.Context) -> _core.Sequence:
+        source = self._source()
+        return super().new_sequence(context) if source is None else source.fork(self.next_row)
+
+    def rows(self, begin: int, end: int) -> Sequence[int]:
+        return range(self.n_tokens - 1, end) if self._wants_row else ()
+
+    def take_row(self, position: int, row: memoryview) -> None:
+        rank = self._rank(self.search.step)
+        assert rank is not None
+        self.search.step.rows[rank] = logprobs(row, 0, self.search.n_candidates)[1]
+        self.search.advance()
+
+    def catch_up(self) -> None:
+        """After an exception that fell between the last row and the next step."""
+        try:
+            self.search.advance()
+        except Exception as error:  # of this search's text, for its caller alone
+            self.error = error
