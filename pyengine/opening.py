@@ -40,7 +40,7 @@ class Options:
 
     def __post_init__(self) -> None:
         with fork.importing:
-            from pyengine.sampling import check_speculative
+            from pyengine.sampling import check_seed, check_speculative
 
         self.n_threads = checked_threads(self.n_threads) or None
         self.n_ctx = integer("n_ctx", self.n_ctx, 0, INT32_MAX)
@@ -48,7 +48,7 @@ class Options:
         if self.max_kv_bytes is not None:
             self.max_kv_bytes = integer("max_kv_bytes", self.max_kv_bytes, 1, 2**63 - 1)
         if self.seed is not None:
-            self.seed = integer("seed", self.seed, 0, 2**64 - 1)
+            self.seed = check_seed(self.seed)
         if not isinstance(self.kv_dtype, str) or self.kv_dtype not in ("int8", "f32"):
             raise InvalidArgumentError(f"kv_dtype is 'int8' or 'f32', not {shown(self.kv_dtype)}")
         self.mmap = boolean("mmap", self.mmap)

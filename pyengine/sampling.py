@@ -62,7 +62,7 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "max_tokens": (1, INT32_MAX),
     "min_tokens": (0, INT32_MAX),
     "top_k": (-1, INT32_MAX),
-    "seed": (0, 2**64 - 1),
+    "seed": (-(2**63), 2**64 - 1),
     "logprobs": (0, MAX_LOGPROBS),
 }
 _LARGEST = 3.4028234663852886e38  # of float32, the type of logits
@@ -200,6 +200,13 @@ def check_speculative(value: object) -> Drafting:
     return Drafting(integer("max_draft of speculative", given.get("max_draft", MAX_DRAFT), 0, MAX_DRAFT), store)
 
 
+def check_seed(value: object) -> int | None:
+    """A seed as 64 bits without a sign: a negative one is its two's complement, so every int64 and every uint64 is one. -1 is
+    none, None: vLLM, llama.cpp and ollama all take it to ask for a new one. Raises InvalidArgumentError."""
+    seed = integer("seed", value, *_INTEGERS["seed"])
+    return None if seed == -1 else seed % 2**64
+
+
 def json_schema(name: str) -> dict[str, Any]:
     """A JSON schema of the parameter `name` of SamplingParams. Values that fit it may still be refused."""
     if name in _INTEGERS:
@@ -237,6 +244,8 @@ def json_schema(name: str) -> dict[str, Any]:
 
 def _check(name: str, value: Any) -> Any:
     """The value in its normal form; InvalidArgumentError naming the field if it has none."""
+    if name == "seed":
+        return check_seed(value)
     if name in _INTEGERS:
         return integer(name, value, *_INTEGERS[name])
     if name in _FLOATS:
@@ -334,7 +343,8 @@ class SamplingParams:
     stop_token_ids        tokens that end the text
     include_stop_str_in_output   leave the stop string in the text
     ignore_eos            go on after the model's end-of-text tokens
-    seed                  0 <= seed < 2**64; None draws one, and the result reports it
+    seed                  of 64 bits, -2**63 <= seed < 2**64, a negative one as its two's complement; None and -1 draw one
+                          (or take the engine's own), and the result reports it
     logprobs              log-probability of each token and of this many alternatives (0..64); None = neither
     skip_special_tokens   leave special tokens out of the text
     timeout               seconds after which the text so far is returned
@@ -440,7 +450,8 @@ class SamplingParams:
         merged["top_k"] = max(merged["top_k"], 0)
         merged.setdefault("speculative", speculative)
         if merged.get("seed") is None:
-            merged["seed"] = int.from_bytes(os.urandom(8), "little") if seed is None else _check("seed", seed)
+            own = None if seed is None else check_seed(seed)
+            merged["seed"] = int.from_bytes(os.urandom(8), "little") if own is None else own
         return ResolvedParams(**merged)
 
     def _default_temperature(self, from_model: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:

@@ -149,7 +149,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at most N tokens; default: to the end of text or context",
     )
-    add("-s", "--seed", type=int, metavar="N", help="same seed, same text; default: a new one each time")
+    add("-s", "--seed", type=int, metavar="N", help="same seed, same text; default, and -1: a new one each time")
     add(
         "--temp",
         "--temperature",

@@ -66,17 +66,10 @@ _OF_THE_RUNNER: Table = {
 }
 
 
-def _read_seed(value: Any, path: str) -> int | None:
-    """Negative: drawn, as without one."""
-    seed: int = integer().read(value, path)
-    return None if seed < 0 else SAMPLING["seed"].read(seed, path)
-
-
 _OPTIONS: Table = {
     **SAMPLING,
     "n": refused("an answer is one message", 1),
     "num_predict": integer(-2, INT32_MAX),  # negative: as many as the context holds
-    "seed": Kind({"type": "integer", "maximum": 2**64 - 1}, _read_seed),
     "repeat_last_n": refused("penalties are for the whole text", -1),
     "mirostat": refused("there is no mirostat", 0),
     **dict.fromkeys(("mirostat_tau", "mirostat_eta"), _NUMBER),

@@ -272,7 +272,7 @@ def test_every_format_is_known_and_a_models_own_comes_first(tmp_path: Path) -> N
         {"vocab_only": True}, {"kv_overrides": {"a": 1}}, {"rope_freq_base": 1e6}, {"rope_freq_scale": 0.5},
         {"yarn_orig_ctx": 4096}, {"pooling_type": 0}, {"lora_path": "a.gguf"}, {"chat_handler": object()},
         {"last_n_tokens_size": 128}, {"draft_model": object()}, {"type_k": 1}, {"chat_format": "functionary-v2"}, {"n_ctx": 513},
-        {"n_ctx": "many"}, {"tokenizer": object()}, {"seed": -2}, {"n_threads": -1}, {"context": 3},
+        {"n_ctx": "many"}, {"tokenizer": object()}, {"seed": 2**64}, {"n_threads": -1}, {"context": 3},
     ],
     ids="-".join,
 )  # fmt: skip

@@ -67,7 +67,7 @@ def test_every_default_is_neutral_and_greedy():
         "stop": ["", [""], [1], b"x", 5, ["a"] * 1025, ["a" * 200_000], {"a": 1}, iter("ab")],
         "include_stop_str_in_output": [1, "yes"],
         "ignore_eos": [0],
-        "seed": [-1, 2**64, 1.0, True],
+        "seed": [-(2**63) - 1, 2**64, HUGE, 1.0, "1", True],
         "logprobs": [-1, 65, 1.0, True],
         "skip_special_tokens": [1],
         "timeout": [0, -1, NAN, INF, "5", True, HUGE],
@@ -178,7 +178,16 @@ def test_seeds_are_drawn_once_and_reported():
     assert SamplingParams().resolve(seed=5).seed == 5
     assert SamplingParams(seed=0).resolve(seed=5).seed == 0
     with pytest.raises(InvalidArgumentError, match="seed"):
-        SamplingParams().resolve(seed=-1)
+        SamplingParams().resolve(seed=2**64)
+
+
+def test_a_negative_seed_is_its_twos_complement_and_minus_one_is_none():
+    for seed in (-2, -(2**31), -(2**63)):
+        assert SamplingParams(seed=seed).resolve().seed == int(np.int64(seed).view(np.uint64))
+        assert SamplingParams().resolve(seed=seed).seed == seed + 2**64
+    assert SamplingParams(seed=-1) == SamplingParams()
+    assert SamplingParams(seed=-1).resolve(seed=5).seed == 5
+    assert len({SamplingParams(seed=-1).resolve(seed=-1).seed for _ in range(20)}) == 20
 
 
 def test_params_are_frozen_and_copy():

@@ -47,7 +47,7 @@ LIKELY: dict[str, Any] = {
     "allowed_token_ids": st.lists(st.integers(0, 400), min_size=1, max_size=4),
     "bad_token_ids": st.lists(st.integers(0, 400), max_size=4),
     "stop": st.lists(st.text(min_size=1, max_size=3), max_size=3), "stop_token_ids": st.lists(st.integers(0, 400), max_size=3),
-    "seed": st.integers(0, 2**64 - 1), "logprobs": st.integers(0, 64), "timeout": st.floats(1e-9, 10),
+    "seed": st.integers(-(2**63), 2**64 - 1), "logprobs": st.integers(0, 64), "timeout": st.floats(1e-9, 10),
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens"),
     ({"n": 0}, "n"),
     ({"n": 10**6}, "n"),
-    ({"seed": -1}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"stop": ["x" * 200_000]}, "stop"),
     ({"stop": [""]}, "stop"),

@@ -36,7 +36,7 @@ PENALTIES: dict[str, tuple[list[Any], list[Any]]] = {
     "presence_penalty": ([0, 1], ["x"]),
     "logit_bias": ([{}, {"5": -100}], [{"x": 1}, 5]),
     "n": ([1, 2], [0]),
-    "seed": ([0, 1234], [-1, 1.5]),
+    "seed": ([0, 1234, -1, -(2**63), 2**63 - 1], [-(2**63) - 1, 2**64, 1.5]),
     "stop": (["x", ["x", "y"], []], [5, [""]]),
     "stream_options": ([], [{"include_usage": True}]),
 }

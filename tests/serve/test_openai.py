@@ -47,6 +47,24 @@ def test_streamed_and_whole_answers_are_the_engine_s(chat_model: Path, options: 
     serving(chat_model, test)
 
 
+def test_every_int64_is_a_seed_and_minus_one_draws_one(chat_model: Path) -> None:
+    """Of every dialect: a negative seed is its two's complement, and the answer says which it was."""
+    body = {"temperature": 1.0, "max_tokens": 12}
+    with Engine(chat_model) as engine:
+        wanted: Any = engine.chat(HELLO["messages"], seed=2**64 - 7, **body)
+
+    async def test(client: Client) -> None:
+        answer = (await client.post(CHAT, {**HELLO, **body, "seed": -7})).json
+        assert answer["choices"][0]["message"]["content"] == wanted.text and answer["seed"] == 2**64 - 7
+        options = {"temperature": 1.0, "num_predict": 12, "seed": -7}
+        said = await client.post("/api/chat", {"messages": HELLO["messages"], "options": options, "stream": False})
+        assert said.json["message"]["content"] == wanted.text
+        drawn = [(await client.post(CHAT, {**HELLO, **body, "seed": -1})).json["seed"] for _ in range(3)]
+        assert len(set(drawn)) == 3 and max(drawn) < 2**53
+
+    serving(chat_model, test)
+
+
 def test_a_stream_has_one_finish_reason_a_choice_and_usage_at_its_end(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         body = {**HELLO, "n": 2, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}

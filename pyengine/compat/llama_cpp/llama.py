@@ -28,7 +28,7 @@ from pyengine.freeze.gguf_split import part_paths
 from pyengine.opening import resolve_model
 from pyengine.run.request import Caller
 from pyengine.run.stream import run_all
-from pyengine.sampling import SamplingParams
+from pyengine.sampling import SamplingParams, check_seed
 from pyengine.text.chat import ChatTemplate
 from pyengine.text.prompts import token_ids
 
@@ -396,9 +396,9 @@ class Llama:
     # ------------------------------------------------------------ life
 
     def set_seed(self, seed: int) -> None:
-        """Begin the series of seeds anew."""
-        number = integer("seed", seed, -1, 2**64 - 1)
-        self._seed = None if number in (-1, options.DEFAULT_SEED) else number
+        """Begin the series of seeds anew. Raises InvalidArgumentError."""
+        number = check_seed(seed)
+        self._seed = None if number == options.DEFAULT_SEED else number
 
     def set_cache(self, cache: Any) -> None:
         """Nothing to do: what was computed is kept as long as there is memory for it."""
