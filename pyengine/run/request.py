@@ -281,6 +281,7 @@ class RowsRequest(Request):
         self._max_rows = max_rows
         self.take = take
         self.n_taken = 0  # of the positions
+        self.n_cached = 0  # of its first tokens, found in the cache
 
     @property
     def n_tokens(self) -> int:
@@ -301,6 +302,10 @@ class RowsRequest(Request):
     def wants(self, begin: int, end: int) -> bytes:
         taken = self.next_row  # what lies before may be computed again, for its keys and values
         return bytes(self.row_kind if position >= taken and position in self._wanted else 0 for position in range(begin, end))
+
+    def note_cached(self, n_tokens: int) -> None:
+        if not self.is_started:
+            self.n_cached = n_tokens
 
     def max_grant(self, begin: int) -> int:
         last = min(self.n_taken + self._max_rows, len(self._positions)) - 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyengine.serve import work
+from pyengine.serve import payload, work
 from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange, dumps
 from pyengine.serve.fields import Fields, Table, integer, needed, one_of
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pyengine.async_engine import Job
     from pyengine.embeddings import Pooled
     from pyengine.engine import Prompt
-    from pyengine.run.request import Request
+    from pyengine.run.request import Request, RowsRequest
     from pyengine.serve.app import App
     from pyengine.serve.models import ServedModel
 
@@ -27,7 +28,10 @@ MAX_INPUTS = 2048  # as OpenAI's
 
 @dataclass
 class EmbeddingsCall:
-    """A request that was understood."""
+    """A request that was understood.
+
+    seconds  from its start in the engine to the last vector
+    """
 
     model: ServedModel
     prompts: list[Prompt]
@@ -36,11 +40,15 @@ class EmbeddingsCall:
     dimensions: int | None
     cache_salt: str | None
     pooled: list[Pooled] = field(default_factory=list)
+    requests: Sequence[RowsRequest] = ()
+    started: float = 0.0
+    seconds: float = 0.0
 
     def make(self, job: Job) -> Sequence[Request]:
         """The requests for the engine; in a thread."""
+        self.started = time.monotonic()
         with told_of("input"):
-            self.pooled, requests = self.model.engine.embed_requests(
+            self.pooled, self.requests = self.model.engine.embed_requests(
                 job,
                 self.prompts,
                 pooling=self.pooling,
@@ -48,11 +56,21 @@ class EmbeddingsCall:
                 adapter=self.model.adapter,
                 cache_salt=self.cache_salt,
             )
-        return requests
+        return self.requests
+
+    async def finish(self, exchange: Exchange, job: Job) -> None:
+        """Wait for all vectors. Raises the first error of one of its requests."""
+        await work.finish(job)
+        self.seconds = time.monotonic() - self.started
+        exchange.notes["prompt"], exchange.notes["cached"] = self.n_tokens, self.n_cached
 
     @property
     def n_tokens(self) -> int:
         return sum(len(one.tokens) for one in self.pooled)
+
+    @property
+    def n_cached(self) -> int:
+        return sum(request.n_cached for request in self.requests)
 
     def values(self) -> list[Any]:
         """A vector for each prompt, as JSON has it; in a thread, since many vectors are long."""
@@ -71,6 +89,7 @@ class EmbeddingsCall:
                 "data": [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(self.values())],
                 "model": self.model.name,
                 "usage": {"prompt_tokens": self.n_tokens, "total_tokens": self.n_tokens},
+                "timings": payload.prompt_timings(self.n_cached, self.n_tokens - self.n_cached, self.seconds),
             }
         )
 
@@ -115,6 +134,5 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
 async def embeddings(app: App, exchange: Exchange) -> None:
     call = parse(app, exchange, await app.fields(exchange, FIELDS))
     async with app.job(exchange, call.model, call.make) as job:
-        await work.finish(job)
-    exchange.notes["prompt"] = call.n_tokens
+        await call.finish(exchange, job)
     await exchange.reply(200, await asyncio.to_thread(call.body), b"application/json")

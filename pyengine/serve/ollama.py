@@ -151,12 +151,12 @@ async def embed(app: App, exchange: Exchange) -> None:
     fields.take("options")
     fields.end()
     async with app.job(exchange, model, call.make) as job:
-        await work.finish(job)
-    exchange.notes["prompt"] = n_tokens = call.n_tokens
+        await call.finish(exchange, job)
 
     def body() -> bytes:
         """In a thread, since many vectors are long."""
-        return dumps({"model": model.name, "embeddings": call.values(), "prompt_eval_count": n_tokens})
+        times = {"total_duration": round(call.seconds * 1e9), "load_duration": 0}
+        return dumps({"model": model.name, "embeddings": call.values(), **times, "prompt_eval_count": call.n_tokens})
 
     await exchange.reply(200, await asyncio.to_thread(body), b"application/json")
 

@@ -40,17 +40,24 @@ def begun_usage(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": 0, "total_tokens": prompt}
 
 
+def prompt_timings(cached: int, computed: int, seconds: float) -> dict[str, Any]:
+    """Of tokens that were read, as llama.cpp's server gives them."""
+    return {
+        "cache_n": cached,
+        "prompt_n": computed,
+        "prompt_ms": round(seconds * 1e3, 3),
+        "prompt_per_token_ms": round(seconds * 1e3 / max(computed, 1), 3),
+        "prompt_per_second": round(computed / max(seconds, 1e-9), 3),
+    }
+
+
 def timings(result: Generation) -> dict[str, Any]:
     """As llama.cpp's server gives them."""
     t = result.timings
-    computed, first, rest = t.prompt_tokens - t.cached_tokens, t.time_to_first_token, t.total - t.time_to_first_token
+    rest = t.total - t.time_to_first_token
     guesses = {"draft_n": t.drafted_tokens, "draft_n_accepted": t.accepted_tokens} if t.drafted_tokens else {}
     return {
-        "cache_n": t.cached_tokens,
-        "prompt_n": computed,
-        "prompt_ms": round(first * 1e3, 3),
-        "prompt_per_token_ms": round(first * 1e3 / max(computed, 1), 3),
-        "prompt_per_second": round(t.prompt_tokens_per_second, 3),
+        **prompt_timings(t.cached_tokens, t.prompt_tokens - t.cached_tokens, t.time_to_first_token),
         "predicted_n": t.generated_tokens,
         "predicted_ms": round(rest * 1e3, 3),
         "predicted_per_token_ms": round(rest * 1e3 / max(t.generated_tokens - 1, 1), 3),

@@ -35,6 +35,7 @@ def test_vectors_are_the_engine_s_in_every_form(chat_model: Path) -> None:
             assert np.array_equal(np.array([one["embedding"] for one in data], np.float32), vectors)
             n = sum(map(len, ids))
             assert answer.json["usage"] == {"prompt_tokens": n, "total_tokens": n}
+            assert list(answer.json["timings"].items())[:2] == [("cache_n", 0), ("prompt_n", n)]
         for one_input, rows in (
             (TEXTS[0], slice(1)),
             (ids[1], slice(1, 2)),
@@ -48,6 +49,23 @@ def test_vectors_are_the_engine_s_in_every_form(chat_model: Path) -> None:
         unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
         # two roundings to float32 here, one there
         assert np.allclose([one["embedding"] for one in short], unit, rtol=2.0**-22, atol=0)
+
+    serving(chat_model, test)
+
+
+def test_timings_tell_what_was_computed_and_what_the_cache_knew(chat_model: Path) -> None:
+    async def test(client: Client) -> None:
+        ids = [5 + i % 40 for i in range(300)]
+        alone = (await client.post(PATH, {"input": ids})).json["timings"]
+        await client.post("/v1/completions", {"prompt": ids[:290], "max_tokens": 1})
+        again = (await client.post(PATH, {"input": [ids, ids[:4]]})).json["timings"]
+        assert (alone["cache_n"], alone["prompt_n"]) == (0, 300)
+        assert (again["cache_n"], again["prompt_n"]) == (290, 14)
+        for one in (alone, again):
+            assert one["prompt_ms"] > 0 and not {name for name in one if name.startswith("predicted")}
+            assert one["prompt_per_token_ms"] == pytest.approx(one["prompt_ms"] / one["prompt_n"], abs=1e-3)  # both rounded
+        vectors = (await client.post("/api/embed", {"input": "a"})).json
+        assert vectors["total_duration"] > 0 and vectors["load_duration"] == 0
 
     serving(chat_model, test)
 
