@@ -25,6 +25,7 @@ from ..errors import InvalidArgumentError, MissingFileError, ModelFormatError, U
 from ..files import path_of, read_regular
 from ..format.strict_json import parse_json_object
 from .fields import Fields
+from .safetensors import SafetensorsReader
 
 if TYPE_CHECKING:
     from ..format.quantize import Float32Array, RowSource
@@ -155,8 +156,6 @@ def files_of(one: Adapter) -> list[Path]:
 def products(one: Adapter, shape_of: Callable[[str], tuple[int, ...] | None]) -> dict[str, Product]:
     """What an adapter adds, by the name of the model's tensor; ``shape_of`` says which shape that has, None if there is none of
     that name. Raises as AdaptedTensors does."""
-    from .hf import SafetensorsReader
-
     config = _config(one.path)
     rank, alpha = config.integer("r"), config.number("lora_alpha")
     if not 1 <= rank <= MAX_RANK or not math.isfinite(alpha):

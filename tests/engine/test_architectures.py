@@ -27,8 +27,8 @@ from pyengine.freeze import freeze, mxfp4, open_source
 from pyengine.freeze.arch import gguf_keys
 from pyengine.freeze.arch.base import Shape
 from pyengine.freeze.fields import Fields
-from pyengine.freeze.hf import SafetensorsReader
 from pyengine.freeze.rope import yarn
+from pyengine.freeze.safetensors import SafetensorsReader
 
 NAMES = [name for name in fixtures.names() if gguf_fixtures.architecture_of(fixtures.load(name))]
 

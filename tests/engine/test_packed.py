@@ -19,8 +19,8 @@ from pyengine.errors import ModelFormatError, PyEngineError, UnsupportedModelErr
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
 from pyengine.freeze.fields import Fields
-from pyengine.freeze.hf import SafetensorsReader
 from pyengine.freeze.packed import PackedTensors
+from pyengine.freeze.safetensors import SafetensorsReader
 
 ARCHIVE = np.load(Path(__file__).parents[1] / "reference" / "data" / "packed" / "layers.npz")
 CASES = sorted({key.partition("/")[0] for key in ARCHIVE.files})
