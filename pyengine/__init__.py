@@ -9,9 +9,6 @@ Importing the package loads nothing heavy; each name below is imported when it i
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from pyengine.errors import (
     CancelledError,
     ContextFullError,
@@ -43,7 +40,10 @@ _LAZY = {
     "freeze": "pyengine.freeze",
 }
 
+TYPE_CHECKING = False  # what type checkers take for true; to import `typing` takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyengine.adapters import LoadedAdapter as LoadedAdapter
     from pyengine.async_engine import AsyncEngine as AsyncEngine
     from pyengine.engine import Engine as Engine
@@ -84,6 +84,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        from importlib import import_module
+
         try:
             return getattr(import_module(_LAZY[name]), name)
         except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import re
 import shlex
@@ -233,7 +234,7 @@ def test_verbose_and_environment(
         (("a", "--top-p", "nan"), "top_p must not be NaN"),
         (("a", "--top-p", "x"), "--top-p: invalid float value: 'x'"),
         (("a", "-n", "0"), "max_tokens"),
-        (("a", "-s", "-4"), "seed must be in"),
+        (("a", "-s", str(2**64)), "seed must be in"),
         (("a", "--stop", ""), "stop must not hold an empty string"),
         (("a", "-t", "0"), "-t/--threads: 0 is not a whole number from 1"),
         (("a", "-t", "two"), "-t/--threads: two is not a whole number from 1"),
@@ -363,6 +364,29 @@ def test_freeze_and_its_refusals(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert "text.gguf: " in error(capsys, "freeze", tmp_path / "text.gguf", "-o", tmp_path / "x", code=1)
     assert "already frozen" in error(capsys, "freeze", out, "-o", tmp_path / "x", code=2)
     assert "-o/--output" in error(capsys, "freeze", checkpoint, code=2)
+
+
+def test_an_interrupt_before_the_command_line_is_read_leaves_no_traceback(tmp_path: Path) -> None:
+    """Ctrl-C comes while modules are imported: of the command line, of a command, of the engine."""
+    installed = "importlib.metadata.entry_points(group='console_scripts', name='pyengine')"
+    starts = ("runpy.run_module('pyengine', run_name='__main__')", f"(script,) = {installed}; sys.exit(script.load()())")
+    for name, start in itertools.product(("pyengine.cli", "pyengine.cli.info", "pyengine.format.reader"), starts):
+        code = f"""
+import importlib.metadata, runpy, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["pyengine", "info"]
+{start}
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=cli_tools.environment(), capture_output=True, text=True, timeout=250
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", ""), (name, start)
 
 
 def test_an_interrupted_freeze_leaves_nothing(
