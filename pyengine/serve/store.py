@@ -4,16 +4,18 @@ A kept response holds the whole of its conversation, so it depends on no other o
 nothing that came after it is lost. Texts are kept as the bytes that they are counted as.
 
 Room is made by whoever has most, with what he has used least recently. So a tenant may have all the room that nobody else wants,
-and none can drive out another one who has less: of n tenants who all want more, each has an n-th. A tenant is whoever has a key,
-where there are several keys, and otherwise a cache_salt.
+and none can drive out another one who has less: of n tenants who all want more, each has an n-th. Before them room is made by
+those who have used nothing for an hour, the one who has been away longest first: shares are for whoever is there. A tenant is
+whoever has a key, where there are several keys, and otherwise a cache_salt.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ Owner = tuple[bytes | None, bytes | None]
 
 OVERHEAD = 1024  # bytes that a response is counted beside its own: objects, keys of tables
 ITEM_OVERHEAD = 256  # and for each item of its output, which can be found by its id
+AWAY = 3600.0  # seconds without a use of the store, after which a tenant is not there
 
 
 def owner_of(key_digest: bytes | None, salt: str | None) -> Owner:
@@ -71,19 +74,23 @@ class Store(Protocol):
 
 @dataclass(slots=True)
 class _Held:
-    """What a tenant has, by id, the least recently used first; and its bytes."""
+    """What a tenant has, by id, the least recently used first; its bytes; and when it last put or found something."""
 
     stored: OrderedDict[str, Stored] = field(default_factory=OrderedDict)
     n_bytes: int = 0
+    used: float = 0.0
 
 
 class ResponseStore(Store):
     """At most `max_responses` responses, of `max_bytes` bytes together. by_key: tenants are told apart by their keys, not by
-    cache_salt. Each call is done at once, in the event loop."""
+    cache_salt. clock: seconds, never backwards. Each call is done at once, in the event loop."""
 
-    def __init__(self, max_responses: int, max_bytes: int, *, by_key: bool = False) -> None:
+    def __init__(
+        self, max_responses: int, max_bytes: int, *, by_key: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._max_responses, self._max_bytes = max_responses, max_bytes
         self._by_key = by_key
+        self._clock = clock
         self._held: dict[bytes | None, _Held] = {}  # by tenant, of those that have something
         self._stored: dict[str, Stored] = {}  # by id
         self._response_of: dict[str, str] = {}  # {id of an item of an output: id of the response}
@@ -108,6 +115,7 @@ class ResponseStore(Store):
         held = self._held.setdefault(self._tenant(stored), _Held())
         held.stored[id_] = self._stored[id_] = stored
         held.n_bytes += stored.n_bytes
+        held.used = self._clock()
         self.n_bytes += stored.n_bytes
         self._response_of.update(dict.fromkeys(stored.output_ids, id_))
         return True
@@ -116,7 +124,9 @@ class ResponseStore(Store):
         stored = self._stored.get(id_)
         if stored is None or stored.owner != owner:
             return None
-        self._held[self._tenant(stored)].stored.move_to_end(id_)
+        held = self._held[self._tenant(stored)]
+        held.stored.move_to_end(id_)
+        held.used = self._clock()
         return stored
 
     async def with_item(self, owner: Owner, item_id: str) -> Stored | None:
@@ -141,13 +151,18 @@ class ResponseStore(Store):
         own[0] += 1
         own[1] += new.n_bytes
         tenants, asking = list(counts), self._tenant(new)
-        oldest = [iter(self._held.get(one, _Held()).stored.items()) for one in tenants]
+        held_by = [self._held.get(one, _Held()) for one in tenants]
+        oldest = [iter(held.stored.items()) for held in held_by]
+        since = self._clock() - AWAY
 
-        def entry(i: int) -> tuple[int, bool, int]:
-            """Of the heap, whose first has most: the larger of a tenant's two shares, of responses and of bytes; of equals
-            the one who asks comes first."""
+        def entry(i: int) -> tuple[bool, float, bool, int]:
+            """Of the heap. First come tenants who are away and have something, in the order in which they were last there. Of the
+            others the first has most: the larger of a tenant's two shares, of responses and of bytes; of equals the one who
+            asks comes first."""
             held, held_bytes = counts[tenants[i]]
-            return -max(held * self._max_bytes, held_bytes * self._max_responses), tenants[i] != asking, i
+            if held and held_by[i].used < since and tenants[i] != asking:
+                return False, held_by[i].used, True, i
+            return True, -max(held * self._max_bytes, held_bytes * self._max_responses), tenants[i] != asking, i
 
         going: list[str] = []
         heap = [entry(i) for i in range(len(tenants))]

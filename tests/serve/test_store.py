@@ -24,9 +24,18 @@ from pyengine.serve.models import Models, ServedModel
 from pyengine.serve.settings import Settings
 from pyengine.serve.shared_store import Links, SharedStore, shared
 from pyengine.serve.siblings import Siblings
-from pyengine.serve.store import OVERHEAD, Owner, ResponseStore, Store, Stored, owner_of
+from pyengine.serve.store import AWAY, OVERHEAD, Owner, ResponseStore, Store, Stored, owner_of
 
 ANNA, BERT, CARL = ((bytes([i]) * 32, None) for i in range(3))  # owners, each with a key
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def response(owner: Owner, n_bytes: int = OVERHEAD) -> Stored:
@@ -60,10 +69,12 @@ def test_an_owner_is_short_whatever_a_caller_says() -> None:
 class PlainList:
     """The store as a list in the order of use. `tenant`: of an owner."""
 
-    def __init__(self, max_responses: int, max_bytes: int, tenant: Callable[[Owner], Any]) -> None:
+    def __init__(self, max_responses: int, max_bytes: int, tenant: Callable[[Owner], Any], clock: Clock) -> None:
         self.entries: list[tuple[str, Stored]] = []
+        self.used: dict[Any, float] = {}  # by tenant
         self._bounds = max_responses, max_bytes
         self._tenant = tenant
+        self._clock = clock
 
     def _shares(self) -> collections.Counter[Any]:
         """Of each tenant, times both bounds: the larger of its shares."""
@@ -80,26 +91,36 @@ class PlainList:
         self.entries.append((id_, stored))
         while len(self.entries) > self._bounds[0] or sum(one.n_bytes for _, one in self.entries) > self._bounds[1]:
             shares, own = self._shares(), self._tenant(stored.owner)
-            has_most = max(shares, key=lambda tenant: (shares[tenant], tenant == own))
-            self.entries.remove(next(one for one in self.entries if self._tenant(one[1].owner) == has_most))
+            away = {one for one in shares if one != own and self.used[one] < self._clock.now - AWAY}
+            if away:
+                goes = min(away, key=self.used.__getitem__)
+            else:
+                goes = max(shares, key=lambda tenant: (shares[tenant], tenant == own))
+            self.entries.remove(next(one for one in self.entries if self._tenant(one[1].owner) == goes))
         if (id_, stored) not in self.entries:
             self.entries = before
             return False
+        self.use(stored)
         return True
+
+    def use(self, stored: Stored) -> None:
+        self.used[self._tenant(stored.owner)] = self._clock.now
 
 
 @pytest.mark.parametrize("reached", [itself, asked_for])
 @pytest.mark.parametrize("by_key", [False, True])
 def test_the_store_holds_what_a_plain_list_would(by_key: bool, reached: Callable[[ResponseStore], Any]) -> None:
-    """Put, got and deleted at random."""
+    """Put, got and deleted at random, while time goes by."""
     rng = random.Random(5)
+    clock = Clock()
     bounds = 6, 12_000
     owners: list[Owner] = [(b"k", None), (b"k", b"s"), (b"l", b"s")]
 
     async def test(store: Store, kept: ResponseStore) -> None:
-        plain = PlainList(*bounds, tenant=lambda owner: owner[0 if by_key else 1])
+        plain = PlainList(*bounds, tenant=lambda owner: owner[0 if by_key else 1], clock=clock)
         refused = 0
         for step in range(1000):
+            clock.now += AWAY * rng.choice((0, 0, 0.125, 0.5))
             action, owner = rng.choice(("put", "put", "get", "delete")), rng.choice(owners)
             if action == "put":
                 output = [{"id": f"msg_{step}_{i}"} for i in range(rng.randrange(4))]
@@ -119,6 +140,7 @@ def test_the_store_holds_what_a_plain_list_would(by_key: bool, reached: Callable
                 else:
                     assert await store.delete(owner, id_) is mine
                 if mine:
+                    plain.use(stored)
                     plain.entries.remove(entry)
                     if action == "get":
                         plain.entries.append(entry)
@@ -129,7 +151,7 @@ def test_the_store_holds_what_a_plain_list_would(by_key: bool, reached: Callable
         assert refused > 20
 
     async def main() -> None:
-        kept = ResponseStore(*bounds, by_key=by_key)
+        kept = ResponseStore(*bounds, by_key=by_key, clock=clock)
         async with reached(kept) as store:
             await test(store, kept)
 
@@ -157,6 +179,31 @@ def test_a_flood_of_one_drives_nobody_else_out() -> None:
         assert [kept_of(store, one) for one in (ANNA, BERT, CARL)] == [
             [f"{name}_{i}" for i in range(46, 50)] for name in "abc"
         ]
+
+    asyncio.run(main())
+
+
+def test_shares_are_for_whoever_is_there() -> None:
+    """Tenants who have been away for an hour make room first, whatever they have; to read is to be there."""
+
+    async def main() -> None:
+        clock = Clock()
+        store = ResponseStore(6, 1 << 20, clock=clock)
+        gone: list[Owner] = [(None, bytes([i])) for i in range(6)]
+        for i, owner in enumerate(gone):
+            clock.now = float(i)
+            assert await store.put(f"g{i}", response(owner))
+        new: Owner = (None, b"new")
+        assert not await store.put("n", response(new))  # all have as much as it wants
+        clock.now = 3.0 + AWAY  # the first three are away
+        assert await store.get(gone[1], "g1") is not None
+        for i in range(3):
+            assert await store.put(f"n{i}", response(new))
+        assert list(store) == ["g1", "g3", "g4", "g5", "n1", "n2"]  # g0 and g2 made room, and then it had most itself
+        clock.now = 9.0 + AWAY
+        for i in range(3, 9):
+            assert await store.put(f"n{i}", response(new))
+        assert list(store) == ["g1", "n4", "n5", "n6", "n7", "n8"]
 
     asyncio.run(main())
 
