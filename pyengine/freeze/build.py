@@ -19,6 +19,7 @@ from .sources import (
     AlternatingPanels,
     CenteredColumns,
     CenteredRows,
+    LastMatrix,
     Order,
     PickedRows,
     ReorderedHeads,
@@ -147,6 +148,7 @@ class _Source:
         self._interleaved = half_split_order(config.head_dim) if interleaved else None
         matrices = (weight for weight in inventory(config) if weight.is_matrix and weight.expert is None)
         self._matrices = {(weight.layer, part.name): (weight, part) for weight in matrices for part in weight.parts}
+        self._last_transposed = LastMatrix()
         self.taken: set[str] = set()
 
     def _spelling(self, part: Part) -> str:
@@ -196,7 +198,7 @@ class _Source:
         name, where, n_rows = self._place(weight, part)
         rows = self._reader.matrix(name)
         if self._fold(weight, part).is_transposed:
-            rows = TransposedRows(rows, weight.shape[1])
+            rows = TransposedRows(rows, weight.shape[1], self._last_transposed)
         if not isinstance(where, slice):
             return PickedRows(rows, where)
         return rows if n_rows == part.rows else SlicedRows(rows, where.start, part.rows)

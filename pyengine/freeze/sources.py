@@ -185,17 +185,35 @@ class PickedRows:
         return np.concatenate([self._source.read_rows(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs])
 
 
-class TransposedRows:
-    """The columns of matrices (``n_inputs``, outputs) that lie one under the other. Each is read whole for any of its columns."""
+class LastMatrix:
+    """Of matrices that are read whole for any part of them, the one that was read last. One for all of a model's: weights are
+    made one after the other, each in pieces, and no two matrices are held."""
 
-    def __init__(self, source: RowSource, n_inputs: int) -> None:
+    def __init__(self) -> None:
+        self._key: tuple[str, int] | None = None
+        self._rows: Float32Array | None = None
+
+    def read(self, source: RowSource, start: int, stop: int) -> Float32Array:
+        """The source's rows; not to be written to."""
+        key = source.name, start
+        if self._rows is None or self._key != key:
+            self._rows = None  # its memory is what the next one needs
+            self._rows, self._key = source.read_rows(start, stop), key
+        return self._rows
+
+
+class TransposedRows:
+    """The columns of matrices (``n_inputs``, outputs) that lie one under the other, each of which is read whole: once, if its
+    columns are asked for before another's."""
+
+    def __init__(self, source: RowSource, n_inputs: int, last: LastMatrix) -> None:
         self.name, self.rows, self.columns = source.name, source.rows // n_inputs * source.columns, n_inputs
-        self._source, self._n_outputs = source, source.columns
+        self._source, self._n_outputs, self._last = source, source.columns, last
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
         pieces = []
         for which in range(start // self._n_outputs, (stop - 1) // self._n_outputs + 1):
-            whole = self._source.read_rows(which * self.columns, (which + 1) * self.columns)
+            whole = self._last.read(self._source, which * self.columns, (which + 1) * self.columns)
             first = which * self._n_outputs
             pieces.append(whole[:, max(start - first, 0) : stop - first].T)
         return np.ascontiguousarray(np.concatenate(pieces))

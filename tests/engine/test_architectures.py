@@ -29,6 +29,7 @@ from pyengine.freeze.arch.base import Shape
 from pyengine.freeze.fields import Fields
 from pyengine.freeze.rope import yarn
 from pyengine.freeze.safetensors import SafetensorsReader
+from pyengine.freeze.sources import FileRows
 
 NAMES = [name for name in fixtures.names() if gguf_fixtures.architecture_of(fixtures.load(name))]
 
@@ -489,8 +490,9 @@ def test_an_exponent_that_overflows_is_refused_when_it_is_quantized(tmp_path: Pa
         freeze(directory, tmp_path / "m")
 
 
-def test_experts_that_are_not_quantized_are_transposed(tmp_path: Path) -> None:
-    """What tools make of gpt-oss when they dequantize it: the same values, (n_experts, inputs, outputs)."""
+def test_experts_that_are_not_quantized_are_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tools make of gpt-oss when they dequantize it: the same values, (n_experts, inputs, outputs). A weight is quantized in
+    many pieces, and its matrix is read once."""
     fixture = fixtures.load("gpt_oss")
     wanted = weight_bytes(freeze(fixtures.write_hf_dir(fixture, tmp_path / "a"), tmp_path / "m"))
     tensors = {name: w for name, w in fixture.hf_weights.items() if w.dtype != np.uint8}
@@ -502,4 +504,16 @@ def test_experts_that_are_not_quantized_are_transposed(tmp_path: Path) -> None:
         tensors |= {prefix + "gate_up_proj": alternating.swapaxes(1, 2), prefix + "down_proj": down.swapaxes(1, 2)}
     config = {key: value for key, value in fixture.hf_config.items() if key != "quantization_config"}
     plain = fixtures.write_hf_dir(replace(fixture, hf_config=config, hf_weights=tensors), tmp_path / "b")
+    monkeypatch.setattr("pyengine.format.quantize._CHUNK_ELEMENTS", 1)
+    reads: list[tuple[str, int]] = []
+    read_rows = FileRows.read_rows
+
+    def note(rows: FileRows, start: int, stop: int) -> Any:
+        reads.append((rows.name, start))
+        return read_rows(rows, start, stop)
+
+    monkeypatch.setattr(FileRows, "read_rows", note)
     assert weight_bytes(freeze(plain, tmp_path / "n")) == wanted
+    for name, tensor in tensors.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            assert [start for one, start in reads if one == name] == [e * tensor.shape[1] for e in range(4)]
