@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from reference import fixtures, frozen_reader
 from reference.folds import folded_multipliers
 from reference.oracle import kl_divergence
-from reference.spec_f32 import LowRank, Spec
+from reference.spec_f32 import Spec
+from reference.spec_ops import LowRank
 
 import pyengine
 from pyengine import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from reference import fixtures, frozen_reader, gguf_weights
 from reference.oracle import Oracle, kl_divergence, log_softmax, quantize_weight
-from reference.spec_f32 import Matrix, Spec
+from reference.spec_f32 import Spec
+from reference.spec_ops import Matrix
 from tokenizers import Tokenizer
 
 from pyengine import _core

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import fixtures, frozen_reader
-from reference.spec_f32 import Spec, rmsnorm
+from reference.spec_f32 import Spec
+from reference.spec_ops import rmsnorm
 
 from pyengine import AsyncEngine, Engine
 from pyengine.embeddings import Pooled, chosen_pooling, vectors

@@ -1,4 +1,4 @@
-"""The float32 specification (reference/spec_f32.py) against exact arithmetic, and its blocks against the
+"""The float32 specification (reference/spec_ops.py, spec_f32.py) against exact arithmetic, and its blocks against the
 float64 oracle."""
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from engine.test_equalities import CONFIG, GOLDEN_LOGITS, TOKENS, Integers, make_model, tiny_tensors
 from numpy.typing import NDArray
-from reference import fixtures, frozen_reader, spec_f32
-from reference.oracle import Oracle, kl_divergence
-from reference.spec_f32 import Spec, fmaf
+from reference import fixtures, frozen_reader, spec_ops
+from reference.oracle import Oracle, hadamard_exponent, kl_divergence, visible
+from reference.spec_f32 import Spec
+from reference.spec_ops import fmaf
 
 from pyengine import _core
 from pyengine.format.config import FrozenConfig, same_layers
@@ -62,11 +63,11 @@ def test_fmaf_equals_rational_arithmetic() -> None:
 
 def test_exp_is_accurate_and_clamped() -> None:
     x = np.concatenate([np.linspace(-87, 88, 50_001), [0.0, -0.0]]).astype(f32)
-    relative = spec_f32.exp(x).astype(np.float64) / np.exp(x.astype(np.float64)) - 1
+    relative = spec_ops.exp(x).astype(np.float64) / np.exp(x.astype(np.float64)) - 1
     assert np.abs(relative).max() < 1.2e-7
-    assert spec_f32.exp(f32(0)) == 1
-    assert spec_f32.exp(f32(-87.01)) == 0
-    assert spec_f32.exp(f32(300)) == spec_f32.exp(f32(88))
+    assert spec_ops.exp(f32(0)) == 1
+    assert spec_ops.exp(f32(-87.01)) == 0
+    assert spec_ops.exp(f32(300)) == spec_ops.exp(f32(88))
 
 
 def test_lanes_and_tree_have_the_written_order() -> None:
@@ -78,8 +79,8 @@ def test_lanes_and_tree_have_the_written_order() -> None:
         lanes[i % 16] = lanes[i % 16] + value
     for width in (8, 4, 2, 1):
         lanes = [lanes[i] + lanes[i + width] for i in range(width)]
-    assert spec_f32.sum_lanes(x) == lanes[0]
-    assert spec_f32.sum_lanes(x) != spec_f32.sum_lanes(x[::-1].copy())
+    assert spec_ops.sum_lanes(x) == lanes[0]
+    assert spec_ops.sum_lanes(x) != spec_ops.sum_lanes(x[::-1].copy())
 
 
 # ---------------------------------------------------------------------- quantizers and products
@@ -88,14 +89,14 @@ def test_lanes_and_tree_have_the_written_order() -> None:
 def test_activation_scales_carry_their_share_of_the_factor() -> None:
     """k = 1: a key's scale is halved, an activation's is not. k = 3: a quarter and a half. By hand."""
     x = f32([[3, 1]])  # transformed: 4, 2
-    codes, scales = spec_f32.quantize_transformed(x)
+    codes, scales = spec_ops.quantize_transformed(x)
     assert codes[0, 0, :3].tolist() == [127, 64, 0] and codes.shape == (1, 1, 64)  # 63.5 goes to even
     assert scales[0, 0] == f32(4) / f32(127)
-    codes, scales = spec_f32.quantize_transformed(x, 2, key=True)
+    codes, scales = spec_ops.quantize_transformed(x, 2, key=True)
     assert codes.tolist() == [[[127, 64]]] and scales[0, 0] == f32(4) / f32(127) / 2
     eight = np.eye(1, 8, 2, dtype=f32) * f32(254)  # the third column of the matrix of 8
     for key, factor in ((False, 0.5), (True, 0.25)):
-        codes, scales = spec_f32.quantize_transformed(eight, 8, key=key)
+        codes, scales = spec_ops.quantize_transformed(eight, 8, key=key)
         assert (codes[0, 0] == 127 * np.array([1, 1, -1, -1, 1, 1, -1, -1])).all()
         assert scales[0, 0] == f32(2 * factor)
 
@@ -103,9 +104,9 @@ def test_activation_scales_carry_their_share_of_the_factor() -> None:
 def test_tiny_activations_are_zero_after_their_transform() -> None:
     """The bound of 2^-64 is one of the transformed values."""
     x = np.full((1, 4), 2.0**-66, f32)
-    assert spec_f32.quantize_transformed(x)[1][0, 0] == f32(2.0**-64) / f32(127) / 2
-    assert spec_f32.quantize_transformed(x / f32(2))[1][0, 0] == 0
-    assert spec_f32.quantize(x, 4)[1][0, 0] == 0
+    assert spec_ops.quantize_transformed(x)[1][0, 0] == f32(2.0**-64) / f32(127) / 2
+    assert spec_ops.quantize_transformed(x / f32(2))[1][0, 0] == 0
+    assert spec_ops.quantize(x, 4)[1][0, 0] == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 24, 64, 96, 100, 128, 576])
@@ -114,14 +115,14 @@ def test_where_codes_are_exact_a_product_is_that_of_the_values(n: int) -> None:
     rng = np.random.default_rng(n)
     c = rng.integers(-127, 128, (5, n)).astype(f32)
     c[:, ::64] = 127
-    x = spec_f32.hadamard(c) / f32(2 ** spec_f32.hadamard_exponent(n))
-    assert np.array_equal(spec_f32.hadamard(x), c)
+    x = spec_ops.hadamard(c) / f32(2 ** hadamard_exponent(n))
+    assert np.array_equal(spec_ops.hadamard(x), c)
     exact = x.astype(np.float64) @ x.astype(np.float64).T
-    weights = spec_f32.Matrix.quantize(x)
-    product = spec_f32.matmul(*spec_f32.quantize_transformed(x), weights)
+    weights = spec_ops.Matrix.quantize(x)
+    product = spec_ops.matmul(*spec_ops.quantize_transformed(x), weights)
     assert np.abs(product - exact).max() <= 2.0**-23 * np.abs(exact).max()
-    (q, q_scales), (k, k_scales) = (spec_f32.quantize_transformed(x, n, key=key) for key in (False, True))
-    scores = spec_f32.scores_int8((q[:, 0], q_scales[:, 0]), (k[:, 0], k_scales[:, 0]), f32(1))
+    (q, q_scales), (k, k_scales) = (spec_ops.quantize_transformed(x, n, key=key) for key in (False, True))
+    scores = spec_ops.scores_int8((q[:, 0], q_scales[:, 0]), (k[:, 0], k_scales[:, 0]), f32(1))
     assert np.abs(scores - exact).max() <= 2.0**-23 * np.abs(exact).max()
 
 
@@ -136,19 +137,19 @@ def test_chunks_combine_to_a_softmax(window: int) -> None:
     scores = (3 * rng.standard_normal((600, 600))).astype(f32)
     v = (rng.integers(1, 128, (600, 16)) * rng.choice([-1, 1], (600, 16))).astype(f32)
     v_scales = rng.uniform(0.5, 1, 600).astype(f32)
-    seen = spec_f32.visible(600, window)
+    seen = visible(600, window)
     masked = np.where(seen, scores.astype(np.float64), -np.inf)
     p = np.exp(masked - masked.max(axis=1, keepdims=True))
     terms = v_scales[:, None].astype(np.float64) * v
     wanted = p @ terms / p.sum(axis=1, keepdims=True)
     scale = p @ np.abs(terms) / p.sum(axis=1, keepdims=True)
-    error = np.abs(spec_f32.attend(scores, seen, v_scales[:, None] * v, None)[0] - wanted) / scale
+    error = np.abs(spec_ops.attend(scores, seen, v_scales[:, None] * v, None)[0] - wanted) / scale
     assert error.max() < 2.0**-24 * 25 * 4
     # An int8 cache: every weight is wrong by at most half a code, which is 1 / 127 of the largest one of its group.
     weights = np.pad(p * v_scales, [(0, 0), (0, 8)]).reshape(600, -1, 32)
     half_codes = np.repeat(weights.max(axis=2) / 254, 32, axis=1)[:, :600] * seen
     bound = half_codes @ np.abs(v) / p.sum(axis=1, keepdims=True)
-    error = np.abs(spec_f32.attend(scores, seen, v, v_scales)[0] - wanted)
+    error = np.abs(spec_ops.attend(scores, seen, v, v_scales)[0] - wanted)
     assert (error < 1.001 * bound + 2.0**-24 * 100 * scale).all() and error.max() > 2.0**-24 * 1000
 
 
@@ -160,7 +161,7 @@ def test_weights_of_values_by_hand() -> None:
     v_scales = np.ones(40, f32)
     v_scales[[1, 2, 33]] = 0.5, 0.25, 2.0**-65
     v = np.tile(f32([[1, -2]]), (40, 1))
-    o, codes = spec_f32.attend(scores, np.ones((1, 40), bool), v, v_scales)
+    o, codes = spec_ops.attend(scores, np.ones((1, 40), bool), v, v_scales)
     assert codes.shape == (1, 2, 32) and codes[0, 0, :4].tolist() == [127, 64, 32, 0] and not codes[0, 1].any()
     assert o.tolist() == [[f32(223) * (f32(1) / f32(127)) / f32(4), f32(-446) * (f32(1) / f32(127)) / f32(4)]]
 

@@ -1,4 +1,4 @@
-"""csrc/FORMAT.md section 10 in float32 NumPy, by the functions of spec_f32.py: what a step's bits are."""
+"""csrc/FORMAT.md section 10 in float32 NumPy, by the functions of spec_ops.py: what a step's bits are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .spec_f32 import F32, Matrix, Spec, matmul, quantize_transformed, rmsnorm, swiglu
+from .spec_f32 import Spec
+from .spec_ops import F32, Matrix, matmul, quantize_transformed, rmsnorm, swiglu
 
 
 class DraftHead:

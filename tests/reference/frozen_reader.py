@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .spec_f32 import Matrix, Weight
+from .spec_ops import Matrix, Weight
 
 DTYPES = {"I8": np.int8, "F16": np.float16, "F32": np.float32, "U8": np.uint8}
 
