@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     **dict.fromkeys(("perplexity", "ppl"), "'pyengine eval -m MODEL FILE' measures perplexity"),
     **dict.fromkeys(("server", "start"), "'pyengine serve' is the server"),
     "embedding": "'pyengine embed' is the command",
+    "version": "'pyengine --version' tells it, and 'pyengine doctor' those of what it is built on",
     "tokenize": "'pyengine serve' has a path for it, and in Python an Engine has a method",
 }
 

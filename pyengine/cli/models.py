@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyengine.arguments import shown
 from pyengine.cli import UsageError, options
 from pyengine.cli.terminal import say
-from pyengine.errors import HubError, PyEngineError
+from pyengine.errors import HubError, MissingFileError, PyEngineError
 
 if TYPE_CHECKING:
     from pyengine.freeze.cache import Entry
@@ -116,12 +117,12 @@ def hub_items() -> list[Item]:
 
 
 def chosen(items: list[Item], names: list[str]) -> list[Item]:
-    """Items by name. Raises UsageError."""
+    """Items by name. Raises MissingFileError, UsageError."""
     found: list[Item] = []
     for name in names:
         matches = _of_hub(items, name) if name.startswith("hf:") else _by_beginning(items, name)
         if not matches:
-            raise UsageError(f"there is no {name} in the caches; 'pyengine models' lists them")
+            raise MissingFileError(f"the caches hold nothing that is called {shown(name)}; 'pyengine models' lists it all")
         found += [item for item in matches if item not in found]
     return found
 

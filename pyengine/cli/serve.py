@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
-from pyengine.errors import PyEngineError
+from pyengine.errors import MissingFileError, PyEngineError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -267,7 +267,7 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
 
 
 def _named_paths(args: argparse.Namespace) -> NamedPaths:
-    """(name or None, options with one model each). Raises UsageError for a model that is not there."""
+    """(name or None, options with one model each). Raises UsageError, and MissingFileError for a model that is not there."""
     named = []
     for name, path in map(_named, args.model or [None]):
         if path == "":
@@ -301,7 +301,7 @@ def _check_there(path: str | None) -> None:
     if path is not None and not path.startswith("hf:") and not os.path.exists(path):
         from pyengine.opening import no_model_at
 
-        raise UsageError(no_model_at(path))
+        raise MissingFileError(no_model_at(path))
 
 
 def _load(args: argparse.Namespace, named: NamedPaths) -> Models:

@@ -89,7 +89,7 @@ class FrozenFile:
         header = parse_safetensors_header(buffer, len(buffer))
         entries = header.entries
         if header.metadata.get("format") != "pyengine":
-            raise ModelFormatError("not a frozen pyengine file (freeze the model first)")
+            raise ModelFormatError("not a frozen pyengine file; of a Hugging Face model, name the directory that holds it")
         version = header.metadata.get("format_version")
         if version != FORMAT_VERSION:
             raise ModelFormatError(

@@ -50,7 +50,7 @@ class Llama2cFile:
             raise UnsupportedModelError("llama2.c formats other than the legacy float32 one")
         dim, hidden, layers, heads, kv_heads, vocab, seq_len = _HEADER.unpack(head)
         if heads < 1 or dim < 1 or dim % heads:
-            raise ModelFormatError("not a model file that is known here (GGUF, llama2.c legacy)")
+            raise ModelFormatError("neither a frozen file of pyengine nor another model file that it reads (GGUF, llama2.c)")
         self.config = FrozenConfig(
             architecture="LlamaForCausalLM",
             dim=dim,

@@ -266,6 +266,9 @@ def test_wrong_usage_is_named(
 
 def test_refusals_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no model at" in error(capsys, "generate", "-m", tmp_path / "absent", "a", code=1)
+    (tmp_path / "text").write_text("no model, but some words that are one")
+    assert "neither a frozen file of pyengine nor another" in error(capsys, "info", tmp_path / "text", code=1)
+    assert "'pyengine --version' tells it" in error(capsys, "version", code=2)
     assert "holds 512" in error(capsys, "generate", "-m", tiny_model, "a", "-c", 513, code=1)
     assert "600 tokens" in error(capsys, "generate", "-m", tiny_model, "é" * 300, code=1)
     assert "absent" in error(capsys, "generate", "-m", tiny_model, "-f", tmp_path / "absent", code=1)

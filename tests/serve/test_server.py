@@ -133,7 +133,7 @@ def test_what_is_wrong_at_the_start_is_one_clear_line(
         cases = [
             (["--port", port], 1, "another server has it"),
             (["--port", "99999"], 2, "from 0 to 65535"),
-            (["-m", str(tmp_path / "nothing")], 2, "there is no model at"),
+            (["-m", str(tmp_path / "nothing")], 1, "there is no model at"),
             (["-m", str(tmp_path / "bad.safetensors"), "--port", "0"], 1, "bad.safetensors"),
             (["--host", "0.0.0.0"], 2, "--insecure"),
             (["model.gguf"], 2, "a model is given with -m model.gguf"),
@@ -144,7 +144,7 @@ def test_what_is_wrong_at_the_start_is_one_clear_line(
             (["--speculative", "often"], 2, "'often' is not auto, off, or a number from 0 to 24"),
             (["--speculative", "25"], 2, "'25' is not auto, off, or a number from 0 to 24"),
             (["--speculative", "0", "--draft-model", str(chat_model)], 2, "--draft-model would have no effect"),
-            (["-m", str(chat_model), "--draft-model", str(tmp_path / "nothing")], 2, "there is no model at"),
+            (["-m", str(chat_model), "--draft-model", str(tmp_path / "nothing")], 1, "there is no model at"),
             (["-m", f"a={chat_model}", "--draft-model", f"b={chat_model}"], 2, "for which model, NAME=PATH"),
             (["-m", f"a={chat_model}", "-m", f"b={chat_model}", "--draft-model", str(chat_model)], 2, "NAME=...: a, b"),
             (["-m", str(chat_model), *2 * ["--draft-model", str(chat_model)]], 2, "its model has one"),

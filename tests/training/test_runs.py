@@ -94,5 +94,10 @@ def test_both_doors_and_no_numba(folder: Path, capsys: pytest.CaptureFixture[str
     cli = pytest.importorskip("pyengine.cli", reason="needs the engine's command line")
     assert cli.main(["runs", str(folder)]) == 0
     assert capsys.readouterr().out == done.stdout
+    for command in ("train", "runs"):
+        assert cli.main([command]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("pyengine: error: the following arguments are required: ")
+        assert said.err.endswith(f"('pyengine {command} --help' tells more)\n") and said.err.count("\n") == 1
     assert cli.main(["train", "runs", str(folder)]) == 2
     assert "pyengine runs FOLDER" in capsys.readouterr().err

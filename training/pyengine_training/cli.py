@@ -20,6 +20,7 @@ from .device import Device, Machine
 from .errors import ConfigError
 from .files import package_digest, write_json
 from .flags import train_parser
+from .parser import Parser
 from .text import PARQUET, tokenizer_config
 
 
@@ -107,7 +108,7 @@ def _resume(values: dict[str, Any], options: argparse.Namespace, machine: Machin
 
 
 def _prepare(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="pyengine train prepare", description="Tokenize a text.")
+    parser = Parser(prog="pyengine train prepare", description="Tokenize a text.")
     parser.add_argument("text", type=Path, help=".txt, .jsonl or .parquet")
     parser.add_argument("folder", type=Path, help="new folder for shards, manifest and tokenizer")
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer to train (default 4096)")

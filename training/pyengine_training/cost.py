@@ -18,6 +18,7 @@ from . import checkpoint as checkpoints
 from . import runfolder
 from .config import ModelConfig, model_config_from_json, train_config_from_json
 from .errors import CheckpointError
+from .parser import Parser
 from .plan import format_seconds
 
 EPILOG = """\
@@ -209,7 +210,7 @@ def show(sheet: CostSheet, rate: float | None, as_json: bool, **more: Any) -> No
 
 def cost_command(arguments: Sequence[str]) -> int:
     """``python -m pyengine_training cost``: the sheet without an engine to measure."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m pyengine_training cost",
         description="What training was and what inference is: FLOPs, time, energy, price, and where they are equal.",
         epilog=EPILOG,

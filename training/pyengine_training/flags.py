@@ -14,6 +14,7 @@ from typing import Any
 from .chat import TRAIN_ON
 from .config import CHOICES, TrainConfig
 from .device import COMMS, DEVICES, PRECISIONS
+from .parser import Parser
 from .scale import CARDS
 from .teacher_cache import TOP_K
 
@@ -288,7 +289,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def train_parser() -> argparse.ArgumentParser:
     """Of ``pyengine train``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pyengine train",
         usage="pyengine train --run-dir RUN --data TEXT [options]",
         description="Train a model from text, continue a run, decay a trunk, fine-tune or distill.",

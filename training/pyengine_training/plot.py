@@ -9,6 +9,7 @@ from typing import Any
 
 from . import runfolder
 from .errors import ConfigError, TrainingError
+from .parser import Parser
 
 POINTS = 400  # of the training curve: a picture of every step is noise, and large
 Entries = list[dict[str, Any]]
@@ -108,7 +109,7 @@ def _dress(axes: Any, of: str) -> None:
 
 def plot_command(arguments: Sequence[str]) -> int:
     """``pyengine train plot``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pyengine train plot",
         description="Draw the loss curves of a run and of the runs that it continues.",
         epilog=EPILOG,

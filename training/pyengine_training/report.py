@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from .data import Corpus, prepare_corpus, validation_batches
 from .errors import ConfigError
 from .files import atomic_directory
 from .model import Worker, fake_quantize_parameters
+from .parser import Parser
 from .text import load_tokenizer
 from .threads import available_threads, single_threaded_blas
 from .validation import Validation, summarize, sums_on_threads
@@ -48,7 +48,7 @@ def evaluate_model(folder: Path, corpus: Corpus, *, documents: int | None, seq_l
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     """Loss and bits per byte of a model in float32 and in the engine's simulated int8."""
-    parser = argparse.ArgumentParser(prog="pyengine train evaluate", description=evaluate_command.__doc__)
+    parser = Parser(prog="pyengine train evaluate", description=evaluate_command.__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("data", type=Path, help="text, or prepared folder")
     parser.add_argument("--documents", type=int, help="validation documents (default: all)")
@@ -83,7 +83,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
 def sample_command(arguments: Sequence[str]) -> int:
     """Text from a checkpoint, by the trainer's own slow forward."""
-    parser = argparse.ArgumentParser(prog="pyengine train sample", description=sample_command.__doc__)
+    parser = Parser(prog="pyengine train sample", description=sample_command.__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("--prompt", default="Once upon a time", help="what the text begins with (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=120, help="at most (default %(default)s)")
@@ -122,7 +122,7 @@ def snap_command(arguments: Sequence[str]) -> int:
     see what ships. Freezing the copy gives the same codes and scales (except where a scale is
     subnormal in half precision).
     """
-    parser = argparse.ArgumentParser(prog="pyengine train snap", description=snap_command.__doc__)
+    parser = Parser(prog="pyengine train snap", description=snap_command.__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("output", type=Path, help="new folder")
     options = parser.parse_args(arguments)

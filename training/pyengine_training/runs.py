@@ -14,6 +14,7 @@ from typing import Any
 
 from . import runfolder
 from .errors import ConfigError, TrainingError
+from .parser import Parser
 from .plan import format_seconds
 
 EPILOG = """\
@@ -139,7 +140,7 @@ def lines(runs: Sequence[RunSummary]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Of ``pyengine runs``."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="pyengine runs",
         description="List training runs and compare them.",
         epilog=EPILOG,

@@ -30,6 +30,7 @@ from ..config import TrainConfig
 from ..data import file_sha256
 from ..errors import CheckpointError, ConfigError, Interrupted, NotFiniteError
 from ..files import atomic_directory, read_json, save_safetensors, write_atomic, write_json
+from ..parser import Parser
 from ..plan import format_seconds
 from ..signals import signals
 from ..threads import available_threads, single_threaded_blas
@@ -80,7 +81,7 @@ LONGEST_OUTPUT, VOCABULARY, WIDEST = 256, 8192, 4
 
 
 def draft_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pyengine train draft",
         description="Train a draft head for a frozen model on its own outputs, and store it in the model's file.",
         epilog=EPILOG,
