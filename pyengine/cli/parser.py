@@ -11,6 +11,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number") from None
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors as exceptions, so that they are one line like all others, and with answers for options that other
     programs have (elsewhere.py; `is_server`: those of servers, too)."""
@@ -26,6 +40,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=self._formatter,
             allow_abbrev=False,
         )
+        self.register("type", int, _whole_number)  # what type=int reads with: argparse would speak of an "int value"
+        self.register("type", float, _number)
 
     def _formatter(self, prog: str) -> argparse.HelpFormatter:
         """argparse makes one for every option that it is told of, and importing what knows the terminal takes 2 ms."""
