@@ -101,6 +101,9 @@ def test_seed_is_reported_and_reproduces(engine: Engine) -> None:
 def test_engine_seed_is_the_default(tiny_model: Path) -> None:
     with Engine(tiny_model, seed=5) as engine:
         assert engine.generate(PROMPT, temperature=1.0, max_tokens=2).seed == 5
+        assert engine.generate(PROMPT, temperature=1.0, max_tokens=2, seed=-1).seed == 5  # as without one
+    with Engine(tiny_model, seed=-1) as engine:
+        assert engine.seed is None
 
 
 # ------------------------------------------------------------------ how it ends
