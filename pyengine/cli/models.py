@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyengine.arguments import shown
 from pyengine.cli import UsageError, options
 from pyengine.cli.terminal import say
 from pyengine.errors import HubError, MissingFileError, PyEngineError
@@ -122,7 +121,7 @@ def chosen(items: list[Item], names: list[str]) -> list[Item]:
     for name in names:
         matches = _of_hub(items, name) if name.startswith("hf:") else _by_beginning(items, name)
         if not matches:
-            raise MissingFileError(f"the caches hold nothing that is called {shown(name)}; 'pyengine models' lists it all")
+            raise MissingFileError(f"the caches hold nothing that is called {name!r:.80}; 'pyengine models' lists it all")
         found += [item for item in matches if item not in found]
     return found
 
