@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+with contextlib.suppress(ImportError):  # before NumPy, so that BLAS has the kernels here that it has in processes of tests
+    import pyengine_training  # noqa: F401
 
 import pytest
 

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from pyengine_training.optimizer import schedule
 from pyengine_training.runfolder import read_metrics
 from pyengine_training.trainer import Trainer
 
+DECAY: dict[str, Any] = {"decay_fraction": 0.3, "quantize_fraction": 0.0}  # all of it simulates int8
 FLAGS = (
     "--vocab-size 300 --dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64 "
     "--seq-len 32 --batch-size 4 --shards 2 --eval-every 0 --sample-every 0 --eval-documents 2 --sample-tokens 1"
@@ -29,7 +31,7 @@ FLAGS = (
 
 def test_a_machine_as_fast_as_it_was_keeps_its_plan() -> None:
     budget = Budget(seconds=103.0, plain=1.0, quantized=2.0)
-    config = TrainConfig(decay_fraction=0.3)
+    config = TrainConfig(**DECAY)
     steps = budget.steps_at_first(config)
     assert steps == 76  # 100 seconds at 1.3 a step
     config = replace(config, steps=steps)
@@ -44,7 +46,7 @@ def test_a_machine_as_fast_as_it_was_keeps_its_plan() -> None:
 def test_a_slower_machine_makes_fewer_steps_and_the_whole_decay(slow_from: int, factor: float, first: int) -> None:
     """Of which the last step may be over the time, and the rates fall from one step to the next until they are almost zero."""
     budget = Budget(103.0, 1.0, 2.0, first=first)
-    config = TrainConfig(steps=first + 76, warmup_fraction=0.0)
+    config = TrainConfig(steps=first + 76, warmup_fraction=0.0, **DECAY)
     step, elapsed, before, factors = first, 0.0, 0.0, []
     while step < config.steps:
         before = elapsed
@@ -64,7 +66,7 @@ def test_after_a_pause_steps_come_back_until_the_decay_begins(warmup: float) -> 
     """At most to the first plan; the rates do not rise again, end at almost zero, and the time is kept."""
     for pause_at, comes_back in [(12, True), (65, False)]:
         budget = Budget(103.0, 1.0, 2.0, planned=76)
-        config = TrainConfig(steps=76, warmup_fraction=warmup)
+        config = TrainConfig(steps=76, warmup_fraction=warmup, **DECAY)
         elapsed, before, counts, factors = 0.0, 0.0, [76], []
         step = 0
         while step < config.steps:

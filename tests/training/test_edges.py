@@ -231,7 +231,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
 def finished(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps whose trunk ends after 4."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    assert train(run, "--data", stories, TINY, "--steps 6") == 0
+    assert train(run, "--data", stories, TINY, "--steps 6 --decay-fraction 0.3") == 0
     return run
 
 

@@ -137,7 +137,7 @@ def test_a_run_counts_its_int8_steps() -> None:
         config = dataclasses.replace(CONFIG, quantize=quantize)
         sheet = predict(LARGE, config, card, ranks=1, nodes=1, shard_optimizer=False, activations=0)
         totals[quantize] = sheet.total_seconds
-    part = CONFIG.decay_steps / CONFIG.steps
+    part = CONFIG.quantized_steps / CONFIG.steps
     assert totals["decay"] == pytest.approx((1 - part) * totals["never"] + part * totals["always"])
     assert totals["always"] - totals["never"] == pytest.approx((INT8_COMPUTE - 1) * sheet.compute * CONFIG.steps)
 

@@ -84,7 +84,7 @@ def test_overfits_one_batch(tiny_sizes: dict[str, Any], optimizer: str) -> None:
 
 
 def test_quantized_only_in_the_decay(tiny_sizes: dict[str, Any]) -> None:
-    trainer = make(tiny_sizes, steps=10, decay_fraction=0.3, warmup_fraction=0.2)
+    trainer = make(tiny_sizes, steps=10, decay_fraction=0.3, quantize_fraction=0.0, warmup_fraction=0.2)
     results = [trainer.step(*batch(seed=s)) for s in range(10)]
     assert [r.quantized for r in results] == [False] * 7 + [True] * 3
     factors = [r.lr_factor for r in results]

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arena import Arena, parameter_shapes
+from .blas import kernels_in_use
 from .config import ModelConfig, TrainConfig, to_json
 from .errors import CheckpointError
 from .files import atomic_directory, load_safetensors, new_safetensors, read_json, save_safetensors, write_json
@@ -255,6 +256,7 @@ def environment() -> dict[str, str]:
     return {
         "cpu": cpu,
         "numpy": np.__version__,
+        "blas": kernels_in_use(),
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
         "python": platform.python_version(),

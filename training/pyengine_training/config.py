@@ -130,7 +130,7 @@ class TrainConfig:
     shards: int = 4  # parts the batch is cut into; one gradient sum order for any thread count
     steps: int = 1000
     optimizer: str = "muon"  # "muon" (blocks' matrices; AdamW for the rest) or "adamw"
-    lr: float = 3e-3  # AdamW
+    lr: float = 6e-3  # AdamW
     muon_lr: float = 0.01
     muon_momentum: float = 0.95
     beta1: float = 0.9
@@ -139,10 +139,10 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     warmup_fraction: float = 0.02
-    decay_fraction: float = 0.3
+    decay_fraction: float = 0.6
     decay_shape: str = "linear"  # or "cosine"
     quantize: str = "decay"  # fake-quantize "never", in the "decay" phase, or "always"
-    quantize_fraction: float = 0.0  # of "decay": the last part of the steps alone; 0: the whole decay
+    quantize_fraction: float = 0.1  # of "decay": the last part of the steps alone, at most the decay; 0: all of it
     recompute: str = "none"  # or "activations", "block"
     packing: str = "best-fit"  # or "restart": how documents are laid into rows
     attention: str = "document"  # documents that share a row do not see each other; or "row"
@@ -181,11 +181,6 @@ class TrainConfig:
             raise ConfigError(
                 f"warmup_fraction ({self.warmup_fraction}) and decay_fraction ({self.decay_fraction}) exceed 1 together"
             )
-        if self.quantize == "decay" and self.quantize_fraction > self.decay_fraction:
-            raise ConfigError(
-                f"quantize_fraction ({self.quantize_fraction}) exceeds decay_fraction ({self.decay_fraction}): int8 is "
-                "simulated in the last part of the decay"
-            )
 
     @property
     def warmup_steps(self) -> int:
@@ -220,7 +215,7 @@ def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:
 
 def stored(values: dict[str, Any]) -> dict[str, Any]:
     """A TrainConfig as run.json or state.json have it; knobs that it was written without were what they are here."""
-    return {"packing": "restart", "attention": "row", **values}
+    return {"packing": "restart", "attention": "row", "quantize_fraction": 0.0, **values}
 
 
 def train_config_from_json(values: dict[str, Any]) -> TrainConfig:

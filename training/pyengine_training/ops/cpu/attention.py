@@ -24,7 +24,7 @@ from ..needs import Need, Needs
 from ._jit import Array, exp, f4, kernel
 from .fake_quant import fake_quant_probabilities, value_scales
 
-TILE = 128
+TILE = 64
 
 
 @kernel
