@@ -120,14 +120,16 @@ def test_warnings_are_about_little_text() -> None:
 
 
 def test_runs_from_before_a_knob_go_on_as_they_were(finished: Path, tmp_path: Path) -> None:
-    """Packing and attention had no names in run.json once, and other values than today's defaults."""
+    """Packing, attention and the part that simulates int8 had no names in run.json once, and other values than today's defaults."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     values = runfolder.read_run(run)
     assert (values["train"].pop("packing"), values["train"].pop("attention")) == ("best-fit", "document")
+    assert values["train"].pop("quantize_fraction") == 0.1
     runfolder.write_run(run, {name: value for name, value in values.items() if name != "run_version"})
     config = open_run(run).config
     assert (config.packing, config.attention) == ("restart", "row")
+    assert config.quantized_steps == config.decay_steps
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,19 @@ def test_the_batch_follows_from_the_tokens(values: dict[str, Any], rows: int, sh
     assert (config.batch_size, config.shards) == (rows, shards)
     if "tokens" in values:
         assert config.steps == round(values["tokens"] / (rows * config.seq_len))
+
+
+def test_rates_and_int8_follow_from_what_is_trained(finished: Path) -> None:
+    def config(**values: Any) -> TrainConfig:
+        return train_config(values, base_options(values, [Path("a.txt")]))
+
+    assert (config().lr, config().muon_lr, config().quantize_fraction) == (6e-3, 0.01, 0.1)
+    assert (config(optimizer="adamw").lr, config(optimizer="adamw", lr=1e-3).lr) == (3e-3, 1e-3)
+    tuned = config(init_from=str(finished / "final"))
+    assert (tuned.lr, tuned.muon_lr, tuned.quantized_steps) == (3e-4, 2e-3, tuned.decay_steps)
+    with pytest.raises(ConfigError, match=r"quantize_fraction \(0\.3\) exceeds decay_fraction \(0\.2\)"):
+        config(decay_fraction=0.2, quantize_fraction=0.3)
+    assert config(steps=100, decay_fraction=0.05).quantized_steps == 5  # the default's part is at most the decay
 
 
 def test_few_large_steps_are_told() -> None:
@@ -231,7 +246,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
 def finished(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps whose trunk ends after 4."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    assert train(run, "--data", stories, TINY, "--steps 6 --decay-fraction 0.3") == 0
+    assert train(run, "--data", stories, TINY, "--steps 6") == 0
     return run
 
 

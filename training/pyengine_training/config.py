@@ -130,7 +130,7 @@ class TrainConfig:
     shards: int = 4  # parts the batch is cut into; one gradient sum order for any thread count
     steps: int = 1000
     optimizer: str = "muon"  # "muon" (blocks' matrices; AdamW for the rest) or "adamw"
-    lr: float = 6e-3  # AdamW
+    lr: float = 6e-3  # AdamW, beside Muon
     muon_lr: float = 0.01
     muon_momentum: float = 0.95
     beta1: float = 0.9
@@ -139,7 +139,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     warmup_fraction: float = 0.02
-    decay_fraction: float = 0.6
+    decay_fraction: float = 0.3
     decay_shape: str = "linear"  # or "cosine"
     quantize: str = "decay"  # fake-quantize "never", in the "decay" phase, or "always"
     quantize_fraction: float = 0.1  # of "decay": the last part of the steps alone, at most the decay; 0: all of it

@@ -102,7 +102,7 @@ GROUPS: list[tuple[str, str, Options]] = [
         {
             "optimizer": ("", "muon: Muon for the blocks' matrices and AdamW for the rest; adamw: for everything"),
             "muon_lr": ("X", "peak learning rate of Muon, in units of an orthogonal matrix"),
-            "lr": ("X", "peak learning rate of AdamW: embeddings and norms, or everything"),
+            "lr": ("X", "peak learning rate of AdamW: embeddings and norms, or everything (then 0.003)"),
             "muon_momentum": ("X", "of Muon: how much of the last direction stays"),
             "beta1": ("X", "of AdamW: how much of the mean gradient stays"),
             "beta2": ("X", "of AdamW: how much of the mean square stays"),

@@ -34,6 +34,7 @@ from .threads import available_threads
 from .trainer import check_sizes
 
 VOCABULARY = 4096
+ADAMW_LR = 3e-3  # of a run without Muon
 FINE_TUNING_LR, FINE_TUNING_MUON_LR = 3e-4, 2e-3  # of a model that has learnt already
 LORA_LR = 1e-3
 PREFERENCE_LR, PREFERENCE_LORA_LR = 1e-5, 1e-4  # AdamW's: the loss pulls as long as it is let
@@ -91,8 +92,11 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
     ):
         base["batch_size"] = max(sizes[1], min(TrainConfig.batch_size, batch_rows(values["tokens"], sizes[0])))
         base["shards"] = min(base["batch_size"], TrainConfig.shards)
+    if values.get("optimizer") == "adamw":
+        base["lr"] = ADAMW_LR
     if values.get("init_from"):
         base.update(lr=LORA_LR if values.get("lora") else FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
+        base["quantize_fraction"] = 0.0  # few steps: all of the decay
     if any(is_preference(path) for path in paths if path.is_file()):
         base.update(lr=PREFERENCE_LORA_LR if values.get("lora") else PREFERENCE_LR, optimizer="adamw")
         base["weight_decay"] = 0.0
