@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-with contextlib.suppress(ImportError):  # before NumPy, so that BLAS has the kernels here that it has in processes of tests
+# before NumPy, so that BLAS has the kernels here that it has in processes that tests start
+with contextlib.suppress(ImportError):
     import pyengine_training  # noqa: F401
 
 import pytest

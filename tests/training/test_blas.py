@@ -14,7 +14,9 @@ ZEN5 = "avx2 avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512_bf16"
 
 def cpuinfo(vendor: str, flags: str) -> str:
     """Of two processors, the second of which has nothing."""
-    return f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\nbugs\t\t:\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    return (
+        f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\nbugs\t\t:\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,9 @@ def asked_for(script: str, **given: str) -> str:
     """What a fresh process finds in the variable after the script."""
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     command = [sys.executable, "-c", f"import os; {script}; print(os.environ.get({VARIABLE!r}))"]
-    return subprocess.run(command, env={**environment, **given}, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        command, env={**environment, **given}, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_asked_for_before_numpy_is_there() -> None:

@@ -120,7 +120,7 @@ def test_warnings_are_about_little_text() -> None:
 
 
 def test_runs_from_before_a_knob_go_on_as_they_were(finished: Path, tmp_path: Path) -> None:
-    """Packing, attention and the part that simulates int8 had no names in run.json once, and other values than today's defaults."""
+    """What run.json did not name once had other values than today's defaults."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     values = runfolder.read_run(run)

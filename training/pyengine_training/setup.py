@@ -49,7 +49,11 @@ def train_config(values: dict[str, Any], base: dict[str, Any], done: tuple[int, 
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     chosen = {**base, **{k: v for k, v in values.items() if k in names}}
     config = train_config_from_json(chosen)
-    if "quantize_fraction" in values and config.quantize == "decay" and config.quantize_fraction > config.decay_fraction:
+    if (
+        "quantize_fraction" in values
+        and config.quantize == "decay"
+        and config.quantize_fraction > config.decay_fraction
+    ):
         raise ConfigError(
             f"quantize_fraction ({config.quantize_fraction}) exceeds decay_fraction ({config.decay_fraction}): int8 is "
             "simulated in the last part of the decay"
