@@ -190,7 +190,17 @@ def test_pieces_cover_everything_and_owners_are_balanced(optimizer: str, size: i
 
 
 def config(**knobs: Any) -> TrainConfig:
-    return TrainConfig(**{"seq_len": 24, "batch_size": 8, "shards": 8, "steps": 6, "decay_fraction": 0.5, **knobs})
+    return TrainConfig(
+        **{
+            "seq_len": 24,
+            "batch_size": 8,
+            "shards": 8,
+            "steps": 6,
+            "decay_fraction": 0.5,
+            "quantize_fraction": 0.0,
+            **knobs,
+        }
+    )
 
 
 def batch(seed: int) -> tuple[Array, Array]:

@@ -103,7 +103,7 @@ def test_schedule_shapes() -> None:
 
 def test_resuming_is_bitwise(tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
     """Save in the trunk, restore into a fresh trainer, go through the quantized decay: losses and parameters equal."""
-    knobs = {"steps": 8, "decay_fraction": 0.5}
+    knobs = {"steps": 8, "decay_fraction": 0.5, "quantize_fraction": 0.0}
     trainer = make(tiny_sizes, **knobs)
     for s in range(3):
         trainer.step(*batch(seed=s))

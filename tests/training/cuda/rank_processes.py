@@ -33,7 +33,15 @@ RUNS = [
 ]
 MODEL = ModelConfig(vocab_size=11, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=12, max_seq_len=4)
 CONFIG = TrainConfig(
-    seq_len=4, batch_size=4, shards=4, steps=2, warmup_fraction=0.0, decay_fraction=0.5, lr=0.01, clip=0.5
+    seq_len=4,
+    batch_size=4,
+    shards=4,
+    steps=2,
+    warmup_fraction=0.0,
+    decay_fraction=0.5,
+    quantize_fraction=0.0,
+    lr=0.01,
+    clip=0.5,
 )
 
 

@@ -42,7 +42,7 @@ def recorded() -> dict[tuple[Any, Any], int]:
     tokens = np.zeros((2, 4), np.int64)
     with use_runtime(RecordingRuntime()) as runtime:
         for precision in ("bf16", "float32"):
-            config = TrainConfig(seq_len=4, batch_size=2, shards=1, steps=2, decay_fraction=0.5)
+            config = TrainConfig(seq_len=4, batch_size=2, shards=1, steps=2, decay_fraction=0.5, quantize_fraction=0.0)
             trainer = Trainer(model, config, CudaBackend(model, config, precision=precision))
             trainer.step(tokens, tokens)
             trainer.step(tokens, tokens)  # the quantized phase

@@ -39,6 +39,7 @@ CONFIG = TrainConfig(
     steps=4,
     warmup_fraction=0.25,
     decay_fraction=0.5,
+    quantize_fraction=0.0,
     lr=0.01,
     quantize="decay",
     optimizer="adamw",

@@ -251,7 +251,7 @@ def resume() -> bool:
     from ..checkpoint import hf_config, hf_tensors
     from ..files import save_safetensors, write_json
 
-    config = TrainConfig(seq_len=SEQ, batch_size=8, shards=2, steps=6, decay_fraction=0.5)
+    config = TrainConfig(seq_len=SEQ, batch_size=8, shards=2, steps=6, decay_fraction=0.5, quantize_fraction=0.0)
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "step"
@@ -280,13 +280,17 @@ def ranks() -> bool:
     """One, two and more ranks: the same bits, by NCCL on several GPUs, through the host on one."""
     from .ranks import Run, compare, on_processes
 
-    count, reason = on_processes(1, lambda _: _count_gpus())[0]  # in a process of its own: ranks are forked from this one
+    count, reason = on_processes(1, lambda _: _count_gpus())[
+        0
+    ]  # in a process of its own: ranks are forked from this one
     if reason:
         from ..ops.cuda._runtime import DeviceError
 
         raise DeviceError(reason)
     say(gpus=count)
-    config = TrainConfig(seq_len=SEQ, batch_size=ROWS, shards=RANKS, steps=min(STEPS, 6), decay_fraction=0.5)
+    config = TrainConfig(
+        seq_len=SEQ, batch_size=ROWS, shards=RANKS, steps=min(STEPS, 6), decay_fraction=0.5, quantize_fraction=0.0
+    )
     sizes = [size for size in (2, 4, 8) if size <= RANKS]
     runs = [Run(1), Run(2, "host"), Run(2, "host", shard_optimizer=True)]
     runs += [Run(size, "nccl", shard_optimizer=shard) for size in sizes if size <= count for shard in (False, True)]
