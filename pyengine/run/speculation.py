@@ -148,8 +148,8 @@ class Speculation:
             self.proposer.check_integrity([one for one in requests if isinstance(one, GenerationRequest)])
 
     def close(self) -> None:
-        """The draft model or head goes."""
-        self.proposer = None
+        """The draft model or head goes, and requests that start want no more hidden states for it."""
+        self.proposer, self._wants_states = None, False
 
     def _drafter(self, request: GenerationRequest) -> Drafter:
         """The request's, which has read all that is known of its text."""
