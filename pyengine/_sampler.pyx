@@ -45,11 +45,13 @@ cdef extern from "sampler/sampler.h" nogil:
     pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bint is_prompt, char *err)
     pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, const uint32_t *mask,
                                 pe_sample_result *out, char *err)
+    ctypedef enum pe_guess_kind:
+        PE_GUESS_DRAWN, PE_GUESS_LIKELIEST
     ctypedef struct pe_guess:
         int32_t token
         float probability
     pe_status pe_sampler_guess(pe_sampler *sampler, const float *logits, const int32_t *ids, size_t n, uint64_t position,
-                               const uint32_t *mask, pe_guess *out, char *err)
+                               const uint32_t *mask, pe_guess_kind kind, pe_guess *out, char *err)
     ctypedef struct pe_sample_row:
         pe_sampler *sampler
         const float *logits
@@ -231,9 +233,11 @@ cdef class Sampler:
             return result.token, None, None
         return result.token, result.logprob, top_of(&result)
 
-    def guess(self, const float[::1] logits not None, uint64_t position, mask=None, const int32_t[::1] ids=None):
+    def guess(self, const float[::1] logits not None, uint64_t position, mask=None, const int32_t[::1] ids=None, *,
+              bint likeliest=False):
         """What `sample` would choose if only the tokens `ids` (n) int32, ascending, could be chosen, whose logits (n) these are; None =
-        all tokens. (token, its probability among them); raises like `sample`."""
+        all tokens. (token, its probability among them); raises like `sample`. likeliest: the first choice at temperature 0 instead,
+        with a probability that is lower where the position's random number lies beyond it (sampler.h)."""
         cdef char err[PE_ERR_LEN]
         cdef const uint32_t *words = NULL
         cdef const int32_t *known = NULL
@@ -251,7 +255,8 @@ cdef class Sampler:
             view = mask_view(mask, self.size)
             words = <const uint32_t *>view.buffer.buf
         with nogil:
-            status = pe_sampler_guess(self.sampler, &logits[0], known, n, position, words, &result, err)
+            status = pe_sampler_guess(self.sampler, &logits[0], known, n, position, words,
+                                      PE_GUESS_LIKELIEST if likeliest else PE_GUESS_DRAWN, &result, err)
         check(status, err)
         return result.token, result.probability
 

@@ -162,8 +162,8 @@ def test_a_head_that_knows_the_model_is_right(knowing: Path, temperature: float)
         if temperature == 0:
             assert result.tokens == [5 + STEP * (i + 1) for i in range(40)]
             assert timings.accepted_tokens == timings.drafted_tokens >= 28
-        else:  # both draw with the number of the position
-            assert timings.accepted_tokens >= 0.8 * timings.drafted_tokens > 0
+        else:  # of tokens with a chance of about 0.6, four at a time: 0.6 + 0.36 + ... = 1.3 of 4
+            assert timings.accepted_tokens >= 0.2 * timings.drafted_tokens > 0
         check(engine)
 
 
