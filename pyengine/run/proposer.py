@@ -1,9 +1,9 @@
 """Proposers: networks that guess what a model will say, beside the n-grams, and how far they run ahead.
 
-A proposer chooses each guess with the request's own sampler, and knows the random number of that very position. A draft model draws
-with it: at any temperature its guess is right whenever both models agree about what that number chooses, not only where the model
-is certain. A draft head, which is less sure than the model, guesses the likeliest token and believes it less where the number lies
-beyond that token's probability.
+A proposer makes each guess with the request's own sampler, and knows the random number of that very position. A draft model draws
+with it: at any temperature its guess is right whenever both models agree about what that number chooses, not only where the
+model is certain. A draft head, which is less sure than the model, guesses the likeliest token, and believes it less where the
+number lies beyond that token's probability.
 
 Guess by guess the likelier one is taken, the proposer's or the n-grams', and n-grams go on where the proposer stops. Asking it
 has a price, its steps. What an answer brings, the expected speed with it against the one with n-grams alone, is kept by kind of
@@ -166,7 +166,7 @@ class Proposer(ABC):
         likeliest: bool = False,
     ) -> tuple[int, float] | None:
         """The guess behind a draft, and its probability: what the request's sampler makes of these logits, of the tokens `ids`
-        (None = all), at that position; see Sampler.guess. None if they are none to choose from, an infinity among them for one."""
+        (None = all), at that position (Sampler.guess). None if they are none to choose from, an infinity among them for one."""
         mask = request.masks(draft)[-1]
         position = request.n_tokens + len(draft)
         try:
