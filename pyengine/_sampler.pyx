@@ -64,6 +64,7 @@ cdef extern from "sampler/sampler.h" nogil:
 
 cdef extern from "sampler/philox.h" nogil:
     void pe_philox4x32_10(const uint32_t *counter, const uint32_t *key, uint32_t *out)
+    uint64_t pe_philox_draw(uint64_t seed, uint64_t position, uint64_t sample_index)
 
 
 cdef extern from "kernels/double_math.h" nogil:
@@ -136,6 +137,8 @@ cdef class Sampler:
     cdef pe_sampler *sampler
     cdef size_t size
     cdef bint wants_logprobs
+    cdef bint is_greedy
+    cdef uint64_t seed
     cdef readonly uint64_t sample_index
     # Every accepted token of the output, oldest first.
     cdef readonly list outputs
@@ -152,7 +155,7 @@ cdef class Sampler:
 
         pe_sampler_params_init(&c)
         c.seed, c.sample_index = params.seed, sample_index
-        self.sample_index = sample_index
+        self.sample_index, self.seed, self.is_greedy = sample_index, params.seed, params.temperature == 0
         c.temperature, c.top_k = params.temperature, params.top_k
         c.top_p, c.min_p, c.typical_p = params.top_p, params.min_p, params.typical_p
         c.repetition_penalty = params.repetition_penalty
@@ -232,6 +235,10 @@ cdef class Sampler:
         if not self.wants_logprobs:
             return result.token, None, None
         return result.token, result.logprob, top_of(&result)
+
+    def random(self, uint64_t position) -> float:
+        """The random number in [0, 1) by which the token at this absolute position is drawn; 0 at temperature 0."""
+        return 0.0 if self.is_greedy else (pe_philox_draw(self.seed, position, self.sample_index) >> 11) * 2.0 ** -53
 
     def guess(self, const float[::1] logits not None, uint64_t position, mask=None, const int32_t[::1] ids=None, *,
               bint likeliest=False):

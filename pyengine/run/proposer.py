@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 from pyengine import fork
 from pyengine.errors import PyEngineError
-from pyengine.run.acceptance import AcceptanceStats, guess_bucket, ngram_bucket, relation
+from pyengine.run.acceptance import AcceptanceStats, guess_bucket, place, relation
 
 if TYPE_CHECKING:
     from pyengine import _core
@@ -54,6 +54,8 @@ class DraftState:
         self.chance = FIRST_CHANCE  # of its guesses lately, as far as is known
         self.pending: list[Guess] = []  # of which nothing was learnt so far
         self.pending_at = 0  # length of the text before the first of them
+        self.place = 0  # acceptance.place of the newest position
+        self.asked_after: int | None = None  # the token before the first of its guesses, if nothing was learnt of that one
 
 
 class Proposer(ABC):
@@ -128,11 +130,15 @@ class Proposer(ABC):
         return proposals, True
 
     def _is_asked(self, request: GenerationRequest, ngrams: Proposal) -> bool:
-        bucket, state = ngram_bucket(ngrams), request.draft_state
+        state, n = request.draft_state, request.n_tokens
+        (token,) = request.tokens(n - 1, n)
+        random = request.sampler.random(n)
         if state is None:  # it would have to read the text first
-            return self.acceptance(request).is_worth_asking(bucket, len(request.sampler.outputs))
+            shared = self.acceptance(request)
+            return shared.is_worth_reading(place(ngrams, shared.first_chance(token), random), len(request.sampler.outputs))
         self._learn(request, state)
-        return state.acceptance.is_worth_asking(bucket, request.n_tokens)
+        state.place = place(ngrams, state.acceptance.first_chance(token), random)
+        return state.acceptance.asks(state.place, n)
 
     def _run_ahead(self, builders: list[DraftBuilder], n_rows: int) -> float:
         """Lengthen each draft as far as pays. The seconds that all steps but the first took."""
@@ -151,7 +157,8 @@ class Proposer(ABC):
             running = [one for one in running if self._goes_on(one, len(running), n_rows)]
         for builder in builders:
             state = builder.draft_state
-            state.pending, state.pending_at = builder.guesses, builder.request.n_tokens
+            n = state.pending_at = builder.request.n_tokens
+            state.pending, (state.asked_after,) = builder.guesses, builder.request.tokens(n - 1, n)
             if not builder.guesses:
                 state.acceptance.suspend(builder.request.n_tokens)
         return spent
@@ -190,6 +197,9 @@ class Proposer(ABC):
         """What became of its guesses, drafted or not, as far as is known."""
         begin, pending = state.pending_at, state.pending
         truth = request.tokens(begin, min(begin + len(pending), request.n_tokens))
+        if pending and truth and state.asked_after is not None:
+            state.acceptance.learn_first(state.asked_after, pending[0].token == truth[0])
+            state.asked_after = None
         for (bucket, guess, drafted), token in zip(pending, truth, strict=False):
             state.acceptance.learn(bucket, guess == token)
             state.chance += CHANCE_RATE * ((guess == token) - state.chance)
@@ -217,7 +227,7 @@ class Proposer(ABC):
             return  # nothing is known so far
         net_gain = (gain - without - math.log1p(spent / step)) * n_rows / len(builders)
         for builder in builders:
-            builder.draft_state.acceptance.note_gain(ngram_bucket(builder.ngrams), builder.request.n_tokens, net_gain)
+            builder.draft_state.acceptance.note_gain(builder.draft_state.place, net_gain)
 
     def _note_seconds(self, is_later: bool, seconds: float) -> float:
         """A step took so long; what such steps take lately."""
