@@ -68,6 +68,7 @@ def test_the_likeliest_is_the_greedy_choice_believed_less_beyond_its_probability
         if name == "sampled":
             scaled = np.exp(logits.astype(float) - logits.max())
             top, random = 1 / scaled.sum(), (dice.sample(np.zeros(4096, np.float32), position)[0] + np.array([0, 1])) / 4096
+            assert random[0] <= sampler.random(position) < random[1] and greedy.random(position) == 0
             n_beyond += random[0] > top
             bounds = np.minimum(top, top * top / np.maximum(random, 1e-9))
             assert bounds[1] * 0.998 <= probability <= bounds[0] * 1.002
