@@ -31,7 +31,8 @@ LATE = 0.75
 # all tokens counts like so many guesses there, and what all texts taught like so many of one. Weight of one more in that mean.
 N_TOKEN_SLOTS, TOKEN_WEIGHT, OWN_FIRST_WEIGHT = 4096, 4.0, 6.0
 MEAN_RATE = 0.01
-# What asking is assumed to gain before anything is known, in logarithms of the speed, and like how many questions.
+# What asking is assumed to gain before anything is known, in logarithms of the speed, where n-grams know nothing (the likelier
+# their guess, the less is left), and like how many questions.
 FIRST_GAIN, FIRST_GAIN_WEIGHT = 0.05, 2
 # Weight of one more question in the running mean of the gain, when many were asked.
 RATE = 0.04
@@ -70,6 +71,10 @@ def _first_chance(bucket: int) -> float:
     )
 
 
+def _first_gain(place: int) -> float:
+    return FIRST_GAIN * (1.0 - (place // (2 * N_FIRST_BUCKETS) + 0.5) / N_NGRAM_BUCKETS)
+
+
 class AcceptanceStats:
     """What texts teach about one network: of one text, over those of all texts like it (`shared`), or (shared=None) of all."""
 
@@ -87,7 +92,7 @@ class AcceptanceStats:
         self._first_accepted = self._first_expected = OWN_FIRST_WEIGHT
         # Of all texts, by place: the mean gain, of how many questions; positions until the next try, and how many after that.
         n_places = N_PLACES if shared is None else 0
-        self._gain, self._n_asked = [FIRST_GAIN] * n_places, [FIRST_GAIN_WEIGHT] * n_places
+        self._gain, self._n_asked = [_first_gain(i) for i in range(n_places)], [FIRST_GAIN_WEIGHT] * n_places
         self._n_skip, self._pause = [0] * n_places, [FIRST_PAUSE] * n_places
         self._silent_until = 0  # of one text: its length when it may be asked again
 
