@@ -54,7 +54,6 @@ class DraftState:
         self.chance = FIRST_CHANCE  # of its guesses lately, as far as is known
         self.pending: list[Guess] = []  # of which nothing was learnt so far
         self.pending_at = 0  # length of the text before the first of them
-        self.place = 0  # acceptance.place of the newest position
         self.asked_after: int | None = None  # the token before the first of its guesses, if nothing was learnt of that one
 
 
@@ -110,13 +109,14 @@ class Proposer(ABC):
     ) -> tuple[list[Proposal], bool]:
         """Proposals that are likelier than those of the n-grams, for a step of n_rows rows without them; and whether anything was
         asked for their sake. drafters[i]: the n-grams of requests[i]."""
-        asked = [i for i, request in enumerate(requests) if self._is_asked(request, ngrams[i])]
+        places = [self._place(request, one) for request, one in zip(requests, ngrams, strict=True)]
+        asked = [i for i, request in enumerate(requests) if self._is_asked(request, places[i])]
         began = time.perf_counter()
         try:
             asked = [i for i in asked if self._prepare(requests[i])]
             if not asked:
                 return ngrams, False
-            builders = {i: self.new_builder(requests[i], drafters[i], ngrams[i]) for i in asked}
+            builders = {i: self.new_builder(requests[i], drafters[i], ngrams[i], places[i]) for i in asked}
             later = self._run_ahead(list(builders.values()), n_rows)
         except PyEngineError:  # no memory, for one: nobody needs a draft
             for i in asked:
@@ -129,16 +129,20 @@ class Proposer(ABC):
         self._note_gain(list(builders.values()), ngrams, proposals, n_rows, first + later)
         return proposals, True
 
-    def _is_asked(self, request: GenerationRequest, ngrams: Proposal) -> bool:
+    def _place(self, request: GenerationRequest, ngrams: Proposal) -> int:
+        """acceptance.place of its newest position."""
         state, n = request.draft_state, request.n_tokens
+        if state is not None:
+            self._learn(request, state)
+        acceptance = self.acceptance(request) if state is None else state.acceptance
         (token,) = request.tokens(n - 1, n)
-        random = request.sampler.random(n)
+        return place(ngrams, acceptance.first_chance(token), request.sampler.random(n))
+
+    def _is_asked(self, request: GenerationRequest, place: int) -> bool:
+        state = request.draft_state
         if state is None:  # it would have to read the text first
-            shared = self.acceptance(request)
-            return shared.is_worth_reading(place(ngrams, shared.first_chance(token), random), len(request.sampler.outputs))
-        self._learn(request, state)
-        state.place = place(ngrams, state.acceptance.first_chance(token), random)
-        return state.acceptance.asks(state.place, n)
+            return self.acceptance(request).is_worth_reading(place, len(request.sampler.outputs))
+        return state.acceptance.asks(place, request.n_tokens)
 
     def _run_ahead(self, builders: list[DraftBuilder], n_rows: int) -> float:
         """Lengthen each draft as far as pays. The seconds that all steps but the first took."""
@@ -227,7 +231,7 @@ class Proposer(ABC):
             return  # nothing is known so far
         net_gain = (gain - without - math.log1p(spent / step)) * n_rows / len(builders)
         for builder in builders:
-            builder.draft_state.acceptance.note_gain(builder.draft_state.place, net_gain)
+            builder.draft_state.acceptance.note_gain(builder.place, net_gain)
 
     def _note_seconds(self, is_later: bool, seconds: float) -> float:
         """A step took so long; what such steps take lately."""
@@ -239,13 +243,14 @@ class Proposer(ABC):
 
 
 class DraftBuilder:
-    """A draft on its way: of each place the likelier guess, the proposer's or the n-grams'."""
+    """A draft on its way: of each position the likelier guess, the proposer's or the n-grams'. place: of its first one."""
 
-    def __init__(self, request: GenerationRequest, drafter: Drafter, ngrams: Proposal) -> None:
+    def __init__(self, request: GenerationRequest, drafter: Drafter, ngrams: Proposal, place: int) -> None:
         assert request.draft_state is not None
         self.request = request
         self.draft_state = request.draft_state
         self.ngrams = ngrams
+        self.place = place
         self.guesses: list[Guess] = []
         self.tokens: list[int] = []
         self.reached = 1.0  # the chance that all of it comes true

@@ -252,7 +252,7 @@ def test_a_guess_is_learnt_from_whether_it_was_drafted_or_not() -> None:
     request = a_request(text)
     proposer._prepare(request)
     state = request.draft_state
-    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [])
+    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [], 0)
     for guess in SURE[:3]:
         builder.add(guess)
     state.pending, state.pending_at, state.asked_after = builder.guesses, 2, 2
@@ -265,6 +265,6 @@ def test_a_guess_is_learnt_from_whether_it_was_drafted_or_not() -> None:
         request.n_tokens = len(text)
         Proposer._learn(request, state)
         assert learnt == expected and first == [(2, True)]
-    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [(40, 0.98), (41, 0.98)])
+    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [(40, 0.98), (41, 0.98)], 0)
     builder.add((10, 0.05))  # the n-grams' guess is on the draft; its own is learnt from all the same
     assert builder.tokens == [40] and builder.guesses[0].token == 10
