@@ -4,8 +4,8 @@
 
 --questions: Spec-Bench's questions (github.com/hemingkx/Spec-Bench), of which the first --per-category of each category are
 asked; without it only the rewriting tasks run, which are made of this package's own sources: a function, and one name in it
-to be changed. A ratio is the time of plain decoding over the time with guesses, both after the prompt was computed, for the
-same bytes, which is checked. Each prompt runs once with guesses, in an engine that has seen only the prompts before it; if
+to be changed. A ratio is the time of plain decoding over the time with guesses, both from the first token on, for the same bytes,
+which is checked. Each prompt runs once with guesses, in an engine that has seen only the prompts before it; if
 the file has a draft head, in two: one that guesses by n-grams alone, and one that asks the head, too. They must be compared in
 one run: what a step of several rows costs beside one of a single row changes with what else the machine does, by more than a head
 brings. Rows with several sequences ask that many questions in one call, --batches times, no question twice. What counts is the
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import pyengine
 from pyengine import Engine
 from pyengine.results import Generation
-from pyengine.run import proposer, scheduler, speculation
+from pyengine.run import output, proposer, scheduler, speculation
 
 MAX_PROMPT = 1500
 LARGEST_BATCH = 32
@@ -52,6 +52,7 @@ class Row:
     """One kind of work: each prompt, or call of several, by every kind of engine."""
 
     n_tokens: int = 0
+    n_answers: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by kind of engine
     drafted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     accepted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -59,6 +60,7 @@ class Row:
     def add(self, answers: dict[str, Timed]) -> None:
         expected = [result.tokens for result in answers[PLAIN].results]
         self.n_tokens += sum(map(len, expected))
+        self.n_answers += len(expected)
         for kind, (results, seconds) in answers.items():
             assert [result.tokens for result in results] == expected, "the output differs"
             self.seconds[kind].append(seconds)
@@ -70,7 +72,7 @@ class Row:
         return {
             "n_prompts": len(plain),
             "n_tokens": self.n_tokens,
-            "plain_tokens_per_second": self.n_tokens / sum(plain),
+            "plain_tokens_per_second": (self.n_tokens - self.n_answers) / sum(plain),  # but for each answer's first one
             **{kind: self._ratio(kind) for kind in self.seconds if kind != PLAIN},
         }
 
@@ -89,13 +91,13 @@ class Timed(NamedTuple):
     seconds: float
 
 
-def generate(engine: Engine, prompts: list[list[int]], clock: Callable[[], float], **options: Any) -> Timed:
-    """What comes after the prompts, which are computed before the clock runs."""
-    for _ in range(2):  # the second time all take a step together, the first one that touches memory of so many rows
-        engine.generate(prompts, **{**options, "max_tokens": 2, "speculative": "off"})
-    began = clock()
+def generate(engine: Engine, prompts: list[list[int]], **options: Any) -> Timed:
+    """What comes after the prompts, and the seconds from the first token to the last one. Before it no guess is possible, and the
+    step that gives it is the one that touches new memory for keys and values, which takes now long and now short."""
+    engine.generate(prompts, **{**options, "max_tokens": 1, "speculative": "off"})
     results = engine.generate(prompts, **options)
-    return Timed(results, clock() - began)
+    first = min(result.timings.time_to_first_token for result in results)
+    return Timed(results, max(1e-9, max(result.timings.total for result in results) - first))
 
 
 # ------------------------------------------------------------------ prompts
@@ -194,9 +196,9 @@ def beside_llama_cpp(args: argparse.Namespace, work: list[tuple[str, list[list[i
                 else:
                     guesses = "auto" if drafts else "off"
                     timed = generate(
-                        engine, [ids], time.perf_counter, max_tokens=args.n_tokens, seed=1, temperature=0, speculative=guesses
+                        engine, [ids], max_tokens=args.n_tokens, seed=1, temperature=0, speculative=guesses
                     )
-                    n, seconds = len(timed.results[0].tokens), timed.seconds
+                    n, seconds = len(timed.results[0].tokens) - 1, timed.seconds
                 sums[name][0] += n
                 sums[name][1] += seconds
     peer.close()
@@ -224,13 +226,12 @@ def run_in_turn(
 ) -> dict[str, Row]:
     """Each (row, prompts of one call) of the work by fresh engines of all kinds, another one first each time."""
     rows: dict[str, Row] = defaultdict(Row)
-    clock = time.thread_time if args.cpu_time else time.perf_counter
     with ExitStack() as stack:
         engines = {kind: stack.enter_context(open_engine(path, kind, args.threads)) for kind in args.kinds}
         for number, (name, prompts) in enumerate(work):
             first = number % len(args.kinds)
             answers = {
-                kind: generate(engines[kind], prompts, clock, max_tokens=args.n_tokens, seed=1, **options)
+                kind: generate(engines[kind], prompts, max_tokens=args.n_tokens, seed=1, **options)
                 for kind in args.kinds[first:] + args.kinds[:first]
             }
             for row in (name, "overall"):
@@ -267,8 +268,8 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     if args.cpu_time:
         args.threads = 1
-        cpu = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)
-        scheduler.time = speculation.time = proposer.time = cpu  # type: ignore[assignment]
+        cpu = SimpleNamespace(monotonic=time.thread_time, perf_counter=time.thread_time)
+        output.time = scheduler.time = speculation.time = proposer.time = cpu  # type: ignore[assignment]
 
     def note(name: str, row: Row) -> None:
         if row.n_tokens > 0:
