@@ -21,8 +21,15 @@ class Sampler:
     def sample(
         self, logits: Buffer, position: int, mask: Buffer | None = None
     ) -> tuple[int, float | None, list[tuple[int, float]] | None]: ...
+    def random(self, position: int) -> float: ...
     def guess(
-        self, logits: Buffer, position: int, mask: Buffer | None = None, ids: Buffer | None = None
+        self,
+        logits: Buffer,
+        position: int,
+        mask: Buffer | None = None,
+        ids: Buffer | None = None,
+        *,
+        likeliest: bool = False,
     ) -> tuple[int, float]: ...
 
 def sample_many(

@@ -45,11 +45,13 @@ cdef extern from "sampler/sampler.h" nogil:
     pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bint is_prompt, char *err)
     pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, const uint32_t *mask,
                                 pe_sample_result *out, char *err)
+    ctypedef enum pe_guess_kind:
+        PE_GUESS_DRAWN, PE_GUESS_LIKELIEST
     ctypedef struct pe_guess:
         int32_t token
         float probability
     pe_status pe_sampler_guess(pe_sampler *sampler, const float *logits, const int32_t *ids, size_t n, uint64_t position,
-                               const uint32_t *mask, pe_guess *out, char *err)
+                               const uint32_t *mask, pe_guess_kind kind, pe_guess *out, char *err)
     ctypedef struct pe_sample_row:
         pe_sampler *sampler
         const float *logits
@@ -62,6 +64,7 @@ cdef extern from "sampler/sampler.h" nogil:
 
 cdef extern from "sampler/philox.h" nogil:
     void pe_philox4x32_10(const uint32_t *counter, const uint32_t *key, uint32_t *out)
+    uint64_t pe_philox_draw(uint64_t seed, uint64_t position, uint64_t sample_index)
 
 
 cdef extern from "kernels/double_math.h" nogil:
@@ -134,6 +137,8 @@ cdef class Sampler:
     cdef pe_sampler *sampler
     cdef size_t size
     cdef bint wants_logprobs
+    cdef bint is_greedy
+    cdef uint64_t seed
     cdef readonly uint64_t sample_index
     # Every accepted token of the output, oldest first.
     cdef readonly list outputs
@@ -150,7 +155,7 @@ cdef class Sampler:
 
         pe_sampler_params_init(&c)
         c.seed, c.sample_index = params.seed, sample_index
-        self.sample_index = sample_index
+        self.sample_index, self.seed, self.is_greedy = sample_index, params.seed, params.temperature == 0
         c.temperature, c.top_k = params.temperature, params.top_k
         c.top_p, c.min_p, c.typical_p = params.top_p, params.min_p, params.typical_p
         c.repetition_penalty = params.repetition_penalty
@@ -231,9 +236,15 @@ cdef class Sampler:
             return result.token, None, None
         return result.token, result.logprob, top_of(&result)
 
-    def guess(self, const float[::1] logits not None, uint64_t position, mask=None, const int32_t[::1] ids=None):
+    def random(self, uint64_t position) -> float:
+        """The random number in [0, 1) by which the token at this absolute position is drawn; 0 at temperature 0."""
+        return 0.0 if self.is_greedy else (pe_philox_draw(self.seed, position, self.sample_index) >> 11) * 2.0 ** -53
+
+    def guess(self, const float[::1] logits not None, uint64_t position, mask=None, const int32_t[::1] ids=None, *,
+              bint likeliest=False):
         """What `sample` would choose if only the tokens `ids` (n) int32, ascending, could be chosen, whose logits (n) these are; None =
-        all tokens. (token, its probability among them); raises like `sample`."""
+        all tokens. (token, its probability among them); raises like `sample`. likeliest: the first choice at temperature 0 instead,
+        with a probability that is lower where the position's random number lies beyond it (sampler.h)."""
         cdef char err[PE_ERR_LEN]
         cdef const uint32_t *words = NULL
         cdef const int32_t *known = NULL
@@ -251,7 +262,8 @@ cdef class Sampler:
             view = mask_view(mask, self.size)
             words = <const uint32_t *>view.buffer.buf
         with nogil:
-            status = pe_sampler_guess(self.sampler, &logits[0], known, n, position, words, &result, err)
+            status = pe_sampler_guess(self.sampler, &logits[0], known, n, position, words,
+                                      PE_GUESS_LIKELIEST if likeliest else PE_GUESS_DRAWN, &result, err)
         check(status, err)
         return result.token, result.probability
 

@@ -4,6 +4,7 @@
 
 #include "candidates.h"
 #include "float_env.h"
+#include "philox.h"
 #include "status.h"
 
 /* ------------------------------------------------------------------ one call */
@@ -27,7 +28,8 @@ static size_t first_of(const float *logits, size_t n, float top) {
     return i;
 }
 
-static pe_status choose(pe_sampler *s, const pe_logit_row *row, uint64_t position, const uint32_t *mask, choice *c, char *err) {
+/* Step 1: the row's adjusted logits and their largest. */
+static pe_status adjust(pe_sampler *s, const pe_logit_row *row, uint64_t position, const uint32_t *mask, choice *c, char *err) {
     if (!s->kernels->maximum(row->values, row->n, &c->raw_top))
         return pe_fail(PE_ERR_NOT_FINITE, err, "a logit at position %llu is an infinity or NaN",
                        (unsigned long long)position);
@@ -39,6 +41,12 @@ static pe_status choose(pe_sampler *s, const pe_logit_row *row, uint64_t positio
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err,
                        "every token is banned: allowed_token_ids, bad tokens, logit_bias, min_tokens and the mask "
                        "leave none");
+    return PE_OK;
+}
+
+static pe_status choose(pe_sampler *s, const pe_logit_row *row, uint64_t position, const uint32_t *mask, choice *c, char *err) {
+    pe_status status = adjust(s, row, position, mask, c, err);
+    if (status != PE_OK) return status;
     if (s->params.temperature == 0.0)
         c->index = first_of(c->adjusted, row->n, c->top);
     else
@@ -67,18 +75,28 @@ pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t p
     return status;
 }
 
+static pe_status guess(pe_sampler *s, const pe_logit_row *row, uint64_t position, const uint32_t *mask, pe_guess_kind kind,
+                       pe_guess *out, char *err) {
+    choice c;
+    const bool is_greedy = s->params.temperature == 0.0;
+    const double temperature = is_greedy ? 1.0 : s->params.temperature;
+    pe_status status = kind == PE_GUESS_DRAWN ? choose(s, row, position, mask, &c, err) : adjust(s, row, position, mask, &c, err);
+    if (status != PE_OK) return status;
+    if (kind == PE_GUESS_LIKELIEST) c.index = first_of(c.adjusted, row->n, c.top);
+    out->token = row->ids == NULL ? (int32_t)c.index : row->ids[c.index];
+    out->probability = pe_sampler_probability(c.adjusted, row->n, c.index, c.top, temperature);
+    if (kind == PE_GUESS_DRAWN || is_greedy) return PE_OK;
+    float random = (float)(pe_philox_draw(s->params.seed, position, s->params.sample_index) >> 40) * 0x1p-24f;
+    if (random > out->probability) out->probability *= out->probability / random;
+    return PE_OK;
+}
+
 pe_status pe_sampler_guess(pe_sampler *s, const float *logits, const int32_t *ids, size_t n, uint64_t position,
-                           const uint32_t *mask, pe_guess *out, char *err) {
+                           const uint32_t *mask, pe_guess_kind kind, pe_guess *out, char *err) {
     if (n < 1 || n > s->vocab_size || (ids == NULL && n != s->vocab_size))
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%zu logits for a vocabulary of %zu", n, s->vocab_size);
-    choice c;
     uint64_t env = pe_float_env_enter();
-    pe_status status = choose(s, &(pe_logit_row){logits, ids, n}, position, mask, &c, err);
-    if (status == PE_OK) {
-        double temperature = s->params.temperature > 0.0 ? s->params.temperature : 1.0;
-        out->token = ids == NULL ? (int32_t)c.index : ids[c.index];
-        out->probability = pe_sampler_probability(c.adjusted, n, c.index, c.top, temperature);
-    }
+    pe_status status = guess(s, &(pe_logit_row){logits, ids, n}, position, mask, kind, out, err);
     pe_float_env_leave(env);
     return status;
 }

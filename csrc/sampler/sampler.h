@@ -86,16 +86,24 @@ pe_status pe_sampler_accept(pe_sampler *sampler, int32_t token, bool is_prompt, 
 pe_status pe_sampler_sample(pe_sampler *sampler, const float *logits, uint64_t position, const uint32_t *mask,
                             pe_sample_result *out, char *err);
 
-/* What a network that guesses makes the sampler choose. */
+/* What a network that guesses makes of a position. */
+typedef enum pe_guess_kind {
+    PE_GUESS_DRAWN,     /* the token that pe_sampler_sample would choose of its logits: right whenever both models agree */
+    PE_GUESS_LIKELIEST, /* the first of the order, whatever the random number: of a network that knows less than the model */
+} pe_guess_kind;
+
 typedef struct pe_guess {
     int32_t token;
-    float probability; /* about that of the token at this temperature (1 if it is 0), after step 1 and before the filters */
+    /* About that of the token at this temperature (1 if it is 0), after step 1 and before the filters. Of the likeliest token, where
+     * the position's random number r in [0, 1) lies beyond it, p < r: p * p / r. There the network would draw another one; the model,
+     * which is surer, may still draw this one. */
+    float probability;
 } pe_guess;
 
-/* pe_sampler_sample for a network that knows only some tokens: logits (n) of the tokens ids (n), ascending and in the vocabulary;
- * NULL = the whole vocabulary. The token is the one that would be chosen if all others were banned. */
+/* A guess of a network that knows only some tokens: logits (n) of the tokens ids (n), ascending and in the vocabulary; NULL = the
+ * whole vocabulary. All others count as banned. Returns as pe_sampler_sample does. */
 pe_status pe_sampler_guess(pe_sampler *sampler, const float *logits, const int32_t *ids, size_t n, uint64_t position,
-                           const uint32_t *mask, pe_guess *out, char *err);
+                           const uint32_t *mask, pe_guess_kind kind, pe_guess *out, char *err);
 
 /* One call of pe_sampler_sample among many. */
 typedef struct pe_sample_row {

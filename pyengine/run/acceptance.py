@@ -7,6 +7,8 @@ those below 0.2, and the number of guesses before it said nothing more (docs/spe
 
 from __future__ import annotations
 
+from array import array
+
 # A guess falls into a bucket, by the range of its probability and by its relation to the n-grams' guess at the same position:
 # they have none that is likely, another one, another one that is likely, the same.
 N_RANGES = 8
@@ -19,15 +21,24 @@ FIRST_WEIGHT, OWN_WEIGHT = 4.0, 3.0
 DECAY, SHARED_DECAY = 0.97, 0.999
 SUREST = 0.98
 
-# Positions fall into buckets by the chance of the n-grams' guess there: below a quarter, below a half and so on.
-N_NGRAM_BUCKETS = 4
-# What asking is assumed to gain before anything is known, in logarithms of the speed.
-FIRST_GAIN = 0.05
-# Weight of one more question in the running means of the gain: of one text, and of all.
-RATE, SHARED_RATE = 0.08, 0.02
-# Tokens of a text between two tries where asking does not pay: twice as many each time.
-FIRST_PAUSE, LONGEST_PAUSE = 8, 256
-# Tokens of an output before the first try, where asking did not pay for other texts.
+# A position where the network may be asked falls into a place: by the chance of the n-grams' guess there, by the chance of the
+# network's first one as far as it is known without asking, and by whether the random number of a sampled token is a late one,
+# which draws a token that is not likely, if any.
+N_NGRAM_BUCKETS, N_FIRST_BUCKETS = 4, 10
+N_PLACES = N_NGRAM_BUCKETS * N_FIRST_BUCKETS * 2
+LATE = 0.75
+# How often the first guess after a token came true is counted by token, in so many slots (two tokens may share one); the mean of
+# all tokens counts like so many guesses there, and what all texts taught like so many of one. Weight of one more in that mean.
+N_TOKEN_SLOTS, TOKEN_WEIGHT, OWN_FIRST_WEIGHT = 4096, 4.0, 6.0
+MEAN_RATE = 0.01
+# What asking is assumed to gain before anything is known, in logarithms of the speed, where n-grams know nothing (the likelier
+# their guess, the less is left), and like how many questions.
+FIRST_GAIN, FIRST_GAIN_WEIGHT = 0.05, 2
+# Weight of one more question in the running mean of the gain, when many were asked.
+RATE = 0.04
+# Positions at a place where asking does not pay between two tries: twice as many each time.
+FIRST_PAUSE, LONGEST_PAUSE = 4, 256
+# Tokens of an output that has not been read before the first try, where asking does not pay.
 FIRST_TRY = 32
 
 
@@ -45,9 +56,12 @@ def guess_bucket(probability: float, relation: int) -> int:
     return relation * N_RANGES + max(0, min(int(probability * N_RANGES), N_RANGES - 1))
 
 
-def ngram_bucket(ngrams: list[tuple[int, float]]) -> int:
-    """The bucket of a position, by what n-grams guess there."""
-    return min(int(ngrams[0][1] * N_NGRAM_BUCKETS), N_NGRAM_BUCKETS - 1) if ngrams else 0
+def place(ngrams: list[tuple[int, float]], first_chance: float, random: float) -> int:
+    """The place of a position: what n-grams guess there, the chance of the network's first guess, the position's random number in
+    [0, 1), 0 if nothing is drawn."""
+    ngram = min(int(ngrams[0][1] * N_NGRAM_BUCKETS), N_NGRAM_BUCKETS - 1) if ngrams else 0
+    first = min(int(first_chance * N_FIRST_BUCKETS), N_FIRST_BUCKETS - 1)
+    return (ngram * N_FIRST_BUCKETS + first) * 2 + (random > LATE)
 
 
 def _first_chance(bucket: int) -> float:
@@ -55,6 +69,10 @@ def _first_chance(bucket: int) -> float:
     return {ALONE: 0.9 * probability, AGAINST: 0.8 * probability, AGAINST_LIKELY: 0.3 * probability}.get(
         bucket // N_RANGES, 0.4 + 0.55 * probability
     )
+
+
+def _first_gain(place: int) -> float:
+    return FIRST_GAIN * (1.0 - (place // (2 * N_FIRST_BUCKETS) + 0.5) / N_NGRAM_BUCKETS)
 
 
 class AcceptanceStats:
@@ -67,11 +85,16 @@ class AcceptanceStats:
         self._n = [FIRST_WEIGHT] * n_buckets
         self._n_accepted = [FIRST_WEIGHT * _first_chance(bucket) for bucket in range(n_buckets)]
         self._accepted = self._expected = OWN_WEIGHT
-        # By the bucket of the position: the mean gain, and the pause after the next question in vain.
-        self._gain: list[float] = [FIRST_GAIN] * N_NGRAM_BUCKETS if shared is None else list(shared._gain)
-        self._pause = [FIRST_PAUSE] * N_NGRAM_BUCKETS
-        # Length of the text at which it is asked again; of all texts: of an output at which it is first asked.
-        self._next_try = [0 if shared is not None else FIRST_TRY] * N_NGRAM_BUCKETS
+        # First guesses likewise: of all texts by the token before, and the mean; of one text, accepted and expected.
+        n_slots = N_TOKEN_SLOTS if shared is None else 0
+        self._n_after, self._accepted_after = array("f", bytes(4 * n_slots)), array("f", bytes(4 * n_slots))
+        self._mean_first = _first_chance(guess_bucket(0.5, ALONE))
+        self._first_accepted = self._first_expected = OWN_FIRST_WEIGHT
+        # Of all texts, by place: the mean gain, of how many questions; positions until the next try, and how many after that.
+        n_places = N_PLACES if shared is None else 0
+        self._gain, self._n_asked = [_first_gain(i) for i in range(n_places)], [FIRST_GAIN_WEIGHT] * n_places
+        self._n_skip, self._pause = [0] * n_places, [FIRST_PAUSE] * n_places
+        self._silent_until = 0  # of one text: its length when it may be asked again
 
     def chance(self, bucket: int) -> float:
         """That a guess of this bucket is accepted: as of all texts, times how much more often this one's are."""
@@ -89,22 +112,50 @@ class AcceptanceStats:
         self._expected += (1.0 - DECAY) * (OWN_WEIGHT - self._expected) + self.shared.chance(bucket)
         self.shared.learn(bucket, accepted)
 
-    def is_worth_asking(self, ngram_bucket: int, n_tokens: int) -> bool:
-        """Whether to ask at such a position of a text of n_tokens tokens."""
-        return self._gain[ngram_bucket] > 0 or n_tokens >= self._next_try[ngram_bucket]
+    def first_chance(self, token: int) -> float:
+        """That the network's first guess behind this token is accepted, as far as that is known before it is asked."""
+        if self.shared is not None:
+            return min(self.shared.first_chance(token) * self._first_accepted / self._first_expected, SUREST)
+        slot = token % N_TOKEN_SLOTS
+        return (self._accepted_after[slot] + TOKEN_WEIGHT * self._mean_first) / (self._n_after[slot] + TOKEN_WEIGHT)
 
-    def note_gain(self, ngram_bucket: int, n_tokens: int, gain: float) -> None:
+    def learn_first(self, token: int, accepted: bool) -> None:
+        """The first guess behind this token came true, or did not."""
+        if self.shared is None:
+            slot = token % N_TOKEN_SLOTS
+            self._n_after[slot] = self._n_after[slot] * SHARED_DECAY + 1.0
+            self._accepted_after[slot] = self._accepted_after[slot] * SHARED_DECAY + accepted
+            self._mean_first += MEAN_RATE * (accepted - self._mean_first)
+            return
+        self._first_accepted += (1.0 - DECAY) * (OWN_FIRST_WEIGHT - self._first_accepted) + accepted
+        self._first_expected += (1.0 - DECAY) * (OWN_FIRST_WEIGHT - self._first_expected) + self.shared.first_chance(token)
+        self.shared.learn_first(token, accepted)
+
+    def is_worth_reading(self, place: int, n_outputs: int) -> bool:
+        """Whether to ask at this place of a text that the network must read first, after so many tokens of its output."""
+        return self._gain[place] > 0 or n_outputs >= FIRST_TRY
+
+    def asks(self, place: int, n_tokens: int) -> bool:
+        """Whether to ask at this place of a text of n_tokens tokens. Where that does not pay it is tried now and then, so every
+        position must come here once."""
+        if self.shared is not None:
+            return n_tokens >= self._silent_until and self.shared.asks(place, n_tokens)
+        if self._gain[place] > 0 or self._n_skip[place] == 0:
+            return True
+        self._n_skip[place] -= 1
+        return False
+
+    def note_gain(self, place: int, gain: float) -> None:
         """What asking there brought: the logarithm of how much faster the text is expected to become, less what asking cost."""
-        for stats, rate in ((self, RATE), (self.shared, SHARED_RATE)):
-            if stats is not None:
-                stats._gain[ngram_bucket] += rate * (gain - stats._gain[ngram_bucket])
-        if self._gain[ngram_bucket] > 0:
-            self._pause[ngram_bucket] = FIRST_PAUSE
+        stats = self if self.shared is None else self.shared
+        stats._n_asked[place] += 1
+        stats._gain[place] += max(RATE, 1.0 / stats._n_asked[place]) * (gain - stats._gain[place])
+        if stats._gain[place] > 0:
+            stats._pause[place] = FIRST_PAUSE
         else:
-            self._next_try[ngram_bucket] = n_tokens + self._pause[ngram_bucket]
-            self._pause[ngram_bucket] = min(2 * self._pause[ngram_bucket], LONGEST_PAUSE)
+            stats._n_skip[place] = stats._pause[place]
+            stats._pause[place] = min(2 * stats._pause[place], LONGEST_PAUSE)
 
     def suspend(self, n_tokens: int) -> None:
         """It failed: nothing is asked for a while."""
-        self._gain = [0.0] * N_NGRAM_BUCKETS
-        self._next_try = [n_tokens + LONGEST_PAUSE] * N_NGRAM_BUCKETS
+        self._silent_until = n_tokens + LONGEST_PAUSE

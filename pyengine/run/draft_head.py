@@ -68,7 +68,7 @@ class DraftHead(Proposer):
             for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
                 _state(request).ahead = states[row * dim : (row + 1) * dim]
                 with logits[row * head.stride : row * head.stride + len(head.vocab)] as known:
-                    guesses.append(None if failed[row] else self._choose(request, draft, known, head.vocab))
+                    guesses.append(None if failed[row] else self._choose(request, draft, known, head.vocab, likeliest=True))
         return guesses
 
     def memory(self) -> int:

@@ -1,7 +1,9 @@
 """Proposers: networks that guess what a model will say, beside the n-grams, and how far they run ahead.
 
-A proposer chooses each guess with the request's own sampler and the random number of that very position. So at any temperature
-a guess is right whenever proposer and model agree about what that number chooses, not only where the model is certain.
+A proposer makes each guess with the request's own sampler, and knows the random number of that very position. A draft model draws
+with it: at any temperature its guess is right whenever both models agree about what that number chooses, not only where the
+model is certain. A draft head, which is less sure than the model, guesses the likeliest token, and believes it less where the
+number lies beyond that token's probability.
 
 Guess by guess the likelier one is taken, the proposer's or the n-grams', and n-grams go on where the proposer stops. Asking it
 has a price, its steps. What an answer brings, the expected speed with it against the one with n-grams alone, is kept by kind of
@@ -19,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 from pyengine import fork
 from pyengine.errors import PyEngineError
-from pyengine.run.acceptance import AcceptanceStats, guess_bucket, ngram_bucket, relation
+from pyengine.run.acceptance import AcceptanceStats, guess_bucket, place, relation
 
 if TYPE_CHECKING:
     from pyengine import _core
@@ -52,6 +54,7 @@ class DraftState:
         self.chance = FIRST_CHANCE  # of its guesses lately, as far as is known
         self.pending: list[Guess] = []  # of which nothing was learnt so far
         self.pending_at = 0  # length of the text before the first of them
+        self.asked_after: int | None = None  # the token before the first of its guesses, if nothing was learnt of that one
 
 
 class Proposer(ABC):
@@ -106,13 +109,14 @@ class Proposer(ABC):
     ) -> tuple[list[Proposal], bool]:
         """Proposals that are likelier than those of the n-grams, for a step of n_rows rows without them; and whether anything was
         asked for their sake. drafters[i]: the n-grams of requests[i]."""
-        asked = [i for i, request in enumerate(requests) if self._is_asked(request, ngrams[i])]
+        places = [self._place(request, one) for request, one in zip(requests, ngrams, strict=True)]
+        asked = [i for i, request in enumerate(requests) if self._is_asked(request, places[i])]
         began = time.perf_counter()
         try:
             asked = [i for i in asked if self._prepare(requests[i])]
             if not asked:
                 return ngrams, False
-            builders = {i: self.new_builder(requests[i], drafters[i], ngrams[i]) for i in asked}
+            builders = {i: self.new_builder(requests[i], drafters[i], ngrams[i], places[i]) for i in asked}
             later = self._run_ahead(list(builders.values()), n_rows)
         except PyEngineError:  # no memory, for one: nobody needs a draft
             for i in asked:
@@ -125,12 +129,20 @@ class Proposer(ABC):
         self._note_gain(list(builders.values()), ngrams, proposals, n_rows, first + later)
         return proposals, True
 
-    def _is_asked(self, request: GenerationRequest, ngrams: Proposal) -> bool:
-        bucket, state = ngram_bucket(ngrams), request.draft_state
+    def _place(self, request: GenerationRequest, ngrams: Proposal) -> int:
+        """acceptance.place of its newest position."""
+        state, n = request.draft_state, request.n_tokens
+        if state is not None:
+            self._learn(request, state)
+        acceptance = self.acceptance(request) if state is None else state.acceptance
+        (token,) = request.tokens(n - 1, n)
+        return place(ngrams, acceptance.first_chance(token), request.sampler.random(n))
+
+    def _is_asked(self, request: GenerationRequest, place: int) -> bool:
+        state = request.draft_state
         if state is None:  # it would have to read the text first
-            return self.acceptance(request).is_worth_asking(bucket, len(request.sampler.outputs))
-        self._learn(request, state)
-        return state.acceptance.is_worth_asking(bucket, request.n_tokens)
+            return self.acceptance(request).is_worth_reading(place, len(request.sampler.outputs))
+        return state.acceptance.asks(place, request.n_tokens)
 
     def _run_ahead(self, builders: list[DraftBuilder], n_rows: int) -> float:
         """Lengthen each draft as far as pays. The seconds that all steps but the first took."""
@@ -149,20 +161,27 @@ class Proposer(ABC):
             running = [one for one in running if self._goes_on(one, len(running), n_rows)]
         for builder in builders:
             state = builder.draft_state
-            state.pending, state.pending_at = builder.guesses, builder.request.n_tokens
+            n = state.pending_at = builder.request.n_tokens
+            state.pending, (state.asked_after,) = builder.guesses, builder.request.tokens(n - 1, n)
             if not builder.guesses:
                 state.acceptance.suspend(builder.request.n_tokens)
         return spent
 
     @staticmethod
     def _choose(
-        request: GenerationRequest, draft: list[int], logits: memoryview, ids: Sequence[int] | None = None
+        request: GenerationRequest,
+        draft: list[int],
+        logits: memoryview,
+        ids: Sequence[int] | None = None,
+        *,
+        likeliest: bool = False,
     ) -> tuple[int, float] | None:
         """The guess behind a draft, and its probability: what the request's sampler makes of these logits, of the tokens `ids`
-        (None = all), at that position. None if they are none to choose from, an infinity among them for one."""
+        (None = all), at that position (Sampler.guess). None if they are none to choose from, an infinity among them for one."""
         mask = request.masks(draft)[-1]
+        position = request.n_tokens + len(draft)
         try:
-            return request.sampler.guess(logits, request.n_tokens + len(draft), mask, ids)  # type: ignore[arg-type]
+            return request.sampler.guess(logits, position, mask, ids, likeliest=likeliest)  # type: ignore[arg-type]
         except PyEngineError:
             return None
 
@@ -182,6 +201,9 @@ class Proposer(ABC):
         """What became of its guesses, drafted or not, as far as is known."""
         begin, pending = state.pending_at, state.pending
         truth = request.tokens(begin, min(begin + len(pending), request.n_tokens))
+        if pending and truth and state.asked_after is not None:
+            state.acceptance.learn_first(state.asked_after, pending[0].token == truth[0])
+            state.asked_after = None
         for (bucket, guess, drafted), token in zip(pending, truth, strict=False):
             state.acceptance.learn(bucket, guess == token)
             state.chance += CHANCE_RATE * ((guess == token) - state.chance)
@@ -209,7 +231,7 @@ class Proposer(ABC):
             return  # nothing is known so far
         net_gain = (gain - without - math.log1p(spent / step)) * n_rows / len(builders)
         for builder in builders:
-            builder.draft_state.acceptance.note_gain(ngram_bucket(builder.ngrams), builder.request.n_tokens, net_gain)
+            builder.draft_state.acceptance.note_gain(builder.place, net_gain)
 
     def _note_seconds(self, is_later: bool, seconds: float) -> float:
         """A step took so long; what such steps take lately."""
@@ -221,13 +243,14 @@ class Proposer(ABC):
 
 
 class DraftBuilder:
-    """A draft on its way: of each place the likelier guess, the proposer's or the n-grams'."""
+    """A draft on its way: of each position the likelier guess, the proposer's or the n-grams'. place: of its first one."""
 
-    def __init__(self, request: GenerationRequest, drafter: Drafter, ngrams: Proposal) -> None:
+    def __init__(self, request: GenerationRequest, drafter: Drafter, ngrams: Proposal, place: int) -> None:
         assert request.draft_state is not None
         self.request = request
         self.draft_state = request.draft_state
         self.ngrams = ngrams
+        self.place = place
         self.guesses: list[Guess] = []
         self.tokens: list[int] = []
         self.reached = 1.0  # the chance that all of it comes true

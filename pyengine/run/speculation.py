@@ -49,6 +49,7 @@ class Speculation:
         self._stores: dict[bytes, Ngrams] = {}
         self._n_skip = 0  # steps until it looks again
         self._wants_states = False
+        self._n_texts = 0  # that a step could draft for, lately
         self.proposer: Proposer | None = None
         self.max_asked = MAX_ASKED
 
@@ -74,7 +75,7 @@ class Speculation:
 
     def note_state(self, request: GenerationRequest, state: memoryview) -> None:
         """The hidden state (dim) of the row that gave the newest token of a request, which wanted it."""
-        if self.proposer is not None:
+        if self.proposer is not None and self._n_texts <= self.max_asked:  # of more texts, nobody will ask for it
             self.proposer.note_state(request, state)
 
     def plan(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
@@ -94,6 +95,7 @@ class Speculation:
     def _propose(self, requests: Iterable[Request], n_rows: int) -> tuple[dict[int, tuple[int, ...]], bool]:
         """The drafts, and whether a proposer was asked for one, which sees itself that it pays."""
         chosen = [one for one in requests if isinstance(one, GenerationRequest) and one.max_draft > 0]
+        self._n_texts = len(chosen)
         if not chosen:
             return {}, False
         try:
@@ -148,8 +150,8 @@ class Speculation:
             self.proposer.check_integrity([one for one in requests if isinstance(one, GenerationRequest)])
 
     def close(self) -> None:
-        """The draft model or head goes."""
-        self.proposer = None
+        """The draft model or head goes, and requests that start want no more hidden states for it."""
+        self.proposer, self._wants_states = None, False
 
     def _drafter(self, request: GenerationRequest) -> Drafter:
         """The request's, which has read all that is known of its text."""

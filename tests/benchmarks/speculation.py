@@ -4,11 +4,13 @@
 
 --questions: Spec-Bench's questions (github.com/hemingkx/Spec-Bench), of which the first --per-category of each category are
 asked; without it only the rewriting tasks run, which are made of this package's own sources: a function, and one name in it
-to be changed. A ratio is the time of plain decoding over the time with guesses, both after the prompt was computed, for the
-same bytes, which is checked. Each prompt runs once with guesses, in an engine that has seen only the prompts before it.
-Rows with several sequences ask that many questions in one call. What counts is the ratio of the sums, and beside it the
-median of the ratios, which a busy neighbour moves less. --cpu-time is for a busy machine: one thread, and the time that it
-had a CPU, also for what the engine measures of its own steps.
+to be changed. A ratio is the time of plain decoding over the time with guesses, both from the first token on, for the same bytes,
+which is checked. Each prompt runs once with guesses, in an engine that has seen only the prompts before it; if
+the file has a draft head, in two: one that guesses by n-grams alone, and one that asks the head, too. They must be compared in
+one run: what a step of several rows costs beside one of a single row changes with what else the machine does, by more than a head
+brings. Rows with several sequences ask that many questions in one call, --batches times, no question twice. What counts is the
+ratio of the sums, and beside it the median of the ratios, which a busy neighbour moves less. --cpu-time is for a busy machine:
+one thread, and the time that it had a CPU, also for what the engine measures of its own steps.
 
 --llama-cpp PYTHON --gguf MODEL.gguf: the same questions, greedily, to llama.cpp with the prompt lookup of llama-cpp-python, which
 is installed for that interpreter, in turn with ours; ratios are tokens a second of ours over its, both guessing, and of its own
@@ -26,7 +28,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,38 +38,51 @@ from typing import Any, NamedTuple
 import pyengine
 from pyengine import Engine
 from pyengine.results import Generation
-from pyengine.run import proposer, scheduler, speculation
+from pyengine.run import output, proposer, scheduler, speculation
 
 MAX_PROMPT = 1500
+LARGEST_BATCH = 32
+
+
+PLAIN, NGRAMS, HEAD = "plain", "n-grams", "draft head"  # kinds of engines: what guesses
 
 
 @dataclass
 class Row:
-    """Pairs of one kind of work."""
+    """One kind of work: each prompt, or call of several, by every kind of engine."""
 
-    plain: list[float] = field(default_factory=list)  # seconds
-    guessed: list[float] = field(default_factory=list)
     n_tokens: int = 0
-    n_drafted: int = 0
-    n_accepted: int = 0
+    n_answers: int = 0
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by kind of engine
+    drafted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    accepted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
-    def add(self, plain: Timed, guessed: Timed) -> None:
-        assert [r.tokens for r in plain.results] == [r.tokens for r in guessed.results], "the output differs"
-        self.plain.append(plain.seconds)
-        self.guessed.append(guessed.seconds)
-        self.n_tokens += sum(len(result.tokens) for result in guessed.results)
-        self.n_drafted += sum(result.timings.drafted_tokens for result in guessed.results)
-        self.n_accepted += sum(result.timings.accepted_tokens for result in guessed.results)
+    def add(self, answers: dict[str, Timed]) -> None:
+        expected = [result.tokens for result in answers[PLAIN].results]
+        self.n_tokens += sum(map(len, expected))
+        self.n_answers += len(expected)
+        for kind, (results, seconds) in answers.items():
+            assert [result.tokens for result in results] == expected, "the output differs"
+            self.seconds[kind].append(seconds)
+            self.drafted[kind] += sum(result.timings.drafted_tokens for result in results)
+            self.accepted[kind] += sum(result.timings.accepted_tokens for result in results)
 
     def to_dict(self) -> dict[str, Any]:
+        plain = self.seconds[PLAIN]
         return {
-            "n_prompts": len(self.plain),
+            "n_prompts": len(plain),
             "n_tokens": self.n_tokens,
-            "ratio": sum(self.plain) / sum(self.guessed),
-            "median_ratio": statistics.median(a / b for a, b in zip(self.plain, self.guessed, strict=True)),
-            "plain_tokens_per_second": self.n_tokens / sum(self.plain),
-            "drafted": self.n_drafted,
-            "accepted": self.n_accepted,
+            "plain_tokens_per_second": (self.n_tokens - self.n_answers) / sum(plain),  # but for each answer's first one
+            **{kind: self._ratio(kind) for kind in self.seconds if kind != PLAIN},
+        }
+
+    def _ratio(self, kind: str) -> dict[str, Any]:
+        plain, guessed = self.seconds[PLAIN], self.seconds[kind]
+        return {
+            "ratio": sum(plain) / sum(guessed),
+            "median_ratio": statistics.median(a / b for a, b in zip(plain, guessed, strict=True)),
+            "drafted": self.drafted[kind],
+            "accepted": self.accepted[kind],
         }
 
 
@@ -75,12 +91,13 @@ class Timed(NamedTuple):
     seconds: float
 
 
-def generate(engine: Engine, prompts: list[list[int]], clock: Callable[[], float], **options: Any) -> Timed:
-    """What comes after the prompts, which are computed before the clock runs."""
+def generate(engine: Engine, prompts: list[list[int]], **options: Any) -> Timed:
+    """What comes after the prompts, and the seconds from the first token to the last one. Before it no guess is possible, and the
+    step that gives it is the one that touches new memory for keys and values, which takes now long and now short."""
     engine.generate(prompts, **{**options, "max_tokens": 1, "speculative": "off"})
-    began = clock()
     results = engine.generate(prompts, **options)
-    return Timed(results, clock() - began)
+    first = min(result.timings.time_to_first_token for result in results)
+    return Timed(results, max(1e-9, max(result.timings.total for result in results) - first))
 
 
 # ------------------------------------------------------------------ prompts
@@ -179,9 +196,9 @@ def beside_llama_cpp(args: argparse.Namespace, work: list[tuple[str, list[list[i
                 else:
                     guesses = "auto" if drafts else "off"
                     timed = generate(
-                        engine, [ids], time.perf_counter, max_tokens=args.n_tokens, seed=1, temperature=0, speculative=guesses
+                        engine, [ids], max_tokens=args.n_tokens, seed=1, temperature=0, speculative=guesses
                     )
-                    n, seconds = len(timed.results[0].tokens), timed.seconds
+                    n, seconds = len(timed.results[0].tokens) - 1, timed.seconds
                 sums[name][0] += n
                 sums[name][1] += seconds
     peer.close()
@@ -197,23 +214,28 @@ def beside_llama_cpp(args: argparse.Namespace, work: list[tuple[str, list[list[i
 # ------------------------------------------------------------------ runs
 
 
-def run_pairs(
+def open_engine(path: Path, kind: str, n_threads: int) -> Engine:
+    engine = Engine(path, n_threads=n_threads, speculative="off" if kind == PLAIN else "auto")
+    if kind == NGRAMS:
+        engine.scheduler.speculation.close()  # its head, if it has one, is asked nothing
+    return engine
+
+
+def run_in_turn(
     path: Path, work: Iterable[tuple[str, list[list[int]]]], args: argparse.Namespace, **options: Any
 ) -> dict[str, Row]:
-    """Each (row, prompts of one call) of the work: plain first, then the next one guessed first, and so on."""
+    """Each (row, prompts of one call) of the work by fresh engines of all kinds, another one first each time."""
     rows: dict[str, Row] = defaultdict(Row)
-    clock = time.thread_time if args.cpu_time else time.perf_counter
-    with (
-        Engine(path, n_threads=args.threads, speculative="off") as plain,
-        Engine(path, n_threads=args.threads) as guessing,
-    ):
+    with ExitStack() as stack:
+        engines = {kind: stack.enter_context(open_engine(path, kind, args.threads)) for kind in args.kinds}
         for number, (name, prompts) in enumerate(work):
-            pair: dict[bool, Timed] = {}
-            for guesses in (False, True) if number % 2 == 0 else (True, False):
-                engine = guessing if guesses else plain
-                pair[guesses] = generate(engine, prompts, clock, max_tokens=args.n_tokens, seed=1, **options)
+            first = number % len(args.kinds)
+            answers = {
+                kind: generate(engines[kind], prompts, max_tokens=args.n_tokens, seed=1, **options)
+                for kind in args.kinds[first:] + args.kinds[:first]
+            }
             for row in (name, "overall"):
-                rows[row].add(pair[False], pair[True])
+                rows[row].add(answers)
             if args.verbose:
                 print(name, rows["overall"].to_dict(), file=sys.stderr)
     return rows
@@ -233,7 +255,7 @@ def main() -> None:
     add("--per-category", type=int, default=4)
     add("--rewriting", type=int, default=50, help="tasks")
     add("--n-tokens", type=int, default=96)
-    add("--batches", type=int, default=2)
+    add("--batches", type=int, default=2, help="calls of 8 and of 32 sequences; 0 = none")
     add("--threads", type=int, default=2)
     add("--llama-cpp", metavar="PYTHON", help="an interpreter that has llama-cpp-python")
     add("--gguf", type=Path, help="the same model for it")
@@ -246,17 +268,21 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     if args.cpu_time:
         args.threads = 1
-        cpu = SimpleNamespace(monotonic=time.monotonic, perf_counter=time.thread_time)
-        scheduler.time = speculation.time = proposer.time = cpu  # type: ignore[assignment]
+        cpu = SimpleNamespace(monotonic=time.thread_time, perf_counter=time.thread_time)
+        output.time = scheduler.time = speculation.time = proposer.time = cpu  # type: ignore[assignment]
 
     def note(name: str, row: Row) -> None:
-        if row.plain:
+        if row.n_tokens > 0:
             results[name] = {**row.to_dict(), "load": os.getloadavg()[0]}
-            print("{:34} {ratio:5.2f}x  median {median_ratio:5.2f}x  accepted {accepted}/{drafted}".format(name, **results[name]))
-            sys.stdout.flush()
+            found = [(kind, results[name][kind]) for kind in args.kinds[1:]]
+            line = "{}: {ratio:5.2f}x  median {median_ratio:5.2f}x  accepted {accepted:4}/{drafted:<4}"
+            print(f"{name:34}", "   ".join(line.format(kind, **one) for kind, one in found), flush=True)
 
     with Engine(args.model, n_threads=args.threads) as engine:
+        args.kinds = [PLAIN, NGRAMS] + [HEAD] * (engine.scheduler.speculation.proposer is not None)
         questions = spec_bench(engine, args.questions, args.per_category) if args.questions else {}
+        per_category = -(-LARGEST_BATCH * args.batches // max(1, len(questions)))
+        mixed = in_turn(spec_bench(engine, args.questions, per_category)) if args.questions else []
         tasks = rewriting(engine, args.rewriting)
     questions_in_turn = in_turn(questions)
     if args.llama_cpp is not None:
@@ -264,14 +290,13 @@ def main() -> None:
         print("beside llama.cpp:", json.dumps(beside))
         results["beside llama.cpp, greedy"] = beside or {}
     for label, options in (("greedy", {"temperature": 0}), ("temperature 0.7", {"temperature": 0.7})):
-        for name, row in run_pairs(args.model, questions_in_turn, args, **options).items():
+        for name, row in run_in_turn(args.model, questions_in_turn, args, **options).items():
             note(f"{name}, {label}", row)
-    note("rewriting, greedy", run_pairs(args.model, in_turn({"rewriting": tasks}), args, temperature=0)["overall"])
-    mixed = [prompts[0] for _, prompts in questions_in_turn] or tasks
-    for size in (8, 32):
-        batches = [mixed[i : i + size] for i in range(0, len(mixed) - size + 1, size)][: args.batches]
-        together = run_pairs(args.model, [("", batch) for batch in batches], args, temperature=0)
-        note(f"{size} sequences together, greedy", together["overall"])
+    note("rewriting, greedy", run_in_turn(args.model, in_turn({"rewriting": tasks}), args, temperature=0)["overall"])
+    for size in (8, LARGEST_BATCH):
+        n = min(args.batches, len(mixed) // size)
+        batches = [("", [ids for _, (ids,) in mixed[i * size : (i + 1) * size]]) for i in range(n)]
+        note(f"{size} sequences together, greedy", run_in_turn(args.model, batches, args, temperature=0)["overall"])
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -12,13 +12,13 @@ from pyengine import _draft
 from pyengine.run.acceptance import (
     AGAINST_LIKELY,
     ALONE,
-    FIRST_PAUSE,
+    FIRST_TRY,
     LONGEST_PAUSE,
-    N_NGRAM_BUCKETS,
+    N_PLACES,
     WITH,
     AcceptanceStats,
     guess_bucket,
-    ngram_bucket,
+    place,
     relation,
 )
 from pyengine.run.proposer import DraftBuilder, DraftState, Proposer
@@ -48,8 +48,33 @@ def test_how_a_guess_stands_to_that_of_n_grams() -> None:
     assert relation(5, None) == ALONE == relation(5, (6, 0.1))
     assert relation(5, (5, 0.1)) == WITH == relation(5, (5, 0.9))
     assert relation(5, (6, 0.9)) == AGAINST_LIKELY != relation(5, (6, 0.3))
-    assert [ngram_bucket(one) for one in ([], [(1, 0.2)], [(1, 0.3)], [(1, 0.6)], [(1, 1.0)])] == [0, 0, 1, 2, 3]
     assert len({guess_bucket(p / 8, r) for p in range(9) for r in range(4)}) == 32
+
+
+def test_a_position_has_its_place() -> None:
+    ngrams = [[], [(1, 0.3)], [(1, 0.6)], [(1, 1.0)]]
+    places = {place(one, (k + 0.5) / 10, random) for one in ngrams for k in range(10) for random in (0.0, 0.9)}
+    assert places == set(range(N_PLACES))
+    assert place([(1, 0.2)], 0.1, 0.0) == place([], 0.15, 0.74) != place([], 0.15, 0.76)
+    assert place([(1, 1.0)], 1.0, 0.99) == N_PLACES - 1
+
+
+def test_first_guesses_are_counted_by_the_token_before_them() -> None:
+    rng = random.Random(3)
+    shared = AcceptanceStats()
+    truth = {5: 0.9, 6: 0.5, 7: 0.1}
+    for _ in range(20):
+        text = AcceptanceStats(shared)
+        for token in truth:
+            for _ in range(20):
+                text.learn_first(token, rng.random() < truth[token])
+    for token, chance in truth.items():
+        assert shared.first_chance(token) == pytest.approx(chance, abs=0.08)  # of 400: three standard errors
+    assert 0.3 < shared.first_chance(8) < 0.7  # of a token that never was: the mean
+    worse = AcceptanceStats(shared)
+    for _ in range(30):
+        worse.learn_first(5, False)
+    assert worse.first_chance(6) < 0.5 * AcceptanceStats(shared).first_chance(6)  # one text tells of itself at other tokens, too
 
 
 @pytest.mark.parametrize("gain", [-0.06, 0.02])
@@ -60,32 +85,30 @@ def test_what_does_not_pay_is_asked_ever_more_rarely(gain: float) -> None:
         text = AcceptanceStats(shared)
         times = []
         for n in range(100, 1100):
-            if text.is_worth_asking(0, n):
+            if text.asks(3, n):
                 times.append(n)
-                text.note_gain(0, n, gain)
+                text.note_gain(3, gain)
         asked.append(times)
     if gain > 0:
         assert [len(times) for times in asked] == [1000] * 4
         return
-    first = asked[0]
-    assert first[12] - first[0] > 2 * FIRST_PAUSE and len(first) < 24  # silent within a dozen questions,
-    assert first[-1] - first[-2] == LONGEST_PAUSE  # and then hardly ever heard
-    assert len(asked[3]) < len(first) and sum(gain for _ in asked[3]) > -1.0  # a thousand tokens for less than a step
-    text = AcceptanceStats(shared)  # it comes back where it pays
-    for n in range(60):
-        if text.is_worth_asking(0, n):
-            text.note_gain(0, n, 0.3)
-    assert text.is_worth_asking(0, 60) and [text.is_worth_asking(i, 60) for i in range(1, N_NGRAM_BUCKETS)] == [True] * 3
-    text.suspend(60)
-    assert not any(text.is_worth_asking(i, 59 + LONGEST_PAUSE) for i in range(N_NGRAM_BUCKETS))
+    assert len(asked[0]) < 16  # silent within a dozen questions,
+    assert asked[3][-1] - asked[3][-2] == LONGEST_PAUSE + 1  # and then hardly ever heard,
+    assert len(asked[3]) <= 4  # whoever's the text
+    for n in range(6 * LONGEST_PAUSE):  # it comes back where it pays,
+        if text.asks(3, n):
+            text.note_gain(3, 0.3)
+    assert text.asks(3, 300) and text.asks(4, 300) and text.asks(3, 301)  # and other places have learnt nothing
+    text.suspend(300)
+    assert not any(text.asks(i, 299 + LONGEST_PAUSE) for i in range(N_PLACES)) and AcceptanceStats(shared).asks(4, 300)
+    assert text.asks(4, 300 + LONGEST_PAUSE)
 
 
 def test_a_text_that_was_not_read_waits_where_asking_did_not_pay() -> None:
     shared = AcceptanceStats()
-    assert shared.is_worth_asking(0, 0)
-    for _ in range(200):
-        AcceptanceStats(shared).note_gain(0, 0, -1.0)
-    assert not shared.is_worth_asking(0, 5) and shared.is_worth_asking(0, 100)
+    assert shared.is_worth_reading(0, 0)
+    AcceptanceStats(shared).note_gain(0, -1.0)
+    assert not shared.is_worth_reading(0, FIRST_TRY - 1) and shared.is_worth_reading(0, FIRST_TRY)
 
 
 # ------------------------------------------------------------------ drafts and decisions
@@ -128,7 +151,7 @@ def a_request(text: list[int], **more: Any) -> Any:
     made = SimpleNamespace(
         draft_state=None, adapter=None, max_draft=8, n_tokens=len(text), number=0, output=SimpleNamespace(ends=frozenset({99}))
     )
-    made.sampler = SimpleNamespace(outputs=text)
+    made.sampler = SimpleNamespace(outputs=text, random=lambda position: 0.0)
     made.tokens = lambda begin, end: text[begin:end]
     vars(made).update(more)
     return made
@@ -213,12 +236,12 @@ def test_texts_with_an_adapter_teach_nothing_to_others() -> None:
     first = requests[1].draft_state.acceptance
     for _ in range(50):
         first.learn(bucket, False)
-        first.note_gain(0, 1, -1.0)
+        first.note_gain(0, -1.0)
     same = DraftState(proposer.acceptance(requests[3])).acceptance
-    assert same.chance(bucket) < 0.2 and not same._gain[0] > 0
+    assert same.chance(bucket) < 0.2 and not same.asks(0, 1)
     for other in (requests[0], requests[2]):
         assert DraftState(proposer.acceptance(other)).acceptance.chance(bucket) > 0.7
-        assert DraftState(proposer.acceptance(other)).acceptance._gain[0] > 0
+        assert DraftState(proposer.acceptance(other)).acceptance.asks(0, 1)
     del one, requests, request, first, same
     assert len(proposer._adapted) == 1  # an adapter that is gone takes what was learnt of it along
 
@@ -229,17 +252,19 @@ def test_a_guess_is_learnt_from_whether_it_was_drafted_or_not() -> None:
     request = a_request(text)
     proposer._prepare(request)
     state = request.draft_state
-    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [])
+    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [], 0)
     for guess in SURE[:3]:
         builder.add(guess)
-    state.pending, state.pending_at = builder.guesses, 2
+    state.pending, state.pending_at, state.asked_after = builder.guesses, 2, 2
     learnt: list[bool] = []
+    first: list[tuple[int, bool]] = []
     state.acceptance.learn = lambda bucket, accepted: learnt.append(accepted)
+    state.acceptance.learn_first = lambda token, accepted: first.append((token, accepted))
     for token, expected in ((10, [True]), (11, [True, True]), (7, [True, True, False]), (12, [True, True, False])):
         text.append(token)
         request.n_tokens = len(text)
         Proposer._learn(request, state)
-        assert learnt == expected
-    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [(40, 0.98), (41, 0.98)])
+        assert learnt == expected and first == [(2, True)]
+    builder = DraftBuilder(request, _draft.Drafter(proposer.stats, []), [(40, 0.98), (41, 0.98)], 0)
     builder.add((10, 0.05))  # the n-grams' guess is on the draft; its own is learnt from all the same
     assert builder.tokens == [40] and builder.guesses[0].token == 10

@@ -162,8 +162,8 @@ def test_a_head_that_knows_the_model_is_right(knowing: Path, temperature: float)
         if temperature == 0:
             assert result.tokens == [5 + STEP * (i + 1) for i in range(40)]
             assert timings.accepted_tokens == timings.drafted_tokens >= 28
-        else:  # both draw with the number of the position
-            assert timings.accepted_tokens >= 0.8 * timings.drafted_tokens > 0
+        else:  # of tokens with a chance of about 0.6, four at a time: 0.6 + 0.36 + ... = 1.3 of 4
+            assert timings.accepted_tokens >= 0.2 * timings.drafted_tokens > 0
         check(engine)
 
 
@@ -171,15 +171,18 @@ def test_many_texts_are_guessed_together(knowing: Path) -> None:
     options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "temperature": 0}
     prompts = [[10 * k + 1] for k in range(9)]
     with Engine(knowing) as engine:
-        always(engine, 3)
+        head = always(engine, 3)
         results = engine.generate(prompts, speculative={"store": False}, **options)
         for prompt, result in zip(prompts, results, strict=True):
             assert result.tokens == [prompt[0] + STEP * (i + 1) for i in range(20)]
             assert result.timings.accepted_tokens == result.timings.drafted_tokens >= 10
         engine.scheduler.speculation.max_asked = len(prompts) - 1  # texts that never repeat themselves: n-grams know nothing
         others = [[10 * k + 2] for k in range(9)]
+        noted: list[Any] = []
+        head.note_state = lambda request, state: noted.append(request)  # type: ignore[method-assign]
         results = engine.generate(others, speculative={"store": False}, max_tokens=4, ignore_eos=True, temperature=0)
         assert all(result.timings.drafted_tokens == 0 for result in results)
+        assert len(noted) <= len(others)  # of four tokens each: once they are known to be so many, nobody copies their states
 
 
 def test_a_guess_that_ends_the_text_is_the_last_one(knowing: Path) -> None:

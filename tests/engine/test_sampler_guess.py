@@ -51,6 +51,32 @@ def test_a_guess_is_the_token_of_the_whole_vocabulary(name: str, masked: bool) -
     assert sampler.guess(full, 99)[0] == whole.sample(full, 99)[0]
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_likeliest_is_the_greedy_choice_believed_less_beyond_its_probability(name: str) -> None:
+    rng = np.random.default_rng(4)
+    params = {"temperature": 1.0, "seed": 5, **PARAMETERS[name]}
+    sampler = _sampler.Sampler(SamplingParams(**params).resolve(), N)
+    greedy = _sampler.Sampler(SamplingParams(**{**params, "temperature": 0}).resolve(), N)
+    # The position's random number, of its first 12 bits: which of 4,096 equally probable tokens it draws.
+    dice = _sampler.Sampler(SamplingParams(temperature=1.0, seed=5).resolve(), 4096)
+    ids, n_beyond = np.array([i for i in range(N) if i % 5], np.int32), 0
+    for position in range(60):
+        logits = rng.normal(0, 2, len(ids)).astype(np.float32)
+        logits[rng.integers(len(ids))] += np.float32(6)
+        token, probability = sampler.guess(logits, position, None, ids, likeliest=True)
+        assert token == greedy.guess(logits, position, None, ids)[0]
+        if name == "sampled":
+            scaled = np.exp(logits.astype(float) - logits.max())
+            top, random = 1 / scaled.sum(), (dice.sample(np.zeros(4096, np.float32), position)[0] + np.array([0, 1])) / 4096
+            assert random[0] <= sampler.random(position) < random[1] and greedy.random(position) == 0
+            n_beyond += random[0] > top
+            bounds = np.minimum(top, top * top / np.maximum(random, 1e-9))
+            assert bounds[1] * 0.998 <= probability <= bounds[0] * 1.002
+        sampler.accept(token)
+        greedy.accept(token)
+    assert name != "sampled" or 5 < n_beyond < 55
+
+
 def test_what_is_no_guess_is_refused() -> None:
     sampler = _sampler.Sampler(SamplingParams(temperature=0, bad_token_ids=[3]).resolve(), 10)
     with pytest.raises(InvalidArgumentError, match="every token is banned"):
