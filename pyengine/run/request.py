@@ -168,6 +168,7 @@ class GenerationRequest(Request):
             prompt_tokens=len(prompt),
             n_ctx=n_ctx,
             end_ids=end_ids,
+            interactive=interactive,
             shown_special=shown_special,
         )
         self.interactive = interactive
