@@ -163,16 +163,16 @@ class Output:
         self._append(reading, text, token, logprob)
 
     def _append(self, reading: _Reading, text: str, token: int | None, logprob: TokenLogprob | None) -> None:
-        piece = Piece(text, token, logprob)
-        if reading.finish_reason is not None:
-            piece = piece._replace(result=self._result(reading, [*reading.pieces, piece]))
-        reading.pieces.append(piece)
+        result = None if reading.finish_reason is None else self._result(reading, text, logprob)
+        reading.pieces.append(Piece(text, token, logprob, result))
 
-    def _result(self, reading: _Reading, pieces: list[Piece]) -> Generation:
+    def _result(self, reading: _Reading, text: str, logprob: TokenLogprob | None) -> Generation:
+        """text, logprob: of its last piece."""
         assert reading.finish_reason is not None
         logprobs = None
         if self.params.logprobs is not None:
-            logprobs = [piece.logprob for piece in pieces if piece.logprob is not None]
+            every = [*(piece.logprob for piece in reading.pieces), logprob]
+            logprobs = [one for one in every if one is not None]
         timings = Timings(
             self._prompt_tokens,
             self.cached_tokens,
@@ -183,7 +183,7 @@ class Output:
             self.accepted_tokens,
         )
         return Generation(
-            "".join(piece.text for piece in pieces),
+            "".join(piece.text for piece in reading.pieces) + text,
             self._sampler.outputs[: reading.n_read],
             reading.finish_reason,
             reading.stop_reason,
