@@ -34,30 +34,40 @@ cdef int poll_signals(void *user) noexcept with gil:
     return 0
 
 
+# What a consumer asks for that does not take rows with a gap between them.
+cdef int CONTIGUOUS = (PyBUF_C_CONTIGUOUS | PyBUF_F_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS) & ~PyBUF_STRIDES
+
+
 cdef class RowView:
-    """Buffer of one row that a forward computed, float32, read-only: logits (vocab_size) or a hidden state (dim). It
-    must be released before the next forward."""
+    """Buffer of what a forward computed, float32, read-only: a row, which is logits (vocab_size) or a hidden state (dim), or all
+    rows of logits (n_logits, vocab_size), between which there may be a gap. It must be released before the next forward."""
 
     cdef Context context
-    cdef size_t row
+    cdef Py_ssize_t row  # -1 = all rows of logits
     cdef bint is_hidden
-    cdef Py_ssize_t shape[1]
-    cdef Py_ssize_t strides[1]
+    cdef Py_ssize_t shape[2]
+    cdef Py_ssize_t strides[2]
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        cdef const float *data
-        if self.is_hidden:
-            data = pe_context_hidden(self.context.context, self.row)
-            self.shape[0] = self.context.model.dim
-        else:
-            data = pe_context_logits(self.context.context, self.row)
-            self.shape[0] = self.context.model.vocab_size
+        cdef pe_context *context = self.context.context
+        cdef Model model = self.context.model
+        cdef const float *data = pe_context_hidden(context, self.row) if self.is_hidden else pe_context_logits(context, max(self.row, 0))
         if data == NULL:
             raise BufferError("this row is gone: a later forward replaced it")
-        self.strides[0] = sizeof(float)
-        view.buf, view.obj, view.len = <void *>data, self, self.shape[0] * <Py_ssize_t>sizeof(float)
-        view.readonly, view.itemsize, view.ndim = 1, sizeof(float), 1
-        view.format, view.shape, view.strides = b"f", self.shape, self.strides
+        cdef Py_ssize_t n_columns = model.dim if self.is_hidden else model.vocab_size, n_rows = 1
+        cdef Py_ssize_t row_floats = n_columns
+        if self.row < 0:
+            n_rows = pe_context_n_logits(context)
+            if n_rows > 1:
+                row_floats = pe_context_logits(context, 1) - data
+        if row_floats > n_columns and (flags & PyBUF_STRIDES != PyBUF_STRIDES or flags & CONTIGUOUS):
+            raise BufferError("the rows of logits are not contiguous")
+        self.shape[0], self.shape[1] = n_rows, n_columns
+        self.strides[0], self.strides[1] = row_floats * <Py_ssize_t>sizeof(float), sizeof(float)
+        view.ndim = 2 if self.row < 0 else 1
+        view.shape, view.strides = self.shape + (2 - view.ndim), self.strides + (2 - view.ndim)
+        view.buf, view.obj, view.len = <void *>data, self, n_rows * n_columns * <Py_ssize_t>sizeof(float)
+        view.readonly, view.itemsize, view.format = 1, sizeof(float), b"f"
         view.suboffsets, view.internal = NULL, NULL
         self.context.n_exports += 1
 
@@ -285,17 +295,20 @@ cdef class Context:
         if pending is not None:
             raise pending
         check(status, err)
-        return bytes(failed) if any(failed) else b""
+        return bytes(failed) if failed.count(0) < n else b""
 
     @property
     def n_logits(self) -> int:
         """Rows of logits that the last forward computed."""
         return pe_context_n_logits(self.context)
 
-    def logits(self, size_t row) -> RowView:
-        """Logits (vocab_size) of the row-th row of the last forward that wanted them."""
-        if row >= pe_context_n_logits(self.context):
-            raise IndexError(f"row {row} of {pe_context_n_logits(self.context)} rows of logits")
+    def logits(self, row=None) -> RowView:
+        """Logits (vocab_size) of the row-th row of the last forward that wanted them; None = of all, (n_logits, vocab_size)."""
+        cdef size_t n = pe_context_n_logits(self.context)
+        if row is None:
+            return self.row_view(-1, False)
+        if not 0 <= row < n:
+            raise IndexError(f"row {row} of {n} rows of logits")
         return self.row_view(row, False)
 
     def hidden(self, size_t row) -> RowView:
@@ -304,7 +317,7 @@ cdef class Context:
             raise IndexError(f"row {row} of {pe_context_n_hidden(self.context)} hidden states")
         return self.row_view(row, True)
 
-    cdef RowView row_view(self, size_t row, bint is_hidden):
+    cdef RowView row_view(self, Py_ssize_t row, bint is_hidden):
         cdef RowView view = RowView.__new__(RowView)
         view.context, view.row, view.is_hidden = self, row, is_hidden
         return view

@@ -33,10 +33,11 @@ class Sampler:
     ) -> tuple[int, float]: ...
 
 def sample_many(
-    rows: Sequence[Buffer],
+    logits: Buffer,
+    rows: Sequence[int],
     samplers: Sequence[Sampler],
     positions: Sequence[int],
-    masks: Sequence[Buffer | None] | None = None,
+    masks: Sequence[Sequence[Buffer | None] | None] | None = None,
     n_threads: int = 1,
     drafts: Sequence[Sequence[int]] | None = None,
 ) -> list[Exception | None]: ...

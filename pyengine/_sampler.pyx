@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """Python bindings of csrc/sampler/sampler.h: validate, release the GIL, one call, one check.
 
-Logits are any C-contiguous one-dimensional float32 buffer (numpy, array.array('f'), memoryview); tokens are int32 buffers; masks are
+Logits are a float32 buffer (numpy, array.array('f'), memoryview) whose rows are contiguous; tokens are int32 buffers; masks are
 uint32 buffers of (vocab_size + 31) // 32 words, where bit i % 32 of word i // 32 is 1 if token i is allowed.
 A `Sampler` serves one sequence and must not be used by two threads at once.
 """
@@ -79,22 +79,25 @@ cdef list top_of(const pe_sample_result *result):
     return [(result.top_ids[i], result.top_logprobs[i]) for i in range(result.n_top)]
 
 
-cdef class _View:
-    """A one-dimensional C-contiguous buffer of 4-byte items, held until `release`, or this object's end."""
+cdef class _Mask:
+    """The words of a mask over vocab_size tokens, held until `release`, or this object's end."""
 
     cdef Py_buffer buffer
     cdef bint held
+    cdef const uint32_t *words
 
-    def __cinit__(self, source, str format, Py_ssize_t size, str what):
+    def __cinit__(self, source, size_t vocab_size):
+        cdef Py_ssize_t n = (vocab_size + 31) // 32
         PyObject_GetBuffer(source, &self.buffer, PyBUF_FORMAT | PyBUF_ND)
         self.held = True
         given = (<bytes>self.buffer.format).decode() if self.buffer.format != NULL else "B"
-        if self.buffer.ndim != 1 or self.buffer.itemsize != 4 or given not in format:
+        if self.buffer.ndim != 1 or self.buffer.itemsize != 4 or given not in "IiLl":
             raise ValueError(
-                f"{what}: a one-dimensional buffer of type {format[0]!r} is expected, not {given!r} of {self.buffer.ndim} dimensions"
+                f"words of a mask: a one-dimensional buffer of type 'I' is expected, not {given!r} of {self.buffer.ndim} dimensions"
             )
-        if self.buffer.shape[0] != size:
-            raise InvalidArgumentError(f"{self.buffer.shape[0]} {what}, expected {size}")
+        if self.buffer.shape[0] != n:
+            raise InvalidArgumentError(f"{self.buffer.shape[0]} words of a mask, expected {n}")
+        self.words = <const uint32_t *>self.buffer.buf
 
     cdef void release(self):
         if self.held:
@@ -221,14 +224,14 @@ cdef class Sampler:
         """
         cdef char err[PE_ERR_LEN]
         cdef const uint32_t *words = NULL
-        cdef _View view = None
+        cdef _Mask held = None
         cdef pe_sample_result result
         cdef pe_status status
         if <size_t> logits.shape[0] != self.size:
             raise InvalidArgumentError(f"{logits.shape[0]} logits for a vocabulary of {self.size}")
         if mask is not None:
-            view = mask_view(mask, self.size)
-            words = <const uint32_t *>view.buffer.buf
+            held = _Mask(mask, self.size)
+            words = held.words
         with nogil:
             status = pe_sampler_sample(self.sampler, &logits[0], position, words, &result, err)
         check(status, err)
@@ -248,7 +251,7 @@ cdef class Sampler:
         cdef char err[PE_ERR_LEN]
         cdef const uint32_t *words = NULL
         cdef const int32_t *known = NULL
-        cdef _View view = None
+        cdef _Mask held = None
         cdef pe_guess result
         cdef pe_status status
         cdef size_t n = logits.shape[0]
@@ -259,17 +262,13 @@ cdef class Sampler:
                 raise InvalidArgumentError(f"ids from {ids[0]} to {ids[n - 1]} in a vocabulary of {self.size}")
             known = &ids[0]
         if mask is not None:
-            view = mask_view(mask, self.size)
-            words = <const uint32_t *>view.buffer.buf
+            held = _Mask(mask, self.size)
+            words = held.words
         with nogil:
             status = pe_sampler_guess(self.sampler, &logits[0], known, n, position, words,
                                       PE_GUESS_LIKELIEST if likeliest else PE_GUESS_DRAWN, &result, err)
         check(status, err)
         return result.token, result.probability
-
-
-cdef _View mask_view(mask, size_t vocab_size):
-    return _View(mask, "IiLl", <Py_ssize_t>(vocab_size + 31) // 32, "words of a mask")
 
 
 # A row of logits to sample from, and the draft that the row after it follows: -1 for the last row of a sampler.
@@ -280,16 +279,16 @@ cdef struct row_source:
 
 
 cdef class _Rows:
-    """The rows of one call of `sample_many`: their buffers, held until `release`, and C arrays for them."""
+    """The rows of one call of `sample_many`: their masks, held until `release`, and C arrays for them."""
 
-    cdef list views
+    cdef list masks
     cdef row_source *sources
     cdef pe_sample_row *calls  # one for each sampler that goes on
     cdef Py_ssize_t *owners  # for each of `calls`: number of its sampler,
     cdef Py_ssize_t *cursors  # and of its row
 
     def __cinit__(self, Py_ssize_t n_rows, Py_ssize_t n_samplers):
-        self.views = []
+        self.masks = []
         self.sources = <row_source *>calloc(n_rows + 1, sizeof(row_source))
         self.calls = <pe_sample_row *>calloc(n_samplers + 1, sizeof(pe_sample_row))
         self.owners = <Py_ssize_t *>calloc(n_samplers + 1, sizeof(Py_ssize_t))
@@ -297,20 +296,18 @@ cdef class _Rows:
         if self.sources == NULL or self.calls == NULL or self.owners == NULL or self.cursors == NULL:
             raise OutOfMemoryError(f"no memory for {n_rows} rows")
 
-    cdef int hold(self, Py_ssize_t row, logits, mask, int32_t draft, size_t vocab_size) except -1:
-        cdef _View view = _View(logits, "f", vocab_size, "logits")
-        self.views.append(view)
-        self.sources[row].logits, self.sources[row].draft = <const float *>view.buffer.buf, draft
+    cdef int hold(self, Py_ssize_t row, mask, size_t vocab_size) except -1:
+        cdef _Mask held
         if mask is not None:
-            view = mask_view(mask, vocab_size)
-            self.views.append(view)
-            self.sources[row].mask = <const uint32_t *>view.buffer.buf
+            held = _Mask(mask, vocab_size)
+            self.masks.append(held)
+            self.sources[row].mask = held.words
         return 0
 
     cdef void release(self):
-        cdef _View view
-        for view in self.views:
-            view.release()
+        cdef _Mask mask
+        for mask in self.masks:
+            mask.release()
 
     def __dealloc__(self):
         free(self.sources)
@@ -319,34 +316,45 @@ cdef class _Rows:
         free(self.cursors)
 
 
-def sample_many(rows, samplers, positions, masks=None, int n_threads=1, drafts=None) -> list:
-    """For every i: sample from rows[i], accept the token in samplers[i] and record it in its `outputs` and `logprobs`.
+def sample_many(
+    const float[:, :] logits not None, rows, samplers, positions, masks=None, int n_threads=1, drafts=None
+) -> list:
+    """For every i: sample from row rows[i] of logits (n, vocab_size) float32, accept the token in samplers[i] and record it in its
+    `outputs` and `logprobs`.
 
-    rows[i] (vocab_size) float32 logits, positions[i] the absolute position of the token, masks[i] a mask or None. Tokens are those of
-    `sample`, one call after the other, on up to n_threads threads. Returns a list: for each row None, or the exception that `sample`
-    would have raised; then its sampler has not changed. Raises when the arguments themselves are wrong: then nothing has changed.
-    No signal handler runs between sampling a row and recording it.
+    positions[i] is the absolute position of the token, masks[i] a list of its mask or None. Tokens are those of `sample`, one call
+    after the other, on up to n_threads threads. Returns a list: for each sampler None, or the exception that `sample` would have
+    raised; then it has not changed. Raises when the arguments themselves are wrong: then nothing has changed. No signal handler
+    runs between sampling a row and recording it.
 
-    drafts[i]: guesses at the tokens from positions[i] on. Sampler i then has 1 + len(drafts[i]) consecutive rows (and masks): the row
-    after a guess is sampled, as if it were alone, if the token sampled before it equals the guess. So what is recorded is what one call
-    a token would record, only more of it. An exception is that of the first row that fails.
+    drafts[i]: guesses at the tokens from positions[i] on. Sampler i then has 1 + len(drafts[i]) rows, from rows[i] on, and as many
+    masks: the row after a guess is sampled, as if it were alone, if the token sampled before it equals the guess. So what is recorded
+    is what one call a token would record, only more of it. An exception is that of the first row that fails.
     """
     cdef Sampler sampler
     cdef list owners = list(samplers)
-    cdef Py_ssize_t i, row = 0, n = len(owners), n_rows = len(rows)
+    cdef Py_ssize_t i, j, first, n_own, row = 0, n = len(owners)
     cdef list guesses = [()] * n if drafts is None else [tuple(draft) for draft in drafts]
-    if not (len(guesses) == n == len(positions) and n_rows == n + sum([len(guess) for guess in guesses])
-            and (masks is None or len(masks) == n_rows)):
+    if not (len(guesses) == n == len(rows) == len(positions) and (masks is None or len(masks) == n)):
         raise ValueError("rows, samplers, positions, masks and drafts differ in length")
-    cdef _Rows all_rows = _Rows(n_rows, n)
+    if logits.strides[1] != sizeof(float):
+        raise ValueError("a row of logits is not contiguous")
+    cdef _Rows all_rows = _Rows(n + sum([len(guess) for guess in guesses]), n)
     try:
         for i in range(n):
-            sampler = owners[i]
+            sampler, first, n_own = owners[i], rows[i], 1 + len(guesses[i])
+            own_masks = None if masks is None else masks[i]
             if sampler is None:
                 raise TypeError("a sampler is None")
+            if <size_t>logits.shape[1] != sampler.size:
+                raise InvalidArgumentError(f"{logits.shape[1]} logits for a vocabulary of {sampler.size}")
+            if first < 0 or first > logits.shape[0] - n_own or (own_masks is not None and len(own_masks) != n_own):
+                raise ValueError(f"rows {first} to {first + n_own - 1} of {logits.shape[0]}, or their masks, are missing")
             all_rows.owners[i], all_rows.cursors[i], all_rows.calls[i].position = i, row, positions[i]
-            for guess in (*guesses[i], -1):
-                all_rows.hold(row, rows[row], None if masks is None else masks[row], guess, sampler.size)
+            for j in range(n_own):
+                all_rows.sources[row].logits = &logits[first + j, 0]
+                all_rows.sources[row].draft = guesses[i][j] if j < n_own - 1 else -1
+                all_rows.hold(row, None if own_masks is None else own_masks[j], sampler.size)
                 row += 1
         return sample_rows(all_rows, owners, n_threads)
     finally:

@@ -108,8 +108,7 @@ class BeamHypothesis:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A step of a stream: whole characters that are certain to stay, possibly none; the last piece carries the result."""
 
     text: str

@@ -381,11 +381,13 @@ class SamplingParams:
     speculative: str | Mapping[str, Any] | Drafting | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                object.__setattr__(self, field.name, _check(field.name, value))
+        for name, value in self._given().items():
+            object.__setattr__(self, name, _check(name, value))
         self._check_together()
+
+    def _given(self) -> dict[str, Any]:
+        """What is not None. (A class with slots has the names of its fields there.)"""
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
     def _check_together(self) -> None:
         low, high = self.min_tokens, self.max_tokens
@@ -407,15 +409,14 @@ class SamplingParams:
 
         UnknownParameterError (a TypeError) for an unknown name, with the closest known one; InvalidArgumentError if a field is
         given twice under two names."""
-        known = [field.name for field in fields(cls)]
         chosen: dict[str, Any] = {}
         given_as: dict[str, str] = {}
         for name, value in kwargs.items():
             field_name = ALIASES.get(name, name)
-            if field_name not in known:
+            if field_name not in cls.__slots__:
                 import difflib
 
-                near = difflib.get_close_matches(name[:64], [*known, *ALIASES], n=1)
+                near = difflib.get_close_matches(name[:64], [*cls.__slots__, *ALIASES], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UnknownParameterError(f"unknown sampling parameter {shown(name)}{hint}")
             if field_name in given_as:
@@ -439,7 +440,7 @@ class SamplingParams:
         used when these params name none; without either one is drawn. `speculative` is the engine's, too.
         ModelFormatError if `defaults` holds nonsense."""
         from_model = _model_defaults(defaults or {})
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        given = self._given()
         if "temperature" not in given:
             given["temperature"] = self._default_temperature(from_model, defaults or {})
         merged = {**_NEUTRAL, "logit_bias": {}, **from_model, **given}

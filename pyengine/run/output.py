@@ -2,6 +2,8 @@
 
 The sampler's list of outputs is what happened; the text is read from it and can be read again. A reading that an
 exception tore (Ctrl-C, anywhere) is thrown away and done anew from the first token, with the same result.
+
+Text that nobody needs before its end is read at its end: until then the ids alone say whether the output goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 class _Reading:
     """The text of outputs[:n_read], and one piece a token."""
 
-    __slots__ = ("finish_reason", "is_torn", "n_read", "pieces", "stop_reason", "text", "words")
+    __slots__ = ("finish_reason", "is_torn", "n_read", "pieces", "stop_reason", "words")
 
     def __init__(self, output: Output) -> None:
         params = output.params
@@ -34,7 +36,6 @@ class _Reading:
             shown_special=output.shown_special,
         )
         self.n_read = 0
-        self.text = ""
         self.pieces: list[Piece] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -64,7 +65,10 @@ class Output:
     prompt_tokens  length of the prompt
     n_ctx          positions of the context
     end_ids        the model's end-of-text tokens, those that count for this request
+    interactive    somebody reads along
     shown_special  special tokens that the text shows whatever skip_special_tokens says
+
+    Attributes: `finish_reason`, None while there is more to come, or to read again; `ends`, the tokens that end it.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Output:
         prompt_tokens: int,
         n_ctx: int,
         end_ids: tuple[int, ...],
+        interactive: bool = False,
         shown_special: frozenset[int] = frozenset(),
     ) -> None:
         self.params = params
@@ -89,26 +94,19 @@ class Output:
         self._sampler = sampler
         self._prompt_tokens = prompt_tokens
         self._most = min(params.max_tokens or n_ctx, n_ctx - prompt_tokens)
-        self._end_ids = frozenset(end_ids)
         self._stop_ids = frozenset(params.stop_token_ids)
+        self.ends = self._stop_ids.union(end_ids)
+        self.finish_reason: FinishReason | None = None
         self._forced: FinishReason | None = None
         self._first_token_at = self._last_token_at = self.started
+        self._reads_along = interactive or bool(stops)
+        self._n_seen = 0  # outputs that `catch_up` knows
         self._reading = _Reading(self)
 
     @property
-    def finish_reason(self) -> FinishReason | None:
-        """None while there is more to come, or to read again."""
-        return None if self._reading.is_torn else self._reading.finish_reason
-
-    @property
     def pieces(self) -> list[Piece]:
-        """A piece a token so far; the last one of a finished output carries the result."""
+        """A piece for each token that was read so far; the last one of a finished output carries the result."""
         return self._reading.pieces
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Tokens that end it."""
-        return self._end_ids | self._stop_ids
 
     @property
     def n_left(self) -> int:
@@ -120,31 +118,42 @@ class Output:
         self._forced = reason
 
     def catch_up(self) -> None:
-        """Read what has been sampled since."""
-        reading, outputs = self._reading, self._sampler.outputs
-        if reading.is_torn:
-            reading = _Reading(self)
-        elif reading.n_read == len(outputs) and self._forced is None:
+        """Take note of what has been sampled since, and read it if its text is needed now. After an exception: once more."""
+        outputs = self._sampler.outputs
+        n = len(outputs)
+        if self.finish_reason is not None or (n == self._n_seen and self._forced is None):
             return
-        reading.is_torn = True
-        if reading.n_read < len(outputs):
+        if n > self._n_seen:
             self._last_token_at = time.monotonic()
-            if self._first_token_at == self.started:
+            if self._n_seen == 0:
                 self._first_token_at = self._last_token_at
+        if self._reads_along or self._is_over(outputs):
+            self._read_on(outputs)
+        self._n_seen = n
+
+    def _is_over(self, outputs: list[int]) -> bool:
+        """Whether the ids alone end it, as they do without stop strings."""
+        at_limit = len(outputs) >= self._most
+        return at_limit or self._forced is not None or not self.ends.isdisjoint(outputs[self._n_seen :])
+
+    def _read_on(self, outputs: list[int]) -> None:
+        reading = _Reading(self) if self._reading.is_torn else self._reading
+        reading.is_torn = True
         while reading.finish_reason is None and reading.n_read < len(outputs):
             self._read(reading, outputs[reading.n_read])
         if reading.finish_reason is None and self._forced is not None:
             self._append(reading, reading.finish(self._forced), None, None)
         reading.is_torn = False
         self._reading = reading
+        self.finish_reason = reading.finish_reason
 
     def _read(self, reading: _Reading, token: int) -> None:
         index = reading.n_read
         reading.n_read += 1
-        logprob = None
-        if self.params.logprobs is not None:
-            logprob = self._logprobs(index, index + 1)[0]
-        if token in self._end_ids or token in self._stop_ids:
+        logprobs = self._sampler.logprobs
+        entry = None if logprobs is None else logprobs[index]
+        logprob = None if entry is None else TokenLogprob(*entry)
+        if token in self.ends:
             reading.stop_reason = token if token in self._stop_ids else None
             text = reading.finish("stop")
         else:
@@ -154,15 +163,16 @@ class Output:
         self._append(reading, text, token, logprob)
 
     def _append(self, reading: _Reading, text: str, token: int | None, logprob: TokenLogprob | None) -> None:
-        reading.text += text
-        result = None if reading.finish_reason is None else self._result(reading)
+        result = None if reading.finish_reason is None else self._result(reading, text, logprob)
         reading.pieces.append(Piece(text, token, logprob, result))
 
-    def _result(self, reading: _Reading) -> Generation:
+    def _result(self, reading: _Reading, text: str, logprob: TokenLogprob | None) -> Generation:
+        """text, logprob: of its last piece."""
         assert reading.finish_reason is not None
         logprobs = None
         if self.params.logprobs is not None:
-            logprobs = self._logprobs(0, reading.n_read)
+            every = [*(piece.logprob for piece in reading.pieces), logprob]
+            logprobs = [one for one in every if one is not None]
         timings = Timings(
             self._prompt_tokens,
             self.cached_tokens,
@@ -173,15 +183,11 @@ class Output:
             self.accepted_tokens,
         )
         return Generation(
-            reading.text,
-            list(self._sampler.outputs[: reading.n_read]),
+            "".join(piece.text for piece in reading.pieces) + text,
+            self._sampler.outputs[: reading.n_read],
             reading.finish_reason,
             reading.stop_reason,
             self.params.seed,
             logprobs,
             timings,
         )
-
-    def _logprobs(self, begin: int, end: int) -> list[TokenLogprob]:
-        assert self._sampler.logprobs is not None
-        return [TokenLogprob(*entry) for entry in self._sampler.logprobs[begin:end] if entry is not None]

@@ -178,7 +178,8 @@ class Proposer(ABC):
     ) -> tuple[int, float] | None:
         """The guess behind a draft, and its probability: what the request's sampler makes of these logits, of the tokens `ids`
         (None = all), at that position (Sampler.guess). None if they are none to choose from, an infinity among them for one."""
-        mask = request.masks(draft)[-1]
+        masks = request.masks(draft)
+        mask = None if masks is None else masks[-1]
         position = request.n_tokens + len(draft)
         try:
             return request.sampler.guess(logits, position, mask, ids, likeliest=likeliest)  # type: ignore[arg-type]

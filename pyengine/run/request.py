@@ -168,6 +168,7 @@ class GenerationRequest(Request):
             prompt_tokens=len(prompt),
             n_ctx=n_ctx,
             end_ids=end_ids,
+            interactive=interactive,
             shown_special=shown_special,
         )
         self.interactive = interactive
@@ -182,7 +183,7 @@ class GenerationRequest(Request):
 
     @property
     def next_row(self) -> int:
-        return self.n_tokens - 1
+        return len(self.prompt) + len(self.sampler.outputs) - 1
 
     @property
     def is_done(self) -> bool:
@@ -231,14 +232,15 @@ class GenerationRequest(Request):
         if not self.is_started:
             self.output.cached_tokens = n_tokens
 
-    def masks(self, draft: Sequence[int]) -> Sequence[array[int] | None]:
+    def masks(self, draft: Sequence[int]) -> Sequence[array[int] | None] | None:
         """Which tokens may come next, and after each guess of `draft`; None = all."""
-        if self.guide is not None:
-            try:
-                return self.guide.masks(self.sampler.outputs, draft)
-            except Exception as error:  # of this request's grammar
-                self.error = error
-        return [None] * (1 + len(draft))
+        if self.guide is None:
+            return None
+        try:
+            return self.guide.masks(self.sampler.outputs, draft)
+        except Exception as error:  # of this request's grammar
+            self.error = error
+            return None
 
     def catch_up(self) -> None:
         try:

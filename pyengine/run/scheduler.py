@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyengine._sampler import sample_many
@@ -46,13 +46,8 @@ class Grant(NamedTuple):
     request: Request
     begin: int
     end: int
-    wants: bytes  # for each: the kind of row that is wanted, 0 = none
+    wants: bytes  # for each, guesses too: the kind of row that is wanted, 0 = none
     draft: tuple[int, ...] = ()
-
-
-def grant(request: Request, begin: int, end: int, draft: tuple[int, ...] = ()) -> Grant:
-    """Tokens [begin, end) of a request and a draft behind them; every guess wants the request's kind of row."""
-    return Grant(request, begin, end, request.wants(begin, end) + bytes((request.row_kind,)) * len(draft), draft)
 
 
 def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int, int]]:
@@ -80,8 +75,9 @@ class Scheduler:
         # Both are changed by single operations only, which no other thread and no exception can divide.
         self._requests: dict[int, Request] = {}  # by number, so oldest first
         self._holders: dict[int, Request] = {}  # those that have a sequence, and maybe some that had one
-        self._granted: tuple[Grant, ...] = ()  # of the forward that runs
+        self._granted: Sequence[Grant] = ()  # of the forward that runs
         self._is_full = False  # pages ran out, and nobody has given any back since
+        self._is_torn = False  # a step is under way, or an exception has ended it
         _schedulers.add(self)
 
     # ------------------------------------------------------------ callers
@@ -115,7 +111,7 @@ class Scheduler:
 
     def _sweep_after(self) -> None:
         """Whoever had the lock looks once more: an abort meanwhile could not sweep, and there may be no next step."""
-        if any(number not in self._requests for number in list(self._holders)):
+        if not self._holders.keys() <= self._requests.keys():
             self.step_lock.try_run(self.sweep)
 
     def _lead(self, ready: Callable[[], bool]) -> None:
@@ -132,56 +128,66 @@ class Scheduler:
 
     def step(self) -> bool:
         """One forward for whatever waits. Whether there may be news for other callers."""
-        self.sweep()
+        if self._is_torn:  # what it sampled may not have been read
+            for request in list(self._requests.values()):
+                request.catch_up()
+        self._is_torn = True
+        is_one_done = self.sweep()
         requests = list(self._requests.values())
-        for request in requests:
-            request.catch_up()
-            if request.deadline is not None and not request.is_done and time.monotonic() >= request.deadline:
-                request.time_out()
-        grants = self._grant([request for request in requests if not request.is_done])
+        grants = self._grant(requests)
         began = time.perf_counter()
         if grants and self._forward(grants):
-            self._sample(grants)
-            decodes = all(one.end - one.begin == 1 for one in grants)
-            self.speculation.note_step(sum(len(one.wants) for one in grants) if decodes else 0, time.perf_counter() - began)
-            self._take_rows(grants)
-        is_one_done = any(request.is_done for request in requests)
-        if is_one_done:
-            self.sweep()  # before the next step, if there is one: its pages may be wanted
+            numbered = list(with_rows(grants))
+            self._sample(numbered)
+            last = grants[-1]  # prompts come last
+            n_rows = sum(len(one.wants) for one in grants) if last.end - last.begin == 1 else 0
+            self.speculation.note_step(n_rows, time.perf_counter() - began)
+            self._take_rows(numbered)
+        is_one_done |= self.sweep()  # before the next step, if there is one: its pages may be wanted
+        self._is_torn = False
         return is_one_done or any(request.interactive for request in requests)
 
-    def sweep(self) -> None:
-        """Let go of requests that are done or whose caller is gone. Their pages stay cached."""
+    def sweep(self) -> bool:
+        """Let go of requests that are done or out of time, or whose caller is gone. Their pages stay cached. Whether there were
+        any."""
+        is_one_done = False
         for number, request in list(self._requests.items()):
+            if request.deadline is not None and time.monotonic() >= request.deadline and not request.is_done:
+                request.time_out()
             if request.is_done or request.caller() is None:
                 self._requests.pop(number, None)
-        for number, request in list(self._holders.items()):
-            if number not in self._requests:
-                request.let_go()
-                self._is_full = False
-                self._holders.pop(number, None)
+                is_one_done = True
+        if not self._holders.keys() <= self._requests.keys():
+            for number, request in list(self._holders.items()):
+                if number not in self._requests:
+                    request.let_go()
+                    self._is_full = False
+                    self._holders.pop(number, None)
+        return is_one_done
 
     # ------------------------------------------------------------ who gets what
 
     def _grant(self, requests: list[Request]) -> list[Grant]:
-        """Tokens for this step. A request that cannot start yet does not keep later ones that can."""
-        waiting = [request for request in requests if request.sequence is None and not request.is_paused]
-        if waiting:
+        """Tokens for this step: of texts that decode, then of prompts. A request that cannot start yet does not keep later ones
+        that can."""
+        if any(request.sequence is None for request in requests):
+            waiting = [request for request in requests if request.sequence is None and not request.is_paused]
             self._admit(waiting, [request for request in requests if request.sequence is not None])
-        running = [(request, self._begin(request)) for request in requests if request.sequence is not None]
-        running = [(request, begin) for request, begin in running if not request.is_paused]
-        decoding = [(request, begin) for request, begin in running if request.n_tokens - begin == 1]
-        budget = BUDGET_BESIDE_STREAMS if any(request.interactive for request, _ in decoding) else BUDGET
-        prefills, n_rows = [], len(decoding)
-        for request, begin in running:
-            n = min(request.n_tokens - begin, request.max_grant(begin), budget)
-            if n > 0 and request.n_tokens - begin > 1:
-                prefills.append(grant(request, begin, begin + n))
-                budget -= n
-                n_rows += n
+            requests = [request for request in requests if request.sequence is not None]
+        decoding: list[tuple[Request, int]] = []
+        prefilling: list[tuple[Request, int]] = []
+        for request in requests:
+            if not request.is_paused:
+                begin = self._begin(request)
+                (decoding if request.n_tokens - begin == 1 else prefilling).append((request, begin))
+        prefills = self._grant_prompts(prefilling, any(request.interactive for request, _ in decoding))
+        n_rows = len(decoding) + sum(one.end - one.begin for one in prefills)
         # If pages have run out, guesses must not take what others need.
         drafts = {} if self._is_full else self.speculation.plan([request for request, _ in decoding], n_rows)
-        decodes = [grant(request, begin, begin + 1, drafts.get(request.number, ())) for request, begin in decoding]
+        decodes = []
+        for request, begin in decoding:
+            draft = drafts.get(request.number, ())
+            decodes.append(Grant(request, begin, begin + 1, bytes((request.row_kind,)) * (1 + len(draft)), draft))
         return decodes + prefills
 
     @staticmethod
@@ -192,6 +198,18 @@ class Scheduler:
         if sequence.length > request.next_row:
             sequence.truncate(request.next_row)
         return sequence.length
+
+    @staticmethod
+    def _grant_prompts(prefilling: list[tuple[Request, int]], beside_streams: bool) -> list[Grant]:
+        """Tokens from `begin` on of each (request, begin), oldest first, as far as the budget goes."""
+        budget = BUDGET_BESIDE_STREAMS if beside_streams else BUDGET
+        grants = []
+        for request, begin in prefilling:
+            end = begin + min(request.max_grant(begin), budget)
+            if end > begin:
+                grants.append(Grant(request, begin, end, request.wants(begin, end)))
+                budget -= end - begin
+        return grants
 
     def _admit(self, waiting: list[Request], running: list[Request]) -> None:
         """Start what there is room for, oldest first."""
@@ -265,15 +283,16 @@ class Scheduler:
         deadline = None
         for request, begin, end, flags, draft in grants:
             assert request.sequence is not None
+            n = len(flags)
             tokens += request.tokens(begin, end)
             tokens += draft
-            sequences += [request.sequence] * len(flags)
+            sequences += [request.sequence] * n
             wants += flags
             drafted += bytes(end - begin) + b"\1" * len(draft)
-            adapters += [request.adapter] * len(flags)
+            adapters += [request.adapter] * n
             if request.deadline is not None:
                 deadline = request.deadline if deadline is None else min(deadline, request.deadline)
-        self._granted = tuple(grants)
+        self._granted = grants
         try:
             failed = self.context.forward(tokens, sequences, wants, drafted=drafted, adapters=adapters, deadline=deadline)
         except CancelledError:
@@ -310,37 +329,31 @@ class Scheduler:
                     request.error = NotFiniteError("an infinity or NaN appeared in the computation of this request")
             row += len(wants)
 
-    def _sample(self, grants: list[Grant]) -> None:
-        """The next token of every request whose last one was computed."""
+    def _sample(self, numbered: list[tuple[Grant, int, int]]) -> None:
+        """The next token of every request whose last one was computed. numbered: grants with their rows."""
         requests: list[GenerationRequest] = []
         rows: list[int] = []
         hidden_rows: list[int] = []
         drafts: list[tuple[int, ...]] = []
-        masks: list[array[int] | None] = []
-        for (request, _, end, wants, draft), row, hidden_row in with_rows(grants):
+        masks: list[Sequence[array[int] | None] | None] = []
+        for (request, _, end, wants, draft), row, hidden_row in numbered:
             if not isinstance(request, GenerationRequest) or not wants[-1] or request.error is not None:
                 continue
             assert request.sequence is not None
             request_masks = request.masks(draft)
             if request.sequence.length == end and request.error is None:  # not if its rows failed
                 requests.append(request)
-                rows += range(row, row + 1 + len(draft))
+                rows.append(row)
                 hidden_rows.append(hidden_row)
                 drafts.append(draft)
-                masks += request_masks
+                masks.append(request_masks)
         if not requests:
             return
-        lengths = [request.n_tokens for request in requests]
-        errors = sample_many(
-            [self.context.logits(row) for row in rows],
-            [request.sampler for request in requests],
-            lengths,
-            masks,
-            n_threads=self.n_threads,
-            drafts=drafts,
-        )
+        samplers, lengths = [request.sampler for request in requests], [request.n_tokens for request in requests]
+        errors = sample_many(self.context.logits(), rows, samplers, lengths, masks, self.n_threads, drafts)
         for request, draft, error in zip(requests, drafts, errors, strict=True):
-            request.error = error
+            if error is not None:
+                request.error = error
             if draft:
                 self._accept(request, draft)
             request.catch_up()
@@ -358,9 +371,9 @@ class Scheduler:
         output.drafted_tokens += len(draft)
         output.accepted_tokens += sequence.accept(request.tokens(sequence.length, request.n_tokens))
 
-    def _take_rows(self, grants: list[Grant]) -> None:
-        for (request, begin, end, _, _), row, hidden_row in with_rows(grants):
-            if request.error is None:
+    def _take_rows(self, numbered: list[tuple[Grant, int, int]]) -> None:
+        for (request, begin, end, _, _), row, hidden_row in numbered:
+            if not isinstance(request, GenerationRequest) and request.error is None:
                 self._take(request, begin, end, row if request.row_kind == LOGITS else hidden_row)
 
     def _take(self, request: Request, begin: int, end: int, row: int) -> None:

@@ -62,7 +62,7 @@ class Queue:
             request.n_tokens
             for job in self.jobs()
             for request in job.requests
-            if not request.is_done and not (isinstance(request, GenerationRequest) and request.output.pieces)
+            if not request.is_done and not (isinstance(request, GenerationRequest) and request.sampler.outputs)
         )
 
     def counts(self) -> dict[str, tuple[int, int]]:

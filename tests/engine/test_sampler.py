@@ -329,7 +329,7 @@ def test_many_rows_equal_one_after_the_other(n_threads):
             samplers.append(_sampler.Sampler(p, n, sample_index=len(samplers)))
             samplers[-1].accept_prompt(array("i", range(20)))
     for step in range(8):
-        rows = [random_logits(rng, n) for _ in range(n_rows)]
+        rows = np.stack([random_logits(rng, n) for _ in range(n_rows)])
         rows[int(rng.integers(n_rows))][7] = np.nan
         masks = [None if (mask := random_mask(rng, n)) is None else words_of(mask) for _ in range(n_rows)]
         masks[int(rng.integers(n_rows))] = np.zeros(32, np.uint32)
@@ -343,7 +343,9 @@ def test_many_rows_equal_one_after_the_other(n_threads):
             sampler.accept(token)
             expected.append((token, logprob, None if top is None else tuple(top)))
         before = [len(sampler.outputs) for sampler in many]
-        errors = _sampler.sample_many(rows, many, [step] * n_rows, masks, n_threads)
+        errors = _sampler.sample_many(
+            rows, range(n_rows), many, [step] * n_rows, [mask if mask is None else [mask] for mask in masks], n_threads
+        )
         for i, (error, sampler) in enumerate(zip(errors, many, strict=True)):
             assert len(sampler.outputs) == before[i] + (error is None)
             if error is not None:
@@ -362,46 +364,52 @@ def test_what_is_accepted_is_recorded():
     assert sampler.outputs == [] and sampler.logprobs == []
     sampler.accept(2)
     row = np.array([0, 1, 0], np.float32)
-    assert _sampler.sample_many([row], [sampler], [5]) == [None]
+    assert _sampler.sample_many(row[None], [0], [sampler], [5]) == [None]
     exact = pytest.approx(float(log_softmax(row)[1]), abs=1e-12)
     assert sampler.outputs == [2, 1] and sampler.logprobs == [None, (1, exact, ((1, exact),))]
     held = sampler.outputs
     sampler.reset()
     assert held == [2, 1] and sampler.outputs == [] and sampler.logprobs == []
     assert _sampler.Sampler(params(), 3).logprobs is None
-    assert _sampler.sample_many([], [], []) == []
+    assert _sampler.sample_many(np.zeros((0, 3), np.float32), [], [], []) == []
 
 
 def test_wrong_arguments_of_many_change_nothing():
     good, other = _sampler.Sampler(params(), 40), _sampler.Sampler(params(), 40)
-    row, words = np.zeros(40, np.float32), np.full(2, 2**32 - 1, np.uint32)
+    logits, words = np.zeros((2, 40), np.float32), np.full(2, 2**32 - 1, np.uint32)
     wrong: list[tuple[Any, ...]] = [
-        ([row], [good, other], [0, 0]),
-        ([row, row], [good, other], [0]),
-        ([row, row], [good, other], [0, 0], [words]),
-        ([row, row], [good, good], [0, 0]),
-        ([row, row[:39]], [good, other], [0, 0]),
-        ([row, row.astype(np.float64)], [good, other], [0, 0]),
-        ([row, row.view(np.int32)], [good, other], [0, 0]),
-        ([row, np.zeros((1, 40), np.float32)], [good, other], [0, 0]),
-        ([row, np.zeros(80, np.float32)[::2]], [good, other], [0, 0]),
-        ([row, row], [good, other], [0, -1]),
-        ([row, row], [good, None], [0, 0]),
-        ([row, None], [good, other], [0, 0]),
-        ([row, row], [good, other], [0, 0], [None, words[:1]]),
-        ([row, row], [good, other], [0, 0], [None, words.view(np.float32)]),
-        ([row, row], [good, other], [0, 0], None, 0),
-        ([row, row], [good, other], [0, 0], None, 257),
+        (logits, [0], [good, other], [0, 0]),
+        (logits, [0, 1], [good, other], [0]),
+        (logits, [0, 1], [good, other], [0, 0], [[words]]),
+        (logits, [0, 1], [good, good], [0, 0]),
+        (logits[:, :39], [0, 1], [good, other], [0, 0]),
+        (logits.astype(np.float64), [0, 1], [good, other], [0, 0]),
+        (logits.view(np.int32), [0, 1], [good, other], [0, 0]),
+        (logits[0], [0, 1], [good, other], [0, 0]),
+        (np.zeros((2, 80), np.float32)[:, ::2], [0, 1], [good, other], [0, 0]),
+        (None, [0, 1], [good, other], [0, 0]),
+        (logits, [0, 2], [good, other], [0, 0]),
+        (logits, [0, -1], [good, other], [0, 0]),
+        (logits, [0, None], [good, other], [0, 0]),
+        (logits, [0, 1], [good, other], [0, -1]),
+        (logits, [0, 1], [good, None], [0, 0]),
+        (logits, [0, 1], [good, other], [0, 0], [None, [words[:1]]]),
+        (logits, [0, 1], [good, other], [0, 0], [None, [words.view(np.float32)]]),
+        (logits, [0, 1], [good, other], [0, 0], [None, [words, words]]),
+        (logits, [0, 1], [good, other], [0, 0], None, 0),
+        (logits, [0, 1], [good, other], [0, 0], None, 257),
+        (logits, [0, 1], [good, other], [0, 0], None, 1, [(), (3,)]),
     ]
     for arguments in wrong:
         with pytest.raises((ValueError, TypeError, BufferError, OverflowError)):
             _sampler.sample_many(*arguments)
         assert good.outputs == other.outputs == []
-    plain = array("f", bytes(160))
+    plain, mask = array("f", bytes(160)), array("I", bytes(8))
     with pytest.raises(ValueError):
-        _sampler.sample_many([plain, row.astype(np.float64)], [good, other], [0, 0])
-    assert _sampler.sample_many([plain], [good], [0]) == [None]
-    plain.append(0.0)  # no view of it is held any more
+        _sampler.sample_many(memoryview(plain).cast("B").cast("f", (1, 40)), [0, 1], [good, other], [0, 0], [[mask], None])
+    assert _sampler.sample_many(memoryview(plain).cast("B").cast("f", (1, 40)), [0], [good], [0]) == [None]
+    plain.append(0.0)  # no view of them is held any more
+    mask.append(0)
     with pytest.raises(ValueError, match="words of a mask"):
         good.sample(np.zeros(40, np.float32), 0, np.zeros(2, np.float32))
     with pytest.raises(InvalidArgumentError, match="1 words of a mask, expected 2"):
@@ -412,7 +420,7 @@ def test_no_failed_allocation_parts_the_record_from_the_history():
     """Each allocation of a call fails once: whatever comes of it, a sampler has accepted just what it recorded."""
     _testcapi = pytest.importorskip("_testcapi", reason="this Python has no hook to make allocations fail")
     p = params(temperature=0, presence_penalty=2.0, logprobs=2)
-    rows = [np.linspace(0, 5, 500, dtype=np.float32)] * 3  # each accepted token makes the next one, by its penalty
+    rows = np.stack([np.linspace(0, 5, 500, dtype=np.float32)] * 3)  # each accepted token makes the next one, by its penalty
     n_failed = 0
     for which in range(200):
         samplers = [_sampler.Sampler(p, 500) for _ in range(3)]
@@ -424,7 +432,7 @@ def test_no_failed_allocation_parts_the_record_from_the_history():
         try:
             try:
                 _testcapi.set_nomemory(which, which + 1)
-                errors = _sampler.sample_many(rows, samplers, positions)
+                errors = _sampler.sample_many(rows, range(3), samplers, positions)
             finally:
                 _testcapi.remove_mem_hooks()
         except MemoryError:

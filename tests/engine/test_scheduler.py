@@ -7,6 +7,7 @@ import pickle
 import random
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from engine.speculation_tools import assert_nothing_is_held
 
 import pyengine
-from pyengine import Engine
+from pyengine import Engine, SamplingParams, _core
 from pyengine.format.kv import KvLayout
 from pyengine.run import scheduler as scheduling
 from pyengine.run.pages import max_pages
@@ -66,6 +67,44 @@ def test_a_prompt_is_one_step_and_every_token_another(engine: Engine) -> None:
     recorder = record(engine)
     engine.generate(text(1, 100), max_tokens=5, **SAMPLED)
     assert recorder.steps == [(100, 1), (1, 1), (1, 1), (1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": "never said"}])
+def test_text_that_nobody_needs_is_read_at_its_end(engine: Engine, options: dict[str, Any]) -> None:
+    """A stop string needs it, token by token."""
+    params, caller = SamplingParams(max_tokens=5, **options, **SAMPLED), Caller()
+    expected = engine.generate(text(1, 8), params)
+    (request,) = engine.requests(caller, [text(1, 8)], engine.resolve(params))
+    engine.scheduler.add([request])
+    for n in range(1, 5):
+        engine.exclusively(lambda _: engine.scheduler.step())
+        assert request.sampler.outputs == expected.tokens[:n]
+        assert len(request.output.pieces) == (n if options else 0) and not request.is_done
+    engine.exclusively(lambda _: engine.scheduler.step())
+    assert (request.result.text, request.result.tokens) == (expected.text, expected.tokens)
+    assert "".join(piece.text for piece in request.output.pieces) == expected.text and len(request.output.pieces) == 5
+
+
+def test_all_logits_of_a_forward_are_one_buffer(engine: Engine) -> None:
+    def check(context: _core.Context) -> None:
+        with pytest.raises(BufferError, match="a later forward replaced it"):
+            memoryview(context.logits())
+        for n in (1, 3):
+            sequence = context.sequence_new()
+            context.forward(text(2, n), [sequence] * n, b"\1" * n)
+            with memoryview(context.logits()) as view:
+                assert view.shape == (n, engine.vocab_size) and view.readonly
+                assert view.tobytes() == b"".join(bytes(context.logits(row)) for row in range(n))
+                with pytest.raises(BufferError, match="still held"):
+                    context.forward([3], [sequence], b"\1")
+            if n > 1:  # there is a gap between two rows
+                with pytest.raises(BufferError, match="not contiguous"):
+                    zlib.crc32(context.logits())
+            for row in (-1, n):
+                with pytest.raises(IndexError):
+                    context.logits(row)
+
+    engine.exclusively(check)
 
 
 def test_prompts_of_one_call_share_their_steps(engine: Engine) -> None:

@@ -267,27 +267,27 @@ def test_a_chain_of_rows_is_sampled_like_single_ones() -> None:
     """Same tokens, same log-probabilities, same history; it ends after the first surprise."""
     rng = np.random.default_rng(3)
     p = SamplingParams(temperature=1.0, frequency_penalty=1.0, repetition_penalty=1.2, logprobs=2, seed=3).resolve()
-    rows = [rng.normal(0, 2, 90).astype(np.float32) for _ in range(8)]
+    rows = rng.normal(0, 2, (8, 90)).astype(np.float32)
     single = _sampler.Sampler(p, 90)
     for i, row in enumerate(rows):
-        _sampler.sample_many([row], [single], [i])
+        _sampler.sample_many(row[None], [0], [single], [i])
     for n_right in range(8):
         for n_threads in (1, 2):
             draft = [*single.outputs[:n_right], *[(token + 1) % 90 for token in single.outputs[n_right:7]]]
             chained, beside = _sampler.Sampler(p, 90), _sampler.Sampler(p, 90, sample_index=1)
             errors = _sampler.sample_many(
-                [rows[0], *rows], [beside, chained], [0, 0], drafts=[(), draft], n_threads=n_threads
+                rows, [0, 0], [beside, chained], [0, 0], drafts=[(), draft], n_threads=n_threads
             )
             assert errors == [None, None] and len(beside.outputs) == 1
             assert chained.outputs == single.outputs[: n_right + 1]
             assert chained.logprobs is not None and chained.logprobs == (single.logprobs or [])[: n_right + 1]
     rows[2][5] = np.nan
     chained = _sampler.Sampler(p, 90)
-    errors = _sampler.sample_many(rows, [chained], [0], drafts=[single.outputs[:7]])
+    errors = _sampler.sample_many(rows, [0], [chained], [0], drafts=[single.outputs[:7]])
     assert isinstance(errors[0], pyengine.NotFiniteError) and chained.outputs == single.outputs[:2]
-    for drafts in ([()], [single.outputs], [(1, 2)] * 2):
-        with pytest.raises(ValueError, match="differ in length"):
-            _sampler.sample_many(rows, [chained], [0], drafts=drafts)
+    for drafts, message in (([single.outputs], "rows 0 to 8 of 8"), ([(1, 2)] * 2, "differ in length")):
+        with pytest.raises(ValueError, match=message):
+            _sampler.sample_many(rows, [0], [chained], [0], drafts=drafts)
 
 
 # ------------------------------------------------------------------ what is guessed, and how much

@@ -23,15 +23,15 @@ LONG: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 450, "ignore_eos": Tr
 def test_a_client_that_goes_stops_its_request(chat_model: Path, stream: bool) -> None:
     async def test(client: Client) -> None:
         call = client.begin("POST", COMPLETIONS, {**LONG, "stream": stream})
-        while not (jobs := client.app.queue.jobs()) or not jobs[0].requests[0].output.pieces:  # type: ignore[attr-defined]
+        while not (jobs := client.app.queue.jobs()) or not jobs[0].requests[0].sampler.outputs:  # type: ignore[attr-defined]
             await asyncio.sleep(0)
         call.hang_up()
         await call.task
         assert jobs[0].is_closed
-        n_pieces = len(jobs[0].requests[0].output.pieces)  # type: ignore[attr-defined]
+        n_tokens = len(jobs[0].requests[0].sampler.outputs)  # type: ignore[attr-defined]
         assert (await client.post(COMPLETIONS, {**LONG, "max_tokens": 30})).status == 200
         one_step = 1 + MAX_DRAFT  # tokens that the step under way may bring
-        assert len(jobs[0].requests[0].output.pieces) <= n_pieces + one_step < 450  # type: ignore[attr-defined]
+        assert len(jobs[0].requests[0].sampler.outputs) <= n_tokens + one_step < 450  # type: ignore[attr-defined]
         assert client.app.metrics.aborted._value.get() == 1
 
     serving(chat_model, test)
