@@ -224,8 +224,8 @@ PE_INLINE void matmul_panels(float *out, size_t out_stride, const pe_matrix *w, 
 static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
                    const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
     /* A few tokens take about as long to compute as their weights take to arrive: every tile fetches its share of the next
-     * panels, or memory would rest in all tiles but the first. A single token leaves that to the hardware, which sees one
-     * stream; many tokens have all the time there is. */
+     * panels, or memory would rest in all tiles but the first (one tile and long rows: see fetch_near). A single token leaves that
+     * to the hardware, which sees one stream; many tokens have all the time there is. */
     size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS;
     size_t n_lines = token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0;
     bool near = n_lines > 0 && n_tiles == 1 && w->n_groups >= LONG_ROW;
