@@ -110,12 +110,35 @@ typedef struct fetch_ahead {
     const int8_t *codes;
     const uint16_t *scales;
     size_t n_lines; /* 0 = nothing is fetched */
+    size_t n_near;  /* see fetch_near; 0 = as above */
 } fetch_ahead;
 
 /* From `panel` on, which may not be there. */
 PE_INLINE fetch_ahead fetch_from(const pe_matrix *w, size_t panel, size_t n_lines) {
     size_t group = panel * w->n_groups;
-    return (fetch_ahead){w->codes + group * PE_GROUP * PE_PANEL, w->scales + group * PE_PANEL, n_lines};
+    return (fetch_ahead){w->codes + group * PE_GROUP * PE_PANEL, w->scales + group * PE_PANEL, n_lines, 0};
+}
+
+/* For a tile that is alone with its pair of panels and has long rows: the next pair would come many groups too early, and be read
+ * from the second-level cache again. So each group fetches one of both panels that is NEAR_GROUPS later, into the first level:
+ * far enough for memory's latency. n_near groups on, where the pair ends, the next one begins. */
+enum { NEAR_GROUPS = 3, LONG_ROW = 12, GROUP_LINES = PE_GROUP * PE_PANEL / 64 };
+PE_INLINE fetch_ahead fetch_near(const pe_matrix *w, size_t panel) {
+    size_t group = panel * w->n_groups + NEAR_GROUPS;
+    return (fetch_ahead){w->codes + group * PE_GROUP * PE_PANEL, w->scales + group * PE_PANEL, TILE_PANELS * GROUP_LINES,
+                         w->n_groups - NEAR_GROUPS};
+}
+
+/* A group of both panels, and its scales. Locality 3 is the first level. */
+PE_INLINE void fetch_near_group(fetch_ahead *ahead, size_t n_groups) {
+    size_t w_stride = n_groups * PE_GROUP * PE_PANEL, scales_stride = n_groups * PE_PANEL;
+    PE_UNROLL for (int p = 0; p < TILE_PANELS; p++) {
+        PE_UNROLL for (int i = 0; i < GROUP_LINES; i++) __builtin_prefetch(ahead->codes + (size_t)p * w_stride + i * 64, 0, 3);
+        __builtin_prefetch(ahead->scales + (size_t)p * scales_stride, 0, 3);
+    }
+    ahead->codes += PE_GROUP * PE_PANEL, ahead->scales += PE_PANEL;
+    if (--ahead->n_near > 0) return;
+    ahead->codes += w_stride, ahead->scales += scales_stride, ahead->n_near = n_groups;
 }
 
 /* One group's share of codes, and its scales. Locality 2 is the second level (prefetcht1, pldl2keep). */
@@ -143,8 +166,8 @@ PE_INLINE void matmul_tile(float *out, size_t out_stride, const pe_matrix *w, si
     v16 acc[TILE_PANELS][TILE_TOKENS];
     PE_UNROLL for (int p = 0; p < n_p; p++) PE_UNROLL for (int t = 0; t < n_t; t++) acc[p][t] = v16_set1(0.0f);
     for (size_t g = 0; g < n_groups; g++) {
-        fetch_codes(&ahead);
-        fetch_scales(&ahead);
+        if (ahead.n_near > 0) fetch_near_group(&ahead, n_groups);
+        else fetch_codes(&ahead), fetch_scales(&ahead);
         i16 d[TILE_PANELS][TILE_TOKENS];
         PE_UNROLL for (int t = 0; t < n_t; t++)
             PE_UNROLL for (int p = 0; p < n_p; p++) d[p][t] = dot_start(x.corrections[t]);
@@ -201,13 +224,14 @@ PE_INLINE void matmul_panels(float *out, size_t out_stride, const pe_matrix *w, 
 static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t panel_begin, size_t panel_end,
                    const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
     /* A few tokens take about as long to compute as their weights take to arrive: every tile fetches its share of the next
-     * panels, or memory would rest in all tiles but the first. A single token leaves that to the hardware, which sees one
-     * stream; many tokens have all the time there is. */
+     * panels, or memory would rest in all tiles but the first (one tile and long rows: see fetch_near). A single token leaves that
+     * to the hardware, which sees one stream; many tokens have all the time there is. */
     size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS;
     size_t n_lines = token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0;
+    bool near = n_lines > 0 && n_tiles == 1 && w->n_groups >= LONG_ROW;
     epilogue then = {bias, add};
     for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
-        fetch_ahead ahead = fetch_from(w, panel + TILE_PANELS, n_lines);
+        fetch_ahead ahead = near ? fetch_near(w, panel) : fetch_from(w, panel + TILE_PANELS, n_lines);
         size_t end = panel_end - panel < TILE_PANELS ? panel_end : panel + TILE_PANELS;
         for (size_t first = token_begin; first < token_end; first += PE_TOKEN_BLOCK) {
             size_t offset = first * (x->n / PE_GROUP);

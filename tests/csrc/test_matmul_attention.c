@@ -103,6 +103,8 @@ static void test_matmul(const struct pe_kernels *k) {
             compare_parts(k, n_panels, 1 + rng_below(&r, 4), n_tokens, (int)(n_tokens + n_panels) % N_PATTERNS, &r);
     for (size_t n_tokens = 20; n_tokens <= 148; n_tokens += 8) /* more than any table works on at a time, in tiles of any width */
         compare_parts(k, 1 + rng_below(&r, 9), 1 + rng_below(&r, 5), n_tokens - rng_below(&r, 8), RANDOM, &r);
+    for (size_t n_groups = 11; n_groups <= 14; n_groups++) /* rows around the length from which weights are fetched in another order */
+        for (size_t n_tokens = 1; n_tokens <= 9; n_tokens++) compare_parts(k, 1 + rng_below(&r, 5), n_groups, n_tokens, RANDOM, &r);
     for (int pattern = 0; pattern < N_PATTERNS; pattern++) { /* a long row: the order of many groups */
         product p = product_new(4, 40, 9, pattern, &r);
         compare_matmul(k, &p, 0, 4, 0, 9, &r);
