@@ -150,7 +150,7 @@ static pe_status restore_page(pe_kv_cache *cache, int32_t sequence, const int32_
 
 pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const struct pe_kernels *kernels, const int32_t *tokens, size_t n,
                                  const uint8_t salt[PE_SALT_BYTES], const char *in, size_t n_bytes, int32_t *out, char *err) {
-    size_t begin, first_window;
+    size_t begin = 0, first_window = 0;
     pe_status status = find_first_window(cache, n, n_bytes, &first_window, err);
     if (status == PE_OK) status = check_contents(cache, kernels, in, n_bytes, err);
     if (status == PE_OK) status = pe_kv_match(cache, tokens, n, salt, true, out, &begin, err);
