@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-# before NumPy, so that BLAS has the kernels here that it has in processes that tests start
-with contextlib.suppress(ImportError):
-    import pyengine_training  # noqa: F401
 
 import pytest
 

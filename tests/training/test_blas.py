@@ -1,4 +1,4 @@
-"""Which kernels BLAS is asked for, and when: NumPy reads the variable once, as it is imported."""
+"""Which kernels BLAS has is its own choice, or the user's; a checkpoint says which they were."""
 
 from __future__ import annotations
 
@@ -7,45 +7,31 @@ import subprocess
 import sys
 
 import pytest
-from pyengine_training.blas import VARIABLE, kernels_for
 
-ZEN5 = "avx2 avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512_bf16"
+pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
-
-def cpuinfo(vendor: str, flags: str) -> str:
-    """Of two processors, the second of which has nothing."""
-    return (
-        f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\nbugs\t\t:\n\nprocessor\t: 1\nflags\t\t: fpu\n"
-    )
+from pyengine_training import checkpoint
+from pyengine_training.blas import kernels_in_use
 
 
-@pytest.mark.parametrize(
-    ("text", "kernels"),
-    [
-        (cpuinfo("AuthenticAMD", ZEN5), "SkylakeX"),
-        (cpuinfo("AuthenticAMD", "avx avx2 fma"), None),
-        (cpuinfo("AuthenticAMD", ZEN5.replace("avx512vl", "")), None),
-        (cpuinfo("GenuineIntel", ZEN5), None),
-        ("processor\t: 0\nFeatures\t: fp asimd sve\n", None),
-        ("", None),
-    ],
-)
-def test_kernels_by_processor(text: str, kernels: str | None) -> None:
-    assert kernels_for(text) == kernels
+def test_importing_the_trainer_leaves_the_environment_alone() -> None:
+    """OpenBLAS knows its processors: a choice made here could be a worse one, and would reach processes that others start."""
+    script = "import os; before = dict(os.environ); import pyengine_training.model; assert dict(os.environ) == before"
+    given = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+    subprocess.run([sys.executable, "-c", script], env=given, check=True)
 
 
-def asked_for(script: str, **given: str) -> str:
-    """What a fresh process finds in the variable after the script."""
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    command = [sys.executable, "-c", f"import os; {script}; print(os.environ.get({VARIABLE!r}))"]
-    return subprocess.run(
-        command, env={**environment, **given}, capture_output=True, text=True, check=True
-    ).stdout.strip()
+def test_kernels_are_told_of_blas_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason="which tells them")
+    found = [
+        {"user_api": "openmp", "internal_api": "openmp", "version": None},
+        {"user_api": "blas", "internal_api": "openblas", "version": "0.3.31", "architecture": "Haswell"},
+    ]
+    monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda: found)
+    assert kernels_in_use.__wrapped__() == "openblas 0.3.31 Haswell"
+    found.pop()  # a BLAS that it does not know
+    assert kernels_in_use.__wrapped__() == "unknown"
 
 
-def test_asked_for_before_numpy_is_there() -> None:
-    wanted = "from pathlib import Path; from pyengine_training import blas; f = Path('/proc/cpuinfo'); "
-    wanted += "expected = blas.kernels_for(f.read_text()) if f.exists() else None; "
-    assert asked_for(f"{wanted}assert os.environ.get(blas.VARIABLE) == expected") in ("SkylakeX", "None")
-    assert asked_for("import pyengine_training.model", OPENBLAS_CORETYPE="Haswell") == "Haswell"
-    assert asked_for("import numpy, pyengine_training") == "None"
+def test_a_checkpoint_says_which_kernels_made_it() -> None:
+    assert checkpoint.environment()["blas"] == kernels_in_use()

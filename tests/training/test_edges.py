@@ -132,6 +132,16 @@ def test_runs_from_before_a_knob_go_on_as_they_were(finished: Path, tmp_path: Pa
     assert config.quantized_steps == config.decay_steps
 
 
+def test_a_run_that_goes_on_with_other_kernels_says_so(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    monkeypatch.setattr("pyengine_training.checkpoint.kernels_in_use", lambda: "others")
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    assert "warning: the checkpoint was made with another blas: the run continues, but not with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("values", "rows", "shards"),
     [

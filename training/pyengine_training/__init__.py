@@ -3,13 +3,9 @@ into an engine file.
 
 Pure Python over NumPy's BLAS and Numba kernels; nothing here imports the compiled engine, and the
 engine imports nothing from here. The heavy parts are imported when they are used, so ``import
-pyengine_training`` costs nothing. It only chooses BLAS's kernels, which must happen before NumPy is imported.
+pyengine_training`` costs nothing.
 """
 
 from __future__ import annotations
-
-from .blas import choose_kernels
-
-choose_kernels()
 
 __version__ = "0.1.0"

@@ -101,8 +101,8 @@ GROUPS: list[tuple[str, str, Options]] = [
         "",
         {
             "optimizer": ("", "muon: Muon for the blocks' matrices and AdamW for the rest; adamw: for everything"),
-            "muon_lr": ("X", "peak learning rate of Muon, in units of an orthogonal matrix"),
-            "lr": ("X", "peak learning rate of AdamW: embeddings and norms, or everything (then 0.003)"),
+            "muon_lr": ("X", "peak learning rate of Muon, in units of an orthogonal matrix (with --init-from 0.002)"),
+            "lr": ("X", "peak learning rate of AdamW: embeddings and norms, or everything (then 0.003; with --init-from lower)"),
             "muon_momentum": ("X", "of Muon: how much of the last direction stays"),
             "beta1": ("X", "of AdamW: how much of the mean gradient stays"),
             "beta2": ("X", "of AdamW: how much of the mean square stays"),
@@ -121,7 +121,7 @@ GROUPS: list[tuple[str, str, Options]] = [
             ),
             "quantize_fraction": (
                 "F",
-                "last part of the steps that simulates it, where a long decay needs it only at its end; 0: the whole decay",
+                "last part of the steps that simulates it, at most the decay; 0: all of the decay, and so with --init-from",
             ),
         },
     ),

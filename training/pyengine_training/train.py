@@ -88,7 +88,7 @@ class Loop:
         changed = [k for k, v in here.items() if values["environment"].get(k) != v]
         if changed:
             self.log.say(
-                f"warning: {', '.join(changed)} differ from the checkpoint's: the run continues, "
+                f"warning: the checkpoint was made with another {', '.join(changed)}: the run continues, "
                 "but not with the bits it would have had there"
             )
         self.log.say(f"continuing from {folder.name} (step {self.trainer.state.step})")

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyengine_training  # noqa: F401  # isort: skip  # before NumPy: it chooses BLAS's kernels, as it does for a run
 import numpy as np
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.device import make_trainer

@@ -344,7 +344,7 @@ class _Run:
             changed = [name for name, value in environment().items() if restored.get(name) != value]
             self.log.say(f"continuing from step {trainer.step_number}")
             if changed:
-                self.log.say(f"warning: {', '.join(changed)} differ from the checkpoint's: other bits than there")
+                self.log.say(f"warning: made with another {', '.join(changed)}: other bits than there")
         metrics = runfolder.Metrics(self.folder / "metrics.jsonl", trainer.step_number)
         received: list[int] = []
         try:

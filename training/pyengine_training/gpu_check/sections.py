@@ -280,9 +280,8 @@ def ranks() -> bool:
     """One, two and more ranks: the same bits, by NCCL on several GPUs, through the host on one."""
     from .ranks import Run, compare, on_processes
 
-    count, reason = on_processes(1, lambda _: _count_gpus())[
-        0
-    ]  # in a process of its own: ranks are forked from this one
+    # in a process of its own: ranks are forked from this one
+    count, reason = on_processes(1, lambda _: _count_gpus())[0]
     if reason:
         from ..ops.cuda._runtime import DeviceError
 
@@ -447,7 +446,8 @@ def _keep_busy(gemm: Callable[[Any], None]) -> None:
 def large_config(rows: int) -> TrainConfig:
     """Steps of the large model."""
     seq = LARGE.max_seq_len
-    return TrainConfig(seq_len=seq, batch_size=rows, shards=1, steps=1000, optimizer="adamw", quantize="never")
+    knobs: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-3, "quantize": "never"}
+    return TrainConfig(seq_len=seq, batch_size=rows, shards=1, steps=1000, **knobs)
 
 
 def _ours(device: Any, config: TrainConfig, name: str, kind: str) -> None:
