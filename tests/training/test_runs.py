@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,12 @@ def test_both_doors_and_no_numba(folder: Path, capsys: pytest.CaptureFixture[str
         assert said.err.endswith(f"('pyengine {command} --help' tells more)\n") and said.err.count("\n") == 1
     assert cli.main(["train", "runs", str(folder)]) == 2
     assert "pyengine runs FOLDER" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error(folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pyengine_training", "runs", str(folder)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

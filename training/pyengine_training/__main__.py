@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (``train`` when the first word is an option); returns the exit code.
 
     0 done; 1 an error, named on stderr; 2 wrong usage; 128 + n stopped by signal n after a
-    checkpoint.
+    checkpoint; 141 whoever read stdout has gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     code, message = 1, ""
     try:
-        return run(arguments)
+        code = run(arguments)
+        print(end="", flush=True)  # here and not at the interpreter's end, where a closed pipe could only be complained about
+        return code
     except Interrupted as stop:
         code, message = 128 + stop.signal_number, f"{stop}: a checkpoint is written; continue with --resume"
     except KeyboardInterrupt:  # before the first step: nothing to save
@@ -63,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         advice = "use a smaller --batch-size, more --shards, or --recompute block"
         message = f"pyengine: error: out of memory ({error}): {advice}"
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (TrainingError, OSError) as error:
         message = f"pyengine: error: {error}"
     if rank == 0:  # errors that come here are those that all ranks have
