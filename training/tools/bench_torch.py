@@ -4,10 +4,10 @@
     python training/tools/bench_torch.py --lora 8,16 [--shape smollm2]
 
 Needs torch; --lora needs transformers and peft, too, and sets adapters beside every matrix of a frozen model against PEFT's. All
-use all CPUs that the process may run on. Prints one JSON line a shape: tokens a second of each, and the median of the paired
-ratios with their range. Only ratios from one run mean anything: by the clock on a quiet machine. On a busy one --clock cpu
---threads 1 says something about the arithmetic: processor time of one thread. (Of several threads it counts those that spin while
-they wait for one that the machine has put aside.)
+use all CPUs that the process may run on. Prints one JSON line a shape: tokens a second of each, the median of the paired ratios
+with their range, and in "blas" the kernels of our products, which OPENBLAS_CORETYPE can hold back. Only ratios from one run mean
+anything: by the clock on a quiet machine. On a busy one --clock cpu --threads 1 says something about the arithmetic: processor time
+of one thread. (Of several threads it counts those that spin while they wait for one that the machine has put aside.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyengine_training.blas import kernels_in_use
 from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.device import make_trainer
 from pyengine_training.lora import LoraConfig, parse
@@ -176,7 +177,7 @@ def compare(name: str, rounds: int, clock: str, threads: int, lora: str | None, 
             ratios = taken / mine
             result[label]["ratio"] = round(float(np.median(ratios)), 3)
             result[label]["ratio_range"] = [round(float(np.quantile(ratios, p)), 3) for p in (0.1, 0.9)]
-    return {**result, "torch_version": torch.__version__, "threads": threads}
+    return {**result, "torch_version": torch.__version__, "blas": kernels_in_use(), "threads": threads}
 
 
 def main() -> None:
