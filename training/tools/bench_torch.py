@@ -6,8 +6,8 @@
 Needs torch; --lora needs transformers and peft, too, and sets adapters beside every matrix of a frozen model against PEFT's. All
 use all CPUs that the process may run on. Prints one JSON line a shape: tokens a second of each, the median of the paired ratios
 with their range, and in "blas" the kernels of our products, which OPENBLAS_CORETYPE can hold back. Only ratios from one run mean
-anything: by the clock on a quiet machine. On a busy one --clock cpu --threads 1 says something about the arithmetic: processor time
-of one thread. (Of several threads it counts those that spin while they wait for one that the machine has put aside.)
+anything: by the clock on a quiet machine. On a busy one --clock cpu --threads 1 says something about the arithmetic: processor
+time of one thread. (Of several threads it counts those that spin while they wait for one that the machine has put aside.)
 """
 
 from __future__ import annotations
