@@ -386,8 +386,8 @@ class SamplingParams:
         self._check_together()
 
     def _given(self) -> dict[str, Any]:
-        """What is not None. (A class with slots has the names of its fields there.)"""
-        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
+        """What is not None."""
+        return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
 
     def _check_together(self) -> None:
         low, high = self.min_tokens, self.max_tokens
@@ -413,10 +413,10 @@ class SamplingParams:
         given_as: dict[str, str] = {}
         for name, value in kwargs.items():
             field_name = ALIASES.get(name, name)
-            if field_name not in cls.__slots__:
+            if field_name not in _FIELDS:
                 import difflib
 
-                near = difflib.get_close_matches(name[:64], [*cls.__slots__, *ALIASES], n=1)
+                near = difflib.get_close_matches(name[:64], [*_FIELDS, *ALIASES], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UnknownParameterError(f"unknown sampling parameter {shown(name)}{hint}")
             if field_name in given_as:
@@ -461,6 +461,9 @@ class SamplingParams:
             value = getattr(self, name)
             sampling = sampling or (value is not None and value != off and value != -1)
         return float(from_model.get("temperature", 1.0)) if sampling else 0.0
+
+
+_FIELDS = tuple(field.name for field in fields(SamplingParams))  # asked once: every call of generate goes through them
 
 
 def _model_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:

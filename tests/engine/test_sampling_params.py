@@ -202,6 +202,23 @@ def test_params_are_frozen_and_copy():
     assert p.logit_bias == {1: 2.0}
 
 
+def test_a_subclass_has_the_same_fields() -> None:
+    """With slots of its own or without them."""
+
+    class Plain(SamplingParams):
+        pass
+
+    class Slotted(SamplingParams):
+        __slots__ = ()
+
+    given = {"temperature": 0.5, "max_tokens": 3, "seed": 1}
+    for kind in (Plain, Slotted):
+        assert kind(**given).resolve() == SamplingParams(**given).resolve()
+        assert kind.from_kwargs(max_new_tokens=3).max_tokens == 3
+        with pytest.raises(InvalidArgumentError, match="temperature"):
+            kind(temperature=-1.0)
+
+
 def test_the_options_of_calls_are_the_fields_and_their_aliases() -> None:
     """What editors and type checkers are told of is what there is, with the same types."""
     types = {field.name: field.type for field in dataclasses.fields(SamplingParams)}
