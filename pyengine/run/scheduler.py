@@ -139,8 +139,8 @@ class Scheduler:
         if grants and self._forward(grants):
             numbered = list(with_rows(grants))
             self._sample(numbered)
-            last = grants[-1]  # prompts come last
-            n_rows = sum(len(one.wants) for one in grants) if last.end - last.begin == 1 else 0
+            are_decodes = all(one.end - one.begin == 1 for one in grants)
+            n_rows = sum(len(one.wants) for one in grants) if are_decodes else 0
             self.speculation.note_step(n_rows, time.perf_counter() - began)
             self._take_rows(numbered)
         is_one_done |= self.sweep()  # before the next step, if there is one: its pages may be wanted

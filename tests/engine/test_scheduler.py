@@ -113,6 +113,16 @@ def test_prompts_of_one_call_share_their_steps(engine: Engine) -> None:
     assert recorder.steps == [(150, 5), (5, 5), (5, 5), (5, 5)]
 
 
+def test_a_step_with_a_prompt_is_none_of_decodes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though what is left of the budget is one token for the last prompt: what steps cost is learned of decodes alone."""
+    noted: list[int] = []
+    monkeypatch.setattr(scheduling, "BUDGET", 9)
+    monkeypatch.setattr(engine.scheduler.speculation, "note_step", lambda n_rows, _: noted.append(n_rows))
+    recorder = record(engine)
+    engine.generate([text(1, 8), text(2, 5)], max_tokens=2, **SAMPLED)
+    assert recorder.steps == [(9, 2), (5, 2), (1, 1)] and noted == [0, 0, 1]
+
+
 def test_a_long_prompt_comes_in_pieces_beside_a_stream(engine: Engine) -> None:
     """Between two tokens of somebody who reads along lies at most one budget of somebody's prompt."""
     stream = engine.stream(text(1, 8), max_tokens=60, **SAMPLED)
