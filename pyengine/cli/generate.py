@@ -118,7 +118,8 @@ def check_beams(args: argparse.Namespace) -> None:
             raise UsageError("--length-penalty is of a beam search: give --beams, too")
         return
     for name, option in _NOT_OF_BEAMS.items():
-        if getattr(args, name):  # a temperature of 0 is what beams have
+        value = getattr(args, name)
+        if value or (name == "seed" and value is not None):  # 0 is off, and a temperature of 0 is what beams have
             raise UsageError(f"{option} would have no effect: --beams finds the most probable output of the model as it is")
 
 

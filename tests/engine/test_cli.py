@@ -179,6 +179,7 @@ def test_beams_are_those_of_the_engine(tiny_model: Path, capsys: pytest.CaptureF
     hypotheses = json.loads(output(capsys, *arguments, "--json")[0])["hypotheses"]
     assert hypotheses == [beam.to_dict() for beam in beams]
     assert "beam_width must be in [1, 32], not 33" in error(capsys, *arguments, "--beams", 33, code=1)
+    assert "--seed would have no effect" in error(capsys, *arguments, "--seed", 0, code=2)
 
 
 @pytest.mark.parametrize(
