@@ -116,8 +116,8 @@ class BeamSearching(ABC):
             )
         core_adapter, salt = self._adapted(adapter, cache_salt)
         caller = Caller()
-        search = BeamSearch(caller, ids, rules, reader, words, salt=salt, adapter=core_adapter)
-        run_all(self._scheduler, search.lanes)
+        search = BeamSearch(ids, rules, reader, words)
+        run_all(self._scheduler, search.lanes(caller, salt=salt, adapter=core_adapter))
         return [_hypothesis(search, beam) for beam in search.finished[:n]]
 
 

@@ -179,34 +179,32 @@ class _Step:
 
 
 class BeamSearch:
-    """One search: its lanes are what the scheduler is to compute. They are done together, by the same step or error.
+    """One search. What the scheduler is to compute are its lanes, which know it, and it has no reference to them. They are done
+    together, by the same step or error.
+
+    sequences  for each lane, as of a Request
+    error      what ended the search
 
     An exception may fall anywhere: the search goes from one step to the next by one assignment, before which lanes whose beams
     change have let go of their sequences, and what is lost before it is computed again from the same rows.
     """
 
-    def __init__(
-        self,
-        caller: Caller,
-        prompt: Sequence[int],
-        rules: Rules,
-        reader: Reader,
-        words: OutputText,
-        *,
-        salt: bytes,
-        adapter: _core.Adapter | None,
-    ) -> None:
+    def __init__(self, prompt: Sequence[int], rules: Rules, reader: Reader, words: OutputText) -> None:
         self.prompt = prompt
         self._rules, self._reader = rules, reader
         # as many candidates as `step` needs; twice the width, so that stop strings leave enough that go on
         self.n_candidates = min(2 * rules.width + reader.n_ends, MAX_TOP_LOGPROBS)
-        self.lanes = [BeamRequest(self, lane, caller, salt=salt, adapter=adapter) for lane in range(rules.width)]
-        self.lanes[0].keep = True  # until it has computed the prompt
+        self.sequences: list[_core.Sequence | None] = [None] * rules.width
+        self.error: BaseException | None = None
         self.step = _Step([Beam((), 0.0, Said("", words))], (), [0], [0])
+
+    def lanes(self, caller: Caller, *, salt: bytes, adapter: _core.Adapter | None) -> list[BeamRequest]:
+        """Its requests; to be made once."""
+        return [BeamRequest(self, lane, caller, salt=salt, adapter=adapter) for lane in range(self._rules.width)]
 
     @property
     def is_done(self) -> bool:
-        return not self.step.beams or any(lane.error is not None for lane in self.lanes)
+        return not self.step.beams or self.error is not None
 
     @property
     def finished(self) -> Sequence[Beam]:
@@ -224,11 +222,11 @@ class BeamSearch:
             return
         beams, finished = self._rules.step(step.beams, step.finished, rows, self._reader.read)
         sources = [step.lanes[beam.parent] for beam in beams]
-        lanes = _lanes(sources, len(self.lanes))
+        lanes = _lanes(sources, self._rules.width)
         is_prompt = not step.beams[0].tokens
-        for lane in self.lanes:
-            if is_prompt or lane.index not in sources:
-                lane.keep, lane.sequence = False, None
+        for lane in range(self._rules.width):
+            if is_prompt or lane not in sources:
+                self.sequences[lane] = None
         self.step = _Step(beams, finished, lanes, sources)
 
 
@@ -241,14 +239,30 @@ def _lanes(sources: Sequence[int], width: int) -> list[int]:
 class BeamRequest(Request):
     """A lane: the beam that is in it, if any."""
 
-    keep = False
+    keep = False  # but while it computes the prompt
 
     def __init__(
         self, search: BeamSearch, index: int, caller: Caller, *, salt: bytes, adapter: _core.Adapter | None
     ) -> None:
-        super().__init__(caller, salt=salt, deadline=None, adapter=adapter)
         self.search = search
         self.index = index
+        super().__init__(caller, salt=salt, deadline=None, adapter=adapter)
+
+    @property
+    def sequence(self) -> _core.Sequence | None:
+        return self.search.sequences[self.index]
+
+    @sequence.setter
+    def sequence(self, value: _core.Sequence | None) -> None:
+        self.search.sequences[self.index] = value
+
+    @property
+    def error(self) -> BaseException | None:
+        return self.search.error
+
+    @error.setter
+    def error(self, value: BaseException | None) -> None:
+        self.search.error = value
 
     def _rank(self, step: _Step) -> int | None:
         """Which of the beams is here."""
@@ -270,7 +284,7 @@ class BeamRequest(Request):
 
     @property
     def is_done(self) -> bool:
-        return self.error is not None or self.search.is_done
+        return self.search.is_done
 
     @property
     def is_paused(self) -> bool:
@@ -290,7 +304,7 @@ class BeamRequest(Request):
         """Whose first tokens are those of this beam's parent, if they have been computed and not made room."""
         step = self.search.step
         rank = self._rank(step)
-        source = None if rank is None else self.search.lanes[step.sources[rank]].sequence
+        source = None if rank is None else self.search.sequences[step.sources[rank]]
         return source if source is not None and source.length >= self.next_row else None
 
     def n_known(self, context: _core.Context) -> int:
@@ -298,6 +312,7 @@ class BeamRequest(Request):
 
     def new_sequence(self, context: _core.Context) -> _core.Sequence:
         source = self._source()
+        self.keep = not self.search.step.beams[0].tokens
         return super().new_sequence(context) if source is None else source.fork(self.next_row)
 
     def rows(self, begin: int, end: int) -> Sequence[int]:

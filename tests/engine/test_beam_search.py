@@ -3,6 +3,7 @@ engine's against the algorithm over the engine's own logits."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from engine.speculation_tools import assert_nothing_is_held
 
 from pyengine import BeamHypothesis, ContextFullError, Engine, InvalidArgumentError, PyEngineError
 from pyengine._sampler import logprobs
-from pyengine.run.beam_search import Beam, Rules, Said
+from pyengine.run.beam_search import Beam, BeamRequest, Rules, Said
 
 DATA = Path(__file__).parents[1] / "reference" / "data" / "beam" / "transformers.npz"
 WORDS: Any = None  # what these beams say does not matter
@@ -219,6 +220,22 @@ def test_beams_that_do_not_fit_take_turns(tiny_model: Path, max_sequences: int) 
             together = [pool.submit(engine.beam_search, prompt, **options) for prompt in prompts]
             assert [future.result() for future in together] == wide
         assert_nothing_is_held(engine.check_integrity())
+
+
+def test_a_search_goes_with_its_call(engine: Engine) -> None:
+    """Its requests refer to it, not it to them: what they hold (an adapter, and so a model) waits for no garbage collector."""
+
+    def alive() -> int:
+        return sum(type(one) is BeamRequest for one in gc.get_objects())
+
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        engine.beam_search(prompt_of(20), max_tokens=4)
+        assert alive() == before
+    finally:
+        gc.enable()
 
 
 def test_stop_strings_and_tokens_end_beams(engine: Engine) -> None:
