@@ -3,7 +3,8 @@
 The sampler's list of outputs is what happened; the text is read from it and can be read again. A reading that an
 exception tore (Ctrl-C, anywhere) is thrown away and done anew from the first token, with the same result.
 
-Text that nobody needs before its end is read at its end: until then the ids alone say whether the output goes on.
+Text that nobody needs before its end is read at its end, or many tokens at once: until then the ids alone say whether the output
+goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from pyengine.sampling import ResolvedParams
     from pyengine.text.stops import StopStrings
     from pyengine.text.tokenizer import Tokenizer
+
+
+# Tokens that wait to be read at most: they take half a millisecond, and streams beside them wait so long.
+READ_AT_ONCE = 256
 
 
 class _Reading:
@@ -127,7 +132,7 @@ class Output:
             self._last_token_at = time.monotonic()
             if self._n_seen == 0:
                 self._first_token_at = self._last_token_at
-        if self._reads_along or self._is_over(outputs):
+        if self._reads_along or self._is_over(outputs) or n - self._reading.n_read >= READ_AT_ONCE:
             self._read_on(outputs)
         self._n_seen = n
 

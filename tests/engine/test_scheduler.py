@@ -18,6 +18,7 @@ from engine.speculation_tools import assert_nothing_is_held
 import pyengine
 from pyengine import Engine, SamplingParams, _core
 from pyengine.format.kv import KvLayout
+from pyengine.run import output
 from pyengine.run import scheduler as scheduling
 from pyengine.run.pages import max_pages
 from pyengine.run.request import Caller, RowsRequest
@@ -83,6 +84,20 @@ def test_text_that_nobody_needs_is_read_at_its_end(engine: Engine, options: dict
     engine.exclusively(lambda _: engine.scheduler.step())
     assert (request.result.text, request.result.tokens) == (expected.text, expected.tokens)
     assert "".join(piece.text for piece in request.output.pieces) == expected.text and len(request.output.pieces) == 5
+
+
+def test_the_end_of_a_long_text_is_no_long_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads a stream beside it would wait for all of its text to be read."""
+    monkeypatch.setattr(output, "READ_AT_ONCE", 4)
+    params, caller = SamplingParams(max_tokens=11, **SAMPLED), Caller()
+    expected = engine.generate(text(1, 8), params)
+    (request,) = engine.requests(caller, [text(1, 8)], engine.resolve(params))
+    engine.scheduler.add([request])
+    for n in range(1, 11):
+        engine.exclusively(lambda _: engine.scheduler.step())
+        assert len(request.output.pieces) == n // 4 * 4
+    engine.exclusively(lambda _: engine.scheduler.step())
+    assert (request.result.text, request.result.tokens) == (expected.text, expected.tokens)
 
 
 def test_all_logits_of_a_forward_are_one_buffer(engine: Engine) -> None:
