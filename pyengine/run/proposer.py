@@ -136,7 +136,7 @@ class Proposer(ABC):
             self._learn(request, state)
         acceptance = self.acceptance(request) if state is None else state.acceptance
         (token,) = request.tokens(n - 1, n)
-        return place(ngrams, acceptance.first_chance(token), request.sampler.random(n))
+        return place(ngrams, acceptance.first_chance(token, request.salt), request.sampler.random(n))
 
     def _is_asked(self, request: GenerationRequest, place: int) -> bool:
         state = request.draft_state
@@ -203,7 +203,7 @@ class Proposer(ABC):
         begin, pending = state.pending_at, state.pending
         truth = request.tokens(begin, min(begin + len(pending), request.n_tokens))
         if pending and truth and state.asked_after is not None:
-            state.acceptance.learn_first(state.asked_after, pending[0].token == truth[0])
+            state.acceptance.learn_first(state.asked_after, request.salt, pending[0].token == truth[0])
             state.asked_after = None
         for (bucket, guess, drafted), token in zip(pending, truth, strict=False):
             state.acceptance.learn(bucket, guess == token)
