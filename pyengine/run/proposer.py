@@ -179,6 +179,8 @@ class Proposer(ABC):
         """The guess behind a draft, and its probability: what the request's sampler makes of these logits, of the tokens `ids`
         (None = all), at that position (Sampler.guess). None if they are none to choose from, an infinity among them for one."""
         masks = request.masks(draft)
+        if masks is not None and len(masks) <= len(draft):
+            return None
         mask = None if masks is None else masks[-1]
         position = request.n_tokens + len(draft)
         try:
