@@ -104,8 +104,9 @@ typedef struct token_block {
 
 /* Weights that a tile fetches for those that come after it: for each of its groups n_lines cache lines of `codes`, of which
  * every tile has its share, and one of `scales`. They may lie behind the matrix: a prefetch reads nothing that a program could
- * see, and never faults. They go into the second-level cache: in the first, the tile's own panels and those to come would push
- * each other out. */
+ * see, and never faults. (By the letter of C no such pointer may be made, up to two pairs of panels behind the last one. Nobody
+ * reads through it or compares it, so in flat memory no more follows. Addresses as integers compile to other loops.) They go into
+ * the second-level cache: in the first, the tile's own panels and those to come would push each other out. */
 typedef struct fetch_ahead {
     const int8_t *codes;
     const uint16_t *scales;

@@ -31,6 +31,8 @@ LATE = 0.75
 # all tokens counts like so many guesses there, and what all texts taught like so many of one. Weight of one more in that mean.
 N_TOKEN_SLOTS, TOKEN_WEIGHT, OWN_FIRST_WEIGHT = 4096, 4.0, 6.0
 MEAN_RATE = 0.01
+# Counts by token tell of what texts say. So they are kept apart by salt, of so many salts.
+MAX_SALTS = 16
 # What asking is assumed to gain before anything is known, in logarithms of the speed, where n-grams know nothing (the likelier
 # their guess, the less is left), and like how many questions.
 FIRST_GAIN, FIRST_GAIN_WEIGHT = 0.05, 2
@@ -75,6 +77,22 @@ def _first_gain(place: int) -> float:
     return FIRST_GAIN * (1.0 - (place // (2 * N_FIRST_BUCKETS) + 0.5) / N_NGRAM_BUCKETS)
 
 
+class FirstGuesses:
+    """How often the first guess behind each token came true, in the texts under one salt."""
+
+    def __init__(self) -> None:
+        self._n, self._n_accepted = array("f", bytes(4 * N_TOKEN_SLOTS)), array("f", bytes(4 * N_TOKEN_SLOTS))
+
+    def chance(self, token: int, mean: float) -> float:
+        slot = token % N_TOKEN_SLOTS
+        return (self._n_accepted[slot] + TOKEN_WEIGHT * mean) / (self._n[slot] + TOKEN_WEIGHT)
+
+    def learn(self, token: int, accepted: bool) -> None:
+        slot = token % N_TOKEN_SLOTS
+        self._n[slot] = self._n[slot] * SHARED_DECAY + 1.0
+        self._n_accepted[slot] = self._n_accepted[slot] * SHARED_DECAY + accepted
+
+
 class AcceptanceStats:
     """What texts teach about one network: of one text, over those of all texts like it (`shared`), or (shared=None) of all."""
 
@@ -85,9 +103,8 @@ class AcceptanceStats:
         self._n = [FIRST_WEIGHT] * n_buckets
         self._n_accepted = [FIRST_WEIGHT * _first_chance(bucket) for bucket in range(n_buckets)]
         self._accepted = self._expected = OWN_WEIGHT
-        # First guesses likewise: of all texts by the token before, and the mean; of one text, accepted and expected.
-        n_slots = N_TOKEN_SLOTS if shared is None else 0
-        self._n_after, self._accepted_after = array("f", bytes(4 * n_slots)), array("f", bytes(4 * n_slots))
+        # First guesses likewise: of all texts by salt and the token before, and the mean; of one text, accepted and expected.
+        self._firsts: dict[bytes, FirstGuesses] = {}
         self._mean_first = _first_chance(guess_bucket(0.5, ALONE))
         self._first_accepted = self._first_expected = OWN_FIRST_WEIGHT
         # Of all texts, by place: the mean gain, of how many questions; positions until the next try, and how many after that.
@@ -112,24 +129,28 @@ class AcceptanceStats:
         self._expected += (1.0 - DECAY) * (OWN_WEIGHT - self._expected) + self.shared.chance(bucket)
         self.shared.learn(bucket, accepted)
 
-    def first_chance(self, token: int) -> float:
-        """That the network's first guess behind this token is accepted, as far as that is known before it is asked."""
+    def first_chance(self, token: int, salt: bytes) -> float:
+        """That the network's first guess behind this token of a text under this salt is accepted, as far as that is known before
+        it is asked."""
         if self.shared is not None:
-            return min(self.shared.first_chance(token) * self._first_accepted / self._first_expected, SUREST)
-        slot = token % N_TOKEN_SLOTS
-        return (self._accepted_after[slot] + TOKEN_WEIGHT * self._mean_first) / (self._n_after[slot] + TOKEN_WEIGHT)
+            return min(self.shared.first_chance(token, salt) * self._first_accepted / self._first_expected, SUREST)
+        known = self._firsts.get(salt)
+        return self._mean_first if known is None else known.chance(token, self._mean_first)
 
-    def learn_first(self, token: int, accepted: bool) -> None:
-        """The first guess behind this token came true, or did not."""
+    def learn_first(self, token: int, salt: bytes, accepted: bool) -> None:
+        """The first guess behind this token of a text under this salt came true, or did not."""
         if self.shared is None:
-            slot = token % N_TOKEN_SLOTS
-            self._n_after[slot] = self._n_after[slot] * SHARED_DECAY + 1.0
-            self._accepted_after[slot] = self._accepted_after[slot] * SHARED_DECAY + accepted
+            if salt not in self._firsts:
+                while len(self._firsts) >= MAX_SALTS:
+                    self._firsts.pop(next(iter(self._firsts)))
+                self._firsts[salt] = FirstGuesses()
+            self._firsts[salt].learn(token, accepted)
             self._mean_first += MEAN_RATE * (accepted - self._mean_first)
             return
+        expected = self.shared.first_chance(token, salt)
         self._first_accepted += (1.0 - DECAY) * (OWN_FIRST_WEIGHT - self._first_accepted) + accepted
-        self._first_expected += (1.0 - DECAY) * (OWN_FIRST_WEIGHT - self._first_expected) + self.shared.first_chance(token)
-        self.shared.learn_first(token, accepted)
+        self._first_expected += (1.0 - DECAY) * (OWN_FIRST_WEIGHT - self._first_expected) + expected
+        self.shared.learn_first(token, salt, accepted)
 
     def is_worth_reading(self, place: int, n_outputs: int) -> bool:
         """Whether to ask at this place of a text that the network must read first, after so many tokens of its output."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,24 +34,33 @@ MAX_GRAMMAR = 1 << 18  # characters of a schema, regex or grammar
 class Guide:
     """Of one output. A mask: uint32 ((vocab_size + 31) // 32), bit i % 32 of word i // 32 is 1 if token i may come."""
 
-    def __init__(self, matcher: Any, vocab_size: int, end_ids: Sequence[int]) -> None:
-        self._matcher = matcher
+    def __init__(self, new_matcher: Callable[[], Any], vocab_size: int, end_ids: Sequence[int]) -> None:
+        self._new_matcher = new_matcher
+        self._matcher = new_matcher()
         self._ends = frozenset(end_ids)
         self._n_words = (vocab_size + 31) // 32
         self._masks: list[array[int]] = []  # [i]: after i guesses
         self._n_read = 0
         self._is_torn = False
 
+    def check(self) -> None:
+        """Raises InvalidArgumentError for a grammar that is none, or too costly."""
+        if self._matcher.is_error():
+            raise InvalidArgumentError(f"structured_outputs: {_first_line(self._matcher.get_error())}")
+
     def masks(self, outputs: Sequence[int], draft: Sequence[int] = ()) -> list[array[int]]:
         """Which tokens may follow `outputs`, and which would after each guess of `draft`; valid until the next call. (After a
-        guess that may not come, which no sampler will choose, or that ends the text, the last mask again.) Raises
-        InvalidArgumentError if the grammar has become too complex to follow."""
+        guess that may not come, which no sampler will choose, or that ends the text, the last mask again.) Fewer, where the
+        grammar becomes too complex to follow along the guesses. Raises InvalidArgumentError if it has become so already."""
         n_allowed = len(self.allowed(outputs, draft))
         self._is_torn = True
-        for i in range(n_allowed + 1):
-            if i > 0:
-                self._matcher.consume_token(draft[i - 1])
-            self._compute_mask(i)
+        self._compute_mask(0)
+        for i in range(1, n_allowed + 1):
+            self._matcher.consume_token(draft[i - 1])
+            try:
+                self._compute_mask(i)
+            except InvalidArgumentError:  # of a guess: what is known of the text stays as it was
+                return self._masks[:i]
         if n_allowed > 0:
             self._matcher.rollback(n_allowed)
         self._is_torn = False
@@ -72,6 +81,8 @@ class Guide:
     def _read(self, outputs: Sequence[int]) -> None:
         if self._is_torn:
             self._matcher.reset()
+            if self._matcher.is_error():  # there is no way back from that
+                self._matcher = self._new_matcher()
             self._n_read = 0
         self._is_torn = True
         new = list(outputs[self._n_read :])
@@ -114,10 +125,9 @@ class Guides:
         with self._lock:
             if self._table is None:
                 self._table = self._make_table(llguidance)
-        matcher = llguidance.LLMatcher(self._table, _grammar(llguidance, wanted), log_level=0)
-        if matcher.is_error():
-            raise InvalidArgumentError(f"structured_outputs: {_first_line(matcher.get_error())}")
-        guide = Guide(matcher, self._vocab_size, self._end_ids)
+        new_matcher = partial(llguidance.LLMatcher, self._table, _grammar(llguidance, wanted), log_level=0)
+        guide = Guide(new_matcher, self._vocab_size, self._end_ids)
+        guide.check()
         guide.masks(())  # what is too complex to begin with shows here, and not in a step
         return guide
 

@@ -136,7 +136,7 @@ class Proposer(ABC):
             self._learn(request, state)
         acceptance = self.acceptance(request) if state is None else state.acceptance
         (token,) = request.tokens(n - 1, n)
-        return place(ngrams, acceptance.first_chance(token), request.sampler.random(n))
+        return place(ngrams, acceptance.first_chance(token, request.salt), request.sampler.random(n))
 
     def _is_asked(self, request: GenerationRequest, place: int) -> bool:
         state = request.draft_state
@@ -179,6 +179,8 @@ class Proposer(ABC):
         """The guess behind a draft, and its probability: what the request's sampler makes of these logits, of the tokens `ids`
         (None = all), at that position (Sampler.guess). None if they are none to choose from, an infinity among them for one."""
         masks = request.masks(draft)
+        if masks is not None and len(masks) <= len(draft):
+            return None
         mask = None if masks is None else masks[-1]
         position = request.n_tokens + len(draft)
         try:
@@ -203,7 +205,7 @@ class Proposer(ABC):
         begin, pending = state.pending_at, state.pending
         truth = request.tokens(begin, min(begin + len(pending), request.n_tokens))
         if pending and truth and state.asked_after is not None:
-            state.acceptance.learn_first(state.asked_after, pending[0].token == truth[0])
+            state.acceptance.learn_first(state.asked_after, request.salt, pending[0].token == truth[0])
             state.asked_after = None
         for (bucket, guess, drafted), token in zip(pending, truth, strict=False):
             state.acceptance.learn(bucket, guess == token)

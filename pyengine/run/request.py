@@ -233,11 +233,14 @@ class GenerationRequest(Request):
             self.output.cached_tokens = n_tokens
 
     def masks(self, draft: Sequence[int]) -> Sequence[array[int] | None] | None:
-        """Which tokens may come next, and after each guess of `draft`; None = all."""
+        """Which tokens may come next, and after each guess of `draft`, as far as the grammar can follow it; None = all."""
         if self.guide is None:
             return None
         try:
-            return self.guide.masks(self.sampler.outputs, draft)
+            masks = self.guide.masks(self.sampler.outputs, draft)
+            if len(masks) <= len(draft):
+                self.may_draft = False  # guesses must not cost a text its grammar
+            return masks
         except Exception as error:  # of this request's grammar
             self.error = error
             return None

@@ -345,7 +345,7 @@ class Scheduler:
                 requests.append(request)
                 rows.append(row)
                 hidden_rows.append(hidden_row)
-                drafts.append(draft)
+                drafts.append(draft if request_masks is None else draft[: len(request_masks) - 1])
                 masks.append(request_masks)
         if not requests:
             return

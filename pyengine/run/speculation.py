@@ -81,6 +81,7 @@ class Speculation:
     def plan(self, requests: Iterable[Request], n_rows: int) -> dict[int, tuple[int, ...]]:
         """{number of a request: its draft} for requests that decode in a step of n_rows rows without drafts."""
         if n_rows >= self.max_rows:
+            self._n_texts = sum(isinstance(one, GenerationRequest) and one.may_draft for one in requests)
             return {}
         if self._n_skip > 0:
             self._n_skip -= 1

@@ -14,6 +14,7 @@ from pyengine.run.acceptance import (
     ALONE,
     FIRST_TRY,
     LONGEST_PAUSE,
+    MAX_SALTS,
     N_PLACES,
     WITH,
     AcceptanceStats,
@@ -22,6 +23,8 @@ from pyengine.run.acceptance import (
     relation,
 )
 from pyengine.run.proposer import DraftBuilder, DraftState, Proposer
+
+SALT = bytes(16)  # of texts without one
 
 
 def test_a_guess_is_believed_as_often_as_its_like_came_true() -> None:
@@ -67,14 +70,44 @@ def test_first_guesses_are_counted_by_the_token_before_them() -> None:
         text = AcceptanceStats(shared)
         for token in truth:
             for _ in range(20):
-                text.learn_first(token, rng.random() < truth[token])
+                text.learn_first(token, SALT, rng.random() < truth[token])
     for token, chance in truth.items():
-        assert shared.first_chance(token) == pytest.approx(chance, abs=0.08)  # of 400: three standard errors
-    assert 0.3 < shared.first_chance(8) < 0.7  # of a token that never was: the mean
+        assert shared.first_chance(token, SALT) == pytest.approx(chance, abs=0.08)  # of 400: three standard errors
+    assert 0.3 < shared.first_chance(8, SALT) < 0.7  # of a token that never was: the mean
     worse = AcceptanceStats(shared)
     for _ in range(30):
-        worse.learn_first(5, False)
-    assert worse.first_chance(6) < 0.5 * AcceptanceStats(shared).first_chance(6)  # one text tells of itself at other tokens, too
+        worse.learn_first(5, SALT, False)
+    before = AcceptanceStats(shared).first_chance(6, SALT)
+    assert worse.first_chance(6, SALT) < 0.5 * before  # one text tells of itself at other tokens, too
+
+
+def test_what_is_counted_by_token_stays_under_its_salt() -> None:
+    """Or a caller could tell by the time of his own text which tokens others' texts have, and what follows them."""
+    shared, others = AcceptanceStats(), b"others".ljust(16)
+    text = AcceptanceStats(shared)
+    for _ in range(100):
+        text.learn_first(5, SALT, False)
+        text.learn_first(6, SALT, True)
+    assert shared.first_chance(5, SALT) < 0.1 < 0.9 < shared.first_chance(6, SALT)
+    assert shared.first_chance(5, others) == shared.first_chance(6, others) == shared.first_chance(7, SALT)
+    many = [bytes((i,)) * 16 for i in range(5 * MAX_SALTS)]
+    for salt in many:
+        text.learn_first(5, salt, True)
+    assert len(shared._firsts) == MAX_SALTS  # the newest ones'
+    assert shared.first_chance(5, many[-1]) > shared.first_chance(5, others) == shared.first_chance(7, others)
+
+
+def test_a_proposer_counts_tokens_under_the_salt_of_the_text() -> None:
+    proposer = Script(stats_of(0.02), 0.01, [])
+    for salt, token in ((SALT, 10), (b"others".ljust(16), 11)):
+        text = [1]
+        request = a_request(text, salt=salt)
+        for _ in range(60):
+            request.n_tokens, proposer.guesses = len(text), [(10, 0.9)]
+            improved(proposer, request, [])
+            text += [token, 1]
+    found = [proposer._plain.first_chance(1, salt) for salt in (SALT, b"others".ljust(16))]
+    assert found[0] > 0.8 and found[1] < 0.3
 
 
 @pytest.mark.parametrize("gain", [-0.06, 0.02])
@@ -149,7 +182,7 @@ def stats_of(row: float) -> _draft.DraftStats:
 
 def a_request(text: list[int], **more: Any) -> Any:
     made = SimpleNamespace(
-        draft_state=None, adapter=None, max_draft=8, n_tokens=len(text), number=0, output=SimpleNamespace(ends=frozenset({99}))
+        draft_state=None, adapter=None, salt=SALT, max_draft=8, n_tokens=len(text), output=SimpleNamespace(ends=frozenset({99}))
     )
     made.sampler = SimpleNamespace(outputs=text, random=lambda position: 0.0)
     made.tokens = lambda begin, end: text[begin:end]
@@ -259,7 +292,7 @@ def test_a_guess_is_learnt_from_whether_it_was_drafted_or_not() -> None:
     learnt: list[bool] = []
     first: list[tuple[int, bool]] = []
     state.acceptance.learn = lambda bucket, accepted: learnt.append(accepted)
-    state.acceptance.learn_first = lambda token, accepted: first.append((token, accepted))
+    state.acceptance.learn_first = lambda token, salt, accepted: first.append((token, accepted))
     for token, expected in ((10, [True]), (11, [True, True]), (7, [True, True, False]), (12, [True, True, False])):
         text.append(token)
         request.n_tokens = len(text)

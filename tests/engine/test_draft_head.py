@@ -16,6 +16,7 @@ from engine.speculation_tools import always_guess, assert_nothing_is_held, in_co
 from engine.test_speculation import PARAMETERS, PROMPT, said
 
 from pyengine import Engine, SamplingParams, _core
+from pyengine._draft import MAX_ROWS
 from pyengine.errors import ModelFormatError, OutOfMemoryError
 from pyengine.run.draft_head import DraftHead, HeadState
 from pyengine.run.draft_model import DraftModel
@@ -183,6 +184,11 @@ def test_many_texts_are_guessed_together(knowing: Path) -> None:
         results = engine.generate(others, speculative={"store": False}, max_tokens=4, ignore_eos=True, temperature=0)
         assert all(result.timings.drafted_tokens == 0 for result in results)
         assert len(noted) <= len(others)  # of four tokens each: once they are known to be so many, nobody copies their states
+        noted.clear()  # so many texts that no step has room for a guess, after steps of few
+        options = {"max_tokens": 3, "ignore_eos": True, "temperature": 0}
+        assert engine.generate([1], **options) and len(noted) == 2
+        many = engine.generate([[k] for k in range(MAX_ROWS)], **options)
+        assert all(len(result.tokens) == 3 for result in many) and len(noted) == 2
 
 
 def test_a_guess_that_ends_the_text_is_the_last_one(knowing: Path) -> None:

@@ -98,6 +98,36 @@ def test_guesses_change_nothing_of_a_guided_output(tiny_model: Path, wanted: str
             assert all(one.timings.accepted_tokens > 0 for one in together if len(one.tokens) > 3)
 
 
+@pytest.mark.parametrize("way", ["drafted", "by a draft head"])
+def test_a_guess_that_the_grammar_cannot_follow_costs_no_answer(
+    tiny_model: Path, headed_model: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some d more, and the parser has more items than it may have, for ever. But the text says b, then d, and no a."""
+    monkeypatch.setattr("pyengine.run.speculation.MAX_SKIP", 0)  # no step goes by without a look for guesses
+    rules = " | ".join(f'"d"{{{i}}}' for i in range(2, 303))
+    grammar = f'start: ("b" | "c") ("a" x | "d"*)\nx: y* "z"\ny: "d" | y y | {rules}\n'
+    options: dict[str, Any] = {"structured_outputs": {"grammar": grammar}, "max_tokens": 12, "temperature": 0}
+    with Engine(tiny_model if way == "drafted" else headed_model) as engine:
+        a, b, d = (engine.tokenize(one, add_bos=False)[-1] for one in "abd")
+        options["logit_bias"] = {b: 60.0, d: 30.0}
+        plain = engine.generate([5], speculative="off", **options)
+        assert plain.tokens[0] == b and plain.tokens[1:4] == [d] * 3
+        guesses = [a, *[d] * 9]
+        if way == "drafted":
+            script(engine, {}, lambda truth, most: guesses)
+        else:
+            head = always_guess(engine.scheduler.speculation, 10)
+            choose = head._choose
+
+            def choose_worst(request: Any, draft: list[int], *rest: Any, **more: Any) -> tuple[int, float]:
+                choose(request, draft, *rest, **more)
+                return guesses[len(draft)], 1.0
+
+            head._choose = choose_worst  # type: ignore[method-assign]
+        assert engine.generate([5], **options).tokens == plain.tokens
+        assert engine.check_integrity()["n_sequences"] == 0
+
+
 @pytest.fixture(scope="module")
 def headed_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with a draft head that guesses anything."""
