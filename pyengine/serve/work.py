@@ -100,8 +100,9 @@ def raise_error(job: Job) -> None:
 async def finish(job: Job) -> list[GenerationRequest]:
     """Its outputs, complete. Raises the first error of one of its requests."""
     await job.wait(lambda: job.is_done or any(request.error is not None for request in job.requests))
+    is_done = job.is_done  # before its errors: one that comes in between makes it done, too
     raise_error(job)
-    if not job.is_done:
+    if not is_done:
         raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
     return generations(job)
 
@@ -142,3 +143,4 @@ async def read(job: Job, interval: float) -> AsyncIterator[list[tuple[int, list[
                 request.n_taken += len(pieces)
                 news.append((index, pieces))
         yield news
+    raise_error(job)  # one that came before the first look

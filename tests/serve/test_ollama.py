@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from serve.scripted import scripted
 from serve.test_responses import ONE
 from serve.test_server import server
 
+from pyengine.async_engine import Job
+from pyengine.results import Piece
+from pyengine.run.request import GenerationRequest
 from pyengine.serve import work
 from pyengine.serve.embeddings import MAX_INPUTS
 from pyengine.serve.errors import HTTPError
@@ -280,3 +283,28 @@ def test_the_package_of_ollama_talks(chat_model: Path) -> None:
         with pytest.raises(ollama.ResponseError) as caught:
             client.chat(model="other", messages=[USER])
         assert caught.value.status_code == 404 and "other" in caught.value.error
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_error_before_the_first_look_is_told(chat_model: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool) -> None:
+    """A penalty under which logits overflow ends the request in its first step, whose end the reader may have missed."""
+    read, finish = work.read, work.finish
+
+    async def late_read(job: Job, interval: float) -> AsyncIterator[list[tuple[int, list[Piece]]]]:
+        await job.wait(lambda: job.is_done)
+        async for news in read(job, interval):
+            yield news
+
+    async def late_finish(job: Job) -> list[GenerationRequest]:
+        await job.wait(lambda: job.is_done)
+        return await finish(job)
+
+    monkeypatch.setattr(work, "read", late_read)
+    monkeypatch.setattr(work, "finish", late_finish)
+
+    async def test(client: Client) -> None:
+        options = {"repeat_penalty": 1e-45, "num_predict": 3, "temperature": 0.7}
+        answer = await client.post(CHAT, {"messages": [USER], "options": options, "stream": is_stream})
+        assert "overflows under the penalties" in json.loads(answer.body.splitlines()[-1])["error"]
+
+    serving(chat_model, test)
