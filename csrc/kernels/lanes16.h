@@ -229,7 +229,8 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
      * to the hardware, which sees one stream; many tokens have all the time there is. */
     size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS;
     size_t n_lines = token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0;
-    bool near = n_lines > 0 && n_tiles == 1 && w->n_groups >= LONG_ROW;
+    /* Tables whose tiles have one panel go on as they were: the CPUs that run them have not been measured. */
+    bool near = TILE_PANELS > 1 && n_lines > 0 && n_tiles == 1 && w->n_groups >= LONG_ROW;
     epilogue then = {bias, add};
     for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
         fetch_ahead ahead = near ? fetch_near(w, panel) : fetch_from(w, panel + TILE_PANELS, n_lines);
