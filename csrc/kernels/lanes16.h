@@ -228,7 +228,7 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
      * panels, or memory would rest in all tiles but the first (one tile and long rows: see fetch_near). A single token leaves that
      * to the hardware, which sees one stream; many tokens have all the time there is. */
     size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS;
-    size_t n_lines = token_end - token_begin > 1 ? TILE_PANELS * 16 / n_tiles : 0;
+    size_t n_lines = token_end - token_begin > 1 ? TILE_PANELS * GROUP_LINES / n_tiles : 0;
     /* Tables whose tiles have one panel go on as they were: the CPUs that run them have not been measured. */
     bool near = TILE_PANELS > 1 && n_lines > 0 && n_tiles == 1 && w->n_groups >= LONG_ROW;
     epilogue then = {bias, add};

@@ -112,9 +112,7 @@ class Rules(NamedTuple):
                 going_on += [beam] if len(going_on) < self.width else []
             elif rank < self.width:
                 merged.append(beam)
-        merged.sort(
-            key=self.score_of, reverse=True
-        )  # of those with one score, the one that was finished first stays first
+        merged.sort(key=self.score_of, reverse=True)  # stable: of those with one score, the first that was finished is first
         del merged[self.width :]
         return (going_on if going_on and self._may_improve(going_on[0], merged) else []), merged
 
