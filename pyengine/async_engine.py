@@ -142,9 +142,11 @@ class Stepper:
             except BaseException as error:  # a closed engine, no memory: for those who wait, not for this thread
                 self._fail(error)
             with self._lock:
-                if not any(job.can_go_on for job in self._living()):
-                    self._thread = None
-                    return
+                if any(job.can_go_on for job in self._living()):
+                    continue
+                self._thread = None
+            self._deliver()  # what another caller has finished since; whatever comes from here on starts a thread
+            return
 
     def _living(self) -> list[Job]:
         return [job for job in (ref() for ref in list(self._jobs.values())) if job is not None]
@@ -152,6 +154,8 @@ class Stepper:
     def _deliver(self) -> bool:
         """Wake the jobs that have what they wait for. Whether there is nothing more to compute."""
         jobs = self._living()
+        # Asked first: another caller's step may end a job at any moment, and what it ends after this is asked about again.
+        is_over = not any(job.can_go_on for job in jobs)
         by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
         for job in jobs:
             ready = job.ready
@@ -163,7 +167,7 @@ class Stepper:
             except RuntimeError:  # the loop is closed: nobody will read this
                 for job in some:
                     self.remove(job)
-        return not any(job.can_go_on for job in jobs)
+        return is_over
 
     def _fail(self, error: BaseException) -> None:
         for job in self._living():

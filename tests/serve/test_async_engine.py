@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pyengine
-from pyengine import AsyncEngine, Engine
+from pyengine import AsyncEngine, Engine, SamplingParams
+from pyengine.async_engine import Job
 from pyengine.results import Generation
-from pyengine.run.request import MAX_UNREAD
+from pyengine.run.request import MAX_UNREAD, Request
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
 
@@ -78,6 +79,58 @@ def test_loops_and_synchronous_callers_share_the_steps(engine: Engine) -> None:
     for thread in threads:
         thread.join()
     assert got == expected
+
+
+def one_request(engine: Engine, seed: int) -> Callable[[Job], Sequence[Request]]:
+    return lambda job: engine.requests(job, [text(seed, 20)], engine.resolve(SamplingParams(max_tokens=8)))
+
+
+def test_a_job_that_another_caller_ends_while_the_thread_looks_is_told(engine: Engine) -> None:
+    one = AsyncEngine(engine)
+
+    async def main() -> None:
+        job = await one.prepare(one_request(engine, 1))
+        me = threading.get_ident()
+
+        def ready() -> bool:
+            is_ready = job.is_done
+            if threading.get_ident() != me:  # after its look, and before it does anything with the answer
+                engine.scheduler.wait(lambda: job.is_done)
+            return is_ready
+
+        reader = asyncio.create_task(job.wait(ready))
+        await asyncio.sleep(0)  # it waits
+        one.stepper.add(job)
+        await asyncio.wait_for(reader, 60)
+        job.close()
+
+    asyncio.run(main())
+
+
+def test_a_job_that_comes_and_ends_while_the_thread_leaves_is_told(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = AsyncEngine(engine)
+    scheduler, wait = engine.scheduler, engine.scheduler.wait
+
+    async def main() -> None:
+        first = await one.prepare(one_request(engine, 1))
+        second = await one.prepare(one_request(engine, 2))
+        reader = asyncio.create_task(second.wait(lambda: second.is_done))
+        await asyncio.sleep(0)  # it waits
+
+        def and_then_another(ready: Callable[[], bool]) -> None:
+            wait(ready)
+            one.stepper.add(second)
+            wait(lambda: second.is_done)
+
+        monkeypatch.setattr(scheduler, "wait", and_then_another)
+        one.stepper.add(first)
+        await asyncio.wait_for(reader, 60)
+        first.close()
+        second.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("how", ["close", "cancel", "let go", "error"])
