@@ -51,6 +51,8 @@ cdef class RowView:
     def __getbuffer__(self, Py_buffer *view, int flags):
         cdef pe_context *context = self.context.context
         cdef Model model = self.context.model
+        if self.context.busy:
+            raise BufferError("a forward that runs in another thread replaces this row")
         cdef const float *data = pe_context_hidden(context, self.row) if self.is_hidden else pe_context_logits(context, max(self.row, 0))
         if data == NULL:
             raise BufferError("this row is gone: a later forward replaced it")
@@ -300,10 +302,12 @@ cdef class Context:
     @property
     def n_logits(self) -> int:
         """Rows of logits that the last forward computed."""
+        self.check_idle()
         return pe_context_n_logits(self.context)
 
     def logits(self, row=None) -> RowView:
         """Logits (vocab_size) of the row-th row of the last forward that wanted them; None = of all, (n_logits, vocab_size)."""
+        self.check_idle()
         cdef size_t n = pe_context_n_logits(self.context)
         if row is None:
             return self.row_view(-1, False)
@@ -313,6 +317,7 @@ cdef class Context:
 
     def hidden(self, size_t row) -> RowView:
         """Final hidden state (dim), after the last norm, of the row-th row of the last forward that wanted it."""
+        self.check_idle()
         if row >= pe_context_n_hidden(self.context):
             raise IndexError(f"row {row} of {pe_context_n_hidden(self.context)} hidden states")
         return self.row_view(row, True)
@@ -331,12 +336,16 @@ cdef class Context:
         cdef size_t n_tokens = x.shape[0]
         if x.shape[1] != self.model.dim or n_tokens == 0:
             raise ValueError(f"x must be (n_tokens, {self.model.dim})")
+        self.check_idle()
+        self.busy = True
         with nogil:
             status = pe_debug_block(self.context, layer, &x[0, 0], n_tokens, err)
+        self.end_work()
         check(status, err)
 
     def debug_kv_page(self, Sequence sequence not None, uint32_t layer, uint32_t kv_head, size_t page) -> bytes:
         """The bytes of one KV page of one layer and kv head (b"" if there is none)."""
+        self.check_idle()
         cdef size_t n_bytes = pe_debug_kv_page(self.context, sequence.open_id(), layer, kv_head, page, NULL, 0)
         cdef bytearray out = bytearray(n_bytes)
         cdef uint8_t[::1] view = out

@@ -25,22 +25,31 @@ cdef class Sequence:
             raise InvalidArgumentError("this sequence is closed")
         return self.id
 
+    cdef Context idle_context(self):
+        """The context, in which no other thread works now: a forward moves what even a look at a sequence reads."""
+        if self.context is None:
+            raise InvalidArgumentError("this sequence is closed")
+        self.context.check_idle()
+        return self.context
+
     @property
     def length(self) -> int:
         """Tokens in it."""
         cdef size_t length = 0
         cdef char[PE_ERR_LEN] err
-        check(pe_sequence_length(self.context.context, self.open_id(), &length, err), err)
+        cdef Context context = self.idle_context()
+        check(pe_sequence_length(context.context, self.open_id(), &length, err), err)
         return length
 
     def tokens(self) -> array:
         """The ids of its tokens, int32."""
-        cdef size_t n = pe_sequence_tokens(self.context.context, self.open_id(), NULL, 0)
+        cdef Context context = self.idle_context()
+        cdef size_t n = pe_sequence_tokens(context.context, self.open_id(), NULL, 0)
         cdef int32_t[::1] view
         out = array("i", bytes(n * sizeof(int32_t)))
         if n > 0:
             view = out
-            pe_sequence_tokens(self.context.context, self.id, &view[0], n)
+            pe_sequence_tokens(context.context, self.open_id(), &view[0], n)
         return out
 
     def save(self) -> bytearray:
@@ -48,9 +57,8 @@ cdef class Sequence:
         cdef char[PE_ERR_LEN] err
         cdef int32_t id = self.open_id()
         cdef pe_status status
-        cdef Context context = self.context  # `close` in another thread takes it from this object
+        cdef Context context = self.idle_context()  # `close` in another thread takes it from this object
         cdef uint8_t[::1] view
-        context.check_idle()
         cdef size_t n_bytes = pe_sequence_snapshot_bytes(context.context, id)
         out = bytearray(n_bytes)
         if n_bytes > 0:
@@ -65,8 +73,8 @@ cdef class Sequence:
     def truncate(self, size_t n_tokens) -> None:
         """Keep the first n_tokens, or fewer: as many as layers with a window can go on from (`length`)."""
         cdef char[PE_ERR_LEN] err
-        self.context.check_idle()
-        check(pe_sequence_truncate(self.context.context, self.open_id(), n_tokens, err), err)
+        cdef Context context = self.idle_context()
+        check(pe_sequence_truncate(context.context, self.open_id(), n_tokens, err), err)
 
     def accept(self, tokens) -> int:
         """What really comes after its tokens: the first drafts of the last forward that equal these are its tokens now, the
@@ -74,15 +82,16 @@ cdef class Sequence:
         cdef char[PE_ERR_LEN] err
         cdef const int32_t[::1] view = array("i", tokens)
         cdef size_t n = view.shape[0], n_accepted = 0
-        self.context.check_idle()
-        check(pe_sequence_accept(self.context.context, self.open_id(), &view[0] if n else NULL, n, &n_accepted, err), err)
+        cdef Context context = self.idle_context()
+        check(pe_sequence_accept(context.context, self.open_id(), &view[0] if n else NULL, n, &n_accepted, err), err)
         return n_accepted
 
     def fork(self, size_t n_tokens) -> Sequence:
         """A new sequence that shares the first n_tokens, or fewer: as many as layers with a window can go on from."""
         cdef char[PE_ERR_LEN] err
-        cdef Sequence out = self.context.sequence_object()
-        check(pe_sequence_fork(self.context.context, self.open_id(), n_tokens, &out.id, err), err)
+        cdef Context context = self.idle_context()
+        cdef Sequence out = context.sequence_object()
+        check(pe_sequence_fork(context.context, self.open_id(), n_tokens, &out.id, err), err)
         return out
 
     def close(self) -> None:
