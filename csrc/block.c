@@ -32,16 +32,16 @@ static void rotate(pe_slice *s, const pe_layer *layer, size_t token) {
     bool norm_after = model->config.qk_norm_after_rope;
     bool norm_before = model->config.qk_norm && !model->config.qk_norm_all_heads && !norm_after;
     if (model->config.qk_norm && model->config.qk_norm_all_heads) {
-        s->kernels->rmsnorm(q, q, layer->q_norm, model->q_dim, model->config.norm_eps);
-        s->kernels->rmsnorm(k, k, layer->k_norm, model->kv_dim, model->config.norm_eps);
+        pe_slice_norm(s, token, q, q, layer->q_norm, model->q_dim);
+        pe_slice_norm(s, token, k, k, layer->k_norm, model->kv_dim);
     }
     if (layer->key_bias != NULL && s->kv_dtype == PE_KV_F32) s->kernels->add(k, layer->key_bias_vector, model->kv_dim);
     for (size_t head = 0; head < model->config.n_heads + model->config.n_kv_heads; head++) {
         float *row = q + head * head_dim; /* the heads of k lie behind those of q */
         const float *norm = row < k ? layer->q_norm : layer->k_norm;
-        if (norm_before) s->kernels->rmsnorm(row, row, norm, head_dim, model->config.norm_eps);
+        if (norm_before) pe_slice_norm(s, token, row, row, norm, head_dim);
         s->kernels->rope(row, s->cos + angle, s->sin + angle, head_dim);
-        if (norm_after) s->kernels->rmsnorm(row, row, norm, head_dim, model->config.norm_eps);
+        if (norm_after) pe_slice_norm(s, token, row, row, norm, head_dim);
     }
 }
 
@@ -127,6 +127,7 @@ static void put_f32(const qkv_job *j, size_t token) {
     size_t head_dim = model->config.head_dim, d = model->head_dim_p;
     size_t in_chunk = s->positions[token] % PE_CHUNK, panel = in_chunk / PE_PANEL, lane = in_chunk % PE_PANEL;
     const float *q = qkv_row(s, token), *k = q + model->q_dim, *v = k + model->kv_dim;
+    pe_slice_note_floats(s, token, q, model->q_dim + 2 * model->kv_dim); /* no quantizer does */
     for (size_t head = 0; head < model->config.n_heads; head++) {
         float *row = s->q_f32 + query_row(s, token, head) * d;
         memset(row, 0, d * sizeof *row);

@@ -180,15 +180,13 @@ static void input_unit(void *arg, size_t row, int thread) {
     (void)thread;
     input_job *j = arg;
     pe_draft_head *h = j->h;
-    const struct pe_kernels *kernels = h->slice.kernels;
     size_t dim = h->net.config.dim, stride = pe_x_stride(&h->net);
-    float *x = h->slice.x + row * stride, *input = h->inputs + row * input_stride(h), eps = h->net.config.norm_eps;
+    float *x = h->slice.x + row * stride, *input = h->inputs + row * input_stride(h);
     memcpy(x, j->states + row * dim, dim * sizeof(float));
     memset(x + dim, 0, (stride - dim) * sizeof(float));
-    pe_embed(h->model, kernels, input, j->tokens[row]);
-    float sums[2] = {kernels->rmsnorm(input, input, h->token_norm, dim, eps),
-                     kernels->rmsnorm(input + dim, x, h->state_norm, dim, eps)};
-    for (size_t i = 0; i < 2; i++) pe_slice_note_bits(&h->slice, row, pe_float_bits(sums[i]) & 0x7fffffffu);
+    pe_embed(h->model, h->slice.kernels, input, j->tokens[row]);
+    pe_slice_norm(&h->slice, row, input, input, h->token_norm, dim);
+    pe_slice_norm(&h->slice, row, input + dim, x, h->state_norm, dim);
 }
 
 static void compute(pe_draft_head *h, float *states, const int32_t *tokens) {

@@ -48,7 +48,7 @@ static void take_shared(const job *j, size_t row, const float *input) {
     s->expert_weights[at] = 1.0f;
     if (!config->shared_gated) return;
     s->kernels->dots_f32(&logit, input, j->layer->shared_router, 1, config->dim);
-    pe_slice_note_bits(s, row, pe_float_bits(logit) & 0x7fffffffu);
+    pe_slice_note_floats(s, row, &logit, 1);
     s->expert_weights[at] = 1.0f / (1.0f + pe_expf(-logit));
 }
 
@@ -61,14 +61,11 @@ static void route_unit(void *arg, size_t row, int thread) {
     size_t at = row * pe_n_mlps(config);
     float *input = s->normed + row * stride, logits[PE_MAX_EXPERTS];
     memcpy(input, s->x + row * stride, dim * sizeof *input);
-    if (j->layer->ffn_norm != NULL) {
-        float sum_of_squares = s->kernels->rmsnorm(input, input, j->layer->ffn_norm, dim, config->norm_eps);
-        pe_slice_note_bits(s, row, pe_float_bits(sum_of_squares) & 0x7fffffffu);
-    }
+    if (j->layer->ffn_norm != NULL) pe_slice_norm(s, row, input, input, j->layer->ffn_norm, dim);
     memset(s->branch + row * stride, 0, stride * sizeof *s->branch);
     s->kernels->dots_f32(logits, input, j->layer->router, n, dim);
     if (j->layer->router_bias != NULL) s->kernels->add(logits, j->layer->router_bias, n);
-    for (size_t e = 0; e < n; e++) pe_slice_note_bits(s, row, pe_float_bits(logits[e]) & 0x7fffffffu);
+    pe_slice_note_floats(s, row, logits, n);
     choose(logits, n, config->n_experts_used, s->expert_taken + at);
     weigh(logits, n, s->expert_taken + at, config->experts_normalized, s->expert_weights + at);
     if (config->shared_hidden_dim > 0) take_shared(j, row, input);

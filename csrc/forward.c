@@ -54,13 +54,8 @@ static void hidden_unit(void *arg, size_t unit, int thread) {
     pe_slice *s = &c->slice;
     size_t row = s->selected[unit], dim = c->model->config.dim;
     float *out = pe_rows_at(&c->hidden, c->hidden.n + unit);
-    s->kernels->rmsnorm(out, s->x + row * pe_x_stride(c->model), c->model->norm, dim, c->model->config.norm_eps);
-    uint32_t largest = 0; /* of the bits of |out| */
-    for (size_t i = 0; i < dim; i++) {
-        uint32_t bits = pe_float_bits(out[i]) & 0x7fffffffu;
-        largest = bits > largest ? bits : largest;
-    }
-    pe_slice_note_bits(s, row, largest);
+    pe_slice_norm(s, row, out, s->x + row * pe_x_stride(c->model), c->model->norm, dim);
+    pe_slice_note_floats(s, row, out, dim);
 }
 
 static void softcap_unit(void *arg, size_t unit, int thread) {
@@ -282,7 +277,7 @@ pe_status pe_debug_block(pe_context *c, uint32_t layer, float *x, size_t n_token
 size_t pe_debug_kv_page(const pe_context *c, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page, void *out,
                         size_t capacity) {
     size_t n_bytes = pe_kv_chunk_bytes(c->kv), length = pe_kv_length(c->kv, sequence);
-    if (length == SIZE_MAX || page * PE_CHUNK >= length || layer >= c->model->config.n_layers ||
+    if (length == SIZE_MAX || page >= pe_pad(length, PE_CHUNK) / PE_CHUNK || layer >= c->model->config.n_layers ||
         kv_head >= c->model->config.n_kv_heads)
         return 0;
     pe_kv_chunk kv = pe_kv_chunk_at(c->kv, sequence, page, layer, kv_head);

@@ -135,10 +135,7 @@ static void add_branch_unit(void *arg, size_t row, int thread) {
     pe_slice *s = j->s;
     size_t dim = s->model->config.dim, stride = pe_x_stride(s->model);
     float *branch = s->branch + row * stride;
-    if (j->norm != NULL) {
-        float sum_of_squares = s->kernels->rmsnorm(branch, branch, j->norm, dim, s->model->config.norm_eps);
-        pe_slice_note_bits(s, row, pe_float_bits(sum_of_squares) & 0x7fffffffu);
-    }
+    if (j->norm != NULL) pe_slice_norm(s, row, branch, branch, j->norm, dim);
     s->kernels->add(s->x + row * stride, branch, dim);
 }
 

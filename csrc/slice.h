@@ -123,6 +123,23 @@ static inline void pe_slice_note_bits(pe_slice *slice, size_t row, uint32_t absm
     if (absmax_bits >= PE_NOT_FINITE_BITS) slice->failed[row] = 1;
 }
 
+/* The row fails if one of x (n) is an infinity or NaN. */
+static inline void pe_slice_note_floats(pe_slice *slice, size_t row, const float *x, size_t n) {
+    uint32_t largest = 0; /* of the bits of |x| */
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = pe_float_bits(x[i]) & 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    pe_slice_note_bits(slice, row, largest);
+}
+
+/* y (n) = RMSNorm of x (n) with weight w (n), all of them of `row`; x == y is allowed. The row fails if the sum of squares is not
+ * finite: of finite values that are too large y would be zeros. */
+static inline void pe_slice_norm(pe_slice *slice, size_t row, float *y, const float *x, const float *w, size_t n) {
+    float sum_of_squares = slice->kernels->rmsnorm(y, x, w, n, slice->model->config.norm_eps);
+    pe_slice_note_floats(slice, row, &sum_of_squares, 1);
+}
+
 static inline float *pe_thread_scratch(const pe_slice *slice, int thread) {
     return slice->thread_scratch + (size_t)thread * slice->thread_scratch_floats;
 }

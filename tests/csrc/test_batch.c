@@ -232,6 +232,47 @@ static void test_failed_rows_stop(const struct pe_kernels *table) {
     tiny_model_free(&t);
 }
 
+/* Finite values of which a sum of squares, or a float32 cache, is all that overflows: a norm would make zeros of them. */
+typedef struct too_large {
+    const char *bias; /* one element of it is `value` */
+    size_t element;
+    float value;
+    bool all_heads, after_rope, qk_norm;
+    pe_kv_dtype dtype;
+    uint8_t want;
+} too_large;
+
+static void test_too_large(const struct pe_kernels *table) {
+    static const too_large cases[] = {
+        {"layers.1.w_down.bias", 9, 0x1p80f, false, false, false, PE_KV_INT8, PE_WANT_HIDDEN},
+        {"layers.1.w_down.bias", 9, 0x1p80f, false, false, false, PE_KV_INT8, PE_WANT_LOGITS},
+        {"layers.0.wqkv.bias", 3, 0x1p80f, false, false, true, PE_KV_INT8, 0},
+        {"layers.0.wqkv.bias", 64 + 3, 0x1p80f, false, false, true, PE_KV_F32, 0},
+        {"layers.1.wqkv.bias", 3, -0x1p80f, true, false, true, PE_KV_INT8, 0},
+        {"layers.1.wqkv.bias", 64 + 3, 0x1p80f, true, false, true, PE_KV_INT8, 0},
+        {"layers.1.wqkv.bias", 40, 0x1p80f, false, true, true, PE_KV_INT8, 0},
+        {"layers.1.wqkv.bias", 40, 0x1p80f, false, true, true, PE_KV_F32, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const too_large *z = &cases[i];
+        tiny_model t;
+        int32_t ids[N_SEQUENCES];
+        pe_config c = config;
+        c.down_bias = c.qkv_bias = true;
+        c.qk_norm = z->qk_norm, c.qk_norm_all_heads = z->all_heads, c.qk_norm_after_rope = z->after_rope;
+        tiny_model_make(&t, &c, 3, 1.0f);
+        EXPECT(PE_OK, tiny_model_load(&t, 1, err));
+        pe_context *context = context_new(&t, table, z->dtype, 1, ids);
+        ((float *)tiny_model_tensor(&t, z->bias))[z->element] = z->value;
+        batch b = {0};
+        for (int row = 0; row < 3; row++) add(&b, ids[0], row, z->want);
+        EXPECT(PE_ERR_NOT_FINITE, forward(context, &b, false, err));
+        CHECK(length_of(context, ids[0]) == 5, "%s: case %zu", table->name, i);
+        pe_context_destroy(context);
+        tiny_model_free(&t);
+    }
+}
+
 /* An error of the whole call beside a row that failed: nobody changes, and no row is told to have failed. */
 static void test_errors_beside_failures(const struct pe_kernels *table) {
     tiny_model t;
@@ -376,6 +417,7 @@ static void test_cancel_from_thread(const struct pe_kernels *table) {
 void test_batch(const struct pe_kernels *table) {
     test_failures(table);
     test_failed_rows_stop(table);
+    test_too_large(table);
     test_errors_beside_failures(table);
     test_hidden(table);
     test_cancel_flag(table, 1);
