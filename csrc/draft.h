@@ -30,6 +30,7 @@
 typedef struct pe_ngrams pe_ngrams;
 /* Room for the n-grams of about n_tokens tokens (at most 2^17): 60 to 120 bytes a token. */
 pe_status pe_ngrams_create(pe_ngrams **out, size_t n_tokens, char *err);
+/* NULL is allowed. */
 void pe_ngrams_destroy(pe_ngrams *ngrams);
 
 /* How often predictions came true. [0] by the text's own n-grams, [1] by those of other texts. */
@@ -77,7 +78,7 @@ void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds);
 /* A guess with a smaller chance pays in no draft of a step that has n_rows rows without drafts. */
 float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows);
 /* How much of each proposal to compute in one step that has n_rows rows without them: n_chosen (n). chances (n,
- * PE_DRAFT_MAX), n_proposed (n). Nothing unless it pays by 4 %. What it gains: the logarithm of the mean factor by which the texts
+ * PE_DRAFT_MAX), n_proposed (n), each at most PE_DRAFT_MAX; n <= n_rows. Nothing unless it pays by 4 %. What it gains: the logarithm of the mean factor by which the texts
  * of the step become faster, 0 without drafts. */
 double pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
                      const size_t *n_proposed, size_t *n_chosen);

@@ -19,6 +19,7 @@ typedef struct pe_draft_head pe_draft_head;
  * pe_model_set_tensors; their values are read once and checked, the ids for being ascending and in the model's vocabulary. */
 pe_status pe_draft_head_create(pe_draft_head **out, const pe_model *model, uint32_t hidden_dim, uint32_t vocab_size,
                                const pe_tensor *tensors, size_t n_tensors, int n_threads, char *err);
+/* NULL is allowed. */
 void pe_draft_head_destroy(pe_draft_head *head);
 /* Bytes of scratch. */
 size_t pe_draft_head_memory(const pe_draft_head *head);
@@ -33,6 +34,7 @@ pe_status pe_draft_head_step(pe_draft_head *head, float *states, const int32_t *
 const float *pe_draft_head_logits(const pe_draft_head *head, size_t row);
 /* Floats from one row of logits to the next. */
 size_t pe_draft_head_logits_stride(const pe_draft_head *head);
+/* (vocab_size) the model's ids of its outputs, ascending; the head's, or rather its file's. */
 const int32_t *pe_draft_head_vocab(const pe_draft_head *head);
 
 #endif

@@ -28,10 +28,10 @@ pe_status pe_tensor_assign(const pe_tensor_slot *s, const pe_tensor *t, char *er
 
 enum { CHECK_BYTES = 1 << 20 };
 
-/* Pieces of 1 MiB. */
+/* Units are pieces of 1 MiB, slot after slot. */
 typedef struct check_piece {
     const pe_tensor_slot *slots;
-    const size_t *first_unit; /* (n_slots + 1) */
+    const size_t *first_unit; /* (n_slots + 1) of each slot; the last is the number of units */
     size_t n_slots;
     _Atomic(const char *) bad_name;
 } check_piece;
@@ -48,11 +48,21 @@ static bool floats_are_finite(const float *x, size_t n) {
     return !bad;
 }
 
+/* The slot of a unit. A file may have 65,536 tensors of a piece each: looking through them for every unit took a second. */
+static size_t slot_of(const check_piece *check, size_t unit) {
+    size_t begin = 0, end = check->n_slots; /* its first unit is <= unit in [0, begin], > unit from end on */
+    while (end - begin > 1) {
+        size_t middle = begin + (end - begin) / 2;
+        if (check->first_unit[middle] <= unit) begin = middle;
+        else end = middle;
+    }
+    return begin;
+}
+
 static void check_unit(void *arg, size_t unit, int thread) {
     (void)thread;
     check_piece *check = arg;
-    size_t i = 0;
-    while (check->first_unit[i + 1] <= unit) i++;
+    size_t i = slot_of(check, unit);
     const pe_tensor_slot *s = &check->slots[i];
     size_t begin = (unit - check->first_unit[i]) * CHECK_BYTES;
     size_t n_bytes = s->n_bytes - begin < CHECK_BYTES ? s->n_bytes - begin : CHECK_BYTES;

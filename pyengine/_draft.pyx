@@ -134,6 +134,8 @@ def plan(DraftStats stats not None, list drafters not None, list mosts not None,
     cdef int32_t *to_tokens
     cdef float *to_chances
     cdef float least = pe_draft_least_chance(&stats.costs, n_rows)
+    if forced is not None and len(forced) != <Py_ssize_t>n:
+        raise ValueError(f"forced tokens of {len(forced)} texts, for {n} drafters")
     if n == 0 or n > n_rows or n_rows >= PE_DRAFT_MAX_ROWS or len(mosts) != <Py_ssize_t>n:
         return out
     cdef int32_t *tokens = <int32_t *>malloc(n * PE_DRAFT_MAX * sizeof(int32_t))

@@ -72,8 +72,11 @@ typedef struct pe_sampler pe_sampler;
 
 /* Every neutral value: greedy, nothing banned, no log-probabilities. */
 void pe_sampler_params_init(pe_sampler_params *params);
-/* The only function that allocates, but for the buffer of a sampler's first masked call. */
+/* A sampler without history over vocab_size tokens (1 to PE_SAMPLER_MAX_VOCAB), which computes with the table of kernels that is
+ * selected now. PE_ERR_INVALID_ARGUMENT names the parameter that is out of range. The only function that allocates, but for the buffer of
+ * a sampler's first masked call. */
 pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sampler_params *params, char *err);
+/* NULL is allowed. */
 void pe_sampler_destroy(pe_sampler *sampler);
 /* Forget every accepted token. */
 void pe_sampler_reset(pe_sampler *sampler);
