@@ -42,7 +42,7 @@ typedef struct job {
     pe_slice *slice;
     const pe_kv_cache *kv;
     uint32_t layer;
-    size_t chunks_per_task; /* split mode: stride of partials */
+    size_t chunks_per_task; /* most that a task has; split mode: the stride of partials */
 } job;
 
 static task task_make(const job *j, size_t index, int thread) {
@@ -232,6 +232,8 @@ pe_status pe_attention(pe_slice *s, const pe_kv_cache *kv, uint32_t layer, char 
         size_t n_chunks = (block->first_position + block->n_tokens - 1) / PE_CHUNK + 1;
         if (n_chunks > j.chunks_per_task) j.chunks_per_task = n_chunks;
     }
+    /* With four tasks a thread the last ones are a small part of all: whole tasks then keep every thread at work, and write no
+     * states to memory. */
     bool split = s->n_threads > 1 && n_tasks < 4 * (size_t)s->n_threads && j.chunks_per_task > 1;
     if (!split) {
         pe_parallel_for(s->n_threads, n_tasks, whole_unit, &j, s->control);

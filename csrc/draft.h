@@ -77,9 +77,9 @@ void pe_step_costs_note(pe_step_costs *costs, size_t n_rows, double seconds);
 
 /* A guess with a smaller chance pays in no draft of a step that has n_rows rows without drafts. */
 float pe_draft_least_chance(const pe_step_costs *costs, size_t n_rows);
-/* How much of each proposal to compute in one step that has n_rows rows without them: n_chosen (n). chances (n,
- * PE_DRAFT_MAX), n_proposed (n), each at most PE_DRAFT_MAX; n <= n_rows. Nothing unless it pays by 4 %. What it gains: the logarithm of the mean factor by which the texts
- * of the step become faster, 0 without drafts. */
+/* How much of each proposal to compute in one step that has n_rows rows without them: n_chosen (n), n at most n_rows. chances (n,
+ * PE_DRAFT_MAX); n_proposed (n), each at most PE_DRAFT_MAX. Nothing unless it pays by 4 %. What it gains: the logarithm of the mean
+ * factor by which the texts of the step become faster, 0 without drafts. */
 double pe_draft_choose(const pe_step_costs *costs, size_t n_rows, size_t n, const float *chances,
                      const size_t *n_proposed, size_t *n_chosen);
 

@@ -97,7 +97,7 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
 
 /* Many tokens are cut into strips, one a thread, as far as there are enough: then a thread reads what it wrote itself in the loop
  * before, and not what another core has. Every strip reads the whole matrix, which pays as long as that is not much more than the
- * rows themselves. */
+ * rows themselves: at most one and a half times as many bytes. */
 static size_t tokens_per_strip(const pe_slice *s, const pe_matrix *w, pe_epilogue epilogue) {
     size_t n_tokens = s->act.n_tokens, n_strips = n_tokens / TILE_TOKENS;
     size_t n_outputs = pe_is_gated(epilogue) ? w->n_panels * PE_PANEL / 2 : w->n_panels * PE_PANEL;
@@ -107,7 +107,7 @@ static size_t tokens_per_strip(const pe_slice *s, const pe_matrix *w, pe_epilogu
     return pe_pad((n_tokens + n_strips - 1) / n_strips, TILE_TOKENS);
 }
 
-/* Small enough that no thread waits long for the last unit, and an even number of panels: kernels like pairs, SwiGLU
+/* Sixteen units a thread, so that none waits long for the last one, and an even number of panels: kernels like pairs, SwiGLU
  * needs them. */
 static size_t panels_per_unit(const pe_slice *s, size_t n_panels, size_t n_strips) {
     size_t panels = n_panels * n_strips / ((size_t)s->n_threads * 16) / 2 * 2;

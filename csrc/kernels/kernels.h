@@ -18,7 +18,7 @@ enum {
     PE_CHUNK = 256,        /* positions of an attention chunk = of a KV page */
     PE_PROBABILITY_GROUP = 32, /* positions of a chunk whose probabilities share a scale */
     PE_MAX_HEAD_DIM = 512, /* model.c refuses more: kernels keep heads on their stack */
-    PE_HEADS = 16,         /* heads that are quantized in one call */
+    PE_HEADS = 16,         /* heads that are quantized in one call: AHEAD times QUADS of lanes16_quantize.h */
 };
 
 /* Quantized activations of n_tokens rows of n columns (n a multiple of 64), packed for the matrix kernels. Tokens are

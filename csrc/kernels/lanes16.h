@@ -7,14 +7,16 @@
  *
  *   v16              16 float32 lanes        v16_load/store (unaligned), v16_set1, v16_add/sub/mul/div/fma(a, b, c) = a * b + c
  *   v16_max(a, b)    a > b ? a : b           v16_rint, v16_from_half(p) 16 f16 -> float
- *   v16_exp_bits(p, n)   p * 2^n, n integral, where that is a normal number, as it is in exp; v16_zero_if_less(x, limit, y) = x < limit ? 0 : y
+ *   v16_exp_bits(p, n)   p * 2^n, n integral, where that is a normal number, as it is in exp
+ *   v16_zero_if_less(x, limit, y)   x < limit ? 0 : y
+ *   v16_neg(x)           the sign flipped, of a NaN too
  *   v16_first_lanes(n, x, y)   lanes 0 to n - 1 of x, the others of y
  *   v16_cap(limit, x)    limit < x ? limit : x
  *   v16_swap1/2/4/8(x)   lanes i and i ^ 1, 2, 4 or 8 exchanged
  *   v16_max_in_quads(v)      lane k of each quad: the maximum of that quad of v[k], for four vectors
  *   v16_transpose_quads(v)   quad k (four lanes) of v[c] and quad c of v[k] exchanged, for four vectors
  *   v16_sum_lanes(x)     the tree of FORMAT.md section 7; v16_max_lanes(x): the maximum, any order
- *   i16              16 int32 lanes          i16_to_float, i16_add
+ *   i16              16 int32 lanes          i16_zero, i16_to_float, i16_add
  *   v16_store_firsts(p, x)   the first lane of each quad, four floats
  *   i16_store_corrections(p, x)   -128 times the sum of each quad, four int32
  *   v16_from_bits(m)     the float32 whose bits these are
@@ -435,10 +437,15 @@ static bool maximum(const float *logits, size_t n, float *most) {
 /* The same with int8 products of its own, and from n_tiled tokens on with another way to lay out their inputs. */
 #define PE_LANES16_TABLE_WITH(table_name, table_required, n_tiled, its_quantize, its_matmul, its_scores, its_values) \
     { \
-        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), .quantize = its_quantize, .quantize_heads = quantize_heads, .hadamard = hadamard, .matmul = its_matmul, \
-        .rmsnorm = rmsnorm, .rope = rope, .swiglu = swiglu, .swiglu_clamped = swiglu_clamped, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, .attention_scores = its_scores, \
-        .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, .softmax_max = softmax_max, .softmax_exp = softmax_exp, .attention_values = its_values, \
-        .attention_values_f32 = attention_values_f32, .attention_merge = attention_merge, .scale = scale, \
+        .name = table_name, .required = (table_required), .tiled_from = (n_tiled), \
+        .quantize = its_quantize, .quantize_heads = quantize_heads, .hadamard = hadamard, .matmul = its_matmul, \
+        .rmsnorm = rmsnorm, .rope = rope, \
+        .swiglu = swiglu, .swiglu_clamped = swiglu_clamped, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, \
+        .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, \
+        .attention_scores = its_scores, .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, \
+        .softmax_max = softmax_max, .softmax_exp = softmax_exp, \
+        .attention_values = its_values, .attention_values_f32 = attention_values_f32, \
+        .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, .maximum = maximum, .weigh = logits_weigh, .sum_of_exps = logits_sum_of_exps, \
     }
 

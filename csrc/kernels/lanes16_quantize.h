@@ -177,7 +177,8 @@ static void put_heads(const pe_heads *heads, size_t first, size_t n_h, const int
 
 /* Heads [first, first + n_h), at most QUADS of them, of n values: transformed (n / 64), and absmax, the bits of their largest
  * magnitudes in all lanes of their quads. */
-PE_INLINE void transform_heads(transformed_four *transformed, i16 *absmax, const pe_heads *heads, size_t first, size_t n_h, size_t n, size_t block) {
+PE_INLINE void transform_heads(transformed_four *transformed, i16 *absmax, const pe_heads *heads, size_t first, size_t n_h, size_t n,
+                               size_t block) {
     float padded[QUADS][PE_GROUP];
     *absmax = i16_zero();
     for (size_t begin = 0; begin < n; begin += PE_GROUP, transformed++) {
@@ -189,7 +190,8 @@ PE_INLINE void transform_heads(transformed_four *transformed, i16 *absmax, const
 }
 
 /* These heads' results, from what transform_heads gave. */
-PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const transformed_four *transformed, i16 absmax, size_t n, float factor) {
+PE_INLINE void round_heads(pe_heads *heads, size_t first, size_t n_h, const transformed_four *transformed, i16 absmax, size_t n,
+                           float factor) {
     int8_t fours[PE_MAX_HEAD_DIM * QUADS];
     float scales[QUADS], magnitudes[QUADS];
     int32_t corrections[QUADS];

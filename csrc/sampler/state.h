@@ -44,7 +44,8 @@ pe_status pe_sampler_edit(pe_sampler *sampler, const pe_logit_row *row, const ui
 /* choice.c: steps 2 to 7 for a temperature above 0: the index of the token drawn at `position`. logits (n_logits <= vocab_size)
  * are those after step 1, of tokens with ascending ids; top, the largest of them, is finite. */
 int32_t pe_sampler_choose(pe_sampler *sampler, const float *logits, size_t n_logits, float top, uint64_t position);
-/* choice.c: softmax(logits / temperature)[index] to a thousandth of itself; logits (n) are finite or -infinity, top is the largest, temperature > 0. */
+/* choice.c: softmax(logits / temperature)[index] to a thousandth of itself; logits (n) are finite or -infinity, top is the largest,
+ * temperature > 0. */
 float pe_sampler_probability(const float *logits, size_t n, size_t index, float top, double temperature);
 /* logprobs.c: fill in the log-probability of out->token and the n_top (<= 64) most probable tokens. logits (n) finite,
  * top the largest. */
