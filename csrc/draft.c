@@ -96,6 +96,9 @@ static float chance_of(const pe_drafter *d, size_t source, size_t order, uint32_
     return (d->chances.right[source][order][count] + 8.0f * shared) / (d->chances.all[source][order][count] + 8.0f);
 }
 
+/* What is left of old experience after each new one: a text remembers its last thirty or so, all texts together a thousand. */
+static const float own_memory = 0.97f, shared_memory = 0.999f;
+
 static void learn(pe_draft_chances *c, size_t source, size_t order, uint32_t count, bool right, float memory) {
     c->right[source][order][count] = c->right[source][order][count] * memory + (right ? 1.0f : 0.0f);
     c->all[source][order][count] = c->all[source][order][count] * memory + 1.0f;
@@ -138,7 +141,8 @@ static void learn_likeliest(pe_draft_chances *c, float chance, bool right, float
     c->expected[i] = c->expected[i] * memory + chance;
 }
 
-/* What the chance of the likeliest prediction is worth: by the experience of all texts and, over that, of this one. */
+/* What the chance of the likeliest prediction is worth: by the experience of all texts, with the weight of four that were expected, and
+ * by that of this one. Never more than 0.98: nothing is sure. */
 static float corrected(const pe_drafter *d, float chance) {
     size_t i = eighth(chance);
     float shared = d->shared->came[i] / d->shared->expected[i];
@@ -152,8 +156,8 @@ void pe_drafter_read(pe_drafter *d, int32_t token, bool is_output) {
     float chance = 0.0f;
     const entry *best = is_output ? likeliest(d, hashes, n, &chance) : NULL;
     if (best != NULL) {
-        learn_likeliest(&d->chances, chance, best->token == token, 0.97f);
-        learn_likeliest(d->shared, chance, best->token == token, 0.999f);
+        learn_likeliest(&d->chances, chance, best->token == token, own_memory);
+        learn_likeliest(d->shared, chance, best->token == token, shared_memory);
     }
     for (size_t source = 0; source < 2; source++) {
         pe_ngrams *ngrams = source == 0 ? d->own : d->others;
@@ -161,8 +165,8 @@ void pe_drafter_read(pe_drafter *d, int32_t token, bool is_output) {
         for (size_t i = 0; i < n; i++) {
             const entry *e = is_output ? find(ngrams, hashes[i]) : NULL;
             if (e != NULL) {
-                learn(&d->chances, source, i, e->count, e->token == token, 0.97f);
-                learn(d->shared, source, i, e->count, e->token == token, 0.999f);
+                learn(&d->chances, source, i, e->count, e->token == token, own_memory);
+                learn(d->shared, source, i, e->count, e->token == token, shared_memory);
             }
             remember(ngrams, hashes[i], token);
         }
@@ -206,7 +210,8 @@ void pe_step_costs_init(pe_step_costs *costs) {
     for (size_t r = 1; r <= PE_DRAFT_MAX_ROWS; r++) costs->cost[r] = expected_cost(r);
 }
 
-/* cost[n_rows] was measured to be 1 + error times what it is thought to be. */
+/* cost[n_rows] was measured to be 1 + error times what it is thought to be. The first measurements move it by half of that, then by
+ * less and less, down to a twentieth. */
 static void learn_cost(pe_step_costs *costs, size_t n_rows, double error) {
     uint32_t n_seen = costs->n_seen[n_rows]++;
     double gain = 0.05 + (n_seen < 100 ? 0.45 / (n_seen + 1.0) : 0.0);

@@ -117,7 +117,8 @@ static inline bool any_at_least(const float *logits, size_t n, float lowest) {
 /* Into s->reachable, ascending, the tokens that can be drawn when only the first `least` of the sum `total` is asked
  * for; how many they are. What is left out weighs less than (total - least) / n_logits apiece, so together less than
  * total - least; and it is the end of the order, because the limit is one on logits (lowered by a hundredth of the
- * temperature, far more than exp and log can err). */
+ * temperature, far more than exp and log can err, and than the rounding of a weight of 1000 to a whole number: with a smaller share
+ * nothing is left out). */
 static size_t find_reachable(const pe_sampler *s, const float *logits, size_t n_logits, double top, uint64_t total,
                              uint64_t least) {
     enum { STRIP = 16 };
