@@ -27,7 +27,7 @@ from pyengine_training.packing import RowPacker
 from pyengine_training.plan import batch_hint, make_plan, warnings
 from pyengine_training.run import open_run
 from pyengine_training.setup import base_options, train_config
-from pyengine_training.text import is_validation, labelled, read_documents
+from pyengine_training.text import _pieces, is_validation, labelled, read_documents
 
 SIZES = "--dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64"
 KNOBS = "--seq-len 32 --batch-size 4 --shards 2 --eval-documents 4 --sample-tokens 4"
@@ -59,6 +59,25 @@ def test_line_ends_and_byte_order_marks_are_no_text(tmp_path: Path) -> None:
     assert list(read_documents(path)) == ["a\r\nb"]  # escaped, so part of the text
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_line_ends_end_a_line(tmp_path: Path, end: str) -> None:
+    """JSON may hold U+2028 and U+0085 unescaped, and a text a form feed: none of them ends a line, Windows or not."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("".join(f'{{"text": "one\u2028two\x85{i}"}}{end}' for i in range(3)).encode())
+    assert list(read_documents(path)) == [f"one\u2028two\x85{i}" for i in range(3)]
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"a\x0c<|endoftext|>\x0cb{end}<|endoftext|>{end}c".encode())
+    assert list(read_documents(path)) == ["a\x0c \x0cb", "c"]
+
+
+def test_json_that_nests_without_end_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    assert train(tmp_path / "run", "--data", path, "--dry-run") == 0  # it does not look into the text
+    assert train(tmp_path / "run", "--data", path, TINY) == 1
+    assert f"{path}: line 1 is no object" in capsys.readouterr().err
+
+
 def test_a_lone_surrogate_becomes_the_replacement_character(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
@@ -71,6 +90,22 @@ def test_what_is_not_utf8_is_named_by_its_line(tmp_path: Path, data: bytes, mess
     path.write_bytes(data)
     with pytest.raises(DataError, match=message):
         list(read_documents(path))
+
+
+def test_a_long_line_is_cut_without_copying_what_is_left_of_it() -> None:
+    """A text may be one line of gigabytes: copies of its rest would be quadratic."""
+
+    class Line(str):
+        copied = 0
+
+        def __getitem__(self, part: Any) -> Line:
+            found = Line(super().__getitem__(part))
+            Line.copied += len(found)
+            return found
+
+    line = Line("word " * 200_000)
+    assert "".join(_pieces(line)) == line
+    assert Line.copied == len(line)
 
 
 @pytest.mark.parametrize("separator", ["\n", " ", ""])
