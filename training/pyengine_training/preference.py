@@ -32,7 +32,7 @@ from .files import atomic_directory
 from .model import Worker
 from .ops.cpu.dpo import dpo_margins
 from .text import is_validation, read_json_lines
-from .threads import run_all, single_threaded_blas
+from .threads import share_out, single_threaded_blas
 
 Array = NDArray[Any]
 TOKENS, PAIRS, REFERENCE = "tokens.npy", "pairs.npy", "reference.npy"
@@ -244,21 +244,27 @@ class PairSource:
 # ---- reference ---------------------------------------------------------------------------------------------------
 
 
-def store_reference(pairs: Pairs, model: ModelConfig, params: Arena, seq_len: int, threads: int) -> None:
-    """Compute and keep the log-probability of every answer by a model, in float32; the same bits for any ``threads``."""
+def store_reference(
+    pairs: Pairs,
+    model: ModelConfig,
+    params: Arena,
+    seq_len: int,
+    threads: int,
+    say: Callable[[int], None] = lambda _count: None,
+) -> None:
+    """Compute and keep the log-probability of every answer by a model, in float32; the same bits for any ``threads``.
+
+    say: is told how many pairs are done.
+    """
     result = np.zeros((len(pairs.table), 2))
 
-    def work(slot: int) -> Callable[[], None]:
-        def run() -> None:
-            worker = Worker(model, 1, seq_len, training=False)
-            for index in range(slot, len(result), threads):
-                tokens, targets, starts = pairs.batch(np.array([index]), 1, seq_len)
-                nll = worker.evaluate(params, tokens, targets, False, starts).astype(np.float64)
-                result[index] = -nll[starts == 0].sum(), -nll[starts > 0].sum()
-
-        return run
+    def work(worker: Worker, index: int) -> None:
+        tokens, targets, starts = pairs.batch(np.array([index]), 1, seq_len)
+        nll = worker.evaluate(params, tokens, targets, False, starts).astype(np.float64)
+        result[index] = -nll[starts == 0].sum(), -nll[starts > 0].sum()
 
     with single_threaded_blas(), ThreadPoolExecutor(threads) as pool:
-        run_all(pool, [work(slot) for slot in range(threads)])
+        workers = [Worker(model, 1, seq_len, training=False) for _ in range(threads)]
+        share_out(pool, workers, range(len(result)), work, say)
     np.save(pairs.folder / REFERENCE, result)
     pairs.reference = result
