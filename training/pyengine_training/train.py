@@ -18,6 +18,7 @@ import numpy as np
 from . import checkpoint as checkpoints
 from . import runfolder, sample
 from .arena import Arena
+from .blas import hints
 from .budget import Budget, change
 from .comm import same_everywhere, together
 from .config import model_config_from_json
@@ -360,6 +361,7 @@ def _say_plan(loop: Loop, machine: Machine) -> None:
         held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
         more += warnings(epochs, held_out, held_out + text)
         more += [] if run.config.extra.get("init_from") else batch_hint(run.config)
+    more += hints() if on_cpu and loop.leads else []
     for line in [*plan.lines(run.model, run.config), *more]:
         loop.log.say(line)
     if machine.comm.size > 1:
