@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyengine_training import checkpoint as checkpoints
 from pyengine_training import train
 from pyengine_training.__main__ import main
 from pyengine_training.device import Machine
-from pyengine_training.threads import Beside
+from pyengine_training.threads import Beside, share_out
 from pyengine_training.trainer import Trainer
 
 SIZES = "--vocab-size 300 --dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64"
@@ -169,3 +170,42 @@ def test_checkpoints_by_the_clock(stories: Path, tmp_path: Path, monkeypatch: py
 def test_two_intervals_are_one_too_many(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "run", stories, "--checkpoint-minutes", "1", "--checkpoint-every", "5") == 1
     assert "--checkpoint-every would have no effect" in capsys.readouterr().err
+
+
+# ---- work that is shared out -------------------------------------------------------------------------------------
+
+
+def test_every_item_is_done_once_by_some_worker() -> None:
+    seen: list[tuple[str, int]] = []
+    told: list[int] = []
+    with ThreadPoolExecutor(2) as pool:
+        share_out(pool, ["a", "b"], range(5), lambda worker, item: seen.append((worker, item)), told.append)
+    assert sorted(seen) == [("a", 0), ("a", 2), ("a", 4), ("b", 1), ("b", 3)]
+    assert sorted(told) == [1, 2, 3, 4, 5]
+
+
+def test_an_error_ends_what_is_shared_out() -> None:
+    seen: list[int] = []
+
+    def work(_worker: int, item: int) -> None:
+        seen.append(item)
+        if item == 3:
+            raise ValueError("item 3")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="item 3"):
+        share_out(pool, [0], range(10**6), work)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_ctrl_c_ends_what_is_shared_out() -> None:
+    """A teacher's cache takes hours, and a pool that is left waits for what it was given."""
+    items, done = range(10**7), [0]
+
+    def work(_worker: int, item: int) -> None:
+        if item == 0:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        done[0] += 1
+
+    with pytest.raises(KeyboardInterrupt), ThreadPoolExecutor(1) as pool:
+        share_out(pool, [0], items, work)
+    assert done[0] < len(items)

@@ -27,7 +27,7 @@ from pyengine_training.packing import RowPacker
 from pyengine_training.plan import batch_hint, make_plan, warnings
 from pyengine_training.run import open_run
 from pyengine_training.setup import base_options, train_config
-from pyengine_training.text import is_validation, labelled, read_documents
+from pyengine_training.text import _pieces, is_validation, labelled, read_documents
 
 SIZES = "--dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64"
 KNOBS = "--seq-len 32 --batch-size 4 --shards 2 --eval-documents 4 --sample-tokens 4"
@@ -59,6 +59,25 @@ def test_line_ends_and_byte_order_marks_are_no_text(tmp_path: Path) -> None:
     assert list(read_documents(path)) == ["a\r\nb"]  # escaped, so part of the text
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_line_ends_end_a_line(tmp_path: Path, end: str) -> None:
+    """JSON may hold U+2028 and U+0085 unescaped, and a text a form feed: none of them ends a line, Windows or not."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("".join(f'{{"text": "one\u2028two\x85{i}"}}{end}' for i in range(3)).encode())
+    assert list(read_documents(path)) == [f"one\u2028two\x85{i}" for i in range(3)]
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"a\x0c<|endoftext|>\x0cb{end}<|endoftext|>{end}c".encode())
+    assert list(read_documents(path)) == ["a\x0c \x0cb", "c"]
+
+
+def test_json_that_nests_without_end_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    assert train(tmp_path / "run", "--data", path, "--dry-run") == 0  # it does not look into the text
+    assert train(tmp_path / "run", "--data", path, TINY) == 1
+    assert f"{path}: line 1 is no object" in capsys.readouterr().err
+
+
 def test_a_lone_surrogate_becomes_the_replacement_character(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
@@ -71,6 +90,22 @@ def test_what_is_not_utf8_is_named_by_its_line(tmp_path: Path, data: bytes, mess
     path.write_bytes(data)
     with pytest.raises(DataError, match=message):
         list(read_documents(path))
+
+
+def test_a_long_line_is_cut_without_copying_what_is_left_of_it() -> None:
+    """A text may be one line of gigabytes: copies of its rest would be quadratic."""
+
+    class Line(str):
+        copied = 0
+
+        def __getitem__(self, part: Any) -> Line:
+            found = Line(super().__getitem__(part))
+            Line.copied += len(found)
+            return found
+
+    line = Line("word " * 200_000)
+    assert "".join(_pieces(line)) == line
+    assert Line.copied == len(line)
 
 
 @pytest.mark.parametrize("separator", ["\n", " ", ""])
@@ -352,6 +387,70 @@ def test_a_value_of_the_wrong_type_is_named(values: dict[str, Any]) -> None:
     assert train_config_from_json({"lr": 1, "data_weights": [1, 2]}) == TrainConfig(lr=1.0, data_weights=(1.0, 2.0))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"teacher": 3},
+        {"data": [5]},
+        {"depth": 1.7},
+        {"drop_unfinished": "no"},
+        {"vocab_size": 300.9},
+        {"held_out": {"a": 1}},
+        {"lora": ["x"]},
+        {"qk_norm": True},
+        {"seed": None},
+        {"sample_prompt": 5},
+        {"tokens": "many"},
+    ],
+)
+def test_a_value_of_a_file_is_of_its_flags_kind(
+    values: dict[str, Any], stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"data": [str(stories)], **values}))
+    assert train(tmp_path / "run", "--config", path, "--dry-run") == 1
+    err = capsys.readouterr().err
+    assert f"{path}: {next(iter(values))} is " in err and "expected" in err
+
+
+def test_one_text_of_a_file_needs_no_list(stories: Path, tmp_path: Path) -> None:
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"data": str(stories), "held_out": 0.1, "drop_unfinished": False}))
+    assert train(tmp_path / "run", "--config", path, "--dry-run") == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --run-dir r --threads 0",
+        "train --plan --nodes 0",
+        "train --plan --ranks 0",
+        "train --plan --rate nan",
+        "evaluate m t --documents 0",
+        "evaluate m t --seq-len 0",
+        "sample m --max-tokens -4",
+        "sample m --temperature nan",
+        "sample m --top-p 0",
+        "sample m --top-p 1.5",
+        "sample m --seed -1",
+        "cost r --rate -1",
+        "cost r --tokens-per-second 0",
+    ],
+)
+def test_a_number_out_of_range_is_wrong_usage(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"argument {words.split()[-2]}: " in err and words.split()[-1] in err
+
+
+@pytest.mark.parametrize("name", ["eps", "distill_tau"])
+def test_what_float32_cannot_divide_by_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        train_config_from_json({name: 1e-45})
+
+
 def test_a_flags_length_replaces_the_files(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "options.json"
     path.write_text(json.dumps({"budget_minutes": 5, "depth": 1, "data": [str(stories)]}))
@@ -369,6 +468,57 @@ def test_texts_of_two_tokenizers_are_refused(
     assert main(["prepare", str(stories), str(other), "--vocab-size", "290"]) == 0
     assert train(tmp_path / "run", "--data", prepared, "--data", other, SIZES, KNOBS, "--steps 2") == 1
     assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_a_text_of_another_tokenizer_says_nothing_of_a_model(
+    finished: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    assert main(["prepare", str(stories), str(other), "--vocab-size", "290"]) == 0
+    assert main(["evaluate", str(finished / "final"), str(other)]) == 1
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def damaged_texts() -> dict[str, Any]:
+    """What can be wrong with a prepared folder: by the message, what makes it so."""
+
+    def table(change: Any) -> Any:
+        def damage(folder: Path) -> None:
+            values = np.load(folder / "train_00000.npy")
+            change(values)
+            np.save(folder / "train_00000.npy", values)
+
+        return damage
+
+    def manifest(values: Any) -> Any:
+        return lambda folder: (folder / "manifest.json").write_text(json.dumps(values(read_json(folder / "manifest.json"))))
+
+    return {
+        "expected a JSON object": manifest(lambda values: []),
+        "malformed 'splits'": manifest(lambda values: {k: v for k, v in values.items() if k != "splits"}),
+        "malformed": manifest(lambda values: {**values, "splits": 3}),
+        "train_00000.npy: No such file": lambda folder: (folder / "train_00000.npy").unlink(),
+        "train_00000.npy: ": lambda folder: (folder / "train_00000.npy").write_bytes(b"hi"),
+        "(documents, 3) expected": lambda folder: np.save(folder / "train_00000.npy", np.zeros(3)),
+        "lies outside its shard": table(lambda values: values.__setitem__((3, 0), 10**9)),
+        "outside its shard": table(lambda values: values.__setitem__((3, 1), -5)),
+        "has token 65535, the model 300": lambda folder: (folder / "train_00000.bin").write_bytes(
+            b"\xff" * (folder / "train_00000.bin").stat().st_size
+        ),
+    }
+
+
+@pytest.mark.parametrize("message", damaged_texts())
+def test_a_damaged_text_is_named(
+    prepared: Path, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that indexes by a token checks it again: one that the model does not have would be memory of others."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(prepared, folder)
+    damaged_texts()[message](folder)
+    assert train(tmp_path / "run", "--data", folder, SIZES, KNOBS, "--steps 2") == 1
+    err = capsys.readouterr().err
+    assert message in err and "internal error" not in err
 
 
 def test_a_plan_shows_the_prepared_vocabulary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -275,11 +276,12 @@ def test_a_full_disk_keeps_the_old_checkpoint(
         shutil.rmtree(run / name)
 
     def no_space(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", "model.safetensors")
+        raise OSError(28, "No space left on device")  # as a write that fails says it: without a name
 
     monkeypatch.setattr(checkpoints, "save_safetensors", no_space)
     assert main(["train", "--run-dir", str(run), "--resume"]) == 1
-    assert "No space left" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "No space left" in err and "step_00000012" in err and "--resume" in err
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == ["step_00000004", "step_00000008"]
 
@@ -349,6 +351,87 @@ def test_checkpoints_of_other_kinds_are_refused(
     path.write_text(json.dumps({**read_json(path), "format_version": 9}))
     assert main(["train", "--run-dir", str(newer), "--resume"]) == 1
     assert "newer version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": "abc"},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"rope_scaling": [1]},
+        {"rope_parameters": {"rope_theta": "x"}},
+        {"vocab_size": math.inf},
+        {"layer_types": 3},
+        {"model_type": ["llama"]},
+        {"rms_norm_eps": "nan"},
+        {"rope_theta": -1},
+    ],
+)
+def test_a_config_that_is_no_models_is_named(
+    changes: dict[str, Any], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(finished / "final", folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**read_json(path), **changes}))
+    assert main(["sample", str(folder), "--max-tokens", "1"]) == 1
+    assert f"pyengine: error: {path}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 100_000, b'{"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}']
+)
+def test_weights_that_cannot_be_read_are_named(
+    header: bytes, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(finished / "final", folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"1")
+    assert main(["sample", str(folder), "--max-tokens", "1"]) == 1
+    assert f"pyengine: error: {path}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [{}, {"weight_map": {"a": 3}}])
+def test_an_index_of_weights_that_names_none_is_named(
+    values: Any, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(finished / "final", folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(values))
+    assert main(["sample", str(folder), "--max-tokens", "1"]) == 1
+    assert f"pyengine: error: {folder}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", '{"run_version": 1}'),
+        ("run.json", "[" * 100_000),
+        ("checkpoints/step_00000012/state.json", '{"format_version": 1}'),
+        ("checkpoints/step_00000012/state.json", '{"format_version": "2"}'),
+    ],
+)
+def test_what_a_run_is_continued_from_is_named_where_it_is_damaged(
+    name: str, content: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / name).write_text(content)
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 1
+    assert f"pyengine: error: {(run / name).parent}" in capsys.readouterr().err
+
+
+def test_a_line_of_metrics_that_is_none_is_left_out(finished: Path, tmp_path: Path) -> None:
+    """A disk that was full, or an editor, leaves such lines."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "final")
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"a": 1}\n\xff\n' + b"[" * 100_000 + b'\n{"step": ')
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    steps = [step for step, _ in steps_of(run)]
+    assert steps == list(range(1, 13))
 
 
 # ---- reports -----------------------------------------------------------------------------------------------------

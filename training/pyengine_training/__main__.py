@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -71,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (TrainingError, OSError) as error:
-        message = f"pyengine: error: {error}"
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        message = f"pyengine: error: {error}" + (
+            ": make room; a run that has taken steps goes on from its last checkpoint with --resume" if full else ""
+        )
     if rank == 0:  # errors that come here are those that all ranks have
         print(message, file=sys.stderr)
     return code

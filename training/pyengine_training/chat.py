@@ -41,7 +41,7 @@ def is_chat(path: Path) -> bool:
     for _, line in read_json_lines(path):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         return isinstance(value, dict) and "messages" in value
     return False

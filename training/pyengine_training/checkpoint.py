@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .arena import Arena, parameter_shapes
 from .blas import kernels_in_use
 from .config import ModelConfig, TrainConfig, to_json
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .files import atomic_directory, load_safetensors, new_safetensors, read_json, save_safetensors, write_json
 from .text import load_tokenizer, tokenizer_config
 
@@ -100,9 +100,11 @@ def hf_config(config: ModelConfig, bos: int | None, eos: int | None) -> dict[str
 def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
     """ModelConfig of a config.json; CheckpointError names what is not supported."""
     kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(f"{where}: model_type is {kind!r}; only {', '.join(ARCHITECTURES)} can be trained")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or not isinstance(values.get("layer_types") or [], list):
+        raise CheckpointError(f"{where}: rope_parameters, rope_scaling or layer_types is malformed")
     unsupported = {
         "RoPE scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
         "sliding windows": bool(values.get("use_sliding_window"))
@@ -116,6 +118,8 @@ def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
             raise CheckpointError(f"{where}: {what} of this model is not supported in training")
     try:
         heads, dim = int(values["num_attention_heads"]), int(values["hidden_size"])
+        if heads < 1:
+            raise ConfigError(f"num_attention_heads is {heads}; it must be at least 1")
         return ModelConfig(
             vocab_size=int(values["vocab_size"]),
             dim=dim,
@@ -130,7 +134,9 @@ def model_config_from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
             qk_norm=kind == "qwen3",
         )
-    except (KeyError, TypeError) as error:
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: missing or malformed {error}") from error
 
 
@@ -196,7 +202,7 @@ def load_parameters(folder: Path, params: Arena, config: ModelConfig) -> None:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(map(str, read_json(index, {"weight_map": dict})["weight_map"].values())))
     found: dict[str, Array] = {}
     for name in names:
         if Path(name).name != name:
@@ -299,16 +305,25 @@ def save_checkpoint(
         write_json(temporary / "state.json", values)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, version checked."""
-    values = read_json(folder / "state.json")
-    version = values.get("format_version")
+STATE = {
+    **dict.fromkeys(("step", "tokens"), int),
+    **dict.fromkeys(("model", "train", "environment"), dict),
+    "seconds": (int, float),
+    "data_fingerprint": str,
+}  # what a run that goes on needs of state.json
+
+
+def read_state(folder: Path, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """state.json of a checkpoint, version checked; kinds: as :func:`.files.read_json` has them."""
+    path = folder / "state.json"
+    version = read_json(path).get("format_version")
     if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise CheckpointError(
-            f"{folder}: written by a {'newer' if (version or 0) > FORMAT_VERSION else 'different'} "
+            f"{folder}: written by a {'newer' if newer else 'different'} "
             f"version (format {version}, this program reads {FORMAT_VERSION})"
         )
-    return values
+    return read_json(path, kinds)
 
 
 def reader_position(values: dict[str, Any]) -> int:

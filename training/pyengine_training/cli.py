@@ -125,9 +125,12 @@ def _prepare(arguments: list[str]) -> int:
     (share,) = given.held_out_shares(values, 1)
     if options.column and options.text.suffix != PARQUET:
         raise ConfigError("--column would have no effect: the text is no .parquet file")
-    tokenizer = setup.find_tokenizer(values, given.data_paths({"data": [options.text]}))
-    bos, eos = setup.find_ends(values, [], tokenizer)
-    prepare_corpus(options.text, options.folder, tokenizer, eos=eos, held_out=share, **setup.reading(values))
+    paths = given.data_paths({"data": [options.text]})
+    with contextlib.closing(runfolder.Log(None)) as log:
+        tokenizer = setup.find_tokenizer(values, paths, log.report)
+        bos, eos = setup.find_ends(values, [], tokenizer)
+        more = {"held_out": share, "say": log.report, **setup.reading(values)}
+        prepare_corpus(options.text, options.folder, tokenizer, eos=eos, **more)
     (options.folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     write_json(options.folder / "tokenizer_config.json", tokenizer_config(tokenizer, 1 << 20, bos, eos))
     corpus = Corpus(options.folder)

@@ -43,6 +43,9 @@ class ModelConfig:
             raise ConfigError(f"n_kv_heads ({self.n_kv_heads}) does not divide n_heads ({self.n_heads})")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim ({self.head_dim}) is odd; RoPE rotates pairs")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a positive number")
 
     @property
     def q_dim(self) -> int:
@@ -108,12 +111,14 @@ CHOICES = {
 
 
 LEAST = sys.float_info.min  # positive
+LEAST_FLOAT32 = 2.0**-126  # likewise: of what is divided by in float32
 BELOW_ONE = math.nextafter(1, 0)
 # names of TrainConfig's fields, lowest and highest value, what a value must do
 RANGES: list[tuple[tuple[str, ...], float, float, str]] = [
     (("warmup_fraction", "decay_fraction", "quantize_fraction", "distill_alpha"), 0, 1, "lie in [0, 1]"),
     (("beta1", "beta2", "muon_momentum"), 0, BELOW_ONE, "lie in [0, 1)"),
-    (("lr", "muon_lr", "eps", "distill_tau", "dpo_beta"), LEAST, sys.float_info.max, "be positive"),
+    (("lr", "muon_lr", "dpo_beta"), LEAST, sys.float_info.max, "be positive"),
+    (("eps", "distill_tau"), LEAST_FLOAT32, sys.float_info.max, "be at least 1.2e-38, which float32 still divides by"),
     (("weight_decay", "clip", "checkpoint_minutes"), 0, sys.float_info.max, "be at least 0"),
     (("eval_every", "sample_every", "checkpoint_every", "keep_checkpoints"), 0, math.inf, "be at least 0"),
     (("eval_documents", "sample_tokens"), 1, math.inf, "be at least 1"),
@@ -268,7 +273,7 @@ def load_options(path: Path) -> dict[str, Any]:
             values: Any = tomllib.loads(text)
         else:
             values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a table of options")

@@ -18,7 +18,7 @@ from . import checkpoint as checkpoints
 from . import runfolder
 from .config import ModelConfig, model_config_from_json, train_config_from_json
 from .errors import CheckpointError
-from .parser import Parser
+from .parser import Parser, number
 from .plan import format_seconds
 
 EPILOG = """\
@@ -177,26 +177,12 @@ def _teacher(values: dict[str, Any]) -> ModelConfig | None:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def price(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a price: expected a number from 0")
-    return value
-
-
-def speed(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a speed: expected a number above 0")
-    return value
-
-
 def add_options(parser: Any) -> None:
     """What both doors to the sheet understand."""
     add = parser.add_argument
     add("run", type=Path, help="run folder of a training (its newest checkpoint counts), or one of its checkpoints")
-    add("--rate", type=price, metavar="PRICE", help="of an hour of this machine, in any currency; default: no prices")
-    add("--tokens-per-second", type=speed, metavar="X", help="speed of inference, instead of measuring it")
+    add("--rate", type=number(0), metavar="PRICE", help="of an hour of this machine, in any currency; default: no prices")
+    add("--tokens-per-second", type=number(0, above=True), metavar="X", help="speed of inference, instead of measuring it")
     add("--json", action="store_true", help="one JSON object")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .chat import ChatFormat
-from .errors import DataError
-from .files import atomic_directory, write_json
+from .errors import CheckpointError, DataError
+from .files import atomic_directory, read_json, write_json
 from .packing import RowPacker
 from .text import COLUMN, HELD_OUT, document_ids, labelled, read_documents
 
@@ -47,7 +47,7 @@ class _SplitWriter:
         self.tokens: list[Array] = []
         self.counted: list[Array] = []  # of conversations: which tokens are to be learnt
         self.documents: list[tuple[int, int, int]] = []
-        self.size = 0
+        self.size = self.total = 0  # tokens of the shard, of all shards
 
     def add(self, ids: Sequence[int], n_bytes: int, counted: Array | None = None) -> None:
         if counted is not None:
@@ -55,6 +55,7 @@ class _SplitWriter:
         self.documents.append((self.size, len(ids), n_bytes))
         self.tokens.append(np.asarray(ids, self.dtype))
         self.size += len(ids)
+        self.total += len(ids)
         if self.size >= self.shard_tokens:
             self.flush()
 
@@ -90,6 +91,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """What a prepared text remembers of its tokenizer."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
 def prepare_corpus(
     source: Path,
     folder: Path,
@@ -101,9 +107,11 @@ def prepare_corpus(
     column: str = COLUMN,
     held_out: float = HELD_OUT,
     shard_tokens: int = SHARD_TOKENS,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> None:
     """Tokenize a text into ``folder`` (shards and manifest.json), atomically. eos: the model's end token.
-    chat: how the conversations of a file of "messages" become text; column: of a parquet file; held_out: share of the documents.
+    chat: how the conversations of a file of "messages" become text; column: of a parquet file; held_out: share of the documents;
+    say: progress.
 
     What is held out for validation is what :func:`.text.labelled` says. Raises DataError for an empty text.
     """
@@ -121,6 +129,7 @@ def prepare_corpus(
             for (text, aside), encoding in zip(chunk, tokenizer.encode_batch(texts), strict=True):
                 (validation if aside else train).add(document_ids(encoding.ids, eos), len(text.encode()))
                 found = True
+            say(f"{source}: {train.total + validation.total:,} tokens")
         if not found:
             raise DataError(f"{source}: no document to train on (empty text?)")
         train.flush()
@@ -133,7 +142,7 @@ def prepare_corpus(
             "drop_unfinished": drop_unfinished,
             "held_out": held_out,
             "dtype": dtype.name,
-            "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "splits": {"train": train.shards, "validation": validation.shards},
         }
         write_json(temporary / "manifest.json", manifest)
@@ -159,25 +168,47 @@ def _add_conversations(
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
+def _document_table(path: Path, n_tokens: int) -> Array:
+    """(documents, 3) int64: start, tokens, bytes of each document of a shard, which has n_tokens."""
+    try:
+        table: Array = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != 3:
+        raise DataError(f"{path} is damaged: int64 (documents, 3) expected")
+    start, length, _ = table.T
+    if len(table) and (table.min() < 0 or (start > n_tokens - length).any()):
+        raise DataError(f"{path} is damaged: a document lies outside its shard of {n_tokens} tokens")
+    return table
+
+
 @dataclass(frozen=True)
 class Split:
-    """Documents of one split, in order. starts and lengths count tokens; a document's tokens begin with BOS."""
+    """n documents of one split, in order. A document's tokens begin with BOS where the tokenizer puts it there."""
 
-    tokens: Sequence[Array]  # per shard, uint16 or uint32, memory-mapped
-    shard: Array  # (n,) int64
-    start: Array
-    length: Array
-    n_bytes: Array
-    counted: Sequence[Array] = ()  # per shard, uint8: which tokens are to be learnt; empty: all
+    tokens: Sequence[Array]  # per shard (its tokens,) uint16 or uint32, memory-mapped
+    shard: Array  # (n,) int64: which shard a document lies in,
+    start: Array  # (n,) int64: where it begins there,
+    length: Array  # (n,) int64: and how many tokens it has
+    n_bytes: Array  # (n,) int64: of its text, UTF-8
+    counted: Sequence[Array] = ()  # per shard (its tokens,) uint8: which tokens are to be learnt; empty: all
+    vocab_size: int | None = None  # ids are smaller; None: nobody has said, and nothing is checked
 
     @property
     def n_tokens(self) -> int:
         return int(self.length.sum())
 
     def document(self, index: int) -> Array:
-        """Token ids of a document, BOS first."""
+        """Token ids (length,) of a document. Raises DataError for one that the model does not have: what comes after it
+        checks no index."""
         start = int(self.start[index])
-        return self.tokens[int(self.shard[index])][start : start + int(self.length[index])]
+        found = self.tokens[int(self.shard[index])][start : start + int(self.length[index])]
+        if self.vocab_size is not None and found.size and int(found.max()) >= self.vocab_size:
+            raise DataError(
+                f"document {index} of a prepared text has token {int(found.max())}, the model {self.vocab_size}: its .bin "
+                "file is damaged; prepare the text again"
+            )
+        return found
 
     def learnt(self, index: int) -> Array | None:
         """Which tokens of a document count as targets; None: all."""
@@ -188,13 +219,13 @@ class Split:
 
 
 class Corpus:
-    """A prepared folder."""
+    """A prepared folder. vocab_size: of the model that reads it. Raises DataError where it is damaged."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, vocab_size: int | None = None) -> None:
+        self.folder, self._vocab_size = folder, vocab_size
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        except (OSError, ValueError) as error:
+            self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
+        except CheckpointError as error:
             raise DataError(f"{folder}: not a prepared corpus: {error}") from error
         if self.manifest.get("format_version") != FORMAT_VERSION:
             raise DataError(
@@ -204,7 +235,10 @@ class Corpus:
             raise DataError(
                 f"{folder}: tokens of type {self.manifest['dtype']!r} (this program reads uint16 and uint32)"
             )
-        self.train, self.validation = (self._split(name) for name in ("train", "validation"))
+        try:
+            self.train, self.validation = (self._split(name) for name in ("train", "validation"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{folder / 'manifest.json'} is damaged: missing or malformed {error}") from error
 
     def _split(self, name: str) -> Split:
         tokens, shards, tables, counted = [], [], [], []
@@ -219,12 +253,17 @@ class Corpus:
                 if not mask.exists() or mask.stat().st_size != entry["tokens"]:
                     raise DataError(f"{mask}: missing or of the wrong size")
                 counted.append(np.memmap(mask, np.uint8, "r"))
-            table = np.load(path.with_suffix(".npy"))
+            table = _document_table(path.with_suffix(".npy"), entry["tokens"])
             shards.append(np.full(len(table), number, np.int64))
             tables.append(table)
         table = np.concatenate(tables) if tables else np.zeros((0, 3), np.int64)
         shard = np.concatenate(shards) if shards else np.zeros(0, np.int64)
-        return Split(tokens, shard, table[:, 0], table[:, 1], table[:, 2], counted)
+        return Split(tokens, shard, table[:, 0], table[:, 1], table[:, 2], counted, self._vocab_size)
+
+    def require_tokenizer(self, tokenizer: Any) -> None:
+        """Raise DataError unless this is the tokenizer that the text was prepared with: its numbers mean nothing to another."""
+        if self.manifest.get("tokenizer_sha256") != tokenizer_sha256(tokenizer):
+            raise DataError(f"{self.folder}: prepared with another tokenizer than this model's: give the text itself")
 
     def fingerprint(self) -> str:
         """Changes when any token of any split does."""

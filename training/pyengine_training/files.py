@@ -52,11 +52,22 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A write that fails (a full disk) names no file: it is this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Temporary file, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _naming(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -71,14 +82,20 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError names the file when it is missing or damaged."""
+def read_json(path: Path, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object; CheckpointError names the file when it is missing or damaged. kinds: entries that it must have, and their
+    type (or several)."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
+    wrong = [name for name, kind in (kinds or {}).items() if not isinstance(value.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {', '.join(wrong)} missing or malformed")
     return value
 
 
@@ -89,14 +106,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        fsync_directory(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
+        with _naming(path):
+            yield temporary
+            for file in temporary.iterdir():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            fsync_directory(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -160,10 +178,10 @@ def load_safetensors(path: Path) -> dict[str, Array]:
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise CheckpointError(f"{path}: the header's length does not fit the file")
             header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object")
     body = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else b""
@@ -174,10 +192,15 @@ def load_safetensors(path: Path) -> dict[str, Array]:
 def _tensor(path: Path, name: str, entry: Any, data: Array) -> Array:
     """One entry of the header, checked against the file."""
     try:
-        dtype = _DTYPES[entry["dtype"]]
+        kind = entry["dtype"]
+        if isinstance(kind, str) and kind not in _DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} has the type {kind}; the trainer reads {', '.join(_DTYPES)}")
+        dtype = _DTYPES[kind]
         shape = tuple(int(n) for n in entry["shape"])
         start, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: tensor {name!r} is described wrongly: {error}") from error
     count = int(np.prod(shape, dtype=object)) if shape else 1
     if min(shape, default=0) < 0 or not 0 <= start <= end <= data.size:

@@ -14,7 +14,7 @@ from typing import Any
 from .chat import TRAIN_ON
 from .config import CHOICES, TrainConfig
 from .device import COMMS, DEVICES, PRECISIONS
-from .parser import Parser
+from .parser import Parser, at_least, number
 from .scale import CARDS
 from .teacher_cache import TOP_K
 
@@ -268,11 +268,11 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     ranks = "mpiexec -n N pyengine train …: N processes share the batch; the same bits for any N, a power of two"
     add = parser.add_argument_group("machine", ranks).add_argument
-    add("--threads", type=int, metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
-    add("--ranks", type=int, metavar="N", help="with --plan: how many ranks, one card each (default 1)")
+    add("--threads", type=at_least(1), metavar="N", help="the result does not depend on it (default: the CPUs allowed here)")
+    add("--ranks", type=at_least(1), metavar="N", help="with --plan: how many ranks, one card each (default 1)")
     add("--gpu", choices=sorted(CARDS), help="with --plan: kind of card (default h100)")
-    add("--nodes", type=int, metavar="N", help="with --plan: machines that the ranks lie on (default: 8 cards in each)")
-    add("--rate", type=float, metavar="PRICE", help="with --plan: of a card's hour, in any currency")
+    add("--nodes", type=at_least(1), metavar="N", help="with --plan: machines that the ranks lie on (default: 8 cards in each)")
+    add("--rate", type=number(0), metavar="PRICE", help="with --plan: of a card's hour, in any currency")
     add(
         "--shard-optimizer",
         action="store_true",

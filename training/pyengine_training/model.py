@@ -37,21 +37,21 @@ Array = NDArray[Any]
 
 @dataclass
 class BlockState:
-    """What one block keeps for its backward. Shapes in :meth:`Worker._block_state`."""
+    """What one block keeps for its backward. B rows of T tokens, N = B * T."""
 
-    xn1: Array
-    inv_rms1: Array
-    heads: dict[str, Array]  # of QK-norm, where the model has it
-    q: Array
-    k: Array
-    v: Array
-    lse: Array
-    att: Array
-    x_mid: Array
-    xn2: Array
-    inv_rms2: Array
-    gate_up: Array
-    h: Array
+    xn1: Array  # (N, dim): the normed input, which wqkv multiplies
+    inv_rms1: Array  # (N,)
+    heads: dict[str, Array]  # of QK-norm, where the model has it: raw (B, T, n_heads + n_kv_heads, head_dim), inv_rms of each
+    q: Array  # (B, n_kv_heads, T, n_rep, head_dim), rotated
+    k: Array  # (B, n_kv_heads, T, head_dim), rotated
+    v: Array  # (B, n_kv_heads, T, head_dim)
+    lse: Array  # (B, n_kv_heads, T * n_rep): log-sum-exp of the scores
+    att: Array  # (N, q_dim): what attention gives, which wo multiplies
+    x_mid: Array  # (N, dim): the residual stream between attention and feed-forward
+    xn2: Array  # (N, dim): normed, which w_gate_up multiplies
+    inv_rms2: Array  # (N,)
+    gate_up: Array  # (N, 2 * hidden_dim)
+    h: Array  # (N, hidden_dim): silu(gate) * up, which w_down multiplies
 
 
 class Worker:
@@ -85,7 +85,9 @@ class Worker:
         self.scale = self.wide(1 / np.sqrt(np.float32(c.head_dim)))
         self.eps = self.wide(c.norm_eps)
         n_states = c.n_layers if self.recompute != "block" else 1
+        # the residual stream (N, dim): xs[i] enters block i, the last leaves the last one
         self.xs = [self._new(n, c.dim) for _ in range(c.n_layers + 1 if training else 2)]
+        # xn1, xn2, h of all blocks, where these are made again instead of kept
         self._shared = (self._new(n, c.dim), self._new(n, c.dim), self._new(n, c.hidden_dim))
         self.states = [self._block_state() for _ in range(n_states)]
         self.qkv = self._new(*self._qkv_shape())
@@ -163,6 +165,7 @@ class Worker:
         c, n = self.config, self.rows * self.seq_len
         shapes = self.adapters.values.shapes if self.adapters else arenas.parameter_shapes(c)
         self.grads = Arena(shapes, self.wide, self.ops.zeros)
+        # dx: of the residual stream, which every part of a block adds to; dxn: of a norm's output; the rest as without d
         self.dx, self.dxn = self._new(n, c.dim), self._new(n, c.dim)
         self.dh, self.dgate_up = self._new(n, c.hidden_dim), self._new(n, 2 * c.hidden_dim)
         self.datt, self.do = self._new(n, c.q_dim), self._new(*self._q_shape())
@@ -199,7 +202,10 @@ class Worker:
         return self.states[layer if len(self.states) > 1 else 0]
 
     def _block_forward(self, params: Arena, layer: int, x: Array, y: Array, quantize: bool) -> None:
-        """One block: x (N, dim) -> y (N, dim). ops named in the order that _block_backward undoes."""
+        """One block: x (N, dim) -> y (N, dim), in the order that _block_backward undoes.
+
+        x_mid = x + attention(rope(norm(x) wqkv^T)) wo^T;  y = x_mid + swiglu(norm(x_mid) w_gate_up^T) w_down^T
+        """
         p, s, n = f"layers.{layer}.", self._state(layer), x.shape[0]
         self.ops.rmsnorm_forward(s.xn1, s.inv_rms1, x, params[p + "attention_norm"], self.eps)
         self._fake_quant(s.xn1, quantize)
@@ -393,19 +399,26 @@ class Worker:
         self._fake_quant(s.h, quantize)
 
     def _block_backward(self, params: Arena, layer: int, x: Array) -> None:
-        """self.dx: gradient of the block's output -> gradient of its input, mirror order of _block_forward."""
+        """self.dx: gradient of the block's output -> gradient of its input, mirror order of _block_forward.
+
+        A residual y = x_mid + f(x_mid) has dx_mid = dy + f'(dy): dx stays as it is, and the norm's backward adds f'(dy) to it.
+        Of a product y = x w^T come dw = dy^T x and dx = dy w.
+        """
         p, s, n = f"layers.{layer}.", self._state(layer), x.shape[0]
+        # y = x_mid + h w_down^T;  h = swiglu(gate_up);  gate_up = xn2 w_gate_up^T;  xn2 = norm(x_mid)
         self._weight_gradient(p + "w_down", self.dx, s.h)
         self.ops.linear_backward_input(self.dh, self.dx, params[p + "w_down"])
         self.ops.swiglu_backward(self.dgate_up, self.dh, s.gate_up)
         self._weight_gradient(p + "w_gate_up", self.dgate_up, s.xn2)
         self.ops.linear_backward_input(self.dxn, self.dgate_up, params[p + "w_gate_up"])
         self._norm_backward(params, p + "ffn_norm", s.x_mid, s.inv_rms2)
+        # x_mid = x + att wo^T;  att = attention(q, k, v)
         self._weight_gradient(p + "wo", self.dx, s.att)
         self.ops.linear_backward_input(self.datt, self.dx, params[p + "wo"])
         self.ops.split_heads(self.do, self.datt.reshape(self.rows, self.seq_len, -1, self.config.head_dim))
         inputs = self.do, s.q, s.k, s.v, s.att, s.lse, self.seen_from
         self.ops.attention_backward(self.dq, self.dk, self.dv, *inputs, self.scale, self.scratch)
+        # q, k, v = rope(qk_norm(qkv));  qkv = xn1 wqkv^T;  xn1 = norm(x)
         self.ops.qkv_rope_backward(self.dqkv, self.dq, self.dk, self.dv, self.cos, self.sin)
         if s.heads:
             kept, norms = (s.heads["raw"], s.heads["inv_rms"]), [p + "q_norm", p + "k_norm"]

@@ -42,6 +42,7 @@ class Optimizer:
 
     def __init__(self, config: TrainConfig, pieces: Sequence[Piece], pool: ThreadPoolExecutor) -> None:
         self.config, self.pieces, self.pool = config, pieces, pool
+        # by piece (its size,): mean of the gradient, and of its square, which Muon does not need
         self._m = self._storage(list(pieces))
         self._v = self._storage([piece for piece in pieces if piece.shape is None])
         self._scratch: queue.LifoQueue[dict[str, Array]] = queue.LifoQueue()  # one for each thread of the pool

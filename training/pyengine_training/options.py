@@ -10,7 +10,7 @@ from typing import Any
 from .chat import is_chat
 from .config import load_options
 from .errors import ConfigError, DataError
-from .flags import LENGTHS, MODEL_OPTIONS
+from .flags import LENGTHS, MODEL_OPTIONS, train_parser
 from .preference import is_preference
 from .text import FINEST_SHARE, HELD_OUT, PARQUET
 
@@ -39,14 +39,11 @@ TEXT = ("data", "tokenizer", "vocab_size", "drop_unfinished", "train_on", "held_
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """File options under flags, by field name; what was not given is absent."""
     flags = {name: value for name, value in vars(options).items() if value is not None and value is not False}
-    values: dict[str, Any] = load_options(options.config) if options.config else {}
-    unknown = sorted(set(values) - (set(vars(options)) - set(PROCESS)))
-    if unknown:
-        raise ConfigError(f"{options.config}: unknown option(s) {', '.join(unknown)}")
+    values: dict[str, Any] = _of_file(options.config) if options.config else {}
     if any(name in flags for name in LENGTHS):  # a flag replaces the file's length, whichever it was
         values = {name: value for name, value in values.items() if name not in LENGTHS}
     values.update((name, value) for name, value in flags.items() if name not in PROCESS)
-    for name in ("data_weights", "decay_data_weights", "held_out"):
+    for name in LISTS:
         if isinstance(values.get(name), str):
             try:
                 values[name] = [float(w) for w in values[name].split(",")]
@@ -59,6 +56,45 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         if name in values and not 0 < _number(name, values[name]) < math.inf:
             raise ConfigError(f"{flag(name)} is {values[name]}; it must be positive")
     return values
+
+
+LISTS = ("data_weights", "decay_data_weights", "held_out")  # of numbers, as text with commas or as they are
+
+
+def _of_file(path: Path) -> dict[str, Any]:
+    """Options of a file, each of the kind that its flag has."""
+    values = load_options(path)
+    actions = {action.dest: action for action in train_parser()._actions if action.dest not in (*PROCESS, "help")}
+    unknown = sorted(set(values) - set(actions))
+    if unknown:
+        raise ConfigError(f"{path}: unknown option(s) {', '.join(unknown)}")
+    if isinstance(values.get("data"), str):
+        values["data"] = [values["data"]]
+    for name, value in values.items():
+        expected = _mismatch(actions[name], value)
+        if expected:
+            raise ConfigError(f"{path}: {name} is {value!r}; expected {expected}")
+    return values
+
+
+def _mismatch(action: argparse.Action, value: Any) -> str:
+    """What an option of a file should be; "" if it is that."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if action.nargs == 0:
+        return "" if isinstance(value, bool) else "true or false"
+    if action.dest in LISTS:
+        numbers = value if isinstance(value, list) else [value]
+        fits = isinstance(value, str) or all(type(n) in (int, float) for n in numbers)
+        return "" if fits else "numbers, as a list or as text with commas"
+    if action.dest == "data":
+        return "" if isinstance(value, list) and all(isinstance(path, str) for path in value) else "a path, or a list of paths"
+    if action.choices:
+        return "" if value in action.choices else f"one of {', '.join(action.choices)}"
+    if action.type is int:
+        return "" if number and isinstance(value, int) else "an integer"
+    if action.type is float:
+        return "" if number else "a number"
+    return "" if isinstance(value, str) else "a text"
 
 
 def _number(name: str, value: Any) -> float:

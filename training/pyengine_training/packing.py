@@ -29,7 +29,10 @@ Array = NDArray[Any]
 
 
 class _Restart:
-    """An epoch's rows: the order of the pieces, and the first piece of each row."""
+    """An epoch's rows: the order of the pieces, and the first piece of each row.
+
+    length (pieces,): tokens of each;  width: tokens of a row;  order (pieces,): a random permutation of the pieces
+    """
 
     def __init__(self, length: Array, width: int, order: Array) -> None:
         ends = np.cumsum(length[order])
@@ -58,7 +61,11 @@ class _Restart:
 
 
 class _BestFit:
-    """An epoch's rows: which pieces, and how many tokens of each."""
+    """An epoch's rows: which pieces, and how many tokens of each.
+
+    As _Restart; shuffle (pieces,): random numbers, whose order is that of the rows. Row i of the filling is entries
+    _begin[i] .. _end[i] of _pieces and _counts (entries,), and has place _rows.index(i) in the epoch.
+    """
 
     def __init__(self, length: Array, width: int, order: Array, shuffle: Array) -> None:
         waiting: list[deque[int]] = [deque() for _ in range(width + 1)]  # pieces by length, in the order
@@ -125,6 +132,7 @@ class RowPacker:
             )
         self.split, self.width, self.seed, self.eos, self.packing = split, seq_len + 1, seed, eos, packing
         pieces = -(-split.length // seq_len)
+        # of each piece (pieces,): its document, where it begins in it, where in the whole split, and how many tokens it has
         self.document = np.repeat(np.arange(len(split.length)), pieces)
         first = np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.offset = (np.arange(len(self.document)) - first) * seq_len

@@ -32,10 +32,14 @@ from .files import atomic_directory
 from .model import Worker
 from .ops.cpu.dpo import dpo_margins
 from .text import is_validation, read_json_lines
-from .threads import run_all, single_threaded_blas
+from .threads import share_out, single_threaded_blas
 
 Array = NDArray[Any]
 TOKENS, PAIRS, REFERENCE = "tokens.npy", "pairs.npy", "reference.npy"
+# tokens: ids of all pairs, uint32, each chosen and then rejected sequence. reference: (pairs, 2) float64, log-probabilities.
+# pairs: (pairs, 7) int64: where its tokens begin, tokens of the chosen sequence, of the rejected one, where the answer begins in
+# each, whether held out, line of the file
+HELD_OUT_COLUMN = 5
 ROUND = 32  # rows are as long as the longest pair, rounded up to a multiple
 
 
@@ -99,8 +103,8 @@ def prepare_pairs(source: Path, folder: Path, chat: ChatFormat, share: float) ->
     if len(table) < 2:
         raise DataError(f"{source}: {len(table)} pairs; one to learn from and one to validate with are needed")
     pairs = np.asarray(table, np.int64)
-    if len(set(pairs[:, 5].tolist())) == 1:
-        pairs[-1, 5] ^= 1
+    if len(set(pairs[:, HELD_OUT_COLUMN].tolist())) == 1:  # neither side is ever empty
+        pairs[-1, HELD_OUT_COLUMN] ^= 1
     with atomic_directory(folder) as temporary:
         np.save(temporary / TOKENS, np.asarray(tokens, np.uint32))
         np.save(temporary / PAIRS, pairs)
@@ -149,7 +153,7 @@ class Pairs:
             raise DataError(f"{folder}: no prepared pairs: {error}") from error
         path = folder / REFERENCE
         self.reference = np.load(path) if path.exists() else np.zeros((len(self.table), 2))
-        held_out = self.table[:, 5] != 0
+        held_out = self.table[:, HELD_OUT_COLUMN] != 0
         self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
     @property
@@ -244,21 +248,27 @@ class PairSource:
 # ---- reference ---------------------------------------------------------------------------------------------------
 
 
-def store_reference(pairs: Pairs, model: ModelConfig, params: Arena, seq_len: int, threads: int) -> None:
-    """Compute and keep the log-probability of every answer by a model, in float32; the same bits for any ``threads``."""
+def store_reference(
+    pairs: Pairs,
+    model: ModelConfig,
+    params: Arena,
+    seq_len: int,
+    threads: int,
+    say: Callable[[int], None] = lambda _count: None,
+) -> None:
+    """Compute and keep the log-probability of every answer by a model, in float32; the same bits for any ``threads``.
+
+    say: is told how many pairs are done.
+    """
     result = np.zeros((len(pairs.table), 2))
 
-    def work(slot: int) -> Callable[[], None]:
-        def run() -> None:
-            worker = Worker(model, 1, seq_len, training=False)
-            for index in range(slot, len(result), threads):
-                tokens, targets, starts = pairs.batch(np.array([index]), 1, seq_len)
-                nll = worker.evaluate(params, tokens, targets, False, starts).astype(np.float64)
-                result[index] = -nll[starts == 0].sum(), -nll[starts > 0].sum()
-
-        return run
+    def work(worker: Worker, index: int) -> None:
+        tokens, targets, starts = pairs.batch(np.array([index]), 1, seq_len)
+        nll = worker.evaluate(params, tokens, targets, False, starts).astype(np.float64)
+        result[index] = -nll[starts == 0].sum(), -nll[starts > 0].sum()
 
     with single_threaded_blas(), ThreadPoolExecutor(threads) as pool:
-        run_all(pool, [work(slot) for slot in range(threads)])
+        workers = [Worker(model, 1, seq_len, training=False) for _ in range(threads)]
+        share_out(pool, workers, range(len(result)), work, say)
     np.save(pairs.folder / REFERENCE, result)
     pairs.reference = result

@@ -16,7 +16,7 @@ from .data import Corpus, prepare_corpus, validation_batches
 from .errors import ConfigError
 from .files import atomic_directory
 from .model import Worker, fake_quantize_parameters
-from .parser import Parser
+from .parser import Parser, at_least, number
 from .text import load_tokenizer
 from .threads import available_threads, single_threaded_blas
 from .validation import Validation, summarize, sums_on_threads
@@ -51,20 +51,24 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     parser = Parser(prog="pyengine train evaluate", description=evaluate_command.__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("data", type=Path, help="text, or prepared folder")
-    parser.add_argument("--documents", type=int, help="validation documents (default: all)")
+    parser.add_argument("--documents", type=at_least(1), help="validation documents (default: all)")
     parser.add_argument(
-        "--seq-len", type=int, default=1 << 30, help="tokens of a window (default: the model's context)"
+        "--seq-len", type=at_least(1), default=1 << 30, help="tokens of a window (default: the model's context)"
     )
     parser.add_argument("--drop-unfinished", action="store_true", help="documents that end like a sentence only")
     options = parser.parse_args(arguments)
+    if options.drop_unfinished and options.data.is_dir():
+        raise ConfigError("--drop-unfinished would have no effect: the documents of a prepared folder are chosen already")
+    vocab_size = checkpoints.read_model_config(options.model).vocab_size
+    tokenizer = load_tokenizer(options.model / "tokenizer.json")
     with tempfile.TemporaryDirectory() as scratch:
         folder: Path = options.data
         if not folder.is_dir():
             folder = Path(scratch) / "data"
-            tokenizer = load_tokenizer(options.model / "tokenizer.json")
             eos = checkpoints.special_ids(options.model)[1]
             prepare_corpus(options.data, folder, tokenizer, eos=eos, drop_unfinished=options.drop_unfinished)
-        corpus = Corpus(folder)
+        corpus = Corpus(folder, vocab_size)
+        corpus.require_tokenizer(tokenizer)
         results = {
             name: asdict(
                 evaluate_model(
@@ -86,19 +90,21 @@ def sample_command(arguments: Sequence[str]) -> int:
     parser = Parser(prog="pyengine train sample", description=sample_command.__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("--prompt", default="Once upon a time", help="what the text begins with (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=120, help="at most (default %(default)s)")
+    parser.add_argument("--max-tokens", type=at_least(1), default=120, help="at most (default %(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0: the most probable token (default %(default)s)"
+        "--temperature", type=number(0), default=0.7, help="0: the most probable token (default %(default)s)"
     )
     parser.add_argument(
-        "--top-p", type=float, default=0.9, help="only tokens that reach this mass (default %(default)s)"
+        "--top-p", type=number(0, 1, above=True), default=0.9, help="only tokens that reach this mass (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="same seed, same text (default %(default)s)")
     parser.add_argument("--int8", action="store_true", help="simulate the engine's arithmetic")
     options = parser.parse_args(arguments)
     model, params = checkpoints.load_model(options.model)
     tokenizer = load_tokenizer(options.model / "tokenizer.json")
     ids = tokenizer.encode(options.prompt).ids
+    if not ids:
+        raise ConfigError("--prompt is empty, and this model's tokenizer begins a text with no token of its own: give a word")
     if len(ids) >= model.max_seq_len:
         raise ConfigError(f"the prompt has {len(ids)} tokens, the model sees {model.max_seq_len}")
     worker = Worker(model, 1, min(model.max_seq_len, len(ids) + options.max_tokens), training=False)

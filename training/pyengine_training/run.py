@@ -96,18 +96,22 @@ class Run:
         return found
 
 
+NEEDED = {"model": dict, "train": dict, "corpora": list, "bos": int | None, "eos": int | None}  # of run.json
+
+
 def open_run(folder: Path) -> Run:
     """The run that run.json describes."""
-    values = runfolder.read_run(folder)
+    values = runfolder.read_run(folder, NEEDED)
     attachments = Path(values["attachments"]) if values.get("attachments") else None
     teacher = None
     if values.get("teacher") and not values.get("teacher_cache"):
         teacher = checkpoints.load_model(Path(values["teacher"]))
+    model = model_config_from_json(values["model"])
     return Run(
         folder=folder,
-        model=model_config_from_json(values["model"]),
+        model=model,
         config=train_config_from_json(stored(values["train"])),
-        corpora=[Corpus(folder / path) for path in values["corpora"]],
+        corpora=[Corpus(folder / path, model.vocab_size) for path in values["corpora"]],
         tokenizer=load_tokenizer(folder / "tokenizer.json"),
         bos=values["bos"],
         eos=values["eos"],

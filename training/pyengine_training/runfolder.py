@@ -15,10 +15,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +30,7 @@ from .files import read_json, write_atomic, write_json
 from .tensorboard import EventFile
 
 RUN_VERSION = 1
+LOG_EVERY_SECONDS = 30.0
 DRAFT = "draft.json"  # in place of run.json where a draft head is trained
 
 LOCK, UNFINISHED = ".lock", ".unfinished"  # held by the process that trains; until the first step can be taken
@@ -102,12 +105,12 @@ def write_run(folder: Path, values: dict[str, Any]) -> None:
     write_json(folder / "run.json", {"run_version": RUN_VERSION, **values})
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json, version checked."""
-    values = read_json(folder / "run.json")
-    if values.get("run_version") != RUN_VERSION:
-        raise CheckpointError(f"{folder}: run_version {values.get('run_version')} (this program reads {RUN_VERSION})")
-    return values
+def read_run(folder: Path, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """run.json, version checked; kinds: as :func:`.files.read_json` has them."""
+    version = read_json(folder / "run.json").get("run_version")
+    if version != RUN_VERSION:
+        raise CheckpointError(f"{folder}: run_version {version} (this program reads {RUN_VERSION})")
+    return read_json(folder / "run.json", kinds)
 
 
 def replace_config(folder: Path, config: TrainConfig) -> None:
@@ -131,7 +134,8 @@ class Metrics:
 
     def __init__(self, path: Path, keep_through_step: int, *, tensorboard: bool = False) -> None:
         if path.exists():
-            lines = [line + "\n" for line, entry in _metrics(path) if entry["step"] <= keep_through_step]
+            steps = ((line, entry.get("step")) for line, entry in _metrics(path))
+            lines = [line + "\n" for line, step in steps if isinstance(step, int) and step <= keep_through_step]
             write_atomic(path, "".join(lines).encode())
         self._events = EventFile(path.parent, read_metrics(path)) if tensorboard else None
         self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -155,10 +159,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(line, entry)"""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict):
             yield line, entry
@@ -174,6 +178,8 @@ class Log:
             self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._terminal = sys.stderr.isatty()
         self._pending = False
+        self._reported = -math.inf
+        self._reporting = threading.Lock()  # progress may come from several threads
 
     def say(self, text: str) -> None:
         """A lasting line."""
@@ -191,6 +197,15 @@ class Log:
         if self._terminal and self._speaks:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
             self._pending = True
+
+    def report(self, text: str) -> None:
+        """How far something is: a progress line, and every LOG_EVERY_SECONDS, at first too, a lasting one."""
+        with self._reporting:
+            self.progress(text)
+            now = time.monotonic()
+            if now - self._reported > LOG_EVERY_SECONDS:
+                self.say(text)
+                self._reported = now
 
     def close(self) -> None:
         if self._pending:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import hashlib
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,15 @@ def reading(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def find_tokenizer(values: dict[str, Any], paths: Sequence[Path]) -> Any:
-    """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the texts."""
+Say = Callable[[str], None]
+
+
+def _quietly(_text: str) -> None:
+    """Nobody listens."""
+
+
+def find_tokenizer(values: dict[str, Any], paths: Sequence[Path], say: Say = _quietly) -> Any:
+    """The given one, a fine-tuned or teaching model's, a prepared folder's, or one trained on the texts. say: what takes long."""
     for name in ("tokenizer", "init_from", "teacher"):
         if values.get(name):
             path = Path(values[name])
@@ -141,7 +148,9 @@ def find_tokenizer(values: dict[str, Any], paths: Sequence[Path]) -> Any:
                 raise DataError(f"{path}: no document to train on (empty text?)")
 
     try:
-        return train_tokenizer(documents(), int(values.get("vocab_size", VOCABULARY)))
+        size = int(values.get("vocab_size", VOCABULARY))
+        say(f"training a tokenizer of {size:,} tokens on {', '.join(map(str, paths))}")
+        return train_tokenizer(documents(), size)
     except (TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -161,16 +170,14 @@ def find_ends(values: dict[str, Any], paths: Sequence[Path], tokenizer: Any) -> 
 
 
 def prepare_all(
-    values: dict[str, Any], paths: Sequence[Path], tokenizer: Any, folder: Path, eos: int | None
+    values: dict[str, Any], paths: Sequence[Path], tokenizer: Any, folder: Path, eos: int | None, say: Say = _quietly
 ) -> list[str]:
     """Corpora of the texts as paths relative to the run folder, or absolute for prepared ones."""
     corpora = []
-    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     shares = held_out_shares(values, len(paths))
     for number, path in enumerate(paths):
         if path.is_dir():
-            if Corpus(path).manifest.get("tokenizer_sha256") != digest:
-                raise DataError(f"{path}: prepared with another tokenizer than this run's")
+            Corpus(path).require_tokenizer(tokenizer)
             corpora.append(str(path.resolve()))
             continue
         target = folder / "data" / f"{number}_{path.stem}"
@@ -179,7 +186,8 @@ def prepare_all(
             if not values.get("init_from"):
                 raise DataError(f"{path}: conversations need a model whose template renders them: --init-from")
             chat = ChatFormat(Path(values["init_from"]), tokenizer, values.get("train_on", TRAIN_ON[0]))
-        prepare_corpus(path, target, tokenizer, eos=eos, chat=chat, held_out=shares[number], **reading(values))
+        more = {"chat": chat, "held_out": shares[number], "say": say, **reading(values)}
+        prepare_corpus(path, target, tokenizer, eos=eos, **more)
         corpora.append(str(target.relative_to(folder)))
     return corpora
 
@@ -188,7 +196,9 @@ PAIRS = "data/pairs"  # in the run folder
 UNPACKED = {"init_from": "base", "teacher": "teacher"}  # likewise, of what is given as a GGUF file
 
 
-def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfig, folder: Path) -> TrainConfig:
+def prepare_preferences(
+    values: dict[str, Any], source: Path, config: TrainConfig, folder: Path, say: Say = _quietly
+) -> TrainConfig:
     """Pairs of answers and their log-probabilities by the model; the config with rows that hold them."""
     model_folder = Path(values["init_from"])
     tokenizer = load_tokenizer(model_folder / "tokenizer.json")
@@ -200,7 +210,8 @@ def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfi
         config = dataclasses.replace(config, seq_len=pairs.row_length(model.max_seq_len))
     pairs.check(source, config.seq_len)
     check_sizes(model, config)
-    store_reference(pairs, model, params, config.seq_len, available_threads())
+    of = f"of {len(pairs.table):,} pairs are scored by the model as it is"
+    store_reference(pairs, model, params, config.seq_len, available_threads(), lambda done: say(f"{done:,} {of}"))
     return config
 
 
@@ -209,6 +220,11 @@ def prepare_preferences(values: dict[str, Any], source: Path, config: TrainConfi
 
 def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> None:
     """Tokenizer, data, sizes, run.json of a run that begins here."""
+    with contextlib.closing(runfolder.Log(folder / "log.txt")) as log:
+        _new_run(values, folder, arguments, log)
+
+
+def _new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str], log: runfolder.Log) -> None:
     paths = data_paths(values)
     held_out_shares(values, len(paths))
     for name, unpacked in UNPACKED.items():
@@ -219,7 +235,7 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
         parse_lora(str(values["lora"]), Path(values["init_from"]))  # before the text is read
     if not values.get("init_from"):
         model_config(values, VOCABULARY, config.seq_len)  # sizes that cannot work, before minutes of tokenizing
-    tokenizer = find_tokenizer(values, paths)
+    tokenizer = find_tokenizer(values, paths, log.report)
     bos, eos = find_ends(values, paths, tokenizer)
     attachments = Path(values["init_from"]).resolve() if values.get("init_from") else None
     model = (
@@ -231,8 +247,8 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
         raise ConfigError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}")
     pairs = attachments is not None and is_preference(paths[0])
     if pairs:
-        config = prepare_preferences(values, paths[0], config, folder / PAIRS)
-    corpora = [] if pairs else prepare_all(values, paths, tokenizer, folder, eos)
+        config = prepare_preferences(values, paths[0], config, folder / PAIRS, log.report)
+    corpora = [] if pairs else prepare_all(values, paths, tokenizer, folder, eos, log.report)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     extra = {
         "command": shlex.join(["pyengine", "train", *arguments]),
@@ -254,9 +270,9 @@ def new_run(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> N
     }
     if values.get("teacher_cache"):
         cache, teacher = Path(values["teacher_cache"]).resolve(), Path(values["teacher"])
-        texts = [Corpus(folder / path) for path in corpora]
+        texts = [Corpus(folder / path, model.vocab_size) for path in corpora]
         k = int(values.get("teacher_top_k", TOP_K))
-        prepare_cache(cache, teacher, texts, model, config, k, available_threads())
+        prepare_cache(cache, teacher, texts, model, config, k, available_threads(), log.report)
         run_values["teacher_cache"] = str(cache)
     runfolder.write_run(folder, run_values)
 
@@ -266,7 +282,7 @@ def branch(values: dict[str, Any], folder: Path, arguments: Sequence[str]) -> No
     checkpoint = Path(values["branch_from"]).resolve()
     if not (checkpoint / "state.json").exists():
         raise CheckpointError(f"{checkpoint} is no checkpoint: give RUN/trunk or RUN/checkpoints/step_…")
-    state = checkpoints.read_state(checkpoint)
+    state = checkpoints.read_state(checkpoint, checkpoints.STATE)
     origin = runfolder.run_of(checkpoint)
     if origin is None:
         raise CheckpointError(
@@ -350,7 +366,7 @@ def plan_on_paper(values: dict[str, Any], options: argparse.Namespace) -> None:
     ranks = 1 if options.ranks is None else options.ranks
     card = CARDS[options.gpu or "h100"]
     nodes = options.nodes or -(-ranks // card.per_node)
-    if ranks < 1 or nodes < 1 or nodes > ranks:
+    if nodes > ranks:
         raise ConfigError(f"{ranks} ranks on {nodes} machines: give at least one rank for each machine")
     config = train_config(values, {})
     check_ranks(ranks, config)

@@ -25,7 +25,7 @@ from .errors import ConfigError, DataError
 from .files import atomic_directory, read_json, write_json
 from .model import Worker
 from .packing import RowPacker
-from .threads import run_all, single_threaded_blas
+from .threads import share_out, single_threaded_blas
 
 Array = NDArray[Any]
 TOP_K = 32
@@ -86,9 +86,15 @@ def check_cache(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def make_cache(
-    folder: Path, wanted: dict[str, Any], corpora: Sequence[Corpus], model: ModelConfig, params: Arena, threads: int
+    folder: Path,
+    wanted: dict[str, Any],
+    corpora: Sequence[Corpus],
+    model: ModelConfig,
+    params: Arena,
+    threads: int,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> None:
-    """Compute a new cache, atomically; the same bits for any ``threads``. wanted: its :func:`description`."""
+    """Compute a new cache, atomically; the same bits for any ``threads``. wanted: its :func:`description`; say: progress."""
     dtype = np.dtype(np.uint16 if model.vocab_size <= 1 << 16 else np.uint32)
     k, seq_len, tau = int(wanted["k"]), int(wanted["seq_len"]), float(wanted["tau"])
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,19 +104,18 @@ def make_cache(
             ids = np.memmap(temporary / f"{number}.ids", dtype, "w+", shape=(n, k))
             probs = np.memmap(temporary / f"{number}.probs", np.float16, "w+", shape=(n, k + 1))
             packer = RowPacker(corpus.train, seq_len, seed=0, packing="best-fit")
-            groups = range(0, packer.rows_in_epoch(0), ROWS)
+            rows = packer.rows_in_epoch(0)
 
             def work(
-                slot: int, ids: Array = ids, probs: Array = probs, packer: RowPacker = packer, groups: range = groups
-            ) -> Callable[[], None]:
-                def run() -> None:
-                    teacher = Worker(model, ROWS, seq_len + 1, training=False)
-                    for first in groups[slot::threads]:
-                        _read(teacher, params, packer, first, tau, ids, probs)
+                teacher: Worker, first: int, ids: Array = ids, probs: Array = probs, packer: RowPacker = packer
+            ) -> None:
+                _read(teacher, params, packer, first, tau, ids, probs)
 
-                return run
+            def done(count: int, number: int = number, rows: int = rows) -> None:
+                say(f"teacher: {min(rows, count * ROWS):,} of {rows:,} rows of text {number + 1} of {len(corpora)} read")
 
-            run_all(pool, [work(slot) for slot in range(threads)])
+            workers = [Worker(model, ROWS, seq_len + 1, training=False) for _ in range(threads)]
+            share_out(pool, workers, range(0, rows, ROWS), work, done)
             ids.flush()
             probs.flush()
         write_json(temporary / "manifest.json", {**wanted, "dtype": dtype.name})
@@ -152,6 +157,7 @@ def prepare_cache(
     config: TrainConfig,
     k: int,
     threads: int,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> None:
     """Make the cache, or see that the one which is there was made for this run. Raises ConfigError where it cannot be."""
     from .checkpoint import load_model, read_model_config
@@ -166,4 +172,4 @@ def prepare_cache(
         return
     if folder.exists():
         raise ConfigError(f"{folder} exists and is no teacher's cache")
-    make_cache(folder, wanted, corpora, *load_model(teacher), threads)
+    make_cache(folder, wanted, corpora, *load_model(teacher), threads, say)

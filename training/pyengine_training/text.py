@@ -22,6 +22,7 @@ LINES_DOCUMENT = 4 * PARAGRAPH_DOCUMENT  # or at the first line end after these,
 LONG_LINE = 4 * LINES_DOCUMENT  # and a line is cut that is longer than this
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_END = re.compile("\r\n?")
+LINE = re.compile("[^\n]*\n|[^\n]+")  # str.splitlines ends lines at U+2028, U+0085 and others, too, which are text
 LARGEST_VOCABULARY = 1 << 20  # that is trained here
 SENTENCE_ENDS = tuple(".!?\"')]’”…")
 
@@ -50,7 +51,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, 1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                for part in LINE_END.sub("\n", line).splitlines(keepends=True) if "\r" in line else [line]:
+                for part in LINE.findall(LINE_END.sub("\n", line)) if "\r" in line else [line]:
                     yield number, part
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
@@ -62,11 +63,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _pieces(line: str) -> Iterator[str]:
     """A line, cut at spaces where it is longer than LONG_LINE."""
-    while len(line) > LONG_LINE:
-        at = line.rfind(" ", 1, LONG_LINE) + 1 or LONG_LINE
-        yield line[:at]
-        line = line[at:]
-    yield line
+    begin = 0
+    while len(line) - begin > LONG_LINE:  # of what is left nothing is copied: a line may be the whole file
+        end = line.rfind(" ", begin + 1, begin + LONG_LINE) + 1 or begin + LONG_LINE
+        yield line[begin:end]
+        begin = end
+    yield line[begin:]
 
 
 def _read_text(path: Path) -> Iterator[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import MissingLibraryError
+
+W, Item = TypeVar("W"), TypeVar("Item")
 
 
 def available_threads() -> int:
@@ -30,6 +34,40 @@ def single_threaded_blas() -> Any:
             "(or set OPENBLAS_NUM_THREADS=1 and OMP_NUM_THREADS=1)"
         ) from error
     return threadpool_limits(limits=1, user_api="blas")
+
+
+def share_out(
+    pool: ThreadPoolExecutor,
+    workers: Sequence[W],
+    items: Sequence[Item],
+    work: Callable[[W, Item], None],
+    done: Callable[[int], None] = lambda _count: None,
+) -> None:
+    """work(worker, item) for every item, each worker on a thread of its own; the result may not depend on who has which.
+
+    An exception, in the caller's thread too (Ctrl-C), ends it after the items that are under way: without that a pool waits for
+    all of them. done: is told, on a worker's thread, how many items are done.
+    """
+    stop, count = threading.Event(), itertools.count(1)
+
+    def task(slot: int) -> Callable[[], None]:
+        def run() -> None:
+            for item in items[slot :: len(workers)]:
+                if stop.is_set():
+                    return
+                try:
+                    work(workers[slot], item)
+                except BaseException:
+                    stop.set()
+                    raise
+                done(next(count))
+
+        return run
+
+    try:
+        run_all(pool, [task(slot) for slot in range(len(workers))])
+    finally:
+        stop.set()
 
 
 def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], object]]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from . import checkpoint as checkpoints
 from . import runfolder, sample
 from .arena import Arena
+from .blas import hints
 from .budget import Budget, change
 from .comm import same_everywhere, together
 from .config import model_config_from_json
@@ -33,8 +34,6 @@ from .scale import state_bytes
 from .signals import signals
 from .threads import Beside
 from .validation import PairValidation, Validation
-
-LOG_EVERY_SECONDS = 30.0
 
 
 class Loop:
@@ -167,6 +166,8 @@ class Loop:
         c, worker = self.config, self.sampler
         assert worker is not None
         ids = self.run.tokenizer.encode(c.sample_prompt).ids[: worker.seq_len - 1]
+        if not ids:  # no prompt, and a tokenizer that begins a text with no token of its own
+            return
         ends = {"eos": self.run.eos, "seed": c.seed, "quantize": quantize}
         new = sample.generate(worker, weights, ids, c.sample_tokens, **ends)
         self.log.say(f"step {step} sample: {self.run.tokenizer.decode(ids + new)}")
@@ -174,8 +175,9 @@ class Loop:
     def steps(self) -> None:
         """All steps that are left."""
         trainer, c = self.trainer, self.config  # of these only the number of steps may change
-        first, logged = trainer.state.step, 0.0
+        first, second_began = trainer.state.step, 0.0
         began = monotonic()
+        self.log.progress("step 1: the first one ever compiles the kernels of this processor, which takes up to a minute")
         before = trainer.state.seconds
         while trainer.state.step < self.config.steps:
             step_began, cpu_began = monotonic(), process_time()
@@ -199,12 +201,10 @@ class Loop:
                 }
             )
             self._keep_to_budget()
-            mean = (state.step - first) * c.batch_size * c.seq_len / (now - began)
-            text = self._progress(result.loss, mean)
-            self.log.progress(text)
-            if now - logged > LOG_EVERY_SECONDS:
-                self.log.say(text)
-                logged = now
+            done = state.step - first - 1  # the first one, which may have compiled kernels, says nothing of the others' speed
+            second_began = second_began or monotonic()
+            mean = done * c.batch_size * c.seq_len / (now - second_began) if done else None
+            self.log.report(self._progress(result.loss, mean))
             self._milestones(result.quantized)
             signs = self.comm.gather((self.received[:1], self._is_due()))
             if signs[0][1]:  # by the clock of rank 0
@@ -252,8 +252,10 @@ class Loop:
         if self.leads:
             self.metrics.write(entry)
 
-    def _progress(self, loss: float, tokens_per_second: float) -> str:
+    def _progress(self, loss: float, tokens_per_second: float | None) -> str:
         c, step = self.config, self.trainer.state.step
+        if tokens_per_second is None:
+            return f"step {step}/{c.steps} loss {loss:.4f}"
         left = (c.steps - step) * c.batch_size * c.seq_len / tokens_per_second
         adapters = self.run.lora is not None
         flops = self.run.model.flops_per_token(c.seq_len, adapters=adapters) * tokens_per_second
@@ -359,6 +361,7 @@ def _say_plan(loop: Loop, machine: Machine) -> None:
         held_out, text = run.corpora[0].validation.n_tokens, run.corpora[0].train.n_tokens
         more += warnings(epochs, held_out, held_out + text)
         more += [] if run.config.extra.get("init_from") else batch_hint(run.config)
+    more += hints() if on_cpu and loop.leads else []
     for line in [*plan.lines(run.model, run.config), *more]:
         loop.log.say(line)
     if machine.comm.size > 1:

@@ -159,7 +159,7 @@ class Trainer:
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Parameters, moments and counters of a checkpoint; returns its state.json."""
-        values = checkpoints.read_state(folder)
+        values = checkpoints.read_state(folder, checkpoints.STATE)
         adapters = self.backend.adapters
         checkpoints.load_parameters(Path(adapters.config.base) if adapters else folder, self.params, self.model)
         if adapters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from .arena import Arena
 from .data import ValidationBatch
 from .model import Worker
 from .preference import PairBatch
-from .threads import run_all
+from .threads import share_out
 
 Array = NDArray[Any]
 Batches = Iterable[ValidationBatch] | Iterable[PairBatch]
@@ -74,17 +74,12 @@ def sums_on_threads(
     rows: list[ValidationBatch | PairBatch] = [*batches]
     sums = np.zeros((len(rows), 4))
 
-    def run(slot: int) -> Callable[[], None]:
-        def work() -> None:
-            for index in range(slot, len(rows), len(workers)):
-                batch = rows[index]
-                starts = batch.starts if isinstance(batch, PairBatch) else None
-                nll = workers[slot].evaluate(params, batch.tokens, batch.targets, quantize, starts)
-                sums[index] = batch_sums(nll, batch)
+    def work(worker: Worker, index: int) -> None:
+        batch = rows[index]
+        starts = batch.starts if isinstance(batch, PairBatch) else None
+        sums[index] = batch_sums(worker.evaluate(params, batch.tokens, batch.targets, quantize, starts), batch)
 
-        return work
-
-    run_all(pool, [run(slot) for slot in range(len(workers))])
+    share_out(pool, workers, range(len(rows)), work)
     return sums
 
 

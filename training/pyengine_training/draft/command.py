@@ -44,7 +44,6 @@ SAMPLING_SHARE = 0.45  # of --budget-minutes
 EPOCHS = 4  # over the states, without a budget
 VALIDATIONS = 8
 MOST_AHEAD = 24  # the engine guesses no more in a step
-LOG_EVERY_SECONDS = 30.0
 
 EPILOG = """\
 examples:
@@ -281,7 +280,7 @@ class _Run:
         write_json(self.folder / RUN, {**self.values, "seconds": self._seconds()})
 
     def _progress(self, text: str) -> None:
-        self.log.progress(text)
+        self.log.report(text)
         self._store()  # so that the budget of a run that goes on is what is left of it
 
     def all(self, output: Path | None) -> int:
@@ -386,18 +385,14 @@ class _Run:
             epochs = steps * trainer.config.batch_size / len(batches.starts)
             self.log.say(f"head of {n_params:,} parameters; {steps:,} steps, {epochs:.1f} passes over the outputs")
             self._validate(trainer, batches, metrics)
-        began, logged, first = time.monotonic(), 0.0, trainer.step_number
+        began, first = time.monotonic(), trainer.step_number
         while trainer.step_number < steps:
             loss, norm = trainer.step(batches.batch(trainer.step_number))
             step, now = trainer.step_number, time.monotonic()
             metrics.write({"step": step, "loss": loss, "grad_norm": norm})
             steps = self._keep_to(budget, trainer, steps)
             left = (now - began) / (step - first) * (steps - step)
-            text = f"step {step}/{steps} KL {loss:.4f} {format_seconds(left)} left"
-            self.log.progress(text)
-            if now - logged > LOG_EVERY_SECONDS:
-                self.log.say(text)
-                logged = now
+            self.log.report(f"step {step}/{steps} KL {loss:.4f} {format_seconds(left)} left")
             if step % every == 0 or step == steps:
                 self._validate(trainer, batches, metrics)
                 self._save(trainer, identity)

@@ -103,8 +103,9 @@ class HeadWorker:
 
     def __init__(self, config: HeadConfig, rows: int, dtype: Any = np.float32) -> None:
         self.config, self.rows, self.dtype = config, rows, dtype
-        c, n = config, config.n_steps * rows
+        c, n = config, config.n_steps * rows  # n: K * B, steps under one another
         self.states = np.zeros((config.n_steps + 1, rows, c.dim), dtype)  # s_0 ... s_K
+        # names as in the formulas; d: a gradient; inv: 1 / rms of the norms' inputs; with _: of one step
         self.a, self.c, self.u, self.n, self.z, self.dz = np.zeros((6, n, c.dim), dtype)
         self.gate_up, self.dgate_up = np.zeros((2, n, 2 * c.hidden_dim), dtype)
         self.h = np.zeros((n, c.hidden_dim), dtype)

@@ -23,7 +23,7 @@ from ..errors import CheckpointError, NotFiniteError
 from ..files import atomic_directory, load_safetensors, read_json, save_safetensors, write_json
 from ..optimizer import Optimizer, norm_of, schedule
 from ..ranks import SLICE, Piece
-from ..threads import run_all
+from ..threads import run_all, share_out
 from .head import Batch, HeadConfig, HeadWorker, head_shapes, initialize_head
 from .states import States
 
@@ -112,19 +112,15 @@ def measure(batches: Batches, params: Arena, workers: list[HeadWorker], pool: Th
     chunks = [starts[at : at + rows] for at in range(0, len(starts), rows)]
     agrees, expected, losses, valid = (np.zeros((head.n_steps, len(starts))) for _ in range(4))
 
-    def task(slot: int) -> Callable[[], None]:
-        def run() -> None:
-            for number in range(slot, len(chunks), len(workers)):
-                chunk = chunks[number]
-                padded = np.concatenate([chunk, np.repeat(chunk[:1], rows - len(chunk))])
-                found = _judge(batches, workers[slot], params, padded)
-                at = slice(number * rows, number * rows + len(chunk))
-                for result, values in zip((agrees, expected, losses, valid), found, strict=True):
-                    result[:, at] = values[:, : len(chunk)]
+    def judge(worker: HeadWorker, number: int) -> None:
+        chunk = chunks[number]
+        padded = np.concatenate([chunk, np.repeat(chunk[:1], rows - len(chunk))])
+        found = _judge(batches, worker, params, padded)
+        at = slice(number * rows, number * rows + len(chunk))
+        for result, values in zip((agrees, expected, losses, valid), found, strict=True):
+            result[:, at] = values[:, : len(chunk)]
 
-        return run
-
-    run_all(pool, [task(slot) for slot in range(len(workers))])
+    share_out(pool, workers, range(len(chunks)), judge)
     counts = np.maximum(1, valid.sum(axis=1))
     greedy = batches.states.greedy[starts + 1]
     known = greedy[greedy >= 0]

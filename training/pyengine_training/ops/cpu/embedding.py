@@ -18,7 +18,7 @@ def embedding_scratch(n: int, vocab_size: int) -> Needs:
 
 
 def embedding_forward(x: Array, table: Array, tokens: Array) -> None:
-    """Gather one row per token; tokens must lie in [0, vocab_size), which the data layer has checked."""
+    """Gather one row per token; tokens must lie in [0, vocab_size), as `Split.document` sees to."""
     np.take(table, tokens, axis=0, out=x, mode="clip")  # mode="raise" would buffer the output
 
 
