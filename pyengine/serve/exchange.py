@@ -20,6 +20,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 # Bytes of a body that is too long, read all the same: a client that still writes would not see our answer.
 DISCARDED = 16
+# Those that JSON lets stand in a string; it escapes the others itself.
+_LINE_ENDS = [(char, f"\\u{ord(char):04x}") for char in "\x85\u2028\u2029"]
 
 
 class Exchange:
@@ -141,11 +143,15 @@ class Exchange:
 
 
 def dumps(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    """JSON in one line, also for clients that split at every line end of Unicode (httpx's iter_lines, str.splitlines)."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for char, escape in _LINE_ENDS:
+        text = text.replace(char, escape)
+    return text.encode("utf-8", "replace")
 
 
 def event(value: Any, name: str | None = None) -> bytes:
-    """One server-sent event. JSON has no raw newline, so it is one line."""
+    """One server-sent event; its data is one line."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + dumps(value) + b"\n\n"
 

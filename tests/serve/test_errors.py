@@ -336,7 +336,7 @@ def test_keys_hosts_and_origins(chat_model: Path) -> None:
                 answer = await client.call(method, path)
                 assert answer.status == (200 if path == "/health" else 401), path
         assert (await client.get("/v1/nothing")).status == 401  # nor does it say which paths there are
-        for wrong in ("Bearer", "Bearer ", "Bearer one ", "Bearer onex", "Basic !!!", "Digest one"):
+        for wrong in ("Bearer", "Bearer ", "Bearer one ", "Bearer onex", "Basic !!!", "Basic \xe9", "Bearer \xe9", "Digest one"):
             expected = 200 if wrong == "Bearer one " else 401
             assert (await client.get("/v1/models", headers={"authorization": wrong})).status == expected, wrong
         assert (await client.get("/v1/models", headers={"authorization": "bearer two"})).status == 200
@@ -350,7 +350,9 @@ def test_keys_hosts_and_origins(chat_model: Path) -> None:
         answer = await client.get("/v1/models", headers=good)
         assert answer.status == 200 and answer.headers["access-control-allow-origin"] == "https://good.example"
         assert "retry-after-ms" in answer.headers["access-control-expose-headers"]
-        assert (await client.get("/v1/models", headers={**good, "origin": "https://evil.example"})).status == 403
+        for evil in ("https://evil.example", "http://[", "\xe9"):
+            answer = await client.get("/v1/models", headers={**good, "origin": evil})
+            assert answer.status == 403 and answer.error["code"] == "origin_refused"
         same = await client.get("/v1/models", headers={"origin": "http://localhost:80", "host": "localhost:80"})
         assert same.status == 200 and "access-control-allow-origin" not in same.headers
         asked = {**good, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
