@@ -381,7 +381,7 @@ def test_callers_with_other_keys_share_no_cached_beginning(chat_model: Path) -> 
     serving(chat_model, test, api_keys=("one", "two"))
 
 
-def test_tokenize_and_detokenize_are_the_tokenizer_s(chat_model: Path) -> None:
+def test_tokenize_and_detokenize_are_the_tokenizer_s(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(client: Client) -> None:
         with Engine(chat_model) as engine:
             ids = engine.tokenize("Hello wörld")
@@ -394,6 +394,16 @@ def test_tokenize_and_detokenize_are_the_tokenizer_s(chat_model: Path) -> None:
         back = await client.post("/detokenize", {"tokens": ids, "skip_special_tokens": True})
         assert back.json["content"] == "Hello wörld"
         assert (await client.post("/tokenize", {})).status == 400
+        main, threads = threading.get_ident(), []
+
+        def dumps(value: Any) -> bytes:
+            threads.append(threading.get_ident())
+            return json.dumps(value).encode()
+
+        monkeypatch.setattr("pyengine.serve.tokens.dumps", dumps)  # a text may be a million tokens, and others wait for the loop
+        assert (await client.post("/tokenize", {"content": "Hello", "with_pieces": True})).json["tokens"] == pieces
+        assert (await client.post("/detokenize", {"tokens": ids})).json["content"] == "Hello wörld"
+        assert len(threads) == 2 and main not in threads
         assert (await client.post("/detokenize", {"tokens": [1, "x"]})).error["param"] == "tokens[1]"
         assert (await client.post("/tokenize", {"content": "a", "prompt": "b"})).error["param"] == "prompt"
 
