@@ -165,6 +165,10 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(chat_model: Path
             answer = await client.post("/v1/completions", body)
             assert (answer.error["param"], answer.error["code"]) == ("prompt", "context_length_exceeded")
             assert str(n_ctx) in answer.error["message"] and str(n_ctx + 7) in answer.error["message"]
+        long = [{"role": "user", "content": "a" * 40 * n_ctx}]
+        for path in (CHAT, "/tokenize"):  # before it is tokenized
+            error = (await client.post(path, {"messages": long})).error
+            assert error["code"] == "context_length_exceeded" and "which are at least" in error["message"]
 
     serving(chat_model, test)
 
