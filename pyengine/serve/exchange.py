@@ -54,7 +54,7 @@ class Exchange:
     # ------------------------------------------------------------ the request
 
     async def body(self, limit: int, timeout: float, reserve: Callable[[int], None]) -> bytes:
-        """The whole body; reserve(n) is called before n bytes more are kept. Raises HTTPError 413, 408, and what `reserve`
+        """The whole body; reserve(n) is called before n bytes more are kept. Raises HTTPError 413, 408, 415, and what `reserve`
         raises."""
         length = self.headers.get("content-length", "0")
         declared = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
@@ -70,6 +70,10 @@ class Exchange:
         except HTTPError:
             self.extra_headers.append((b"connection", b"close"))
             raise
+        encoding = self.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            text = f"the body is encoded as {encoding[:100]!r} (content-encoding): send it as it is"
+            raise HTTPError(415, text, code="unsupported_encoding")
         return body
 
     async def _read(self, limit: int, reserve: Callable[[int], None]) -> bytes:

@@ -165,6 +165,7 @@ _ERRORS = {
     "404": "No such model, or response.",
     "408": "The body took too long.",
     "413": "The body is too long.",
+    "415": "The body is compressed.",
     "429": "The queue is full: `retry-after` says when to try again.",
     "500": "An error of the engine.",
     "503": "Starting, ending, or too much at a time.",
@@ -184,7 +185,7 @@ def _answers(path: str) -> dict[str, Any]:
         content["text/html"] = {"schema": _STRING}
     answers: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, words in _ERRORS.items():
-        if takes_body or status not in ("408", "413", "429"):
+        if takes_body or status not in ("408", "413", "415", "429"):
             answers[status] = {
                 "description": words,
                 "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}},

@@ -223,6 +223,10 @@ def test_bodies_have_a_limit_and_a_time(chat_model: Path) -> None:
         slow = client.begin("POST", CHAT, b"{", more=True)
         await slow.task
         assert slow.answer.status == 408 and slow.answer.headers["connection"] == "close"
+        encoded = await client.post(CHAT, b"\x1f\x8b\x08", headers={"content-encoding": "gzip"})
+        assert encoded.status == 415 and "'gzip'" in encoded.error["message"]
+        as_it_is = {"content-encoding": "identity"}
+        assert (await client.post(CHAT, {"messages": USER, "max_tokens": 2}, headers=as_it_is)).status == 200
         left = client.begin("POST", CHAT, b"{", more=True)
         left.hang_up()
         await left.task
