@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
+from pyengine.cli.errors import MissingExtraError
 from pyengine.errors import MissingFileError, PyEngineError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def run(argv: list[str]) -> int:
     try:
         from pyengine.serve import server
     except ImportError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'pyengine-lm[serve]'") from None
+        raise MissingExtraError(f"{error.name} is missing: pip install 'pyengine-lm[serve]'") from None
     if args.processes is not None:
         return _run_processes(args, settings, named)
     sock = server.listen(args.host, args.port)

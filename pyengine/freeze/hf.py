@@ -275,6 +275,15 @@ class _Documents:
             self.attachments[_TEMPLATE] = template
 
 
+def _models_in(directory: Path) -> str:
+    """For the error about a directory that is no model: a few files in it that may be one."""
+    with contextlib.suppress(OSError):
+        files = [one.name for one in directory.iterdir() if one.suffix in (".gguf", ".safetensors")]
+        names = sorted(name for name in files if not name.startswith("model"))[:3]  # model-00001-of-00002.safetensors is a part
+        return f"; a model may be a file in it: {', '.join(names)}" if names else ""
+    return ""
+
+
 def load_hf(
     directory: Path, name: str | None = None, lora: Sequence[Adapter] = (), n_ctx: int | None = None
 ) -> SourceModel:
@@ -283,7 +292,7 @@ def load_hf(
     """
     document = _read_json(directory, _CONFIG)
     if document is None:
-        raise ModelFormatError(f"{directory} has no {_CONFIG}")
+        raise ModelFormatError(f"{directory} has no {_CONFIG}{_models_in(directory)}")
     architecture = architecture_of_hf(document)  # before the weights: the clearest reason to refuse
     text = {} if architecture.hf_text is None else Fields(document, _CONFIG).table("text_config")
     config = Fields({**architecture.hf_defaults, **document, **text}, _CONFIG)

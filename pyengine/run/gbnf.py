@@ -41,6 +41,8 @@ def to_lark(grammar: str) -> str:
         raise InvalidArgumentError(f"a GBNF grammar of more than {MAX_RULES} rules")
     try:
         lark: str = gbnf_to_lark(_as_converted(grammar))
+    except RecursionError:
+        raise InvalidArgumentError("this is no GBNF grammar that can be read: it is nested too deeply") from None
     except Exception as error:  # it raises plain ones, too, for a rule that is missing
         raise InvalidArgumentError(f"this is no GBNF grammar: {error}") from None
     lark = _LARK_WORD.sub(lambda match: match[0].lower() if match["name"] else match[0], lark)

@@ -46,7 +46,7 @@ class Guide:
     def check(self) -> None:
         """Raises InvalidArgumentError for a grammar that is none, or too costly."""
         if self._matcher.is_error():
-            raise InvalidArgumentError(f"structured_outputs: {_first_line(self._matcher.get_error())}")
+            raise InvalidArgumentError(f"structured_outputs: {_reason(self._matcher.get_error())}")
 
     def masks(self, outputs: Sequence[int], draft: Sequence[int] = ()) -> list[array[int]]:
         """Which tokens may follow `outputs`, and which would after each guess of `draft`; valid until the next call. (After a
@@ -98,7 +98,7 @@ class Guide:
         self._matcher.unsafe_compute_mask_ptr(address, 4 * n_words)
         if self._matcher.is_error():
             raise InvalidArgumentError(
-                f"structured_outputs cannot be followed: {_first_line(self._matcher.get_error())}"
+                f"structured_outputs cannot be followed: {_reason(self._matcher.get_error())}"
             )
 
 
@@ -173,7 +173,7 @@ def _grammar(llguidance: Any, wanted: StructuredOutputs) -> str:
     try:
         grammar: str = make(source)
     except ValueError as error:  # an InvalidArgumentError is one
-        raise InvalidArgumentError(f"structured_outputs: {_first_line(str(error))}") from None
+        raise InvalidArgumentError(f"structured_outputs: {_reason(str(error))}") from None
     return grammar
 
 
@@ -186,5 +186,11 @@ def _from_grammar(matcher: Any, text: str) -> str:
     return grammar
 
 
-def _first_line(text: str) -> str:
-    return text.strip().split("\n")[0][:500]
+def _reason(text: str) -> str:
+    """What llguidance's error says, in a line: its first one, and where that leads to a regular expression, the one that says
+    what is wrong with that."""
+    first, *rest = text.strip().split("\n")
+    if first == "NoExtensionBias":
+        return "there is no text that it allows"
+    why = next((line.removeprefix("error:") for line in rest if line.startswith("error:")), "")
+    return (first[:500] + why)[:1000]

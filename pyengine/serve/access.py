@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 from urllib.parse import urlsplit
@@ -29,7 +28,7 @@ class Access:
     def cors_headers(self, exchange: Exchange) -> list[tuple[bytes, bytes]]:
         """For a page of another site that may read our answers. Raises HTTPError 403 for one that may not."""
         origin = exchange.headers.get("origin")
-        if origin is None or urlsplit(origin).netloc == exchange.headers.get("host"):
+        if origin is None or _netloc(origin) == exchange.headers.get("host"):
             return []
         if "*" not in self._origins and origin not in self._origins:
             raise HTTPError(403, "pages of this origin may not use this server (--cors-origin)", code="origin_refused")
@@ -74,9 +73,16 @@ def _given_key(authorization: str) -> str:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
-        except binascii.Error:
+        except ValueError:  # binascii.Error, or letters beyond ASCII
             return ""
     return value.strip() if scheme.lower() == "bearer" else ""
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # [ without ]
+        return None
 
 
 def _host_name(host: str) -> str:

@@ -218,7 +218,11 @@ _CONVERSATION: Table = {
     "tools": list_of(object_of(_TOOL)),
     "tool_choice": _CHOICE,
     "thinking": object_of(
-        {"type": needed(one_of("disabled", "adaptive")), "display": hint(one_of("summarized", "omitted"))}
+        {
+            "type": needed(one_of("disabled", "adaptive")),
+            "budget_tokens": refused("max_tokens is all that a model thinks and says"),
+            "display": hint(one_of("summarized", "omitted")),
+        }
     ),
     "output_config": object_of(
         {"format": object_of(_FORMAT), "effort": one_of("low", "medium", "high", "xhigh", "max")}

@@ -131,7 +131,7 @@ class App:
     async def _tell(exchange: Exchange, error: HTTPError) -> None:
         exchange.notes["error"] = error.message
         place = find_place(exchange.path)
-        path = "" if place is None else place.path
+        path = exchange.path if place is None else place.path
         is_anthropic, is_ollama = path.startswith("/v1/messages"), path.startswith("/api/")
         body = error.anthropic_body(exchange.id) if is_anthropic else error.ollama_body() if is_ollama else error.body()
         if exchange.is_stream:  # the status has gone out: clients raise at this event, or line

@@ -54,15 +54,19 @@ class ChatCall(Call):
     def choice(self, index: int) -> ChatChoice:
         return ChatChoice(self)
 
-    def make(self, job: Job) -> Sequence[GenerationRequest]:
-        """The requests for the engine; in a thread."""
+    def prompt_ids(self) -> list[int]:
+        """The conversation as the model reads it; in a thread."""
         with told_of(self.messages_field):
-            ids = self.model.chat_ids(
+            return self.model.chat_ids(
                 self.messages,
                 tools=None if self.tools is None else self.tools.shown,
                 ending=self.ending,
                 variables=self.template_variables,
             )
+
+    def make(self, job: Job) -> Sequence[GenerationRequest]:
+        """The requests for the engine; in a thread."""
+        ids = self.prompt_ids()
         shown = frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax)
         return self.requests(job, [ids], shown_special=shown)
 

@@ -20,6 +20,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 # Bytes of a body that is too long, read all the same: a client that still writes would not see our answer.
 DISCARDED = 16
+# Those that JSON lets stand in a string; it escapes the others itself.
+_LINE_ENDS = [(char, f"\\u{ord(char):04x}") for char in "\x85\u2028\u2029"]
 
 
 class Exchange:
@@ -52,7 +54,7 @@ class Exchange:
     # ------------------------------------------------------------ the request
 
     async def body(self, limit: int, timeout: float, reserve: Callable[[int], None]) -> bytes:
-        """The whole body; reserve(n) is called before n bytes more are kept. Raises HTTPError 413, 408, and what `reserve`
+        """The whole body; reserve(n) is called before n bytes more are kept. Raises HTTPError 413, 408, 415, and what `reserve`
         raises."""
         length = self.headers.get("content-length", "0")
         declared = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
@@ -68,6 +70,10 @@ class Exchange:
         except HTTPError:
             self.extra_headers.append((b"connection", b"close"))
             raise
+        encoding = self.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            text = f"the body is encoded as {encoding[:100]!r} (content-encoding): send it as it is"
+            raise HTTPError(415, text, code="unsupported_encoding")
         return body
 
     async def _read(self, limit: int, reserve: Callable[[int], None]) -> bytes:
@@ -141,11 +147,15 @@ class Exchange:
 
 
 def dumps(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    """JSON in one line, also for clients that split at every line end of Unicode (httpx's iter_lines, str.splitlines)."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for char, escape in _LINE_ENDS:
+        text = text.replace(char, escape)
+    return text.encode("utf-8", "replace")
 
 
 def event(value: Any, name: str | None = None) -> bytes:
-    """One server-sent event. JSON has no raw newline, so it is one line."""
+    """One server-sent event; its data is one line."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + dumps(value) + b"\n\n"
 

@@ -72,6 +72,7 @@ class ServedModel:
         ids = self.template.encode(
             self.engine.tokenizer,
             messages,
+            n_ctx=self.engine.n_ctx,  # what cannot fit is not tokenized
             tools=tools,
             **(ending or {}),
             **(variables or {}),

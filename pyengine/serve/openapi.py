@@ -36,6 +36,7 @@ BODIES: dict[str, Table] = {
     "/v1/messages": anthropic_fields.FIELDS,
     "/v1/messages/count_tokens": anthropic_fields.COUNT,
     "/v1/responses": response_fields.FIELDS,
+    "/v1/responses/input_tokens": response_fields.FIELDS,
 }
 _ONE_RESPONSE = "/v1/responses/{id}"
 _DELETE_RESPONSE = f"DELETE {_ONE_RESPONSE}"  # whose answer is none of the path's GET
@@ -68,6 +69,7 @@ _WORDS = {
     "/v1/messages": "The assistant's answer to messages, in Anthropic's form.",
     "/v1/messages/count_tokens": "How many tokens the prompt of such a request has.",
     "/v1/responses": "A response to text or messages.",
+    "/v1/responses/input_tokens": "How many tokens the prompt of such a request has.",
     _ONE_RESPONSE: "A response that is kept.",
     _DELETE_RESPONSE: "Keep it no longer.",
     f"{_ONE_RESPONSE}/input_items": "What it was computed from.",
@@ -131,6 +133,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     ),
     "/v1/messages/count_tokens": _object(input_tokens=_INTEGER),
     "/v1/responses": _RESPONSE,
+    "/v1/responses/input_tokens": _object(object=_const("response.input_tokens"), input_tokens=_INTEGER),
     _ONE_RESPONSE: _RESPONSE,
     _DELETE_RESPONSE: _object(id=_STRING, object=_const("response"), deleted={"const": True}),
     f"{_ONE_RESPONSE}/input_items": _object(
@@ -162,6 +165,7 @@ _ERRORS = {
     "404": "No such model, or response.",
     "408": "The body took too long.",
     "413": "The body is too long.",
+    "415": "The body is compressed.",
     "429": "The queue is full: `retry-after` says when to try again.",
     "500": "An error of the engine.",
     "503": "Starting, ending, or too much at a time.",
@@ -181,7 +185,7 @@ def _answers(path: str) -> dict[str, Any]:
         content["text/html"] = {"schema": _STRING}
     answers: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, words in _ERRORS.items():
-        if takes_body or status not in ("408", "413", "429"):
+        if takes_body or status not in ("408", "413", "415", "429"):
             answers[status] = {
                 "description": words,
                 "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}},

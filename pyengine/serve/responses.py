@@ -6,6 +6,7 @@ comes: a stream tells of each change, and a whole answer is what a stream would 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from typing import TYPE_CHECKING, Any, Protocol
@@ -171,6 +172,13 @@ async def responses(app: App, exchange: Exchange) -> None:
             await exchange.reply(200, body, b"application/json")
         else:
             await _stream(app, exchange, call, job)
+
+
+async def input_tokens(app: App, exchange: Exchange) -> None:
+    """How many tokens the prompt of such a request has."""
+    call = await parse(app, exchange, await app.fields(exchange, FIELDS))
+    ids = await asyncio.to_thread(call.chat.prompt_ids)
+    await exchange.reply_json({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 
 def _kept(call: ResponsesCall, response: dict[str, Any]) -> tuple[dict[str, Any], Stored | None]:

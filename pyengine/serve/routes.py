@@ -37,6 +37,7 @@ ROUTES: dict[str, dict[str, str]] = {
     "/v1/messages": {"POST": "anthropic.messages"},
     "/v1/messages/count_tokens": {"POST": "anthropic.count_tokens"},
     "/v1/responses": {"POST": "responses.responses"},
+    "/v1/responses/input_tokens": {"POST": "responses.input_tokens"},
     "/v1/responses/{id}": {"GET": "stored_responses.retrieve", "DELETE": "stored_responses.delete"},
     "/v1/responses/{id}/input_items": {"GET": "stored_responses.input_items"},
 }
@@ -53,6 +54,7 @@ ELSEWHERE = {
     "/slots": "/metrics",
     "/version": "/props",
 }
+_OF_MODELS = ("/api/copy", "/api/create", "/api/delete", "/api/pull", "/api/push")
 
 
 class Place(NamedTuple):
@@ -81,6 +83,8 @@ def handlers(place: Place) -> dict[str, Handler]:
 
 def hint(path: str) -> str:
     """What to ask instead of a path at which there is nothing, or nothing."""
+    if path in _OF_MODELS:
+        return "; models are those of the command line"
     plain = [one for one in ROUTES if one != "/" and one not in _WITH_ID]
     meant = ELSEWHERE.get(path) or next((one for one in plain if path.rstrip("/").endswith(one)), None)
     return f"; there is {meant}" if meant else ""

@@ -10,46 +10,13 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pyengine.serve.app import App
+from pyengine.serve.connection import KEEP_ALIVE, Protocol
 from pyengine.serve.models import Models
 from pyengine.serve.shared_store import shared
-
-HEADER_TIMEOUT = 15.0  # seconds for a connection's first request line and headers
-KEEP_ALIVE = 75.0  # seconds between two requests of a connection
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, and it lets go of a connection that sends no request, or whose client takes nothing of the answer."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._header_timer = self.loop.call_later(HEADER_TIMEOUT, self._close_if_silent)
-
-    def _close_if_silent(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        extensions: dict[str, Any] = {"pyengine.abort": self._abort}
-        self.scope["extensions"] = extensions
-
-    def _abort(self) -> None:
-        """At once: what the client has not taken is lost."""
-        self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._header_timer.cancel()
-        super().connection_lost(exc)
-
-    def on_headers_complete(self) -> None:
-        self._header_timer.cancel()
-        super().on_headers_complete()
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
@@ -122,6 +89,7 @@ class Runner:
         config = uvicorn.Config(
             app,
             http=Protocol,
+            ws="none",  # else, where websockets is installed, an upgrade would go past the application
             loop="asyncio",
             lifespan="off",
             log_config=None,

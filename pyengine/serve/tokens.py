@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyengine.serve.errors import bad_request
-from pyengine.serve.exchange import Exchange
+from pyengine.serve.exchange import Exchange, dumps
 from pyengine.serve.fields import BOOLEAN, STRING, TRUE, Kind, Table, integer, list_of, needed
 from pyengine.serve.messages import ENDING, MESSAGES, chat_messages, ending_of
 
@@ -28,9 +28,11 @@ TOKEN_IDS = Kind({"type": "array", "items": {"type": "integer", "minimum": 0}}, 
 
 
 def check_token_ids(values: Sequence[int], path: str, vocab_size: int) -> None:
-    """Raises HTTPError."""
+    """Of ids that are no less than 0, as TOKEN_IDS reads them. Raises HTTPError."""
+    if max(values, default=0) < vocab_size:  # at once: there may be a million, and the event loop waits
+        return
     for i, value in enumerate(values):
-        if not 0 <= value < vocab_size:
+        if value >= vocab_size:
             raise bad_request(f"{path}[{i}] is no token id from 0 to {vocab_size - 1}", f"{path}[{i}]")
 
 
@@ -63,12 +65,14 @@ async def tokenize(app: App, exchange: Exchange) -> None:
         encode = partial(model.engine.tokenize, fields.take(given[0]), add_bos=add_bos, parse_special=parse)
     with_pieces = fields.take("with_pieces")
     fields.end()
-    ids = await asyncio.to_thread(encode)
-    tokens: list[Any] = ids
-    if with_pieces:
-        pieces = (model.engine.tokenizer.token_bytes(token) for token in ids)
-        tokens = [{"id": token, "piece": _piece(piece)} for token, piece in zip(ids, pieces, strict=True)]
-    await exchange.reply_json({"tokens": tokens, "count": len(ids), "max_model_len": model.engine.n_ctx})
+
+    def body() -> bytes:
+        tokens = ids = encode()
+        if with_pieces:
+            tokens = [{"id": token, "piece": _piece(model.engine.tokenizer.token_bytes(token))} for token in ids]
+        return dumps({"tokens": tokens, "count": len(ids), "max_model_len": model.engine.n_ctx})
+
+    await exchange.reply(200, await asyncio.to_thread(body), b"application/json")
 
 
 def _piece(data: bytes) -> str | list[int]:
@@ -86,9 +90,12 @@ async def detokenize(app: App, exchange: Exchange) -> None:
     """{"tokens": [...]} -> {"content": text, "prompt": the same}."""
     fields = await app.fields(exchange, DETOKENIZE)
     model = app.models.get(fields.take("model"))
-    tokens = fields.take("tokens")
+    tokens, skip = fields.take("tokens"), fields.take("skip_special_tokens")
     check_token_ids(tokens, "tokens", model.engine.vocab_size)
-    skip = fields.take("skip_special_tokens")
     fields.end()
-    text = await asyncio.to_thread(model.engine.detokenize, tokens, skip_special_tokens=skip)
-    await exchange.reply_json({"content": text, "prompt": text})
+
+    def body() -> bytes:
+        text = model.engine.detokenize(tokens, skip_special_tokens=skip)
+        return dumps({"content": text, "prompt": text})
+
+    await exchange.reply(200, await asyncio.to_thread(body), b"application/json")

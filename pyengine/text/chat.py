@@ -214,7 +214,9 @@ def _mark(tokenizer: Tokenizer, string: str, mark: str) -> str:
 
 
 def _unused_mark(texts: Iterable[str]) -> str:
-    used = set().union(*map(set, texts))
+    used: set[str] = set()
+    for text in texts:
+        used.update(text)
     for code in _MARKS:
         if chr(code) not in used:
             return chr(code)

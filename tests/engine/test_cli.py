@@ -442,3 +442,21 @@ def test_train_names_the_extra(
 ) -> None:
     monkeypatch.setattr("pyengine.cli.train.find_spec", lambda name: None if name == missing else SimpleNamespace())
     assert "pip install 'pyengine-lm[train]'" in error(capsys, "train", code=1)
+
+
+def test_serve_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyengine.serve
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in ("server", "connection"):
+        monkeypatch.delitem(sys.modules, f"pyengine.serve.{name}", raising=False)
+        monkeypatch.delattr(pyengine.serve, name, raising=False)
+    assert "uvicorn is missing: pip install 'pyengine-lm[serve]'" in error(capsys, "serve", "--port", 0, code=1)
+
+
+def test_a_directory_that_is_no_model_names_what_may_be_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert error(capsys, "generate", "-m", tmp_path, "hi", code=1).endswith(f"{tmp_path} has no config.json\n")
+    for name in ("b.gguf", "a.safetensors", "model.safetensors", "notes.txt"):
+        (tmp_path / name).touch()
+    words = error(capsys, "generate", "-m", tmp_path, "hi", code=1)
+    assert words.endswith(f"{tmp_path} has no config.json; a model may be a file in it: a.safetensors, b.gguf\n")

@@ -269,7 +269,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"n": 2}, "n"),
     ({"stop": ["x"]}, "stop"),
     ({"stop_sequences": [""]}, "stop_sequences"),
-    ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "thinking.budget_tokens"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "thinking.type"),
+    ({"thinking": {"type": "adaptive", "budget_tokens": 2000}}, "thinking.budget_tokens"),
     ({"thinking": {}}, "thinking.type"),
     ({"output_config": {"effort": "high"}}, "output_config.effort"),  # this model's template knows no effort
     ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
@@ -322,6 +323,7 @@ def test_errors_have_anthropic_s_form(chat_model: Path) -> None:
             for answer, status, kind in cases:
                 assert (answer.status, error_of(answer)["type"]) == (status, kind)
             assert (await client.post(path, {"messages": USER}, headers=key)).status == 200
+        assert error_of(await client.get(f"{PATH}/batches", headers=key))["type"] == "not_found_error"
         model = client.app.models.get(None)
         step = model.engine.scheduler.step
 

@@ -165,6 +165,10 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(chat_model: Path
             answer = await client.post("/v1/completions", body)
             assert (answer.error["param"], answer.error["code"]) == ("prompt", "context_length_exceeded")
             assert str(n_ctx) in answer.error["message"] and str(n_ctx + 7) in answer.error["message"]
+        long = [{"role": "user", "content": "a" * 40 * n_ctx}]
+        for path in (CHAT, "/tokenize"):  # before it is tokenized
+            error = (await client.post(path, {"messages": long})).error
+            assert error["code"] == "context_length_exceeded" and "which are at least" in error["message"]
 
     serving(chat_model, test)
 
@@ -219,6 +223,10 @@ def test_bodies_have_a_limit_and_a_time(chat_model: Path) -> None:
         slow = client.begin("POST", CHAT, b"{", more=True)
         await slow.task
         assert slow.answer.status == 408 and slow.answer.headers["connection"] == "close"
+        encoded = await client.post(CHAT, b"\x1f\x8b\x08", headers={"content-encoding": "gzip"})
+        assert encoded.status == 415 and "'gzip'" in encoded.error["message"]
+        as_it_is = {"content-encoding": "identity"}
+        assert (await client.post(CHAT, {"messages": USER, "max_tokens": 2}, headers=as_it_is)).status == 200
         left = client.begin("POST", CHAT, b"{", more=True)
         left.hang_up()
         await left.task
@@ -336,7 +344,7 @@ def test_keys_hosts_and_origins(chat_model: Path) -> None:
                 answer = await client.call(method, path)
                 assert answer.status == (200 if path == "/health" else 401), path
         assert (await client.get("/v1/nothing")).status == 401  # nor does it say which paths there are
-        for wrong in ("Bearer", "Bearer ", "Bearer one ", "Bearer onex", "Basic !!!", "Digest one"):
+        for wrong in ("Bearer", "Bearer ", "Bearer one ", "Bearer onex", "Basic !!!", "Basic \xe9", "Bearer \xe9", "Digest one"):
             expected = 200 if wrong == "Bearer one " else 401
             assert (await client.get("/v1/models", headers={"authorization": wrong})).status == expected, wrong
         assert (await client.get("/v1/models", headers={"authorization": "bearer two"})).status == 200
@@ -350,7 +358,9 @@ def test_keys_hosts_and_origins(chat_model: Path) -> None:
         answer = await client.get("/v1/models", headers=good)
         assert answer.status == 200 and answer.headers["access-control-allow-origin"] == "https://good.example"
         assert "retry-after-ms" in answer.headers["access-control-expose-headers"]
-        assert (await client.get("/v1/models", headers={**good, "origin": "https://evil.example"})).status == 403
+        for evil in ("https://evil.example", "http://[", "\xe9"):
+            answer = await client.get("/v1/models", headers={**good, "origin": evil})
+            assert answer.status == 403 and answer.error["code"] == "origin_refused"
         same = await client.get("/v1/models", headers={"origin": "http://localhost:80", "host": "localhost:80"})
         assert same.status == 200 and "access-control-allow-origin" not in same.headers
         asked = {**good, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
@@ -379,7 +389,7 @@ def test_callers_with_other_keys_share_no_cached_beginning(chat_model: Path) -> 
     serving(chat_model, test, api_keys=("one", "two"))
 
 
-def test_tokenize_and_detokenize_are_the_tokenizer_s(chat_model: Path) -> None:
+def test_tokenize_and_detokenize_are_the_tokenizer_s(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(client: Client) -> None:
         with Engine(chat_model) as engine:
             ids = engine.tokenize("Hello wörld")
@@ -392,6 +402,16 @@ def test_tokenize_and_detokenize_are_the_tokenizer_s(chat_model: Path) -> None:
         back = await client.post("/detokenize", {"tokens": ids, "skip_special_tokens": True})
         assert back.json["content"] == "Hello wörld"
         assert (await client.post("/tokenize", {})).status == 400
+        main, threads = threading.get_ident(), []
+
+        def dumps(value: Any) -> bytes:
+            threads.append(threading.get_ident())
+            return json.dumps(value).encode()
+
+        monkeypatch.setattr("pyengine.serve.tokens.dumps", dumps)  # a text may be a million tokens, and others wait for the loop
+        assert (await client.post("/tokenize", {"content": "Hello", "with_pieces": True})).json["tokens"] == pieces
+        assert (await client.post("/detokenize", {"tokens": ids})).json["content"] == "Hello wörld"
+        assert len(threads) == 2 and main not in threads
         assert (await client.post("/detokenize", {"tokens": [1, "x"]})).error["param"] == "tokens[1]"
         assert (await client.post("/tokenize", {"content": "a", "prompt": "b"})).error["param"] == "prompt"
 

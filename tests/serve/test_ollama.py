@@ -209,6 +209,9 @@ def test_models_are_told_as_clients_ask_for_them(chat_model: Path) -> None:
         assert shown["model_info"][f"{family}.context_length"] == 512 and "completion" in shown["capabilities"]
         assert (await client.post("/api/show", {"name": "tiny"})).json == shown
         assert (await client.post("/api/show", {"model": "none"})).status == 404
+        for path, way in (("/api/pull", "those of the command line"), ("/api/embeddings", "there is /api/embed")):
+            answer = await client.post(path, {"model": "none"})
+            assert answer.status == 404 and way in answer.json["error"]
         assert (await client.get("/api/version")).json["version"]
         for path, empty in ((CHAT, {"messages": []}), (CHAT, {}), (GENERATE, {}), (GENERATE, {"prompt": ""})):
             loaded = (await client.post(path, {"model": "tiny", **empty})).json

@@ -120,6 +120,18 @@ def test_logprobs_of_chats_and_completions(chat_model: Path) -> None:
     serving(chat_model, test)
 
 
+def test_an_event_is_one_line_for_whoever_splits_at_unicode_s_line_ends(chat_model: Path) -> None:
+    ends = "a\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029b"
+
+    async def test(client: Client) -> None:
+        body = {"prompt": ends, "echo": True, "stream": True, "max_tokens": 1}
+        lines = (await client.post("/v1/completions", body)).body.decode().splitlines()
+        data = [line.removeprefix("data: ") for line in lines if line]
+        assert json.loads(data[0])["choices"][0]["text"] == ends
+
+    serving(chat_model, test)
+
+
 def test_many_prompts_and_samples_of_completions(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         with Engine(chat_model) as engine:

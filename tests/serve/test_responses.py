@@ -51,6 +51,8 @@ def test_whole_and_streamed_answers_are_those_of_the_chat(chat_model: Path) -> N
             "response.output_text.done", "response.content_part.done", "response.output_item.done", "response.incomplete",
         ]  # fmt: skip
         assert streamed[-1]["response"]["output"][0]["content"] == whole["output"][0]["content"]
+        counted = (await client.post(f"{PATH}/input_tokens", HELLO)).json
+        assert counted == {"object": "response.input_tokens", "input_tokens": whole["usage"]["input_tokens"]}
         again = [*items, whole["output"][0], *items]  # an answer goes back as it came
         assert (await client.post(PATH, {**HELLO, "input": again})).status == 200
 

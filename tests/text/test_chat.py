@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
@@ -267,6 +268,21 @@ ESCAPES = [
     "{{ (1).to_bytes(1000000000, 'big') }}",
     "{{ strftime_now('%1000000000Y') }}",
 ]
+
+
+def test_many_strings_are_marked_in_the_memory_of_a_few() -> None:
+    tokenizer, n = TOKENIZERS["byte_level"], 50_000
+    messages = [{"role": "user", "content": next(iter(tokenizer.special_tokens))}]
+    template = ChatTemplate("{{ messages[0].content }}")
+    peaks = []
+    for strings in ([""], [""] * n):
+        tracemalloc.start()
+        try:
+            template.encode(tokenizer, messages, strings=strings)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 64 * n  # a set for each of them would take 216 bytes
 
 
 @pytest.mark.parametrize("source", ESCAPES)

@@ -1,0 +1,109 @@
+"""A connection: uvicorn's HTTP/1.1, with bounds on what a client may send before it is read, and on how long it may take.
+
+httptools bounds neither the headers of a request nor those behind a chunked body, and uvicorn neither how many requests come
+before their answers nor how long one takes to come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEADER_TIMEOUT = 15.0  # seconds for a request line and headers, from a connection's beginning or their own first byte on
+KEEP_ALIVE = 75.0  # seconds between two requests of a connection
+MAX_HEAD = 1 << 16  # bytes of a request line and headers, together with those behind a body
+MAX_PIPELINED = 16  # requests that wait for the answer to an earlier one
+
+
+class _TooMuch(Exception):
+    """Raised in httptools' callbacks: it ends the parsing, and uvicorn refuses the request."""
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, and it lets go of a connection that sends no request, sends too much, or takes nothing of its answer."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0  # of the request that is being read
+        self._unread_bytes = 0  # at least, since the parser last told of anything
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cease_awaiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()  # data ends uvicorn's own timer, that of idle connections
+        self._unread_bytes += len(data)
+        super().data_received(data)
+        if self._unread_bytes > MAX_HEAD and not self.transport.is_closing():  # one header without an end
+            self.send_400_response("")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what cannot be read, or is too much of it, and let go."""
+        is_long = max(self._head_bytes, self._unread_bytes) > MAX_HEAD
+        status = b"431 Request Header Fields Too Large" if is_long else b"400 Bad Request"
+        text = b"the request line and headers are longer than %d bytes" % MAX_HEAD if is_long else msg.encode()
+        head = b"HTTP/1.1 %s\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (status, len(text)) + text)
+        self.transport.close()
+
+    # ------------------------------------------------------------ what httptools tells
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        extensions: dict[str, Any] = {"pyengine.abort": self._abort}
+        self.scope["extensions"] = extensions
+        self._head_bytes = self._unread_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._cease_awaiting()
+        self._unread_bytes = 0
+        if len(self.pipeline) == MAX_PIPELINED:
+            raise _TooMuch
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unread_bytes = 0
+        super().on_message_complete()
+
+    # ------------------------------------------------------------ bounds
+
+    def _count(self, n_bytes: int) -> None:
+        self._unread_bytes = 0
+        self._head_bytes += n_bytes
+        if self._head_bytes > MAX_HEAD:
+            raise _TooMuch
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEADER_TIMEOUT, self._close)
+
+    def _cease_awaiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _close(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _abort(self) -> None:
+        """At once: what the client has not taken is lost."""
+        self.transport.abort()

@@ -1,0 +1,127 @@
+"""What a client may send before it is answered, over real sockets: bounded, and let go of in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+
+from pyengine.serve import connection
+from pyengine.serve.app import App
+from pyengine.serve.models import Models
+from pyengine.serve.server import Runner, listen
+from pyengine.serve.settings import Settings
+
+HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def connected(test: Callable[[Callable[[], Awaitable[Streams]]], Awaitable[None]]) -> None:
+    """Run a test against a server without models; it gets what connects to it. Nothing that the server is to end stays open."""
+    app = App(Settings(log_format="none"))
+    sock = listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    runner = Runner(app, sock, lambda: Models(()))
+
+    async def main() -> None:
+        ready = asyncio.Event()
+        running = asyncio.create_task(runner.main(lambda models: ready.set()))
+        await ready.wait()
+        try:
+            await asyncio.wait_for(test(lambda: asyncio.open_connection("127.0.0.1", port)), 120)
+        finally:
+            runner.stop()
+            await running
+
+    asyncio.run(main())
+
+
+async def answer(reader: asyncio.StreamReader) -> bytes:
+    """All that comes until the server closes, or resets where it was still sent to."""
+    got = b""
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(1 << 16):
+            got += data
+    return got
+
+
+TOO_LONG = connection.MAX_HEAD + (1 << 20)  # more than may come at once
+FLOODS = {
+    "many headers": HEALTH + b"x-a: b\r\n" * TOO_LONG,
+    "one header that does not end": HEALTH + b"x-a: " + b"b" * TOO_LONG,
+    "a path that does not end": b"GET /" + b"a" * TOO_LONG,
+    "headers behind a body": b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"
+    + b"x-a: b\r\n" * TOO_LONG,
+    "a length of a chunk that does not end": b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    + b"0" * TOO_LONG,
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_what_comes_without_an_end_is_let_go_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 3600.0)
+
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        writer.write(FLOODS[name])  # and no end
+        assert b" 200 " not in await answer(reader)  # the refusal, unless its connection was reset before we read it
+        writer.close()
+
+    connected(test)
+
+
+def test_a_head_of_the_length_that_is_allowed_is_read_and_a_longer_one_refused() -> None:
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        rest = connection.MAX_HEAD - len(b"/health" b"host" b"localhost" b"connection" b"close" b"x-a")
+        for n_bytes, status in ((rest, b"200"), (rest + 1, b"431")):
+            reader, writer = await connect()
+            writer.write(HEALTH + b"connection: close\r\nx-a: " + b"b" * n_bytes + b"\r\n\r\n")
+            assert (await answer(reader)).startswith(b"HTTP/1.1 %s " % status)
+            writer.close()
+
+    connected(test)
+
+
+def test_requests_before_their_answers_are_bounded() -> None:
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        writer.write((HEALTH + b"\r\n") * 1000)
+        assert (await answer(reader)).count(b"HTTP/1.1 200 ") <= connection.MAX_PIPELINED + 1
+        writer.close()
+        reader, writer = await connect()  # some are answered, in their order
+        writer.write((HEALTH + b"\r\n") * connection.MAX_PIPELINED + HEALTH + b"connection: close\r\n\r\n")
+        assert (await answer(reader)).count(b"HTTP/1.1 200 ") == connection.MAX_PIPELINED + 1
+        writer.close()
+
+    connected(test)
+
+
+@pytest.mark.parametrize("begun", [b"GET /hea", b"\r\n"])
+def test_a_later_request_that_does_not_come_to_an_end_is_let_go_of_too(
+    begun: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        writer.write(HEALTH + b"\r\n")
+        assert (await reader.readuntil(b'{"status":"ok"}')).startswith(b"HTTP/1.1 200 ")
+        monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.0)
+        writer.write(begun)
+        assert await answer(reader) == b""
+        writer.close()
+
+    connected(test)
+
+
+def test_an_upgrade_to_websockets_is_a_request_like_others() -> None:
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        upgrade = b"upgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+        writer.write(HEALTH + b"connection: upgrade, close\r\n" + upgrade + b"\r\n")
+        assert (await reader.readuntil(b'{"status":"ok"}')).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+    connected(test)
