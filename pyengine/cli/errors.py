@@ -10,6 +10,10 @@ from pyengine.cli.terminal import visible, warn
 from pyengine.errors import PyEngineError, import_error
 
 
+class MissingExtraError(PyEngineError, ImportError):
+    """An optional part of the installation is needed and not there."""
+
+
 def sentence(error: BaseException) -> str:
     """What to tell the user, on one line."""
     if isinstance(error, OSError) and error.strerror:

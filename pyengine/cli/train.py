@@ -6,11 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from pyengine.cli import UsageError
-from pyengine.errors import PyEngineError
-
-
-class MissingExtraError(PyEngineError, ImportError):
-    """An optional part of the installation is needed and not there."""
+from pyengine.cli.errors import MissingExtraError
 
 
 def run(argv: list[str]) -> int:
