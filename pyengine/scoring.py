@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyengine import fork
 from pyengine._sampler import logprobs
-from pyengine.arguments import INT32_MAX, integer
+from pyengine.arguments import INT32_MAX, integer, shown
 from pyengine.engine_base import EngineBase
-from pyengine.errors import ContextFullError
+from pyengine.errors import ContextFullError, InvalidArgumentError
 from pyengine.results import Score
 from pyengine.run.request import HIDDEN, LOGITS, Caller, RowsRequest
 from pyengine.run.stream import run_all
@@ -102,7 +102,11 @@ class Scoring(EngineBase):
 
         ids = prompt_ids(None, tokens, vocab_size=self.vocab_size, n_ctx=self.n_ctx)
         most = len(ids) - 1
-        chosen = list(range(len(ids))) if positions is None else [integer("a position", p, 0, most) for p in positions]
+        if positions is None:
+            positions = range(len(ids))
+        elif not isinstance(positions, Iterable):
+            raise InvalidArgumentError(f"positions is a list of integers, not {shown(positions)}")
+        chosen = [integer("a position", position, 0, most) for position in positions]
         out = np.empty((len(chosen), self.vocab_size), np.float32)
         rows: dict[int, list[int]] = {}
         for row, position in enumerate(chosen):

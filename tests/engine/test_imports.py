@@ -41,8 +41,8 @@ COMPONENTS: dict[str, set[str]] = {
     "freeze": {"errors", "files", "system", "format", "golden", "text", "pyengine"},
     "hub": {"errors", "arguments", "freeze"},
     "run": {
-        "errors", "system", "fork", "results", "format", "_core", "_step_lock", "_sampler", "_draft", "text", "sampling",
-        "cpu_watch",
+        "errors", "arguments", "system", "fork", "results", "format", "_core", "_step_lock", "_sampler", "_draft", "text",
+        "sampling", "cpu_watch",
     },
     "draft_file": {"errors", "_core", "format"},
     "opening": {"errors", "fork", "arguments", "files", "format", "run", "_core", "sampling", "freeze", "hub"},
