@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -262,14 +263,23 @@ def check_draft_model(args: argparse.Namespace) -> None:
         raise UsageError("--draft-model would have no effect: --speculative says that nothing is guessed")
 
 
+# A backslash and what belongs to it, whole or not: Python then says what is missing.
+_ESCAPE = re.compile(
+    r"\\(N\{[^}]*\}?|x[0-9a-fA-F]{0,2}|u[0-9a-fA-F]{0,4}|U[0-9a-fA-F]{0,8}|[0-7]{1,3}|.|$)", re.DOTALL
+)
+
+
 def unescape(text: str) -> str:
-    r"""Escapes as in a Python literal; characters beyond Latin-1 stay what they are."""
+    r"""Escapes as in a Python literal, unknown ones as they are written. Raises UsageError for half an escape."""
     import warnings
+
+    def meant(escape: re.Match[str]) -> str:
+        return escape[0].encode("ascii").decode("unicode_escape") if escape[0].isascii() else escape[0]
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an unknown escape stays as it is written
-            return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+            warnings.simplefilter("ignore")  # of unknown escapes
+            return _ESCAPE.sub(meant, text)
     except UnicodeDecodeError as error:
         raise UsageError(f"--escape: {error.reason} in {text!r}") from None
 

@@ -97,8 +97,8 @@ def test_a_context_beyond_the_checkpoint_is_refused(tmp_path: Path) -> None:
     source = hf_dir(tmp_path / "hf", "phi4_mini")
     with pytest.raises(InvalidArgumentError, match="n_ctx is 513, but the model is made for 512 positions"):
         freeze(source, tmp_path / "m", n_ctx=513)
-    for wrong in (0, -1, True, 1.5, "64"):
-        with pytest.raises(InvalidArgumentError, match="n_ctx must be a positive integer"):
+    for wrong in (0, -1, True, 1.5, "64", -(10**5000)):
+        with pytest.raises(InvalidArgumentError, match="n_ctx must be "):
             freeze(source, tmp_path / "m", n_ctx=wrong)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,8 @@ from reference import fixtures
 
 import pyengine
 from pyengine import _core
-from pyengine.cli import COMMANDS, elsewhere, main
+from pyengine.cli import COMMANDS, UsageError, elsewhere, main
+from pyengine.cli.options import unescape
 from pyengine.format.reader import FrozenFile
 
 GREEDY = ("--temp", "0", "--ignore-eos")
@@ -180,6 +181,25 @@ def test_beams_are_those_of_the_engine(tiny_model: Path, capsys: pytest.CaptureF
     assert hypotheses == [beam.to_dict() for beam in beams]
     assert "beam_width must be in [1, 32], not 33" in error(capsys, *arguments, "--beams", 33, code=1)
     assert "--seed would have no effect" in error(capsys, *arguments, "--seed", 0, code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (r"a\nb\x41\u00e9\101\\n", "a\nbA\u00e9A\\n"),
+        (r"\N{BULLET}\U0001F600", "\u2022\U0001f600"),
+        (r"\q\é\→ → é", r"\q\é\→ → é"),  # what is no escape stays as it is written
+        ("one\\\ntwo", "onetwo"),
+    ],
+)
+def test_escapes_are_those_of_a_python_literal(text: str, wanted: str) -> None:
+    assert unescape(text) == wanted
+
+
+@pytest.mark.parametrize("text", [r"\x4", r"\u12", r"\U00110000", r"\N{no such name}", r"\N", "a\\"])
+def test_half_an_escape_is_wrong_usage(text: str) -> None:
+    with pytest.raises(UsageError, match="--escape"):
+        unescape(text)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ COMPONENTS: dict[str, set[str]] = {
     "sampling_options": set(),  # types alone
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
-    "freeze": {"errors", "files", "system", "format", "golden", "text", "pyengine"},
+    "freeze": {"errors", "arguments", "files", "system", "format", "golden", "text", "pyengine"},
     "hub": {"errors", "arguments", "freeze"},
     "run": {
         "errors", "arguments", "system", "fork", "results", "format", "_core", "_step_lock", "_sampler", "_draft", "text",
