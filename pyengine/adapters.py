@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -151,50 +150,17 @@ class Adapters:
             raise InvalidArgumentError(f"there is no adapter {shown(name)}; loaded: {known}")
         return found
 
+    def of_request(self, name: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]:
+        """What a request gets that names an adapter, or None: the adapter, and the salt of its keys and values. Raises
+        InvalidArgumentError."""
+        if name is None:
+            return None, check_salt(cache_salt)
+        loaded = self.get(name)
+        return loaded.core, check_salt(cache_salt, loaded.digest)
+
     def close(self) -> None:
         self._by_name.clear()
         self._model = None
-
-
-class Adaptable(ABC):
-    """The part of an `Engine` that has adapters. What it needs of the others comes first."""
-
-    _adapters: Adapters
-
-    @abstractmethod
-    def _check_open(self) -> None: ...
-
-    def load_adapter(
-        self, path: str | os.PathLike[str], *, name: str | None = None, scale: float | None = None
-    ) -> LoadedAdapter:
-        """Load a low-rank adapter (LoRA) beside the model: a directory in PEFT's layout. Calls choose it by adapter=name; they
-        share every step with calls that chose another or none, and neither changes a bit of the other.
-
-        name   what calls name it by; None = the directory's name
-        scale  multiplies what it adds, beside its own alpha / r; None = 1
-        Raises InvalidArgumentError for a name that is taken or a directory without an adapter, ModelFormatError for one of
-        another model or a damaged one, UnsupportedModelError for what it asks for beyond low-rank products of the
-        projections of attention and of a dense MLP. Then nothing is loaded."""
-        self._check_open()
-        return self._adapters.load(path, name, scale)
-
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter: no later call finds it. Requests that run keep it to their end, and its memory goes with the
-        last of them. Raises InvalidArgumentError if there is none of that name."""
-        self._check_open()
-        self._adapters.unload(name)
-
-    def adapters(self) -> list[LoadedAdapter]:
-        """Those that are loaded, in the order in which they were."""
-        self._check_open()
-        return list(self._adapters)
-
-    def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]:
-        """What a request gets of an adapter: itself, and the salt of its keys and values."""
-        if adapter is None:
-            return None, check_salt(cache_salt)
-        loaded = self._adapters.get(adapter)
-        return loaded.core, check_salt(cache_salt, loaded.digest)
 
 
 def _taken(name: str) -> InvalidArgumentError:

@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyengine import fork
 from pyengine._sampler import MAX_TOP_LOGPROBS
 from pyengine.arguments import integer, number, shown
+from pyengine.engine_base import EngineBase
 from pyengine.errors import InvalidArgumentError
 from pyengine.results import BeamHypothesis
 from pyengine.run.request import Caller
 from pyengine.run.stream import run_all
 from pyengine.text.output import OutputText
+from pyengine.text.prompts import Prompt
 from pyengine.text.stops import StopStrings
 
 if TYPE_CHECKING:
-    from pyengine import _core
     from pyengine.run.beam_search import Beam, BeamSearch, EarlyStopping, Rules
-    from pyengine.run.scheduler import Scheduler
-    from pyengine.sampling import ResolvedParams, SamplingParams
-    from pyengine.scoring import Prompt
-    from pyengine.text.tokenizer import Tokenizer
 
 MAX_BEAM_WIDTH = MAX_TOP_LOGPROBS // 2  # as many candidates of a beam, and as many that may end
 MAX_LENGTH_PENALTY = 10  # a power of the length of any context is a float then
 
 
-class BeamSearching(ABC):
-    """The part of an `Engine` that searches. What it needs of the others comes first."""
-
-    n_ctx: int
-    eos_token_ids: tuple[int, ...]
-    _scheduler: Scheduler
-
-    @property
-    @abstractmethod
-    def tokenizer(self) -> Tokenizer: ...
-
-    @abstractmethod
-    def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]: ...
-
-    @abstractmethod
-    def resolve(self, params: SamplingParams) -> ResolvedParams: ...
-
-    @abstractmethod
-    def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]: ...
+class BeamSearching(EngineBase):
+    """The part of an `Engine` that searches."""
 
     def beam_search(
         self,
@@ -114,7 +93,7 @@ class BeamSearching(ABC):
             raise InvalidArgumentError(
                 f"{reader.n_ends} tokens end a text, with a beam_width of {width} at most {most} may"
             )
-        core_adapter, salt = self._adapted(adapter, cache_salt)
+        core_adapter, salt = self._adapters.of_request(adapter, cache_salt)
         caller = Caller()
         search = BeamSearch(ids, rules, reader, words)
         run_all(self._scheduler, search.lanes(caller, salt=salt, adapter=core_adapter))

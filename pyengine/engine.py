@@ -3,51 +3,37 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from pyengine import cpu_watch, fork
-from pyengine.adapters import Adaptable, Adapters
 from pyengine.arguments import boolean, shown
-from pyengine.attachments import Attachments
-from pyengine.background import Background
 from pyengine.beam import BeamSearching
-from pyengine.errors import InvalidArgumentError, PyEngineError
-from pyengine.format.reader import FrozenFile
-from pyengine.opening import Options, pages_of, resolve_model
+from pyengine.errors import InvalidArgumentError
+from pyengine.opening import Options, resolve_model
 from pyengine.prefixes import Prefixes
 from pyengine.results import Generation
-from pyengine.run.request import Caller, GenerationRequest
-from pyengine.run.scheduler import MAX_SEQUENCES, Scheduler
+from pyengine.run.request import Caller
+from pyengine.run.scheduler import MAX_SEQUENCES
 from pyengine.run.stream import Stream, run_all
-from pyengine.scoring import Prompt as Prompt  # ours, for callers
 from pyengine.scoring import Scoring
-from pyengine.text.prompts import is_batch, prompt_ids, token_ids
-from pyengine.text.stops import StopStrings
+from pyengine.text.prompts import Prompt as Prompt  # ours, for callers
+from pyengine.text.prompts import is_batch
 
 if TYPE_CHECKING:
-    from pathlib import Path  # 3 ms of the start, for names that the system calls take as they are
+    from pathlib import Path
 
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
-    from pyengine import _core
-    from pyengine.draft_file import DraftFile
-    from pyengine.format.config import DraftHeadSpec
+    from pyengine.adapters import LoadedAdapter
     from pyengine.freeze import Progress
-    from pyengine.run.guide import Guide
-    from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
+    from pyengine.sampling import SamplingParams
     from pyengine.sampling_options import SamplingOptions
-    from pyengine.text.chat import ChatTemplate
-    from pyengine.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-T = TypeVar("T")
 
 
-class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
+class Engine(Scoring, BeamSearching, Prefixes):
     """A frozen model, ready to generate.
 
     model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint, a model of the hub as
@@ -92,10 +78,7 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
         progress: Progress | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._lock = threading.RLock()
-        fork.register(self._lock, fork.ENGINE)
-        self._closed = True
-        self._options = options = Options(
+        options = Options(
             n_ctx=n_ctx,
             n_threads=n_threads,
             kv_dtype=kv_dtype,
@@ -106,57 +89,9 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
             mmap=mmap,
         )
         preload_tokenizer = boolean("preload_tokenizer", preload_tokenizer)
-        self.seed = options.seed
-        self._file = FrozenFile.open(resolve_model(model, progress, tokenizer), use_mmap=mmap)
-        self._attachments = Attachments(self._file, self._lock)
-        self._open_model(preload_tokenizer)
-        self._draft: DraftFile | None = None
-        if draft_model is not None:
-            self._open_draft_model(resolve_model(draft_model, progress))
-        elif (head := self._file.config.draft_head) is not None:
-            self._open_draft_head(head)
-        fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
-        self._closed = False
-        cpu_watch.check_threads(options.n_threads or 0)
-
-    def _open_model(self, preload_tokenizer: bool) -> None:
-        """The model of the file, and what computes with it."""
-        with fork.importing:
-            from pyengine import _core
-
-        options, config = self._options, self._file.config
-        if options.n_ctx > config.max_seq_len:
-            raise InvalidArgumentError(f"n_ctx is {options.n_ctx}, the model's context holds {config.max_seq_len}")
-        self.n_ctx = options.n_ctx or config.max_seq_len
-        self.vocab_size = config.vocab_size
-        self.eos_token_ids: tuple[int, ...] = config.eos_token_ids
-        n_threads = options.n_threads or 0
-        config = replace(config, max_seq_len=self.n_ctx)
-        opening = partial(_core.Model, config, self._file.buffer, self._file.weights, n_threads)
-        self._model = self._beside_tokenizer(opening) if preload_tokenizer else opening()
-        self._adapters = Adapters(self._file.config, self._model)
-        context = _core.Context(self._model, kv_dtype=options.kv_dtype, n_threads=n_threads)
-        self.n_threads: int = context.n_threads
-        max_pages = pages_of(context, self.n_ctx, options)
-        self._scheduler = Scheduler(context, max_sequences=options.max_sequences, max_pages=max_pages)
-
-    def _open_draft_model(self, path: str) -> None:
-        """A model of the same vocabulary that guesses ahead, with keys and values of its own."""
-        with fork.importing:
-            from pyengine.draft_file import DraftFile
-
-        options = self._options
-        self._draft = draft = DraftFile(path, self._file, self.n_ctx, use_mmap=options.mmap)
-        context = draft.context(options.kv_dtype, options.n_threads or 0)
-        context.set_max_pages(pages_of(context, draft.n_ctx, options))
-        self._scheduler.speculation.add_model(context, draft.n_ctx)
-
-    def _open_draft_head(self, spec: DraftHeadSpec) -> None:
-        """The network in the file that guesses ahead."""
-        from pyengine import _core
-
-        head = _core.DraftHead(self._model, spec, self._file.draft_weights, self.n_threads)
-        self._scheduler.speculation.add_head(head)
+        path = resolve_model(model, progress, tokenizer)
+        draft_path = None if draft_model is None else resolve_model(draft_model, progress)
+        super().__init__(path, options, draft_path=draft_path, preload_tokenizer=preload_tokenizer)
 
     @classmethod
     def from_pretrained(cls, repo: str, *, revision: str | None = None, file: str | None = None, **options: Any) -> Engine:
@@ -170,134 +105,7 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
 
         return cls(str(hub.checked(repo, revision, file)), **options)
 
-    def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
-        """Do `opening`, most of which is C without the interpreter's lock, while the tokenizer loads here: its parser holds the
-        lock from end to end."""
-        background = Background(opening)
-        try:
-            background.start()
-            _ = self._attachments.tokenizer
-        finally:
-            background.wait()
-        return background.result()
-
-    # ------------------------------------------------------------ parts
-
-    @property
-    def path(self) -> Path:
-        """The frozen file."""
-        from pathlib import Path
-
-        return Path(self._file.path)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json of the frozen file, as plain values."""
-        return self._file.config.to_document()
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """Name, source and generator, from the file's header."""
-        return dict(self._file.metadata)
-
-    def generation_defaults(self) -> dict[str, Any]:
-        """generation_config.json of the frozen file, as plain values. Raises PyEngineError on a closed engine."""
-        self._check_open()
-        return dict(self._attachments.generation_config)
-
-    @property
-    def isa(self) -> str:
-        """The instruction set whose kernels run."""
-        return self.context.isa
-
-    @property
-    def context(self) -> _core.Context:
-        """The core's context, for `exclusively`."""
-        self._check_open()
-        return self._scheduler.context
-
-    @property
-    def scheduler(self) -> Scheduler:
-        """What computes, for callers of a kind of their own (async_engine.py)."""
-        self._check_open()
-        return self._scheduler
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, loaded when it is first needed."""
-        self._check_open()
-        return self._attachments.tokenizer
-
-    @property
-    def chat_template(self) -> ChatTemplate:
-        """The model's chat template. Raises TemplateError if it has none."""
-        self._check_open()
-        return self._attachments.chat_template
-
-    # ------------------------------------------------------------ text
-
-    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`, behind BOS if the model wants it and add_bos. Special tokens written in the text are plain text
-        unless parse_special. Raises InvalidArgumentError for what is no string."""
-        return self.tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
-
-    def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD. Raises InvalidArgumentError for ids out of range."""
-        return self.tokenizer.decode(token_ids(tokens, self.vocab_size), skip_special_tokens=skip_special_tokens)
-
-    def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]:
-        """Token ids of a prompt, text or ids, checked. Raises InvalidArgumentError, ContextFullError."""
-        self._check_open()
-        return prompt_ids(
-            lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
-        )
-
     # ------------------------------------------------------------ generation
-
-    def guide(self, wanted: StructuredOutputs) -> Guide:
-        """For one output. Raises InvalidArgumentError for what is no schema or grammar, is not understood or too costly."""
-        return self._attachments.guide(wanted)
-
-    def resolve(self, params: SamplingParams) -> ResolvedParams:
-        """`params` with the model's and this engine's defaults. Raises InvalidArgumentError."""
-        return params.resolve(
-            self._attachments.generation_config, seed=self.seed, speculative=self._options.speculative
-        )
-
-    def requests(
-        self,
-        caller: Caller,
-        prompts: Sequence[list[int]],
-        params: ResolvedParams,
-        *,
-        adapter: str | None = None,
-        cache_salt: str | None = None,
-        interactive: bool = False,
-        shown_special: frozenset[int] = frozenset(),
-    ) -> list[GenerationRequest]:
-        """What the scheduler is to compute for prompts: params.n requests each. shown_special: special tokens that the text
-        shows whatever skip_special_tokens says. Raises InvalidArgumentError."""
-        core_adapter, salt = self._adapted(adapter, cache_salt)
-        request = partial(
-            GenerationRequest,
-            caller,
-            params=params,
-            stops=StopStrings(params.stop),
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            n_ctx=self.n_ctx,
-            end_ids=self.eos_token_ids,
-            adapter=core_adapter,
-            salt=salt,
-            interactive=interactive,
-            shown_special=shown_special,
-        )
-        wanted = params.structured_outputs
-        return [
-            request(ids, index=index, guide=None if wanted is None else self.guide(wanted))
-            for ids in prompts
-            for index in range(params.n)
-        ]
 
     @overload  # the first that fits: a str is a sequence of str, too
     def generate(  # type: ignore[overload-overlap]
@@ -437,63 +245,34 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
             return self.stream(ids, chosen, adapter=adapter, cache_salt=cache_salt)
         return self.generate(ids, chosen, adapter=adapter, cache_salt=cache_salt)
 
-    # ------------------------------------------------------------ life
+    # ------------------------------------------------------------ adapters
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise PyEngineError("this engine is closed")
+    def load_adapter(
+        self, path: str | os.PathLike[str], *, name: str | None = None, scale: float | None = None
+    ) -> LoadedAdapter:
+        """Load a low-rank adapter (LoRA) beside the model: a directory in PEFT's layout. Calls choose it by adapter=name; they
+        share every step with calls that chose another or none, and neither changes a bit of the other.
 
-    def exclusively(self, function: Callable[[_core.Context], T]) -> T:
-        """function(context) while nobody else computes: for programs that drive the core themselves (benchmarks, tests).
-        Sequences that it makes must not outlive it. Raises PyEngineError on a closed engine."""
+        name   what calls name it by; None = the directory's name
+        scale  multiplies what it adds, beside its own alpha / r; None = 1
+        Raises InvalidArgumentError for a name that is taken or a directory without an adapter, ModelFormatError for one of
+        another model or a damaged one, UnsupportedModelError for what it asks for beyond low-rank products of the
+        projections of attention and of a dense MLP. Then nothing is loaded."""
         self._check_open()
-        out: list[T] = []
-        self._scheduler.exclusively(lambda: out.append(function(self.context)))
-        return out[0]
+        return self._adapters.load(path, name, scale)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes: "weights" (mapped), "kv" (pages of the cache), "scratch", "draft" (all of the draft model's, or head's), and
-        "adapters"."""
-        draft = self._file.draft_bytes if self._draft is None else self._draft.weights_bytes
-        speculation = self._scheduler.speculation
-        return self.exclusively(
-            lambda context: {
-                "weights": self._file.weights_bytes,
-                **context.memory(),
-                "draft": draft + speculation.memory(),
-                "adapters": sum(one.n_bytes for one in self._adapters),
-            }
-        )
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter: no later call finds it. Requests that run keep it to their end, and its memory goes with the
+        last of them. Raises InvalidArgumentError if there is none of that name."""
+        self._check_open()
+        self._adapters.unload(name)
 
-    def cache_stats(self) -> dict[str, int]:
-        """Counts of the cache of keys and values. In bytes: n_bytes (allocated), of these n_held_bytes (of sequences at work);
-        page_bytes (256 positions of all layers), window_bytes (the share of layers with a window, which keep no more of a
-        sequence than that: `window` positions and a few). In pages: n_pages (allocated), of these n_cached (kept for later
-        prompts) and n_free; max_pages, the memory of how many is allowed; n_evicted so far. And n_sequences at work."""
-        return self.exclusively(lambda context: context.cache_stats())
+    def adapters(self) -> list[LoadedAdapter]:
+        """Those that are loaded, in the order in which they were."""
+        self._check_open()
+        return list(self._adapters)
 
-    def clear_cache(self) -> None:
-        """Forget what is kept for later prompts."""
-        self.exclusively(lambda context: context.drop_cached())
-
-    def check_integrity(self) -> dict[str, int]:
-        """Check that sequences belong to requests, tokens to pages, and that references add up. Returns cache_stats();
-        raises PyEngineError if anything is lost or shared unseen. For tests, and for the doubtful."""
-        return self.exclusively(lambda _: self._scheduler.check_integrity())
-
-    def close(self) -> None:
-        """Wait for the step that is running, then free everything. Streams that go on raise PyEngineError. Idempotent."""
-        with self._lock:
-            if self._closed:
-                return
-            self._scheduler.exclusively(self._scheduler.close)
-            self._closed = True
-            self._attachments.close()
-            self._adapters.close()
-            del self._model
-            self._file.close()
-            if self._draft is not None:
-                self._draft.close()
+    # ------------------------------------------------------------ life
 
     def __enter__(self) -> Engine:
         return self

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
+from pyengine import fork
+from pyengine.engine_base import EngineBase
 from pyengine.errors import OutOfMemoryError
 from pyengine.format.kv import KvLayout
-from pyengine.format.reader import FrozenFile
-from pyengine.run.request import check_salt
+from pyengine.run.request import Caller, check_salt
+from pyengine.run.stream import run_all
+from pyengine.text.prompts import Prompt
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from pyengine import _core
     from pyengine.format.prefix import PrefixKey
-    from pyengine.opening import Options
-    from pyengine.sampling_options import SamplingOptions
-    from pyengine.scoring import Prompt
-
-T = TypeVar("T")
 
 
-class Prefixes(ABC):
-    """The part of an `Engine` that keeps beginnings of prompts in files. What it needs of the others comes first."""
-
-    _file: FrozenFile
-    _options: Options
-
-    @abstractmethod
-    def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]: ...
-
-    @abstractmethod
-    def generate(self, prompt: Any, params: Any = None, **options: Unpack[SamplingOptions]) -> Any: ...
-
-    @abstractmethod
-    def exclusively(self, function: Callable[[_core.Context], T]) -> T: ...
+class Prefixes(EngineBase):
+    """The part of an `Engine` that keeps beginnings of prompts in files."""
 
     def save_prefix(self, prompt: Prompt, path: str | os.PathLike[str], *, parse_special: bool = False) -> int:
         """Compute a prompt (text or token ids), without an adapter, and keep its keys and values in a file: prompts that begin
@@ -47,10 +29,13 @@ class Prefixes(ABC):
 
         A file that is there is replaced. It has 2 head_dim + 8 bytes a token for each layer and kv head. Raises what generate
         raises, OutOfMemoryError if other work has taken the room meanwhile, and OSError."""
-        from pyengine.format.prefix import write_prefix
+        with fork.importing:
+            from pyengine.format.prefix import write_prefix
+            from pyengine.sampling import SamplingParams
 
         tokens = self.prompt_ids(prompt, parse_special=parse_special)
-        self.generate(tokens, max_tokens=1, temperature=0)  # the way of all work: in slices, beside others, until Ctrl-C
+        params, caller = self.resolve(SamplingParams(max_tokens=1, temperature=0)), Caller()
+        run_all(self._scheduler, self.requests(caller, [tokens], params))  # as all work: in slices, beside others, until Ctrl-C
 
         def snapshot(context: _core.Context) -> tuple[array[int], bytearray]:
             sequence = context.sequence_match(tokens)

@@ -170,7 +170,7 @@ class StructuredOutputs:
                 raise InvalidArgumentError("structured_outputs.choice must hold strings that are not empty")
             object.__setattr__(self, "choice", tuple(value))
         elif not isinstance(value, kinds[name]) or value is False:
-            raise InvalidArgumentError(f"structured_outputs.{name} is {str(value)[:100]!r}, which is not of its kind")
+            raise InvalidArgumentError(f"structured_outputs.{name} is {shown(value)}, which is not of its kind")
 
 
 def _structured_outputs(value: object) -> StructuredOutputs:
@@ -178,9 +178,9 @@ def _structured_outputs(value: object) -> StructuredOutputs:
         return value
     if not isinstance(value, Mapping):
         raise InvalidArgumentError("structured_outputs must be a StructuredOutputs, or a mapping of its fields")
-    unknown = [str(name) for name in value if name not in {field.name for field in fields(StructuredOutputs)}]
+    unknown = [name for name in value if name not in {field.name for field in fields(StructuredOutputs)}]
     if unknown:
-        raise InvalidArgumentError(f"structured_outputs has no field {unknown[0]!r}")
+        raise InvalidArgumentError(f"structured_outputs has no field {shown(unknown[0])}")
     return StructuredOutputs(**value)
 
 

@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyengine import fork
 from pyengine._sampler import logprobs
-from pyengine.arguments import INT32_MAX, integer
-from pyengine.errors import ContextFullError
+from pyengine.arguments import INT32_MAX, integer, shown
+from pyengine.engine_base import EngineBase
+from pyengine.errors import ContextFullError, InvalidArgumentError
 from pyengine.results import Score
 from pyengine.run.request import HIDDEN, LOGITS, Caller, RowsRequest
 from pyengine.run.stream import run_all
-from pyengine.text.prompts import is_batch, prompt_ids
+from pyengine.text.prompts import Prompt, is_batch, prompt_ids
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from pyengine import _core
     from pyengine.embeddings import Pooled
-    from pyengine.format.reader import FrozenFile
-    from pyengine.run.scheduler import Scheduler
-    from pyengine.text.tokenizer import Tokenizer
-
-Prompt = str | Sequence[int]
 
 # score, logits and embed may ask for a row of every position; this bounds the buffer (rows x vocab_size or dim x 4 bytes).
 ROWS_BYTES = 32 << 20
 
 
-class Scoring(ABC):
-    """The half of an `Engine` that reads texts and generates none. What it needs of the other half comes first."""
-
-    n_ctx: int
-    vocab_size: int
-    _file: FrozenFile
-    _scheduler: Scheduler
-
-    @property
-    @abstractmethod
-    def tokenizer(self) -> Tokenizer: ...
-
-    @abstractmethod
-    def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]: ...
-
-    @abstractmethod
-    def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]: ...
+class Scoring(EngineBase):
+    """The part of an `Engine` that reads texts and generates none."""
 
     def check_fits(self, ids: Sequence[int]) -> None:
         """Raises ContextFullError with both numbers if there are more tokens than the context holds."""
@@ -74,7 +53,7 @@ class Scoring(ABC):
             return []
         width = self.vocab_size if row_kind == LOGITS else self._file.config.dim
         most = max(16, ROWS_BYTES // (4 * width))
-        core_adapter, salt = self._adapted(adapter, cache_salt)
+        core_adapter, salt = self._adapters.of_request(adapter, cache_salt)
         return [
             RowsRequest(caller, ids, positions, take, max_rows=most, row_kind=row_kind, adapter=core_adapter, salt=salt)
         ]
@@ -123,7 +102,11 @@ class Scoring(ABC):
 
         ids = prompt_ids(None, tokens, vocab_size=self.vocab_size, n_ctx=self.n_ctx)
         most = len(ids) - 1
-        chosen = list(range(len(ids))) if positions is None else [integer("a position", p, 0, most) for p in positions]
+        if positions is None:
+            positions = range(len(ids))
+        elif not isinstance(positions, Iterable):
+            raise InvalidArgumentError(f"positions is a list of integers, not {shown(positions)}")
+        chosen = [integer("a position", position, 0, most) for position in positions]
         out = np.empty((len(chosen), self.vocab_size), np.float32)
         rows: dict[int, list[int]] = {}
         for row, position in enumerate(chosen):

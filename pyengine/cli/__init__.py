@@ -1,8 +1,9 @@
 """The command `pyengine`: one module a command, imported when it is the one that was asked for.
 
 Start-up time is a feature: this module imports nothing but `sys`, and no command imports what another one needs. A command is a
-module with `run(argv) -> int`. Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 refused or failed;
-2 wrong usage; 130 interrupted; 141 whoever read our output has gone.
+module with `run(argv) -> int`. Results go to stdout, everything else to stderr. Exit codes: 0 done; 2 the words of the command
+line are wrong, whatever they name (`UsageError`); 1 what they name, or this machine, will not do (all other exceptions);
+130 interrupted; 141 whoever read our output has gone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
 
 class UsageError(Exception):
-    """The command line itself is wrong: exit code 2."""
+    """The command line is wrong by its words alone: exit code 2. What a file, a model or this machine has to say against it is
+    a PyEngineError."""
 
 
 def overview() -> str:

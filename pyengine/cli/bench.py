@@ -18,7 +18,7 @@ from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
 from pyengine.cli.roofline import Bound, Roofline, Work
 from pyengine.cli.terminal import say
-from pyengine.errors import PyEngineError
+from pyengine.errors import ContextFullError, PyEngineError
 
 if TYPE_CHECKING:
     from pyengine import _core
@@ -166,7 +166,7 @@ class TextTest:
 
 
 def text_tests(args: argparse.Namespace, engine: Engine) -> list[TextTest]:
-    """Those of --file, without guesses and with them, for each of -n. Raises UsageError if the text does not fit."""
+    """Those of --file, without guesses and with them, for each of -n. Raises ContextFullError if the text does not fit."""
     if args.file is None:
         return []
     ids = engine.prompt_ids(options.prompt_text(args.file))
@@ -175,7 +175,8 @@ def text_tests(args: argparse.Namespace, engine: Engine) -> list[TextTest]:
         raise UsageError("-f: nothing to measure, -n is below 2")
     if len(ids) + max(args.n_gen) > engine.n_ctx:
         needed = len(ids) + max(args.n_gen)
-        raise UsageError(f"{args.file} and {max(args.n_gen)} tokens need a context of {needed}, the model's holds {engine.n_ctx}")
+        what = f"{args.file} and {max(args.n_gen)} tokens"
+        raise ContextFullError(f"{what} need a context of {needed}, the model's holds {engine.n_ctx}")
     return chosen
 
 
@@ -184,7 +185,7 @@ def _tokens(engine: Engine, n: int) -> list[int]:
 
 
 def tests(args: argparse.Namespace, n_ctx: int) -> list[Test]:
-    """Every test that was asked for. Raises UsageError if one does not fit the context."""
+    """Every test that was asked for. Raises ContextFullError if one does not fit."""
     chosen = [Test(n, 0, depth, 1) for depth in args.n_depth for n in args.n_prompt if n]
     chosen += [
         Test(0, n, depth, batch) for depth in args.n_depth for n in args.n_gen if n for batch in args.batch if batch
@@ -193,7 +194,7 @@ def tests(args: argparse.Namespace, n_ctx: int) -> list[Test]:
         raise UsageError("nothing to measure: -p and -n are both 0")
     for test in chosen:
         if (needed := test.depth + (test.n_prompt or test.n_gen)) > n_ctx:
-            raise UsageError(f"{test.label} needs a context of {needed}, the model's holds {n_ctx}")
+            raise ContextFullError(f"{test.label} needs a context of {needed}, the model's holds {n_ctx}")
     return chosen
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.cli import UsageError
+from pyengine.cli.errors import MissingExtraError
 
 Row = Mapping[str, Any]
 
@@ -26,12 +27,12 @@ def _lines(axes: Any, rows: Sequence[Row], x: str, other: str) -> None:
 
 
 def plot_rows(rows: Sequence[Row], path: str) -> None:
-    """Draw the generation tests. Raises UsageError without matplotlib or without such tests."""
+    """Draw the generation tests. Raises MissingExtraError without matplotlib, UsageError without such tests."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
+        raise MissingExtraError("--plot needs matplotlib: pip install matplotlib") from None
     generation = [row for row in rows if row["test"].startswith("tg")]
     if not generation:
         raise UsageError("--plot draws generation: -n must not be 0")

@@ -7,8 +7,8 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from pyengine.cli import EXIT_INTERRUPTED, UsageError, options, terminal
-from pyengine.errors import ContextFullError, TemplateError
+from pyengine.cli import EXIT_INTERRUPTED, options, terminal
+from pyengine.errors import ContextFullError, MissingFileError, TemplateError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -204,7 +204,7 @@ def run(argv: list[str]) -> int:
         adapter = None if args.lora is None else args.lora.load(engine)
         if options.load_prompt_cache(args, engine):
             if args.system is None:
-                raise UsageError("--prompt-cache: there is no such file, and no system prompt (--system) to be kept in it")
+                raise MissingFileError("--prompt-cache: there is no such file, and no system prompt (--system) to be kept in it")
             system = [{"role": "system", "content": args.system}]
             engine.save_prefix(engine.chat_ids(system, add_generation_prompt=False), args.prompt_cache)
         conversation = Conversation(engine, params, args.system, adapter)

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyengine.cli import UsageError, options
+from pyengine.cli import options
 from pyengine.cli.progress import ProgressLine
-from pyengine.errors import PyEngineError
+from pyengine.errors import InvalidArgumentError, PyEngineError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -65,7 +65,7 @@ def check_same_model(engine: Engine, model: Any, path: Path) -> None:
     """The halves of the sheet must speak of one model."""
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
         if engine.config[name] != getattr(model, name):
-            raise UsageError(
+            raise InvalidArgumentError(
                 f"{path} is not the model that was trained: its {name} is {engine.config[name]}, the run's {getattr(model, name)}"
             )
 

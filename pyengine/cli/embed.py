@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
-from pyengine.errors import ContextFullError
+from pyengine.errors import ContextFullError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:
-    """Raises UsageError for none, for two ways at once and for what is no UTF-8."""
+    """Raises UsageError for none and for two ways at once, InvalidArgumentError for a file without a line or that is no UTF-8."""
     from_stdin = args.texts == ["-"]
     if bool(args.texts) == (args.file is not None):
         raise UsageError("give texts, each in quotes, or a file with one a line: -f FILE, or - to read stdin")
@@ -52,7 +52,7 @@ def read_texts(args: argparse.Namespace) -> list[str]:
     lines = options.prompt_text("-" if from_stdin else args.file).split("\n")
     texts = [line for line in lines if line.strip()]
     if not texts:
-        raise UsageError(f"{args.file or 'stdin'} has no line that is not empty")
+        raise InvalidArgumentError(f"{args.file or 'stdin'} has no line that is not empty")
     return texts
 
 

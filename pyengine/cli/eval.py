@@ -15,6 +15,7 @@ from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
 from pyengine.cli.terminal import say, warn
 from pyengine.cli.text_file import Text, first_tokens
+from pyengine.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -124,7 +125,7 @@ def run_task(args: argparse.Namespace) -> int:
             # by bytes: only "\n" ends a line, and a text may hold what else Unicode calls the end of one
             task = read_task((line.decode("utf-8") for line in stream), name, args.limit)
         except UnicodeDecodeError as error:
-            raise UsageError(f"{name} is no UTF-8 text: {error.reason}") from None
+            raise InvalidArgumentError(f"{name} is no UTF-8 text: {error.reason}") from None
         engine = stack.enter_context(options.open_engine(args))
         line = stack.enter_context(ProgressLine("eval"))
         metrics = evaluate(engine, task, delimiter=args.delimiter, progress=line.update)
@@ -158,7 +159,7 @@ def run_text(args: argparse.Namespace) -> int:
         ctx = min(args.ctx, engine.n_ctx)
         tokens = first_tokens(partial(engine.tokenize, add_bos=False), Text(file, name), args.limit)
         if len(tokens) < 2:
-            raise UsageError(f"{args.file} has {len(tokens)} tokens, nothing to predict")
+            raise InvalidArgumentError(f"{args.file} has {len(tokens)} tokens, nothing to predict")
         tally = Tally()
         for tally in score_windows(engine, tokens, ctx, min(stride, ctx)):
             if tally.n_tokens:

@@ -15,7 +15,7 @@ from pyengine.cli import UsageError, options
 from pyengine.cli.progress import ProgressLine
 from pyengine.cli.terminal import say, warn
 from pyengine.cli.text_file import Text, first_tokens
-from pyengine.errors import PyEngineError
+from pyengine.errors import ExistingFileError, InvalidArgumentError, PyEngineError
 from pyengine.files import is_safetensors
 from pyengine.format.reader import FrozenFile
 from pyengine.hub import fetch, is_hub_name, parse
@@ -93,7 +93,7 @@ def refuse_frozen(source: Path) -> None:
             pass
     except PyEngineError:  # freeze says what is wrong
         return
-    raise UsageError(f"{source} is already frozen")
+    raise InvalidArgumentError(f"{source} is already frozen")
 
 
 def run(argv: list[str]) -> int:
@@ -123,9 +123,9 @@ def find_source(args: argparse.Namespace) -> None:
     if not args.source.exists():
         raise FileNotFoundError(2, "there is no such file or directory", str(args.source))
     if args.output.is_dir():
-        raise UsageError(f"{args.output} is a directory; -o names the file to write")
+        raise ExistingFileError(f"{args.output} is a directory; -o names the file to write")
     if args.output.exists() and not args.force:
-        raise UsageError(f"{args.output} exists; --force replaces it")
+        raise ExistingFileError(f"{args.output} exists; --force replaces it")
     refuse_frozen(args.source)
 
 
@@ -158,12 +158,12 @@ def run_freeze(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def quality_text(name: str) -> Iterator[Text]:
-    """The text that --quality names, its beginning read. Raises UsageError for one that is empty or no UTF-8."""
+    """The text that --quality names, its beginning read. Raises InvalidArgumentError for one that is empty or no UTF-8."""
     with contextlib.ExitStack() as stack:
         text = Text(options.stdin().buffer if name == "-" else stack.enter_context(open(name, "rb")), name)
         text.read(1 << 16)
         if not text.text:
-            raise UsageError(f"{name} is empty: there is nothing to measure quality on")
+            raise InvalidArgumentError(f"{name} is empty: there is nothing to measure quality on")
         yield text
 
 
@@ -183,7 +183,7 @@ def opened_source(args: argparse.Namespace) -> Iterator[SourceModel]:
 
 def text_windows(source: SourceModel, text: Text, n_tokens: int) -> TokenIds:
     """The windows of the first n_tokens positions: token ids (n_windows, length), each with BOS in front if the model wants it.
-    Raises UsageError if the text has no whole one."""
+    Raises InvalidArgumentError if the text has no whole one."""
     from pyengine.eval.quality import cut_windows, window_length
     from pyengine.format.strict_json import parse_json_object
     from pyengine.text.tokenizer import Tokenizer
@@ -201,7 +201,7 @@ def text_windows(source: SourceModel, text: Text, n_tokens: int) -> TokenIds:
     tokens = first_tokens(partial(tokenizer.encode, add_bos=False), text, wanted)
     windows = cut_windows(tokens, length, bos)
     if not len(windows):
-        raise UsageError(
+        raise InvalidArgumentError(
             f"{text.name} has {len(tokens)} tokens, too few for a window of {length}; give a longer text, or a smaller "
             "--quality-tokens"
         )

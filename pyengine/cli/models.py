@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.terminal import say
-from pyengine.errors import HubError, MissingFileError, PyEngineError
+from pyengine.errors import HubError, InvalidArgumentError, MissingFileError, PyEngineError
 
 if TYPE_CHECKING:
     from pyengine.freeze.cache import Entry
@@ -116,7 +116,7 @@ def hub_items() -> list[Item]:
 
 
 def chosen(items: list[Item], names: list[str]) -> list[Item]:
-    """Items by name. Raises MissingFileError, UsageError."""
+    """Items by name. Raises MissingFileError, InvalidArgumentError, UsageError."""
     found: list[Item] = []
     for name in names:
         matches = _of_hub(items, name) if name.startswith("hf:") else _by_beginning(items, name)
@@ -146,11 +146,11 @@ def _is_revision(item: Item, revision: str | None) -> bool:
 
 
 def _by_beginning(items: list[Item], name: str) -> list[Item]:
-    """The frozen model of that name, or the only one that begins so."""
+    """The frozen model of that name, or the only one that begins so. Raises InvalidArgumentError if several do."""
     own = [item for item in items if item.kind != "hub" and item.name.startswith(name)]
     exact = [item for item in own if item.name == name]
     if len(own) > 1 and not exact:
-        raise UsageError(f"{name} begins {len(own)} names: {', '.join(item.name for item in own)}")
+        raise InvalidArgumentError(f"{name} begins {len(own)} names: {', '.join(item.name for item in own)}")
     return exact or own
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -13,7 +14,14 @@ from pyengine.cli.parser import count_list as count_list
 from pyengine.cli.parser import natural as natural
 from pyengine.cli.parser import positive as positive
 from pyengine.cli.parser import seconds as seconds
-from pyengine.errors import InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from pyengine.errors import (
+    InvalidArgumentError,
+    MissingFileError,
+    ModelFormatError,
+    PyEngineError,
+    UnsupportedISAError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,7 +127,7 @@ def load_prompt_cache(args: argparse.Namespace, engine: Engine) -> bool:
     if not os.path.exists(args.prompt_cache):
         folder = os.path.dirname(args.prompt_cache) or "."
         if not args.prompt_cache or not os.path.isdir(folder):  # said now, and not when all has been computed
-            raise UsageError(f"--prompt-cache {args.prompt_cache!r}: there is no directory to write it to")
+            raise MissingFileError(f"--prompt-cache {args.prompt_cache!r}: there is no directory to write it to")
         return True
     engine.load_prefix(args.prompt_cache)
     return False
@@ -255,14 +263,23 @@ def check_draft_model(args: argparse.Namespace) -> None:
         raise UsageError("--draft-model would have no effect: --speculative says that nothing is guessed")
 
 
+# A backslash and what belongs to it, whole or not: Python then says what is missing.
+_ESCAPE = re.compile(
+    r"\\(N\{[^}]*\}?|x[0-9a-fA-F]{0,2}|u[0-9a-fA-F]{0,4}|U[0-9a-fA-F]{0,8}|[0-7]{1,3}|.|$)", re.DOTALL
+)
+
+
 def unescape(text: str) -> str:
-    r"""Escapes as in a Python literal; characters beyond Latin-1 stay what they are."""
+    r"""Escapes as in a Python literal, unknown ones as they are written. Raises UsageError for half an escape."""
     import warnings
+
+    def meant(escape: re.Match[str]) -> str:
+        return escape[0].encode("ascii").decode("unicode_escape") if escape[0].isascii() else escape[0]
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an unknown escape stays as it is written
-            return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+            warnings.simplefilter("ignore")  # of unknown escapes
+            return _ESCAPE.sub(meant, text)
     except UnicodeDecodeError as error:
         raise UsageError(f"--escape: {error.reason} in {text!r}") from None
 
@@ -283,7 +300,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         if text is not None:
             options["structured_outputs"] = {name: _text_or_file(option, text)}
     if args.json_schema is not None:
-        _check_json(options["structured_outputs"]["json"])
+        _check_json(args.json_schema, options["structured_outputs"]["json"])
     try:
         return SamplingParams(**options)
     except InvalidArgumentError as error:
@@ -291,8 +308,8 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
-    """The prompt that was given in one of the four ways, None if none was. Raises UsageError for several, and for what is no
-    UTF-8."""
+    """The prompt that was given in one of the four ways, None if none was. Raises UsageError for several,
+    InvalidArgumentError for a file that is no UTF-8."""
     given = [value for value in (args.prompt, args.prompt_option, args.file) if value is not None]
     if not given:
         return None
@@ -312,7 +329,7 @@ def checked_text(text: str, name: str) -> str:
 
 
 def prompt_text(path: str) -> str:
-    """The text of a file, - = standard input, less its final newline. Raises UsageError if it is no UTF-8."""
+    """The text of a file, - = standard input, less its final newline. Raises InvalidArgumentError if it is no UTF-8."""
     if path == "-":
         data = stdin().buffer.read()
     else:
@@ -322,18 +339,20 @@ def prompt_text(path: str) -> str:
         text: str = data.decode("utf-8-sig")  # some editors begin a text with a mark of its encoding
     except UnicodeDecodeError as error:
         name = "stdin" if path == "-" else path
-        raise UsageError(f"{name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+        raise InvalidArgumentError(f"{name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 
-def _check_json(text: str) -> None:
-    """What is no JSON is most often a shell's doing, and said at once. Raises UsageError."""
+def _check_json(given: str, text: str) -> None:
+    """What is no JSON is most often a shell's doing, and said at once. Raises UsageError, or InvalidArgumentError for the text
+    of a file."""
     import json
 
     try:
         json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--json-schema is no JSON: {error}") from None
+        kind = InvalidArgumentError if given.startswith("@") else UsageError
+        raise kind(f"--json-schema is no JSON: {error}") from None
 
 
 def _text_or_file(option: str, text: str) -> str:
@@ -373,16 +392,15 @@ def naming(path: object) -> Iterator[None]:
 
 
 def select_isa(name: str | None) -> None:
-    """Use this instruction set from now on. Raises UsageError with the ones that there are."""
+    """Use this instruction set from now on. Raises UnsupportedISAError with the ones that there are."""
     if name is None:
         return
     from pyengine import _core
-    from pyengine.errors import UnsupportedISAError
 
     try:
         _core.select_isa(name)
     except (UnsupportedISAError, InvalidArgumentError):
-        raise UsageError(f"--isa {name}: this machine runs {', '.join(_core.available_isas())}") from None
+        raise UnsupportedISAError(f"--isa {name}: this machine runs {', '.join(_core.available_isas())}") from None
 
 
 def open_engine(args: argparse.Namespace, **more: Any) -> Engine:
@@ -409,11 +427,11 @@ def show_warnings() -> None:
 
 
 def stdin() -> TextIO:
-    """Standard input. Raises UsageError if whoever started us has closed it."""
+    """Standard input. Raises PyEngineError if whoever started us has closed it."""
     import sys
 
     if sys.stdin is None:
-        raise UsageError("standard input is closed")
+        raise PyEngineError("standard input is closed")
     return sys.stdin
 
 

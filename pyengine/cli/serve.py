@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyengine.cli import UsageError, options
 from pyengine.cli.errors import MissingExtraError
-from pyengine.errors import MissingFileError, PyEngineError
+from pyengine.errors import InvalidArgumentError, MissingFileError, PyEngineError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -190,7 +190,7 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
     from pyengine.cli.errors import report
 
     if not hasattr(os, "sched_setaffinity") or not hasattr(socket, "SO_REUSEPORT"):
-        raise UsageError("--processes needs an operating system that pins processes to CPUs")
+        raise PyEngineError("--processes needs an operating system that pins processes to CPUs")
     from pyengine.serve import server
     from pyengine.serve.processes import Child, Parent, shares
     from pyengine.serve.shared_store import Links
@@ -198,7 +198,7 @@ def _run_processes(args: argparse.Namespace, settings: Settings, named: NamedPat
 
     cpus = sorted(os.sched_getaffinity(0))
     if args.processes > len(cpus):
-        raise UsageError(f"--processes {args.processes}: there are {len(cpus)} CPUs, and every process has its own")
+        raise InvalidArgumentError(f"--processes {args.processes}: there are {len(cpus)} CPUs, and every process has its own")
     server.reserve(args.host, args.port).close()  # nobody else has it, not even to share
     reserved = server.reserve(args.host, args.port, shared=True)
     port, family, links = reserved.getsockname()[1], new_family(), Links(args.processes)
@@ -263,7 +263,7 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         keys = tuple(line.strip() for line in file if line.strip())
     if not keys:
-        raise UsageError(f"--api-key-file {path} holds no key")
+        raise InvalidArgumentError(f"--api-key-file {path} holds no key")
     return keys
 
 

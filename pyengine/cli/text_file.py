@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Callable
 from typing import BinaryIO
 
-from pyengine.cli import UsageError
+from pyengine.errors import InvalidArgumentError
 
 SPARE_TOKENS = 64
 
@@ -23,7 +23,7 @@ class Text:
         self.is_whole = False
 
     def read(self, n_bytes: int = -1) -> None:
-        """Add n_bytes more (all that is left if negative) to `text`. Raises UsageError for what is no UTF-8."""
+        """Add n_bytes more (all that is left if negative) to `text`. Raises InvalidArgumentError for what is no UTF-8."""
         data = self._file.read(n_bytes)
         self.is_whole = n_bytes < 0 or len(data) < n_bytes
         pending = len(self._decoder.getstate()[0])
@@ -31,7 +31,7 @@ class Text:
             self.text += self._decoder.decode(data, final=self.is_whole)
         except UnicodeDecodeError as error:
             at = self._n_decoded - pending + error.start
-            raise UsageError(f"{self.name} is no UTF-8 text: byte {at} is {error.object[error.start]:#04x}") from None
+            raise InvalidArgumentError(f"{self.name} is no UTF-8 text: byte {at} is {error.object[error.start]:#04x}") from None
         self._n_decoded += len(data)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import INT32_MAX, integer
 from ..errors import InvalidArgumentError, ModelFormatError, system_errors
 from ..files import is_safetensors, open_regular, path_of
 
@@ -163,8 +164,8 @@ def freeze(
         raise InvalidArgumentError(f"the model's name must be a string, not {type(name).__name__}")
     if progress is not None and not callable(progress):
         raise InvalidArgumentError(f"progress must be callable, not {type(progress).__name__}")
-    if n_ctx is not None and (type(n_ctx) is not int or n_ctx < 1):
-        raise InvalidArgumentError(f"n_ctx must be a positive integer or None, not {n_ctx!r:.80}")
+    if n_ctx is not None:
+        n_ctx = integer("n_ctx", n_ctx, 1, INT32_MAX)
     output = Path(path_of(output))
     adapters = _checked_adapters(lora)
     with (

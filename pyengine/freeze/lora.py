@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import shown
 from ..errors import InvalidArgumentError, MissingFileError, ModelFormatError, UnsupportedModelError
 from ..files import path_of, read_regular
 from ..format.strict_json import parse_json_object
@@ -68,7 +69,7 @@ def adapter(given: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
     """A directory, or (directory, scale). Raises InvalidArgumentError."""
     path, scale = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
     if type(scale) not in (int, float) or not abs(scale) <= sys.float_info.max:  # NaN is not; no float is made of an integer
-        raise InvalidArgumentError(f"the scale of an adapter must be a finite number, not {scale!r:.80}")
+        raise InvalidArgumentError(f"the scale of an adapter must be a finite number, not {shown(scale)}")
     return Adapter(Path(path_of(path)), float(scale))
 
 

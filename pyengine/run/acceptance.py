@@ -13,6 +13,7 @@ from array import array
 # they have none that is likely, another one, another one that is likely, the same.
 N_RANGES = 8
 ALONE, AGAINST, AGAINST_LIKELY, WITH = range(4)
+N_BUCKETS = 4 * N_RANGES
 # From which chance on the n-grams' guess counts there.
 WEAK, LIKELY = 0.25, 0.5
 # Prior: what is assumed at first counts like so many guesses of all texts, and what all texts taught like so many of one.
@@ -93,74 +94,51 @@ class FirstGuesses:
         self._n_accepted[slot] = self._n_accepted[slot] * SHARED_DECAY + accepted
 
 
-class AcceptanceStats:
-    """What texts teach about one network: of one text, over those of all texts like it (`shared`), or (shared=None) of all."""
+class SharedAcceptance:
+    """What all texts taught about one network's guesses."""
 
-    def __init__(self, shared: AcceptanceStats | None = None) -> None:
-        self.shared = shared
-        # Of all texts: guesses, and those accepted, by bucket. Of one text: those accepted, and how many `shared` expected.
-        n_buckets = 4 * N_RANGES if shared is None else 0
-        self._n = [FIRST_WEIGHT] * n_buckets
-        self._n_accepted = [FIRST_WEIGHT * _first_chance(bucket) for bucket in range(n_buckets)]
-        self._accepted = self._expected = OWN_WEIGHT
-        # First guesses likewise: of all texts by salt and the token before, and the mean; of one text, accepted and expected.
+    def __init__(self) -> None:
+        # Guesses, and those of them that were accepted, by bucket.
+        self._n = [FIRST_WEIGHT] * N_BUCKETS
+        self._n_accepted = [FIRST_WEIGHT * _first_chance(bucket) for bucket in range(N_BUCKETS)]
+        # First guesses: by salt and the token before, and the share of all that was accepted.
         self._firsts: dict[bytes, FirstGuesses] = {}
         self._mean_first = _first_chance(guess_bucket(0.5, ALONE))
-        self._first_accepted = self._first_expected = OWN_FIRST_WEIGHT
-        # Of all texts, by place: the mean gain, of how many questions; positions until the next try, and how many after that.
-        n_places = N_PLACES if shared is None else 0
-        self._gain, self._n_asked = [_first_gain(i) for i in range(n_places)], [FIRST_GAIN_WEIGHT] * n_places
-        self._n_skip, self._pause = [0] * n_places, [FIRST_PAUSE] * n_places
-        self._silent_until = 0  # of one text: its length when it may be asked again
+        # By place: the mean gain, of how many questions; positions until the next try, and how many after that.
+        self._gain, self._n_asked = [_first_gain(i) for i in range(N_PLACES)], [FIRST_GAIN_WEIGHT] * N_PLACES
+        self._n_skip, self._pause = [0] * N_PLACES, [FIRST_PAUSE] * N_PLACES
 
     def chance(self, bucket: int) -> float:
-        """That a guess of this bucket is accepted: as of all texts, times how much more often this one's are."""
-        if self.shared is None:
-            return self._n_accepted[bucket] / self._n[bucket]
-        return min(self.shared.chance(bucket) * self._accepted / self._expected, SUREST)
+        """That a guess of this bucket is accepted."""
+        return self._n_accepted[bucket] / self._n[bucket]
 
     def learn(self, bucket: int, accepted: bool) -> None:
         """A guess of this bucket came true, or did not."""
-        if self.shared is None:
-            self._n[bucket] = self._n[bucket] * SHARED_DECAY + 1.0
-            self._n_accepted[bucket] = self._n_accepted[bucket] * SHARED_DECAY + accepted
-            return
-        self._accepted += (1.0 - DECAY) * (OWN_WEIGHT - self._accepted) + accepted
-        self._expected += (1.0 - DECAY) * (OWN_WEIGHT - self._expected) + self.shared.chance(bucket)
-        self.shared.learn(bucket, accepted)
+        self._n[bucket] = self._n[bucket] * SHARED_DECAY + 1.0
+        self._n_accepted[bucket] = self._n_accepted[bucket] * SHARED_DECAY + accepted
 
     def first_chance(self, token: int, salt: bytes) -> float:
         """That the network's first guess behind this token of a text under this salt is accepted, as far as that is known before
         it is asked."""
-        if self.shared is not None:
-            return min(self.shared.first_chance(token, salt) * self._first_accepted / self._first_expected, SUREST)
         known = self._firsts.get(salt)
         return self._mean_first if known is None else known.chance(token, self._mean_first)
 
     def learn_first(self, token: int, salt: bytes, accepted: bool) -> None:
         """The first guess behind this token of a text under this salt came true, or did not."""
-        if self.shared is None:
-            if salt not in self._firsts:
-                while len(self._firsts) >= MAX_SALTS:
-                    self._firsts.pop(next(iter(self._firsts)))
-                self._firsts[salt] = FirstGuesses()
-            self._firsts[salt].learn(token, accepted)
-            self._mean_first += MEAN_RATE * (accepted - self._mean_first)
-            return
-        expected = self.shared.first_chance(token, salt)
-        self._first_accepted += (1.0 - DECAY) * (OWN_FIRST_WEIGHT - self._first_accepted) + accepted
-        self._first_expected += (1.0 - DECAY) * (OWN_FIRST_WEIGHT - self._first_expected) + expected
-        self.shared.learn_first(token, salt, accepted)
+        if salt not in self._firsts:
+            while len(self._firsts) >= MAX_SALTS:
+                self._firsts.pop(next(iter(self._firsts)))
+            self._firsts[salt] = FirstGuesses()
+        self._firsts[salt].learn(token, accepted)
+        self._mean_first += MEAN_RATE * (accepted - self._mean_first)
 
     def is_worth_reading(self, place: int, n_outputs: int) -> bool:
         """Whether to ask at this place of a text that the network must read first, after so many tokens of its output."""
         return self._gain[place] > 0 or n_outputs >= FIRST_TRY
 
-    def asks(self, place: int, n_tokens: int) -> bool:
-        """Whether to ask at this place of a text of n_tokens tokens. Where that does not pay it is tried now and then, so every
-        position must come here once."""
-        if self.shared is not None:
-            return n_tokens >= self._silent_until and self.shared.asks(place, n_tokens)
+    def asks(self, place: int) -> bool:
+        """Whether to ask at this place. Where that does not pay it is tried now and then, so every position must come here
+        once."""
         if self._gain[place] > 0 or self._n_skip[place] == 0:
             return True
         self._n_skip[place] -= 1
@@ -168,15 +146,63 @@ class AcceptanceStats:
 
     def note_gain(self, place: int, gain: float) -> None:
         """What asking there brought: the logarithm of how much faster the text is expected to become, less what asking cost."""
-        stats = self if self.shared is None else self.shared
-        stats._n_asked[place] += 1
-        stats._gain[place] += max(RATE, 1.0 / stats._n_asked[place]) * (gain - stats._gain[place])
-        if stats._gain[place] > 0:
-            stats._pause[place] = FIRST_PAUSE
+        self._n_asked[place] += 1
+        self._gain[place] += max(RATE, 1.0 / self._n_asked[place]) * (gain - self._gain[place])
+        if self._gain[place] > 0:
+            self._pause[place] = FIRST_PAUSE
         else:
-            stats._n_skip[place] = stats._pause[place]
-            stats._pause[place] = min(2 * stats._pause[place], LONGEST_PAUSE)
+            self._n_skip[place] = self._pause[place]
+            self._pause[place] = min(2 * self._pause[place], LONGEST_PAUSE)
+
+
+class _Ratio:
+    """How much more often guesses of one text are accepted than those of all texts: both counted, older ones less."""
+
+    def __init__(self, weight: float) -> None:
+        self._weight = weight  # of "as often", in guesses
+        self._accepted = self._expected = weight
+
+    def times(self, chance: float) -> float:
+        """The chance of this text's guess, from that of all texts."""
+        return min(chance * self._accepted / self._expected, SUREST)
+
+    def learn(self, accepted: bool, expected: float) -> None:
+        """A guess came true or did not, and the chance that all texts gave it."""
+        self._accepted += (1.0 - DECAY) * (self._weight - self._accepted) + accepted
+        self._expected += (1.0 - DECAY) * (self._weight - self._expected) + expected
+
+
+class TextAcceptance:
+    """What one text taught about one network's guesses, over what all texts did (`shared`), which it teaches, too."""
+
+    def __init__(self, shared: SharedAcceptance) -> None:
+        self.shared = shared
+        self._ratio = _Ratio(OWN_WEIGHT)
+        self._first_ratio = _Ratio(OWN_FIRST_WEIGHT)
+        self._silent_until = 0  # the text's length, in tokens, when the network may be asked again
+
+    def chance(self, bucket: int) -> float:
+        """That a guess of this bucket is accepted."""
+        return self._ratio.times(self.shared.chance(bucket))
+
+    def learn(self, bucket: int, accepted: bool) -> None:
+        """A guess of this bucket came true, or did not."""
+        self._ratio.learn(accepted, self.shared.chance(bucket))
+        self.shared.learn(bucket, accepted)
+
+    def first_chance(self, token: int, salt: bytes) -> float:
+        """As of SharedAcceptance, of this text."""
+        return self._first_ratio.times(self.shared.first_chance(token, salt))
+
+    def learn_first(self, token: int, salt: bytes, accepted: bool) -> None:
+        """The first guess behind this token of the text came true, or did not."""
+        self._first_ratio.learn(accepted, self.shared.first_chance(token, salt))
+        self.shared.learn_first(token, salt, accepted)
+
+    def asks(self, place: int, n_tokens: int) -> bool:
+        """Whether to ask at this place of the text when it has n_tokens tokens. Every position must come here once."""
+        return n_tokens >= self._silent_until and self.shared.asks(place)
 
     def suspend(self, n_tokens: int) -> None:
-        """It failed: nothing is asked for a while."""
+        """The network failed: it is not asked for a while."""
         self._silent_until = n_tokens + LONGEST_PAUSE

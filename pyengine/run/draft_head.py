@@ -16,14 +16,14 @@ from pyengine.run.proposer import DraftState, Proposer
 if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import DraftStats
-    from pyengine.run.acceptance import AcceptanceStats
+    from pyengine.run.acceptance import SharedAcceptance
     from pyengine.run.request import GenerationRequest
 
 
 class HeadState(DraftState):
     """Hidden states of one text, float32 (dim)."""
 
-    def __init__(self, shared: AcceptanceStats) -> None:
+    def __init__(self, shared: SharedAcceptance) -> None:
         super().__init__(shared)
         self.known: tuple[int, array[float]] = (0, array("f"))  # the model's, and the length of the text that it belongs to
         self.ahead = array("f")  # the head's own, after the guesses so far

@@ -15,7 +15,7 @@ from pyengine.run.proposer import DraftState, Proposer
 if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import DraftStats
-    from pyengine.run.acceptance import AcceptanceStats
+    from pyengine.run.acceptance import SharedAcceptance
     from pyengine.run.request import GenerationRequest
 
 # Tokens of a text that the draft model computes in one step at most, so that nobody waits long for it.
@@ -25,7 +25,7 @@ MAX_CATCH_UP = 256
 class ModelState(DraftState):
     """How far the draft model has come with one text."""
 
-    def __init__(self, shared: AcceptanceStats, sequence: _core.Sequence) -> None:
+    def __init__(self, shared: SharedAcceptance, sequence: _core.Sequence) -> None:
         super().__init__(shared)
         self.sequence = sequence
         self.n_sure = sequence.length  # of its tokens: a beginning of the text

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 from pyengine import fork
 from pyengine.errors import PyEngineError
-from pyengine.run.acceptance import AcceptanceStats, guess_bucket, place, relation
+from pyengine.run.acceptance import SharedAcceptance, TextAcceptance, guess_bucket, place, relation
 
 if TYPE_CHECKING:
     from pyengine import _core
@@ -49,8 +49,8 @@ class Guess(NamedTuple):
 class DraftState:
     """What a proposer keeps of one text. shared: what it knows of texts like it."""
 
-    def __init__(self, shared: AcceptanceStats) -> None:
-        self.acceptance = AcceptanceStats(shared)
+    def __init__(self, shared: SharedAcceptance) -> None:
+        self.acceptance = TextAcceptance(shared)
         self.chance = FIRST_CHANCE  # of its guesses lately, as far as is known
         self.pending: list[Guess] = []  # of which nothing was learnt so far
         self.pending_at = 0  # length of the text before the first of them
@@ -70,8 +70,8 @@ class Proposer(ABC):
         self.stats = stats
         self._choose_lengths = _draft.choose
         self.new_builder = DraftBuilder
-        self._plain = AcceptanceStats()  # of texts without an adapter
-        self._adapted: WeakKeyDictionary[_core.Adapter, AcceptanceStats] = WeakKeyDictionary()
+        self._plain = SharedAcceptance()  # of texts without an adapter
+        self._adapted: WeakKeyDictionary[_core.Adapter, SharedAcceptance] = WeakKeyDictionary()
         # What one of its steps takes, lately: the first of a draft, which finds its weights in no cache, with all that an answer
         # costs beside its steps; and later ones.
         self._seconds: list[float | None] = [None, None]
@@ -190,13 +190,13 @@ class Proposer(ABC):
 
     # ------------------------------------------------------------ whether it pays
 
-    def acceptance(self, request: GenerationRequest) -> AcceptanceStats:
+    def acceptance(self, request: GenerationRequest) -> SharedAcceptance:
         """Of all texts with the request's adapter: another one makes another model of it."""
         if request.adapter is None:
             return self._plain
         found = self._adapted.get(request.adapter)
         if found is None:
-            found = self._adapted[request.adapter] = AcceptanceStats()
+            found = self._adapted[request.adapter] = SharedAcceptance()
         return found
 
     @staticmethod
@@ -234,7 +234,7 @@ class Proposer(ABC):
             return  # nothing is known so far
         net_gain = (gain - without - math.log1p(spent / step)) * n_rows / len(builders)
         for builder in builders:
-            builder.draft_state.acceptance.note_gain(builder.place, net_gain)
+            builder.draft_state.acceptance.shared.note_gain(builder.place, net_gain)
 
     def _note_seconds(self, is_later: bool, seconds: float) -> float:
         """A step took so long; what such steps take lately."""

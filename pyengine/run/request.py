@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pyengine._sampler import Sampler
+from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError
 from pyengine.run.output import Output
 
@@ -328,7 +329,7 @@ def check_salt(salt: str | bytes | None, adapter: bytes = b"") -> bytes:
     """16 bytes that stand for a caller's salt and for the digest (16 bytes) of an adapter; texts under different salts, or with
     different adapters, share no cached page. Raises InvalidArgumentError."""
     if salt is not None and (not isinstance(salt, (str, bytes)) or not salt):
-        raise InvalidArgumentError(f"cache_salt must be a string that is not empty, not {salt!r}")
+        raise InvalidArgumentError(f"cache_salt must be a string that is not empty, not {shown(salt)}")
     if salt is None and not adapter:
         return bytes(16)
     import hashlib

@@ -58,10 +58,11 @@ class EmbeddingsCall:
             )
         return self.requests
 
-    async def finish(self, exchange: Exchange, job: Job) -> None:
-        """Wait for all vectors. Raises the first error of one of its requests."""
+    async def finish(self, app: App, exchange: Exchange, job: Job) -> None:
+        """Wait for all vectors, and count what they took. Raises the first error of one of its requests."""
         await work.finish(job)
         self.seconds = time.monotonic() - self.started
+        app.metrics.note_prompt(self.model.name, self.n_tokens, self.n_cached)
         exchange.notes["prompt"], exchange.notes["cached"] = self.n_tokens, self.n_cached
 
     @property
@@ -134,5 +135,5 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
 async def embeddings(app: App, exchange: Exchange) -> None:
     call = parse(app, exchange, await app.fields(exchange, FIELDS))
     async with app.job(exchange, call.model, call.make) as job:
-        await call.finish(exchange, job)
+        await call.finish(app, exchange, job)
     await exchange.reply(200, await asyncio.to_thread(call.body), b"application/json")

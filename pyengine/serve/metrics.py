@@ -36,7 +36,9 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens", labels, registry=registry)
+        self.prompt_tokens = Counter(
+            "vllm:prompt_tokens", "Prompt tokens, and those of texts to embed", labels, registry=registry
+        )
         self.generation_tokens = Counter("vllm:generation_tokens", "Output tokens", labels, registry=registry)
         self.cache_queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up", labels, registry=registry)
         self.cache_hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found", labels, registry=registry)
@@ -86,16 +88,20 @@ class Metrics:
         stored_bytes = Gauge("pyengine:stored_responses_bytes", "Bytes that they count as", registry=self.registry)
         stored_bytes.set_function(lambda: store.n_bytes)
 
+    def note_prompt(self, model: str, n_tokens: int, n_cached: int) -> None:
+        """A prompt was computed, or texts to embed: n_tokens, of which n_cached were found in the cache."""
+        self.prompt_tokens.labels(model).inc(n_tokens)
+        self.cache_queries.labels(model).inc(n_tokens)
+        self.cache_hits.labels(model).inc(n_cached)
+
     def note(self, model: str, result: Generation) -> None:
         """One output has ended."""
         timings = result.timings
+        self.note_prompt(model, timings.prompt_tokens, timings.cached_tokens)
         self.success.labels(model, result.finish_reason).inc()
-        self.prompt_tokens.labels(model).inc(timings.prompt_tokens)
         self.generation_tokens.labels(model).inc(timings.generated_tokens)
         self.prompt_lengths.labels(model).observe(timings.prompt_tokens)
         self.output_lengths.labels(model).observe(timings.generated_tokens)
-        self.cache_queries.labels(model).inc(timings.prompt_tokens)
-        self.cache_hits.labels(model).inc(timings.cached_tokens)
         self.drafted.labels(model).inc(timings.drafted_tokens)
         self.accepted.labels(model).inc(timings.accepted_tokens)
         self.first_token.labels(model).observe(timings.time_to_first_token)

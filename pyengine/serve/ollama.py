@@ -151,7 +151,7 @@ async def embed(app: App, exchange: Exchange) -> None:
     fields.take("options")
     fields.end()
     async with app.job(exchange, model, call.make) as job:
-        await call.finish(exchange, job)
+        await call.finish(app, exchange, job)
 
     def body() -> bytes:
         """In a thread, since many vectors are long."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from pyengine.errors import ContextFullError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from pyengine.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]  # text, or token ids
 
 # Below this many characters a position, a text is tokenized without a look at the vocabulary's longest token.
 _CHARACTERS_PER_POSITION = 16

@@ -17,7 +17,8 @@ from pyengine.run.acceptance import (
     MAX_SALTS,
     N_PLACES,
     WITH,
-    AcceptanceStats,
+    SharedAcceptance,
+    TextAcceptance,
     guess_bucket,
     place,
     relation,
@@ -29,22 +30,22 @@ SALT = bytes(16)  # of texts without one
 
 def test_a_guess_is_believed_as_often_as_its_like_came_true() -> None:
     rng = random.Random(1)
-    shared = AcceptanceStats()
+    shared = SharedAcceptance()
     truth = {guess_bucket(p, r): 0.1 + 0.8 * p * (r != AGAINST_LIKELY) for p in (0.1, 0.4, 0.9) for r in (ALONE, AGAINST_LIKELY)}
     for _ in range(20):
-        text = AcceptanceStats(shared)
+        text = TextAcceptance(shared)
         for _ in range(100):
             bucket = rng.choice(list(truth))
             text.learn(bucket, rng.random() < truth[bucket])
     for bucket, chance in truth.items():
         assert shared.chance(bucket) == pytest.approx(chance, abs=0.1)  # of some 300 guesses: three standard errors
-    worse = AcceptanceStats(shared)
+    worse = TextAcceptance(shared)
     before = [worse.chance(bucket) for bucket in truth]
     for _ in range(40):
         worse.learn(guess_bucket(0.9, ALONE), False)
     assert shared.chance(guess_bucket(0.9, ALONE)) > 0.5  # the others taught more,
     assert [worse.chance(bucket) < 0.3 * chance for bucket, chance in zip(truth, before, strict=True)] == [True] * len(truth)
-    assert AcceptanceStats(shared).chance(guess_bucket(0.1, ALONE)) == before[0]  # and other kinds have learnt nothing
+    assert TextAcceptance(shared).chance(guess_bucket(0.1, ALONE)) == before[0]  # and other kinds have learnt nothing
 
 
 def test_how_a_guess_stands_to_that_of_n_grams() -> None:
@@ -64,27 +65,27 @@ def test_a_position_has_its_place() -> None:
 
 def test_first_guesses_are_counted_by_the_token_before_them() -> None:
     rng = random.Random(3)
-    shared = AcceptanceStats()
+    shared = SharedAcceptance()
     truth = {5: 0.9, 6: 0.5, 7: 0.1}
     for _ in range(20):
-        text = AcceptanceStats(shared)
+        text = TextAcceptance(shared)
         for token in truth:
             for _ in range(20):
                 text.learn_first(token, SALT, rng.random() < truth[token])
     for token, chance in truth.items():
         assert shared.first_chance(token, SALT) == pytest.approx(chance, abs=0.08)  # of 400: three standard errors
     assert 0.3 < shared.first_chance(8, SALT) < 0.7  # of a token that never was: the mean
-    worse = AcceptanceStats(shared)
+    worse = TextAcceptance(shared)
     for _ in range(30):
         worse.learn_first(5, SALT, False)
-    before = AcceptanceStats(shared).first_chance(6, SALT)
+    before = TextAcceptance(shared).first_chance(6, SALT)
     assert worse.first_chance(6, SALT) < 0.5 * before  # one text tells of itself at other tokens, too
 
 
 def test_what_is_counted_by_token_stays_under_its_salt() -> None:
     """Or a caller could tell by the time of his own text which tokens others' texts have, and what follows them."""
-    shared, others = AcceptanceStats(), b"others".ljust(16)
-    text = AcceptanceStats(shared)
+    shared, others = SharedAcceptance(), b"others".ljust(16)
+    text = TextAcceptance(shared)
     for _ in range(100):
         text.learn_first(5, SALT, False)
         text.learn_first(6, SALT, True)
@@ -112,15 +113,15 @@ def test_a_proposer_counts_tokens_under_the_salt_of_the_text() -> None:
 
 @pytest.mark.parametrize("gain", [-0.06, 0.02])
 def test_what_does_not_pay_is_asked_ever_more_rarely(gain: float) -> None:
-    shared = AcceptanceStats()
+    shared = SharedAcceptance()
     asked = []
     for _ in range(4):
-        text = AcceptanceStats(shared)
+        text = TextAcceptance(shared)
         times = []
         for n in range(100, 1100):
             if text.asks(3, n):
                 times.append(n)
-                text.note_gain(3, gain)
+                shared.note_gain(3, gain)
         asked.append(times)
     if gain > 0:
         assert [len(times) for times in asked] == [1000] * 4
@@ -130,17 +131,17 @@ def test_what_does_not_pay_is_asked_ever_more_rarely(gain: float) -> None:
     assert len(asked[3]) <= 4  # whoever's the text
     for n in range(6 * LONGEST_PAUSE):  # it comes back where it pays,
         if text.asks(3, n):
-            text.note_gain(3, 0.3)
+            shared.note_gain(3, 0.3)
     assert text.asks(3, 300) and text.asks(4, 300) and text.asks(3, 301)  # and other places have learnt nothing
     text.suspend(300)
-    assert not any(text.asks(i, 299 + LONGEST_PAUSE) for i in range(N_PLACES)) and AcceptanceStats(shared).asks(4, 300)
+    assert not any(text.asks(i, 299 + LONGEST_PAUSE) for i in range(N_PLACES)) and TextAcceptance(shared).asks(4, 300)
     assert text.asks(4, 300 + LONGEST_PAUSE)
 
 
 def test_a_text_that_was_not_read_waits_where_asking_did_not_pay() -> None:
-    shared = AcceptanceStats()
+    shared = SharedAcceptance()
     assert shared.is_worth_reading(0, 0)
-    AcceptanceStats(shared).note_gain(0, -1.0)
+    shared.note_gain(0, -1.0)
     assert not shared.is_worth_reading(0, FIRST_TRY - 1) and shared.is_worth_reading(0, FIRST_TRY)
 
 
@@ -269,7 +270,7 @@ def test_texts_with_an_adapter_teach_nothing_to_others() -> None:
     first = requests[1].draft_state.acceptance
     for _ in range(50):
         first.learn(bucket, False)
-        first.note_gain(0, -1.0)
+        first.shared.note_gain(0, -1.0)
     same = DraftState(proposer.acceptance(requests[3])).acceptance
     assert same.chance(bucket) < 0.2 and not same.asks(0, 1)
     for other in (requests[0], requests[2]):

@@ -21,7 +21,8 @@ from reference import fixtures
 
 import pyengine
 from pyengine import _core
-from pyengine.cli import COMMANDS, elsewhere, main
+from pyengine.cli import COMMANDS, UsageError, elsewhere, main
+from pyengine.cli.options import unescape
 from pyengine.format.reader import FrozenFile
 
 GREEDY = ("--temp", "0", "--ignore-eos")
@@ -183,6 +184,25 @@ def test_beams_are_those_of_the_engine(tiny_model: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (r"a\nb\x41\u00e9\101\\n", "a\nbA\u00e9A\\n"),
+        (r"\N{BULLET}\U0001F600", "\u2022\U0001f600"),
+        (r"\q\é\→ → é", r"\q\é\→ → é"),  # what is no escape stays as it is written
+        ("one\\\ntwo", "onetwo"),
+    ],
+)
+def test_escapes_are_those_of_a_python_literal(text: str, wanted: str) -> None:
+    assert unescape(text) == wanted
+
+
+@pytest.mark.parametrize("text", [r"\x4", r"\u12", r"\U00110000", r"\N{no such name}", r"\N", "a\\"])
+def test_half_an_escape_is_wrong_usage(text: str) -> None:
+    with pytest.raises(UsageError, match="--escape"):
+        unescape(text)
+
+
+@pytest.mark.parametrize(
     ("arguments", "options"),
     [
         (("--top-p", "0.5", "--min-p", "0.01"), {"top_p": 0.5, "min_p": 0.01}),
@@ -241,7 +261,6 @@ def test_verbose_and_environment(
         (("a", "-t", "0"), "-t/--threads: 0 is not a whole number from 1"),
         (("a", "-t", "two"), "-t/--threads: two is not a whole number from 1"),
         (("a", "--kv-dtype", "f64"), "--kv-dtype"),
-        (("a", "--isa", "quantum"), "this machine runs"),
         (("a", "--wat"), "unrecognized arguments: --wat"),
         (("a", "-e", "--stop", r"\x4"), "--escape"),
         (("a", "b"), "unrecognized arguments: b; a prompt of several words is put in quotes"),
@@ -274,10 +293,11 @@ def test_refusals_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.Cap
     assert "holds 512" in error(capsys, "generate", "-m", tiny_model, "a", "-c", 513, code=1)
     assert "600 tokens" in error(capsys, "generate", "-m", tiny_model, "é" * 300, code=1)
     assert "absent" in error(capsys, "generate", "-m", tiny_model, "-f", tmp_path / "absent", code=1)
+    assert "this machine runs" in error(capsys, "generate", "-m", tiny_model, "a", "--isa", "quantum", code=1)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     latin = str(tmp_path / "latin")
     for arguments in (("-f", latin), ("a", "--grammar", f"@{latin}"), ("a", "--json-schema", f"@{latin}")):
-        assert "byte 3 is 0xe9" in error(capsys, "generate", "-m", tiny_model, *arguments, code=2)
+        assert "byte 3 is 0xe9" in error(capsys, "generate", "-m", tiny_model, *arguments, code=1)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(tiny_model.read_bytes()[:-64])
     assert "damaged.safetensors: " in error(capsys, "generate", "-m", damaged, "a", code=1)
@@ -339,10 +359,10 @@ def test_embed_refuses(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureF
     for arguments, words in (
         ((), "give texts"),
         (("a", "-f", tmp_path / "empty"), "give texts"),
-        (("-f", tmp_path / "empty"), "has no line that is not empty"),
         (("a", "b\udce9"), "text 2 is no text in this terminal's encoding"),
     ):
         assert words in error(capsys, "embed", "-m", tiny_model, *arguments, code=2)
+    assert "has no line that is not empty" in error(capsys, "embed", "-m", tiny_model, "-f", tmp_path / "empty", code=1)
     assert "text 2: the prompt has 600 tokens" in error(capsys, "embed", "-m", tiny_model, "a", "é" * 300, code=1)
 
 
@@ -360,14 +380,14 @@ def test_freeze_and_its_refusals(checkpoint: Path, tmp_path: Path, capsys: pytes
     with FrozenFile.open(out) as frozen:
         assert frozen.metadata["name"] == "Tiny"
     first = out.read_bytes()
-    assert "--force replaces it" in error(capsys, "freeze", checkpoint, "-o", out, code=2)
+    assert "--force replaces it" in error(capsys, "freeze", checkpoint, "-o", out, code=1)
     assert output(capsys, "freeze", checkpoint, "-o", out, "--force") == ("", "")
     assert out.read_bytes() != first  # the name is another
-    assert "is a directory" in error(capsys, "freeze", checkpoint, "-o", tmp_path, code=2)
+    assert "is a directory" in error(capsys, "freeze", checkpoint, "-o", tmp_path, code=1)
     assert "no such file" in error(capsys, "freeze", tmp_path / "absent", "-o", tmp_path / "x", code=1)
     (tmp_path / "text.gguf").write_text("some words that are no model at all")
     assert "text.gguf: " in error(capsys, "freeze", tmp_path / "text.gguf", "-o", tmp_path / "x", code=1)
-    assert "already frozen" in error(capsys, "freeze", out, "-o", tmp_path / "x", code=2)
+    assert "already frozen" in error(capsys, "freeze", out, "-o", tmp_path / "x", code=1)
     assert "-o/--output" in error(capsys, "freeze", checkpoint, code=2)
 
 

@@ -20,10 +20,11 @@ from reference import fixtures
 
 import pyengine
 from pyengine import _core
-from pyengine.cli import UsageError, main
+from pyengine.cli import main
 from pyengine.cli.eval import windows
 from pyengine.cli.info import tokenizer_facts
 from pyengine.cli.text_file import Text, first_tokens
+from pyengine.errors import InvalidArgumentError
 from pyengine.format.inventory import count_parameters, inventory
 from pyengine.format.kv import kv_bytes_per_position
 from pyengine.format.reader import FrozenFile
@@ -203,7 +204,7 @@ def test_bench_goes_on_with_a_text(tiny_model: Path, run: Callable[..., str], tm
     assert run("bench", "-m", tiny_model, "-f", tmp_path / "none", "-r", 1, code=1, err="none") == ""
     (tmp_path / "long.txt").write_text("the cat " * 70)
     message = "need a context of"
-    assert run("bench", "-m", tiny_model, "-f", tmp_path / "long.txt", "-p", 0, "-n", 24, code=2, err=message) == ""
+    assert run("bench", "-m", tiny_model, "-f", tmp_path / "long.txt", "-p", 0, "-n", 24, code=1, err=message) == ""
     assert run("bench", "-m", tiny_model, "-f", tmp_path / "text.txt", "-n", 0, code=2, err="-n is below 2") == ""
 
 
@@ -245,18 +246,18 @@ def test_bench_measures_what_it_says(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "code", "words"),
     [
-        (("-p", "0", "-n", "0"), "nothing to measure"),
-        (("-p", "513", "-n", "0"), "pp513 needs a context of 513, the model's holds 512"),
-        (("-d", "500", "-n", "0", "-p", "20"), "pp20 @ d500 needs a context of 520"),
-        (("-t", "0"), "counted from 1"),
-        (("-p", "-3"), "-p"),
-        (("-r", "0"), "0 is not a whole number from 1"),
+        (("-p", "0", "-n", "0"), 2, "nothing to measure"),
+        (("-p", "513", "-n", "0"), 1, "pp513 needs a context of 513, the model's holds 512"),
+        (("-d", "500", "-n", "0", "-p", "20"), 1, "pp20 @ d500 needs a context of 520"),
+        (("-t", "0"), 2, "counted from 1"),
+        (("-p", "-3"), 2, "-p"),
+        (("-r", "0"), 2, "0 is not a whole number from 1"),
     ],
 )
-def test_bench_refuses(tiny_model: Path, run: Callable[..., str], arguments: tuple[str, ...], words: str) -> None:
-    assert run("bench", "-m", tiny_model, *arguments, code=2, err=words) == ""
+def test_bench_refuses(tiny_model: Path, run: Callable[..., str], arguments: tuple[str, ...], code: int, words: str) -> None:
+    assert run("bench", "-m", tiny_model, *arguments, code=code, err=words) == ""
 
 
 # -------------------------------------------------------------------- eval
@@ -327,11 +328,11 @@ def test_eval_names_the_byte_that_is_no_text(tmp_path: Path) -> None:
     data = "é".encode() * 1000
     for at in (0, 1, 1000, 1001, 1999):
         text = Text(io.BytesIO(data[:at] + b"\xff" + data[at + 1 :]), "x")
-        with pytest.raises(UsageError, match=rf"byte {at - at % 2} is"):  # of a character cut in two, its first
+        with pytest.raises(InvalidArgumentError, match=rf"byte {at - at % 2} is"):  # of a character cut in two, its first
             while not text.is_whole:
                 text.read(7)
     text = Text(io.BytesIO(data[:-1]), "x")
-    with pytest.raises(UsageError, match="byte 1998 is 0xc3"):
+    with pytest.raises(InvalidArgumentError, match="byte 1998 is 0xc3"):
         text.read()
 
 
@@ -350,9 +351,9 @@ def test_eval_with_bos_scores_every_token(tmp_path: Path, run: Callable[..., str
 def test_eval_refuses(tiny_model: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     file = tmp_path / "text"
     file.write_bytes(b"ok \xff")
-    run("eval", "-m", tiny_model, file, code=2, err="byte 3 is 0xff")
+    run("eval", "-m", tiny_model, file, code=1, err="byte 3 is 0xff")
     file.write_bytes(b"a")
-    run("eval", "-m", tiny_model, file, code=2, err="has 1 tokens")
+    run("eval", "-m", tiny_model, file, code=1, err="has 1 tokens")
     run("eval", "-m", tiny_model, file, "--ctx", 8, "--stride", 9, code=2, err="stride <= ctx")
     run("eval", "-m", tiny_model, tmp_path / "absent", code=1, err="absent")
 

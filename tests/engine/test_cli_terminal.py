@@ -254,7 +254,7 @@ def test_closed_stdin_is_one_line(talker: Path, tmp_path: Path) -> None:
     for arguments in (("generate", "-m", talker, "-"), ("chat", "-m", talker), ("eval", "-m", talker, "-")):
         shell = ["sh", "-c", '"$@" <&-', "sh", *command(*arguments)]
         done = subprocess.run(shell, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250)
-        assert (done.returncode, done.stdout) == (2, "")
+        assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "pyengine: error: standard input is closed\n"
 
 

@@ -196,7 +196,7 @@ def test_the_command(tmp_path: Path, engine: Engine, capsys: pytest.CaptureFixtu
     assert "examples:    1\n" in capsys.readouterr().out
     assert main(["eval", "--task", str(file), str(file)]) == 2 and main(["eval"]) == 2
     file.write_bytes(b'{"context": "\xff"}')
-    assert main(["eval", "--task", str(file)]) == 2 and "no UTF-8" in capsys.readouterr().err
+    assert main(["eval", "--task", str(file)]) == 1 and "no UTF-8" in capsys.readouterr().err
 
 
 def test_only_a_newline_ends_an_example(tmp_path: Path, engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,9 +231,9 @@ def test_windows_begin_with_bos_where_the_model_wants_it() -> None:
 @pytest.mark.parametrize(
     ("content", "arguments", "code", "message"),
     [
-        (b"", [], 2, "is empty"),
-        (b"hello hello", [], 2, "tokens, too few for a window of 64"),
-        (b"a" * 100 + b"\xff", [], 2, "is no UTF-8 text: byte 100 is 0xff"),
+        (b"", [], 1, "is empty"),
+        (b"hello hello", [], 1, "tokens, too few for a window of 64"),
+        (b"a" * 100 + b"\xff", [], 1, "is no UTF-8 text: byte 100 is 0xff"),
         (b"hello " * 100, ["--quality-tokens", "2"], 1, "at least 3"),
         (b"hello " * 100, ["--quality-tokens", "0"], 2, "not a whole number from 1"),
         (..., [], 1, "Is a directory"),

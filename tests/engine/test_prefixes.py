@@ -262,7 +262,7 @@ def test_generate_reads_and_writes_it(plain: Path, tmp_path: Path) -> None:
     assert other.returncode != 0 and "not a file of keys and values" in other.stderr
     for nowhere in ("", "missing/a.kv"):  # refused before anything is computed
         other = run_process(tmp_path, "generate", "-m", plain, "-p", "x", "-n", 1, "--prompt-cache", nowhere)
-        assert other.returncode == 2 and other.stdout == "" and "no directory" in other.stderr
+        assert other.returncode == 1 and other.stdout == "" and "no directory" in other.stderr
 
 
 def test_chat_keeps_its_system_prompt(tmp_path: Path) -> None:

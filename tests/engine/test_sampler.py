@@ -12,17 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import cli_tools
+from engine.sampler_tools import params, random_logits, random_mask, random_params, words_of
 from reference.sampler import adjust, choose, log_softmax, philox
 
 from pyengine import _sampler
-from pyengine.errors import InvalidArgumentError, NotFiniteError, PyEngineError
-from pyengine.sampling import ResolvedParams, SamplingParams
-
-
-def params(**kwargs: Any) -> ResolvedParams:
-    kwargs.setdefault("seed", 1)
-    kwargs.setdefault("temperature", 1.0)
-    return SamplingParams(**kwargs).resolve()
+from pyengine.errors import InvalidArgumentError, NotFiniteError
+from pyengine.sampling import ResolvedParams
 
 
 def sample(logits: np.ndarray, p: ResolvedParams, position: int = 0, **kwargs: Any) -> int:
@@ -81,63 +76,6 @@ def test_log_is_within_two_ulps():
 
 
 # ---------------------------------------------------------------- the whole specification
-
-
-def random_logits(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Mixtures of smooth, peaked, flat and tie-ridden logits, with both zeros."""
-    kind = rng.integers(5)
-    if kind == 0:
-        x = rng.normal(0, rng.choice([0.1, 1, 4]), n)
-    elif kind == 1:
-        x = rng.integers(-3, 3, n) * 0.5  # many ties
-    elif kind == 2:
-        x = np.where(rng.random(n) < 0.02, rng.normal(12, 2, n), rng.normal(0, 2, n))
-    elif kind == 3:
-        x = np.zeros(n)
-    else:
-        x = rng.choice([0.0, -0.0, 1.0, -50.0, 1e38, -1e38], n)  # the penalties below keep it finite
-    return x.astype(np.float32)
-
-
-def random_params(rng: np.random.Generator, n: int) -> ResolvedParams:
-    def maybe(value: Any, chance: float = 0.35) -> Any:
-        return value if rng.random() < chance else None
-
-    def ids(most: int) -> list[int]:
-        return [int(i) for i in rng.integers(0, n, rng.integers(1, most))]
-
-    return SamplingParams(
-        temperature=float(rng.choice([0, 0.1, 0.7, 1.0, 2.5, 30.0], p=[0.1, 0.15, 0.25, 0.3, 0.15, 0.05])),
-        top_k=maybe(int(rng.choice([1, 2, 5, 40, n, 2 * n]))),
-        top_p=maybe(float(rng.choice([1e-9, 0.1, 0.5, 0.9, 0.95, 0.9999]))),
-        min_p=maybe(float(rng.choice([1e-300, 1e-14, 1e-6, 0.05, 0.5, 1.0]))),
-        typical_p=maybe(float(rng.choice([1e-9, 0.2, 0.9, 0.999])), 0.25),
-        repetition_penalty=maybe(float(rng.choice([0.7, 1.1, 2.0]))),
-        frequency_penalty=maybe(float(rng.choice([-0.5, 0.3, 2.0]))),
-        presence_penalty=maybe(float(rng.choice([-0.5, 0.3, 2.0]))),
-        logit_bias=maybe({i: float(rng.choice([-math.inf, -5, 0.25, 5])) for i in ids(6)}),
-        allowed_token_ids=maybe(ids(n + 1), 0.15),
-        bad_token_ids=maybe(ids(4), 0.2),
-        stop_token_ids=maybe(ids(3), 0.2),
-        min_tokens=maybe(3, 0.3),
-        seed=int(rng.integers(0, 2**63)),
-    ).resolve()
-
-
-def random_mask(rng: np.random.Generator, n: int) -> np.ndarray | None:
-    """(n) bool, dense or sparse, or with whole words of one kind; or none."""
-    kind = rng.integers(6)
-    if kind < 2:
-        return None
-    if kind == 2:
-        return np.repeat(rng.random((n + 31) // 32) < 0.5, 32)[:n]
-    return np.asarray(rng.random(n) < rng.choice([0.03, 0.5, 0.97]))
-
-
-def words_of(mask: np.ndarray) -> np.ndarray:
-    """The bits as sample wants them: 32 a word, the first in the lowest place; those past the end are 1, and must not matter."""
-    padded = np.concatenate([mask, np.ones(-len(mask) % 32, bool)])
-    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
 
 
 @pytest.mark.parametrize("block", range(20))
@@ -309,145 +247,6 @@ def test_logprobs_are_the_models_before_every_step(n, n_top):
 
 def test_without_logprobs_none_are_given():
     assert _sampler.Sampler(params(temperature=0), 2).sample(array("f", [0, 1]), 0) == (1, None, None)
-
-
-# ---------------------------------------------------------------- many rows
-
-
-@pytest.mark.parametrize("n_threads", [1, 2, 3, 8])
-def test_many_rows_equal_one_after_the_other(n_threads):
-    """Random parameters, histories, masks and failures, eight steps long: same tokens, same errors, same log-probabilities."""
-    rng = np.random.default_rng(n_threads)
-    n, n_rows = 1000, 23
-    single, many = [], []
-    while len(single) < n_rows:
-        try:
-            p = dataclasses.replace(random_params(rng, n), logprobs=[None, 0, 3][len(single) % 3])
-        except InvalidArgumentError:
-            continue
-        for samplers in (single, many):
-            samplers.append(_sampler.Sampler(p, n, sample_index=len(samplers)))
-            samplers[-1].accept_prompt(array("i", range(20)))
-    for step in range(8):
-        rows = np.stack([random_logits(rng, n) for _ in range(n_rows)])
-        rows[int(rng.integers(n_rows))][7] = np.nan
-        masks = [None if (mask := random_mask(rng, n)) is None else words_of(mask) for _ in range(n_rows)]
-        masks[int(rng.integers(n_rows))] = np.zeros(32, np.uint32)
-        expected: list[Any] = []
-        for sampler, row, mask in zip(single, rows, masks, strict=True):
-            try:
-                token, logprob, top = sampler.sample(row, step, mask)
-            except PyEngineError as error:
-                expected.append((type(error), str(error)))
-                continue
-            sampler.accept(token)
-            expected.append((token, logprob, None if top is None else tuple(top)))
-        before = [len(sampler.outputs) for sampler in many]
-        errors = _sampler.sample_many(
-            rows, range(n_rows), many, [step] * n_rows, [mask if mask is None else [mask] for mask in masks], n_threads
-        )
-        for i, (error, sampler) in enumerate(zip(errors, many, strict=True)):
-            assert len(sampler.outputs) == before[i] + (error is None)
-            if error is not None:
-                assert expected[i] == (type(error), str(error))
-            elif sampler.logprobs is not None:
-                assert expected[i] == sampler.logprobs[-1] and len(sampler.logprobs) == len(sampler.outputs)
-            else:
-                assert expected[i] == (sampler.outputs[-1], None, None)
-        assert sum(error is not None for error in errors) >= 1
-    assert [s.outputs for s in single] == [s.outputs for s in many]
-
-
-def test_what_is_accepted_is_recorded():
-    sampler = _sampler.Sampler(params(temperature=0, logprobs=1), 3)
-    sampler.accept_prompt(array("i", [0, 1]))
-    assert sampler.outputs == [] and sampler.logprobs == []
-    sampler.accept(2)
-    row = np.array([0, 1, 0], np.float32)
-    assert _sampler.sample_many(row[None], [0], [sampler], [5]) == [None]
-    exact = pytest.approx(float(log_softmax(row)[1]), abs=1e-12)
-    assert sampler.outputs == [2, 1] and sampler.logprobs == [None, (1, exact, ((1, exact),))]
-    held = sampler.outputs
-    sampler.reset()
-    assert held == [2, 1] and sampler.outputs == [] and sampler.logprobs == []
-    assert _sampler.Sampler(params(), 3).logprobs is None
-    assert _sampler.sample_many(np.zeros((0, 3), np.float32), [], [], []) == []
-
-
-def test_wrong_arguments_of_many_change_nothing():
-    good, other = _sampler.Sampler(params(), 40), _sampler.Sampler(params(), 40)
-    logits, words = np.zeros((2, 40), np.float32), np.full(2, 2**32 - 1, np.uint32)
-    wrong: list[tuple[Any, ...]] = [
-        (logits, [0], [good, other], [0, 0]),
-        (logits, [0, 1], [good, other], [0]),
-        (logits, [0, 1], [good, other], [0, 0], [[words]]),
-        (logits, [0, 1], [good, good], [0, 0]),
-        (logits[:, :39], [0, 1], [good, other], [0, 0]),
-        (logits.astype(np.float64), [0, 1], [good, other], [0, 0]),
-        (logits.view(np.int32), [0, 1], [good, other], [0, 0]),
-        (logits[0], [0, 1], [good, other], [0, 0]),
-        (np.zeros((2, 80), np.float32)[:, ::2], [0, 1], [good, other], [0, 0]),
-        (None, [0, 1], [good, other], [0, 0]),
-        (logits, [0, 2], [good, other], [0, 0]),
-        (logits, [0, -1], [good, other], [0, 0]),
-        (logits, [0, None], [good, other], [0, 0]),
-        (logits, [0, 1], [good, other], [0, -1]),
-        (logits, [0, 1], [good, None], [0, 0]),
-        (logits, [0, 1], [good, other], [0, 0], [None, [words[:1]]]),
-        (logits, [0, 1], [good, other], [0, 0], [None, [words.view(np.float32)]]),
-        (logits, [0, 1], [good, other], [0, 0], [None, [words, words]]),
-        (logits, [0, 1], [good, other], [0, 0], None, 0),
-        (logits, [0, 1], [good, other], [0, 0], None, 257),
-        (logits, [0, 1], [good, other], [0, 0], None, 1, [(), (3,)]),
-    ]
-    for arguments in wrong:
-        with pytest.raises((ValueError, TypeError, BufferError, OverflowError)):
-            _sampler.sample_many(*arguments)
-        assert good.outputs == other.outputs == []
-    plain, mask = array("f", bytes(160)), array("I", bytes(8))
-    with pytest.raises(ValueError):
-        _sampler.sample_many(memoryview(plain).cast("B").cast("f", (1, 40)), [0, 1], [good, other], [0, 0], [[mask], None])
-    assert _sampler.sample_many(memoryview(plain).cast("B").cast("f", (1, 40)), [0], [good], [0]) == [None]
-    plain.append(0.0)  # no view of them is held any more
-    mask.append(0)
-    with pytest.raises(ValueError, match="words of a mask"):
-        good.sample(np.zeros(40, np.float32), 0, np.zeros(2, np.float32))
-    with pytest.raises(InvalidArgumentError, match="1 words of a mask, expected 2"):
-        good.sample(np.zeros(40, np.float32), 0, words[:1])
-
-
-def test_no_failed_allocation_parts_the_record_from_the_history():
-    """Each allocation of a call fails once: whatever comes of it, a sampler has accepted just what it recorded."""
-    _testcapi = pytest.importorskip("_testcapi", reason="this Python has no hook to make allocations fail")
-    p = params(temperature=0, presence_penalty=2.0, logprobs=2)
-    rows = np.stack([np.linspace(0, 5, 500, dtype=np.float32)] * 3)  # each accepted token makes the next one, by its penalty
-    n_failed = 0
-    for which in range(200):
-        samplers = [_sampler.Sampler(p, 500) for _ in range(3)]
-        for sampler in samplers:
-            for token in range(490, 490 + which % 9):  # lists of many lengths: some appends grow them
-                sampler.accept(token)
-        positions, recorded = [0] * 3, [len(s.outputs) for s in samplers]
-        errors: list[Any] = []
-        try:
-            try:
-                _testcapi.set_nomemory(which, which + 1)
-                errors = _sampler.sample_many(rows, range(3), samplers, positions)
-            finally:
-                _testcapi.remove_mem_hooks()
-        except MemoryError:
-            n_failed += 1
-            _testcapi.remove_mem_hooks()
-        n_failed += sum(isinstance(error, MemoryError) for error in errors)
-        for i, sampler in enumerate(samplers):
-            assert sampler.logprobs is not None and len(sampler.outputs) == len(sampler.logprobs)
-            if errors:
-                assert len(sampler.outputs) == recorded[i] + (errors[i] is None)
-            twin = _sampler.Sampler(p, 500)
-            for token in sampler.outputs:
-                twin.accept(token)
-            assert sampler.sample(rows[0], 1) == twin.sample(rows[0], 1)
-    assert n_failed > 5
 
 
 # ---------------------------------------------------------------- the bindings

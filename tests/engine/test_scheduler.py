@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import pickle
 import random
 import threading
 import time
@@ -429,66 +428,7 @@ def test_a_bad_row_ends_its_own_request(tiny_model: Path) -> None:
         assert engine.check_integrity()["n_sequences"] == 0
 
 
-# ------------------------------------------------------------------ what a call refuses, and when
-
-
-def test_a_stream_refuses_at_the_call(engine: Engine) -> None:
-    with pytest.raises(pyengine.ContextFullError):
-        engine.stream([5] * 600)
-    with pytest.raises(pyengine.InvalidArgumentError, match="logit_bias"):
-        engine.stream([5], logit_bias={10**6: 1.0})
-
-
-def test_a_finished_stream_stays_finished(engine: Engine) -> None:
-    stream = engine.stream(text(1, 5), max_tokens=2, **SAMPLED)
-    assert len(list(stream)) == 2
-    with pytest.raises(StopIteration):
-        next(stream)
-    stream.close()
-
-
-BAD_OPTIONS: list[dict[str, Any]] = [
-    {"n_ctx": 1.5}, {"n_ctx": True}, {"max_sequences": 0}, {"max_kv_bytes": -1}, {"mmap": [1, 2]}, {"mmap": 1},
-    {"preload_tokenizer": "yes"},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("options", BAD_OPTIONS)
-def test_engine_options_are_of_their_kind(tiny_model: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(pyengine.InvalidArgumentError, match=next(iter(options))):
-        Engine(tiny_model, **options)
-
-
-def test_an_engine_pickles_as_its_path_and_options(tiny_model: Path) -> None:
-    with Engine(tiny_model, n_ctx=100, n_threads=1, seed=3, max_sequences=5) as engine:
-        expected = engine.generate(text(1, 5), max_tokens=3, temperature=1.0)
-        copy = pickle.loads(pickle.dumps(engine))
-    with copy:
-        assert (copy.n_ctx, copy.n_threads, copy.seed) == (100, 1, 3)
-        assert copy.generate(text(1, 5), max_tokens=3, temperature=1.0).tokens == expected.tokens
-    with pytest.raises(pyengine.PyEngineError, match="closed"):
-        pickle.dumps(copy)
-
-
-def test_after_close_everything_says_so(tiny_model: Path) -> None:
-    engine = Engine(tiny_model)
-    unread = engine.stream(text(1, 5), **SAMPLED)
-    engine.close()
-    calls: list[Any] = [
-        lambda: engine.generate([5]),
-        lambda: engine.stream([5]),
-        lambda: engine.score([5, 6]),
-        lambda: engine.logits([5, 6]),
-        lambda: engine.tokenize("a"),
-        lambda: engine.chat([{"role": "user", "content": "a"}]),
-        lambda: engine.memory(),
-        lambda: engine.isa,
-        lambda: engine.context,
-        lambda: next(unread),
-    ]
-    for call in calls:
-        with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
-            call()
+# ------------------------------------------------------------------ rows of a text
 
 
 def test_rows_are_taken_once_though_their_sequence_had_to_make_room(tiny_model: Path) -> None:

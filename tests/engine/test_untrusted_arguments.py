@@ -134,10 +134,14 @@ OTHERS: list[Callable[[pyengine.Engine], object]] = [
     lambda e: e.logits([1, 2], positions=[1.5]),
     lambda e: e.logits([1, 2], positions=[2]),
     lambda e: e.logits([1], positions=[-1]),
+    lambda e: e.logits([1], positions=1),
     lambda e: e.logits([]),
     lambda e: e.logits("abc"),
     lambda e: e.tokenize(None),
     lambda e: e.tokenize(b"a"),
+    lambda e: e.generate("a", cache_salt=HUGE),
+    lambda e: e.generate("a", structured_outputs={"regex": HUGE}),
+    lambda e: e.generate("a", structured_outputs={HUGE: "a"}),
 ]
 
 

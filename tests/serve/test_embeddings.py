@@ -53,6 +53,26 @@ def test_vectors_are_the_engine_s_in_every_form(chat_model: Path) -> None:
     serving(chat_model, test)
 
 
+def test_metrics_count_the_tokens_that_usage_has(chat_model: Path) -> None:
+    async def test(client: Client) -> None:
+        ids = [5 + i % 40 for i in range(300)]
+        await client.post("/v1/completions", {"prompt": ids[:290], "max_tokens": 1})
+        answers = [await client.post(PATH, {"input": one}) for one in (TEXTS, ids)]
+        theirs = await client.post("/api/embed", {"model": "tiny", "input": TEXTS[0]})
+        usages = [answer.json["usage"]["prompt_tokens"] for answer in answers]
+        n_tokens = 290 + sum(usages) + theirs.json["prompt_eval_count"]
+        text = (await client.get("/metrics")).body.decode()
+        for line in (
+            f'vllm:prompt_tokens_total{{model_name="tiny"}} {n_tokens}.0',
+            f'vllm:prefix_cache_queries_total{{model_name="tiny"}} {n_tokens}.0',
+            'vllm:prefix_cache_hits_total{model_name="tiny"} 290.0',
+            'vllm:generation_tokens_total{model_name="tiny"} 1.0',
+        ):
+            assert line in text, line
+
+    serving(chat_model, test)
+
+
 def test_timings_tell_what_was_computed_and_what_the_cache_knew(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         ids = [5 + i % 40 for i in range(300)]
