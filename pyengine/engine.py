@@ -115,7 +115,7 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
             self._open_draft_model(resolve_model(draft_model, progress))
         elif (head := self._file.config.draft_head) is not None:
             self._open_draft_head(head)
-        fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
+        fork.register(self._scheduler.step_lock, fork.STEP)  # no step may be half done in a child
         self._closed = False
         cpu_watch.check_threads(options.n_threads or 0)
 
@@ -214,7 +214,10 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
     def context(self) -> _core.Context:
         """The core's context, for `exclusively`."""
         self._check_open()
-        return self._scheduler.context
+        try:
+            return self._scheduler.context
+        except AttributeError:  # closed meanwhile
+            raise PyEngineError("this engine is closed") from None
 
     @property
     def scheduler(self) -> Scheduler:
@@ -439,8 +442,12 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
 
     # ------------------------------------------------------------ life
 
+    @property
+    def _is_open(self) -> bool:
+        return not (self._closed or self._scheduler.closed)  # the latter from the beginning of `close` on
+
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._is_open:
             raise PyEngineError("this engine is closed")
 
     def exclusively(self, function: Callable[[_core.Context], T]) -> T:
@@ -482,18 +489,19 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
         return self.exclusively(lambda _: self._scheduler.check_integrity())
 
     def close(self) -> None:
-        """Wait for the step that is running, then free everything. Streams that go on raise PyEngineError. Idempotent."""
+        """Wait for the step that is running, then free everything. Streams that go on raise PyEngineError. Idempotent: one that
+        an exception has ended, too."""
+        if self._closed:
+            return
+        self._scheduler.exclusively(self._scheduler.close)  # without our lock, which comes after that of the steps
         with self._lock:
-            if self._closed:
-                return
-            self._scheduler.exclusively(self._scheduler.close)
-            self._closed = True
             self._attachments.close()
             self._adapters.close()
-            del self._model
+            vars(self).pop("_model", None)
             self._file.close()
             if self._draft is not None:
                 self._draft.close()
+            self._closed = True
 
     def __enter__(self) -> Engine:
         return self
@@ -509,7 +517,7 @@ class Engine(Adaptable, Scoring, BeamSearching, Prefixes):
         return _reopen, (str(self.path), options, [(one.path, one.name, one.scale) for one in self._adapters])
 
     def __repr__(self) -> str:
-        if self._closed:
+        if not self._is_open:
             return "Engine(closed)"
         return f"Engine({str(self.path)!r}, isa={self.isa!r}, n_threads={self.n_threads}, n_ctx={self.n_ctx})"
 
