@@ -6,12 +6,18 @@ await, and a loop never waits for a step. Synchronous callers of the same engine
 whoever leads computes for all.
 
 A job that nobody holds any more ends, as a `Stream` does: the scheduler and this module know it weakly.
+
+**Nobody is forgotten.** Other threads change what is looked at here between any two looks, so each pair of looks has an order.
+Whoever makes news does so before it looks who waits, and whoever waits says so before it looks for news: `Job.wait` against
+`Job.close`, `Stepper.add` against `Job.close`. What can go on is asked before who has what it waits for (`Stepper._deliver`), and
+the stepping thread leaves under a lock and looks once more when it has left (`Stepper._leaves`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import threading
 import weakref
@@ -20,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import fork
 from pyengine.engine import Engine, Message, Prompt, sampling_params
-from pyengine.errors import InvalidArgumentError
+from pyengine.errors import InvalidArgumentError, PyEngineError
 from pyengine.run.request import Caller, GenerationRequest, Request
 from pyengine.text.prompts import is_batch
 
@@ -36,6 +42,9 @@ if TYPE_CHECKING:
     from pyengine.sampling_options import SamplingOptions
 
 T = TypeVar("T")
+
+# asyncio.to_thread imports it when first called: too late for a fork under way, which would let go of a lock it has not taken.
+importlib.import_module("concurrent.futures.thread")
 
 
 class Job(Caller):
@@ -67,6 +76,15 @@ class Job(Caller):
         """Whether something can be computed for it before its task reads more."""
         return any(not request.is_done and not request.is_paused for request in self.requests)
 
+    @property
+    def should_look(self) -> bool:
+        """Whether its task waits for something and has it."""
+        ready = self.ready
+        try:
+            return ready is not None and ready()
+        except Exception:  # for its task, who asks, too
+            return True
+
     def wake(self) -> None:
         """In its loop: look again."""
         self._news.set()
@@ -95,10 +113,12 @@ class Job(Caller):
         self._news.set()
 
     def close(self) -> None:
-        """End it; what is left is not computed. Idempotent; needs no loop and waits for nothing."""
+        """End it; what is left is not computed. Idempotent. From any thread; waits for nothing."""
         if not self.is_closed:
             self.is_closed = True
-            self._news.set()
+            if self.ready is not None:
+                with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits
+                    self.loop.call_soon_threadsafe(self.wake)
             self._stepper.remove(self)
 
     def __del__(self) -> None:
@@ -115,12 +135,19 @@ class Stepper:
         fork.register(self._lock, fork.LEAF)
         self._thread: threading.Thread | None = None
         self._jobs: dict[int, weakref.ref[Job]] = {}  # by id; changed by single operations only
+        _steppers.add(self)
 
     def add(self, job: Job) -> None:
         """Compute the requests of a job from now on."""
-        self._jobs[id(job)] = weakref.ref(job)
-        self._scheduler.add(job.requests)
-        self.ensure_running()
+        try:
+            self._jobs[id(job)] = weakref.ref(job)
+            self._scheduler.add(job.requests)
+            self.ensure_running()
+            if job.is_closed:  # by another thread, before there was anything to remove
+                self.remove(job)
+        except BaseException:  # whose traceback may hold the job for long
+            self.remove(job)
+            raise
 
     def remove(self, job: Job) -> None:
         """Drop the requests of a job, done or not. Idempotent."""
@@ -130,36 +157,55 @@ class Stepper:
     def ensure_running(self) -> None:
         """There may be work again."""
         with self._lock:
-            # is_alive: in the child of a fork the thread does not exist
+            # is_alive: an exception may have fallen between its two lines
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="pyengine-step", daemon=True)
                 self._thread.start()
 
+    def after_fork_in_child(self) -> None:
+        """Here are neither the thread nor the loops of these jobs."""
+        self._thread = None
+        for job in self._living():
+            self.remove(job)
+        self._jobs.clear()
+
     def _run(self) -> None:
+        error: BaseException | None = None
         while True:
             try:
+                if error is not None:
+                    self._fail(error)
+                error = None
                 self._scheduler.wait(self._deliver)
-            except BaseException as error:  # a closed engine, no memory: for those who wait, not for this thread
-                self._fail(error)
-            with self._lock:
-                if any(job.can_go_on for job in self._living()):
-                    continue
-                self._thread = None
-            self._deliver()  # what another caller has finished since; whatever comes from here on starts a thread
-            return
+                if self._leaves():
+                    return
+            except BaseException as raised:  # a closed engine, no memory: for those who wait, not for this thread
+                error = raised
+
+    def _leaves(self) -> bool:
+        """Whether there is nothing to compute and the thread ends: whatever comes from now on starts another one."""
+        with self._lock:
+            if self._can_go_on(self._living()):
+                return False
+            self._thread = None
+        self._deliver()  # what another caller has ended since
+        return True
 
     def _living(self) -> list[Job]:
         return [job for job in (ref() for ref in list(self._jobs.values())) if job is not None]
+
+    @staticmethod
+    def _can_go_on(jobs: Iterable[Job]) -> bool:
+        return any(job.can_go_on for job in jobs)
 
     def _deliver(self) -> bool:
         """Wake the jobs that have what they wait for. Whether there is nothing more to compute."""
         jobs = self._living()
         # Asked first: another caller's step may end a job at any moment, and what it ends after this is asked about again.
-        is_over = not any(job.can_go_on for job in jobs)
+        is_over = not self._can_go_on(jobs)
         by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
         for job in jobs:
-            ready = job.ready
-            if ready is not None and ready():
+            if job.should_look:
                 by_loop.setdefault(job.loop, []).append(job)
         for loop, some in by_loop.items():
             try:
@@ -177,6 +223,18 @@ class Stepper:
         self._deliver()
 
 
+_steppers: weakref.WeakSet[Stepper] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for stepper in list(_steppers):
+        stepper.after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def _wake(jobs: Iterable[weakref.ref[Job]]) -> None:
     for ref in jobs:
         job = ref()
@@ -185,21 +243,28 @@ def _wake(jobs: Iterable[weakref.ref[Job]]) -> None:
 
 
 class AsyncStream(AsyncIterator["Piece"]):
-    """The pieces of one output, as they come. Ends with `close`, with its last piece, with any exception (cancellation
-    included), or when nobody holds it any more."""
+    """The pieces of one output, as they come, for one task at a time. Ends with `close`, with its last piece, with any exception
+    (cancellation included), or when nobody holds it any more."""
 
     def __init__(self, engine: AsyncEngine, make: Callable[[Job], Sequence[GenerationRequest]]) -> None:
         self._engine = engine
         self._make = make
         self._job: Job | None = None
         self._is_closed = False
+        self._is_read = False  # a task waits for a piece
 
     async def __anext__(self) -> Piece:
         if self._is_closed:
             raise StopAsyncIteration
+        if self._is_read:
+            raise PyEngineError("another task waits for the next piece of this stream")
         try:
+            self._is_read = True
             if self._job is None:
-                self._job = await self._engine.start(self._make)
+                self._job = await self._engine.prepare(self._make)
+                if self._is_closed:  # by another task
+                    raise StopAsyncIteration
+                self._engine.stepper.add(self._job)
             (request,) = self._job.requests
             assert isinstance(request, GenerationRequest)
             await self._job.wait(lambda: request.has_news)
@@ -209,12 +274,14 @@ class AsyncStream(AsyncIterator["Piece"]):
         except BaseException:
             self.close()
             raise
+        finally:
+            self._is_read = False
         if piece.result is not None:
             self.close()
         return piece
 
     def close(self) -> None:
-        """End it; what is left is not computed. Needs no loop and waits for nothing."""
+        """End it; what is left is not computed. From any thread; waits for nothing."""
         self._is_closed = True
         if self._job is not None:
             self._job.close()

@@ -288,7 +288,7 @@ class Engine(Scoring, BeamSearching, Prefixes):
         return _reopen, (str(self.path), options, [(one.path, one.name, one.scale) for one in self._adapters])
 
     def __repr__(self) -> str:
-        if self._closed:
+        if not self._is_open:
             return "Engine(closed)"
         return f"Engine({str(self.path)!r}, isa={self.isa!r}, n_threads={self.n_threads}, n_ctx={self.n_ctx})"
 

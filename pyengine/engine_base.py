@@ -59,7 +59,7 @@ class EngineBase:
             self._open_draft_model(draft_path)
         elif (head := self._file.config.draft_head) is not None:
             self._open_draft_head(head)
-        fork.register(self._scheduler.step_lock, fork.ENGINE)  # no step may be half done in a child
+        fork.register(self._scheduler.step_lock, fork.STEP)  # no step may be half done in a child
         self._closed = False
         cpu_watch.check_threads(options.n_threads or 0)
 
@@ -148,7 +148,10 @@ class EngineBase:
     def context(self) -> _core.Context:
         """The core's context, for `exclusively`."""
         self._check_open()
-        return self._scheduler.context
+        try:
+            return self._scheduler.context
+        except AttributeError:  # closed meanwhile
+            raise PyEngineError("this engine is closed") from None
 
     @property
     def scheduler(self) -> Scheduler:
@@ -233,8 +236,12 @@ class EngineBase:
         ]
 
 
+    @property
+    def _is_open(self) -> bool:
+        return not (self._closed or self._scheduler.closed)  # the latter from the beginning of `close` on
+
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._is_open:
             raise PyEngineError("this engine is closed")
 
     def exclusively(self, function: Callable[[_core.Context], T]) -> T:
@@ -276,16 +283,17 @@ class EngineBase:
         return self.exclusively(lambda _: self._scheduler.check_integrity())
 
     def close(self) -> None:
-        """Wait for the step that is running, then free everything. Streams that go on raise PyEngineError. Idempotent."""
+        """Wait for the step that is running, then free everything. Streams that go on raise PyEngineError. Idempotent: one that
+        an exception has ended, too."""
+        if self._closed:
+            return
+        self._scheduler.exclusively(self._scheduler.close)  # without our lock, which comes after that of the steps
         with self._lock:
-            if self._closed:
-                return
-            self._scheduler.exclusively(self._scheduler.close)
-            self._closed = True
             self._attachments.close()
             self._adapters.close()
-            del self._model
+            vars(self).pop("_model", None)
             self._file.close()
             if self._draft is not None:
                 self._draft.close()
+            self._closed = True
 

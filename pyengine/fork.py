@@ -27,10 +27,11 @@ from types import CodeType, FrameType
 from typing import Protocol
 
 # Ranks, from the outside in.
-ENGINE = 0  # an engine's step; within it, a tokenizer or template is loaded
-PART = 1  # what belongs to one tokenizer or template
-LEAF = 2  # counters and the like
-_IMPORTING = 3
+STEP = 0  # an engine's step
+ENGINE = 1  # what an engine loads when it is first needed, for those who have its step, too: tokenizer, template, grammars
+PART = 2  # what belongs to one tokenizer or template
+LEAF = 3  # counters and the like
+_IMPORTING = 4
 
 
 class Lock(Protocol):

@@ -50,6 +50,13 @@ class Grant(NamedTuple):
     draft: tuple[int, ...] = ()
 
 
+class Running(NamedTuple):
+    """A forward that runs, or is about to: what it computes, and how it is ended."""
+
+    grants: Sequence[Grant]
+    cancel: Callable[[], None]
+
+
 def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int, int]]:
     """Each grant and the numbers of its first row, among the rows of logits and among those of hidden states."""
     n_logits = n_hidden = 0
@@ -72,10 +79,12 @@ class Scheduler:
         self.step_lock = StepLock()
         self.closed = False
         self.speculation = Speculation()
-        # Both are changed by single operations only, which no other thread and no exception can divide.
+        # Both are changed by single operations only, which no other thread and no exception can divide. To walk through one, take
+        # list(….values()): that of items() makes tuples, for which the garbage collector may run, and a stream that it finds is
+        # aborted in the middle of the list.
         self._requests: dict[int, Request] = {}  # by number, so oldest first
         self._holders: dict[int, Request] = {}  # those that have a sequence, and maybe some that had one
-        self._granted: Sequence[Grant] = ()  # of the forward that runs
+        self._running: Running | None = None
         self._is_full = False  # pages ran out, and nobody has given any back since
         self._is_torn = False  # a step is under way, or an exception has ended it
         _schedulers.add(self)
@@ -88,12 +97,14 @@ class Scheduler:
             self._requests[request.number] = request
 
     def abort(self, requests: Iterable[Request]) -> None:
-        """Drop requests, done or not. If one of them is being computed, that forward ends."""
+        """Drop requests, done or not. If one of them is being computed, that forward ends; whoever waits for one looks again."""
         for request in requests:
             self._requests.pop(request.number, None)
-            if any(one.request is request and one.end - one.begin > 1 for one in self._granted):
-                self.context.cancel()
-        self.step_lock.try_run(self.sweep)
+            running = self._running  # looked at second: a forward says first what it computes, and then looks who is gone
+            if running is not None and any(one.request is request and one.end - one.begin > 1 for one in running.grants):
+                running.cancel()
+        self.step_lock.notify()
+        self._sweep_after()
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Return when `ready()`; step, or sleep while another thread steps. Raises PyEngineError on a closed engine."""
@@ -101,18 +112,23 @@ class Scheduler:
             news = self.step_lock.news
             if ready():
                 return
-            self.step_lock.run(news, self._lead, ready)
-            self._sweep_after()
+            try:
+                self.step_lock.run(news, self._lead, ready)
+            finally:
+                self._sweep_after()
 
     def exclusively(self, function: Callable[[], object]) -> None:
         """Call function() with the step lock, between two steps."""
-        self.step_lock.exclusively(function)
-        self._sweep_after()
+        try:
+            self.step_lock.exclusively(function)
+        finally:
+            self._sweep_after()
 
     def _sweep_after(self) -> None:
-        """Whoever had the lock looks once more: an abort meanwhile could not sweep, and there may be no next step."""
-        if not self._holders.keys() <= self._requests.keys():
-            self.step_lock.try_run(self.sweep)
+        """Let go of what was aborted, now, or leave it to whoever has the lock: he looks once more when he has given it back (a
+        sweep is such a holder, too), since there may be no next step."""
+        while not self._holders.keys() <= self._requests.keys() and self.step_lock.try_run(self.sweep):
+            pass
 
     def _lead(self, ready: Callable[[], bool]) -> None:
         """Step until `ready()`, or until somebody wants the lock who does not step (a fork, a look at the books)."""
@@ -151,18 +167,18 @@ class Scheduler:
         """Let go of requests that are done or out of time, or whose caller is gone. Their pages stay cached. Whether there were
         any."""
         is_one_done = False
-        for number, request in list(self._requests.items()):
+        for request in list(self._requests.values()):
             if request.deadline is not None and time.monotonic() >= request.deadline and not request.is_done:
                 request.time_out()
             if request.is_done or request.caller() is None:
-                self._requests.pop(number, None)
+                self._requests.pop(request.number, None)
                 is_one_done = True
         if not self._holders.keys() <= self._requests.keys():
-            for number, request in list(self._holders.items()):
-                if number not in self._requests:
+            for request in list(self._holders.values()):
+                if request.number not in self._requests:
                     request.let_go()
                     self._is_full = False
-                    self._holders.pop(number, None)
+                    self._holders.pop(request.number, None)
         return is_one_done
 
     # ------------------------------------------------------------ who gets what
@@ -276,12 +292,30 @@ class Scheduler:
 
     def _forward(self, grants: list[Grant]) -> bool:
         """Whether there are logits now. Not if the forward was cancelled, or a request had to make room."""
+        try:
+            self._running = Running(grants, self.context.cancel)
+            failed = self._forward_of(grants)
+        except CancelledError:
+            return False  # somebody's deadline, or an abort: the others are computed in the next step
+        except OutOfMemoryError as error:
+            self._make_room(grants, error)
+            return False
+        finally:
+            self._running = None
+        if failed:
+            self._fail_rows(grants, failed)
+        return True
+
+    def _forward_of(self, grants: list[Grant]) -> bytes:
+        """What the core says of the rows. Raises CancelledError too if a prompt was aborted since it was granted."""
         tokens: list[int] = []
         sequences: list[_core.Sequence] = []
         wants, drafted = bytearray(), bytearray()
         adapters: list[_core.Adapter | None] = []
         deadline = None
         for request, begin, end, flags, draft in grants:
+            if end - begin > 1 and request.number not in self._requests:
+                raise CancelledError("aborted")
             assert request.sequence is not None
             n = len(flags)
             tokens += request.tokens(begin, end)
@@ -292,19 +326,7 @@ class Scheduler:
             adapters += [request.adapter] * n
             if request.deadline is not None:
                 deadline = request.deadline if deadline is None else min(deadline, request.deadline)
-        self._granted = grants
-        try:
-            failed = self.context.forward(tokens, sequences, wants, drafted=drafted, adapters=adapters, deadline=deadline)
-        except CancelledError:
-            return False  # somebody's deadline, or an abort: the others are computed in the next step
-        except OutOfMemoryError as error:
-            self._make_room(grants, error)
-            return False
-        finally:
-            self._granted = ()
-        if failed:
-            self._fail_rows(grants, failed)
-        return True
+        return self.context.forward(tokens, sequences, wants, drafted=drafted, adapters=adapters, deadline=deadline)
 
     def _make_room(self, grants: list[Grant], error: OutOfMemoryError) -> None:
         """Guesses first. Then the youngest request gives its pages up and is computed again later; a single one has nobody to
@@ -390,21 +412,21 @@ class Scheduler:
     # ------------------------------------------------------------ life
 
     def close(self) -> None:
-        """End every request. Under the step lock."""
+        """End every request. Under the step lock; an exception may end it, and another call goes on."""
         self.closed = True
         for request in list(self._requests.values()):
             request.error = request.error or PyEngineError("this engine is closed")
         self.sweep()
         self.speculation.close()
-        del self.context
+        vars(self).pop("context", None)
 
     def after_fork_in_child(self) -> None:
         """The callers of other threads do not exist here. (The lock was held at the fork: no step is half done.)"""
         self.step_lock.after_fork_in_child()
         thread = threading.get_ident()
-        for number, request in list(self._requests.items()):
+        for request in list(self._requests.values()):
             if request.thread != thread:
-                self._requests.pop(number, None)
+                self._requests.pop(request.number, None)
 
     def check_integrity(self) -> dict[str, int]:
         """Raises PyEngineError if any book does not balance: sequences and their requests, tokens and their pages,

@@ -66,8 +66,8 @@ class Parent:
 
     def run(self, ready: Callable[[Sequence[int]], None]) -> int:
         """Until all have ended. ready(pids) is called when all take requests. 0, or the exit code of the first that failed."""
+        wakeup = signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)  # first: what is heard is in the pipe
         before = {one: signal.signal(one, _heard) for one in SIGNALS}
-        wakeup = signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)
         try:
             self._start(0)
             self._watch(ready)
@@ -75,9 +75,9 @@ class Parent:
             for pid in self._pids:  # after an exception only
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-            signal.set_wakeup_fd(wakeup)
             for one, handler in before.items():
                 signal.signal(one, handler)
+            signal.set_wakeup_fd(wakeup)
             for end in (*self._signals, *self._news, *self._life):
                 os.close(end)
         return self._code

@@ -105,7 +105,8 @@ class Runner:
         """Drain and end; the second time, end. From any thread, or from a signal handler."""
         self._stops += 1
         if self._loop is not None and self._stop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
+                self._loop.call_soon_threadsafe(self._stop.set)
 
     def run(self, ready: Callable[[Models], None]) -> None:
         """Until `stop`. ready(models) is called when requests are taken. Raises what loading raises."""

@@ -303,6 +303,66 @@ def test_fork_from_two_threads_while_engines_generate(tiny_model: Path) -> None:
     )
 
 
+def test_a_fork_while_whoever_has_the_steps_loads_a_part(tiny_model: Path) -> None:
+    scene(
+        """
+        from pyengine import Engine
+        engine, codes = Engine(sys.argv[1], n_threads=1), []
+        def work(_):
+            thread = started(lambda: codes.append(child(lambda: engine.tokenize("hello"))))
+            while not engine.scheduler.step_lock.is_wanted:
+                time.sleep(0.001)  # until the fork waits for the steps
+            engine.tokenize("hello")
+            return thread
+        engine.exclusively(work).join()
+        assert codes == [0], codes
+        """,
+        tiny_model,
+    )
+
+
+def test_a_child_has_no_jobs_of_its_parents_loops(tiny_model: Path) -> None:
+    """Nobody reads them there: what steps for the child's own ends with these."""
+    scene(
+        """
+        import asyncio, weakref
+        from pyengine import AsyncEngine, Engine, SamplingParams
+        engine = Engine(sys.argv[1], n_threads=1)
+        one = AsyncEngine(engine)
+        def work():
+            asyncio.run(one.generate("hello", max_tokens=2, temperature=0))
+            while (thread := one.stepper._thread) is not None:
+                thread.join()
+            assert not engine.scheduler._requests and not one.stepper._jobs
+        async def prepared():
+            params = engine.resolve(SamplingParams(max_tokens=400, ignore_eos=True))
+            return await one.prepare(lambda job: engine.requests(job, [[5] * 100], params))
+        job = asyncio.run(prepared())
+        one.stepper._jobs[id(job)] = weakref.ref(job)  # it has been added, and has not begun
+        engine.scheduler.add(job.requests)
+        assert child(work) == 0
+        job.close()
+        """,
+        tiny_model,
+    )
+
+
+def test_the_first_call_of_an_event_loop_may_come_while_a_fork_waits() -> None:
+    """What it would import has handlers of its own at a fork, and must not be in time for the second of them only."""
+    scene("""
+        import pyengine.async_engine
+        class Calling(Recorded):
+            def acquire(self):
+                import concurrent.futures.thread  # as asyncio.to_thread does
+                return super().acquire()
+        fork.register(lock := Calling("lock", []), fork.LEAF)
+        unraised = []
+        sys.unraisablehook = unraised.append
+        assert child(lambda: None) == 0
+        assert not unraised, unraised
+    """)
+
+
 SLOWLY = """
 def slowly(module, name):
     '''From now on module.name() waits until a fork has begun, and then a little.'''

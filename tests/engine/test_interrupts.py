@@ -316,7 +316,7 @@ def test_a_signal_handler_may_use_an_engine_for_which_its_thread_waits(engine: E
     thread = threading.Thread(target=other)
     try:
         thread.start()
-        while not engine._scheduler._granted:
+        while not engine._scheduler._running:
             time.sleep(0.001)
         engine.exclusively(lambda _: seen.append([]))
     finally:

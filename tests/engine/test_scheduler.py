@@ -370,6 +370,115 @@ def test_aborting_from_another_thread_ends_the_forward(engine: Engine) -> None:
     assert not thread.is_alive() and seen == []
 
 
+@pytest.mark.parametrize("when", ["wants", "tokens"])
+def test_a_prompt_aborted_just_before_its_forward_is_not_computed(engine: Engine, when: str) -> None:
+    """When it has been granted, or when the batch is put together."""
+    cancelled: list[bool] = []
+
+    class Noting(Recorder):
+        def forward(self, *args: Any, **options: Any) -> bytes:
+            try:
+                return super().forward(*args, **options)
+            except pyengine.CancelledError:
+                cancelled.append(True)
+                raise
+
+    engine._scheduler.context = recorder = Noting(engine._scheduler.context)  # type: ignore[assignment]
+    stream = engine.stream(text(1, 300), max_tokens=3, **SAMPLED)
+    ask = getattr(stream.request, when)
+
+    def close_and_ask(begin: int, end: int) -> Any:
+        if stream.request.sequence is not None:  # it has started
+            stream.close()
+        return ask(begin, end)
+
+    setattr(stream.request, when, close_and_ask)
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert len(recorder.steps) == len(cancelled)
+    assert engine.check_integrity()["n_cached"] == 0
+
+
+def test_whoever_waits_looks_again_when_a_request_is_aborted(engine: Engine) -> None:
+    """At once, not when whoever leads has something to tell."""
+    recorder, scheduler = record(engine), engine._scheduler
+    stream = engine.stream(text(1, 8))
+    looks, is_over, alive = threading.Semaphore(0), threading.Event(), []
+
+    def ready() -> bool:
+        is_ready = is_over.is_set()
+        looks.release()
+        return is_ready
+
+    waiting = threading.Thread(target=scheduler.wait, args=(ready,))
+
+    def forward(*args: Any, **options: Any) -> bytes:
+        if not recorder.steps:
+            waiting.start()
+            looks.acquire()
+            is_over.set()
+            scheduler.abort([stream.request])
+            waiting.join(60)
+            alive.append(waiting.is_alive())
+        return Recorder.forward(recorder, *args, **options)
+
+    recorder.forward = forward  # type: ignore[method-assign]
+    engine.generate(text(1, 8), max_tokens=3, **SAMPLED)
+    waiting.join()
+    assert alive == [False]
+
+
+def test_an_abort_while_another_is_swept_is_swept_too(engine: Engine) -> None:
+    first, second = (engine.stream(text(i, 8), max_tokens=30, **SAMPLED) for i in range(2))
+    next(first), next(second)
+    let_go = second.request.let_go
+
+    def and_the_first() -> None:
+        first.close()
+        let_go()
+
+    second.request.let_go = and_the_first  # type: ignore[method-assign]
+    second.close()
+    assert first.request.sequence is None and second.request.sequence is None
+
+
+def test_an_abort_beside_a_call_that_fails_is_swept(engine: Engine) -> None:
+    stream = engine.stream(text(1, 8), max_tokens=30, **SAMPLED)
+    next(stream)
+
+    def fail(_: object) -> None:
+        stream.close()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        engine.exclusively(fail)
+    assert stream.request.sequence is None
+
+
+def test_the_garbage_collector_may_abort_in_the_middle_of_a_sweep(engine: Engine) -> None:
+    """It runs where something is allocated: here a stream of a cycle ends at each of these places in turn."""
+    scheduler, threshold = engine._scheduler, gc.get_threshold()
+    others = [engine.stream(text(i, 4)) for i in range(40)]
+    scheduler.add([stream.request for stream in others])
+    try:
+        for n in range(100):
+            gc.collect()
+            gc.disable()
+            lost = engine.stream(text(50, 4))
+            lost._is_added = True
+            scheduler.add([lost.request])
+            cycle: list[object] = [lost]
+            cycle.append(cycle)
+            del lost, cycle
+            gc.set_threshold(gc.get_count()[0] + n)
+            gc.enable()
+            engine.exclusively(lambda _: scheduler.sweep())
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable()
+        scheduler.abort([stream.request for stream in others])
+
+
 @pytest.mark.parametrize("wants", ["a look at the books", "a fork"])
 def test_the_lock_is_given_to_others_between_two_steps(engine: Engine, wants: str) -> None:
     """A thread that generates computes step after step: who needs the lock for something else waits for one of them."""
@@ -429,6 +538,60 @@ def test_a_bad_row_ends_its_own_request(tiny_model: Path) -> None:
 
 
 # ------------------------------------------------------------------ rows of a text
+
+
+def test_a_call_that_comes_while_the_engine_closes_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the steps have ended, and before all else has."""
+    engine, refused = Engine(tiny_model), []
+
+    def call() -> None:
+        for one in (engine.cache_stats, lambda: engine.isa):
+            with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
+                one()
+            refused.append(True)
+
+    monkeypatch.setattr(engine._scheduler, "_sweep_after", call)
+    engine.close()
+    assert len(refused) == 2
+
+
+@pytest.mark.parametrize(
+    "where", ["_scheduler.speculation.close", "_scheduler._sweep_after", "_attachments.close", "_file.close"]
+)
+def test_a_close_that_is_interrupted_can_be_done_again(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = Engine(tiny_model)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    *path, name = where.split(".")
+    owner: Any = engine
+    for part in path:
+        owner = getattr(owner, part)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, interrupt)
+        engine.close()
+    with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
+        engine.generate([5])
+    engine.close()
+    assert not hasattr(engine, "_model") and not hasattr(engine._scheduler, "context")
+    assert engine._closed
+
+
+def test_what_has_the_steps_may_load_a_part_while_another_thread_closes(tiny_model: Path) -> None:
+    engine = Engine(tiny_model)
+    lock, closing = engine._scheduler.step_lock, threading.Thread(target=engine.close)
+
+    def work(_: object) -> list[int]:
+        closing.start()
+        while not lock.is_wanted:
+            time.sleep(0.001)
+        return engine.tokenize("hello")  # loads the tokenizer
+
+    assert engine.exclusively(work)
+    closing.join()
 
 
 def test_rows_are_taken_once_though_their_sequence_had_to_make_room(tiny_model: Path) -> None:

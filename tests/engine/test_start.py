@@ -70,6 +70,34 @@ def test_background_raises_what_the_work_does() -> None:
             work.result()
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_an_interrupt_when_the_thread_starts_leaves_nothing_to_wait_for(
+    monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    """There may be a thread or not: nobody waits for one that has not begun, and it does not begin any more."""
+    start, threads, done = threading.Thread.start, [], []
+
+    def interrupted(thread: threading.Thread) -> None:
+        threads.append(thread)
+        if begins:
+            start(thread)
+            thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    work = Background(lambda: done.append(threading.get_ident()))
+    with pytest.raises(KeyboardInterrupt):
+        work.start()
+    work.wait()
+    monkeypatch.undo()
+    if not begins:
+        start(threads[0])
+        threads[0].join()
+    assert len(done) == begins
+    work.result()
+    assert len(done) == 1
+
+
 def test_background_without_a_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

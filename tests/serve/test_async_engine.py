@@ -13,9 +13,9 @@ import pytest
 
 import pyengine
 from pyengine import AsyncEngine, Engine, SamplingParams
-from pyengine.async_engine import Job
+from pyengine.async_engine import AsyncStream, Job, Stepper
 from pyengine.results import Generation
-from pyengine.run.request import MAX_UNREAD, Request
+from pyengine.run.request import MAX_UNREAD, GenerationRequest, Request
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
 
@@ -129,6 +129,128 @@ def test_a_job_that_comes_and_ends_while_the_thread_leaves_is_told(
         await asyncio.wait_for(reader, 60)
         first.close()
         second.close()
+
+    asyncio.run(main())
+
+
+def test_a_job_is_closed_from_any_thread(engine: Engine) -> None:
+    """Its loop may be asleep. (In debug mode asyncio raises if it is touched from another thread.)"""
+    one = AsyncEngine(engine)
+
+    async def main() -> None:
+        job = await one.prepare(one_request(engine, 1))
+        reader = asyncio.create_task(job.wait(lambda: False))
+        await asyncio.sleep(0)  # it waits
+        await asyncio.to_thread(job.close)
+        assert not await reader
+
+    asyncio.run(main(), debug=True)
+
+
+def test_a_job_closed_while_it_is_added_is_not_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, add = AsyncEngine(engine), engine.scheduler.add
+
+    async def main() -> None:
+        job = await one.prepare(one_request(engine, 1))
+
+        def closed(requests: Sequence[Request]) -> None:
+            job.close()
+            add(requests)
+
+        monkeypatch.setattr(engine.scheduler, "add", closed)
+        one.stepper.add(job)
+        assert not engine.scheduler._requests and not one.stepper._jobs
+
+    asyncio.run(main())
+
+
+def test_a_job_that_cannot_be_added_is_not_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its exception holds it."""
+    one = AsyncEngine(engine)
+
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(one.stepper, "ensure_running", refuse)
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="new thread") as caught:
+            await one.generate(text(1, 8), **SAMPLED)
+        assert not engine.scheduler._requests, caught
+
+    asyncio.run(main())
+
+
+def test_a_question_that_raises_is_its_own_tasks_matter(engine: Engine) -> None:
+    one = AsyncEngine(engine)
+
+    async def main() -> None:
+        job = await one.prepare(one_request(engine, 1))
+        me = threading.get_ident()
+
+        def ready() -> bool:
+            if threading.get_ident() != me:
+                raise MemoryError
+            return job.is_done
+
+        reader = asyncio.create_task(job.wait(ready))
+        await asyncio.sleep(0)
+        one.stepper.add(job)
+        assert isinstance(await one.generate(text(1, 8), max_tokens=3, **SAMPLED), Generation)
+        assert await reader
+        job.close()
+
+    asyncio.run(main())
+
+
+def test_errors_are_told_though_telling_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stepping thread does not end before those who wait know why."""
+    one, deliver = AsyncEngine(engine), Stepper._deliver
+    errors = [MemoryError("the first"), MemoryError("the second")]
+
+    def fails(stepper: Stepper) -> bool:
+        if errors:
+            raise errors.pop(0)
+        return deliver(stepper)
+
+    monkeypatch.setattr(Stepper, "_deliver", fails)
+
+    async def main() -> None:
+        with pytest.raises(MemoryError):
+            await asyncio.wait_for(one.generate(text(1, 8), max_tokens=3, **SAMPLED), 60)
+
+    asyncio.run(main())
+
+
+def test_a_stream_closed_while_it_is_prepared_is_not_computed(engine: Engine) -> None:
+    one, made = AsyncEngine(engine), []
+
+    def make(job: Job) -> list[GenerationRequest]:
+        stream.close()
+        made.extend(engine.requests(job, [text(1, 20)], engine.resolve(SamplingParams())))
+        return made
+
+    stream = AsyncStream(one, make)
+
+    async def main() -> None:
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert not made[0].is_started and not engine.scheduler._requests
+
+    asyncio.run(main())
+
+
+def test_a_stream_is_read_by_one_task_at_a_time(engine: Engine) -> None:
+    one = AsyncEngine(engine)
+
+    async def main() -> None:
+        stream = one.stream(text(1, 8), max_tokens=4, **SAMPLED)
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(pyengine.PyEngineError, match="another task waits"):
+            await anext(stream)
+        await first
+        assert len([piece async for piece in stream]) == 3
 
     asyncio.run(main())
 

@@ -61,6 +61,23 @@ def test_every_process_has_cpus_of_its_own(n_cpus: int) -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1 and all(parts)
 
 
+def test_a_signal_that_comes_while_the_parent_begins_to_listen_is_heard() -> None:
+    code = """
+import os, signal, sys
+from pyengine.serve import processes
+listen = signal.signal
+def heard_at_once(number, handler):
+    before = listen(number, handler)
+    if handler is processes._heard and number == signal.SIGTERM:
+        signal.raise_signal(number)
+    return before
+signal.signal = heard_at_once
+cpus = sorted(os.sched_getaffinity(0))
+sys.exit(processes.Parent([cpus], lambda child: signal.pause() or 1).run(print))
+"""
+    assert subprocess.run([sys.executable, "-I", "-c", code], timeout=120).returncode == 0
+
+
 def test_they_answer_alike_and_end_together(chat_model: Path) -> None:
     with servers(chat_model) as (process, port, pids):
         assert len(set(pids)) == N_PROCESSES
