@@ -17,10 +17,13 @@ from pyengine.text.output import OutputText
 from pyengine.text.stops import StopStrings
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
+
     from pyengine import _core
-    from pyengine.run.beam_search import Beam, BeamSearch, EarlyStopping, Rules
+    from pyengine.run.beam_search import BeamRequest, BeamSearch, EarlyStopping, Rules
     from pyengine.run.scheduler import Scheduler
     from pyengine.sampling import ResolvedParams, SamplingParams
+    from pyengine.sampling_options import BeamOptions
     from pyengine.scoring import Prompt
     from pyengine.text.tokenizer import Tokenizer
 
@@ -48,8 +51,9 @@ class BeamSearching(ABC):
     @abstractmethod
     def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]: ...
 
-    def beam_search(
+    def beam_requests(
         self,
+        caller: Caller,
         prompt: Prompt,
         *,
         beam_width: int = 4,
@@ -62,26 +66,14 @@ class BeamSearching(ABC):
         include_stop_str_in_output: bool | None = None,
         ignore_eos: bool | None = None,
         skip_special_tokens: bool | None = None,
+        timeout: float | None = None,
         parse_special: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
-    ) -> list[BeamHypothesis]:
-        """The n outputs of the highest scores that beam search finds, best first. An output's score is the sum of its tokens'
-        log-probabilities / (their number ** length_penalty).
-
-        beam_width      beams that go on together, 1 to 32: a step computes all, beside other requests. 1 is greedy: the most
-                        probable token each time
-        n               outputs wanted, at most beam_width. There are fewer if so few tokens have no more outputs
-        max_tokens      tokens of an output at most; None = as many as the context holds
-        length_penalty  above 0 longer outputs gain by their length, 0 = the sum counts alone; -10 to 10
-        early_stopping  with beam_width outputs finished the search ends: True: at once; False: when the best beam would not score
-                        higher than the last of them if it ended now; "never": if it ended at max_tokens either
-        stop, stop_token_ids, include_stop_str_in_output, ignore_eos, skip_special_tokens   as in SamplingParams
-        parse_special, adapter, cache_salt   as in generate
-
-        The model's own probabilities count: no temperature, filter, penalty, bias or grammar. Results are those of transformers'
-        generate(num_beams=beam_width, num_return_sequences=n) over the same log-probabilities, and depend on nothing that runs
-        beside. Raises what generate raises."""
+        shown_special: frozenset[int] = frozenset(),
+    ) -> tuple[BeamSearch, list[BeamRequest]]:
+        """A search as `beam_search` has it, and what the scheduler is to compute for it. shown_special: special tokens that the
+        text shows whatever skip_special_tokens says. Raises what beam_search raises."""
         with fork.importing:
             from pyengine.run.beam_search import BeamSearch, Reader
             from pyengine.sampling import SamplingParams
@@ -98,6 +90,7 @@ class BeamSearching(ABC):
                 include_stop_str_in_output=include_stop_str_in_output,
                 ignore_eos=ignore_eos,
                 skip_special_tokens=skip_special_tokens,
+                timeout=timeout,
             )
         )
         rules = _rules(width, params.max_tokens, self.n_ctx - len(ids), length_penalty, early_stopping)
@@ -106,6 +99,7 @@ class BeamSearching(ABC):
             StopStrings(params.stop),
             skip_special_tokens=params.skip_special_tokens,
             include_stop_str=params.include_stop_str_in_output,
+            shown_special=shown_special,
         )
         end_ids = frozenset(() if params.ignore_eos else self.eos_token_ids)
         reader = Reader(end_ids, frozenset(params.stop_token_ids), rules.max_tokens)
@@ -115,10 +109,31 @@ class BeamSearching(ABC):
                 f"{reader.n_ends} tokens end a text, with a beam_width of {width} at most {most} may"
             )
         core_adapter, salt = self._adapted(adapter, cache_salt)
+        search = BeamSearch(ids, rules, reader, words, n)
+        return search, search.lanes(caller, salt=salt, adapter=core_adapter, timeout=params.timeout)
+
+    def beam_search(self, prompt: Prompt, **options: Unpack[BeamOptions]) -> list[BeamHypothesis]:
+        """The n outputs of the highest scores that beam search finds, best first. An output's score is the sum of its tokens'
+        log-probabilities / (their number ** length_penalty).
+
+        beam_width      (4) beams that go on together, 1 to 32: a step computes all, beside other requests. 1 is greedy: the most
+                        probable token each time
+        n               (1) outputs wanted, at most beam_width. There are fewer if so few tokens have no more outputs
+        max_tokens      tokens of an output at most; None = as many as the context holds
+        length_penalty  (1.0) above 0 longer outputs gain by their length, 0 = the sum counts alone; -10 to 10
+        early_stopping  (False) with beam_width outputs finished the search ends: True: at once; False: when the best beam would
+                        not score higher than the last of them if it ended now; "never": if it ended at max_tokens either
+        stop, stop_token_ids, include_stop_str_in_output, ignore_eos, skip_special_tokens   as in SamplingParams, for each beam
+        timeout         seconds after which the search ends: its beams are outputs as far as they go, finish_reason "timeout"
+        parse_special, adapter, cache_salt   as in generate
+
+        The model's own probabilities count: no temperature, filter, penalty, bias or grammar. Results are those of transformers'
+        generate(num_beams=beam_width, num_return_sequences=n) over the same log-probabilities, and depend on nothing that runs
+        beside. Raises what generate raises."""
         caller = Caller()
-        search = BeamSearch(ids, rules, reader, words)
-        run_all(self._scheduler, search.lanes(caller, salt=salt, adapter=core_adapter))
-        return [_hypothesis(search, beam) for beam in search.finished[:n]]
+        search, requests = self.beam_requests(caller, prompt, **options)
+        run_all(self._scheduler, requests)
+        return search.results
 
 
 def _rules(width: int, max_tokens: int | None, room: int, length_penalty: object, early_stopping: object) -> Rules:
@@ -139,10 +154,3 @@ def _rules(width: int, max_tokens: int | None, room: int, length_penalty: object
     n_tokens = max(1, room if max_tokens is None else min(max_tokens, room))  # a whole context has one more token, too
     return Rules(width, n_tokens, penalty, when)
 
-
-def _hypothesis(search: BeamSearch, beam: Beam) -> BeamHypothesis:
-    said = beam.said
-    assert said.finish_reason is not None
-    return BeamHypothesis(
-        said.text, list(beam.tokens), said.finish_reason, said.stop_reason, beam.logprob, search.score_of(beam)
-    )

@@ -85,6 +85,11 @@ class Request(ABC):
         """Whether nothing more is computed for it."""
 
     @property
+    def waiting_tokens(self) -> int:
+        """Tokens of its prompt, while nothing has come of them. Any thread may ask."""
+        return 0 if self.is_done else self.n_tokens
+
+    @property
     def is_paused(self) -> bool:
         """Whether its caller should read before more is computed."""
         return False
@@ -188,6 +193,10 @@ class GenerationRequest(Request):
     @property
     def is_done(self) -> bool:
         return self.error is not None or self.output.finish_reason is not None
+
+    @property
+    def waiting_tokens(self) -> int:
+        return 0 if self.sampler.outputs else super().waiting_tokens
 
     @property
     def max_draft(self) -> int:

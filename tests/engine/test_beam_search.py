@@ -4,8 +4,10 @@ engine's against the algorithm over the engine's own logits."""
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,8 @@ from engine.speculation_tools import assert_nothing_is_held
 from pyengine import BeamHypothesis, ContextFullError, Engine, InvalidArgumentError, PyEngineError
 from pyengine._sampler import logprobs
 from pyengine.run.beam_search import Beam, BeamRequest, Rules, Said
+from pyengine.run.request import Caller
+from pyengine.sampling_options import BeamOptions
 
 DATA = Path(__file__).parents[1] / "reference" / "data" / "beam" / "transformers.npz"
 WORDS: Any = None  # what these beams say does not matter
@@ -269,6 +273,45 @@ def test_a_search_ends_with_the_context(tiny_model: Path) -> None:
             engine.beam_search(prompt_of(41))
 
 
+@pytest.mark.parametrize("n_steps", [0, 1, 4])
+def test_a_search_that_runs_out_of_time_ends_where_it_is(engine: Engine, n_steps: int) -> None:
+    """The deadline passes after so many steps: beams are outputs as far as they go, beside those that are finished."""
+
+    def read(_: Said, token: int, __: int) -> Said:
+        return Said("", WORDS, "stop" if token in engine.eos_token_ids else None)
+
+    rules = Rules(4, 30, 1.0, False)
+    beams, finished = [Beam((), 0.0, Said("", WORDS))], []
+    for _ in range(n_steps):
+        logits = [engine.logits([*prompt_of(20), *beam.tokens], [19 + len(beam.tokens)])[0] for beam in beams]
+        rows = [logprobs(one, 0, rules.width + len(engine.eos_token_ids))[1] for one in logits]
+        beams, finished = rules.step(beams, finished, rows, read)
+    found, caller, scheduler = rules.best([*finished, *beams]), Caller(), engine.scheduler
+    search, requests = engine.beam_requests(caller, prompt_of(20), n=3, max_tokens=30, timeout=1e9)
+    scheduler.add(requests)
+    for _ in range(n_steps):
+        scheduler.step()
+    for request in requests:
+        request.deadline = time.monotonic()
+    scheduler.step()
+    assert search.is_done and all(request.is_done for request in requests)
+    assert [(beam.tokens, beam.cumulative_logprob) for beam in search.results] == [
+        (list(beam.tokens), beam.logprob) for beam in found[:3]
+    ]
+    for beam in search.results:
+        assert beam.finish_reason == ("stop" if beam.tokens and beam.tokens[-1] in engine.eos_token_ids else "timeout")
+        assert beam.text == engine.detokenize(beam.tokens)
+    scheduler.abort(requests)
+    (nothing,) = engine.beam_search(prompt_of(20), timeout=1e-9)
+    assert nothing == BeamHypothesis("", [], "timeout", None, 0.0, 0.0)
+
+
+def test_editors_know_every_option() -> None:
+    """`BeamOptions` spells the options that `beam_requests` takes."""
+    parameters = inspect.signature(Engine.beam_requests).parameters
+    assert {*BeamOptions.__annotations__} == {*parameters} - {"self", "caller", "prompt", "shown_special"}
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -282,6 +325,7 @@ def test_a_search_ends_with_the_context(tiny_model: Path) -> None:
         ({"length_penalty": -11}, "length_penalty"),
         ({"early_stopping": "always"}, "early_stopping"),
         ({"early_stopping": 1}, "early_stopping"),
+        ({"timeout": 0}, "timeout"),
         ({"stop": ""}, "stop"),
         ({"stop_token_ids": range(100)}, "100 tokens end a text"),
         ({"adapter": "none"}, "none"),
