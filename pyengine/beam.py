@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
     from pyengine import _core
-    from pyengine.run.beam_search import BeamRequest, BeamSearch, EarlyStopping, Rules
+    from pyengine.run.beam_search import BeamRequest, BeamSearch, EarlyStopping
     from pyengine.run.scheduler import Scheduler
     from pyengine.sampling import ResolvedParams, SamplingParams
     from pyengine.sampling_options import BeamOptions
@@ -41,6 +41,10 @@ class BeamSearching(ABC):
     @property
     @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    @abstractmethod
+    def max_sequences(self) -> int: ...
 
     @abstractmethod
     def prompt_ids(self, prompt: Prompt, *, parse_special: bool = False) -> list[int]: ...
@@ -75,11 +79,14 @@ class BeamSearching(ABC):
         """A search as `beam_search` has it, and what the scheduler is to compute for it. shown_special: special tokens that the
         text shows whatever skip_special_tokens says. Raises what beam_search raises."""
         with fork.importing:
-            from pyengine.run.beam_search import BeamSearch, Reader
+            from pyengine.run.beam_search import BeamSearch, Reader, Rules
             from pyengine.sampling import SamplingParams
 
         ids = self.prompt_ids(prompt, parse_special=parse_special)
         width = integer("beam_width", beam_width, 1, MAX_BEAM_WIDTH)
+        if width > self.max_sequences:  # they would take turns, and each be computed anew at every step
+            together = f"this engine computes {self.max_sequences} sequences together"
+            raise InvalidArgumentError(f"beam_width is {width}, {together}: open it with max_sequences={width}")
         n = integer("n", n, 1, width)
         params = self.resolve(
             SamplingParams(
@@ -93,7 +100,13 @@ class BeamSearching(ABC):
                 timeout=timeout,
             )
         )
-        rules = _rules(width, params.max_tokens, self.n_ctx - len(ids), length_penalty, early_stopping)
+        room = max(1, self.n_ctx - len(ids))  # a whole context has one more token, too
+        rules = Rules(
+            width,
+            room if params.max_tokens is None else min(params.max_tokens, room),
+            checked_length_penalty(length_penalty),
+            checked_stopping(early_stopping),
+        )
         words = OutputText(
             self.tokenizer,
             StopStrings(params.stop),
@@ -116,8 +129,8 @@ class BeamSearching(ABC):
         """The n outputs of the highest scores that beam search finds, best first. An output's score is the sum of its tokens'
         log-probabilities / (their number ** length_penalty).
 
-        beam_width      (4) beams that go on together, 1 to 32: a step computes all, beside other requests. 1 is greedy: the most
-                        probable token each time
+        beam_width      (4) beams that go on together, 1 to 32, at most the engine's max_sequences: a step computes all, beside
+                        other requests. 1 is greedy: the most probable token each time
         n               (1) outputs wanted, at most beam_width. There are fewer if so few tokens have no more outputs
         max_tokens      tokens of an output at most; None = as many as the context holds
         length_penalty  (1.0) above 0 longer outputs gain by their length, 0 = the sum counts alone; -10 to 10
@@ -136,21 +149,19 @@ class BeamSearching(ABC):
         return search.results
 
 
-def _rules(width: int, max_tokens: int | None, room: int, length_penalty: object, early_stopping: object) -> Rules:
-    """What callers ask for, with `room` positions behind the prompt. Raises InvalidArgumentError."""
-    from pyengine.run.beam_search import Rules
-
-    penalty = number("length_penalty", length_penalty)
+def checked_length_penalty(value: object) -> float:
+    """Raises InvalidArgumentError."""
+    penalty = number("length_penalty", value)
     if not abs(penalty) <= MAX_LENGTH_PENALTY:
         most = MAX_LENGTH_PENALTY
-        raise InvalidArgumentError(f"length_penalty must be in [-{most}, {most}], not {shown(length_penalty)}")
-    when: EarlyStopping
-    if isinstance(early_stopping, str) and early_stopping == "never":
-        when = "never"
-    elif isinstance(early_stopping, bool):
-        when = early_stopping
-    else:
-        raise InvalidArgumentError(f'early_stopping is True, False or "never", not {shown(early_stopping)}')
-    n_tokens = max(1, room if max_tokens is None else min(max_tokens, room))  # a whole context has one more token, too
-    return Rules(width, n_tokens, penalty, when)
+        raise InvalidArgumentError(f"length_penalty must be in [-{most}, {most}], not {shown(value)}")
+    return penalty
 
+
+def checked_stopping(value: object) -> EarlyStopping:
+    """`early_stopping`. Raises InvalidArgumentError."""
+    if isinstance(value, str) and value == "never":
+        return "never"
+    if isinstance(value, bool):
+        return value
+    raise InvalidArgumentError(f'early_stopping is True, False or "never", not {shown(value)}')

@@ -233,6 +233,12 @@ class BeamSearch:
         return BeamHypothesis(said.text, list(beam.tokens), said.finish_reason, said.stop_reason, beam.logprob, score)
 
     @property
+    def finish_reason(self) -> FinishReason:
+        """Of its best result."""
+        finished = self.step.finished
+        return (finished[0].said.finish_reason if finished else None) or "length"
+
+    @property
     def timings(self) -> Timings:
         """Of a search that is done; its generated tokens are those of all its results."""
         return Timings(

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pyengine.serve.store import ResponseStore, Store
 
 if TYPE_CHECKING:
-    from pyengine.results import Generation
+    from pyengine.results import FinishReason, Timings
     from pyengine.serve.models import Models
 
 CONTENT_TYPE = b"text/plain; version=1.0.0; charset=utf-8"
@@ -86,10 +86,9 @@ class Metrics:
         stored_bytes = Gauge("pyengine:stored_responses_bytes", "Bytes that they count as", registry=self.registry)
         stored_bytes.set_function(lambda: store.n_bytes)
 
-    def note(self, model: str, result: Generation) -> None:
+    def note(self, model: str, finish_reason: FinishReason, timings: Timings) -> None:
         """One output has ended."""
-        timings = result.timings
-        self.success.labels(model, result.finish_reason).inc()
+        self.success.labels(model, finish_reason).inc()
         self.prompt_tokens.labels(model).inc(timings.prompt_tokens)
         self.generation_tokens.labels(model).inc(timings.generated_tokens)
         self.prompt_lengths.labels(model).observe(timings.prompt_tokens)

@@ -199,20 +199,21 @@ def test_nobody_beside_it_can_tell(engine: Engine) -> None:
             assert [future.result() for future in [pool.submit(call) for call in calls]] == alone
 
 
-@pytest.mark.parametrize("max_sequences", [2, 64])
+@pytest.mark.parametrize("max_sequences", [4, 64])
 def test_beams_fork_what_a_window_holds(tmp_path: Path, max_sequences: int) -> None:
-    """A layer of three sees everything, the others 40 positions, whose pages have slid out behind them; with two sequences three
-    beams take turns, and begin again where a window is gone."""
-    path, prompt = freeze_fixture("gemma3", tmp_path, 1024), prompt_of(500)
-    with Engine(path, max_sequences=max_sequences) as engine:
-        found = engine.beam_search(prompt, beam_width=3, n=3, max_tokens=16)
-        assert found == expected(engine, prompt, 3, 16)
+    """A layer of three sees everything, the others 40 positions, whose pages have slid out behind them; with four sequences the
+    beams of a second search take turns, and begin again where a window is gone."""
+    path, prompts = freeze_fixture("gemma3", tmp_path, 1024), [prompt_of(500), prompt_of(500, 3)]
+    with Engine(path, max_sequences=max_sequences) as engine, ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(engine.beam_search, prompt, beam_width=3, n=3, max_tokens=16) for prompt in prompts]
+        for prompt, future in zip(prompts, found, strict=True):
+            assert future.result() == expected(engine, prompt, 3, 16)
         assert_nothing_is_held(engine.check_integrity())
 
 
-@pytest.mark.parametrize("max_sequences", [1, 2, 64])
+@pytest.mark.parametrize("max_sequences", [5, 7, 64])
 def test_beams_that_do_not_fit_take_turns(tiny_model: Path, max_sequences: int) -> None:
-    """Memory for one context, or sequences for fewer beams than there are: some make room and are computed again."""
+    """Memory for one context, or sequences for one search and a part of another: some make room and are computed again."""
     options: dict[str, Any] = {"beam_width": 5, "n": 5, "max_tokens": 10}
     prompts = [prompt_of(250), prompt_of(260, 3)]
     with Engine(tiny_model) as engine:
@@ -224,6 +225,13 @@ def test_beams_that_do_not_fit_take_turns(tiny_model: Path, max_sequences: int) 
             together = [pool.submit(engine.beam_search, prompt, **options) for prompt in prompts]
             assert [future.result() for future in together] == wide
         assert_nothing_is_held(engine.check_integrity())
+
+
+def test_a_search_that_could_only_take_turns_is_refused(tiny_model: Path) -> None:
+    with Engine(tiny_model, max_sequences=3) as engine:
+        assert len(engine.beam_search(prompt_of(5), beam_width=3, n=3, max_tokens=2)) == 3
+        with pytest.raises(InvalidArgumentError, match=r"beam_width is 4, .* max_sequences=4"):
+            engine.beam_search(prompt_of(5), max_tokens=2)
 
 
 def test_a_search_goes_with_its_call(engine: Engine) -> None:
