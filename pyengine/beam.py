@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pyengine import fork
 from pyengine._sampler import MAX_TOP_LOGPROBS
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from pyengine import _core
     from pyengine.run.beam_search import BeamRequest, BeamSearch, EarlyStopping
+    from pyengine.run.guide import Guide
     from pyengine.run.scheduler import Scheduler
-    from pyengine.sampling import ResolvedParams, SamplingParams
+    from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.sampling_options import BeamOptions
     from pyengine.scoring import Prompt
     from pyengine.text.tokenizer import Tokenizer
@@ -53,6 +54,9 @@ class BeamSearching(ABC):
     def resolve(self, params: SamplingParams) -> ResolvedParams: ...
 
     @abstractmethod
+    def guide(self, wanted: StructuredOutputs) -> Guide: ...
+
+    @abstractmethod
     def _adapted(self, adapter: str | None, cache_salt: str | None) -> tuple[_core.Adapter | None, bytes]: ...
 
     def beam_requests(
@@ -71,6 +75,7 @@ class BeamSearching(ABC):
         ignore_eos: bool | None = None,
         skip_special_tokens: bool | None = None,
         timeout: float | None = None,
+        structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None,
         parse_special: bool = False,
         adapter: str | None = None,
         cache_salt: str | None = None,
@@ -98,6 +103,7 @@ class BeamSearching(ABC):
                 ignore_eos=ignore_eos,
                 skip_special_tokens=skip_special_tokens,
                 timeout=timeout,
+                structured_outputs=structured_outputs,
             )
         )
         room = max(1, self.n_ctx - len(ids))  # a whole context has one more token, too
@@ -122,7 +128,8 @@ class BeamSearching(ABC):
                 f"{reader.n_ends} tokens end a text, with a beam_width of {width} at most {most} may"
             )
         core_adapter, salt = self._adapted(adapter, cache_salt)
-        search = BeamSearch(ids, rules, reader, words, n)
+        guide = None if params.structured_outputs is None else self.guide(params.structured_outputs)
+        search = BeamSearch(ids, rules, reader, words, guide, n)
         return search, search.lanes(caller, salt=salt, adapter=core_adapter, timeout=params.timeout)
 
     def beam_search(self, prompt: Prompt, **options: Unpack[BeamOptions]) -> list[BeamHypothesis]:
@@ -138,11 +145,14 @@ class BeamSearching(ABC):
                         not score higher than the last of them if it ended now; "never": if it ended at max_tokens either
         stop, stop_token_ids, include_stop_str_in_output, ignore_eos, skip_special_tokens   as in SamplingParams, for each beam
         timeout         seconds after which the search ends: its beams are outputs as far as they go, finish_reason "timeout"
+        structured_outputs   as in SamplingParams: each beam goes on with tokens that may come, whose probabilities stay what they
+                        are among all tokens. What max_tokens or timeout cut is incomplete, and says so by its finish_reason
         parse_special, adapter, cache_salt   as in generate
 
-        The model's own probabilities count: no temperature, filter, penalty, bias or grammar. Results are those of transformers'
-        generate(num_beams=beam_width, num_return_sequences=n) over the same log-probabilities, and depend on nothing that runs
-        beside. Raises what generate raises."""
+        The model's own probabilities count: there is no temperature, filter, penalty, bias, min_tokens, allowed or bad token, and
+        what generation_config.json says of these does not count. Nothing is drawn, so there is no seed. Results are those of
+        transformers' generate(num_beams=beam_width, num_return_sequences=n) over the same log-probabilities, and depend on
+        nothing that runs beside. Raises what generate raises."""
         caller = Caller()
         search, requests = self.beam_requests(caller, prompt, **options)
         run_all(self._scheduler, requests)

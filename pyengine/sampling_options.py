@@ -63,6 +63,7 @@ class BeamOptions(TypedDict, total=False):
     ignore_eos: bool | None
     skip_special_tokens: bool | None
     timeout: float | None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None
     parse_special: bool
     adapter: str | None
     cache_salt: str | None

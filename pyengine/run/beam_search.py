@@ -8,6 +8,9 @@ those that tie by beam and by token, so there is one result.
 Each beam is a request of the scheduler, and all beams of a step are rows of one forward. There are `width` requests for the whole
 search, its lanes: a beam's first successor stays in its lane and goes on from its keys and values, others fork them into lanes
 that have become free. The prompt's are cached like anybody's, those of beams are not: most of them lead nowhere.
+
+With a grammar, candidates are the tokens that may come by it, each with its probability among all tokens, as transformers' logits
+processors leave it. A beam's guide is a fork of its parent's.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pyengine._sampler import MAX_TOP_LOGPROBS, logprobs
+from pyengine.errors import InvalidArgumentError
 from pyengine.results import BeamHypothesis, FinishReason, Timings
 from pyengine.run.request import Caller, Request
 from pyengine.text.output import OutputText
 
 if TYPE_CHECKING:
     from pyengine import _core
+    from pyengine.run.guide import Guide
 
 EarlyStopping = bool | Literal["never"]
 Row = Sequence[tuple[int, float]]  # the most probable tokens, and their log-probabilities
@@ -164,21 +169,28 @@ def _ended(text: str, words: OutputText, reason: FinishReason, stop_reason: int 
 
 
 class _Step:
-    """Where a search is. Only `rows` changes, one entry at a time.
+    """Where a search is. Only `guides` and `rows` change, one entry at a time.
 
     beams     the most probable first; none: it has ended
     finished  the highest score first
     lanes     for each beam, which request computes it
     sources   for each beam, the lane in which its parent was and its parent's first successor is
     rows      for each beam, its most probable next tokens, None = not computed yet
+    guides    for each beam, that of its text, or, until it has its row, of its parent's; None without a grammar
     """
 
-    __slots__ = ("beams", "finished", "lanes", "rows", "sources")
+    __slots__ = ("beams", "finished", "guides", "lanes", "rows", "sources")
 
     def __init__(
-        self, beams: Sequence[Beam], finished: Sequence[Beam], lanes: Sequence[int], sources: Sequence[int]
+        self,
+        beams: Sequence[Beam],
+        finished: Sequence[Beam],
+        lanes: Sequence[int],
+        sources: Sequence[int],
+        guides: list[Guide | None],
     ) -> None:
         self.beams, self.finished, self.lanes, self.sources = beams, finished, lanes, sources
+        self.guides = guides
         self.rows: list[Row | None] = [None] * len(beams)
 
 
@@ -194,7 +206,9 @@ class BeamSearch:
     change have let go of their sequences, and what is lost before it is computed again from the same rows.
     """
 
-    def __init__(self, prompt: Sequence[int], rules: Rules, reader: Reader, words: OutputText, n: int) -> None:
+    def __init__(
+        self, prompt: Sequence[int], rules: Rules, reader: Reader, words: OutputText, guide: Guide | None, n: int
+    ) -> None:
         """n: outputs that are wanted."""
         self.prompt = prompt
         self._rules, self._reader, self._n = rules, reader, n
@@ -202,7 +216,7 @@ class BeamSearch:
         self.n_candidates = min(2 * rules.width + reader.n_ends, MAX_TOP_LOGPROBS)
         self.sequences: list[_core.Sequence | None] = [None] * rules.width
         self.error: BaseException | None = None
-        self.step = _Step([Beam((), 0.0, Said("", words))], (), [0], [0])
+        self.step = _Step([Beam((), 0.0, Said("", words))], (), [0], [0], [guide])
         self.cached_tokens = 0
         self._started = self._first_token_at = self._last_token_at = time.monotonic()
 
@@ -249,6 +263,15 @@ class BeamSearch:
             self._last_token_at - self._started,
         )
 
+    def take(self, rank: int, row: memoryview) -> None:
+        """The logits after a beam. Raises InvalidArgumentError if its grammar cannot be followed any more."""
+        step, mask = self.step, None
+        guide = step.guides[rank]
+        if guide is not None:
+            step.guides[rank] = guide = guide.fork()
+            mask = guide.masks(step.beams[rank].tokens)[0]
+        step.rows[rank] = logprobs(row, 0, self.n_candidates, mask)[1]
+
     def advance(self) -> None:
         """Go on to the next step if every beam has its row."""
         step = self.step
@@ -256,6 +279,8 @@ class BeamSearch:
         if len(rows) < len(step.rows) or not step.beams:
             return
         beams, finished = self._rules.step(step.beams, step.finished, rows, self._reader.read)
+        if not beams and not finished:
+            raise InvalidArgumentError("structured_outputs cannot be followed: no token that may come is in the vocabulary")
         sources = [step.lanes[beam.parent] for beam in beams]
         lanes = _lanes(sources, self._rules.width)
         is_prompt = not step.beams[0].tokens
@@ -265,13 +290,13 @@ class BeamSearch:
         for lane in range(self._rules.width):
             if is_prompt or lane not in sources:
                 self.sequences[lane] = None
-        self.step = _Step(beams, finished, lanes, sources)
+        self.step = _Step(beams, finished, lanes, sources, [step.guides[beam.parent] for beam in beams])
 
     def time_out(self) -> None:
         """End it where it is: its beams are outputs as far as they go."""
         step = self.step
         cut = [beam._replace(said=_ended(beam.said.text, beam.said.words.copy(), "timeout")) for beam in step.beams]
-        self.step = _Step((), self._rules.best([*step.finished, *cut]), (), ())
+        self.step = _Step((), self._rules.best([*step.finished, *cut]), (), (), [])
 
 
 def _lanes(sources: Sequence[int], width: int) -> list[int]:
@@ -381,7 +406,7 @@ class BeamRequest(Request):
     def take_row(self, position: int, row: memoryview) -> None:
         rank = self._rank(self.search.step)
         assert rank is not None
-        self.search.step.rows[rank] = logprobs(row, 0, self.search.n_candidates)[1]
+        self.search.take(rank, row)
         self.search.advance()
 
     def catch_up(self) -> None:

@@ -64,9 +64,9 @@ class Call(ABC):
     def requests(self, job: Job, prompts: Sequence[list[int]], **options: Any) -> Sequence[Request]:
         """For the engine, of prompts as token ids."""
         engine = self.model.engine
-        if self.beams is not None:
-            return self.beams.requests(self.model, job, prompts, self.params, cache_salt=self.cache_salt, **options)
         with told_of_output(engine, self.asked):
+            if self.beams is not None:
+                return self.beams.requests(self.model, job, prompts, self.params, cache_salt=self.cache_salt, **options)
             return engine.requests(
                 job,
                 prompts,

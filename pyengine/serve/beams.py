@@ -47,6 +47,7 @@ class Beams:
                 ignore_eos=params.ignore_eos,
                 skip_special_tokens=params.skip_special_tokens,
                 timeout=params.timeout,
+                structured_outputs=params.structured_outputs,
                 adapter=model.adapter,
                 **options,
             )
@@ -105,7 +106,6 @@ _WITHOUT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "allowed_token_ids": (_OWN, ()),
     "bad_token_ids": (_OWN, ((),)),
     "min_tokens": (_OWN, (0,)),
-    **dict.fromkeys(("structured_outputs", "grammar", "json_schema", "response_format", "tools"), (_OWN, ((), []))),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,46 @@ def test_what_beams_cannot_do_is_refused_by_name(chat_model: Path) -> None:
         assert answer.error["param"] == "logprobs"
 
     serving(chat_model, test)
+
+
+PERSON = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99, "minimum": 10}}, "required": ["age"]}
+FUNCTION = {"type": "function", "function": {"name": "born", "parameters": PERSON | {"additionalProperties": False}}}
+
+
+def test_beams_are_held_to_what_is_asked_for(
+    chat_model: Path, tool_model: Callable[[str, tuple[str, ...]], Path]
+) -> None:
+    pytest.importorskip("llguidance", reason="the extra guide is not installed")
+    schema = PERSON | {"additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    beams = {**BEAMS, "max_tokens": 60}
+
+    async def test(client: Client) -> None:
+        chat = await client.post(CHAT, {"messages": MESSAGES, "response_format": wanted, **beams})
+        text = await client.post(TEXT, {"prompt": "Hi", "structured_outputs": {"json": schema}, **beams})
+        said = [choice["message"]["content"] for choice in chat.json["choices"]]
+        for answer in (*said, *(choice["text"] for choice in text.json["choices"])):
+            assert 10 <= json.loads(answer)["age"] <= 99
+        assert len(set(said)) == 3 and {choice["finish_reason"] for choice in text.json["choices"]} == {"stop"}
+        plain = await client.post(CHAT, {"messages": MESSAGES, "response_format": {"type": "text"}, **beams})
+        assert plain.status == 200
+        refused = {"structured_outputs": {"regex": "("}, "grammar": "start: x y", "json_schema": {"type": "nothing"}}
+        for name, value in refused.items():
+            answer = await client.post(TEXT, {"prompt": "Hi", name: value, **beams})
+            assert answer.status == 400 and answer.error["param"] == name, answer.body
+
+    serving(chat_model, test)
+
+    async def call(client: Client) -> None:
+        body = {"messages": MESSAGES, "tools": [FUNCTION], "tool_choice": "required", "parallel_tool_calls": False}
+        answer = await client.post(CHAT, {**body, **beams})
+        assert len(answer.json["choices"]) == 3
+        for choice in answer.json["choices"]:
+            ((one,), reason) = choice["message"]["tool_calls"], choice["finish_reason"]
+            assert (one["function"]["name"], reason) == ("born", "tool_calls")
+            assert 10 <= json.loads(one["function"]["arguments"])["age"] <= 99
+
+    serving(tool_model("qwen", ("<tool_call>", "</tool_call>")), call)
 
 
 def test_beams_are_no_more_than_the_engine_computes_together(chat_model: Path) -> None:
