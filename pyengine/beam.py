@@ -89,7 +89,7 @@ class BeamSearching(ABC):
 
         ids = self.prompt_ids(prompt, parse_special=parse_special)
         width = integer("beam_width", beam_width, 1, MAX_BEAM_WIDTH)
-        if width > self.max_sequences:  # they would take turns, and each be computed anew at every step
+        if width > self.max_sequences:
             together = f"this engine computes {self.max_sequences} sequences together"
             raise InvalidArgumentError(f"beam_width is {width}, {together}: open it with max_sequences={width}")
         n = integer("n", n, 1, width)

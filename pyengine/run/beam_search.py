@@ -200,6 +200,7 @@ class BeamSearch:
 
     sequences      for each lane, as of a Request
     error          what ended the search
+    is_started     all of its lanes have their places
     cached_tokens  of the prompt, found in the cache
 
     An exception may fall anywhere: the search goes from one step to the next by one assignment, before which lanes whose beams
@@ -216,6 +217,7 @@ class BeamSearch:
         self.n_candidates = min(2 * rules.width + reader.n_ends, MAX_TOP_LOGPROBS)
         self.sequences: list[_core.Sequence | None] = [None] * rules.width
         self.error: BaseException | None = None
+        self.is_started = False
         self.step = _Step([Beam((), 0.0, Said("", words))], (), [0], [0], [guide])
         self.cached_tokens = 0
         self._started = self._first_token_at = self._last_token_at = time.monotonic()
@@ -306,7 +308,7 @@ def _lanes(sources: Sequence[int], width: int) -> list[int]:
 
 
 class BeamRequest(Request):
-    """A lane: the beam that is in it, if any."""
+    """A lane: the beam that is in it, if any. The first one, with the prompt, starts them all."""
 
     keep = False  # but while it computes the prompt
 
@@ -322,6 +324,7 @@ class BeamRequest(Request):
     ) -> None:
         self.search = search
         self.index = index
+        self.n_places = len(search.sequences)
         super().__init__(caller, salt=salt, deadline=deadline, adapter=adapter)
 
     @property
@@ -339,6 +342,19 @@ class BeamRequest(Request):
     @error.setter
     def error(self, value: BaseException | None) -> None:
         self.search.error = value
+
+    @property
+    def is_started(self) -> bool:
+        return self.search.is_started
+
+    @is_started.setter
+    def is_started(self, value: bool) -> None:
+        self.search.is_started = value
+
+    @property
+    def has_place(self) -> bool:
+        """With its search: beams that took turns would be computed anew at every step."""
+        return self.is_started
 
     def _rank(self, step: _Step) -> int | None:
         """Which of the beams is here."""
@@ -397,7 +413,7 @@ class BeamRequest(Request):
         return super().new_sequence(context) if source is None else source.fork(self.next_row)
 
     def note_cached(self, n_tokens: int) -> None:
-        if self.index == 0 and not self.is_started:
+        if not self.is_started:
             self.search.cached_tokens = n_tokens
 
     def rows(self, begin: int, end: int) -> Sequence[int]:

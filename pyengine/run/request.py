@@ -55,6 +55,7 @@ class Request(ABC):
     keep = True  # its pages stay cached for later texts that begin alike
     interactive = False  # somebody reads along: short steps
     row_kind = LOGITS  # what it wants of a position: LOGITS, HIDDEN or both
+    n_places = 1  # of sequences, which it and those that go with it take, so that they run together
 
     def __init__(
         self, caller: Caller, *, salt: bytes, deadline: float | None, adapter: _core.Adapter | None = None
@@ -83,6 +84,11 @@ class Request(ABC):
     @abstractmethod
     def is_done(self) -> bool:
         """Whether nothing more is computed for it."""
+
+    @property
+    def has_place(self) -> bool:
+        """Whether its place is taken already."""
+        return self.sequence is not None
 
     @property
     def waiting_tokens(self) -> int:

@@ -18,7 +18,7 @@ import pytest
 from engine.freeze_models import freeze_fixture
 from engine.speculation_tools import assert_nothing_is_held
 
-from pyengine import BeamHypothesis, ContextFullError, Engine, InvalidArgumentError, PyEngineError
+from pyengine import BeamHypothesis, ContextFullError, Engine, InvalidArgumentError, PyEngineError, SamplingParams
 from pyengine._sampler import logprobs
 from pyengine.run.beam_search import Beam, BeamRequest, Rules, Said
 from pyengine.run.request import Caller
@@ -199,21 +199,28 @@ def test_nobody_beside_it_can_tell(engine: Engine) -> None:
             assert [future.result() for future in [pool.submit(call) for call in calls]] == alone
 
 
-@pytest.mark.parametrize("max_sequences", [4, 64])
-def test_beams_fork_what_a_window_holds(tmp_path: Path, max_sequences: int) -> None:
-    """A layer of three sees everything, the others 40 positions, whose pages have slid out behind them; with four sequences the
-    beams of a second search take turns, and begin again where a window is gone."""
-    path, prompts = freeze_fixture("gemma3", tmp_path, 1024), [prompt_of(500), prompt_of(500, 3)]
-    with Engine(path, max_sequences=max_sequences) as engine, ThreadPoolExecutor(2) as pool:
-        found = [pool.submit(engine.beam_search, prompt, beam_width=3, n=3, max_tokens=16) for prompt in prompts]
-        for prompt, future in zip(prompts, found, strict=True):
-            assert future.result() == expected(engine, prompt, 3, 16)
+@pytest.mark.parametrize("make_room", [False, True])
+def test_beams_fork_what_a_window_holds(tmp_path: Path, make_room: bool) -> None:
+    """A layer of three sees everything, the others 40 positions, whose pages have slid out behind them; a beam that made room for
+    others begins again where a window is gone."""
+    path, prompt, caller = freeze_fixture("gemma3", tmp_path, 1024), prompt_of(500), Caller()
+    with Engine(path) as engine:
+        search, requests = engine.beam_requests(caller, prompt, beam_width=3, n=3, max_tokens=16)
+        engine.scheduler.add(requests)
+        for request in itertools.cycle(requests):
+            engine.scheduler.step()
+            if search.is_done:
+                break
+            if make_room:
+                request.sequence = None
+        assert search.results == expected(engine, prompt, 3, 16)
+        engine.scheduler.abort(requests)
         assert_nothing_is_held(engine.check_integrity())
 
 
 @pytest.mark.parametrize("max_sequences", [5, 7, 64])
 def test_beams_that_do_not_fit_take_turns(tiny_model: Path, max_sequences: int) -> None:
-    """Memory for one context, or sequences for one search and a part of another: some make room and are computed again."""
+    """Memory for one context: some make room and are computed again. Or sequences for one search and a part of another."""
     options: dict[str, Any] = {"beam_width": 5, "n": 5, "max_tokens": 10}
     prompts = [prompt_of(250), prompt_of(260, 3)]
     with Engine(tiny_model) as engine:
@@ -225,6 +232,40 @@ def test_beams_that_do_not_fit_take_turns(tiny_model: Path, max_sequences: int) 
             together = [pool.submit(engine.beam_search, prompt, **options) for prompt in prompts]
             assert [future.result() for future in together] == wide
         assert_nothing_is_held(engine.check_integrity())
+
+
+@pytest.mark.parametrize("max_sequences", [5, 7, 9, 64])
+def test_beams_of_a_search_run_together_or_wait(tiny_model: Path, max_sequences: int) -> None:
+    """Whatever else runs: nothing is computed twice. What comes later does not come before a search that waits."""
+    tokens: list[int] = []
+    with Engine(tiny_model, max_sequences=max_sequences) as engine:
+        caller, forward = Caller(), engine.context.forward
+        greedy = engine.resolve(SamplingParams(max_tokens=6, ignore_eos=True, speculative="off"))
+        searches, requests = [], []
+        for seed in range(3):
+            search, lanes = engine.beam_requests(caller, prompt_of(20, seed), beam_width=5, max_tokens=8, ignore_eos=True)
+            searches.append(search)
+            requests += [*lanes, *engine.requests(caller, [prompt_of(9, seed + 4)], greedy)]
+
+        class Context:
+            def forward(self, given: list[int], *rest: Any, **options: Any) -> bytes:
+                tokens.append(len(given))
+                return forward(given, *rest, **options)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(context, name)
+
+        context = engine.context
+        engine.scheduler.context = Context()  # type: ignore[assignment]
+        engine.scheduler.add(requests)
+        for _ in range(100):
+            engine.scheduler.step()
+        engine.scheduler.context = context
+        assert all(request.is_done and request.error is None for request in requests)
+        assert sum(tokens) == 3 * (20 + 5 * 7) + 3 * (9 + 5)
+        for seed, search in enumerate(searches):
+            alone = engine.beam_search(prompt_of(20, seed), beam_width=5, max_tokens=8, ignore_eos=True)
+            assert search.results == alone
 
 
 def test_a_search_that_could_only_take_turns_is_refused(tiny_model: Path) -> None:
