@@ -82,7 +82,9 @@ cdef extern from "sampler/sampler.h" nogil:
     ctypedef struct pe_sample_row
     ctypedef struct pe_sample_result
     pe_status pe_sampler_create(pe_sampler **out, size_t vocab_size, const pe_sampler_params *params, char *err)
-    pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out, char *err)
+    pe_status pe_logprobs(
+        const float *logits, size_t vocab_size, int32_t token, const uint32_t *mask, size_t n_top, pe_sample_result *out, char *err
+    )
     pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err)
 
 
@@ -96,9 +98,11 @@ cdef int sample_many(void *rows, size_t n_rows, int n_threads, char *err) noexce
     return pe_sample_many(<pe_sample_row *>rows, n_rows, n_threads, err)
 
 
-cdef int logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, void *out, char *err) noexcept nogil:
+cdef int logprobs(
+    const float *logits, size_t vocab_size, int32_t token, const uint32_t *mask, size_t n_top, void *out, char *err
+) noexcept nogil:
     """pe_logprobs, for _sampler.pyx, with the kernels that were chosen in this module."""
-    return pe_logprobs(logits, vocab_size, token, n_top, <pe_sample_result *>out, err)
+    return pe_logprobs(logits, vocab_size, token, mask, n_top, <pe_sample_result *>out, err)
 
 
 # ---------------------------------------------------------------- classes

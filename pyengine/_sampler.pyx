@@ -404,15 +404,18 @@ cdef object record_row(Sampler sampler, const pe_sample_row *row):
     return None
 
 
-def logprobs(const float[::1] logits not None, int32_t token, size_t n_top=0):
-    """Log-softmax of `logits` at `token`, and of the `n_top` most probable tokens: (logprob, [(token, logprob), ...])."""
+def logprobs(const float[::1] logits not None, int32_t token, size_t n_top=0, mask=None):
+    """Log-softmax of `logits` at `token`, and of the `n_top` most probable tokens: (logprob, [(token, logprob), ...]). mask: the
+    latter are of tokens that may come by it, as in `Sampler.sample`."""
     cdef char err[PE_ERR_LEN]
     cdef pe_sample_result result
     cdef pe_status status
     cdef size_t n = logits.shape[0]
     cdef const float *data = &logits[0] if n else NULL
+    cdef _Mask held = None if mask is None else _Mask(mask, n)
+    cdef const uint32_t *words = NULL if held is None else held.words
     with nogil:
-        status = <pe_status>_core.logprobs(data, n, token, n_top, &result, err)
+        status = <pe_status>_core.logprobs(data, n, token, words, n_top, &result, err)
     check(status, err)
     return result.logprob, top_of(&result)
 

@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
     from pyengine.embeddings import Pooled
-    from pyengine.results import Generation, Piece, Score
+    from pyengine.results import BeamHypothesis, Generation, Piece, Score
+    from pyengine.run.beam_search import BeamSearch
     from pyengine.run.scheduler import Scheduler
     from pyengine.sampling import SamplingParams
-    from pyengine.sampling_options import SamplingOptions
+    from pyengine.sampling_options import BeamOptions, SamplingOptions
 
 T = TypeVar("T")
 
@@ -497,6 +498,18 @@ class AsyncEngine:
         from pyengine.embeddings import vectors
 
         return vectors(made, normalize=normalize)
+
+    async def beam_search(self, prompt: Prompt, **options: Unpack[BeamOptions]) -> list[BeamHypothesis]:
+        """See Engine.beam_search."""
+        searches: list[BeamSearch] = []
+
+        def make(job: Job) -> Sequence[Request]:
+            search, requests = self.engine.beam_requests(job, prompt, **options)
+            searches.append(search)
+            return requests
+
+        await self._run(make)
+        return searches[0].results
 
     # ------------------------------------------------------------ life
 

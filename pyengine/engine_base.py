@@ -160,6 +160,11 @@ class EngineBase:
         return self._scheduler
 
     @property
+    def max_sequences(self) -> int:
+        """How many outputs are computed together."""
+        return self._options.max_sequences
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, loaded when it is first needed."""
         self._check_open()

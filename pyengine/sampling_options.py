@@ -1,5 +1,5 @@
-"""Names and types of the keyword options that generate, stream and chat take, for editors and type checkers: the fields of
-`SamplingParams` (sampling.py says what each means) and the aliases that it knows."""
+"""Names and types of keyword options, for editors and type checkers: those that generate, stream and chat take, which are the
+fields of `SamplingParams` (sampling.py says what each means) and the aliases that it knows; those of beam_search (beam.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    from pyengine.run.beam_search import EarlyStopping
     from pyengine.sampling import Drafting, StructuredOutputs
 
 
@@ -46,3 +47,23 @@ class SamplingOptions(TypedDict, total=False):
     num_return_sequences: int | None
     max_time: float | None
     temp: float | None
+
+
+class BeamOptions(TypedDict, total=False):
+    """What `beam_search` takes beside a prompt."""
+
+    beam_width: int
+    n: int
+    max_tokens: int | None
+    length_penalty: float
+    early_stopping: EarlyStopping
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    include_stop_str_in_output: bool | None
+    ignore_eos: bool | None
+    skip_special_tokens: bool | None
+    timeout: float | None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None
+    parse_special: bool
+    adapter: str | None
+    cache_salt: str | None

@@ -49,10 +49,10 @@ static inline bool any_above(const float *logits, size_t n, float threshold) {
 }
 
 /* The first k tokens of the order into pool, as a heap with the last of them on top; returns how many there were
- * (banned tokens, and with `weights` those of weight 0, are not candidates). Ids ascend, so a token that ties with the
- * last one of a full heap comes after it: only strictly larger logits enter, and whole blocks are skipped by one
- * comparison. */
-static inline size_t select_first(const float *logits, const uint64_t *weights, size_t n, size_t k,
+ * (banned tokens, with `weights` those of weight 0, and with `mask` those whose bit is 0, are not candidates). Ids
+ * ascend, so a token that ties with the last one of a full heap comes after it: only strictly larger logits enter, and
+ * whole blocks are skipped by one comparison. */
+static inline size_t select_first(const float *logits, const uint64_t *weights, const uint32_t *mask, size_t n, size_t k,
                                   pe_candidate *pool) {
     size_t count = 0;
     float threshold = -INFINITY;
@@ -61,6 +61,7 @@ static inline size_t select_first(const float *logits, const uint64_t *weights, 
         if (!any_above(logits + begin, end - begin, threshold)) continue;
         for (size_t i = begin; i < end; i++) {
             if (!(logits[i] > threshold) || (weights && weights[i] == 0)) continue;
+            if (mask && !(mask[i / 32] >> i % 32 & 1)) continue;
             pe_candidate entering = {0.0, weights ? weights[i] : 0, logits[i], (int32_t)i};
             if (count < k) {
                 pool[count++] = entering;

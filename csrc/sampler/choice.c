@@ -50,7 +50,7 @@ static uint64_t keep_typical(pe_sampler *s, const float *logits, size_t n_logits
 /* The first top_k tokens of the order into s->pool, as a heap with the first on top; how many there are. Their weights
  * are computed here if those of all were not needed before. *total: the sum of their weights. */
 static size_t keep_first(pe_sampler *s, const float *logits, size_t n_logits, double top, double cut, uint64_t *total) {
-    size_t n = select_first(logits, s->weights, n_logits, (size_t)s->params.top_k, s->pool);
+    size_t n = select_first(logits, s->weights, NULL, n_logits, (size_t)s->params.top_k, s->pool);
     *total = 0;
     for (size_t i = 0; i < n; i++) {
         pe_candidate *c = &s->pool[i];

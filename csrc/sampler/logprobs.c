@@ -4,12 +4,12 @@
 #include "kernels/double_math.h"
 #include "status.h"
 
-void pe_sampler_fill_logprobs(const struct pe_kernels *kernels, const float *logits, size_t n, float top, size_t n_top,
-                              pe_sample_result *out) {
+void pe_sampler_fill_logprobs(const struct pe_kernels *kernels, const float *logits, size_t n, float top,
+                              const uint32_t *mask, size_t n_top, pe_sample_result *out) {
     pe_candidate best[PE_SAMPLER_MAX_TOP_LOGPROBS];
     double log_sum = pe_log(kernels->sum_of_exps(logits, n, top));
     out->logprob = (double)logits[out->token] - top - log_sum;
-    size_t count = n_top ? select_first(logits, NULL, n, n_top, best) : 0;
+    size_t count = n_top ? select_first(logits, NULL, mask, n, n_top, best) : 0;
     out->n_top = (int32_t)count;
     make_heap(best, count, false);
     for (size_t i = 0; i < count; i++) {
@@ -19,8 +19,8 @@ void pe_sampler_fill_logprobs(const struct pe_kernels *kernels, const float *log
     }
 }
 
-pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
-                      char *err) {
+pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, const uint32_t *mask, size_t n_top,
+                      pe_sample_result *out, char *err) {
     if (vocab_size == 0 || vocab_size > PE_SAMPLER_MAX_VOCAB)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "vocab_size %zu is not in [1, %u]", vocab_size,
                        PE_SAMPLER_MAX_VOCAB);
@@ -38,7 +38,7 @@ pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, siz
     bool finite = kernels->maximum(logits, vocab_size, &top);
     if (finite) {
         out->token = token;
-        pe_sampler_fill_logprobs(kernels, logits, vocab_size, top, n_top, out);
+        pe_sampler_fill_logprobs(kernels, logits, vocab_size, top, mask, n_top, out);
     }
     pe_float_env_leave(env);
     return finite ? PE_OK : pe_fail(PE_ERR_NOT_FINITE, err, "a logit is an infinity or NaN");

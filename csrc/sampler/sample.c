@@ -63,7 +63,7 @@ static pe_status sample(pe_sampler *s, const float *logits, uint64_t position, c
     out->n_top = 0;
     out->logprob = 0.0;
     if (s->params.n_top_logprobs >= 0)
-        pe_sampler_fill_logprobs(s->kernels, logits, s->vocab_size, c.raw_top, (size_t)s->params.n_top_logprobs, out);
+        pe_sampler_fill_logprobs(s->kernels, logits, s->vocab_size, c.raw_top, NULL, (size_t)s->params.n_top_logprobs, out);
     return PE_OK;
 }
 

@@ -124,9 +124,10 @@ typedef struct pe_sample_row {
  * rows or the threads cannot be had. */
 pe_status pe_sample_many(pe_sample_row *rows, size_t n_rows, int n_threads, char *err);
 
-/* Log-probability of `token` and of the n_top (<= 64) most probable tokens, without a sampler: for scoring given
- * text. */
-pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, size_t n_top, pe_sample_result *out,
-                      char *err);
+/* Log-probability of `token` and of the n_top (<= 64) most probable tokens, without a sampler: for scoring given text, and
+ * for beams. mask as of pe_sampler_sample or NULL: the latter are of tokens that may come, fewer if these are fewer; their
+ * log-probabilities are those among all tokens. */
+pe_status pe_logprobs(const float *logits, size_t vocab_size, int32_t token, const uint32_t *mask, size_t n_top,
+                      pe_sample_result *out, char *err);
 
 #endif

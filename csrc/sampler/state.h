@@ -48,8 +48,8 @@ int32_t pe_sampler_choose(pe_sampler *sampler, const float *logits, size_t n_log
  * temperature > 0. */
 float pe_sampler_probability(const float *logits, size_t n, size_t index, float top, double temperature);
 /* logprobs.c: fill in the log-probability of out->token and the n_top (<= 64) most probable tokens. logits (n) finite,
- * top the largest. */
-void pe_sampler_fill_logprobs(const struct pe_kernels *kernels, const float *logits, size_t n, float top, size_t n_top,
-                              pe_sample_result *out);
+ * top the largest; mask as of pe_logprobs. */
+void pe_sampler_fill_logprobs(const struct pe_kernels *kernels, const float *logits, size_t n, float top,
+                              const uint32_t *mask, size_t n_top, pe_sample_result *out);
 
 #endif

@@ -106,8 +106,7 @@ def write_json(pieces: Iterator[Piece]) -> Generation | None:
 _NOT_OF_BEAMS = {
     "seed": "--seed", "temperature": "--temp", "top_k": "--top-k", "top_p": "--top-p", "min_p": "--min-p",
     "typical_p": "--typical", "repetition_penalty": "--repeat-penalty", "presence_penalty": "--presence-penalty",
-    "frequency_penalty": "--frequency-penalty", "timeout": "--timeout", "json_schema": "--json-schema", "grammar": "--grammar",
-    "speculative": "--speculative", "draft_model": "--draft-model",
+    "frequency_penalty": "--frequency-penalty", "speculative": "--speculative", "draft_model": "--draft-model",
 }  # fmt: skip
 
 
@@ -133,6 +132,8 @@ def write_beams(engine: Engine, ids: list[int], args: argparse.Namespace, params
         max_tokens=params.max_tokens,
         stop=params.stop,
         ignore_eos=params.ignore_eos,
+        timeout=params.timeout,
+        structured_outputs=params.structured_outputs,
         adapter=adapter,
     )
     if args.json:

@@ -13,6 +13,7 @@ import json
 import threading
 from array import array
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,12 @@ class Guide:
         self._masks: list[array[int]] = []  # [i]: after i guesses
         self._n_read = 0
         self._is_torn = False
+
+    def fork(self) -> Guide:
+        """Another one that goes on from the same text, which leaves this one as it is."""
+        twin = copy(self)
+        twin._matcher, twin._masks = self._matcher.deep_copy(), []
+        return twin
 
     def check(self) -> None:
         """Raises InvalidArgumentError for a grammar that is none, or too costly."""

@@ -56,6 +56,7 @@ class Request(ABC):
     keep = True  # its pages stay cached for later texts that begin alike
     interactive = False  # somebody reads along: short steps
     row_kind = LOGITS  # what it wants of a position: LOGITS, HIDDEN or both
+    n_places = 1  # of sequences, which it and those that go with it take, so that they run together
 
     def __init__(
         self, caller: Caller, *, salt: bytes, deadline: float | None, adapter: _core.Adapter | None = None
@@ -84,6 +85,16 @@ class Request(ABC):
     @abstractmethod
     def is_done(self) -> bool:
         """Whether nothing more is computed for it."""
+
+    @property
+    def has_place(self) -> bool:
+        """Whether its place is taken already."""
+        return self.sequence is not None
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of its prompt, while nothing has come of them. Any thread may ask."""
+        return 0 if self.is_done else self.n_tokens
 
     @property
     def is_paused(self) -> bool:
@@ -189,6 +200,10 @@ class GenerationRequest(Request):
     @property
     def is_done(self) -> bool:
         return self.error is not None or self.output.finish_reason is not None
+
+    @property
+    def waiting_tokens(self) -> int:
+        return 0 if self.sampler.outputs else super().waiting_tokens
 
     @property
     def max_draft(self) -> int:

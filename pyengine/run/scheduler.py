@@ -188,7 +188,8 @@ class Scheduler:
         that can."""
         if any(request.sequence is None for request in requests):
             waiting = [request for request in requests if request.sequence is None and not request.is_paused]
-            self._admit(waiting, [request for request in requests if request.sequence is not None])
+            n_places = sum(request.has_place for request in requests)
+            self._admit(waiting, [request for request in requests if request.sequence is not None], n_places)
             requests = [request for request in requests if request.sequence is not None]
         decoding: list[tuple[Request, int]] = []
         prefilling: list[tuple[Request, int]] = []
@@ -227,15 +228,19 @@ class Scheduler:
                 budget -= end - begin
         return grants
 
-    def _admit(self, waiting: list[Request], running: list[Request]) -> None:
-        """Start what there is room for, oldest first."""
+    def _admit(self, waiting: list[Request], running: list[Request], n_places: int) -> None:
+        """Start what there is room for, oldest first. n_places of max_sequences are taken."""
         for request in waiting:
-            if len(running) >= self.max_sequences and not self._preempt_paused(running):
-                return
+            n_wanted = 0 if request.has_place else request.n_places
+            while n_places + n_wanted > self.max_sequences:
+                if not self._preempt_paused(running, alone=True):
+                    return
+                n_places -= 1
             if self._should_wait_for(request, running):
                 continue
             if running and not self._has_pages_for(request, running) and not self._preempt_paused(running):
                 return
+            n_places += n_wanted
             self._start(request)
             running.append(request)
 
@@ -279,10 +284,12 @@ class Scheduler:
             needed += layout.n_bytes(other.n_tokens, BUDGET) - layout.n_bytes(other.sequence.length, BUDGET)
         return needed <= self.max_pages * layout.page_bytes
 
-    def _preempt_paused(self, running: list[Request]) -> bool:
-        """Take the sequence of a request whose caller does not read; it is computed again when he does."""
+    @staticmethod
+    def _preempt_paused(running: list[Request], *, alone: bool = False) -> bool:
+        """Take the sequence of a request whose caller does not read; it is computed again when he does. alone: and its place, so
+        of one that has no others beside it."""
         for request in reversed(running):
-            if request.is_paused:
+            if request.is_paused and not (alone and request.n_places > 1):
                 request.sequence = None
                 running.remove(request)
                 return True

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyengine.serve import payload, work
+from pyengine.serve import beams, payload, work
+from pyengine.serve.beams import Beams
 from pyengine.serve.exchange import Exchange, dumps, event
 from pyengine.serve.sampling import Asked, told_of_output
 from pyengine.serve.stream import StreamOptions
 
 if TYPE_CHECKING:
     from pyengine.async_engine import Job
-    from pyengine.results import Generation, Piece, TokenLogprob
+    from pyengine.results import BeamHypothesis, Generation, Piece, TokenLogprob
+    from pyengine.run.beam_search import BeamSearch
     from pyengine.run.request import GenerationRequest, Request
     from pyengine.sampling import SamplingParams
     from pyengine.serve.app import App
@@ -28,6 +30,7 @@ class Call(ABC):
 
     stream  None if its answer is wanted whole
     asked   where params.structured_outputs comes from
+    beams   None if its outputs are sampled
     """
 
     model: ServedModel
@@ -36,6 +39,7 @@ class Call(ABC):
     cache_salt: str | None
     id: str
     asked: Asked = ()
+    beams: Beams | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     kind: ClassVar[str]  # of answers, as OpenAI calls them
     chunk_kind: ClassVar[str]
@@ -57,10 +61,12 @@ class Call(ABC):
             "system_fingerprint": payload.FINGERPRINT,
         }
 
-    def requests(self, job: Job, prompts: Sequence[list[int]], **options: Any) -> Sequence[GenerationRequest]:
+    def requests(self, job: Job, prompts: Sequence[list[int]], **options: Any) -> Sequence[Request]:
         """For the engine, of prompts as token ids."""
         engine = self.model.engine
         with told_of_output(engine, self.asked):
+            if self.beams is not None:
+                return self.beams.requests(self.model, job, prompts, self.params, cache_salt=self.cache_salt, **options)
             return engine.requests(
                 job,
                 prompts,
@@ -85,8 +91,8 @@ class Choice(ABC):
     last: ClassVar[dict[str, Any]]  # the part of a stream's last chunk, which has the reasons
 
     @abstractmethod
-    def whole(self, request: GenerationRequest) -> dict[str, Any]:
-        """The part of an answer that is whole."""
+    def whole(self, text: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The part of an answer that is whole; pieces: none of a beam."""
 
     def begin(self) -> list[dict[str, Any]]:
         """Parts of a stream before its first token."""
@@ -96,13 +102,19 @@ class Choice(ABC):
     def push(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
         """Parts of a stream."""
 
-    def finish_reason(self, result: Generation) -> str:
+    def finish_reason(self, result: Generation | BeamHypothesis) -> str:
         return payload.finish_reason(result)
 
 
 async def answer(app: App, exchange: Exchange, call: Call) -> None:
     async with app.job(exchange, call.model, call.make) as job:
-        if call.stream is None:
+        if call.beams is not None:
+            await app.finish(exchange, call.model, job)
+            searches = work.searches(job)
+            n_tokens = sum(search.timings.generated_tokens for search in searches)
+            body = await work.unless_short(work.LONG + 1, n_tokens, lambda: dumps(_found(call, searches)))
+            await exchange.reply(200, body, b"application/json")
+        elif call.stream is None:
             requests = await app.finish(exchange, call.model, job)
             body = await work.made_of(requests, lambda: dumps(_whole(call, requests)))
             await exchange.reply(200, body, b"application/json")
@@ -110,7 +122,7 @@ async def answer(app: App, exchange: Exchange, call: Call) -> None:
             await _stream(app, exchange, call, job)
 
 
-def _reasons(choice: Choice, result: Generation) -> dict[str, Any]:
+def _reasons(choice: Choice, result: Generation | BeamHypothesis) -> dict[str, Any]:
     return {"finish_reason": choice.finish_reason(result), "stop_reason": payload.stop_reason(result)}
 
 
@@ -118,13 +130,30 @@ def _whole(call: Call, requests: list[GenerationRequest]) -> dict[str, Any]:
     choices = []
     for index, request in enumerate(requests):
         choice = call.choice(index)
-        choices.append({"index": index, **choice.whole(request), **_reasons(choice, request.result)})
+        part = choice.whole(request.result.text, request.output.pieces)
+        choices.append({"index": index, **part, **_reasons(choice, request.result)})
     return {
         **call.head(call.kind),
         "choices": choices,
         "usage": payload.usage(requests),
-        "timings": payload.timings(requests[0].result),
+        "timings": payload.timings(requests[0].result.timings),
         "seed": requests[0].result.seed,
+    }
+
+
+def _found(call: Call, searches: list[BeamSearch]) -> dict[str, Any]:
+    """The answer of searches. A prompt has `n` indices, also where fewer beams were found."""
+    choices = []
+    for number, search in enumerate(searches):
+        for index, beam in enumerate(search.results, number * (call.params.n or 1)):
+            choice = call.choice(index)
+            scores = {"cumulative_logprob": beam.cumulative_logprob, "score": beam.score}
+            choices.append({"index": index, **choice.whole(beam.text, ()), **_reasons(choice, beam), **scores})
+    return {
+        **call.head(call.kind),
+        "choices": choices,
+        "usage": beams.usage(searches),
+        "timings": payload.timings(searches[0].timings),
     }
 
 
@@ -151,7 +180,7 @@ async def _stream(app: App, exchange: Exchange, call: Call, job: Job) -> None:
         out = b"".join(chunk(index, one) for one in choice.push(pieces))
         if result is not None:
             last = {**choice.last, **_reasons(choice, result)}
-            out += chunk(index, last, timings=payload.timings(result), seed=result.seed)
+            out += chunk(index, last, timings=payload.timings(result.timings), seed=result.seed)
         return out
 
     first = b"".join(chunk(index, one) for index, choice in enumerate(choices) for one in choice.begin())

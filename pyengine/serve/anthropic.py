@@ -115,7 +115,7 @@ def _whole(call: ChatCall, request: GenerationRequest) -> dict[str, Any]:
     content.push(request.result.text)
     content.finish()
     result = request.result
-    more = {"usage": _usage(request), "timings": payload.timings(result), "seed": result.seed}
+    more = {"usage": _usage(request), "timings": payload.timings(result.timings), "seed": result.seed}
     return _message(call, content.blocks, **_end(content, result), **more)
 
 
@@ -131,7 +131,7 @@ async def _stream(app: App, exchange: Exchange, call: ChatCall, job: Job) -> Non
     (request,) = await app.stream(exchange, call.model, job, first, part)
     last, result = content.finish(), request.result
     last += _tell("message_delta", delta=_end(content, result), usage=_usage(request))
-    await exchange.end(last + _tell("message_stop", timings=payload.timings(result), seed=result.seed))
+    await exchange.end(last + _tell("message_stop", timings=payload.timings(result.timings), seed=result.seed))
 
 
 async def count_tokens(app: App, exchange: Exchange) -> None:

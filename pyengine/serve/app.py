@@ -232,12 +232,12 @@ class App:
 
     def _note(self, exchange: Exchange, model: ServedModel, job: Job) -> None:
         self.queue.finished(job)
-        results = [request.result for request in work.generations(job)]
-        for result in results:
-            self.metrics.note(model.name, result)
-        exchange.notes["prompt"] = sum(result.timings.prompt_tokens for result in results)
-        exchange.notes["cached"] = sum(result.timings.cached_tokens for result in results)
-        exchange.notes["output"] = sum(result.timings.generated_tokens for result in results)
+        ends = work.ends(job)
+        for reason, timings in ends:
+            self.metrics.note(model.name, reason, timings)
+        exchange.notes["prompt"] = sum(timings.prompt_tokens for _, timings in ends)
+        exchange.notes["cached"] = sum(timings.cached_tokens for _, timings in ends)
+        exchange.notes["output"] = sum(timings.generated_tokens for _, timings in ends)
 
     async def watch_writers(self) -> None:
         """For ever: let clients go that take nothing of their answers."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyengine.async_engine import Job
-from pyengine.results import Generation, Piece
-from pyengine.run.request import GenerationRequest
+from pyengine.results import BeamHypothesis, Generation, Piece
+from pyengine.run.request import Request
 from pyengine.sampling import StructuredOutputs
 from pyengine.serve import neutral, payload
 from pyengine.serve.answer import Call, Choice, answer
+from pyengine.serve.beams import BEAMS, beams_of
 from pyengine.serve.calls import message_of
 from pyengine.serve.effort import EFFORT, effort_variables
 from pyengine.serve.errors import bad_request, told_of
@@ -64,7 +65,7 @@ class ChatCall(Call):
                 variables=self.template_variables,
             )
 
-    def make(self, job: Job) -> Sequence[GenerationRequest]:
+    def make(self, job: Job) -> Sequence[Request]:
         """The requests for the engine; in a thread."""
         ids = self.prompt_ids()
         shown = frozenset() if self.tools is None else self.model.call_tokens(self.tools.syntax)
@@ -78,12 +79,12 @@ class ChatChoice(Choice):
         self._call = call
         self._reader = reader_of(call.tools)
 
-    def whole(self, request: GenerationRequest) -> dict[str, Any]:
-        content, calls = message_of(self._deltas(request.result.text, is_last=True))
+    def whole(self, text: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+        content, calls = message_of(self._deltas(text, is_last=True))
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message |= {"content": content or None, "tool_calls": calls}
-        return {"message": message, "logprobs": self._logprobs(request.output.pieces)}
+        return {"message": message, "logprobs": self._logprobs(pieces)}
 
     def begin(self) -> list[dict[str, Any]]:
         return [{"delta": {"role": "assistant", "content": "" if self._call.tools is None else None}}]
@@ -96,7 +97,7 @@ class ChatChoice(Choice):
             deltas = [{}]
         return [{"delta": delta, "logprobs": None if i else logprobs} for i, delta in enumerate(deltas)]
 
-    def finish_reason(self, result: Generation) -> str:
+    def finish_reason(self, result: Generation | BeamHypothesis) -> str:
         reason = super().finish_reason(result)
         return "tool_calls" if reason == "stop" and self._reader.has_call else reason
 
@@ -138,6 +139,7 @@ FIELDS: Table = {
     **CALLER,
     **STREAM,
     **SAMPLING,
+    **BEAMS,
     **TOOLS,
     "max_tokens": parameter("max_tokens"),
     "max_completion_tokens": parameter("max_tokens"),
@@ -156,6 +158,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.take("model"))
     messages = chat_messages(fields.take("messages"))
+    beams = beams_of(fields, model)
     given: dict[str, Any] = {}
     limits = [name for name in ("max_completion_tokens", "max_tokens") if fields.has(name)]
     if len(limits) > 1:
@@ -183,6 +186,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> ChatCall:
         template_variables=thinking | fields.take("chat_template_kwargs"),
         tools=tools,
         asked=asked,
+        beams=beams,
         params=sampling_params(fields, model, given),
     )
     fields.end()

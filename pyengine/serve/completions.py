@@ -10,9 +10,10 @@ from pyengine.arguments import INT32_MAX
 from pyengine.async_engine import Job
 from pyengine.engine import Prompt
 from pyengine.results import Piece
-from pyengine.run.request import GenerationRequest, Request
+from pyengine.run.request import Request
 from pyengine.serve import neutral, payload
 from pyengine.serve.answer import Call, Choice, answer
+from pyengine.serve.beams import BEAMS, beams_of
 from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
 from pyengine.serve.fields import BOOLEAN, Fields, Table, integer, needed
@@ -100,10 +101,9 @@ class TextChoice(Choice):
         self._offset = 0  # characters so far
         self._must_echo = call.echo
 
-    def whole(self, request: GenerationRequest) -> dict[str, Any]:
+    def whole(self, text: str, pieces: Sequence[Piece]) -> dict[str, Any]:
         before = self._call.prompt_text(self._number) if self._call.echo else ""
-        logprobs = self._call.logprobs(self._number, request.output.pieces)
-        return {"text": before + request.result.text, "logprobs": logprobs}
+        return {"text": before + text, "logprobs": self._call.logprobs(self._number, pieces)}
 
     def push(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
         parts = [self._echo()] if self._must_echo else []
@@ -127,6 +127,7 @@ FIELDS: Table = {
     **CALLER,
     **STREAM,
     **SAMPLING,
+    **BEAMS,
     "echo": BOOLEAN,
     "max_tokens": integer(0, INT32_MAX),  # 0: the prompt alone comes back
     "logprobs": parameter("logprobs"),
@@ -139,6 +140,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.take("model"))
     prompts = prompts_of(fields.take("prompt"), model)
+    beams = beams_of(fields, model)
     given: dict[str, Any] = {}
     echo, stream, max_tokens = fields.take("echo"), stream_options(fields), fields.take("max_tokens")
     if max_tokens == 0:
@@ -146,6 +148,8 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
             raise bad_request("max_tokens is 0, which asks for nothing unless echo is true", "max_tokens")
         if stream is not None:
             raise bad_request("max_tokens is 0: there is nothing to stream", "stream")
+        if beams is not None:
+            raise bad_request("max_tokens is 0: there is nothing to search", "use_beam_search")
     elif max_tokens is not None:
         given["max_tokens"] = max_tokens
     if fields.has("logprobs"):
@@ -159,6 +163,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
         echo=echo,
         echo_only=max_tokens == 0,
         asked=asked_by(fields),
+        beams=beams,
         params=sampling_params(fields, model, given),
     )
     fields.end()

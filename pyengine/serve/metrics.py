@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pyengine.serve.store import ResponseStore, Store
 
 if TYPE_CHECKING:
-    from pyengine.results import Generation
+    from pyengine.results import FinishReason, Timings
     from pyengine.serve.models import Models
 
 CONTENT_TYPE = b"text/plain; version=1.0.0; charset=utf-8"
@@ -94,11 +94,10 @@ class Metrics:
         self.cache_queries.labels(model).inc(n_tokens)
         self.cache_hits.labels(model).inc(n_cached)
 
-    def note(self, model: str, result: Generation) -> None:
+    def note(self, model: str, finish_reason: FinishReason, timings: Timings) -> None:
         """One output has ended."""
-        timings = result.timings
         self.note_prompt(model, timings.prompt_tokens, timings.cached_tokens)
-        self.success.labels(model, result.finish_reason).inc()
+        self.success.labels(model, finish_reason).inc()
         self.generation_tokens.labels(model).inc(timings.generated_tokens)
         self.prompt_lengths.labels(model).observe(timings.prompt_tokens)
         self.output_lengths.labels(model).observe(timings.generated_tokens)

@@ -10,7 +10,6 @@ from pyengine.serve.fields import ANYTHING, BOOLEAN, STRING, Table, hint, list_o
 
 _STORED = refused("only responses are stored", False)
 _TIERS = refused("there is one tier", "auto", "default")
-_BEAMS = "this server samples; a beam search is Engine.beam_search in Python, 'pyengine generate --beams' on the command line"
 _TEXT_ONLY = "this server answers with text"
 
 # OpenAI's, of chats and responses
@@ -68,8 +67,6 @@ RESPONSES: Table = {
 
 # vLLM's, SGLang's and llama.cpp's, of chats and text completions
 OTHERS: Table = {
-    "use_beam_search": refused(_BEAMS, False),
-    "length_penalty": refused(_BEAMS, 1.0, 1),
     "spaces_between_special_tokens": refused("a text is its tokens' bytes", True),
     "return_token_ids": refused("use /tokenize", False),
     "return_tokens_as_token_ids": refused("use /tokenize", False),

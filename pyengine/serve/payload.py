@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pyengine import __version__
-from pyengine.results import Generation, Piece, TokenLogprob
+from pyengine.results import BeamHypothesis, Generation, Piece, Timings, TokenLogprob
 from pyengine.run.request import GenerationRequest
 from pyengine.text.tokenizer import Tokenizer
 
@@ -25,7 +25,11 @@ def usage(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
     prompts = {id(request.prompt): result for request, result in reversed(list(zip(requests, results, strict=True)))}
     prompt = sum(result.timings.prompt_tokens for result in prompts.values())
     cached = sum(result.timings.cached_tokens for result in prompts.values())
-    completion = sum(result.timings.generated_tokens for result in results)
+    return usage_of(prompt, cached, sum(result.timings.generated_tokens for result in results))
+
+
+def usage_of(prompt: int, cached: int, completion: int) -> dict[str, Any]:
+    """Of so many tokens: of prompts, of these cached, and of outputs."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -51,9 +55,8 @@ def prompt_timings(cached: int, computed: int, seconds: float) -> dict[str, Any]
     }
 
 
-def timings(result: Generation) -> dict[str, Any]:
+def timings(t: Timings) -> dict[str, Any]:
     """As llama.cpp's server gives them."""
-    t = result.timings
     rest = t.total - t.time_to_first_token
     guesses = {"draft_n": t.drafted_tokens, "draft_n_accepted": t.accepted_tokens} if t.drafted_tokens else {}
     return {
@@ -66,12 +69,12 @@ def timings(result: Generation) -> dict[str, Any]:
     }
 
 
-def finish_reason(result: Generation) -> str:
+def finish_reason(result: Generation | BeamHypothesis) -> str:
     """In OpenAI's words: a request that ran out of time was cut, as one that ran out of tokens. stop_reason tells more."""
     return "stop" if result.finish_reason == "stop" else "length"
 
 
-def stop_reason(result: Generation) -> str | int | None:
+def stop_reason(result: Generation | BeamHypothesis) -> str | int | None:
     return "timeout" if result.finish_reason == "timeout" else result.stop_reason
 
 

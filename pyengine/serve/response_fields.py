@@ -36,7 +36,7 @@ from pyengine.serve.work import unless_short
 
 if TYPE_CHECKING:
     from pyengine.async_engine import Job
-    from pyengine.run.request import GenerationRequest
+    from pyengine.run.request import Request
     from pyengine.serve.app import App
 
 LONG = 1 << 14  # bytes; to read a longer text as JSON takes milliseconds
@@ -60,7 +60,7 @@ class ResponsesCall:
     items: list[Item] | None
     kept: bytes | None = None
 
-    def make(self, job: Job) -> Sequence[GenerationRequest]:
+    def make(self, job: Job) -> Sequence[Request]:
         """The requests for the engine; in a thread."""
         requests = self.chat.make(job)  # first: what is too long for the model is not written for the store
         if self.items is not None:

@@ -150,7 +150,7 @@ def _finished(call: ResponsesCall, request: GenerationRequest, output: list[_Ite
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
         },
-        timings=payload.timings(request.result),
+        timings=payload.timings(request.result.timings),
         seed=request.result.seed,
     )
 

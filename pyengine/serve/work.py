@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyengine.async_engine import Job
-from pyengine.results import Piece
+from pyengine.results import FinishReason, Piece, Timings
+from pyengine.run.beam_search import BeamRequest, BeamSearch
 from pyengine.run.request import GenerationRequest, Request
 from pyengine.serve.errors import HTTPError
 
@@ -37,7 +38,7 @@ class Queue:
         job = await model.asynchronous.prepare(make)
         if self.is_draining:
             raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
-        waiting, wanted = self.waiting_tokens(), sum(request.n_tokens for request in job.requests)
+        waiting, wanted = self.waiting_tokens(), sum(request.waiting_tokens for request in job.requests)
         if waiting > 0 and waiting + wanted > self._limit:
             raise HTTPError(
                 429,
@@ -58,12 +59,7 @@ class Queue:
 
     def waiting_tokens(self) -> int:
         """Of prompts whose first output token has not come."""
-        return sum(
-            request.n_tokens
-            for job in self.jobs()
-            for request in job.requests
-            if not request.is_done and not (isinstance(request, GenerationRequest) and request.sampler.outputs)
-        )
+        return sum(request.waiting_tokens for job in self.jobs() for request in job.requests)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Requests that have not started, and those that run, of each model that has any."""
@@ -79,15 +75,23 @@ class Queue:
 
     def finished(self, job: Job) -> None:
         """Notes how fast a job, all of whose requests are done, was: for "try again in"."""
-        for request in generations(job):
-            if request.output.finish_reason is not None:
-                timings = request.result.timings
-                if timings.prompt_tokens - timings.cached_tokens > 16:
-                    self.note_rate(timings.prompt_tokens_per_second)
+        for _, timings in ends(job):
+            if timings.prompt_tokens - timings.cached_tokens > 16:
+                self.note_rate(timings.prompt_tokens_per_second)
 
 
 def generations(job: Job) -> list[GenerationRequest]:
     return [request for request in job.requests if isinstance(request, GenerationRequest)]
+
+
+def searches(job: Job) -> list[BeamSearch]:
+    return [one.search for one in job.requests if isinstance(one, BeamRequest) and one.index == 0]
+
+
+def ends(job: Job) -> list[tuple[FinishReason, Timings]]:
+    """How each output of a job ended that is done without an error. A search is one, which ended as its best beam."""
+    sampled = [(result.finish_reason, result.timings) for result in (one.result for one in generations(job))]
+    return sampled + [(one.finish_reason, one.timings) for one in searches(job)]
 
 
 def raise_error(job: Job) -> None:

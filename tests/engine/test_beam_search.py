@@ -4,8 +4,10 @@ engine's against the algorithm over the engine's own logits."""
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +18,11 @@ import pytest
 from engine.freeze_models import freeze_fixture
 from engine.speculation_tools import assert_nothing_is_held
 
-from pyengine import BeamHypothesis, ContextFullError, Engine, InvalidArgumentError, PyEngineError
+from pyengine import BeamHypothesis, ContextFullError, Engine, InvalidArgumentError, PyEngineError, SamplingParams
 from pyengine._sampler import logprobs
 from pyengine.run.beam_search import Beam, BeamRequest, Rules, Said
+from pyengine.run.request import Caller
+from pyengine.sampling_options import BeamOptions
 
 DATA = Path(__file__).parents[1] / "reference" / "data" / "beam" / "transformers.npz"
 WORDS: Any = None  # what these beams say does not matter
@@ -195,20 +199,28 @@ def test_nobody_beside_it_can_tell(engine: Engine) -> None:
             assert [future.result() for future in [pool.submit(call) for call in calls]] == alone
 
 
-@pytest.mark.parametrize("max_sequences", [2, 64])
-def test_beams_fork_what_a_window_holds(tmp_path: Path, max_sequences: int) -> None:
-    """A layer of three sees everything, the others 40 positions, whose pages have slid out behind them; with two sequences three
-    beams take turns, and begin again where a window is gone."""
-    path, prompt = freeze_fixture("gemma3", tmp_path, 1024), prompt_of(500)
-    with Engine(path, max_sequences=max_sequences) as engine:
-        found = engine.beam_search(prompt, beam_width=3, n=3, max_tokens=16)
-        assert found == expected(engine, prompt, 3, 16)
+@pytest.mark.parametrize("make_room", [False, True])
+def test_beams_fork_what_a_window_holds(tmp_path: Path, make_room: bool) -> None:
+    """A layer of three sees everything, the others 40 positions, whose pages have slid out behind them; a beam that made room for
+    others begins again where a window is gone."""
+    path, prompt, caller = freeze_fixture("gemma3", tmp_path, 1024), prompt_of(500), Caller()
+    with Engine(path) as engine:
+        search, requests = engine.beam_requests(caller, prompt, beam_width=3, n=3, max_tokens=16)
+        engine.scheduler.add(requests)
+        for request in itertools.cycle(requests):
+            engine.scheduler.step()
+            if search.is_done:
+                break
+            if make_room:
+                request.sequence = None
+        assert search.results == expected(engine, prompt, 3, 16)
+        engine.scheduler.abort(requests)
         assert_nothing_is_held(engine.check_integrity())
 
 
-@pytest.mark.parametrize("max_sequences", [1, 2, 64])
+@pytest.mark.parametrize("max_sequences", [5, 7, 64])
 def test_beams_that_do_not_fit_take_turns(tiny_model: Path, max_sequences: int) -> None:
-    """Memory for one context, or sequences for fewer beams than there are: some make room and are computed again."""
+    """Memory for one context: some make room and are computed again. Or sequences for one search and a part of another."""
     options: dict[str, Any] = {"beam_width": 5, "n": 5, "max_tokens": 10}
     prompts = [prompt_of(250), prompt_of(260, 3)]
     with Engine(tiny_model) as engine:
@@ -220,6 +232,47 @@ def test_beams_that_do_not_fit_take_turns(tiny_model: Path, max_sequences: int) 
             together = [pool.submit(engine.beam_search, prompt, **options) for prompt in prompts]
             assert [future.result() for future in together] == wide
         assert_nothing_is_held(engine.check_integrity())
+
+
+@pytest.mark.parametrize("max_sequences", [5, 7, 9, 64])
+def test_beams_of_a_search_run_together_or_wait(tiny_model: Path, max_sequences: int) -> None:
+    """Whatever else runs: nothing is computed twice. What comes later does not come before a search that waits."""
+    tokens: list[int] = []
+    with Engine(tiny_model, max_sequences=max_sequences) as engine:
+        caller, forward = Caller(), engine.context.forward
+        greedy = engine.resolve(SamplingParams(max_tokens=6, ignore_eos=True, speculative="off"))
+        searches, requests = [], []
+        for seed in range(3):
+            search, lanes = engine.beam_requests(caller, prompt_of(20, seed), beam_width=5, max_tokens=8, ignore_eos=True)
+            searches.append(search)
+            requests += [*lanes, *engine.requests(caller, [prompt_of(9, seed + 4)], greedy)]
+
+        class Context:
+            def forward(self, given: list[int], *rest: Any, **options: Any) -> bytes:
+                tokens.append(len(given))
+                return forward(given, *rest, **options)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(context, name)
+
+        context = engine.context
+        engine.scheduler.context = Context()  # type: ignore[assignment]
+        engine.scheduler.add(requests)
+        for _ in range(100):
+            engine.scheduler.step()
+        engine.scheduler.context = context
+        assert all(request.is_done and request.error is None for request in requests)
+        assert sum(tokens) == 3 * (20 + 5 * 7) + 3 * (9 + 5)
+        for seed, search in enumerate(searches):
+            alone = engine.beam_search(prompt_of(20, seed), beam_width=5, max_tokens=8, ignore_eos=True)
+            assert search.results == alone
+
+
+def test_a_search_that_could_only_take_turns_is_refused(tiny_model: Path) -> None:
+    with Engine(tiny_model, max_sequences=3) as engine:
+        assert len(engine.beam_search(prompt_of(5), beam_width=3, n=3, max_tokens=2)) == 3
+        with pytest.raises(InvalidArgumentError, match=r"beam_width is 4, .* max_sequences=4"):
+            engine.beam_search(prompt_of(5), max_tokens=2)
 
 
 def test_a_search_goes_with_its_call(engine: Engine) -> None:
@@ -269,6 +322,45 @@ def test_a_search_ends_with_the_context(tiny_model: Path) -> None:
             engine.beam_search(prompt_of(41))
 
 
+@pytest.mark.parametrize("n_steps", [0, 1, 4])
+def test_a_search_that_runs_out_of_time_ends_where_it_is(engine: Engine, n_steps: int) -> None:
+    """The deadline passes after so many steps: beams are outputs as far as they go, beside those that are finished."""
+
+    def read(_: Said, token: int, __: int) -> Said:
+        return Said("", WORDS, "stop" if token in engine.eos_token_ids else None)
+
+    rules = Rules(4, 30, 1.0, False)
+    beams, finished = [Beam((), 0.0, Said("", WORDS))], []
+    for _ in range(n_steps):
+        logits = [engine.logits([*prompt_of(20), *beam.tokens], [19 + len(beam.tokens)])[0] for beam in beams]
+        rows = [logprobs(one, 0, rules.width + len(engine.eos_token_ids))[1] for one in logits]
+        beams, finished = rules.step(beams, finished, rows, read)
+    found, caller, scheduler = rules.best([*finished, *beams]), Caller(), engine.scheduler
+    search, requests = engine.beam_requests(caller, prompt_of(20), n=3, max_tokens=30, timeout=1e9)
+    scheduler.add(requests)
+    for _ in range(n_steps):
+        scheduler.step()
+    for request in requests:
+        request.deadline = time.monotonic()
+    scheduler.step()
+    assert search.is_done and all(request.is_done for request in requests)
+    assert [(beam.tokens, beam.cumulative_logprob) for beam in search.results] == [
+        (list(beam.tokens), beam.logprob) for beam in found[:3]
+    ]
+    for beam in search.results:
+        assert beam.finish_reason == ("stop" if beam.tokens and beam.tokens[-1] in engine.eos_token_ids else "timeout")
+        assert beam.text == engine.detokenize(beam.tokens)
+    scheduler.abort(requests)
+    (nothing,) = engine.beam_search(prompt_of(20), timeout=1e-9)
+    assert nothing == BeamHypothesis("", [], "timeout", None, 0.0, 0.0)
+
+
+def test_editors_know_every_option() -> None:
+    """`BeamOptions` spells the options that `beam_requests` takes."""
+    parameters = inspect.signature(Engine.beam_requests).parameters
+    assert {*BeamOptions.__annotations__} == {*parameters} - {"self", "caller", "prompt", "shown_special"}
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -282,6 +374,7 @@ def test_a_search_ends_with_the_context(tiny_model: Path) -> None:
         ({"length_penalty": -11}, "length_penalty"),
         ({"early_stopping": "always"}, "early_stopping"),
         ({"early_stopping": 1}, "early_stopping"),
+        ({"timeout": 0}, "timeout"),
         ({"stop": ""}, "stop"),
         ({"stop_token_ids": range(100)}, "100 tokens end a text"),
         ({"adapter": "none"}, "none"),

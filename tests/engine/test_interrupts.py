@@ -99,6 +99,22 @@ def beams_of(path: Path) -> list[float]:
         return [beam.cumulative_logprob for beam in fresh.beam_search(PROMPT, beam_width=2, n=2, max_tokens=3)]
 
 
+GUIDED: dict[str, Any] = {"beam_width": 2, "n": 2, "max_tokens": 3, "structured_outputs": {"regex": "[ab]c|[ab]d+"}}
+
+
+def search_guided(engine: Engine) -> None:
+    """Two beams, each along a grammar of its own text."""
+    pytest.importorskip("llguidance", reason="the extra guide is not installed")
+    beams = engine.beam_search(PROMPT, **GUIDED)
+    assert {(beam.text, beam.finish_reason) for beam in beams} == guided_beams_of(engine.path)
+
+
+@functools.cache
+def guided_beams_of(path: Path) -> set[tuple[str, str]]:
+    with Engine(path, n_threads=1) as fresh:
+        return {(beam.text, beam.finish_reason) for beam in fresh.beam_search(PROMPT, **GUIDED)}
+
+
 GUESSED = {**OPTIONS, "max_tokens": 8}
 
 
@@ -145,6 +161,7 @@ def guess_by_head(engine: Engine) -> None:
 CALLS: dict[str, Callable[[Engine], object]] = {
     "generate": lambda engine: engine.generate(PROMPT, **OPTIONS),
     "beams": search,
+    "guided beams": search_guided,
     "two samples": lambda engine: engine.generate([PROMPT, PROMPT[:30]], n=2, **OPTIONS),
     "stream": read_stream,
     "closed stream": leave_a_stream,
@@ -167,7 +184,7 @@ def test_an_exception_at_any_bytecode_changes_nothing(
     CALLS[name](engine)  # the first call imports
     interrupted, n_bytecodes = interrupt_at(-1, lambda: CALLS[name](engine))
     assert not interrupted and n_bytecodes > 300
-    stride = 1 if request.config.getoption("--run-slow") else 17 if name == "beams" else 5
+    stride = 1 if request.config.getoption("--run-slow") else 17 if "beams" in name else 5
     n_interrupted = 0
     for number in range(0, n_bytecodes, stride):
         if number % 3 == 0:

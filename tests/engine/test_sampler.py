@@ -245,6 +245,22 @@ def test_logprobs_are_the_models_before_every_step(n, n_top):
     assert _sampler.logprobs(logits, token, n_top) == (logprob, top)
 
 
+@pytest.mark.parametrize("n", [1, 5, 64, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_logprobs_of_tokens_that_may_come_are_those_among_all(n, share):
+    rng = np.random.default_rng(n)
+    logits = (rng.integers(-20, 20, n) * 0.25).astype(np.float32)
+    may_come = rng.random(n) < share
+    bits = np.zeros((n + 31) // 32 * 32, bool)
+    bits[:n] = may_come
+    mask = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+    logprob, top = _sampler.logprobs(logits, 0, 64)
+    every = [(i, _sampler.logprobs(logits, i)[0]) for i in range(n) if may_come[i]]
+    found = _sampler.logprobs(logits, 0, 64, mask)
+    assert found == (logprob, sorted(every, key=lambda one: (-one[1], one[0]))[:64])
+    assert share < 1 or found[1] == top
+
+
 def test_without_logprobs_none_are_given():
     assert _sampler.Sampler(params(temperature=0), 2).sample(array("f", [0, 1]), 0) == (1, None, None)
 
@@ -295,6 +311,8 @@ def test_wrong_buffers_and_tokens_are_refused():
         _sampler.logprobs(np.zeros(0, np.float32), 0)
     with pytest.raises(InvalidArgumentError, match="65"):
         _sampler.logprobs(np.zeros(4, np.float32), 0, 65)
+    with pytest.raises(InvalidArgumentError, match="2 words of a mask, expected 1"):
+        _sampler.logprobs(np.zeros(4, np.float32), 0, 1, np.zeros(2, np.uint32))
     with pytest.raises(InvalidArgumentError, match="vocab_size"):
         _sampler.Sampler(params(), 0)
     with pytest.raises(InvalidArgumentError, match="vocab_size"):

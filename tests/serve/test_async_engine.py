@@ -54,6 +54,9 @@ def test_answers_are_those_of_the_engine(engine: Engine) -> None:
         samples = await one.generate(prompts[0], n=3, max_tokens=4, **SAMPLED)
         assert isinstance(samples, list) and len(samples) == 3
         assert await one.score(prompts[2]) == engine.score(prompts[2])
+        options: Any = {"beam_width": 3, "n": 3, "max_tokens": 6, "length_penalty": 0.5, "ignore_eos": True}
+        beams = await asyncio.gather(*(one.beam_search(prompt, **options) for prompt in prompts))
+        assert beams == [engine.beam_search(prompt, **options) for prompt in prompts]
 
     asyncio.run(main())
 
@@ -342,18 +345,21 @@ class Held:
         return getattr(self._context, name)
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_cancelling_ends_a_prefill(engine: Engine, streams: bool) -> None:
+@pytest.mark.parametrize("how", ["generate", "stream", "beam_search"])
+def test_cancelling_ends_a_prefill(engine: Engine, how: str) -> None:
     """The forward itself ends: were it not cancelled, this would wait for ever. And the loop goes on meanwhile."""
     one = AsyncEngine(engine)
     held = Held(engine.scheduler.context)
     engine.scheduler.context = held  # type: ignore[assignment]
 
     async def main() -> None:
-        work: Callable[[], Awaitable[Any]]
         stream = one.stream(text(1, 300), **SAMPLED)
-        work = (lambda: anext(stream)) if streams else (lambda: one.generate(text(1, 300), **SAMPLED))
-        task = asyncio.ensure_future(work())
+        work: dict[str, Callable[[], Awaitable[Any]]] = {
+            "generate": lambda: one.generate(text(1, 300), **SAMPLED),
+            "stream": lambda: anext(stream),
+            "beam_search": lambda: one.beam_search(text(1, 300)),
+        }
+        task = asyncio.ensure_future(work[how]())
         await until(held.is_held.is_set)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -363,6 +369,38 @@ def test_cancelling_ends_a_prefill(engine: Engine, streams: bool) -> None:
 
     asyncio.run(main())
     engine.scheduler.context = held._context
+
+
+def test_a_search_that_is_cancelled_is_not_computed_on(engine: Engine) -> None:
+    """In the middle of its beams: the step that runs is the last one."""
+    one, forward = AsyncEngine(engine), engine.scheduler.context.forward
+    is_held, go_on, n_steps = threading.Event(), threading.Event(), 0
+
+    class Context(Held):
+        def forward(self, *args: Any, **options: Any) -> bytes:
+            nonlocal n_steps
+            n_steps += 1
+            if n_steps == 5:
+                is_held.set()
+                go_on.wait()
+            out: bytes = forward(*args, **options)
+            return out
+
+    context = Context(engine.scheduler.context)
+    engine.scheduler.context = context  # type: ignore[assignment]
+
+    async def main() -> None:
+        task = asyncio.create_task(one.beam_search(text(1, 8), ignore_eos=True))
+        await until(is_held.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        await until(lambda: one.stepper._thread is None)
+
+    asyncio.run(main())
+    assert n_steps == 5
+    engine.scheduler.context = context._context
 
 
 def test_refusals_and_ends(engine: Engine, tiny_model: Path) -> None:
@@ -377,6 +415,10 @@ def test_refusals_and_ends(engine: Engine, tiny_model: Path) -> None:
             await anext(one.stream([5] * (engine.n_ctx + 1)))
         with pytest.raises(pyengine.InvalidArgumentError, match="one sample"):
             one.stream("a", n=2, temperature=1)
+        with pytest.raises(pyengine.InvalidArgumentError, match="beam_width"):
+            await one.beam_search("a", beam_width=33)
+        with pytest.raises(TypeError, match="beams"):
+            await one.beam_search("a", beams=4)  # type: ignore[call-arg]
         with pytest.raises(pyengine.InvalidArgumentError, match="n_ctx"):
             AsyncEngine(engine, n_ctx=5)
         late = await one.generate(text(1, 8), timeout=1e-9)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pyengine
 from pyengine import Engine, SamplingParams
 from pyengine.run.guide import Guide
 from pyengine.run.request import Caller
+from pyengine.sampling import StructuredOutputs
 
 pytest.importorskip("llguidance", reason="the extra guide is not installed")
 
@@ -282,3 +285,102 @@ def test_what_is_no_grammar_of_llama_cpp_s_is_refused(engine: Engine, grammar: s
 
 def test_a_grammar_in_lark_s_notation_may_speak_of_the_other(engine: Engine) -> None:
     assert is_text_of(engine, 'start: "a ::= b"  // root ::= "c"', "a ::= b")
+
+
+# -------------------------------------------------------------------- beams
+
+
+def test_every_beam_is_what_was_asked_for(engine: Engine) -> None:
+    """And no two are the same; beside others as alone."""
+    options: dict[str, Any] = {"beam_width": 6, "n": 6, "max_tokens": 200, "structured_outputs": {"json": PERSON}}
+    beams = engine.beam_search("Once", **options)
+    assert len({tuple(beam.tokens) for beam in beams}) == 6
+    for beam in beams:
+        assert beam.finish_reason == "stop"
+        person = json.loads(beam.text)
+        assert set(person) == {"name", "age"} and len(person["name"]) <= 8 and 0 <= person["age"] <= 150
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(engine.beam_search, "Once", **options) for _ in range(2)]
+        sampled = pool.submit(engine.generate, "Once", structured_outputs={"json": PERSON}, seed=3, **SAMPLED)
+        assert [call.result() for call in calls] == [beams] * 2
+        assert sampled.result().finish_reason == "stop"
+    cut = engine.beam_search("Once", **options | {"max_tokens": 2})
+    assert {beam.finish_reason for beam in cut} == {"length"}
+
+
+def spellings(engine: Engine, text: bytes) -> list[list[int]]:
+    """Every way to write a text in tokens."""
+    if not text:
+        return [[]]
+    tokens = [token for token in range(engine.vocab_size) if token not in engine.tokenizer.special_ids]
+    parts = [(token, engine.tokenizer.token_bytes(token)) for token in tokens]
+    return [
+        [token, *rest]
+        for token, part in parts
+        if part and text.startswith(part)
+        for rest in spellings(engine, text[len(part) :])
+    ]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0])
+def test_a_beam_as_wide_as_a_grammar_finds_the_best_of_it(engine: Engine, length_penalty: float) -> None:
+    """Against all that it allows, spelled in tokens and scored one by one: probabilities are those among all tokens."""
+    prompt = engine.tokenize("Once upon")
+    every = {}
+    texts = ["".join(one) for n in (1, 2, 3) for one in itertools.product("th", repeat=n)] + ["thee", "no"]
+    for text in texts:
+        for tokens in spellings(engine, text.encode()):
+            for end in engine.eos_token_ids:
+                output, total = (*tokens, end), 0.0
+                for value in engine.score([*prompt, *output], start=len(prompt)).logprobs[len(prompt) :]:
+                    assert value is not None
+                    total += value
+                every[output] = total / len(output) ** length_penalty
+    assert len(texts) <= len(every) <= 32
+    beams = engine.beam_search(
+        prompt, beam_width=32, n=32, length_penalty=length_penalty, early_stopping="never",
+        structured_outputs={"regex": "[th]{1,3}|thee|no"},
+    )  # fmt: skip
+    assert {tuple(beam.tokens): beam.score for beam in beams} == every
+    assert [beam.score for beam in beams] == sorted(every.values(), reverse=True)
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_one_guided_beam_is_greedy(engine: Engine, wanted: str) -> None:
+    for prompt in ("a", "bb", "Once"):
+        options: dict[str, Any] = {"structured_outputs": WANTED[wanted], "max_tokens": 40}
+        greedy = engine.generate(prompt, temperature=0, **options)
+        (beam,) = engine.beam_search(prompt, beam_width=1, **options)
+        assert (beam.text, beam.tokens, beam.finish_reason) == (greedy.text, greedy.tokens, greedy.finish_reason)
+
+
+def test_forks_of_a_guide_go_their_own_ways(engine: Engine) -> None:
+    wanted = StructuredOutputs(regex="ab+c|ac+d")
+
+    def masks(guide: Guide, text: str) -> list[list[int]]:
+        tokens = [id_ for one in text for id_ in engine.tokenize(one, add_bos=False)[-1:]]
+        return [list(mask) for mask in guide.masks(tokens)]
+
+    guide = engine.guide(wanted)
+    first = masks(guide, "a")
+    twin = guide.fork()
+    for one, text in ((twin, "abb"), (guide, "acc"), (twin, "abbb"), (guide, "accd"), (twin.fork(), "abbbc")):
+        assert masks(one, text) == masks(engine.guide(wanted), text)
+    assert masks(engine.guide(wanted), "a") == first
+
+
+def test_a_beam_whose_grammar_becomes_too_complex_ends_its_search_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Guide._compute_mask
+
+    def fails(self: Guide, i: int) -> None:
+        if self._n_read == 3:
+            raise pyengine.InvalidArgumentError("structured_outputs cannot be followed: too complex")
+        compute(self, i)
+
+    monkeypatch.setattr(Guide, "_compute_mask", fails)
+    with pytest.raises(pyengine.InvalidArgumentError, match="cannot be followed"):
+        engine.beam_search("Once", max_tokens=20, structured_outputs={"json": PERSON})
+    monkeypatch.undo()
+    assert engine.beam_search("Once", max_tokens=200, structured_outputs={"json": PERSON})[0].finish_reason == "stop"
