@@ -5,6 +5,7 @@
 #define PE_PLATFORM_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -58,6 +59,14 @@ int64_t pe_now_ns(void);
 
 /* CPUs that this process may run on: its affinity mask where there is one, else those online; at least 1. */
 int pe_count_cpus(void);
+
+/* The CPU that the calling thread runs on, which may be another one a moment later; -1 where the system does not say. */
+int pe_current_cpu(void);
+/* Move the calling thread from `cpu`, where it runs, to another CPU of its affinity mask, which stays as it is. False if there
+ * is no other, or the system does not allow it. */
+bool pe_leave_cpu(int cpu);
+/* Let another thread that waits for this CPU go first, if there is one. */
+void pe_yield(void);
 
 /* Tell the CPU that this is a waiting loop. */
 static inline void pe_cpu_relax(void) {

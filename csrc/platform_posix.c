@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "platform.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -11,7 +12,6 @@
 #if defined(__linux__) && !defined(PE_PLATFORM_POSIX)
 #include <limits.h>
 #include <linux/futex.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #endif
 
@@ -68,6 +68,8 @@ int64_t pe_now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
+void pe_yield(void) { sched_yield(); }
+
 static int count_online(void) {
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 ? (int)online : 1;
@@ -89,6 +91,18 @@ int pe_count_cpus(void) {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
     return count_online(); /* more CPUs than cpu_set_t holds */
+}
+
+int pe_current_cpu(void) { return sched_getcpu(); }
+
+bool pe_leave_cpu(int cpu) {
+    cpu_set_t mask, others;
+    if (sched_getaffinity(0, sizeof mask, &mask) != 0) return false;
+    others = mask;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return false;
+    sched_setaffinity(0, sizeof mask, &mask); /* it need not stay away: the kernel may have better reasons later */
+    return true;
 }
 
 #else
@@ -125,5 +139,7 @@ void pe_sleep_reset_after_fork(void) {
 }
 
 int pe_count_cpus(void) { return count_online(); }
+int pe_current_cpu(void) { return -1; }
+bool pe_leave_cpu(int cpu) { return (void)cpu, false; }
 
 #endif

@@ -61,4 +61,10 @@ int pe_count_cpus(void) {
     return n > 0 ? n : 1;
 }
 
+/* Not asked: nobody has seen yet where this system wakes threads. */
+int pe_current_cpu(void) { return -1; }
+bool pe_leave_cpu(int cpu) { return (void)cpu, false; }
+
+void pe_yield(void) { SwitchToThread(); }
+
 #endif

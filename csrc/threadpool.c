@@ -9,7 +9,10 @@
  * Claiming a unit is one compare-and-swap, begin + 1 by the owner or end - 1 by a thief. Whoever succeeds may read
  * `pool.fn`, `pool.arg` and `pool.n_units`: they were written before the word was, and stay until the unit is reported
  * finished, since the caller waits for all units. A worker that wakes late sees empty runs and cannot touch an old loop,
- * and one beyond the loop's n_threads reads in the word itself that it is not invited. */
+ * and one beyond the loop's n_threads reads in the word itself that it is not invited.
+ *
+ * Other programs want the CPUs, too, and what a worker holds while it has none, all threads wait for. So a worker that
+ * waits makes way, before the kernel sees to it at a worse moment: make_way. */
 #include "threadpool.h"
 
 #include <string.h>
@@ -28,6 +31,8 @@ static const uint64_t max_units = ((uint64_t)1 << UNIT_BITS) - 1;
  * quota. */
 static const int64_t spin_ns = 50 * 1000;
 static const int64_t poll_interval_ns = 20 * 1000 * 1000;
+/* Less than the usual time slices, 2 to 4 ms, so that a worker yields before its own ends. To yield to nobody takes 0.3 us. */
+static const int64_t yield_interval_ns = 1000 * 1000;
 
 static struct pe_pool {
     pe_mutex lock; /* guards n_users, n_workers, threads and the start and end of workers */
@@ -43,7 +48,9 @@ static struct pe_pool {
     size_t n_units;
     pe_control *control;
 
-    atomic_int n_threads; /* of the last loop: how far thieves look. A stale value costs them a look */
+    atomic_int n_threads;  /* of the last loop: how far thieves look. A stale value costs them a look */
+    atomic_int caller_cpu; /* likewise: the CPU that it was dealt out on, or -1 */
+    atomic_int n_clashes;
 
     /* Each on its own cache line. */
     _Alignas(64) _Atomic uint32_t n_finished;
@@ -126,8 +133,29 @@ static void work(int thread) {
         pe_wake_all(&pool.n_finished);
 }
 
-/* Whether the thread's own run has units. Spins for a while; the clock is only read when the wait is not a short one. */
-static bool wait_for_run(int thread) {
+/* For a worker that holds no unit and has to wait: make way for those who want its CPU. False: sleep rather than spin.
+ *
+ * The caller may want it. Where other programs have the other CPUs, the kernel likes to wake workers on the caller's, and
+ * there the two only take turns: the worker moves, and shares a CPU with another program instead.
+ *
+ * Or another program wants it, and goes first once a millisecond; the caller computes on meanwhile. A worker that keeps the
+ * CPU until its time slice ends most often holds a unit then, and all threads wait for that unit through the slice of
+ * the other program. */
+static bool make_way(int64_t now, int64_t *yielded_ns) {
+    int cpu = pe_current_cpu();
+    if (cpu >= 0 && cpu == atomic_load_explicit(&pool.caller_cpu, memory_order_relaxed)) {
+        atomic_fetch_add(&pool.n_clashes, 1);
+        return pe_leave_cpu(cpu);
+    }
+    if (now - *yielded_ns < yield_interval_ns) return true;
+    pe_yield();
+    *yielded_ns = pe_now_ns();
+    return true;
+}
+
+/* Whether the thread's own run has units. Spins for a while; nothing else is done when the wait is a short one.
+ * *yielded_ns is when the worker last let others go first. */
+static bool wait_for_run(int thread, int64_t *yielded_ns) {
     int64_t give_up = 0;
     for (;;) {
         for (int i = 0; i < 64; i++) {
@@ -135,18 +163,22 @@ static bool wait_for_run(int thread) {
             pe_cpu_relax();
         }
         int64_t now = pe_now_ns();
-        if (give_up == 0) give_up = now + spin_ns;
+        if (give_up == 0) {
+            give_up = now + spin_ns;
+            if (!make_way(now, yielded_ns)) return false;
+        }
         if (now >= give_up) return false;
     }
 }
 
 static void *worker(void *arg) {
     int thread = (int)(intptr_t)arg;
+    int64_t yielded_ns = 0;
     pe_float_env_enter();
     while (!atomic_load(&pool.stopping)) {
         work(thread);
         uint32_t wakeups = atomic_load(&pool.wakeups);
-        if (wait_for_run(thread) || atomic_load(&pool.stopping)) continue;
+        if (wait_for_run(thread, &yielded_ns) || atomic_load(&pool.stopping)) continue;
         /* Announce the sleep, then look once more: the caller publishes first and looks for sleepers second. */
         atomic_fetch_add(&pool.n_sleeping, 1);
         if (!run_is_open_to(atomic_load(&pool.runs[thread].left), thread) && !atomic_load(&pool.stopping))
@@ -251,6 +283,7 @@ void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe
     pool.fn = fn, pool.arg = arg, pool.n_units = n_units, pool.control = control;
     atomic_store(&pool.n_finished, 0);
     atomic_store(&pool.n_threads, n_threads);
+    atomic_store_explicit(&pool.caller_cpu, pe_current_cpu(), memory_order_relaxed);
     for (uint64_t thread = (uint64_t)n_threads; thread-- > 0;) { /* the caller's last: workers need longer to begin */
         uint64_t begin = (thread * n_units + n_threads - 1) / n_threads,
                  end = ((thread + 1) * n_units + n_threads - 1) / n_threads;
@@ -261,3 +294,5 @@ void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe
     wait_for_workers((uint32_t)n_units);
     atomic_store(&pool.busy, false);
 }
+
+int pe_pool_count_clashes(void) { return atomic_load(&pool.n_clashes); }

@@ -2,7 +2,8 @@
  *
  * A unit never depends on which thread runs it, so nobody needs every worker to show up: the caller works through the
  * units itself, and whichever workers are awake take some of them off its hands. A worker that the kernel has
- * descheduled (a CPU quota, a busy neighbour) therefore delays at most the one unit it holds. */
+ * descheduled (a CPU quota, a busy neighbour) therefore delays at most the one unit it holds; and so that it seldom holds
+ * one then, it offers its CPU to others while it waits between two loops. */
 #ifndef PE_THREADPOOL_H
 #define PE_THREADPOOL_H
 
@@ -37,5 +38,8 @@ void pe_pool_release(void);
  * cancelled and the started ones have. If the pool is busy with somebody else's loop, the caller runs all units itself.
  * control may be NULL. */
 void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe_control *control);
+
+/* How often, in this process, a worker that waited was on the caller's CPU, and moved to another one if it had any. */
+int pe_pool_count_clashes(void);
 
 #endif

@@ -1,4 +1,9 @@
-/* test_pool.c: the thread pool runs every unit exactly once, whoever else uses it; and the number of threads it has by default. */
+/* test_pool.c: the thread pool runs every unit exactly once, whoever else uses it, and its workers leave the caller's CPU; the number of
+ * threads it has by default. */
+#define _GNU_SOURCE
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -62,7 +67,49 @@ static void test_loops(void) {
     }
 }
 
-void test_pool(void) { test_loops(); }
+/* ------------------------------------------------------------------ whose CPU it is */
+
+#if defined(__linux__) && !defined(PE_PLATFORM_POSIX)
+enum { N_TRIES = 20000 };
+
+/* The caller lets go of its CPU, so that a worker that has no other gets it. */
+static void patient_unit(void *arg, size_t index, int thread) {
+    (void)arg, (void)index;
+    _Atomic uint32_t nobody = 0;
+    if (thread == 0) pe_sleep_while_equal(&nobody, 0, 200 * 1000);
+}
+
+/* A worker leaves the caller's CPU for any other of its affinity mask, and the mask is as it was. Where there is no other,
+ * it finds out, and loops run all the same. */
+static void test_way(void) {
+    cpu_set_t before, now, one;
+    if (sched_getaffinity(0, sizeof before, &before) != 0) return; /* more CPUs than a cpu_set_t holds */
+    int cpu = pe_current_cpu();
+    CHECK(cpu >= 0 && CPU_ISSET(cpu, &before), "on CPU %d", cpu);
+    CHECK(pe_leave_cpu(cpu) == (CPU_COUNT(&before) > 1), "%d CPUs", CPU_COUNT(&before));
+    CHECK(sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&before, &now), "another mask after a move");
+
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    if (sched_setaffinity(0, sizeof one, &one) != 0) return; /* an emulator */
+    CHECK(!pe_leave_cpu(cpu), "left the only CPU");
+    CHECK(sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&one, &now), "another mask after no move");
+    char err[PE_ERR_LEN] = "";
+    CHECK(pe_pool_acquire(2, err) == PE_OK, "%s", err); /* the worker inherits the mask */
+    int n_before = pe_pool_count_clashes(), n_tries = 0;
+    while (pe_pool_count_clashes() == n_before && n_tries++ < N_TRIES) pe_parallel_for(2, 2, patient_unit, NULL, NULL);
+    CHECK(n_tries < N_TRIES, "a worker on the caller's CPU does not find out");
+    pe_pool_release();
+    sched_setaffinity(0, sizeof before, &before);
+}
+#else
+static void test_way(void) {} /* the system does not say */
+#endif
+
+void test_pool(void) {
+    test_loops();
+    test_way();
+}
 
 /* ------------------------------------------------------------------ limits of this machine */
 
