@@ -156,7 +156,7 @@ def test_what_is_wrong_at_the_start_is_one_clear_line(
             (["--cors-origin", "a.example"], 2, "'a.example' is no origin"),
             (["--cors-origin", "http://["], 2, "'http://[' is no origin"),
             (["--drain-timeout", "nan"], 2, "nan is not a number of seconds"),
-            (["--api-key-file", str(tmp_path / "empty")], 2, "holds no key"),
+            (["--api-key-file", str(tmp_path / "empty")], 1, "holds no key"),
             (["--api-key-file", str(tmp_path / "nothing")], 1, "No such file"),
             (["-m", f"a={chat_model}", "-m", f"a={chat_model}", "--port", "0"], 1, "two models are called 'a'"),
         ]
