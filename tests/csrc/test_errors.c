@@ -166,6 +166,30 @@ static void test_loading(void) {
     tiny_model_free(&t);
 }
 
+/* One bad value as the last of each tensor in turn: the sentence names that tensor. The embeddings are read in two pieces. */
+static void test_bad_values_are_named(void) {
+    pe_config config = small;
+    config.vocab_size = 20000;
+    tiny_model t;
+    tiny_model_make(&t, &config, 3, 1.0f);
+    for (size_t i = 0; i < t.n_tensors; i++) {
+        size_t n_bytes = t.tensors[i].n_bytes;
+        bool is_codes = strstr(t.names[i], ".codes") != NULL, is_scales = strstr(t.names[i], ".scales") != NULL;
+        unsigned char *last = (unsigned char *)t.memory[i] + n_bytes - (is_codes ? 1 : 2), kept[2];
+        char err[PE_ERR_LEN] = "";
+        memcpy(kept, last, is_codes ? 1 : 2);
+        last[0] = is_codes ? 0x80 : 0x00;
+        if (!is_codes) last[1] = is_scales ? 0x7c : 0x7f; /* the upper byte of an infinite half, or of a NaN or infinity */
+        if (!is_codes && !is_scales) last[0] = 0x80;
+        pe_status status = tiny_model_load(&t, 1 + (int)(i % 2), err);
+        CHECK(status == PE_ERR_FORMAT && strstr(err, t.names[i]) != NULL, "%s: %d '%s'", t.names[i], (int)status, err);
+        memcpy(last, kept, is_codes ? 1 : 2);
+        pe_model_destroy(t.model);
+    }
+    EXPECT(PE_OK, tiny_model_load(&t, 1, err));
+    tiny_model_free(&t);
+}
+
 /* ------------------------------------------------------------------ contexts, sequences, batches */
 
 static pe_status forward_one(pe_context *c, int32_t token, int32_t sequence, char *err) {
@@ -276,6 +300,7 @@ void test_arguments(void) {
     test_isa_names();
     test_config();
     test_loading();
+    test_bad_values_are_named();
     test_overflow();
     tiny_model_make(&t, &small, 3, 1.0f);
     EXPECT(PE_OK, tiny_model_load(&t, 0, err));
