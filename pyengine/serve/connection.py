@@ -7,6 +7,7 @@ before their answers nor how long one takes to come.
 from __future__ import annotations
 
 import asyncio
+import importlib
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,6 +16,18 @@ HEADER_TIMEOUT = 15.0  # seconds for a request line and headers, from a connecti
 KEEP_ALIVE = 75.0  # seconds between two requests of a connection
 MAX_HEAD = 1 << 16  # bytes of a request line and headers, together with those behind a body
 MAX_PIPELINED = 16  # requests that wait for the answer to an earlier one
+ACCEPTED_AT_ONCE = 16  # connections
+RESERVED = 64  # descriptors for all else: models, processes of templates, connections that are still to be closed
+
+
+def most_connections() -> int:
+    """As many as there are descriptors for: asyncio logs each that it cannot accept, thousands a second."""
+    try:
+        resource: Any = importlib.import_module("resource")
+    except ImportError:  # Windows has no such limit
+        return 1 << 16
+    soft: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 16 if soft == resource.RLIM_INFINITY else max(soft - RESERVED, soft // 2)
 
 
 class _TooMuch(Exception):
@@ -29,14 +42,18 @@ class Protocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0  # of the request that is being read
         self._unread_bytes = 0  # at least, since the parser last told of anything
+        self._used = self.loop.time()  # when it last began a request
         self._await_head()
+        most = most_connections()
+        if len(self.connections) > most:
+            self._make_room(most)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cease_awaiting()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_idle():
             self._await_head()  # data ends uvicorn's own timer, that of idle connections
         self._unread_bytes += len(data)
         super().data_received(data)
@@ -71,6 +88,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._cease_awaiting()
         self._unread_bytes = 0
+        self._used = self.loop.time()
         if len(self.pipeline) == MAX_PIPELINED:
             raise _TooMuch
         super().on_headers_complete()
@@ -90,6 +108,15 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes += n_bytes
         if self._head_bytes > MAX_HEAD:
             raise _TooMuch
+
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _make_room(self, most: int) -> None:
+        """If more are open, let go of the idle connection that has been without a request for longest; this one is idle, too."""
+        known = [one for one in self.connections if isinstance(one, Protocol) and not one.transport.is_closing()]
+        if len(known) > most:
+            min((one for one in known if one._is_idle()), key=lambda one: one._used)._abort()
 
     def _await_head(self) -> None:
         if self._head_timer is None:

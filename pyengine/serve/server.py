@@ -14,16 +14,18 @@ from types import FrameType
 import uvicorn
 
 from pyengine.serve.app import App
-from pyengine.serve.connection import KEEP_ALIVE, Protocol
+from pyengine.serve.connection import ACCEPTED_AT_ONCE, KEEP_ALIVE, Protocol
 from pyengine.serve.models import Models
 from pyengine.serve.shared_store import shared
+
+BACKLOG = 1024  # connections that wait to be accepted
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A socket that listens; port 0 takes a free one. Raises OSError that says which address. `shared`: other processes may
     listen there, too, and the kernel deals connections out among them."""
     sock = reserve(host, port, shared=shared)
-    sock.listen(1024)
+    sock.listen(BACKLOG)
     return sock
 
 
@@ -57,6 +59,11 @@ class _Server(uvicorn.Server):
 
     on_signal: Callable[[], None]
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)  # asyncio has made it as many as are accepted at once
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.on_signal()
 
@@ -89,6 +96,7 @@ class Runner:
         config = uvicorn.Config(
             app,
             http=Protocol,
+            backlog=ACCEPTED_AT_ONCE,
             ws="none",  # else, where websockets is installed, an upgrade would go past the application
             loop="asyncio",
             lifespan="off",

@@ -116,6 +116,34 @@ def test_a_later_request_that_does_not_come_to_an_end_is_let_go_of_too(
     connected(test)
 
 
+def test_the_connection_that_is_idle_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 3600.0)
+    monkeypatch.setattr(connection, "most_connections", lambda: 2)
+
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        async def asked(request: bytes, answered: bytes) -> Streams:
+            reader, writer = await connect()
+            writer.write(request)
+            await reader.readuntil(answered)
+            return reader, writer
+
+        first, second = [await asked(HEALTH + b"\r\n", b'{"status":"ok"}') for _ in range(2)]
+        begun = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n"
+        third = await asked(begun, b"100 Continue\r\n\r\n")  # waits for its body
+        assert await answer(first[0]) == b""
+        fourth = await asked(begun, b"100 Continue\r\n\r\n")
+        assert await answer(second[0]) == b""
+        fifth = await connect()
+        assert await answer(fifth[0]) == b""  # all others are at work
+        for reader, writer in (third, fourth):
+            writer.write(b"{}")
+            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 ")
+        for _, writer in (first, second, third, fourth, fifth):
+            writer.close()
+
+    connected(test)
+
+
 def test_an_upgrade_to_websockets_is_a_request_like_others() -> None:
     async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
         reader, writer = await connect()

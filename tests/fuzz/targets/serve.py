@@ -93,6 +93,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {**_ANTHROPIC, "max_tokens": 2, "tool_choice": {"type": "none"}, "metadata": {"user_id": "u"}},
     ],
     "/v1/messages/count_tokens": [_ANTHROPIC],
+    "/v1/responses/input_tokens": [{"input": "hi", "instructions": "s", "tools": [_FLAT_TOOL], "tool_choice": "required"}],
     "/v1/embeddings": [{"input": ["hi", [1, 2]], "dimensions": 3, "encoding_format": "base64", "pooling": "mean"}],
     "/api/chat": [
         {"messages": seeds.MESSAGES, "options": {**_OPTIONS, "num_ctx": 512, "mirostat": 0}, "keep_alive": "5m"},
@@ -112,7 +113,8 @@ _OTHER_PATHS = ["/", "/health", "/metrics", "/props", "/v1/models", "/v1/models/
 _OTHER_PATHS += ["/api/tags", "/api/ps", "/api/pull"] + [
     f"/v1/responses/resp_1{more}" for more in ("", "?cache_salt=a", "/input_items?limit=2&order=asc&after=b")
 ]
-_HEADERS = ["authorization", "origin", "host", "content-type", "content-length", "x-request-id", "accept", "expect"]
+_HEADER_VALUES = ["http://[", "//[", "null", "Basic \xe9", "Basic !", "Bearer \xff", "gzip", "100-continue", "-1", "9" * 30]
+_HEADERS = ["authorization", "origin", "host", "content-type", "content-length", "x-request-id", "expect", "content-encoding"]
 _MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "num_predict": 4, "n": 4, "best_of": 4}
 _REQUESTS = 10  # of a case: a server's start is most of its time
 
@@ -151,8 +153,12 @@ class ServeTarget:
             "method": rng.choice(["GET", "HEAD", "OPTIONS", "PUT", "x", ""]) if rng.random() < 0.05 else "POST",
             "path": path,
             "body": data,
-            "headers": {rng.choice(_HEADERS): _latin(mutations.value(rng)) for _ in range(rng.choice([0, 0, 0, 1, 3]))},
+            "headers": {rng.choice(_HEADERS): self._header(rng) for _ in range(rng.choice([0, 0, 0, 1, 3]))},
         }
+
+    @staticmethod
+    def _header(rng: random.Random) -> str:
+        return rng.choice(_HEADER_VALUES) if rng.random() < 0.5 else _latin(mutations.value(rng))
 
     def run(self, case: Case) -> None:
         self._raised.clear()
