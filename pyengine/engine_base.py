@@ -102,7 +102,6 @@ class EngineBase:
         head = _core.DraftHead(self._model, spec, self._file.draft_weights, self.n_threads)
         self._scheduler.speculation.add_head(head)
 
-
     def _beside_tokenizer(self, opening: Callable[[], T]) -> T:
         """Do `opening`, most of which is C without the interpreter's lock, while the tokenizer loads here: its parser holds the
         lock from end to end."""
@@ -113,7 +112,6 @@ class EngineBase:
         finally:
             background.wait()
         return background.result()
-
 
     # ------------------------------------------------------------ parts
 
@@ -193,7 +191,6 @@ class EngineBase:
         return prompt_ids(
             lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
         )
-
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """For one output. Raises InvalidArgumentError for what is no schema or grammar, is not understood or too costly."""

@@ -33,7 +33,7 @@ def path_of(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
     """A path as a string. Raises InvalidArgumentError for what is none, or none that a system call could take."""
     try:
         text = os.fsdecode(path)
-        if "\0" not in os.fsencode(text).decode("latin-1"):
+        if b"\0" not in os.fsencode(text):
             return text
     except TypeError:
         raise InvalidArgumentError(f"a path is a string or os.PathLike, not {type(path).__name__}") from None

@@ -65,8 +65,9 @@ class WholeFile:
 
     ``file`` is open for reading and writing bytes, and ``temporary`` its path until then. A clean exit of the block syncs and
     renames; any exception, Ctrl-C and SIGTERM included, removes the temporary file, and what a killed process left behind goes
-    with the next attempt. Raises FileExistsError if there is such a file, before and after, unless ``overwrite``, and OSError,
-    which names the file to be: nobody has heard of the temporary one, and a full disk says no name.
+    with the next attempt. Raises IsADirectoryError for a directory, FileExistsError if there is such a file, before and after,
+    unless ``overwrite``, and OSError, which names the file to be: nobody has heard of the temporary one, and a full disk says no
+    name.
     """
 
     file: IO[bytes]
@@ -78,8 +79,10 @@ class WholeFile:
         self._refuse_existing()
 
     def _refuse_existing(self) -> None:
+        if self._path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "the output is a directory", str(self._path))
         if self._path.exists() and not self._overwrite:
-            raise FileExistsError(17, "the output exists (overwrite=True replaces it)", str(self._path))
+            raise FileExistsError(errno.EEXIST, "the output exists (overwrite=True replaces it)", str(self._path))
 
     def __enter__(self) -> WholeFile:
         prefix = _temporary_prefix(self._path.name)

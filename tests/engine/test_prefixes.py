@@ -12,7 +12,15 @@ import pytest
 from engine.cli_tools import run_process, write_talker
 from engine.freeze_models import freeze_fixture
 
-from pyengine import ContextFullError, Engine, InvalidArgumentError, ModelFormatError, OutOfMemoryError, _core
+from pyengine import (
+    ContextFullError,
+    Engine,
+    InvalidArgumentError,
+    ModelFormatError,
+    OutOfMemoryError,
+    SystemCallError,
+    _core,
+)
 from pyengine.format.prefix import read_prefix, write_prefix
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
@@ -217,6 +225,16 @@ def test_files_that_do_not_belong(plain: Path, path: Path, tmp_path: Path) -> No
             with pytest.raises(ModelFormatError) as caught:
                 engine.load_prefix(wrong)
             assert str(caught.value).count(str(wrong)) == 1
+
+
+def test_a_directory_is_no_file_to_write(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose path has no name."""
+    monkeypatch.chdir(tmp_path)
+    with Engine(plain) as engine:
+        for path in (tmp_path, ".", "/"):
+            with pytest.raises(SystemCallError, match=r"(?i)is a directory"):
+                engine.save_prefix([5, 6, 7], path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files(plain: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_nothing_is_loaded_for_callers_without_text(tiny_model: Path, monkeypatc
         raise AssertionError("loaded")
 
     monkeypatch.setattr(tokenizer_module, "_load", refuse)
-    monkeypatch.setattr("pyengine.engine.Background", refuse)
+    monkeypatch.setattr("pyengine.engine_base.Background", refuse)
     with pyengine.Engine(tiny_model) as engine:
         assert len(engine.score([1, 2, 3]).logprobs) == 3
 

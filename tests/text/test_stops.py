@@ -127,7 +127,7 @@ def test_one_automaton_serves_all_outputs_of_a_request(tiny_model, monkeypatch):
         built.append(strings)
         return StopStrings(strings)
 
-    monkeypatch.setattr("pyengine.engine.StopStrings", counting)
+    monkeypatch.setattr("pyengine.engine_base.StopStrings", counting)
     with pyengine.Engine(tiny_model, n_threads=1) as engine:
         engine.generate(["a", "b"], n=3, temperature=1, max_tokens=2, stop=["x", "y"])
     assert built == [("x", "y")]
