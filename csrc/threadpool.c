@@ -62,6 +62,9 @@ static struct pe_pool {
     } runs[PE_MAX_THREADS];
 } pool = {.lock = PE_MUTEX_INIT};
 
+/* Of the loop that this thread leads in the pool; NULL = none, or one that nobody can end. */
+static _Thread_local pe_control *led;
+
 /* ------------------------------------------------------------------ units */
 
 static uint64_t run_make(int n_threads, uint64_t begin, uint64_t end) {
@@ -195,12 +198,18 @@ static void wake_workers(void) {
 
 /* ------------------------------------------------------------------ lifetime */
 
-/* Threads do not survive fork: the child begins with an empty pool, and the next loop or context starts workers again. */
+/* Threads do not survive fork: the child begins with an empty pool, and the next loop or context starts workers again. If the
+ * thread that forks leads a loop (its poll ran a signal handler that forked), units that workers had begun are lost: there is
+ * nothing to wait for, and its call ends as cancelled. Until then the pool stays taken. */
 static void forget_workers_in_child(void) {
     pe_mutex_reset_after_fork(&pool.lock);
     pe_sleep_reset_after_fork();
     pool.n_workers = 0;
-    atomic_store(&pool.busy, false);
+    atomic_store(&pool.busy, led != NULL);
+    if (led != NULL) {
+        atomic_store(&led->cancelled, true);
+        atomic_store(&pool.n_finished, (uint32_t)pool.n_units);
+    }
     atomic_store(&pool.stopping, false);
     for (int thread = 0; thread < PE_MAX_THREADS; thread++) atomic_store(&pool.runs[thread].left, 0);
     atomic_store(&pool.n_sleeping, 0);
@@ -251,10 +260,10 @@ static void run_alone(size_t n_units, pe_unit_fn fn, void *arg, pe_control *cont
     }
 }
 
-/* All units are claimed; wait until those that workers hold are finished. */
+/* All units are claimed; wait until those that workers hold are finished. (In the child of a fork the caller's own count twice.) */
 static void wait_for_workers(uint32_t n_units) {
     int64_t give_up = 0;
-    for (int i = 1; atomic_load_explicit(&pool.n_finished, memory_order_acquire) != n_units; i++) {
+    for (int i = 1; atomic_load_explicit(&pool.n_finished, memory_order_acquire) < n_units; i++) {
         pe_cpu_relax();
         if (i % 64 != 0) continue;
         int64_t now = pe_now_ns();
@@ -262,7 +271,7 @@ static void wait_for_workers(uint32_t n_units) {
         if (now < give_up) continue;
         atomic_store(&pool.caller_sleeps, 1);
         uint32_t n_finished = atomic_load(&pool.n_finished);
-        if (n_finished != n_units) pe_sleep_while_equal(&pool.n_finished, n_finished, -1);
+        if (n_finished < n_units) pe_sleep_while_equal(&pool.n_finished, n_finished, -1);
         atomic_store(&pool.caller_sleeps, 0);
     }
 }
@@ -290,8 +299,10 @@ void pe_parallel_for(int n_threads, size_t n_units, pe_unit_fn fn, void *arg, pe
         atomic_store(&pool.runs[thread].left, run_make(n_threads, begin, end));
     }
     if (atomic_load(&pool.n_sleeping) > 0) wake_workers();
+    led = control;
     work(0);
     wait_for_workers((uint32_t)n_units);
+    led = NULL;
     atomic_store(&pool.busy, false);
 }
 

@@ -160,6 +160,39 @@ def test_fork_while_other_threads_compute() -> None:
     """)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_signal_handler_forks_in_the_middle_of_a_loop() -> None:
+    """The child has no workers, so what they had begun never ends there: its forward is cancelled, the next one is as always."""
+    scene(
+        """
+        from pyengine.errors import CancelledError
+        context = _core.Context(model, n_threads=2)
+        sequences = [context.sequence_new() for _ in range(60)]
+        pids, start = [], time.process_time()
+        def fork(*_):
+            pids.append(os.fork())
+            if pids[0] == 0:
+                signal.alarm(60)
+        signal.signal(signal.SIGUSR1, fork)
+        def send():
+            while time.process_time() - start < 0.1: time.sleep(0.001)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        sender = threading.Thread(target=send)
+        sender.start()
+        try:
+            context.forward(tiny.TOKENS * 60, [s for s in sequences for _ in range(300)], bytes(300 * 60))
+            is_cancelled = False
+        except CancelledError:
+            is_cancelled = True
+        if pids[0] == 0:
+            os._exit(0 if is_cancelled and run(model, 2) == GOLDEN else 1)
+        assert not is_cancelled
+        assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 0
+    """,
+        PYENGINE_ISA="scalar",
+    )
+
+
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_ctrl_c_ends_a_prefill_and_changes_nothing(n_threads: int) -> None:
     """The scalar table needs seconds for this batch; the signal comes when it has had a tenth of one. (Of CPU time: how long that
