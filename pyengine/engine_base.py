@@ -237,7 +237,6 @@ class EngineBase:
             for index in range(params.n)
         ]
 
-
     @property
     def _is_open(self) -> bool:
         return not (self._closed or self._scheduler.closed)  # the latter from the beginning of `close` on
