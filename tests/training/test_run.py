@@ -264,6 +264,19 @@ def test_kill_9_loses_nothing_older_than_the_last_checkpoint(stories: Path, tmp_
     assert checkpoints.read_state(found[-1])["step"] >= 9
 
 
+def test_what_kill_9_left_of_a_checkpoint_goes_with_the_next_one(finished: Path, tmp_path: Path) -> None:
+    """The same step may never be written again, and the size of three models would stay."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    left = run / "checkpoints" / ".step_00000010.tmp"
+    left.mkdir()
+    (left / "model.safetensors").touch()
+    shutil.rmtree(run / "final")
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    assert not left.exists() and (run / "checkpoints" / "step_00000012").exists()
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(
     finished: Path,
     tmp_path: Path,

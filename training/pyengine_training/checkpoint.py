@@ -348,6 +348,9 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def prune(run_folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints."""
+    """Remove all but the newest ``keep`` checkpoints (0: keep all), and what a process that was killed while it wrote one has
+    left. Not while one is written."""
+    for unfinished in (run_folder / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     for old in checkpoints(run_folder)[:-keep] if keep > 0 else []:
         shutil.rmtree(old, ignore_errors=True)

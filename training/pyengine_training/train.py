@@ -175,7 +175,7 @@ class Loop:
     def steps(self) -> None:
         """All steps that are left."""
         trainer, c = self.trainer, self.config  # of these only the number of steps may change
-        first, second_began = trainer.state.step, 0.0
+        first, first_ended = trainer.state.step, None
         began = monotonic()
         self.log.progress("step 1: the first one ever compiles the kernels of this processor, which takes up to a minute")
         before = trainer.state.seconds
@@ -201,9 +201,11 @@ class Loop:
                 }
             )
             self._keep_to_budget()
-            done = state.step - first - 1  # the first one, which may have compiled kernels, says nothing of the others' speed
-            second_began = second_began or monotonic()
-            mean = done * c.batch_size * c.seq_len / (now - second_began) if done else None
+            done, mean = state.step - first - 1, None
+            if first_ended is None:  # that step may have compiled kernels, and says nothing of the others' speed
+                first_ended = now
+            else:
+                mean = done * c.batch_size * c.seq_len / (now - first_ended)
             self.log.report(self._progress(result.loss, mean))
             self._milestones(result.quantized)
             signs = self.comm.gather((self.received[:1], self._is_due()))
