@@ -75,7 +75,7 @@ class Job(Caller):
     @property
     def can_go_on(self) -> bool:
         """Whether something can be computed for it before its task reads more."""
-        return any(not request.is_done and not request.is_paused for request in self.requests)
+        return any(request.can_go_on for request in self.requests)
 
     @property
     def should_look(self) -> bool:

@@ -388,6 +388,11 @@ class BeamRequest(Request):
         """Whether others have to come first. It makes room for them if there is none."""
         return not self._wants_row
 
+    @property
+    def can_go_on(self) -> bool:
+        """As its search: nobody reads before its end, and while it goes from one step to the next all its lanes are paused."""
+        return not self.is_done
+
     def tokens(self, begin: int, end: int) -> Sequence[int]:
         prompt, step = self.search.prompt, self.search.step
         n, rank = len(prompt), self._rank(step)

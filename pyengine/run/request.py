@@ -101,6 +101,11 @@ class Request(ABC):
         """Whether its caller should read before more is computed."""
         return False
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether steps can compute something for it, or will when others have come first. Any thread may ask, in a step, too."""
+        return not self.is_done and not self.is_paused
+
     @abstractmethod
     def tokens(self, begin: int, end: int) -> Sequence[int]:
         """Tokens [begin, end)."""

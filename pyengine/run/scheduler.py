@@ -167,8 +167,9 @@ class Scheduler:
         """Let go of requests that are done or out of time, or whose caller is gone. Their pages stay cached. Whether there were
         any."""
         is_one_done = False
+        now = time.monotonic()  # one moment for all: the lanes of a search end together
         for request in list(self._requests.values()):
-            if request.deadline is not None and time.monotonic() >= request.deadline and not request.is_done:
+            if request.deadline is not None and now >= request.deadline and not request.is_done:
                 request.time_out()
             if request.is_done or request.caller() is None:
                 self._requests.pop(request.number, None)
@@ -184,10 +185,10 @@ class Scheduler:
     # ------------------------------------------------------------ who gets what
 
     def _grant(self, requests: list[Request]) -> list[Grant]:
-        """Tokens for this step: of texts that decode, then of prompts. A request that cannot start yet does not keep later ones
-        that can."""
+        """Tokens for this step: of texts that decode, then of prompts."""
         if any(request.sequence is None for request in requests):
             waiting = [request for request in requests if request.sequence is None and not request.is_paused]
+            waiting.sort(key=lambda request: not request.has_place)  # they wait for no place, and others for theirs
             n_places = sum(request.has_place for request in requests)
             self._admit(waiting, [request for request in requests if request.sequence is not None], n_places)
             requests = [request for request in requests if request.sequence is not None]
@@ -229,7 +230,8 @@ class Scheduler:
         return grants
 
     def _admit(self, waiting: list[Request], running: list[Request], n_places: int) -> None:
-        """Start what there is room for, oldest first. n_places of max_sequences are taken."""
+        """Start what there is room for, in this order. n_places of max_sequences are taken. One that waits for another's
+        beginning does not keep later ones; one that misses room does, or a search, which takes many places, might never start."""
         for request in waiting:
             n_wanted = 0 if request.has_place else request.n_places
             while n_places + n_wanted > self.max_sequences:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from engine.speculation_tools import assert_nothing_is_held
 
 from pyengine import BeamHypothesis, ContextFullError, Engine, InvalidArgumentError, PyEngineError, SamplingParams
 from pyengine._sampler import logprobs
+from pyengine.run import scheduler as scheduling
 from pyengine.run.beam_search import Beam, BeamRequest, Rules, Said
 from pyengine.run.request import Caller
 from pyengine.sampling_options import BeamOptions
@@ -268,6 +270,28 @@ def test_beams_of_a_search_run_together_or_wait(tiny_model: Path, max_sequences:
             assert search.results == alone
 
 
+def test_a_search_that_runs_goes_on_before_a_stream_that_made_room(tiny_model: Path) -> None:
+    """The stream was first, made room while nobody read it, and is read again: it waits for a place, and the search, which has
+    all of them, for nobody."""
+    with Engine(tiny_model, max_sequences=4, speculative="off") as engine:
+        caller, scheduler = Caller(), engine.scheduler
+        stream = engine.stream(prompt_of(5), max_tokens=200, ignore_eos=True)
+        next(stream)
+        while not stream.request.is_paused:
+            scheduler.step()
+        search, lanes = engine.beam_requests(caller, prompt_of(9), beam_width=4, max_tokens=8, ignore_eos=True)
+        scheduler.add(lanes)
+        for _ in range(4):
+            scheduler.step()
+        assert stream.request.sequence is None and not search.is_done
+        next(stream)
+        assert not stream.request.is_paused
+        for _ in range(4):
+            scheduler.step()
+        assert search.is_done
+        stream.close()
+
+
 def test_a_search_that_could_only_take_turns_is_refused(tiny_model: Path) -> None:
     with Engine(tiny_model, max_sequences=3) as engine:
         assert len(engine.beam_search(prompt_of(5), beam_width=3, n=3, max_tokens=2)) == 3
@@ -353,6 +377,22 @@ def test_a_search_that_runs_out_of_time_ends_where_it_is(engine: Engine, n_steps
     scheduler.abort(requests)
     (nothing,) = engine.beam_search(prompt_of(20), timeout=1e-9)
     assert nothing == BeamHypothesis("", [], "timeout", None, 0.0, 0.0)
+
+
+def test_the_beams_of_a_search_run_out_of_time_together(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the deadline passes while its requests are looked through: none is left of a search that has ended."""
+    with Engine(tiny_model) as engine:
+        caller, scheduler, clock = Caller(), engine.scheduler, itertools.count()
+        search, requests = engine.beam_requests(caller, prompt_of(20), max_tokens=30)
+        scheduler.add(requests)
+        scheduler.step()
+        for request in requests:
+            request.deadline = 1.0
+        monkeypatch.setattr(scheduling, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
+        while not search.is_done:
+            assert len(scheduler._requests) == len(requests)
+            scheduler.sweep()
+        assert not scheduler._requests
 
 
 def test_editors_know_every_option() -> None:

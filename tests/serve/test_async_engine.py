@@ -15,6 +15,7 @@ import pyengine
 from pyengine import AsyncEngine, Engine, SamplingParams
 from pyengine.async_engine import AsyncStream, Job, Stepper
 from pyengine.results import Generation
+from pyengine.run.beam_search import Rules
 from pyengine.run.request import MAX_UNREAD, GenerationRequest, Request
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
@@ -369,6 +370,25 @@ def test_cancelling_ends_a_prefill(engine: Engine, how: str) -> None:
 
     asyncio.run(main())
     engine.scheduler.context = held._context
+
+
+def test_a_search_can_go_on_until_it_is_done(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while another caller carries it to its next step: the stepping thread, which looks then, must not leave."""
+    one, step, seen = AsyncEngine(engine), Rules.step, []
+
+    async def main() -> None:
+        job = await one.prepare(lambda job: engine.beam_requests(job, text(1, 8), max_tokens=4, ignore_eos=True)[1])
+
+        def seen_from_outside(*args: Any) -> Any:
+            seen.append(job.can_go_on)
+            return step(*args)
+
+        monkeypatch.setattr(Rules, "step", seen_from_outside)
+        engine.scheduler.add(job.requests)
+        engine.scheduler.wait(lambda: job.is_done)
+        assert seen == [True] * 4 and not job.can_go_on
+
+    asyncio.run(main())
 
 
 def test_a_search_that_is_cancelled_is_not_computed_on(engine: Engine) -> None:
