@@ -68,7 +68,7 @@ def with_rows(grants: list[Grant]) -> Iterator[tuple[Grant, int, int]]:
 
 
 class Scheduler:
-    """Requests of one context. Every method but `add`, `abort` and `wait` runs under the step lock."""
+    """Requests of one context. Every method but those for callers (`add` to `exclusively`) runs under the step lock."""
 
     def __init__(self, context: _core.Context, *, max_sequences: int = MAX_SEQUENCES, max_pages: int = 0) -> None:
         self.context = context
