@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from collections import deque
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_TIMEOUT = 15.0  # seconds for a request line and headers, from a connection's beginning or their own first byte on
@@ -34,15 +36,52 @@ class _TooMuch(Exception):
     """Raised in httptools' callbacks: it ends the parsing, and uvicorn refuses the request."""
 
 
+def _new_parser(protocol: Protocol) -> Any:
+    parser: Any = httptools.HttpRequestParser(protocol)
+    if hasattr(parser, "set_dangerous_leniencies"):  # httptools 0.6.3: data behind a last request are passed over, as by uvicorn
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
+
+
+class _Parser:
+    """httptools', for which a wish to go on in another protocol changes nothing (RFC 9110, 7.8): by itself it would take all that
+    follows for that protocol's, the body of the request as well. Java's client asks so for HTTP/2."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._parser, self._protocol = _new_parser(protocol), protocol
+
+    def feed_data(self, data: bytes) -> None:
+        while True:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self.is_to_upgrade():  # CONNECT
+                    raise
+                data = self._protocol.head_without_upgrade() + data[upgrade.args[0] :]
+                self._parser = _new_parser(self._protocol)  # the other has come to its end
+
+    def is_to_upgrade(self) -> bool:
+        return bool(self._parser.should_upgrade()) and self._parser.get_method() != b"CONNECT"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's, and it lets go of a connection that sends no request, sends too much, or takes nothing of its answer."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.parser: Any = _Parser(self)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0  # of the request that is being read
         self._unread_bytes = 0  # at least, since the parser last told of anything
-        self._used = self.loop.time()  # when it last began a request
+        self._used = self.loop.time()  # when its last answer was written
+        self._unanswered: deque[Any] = deque()  # uvicorn's cycles, the oldest first
         self._await_head()
         most = most_connections()
         if len(self.connections) > most:
@@ -50,6 +89,9 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cease_awaiting()
+        for cycle in self._unanswered:  # uvicorn tells the newest only, which may wait behind the one that is computed
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -61,7 +103,10 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what cannot be read, or is too much of it, and let go."""
+        """Refuse what cannot be read, or is too much of it, and let go. In the middle of an answer, let go only."""
+        if self._unanswered and self._unanswered[0].response_started:
+            self.transport.close()
+            return
         is_long = max(self._head_bytes, self._unread_bytes) > MAX_HEAD
         status = b"431 Request Header Fields Too Large" if is_long else b"400 Bad Request"
         text = b"the request line and headers are longer than %d bytes" % MAX_HEAD if is_long else msg.encode()
@@ -88,10 +133,12 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._cease_awaiting()
         self._unread_bytes = 0
-        self._used = self.loop.time()
+        if self.parser.is_to_upgrade():  # it comes again, without that
+            return
         if len(self.pipeline) == MAX_PIPELINED:
             raise _TooMuch
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._unread_bytes = 0
@@ -99,7 +146,21 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._unread_bytes = 0
-        super().on_message_complete()
+        if not self.parser.is_to_upgrade():
+            super().on_message_complete()
+
+    def head_without_upgrade(self) -> bytes:
+        """Of the request that is being read: its bytes again, as far as they count."""
+        start = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        headers = (b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        return start + b"".join(headers) + b"\r\n"
+
+    # ------------------------------------------------------------ what uvicorn's cycle tells
+
+    def on_response_complete(self) -> None:
+        self._unanswered.popleft()
+        self._used = self.loop.time()
+        super().on_response_complete()
 
     # ------------------------------------------------------------ bounds
 
@@ -110,13 +171,14 @@ class Protocol(HttpToolsProtocol):
             raise _TooMuch
 
     def _is_idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+        return not self._unanswered
 
     def _make_room(self, most: int) -> None:
-        """If more are open, let go of the idle connection that has been without a request for longest; this one is idle, too."""
+        """If more are open, let go of the connection that has been idle for longest, all its answers taken; this one is, too."""
         known = [one for one in self.connections if isinstance(one, Protocol) and not one.transport.is_closing()]
         if len(known) > most:
-            min((one for one in known if one._is_idle()), key=lambda one: one._used)._abort()
+            idle = [one for one in known if one._is_idle() and not one.transport.get_write_buffer_size()]
+            min(idle, key=lambda one: one._used)._abort()
 
     def _await_head(self) -> None:
         if self._head_timer is None:
