@@ -81,8 +81,9 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0  # of the request that is being read
         self._unread_bytes = 0  # at least, since the parser last told of anything
         self._used = self.loop.time()  # when its last answer was written
+        self._is_in_body = False
         self._unanswered: deque[Any] = deque()  # uvicorn's cycles, the oldest first
-        self._await_head()
+        self._await_head(HEADER_TIMEOUT)
         most = most_connections()
         if len(self.connections) > most:
             self._make_room(most)
@@ -96,7 +97,9 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_idle():
-            self._await_head()  # data ends uvicorn's own timer, that of idle connections
+            # Data ends uvicorn's own timer, that of idle connections. A body that is sent on behind its answer is let come:
+            # many clients read the answer only then.
+            self._await_head(KEEP_ALIVE if self._is_in_body else HEADER_TIMEOUT)
         self._unread_bytes += len(data)
         super().data_received(data)
         if self._unread_bytes > MAX_HEAD and not self.transport.is_closing():  # one header without an end
@@ -138,6 +141,7 @@ class Protocol(HttpToolsProtocol):
         if len(self.pipeline) == MAX_PIPELINED:
             raise _TooMuch
         super().on_headers_complete()
+        self._is_in_body = True
         self._unanswered.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
@@ -147,6 +151,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._unread_bytes = 0
         if not self.parser.is_to_upgrade():
+            self._is_in_body = False
             super().on_message_complete()
 
     def head_without_upgrade(self) -> bytes:
@@ -180,9 +185,9 @@ class Protocol(HttpToolsProtocol):
             idle = [one for one in known if one._is_idle() and not one.transport.get_write_buffer_size()]
             min(idle, key=lambda one: one._used)._abort()
 
-    def _await_head(self) -> None:
+    def _await_head(self, seconds: float) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEADER_TIMEOUT, self._close)
+            self._head_timer = self.loop.call_later(seconds, self._close)
 
     def _cease_awaiting(self) -> None:
         if self._head_timer is not None:

@@ -267,3 +267,25 @@ def test_no_answer_is_lost_to_make_room_and_one_that_took_long_does_not_count_as
             writer.close()
 
     connected(test, Answers)
+
+
+def test_a_body_that_goes_on_behind_its_answer_has_longer_than_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        async def asked(streams: Streams) -> None:
+            streams[1].write(HEALTH + b"\r\n")
+            assert (await streams[0].readuntil(b'{"status":"ok"}')).startswith(b"HTTP/1.1 200 ")
+
+        slow, other = await connect(), await connect()
+        await asked(other)
+        slow[1].write(b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nabc")
+        assert (await slow[0].readuntil(b"}}")).startswith(b"HTTP/1.1 404 ")
+        monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.0)
+        slow[1].write(b"def")
+        for _ in range(3):  # the server has seen those
+            await asked(other)
+        slow[1].write(b"ghi")
+        await asked(slow)
+        for _, writer in (slow, other):
+            writer.close()
+
+    connected(test)
