@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_TIMEOUT = 15.0  # seconds for a request line and headers, from a connection's beginning or their own first byte on
 KEEP_ALIVE = 75.0  # seconds between two requests of a connection
+TAKE_TIMEOUT = 75.0  # seconds in which a client takes something of an answer that is all written
 MAX_HEAD = 1 << 16  # bytes of a request line and headers, together with those behind a body
 MAX_PIPELINED = 16  # requests that wait for the answer to an earlier one
 ACCEPTED_AT_ONCE = 16  # connections
@@ -78,6 +79,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._take_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0  # of the request that is being read
         self._unread_bytes = 0  # at least, since the parser last told of anything
         self._used = self.loop.time()  # when its last answer was written
@@ -90,6 +92,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cease_awaiting()
+        if self._take_timer is not None:
+            self._take_timer.cancel()
         for cycle in self._unanswered:  # uvicorn tells the newest only, which may wait behind the one that is computed
             cycle.disconnected = True
             cycle.message_event.set()
@@ -166,6 +170,9 @@ class Protocol(HttpToolsProtocol):
         self._unanswered.popleft()
         self._used = self.loop.time()
         super().on_response_complete()
+        if self._take_timer is not None:
+            self._take_timer.cancel()
+        self._await_taking()
 
     # ------------------------------------------------------------ bounds
 
@@ -188,6 +195,19 @@ class Protocol(HttpToolsProtocol):
     def _await_head(self, seconds: float) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(seconds, self._close)
+
+    def _await_taking(self) -> None:
+        """A connection whose buffer is not empty would stay open for ever, also when it is closed."""
+        n_bytes = self.transport.get_write_buffer_size()
+        self._take_timer = self.loop.call_later(TAKE_TIMEOUT, self._abort_untaken, n_bytes) if n_bytes else None
+
+    def _abort_untaken(self, n_bytes: int) -> None:
+        if not self._is_idle():
+            self._take_timer = None  # the next answer's end begins another
+        elif self.transport.get_write_buffer_size() >= n_bytes:
+            self._abort()
+        else:
+            self._await_taking()
 
     def _cease_awaiting(self) -> None:
         if self._head_timer is not None:

@@ -289,3 +289,28 @@ def test_a_body_that_goes_on_behind_its_answer_has_longer_than_headers(monkeypat
             writer.close()
 
     connected(test)
+
+
+@pytest.mark.parametrize("header", [b"", b"connection: close\r\n"])
+def test_an_answer_that_is_not_taken_holds_no_connection_for_ever(header: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "TAKE_TIMEOUT", 0.0)
+    lost, end = asyncio.Event(), connection.Protocol.connection_lost
+
+    class Large(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await _begin(send, b"a" * (1 << 25), more=False)  # more than sockets hold
+
+    def ended(protocol: connection.Protocol, exc: Exception | None) -> None:
+        lost.set()
+        end(protocol, exc)
+
+    monkeypatch.setattr(connection.Protocol, "connection_lost", ended)
+
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        _, writer = await connect()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(HEALTH + header + b"\r\n")
+        await lost.wait()
+        writer.close()
+
+    connected(test, Large)
