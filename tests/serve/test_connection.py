@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,9 @@ HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-def connected(test: Callable[[Callable[[], Awaitable[Streams]]], Awaitable[None]]) -> None:
+def connected(test: Callable[[Callable[[], Awaitable[Streams]]], Awaitable[None]], kind: type[App] = App) -> None:
     """Run a test against a server without models; it gets what connects to it. Nothing that the server is to end stays open."""
-    app = App(Settings(log_format="none"))
+    app = kind(Settings(log_format="none"))
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
     runner = Runner(app, sock, lambda: Models(()))
@@ -153,3 +154,163 @@ def test_an_upgrade_to_websockets_is_a_request_like_others() -> None:
         writer.close()
 
     connected(test)
+
+
+@pytest.mark.parametrize("rest", [HEALTH + b"connection: close\r\n\r\n", b""])
+def test_an_upgrade_to_http_2_takes_no_body_from_a_request(rest: bytes) -> None:
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
+        head += b"expect: 100-continue\r\n"
+        for framing, body in (
+            (b"content-length: 3\r\n", b"{]}"),
+            (b"transfer-encoding: chunked\r\n", b"3\r\n{]}\r\n0\r\n\r\n"),
+        ):
+            writer.write(head + framing + b"\r\n")
+            await reader.readuntil(b"100 Continue\r\n\r\n")
+            writer.write(body)
+            assert b"at line 1, column 2" in await reader.readuntil(b"}}")  # that of {]}: it was read
+        writer.write(HEALTH + b"connection: upgrade\r\nupgrade: h2c\r\n\r\n" + rest)
+        assert (await reader.readuntil(b'{"status":"ok"}')).startswith(b"HTTP/1.1 200 ")
+        if rest:
+            assert (await answer(reader)).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+    connected(test)
+
+
+async def _begin(send: Any, data: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def test_nothing_is_refused_in_the_middle_of_an_answer() -> None:
+    class Begins(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await _begin(send, b"begun", more=True)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        for unreadable in (b"?\r\n\r\n", (HEALTH + b"\r\n") * 100):
+            reader, writer = await connect()
+            writer.write(HEALTH + b"\r\n")
+            await reader.readuntil(b"begun\r\n")
+            writer.write(unreadable)
+            assert await answer(reader) == b""
+            writer.close()
+
+    connected(test, Begins)
+
+
+def test_the_request_that_is_answered_hears_that_its_client_has_gone_before_others_that_wait() -> None:
+    ended = asyncio.Event()
+
+    class Endless(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            async def gone() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+
+            waiting = asyncio.ensure_future(gone())
+            await _begin(send, b"begun", more=True)
+            while not waiting.done():
+                await send({"type": "http.response.body", "body": b"more", "more_body": True})
+                await asyncio.sleep(0)
+            ended.set()
+
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        writer.write((HEALTH + b"\r\n") * 2)
+        await reader.readuntil(b"begun\r\n")
+        writer.transport.abort()
+        await ended.wait()
+
+    connected(test, Endless)
+
+
+def test_no_answer_is_lost_to_make_room_and_one_that_took_long_does_not_count_as_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 3600.0)
+    monkeypatch.setattr(connection, "most_connections", lambda: 3)
+    release, large = asyncio.Event(), b"a" * (1 << 25)  # more than sockets hold
+
+    class Answers(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] == "/slow":
+                await _begin(send, b"begun", more=True)
+                await release.wait()
+                await send({"type": "http.response.body", "body": b"done"})
+            else:
+                await _begin(send, large if scope["path"] == "/large" else b"short", more=False)
+
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        async def asked(path: bytes, answered: bytes) -> Streams:
+            reader, writer = await connect()
+            writer.write(b"GET %s HTTP/1.1\r\nhost: localhost\r\n\r\n" % path)
+            await reader.readuntil(answered)
+            return reader, writer
+
+        untaken = await asked(b"/large", b"\r\n\r\n")
+        slow = await asked(b"/slow", b"begun\r\n")
+        short = await asked(b"/short", b"short\r\n0\r\n\r\n")
+        release.set()
+        await slow[0].readuntil(b"done\r\n0\r\n\r\n")
+        fourth = await connect()
+        assert await answer(short[0]) == b""
+        await untaken[0].readuntil(b"\r\n")  # the length of the chunk
+        assert await untaken[0].readexactly(len(large)) == large
+        slow[1].write(HEALTH + b"\r\n")
+        await slow[0].readuntil(b"short\r\n0\r\n\r\n")
+        for _, writer in (untaken, slow, short, fourth):
+            writer.close()
+
+    connected(test, Answers)
+
+
+def test_a_body_that_goes_on_behind_its_answer_has_longer_than_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        async def asked(streams: Streams) -> None:
+            streams[1].write(HEALTH + b"\r\n")
+            assert (await streams[0].readuntil(b'{"status":"ok"}')).startswith(b"HTTP/1.1 200 ")
+
+        slow, other = await connect(), await connect()
+        await asked(other)
+        slow[1].write(b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nabc")
+        assert (await slow[0].readuntil(b"}}")).startswith(b"HTTP/1.1 404 ")
+        monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.0)
+        slow[1].write(b"def")
+        for _ in range(3):  # the server has seen those
+            await asked(other)
+        slow[1].write(b"ghi")
+        await asked(slow)
+        for _, writer in (slow, other):
+            writer.close()
+
+    connected(test)
+
+
+@pytest.mark.parametrize("header", [b"", b"connection: close\r\n"])
+def test_an_answer_that_is_not_taken_holds_no_connection_for_ever(header: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "TAKE_TIMEOUT", 0.0)
+    lost, end = asyncio.Event(), connection.Protocol.connection_lost
+
+    class Large(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await _begin(send, b"a" * (1 << 25), more=False)  # more than sockets hold
+
+    def ended(protocol: connection.Protocol, exc: Exception | None) -> None:
+        lost.set()
+        end(protocol, exc)
+
+    monkeypatch.setattr(connection.Protocol, "connection_lost", ended)
+
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        _, writer = await connect()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(HEALTH + header + b"\r\n")
+        await lost.wait()
+        writer.close()
+
+    connected(test, Large)
