@@ -197,15 +197,36 @@ def test_an_error_ends_what_is_shared_out() -> None:
     assert seen == [0, 1, 2, 3]
 
 
+def test_an_error_of_who_is_told_ends_what_is_shared_out() -> None:
+    """A log on a full disk: what the other workers would still do is for nothing."""
+    seen: list[int] = []
+
+    def told(count: int) -> None:
+        if count == 1:
+            raise OSError("no space")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="no space"):
+        share_out(pool, [0, 1], range(100), lambda _worker, item: seen.append(item), told)
+    assert seen == [0]
+
+
 def test_ctrl_c_ends_what_is_shared_out() -> None:
     """A teacher's cache takes hours, and a pool that is left waits for what it was given."""
-    items, done = range(10**7), [0]
+    seen: list[int] = []
+    interrupted = threading.Event()
 
     def work(_worker: int, item: int) -> None:
+        seen.append(item)
         if item == 0:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        done[0] += 1
+            interrupted.wait()
+
+    def shared_out(pool: ThreadPoolExecutor) -> None:
+        try:
+            share_out(pool, [0], range(100), work)
+        finally:
+            interrupted.set()
 
     with pytest.raises(KeyboardInterrupt), ThreadPoolExecutor(1) as pool:
-        share_out(pool, [0], items, work)
-    assert done[0] < len(items)
+        shared_out(pool)
+    assert seen == [0]

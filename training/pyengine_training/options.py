@@ -94,7 +94,7 @@ def _mismatch(action: argparse.Action, value: Any) -> str:
         return "" if number and isinstance(value, int) else "an integer"
     if action.type is float:
         return "" if number else "a number"
-    return "" if isinstance(value, str) else "a text"
+    return "" if isinstance(value, str) else "a path" if action.type is Path else "a text"
 
 
 def _number(name: str, value: Any) -> float:
