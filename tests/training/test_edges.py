@@ -413,6 +413,17 @@ def test_a_value_of_a_file_is_of_its_flags_kind(
     assert f"{path}: {next(iter(values))} is " in err and "expected" in err
 
 
+@pytest.mark.parametrize("name", ["steps", "tokens", "lr", "dim", "vocab_size", "data_weights", "held_out"])
+def test_an_integer_that_no_float_holds_is_named(
+    name: str, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "options.json"
+    value = 10**400
+    path.write_text(json.dumps({"data": str(stories), name: [value] if name in ("data_weights", "held_out") else value}))
+    assert train(tmp_path / "run", "--config", path, "--dry-run") == 1
+    assert f"--{name.replace('_', '-')} is too large" in capsys.readouterr().err
+
+
 def test_one_text_of_a_file_needs_no_list(stories: Path, tmp_path: Path) -> None:
     path = tmp_path / "options.json"
     path.write_text(json.dumps({"data": str(stories), "held_out": 0.1, "drop_unfinished": False}))
