@@ -197,6 +197,19 @@ def test_an_error_ends_what_is_shared_out() -> None:
     assert seen == [0, 1, 2, 3]
 
 
+def test_an_error_of_who_is_told_ends_what_is_shared_out() -> None:
+    """A log on a full disk: what the other workers would still do is for nothing."""
+    seen: list[int] = []
+
+    def told(count: int) -> None:
+        if count == 1:
+            raise OSError("no space")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="no space"):
+        share_out(pool, [0, 1], range(100), lambda _worker, item: seen.append(item), told)
+    assert seen == [0]
+
+
 def test_ctrl_c_ends_what_is_shared_out() -> None:
     """A teacher's cache takes hours, and a pool that is left waits for what it was given."""
     items, done = range(10**7), [0]

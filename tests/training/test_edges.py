@@ -20,7 +20,7 @@ from pyengine_training import runfolder, threads
 from pyengine_training.__main__ import main
 from pyengine_training.checkpoint import checkpoints, read_state
 from pyengine_training.config import TrainConfig, train_config_from_json
-from pyengine_training.data import BatchSource, Corpus, Phase, Reader
+from pyengine_training.data import BatchSource, Corpus, Phase, Reader, Split
 from pyengine_training.errors import ConfigError, DataError, MissingLibraryError, RunFolderError
 from pyengine_training.files import read_json
 from pyengine_training.packing import RowPacker
@@ -413,6 +413,17 @@ def test_a_value_of_a_file_is_of_its_flags_kind(
     assert f"{path}: {next(iter(values))} is " in err and "expected" in err
 
 
+@pytest.mark.parametrize("name", ["steps", "tokens", "lr", "dim", "vocab_size", "data_weights", "held_out"])
+def test_an_integer_that_no_float_holds_is_named(
+    name: str, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "options.json"
+    value = 10**400
+    path.write_text(json.dumps({"data": str(stories), name: [value] if name in ("data_weights", "held_out") else value}))
+    assert train(tmp_path / "run", "--config", path, "--dry-run") == 1
+    assert f"--{name.replace('_', '-')} is too large" in capsys.readouterr().err
+
+
 def test_one_text_of_a_file_needs_no_list(stories: Path, tmp_path: Path) -> None:
     path = tmp_path / "options.json"
     path.write_text(json.dumps({"data": str(stories), "held_out": 0.1, "drop_unfinished": False}))
@@ -506,6 +517,19 @@ def damaged_texts() -> dict[str, Any]:
             b"\xff" * (folder / "train_00000.bin").stat().st_size
         ),
     }
+
+
+def test_a_piece_of_a_document_reads_that_piece_alone() -> None:
+    """A row is made of pieces: were the whole document looked through for each, long ones would cost their length a row."""
+    tokens = np.arange(10, dtype=np.uint16)
+    tokens[9] = 400
+    numbers = [np.array([n]) for n in (0, 0, 10, 10)]
+    split = Split([tokens], *numbers, vocab_size=300)
+    assert split.document(0, 3, 4).tolist() == [3, 4, 5, 6]
+    with pytest.raises(DataError, match="has token 400, the model 300"):
+        split.document(0, 8)
+    with pytest.raises(DataError, match="has token 400, the model 300"):
+        split.document(0)
 
 
 @pytest.mark.parametrize("message", damaged_texts())

@@ -435,6 +435,18 @@ def test_what_a_run_is_continued_from_is_named_where_it_is_damaged(
     assert f"pyengine: error: {(run / name).parent}" in capsys.readouterr().err
 
 
+def test_what_may_be_null_must_be_there_all_the_same(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    values = read_json(run / "run.json")
+    del values["bos"]
+    (run / "run.json").write_text(json.dumps(values))
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 1
+    assert f"{run / 'run.json'} is damaged: bos missing or malformed" in capsys.readouterr().err
+
+
 def test_a_line_of_metrics_that_is_none_is_left_out(finished: Path, tmp_path: Path) -> None:
     """A disk that was full, or an editor, leaves such lines."""
     run = tmp_path / "run"

@@ -198,11 +198,11 @@ class Split:
     def n_tokens(self) -> int:
         return int(self.length.sum())
 
-    def document(self, index: int) -> Array:
-        """Token ids (length,) of a document. Raises DataError for one that the model does not have: what comes after it
-        checks no index."""
-        start = int(self.start[index])
-        found = self.tokens[int(self.shard[index])][start : start + int(self.length[index])]
+    def document(self, index: int, begin: int = 0, count: int | None = None) -> Array:
+        """Token ids of a document: (count,) from ``begin`` on, None: all that follow. Raises DataError for one that the model
+        does not have: what comes after it checks no index."""
+        start, length = int(self.start[index]), int(self.length[index])
+        found = self.tokens[int(self.shard[index])][start + begin : start + (length if count is None else begin + count)]
         if self.vocab_size is not None and found.size and int(found.max()) >= self.vocab_size:
             raise DataError(
                 f"document {index} of a prepared text has token {int(found.max())}, the model {self.vocab_size}: its .bin "

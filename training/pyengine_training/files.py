@@ -93,7 +93,7 @@ def read_json(path: Path, kinds: Mapping[str, Any] | None = None) -> dict[str, A
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
-    wrong = [name for name, kind in (kinds or {}).items() if not isinstance(value.get(name), kind)]
+    wrong = [name for name, kind in (kinds or {}).items() if name not in value or not isinstance(value[name], kind)]
     if wrong:
         raise CheckpointError(f"{path} is damaged: {', '.join(wrong)} missing or malformed")
     return value

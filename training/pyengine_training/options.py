@@ -49,6 +49,10 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
                 values[name] = [float(w) for w in values[name].split(",")]
             except ValueError as error:
                 raise ConfigError(f"{flag(name)}: {values[name]!r} is no list of numbers") from error
+    for name, value in values.items():
+        for n in value if isinstance(value, list) else [value]:
+            if isinstance(n, int) and abs(n) > LARGEST:
+                raise ConfigError(f"{flag(name)} is too large: no number may be beyond 2^63 - 1")
     given = [name for name in LENGTHS if name in values]
     if len(given) > 1:
         raise ConfigError(f"{_flags(given)} are one length too many: give one of them")
@@ -58,6 +62,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+LARGEST = (1 << 63) - 1  # of integers: much larger ones are no float
 LISTS = ("data_weights", "decay_data_weights", "held_out")  # of numbers, as text with commas or as they are
 
 
@@ -94,7 +99,7 @@ def _mismatch(action: argparse.Action, value: Any) -> str:
         return "" if number and isinstance(value, int) else "an integer"
     if action.type is float:
         return "" if number else "a number"
-    return "" if isinstance(value, str) else "a text"
+    return "" if isinstance(value, str) else "a path" if action.type is Path else "a text"
 
 
 def _number(name: str, value: Any) -> float:

@@ -184,7 +184,7 @@ class RowPacker:
         for piece, count in self._epoch(epoch).parts(row - self.first_row[epoch]):
             offset = int(self.offset[piece])
             part = slice(filled, filled + count)
-            out[part] = self.split.document(int(self.document[piece]))[offset : offset + count]
+            out[part] = self.split.document(int(self.document[piece]), offset, count)
             if starts is not None:
                 starts[part] = filled
             if counted is not None:

@@ -99,6 +99,7 @@ def make_cache(
     k, seq_len, tau = int(wanted["k"]), int(wanted["seq_len"]), float(wanted["tau"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(folder) as temporary, single_threaded_blas(), ThreadPoolExecutor(threads) as pool:
+        workers = [Worker(model, ROWS, seq_len + 1, training=False) for _ in range(threads)]
         for number, corpus in enumerate(corpora):
             n = corpus.train.n_tokens
             ids = np.memmap(temporary / f"{number}.ids", dtype, "w+", shape=(n, k))
@@ -114,7 +115,6 @@ def make_cache(
             def done(count: int, number: int = number, rows: int = rows) -> None:
                 say(f"teacher: {min(rows, count * ROWS):,} of {rows:,} rows of text {number + 1} of {len(corpora)} read")
 
-            workers = [Worker(model, ROWS, seq_len + 1, training=False) for _ in range(threads)]
             share_out(pool, workers, range(0, rows, ROWS), work, done)
             ids.flush()
             probs.flush()

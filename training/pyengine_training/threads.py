@@ -57,10 +57,10 @@ def share_out(
                     return
                 try:
                     work(workers[slot], item)
+                    done(next(count))
                 except BaseException:
                     stop.set()
                     raise
-                done(next(count))
 
         return run
 

@@ -177,7 +177,7 @@ class Loop:
         trainer, c = self.trainer, self.config  # of these only the number of steps may change
         first, first_ended = trainer.state.step, None
         began = monotonic()
-        self.log.progress("step 1: the first one ever compiles the kernels of this processor, which takes up to a minute")
+        self.log.progress(f"step {first + 1}: the first one ever compiles the kernels, which takes up to a minute")
         before = trainer.state.seconds
         while trainer.state.step < self.config.steps:
             step_began, cpu_began = monotonic(), process_time()
