@@ -25,7 +25,8 @@ from pyengine_training.trainer import Trainer
 DECAY: dict[str, Any] = {"decay_fraction": 0.3, "quantize_fraction": 0.0}  # all of it simulates int8
 FLAGS = (
     "--vocab-size 300 --dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64 "
-    "--seq-len 32 --batch-size 4 --shards 2 --eval-every 0 --sample-every 0 --eval-documents 2 --sample-tokens 1"
+    "--seq-len 32 --batch-size 4 --shards 2 --eval-every 0 --sample-every 0 --eval-documents 2 --sample-tokens 1 "
+    "--decay-fraction 0.3"
 )
 
 

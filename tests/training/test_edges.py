@@ -199,10 +199,15 @@ def test_rates_and_int8_follow_from_what_is_trained(finished: Path) -> None:
     def config(**values: Any) -> TrainConfig:
         return train_config(values, base_options(values, [Path("a.txt")]))
 
-    assert (config().lr, config().muon_lr, config().quantize_fraction) == (6e-3, 0.01, 0.1)
+    assert (config().lr, config().muon_lr, config().quantize_fraction) == (0.01, 0.015, 0.1)
     assert (config(optimizer="adamw").lr, config(optimizer="adamw", lr=1e-3).lr) == (3e-3, 1e-3)
     tuned = config(init_from=str(finished / "final"))
     assert (tuned.lr, tuned.muon_lr, tuned.quantized_steps) == (3e-4, 2e-3, tuned.decay_steps)
+    whole, other = config(), (tuned, config(optimizer="adamw"))
+    assert (whole.beta2, whole.decay_fraction) == (0.99, 0.8)
+    assert [(c.beta2, c.decay_fraction) for c in other] == [(0.95, 0.3)] * 2
+    assert config(decay_data_weights=[1.0]).decay_fraction == 0.3
+    assert config(decay_data_weights=[1.0], decay_fraction=0.5).decay_fraction == 0.5
     with pytest.raises(ConfigError, match=r"quantize_fraction \(0\.3\) exceeds decay_fraction \(0\.2\)"):
         config(decay_fraction=0.2, quantize_fraction=0.3)
     assert config(steps=100, decay_fraction=0.05).quantized_steps == 5  # the default's part is at most the decay
@@ -291,7 +296,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
 def finished(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps whose trunk ends after 4."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    assert train(run, "--data", stories, TINY, "--steps 6") == 0
+    assert train(run, "--data", stories, TINY, "--steps 6 --decay-fraction 0.3") == 0
     return run
 
 

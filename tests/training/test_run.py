@@ -46,7 +46,7 @@ def steps_of(run: Path) -> list[tuple[int, float]]:
 def finished(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    extra = "--steps 12 --eval-every 6 --checkpoint-every 4 --sample-every 12 --keep-checkpoints 0"
+    extra = "--steps 12 --eval-every 6 --checkpoint-every 4 --sample-every 12 --keep-checkpoints 0 --decay-fraction 0.3"
     assert main(arguments(run, stories, extra)) == 0
     return run
 

@@ -35,6 +35,7 @@ from .trainer import check_sizes
 
 VOCABULARY = 4096
 ADAMW_LR = 3e-3  # of a run without Muon
+ADAMW_BETA2, SHORT_DECAY = 0.95, 0.3  # where AdamW trains everything, or a model that has learnt already
 FINE_TUNING_LR, FINE_TUNING_MUON_LR = 3e-4, 2e-3  # of a model that has learnt already
 LORA_LR = 1e-3
 PREFERENCE_LR, PREFERENCE_LORA_LR = 1e-5, 1e-4  # AdamW's: the loss pulls as long as it is let
@@ -98,6 +99,10 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
         base["shards"] = min(base["batch_size"], TrainConfig.shards)
     if values.get("optimizer") == "adamw":
         base["lr"] = ADAMW_LR
+    if values.get("optimizer") == "adamw" or values.get("init_from"):
+        base.update(beta2=ADAMW_BETA2, decay_fraction=SHORT_DECAY)
+    if values.get("decay_data_weights"):
+        base["decay_fraction"] = SHORT_DECAY  # it is when the mixture changes, too
     if values.get("init_from"):
         base.update(lr=LORA_LR if values.get("lora") else FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
         base["quantize_fraction"] = 0.0  # few steps: all of the decay

@@ -159,7 +159,7 @@ def compare(name: str, rounds: int, clock: str, threads: int, lora: str | None, 
     torch.set_num_threads(threads)
     model: Any = PeftModel(config, adapters) if adapters else TorchModel(config, seq)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=train.lr, betas=(0.9, 0.95), weight_decay=0.0 if lora else 0.1)
+    optimizer = torch.optim.AdamW(trained, lr=train.lr, betas=(train.beta1, train.beta2), weight_decay=0.0 if lora else 0.1)
     tokens = np.random.default_rng(0).integers(0, vocab, (rows, seq + 1))
     batch = (tokens[:, :-1].copy(), tokens[:, 1:].copy())
     tensors = tuple(torch.tensor(b) for b in batch)
