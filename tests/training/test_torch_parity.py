@@ -92,7 +92,8 @@ def test_gradients_of_distillation(golden: Any, tiny_sizes: dict[str, Any]) -> N
 
 
 def test_ten_steps_of_adamw(golden: Any, tiny_sizes: dict[str, Any]) -> None:
-    trainer = parity_trainer(tiny_sizes, 4, optimizer="adamw", lr=3e-3, warmup_fraction=0, decay_fraction=0, steps=10)
+    knobs = {"lr": 3e-3, "beta2": 0.95, "warmup_fraction": 0, "decay_fraction": 0}
+    trainer = parity_trainer(tiny_sizes, 4, optimizer="adamw", steps=10, **knobs)
     fill(trainer.params, golden)
     losses = [trainer.step(golden["tokens"], golden["targets"]).loss for _ in range(10)]
     np.testing.assert_allclose(losses, golden["curve"], rtol=1e-4)
