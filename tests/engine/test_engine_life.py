@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,3 +81,60 @@ def test_after_close_everything_says_so(tiny_model: Path) -> None:
     for call in calls:
         with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
             call()
+
+
+# ------------------------------------------------------------------ while it closes
+
+
+def test_a_call_that_comes_while_the_engine_closes_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the steps have ended, and before all else has."""
+    engine, refused = Engine(tiny_model), []
+
+    def call() -> None:
+        for one in (engine.cache_stats, lambda: engine.isa):
+            with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
+                one()
+            refused.append(True)
+
+    monkeypatch.setattr(engine._scheduler, "_sweep_after", call)
+    engine.close()
+    assert len(refused) == 2
+
+
+@pytest.mark.parametrize(
+    "where", ["_scheduler.speculation.close", "_scheduler._sweep_after", "_attachments.close", "_file.close"]
+)
+def test_a_close_that_is_interrupted_can_be_done_again(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = Engine(tiny_model)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    *path, name = where.split(".")
+    owner: Any = engine
+    for part in path:
+        owner = getattr(owner, part)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, interrupt)
+        engine.close()
+    with pytest.raises(pyengine.PyEngineError, match="this engine is closed"):
+        engine.generate([5])
+    engine.close()
+    assert not hasattr(engine, "_model") and not hasattr(engine._scheduler, "context")
+    assert engine._closed
+
+
+def test_what_has_the_steps_may_load_a_part_while_another_thread_closes(tiny_model: Path) -> None:
+    engine = Engine(tiny_model)
+    lock, closing = engine._scheduler.step_lock, threading.Thread(target=engine.close)
+
+    def work(_: object) -> list[int]:
+        closing.start()
+        while not lock.is_wanted:
+            time.sleep(0.001)
+        return engine.tokenize("hello")  # loads the tokenizer
+
+    assert engine.exclusively(work)
+    closing.join()
