@@ -169,22 +169,27 @@ static void adapt_qkv(pe_slice *s, const pe_layer *layer) {
     pe_adapter_add(s, layer, pe_adapter_inputs(s, layer->attention_norm), pe_x_stride(s->model), outputs, 3);
 }
 
-pe_status pe_block(pe_slice *s, pe_kv_cache *kv, uint32_t index, char *err) {
+void pe_block_project(pe_slice *s, pe_kv_cache *kv, uint32_t index) {
     const pe_model *model = s->model;
     const pe_layer *layer = &model->layers[index];
-    size_t n = s->n_tokens, x_stride = pe_x_stride(model);
-    pe_quantize_rows(s, s->x, x_stride, NULL, n, model->config.dim, layer->attention_norm);
+    size_t n = s->n_tokens;
+    pe_quantize_rows(s, s->x, pe_x_stride(model), NULL, n, model->config.dim, layer->attention_norm);
     pe_matmul(s, &layer->wqkv, layer->wqkv_bias, s->qkv, pe_qkv_stride(model), PE_STORE);
     if (pe_adapter_changes(s, layer, PE_ADAPTER_Q, PE_ADAPTER_V)) adapt_qkv(s, layer);
     qkv_job qkv = {s, kv, index};
     pe_parallel_for(s->n_threads, (n + QKV_TOKENS - 1) / QKV_TOKENS, qkv_unit, &qkv, s->control);
+}
+
+pe_status pe_block_attend(pe_slice *s, const pe_kv_cache *kv, uint32_t index, char *err) {
+    const pe_model *model = s->model;
+    const pe_layer *layer = &model->layers[index];
     pe_status status = pe_attention(s, kv, index, err);
     if (status != PE_OK) return status;
-    pe_quantize_rows(s, s->att, model->q_dim, NULL, n, model->q_dim, NULL);
+    pe_quantize_rows(s, s->att, model->q_dim, NULL, s->n_tokens, model->q_dim, NULL);
     if (pe_adapter_changes(s, layer, PE_ADAPTER_O, PE_ADAPTER_O))
         pe_adapter_matmul_add_to_x(s, layer, PE_ADAPTER_O, s->att, model->q_dim, layer->post_attention_norm);
     else if (layer->parallel)
-        pe_matmul(s, &layer->wo, layer->wo_bias, s->branch, x_stride, PE_STORE);
+        pe_matmul(s, &layer->wo, layer->wo_bias, s->branch, pe_x_stride(model), PE_STORE);
     else
         pe_matmul_add_to_x(s, &layer->wo, layer->wo_bias, layer->post_attention_norm);
     return PE_OK;

@@ -29,24 +29,52 @@ static pe_status check_stage(const pe_slice *s, bool rows_may_fail, const char *
     return PE_OK;
 }
 
-static pe_status run_layer(pe_context *c, uint32_t index, bool rows_may_fail, char *err) {
-    pe_status status = pe_block(&c->slice, c->kv, index, err);
-    if (status != PE_OK) return status;
-    pe_mlp(&c->slice, &c->model->layers[index]);
-    char where[32];
-    snprintf(where, sizeof where, "in layer %u", index);
-    return check_stage(&c->slice, rows_may_fail, where, err);
+/* The slice's failed rows, and with each of them all rows of its sequence, are failed rows of the batch. */
+static void spread_failures(const pe_slice *s, const pe_batch *batch, size_t begin) {
+    for (size_t t = 0; t < s->n_tokens; t++) {
+        if (!s->failed[t] || batch->failed[begin + s->origins[t]]) continue;
+        for (size_t i = 0; i < batch->n_tokens; i++)
+            if (batch->sequences[i] == s->sequences[t]) batch->failed[i] = 1;
+    }
 }
 
-/* ------------------------------------------------------------------ what rows want */
-
-/* slice.selected = the rows whose wants include `want`; how many there are. */
+/* slice.selected = the rows whose wants (wants[0] is of the slice's first row) have one of the bits `want`; how many there are. */
 static size_t select_rows(pe_slice *s, const uint8_t *wants, uint8_t want) {
     size_t n = 0;
     for (size_t t = 0; t < s->n_tokens; t++)
-        if (wants[t] & want) s->selected[n++] = t;
+        if (wants[s->origins[t]] & want) s->selected[n++] = t;
     return n;
 }
+
+/* The rows that want nothing leave; if they have failed, the batch knows. */
+static void keep_wanting_rows(pe_slice *s, const pe_batch *batch, size_t begin) {
+    size_t n = select_rows(s, batch->wants + begin, PE_WANT_LOGITS | PE_WANT_HIDDEN);
+    if (n == s->n_tokens) return;
+    if (batch->failed != NULL) spread_failures(s, batch, begin);
+    pe_slice_keep(s, n);
+}
+
+/* The slice begins with row `begin` of the batch; batch NULL: its rows want all of the layer. Of the last layer a row that wants nothing,
+ * as all of a prompt but its last, needs keys and values only: what comes after them nobody would read. */
+static pe_status run_layer(pe_context *c, uint32_t index, const pe_batch *batch, size_t begin, char *err) {
+    pe_slice *s = &c->slice;
+    bool rows_may_fail = batch != NULL && batch->failed != NULL;
+    char where[32];
+    snprintf(where, sizeof where, "in layer %u", index);
+    pe_block_project(s, c->kv, index);
+    if (batch != NULL && index + 1 == c->model->config.n_layers) {
+        pe_status status = check_stage(s, rows_may_fail, where, err);
+        if (status != PE_OK) return status;
+        keep_wanting_rows(s, batch, begin);
+        if (s->n_tokens == 0) return PE_OK;
+    }
+    pe_status status = pe_block_attend(s, c->kv, index, err);
+    if (status != PE_OK) return status;
+    pe_mlp(s, &c->model->layers[index]);
+    return check_stage(s, rows_may_fail, where, err);
+}
+
+/* ------------------------------------------------------------------ what rows want */
 
 static void hidden_unit(void *arg, size_t unit, int thread) {
     (void)thread;
@@ -168,20 +196,11 @@ static pe_status run_slice(pe_context *c, const pe_batch *batch, size_t begin, c
     if (status != PE_OK) return status;
     if (rows_may_fail) memcpy(s->failed, batch->failed + begin, s->n_tokens);
     for (uint32_t layer = 0; layer < c->model->config.n_layers && pe_slice_n_failed(s) < s->n_tokens; layer++) {
-        status = run_layer(c, layer, rows_may_fail, err);
+        status = run_layer(c, layer, batch, begin, err);
         if (status != PE_OK) return status;
     }
     compute_results(c, batch->wants + begin);
     return check_stage(s, rows_may_fail, "after the layers", err);
-}
-
-/* The slice's failed rows, and with each of them all rows of its sequence, are failed rows of the batch. */
-static void spread_failures(const pe_slice *s, const pe_batch *batch, size_t begin) {
-    for (size_t t = 0; t < s->n_tokens; t++) {
-        if (!s->failed[t] || batch->failed[begin + t]) continue;
-        for (size_t i = 0; i < batch->n_tokens; i++)
-            if (batch->sequences[i] == s->sequences[t]) batch->failed[i] = 1;
-    }
 }
 
 static pe_status run_batch(pe_context *c, const pe_batch *batch, char *err) {
@@ -251,7 +270,7 @@ static pe_status run_debug_block(pe_context *c, uint32_t layer, float *x, int32_
         memcpy(s->x + t * stride, x + t * dim, dim * sizeof(float));
     }
     pe_status status = pe_slice_prepare(s, err);
-    if (status == PE_OK) status = run_layer(c, layer, false, err);
+    if (status == PE_OK) status = run_layer(c, layer, NULL, 0, err);
     for (size_t t = 0; t < s->n_tokens && status == PE_OK; t++)
         memcpy(x + t * dim, s->x + t * stride, dim * sizeof(float));
     return status;

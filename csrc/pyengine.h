@@ -272,6 +272,8 @@ typedef struct pe_batch {
 
 /* Append the batch's tokens to their sequences and compute what the rows want.
  *
+ * A row that wants nothing is there for those after it: of the last layer it computes keys and values alone.
+ *
  * On any error no sequence has changed: a sequence holds the tokens of the calls that succeeded, and no others. An
  * infinity or NaN in a row is an error, PE_ERR_NOT_FINITE, unless `failed` is given: then the call succeeds, failed[i]
  * is 1 for the rows of every sequence in which one appeared, else 0; those sequences have not changed, their results

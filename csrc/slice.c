@@ -14,7 +14,7 @@ typedef struct buffer {
     size_t n_bytes;
 } buffer;
 
-enum { N_BUFFERS = 28 };
+enum { N_BUFFERS = 29 };
 
 /* Every buffer and its size for n rows. Sizes cannot overflow: dims are capped at 2^22, n at PE_SLICE_MAX. */
 static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
@@ -28,6 +28,7 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
     bool f32 = s->kv_dtype == PE_KV_F32, experts = config->n_experts > 0, adapters = s->n_ranks > 0;
     const buffer list[] = {
         {(void **)&s->failed, n},
+        {(void **)&s->origins, n * sizeof *s->origins},
         {(void **)&s->selected, n * sizeof *s->selected},
         {(void **)&s->sequences, n * sizeof *s->sequences},
         {(void **)&s->positions, n * sizeof *s->positions},
@@ -137,7 +138,7 @@ size_t pe_slice_bytes(const pe_slice *s) {
 
 /* ------------------------------------------------------------------ what all layers share */
 
-/* Runs of one sequence, cut so that a block's rows (tokens x heads of one kv head) fit the attention kernels'
+/* Runs of a sequence's positions without gaps, cut so that a block's rows (tokens x heads of one kv head) fit the attention kernels'
  * scratch. */
 static void find_query_blocks(pe_slice *s) {
     size_t n_rep = s->model->config.n_heads / s->model->config.n_kv_heads;
@@ -145,7 +146,8 @@ static void find_query_blocks(pe_slice *s) {
     s->n_blocks = 0;
     for (size_t i = 0; i < s->n_tokens; i++) {
         pe_query_block *last = s->n_blocks > 0 ? &s->blocks[s->n_blocks - 1] : NULL;
-        if (last != NULL && last->sequence == s->sequences[i] && last->n_tokens < most) {
+        bool follows = last != NULL && last->sequence == s->sequences[i] && last->first_position + last->n_tokens == s->positions[i];
+        if (follows && last->n_tokens < most) {
             last->n_tokens++;
         } else {
             s->blocks[s->n_blocks++] = (pe_query_block){i, 1, s->positions[i], s->sequences[i]};
@@ -195,9 +197,63 @@ static void angles_unit(void *arg, size_t token, int thread) {
 
 pe_status pe_slice_prepare(pe_slice *s, char *err) {
     memset(s->failed, 0, s->n_tokens);
+    for (size_t t = 0; t < s->n_tokens; t++) s->origins[t] = t;
     pe_parallel_for(s->n_threads, s->n_tokens, angles_unit, s, s->control);
     find_query_blocks(s);
     return pe_slice_has_key_bias(s) ? reserve_chunks(s, err) : PE_OK;
+}
+
+/* ------------------------------------------------------------------ rows that leave */
+
+/* Row `to` of a buffer = row `from`; a buffer that is not there has none. */
+static void move_row(void *buffer, size_t row_bytes, size_t to, size_t from) {
+    if (buffer != NULL) memcpy((char *)buffer + to * row_bytes, (char *)buffer + from * row_bytes, row_bytes);
+}
+
+/* The queries of a row: n_rep rows of each kv head. */
+static void move_queries(pe_slice *s, size_t to, size_t from) {
+    const pe_model *model = s->model;
+    size_t n_rep = model->config.n_heads / model->config.n_kv_heads, d = model->head_dim_p;
+    for (size_t head = 0; head < model->config.n_kv_heads; head++) {
+        size_t first = head * s->capacity;
+        move_row(s->q, n_rep * d, first + to, first + from);
+        move_row(s->q_scales, n_rep * sizeof(float), first + to, first + from);
+        move_row(s->q_corrections, n_rep * sizeof(int32_t), first + to, first + from);
+        move_row(s->q_f32, n_rep * d * sizeof(float), first + to, first + from);
+        move_row(s->q_key_bias, n_rep * model->config.head_dim * sizeof(float), first + to, first + from);
+    }
+}
+
+/* The adapters' rows by their new places; an adapter without rows is one of the slice no more. */
+static void regroup(pe_slice *s, size_t n_kept) {
+    size_t n_groups = 0, n = 0;
+    for (size_t g = 0; g < s->n_groups; g++) {
+        pe_adapter_group group = {s->groups[g].adapter, n, 0};
+        const size_t *rows = s->adapted + s->groups[g].first;
+        for (size_t i = 0, to = 0; i < s->groups[g].n; i++) { /* both lists ascend */
+            while (to < n_kept && s->selected[to] < rows[i]) to++;
+            if (to < n_kept && s->selected[to] == rows[i]) s->adapted[n++] = to;
+        }
+        group.n = n - group.first;
+        if (group.n > 0) s->groups[n_groups++] = group;
+    }
+    s->n_groups = n_groups;
+}
+
+void pe_slice_keep(pe_slice *s, size_t n_kept) {
+    regroup(s, n_kept);
+    for (size_t to = 0; to < n_kept; to++) {
+        size_t from = s->selected[to];
+        if (from == to) continue;
+        move_row(s->x, pe_x_stride(s->model) * sizeof(float), to, from);
+        move_queries(s, to, from);
+        s->origins[to] = s->origins[from];
+        s->sequences[to] = s->sequences[from];
+        s->positions[to] = s->positions[from];
+        s->failed[to] = s->failed[from];
+    }
+    s->n_tokens = n_kept;
+    find_query_blocks(s);
 }
 
 size_t pe_slice_n_failed(const pe_slice *s) {

@@ -43,7 +43,8 @@ typedef struct pe_slice {
     /* The rows, and buffers for `capacity` of them. */
     size_t capacity, n_tokens;
     uint8_t *failed;        /* (capacity) 1 = a kernel met an infinity or NaN in this row */
-    size_t *selected;       /* (capacity) rows that go on after the layers */
+    size_t *origins;        /* (capacity) which row of the slice, as it was prepared, each row is: its own index until rows leave */
+    size_t *selected;       /* (capacity) rows that a step is for, ascending */
     int32_t *sequences;     /* (capacity) */
     size_t *positions;      /* (capacity) */
     float *x;               /* (capacity, pad16(dim)) residual stream */
@@ -103,9 +104,13 @@ void pe_slice_expect_adapters(pe_slice *slice, size_t n_ranks);
 /* Grow `partials` to n_floats. What was in it is lost. */
 pe_status pe_slice_reserve_partials(pe_slice *slice, size_t n_floats, char *err);
 
-/* After n_tokens, sequences and positions are set: no row has failed; RoPE angles and query blocks, the same for all
+/* After n_tokens, sequences and positions are set: no row has failed or left; RoPE angles and query blocks, the same for all
  * layers. */
 pe_status pe_slice_prepare(pe_slice *slice, char *err);
+/* Between a layer's q, k, v and its attention: only the rows selected[0, n_kept) go on, in their order and at the front; the others leave.
+ * What rows are from here on (x, the quantized q, positions, sequences, failures, adapters, query blocks) moves with them; RoPE's angles,
+ * which are behind them, do not. */
+void pe_slice_keep(pe_slice *slice, size_t n_kept);
 /* Whether the model's key biases are kept out of this cache: not out of a float32 one. */
 static inline bool pe_slice_has_key_bias(const pe_slice *slice) {
     return slice->model->config.key_bias && slice->kv_dtype != PE_KV_F32;

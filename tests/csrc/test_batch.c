@@ -213,6 +213,28 @@ static void test_failures(const struct pe_kernels *table) {
     }
 }
 
+/* Of the last layer a row that wants nothing computes its key and value: an infinity on the way there is seen, and ends its sequence alone;
+ * one that would come later is nobody's. */
+static void test_rows_that_want_nothing(const struct pe_kernels *table) {
+    for (size_t place = 1; place < 3; place++) {
+        tiny_model t;
+        int32_t ids[N_SEQUENCES];
+        bool fails = place == 1;
+        make_fragile(&t, &places[place]);
+        pe_context *c = context_new(&t, table, PE_KV_INT8, 2, ids);
+        batch b = {0};
+        add(&b, ids[1], BAD_TOKEN, 0), add(&b, ids[0], 7, PE_WANT_LOGITS), add(&b, ids[2], 8, 0), add(&b, ids[1], 9, 0);
+        EXPECT(fails ? PE_ERR_NOT_FINITE : PE_OK, forward(c, &b, false, err));
+        for (size_t i = 0; i < 3; i++) CHECK(length_of(c, ids[i]) == 5 + (size_t)(fails ? 0 : 1 + (i == 1)), "place %zu, sequence %zu", place, i);
+        EXPECT(PE_OK, forward(c, &b, true, err));
+        for (size_t i = 0; i < b.n; i++)
+            CHECK(b.failed[i] == (fails && b.sequences[i] == ids[1]), "place %zu, failed[%zu] is %d", place, i, b.failed[i]);
+        CHECK(pe_context_n_logits(c) == 1, "place %zu: %zu rows", place, pe_context_n_logits(c));
+        pe_context_destroy(c);
+        tiny_model_free(&t);
+    }
+}
+
 /* A sequence that has failed is not computed any further, unless its rows lie in a slice with others: of 300 rows only the first slice
  * sees a layer, and of its layers the first. */
 static void test_failed_rows_stop(const struct pe_kernels *table) {
@@ -417,6 +439,7 @@ static void test_cancel_from_thread(const struct pe_kernels *table) {
 void test_batch(const struct pe_kernels *table) {
     test_failures(table);
     test_failed_rows_stop(table);
+    test_rows_that_want_nothing(table);
     test_too_large(table);
     test_errors_beside_failures(table);
     test_hidden(table);

@@ -121,6 +121,23 @@ def test_engine_equals_the_specification_bit_for_bit(name: str, kv_dtype: str, i
     assert differing.size == 0, f"{isa}: rows {differing[:5]} of {len(got)} differ"
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "f32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_want_nothing_move_no_bit(name: str, kv_dtype: str, frozen_paths: dict[str, Path]) -> None:
+    """They leave in the middle of the last layer. Two sequences, row by row in turn: of one every third row wants logits, of the other the last."""
+    token_ids = [int(t) for t in fixtures.load(name).token_ids]
+    _, model = open_model(frozen_paths[name])
+    context = _core.Context(model, kv_dtype=kv_dtype)
+    pair = [context.sequence_new(), context.sequence_new()]
+    n = len(token_ids)
+    wants = [(t % 3 == 1, t == n - 1) for t in range(n)]
+    context.forward([t for t in token_ids for _ in pair], pair * n, bytes(want for row in wants for want in row))
+    positions = [t for t in range(n) for want in wants[t] if want]
+    got = np.stack([np.array(context.logits(row), dtype=f32) for row in range(context.n_logits)])
+    wanted = spec_logits(name, frozen_paths[name], kv_dtype)[positions]
+    assert np.array_equal(got.view(np.uint32), wanted.view(np.uint32))
+
+
 def test_smollm2_equals_the_specification_bit_for_bit(smollm2_frozen: Path, isa: str) -> None:
     """A real model: 30 layers, 9 query heads on 3 kv heads, real weights with real outliers."""
     spec = Spec(*frozen_reader.read(smollm2_frozen))
