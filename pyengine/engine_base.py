@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.text.chat import ChatTemplate
+    from pyengine.text.infill import Infill
     from pyengine.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -173,6 +174,13 @@ class EngineBase:
         """The model's chat template. Raises TemplateError if it has none."""
         self._check_open()
         return self._attachments.chat_template
+
+    @property
+    def infill_format(self) -> Infill:
+        """How the model is asked to fill in the middle. Raises InvalidArgumentError, with what is missing, if its tokenizer
+        has no tokens for it."""
+        self._check_open()
+        return self._attachments.infill
 
     # ------------------------------------------------------------ text
 

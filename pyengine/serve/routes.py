@@ -20,6 +20,7 @@ ROUTES: dict[str, dict[str, str]] = {
     "/metrics": {"GET": "info.metrics"},
     "/props": {"GET": "info.props"},
     "/openapi.json": {"GET": "openapi.openapi"},
+    "/infill": {"POST": "infill.infill"},
     "/tokenize": {"POST": "tokens.tokenize"},
     "/detokenize": {"POST": "tokens.detokenize"},
     "/api/chat": {"POST": "ollama.chat"},
