@@ -20,9 +20,7 @@ examples:
   pyengine generate -m model.gguf -f prompt.txt --temp 0.8 --top-p 0.95 --seed 7 > story.txt
   pyengine generate -m model.safetensors "The capital of France is" --beams 4 -n 20
   pyengine generate -m model.safetensors -f book.txt --prompt-cache book.kv -n 200
-  pyengine generate -m coder.gguf -p "def add(a, b):\n    return " --suffix "\n\nprint(add(1, 2))" -e
-  pyengine generate -m coder.gguf -f before.py --suffix @after.py -n 100
-  echo "def fibonacci(n):" | pyengine generate -m model.safetensors - --stop '\\n\\n' --escape
+  echo "def add(a, b):" | pyengine generate -m coder.gguf - --suffix '\\nprint(add(1, 2))' --stop '\\n\\n' --escape
 
 {options.ENVIRONMENT}"""
 
