@@ -318,7 +318,7 @@ def _respell_special(tokenizer_json: bytes, guard: str, apart: frozenset[str], g
 
 def _merged(pair: Any) -> str:
     """What a merge makes; the file has it as "left right" or as a list of the two."""
-    return pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)
+    return pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(map(str, pair))
 
 
 def _without_space(component: Any) -> Any:
