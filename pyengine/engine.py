@@ -17,7 +17,6 @@ from pyengine.run.request import Caller
 from pyengine.run.scheduler import MAX_SEQUENCES
 from pyengine.run.stream import Stream, run_all
 from pyengine.scoring import Scoring
-from pyengine.text.infill import Hole
 from pyengine.text.prompts import Prompt as Prompt  # ours, for callers
 from pyengine.text.prompts import is_batch
 
@@ -245,19 +244,6 @@ class Engine(Scoring, BeamSearching, Prefixes):
         if stream:
             return self.stream(ids, chosen, adapter=adapter, cache_salt=cache_salt)
         return self.generate(ids, chosen, adapter=adapter, cache_salt=cache_salt)
-
-    def infill_ids(
-        self,
-        prefix: str,
-        suffix: str,
-        *,
-        files: Sequence[tuple[str, str]] = (),
-        filename: str = "",
-        repository: str = "",
-    ) -> list[int]:
-        """Token ids of the prompt that asks the model for what belongs between two texts; see infill. Raises
-        InvalidArgumentError, ContextFullError."""
-        return self.infill_format.ids(Hole(prefix, suffix, files, filename, repository), self.n_ctx)
 
     def infill_params(self, params: SamplingParams) -> SamplingParams:
         """`params`, with the tokens that end a filling among the stop tokens, unless ignore_eos. Raises InvalidArgumentError."""

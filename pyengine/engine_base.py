@@ -200,6 +200,23 @@ class EngineBase:
             lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
         )
 
+    def infill_ids(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+    ) -> list[int]:
+        """Token ids of the prompt that asks the model for what belongs between two texts; see `Engine.infill`. Raises
+        InvalidArgumentError, ContextFullError."""
+        infill = self.infill_format
+        with fork.importing:
+            from pyengine.text.infill import Hole
+
+        return infill.ids(Hole(prefix, suffix, files, filename, repository), self.n_ctx)
+
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """For one output. Raises InvalidArgumentError for what is no schema or grammar, is not understood or too costly."""
         return self._attachments.guide(wanted)

@@ -53,6 +53,7 @@ ELSEWHERE = {
     "/embedding": "/v1/embeddings",
     "/generate": "/v1/completions",
     "/slots": "/metrics",
+    "/v1/fim/completions": "/v1/completions",
     "/version": "/props",
 }
 _OF_MODELS = ("/api/copy", "/api/create", "/api/delete", "/api/pull", "/api/push")
