@@ -147,11 +147,11 @@ class Infill:
         family, inside = self.family, f"{hole.filename}\n" if hole.filename else ""
         if self._file is None:  # files without a token between them are one text
             return [], "".join(f"{name}\n{_lines(text)}" for name, text in hole.files) + inside
-        if not (hole.files or hole.filename or hole.repository):
-            return [], ""
         ids: list[int] = []
         if hole.repository and self._repository is not None:
             ids += [self._repository, *self._text(hole.repository + family.line_end)]
+        if not (ids or hole.files or hole.filename):
+            return [], ""
         for name, text in hole.files:
             body = _lines(text) if family.line_end else text
             ids += [self._file, *self._text(f"{name}\n{body}")]

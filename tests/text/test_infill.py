@@ -110,6 +110,12 @@ def test_other_files_and_names_come_first(tokens: list[str], wanted: str) -> Non
     assert [id_ for id_ in ids if id_ in marks] == [id_ for id_ in ids_of(library, text) if id_ in marks]
 
 
+def test_a_name_that_a_model_has_no_token_for_is_left_out() -> None:
+    for tokens in (CODEGEMMA, DEEPSEEK, CODESTRAL):
+        library = library_of(byte_level, tokens)
+        assert asked(library, Hole(PREFIX, SUFFIX, repository="shapes")) == asked(library, Hole(PREFIX, SUFFIX))
+
+
 # -------------------------------------------------------------------- formats, of vocabularies that put a space before a text
 
 
