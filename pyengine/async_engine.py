@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyengine import fork
-from pyengine.engine import Engine, Message, Prompt, sampling_params
+from pyengine.engine import Engine, Message, Prompt, holes_of, sampling_params
 from pyengine.errors import InvalidArgumentError, PyEngineError
 from pyengine.run.request import Caller, GenerationRequest, Request
 from pyengine.text.prompts import is_batch
@@ -407,14 +407,21 @@ class AsyncEngine:
         )
 
     def _stream(
-        self, ids: Callable[[], list[int]], params: SamplingParams, adapter: str | None, cache_salt: str | None
+        self,
+        ids: Callable[[], list[int]],
+        params: SamplingParams,
+        adapter: str | None,
+        cache_salt: str | None,
+        *,
+        ending: Callable[[SamplingParams], SamplingParams] = lambda params: params,
     ) -> AsyncStream:
+        """ids, ending: called in another thread; the latter may add to what ends the output."""
         if params.n not in (None, 1):
             raise InvalidArgumentError(f"a stream has one sample, n is {params.n}; use generate")
         engine = self.engine
 
         def make(job: Job) -> list[GenerationRequest]:
-            resolved = engine.resolve(params)
+            resolved = engine.resolve(ending(params))
             return engine.requests(job, [ids()], resolved, adapter=adapter, cache_salt=cache_salt, interactive=True)
 
         return AsyncStream(self, make)
@@ -451,6 +458,83 @@ class AsyncEngine:
             return self.engine.chat_ids(messages, continue_final_message=continue_final_message)
 
         return self._stream(ids, chosen, adapter, cache_salt)
+
+    @overload
+    async def infill(  # type: ignore[overload-overlap]
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams | None = None,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+    @overload
+    async def infill(
+        self,
+        prefix: Sequence[str],
+        suffix: Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Generation]: ...
+    async def infill(
+        self,
+        prefix: str | Sequence[str],
+        suffix: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | list[Generation]:
+        """See Engine.infill."""
+        chosen = sampling_params(params, options)
+        engine = self.engine
+
+        def asked() -> tuple[list[list[int]], SamplingParams]:
+            ids = [
+                engine.infill_ids(*hole, files=files, filename=filename, repository=repository)
+                for hole in holes_of(prefix, suffix)
+            ]
+            return ids, engine.infill_params(chosen)
+
+        ids, ending = await asyncio.to_thread(asked)
+        prompt: Any = ids[0] if isinstance(prefix, str) else ids
+        filled: Generation | list[Generation] = await self.generate(prompt, ending, adapter=adapter, cache_salt=cache_salt)
+        return filled
+
+    def infill_stream(
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams | None = None,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """The filling of `infill` as a stream. What it is refused for is raised with the first piece."""
+
+        def ids() -> list[int]:
+            return self.engine.infill_ids(prefix, suffix, files=files, filename=filename, repository=repository)
+
+        return self._stream(ids, sampling_params(params, options), adapter, cache_salt, ending=self.engine.infill_params)
 
     async def score(
         self,

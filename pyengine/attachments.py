@@ -1,7 +1,9 @@
-"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, guides, generation defaults."""
+"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill format,
+guides, generation defaults."""
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from pyengine.run.guide import Guide, Guides
     from pyengine.sampling import StructuredOutputs
     from pyengine.text.chat import ChatTemplate
+    from pyengine.text.infill import Infill
     from pyengine.text.tokenizer import Tokenizer
 
 
@@ -25,6 +28,7 @@ class Attachments:
         self.generation_config = self._json("generation_config.json")
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
+        self._infill: Infill | None = None
         self._guides: Guides | None = None
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -68,6 +72,16 @@ class Attachments:
                     eos_token=text(eos[0]) if eos else None,
                 )
             return self._chat_template
+
+    @property
+    def infill(self) -> Infill:
+        """Raises InvalidArgumentError if the model does not fill in the middle."""
+        with self._lock:
+            if self._infill is None:
+                from pyengine.text.infill import Infill
+
+                self._infill = Infill(self.tokenizer, os.path.basename(self._file.path))
+            return self._infill
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """A new guide, for one output. Raises InvalidArgumentError for a grammar that cannot be used."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pyengine.arguments import boolean, shown
@@ -245,6 +245,92 @@ class Engine(Scoring, BeamSearching, Prefixes):
             return self.stream(ids, chosen, adapter=adapter, cache_salt=cache_salt)
         return self.generate(ids, chosen, adapter=adapter, cache_salt=cache_salt)
 
+    def infill_params(self, params: SamplingParams) -> SamplingParams:
+        """`params`, with the tokens that end a filling among the stop tokens, unless ignore_eos. Raises InvalidArgumentError."""
+        ends = self.infill_format.end_ids
+        return params if params.ignore_eos else replace(params, stop_token_ids=(*(params.stop_token_ids or ()), *ends))
+
+    @overload  # the first that fits: a str is a sequence of str, too
+    def infill(  # type: ignore[overload-overlap]
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams | None = None,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+        stream: Literal[False] = False,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+    @overload
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams | None = None,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+        stream: Literal[True],
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream: ...
+    @overload
+    def infill(
+        self,
+        prefix: Sequence[str],
+        suffix: Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+        stream: Literal[False] = False,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Generation]: ...
+    def infill(
+        self,
+        prefix: str | Sequence[str],
+        suffix: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+        stream: bool = False,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | list[Generation] | Stream:
+        """What belongs between a text and another one, by a code model that was trained to fill in the middle; of many holes
+        together: lists of equal length.
+
+        files       (name, text) of other files that may help, the most helpful one last
+        filename    of the file with the hole, repository: its name; the model is told of both where it has tokens for them
+        All else is as in generate, or with stream=True as in stream. The texts are laid out as the model's authors say, with the
+        tokens of its tokenizer; special tokens that they spell are plain text. Any of these tokens ends the filling, as the end
+        of text does. Calls that begin alike share what is computed: the same files, then the same prefix (of models that read the
+        suffix first, the same suffix).
+
+        Raises InvalidArgumentError if the model does not fill in the middle, with what is missing, and what generate raises."""
+        chosen = self.infill_params(sampling_params(params, options))
+        context: Any = {"files": files, "filename": filename, "repository": repository}
+        if not stream:
+            ids = [self.infill_ids(*hole, **context) for hole in holes_of(prefix, suffix)]
+            prompt: Any = ids[0] if isinstance(prefix, str) else ids
+            filled: Generation | list[Generation] = self.generate(prompt, chosen, adapter=adapter, cache_salt=cache_salt)
+            return filled
+        if not isinstance(prefix, str) or not isinstance(suffix, str):
+            raise InvalidArgumentError("a stream has one hole: prefix and suffix are text; use stream=False for many")
+        return self.stream(self.infill_ids(prefix, suffix, **context), chosen, adapter=adapter, cache_salt=cache_salt)
+
     # ------------------------------------------------------------ adapters
 
     def load_adapter(
@@ -298,6 +384,16 @@ def _reopen(path: str, options: dict[str, Any], adapters: Sequence[tuple[Path, s
     for directory, name, scale in adapters:
         engine.load_adapter(directory, name=name, scale=scale)
     return engine
+
+
+def holes_of(prefix: str | Sequence[str], suffix: str | Sequence[str]) -> list[tuple[str, str]]:
+    """(prefix, suffix) of each hole, of two texts or of two lists of them. Raises InvalidArgumentError."""
+    if isinstance(prefix, str) and isinstance(suffix, str):
+        return [(prefix, suffix)]
+    are_lists = all(isinstance(one, Sequence) and not isinstance(one, (str, bytes)) for one in (prefix, suffix))
+    if not are_lists or len(prefix) != len(suffix) or not prefix:
+        raise InvalidArgumentError("prefix and suffix are two texts, or two lists of texts of one length that is not 0")
+    return list(zip(prefix, suffix, strict=True))
 
 
 def sampling_params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:

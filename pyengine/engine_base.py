@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyengine.run.guide import Guide
     from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.text.chat import ChatTemplate
+    from pyengine.text.infill import Infill
     from pyengine.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -174,6 +175,13 @@ class EngineBase:
         self._check_open()
         return self._attachments.chat_template
 
+    @property
+    def infill_format(self) -> Infill:
+        """How the model is asked to fill in the middle. Raises InvalidArgumentError, with what is missing, if its tokenizer
+        has no tokens for it."""
+        self._check_open()
+        return self._attachments.infill
+
     # ------------------------------------------------------------ text
 
     def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
@@ -191,6 +199,23 @@ class EngineBase:
         return prompt_ids(
             lambda: self.tokenizer, prompt, vocab_size=self.vocab_size, n_ctx=self.n_ctx, parse_special=parse_special
         )
+
+    def infill_ids(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        files: Sequence[tuple[str, str]] = (),
+        filename: str = "",
+        repository: str = "",
+    ) -> list[int]:
+        """Token ids of the prompt that asks the model for what belongs between two texts; see `Engine.infill`. Raises
+        InvalidArgumentError, ContextFullError."""
+        infill = self.infill_format
+        with fork.importing:
+            from pyengine.text.infill import Hole
+
+        return infill.ids(Hole(prefix, suffix, files, filename, repository), self.n_ctx)
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """For one output. Raises InvalidArgumentError for what is no schema or grammar, is not understood or too costly."""

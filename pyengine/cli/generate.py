@@ -20,7 +20,7 @@ examples:
   pyengine generate -m model.gguf -f prompt.txt --temp 0.8 --top-p 0.95 --seed 7 > story.txt
   pyengine generate -m model.safetensors "The capital of France is" --beams 4 -n 20
   pyengine generate -m model.safetensors -f book.txt --prompt-cache book.kv -n 200
-  echo "def fibonacci(n):" | pyengine generate -m model.safetensors - --stop '\\n\\n' --escape
+  echo "def add(a, b):" | pyengine generate -m coder.gguf - --suffix '\\nprint(add(1, 2))' --stop '\\n\\n' --escape
 
 {options.ENVIRONMENT}"""
 
@@ -29,6 +29,11 @@ def parser() -> argparse.ArgumentParser:
     parser = options.Parser("generate", EPILOG)
     add = parser.add_argument
     options.add_prompt_options(parser, "the text to continue")
+    add(
+        "--suffix",
+        metavar="TEXT",
+        help="text that follows a hole: a code model fills what belongs between the prompt and it; @FILE reads it from a file",
+    )
     add("--special", action="store_true", help="special tokens that the prompt spells (<|im_start|>) are those tokens")
     add("--json", action="store_true", help="one JSON object at the end: text, tokens, reason, seed, timings")
     add("-v", "--verbose", action="store_true", help="timings on stderr afterwards")
@@ -131,6 +136,7 @@ def write_beams(engine: Engine, ids: list[int], args: argparse.Namespace, params
         length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
         max_tokens=params.max_tokens,
         stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         timeout=params.timeout,
         structured_outputs=params.structured_outputs,
@@ -149,6 +155,13 @@ def write_beams(engine: Engine, ids: list[int], args: argparse.Namespace, params
             terminal.warn(f"score {beam.score:.4f}: {size}, end: {beam.finish_reason}")
 
 
+def prompt_ids(engine: Engine, args: argparse.Namespace, prompt: str, suffix: str | None) -> list[int]:
+    """Token ids of the prompt, or of the hole between it and a suffix."""
+    if suffix is not None:
+        return engine.infill_ids(prompt, suffix)
+    return engine.prompt_ids(prompt, parse_special=args.special)
+
+
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     params = options.sampling_params(args)
@@ -156,10 +169,13 @@ def run(argv: list[str]) -> int:
     prompt = options.read_prompt(args)
     if prompt is None:
         raise UsageError(f"no prompt: {options.FOUR_WAYS}")
+    suffix = options.read_suffix(args)
     options.tolerant_stdout()
     with options.open_engine(args) as engine:
         adapter = None if args.lora is None else args.lora.load(engine)
-        ids = engine.prompt_ids(prompt, parse_special=args.special)
+        ids = prompt_ids(engine, args, prompt, suffix)
+        if suffix is not None:
+            params = engine.infill_params(params)
         keep = options.load_prompt_cache(args, engine)
         if args.beams is not None:
             write_beams(engine, ids, args, params, adapter)

@@ -321,6 +321,18 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     return prompt_text("-" if args.file is None else args.file)
 
 
+def read_suffix(args: argparse.Namespace) -> str | None:
+    """What --suffix says, None if it is not given. Raises UsageError, InvalidArgumentError for a file that is no UTF-8."""
+    if args.suffix is None:
+        return None
+    if args.special:
+        raise UsageError("--special would have no effect: around a hole all text is plain")
+    if args.suffix.startswith("@"):
+        return _text_or_file("--suffix", args.suffix)
+    text = checked_text(args.suffix, "the suffix")
+    return unescape(text) if args.escape else text
+
+
 def checked_text(text: str, name: str) -> str:
     """A text of the command line. Raises UsageError if its bytes were no text in the encoding of the locale."""
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python shows such bytes

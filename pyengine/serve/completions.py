@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pyengine.arguments import INT32_MAX
 from pyengine.async_engine import Job
 from pyengine.engine import Prompt
+from pyengine.errors import InvalidArgumentError
 from pyengine.results import Piece
 from pyengine.run.request import Request
 from pyengine.serve import neutral, payload
@@ -16,7 +17,7 @@ from pyengine.serve.answer import Call, Choice, answer
 from pyengine.serve.beams import BEAMS, beams_of
 from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange
-from pyengine.serve.fields import BOOLEAN, Fields, Table, integer, needed
+from pyengine.serve.fields import BOOLEAN, STRING, Fields, Table, integer, needed
 from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
 from pyengine.serve.sampling import SAMPLING, asked_by, parameter, sampling_params
 from pyengine.serve.stream import STREAM, stream_options
@@ -29,30 +30,50 @@ MAX_PROMPTS = 1024
 
 @dataclass(kw_only=True)
 class CompletionCall(Call):
-    """echo_only: nothing is generated, the prompts alone come back (max_tokens 0)."""
+    """echo_only     nothing is generated, the prompts alone come back (max_tokens 0)
+    suffix        what follows a hole, and a prompt is the text before it; None: prompts go on
+    suffix_field  where the request has it
+    files         (name, text) of other files that help to fill the hole
+
+    Raises HTTPError if there is a suffix and the model does not fill in the middle."""
 
     prompts: list[Prompt]
-    echo: bool
-    echo_only: bool
+    echo: bool = False
+    echo_only: bool = False
+    suffix: str | None = None
+    suffix_field: str = "suffix"
+    files: list[tuple[str, str]] = field(default_factory=list)
     id: str = field(default_factory=lambda: payload.new_id("cmpl-"))
     kind = chunk_kind = "text_completion"
     ids: list[list[int]] = field(default_factory=list)  # of each prompt
     # of each prompt's tokens: (token, its log-probability, the most probable ones)
     prompt_logprobs: list[list[tuple[int, float | None, Sequence[tuple[int, float]]]]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.suffix is not None:
+            with told_of(self.suffix_field):
+                self.params = self.model.engine.infill_params(self.params)
+
     def make(self, job: Job) -> Sequence[Request]:
         """The requests for the engine; in a thread. Log-probabilities of prompts come first."""
-        engine = self.model.engine
         requests: list[Request] = []
         for prompt in self.prompts:
-            with told_of("prompt"):
-                ids = engine.prompt_ids(prompt)
+            with told_of("prompt" if self.suffix is None else self.suffix_field):
+                ids = self._prompt_ids(prompt)
             self.ids.append(ids)
             if self.echo and self.params.logprobs is not None:
                 requests += self._score(job, ids, self.params.logprobs)
         if not self.echo_only:
             requests += self.requests(job, self.ids)
         return requests
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        engine = self.model.engine
+        if self.suffix is None:
+            return engine.prompt_ids(prompt)
+        if not isinstance(prompt, str):
+            raise InvalidArgumentError(f"with {self.suffix_field} a prompt is text, not token ids")
+        return engine.infill_ids(prompt, self.suffix, files=self.files)
 
     def _score(self, job: Job, ids: list[int], n_top: int) -> Sequence[Request]:
         from pyengine._sampler import logprobs
@@ -128,6 +149,7 @@ FIELDS: Table = {
     **STREAM,
     **SAMPLING,
     **BEAMS,
+    "suffix": STRING,  # "": the prompt is continued, as without
     "echo": BOOLEAN,
     "max_tokens": integer(0, INT32_MAX),  # 0: the prompt alone comes back
     "logprobs": parameter("logprobs"),
@@ -142,7 +164,10 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
     prompts = prompts_of(fields.take("prompt"), model)
     beams = beams_of(fields, model)
     given: dict[str, Any] = {}
+    suffix = fields.take("suffix") or None
     echo, stream, max_tokens = fields.take("echo"), stream_options(fields), fields.take("max_tokens")
+    if echo and suffix is not None:
+        raise bad_request("echo is not supported with suffix: what the model reads is more than the prompt", "echo")
     if max_tokens == 0:
         if not echo:
             raise bad_request("max_tokens is 0, which asks for nothing unless echo is true", "max_tokens")
@@ -160,6 +185,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
         stream=stream,
         cache_salt=app.cache_salt(exchange, fields),
         prompts=prompts,
+        suffix=suffix,
         echo=echo,
         echo_only=max_tokens == 0,
         asked=asked_by(fields),

@@ -179,6 +179,13 @@ def _typed(kind: type, words: str) -> Callable[[Any, str], Any]:
     return read
 
 
+def _number(value: Any, path: str) -> Any:
+    if kind_of(value) != "a number":
+        raise bad_request(f"{path} must be a number, not {kind_of(value)}", path)
+    return value
+
+
+NUMBER = Kind({"type": "number"}, _number)
 STRING = Kind({"type": "string"}, _typed(str, "a string"))
 BOOLEAN = Kind({"type": "boolean"}, _typed(bool, "true or false"), default=False)
 TRUE = replace(BOOLEAN, default=True)  # unless it is said to be false

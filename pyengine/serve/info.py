@@ -55,6 +55,7 @@ async def props(app: App, exchange: Exchange) -> None:
             "eos_tokens": [text(token) for token in engine.eos_token_ids],
             "has_chat_template": chosen.has_template,
             "chat_template": chosen.template.source,
+            "has_infill": chosen.fills_in,
             "default_generation_settings": engine.generation_defaults(),
             "isa": engine.isa,
             "n_threads": engine.n_threads,

@@ -29,6 +29,7 @@ class ServedModel:
     has_template  whether chats go by a template of the model's own, or plainly continue
     shows_tools   whether the template tells the model of tools
     call_syntax   how the model writes calls, by its template; None if it does not, or in a format that is not read here
+    fills_in      whether the model fills in the middle, by its tokenizer
     """
 
     def __init__(self, name: str, engine: Engine) -> None:
@@ -48,6 +49,7 @@ class ServedModel:
             self.template = ChatTemplate(PLAIN_TEMPLATE, bos_token=token)
         self.shows_tools = _shows_tools(self.template)
         self.call_syntax = syntax_of(self.template.source) if self.shows_tools else None
+        self.fills_in = _fills_in(engine)
 
     def adapted(self, adapter: str) -> ServedModel:
         """The same engine with an adapter, under the adapter's name."""
@@ -90,6 +92,14 @@ class ServedModel:
             "max_model_len": self.engine.n_ctx,
             **origin,
         }
+
+
+def _fills_in(engine: Engine) -> bool:
+    try:
+        _ = engine.infill_format
+    except InvalidArgumentError:
+        return False
+    return True
 
 
 def _shows_tools(template: ChatTemplate) -> bool:

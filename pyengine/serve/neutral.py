@@ -6,7 +6,19 @@ add SGLang's fields and vLLM's to every chat. Clients of llama.cpp's server do l
 
 from __future__ import annotations
 
-from pyengine.serve.fields import ANYTHING, BOOLEAN, STRING, Table, hint, list_of, map_of, one_of, refused
+from pyengine.serve.fields import (
+    ANYTHING,
+    BOOLEAN,
+    NUMBER,
+    STRING,
+    Table,
+    hint,
+    integer,
+    list_of,
+    map_of,
+    one_of,
+    refused,
+)
 
 _STORED = refused("only responses are stored", False)
 _TIERS = refused("there is one tier", "auto", "default")
@@ -38,7 +50,6 @@ CHAT: Table = {
 
 # OpenAI's, of text completions
 COMPLETIONS: Table = {
-    "suffix": refused("these models do not fill in the middle", ""),
     "best_of": refused("samples are not ranked; use n", 1),
     "store": _STORED,
 }
@@ -100,4 +111,19 @@ OTHERS_CHAT: Table = {
     "separate_reasoning": hint(BOOLEAN),
     "stream_reasoning": refused("reasoning is part of the text", True),
     "reasoning_format": refused("reasoning is part of the text", "none", "auto"),
+}
+
+# llama.cpp's, of fillings: what editors send beside the texts
+INFILL: Table = {
+    **{name: kind for name, kind in OTHERS.items() if name != "n_predict"},
+    "n": refused("a filling is one text; /v1/completions takes suffix and n", 1),
+    "n_cmpl": refused("a filling is one text; /v1/completions takes suffix and n", 1),
+    "n_probs": refused("/v1/completions takes suffix and logprobs", 0),
+    "return_tokens": refused("use /tokenize", False),
+    "id_slot": hint(integer(-1)),  # any sequence finds what is cached
+    "samplers": hint(ANYTHING),  # in which order: there is one
+    "n_indent": hint(integer(0)),
+    "t_max_prompt_ms": hint(NUMBER),  # a client that waits no longer hangs up, and its work ends
+    "t_max_predict_ms": hint(NUMBER),
+    "n_cache_reuse": hint(integer(0)),
 }

@@ -207,6 +207,7 @@ async def show(app: App, exchange: Exchange) -> None:
     model = model_of(app.models, older if named is None else named)
     family, config = _family(model), model.engine.config
     tools = ["tools"] if model.call_syntax is not None else []
+    insert = ["insert"] if model.fills_in else []
     await exchange.reply_json(
         {
             "template": model.template.source,
@@ -217,7 +218,7 @@ async def show(app: App, exchange: Exchange) -> None:
                 f"{family}.embedding_length": config["dim"],
                 f"{family}.block_count": config["n_layers"],
             },
-            "capabilities": ["completion", *tools, "embedding"],
+            "capabilities": ["completion", *tools, *insert, "embedding"],
             "modified_at": _time(model.created),
         }
     )

@@ -17,6 +17,7 @@ from pyengine.serve.effort import EFFORT, effort_variables
 from pyengine.serve.errors import bad_request
 from pyengine.serve.fields import (
     BOOLEAN,
+    NUMBER,
     OBJECT,
     STRING,
     TRUE,
@@ -25,7 +26,6 @@ from pyengine.serve.fields import (
     Table,
     hint,
     integer,
-    kind_of,
     list_of,
     needed,
     object_of,
@@ -45,18 +45,12 @@ if TYPE_CHECKING:
 # -------------------------------------------------------------------- options
 
 
-def _read_number(value: Any, path: str) -> Any:
-    if kind_of(value) != "a number":
-        raise bad_request(f"{path} must be a number, not {kind_of(value)}", path)
-    return value
-
-
 def _read_duration(value: Any, path: str) -> Any:
     """ "5m", or seconds."""
-    return value if isinstance(value, str) else _read_number(value, path)
+    return value if isinstance(value, str) else NUMBER.read(value, path)
 
 
-_NUMBER = hint(Kind({"type": "number"}, _read_number))
+_NUMBER = hint(NUMBER)
 # How ollama computes and keeps; here a model has its context, and no option of these changes a byte.
 _OF_THE_RUNNER: Table = {
     **dict.fromkeys(
@@ -142,7 +136,7 @@ GENERATE: Table = {
     "system": STRING,
     "raw": BOOLEAN,
     "images": _NO_IMAGES,
-    "suffix": refused("these models do not fill in the middle", ""),
+    "suffix": STRING,
     "template": refused("a model has its own template; use raw", ""),
     "context": refused("use /api/chat to go on", []),
     **_COMMON,
@@ -244,21 +238,22 @@ def parse_chat(app: App, exchange: Exchange, fields: Fields) -> tuple[ServedMode
 
 
 def parse_generate(app: App, exchange: Exchange, fields: Fields) -> tuple[ServedModel, Call | None]:
-    """As parse_chat, of a prompt: a chat of one message, or with `raw` the text itself."""
+    """As parse_chat, of a prompt: a chat of one message, or with `raw` the text itself, or with a suffix what fills the hole."""
     model = model_of(app.models, fields.take("model"))
     prompt, system = fields.take("prompt"), fields.take("system")
-    if fields.take("raw"):
+    is_raw, suffix = fields.take("raw"), fields.take("suffix") or None
+    if is_raw or suffix:
         for name, value in (("system", system), ("think", fields.take("think") not in (None, "none"))):
             if value:
-                raise bad_request(f"{name} goes into a template, and raw uses none", name)
+                raise bad_request(f"{name} goes into a template, and {'raw' if is_raw else 'suffix'} uses none", name)
 
         def make(**common: Any) -> Call:
-            return CompletionCall(prompts=[prompt], echo=False, echo_only=False, **common)
+            return CompletionCall(prompts=[prompt], suffix=suffix, **common)
 
     else:
         said = [{"role": "system", "content": system}] if system else []
         make = _chat([*said, {"role": "user", "content": prompt}], "prompt", fields, model)
-    return model, _parsed(app, exchange, fields, model, None, make) if prompt else None
+    return model, _parsed(app, exchange, fields, model, None, make) if prompt or suffix else None
 
 
 def _chat(messages: list[dict[str, Any]], name: str, fields: Fields, model: ServedModel) -> Callable[..., Call]:

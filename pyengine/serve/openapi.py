@@ -11,6 +11,7 @@ from pyengine.serve import (
     chat,
     completions,
     embeddings,
+    infill,
     ollama_fields,
     response_fields,
     stored_responses,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pyengine.serve.exchange import Exchange
 
 BODIES: dict[str, Table] = {
+    "/infill": infill.FIELDS,
     "/tokenize": tokens.TOKENIZE,
     "/detokenize": tokens.DETOKENIZE,
     "/api/chat": ollama_fields.CHAT,
@@ -52,6 +54,7 @@ _WORDS = {
     "/metrics": "Metrics for Prometheus.",
     "/props": "A model's template, context and defaults.",
     "/openapi.json": "This document.",
+    "/infill": "What belongs between two texts, in llama.cpp's form.",
     "/tokenize": "Text, or messages, to token ids.",
     "/detokenize": "Token ids to text.",
     "/api/chat": "The assistant's answer to messages, in ollama's form.",
@@ -116,6 +119,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/health": _object(status={"enum": ["ok", "starting", "draining"]}),
     "/props": _object("n_ctx", "vocab_size", "chat_template", "default_generation_settings", model=_STRING),
     "/openapi.json": _object("openapi", "info", "paths"),
+    "/infill": {"type": "object"},  # response_fields says what it has
     "/tokenize": _object("tokens", count=_INTEGER, max_model_len=_INTEGER),
     "/detokenize": _object(content=_STRING, prompt=_STRING),
     "/v1/models": _object(object=_const("list"), data=_array(_MODEL)),

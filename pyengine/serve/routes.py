@@ -20,6 +20,7 @@ ROUTES: dict[str, dict[str, str]] = {
     "/metrics": {"GET": "info.metrics"},
     "/props": {"GET": "info.props"},
     "/openapi.json": {"GET": "openapi.openapi"},
+    "/infill": {"POST": "infill.infill"},
     "/tokenize": {"POST": "tokens.tokenize"},
     "/detokenize": {"POST": "tokens.detokenize"},
     "/api/chat": {"POST": "ollama.chat"},
@@ -52,6 +53,7 @@ ELSEWHERE = {
     "/embedding": "/v1/embeddings",
     "/generate": "/v1/completions",
     "/slots": "/metrics",
+    "/v1/fim/completions": "/v1/completions",
     "/version": "/props",
 }
 _OF_MODELS = ("/api/copy", "/api/create", "/api/delete", "/api/pull", "/api/push")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from pyengine import fork
@@ -87,7 +87,8 @@ class Tokenizer:
         self._lock = threading.RLock()
         fork.register(self._lock, fork.PART)
         self._guard = ""
-        self._guarded: tokenizers.Tokenizer | None = None
+        self._guarded: dict[tuple[frozenset[str], bool], tokenizers.Tokenizer] = {}
+        self._space: bool | None = None
         self._longest: int | None = None
         self._unspelled = b""
 
@@ -96,9 +97,14 @@ class Tokenizer:
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         return vocabulary
 
+    def token_id(self, spelling: str) -> int | None:
+        """The token that the vocabulary spells so, None if there is none."""
+        id_: int | None = self._tokenizer.token_to_id(_without_surrogates(spelling))
+        return id_
+
     def _id_of(self, value: object) -> int | None:
         text = _token_text(value)
-        return None if text is None else self._tokenizer.token_to_id(_without_surrogates(text))
+        return None if text is None else self.token_id(text)
 
     def _wants_bos(self, configured: object) -> bool:
         """tokenizer_config.json decides; if it is silent, what the file's post-processor puts before a text."""
@@ -137,6 +143,28 @@ class Tokenizer:
         spelled = self.special.replace(_without_surrogates(text), lambda token: self._guard + token)
         return self._ids(guarded, spelled.replace(mark, ""))
 
+    def encode_inside(self, text: str, *, apart: Set[int] = frozenset(), goes_on: bool = False) -> list[int]:
+        """Token ids of a text that stands inside a prompt, without BOS. Neither special tokens nor those of `apart`, which the
+        file may mark as ordinary, come of it. goes_on: without the space that some vocabularies put before a text."""
+        text = _without_surrogates(text)
+        goes_on = goes_on and self._puts_space()
+        if not goes_on:
+            ids = self.encode(text, add_bos=False)
+            if apart.isdisjoint(ids):
+                return ids
+        ids = self._ids(self._guarded_tokenizer(frozenset(filter(None, map(self.token_text, apart))), goes_on), text)
+        if not (self.special_ids.union(apart) - {self._unknown_id}).isdisjoint(ids):
+            raise ModelFormatError("tokenizer.json gives a piece of text the id of a special token")
+        return ids
+
+    def _puts_space(self) -> bool:
+        """Whether a text begins with a space that is not its own."""
+        if self._space is None:
+            parts = (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer)
+            components = [json.loads(part.__getstate__()) for part in parts if part is not None]
+            self._space = any(_without_space(one) != one for one in components)
+        return self._space
+
     def _ids(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
         if self._account.effect.is_quadratic:
             squares = sum((run.end() - run.start()) ** 2 for run in _WHITE_SPACE.finditer(text))
@@ -169,15 +197,19 @@ class Tokenizer:
             return 0, b""
         return shrinks_to * max(len(token.encode("utf-8", "replace")) for token in vocabulary), unspelled
 
-    def _guarded_tokenizer(self) -> tokenizers.Tokenizer:
-        """Built when first needed: most texts never do."""
+    def _guarded_tokenizer(self, apart: frozenset[str] = frozenset(), goes_on: bool = False) -> tokenizers.Tokenizer:
+        """apart: spellings of tokens that are guarded, too. goes_on: without a space before a text. Built when first needed: most
+        texts never do."""
         with self._lock:
-            if self._guarded is None:
+            if not self._guard:
                 import secrets
 
                 self._guard = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
-                self._guarded = _load(_respell_special(self._json, self._guard), self._account.effect)
-            return self._guarded
+            guarded = self._guarded.get((apart, goes_on))
+            if guarded is None:
+                guarded = _load(_respell_special(self._json, self._guard, apart, goes_on), self._account.effect)
+                self._guarded[apart, goes_on] = guarded
+            return guarded
 
     # ---------------------------------------------------------------- ids -> text
 
@@ -256,24 +288,51 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _respell_special(tokenizer_json: bytes, guard: str) -> bytes:
-    """The same tokenizer.json, ids and all, with `guard` before the spelling of every special token."""
+def _respell_special(tokenizer_json: bytes, guard: str, apart: frozenset[str], goes_on: bool) -> bytes:
+    """The same tokenizer.json, ids and all, with `guard` before the spelling of every special token and of those of `apart`; with
+    `goes_on` it puts no space before a text."""
     data = json.loads(tokenizer_json)
     model, added = data["model"], data.get("added_tokens") or []
-    special = {token["content"] for token in added if token.get("special")}
+    guarded = apart.union(token["content"] for token in added if token.get("special"))
     for token in added:
-        if token.get("special"):
+        if token["content"] in guarded:
             token["content"] = guard + token["content"]
             token["normalized"] = False  # a normalizer must not touch the guard
 
     def respell(text: Any) -> Any:
-        return guard + text if text in special else text
+        return guard + text if text in guarded else text
 
     if isinstance(model["vocab"], dict):
         model["vocab"] = {respell(token): id_ for token, id_ in model["vocab"].items()}
     else:  # Unigram: [[token, score], ...]
         model["vocab"] = [[respell(token), score] for token, score in model["vocab"]]
+    if apart and model.get("merges"):  # which may make an ordinary token
+        model["merges"] = [pair for pair in model["merges"] if _merged(pair) not in apart]
     if model.get("unk_token") is not None:
         model["unk_token"] = respell(model["unk_token"])
     data["post_processor"] = None  # it may name special tokens, and we never ask for it
+    if goes_on:
+        data |= {part: _without_space(data.get(part)) for part in ("normalizer", "pre_tokenizer")}
     return json.dumps(data, ensure_ascii=False).encode("utf-8")
+
+
+def _merged(pair: Any) -> str:
+    """What a merge makes; the file has it as "left right" or as a list of the two."""
+    return pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(map(str, pair))
+
+
+def _without_space(component: Any) -> Any:
+    """A normalizer or pre-tokenizer as it is in the file, but without the space that it puts before a text."""
+    if not isinstance(component, dict):
+        return component
+    if component.get("type") == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    edited = dict(component)
+    for children in ("normalizers", "pretokenizers"):
+        if children in edited:
+            edited[children] = [_without_space(child) for child in edited[children]]
+    if edited.get("add_prefix_space"):
+        edited["add_prefix_space"] = False
+    if "prepend_scheme" in edited:
+        edited["prepend_scheme"] = "never"
+    return edited

@@ -284,7 +284,7 @@ def test_model_arguments_are_refused_by_name(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"suffix": " end"}, {"tfs_z": 0.5}, {"mirostat_mode": 2}, {"stopping_criteria": [print]}, {"logits_processor": [print]},
+        {"tfs_z": 0.5}, {"mirostat_mode": 2}, {"stopping_criteria": [print]}, {"logits_processor": [print]},
         {"grammar": "root ::= x"}, {"temperature": -1.0}, {"logprobs": 65}, {"max_tokens": "all"}, {"stop": [""]},
     ],
     ids="-".join,

@@ -177,6 +177,7 @@ def test_paths_methods_and_models(chat_model: Path) -> None:
     async def test(client: Client) -> None:
         assert (await client.get("/v2/nothing")).status == 404
         elsewhere = [("/completion", "/v1/completions"), ("/v1/v1/chat/completions", CHAT), ("/v1/models/", "/v1/models/")]
+        elsewhere += [("/v1/fim/completions", "/v1/completions")]
         for path, meant in elsewhere:
             answer = await client.post(path, {})
             assert answer.status in (404, 405) and (meant in answer.error["message"]), answer.body

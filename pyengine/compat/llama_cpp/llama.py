@@ -213,16 +213,19 @@ class Llama:
         grammar: LlamaGrammar | None = None,
         logit_bias: Mapping[int, float] | None = None,
     ) -> Any:
-        """Continue a prompt: a completion, or with `stream` an iterator of its chunks, without `echo`. Special tokens written in
-        the prompt are special tokens. max_tokens None or below 1: to the end of text or of the context."""
+        """Continue a prompt, or with a suffix fill what lies between the two: a completion, or with `stream` an iterator of its
+        chunks, without `echo`. Special tokens written in the prompt are special tokens, but not around a hole. max_tokens None or
+        below 1: to the end of text or of the context."""
         options.check_refused(locals(), options.CALL_REFUSED)
-        ids = self.engine.prompt_ids(prompt, parse_special=True)
+        ids = self._completion_ids(prompt, suffix, echo and logprobs is not None)
         params = self._params(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, typical_p=typical_p, stop=stop,
             frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, repetition_penalty=repeat_penalty,
             top_k=top_k, seed=seed, logit_bias=logit_bias, logprobs=logprobs,
             structured_outputs=wanted_output(grammar, None),
         )  # fmt: skip
+        if suffix is not None:
+            params = self.engine.infill_params(params)
         head = answers.Head("cmpl-", model or str(self.model_path))
         said = prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8", "replace")
         if stream:
@@ -239,6 +242,15 @@ class Llama:
     def __call__(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """`create_completion`."""
         return self.create_completion(prompt, *args, **kwargs)
+
+    def _completion_ids(self, prompt: str | Sequence[int], suffix: str | None, tells_prompt: bool) -> list[int]:
+        if suffix is None:
+            return self.engine.prompt_ids(prompt, parse_special=True)
+        if not isinstance(prompt, str):
+            options.refuse("suffix with token ids", "the text before a hole is text")
+        if tells_prompt:
+            options.refuse("suffix with echo and logprobs", "what the model reads is more than the prompt")
+        return self.engine.infill_ids(prompt, suffix)
 
     def _params(self, **given: Any) -> SamplingParams:
         """Sampling parameters with llama-cpp-python's conventions for "none". Raises InvalidArgumentError."""

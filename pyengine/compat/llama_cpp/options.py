@@ -45,10 +45,9 @@ MODEL_REFUSED = {
     "lora_path": Refused((None,), "adapters are directories of PEFT: Engine.load_adapter loads one"),
     "chat_handler": Refused((None,), "models read text only; chat_format names a template"),
     "tokenizer": Refused((None,), "a frozen model has its own tokenizer"),
-    "spm_infill": Refused((False,), "infilling is not supported"),
+    "spm_infill": Refused((False,), "a model's own order is used"),
 }
 CALL_REFUSED = {
-    "suffix": Refused((None,), "infilling is not supported"),
     "tfs_z": Refused((1.0,), "tail-free sampling is not supported"),
     "mirostat_mode": Refused((0,), "mirostat is not supported"),
     "stopping_criteria": Refused((None, []), _CALLBACK),

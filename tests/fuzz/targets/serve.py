@@ -106,6 +106,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     ],
     "/api/embed": [{"input": ["hi", "b"], "dimensions": 3, "options": {"num_thread": 1}}],
     "/api/show": [{"model": "tiny", "verbose": True}],
+    "/infill": [{"input_prefix": "a", "input_suffix": "b", "input_extra": [{"filename": "c", "text": "d"}], "n_predict": 2}],
     "/tokenize": [{"content": "hi <|end|>", "add_special": True, "with_pieces": True}],
     "/detokenize": [{"tokens": [1, 2, 257]}],
 }
@@ -115,7 +116,8 @@ _OTHER_PATHS += ["/api/tags", "/api/ps", "/api/pull"] + [
 ]
 _HEADER_VALUES = ["http://[", "//[", "null", "Basic \xe9", "Basic !", "Bearer \xff", "gzip", "100-continue", "-1", "9" * 30]
 _HEADERS = ["authorization", "origin", "host", "content-type", "content-length", "x-request-id", "expect", "content-encoding"]
-_MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "num_predict": 4, "n": 4, "best_of": 4}
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "num_predict", "n_predict", "n", "best_of")
+_MOST = dict.fromkeys(_LIMITS, 4)
 _REQUESTS = 10  # of a case: a server's start is most of its time
 
 

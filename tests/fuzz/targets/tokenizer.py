@@ -250,6 +250,10 @@ class TokenizerTarget:
             assert never.isdisjoint(tokenizer.encode(text, add_bos=False)), "a special token came from text"
             tokenizer.encode(text, parse_special=True)
             tokenizer.encode_marked(text, "\ue000")
+            apart = frozenset(case.arguments["ids"])
+            for goes_on in (False, True):
+                inside = tokenizer.encode_inside(text, apart=apart, goes_on=goes_on)
+                assert never.isdisjoint(inside), "a special token came from text around a hole"
             self.stage = "decode"
             tokenizer.decode(ids, skip_special_tokens=False)
         tokenizer.decode(case.arguments["ids"])
