@@ -151,7 +151,8 @@ def test_a_value_of_the_wrong_type_is_named(values: dict[str, Any]) -> None:
         {"held_out": {"a": 1}},
         {"lora": ["x"]},
         {"qk_norm": True},
-        {"seed": None},
+        {"seed": 0.5},
+        {"steps": float("inf")},
         {"sample_prompt": 5},
         {"tokens": "many"},
     ],
@@ -164,6 +165,23 @@ def test_a_value_of_a_file_is_of_its_flags_kind(
     assert train(tmp_path / "run", "--config", path, "--dry-run") == 1
     err = capsys.readouterr().err
     assert f"{path}: {next(iter(values))} is " in err and "expected" in err
+
+
+def test_a_file_may_write_whole_numbers_as_it_likes_and_leave_defaults_open(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs that write JSON know one kind of number, and null for what they do not say."""
+    path, run = tmp_path / "options.json", tmp_path / "run"
+    nulls = '"lr": null, "held_out": null, "teacher": null, "drop_unfinished": null, "tokens": null'
+    path.write_text(f'{{"data": {json.dumps(str(stories))}, "steps": 1e3, "seed": 3.0, "depth": 2e0, {nulls}}}')
+    assert train(run, "--config", path, "--dry-run") == 0
+    assert "steps       1,000" in capsys.readouterr().out
+    path.write_text(json.dumps({"data": None}))
+    assert train(run, "--config", path, "--dry-run") == 1
+    assert "--data is missing" in capsys.readouterr().err
+    path.write_text(json.dumps({"depht": None}))
+    assert train(run, "--config", path, "--dry-run") == 1
+    assert "unknown option(s) depht" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["steps", "tokens", "lr", "dim", "vocab_size", "data_weights", "held_out"])
