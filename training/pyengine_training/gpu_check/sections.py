@@ -81,7 +81,9 @@ def chain(rows: int, seq_len: int, seed: int, vocab: int = 256) -> tuple[Array, 
 
 
 def distance(got: Array, wanted: Array) -> float:
-    return float(np.linalg.norm(got - wanted) / max(1e-30, float(np.linalg.norm(wanted))))
+    """Of two arrays, relative to the one that is wanted; infinite where it is no number, which no maximum would find."""
+    found = float(np.linalg.norm(got - wanted) / max(1e-30, float(np.linalg.norm(wanted))))
+    return found if np.isfinite(found) else float("inf")
 
 
 # ---- sections ----------------------------------------------------------------------------------------------------
