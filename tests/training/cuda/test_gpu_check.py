@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +73,41 @@ def test_without_a_gpu_every_section_says_so_and_the_run_fails(tmp_path: Path) -
     assert lines[-1] == {"summary": {"versions": "no device", "kernels": "no device"}, "ok": False}
 
 
+Section = Callable[..., str]
+
+
+@pytest.fixture
+def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Section:
+    """Runs code as a section and returns its status; late: its time is over as soon as it has said something."""
+
+    def run(code: str, *, late: bool = False) -> str:
+        said = threading.Event()
+        report = main.Report(str(tmp_path))
+        line = report.line
+
+        def noticed(text: str) -> None:
+            line(text)
+            said.set()
+
+        class Child(subprocess.Popen[str]):
+            def __init__(self, _command: Any, **options: Any) -> None:
+                super().__init__([sys.executable, "-c", code], **options)
+
+            def wait(self, timeout: float | None = None) -> int:
+                if timeout is None or not late:
+                    return super().wait()
+                assert said.wait(PATIENCE)
+                raise subprocess.TimeoutExpired(code, timeout)
+
+        monkeypatch.setattr(report, "line", noticed)
+        monkeypatch.setattr(main.subprocess, "Popen", Child)
+        status = main.run_section("kernels", 1, report)
+        report.close()
+        return status
+
+    return run
+
+
 @pytest.mark.parametrize(
     "code, status",
     [
@@ -82,14 +119,8 @@ def test_without_a_gpu_every_section_says_so_and_the_run_fails(tmp_path: Path) -
         ("import time; print('{\"a\": 1}', flush=True); time.sleep(60)", "timeout"),
     ],
 )
-def test_every_ending_of_a_section_is_told(
-    code: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = subprocess.Popen
-    monkeypatch.setattr(main.subprocess, "Popen", lambda _c, **options: real([sys.executable, "-c", code], **options))
-    report = main.Report(str(tmp_path))
-    assert main.run_section("kernels", 1 if status == "timeout" else 30, report) == status
-    report.close()
+def test_every_ending_of_a_section_is_told(code: str, status: str, tmp_path: Path, section: Section) -> None:
+    assert section(code, late=status == "timeout") == status
     lines = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
     assert lines[-1]["status"] == status
     assert ({"a": 1} in lines) == ("a" in code and "{" in code)
@@ -98,27 +129,19 @@ def test_every_ending_of_a_section_is_told(
 
 
 @pytest.mark.parametrize("end", ["", "time.sleep(600)"])
-def test_what_a_section_has_started_ends_with_it(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_section_has_started_ends_with_it(end: str, tmp_path: Path, section: Section) -> None:
     """A compiler that has the section's pipes would hold up the others until it is done."""
     started = f"subprocess.Popen(['sh', '-c', 'sleep {PATIENCE}; touch {tmp_path}/done'])"
-    code = f"import subprocess, time; print('{{\"a\": 1}}', flush=True); {started}; {end}"
-    real = subprocess.Popen
-    monkeypatch.setattr(main.subprocess, "Popen", lambda _c, **options: real([sys.executable, "-c", code], **options))
-    report = main.Report(str(tmp_path))
-    assert main.run_section("kernels", 2 if end else 60, report) == ("timeout" if end else "ok")
-    report.close()
+    code = f"import subprocess, time; {started}; print('{{\"a\": 1}}', flush=True); {end}"
+    assert section(code, late=bool(end)) == ("timeout" if end else "ok")
     assert json.loads((tmp_path / "gpu_check.jsonl").read_text().splitlines()[0]) == {"a": 1}
     assert not (tmp_path / "done").exists()
 
 
-def test_what_a_section_says_need_not_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_section_says_need_not_be_text(tmp_path: Path, section: Section) -> None:
     """Of libraries, in whatever encoding; more than a pipe holds, so that it would wait for a reader who has given up."""
     code = "import sys; sys.stderr.buffer.write(b'\\xff' * (1 << 18)); print('{\"a\": 1}'); sys.exit('broken')"
-    real = subprocess.Popen
-    monkeypatch.setattr(main.subprocess, "Popen", lambda _c, **options: real([sys.executable, "-c", code], **options))
-    report = main.Report(str(tmp_path))
-    assert main.run_section("kernels", 60, report) == "failed"
-    report.close()
+    assert section(code) == "failed"
     lines = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
     assert lines[0] == {"a": 1} and lines[1]["detail"].endswith("broken")
 
