@@ -19,7 +19,9 @@ from typing import Any
 
 from pyengine.errors import PyEngineError
 
-TIMEOUT = 5.0  # seconds that a sibling has: its engine's step may be a long one
+# Seconds that a sibling has: its engine's step may be a long one, and who collects metrics does not wait much longer (Prometheus
+# 10 s by default). The socket of one that has ended is closed: only one that is stopped, or busy for longer, is left out.
+TIMEOUT = 5.0
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 

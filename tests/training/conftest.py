@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training.command import TINY, train
 
 ROOT = Path(__file__).resolve().parents[2]
 if importlib.util.find_spec("pyengine_training") is None:  # not installed: the bare checkout
@@ -51,6 +52,24 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "\n<|endoftext|>\n".join(make_story(generator) for _ in range(600))
     path.write_text(text + "\n<|endoftext|>\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps whose trunk ends after 4. Whoever changes it takes a copy."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(run, "--data", stories, TINY, "--steps 6 --decay-fraction 0.3") == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def prepared(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same text, prepared, with a vocabulary of 300."""
+    from pyengine_training.__main__ import main
+
+    folder = tmp_path_factory.mktemp("prepared") / "folder"
+    assert main(["prepare", str(stories), str(folder), "--vocab-size", "300"]) == 0
+    return folder
 
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]

@@ -56,6 +56,21 @@ def test_the_picture_is_small(chain: Path, tmp_path: Path, capsys: pytest.Captur
     assert (chain / "loss.png").exists()
 
 
+@pytest.mark.parametrize(("name", "begins"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("A.PNG", b"\x89PNG")])
+def test_a_picture_is_what_its_name_says(chain: Path, tmp_path: Path, name: str, begins: bytes) -> None:
+    assert main(["plot", str(chain), "-o", str(tmp_path / name)]) == 0
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize("name", ["loss.jpeg", "loss", "loss.svg.old"])
+def test_a_name_that_says_nothing_known_is_refused(
+    chain: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plot", str(chain), "-o", str(tmp_path / name)]) == 1
+    assert f"{tmp_path / name}: a picture's name ends in .png, .svg, .pdf" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
 def test_a_parent_that_is_gone_is_named(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "d" / "run.json").unlink()
     assert main(["plot", str(chain)]) == 1

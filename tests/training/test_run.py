@@ -250,6 +250,40 @@ def test_signals_checkpoint_and_exit_honestly(stories: Path, tmp_path: Path, num
     assert checkpoints.read_state(last)["step"] == steps_of(run)[-1][0]
 
 
+def test_a_closed_terminal_checkpoints(stories: Path, tmp_path: Path) -> None:
+    """Nothing can be told any more: what is printed on the way to the checkpoint, and after it, is lost and does no harm."""
+    run = tmp_path / "run"
+    words = arguments(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 0")
+    take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-c", take, sys.executable, "-m", "pyengine_training", *words]
+    path = os.pathsep.join([str(Path(pyengine_training.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    ours, theirs = os.openpty()
+    ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True, **ends) as process:
+        os.close(theirs)
+        said = b""
+        while b"step 3/100000" not in said:
+            said += os.read(ours, 4096)  # an end without that step is an OSError
+        os.close(ours)
+    assert process.returncode == 128 + signal.SIGHUP
+    last = checkpoints.checkpoints(run)[-1]
+    assert checkpoints.read_state(last)["step"] == steps_of(run)[-1][0] >= 3
+
+
+@pytest.mark.parametrize(("before", "received"), [("SIG_DFL", [signal.SIGHUP]), ("SIG_IGN", [])])
+def test_a_hangup_that_is_ignored_stays_so(before: str, received: list[int]) -> None:
+    """As nohup has it. Of those that are not the second one does no harm."""
+    code = (
+        "import os, signal; from pyengine_training.signals import signals; received = [];"
+        f"signal.signal(signal.SIGHUP, signal.{before});\n"
+        "with signals(received): [os.kill(os.getpid(), signal.SIGHUP) for _ in range(2)]\n"
+        f"assert signal.getsignal(signal.SIGHUP) is signal.{before}; print([int(n) for n in received])"
+    )
+    home = Path(pyengine_training.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str([int(n) for n in received])), done.stderr
+
+
 def test_kill_9_loses_nothing_older_than_the_last_checkpoint(stories: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with spawn(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 3") as process:

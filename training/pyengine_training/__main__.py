@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from .comm import launched_ranks
 from .errors import Interrupted, TrainingError
 from .supervise import in_child
+from .terminal import tell
 
 COMMANDS = ("train", "draft", "prepare", "evaluate", "sample", "snap", "plot", "cost", "runs")
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ": make room; a run that has taken steps goes on from its last checkpoint with --resume" if full else ""
         )
     if rank == 0:  # errors that come here are those that all ranks have
-        print(message, file=sys.stderr)
+        tell(message)
     return code
 
 

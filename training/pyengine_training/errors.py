@@ -42,7 +42,7 @@ class NotFiniteError(TrainingError, ArithmeticError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the checkpoint is written."""
+    """SIGINT, SIGTERM or SIGHUP came; the checkpoint is written."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")

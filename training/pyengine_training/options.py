@@ -67,16 +67,20 @@ LISTS = ("data_weights", "decay_data_weights", "held_out")  # of numbers, as tex
 
 
 def _of_file(path: Path) -> dict[str, Any]:
-    """Options of a file, each of the kind that its flag has."""
+    """Options of a file, each of the kind that its flag has. JSON's null is an option that is not given, and a number without a
+    fraction an integer, however it is written (1e3)."""
     values = load_options(path)
     actions = {action.dest: action for action in train_parser()._actions if action.dest not in (*PROCESS, "help")}
     unknown = sorted(set(values) - set(actions))
     if unknown:
         raise ConfigError(f"{path}: unknown option(s) {', '.join(unknown)}")
+    values = {name: value for name, value in values.items() if value is not None}
     if isinstance(values.get("data"), str):
         values["data"] = [values["data"]]
     for name, value in values.items():
-        expected = _mismatch(actions[name], value)
+        if actions[name].type is int and isinstance(value, float) and value.is_integer():
+            values[name] = int(value)
+        expected = _mismatch(actions[name], values[name])
         if expected:
             raise ConfigError(f"{path}: {name} is {value!r}; expected {expected}")
     return values

@@ -1,4 +1,4 @@
-"""The loss curves of a run, and of the runs that it continues, as a PNG (matplotlib, imported when used)."""
+"""The loss curves of a run, and of the runs that it continues, as a picture (matplotlib, imported when used)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from .errors import ConfigError, TrainingError
 from .parser import Parser
 
 POINTS = 400  # of the training curve: a picture of every step is noise, and large
+FORMATS: dict[str, dict[str, Any]] = {  # by the end of the picture's name; what savefig is told more
+    ".png": {"pil_kwargs": {"optimize": True}},
+    ".svg": {},
+    ".pdf": {},
+}
 Entries = list[dict[str, Any]]
 
 EPILOG = """\
 examples:
   pyengine train plot ~/runs/mine
   pyengine train plot ~/runs/decayed -o card/loss.png
-  pyengine train plot ~/runs/decayed --alone -o piece.png
+  pyengine train plot ~/runs/decayed --alone -o piece.svg
 
 A run that was started with --branch-from begins where its parent's checkpoint ended: the parent's curve up to there comes
 first, and its parent's before that. A run that is still going can be drawn too.
@@ -55,7 +60,8 @@ def thinned(steps: Entries) -> tuple[list[float], list[float]]:
 
 
 def plot_losses(pieces: list[Entries], path: Path) -> bool:
-    """Training and validation loss over tokens; False when matplotlib is not installed."""
+    """Training and validation loss over tokens; False when matplotlib is not installed. path: its end, of FORMATS, says what is
+    written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -78,7 +84,8 @@ def plot_losses(pieces: list[Entries], path: Path) -> bool:
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, format="png", pil_kwargs={"optimize": True})
+        suffix = path.suffix.lower()
+        figure.savefig(temporary, format=suffix[1:], **FORMATS[suffix])
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -117,16 +124,18 @@ def plot_command(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="the picture (default: RUN/loss.png)")
+    parser.add_argument("-o", "--output", type=Path, metavar="PICTURE", help="a .png, .svg or .pdf (default: RUN/loss.png)")
     parser.add_argument("--alone", action="store_true", help="this run's own steps only")
     options = parser.parse_args(arguments)
     run: Path = options.run
+    target: Path = options.output or run / "loss.png"
+    if target.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{target}: a picture's name ends in {', '.join(FORMATS)}")
     if not (run / "run.json").exists():
         raise ConfigError(f"{run} is not a run folder: it has no run.json{runfolder.kind(run)}")
     pieces = [runfolder.read_metrics(run / "metrics.jsonl")] if options.alone else read_chain(run)
     if not any("loss" in entry for piece in pieces for entry in piece):
         raise ConfigError(f"{run}: no step has been done yet")
-    target: Path = options.output or run / "loss.png"
     if not plot_losses(pieces, target):
         raise TrainingError("drawing needs matplotlib, which is not installed: pip install 'pyengine-lm[train]'")
     print(target)

@@ -28,6 +28,7 @@ from .config import TrainConfig, to_json
 from .errors import CheckpointError, ConfigError, RunFolderError
 from .files import read_json, write_atomic, write_json
 from .tensorboard import EventFile
+from .terminal import tell
 
 RUN_VERSION = 1
 LOG_EVERY_SECONDS = 30.0
@@ -186,16 +187,16 @@ class Log:
         if not self._speaks:
             return
         if self._pending:
-            print(file=sys.stderr)
+            tell()
             self._pending = False
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
         if self._file:
             self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
 
     def progress(self, text: str) -> None:
         """A line that the next one replaces."""
         if self._terminal and self._speaks:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            tell(f"\r\x1b[K{text}", end="")
             self._pending = True
 
     def report(self, text: str) -> None:
@@ -209,6 +210,6 @@ class Log:
 
     def close(self) -> None:
         if self._pending:
-            print(file=sys.stderr)
+            tell()
         if self._file:
             self._file.close()

@@ -311,7 +311,7 @@ class Loop:
 def run_training(folder: Path, machine: Machine, parent: Path | None = None, *, tensorboard: bool = False) -> Path:
     """Run, or continue, the run in ``folder``; returns the folder of the final model. tensorboard: write event files.
 
-    Raises Interrupted after a checkpoint when SIGINT or SIGTERM came, NotFiniteError when the loss
+    Raises Interrupted after a checkpoint when SIGINT, SIGTERM or SIGHUP came, NotFiniteError when the loss
     blew up (the last checkpoint stays), OSError when the disk is full (likewise).
     """
     with together(machine.comm):

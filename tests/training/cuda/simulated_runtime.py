@@ -4,27 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+from pyengine_training.ops.cuda._runtime import DeviceError, Product
 from simulated_intrinsics import from_bf16, to_bf16
 from simulator import Simulator
 
 Array = Any
 
 
-class SimulatedRuntime:
-    """The runtime of ``ops.cuda`` on a simulator. Fresh memory is NaN (floats) or 77 (integers)."""
+class Place:
+    """Where an array lies, as a graph knows it: an address, which keeps no memory alive."""
 
-    capturing = False
+    def __init__(self, array: Array) -> None:
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        self.owner = weakref.ref(owner)
+        self.offset = array.ctypes.data - owner.ctypes.data
+        self.shape, self.dtype, self.strides = array.shape, array.dtype, array.strides
+
+    def array(self) -> Array:
+        """Raises DeviceError where the memory has been given back."""
+        owner = self.owner()
+        if owner is None:
+            raise DeviceError("a graph uses memory that has been given back")
+        return np.ndarray(self.shape, self.dtype, owner, self.offset, self.strides)
+
+
+class SimulatedRuntime:
+    """The runtime of ``ops.cuda`` on a simulator. Fresh memory is NaN (floats) or 77 (integers).
+
+    What is recorded is what a graph holds: launches, products and fills, with the numbers and addresses that they had. Starting
+    it runs no line of the function that was recorded.
+    """
+
     kind = "simulated"
     stream_address = 0
 
     def __init__(self, schedule: str = "forward", seed: int = 0) -> None:
         self.check: Callable[[], None] = lambda: None
         self.simulator = Simulator(schedule, seed)
+        self.capturing = False
+        self._graph: list[Callable[[], None]] = []
         self.launches: list[str] = []
         self.recorded = 0
         self.allowed = False  # TF32
@@ -35,27 +61,45 @@ class SimulatedRuntime:
         """Forked processes have GPUs of their own."""
         return f"process {os.getpid()}"
 
+    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Now, or whenever the graph starts that is being recorded."""
+        if not self.capturing:
+            work(*arguments)
+            return
+        places = [Place(x) if isinstance(x, np.ndarray) else x for x in arguments]
+        self._graph.append(lambda: work(*(x.array() if isinstance(x, Place) else x for x in places)))
+
+    def _refuse(self, what: str) -> None:
+        if self.capturing:
+            raise DeviceError(f"{what} inside a graph")
+
     def launch(self, kernel: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
-        self.launches.append(kernel.py_func.__name__)
-        self.simulator.launch(kernel, grid, block, arguments)
+        def start(*arguments: Any) -> None:
+            self.launches.append(kernel.py_func.__name__)
+            self.simulator.launch(kernel, grid, block, arguments)
+
+        self._do(start, *arguments)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        self._refuse("an allocation")
         made = np.empty(shape, dtype)
         made.fill(np.nan if made.dtype.kind == "f" else 77)
         return made
 
     def upload(self, host: Any, out: Any = None) -> Array:
+        self._refuse("an upload")
         if out is None:
             return np.array(host)
         out[...] = host
         return out
 
     def download(self, array: Array) -> Any:
+        self._refuse("a download")
         self.synchronize()
         return array.copy()
 
     def fill(self, array: Array, value: float) -> None:
-        array.fill(value)
+        self._do(lambda x: x.fill(value), array)
 
     @contextlib.contextmanager
     def tensor_floats(self, allowed: bool) -> Iterator[None]:
@@ -68,20 +112,40 @@ class SimulatedRuntime:
         self.check = check
 
     def synchronize(self) -> None:
+        self._refuse("waiting")
         self.check()
 
     def memory(self) -> tuple[int, int]:
         return 1 << 30, 1 << 30
 
-    def record(self, function: Any) -> Any:
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
-        return function
+        graph, self._graph, self.capturing = list[Callable[[], None]](), [], True
+        try:
+            function()
+        finally:
+            graph, self._graph, self.capturing = self._graph, graph, False
+
+        def start() -> None:
+            for work in graph:
+                work()
+
+        return start
 
     def gemm(self, product: Any) -> None:
         """Inputs widened to float32, one rounding of the result."""
-        p = product
+        p, allowed = product, self.allowed
+        sizes, more = (p.m, p.n, p.k), {"trans_a": p.trans_a, "trans_b": p.trans_b, "beta": p.beta, "batch": p.batch}
+
+        def multiply(*arrays: Array) -> None:
+            ends = [(array, *part[1:]) for array, part in zip(arrays, (p.c, p.a, p.b), strict=True)]
+            self._multiply(Product(*ends, sizes, **more), allowed)
+
+        self._do(multiply, p.c[0], p.a[0], p.b[0])
+
+    def _multiply(self, p: Any, allowed: bool) -> None:
         if p.a[0].dtype == np.float32:
-            self.products.append(self.allowed)
+            self.products.append(allowed)
 
         def view(part: Any, rows: int, cols: int) -> Array:
             array, start, length, stride = part

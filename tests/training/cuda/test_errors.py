@@ -156,6 +156,65 @@ def test_a_failing_launch_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         gpu.synchronize()
 
 
+class Call:
+    """Any object of cupy's whose calls fail: an error of the device comes with whichever is next."""
+
+    ndim, size, nbytes = 1, 2, 8
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return
+
+    @property
+    def data(self) -> Any:
+        return self
+
+    def fails(self, *_arguments: Any, **_more: Any) -> Any:
+        raise RuntimeError("unspecified launch failure")
+
+    set = get = fill = memset_async = launch = empty = fails
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda gpu: gpu.upload(np.zeros(2), Call()),
+        lambda gpu: gpu.download(Call()),
+        lambda gpu: gpu.fill(Call(), 0),
+        lambda gpu: gpu.fill(Call(), 1),
+        lambda gpu: gpu.empty((2,), np.float32),
+        lambda gpu: gpu.record(print)(),
+    ],
+)
+def test_an_error_of_the_device_is_told_by_whichever_call_it_reaches(call: Any) -> None:
+    class Stream(Call):
+        def synchronize(self) -> None:
+            return
+
+    gpu = object.__new__(GpuRuntime)
+    cupy = Call()
+    cupy.cuda = SimpleNamespace(memory=SimpleNamespace(OutOfMemoryError=MemoryError))  # type: ignore[attr-defined]
+    gpu.__dict__.update(
+        _recent=_gpu.deque(["softmax_kernel"], maxlen=4), cupy=cupy, stream=Stream(), _check=None, _capture=lambda _f: Call()
+    )
+    with pytest.raises(DeviceError, match=r"the GPU reports: unspecified launch failure; started last: softmax_kernel"):
+        call(gpu)
+
+
+def test_what_an_earlier_trainer_has_given_back_is_free() -> None:
+    """cupy keeps the memory of arrays that are gone, and the driver counts it as used."""
+    kept = [70]
+    calls = SimpleNamespace(memGetInfo=lambda: (100 - kept[0], 100))
+    gpu = object.__new__(GpuRuntime)
+    gpu.__dict__["cupy"] = SimpleNamespace(
+        cuda=SimpleNamespace(runtime=calls),
+        get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: kept.__setitem__(0, 0)),
+    )
+    assert gpu.memory() == (100, 100)
+
+
 def test_what_watches_the_device_ends_the_waiting_for_it() -> None:
     """A message that never comes keeps the stream busy; the network's error is told as it is. So is the device's own."""
 
@@ -216,7 +275,7 @@ def test_nothing_is_allocated_inside_a_graph() -> None:
     simulated = SimulatedRuntime()
     with use_runtime(simulated):
         first = kept("x", 8, np.float32)
-        simulated.capturing = True  # type: ignore[misc]
+        simulated.capturing = True
         assert kept("x", 8, np.float32) is first
         with pytest.raises(DeviceError, match="allocated inside a graph"):
             kept("y", 8, np.float32)

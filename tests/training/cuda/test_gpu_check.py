@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
-from pyengine_training.config import ModelConfig
+from pyengine_training.arena import Arena
+from pyengine_training.backend.cuda import CudaBackend
+from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.gpu_check import __main__ as main
-from pyengine_training.gpu_check import sections
+from pyengine_training.gpu_check import ranks, sections
 from pyengine_training.gpu_check.cases import linear, rmsnorm
 from pyengine_training.ops.cuda import attention
 from pyengine_training.ops.cuda._runtime import use_runtime
 from simulated_runtime import SimulatedRuntime
 
 ROOT = Path(__file__).parents[3]
+PATIENCE = 600  # seconds that a process lasts which nobody should wait for
 TINY = ModelConfig(vocab_size=11, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=8, max_seq_len=4)
 
 
@@ -67,6 +73,41 @@ def test_without_a_gpu_every_section_says_so_and_the_run_fails(tmp_path: Path) -
     assert lines[-1] == {"summary": {"versions": "no device", "kernels": "no device"}, "ok": False}
 
 
+Section = Callable[..., str]
+
+
+@pytest.fixture
+def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Section:
+    """Runs code as a section and returns its status; late: its time is over as soon as it has said something."""
+
+    def run(code: str, *, late: bool = False) -> str:
+        said = threading.Event()
+        report = main.Report(str(tmp_path))
+        line = report.line
+
+        def noticed(text: str) -> None:
+            line(text)
+            said.set()
+
+        class Child(subprocess.Popen[str]):
+            def __init__(self, _command: Any, **options: Any) -> None:
+                super().__init__([sys.executable, "-c", code], **options)
+
+            def wait(self, timeout: float | None = None) -> int:
+                if timeout is None or not late:
+                    return super().wait()
+                assert said.wait(PATIENCE)
+                raise subprocess.TimeoutExpired(code, timeout)
+
+        monkeypatch.setattr(report, "line", noticed)
+        monkeypatch.setattr(main.subprocess, "Popen", Child)
+        status = main.run_section("kernels", 1, report)
+        report.close()
+        return status
+
+    return run
+
+
 @pytest.mark.parametrize(
     "code, status",
     [
@@ -78,19 +119,47 @@ def test_without_a_gpu_every_section_says_so_and_the_run_fails(tmp_path: Path) -
         ("import time; print('{\"a\": 1}', flush=True); time.sleep(60)", "timeout"),
     ],
 )
-def test_every_ending_of_a_section_is_told(
-    code: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = subprocess.Popen
-    monkeypatch.setattr(main.subprocess, "Popen", lambda _c, **options: real([sys.executable, "-c", code], **options))
-    report = main.Report(str(tmp_path))
-    assert main.run_section("kernels", 1 if status == "timeout" else 30, report) == status
-    report.close()
+def test_every_ending_of_a_section_is_told(code: str, status: str, tmp_path: Path, section: Section) -> None:
+    assert section(code, late=status == "timeout") == status
     lines = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
     assert lines[-1]["status"] == status
     assert ({"a": 1} in lines) == ("a" in code and "{" in code)
     if "broken" in code:
         assert "ValueError: broken" in lines[-1]["detail"]
+
+
+@pytest.mark.parametrize("end", ["", "time.sleep(600)"])
+def test_what_a_section_has_started_ends_with_it(end: str, tmp_path: Path, section: Section) -> None:
+    """A compiler that has the section's pipes would hold up the others until it is done."""
+    started = f"subprocess.Popen(['sh', '-c', 'sleep {PATIENCE}; touch {tmp_path}/done'])"
+    code = f"import subprocess, time; {started}; print('{{\"a\": 1}}', flush=True); {end}"
+    assert section(code, late=bool(end)) == ("timeout" if end else "ok")
+    assert json.loads((tmp_path / "gpu_check.jsonl").read_text().splitlines()[0]) == {"a": 1}
+    assert not (tmp_path / "done").exists()
+
+
+def test_what_a_section_says_need_not_be_text(tmp_path: Path, section: Section) -> None:
+    """Of libraries, in whatever encoding; more than a pipe holds, so that it would wait for a reader who has given up."""
+    code = "import sys; sys.stderr.buffer.write(b'\\xff' * (1 << 18)); print('{\"a\": 1}'); sys.exit('broken')"
+    assert section(code) == "failed"
+    lines = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
+    assert lines[0] == {"a": 1} and lines[1]["detail"].endswith("broken")
+
+
+def test_ranks_that_fail_do_not_lose_what_the_others_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_processes(size: int, work: Any) -> list[Any]:
+        run = work.keywords["run"]
+        if run.by == "host":
+            raise RuntimeError("ranks ended with the exit codes [1, -9]")
+        return [{"same": {"steps": [[1.5, 0.5, False]]}, "ms": 1.0}] * size
+
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(ranks, "on_processes", on_processes)
+    runs = [ranks.Run(1), ranks.Run(2, "host"), ranks.Run(2, "nccl")]
+    config = TrainConfig(seq_len=3, batch_size=2, shards=2, steps=1)
+    assert not ranks.compare(runs, TINY, config, lambda _step: (None, None), lambda **values: said.append(values))
+    assert [(line["by"], line["ok"]) for line in said] == [("", True), ("host", False), ("nccl", True)]
+    assert said[1]["error"] == "ranks ended with the exit codes [1, -9]"
 
 
 class Pool:
@@ -187,4 +256,18 @@ def test_a_wrong_device_is_found(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tiny, "gemm", wrong)
     assert not sections.kernels()
     assert not sections.matmuls()
+    assert not sections.gradients()
+
+
+def test_a_gradient_that_is_no_number_is_found(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is not the first one, and the loss is right."""
+    real = CudaBackend.grads.fget
+    assert real is not None
+
+    def broken(backend: CudaBackend) -> Arena:
+        grads = real(backend)
+        grads[list(grads.shapes)[-1]][0] = np.nan
+        return grads
+
+    monkeypatch.setattr(CudaBackend, "grads", property(broken))
     assert not sections.gradients()

@@ -11,6 +11,9 @@ pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 pytest.importorskip("numba_cuda", reason="the CUDA kernels need numba-cuda: extra [cuda]")
 
 from numba import cuda, float32
+from pyengine_training.ops import cuda as ops
+from pyengine_training.ops.cuda._runtime import DeviceError, use_runtime
+from simulated_runtime import SimulatedRuntime
 from simulator import SCHEDULES, SimulationError, Simulator
 
 Array = np.ndarray[Any, Any]
@@ -184,3 +187,42 @@ def test_impossible_launches_are_errors() -> None:
     for grid, block in ((0, 32), (1, 0), (1, 1025)):
         with pytest.raises(SimulationError, match="has 1 to"):
             Simulator().launch(block_order_kernel, grid, block, (np.zeros(1),))
+
+
+# ---- recorded steps ----------------------------------------------------------------------------------------------
+
+
+def test_starting_a_graph_runs_no_line_of_what_was_recorded() -> None:
+    """It adds what lay there in the numbers that it had, however these have changed."""
+    x, ran, value = np.ones(40, np.float32), list[int](), [2.0]
+    with use_runtime(SimulatedRuntime()) as device:
+        y = device.empty((40,), np.float32)
+
+        def step() -> None:
+            ran.append(1)
+            device.fill(y, value[0])
+            ops.add(y, x)
+
+        start = device.record(step)
+        value[0] = 100.0
+        assert np.isnan(y).all()  # nothing is done while it is recorded
+        for _ in range(2):
+            x += 1
+            start()
+            np.testing.assert_array_equal(y, 2 + x)
+    assert ran == [1]
+
+
+def test_a_graph_keeps_no_memory_and_takes_none() -> None:
+    x = np.ones(8, np.float32)
+    with use_runtime(SimulatedRuntime()) as device:
+        held = [device.empty((8,), np.float32)]
+        start = device.record(lambda: ops.add(held[0][:4], x[:4]))
+        start()
+        held.clear()
+        with pytest.raises(DeviceError, match="memory that has been given back"):
+            start()
+        for what in (lambda: device.empty((1,), np.float32), lambda: device.upload(x), device.synchronize):
+            with pytest.raises(DeviceError, match="inside a graph"):
+                device.record(what)
+        assert not device.capturing

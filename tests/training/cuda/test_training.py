@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pyengine_training.config import ModelConfig, TrainConfig
 from pyengine_training.data import ValidationBatch
 from pyengine_training.device import CPU, Device, make_trainer
 from pyengine_training.errors import NotFiniteError
+from pyengine_training.ops.cuda import _runtime
 from pyengine_training.ops.cuda._runtime import DeviceError, use_runtime
 from pyengine_training.trainer import Trainer
 from simulated_runtime import SimulatedRuntime
@@ -95,6 +97,15 @@ def test_gradients_with_qk_norm_and_documents() -> None:
     wanted, got = (trainer.grads for trainer in trainers)
     for name in wanted.shapes:
         assert distance(got[name], wanted[name]) < 1e-5, name
+
+
+def test_a_batch_of_whole_rows_comes_after_one_of_documents() -> None:
+    """What a position sees lies in a buffer that outlives the step."""
+    gpu = pair()[1]
+    wanted = gpu.gradients(*batch(0))
+    documents = gpu.gradients(*batch(0), np.array([[0, 0, 2, 2, 4], [0, 1, 2, 3, 4]]))
+    assert documents != wanted
+    assert gpu.gradients(*batch(0)) == wanted
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -278,6 +289,24 @@ def test_a_run_holds_what_was_predicted(precision: str, ranks: int, shard: bool,
         for quantize in {False, config.quantize != "never"}:
             trainer.validate(validation, 10, quantize)
     assert counted.peak == wanted  # type: ignore[attr-defined]
+
+
+def test_a_trainer_that_is_closed_leaves_its_memory_to_the_next() -> None:
+    """At once, without a search for circles: what measures a step is followed by the trainer of the run."""
+    with use_runtime(Counted()) as counted:
+        trainer = make_trainer(MODEL, CONFIG, device=Device("cuda"))
+        for _ in range(CONFIG.steps):
+            trainer.step(*batch(0))
+        gc.collect()
+        gc.disable()
+        try:
+            trainer.close()
+            del trainer
+            kept = _runtime._kept[counted]
+            of_the_device = sum(array.nbytes for array in (*kept.arrays.values(), *kept.numbers.values()))
+            assert sum(counted.sizes.values()) == of_the_device  # type: ignore[attr-defined]
+        finally:
+            gc.enable()
 
 
 def test_the_products_matrices_are_the_masters_rounded_to_nearest() -> None:

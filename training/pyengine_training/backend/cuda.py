@@ -6,7 +6,7 @@ bfloat16, or float32 with precision "float32". Steps that simulate int8 and all 
 bfloat16 would change the codes. With precision "bf16" the products of such steps may use TF32; validation never does.
 
 A step is one list of launches. The first runs it as it is, which compiles the kernels; then it is recorded into a graph
-and started with one call. What changes between steps (learning rates, bias corrections, 1 / targets, seed, and the clip
+and started with one call. What changes between steps (learning rates, bias corrections, 1 / targets, and the clip
 coefficient, which the device computes itself) lies in the small device array ``knobs``. The only wait is at the end, for
 the loss. Updates are skipped on the device when the gradient's norm is not finite, so parameters stay as they were.
 
@@ -179,8 +179,10 @@ class CudaBackend:
         self.optimizer.load(m, v)
 
     def close(self) -> None:
-        """Stop the host's threads."""
+        """Stop the host's threads, and forget the graphs: where steps are not recorded they are this back end's own methods, and
+        its arrays would not go with its last reference."""
         self.pool.shutdown()
+        self._graphs.clear()
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
@@ -252,7 +254,9 @@ class CudaBackend:
         device = runtime()
         device.upload(np.ascontiguousarray(tokens[rows], np.int64), self._tokens[:n])
         device.upload(np.ascontiguousarray(targets[rows], np.int64), self._targets[:n])
-        if inputs.starts is not None:
+        if inputs.starts is None:  # every position sees its whole row, also after a batch of documents
+            ops.fill(self._starts, 0)
+        else:
             device.upload(np.ascontiguousarray(inputs.starts[rows], np.int64), self._starts[:n])
         knobs = adamw.host_knobs(
             step=inputs.step + 1,

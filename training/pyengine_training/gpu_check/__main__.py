@@ -7,8 +7,10 @@ that whatever ends the run leaves what was found. Exit code 0 only if every sect
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,9 +68,9 @@ def run_section(name: str, limit: float, report: Report) -> str:
     command = [sys.executable, "-m", f"{__package__}", "--section", name]
     began = time.monotonic()
     environment = {**os.environ, "PYENGINE_CUDA_CACHE": "1", "NUMBA_CACHE_DIR": report.kernels}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as child:
-        code, errors = follow(child, limit, report)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    child = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    code, errors = follow(child, limit, report)
     statuses = {None: "timeout", 0: "ok", 1: "failed", NO_DEVICE: "no device"}
     status = statuses.get(code, "crashed")
     values = {"section": name, "status": status, "seconds": round(time.monotonic() - began, 1)}
@@ -79,7 +81,10 @@ def run_section(name: str, limit: float, report: Report) -> str:
 
 
 def follow(child: subprocess.Popen[str], limit: float, report: Report) -> tuple[int | None, str]:
-    """Pass on the child's findings as they come; its exit code (None: killed at the limit) and what it wrote to stderr."""
+    """Pass on the child's findings as they come; its exit code (None: killed at the limit) and what it wrote to stderr.
+
+    What it has started ends with it: a compiler, for one, that has its pipes would hold up the sections that come after.
+    """
     errors: list[str] = []
 
     def pass_on() -> None:
@@ -98,19 +103,25 @@ def follow(child: subprocess.Popen[str], limit: float, report: Report) -> tuple[
     try:
         code: int | None = child.wait(timeout=limit)
     except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
         code = None
-    for reader in readers:
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nobody is left
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    for reader, pipe in zip(readers, (child.stdout, child.stderr), strict=True):
         reader.join(timeout=5)
+        if pipe is not None and not reader.is_alive():  # closing waits for who reads, and so for who has left the child's session
+            pipe.close()
     return code, "".join(errors)
 
 
 def run_child(name: str) -> int:
     """One section in this process."""
     from ..errors import TrainingError
+    from ..supervise import die_with
     from . import sections
 
+    die_with(os.getppid())  # whose terminal, or whose time limit, does not reach this session
     try:
         return 0 if sections.SECTIONS[name]() else 1
     except (TrainingError, ImportError) as error:

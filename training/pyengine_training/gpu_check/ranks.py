@@ -209,14 +209,19 @@ def compare(
     batch: Callable[[int], tuple[Any, Any]],
     say: Callable[..., None],
 ) -> bool:
-    """Whether all ranks of all runs on one kind of device find what the first run of one rank does; a line a run."""
+    """Whether all ranks of all runs on one kind of device find what the first of these runs does; a line a run."""
     wanted: dict[str, Any] = {}
     ok = True
     for run in runs:
-        found = on_processes(run.ranks, partial(train, run=run, model=model, config=config, batch=batch))
+        what = {"ranks": run.ranks, "by": run.by, "device": run.device, "sharded": run.shard_optimizer}
+        try:
+            found = on_processes(run.ranks, partial(train, run=run, model=model, config=config, batch=batch))
+        except RuntimeError as error:  # a finding, and the others still count
+            say(**what, error=str(error), ok=False)
+            ok = False
+            continue
         first = wanted.setdefault(run.device, found[0]["same"])
         same = all(rank["same"] == first for rank in found)
-        what = {"ranks": run.ranks, "by": run.by, "device": run.device, "sharded": run.shard_optimizer}
         say(**what, ms=found[0]["ms"], losses=[loss for loss, _, _ in found[0]["same"]["steps"]], ok=same)
         ok = ok and same
     return ok

@@ -81,7 +81,9 @@ def chain(rows: int, seq_len: int, seed: int, vocab: int = 256) -> tuple[Array, 
 
 
 def distance(got: Array, wanted: Array) -> float:
-    return float(np.linalg.norm(got - wanted) / max(1e-30, float(np.linalg.norm(wanted))))
+    """Of two arrays, relative to the one that is wanted; infinite where it is no number, which no maximum would find."""
+    found = float(np.linalg.norm(got - wanted) / max(1e-30, float(np.linalg.norm(wanted))))
+    return found if np.isfinite(found) else float("inf")
 
 
 # ---- sections ----------------------------------------------------------------------------------------------------
@@ -247,10 +249,11 @@ def loss_curve() -> bool:
 
 
 def resume() -> bool:
-    """Save, go on, restore into a fresh trainer, go on: the same bits, through the quantized decay."""
+    """Save, go on while that is written, restore into a fresh trainer, go on: the same bits, through the quantized decay."""
     gpu()
     from ..checkpoint import hf_config, hf_tensors
     from ..files import save_safetensors, write_json
+    from ..threads import Beside
 
     config = TrainConfig(seq_len=SEQ, batch_size=8, shards=2, steps=6, decay_fraction=0.5, quantize_fraction=0.0)
     results = []
@@ -260,17 +263,25 @@ def resume() -> bool:
         first.initialize()
         for step in range(2):
             first.step(*chain(8, SEQ, step, SMALL.vocab_size))
+        params, beside = first.params.copy(), Beside()
 
         def write_model(target: Path) -> None:
             write_json(target / "config.json", hf_config(first.model, 0, 0))
-            save_safetensors(target / "model.safetensors", hf_tensors(first.params, first.model))
+            save_safetensors(target / "model.safetensors", hf_tensors(params, first.model))
 
-        first.save(folder, "data", write_model)
-        second = make_trainer(SMALL, config, device=Device("cuda"))
-        second.restore(folder)
-        for trainer in (first, second):
+        def go_on(trainer: Trainer) -> None:
             losses = [trainer.step(*chain(8, SEQ, step, SMALL.vocab_size)).loss for step in range(2, 6)]
             results.append((losses, trainer.params.flat.copy()))
+
+        try:
+            first.save(folder, "data", write_model, beside=beside)
+            go_on(first)
+            beside.finish()
+        finally:
+            beside.close()
+        second = make_trainer(SMALL, config, device=Device("cuda"))
+        second.restore(folder)
+        go_on(second)
     same_losses = results[0][0] == results[1][0]
     same_bits = bool(np.array_equal(results[0][1], results[1][1]))
     say(same_losses=same_losses, same_parameters=same_bits, losses=results[0][0])

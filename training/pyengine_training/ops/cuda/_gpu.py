@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -109,27 +109,30 @@ class GpuRuntime:
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         self.stream_address = int(self.stream.ptr)
         self._numba_stream = self.cuda.external_stream(self.stream.ptr)
+        self._recent: deque[str] = deque(maxlen=4)
         self._workspace = self.empty((WORKSPACE_BYTES,), np.uint8)
         self._cublas = Cublas(load_cublas(), self.stream.ptr, self._workspace.data.ptr, lambda x: int(x.data.ptr))
         self._bound: dict[tuple[int, int, str], Any] = {}
-        self._recent: deque[str] = deque(maxlen=4)
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Raises DeviceError when the GPU's memory is full."""
-        try:
-            with self.stream:
-                return self.cupy.empty(shape, dtype)
-        except self.cupy.cuda.memory.OutOfMemoryError as error:
-            free, total = self.memory()
-            raise DeviceError(
-                f"out of GPU memory: {np.dtype(dtype).itemsize * int(np.prod(shape)):,} bytes wanted, "
-                f"{free:,} of {total:,} free; {ADVICE}"
-            ) from error
+        with self._told():
+            try:
+                with self.stream:
+                    return self.cupy.empty(shape, dtype)
+            except self.cupy.cuda.memory.OutOfMemoryError as error:
+                free, total = self.memory()
+                raise DeviceError(
+                    f"out of GPU memory: {np.dtype(dtype).itemsize * int(np.prod(shape)):,} bytes wanted, "
+                    f"{free:,} of {total:,} free; {ADVICE}"
+                ) from error
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes of the GPU."""
+        """Free and total bytes of the GPU. What cupy has kept of arrays that are gone is given back first: an earlier trainer of
+        this process, which measured a step, takes nothing from the next one."""
+        self.cupy.get_default_memory_pool().free_all_blocks()
         free, total = self.cupy.cuda.runtime.memGetInfo()
         return int(free), int(total)
 
@@ -137,19 +140,20 @@ class GpuRuntime:
         host = np.ascontiguousarray(host)
         if out is None:
             out = self.empty(host.shape, host.dtype)
-        with self.stream:
+        with self._told(), self.stream:
             out.set(host, stream=self.stream)
         self.synchronize()  # the host array may go away
         return out
 
     def download(self, array: Array) -> Any:
         self.synchronize()
-        return array.get(stream=self.stream)
+        with self._told():
+            return array.get(stream=self.stream)
 
     def fill(self, array: Array, value: float) -> None:
         if array.size == 0:
             return
-        with self.stream:
+        with self._told(), self.stream:
             if value == 0:
                 array.data.memset_async(0, array.nbytes, self.stream)
             else:
@@ -199,14 +203,20 @@ class GpuRuntime:
         return bool(self.cupy.cuda.runtime.streamQuery(self.stream_address) == NOT_READY)
 
     def synchronize(self) -> None:
-        try:
+        with self._told():
             while self._check is not None and self._is_busy():
                 self._check()
                 time.sleep(POLL)
             self.stream.synchronize()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """An error of the device reaches whatever is called next: as a DeviceError that says what had been started."""
+        try:
+            yield
         except DeviceError:
             raise
-        except Exception as error:
+        except Exception as error:  # cupy's many classes
             raise DeviceError(
                 f"the GPU reports: {error}; started last: {', '.join(self._recent)}. "
                 "PYENGINE_CUDA_SYNC=1 names the kernel exactly"
@@ -225,7 +235,8 @@ class GpuRuntime:
 
         def start() -> None:
             self._recent.append("a recorded step")
-            graph.launch(self.stream)
+            with self._told():
+                graph.launch(self.stream)
 
         return start
 
