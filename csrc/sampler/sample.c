@@ -91,11 +91,12 @@ static pe_status guess(pe_sampler *s, const pe_logit_row *row, uint64_t position
     return PE_OK;
 }
 
-/* Whether ids (n) ascend in the vocabulary. Without a branch, so many at a time: a head knows some ten thousand tokens. */
+/* Whether ids (n) ascend in the vocabulary. A head knows some ten thousand: compilers make vectors of this loop, of one with a bool
+ * they do not. */
 static bool ids_ascend(const int32_t *ids, size_t n, size_t vocab_size) {
-    bool ascend = ids[0] >= 0 && (size_t)ids[n - 1] < vocab_size;
-    for (size_t i = 1; i < n; i++) ascend &= ids[i - 1] < ids[i];
-    return ascend;
+    int32_t falls = ids[0] < 0 || (size_t)ids[n - 1] >= vocab_size;
+    for (size_t i = 1; i < n; i++) falls |= ids[i - 1] >= ids[i];
+    return falls == 0;
 }
 
 pe_status pe_sampler_guess(pe_sampler *s, const float *logits, const int32_t *ids, size_t n, uint64_t position,

@@ -15,7 +15,7 @@ from pyengine.serve.exchange import Exchange, dumps, event
 from pyengine.serve.tools import arguments_of, reader_of
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
+    from pyengine.run.jobs import Job
     from pyengine.serve.app import App
 
 _Block = dict[str, Any]

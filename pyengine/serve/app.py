@@ -13,9 +13,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
-from pyengine.async_engine import Job
 from pyengine.errors import PyEngineError
 from pyengine.results import Piece
+from pyengine.run.jobs import Job
 from pyengine.run.request import GenerationRequest
 from pyengine.serve import work
 from pyengine.serve.access import Access

@@ -20,7 +20,7 @@ from pyengine.serve.prompts import note_user
 from pyengine.serve.tools import arguments_of, reader_of
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
+    from pyengine.run.jobs import Job
     from pyengine.serve.app import App
     from pyengine.serve.models import ServedModel
 

@@ -20,7 +20,7 @@ from pyengine.serve.store import Stored
 from pyengine.serve.tools import reader_of
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
+    from pyengine.run.jobs import Job
     from pyengine.serve.app import App
 
 _Item = dict[str, Any]

@@ -7,9 +7,9 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pyengine.async_engine import Job
 from pyengine.results import FinishReason, Piece, Timings
 from pyengine.run.beam_search import BeamRequest, BeamSearch
+from pyengine.run.jobs import Job
 from pyengine.run.request import GenerationRequest, Request
 from pyengine.serve.errors import HTTPError
 

@@ -60,7 +60,7 @@ def test_what_no_context_has_made_is_refused(model: _core.Model) -> None:
         with pytest.raises(InvalidArgumentError, match="closed, or of another context"):
             context.forward([1], [wrong], bytes(1))  # type: ignore[list-item]
     for wrong in (_core.Sequence(), other.sequence_new()):  # whose numbers are those of `sequence`
-        with pytest.raises(InvalidArgumentError, match="closed|of another context"):
+        with pytest.raises(InvalidArgumentError, match=r"closed|of another context"):
             context.debug_kv_page(wrong, 0, 0, 0)
 
 
