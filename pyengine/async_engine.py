@@ -15,6 +15,8 @@ from pyengine.run.request import GenerationRequest, Request
 from pyengine.text.prompts import is_batch
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
@@ -104,10 +106,11 @@ class AsyncEngine:
 
     # ------------------------------------------------------------ jobs
 
-    async def prepare(self, make: Callable[[Job], Sequence[Request]]) -> Job:
-        """A job with the requests of make(job), not started. `make` runs in another thread: it may tokenize a long text."""
+    async def prepare(self, make: Callable[[Job], Sequence[Request]], executor: Executor | None = None) -> Job:
+        """A job with the requests of make(job), not started. `make` runs in another thread, of `executor` or of the loop: it may
+        tokenize a long text."""
         job = Job(self.stepper)
-        job.requests = await asyncio.to_thread(make, job)
+        job.requests = await job.loop.run_in_executor(executor, make, job)
         return job
 
     async def start(self, make: Callable[[Job], Sequence[Request]]) -> Job:

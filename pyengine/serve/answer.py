@@ -107,7 +107,7 @@ class Choice(ABC):
 
 
 async def answer(app: App, exchange: Exchange, call: Call) -> None:
-    async with app.job(exchange, call.model, call.make) as job:
+    async with app.job(exchange, call.model, call.make, call.params) as job:
         if call.beams is not None:
             await app.finish(exchange, call.model, job)
             searches = work.searches(job)

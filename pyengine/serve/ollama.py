@@ -114,7 +114,7 @@ async def _answer(app: App, exchange: Exchange, model: ServedModel, call: Call |
         await exchange.reply_json({**head, "created_at": _time(), **empty, "done": True, "done_reason": "load"})
         return
     output = _Output(call)
-    async with app.job(exchange, model, call.make) as job:
+    async with app.job(exchange, model, call.make, call.params) as job:
         if call.stream is not None:
             await _stream(app, exchange, call, job, output)
             return
