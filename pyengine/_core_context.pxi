@@ -49,6 +49,8 @@ cdef class RowView:
     cdef Py_ssize_t strides[2]
 
     def __getbuffer__(self, Py_buffer *view, int flags):
+        if self.context is None:  # not made by a Context
+            raise BufferError("this is no context's row")
         cdef pe_context *context = self.context.context
         cdef Model model = self.context.model
         if self.context.busy:
@@ -272,7 +274,7 @@ cdef class Context:
         cdef int32_t[::1] ids = array("i", bytes(n * sizeof(int32_t)))
         for i in range(n):
             sequence = rows[i]
-            if sequence.context is not self:
+            if sequence is None or sequence.context is not self:
                 raise InvalidArgumentError("this sequence is closed, or of another context")
             ids[i] = sequence.id
         batch.n_tokens = n
@@ -345,7 +347,8 @@ cdef class Context:
 
     def debug_kv_page(self, Sequence sequence not None, uint32_t layer, uint32_t kv_head, size_t page) -> bytes:
         """The bytes of one KV page of one layer and kv head (b"" if there is none)."""
-        self.check_idle()
+        if sequence.idle_context() is not self:
+            raise InvalidArgumentError("this sequence is of another context")
         cdef size_t n_bytes = pe_debug_kv_page(self.context, sequence.open_id(), layer, kv_head, page, NULL, 0)
         cdef bytearray out = bytearray(n_bytes)
         cdef uint8_t[::1] view = out

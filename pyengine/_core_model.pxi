@@ -10,12 +10,13 @@ cdef class _Tensors:
 
     def __cinit__(self, const uint8_t[::1] buffer, tensors):
         cdef size_t i = 0, offset, n_bytes, size = buffer.shape[0]
-        self.n = len(tensors)
-        self.names = [(name.encode(), kind.encode()) for name, (_, _, kind) in tensors.items()]
+        cdef list entries = list(tensors.items())
+        self.n = len(entries)
+        self.names = [(name.encode(), kind.encode()) for name, (_, _, kind) in entries]
         self.items = <pe_tensor *>PyMem_Malloc((self.n + 1) * sizeof(pe_tensor))
         if self.items == NULL:
             raise MemoryError
-        for name, (begin, length, _) in tensors.items():
+        for name, (begin, length, _) in entries:
             offset, n_bytes = begin, length
             if n_bytes == 0 or offset >= size or n_bytes > size - offset:
                 raise ModelFormatError(f"tensor {name} lies outside the file")
@@ -48,11 +49,12 @@ cdef class Model:
         cdef pe_config c
         cdef char[PE_ERR_LEN] err
         cdef size_t i
-        cdef pe_layer_spec *specs = <pe_layer_spec *>PyMem_Malloc((len(config.layers) + 1) * sizeof(pe_layer_spec))
+        cdef tuple layers = tuple(config.layers)
+        cdef pe_layer_spec *specs = <pe_layer_spec *>PyMem_Malloc((len(layers) + 1) * sizeof(pe_layer_spec))
         if specs == NULL:
             raise MemoryError
         try:
-            c.dim, c.hidden_dim, c.n_layers = config.dim, config.hidden_dim, len(config.layers)
+            c.dim, c.hidden_dim, c.n_layers = config.dim, config.hidden_dim, len(layers)
             c.n_heads, c.n_kv_heads, c.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
             c.vocab_size, c.max_seq_len = config.vocab_size, config.max_seq_len
             c.norm_eps, c.tie_embeddings = config.norm_eps, config.tie_embeddings
@@ -64,8 +66,8 @@ cdef class Model:
             c.attention_sinks, c.router_bias = config.attention_sinks, config.router_bias
             c.gate_up_bias, c.down_bias = config.gate_up_bias, config.down_bias
             c.attention_softcap, c.logits_softcap = config.attention_softcap, config.logits_softcap
-            names = [(layer.norm.encode(), layer.activation.encode()) for layer in config.layers]
-            for i, layer in enumerate(config.layers):
+            names = [(layer.norm.encode(), layer.activation.encode()) for layer in layers]
+            for i, layer in enumerate(layers):
                 specs[i].window, specs[i].rope = layer.window, layer.rope
                 specs[i].norm, specs[i].activation = names[i][0], names[i][1]
             c.layers = specs

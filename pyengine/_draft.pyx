@@ -147,6 +147,8 @@ def plan(DraftStats stats not None, list drafters not None, list mosts not None,
             raise OutOfMemoryError(f"no memory for {n} drafts")
         for i in range(n):
             drafter = drafters[i]
+            if drafter is None:
+                raise TypeError("a drafter is None")
             most = max(0, min(mosts[i], PE_DRAFT_MAX))
             to_tokens, to_chances = tokens + i * PE_DRAFT_MAX, chances + i * PE_DRAFT_MAX
             if forced is not None and forced[i]:

@@ -166,8 +166,9 @@ cdef class Sampler:
         c.min_tokens = params.min_tokens
         self.wants_logprobs = params.logprobs is not None
         c.n_top_logprobs = params.logprobs if self.wants_logprobs else -1
-        bias_ids = _Ids(params.logit_bias)
-        bias_values = array("f", [*params.logit_bias.values(), 0.0])
+        bias = dict(params.logit_bias)  # as many values as ids
+        bias_ids = _Ids(bias)
+        bias_values = array("f", [*bias.values(), 0.0])
         c.bias_ids, c.bias_values, c.n_bias = bias_ids.data, &bias_values[0], bias_ids.size
         if params.allowed_token_ids is not None:
             allowed = _Ids(params.allowed_token_ids)
@@ -258,8 +259,6 @@ cdef class Sampler:
         if n == 0 or (ids is not None and <size_t>ids.shape[0] != n):
             raise InvalidArgumentError(f"{n} logits for other tokens than those named")
         if ids is not None:
-            if ids[0] < 0 or <size_t>ids[n - 1] >= self.size:
-                raise InvalidArgumentError(f"ids from {ids[0]} to {ids[n - 1]} in a vocabulary of {self.size}")
             known = &ids[0]
         if mask is not None:
             held = _Mask(mask, self.size)

@@ -154,7 +154,7 @@ class EngineBase:
 
     @property
     def scheduler(self) -> Scheduler:
-        """What computes, for callers of a kind of their own (async_engine.py)."""
+        """What computes, for callers of a kind of their own (run/jobs.py)."""
         self._check_open()
         return self._scheduler
 

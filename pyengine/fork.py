@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Protocol
 
@@ -133,6 +134,14 @@ def _after_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+
+
+def call_after(*, in_parent: Callable[[], None] | None = None, in_child: Callable[[], None] | None = None) -> None:
+    """Call them after every fork, when its locks have been given back: handlers come in the order of their registration."""
+    handlers = {"after_in_parent": in_parent, "after_in_child": in_child}
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(**{name: handler for name, handler in handlers.items() if handler is not None})
+
 
 importing = threading.RLock()
 register(importing, _IMPORTING)

@@ -91,10 +91,20 @@ static pe_status guess(pe_sampler *s, const pe_logit_row *row, uint64_t position
     return PE_OK;
 }
 
+/* Whether ids (n) ascend in the vocabulary. A head knows some ten thousand: compilers make vectors of this loop, of one with a bool
+ * they do not. */
+static bool ids_ascend(const int32_t *ids, size_t n, size_t vocab_size) {
+    int32_t falls = ids[0] < 0 || (size_t)ids[n - 1] >= vocab_size;
+    for (size_t i = 1; i < n; i++) falls |= ids[i - 1] >= ids[i];
+    return falls == 0;
+}
+
 pe_status pe_sampler_guess(pe_sampler *s, const float *logits, const int32_t *ids, size_t n, uint64_t position,
                            const uint32_t *mask, pe_guess_kind kind, pe_guess *out, char *err) {
     if (n < 1 || n > s->vocab_size || (ids == NULL && n != s->vocab_size))
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "%zu logits for a vocabulary of %zu", n, s->vocab_size);
+    if (ids != NULL && !ids_ascend(ids, n, s->vocab_size))
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "ids of %zu tokens, which must ascend in a vocabulary of %zu", n, s->vocab_size);
     uint64_t env = pe_float_env_enter();
     pe_status status = guess(s, &(pe_logit_row){logits, ids, n}, position, mask, kind, out, err);
     pe_float_env_leave(env);

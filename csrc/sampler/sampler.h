@@ -104,7 +104,7 @@ typedef struct pe_guess {
 } pe_guess;
 
 /* A guess of a network that knows only some tokens: logits (n) of the tokens ids (n), ascending and in the vocabulary; NULL = the
- * whole vocabulary. All others count as banned. Returns as pe_sampler_sample does. */
+ * whole vocabulary. All others count as banned. Returns as pe_sampler_sample does, and PE_ERR_INVALID_ARGUMENT for other ids. */
 pe_status pe_sampler_guess(pe_sampler *sampler, const float *logits, const int32_t *ids, size_t n, uint64_t position,
                            const uint32_t *mask, pe_guess_kind kind, pe_guess *out, char *err);
 

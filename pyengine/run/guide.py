@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine import fork
 from pyengine.errors import InvalidArgumentError
 from pyengine.run.gbnf import is_gbnf, to_lark
+from pyengine.run.in_time import in_time
 from pyengine.run.speculation import until_end
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 # its "x-guidance".
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_GRAMMAR = 1 << 18  # characters of a schema, regex or grammar
+# For what becomes of one before its first token: milliseconds, as a rule. llguidance bounds much of it, but not regular
+# expressions that must all match: a schema with twenty patterns in "allOf" takes minutes.
+COMPILE_SECONDS = 20.0
 
 
 class Guide:
@@ -133,10 +137,17 @@ class Guides:
             if self._table is None:
                 self._table = self._make_table(llguidance)
         new_matcher = partial(llguidance.LLMatcher, self._table, _grammar(llguidance, wanted), log_level=0)
-        guide = Guide(new_matcher, self._vocab_size, self._end_ids)
-        guide.check()
-        guide.masks(())  # what is too complex to begin with shows here, and not in a step
-        return guide
+
+        def make() -> Guide:
+            guide = Guide(new_matcher, self._vocab_size, self._end_ids)
+            guide.check()
+            guide.masks(())  # what is too complex to begin with shows here, and not in a step
+            return guide
+
+        try:
+            return in_time(make, COMPILE_SECONDS)
+        except TimeoutError as error:
+            raise InvalidArgumentError(f"structured_outputs: too costly: {error}") from None
 
     def _make_table(self, llguidance: Any) -> Any:
         wrapper = llguidance.TokenizerWrapper(_Tokens(self._tokenizer, self._vocab_size, self._end_ids[0]))

@@ -14,7 +14,6 @@ point was reached.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -22,6 +21,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from pyengine import fork
 from pyengine._sampler import sample_many
 from pyengine._step_lock import StepLock
 from pyengine.errors import CancelledError, NotFiniteError, OutOfMemoryError, PyEngineError
@@ -171,7 +171,10 @@ class Scheduler:
         for request in list(self._requests.values()):
             if request.deadline is not None and now >= request.deadline and not request.is_done:
                 request.time_out()
-            if request.is_done or request.caller() is None:
+            is_left = request.caller() is None
+            if request.is_done or is_left:
+                if is_left and not request.is_done:  # whoever waits for it all the same must not wait for ever
+                    request.error = PyEngineError("nobody holds this request's caller any more, so it is not computed")
                 self._requests.pop(request.number, None)
                 is_one_done = True
         if not self._holders.keys() <= self._requests.keys():
@@ -429,6 +432,10 @@ class Scheduler:
         self.speculation.close()
         vars(self).pop("context", None)
 
+    def after_fork_in_parent(self) -> None:
+        """A fork holds the lock while it waits for others: what was aborted meanwhile is let go of here."""
+        self._sweep_after()
+
     def after_fork_in_child(self) -> None:
         """The callers of other threads do not exist here. (The lock was held at the fork: no step is half done.)"""
         self.step_lock.after_fork_in_child()
@@ -461,10 +468,14 @@ class Scheduler:
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
+def _after_fork_in_parent() -> None:
+    for scheduler in list(_schedulers):
+        scheduler.after_fork_in_parent()
+
+
 def _after_fork_in_child() -> None:
     for scheduler in list(_schedulers):
         scheduler.after_fork_in_child()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+fork.call_after(in_parent=_after_fork_in_parent, in_child=_after_fork_in_child)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pyengine import cpu_watch
+from pyengine.errors import PyEngineError
 from pyengine.results import Piece
 from pyengine.run.request import Caller, GenerationRequest, Request
 
@@ -36,37 +37,46 @@ def run_all(scheduler: Scheduler, requests: Sequence[Request]) -> None:
 
 
 class Stream(Caller, Iterator[Piece]):
-    """The pieces of one output, computed as they are asked for (or a little ahead, while another caller computes). Ends
-    with `close`, with its last piece, with any exception, or when nobody holds it any more."""
+    """The pieces of one output, computed as they are asked for (or a little ahead, while another caller computes), for one thread
+    at a time. Ends with `close`, with its last piece, with any exception, or when nobody holds it any more."""
 
-    __slots__ = ("_is_added", "_is_closed", "_scheduler", "request")
+    __slots__ = ("_is_added", "_is_closed", "_reader", "_scheduler", "request")
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._is_added = False
         self._is_closed = False
+        self._reader: dict[str, object] = {}  # the call of `next` under way, by single operations only
         self.request: GenerationRequest
 
     def __next__(self) -> Piece:
         if self._is_closed:
             raise StopIteration
-        request = self.request
+        me, piece = object(), None
         try:
-            if not self._is_added:
-                self._is_added = True
-                cpu_watch.begin()
-                self._scheduler.add([request])
-            self._scheduler.wait(lambda: request.has_news or self._is_closed)
-            if self._is_closed:  # by another thread
-                raise StopIteration
-            piece = request.take()
+            if self._reader.setdefault("now", me) is me:
+                piece = self._read()
+                self._reader.clear()
         except BaseException:
             self.close()
             raise
+        if piece is None:
+            raise PyEngineError("this stream is read already: another thread waits for its next piece")
         if piece.result is not None:
             self.close()
             cpu_watch.end(self._scheduler.n_threads)
         return piece
+
+    def _read(self) -> Piece:
+        request = self.request
+        if not self._is_added:
+            self._is_added = True
+            cpu_watch.begin()
+            self._scheduler.add([request])
+        self._scheduler.wait(lambda: request.has_news or self._is_closed)
+        if self._is_closed:  # by another thread
+            raise StopIteration
+        return request.take()
 
     def close(self) -> None:
         """End it; what is left is not computed. Idempotent; a `with` block does it at its end."""

@@ -21,7 +21,10 @@ class Access:
         self._hosts = settings.hosts
 
     def check_host(self, exchange: Exchange) -> None:
-        """A page of another site may have its name resolve to our address: its browser then calls us by that name."""
+        """A request says once for whom it is (RFC 9112, 3.2): of two names a proxy before us may go by the other one. And a page
+        of another site may have its name resolve to our address: its browser then calls us by that name."""
+        if exchange.n_hosts > 1 or (exchange.n_hosts == 0 and exchange.http_version == "1.1"):
+            raise HTTPError(400, f"a request has one host header, this one has {exchange.n_hosts}", code="bad_host")
         if self._hosts and _host_name(exchange.headers.get("host", "")) not in self._hosts:
             raise HTTPError(403, "this host name is not one of this server's", code="unknown_host")
 

@@ -15,9 +15,9 @@ from pyengine.serve.sampling import Asked, told_of_output
 from pyengine.serve.stream import StreamOptions
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
     from pyengine.results import BeamHypothesis, Generation, Piece, TokenLogprob
     from pyengine.run.beam_search import BeamSearch
+    from pyengine.run.jobs import Job
     from pyengine.run.request import GenerationRequest, Request
     from pyengine.sampling import SamplingParams
     from pyengine.serve.app import App
@@ -107,7 +107,7 @@ class Choice(ABC):
 
 
 async def answer(app: App, exchange: Exchange, call: Call) -> None:
-    async with app.job(exchange, call.model, call.make) as job:
+    async with app.job(exchange, call.model, call.make, call.params) as job:
         if call.beams is not None:
             await app.finish(exchange, call.model, job)
             searches = work.searches(job)

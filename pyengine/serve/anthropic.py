@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyengine.results import Generation, Piece
@@ -15,7 +15,7 @@ from pyengine.serve.exchange import Exchange, dumps, event
 from pyengine.serve.tools import arguments_of, reader_of
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
+    from pyengine.run.jobs import Job
     from pyengine.serve.app import App
 
 _Block = dict[str, Any]
@@ -101,7 +101,7 @@ def _usage(request: GenerationRequest) -> dict[str, Any]:
 
 async def messages(app: App, exchange: Exchange) -> None:
     call = parse(app, exchange, await app.fields(exchange, FIELDS))
-    async with app.job(exchange, call.model, call.make) as job:
+    async with app.job(exchange, call.model, call.make, call.params) as job:
         if call.stream is None:
             (request,) = await app.finish(exchange, call.model, job)
             body = await work.made_of([request], lambda: dumps(_whole(call, request)))
@@ -142,7 +142,7 @@ async def count_tokens(app: App, exchange: Exchange) -> None:
     fields.end()
     shown = None if said.tools is None else said.tools.shown
     with told_of("messages"):
-        ids = await asyncio.to_thread(
-            model.chat_ids, said.messages, tools=shown, ending=ending_of(said.messages), variables=said.variables
+        ids = await app.aside(
+            partial(model.chat_ids, said.messages, tools=shown, ending=ending_of(said.messages), variables=said.variables)
         )
     await exchange.reply_json({"input_tokens": len(ids)})

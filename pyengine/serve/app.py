@@ -12,10 +12,11 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, TypeVar
 
-from pyengine.async_engine import Job
 from pyengine.errors import PyEngineError
 from pyengine.results import Piece
+from pyengine.run.jobs import Job
 from pyengine.run.request import GenerationRequest
 from pyengine.serve import work
 from pyengine.serve.access import Access
@@ -32,6 +33,10 @@ from pyengine.serve.siblings import Siblings
 from pyengine.serve.store import ResponseStore, Store
 from pyengine.serve.stream import COMMENT
 
+if TYPE_CHECKING:
+    from pyengine.sampling import SamplingParams
+
+T = TypeVar("T")
 _logger = logging.getLogger("pyengine")
 
 
@@ -181,6 +186,10 @@ class App:
         finally:
             self._bodies_bytes -= held
 
+    async def aside(self, function: Callable[[], T]) -> T:
+        """function(), which takes as long as what it is given is, in a thread of `Queue.aside`."""
+        return await asyncio.get_running_loop().run_in_executor(self.queue.aside, function)
+
     def cache_salt(self, exchange: Exchange, fields: Fields) -> str | None:
         """What keeps this caller's cached beginnings apart: its key where there are several, and what it says itself."""
         return self.salted(exchange, fields.take("cache_salt"))
@@ -192,11 +201,13 @@ class App:
         return hashlib.sha256(exchange.key_digest + (given or "").encode("utf-8", "surrogatepass")).hexdigest()
 
     @contextlib.asynccontextmanager
-    async def job(self, exchange: Exchange, model: ServedModel, make: work.Make) -> AsyncIterator[Job]:
-        """A job of this exchange, computed from now on; what is left of it ends with the block. Raises HTTPError 429, 503 and
-        whatever `make` raises."""
+    async def job(
+        self, exchange: Exchange, model: ServedModel, make: work.Make, params: SamplingParams | None = None
+    ) -> AsyncIterator[Job]:
+        """A job of this exchange, computed from now on; what is left of it ends with the block. params: of its outputs. Raises
+        HTTPError 429, 503 and whatever `make` raises."""
         exchange.notes["model"] = model.name
-        job = await self.queue.submit(model, make)
+        job = await self.queue.submit(model, make, params)
         try:
             yield job
         finally:

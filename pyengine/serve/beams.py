@@ -14,7 +14,7 @@ from pyengine.serve.errors import bad_request
 from pyengine.serve.fields import BOOLEAN, Fields, Kind, Table
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
+    from pyengine.run.jobs import Job
     from pyengine.sampling import SamplingParams
     from pyengine.serve.models import ServedModel
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyengine.async_engine import Job
 from pyengine.results import BeamHypothesis, Generation, Piece
+from pyengine.run.jobs import Job
 from pyengine.run.request import Request
 from pyengine.sampling import StructuredOutputs
 from pyengine.serve import neutral, payload

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyengine.arguments import INT32_MAX
-from pyengine.async_engine import Job
 from pyengine.engine import Prompt
 from pyengine.errors import InvalidArgumentError
 from pyengine.results import Piece
+from pyengine.run.jobs import Job
 from pyengine.run.request import Request
 from pyengine.serve import neutral, payload
 from pyengine.serve.answer import Call, Choice, answer

@@ -16,9 +16,9 @@ from pyengine.serve.fields import Fields, Table, integer, needed, one_of
 from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
     from pyengine.embeddings import Pooled
     from pyengine.engine import Prompt
+    from pyengine.run.jobs import Job
     from pyengine.run.request import Request, RowsRequest
     from pyengine.serve.app import App
     from pyengine.serve.models import ServedModel

@@ -32,9 +32,11 @@ class Exchange:
         self.path: str = scope["path"]
         self.query: str = scope.get("query_string", b"").decode("latin-1")
         self.client: str = (scope.get("client") or ("-", 0))[0]
+        self.http_version: str = scope.get("http_version", "")
         self.headers: dict[str, str] = {}
         for name, value in scope["headers"]:
             self.headers.setdefault(name.decode("latin-1"), value.decode("latin-1"))
+        self.n_hosts = sum(name == b"host" for name, _ in scope["headers"])
         given = self.headers.get("x-request-id", "")
         self.id = given if _ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         self.started = time.monotonic()

@@ -20,7 +20,7 @@ from pyengine.serve.prompts import note_user
 from pyengine.serve.tools import arguments_of, reader_of
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
+    from pyengine.run.jobs import Job
     from pyengine.serve.app import App
     from pyengine.serve.models import ServedModel
 
@@ -114,7 +114,7 @@ async def _answer(app: App, exchange: Exchange, model: ServedModel, call: Call |
         await exchange.reply_json({**head, "created_at": _time(), **empty, "done": True, "done_reason": "load"})
         return
     output = _Output(call)
-    async with app.job(exchange, model, call.make) as job:
+    async with app.job(exchange, model, call.make, call.params) as job:
         if call.stream is not None:
             await _stream(app, exchange, call, job, output)
             return

@@ -35,7 +35,7 @@ from pyengine.serve.tools import FLAT_TOOLS, choice_of, chosen_tools, held_to
 from pyengine.serve.work import unless_short
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
+    from pyengine.run.jobs import Job
     from pyengine.run.request import Request
     from pyengine.serve.app import App
 

@@ -6,7 +6,6 @@ comes: a stream tells of each change, and a whole answer is what a stream would 
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +19,7 @@ from pyengine.serve.store import Stored
 from pyengine.serve.tools import reader_of
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
+    from pyengine.run.jobs import Job
     from pyengine.serve.app import App
 
 _Item = dict[str, Any]
@@ -161,7 +160,7 @@ def _status(request: GenerationRequest) -> str:
 
 async def responses(app: App, exchange: Exchange) -> None:
     call = await parse(app, exchange, await app.fields(exchange, FIELDS))
-    async with app.job(exchange, call.chat.model, call.make) as job:
+    async with app.job(exchange, call.chat.model, call.make, call.chat.params) as job:
         if call.chat.stream is None:
             (request,) = await app.finish(exchange, call.chat.model, job)
             response, stored = await work.made_of([request], lambda: _kept(call, _whole(call, request)))
@@ -177,7 +176,7 @@ async def responses(app: App, exchange: Exchange) -> None:
 async def input_tokens(app: App, exchange: Exchange) -> None:
     """How many tokens the prompt of such a request has."""
     call = await parse(app, exchange, await app.fields(exchange, FIELDS))
-    ids = await asyncio.to_thread(call.chat.prompt_ids)
+    ids = await app.aside(call.chat.prompt_ids)
     await exchange.reply_json({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 

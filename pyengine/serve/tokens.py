@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -72,7 +71,7 @@ async def tokenize(app: App, exchange: Exchange) -> None:
             tokens = [{"id": token, "piece": _piece(model.engine.tokenizer.token_bytes(token))} for token in ids]
         return dumps({"tokens": tokens, "count": len(ids), "max_model_len": model.engine.n_ctx})
 
-    await exchange.reply(200, await asyncio.to_thread(body), b"application/json")
+    await exchange.reply(200, await app.aside(body), b"application/json")
 
 
 def _piece(data: bytes) -> str | list[int]:
@@ -98,4 +97,4 @@ async def detokenize(app: App, exchange: Exchange) -> None:
         text = model.engine.detokenize(tokens, skip_special_tokens=skip)
         return dumps({"content": text, "prompt": text})
 
-    await exchange.reply(200, await asyncio.to_thread(body), b"application/json")
+    await exchange.reply(200, await app.aside(body), b"application/json")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pyengine.async_engine import Job
 from pyengine.results import FinishReason, Piece, Timings
 from pyengine.run.beam_search import BeamRequest, BeamSearch
+from pyengine.run.jobs import Job
 from pyengine.run.request import GenerationRequest, Request
 from pyengine.serve.errors import HTTPError
 
 if TYPE_CHECKING:
+    from pyengine.sampling import SamplingParams
     from pyengine.serve.models import ServedModel
     from pyengine.serve.settings import Settings
 
@@ -23,19 +25,29 @@ Make = Callable[[Job], Sequence[Request]]
 FIRST_GUESS = 1000.0
 
 
+# Threads for what one request may make last for seconds. All else is done in those of the event loop, which may be five.
+LONG_AT_ONCE = 2
+
+
 class Queue:
-    """Admits jobs while the prompts that wait for their first token are not too many tokens."""
+    """Admits jobs while the prompts that wait for their first token are not too many tokens.
+
+    aside  the threads for texts that are tokenized whatever their length, and for grammars: who waits for one waits in turn, and
+           whoever wants neither does not wait
+    """
 
     def __init__(self, settings: Settings) -> None:
+        self.aside = ThreadPoolExecutor(LONG_AT_ONCE, thread_name_prefix="pyengine-aside")
         self._limit = settings.max_queue_tokens
         # those that somebody holds, and the model of each; changed by single operations only: /metrics is told in a thread
         self._jobs: dict[weakref.ref[Job], str] = {}
         self._rate = FIRST_GUESS
         self.is_draining = False
 
-    async def submit(self, model: ServedModel, make: Make) -> Job:
-        """A job that is computed from now on. Raises HTTPError 429, 503 and whatever `make` raises."""
-        job = await model.asynchronous.prepare(make)
+    async def submit(self, model: ServedModel, make: Make, params: SamplingParams | None = None) -> Job:
+        """A job that is computed from now on. params: of its outputs. Raises HTTPError 429, 503 and whatever `make` raises."""
+        is_guided = params is not None and params.structured_outputs is not None
+        job = await model.asynchronous.prepare(make, self.aside if is_guided else None)
         if self.is_draining:
             raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
         waiting, wanted = self.waiting_tokens(), sum(request.waiting_tokens for request in job.requests)
@@ -62,10 +74,10 @@ class Queue:
         return sum(request.waiting_tokens for job in self.jobs() for request in job.requests)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Requests that have not started, and those that run, of each model that has any."""
+        """Outputs that have not started, and those that run, of each model that has any; a search is one."""
         counts: dict[str, tuple[int, int]] = {}
         for job, name in self._named():
-            started = [one.is_started for one in job.requests if not one.is_done]
+            started = [one.is_started for one in job.requests if not one.is_done and not is_further_beam(one)]
             waiting, running = counts.get(name, (0, 0))
             counts[name] = waiting + started.count(False), running + started.count(True)
         return counts
@@ -84,8 +96,13 @@ def generations(job: Job) -> list[GenerationRequest]:
     return [request for request in job.requests if isinstance(request, GenerationRequest)]
 
 
+def is_further_beam(request: Request) -> bool:
+    """Whether it is of a search, and not its first one."""
+    return isinstance(request, BeamRequest) and request.index > 0
+
+
 def searches(job: Job) -> list[BeamSearch]:
-    return [one.search for one in job.requests if isinstance(one, BeamRequest) and one.index == 0]
+    return [one.search for one in job.requests if isinstance(one, BeamRequest) and not is_further_beam(one)]
 
 
 def ends(job: Job) -> list[tuple[FinishReason, Timings]]:

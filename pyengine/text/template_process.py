@@ -210,5 +210,4 @@ def _after_fork_in_child() -> None:
             worker.abandon()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+fork.call_after(in_child=_after_fork_in_child)

@@ -321,6 +321,26 @@ def test_a_fork_while_whoever_has_the_steps_loads_a_part(tiny_model: Path) -> No
     )
 
 
+def test_what_is_aborted_while_a_fork_waits_is_let_go_of(tiny_model: Path) -> None:
+    """It holds the steps, so that nobody else can; there may be no later call."""
+    scene(
+        """
+        from pyengine import Engine
+        engine = Engine(sys.argv[1], n_threads=1)
+        stream = engine.stream("hello", max_tokens=9, ignore_eos=True)
+        next(stream)
+        class Closing(Recorded):
+            def acquire(self):
+                started(stream.close).join()
+                return super().acquire()
+        fork.register(lock := Closing("lock", []), fork.LEAF)
+        assert child(lambda: None) == 0
+        assert stream.request.sequence is None and not engine.scheduler._holders
+        """,
+        tiny_model,
+    )
+
+
 def test_a_child_has_no_jobs_of_its_parents_loops(tiny_model: Path) -> None:
     """Nobody reads them there: what steps for the child's own ends with these."""
     scene(

@@ -61,7 +61,7 @@ COMPONENTS: dict[str, set[str]] = {
         "run", "hub",
     },
     "eval": {"engine", "errors", "run", "freeze", "_sampler"},
-    "async_engine": {"embeddings", "engine", "errors", "fork", "results", "run", "sampling", "text"},
+    "async_engine": {"embeddings", "engine", "errors", "results", "run", "sampling", "text"},
     "serve": {
         "pyengine", "arguments", "async_engine", "beam", "embeddings", "engine", "errors", "results", "run", "sampling", "text",
         "format", "_core", "_sampler",

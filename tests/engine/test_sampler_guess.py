@@ -83,10 +83,14 @@ def test_what_is_no_guess_is_refused() -> None:
         sampler.guess(array("f", [1.0]), 0, None, array("i", [3]))
     with pytest.raises(NotFiniteError, match="infinity"):
         sampler.guess(array("f", [1.0, float("inf")]), 0, None, array("i", [3, 4]))
-    wrong = ([], [], "0 logits"), ([1, 2], [1], "2 logits"), ([1], [10], "ids from 10"), ([1], [-1], "ids from")
+    wrong = ([], [], "0 logits"), ([1, 2], [1], "2 logits"), ([1], [10], "ids of 1 tokens"), ([1], [-1], "ids of 1 tokens")
     for logits, ids, words in wrong:
         with pytest.raises(InvalidArgumentError, match=words):
             sampler.guess(array("f", logits), 0, None, array("i", ids))
     with pytest.raises(InvalidArgumentError, match="vocabulary of 10"):
         sampler.guess(array("f", [1.0] * 9), 0)
+    mask = array("I", [2**10 - 1])
+    for middle in (2**31 - 1, -(2**31), 10, -1, 1, 9):  # in the vocabulary, too: it is searched by halves
+        with pytest.raises(InvalidArgumentError, match="must ascend in a vocabulary of 10"):
+            sampler.guess(array("f", [0.0, 1.0, 2.0]), 0, mask, array("i", [1, middle, 9]))
     assert sampler.guess(array("f", [0.0, 0.0]), 0, None, array("i", [3, 4])) == (4, 1.0)

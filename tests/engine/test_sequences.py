@@ -50,6 +50,20 @@ def test_a_page_that_is_not_there_has_no_bytes(model: _core.Model) -> None:
         assert context.debug_kv_page(sequence, 0, 0, page) == b""
 
 
+def test_what_no_context_has_made_is_refused(model: _core.Model) -> None:
+    context, other = _core.Context(model), _core.Context(model)
+    sequence = context.sequence_new()
+    context.forward([1, 2], [sequence] * 2, bytes(2))
+    with pytest.raises(BufferError, match="no context"):
+        memoryview(_core.RowView())  # type: ignore[call-overload]
+    for wrong in (None, _core.Sequence(), other.sequence_new()):
+        with pytest.raises(InvalidArgumentError, match="closed, or of another context"):
+            context.forward([1], [wrong], bytes(1))  # type: ignore[list-item]
+    for wrong in (_core.Sequence(), other.sequence_new()):  # whose numbers are those of `sequence`
+        with pytest.raises(InvalidArgumentError, match=r"closed|of another context"):
+            context.debug_kv_page(wrong, 0, 0, 0)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timer that interrupts a forward")
 def test_nothing_of_a_context_is_looked_at_while_it_computes(model: _core.Model) -> None:
     """A forward moves what they read: its last act may free a page whose tokens somebody copies. A signal handler runs in the

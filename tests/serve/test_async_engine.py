@@ -13,9 +13,10 @@ import pytest
 
 import pyengine
 from pyengine import AsyncEngine, Engine, SamplingParams
-from pyengine.async_engine import AsyncStream, Job, Stepper
+from pyengine.async_engine import AsyncStream
 from pyengine.results import Generation
 from pyengine.run.beam_search import Rules
+from pyengine.run.jobs import Job, Stepper
 from pyengine.run.request import MAX_UNREAD, GenerationRequest, Request
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 11, "ignore_eos": True}

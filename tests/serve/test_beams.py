@@ -90,6 +90,20 @@ def test_one_beam_is_greedy_and_a_search_is_one_output_of_the_metrics(chat_model
     serving(chat_model, test)
 
 
+def test_a_search_is_one_of_the_requests_that_run(chat_model: Path) -> None:
+    async def test(client: Client) -> None:
+        model = client.app.models.get("tiny")
+        options: dict[str, Any] = {"beam_width": 4, "n": 4, "max_tokens": 200, "ignore_eos": True}
+        job = await client.app.queue.submit(model, lambda job: model.engine.beam_requests(job, "Hello", **options)[1])
+        assert len(job.requests) == 4
+        while (counts := client.app.queue.counts()["tiny"]) == (1, 0):
+            await asyncio.sleep(0)
+        assert counts in ((0, 1), (0, 0))  # the latter when it is done already
+        job.close()
+
+    serving(chat_model, test)
+
+
 UNASKED: dict[str, Any] = {
     "stream": False, "temperature": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1, "repetition_penalty": 1.0,
     "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "bad_token_ids": [], "min_tokens": 0, "seed": 5,

@@ -87,6 +87,23 @@ def test_a_head_of_the_length_that_is_allowed_is_read_and_a_longer_one_refused()
     connected(test)
 
 
+@pytest.mark.parametrize("hosts", [[], ["localhost", "localhost"], ["localhost", "evil.example"]])
+def test_a_request_says_once_for_whom_it_is(hosts: list[str]) -> None:
+    """RFC 9112, 3.2. HTTP/1.0 knew no such header."""
+
+    async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
+        head = "".join(f"host: {host}\r\n" for host in hosts) + "connection: close\r\n\r\n"
+        for version, status in (("1.1", b"400"), ("1.0", b"400" if hosts else b"200")):
+            reader, writer = await connect()
+            writer.write(f"GET /health HTTP/{version}\r\n{head}".encode())
+            got = await answer(reader)
+            assert got.split(b" ", 2)[1] == status, got
+            assert status == b"200" or b"bad_host" in got
+            writer.close()
+
+    connected(test)
+
+
 def test_requests_before_their_answers_are_bounded() -> None:
     async def test(connect: Callable[[], Awaitable[Streams]]) -> None:
         reader, writer = await connect()

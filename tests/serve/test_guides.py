@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from engine.speculation_tools import always_guess
 
 import pyengine
 from pyengine import Engine, SamplingParams
+from pyengine.run import in_time
 from pyengine.run.guide import Guide
 from pyengine.run.request import Caller
 from pyengine.sampling import StructuredOutputs
@@ -129,6 +131,30 @@ def test_a_guess_that_the_grammar_cannot_follow_costs_no_answer(
             head._choose = choose_worst  # type: ignore[method-assign]
         assert engine.generate([5], **options).tokens == plain.tokens
         assert engine.check_integrity()["n_sequences"] == 0
+
+
+def test_a_grammar_that_takes_too_long_is_refused_and_so_are_others_while_two_are_at_work(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llguidance cannot be interrupted: what nobody waits for goes on in its thread."""
+    go_on, wanted = threading.Event(), StructuredOutputs(regex="a+")
+    check = Guide.check
+
+    def check_slowly(guide: Guide) -> None:
+        go_on.wait()
+        check(guide)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Guide, "check", check_slowly)
+        patched.setattr("pyengine.run.guide.COMPILE_SECONDS", 0.001)
+        for why in ("it takes longer", "it takes longer", "2 that took longer"):
+            with pytest.raises(pyengine.InvalidArgumentError, match=f"structured_outputs: too costly: {why}"):
+                engine.guide(wanted)
+        left = list(in_time._left)
+        go_on.set()
+        for one in left:
+            one.wait()
+    assert engine.generate("Once", structured_outputs=wanted, max_tokens=3, seed=1).text.strip("a") == ""
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from serve.scripted import scripted
 from serve.test_responses import ONE
 from serve.test_server import server
 
-from pyengine.async_engine import Job
 from pyengine.results import Piece
+from pyengine.run.jobs import Job
 from pyengine.run.request import GenerationRequest
 from pyengine.serve import work
 from pyengine.serve.embeddings import MAX_INPUTS
