@@ -241,6 +241,8 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("gpt_oss", {"num_local_experts": 5}, ModelFormatError, r"(router|experts).*shape"),
         ("gpt_oss", {"attention_bias": False, "hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'"),
         ("mixtral", {"num_local_experts": 5}, ModelFormatError, r"block_sparse_moe.*(shape|missing)"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, UnsupportedModelError, "attn_logit_softcapping"),
+        ("smollm3", {"layer_types": ["full_attention", "sliding_attention"] * 2}, UnsupportedModelError, "use_sliding_window"),
         ("smollm3", {"no_rope_layers": [1]}, ModelFormatError, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 2]}, ModelFormatError, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, ModelFormatError, "no_rope_layer_interval"),
@@ -374,12 +376,17 @@ def test_ministral3_has_the_positions_before_its_queries_grow(tmp_path: Path) ->
             {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16_384, "rope_theta": 1e6}
             | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
         ),
+        ("ernie4_5", {"rope_type": "default", "rope_theta": 500_000.0}),
+        ("smollm3", {"rope_type": "default", "rope_theta": 2_000_000.0}),
+        ("mixtral", {"rope_type": "default", "rope_theta": 1_000_000.0}),
+        ("qwen3", {"rope_type": "default", "rope_theta": 10_000.0}),
     ],
 )
 def test_a_configuration_that_says_nothing_of_rope_has_its_class_s_own(
     name: str, rope: dict[str, Any], tmp_path: Path
 ) -> None:
-    said, silent = {"rope_scaling": ..., "rope_parameters": rope}, {"rope_scaling": ..., "rope_parameters": ...}
+    silent = dict.fromkeys(("rope_scaling", "rope_parameters", "rope_theta"), ...)
+    said = silent | {"rope_parameters": rope}
     paths = [freeze(hf_dir(tmp_path / f"hf{i}", name, **one), tmp_path / f"{i}") for i, one in enumerate((said, silent))]
     assert weight_bytes(paths[0]) == weight_bytes(paths[1])
 
