@@ -77,8 +77,6 @@ def _tables_hf(config: Fields, head_dim: int) -> dict[str, Float32Array]:
 
 
 def _common_hf(config: Fields, shape: Shape, qk_norm: bool) -> dict[str, Any]:
-    if config.flag("use_bidirectional_attention", False):
-        raise UnsupportedModelError("attention that is not causal (use_bidirectional_attention) is not implemented")
     has_bias = config.flag("attention_bias", False)
     if qk_norm and "attn_logit_softcapping" in config:  # transformers reads the key of Gemma 3 and leaves it at that
         raise UnsupportedModelError("attn_logit_softcapping, soft caps of scores, is not implemented beside norms of q and k")
