@@ -20,7 +20,7 @@ from .build import TensorReader, build_model, checked_n_ctx, folded_multipliers,
 from .fields import Fields
 from .lora import AdaptedTensors, Adapter
 from .mxfp4 import Mxfp4Tensors
-from .packed import PackedTensors
+from .packed import PackedTensors, StoredTensors
 from .safetensors import SafetensorsReader
 from .sources import SourceModel
 from .special_tokens import begin_and_end, spellings
@@ -50,10 +50,11 @@ def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------------- tensors
 
 
-class TextTensors:
-    """The tensors of a text model inside of one that does more, under the names that they have when it is alone.
+class RenamedTensors:
+    """The tensors of a text model under the names that they have when it is alone and whole.
 
-    ``beginnings`` maps the beginnings of names in the file to those outside; what has none of them is not of the text model.
+    ``beginnings`` maps the beginnings of names in the file to those outside, the first that fits; what has none of them is not
+    of the text model.
     """
 
     def __init__(self, reader: SafetensorsReader, beginnings: Mapping[str, str]) -> None:
@@ -117,6 +118,20 @@ def _open_weights(directory: Path) -> SafetensorsReader:
     return SafetensorsReader([directory / name for name in names])
 
 
+_INNER = "model."  # how the names of all but the output matrix begin
+
+
+def _text_tensors(file: SafetensorsReader, architecture: Architecture) -> tuple[StoredTensors, bool]:
+    """(the tensors by the names of the architecture's parts, whether they are of what is inside of the class with an output
+    matrix, saved alone and named so: Qwen3-Embedding's)."""
+    if architecture.hf_text is not None:
+        return RenamedTensors(file, architecture.hf_text), False
+    if any(name.startswith(_INNER) for name in file.shapes):
+        return file, False
+    output = architecture.parts["output"].hf
+    return RenamedTensors(file, {output: output, "": _INNER}), True
+
+
 def missing_weights(directory: Path) -> list[str]:
     """The files of weights that a directory ought to have and has not. Raises ModelFormatError for an index that is damaged."""
     if (directory / _WEIGHTS).exists():
@@ -143,6 +158,8 @@ def files_of(directory: Path) -> list[Path]:
 def _refuse_unknown_arithmetic(config: Fields, traits: Traits) -> None:
     if config.flag("mlp_bias", False) and not traits.gate_up_bias:
         raise UnsupportedModelError("mlp_bias is not implemented")
+    if config.raw("use_bidirectional_attention") or not config.flag("is_causal", True):
+        raise UnsupportedModelError("attention that is not causal (use_bidirectional_attention, is_causal) is not implemented")
 
 
 def _vocab_size(config: Fields) -> int:
@@ -152,7 +169,7 @@ def _vocab_size(config: Fields) -> int:
     return found
 
 
-def _shape(config: Fields, architecture: Architecture, names: Mapping[str, object], n_ctx: int | None) -> Shape:
+def _shape(config: Fields, is_tied: bool, n_ctx: int | None) -> Shape:
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     n_layers = config.integer("num_hidden_layers")
     if not 1 <= n_layers <= MAX_LAYERS:
@@ -169,7 +186,7 @@ def _shape(config: Fields, architecture: Architecture, names: Mapping[str, objec
         n_heads=n_heads,
         n_kv_heads=config.integer("num_key_value_heads", n_heads),
         head_dim=head_dim,
-        tied=config.flag("tie_word_embeddings", architecture.parts["output"].hf not in names),
+        tied=is_tied,
         context=context,
         n_ctx=checked_n_ctx(n_ctx, context),
     )
@@ -298,14 +315,17 @@ def load_hf(
     config = Fields({**architecture.hf_defaults, **document, **text}, _CONFIG)
     file = _open_weights(directory)
     try:
-        stored = file if architecture.hf_text is None else TextTensors(file, architecture.hf_text)
+        stored, is_inner = _text_tensors(file, architecture)
         packing = config.table("quantization_config", {})
         reader: TensorReader = stored
         if packing:
             settings = Fields(packing, f"{_CONFIG}: quantization_config")
             reader = Mxfp4Tensors(stored) if is_mxfp4(config) else PackedTensors(stored, settings)
         documents = _Documents(directory, config, _vocab_size(config))
-        shape = _shape(config, architecture, reader.shapes, n_ctx)
+        has_output = architecture.parts["output"].hf in reader.shapes
+        # A model that was saved without an output matrix is for its hidden states; its embeddings stand there, as in GGUF.
+        is_tied = config.flag("tie_word_embeddings", not has_output) or (is_inner and not has_output)
+        shape = _shape(config, is_tied, n_ctx)
         traits = architecture.from_hf(config, shape)
         _refuse_unknown_arithmetic(config, traits)
         extra = _pooling(directory) | folded_multipliers(traits)

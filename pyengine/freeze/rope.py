@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.quantize import Float32Array
 
-ROPE_TYPES = ("default", "linear", "llama3", "longrope")  # the last one in arch/long_rope.py
+_TYPES = ("default", "linear", "llama3")  # of every architecture; LongRoPE is in arch/long_rope.py, YaRN below
 
 
 class Rope(NamedTuple):
@@ -68,7 +68,8 @@ def rope_inv_freq(head_dim: int, theta: float, scaling: Mapping[str, Any] | None
     elif kind == "llama3":
         result = _llama3(inv_freq, scaling or {})
     else:
-        raise UnsupportedModelError(f"RoPE type {kind!r:.80} is not implemented; known are {', '.join(ROPE_TYPES)}")
+        known = ", ".join(_TYPES)
+        raise UnsupportedModelError(f"RoPE type {kind!r:.80} is not implemented for this architecture; known are {known}")
     return _checked(result)
 
 

@@ -54,14 +54,23 @@ _WORDS_WITHOUT_LINE_ENDS = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED_WORDS = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+
+
+
+def _cased_words(end: str, digits: str) -> str:
+    return (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{end}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{end}"
+        rf"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
 _CJK = "[一-龥ࠀ-一가-\ud7ff]+"
 # Cased letters without the Georgian lower case, which was not cased when that pattern was made.
 _DEEPSEEK_LETTERS = r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u10d0-\u10ff]]"
 _DEEPSEEK_PUNCTUATION = "[!-/:-~！-／：-～‘-‟\u3000-。]"
+_HUNYUAN_WORDS = (
+    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 _LLAMA3 = PreTokenizer((_WORDS % "{1,3}",), ignore_merges=True, add_bos=True)
 _QWEN2 = PreTokenizer((_WORDS % "",))
@@ -74,12 +83,21 @@ PRE_TOKENIZERS = {
     "phi-2": _PLAIN_GPT2,
     "olmo": _PLAIN_GPT2,
     "exaone4": _PLAIN_GPT2,
+    "a.x-4.0": _PLAIN_GPT2,
+    "mellum": _PLAIN_GPT2,
+    "trillion": _PLAIN_GPT2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "pixtral": _LLAMA3,
+    "midm-2.0": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "stablelm2": _QWEN2,
+    "hunyuan": _QWEN2,
+    "megrez": _QWEN2,
+    "kormo": _QWEN2,
     "seed-coder": PreTokenizer((_WORDS_WITHOUT_LINE_ENDS,)),  # Seed-OSS
     "deepseek-llm": PreTokenizer(
         (
@@ -97,11 +115,14 @@ PRE_TOKENIZERS = {
     "refact": _DIGITS_GPT2,  # Granite
     "smollm": _DIGITS_GPT2,
     "command-r": _DIGITS_GPT2,
+    "minerva-7b": _DIGITS_GPT2,
     "dbrx": PreTokenizer((_WORDS % "{1,3}",)),  # OLMo 2
     "smaug-bpe": PreTokenizer((_WORDS % "{1,3}",)),
     "glm4": PreTokenizer((_WORDS % "{1,3}",)),
     "chatglm-bpe": PreTokenizer((_WORDS % "{1,3}",)),
-    "gpt-4o": PreTokenizer((_CASED_WORDS,)),  # Phi-4-mini
+    "gpt-4o": PreTokenizer((_cased_words(f"{_CONTRACTIONS}?", "{1,3}"),)),  # Phi-4-mini
+    "tekken": PreTokenizer((_cased_words("", ""),), ignore_merges=True, add_bos=True),  # Mistral Nemo, Ministral
+    "hunyuan-dense": PreTokenizer((r"\p{N}{1,3}", "[一-龥\u3040-\u30ff]+", _HUNYUAN_WORDS)),
 }
 
 

@@ -158,6 +158,19 @@ def test_layers_without_rope_by_their_interval(tmp_path: Path) -> None:
         assert [layer.rope for layer in file.config.layers] == [0, 0, 0, 0]
 
 
+def test_granite_4_without_rope(tmp_path: Path) -> None:
+    """In config.json by the key or its absence, in GGUF by what Granite's readers take for that."""
+    changes = [{"position_embedding_type": "nope"}, {"position_embedding_type": ...}]
+    sources = [hf_dir(tmp_path / f"hf{i}", "granite_hybrid", **one) for i, one in enumerate(changes)]
+    fixture = fixtures.load("granite_hybrid")
+    without = replace(fixture, hf_config=fixture.hf_config | changes[0])
+    sources.append(gguf_fixtures.write(without, tmp_path / "m.gguf"))
+    frozen = [freeze(source, tmp_path / f"{i}") for i, source in enumerate(sources)]
+    with FrozenFile.open(frozen[0]) as file:
+        assert not stored_vector(file, "rope.0.inv_freq", 8).any()
+    assert weight_bytes(frozen[0]) == weight_bytes(frozen[1]) == weight_bytes(frozen[2])
+
+
 def test_multipliers_default_to_one(tmp_path: Path) -> None:
     keys = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
     plain = hf_dir(tmp_path / "a", "granite", **dict.fromkeys(keys, 1.0), attention_multiplier=0.25)  # 1 / sqrt(head_dim)
@@ -194,7 +207,12 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("olmoe", {"clip_qkv": 8.0}, UnsupportedModelError, "clip_qkv"),
         ("olmoe", {"num_experts": 7}, ModelFormatError, r"mlp\.gate.*shape"),
         ("granite_moe", {"num_local_experts": 4}, ModelFormatError, r"(router|linear).*shape"),
-        ("granite_moe", {"architectures": ["GraniteMoeHybridForCausalLM"]}, UnsupportedModelError, "'GraniteMoeHybrid"),
+        ("granite_hybrid", {"layer_types": ["mamba", "attention"]}, UnsupportedModelError, "layer of type 'mamba'"),
+        ("granite_hybrid", {"layer_types": ...}, UnsupportedModelError, "layer of type 'mamba'"),
+        ("granite_hybrid", {"num_local_experts": 4}, UnsupportedModelError, "num_local_experts"),
+        ("granite_hybrid", {"num_local_experts": ...}, UnsupportedModelError, "num_local_experts"),
+        ("granite_hybrid", {"position_embedding_type": "alibi"}, UnsupportedModelError, "position_embedding_type 'alibi'"),
+        ("granite_hybrid", {"shared_intermediate_size": 24}, ModelFormatError, r"shared_mlp.*shape"),
         ("granite_moe_shared", {"shared_intermediate_size": 20}, ModelFormatError, r"shared_mlp.*shape"),
         ("granite_moe_shared", {"shared_intermediate_size": 0}, UnsupportedModelError, r"shared_mlp.*no place"),
         ("granite_moe_shared", {"shared_intermediate_size": -1}, ModelFormatError, "shared_hidden_dim must be"),
@@ -241,6 +259,8 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("gpt_oss", {"num_local_experts": 5}, ModelFormatError, r"(router|experts).*shape"),
         ("gpt_oss", {"attention_bias": False, "hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'"),
         ("mixtral", {"num_local_experts": 5}, ModelFormatError, r"block_sparse_moe.*(shape|missing)"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, UnsupportedModelError, "attn_logit_softcapping"),
+        ("smollm3", {"layer_types": ["full_attention", "sliding_attention"] * 2}, UnsupportedModelError, "use_sliding_window"),
         ("smollm3", {"no_rope_layers": [1]}, ModelFormatError, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 2]}, ModelFormatError, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, ModelFormatError, "no_rope_layer_interval"),
@@ -273,6 +293,7 @@ OWN_KEYS = {
     "smollm3": ["no_rope_layers", "no_rope_layer_interval", "use_sliding_window", "sliding_window", "layer_types"],
     "qwen2_moe": ["shared_expert_intermediate_size", "num_experts", "norm_topk_prob", "qkv_bias"],
     "granite_moe_shared": ["shared_intermediate_size"],
+    "granite_hybrid": ["layer_types", "num_local_experts", "position_embedding_type", "shared_intermediate_size"],
     "starcoder2": ["norm_epsilon", "use_bias", "sliding_window", "hidden_act", "tie_word_embeddings"],
     "glm4": ["partial_rotary_factor", "attention_bias", "rope_parameters"],
     "exaone4": ["sliding_window", "sliding_window_pattern", "layer_types"],
@@ -374,12 +395,17 @@ def test_ministral3_has_the_positions_before_its_queries_grow(tmp_path: Path) ->
             {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16_384, "rope_theta": 1e6}
             | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
         ),
+        ("ernie4_5", {"rope_type": "default", "rope_theta": 500_000.0}),
+        ("smollm3", {"rope_type": "default", "rope_theta": 2_000_000.0}),
+        ("mixtral", {"rope_type": "default", "rope_theta": 1_000_000.0}),
+        ("qwen3", {"rope_type": "default", "rope_theta": 10_000.0}),
     ],
 )
 def test_a_configuration_that_says_nothing_of_rope_has_its_class_s_own(
     name: str, rope: dict[str, Any], tmp_path: Path
 ) -> None:
-    said, silent = {"rope_scaling": ..., "rope_parameters": rope}, {"rope_scaling": ..., "rope_parameters": ...}
+    silent = dict.fromkeys(("rope_scaling", "rope_parameters", "rope_theta"), ...)
+    said = silent | {"rope_parameters": rope}
     paths = [freeze(hf_dir(tmp_path / f"hf{i}", name, **one), tmp_path / f"{i}") for i, one in enumerate((said, silent))]
     assert weight_bytes(paths[0]) == weight_bytes(paths[1])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.freeze_models import LLAMA, random_tensors, stored_vector, write_hf
+from engine.freeze_models import LLAMA, random_tensors, stored_vector, weight_bytes, write_hf
 
 import pyengine
 from pyengine.errors import ModelFormatError, PyEngineError, UnsupportedModelError
@@ -238,3 +238,32 @@ def test_tied_output_and_unknown_flags_still_freeze(tmp_path: Path) -> None:
     tensors = random_tensors(LLAMA | {"tie_word_embeddings": True})
     with frozen(write_hf(tmp_path / "hf", config, tensors)) as file:
         assert file.config.tie_embeddings
+
+
+# ---------------------------------------------------------------------------- models for embeddings
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaModel"])
+def test_what_is_inside_of_the_class_with_an_output_matrix(tmp_path: Path, kind: str, tied: bool) -> None:
+    """Saved alone, as Qwen3-Embedding is, its names lack a beginning; without an output matrix it is as if it were tied."""
+    whole = LLAMA | {"tie_word_embeddings": True}
+    tensors = random_tensors(whole)
+    wanted = weight_bytes(freeze(write_hf(tmp_path / "whole", whole, tensors), tmp_path / "w.safetensors"))
+    inside = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    config = LLAMA | {"architectures": [kind], "tie_word_embeddings": tied}
+    assert weight_bytes(freeze(write_hf(tmp_path / "inside", config, inside), tmp_path / "i.safetensors")) == wanted
+
+
+def test_an_output_matrix_beside_what_is_inside(tmp_path: Path) -> None:
+    tensors = random_tensors(LLAMA)
+    wanted = weight_bytes(freeze(write_hf(tmp_path / "whole", LLAMA, tensors), tmp_path / "w.safetensors"))
+    inside = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    assert weight_bytes(freeze(write_hf(tmp_path / "inside", LLAMA, inside), tmp_path / "i.safetensors")) == wanted
+
+
+@pytest.mark.parametrize("key", ["is_causal", "use_bidirectional_attention"])
+def test_attention_that_is_not_causal_is_refused(tmp_path: Path, key: str) -> None:
+    frozen(directory(tmp_path / "a", {key: key == "is_causal"})).close()
+    with pytest.raises(UnsupportedModelError, match=f"not causal.*{key}"):
+        frozen(directory(tmp_path / "b", {key: key != "is_causal"}))

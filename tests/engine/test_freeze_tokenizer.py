@@ -108,8 +108,11 @@ SPLITS = {
 SPLITS["llama3"] = SPLITS["llama-v3"] = SPLITS["dbrx"] = SPLITS["smaug-bpe"] = SPLITS["llama-bpe"]
 SPLITS["glm4"] = SPLITS["chatglm-bpe"] = SPLITS["llama-bpe"]
 SPLITS["deepseek-r1-qwen"] = SPLITS["stablelm2"] = SPLITS["seed-coder"] = SPLITS["qwen2"]
-SPLITS["starcoder"] = SPLITS["refact"] = SPLITS["command-r"] = SPLITS["smollm"]
+SPLITS["falcon3"] = SPLITS["pixtral"] = SPLITS["midm-2.0"] = SPLITS["llama-bpe"]
+SPLITS["hunyuan"] = SPLITS["megrez"] = SPLITS["kormo"] = SPLITS["qwen2"]
+SPLITS["starcoder"] = SPLITS["refact"] = SPLITS["command-r"] = SPLITS["minerva-7b"] = SPLITS["smollm"]
 SPLITS["phi-2"] = SPLITS["olmo"] = SPLITS["exaone4"] = SPLITS["gpt-2"]
+SPLITS["a.x-4.0"] = SPLITS["mellum"] = SPLITS["trillion"] = SPLITS["gpt-2"]
 
 
 @pytest.mark.parametrize("pre", SPLITS)
@@ -122,6 +125,21 @@ def test_gpt_4o_cuts_where_case_changes() -> None:
     text = "HTMLParser camelCase I'LL a/b\n"
     cut = rebuilt(metadata("gpt-4o")).pre_tokenizer.pre_tokenize_str(text)
     assert [text[a:b] for _, (a, b) in cut] == ["HTMLParser", " camel", "Case", " I'LL", " a", "/b", "\n"]
+
+
+def test_tekken_cuts_where_case_changes_and_every_digit() -> None:
+    text = "HTMLParser I'LL 12 नमस्ते a/b\n"
+    cut = rebuilt(metadata("tekken")).pre_tokenizer.pre_tokenize_str(text)
+    assert [text[a:b] for _, (a, b) in cut] == ["HTMLParser", " I", "'LL", " ", "1", "2", " नमस्ते", " a", "/b", "\n"]
+
+
+def test_hunyuan_cuts_numbers_then_ideographs_and_kana_then_words() -> None:
+    """Punctuation of ASCII takes the Latin letters after it."""
+    text = "x.map 1234 こんにちは世界 नमस्ते don't «да»\n!\n"
+    cut = rebuilt(metadata("hunyuan-dense")).pre_tokenizer.pre_tokenize_str(text)
+    assert [text[a:b] for _, (a, b) in cut] == [
+        "x", ".map", " ", "123", "4", " ", "こんにちは世界", " नमस्ते", " don", "'t", " «", "да", "»\n", "!\n",
+    ]  # fmt: skip
 
 
 def test_seed_coder_cuts_before_line_ends() -> None:
@@ -140,7 +158,7 @@ def test_llama_bpe_takes_whole_tokens_before_merging() -> None:
     assert len(rebuilt(metadata("gpt-2", tokens=tokens)).encode("xyz").ids) == 3
 
 
-@pytest.mark.parametrize("pre", ["viking", "tekken", "gpt-5", ""])
+@pytest.mark.parametrize("pre", ["viking", "qwen35", "gpt-5", ""])
 def test_an_unknown_pre_tokenizer_is_refused_by_name(pre: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"pre-tokenizer '{pre}'"):
         rebuilt(metadata(pre))

@@ -203,6 +203,14 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "attention_multiplier": 0.0625, "residual_multiplier": 0.22, "logits_scaling": 6.0},
         48,
     ),
+    "granite_hybrid": (
+        {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"], **shape(64, 24, 4, 2),
+         "tie_word_embeddings": True, "attention_bias": False, "layer_types": ["attention"] * 2,
+         "position_embedding_type": "rope", "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 72,
+         "embedding_multiplier": 12.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+         "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2},
+        48,
+    ),
     "starcoder2": (
         {"model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"], **shape(48, 72, 3, 1),
          "tie_word_embeddings": True, "rms_norm_eps": None, "norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh",
@@ -370,6 +378,10 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
         "q_proj.weight": (0.0, 4.0), "k_proj.weight": (0.0, 4.0), "o_proj.weight": (0.0, 4.0), "output_linear.weight": (0.0, 2.0),
         "input_linear.weight": (0.0, 2.4), "router.layer.weight": (0.0, 8.0),
         "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (6.0, 1.0),
+    },
+    "granite_hybrid": {
+        "q_proj.weight": (0.0, 4.0), "k_proj.weight": (0.0, 4.0), "o_proj.weight": (0.0, 4.0), "output_linear.weight": (0.0, 4.0),
+        "input_linear.weight": (0.0, 2.4), "embed_tokens.weight": (0.0, 0.5), "model.norm.weight": (30.0, 7.0),
     },
     "starcoder2": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (0.6, 0.1)},
     "cohere": {"embed_tokens.weight": (0.1, 2.0), "model.norm.weight": (7.0, 1.0)},

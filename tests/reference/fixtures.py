@@ -162,6 +162,8 @@ def canonical_name(hf_name: str, model_type: str = "llama") -> str:
         return f"layers.{layer}.experts.{expert}.{EXPERT_NAMES[part]}" + (".bias" if kind == "bias" else "")
     names = LAYER_NAMES if model_type not in NORMS_AFTER else LAYER_NAMES | POST_NORM_NAMES
     names = LAYER_NAMES | GLM4_NORM_NAMES if model_type == "glm4" else names
+    if model_type == "granitemoehybrid":  # the shared expert is all there is
+        rest = rest.replace("shared_mlp.", "mlp.")
     return f"layers.{layer}.{names[rest]}"
 
 
@@ -255,7 +257,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     return _optional_keys(hf) | {key: True for key, names in biases.items() if present & set(names)} | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
-        "hidden_dim": hf.get("moe_intermediate_size", hf["intermediate_size"]),
+        "hidden_dim": _hidden_dim(hf),
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
         "n_kv_heads": hf["num_key_value_heads"],
@@ -277,6 +279,11 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
 
 _FC_BIASES = tuple(f"model.layers.0.{name}.bias" for name in ("post_attention_layernorm", "mlp.c_fc", "mlp.fc1", "mlp.up_proj"))
 _DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "fc2", "down_proj"))
+
+
+def _hidden_dim(hf: Mapping[str, Any]) -> int:
+    key = "shared_intermediate_size" if hf["model_type"] == "granitemoehybrid" else "moe_intermediate_size"
+    return int(hf.get(key, hf["intermediate_size"]))
 
 
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,8 @@ def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
 
 
 FOLDS = {
-    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), _granite), **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
+    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared", "granitemoehybrid"), _granite),
+    **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
     **dict.fromkeys(("phi3", "glm", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
     "minicpm": _minicpm,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from .fixtures import Fixture
 from .folds import head_dim_of, turned, unfused
 
 ARCHITECTURES = {
-    "granite": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
+    "granite": "granite", "granitemoehybrid": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
     "gemma3_text": "gemma3", "olmo2": "olmo2", "mixtral": "llama", "qwen3_moe": "qwen3moe",
     "olmoe": "olmoe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe", "qwen2_moe": "qwen2moe",
     "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
@@ -77,7 +77,7 @@ def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
     tensors: dict[str, NDArray[Any]] = {}
     weights = unfused(hf, fixture.hf_weights) if arch in ("internlm2", "gpt-oss") else fixture.hf_weights
     for name, w in _stacked(weights).items():
-        name = name.replace("shared_mlp.", "mlp.shared_expert.")
+        name = name.replace("shared_mlp.", "mlp." if arch == "granite" else "mlp.shared_expert.")
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         target += ".weight" if name.endswith(".sinks") else ""
@@ -143,6 +143,17 @@ def _granite(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_residual_scale(hf["residual_multiplier"])
     writer.add_logit_scale(hf["logits_scaling"])
     writer.add_rope_dimension_count(head_dim_of(hf))
+    if hf["model_type"] == "granitemoehybrid":
+        writer.add_expert_count(hf["num_local_experts"])
+        writer.add_expert_used_count(hf["num_experts_per_tok"])
+        writer.add_expert_shared_feed_forward_length(hf["shared_intermediate_size"])
+        writer.add_head_count_kv([hf["num_key_value_heads"]] * hf["num_hidden_layers"])
+        writer.add_ssm_conv_kernel(hf["mamba_d_conv"])
+        writer.add_ssm_state_size(hf["mamba_d_state"])
+        writer.add_ssm_group_count(hf["mamba_n_groups"])
+        writer.add_ssm_inner_size(hf["mamba_expand"] * hf["hidden_size"])
+        writer.add_ssm_time_step_rank(hf["mamba_n_heads"])
+        writer.add_rope_scaling_finetuned(hf["position_embedding_type"] == "rope")
 
 
 def _phi3(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from .exaone4 import EXAONE4
 from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
 from .glm4 import GLM, GLM4
 from .gpt_oss import GPT_OSS
-from .granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
+from .granite import GRANITE, GRANITE_HYBRID, GRANITE_MOE, GRANITE_MOE_SHARED
 from .hunyuan import HUNYUAN
 from .internlm import INTERNLM2, INTERNLM3
 from .llama import LLAMA, MINISTRAL, MISTRAL
@@ -36,7 +36,7 @@ ARCHITECTURES = (
     LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, STARCODER2,
     GLM, GLM4, EXAONE4, ERNIE, SEED_OSS, COMMAND_R, COMMAND_R7B, PHI2, STABLELM, OLMO,
     OLMO3, MINICPM, INTERNLM2, INTERNLM3, MINISTRAL3, MISTRAL3_IMAGES, HUNYUAN,
-    MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS,
+    MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GRANITE_HYBRID, GPT_OSS,
 )  # fmt: skip
 
 
@@ -58,7 +58,8 @@ def architecture_of_hf(config: dict[str, Any]) -> Architecture:
     else:
         if not isinstance(named, list) or len(named) != 1:
             raise ModelFormatError(f"config.json: architectures must name one, not {named!r:.200}")
-        found = next((a for a in ARCHITECTURES if a.hf == named[0]), None)
+        # Of a model that was saved without its output matrix the class is XModel.
+        found = next((a for a in ARCHITECTURES if named[0] in (a.hf, a.hf.replace("ForCausalLM", "Model"))), None)
     if found is None:
         raise _unknown(named[0], [a.hf for a in ARCHITECTURES])
     return found

@@ -161,7 +161,7 @@ class Architecture(NamedTuple):
     parts: Mapping[str, SourceName] = PARTS
     hf_text: Mapping[str, str] | None = None  # of a model that sees: beginnings of the text model's tensors -> those of `parts`
     has_experts: bool = False
-    has_shared_expert: bool = False  # beside them
+    has_shared_expert: bool = False  # beside them, or alone
     gguf_sign: str | None = None  # a key that tells its GGUF files from others of the same name
     gguf_permuted: bool = False  # q and k rows are interleaved for RoPE in GGUF
     hf_defaults: Mapping[str, Any] = {}  # of transformers' class, for sizes that published files leave out

@@ -32,5 +32,7 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 
 ERNIE = Architecture(
     "Ernie4_5ForCausalLM", "ernie4_5", "ernie4_5", _hf, _gguf,
-    hf_defaults={"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    hf_defaults={
+        "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": True,
+    },
 )  # fmt: skip

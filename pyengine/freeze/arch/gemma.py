@@ -77,9 +77,9 @@ def _tables_hf(config: Fields, head_dim: int) -> dict[str, Float32Array]:
 
 
 def _common_hf(config: Fields, shape: Shape, qk_norm: bool) -> dict[str, Any]:
-    if config.flag("use_bidirectional_attention", False):
-        raise UnsupportedModelError("attention that is not causal (use_bidirectional_attention) is not implemented")
     has_bias = config.flag("attention_bias", False)
+    if qk_norm and "attn_logit_softcapping" in config:  # transformers reads the key of Gemma 3 and leaves it at that
+        raise UnsupportedModelError("attn_logit_softcapping, soft caps of scores, is not implemented beside norms of q and k")
     query = hf_config.multiplier(config, "query_pre_attn_scalar") ** -0.5
     return {
         "qkv_bias": has_bias,
@@ -162,10 +162,11 @@ _DEFAULTS = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096,
     "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-_KEYS = frozenset({gguf_keys.WINDOW_PATTERN, "attn_logit_softcapping", "final_logit_softcapping"})
+_KEYS = frozenset({gguf_keys.WINDOW_PATTERN, "final_logit_softcapping"})
 
 GEMMA2 = Architecture(
-    "Gemma2ForCausalLM", "gemma2", "gemma2", _gemma2_hf, _gemma2_gguf, _PARTS, gguf_keys=_KEYS,
+    "Gemma2ForCausalLM", "gemma2", "gemma2", _gemma2_hf, _gemma2_gguf, _PARTS,
+    gguf_keys=_KEYS | {"attn_logit_softcapping"},
     hf_defaults={**_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192},
 )  # fmt: skip
 GEMMA3 = Architecture(

@@ -1,5 +1,5 @@
-"""Granite 3, dense and as a mixture of experts with or without a shared one: a Llama with four multipliers, all of them
-linear."""
+"""Granite 3, dense and as a mixture of experts with or without a shared one, and Granite 4 where every layer has attention: a
+Llama with four multipliers, all of them linear."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
+from ...errors import UnsupportedModelError
 from ..fields import Fields
 from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
@@ -59,9 +62,10 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
         gguf_keys.multiplier(keys, "attention.scale", 1.0 / math.sqrt(shape.head_dim)),
         gguf_keys.multiplier(keys, "logit_scale"),
     )
+    rope = gguf_keys.rope_table(keys, shape.head_dim, file)
     return Traits(
         layers=gguf_keys.same_windows(keys, shape),
-        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        rope_tables=(rope if keys.flag("rope.scaling.finetuned", True) else np.zeros_like(rope),),  # so its readers mean it
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         o_bias=gguf_keys.has_bias(file, "attn_output"),
         folds=folds(found, shape),
@@ -96,6 +100,25 @@ def _shared_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return replace(_moe_gguf(keys, shape, file), shared_hidden_dim=keys.integer(SHARED_FEED_FORWARD))
 
 
+def _hybrid_hf(config: Fields, shape: Shape) -> Traits:
+    """Of a class whose layers have attention or a state space, and whose MLP is what others have beside experts: with attention
+    in all layers, and without experts."""
+    hf_config.layer_kinds(config, ["mamba"] * shape.n_layers, known=["attention"])
+    if config.integer("num_local_experts") != 0:
+        raise UnsupportedModelError("experts (num_local_experts) are not implemented for this architecture")
+    position = config.text("position_embedding_type", "nope")
+    if position not in ("rope", "nope"):
+        raise UnsupportedModelError(f"position_embedding_type {position!r:.80} is not implemented, only rope and nope")
+    traits = _hf(config, shape)
+    if position == "nope":
+        traits = replace(traits, rope_tables=(np.zeros_like(traits.rope_tables[0]),))
+    return replace(traits, hidden_dim=config.integer("shared_intermediate_size"))
+
+
+def _hybrid_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return replace(_gguf(keys, shape, file), hidden_dim=keys.integer(SHARED_FEED_FORWARD))
+
+
 _MOE = "model.layers.{i}.block_sparse_moe."
 _KEYS = frozenset({"embedding_scale", "residual_scale", "attention.scale", "logit_scale"})
 
@@ -127,3 +150,18 @@ GRANITE_MOE_SHARED = GRANITE_MOE._replace(
     },
     hf_defaults={**GRANITE_MOE.hf_defaults, "shared_intermediate_size": 0},
 )
+_SHARED_GATE_UP = SourceName(_SHARED_MLP + "input_linear.weight", PARTS["gate"].gguf)
+# Its GGUF files call themselves "granite", and have the length of a shared expert without experts, and what a state space would
+# need.
+GRANITE_HYBRID = Architecture(
+    "GraniteMoeHybridForCausalLM", "granitemoehybrid", "granite", _hybrid_hf, _hybrid_gguf,
+    {
+        **PARTS,
+        "gate": _SHARED_GATE_UP,
+        "up": _SHARED_GATE_UP._replace(gguf=PARTS["up"].gguf),
+        "down": SourceName(_SHARED_MLP + "output_linear.weight", PARTS["down"].gguf),
+    },
+    has_shared_expert=True, gguf_permuted=True,
+    hf_defaults={"num_local_experts": 8, "shared_intermediate_size": 1024, "rms_norm_eps": 1e-6},
+    gguf_keys=_KEYS | {f"ssm.{key}" for key in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")},
+)  # fmt: skip

@@ -56,15 +56,15 @@ def is_mxfp4(config: Fields) -> bool:
 # ---------------------------------------------------------------------------- windows
 
 
-def layer_kinds(config: Fields, default: Sequence[str]) -> list[str]:
-    """``layer_types``: every layer's kind of attention, full or sliding."""
+def layer_kinds(config: Fields, default: Sequence[str], known: Sequence[str] = (FULL, SLIDING)) -> list[str]:
+    """``layer_types``: every layer's kind, by default of attention: full or sliding."""
     kinds = config.raw("layer_types") or list(default)
     if not isinstance(kinds, list) or len(kinds) != len(default):
         raise ModelFormatError("config.json: layer_types must name every layer's attention")
     for kind in kinds:
-        if kind not in (FULL, SLIDING):
+        if kind not in known:
             raise UnsupportedModelError(
-                f"a layer of type {kind!r:.80} is not implemented; known are {FULL} and {SLIDING}"
+                f"a layer of type {kind!r:.80} is not implemented, only {' and '.join(known)}"
             )
     return kinds
 

@@ -13,7 +13,7 @@ from ...errors import ModelFormatError, UnsupportedModelError
 from ...format.config import MAX_POSITIONS
 from ...format.quantize import Float32Array
 from ..fields import Fields
-from ..rope import ROPE_TYPES, Rope, long_rope_inv_freq, rope_inv_freq
+from ..rope import Rope, long_rope_inv_freq, rope_inv_freq
 from . import gguf_keys, hf_config
 from .base import Shape, Tensors
 
@@ -68,7 +68,9 @@ def from_hf(config: Fields, shape: Shape, rotated: int) -> LongRope | None:
     if kind == "default":
         return None
     if kind not in ("longrope", "su", "yarn"):  # the older names of the same, as transformers takes them for Phi-3
-        raise UnsupportedModelError(f"RoPE type {kind!r:.80} is not implemented; known are {', '.join(ROPE_TYPES)}")
+        raise UnsupportedModelError(
+            f"RoPE type {kind!r:.80} is not implemented for this architecture; known are default, longrope"
+        )
     key = "original_max_position_embeddings"
     trained = _check_trained(config.integer(key, inside.integer(key, shape.context)))
     factor = hf_config.multiplier(inside, "factor", shape.context / trained)

@@ -59,4 +59,6 @@ def _qwen3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 _DEFAULTS = {"num_key_value_heads": 32}
 
 QWEN2 = Architecture("Qwen2ForCausalLM", "qwen2", "qwen2", _qwen2_hf, _qwen2_gguf, hf_defaults=_DEFAULTS)
-QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3", "qwen3", _qwen3_hf, _qwen3_gguf, hf_defaults=_DEFAULTS)
+QWEN3 = Architecture(
+    "Qwen3ForCausalLM", "qwen3", "qwen3", _qwen3_hf, _qwen3_gguf, hf_defaults={**_DEFAULTS, "head_dim": 128}
+)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...errors import ModelFormatError
+from ...errors import ModelFormatError, UnsupportedModelError
 from ...format.config import LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
@@ -43,6 +43,8 @@ def tables_of(has_rope: Sequence[bool], inv_freq: Float32Array) -> tuple[list[in
 def _windows(config: Fields, has_rope: Sequence[bool]) -> list[int]:
     """By default none; with ``use_sliding_window``, by default for the layers without RoPE."""
     if not config.flag("use_sliding_window", False):
+        if hf_config.SLIDING in hf_config.layer_kinds(config, [hf_config.FULL] * len(has_rope)):
+            raise UnsupportedModelError(f"layer_types with {hf_config.SLIDING} beside use_sliding_window false")
         return [0] * len(has_rope)
     default = [hf_config.FULL if rope else hf_config.SLIDING for rope in has_rope]
     return hf_config.windows(config, hf_config.layer_kinds(config, default))

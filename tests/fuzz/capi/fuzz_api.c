@@ -7,6 +7,7 @@
  * compared, and the status must be one that the call's contract allows. Now and then a sequence's tokens are computed again in a fresh
  * context, and the logits compared bit for bit. To be built under sanitizers (capi.py does). Prints counts; the first violation is
  * printed and ends the program with status 1. */
+#include <math.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -367,6 +368,71 @@ static void operate_forward(machine *m) {
         compare_bits(m, last, pe_context_logits(m->context, b.n_logits - 1));
 }
 
+/* ------------------------------------------------------------------ snapshots */
+
+/* Numbers of another text, or of none, in the place of some. */
+static void damage(machine *m, char *bytes, size_t n_bytes) {
+    static const float numbers[] = {0.0f, -1.0f, 1e-40f, 3e38f, INFINITY, NAN};
+    for (size_t n = n_bytes == 0 ? 0 : rng_below(&m->r, 200); n > 0; n--) {
+        size_t at = rng_below(&m->r, n_bytes);
+        if (chance(m, 2))
+            bytes[at] = (char)rng_next(&m->r);
+        else
+            memcpy(bytes + at / 4 * 4, &numbers[rng_below(&m->r, sizeof numbers / sizeof *numbers)], 4);
+    }
+}
+
+/* Whatever a sequence of strange keys and values computes, nothing breaks; nobody else finds them. */
+static void restore_strange(machine *m, const sequence *of, char *bytes, size_t n_bytes) {
+    uint8_t salt[PE_SALT_BYTES];
+    int32_t tokens[MAX_LENGTH], id, token = 0;
+    memset(salt, 0xFF, sizeof salt);
+    memcpy(tokens, of->tokens, sizeof tokens);
+    size_t n = chance(m, 4) ? rng_below(&m->r, MAX_LENGTH + 20) : of->length;
+    if (n > 0 && n <= MAX_LENGTH && chance(m, 8)) tokens[rng_below(&m->r, n)] = (int32_t)rng_next(&m->r);
+    damage(m, bytes, n_bytes);
+    if (chance(m, 6)) n_bytes = rng_below(&m->r, n_bytes + 1);
+    maybe_arm(m);
+    pe_status status = pe_sequence_restore(m->context, tokens, n, salt, bytes, n_bytes, &id, m->err);
+    size_t failed = failing_disarm();
+    if (status == PE_ERR_CONTEXT_FULL && n > MAX_LENGTH) return;
+    expect(m, status, failed, status == PE_OK, true, PE_ERR_INVALID_ARGUMENT, "restore of anything");
+    if (status != PE_OK) return;
+    const uint8_t wants = PE_WANT_LOGITS;
+    pe_batch batch = {.n_tokens = 1, .tokens = &token, .sequences = &id, .wants = &wants};
+    status = pe_forward(m->context, &batch, m->err);
+    for (size_t i = 0; i < m->n_sequences; i++) m->sequences[i].n_drafted = 0;
+    if (status != PE_OK && status != PE_ERR_NOT_FINITE && !(status == PE_ERR_CONTEXT_FULL && n == MAX_LENGTH))
+        expect(m, status, 0, true, true, PE_OK, "forward after anything");
+    if (pe_context_check(m->context, m->err) != PE_OK) violation("the books: %s", m->err);
+    if (pe_sequence_drop(m->context, id, m->err) != PE_OK) violation("drop: %s", m->err);
+}
+
+/* Keys and values of a sequence, taken out and put back as they are, or damaged. */
+static void operate_snapshot(machine *m) {
+    if (m->n_sequences == 0 || m->n_sequences == MAX_SEQUENCES) return;
+    const sequence *of = &m->sequences[rng_below(&m->r, m->n_sequences)];
+    sequence *s = &m->sequences[m->n_sequences];
+    size_t n_bytes = pe_sequence_snapshot_bytes(m->context, of->id);
+    char *bytes = aligned_alloc(64, n_bytes + 64); /* a multiple of 64: whole chunks */
+    if (bytes == NULL) violation("no memory for a snapshot of %zu bytes", n_bytes);
+    if (pe_sequence_save(m->context, of->id, bytes, n_bytes, m->err) != PE_OK) violation("save: %s", m->err);
+    if (chance(m, 2)) {
+        restore_strange(m, of, bytes, n_bytes);
+    } else {
+        uint8_t salt[PE_SALT_BYTES];
+        salt_of(m, salt);
+        maybe_arm(m);
+        pe_status status = pe_sequence_restore(m->context, of->tokens, of->length, salt, bytes, n_bytes, &s->id, m->err);
+        expect(m, status, failing_disarm(), true, true, PE_OK, "restore");
+        if (status == PE_OK) {
+            memcpy(s->tokens, of->tokens, sizeof s->tokens);
+            m->n_sequences++, s->length = of->length, s->n_drafted = 0;
+        }
+    }
+    free(bytes);
+}
+
 /* ------------------------------------------------------------------ all together */
 
 static void machine_open(machine *m) {
@@ -397,7 +463,7 @@ static void operate(machine *m) {
         operate_new,     operate_new,     operate_match,   operate_fork,    operate_truncate,
         operate_drop,    operate_unknown, operate_pages,   operate_forward, operate_forward,
         operate_forward, operate_forward, operate_forward, operate_sampler, operate_cancel_another,
-        operate_accept,  operate_forward, operate_forward,
+        operate_accept,  operate_forward, operate_forward, operate_snapshot,
     };
     operations[rng_below(&m->r, sizeof operations / sizeof *operations)](m);
     atomic_fetch_add(&n_operations, 1);
