@@ -136,8 +136,8 @@ PE_INLINE fetch_ahead fetch_near(const pe_matrix *w, size_t panel) {
 PE_INLINE void fetch_near_group(fetch_ahead *ahead, size_t n_groups) {
     size_t w_stride = n_groups * PE_GROUP * PE_PANEL, scales_stride = n_groups * PE_PANEL;
     PE_UNROLL for (int p = 0; p < TILE_PANELS; p++) {
-        PE_UNROLL for (int i = 0; i < GROUP_LINES; i++) __builtin_prefetch(ahead->codes + (size_t)p * w_stride + i * 64, 0, 3);
-        __builtin_prefetch(ahead->scales + (size_t)p * scales_stride, 0, 3);
+        PE_UNROLL for (int i = 0; i < GROUP_LINES; i++) __builtin_prefetch(ahead->codes + (size_t)p * w_stride + i * 64, 0, 2);
+        __builtin_prefetch(ahead->scales + (size_t)p * scales_stride, 0, 2);
     }
     ahead->codes += PE_GROUP * PE_PANEL, ahead->scales += PE_PANEL;
     if (--ahead->n_near > 0) return;
