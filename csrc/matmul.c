@@ -41,17 +41,22 @@ static void quantize_unit(void *arg, size_t block, int thread) {
         if (not_finite >> t & 1) s->failed[owners[t]] = 1;
 }
 
-void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_t *selected, size_t n_rows, size_t n,
-                      const float *norm) {
+/* The input of the next product is n_rows rows of n columns. */
+static void begin_input(pe_slice *s, size_t n_rows, size_t n) {
     s->act.n = pe_pad(n, PE_GROUP);
     s->act.n_tokens = n_rows;
+    s->act.fetch_for_one = pe_cpu_fetches_late();
+}
+
+void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_t *selected, size_t n_rows, size_t n,
+                      const float *norm) {
+    begin_input(s, n_rows, n);
     quantize_job j = {s, rows, selected, NULL, stride, n, norm};
     pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
 }
 
 void pe_quantize_gathered(pe_slice *s, const float *rows, size_t stride, const size_t *owners, size_t n_rows, size_t n) {
-    s->act.n = pe_pad(n, PE_GROUP);
-    s->act.n_tokens = n_rows;
+    begin_input(s, n_rows, n);
     quantize_job j = {s, rows, NULL, owners, stride, n, NULL};
     pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
 }
