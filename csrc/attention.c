@@ -113,24 +113,32 @@ static void chunk_scores(const task *t, size_t chunk, const pe_kv_chunk *kv, siz
     for (size_t r = 0; r < t->n_rows && cap > 0.0f; r++) s->kernels->softcap(t->scores + r * PE_CHUNK, n_positions, cap);
 }
 
-/* The keys of a task's first chunk and the scales of its values are on their way from here on, into the second-level cache: of a
- * batch that decodes each task reads a little from memory, which would rest while one computes, and the next one would wait.
- * What the kernel of scores fetches itself are the values. */
-static void fetch_keys(const task *t) {
-    const pe_slice *s = t->slice;
-    size_t chunk = chunk_begin(t), n = t->block->first_position + t->block->n_tokens - chunk * PE_CHUNK;
-    pe_kv_chunk kv = pe_kv_chunk_at(t->kv, t->block->sequence, chunk, t->layer, t->kv_head);
-    if (s->kv_dtype == PE_KV_F32) return;
+/* A chunk that a thread will probably work on next; task NULL = none. */
+typedef struct chunk_ahead {
+    const task *task;
+    size_t chunk;
+} chunk_ahead;
+
+/* Part `part` of n_parts: the keys of a chunk and the scales of its values are on their way from here on, into the second-level
+ * cache: in a decode each chunk is read from memory, which would rest while one computes, and the next chunk would wait. What the
+ * kernel of scores fetches itself are the values. A core has few lines on their way at a time, and stands still when it asks for
+ * more: so they are asked for part by part, with work in between. */
+static void fetch_keys(chunk_ahead ahead, size_t part, size_t n_parts) {
+    const task *t = ahead.task;
+    size_t n = t->block->first_position + t->block->n_tokens - ahead.chunk * PE_CHUNK;
+    pe_kv_chunk kv = pe_kv_chunk_at(t->kv, t->block->sequence, ahead.chunk, t->layer, t->kv_head);
+    if (t->slice->kv_dtype == PE_KV_F32) return;
     n = n < PE_CHUNK ? pe_pad(n, PE_PANEL) : PE_CHUNK;
-    for (size_t i = 0; i < n * s->model->head_dim_p; i += 64) __builtin_prefetch(kv.k + i, 0, 2);
-    for (size_t i = 0; i < n; i += 64 / sizeof(float)) {
+    size_t n_lines = n * t->slice->model->head_dim_p / 64, end = n_lines * (part + 1) / n_parts;
+    for (size_t line = n_lines * part / n_parts; line < end; line++) __builtin_prefetch(kv.k + line * 64, 0, 2);
+    for (size_t i = 0; part == 0 && i < n; i += 64 / sizeof(float)) {
         __builtin_prefetch(kv.k_scales + i, 0, 2);
         __builtin_prefetch(kv.v_scales + i, 0, 2);
     }
 }
 
-/* The state of one chunk. `next`, if there is one, is what this thread will probably work on afterwards. */
-static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out, const task *next) {
+/* The state of one chunk. */
+static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out, chunk_ahead ahead) {
     const pe_slice *s = t->slice;
     pe_kv_chunk kv = pe_kv_chunk_at(t->kv, t->block->sequence, chunk, t->layer, t->kv_head);
     size_t first = PE_CHUNK, last = 0, begin, end;
@@ -141,7 +149,6 @@ static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out, c
         last = end > last ? end : last;
     }
     chunk_scores(t, chunk, &kv, last);
-    if (next != NULL) fetch_keys(next);
     for (size_t r = 0; r < t->n_rows; r++) {
         visible_range(t, chunk, r, &begin, &end);
         if (begin < end) out->m[r] = s->kernels->softmax_max(t->scores + r * PE_CHUNK, begin, end);
@@ -155,6 +162,7 @@ static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out, c
             memset(scores, 0, PE_CHUNK * sizeof *scores);
             out->l[r] = 0.0f;
         }
+        if (ahead.task != NULL) fetch_keys(ahead, r, t->n_rows);
     }
     void (*values)(float *, const float *, size_t, size_t, const pe_kv_chunk *, size_t, size_t) =
         s->kv_dtype == PE_KV_F32 ? s->kernels->attention_values_f32 : s->kernels->attention_values;
@@ -192,7 +200,9 @@ static void whole_unit(void *arg, size_t unit, int thread) {
     task next = task_make(j, is_last ? unit : unit + 1, thread);
     memset(total.l, 0, t.n_rows * sizeof *total.l);
     for (size_t chunk = chunk_begin(&t); chunk < chunk_end(&t); chunk++) {
-        attend_chunk(&t, chunk, &chunk_state, is_last || chunk + 1 < chunk_end(&t) ? NULL : &next);
+        chunk_ahead ahead = chunk + 1 < chunk_end(&t) ? (chunk_ahead){&t, chunk + 1} : (chunk_ahead){&next, chunk_begin(&next)};
+        if (is_last && ahead.task == &next) ahead.task = NULL;
+        attend_chunk(&t, chunk, &chunk_state, ahead);
         j->slice->kernels->attention_merge(&total, &chunk_state, t.n_rows, model->head_dim_p);
     }
     write_output(&t, &total);
@@ -206,7 +216,7 @@ static void chunk_unit(void *arg, size_t unit, int thread) {
     size_t chunk = unit % j->chunks_per_task;
     if (chunk < chunk_begin(&t) || chunk >= chunk_end(&t)) return;
     pe_attention_state out = state_at(j->slice->partials + unit * state_floats(model), model);
-    attend_chunk(&t, chunk, &out, NULL);
+    attend_chunk(&t, chunk, &out, (chunk_ahead){chunk + 1 < chunk_end(&t) ? &t : NULL, chunk + 1});
 }
 
 /* Unit of split mode, afterwards: merge a task's states. */

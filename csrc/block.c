@@ -98,6 +98,22 @@ static pe_kv_chunk chunk_of(const qkv_job *j, size_t token, size_t kv_head) {
     return pe_kv_chunk_at(j->kv, j->s->sequences[token], j->s->positions[token] / PE_CHUNK, j->layer, (uint32_t)kv_head);
 }
 
+/* The lines that a token's key and value will be in are on their way from here on, into the second-level cache: of a sequence that
+ * decodes nobody has touched them since its last token. Tokens that follow each other share them by fours. */
+static void fetch_places(const qkv_job *j, size_t token) {
+    const pe_slice *s = j->s;
+    size_t d = s->model->head_dim_p, at = s->positions[token] % PE_CHUNK, lane = at % PE_PANEL;
+    if (s->kv_dtype == PE_KV_F32 || (at % 4 != 0 && token > 0 && s->sequences[token - 1] == s->sequences[token])) return;
+    for (size_t head = 0; head < s->model->config.n_kv_heads; head++) {
+        pe_kv_chunk kv = chunk_of(j, token, head);
+        int8_t *k = kv.k + (at - lane) * d, *v = kv.v + at / 4 * 4 * d;
+        for (size_t i = 0; i < d * PE_PANEL; i += 64) __builtin_prefetch(k + i, 1, 2);
+        for (size_t i = 0; i < 4 * d; i += 64) __builtin_prefetch(v + i, 1, 2);
+        __builtin_prefetch(kv.k_scales + at, 1, 2);
+        __builtin_prefetch(kv.v_scales + at, 1, 2);
+    }
+}
+
 /* Keys, transformed and quantized, become lanes of their panels; values, quantized, each one of the four positions that lie side by
  * side. */
 static void put_keys_and_values(const token_run *run) {
@@ -149,7 +165,10 @@ static void qkv_unit(void *arg, size_t unit, int thread) {
     pe_slice *s = j->s;
     token_run run = {.job = j, .first = unit * QKV_TOKENS};
     run.n_tokens = s->n_tokens - run.first < QKV_TOKENS ? s->n_tokens - run.first : QKV_TOKENS;
-    for (size_t t = run.first; t < run.first + run.n_tokens; t++) rotate(s, &s->model->layers[j->layer], t);
+    for (size_t t = run.first; t < run.first + run.n_tokens; t++) {
+        fetch_places(j, t);
+        rotate(s, &s->model->layers[j->layer], t);
+    }
     if (s->kv_dtype == PE_KV_F32) {
         for (size_t t = run.first; t < run.first + run.n_tokens; t++) put_f32(j, t);
         return;

@@ -5,7 +5,9 @@
 enum {
     TILE_TOKENS = 64, /* one tile of a product that goes through a gate: 64 tokens x 4 panels of float32 = 16 KiB */
     TILE_PANELS = 4,
-    MAX_PANELS_PER_UNIT = 64
+    MAX_PANELS_PER_UNIT = 64,
+    FETCHED_PANELS = 4,           /* of outputs that are fetched together */
+    CACHED_OUTPUT_BYTES = 1 << 20 /* a product of more than this is not in a core's cache when it is written: logits of a batch */
 };
 
 size_t pe_matmul_scratch_floats(void) { return (size_t)TILE_TOKENS * TILE_PANELS * PE_PANEL; }
@@ -39,17 +41,22 @@ static void quantize_unit(void *arg, size_t block, int thread) {
         if (not_finite >> t & 1) s->failed[owners[t]] = 1;
 }
 
-void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_t *selected, size_t n_rows, size_t n,
-                      const float *norm) {
+/* The input of the next product is n_rows rows of n columns. */
+static void begin_input(pe_slice *s, size_t n_rows, size_t n) {
     s->act.n = pe_pad(n, PE_GROUP);
     s->act.n_tokens = n_rows;
+    s->act.fetch_for_one = pe_cpu_fetches_late();
+}
+
+void pe_quantize_rows(pe_slice *s, const float *rows, size_t stride, const size_t *selected, size_t n_rows, size_t n,
+                      const float *norm) {
+    begin_input(s, n_rows, n);
     quantize_job j = {s, rows, selected, NULL, stride, n, norm};
     pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
 }
 
 void pe_quantize_gathered(pe_slice *s, const float *rows, size_t stride, const size_t *owners, size_t n_rows, size_t n) {
-    s->act.n = pe_pad(n, PE_GROUP);
-    s->act.n_tokens = n_rows;
+    begin_input(s, n_rows, n);
     quantize_job j = {s, rows, NULL, owners, stride, n, NULL};
     pe_parallel_for(s->n_threads, pe_pad(n_rows, PE_TOKEN_BLOCK) / PE_TOKEN_BLOCK, quantize_unit, &j, s->control);
 }
@@ -75,6 +82,27 @@ static void gated_tile(const matmul_job *j, size_t begin, size_t end, size_t fir
         gate(j->out + t * j->out_stride + begin / 2 * PE_PANEL, tile + (t - first) * width, (end - begin) / 2);
 }
 
+/* The outputs of FETCHED_PANELS panels from `panel` on, as far as there are any, are on their way from here on, into the
+ * second-level cache: a store to a line that is not there waits for it. */
+static void fetch_outputs(const matmul_job *j, size_t panel, size_t first, size_t last) {
+    size_t end = j->w->n_panels - panel < FETCHED_PANELS ? j->w->n_panels : panel + FETCHED_PANELS;
+    for (size_t t = first; t < last; t++)
+        for (size_t p = panel; p < end; p++) __builtin_prefetch(j->out + t * j->out_stride + p * PE_PANEL, 1, 2);
+}
+
+/* A product without a gate. Where a few tokens have many outputs, a few panels fetch the outputs of those that come next. */
+static void plain_unit(const matmul_job *j, size_t begin, size_t end, size_t first, size_t last) {
+    const pe_slice *s = j->s;
+    size_t output_bytes = s->act.n_tokens * j->w->n_panels * PE_PANEL * sizeof(float);
+    bool fetches = last - first <= TILE_TOKENS && output_bytes > CACHED_OUTPUT_BYTES;
+    for (size_t p = begin, next; p < end; p = next) {
+        next = fetches && end - p > FETCHED_PANELS ? p + FETCHED_PANELS : end;
+        if (fetches) fetch_outputs(j, next, first, last);
+        s->kernels->matmul(j->out + first * j->out_stride + p * PE_PANEL, j->out_stride, j->w, p, next, &s->act, first, last, j->bias,
+                           j->epilogue == PE_ADD);
+    }
+}
+
 static void matmul_unit(void *arg, size_t unit, int thread) {
     matmul_job *j = arg;
     const pe_slice *s = j->s;
@@ -83,10 +111,9 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
     if (end > j->w->n_panels) end = j->w->n_panels;
     if (last > s->act.n_tokens) last = s->act.n_tokens;
     if (!pe_is_gated(j->epilogue)) {
-        float *out = j->out + first * j->out_stride + begin * PE_PANEL;
-        s->kernels->matmul(out, j->out_stride, j->w, begin, end, &s->act, first, last, j->bias, j->epilogue == PE_ADD);
-        for (size_t t = 0; t < last - first && j->epilogue == PE_GELU_TANH; t++)
-            s->kernels->gelu_tanh(out + t * j->out_stride, (end - begin) * PE_PANEL);
+        plain_unit(j, begin, end, first, last);
+        for (size_t t = first; t < last && j->epilogue == PE_GELU_TANH; t++)
+            s->kernels->gelu_tanh(j->out + t * j->out_stride + begin * PE_PANEL, (end - begin) * PE_PANEL);
         return;
     }
     for (size_t p = begin; p < end; p += TILE_PANELS)

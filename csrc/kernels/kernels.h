@@ -40,6 +40,7 @@ typedef struct pe_activations {
     int32_t *corrections;
     size_t n; /* columns, padded to 64 */
     size_t n_tokens;
+    bool fetch_for_one; /* kernels ask for the weights of a single token themselves (pe_cpu_fetches_late); no bit depends on it */
 } pe_activations;
 
 /* Width of a block that holds the first of n_left tokens. */
@@ -238,6 +239,9 @@ extern const struct pe_kernels pe_kernels_neon_i8mm; /* linked in where the comp
  * stack that a signal handler needs from the answer on: the kernel refuses if a thread's alternate stack (sigaltstack) is too
  * small, and later refuses such stacks. So only who is about to use the tiles asks: dispatch.c, for a table that is wanted. */
 bool pe_tiles_permitted(void);
+
+/* Whether this CPU's hardware fetches a single stream of weights more slowly than it could read them. Cheap. */
+bool pe_cpu_fetches_late(void);
 
 /* The selected table (dispatch.c); NULL before the first pe_isa_select or pe_isa_active. */
 const struct pe_kernels *pe_kernels_selected(void);

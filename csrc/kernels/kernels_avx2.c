@@ -10,7 +10,10 @@
 
 /* 4 int32 sums, 4 halves of weights, x and |x| fit 16 ymm registers with room for the steps between: nothing is spilled. All
  * sixteen steps of a group written out would need more, and were a fifth slower than four. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 1, DOT_UNROLL = 4, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 4 };
+enum {
+    TILE_PANELS = 2, TILE_TOKENS = 1, DOT_UNROLL = 4, FETCH_FOR_ONE = 0,
+    SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 4
+};
 
 typedef i16 w16;
 typedef struct {

@@ -10,7 +10,10 @@
 #include "pyengine.h"
 
 /* 8 int32 sums of 16 ymm registers; the float sums are spilled. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 2, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8 };
+enum {
+    TILE_PANELS = 2, TILE_TOKENS = 2, DOT_UNROLL = 16, FETCH_FOR_ONE = 0,
+    SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8
+};
 
 typedef i16 w16;
 typedef __m256i x4;

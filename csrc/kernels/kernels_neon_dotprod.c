@@ -4,7 +4,10 @@
 #include "pyengine.h"
 
 /* 16 int32 sums and 4 weights of 32 q registers; the float sums are spilled. */
-enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16, SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8 };
+enum {
+    TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16, FETCH_FOR_ONE = 0,
+    SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8
+};
 
 #include "lanes16.h"
 

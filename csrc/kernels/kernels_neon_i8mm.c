@@ -13,7 +13,7 @@
 #include "pyengine.h"
 
 /* As in kernels_neon_dotprod.c. */
-enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16 };
+enum { TILE_PANELS = 1, TILE_TOKENS = 4, DOT_UNROLL = 16, FETCH_FOR_ONE = 0 };
 enum { SCORE_ROWS = 4, VALUE_ROWS = 4, VALUE_COLUMNS = 1, VALUE_UNROLL = 8 };
 
 #include "lanes16.h"

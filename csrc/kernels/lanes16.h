@@ -26,6 +26,7 @@
  *   w16_load, x4_load, dot_start(correction of x: see pe_activations), dot(acc, w, x)
  *   TILE_PANELS, TILE_TOKENS   register block of the matrix product; TILE_TOKENS at most PE_TOKEN_BLOCK
  *   DOT_UNROLL                 of the sixteen dot steps of a group, so many are written out one after the other
+ *   FETCH_FOR_ONE              1 = where the hardware is slow at it (pe_cpu_fetches_late), weights of a single token are fetched
  *   SCORE_ROWS                 queries that share a panel of K; at most 8
  *   v16_four_to_i8(dst, v)   rint to int8 of four vectors, 64 bytes stored; returns the sum of the four vectors of codes
  *   i8_transpose_fours(dst, src)   sixteen bytes, byte c of four k exchanged with byte k of four c
@@ -122,9 +123,9 @@ PE_INLINE fetch_ahead fetch_from(const pe_matrix *w, size_t panel, size_t n_line
     return (fetch_ahead){w->codes + group * PE_GROUP * PE_PANEL, w->scales + group * PE_PANEL, n_lines, 0};
 }
 
-/* For a tile that is alone with its pair of panels and has long rows: the next pair would come many groups too early, and be read
- * from the second-level cache again. So each group fetches one of both panels that is NEAR_GROUPS later, into the first level:
- * far enough for memory's latency. n_near groups on, where the pair ends, the next one begins. */
+/* For a tile that is alone with its pair of panels, and has long rows or is one token's: the next pair would come many groups too
+ * early. So each group fetches one of both panels that is NEAR_GROUPS later: far enough for memory's latency. n_near groups on,
+ * where the pair ends, the next one begins. */
 enum { NEAR_GROUPS = 3, LONG_ROW = 12, GROUP_LINES = PE_GROUP * PE_PANEL / 64 };
 PE_INLINE fetch_ahead fetch_near(const pe_matrix *w, size_t panel) {
     size_t group = panel * w->n_groups + NEAR_GROUPS;
@@ -132,12 +133,12 @@ PE_INLINE fetch_ahead fetch_near(const pe_matrix *w, size_t panel) {
                          w->n_groups - NEAR_GROUPS};
 }
 
-/* A group of both panels, and its scales. Locality 3 is the first level. */
+/* A group of both panels, and its scales. Into the second level, too: a core has more lines on their way there. */
 PE_INLINE void fetch_near_group(fetch_ahead *ahead, size_t n_groups) {
     size_t w_stride = n_groups * PE_GROUP * PE_PANEL, scales_stride = n_groups * PE_PANEL;
     PE_UNROLL for (int p = 0; p < TILE_PANELS; p++) {
-        PE_UNROLL for (int i = 0; i < GROUP_LINES; i++) __builtin_prefetch(ahead->codes + (size_t)p * w_stride + i * 64, 0, 3);
-        __builtin_prefetch(ahead->scales + (size_t)p * scales_stride, 0, 3);
+        PE_UNROLL for (int i = 0; i < GROUP_LINES; i++) __builtin_prefetch(ahead->codes + (size_t)p * w_stride + i * 64, 0, 2);
+        __builtin_prefetch(ahead->scales + (size_t)p * scales_stride, 0, 2);
     }
     ahead->codes += PE_GROUP * PE_PANEL, ahead->scales += PE_PANEL;
     if (--ahead->n_near > 0) return;
@@ -215,8 +216,9 @@ PE_INLINE void matmul_block(float *out, size_t out_stride, const pe_matrix *w, s
 /* Panels [panel, panel_end), at most TILE_PANELS, times one block. */
 PE_INLINE void matmul_panels(float *out, size_t out_stride, const pe_matrix *w, size_t panel, size_t panel_end, token_block x,
                              const int width, size_t n_tokens, fetch_ahead *ahead, epilogue then) {
-    /* A single token only streams weights: one panel at a time is the order in which they lie in the file. */
-    if (width > 1 && panel_end - panel == TILE_PANELS) {
+    /* A single token only streams weights: one panel at a time is the order in which they lie in the file, and in which the
+     * hardware fetches them. */
+    if ((width > 1 || (FETCH_FOR_ONE && ahead->n_near > 0)) && panel_end - panel == TILE_PANELS) {
         matmul_block(out, out_stride, w, panel, x, width, TILE_PANELS, n_tokens, ahead, then);
         return;
     }
@@ -228,11 +230,12 @@ static void matmul(float *out, size_t out_stride, const pe_matrix *w, size_t pan
                    const pe_activations *x, size_t token_begin, size_t token_end, const float *bias, bool add) {
     /* A few tokens take about as long to compute as their weights take to arrive: every tile fetches its share of the next
      * panels, or memory would rest in all tiles but the first (one tile and long rows: see fetch_near). A single token leaves that
-     * to the hardware, which sees one stream; many tokens have all the time there is. */
-    size_t n_tiles = (token_end - token_begin + TILE_TOKENS - 1) / TILE_TOKENS;
-    size_t n_lines = token_end - token_begin > 1 ? TILE_PANELS * GROUP_LINES / n_tiles : 0;
+     * to the hardware, which sees one stream, unless it is too slow at that; many tokens have all the time there is. */
+    size_t n = token_end - token_begin, n_tiles = (n + TILE_TOKENS - 1) / TILE_TOKENS;
+    size_t n_lines = n > 1 ? TILE_PANELS * GROUP_LINES / n_tiles : 0;
     /* Tables whose tiles have one panel go on as they were: the CPUs that run them have not been measured. */
-    bool near = TILE_PANELS > 1 && n_lines > 0 && n_tiles == 1 && w->n_groups >= LONG_ROW;
+    bool fetch_for_one = FETCH_FOR_ONE && x->fetch_for_one && w->n_groups > NEAR_GROUPS; /* else one panel at a time */
+    bool near = TILE_PANELS > 1 && n_tiles == 1 && (n > 1 ? w->n_groups >= LONG_ROW : fetch_for_one);
     epilogue then = {bias, add};
     for (size_t panel = panel_begin; panel < panel_end; panel += TILE_PANELS) {
         fetch_ahead ahead = near ? fetch_near(w, panel) : fetch_from(w, panel + TILE_PANELS, n_lines);

@@ -48,11 +48,12 @@ PE_INLINE void scores_block(float *scores, const query_block *q, size_t head_dim
         v16_store(scores + r * PE_CHUNK, v16_mul(v16_mul(i16_to_float(d[r]), v16_set1(q->scales[r])), k_scale));
 }
 
+/* Into the second level: more lines can be on their way there than into the first. */
 PE_INLINE void prefetch(const int8_t *p, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(p + i);
+    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-/* V of the same positions is on its way while K is worked on: a decode at depth reads both from memory, once. */
+/* V of the same positions is on its way while K is worked on: a decode reads both from memory, once. */
 static void attention_scores(float *scores, const int8_t *q, const float *q_scales, const int32_t *q_corrections, size_t n_rows,
                              size_t head_dim_p, const pe_kv_chunk *kv, size_t n_positions, float c) {
     for (size_t r = 0; r < n_rows; r += SCORE_ROWS) {

@@ -14,7 +14,10 @@
 
 /* 16 int32 sums and 16 float sums fill the registers: at the end of a group a finished sum waits on the stack for its
  * conversion, which costs less than what 8 chains would wait for the dot step's latency. Values: 24 sums, 4 columns of V. */
-enum { TILE_PANELS = 2, TILE_TOKENS = 8, DOT_UNROLL = 16, SCORE_ROWS = 8, VALUE_ROWS = 3, VALUE_COLUMNS = 4, VALUE_UNROLL = 8 };
+enum {
+    TILE_PANELS = 2, TILE_TOKENS = 8, DOT_UNROLL = 16, FETCH_FOR_ONE = 1,
+    SCORE_ROWS = 8, VALUE_ROWS = 3, VALUE_COLUMNS = 4, VALUE_UNROLL = 8
+};
 
 typedef __m512 v16;
 typedef __m512i i16, w16, x4, v16x4, p4;

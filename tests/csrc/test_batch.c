@@ -345,7 +345,7 @@ static void test_hidden(const struct pe_kernels *table) {
             const float *row = pe_context_hidden(c, hidden++);
             CHECK(same_floats(row, pe_context_hidden(one, 0), config.dim), "%s: hidden state of row %zu", table->name, i);
             if (b.wants[i] & PE_WANT_LOGITS) {
-                pe_activations x = {codes, scales, corrections, n, 1};
+                pe_activations x = {codes, scales, corrections, n, 1, false};
                 pe_kernels_scalar.quantize(&x, 0, &row, config.dim, NULL, 0.0f);
                 pe_kernels_scalar.matmul(expected, 64, &t.model->output, 0, vocab_padded / PE_PANEL, &x, 0, 1, NULL, false);
                 CHECK(same_floats(expected, pe_context_logits(c, logits), config.vocab_size), "%s: logits from the hidden state of row %zu",

@@ -45,7 +45,7 @@ static packed_rows packed_new(size_t n_tokens, size_t n_padded) {
     size_t n_packed = n_packed_tokens(n_tokens), n_scales = n_packed * (n_padded / 64);
     packed_rows p = {.codes = block_new(n_packed * n_padded, 0), .scales = block_new(n_scales * 4, 0),
                      .corrections = block_new(n_scales * 4, 0)};
-    p.x = (pe_activations){CODES(p.codes), FLOATS(p.scales), INTS(p.corrections), n_padded, n_tokens};
+    p.x = (pe_activations){CODES(p.codes), FLOATS(p.scales), INTS(p.corrections), n_padded, n_tokens, false};
     return p;
 }
 
@@ -265,7 +265,7 @@ static void test_groups_law(void) {
         size_t n_groups = (n + 63) / 64;
         fill(x, n, RANDOM, &r);
         const float *row = x;
-        pe_activations packed = {codes, scales, corrections, n_groups * 64, 1};
+        pe_activations packed = {codes, scales, corrections, n_groups * 64, 1, false};
         pe_kernels_scalar.quantize(&packed, 0, &row, n, NULL, 0.0f);
         pe_kernels_scalar.hadamard(x, n, 1.0f);
         for (size_t g = 0; g < n_groups; g++) {
@@ -286,7 +286,7 @@ static void test_hadamard_overflow(const struct pe_kernels *k) {
     const float *row = x;
     int8_t codes[64];
     int32_t correction;
-    pe_activations packed = {codes, &scale, &correction, 64, 1};
+    pe_activations packed = {codes, &scale, &correction, 64, 1, false};
     for (size_t i = 0; i < 64; i++) x[i] = 3e38f;
     CHECK(k->quantize(&packed, 0, &row, 64, NULL, 0.0f) == 1, "%s: a row", k->name);
     CHECK(quantize_one(k, codes, &scale, &correction, x, 64, 64, 0.125f) >= PE_NOT_FINITE_BITS, "%s: a head", k->name);

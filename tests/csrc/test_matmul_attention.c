@@ -58,7 +58,7 @@ static product product_new(size_t n_panels, size_t n_groups, size_t n_tokens, in
     for (size_t i = 0; i < n_scales; i++) halves[i] = rng_half(r);
     for (size_t i = 0; i < n_packed * n / 64; i++) FLOATS(p.x_scales)[i] = pick_scale(pattern, r);
     p.w = (pe_matrix){CODES(p.w_codes), halves, n_panels, n_groups};
-    p.x = (pe_activations){CODES(p.x_codes), FLOATS(p.x_scales), INTS(p.x_corrections), n, n_tokens};
+    p.x = (pe_activations){CODES(p.x_codes), FLOATS(p.x_scales), INTS(p.x_corrections), n, n_tokens, false};
     fill_corrections(&p.x);
     return p;
 }
@@ -90,6 +90,8 @@ static void compare_matmul(const struct pe_kernels *k, const product *p, size_t 
 /* The whole product, and a part of its panels and tokens. */
 static void compare_parts(const struct pe_kernels *k, size_t n_panels, size_t n_groups, size_t n_tokens, int pattern, rng *r) {
     product p = product_new(n_panels, n_groups, n_tokens, pattern, r);
+    compare_matmul(k, &p, 0, n_panels, 0, n_tokens, r);
+    p.x.fetch_for_one = true; /* another order of panels for a single token */
     compare_matmul(k, &p, 0, n_panels, 0, n_tokens, r);
     size_t panel = rng_below(r, n_panels), token = rng_below(r, n_tokens) / PE_TOKEN_BLOCK * PE_TOKEN_BLOCK;
     compare_matmul(k, &p, panel, panel + 1 + rng_below(r, n_panels - panel), token, token + 1 + rng_below(r, n_tokens - token), r);
