@@ -66,12 +66,11 @@ static size_t chunk_begin(const task *t) { return first_visible(t, t->block->fir
 
 static size_t chunk_end(const task *t) { return (t->block->first_position + t->block->n_tokens - 1) / PE_CHUNK + 1; }
 
-/* Visible part [*begin, *end) of the chunk for row r; empty if begin >= end. */
-static void visible_range(const task *t, size_t chunk, size_t r, size_t *begin, size_t *end) {
-    size_t position = t->block->first_position + r / t->n_rep, base = chunk * PE_CHUNK;
-    size_t first = first_visible(t, position);
-    *begin = first > base ? first - base : 0;
-    *end = position + 1 < base + PE_CHUNK ? (position + 1 > base ? position + 1 - base : 0) : PE_CHUNK;
+/* What the block's token number `token` sees of the chunk. */
+static pe_visible visible_to(const task *t, size_t chunk, size_t token) {
+    size_t position = t->block->first_position + token, base = chunk * PE_CHUNK, first = first_visible(t, position);
+    size_t end = position + 1 > base ? position + 1 - base : 0;
+    return (pe_visible){first > base ? first - base : 0, end < PE_CHUNK ? end : PE_CHUNK};
 }
 
 /* The part of the keys' bias that the cache does not hold. */
@@ -141,32 +140,20 @@ static void fetch_keys(chunk_ahead ahead, size_t part, size_t n_parts) {
 static void attend_chunk(const task *t, size_t chunk, pe_attention_state *out, chunk_ahead ahead) {
     const pe_slice *s = t->slice;
     pe_kv_chunk kv = pe_kv_chunk_at(t->kv, t->block->sequence, chunk, t->layer, t->kv_head);
-    size_t first = PE_CHUNK, last = 0, begin, end;
-    for (size_t r = 0; r < t->n_rows; r++) {
-        visible_range(t, chunk, r, &begin, &end);
-        if (begin >= end) continue;
-        first = begin < first ? begin : first;
-        last = end > last ? end : last;
+    pe_visible seen[PE_ATTENTION_ROWS], all = {PE_CHUNK, 0}; /* by each token of the block; by any */
+    for (size_t token = 0; token < t->block->n_tokens; token++) {
+        pe_visible its = seen[token] = visible_to(t, chunk, token);
+        if (its.begin >= its.end) continue;
+        all.begin = its.begin < all.begin ? its.begin : all.begin;
+        all.end = its.end > all.end ? its.end : all.end;
     }
-    chunk_scores(t, chunk, &kv, last);
-    for (size_t r = 0; r < t->n_rows; r++) {
-        visible_range(t, chunk, r, &begin, &end);
-        if (begin < end) out->m[r] = s->kernels->softmax_max(t->scores + r * PE_CHUNK, begin, end);
-    }
-    for (size_t r = 0; r < t->n_rows; r++) {
-        float *scores = t->scores + r * PE_CHUNK;
-        visible_range(t, chunk, r, &begin, &end);
-        if (begin < end) {
-            out->l[r] = s->kernels->softmax_exp(scores, begin, end, out->m[r]);
-        } else {
-            memset(scores, 0, PE_CHUNK * sizeof *scores);
-            out->l[r] = 0.0f;
-        }
-        if (ahead.task != NULL) fetch_keys(ahead, r, t->n_rows);
-    }
+    chunk_scores(t, chunk, &kv, all.end);
+    if (ahead.task != NULL) fetch_keys(ahead, 0, 2);
+    s->kernels->attention_weights(out->m, out->l, t->scores, seen, t->block->n_tokens, t->n_rep, all, kv.v_scales);
+    if (ahead.task != NULL) fetch_keys(ahead, 1, 2);
     void (*values)(float *, const float *, size_t, size_t, const pe_kv_chunk *, size_t, size_t) =
         s->kv_dtype == PE_KV_F32 ? s->kernels->attention_values_f32 : s->kernels->attention_values;
-    values(out->o, t->scores, t->n_rows, s->model->head_dim_p, &kv, first, last);
+    values(out->o, t->scores, t->n_rows, s->model->head_dim_p, &kv, all.begin, all.end);
 }
 
 /* What a row's o is multiplied by: 1 / l, or beside a score without a value, *sink, what is left of that (FORMAT.md section 8);
@@ -198,12 +185,12 @@ static void whole_unit(void *arg, size_t unit, int thread) {
     pe_attention_state total = state_at(memory, model), chunk_state = state_at(memory + state_floats(model), model);
     bool is_last = unit + 1 == j->slice->n_blocks * model->config.n_kv_heads;
     task next = task_make(j, is_last ? unit : unit + 1, thread);
-    memset(total.l, 0, t.n_rows * sizeof *total.l);
-    for (size_t chunk = chunk_begin(&t); chunk < chunk_end(&t); chunk++) {
+    size_t first = chunk_begin(&t);
+    for (size_t chunk = first; chunk < chunk_end(&t); chunk++) {
         chunk_ahead ahead = chunk + 1 < chunk_end(&t) ? (chunk_ahead){&t, chunk + 1} : (chunk_ahead){&next, chunk_begin(&next)};
         if (is_last && ahead.task == &next) ahead.task = NULL;
-        attend_chunk(&t, chunk, &chunk_state, ahead);
-        j->slice->kernels->attention_merge(&total, &chunk_state, t.n_rows, model->head_dim_p);
+        attend_chunk(&t, chunk, chunk == first ? &total : &chunk_state, ahead);
+        if (chunk > first) j->slice->kernels->attention_merge(&total, &chunk_state, t.n_rows, model->head_dim_p);
     }
     write_output(&t, &total);
 }

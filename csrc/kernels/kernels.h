@@ -93,6 +93,11 @@ typedef struct pe_kv_chunk {
     float *k_f32, *v_f32;
 } pe_kv_chunk;
 
+/* Positions [begin, end) of a chunk that a query sees; none if begin >= end. */
+typedef struct pe_visible {
+    size_t begin, end;
+} pe_visible;
+
 /* Attention states of rows, running or of one chunk. l is at least 1 for a row that saw something, since its own maximum
  * contributes exp(0), or NaN; a row that has seen nothing has l = 0, and its m and o mean nothing. */
 typedef struct pe_attention_state {
@@ -189,19 +194,20 @@ struct pe_kernels {
     void (*attention_key_bias)(float *scores, const float *rotated, size_t n_rows, const uint32_t *pairs, size_t n_pairs,
                                const float *angles, size_t n_half, size_t n_positions);
 
-    /* One row of scores over [begin, end) of a chunk, not empty: m, then p in place and +0 elsewhere in [0, 256), returning
-     * l. Two kernels, because the maxima of many rows do not wait for one another. */
-    float (*softmax_max)(const float *scores, size_t begin, size_t end);
-    float (*softmax_exp)(float *scores, size_t begin, size_t end, float m);
+    /* Scores, rows 256 floats apart, become weights w = p * v_scale, or p where v_scales (256) is NULL, in place; m and l (rows)
+     * become those of FORMAT.md section 8. Rows come in n_runs runs of n_rep (the heads of a token) that see the same; of one that
+     * sees nothing l is 0 and m means nothing. `all` is what any of them sees, not empty: weights of a row fill the groups of 32
+     * positions that hold a part of it, and are +0 where the row does not look. Scores and scales there are not looked at. */
+    void (*attention_weights)(float *m, float *l, float *scores, const pe_visible *runs, size_t n_runs, size_t n_rep, pe_visible all,
+                              const float *v_scales);
 
-    /* out[r][d] = o of FORMAT.md section 8 over positions [begin, end): the weights p[r][j] * v_scale[j], quantized in groups of
-     * 32 positions, times v[j][d]. p rows 256 floats apart, in 0..1, and +0 where row r may not look; out (n_rows, head_dim_p).
-     * The scales and codes of V outside of [begin, end) are not looked at, or multiplied by 0. Of a row that holds a NaN,
-     * nothing is meant. */
-    void (*attention_values)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+    /* out[r][d] = o of FORMAT.md section 8 over positions [begin, end): the weights w[r][j], quantized in groups of 32 positions,
+     * times v[j][d]. w as attention_weights left it, rows 256 floats apart, at least 0; out (n_rows, head_dim_p). The codes of V
+     * outside of [begin, end) are not looked at, or multiplied by 0. Of a row that holds a NaN, nothing is meant. */
+    void (*attention_values)(float *out, const float *w, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                              size_t begin, size_t end);
-    /* out[r][d] = sum of p[r][j] * v_f32[j][d], j ascending, one fmaf each from +0; all else as above. */
-    void (*attention_values_f32)(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+    /* out[r][d] = sum of w[r][j] * v_f32[j][d], j ascending, one fmaf each from +0; all else as above. */
+    void (*attention_values_f32)(float *out, const float *w, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end);
 
     /* The states of n_rows rows take up a further chunk's as FORMAT.md section 8 merges them; of a row that one side has not

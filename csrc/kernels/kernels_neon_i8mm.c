@@ -253,8 +253,7 @@ static void scores_by_eights(float *scores, const int8_t *q, const float *q_scal
                      kv, n_positions, c);
 }
 
-/* Eight rows of a chunk's probabilities times V's scales, quantized (FORMAT.md section 8) and zipped; the scales of their
- * groups. */
+/* Eight rows of a chunk's weights, quantized (FORMAT.md section 8) and zipped; the scales of their groups. */
 typedef struct probability_eight {
     int8_t operands[CHUNK_STEPS * EIGHT_BYTES];
     pair_scales scales[PE_CHUNK / PE_PROBABILITY_GROUP];
@@ -262,18 +261,17 @@ typedef struct probability_eight {
 
 _Static_assert((int)PROBABILITY_ROWS >= (int)EIGHT, "they are quantized at once");
 
-/* From n_rows rows of p, at most eight, over the groups of [begin, end); all else becomes 0. */
-static void quantize_eight(probability_eight *eight, const float *p, size_t n_rows, const float *v_scales, size_t begin,
-                           size_t end) {
+/* From n_rows rows of w, at most eight, over the groups of [begin, end); all else becomes 0. */
+static void quantize_eight(probability_eight *eight, const float *w, size_t n_rows, size_t begin, size_t end) {
     enum { N_GROUPS = PE_CHUNK / PE_PROBABILITY_GROUP };
     int8_t codes[EIGHT][PE_CHUNK] = {{0}};
     float scales[N_GROUPS][EIGHT] = {{0}};
     probability_block block;
-    quantize_probabilities(&block, p, n_rows, v_scales, begin, end);
-    size_t first = block.first, n_groups = (block.last - first) / PE_PROBABILITY_GROUP;
+    quantize_probabilities(&block, w, n_rows, begin, end);
+    size_t first = block.first, n_groups = block.n_groups;
     for (size_t r = 0; r < n_rows; r++) {
-        memcpy(codes[r] + first, block.codes[r] + first, block.last - first);
-        for (size_t g = 0; g < n_groups; g++) scales[first / PE_PROBABILITY_GROUP + g][r] = block.scales[r * n_groups + g];
+        memcpy(codes[r] + first, block.codes[r], n_groups * PE_PROBABILITY_GROUP);
+        for (size_t g = 0; g < n_groups; g++) scales[first / PE_PROBABILITY_GROUP + g][r] = block.scales[r * block.n_fours * 4 + g];
     }
     zip_rows(eight->operands, codes[0], PE_CHUNK, EIGHT, CHUNK_STEPS);
     for (size_t g = 0; g < N_GROUPS; g++) spread_over_tokens(eight->scales[g], scales[g]);
@@ -297,14 +295,13 @@ LANES void values_eight(float *out, size_t stride, size_t n_rows, const probabil
 }
 
 /* At most STRIP_QUERIES eights of rows; all else as attention_values has it. */
-static void values_strip(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+static void values_strip(float *out, const float *w, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                          size_t begin, size_t end) {
     probability_eight probabilities[STRIP_QUERIES];
     int8_t columns[2][CHUNK_STEPS * EIGHT_BYTES];
     size_t first = pe_group_begin(begin), n_steps = (pe_group_end(end) - first) / INPUTS;
     for (size_t r = 0; r < n_rows; r += EIGHT)
-        quantize_eight(&probabilities[r / EIGHT], p + r * PE_CHUNK, n_rows - r < EIGHT ? n_rows - r : EIGHT, kv->v_scales,
-                       begin, end);
+        quantize_eight(&probabilities[r / EIGHT], w + r * PE_CHUNK, n_rows - r < EIGHT ? n_rows - r : EIGHT, begin, end);
     for (size_t d = 0; d < head_dim_p; d += PE_PANEL) {
         for (size_t half = 0; half < 2; half++)
             zip_eight(columns[half], kv->v + first * head_dim_p + (d + half * EIGHT) * 4, head_dim_p * 4, n_steps);
@@ -315,14 +312,14 @@ static void values_strip(float *out, const float *p, size_t n_rows, size_t head_
     }
 }
 
-static void values_by_eights(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+static void values_by_eights(float *out, const float *w, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                              size_t begin, size_t end) {
     size_t n = in_eights(n_rows);
     for (size_t r = 0; r < n; r += STRIP_QUERIES * EIGHT) {
         size_t n_r = n - r < STRIP_QUERIES * EIGHT ? n - r : STRIP_QUERIES * EIGHT;
-        values_strip(out + r * head_dim_p, p + r * PE_CHUNK, n_r, head_dim_p, kv, begin, end);
+        values_strip(out + r * head_dim_p, w + r * PE_CHUNK, n_r, head_dim_p, kv, begin, end);
     }
-    attention_values(out + n * head_dim_p, p + n * PE_CHUNK, n_rows - n, head_dim_p, kv, begin, end);
+    attention_values(out + n * head_dim_p, w + n * PE_CHUNK, n_rows - n, head_dim_p, kv, begin, end);
 }
 
 const struct pe_kernels pe_kernels_neon_i8mm = PE_LANES16_TABLE_WITH(

@@ -259,23 +259,25 @@ static void attention_key_bias(float *scores, const float *rotated, size_t n_row
     }
 }
 
-static float softmax_max(const float *scores, size_t begin, size_t end) {
-    float m = scores[begin];
-    for (size_t j = begin + 1; j < end; j++) m = scores[j] > m ? scores[j] : m;
-    return m;
-}
-
-static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
-    float a[PE_PANEL] = {0};
-    for (size_t j = 0; j < PE_CHUNK; j++) {
-        scores[j] = j >= begin && j < end ? pe_expf(scores[j] - m) : 0.0f;
-        a[j % PE_PANEL] += scores[j];
+static void attention_weights(float *m, float *l, float *scores, const pe_visible *runs, size_t n_runs, size_t n_rep, pe_visible all,
+                              const float *v_scales) {
+    for (size_t r = 0; r < n_runs * n_rep; r++, scores += PE_CHUNK) {
+        pe_visible seen = runs[r / n_rep];
+        float a[PE_PANEL] = {0};
+        m[r] = seen.begin < seen.end ? scores[seen.begin] : 0.0f;
+        for (size_t j = seen.begin; j < seen.end; j++) m[r] = scores[j] > m[r] ? scores[j] : m[r];
+        for (size_t j = pe_group_begin(all.begin); j < pe_group_end(all.end); j++) {
+            bool visible = j >= seen.begin && j < seen.end;
+            float p = visible ? pe_expf(scores[j] - m[r]) : 0.0f;
+            a[j % PE_PANEL] += p;
+            scores[j] = visible && v_scales != NULL ? p * v_scales[j] : p;
+        }
+        l[r] = pe_sum_lanes(a);
     }
-    return pe_sum_lanes(a);
 }
 
-/* One group of probabilities times V's scales: codes 0..127. Returns their scale. */
-static float quantize_probabilities(int8_t codes[PE_PROBABILITY_GROUP], const float weights[PE_PROBABILITY_GROUP]) {
+/* One group of weights: codes 0..127. Returns their scale. */
+static float quantize_weights(int8_t codes[PE_PROBABILITY_GROUP], const float weights[PE_PROBABILITY_GROUP]) {
     float most = 0.0f;
     for (size_t j = 0; j < PE_PROBABILITY_GROUP; j++) most = weights[j] > most ? weights[j] : most;
     int zero = most < smallest_absmax;
@@ -284,15 +286,15 @@ static float quantize_probabilities(int8_t codes[PE_PROBABILITY_GROUP], const fl
     return zero ? 0.0f : most / 127.0f;
 }
 
-static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+static void attention_values(float *out, const float *w, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                              size_t begin, size_t end) {
     for (size_t r = 0; r < n_rows; r++) {
         float weights[PE_CHUNK] = {0};
-        for (size_t j = begin; j < end; j++) weights[j] = p[r * PE_CHUNK + j] * kv->v_scales[j];
+        for (size_t j = begin; j < end; j++) weights[j] = w[r * PE_CHUNK + j];
         for (size_t d = 0; d < head_dim_p; d++) out[r * head_dim_p + d] = 0.0f;
         for (size_t first = 0; first < PE_CHUNK; first += PE_PROBABILITY_GROUP) {
             int8_t codes[PE_PROBABILITY_GROUP];
-            float scale = quantize_probabilities(codes, weights + first);
+            float scale = quantize_weights(codes, weights + first);
             for (size_t i = 0; i < head_dim_p; i++) {
                 int32_t d = 0; /* exact, as a float too: 32 * 127 * 127 < 2^24 */
                 for (size_t j = 0; j < PE_PROBABILITY_GROUP; j++)
@@ -303,12 +305,12 @@ static void attention_values(float *out, const float *p, size_t n_rows, size_t h
     }
 }
 
-static void attention_values_f32(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+static void attention_values_f32(float *out, const float *w, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end) {
     for (size_t r = 0; r < n_rows; r++)
         for (size_t d = 0; d < head_dim_p; d++) {
             float o = 0.0f;
-            for (size_t j = begin; j < end; j++) o = fmaf(p[r * PE_CHUNK + j], kv->v_f32[j * head_dim_p + d], o);
+            for (size_t j = begin; j < end; j++) o = fmaf(w[r * PE_CHUNK + j], kv->v_f32[j * head_dim_p + d], o);
             out[r * head_dim_p + d] = o;
         }
 }
@@ -369,8 +371,7 @@ const struct pe_kernels pe_kernels_scalar = {
     .attention_scores = attention_scores,
     .attention_scores_f32 = attention_scores_f32,
     .attention_key_bias = attention_key_bias,
-    .softmax_max = softmax_max,
-    .softmax_exp = softmax_exp,
+    .attention_weights = attention_weights,
     .attention_values = attention_values,
     .attention_values_f32 = attention_values_f32,
     .attention_merge = attention_merge,

@@ -446,7 +446,7 @@ static bool maximum(const float *logits, size_t n, float *most) {
         .swiglu = swiglu, .swiglu_clamped = swiglu_clamped, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, \
         .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, \
         .attention_scores = its_scores, .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, \
-        .softmax_max = softmax_max, .softmax_exp = softmax_exp, \
+        .attention_weights = attention_weights, \
         .attention_values = its_values, .attention_values_f32 = attention_values_f32, \
         .attention_merge = attention_merge, .scale = scale, \
         .codes_are_legal = codes_are_legal, .maximum = maximum, .weigh = logits_weigh, .sum_of_exps = logits_sum_of_exps, \

@@ -111,112 +111,140 @@ static void attention_key_bias(float *scores, const float *rotated, size_t n_row
 
 /* ------------------------------------------------------------------ softmax */
 
-/* Strip j (a multiple of 16) of x, of which only positions [begin, end) count: what else is in it becomes -infinity, so that it
- * is no maximum and its exp is +0. */
-PE_INLINE v16 visible_strip(v16 x, size_t j, size_t begin, size_t end) {
-    v16 nothing = v16_set1(-INFINITY);
-    if (j < begin) x = v16_first_lanes(begin - j, nothing, x);
-    return end - j < 16 ? v16_first_lanes(end - j, x, nothing) : x;
+/* Strip j (a multiple of 16), which has lanes of [seen.begin, seen.end): those are x's, the others y's. */
+PE_INLINE v16 visible_lanes(v16 x, v16 y, size_t j, pe_visible seen) {
+    if (j < seen.begin) x = v16_first_lanes(seen.begin - j, y, x);
+    return seen.end - j < 16 ? v16_first_lanes(seen.end - j, x, y) : x;
 }
 
-static float softmax_max(const float *scores, size_t begin, size_t end) {
-    size_t j = begin / 16 * 16;
-    v16 most = visible_strip(v16_load(scores + j), j, begin, end);
-    for (j += 16; j + 16 <= end; j += 16) most = v16_max(v16_load(scores + j), most);
-    if (j < end) most = v16_max(visible_strip(v16_load(scores + j), j, begin, end), most);
-    return v16_max_lanes(most);
-}
-
-static float softmax_exp(float *scores, size_t begin, size_t end, float m) {
-    v16 total = v16_set1(0.0f), maximum = v16_set1(m);
-    size_t j = 0;
-    for (; j + 16 <= begin; j += 16) v16_store(scores + j, v16_set1(0.0f));
-    for (; j < end; j += 16) {
-        v16 x = v16_sub(v16_load(scores + j), maximum);
-        v16 p = exp16(j < begin || end - j < 16 ? visible_strip(x, j, begin, end) : x);
-        v16_store(scores + j, p);
-        total = v16_add(total, p);
+/* The largest scores of n_r rows (a constant, at most ROWS_OF_MAXIMA) that see the same, which is something. */
+enum { ROWS_OF_MAXIMA = 4 };
+PE_INLINE void largest_scores(float *m, const float *scores, pe_visible seen, const int n_r) {
+    v16 most[ROWS_OF_MAXIMA], nothing = v16_set1(-INFINITY);
+    float lanes[PE_PANEL];
+    size_t j = seen.begin / 16 * 16;
+    PE_UNROLL for (int r = 0; r < n_r; r++) most[r] = visible_lanes(v16_load(scores + r * PE_CHUNK + j), nothing, j, seen);
+    for (j += 16; j + 16 <= seen.end; j += 16)
+        PE_UNROLL for (int r = 0; r < n_r; r++) most[r] = v16_max(v16_load(scores + r * PE_CHUNK + j), most[r]);
+    if (j < seen.end)
+        PE_UNROLL for (int r = 0; r < n_r; r++)
+            most[r] = v16_max(visible_lanes(v16_load(scores + r * PE_CHUNK + j), nothing, j, seen), most[r]);
+    if (n_r == 1) {
+        m[0] = v16_max_lanes(most[0]);
+        return;
     }
-    for (; j < PE_CHUNK; j += 16) v16_store(scores + j, v16_set1(0.0f));
+    PE_UNROLL for (int r = n_r; r < ROWS_OF_MAXIMA; r++) most[r] = most[0];
+    v16 largest = v16_max_in_quads(most);
+    largest = v16_max(largest, v16_swap4(largest));
+    v16_store(lanes, v16_max(largest, v16_swap8(largest)));
+    memcpy(m, lanes, (size_t)n_r * sizeof *m);
+}
+
+/* One row, from its maximum on; returns l. The groups that weights fill are those of [first, last). v_scales if `scaled`. */
+PE_INLINE float weigh_row(float *scores, pe_visible seen, size_t first, size_t last, float m, const float *v_scales,
+                          const int scaled) {
+    v16 total = v16_set1(0.0f), nothing = v16_set1(0.0f), maximum = v16_set1(m);
+    size_t j = first;
+    for (; j + 16 <= seen.begin; j += 16) v16_store(scores + j, nothing);
+    for (; j < seen.end; j += 16) {
+        bool whole = j >= seen.begin && seen.end - j >= 16;
+        v16 x = v16_sub(v16_load(scores + j), maximum);
+        v16 p = exp16(whole ? x : visible_lanes(x, v16_set1(-INFINITY), j, seen));
+        total = v16_add(total, p);
+        if (scaled) {
+            p = v16_mul(p, v16_load(v_scales + j));
+            if (!whole) p = visible_lanes(p, nothing, j, seen);
+        }
+        v16_store(scores + j, p);
+    }
+    for (; j < last; j += 16) v16_store(scores + j, nothing);
     return v16_sum_lanes(total);
+}
+
+/* All maxima first: a row's exponentials wait for its own, those of other rows need not. */
+static void attention_weights(float *m, float *l, float *scores, const pe_visible *runs, size_t n_runs, size_t n_rep, pe_visible all,
+                              const float *v_scales) {
+    size_t first = pe_group_begin(all.begin), last = pe_group_end(all.end);
+    for (size_t run = 0; run < n_runs; run++) {
+        if (runs[run].begin >= runs[run].end) continue;
+        for (size_t i = 0, r = run * n_rep; i < n_rep; i += ROWS_OF_MAXIMA, r += ROWS_OF_MAXIMA) {
+#define PE_LARGEST(n) largest_scores(m + r, scores + r * PE_CHUNK, runs[run], n)
+            PE_WITH_ROWS(n_rep - i, ROWS_OF_MAXIMA, PE_LARGEST)
+#undef PE_LARGEST
+        }
+    }
+    for (size_t run = 0; run < n_runs; run++)
+        for (size_t r = run * n_rep; r < (run + 1) * n_rep; r++) {
+            bool nothing = runs[run].begin >= runs[run].end;
+            pe_visible seen = nothing ? (pe_visible){0, 0} : runs[run];
+            if (nothing) m[r] = 0.0f;
+            l[r] = v_scales == NULL ? weigh_row(scores + r * PE_CHUNK, seen, first, last, m[r], NULL, 0)
+                                    : weigh_row(scores + r * PE_CHUNK, seen, first, last, m[r], v_scales, 1);
+        }
 }
 
 /* ------------------------------------------------------------------ values */
 
-enum {
-    PROBABILITY_ROWS = 4 * VALUE_ROWS,         /* rows that are quantized before they are multiplied */
-    FOUR_GROUPS = 4 * PE_PROBABILITY_GROUP     /* positions whose four maxima are found together */
-};
+enum { PROBABILITY_ROWS = 4 * VALUE_ROWS }; /* rows that are quantized before they are multiplied */
 
-/* Rows of a chunk's probabilities times V's scales, quantized; 0 where nothing is seen. */
+/* Rows of a chunk's weights, quantized, from the group of position `first` on. */
 typedef struct probability_block {
     int8_t codes[PROBABILITY_ROWS][PE_CHUNK];
-    float scales[PROBABILITY_ROWS * PE_CHUNK / PE_PROBABILITY_GROUP]; /* (rows, groups of [first, last)) */
-    size_t first, last;                                               /* positions, multiples of FOUR_GROUPS */
+    float scales[PROBABILITY_ROWS * PE_CHUNK / PE_PROBABILITY_GROUP]; /* (rows, 4 n_fours) */
+    size_t first, n_groups, n_fours;
 } probability_block;
 
-/* weights (last - first) of positions [first, last) = p * v_scales over [begin, end), +0 in what else there is. */
-PE_INLINE void weigh_probabilities(float *weights, const float *p, const float *v_scales, size_t begin, size_t end, size_t first,
-                                   size_t last) {
-    size_t j = first;
-    for (; j + 16 <= begin; j += 16) v16_store(weights + j - first, v16_set1(0.0f));
-    for (; j < end; j += 16) v16_store(weights + j - first, v16_mul(v16_load(p + j), v16_load(v_scales + j)));
-    for (; j < last; j += 16) v16_store(weights + j - first, v16_set1(0.0f));
-    for (j = begin / 16 * 16; j < begin; j++) weights[j - first] = 0.0f;
-    for (j = end; j % 16 != 0; j++) weights[j - first] = 0.0f;
-}
-
-/* Lane k of each quad: the largest weight of group k of four in that quad's lanes. */
-PE_INLINE v16 four_maxima(const float *weights) {
+/* Lane k of each quad: the largest weight of the k-th of four groups in that quad's lanes; n_left groups are there, the others
+ * are the last one again. */
+PE_INLINE v16 four_maxima(const float *weights, size_t n_left) {
     v16 most[4];
-    PE_UNROLL for (int k = 0; k < 4; k++) {
-        const float *group = weights + k * PE_PROBABILITY_GROUP;
+    PE_UNROLL for (size_t k = 0; k < 4; k++) {
+        const float *group = weights + (k < n_left ? k : n_left - 1) * PE_PROBABILITY_GROUP;
         most[k] = v16_max(v16_load(group), v16_load(group + 16));
     }
     return v16_max_in_quads(most);
 }
 
-/* scales and inverses of four times four groups, which lie `FOUR_GROUPS` apart. */
-PE_INLINE void scales_of_fours(float *scales, float *inverses, const float *const weights[4]) {
-    v16 most[4], most_code = v16_set1(127.0f);
-    PE_UNROLL for (int i = 0; i < 4; i++) most[i] = four_maxima(weights[i]);
-    v16_transpose_quads(most);
-    v16 largest = v16_max(v16_max(most[0], most[1]), v16_max(most[2], most[3]));
-    v16_store(scales, v16_zero_if_less(largest, 0x1p-64f, v16_div(largest, most_code)));
-    v16_store(inverses, v16_zero_if_less(largest, 0x1p-64f, v16_div(most_code, largest)));
+/* Scales and inverses (rows, 4 n_fours) of rows of weights from their first group on; four fours share two divisions. */
+PE_INLINE void scales_of_rows(float *scales, float *inverses, const float *w, size_t n_rows, size_t n_groups, size_t n_fours) {
+    v16 most_code = v16_set1(127.0f);
+    for (size_t i = 0, row = 0, four = 0; i < n_rows * n_fours; i += 4) {
+        v16 most[4];
+        PE_UNROLL for (int k = 0; k < 4; k++) {
+            most[k] = four_maxima(w + row * PE_CHUNK + four * 4 * PE_PROBABILITY_GROUP, n_groups - four * 4);
+            if (++four == n_fours) four = 0, row = row + 1 < n_rows ? row + 1 : row;
+        }
+        v16_transpose_quads(most);
+        v16 largest = v16_max(v16_max(most[0], most[1]), v16_max(most[2], most[3]));
+        v16_store(scales + i * 4, v16_zero_if_less(largest, 0x1p-64f, v16_div(largest, most_code)));
+        v16_store(inverses + i * 4, v16_zero_if_less(largest, 0x1p-64f, v16_div(most_code, largest)));
+    }
 }
 
-/* Rows of p, PE_CHUNK apart. Row by row each of the three steps would wait for the one before. */
-PE_INLINE void quantize_probabilities(probability_block *block, const float *p, size_t n_rows, const float *v_scales,
-                                      size_t begin, size_t end) {
-    enum { MOST_FOURS = PROBABILITY_ROWS * PE_CHUNK / FOUR_GROUPS };
-    size_t first = begin / FOUR_GROUPS * FOUR_GROUPS, last = (end + FOUR_GROUPS - 1) / FOUR_GROUPS * FOUR_GROUPS;
-    size_t width = last - first, n_fours = n_rows * (width / FOUR_GROUPS);
-    float weights[PROBABILITY_ROWS * PE_CHUNK], inverses[MOST_FOURS * 4];
-    block->first = first, block->last = last;
+/* Rows of weights, PE_CHUNK apart. Row by row each of the two steps would wait for the one before. */
+PE_INLINE void quantize_probabilities(probability_block *block, const float *w, size_t n_rows, size_t begin, size_t end) {
+    size_t first = pe_group_begin(begin), n_groups = (pe_group_end(end) - first) / PE_PROBABILITY_GROUP, n_fours = (n_groups + 3) / 4;
+    float inverses[PROBABILITY_ROWS * PE_CHUNK / PE_PROBABILITY_GROUP];
+    block->first = first, block->n_groups = n_groups, block->n_fours = n_fours;
+    scales_of_rows(block->scales, inverses, w + first, n_rows, n_groups, n_fours);
     for (size_t r = 0; r < n_rows; r++)
-        weigh_probabilities(weights + r * width, p + r * PE_CHUNK, v_scales, begin, end, first, last);
-    for (size_t i = 0; i < n_fours; i += 4) {
-        const float *fours[4];
-        for (size_t k = 0; k < 4; k++) fours[k] = weights + (i + k < n_fours ? i + k : i) * FOUR_GROUPS;
-        scales_of_fours(block->scales + i * 4, inverses + i * 4, fours);
-    }
-    for (size_t r = 0; r < n_rows; r++)
-        for (size_t j = 0; j < width; j += 2 * PE_PROBABILITY_GROUP) {
-            const float *w = weights + r * width + j, *inverse = inverses + (r * width + j) / PE_PROBABILITY_GROUP;
-            v16 x[4], a = v16_set1(inverse[0]), b = v16_set1(inverse[1]);
-            PE_UNROLL for (int i = 0; i < 4; i++) x[i] = v16_mul(v16_load(w + i * 16), i < 2 ? a : b);
-            v16_four_to_i8(block->codes[r] + first + j, x);
+        for (size_t g = 0; g < n_groups; g += 2) { /* two at a time, the last one perhaps twice */
+            size_t next = g + 1 < n_groups ? g + 1 : g;
+            const float *a = w + r * PE_CHUNK + first + g * PE_PROBABILITY_GROUP, *b = a + (next - g) * PE_PROBABILITY_GROUP;
+            v16 to_a = v16_set1(inverses[r * n_fours * 4 + g]), to_b = v16_set1(inverses[r * n_fours * 4 + next]);
+            v16 x[4] = {v16_mul(v16_load(a), to_a), v16_mul(v16_load(a + 16), to_a), v16_mul(v16_load(b), to_b),
+                        v16_mul(v16_load(b + 16), to_b)};
+            v16_four_to_i8(block->codes[r] + g * PE_PROBABILITY_GROUP, x);
         }
 }
 
-/* n_r rows of codes and scales, n_groups apart, times n_c vectors of 16 columns of V over the groups of positions [begin, end);
- * codes, scales and v at the first of them. */
-PE_INLINE void values_block(float *out, const int8_t *codes, const float *scales, size_t n_groups, const int8_t *v,
-                            size_t head_dim_p, size_t begin, size_t end, const int n_r, const int n_c) {
+/* n_r rows of codes, PE_CHUNK apart, and scales, scales_stride apart, times n_c vectors of 16 columns of V over n_groups groups; all
+ * at the first of them. */
+PE_INLINE void values_block(float *out, const int8_t *codes, const float *scales, size_t scales_stride, size_t n_groups,
+                            const int8_t *v, size_t head_dim_p, const int n_r, const int n_c) {
     v16 o[VALUE_ROWS][VALUE_COLUMNS];
     PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_set1(0.0f);
-    for (size_t j = pe_group_begin(begin); j < end; j += PE_PROBABILITY_GROUP, scales++) {
+    for (size_t j = 0; j < n_groups * PE_PROBABILITY_GROUP; j += PE_PROBABILITY_GROUP, scales++) {
         i16 sums[VALUE_ROWS][VALUE_COLUMNS];
         PE_UNROLL for (int r = 0; r < n_r; r++) PE_UNROLL for (int c = 0; c < n_c; c++) sums[r][c] = i16_zero();
         _Pragma("GCC unroll VALUE_UNROLL") for (size_t k = 0; k < PE_PROBABILITY_GROUP; k += 4) {
@@ -228,7 +256,7 @@ PE_INLINE void values_block(float *out, const int8_t *codes, const float *scales
             }
         }
         PE_UNROLL for (int r = 0; r < n_r; r++) {
-            v16 scale = v16_set1(scales[(size_t)r * n_groups]);
+            v16 scale = v16_set1(scales[(size_t)r * scales_stride]);
             PE_UNROLL for (int c = 0; c < n_c; c++) o[r][c] = v16_fma(i16_to_float(sums[r][c]), scale, o[r][c]);
         }
     }
@@ -237,43 +265,44 @@ PE_INLINE void values_block(float *out, const int8_t *codes, const float *scales
 }
 
 /* All columns, for n_r rows (a constant) from `row` on. */
-PE_INLINE void values_rows(float *out, const probability_block *p, size_t row, const int8_t *v, size_t head_dim_p, size_t begin,
-                           size_t end, const int n_r) {
-    size_t n_groups = (p->last - p->first) / PE_PROBABILITY_GROUP, d = 0;
-    const float *scales = p->scales + row * n_groups + (begin - p->first) / PE_PROBABILITY_GROUP;
+PE_INLINE void values_rows(float *out, const probability_block *p, size_t row, const int8_t *v, size_t head_dim_p,
+                           const int n_r) {
+    size_t stride = 4 * p->n_fours, d = 0;
+    const float *scales = p->scales + row * stride;
+    v += p->first * head_dim_p;
     for (; d + VALUE_COLUMNS * 16 <= head_dim_p; d += VALUE_COLUMNS * 16)
-        values_block(out + d, p->codes[row], scales, n_groups, v + d * 4, head_dim_p, begin, end, n_r, VALUE_COLUMNS);
+        values_block(out + d, p->codes[row], scales, stride, p->n_groups, v + d * 4, head_dim_p, n_r, VALUE_COLUMNS);
     for (; d < head_dim_p; d += 16)
-        values_block(out + d, p->codes[row], scales, n_groups, v + d * 4, head_dim_p, begin, end, n_r, 1);
+        values_block(out + d, p->codes[row], scales, stride, p->n_groups, v + d * 4, head_dim_p, n_r, 1);
 }
 
 /* Not inlined: a compiler that saw the most that n_rows can be would write a copy of the loop's body for each of its passes. */
 static __attribute__((noinline)) void multiply_values(float *out, const probability_block *p, size_t n_rows, const int8_t *v,
-                                                      size_t head_dim_p, size_t begin, size_t end) {
+                                                      size_t head_dim_p) {
     for (size_t row = 0; row < n_rows; row += VALUE_ROWS) {
-#define PE_VALUES(n_r) values_rows(out + row * head_dim_p, p, row, v, head_dim_p, begin, end, n_r)
+#define PE_VALUES(n_r) values_rows(out + row * head_dim_p, p, row, v, head_dim_p, n_r)
         PE_WITH_ROWS(n_rows - row, VALUE_ROWS, PE_VALUES)
 #undef PE_VALUES
     }
 }
 
-static void attention_values(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
+static void attention_values(float *out, const float *w, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv, size_t begin,
                              size_t end) {
     probability_block block;
     for (size_t row = 0; row < n_rows; row += PROBABILITY_ROWS) {
         size_t n = n_rows - row < PROBABILITY_ROWS ? n_rows - row : PROBABILITY_ROWS;
-        quantize_probabilities(&block, p + row * PE_CHUNK, n, kv->v_scales, begin, end);
-        multiply_values(out + row * head_dim_p, &block, n, kv->v, head_dim_p, begin, end);
+        quantize_probabilities(&block, w + row * PE_CHUNK, n, begin, end);
+        multiply_values(out + row * head_dim_p, &block, n, kv->v, head_dim_p);
     }
 }
 
-static void attention_values_f32(float *out, const float *p, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
+static void attention_values_f32(float *out, const float *w, size_t n_rows, size_t head_dim_p, const pe_kv_chunk *kv,
                                  size_t begin, size_t end) {
     for (size_t r = 0; r < n_rows; r++)
         for (size_t d = 0; d < head_dim_p; d += 16) {
             v16 o = v16_set1(0.0f);
             for (size_t j = begin; j < end; j++)
-                o = v16_fma(v16_set1(p[r * PE_CHUNK + j]), v16_load(kv->v_f32 + j * head_dim_p + d), o);
+                o = v16_fma(v16_set1(w[r * PE_CHUNK + j]), v16_load(kv->v_f32 + j * head_dim_p + d), o);
             v16_store(out + r * head_dim_p + d, o);
         }
 }

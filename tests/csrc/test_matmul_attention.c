@@ -242,7 +242,7 @@ static void compare_key_bias(const struct pe_kernels *k, size_t n_rows, size_t n
 /* TINY: some groups lie below the bound of zero groups. EXTREME: every sum of products is as large as it gets. */
 enum { MIXED, TINY, EXTREME, N_WEIGHTS };
 
-static float pick_probability(int pattern, size_t j, rng *r) {
+static float pick_weight(int pattern, size_t j, rng *r) {
     if (pattern == EXTREME) return 1.0f;
     if (pattern == TINY && rng_below(r, 40) != 0 && j / 32 % 2 == 0) return pe_float_from_bits((uint32_t)rng_below(r, 0x1f800000u)); /* below 2^-64 */
     return rng_below(r, 9) == 0 ? 1e-38f : (float)rng_below(r, 1 << 20) * 0x1p-20f;
@@ -251,65 +251,107 @@ static float pick_probability(int pattern, size_t j, rng *r) {
 static void compare_values(const struct pe_kernels *k, size_t n_rows, size_t d, size_t begin, size_t end, int pattern, bool f32, rng *r) {
     cache kv = cache_new(d, end, false, r);
     for (size_t i = 0; pattern == EXTREME && i < 256 * d; i++) CODES(kv.v)[i] = i / 4 % 2 ? 127 : -127;
-    for (size_t j = 0; pattern == EXTREME && j < end; j++) FLOATS(kv.v_scales)[j] = 1.0f;
-    block p = block_new(n_rows * 1024, 0), a = block_new(n_rows * d * 4, 0), b = block_new(n_rows * d * 4, 0);
-    memset(p.data, 0, p.n);
+    block w = block_new(n_rows * 1024, 0), a = block_new(n_rows * d * 4, 0), b = block_new(n_rows * d * 4, 0);
+    memset(w.data, 0, w.n);
     for (size_t row = 0; row < n_rows; row++) {
         size_t first = begin + rng_below(r, end - begin); /* this row's own mask */
-        for (size_t j = first; j < end; j++) FLOATS(p)[row * 256 + j] = pick_probability(pattern, j, r);
+        for (size_t j = first; j < end; j++) FLOATS(w)[row * 256 + j] = pick_weight(pattern, j, r);
     }
     for (int which = 0; which < 2; which++) {
         const struct pe_kernels *table = which ? k : &pe_kernels_scalar;
-        (f32 ? table->attention_values_f32 : table->attention_values)(FLOATS(which ? b : a), FLOATS(p), n_rows, d, &kv.chunk, begin, end);
+        (f32 ? table->attention_values_f32 : table->attention_values)(FLOATS(which ? b : a), FLOATS(w), n_rows, d, &kv.chunk, begin, end);
     }
     CHECK(same_floats(FLOATS(a), FLOATS(b), n_rows * d) && block_intact(&b), "%s: f32 %d, pattern %d, %zu rows, head_dim %zu, positions %zu-%zu",
           k->name, f32, pattern, n_rows, d, begin, end);
-    block_free(&p), block_free(&a), block_free(&b);
+    block_free(&w), block_free(&a), block_free(&b);
     cache_free(&kv);
 }
 
-/* The scalar product of probabilities and V against exact integers: with 127 as the largest weight of every group and scales of 1,
- * codes are the weights and all sums are below 2^24. */
+/* The scalar product of weights and V against exact integers: with 127 as the largest weight of every group codes are the weights
+ * and all sums are below 2^24. */
 static void test_values_law(void) {
     rng r = {32};
     const size_t d = 48, n_rows = 3, begin = 37, end = 250;
     cache kv = cache_new(d, end, false, &r);
-    float p[3 * 256] = {0}, out[3 * 48];
-    for (size_t j = 0; j < end; j++) FLOATS(kv.v_scales)[j] = 1.0f;
+    float w[3 * 256] = {0}, out[3 * 48];
     for (size_t row = 0; row < n_rows; row++)
-        for (size_t j = begin; j < end; j++) p[row * 256 + j] = j == begin || j % 32 == 9 ? 127.0f : (float)rng_below(&r, 128);
-    pe_kernels_scalar.attention_values(out, p, n_rows, d, &kv.chunk, begin, end);
+        for (size_t j = begin; j < end; j++) w[row * 256 + j] = j == begin || j % 32 == 9 ? 127.0f : (float)rng_below(&r, 128);
+    pe_kernels_scalar.attention_values(out, w, n_rows, d, &kv.chunk, begin, end);
     for (size_t row = 0; row < n_rows; row++)
         for (size_t i = 0; i < d; i++) {
             int64_t expected = 0;
-            for (size_t j = begin; j < end; j++) expected += (int64_t)p[row * 256 + j] * kv.chunk.v[j / 4 * 4 * d + i * 4 + j % 4];
+            for (size_t j = begin; j < end; j++) expected += (int64_t)w[row * 256 + j] * kv.chunk.v[j / 4 * 4 * d + i * 4 + j % 4];
             CHECK((double)out[row * d + i] == (double)expected, "row %zu column %zu: %f", row, i, (double)out[row * d + i]);
         }
     cache_free(&kv);
 }
 
-static void compare_softmax(const struct pe_kernels *k, size_t begin, size_t end, int pattern, rng *r) {
-    block a = block_new(1024, 0), b = block_new(1024, 0);
-    for (size_t j = 0; j < 256; j++) {
-        float x = rng_float(r);
-        if (pattern == 1) x = 7.25f;                         /* all equal */
-        if (pattern == 2) x *= 100.0f;                       /* most below exp's limit */
-        if (pattern == 3) x = (float)j * -0.5f;              /* crosses the limit */
-        if (pattern == 4) x = rng_below(r, 2) ? 3e38f : -3e38f; /* differences overflow */
-        if (pattern == 5 && rng_below(r, 20) == 0) x = NAN;
-        if (j < begin || j >= end) x = rng_below(r, 2) ? NAN : 1e30f; /* means nothing, must not matter */
-        FLOATS(a)[j] = x, FLOATS(b)[j] = x;
+/* Runs that all see something of [begin, end), if `sparse` some of them nothing. */
+static void pick_runs(pe_visible *runs, size_t n_runs, size_t begin, size_t end, bool sparse, rng *r) {
+    for (size_t run = 0; run < n_runs; run++) {
+        size_t first = run == 0 ? begin : begin + rng_below(r, end - begin);
+        runs[run] = (pe_visible){first, run == 0 ? end : first + 1 + rng_below(r, end - first)};
+        if (sparse && run > 0 && rng_below(r, 3) == 0) runs[run].end = rng_below(r, 2) ? first : 0;
     }
-    float l[2], m[2];
-    m[0] = pe_kernels_scalar.softmax_max(FLOATS(a), begin, end), l[0] = pe_kernels_scalar.softmax_exp(FLOATS(a), begin, end, m[0]);
-    m[1] = k->softmax_max(FLOATS(b), begin, end), l[1] = k->softmax_exp(FLOATS(b), begin, end, m[1]);
-    bool has_nan = l[0] != l[0]; /* then the call ends with PE_ERR_NOT_FINITE, and which maximum was found is of no interest */
-    CHECK(same_floats(&l[0], &l[1], 1) && (has_nan || m[0] == m[1]), "%s: %zu-%zu pattern %d: m %a %a l %a %a", k->name, begin, end,
-          pattern, (double)m[0], (double)m[1], (double)l[0], (double)l[1]);
-    CHECK((has_nan || same_floats(FLOATS(a), FLOATS(b), 256)) && block_intact(&b), "%s: %zu-%zu pattern %d", k->name, begin, end, pattern);
-    for (size_t j = 0; j < 256; j++)
-        if (!has_nan && (j < begin || j >= end)) CHECK(pe_float_bits(FLOATS(b)[j]) == 0, "%s: masked position %zu is not +0", k->name, j);
-    block_free(&a), block_free(&b);
+}
+
+static float pick_score(int pattern, size_t j, rng *r) {
+    float x = rng_float(r);
+    if (pattern == 1) return 7.25f;                           /* all equal */
+    if (pattern == 2) return x * 100.0f;                      /* most below exp's limit */
+    if (pattern == 3) return (float)j * -0.5f;                /* crosses the limit */
+    if (pattern == 4) return rng_below(r, 2) ? 3e38f : -3e38f; /* differences overflow */
+    return pattern == 5 && rng_below(r, 20) == 0 ? NAN : x;
+}
+
+/* Scores and scales of what a row does not see mean nothing, and must not matter. */
+static void compare_weights(const struct pe_kernels *k, const pe_visible *runs, size_t n_runs, size_t n_rep, pe_visible all, bool scaled,
+                            int pattern, rng *r) {
+    size_t n = n_runs * n_rep;
+    block w[2] = {block_new(n * 1024, 0), block_new(n * 1024, 0)}, m[2] = {block_new(n * 4, 0), block_new(n * 4, 0)};
+    block l[2] = {block_new(n * 4, 0), block_new(n * 4, 0)}, scales = block_new(1024, 0);
+    for (size_t i = 0; i < n * 256; i++) {
+        pe_visible seen = runs[i / 256 / n_rep];
+        size_t j = i % 256;
+        float x = j >= seen.begin && j < seen.end ? pick_score(pattern, j, r) : rng_below(r, 2) ? NAN : 1e30f;
+        FLOATS(w[0])[i] = FLOATS(w[1])[i] = x;
+    }
+    for (size_t j = 0; j < 256; j++) FLOATS(scales)[j] = j >= all.begin && j < all.end ? fabsf(rng_float(r)) : NAN;
+    for (int which = 0; which < 2; which++)
+        (which ? k : &pe_kernels_scalar)->attention_weights(FLOATS(m[which]), FLOATS(l[which]), FLOATS(w[which]), runs, n_runs, n_rep, all,
+                                                            scaled ? FLOATS(scales) : NULL);
+    for (size_t row = 0; row < n; row++) {
+        pe_visible seen = runs[row / n_rep];
+        const float *a = FLOATS(w[0]) + row * 256, *b = FLOATS(w[1]) + row * 256, *l_a = FLOATS(l[0]) + row, *l_b = FLOATS(l[1]) + row;
+        bool has_nan = *l_a != *l_a; /* then the call ends with PE_ERR_NOT_FINITE, and which maximum was found is of no interest */
+        bool same_m = seen.begin >= seen.end || FLOATS(m[0])[row] == FLOATS(m[1])[row];
+        CHECK(same_floats(l_a, l_b, 1) && (has_nan || (same_m && same_floats(a, b, 256))),
+              "%s: row %zu of %zu times %zu sees %zu-%zu of %zu-%zu, pattern %d, scaled %d: l %a %a", k->name, row, n_runs, n_rep, seen.begin,
+              seen.end, all.begin, all.end, pattern, scaled, (double)*l_a, (double)*l_b);
+        for (size_t j = pe_group_begin(all.begin); j < pe_group_end(all.end) && !has_nan; j++)
+            if (j < seen.begin || j >= seen.end) CHECK(pe_float_bits(b[j]) == 0, "%s: masked position %zu is not +0", k->name, j);
+    }
+    CHECK(block_intact(&w[1]) && block_intact(&m[1]) && block_intact(&l[1]), "%s: weights outside the rows", k->name);
+    for (int which = 0; which < 2; which++) block_free(&w[which]), block_free(&m[which]), block_free(&l[which]);
+    block_free(&scales);
+}
+
+/* One row and its own range, then runs of rows. */
+static void test_weights(const struct pe_kernels *k, rng *r) {
+    pe_visible runs[6];
+    for (int pattern = 0; pattern < 6; pattern++) {
+        for (size_t begin = 0; begin < 34; begin++)
+            for (size_t length = 1; length < 34; length++) {
+                pe_visible seen = {begin, begin + length};
+                compare_weights(k, &seen, 1, 1, seen, length % 2, pattern, r);
+            }
+        for (int i = 0; i < 60; i++) {
+            size_t begin = i < 2 ? 0 : i == 2 ? 255 : rng_below(r, 256), end = i < 2 ? 256 : begin + 1 + rng_below(r, 256 - begin);
+            size_t n_runs = 1 + rng_below(r, 6);
+            pick_runs(runs, n_runs, begin, end, i % 3 == 0, r);
+            compare_weights(k, runs, n_runs, 1 + rng_below(r, 9), (pe_visible){begin, end}, i % 2, pattern, r);
+        }
+    }
 }
 
 static void test_attention(const struct pe_kernels *k) {
@@ -328,16 +370,7 @@ static void test_attention(const struct pe_kernels *k) {
         compare_values(k, n_rows, 32, 40, 70, MIXED, false, &r);
     }
     for (size_t n_positions = 1; n_positions <= 33; n_positions++) compare_scores(k, 3, 64, n_positions, false, &r);
-    for (int pattern = 0; pattern < 6; pattern++) {
-        for (size_t begin = 0; begin < 34; begin++)
-            for (size_t length = 1; length < 34; length++) compare_softmax(k, begin, begin + length, pattern, &r);
-        compare_softmax(k, 0, 256, pattern, &r);
-        compare_softmax(k, 255, 256, pattern, &r);
-        for (int i = 0; i < 50; i++) {
-            size_t begin = rng_below(&r, 256);
-            compare_softmax(k, begin, begin + 1 + rng_below(&r, 256 - begin), pattern, &r);
-        }
-    }
+    test_weights(k, &r);
 }
 
 void test_matmul_and_attention(const struct pe_kernels *k) {
