@@ -15,8 +15,8 @@ from pyengine.serve.sampling import SAMPLING, asked_by, sampling_params
 from pyengine.serve.stream import StreamOptions
 
 if TYPE_CHECKING:
-    from pyengine.async_engine import Job
     from pyengine.results import Generation, Piece
+    from pyengine.run.jobs import Job
     from pyengine.serve.app import App
 
 _FILE: Table = {"text": needed(STRING), "filename": STRING}
