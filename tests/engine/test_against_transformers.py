@@ -124,7 +124,8 @@ def test_engine_equals_the_specification_bit_for_bit(name: str, kv_dtype: str, i
 @pytest.mark.parametrize("kv_dtype", ["int8", "f32"])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_that_want_nothing_move_no_bit(name: str, kv_dtype: str, frozen_paths: dict[str, Path]) -> None:
-    """They leave in the middle of the last layer. Two sequences, row by row in turn: of one every third row wants logits, of the other the last."""
+    """They leave in the middle of the last layer. Of two sequences, row by row in turn, one wants every third row, the other
+    its last."""
     token_ids = [int(t) for t in fixtures.load(name).token_ids]
     _, model = open_model(frozen_paths[name])
     context = _core.Context(model, kv_dtype=kv_dtype)
