@@ -196,7 +196,8 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("gemma3", {"hidden_activation": "gelu"}, UnsupportedModelError, "activation 'gelu'.*known are gelu_pytorch_tanh"),
         ("gemma3", {"use_bidirectional_attention": True}, UnsupportedModelError, "not causal"),
         ("gemma3", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, UnsupportedModelError, "'linear_"),
-        ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, UnsupportedModelError, "'yarn'.*known are default"),
+        ("gemma3", {"rope_scaling": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'.*known are default"),
+        ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 0}}, ModelFormatError, "factor 0 is out of range"),
         ("gemma3", {"sliding_window_pattern": 0}, ModelFormatError, "sliding_window_pattern must be a positive"),
         ("gemma3", {"query_pre_attn_scalar": 0}, ModelFormatError, "query_pre_attn_scalar"),
         ("gemma2", {"attn_logit_softcapping": 1e-6}, ModelFormatError, "attn_logit_softcapping must be a number in"),
@@ -223,7 +224,7 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("starcoder2", {"norm_epsilon": "x"}, ModelFormatError, "norm_epsilon must be a number"),
         ("glm4", {"partial_rotary_factor": 1.5}, ModelFormatError, "partial_rotary_factor"),
         ("glm4", {"partial_rotary_factor": 0.2}, ModelFormatError, "RoPE over 3 elements"),
-        ("glm4", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'"),
+        ("glm4", {"rope_scaling": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'"),
         ("exaone4", {"layer_types": None, "sliding_window_pattern": "LG"}, ModelFormatError, "sliding_window_pattern"),
         ("exaone4", {"layer_types": None, "sliding_window_pattern": 0}, ModelFormatError, "sliding_window_pattern"),
         ("ernie4_5", {"use_bias": False}, UnsupportedModelError, "bias.*no place"),
@@ -432,6 +433,24 @@ def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:
     np.testing.assert_allclose(exact.inv_freq, plain * (1 - slowed) + plain / 4 * slowed, rtol=1e-6)
     assert exact.amplitude == 1.5
     assert yarn(16, 1e4, settings | {"mscale": 1.0, "mscale_all_dim": 1.0}).amplitude == 1.0
+
+
+def test_yarn_of_gemma3_is_of_the_layers_without_a_window(tmp_path: Path) -> None:
+    """Their table, and its amplitude in the gains of their queries; by default the first training was as long as the context."""
+    settings = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    plain, scaled, absent = (
+        freeze(hf_dir(tmp_path / f"hf{i}", "gemma3", rope_scaling=one), tmp_path / f"{i}")
+        for i, one in enumerate((None, settings, {"rope_type": "yarn", "factor": 4.0}))
+    )
+    rope = yarn(32, 1e6, settings)
+    with FrozenFile.open(plain) as one, FrozenFile.open(scaled) as other, FrozenFile.open(absent) as third:
+        assert stored_vector(other, "rope.0.inv_freq", 16).tolist() == stored_vector(one, "rope.0.inv_freq", 16).tolist()
+        assert stored_vector(other, "rope.1.inv_freq", 16).tolist() == rope.inv_freq.tolist()
+        default = yarn(32, 1e6, settings | {"original_max_position_embeddings": 512})
+        assert stored_vector(third, "rope.1.inv_freq", 16).tolist() == default.inv_freq.tolist()
+        for layer, factor in ((0, 1.0), (1, 1.0), (2, rope.amplitude**2)):
+            gains = [stored_vector(file, f"layers.{layer}.q_norm", 32) for file in (one, other)]
+            np.testing.assert_allclose(gains[1], gains[0] * factor, rtol=1e-6)
 
 
 def test_numbers_of_yarn_whose_quotients_are_none_are_refused() -> None:

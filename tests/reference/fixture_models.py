@@ -311,6 +311,20 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
         80,
     ),
+    "smollm3_yarn": (
+        {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "pad_token_id": 2, **shape(48, 40, 3, 1),
+         "num_hidden_layers": 4, "tie_word_embeddings": True, "attention_bias": False, "rms_norm_eps": 1e-6,
+         "rope_theta": 5000000.0, "no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False, "sliding_window": None,
+         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        80,
+    ),
+    "glm4_yarn": (
+        {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], **shape(32, 40, 2, 1, 16), "tie_word_embeddings": False,
+         "attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": 2,
+         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0,
+                          "beta_slow": 0.25}},
+        80,
+    ),
     "hunyuan": (
         {"model_type": "hunyuan_v1_dense", "architectures": ["HunYuanDenseV1ForCausalLM"], **shape(32, 40, 3, 1, 16),
          "tie_word_embeddings": True, "attention_bias": False, "use_qk_norm": True, "use_cla": False,
@@ -362,6 +376,7 @@ MAGNITUDES: dict[str, dict[str, tuple[float, float]]] = {
     "phi4_mini": {"model.norm.weight": (0.5, 0.1)},
     "phi4_mini_long": {"model.norm.weight": (0.5, 0.1)},
     "smollm3": {"q_proj.weight": (0.0, 1.8), "k_proj.weight": (0.0, 1.8), "model.norm.weight": (0.5, 0.1)},
+    "smollm3_yarn": {"model.norm.weight": (0.4, 0.1)},
     "gemma3": {**_GEMMA_NORMS, "q_norm.weight": (0.1, 0.3), "k_norm.weight": (0.1, 0.3), "model.norm.weight": (2.0, 0.5)},
     "gemma2": {**_GEMMA_NORMS, "q_proj.weight": (0.0, 1.0), "k_proj.weight": (0.0, 1.0), "model.norm.weight": (5.0, 1.0)},
     "mixtral": {"mlp.gate.weight": (0.0, 3.0), "model.norm.weight": (0.8, 0.1)},

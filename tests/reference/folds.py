@@ -133,8 +133,11 @@ def minicpm_residual(hf: Mapping[str, Any]) -> float:
 
 
 def _yarn(hf: Mapping[str, Any], weights: Weights) -> None:
-    """YaRN's amplitude of cos and sin, of q and of k, is q's alone: of OLMo 3 its norm's, in layers without a window."""
+    """YaRN's amplitude of cos and sin, of q and of k, is q's alone: of OLMo 3 its norm's, in layers without a window; of SmolLM3
+    in layers with RoPE."""
     for i in range(hf["num_hidden_layers"]):
+        if hf["model_type"] == "smollm3" and not hf["no_rope_layers"][i]:
+            continue
         if hf["model_type"] != "olmo3":
             _multiply(weights, f"layers.{i}.wq", yarn_amplitude(hf) ** 2)
             _multiply(weights, f"layers.{i}.wq.bias", yarn_amplitude(hf) ** 2)
@@ -164,8 +167,8 @@ def _turned_first(hf: Mapping[str, Any], weights: Weights) -> None:
     place[n:] = np.concatenate([np.arange(n // 2, head_dim // 2), np.arange(head_dim // 2 + n // 2, head_dim)])
     for name in [name for name in weights if name.endswith((".wq", ".wk", ".wq.bias", ".wk.bias"))]:
         heads = weights[name].reshape(-1, head_dim, *weights[name].shape[1:]).astype(np.float64)
-        if name.endswith(".wq"):
-            heads[:, :n] *= long_rope_amplitude(hf) ** 2
+        if ".wq" in name:
+            heads[:, :n] *= (yarn_amplitude(hf) if has_yarn(hf) else long_rope_amplitude(hf)) ** 2
         moved = np.empty_like(heads)
         moved[:, place] = heads
         weights[name] = moved.reshape(weights[name].shape).astype(np.float32)
@@ -241,7 +244,7 @@ def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
     weights = dict(weights)
     if hf["model_type"] in FOLDS:
         FOLDS[hf["model_type"]](hf, weights)
-    if has_yarn(hf):
+    if has_yarn(hf) and FOLDS.get(hf["model_type"]) is not _turned_first:
         _yarn(hf, weights)
     return weights
 
@@ -250,6 +253,8 @@ def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float] | bool:
     """The same of the matrices that an adapter may change, by the file's names of their parts: what `extra.folded` says. False
     where they are changed otherwise."""
     if hf["model_type"] in (*LAYER_NORMS, *INTERLEAVED, "phi3"):
+        return False
+    if has_yarn(hf) and 0 in hf.get("no_rope_layers", ()):  # not the same in all layers
         return False
     if has_yarn(hf) and hf["model_type"] != "olmo3":
         return {"q": yarn_amplitude(hf) ** 2}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from . import fixtures
 from .fixtures import Fixture
-from .folds import head_dim_of, turned, unfused
+from .folds import has_yarn, head_dim_of, turned, unfused
 
 ARCHITECTURES = {
     "granite": "granite", "granitemoehybrid": "granite", "phi3": "phi3", "smollm3": "smollm3", "gemma2": "gemma2",
@@ -167,6 +167,8 @@ def _phi3(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
 
 def _smollm3(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(head_dim_of(hf))
+    if has_yarn(hf):
+        _yarn(writer, hf)
 
 
 def _gemma(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
@@ -241,6 +243,8 @@ def _experts(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
 
 def _rotary(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(turned(hf))
+    if has_yarn(hf):
+        _yarn(writer, hf)
     if "use_parallel_residual" in hf:
         writer.add_parallel_residual(hf["use_parallel_residual"])
     if "head_dim" in hf:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ...errors import UnsupportedModelError
 from ...format.config import PARALLEL, LayerSpec
 from ..fields import Fields
+from ..rope import Rope
 from . import gguf_keys, hf_config, rotary
 from .base import Architecture, Fold, Shape, Tensors, Traits
 from .layer_norm import QKV_BIASES, folded
@@ -37,7 +38,7 @@ def _command_r_hf(config: Fields, shape: Shape) -> Traits:
         raise UnsupportedModelError("use_qk_norm, LayerNorms of q and k heads, is not implemented")
     plain = Traits(
         layers=hf_config.no_windows(shape, norm=PARALLEL, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         folds=_folds(shape, hf_config.multiplier(config, "logit_scale", _DEFAULT_SCALE)),
     )
     return _hf_folded(config, shape, plain)
@@ -47,11 +48,11 @@ def _command_r7b_hf(config: Fields, shape: Shape) -> Traits:
     default = hf_config.periodic_kinds(config, shape.n_layers, _PERIOD)
     kinds, activation = hf_config.layer_kinds(config, default), hf_config.activation(config)
     has_rope = [kind == hf_config.SLIDING and not config.is_null("sliding_window") for kind in kinds]
-    which, tables = tables_of(has_rope, hf_config.rope_table(config, shape.head_dim))
+    which, tables = tables_of(has_rope, hf_config.scaled_rope(config, shape.head_dim))
     windows = hf_config.windows(config, kinds, 4096)
     plain = Traits(
         layers=tuple(LayerSpec(*one, PARALLEL, activation) for one in zip(windows, which, strict=True)),
-        rope_tables=tables,
+        **tables,
         folds=_folds(shape, hf_config.multiplier(config, "logit_scale", _DEFAULT_SCALE)),
     )
     return _hf_folded(config, shape, plain)
@@ -70,11 +71,11 @@ def _command_r7b_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     """The format's readers know the period."""
     kinds = gguf_keys.layer_kinds(keys, shape.n_layers, _PERIOD)
     has_rope, window = [kind == hf_config.SLIDING for kind in kinds], gguf_keys.window(keys)
-    which, tables = tables_of(has_rope, gguf_keys.rope_table(keys, shape.head_dim, file))
+    which, tables = tables_of(has_rope, Rope(gguf_keys.rope_table(keys, shape.head_dim, file)))
     layers = zip(has_rope, which, strict=True)
     plain = Traits(
         layers=tuple(LayerSpec(window * has, table, PARALLEL) for has, table in layers),
-        rope_tables=tables,
+        **tables,
         folds=_folds(shape, gguf_keys.multiplier(keys, "logit_scale")),
     )
     return _folded(plain, gguf_keys.norm_eps(keys, gguf_keys.LAYER_NORM_EPS), gguf_keys.has_bias(file, "attn_q"))

@@ -17,7 +17,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     has_bias = config.flag("use_bias", False)
     plain = Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=has_bias,
         o_bias=has_bias,
         gate_up_bias=has_bias,

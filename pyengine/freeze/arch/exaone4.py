@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...format.config import LayerSpec
-from ...format.quantize import Float32Array
 from ..fields import Fields
+from ..rope import Rope
 from . import gguf_keys, hf_config
 from .base import Architecture, Shape, Tensors, Traits
 from .olmo2 import NORMS, OLMO2
@@ -16,29 +16,27 @@ from .smollm3 import tables_of
 _PERIOD = 4
 
 
-def _traits(kinds: Sequence[str], windows: Sequence[int], inv_freq: Float32Array, activation: str) -> Traits:
-    which, tables = tables_of([kind == hf_config.SLIDING or not any(windows) for kind in kinds], inv_freq)
-    layers = zip(windows, which, strict=True)
-    return Traits(
-        layers=tuple(LayerSpec(window, table, NORMS, activation) for window, table in layers), rope_tables=tables, qk_norm=True
-    )
+def _traits(kinds: Sequence[str], windows: Sequence[int], rope: Rope, activation: str) -> Traits:
+    which, tables = tables_of([kind == hf_config.SLIDING or not any(windows) for kind in kinds], rope)
+    layers = tuple(LayerSpec(*one, NORMS, activation) for one in zip(windows, which, strict=True))
+    return Traits(layers=layers, qk_norm=True, **tables)
 
 
 def _hf(config: Fields, shape: Shape) -> Traits:
-    inv_freq, activation = hf_config.rope_table(config, shape.head_dim), hf_config.activation(config)
+    rope, activation = hf_config.scaled_rope(config, shape.head_dim), hf_config.activation(config)
     if config.is_null("sliding_window"):
         full = [hf_config.FULL] * shape.n_layers
-        return _traits(full, [0] * shape.n_layers, inv_freq, activation)
+        return _traits(full, [0] * shape.n_layers, rope, activation)
     kinds = config.raw("layer_types") or hf_config.periodic_kinds(config, shape.n_layers, _PERIOD)
     kinds = hf_config.layer_kinds(config, kinds)
-    return _traits(kinds, hf_config.windows(config, kinds), inv_freq, activation)
+    return _traits(kinds, hf_config.windows(config, kinds), rope, activation)
 
 
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     window = gguf_keys.window(keys)
     kinds = gguf_keys.layer_kinds(keys, shape.n_layers, _PERIOD if window else 1)
     windows = [window if kind == hf_config.SLIDING else 0 for kind in kinds]
-    return _traits(kinds, windows, gguf_keys.rope_table(keys, shape.head_dim, file), "swiglu")
+    return _traits(kinds, windows, Rope(gguf_keys.rope_table(keys, shape.head_dim, file)), "swiglu")
 
 
 EXAONE4 = Architecture(

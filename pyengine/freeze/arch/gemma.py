@@ -9,9 +9,8 @@ from typing import Any
 
 from ...errors import UnsupportedModelError
 from ...format.config import LayerSpec
-from ...format.quantize import Float32Array
 from ..fields import Fields
-from ..rope import rope_inv_freq
+from ..rope import Rope, rope_inv_freq, yarn
 from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
 
@@ -42,20 +41,24 @@ def _folds(shape: Shape, query: float, offset: float, qk_norm: bool) -> dict[str
 
 
 def _layers(
-    kinds: Sequence[str], windows: Sequence[int], tables: Mapping[str, Float32Array], activation: str
-) -> tuple[tuple[LayerSpec, ...], tuple[Float32Array, ...]]:
-    """(the layers, their tables), the tables numbered in the order in which layers need them."""
+    kinds: Sequence[str], windows: Sequence[int], ropes: Mapping[str, Rope], activation: str
+) -> dict[str, Any]:
+    """The fields of Traits that are of the layers and their tables, numbered in the order in which layers need them."""
     used = list(dict.fromkeys(kinds))
     layers = tuple(
         LayerSpec(window, used.index(kind), _NORMS, activation) for kind, window in zip(kinds, windows, strict=True)
     )
-    return layers, tuple(tables[kind] for kind in used)
+    return {
+        "layers": layers,
+        "rope_tables": tuple(ropes[kind].inv_freq for kind in used),
+        "rope_amplitudes": tuple(ropes[kind].amplitude for kind in used),
+    }
 
 
 # ---------------------------------------------------------------------------- Hugging Face
 
 
-def _tables_hf(config: Fields, head_dim: int) -> dict[str, Float32Array]:
+def _ropes_hf(config: Fields, head_dim: int) -> dict[str, Rope]:
     """Gemma 3's two tables. ``rope_parameters`` has an object for each kind of layer; older files have the bases in two keys,
     and a ``rope_scaling`` that is of the full layers only."""
     inside = Fields(config.table("rope_parameters", {}), "config.json: rope_parameters")
@@ -65,15 +68,19 @@ def _tables_hf(config: Fields, head_dim: int) -> dict[str, Float32Array]:
     }
     objects = {kind: inside.table(kind, {}) for kind in bases}
     objects[hf_config.FULL] = {**objects[hf_config.FULL], **config.table("rope_scaling", {})}
-    tables = {}
+    ropes = {}
     for kind, found in objects.items():
         scaling = Fields(found, f"config.json: RoPE parameters of {kind}")
         rope_type = scaling.text("rope_type", scaling.text("type", "default"))
         if scaling.number("partial_rotary_factor", 1.0) != 1.0 or rope_type == "llama3":
             raise UnsupportedModelError(f"RoPE type {rope_type!r:.80}, or one over a part of the head, for this architecture")
         base = scaling.number("rope_theta", bases[kind])
-        tables[kind] = rope_inv_freq(head_dim, base, {**found, "rope_type": rope_type})
-    return tables
+        if rope_type == "yarn":
+            trained = {"original_max_position_embeddings": config.number("max_position_embeddings")}
+            ropes[kind] = yarn(head_dim, base, {**trained, **found, "truncate": scaling.flag("truncate", True)})
+        else:
+            ropes[kind] = Rope(rope_inv_freq(head_dim, base, {**found, "rope_type": rope_type}))
+    return ropes
 
 
 def _common_hf(config: Fields, shape: Shape, qk_norm: bool) -> dict[str, Any]:
@@ -94,9 +101,8 @@ def _common_hf(config: Fields, shape: Shape, qk_norm: bool) -> dict[str, Any]:
 def _gemma3_hf(config: Fields, shape: Shape) -> Traits:
     kinds = hf_config.layer_kinds(config, hf_config.periodic_kinds(config, shape.n_layers, _PERIOD[3]))
     activation = hf_config.activation(config, "hidden_activation", _GELU)
-    tables = _tables_hf(config, shape.head_dim)
-    layers, used = _layers(kinds, hf_config.windows(config, kinds), tables, activation)
-    return Traits(layers=layers, rope_tables=used, **_common_hf(config, shape, qk_norm=True))
+    layers = _layers(kinds, hf_config.windows(config, kinds), _ropes_hf(config, shape.head_dim), activation)
+    return Traits(**layers, **_common_hf(config, shape, qk_norm=True))
 
 
 def _gemma2_hf(config: Fields, shape: Shape) -> Traits:
@@ -105,7 +111,7 @@ def _gemma2_hf(config: Fields, shape: Shape) -> Traits:
     windows = hf_config.windows(config, kinds)
     return Traits(
         layers=tuple(LayerSpec(window, 0, _NORMS, activation) for window in windows),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         **_common_hf(config, shape, qk_norm=False),
     )
 
@@ -140,12 +146,12 @@ def _common_gguf(keys: Fields, shape: Shape, file: Tensors, generation: int) -> 
 def _gemma3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     """A rope.scaling is of the layers without a window."""
     kinds = gguf_keys.layer_kinds(keys, shape.n_layers, _PERIOD[3])
-    tables = {
-        hf_config.FULL: gguf_keys.rope_table(keys, shape.head_dim, file, _GLOBAL_BASE),
-        hf_config.SLIDING: rope_inv_freq(shape.head_dim, keys.number("rope.freq_base_swa", _LOCAL_BASE), None),
+    ropes = {
+        hf_config.FULL: Rope(gguf_keys.rope_table(keys, shape.head_dim, file, _GLOBAL_BASE)),
+        hf_config.SLIDING: Rope(rope_inv_freq(shape.head_dim, keys.number("rope.freq_base_swa", _LOCAL_BASE), None)),
     }
-    layers, used = _layers(kinds, _windows_gguf(keys, kinds), tables, "geglu_tanh")
-    return Traits(layers=layers, rope_tables=used, **_common_gguf(keys, shape, file, 3))
+    layers = _layers(kinds, _windows_gguf(keys, kinds), ropes, "geglu_tanh")
+    return Traits(**layers, **_common_gguf(keys, shape, file, 3))
 
 
 def _gemma2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:

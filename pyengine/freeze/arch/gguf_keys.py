@@ -87,12 +87,14 @@ def rope_table(keys: Fields, head_dim: int, file: Tensors, default_base: float =
         return inv_freq / divisors(file, ROPE_DIVISORS, head_dim // 2)
 
 
-def scaled_rope(keys: Fields, shape: Shape, file: Tensors, *, truncate: bool = True) -> Rope:
-    """The same, or YaRN. The amplitude is what its readers make of the factor: a file that says another one is refused."""
+def scaled_rope(keys: Fields, shape: Shape, file: Tensors, rotated: int | None = None, *, truncate: bool = True) -> Rope:
+    """The same, or YaRN, of ``rotated`` elements of a head, by default all. The amplitude is what its readers make of the factor:
+    a file that says another one is refused."""
+    rotated = shape.head_dim if rotated is None else rotated
     found = scaling(keys)
     if found is None or found["rope_type"] != "yarn":
-        return Rope(rope_table(keys, shape.head_dim, file))
-    if rope_dimensions(keys, shape.head_dim) != shape.head_dim:
+        return Rope(rope_table(keys, rotated, file))
+    if rope_dimensions(keys, rotated) != rotated:
         raise UnsupportedModelError("RoPE over a part of the head (rope.dimension_count) for this architecture")
     if ROPE_DIVISORS in file.shapes:
         raise UnsupportedModelError(f"YaRN and {ROPE_DIVISORS} together are not implemented")
@@ -105,7 +107,7 @@ def scaled_rope(keys: Fields, shape: Shape, file: Tensors, *, truncate: bool = T
     }
     if growth := keys.number(YARN_LOG, 0.0):
         settings |= {"mscale": 1.0, "mscale_all_dim": growth}
-    rope = yarn(shape.head_dim, keys.number("rope.freq_base", 10_000.0), settings)
+    rope = yarn(rotated, keys.number("rope.freq_base", 10_000.0), settings)
     said = keys.number(_YARN_AMPLITUDE, 1.0)
     if not math.isclose(said, 1.0, rel_tol=1e-6) and not math.isclose(said, rope.amplitude, rel_tol=1e-6):
         raise UnsupportedModelError(f"{_YARN_AMPLITUDE} {said!r}: another amplitude than YaRN's own is not implemented")

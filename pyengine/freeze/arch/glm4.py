@@ -29,7 +29,7 @@ def _hf(config: Fields, shape: Shape, norm: str) -> Traits:
     rotated = rotary.hf_rotated(config, shape)
     return Traits(
         layers=hf_config.no_windows(shape, norm=norm, activation=hf_config.activation(config)),
-        rope_tables=(rotary.padded(hf_config.rope_table(config, rotated, is_partial=True), shape.head_dim),),
+        **rotary.hf_rope(config, shape, rotated),
         qkv_bias=config.flag("attention_bias", True),
         folds=_folds(shape, rotated),
     )
@@ -39,7 +39,7 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors, norm: str) -> Traits:
     rotated = rotary.gguf_rotated(keys, shape)
     return Traits(
         layers=gguf_keys.same_windows(keys, shape, norm=norm),
-        rope_tables=(rotary.padded(gguf_keys.rope_table(keys, rotated, file), shape.head_dim),),
+        **rotary.gguf_rope(keys, shape, file, rotated),
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         folds=_folds(shape, rotated),
     )

@@ -48,7 +48,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     )
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=has_bias,
         o_bias=has_bias,
         folds=folds(found, shape),
@@ -111,7 +111,7 @@ def _hybrid_hf(config: Fields, shape: Shape) -> Traits:
         raise UnsupportedModelError(f"position_embedding_type {position!r:.80} is not implemented, only rope and nope")
     traits = _hf(config, shape)
     if position == "nope":
-        traits = replace(traits, rope_tables=(np.zeros_like(traits.rope_tables[0]),))
+        traits = replace(traits, rope_tables=(np.zeros_like(traits.rope_tables[0]),), rope_amplitudes=())
     return replace(traits, hidden_dim=config.integer("shared_intermediate_size"))
 
 

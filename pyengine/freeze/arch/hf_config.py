@@ -134,11 +134,13 @@ def rope_table(
     return rope_inv_freq(rotated, rope_base(config, default_base), {**settings, "rope_type": kind})
 
 
-def scaled_rope(config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA) -> Rope:
+def scaled_rope(
+    config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA, *, is_partial: bool = False
+) -> Rope:
     """The same, or YaRN."""
-    kind, settings = _rope_settings(config, is_partial=False)
+    kind, settings = _rope_settings(config, is_partial)
     if kind != "yarn":
-        return Rope(rope_table(config, rotated, default_base))
+        return Rope(rope_table(config, rotated, default_base, is_partial=is_partial))
     return yarn(rotated, rope_base(config, default_base), settings)
 
 

@@ -24,7 +24,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
         raise UnsupportedModelError("clip_qkv, a limit of q, k and v, is not implemented")
     plain = Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=config.flag("attention_bias", False),
     )
     return _folded(plain, _EPS)

@@ -21,7 +21,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     has_bias = config.flag("attention_bias", False)
     return Traits(
         layers=(LayerSpec(norm=NORMS, activation=hf_config.activation(config)),) * shape.n_layers,
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=has_bias,
         o_bias=has_bias,
         qk_norm=True,

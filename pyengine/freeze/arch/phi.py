@@ -31,7 +31,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     rotated = rotary.hf_rotated(config, shape)
     plain = Traits(
         layers=hf_config.no_windows(shape, norm=PARALLEL, activation=hf_config.ungated_activation(config, "gelu_new")),
-        rope_tables=(rotary.padded(hf_config.rope_table(config, rotated, is_partial=True), shape.head_dim),),
+        **rotary.hf_rope(config, shape, rotated),
         folds=rotary.folds(rotary.order(shape.head_dim, rotated)),
     )
     return folded(plain, norm_eps=config.number("layer_norm_eps", 1e-5), own=_BIASES, is_parallel=True)
@@ -41,7 +41,7 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     rotated = rotary.gguf_rotated(keys, shape)
     plain = Traits(
         layers=gguf_keys.same_windows(keys, shape, norm=PARALLEL, activation=UNGATED),
-        rope_tables=(rotary.padded(gguf_keys.rope_table(keys, rotated, file), shape.head_dim),),
+        **rotary.gguf_rope(keys, shape, file, rotated),
         folds=rotary.folds(rotary.order(shape.head_dim, rotated)),
     )
     eps = gguf_keys.norm_eps(keys, gguf_keys.LAYER_NORM_EPS)

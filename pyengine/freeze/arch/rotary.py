@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...errors import ModelFormatError
 from ...format.quantize import Float32Array
 from ..fields import Fields
+from ..rope import Rope
 from . import gguf_keys, hf_config
-from .base import Fold, Order, Shape
+from .base import Fold, Order, Shape, Tensors
 
 ROTATED_PARTS = ("q", "q.bias", "k", "k.bias", "key_bias")
 
@@ -23,6 +26,20 @@ def order(head_dim: int, rotated: int, *, is_interleaved: bool = False) -> Order
 
 def folds(of_rows: Order) -> dict[str, Fold]:
     return {part: Fold(order=of_rows) for part in ROTATED_PARTS}
+
+
+def hf_rope(config: Fields, shape: Shape, rotated: int) -> dict[str, Any]:
+    """The fields of Traits of a model whose layers all turn so many elements of a head alike, perhaps by YaRN."""
+    return _fields(hf_config.scaled_rope(config, rotated, is_partial=True), shape)
+
+
+def gguf_rope(keys: Fields, shape: Shape, file: Tensors, rotated: int) -> dict[str, Any]:
+    """The same."""
+    return _fields(gguf_keys.scaled_rope(keys, shape, file, rotated), shape)
+
+
+def _fields(rope: Rope, shape: Shape) -> dict[str, Any]:
+    return {"rope_tables": (padded(rope.inv_freq, shape.head_dim),), "rope_amplitudes": (rope.amplitude,)}
 
 
 def padded(inv_freq: Float32Array, head_dim: int) -> Float32Array:

@@ -11,7 +11,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     mlp_bias = config.flag("mlp_bias", False)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
         qkv_bias=config.flag("attention_bias", True),
         o_bias=config.flag("attention_out_bias", False),
         gate_up_bias=mlp_bias,

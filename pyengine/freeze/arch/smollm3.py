@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ...errors import ModelFormatError, UnsupportedModelError
 from ...format.config import LayerSpec
-from ...format.quantize import Float32Array
 from ..fields import Fields
+from ..rope import Rope
 from . import gguf_keys, hf_config
 from .base import Architecture, Shape, Tensors, Traits
 
@@ -34,10 +35,12 @@ def _has_rope(config: Fields, n_layers: int) -> list[bool]:
     return [bool(x) for x in found]
 
 
-def tables_of(has_rope: Sequence[bool], inv_freq: Float32Array) -> tuple[list[int], tuple[Float32Array, ...]]:
-    """(every layer's table, the tables), numbered in the order in which layers need them."""
+def tables_of(has_rope: Sequence[bool], rope: Rope) -> tuple[list[int], dict[str, Any]]:
+    """(every layer's table, the fields of Traits that are of the tables), numbered in the order in which layers need them."""
     kinds = list(dict.fromkeys(has_rope))
-    return [kinds.index(kind) for kind in has_rope], tuple(inv_freq if kind else np.zeros_like(inv_freq) for kind in kinds)
+    tables = [rope if kind else Rope(np.zeros_like(rope.inv_freq)) for kind in kinds]
+    fields = {"rope_tables": tuple(one.inv_freq for one in tables), "rope_amplitudes": tuple(one.amplitude for one in tables)}
+    return [kinds.index(kind) for kind in has_rope], fields
 
 
 def _windows(config: Fields, has_rope: Sequence[bool]) -> list[int]:
@@ -52,12 +55,12 @@ def _windows(config: Fields, has_rope: Sequence[bool]) -> list[int]:
 
 def _hf(config: Fields, shape: Shape) -> Traits:
     has_rope, activation = _has_rope(config, shape.n_layers), hf_config.activation(config)
-    which, tables = tables_of(has_rope, hf_config.rope_table(config, shape.head_dim, _DEFAULT_BASE))
+    which, tables = tables_of(has_rope, hf_config.scaled_rope(config, shape.head_dim, _DEFAULT_BASE))
     has_bias = config.flag("attention_bias", False)
     windows = _windows(config, has_rope)
     return Traits(
         layers=tuple(LayerSpec(window, table, activation=activation) for window, table in zip(windows, which, strict=True)),
-        rope_tables=tables,
+        **tables,
         qkv_bias=has_bias,
         o_bias=has_bias,
     )
@@ -66,10 +69,10 @@ def _hf(config: Fields, shape: Shape) -> Traits:
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     """The format has no key for it: its readers know that every fourth layer has no RoPE."""
     has_rope = [bool(x) for x in _default_rope(shape.n_layers, _INTERVAL)]
-    which, tables = tables_of(has_rope, gguf_keys.rope_table(keys, shape.head_dim, file))
+    which, tables = tables_of(has_rope, gguf_keys.scaled_rope(keys, shape, file))
     return Traits(
         layers=tuple(LayerSpec(gguf_keys.window(keys), table) for table in which),
-        rope_tables=tables,
+        **tables,
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         o_bias=gguf_keys.has_bias(file, "attn_output"),
     )

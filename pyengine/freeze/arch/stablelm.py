@@ -22,7 +22,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     rotated, is_parallel = rotary.hf_rotated(config, shape), config.flag(_PARALLEL_KEY, False)
     plain = Traits(
         layers=hf_config.no_windows(shape, norm=_norm(is_parallel), activation=hf_config.activation(config)),
-        rope_tables=(rotary.padded(hf_config.rope_table(config, rotated, is_partial=True), shape.head_dim),),
+        **rotary.hf_rope(config, shape, rotated),
         folds=rotary.folds(rotary.order(shape.head_dim, rotated)),
     )
     own = QKV_BIASES if config.flag("use_qkv_bias", False) else ()
@@ -33,7 +33,7 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     rotated, is_parallel = rotary.gguf_rotated(keys, shape), keys.flag(_PARALLEL_KEY, False)
     plain = Traits(
         layers=gguf_keys.same_windows(keys, shape, norm=_norm(is_parallel)),
-        rope_tables=(rotary.padded(gguf_keys.rope_table(keys, rotated, file), shape.head_dim),),
+        **rotary.gguf_rope(keys, shape, file, rotated),
         folds=rotary.folds(rotary.order(shape.head_dim, rotated)),
     )
     own = QKV_BIASES if gguf_keys.has_bias(file, "attn_q") else ()

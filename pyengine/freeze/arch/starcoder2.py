@@ -23,7 +23,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     activation = hf_config.ungated_activation(config, default="gelu_pytorch_tanh")
     plain = Traits(
         layers=tuple(LayerSpec(window=window, activation=activation) for window in windows),
-        rope_tables=(hf_config.rope_table(config, shape.head_dim),),
+        **hf_config.one_rope(config, shape),
     )
     own = _BIASES if config.flag("use_bias", True) else ()
     return folded(plain, norm_eps=config.number("norm_epsilon", 1e-5), own=own)
