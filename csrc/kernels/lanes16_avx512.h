@@ -111,7 +111,15 @@ LANES x4 x4_load(const int8_t *p) {
 LANES i16 dot_start(int32_t correction) { return _mm512_set1_epi32(correction); }
 LANES i16 dot(i16 acc, w16 w, x4 x) { return _mm512_dpbusd_epi32(acc, w, x); }
 
-LANES v16x4 v16x4_load(const int8_t *p) { return _mm512_loadu_si512((const void *)p); }
+/* In a register from here on: gcc may otherwise make it an operand in memory of every row's dot step, and a load of 64 bytes takes
+ * Zen 4 as long as a step. */
+LANES v16x4 v16x4_load(const int8_t *p) {
+    v16x4 v = _mm512_loadu_si512((const void *)p);
+#ifdef __AVX512F__ /* not where the table is emulated */
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
 LANES p4 p4_load(const int8_t *p) { return x4_load(p); }
 LANES i16 dot_values(i16 acc, v16x4 v, p4 p) { return _mm512_dpbusd_epi32(acc, p, v); }
 

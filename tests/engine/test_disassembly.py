@@ -108,6 +108,15 @@ def test_integer_sums_stay_in_registers(vnni_loops: list[Loop]) -> None:
         assert not loop.integer_vector_spills, (loop.function, loop.count("vpdpbusd"))
 
 
+def test_values_are_loaded_once_for_the_rows_of_a_block(vnni_loops: list[Loop]) -> None:
+    """No step has 64 bytes of V as an operand in memory, which each of three rows would load for itself."""
+    blocks = [loop for loop in vnni_loops if loop.function == "multiply_values" and loop.count("vpdpbusd") == 3 * 4 * 8]
+    assert blocks
+    for loop in blocks:
+        steps = [i.operands for i in loop.body if i.name == "vpdpbusd"]
+        assert not [operands for operands in steps if "(" in operands and "{1to16}" not in operands]
+
+
 @pytest.fixture(scope="module")
 def amx_listing() -> str:
     gcc_version()
