@@ -102,7 +102,6 @@ def model_from_depth(depth: int, vocab_size: int, max_seq_len: int) -> ModelConf
 
 CHOICES = {
     "optimizer": ("muon", "adamw"),
-    "muon_norm": ("row", "matrix"),
     "decay_shape": ("linear", "cosine"),
     "quantize": ("never", "decay", "always"),
     "recompute": ("none", "activations", "block"),
@@ -137,9 +136,8 @@ class TrainConfig:
     steps: int = 1000
     optimizer: str = "muon"  # "muon" (blocks' matrices; AdamW for the rest) or "adamw"
     lr: float = 0.01  # AdamW, beside Muon
-    muon_lr: float = 0.0135
+    muon_lr: float = 0.015
     muon_momentum: float = 0.95
-    muon_norm: str = "row"  # every row's step is equally long, or as long as orthogonalizing leaves it: "matrix"
     beta1: float = 0.9
     beta2: float = 0.99  # batches are small: 0.95 forgets a square after 20 of them
     eps: float = 1e-8
@@ -222,7 +220,7 @@ def to_json(config: ModelConfig | TrainConfig) -> dict[str, Any]:
 
 def stored(values: dict[str, Any]) -> dict[str, Any]:
     """A TrainConfig as run.json or state.json have it; knobs that it was written without were what they are here."""
-    return {"packing": "restart", "attention": "row", "quantize_fraction": 0.0, "muon_norm": "matrix", **values}
+    return {"packing": "restart", "attention": "row", "quantize_fraction": 0.0, **values}
 
 
 def train_config_from_json(values: dict[str, Any]) -> TrainConfig:

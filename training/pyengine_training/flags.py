@@ -103,10 +103,6 @@ GROUPS: list[tuple[str, str, Options]] = [
             "optimizer": ("", "muon: Muon for the blocks' matrices and AdamW for the rest; adamw: for everything"),
             "muon_lr": ("X", "peak learning rate of Muon, in units of an orthogonal matrix (with --init-from 0.002)"),
             "lr": ("X", "peak learning rate of AdamW: embeddings and norms, or everything (then 0.003; with --init-from lower)"),
-            "muon_norm": (
-                "",
-                "row: every row of a matrix moves equally far; matrix: as far as orthogonalizing says (and so with --init-from)",
-            ),
             "muon_momentum": ("X", "of Muon: how much of the last direction stays"),
             "beta1": ("X", "of AdamW: how much of the mean gradient stays"),
             "beta2": ("X", "of AdamW: how much of the mean square stays (0.95 where it trains everything, and with --init-from)"),

@@ -95,12 +95,12 @@ class Optimizer:
         assert shape is not None
         part = slice(piece.start, piece.stop)
         arrays = [a.reshape(shape) for a in (params[part], grads[part], self._m[piece])]
-        options: dict[str, Any] = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay, "norm": c.muon_norm}
+        options = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay, "grad_scale": scale}
 
         def update() -> None:
             scratch = self._scratch.get()
             try:
-                ops.muon_update(*arrays, lr=c.muon_lr * factor, grad_scale=scale, scratch=scratch, **options)
+                ops.muon_update(*arrays, lr=c.muon_lr * factor, scratch=scratch, **options)
             finally:
                 self._scratch.put(scratch)
 

@@ -157,7 +157,7 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:
     if values.get("checkpoint_minutes"):
         _refuse(values, ("checkpoint_every",), "--checkpoint-minutes says when checkpoints are written")
     if values.get("optimizer") == "adamw":
-        _refuse(values, ("muon_lr", "muon_momentum", "muon_norm"), "--optimizer adamw does not use Muon")
+        _refuse(values, ("muon_lr", "muon_momentum"), "--optimizer adamw does not use Muon")
     if values.get("quantize", "decay") != "decay":
         _refuse(values, ("quantize_fraction",), f"int8 is simulated: {values['quantize']}")
     if values.get("lora"):
@@ -167,7 +167,7 @@ def refuse_unused(values: dict[str, Any], options: argparse.Namespace) -> None:
             )
         _refuse(
             values,
-            ("optimizer", "muon_lr", "muon_momentum", "muon_norm", "weight_decay"),
+            ("optimizer", "muon_lr", "muon_momentum", "weight_decay"),
             "adapters are trained by AdamW, undecayed",
         )
     if values.get("branch_from"):

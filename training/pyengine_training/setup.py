@@ -105,7 +105,6 @@ def base_options(values: dict[str, Any], paths: Sequence[Path]) -> dict[str, Any
         base["decay_fraction"] = SHORT_DECAY  # it is when the mixture changes, too
     if values.get("init_from"):
         base.update(lr=LORA_LR if values.get("lora") else FINE_TUNING_LR, muon_lr=FINE_TUNING_MUON_LR)
-        base["muon_norm"] = "matrix"  # what its learning rate is for
         base["quantize_fraction"] = 0.0  # few steps: all of the decay
     if any(is_preference(path) for path in paths if path.is_file()):
         base.update(lr=PREFERENCE_LORA_LR if values.get("lora") else PREFERENCE_LR, optimizer="adamw")

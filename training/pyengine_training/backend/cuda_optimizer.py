@@ -124,7 +124,7 @@ class CudaOptimizer:
         for unit in self.mine:
             if unit.matrices is not None:
                 arrays = params, grads, self._m[unit]
-                options: dict[str, Any] = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay, "norm": c.muon_norm}
+                options: dict[str, Any] = {"momentum": c.muon_momentum, "weight_decay": c.weight_decay}
                 muon.muon_update_by_knobs(*arrays, knobs, unit.matrices, scratch=self._scratch, **options)
                 continue
             (piece,) = unit.pieces

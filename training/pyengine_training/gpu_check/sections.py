@@ -224,7 +224,7 @@ def loss_curve() -> bool:
     """200 steps of a small model: the CPU's losses, float32's and bfloat16's."""
     gpu()
     recipe = {"lr": 3e-3, "muon_lr": 0.01, "beta2": 0.95, "decay_fraction": 0.3, "quantize_fraction": 0.0}
-    config = TrainConfig(seq_len=SEQ, batch_size=ROWS, shards=2, steps=STEPS, muon_norm="matrix", **recipe)
+    config = TrainConfig(seq_len=SEQ, batch_size=ROWS, shards=2, steps=STEPS, **recipe)
     curves = {}
     for label, device in (
         ("cuda float32", Device("cuda", "float32")),

@@ -1,12 +1,7 @@
 """Muon: momentum whose matrices are orthogonalized before they are applied.  p, g, m (rows, cols), in place but g.
 
 m = mu m + (1 - mu) g';  u = (1 - mu) g' + mu m  (Nesterov);  o = orthogonalize(u)
-p -= lr * (s o + weight_decay * p)
-
-s o is, by norm,
-  "row":     every row of o divided by its length, so the weights of all neurons move equally far
-             (NorMuon, Li et al. 2025, averages the lengths over steps; this is its limit without a memory)
-  "matrix":  sqrt(max(1, rows / cols)) o, whose rows are about as long on average; in a tall matrix they differ by factors
+p -= lr * (sqrt(max(1, rows / cols)) * o + weight_decay * p)
 
 orthogonalize runs five Newton-Schulz steps X <- a X + (b A + c A A) X, A = X X^T, on u / ||u||, which drive every
 singular value near 1 (published coefficients of the quintic; Jordan et al. 2024). X lies on its short side first.
@@ -67,10 +62,9 @@ def muon_update(
     momentum: float,
     weight_decay: float,
     grad_scale: float,
-    norm: str,
     scratch: dict[str, Array],
 ) -> None:
-    """One update of one matrix; norm: "row" or "matrix"."""
+    """One update of one matrix."""
     dtype = p.dtype.type
     fresh, product = (scratch[name][: p.size].reshape(p.shape) for name in ("direction", "product"))
     np.multiply(g, dtype(grad_scale * (1 - momentum)), out=fresh)
@@ -79,12 +73,7 @@ def muon_update(
     np.multiply(m, dtype(momentum), out=product)
     fresh += product
     update = orthogonalize(fresh, scratch)
+    scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
     p *= dtype(1 - lr * weight_decay)
-    if norm == "row":
-        np.multiply(update, update, out=product)
-        lengths = np.sqrt(product.sum(axis=1, keepdims=True))
-        lengths += dtype(1e-7)  # a row without a gradient stays
-        update *= dtype(lr) / lengths
-    else:
-        update *= dtype(lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+    update *= dtype(lr * scale)
     p -= update

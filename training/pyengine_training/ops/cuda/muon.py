@@ -1,9 +1,7 @@
 """Muon: momentum whose matrices are orthogonalized before they are applied.  p, g, m (rows, cols), in place but g.
 
 m = mu m + (1 - mu) g';  u = (1 - mu) g' + mu m  (Nesterov);  o = orthogonalize(u)
-p -= lr * (s o + weight_decay * p)
-
-s o is, by norm, every row of o divided by its length ("row") or sqrt(max(1, rows / cols)) o ("matrix"), as on the CPU.
+p -= lr * (sqrt(max(1, rows / cols)) * o + weight_decay * p)
 
 Matrices of one shape that lie at equal distances in the flat arenas are updated together: a batch of products and one launch
 a step for all of them, each with its own arithmetic, so the bits are those of one after another.
@@ -171,31 +169,6 @@ def polynomial_kernel(y: Any, x: Any, a: Any, b: Any, c: Any, n: int, side: int,
 
 
 @kernel
-def unit_rows_kernel(o: Any, rows: int, cols: int, whole: bool) -> None:
-    """Each of the rows (rows, cols) of all matrices divided by its length, by one warp."""
-    row = warp_index()
-    if row >= rows:
-        return
-    base, end = row * cols, (row + i8(1)) * cols
-    values = cuda.local.array(WIDTH, float32)
-    total = f4(0)
-    c = base + i8(cuda.threadIdx.x % WARP) * WIDTH
-    while c < end:
-        read(values, o, c, end, whole)
-        for e in range(WIDTH):
-            total += values[e] * values[e]
-        c += WARP * WIDTH
-    factor = f4(1) / (math.sqrt(warp_sum(total)) + f4(1e-7))
-    c = base + i8(cuda.threadIdx.x % WARP) * WIDTH
-    while c < end:
-        read(values, o, c, end, whole)
-        for e in range(WIDTH):
-            values[e] *= factor
-        write(o, c, end, values, whole)
-        c += WARP * WIDTH
-
-
-@kernel
 def apply_kernel(
     p: Any, o: Any, knobs: Any, n: int, count: int, parts: int, first: int, stride: int,
     weight_decay: Any, scale: Any, whole: bool,
@@ -268,11 +241,10 @@ def muon_update_by_knobs(
     *,
     momentum: float,
     weight_decay: float,
-    norm: str,
     scratch: dict[str, Array],
 ) -> None:
-    """One update of some matrices of flat p and g, whose m (count * n,) lie behind one another; norm: "row" or "matrix"; learning
-    rate and gradient scale are read from ``knobs``."""
+    """One update of some matrices of flat p and g, whose m (count * n,) lie behind one another; learning rate and gradient scale
+    are read from ``knobs``."""
     place = *_parts(matrices), matrices.first, matrices.stride
     n = matrices.count * pieces(matrices.n)
     u = scratch["direction"][: matrices.n * matrices.count]
@@ -281,9 +253,6 @@ def muon_update_by_knobs(
     launch_elements(momentum_kernel, n, u, m, g, knobs, *place, f4(momentum), whole)
     update = _orthogonalize(u, matrices, scratch)
     scale = f4(max(1.0, matrices.rows / matrices.cols) ** 0.5)
-    if norm == "row":
-        rows, cols, scale = matrices.count * matrices.rows, matrices.cols, f4(1)
-        launch_warps(unit_rows_kernel, rows, update, rows, cols, aligned(update, width=cols))
     whole = aligned(p, update, width=width)
     launch_elements(apply_kernel, n, p, update, knobs, *place, f4(weight_decay), scale, whole)
 
@@ -297,11 +266,10 @@ def muon_update(
     momentum: float,
     weight_decay: float,
     grad_scale: float,
-    norm: str,
     scratch: dict[str, Array],
 ) -> None:
-    """One update of one matrix; norm: "row" or "matrix"."""
+    """One update of one matrix."""
     host = host_knobs(step=1, lr=0.0, beta1=0.0, beta2=0.0, muon_lr=lr, grad_scale=grad_scale)
     knobs = runtime().upload(host, kept("knobs", KNOBS, np.float32))
-    options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay, "norm": norm, "scratch": scratch}
+    options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay, "scratch": scratch}
     muon_update_by_knobs(*map(flat, (p, g, m)), knobs, Matrices(*p.shape), **options)
