@@ -503,3 +503,8 @@ def test_damaged_states_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no states"):
         States(folder)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_heads_squares_are_remembered_as_where_adamw_trains_alone() -> None:
+    values = {"batch_size": 4, "shards": 1, "lr": 1e-3, "seed": 1}
+    assert command._train_config(values, 3).beta2 == 0.95

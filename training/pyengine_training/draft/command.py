@@ -210,6 +210,7 @@ def _train_config(values: dict[str, Any], steps: int) -> TrainConfig:
         steps=steps,
         optimizer="adamw",
         lr=values["lr"],
+        beta2=0.95,  # as wherever AdamW trains alone
         weight_decay=0.0,
         decay_fraction=0.5,
         quantize="never",
