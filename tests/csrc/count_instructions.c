@@ -26,7 +26,8 @@ static int32_t sequence_new(pe_context *c) {
     return sequence;
 }
 
-/* n tokens, appended to one sequence or, with `apart`, one to each of n sequences that follow it. Logits of the last row, or of all. */
+/* n tokens, appended to one sequence or, with `apart`, one to each of n sequences that follow it. Logits of the last row, or of all; the
+ * other rows want their hidden states, or they would leave before the only layer's attention. */
 static void append(pe_context *c, int32_t sequence, size_t n, bool apart) {
     int32_t tokens[N_PAST], sequences[N_PAST];
     uint8_t want[N_PAST];
@@ -34,7 +35,7 @@ static void append(pe_context *c, int32_t sequence, size_t n, bool apart) {
     for (size_t i = 0; i < n; i++) {
         tokens[i] = (int32_t)(i * 7 % 64);
         sequences[i] = apart ? sequence + (int32_t)i : sequence;
-        want[i] = apart || i + 1 == n;
+        want[i] = apart || i + 1 == n ? PE_WANT_LOGITS : PE_WANT_HIDDEN;
     }
     pe_batch batch = {.n_tokens = n, .tokens = tokens, .sequences = sequences, .wants = want};
     require(pe_forward(c, &batch, err), err);
