@@ -157,7 +157,7 @@ def test_experts_and_their_tensors() -> None:
     dense = parse()
     mlp = 3 * 64 * 88
     assert count_parameters(config) - count_parameters(dense) == 2 * (2 * mlp + 3 * 64)
-    assert count_macs(config, 5, 1) - count_macs(dense, 5, 1) == (5 + 1) * mlp  # a token takes two; in the last layer, the one that wants logits
+    assert count_macs(config, 5, 1) - count_macs(dense, 5, 1) == (5 + 1) * mlp  # a token takes two
     assert FrozenConfig.from_json(config.to_json()) == config
     with pytest.raises(ModelFormatError, match="n_experts 1024 in 17 layers: more than 16384 in all"):
         parse(n_layers=17, n_experts=1024, n_experts_used=1)
@@ -173,7 +173,7 @@ def test_a_shared_expert_and_its_tensors() -> None:
     ]  # fmt: skip
     without = parse(**mixture)
     assert count_parameters(config) - count_parameters(without) == 2 * (3 * 64 * 24 + 64)
-    assert count_macs(config, 5, 1) - count_macs(without, 5, 1) == (5 + 1) * 3 * 64 * 24  # every token takes it that goes through the layer
+    assert count_macs(config, 5, 1) - count_macs(without, 5, 1) == (5 + 1) * 3 * 64 * 24  # every token takes it
     assert FrozenConfig.from_json(config.to_json()) == config
     with pytest.raises(ModelFormatError, match="shared_hidden_dim"):
         parse(**mixture, shared_hidden_dim=1 << 23)
