@@ -66,7 +66,7 @@ static pe_status run_layer(pe_context *c, uint32_t index, const pe_batch *batch,
         pe_status status = check_stage(s, rows_may_fail, where, err);
         if (status != PE_OK) return status;
         keep_wanting_rows(s, batch, begin);
-        if (s->n_tokens == 0) return PE_OK;
+        if (pe_slice_n_failed(s) == s->n_tokens) return PE_OK; /* none is left that could succeed */
     }
     pe_status status = pe_block_attend(s, c->kv, index, err);
     if (status != PE_OK) return status;

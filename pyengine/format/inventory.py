@@ -37,7 +37,7 @@ DRAFT_PREFIX = EXTRA_PREFIX + "draft."  # of a draft head
 _VECTOR_DTYPES = {"f32": "F32", "i32": "I32"}
 
 # How much of a weight a forward pass reads: one row for each token, all of it for the tokens of a batch, all of it for
-# those of them whose logits are wanted.
+# those of them whose logits, or hidden state, are wanted.
 Use = Literal["row", "tokens", "logits"]
 
 
@@ -196,11 +196,17 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
         yield _vector(i, "post_ffn_norm", {"post_ffn_norm": c.dim})
 
 
+# What makes a layer's queries, keys and values: of the last layer all that a token takes of which nothing is wanted.
+_PROJECTION = frozenset({"attention_norm", "wqkv", "wqkv.bias", "key_bias", "q_norm", "k_norm"})
+
+
 def _weights(c: FrozenConfig) -> Iterator[Weight]:
     embeddings = {"tok_embeddings": c.vocab_size}
     yield _matrix(c, None, "tok_embeddings", embeddings, c.dim, "logits" if c.tie_embeddings else "row")
     for i in range(c.n_layers):
-        yield from _layer(c, i)
+        for weight in _layer(c, i):
+            all_tokens = i + 1 < c.n_layers or weight.role in _PROJECTION
+            yield weight if all_tokens else weight._replace(use="logits")
     yield _vector(None, "norm", {"norm": c.dim}, "logits")
     if not c.tie_embeddings:
         yield _matrix(c, None, "output", {"output": c.vocab_size}, c.dim, "logits")
@@ -266,8 +272,8 @@ def count_parameters(config: FrozenConfig) -> int:
 
 
 def count_macs(config: FrozenConfig, n_rows: int, n_logits: int) -> int:
-    """Multiply-accumulates of the matrix products of one forward: n_rows tokens, logits for n_logits of them, each token
-    in as many experts as it takes. Attention is not counted, nor is the router."""
+    """Multiply-accumulates of the matrix products of one forward: n_rows tokens, logits for n_logits of them and nothing of
+    the others, each token in as many experts as it takes. Attention is not counted, nor is the router."""
     times = {"row": 0, "tokens": n_rows, "logits": n_logits}
     some = {None, config.n_experts, *range(config.n_experts_used)}  # as many experts as are taken, and the shared one
     matrices = (weight for weight in inventory(config) if weight.is_matrix and weight.expert in some)

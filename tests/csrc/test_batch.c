@@ -235,23 +235,36 @@ static void test_rows_that_want_nothing(const struct pe_kernels *table) {
     }
 }
 
-/* A sequence that has failed is not computed any further, unless its rows lie in a slice with others: of 300 rows only the first slice
- * sees a layer, and of its layers the first. */
-static void test_failed_rows_stop(const struct pe_kernels *table) {
-    tiny_model t;
-    int32_t ids[N_SEQUENCES];
-    make_fragile(&t, &places[0]);
-    pe_context *c = context_new(&t, table, PE_KV_INT8, 1, ids);
+/* Blocks that a forward of b quantizes; its rows may fail. */
+static int count_blocks(pe_context *c, const struct pe_kernels *table, batch *b) {
     struct pe_kernels counting = *table;
     counting.quantize = cancelling_quantize, inner = table, cancel_at = -1, c->slice.kernels = &counting;
-    batch b = {0};
-    for (int i = 0; i < MAX_ROWS; i++) add(&b, ids[1], BAD_TOKEN, 0);
     atomic_store(&n_calls, 0);
-    EXPECT(PE_OK, forward(c, &b, true, err));
-    CHECK(atomic_load(&n_calls) == 4 * PE_SLICE / PE_TOKEN_BLOCK, "%s: %d blocks quantized", table->name, atomic_load(&n_calls));
-    for (size_t i = 0; i < b.n; i++) CHECK(b.failed[i] == 1, "failed[%zu]", i);
-    pe_context_destroy(c);
-    tiny_model_free(&t);
+    EXPECT(PE_OK, forward(c, b, true, err));
+    c->slice.kernels = table;
+    return atomic_load(&n_calls);
+}
+
+/* A sequence that has failed is not computed any further, unless its rows lie in a slice with others: of 300 rows only the first slice
+ * sees a layer, and of its layers the first. If all others leave the last layer, it is not computed either. */
+static void test_failed_rows_stop(const struct pe_kernels *table) {
+    for (size_t layer = 0; layer < 2; layer++) {
+        tiny_model t;
+        int32_t ids[N_SEQUENCES];
+        make_fragile(&t, &places[layer]);
+        pe_context *c = context_new(&t, table, PE_KV_INT8, 1, ids);
+        batch b = {0};
+        if (layer == 0)
+            for (int i = 0; i < MAX_ROWS; i++) add(&b, ids[1], BAD_TOKEN, 0);
+        else
+            add(&b, ids[0], 7, 0), add(&b, ids[1], BAD_TOKEN, PE_WANT_LOGITS), add(&b, ids[0], 8, 0);
+        int expected = layer == 0 ? 4 * PE_SLICE / PE_TOKEN_BLOCK : 4 + 1 + 1; /* then layer 1's input, and that of the logits */
+        int n = count_blocks(c, table, &b);
+        CHECK(n == expected, "%s, layer %zu: %d blocks quantized, not %d", table->name, layer, n, expected);
+        for (size_t i = 0; i < b.n; i++) CHECK(b.failed[i] == (b.sequences[i] == ids[1]), "layer %zu: failed[%zu]", layer, i);
+        pe_context_destroy(c);
+        tiny_model_free(&t);
+    }
 }
 
 /* Finite values of which a sum of squares, or a float32 cache, is all that overflows: a norm would make zeros of them. */

@@ -157,7 +157,7 @@ def test_experts_and_their_tensors() -> None:
     dense = parse()
     mlp = 3 * 64 * 88
     assert count_parameters(config) - count_parameters(dense) == 2 * (2 * mlp + 3 * 64)
-    assert count_macs(config, 5, 1) - count_macs(dense, 5, 1) == 5 * 2 * mlp  # a token takes two
+    assert count_macs(config, 5, 1) - count_macs(dense, 5, 1) == (5 + 1) * mlp  # a token takes two
     assert FrozenConfig.from_json(config.to_json()) == config
     with pytest.raises(ModelFormatError, match="n_experts 1024 in 17 layers: more than 16384 in all"):
         parse(n_layers=17, n_experts=1024, n_experts_used=1)
@@ -173,7 +173,7 @@ def test_a_shared_expert_and_its_tensors() -> None:
     ]  # fmt: skip
     without = parse(**mixture)
     assert count_parameters(config) - count_parameters(without) == 2 * (3 * 64 * 24 + 64)
-    assert count_macs(config, 5, 1) - count_macs(without, 5, 1) == 5 * 2 * 3 * 64 * 24  # every token takes it
+    assert count_macs(config, 5, 1) - count_macs(without, 5, 1) == (5 + 1) * 3 * 64 * 24  # every token takes it
     assert FrozenConfig.from_json(config.to_json()) == config
     with pytest.raises(ModelFormatError, match="shared_hidden_dim"):
         parse(**mixture, shared_hidden_dim=1 << 23)
@@ -428,7 +428,8 @@ def test_counts_by_hand() -> None:
     config = parse(qkv_bias=True, o_bias=True, qk_norm=True)
     layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 88 + 2 * 64 + 128 + 64 + 2 * 16
     assert count_parameters(config) == 2 * layer + 2 * 300 * 64 + 64
-    assert count_macs(config, 5, 2) == 5 * 2 * (64 * 128 + 64 * 64 + 3 * 64 * 88) + 2 * 300 * 64
+    # three of the five tokens want nothing: of the second layer they have keys and values only
+    assert count_macs(config, 5, 2) == 5 * 2 * 64 * 128 + (5 + 2) * (64 * 64 + 3 * 64 * 88) + 2 * 300 * 64
     # a head: codes of k and v padded to 16, one scale of k, one of v
     assert kv_bytes_per_position(config) == 2 * 2 * (16 + 16 + 4 + 4)
     assert kv_bytes_per_position(config, "f32") == 2 * 2 * 2 * 16 * 4
