@@ -256,8 +256,9 @@ class EngineBase:
             shown_special=shown_special,
         )
         wanted = params.structured_outputs
+        guide = None if wanted is None else self.guide(wanted)  # which costs up to seconds, and its twins next to nothing
         return [
-            request(ids, index=index, guide=None if wanted is None else self.guide(wanted))
+            request(ids, index=index, guide=None if guide is None else guide.fork())
             for ids in prompts
             for index in range(params.n)
         ]

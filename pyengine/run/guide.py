@@ -125,7 +125,8 @@ class Guides:
         self._table: Any = None
 
     def new(self, wanted: StructuredOutputs) -> Guide:
-        """Raises InvalidArgumentError for what is no grammar, no schema that is understood, or too costly."""
+        """Raises InvalidArgumentError for what is no grammar, no schema that is understood, or too costly; with a TimeoutError as
+        its cause if it takes too long."""
         try:
             with fork.importing:
                 import llguidance
@@ -147,7 +148,7 @@ class Guides:
         try:
             return in_time(make, COMPILE_SECONDS)
         except TimeoutError as error:
-            raise InvalidArgumentError(f"structured_outputs: too costly: {error}") from None
+            raise InvalidArgumentError(f"structured_outputs: too costly: {error}") from error
 
     def _make_table(self, llguidance: Any) -> Any:
         wrapper = llguidance.TokenizerWrapper(_Tokens(self._tokenizer, self._vocab_size, self._end_ids[0]))

@@ -81,8 +81,7 @@ class App:
 
     def abort_all(self) -> None:
         """End what still runs; its clients are told."""
-        for job in self.queue.jobs():
-            job.close()
+        self.queue.end()
 
     # ------------------------------------------------------------ ASGI
 
@@ -187,8 +186,13 @@ class App:
             self._bodies_bytes -= held
 
     async def aside(self, function: Callable[[], T]) -> T:
-        """function(), which takes as long as what it is given is, in a thread of `Queue.aside`."""
-        return await asyncio.get_running_loop().run_in_executor(self.queue.aside, function)
+        """function(), which takes as long as what it is given is, in a thread of `Queue.aside`. Raises what it raises, and
+        HTTPError 503 at the server's end."""
+
+        async def wait() -> T:
+            return await asyncio.get_running_loop().run_in_executor(self.queue.aside, function)
+
+        return await self.queue.until_end(wait())
 
     def cache_salt(self, exchange: Exchange, fields: Fields) -> str | None:
         """What keeps this caller's cached beginnings apart: its key where there are several, and what it says itself."""

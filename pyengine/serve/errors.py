@@ -98,6 +98,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
 
 
+def shutting_down() -> HTTPError:
+    return HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> HTTPError:
     return HTTPError(400, message, param=param, code=code)
 

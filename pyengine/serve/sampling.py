@@ -86,7 +86,9 @@ def told_of_output(engine: Engine, asked: Asked) -> Iterator[None]:
     except InvalidArgumentError as error:
         if not asked or not str(error).startswith("structured_outputs"):
             raise
-        found = (_refused(engine, path, wanted) for path, wanted in asked)
+        # Of one demand it is known. What took too long takes as long again.
+        again = () if len(asked) == 1 or isinstance(error.__cause__, TimeoutError) else asked
+        found = (_refused(engine, path, wanted) for path, wanted in again)
         raise next(filter(None, found), _said_of(asked[0][0], error)) from None
 
 

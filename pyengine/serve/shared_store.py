@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from pyengine.serve.errors import HTTPError
+from pyengine.serve.errors import HTTPError, shutting_down
 from pyengine.serve.store import Owner, Store, Stored
 
 _LENGTH = struct.Struct("=I")
@@ -147,20 +147,16 @@ class SharedStore(Store):
             self._writer = None
             for future in self._asked:
                 if not future.done():
-                    future.set_exception(_ended())
+                    future.set_exception(shutting_down())
             self._asked.clear()
 
     async def _ask(self, asked: Any, *parts: bytes) -> _Message:
         if self._writer is None:
-            raise _ended()
+            raise shutting_down()
         future: asyncio.Future[_Message] = asyncio.get_running_loop().create_future()
         self._asked.append(future)
         self._writer.write(_message(asked, *parts))
         return await future
-
-
-def _ended() -> HTTPError:
-    return HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
 
 
 # -------------------------------------------------------------------- messages

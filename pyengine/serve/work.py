@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyengine.results import FinishReason, Piece, Timings
 from pyengine.run.beam_search import BeamRequest, BeamSearch
 from pyengine.run.jobs import Job
 from pyengine.run.request import GenerationRequest, Request
-from pyengine.serve.errors import HTTPError
+from pyengine.serve.aside import Aside
+from pyengine.serve.errors import HTTPError, shutting_down
 
 if TYPE_CHECKING:
     from pyengine.sampling import SamplingParams
@@ -23,8 +23,6 @@ T = TypeVar("T")
 Make = Callable[[Job], Sequence[Request]]
 # Prompt tokens a second, before any was measured: only for "try again in".
 FIRST_GUESS = 1000.0
-
-
 # Threads for what one request may make last for seconds. All else is done in those of the event loop, which may be five.
 LONG_AT_ONCE = 2
 
@@ -37,19 +35,40 @@ class Queue:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.aside = ThreadPoolExecutor(LONG_AT_ONCE, thread_name_prefix="pyengine-aside")
+        self.aside = Aside(LONG_AT_ONCE)
         self._limit = settings.max_queue_tokens
         # those that somebody holds, and the model of each; changed by single operations only: /metrics is told in a thread
         self._jobs: dict[weakref.ref[Job], str] = {}
         self._rate = FIRST_GUESS
+        self._unready: set[asyncio.Task[Any]] = set()  # what requests wait for that have no job yet
         self.is_draining = False
+
+    async def until_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns. Raises HTTPError 503 if `end` comes first."""
+        task = asyncio.ensure_future(work)
+        self._unready.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if task in self._unready:  # by whoever cancelled this request
+                raise
+            raise shutting_down() from None
+        finally:
+            self._unready.discard(task)
+
+    def end(self) -> None:
+        """Nobody waits any longer: not for a job, and not for what comes before it."""
+        for job in self.jobs():
+            job.close()
+        while self._unready:
+            self._unready.pop().cancel()
 
     async def submit(self, model: ServedModel, make: Make, params: SamplingParams | None = None) -> Job:
         """A job that is computed from now on. params: of its outputs. Raises HTTPError 429, 503 and whatever `make` raises."""
         is_guided = params is not None and params.structured_outputs is not None
-        job = await model.asynchronous.prepare(make, self.aside if is_guided else None)
-        if self.is_draining:
-            raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
+        self._check_open()
+        job = await self.until_end(model.asynchronous.prepare(make, self.aside if is_guided else None))
+        self._check_open()
         waiting, wanted = self.waiting_tokens(), sum(request.waiting_tokens for request in job.requests)
         if waiting > 0 and waiting + wanted > self._limit:
             raise HTTPError(
@@ -61,6 +80,10 @@ class Queue:
         self._jobs[weakref.ref(job, lambda gone: self._jobs.pop(gone, None))] = model.name
         model.asynchronous.stepper.add(job)
         return job
+
+    def _check_open(self) -> None:
+        if self.is_draining:
+            raise shutting_down()
 
     def jobs(self) -> list[Job]:
         return [job for job, _ in self._named()]
@@ -124,7 +147,7 @@ async def finish(job: Job) -> list[GenerationRequest]:
     is_done = job.is_done  # before its errors: one that comes in between makes it done, too
     raise_error(job)
     if not is_done:
-        raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
+        raise shutting_down()
     return generations(job)
 
 
@@ -155,7 +178,7 @@ async def read(job: Job, interval: float) -> AsyncIterator[list[tuple[int, list[
 
     while any(request.n_taken < len(request.output.pieces) or not request.is_done for request in requests):
         if not await job.wait(ready, interval) and job.is_closed:
-            raise HTTPError(503, "the server is shutting down", code="shutting_down", retry_after=5.0)
+            raise shutting_down()
         raise_error(job)
         news = []
         for index, request in enumerate(requests):

@@ -133,6 +133,22 @@ def test_a_guess_that_the_grammar_cannot_follow_costs_no_answer(
         assert engine.check_integrity()["n_sequences"] == 0
 
 
+def test_outputs_of_one_request_share_the_work_of_its_grammar(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"structured_outputs": StructuredOutputs(regex="[a-m]{3,9}"), "temperature": 1.0, "max_tokens": 5}
+    alone = [engine.generate(text, seed=1, **options).tokens for text in ("Once", "Two")]
+    made, check = [], Guide.check
+
+    def noted(guide: Guide) -> None:
+        made.append(guide)
+        check(guide)
+
+    monkeypatch.setattr(Guide, "check", noted)
+    together = engine.generate(["Once", "Two"], seed=1, **options)
+    assert [one.tokens for one in together] == alone and len(made) == 1
+    samples = engine.generate("Once", seed=1, n=3, **options)
+    assert samples[0].tokens == alone[0] and len(made) == 2
+
+
 def test_a_grammar_that_takes_too_long_is_refused_and_so_are_others_while_two_are_at_work(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

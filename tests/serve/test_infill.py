@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,22 @@ def test_other_files_are_told_and_what_editors_send_is_taken(coder: Path) -> Non
         chosen = (await client.post(INFILL, {**vim, "seed": 3, "temperature": 1})).json
         assert set(chosen) == set(vim["response_fields"]) - {"no/such"}  # type: ignore[call-overload]
         assert chosen["content"] == wanted.text and chosen["timings/predicted_n"] == 8
+
+    serving(coder, test)
+
+
+def test_a_grammar_holds_nobody_up(coder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance", reason="the extra guide is not installed")
+    threads, guide = [], Engine.guide
+
+    def noted(engine: Engine, wanted: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return guide(engine, wanted)
+
+    async def test(client: Client) -> None:
+        monkeypatch.setattr(Engine, "guide", noted)
+        answer = (await client.post(INFILL, {**HOLE, **GREEDY, "structured_outputs": {"regex": "a+"}})).json
+        assert set(answer["content"]) == {"a"} and threads == ["pyengine-aside"]
 
     serving(coder, test)
 
