@@ -171,6 +171,18 @@ def test_granite_4_without_rope(tmp_path: Path) -> None:
     assert weight_bytes(frozen[0]) == weight_bytes(frozen[1]) == weight_bytes(frozen[2])
 
 
+@pytest.mark.parametrize("name", ["granite_moe", "granite_moe_shared"])
+def test_granite_moe_without_rope(name: str, tmp_path: Path) -> None:
+    """transformers' classes read the key too, and mean RoPE where it is absent."""
+    nope, rope, silent = (
+        freeze(hf_dir(tmp_path / f"hf{i}", name, position_embedding_type=one), tmp_path / f"{i}")
+        for i, one in enumerate(("nope", "rope", ...))
+    )
+    with FrozenFile.open(nope) as file:
+        assert not stored_vector(file, "rope.0.inv_freq", file.config.head_dim // 2).any()
+    assert weight_bytes(rope) == weight_bytes(silent) != weight_bytes(nope)
+
+
 def test_multipliers_default_to_one(tmp_path: Path) -> None:
     keys = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
     plain = hf_dir(tmp_path / "a", "granite", **dict.fromkeys(keys, 1.0), attention_multiplier=0.25)  # 1 / sqrt(head_dim)
@@ -191,6 +203,7 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("phi4_mini", {"partial_rotary_factor": 0.0}, ModelFormatError, "partial_rotary_factor"),
         ("phi4_mini", {"partial_rotary_factor": 0.7}, ModelFormatError, "RoPE over 11 elements"),
         ("phi4_mini", {"partial_rotary_factor": 0.5}, ModelFormatError, "short_factor must be a list of 4 numbers"),
+        ("phi4_mini", {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, UnsupportedModelError, "'yarn'.*known are default"),
         ("phi4_mini", {"original_max_position_embeddings": 1}, ModelFormatError, "at least 2"),
         ("phi4_mini", {"rope_scaling": {"type": "llama3"}}, UnsupportedModelError, "'llama3'"),
         ("gemma3", {"hidden_activation": "gelu"}, UnsupportedModelError, "activation 'gelu'.*known are gelu_pytorch_tanh"),
@@ -214,6 +227,7 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("granite_hybrid", {"num_local_experts": ...}, UnsupportedModelError, "num_local_experts"),
         ("granite_hybrid", {"position_embedding_type": "alibi"}, UnsupportedModelError, "position_embedding_type 'alibi'"),
         ("granite_hybrid", {"shared_intermediate_size": 24}, ModelFormatError, r"shared_mlp.*shape"),
+        ("granite_moe", {"position_embedding_type": "alibi"}, UnsupportedModelError, "position_embedding_type 'alibi'"),
         ("granite_moe_shared", {"shared_intermediate_size": 20}, ModelFormatError, r"shared_mlp.*shape"),
         ("granite_moe_shared", {"shared_intermediate_size": 0}, UnsupportedModelError, r"shared_mlp.*no place"),
         ("granite_moe_shared", {"shared_intermediate_size": -1}, ModelFormatError, "shared_hidden_dim must be"),
@@ -293,7 +307,7 @@ OWN_KEYS = {
     "gemma2": ["attn_logit_softcapping", "final_logit_softcapping", "layer_types", "hidden_activation"],
     "smollm3": ["no_rope_layers", "no_rope_layer_interval", "use_sliding_window", "sliding_window", "layer_types"],
     "qwen2_moe": ["shared_expert_intermediate_size", "num_experts", "norm_topk_prob", "qkv_bias"],
-    "granite_moe_shared": ["shared_intermediate_size"],
+    "granite_moe_shared": ["shared_intermediate_size", "position_embedding_type"],
     "granite_hybrid": ["layer_types", "num_local_experts", "position_embedding_type", "shared_intermediate_size"],
     "starcoder2": ["norm_epsilon", "use_bias", "sliding_window", "hidden_act", "tie_word_embeddings"],
     "glm4": ["partial_rotary_factor", "attention_bias", "rope_parameters"],
@@ -438,10 +452,12 @@ def test_yarn_keeps_what_turns_often_and_slows_what_does_not() -> None:
 def test_yarn_of_gemma3_is_of_the_layers_without_a_window(tmp_path: Path) -> None:
     """Their table, and its amplitude in the gains of their queries; by default the first training was as long as the context."""
     settings = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    plain, scaled, absent = (
+    silent = {"rope_type": "yarn", "factor": 4.0}
+    plain, scaled, absent, null = (
         freeze(hf_dir(tmp_path / f"hf{i}", "gemma3", rope_scaling=one), tmp_path / f"{i}")
-        for i, one in enumerate((None, settings, {"rope_type": "yarn", "factor": 4.0}))
+        for i, one in enumerate((None, settings, silent, silent | {"original_max_position_embeddings": None}))
     )
+    assert weight_bytes(absent) == weight_bytes(null)
     rope = yarn(32, 1e6, settings)
     with FrozenFile.open(plain) as one, FrozenFile.open(scaled) as other, FrozenFile.open(absent) as third:
         assert stored_vector(other, "rope.0.inv_freq", 16).tolist() == stored_vector(one, "rope.0.inv_freq", 16).tolist()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from .errors import ConfigError, Interrupted, MissingLibraryError, RankError, TrainingError
 from .supervise import all_have_begun
+from .terminal import tell
 
 Array = NDArray[Any]
 Message = tuple[int, Array]  # other rank, contiguous array where the rank computes: the host's, or its GPU's
@@ -208,8 +208,8 @@ def ending_together(comm: Comm) -> Iterator[None]:
         if comm.size == 1 or isinstance(error, Interrupted) or getattr(error, "on_all_ranks", False):
             raise
         if not isinstance(error, TrainingError | OSError | MemoryError):
-            traceback.print_exc()
-        print(f"pyengine: error: rank {comm.rank}: {error or type(error).__name__}", file=sys.stderr, flush=True)
+            tell(traceback.format_exc(), end="")
+        tell(f"pyengine: error: rank {comm.rank}: {error or type(error).__name__}")
         comm.abort()
         raise
 

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from .terminal import tell
+
 PATIENCE = 15.0  # seconds that a rank may be stopped or silent; PYENGINE_RANK_PATIENCE
 BEAT = 1.0  # seconds from one sign of life to the next
 POLL = 0.1
@@ -52,7 +54,6 @@ def in_child(rank: int, size: int, arguments: Sequence[str]) -> None:
     try:
         code = _Parent(rank, size, child, from_child, _folder(arguments), patience).watch()
     finally:
-        sys.stderr.flush()
         if code is None:  # a rank is lost
             os.kill(os.getpid(), signal.SIGKILL)  # the child goes too
         os._exit(code)
@@ -149,7 +150,7 @@ class _Parent:
 
     def _lost(self, rank: int, what: str) -> None:
         host = f" on {socket.gethostname()}" if rank == self.rank else ""
-        print(f"pyengine: error: rank {rank}{host} {what}: {ADVICE}", file=sys.stderr, flush=True)
+        tell(f"pyengine: error: rank {rank}{host} {what}: {ADVICE}")
 
     # ---- signs of life -----------------------------------------------------------------------------------------------
 

@@ -76,8 +76,9 @@ def _ropes_hf(config: Fields, head_dim: int) -> dict[str, Rope]:
             raise UnsupportedModelError(f"RoPE type {rope_type!r:.80}, or one over a part of the head, for this architecture")
         base = scaling.number("rope_theta", bases[kind])
         if rope_type == "yarn":
-            trained = {"original_max_position_embeddings": config.number("max_position_embeddings")}
-            ropes[kind] = yarn(head_dim, base, {**trained, **found, "truncate": scaling.flag("truncate", True)})
+            key = "original_max_position_embeddings"
+            trained = scaling.number(key, config.number("max_position_embeddings"))
+            ropes[kind] = yarn(head_dim, base, {**found, key: trained, "truncate": scaling.flag("truncate", True)})
         else:
             ropes[kind] = Rope(rope_inv_freq(head_dim, base, {**found, "rope_type": rope_type}))
     return ropes

@@ -72,10 +72,21 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     )
 
 
+def _placed_hf(config: Fields, shape: Shape, default: str) -> Traits:
+    """The same of the classes that read ``position_embedding_type``: with RoPE or without."""
+    position = config.text("position_embedding_type", default)
+    if position not in ("rope", "nope"):
+        raise UnsupportedModelError(f"position_embedding_type {position!r:.80} is not implemented, only rope and nope")
+    traits = _hf(config, shape)
+    if position == "rope":
+        return traits
+    return replace(traits, rope_tables=(np.zeros_like(traits.rope_tables[0]),), rope_amplitudes=())
+
+
 def _moe_hf(config: Fields, shape: Shape) -> Traits:
     """The softmax is over the experts that are taken."""
     return replace(
-        _hf(config, shape),
+        _placed_hf(config, shape, "rope"),
         n_experts=config.integer("num_local_experts"),
         n_experts_used=config.integer("num_experts_per_tok"),
         experts_normalized=True,
@@ -106,13 +117,7 @@ def _hybrid_hf(config: Fields, shape: Shape) -> Traits:
     hf_config.layer_kinds(config, ["mamba"] * shape.n_layers, known=["attention"])
     if config.integer("num_local_experts") != 0:
         raise UnsupportedModelError("experts (num_local_experts) are not implemented for this architecture")
-    position = config.text("position_embedding_type", "nope")
-    if position not in ("rope", "nope"):
-        raise UnsupportedModelError(f"position_embedding_type {position!r:.80} is not implemented, only rope and nope")
-    traits = _hf(config, shape)
-    if position == "nope":
-        traits = replace(traits, rope_tables=(np.zeros_like(traits.rope_tables[0]),), rope_amplitudes=())
-    return replace(traits, hidden_dim=config.integer("shared_intermediate_size"))
+    return replace(_placed_hf(config, shape, "nope"), hidden_dim=config.integer("shared_intermediate_size"))
 
 
 def _hybrid_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:

@@ -67,7 +67,8 @@ def from_hf(config: Fields, shape: Shape, rotated: int) -> LongRope | None:
     kind = inside.text("rope_type", inside.text("type", "default"))
     if kind == "default":
         return None
-    if kind not in ("longrope", "su", "yarn"):  # the older names of the same, as transformers takes them for Phi-3
+    # The older names of the same, as transformers takes them for Phi-3; "yarn" is one only where LongRoPE's numbers are.
+    if kind not in ("longrope", "su") and not (kind == "yarn" and "short_factor" in inside):
         raise UnsupportedModelError(
             f"RoPE type {kind!r:.80} is not implemented for this architecture; known are default, longrope"
         )
