@@ -108,7 +108,8 @@ def test_what_takes_too_long_is_not_tried_again(chat_model: Path, monkeypatch: p
             go_on.set()
             for one in left:
                 one.wait()
-        assert (answer.status, answer.error["param"]) == (400, "structured_outputs") and "it takes longer" in answer.error["message"]
+        assert (answer.status, answer.error["param"]) == (400, "structured_outputs")
+        assert "it takes longer" in answer.error["message"]
         assert next(n_begun) == len(left) == 1
 
     serving(chat_model, test)
