@@ -328,7 +328,10 @@ def read_suffix(args: argparse.Namespace) -> str | None:
     if args.special:
         raise UsageError("--special would have no effect: around a hole all text is plain")
     if args.suffix.startswith("@"):
-        return _text_or_file("--suffix", args.suffix)
+        try:
+            return _text_or_file("--suffix", args.suffix)
+        except FileNotFoundError:  # code begins with @ where something is decorated
+            raise UsageError(f"--suffix {args.suffix}: there is no such file; a text that begins with @ goes into one") from None
     text = checked_text(args.suffix, "the suffix")
     return unescape(text) if args.escape else text
 

@@ -199,6 +199,7 @@ def test_the_command_line_fills_a_hole(
     [
         (("--suffix", "x", "--special"), 2, "--special would have no effect"),
         (("--suffix", "@"), 2, "--suffix @FILE"),
+        (("--suffix", "@property"), 2, "a text that begins with @ goes into one"),
         (("--suffix", "x"), 1, "does not fill in the middle"),
     ],
 )
