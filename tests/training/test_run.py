@@ -254,7 +254,9 @@ def test_a_closed_terminal_checkpoints(stories: Path, tmp_path: Path) -> None:
     """Nothing can be told any more: what is printed on the way to the checkpoint, and after it, is lost and does no harm."""
     run = tmp_path / "run"
     words = arguments(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 0")
-    take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    take = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    take += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # whoever runs the tests may have ignored it
+    take += "os.execv(sys.executable, sys.argv[1:])"
     command = [sys.executable, "-c", take, sys.executable, "-m", "pyengine_training", *words]
     path = os.pathsep.join([str(Path(pyengine_training.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     ours, theirs = os.openpty()
