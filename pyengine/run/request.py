@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from pyengine import fork
 from pyengine._sampler import Sampler
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Drafter
     from pyengine.results import Generation, Piece
+    from pyengine.run.callbacks import Callbacks, Edited
     from pyengine.run.guide import Guide
     from pyengine.run.proposer import DraftState
     from pyengine.sampling import ResolvedParams
@@ -190,6 +192,13 @@ class GenerationRequest(Request):
         )
         self.interactive = interactive
         self.guide = guide
+        self.callbacks: Callbacks | None = None
+        if params.logits_processor or params.stopping_criteria:
+            with fork.importing:
+                from pyengine.run.callbacks import Callbacks
+
+            self.callbacks = Callbacks(prompt, params, vocab_size)
+            self.may_draft = False  # they are asked once a token, about what has been said
         self.n_taken = 0  # pieces that the caller has read
         deadline = None if params.timeout is None else self.output.started + params.timeout
         super().__init__(caller, salt=salt, deadline=deadline, adapter=adapter)
@@ -265,6 +274,20 @@ class GenerationRequest(Request):
         except Exception as error:  # of this request's grammar
             self.error = error
             return None
+
+    def edit(self, row: _core.RowView, masks: Sequence[array[int] | None] | None) -> Edited | None:
+        """What its caller's functions make of the row of logits for its next token, whose masks these are. None if one of them
+        ended it, or raised."""
+        assert self.callbacks is not None
+        try:
+            edited = self.callbacks.edit(self.sampler.outputs, row, None if masks is None else masks[0])
+        except Exception as error:  # for its caller alone
+            self.error = error
+            return None
+        if edited is None:
+            self.output.stop("stop")
+            self.catch_up()
+        return edited
 
     def catch_up(self) -> None:
         try:
