@@ -81,7 +81,7 @@ _FLOATS: dict[str, _Range] = {
     "presence_penalty": _Range(-_LARGEST, _LARGEST),
     "timeout": _Range(0.0, 1e9, open_low=True),
 }
-_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "token_healing")
 _ID_LISTS = ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
 _CALLBACKS = ("logits_processor", "stopping_criteria")
 # What generation_config.json may say; its other keys are not about sampling, or ask for what a caller must ask for.
@@ -313,6 +313,7 @@ class ResolvedParams:
     structured_outputs: StructuredOutputs | None = None
     logits_processor: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[StoppingCriteria, ...] = ()
+    token_healing: bool = False
 
 
 _NEUTRAL: dict[str, Any] = {
@@ -370,6 +371,8 @@ class SamplingParams:
     structured_outputs    what the text must be: a JSON schema, a regular expression, … (see StructuredOutputs)
     logits_processor      a function or functions f(token_ids, logits), called for every token, see below
     stopping_criteria     a function or functions f(token_ids, logits) -> bool: True ends the text before the next token
+    token_healing         take the prompt's last tokens back and say them again, so that a broken word, or "http:", goes on as the
+                          tokenizer would have it; see below
     speculative           tokens guessed ahead, which change no byte: "auto", "off", or {"max_draft": tokens in a step, at
                           most 24; "store": guess by earlier outputs too}; None = the engine's
 
@@ -381,6 +384,11 @@ class SamplingParams:
     twice (after Ctrl-C, say), and the output is repeatable if it depends on its arguments alone. Both arrays are valid during the
     call. It may use the tokenizer, but no engine: that is a PyEngineError, and to wait for a thread that does is a deadlock.
     Tokens are not guessed ahead for it.
+
+    **token_healing** takes the longest end of the prompt, of whole tokens, that a longer token begins with (of a prompt around a
+    hole, of the text in front of it), but no special token. The output begins with tokens that spell it, the last of which may go
+    beyond; its text begins behind it, and stop strings are looked for there. All else is told as the model sees it: these tokens
+    count towards max_tokens and stand in `tokens` and `logprobs`, the prompt is shorter. Not with structured_outputs, or beams.
 
     Raises InvalidArgumentError (a ValueError) naming the field for wrong types, NaN, and values out of range.
     """
@@ -410,6 +418,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None
     stopping_criteria: StoppingCriteria | Sequence[StoppingCriteria] | None = None
+    token_healing: bool | None = None
     speculative: str | Mapping[str, Any] | Drafting | None = None
 
     def __post_init__(self) -> None:
@@ -428,6 +437,10 @@ class SamplingParams:
         if self.structured_outputs is not None and self.ignore_eos:
             raise InvalidArgumentError(
                 "ignore_eos and structured_outputs contradict each other: such an output has an end"
+            )
+        if self.structured_outputs is not None and self.token_healing:
+            raise InvalidArgumentError(
+                "token_healing and structured_outputs contradict each other: such an output begins as its grammar says"
             )
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:

@@ -39,6 +39,7 @@ class SamplingOptions(TypedDict, total=False):
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
     stopping_criteria: StoppingCriteria | Sequence[StoppingCriteria] | None
+    token_healing: bool | None
     speculative: str | Mapping[str, Any] | Drafting | None
 
     max_new_tokens: int | None

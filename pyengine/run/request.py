@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyengine.run.guide import Guide
     from pyengine.run.proposer import DraftState
     from pyengine.sampling import ResolvedParams
+    from pyengine.text.healing import Healing
     from pyengine.text.stops import StopStrings
     from pyengine.text.tokenizer import Tokenizer
 
@@ -168,6 +169,7 @@ class GenerationRequest(Request):
         interactive: bool,
         adapter: _core.Adapter | None = None,
         guide: Guide | None = None,
+        healing: Healing | None = None,
         shown_special: frozenset[int] = frozenset(),
     ) -> None:
         self.prompt = prompt
@@ -189,9 +191,11 @@ class GenerationRequest(Request):
             end_ids=end_ids,
             interactive=interactive,
             shown_special=shown_special,
+            n_healed=0 if healing is None else healing.n_bytes,
         )
         self.interactive = interactive
         self.guide = guide
+        self.healing = healing
         self.callbacks: Callbacks | None = None
         if params.logits_processor or params.stopping_criteria:
             with fork.importing:
@@ -222,7 +226,9 @@ class GenerationRequest(Request):
     @property
     def max_draft(self) -> int:
         """Guesses that may be of use: one token is sampled after them."""
-        return min(self.params.speculative.max_draft, self.output.n_left - 1) if self.may_draft else 0
+        if not self.may_draft or not (self.healing is None or self.healing.is_over(self.sampler.outputs)):
+            return 0
+        return min(self.params.speculative.max_draft, self.output.n_left - 1)
 
     @property
     def result(self) -> Generation:
@@ -264,6 +270,8 @@ class GenerationRequest(Request):
 
     def masks(self, draft: Sequence[int]) -> Sequence[array[int] | None] | None:
         """Which tokens may come next, and after each guess of `draft`, as far as the grammar can follow it; None = all."""
+        if self.healing is not None and not self.healing.is_over(self.sampler.outputs):
+            return [self.healing.mask(self.sampler.outputs)]  # there is no draft, and no grammar
         if self.guide is None:
             return None
         try:
