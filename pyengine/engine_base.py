@@ -242,7 +242,7 @@ class EngineBase:
         """What the scheduler is to compute for prompts: params.n requests each. shown_special: special tokens that the text
         shows whatever skip_special_tokens says. Raises InvalidArgumentError."""
         healer = self._attachments.healer if params.token_healing else None
-        cuts = [Cut(ids, b"") if healer is None else healer.cut(ids) for ids in prompts]
+        cuts = [Cut(ids) if healer is None else healer.cut(ids) for ids in prompts]
         core_adapter, salt = self._adapters.of_request(adapter, cache_salt)
         request = partial(
             GenerationRequest,
@@ -265,7 +265,7 @@ class EngineBase:
                 cut.ids,
                 index=index,
                 guide=None if guide is None else guide.fork(),
-                healing=None if healer is None else Healing(healer, cut.taken),
+                healing=None if healer is None else Healing(healer, cut),
             )
             for cut in cuts
             for index in range(params.n)

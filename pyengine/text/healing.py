@@ -23,10 +23,16 @@ MAX_TAKEN = 128  # bytes; the longest tokens are runs of spaces and dashes
 
 
 class Cut(NamedTuple):
-    """A prompt without the end that is said again: its token ids, and the bytes that were taken."""
+    """A prompt without the end that is said again.
+
+    ids      its token ids
+    taken    the bytes of what was taken
+    can_end  [n]: whether tokens can say taken[n:], the last of which may go beyond
+    """
 
     ids: list[int]
-    taken: bytes
+    taken: bytes = b""
+    can_end: Sequence[bool] = (True,)
 
 
 class Healer:
@@ -60,17 +66,16 @@ class Healer:
             if last - first > len(self._equal(taken)):
                 best = begin, taken
         begin, taken = best
-        return Cut([*ids[:begin], *ids[end:]] if taken else ids, taken)
+        return Cut([*ids[:begin], *ids[end:]], taken, self._can_end(taken)) if taken else Cut(ids)
 
-    def mask(self, left: bytes) -> array[int]:
+    def mask(self, left: bytes, can_end: Sequence[bool]) -> array[int]:
         """Which tokens may come where `left` is still to be said, as of a grammar (`run/guide.py`): those that begin with it, and
-        those that it begins with where others can say the rest."""
+        those that it begins with where others can say the rest. can_end: of `left`, as in a Cut."""
         import numpy as np
 
         first, last = self._beginning_with(left)
         flags = np.zeros((self._vocab_size + 31) // 32 * 32, dtype=bool)
         flags[np.frombuffer(self._order, dtype=np.int32)[first:last]] = True
-        can_end = self._ends(left)
         for n in range(1, len(left)):
             if can_end[n]:
                 flags[self._equal(left[:n])] = True
@@ -81,11 +86,10 @@ class Healer:
         """How many bytes a token says."""
         return len(self._bytes(token))
 
-    def _ends(self, left: bytes) -> list[bool]:
-        """For each n whether tokens can say left[n:], the last of which may go beyond."""
-        out = [True] * (len(left) + 1)
-        for n in range(len(left) - 1, -1, -1):
-            rest = left[n:]
+    def _can_end(self, taken: bytes) -> list[bool]:
+        out = [True] * (len(taken) + 1)
+        for n in range(len(taken) - 1, -1, -1):
+            rest = taken[n:]
             first, last = self._beginning_with(rest)
             out[n] = last > first or any(out[n + k] and self._equal(rest[:k]) for k in range(1, len(rest)))
         return out
@@ -108,20 +112,23 @@ class Healer:
 class Healing:
     """Of one output that is to say again what was taken from its prompt, n_bytes. Everything here follows from the outputs."""
 
-    def __init__(self, healer: Healer, taken: bytes) -> None:
+    def __init__(self, healer: Healer, cut: Cut) -> None:
         self._healer = healer
-        self._taken = taken
-        self.n_bytes = len(taken)
-        self._is_over = not taken
+        self._cut = cut
+        self.n_bytes = len(cut.taken)
+        self._is_over = not cut.taken
 
     def is_over(self, outputs: Sequence[int]) -> bool:
         """Whether `outputs` have said it all."""
-        self._is_over = self._is_over or self._n_said(outputs) >= len(self._taken)
+        self._is_over = self._is_over or self._n_said(outputs) >= self.n_bytes
         return self._is_over
 
     def mask(self, outputs: Sequence[int]) -> array[int] | None:
         """Which tokens may follow `outputs`; None = all."""
-        return None if self.is_over(outputs) else self._healer.mask(self._taken[self._n_said(outputs) :])
+        if self.is_over(outputs):
+            return None
+        n = self._n_said(outputs)
+        return self._healer.mask(self._cut.taken[n:], self._cut.can_end[n:])
 
     def _n_said(self, outputs: Sequence[int]) -> int:
         return sum(map(self._healer.said, outputs))
