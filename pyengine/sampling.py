@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -21,6 +21,11 @@ MAX_STOP_STRINGS = 1024  # clients send a handful
 MAX_STOP_CHARACTERS = 1 << 17  # of all stop strings of a request: an automaton over them takes about 300 bytes each
 MAX_DRAFT = 24  # tokens guessed ahead in a step
 MAX_IDS = 1 << 24  # the largest vocabulary
+MAX_CALLBACKS = 64  # each is a call of Python code a token
+
+# (token ids (n) int32 so far, logits (vocab_size) float32 of the next) -> None, or other logits; -> whether to end
+LogitsProcessor = Callable[[Any, Any], Any]
+StoppingCriteria = Callable[[Any, Any], bool]
 
 # Names that people bring from llama-cpp-python, transformers and OpenVINO GenAI.
 ALIASES: dict[str, str] = {
@@ -76,8 +81,9 @@ _FLOATS: dict[str, _Range] = {
     "presence_penalty": _Range(-_LARGEST, _LARGEST),
     "timeout": _Range(0.0, 1e9, open_low=True),
 }
-_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "token_healing")
 _ID_LISTS = ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
+_CALLBACKS = ("logits_processor", "stopping_criteria")
 # What generation_config.json may say; its other keys are not about sampling, or ask for what a caller must ask for.
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 # Asking for one of these without a temperature asks for sampling.
@@ -136,6 +142,15 @@ def _stop_strings(values: object) -> tuple[str, ...]:
     if size > MAX_STOP_CHARACTERS:
         raise InvalidArgumentError(f"stop holds {size} characters, at most {MAX_STOP_CHARACTERS}")
     return strings
+
+
+def _callbacks(name: str, value: object) -> tuple[Callable[[Any, Any], Any], ...]:
+    """A function, also one that is a list, like transformers' LogitsProcessorList, or several."""
+    functions = (value,) if callable(value) else tuple(_items(name, value, "functions", MAX_CALLBACKS))
+    for function in functions:
+        if not callable(function):
+            raise InvalidArgumentError(f"{name} must be a function or a list of functions, not {shown(function)}")
+    return functions
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +273,8 @@ def _check(name: str, value: Any) -> Any:
         return value
     if name in _ID_LISTS:
         return _token_ids(name, value)
+    if name in _CALLBACKS:
+        return _callbacks(name, value)
     if name == "structured_outputs":
         return _structured_outputs(value)
     if name == "speculative":
@@ -294,6 +311,9 @@ class ResolvedParams:
     timeout: float | None
     speculative: Drafting
     structured_outputs: StructuredOutputs | None = None
+    logits_processor: tuple[LogitsProcessor, ...] = ()
+    stopping_criteria: tuple[StoppingCriteria, ...] = ()
+    token_healing: bool = False
 
 
 _NEUTRAL: dict[str, Any] = {
@@ -349,8 +369,26 @@ class SamplingParams:
     skip_special_tokens   leave special tokens out of the text
     timeout               seconds after which the text so far is returned
     structured_outputs    what the text must be: a JSON schema, a regular expression, … (see StructuredOutputs)
+    logits_processor      a function or functions f(token_ids, logits), called for every token, see below
+    stopping_criteria     a function or functions f(token_ids, logits) -> bool: True ends the text before the next token
+    token_healing         take the prompt's last tokens back and say them again, so that a broken word, or "http:", goes on as the
+                          tokenizer would have it; see below
     speculative           tokens guessed ahead, which change no byte: "auto", "off", or {"max_draft": tokens in a step, at
                           most 24; "store": guess by earlier outputs too}; None = the engine's
+
+    **A caller's own functions** get the tokens so far, prompt and output, (n) int32 and read-only, and the model's logits of the
+    next one, (vocab_size) float32. Criteria come first. A processor changes the logits in place, or returns others: any numbers,
+    and -inf bans a token; a NaN or +inf is a NotFiniteError, no token left an InvalidArgumentError. Penalties, bias, bans, a
+    grammar and the filters come after it; log-probabilities stay those of the model. What a function raises ends its own output
+    and reaches its caller. It runs in whichever thread computes for all, while everybody waits; it may be asked about a token
+    twice (after Ctrl-C, say), and the output is repeatable if it depends on its arguments alone. Both arrays are valid during the
+    call. It may use the tokenizer, but no engine: that is a PyEngineError, and to wait for a thread that does is a deadlock.
+    Tokens are not guessed ahead for it.
+
+    **token_healing** takes the longest end of the prompt, of whole tokens, that a longer token begins with (of a prompt around a
+    hole, of the text in front of it), but no special token. The output begins with tokens that spell it, the last of which may go
+    beyond; its text begins behind it, and stop strings are looked for there. All else is told as the model sees it: these tokens
+    count towards max_tokens and stand in `tokens` and `logprobs`, the prompt is shorter. Not with structured_outputs, or beams.
 
     Raises InvalidArgumentError (a ValueError) naming the field for wrong types, NaN, and values out of range.
     """
@@ -378,6 +416,9 @@ class SamplingParams:
     skip_special_tokens: bool | None = None
     timeout: float | None = None
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None
+    stopping_criteria: StoppingCriteria | Sequence[StoppingCriteria] | None = None
+    token_healing: bool | None = None
     speculative: str | Mapping[str, Any] | Drafting | None = None
 
     def __post_init__(self) -> None:
@@ -396,6 +437,10 @@ class SamplingParams:
         if self.structured_outputs is not None and self.ignore_eos:
             raise InvalidArgumentError(
                 "ignore_eos and structured_outputs contradict each other: such an output has an end"
+            )
+        if self.structured_outputs is not None and self.token_healing:
+            raise InvalidArgumentError(
+                "token_healing and structured_outputs contradict each other: such an output begins as its grammar says"
             )
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:

@@ -106,6 +106,7 @@ _WITHOUT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "allowed_token_ids": (_OWN, ()),
     "bad_token_ids": (_OWN, ((),)),
     "min_tokens": (_OWN, (0,)),
+    "token_healing": ("beams go on from the prompt as it is", (False,)),
 }
 
 
