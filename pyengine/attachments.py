@@ -1,5 +1,5 @@
-"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill format,
-guides, generation defaults."""
+"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill and
+ranking formats, guides, generation defaults."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyengine.sampling import StructuredOutputs
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.infill import Infill
+    from pyengine.text.rerank import Reranker
     from pyengine.text.tokenizer import Tokenizer
 
 
@@ -29,6 +30,7 @@ class Attachments:
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         self._infill: Infill | None = None
+        self._reranker: Reranker | None = None
         self._guides: Guides | None = None
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -82,6 +84,21 @@ class Attachments:
 
                 self._infill = Infill(self.tokenizer, os.path.basename(self._file.path))
             return self._infill
+
+    @property
+    def reranker(self) -> Reranker:
+        """Raises InvalidArgumentError if the model cannot be asked to rank."""
+        with self._lock:
+            if self._reranker is None:
+                from pyengine.text.rerank import Reranker, unasked
+
+                name = os.path.basename(self._file.path)
+                try:
+                    template = self.chat_template
+                except TemplateError as error:
+                    raise unasked(error, name) from None
+                self._reranker = Reranker(self.tokenizer, template, self._file.config.extra, name)
+            return self._reranker
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """A new guide, for one output. Raises InvalidArgumentError for a grammar that cannot be used."""

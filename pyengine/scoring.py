@@ -45,9 +45,11 @@ class Scoring(EngineBase):
         adapter: str | None = None,
         cache_salt: str | None = None,
         row_kind: int = LOGITS,
+        keep: bool = False,
     ) -> list[RowsRequest]:
         """What the scheduler is to compute for take(position, row) at each of the positions, ascending: logits (vocab_size), or
-        with row_kind HIDDEN final hidden states (dim). The view is valid during the call. Nothing for no positions."""
+        with row_kind HIDDEN final hidden states (dim). The view is valid during the call. Nothing for no positions. keep: its
+        keys and values stay cached, and texts that begin like it wait for them."""
         self.check_fits(ids)
         if not positions:
             return []
@@ -55,7 +57,9 @@ class Scoring(EngineBase):
         most = max(16, ROWS_BYTES // (4 * width))
         core_adapter, salt = self._adapters.of_request(adapter, cache_salt)
         return [
-            RowsRequest(caller, ids, positions, take, max_rows=most, row_kind=row_kind, adapter=core_adapter, salt=salt)
+            RowsRequest(
+                caller, ids, positions, take, max_rows=most, row_kind=row_kind, adapter=core_adapter, salt=salt, keep=keep
+            )
         ]
 
     def score_requests(

@@ -186,6 +186,11 @@ class Tokenizer:
             return 0
         return -(-len(text.encode("utf-8", "replace").translate(None, self._unspelled)) // self._longest)
 
+    def most_characters(self, n_tokens: int) -> int | None:
+        """How many characters of a text so many tokens stand for at most; None where nothing can be said."""
+        self.least_tokens("")
+        return n_tokens * self._longest if self._longest else None
+
     def _find_longest(self) -> tuple[int, bytes]:
         """The most bytes of a text that one token can stand for, 0 if there is no bound; and the bytes that no token spells: they
         may be left out, or share an unknown token."""

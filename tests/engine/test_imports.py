@@ -54,14 +54,15 @@ COMPONENTS: dict[str, set[str]] = {
         "cpu_watch", "run", "fork",
     },
     "scoring": {"engine_base", "errors", "arguments", "results", "_sampler", "text", "embeddings", "run", "fork"},
+    "reranking": {"scoring", "errors", "arguments", "results", "_sampler", "run"},
     "beam": {"engine_base", "errors", "fork", "arguments", "results", "_sampler", "run", "text", "sampling"},
     "prefixes": {"engine_base", "errors", "fork", "_core", "format", "run", "sampling", "text"},
     "engine": {
-        "adapters", "beam", "prefixes", "scoring", "opening", "errors", "arguments", "results", "text", "sampling", "freeze",
+        "adapters", "beam", "prefixes", "reranking", "opening", "errors", "arguments", "results", "text", "sampling", "freeze",
         "run", "hub",
     },
     "eval": {"engine", "errors", "run", "freeze", "_sampler"},
-    "async_engine": {"embeddings", "engine", "errors", "results", "run", "sampling", "text"},
+    "async_engine": {"embeddings", "engine", "errors", "reranking", "results", "run", "sampling", "text"},
     "serve": {
         "pyengine", "arguments", "async_engine", "beam", "embeddings", "engine", "errors", "fork", "results", "run", "sampling",
         "text", "format", "_core", "_sampler",
