@@ -355,6 +355,7 @@ class AsyncEngine:
         texts: Prompt | Sequence[Prompt],
         *,
         pooling: Literal["mean", "last"] | None = None,
+        prompt_name: str | None = None,
         normalize: bool = True,
         parse_special: bool = False,
         adapter: str | None = None,
@@ -365,7 +366,13 @@ class AsyncEngine:
 
         def make(job: Job) -> Sequence[Request]:
             pooled, requests = self.engine.embed_requests(
-                job, texts, pooling=pooling, parse_special=parse_special, adapter=adapter, cache_salt=cache_salt
+                job,
+                texts,
+                pooling=pooling,
+                prompt_name=prompt_name,
+                parse_special=parse_special,
+                adapter=adapter,
+                cache_salt=cache_salt,
             )
             made.extend(pooled)
             return requests

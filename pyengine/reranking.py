@@ -97,8 +97,8 @@ class Reranking(Scoring):
         adapter: str | None = None,
         cache_salt: str | None = None,
     ) -> list[RankedDocument]:
-        """Documents, the ones that answer `query` best first, each with its place in `documents` and its score: the probability of
-        yes where the model may say yes or no. Of equal ones the first named comes first.
+        """Documents, the ones that answer `query` best first, each with its place in `documents` and its score: the probability
+        of yes where the model may say yes or no. Of equal ones the first named comes first.
 
         instruction         what the query is for; None = to retrieve passages that answer a web search query
         top_n               so many of them; None = all

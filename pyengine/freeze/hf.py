@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..format.config import MAX_DIM, MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, Fr
 from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry
 from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
+from . import sentence
 from .arch import architecture_of_hf
 from .arch.base import Architecture, Shape, Traits, spelled
 from .arch.hf_config import is_mxfp4
@@ -31,8 +33,7 @@ _CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP = (
 )  # fmt: skip
 _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_POOLING = "1_Pooling/config.json"  # sentence-transformers'
-DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _POOLING, _INDEX)
+DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, *sentence.DOCUMENTS, _INDEX)
 
 _MAX_SHARDS = 4096
 _MAX_NAME_BYTES = 255
@@ -213,15 +214,6 @@ def _frozen_config(
     )
 
 
-def _pooling(directory: Path) -> dict[str, Any]:
-    """How embeddings are made of hidden states, where sentence-transformers' file says one of the ways that there are here."""
-    settings = _read_json(directory, _POOLING) or {}
-    for key, name in (("pooling_mode_mean_tokens", "mean"), ("pooling_mode_lasttoken", "last")):
-        if settings.get(key) is True:
-            return {"pooling": name}
-    return {}
-
-
 # ---------------------------------------------------------------------------- attachments
 
 
@@ -328,7 +320,7 @@ def load_hf(
         shape = _shape(config, is_tied, n_ctx)
         traits = architecture.from_hf(config, shape)
         _refuse_unknown_arithmetic(config, traits)
-        extra = _pooling(directory) | folded_multipliers(traits)
+        extra = sentence.extra_of(partial(_read_json, directory), config.integer("vocab_size")) | folded_multipliers(traits)
         frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, extra)
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
         if shape.tied:

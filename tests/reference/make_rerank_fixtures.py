@@ -2,9 +2,10 @@
 
     pip install '.[oracle]' && python tests/reference/make_rerank_fixtures.py
 
-    scores       [[number of tokens, CRC-32 of their ids as int32, probability of "yes" against "no"], ...] of QUERY and each of DOCUMENTS
-    embeddings   {"query", "document": the last token's state behind the last norm, of length 1}, of QUERY and DOCUMENTS[0] behind
-                 their prompt, <|im_end|> behind all
+    scores       [[number of tokens, CRC-32 of their ids as int32, probability of "yes" against "no"], ...] of QUERY and each of
+                 DOCUMENTS
+    embeddings   {"query", "document": the last token's state behind the last norm, of length 1}, of QUERY and DOCUMENTS[0]
+                 behind their prompt, <|im_end|> behind all
 """
 
 from __future__ import annotations
