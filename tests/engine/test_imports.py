@@ -64,8 +64,8 @@ COMPONENTS: dict[str, set[str]] = {
     "eval": {"engine", "errors", "run", "freeze", "_sampler"},
     "async_engine": {"embeddings", "engine", "errors", "reranking", "results", "run", "sampling", "text"},
     "serve": {
-        "pyengine", "arguments", "async_engine", "beam", "embeddings", "engine", "errors", "fork", "results", "run", "sampling",
-        "text", "format", "_core", "_sampler",
+        "pyengine", "arguments", "async_engine", "beam", "embeddings", "engine", "errors", "fork", "reranking", "results",
+        "run", "sampling", "text", "format", "_core", "_sampler",
     },
     "compat": {"errors", "arguments", "engine", "results", "run", "sampling", "text", "format", "_sampler", "serve",
         "hub", "freeze", "pyengine", "opening",

@@ -192,7 +192,8 @@ def test_embeddings_are_pooled_and_prompted_as_the_files_say(tmp_path: Path) -> 
     (hf / "config_sentence_transformers.json").write_text(json.dumps({"prompts": PROMPTS, "default_prompt_name": "query"}))
     (hf / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True, "eos_token": "<|im_end|>"}))
     with Engine(freeze(hf, tmp_path / "model.safetensors")) as engine:
-        query, document = engine.embed([QUERY, DOCUMENTS[0]], prompt_name="query"), engine.embed(DOCUMENTS[0], prompt_name="document")
+        query = engine.embed([QUERY, DOCUMENTS[0]], prompt_name="query")
+        document = engine.embed(DOCUMENTS[0], prompt_name="document")
         assert np.array_equal(engine.embed(QUERY), query[:1])  # the default
         assert np.array_equal(engine.embed(DOCUMENTS[0], prompt_name=""), document)  # the document's is empty
         plain = engine.prompt_ids(QUERY)
@@ -214,14 +215,10 @@ def test_a_mean_may_leave_the_prompt_out(tmp_path: Path) -> None:
     (hf / "config_sentence_transformers.json").write_text(json.dumps({"prompts": PROMPTS}))
     with Engine(freeze(hf, tmp_path / "model.safetensors")) as engine:
         n = len(PROMPTS["query"])  # a byte a token
-        rows = [engine.embed(list(ids), pooling="last", normalize=False) for ids in _beginnings(engine, PROMPTS["query"] + "a cat")]
+        ids = engine.prompt_ids(PROMPTS["query"] + "a cat")
+        rows = [engine.embed(ids[:end], pooling="last", normalize=False) for end in range(1, len(ids) + 1)]
         wanted = np.mean(np.concatenate(rows[n:]).astype(np.float64), axis=0)
         assert np.array_equal(engine.embed("a cat", prompt_name="query", normalize=False)[0], wanted.astype(np.float32))
-
-
-def _beginnings(engine: Engine, text: str) -> list[list[int]]:
-    ids = engine.prompt_ids(text)
-    return [ids[:end] for end in range(1, len(ids) + 1)]
 
 
 @pytest.mark.parametrize(
