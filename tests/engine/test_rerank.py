@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.cli_tools import isolate
 from reference import fixtures, rerankers
 from reference.rerankers import DOCUMENTS, PREFIX, PROMPTS, QUERY, SUFFIX, TASK
 
 from pyengine import AsyncEngine, Engine
+from pyengine.cli import main
 from pyengine.errors import ContextFullError, InvalidArgumentError, ModelFormatError, UnsupportedModelError
 from pyengine.freeze import freeze
 from pyengine.run.request import Caller
@@ -178,6 +180,23 @@ def chat_template_model(tmp_path: Path) -> Path:
     hf = fixtures.write_hf_dir(fixtures.load("llama_tied"), tmp_path / "hf")
     (hf / "chat_template.jinja").write_text("{{ messages[0].content }}")
     return Path(freeze(hf, tmp_path / "model.safetensors"))
+
+
+def test_the_command_line_prints_the_best_first(
+    model: Path, engine: Engine, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    isolate(monkeypatch, tmp_path / "cache")
+    (tmp_path / "texts").write_text("\n\n".join(DOCUMENTS[:3]))
+    wanted = engine.rerank(QUERY, DOCUMENTS[:3])
+    command = ["rerank", "-m", str(model), "-q", QUERY]
+    assert main([*command, "-k", "2", "-f", str(tmp_path / "texts")]) == 0
+    lines = [f"{one.score:.6f}  {one.index}  {one.document}" for one in wanted]
+    assert capsys.readouterr().out.splitlines() == lines[:2]
+    assert main([*command, "--json", *DOCUMENTS[:3]]) == 0
+    results = [{"index": one.index, "score": one.score, "document": one.document} for one in wanted]
+    assert json.loads(capsys.readouterr().out) == {"model": str(model), "results": results}
+    assert main([*command, "é\x1b" * 900]) == 1
+    assert "documents[0]" in (said := capsys.readouterr().err) and "--max-tokens-per-doc or --truncate" in said
 
 
 # -------------------------------------------------------------------- embeddings as their authors mean them
