@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine import freeze_models
 from engine.cli_tools import isolate
 from reference import fixtures, rerankers
 from reference.rerankers import DOCUMENTS, PREFIX, PROMPTS, QUERY, SUFFIX, TASK
@@ -20,6 +21,7 @@ from reference.rerankers import DOCUMENTS, PREFIX, PROMPTS, QUERY, SUFFIX, TASK
 from pyengine import AsyncEngine, Engine
 from pyengine.cli import main
 from pyengine.errors import ContextFullError, InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
 from pyengine.run.request import Caller
 from pyengine.run.stream import run_all
@@ -147,6 +149,41 @@ def test_files_of_sentence_transformers_say_how_to_ask(tmp_path: Path) -> None:
                 odds = logits[70] - (0 if false_id is None else logits[false_id])
                 (one,) = engine.rerank(QUERY, DOCUMENTS[:1], instruction=instruction)
                 assert one.score == pytest.approx(1 / (1 + math.exp(-odds)), rel=1e-14)
+
+
+@pytest.mark.parametrize("head", ["difference", "both"])
+def test_a_head_made_of_embeddings_is_the_causal_model(tmp_path: Path, head: str) -> None:
+    """A classifier of transformers, frozen as what it was made of."""
+    with Engine(freeze(rerankers.write_classifier(tmp_path / "hf", head), tmp_path / "model.safetensors")) as engine:
+        words = {"true_token_id": engine.tokenizer.token_id("yes"), "false_token_id": engine.tokenizer.token_id("no")}
+        assert engine.config["extra"]["rerank"] == words and engine.config["tie_embeddings"]
+        for one in engine.rerank(QUERY, DOCUMENTS):
+            assert abs(log_odds(one.score) - log_odds(JUDGE["classifier"][one.index])) < NOISE
+
+
+@pytest.mark.parametrize(("scale", "is_read"), [(1.05, True), (1.5, False)])
+def test_gguf_files_of_rerankers(tmp_path: Path, scale: float, is_read: bool) -> None:
+    """Their head is both rows, the true one first; what the file has of the embeddings may be quantized."""
+    pytest.importorskip("gguf")
+    config = {**freeze_models.LLAMA, "tie_word_embeddings": True}
+    tensors = freeze_models.random_tensors(config)
+    ids = [freeze_models.vocabulary()[0].index(word) for word in ("1", "0")]
+    head = tensors["model.embed_tokens.weight"][ids] * np.float32(scale)
+    extra = {"llama.pooling_type": 4, "llama.classifier.output_labels": "yes"}
+    path = tmp_path / "model.gguf"
+    freeze_models.write_gguf(path, config, tensors, extra=extra, extra_tensors={"cls.output.weight": head})
+    if not is_read:
+        with pytest.raises(UnsupportedModelError, match="a head of its own"):
+            freeze(path, tmp_path / "model.safetensors")
+        return
+    with FrozenFile.open(freeze(path, tmp_path / "model.safetensors")) as frozen:
+        assert frozen.config.extra["rerank"] == dict(zip(("true_token_id", "false_token_id"), ids, strict=True))
+        assert frozen.config.tie_embeddings
+
+
+def test_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="a head of its own is not implemented; freeze the causal model"):
+        freeze(rerankers.write_classifier(tmp_path / "hf", "other"), tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(

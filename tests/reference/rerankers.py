@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import fixtures
 
 DATA = fixtures.DATA / "rerank.json"
@@ -33,6 +35,22 @@ PROMPTS = {"query": "Instruct: Find what answers it\nQuery:", "document": ""}
 
 def pair(query: str, document: str, instruction: str = TASK) -> str:
     return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+
+
+def write_classifier(directory: Path, head: str = "difference") -> Path:
+    """The same with tied embeddings and a head in the place of the output matrix, as tools make it of a causal model: the
+    "difference" of the embeddings of "yes" and "no", "both" of them, or "other" numbers."""
+    hf = write_model(directory)
+    path = hf / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": ["Qwen3ForSequenceClassification"], "pad_token_id": 2}
+    config["id2label"] = {i: f"LABEL_{i}" for i in range(2 if head == "both" else 1)}
+    path.write_text(json.dumps(config))
+    weights = {name: w for name, w in fixtures.load("qwen3").hf_weights.items() if name != "lm_head.weight"}
+    vocabulary = json.loads((hf / "tokenizer.json").read_text())["model"]["vocab"]
+    yes, no = (weights["model.embed_tokens.weight"][vocabulary[word]] for word in ("yes", "no"))
+    weights["score.weight"] = {"difference": (yes - no)[None], "both": np.stack([no, yes]), "other": (yes + no)[None]}[head]
+    fixtures.write_safetensors(hf / "model.safetensors", weights)
+    return hf
 
 
 def write_model(directory: Path, template: str | None = None) -> Path:
