@@ -31,12 +31,18 @@ def chosen_pooling(pooling: object, extra: Mapping[str, Any]) -> str:
     return pooling
 
 
-def chosen_prompt(name: object, extra: Mapping[str, Any]) -> str:
-    """What is put before a text: the prompt of that name in the model's file (`extra` of its config.json); None = its default
-    prompt, mostly nothing; "" = nothing. Raises InvalidArgumentError, with the names that there are, ModelFormatError."""
+def known_prompts(extra: Mapping[str, Any]) -> Mapping[str, str]:
+    """The prompts in the model's file (`extra` of its config.json), by name. Raises ModelFormatError."""
     prompts = extra.get("prompts", {})
     if not isinstance(prompts, Mapping) or not all(isinstance(text, str) for text in prompts.values()):
         raise ModelFormatError(f"config: extra.prompts must be an object of texts, not {shown(prompts)}")
+    return prompts
+
+
+def chosen_prompt(name: object, extra: Mapping[str, Any]) -> str:
+    """What is put before a text: the prompt of that name in the model's file (`extra` of its config.json); None = its default
+    prompt, mostly nothing; "" = nothing. Raises InvalidArgumentError, with the names that there are, ModelFormatError."""
+    prompts = known_prompts(extra)
     if name is None:
         default = extra.get("default_prompt")
         return prompts.get(default, "") if isinstance(default, str) else ""
@@ -45,8 +51,7 @@ def chosen_prompt(name: object, extra: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or name not in prompts:
         known = ", ".join(map(shown, prompts)) or "none"
         raise InvalidArgumentError(f"the model's file has no prompt {shown(name)}; its prompts are: {known}")
-    prompt: str = prompts[name]
-    return prompt
+    return prompts[name]
 
 
 class Pooled:

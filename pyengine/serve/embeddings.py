@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,13 +103,15 @@ def most_dimensions(dimensions: int | None, model: ServedModel) -> int | None:
 
 def _prompt_name(fields: Fields, model: ServedModel) -> str | None:
     """Which of the model's prompts is asked for, by its name or by what the inputs are. Raises HTTPError."""
+    from pyengine.embeddings import known_prompts
+
     name: str | None = fields.take("prompt_name")
     kind: str | None = fields.take("input_type")
     if kind is None:
         return name  # the engine knows which there are
     if name is not None:
         raise bad_request("prompt_name and input_type say the same; give one", "input_type")
-    known: Iterable[str] = model.engine.config.get("extra", {}).get("prompts", {})
+    known = known_prompts(model.engine.config.get("extra", {}))
     found = next((one for one in (kind, *_INPUT_TYPES.get(kind, ())) if one in known), None)
     if found is None:
         listed = ", ".join(known) or "none; leave it out"
