@@ -53,6 +53,7 @@ class Reranker:
         self._tokenizer = tokenizer
         self._template = template
         self._has_roles = all(role.search(template.source) for role in _ROLES)
+        self._instruction = _default_prompt(extra) if self._has_roles else INSTRUCTION
         self.true_id, self.false_id = _said(extra, tokenizer) or (
             _token_of(tokenizer, "yes", model_name),
             _token_of(tokenizer, "no", model_name),
@@ -70,7 +71,7 @@ class Reranker:
     ) -> list[int]:
         """Token ids of the prompt.
 
-        instruction  what the query is for; None = that of the template, or INSTRUCTION
+        instruction  what the query is for; None = the default prompt of the model's file, that of the template, or INSTRUCTION
         max_tokens   so many of the document are read; None = all
         truncate     and no more than fit the context
         Raises ContextFullError for what does not fit n_ctx, TemplateError."""
@@ -87,11 +88,12 @@ class Reranker:
         return self._fitting(ids, n_ctx)
 
     def _encode(self, query: str, document: str, instruction: str | None, n_ctx: int | None) -> list[int]:
+        instruction = self._instruction if instruction is None else instruction
         if self._has_roles:
             system = [] if instruction is None else [{"role": "system", "content": instruction}]
             messages = [*system, {"role": "query", "content": query}, {"role": "document", "content": document}]
         else:
-            pair = PAIR.format(instruction=INSTRUCTION if instruction is None else instruction, query=query, document=document)
+            pair = PAIR.format(instruction=instruction, query=query, document=document)
             messages = [{"role": "system", "content": JUDGE}, {"role": "user", "content": pair}]
         return self._template.encode(self._tokenizer, messages, n_ctx=n_ctx, enable_thinking=False)
 
@@ -128,6 +130,13 @@ def _said(extra: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, int | No
     if any(type(id_) is not int or not 0 <= id_ < tokenizer.vocab_size for id_ in ids if id_ is not None) or ids[0] is None:
         raise ModelFormatError(f"config: extra.{SAID} names no tokens of {tokenizer.vocab_size}: {shown(said)}")
     return ids[0], ids[1]
+
+
+def _default_prompt(extra: Mapping[str, Any]) -> str | None:
+    """What sentence-transformers would give a template of such roles as the system's message; None = nothing."""
+    prompts, name = extra.get("prompts"), extra.get("default_prompt")
+    prompt = prompts.get(name) if isinstance(prompts, Mapping) and isinstance(name, str) else None
+    return prompt if isinstance(prompt, str) else None
 
 
 def _token_of(tokenizer: Tokenizer, word: str, model_name: str) -> int:

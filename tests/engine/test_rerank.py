@@ -142,13 +142,16 @@ def test_files_of_sentence_transformers_say_how_to_ask(tmp_path: Path) -> None:
     for false_id in (None, 77):
         (hf / "1_LogitScore" / "config.json").write_text(json.dumps({"true_token_id": 70, "false_token_id": false_id}))
         with Engine(freeze(hf, tmp_path / f"model{false_id}")) as engine:
-            for instruction, system in ((None, ""), ("Rank", "[Rank]")):
+            default = "" if false_id is None else "[Find]"
+            for instruction, system in ((None, default), ("Rank", "[Rank]")):
                 text = f"{system}<|im_start|>{QUERY}\n{DOCUMENTS[0]}<|im_end|>"
                 ids = engine.tokenize(text, add_bos=False, parse_special=True)
                 logits = engine.logits(ids, [len(ids) - 1])[0].astype(np.float64)
                 odds = logits[70] - (0 if false_id is None else logits[false_id])
                 (one,) = engine.rerank(QUERY, DOCUMENTS[:1], instruction=instruction)
                 assert one.score == pytest.approx(1 / (1 + math.exp(-odds)), rel=1e-14)
+        settings = {"prompts": {"task": "Find"}, "default_prompt_name": "task"}
+        (hf / "config_sentence_transformers.json").write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("head", ["difference", "both"])
