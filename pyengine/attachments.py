@@ -1,5 +1,10 @@
+<<<<<<< HEAD
 """The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill format,
 guides, token healing, generation defaults."""
+=======
+"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill and
+ranking formats, guides, generation defaults."""
+>>>>>>> rerank
 
 from __future__ import annotations
 
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.healing import Healer
     from pyengine.text.infill import Infill
+    from pyengine.text.rerank import Reranker
     from pyengine.text.tokenizer import Tokenizer
 
 
@@ -30,6 +36,7 @@ class Attachments:
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         self._infill: Infill | None = None
+        self._reranker: Reranker | None = None
         self._guides: Guides | None = None
         self._healer: Healer | None = None
 
@@ -86,6 +93,7 @@ class Attachments:
             return self._infill
 
     @property
+<<<<<<< HEAD
     def healer(self) -> Healer:
         """What takes back the end of a prompt."""
         with self._lock:
@@ -98,6 +106,21 @@ class Attachments:
                     infill = None
                 self._healer = Healer(self.tokenizer, self._file.config.vocab_size, infill)
             return self._healer
+=======
+    def reranker(self) -> Reranker:
+        """Raises InvalidArgumentError if the model cannot be asked to rank."""
+        with self._lock:
+            if self._reranker is None:
+                from pyengine.text.rerank import Reranker, unasked
+
+                name = os.path.basename(self._file.path)
+                try:
+                    template = self.chat_template
+                except TemplateError as error:
+                    raise unasked(error, name) from None
+                self._reranker = Reranker(self.tokenizer, template, self._file.config.extra, name)
+            return self._reranker
+>>>>>>> rerank
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """A new guide, for one output. Raises InvalidArgumentError for a grammar that cannot be used."""

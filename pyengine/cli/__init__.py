@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "embed": "a vector for each text",
+    "rerank": "documents by how well they answer a query",
     "serve": "an OpenAI-compatible server with a page (needs the extra pyengine-lm[serve])",
     "freeze": "turn a checkpoint (Hugging Face, GGUF, llama2.c) into a frozen int8 file",
     "info": "what is in a model file",
