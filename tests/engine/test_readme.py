@@ -35,6 +35,13 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in anchors(target.read_text()), f"{document.name} links to {path}#{anchor}"
 
 
+def test_the_map_names_files_that_are_there() -> None:
+    """docs/architecture.md says in which order to read them: one that was renamed, or is gone, would end the walk."""
+    there = {path.name for folder in ("pyengine", "csrc", "training", "tests") for path in (ROOT / folder).rglob("*.*")}
+    named = set(re.findall(r"\b\w+\.(?:pyx|py|c|h)\b", (ROOT / "docs" / "architecture.md").read_text()))
+    assert len(named) > 100 and named <= there, f"docs/architecture.md names {sorted(named - there)}"
+
+
 def anchors(document: str) -> list[str]:
     """What GitHub calls the headings of a page in its address."""
     headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
