@@ -10,6 +10,7 @@ Importing the package loads nothing heavy; each name below is imported when it i
 from __future__ import annotations
 
 from pyengine.errors import (
+    BusyError,
     CancelledError,
     ContextFullError,
     HubError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncEngine",
     "BeamHypothesis",
+    "BusyError",
     "CancelledError",
     "ContextFullError",
     "Engine",

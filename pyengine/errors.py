@@ -47,6 +47,10 @@ class CancelledError(PyEngineError):
     """The call was ended from outside (deadline or interrupt) before it finished."""
 
 
+class BusyError(PyEngineError):
+    """Others of the same kind are at work, and no more are begun meanwhile: the same call may succeed later."""
+
+
 class SystemCallError(PyEngineError, OSError):
     """The operating system refused something (threads, mapping, files)."""
 

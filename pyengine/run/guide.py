@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyengine import fork
-from pyengine.errors import InvalidArgumentError
+from pyengine.errors import BusyError, InvalidArgumentError
 from pyengine.run.gbnf import is_gbnf, to_lark
 from pyengine.run.in_time import in_time
 from pyengine.run.speculation import until_end
@@ -126,7 +126,7 @@ class Guides:
 
     def new(self, wanted: StructuredOutputs) -> Guide:
         """Raises InvalidArgumentError for what is no grammar, no schema that is understood, or too costly; with a TimeoutError as
-        its cause if it takes too long."""
+        its cause if it takes too long. Raises BusyError while others do that took too long."""
         try:
             with fork.importing:
                 import llguidance
@@ -147,6 +147,8 @@ class Guides:
 
         try:
             return in_time(make, COMPILE_SECONDS)
+        except BusyError as error:
+            raise BusyError(f"structured_outputs: other grammars are at work: {error}") from None
         except TimeoutError as error:
             raise InvalidArgumentError(f"structured_outputs: too costly: {error}") from error
 

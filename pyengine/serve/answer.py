@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -47,6 +47,11 @@ class Call(ABC):
     @abstractmethod
     def make(self, job: Job) -> Sequence[Request]:
         """The requests for the engine; in a thread."""
+
+    @property
+    def given(self) -> Sequence[Sized]:
+        """Texts and token ids that `make` reads, where their number has no bound."""
+        return ()
 
     @abstractmethod
     def choice(self, index: int) -> Choice:
@@ -107,7 +112,7 @@ class Choice(ABC):
 
 
 async def answer(app: App, exchange: Exchange, call: Call) -> None:
-    async with app.job(exchange, call.model, call.make, call.params) as job:
+    async with app.job(exchange, call.model, call.make, call.params, call.given) as job:
         if call.beams is not None:
             await app.finish(exchange, call.model, job)
             searches = work.searches(job)

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from pyengine.errors import PyEngineError
@@ -206,12 +206,17 @@ class App:
 
     @contextlib.asynccontextmanager
     async def job(
-        self, exchange: Exchange, model: ServedModel, make: work.Make, params: SamplingParams | None = None
+        self,
+        exchange: Exchange,
+        model: ServedModel,
+        make: work.Make,
+        params: SamplingParams | None = None,
+        given: Iterable[Sized] = (),
     ) -> AsyncIterator[Job]:
-        """A job of this exchange, computed from now on; what is left of it ends with the block. params: of its outputs. Raises
-        HTTPError 429, 503 and whatever `make` raises."""
+        """A job of this exchange, computed from now on; what is left of it ends with the block. params, given: see
+        `Queue.submit`. Raises HTTPError 429, 503 and whatever `make` raises."""
         exchange.notes["model"] = model.name
-        job = await self.queue.submit(model, make, params)
+        job = await self.queue.submit(model, make, params, given)
         try:
             yield job
         finally:

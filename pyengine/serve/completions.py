@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,6 +53,10 @@ class CompletionCall(Call):
         if self.suffix is not None:
             with told_of(self.suffix_field):
                 self.params = self.model.engine.infill_params(self.params)
+
+    @property
+    def given(self) -> Sequence[Sized]:
+        return *self.prompts, self.suffix or "", *(text for _, text in self.files)
 
     def make(self, job: Job) -> Sequence[Request]:
         """The requests for the engine; in a thread. Log-probabilities of prompts come first."""
@@ -210,7 +214,7 @@ async def completions(app: App, exchange: Exchange) -> None:
     if not call.echo_only:
         await answer(app, exchange, call)
         return
-    async with app.job(exchange, call.model, call.make) as job:
+    async with app.job(exchange, call.model, call.make, given=call.given) as job:
         await app.finish(exchange, call.model, job)
         await exchange.reply_json(_echo_only(call))
 

@@ -136,6 +136,6 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
 
 async def embeddings(app: App, exchange: Exchange) -> None:
     call = parse(app, exchange, await app.fields(exchange, FIELDS))
-    async with app.job(exchange, call.model, call.make) as job:
+    async with app.job(exchange, call.model, call.make, given=call.prompts) as job:
         await call.finish(app, exchange, job)
     await exchange.reply(200, await asyncio.to_thread(call.body), b"application/json")

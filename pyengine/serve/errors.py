@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from pyengine.errors import (
+    BusyError,
     ContextFullError,
     InvalidArgumentError,
     NotFiniteError,
@@ -135,6 +136,8 @@ def http_error(error: BaseException, param: str | None = None) -> HTTPError:
         return bad_request(str(error), param, "not_finite")
     if isinstance(error, (OutOfMemoryError, MemoryError)):
         return HTTPError(503, str(error) or "out of memory", code="out_of_memory", retry_after=5.0)
+    if isinstance(error, BusyError):
+        return HTTPError(503, str(error), code="overloaded", retry_after=5.0)
     if isinstance(error, PyEngineError):
         return HTTPError(500, str(error), code="engine_error")
     return HTTPError(500, "internal error; the server's log has more", code="internal_error")

@@ -67,7 +67,7 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> tuple[CompletionCall,
 
 async def infill(app: App, exchange: Exchange) -> None:
     call, is_text, wanted = parse(app, exchange, await app.fields(exchange, FIELDS))
-    async with app.job(exchange, call.model, call.make, call.params) as job:
+    async with app.job(exchange, call.model, call.make, call.params, call.given) as job:
         if call.stream is not None:
             await _stream(app, exchange, call, job, is_text)
             return

@@ -151,7 +151,7 @@ async def embed(app: App, exchange: Exchange) -> None:
     call = EmbeddingsCall(model, given, None, False, dimensions, app.cache_salt(exchange, fields))
     fields.take("options")
     fields.end()
-    async with app.job(exchange, model, call.make) as job:
+    async with app.job(exchange, model, call.make, given=given) as job:
         await call.finish(app, exchange, job)
 
     def body() -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyengine.results import FinishReason, Piece, Timings
@@ -25,13 +25,14 @@ Make = Callable[[Job], Sequence[Request]]
 FIRST_GUESS = 1000.0
 # Threads for what one request may make last for seconds. All else is done in those of the event loop, which may be five.
 LONG_AT_ONCE = 2
+LONG = 1 << 16  # characters and token ids of a request: some tens of milliseconds
 
 
 class Queue:
     """Admits jobs while the prompts that wait for their first token are not too many tokens.
 
-    aside  the threads for texts that are tokenized whatever their length, and for grammars: who waits for one waits in turn, and
-           whoever wants neither does not wait
+    aside  the threads for texts that are tokenized whatever their length, for many texts, and for grammars: who waits for one
+           waits in turn, and whoever wants none of these does not wait
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -63,11 +64,14 @@ class Queue:
         while self._unready:
             self._unready.pop().cancel()
 
-    async def submit(self, model: ServedModel, make: Make, params: SamplingParams | None = None) -> Job:
-        """A job that is computed from now on. params: of its outputs. Raises HTTPError 429, 503 and whatever `make` raises."""
-        is_guided = params is not None and params.structured_outputs is not None
+    async def submit(
+        self, model: ServedModel, make: Make, params: SamplingParams | None = None, given: Iterable[Sized] = ()
+    ) -> Job:
+        """A job that is computed from now on. params: of its outputs; given: texts and token ids that `make` reads, where their
+        number has no bound. Raises HTTPError 429, 503 and whatever `make` raises."""
+        is_long = (params is not None and params.structured_outputs is not None) or sum(map(len, given)) > LONG
         self._check_open()
-        job = await self.until_end(model.asynchronous.prepare(make, self.aside if is_guided else None))
+        job = await self.until_end(model.asynchronous.prepare(make, self.aside if is_long else None))
         self._check_open()
         waiting, wanted = self.waiting_tokens(), sum(request.waiting_tokens for request in job.requests)
         if waiting > 0 and waiting + wanted > self._limit:

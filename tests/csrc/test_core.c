@@ -27,16 +27,18 @@ static const struct pe_kernels *table_with_emulated_tiles(void) {
     return NULL;
 }
 
+/* Machine code where this CPU has it, or can have it with help; else the same statements over emulated intrinsics. */
 size_t tables_under_test(const struct pe_kernels *out[MAX_TABLES]) {
     size_t n = 0;
+    const struct pe_kernels *trapped = table_with_emulated_tiles();
 #if defined(PE_TEST_SIMDE)
     if (pe_kernels_by_name("avx2") != NULL) { /* for which they are compiled */
-        out[n++] = &pe_kernels_avx512vnni_simde;
-        out[n++] = &pe_kernels_avxvnni_simde;
-        out[n++] = &pe_kernels_amx_simde;
+        if (pe_kernels_by_name("avx512vnni") == NULL) out[n++] = &pe_kernels_avx512vnni_simde;
+        if (pe_kernels_by_name("avxvnni") == NULL) out[n++] = &pe_kernels_avxvnni_simde;
+        if (pe_kernels_by_name("amx") == NULL && trapped == NULL) out[n++] = &pe_kernels_amx_simde;
     }
 #endif
-    if ((out[n] = table_with_emulated_tiles()) != NULL) n++;
+    if (trapped != NULL) out[n++] = trapped;
     for (size_t i = 0; pe_isa_available(i) != NULL; i++) out[n++] = pe_kernels_by_name(pe_isa_available(i));
     return n;
 }

