@@ -123,7 +123,7 @@ def _text_tensors(file: SafetensorsReader, architecture: Architecture) -> tuple[
     matrix, saved alone and named so: Qwen3-Embedding's)."""
     if architecture.hf_text is not None:
         return RenamedTensors(file, architecture.hf_text), False
-    inner = architecture.parts["tok_embeddings"].hf.partition(".")[0] + "."  # how all names but the output matrix's begin: "model."
+    inner = architecture.parts["tok_embeddings"].hf.partition(".")[0] + "."  # begins all names but the output matrix's: "model."
     if any(name.startswith(inner) for name in file.shapes):
         return file, False
     output = architecture.parts["output"].hf

@@ -54,7 +54,7 @@ def rows_of(context: Any, n: int) -> list[bytes]:
     return [np.array(context.logits(row), np.float32).tobytes() for row in range(n)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "nanochat"])
 def test_one_token_at_a_time_in_pieces_and_beside_others(name: str, tmp_path: Path) -> None:
     """Prefill is decodes, and a batch changes nothing: the bytes of logits."""
     fixture = fixtures.load(name)
@@ -233,7 +233,7 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("granite_moe_shared", {"shared_intermediate_size": -1}, ModelFormatError, "shared_hidden_dim must be"),
         ("qwen2_moe", {"decoder_sparse_step": 2}, UnsupportedModelError, "layers without experts"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 2**40}, ModelFormatError, "shared_hidden_dim must be"),
-        ("starcoder2", {"hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'.*known are gelu_new, gelu_pytorch_tanh"),
+        ("starcoder2", {"hidden_act": "silu"}, UnsupportedModelError, "activation 'silu'.*known are gelu, gelu_fast, .*xielu"),
         ("starcoder2", {"use_bias": False}, UnsupportedModelError, "bias.*no place"),
         ("starcoder2", {"norm_epsilon": "x"}, ModelFormatError, "norm_epsilon must be a number"),
         ("glm4", {"partial_rotary_factor": 1.5}, ModelFormatError, "partial_rotary_factor"),
@@ -248,7 +248,14 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("cohere", {"logit_scale": 0}, ModelFormatError, "logit_scale must be a number in"),
         ("cohere2", {"layer_types": ["full_attention"]}, ModelFormatError, "layer_types must name every layer"),
         ("phi2", {"qk_layernorm": True}, UnsupportedModelError, "qk_layernorm"),
-        ("phi2", {"hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'"),
+        ("phi2", {"hidden_act": "silu"}, UnsupportedModelError, "activation 'silu'"),
+        ("nanochat", {"final_logit_softcapping": 0}, ModelFormatError, "final_logit_softcapping must be"),
+        ("nanochat", {"attention_bias": True}, ModelFormatError, "bias.*is missing"),
+        ("nemotron", {"partial_rotary_factor": 0.2}, ModelFormatError, "RoPE over 3 elements"),
+        ("apertus", {"rope_scaling": ...}, UnsupportedModelError, "neither rope_scaling nor rope_parameters"),
+        ("apertus", {"hidden_act": "relu2"}, UnsupportedModelError, "act_fn.*no place"),
+        ("gpt_neox", {"rotary_pct": "x"}, ModelFormatError, "partial_rotary_factor must be a number"),
+        ("gpt_neox", {"attention_bias": False}, UnsupportedModelError, "bias.*no place"),
         ("stablelm", {"qk_layernorm": True}, UnsupportedModelError, "qk_layernorm"),
         ("stablelm", {"use_parallel_residual": True}, UnsupportedModelError, "post_attention_layernorm.*no place"),
         ("olmo", {"clip_qkv": 8.0}, UnsupportedModelError, "clip_qkv"),

@@ -261,16 +261,17 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     present = {name.replace("gpt_neox.", "model.") for name in present}
     qkv_bias = not present.isdisjoint({"model.layers.0.self_attn.q_proj.bias", "model.layers.0.input_layernorm.bias"})
-    qk_norm = hf["model_type"] == "nanochat" or not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
+    qk_norm = not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
+    qk_norm = qk_norm or hf["model_type"] == "nanochat"
     norm = "rmsnorm_parallel" if hf["model_type"] in PARALLEL else NORMS_AFTER.get(hf["model_type"], "rmsnorm")
     activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
     if hf["model_type"] in UNGATED:
         activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(hf["hidden_act"], hf["hidden_act"])
     if hf["model_type"] == "gpt_oss":
         activation = "swiglu_clamped"
-    biases = {"gate_up_bias": _FC_BIASES, "down_bias": _DOWN_BIASES, "output_bias": ("model.norm.bias", "model.final_layer_norm.bias", "lm_head.bias")}
-    o_bias = not present.isdisjoint({"model.layers.0.self_attn.o_proj.bias", "model.layers.0.self_attn.dense.bias",
-                                        "model.layers.0.attention.dense.bias"})
+    biases = {"gate_up_bias": _FC_BIASES, "down_bias": _DOWN_BIASES, "output_bias": _OUTPUT_BIASES}
+    writers = ("self_attn.o_proj", "self_attn.dense", "attention.dense")
+    o_bias = not present.isdisjoint(f"model.layers.0.{name}.bias" for name in writers)
     return _optional_keys(hf) | {key: True for key, names in biases.items() if present & set(names)} | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
@@ -295,6 +296,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
 
 
 _FC_BIASES = tuple(f"model.layers.0.{name}.bias" for name in ("post_attention_layernorm", "mlp.c_fc", "mlp.fc1", "mlp.up_proj"))
+_OUTPUT_BIASES = ("model.norm.bias", "model.final_layer_norm.bias", "lm_head.bias")
 _DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "fc2", "down_proj", "dense_4h_to_h"))
 
 

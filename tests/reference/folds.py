@@ -253,7 +253,7 @@ def _one_norm(hf: Mapping[str, Any], weights: Weights) -> None:
 
 
 def _nanochat(hf: Mapping[str, Any], weights: Weights) -> None:
-    """Norms without weights, one of them over embeddings; RoPE by the opposite angle, that is with the halves of heads exchanged."""
+    """Norms without weights, one of them over embeddings; RoPE by the opposite angle: the halves of heads change places."""
     n, half = hf["hidden_size"], head_dim_of(hf) // 2
     rows = weights["tok_embeddings"].astype(np.float64)
     rms = np.sqrt((rows**2).sum(axis=1) / n + hf["rms_norm_eps"])
@@ -270,9 +270,8 @@ def _nanochat(hf: Mapping[str, Any], weights: Weights) -> None:
 def _apertus(hf: Mapping[str, Any], weights: Weights) -> None:
     """xIELU's numbers are softplus(alpha_p), beta + softplus(alpha_n) and beta."""
     for i in range(hf["num_hidden_layers"]):
-        p, n, beta, _ = (
-            weights.pop(f"layers.{i}.act_fn.{part}").astype(np.float64).reshape(()) for part in ("alpha_p", "alpha_n", "beta", "eps")
-        )
+        names = [f"layers.{i}.act_fn.{part}" for part in ("alpha_p", "alpha_n", "beta", "eps")]
+        p, n, beta, _ = (weights.pop(name).astype(np.float64).reshape(()) for name in names)
         weights[f"layers.{i}.xielu"] = np.array([np.log1p(np.exp(p)), beta + np.log1p(np.exp(n)), beta]).astype(np.float32)
 
 

@@ -27,7 +27,7 @@ _PARTS = {
 
 def _hf(config: Fields, shape: Shape) -> Traits:
     if not any(config.raw(key) for key in ("rope_scaling", "rope_parameters")) and not config.is_null("rope_scaling"):
-        raise UnsupportedModelError("config.json has neither rope_scaling nor rope_parameters: write down what RoPE the model has")
+        raise UnsupportedModelError("config.json has neither rope_scaling nor rope_parameters: write the model's RoPE into it")
     has_bias = config.flag("attention_bias", False)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.ungated_activation(config, XIELU)),
