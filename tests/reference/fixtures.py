@@ -308,7 +308,7 @@ def _hidden_dim(hf: Mapping[str, Any]) -> int:
 def _optional_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Those keys that a file leaves out where they say nothing."""
     keys: dict[str, Any] = {"qk_norm_all_heads": True} if hf["model_type"] in ("olmo2", "olmo3", "olmoe") else {}
-    if hf["model_type"] in ("hunyuan_v1_dense", "nanochat"):
+    if hf["model_type"] == "hunyuan_v1_dense":
         keys["qk_norm_after_rope"] = True
     if hf["model_type"] == "gpt_oss":
         keys |= dict.fromkeys(("attention_sinks", "router_bias", "gate_up_bias", "down_bias"), True)

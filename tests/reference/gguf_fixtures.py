@@ -40,7 +40,8 @@ def architecture_of(fixture: Fixture) -> str:
 
 def expressible(fixture: Fixture) -> Fixture:
     """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there, whether the
-    weights of experts sum to 1 is the architecture's, and converters leave StarCoder2's window out. Llama's RoPE scaling is a tensor there, whose quotients round otherwise."""
+    weights of experts sum to 1 is the architecture's, and converters leave StarCoder2's window out. Llama's RoPE scaling is a
+    tensor there, whose quotients round otherwise."""
     if fixture.hf_config["model_type"] == "apertus":
         return replace(fixture, hf_config=fixture.hf_config | {"rope_scaling": None})
     if "norm_topk_prob" in fixture.hf_config:

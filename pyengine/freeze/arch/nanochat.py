@@ -1,7 +1,8 @@
-"""nanochat: norms without weights, also of each embedding and, after RoPE, of each q and k head; no gate, squares of what is
-positive; a softcap of the logits.
+"""nanochat: norms without weights, also of each embedding and of each q and k head; no gate, squares of what is positive; a
+softcap of the logits.
 
-Its RoPE turns the other way round: it is the usual one of a head whose halves have changed places.
+It norms heads after RoPE: without weights that is what is done before it here, as no turn changes a mean square. Its RoPE turns
+the other way round: it is the usual one of a head whose halves have changed places.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ def _hf(config: Fields, shape: Shape) -> Traits:
         qkv_bias=has_bias,
         o_bias=has_bias,
         qk_norm=True,
-        qk_norm_after_rope=True,
         logits_softcap=hf_config.softcap(config, "final_logit_softcapping"),
         is_untied=True,
         folds={
