@@ -55,7 +55,7 @@ def _architecture(file: GGUF) -> Architecture:
     return found
 
 
-class _WithNumbers:
+class WithNumbers:
     """A file's tensors, and beside them keys of its metadata that have a number for each layer: a tensor of one value each.
 
     ``numbers`` maps keys to the tensors' names, ``{i}`` being the layer."""
@@ -65,10 +65,11 @@ class _WithNumbers:
         self._numbers: dict[str, Float32Array] = {}
         for key, name in numbers.items():
             found = file.metadata.get(key)
-            values = np.atleast_1d(np.asarray(0.0 if found is None or isinstance(found, str) else found))
-            if values.dtype.kind not in "fiu" or values.ndim != 1 or len(values) not in (1, n_layers) or found is None:
+            values = np.atleast_1d(found) if isinstance(found, (int, float, np.ndarray)) else np.empty(0)
+            if values.dtype.kind not in "fiu" or values.ndim != 1 or len(values) not in (1, n_layers):
                 raise ModelFormatError(f"GGUF: {key} must be a number, or one for each of {n_layers} layers")
-            of_layers = np.resize(values.astype(np.float32), n_layers)
+            with np.errstate(over="ignore"):  # the freezer refuses what is not finite
+                of_layers = np.resize(values.astype(np.float32), n_layers)
             self._numbers |= {name.format(i=i): of_layers[i : i + 1] for i in range(n_layers)}
 
     @property
@@ -150,7 +151,7 @@ def load_gguf(path: str | os.PathLike[str], name: str | None = None, n_ctx: int 
         config = _config(file, keys, architecture, shape, traits)
         named = file.metadata.get("general.name")
         model = build_model(
-            _WithNumbers(file, architecture.gguf_numbers, shape.n_layers) if architecture.gguf_numbers else file,
+            WithNumbers(file, architecture.gguf_numbers, shape.n_layers) if architecture.gguf_numbers else file,
             config,
             traits.rope_tables,
             parts=spelled(architecture.parts, shape.tied),

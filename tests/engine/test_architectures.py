@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from pyengine.freeze import freeze, open_source
 from pyengine.freeze.arch import gguf_keys
 from pyengine.freeze.arch.base import Shape
 from pyengine.freeze.fields import Fields
+from pyengine.freeze.gguf_model import WithNumbers
 from pyengine.freeze.rope import yarn
 
 NAMES = [name for name in fixtures.names() if gguf_fixtures.architecture_of(fixtures.load(name))]
@@ -331,6 +333,9 @@ OWN_KEYS = {
     "minicpm": ["scale_emb", "scale_depth", "dim_model_base", "rope_scaling", "attention_bias", "sparse_config"],
     "internlm2": ["rope_scaling", "bias", "num_key_value_heads"],
     "stablelm": ["partial_rotary_factor", "use_parallel_residual", "use_qkv_bias"],
+    "nanochat": ["final_logit_softcapping", "rms_norm_eps", "hidden_act"],
+    "apertus": ["rope_scaling", "hidden_act"],
+    "gpt_neox": ["rotary_pct", "rotary_emb_base", "use_parallel_residual"],
 }  # fmt: skip
 
 
@@ -394,6 +399,13 @@ def test_numbers_of_gguf_that_float32_does_not_hold() -> None:
     assert not np.isfinite(gguf_keys.rope_table(keys, 16, OneTensor(1e-45))).all()
     with pytest.raises(ModelFormatError, match="finite positive"):
         gguf_keys.rope_table(keys, 16, OneTensor(0.0))
+
+
+@pytest.mark.parametrize("value", [None, "x", [1.0, 2.0, 3.0], [], [["a"], ["b"]], ["a", "b"], np.ones((2, 2))])
+def test_numbers_of_layers_that_gguf_lacks(value: Any) -> None:
+    file = SimpleNamespace(metadata={"xielu.beta": value}, shapes={})
+    with pytest.raises(ModelFormatError, match=r"xielu\.beta must be a number, or one for each of 2 layers"):
+        WithNumbers(file, {"xielu.beta": "blk.{i}.beta"}, 2)
 
 
 # ---------------------------------------------------------------------------- YaRN
