@@ -401,6 +401,17 @@ def test_numbers_of_gguf_that_float32_does_not_hold() -> None:
         gguf_keys.rope_table(keys, 16, OneTensor(0.0))
 
 
+def test_constants_that_were_saved_along_say_nothing(tmp_path: Path) -> None:
+    """Pythia's files have the causal mask of each layer."""
+    fixture = fixtures.load("gpt_neox")
+    inv_freq = np.ones(2, np.float32)
+    constants = {"bias": np.ones((1, 1, 4, 4), np.uint8), "masked_bias": np.float32(-1e9), "rotary_emb.inv_freq": inv_freq}
+    extra = {f"gpt_neox.layers.{i}.attention.{name}": np.asarray(value) for i in range(2) for name, value in constants.items()}
+    older = replace(fixture, hf_weights=fixture.hf_weights | extra)
+    wanted = weight_bytes(freeze(fixtures.write_hf_dir(fixture, tmp_path / "a"), tmp_path / "m"))
+    assert weight_bytes(freeze(fixtures.write_hf_dir(older, tmp_path / "b"), tmp_path / "n")) == wanted
+
+
 @pytest.mark.parametrize("value", [None, "x", [1.0, 2.0, 3.0], [], [["a"], ["b"]], ["a", "b"], np.ones((2, 2))])
 def test_numbers_of_layers_that_gguf_lacks(value: Any) -> None:
     file = SimpleNamespace(metadata={"xielu.beta": value}, shapes={})
