@@ -26,8 +26,8 @@ void pe_quantize_gathered(pe_slice *slice, const float *rows, size_t stride, con
 void pe_matmul(pe_slice *slice, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
                pe_epilogue epilogue);
 
-/* out (act.n_tokens, out_stride) = what the layer's activation makes of act * w_gate_up^T + bias of one of its MLPs: a gate one
- * panel of each pair. */
+/* out (act.n_tokens, out_stride) = what the layer's activation makes of act * w_gate_up^T + bias, of one of its MLPs; a gate makes
+ * one panel of each pair. */
 void pe_matmul_activated(pe_slice *slice, const pe_layer *layer, const pe_expert *mlp, float *out, size_t out_stride);
 
 /* slice->x += act * w^T + bias, which with `norm` (dim), an RMSNorm weight or NULL, is normed before it is added. */
