@@ -65,7 +65,7 @@ static pe_status check_product(const pe_adapter *adapter, uint32_t layer, pe_ada
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no matrix %d in layer %u", (int)matrix, layer);
     if (matrix >= PE_ADAPTER_GATE && model->config.n_experts > 0)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "an adapter cannot change the experts of a mixture");
-    if (model->layers[layer].parallel || (matrix >= PE_ADAPTER_GATE && model->layers[layer].activation == PE_ACTIVATION_GELU_TANH))
+    if (model->layers[layer].parallel || (matrix >= PE_ADAPTER_GATE && !pe_has_gate(model->layers[layer].activation)))
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "an adapter cannot change an MLP without a gate, or parallel halves of a layer");
     if (adapter->layers[layer][matrix].rank > 0)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "the adapter has changed matrix %d of layer %u already", (int)matrix, layer);

@@ -83,7 +83,7 @@ static void add_unit(void *arg, size_t unit, int thread) {
     s->kernels->add_scaled(s->branch + row * stride, s->expert_out + unit * stride, weight, s->model->config.dim);
 }
 
-static void run_expert(job *j, pe_epilogue gate) {
+static void run_expert(job *j) {
     pe_slice *s = j->s;
     const pe_model *model = s->model;
     const pe_expert *expert = &j->layer->experts[j->expert];
@@ -93,14 +93,14 @@ static void run_expert(job *j, pe_epilogue gate) {
         if (s->expert_taken[row * n_mlps + j->expert]) s->selected[n++] = row;
     if (n == 0) return;
     pe_quantize_rows(s, s->normed, stride, s->selected, n, model->config.dim, NULL);
-    pe_matmul(s, &expert->w_gate_up, expert->gate_up_bias, s->h, h_stride, gate);
+    pe_matmul_activated(s, j->layer, expert, s->h, h_stride);
     pe_quantize_gathered(s, s->h, h_stride, s->selected, n, hidden_dim);
     pe_matmul(s, &expert->w_down, expert->down_bias, s->expert_out, stride, PE_STORE);
     pe_parallel_for(s->n_threads, n, add_unit, j, s->control);
 }
 
-void pe_experts(pe_slice *s, const pe_layer *layer, pe_epilogue gate) {
+void pe_experts(pe_slice *s, const pe_layer *layer) {
     job j = {s, layer, 0};
     pe_parallel_for(s->n_threads, s->n_tokens, route_unit, &j, s->control);
-    for (; j.expert < pe_n_mlps(&s->model->config) && !pe_slice_is_cancelled(s); j.expert++) run_expert(&j, gate);
+    for (; j.expert < pe_n_mlps(&s->model->config) && !pe_slice_is_cancelled(s); j.expert++) run_expert(&j);
 }

@@ -6,6 +6,6 @@
 
 /* slice->branch = what the row's experts give, weighted and added, for every row of the slice; the row's input is norm(x) with
  * the layer's ffn_norm, or x. Each expert's weights are read once for all rows that take it. */
-void pe_experts(pe_slice *slice, const pe_layer *layer, pe_epilogue gate);
+void pe_experts(pe_slice *slice, const pe_layer *layer);
 
 #endif

@@ -63,23 +63,42 @@ void pe_quantize_gathered(pe_slice *s, const float *rows, size_t stride, const s
 
 /* ------------------------------------------------------------------ product */
 
+typedef void (*pointwise)(float *x, size_t n, const float *curve);
+
 typedef struct matmul_job {
     pe_slice *s;
     const pe_matrix *w;
     const float *bias; /* padded to 16 rows, or NULL */
     float *out;
-    size_t out_stride, panels_per_unit, units_per_strip, tokens_per_strip;
-    pe_epilogue epilogue;
+    size_t out_stride;
+    bool add;           /* to what is there */
+    pe_gate gate;       /* what the product goes through, or NULL: a pair of panels becomes one */
+    pointwise apply;    /* likewise, each value for itself */
+    const float *curve; /* what `apply` wants beside them */
+    size_t panels_per_unit, units_per_strip, tokens_per_strip; /* how it is cut */
 } matmul_job;
+
+pe_gate pe_gate_of(const struct pe_kernels *kernels, pe_activation activation) {
+    return activation == PE_ACTIVATION_SWIGLU           ? kernels->swiglu
+           : activation == PE_ACTIVATION_SWIGLU_CLAMPED ? kernels->swiglu_clamped
+                                                        : kernels->geglu_tanh;
+}
+
+/* The same of one that has none. */
+static pointwise pointwise_of(const struct pe_kernels *kernels, pe_activation activation) {
+    return activation == PE_ACTIVATION_GELU_TANH ? kernels->gelu_tanh
+           : activation == PE_ACTIVATION_GELU    ? kernels->gelu
+           : activation == PE_ACTIVATION_RELU2   ? kernels->relu2
+                                                 : kernels->xielu;
+}
 
 /* Panels [begin, end), at most TILE_PANELS, times tokens [first, last), at most TILE_TOKENS, through the gate. */
 static void gated_tile(const matmul_job *j, size_t begin, size_t end, size_t first, size_t last, float *tile) {
     const pe_slice *s = j->s;
     size_t width = (end - begin) * PE_PANEL;
-    pe_gate gate = pe_gate_of(s->kernels, j->epilogue);
     s->kernels->matmul(tile, width, j->w, begin, end, &s->act, first, last, j->bias, false);
     for (size_t t = first; t < last; t++)
-        gate(j->out + t * j->out_stride + begin / 2 * PE_PANEL, tile + (t - first) * width, (end - begin) / 2);
+        j->gate(j->out + t * j->out_stride + begin / 2 * PE_PANEL, tile + (t - first) * width, (end - begin) / 2);
 }
 
 /* The outputs of FETCHED_PANELS panels from `panel` on, as far as there are any, are on their way from here on, into the
@@ -99,7 +118,7 @@ static void plain_unit(const matmul_job *j, size_t begin, size_t end, size_t fir
         next = fetches && end - p > FETCHED_PANELS ? p + FETCHED_PANELS : end;
         if (fetches) fetch_outputs(j, next, first, last);
         s->kernels->matmul(j->out + first * j->out_stride + p * PE_PANEL, j->out_stride, j->w, p, next, &s->act, first, last, j->bias,
-                           j->epilogue == PE_ADD);
+                           j->add);
     }
 }
 
@@ -110,10 +129,10 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
     size_t first = unit / j->units_per_strip * j->tokens_per_strip, last = first + j->tokens_per_strip;
     if (end > j->w->n_panels) end = j->w->n_panels;
     if (last > s->act.n_tokens) last = s->act.n_tokens;
-    if (!pe_is_gated(j->epilogue)) {
+    if (j->gate == NULL) {
         plain_unit(j, begin, end, first, last);
-        for (size_t t = first; t < last && j->epilogue == PE_GELU_TANH; t++)
-            s->kernels->gelu_tanh(j->out + t * j->out_stride + begin * PE_PANEL, (end - begin) * PE_PANEL);
+        for (size_t t = first; t < last && j->apply != NULL; t++)
+            j->apply(j->out + t * j->out_stride + begin * PE_PANEL, (end - begin) * PE_PANEL, j->curve);
         return;
     }
     for (size_t p = begin; p < end; p += TILE_PANELS)
@@ -125,9 +144,9 @@ static void matmul_unit(void *arg, size_t unit, int thread) {
 /* Many tokens are cut into strips, one a thread, as far as there are enough: then a thread reads what it wrote itself in the loop
  * before, and not what another core has. Every strip reads the whole matrix, which pays as long as that is not much more than the
  * rows themselves: at most one and a half times as many bytes. */
-static size_t tokens_per_strip(const pe_slice *s, const pe_matrix *w, pe_epilogue epilogue) {
+static size_t tokens_per_strip(const pe_slice *s, const pe_matrix *w, bool gated) {
     size_t n_tokens = s->act.n_tokens, n_strips = n_tokens / TILE_TOKENS;
-    size_t n_outputs = pe_is_gated(epilogue) ? w->n_panels * PE_PANEL / 2 : w->n_panels * PE_PANEL;
+    size_t n_outputs = gated ? w->n_panels * PE_PANEL / 2 : w->n_panels * PE_PANEL;
     size_t row_bytes = n_tokens * (s->act.n + n_outputs * sizeof(float)), weight_bytes = w->n_panels * w->n_groups * PE_GROUP * PE_PANEL;
     if (n_strips > (size_t)s->n_threads) n_strips = (size_t)s->n_threads;
     if (n_strips < 2 || 2 * weight_bytes > 3 * row_bytes) return n_tokens;
@@ -141,12 +160,32 @@ static size_t panels_per_unit(const pe_slice *s, size_t n_panels, size_t n_strip
     return panels < 2 ? 2 : panels > MAX_PANELS_PER_UNIT ? MAX_PANELS_PER_UNIT : panels;
 }
 
+/* All units of a job that says what, and not yet how it is cut. */
+static void run(matmul_job *j) {
+    const pe_slice *s = j->s;
+    size_t n_tokens = s->act.n_tokens, n_panels = j->w->n_panels;
+    j->tokens_per_strip = tokens_per_strip(s, j->w, j->gate != NULL);
+    size_t n_strips = (n_tokens + j->tokens_per_strip - 1) / j->tokens_per_strip;
+    j->panels_per_unit = panels_per_unit(s, n_panels, n_strips);
+    j->units_per_strip = (n_panels + j->panels_per_unit - 1) / j->panels_per_unit;
+    pe_parallel_for(s->n_threads, j->units_per_strip * n_strips, matmul_unit, j, s->control);
+}
+
 void pe_matmul(pe_slice *s, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
                pe_epilogue epilogue) {
-    size_t n_tokens = s->act.n_tokens, strip = tokens_per_strip(s, w, epilogue), n_strips = (n_tokens + strip - 1) / strip;
-    size_t panels = panels_per_unit(s, w->n_panels, n_strips), n_units = (w->n_panels + panels - 1) / panels;
-    matmul_job j = {s, w, bias, out, out_stride, panels, n_units, strip, epilogue};
-    pe_parallel_for(s->n_threads, n_units * n_strips, matmul_unit, &j, s->control);
+    matmul_job j = {.s = s, .w = w, .bias = bias, .out = out, .out_stride = out_stride, .add = epilogue == PE_ADD};
+    run(&j);
+}
+
+void pe_matmul_activated(pe_slice *s, const pe_layer *layer, const pe_expert *mlp, float *out, size_t out_stride) {
+    matmul_job j = {.s = s, .w = &mlp->w_gate_up, .bias = mlp->gate_up_bias, .out = out, .out_stride = out_stride};
+    if (pe_has_gate(layer->activation)) {
+        j.gate = pe_gate_of(s->kernels, layer->activation);
+    } else {
+        j.apply = pointwise_of(s->kernels, layer->activation);
+        j.curve = layer->xielu;
+    }
+    run(&j);
 }
 
 /* ------------------------------------------------------------------ what is added to the residual stream */

@@ -7,20 +7,12 @@
 
 #include "slice.h"
 
-/* What becomes of a product: out = p, out += p, out = gelu(p), or out = what a gate (kernels.h) makes of alternating gate and up
- * panels. */
-typedef enum pe_epilogue { PE_STORE, PE_ADD, PE_GELU_TANH, PE_SWIGLU, PE_SWIGLU_CLAMPED, PE_GEGLU_TANH } pe_epilogue;
-
-/* Of the last three: a pair of panels becomes one. */
-static inline bool pe_is_gated(pe_epilogue epilogue) { return epilogue >= PE_SWIGLU; }
+/* What becomes of a product: out = p, or out += p. */
+typedef enum pe_epilogue { PE_STORE, PE_ADD } pe_epilogue;
 
 typedef void (*pe_gate)(float *h, const float *gate_up, size_t n_pairs);
-/* Of an epilogue that is gated. */
-static inline pe_gate pe_gate_of(const struct pe_kernels *kernels, pe_epilogue epilogue) {
-    return epilogue == PE_SWIGLU           ? kernels->swiglu
-           : epilogue == PE_SWIGLU_CLAMPED ? kernels->swiglu_clamped
-                                           : kernels->geglu_tanh;
-}
+/* The kernel of an activation that has a gate. */
+pe_gate pe_gate_of(const struct pe_kernels *kernels, pe_activation activation);
 
 /* slice->act = the first n columns of n_rows rows, quantized. rows (capacity, stride); `selected` (n_rows) says which
  * of them, ascending, NULL = the first n_rows. With `norm` (n), an RMSNorm weight, they are normed first. */
@@ -33,6 +25,10 @@ void pe_quantize_gathered(pe_slice *slice, const float *rows, size_t stride, con
 /* out (act.n_tokens, out_stride) = act * w^T + bias under the epilogue. bias is padded to 16 rows like w, or NULL. */
 void pe_matmul(pe_slice *slice, const pe_matrix *w, const float *bias, float *out, size_t out_stride,
                pe_epilogue epilogue);
+
+/* out (act.n_tokens, out_stride) = what the layer's activation makes of act * w_gate_up^T + bias, of one of its MLPs; a gate makes
+ * one panel of each pair. */
+void pe_matmul_activated(pe_slice *slice, const pe_layer *layer, const pe_expert *mlp, float *out, size_t out_stride);
 
 /* slice->x += act * w^T + bias, which with `norm` (dim), an RMSNorm weight or NULL, is normed before it is added. */
 void pe_matmul_add_to_x(pe_slice *slice, const pe_matrix *w, const float *bias, const float *norm);

@@ -10,16 +10,6 @@ typedef struct gate_job {
     pe_gate gate;
 } gate_job;
 
-static pe_epilogue epilogue_of(pe_activation activation) {
-    static const pe_epilogue epilogues[] = {
-        [PE_ACTIVATION_SWIGLU] = PE_SWIGLU,
-        [PE_ACTIVATION_SWIGLU_CLAMPED] = PE_SWIGLU_CLAMPED,
-        [PE_ACTIVATION_GEGLU_TANH] = PE_GEGLU_TANH,
-        [PE_ACTIVATION_GELU_TANH] = PE_GELU_TANH,
-    };
-    return epilogues[activation];
-}
-
 /* h of one row = its gated gate_up. */
 static void gate_unit(void *arg, size_t row, int thread) {
     (void)thread;
@@ -37,7 +27,7 @@ static void adapted_mlp(pe_slice *s, const pe_layer *layer) {
         {PE_ADAPTER_GATE, s->gate_up, 2 * h_stride, 2 * PE_PANEL},
         {PE_ADAPTER_UP, s->gate_up + PE_PANEL, 2 * h_stride, 2 * PE_PANEL},
     };
-    gate_job gate = {s, pe_gate_of(s->kernels, epilogue_of(layer->activation))};
+    gate_job gate = {s, pe_gate_of(s->kernels, layer->activation)};
     pe_quantize_rows(s, s->x, x_stride, NULL, s->n_tokens, model->config.dim, layer->ffn_norm);
     pe_matmul(s, &layer->experts->w_gate_up, layer->experts->gate_up_bias, s->gate_up, 2 * h_stride, PE_STORE);
     if (pe_adapter_changes(s, layer, PE_ADAPTER_GATE, PE_ADAPTER_UP))
@@ -54,15 +44,14 @@ void pe_mlp(pe_slice *s, const pe_layer *layer) {
     }
     const pe_model *model = s->model;
     size_t h_stride = pe_h_stride(model);
-    pe_epilogue gate = epilogue_of(layer->activation);
     if (model->config.n_experts > 0) {
-        pe_experts(s, layer, gate);
+        pe_experts(s, layer);
         pe_add_branch_to_x(s, layer->post_ffn_norm);
         return;
     }
     pe_quantize_rows(s, s->x, pe_x_stride(model), NULL, s->n_tokens, model->config.dim,
                      layer->parallel ? layer->attention_norm : layer->ffn_norm);
-    pe_matmul(s, &layer->experts->w_gate_up, layer->experts->gate_up_bias, s->h, h_stride, gate);
+    pe_matmul_activated(s, layer, layer->experts, s->h, h_stride);
     pe_quantize_rows(s, s->h, h_stride, NULL, s->n_tokens, model->config.hidden_dim, NULL);
     pe_matmul_add_to_x(s, &layer->experts->w_down, layer->experts->down_bias, layer->post_ffn_norm);
     if (layer->parallel) pe_add_branch_to_x(s, NULL);

@@ -86,7 +86,10 @@ static const struct {
 } activations[] = {{"swiglu", PE_ACTIVATION_SWIGLU},
                    {"swiglu_clamped", PE_ACTIVATION_SWIGLU_CLAMPED},
                    {"geglu_tanh", PE_ACTIVATION_GEGLU_TANH},
-                   {"gelu_tanh", PE_ACTIVATION_GELU_TANH}};
+                   {"gelu_tanh", PE_ACTIVATION_GELU_TANH},
+                   {"gelu", PE_ACTIVATION_GELU},
+                   {"relu2", PE_ACTIVATION_RELU2},
+                   {"xielu", PE_ACTIVATION_XIELU}};
 enum { N_NORMS = sizeof norms / sizeof norms[0], N_ACTIVATIONS = sizeof activations / sizeof activations[0] };
 
 /* N_NORMS or N_ACTIVATIONS if the name is not known. */
@@ -224,7 +227,7 @@ static void visit_vector(visitor *v, const float **data, size_t n, const char *n
 
 /* One of a layer's MLPs; `prefix` is "", "shared." or "experts.E.". */
 static void visit_mlp(visitor *v, const pe_config *c, pe_layer *layer, size_t mlp, size_t hidden_dim, const char *prefix, int index) {
-    bool gated = layer->activation != PE_ACTIVATION_GELU_TANH;
+    bool gated = pe_has_gate(layer->activation);
     size_t rows = (gated ? 2 : 1) * pe_pad(hidden_dim, PE_PANEL);
     pe_expert *expert = &layer->experts[mlp];
     char name[48];
@@ -273,6 +276,7 @@ static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
         if (c->o_bias) visit_vector(&v, &layer->wo_bias, c->dim, "wo.bias", (int)i);
         if (layer->norm_after) visit_vector(&v, &layer->post_attention_norm, c->dim, "post_attention_norm", (int)i);
         if (layer->norm_before && !layer->parallel) visit_vector(&v, &layer->ffn_norm, c->dim, "ffn_norm", (int)i);
+        if (layer->activation == PE_ACTIVATION_XIELU) visit_vector(&v, &layer->xielu, 3, "xielu", (int)i);
         visit_mlps(&v, c, layer, (int)i);
         if (layer->norm_after) visit_vector(&v, &layer->post_ffn_norm, c->dim, "post_ffn_norm", (int)i);
     }

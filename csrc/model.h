@@ -13,8 +13,14 @@ typedef enum pe_activation {
     PE_ACTIVATION_SWIGLU,
     PE_ACTIVATION_SWIGLU_CLAMPED,
     PE_ACTIVATION_GEGLU_TANH,
-    PE_ACTIVATION_GELU_TANH
+    PE_ACTIVATION_GELU_TANH,
+    PE_ACTIVATION_GELU,
+    PE_ACTIVATION_RELU2,
+    PE_ACTIVATION_XIELU
 } pe_activation;
+
+/* Whether an MLP with it has a gate: the first ones. */
+static inline bool pe_has_gate(pe_activation activation) { return activation < PE_ACTIVATION_GELU_TANH; }
 
 /* The matrices of one MLP and their biases. */
 typedef struct pe_expert {
@@ -43,6 +49,7 @@ typedef struct pe_layer {
     const float *wo_bias;         /* (dim) or NULL */
     const float *post_attention_norm; /* (dim) or NULL: of what wo gives, before it is added */
     const float *ffn_norm;        /* (dim) or NULL */
+    const float *xielu;           /* (3) or NULL: the curve of PE_ACTIVATION_XIELU */
     const float *router;          /* (n_experts, dim) or NULL */
     const float *router_bias;     /* (n_experts) or NULL */
     const float *shared_router;   /* (dim) or NULL: of the shared expert's weight */

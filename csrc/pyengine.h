@@ -70,7 +70,7 @@ typedef struct pe_layer_spec {
     uint32_t rope;          /* which table of RoPE frequencies */
     const char *norm;       /* "rmsnorm" before attention and before the MLP, "rmsnorm_after" them, "rmsnorm_around" both,
                              * "rmsnorm_parallel" one before both, which read the same */
-    const char *activation; /* "swiglu", "swiglu_clamped" or "geglu_tanh", or "gelu_tanh": an MLP without a gate */
+    const char *activation; /* "swiglu", "swiglu_clamped", "geglu_tanh"; without a gate "gelu_tanh", "gelu", "relu2", "xielu" */
 } pe_layer_spec;
 
 typedef struct pe_config {

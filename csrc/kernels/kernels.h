@@ -159,8 +159,13 @@ struct pe_kernels {
     /* swiglu with GELU (tanh form) in place of SiLU. */
     void (*geglu_tanh)(float *h, const float *gate_up, size_t n_pairs);
 
-    /* x[i] = gelu(x[i]) (tanh form) for n elements, a multiple of 16. */
-    void (*gelu_tanh)(float *x, size_t n);
+    /* Activations of an MLP without a gate: x[i] = f(x[i]) for n elements, a multiple of 16. f is GELU, in its tanh form and
+     * exact, the square of what is positive, or xIELU of `curve` (3), which the others do not read: curvatures above 0 and below,
+     * slope at 0. */
+    void (*gelu_tanh)(float *x, size_t n, const float *curve);
+    void (*gelu)(float *x, size_t n, const float *curve);
+    void (*relu2)(float *x, size_t n, const float *curve);
+    void (*xielu)(float *x, size_t n, const float *curve);
 
     /* x[i] = cap * tanh(x[i] / cap) for n elements, cap > 0. */
     void (*softcap)(float *x, size_t n, float cap);

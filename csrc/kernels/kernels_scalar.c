@@ -176,10 +176,44 @@ static void geglu_tanh(float *h, const float *gate_up, size_t n_pairs) {
         }
 }
 
-static void gelu_tanh(float *x, size_t n) {
+static void gelu_tanh(float *x, size_t n, const float *curve) {
+    (void)curve;
     for (size_t i = 0; i < n; i++) {
         float z = x[i] * fmaf(x[i] * x[i], PE_GELU_C3, PE_GELU_C1);
         x[i] = x[i] * (1.0f / (1.0f + pe_expf(-z)));
+    }
+}
+
+/* The comparisons below are written so that a NaN stays one. */
+static void gelu(float *x, size_t n, const float *curve) {
+    (void)curve;
+    for (size_t i = 0; i < n; i++) {
+        float z = -x[i] > x[i] ? -x[i] : x[i], positive = 0.0f > x[i] ? 0.0f : x[i];
+        float t = 1.0f / fmaf(z, PE_GELU_T, 1.0f);
+        float q = PE_GELU_Q5;
+        q = fmaf(q, t, PE_GELU_Q4);
+        q = fmaf(q, t, PE_GELU_Q3);
+        q = fmaf(q, t, PE_GELU_Q2);
+        q = fmaf(q, t, PE_GELU_Q1);
+        q = fmaf(q, t, PE_GELU_Q0);
+        float tail = (q * t) * pe_expf((z * z) * -0.5f);
+        x[i] = fmaf(-z, tail, positive);
+    }
+}
+
+static void relu2(float *x, size_t n, const float *curve) {
+    (void)curve;
+    for (size_t i = 0; i < n; i++) {
+        float positive = 0.0f > x[i] ? 0.0f : x[i];
+        x[i] = positive * positive;
+    }
+}
+
+static void xielu(float *x, size_t n, const float *curve) {
+    for (size_t i = 0; i < n; i++) {
+        float positive = 0.0f > x[i] ? 0.0f : x[i], negative = 0.0f < x[i] ? 0.0f : x[i];
+        float below = fmaf(curve[1], (pe_expf(negative) - 1.0f) - negative, x[i] * curve[2]);
+        x[i] = fmaf(curve[0], positive * positive, below);
     }
 }
 
@@ -363,6 +397,9 @@ const struct pe_kernels pe_kernels_scalar = {
     .swiglu_clamped = swiglu_clamped,
     .geglu_tanh = geglu_tanh,
     .gelu_tanh = gelu_tanh,
+    .gelu = gelu,
+    .relu2 = relu2,
+    .xielu = xielu,
     .softcap = softcap,
     .dots_f32 = dots_f32,
     .add_low_rank = add_low_rank,

@@ -311,12 +311,47 @@ static void geglu_tanh(float *h, const float *gate_up, size_t n_pairs) {
     }
 }
 
-static void gelu_tanh(float *x, size_t n) {
+static void gelu_tanh(float *x, size_t n, const float *curve) {
+    (void)curve;
     v16 one = v16_set1(1.0f);
     for (size_t i = 0; i < n; i += 16) {
         v16 a = v16_load(x + i);
         v16 z = v16_mul(a, v16_fma(v16_mul(a, a), v16_set1(PE_GELU_C3), v16_set1(PE_GELU_C1)));
         v16_store(x + i, v16_mul(a, v16_div(one, v16_add(one, exp16(v16_neg(z))))));
+    }
+}
+
+static void gelu(float *x, size_t n, const float *curve) {
+    (void)curve;
+    v16 one = v16_set1(1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        v16 a = v16_load(x + i), z = v16_max(v16_neg(a), a), positive = v16_max(v16_set1(0.0f), a);
+        v16 t = v16_div(one, v16_fma(z, v16_set1(PE_GELU_T), one)), q = v16_set1(PE_GELU_Q5);
+        q = v16_fma(q, t, v16_set1(PE_GELU_Q4));
+        q = v16_fma(q, t, v16_set1(PE_GELU_Q3));
+        q = v16_fma(q, t, v16_set1(PE_GELU_Q2));
+        q = v16_fma(q, t, v16_set1(PE_GELU_Q1));
+        q = v16_fma(q, t, v16_set1(PE_GELU_Q0));
+        v16 tail = v16_mul(v16_mul(q, t), exp16(v16_mul(v16_mul(z, z), v16_set1(-0.5f))));
+        v16_store(x + i, v16_fma(v16_neg(z), tail, positive));
+    }
+}
+
+static void relu2(float *x, size_t n, const float *curve) {
+    (void)curve;
+    for (size_t i = 0; i < n; i += 16) {
+        v16 positive = v16_max(v16_set1(0.0f), v16_load(x + i));
+        v16_store(x + i, v16_mul(positive, positive));
+    }
+}
+
+static void xielu(float *x, size_t n, const float *curve) {
+    v16 zero = v16_set1(0.0f), one = v16_set1(1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        v16 a = v16_load(x + i), positive = v16_max(zero, a), negative = v16_cap(zero, a);
+        v16 bend = v16_sub(v16_sub(exp16(negative), one), negative);
+        v16 below = v16_fma(v16_set1(curve[1]), bend, v16_mul(a, v16_set1(curve[2])));
+        v16_store(x + i, v16_fma(v16_set1(curve[0]), v16_mul(positive, positive), below));
     }
 }
 
@@ -443,7 +478,8 @@ static bool maximum(const float *logits, size_t n, float *most) {
         .name = table_name, .required = (table_required), .tiled_from = (n_tiled), \
         .quantize = its_quantize, .quantize_heads = quantize_heads, .hadamard = hadamard, .matmul = its_matmul, \
         .rmsnorm = rmsnorm, .rope = rope, \
-        .swiglu = swiglu, .swiglu_clamped = swiglu_clamped, .geglu_tanh = geglu_tanh, .gelu_tanh = gelu_tanh, .softcap = softcap, \
+        .swiglu = swiglu, .swiglu_clamped = swiglu_clamped, .geglu_tanh = geglu_tanh, \
+        .gelu_tanh = gelu_tanh, .gelu = gelu, .relu2 = relu2, .xielu = xielu, .softcap = softcap, \
         .dots_f32 = dots_f32, .add_low_rank = add_low_rank, .add_scaled = add_scaled, .add = add, \
         .attention_scores = its_scores, .attention_scores_f32 = attention_scores_f32, .attention_key_bias = attention_key_bias, \
         .attention_weights = attention_weights, \

@@ -26,8 +26,9 @@ FEATURES = frozenset({KEY_BIAS})  # what a file may require
 PARALLEL = "rmsnorm_parallel"
 # before attention and the MLP, after them, both; one before both, which read the same
 NORMS = ("rmsnorm", "rmsnorm_after", "rmsnorm_around", PARALLEL)
-UNGATED = "gelu_tanh"
-ACTIVATIONS = ("swiglu", "geglu_tanh", UNGATED, "swiglu_clamped")
+XIELU = "xielu"  # with three numbers of each layer
+UNGATED = ("gelu_tanh", "gelu", "relu2", XIELU)
+ACTIVATIONS = ("swiglu", "geglu_tanh", "swiglu_clamped", *UNGATED)
 MAX_EXPERTS = 1024  # of a layer
 MAX_MODEL_EXPERTS = 16_384  # of all layers: a file has at most 65,536 tensors, four for each, six with biases
 SOFTCAP_RANGE = (2.0**-10, 2.0**20)
@@ -349,7 +350,7 @@ class FrozenConfig:
 
     def is_gated(self, layer: int) -> bool:
         """Whether the MLP of a layer has a gate beside what it gates."""
-        return self.layers[layer].activation != UNGATED
+        return self.layers[layer].activation not in UNGATED
 
     @property
     def q_dim(self) -> int:

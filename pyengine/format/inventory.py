@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from ..errors import ModelFormatError
-from .config import DEFAULT_KIND, FrozenConfig, unknown
+from .config import DEFAULT_KIND, XIELU, FrozenConfig, unknown
 from .container import StoredTensor, pad, vector_tensor
 
 FORMAT_VERSION = "4"
@@ -182,6 +182,8 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
         yield _vector(i, "post_attention_norm", {"post_attention_norm": c.dim})
     if c.has_ffn_norm(i):
         yield _vector(i, "ffn_norm", {"ffn_norm": c.dim})
+    if c.layers[i].activation == XIELU:
+        yield _vector(i, XIELU, {"xielu.above": 1, "xielu.below": 1, "xielu.slope": 1})
     if c.n_experts:
         yield _vector(i, "router", {"router": c.n_experts * c.dim})
     if c.router_bias:

@@ -20,9 +20,11 @@ from .sources import (
     CenteredColumns,
     CenteredRows,
     LastMatrix,
+    NormedRows,
     Order,
     PickedRows,
     ReorderedHeads,
+    ScaledColumns,
     ScaledRows,
     SlicedRows,
     SourceModel,
@@ -92,7 +94,7 @@ def folded_multipliers(traits: Traits) -> dict[str, Any]:
         return {"folded": False}
     if not traits.qk_norm and not np.all(queries[0] == 1.0):
         scales["q"] = scales.get("q", 1.0) * queries[0]
-    if any(fold.order is not None or fold.center for fold in folds.values()):
+    if any(fold.order is not None or fold.center or fold.gain for fold in folds.values()):
         return {"folded": False}
     if not all(isinstance(scale, float) for scale in scales.values()):
         return {"folded": False}
@@ -146,8 +148,8 @@ class _Source:
         self._queries = ("q_norm",) if config.qk_norm else ("q", "q.bias")
         self._query_scales = query_scales
         self._interleaved = half_split_order(config.head_dim) if interleaved else None
-        matrices = (weight for weight in inventory(config) if weight.is_matrix and weight.expert is None)
-        self._matrices = {(weight.layer, part.name): (weight, part) for weight in matrices for part in weight.parts}
+        weights = (weight for weight in inventory(config) if weight.expert is None)
+        self._weights = {(weight.layer, part.name): (weight, part) for weight in weights for part in weight.parts}
         self._last_transposed = LastMatrix()
         self.taken: set[str] = set()
 
@@ -163,6 +165,7 @@ class _Source:
         rows, base = sum(one.rows for one in fused), 0
         begin = sum(one.rows for one in fused[: fused.index(part)])
         found, shape = self._shapes.get(name), (rows, *weight.shape[1:])
+        found = (1,) if found == () else found  # a number by itself
         if part.name in _AS_VECTORS:
             n = part.rows // self._config.dim
             shape = (n, self._config.dim) if n > 1 or found != (self._config.dim,) else (self._config.dim,)
@@ -210,6 +213,10 @@ class _Source:
             rows = ReorderedHeads(rows, order)
         if not np.all(fold.scale == 1.0):
             rows = ScaledRows(rows, fold.scale)
+        if fold.gain is not None:
+            rows = ScaledColumns(rows, self._alone(weight, fold.gain, weight.shape[1]))
+        if fold.row_norm_eps is not None:
+            rows = NormedRows(rows, fold.row_norm_eps)
         if fold.center:
             rows = CenteredRows(rows) if fold.center == "rows" else CenteredColumns(rows)
         return rows
@@ -224,6 +231,8 @@ class _Source:
         """A part of a vector as the source has it, (part.rows)."""
         if fold.is_absent:
             return lambda: np.zeros(part.rows, np.float32)
+        if part.name == "key_bias":  # a share of what the source has as k's
+            weight, part = self._weights[weight.layer, "k.bias"]
         name, where, _ = self._place(weight, part)
         return lambda: self._flat(name)[where]
 
@@ -234,12 +243,16 @@ class _Source:
         matrix = self._reader.matrix(name)
         return matrix.read_rows(0, matrix.rows).reshape(-1)
 
+    def _alone(self, weight: Weight, name: str, n: int) -> Callable[[], Float32Array]:
+        """A vector of the weight's layer that is folded into the weight and has no place of its own, (n)."""
+        part = Part(name, n)
+        return self._own(weight._replace(shape=(n,), parts=(part,)), part, _NO_FOLD)
+
     def _through_matrix(self, weight: Weight, part: Part, norm_bias: str) -> Callable[[], Float64Array]:
         """What the bias of the norm before it becomes in a matrix: of a bias "q.bias", rows of q times it, in float64."""
         of = "k" if part.name == "key_bias" else part.name.removesuffix(".bias")
-        rows = self._unfolded(*self._matrices[weight.layer, of])
-        norm = Part(norm_bias, self._config.dim)
-        bias = self._own(weight._replace(shape=(norm.rows,), parts=(norm,)), norm, _NO_FOLD)
+        rows = self._unfolded(*self._weights[weight.layer, of])
+        bias = self._alone(weight, norm_bias, self._config.dim)
 
         def product() -> Float64Array:
             x = bias().astype(np.float64)
@@ -252,6 +265,7 @@ class _Source:
         fold = self._fold(weight, part)
         own = self._own(weight, part, fold)
         added = None if fold.norm_bias is None else self._through_matrix(weight, part, fold.norm_bias)
+        plus = None if fold.plus is None else self._alone(weight, fold.plus, part.rows)
 
         def folded() -> Float32Array:
             values: npt.NDArray[np.floating[Any]] = own()
@@ -259,6 +273,10 @@ class _Source:
                 values = values if added is None else values + added()
                 if (order := self._order(part, fold)) is not None:
                     values = values.reshape(-1, len(order))[:, order].reshape(-1)
+                if fold.is_softplus:
+                    values = np.logaddexp(0.0, values.astype(np.float64))
+                if plus is not None:
+                    values = values + plus()
                 if fold.offset != 0.0:
                     values = values + np.float32(fold.offset)
                 if not np.all(fold.scale == 1.0):

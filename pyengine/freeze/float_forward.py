@@ -10,19 +10,23 @@ A test holds it to transformers' logits and to the tests' float64 oracle for eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelFormatError
-from ..format.config import PARALLEL, FrozenConfig
+from ..format.config import PARALLEL, XIELU, FrozenConfig
 from ..format.container import pad
 from ..format.inventory import PANEL_ROWS
 from ..format.quantize import Float32Array, RowSource
 from .sources import SourceModel, row_blocks
 
 TokenIds = npt.NDArray[np.int64]
+
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
 
 
 def _product(x: Float32Array, source: RowSource) -> Float32Array:
@@ -51,6 +55,23 @@ def _gelu_tanh(x: Float32Array) -> Float32Array:
     return y
 
 
+def _gelu(x: Float32Array) -> Float32Array:
+    y: Float32Array = x * (0.5 * _erfc(x * -math.sqrt(0.5))).astype(np.float32)
+    return y
+
+
+def _relu2(x: Float32Array) -> Float32Array:
+    y: Float32Array = np.square(np.maximum(x, np.float32(0)))
+    return y
+
+
+def _xielu(x: Float32Array, curve: Float32Array) -> Float32Array:
+    """``curve`` (3): curvatures above 0 and below, slope at 0."""
+    above, below = np.maximum(x, np.float32(0)), np.minimum(x, np.float32(0))
+    y: Float32Array = curve[0] * above * above + curve[1] * (np.expm1(below) - below) + curve[2] * x
+    return y
+
+
 def _clamped(gate: Float32Array, up: Float32Array) -> Float32Array:
     gate = np.minimum(gate, np.float32(7))
     h: Float32Array = gate / (np.float32(1) + np.exp(np.float32(-1.702) * gate)) * (np.clip(up, -7, 7) + np.float32(1))
@@ -63,6 +84,8 @@ _GATES: dict[str, Callable[[Float32Array, Float32Array], Float32Array]] = {
     "geglu_tanh": lambda gate, up: _gelu_tanh(gate) * up,
     "swiglu_clamped": _clamped,
 }
+# The same of a layer without a gate.
+_CURVES: dict[str, Callable[[Float32Array], Float32Array]] = {"gelu_tanh": _gelu_tanh, "gelu": _gelu, "relu2": _relu2}
 
 
 def _softcap(x: Float32Array, cap: float) -> Float32Array:
@@ -194,7 +217,7 @@ class FloatForward:
     def _mlp(self, layer: int, prefix: str, x: Float32Array, hidden_dim: int) -> Float32Array:
         """An MLP of a layer, "", or one of its experts, "experts.E." and "shared.": x (n, dim) -> (n, dim)."""
         if not self._config.is_gated(layer):
-            return self._linear(layer, f"{prefix}w_down", _gelu_tanh(self._linear(layer, f"{prefix}w_up", x)))
+            return self._linear(layer, f"{prefix}w_down", self._activated(layer, self._linear(layer, f"{prefix}w_up", x)))
         gated = _GATES[self._config.layers[layer].activation]
         h = np.empty((len(x), pad(hidden_dim, PANEL_ROWS)), np.float32)
         bias = self._vector(layer, f"{prefix}w_gate_up.bias")
@@ -203,6 +226,11 @@ class FloatForward:
             panels = product.reshape(len(x), -1, 2, PANEL_ROWS)  # gate and up in turn
             h[:, start // 2 : (start + len(rows)) // 2] = gated(panels[:, :, 0], panels[:, :, 1]).reshape(len(x), -1)
         return self._linear(layer, f"{prefix}w_down", h[:, :hidden_dim])
+
+    def _activated(self, layer: int, x: Float32Array) -> Float32Array:
+        """Of a layer without a gate."""
+        curve = self._vector(layer, XIELU)
+        return _CURVES[self._config.layers[layer].activation](x) if curve is None else _xielu(x, curve)
 
     def _shared_expert(self, layer: int, x: Float32Array) -> Float32Array:
         """What every row of x (n, dim) takes beside its experts, (n, dim)."""

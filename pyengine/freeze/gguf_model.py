@@ -5,6 +5,7 @@ where.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.config import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
 from . import rank_head
+from ..format.quantize import Float32Array, RowSource
 from .arch import architecture_of_gguf, gguf_keys
 from .arch.base import Architecture, Shape, Traits, spelled
 from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
@@ -55,6 +57,34 @@ def _architecture(file: GGUF) -> Architecture:
         if key.startswith(prefix) and key.removeprefix(prefix) not in known:
             raise UnsupportedModelError(f"key {key!r:.200} is not implemented")
     return found
+
+
+class WithNumbers:
+    """A file's tensors, and beside them keys of its metadata that have a number for each layer: a tensor of one value each.
+
+    ``numbers`` maps keys to the tensors' names, ``{i}`` being the layer."""
+
+    def __init__(self, file: GGUF, numbers: Mapping[str, str], n_layers: int) -> None:
+        self._file = file
+        self._numbers: dict[str, Float32Array] = {}
+        for key, name in numbers.items():
+            found = file.metadata.get(key)
+            values = np.atleast_1d(found) if isinstance(found, (int, float, np.ndarray)) else np.empty(0)
+            if values.dtype.kind not in "fiu" or values.ndim != 1 or len(values) not in (1, n_layers):
+                raise ModelFormatError(f"GGUF: {key} must be a number, or one for each of {n_layers} layers")
+            with np.errstate(over="ignore"):  # the freezer refuses what is not finite
+                of_layers = np.resize(values.astype(np.float32), n_layers)
+            self._numbers |= {name.format(i=i): of_layers[i : i + 1] for i in range(n_layers)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**self._file.shapes, **dict.fromkeys(self._numbers, (1,))}
+
+    def matrix(self, name: str) -> RowSource:
+        return self._file.matrix(name)
+
+    def vector(self, name: str) -> Float32Array:
+        return self._numbers[name] if name in self._numbers else self._file.vector(name)
 
 
 def _keys(file: GGUF, architecture: Architecture) -> Fields:
@@ -139,7 +169,7 @@ def load_gguf(path: str | os.PathLike[str], name: str | None = None, n_ctx: int 
             config = replace(config, extra={**config.extra, "rerank": ids})
         named = file.metadata.get("general.name")
         model = build_model(
-            file,
+            WithNumbers(file, architecture.gguf_numbers, shape.n_layers) if architecture.gguf_numbers else file,
             config,
             traits.rope_tables,
             parts=spelled(architecture.parts, shape.tied),

@@ -120,18 +120,16 @@ def _open_weights(directory: Path) -> SafetensorsReader:
     return SafetensorsReader([directory / name for name in names])
 
 
-_INNER = "model."  # how the names of all but the output matrix begin
-
-
 def _text_tensors(file: SafetensorsReader, architecture: Architecture) -> tuple[StoredTensors, bool]:
     """(the tensors by the names of the architecture's parts, whether they are of what is inside of the class with an output
     matrix, saved alone and named so: Qwen3-Embedding's)."""
     if architecture.hf_text is not None:
         return RenamedTensors(file, architecture.hf_text), False
-    if any(name.startswith(_INNER) for name in file.shapes):
+    inner = architecture.parts["tok_embeddings"].hf.partition(".")[0] + "."  # begins all names but the output matrix's: "model."
+    if any(name.startswith(inner) for name in file.shapes):
         return file, False
     output = architecture.parts["output"].hf
-    return RenamedTensors(file, {output: output, "": _INNER}), True
+    return RenamedTensors(file, {output: output, "": inner}), True
 
 
 def missing_weights(directory: Path) -> list[str]:
@@ -314,7 +312,8 @@ def load_hf(
         raise ModelFormatError(f"{directory} has no {_CONFIG}{_models_in(directory)}")
     architecture = architecture_of_hf(document)  # before the weights: the clearest reason to refuse
     text = {} if architecture.hf_text is None else Fields(document, _CONFIG).table("text_config")
-    config = Fields({**architecture.hf_defaults, **document, **text}, _CONFIG)
+    renamed = {usual: document[own] for own, usual in architecture.hf_renamed.items() if own in document}
+    config = Fields({**architecture.hf_defaults, **renamed, **document, **text}, _CONFIG)
     file = _open_weights(directory)
     try:
         stored, is_inner = _text_tensors(file, architecture)
@@ -335,7 +334,7 @@ def load_hf(
         if is_ranker:
             extra |= _head(reader, spelled(architecture.parts, shape.tied)["output"].hf, documents.ids, traits)
         frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, extra)
-        ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
+        ignored = [n for n in reader.shapes if n.endswith((".self_attn.rotary_emb.inv_freq", *architecture.hf_ignored))]
         if is_ranker:
             ignored.append(_HEAD)
         if shape.tied:

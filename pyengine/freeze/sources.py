@@ -245,6 +245,36 @@ class ScaledRows:
         return scaled
 
 
+class ScaledColumns:
+    """Columns times the gain of the norm before the matrix, (columns), which is read with the first rows; likewise in float64."""
+
+    def __init__(self, source: RowSource, gain: Callable[[], Float32Array]) -> None:
+        self.name, self.rows, self.columns = source.name, source.rows, source.columns
+        self._source, self._gain = source, gain
+        self._scales: npt.NDArray[np.float64] | None = None
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        if self._scales is None:
+            self._scales = self._gain().astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # the quantizer refuses what is not finite
+            scaled: Float32Array = (self._source.read_rows(start, stop) * self._scales).astype(np.float32)
+        return scaled
+
+
+class NormedRows:
+    """Rows divided by the root of their mean square and ``eps``: an RMSNorm without weights; likewise in float64."""
+
+    def __init__(self, source: RowSource, eps: float) -> None:
+        self.name, self.rows, self.columns = source.name, source.rows, source.columns
+        self._source, self._eps = source, eps
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        rows = self._source.read_rows(start, stop).astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # the quantizer refuses what is not finite
+            normed: Float32Array = (rows / np.sqrt(np.mean(rows * rows, axis=1, keepdims=True) + self._eps)).astype(np.float32)
+        return normed
+
+
 class CenteredRows:
     """Rows without their means: vectors whose elements add up to 0. In float64, rounded once."""
 

@@ -38,6 +38,7 @@ static const pe_layer_spec parallel[3] = {
     {0, 0, "rmsnorm_parallel", "gelu_tanh"}, {40, 1, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm", "gelu_tanh"},
 };
 static const pe_layer_spec ungated[2] = {{0, 0, "rmsnorm_around", "gelu_tanh"}, {0, 0, "rmsnorm_around", "gelu_tanh"}};
+static const pe_layer_spec curves[3] = {{0, 0, "rmsnorm", "relu2"}, {40, 0, "rmsnorm_parallel", "gelu"}, {0, 0, "rmsnorm", "xielu"}};
 static const pe_layer_spec clamped[2] = {{40, 0, "rmsnorm", "swiglu_clamped"}, {0, 0, "rmsnorm", "swiglu_clamped"}};
 
 /* Widths that no group divides; n_rep 3, 1 and 34 (more rows than a query block holds); 600 positions are three chunks. */
@@ -100,6 +101,10 @@ static const model_case cases[] = {
      {.dim = 40, .hidden_dim = 30, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
       .layers = ungated, .norm_eps = 0x1p-17f, .tie_embeddings = true, .n_experts = 3, .n_experts_used = 2, .output_bias = true},
      PE_KV_F32, 0x15bdf7b22daecb7b},
+    {"squares, GELU and xIELU",
+     {.dim = 40, .hidden_dim = 300, .n_layers = 3, .n_heads = 4, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
+      .layers = curves, .norm_eps = 0x1p-17f, .gate_up_bias = true},
+     PE_KV_INT8, 0xa4beeed1b137c880},
     {"sinks, experts with biases and clamped gates",
      {.dim = 40, .hidden_dim = 70, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 20, .vocab_size = 33, .max_seq_len = 700,
       .layers = clamped, .norm_eps = 0x1p-17f, .qkv_bias = true, .o_bias = true, .key_bias = true, .gate_up_bias = true,

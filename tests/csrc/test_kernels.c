@@ -336,7 +336,7 @@ static void test_rope(const struct pe_kernels *k) {
         }
 }
 
-/* The gates of a table beside those of scalar; and GELU alone. */
+/* The gates of a table beside those of scalar; and the activations without one. */
 static void compare_gates(const struct pe_kernels *k, const float *gate_up, size_t n_pairs, const char *what) {
     const struct pe_kernels *scalar = &pe_kernels_scalar;
     void (*const expected[])(float *, const float *, size_t) = {scalar->swiglu, scalar->swiglu_clamped, scalar->geglu_tanh};
@@ -349,12 +349,18 @@ static void compare_gates(const struct pe_kernels *k, const float *gate_up, size
               n_pairs, what);
         block_free(&a), block_free(&b);
     }
-    block a = block_new(n_pairs * 128, 4), b = block_new(n_pairs * 128, 4);
-    memcpy(a.data, gate_up, n_pairs * 128), memcpy(b.data, gate_up, n_pairs * 128);
-    pe_kernels_scalar.gelu_tanh(FLOATS(a), n_pairs * 32);
-    k->gelu_tanh(FLOATS(b), n_pairs * 32);
-    CHECK(same_floats(FLOATS(a), FLOATS(b), n_pairs * 32) && block_intact(&b), "%s: GELU, %zu pairs, %s", k->name, n_pairs, what);
-    block_free(&a), block_free(&b);
+    void (*const plain[])(float *, size_t, const float *) = {scalar->gelu_tanh, scalar->gelu, scalar->relu2, scalar->xielu};
+    void (*const its[])(float *, size_t, const float *) = {k->gelu_tanh, k->gelu, k->relu2, k->xielu};
+    static const float curve[3] = {0.8f, 1.3f, 0.5f};
+    for (int i = 0; i < 4; i++) {
+        block a = block_new(n_pairs * 128, 4), b = block_new(n_pairs * 128, 4);
+        memcpy(a.data, gate_up, n_pairs * 128), memcpy(b.data, gate_up, n_pairs * 128);
+        plain[i](FLOATS(a), n_pairs * 32, curve);
+        its[i](FLOATS(b), n_pairs * 32, curve);
+        CHECK(same_floats(FLOATS(a), FLOATS(b), n_pairs * 32) && block_intact(&b), "%s: activation %d, %zu pairs, %s", k->name, i,
+              n_pairs, what);
+        block_free(&a), block_free(&b);
+    }
 }
 
 static void test_gates(const struct pe_kernels *k) {

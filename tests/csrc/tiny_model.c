@@ -59,7 +59,7 @@ static void add_key_bias(tiny_model *t, rng *r, const char *name) {
 
 static void add_mlp(tiny_model *t, rng *r, uint32_t layer, size_t hidden_dim, const char *prefix) {
     const pe_config *c = &t->config;
-    bool gated = strcmp(t->layers[layer].activation, "gelu_tanh") != 0;
+    bool gated = strstr(t->layers[layer].activation, "glu") != NULL;
     size_t parts = gated ? 2 : 1;
     char name[64];
     snprintf(name, sizeof name, "layers.%u.%s%s", layer, prefix, gated ? "w_gate_up" : "w_up");
@@ -94,6 +94,7 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     if (c->o_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, NAME("wo.bias"));
     if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_attention_norm"));
     if (before && !parallel) add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
+    if (strcmp(t->layers[index].activation, "xielu") == 0) add_vector(t, r, 3, 1.0f, 0.25f, NAME("xielu"));
     if (c->n_experts > 0) add_vector(t, r, (size_t)c->n_experts * c->dim, 1.0f, -0.25f, NAME("router"));
     if (c->router_bias) add_vector(t, r, c->n_experts, 8.0f, -0.25f, NAME("router.bias"));
     if (c->shared_gated) add_vector(t, r, c->dim, 1.0f, -0.25f, NAME("shared_router"));

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from pyengine.freeze import freeze, open_source
 from pyengine.freeze.arch import gguf_keys
 from pyengine.freeze.arch.base import Shape
 from pyengine.freeze.fields import Fields
+from pyengine.freeze.gguf_model import WithNumbers
 from pyengine.freeze.rope import yarn
 
 NAMES = [name for name in fixtures.names() if gguf_fixtures.architecture_of(fixtures.load(name))]
@@ -54,7 +56,7 @@ def rows_of(context: Any, n: int) -> list[bytes]:
     return [np.array(context.logits(row), np.float32).tobytes() for row in range(n)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "nanochat"])
 def test_one_token_at_a_time_in_pieces_and_beside_others(name: str, tmp_path: Path) -> None:
     """Prefill is decodes, and a batch changes nothing: the bytes of logits."""
     fixture = fixtures.load(name)
@@ -233,7 +235,7 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("granite_moe_shared", {"shared_intermediate_size": -1}, ModelFormatError, "shared_hidden_dim must be"),
         ("qwen2_moe", {"decoder_sparse_step": 2}, UnsupportedModelError, "layers without experts"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 2**40}, ModelFormatError, "shared_hidden_dim must be"),
-        ("starcoder2", {"hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'.*known are gelu_new, gelu_pytorch_tanh"),
+        ("starcoder2", {"hidden_act": "silu"}, UnsupportedModelError, "activation 'silu'.*known are gelu, gelu_fast, .*xielu"),
         ("starcoder2", {"use_bias": False}, UnsupportedModelError, "bias.*no place"),
         ("starcoder2", {"norm_epsilon": "x"}, ModelFormatError, "norm_epsilon must be a number"),
         ("glm4", {"partial_rotary_factor": 1.5}, ModelFormatError, "partial_rotary_factor"),
@@ -248,7 +250,14 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("cohere", {"logit_scale": 0}, ModelFormatError, "logit_scale must be a number in"),
         ("cohere2", {"layer_types": ["full_attention"]}, ModelFormatError, "layer_types must name every layer"),
         ("phi2", {"qk_layernorm": True}, UnsupportedModelError, "qk_layernorm"),
-        ("phi2", {"hidden_act": "gelu"}, UnsupportedModelError, "activation 'gelu'"),
+        ("phi2", {"hidden_act": "silu"}, UnsupportedModelError, "activation 'silu'"),
+        ("nanochat", {"final_logit_softcapping": 0}, ModelFormatError, "final_logit_softcapping must be"),
+        ("nanochat", {"attention_bias": True}, ModelFormatError, "bias.*is missing"),
+        ("nemotron", {"partial_rotary_factor": 0.2}, ModelFormatError, "RoPE over 3 elements"),
+        ("apertus", {"rope_scaling": ...}, UnsupportedModelError, "neither rope_scaling nor rope_parameters"),
+        ("apertus", {"hidden_act": "relu2"}, UnsupportedModelError, "act_fn.*no place"),
+        ("gpt_neox", {"rotary_pct": "x"}, ModelFormatError, "partial_rotary_factor must be a number"),
+        ("gpt_neox", {"attention_bias": False}, UnsupportedModelError, "bias.*no place"),
         ("stablelm", {"qk_layernorm": True}, UnsupportedModelError, "qk_layernorm"),
         ("stablelm", {"use_parallel_residual": True}, UnsupportedModelError, "post_attention_layernorm.*no place"),
         ("olmo", {"clip_qkv": 8.0}, UnsupportedModelError, "clip_qkv"),
@@ -324,6 +333,9 @@ OWN_KEYS = {
     "minicpm": ["scale_emb", "scale_depth", "dim_model_base", "rope_scaling", "attention_bias", "sparse_config"],
     "internlm2": ["rope_scaling", "bias", "num_key_value_heads"],
     "stablelm": ["partial_rotary_factor", "use_parallel_residual", "use_qkv_bias"],
+    "nanochat": ["final_logit_softcapping", "rms_norm_eps", "hidden_act"],
+    "apertus": ["rope_scaling", "hidden_act"],
+    "gpt_neox": ["rotary_pct", "rotary_emb_base", "use_parallel_residual"],
 }  # fmt: skip
 
 
@@ -387,6 +399,24 @@ def test_numbers_of_gguf_that_float32_does_not_hold() -> None:
     assert not np.isfinite(gguf_keys.rope_table(keys, 16, OneTensor(1e-45))).all()
     with pytest.raises(ModelFormatError, match="finite positive"):
         gguf_keys.rope_table(keys, 16, OneTensor(0.0))
+
+
+def test_constants_that_were_saved_along_say_nothing(tmp_path: Path) -> None:
+    """Pythia's files have the causal mask of each layer."""
+    fixture = fixtures.load("gpt_neox")
+    inv_freq = np.ones(2, np.float32)
+    constants = {"bias": np.ones((1, 1, 4, 4), np.uint8), "masked_bias": np.float32(-1e9), "rotary_emb.inv_freq": inv_freq}
+    extra = {f"gpt_neox.layers.{i}.attention.{name}": np.asarray(value) for i in range(2) for name, value in constants.items()}
+    older = replace(fixture, hf_weights=fixture.hf_weights | extra)
+    wanted = weight_bytes(freeze(fixtures.write_hf_dir(fixture, tmp_path / "a"), tmp_path / "m"))
+    assert weight_bytes(freeze(fixtures.write_hf_dir(older, tmp_path / "b"), tmp_path / "n")) == wanted
+
+
+@pytest.mark.parametrize("value", [None, "x", [1.0, 2.0, 3.0], [], [["a"], ["b"]], ["a", "b"], np.ones((2, 2))])
+def test_numbers_of_layers_that_gguf_lacks(value: Any) -> None:
+    file = SimpleNamespace(metadata={"xielu.beta": value}, shapes={})
+    with pytest.raises(ModelFormatError, match=r"xielu\.beta must be a number, or one for each of 2 layers"):
+        WithNumbers(file, {"xielu.beta": "blk.{i}.beta"}, 2)
 
 
 # ---------------------------------------------------------------------------- YaRN

@@ -323,7 +323,7 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
     windows = draw(st.lists(st.sampled_from([0, 1, 4096]), min_size=n_layers, max_size=n_layers))
     activations = draw(st.lists(st.sampled_from(ACTIVATIONS), min_size=n_layers, max_size=n_layers))
     by_layer = st.tuples(*[st.just("int8_g64")] * n_layers)
-    matrices = ["wqkv", "wo", "w_down", *{"w_up" if activation == UNGATED else "w_gate_up": 0 for activation in activations}]
+    matrices = ["wqkv", "wo", "w_down", *{"w_up" if activation in UNGATED else "w_gate_up": 0 for activation in activations}]
     kinds = draw(st.dictionaries(st.sampled_from(matrices), st.just("int8_g64") | by_layer))
     return FrozenConfig(
         architecture=draw(names),

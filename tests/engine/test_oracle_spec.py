@@ -4,6 +4,7 @@ float64 oracle."""
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -68,6 +69,22 @@ def test_exp_is_accurate_and_clamped() -> None:
     assert spec_ops.exp(f32(0)) == 1
     assert spec_ops.exp(f32(-87.01)) == 0
     assert spec_ops.exp(f32(300)) == spec_ops.exp(f32(88))
+
+
+def test_gelu_is_the_normal_distributions() -> None:
+    """To a rounding or two of float32 of the argument, in both tails."""
+    x = np.concatenate([np.linspace(-9, 9, 20_001), [-1e30, -88.0, 88.0, 1e30]]).astype(f32)
+    exact = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x.astype(np.float64)])
+    with np.errstate(over="ignore"):  # z * z
+        error = np.abs(spec_ops.gelu(x) - exact)
+    assert (error <= 2.0**-22 * np.maximum(np.abs(exact), 0.25)).all()
+    assert spec_ops.gelu(f32(0)) == 0
+
+
+def test_xielu_is_smooth_at_zero() -> None:
+    x, curve = np.array([-20.0, -1.0, -1e-3, 0.0, 1e-3, 2.0], f32), np.array([0.75, 1.25, 0.5], f32)
+    exact = [1.25 * (math.expm1(v) - v) + 0.5 * v if v < 0 else 0.75 * v * v + 0.5 * v for v in x.astype(np.float64)]
+    assert np.abs(spec_ops.xielu(x, curve) - exact).max() < 2e-6
 
 
 def test_lanes_and_tree_have_the_written_order() -> None:

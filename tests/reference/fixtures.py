@@ -63,6 +63,17 @@ LAYER_NAMES = {
     **{f"attention.{part}.weight": part for part in ("wq", "wk", "wv", "wo")},
     "attention_norm.weight": "attention_norm",
     "ffn_norm.weight": "ffn_norm",
+    "attention_layernorm.weight": "attention_norm",
+    "feedforward_layernorm.weight": "ffn_norm",
+    **{f"mlp.act_fn.{part}": f"act_fn.{part}" for part in ("alpha_p", "alpha_n", "beta", "eps")},
+    **{f"attention.{part}.weight": f"w{part[0]}" for part in ("query", "key", "value")},
+    **{f"attention.{part}.bias": f"w{part[0]}.bias" for part in ("query", "key", "value")},
+    "attention.dense.weight": "wo",
+    "attention.dense.bias": "wo.bias",
+    "mlp.dense_h_to_4h.weight": "w_up",
+    "mlp.dense_h_to_4h.bias": "w_up.bias",
+    "mlp.dense_4h_to_h.weight": "w_down",
+    "mlp.dense_4h_to_h.bias": "w_down.bias",
     "feed_forward.w1.weight": "w_gate",
     "feed_forward.w3.weight": "w_up",
     "feed_forward.w2.weight": "w_down",
@@ -94,6 +105,10 @@ MODEL_NAMES = {
     "lm_head.bias": "output.bias",
     "model.tok_embeddings.weight": "tok_embeddings",
     "output.weight": "output",
+    "gpt_neox.embed_in.weight": "tok_embeddings",
+    "gpt_neox.final_layer_norm.weight": "norm",
+    "gpt_neox.final_layer_norm.bias": "norm.bias",
+    "embed_out.weight": "output",
 }
 
 
@@ -244,27 +259,30 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         window = [hf["sliding_window"] if (i + 1) % pattern else 0 for i in range(hf["num_hidden_layers"])]
     elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
+    present = {name.replace("gpt_neox.", "model.") for name in present}
     qkv_bias = not present.isdisjoint({"model.layers.0.self_attn.q_proj.bias", "model.layers.0.input_layernorm.bias"})
     qk_norm = not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
+    qk_norm = qk_norm or hf["model_type"] == "nanochat"
     norm = "rmsnorm_parallel" if hf["model_type"] in PARALLEL else NORMS_AFTER.get(hf["model_type"], "rmsnorm")
     activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
     if hf["model_type"] in UNGATED:
-        activation = "gelu_tanh"
+        activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(hf["hidden_act"], hf["hidden_act"])
     if hf["model_type"] == "gpt_oss":
         activation = "swiglu_clamped"
-    biases = {"gate_up_bias": _FC_BIASES, "down_bias": _DOWN_BIASES, "output_bias": ("model.norm.bias", "lm_head.bias")}
-    o_bias = not present.isdisjoint({"model.layers.0.self_attn.o_proj.bias", "model.layers.0.self_attn.dense.bias"})
+    biases = {"gate_up_bias": _FC_BIASES, "down_bias": _DOWN_BIASES, "output_bias": _OUTPUT_BIASES}
+    writers = ("self_attn.o_proj", "self_attn.dense", "attention.dense")
+    o_bias = not present.isdisjoint(f"model.layers.0.{name}.bias" for name in writers)
     return _optional_keys(hf) | {key: True for key, names in biases.items() if present & set(names)} | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
         "hidden_dim": _hidden_dim(hf),
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
-        "n_kv_heads": hf["num_key_value_heads"],
+        "n_kv_heads": hf.get("num_key_value_heads", hf["num_attention_heads"]),
         "head_dim": head_dim_of(hf),
         "vocab_size": hf["vocab_size"],
         "max_seq_len": hf["max_position_embeddings"],
-        "norm_eps": next((hf[key] for key in ("norm_epsilon", "layer_norm_eps", "rms_norm_eps") if key in hf), 1e-5),
+        "norm_eps": next((hf[key] for key in ("norm_epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps") if key in hf), 1e-5),
         "tie_embeddings": hf["tie_word_embeddings"] and hf["model_type"] not in LAYER_NORMS,
         "qkv_bias": qkv_bias,
         "o_bias": o_bias,
@@ -278,7 +296,8 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
 
 
 _FC_BIASES = tuple(f"model.layers.0.{name}.bias" for name in ("post_attention_layernorm", "mlp.c_fc", "mlp.fc1", "mlp.up_proj"))
-_DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "fc2", "down_proj"))
+_OUTPUT_BIASES = ("model.norm.bias", "model.final_layer_norm.bias", "lm_head.bias")
+_DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "fc2", "down_proj", "dense_4h_to_h"))
 
 
 def _hidden_dim(hf: Mapping[str, Any]) -> int:

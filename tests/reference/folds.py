@@ -26,7 +26,7 @@ def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weigh
     if hf["model_type"] == "gpt_oss":
         return _gpt_oss_experts(weights)
     q = hf["num_attention_heads"] * head_dim_of(hf)
-    kv = hf["num_key_value_heads"] * head_dim_of(hf)
+    kv = hf.get("num_key_value_heads", hf["num_attention_heads"]) * head_dim_of(hf)
     cuts = {
         "qkv_proj": (("q_proj", 0, q), ("k_proj", q, q + kv), ("v_proj", q + kv, q + 2 * kv)),
         "gate_up_proj": (("gate_proj", 0, hf["intermediate_size"]), ("up_proj", hf["intermediate_size"], None)),
@@ -41,6 +41,12 @@ def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weigh
             for part, rows in (("wq", heads[:, :-2]), ("wk", heads[:, -2]), ("wv", heads[:, -1])):
                 parts[name.replace("wqkv", part)] = rows.reshape(-1, w.shape[1])
             continue
+        if ".query_key_value." in name:  # GPT-NeoX: of each head its query, its key, its value
+            heads = w.reshape(hf["num_attention_heads"], 3, head_dim_of(hf), -1)
+            for j, part in enumerate(("query", "key", "value")):
+                rows = heads[:, j].reshape(-1, *w.shape[1:])
+                parts[name.replace("query_key_value", part)] = rows
+            continue
         stem = name.removesuffix(".weight").rpartition(".")[2]
         if w.ndim == 3:
             for e, expert in enumerate(w):
@@ -49,7 +55,7 @@ def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weigh
                     parts[name.replace(stem, f"experts.{e}.{part}")] = half
             continue
         for part, begin, end in cuts.get(stem, ((stem, None, None),)):
-            parts[name.replace(stem, part)] = w[begin:end]
+            parts[name.replace(stem, part)] = w[begin:end] if w.ndim else w
     return parts
 
 
@@ -89,7 +95,7 @@ def _gpt_oss_experts(weights: Mapping[str, NDArray[Any]]) -> Weights:
 
 def turned(hf: Mapping[str, Any]) -> int:
     """Elements of a head that RoPE turns."""
-    return int(head_dim_of(hf) * hf.get("partial_rotary_factor", 1.0))
+    return int(head_dim_of(hf) * hf.get("partial_rotary_factor", hf.get("rotary_pct", 1.0)))
 
 
 def long_rope_amplitude(hf: Mapping[str, Any]) -> float:
@@ -208,7 +214,7 @@ def _layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
         layer, _, norm = name.removesuffix(".bias").rpartition(".")
         b = weights.pop(name).astype(np.float64)
         readers = [f"{layer}.{matrix}" for matrix in NORM_READERS[norm]] if layer else ["output"]
-        if layer and hf["model_type"] in PARALLEL:
+        if layer and hf["model_type"] in PARALLEL and hf["model_type"] != "gpt_neox":
             readers += [f"{layer}.{matrix}" for matrix in NORM_READERS["ffn_norm"]]
         for reader in readers:
             if reader in weights:
@@ -216,9 +222,9 @@ def _layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
                 weights[f"{reader}.bias"] = (own.astype(np.float64) + weights[reader].astype(np.float64) @ b).astype(np.float32)
 
 
-LAYER_NORMS = ("starcoder2", "stablelm", "phi", "cohere", "cohere2", "olmo")
-PARALLEL = ("phi", "cohere", "cohere2")
-UNGATED = ("starcoder2", "phi")
+LAYER_NORMS = ("starcoder2", "stablelm", "phi", "cohere", "cohere2", "olmo", "nemotron", "gpt_neox")
+PARALLEL = ("phi", "cohere", "cohere2", "gpt_neox")
+UNGATED = ("starcoder2", "phi", "arcee", "nanochat", "nemotron", "apertus", "gpt_neox")
 INTERLEAVED = ("glm", "glm4", "ernie4_5", "cohere", "cohere2")  # RoPE turns elements 2i and 2i + 1
 
 
@@ -226,16 +232,54 @@ def _rotary_layer_norm(hf: Mapping[str, Any], weights: Weights) -> None:
     if hf["model_type"] == "olmo":
         norms = [f"layers.{i}.{norm}" for i in range(hf["num_hidden_layers"]) for norm in NORM_READERS]
         weights |= {name: np.ones(hf["hidden_size"], np.float32) for name in (*norms, "norm")}
+    if hf["model_type"] == "nemotron":
+        for name in [name for name in weights if name.endswith("norm")]:
+            weights[name] = np.float32(1) + weights[name]
     _layer_norm(hf, weights)
+    if hf["model_type"] == "gpt_neox":
+        _one_norm(hf, weights)
     _turned_first(hf, weights)
     weights["norm"] = _scale(weights["norm"], hf.get("logit_scale", 1.0))
+
+
+def _one_norm(hf: Mapping[str, Any], weights: Weights) -> None:
+    """Two norms of one row, apart but for their gains, become one without: the gains are in the matrices that read them."""
+    for i in range(hf["num_hidden_layers"]):
+        for norm, readers in NORM_READERS.items():
+            gain = weights.pop(f"layers.{i}.{norm}").astype(np.float64)
+            for name in [f"layers.{i}.{reader}" for reader in readers if f"layers.{i}.{reader}" in weights]:
+                weights[name] = (weights[name].astype(np.float64) * gain).astype(np.float32)
+        weights[f"layers.{i}.attention_norm"] = np.ones(hf["hidden_size"], np.float32)
+
+
+def _nanochat(hf: Mapping[str, Any], weights: Weights) -> None:
+    """Norms without weights, one of them over embeddings; RoPE by the opposite angle: the halves of heads change places."""
+    n, half = hf["hidden_size"], head_dim_of(hf) // 2
+    rows = weights["tok_embeddings"].astype(np.float64)
+    rms = np.sqrt((rows**2).sum(axis=1) / n + hf["rms_norm_eps"])
+    weights["tok_embeddings"] = (rows / rms[:, None]).astype(np.float32)
+    weights["norm"] = np.ones(n, np.float32)
+    for i in range(hf["num_hidden_layers"]):
+        sizes = {"attention_norm": n, "ffn_norm": n, "q_norm": 2 * half, "k_norm": 2 * half}
+        weights |= {f"layers.{i}.{norm}": np.ones(size, np.float32) for norm, size in sizes.items()}
+        for name in (f"layers.{i}.wq", f"layers.{i}.wk"):
+            heads = weights[name].reshape(-1, 2, half, n)
+            weights[name] = np.stack([heads[:, 1], heads[:, 0]], axis=1).reshape(-1, n)
+
+
+def _apertus(hf: Mapping[str, Any], weights: Weights) -> None:
+    """xIELU's numbers are softplus(alpha_p), beta + softplus(alpha_n) and beta."""
+    for i in range(hf["num_hidden_layers"]):
+        names = [f"layers.{i}.act_fn.{part}" for part in ("alpha_p", "alpha_n", "beta", "eps")]
+        p, n, beta, _ = (weights.pop(name).astype(np.float64).reshape(()) for name in names)
+        weights[f"layers.{i}.xielu"] = np.array([np.log1p(np.exp(p)), beta + np.log1p(np.exp(n)), beta]).astype(np.float32)
 
 
 FOLDS = {
     **dict.fromkeys(("granite", "granitemoe", "granitemoeshared", "granitemoehybrid"), _granite),
     **dict.fromkeys(LAYER_NORMS, _rotary_layer_norm),
     **dict.fromkeys(("phi3", "glm", "glm4", "ernie4_5"), _turned_first), "gemma2": _gemma, "gemma3_text": _gemma,
-    "minicpm": _minicpm,
+    "minicpm": _minicpm, "nanochat": _nanochat, "apertus": _apertus,
 }  # fmt: skip
 
 
@@ -252,7 +296,7 @@ def folded(hf: Mapping[str, Any], weights: Weights) -> Weights:
 def folded_multipliers(hf: Mapping[str, Any]) -> dict[str, float] | bool:
     """The same of the matrices that an adapter may change, by the file's names of their parts: what `extra.folded` says. False
     where they are changed otherwise."""
-    if hf["model_type"] in (*LAYER_NORMS, *INTERLEAVED, "phi3"):
+    if hf["model_type"] in (*LAYER_NORMS, *INTERLEAVED, "phi3", "nanochat"):
         return False
     if has_yarn(hf) and 0 in hf.get("no_rope_layers", ()):  # not the same in all layers
         return False

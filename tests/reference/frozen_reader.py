@@ -98,6 +98,8 @@ def _vectors(name: str, values: NDArray[Any], config: dict[str, Any]) -> dict[st
         return {name: values[: n_heads * config["head_dim"]]}
     if name.endswith(("q_norm", "k_norm")):
         return {name: values[: config["head_dim"]]}
+    if name.endswith(".xielu"):
+        return {name: values[:3]}
     if name.endswith(".sinks"):
         return {name: values[: config["n_heads"]]}
     if name.endswith(".router.bias"):

@@ -26,9 +26,10 @@ ARCHITECTURES = {
     "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
     "gpt_oss": "gpt-oss", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
     "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
+    "arcee": "arcee", "nemotron": "nemotron", "apertus": "apertus", "gpt_neox": "gptneox",
 }  # fmt: skip
 # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
-PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2", "mistral3")
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2", "mistral3", "arcee")
 
 
 def architecture_of(fixture: Fixture) -> str:
@@ -39,7 +40,10 @@ def architecture_of(fixture: Fixture) -> str:
 
 def expressible(fixture: Fixture) -> Fixture:
     """The fixture without what the format has no key for: Gemma's query_pre_attn_scalar is head_dim there, whether the
-    weights of experts sum to 1 is the architecture's, and converters leave StarCoder2's window out."""
+    weights of experts sum to 1 is the architecture's, and converters leave StarCoder2's window out. Llama's RoPE scaling is a
+    tensor there, whose quotients round otherwise."""
+    if fixture.hf_config["model_type"] == "apertus":
+        return replace(fixture, hf_config=fixture.hf_config | {"rope_scaling": None})
     if "norm_topk_prob" in fixture.hf_config:
         return replace(fixture, hf_config=fixture.hf_config | {"norm_topk_prob": fixture.hf_config["model_type"] == "qwen3_moe"})
     if fixture.hf_config["model_type"] == "starcoder2":
@@ -56,6 +60,8 @@ def write(fixture: Fixture, path: Path) -> Path:
     writer = gguf.GGUFWriter(path, arch)
     _add_sizes(writer, hf)
     EXTRA_KEYS[arch](writer, hf)
+    if arch == "apertus":
+        _add_xielu(writer, fixture)
     _add_tokenizer(writer, hf)
     for name, array in _tensors(fixture, arch).items():
         if arch == "gpt-oss" and name.endswith("_exps.weight"):
@@ -77,6 +83,8 @@ def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
     tensors: dict[str, NDArray[Any]] = {}
     weights = unfused(hf, fixture.hf_weights) if arch in ("internlm2", "gpt-oss") else fixture.hf_weights
     for name, w in _stacked(weights).items():
+        if ".act_fn." in name:  # keys
+            continue
         name = name.replace("shared_mlp.", "mlp." if arch == "granite" else "mlp.shared_expert.")
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
@@ -113,7 +121,9 @@ def _converted(hf: dict[str, Any], arch: str, name: str, w: NDArray[Any]) -> NDA
     w = w.astype(np.float32)
     if arch in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight", "wq.weight", "wk.weight")):
         return w.reshape(-1, 2, head_dim_of(hf) // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-    if arch.startswith("gemma") and name.endswith("norm.weight"):
+    if ".query_key_value." in name:  # of each head its query, its key, its value
+        return w.reshape(hf["num_attention_heads"], 3, head_dim_of(hf), -1).swapaxes(0, 1).reshape(w.shape)
+    if (arch.startswith("gemma") or arch == "nemotron") and name.endswith("norm.weight"):
         return w + np.float32(1)
     return w
 
@@ -127,13 +137,13 @@ def _add_sizes(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_block_count(hf["num_hidden_layers"])
     writer.add_feed_forward_length(hf["intermediate_size"])
     writer.add_head_count(hf["num_attention_heads"])
-    writer.add_head_count_kv(hf["num_key_value_heads"])
+    writer.add_head_count_kv(hf.get("num_key_value_heads", hf["num_attention_heads"]))
     if "rms_norm_eps" in hf:
         writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
     else:
-        writer.add_layer_norm_eps(hf.get("norm_epsilon", hf.get("layer_norm_eps", 1e-5)))
+        writer.add_layer_norm_eps(hf.get("norm_epsilon", hf.get("norm_eps", hf.get("layer_norm_eps", 1e-5))))
     scaling, d = hf.get("rope_scaling") or hf.get("rope_parameters") or {}, head_dim_of(hf)
-    base = hf["rope_theta"] if "rope_theta" in hf else scaling["rope_theta"]
+    base = hf.get("rope_theta", hf.get("rotary_emb_base")) or scaling["rope_theta"]
     writer.add_rope_freq_base(base * scaling.get("alpha", 1.0) ** (d / (d - 2)))
 
 
@@ -263,6 +273,16 @@ def _command_r(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
         _windows(writer, hf)
 
 
+def _apertus(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_count(head_dim_of(hf))
+
+
+def _add_xielu(writer: gguf.GGUFWriter, fixture: Fixture) -> None:
+    for part in ("alpha_p", "alpha_n", "beta", "eps"):
+        names = [f"model.layers.{i}.mlp.act_fn.{part}" for i in range(fixture.hf_config["num_hidden_layers"])]
+        getattr(writer, f"add_xielu_{part}")([float(fixture.hf_weights[name].reshape(())) for name in names])
+
+
 def _granite_moe(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     _granite(writer, hf)
     _experts(writer, hf)
@@ -277,6 +297,7 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
     "minicpm": _minicpm, "internlm2": _internlm2, "gpt-oss": _gpt_oss,
     "mistral3": _mistral3, "qwen2": _yarn, "hunyuan-dense": _rotary,
+    "arcee": _rotary, "nemotron": _rotary, "apertus": _apertus, "gptneox": _rotary,
 }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def random_weight(name: str, w: torch.Tensor, generator: torch.Generator) -> tor
         value = 0.3 * noise
     elif name.endswith("sinks"):
         value = 1.0 + noise
-    elif "embed_tokens" in name:
+    elif name.endswith(EMBEDDINGS):
         value = 0.25 * noise
     else:
         value = (1.2 / w.shape[-1] ** 0.5) * noise
@@ -103,7 +103,7 @@ def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Gene
     if ends:
         mean, deviation = MAGNITUDES[name][ends[0]]
         value = mean + deviation / (w.shape[-1] ** 0.5 if w.ndim > 1 else 1.0) * torch.randn(w.shape, generator=generator)
-    if "embed_tokens" in key:
+    if key.endswith(EMBEDDINGS):
         value[:, list(LOUD_CHANNELS)] *= LOUDNESS
         if name in ("olmo2", "olmo3"):  # no norm before layer 0: an equal maximum in every group, or codes of codes would be ties
             value[:, list(LOUD_CHANNELS)] = 1.25 * value[:, list(LOUD_CHANNELS)].sign()
@@ -115,13 +115,18 @@ def realistic_weight(name: str, key: str, w: torch.Tensor, generator: torch.Gene
     return (value / MATRIX_GRID).round() * MATRIX_GRID if w.ndim > 1 else value
 
 
+EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight")
+SAVED_BUFFERS = ("act_fn.beta", "act_fn.eps")  # published files have them beside the parameters
 WRITERS = (  # to the residual stream
     "o_proj.weight", "down_proj", "down_proj.weight", "output_linear.weight", "c_proj.weight", "dense.weight", "fc2.weight",
+    "dense_4h_to_h.weight",
 )  # fmt: skip
 
 
 def published(name: str, key: str, w: np.ndarray) -> dict[str, np.ndarray]:
     """transformers' parameter under the names of published files, which have a matrix for each expert."""
+    if name == "gpt_neox":
+        return {key.replace("lm_head", "embed_out"): w}
     mixtral = name == "mixtral"
     prefix = key.partition("mlp.")[0] + ("block_sparse_moe" if mixtral else "mlp")
     if key.endswith("mlp.gate.weight"):
@@ -210,20 +215,23 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     tied = config_json["tie_word_embeddings"]
     weights = {}
+    inner = model.base_model
+    head_dim = config_json.get("head_dim", config_json["hidden_size"] // config_json["num_attention_heads"])
     for key, parameter in model.named_parameters():
         make_weight = partial(realistic_weight, name) if name in MAGNITUDES else random_weight
         parameter.data.copy_(make_weight(key, parameter, generator))
-        put_large_key_bias(name, key, parameter.data, model.model.layers[0].self_attn.head_dim)
+        put_large_key_bias(name, key, parameter.data, head_dim)
         if name == "gpt_oss" and key.endswith(("gate_up_proj", "down_proj")):
             weights |= put_mxfp4(key, parameter)
             continue
         stored = parameter.data.numpy().astype(np.float16 if parameter.ndim > 1 else np.float32)
         assert np.array_equal(stored.astype(np.float32), parameter.data.numpy()), key
         weights |= published(name, key, stored)
-    assert ("lm_head.weight" in weights) == (not tied)
+    weights |= {key: value.numpy() for key, value in model.named_buffers() if key.endswith(SAVED_BUFFERS)}
+    assert any(key in weights for key in ("lm_head.weight", "embed_out.weight")) == (not tied)
     if name == "internlm2":
         weights = as_internlm2(weights, config_json["num_key_value_heads"])
-    tables = rope_tables(model.model.rotary_emb)
+    tables = rope_tables(inner.rotary_emb)
     if name == "olmo3":
         tables = np.concatenate([rope_tables(turn_windows_plainly(model)), tables])
 
@@ -232,8 +240,8 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     token_ids = torch.randint(0, 263, (n_tokens,), generator=generator)
     blocks: list[torch.Tensor] = []
     first: list[torch.Tensor] = []
-    model.model.layers[0].register_forward_pre_hook(lambda _m, inputs: first.append(inputs[0][0]))
-    for layer in model.model.layers:
+    inner.layers[0].register_forward_pre_hook(lambda _m, inputs: first.append(inputs[0][0]))
+    for layer in inner.layers:
         layer.register_forward_hook(lambda _m, _i, out: blocks.append(out[0]))
     with torch.no_grad():
         logits = model(token_ids[None]).logits[0]

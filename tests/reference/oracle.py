@@ -19,6 +19,7 @@ codes of the other side, which are taken where a value lies within TIE of the mi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -129,11 +130,20 @@ def gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu(x: Array) -> Array:
+    return 0.5 * x * np.vectorize(math.erfc)(-x / np.sqrt(2.0))
+
+
+def xielu(x: Array, above: float, below: float, slope: float) -> Array:
+    return slope * x + np.where(x > 0, above * x * x, below * (np.expm1(np.minimum(x, 0.0)) - x))
+
+
 def swiglu_clamped(gate: Array, up: Array) -> Array:
     gate = np.minimum(gate, 7.0)
     return gate / (1.0 + np.exp(-1.702 * gate)) * (np.clip(up, -7.0, 7.0) + 1.0)
 
 
+CURVES = {"gelu_tanh": gelu_tanh, "gelu": gelu, "relu2": lambda x: np.maximum(x, 0.0) ** 2}
 GATES = {
     "swiglu": lambda gate, up: silu(gate) * up,
     "geglu_tanh": lambda gate, up: gelu_tanh(gate) * up,
@@ -312,8 +322,10 @@ class Oracle:
         """What the activation of an MLP gives, (n_tokens, hidden_dim)."""
         activation = layer_field(self.config, "activation", layer)
         trace[f"{prefix}up"] = up = self._linear(layer, f"{prefix}w_up", xn)
-        if activation == "gelu_tanh":
-            trace[f"{prefix}h"] = gelu_tanh(up)
+        if activation == "xielu":
+            trace[f"{prefix}h"] = xielu(up, *self.weights[f"layers.{layer}.xielu"])
+        elif activation in CURVES:
+            trace[f"{prefix}h"] = CURVES[activation](up)
         else:
             trace[f"{prefix}gate"] = gate = self._linear(layer, f"{prefix}w_gate", xn)
             trace[f"{prefix}h"] = GATES[activation](gate, up)

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from .oracle import GROUP, hadamard_exponent, layer_field, visible
 from .spec_ops import (
+    CURVES,
     F32,
     GATES,
     Array,
@@ -23,7 +24,6 @@ from .spec_ops import (
     exp,
     f32,
     fmaf,
-    gelu_tanh,
     hadamard,
     key_bias_scores,
     matmul,
@@ -35,6 +35,7 @@ from .spec_ops import (
     scores_f32,
     scores_int8,
     softcap,
+    xielu,
 )
 
 Trace = dict[str, Array]
@@ -176,8 +177,10 @@ class Spec:
         """What the activation of an MLP gives, (n_tokens, hidden_dim)."""
         activation = layer_field(self.config, "activation", layer)
         trace[f"{prefix}up"] = up = self._adapted(layer, f"{prefix}w_up", x_q, xn)
-        if activation == "gelu_tanh":
-            trace[f"{prefix}h"] = gelu_tanh(up)
+        if activation == "xielu":
+            trace[f"{prefix}h"] = xielu(up, self.vectors[f"layers.{layer}.xielu"])
+        elif activation in CURVES:
+            trace[f"{prefix}h"] = CURVES[activation](up)
         else:
             trace[f"{prefix}gate"] = gate = self._adapted(layer, f"{prefix}w_gate", x_q, xn)
             trace[f"{prefix}h"] = GATES[activation](gate, up)

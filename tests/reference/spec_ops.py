@@ -170,11 +170,30 @@ def gelu_tanh(up: F32) -> F32:
     return geglu_tanh(up, np.ones_like(up))
 
 
+def gelu(x: F32) -> F32:
+    z = np.maximum(-x, x)
+    t, q = f32(1) / fmaf(z, f32(0.28), f32(1)), f32(-0.107845725)
+    for c in (0.398108453, -0.25022687, 0.279478847, 0.0633031493, 0.117182028):
+        q = fmaf(q, t, f32(c))
+    return fmaf(-z, (q * t) * exp((z * z) * f32(-0.5)), np.maximum(x, f32(0)))
+
+
+def relu2(x: F32) -> F32:
+    return np.maximum(x, f32(0)) * np.maximum(x, f32(0))
+
+
+def xielu(x: F32, curve: F32) -> F32:
+    """curve (3): curvatures above 0 and below, slope at 0."""
+    above, below = np.maximum(x, f32(0)), np.minimum(x, f32(0))
+    return fmaf(curve[0], above * above, fmaf(curve[1], (exp(below) - f32(1)) - below, x * curve[2]))
+
+
 def swiglu_clamped(gate: F32, up: F32) -> F32:
     gate, up = np.minimum(gate, f32(7)), np.maximum(np.minimum(up, f32(7)), f32(-7))
     return (gate * (f32(1) / (f32(1) + exp(-(gate * f32(1.702)))))) * (up + f32(1))
 
 
+CURVES = {"gelu_tanh": gelu_tanh, "gelu": gelu, "relu2": relu2}  # of an MLP without a gate
 GATES = {"swiglu": swiglu, "geglu_tanh": geglu_tanh, "swiglu_clamped": swiglu_clamped}
 
 

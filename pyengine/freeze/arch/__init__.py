@@ -6,12 +6,15 @@ from collections.abc import Collection
 from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
+from .apertus import APERTUS
+from .arcee import ARCEE
 from .base import Architecture
 from .cohere import COMMAND_R, COMMAND_R7B
 from .ernie import ERNIE
 from .exaone4 import EXAONE4
 from .gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
 from .glm4 import GLM, GLM4
+from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
 from .granite import GRANITE, GRANITE_HYBRID, GRANITE_MOE, GRANITE_MOE_SHARED
 from .hunyuan import HUNYUAN
@@ -20,6 +23,8 @@ from .llama import LLAMA, MINISTRAL, MISTRAL
 from .minicpm import MINICPM
 from .mistral3 import MINISTRAL3, MISTRAL3_IMAGES
 from .mixture import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from .nanochat import NANOCHAT
+from .nemotron import NEMOTRON
 from .olmo import OLMO
 from .olmo2 import OLMO2
 from .olmo3 import OLMO3
@@ -36,6 +41,7 @@ ARCHITECTURES = (
     LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GRANITE, PHI3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, OLMO2, STARCODER2,
     GLM, GLM4, EXAONE4, ERNIE, SEED_OSS, COMMAND_R, COMMAND_R7B, PHI2, STABLELM, OLMO,
     OLMO3, MINICPM, INTERNLM2, INTERNLM3, MINISTRAL3, MISTRAL3_IMAGES, HUNYUAN,
+    ARCEE, NANOCHAT, NEMOTRON, APERTUS, GPT_NEOX,
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GRANITE_HYBRID, GPT_OSS,
 )  # fmt: skip
 

@@ -41,7 +41,6 @@ PARTS: Mapping[str, SourceName] = {
     "v": SourceName("model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
     "q.bias": SourceName("model.layers.{i}.self_attn.q_proj.bias", "blk.{i}.attn_q.bias"),
     "k.bias": SourceName("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
-    "key_bias": SourceName("model.layers.{i}.self_attn.k_proj.bias", "blk.{i}.attn_k.bias"),
     "v.bias": SourceName("model.layers.{i}.self_attn.v_proj.bias", "blk.{i}.attn_v.bias"),
     "q_norm": SourceName("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
     "k_norm": SourceName("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
@@ -72,6 +71,9 @@ class Fold(NamedTuple):
     the norm before its matrix, gets the matrix times it. ``is_absent``: the source has no such vector, which is ``offset`` then.
     ``pieces``: the parts of a fused tensor are cut into so many pieces; the first of each lie one under the other, then the
     second of each, and so on. ``is_transposed``: the source has the matrix, or those of all experts, as (inputs, outputs).
+    ``gain``: the part that is the gain of the norm before a matrix, whose columns are multiplied by it. ``row_norm_eps``: each
+    row of a matrix is normed like a row of the residual stream, by an RMSNorm with that eps. ``is_softplus``: of each value of a
+    vector log(1 + exp(value)), to which those of the part ``plus`` are added.
     """
 
     scale: float | Float64Array = 1.0
@@ -82,6 +84,10 @@ class Fold(NamedTuple):
     is_absent: bool = False
     pieces: int = 1
     is_transposed: bool = False
+    gain: str | None = None
+    row_norm_eps: float | None = None
+    is_softplus: bool = False
+    plus: str | None = None
 
 
 class Shape(NamedTuple):
@@ -164,6 +170,9 @@ class Architecture(NamedTuple):
     has_shared_expert: bool = False  # beside them, or alone
     gguf_sign: str | None = None  # a key that tells its GGUF files from others of the same name
     gguf_permuted: bool = False  # q and k rows are interleaved for RoPE in GGUF
+    hf_ignored: tuple[str, ...] = ()  # ends of tensors that say nothing: constants that were saved along
+    hf_renamed: Mapping[str, str] = {}  # keys of its config.json -> what others call them
     hf_defaults: Mapping[str, Any] = {}  # of transformers' class, for sizes that published files leave out
+    gguf_numbers: Mapping[str, str] = {}  # keys without its prefix, of a number for each layer -> as which tensors they are read
     gguf_keys: frozenset[str] = frozenset()  # what it reads beyond the keys that all have
     gguf_tensors: frozenset[str] = frozenset()  # what `from_gguf` reads: they have no place in the frozen file

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
-from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, UNGATED, LayerSpec
+from ...format.config import MAX_POSITIONS, SOFTCAP_RANGE, XIELU, LayerSpec
 from ...format.quantize import Float32Array
 from ..fields import Fields
 from ..rope import Rope, rope_inv_freq, yarn
@@ -15,7 +15,10 @@ from .base import Shape
 _DEFAULT_ROPE_THETA = 10_000.0
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
-_UNGATED_ACTIVATIONS = {"gelu_pytorch_tanh": UNGATED, "gelu_new": UNGATED}
+_UNGATED_ACTIVATIONS = {
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu", "relu2": "relu2",
+    XIELU: XIELU,
+}  # fmt: skip
 
 
 def activation(config: Fields, key: str = "hidden_act", default: str = "silu", known: Mapping[str, str] = _ACTIVATIONS) -> str:

@@ -4,7 +4,7 @@ part of the head."""
 from __future__ import annotations
 
 from ...errors import UnsupportedModelError
-from ...format.config import PARALLEL, UNGATED
+from ...format.config import PARALLEL
 from ..fields import Fields
 from . import gguf_keys, hf_config, rotary
 from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
@@ -40,7 +40,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     rotated = rotary.gguf_rotated(keys, shape)
     plain = Traits(
-        layers=gguf_keys.same_windows(keys, shape, norm=PARALLEL, activation=UNGATED),
+        layers=gguf_keys.same_windows(keys, shape, norm=PARALLEL, activation="gelu_tanh"),
         **rotary.gguf_rope(keys, shape, file, rotated),
         folds=rotary.folds(rotary.order(shape.head_dim, rotated)),
     )

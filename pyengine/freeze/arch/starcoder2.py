@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...errors import UnsupportedModelError
-from ...format.config import UNGATED, LayerSpec
+from ...format.config import LayerSpec
 from ..fields import Fields
 from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
@@ -34,7 +34,7 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     if not gguf_keys.has_bias(file, "attn_q"):
         raise UnsupportedModelError("StarCoder2 without biases is not implemented from GGUF")
     plain = Traits(
-        layers=gguf_keys.same_windows(keys, shape, activation=UNGATED),
+        layers=gguf_keys.same_windows(keys, shape, activation="gelu_tanh"),
         rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
     )
     return folded(plain, norm_eps=gguf_keys.norm_eps(keys, gguf_keys.LAYER_NORM_EPS), own=_BIASES)

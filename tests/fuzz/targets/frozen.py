@@ -49,7 +49,7 @@ _OPTIONAL = [  # keys of config.json that the seed does not have, or says otherw
     ("router_bias", [False, True]),
     ("qk_norm_after_rope", [False, True]),
     ("norm", ["rmsnorm_after", "rmsnorm_around", "rmsnorm_parallel"]),
-    ("activation", ["geglu_tanh", "gelu_tanh", "swiglu_clamped"]),
+    ("activation", ["geglu_tanh", "gelu_tanh", "gelu", "relu2", "xielu", "swiglu_clamped"]),
 ]
 _TEXTS = [
     b"[]",
