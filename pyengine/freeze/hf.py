@@ -31,6 +31,7 @@ _CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP = (
 )  # fmt: skip
 _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TIED = "tie_word_embeddings"
 _POOLING = "1_Pooling/config.json"  # sentence-transformers'
 DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _POOLING, _INDEX)
 
@@ -160,6 +161,14 @@ def _refuse_unknown_arithmetic(config: Fields, traits: Traits) -> None:
         raise UnsupportedModelError("mlp_bias is not implemented")
     if config.raw("use_bidirectional_attention") or not config.flag("is_causal", True):
         raise UnsupportedModelError("attention that is not causal (use_bidirectional_attention, is_causal) is not implemented")
+
+
+def _is_tied(whole: Fields, text: Fields, config: Fields, has_output: bool) -> bool:
+    """Whether the embeddings are the output matrix too. Of a model whose text model is a part, version 4 of transformers goes by
+    the part's flag and version 5 by the whole's: where they differ, by what the file has."""
+    if _TIED in whole and _TIED in text and whole.flag(_TIED) != text.flag(_TIED):
+        return not has_output
+    return config.flag(_TIED, not has_output)
 
 
 def _vocab_size(config: Fields) -> int:
@@ -323,8 +332,9 @@ def load_hf(
             reader = Mxfp4Tensors(stored) if is_mxfp4(config) else PackedTensors(stored, settings)
         documents = _Documents(directory, config, _vocab_size(config))
         has_output = architecture.parts["output"].hf in reader.shapes
+        whole, inside = Fields(document, _CONFIG), Fields({**architecture.hf_defaults, **text}, _CONFIG)
         # A model that was saved without an output matrix is for its hidden states; its embeddings stand there, as in GGUF.
-        is_tied = config.flag("tie_word_embeddings", not has_output) or (is_inner and not has_output)
+        is_tied = _is_tied(whole, inside if text else whole, config, has_output) or (is_inner and not has_output)
         shape = _shape(config, is_tied, n_ctx)
         traits = architecture.from_hf(config, shape)
         _refuse_unknown_arithmetic(config, traits)

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from ...format.config import LayerSpec
 from ..fields import Fields
-from ..rope import Rope, rope_inv_freq, yarn
+from ..rope import Rope, rope_inv_freq
 from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
 
@@ -59,29 +59,12 @@ def _layers(
 
 
 def _ropes_hf(config: Fields, head_dim: int) -> dict[str, Rope]:
-    """Gemma 3's two tables. ``rope_parameters`` has an object for each kind of layer; older files have the bases in two keys,
-    and a ``rope_scaling`` that is of the full layers only."""
-    inside = Fields(config.table("rope_parameters", {}), "config.json: rope_parameters")
+    """Gemma 3's two tables. Older files have the bases in two keys."""
     bases = {
         hf_config.FULL: config.number("rope_theta", _GLOBAL_BASE),
         hf_config.SLIDING: config.number("rope_local_base_freq", _LOCAL_BASE),
     }
-    objects = {kind: inside.table(kind, {}) for kind in bases}
-    objects[hf_config.FULL] = {**objects[hf_config.FULL], **config.table("rope_scaling", {})}
-    ropes = {}
-    for kind, found in objects.items():
-        scaling = Fields(found, f"config.json: RoPE parameters of {kind}")
-        rope_type = scaling.text("rope_type", scaling.text("type", "default"))
-        if scaling.number("partial_rotary_factor", 1.0) != 1.0 or rope_type == "llama3":
-            raise UnsupportedModelError(f"RoPE type {rope_type!r:.80}, or one over a part of the head, for this architecture")
-        base = scaling.number("rope_theta", bases[kind])
-        if rope_type == "yarn":
-            key = "original_max_position_embeddings"
-            trained = scaling.number(key, config.number("max_position_embeddings"))
-            ropes[kind] = yarn(head_dim, base, {**found, key: trained, "truncate": scaling.flag("truncate", True)})
-        else:
-            ropes[kind] = Rope(rope_inv_freq(head_dim, base, {**found, "rope_type": rope_type}))
-    return ropes
+    return hf_config.ropes_of_kinds(config, head_dim, bases)
 
 
 def _common_hf(config: Fields, shape: Shape, qk_norm: bool) -> dict[str, Any]:
@@ -180,6 +163,14 @@ GEMMA3 = Architecture(
     "Gemma3ForCausalLM", "gemma3_text", "gemma3", _gemma3_hf, _gemma3_gguf, _PARTS, gguf_keys=_KEYS | {"rope.freq_base_swa"},
     hf_defaults={**_DEFAULTS, "max_position_embeddings": 131_072, "vocab_size": 262_208},
 )  # fmt: skip
+
+
+def _images_hf(config: Fields, shape: Shape) -> Traits:
+    if hf_config.softcap(config, "final_logit_softcapping"):  # this class of transformers reads the key and leaves it at that
+        raise UnsupportedModelError("final_logit_softcapping, a soft cap of logits, is not implemented for this architecture")
+    return _gemma3_hf(config, shape)
+
+
 # Of a model that sees images. Published files have the first spelling of names, transformers 5 writes the last two.
 TEXT_OF_IMAGES = {
     "language_model.model.": "model.",
@@ -191,5 +182,6 @@ TEXT_OF_IMAGES = {
 GEMMA3_IMAGES = GEMMA3._replace(
     hf="Gemma3ForConditionalGeneration",
     model_type="gemma3",
+    from_hf=_images_hf,
     hf_text=TEXT_OF_IMAGES,
 )

@@ -113,8 +113,8 @@ def _shared_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 
 def _hybrid_hf(config: Fields, shape: Shape) -> Traits:
     """Of a class whose layers have attention or a state space, and whose MLP is what others have beside experts: with attention
-    in all layers, and without experts."""
-    hf_config.layer_kinds(config, ["mamba"] * shape.n_layers, known=["attention"])
+    in all layers, and without experts. transformers 5 calls attention full, as elsewhere."""
+    hf_config.layer_kinds(config, ["mamba"] * shape.n_layers, known=["attention", hf_config.FULL])
     if config.integer("num_local_experts") != 0:
         raise UnsupportedModelError("experts (num_local_experts) are not implemented for this architecture")
     return replace(_placed_hf(config, shape, "nope"), hidden_dim=config.integer("shared_intermediate_size"))

@@ -150,6 +150,33 @@ def one_rope(config: Fields, shape: Shape, default_base: float = _DEFAULT_ROPE_T
     return {"rope_tables": (rope.inv_freq,), "rope_amplitudes": (rope.amplitude,)}
 
 
+def has_ropes_of_kinds(config: Fields) -> bool:
+    """Whether ``rope_parameters`` has an object for a kind of layer."""
+    return any(isinstance(value, dict) for value in config.table("rope_parameters", {}).values())
+
+
+def ropes_of_kinds(config: Fields, head_dim: int, bases: Mapping[str, float]) -> dict[str, Rope]:
+    """The tables of the kinds of layers that ``bases`` names, with the base of each where nothing else is said: from
+    ``rope_parameters``, which has an object for each kind, and a ``rope_scaling``, which is of the full layers only."""
+    inside = Fields(config.table("rope_parameters", {}), "config.json: rope_parameters")
+    objects = {kind: inside.table(kind, {}) for kind in bases}
+    objects[FULL] = {**objects[FULL], **config.table("rope_scaling", {})}
+    ropes = {}
+    for kind, found in objects.items():
+        scaling = Fields(found, f"config.json: RoPE parameters of {kind}")
+        rope_type = scaling.text("rope_type", scaling.text("type", "default"))
+        if scaling.number("partial_rotary_factor", 1.0) != 1.0 or rope_type == "llama3":
+            raise UnsupportedModelError(f"RoPE type {rope_type!r:.80}, or one over a part of the head, for this architecture")
+        base = scaling.number("rope_theta", bases[kind])
+        if rope_type == "yarn":
+            key = "original_max_position_embeddings"
+            trained = scaling.number(key, config.number("max_position_embeddings"))
+            ropes[kind] = yarn(head_dim, base, {**found, key: trained, "truncate": scaling.flag("truncate", True)})
+        else:
+            ropes[kind] = Rope(rope_inv_freq(head_dim, base, {**found, "rope_type": rope_type}))
+    return ropes
+
+
 def _rope_settings(config: Fields, is_partial: bool) -> tuple[str, dict[str, Any]]:
     """(RoPE's type, its numbers as transformers finds them)."""
     inside, scaling = rope_scaling(config)

@@ -57,6 +57,11 @@ def _mixtral_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return replace(_gguf(keys, shape, file), experts_normalized=True)
 
 
+def _n_experts(config: Fields) -> int:
+    """transformers 5 writes the number under Mixtral's name for some of the others."""
+    return config.integer("num_local_experts", config.integer("num_experts"))
+
+
 def _refuse_layers_apart(config: Fields) -> None:
     if config.integer("decoder_sparse_step", 1) != 1 or config.raw("mlp_only_layers"):
         raise UnsupportedModelError("layers without experts beside layers with them are not implemented")
@@ -71,7 +76,7 @@ def _qwen2_hf(config: Fields, shape: Shape) -> Traits:
         **hf_config.one_rope(config, shape),
         qkv_bias=config.flag("qkv_bias", True),
         hidden_dim=config.integer("moe_intermediate_size"),
-        n_experts=config.integer("num_experts"),
+        n_experts=_n_experts(config),
         n_experts_used=config.integer("num_experts_per_tok"),
         experts_normalized=config.flag("norm_topk_prob", False),
         shared_hidden_dim=config.integer("shared_expert_intermediate_size"),
@@ -99,7 +104,7 @@ def _qwen3_hf(config: Fields, shape: Shape) -> Traits:
         o_bias=has_bias,
         qk_norm=True,
         hidden_dim=config.integer("moe_intermediate_size"),
-        n_experts=config.integer("num_experts"),
+        n_experts=_n_experts(config),
         n_experts_used=config.integer("num_experts_per_tok"),
         experts_normalized=config.flag("norm_topk_prob", False),
     )
@@ -126,7 +131,7 @@ def _olmoe_hf(config: Fields, shape: Shape) -> Traits:
         o_bias=has_bias,
         qk_norm=True,
         qk_norm_all_heads=True,
-        n_experts=config.integer("num_experts"),
+        n_experts=_n_experts(config),
         n_experts_used=config.integer("num_experts_per_tok"),
         experts_normalized=config.flag("norm_topk_prob", False),
     )
