@@ -119,18 +119,16 @@ def _open_weights(directory: Path) -> SafetensorsReader:
     return SafetensorsReader([directory / name for name in names])
 
 
-_INNER = "model."  # how the names of all but the output matrix begin
-
-
 def _text_tensors(file: SafetensorsReader, architecture: Architecture) -> tuple[StoredTensors, bool]:
     """(the tensors by the names of the architecture's parts, whether they are of what is inside of the class with an output
     matrix, saved alone and named so: Qwen3-Embedding's)."""
     if architecture.hf_text is not None:
         return RenamedTensors(file, architecture.hf_text), False
-    if any(name.startswith(_INNER) for name in file.shapes):
+    inner = architecture.parts["norm"].hf.partition(".")[0] + "."  # how the names of all but the output matrix begin
+    if any(name.startswith(inner) for name in file.shapes):
         return file, False
     output = architecture.parts["output"].hf
-    return RenamedTensors(file, {output: output, "": _INNER}), True
+    return RenamedTensors(file, {output: output, "": inner}), True
 
 
 def missing_weights(directory: Path) -> list[str]:
@@ -161,6 +159,13 @@ def _refuse_unknown_arithmetic(config: Fields, traits: Traits) -> None:
         raise UnsupportedModelError("mlp_bias is not implemented")
     if config.raw("use_bidirectional_attention") or not config.flag("is_causal", True):
         raise UnsupportedModelError("attention that is not causal (use_bidirectional_attention, is_causal) is not implemented")
+
+
+def _text_config(document: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The text model's own part of config.json; older files have its keys among the others."""
+    if architecture.hf_text is None or ("text_config" not in document and "hidden_size" in document):
+        return {}
+    return Fields(document, _CONFIG).table("text_config")
 
 
 def _is_tied(whole: Fields, text: Fields, config: Fields, has_output: bool) -> bool:
@@ -320,8 +325,9 @@ def load_hf(
     if document is None:
         raise ModelFormatError(f"{directory} has no {_CONFIG}{_models_in(directory)}")
     architecture = architecture_of_hf(document)  # before the weights: the clearest reason to refuse
-    text = {} if architecture.hf_text is None else Fields(document, _CONFIG).table("text_config")
-    config = Fields({**architecture.hf_defaults, **document, **text}, _CONFIG)
+    text = _text_config(document, architecture)
+    keys = {architecture.hf_keys.get(key, key): value for key, value in {**document, **text}.items()}
+    config = Fields({**architecture.hf_defaults, **keys}, _CONFIG)
     file = _open_weights(directory)
     try:
         stored, is_inner = _text_tensors(file, architecture)

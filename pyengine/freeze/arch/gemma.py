@@ -1,10 +1,11 @@
-"""Gemma 2 and Gemma 3 (its text model): gains of 1 + w, scaled embeddings and queries are folded; norms around both halves of
-a layer, GELU, windows with a RoPE table of their own and softcaps are fields of the file."""
+"""Gemma 1 to 3 (text) and VaultGemma: gains of 1 + w, scaled embeddings and queries are folded; norms around both halves of a
+layer, GELU, windows with a RoPE table of their own and softcaps are fields of the file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ...errors import UnsupportedModelError
@@ -12,7 +13,7 @@ from ...format.config import LayerSpec
 from ..fields import Fields
 from ..rope import Rope, rope_inv_freq
 from . import gguf_keys, hf_config
-from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
+from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits, no_gguf
 
 _NORMS = "rmsnorm_around"
 _GAINS = ("attention_norm", "post_attention_norm", "ffn_norm", "post_ffn_norm", "q_norm", "k_norm", "norm")
@@ -89,14 +90,27 @@ def _gemma3_hf(config: Fields, shape: Shape) -> Traits:
     return Traits(**layers, **_common_hf(config, shape, qk_norm=True))
 
 
-def _gemma2_hf(config: Fields, shape: Shape) -> Traits:
+def _gemma2_hf(config: Fields, shape: Shape, norms: str = _NORMS) -> Traits:
     kinds = hf_config.layer_kinds(config, hf_config.periodic_kinds(config, shape.n_layers, _PERIOD[2]))
     activation = hf_config.activation(config, "hidden_activation", _GELU)
     windows = hf_config.windows(config, kinds)
     return Traits(
-        layers=tuple(LayerSpec(window, 0, _NORMS, activation) for window in windows),
+        layers=tuple(LayerSpec(window, 0, norms, activation) for window in windows),
         **hf_config.one_rope(config, shape),
         **_common_hf(config, shape, qk_norm=False),
+    )
+
+
+def _gemma1_hf(config: Fields, shape: Shape) -> Traits:
+    """``gelu`` in the first published files means the other one."""
+    has_bias = config.flag("attention_bias", False)
+    activation = hf_config.activation(config, default=_GELU, known={_GELU: "geglu_tanh", "gelu": "geglu_tanh"})
+    return Traits(
+        layers=hf_config.no_windows(shape, activation=activation),
+        **hf_config.one_rope(config, shape),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        folds=_folds(shape, shape.head_dim**-0.5, 1.0, False),
     )
 
 
@@ -147,6 +161,16 @@ def _gemma2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     )
 
 
+def _gemma1_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape, activation="geglu_tanh"),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
+        o_bias=gguf_keys.has_bias(file, "attn_output"),
+        folds=_folds(shape, shape.head_dim**-0.5, 0.0, False),
+    )
+
+
 # What published files leave out: transformers' classes have it.
 _DEFAULTS = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096,
@@ -158,6 +182,18 @@ GEMMA2 = Architecture(
     "Gemma2ForCausalLM", "gemma2", "gemma2", _gemma2_hf, _gemma2_gguf, _PARTS,
     gguf_keys=_KEYS | {"attn_logit_softcapping"},
     hf_defaults={**_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192},
+)  # fmt: skip
+GEMMA = Architecture(
+    "GemmaForCausalLM", "gemma", "gemma", _gemma1_hf, _gemma1_gguf,
+    hf_defaults={
+        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    },
+)  # fmt: skip
+# Gemma 2 with norms before both halves of a layer only.
+VAULT_GEMMA = GEMMA2._replace(
+    hf="VaultGemmaForCausalLM", model_type="vaultgemma", gguf=None, from_gguf=no_gguf,
+    from_hf=partial(_gemma2_hf, norms="rmsnorm"), parts={**PARTS, "ffn_norm": _PARTS["ffn_norm"]},
 )  # fmt: skip
 GEMMA3 = Architecture(
     "Gemma3ForCausalLM", "gemma3_text", "gemma3", _gemma3_hf, _gemma3_gguf, _PARTS, gguf_keys=_KEYS | {"rope.freq_base_swa"},

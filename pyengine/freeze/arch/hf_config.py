@@ -125,23 +125,27 @@ def rope_base(config: Fields, default: float = _DEFAULT_ROPE_THETA) -> float:
     return inside.number("rope_theta", config.number("rope_theta", default))
 
 
-def rope_table(
-    config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA, *, is_partial: bool = False
-) -> Float32Array:
-    """The one table of a model whose layers turn the same ``rotated`` elements, (rotated / 2), as transformers reads it:
-    all elements, unless it ``is_partial``."""
-    kind, settings = _rope_settings(config, is_partial)
-    return rope_inv_freq(rotated, rope_base(config, default_base), {**settings, "rope_type": kind})
+def rope_table(config: Fields, rotated: int) -> Float32Array:
+    """The one table of a model whose layers turn the same ``rotated`` elements, all, (rotated / 2), as transformers reads it."""
+    kind, settings = _rope_settings(config, is_partial=False)
+    return rope_inv_freq(rotated, rope_base(config), {**settings, "rope_type": kind})
 
 
 def scaled_rope(
-    config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA, *, is_partial: bool = False
+    config: Fields,
+    rotated: int,
+    default_base: float = _DEFAULT_ROPE_THETA,
+    *,
+    is_partial: bool = False,
+    base: float | None = None,
 ) -> Rope:
-    """The same, or YaRN."""
+    """The same, or YaRN; of a part of the elements, if it ``is_partial``, and with another base than the configuration's, if one
+    is given."""
     kind, settings = _rope_settings(config, is_partial)
+    base = rope_base(config, default_base) if base is None else base
     if kind != "yarn":
-        return Rope(rope_table(config, rotated, default_base, is_partial=is_partial))
-    return yarn(rotated, rope_base(config, default_base), settings)
+        return Rope(rope_inv_freq(rotated, base, {**settings, "rope_type": kind}))
+    return yarn(rotated, base, settings)
 
 
 def one_rope(config: Fields, shape: Shape, default_base: float = _DEFAULT_ROPE_THETA) -> dict[str, Any]:
@@ -191,4 +195,6 @@ def _rope_settings(config: Fields, is_partial: bool) -> tuple[str, dict[str, Any
     if kind in ("llama3", "yarn"):
         key = "original_max_position_embeddings"
         numbers[key] = config.number(key, numbers.get(key, config.number("max_position_embeddings")))
+    if kind == "mrope":  # three positions of a token, which are one in a text
+        kind = "default"
     return kind, {**scaling, **numbers, "truncate": inside.flag("truncate", True)}
