@@ -74,6 +74,8 @@ def _moe_hf(config: Fields, shape: Shape) -> Traits:
 
 
 def _moe_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    if keys.integer("expert_shared_count", 1) != 1:
+        raise UnsupportedModelError("more than one shared expert (expert_shared_count) is not implemented")
     return replace(
         _gguf(keys, shape, file),
         hidden_dim=keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length")),
@@ -98,7 +100,7 @@ HUNYUAN = Architecture(
 _MLP, _NAMES = "model.layers.{i}.mlp.", ("gate", "up", "down")
 HUNYUAN_MOE = HUNYUAN._replace(
     hf="HunYuanMoEV1ForCausalLM", model_type="hunyuan_v1_moe", gguf="hunyuan-moe", from_hf=_moe_hf, from_gguf=_moe_gguf,
-    has_experts=True, has_shared_expert=True, gguf_keys=frozenset({"expert_feed_forward_length"}),
+    has_experts=True, has_shared_expert=True, gguf_keys=frozenset({"expert_feed_forward_length", "expert_shared_count"}),
     parts={
         **HUNYUAN.parts,
         "router": SourceName(_MLP + "gate.wg.weight", GGUF_EXPERTS["router"]),

@@ -132,8 +132,8 @@ def _qwen3_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 def _qwen3_vl_hf(config: Fields, shape: Shape) -> Traits:
     """Weights of experts sum to 1 whatever the configuration says. Their matrices are (inputs, outputs), but where transformers 5
     wrote them; of what somebody else wrote under its name the shapes would not fit."""
-    is_transposed = not config.text("transformers_version", "").startswith("5.")
-    folds = {part: Fold(is_transposed=is_transposed) for part in ("gate", "up", "down")}
+    is_version_5 = config.text("transformers_version", "").startswith("5.")
+    folds = {} if is_version_5 else {part: Fold(is_transposed=True) for part in ("gate", "up", "down")}
     return replace(_qwen3_hf(config, shape), experts_normalized=True, folds=folds)
 
 
