@@ -68,6 +68,21 @@ def test_the_older_spellings_of_a_model_that_sees(tmp_path: Path) -> None:
         assert np.allclose(source.vectors["rope.0.inv_freq"](), 5.0 ** -np.arange(0, 1, 0.25))
 
 
+def test_experts_as_version_4_writes_them(tmp_path: Path) -> None:
+    """Qwen3-VL's, of which all of a layer are one tensor: (inputs, outputs), as published."""
+    case = cases()["qwen3_vl_moe"]
+    wanted = freeze(write_case(case, tmp_path / "new"), tmp_path / "a")
+    older = replace(case, config=case.config | {"transformers_version": "4.57.0"})
+    directory = write_case(older, tmp_path / "old")
+    weights = case_weights(case.shapes)
+    weights |= {name: w.swapaxes(1, 2).copy() for name, w in weights.items() if ".experts." in name}
+    fixtures.write_safetensors(directory / "model.safetensors", weights)
+    assert weight_bytes(freeze(directory, tmp_path / "b")) == weight_bytes(wanted)
+    (directory / "config.json").write_text(json.dumps(case.config))
+    with pytest.raises(ModelFormatError, match="experts.*shape"):
+        open_source(directory)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "error", "match"),
     [
@@ -79,7 +94,7 @@ def test_the_older_spellings_of_a_model_that_sees(tmp_path: Path) -> None:
         ("mellum", {"mlp_layer_types": ["dense", "sparse", "sparse"]}, UnsupportedModelError, "layers without experts"),
         ("flex_olmo", {"clip_qkv": 8.0}, UnsupportedModelError, "clip_qkv"),
         ("gemma", {"hidden_act": "relu"}, UnsupportedModelError, "activation 'relu'"),
-        ("llava", {"text_config": {"model_type": "gemma2"}}, UnsupportedModelError, "text model 'gemma2'.*known are llama"),
+        ("llava", {"text_config": {"model_type": "gemma2"}}, UnsupportedModelError, r"text model 'gemma2'.*known are llama"),
         ("llava", {"text_config": {}}, ModelFormatError, "text_config of Llava.* has no model_type"),
         ("llama", {"architectures": ["Qwen3NextForCausalLM"]}, UnsupportedModelError, "'Qwen3Next.*it needs gated delta nets"),
         ("llama", {"architectures": ["Qwen3_5MoeForConditionalGeneration"]}, UnsupportedModelError, "it needs gated delta nets"),
