@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import MissingFileError, ModelFormatError, PyEngineError, UnsupportedModelError
 from ..files import read_regular
 from ..format.config import MAX_DIM, MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
@@ -22,7 +24,7 @@ from .lora import AdaptedTensors, Adapter
 from .mxfp4 import Mxfp4Tensors
 from .packed import PackedTensors, StoredTensors
 from .safetensors import SafetensorsReader
-from .sources import SourceModel
+from .sources import SourceModel, row_blocks
 from .special_tokens import begin_and_end, spellings
 from .tokenizer import check_tokenizer_json, json_bytes
 
@@ -174,6 +176,16 @@ def _is_tied(whole: Fields, text: Fields, config: Fields, has_output: bool) -> b
     if _TIED in whole and _TIED in text and whole.flag(_TIED) != text.flag(_TIED):
         return not has_output
     return config.flag(_TIED, not has_output)
+
+
+def _differ(reader: TensorReader, architecture: Architecture) -> bool:
+    """Whether the output matrix, of a file that has one though it is said to be the embeddings, is another: then version 5 of
+    transformers takes both as they are. Most such files have the shared matrix twice."""
+    names = [architecture.parts[part].hf for part in ("tok_embeddings", "output")]
+    if any(name not in reader.shapes for name in names) or reader.shapes[names[0]] != reader.shapes[names[1]]:
+        return False  # whoever reads them will say what is wrong
+    pairs = zip(*(row_blocks(reader.matrix(name)) for name in names), strict=True)
+    return any(not np.array_equal(rows, others, equal_nan=True) for (_, rows), (_, others) in pairs)
 
 
 def _vocab_size(config: Fields) -> int:
@@ -341,6 +353,7 @@ def load_hf(
         whole, inside = Fields(document, _CONFIG), Fields({**architecture.hf_defaults, **text}, _CONFIG)
         # A model that was saved without an output matrix is for its hidden states; its embeddings stand there, as in GGUF.
         is_tied = _is_tied(whole, inside if text else whole, config, has_output) or (is_inner and not has_output)
+        is_tied = is_tied and not (has_output and _differ(reader, architecture))
         shape = _shape(config, is_tied, n_ctx)
         traits = architecture.from_hf(config, shape)
         _refuse_unknown_arithmetic(config, traits)

@@ -79,7 +79,7 @@ def test_experts_as_version_4_writes_them(tmp_path: Path) -> None:
     fixtures.write_safetensors(directory / "model.safetensors", weights)
     assert weight_bytes(freeze(directory, tmp_path / "b")) == weight_bytes(wanted)
     (directory / "config.json").write_text(json.dumps(case.config))
-    with pytest.raises(ModelFormatError, match="experts.*shape"):
+    with pytest.raises(ModelFormatError, match=r"experts.*shape"):
         open_source(directory)
 
 

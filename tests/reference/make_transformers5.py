@@ -124,6 +124,7 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "gemma3_that_sees": seeing("gemma3", SIGLIP, model_type="gemma3_text", head_dim=16, **WINDOWS),
     "mistral3": seeing("mistral3", PIXTRAL, tied=True, model_type="ministral3", head_dim=16, sliding_window=None),
+    "smolvlm": seeing("smolvlm", {**SIGLIP, "model_type": "smolvlm_vision"}, model_type="llama"),
     "llava": seeing("llava", {**SIGLIP, "model_type": "clip_vision_model"}, model_type="mistral", sliding_window=9),
     "exaone4_5": seeing(
         "exaone4_5", {**QWEN_EYES, "num_key_value_heads": 1, "fullatt_block_indexes": [0]}, model_type="exaone4", **WINDOWS,

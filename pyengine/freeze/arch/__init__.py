@@ -52,15 +52,23 @@ ARCHITECTURES = (
 
 # Kinds that transformers 5 has no class for but Llama's, and writes as that.
 _WRITTEN_AS_LLAMA = (EXAONE, IQUEST_CODER, INTERNLM3)
-# Models that see, around a text model: `text_config` says of which kind. They make logits themselves, without what some kinds
-# do to theirs (scales, soft caps), which are not here.
+# Models that see or hear, around a text model: `text_config` says of which kind. They make logits themselves, without what
+# some kinds do to theirs (scales, soft caps), which are not here.
 _AROUND_TEXT = (
-    "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "InternVLForConditionalGeneration",
-    "Exaone4_5_ForConditionalGeneration",
+    "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration",
+    "InternVLForConditionalGeneration", "Exaone4_5_ForConditionalGeneration", "SmolVLMForConditionalGeneration",
+    "Idefics3ForConditionalGeneration", "VoxtralForConditionalGeneration",
 )  # fmt: skip
+# What a text_config leaves out is as in a model of 7B.
+_SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "vocab_size": 32_000}
+_LLAMA_SIZES = {**_SIZES, "intermediate_size": 11_008, "max_position_embeddings": 2048}
+_MISTRAL_SIZES = {**_SIZES, "intermediate_size": 14_336, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
 _KINDS_OF_TEXT = {
-    **{a.model_type: a for a in (LLAMA, MISTRAL, QWEN2, QWEN3, EXAONE4)}, "exaone4_5_text": EXAONE4,
-}  # fmt: skip
+    "llama": LLAMA._replace(hf_defaults=_LLAMA_SIZES),
+    "mistral": MISTRAL._replace(hf_defaults=_MISTRAL_SIZES),
+    **{a.model_type: a for a in (QWEN2, QWEN3, EXAONE4)},
+    "exaone4_5_text": EXAONE4,
+}
 
 
 def _unknown(name: Any, known: list[str]) -> UnsupportedModelError:

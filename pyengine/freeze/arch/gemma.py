@@ -207,11 +207,12 @@ def _images_hf(config: Fields, shape: Shape) -> Traits:
     return _gemma3_hf(config, shape)
 
 
-# Of a model that sees images. Published files have the first spelling of names, transformers 5 writes the last two.
+# Of a model that sees images. Published files have the first spelling of names, some the last but one; version 5 the others.
 TEXT_OF_IMAGES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
+    "model.text_model.": "model.",
     "lm_head.": "lm_head.",
 }
 # The models from 4B on.

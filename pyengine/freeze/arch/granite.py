@@ -35,13 +35,14 @@ def folds(m: Multipliers, shape: Shape) -> dict[str, Fold]:
         "wo": Fold(m.residual),
         "wo.bias": Fold(m.residual),
         "down": Fold(m.residual),
+        "down.bias": Fold(m.residual),
         "shared_down": Fold(m.residual),
         "norm": Fold(1.0 / final),
     }
 
 
 def _hf(config: Fields, shape: Shape) -> Traits:
-    has_bias = config.flag("attention_bias", False)
+    has_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     found = Multipliers(
         hf_config.multiplier(config, "embedding_multiplier"),
         hf_config.multiplier(config, "residual_multiplier"),
@@ -53,6 +54,8 @@ def _hf(config: Fields, shape: Shape) -> Traits:
         **hf_config.one_rope(config, shape),
         qkv_bias=has_bias,
         o_bias=has_bias,
+        gate_up_bias=mlp_bias,
+        down_bias=mlp_bias,
         folds=folds(found, shape),
     )
 
@@ -93,7 +96,7 @@ def _hyperclovax_hf(config: Fields, shape: Shape) -> Traits:
     )
     own, has_norms = folds(found, shape), config.flag("use_post_norm", True)
     if has_norms:
-        own = {part: fold for part, fold in own.items() if part not in ("wo", "wo.bias", "down")}
+        own = {part: fold for part, fold in own.items() if part not in ("wo", "wo.bias", "down", "down.bias")}
         own |= dict.fromkeys(("post_attention_norm", "post_ffn_norm"), Fold(found.residual))
     norm = "rmsnorm_around" if has_norms else "rmsnorm"
     return replace(
@@ -114,6 +117,8 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
         rope_tables=(rope if keys.flag("rope.scaling.finetuned", True) else np.zeros_like(rope),),  # so its readers mean it
         qkv_bias=gguf_keys.has_bias(file, "attn_q"),
         o_bias=gguf_keys.has_bias(file, "attn_output"),
+        gate_up_bias=gguf_keys.has_bias(file, "ffn_up"),
+        down_bias=gguf_keys.has_bias(file, "ffn_down"),
         folds=folds(found, shape),
     )
 
