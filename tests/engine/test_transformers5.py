@@ -89,7 +89,7 @@ def test_experts_as_version_4_writes_them(tmp_path: Path) -> None:
         ("iquestcoder", {"architectures": ["IQuestCoderForCausalLM"], "clip_qkv": 8.0}, UnsupportedModelError, "clip_qkv"),
         ("granite_swa", {"layer_rope_theta": [1e4]}, ModelFormatError, "layer_rope_theta must be a list"),
         ("granite_swa", {"layer_rope_theta": [1e4, "x", 0]}, ModelFormatError, "layer_rope_theta must be a list"),
-        ("granite_swa", {"layer_rope_theta": [1e4, -1.0, 0]}, ModelFormatError, "RoPE base"),
+        ("granite_swa", {"layer_rope_theta": [1e4, -1.0, 0]}, ModelFormatError, "layer_rope_theta must be a list"),
         ("hunyuan_moe", {"moe_topk": [2, 1, 2]}, ModelFormatError, "moe_topk must be an integer"),
         ("mellum", {"mlp_layer_types": ["dense", "sparse", "sparse"]}, UnsupportedModelError, "layers without experts"),
         ("flex_olmo", {"clip_qkv": 8.0}, UnsupportedModelError, "clip_qkv"),
@@ -110,3 +110,30 @@ def test_what_is_wrong_or_not_known_is_named(
     config = {key: value for key, value in (case.config | changes).items() if value is not ...}
     with pytest.raises(error, match=match):
         open_source(write_case(replace(case, config=config), tmp_path / "hf"))
+
+
+VALUES = [None, True, 0, -1, 10**400, 0.5, 1e308, "", "x", [], [10**400] * 3, [0, 1], {}, {"a": {}}, {"full_attention": 1}]
+OWN_KEYS = {
+    "granite_swa": ["layer_rope_theta", "sliding_window", "layer_types"],
+    "mellum": ["mlp_layer_types", "layer_types", "rope_parameters", "num_local_experts"],
+    "hunyuan_moe": ["moe_topk", "num_experts", "rope_parameters"],
+    "qwen3_vl_moe": ["text_config", "tie_word_embeddings", "transformers_version"],
+    "llava": ["text_config", "tie_word_embeddings"],
+    "exaone": ["num_layers", "layer_norm_epsilon", "activation_function", "model_type"],
+    "hyperclovax": ["use_post_norm", "logits_scaling", "attention_multiplier"],
+    "olmo3": ["rope_parameters", "rope_scaling", "rope_theta"],
+    "iquestcoder": ["clip_qkv", "use_sliding_window", "architectures"],
+    "cwm": ["sliding_window", "layer_types", "rope_parameters"],
+    "gemma": ["hidden_act", "tie_word_embeddings"],
+}
+
+
+@pytest.mark.parametrize("name", OWN_KEYS)
+def test_any_value_of_the_keys_of_their_own_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    case = cases()[name]
+    directory = write_case(case, tmp_path / "hf")
+    for key in OWN_KEYS[name]:
+        for value in VALUES:
+            (directory / "config.json").write_text(json.dumps(case.config | {key: value}))
+            with contextlib.suppress(PyEngineError):
+                open_source(directory).close()

@@ -122,6 +122,10 @@ CASES: dict[str, dict[str, Any]] = {
         model_type="qwen3_vl_moe_text", head_dim=8, **EXPERTS,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5, **THREE},
     ),
+    "glm4v": seeing(
+        "glm4v", {**QWEN_EYES, "image_size": 16}, model_type="glm4v_text",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
+    ),
     "gemma3_that_sees": seeing("gemma3", SIGLIP, model_type="gemma3_text", head_dim=16, **WINDOWS),
     "mistral3": seeing("mistral3", PIXTRAL, tied=True, model_type="ministral3", head_dim=16, sliding_window=None),
     "smolvlm": seeing("smolvlm", {**SIGLIP, "model_type": "smolvlm_vision"}, model_type="llama"),

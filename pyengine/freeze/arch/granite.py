@@ -68,8 +68,9 @@ def _swa_hf(config: Fields, shape: Shape, plain: Callable[[Fields, Shape], Trait
     bases = config.raw("layer_rope_theta")
     if bases is None:
         bases = [hf_config.rope_base(config)] * shape.n_layers
-    if not isinstance(bases, list) or [type(base) in (int, float) for base in bases] != [True] * shape.n_layers:
-        raise config.wrong("layer_rope_theta", "a list of a number for each layer")
+    is_list = isinstance(bases, list) and len(bases) == shape.n_layers
+    if not is_list or not all(type(base) in (int, float) and 0 <= base <= 1e12 for base in bases):
+        raise config.wrong("layer_rope_theta", "a list of a number from 0 to 1e12 for each layer")
     used = list(dict.fromkeys(bases))
     ropes = [hf_config.scaled_rope(config, shape.head_dim, base=base or None) for base in used]
     traits = plain(config, shape)

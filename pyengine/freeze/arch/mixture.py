@@ -139,7 +139,7 @@ def _qwen3_vl_hf(config: Fields, shape: Shape) -> Traits:
 
 def _mellum_hf(config: Fields, shape: Shape) -> Traits:
     """Two tables, of the layers with a window and of those without."""
-    if "dense" in (config.raw("mlp_layer_types") or []):
+    if (config.raw("mlp_layer_types") or ["sparse"] * shape.n_layers) != ["sparse"] * shape.n_layers:
         raise UnsupportedModelError("layers without experts beside layers with them (mlp_layer_types) are not implemented")
     kinds = hf_config.layer_kinds(config, [hf_config.FULL] * shape.n_layers)
     bases = {hf_config.FULL: 500_000.0, hf_config.SLIDING: 10_000.0}
