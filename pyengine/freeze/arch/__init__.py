@@ -54,11 +54,16 @@ ARCHITECTURES = (
 _WRITTEN_AS_LLAMA = (EXAONE, IQUEST_CODER, INTERNLM3)
 # Models that see or hear, around a text model: `text_config` says of which kind. They make logits themselves, without what
 # some kinds do to theirs (scales, soft caps), which are not here.
-_AROUND_TEXT = (
-    "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration",
-    "InternVLForConditionalGeneration", "Exaone4_5_ForConditionalGeneration", "SmolVLMForConditionalGeneration",
-    "Idefics3ForConditionalGeneration", "VoxtralForConditionalGeneration",
-)  # fmt: skip
+_AROUND_TEXT = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "voxtral": "VoxtralForConditionalGeneration",
+}
 # What a text_config leaves out is as in a model of 7B.
 _SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "vocab_size": 32_000}
 _LLAMA_SIZES = {**_SIZES, "intermediate_size": 11_008, "max_position_embeddings": 2048}
@@ -88,16 +93,16 @@ def architecture_of_hf(config: dict[str, Any]) -> Architecture:
         if kind is None:
             raise ModelFormatError("config.json names no architecture: it has neither architectures nor model_type")
         found = next((a for a in ARCHITECTURES if a.model_type == kind), None)
-        named = [kind]
+        named = [_AROUND_TEXT.get(kind, kind) if isinstance(kind, str) else kind]
     else:
         if not isinstance(named, list) or len(named) != 1:
             raise ModelFormatError(f"config.json: architectures must name one, not {named!r:.200}")
         # Of a model that was saved without its output matrix the class is XModel.
         found = next((a for a in ARCHITECTURES if named[0] in (a.hf, a.hf.replace("ForCausalLM", "Model"))), None)
-        if named[0] in _AROUND_TEXT:
-            return _text_of(config, named[0])
         if found is LLAMA:
             found = next((a for a in _WRITTEN_AS_LLAMA if a.model_type == config.get("model_type")), LLAMA)
+    if named[0] in _AROUND_TEXT.values():
+        return _text_of(config, named[0])
     if found is None:
         raise _unknown(named[0], [a.hf for a in ARCHITECTURES])
     return found
