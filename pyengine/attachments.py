@@ -1,10 +1,5 @@
-<<<<<<< HEAD
-"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill format,
-guides, token healing, generation defaults."""
-=======
 """The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill and
-ranking formats, guides, generation defaults."""
->>>>>>> rerank
+ranking formats, guides, token healing, generation defaults."""
 
 from __future__ import annotations
 
@@ -93,7 +88,6 @@ class Attachments:
             return self._infill
 
     @property
-<<<<<<< HEAD
     def healer(self) -> Healer:
         """What takes back the end of a prompt."""
         with self._lock:
@@ -106,7 +100,8 @@ class Attachments:
                     infill = None
                 self._healer = Healer(self.tokenizer, self._file.config.vocab_size, infill)
             return self._healer
-=======
+
+    @property
     def reranker(self) -> Reranker:
         """Raises InvalidArgumentError if the model cannot be asked to rank."""
         with self._lock:
@@ -120,7 +115,6 @@ class Attachments:
                     raise unasked(error, name) from None
                 self._reranker = Reranker(self.tokenizer, template, self._file.config.extra, name)
             return self._reranker
->>>>>>> rerank
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """A new guide, for one output. Raises InvalidArgumentError for a grammar that cannot be used."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.config import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
-from . import rank_head
 from ..format.quantize import Float32Array, RowSource
+from . import rank_head
 from .arch import architecture_of_gguf, gguf_keys
 from .arch.base import Architecture, Shape, Traits, spelled
 from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import MissingFileError, ModelFormatError, PyEngineError, UnsupportedModelError
 from ..files import read_regular
 from ..format.config import MAX_DIM, MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
@@ -24,7 +26,7 @@ from .lora import AdaptedTensors, Adapter
 from .mxfp4 import Mxfp4Tensors
 from .packed import PackedTensors, StoredTensors
 from .safetensors import SafetensorsReader
-from .sources import SourceModel
+from .sources import SourceModel, row_blocks
 from .special_tokens import begin_and_end, spellings
 from .tokenizer import check_tokenizer_json, json_bytes
 
@@ -34,6 +36,7 @@ _CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP = (
 _HEAD = "score.weight"  # of a classifier
 _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TIED = "tie_word_embeddings"
 DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, *sentence.DOCUMENTS, _INDEX)
 
 _MAX_SHARDS = 4096
@@ -160,6 +163,31 @@ def _refuse_unknown_arithmetic(config: Fields, traits: Traits) -> None:
         raise UnsupportedModelError("mlp_bias is not implemented")
     if config.raw("use_bidirectional_attention") or not config.flag("is_causal", True):
         raise UnsupportedModelError("attention that is not causal (use_bidirectional_attention, is_causal) is not implemented")
+
+
+def _text_config(document: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The text model's own part of config.json; older files have its keys among the others."""
+    if architecture.hf_text is None or ("text_config" not in document and "hidden_size" in document):
+        return {}
+    return Fields(document, _CONFIG).table("text_config")
+
+
+def _is_tied(whole: Fields, text: Fields, config: Fields, has_output: bool) -> bool:
+    """Whether the embeddings are the output matrix too. Of a model whose text model is a part, version 4 of transformers goes by
+    the part's flag and version 5 by the whole's: where they differ, by what the file has."""
+    if _TIED in whole and _TIED in text and whole.flag(_TIED) != text.flag(_TIED):
+        return not has_output
+    return config.flag(_TIED, not has_output)
+
+
+def _differ(reader: TensorReader, architecture: Architecture) -> bool:
+    """Whether the output matrix, of a file that has one though it is said to be the embeddings, is another: then version 5 of
+    transformers takes both as they are. Most such files have the shared matrix twice."""
+    names = [architecture.parts[part].hf for part in ("tok_embeddings", "output")]
+    if any(name not in reader.shapes for name in names) or reader.shapes[names[0]] != reader.shapes[names[1]]:
+        return False  # whoever reads them will say what is wrong
+    pairs = zip(*(row_blocks(reader.matrix(name)) for name in names), strict=True)
+    return any(not np.array_equal(rows, others, equal_nan=True) for (_, rows), (_, others) in pairs)
 
 
 def _vocab_size(config: Fields) -> int:
@@ -311,9 +339,9 @@ def load_hf(
     if document is None:
         raise ModelFormatError(f"{directory} has no {_CONFIG}{_models_in(directory)}")
     architecture = architecture_of_hf(document)  # before the weights: the clearest reason to refuse
-    text = {} if architecture.hf_text is None else Fields(document, _CONFIG).table("text_config")
-    renamed = {usual: document[own] for own, usual in architecture.hf_renamed.items() if own in document}
-    config = Fields({**architecture.hf_defaults, **renamed, **document, **text}, _CONFIG)
+    text = _text_config(document, architecture)
+    keys = {architecture.hf_keys.get(key, key): value for key, value in {**document, **text}.items()}
+    config = Fields({**architecture.hf_defaults, **keys}, _CONFIG)
     file = _open_weights(directory)
     try:
         stored, is_inner = _text_tensors(file, architecture)
@@ -324,9 +352,11 @@ def load_hf(
             reader = Mxfp4Tensors(stored) if is_mxfp4(config) else PackedTensors(stored, settings)
         documents = _Documents(directory, config, _vocab_size(config))
         has_output = architecture.parts["output"].hf in reader.shapes
+        whole, inside = Fields(document, _CONFIG), Fields({**architecture.hf_defaults, **text}, _CONFIG)
         # A model that was saved without an output matrix is for its hidden states; its embeddings stand there, as in GGUF.
         is_ranker = is_classifier(document)
-        is_tied = config.flag("tie_word_embeddings", not has_output) or ((is_inner or is_ranker) and not has_output)
+        is_tied = _is_tied(whole, inside if text else whole, config, has_output) or ((is_inner or is_ranker) and not has_output)
+        is_tied = is_tied and not (has_output and _differ(reader, architecture))
         shape = _shape(config, is_tied, n_ctx)
         traits = architecture.from_hf(config, shape)
         _refuse_unknown_arithmetic(config, traits)

@@ -5,6 +5,7 @@ That they compute what transformers computes is in test_oracle.py and test_again
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -132,6 +133,42 @@ def test_the_text_model_of_one_that_sees(tmp_path: Path, name: str, kind: str, b
     (directory / "config.json").write_text(json.dumps(config | {"text_config": None}))
     with pytest.raises(ModelFormatError, match="text_config is missing"):
         open_source(directory)
+
+
+def test_whose_flag_ties_the_embeddings_of_a_model_that_sees(tmp_path: Path) -> None:
+    """Version 4 of transformers goes by the text model's, version 5 by the whole's: where they differ the file tells."""
+    fixture, soft = fixtures.load("gemma3"), {"final_logit_softcapping": 3.0}
+    inside = {name.replace("model.", "model.language_model.", 1): w for name, w in fixture.hf_weights.items()}
+    output = {"lm_head.weight": fixture.hf_weights["model.embed_tokens.weight"] + np.float16(1)}
+    for whole, text, tensors in ((False, True, inside | output), (True, False, inside), (True, True, inside)):
+        config = {"architectures": ["Gemma3ForConditionalGeneration"], "bos_token_id": 0, "eos_token_id": 1,
+                  "tie_word_embeddings": whole, "text_config": fixture.hf_config | {"tie_word_embeddings": text}}  # fmt: skip
+        path = fixtures.write_hf_dir(replace(fixture, hf_config=config, hf_weights=tensors), tmp_path / f"{whole}{text}")
+        with contextlib.closing(open_source(path)) as source:
+            assert source.config.tie_embeddings == (tensors is inside)
+        (path / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | soft}))
+        with pytest.raises(UnsupportedModelError, match="final_logit_softcapping"):
+            open_source(path)
+
+
+V5_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("olmo3", {"rope_parameters": V5_ROPE, "rope_scaling": ..., "rope_theta": ...}),
+        ("qwen3_moe", {"num_local_experts": 8, "num_experts": ...}),
+        ("granite_hybrid", {"layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_the_spelling_of_transformers_5(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    """What it writes of a configuration says what the older keys say."""
+    if "rope_parameters" in changes:  # the full layers' object is the older scaling, with the base inside
+        full = fixtures.load(name).hf_config["rope_scaling"] | {"rope_theta": 1e4}
+        changes = changes | {"rope_parameters": {**V5_ROPE, "full_attention": full}}
+    wanted = freeze(hf_dir(tmp_path / "a", name), tmp_path / "m")
+    assert weight_bytes(freeze(hf_dir(tmp_path / "b", name, **changes), tmp_path / "n")) == weight_bytes(wanted)
 
 
 def test_gemma3_in_the_spelling_of_transformers_5_and_by_its_defaults(tmp_path: Path) -> None:

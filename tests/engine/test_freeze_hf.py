@@ -240,6 +240,15 @@ def test_tied_output_and_unknown_flags_still_freeze(tmp_path: Path) -> None:
         assert file.config.tie_embeddings
 
 
+def test_an_output_matrix_that_is_said_to_be_the_embeddings(tmp_path: Path) -> None:
+    """Twice the same is one; another one counts, as in transformers 5."""
+    tied, tensors = LLAMA | {"tie_word_embeddings": True}, random_tensors(LLAMA)
+    with frozen(write_hf(tmp_path / "twice", tied, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})) as file:
+        assert file.config.tie_embeddings
+    wanted = weight_bytes(freeze(write_hf(tmp_path / "untied", LLAMA, tensors), tmp_path / "a.safetensors"))
+    assert weight_bytes(freeze(write_hf(tmp_path / "other", tied, tensors), tmp_path / "b.safetensors")) == wanted
+
+
 # ---------------------------------------------------------------------------- models for embeddings
 
 

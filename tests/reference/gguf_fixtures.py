@@ -25,8 +25,10 @@ ARCHITECTURES = {
     "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
     "gpt_oss": "gpt-oss", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
     "arcee": "arcee", "nemotron": "nemotron", "apertus": "apertus", "gpt_neox": "gptneox",
+    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2", "gemma": "gemma", "exaone": "exaone",
+    "hunyuan_v1_moe": "hunyuan-moe", "qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl", "qwen3_vl_text": "qwen3vl",
+    "qwen3_vl_moe_text": "qwen3vlmoe",
 }  # fmt: skip
 # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2", "mistral3", "arcee")
@@ -85,7 +87,8 @@ def _tensors(fixture: Fixture, arch: str) -> dict[str, NDArray[Any]]:
     for name, w in _stacked(weights).items():
         if ".act_fn." in name:  # keys
             continue
-        name = name.replace("shared_mlp.", "mlp." if arch == "granite" else "mlp.shared_expert.")
+        if arch != "hunyuan-moe":
+            name = name.replace("shared_mlp.", "mlp." if arch == "granite" else "mlp.shared_expert.")
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         target += ".weight" if name.endswith(".sinks") else ""
@@ -107,6 +110,11 @@ def _stacked(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
                 stacked[name.replace("input_linear", part)] = half
         elif name.endswith("shared_mlp.output_linear.weight"):
             stacked[name.replace("output_linear", "down_proj")] = w
+        elif name.endswith("experts.gate_up_proj"):
+            for half, part in zip(np.split(w, 2, axis=1), ("gate_proj", "up_proj"), strict=True):
+                stacked[name.replace("gate_up_proj", f"{part}.weight")] = half
+        elif name.endswith("experts.down_proj"):
+            stacked[f"{name}.weight"] = w
         elif name.endswith("input_linear.weight"):
             for half, part in zip(np.split(w, 2, axis=1), ("w1", "w3"), strict=True):
                 stacked[name.replace("input_linear", f"experts.{part}")] = half
@@ -251,6 +259,29 @@ def _experts(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
         writer.add_value_length(hf["head_dim"])
 
 
+def _hunyuan_moe(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    _rotary(writer, hf)
+    writer.add_expert_count(hf["num_experts"])
+    writer.add_expert_used_count(hf["moe_topk"])
+    writer.add_expert_shared_count(1)
+    writer.add_expert_shared_feed_forward_length(hf["intermediate_size"])
+    writer.add_expert_feed_forward_length(hf["intermediate_size"])
+
+
+def _qwen_vl(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    writer.add_rope_dimension_sections([*hf["rope_parameters"]["mrope_section"], 0])
+    if hf["rope_parameters"]["rope_type"] == "yarn":
+        _yarn(writer, hf)
+    if not hf["model_type"].startswith("qwen2"):
+        writer.add_key_length(hf["head_dim"])
+        writer.add_value_length(hf["head_dim"])
+        writer.add_num_deepstack_layers(1)
+    if "num_local_experts" in hf:
+        writer.add_expert_count(hf["num_local_experts"])
+        writer.add_expert_used_count(hf["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+
+
 def _rotary(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(turned(hf))
     if has_yarn(hf):
@@ -298,6 +329,8 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "minicpm": _minicpm, "internlm2": _internlm2, "gpt-oss": _gpt_oss,
     "mistral3": _mistral3, "qwen2": _yarn, "hunyuan-dense": _rotary,
     "arcee": _rotary, "nemotron": _rotary, "apertus": _apertus, "gptneox": _rotary,
+    "gemma": _rotary, "exaone": _rotary, "hunyuan-moe": _hunyuan_moe,
+    **dict.fromkeys(("qwen2vl", "qwen3vl", "qwen3vlmoe"), _qwen_vl),
 }  # fmt: skip
 
 

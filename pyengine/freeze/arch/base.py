@@ -153,6 +153,11 @@ class Tensors(Protocol):
     def vector(self, name: str) -> Float32Array: ...
 
 
+def no_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    """``from_gguf`` where ``gguf`` is None: never called."""
+    raise NotImplementedError
+
+
 class Architecture(NamedTuple):
     """One family of checkpoints.
 
@@ -161,17 +166,18 @@ class Architecture(NamedTuple):
 
     hf: str  # "architectures" in config.json
     model_type: str  # "model_type" in config.json
-    gguf: str  # "general.architecture"
+    gguf: str | None  # "general.architecture"; None: the format does not have it
     from_hf: Callable[[Fields, Shape], Traits]
     from_gguf: Callable[[Fields, Shape, Tensors], Traits]
     parts: Mapping[str, SourceName] = PARTS
-    hf_text: Mapping[str, str] | None = None  # of a model that sees: beginnings of the text model's tensors -> those of `parts`
+    # Where the text model is a part of what the file has, images' models beside it: beginnings of its tensors -> those of `parts`
+    hf_text: Mapping[str, str] | None = None
+    hf_keys: Mapping[str, str] = {}  # config.json's names of keys that others name otherwise -> these names
     has_experts: bool = False
     has_shared_expert: bool = False  # beside them, or alone
     gguf_sign: str | None = None  # a key that tells its GGUF files from others of the same name
     gguf_permuted: bool = False  # q and k rows are interleaved for RoPE in GGUF
     hf_ignored: tuple[str, ...] = ()  # ends of tensors that say nothing: constants that were saved along
-    hf_renamed: Mapping[str, str] = {}  # keys of its config.json -> what others call them
     hf_defaults: Mapping[str, Any] = {}  # of transformers' class, for sizes that published files leave out
     gguf_numbers: Mapping[str, str] = {}  # keys without its prefix, of a number for each layer -> as which tensors they are read
     gguf_keys: frozenset[str] = frozenset()  # what it reads beyond the keys that all have

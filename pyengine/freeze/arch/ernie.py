@@ -1,4 +1,4 @@
-"""ERNIE 4.5 (dense): a Llama whose RoPE turns neighbours, with biases everywhere or nowhere."""
+"""ERNIE 4.5 (dense), with biases everywhere or nowhere, and Helium: Llamas whose RoPE turns neighbours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..fields import Fields
 from . import hf_config, llama, rotary
-from .base import Architecture, Shape, Tensors, Traits
+from .base import Architecture, Shape, Tensors, Traits, no_gguf
 
 
 def _folded(traits: Traits, shape: Shape) -> Traits:
@@ -26,6 +26,18 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     return _folded(plain, shape)
 
 
+def _helium_hf(config: Fields, shape: Shape) -> Traits:
+    mlp_bias = config.flag("mlp_bias", False)
+    plain = Traits(
+        layers=hf_config.no_windows(shape, activation=hf_config.activation(config)),
+        **hf_config.one_rope(config, shape, 100_000.0),
+        qkv_bias=config.flag("attention_bias", False),
+        gate_up_bias=mlp_bias,
+        down_bias=mlp_bias,
+    )
+    return _folded(plain, shape)
+
+
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     return _folded(llama.gguf_traits(keys, shape, file), shape)
 
@@ -35,4 +47,8 @@ ERNIE = Architecture(
     hf_defaults={
         "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": True,
     },
+)  # fmt: skip
+HELIUM = Architecture(
+    "HeliumForCausalLM", "helium", None, _helium_hf, no_gguf,
+    hf_defaults={"num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8, "max_position_embeddings": 4096},
 )  # fmt: skip

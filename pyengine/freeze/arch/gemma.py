@@ -1,18 +1,19 @@
-"""Gemma 2 and Gemma 3 (its text model): gains of 1 + w, scaled embeddings and queries are folded; norms around both halves of
-a layer, GELU, windows with a RoPE table of their own and softcaps are fields of the file."""
+"""Gemma 1 to 3 (text) and VaultGemma: gains of 1 + w, scaled embeddings and queries are folded; norms around both halves of a
+layer, GELU, windows with a RoPE table of their own and softcaps are fields of the file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ...errors import UnsupportedModelError
 from ...format.config import LayerSpec
 from ..fields import Fields
-from ..rope import Rope, rope_inv_freq, yarn
+from ..rope import Rope, rope_inv_freq
 from . import gguf_keys, hf_config
-from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits
+from .base import PARTS, Architecture, Fold, Shape, SourceName, Tensors, Traits, no_gguf
 
 _NORMS = "rmsnorm_around"
 _GAINS = ("attention_norm", "post_attention_norm", "ffn_norm", "post_ffn_norm", "q_norm", "k_norm", "norm")
@@ -59,29 +60,12 @@ def _layers(
 
 
 def _ropes_hf(config: Fields, head_dim: int) -> dict[str, Rope]:
-    """Gemma 3's two tables. ``rope_parameters`` has an object for each kind of layer; older files have the bases in two keys,
-    and a ``rope_scaling`` that is of the full layers only."""
-    inside = Fields(config.table("rope_parameters", {}), "config.json: rope_parameters")
+    """Gemma 3's two tables. Older files have the bases in two keys."""
     bases = {
         hf_config.FULL: config.number("rope_theta", _GLOBAL_BASE),
         hf_config.SLIDING: config.number("rope_local_base_freq", _LOCAL_BASE),
     }
-    objects = {kind: inside.table(kind, {}) for kind in bases}
-    objects[hf_config.FULL] = {**objects[hf_config.FULL], **config.table("rope_scaling", {})}
-    ropes = {}
-    for kind, found in objects.items():
-        scaling = Fields(found, f"config.json: RoPE parameters of {kind}")
-        rope_type = scaling.text("rope_type", scaling.text("type", "default"))
-        if scaling.number("partial_rotary_factor", 1.0) != 1.0 or rope_type == "llama3":
-            raise UnsupportedModelError(f"RoPE type {rope_type!r:.80}, or one over a part of the head, for this architecture")
-        base = scaling.number("rope_theta", bases[kind])
-        if rope_type == "yarn":
-            key = "original_max_position_embeddings"
-            trained = scaling.number(key, config.number("max_position_embeddings"))
-            ropes[kind] = yarn(head_dim, base, {**found, key: trained, "truncate": scaling.flag("truncate", True)})
-        else:
-            ropes[kind] = Rope(rope_inv_freq(head_dim, base, {**found, "rope_type": rope_type}))
-    return ropes
+    return hf_config.ropes_of_kinds(config, head_dim, bases)
 
 
 def _common_hf(config: Fields, shape: Shape, qk_norm: bool) -> dict[str, Any]:
@@ -106,14 +90,27 @@ def _gemma3_hf(config: Fields, shape: Shape) -> Traits:
     return Traits(**layers, **_common_hf(config, shape, qk_norm=True))
 
 
-def _gemma2_hf(config: Fields, shape: Shape) -> Traits:
+def _gemma2_hf(config: Fields, shape: Shape, norms: str = _NORMS) -> Traits:
     kinds = hf_config.layer_kinds(config, hf_config.periodic_kinds(config, shape.n_layers, _PERIOD[2]))
     activation = hf_config.activation(config, "hidden_activation", _GELU)
     windows = hf_config.windows(config, kinds)
     return Traits(
-        layers=tuple(LayerSpec(window, 0, _NORMS, activation) for window in windows),
+        layers=tuple(LayerSpec(window, 0, norms, activation) for window in windows),
         **hf_config.one_rope(config, shape),
         **_common_hf(config, shape, qk_norm=False),
+    )
+
+
+def _gemma1_hf(config: Fields, shape: Shape) -> Traits:
+    """``gelu`` in the first published files means the other one."""
+    has_bias = config.flag("attention_bias", False)
+    activation = hf_config.activation(config, default=_GELU, known={_GELU: "geglu_tanh", "gelu": "geglu_tanh"})
+    return Traits(
+        layers=hf_config.no_windows(shape, activation=activation),
+        **hf_config.one_rope(config, shape),
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        folds=_folds(shape, shape.head_dim**-0.5, 1.0, False),
     )
 
 
@@ -164,6 +161,16 @@ def _gemma2_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     )
 
 
+def _gemma1_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    return Traits(
+        layers=gguf_keys.same_windows(keys, shape, activation="geglu_tanh"),
+        rope_tables=(gguf_keys.rope_table(keys, shape.head_dim, file),),
+        qkv_bias=gguf_keys.has_bias(file, "attn_q"),
+        o_bias=gguf_keys.has_bias(file, "attn_output"),
+        folds=_folds(shape, shape.head_dim**-0.5, 0.0, False),
+    )
+
+
 # What published files leave out: transformers' classes have it.
 _DEFAULTS = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096,
@@ -176,20 +183,42 @@ GEMMA2 = Architecture(
     gguf_keys=_KEYS | {"attn_logit_softcapping"},
     hf_defaults={**_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192},
 )  # fmt: skip
+GEMMA = Architecture(
+    "GemmaForCausalLM", "gemma", "gemma", _gemma1_hf, _gemma1_gguf,
+    hf_defaults={
+        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    },
+)  # fmt: skip
+# Gemma 2 with norms before both halves of a layer only.
+VAULT_GEMMA = GEMMA2._replace(
+    hf="VaultGemmaForCausalLM", model_type="vaultgemma", gguf=None, from_gguf=no_gguf,
+    from_hf=partial(_gemma2_hf, norms="rmsnorm"), parts={**PARTS, "ffn_norm": _PARTS["ffn_norm"]},
+)  # fmt: skip
 GEMMA3 = Architecture(
     "Gemma3ForCausalLM", "gemma3_text", "gemma3", _gemma3_hf, _gemma3_gguf, _PARTS, gguf_keys=_KEYS | {"rope.freq_base_swa"},
     hf_defaults={**_DEFAULTS, "max_position_embeddings": 131_072, "vocab_size": 262_208},
 )  # fmt: skip
-# Of a model that sees images. Published files have the first spelling of names, transformers 5 writes the last two.
+
+
+def _images_hf(config: Fields, shape: Shape) -> Traits:
+    if hf_config.softcap(config, "final_logit_softcapping"):  # this class of transformers reads the key and leaves it at that
+        raise UnsupportedModelError("final_logit_softcapping, a soft cap of logits, is not implemented for this architecture")
+    return _gemma3_hf(config, shape)
+
+
+# Of a model that sees images. Published files have the first spelling of names, some the last but one; version 5 the others.
 TEXT_OF_IMAGES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
+    "model.text_model.": "model.",
     "lm_head.": "lm_head.",
 }
 # The models from 4B on.
 GEMMA3_IMAGES = GEMMA3._replace(
     hf="Gemma3ForConditionalGeneration",
     model_type="gemma3",
+    from_hf=_images_hf,
     hf_text=TEXT_OF_IMAGES,
 )

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..fields import Fields
 from . import gguf_keys, hf_config, rotary
-from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
+from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits, no_gguf
+from .qwen import VL_TEXT
 
 _GATE_UP = SourceName("model.layers.{i}.mlp.gate_up_proj.weight", "blk.{i}.ffn_up.weight")
 _GLM = {**PARTS, "gate": _GATE_UP, "up": _GATE_UP}
@@ -56,4 +57,9 @@ GLM = Architecture(
 GLM4 = Architecture(
     "Glm4ForCausalLM", "glm4", "glm4", partial(_hf, norm="rmsnorm_around"), partial(_gguf, norm="rmsnorm_around"), _GLM4,
     hf_defaults=_DEFAULTS,
+)  # fmt: skip
+# The text model of GLM-4.1V, whose RoPE turns by three positions, which are one in a text.
+GLM4V = GLM4._replace(
+    hf="Glm4vForConditionalGeneration", model_type="glm4v", gguf=None, from_gguf=no_gguf, hf_text=VL_TEXT,
+    hf_defaults={"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 32_768},
 )  # fmt: skip

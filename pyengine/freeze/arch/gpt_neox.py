@@ -87,6 +87,6 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
 GPT_NEOX = Architecture(
     "GPTNeoXForCausalLM", "gpt_neox", "gptneox", _hf, _gguf, _PARTS,
     hf_ignored=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq"),
-    hf_renamed={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+    hf_keys={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
     hf_defaults={"partial_rotary_factor": 0.25}, gguf_keys=frozenset({gguf_keys.LAYER_NORM_EPS, _PARALLEL_KEY}),
 )  # fmt: skip

@@ -128,29 +128,60 @@ def rope_base(config: Fields, default: float = _DEFAULT_ROPE_THETA) -> float:
     return inside.number("rope_theta", config.number("rope_theta", default))
 
 
-def rope_table(
-    config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA, *, is_partial: bool = False
-) -> Float32Array:
-    """The one table of a model whose layers turn the same ``rotated`` elements, (rotated / 2), as transformers reads it:
-    all elements, unless it ``is_partial``."""
-    kind, settings = _rope_settings(config, is_partial)
-    return rope_inv_freq(rotated, rope_base(config, default_base), {**settings, "rope_type": kind})
+def rope_table(config: Fields, rotated: int) -> Float32Array:
+    """The one table of a model whose layers turn the same ``rotated`` elements, all, (rotated / 2), as transformers reads it."""
+    kind, settings = _rope_settings(config, is_partial=False)
+    return rope_inv_freq(rotated, rope_base(config), {**settings, "rope_type": kind})
 
 
 def scaled_rope(
-    config: Fields, rotated: int, default_base: float = _DEFAULT_ROPE_THETA, *, is_partial: bool = False
+    config: Fields,
+    rotated: int,
+    default_base: float = _DEFAULT_ROPE_THETA,
+    *,
+    is_partial: bool = False,
+    base: float | None = None,
 ) -> Rope:
-    """The same, or YaRN."""
+    """The same, or YaRN; of a part of the elements, if it ``is_partial``, and with another base than the configuration's, if one
+    is given."""
     kind, settings = _rope_settings(config, is_partial)
+    base = rope_base(config, default_base) if base is None else base
     if kind != "yarn":
-        return Rope(rope_table(config, rotated, default_base, is_partial=is_partial))
-    return yarn(rotated, rope_base(config, default_base), settings)
+        return Rope(rope_inv_freq(rotated, base, {**settings, "rope_type": kind}))
+    return yarn(rotated, base, settings)
 
 
 def one_rope(config: Fields, shape: Shape, default_base: float = _DEFAULT_ROPE_THETA) -> dict[str, Any]:
     """The fields of Traits of a model whose layers all turn whole heads alike, perhaps by YaRN."""
     rope = scaled_rope(config, shape.head_dim, default_base)
     return {"rope_tables": (rope.inv_freq,), "rope_amplitudes": (rope.amplitude,)}
+
+
+def has_ropes_of_kinds(config: Fields) -> bool:
+    """Whether ``rope_parameters`` has an object for a kind of layer."""
+    return any(isinstance(value, dict) for value in config.table("rope_parameters", {}).values())
+
+
+def ropes_of_kinds(config: Fields, head_dim: int, bases: Mapping[str, float]) -> dict[str, Rope]:
+    """The tables of the kinds of layers that ``bases`` names, with the base of each where nothing else is said: from
+    ``rope_parameters``, which has an object for each kind, and a ``rope_scaling``, which is of the full layers only."""
+    inside = Fields(config.table("rope_parameters", {}), "config.json: rope_parameters")
+    objects = {kind: inside.table(kind, {}) for kind in bases}
+    objects[FULL] = {**objects[FULL], **config.table("rope_scaling", {})}
+    ropes = {}
+    for kind, found in objects.items():
+        scaling = Fields(found, f"config.json: RoPE parameters of {kind}")
+        rope_type = scaling.text("rope_type", scaling.text("type", "default"))
+        if scaling.number("partial_rotary_factor", 1.0) != 1.0 or rope_type == "llama3":
+            raise UnsupportedModelError(f"RoPE type {rope_type!r:.80}, or one over a part of the head, for this architecture")
+        base = scaling.number("rope_theta", bases[kind])
+        if rope_type == "yarn":
+            key = "original_max_position_embeddings"
+            trained = scaling.number(key, config.number("max_position_embeddings"))
+            ropes[kind] = yarn(head_dim, base, {**found, key: trained, "truncate": scaling.flag("truncate", True)})
+        else:
+            ropes[kind] = Rope(rope_inv_freq(head_dim, base, {**found, "rope_type": rope_type}))
+    return ropes
 
 
 def _rope_settings(config: Fields, is_partial: bool) -> tuple[str, dict[str, Any]]:
@@ -167,4 +198,6 @@ def _rope_settings(config: Fields, is_partial: bool) -> tuple[str, dict[str, Any
     if kind in ("llama3", "yarn"):
         key = "original_max_position_embeddings"
         numbers[key] = config.number(key, numbers.get(key, config.number("max_position_embeddings")))
+    if kind == "mrope":  # three positions of a token, which are one in a text
+        kind = "default"
     return kind, {**scaling, **numbers, "truncate": inside.flag("truncate", True)}

@@ -1,6 +1,9 @@
-"""Hunyuan (dense): norms of each q and k head after RoPE and not before it, and a base of RoPE that ``alpha`` makes larger."""
+"""Hunyuan, dense and as a mixture of experts beside a shared one: norms of each q and k head after RoPE and not before it, and a
+base of RoPE that ``alpha`` makes larger."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,6 +13,7 @@ from ..fields import Fields
 from ..rope import rope_inv_freq
 from . import gguf_keys, hf_config
 from .base import PARTS, Architecture, Shape, SourceName, Tensors, Traits
+from .mixture import GGUF_EXPERTS, GGUF_SHARED, SHARED_FEED_FORWARD
 
 
 def _rope_table(config: Fields, shape: Shape) -> Float32Array:
@@ -50,6 +54,38 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     )
 
 
+def _of_all_layers(config: Fields, key: str) -> int:
+    """A number, or a list of one for each layer, which must be the same."""
+    found = config.raw(key)
+    if isinstance(found, list) and found and all(type(one) is int and one == found[0] for one in found):
+        return int(found[0])
+    return config.integer(key)
+
+
+def _moe_hf(config: Fields, shape: Shape) -> Traits:
+    """The softmax is over the experts that are taken; the shared one has their width, and no weight."""
+    return replace(
+        _hf(config, shape),
+        n_experts=_of_all_layers(config, "num_experts"),
+        n_experts_used=_of_all_layers(config, "moe_topk"),
+        experts_normalized=True,
+        shared_hidden_dim=config.integer("intermediate_size"),
+    )
+
+
+def _moe_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
+    if keys.integer("expert_shared_count", 1) != 1:
+        raise UnsupportedModelError("more than one shared expert (expert_shared_count) is not implemented")
+    return replace(
+        _gguf(keys, shape, file),
+        hidden_dim=keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length")),
+        n_experts=keys.integer("expert_count"),
+        n_experts_used=keys.integer("expert_used_count"),
+        experts_normalized=True,
+        shared_hidden_dim=keys.integer(SHARED_FEED_FORWARD),
+    )
+
+
 _ATTENTION = "model.layers.{i}.self_attn."
 
 HUNYUAN = Architecture(
@@ -60,4 +96,18 @@ HUNYUAN = Architecture(
         "k_norm": SourceName(_ATTENTION + "key_layernorm.weight", PARTS["k_norm"].gguf),
     },
     hf_defaults={"rms_norm_eps": 1e-5},
+)  # fmt: skip
+_MLP, _NAMES = "model.layers.{i}.mlp.", ("gate", "up", "down")
+HUNYUAN_MOE = HUNYUAN._replace(
+    hf="HunYuanMoEV1ForCausalLM", model_type="hunyuan_v1_moe", gguf="hunyuan-moe", from_hf=_moe_hf, from_gguf=_moe_gguf,
+    has_experts=True, has_shared_expert=True, gguf_keys=frozenset({"expert_feed_forward_length", "expert_shared_count"}),
+    parts={
+        **HUNYUAN.parts,
+        "router": SourceName(_MLP + "gate.wg.weight", GGUF_EXPERTS["router"]),
+        **{part: SourceName(f"{_MLP}experts.{{e}}.{part}_proj.weight", GGUF_EXPERTS[part]) for part in _NAMES},
+        **{
+            f"shared_{part}": SourceName(f"{_MLP}shared_mlp.{part}_proj.weight", GGUF_SHARED[f"shared_{part}"])
+            for part in _NAMES
+        },
+    },
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...format.config import LayerSpec
 from ..fields import Fields
@@ -11,12 +11,13 @@ from . import gguf_keys, hf_config
 from .base import Shape, Tensors, Traits
 from .olmo2 import NORMS, OLMO2
 
-_PERIOD, _WINDOW = 4, 4096
+_PERIOD, _WINDOW, _BASE = 4, 4096, 500_000.0
 
 
-def _traits(kinds: Sequence[str], windows: Sequence[int], plain: Rope, full: Rope, activation: str, has_bias: bool) -> Traits:
-    """Layers with a window turn by ``plain``, the others by ``full``; the tables are numbered as layers need them."""
-    ropes = {hf_config.SLIDING: plain, hf_config.FULL: full}
+def _traits(
+    kinds: Sequence[str], windows: Sequence[int], ropes: Mapping[str, Rope], activation: str, has_bias: bool
+) -> Traits:
+    """``ropes``: of each kind of layer; the tables are numbered as layers need them."""
     used = list(dict.fromkeys(kinds))
     layers = zip(windows, map(used.index, kinds), strict=True)
     return Traits(
@@ -30,12 +31,21 @@ def _traits(kinds: Sequence[str], windows: Sequence[int], plain: Rope, full: Rop
     )
 
 
+def _ropes_hf(config: Fields, head_dim: int) -> dict[str, Rope]:
+    """transformers 5 writes an object for each kind of layer; what it wrote before, as version 4, is of all layers, but for the
+    scaling."""
+    if hf_config.has_ropes_of_kinds(config):
+        base = config.number("rope_theta", _BASE)
+        return hf_config.ropes_of_kinds(config, head_dim, {hf_config.FULL: base, hf_config.SLIDING: base})
+    plain = Rope(rope_inv_freq(head_dim, hf_config.rope_base(config), None))
+    return {hf_config.FULL: hf_config.scaled_rope(config, head_dim), hf_config.SLIDING: plain}
+
+
 def _hf(config: Fields, shape: Shape) -> Traits:
     kinds = hf_config.layer_kinds(config, hf_config.every(_PERIOD, shape.n_layers))
-    plain = Rope(rope_inv_freq(shape.head_dim, hf_config.rope_base(config), None))
-    full = hf_config.scaled_rope(config, shape.head_dim)
+    ropes = _ropes_hf(config, shape.head_dim)
     windows, activation = hf_config.windows(config, kinds, _WINDOW), hf_config.activation(config)
-    return _traits(kinds, windows, plain, full, activation, config.flag("attention_bias", False))
+    return _traits(kinds, windows, ropes, activation, config.flag("attention_bias", False))
 
 
 def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
@@ -43,7 +53,8 @@ def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
     plain = Rope(rope_inv_freq(shape.head_dim, keys.number("rope.freq_base", 10_000.0), None))
     windows = [window if kind == hf_config.SLIDING else 0 for kind in kinds]
     has_bias = gguf_keys.has_bias(file, "attn_q")
-    return _traits(kinds, windows, plain, gguf_keys.scaled_rope(keys, shape, file), "swiglu", has_bias)
+    ropes = {hf_config.FULL: gguf_keys.scaled_rope(keys, shape, file), hf_config.SLIDING: plain}
+    return _traits(kinds, windows, ropes, "swiglu", has_bias)
 
 
 # Its GGUF files call themselves "olmo2", and have a window.

@@ -1,4 +1,5 @@
-"""Qwen2, Qwen2.5 (biases of q, k and v) and Qwen3 (norms of q and k instead)."""
+"""Qwen2, Qwen2.5 (biases of q, k and v) and Qwen3 (norms of q and k instead), and the text models of those that see (VL), whose
+RoPE turns by three positions, which are one in a text."""
 
 from __future__ import annotations
 
@@ -61,4 +62,18 @@ _DEFAULTS = {"num_key_value_heads": 32}
 QWEN2 = Architecture("Qwen2ForCausalLM", "qwen2", "qwen2", _qwen2_hf, _qwen2_gguf, hf_defaults=_DEFAULTS)
 QWEN3 = Architecture(
     "Qwen3ForCausalLM", "qwen3", "qwen3", _qwen3_hf, _qwen3_gguf, hf_defaults={**_DEFAULTS, "head_dim": 128}
+)
+# The text model's tensors have one of two spellings; what else is there, under ``visual`` and ``model.visual``, is not of it.
+VL_TEXT = {
+    "model.language_model.": "model.",
+    **{name: name for name in ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")},
+}
+VL_GGUF_KEYS = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
+QWEN2_VL = QWEN2._replace(
+    hf="Qwen2VLForConditionalGeneration", model_type="qwen2_vl", gguf="qwen2vl", hf_text=VL_TEXT, gguf_keys=VL_GGUF_KEYS,
+    hf_defaults={"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+)  # fmt: skip
+QWEN2_5_VL = QWEN2_VL._replace(hf="Qwen2_5_VLForConditionalGeneration", model_type="qwen2_5_vl")
+QWEN3_VL = QWEN3._replace(
+    hf="Qwen3VLForConditionalGeneration", model_type="qwen3_vl", gguf="qwen3vl", hf_text=VL_TEXT, gguf_keys=VL_GGUF_KEYS
 )
