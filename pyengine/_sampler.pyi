@@ -13,7 +13,14 @@ class Sampler:
     outputs: list[int]
     logprobs: list[tuple[int, float, tuple[tuple[int, float], ...]] | None] | None
     def __init__(
-        self, params: ResolvedParams, vocab_size: int, *, end_ids: Iterable[int] = (), sample_index: int = 0
+        self,
+        params: ResolvedParams,
+        vocab_size: int,
+        *,
+        end_ids: Iterable[int] = (),
+        bad_sequences: Sequence[Sequence[int]] = (),
+        breakers: Sequence[Sequence[int]] = (),
+        sample_index: int = 0,
     ) -> None: ...
     def accept_prompt(self, tokens: Buffer) -> None: ...
     def accept(self, token: int) -> None: ...

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyengine.sampling import StructuredOutputs
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.infill import Infill
+    from pyengine.text.sequences import Breakers, Tokens
     from pyengine.text.tokenizer import Tokenizer
 
 
@@ -29,6 +30,7 @@ class Attachments:
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         self._infill: Infill | None = None
+        self._breakers: Breakers | None = None
         self._guides: Guides | None = None
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -82,6 +84,15 @@ class Attachments:
 
                 self._infill = Infill(self.tokenizer, os.path.basename(self._file.path))
             return self._infill
+
+    def breakers(self, strings: tuple[str, ...]) -> list[Tokens]:
+        """In which tokens these strings may come."""
+        with self._lock:
+            if self._breakers is None:
+                from pyengine.text.sequences import Breakers
+
+                self._breakers = Breakers(self.tokenizer)
+        return self._breakers.of(strings)
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """A new guide, for one output. Raises InvalidArgumentError for a grammar that cannot be used."""

@@ -254,6 +254,8 @@ class EngineBase:
             salt=salt,
             interactive=interactive,
             shown_special=shown_special,
+            bad_sequences=self._bad_sequences(params.bad_words),
+            breakers=self._attachments.breakers(params.dry_sequence_breakers) if params.dry_multiplier else (),
         )
         wanted = params.structured_outputs
         guide = None if wanted is None else self.guide(wanted)  # which costs up to seconds, and its twins next to nothing
@@ -262,6 +264,13 @@ class EngineBase:
             for ids in prompts
             for index in range(params.n)
         ]
+
+    def _bad_sequences(self, words: tuple[str, ...]) -> Sequence[tuple[int, ...]]:
+        if not words:
+            return ()
+        from pyengine.text.sequences import bad_sequences
+
+        return bad_sequences(self.tokenizer, words)
 
     @property
     def _is_open(self) -> bool:

@@ -21,6 +21,8 @@ MAX_STOP_STRINGS = 1024  # clients send a handful
 MAX_STOP_CHARACTERS = 1 << 17  # of all stop strings of a request: an automaton over them takes about 300 bytes each
 MAX_DRAFT = 24  # tokens guessed ahead in a step
 MAX_IDS = 1 << 24  # the largest vocabulary
+MAX_BREAKERS = 64  # of DRY; clients send four
+MAX_BREAKER_CHARACTERS = 256  # of all: for each of them the vocabulary is searched
 
 # Names that people bring from llama-cpp-python, transformers and OpenVINO GenAI.
 ALIASES: dict[str, str] = {
@@ -32,6 +34,7 @@ ALIASES: dict[str, str] = {
     "num_return_sequences": "n",
     "max_time": "timeout",
     "temp": "temperature",
+    "penalty_last_n": "repeat_last_n",
 }
 
 
@@ -62,6 +65,10 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "max_tokens": (1, INT32_MAX),
     "min_tokens": (0, INT32_MAX),
     "top_k": (-1, INT32_MAX),
+    "repeat_last_n": (-1, INT32_MAX),
+    "dry_allowed_length": (1, INT32_MAX),
+    "dry_penalty_last_n": (-1, INT32_MAX),
+    "no_repeat_ngram_size": (0, INT32_MAX),
     "seed": (-(2**63), 2**64 - 1),
     "logprobs": (0, MAX_LOGPROBS),
 }
@@ -71,6 +78,13 @@ _FLOATS: dict[str, _Range] = {
     "top_p": _Range(0.0, 1.0, open_low=True),
     "min_p": _Range(0.0, 1.0),
     "typical_p": _Range(0.0, 1.0, open_low=True),
+    "top_n_sigma": _Range(-1.0, _LARGEST),
+    "dynatemp_range": _Range(0.0, _LARGEST),
+    "dynatemp_exponent": _Range(0.0, _LARGEST),
+    "xtc_probability": _Range(0.0, 1.0),
+    "xtc_threshold": _Range(0.0, 1.0),
+    "dry_multiplier": _Range(0.0, _LARGEST),
+    "dry_base": _Range(1.0, _LARGEST),
     "repetition_penalty": _Range(0.0, _LARGEST, open_low=True),
     "frequency_penalty": _Range(-_LARGEST, _LARGEST),
     "presence_penalty": _Range(-_LARGEST, _LARGEST),
@@ -81,7 +95,9 @@ _ID_LISTS = ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
 # What generation_config.json may say; its other keys are not about sampling, or ask for what a caller must ask for.
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 # Asking for one of these without a temperature asks for sampling.
-_FILTERS: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+_FILTERS: dict[str, float] = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": 0.0, "dynatemp_range": 0.0, "xtc_probability": 0.0,
+}  # fmt: skip
 
 
 def _items(name: str, values: object, kind: str, most: int) -> Collection[Any]:
@@ -124,18 +140,41 @@ def _logit_bias(values: object) -> dict[int, float]:
     return bias
 
 
-def _stop_strings(values: object) -> tuple[str, ...]:
-    strings = (values,) if isinstance(values, str) else tuple(_items("stop", values, "strings", MAX_STOP_STRINGS))
+def _strings(name: str, values: object, most: int = MAX_STOP_STRINGS, most_characters: int = MAX_STOP_CHARACTERS) -> tuple[str, ...]:
+    """One string or several, each once."""
+    strings = (values,) if isinstance(values, str) else tuple(_items(name, values, "strings", most))
     for string in strings:
         if not isinstance(string, str):
-            raise InvalidArgumentError(f"stop must hold strings, not {shown(string)}")
-        if not string:
-            raise InvalidArgumentError("stop must not hold an empty string: it would end every text at once")
+            raise InvalidArgumentError(f"{name} must hold strings, not {shown(string)}")
     strings = tuple(dict.fromkeys(strings))
     size = sum(map(len, strings))
-    if size > MAX_STOP_CHARACTERS:
-        raise InvalidArgumentError(f"stop holds {size} characters, at most {MAX_STOP_CHARACTERS}")
+    if size > most_characters:
+        raise InvalidArgumentError(f"{name} holds {size} characters, at most {most_characters}")
     return strings
+
+
+def _stop_strings(values: object) -> tuple[str, ...]:
+    strings = _strings("stop", values)
+    if not all(strings):
+        raise InvalidArgumentError("stop must not hold an empty string: it would end every text at once")
+    return strings
+
+
+def _bad_words(values: object) -> tuple[str, ...]:
+    words = _strings("bad_words", values)
+    if not all(word.lstrip() for word in words):
+        raise InvalidArgumentError("bad_words must not hold a string without a word")
+    return words
+
+
+def _breakers(values: object) -> tuple[str, ...]:
+    strings = _strings("dry_sequence_breakers", values, MAX_BREAKERS, MAX_BREAKER_CHARACTERS)
+    if not all(strings):
+        raise InvalidArgumentError("dry_sequence_breakers must not hold an empty string: it would stand everywhere")
+    return strings
+
+
+_STRING_LISTS = {"stop": _stop_strings, "bad_words": _bad_words, "dry_sequence_breakers": _breakers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +256,17 @@ def json_schema(name: str) -> dict[str, Any]:
         return {"type": "number", "exclusiveMinimum" if open_low else "minimum": low, "maximum": high}
     ids = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
     string = {"type": "string", "minLength": 1}
+    breaker = {**string, "maxLength": MAX_BREAKER_CHARACTERS}
     schemas: dict[str, dict[str, Any]] = {
         **{key: {"type": "boolean"} for key in _BOOLEANS},
         **dict.fromkeys(_ID_LISTS, ids),
         "allowed_token_ids": {**ids, "minItems": 1},
-        "stop": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
+        **dict.fromkeys(
+            ("stop", "bad_words"), {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]}
+        ),
+        "dry_sequence_breakers": {
+            "anyOf": [breaker, {"type": "array", "items": breaker, "maxItems": MAX_BREAKERS}],
+        },
         "logit_bias": {
             "type": "object",
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
@@ -262,7 +307,7 @@ def _check(name: str, value: Any) -> Any:
         return _structured_outputs(value)
     if name == "speculative":
         return check_speculative(value)
-    return _logit_bias(value) if name == "logit_bias" else _stop_strings(value)
+    return _logit_bias(value) if name == "logit_bias" else _STRING_LISTS[name](value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,12 +323,25 @@ class ResolvedParams:
     top_p: float
     min_p: float
     typical_p: float
+    top_n_sigma: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    xtc_probability: float
+    xtc_threshold: float
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
+    repeat_last_n: int
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: tuple[str, ...]
+    no_repeat_ngram_size: int
     logit_bias: dict[int, float]
     allowed_token_ids: tuple[int, ...] | None
     bad_token_ids: tuple[int, ...]
+    bad_words: tuple[str, ...]
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     include_stop_str_in_output: bool
@@ -305,11 +363,24 @@ _NEUTRAL: dict[str, Any] = {
     "top_p": 1.0,
     "min_p": 0.0,
     "typical_p": 1.0,
+    "top_n_sigma": 0.0,
+    "dynatemp_range": 0.0,
+    "dynatemp_exponent": 1.0,
+    "xtc_probability": 0.0,
+    "xtc_threshold": 0.1,
     "repetition_penalty": 1.0,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
+    "repeat_last_n": -1,
+    "dry_multiplier": 0.0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": ("\n", ":", '"', "*"),
+    "no_repeat_ngram_size": 0,
     "allowed_token_ids": None,
     "bad_token_ids": (),
+    "bad_words": (),
     "stop": (),
     "stop_token_ids": (),
     "include_stop_str_in_output": False,
@@ -333,12 +404,26 @@ class SamplingParams:
     top_p                 keep the most probable tokens that reach this mass; 1 = off
     min_p                 keep tokens at least this fraction as probable as the first; 0 = off
     typical_p             keep the tokens nearest the entropy that reach this mass; 1 = off
+    top_n_sigma           keep logits at most so many standard deviations below the first; 0 or -1 = off
+    dynatemp_range        the temperature follows the entropy, from temperature - range to temperature + range; 0 = off
+    dynatemp_exponent     of the entropy's share of the largest one; 1 = in proportion
+    xtc_probability       how often the most probable tokens are left out, all but the last above xtc_threshold; 0 = off
+    xtc_threshold         from this probability on a token is among them; above 0.5 there is never another one beside it
     repetition_penalty    divides (or multiplies, when negative) logits of tokens of prompt and output; 1 = off
     frequency_penalty     subtracted from a logit per occurrence in the output
     presence_penalty      subtracted once from the logit of every token in the output
+    repeat_last_n         tokens that these three look at, from the end; -1 = the whole text, 0 = off
+    dry_multiplier        DRY, against repeated passages: dry_multiplier * dry_base ** (length - dry_allowed_length) is subtracted from
+                          the logit of a token that would go on with one of `length` tokens; 0 = off
+    dry_base              at least 1
+    dry_allowed_length    the shortest passage that counts
+    dry_penalty_last_n    tokens of prompt and output that are looked at, from the end; -1 = the whole text, 0 = off
+    dry_sequence_breakers a string or strings over which no passage reaches; None = newline, colon, quotation mark, asterisk
+    no_repeat_ngram_size  so many tokens of prompt and output never come a second time, unless nothing else may come; 0 = off
     logit_bias            {token id: added to its logit}; -inf bans the token
     allowed_token_ids     only these may come
     bad_token_ids         these may not come
+    bad_words             a string or strings that may not come, as tokens: as the tokenizer writes them, with and without a space before
     stop                  a string or strings that end the text
     stop_token_ids        tokens that end the text
     include_stop_str_in_output   leave the stop string in the text
@@ -363,12 +448,25 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
+    top_n_sigma: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    repeat_last_n: int | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: str | Sequence[str] | None = None
+    no_repeat_ngram_size: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_token_ids: Sequence[int] | None = None
+    bad_words: str | Sequence[str] | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool | None = None
@@ -449,6 +547,7 @@ class SamplingParams:
                 f"n = {merged['n']} samples at temperature 0 would all be the same: set temperature"
             )
         merged["top_k"] = max(merged["top_k"], 0)
+        merged["top_n_sigma"] = max(merged["top_n_sigma"], 0.0)
         merged.setdefault("speculative", speculative)
         if merged.get("seed") is None:
             own = None if seed is None else check_seed(seed)

@@ -167,6 +167,8 @@ class GenerationRequest(Request):
         adapter: _core.Adapter | None = None,
         guide: Guide | None = None,
         shown_special: frozenset[int] = frozenset(),
+        bad_sequences: Sequence[Sequence[int]] = (),
+        breakers: Sequence[Sequence[int]] = (),
     ) -> None:
         self.prompt = prompt
         self.params = params
@@ -174,8 +176,10 @@ class GenerationRequest(Request):
         self.draft_state: DraftState | None = None  # of the draft model or head
         self.may_draft = params.speculative.max_draft > 0
         end_ids = () if params.ignore_eos else end_ids
-        self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)
-        if params.repetition_penalty != 1.0:
+        self.sampler = Sampler(
+            params, vocab_size, end_ids=end_ids, bad_sequences=bad_sequences, breakers=breakers, sample_index=index
+        )
+        if params.repetition_penalty != 1.0 or params.dry_multiplier or params.no_repeat_ngram_size:
             self.sampler.accept_prompt(array("i", prompt))
         self.output = Output(
             self.sampler,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import cli_tools
-from engine.sampler_tools import params, random_logits, random_mask, random_params, words_of
+from engine.sampler_tools import params, random_logits, random_mask, random_params, random_sequences, random_text, words_of
 from reference.sampler import adjust, choose, log_softmax, philox
 
 from pyengine import _sampler
@@ -89,21 +89,22 @@ def test_tokens_equal_the_reference(block):
             p = random_params(rng, n)
         except InvalidArgumentError:  # bad_token_ids happened to ban all of allowed_token_ids
             continue
-        prompt = [int(i) for i in rng.integers(0, n, 5)]
-        output = [int(i) for i in rng.integers(0, n, rng.integers(0, 6))]
+        prompt, output = random_text(rng, n, 8), random_text(rng, n, 16)
+        bad_sequences, breakers = random_sequences(rng, n), random_sequences(rng, n)
         position, index = int(rng.integers(0, 2**40)), int(rng.integers(0, 3))
-        sampler = _sampler.Sampler(p, n, sample_index=index)
+        sampler = _sampler.Sampler(p, n, sample_index=index, bad_sequences=bad_sequences, breakers=breakers)
         sampler.accept_prompt(array("i", prompt))
         for token in output:
             sampler.accept(token)
         compared += 1
         mask = random_mask(rng, n)
         words = None if mask is None else words_of(mask)
-        if np.isneginf(adjust(logits, p, prompt, output, mask=mask)).all():
+        given: dict[str, Any] = {"mask": mask, "bad_sequences": bad_sequences, "breakers": breakers}
+        if np.isneginf(adjust(logits, p, prompt, output, **given)).all():
             with pytest.raises(InvalidArgumentError, match="every token is banned"):
                 sampler.sample(logits, position, words)
         else:
-            expected = choose(logits, p, position, index, prompt, output, mask=mask)
+            expected = choose(logits, p, position, index, prompt, output, **given)
             assert sampler.sample(logits, position, words)[0] == expected, p
 
 
