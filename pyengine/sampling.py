@@ -140,7 +140,9 @@ def _logit_bias(values: object) -> dict[int, float]:
     return bias
 
 
-def _strings(name: str, values: object, most: int = MAX_STOP_STRINGS, most_characters: int = MAX_STOP_CHARACTERS) -> tuple[str, ...]:
+def _strings(
+    name: str, values: object, most: int = MAX_STOP_STRINGS, most_characters: int = MAX_STOP_CHARACTERS
+) -> tuple[str, ...]:
     """One string or several, each once."""
     strings = (values,) if isinstance(values, str) else tuple(_items(name, values, "strings", most))
     for string in strings:
@@ -261,12 +263,9 @@ def json_schema(name: str) -> dict[str, Any]:
         **{key: {"type": "boolean"} for key in _BOOLEANS},
         **dict.fromkeys(_ID_LISTS, ids),
         "allowed_token_ids": {**ids, "minItems": 1},
-        **dict.fromkeys(
-            ("stop", "bad_words"), {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]}
-        ),
-        "dry_sequence_breakers": {
-            "anyOf": [breaker, {"type": "array", "items": breaker, "maxItems": MAX_BREAKERS}],
-        },
+        "stop": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
+        "bad_words": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
+        "dry_sequence_breakers": {"anyOf": [breaker, {"type": "array", "items": breaker, "maxItems": MAX_BREAKERS}]},
         "logit_bias": {
             "type": "object",
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
@@ -413,9 +412,9 @@ class SamplingParams:
     frequency_penalty     subtracted from a logit per occurrence in the output
     presence_penalty      subtracted once from the logit of every token in the output
     repeat_last_n         tokens that these three look at, from the end; -1 = the whole text, 0 = off
-    dry_multiplier        DRY, against repeated passages: dry_multiplier * dry_base ** (length - dry_allowed_length) is subtracted from
-                          the logit of a token that would go on with one of `length` tokens; 0 = off
-    dry_base              at least 1
+    dry_multiplier        DRY, against repeated passages: subtracted from the logit of a token that would go on with one of
+                          dry_allowed_length tokens; 0 = off
+    dry_base              by this it is multiplied for each token more; at least 1
     dry_allowed_length    the shortest passage that counts
     dry_penalty_last_n    tokens of prompt and output that are looked at, from the end; -1 = the whole text, 0 = off
     dry_sequence_breakers a string or strings over which no passage reaches; None = newline, colon, quotation mark, asterisk
@@ -423,7 +422,8 @@ class SamplingParams:
     logit_bias            {token id: added to its logit}; -inf bans the token
     allowed_token_ids     only these may come
     bad_token_ids         these may not come
-    bad_words             a string or strings that may not come, as tokens: as the tokenizer writes them, with and without a space before
+    bad_words             a string or strings that may not come in the tokens that the tokenizer makes of them, with and without a
+                          space before
     stop                  a string or strings that end the text
     stop_token_ids        tokens that end the text
     include_stop_str_in_output   leave the stop string in the text

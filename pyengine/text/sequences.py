@@ -14,8 +14,8 @@ _BETWEEN = "\u0100"  # two tokens; bytes are the characters below
 
 
 def bad_sequences(tokenizer: Tokenizer, words: Sequence[str]) -> list[Tokens]:
-    """Each word as the tokenizer writes it at the beginning of a text and, where that is as many tokens with another one first, behind
-    a space: vLLM's rule, by which the second begins with a token of its own and not with a space before the first."""
+    """Each word as the tokenizer writes it at the beginning of a text and, where that is as many tokens with another one first,
+    behind a space: vLLM's rule, by which the second begins with a token of its own and not with a space before the first."""
     found: dict[Tokens, None] = {}
     for word in words:
         plain, spaced = (tuple(tokenizer.encode(space + word.lstrip(), add_bos=False)) for space in ("", " "))
@@ -27,8 +27,8 @@ def bad_sequences(tokenizer: Tokenizer, words: Sequence[str]) -> list[Tokens]:
 
 
 class Breakers:
-    """The sequences in which strings may come: a token that holds all of one, or a token that ends with its first characters and then
-    the tokens of the others, as the tokenizer writes them. May be asked from any thread."""
+    """The sequences in which strings may come: a token that holds all of one, or a token that ends with its first characters and
+    then the tokens of the others, as the tokenizer writes them. May be asked from any thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

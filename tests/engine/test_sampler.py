@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import cli_tools
-from engine.sampler_tools import params, random_logits, random_mask, random_params, random_sequences, random_text, words_of
+from engine.sampler_tools import (
+    params,
+    random_logits,
+    random_mask,
+    random_params,
+    random_sequences,
+    random_text,
+    words_of,
+)
 from reference.sampler import adjust, choose, log_softmax, philox
 
 from pyengine import _sampler

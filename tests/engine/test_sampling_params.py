@@ -28,7 +28,8 @@ def test_every_default_is_neutral_and_greedy():
         repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, repeat_last_n=-1,
         dry_multiplier=0.0, dry_base=1.75, dry_allowed_length=2, dry_penalty_last_n=-1,
         dry_sequence_breakers=("\n", ":", '"', "*"), no_repeat_ngram_size=0, logit_bias={}, allowed_token_ids=None,
-        bad_token_ids=(), bad_words=(), stop=(), stop_token_ids=(), include_stop_str_in_output=False, ignore_eos=False, seed=p.seed,
+        bad_token_ids=(), bad_words=(),
+        stop=(), stop_token_ids=(), include_stop_str_in_output=False, ignore_eos=False, seed=p.seed,
         logprobs=None, skip_special_tokens=True, timeout=None, speculative=Drafting(24, True),
     )  # fmt: skip
     assert p == expected
@@ -55,7 +56,7 @@ def test_every_default_is_neutral_and_greedy():
         "dry_base": [0.9, NAN, INF],
         "dry_allowed_length": [0, -1, 2.0, 2**31],
         "dry_penalty_last_n": [-2, 1.0, HUGE],
-        "dry_sequence_breakers": ["", ["a", ""], [1], b"x", 5, ["a" * 65] * 4 + ["a" * 192], [str(i) for i in range(65)], {"a": 1}],
+        "dry_sequence_breakers": ["", ["a", ""], [1], b"x", 5, "a" * 257, [str(i) for i in range(65)], {"a": 1}],
         "no_repeat_ngram_size": [-1, 1.5, True],
         "bad_words": ["", " ", ["a", "\n"], [1], 5, [str(i) for i in range(1025)], ["a" * 200_000], iter("ab")],
         "repetition_penalty": [0, -1, NAN, INF],
