@@ -57,7 +57,7 @@ class Breakers:
 
     def _ids_with(self, text: str, end: str = "") -> Iterator[int]:
         """Tokens that hold a text; with end=_BETWEEN those that end with it."""
-        part = text.encode("utf-8", "replace").decode("latin-1") + end
+        part = text.encode("utf-8", "surrogatepass").decode("latin-1") + end
         at = self._vocabulary.find(part)
         while at >= 0:
             id_ = bisect_right(self._starts, at) - 1
