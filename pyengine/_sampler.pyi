@@ -47,6 +47,7 @@ def sample_many(
     masks: Sequence[Sequence[Buffer | None] | None] | None = None,
     n_threads: int = 1,
     drafts: Sequence[Sequence[int]] | None = None,
+    edited: Sequence[Buffer | None] | None = None,
 ) -> list[Exception | None]: ...
 def logprobs(
     logits: Buffer, token: int, n_top: int = 0, mask: Buffer | None = None

@@ -162,6 +162,7 @@ cdef class Sampler:
     cdef pe_sampler *sampler
     cdef size_t size
     cdef bint wants_logprobs
+    cdef size_t n_top_logprobs
     cdef bint is_greedy
     cdef uint64_t seed
     cdef readonly uint64_t sample_index
@@ -193,6 +194,7 @@ cdef class Sampler:
         c.xtc_probability, c.xtc_threshold = params.xtc_probability, params.xtc_threshold
         c.min_tokens = params.min_tokens
         self.wants_logprobs = params.logprobs is not None
+        self.n_top_logprobs = params.logprobs if self.wants_logprobs else 0
         c.n_top_logprobs = params.logprobs if self.wants_logprobs else -1
         bias = dict(params.logit_bias)  # as many values as ids
         bias_ids = _Ids(bias)
@@ -309,21 +311,23 @@ cdef class Sampler:
 # A row of logits to sample from, and the draft that the row after it follows: -1 for the last row of a sampler.
 cdef struct row_source:
     const float *logits
+    const float *model_logits  # if these are not the model's: those, whose log-probabilities are told
     const uint32_t *mask
     int32_t draft
 
 
 cdef class _Rows:
-    """The rows of one call of `sample_many`: their masks, held until `release`, and C arrays for them."""
+    """The rows of one call of `sample_many`: their masks and edited logits, held until `release`, and C arrays for them."""
 
     cdef list masks
+    cdef list edited
     cdef row_source *sources
     cdef pe_sample_row *calls  # one for each sampler that goes on
     cdef Py_ssize_t *owners  # for each of `calls`: number of its sampler,
     cdef Py_ssize_t *cursors  # and of its row
 
     def __cinit__(self, Py_ssize_t n_rows, Py_ssize_t n_samplers):
-        self.masks = []
+        self.masks, self.edited = [], []
         self.sources = <row_source *>calloc(n_rows + 1, sizeof(row_source))
         self.calls = <pe_sample_row *>calloc(n_samplers + 1, sizeof(pe_sample_row))
         self.owners = <Py_ssize_t *>calloc(n_samplers + 1, sizeof(Py_ssize_t))
@@ -339,8 +343,17 @@ cdef class _Rows:
             self.sources[row].mask = held.words
         return 0
 
+    cdef int replace(self, Py_ssize_t row, const float[::1] logits, size_t vocab_size) except -1:
+        """Sample this row from other logits (vocab_size)."""
+        if <size_t>logits.shape[0] != vocab_size:
+            raise InvalidArgumentError(f"{logits.shape[0]} edited logits for a vocabulary of {vocab_size}")
+        self.edited.append(logits)
+        self.sources[row].model_logits, self.sources[row].logits = self.sources[row].logits, &logits[0]
+        return 0
+
     cdef void release(self):
         cdef _Mask mask
+        self.edited.clear()
         for mask in self.masks:
             mask.release()
 
@@ -352,7 +365,7 @@ cdef class _Rows:
 
 
 def sample_many(
-    const float[:, :] logits not None, rows, samplers, positions, masks=None, int n_threads=1, drafts=None
+    const float[:, :] logits not None, rows, samplers, positions, masks=None, int n_threads=1, drafts=None, edited=None
 ) -> list:
     """For every i: sample from row rows[i] of logits (n, vocab_size) float32, accept the token in samplers[i] and record it in its
     `outputs` and `logprobs`.
@@ -365,13 +378,17 @@ def sample_many(
     drafts[i]: guesses at the tokens from positions[i] on. Sampler i then has 1 + len(drafts[i]) rows, from rows[i] on, and as many
     masks: the row after a guess is sampled, as if it were alone, if the token sampled before it equals the guess. So what is recorded
     is what one call a token would record, only more of it. An exception is that of the first row that fails.
+
+    edited[i]: None, or logits (vocab_size) float32 from which the token of sampler i, which then has no draft, is sampled in place of
+    its row; the log-probabilities that it records are still those of the row.
     """
     cdef Sampler sampler
     cdef list owners = list(samplers)
     cdef Py_ssize_t i, j, first, n_own, row = 0, n = len(owners)
     cdef list guesses = [()] * n if drafts is None else [tuple(draft) for draft in drafts]
-    if not (len(guesses) == n == len(rows) == len(positions) and (masks is None or len(masks) == n)):
-        raise ValueError("rows, samplers, positions, masks and drafts differ in length")
+    cdef list replaced = [None] * n if edited is None else list(edited)
+    if not (len(guesses) == n == len(rows) == len(positions) == len(replaced) and (masks is None or len(masks) == n)):
+        raise ValueError("rows, samplers, positions, masks, drafts and edited logits differ in length")
     if logits.strides[1] != sizeof(float):
         raise ValueError("a row of logits is not contiguous")
     cdef _Rows all_rows = _Rows(n + sum([len(guess) for guess in guesses]), n)
@@ -390,6 +407,10 @@ def sample_many(
                 all_rows.sources[row].logits = &logits[first + j, 0]
                 all_rows.sources[row].draft = guesses[i][j] if j < n_own - 1 else -1
                 all_rows.hold(row, None if own_masks is None else own_masks[j], sampler.size)
+                if replaced[i] is not None:
+                    if n_own > 1:
+                        raise ValueError("a sampler has edited logits and a draft")
+                    all_rows.replace(row, replaced[i], sampler.size)
                 row += 1
         return sample_rows(all_rows, owners, n_threads)
     finally:
@@ -418,7 +439,7 @@ cdef list sample_rows(_Rows rows, list samplers, int n_threads):
         is_first, n_right = False, 0
         for i in range(n):
             owner = rows.owners[i]
-            errors[owner] = record_row(samplers[owner], &rows.calls[i])
+            errors[owner] = record_row(samplers[owner], &rows.calls[i], rows.sources[rows.cursors[i]].model_logits)
             if errors[owner] is None and rows.calls[i].result.token == rows.sources[rows.cursors[i]].draft:
                 rows.owners[n_right], rows.cursors[n_right] = owner, rows.cursors[i] + 1
                 rows.calls[n_right].position = rows.calls[i].position + 1
@@ -427,8 +448,12 @@ cdef list sample_rows(_Rows rows, list samplers, int n_threads):
     return errors
 
 
-cdef object record_row(Sampler sampler, const pe_sample_row *row):
-    """None, or the exception of a row that was not recorded."""
+cdef object record_row(Sampler sampler, pe_sample_row *row, const float *model_logits):
+    """None, or the exception of a row that was not recorded. model_logits: those of its log-probabilities; NULL = its own."""
+    if row.status == PE_OK and sampler.wants_logprobs and model_logits != NULL:
+        row.status = <pe_status>_core.logprobs(
+            model_logits, sampler.size, row.result.token, NULL, sampler.n_top_logprobs, &row.result, row.err
+        )
     if row.status != PE_OK:
         return error_of(row.status, row.err)
     try:

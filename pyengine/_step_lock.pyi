@@ -1,4 +1,9 @@
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+def call_guest(function: Callable[..., T], *args: object) -> T: ...
 
 class StepLock:
     news: int

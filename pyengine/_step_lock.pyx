@@ -21,6 +21,21 @@ cdef extern from "pythread.h":
 # A sleeping thread looks for signals so often.
 cdef int64_t SLEEP_NS = 20 * 1000 * 1000
 
+# Threads that are in a caller's own function, which a step has called.
+cdef set guests = set()
+
+
+def call_guest(function, *args):
+    """function(*args), a caller's own, in the middle of a step. Until it returns, this thread may wait for no step lock: that of
+    the engine whose step this is it has already, and who has another engine's may wait for this one (a fork takes all). No
+    exception, wherever it is raised, can leave the thread marked."""
+    cdef object me = PyThread_get_thread_ident()
+    guests.add(me)
+    try:
+        return function(*args)
+    finally:
+        guests.discard(me)
+
 
 @cython.auto_pickle(False)  # clang cannot compare what C calls atomic with a literal, and nobody pickles a lock
 cdef class StepLock:
@@ -69,6 +84,8 @@ cdef class StepLock:
         self.n_sleeping -= 1
 
     cdef int check_free_of(self, unsigned long me) except -1:
+        if len(guests) > 0 and me in guests:
+            raise PyEngineError("a logits_processor or stopping_criteria cannot use an engine: a step waits for it")
         if self.holder == me:
             raise PyEngineError("this engine is at work in this very thread (a signal handler cannot use it)")
         return 0
@@ -76,10 +93,10 @@ cdef class StepLock:
     def run(self, uint32_t news, function, *args) -> bool:
         """Call function(*args), which computes, with the lock as soon as nobody else has it or wants it: True. Or return
         False when there is news first, newer than `news`. Raises PyEngineError in a signal handler that runs inside of such
-        a call."""
+        a call, or in a guest of one."""
         cdef unsigned long me = PyThread_get_thread_ident()
+        self.check_free_of(me)
         while self.holder != 0 or self.n_wanting > 0:
-            self.check_free_of(me)
             if load32(&self.counter) != news:
                 return False
             self.sleep_while(news)

@@ -1,5 +1,5 @@
 """The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill format,
-guides, generation defaults."""
+guides, token healing, generation defaults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from pyengine.errors import TemplateError
+from pyengine.errors import InvalidArgumentError, TemplateError
 from pyengine.format.reader import FrozenFile
 from pyengine.format.strict_json import parse_json_object
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyengine.run.guide import Guide, Guides
     from pyengine.sampling import StructuredOutputs
     from pyengine.text.chat import ChatTemplate
+    from pyengine.text.healing import Healer
     from pyengine.text.infill import Infill
     from pyengine.text.sequences import Breakers, Tokens
     from pyengine.text.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ class Attachments:
         self._infill: Infill | None = None
         self._breakers: Breakers | None = None
         self._guides: Guides | None = None
+        self._healer: Healer | None = None
 
     def _json(self, name: str) -> dict[str, Any]:
         text = self._file.attachment(name)
@@ -84,6 +86,20 @@ class Attachments:
 
                 self._infill = Infill(self.tokenizer, os.path.basename(self._file.path))
             return self._infill
+
+    @property
+    def healer(self) -> Healer:
+        """What takes back the end of a prompt."""
+        with self._lock:
+            if self._healer is None:
+                from pyengine.text.healing import Healer
+
+                try:
+                    infill = self.infill
+                except InvalidArgumentError:  # the model does not fill in the middle
+                    infill = None
+                self._healer = Healer(self.tokenizer, self._file.config.vocab_size, infill)
+            return self._healer
 
     def breakers(self, strings: tuple[str, ...]) -> list[Tokens]:
         """In which tokens these strings may come."""

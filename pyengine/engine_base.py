@@ -17,6 +17,7 @@ from pyengine.format.reader import FrozenFile
 from pyengine.opening import Options, pages_of
 from pyengine.run.request import Caller, GenerationRequest
 from pyengine.run.scheduler import Scheduler
+from pyengine.text.healing import Cut, Healing
 from pyengine.text.prompts import Prompt, prompt_ids, token_ids
 from pyengine.text.stops import StopStrings
 
@@ -240,6 +241,8 @@ class EngineBase:
     ) -> list[GenerationRequest]:
         """What the scheduler is to compute for prompts: params.n requests each. shown_special: special tokens that the text
         shows whatever skip_special_tokens says. Raises InvalidArgumentError."""
+        healer = self._attachments.healer if params.token_healing else None
+        cuts = [Cut(ids) if healer is None else healer.cut(ids) for ids in prompts]
         core_adapter, salt = self._adapters.of_request(adapter, cache_salt)
         request = partial(
             GenerationRequest,
@@ -260,8 +263,13 @@ class EngineBase:
         wanted = params.structured_outputs
         guide = None if wanted is None else self.guide(wanted)  # which costs up to seconds, and its twins next to nothing
         return [
-            request(ids, index=index, guide=None if guide is None else guide.fork())
-            for ids in prompts
+            request(
+                cut.ids,
+                index=index,
+                guide=None if guide is None else guide.fork(),
+                healing=None if healer is None else Healing(healer, cut),
+            )
+            for cut in cuts
             for index in range(params.n)
         ]
 

@@ -49,7 +49,7 @@ class Generation:
 
     text           what the tokens say, without special tokens and (unless asked for) without the stop string
     tokens         every id that was sampled, the one that ended the text included
-    finish_reason  "stop" (end of text, stop token or string), "length" (max_tokens or the context), "timeout"
+    finish_reason  "stop" (end of text, stop token or string, stopping_criteria), "length" (max_tokens or the context), "timeout"
     stop_reason    the stop string or token id that ended it, None for end of text and other reasons
     seed           what reproduces this output together with the prompt and the parameters
     logprobs       one entry a token, if they were asked for

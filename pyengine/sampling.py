@@ -6,23 +6,32 @@ fills that in and returns `ResolvedParams`, which has no None left but where Non
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from pyengine.arguments import INT32_MAX, integer, number, shown
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnknownParameterError
+from pyengine.sampling_values import (
+    LARGEST,
+    MAX_BREAKER_CHARACTERS,
+    MAX_BREAKERS,
+    MAX_STOP_STRINGS,
+    STRING_LISTS,
+    Range,
+    callbacks,
+    logit_bias,
+    token_ids,
+)
 
 MAX_LOGPROBS = 64
 MAX_SAMPLES = 1024
-MAX_STOP_STRINGS = 1024  # clients send a handful
-MAX_STOP_CHARACTERS = 1 << 17  # of all stop strings of a request: an automaton over them takes about 300 bytes each
 MAX_DRAFT = 24  # tokens guessed ahead in a step
-MAX_IDS = 1 << 24  # the largest vocabulary
-MAX_BREAKERS = 64  # of DRY; clients send four
-MAX_BREAKER_CHARACTERS = 256  # of all: for each of them the vocabulary is searched
+
+# (token ids (n) int32 so far, logits (vocab_size) float32 of the next) -> None, or other logits; -> whether to end
+LogitsProcessor = Callable[[Any, Any], Any]
+StoppingCriteria = Callable[[Any, Any], bool]
 
 # Names that people bring from llama-cpp-python, transformers and OpenVINO GenAI.
 ALIASES: dict[str, str] = {
@@ -46,20 +55,6 @@ class Drafting(NamedTuple):
     store: bool = True
 
 
-class _Range(NamedTuple):
-    """Legal values of a number: low <= x <= high, or low < x where `open_low`."""
-
-    low: float
-    high: float
-    open_low: bool = False
-
-    def check(self, name: str, value: float) -> None:
-        inside = value > self.low if self.open_low else value >= self.low
-        if not (inside and value <= self.high):
-            bracket = "(" if self.open_low else "["
-            raise InvalidArgumentError(f"{name} must be in {bracket}{self.low:g}, {self.high:g}], not {value!r}")
-
-
 _INTEGERS: dict[str, tuple[int, int]] = {
     "n": (1, MAX_SAMPLES),
     "max_tokens": (1, INT32_MAX),
@@ -72,111 +67,32 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "seed": (-(2**63), 2**64 - 1),
     "logprobs": (0, MAX_LOGPROBS),
 }
-_LARGEST = 3.4028234663852886e38  # of float32, the type of logits
-_FLOATS: dict[str, _Range] = {
-    "temperature": _Range(0.0, _LARGEST),
-    "top_p": _Range(0.0, 1.0, open_low=True),
-    "min_p": _Range(0.0, 1.0),
-    "typical_p": _Range(0.0, 1.0, open_low=True),
-    "top_n_sigma": _Range(-1.0, _LARGEST),
-    "dynatemp_range": _Range(0.0, _LARGEST),
-    "dynatemp_exponent": _Range(0.0, _LARGEST),
-    "xtc_probability": _Range(0.0, 1.0),
-    "xtc_threshold": _Range(0.0, 1.0),
-    "dry_multiplier": _Range(0.0, _LARGEST),
-    "dry_base": _Range(1.0, _LARGEST),
-    "repetition_penalty": _Range(0.0, _LARGEST, open_low=True),
-    "frequency_penalty": _Range(-_LARGEST, _LARGEST),
-    "presence_penalty": _Range(-_LARGEST, _LARGEST),
-    "timeout": _Range(0.0, 1e9, open_low=True),
+_FLOATS: dict[str, Range] = {
+    "temperature": Range(0.0, LARGEST),
+    "top_p": Range(0.0, 1.0, open_low=True),
+    "min_p": Range(0.0, 1.0),
+    "typical_p": Range(0.0, 1.0, open_low=True),
+    "top_n_sigma": Range(-1.0, LARGEST),
+    "dynatemp_range": Range(0.0, LARGEST),
+    "dynatemp_exponent": Range(0.0, LARGEST),
+    "xtc_probability": Range(0.0, 1.0),
+    "xtc_threshold": Range(0.0, 1.0),
+    "dry_multiplier": Range(0.0, LARGEST),
+    "dry_base": Range(1.0, LARGEST),
+    "repetition_penalty": Range(0.0, LARGEST, open_low=True),
+    "frequency_penalty": Range(-LARGEST, LARGEST),
+    "presence_penalty": Range(-LARGEST, LARGEST),
+    "timeout": Range(0.0, 1e9, open_low=True),
 }
-_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "token_healing")
 _ID_LISTS = ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
+_CALLBACKS = ("logits_processor", "stopping_criteria")
 # What generation_config.json may say; its other keys are not about sampling, or ask for what a caller must ask for.
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 # Asking for one of these without a temperature asks for sampling.
 _FILTERS: dict[str, float] = {
     "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": 0.0, "dynatemp_range": 0.0, "xtc_probability": 0.0,
 }  # fmt: skip
-
-
-def _items(name: str, values: object, kind: str, most: int) -> Collection[Any]:
-    """`values`, if it is a collection of at most `most` items: whatever comes without a length may have no end."""
-    if isinstance(values, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(values, Collection):
-        raise InvalidArgumentError(f"{name} must be a list of {kind}, not {shown(values)}")
-    try:
-        length = len(values)
-    except TypeError:  # a NumPy array without dimensions
-        raise InvalidArgumentError(f"{name} must be a list of {kind}, not {shown(values)}") from None
-    if length > most:
-        raise InvalidArgumentError(f"{name} holds {length} {kind}, at most {most}")
-    return values
-
-
-def _token_id(name: str, value: object) -> int:
-    return integer(f"a token id of {name}", value, 0, INT32_MAX)
-
-
-def _token_ids(name: str, values: object) -> tuple[int, ...]:
-    return tuple(_token_id(name, value) for value in _items(name, values, "token ids", MAX_IDS))
-
-
-def _logit_bias(values: object) -> dict[int, float]:
-    if not isinstance(values, Mapping):
-        raise InvalidArgumentError(f"logit_bias must map token ids to numbers, not {shown(values)}")
-    if len(values) > MAX_IDS:
-        raise InvalidArgumentError(f"logit_bias holds {len(values)} token ids, at most {MAX_IDS}")
-    bias: dict[int, float] = {}
-    for key, value in values.items():
-        # JSON has no integer keys, so requests written for HTTP interfaces bring strings.
-        token = int(key) if isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdigit() else key
-        token = _token_id("logit_bias", token)
-        real = number(f"logit_bias of token {token}", value)
-        if not real <= _LARGEST or (real < -_LARGEST and not math.isinf(real)):
-            raise InvalidArgumentError(f"logit_bias of token {token} is out of range: {shown(value)}")
-        if token in bias:
-            raise InvalidArgumentError(f"logit_bias names token {token} twice")
-        bias[token] = real
-    return bias
-
-
-def _strings(
-    name: str, values: object, most: int = MAX_STOP_STRINGS, most_characters: int = MAX_STOP_CHARACTERS
-) -> tuple[str, ...]:
-    """One string or several, each once."""
-    strings = (values,) if isinstance(values, str) else tuple(_items(name, values, "strings", most))
-    for string in strings:
-        if not isinstance(string, str):
-            raise InvalidArgumentError(f"{name} must hold strings, not {shown(string)}")
-    strings = tuple(dict.fromkeys(strings))
-    size = sum(map(len, strings))
-    if size > most_characters:
-        raise InvalidArgumentError(f"{name} holds {size} characters, at most {most_characters}")
-    return strings
-
-
-def _stop_strings(values: object) -> tuple[str, ...]:
-    strings = _strings("stop", values)
-    if not all(strings):
-        raise InvalidArgumentError("stop must not hold an empty string: it would end every text at once")
-    return strings
-
-
-def _bad_words(values: object) -> tuple[str, ...]:
-    words = _strings("bad_words", values)
-    if not all(word.lstrip() for word in words):
-        raise InvalidArgumentError("bad_words must not hold a string without a word")
-    return words
-
-
-def _breakers(values: object) -> tuple[str, ...]:
-    strings = _strings("dry_sequence_breakers", values, MAX_BREAKERS, MAX_BREAKER_CHARACTERS)
-    if not all(strings):
-        raise InvalidArgumentError("dry_sequence_breakers must not hold an empty string: it would stand everywhere")
-    return strings
-
-
-_STRING_LISTS = {"stop": _stop_strings, "bad_words": _bad_words, "dry_sequence_breakers": _breakers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +185,7 @@ def json_schema(name: str) -> dict[str, Any]:
         "logit_bias": {
             "type": "object",
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-            "additionalProperties": {"type": "number", "minimum": -_LARGEST, "maximum": _LARGEST},
+            "additionalProperties": {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
         },
         "structured_outputs": {
             "type": "object",
@@ -301,12 +217,14 @@ def _check(name: str, value: Any) -> Any:
             raise InvalidArgumentError(f"{name} must be True or False, not {shown(value)}")
         return value
     if name in _ID_LISTS:
-        return _token_ids(name, value)
+        return token_ids(name, value)
+    if name in _CALLBACKS:
+        return callbacks(name, value)
     if name == "structured_outputs":
         return _structured_outputs(value)
     if name == "speculative":
         return check_speculative(value)
-    return _logit_bias(value) if name == "logit_bias" else _STRING_LISTS[name](value)
+    return logit_bias(value) if name == "logit_bias" else STRING_LISTS[name](value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +269,9 @@ class ResolvedParams:
     timeout: float | None
     speculative: Drafting
     structured_outputs: StructuredOutputs | None = None
+    logits_processor: tuple[LogitsProcessor, ...] = ()
+    stopping_criteria: tuple[StoppingCriteria, ...] = ()
+    token_healing: bool = False
 
 
 _NEUTRAL: dict[str, Any] = {
@@ -434,8 +355,26 @@ class SamplingParams:
     skip_special_tokens   leave special tokens out of the text
     timeout               seconds after which the text so far is returned
     structured_outputs    what the text must be: a JSON schema, a regular expression, … (see StructuredOutputs)
+    logits_processor      a function or functions f(token_ids, logits), called for every token, see below
+    stopping_criteria     a function or functions f(token_ids, logits) -> bool: True ends the text before the next token
+    token_healing         take the prompt's last tokens back and say them again, so that a broken word, or "http:", goes on as the
+                          tokenizer would have it; see below
     speculative           tokens guessed ahead, which change no byte: "auto", "off", or {"max_draft": tokens in a step, at
                           most 24; "store": guess by earlier outputs too}; None = the engine's
+
+    **A caller's own functions** get the tokens so far, prompt and output, (n) int32 and read-only, and the model's logits of the
+    next one, (vocab_size) float32. Criteria come first. A processor changes the logits in place, or returns others: any numbers,
+    and -inf bans a token; a NaN or +inf is a NotFiniteError, no token left an InvalidArgumentError. Penalties, bias, bans, a
+    grammar and the filters come after it; log-probabilities stay those of the model. What a function raises ends its own output
+    and reaches its caller. It runs in whichever thread computes for all, while everybody waits; it may be asked about a token
+    twice (after Ctrl-C, say), and the output is repeatable if it depends on its arguments alone. Both arrays are valid during the
+    call. It may use the tokenizer, but no engine: that is a PyEngineError, and to wait for a thread that does is a deadlock.
+    Tokens are not guessed ahead for it.
+
+    **token_healing** takes the longest end of the prompt, of whole tokens, that a longer token begins with (of a prompt around a
+    hole, of the text in front of it), but no special token. The output begins with tokens that spell it, the last of which may go
+    beyond; its text begins behind it, and stop strings are looked for there. All else is told as the model sees it: these tokens
+    count towards max_tokens and stand in `tokens` and `logprobs`, the prompt is shorter. Not with structured_outputs, or beams.
 
     Raises InvalidArgumentError (a ValueError) naming the field for wrong types, NaN, and values out of range.
     """
@@ -476,6 +415,9 @@ class SamplingParams:
     skip_special_tokens: bool | None = None
     timeout: float | None = None
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None
+    stopping_criteria: StoppingCriteria | Sequence[StoppingCriteria] | None = None
+    token_healing: bool | None = None
     speculative: str | Mapping[str, Any] | Drafting | None = None
 
     def __post_init__(self) -> None:
@@ -494,6 +436,10 @@ class SamplingParams:
         if self.structured_outputs is not None and self.ignore_eos:
             raise InvalidArgumentError(
                 "ignore_eos and structured_outputs contradict each other: such an output has an end"
+            )
+        if self.structured_outputs is not None and self.token_healing:
+            raise InvalidArgumentError(
+                "token_healing and structured_outputs contradict each other: such an output begins as its grammar says"
             )
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from pyengine.run.beam_search import EarlyStopping
-    from pyengine.sampling import Drafting, StructuredOutputs
+    from pyengine.sampling import Drafting, LogitsProcessor, StoppingCriteria, StructuredOutputs
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -50,6 +50,9 @@ class SamplingOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     timeout: float | None
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
+    stopping_criteria: StoppingCriteria | Sequence[StoppingCriteria] | None
+    token_healing: bool | None
     speculative: str | Mapping[str, Any] | Drafting | None
 
     max_new_tokens: int | None

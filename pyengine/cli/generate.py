@@ -34,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="text that follows a hole: a code model fills what belongs between the prompt and it; @FILE reads it from a file",
     )
+    add(
+        "--token-healing",
+        action="store_true",
+        help="a word that the prompt breaks off goes on as the tokenizer would have it: its last tokens are said again",
+    )
     add("--special", action="store_true", help="special tokens that the prompt spells (<|im_start|>) are those tokens")
     add("--json", action="store_true", help="one JSON object at the end: text, tokens, reason, seed, timings")
     add("-v", "--verbose", action="store_true", help="timings on stderr afterwards")
@@ -114,6 +119,7 @@ _NOT_OF_BEAMS = {
     "frequency_penalty": "--frequency-penalty", "no_repeat_ngram_size": "--no-repeat-ngram-size", "bad_words": "--bad-word",
     "top_n_sigma": "--top-nsigma", "dynatemp_range": "--dynatemp-range", "xtc_probability": "--xtc-probability",
     "dry_multiplier": "--dry-multiplier", "speculative": "--speculative", "draft_model": "--draft-model",
+    "token_healing": "--token-healing",
 }  # fmt: skip
 
 
@@ -166,7 +172,7 @@ def prompt_ids(engine: Engine, args: argparse.Namespace, prompt: str, suffix: st
 
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    params = options.sampling_params(args)
+    params = options.sampling_params(args, token_healing=args.token_healing)
     check_beams(args)
     prompt = options.read_prompt(args)
     if prompt is None:

@@ -305,12 +305,12 @@ def unescape(text: str) -> str:
         raise UsageError(f"--escape: {error.reason} in {text!r}") from None
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """SamplingParams of the options. Raises UsageError naming the parameter."""
+def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
+    """SamplingParams of the options, and of parameters that a command has itself. Raises UsageError naming the parameter."""
     from pyengine.sampling import SamplingParams
 
     check_draft_model(args)
-    options: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING}
+    options: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING} | more
     if options["max_tokens"] is not None and options["max_tokens"] in (-1, -2):  # llama-cli's "no limit"
         options["max_tokens"] = None
     if options["dry_sequence_breakers"] == ["none"]:

@@ -39,6 +39,7 @@ class _Reading:
             skip_special_tokens=params.skip_special_tokens,
             include_stop_str=params.include_stop_str_in_output,
             shown_special=output.shown_special,
+            n_healed=output.n_healed,
         )
         self.n_read = 0
         self.pieces: list[Piece] = []
@@ -72,6 +73,7 @@ class Output:
     end_ids        the model's end-of-text tokens, those that count for this request
     interactive    somebody reads along
     shown_special  special tokens that the text shows whatever skip_special_tokens says
+    n_healed       bytes at its beginning that are the end of the prompt, said again (text/healing.py)
 
     Attributes: `finish_reason`, None while there is more to come, or to read again; `ends`, the tokens that end it.
     """
@@ -88,8 +90,10 @@ class Output:
         end_ids: tuple[int, ...],
         interactive: bool = False,
         shown_special: frozenset[int] = frozenset(),
+        n_healed: int = 0,
     ) -> None:
         self.params = params
+        self.n_healed = n_healed
         self.shown_special = shown_special
         self.tokenizer = tokenizer
         self.stops = stops

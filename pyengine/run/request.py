@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from pyengine import fork
 from pyengine._sampler import Sampler
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from pyengine import _core
     from pyengine._draft import Drafter
     from pyengine.results import Generation, Piece
+    from pyengine.run.callbacks import Callbacks, Edited
     from pyengine.run.guide import Guide
     from pyengine.run.proposer import DraftState
     from pyengine.sampling import ResolvedParams
+    from pyengine.text.healing import Healing
     from pyengine.text.stops import StopStrings
     from pyengine.text.tokenizer import Tokenizer
 
@@ -166,6 +169,7 @@ class GenerationRequest(Request):
         interactive: bool,
         adapter: _core.Adapter | None = None,
         guide: Guide | None = None,
+        healing: Healing | None = None,
         shown_special: frozenset[int] = frozenset(),
         bad_sequences: Sequence[Sequence[int]] = (),
         breakers: Sequence[Sequence[int]] = (),
@@ -191,9 +195,18 @@ class GenerationRequest(Request):
             end_ids=end_ids,
             interactive=interactive,
             shown_special=shown_special,
+            n_healed=0 if healing is None else healing.n_bytes,
         )
         self.interactive = interactive
         self.guide = guide
+        self.healing = healing
+        self.callbacks: Callbacks | None = None
+        if params.logits_processor or params.stopping_criteria:
+            with fork.importing:
+                from pyengine.run.callbacks import Callbacks
+
+            self.callbacks = Callbacks(prompt, params, vocab_size)
+            self.may_draft = False  # they are asked once a token, about what has been said
         self.n_taken = 0  # pieces that the caller has read
         deadline = None if params.timeout is None else self.output.started + params.timeout
         super().__init__(caller, salt=salt, deadline=deadline, adapter=adapter)
@@ -217,7 +230,9 @@ class GenerationRequest(Request):
     @property
     def max_draft(self) -> int:
         """Guesses that may be of use: one token is sampled after them."""
-        return min(self.params.speculative.max_draft, self.output.n_left - 1) if self.may_draft else 0
+        if not self.may_draft or not (self.healing is None or self.healing.is_over(self.sampler.outputs)):
+            return 0
+        return min(self.params.speculative.max_draft, self.output.n_left - 1)
 
     @property
     def result(self) -> Generation:
@@ -259,6 +274,8 @@ class GenerationRequest(Request):
 
     def masks(self, draft: Sequence[int]) -> Sequence[array[int] | None] | None:
         """Which tokens may come next, and after each guess of `draft`, as far as the grammar can follow it; None = all."""
+        if self.healing is not None and not self.healing.is_over(self.sampler.outputs):
+            return [self.healing.mask(self.sampler.outputs)]  # there is no draft, and no grammar
         if self.guide is None:
             return None
         try:
@@ -269,6 +286,20 @@ class GenerationRequest(Request):
         except Exception as error:  # of this request's grammar
             self.error = error
             return None
+
+    def edit(self, row: _core.RowView, masks: Sequence[array[int] | None] | None) -> Edited | None:
+        """What its caller's functions make of the row of logits for its next token, whose masks these are. None if one of them
+        ended it, or raised."""
+        assert self.callbacks is not None
+        try:
+            edited = self.callbacks.edit(self.sampler.outputs, row, None if masks is None else masks[0])
+        except Exception as error:  # for its caller alone
+            self.error = error
+            return None
+        if edited is None:
+            self.output.stop("stop")
+            self.catch_up()
+        return edited
 
     def catch_up(self) -> None:
         try:

@@ -17,9 +17,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyengine import fork
 from pyengine._sampler import sample_many
@@ -369,22 +368,31 @@ class Scheduler:
         rows: list[int] = []
         hidden_rows: list[int] = []
         drafts: list[tuple[int, ...]] = []
-        masks: list[Sequence[array[int] | None] | None] = []
+        masks: list[Sequence[Any] | None] = []
+        edited: list[Any] = []
         for (request, _, end, wants, draft), row, hidden_row in numbered:
             if not isinstance(request, GenerationRequest) or not wants[-1] or request.error is not None:
                 continue
             assert request.sequence is not None
-            request_masks = request.masks(draft)
-            if request.sequence.length == end and request.error is None:  # not if its rows failed
-                requests.append(request)
-                rows.append(row)
-                hidden_rows.append(hidden_row)
-                drafts.append(draft if request_masks is None else draft[: len(request_masks) - 1])
-                masks.append(request_masks)
+            request_masks: Sequence[Any] | None = request.masks(draft)
+            if request.sequence.length != end or request.error is not None:  # its rows failed
+                continue
+            logits = None
+            if request.callbacks is not None:
+                edit = request.edit(self.context.logits(row), request_masks)
+                if edit is None:
+                    continue
+                logits, request_masks = edit.logits, [edit.mask]
+            requests.append(request)
+            rows.append(row)
+            hidden_rows.append(hidden_row)
+            drafts.append(draft if request_masks is None else draft[: len(request_masks) - 1])
+            masks.append(request_masks)
+            edited.append(logits)
         if not requests:
             return
         samplers, lengths = [request.sampler for request in requests], [request.n_tokens for request in requests]
-        errors = sample_many(self.context.logits(), rows, samplers, lengths, masks, self.n_threads, drafts)
+        errors = sample_many(self.context.logits(), rows, samplers, lengths, masks, self.n_threads, drafts, edited)
         for request, draft, error in zip(requests, drafts, errors, strict=True):
             if error is not None:
                 request.error = error

@@ -112,6 +112,7 @@ _WITHOUT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "xtc_probability": (_OWN, (0.0,)),
     "dry_multiplier": (_OWN, (0.0,)),
     "min_tokens": (_OWN, (0,)),
+    "token_healing": ("beams go on from the prompt as it is", (False,)),
 }
 
 

@@ -153,6 +153,7 @@ FIELDS: Table = {
     "echo": BOOLEAN,
     "max_tokens": integer(0, INT32_MAX),  # 0: the prompt alone comes back
     "logprobs": parameter("logprobs"),
+    "token_healing": parameter("token_healing"),
     **neutral.COMPLETIONS,
     **neutral.OTHERS,
 }
@@ -179,6 +180,11 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> CompletionCall:
         given["max_tokens"] = max_tokens
     if fields.has("logprobs"):
         given["logprobs"] = fields.take("logprobs")
+    if fields.take("token_healing"):
+        if given.get("logprobs") is not None:
+            why = "its first tokens begin in the prompt"
+            raise bad_request(f"token_healing is not supported with logprobs: {why}", "token_healing")
+        given["token_healing"] = True
     note_user(exchange, fields)
     call = CompletionCall(
         model=model,

@@ -11,7 +11,7 @@ from pyengine.serve.completions import CompletionCall
 from pyengine.serve.exchange import Exchange, dumps, event
 from pyengine.serve.fields import BOOLEAN, STRING, Fields, Table, integer, list_of, needed, object_of
 from pyengine.serve.prompts import CALLER, note_user
-from pyengine.serve.sampling import SAMPLING, asked_by, sampling_params
+from pyengine.serve.sampling import SAMPLING, asked_by, parameter, sampling_params
 from pyengine.serve.stream import StreamOptions
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ FIELDS: Table = {
     **CALLER,
     "stream": BOOLEAN,
     **SAMPLING,
+    "token_healing": parameter("token_healing"),
     "n_predict": integer(-1, INT32_MAX),  # -1: as many as the context holds; 0: the texts are computed, for what comes next
     "response_fields": list_of(STRING),
     **neutral.INFILL,
@@ -44,7 +45,9 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> tuple[CompletionCall,
     files = [(file.take("filename") or UNNAMED, file.take("text")) for file in fields.take("input_extra") or ()]
     most = fields.take("n_predict")
     # A prompt is computed for the token that follows it: one that nobody is told is what "none" costs.
-    given = {"max_tokens": max(most, 1)} if most is not None and most >= 0 else {}
+    given: dict[str, Any] = {"max_tokens": max(most, 1)} if most is not None and most >= 0 else {}
+    if fields.take("token_healing"):
+        given["token_healing"] = True
     note_user(exchange, fields)
     call = CompletionCall(
         model=model,
@@ -85,7 +88,7 @@ async def _stream(app: App, exchange: Exchange, call: CompletionCall, job: Job, 
         nonlocal n_tokens
         n_tokens += sum(piece.token is not None for piece in pieces)
         text = "".join(piece.text for piece in pieces) if is_text else ""
-        counts = {"tokens_predicted": n_tokens, "tokens_evaluated": len(call.ids[0])}
+        counts = {"tokens_predicted": n_tokens, "tokens_evaluated": len(work.generations(job)[0].prompt)}
         return event({"index": 0, "content": text, "tokens": [], "stop": False, "id_slot": -1, **counts}) if text else b""
 
     (request,) = await app.stream(exchange, call.model, job, b"", part)

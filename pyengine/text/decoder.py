@@ -96,16 +96,20 @@ class IncrementalDecoder:
     """Text from ids, one at a time: `push` returns what is certain, always whole code points, `finish` the rest.
 
     Vocabularies that spell a space before the first word drop it at the beginning of a text; with `continuation` the ids go on
-    from an earlier text and nothing is dropped. The pieces joined are `Tokenizer.decode` of all ids, which is built on this.
+    from an earlier text and nothing is dropped but the first `n_healed` bytes, which that text has. The pieces joined are
+    `Tokenizer.decode` of all ids, which is built on this.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continuation: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continuation: bool = False, n_healed: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         spelling = tokenizer.spelling
         self._first = spelling.strip_first_token and not continuation
         self._strip_left = 0 if continuation else spelling.strip_left
+        self._n_healed = n_healed
 
     def copy(self) -> IncrementalDecoder:
         """Another one that goes on from the same text."""
@@ -127,6 +131,10 @@ class IncrementalDecoder:
                 self._strip_left -= 1
             else:
                 self._strip_left = 0
+        if self._n_healed:
+            n_said = min(self._n_healed, len(data))
+            self._n_healed -= n_said
+            data = data[n_said:]
         return self._utf8.decode(data)
 
     def finish(self) -> str:

@@ -142,6 +142,15 @@ class Infill:
             raise ContextFullError(f"the texts around the hole have {len(ids)} tokens, the context holds {n_ctx}")
         return ids
 
+    def prefix_end(self, ids: Sequence[int]) -> int:
+        """Where the text in front of the hole ends in a prompt that `ids` made; behind the last token of any other prompt."""
+        family = self.family
+        middle = self._mark(family.middle)
+        behind = middle if family.suffix_first else self._mark(family.suffix)  # what follows that text
+        if not middle or list(ids[-1:]) != middle or behind[0] not in ids:
+            return len(ids)
+        return len(ids) - 1 - list(reversed(ids)).index(behind[0])
+
     def _context(self, hole: Hole) -> tuple[list[int], str]:
         """What stands before the file with the hole, as ids, and before its text, as text: other files, and names."""
         family, inside = self.family, f"{hole.filename}\n" if hole.filename else ""

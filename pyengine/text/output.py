@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class OutputText:
     """`push` returns the text that is certain after a token, `finish` what was held back; `matched` is the stop string that ended
     the text, or None. A stop string may spell special tokens, whether the text shows them or not. `shown_special`: those that it
-    shows whatever skip_special_tokens says."""
+    shows whatever skip_special_tokens says. `n_healed`: bytes at the beginning that are not of the text."""
 
     def __init__(
         self,
@@ -25,10 +25,11 @@ class OutputText:
         skip_special_tokens: bool,
         include_stop_str: bool,
         shown_special: frozenset[int] = frozenset(),
+        n_healed: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids - shown_special if skip_special_tokens else frozenset()
-        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False, continuation=True)
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False, continuation=True, n_healed=n_healed)
         self._stops = StopMatcher(stops, include_stop_str=include_stop_str)
 
     @property

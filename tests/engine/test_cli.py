@@ -183,6 +183,10 @@ def test_beams_are_those_of_the_engine(tiny_model: Path, capsys: pytest.CaptureF
     assert "--seed would have no effect" in error(capsys, *arguments, "--seed", 0, code=2)
 
 
+def test_a_broken_word_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output(capsys, "generate", "Once upon a ti", "--token-healing", "-n", 1, "--temp", 0)[0] == "me\n"
+
+
 def test_beams_are_held_to_a_grammar(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("llguidance", reason="the extra guide is not installed")
     grammar = 'start: "b" ("c" | "d")'
@@ -293,6 +297,7 @@ def test_verbose_and_environment(
         (("a", "--beams", "0"), "--beams: 0 is not a whole number from 1"),
         (("a", "--beams", "2", "--temp", "0.5"), "--temp would have no effect: --beams"),
         (("a", "--beams", "2", "--xtc-probability", "0.5"), "--xtc-probability would have no effect: --beams"),
+        (("a", "--beams", "2", "--token-healing"), "--token-healing would have no effect: --beams"),
         (("a", "--beams", "2", "--speculative", "off"), "--speculative would have no effect: --beams"),
         (("a", "--length-penalty", "2"), "give --beams, too"),
         (("a", "--num-beams", "2"), "there is no option --num-beams: use --beams"),

@@ -34,7 +34,8 @@ COMPONENTS: dict[str, set[str]] = {
     "_draft": {"errors"},
     "format": {"errors", "files", "system"},
     "text": {"errors", "fork", "arguments"},
-    "sampling": {"errors", "arguments"},
+    "sampling_values": {"errors", "arguments"},
+    "sampling": {"errors", "arguments", "sampling_values"},
     "sampling_options": set(),  # types alone
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},

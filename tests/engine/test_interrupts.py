@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engine.draft_heads import with_random_head
 from engine.scripted_drafts import drafts_of, script
@@ -162,6 +163,17 @@ def guess_by_head(engine: Engine) -> None:
     assert engine.generate(PROMPT, **GUESSED).tokens == text_without_guesses(engine.path)
 
 
+def process(engine: Engine) -> None:
+    """A processor that bans tokens, and a criterion that ends the text."""
+    result = engine.generate(
+        PROMPT,
+        logits_processor=lambda tokens, logits: np.where(logits < 0, -np.inf, logits),
+        stopping_criteria=lambda tokens, logits: len(tokens) == len(PROMPT) + 2,
+        **OPTIONS,
+    )
+    assert (len(result.tokens), result.finish_reason) == (2, "stop")
+
+
 CALLS: dict[str, Callable[[Engine], object]] = {
     "generate": lambda engine: engine.generate(PROMPT, **OPTIONS),
     "beams": search,
@@ -172,6 +184,7 @@ CALLS: dict[str, Callable[[Engine], object]] = {
     "drafts": guess,
     "draft model": guess_by_model,
     "draft head": guess_by_head,
+    "processor": process,
     "score": lambda engine: engine.score(PROMPT),
 }
 
@@ -182,13 +195,13 @@ CALLS: dict[str, Callable[[Engine], object]] = {
 def test_an_exception_at_any_bytecode_changes_nothing(
     tiny_model: Path, engine: Engine, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """Every 5th bytecode (of a search, which has more than others, every 17th), or with --run-slow every one."""
+    """Every 5th bytecode (of calls that have more than others every 17th), or with --run-slow every one."""
     with Engine(tiny_model, n_threads=1) as fresh:
         expected = say(fresh, PROMPT), say(fresh, [*PROMPT, 9, 8, 7])
     CALLS[name](engine)  # the first call imports
     interrupted, n_bytecodes = interrupt_at(-1, lambda: CALLS[name](engine))
     assert not interrupted and n_bytecodes > 300
-    stride = 1 if request.config.getoption("--run-slow") else 17 if "beams" in name else 5
+    stride = 1 if request.config.getoption("--run-slow") else 17 if "beams" in name or name == "processor" else 5
     n_interrupted = 0
     for number in range(0, n_bytecodes, stride):
         if number % 3 == 0:

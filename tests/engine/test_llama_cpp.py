@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pyengine import Engine, InvalidArgumentError, PyEngineError
-from pyengine.compat.llama_cpp import Llama, LlamaGrammar
+from pyengine.compat.llama_cpp import Llama, LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
 from pyengine.compat.llama_cpp.formats import FORMATS
 from pyengine.compat.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from pyengine.opening import DEFAULT_MODEL
@@ -176,6 +176,29 @@ def test_log_probabilities_of_an_echoed_prompt_are_scores(llm: Llama) -> None:
     assert all(token in top for token, top in zip(told["tokens"], told["top_logprobs"], strict=True) if top is not None)
 
 
+def test_processors_and_criteria(llm: Llama) -> None:
+    """In llama-cpp-python's lists, and plain ones; of every call that has them."""
+    (like,) = llm.tokenize(b"x", add_bos=False)[-1:]
+    n = len(llm.tokenize(b"Once"))
+
+    def prefer(input_ids: Any, scores: Any) -> Any:
+        scores = scores.copy()
+        scores[like] += 1000.0
+        return scores
+
+    def at_three(input_ids: Any, logits: Any) -> bool:
+        return len(input_ids) == n + 3
+
+    text = llm.detokenize([like]).decode()
+    for processors, criteria in (([prefer], [at_three]), (LogitsProcessorList([prefer]), StoppingCriteriaList([at_three]))):
+        (choice,) = llm("Once", max_tokens=9, logits_processor=processors, stopping_criteria=criteria)["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (3 * text, "stop")
+        tokens = llm.generate(llm.tokenize(b"Once"), logits_processor=processors, stopping_criteria=criteria)
+        assert list(tokens) == [like] * 3
+        (answer,) = llm.create_chat_completion(JASON, max_tokens=2, logits_processor=processors)["choices"]
+        assert answer["message"]["content"] == 2 * text
+
+
 def test_calls_without_a_seed_follow_the_models() -> None:
     def series() -> list[str]:
         llm = Llama(model_path=DEFAULT_MODEL, seed=1337)
@@ -284,7 +307,7 @@ def test_model_arguments_are_refused_by_name(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"tfs_z": 0.5}, {"mirostat_mode": 2}, {"stopping_criteria": [print]}, {"logits_processor": [print]},
+        {"tfs_z": 0.5}, {"mirostat_mode": 2}, {"stopping_criteria": "no"}, {"logits_processor": [1]},
         {"grammar": "root ::= x"}, {"temperature": -1.0}, {"logprobs": 65}, {"max_tokens": "all"}, {"stop": [""]},
     ],
     ids="-".join,

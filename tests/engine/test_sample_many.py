@@ -84,6 +84,10 @@ def test_wrong_arguments_of_many_change_nothing():
         (logits, [0, 1], [good, other], [0, 0], [[words]]),
         (logits, [0, 1], [good, good], [0, 0]),
         (logits[:, :39], [0, 1], [good, other], [0, 0]),
+        (logits, [0, 1], [good, other], [0, 0], None, 1, None, [None]),
+        (logits, [0], [good], [0], None, 1, None, [logits[0, :39]]),
+        (logits, [0], [good], [0], None, 1, None, [np.zeros(40)]),
+        (logits, [0], [good], [0], None, 1, [(3,)], [logits[0]]),
         (logits.astype(np.float64), [0, 1], [good, other], [0, 0]),
         (logits.view(np.int32), [0, 1], [good, other], [0, 0]),
         (logits[0], [0, 1], [good, other], [0, 0]),
@@ -109,6 +113,9 @@ def test_wrong_arguments_of_many_change_nothing():
     with pytest.raises(ValueError):
         _sampler.sample_many(memoryview(plain).cast("B").cast("f", (1, 40)), [0, 1], [good, other], [0, 0], [[mask], None])
     assert _sampler.sample_many(memoryview(plain).cast("B").cast("f", (1, 40)), [0], [good], [0]) == [None]
+    edited = array("f", [0.0] * 39 + [1000.0])
+    assert _sampler.sample_many(logits, [0], [other], [0], None, 1, None, [edited]) == [None] and other.outputs == [39]
+    edited.append(0.0)
     plain.append(0.0)  # no view of them is held any more
     mask.append(0)
     with pytest.raises(ValueError, match="words of a mask"):

@@ -68,6 +68,31 @@ def test_every_endpoint_fills_as_the_engine_does(coder: Path) -> None:
     serving(coder, test)
 
 
+def test_the_end_of_a_prompt_is_healed(tmp_path: Path) -> None:
+    """In front of a hole, and without one; its text is not repeated."""
+    coder, prefix = make_chat_model(tmp_path, TURNS, MARKS[:3]), "def catch"  # its only long token is "he"
+    with Engine(coder, n_threads=1) as engine:
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "token_healing": True}
+        wanted, plain = engine.infill(prefix, SUFFIX, **options), engine.generate(prefix, **options)
+        assert plain.timings.prompt_tokens == len(engine.prompt_ids(prefix)) - 1
+
+    async def test(client: Client) -> None:
+        hole = {"input_prefix": prefix, "input_suffix": SUFFIX, "token_healing": True, **GREEDY}
+        answer = (await client.post(INFILL, hole)).json
+        assert (answer["content"], answer["tokens_evaluated"]) == (wanted.text, wanted.timings.prompt_tokens)
+        assert events(await client.post(INFILL, {**hole, "stream": True}))[0]["tokens_evaluated"] == answer["tokens_evaluated"]
+        completed = (await client.post(TEXT, {"prompt": prefix, "suffix": SUFFIX, **options})).json
+        assert completed["choices"][0]["text"] == wanted.text
+        completed = (await client.post(TEXT, {"prompt": prefix, "echo": True, **options})).json
+        assert completed["choices"][0]["text"] == prefix + plain.text
+        assert completed["usage"]["prompt_tokens"] == plain.timings.prompt_tokens
+        for more in ({"logprobs": 1}, {"use_beam_search": True}):
+            refused = await client.post(TEXT, {"prompt": prefix, **options, **more})
+            assert (refused.status, refused.error["param"]) == (400, "token_healing")
+
+    serving(coder, test)
+
+
 def test_an_empty_suffix_is_none_where_it_may_be_left_out(coder: Path) -> None:
     """/infill is for holes, and one at the end of a file is a hole, too."""
 

@@ -7,7 +7,20 @@
 docs/migrating.md says what is the same, what differs and what is refused.
 """
 
+from pyengine.compat.llama_cpp.callables import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from pyengine.compat.llama_cpp.grammar import LlamaGrammar
 from pyengine.compat.llama_cpp.llama import Llama
 
-__all__ = ["Llama", "LlamaGrammar"]
+__all__ = [
+    "Llama",
+    "LlamaGrammar",
+    "LogitsProcessor",
+    "LogitsProcessorList",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
+]

@@ -17,6 +17,7 @@ from pyengine._sampler import logprobs as token_logprobs
 from pyengine.arguments import INT32_MAX, integer, shown
 from pyengine.compat.llama_cpp import answers, formats, options
 from pyengine.compat.llama_cpp.answers import Answer
+from pyengine.compat.llama_cpp.callables import Callables, LogitsProcessor, StoppingCriteria
 from pyengine.compat.llama_cpp.grammar import LlamaGrammar, wanted_output
 from pyengine.compat.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from pyengine.compat.llama_cpp.options import refuse
@@ -208,8 +209,8 @@ class Llama:
         mirostat_tau: float = 5.0,
         mirostat_eta: float = 0.1,
         model: str | None = None,
-        stopping_criteria: Any = None,
-        logits_processor: Any = None,
+        stopping_criteria: Callables[StoppingCriteria] = None,
+        logits_processor: Callables[LogitsProcessor] = None,
         grammar: LlamaGrammar | None = None,
         logit_bias: Mapping[int, float] | None = None,
     ) -> Any:
@@ -223,6 +224,7 @@ class Llama:
             frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, repetition_penalty=repeat_penalty,
             top_k=top_k, seed=seed, logit_bias=logit_bias, logprobs=logprobs,
             structured_outputs=wanted_output(grammar, None),
+            logits_processor=logits_processor, stopping_criteria=stopping_criteria,
         )  # fmt: skip
         if suffix is not None:
             params = self.engine.infill_params(params)
@@ -312,7 +314,7 @@ class Llama:
         mirostat_tau: float = 5.0,
         mirostat_eta: float = 0.1,
         model: str | None = None,
-        logits_processor: Any = None,
+        logits_processor: Callables[LogitsProcessor] = None,
         grammar: LlamaGrammar | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: bool | None = None,
@@ -330,7 +332,7 @@ class Llama:
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, typical_p=typical_p,
             stop=self._stops(stop), frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
             repetition_penalty=repeat_penalty, top_k=top_k, seed=seed, logit_bias=logit_bias,
-            logprobs=(top_logprobs or 0) if logprobs else None,
+            logprobs=(top_logprobs or 0) if logprobs else None, logits_processor=logits_processor,
             structured_outputs=wanted if forced is None else forced.must_be,
         )  # fmt: skip
         head = answers.Head("chatcmpl-", model or str(self.model_path))
@@ -392,6 +394,8 @@ class Llama:
         reset: bool = True,
         frequency_penalty: float = 0.0,
         presence_penalty: float = 0.0,
+        logits_processor: Callables[LogitsProcessor] = None,
+        stopping_criteria: Callables[StoppingCriteria] = None,
         **others: Any,
     ) -> Iterator[int]:
         """Token ids that follow `tokens`, one after the other until the context is full; the model's end of text does not end
@@ -401,6 +405,7 @@ class Llama:
             max_tokens=None, temperature=temp, top_p=top_p, min_p=min_p, typical_p=typical_p, top_k=top_k, stop=None,
             frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, repetition_penalty=repeat_penalty,
             seed=None, ignore_eos=True, structured_outputs=wanted_output(others.get("grammar"), None),
+            logits_processor=logits_processor, stopping_criteria=stopping_criteria,
         )  # fmt: skip
         pieces = self.engine.stream(list(tokens), params)
         return (piece.token for piece in pieces if piece.token is not None)

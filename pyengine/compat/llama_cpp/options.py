@@ -26,7 +26,6 @@ class Refused(NamedTuple):
 
 
 _ROPE = "a frozen model has its own RoPE table"
-_CALLBACK = "no Python code runs between two tokens; logit_bias, stop and grammar may do"
 MODEL_REFUSED = {
     "vocab_only": Refused((False,), "a model is opened whole"),
     "kv_overrides": Refused((None, {}), "a frozen model is what its file says"),
@@ -50,8 +49,6 @@ MODEL_REFUSED = {
 CALL_REFUSED = {
     "tfs_z": Refused((1.0,), "tail-free sampling is not supported"),
     "mirostat_mode": Refused((0,), "mirostat is not supported"),
-    "stopping_criteria": Refused((None, []), _CALLBACK),
-    "logits_processor": Refused((None, []), _CALLBACK),
     "functions": Refused((None, []), "use tools"),
     "function_call": Refused((None, "none", "auto"), "use tool_choice"),
 }

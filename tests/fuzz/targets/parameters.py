@@ -21,7 +21,8 @@ import pyengine
 from pyengine.freeze import freeze
 from pyengine.sampling import SamplingParams
 
-_PARAMETERS = [field.name for field in fields(SamplingParams)]
+# Without a caller's own functions: what those raise is theirs.
+_PARAMETERS = [field.name for field in fields(SamplingParams) if field.name not in ("logits_processor", "stopping_criteria")]
 _ALIASES = ["max_new_tokens", "repeat_penalty", "stop_strings", "temp", "no_such_parameter"]
 # Values that cannot be written down are made by name, so that a case can be saved.
 _OBJECTS: dict[str, Callable[[], Any]] = {
