@@ -8,6 +8,9 @@ from pyengine.sampling import ResolvedParams
 
 MAX_TOP_LOGPROBS: int
 
+class Sequences:
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None: ...
+
 class Sampler:
     sample_index: int
     outputs: list[int]
@@ -18,8 +21,8 @@ class Sampler:
         vocab_size: int,
         *,
         end_ids: Iterable[int] = (),
-        bad_sequences: Sequence[Sequence[int]] = (),
-        breakers: Sequence[Sequence[int]] = (),
+        bad_sequences: Sequences | Sequence[Sequence[int]] = (),
+        breakers: Sequences | Sequence[Sequence[int]] = (),
         sample_index: int = 0,
     ) -> None: ...
     def accept_prompt(self, tokens: Buffer) -> None: ...

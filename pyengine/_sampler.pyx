@@ -136,8 +136,8 @@ cdef class _Ids:
         free(self.data)
 
 
-cdef class _Sequences:
-    """C arrays of sequences of token ids."""
+cdef class Sequences:
+    """Sequences of token ids, none of them empty, as samplers take them: made once for all samples of a request."""
 
     cdef _Ids ids
     cdef _Ids lengths
@@ -176,7 +176,7 @@ cdef class Sampler:
         cdef pe_sampler_params c
         cdef char err[PE_ERR_LEN]
         cdef _Ids bias_ids, allowed, bad, stop
-        cdef _Sequences bad_parts, breaker_parts
+        cdef Sequences bad_parts, breaker_parts
         cdef float[::1] bias_values
         from array import array
 
@@ -207,7 +207,8 @@ cdef class Sampler:
         c.bad, c.n_bad = bad.data, bad.size
         stop = _Ids((*params.stop_token_ids, *end_ids))
         c.stop, c.n_stop = stop.data, stop.size
-        bad_parts, breaker_parts = _Sequences(bad_sequences), _Sequences(breakers)
+        bad_parts = bad_sequences if isinstance(bad_sequences, Sequences) else Sequences(bad_sequences)
+        breaker_parts = breakers if isinstance(breakers, Sequences) else Sequences(breakers)
         bad_parts.give(&c.bad_sequences)
         breaker_parts.give(&c.breakers)
         self.size = vocab_size

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyengine import cpu_watch, fork
+from pyengine._sampler import Sequences
 from pyengine.adapters import Adapters
 from pyengine.attachments import Attachments
 from pyengine.background import Background
@@ -257,8 +258,8 @@ class EngineBase:
             salt=salt,
             interactive=interactive,
             shown_special=shown_special,
-            bad_sequences=self._bad_sequences(params.bad_words),
-            breakers=self._attachments.breakers(params.dry_sequence_breakers) if params.dry_multiplier else (),
+            bad_sequences=Sequences(self._bad_sequences(params.bad_words)),
+            breakers=Sequences(self._attachments.breakers(params.dry_sequence_breakers) if params.dry_multiplier else ()),
         )
         wanted = params.structured_outputs
         guide = None if wanted is None else self.guide(wanted)  # which costs up to seconds, and its twins next to nothing

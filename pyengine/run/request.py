@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pyengine import fork
-from pyengine._sampler import Sampler
+from pyengine._sampler import Sampler, Sequences
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError
 from pyengine.run.output import Output
@@ -171,8 +171,8 @@ class GenerationRequest(Request):
         guide: Guide | None = None,
         healing: Healing | None = None,
         shown_special: frozenset[int] = frozenset(),
-        bad_sequences: Sequence[Sequence[int]] = (),
-        breakers: Sequence[Sequence[int]] = (),
+        bad_sequences: Sequences | Sequence[Sequence[int]] = (),
+        breakers: Sequences | Sequence[Sequence[int]] = (),
     ) -> None:
         self.prompt = prompt
         self.params = params

@@ -51,8 +51,8 @@ COMPONENTS: dict[str, set[str]] = {
     "embeddings": {"errors", "arguments"},
     "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze", "run"},
     "engine_base": {
-        "adapters", "attachments", "opening", "draft_file", "errors", "background", "_core", "format", "text", "sampling",
-        "cpu_watch", "run", "fork",
+        "adapters", "attachments", "opening", "draft_file", "errors", "background", "_core", "_sampler", "format", "text",
+        "sampling", "cpu_watch", "run", "fork",
     },
     "scoring": {"engine_base", "errors", "arguments", "results", "_sampler", "text", "embeddings", "run", "fork"},
     "beam": {"engine_base", "errors", "fork", "arguments", "results", "_sampler", "run", "text", "sampling"},
