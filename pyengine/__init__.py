@@ -34,6 +34,7 @@ _LAZY = {
     "Generation": "pyengine.results",
     "LoadedAdapter": "pyengine.adapters",
     "Piece": "pyengine.results",
+    "RankedDocument": "pyengine.results",
     "Score": "pyengine.results",
     "SamplingParams": "pyengine.sampling",
     "StructuredOutputs": "pyengine.sampling",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from pyengine.results import BeamHypothesis as BeamHypothesis
     from pyengine.results import Generation as Generation
     from pyengine.results import Piece as Piece
+    from pyengine.results import RankedDocument as RankedDocument
     from pyengine.results import Score as Score
     from pyengine.sampling import SamplingParams as SamplingParams
     from pyengine.sampling import StructuredOutputs as StructuredOutputs
@@ -70,6 +72,7 @@ __all__ = [
     "OutOfMemoryError",
     "Piece",
     "PyEngineError",
+    "RankedDocument",
     "SamplingParams",
     "Score",
     "StructuredOutputs",

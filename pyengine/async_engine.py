@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
     from pyengine.embeddings import Pooled
-    from pyengine.results import BeamHypothesis, Generation, Piece, Score
+    from pyengine.reranking import Ranking
+    from pyengine.results import BeamHypothesis, Generation, Piece, RankedDocument, Score
     from pyengine.run.beam_search import BeamSearch
     from pyengine.sampling import SamplingParams
     from pyengine.sampling_options import BeamOptions, SamplingOptions
@@ -354,6 +355,7 @@ class AsyncEngine:
         texts: Prompt | Sequence[Prompt],
         *,
         pooling: Literal["mean", "last"] | None = None,
+        prompt_name: str | None = None,
         normalize: bool = True,
         parse_special: bool = False,
         adapter: str | None = None,
@@ -364,7 +366,13 @@ class AsyncEngine:
 
         def make(job: Job) -> Sequence[Request]:
             pooled, requests = self.engine.embed_requests(
-                job, texts, pooling=pooling, parse_special=parse_special, adapter=adapter, cache_salt=cache_salt
+                job,
+                texts,
+                pooling=pooling,
+                prompt_name=prompt_name,
+                parse_special=parse_special,
+                adapter=adapter,
+                cache_salt=cache_salt,
             )
             made.extend(pooled)
             return requests
@@ -373,6 +381,41 @@ class AsyncEngine:
         from pyengine.embeddings import vectors
 
         return vectors(made, normalize=normalize)
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        max_tokens_per_doc: int | None = None,
+        truncate: bool = False,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+    ) -> list[RankedDocument]:
+        """See Engine.rerank."""
+        from pyengine.reranking import checked_top_n
+
+        top_n = checked_top_n(top_n)
+        made: list[Ranking] = []
+
+        def make(job: Job) -> Sequence[Request]:
+            ranking, requests = self.engine.rerank_requests(
+                job,
+                query,
+                documents,
+                instruction=instruction,
+                max_tokens_per_doc=max_tokens_per_doc,
+                truncate=truncate,
+                adapter=adapter,
+                cache_salt=cache_salt,
+            )
+            made.append(ranking)
+            return requests
+
+        await self._run(make)
+        return made[0].results(top_n)
 
     async def beam_search(self, prompt: Prompt, **options: Unpack[BeamOptions]) -> list[BeamHypothesis]:
         """See Engine.beam_search."""

@@ -1,5 +1,5 @@
-"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill format,
-guides, token healing, generation defaults."""
+"""The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill and
+ranking formats, guides, token healing, where strings break passages, generation defaults."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.healing import Healer
     from pyengine.text.infill import Infill
+    from pyengine.text.rerank import Reranker
     from pyengine.text.sequences import Breakers, Tokens
     from pyengine.text.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ class Attachments:
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         self._infill: Infill | None = None
+        self._reranker: Reranker | None = None
         self._breakers: Breakers | None = None
         self._guides: Guides | None = None
         self._healer: Healer | None = None
@@ -100,6 +102,21 @@ class Attachments:
                     infill = None
                 self._healer = Healer(self.tokenizer, self._file.config.vocab_size, infill)
             return self._healer
+
+    @property
+    def reranker(self) -> Reranker:
+        """Raises InvalidArgumentError if the model cannot be asked to rank."""
+        with self._lock:
+            if self._reranker is None:
+                from pyengine.text.rerank import Reranker, unasked
+
+                name = os.path.basename(self._file.path)
+                try:
+                    template = self.chat_template
+                except TemplateError as error:
+                    raise unasked(error, name) from None
+                self._reranker = Reranker(self.tokenizer, template, self._file.config.extra, name)
+            return self._reranker
 
     def breakers(self, strings: tuple[str, ...]) -> list[Tokens]:
         """In which tokens these strings may come."""

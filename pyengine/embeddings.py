@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyengine.arguments import shown
-from pyengine.errors import InvalidArgumentError
+from pyengine.errors import InvalidArgumentError, ModelFormatError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -31,16 +31,41 @@ def chosen_pooling(pooling: object, extra: Mapping[str, Any]) -> str:
     return pooling
 
 
+def known_prompts(extra: Mapping[str, Any]) -> Mapping[str, str]:
+    """The prompts in the model's file (`extra` of its config.json), by name. Raises ModelFormatError."""
+    prompts = extra.get("prompts", {})
+    if not isinstance(prompts, Mapping) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ModelFormatError(f"config: extra.prompts must be an object of texts, not {shown(prompts)}")
+    return prompts
+
+
+def chosen_prompt(name: object, extra: Mapping[str, Any]) -> str:
+    """What is put before a text: the prompt of that name in the model's file (`extra` of its config.json); None = its default
+    prompt, mostly nothing; "" = nothing. Raises InvalidArgumentError, with the names that there are, ModelFormatError."""
+    prompts = known_prompts(extra)
+    if name is None:
+        default = extra.get("default_prompt")
+        return prompts.get(default, "") if isinstance(default, str) else ""
+    if name == "":
+        return ""
+    if not isinstance(name, str) or name not in prompts:
+        known = ", ".join(map(shown, prompts)) or "none"
+        raise InvalidArgumentError(f"the model's file has no prompt {shown(name)}; its prompts are: {known}")
+    return prompts[name]
+
+
 class Pooled:
     """A text's vector in the making.
 
     tokens     of the text
     positions  whose hidden states are wanted, ascending
+    n_unread   first tokens that are no part of a mean (as long as any is left)
     """
 
-    def __init__(self, tokens: list[int], pooling: str, dim: int) -> None:
+    def __init__(self, tokens: list[int], pooling: str, dim: int, n_unread: int = 0) -> None:
         self.tokens = tokens
-        self.positions = list(range(len(tokens))) if pooling == "mean" else [len(tokens) - 1]
+        last = len(tokens) - 1
+        self.positions = list(range(min(n_unread, last), len(tokens))) if pooling == "mean" else [last]
         # The sum of the first so many positions' states. Replaced in one operation: a row may come again after an exception.
         self._summed: tuple[int, npt.NDArray[np.float64]] = (0, np.zeros(dim, np.float64))
 

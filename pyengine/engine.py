@@ -12,11 +12,11 @@ from pyengine.beam import BeamSearching
 from pyengine.errors import InvalidArgumentError
 from pyengine.opening import Options, resolve_model
 from pyengine.prefixes import Prefixes
+from pyengine.reranking import Reranking
 from pyengine.results import Generation
 from pyengine.run.request import Caller
 from pyengine.run.scheduler import MAX_SEQUENCES
 from pyengine.run.stream import Stream, run_all
-from pyengine.scoring import Scoring
 from pyengine.text.prompts import Prompt as Prompt  # ours, for callers
 from pyengine.text.prompts import is_batch
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 
-class Engine(Scoring, BeamSearching, Prefixes):
+class Engine(Reranking, BeamSearching, Prefixes):
     """A frozen model, ready to generate.
 
     model      a frozen file, a Hugging Face directory, a GGUF or llama2.c checkpoint, a model of the hub as

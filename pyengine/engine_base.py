@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pyengine.sampling import ResolvedParams, SamplingParams, StructuredOutputs
     from pyengine.text.chat import ChatTemplate
     from pyengine.text.infill import Infill
+    from pyengine.text.rerank import Reranker
     from pyengine.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -183,6 +184,12 @@ class EngineBase:
         has no tokens for it."""
         self._check_open()
         return self._attachments.infill
+
+    @property
+    def reranker(self) -> Reranker:
+        """How the model is asked to rank. Raises InvalidArgumentError, with what is missing, if it cannot be."""
+        self._check_open()
+        return self._attachments.reranker
 
     # ------------------------------------------------------------ text
 

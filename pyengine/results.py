@@ -108,6 +108,15 @@ class BeamHypothesis:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+@dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """A document of a ranking: its place among those that were given, its score from 0 to 1, and its text."""
+
+    index: int
+    score: float
+    document: str
+
+
 class Piece(NamedTuple):
     """A step of a stream: whole characters that are certain to stay, possibly none; the last piece carries the result."""
 

@@ -45,9 +45,11 @@ class Scoring(EngineBase):
         adapter: str | None = None,
         cache_salt: str | None = None,
         row_kind: int = LOGITS,
+        keep: bool = False,
     ) -> list[RowsRequest]:
         """What the scheduler is to compute for take(position, row) at each of the positions, ascending: logits (vocab_size), or
-        with row_kind HIDDEN final hidden states (dim). The view is valid during the call. Nothing for no positions."""
+        with row_kind HIDDEN final hidden states (dim). The view is valid during the call. Nothing for no positions. keep: its
+        keys and values stay cached, and texts that begin like it wait for them."""
         self.check_fits(ids)
         if not positions:
             return []
@@ -55,7 +57,9 @@ class Scoring(EngineBase):
         most = max(16, ROWS_BYTES // (4 * width))
         core_adapter, salt = self._adapters.of_request(adapter, cache_salt)
         return [
-            RowsRequest(caller, ids, positions, take, max_rows=most, row_kind=row_kind, adapter=core_adapter, salt=salt)
+            RowsRequest(
+                caller, ids, positions, take, max_rows=most, row_kind=row_kind, adapter=core_adapter, salt=salt, keep=keep
+            )
         ]
 
     def score_requests(
@@ -127,19 +131,28 @@ class Scoring(EngineBase):
         texts: Prompt | Sequence[Prompt],
         *,
         pooling: str | None,
+        prompt_name: str | None = None,
         parse_special: bool,
         adapter: str | None = None,
         cache_salt: str | None,
     ) -> tuple[list[Pooled], list[RowsRequest]]:
         """Each text's vector in the making, and what completes it when it is computed."""
         with fork.importing:
-            from pyengine.embeddings import Pooled, chosen_pooling
+            from pyengine.embeddings import Pooled, chosen_pooling, chosen_prompt
 
         prompts: Any = texts if is_batch(texts) else [texts]
         config = self._file.config
         pooling = chosen_pooling(pooling, config.extra)
-        ids = [self._ended(item, self.prompt_ids(item, parse_special=parse_special)) for item in prompts]
-        pooled = [Pooled(item, pooling, config.dim) for item in ids]
+        prompt = chosen_prompt(prompt_name, config.extra)
+        if prompt_name and not all(isinstance(item, str) for item in prompts):
+            raise InvalidArgumentError(f"prompt_name is {shown(prompt_name)}, and token ids get no prompt")
+        texts = [prompt + item if isinstance(item, str) else item for item in prompts]
+        ids = [self._ended(item, self.prompt_ids(item, parse_special=parse_special)) for item in texts]
+        n_unread = len(self.prompt_ids(prompt)) if prompt and config.extra.get("include_prompt") is False else 0
+        pooled = [
+            Pooled(tokens, pooling, config.dim, n_unread if isinstance(item, str) else 0)
+            for item, tokens in zip(texts, ids, strict=True)
+        ]
         requests = [
             request
             for one in pooled
@@ -160,6 +173,7 @@ class Scoring(EngineBase):
         texts: Prompt | Sequence[Prompt],
         *,
         pooling: Literal["mean", "last"] | None = None,
+        prompt_name: str | None = None,
         normalize: bool = True,
         parse_special: bool = False,
         adapter: str | None = None,
@@ -169,14 +183,21 @@ class Scoring(EngineBase):
         `normalize`.
 
         pooling: "mean" of the final hidden states (after the last norm) of its tokens, or that of the "last" token; None = what
-        the model's files say, else "last". A text's tokens are those of a prompt, and the one behind it that the model's
-        tokenizer puts there (<|endoftext|> of Qwen3-Embedding). A vector does not depend on what is computed beside it. Raises
-        InvalidArgumentError, ContextFullError, NotFiniteError."""
+        the model's files say, else "last". prompt_name: which of the prompts in the model's file is put before each text, mostly
+        "query" or "document"; None = its default one, if it has one, "" = none. A text's tokens are those of a prompt, and the
+        one behind it that the model's tokenizer puts there (<|endoftext|> of Qwen3-Embedding). A vector does not depend on what
+        is computed beside it. Raises InvalidArgumentError, ContextFullError, NotFiniteError."""
         from pyengine.embeddings import vectors
 
         caller = Caller()
         pooled, requests = self.embed_requests(
-            caller, texts, pooling=pooling, parse_special=parse_special, adapter=adapter, cache_salt=cache_salt
+            caller,
+            texts,
+            pooling=pooling,
+            prompt_name=prompt_name,
+            parse_special=parse_special,
+            adapter=adapter,
+            cache_salt=cache_salt,
         )
         run_all(self._scheduler, requests)
         return vectors(pooled, normalize=normalize)

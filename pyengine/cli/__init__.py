@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "embed": "a vector for each text",
+    "rerank": "documents by how well they answer a query",
     "serve": "an OpenAI-compatible server with a page (needs the extra pyengine-lm[serve])",
     "freeze": "turn a checkpoint (Hugging Face, GGUF, llama2.c) into a frozen int8 file",
     "info": "what is in a model file",
@@ -89,6 +90,8 @@ def _meant(name: str) -> str:
         return f"a command comes first: pyengine generate {name} …"
     if name in elsewhere.COMMANDS:
         return elsewhere.COMMANDS[name]
+    if any(mark in name for mark in " ./"):  # no command's: a text, or a model's path
+        return "a text is continued by pyengine generate TEXT, a model named by pyengine generate -m MODEL TEXT"
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     return f"did you mean 'pyengine {near[0]}'?" if near else "'pyengine --help' lists the commands"
 

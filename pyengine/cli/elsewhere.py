@@ -66,6 +66,7 @@ SERVER_OPTIONS: dict[str, str] = {
     "--lora-modules": "use --lora NAME=DIR, once for each adapter",
     **dict.fromkeys(("-np", "--max-num-seqs"), "use --parallel"),
     **dict.fromkeys(("--enable-auto-tool-choice", "--metrics"), _ALWAYS),
+    **dict.fromkeys(("--embedding", "--embeddings", "--rerank", "--reranking"), _ALWAYS),
     "--tool-call-parser": "the format of calls is read from the chat template; leave it out",
 }
 

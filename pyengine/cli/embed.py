@@ -6,9 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from pyengine.cli import UsageError, options
+from pyengine.cli import options
 from pyengine.cli.progress import ProgressLine
-from pyengine.errors import ContextFullError, InvalidArgumentError
+from pyengine.errors import ContextFullError
 
 if TYPE_CHECKING:
     from pyengine.engine import Engine
@@ -34,26 +34,13 @@ def parser() -> argparse.ArgumentParser:
     add("texts", nargs="*", metavar="TEXT", help="a text in quotes; - reads them from stdin, one a line")
     add("-f", "--file", metavar="FILE", help="the texts, one a line")
     add("--pooling", choices=("mean", "last"), help="of the hidden states of all tokens, or the last one; default: the model's")
+    add("--prompt-name", metavar="NAME", help="put the model's prompt of that name before each text, mostly query or document")
     add("--raw", action="store_true", help="vectors as they are, not of length 1")
     add("--json", action="store_true", help="one JSON object: model, vectors")
     options.add_model_options(parser)
     options.add_lora_option(parser, "an adapter (LoRA, PEFT's directory) beside the model; its product is multiplied by SCALE")
     options.add_context_options(parser)
     return parser
-
-
-def read_texts(args: argparse.Namespace) -> list[str]:
-    """Raises UsageError for none and for two ways at once, InvalidArgumentError for a file without a line or that is no UTF-8."""
-    from_stdin = args.texts == ["-"]
-    if bool(args.texts) == (args.file is not None):
-        raise UsageError("give texts, each in quotes, or a file with one a line: -f FILE, or - to read stdin")
-    if args.texts and not from_stdin:
-        return [options.checked_text(text, f"text {number}") for number, text in enumerate(args.texts, 1)]
-    lines = options.prompt_text("-" if from_stdin else args.file).split("\n")
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise InvalidArgumentError(f"{args.file or 'stdin'} has no line that is not empty")
-    return texts
 
 
 def checked_ids(engine: Engine, texts: list[str], first: int) -> None:
@@ -67,14 +54,16 @@ def checked_ids(engine: Engine, texts: list[str], first: int) -> None:
 
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    texts = read_texts(args)
+    texts = options.read_texts(args)
     every: list[list[float]] = []
     with options.open_engine(args) as engine, ProgressLine("embedding") as line:
         adapter = None if args.lora is None else args.lora.load(engine)
         for begin in range(0, len(texts), AT_ONCE):
             some = texts[begin : begin + AT_ONCE]
             checked_ids(engine, some, begin + 1)
-            vectors = engine.embed(some, pooling=args.pooling, normalize=not args.raw, adapter=adapter).tolist()
+            vectors = engine.embed(
+                some, pooling=args.pooling, prompt_name=args.prompt_name, normalize=not args.raw, adapter=adapter
+            ).tolist()
             line.clear()
             for vector in vectors if not args.json else ():
                 print(json.dumps(vector))

@@ -171,6 +171,11 @@ def run(argv: list[str]) -> int:
     if args.json:
         print(json.dumps({"action": args.action, "models": [item.facts() for item in items], "bytes": total}))
         return 0
+    if args.action == "list" and not items:
+        from pyengine.freeze import cache
+
+        say(f"nothing is kept, neither in {cache.cache_directory()} nor of the hub")
+        return 0
     for item in items:
         stale = "  (stale)" if item.is_stale and args.action == "list" else ""
         say(f"{size_text(item.size):>10}  {item.kind:11}  {item.name}  {item.origin}{stale}".rstrip())

@@ -367,6 +367,20 @@ def checked_text(text: str, name: str) -> str:
     return text
 
 
+def read_texts(args: argparse.Namespace) -> list[str]:
+    """args.texts, or the lines of args.file or stdin that are not empty. Raises UsageError for none and for two ways at once,
+    InvalidArgumentError for a file without a line or that is no UTF-8."""
+    from_stdin = args.texts == ["-"]
+    if bool(args.texts) == (args.file is not None):
+        raise UsageError("give texts, each in quotes, or a file with one a line: -f FILE, or - to read stdin")
+    if args.texts and not from_stdin:
+        return [checked_text(text, f"text {number}") for number, text in enumerate(args.texts, 1)]
+    texts = [line for line in prompt_text("-" if from_stdin else args.file).split("\n") if line.strip()]
+    if not texts:
+        raise InvalidArgumentError(f"{args.file or 'stdin'} has no line that is not empty")
+    return texts
+
+
 def prompt_text(path: str) -> str:
     """The text of a file, - = standard input, less its final newline. Raises InvalidArgumentError if it is no UTF-8."""
     if path == "-":

@@ -106,9 +106,12 @@ def _is_ours(status: os.stat_result) -> bool:
 
 def _open_directory(path: Path) -> _Directory:
     """The cache directory, made if need be. Raises SystemCallError if it is not the user's alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    except OSError as error:  # a home that may only be read, as services and containers have
+        raise SystemCallError(f"the cache {path} cannot be made: {error.strerror}; PYENGINE_CACHE names another") from error
     if path.is_symlink() or not path.is_dir():
         raise SystemCallError(f"the cache {path} is no directory; PYENGINE_CACHE names another")
     if not HAS_DIRECTORY_DESCRIPTORS:

@@ -5,11 +5,13 @@ where.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 
 from ..errors import ModelFormatError, UnsupportedModelError
 from ..format.config import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, FrozenConfig
+from . import rank_head
 from .arch import architecture_of_gguf, gguf_keys
 from .arch.base import Architecture, Shape, Traits, spelled
 from .build import build_model, checked_n_ctx, folded_multipliers, frozen_fields
@@ -17,8 +19,9 @@ from .fields import Fields
 from .gguf import GGUFFile
 from .gguf_split import SplitGGUF, open_gguf
 from .sources import SourceModel
-from .tokenizer import begin_token_id, end_token_ids, gguf_tokenizer_attachments
+from .tokenizer import begin_token_id, check_tokenizer_json, end_token_ids, gguf_tokenizer_attachments
 
+_LABELS, _HEAD = "classifier.output_labels", "cls.output.weight"  # of a reranker
 # Keys under the architecture's prefix. One that is not here may change the arithmetic and is
 # refused.
 _KNOWN_KEYS = {
@@ -28,7 +31,8 @@ _KNOWN_KEYS = {
     "attention.sliding_window",
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "expert_count", "expert_used_count", "expert_shared_feed_forward_length", "pooling_type", *gguf_keys.YARN,
+    "expert_count", "expert_used_count", "expert_shared_feed_forward_length", "pooling_type",
+    _LABELS, *gguf_keys.YARN,
 }  # fmt: skip
 
 
@@ -110,6 +114,15 @@ def _config(file: GGUF, keys: Fields, architecture: Architecture, shape: Shape, 
     )
 
 
+def _ranks_by(file: GGUF, output: str, tokenizer_json: bytes, traits: Traits) -> dict[str, int | None]:
+    """Which tokens a reranker's head stands for; output: the name of the output matrix."""
+    if len(file.tensors[_HEAD].shape) != 2:
+        raise ModelFormatError(f"tensor {_HEAD!r} is no matrix")
+    rows = file.matrix(output)
+    ids = check_tokenizer_json(tokenizer_json, rows.rows)
+    return rank_head.tokens_of(file.matrix(_HEAD), rows, ids, tolerance=rank_head.QUANTIZED, is_folded=bool(traits.folds))
+
+
 def load_gguf(path: str | os.PathLike[str], name: str | None = None, n_ctx: int | None = None) -> SourceModel:
     """Read the header of a GGUF model; weights are read when the freezer asks for their rows. ``n_ctx`` as in ``freeze``."""
     file = open_gguf(path)
@@ -119,6 +132,11 @@ def load_gguf(path: str | os.PathLike[str], name: str | None = None, n_ctx: int 
         shape = _shape(file, keys, n_ctx)
         traits = architecture.from_gguf(keys, shape, file)
         config = _config(file, keys, architecture, shape, traits)
+        attachments = gguf_tokenizer_attachments(file.metadata, config.vocab_size)
+        if _HEAD in file.tensors:
+            output = spelled(architecture.parts, shape.tied)["output"].gguf
+            ids = _ranks_by(file, output, attachments["tokenizer.json"], traits)
+            config = replace(config, extra={**config.extra, "rerank": ids})
         named = file.metadata.get("general.name")
         model = build_model(
             file,
@@ -131,9 +149,9 @@ def load_gguf(path: str | os.PathLike[str], name: str | None = None, n_ctx: int 
             interleaved=architecture.gguf_permuted,
             folds=traits.folds,
             query_scales=[traits.query_scale(i) for i in range(shape.n_layers)],
-            ignored=architecture.gguf_tensors | {gguf_keys.ROPE_DIVISORS},
+            ignored=architecture.gguf_tensors | {gguf_keys.ROPE_DIVISORS, _HEAD},
         )
-        model.attachments = gguf_tokenizer_attachments(file.metadata, config.vocab_size)
+        model.attachments = attachments
     except BaseException:
         file.close()
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ..format.config import MAX_DIM, MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS, Fr
 from ..format.container import MAX_HEADER_BYTES, SafetensorsEntry
 from ..format.quantize import Float32Array, RowSource
 from ..format.strict_json import parse_json_object
-from .arch import architecture_of_hf
+from . import rank_head, sentence
+from .arch import architecture_of_hf, is_classifier
 from .arch.base import Architecture, Shape, Traits, spelled
 from .arch.hf_config import is_mxfp4
 from .build import TensorReader, build_model, checked_n_ctx, folded_multipliers, frozen_fields
@@ -29,10 +31,10 @@ from .tokenizer import check_tokenizer_json, json_bytes
 _CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
+_HEAD = "score.weight"  # of a classifier
 _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_POOLING = "1_Pooling/config.json"  # sentence-transformers'
-DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, _POOLING, _INDEX)
+DOCUMENTS = (_CONFIG, _GENERATION, _SETTINGS, _TOKENS_MAP, _TOKENIZER, _TEMPLATE, *sentence.DOCUMENTS, _INDEX)
 
 _MAX_SHARDS = 4096
 _MAX_NAME_BYTES = 255
@@ -213,15 +215,6 @@ def _frozen_config(
     )
 
 
-def _pooling(directory: Path) -> dict[str, Any]:
-    """How embeddings are made of hidden states, where sentence-transformers' file says one of the ways that there are here."""
-    settings = _read_json(directory, _POOLING) or {}
-    for key, name in (("pooling_mode_mean_tokens", "mean"), ("pooling_mode_lasttoken", "last")):
-        if settings.get(key) is True:
-            return {"pooling": name}
-    return {}
-
-
 # ---------------------------------------------------------------------------- attachments
 
 
@@ -279,7 +272,7 @@ class _Documents:
         tokens_map = _read_json(directory, _TOKENS_MAP)
         names = spellings(settings or {}, tokens_map or {})
         tokenizer = _tokenizer_json(directory)
-        ids = check_tokenizer_json(tokenizer, vocab_size)
+        self.ids = ids = check_tokenizer_json(tokenizer, vocab_size)
         self.bos, self.eos = begin_and_end(names, ids, config, Fields(generation or {}, _GENERATION), vocab_size)
         self.attachments = {_TOKENIZER: tokenizer}
         kept = {**(settings or {}), **(names if tokens_map else {})}
@@ -290,6 +283,15 @@ class _Documents:
             self.attachments[_GENERATION] = json_bytes(generation, _GENERATION)
         if template is not None:
             self.attachments[_TEMPLATE] = template
+
+
+def _head(reader: TensorReader, output: str, ids: Mapping[str, int], traits: Traits) -> dict[str, Any]:
+    """Which tokens a reranker's head stands for, for ``extra``; output: the name of the output matrix."""
+    for name in (_HEAD, output):
+        if len(reader.shapes.get(name, ())) != 2:
+            raise ModelFormatError(f"tensor {name!r} is missing, or no matrix")
+    head, rows = reader.matrix(_HEAD), reader.matrix(output)
+    return {"rerank": rank_head.tokens_of(head, rows, ids, tolerance=rank_head.EXACT, is_folded=bool(traits.folds))}
 
 
 def _models_in(directory: Path) -> str:
@@ -324,13 +326,18 @@ def load_hf(
         documents = _Documents(directory, config, _vocab_size(config))
         has_output = architecture.parts["output"].hf in reader.shapes
         # A model that was saved without an output matrix is for its hidden states; its embeddings stand there, as in GGUF.
-        is_tied = config.flag("tie_word_embeddings", not has_output) or (is_inner and not has_output)
+        is_ranker = is_classifier(document)
+        is_tied = config.flag("tie_word_embeddings", not has_output) or ((is_inner or is_ranker) and not has_output)
         shape = _shape(config, is_tied, n_ctx)
         traits = architecture.from_hf(config, shape)
         _refuse_unknown_arithmetic(config, traits)
-        extra = _pooling(directory) | folded_multipliers(traits)
+        extra = sentence.extra_of(partial(_read_json, directory), config.integer("vocab_size")) | folded_multipliers(traits)
+        if is_ranker:
+            extra |= _head(reader, spelled(architecture.parts, shape.tied)["output"].hf, documents.ids, traits)
         frozen = _frozen_config(config, architecture, shape, traits, documents.bos, documents.eos, extra)
         ignored = [n for n in reader.shapes if n.endswith(".self_attn.rotary_emb.inv_freq")]
+        if is_ranker:
+            ignored.append(_HEAD)
         if shape.tied:
             ignored.append(architecture.parts["output"].hf)  # some save the shared matrix twice
         label = directory.resolve().name

@@ -29,6 +29,7 @@ _NORM_EPS = 1e-5  # run.c has both as constants
 _ROPE_THETA = 10_000.0
 _MAX_TOKENIZER_BYTES = 64 << 20
 _UNK, _BOS, _EOS, _FIRST_BYTE = 0, 1, 2, 3
+_NO_MODEL = "neither a frozen file of pyengine nor another model file that it reads (GGUF, llama2.c)"
 
 
 class Llama2cFile:
@@ -45,12 +46,12 @@ class Llama2cFile:
     def _parse(self, file_bytes: int) -> None:
         head = read_at(self._file.fileno(), _HEADER.size, 0)
         if len(head) < _HEADER.size:
-            raise ModelFormatError(f"{file_bytes} bytes: not a model file")
+            raise ModelFormatError(f"{file_bytes} bytes: {_NO_MODEL}")
         if head[:4] == _VERSIONED_MAGIC:
             raise UnsupportedModelError("llama2.c formats other than the legacy float32 one")
         dim, hidden, layers, heads, kv_heads, vocab, seq_len = _HEADER.unpack(head)
         if heads < 1 or dim < 1 or dim % heads:
-            raise ModelFormatError("neither a frozen file of pyengine nor another model file that it reads (GGUF, llama2.c)")
+            raise ModelFormatError(_NO_MODEL)
         self.config = FrozenConfig(
             architecture="LlamaForCausalLM",
             dim=dim,

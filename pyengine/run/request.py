@@ -318,9 +318,8 @@ class GenerationRequest(Request):
 
 class RowsRequest(Request):
     """Logits, or final hidden states, of given positions of a given text: `take(position, row)` is called with each, ascending,
-    by whoever steps; the view is valid during the call."""
-
-    keep = False
+    by whoever steps; the view is valid during the call. keep: for texts that begin alike; one of them that starts meanwhile waits
+    for it."""
 
     def __init__(
         self,
@@ -333,8 +332,10 @@ class RowsRequest(Request):
         salt: bytes,
         row_kind: int = LOGITS,
         adapter: _core.Adapter | None = None,
+        keep: bool = False,
     ) -> None:
         super().__init__(caller, salt=salt, deadline=None, adapter=adapter)
+        self.keep = keep
         self.row_kind = row_kind
         self._tokens = tokens
         self._positions = positions

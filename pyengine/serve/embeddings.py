@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyengine.serve import payload, work
 from pyengine.serve.errors import bad_request, told_of
 from pyengine.serve.exchange import Exchange, dumps
-from pyengine.serve.fields import Fields, Table, integer, needed, one_of
+from pyengine.serve.fields import STRING, Fields, Table, integer, needed, one_of
 from pyengine.serve.prompts import CALLER, PROMPTS, note_user, prompts_of
+from pyengine.serve.rows import RowsCall, checked_number
 
 if TYPE_CHECKING:
     from pyengine.embeddings import Pooled
     from pyengine.engine import Prompt
     from pyengine.run.jobs import Job
-    from pyengine.run.request import Request, RowsRequest
+    from pyengine.run.request import RowsRequest
     from pyengine.serve.app import App
     from pyengine.serve.models import ServedModel
 
-MAX_INPUTS = 2048  # as OpenAI's
+# What others call the inputs of a search, and the prompts that models have for them.
+_INPUT_TYPES = {
+    "search_query": ("query",),
+    "search_document": ("document", "passage"),
+    "passage": ("document",),
+    "document": ("passage",),
+}
 
 
 @dataclass
-class EmbeddingsCall:
-    """A request that was understood.
-
-    seconds  from its start in the engine to the last vector
-    """
+class EmbeddingsCall(RowsCall):
+    """A request that was understood."""
 
     model: ServedModel
     prompts: list[Prompt]
@@ -39,39 +41,25 @@ class EmbeddingsCall:
     is_base64: bool
     dimensions: int | None
     cache_salt: str | None
+    prompt_name: str | None = None
     pooled: list[Pooled] = field(default_factory=list)
-    requests: Sequence[RowsRequest] = ()
-    started: float = 0.0
-    seconds: float = 0.0
 
-    def make(self, job: Job) -> Sequence[Request]:
-        """The requests for the engine; in a thread."""
-        self.started = time.monotonic()
+    def make_rows(self, job: Job) -> Sequence[RowsRequest]:
         with told_of("input"):
-            self.pooled, self.requests = self.model.engine.embed_requests(
+            self.pooled, requests = self.model.engine.embed_requests(
                 job,
                 self.prompts,
                 pooling=self.pooling,
+                prompt_name=self.prompt_name,
                 parse_special=False,
                 adapter=self.model.adapter,
                 cache_salt=self.cache_salt,
             )
-        return self.requests
-
-    async def finish(self, app: App, exchange: Exchange, job: Job) -> None:
-        """Wait for all vectors, and count what they took. Raises the first error of one of its requests."""
-        await work.finish(job)
-        self.seconds = time.monotonic() - self.started
-        app.metrics.note_prompt(self.model.name, self.n_tokens, self.n_cached)
-        exchange.notes["prompt"], exchange.notes["cached"] = self.n_tokens, self.n_cached
+        return requests
 
     @property
     def n_tokens(self) -> int:
         return sum(len(one.tokens) for one in self.pooled)
-
-    @property
-    def n_cached(self) -> int:
-        return sum(request.n_cached for request in self.requests)
 
     def values(self) -> list[Any]:
         """A vector for each prompt, as JSON has it; in a thread, since many vectors are long."""
@@ -89,8 +77,7 @@ class EmbeddingsCall:
                 "object": "list",
                 "data": [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(self.values())],
                 "model": self.model.name,
-                "usage": {"prompt_tokens": self.n_tokens, "total_tokens": self.n_tokens},
-                "timings": payload.prompt_timings(self.n_cached, self.n_tokens - self.n_cached, self.seconds),
+                **self.counts(),
             }
         )
 
@@ -101,6 +88,8 @@ FIELDS: Table = {
     "encoding_format": one_of("float", "base64", default="float"),
     "dimensions": integer(1),
     "pooling": one_of("mean", "last"),
+    "input_type": STRING,
+    "prompt_name": STRING,
 }
 
 
@@ -112,22 +101,35 @@ def most_dimensions(dimensions: int | None, model: ServedModel) -> int | None:
     return dimensions
 
 
-def checked_number(n: int) -> None:
-    """Raises HTTPError for more inputs than a request may have: each is a sequence of its own."""
-    if n > MAX_INPUTS:
-        raise bad_request(f"{n} inputs, at most {MAX_INPUTS}", "input")
+def _prompt_name(fields: Fields, model: ServedModel) -> str | None:
+    """Which of the model's prompts is asked for, by its name or by what the inputs are. Raises HTTPError."""
+    from pyengine.embeddings import known_prompts
+
+    name: str | None = fields.take("prompt_name")
+    kind: str | None = fields.take("input_type")
+    if kind is None:
+        return name  # the engine knows which there are
+    if name is not None:
+        raise bad_request("prompt_name and input_type say the same; give one", "input_type")
+    known = known_prompts(model.engine.config.get("extra", {}))
+    found = next((one for one in (kind, *_INPUT_TYPES.get(kind, ())) if one in known), None)
+    if found is None:
+        listed = ", ".join(known) or "none; leave it out"
+        raise bad_request(f"{model.name} has no prompt for input_type {kind[:80]!r}; its prompts are: {listed}", "input_type")
+    return found
 
 
 def parse(app: App, exchange: Exchange, fields: Fields) -> EmbeddingsCall:
     """Every field is honoured or refused by name. Raises HTTPError."""
     model = app.models.get(fields.take("model"))
     prompts = prompts_of(fields.take("input"), model)
-    checked_number(len(prompts))
+    checked_number(len(prompts), "input")
     is_base64 = fields.take("encoding_format") == "base64"
     dimensions = most_dimensions(fields.take("dimensions"), model)
     note_user(exchange, fields)
     salt = app.cache_salt(exchange, fields)
-    call = EmbeddingsCall(model, prompts, fields.take("pooling"), is_base64, dimensions, salt)
+    name = _prompt_name(fields, model)
+    call = EmbeddingsCall(model, prompts, fields.take("pooling"), is_base64, dimensions, salt, name)
     fields.end()
     return call
 

@@ -13,10 +13,11 @@ from pyengine.results import Generation, Piece
 from pyengine.serve import work
 from pyengine.serve.answer import Call
 from pyengine.serve.chat import ChatCall
-from pyengine.serve.embeddings import EmbeddingsCall, checked_number, most_dimensions
+from pyengine.serve.embeddings import EmbeddingsCall, most_dimensions
 from pyengine.serve.exchange import Exchange, dumps
 from pyengine.serve.ollama_fields import CHAT, EMBED, GENERATE, SHOW, model_of, parse_chat, parse_generate
 from pyengine.serve.prompts import note_user
+from pyengine.serve.rows import checked_number
 from pyengine.serve.tools import arguments_of, reader_of
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ async def embed(app: App, exchange: Exchange) -> None:
     fields = await app.fields(exchange, EMBED)
     model = model_of(app.models, fields.take("model"))
     given = fields.take("input")
-    checked_number(len(given))
+    checked_number(len(given), "input")
     dimensions = most_dimensions(fields.take("dimensions"), model)
     note_user(exchange, fields)
     call = EmbeddingsCall(model, given, None, False, dimensions, app.cache_salt(exchange, fields))

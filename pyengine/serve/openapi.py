@@ -13,6 +13,7 @@ from pyengine.serve import (
     embeddings,
     infill,
     ollama_fields,
+    rerank,
     response_fields,
     stored_responses,
     tokens,
@@ -37,6 +38,9 @@ BODIES: dict[str, Table] = {
     "/v1/embeddings": embeddings.FIELDS,
     "/v1/messages": anthropic_fields.FIELDS,
     "/v1/messages/count_tokens": anthropic_fields.COUNT,
+    "/v1/rerank": rerank.FIELDS,
+    "/v1/reranking": rerank.FIELDS,
+    "/v2/rerank": rerank.FIELDS,
     "/v1/responses": response_fields.FIELDS,
     "/v1/responses/input_tokens": response_fields.FIELDS,
 }
@@ -71,6 +75,9 @@ _WORDS = {
     "/v1/embeddings": "A vector for each input.",
     "/v1/messages": "The assistant's answer to messages, in Anthropic's form.",
     "/v1/messages/count_tokens": "How many tokens the prompt of such a request has.",
+    "/v1/rerank": "Documents by how well they answer a query.",
+    "/v1/reranking": "The same, by llama.cpp's name.",
+    "/v2/rerank": "The same, by Cohere's name.",
     "/v1/responses": "A response to text or messages.",
     "/v1/responses/input_tokens": "How many tokens the prompt of such a request has.",
     _ONE_RESPONSE: "A response that is kept.",
@@ -100,6 +107,10 @@ _VECTOR = {"anyOf": [_array({"type": "number"}), _STRING]}
 _EMBEDDING = _object(object=_const("embedding"), index=_INTEGER, embedding=_VECTOR)
 
 
+_RANKED = _object(index=_INTEGER, relevance_score={"type": "number"})
+_RANKING = _object("usage", id=_STRING, model=_STRING, results=_array(_RANKED))
+
+
 def _outputs(kind: str, **choice: dict[str, Any]) -> dict[str, Any]:
     reason = {"enum": ["stop", "length", "tool_calls"]}
     choices = _array(_object("logprobs", index=_INTEGER, finish_reason=reason, **choice))
@@ -127,6 +138,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": _outputs("chat.completion", message=_object("content", role=_const("assistant"))),
     "/v1/completions": _outputs("text_completion", text=_STRING),
     "/v1/embeddings": _object("usage", object=_const("list"), data=_array(_EMBEDDING), model=_STRING),
+    "/v1/rerank": _RANKING,
+    "/v1/reranking": _RANKING,
+    "/v2/rerank": _RANKING,
     "/v1/messages": _object(
         "stop_reason",
         "stop_sequence",

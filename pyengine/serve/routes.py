@@ -37,6 +37,9 @@ ROUTES: dict[str, dict[str, str]] = {
     "/v1/embeddings": {"POST": "embeddings.embeddings"},
     "/v1/messages": {"POST": "anthropic.messages"},
     "/v1/messages/count_tokens": {"POST": "anthropic.count_tokens"},
+    "/v1/rerank": {"POST": "rerank.rerank"},
+    "/v1/reranking": {"POST": "rerank.rerank"},
+    "/v2/rerank": {"POST": "rerank.rerank"},
     "/v1/responses": {"POST": "responses.responses"},
     "/v1/responses/input_tokens": {"POST": "responses.input_tokens"},
     "/v1/responses/{id}": {"GET": "stored_responses.retrieve", "DELETE": "stored_responses.delete"},
@@ -52,8 +55,10 @@ ELSEWHERE = {
     "/completion": "/v1/completions",
     "/embedding": "/v1/embeddings",
     "/generate": "/v1/completions",
+    "/score": "/v1/rerank",
     "/slots": "/metrics",
     "/v1/fim/completions": "/v1/completions",
+    "/v1/score": "/v1/rerank",
     "/version": "/props",
 }
 _OF_MODELS = ("/api/copy", "/api/create", "/api/delete", "/api/pull", "/api/push")

@@ -48,8 +48,9 @@ class Tokenizer:
     vocab_size        the model's: every id must be below it; None = any
 
     Attributes: `bos_id` (or None), `eos_ids`, `adds_bos` (whether texts begin with it), `vocab_size` (ids that mean
-    something; a model may have more), `special_ids`, `special_tokens` ({text: id}), `end_id` (what the file's post-processor
-    puts behind a text, mostly nothing: None; models that make embeddings count on it, prompts go without).
+    something; a model may have more), `special_ids`, `special_tokens` ({text: id}), `end_id` (what the file's post-processor, or
+    `add_eos_token` of `config`, puts behind a text, mostly nothing: None; models that make embeddings count on it, prompts go
+    without).
     Raises ModelFormatError for a damaged file, UnsupportedModelError for a decoder or other component that we do not know.
     """
 
@@ -83,6 +84,8 @@ class Tokenizer:
         self.adds_bos = self.bos_id is not None and self._wants_bos(config.get("add_bos_token"))
         last = self._account.last_id
         self.end_id = last if last is None or 0 <= last < self.vocab_size else None
+        if self.end_id is None and config.get("add_eos_token") is True:
+            self.end_id = named[0]
         self._bytes: dict[int, bytes] = {}
         self._lock = threading.RLock()
         fork.register(self._lock, fork.PART)
@@ -185,6 +188,11 @@ class Tokenizer:
         if not self._longest:
             return 0
         return -(-len(text.encode("utf-8", "replace").translate(None, self._unspelled)) // self._longest)
+
+    def most_characters(self, n_tokens: int) -> int | None:
+        """How many characters of a text so many tokens stand for at most; None where nothing can be said."""
+        self.least_tokens("")
+        return n_tokens * self._longest if self._longest else None
 
     def _find_longest(self) -> tuple[int, bytes]:
         """The most bytes of a text that one token can stand for, 0 if there is no bound; and the bytes that no token spells: they

@@ -78,6 +78,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'pyengine generate'?" in error(capsys, "generat", code=2)
     assert "did you mean 'pyengine generate'?" in error(capsys, "help", "generat", code=2)
+    assert "a model named by pyengine generate -m MODEL" in error(capsys, "model.gguf", code=2)
     assert "--help" in error(capsys, "qqq", code=2)
     assert "'pyengine chat -m MODEL'" in error(capsys, "run", "llama", code=2)
     assert "pyengine generate -m …" in error(capsys, "-m", "model.safetensors", code=2)
@@ -312,6 +313,8 @@ def test_wrong_usage_is_named(
 
 def test_refusals_are_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no model at" in error(capsys, "generate", "-m", tmp_path / "absent", "a", code=1)
+    (tmp_path / "note").write_text("a note")
+    assert "6 bytes: neither a frozen file of pyengine nor" in error(capsys, "info", tmp_path / "note", code=1)
     (tmp_path / "text").write_text("no model, but some words that are one")
     assert "neither a frozen file of pyengine nor another" in error(capsys, "info", tmp_path / "text", code=1)
     assert "'pyengine --version' tells it" in error(capsys, "version", code=2)

@@ -270,6 +270,7 @@ def test_models_are_listed_and_removed(server: Hub, talker: dict[str, bytes], ca
                                        tmp_path: Path) -> None:  # fmt: skip
     commit = server.add(REPO, talker)
     assert models(capsys) == []
+    assert main(["models"]) == 0 and capsys.readouterr().out.startswith("nothing is kept, neither in ")
     with Engine(f"hf:{REPO}") as engine:
         frozen = engine.path.name
     local = write_talker(tmp_path / "local", 64)

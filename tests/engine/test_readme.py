@@ -1,4 +1,5 @@
-"""The README says what is so: its example runs, its links lead somewhere, and CI runs its test command."""
+"""The README says what is so: its example runs, its links lead somewhere, its numbers are those of docs/performance.md, and CI
+runs its test command."""
 
 from __future__ import annotations
 
@@ -26,10 +27,39 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "pyengine").rglob("*.md")]
+    documents = [ROOT / "README.md", ROOT / "HACKING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "pyengine").rglob("*.md")]
     for document in documents:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", document.read_text()):
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.name} links to {path}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{document.name} links to {path}#{anchor}"
+
+
+def test_the_map_names_files_that_are_there() -> None:
+    """docs/architecture.md says in which order to read them: one that was renamed, or is gone, would end the walk."""
+    there = {path.name for folder in ("pyengine", "csrc", "training", "tests") for path in (ROOT / folder).rglob("*.*")}
+    named = set(re.findall(r"\b\w+\.(?:pyx|py|c|h)\b", (ROOT / "docs" / "architecture.md").read_text()))
+    assert len(named) > 100 and named <= there, f"docs/architecture.md names {sorted(named - there)}"
+
+
+def anchors(document: str) -> list[str]:
+    """What GitHub calls the headings of a page in its address."""
+    headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def rows(document: str) -> list[list[str]]:
+    """The cells of every table's rows."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in document.splitlines() if line.startswith("|")]
+
+
+def test_a_measured_row_stands_as_it_is_among_all_that_was_measured() -> None:
+    """So that a number of the README is measured again, or corrected, in both places."""
+    every = rows((ROOT / "docs" / "performance.md").read_text())
+    measured = [row[1:] for row in rows(README) if re.search(r"\d", row[-1])]
+    assert len(measured) > 10
+    for numbers in measured:
+        assert any(row[-len(numbers) :] == numbers for row in every), f"docs/performance.md has no row {numbers}"
 
 
 def test_ci_runs_the_readmes_commands() -> None:

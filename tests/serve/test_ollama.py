@@ -22,11 +22,11 @@ from pyengine.results import Piece
 from pyengine.run.jobs import Job
 from pyengine.run.request import GenerationRequest
 from pyengine.serve import work
-from pyengine.serve.embeddings import MAX_INPUTS
 from pyengine.serve.errors import HTTPError
 from pyengine.serve.fields import Fields
 from pyengine.serve.ollama_fields import CHAT as CHAT_FIELDS
 from pyengine.serve.ollama_fields import messages_of
+from pyengine.serve.rows import MAX_INPUTS
 
 CHAT, GENERATE = "/api/chat", "/api/generate"
 USER = {"role": "user", "content": "Hello"}

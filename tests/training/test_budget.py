@@ -119,6 +119,7 @@ def test_a_run_on_a_machine_that_slows_down(stories: Path, tmp_path: Path, monke
     factors = [line["lr_factor"] for line in lines]
     assert factors == sorted(factors, reverse=True) and 0 < factors[-1] < 0.2
     assert 0 < read_state(run / "trunk")["step"] <= steps and (run / "final").exists()
+    assert "measuring what a step takes here" in (run / "log.txt").read_text()  # nobody waits without a word
     assert main(["train", "--run-dir", str(run), "--resume"]) == 0  # it is finished
     assert len([line for line in read_metrics(run / "metrics.jsonl") if "lr_factor" in line]) == steps
 

@@ -301,6 +301,15 @@ def test_of_two_starts_one_runs_and_one_is_told(stories: Path, tmp_path: Path) -
     assert read_state(checkpoints(run)[-1])["step"] == 3
 
 
+def test_an_error_of_the_system_is_its_file_and_its_words(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    run = tmp_path / "file" / "run"
+    assert main(["train", "--run-dir", str(run), "--data", str(stories)]) == 1
+    assert capsys.readouterr().err == f"pyengine: error: {run}: Not a directory\n"
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunFolderError, match="already used"), runfolder.new(tmp_path):

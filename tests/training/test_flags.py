@@ -42,6 +42,12 @@ def test_examples_parse() -> None:
         train_parser().parse_args(words[2:])
 
 
+def test_a_text_without_its_option_is_told_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--run-dir", "r", "mine.txt"])
+    assert "unrecognized arguments: mine.txt; a text is given with --data mine.txt (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

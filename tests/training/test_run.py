@@ -176,11 +176,17 @@ def test_distillation_from_the_command_line(finished: Path, stories: Path, tmp_p
     assert read_json(run / "run.json")["train"]["distill_alpha"] == 0.7
 
 
-def test_a_budget_becomes_a_stored_number_of_steps(stories: Path, tmp_path: Path) -> None:
+def test_a_budget_becomes_a_stored_number_of_steps(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("pyengine_training.runfolder.Log.progress", lambda log, text: shown.append(text))
     run = tmp_path / "budget"
     assert main(arguments(run, stories, "--budget-minutes 0.02 --eval-every 0")) == 0
     steps = read_json(run / "run.json")["train"]["steps"]
     assert steps >= 1 and len(steps_of(run)) == steps
+    last = [f"step {steps}: validating", f"step {steps}: writing a sample"]
+    assert [text for text in shown if text in last][:2] == last  # after the last step, too, a terminal says what takes long
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(

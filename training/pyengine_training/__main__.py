@@ -39,6 +39,13 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
     return lambda arguments: cli.run(name, arguments)
 
 
+def _sentence(error: TrainingError | OSError) -> str:
+    """What went wrong: of the system's errors the file and its words, without their number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (``train`` when the first word is an option); returns the exit code.
 
@@ -74,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (TrainingError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        message = f"pyengine: error: {error}" + (
+        message = f"pyengine: error: {_sentence(error)}" + (
             ": make room; a run that has taken steps goes on from its last checkpoint with --resume" if full else ""
         )
     if rank == 0:  # errors that come here are those that all ranks have

@@ -39,7 +39,10 @@ def _train(arguments: list[str]) -> int:
     rank, ranks = launched_ranks()
     with contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext():
         parser = train_parser()
-        options = parser.parse_args(arguments)
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            meant = "" if unknown[0].startswith("-") else f"; a text is given with --data {unknown[0]}"
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         if options.run_dir is None and not options.plan:
             parser.error("the following arguments are required: --run-dir")
     values = given.collect(options)

@@ -329,6 +329,8 @@ def apply_budget(folder: Path, minutes: float, machine: Machine) -> None:
         run = open_run(folder)
         parent = runfolder.read_run(folder).get("parent")
         before = 0.0 if parent is None else float(checkpoints.read_state(Path(parent))["seconds"])
+    with contextlib.closing(runfolder.Log(folder / "log.txt", speaks=machine.comm.rank == 0)) as log:
+        log.say("measuring what a step takes here; in a new installation this compiles the kernels first, up to a minute")
     budget, fitting = train.measured_budget(run, minutes, machine, before)
     steps = run.reader.step + fitting
     extra = {**run.config.extra, **dataclasses.replace(budget, planned=steps).stored()}

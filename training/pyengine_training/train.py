@@ -128,6 +128,7 @@ class Loop:
 
     def validate(self, quantize: bool) -> Validation | PairValidation:
         """Validate on each text, log, plot; returns the first text's result. Raises NotFiniteError where there is none."""
+        self.log.progress(f"step {self.trainer.state.step}: validating")
         results = [part.result(self.trainer.backend.validation_sums(part.batches, quantize)) for part in self.held_out]
         result = results[0]
         state = self.trainer.state
@@ -158,6 +159,7 @@ class Loop:
             return
         weights, step = self.trainer.backend.weights(quantize), self.trainer.state.step
         if self.samples is None:
+            self.log.progress(f"step {step}: writing a sample")
             self._sample(weights, step, quantize)
         else:
             self.samples.start(partial(self._sample, weights.copy(), step, quantize))

@@ -40,6 +40,15 @@ ARCHITECTURES = (
 )  # fmt: skip
 
 
+CLASSIFIER = "ForSequenceClassification"
+
+
+def is_classifier(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a class with a head in the place of the output matrix; rank_head.py says what becomes of it."""
+    named = config.get("architectures")
+    return isinstance(named, list) and isinstance(named[0], str) and named[0].endswith(CLASSIFIER)
+
+
 def _unknown(name: Any, known: list[str]) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"architecture {name!r:.80} is not implemented; known are {', '.join(dict.fromkeys(known))}"
@@ -58,8 +67,9 @@ def architecture_of_hf(config: dict[str, Any]) -> Architecture:
     else:
         if not isinstance(named, list) or len(named) != 1:
             raise ModelFormatError(f"config.json: architectures must name one, not {named!r:.200}")
-        # Of a model that was saved without its output matrix the class is XModel.
-        found = next((a for a in ARCHITECTURES if named[0] in (a.hf, a.hf.replace("ForCausalLM", "Model"))), None)
+        # Of a model that was saved without its output matrix the class is XModel, of one with a head in its place another one.
+        classes = "ForCausalLM", "Model", CLASSIFIER
+        found = next((a for a in ARCHITECTURES if named[0] in [a.hf.replace(classes[0], one) for one in classes]), None)
     if found is None:
         raise _unknown(named[0], [a.hf for a in ARCHITECTURES])
     return found

@@ -25,6 +25,12 @@ _DOCUMENTS = (
     "special_tokens_map.json",
     "tokenizer.json",
 )
+# sentence-transformers'
+_SENTENCE = {
+    "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode": "lasttoken", "include_prompt": False},
+    "1_LogitScore/config.json": {"true_token_id": 70, "false_token_id": 71},
+    "config_sentence_transformers.json": {"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "query"},
+}
 _CONFIG_KEYS = words("""
 architectures attention_bias bos_token_id eos_token_id head_dim hidden_act layer_types max_window_layers mlp_bias model_type
 num_key_value_heads original_max_position_embeddings partial_rotary_factor quantization_config rms_norm_eps rope_parameters
@@ -84,7 +90,7 @@ class HFTarget:
     def make(self, rng: random.Random) -> Case:
         files = dict(self._files[rng.choice(list(self._files))])
         for _ in range(rng.choice([1, 1, 2])):
-            kind = rng.randrange(13)
+            kind = rng.randrange(14)
             if kind < 4:
                 files["config.json"] = json.dumps(self._config(rng)).encode()
             elif kind < 8:
@@ -103,6 +109,9 @@ class HFTarget:
                 files["model.safetensors"] = self._weights(rng)
             elif kind == 11 and files:
                 files.pop(rng.choice(list(files)))
+            elif kind == 12:
+                name = rng.choice(list(_SENTENCE))
+                files[name] = json.dumps(mutations.mutated(rng, _SENTENCE[name], rng.randrange(3))).encode()
             elif files:
                 name = rng.choice(list(files))
                 files[name] = mutations.mutated_bytes(rng, files[name], 3000)

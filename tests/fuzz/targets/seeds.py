@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,10 +51,10 @@ def hf_files(dtype: str = "F32") -> dict[str, bytes]:
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> Path:
     """A directory with these files and no others."""
-    directory.mkdir(exist_ok=True)
-    for path in directory.iterdir():
-        path.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
     for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
     return directory
 

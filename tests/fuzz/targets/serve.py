@@ -98,6 +98,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/messages/count_tokens": [_ANTHROPIC],
     "/v1/responses/input_tokens": [{"input": "hi", "instructions": "s", "tools": [_FLAT_TOOL], "tool_choice": "required"}],
     "/v1/embeddings": [{"input": ["hi", [1, 2]], "dimensions": 3, "encoding_format": "base64", "pooling": "mean"}],
+    "/v1/rerank": [{"query": "hi", "documents": ["a", {"text": "b"}], "top_n": 1, "truncate": True, "max_tokens_per_doc": 3}],
     "/api/chat": [
         {"messages": seeds.MESSAGES, "options": {**_OPTIONS, "num_ctx": 512, "mirostat": 0}, "keep_alive": "5m"},
         {"messages": _OLLAMA, "tools": [_TOOL], "options": {"num_predict": 3}, "stream": False, "think": False},

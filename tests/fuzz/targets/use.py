@@ -35,6 +35,8 @@ def use(target: Target, path: Path, rng: random.Random) -> None:
             ("detokenize", lambda: engine.detokenize(ids, skip_special_tokens=False)),
             ("chat", lambda: engine.chat(MESSAGES, max_tokens=2)),
             ("score", lambda: engine.score(ids).perplexity),
+            ("embed", lambda: engine.embed(rng.choice(PROMPTS), prompt_name=rng.choice([None, "query"]))),
+            ("rerank", lambda: engine.rerank(rng.choice(PROMPTS), PROMPTS[:2], truncate=True)),
             ("logits", lambda: engine.logits(ids[:2])),
         ):
             target.stage = stage
