@@ -8,12 +8,22 @@ from pyengine.sampling import ResolvedParams
 
 MAX_TOP_LOGPROBS: int
 
+class Sequences:
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None: ...
+
 class Sampler:
     sample_index: int
     outputs: list[int]
     logprobs: list[tuple[int, float, tuple[tuple[int, float], ...]] | None] | None
     def __init__(
-        self, params: ResolvedParams, vocab_size: int, *, end_ids: Iterable[int] = (), sample_index: int = 0
+        self,
+        params: ResolvedParams,
+        vocab_size: int,
+        *,
+        end_ids: Iterable[int] = (),
+        bad_sequences: Sequences | Sequence[Sequence[int]] = (),
+        breakers: Sequences | Sequence[Sequence[int]] = (),
+        sample_index: int = 0,
     ) -> None: ...
     def accept_prompt(self, tokens: Buffer) -> None: ...
     def accept(self, token: int) -> None: ...

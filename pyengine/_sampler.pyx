@@ -18,11 +18,17 @@ from pyengine.errors import InvalidArgumentError, OutOfMemoryError
 
 cdef extern from "sampler/sampler.h" nogil:
     enum: PE_SAMPLER_MAX_TOP_LOGPROBS
+    ctypedef struct pe_id_sequences:
+        const int32_t *ids
+        const int32_t *lengths
+        size_t n
     ctypedef struct pe_sampler_params:
         uint64_t seed, sample_index
         double temperature
         int32_t top_k
         double top_p, min_p, typical_p, repetition_penalty, frequency_penalty, presence_penalty
+        double top_n_sigma, dynatemp_range, dynatemp_exponent, xtc_probability, xtc_threshold, dry_multiplier, dry_base
+        int32_t repeat_last_n, dry_allowed_length, dry_last_n, no_repeat_ngram_size
         int32_t min_tokens, n_top_logprobs
         const int32_t *bias_ids
         const float *bias_values
@@ -33,6 +39,7 @@ cdef extern from "sampler/sampler.h" nogil:
         size_t n_bad
         const int32_t *stop
         size_t n_stop
+        pe_id_sequences bad_sequences, breakers
     ctypedef struct pe_sample_result:
         int32_t token, n_top
         double logprob
@@ -129,11 +136,26 @@ cdef class _Ids:
         free(self.data)
 
 
+cdef class Sequences:
+    """Sequences of token ids, none of them empty, as samplers take them: made once for all samples of a request."""
+
+    cdef _Ids ids
+    cdef _Ids lengths
+
+    def __cinit__(self, sequences):
+        self.lengths = _Ids([len(one) for one in sequences])
+        self.ids = _Ids([token for one in sequences for token in one])
+
+    cdef void give(self, pe_id_sequences *out):
+        out.ids, out.lengths, out.n = self.ids.data, self.lengths.data, self.lengths.size
+
+
 cdef class Sampler:
     """Chooses the tokens of one sequence; the specification is in csrc/sampler/sampler.h.
 
     `params` is a `pyengine.sampling.ResolvedParams` (any object with its attributes). `end_ids` are the ids, beside
-    `params.stop_token_ids`, that may not come before `params.min_tokens` outputs: the end-of-text tokens.
+    `params.stop_token_ids`, that may not come before `params.min_tokens` outputs: the end-of-text tokens. `bad_sequences` and
+    `breakers` are sequences of ids, none of them empty: what `params.bad_words` and `params.dry_sequence_breakers` are in tokens.
     `sample_index` numbers the samples of one prompt.
     """
 
@@ -150,10 +172,11 @@ cdef class Sampler:
     # or None if it was accepted without being sampled here.
     cdef readonly list logprobs
 
-    def __cinit__(self, params, size_t vocab_size, *, end_ids=(), uint64_t sample_index=0):
+    def __cinit__(self, params, size_t vocab_size, *, end_ids=(), bad_sequences=(), breakers=(), uint64_t sample_index=0):
         cdef pe_sampler_params c
         cdef char err[PE_ERR_LEN]
         cdef _Ids bias_ids, allowed, bad, stop
+        cdef Sequences bad_parts, breaker_parts
         cdef float[::1] bias_values
         from array import array
 
@@ -164,6 +187,11 @@ cdef class Sampler:
         c.top_p, c.min_p, c.typical_p = params.top_p, params.min_p, params.typical_p
         c.repetition_penalty = params.repetition_penalty
         c.frequency_penalty, c.presence_penalty = params.frequency_penalty, params.presence_penalty
+        c.repeat_last_n, c.no_repeat_ngram_size = params.repeat_last_n, params.no_repeat_ngram_size
+        c.dry_multiplier, c.dry_base = params.dry_multiplier, params.dry_base
+        c.dry_allowed_length, c.dry_last_n = params.dry_allowed_length, params.dry_penalty_last_n
+        c.top_n_sigma, c.dynatemp_range, c.dynatemp_exponent = params.top_n_sigma, params.dynatemp_range, params.dynatemp_exponent
+        c.xtc_probability, c.xtc_threshold = params.xtc_probability, params.xtc_threshold
         c.min_tokens = params.min_tokens
         self.wants_logprobs = params.logprobs is not None
         self.n_top_logprobs = params.logprobs if self.wants_logprobs else 0
@@ -179,6 +207,10 @@ cdef class Sampler:
         c.bad, c.n_bad = bad.data, bad.size
         stop = _Ids((*params.stop_token_ids, *end_ids))
         c.stop, c.n_stop = stop.data, stop.size
+        bad_parts = bad_sequences if isinstance(bad_sequences, Sequences) else Sequences(bad_sequences)
+        breaker_parts = breakers if isinstance(breakers, Sequences) else Sequences(breakers)
+        bad_parts.give(&c.bad_sequences)
+        breaker_parts.give(&c.breakers)
         self.size = vocab_size
         self.outputs = []
         self.logprobs = [] if self.wants_logprobs else None
@@ -188,7 +220,7 @@ cdef class Sampler:
         pe_sampler_destroy(self.sampler)
 
     def accept_prompt(self, const int32_t[::1] tokens not None):
-        """Tell the sampler of the prompt's tokens, which the repetition penalty counts."""
+        """Tell the sampler of the prompt's tokens, which the repetition penalty, DRY and the ban of n-grams count."""
         cdef char err[PE_ERR_LEN]
         cdef Py_ssize_t i
         for i in range(tokens.shape[0]):
@@ -211,7 +243,12 @@ cdef class Sampler:
             except MemoryError:
                 self.outputs.pop()
                 raise
-        pe_sampler_accept(self.sampler, token, False, err)  # the token was checked: it cannot fail
+        cdef pe_status status = pe_sampler_accept(self.sampler, token, False, err)
+        if status != PE_OK:  # no memory for a longer history
+            self.outputs.pop()
+            if self.wants_logprobs:
+                self.logprobs.pop()
+            raise error_of(status, err)
         return 0
 
     def reset(self):

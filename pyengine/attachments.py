@@ -1,5 +1,5 @@
 """The attachments of a frozen file as objects, made when first needed: tokenizer, chat template, infill and
-ranking formats, guides, token healing, generation defaults."""
+ranking formats, guides, token healing, where strings break passages, generation defaults."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pyengine.text.healing import Healer
     from pyengine.text.infill import Infill
     from pyengine.text.rerank import Reranker
+    from pyengine.text.sequences import Breakers, Tokens
     from pyengine.text.tokenizer import Tokenizer
 
 
@@ -32,6 +33,7 @@ class Attachments:
         self._chat_template: ChatTemplate | None = None
         self._infill: Infill | None = None
         self._reranker: Reranker | None = None
+        self._breakers: Breakers | None = None
         self._guides: Guides | None = None
         self._healer: Healer | None = None
 
@@ -115,6 +117,15 @@ class Attachments:
                     raise unasked(error, name) from None
                 self._reranker = Reranker(self.tokenizer, template, self._file.config.extra, name)
             return self._reranker
+
+    def breakers(self, strings: tuple[str, ...]) -> list[Tokens]:
+        """In which tokens these strings may come."""
+        with self._lock:
+            if self._breakers is None:
+                from pyengine.text.sequences import Breakers
+
+                self._breakers = Breakers(self.tokenizer)
+        return self._breakers.of(strings)
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """A new guide, for one output. Raises InvalidArgumentError for a grammar that cannot be used."""

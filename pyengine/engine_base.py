@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyengine import cpu_watch, fork
+from pyengine._sampler import Sequences
 from pyengine.adapters import Adapters
 from pyengine.attachments import Attachments
 from pyengine.background import Background
@@ -264,6 +265,8 @@ class EngineBase:
             salt=salt,
             interactive=interactive,
             shown_special=shown_special,
+            bad_sequences=Sequences(self._bad_sequences(params.bad_words)),
+            breakers=Sequences(self._attachments.breakers(params.dry_sequence_breakers) if params.dry_multiplier else ()),
         )
         wanted = params.structured_outputs
         guide = None if wanted is None else self.guide(wanted)  # which costs up to seconds, and its twins next to nothing
@@ -277,6 +280,13 @@ class EngineBase:
             for cut in cuts
             for index in range(params.n)
         ]
+
+    def _bad_sequences(self, words: tuple[str, ...]) -> Sequence[tuple[int, ...]]:
+        if not words:
+            return ()
+        from pyengine.text.sequences import bad_sequences
+
+        return bad_sequences(self.tokenizer, words)
 
     @property
     def _is_open(self) -> bool:

@@ -6,22 +6,28 @@ fills that in and returns `ResolvedParams`, which has no None left but where Non
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from pyengine.arguments import INT32_MAX, integer, number, shown
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnknownParameterError
+from pyengine.sampling_values import (
+    LARGEST,
+    MAX_BREAKER_CHARACTERS,
+    MAX_BREAKERS,
+    MAX_STOP_STRINGS,
+    STRING_LISTS,
+    Range,
+    callbacks,
+    logit_bias,
+    token_ids,
+)
 
 MAX_LOGPROBS = 64
 MAX_SAMPLES = 1024
-MAX_STOP_STRINGS = 1024  # clients send a handful
-MAX_STOP_CHARACTERS = 1 << 17  # of all stop strings of a request: an automaton over them takes about 300 bytes each
 MAX_DRAFT = 24  # tokens guessed ahead in a step
-MAX_IDS = 1 << 24  # the largest vocabulary
-MAX_CALLBACKS = 64  # each is a call of Python code a token
 
 # (token ids (n) int32 so far, logits (vocab_size) float32 of the next) -> None, or other logits; -> whether to end
 LogitsProcessor = Callable[[Any, Any], Any]
@@ -37,6 +43,7 @@ ALIASES: dict[str, str] = {
     "num_return_sequences": "n",
     "max_time": "timeout",
     "temp": "temperature",
+    "penalty_last_n": "repeat_last_n",
 }
 
 
@@ -48,38 +55,34 @@ class Drafting(NamedTuple):
     store: bool = True
 
 
-class _Range(NamedTuple):
-    """Legal values of a number: low <= x <= high, or low < x where `open_low`."""
-
-    low: float
-    high: float
-    open_low: bool = False
-
-    def check(self, name: str, value: float) -> None:
-        inside = value > self.low if self.open_low else value >= self.low
-        if not (inside and value <= self.high):
-            bracket = "(" if self.open_low else "["
-            raise InvalidArgumentError(f"{name} must be in {bracket}{self.low:g}, {self.high:g}], not {value!r}")
-
-
 _INTEGERS: dict[str, tuple[int, int]] = {
     "n": (1, MAX_SAMPLES),
     "max_tokens": (1, INT32_MAX),
     "min_tokens": (0, INT32_MAX),
     "top_k": (-1, INT32_MAX),
+    "repeat_last_n": (-1, INT32_MAX),
+    "dry_allowed_length": (1, INT32_MAX),
+    "dry_penalty_last_n": (-1, INT32_MAX),
+    "no_repeat_ngram_size": (0, INT32_MAX),
     "seed": (-(2**63), 2**64 - 1),
     "logprobs": (0, MAX_LOGPROBS),
 }
-_LARGEST = 3.4028234663852886e38  # of float32, the type of logits
-_FLOATS: dict[str, _Range] = {
-    "temperature": _Range(0.0, _LARGEST),
-    "top_p": _Range(0.0, 1.0, open_low=True),
-    "min_p": _Range(0.0, 1.0),
-    "typical_p": _Range(0.0, 1.0, open_low=True),
-    "repetition_penalty": _Range(0.0, _LARGEST, open_low=True),
-    "frequency_penalty": _Range(-_LARGEST, _LARGEST),
-    "presence_penalty": _Range(-_LARGEST, _LARGEST),
-    "timeout": _Range(0.0, 1e9, open_low=True),
+_FLOATS: dict[str, Range] = {
+    "temperature": Range(0.0, LARGEST),
+    "top_p": Range(0.0, 1.0, open_low=True),
+    "min_p": Range(0.0, 1.0),
+    "typical_p": Range(0.0, 1.0, open_low=True),
+    "top_n_sigma": Range(-1.0, LARGEST),
+    "dynatemp_range": Range(0.0, LARGEST),
+    "dynatemp_exponent": Range(0.0, LARGEST),
+    "xtc_probability": Range(0.0, 1.0),
+    "xtc_threshold": Range(0.0, 1.0),
+    "dry_multiplier": Range(0.0, LARGEST),
+    "dry_base": Range(1.0, LARGEST),
+    "repetition_penalty": Range(0.0, LARGEST, open_low=True),
+    "frequency_penalty": Range(-LARGEST, LARGEST),
+    "presence_penalty": Range(-LARGEST, LARGEST),
+    "timeout": Range(0.0, 1e9, open_low=True),
 }
 _BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "token_healing")
 _ID_LISTS = ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
@@ -87,70 +90,9 @@ _CALLBACKS = ("logits_processor", "stopping_criteria")
 # What generation_config.json may say; its other keys are not about sampling, or ask for what a caller must ask for.
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 # Asking for one of these without a temperature asks for sampling.
-_FILTERS: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-
-
-def _items(name: str, values: object, kind: str, most: int) -> Collection[Any]:
-    """`values`, if it is a collection of at most `most` items: whatever comes without a length may have no end."""
-    if isinstance(values, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(values, Collection):
-        raise InvalidArgumentError(f"{name} must be a list of {kind}, not {shown(values)}")
-    try:
-        length = len(values)
-    except TypeError:  # a NumPy array without dimensions
-        raise InvalidArgumentError(f"{name} must be a list of {kind}, not {shown(values)}") from None
-    if length > most:
-        raise InvalidArgumentError(f"{name} holds {length} {kind}, at most {most}")
-    return values
-
-
-def _token_id(name: str, value: object) -> int:
-    return integer(f"a token id of {name}", value, 0, INT32_MAX)
-
-
-def _token_ids(name: str, values: object) -> tuple[int, ...]:
-    return tuple(_token_id(name, value) for value in _items(name, values, "token ids", MAX_IDS))
-
-
-def _logit_bias(values: object) -> dict[int, float]:
-    if not isinstance(values, Mapping):
-        raise InvalidArgumentError(f"logit_bias must map token ids to numbers, not {shown(values)}")
-    if len(values) > MAX_IDS:
-        raise InvalidArgumentError(f"logit_bias holds {len(values)} token ids, at most {MAX_IDS}")
-    bias: dict[int, float] = {}
-    for key, value in values.items():
-        # JSON has no integer keys, so requests written for HTTP interfaces bring strings.
-        token = int(key) if isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdigit() else key
-        token = _token_id("logit_bias", token)
-        real = number(f"logit_bias of token {token}", value)
-        if not real <= _LARGEST or (real < -_LARGEST and not math.isinf(real)):
-            raise InvalidArgumentError(f"logit_bias of token {token} is out of range: {shown(value)}")
-        if token in bias:
-            raise InvalidArgumentError(f"logit_bias names token {token} twice")
-        bias[token] = real
-    return bias
-
-
-def _stop_strings(values: object) -> tuple[str, ...]:
-    strings = (values,) if isinstance(values, str) else tuple(_items("stop", values, "strings", MAX_STOP_STRINGS))
-    for string in strings:
-        if not isinstance(string, str):
-            raise InvalidArgumentError(f"stop must hold strings, not {shown(string)}")
-        if not string:
-            raise InvalidArgumentError("stop must not hold an empty string: it would end every text at once")
-    strings = tuple(dict.fromkeys(strings))
-    size = sum(map(len, strings))
-    if size > MAX_STOP_CHARACTERS:
-        raise InvalidArgumentError(f"stop holds {size} characters, at most {MAX_STOP_CHARACTERS}")
-    return strings
-
-
-def _callbacks(name: str, value: object) -> tuple[Callable[[Any, Any], Any], ...]:
-    """A function, also one that is a list, like transformers' LogitsProcessorList, or several."""
-    functions = (value,) if callable(value) else tuple(_items(name, value, "functions", MAX_CALLBACKS))
-    for function in functions:
-        if not callable(function):
-            raise InvalidArgumentError(f"{name} must be a function or a list of functions, not {shown(function)}")
-    return functions
+_FILTERS: dict[str, float] = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": 0.0, "dynatemp_range": 0.0, "xtc_probability": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,15 +174,18 @@ def json_schema(name: str) -> dict[str, Any]:
         return {"type": "number", "exclusiveMinimum" if open_low else "minimum": low, "maximum": high}
     ids = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
     string = {"type": "string", "minLength": 1}
+    breaker = {**string, "maxLength": MAX_BREAKER_CHARACTERS}
     schemas: dict[str, dict[str, Any]] = {
         **{key: {"type": "boolean"} for key in _BOOLEANS},
         **dict.fromkeys(_ID_LISTS, ids),
         "allowed_token_ids": {**ids, "minItems": 1},
         "stop": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
+        "bad_words": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
+        "dry_sequence_breakers": {"anyOf": [breaker, {"type": "array", "items": breaker, "maxItems": MAX_BREAKERS}]},
         "logit_bias": {
             "type": "object",
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-            "additionalProperties": {"type": "number", "minimum": -_LARGEST, "maximum": _LARGEST},
+            "additionalProperties": {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
         },
         "structured_outputs": {
             "type": "object",
@@ -272,14 +217,14 @@ def _check(name: str, value: Any) -> Any:
             raise InvalidArgumentError(f"{name} must be True or False, not {shown(value)}")
         return value
     if name in _ID_LISTS:
-        return _token_ids(name, value)
+        return token_ids(name, value)
     if name in _CALLBACKS:
-        return _callbacks(name, value)
+        return callbacks(name, value)
     if name == "structured_outputs":
         return _structured_outputs(value)
     if name == "speculative":
         return check_speculative(value)
-    return _logit_bias(value) if name == "logit_bias" else _stop_strings(value)
+    return logit_bias(value) if name == "logit_bias" else STRING_LISTS[name](value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,12 +240,25 @@ class ResolvedParams:
     top_p: float
     min_p: float
     typical_p: float
+    top_n_sigma: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    xtc_probability: float
+    xtc_threshold: float
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
+    repeat_last_n: int
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: tuple[str, ...]
+    no_repeat_ngram_size: int
     logit_bias: dict[int, float]
     allowed_token_ids: tuple[int, ...] | None
     bad_token_ids: tuple[int, ...]
+    bad_words: tuple[str, ...]
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     include_stop_str_in_output: bool
@@ -325,11 +283,24 @@ _NEUTRAL: dict[str, Any] = {
     "top_p": 1.0,
     "min_p": 0.0,
     "typical_p": 1.0,
+    "top_n_sigma": 0.0,
+    "dynatemp_range": 0.0,
+    "dynatemp_exponent": 1.0,
+    "xtc_probability": 0.0,
+    "xtc_threshold": 0.1,
     "repetition_penalty": 1.0,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
+    "repeat_last_n": -1,
+    "dry_multiplier": 0.0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": ("\n", ":", '"', "*"),
+    "no_repeat_ngram_size": 0,
     "allowed_token_ids": None,
     "bad_token_ids": (),
+    "bad_words": (),
     "stop": (),
     "stop_token_ids": (),
     "include_stop_str_in_output": False,
@@ -353,12 +324,27 @@ class SamplingParams:
     top_p                 keep the most probable tokens that reach this mass; 1 = off
     min_p                 keep tokens at least this fraction as probable as the first; 0 = off
     typical_p             keep the tokens nearest the entropy that reach this mass; 1 = off
+    top_n_sigma           keep logits at most so many standard deviations below the first; 0 or -1 = off
+    dynatemp_range        the temperature follows the entropy, from temperature - range to temperature + range; 0 = off
+    dynatemp_exponent     of the entropy's share of the largest one; 1 = in proportion
+    xtc_probability       how often the most probable tokens are left out, all but the last above xtc_threshold; 0 = off
+    xtc_threshold         from this probability on a token is among them; above 0.5 there is never another one beside it
     repetition_penalty    divides (or multiplies, when negative) logits of tokens of prompt and output; 1 = off
     frequency_penalty     subtracted from a logit per occurrence in the output
     presence_penalty      subtracted once from the logit of every token in the output
+    repeat_last_n         tokens that these three look at, from the end; -1 = the whole text, 0 = off
+    dry_multiplier        DRY, against repeated passages: subtracted from the logit of a token that would go on with one of
+                          dry_allowed_length tokens; 0 = off
+    dry_base              by this it is multiplied for each token more; at least 1
+    dry_allowed_length    the shortest passage that counts
+    dry_penalty_last_n    tokens of prompt and output that are looked at, from the end; -1 = the whole text, 0 = off
+    dry_sequence_breakers a string or strings over which no passage reaches; None = newline, colon, quotation mark, asterisk
+    no_repeat_ngram_size  so many tokens of prompt and output never come a second time, unless nothing else may come; 0 = off
     logit_bias            {token id: added to its logit}; -inf bans the token
     allowed_token_ids     only these may come
     bad_token_ids         these may not come
+    bad_words             a string or strings that may not come in the tokens that the tokenizer makes of them, with and without a
+                          space before
     stop                  a string or strings that end the text
     stop_token_ids        tokens that end the text
     include_stop_str_in_output   leave the stop string in the text
@@ -401,12 +387,25 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
+    top_n_sigma: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    repeat_last_n: int | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: str | Sequence[str] | None = None
+    no_repeat_ngram_size: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_token_ids: Sequence[int] | None = None
+    bad_words: str | Sequence[str] | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool | None = None
@@ -494,6 +493,7 @@ class SamplingParams:
                 f"n = {merged['n']} samples at temperature 0 would all be the same: set temperature"
             )
         merged["top_k"] = max(merged["top_k"], 0)
+        merged["top_n_sigma"] = max(merged["top_n_sigma"], 0.0)
         merged.setdefault("speculative", speculative)
         if merged.get("seed") is None:
             own = None if seed is None else check_seed(seed)

@@ -22,12 +22,25 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     typical_p: float | None
+    top_n_sigma: float | None
+    dynatemp_range: float | None
+    dynatemp_exponent: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
     repetition_penalty: float | None
     frequency_penalty: float | None
     presence_penalty: float | None
+    repeat_last_n: int | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_penalty_last_n: int | None
+    dry_sequence_breakers: str | Sequence[str] | None
+    no_repeat_ngram_size: int | None
     logit_bias: Mapping[int, float] | None
     allowed_token_ids: Sequence[int] | None
     bad_token_ids: Sequence[int] | None
+    bad_words: str | Sequence[str] | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     include_stop_str_in_output: bool | None
@@ -50,6 +63,7 @@ class SamplingOptions(TypedDict, total=False):
     num_return_sequences: int | None
     max_time: float | None
     temp: float | None
+    penalty_last_n: int | None
 
 
 class BeamOptions(TypedDict, total=False):

@@ -1,4 +1,4 @@
-/* choice.c: steps 2 to 7 of the specification in sampler.h, without sorting the vocabulary. Reads in the order of the specification. */
+/* choice.c: steps 3 to 9 of the specification in sampler.h, but for the temperature, without sorting the vocabulary. Reads in the order of the specification. */
 #include <math.h>
 #include <string.h>
 
@@ -10,7 +10,7 @@
 #define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
 #define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
 
-/* ------------------------------------------------------------------ steps 2 and 3: weights, min-p */
+/* ------------------------------------------------------------------ steps 3 and 4: weights, min-p */
 
 /* Where weights stop: at min-p, or where they would round to 0. */
 static double exponent_cut(const pe_sampler_params *p) {
@@ -19,11 +19,12 @@ static double exponent_cut(const pe_sampler_params *p) {
     return cut > MIN_EXPONENT ? cut : MIN_EXPONENT;
 }
 
-/* ------------------------------------------------------------------ step 4: typical */
+/* ------------------------------------------------------------------ step 5: typical */
 
 /* Set the weights of what is not typical to 0; returns the sum of what is left. */
-static uint64_t keep_typical(pe_sampler *s, const float *logits, size_t n_logits, double top, uint64_t total) {
-    double temperature = s->params.temperature, expectation = 0.0;
+static uint64_t keep_typical(pe_sampler *s, const float *logits, size_t n_logits, double top, double temperature,
+                             uint64_t total) {
+    double expectation = 0.0;
     size_t n = 0;
     for (size_t i = 0; i < n_logits; i++)
         if (s->weights[i]) expectation += (double)s->weights[i] * (((double)logits[i] - top) / temperature);
@@ -45,30 +46,72 @@ static uint64_t keep_typical(pe_sampler *s, const float *logits, size_t n_logits
     return kept;
 }
 
-/* ------------------------------------------------------------------ step 5: top-k */
+/* ------------------------------------------------------------------ step 6: top-k */
 
 /* The first top_k tokens of the order into s->pool, as a heap with the first on top; how many there are. Their weights
  * are computed here if those of all were not needed before. *total: the sum of their weights. */
-static size_t keep_first(pe_sampler *s, const float *logits, size_t n_logits, double top, double cut, uint64_t *total) {
+static size_t keep_first(pe_sampler *s, const float *logits, size_t n_logits, double top, double temperature, double cut,
+                         uint64_t *total) {
     size_t n = select_first(logits, s->weights, NULL, n_logits, (size_t)s->params.top_k, s->pool);
     *total = 0;
     for (size_t i = 0; i < n; i++) {
         pe_candidate *c = &s->pool[i];
-        if (s->weights == NULL) s->kernels->weigh(&c->weight, &c->logit, 1, top, s->params.temperature, cut);
+        if (s->weights == NULL) s->kernels->weigh(&c->weight, &c->logit, 1, top, temperature, cut);
         *total += c->weight;
     }
     make_heap(s->pool, n, false);
     return n;
 }
 
-/* ------------------------------------------------------------------ steps 6 and 7: top-p, draw */
+/* ------------------------------------------------------------------ step 8: XTC */
 
-/* From the few candidates that step 5 left: pool (n), a heap with the first on top, whose weights sum up to `total`. */
-static int32_t draw_from_heap(const pe_sampler_params *p, pe_candidate *pool, size_t n, uint64_t total,
-                              uint64_t random) {
+/* The tokens from some logit on: a beginning of the order. */
+typedef struct beginning {
+    double lowest; /* d */
+    uint64_t weight, last_weight; /* of all of them, and of the last of the order */
+    size_t n;
+    float last_logit;
+    int32_t last_id;
+} beginning;
+
+/* What everything from this share of `total` on is. */
+static beginning beginning_of(const pe_sampler_params *p, uint64_t total) {
+    double share = p->xtc_threshold * ((double)total / WEIGHT_ONE);
+    return (beginning){.lowest = share > 1e-300 ? pe_log(share) : -INFINITY};
+}
+
+static inline void meet(beginning *b, uint64_t weight, float logit, int32_t id, double top, double temperature) {
+    if (weight == 0 || ((double)logit - top) / temperature < b->lowest) return;
+    b->weight += weight;
+    if (b->n++ == 0 || logit < b->last_logit || (logit == b->last_logit && id > b->last_id))
+        b->last_logit = logit, b->last_id = id, b->last_weight = weight;
+}
+
+/* How much of the beginning of what is left, which weighs `total`, XTC takes away. */
+static uint64_t taken_away(const beginning *b, uint64_t total) {
+    if (b->weight >= total) return total - 1; /* all are in it: of the last one any share will do */
+    return b->weight - b->last_weight;
+}
+
+static bool excludes_top_choices(const pe_sampler_params *p, uint64_t position) {
+    if (!(p->xtc_probability > 0.0)) return false;
+    return (double)(pe_philox_second(p->seed, position, p->sample_index) >> 11) * 0x1p-53 < p->xtc_probability;
+}
+
+/* ------------------------------------------------------------------ steps 7 and 9: top-p, draw */
+
+/* What the last steps ask of the others, for one token. */
+typedef struct draw {
+    double top, temperature;
+    uint64_t total, random; /* `total`: the sum of the weights before top-p */
+    bool excludes;          /* whether XTC takes place */
+} draw;
+
+/* From the few candidates that step 6 left: pool (n), a heap with the first on top. */
+static int32_t draw_from_heap(const pe_sampler_params *p, pe_candidate *pool, size_t n, const draw *d) {
     uint64_t running = 0;
-    if (p->top_p >= 1.0) {
-        uint64_t target = pe_mul_high(random, total);
+    if (p->top_p >= 1.0 && !d->excludes) {
+        uint64_t target = pe_mul_high(d->random, d->total);
         for (;;) {
             const pe_candidate *next = pop_first(pool, n--);
             running += next->weight;
@@ -76,10 +119,16 @@ static int32_t draw_from_heap(const pe_sampler_params *p, pe_candidate *pool, si
         }
     }
     const size_t end = n;
-    double wanted = p->top_p * (double)total;
+    double wanted = p->top_p * (double)d->total;
     do running += pop_first(pool, n--)->weight;
-    while (n > 0 && (double)running < wanted);
-    uint64_t target = pe_mul_high(random, running);
+    while (n > 0 && (p->top_p >= 1.0 || (double)running < wanted));
+    uint64_t without = 0;
+    if (d->excludes) {
+        beginning b = beginning_of(p, running);
+        for (size_t k = n; k < end; k++) meet(&b, pool[k].weight, pool[k].logit, pool[k].id, d->top, d->temperature);
+        without = taken_away(&b, running);
+    }
+    uint64_t target = without + pe_mul_high(d->random, running - without);
     size_t i = end;
     for (running = 0; i-- > n;) {
         running += pool[i].weight;
@@ -114,18 +163,17 @@ static inline bool any_at_least(const float *logits, size_t n, float lowest) {
     return any;
 }
 
-/* Into s->reachable, ascending, the tokens that can be drawn when only the first `least` of the sum `total` is asked
+/* Into s->reachable, ascending, the tokens that can be drawn when only the first `least` of the sum d->total is asked
  * for; how many they are. What is left out weighs less than (total - least) / n_logits apiece, so together less than
  * total - least; and it is the end of the order, because the limit is one on logits (lowered by a hundredth of the
  * temperature, far more than exp and log can err, and than the rounding of a weight of 1000 to a whole number: with a smaller share
  * nothing is left out). */
-static size_t find_reachable(const pe_sampler *s, const float *logits, size_t n_logits, double top, uint64_t total,
-                             uint64_t least) {
+static size_t find_reachable(const pe_sampler *s, const float *logits, size_t n_logits, const draw *d, uint64_t least) {
     enum { STRIP = 16 };
-    uint64_t share = (total - least) / n_logits;
+    uint64_t share = (d->total - least) / n_logits;
     float lowest = -INFINITY;
     size_t n = 0;
-    if (share >= 1000) lowest = float_from(top + s->params.temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01));
+    if (share >= 1000) lowest = float_from(d->top + d->temperature * (pe_log((double)share / WEIGHT_ONE) - 0.01));
     for (size_t begin = 0; begin < n_logits; begin += STRIP) {
         size_t end = begin + STRIP < n_logits ? begin + STRIP : n_logits;
         if (end - begin == STRIP && !any_at_least(logits + begin, STRIP, lowest)) continue;
@@ -172,29 +220,38 @@ static int32_t find_in_order(const pe_sampler *s, const float *logits, size_t n,
     return token;
 }
 
-/* From all n_logits tokens, whose weights sum up to `total`. */
-static int32_t draw_from_all(const pe_sampler *s, const float *logits, size_t n_logits, double top, uint64_t total,
-                             uint64_t random) {
+/* From all n_logits tokens. */
+static int32_t draw_from_all(const pe_sampler *s, const float *logits, size_t n_logits, const draw *d) {
     const pe_sampler_params *p = &s->params;
-    uint64_t kept = total;
-    uint64_t least = p->top_p < 1.0 ? least_reaching(p->top_p * (double)total) : pe_mul_high(random, total) + 1;
-    size_t n = find_reachable(s, logits, n_logits, top, total, least);
-    int32_t token = find_in_order(s, logits, n, least, &kept);
-    if (p->top_p >= 1.0) return token;
-    return find_in_order(s, logits, n, pe_mul_high(random, kept) + 1, &kept);
+    const bool cuts = p->top_p < 1.0;
+    uint64_t kept = d->total, without = 0;
+    size_t n = 0;
+    if (cuts) {
+        uint64_t least = least_reaching(p->top_p * (double)d->total);
+        n = find_reachable(s, logits, n_logits, d, least);
+        find_in_order(s, logits, n, least, &kept);
+    }
+    if (d->excludes) {
+        beginning b = beginning_of(p, kept);
+        for (size_t i = 0; i < n_logits; i++) meet(&b, s->weights[i], logits[i], (int32_t)i, d->top, d->temperature);
+        without = taken_away(&b, kept);
+    }
+    uint64_t least = without + pe_mul_high(d->random, kept - without) + 1;
+    if (!cuts) n = find_reachable(s, logits, n_logits, d, least);
+    return find_in_order(s, logits, n, least, &kept);
 }
 
-int32_t pe_sampler_choose(pe_sampler *s, const float *logits, size_t n_logits, float top, uint64_t position) {
+int32_t pe_sampler_choose(pe_sampler *s, const float *logits, size_t n_logits, float top, double temperature,
+                          uint64_t position) {
     const pe_sampler_params *p = &s->params;
     const double cut = exponent_cut(p);
-    const uint64_t random = pe_philox_draw(p->seed, position, p->sample_index);
-    uint64_t total = 0;
-    if (s->weights != NULL) total = s->kernels->weigh(s->weights, logits, n_logits, top, p->temperature, cut);
-    if (p->typical_p < 1.0) total = keep_typical(s, logits, n_logits, top, total);
-    if (p->top_k == 0 || (size_t)p->top_k >= s->vocab_size)
-        return draw_from_all(s, logits, n_logits, top, total, random);
-    size_t n = keep_first(s, logits, n_logits, top, cut, &total);
-    return draw_from_heap(p, s->pool, n, total, random);
+    draw d = {.top = top, .temperature = temperature, .random = pe_philox_draw(p->seed, position, p->sample_index)};
+    d.excludes = excludes_top_choices(p, position);
+    if (s->weights != NULL) d.total = s->kernels->weigh(s->weights, logits, n_logits, top, temperature, cut);
+    if (p->typical_p < 1.0) d.total = keep_typical(s, logits, n_logits, top, temperature, d.total);
+    if (p->top_k == 0 || (size_t)p->top_k >= s->vocab_size) return draw_from_all(s, logits, n_logits, &d);
+    size_t n = keep_first(s, logits, n_logits, top, temperature, cut, &d.total);
+    return draw_from_heap(p, s->pool, n, &d);
 }
 
 /* 2^z for -126 <= z <= 0 to 2e-4: an integer power in the exponent's bits times a cubic on [-1/2, 1/2]. */

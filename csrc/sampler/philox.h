@@ -20,14 +20,26 @@ static inline void pe_philox4x32_10(const uint32_t counter[4], const uint32_t ke
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-/* 64 random bits of one draw: key = seed, counter = (position, sample_index). */
-static inline uint64_t pe_philox_draw(uint64_t seed, uint64_t position, uint64_t sample_index) {
+/* The 128 random bits of a position: key = seed, counter = (position, sample_index). */
+static inline void pe_philox_of(uint64_t seed, uint64_t position, uint64_t sample_index, uint32_t out[4]) {
     const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
     const uint32_t counter[4] = {(uint32_t)position, (uint32_t)(position >> 32), (uint32_t)sample_index,
                                  (uint32_t)(sample_index >> 32)};
-    uint32_t out[4];
     pe_philox4x32_10(counter, key, out);
+}
+
+/* Of these the 64 that draw a token. */
+static inline uint64_t pe_philox_draw(uint64_t seed, uint64_t position, uint64_t sample_index) {
+    uint32_t out[4];
+    pe_philox_of(seed, position, sample_index, out);
     return out[0] | (uint64_t)out[1] << 32;
+}
+
+/* And the other 64. */
+static inline uint64_t pe_philox_second(uint64_t seed, uint64_t position, uint64_t sample_index) {
+    uint32_t out[4];
+    pe_philox_of(seed, position, sample_index, out);
+    return out[2] | (uint64_t)out[3] << 32;
 }
 
 /* floor(a * b / 2^64) from 32-bit halves: C11 has no 128-bit integer. */

@@ -1,5 +1,5 @@
-/* sample.c: one call, logits -> token: step 1 (edits.c), then the greedy choice or steps 2 to 7 (choice.c), then
- * log-probabilities (logprobs.c). */
+/* sample.c: one call, logits -> token: step 1 (edits.c), then the greedy choice or the filters and the draw (spread.c, choice.c),
+ * then log-probabilities (logprobs.c). */
 #include <math.h>
 
 #include "candidates.h"
@@ -12,7 +12,7 @@
 /* What came of a row. */
 typedef struct choice {
     size_t index;          /* of the token chosen */
-    const float *adjusted; /* (n) logits after step 1 */
+    const float *adjusted; /* (n) logits after step 1, and from `choose` on after step 2 */
     float raw_top, top;    /* the largest logit before and after step 1 */
 } choice;
 
@@ -33,13 +33,16 @@ static pe_status adjust(pe_sampler *s, const pe_logit_row *row, uint64_t positio
     if (!s->kernels->maximum(row->values, row->n, &c->raw_top))
         return pe_fail(PE_ERR_NOT_FINITE, err, "a logit at position %llu is an infinity or NaN",
                        (unsigned long long)position);
-    pe_status status = pe_sampler_edit(s, row, mask, &c->adjusted, err);
-    if (status != PE_OK) return status;
-    c->top = c->raw_top;
-    if (c->adjusted != row->values) s->kernels->maximum(c->adjusted, row->n, &c->top); /* banned ones are -infinity */
+    c->top = -INFINITY;
+    for (int with_ngrams = s->params.no_repeat_ngram_size > 0; with_ngrams >= 0 && c->top == -INFINITY; with_ngrams--) {
+        pe_status status = pe_sampler_edit(s, row, mask, with_ngrams, &c->adjusted, err);
+        if (status != PE_OK) return status;
+        c->top = c->raw_top;
+        if (c->adjusted != row->values) s->kernels->maximum(c->adjusted, row->n, &c->top); /* banned ones are -infinity */
+    }
     if (c->top == -INFINITY)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err,
-                       "every token is banned: allowed_token_ids, bad tokens, logit_bias, min_tokens and the mask "
+                       "every token is banned: allowed_token_ids, bad tokens and words, logit_bias, min_tokens and the mask "
                        "leave none");
     return PE_OK;
 }
@@ -47,10 +50,15 @@ static pe_status adjust(pe_sampler *s, const pe_logit_row *row, uint64_t positio
 static pe_status choose(pe_sampler *s, const pe_logit_row *row, uint64_t position, const uint32_t *mask, choice *c, char *err) {
     pe_status status = adjust(s, row, position, mask, c, err);
     if (status != PE_OK) return status;
-    if (s->params.temperature == 0.0)
+    double temperature = s->params.temperature;
+    if (temperature > 0.0) {
+        if (s->params.top_n_sigma > 0.0) pe_sampler_keep_sigma(s, s->adjusted, row->n, c->top);
+        temperature = pe_sampler_temperature(s, c->adjusted, row->n, c->top);
+    }
+    if (temperature == 0.0)
         c->index = first_of(c->adjusted, row->n, c->top);
     else
-        c->index = (size_t)pe_sampler_choose(s, c->adjusted, row->n, c->top, position);
+        c->index = (size_t)pe_sampler_choose(s, c->adjusted, row->n, c->top, temperature, position);
     return PE_OK;
 }
 

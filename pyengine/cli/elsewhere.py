@@ -8,6 +8,7 @@ _NO_GPU = "the engine computes on CPUs; leave it out"
 _ALWAYS = "that is always so; leave it out"
 _BY_ITSELF = "the engine chooses by itself; leave it out"
 _NO_SUCH_SAMPLER = "there is no such sampler here; 'pyengine generate --help' lists those that there are"
+_OF_A_REQUEST = "'pyengine generate' and 'chat' take it, and requests to 'pyengine serve' say it themselves"
 
 # Commands of others -> the end of a sentence that begins "there is no command X; ".
 COMMANDS: dict[str, str] = {
@@ -45,7 +46,6 @@ OPTIONS: dict[str, str] = {
     **dict.fromkeys(("-j",), "use --json-schema"),
     **dict.fromkeys(("-jf", "--json-schema-file"), "use --json-schema @FILE"),
     "--grammar-file": "use --grammar @FILE",
-    "--repeat-last-n": "penalties look at the whole text; leave it out",
     "--lora-scaled": "use --lora DIR:SCALE, a directory of PEFT's",
     **dict.fromkeys(("--num-beams", "--beam-size", "--beam-width", "--use-beam-search"), "use --beams of 'pyengine generate'"),
     "--num-return-sequences": "'pyengine generate --beams N --json' has all of them",
@@ -70,11 +70,14 @@ SERVER_OPTIONS: dict[str, str] = {
     "--tool-call-parser": "the format of calls is read from the chat template; leave it out",
 }
 
-_FAMILIES = ("--dry-", "--xtc-", "--mirostat", "--dynatemp-", "--top-nsigma")
+_OTHER_SAMPLERS = ("--mirostat",)
+_SAMPLERS = ("--dry-", "--xtc-", "--dynatemp-", "--top-nsigma", "--top-n-sigma", "--repeat-last-n")
 
 
 def meaning(option: str, options: Mapping[str, str]) -> str | None:
     """What does here what `option` does elsewhere; None if nobody has such an option."""
-    if option.startswith(_FAMILIES):
+    if option.startswith(_OTHER_SAMPLERS):
         return _NO_SUCH_SAMPLER
+    if option.startswith(_SAMPLERS):
+        return _OF_A_REQUEST
     return options.get(option)

@@ -116,7 +116,9 @@ def write_json(pieces: Iterator[Piece]) -> Generation | None:
 _NOT_OF_BEAMS = {
     "seed": "--seed", "temperature": "--temp", "top_k": "--top-k", "top_p": "--top-p", "min_p": "--min-p",
     "typical_p": "--typical", "repetition_penalty": "--repeat-penalty", "presence_penalty": "--presence-penalty",
-    "frequency_penalty": "--frequency-penalty", "speculative": "--speculative", "draft_model": "--draft-model",
+    "frequency_penalty": "--frequency-penalty", "no_repeat_ngram_size": "--no-repeat-ngram-size", "bad_words": "--bad-word",
+    "top_n_sigma": "--top-nsigma", "dynatemp_range": "--dynatemp-range", "xtc_probability": "--xtc-probability",
+    "dry_multiplier": "--dry-multiplier", "speculative": "--speculative", "draft_model": "--draft-model",
     "token_healing": "--token-healing",
 }  # fmt: skip
 

@@ -185,6 +185,25 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--presence-penalty", type=float, metavar="X", help="against tokens of the output; 0 = off")
     add("--frequency-penalty", type=float, metavar="X", help="the same, for each time they came; 0 = off")
+    add("--repeat-last-n", type=int, metavar="N", help="these three look at the last N tokens; default, and -1: at all")
+    add("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens come twice, prompt included; 0 = off")
+    add("--bad-word", dest="bad_words", action="append", metavar="TEXT", help="TEXT may not come; may be repeated")
+    add("--top-nsigma", dest="top_n_sigma", type=float, metavar="X", help="only logits X deviations below the first; 0 = off")
+    add("--dynatemp-range", type=float, metavar="X", help="the temperature follows the entropy by so much up and down; 0 = off")
+    add("--dynatemp-exp", dest="dynatemp_exponent", type=float, metavar="X", help="exponent of the entropy in that; default 1")
+    add("--xtc-probability", type=float, metavar="P", help="how often the likeliest tokens are left out, all but one; 0 = off")
+    add("--xtc-threshold", type=float, metavar="P", help="which have at least the probability P; default 0.1")
+    add("--dry-multiplier", type=float, metavar="X", help="against repeated passages: X * base^(length - allowed); 0 = off")
+    add("--dry-base", type=float, metavar="X", help="default 1.75")
+    add("--dry-allowed-length", type=int, metavar="N", help="the shortest passage that counts, in tokens; default 2")
+    add("--dry-penalty-last-n", type=int, metavar="N", help="looks at the last N tokens; default, and -1: at all; 0 = off")
+    add(
+        "--dry-sequence-breaker",
+        dest="dry_sequence_breakers",
+        action="append",
+        metavar="TEXT",
+        help="no passage reaches over TEXT; may be repeated, none = there is none; default: newline, colon, \", *",
+    )
     add("--stop", action="append", metavar="TEXT", help="end before TEXT comes; may be repeated")
     add("--ignore-eos", action="store_true", default=None, help="go on after the model's end of text")
     add("--timeout", type=float, metavar="S", help="end after S seconds, with what there is")
@@ -205,13 +224,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "-e",
         "--escape",
         action="store_true",
-        help=r"\n, \t and the like in prompt and stop texts are escapes, as in Python",
+        help=r"\n, \t and the like in prompt, stop texts, bad words and breakers are escapes, as in Python",
     )
 
 
 _SAMPLING = (
     "max_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "stop", "ignore_eos", "timeout", "speculative",
+    "frequency_penalty", "repeat_last_n", "no_repeat_ngram_size", "bad_words", "top_n_sigma", "dynatemp_range",
+    "dynatemp_exponent", "xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length",
+    "dry_penalty_last_n", "dry_sequence_breakers", "stop", "ignore_eos", "timeout", "speculative",
 )  # fmt: skip
 
 # -------------------------------------------------------------------- understood
@@ -292,8 +313,11 @@ def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
     options: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING} | more
     if options["max_tokens"] is not None and options["max_tokens"] in (-1, -2):  # llama-cli's "no limit"
         options["max_tokens"] = None
-    if args.escape and options["stop"]:
-        options["stop"] = [unescape(text) for text in options["stop"]]
+    if options["dry_sequence_breakers"] == ["none"]:
+        options["dry_sequence_breakers"] = []
+    for name in ("stop", "bad_words", "dry_sequence_breakers") if args.escape else ():
+        if options[name]:
+            options[name] = [unescape(text) for text in options[name]]
     if args.json_schema is not None and args.grammar is not None:
         raise UsageError("--json-schema and --grammar: give one of them")
     for name, option, text in (("json", "--json-schema", args.json_schema), ("grammar", "--grammar", args.grammar)):

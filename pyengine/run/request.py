@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pyengine import fork
-from pyengine._sampler import Sampler
+from pyengine._sampler import Sampler, Sequences
 from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError
 from pyengine.run.output import Output
@@ -171,6 +171,8 @@ class GenerationRequest(Request):
         guide: Guide | None = None,
         healing: Healing | None = None,
         shown_special: frozenset[int] = frozenset(),
+        bad_sequences: Sequences | Sequence[Sequence[int]] = (),
+        breakers: Sequences | Sequence[Sequence[int]] = (),
     ) -> None:
         self.prompt = prompt
         self.params = params
@@ -178,8 +180,10 @@ class GenerationRequest(Request):
         self.draft_state: DraftState | None = None  # of the draft model or head
         self.may_draft = params.speculative.max_draft > 0
         end_ids = () if params.ignore_eos else end_ids
-        self.sampler = Sampler(params, vocab_size, end_ids=end_ids, sample_index=index)
-        if params.repetition_penalty != 1.0:
+        self.sampler = Sampler(
+            params, vocab_size, end_ids=end_ids, bad_sequences=bad_sequences, breakers=breakers, sample_index=index
+        )
+        if params.repetition_penalty != 1.0 or params.dry_multiplier or params.no_repeat_ngram_size:
             self.sampler.accept_prompt(array("i", prompt))
         self.output = Output(
             self.sampler,

@@ -105,6 +105,12 @@ _WITHOUT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "logit_bias": (_OWN, ({},)),
     "allowed_token_ids": (_OWN, ()),
     "bad_token_ids": (_OWN, ((),)),
+    "bad_words": (_OWN, ((),)),
+    "no_repeat_ngram_size": (_OWN, (0,)),
+    "top_n_sigma": (_OWN, (0.0, -1.0)),
+    "dynatemp_range": (_OWN, (0.0,)),
+    "xtc_probability": (_OWN, (0.0,)),
+    "dry_multiplier": (_OWN, (0.0,)),
     "min_tokens": (_OWN, (0,)),
     "token_healing": ("beams go on from the prompt as it is", (False,)),
 }

@@ -97,9 +97,7 @@ OTHERS: Table = {
     "lora_path": refused("an adapter is asked for by its name, as model"),
     "n_predict": refused("use max_tokens", -1),
     "mirostat": refused("there is no mirostat", 0),
-    "dynatemp_range": refused("the temperature is constant", 0, 0.0),
-    "xtc_probability": refused("there is no XTC", 0, 0.0),
-    "dry_multiplier": refused("there is no DRY", 0, 0.0),
+    "dry_range": refused("use dry_penalty_last_n, where 0 is off and -1 is the whole text", 0),  # whose default it is
 }
 
 # of these, what only chats have; what a model writes of its reasoning is part of its text

@@ -64,7 +64,6 @@ _OPTIONS: Table = {
     **SAMPLING,
     "n": refused("an answer is one message", 1),
     "num_predict": integer(-2, INT32_MAX),  # negative: as many as the context holds
-    "repeat_last_n": refused("penalties are for the whole text", -1),
     "mirostat": refused("there is no mirostat", 0),
     **dict.fromkeys(("mirostat_tau", "mirostat_eta"), _NUMBER),
     "tfs_z": refused("there is no tail-free sampling", 1, 1.0),

@@ -21,14 +21,16 @@ Asked = Sequence[tuple[str, StructuredOutputs]]
 # A JSON schema that an output is held to.
 SCHEMA = checked(Kind({"type": ["object", "string", "boolean"]}, ANYTHING.read), lambda value: StructuredOutputs(json=value))
 
-# Fields of every endpoint that generates, and the parameter that each is. OpenAI's names, then vLLM's and llama.cpp's.
+# Fields of every endpoint that generates, and the parameter that each is. OpenAI's names, then vLLM's and those of others.
 NAMES = {
     name: name
     for name in (
         "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias",
         "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
         "include_stop_str_in_output", "skip_special_tokens", "allowed_token_ids", "bad_token_ids", "timeout",
-        "structured_outputs",
+        "structured_outputs", "bad_words", "no_repeat_ngram_size", "repeat_last_n", "top_n_sigma", "dynatemp_range",
+        "dynatemp_exponent", "xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length",
+        "dry_penalty_last_n", "dry_sequence_breakers",
     )
 } | {"repeat_penalty": "repetition_penalty", "grammar": "structured_outputs", "json_schema": "structured_outputs"}  # fmt: skip
 

@@ -45,6 +45,17 @@ def random_params(rng: np.random.Generator, n: int) -> ResolvedParams:
         top_p=maybe(float(rng.choice([1e-9, 0.1, 0.5, 0.9, 0.95, 0.9999]))),
         min_p=maybe(float(rng.choice([1e-300, 1e-14, 1e-6, 0.05, 0.5, 1.0]))),
         typical_p=maybe(float(rng.choice([1e-9, 0.2, 0.9, 0.999])), 0.25),
+        top_n_sigma=maybe(float(rng.choice([0.3, 1.0, 3.0])), 0.2),
+        dynatemp_range=maybe(float(rng.choice([0.1, 0.7, 5.0])), 0.15),
+        dynatemp_exponent=float(rng.choice([0.0, 0.5, 1.0, 3.0])),
+        xtc_probability=maybe(float(rng.choice([0.5, 1.0])), 0.3),
+        xtc_threshold=float(rng.choice([0.0, 1e-9, 0.05, 0.1, 0.3, 0.5, 1.0])),
+        repeat_last_n=maybe(int(rng.integers(0, 8)), 0.3),
+        dry_multiplier=maybe(float(rng.choice([0.5, 3.0, 1e30])), 0.3),
+        dry_base=float(rng.choice([1.0, 1.75, 1e20])),
+        dry_allowed_length=int(rng.integers(1, 4)),
+        dry_penalty_last_n=maybe(int(rng.integers(0, 12)), 0.3),
+        no_repeat_ngram_size=maybe(int(rng.integers(0, 4)), 0.3),
         repetition_penalty=maybe(float(rng.choice([0.7, 1.1, 2.0]))),
         frequency_penalty=maybe(float(rng.choice([-0.5, 0.3, 2.0]))),
         presence_penalty=maybe(float(rng.choice([-0.5, 0.3, 2.0]))),
@@ -55,6 +66,22 @@ def random_params(rng: np.random.Generator, n: int) -> ResolvedParams:
         min_tokens=maybe(3, 0.3),
         seed=int(rng.integers(0, 2**63)),
     ).resolve()
+
+
+def random_text(rng: np.random.Generator, n: int, most: int) -> list[int]:
+    """Up to `most` tokens: any, of a few kinds, or one passage again and again."""
+    length, kind = int(rng.integers(0, most + 1)), rng.integers(3)
+    if kind == 0:
+        return [int(i) for i in rng.integers(0, n, length)]
+    passage = rng.integers(0, min(n, 4), length if kind == 1 else int(rng.integers(1, 6)))
+    return [int(i) for i in np.resize(passage, length)]
+
+
+def random_sequences(rng: np.random.Generator, n: int) -> list[tuple[int, ...]]:
+    """Of the ids that random_text likes, mostly none."""
+    return [
+        tuple(int(i) for i in rng.integers(0, min(n, 6), rng.integers(1, 4))) for _ in range(rng.integers(0, 4))
+    ] if rng.random() < 0.4 else []
 
 
 def random_mask(rng: np.random.Generator, n: int) -> np.ndarray | None:

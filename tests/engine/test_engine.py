@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +105,24 @@ def test_engine_seed_is_the_default(tiny_model: Path) -> None:
         assert engine.generate(PROMPT, temperature=1.0, max_tokens=2, seed=-1).seed == 5  # as without one
     with Engine(tiny_model, seed=-1) as engine:
         assert engine.seed is None
+
+
+# ------------------------------------------------------------------ what strings of parameters are in tokens
+
+
+def test_bad_words_and_breakers_reach_the_sampler(engine: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "temperature": 0}
+    plain = engine.generate(PROMPT, **options)
+    word = "hello"
+    assert word in plain.text
+    without = engine.generate(PROMPT, bad_words=word, **options)
+    first = next(i for i, pair in enumerate(zip(plain.tokens, without.tokens, strict=True)) if pair[0] != pair[1])
+    assert word not in without.text and plain.tokens[first] == engine.tokenize(word, add_bos=False)[-1]
+    dry: dict[str, Any] = {**options, "dry_multiplier": 50.0, "dry_allowed_length": 1}
+    tokens = engine.generate(PROMPT, **dry).tokens
+    assert tokens != plain.tokens
+    assert engine.generate(PROMPT, dry_sequence_breakers=[], **dry).tokens == tokens
+    assert engine.generate(PROMPT, dry_sequence_breakers=sorted(set(plain.text)), **dry).tokens == plain.tokens
 
 
 # ------------------------------------------------------------------ how it ends

@@ -34,7 +34,8 @@ COMPONENTS: dict[str, set[str]] = {
     "_draft": {"errors"},
     "format": {"errors", "files", "system"},
     "text": {"errors", "fork", "arguments"},
-    "sampling": {"errors", "arguments"},
+    "sampling_values": {"errors", "arguments"},
+    "sampling": {"errors", "arguments", "sampling_values"},
     "sampling_options": set(),  # types alone
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
@@ -50,8 +51,8 @@ COMPONENTS: dict[str, set[str]] = {
     "embeddings": {"errors", "arguments"},
     "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze", "run"},
     "engine_base": {
-        "adapters", "attachments", "opening", "draft_file", "errors", "background", "_core", "format", "text", "sampling",
-        "cpu_watch", "run", "fork",
+        "adapters", "attachments", "opening", "draft_file", "errors", "background", "_core", "_sampler", "format", "text",
+        "sampling", "cpu_watch", "run", "fork",
     },
     "scoring": {"engine_base", "errors", "arguments", "results", "_sampler", "text", "embeddings", "run", "fork"},
     "reranking": {"scoring", "errors", "arguments", "results", "_sampler", "run"},

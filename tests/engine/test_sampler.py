@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import cli_tools
-from engine.sampler_tools import params, random_logits, random_mask, random_params, words_of
+from engine.sampler_tools import (
+    params,
+    random_logits,
+    random_mask,
+    random_params,
+    random_sequences,
+    random_text,
+    words_of,
+)
 from reference.sampler import adjust, choose, log_softmax, philox
 
 from pyengine import _sampler
@@ -89,21 +97,22 @@ def test_tokens_equal_the_reference(block):
             p = random_params(rng, n)
         except InvalidArgumentError:  # bad_token_ids happened to ban all of allowed_token_ids
             continue
-        prompt = [int(i) for i in rng.integers(0, n, 5)]
-        output = [int(i) for i in rng.integers(0, n, rng.integers(0, 6))]
+        prompt, output = random_text(rng, n, 8), random_text(rng, n, 16)
+        bad_sequences, breakers = random_sequences(rng, n), random_sequences(rng, n)
         position, index = int(rng.integers(0, 2**40)), int(rng.integers(0, 3))
-        sampler = _sampler.Sampler(p, n, sample_index=index)
+        sampler = _sampler.Sampler(p, n, sample_index=index, bad_sequences=bad_sequences, breakers=breakers)
         sampler.accept_prompt(array("i", prompt))
         for token in output:
             sampler.accept(token)
         compared += 1
         mask = random_mask(rng, n)
         words = None if mask is None else words_of(mask)
-        if np.isneginf(adjust(logits, p, prompt, output, mask=mask)).all():
+        given: dict[str, Any] = {"mask": mask, "bad_sequences": bad_sequences, "breakers": breakers}
+        if np.isneginf(adjust(logits, p, prompt, output, **given)).all():
             with pytest.raises(InvalidArgumentError, match="every token is banned"):
                 sampler.sample(logits, position, words)
         else:
-            expected = choose(logits, p, position, index, prompt, output, mask=mask)
+            expected = choose(logits, p, position, index, prompt, output, **given)
             assert sampler.sample(logits, position, words)[0] == expected, p
 
 
@@ -182,6 +191,90 @@ def test_seed_position_and_sample_index_all_matter_and_nothing_else():
     assert base != [sample(logits, p, i, sample_index=1) for i in range(50)]
     sampler = _sampler.Sampler(p, 1000)
     assert base[::-1] == [sampler.sample(logits, i)[0] for i in reversed(range(50))]
+
+
+# ---------------------------------------------------------------- what has been said, and in which order
+
+
+def test_dry_equals_its_definition():
+    """In texts of few tokens, where passages overlap, reach over the window, and breakers stand everywhere."""
+    rng, n_changed, n_broken = np.random.default_rng(6), 0, 0
+    for _ in range(1500):
+        n = int(rng.integers(2, 6))
+        logits = rng.normal(0, 1, n).astype(np.float32)
+        p = params(
+            temperature=0, dry_multiplier=1.5, dry_base=float(rng.choice([1.0, 1.3, 1e9])),
+            dry_allowed_length=int(rng.integers(1, 5)),
+            dry_penalty_last_n=int(rng.integers(-1, 30)), no_repeat_ngram_size=int(rng.choice([0, 0, 2, 6])),
+        )  # fmt: skip
+        text = random_text(rng, n, 60)
+        breakers = [tuple(int(i) for i in rng.integers(0, n, rng.integers(1, 5))) for _ in range(rng.integers(0, 3))]
+        sampler = _sampler.Sampler(p, n, breakers=breakers)
+        for token in text:
+            sampler.accept(token)
+        expected = choose(logits, p, 0, output=text, breakers=breakers)
+        assert sampler.sample(logits, 0)[0] == expected, (p, text, breakers)
+        n_changed += expected != int(np.argmax(logits))
+        n_broken += expected != choose(logits, p, 0, output=text)
+    assert n_changed > 200 and n_broken > 40
+
+
+def test_dry_never_overflows():
+    sampler = _sampler.Sampler(params(temperature=0, dry_multiplier=3e38, dry_base=3e38, logit_bias={1: -1.0}), 2)
+    for _ in range(300):
+        sampler.accept(0)
+    assert sampler.sample(np.array([3e38, -3e38], np.float32), 0)[0] == 1
+    assert sampler.sample(np.array([3e38, -3e38], np.float32), 0, np.array([1], np.uint32))[0] == 0
+
+
+def test_no_ngram_comes_twice_unless_nothing_else_may():
+    rng = np.random.default_rng(1)
+    for size in (1, 2, 3):
+        sampler = _sampler.Sampler(params(no_repeat_ngram_size=size, temperature=2.0), 6)
+        sampler.accept_prompt(array("i", [1, 2, 3]))
+        text = [1, 2, 3]
+        while len(text) < 6**size:
+            ngrams, begin = {tuple(text[k : k + size]) for k in range(len(text))}, text[len(text) - size + 1 :]
+            allowed = {i for i in range(6) if (*begin, i) not in ngrams}
+            token = sampler.sample(rng.normal(0, 3, 6).astype(np.float32), len(text))[0]
+            sampler.accept(token)
+            text.append(token)
+            assert token in allowed or not allowed
+    lifted = _sampler.Sampler(params(no_repeat_ngram_size=1, xtc_probability=1.0, xtc_threshold=0.0), 4)
+    for token in (0, 1):
+        lifted.accept(token)
+    logits = np.array([3, 2, 1, 0], np.float32)
+    assert lifted.sample(logits, 0)[0] == 3  # XTC leaves the last of those that may come
+    assert lifted.sample(logits, 0, np.array([0b0001], np.uint32))[0] == 0  # a grammar's only token
+    assert lifted.sample(logits, 0, np.array([0b0011], np.uint32))[0] == 1
+
+
+def test_bad_sequences_count_in_the_output_alone():
+    logits = np.array([0, 3, 2, 1], np.float32)
+    sampler = _sampler.Sampler(params(temperature=0), 4, bad_sequences=[(2, 1), (1, 1, 1)])
+    sampler.accept_prompt(array("i", [2]))
+    said = []
+    for position in range(6):
+        said.append(sampler.sample(logits, position)[0])
+        sampler.accept(said[-1])
+    assert said == [1, 1, 2, 2, 2, 2]
+    with pytest.raises(InvalidArgumentError, match=r"every token is banned: .*words"):
+        sampler.sample(logits, 0, np.array([0b0010], np.uint32))  # a ban, as of bad_token_ids, not a wish
+    for wrong, words in (([(4,)], "token 4"), ([()], "length of 0")):
+        for name in ("bad_sequences", "breakers"):
+            with pytest.raises(InvalidArgumentError, match=words):
+                _sampler.Sampler(params(dry_multiplier=1.0), 4, **{name: wrong})
+
+
+def test_xtc_moves_no_other_draw():
+    """Its random number is its own: where it does not take place, tokens are those without it."""
+    logits = np.array([2.0, 1.9, 1.8, 1.0, 0.0], np.float32)
+    plain, half, always = (_sampler.Sampler(params(xtc_probability=x, xtc_threshold=0.2), 5) for x in (0.0, 0.5, 1.0))
+    drawn = [tuple(one.sample(logits, i)[0] for one in (plain, half, always)) for i in range(400)]
+    assert {always for *_, always in drawn} == {2, 3, 4}
+    assert all(half in (plain, always) for plain, half, always in drawn)
+    telling = [half == always for plain, half, always in drawn if plain != always]
+    assert len(telling) > 200 and 0.4 < sum(telling) / len(telling) < 0.6
 
 
 # ---------------------------------------------------------------- masks, history, log-probabilities

@@ -21,6 +21,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "top-k beyond what it knows": {"top_k": 650},
     "top-p": {"top_p": 0.7},
     "penalties": {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.3},
+    "spread": {"xtc_probability": 0.5, "xtc_threshold": 0.01, "top_p": 0.9},
+    "n-grams": {"no_repeat_ngram_size": 1},
     "lists": {"bad_token_ids": [4, 5, 6, 7], "logit_bias": {7: 3.0, 9: 2.0, 10: -2.0, 300: 4.0}},
     "allowed": {"allowed_token_ids": list(range(0, N, 3))},
     "stops": {"min_tokens": 90, "stop_token_ids": list(range(0, N, 2))},

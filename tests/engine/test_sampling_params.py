@@ -24,8 +24,12 @@ def test_every_default_is_neutral_and_greedy():
     p = SamplingParams().resolve()
     expected = ResolvedParams(
         n=1, max_tokens=None, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0,
-        repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, logit_bias={}, allowed_token_ids=None,
-        bad_token_ids=(), stop=(), stop_token_ids=(), include_stop_str_in_output=False, ignore_eos=False, seed=p.seed,
+        top_n_sigma=0.0, dynatemp_range=0.0, dynatemp_exponent=1.0, xtc_probability=0.0, xtc_threshold=0.1,
+        repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, repeat_last_n=-1,
+        dry_multiplier=0.0, dry_base=1.75, dry_allowed_length=2, dry_penalty_last_n=-1,
+        dry_sequence_breakers=("\n", ":", '"', "*"), no_repeat_ngram_size=0, logit_bias={}, allowed_token_ids=None,
+        bad_token_ids=(), bad_words=(),
+        stop=(), stop_token_ids=(), include_stop_str_in_output=False, ignore_eos=False, seed=p.seed,
         logprobs=None, skip_special_tokens=True, timeout=None, speculative=Drafting(24, True),
     )  # fmt: skip
     assert p == expected
@@ -42,6 +46,19 @@ def test_every_default_is_neutral_and_greedy():
         "top_p": [0, -0.5, 1.01, NAN, "0.9", True],
         "min_p": [-0.1, 1.1, NAN, True],
         "typical_p": [0, 1.5, NAN],
+        "top_n_sigma": [-2, NAN, INF, "1"],
+        "dynatemp_range": [-0.1, NAN, INF],
+        "dynatemp_exponent": [-0.1, NAN, INF],
+        "xtc_probability": [-0.1, 1.1, NAN, True],
+        "xtc_threshold": [-0.1, 1.1, NAN],
+        "repeat_last_n": [-2, 1.0, 2**31],
+        "dry_multiplier": [-1, NAN, INF],
+        "dry_base": [0.9, NAN, INF],
+        "dry_allowed_length": [0, -1, 2.0, 2**31],
+        "dry_penalty_last_n": [-2, 1.0, HUGE],
+        "dry_sequence_breakers": ["", ["a", ""], [1], b"x", 5, "a" * 257, [str(i) for i in range(65)], {"a": 1}],
+        "no_repeat_ngram_size": [-1, 1.5, True],
+        "bad_words": ["", " ", ["a", "\n"], [1], 5, [str(i) for i in range(1025)], ["a" * 200_000], iter("ab")],
         "repetition_penalty": [0, -1, NAN, INF],
         "frequency_penalty": [NAN, INF, -INF, "1"],
         "presence_penalty": [NAN, INF, None.__class__],
@@ -155,11 +172,13 @@ def test_the_models_defaults_come_below_the_callers():
 
 
 def test_asking_for_a_filter_asks_for_sampling():
-    for name, value in {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "typical_p": 0.5}.items():
+    for name, value in {
+        "top_p": 0.9, "top_k": 5, "min_p": 0.1, "typical_p": 0.5, "top_n_sigma": 1, "xtc_probability": 0.5, "dynatemp_range": 0.5,
+    }.items():  # fmt: skip
         assert SamplingParams(**{name: value}).resolve().temperature == 1.0
         assert SamplingParams(**{name: value}, temperature=0).resolve().temperature == 0.0
         assert SamplingParams(**{name: value}).resolve({"temperature": 0.7}).temperature == 0.7
-    for name, off in {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}.items():
+    for name, off in {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": -1, "xtc_probability": 0}.items():
         assert SamplingParams(**{name: off}).resolve().temperature == 0.0
     assert SamplingParams(top_k=-1).resolve().temperature == 0.0
 

@@ -62,6 +62,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "end of text": {"temperature": 1.5, "ignore_eos": False, "max_tokens": 300},
     "stop tokens": {"temperature": 1.2, "stop_token_ids": list(range(3, 60, 9)), "min_tokens": 6},
     "stop strings": {"temperature": 1.2, "stop": ["e", "ab", "th"], "include_stop_str_in_output": True},
+    "repeats": {"temperature": 0.8, "dry_multiplier": 2.0, "dry_allowed_length": 1, "no_repeat_ngram_size": 4,
+                "bad_words": ["e", "th"], "frequency_penalty": 0.5, "repeat_last_n": 9},
+    "spread": {"temperature": 1.2, "xtc_probability": 0.5, "xtc_threshold": 0.02, "top_n_sigma": 2.0, "dynatemp_range": 0.7},
     "lists": {"temperature": 1.0, "bad_token_ids": [4, 5], "logit_bias": {7: 3.0, 9: -2.0}},
     "samples": {"temperature": 1.0, "n": 3},
     "one token": {"temperature": 0, "max_tokens": 1},
@@ -117,7 +120,7 @@ def test_random_schedules(tiny_model: Path, plain: Engine, n_rounds: int) -> Non
         prompt = rng.choice(beginnings)[: rng.choice((5, 120, 250, 256, 300))]
         prompt = [*prompt, 5 + i, 7]
         options = {"max_tokens": rng.choice((3, 20, 60)), "ignore_eos": True, "seed": i}
-        options |= PARAMETERS[rng.choice(("greedy", "penalties", "logprobs", "samples", "stop strings"))]
+        options |= PARAMETERS[rng.choice(("greedy", "penalties", "repeats", "logprobs", "samples", "stop strings"))]
         jobs.append((prompt, options, without(plain, prompt, **options)))
         texts |= texts_of(prompt, jobs[-1][2])
     for n_pages, draft in ((0, drafts_of("mixed", seed=6, vocab_size=50)), (6, drafts_of("right", seed=0, vocab_size=50))):

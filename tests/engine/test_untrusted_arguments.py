@@ -42,6 +42,11 @@ values = st.recursive(
 LIKELY: dict[str, Any] = {
     "n": st.integers(1, 3), "max_tokens": st.integers(1, 4), "min_tokens": st.integers(0, 4), "temperature": st.floats(0, 2),
     "top_k": st.integers(-1, 50), "top_p": st.floats(0.01, 1), "min_p": st.floats(0, 1), "typical_p": st.floats(0.01, 1),
+    "top_n_sigma": st.floats(-1, 5), "dynatemp_range": st.floats(0, 2), "dynatemp_exponent": st.floats(0, 5),
+    "xtc_probability": st.floats(0, 1), "xtc_threshold": st.floats(0, 1), "repeat_last_n": st.integers(-1, 9),
+    "dry_multiplier": st.floats(0, 10), "dry_base": st.floats(1, 10), "dry_allowed_length": st.integers(1, 4),
+    "dry_penalty_last_n": st.integers(-1, 9), "dry_sequence_breakers": st.lists(st.text(min_size=1, max_size=4), max_size=3),
+    "no_repeat_ngram_size": st.integers(0, 4), "bad_words": st.lists(st.text(min_size=1, max_size=4), max_size=3),
     "repetition_penalty": st.floats(0.01, 10), "frequency_penalty": st.floats(-2, 2), "presence_penalty": st.floats(-2, 2),
     "logit_bias": st.dictionaries(st.integers(0, 400), st.floats(-100, 100), max_size=3),
     "allowed_token_ids": st.lists(st.integers(0, 400), min_size=1, max_size=4),

@@ -107,11 +107,15 @@ def test_a_search_is_one_of_the_requests_that_run(chat_model: Path) -> None:
 UNASKED: dict[str, Any] = {
     "stream": False, "temperature": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1, "repetition_penalty": 1.0,
     "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "bad_token_ids": [], "min_tokens": 0, "seed": 5,
+    "bad_words": [], "no_repeat_ngram_size": 0, "top_n_sigma": -1, "dynatemp_range": 0, "xtc_probability": 0, "dry_multiplier": 0,
+    "dry_base": 1.75, "xtc_threshold": 0.1, "repeat_last_n": 64,
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
     "stream": True, "temperature": 0.5, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.1,
     "repeat_penalty": 1.1, "frequency_penalty": 1, "presence_penalty": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [5],
-    "bad_token_ids": [5], "min_tokens": 2, "length_penalty": 11, "early_stopping": "always", "n": 33, "timeout": 0,
+    "bad_token_ids": [5], "bad_words": "a", "no_repeat_ngram_size": 3, "top_n_sigma": 1, "dynatemp_range": 0.5,
+    "xtc_probability": 0.5, "dry_multiplier": 0.8, "min_tokens": 2,
+    "length_penalty": 11, "early_stopping": "always", "n": 33, "timeout": 0,
 }  # fmt: skip
 
 

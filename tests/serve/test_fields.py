@@ -146,7 +146,9 @@ UNASKED: list[tuple[str, dict[str, Any]]] = [
         CHAT,  # llama.cpp's
         {
             "cache_prompt": True, "id_slot": -1, "timings_per_token": False, "reasoning_format": "auto", "mirostat": 0,
-            "dynatemp_range": 0, "xtc_probability": 0, "dry_multiplier": 0, "n_predict": -1, "repeat_penalty": 1.0,
+            "dynatemp_range": 0, "dynatemp_exponent": 1, "xtc_probability": 0, "xtc_threshold": 0.1, "dry_multiplier": 0,
+            "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1, "dry_sequence_breakers": ["\n", ":", '"', "*"],
+            "dry_range": 0, "top_n_sigma": -1, "repeat_last_n": 64, "n_predict": -1, "repeat_penalty": 1.0,
         },
     ),
 ]  # fmt: skip

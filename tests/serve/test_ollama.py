@@ -153,7 +153,7 @@ def test_a_result_answers_the_first_call_that_waits_for_it() -> None:
 def test_fields_are_taken_or_refused_by_name(chat_model: Path) -> None:
     taken: list[tuple[str, Any]] = [
         ("keep_alive", "5m"), ("keep_alive", -1), ("think", False), ("format", ""), ("stream", None), ("logprobs", False),
-        ("options", {"num_ctx": 8192, "num_predict": -1, "seed": -1, "use_mmap": True, "stop": ["x"], "repeat_last_n": -1}),
+        ("options", {"num_ctx": 8192, "num_predict": -1, "seed": -1, "use_mmap": True, "stop": ["x"], "repeat_last_n": 64}),
         ("options", {"mirostat": 0, "mirostat_tau": 5.0, "num_thread": 4, "top_k": 0, "num_predict": 1}),
     ]  # fmt: skip
     refused: list[tuple[str, Any, str]] = [
@@ -161,7 +161,7 @@ def test_fields_are_taken_or_refused_by_name(chat_model: Path) -> None:
         ("keep_alive", [], "keep_alive"), ("truncate", True, "truncate"), ("logprobs", True, "logprobs"),
         ("options", {"num_predict": 0}, "options.num_predict"), ("options", {"num_ctx": "x"}, "options.num_ctx"),
         ("options", {"temperature": -1}, "options.temperature"), ("options", {"mirostat": 2}, "options.mirostat"),
-        ("options", {"repeat_last_n": 64}, "options.repeat_last_n"), ("options", {"nonsense": 1}, "options.nonsense"),
+        ("options", {"repeat_last_n": -2}, "options.repeat_last_n"), ("options", {"nonsense": 1}, "options.nonsense"),
         ("messages", [{**USER, "images": ["AAAA"]}], "messages[0].images"), ("tools", [WEATHER], "tools"),
         ("messages", [{"role": "king"}], "messages[0].role"), ("model", "other", "model"), ("nonsense", 1, "nonsense"),
     ]  # fmt: skip

@@ -13,6 +13,7 @@ typedef struct asked {
     size_t vocab_size;
     int32_t bias_ids[MAX_IDS], allowed[MAX_IDS], bad[MAX_IDS], stop[MAX_IDS];
     float bias_values[MAX_IDS];
+    int32_t sequences[2][MAX_IDS], lengths[2][MAX_IDS];
 } asked;
 
 static double number(rng *r) {
@@ -29,6 +30,31 @@ static size_t ids(rng *r, int32_t *out, size_t vocab_size, bool *is_right) {
         *is_right &= out[i] >= 0 && (size_t)out[i] < vocab_size;
     }
     return n;
+}
+
+/* Sequences that share these ids. */
+static pe_id_sequences sequences(rng *r, int32_t *out, int32_t *lengths, size_t vocab_size, bool *is_right) {
+    size_t n_left = ids(r, out, vocab_size, is_right), n = 0;
+    for (; n_left > 0; n_left -= (size_t)lengths[n++]) lengths[n] = 1 + (int32_t)rng_below(r, n_left);
+    if (n > 0 && rng_below(r, 30) == 0) lengths[n - 1] = 0, *is_right = false;
+    return (pe_id_sequences){out, lengths, n};
+}
+
+/* What looks at the order of the history, or at the spread of the logits. */
+static void ask_more(rng *r, asked *a, bool *is_right) {
+    pe_sampler_params *p = &a->params;
+    double *const numbers[] = {&p->top_n_sigma,   &p->dynatemp_range, &p->dynatemp_exponent, &p->xtc_probability,
+                               &p->xtc_threshold, &p->dry_multiplier, &p->dry_base};
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (rng_below(r, 3) == 0) {
+            *numbers[i] = rng_below(r, 6) ? (double)rng_below(r, 9) / 4 : number(r);
+            *is_right &= isfinite(*numbers[i]) != 0;
+        }
+    int32_t *const counts[] = {&p->repeat_last_n, &p->dry_allowed_length, &p->dry_last_n, &p->no_repeat_ngram_size};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        if (rng_below(r, 3) == 0) *counts[i] = rng_below(r, 30) ? (int32_t)rng_below(r, 4) : (int32_t)rng_next(r);
+    p->bad_sequences = sequences(r, a->sequences[0], a->lengths[0], a->vocab_size, is_right);
+    p->breakers = sequences(r, a->sequences[1], a->lengths[1], a->vocab_size, is_right);
 }
 
 /* Parameters of any kind. Returns false if some are certainly wrong (others may be too: then the status decides). */
@@ -59,6 +85,7 @@ static bool ask(rng *r, asked *a) {
     p->n_allowed = ids(r, a->allowed, a->vocab_size, &is_right), p->allowed = p->n_allowed ? a->allowed : NULL;
     p->n_bad = ids(r, a->bad, a->vocab_size, &is_right), p->bad = a->bad;
     p->n_stop = ids(r, a->stop, a->vocab_size, &is_right), p->stop = a->stop;
+    if (rng_below(r, 2)) ask_more(r, a, &is_right);
     return is_right;
 }
 
@@ -122,6 +149,8 @@ size_t fuzz_sampler(rng *r, size_t *failed) {
         violation("sampler: status %d (%s)", (int)status, err);
     for (size_t i = 0; status == PE_OK && i < MAX_ROWS; i++) {
         int32_t token = rng_below(r, 20) ? (int32_t)rng_below(r, a.vocab_size) : (int32_t)rng_next(r);
+        for (size_t k = rng_below(r, 4) ? 0 : rng_below(r, 600); k > 0; k--) /* a history of few tokens, which grows */
+            pe_sampler_accept(sampler, (int32_t)(k * k % 7 % a.vocab_size), k % 2, err);
         bool is_token = token >= 0 && (size_t)token < a.vocab_size;
         if ((pe_sampler_accept(sampler, token, rng_below(r, 2), err) == PE_OK) != is_token)
             violation("accept of token %d of %zu", (int)token, a.vocab_size);

@@ -46,8 +46,11 @@ _OLLAMA = [
     {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]},
     {"role": "tool", "content": "d", "tool_name": "f"},
 ]
-_OPTIONS = {"temperature": 0.7, "top_k": 5, "seed": -1, "num_predict": 3, "stop": ["x"], "repeat_penalty": 1.1}
-_SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1, "max_tokens": 3, "stop": ["x"], "logit_bias": {"5": -1}}
+_OPTIONS = {"temperature": 0.7, "top_k": 5, "seed": -1, "num_predict": 3, "stop": ["x"], "repeat_last_n": 64}
+_SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1, "max_tokens": 3, "stop": ["x"], "logit_bias": {"5": -1}} | {
+    "dry_multiplier": 0.8, "dry_sequence_breakers": ["\n", "ab"], "xtc_probability": 0.5, "no_repeat_ngram_size": 3,
+    "bad_words": ["a"],
+}  # fmt: skip
 _CHAT = {"messages": seeds.MESSAGES, "max_tokens": 3}
 BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
