@@ -36,7 +36,7 @@ from .sources import (
 _ROTATED = ("q", "k", "q.bias", "k.bias", "key_bias")  # parts whose rows are heads that RoPE turns
 _KEY_BIAS_SIDES = {"k.bias": 0, "key_bias": 1}  # parts that share k's bias, with their place in what split_key_bias returns
 _NO_FOLD = Fold()
-_AS_VECTORS = ("router", "shared_router")  # matrices of a source, vectors in the frozen file
+_AS_VECTORS = ("router", "shared_router", "taps")  # matrices of a source, vectors in the frozen file
 
 LARGE_KEY_BIAS = 4.0  # a pair with a bias this large is kept out of the cache (docs/performance.md)
 
@@ -165,6 +165,8 @@ class _Source:
         found, shape = self._shapes.get(name), (rows, *weight.shape[1:])
         if part.name in _AS_VECTORS:
             n = part.rows // self._config.dim
+            if found is not None and len(found) == 3 and found[1] == 1:  # a depthwise convolution: one input a channel
+                found = found[0], found[2]
             shape = (n, self._config.dim) if n > 1 or found != (self._config.dim,) else (self._config.dim,)
         fold, n_tensor = self._fold(weight, part), rows
         shape = shape[::-1] if fold.is_transposed else shape
@@ -225,6 +227,8 @@ class _Source:
         if fold.is_absent:
             return lambda: np.zeros(part.rows, np.float32)
         name, where, _ = self._place(weight, part)
+        if fold.is_transposed:
+            return lambda: self._flat(name).reshape(self._config.dim, -1).T.reshape(-1)
         return lambda: self._flat(name)[where]
 
     def _flat(self, name: str) -> Float32Array:

@@ -61,6 +61,13 @@ LAYER_NAMES = {
     "mlp.c_proj.weight": "w_down",
     "mlp.c_proj.bias": "w_down.bias",
     **{f"attention.{part}.weight": part for part in ("wq", "wk", "wv", "wo")},
+    "operator_norm.weight": "attention_norm",
+    "self_attn.q_layernorm.weight": "q_norm",
+    "self_attn.k_layernorm.weight": "k_norm",
+    "self_attn.out_proj.weight": "wo",
+    "conv.in_proj.weight": "conv_in",
+    "conv.conv.weight": "taps",
+    "conv.out_proj.weight": "conv_out",
     "attention_norm.weight": "attention_norm",
     "ffn_norm.weight": "ffn_norm",
     "feed_forward.w1.weight": "w_gate",
@@ -88,6 +95,7 @@ MODEL_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings",
     "model.norm.weight": "norm",
     "lm_head.weight": "output",
+    "model.embedding_norm.weight": "norm",
     "model.norm.bias": "norm.bias",
     "model.final_layernorm.weight": "norm",
     "model.final_layernorm.bias": "norm.bias",
@@ -172,6 +180,7 @@ def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     hf = fixture.hf_config
     weights = {canonical_name(k, hf["model_type"]): w.astype(np.float32) for k, w in unfused(hf, fixture.hf_weights).items()}
     weights = {key: w.reshape(-1) if key.endswith("router") else w for key, w in weights.items()}  # vectors of the file
+    weights = {key: w.reshape(len(w), -1).T.reshape(-1) if key.endswith("taps") else w for key, w in weights.items()}
     for i, table in enumerate(rope_tables(fixture)):
         weights[f"rope.{i}.inv_freq"] = table
     return split_key_biases(canonical_config(fixture), folded(hf, weights))
@@ -245,8 +254,12 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     qkv_bias = not present.isdisjoint({"model.layers.0.self_attn.q_proj.bias", "model.layers.0.input_layernorm.bias"})
-    qk_norm = not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
+    qk_norm = hf["model_type"] == "lfm2" or not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
     norm = "rmsnorm_parallel" if hf["model_type"] in PARALLEL else NORMS_AFTER.get(hf["model_type"], "rmsnorm")
+    layers: dict[str, Any] = {}
+    if hf["model_type"] == "lfm2":
+        window = [hf["conv_L_cache"] if kind == "conv" else 0 for kind in hf["layer_types"]]
+        layers["mixer"] = ["short_conv" if kind == "conv" else "attention" for kind in hf["layer_types"]]
     activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
     if hf["model_type"] in UNGATED:
         activation = "gelu_tanh"
@@ -257,7 +270,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     return _optional_keys(hf) | {key: True for key, names in biases.items() if present & set(names)} | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
-        "hidden_dim": _hidden_dim(hf),
+        "hidden_dim": hidden_dim_of(hf),
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
         "n_kv_heads": hf["num_key_value_heads"],
@@ -269,7 +282,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "qkv_bias": qkv_bias,
         "o_bias": o_bias,
         "qk_norm": qk_norm,
-        "layers": {"window": window, "rope": _rope(hf), "norm": norm, "activation": activation},
+        "layers": {"window": window, "rope": _rope(hf), "norm": norm, "activation": activation, **layers},
         "bos_token_id": hf["bos_token_id"],
         "eos_token_ids": eos if isinstance(eos, list) else [eos],
         "kinds": {"default": "int8_g64"},
@@ -281,7 +294,10 @@ _FC_BIASES = tuple(f"model.layers.0.{name}.bias" for name in ("post_attention_la
 _DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "fc2", "down_proj"))
 
 
-def _hidden_dim(hf: Mapping[str, Any]) -> int:
+def hidden_dim_of(hf: Mapping[str, Any]) -> int:
+    if hf["model_type"] == "lfm2":  # two thirds, in whole multiples
+        width, multiple = int(2 * hf["intermediate_size"] / 3), hf["block_multiple_of"]
+        return multiple * ((width + multiple - 1) // multiple)
     key = "shared_intermediate_size" if hf["model_type"] == "granitemoehybrid" else "moe_intermediate_size"
     return int(hf.get(key, hf["intermediate_size"]))
 

@@ -25,7 +25,7 @@ ARCHITECTURES = {
     "starcoder2": "starcoder2", "glm": "chatglm", "glm4": "glm4", "exaone4": "exaone4", "ernie4_5": "ernie4_5",
     "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
     "gpt_oss": "gpt-oss", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
-    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2",
+    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2", "lfm2": "lfm2",
 }  # fmt: skip
 # q and k: pairs (i, i + head_dim / 2) of RoPE become neighbours
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "olmo", "minicpm", "internlm2", "mistral3")
@@ -113,6 +113,8 @@ def _converted(hf: dict[str, Any], arch: str, name: str, w: NDArray[Any]) -> NDA
     w = w.astype(np.float32)
     if arch in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight", "wq.weight", "wk.weight")):
         return w.reshape(-1, 2, head_dim_of(hf) // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+    if name.endswith("conv.conv.weight"):
+        return w[:, 0]
     if arch.startswith("gemma") and name.endswith("norm.weight"):
         return w + np.float32(1)
     return w
@@ -125,11 +127,11 @@ def _add_sizes(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_context_length(hf["max_position_embeddings"])
     writer.add_embedding_length(hf["hidden_size"])
     writer.add_block_count(hf["num_hidden_layers"])
-    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_feed_forward_length(fixtures.hidden_dim_of(hf) if hf["model_type"] == "lfm2" else hf["intermediate_size"])
     writer.add_head_count(hf["num_attention_heads"])
     writer.add_head_count_kv(hf["num_key_value_heads"])
-    if "rms_norm_eps" in hf:
-        writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    if "rms_norm_eps" in hf or "norm_eps" in hf:
+        writer.add_layer_norm_rms_eps(hf.get("rms_norm_eps", hf.get("norm_eps")))
     else:
         writer.add_layer_norm_eps(hf.get("norm_epsilon", hf.get("layer_norm_eps", 1e-5)))
     scaling, d = hf.get("rope_scaling") or hf.get("rope_parameters") or {}, head_dim_of(hf)
@@ -217,6 +219,13 @@ def _gpt_oss(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_expert_feed_forward_length(hf["intermediate_size"])
 
 
+def _lfm2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    heads = hf["num_key_value_heads"]
+    writer.add_head_count_kv([0 if kind == "conv" else heads for kind in hf["layer_types"]])
+    writer.add_shortconv_l_cache(hf["conv_L_cache"])
+    writer.add_vocab_size(hf["vocab_size"])
+
+
 def _minicpm(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(head_dim_of(hf))
     writer.add_embedding_scale(hf["scale_emb"])
@@ -276,7 +285,7 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
     "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
     "minicpm": _minicpm, "internlm2": _internlm2, "gpt-oss": _gpt_oss,
-    "mistral3": _mistral3, "qwen2": _yarn, "hunyuan-dense": _rotary,
+    "mistral3": _mistral3, "qwen2": _yarn, "hunyuan-dense": _rotary, "lfm2": _lfm2,
 }  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     for key, parameter in model.named_parameters():
         make_weight = partial(realistic_weight, name) if name in MAGNITUDES else random_weight
         parameter.data.copy_(make_weight(key, parameter, generator))
-        put_large_key_bias(name, key, parameter.data, model.model.layers[0].self_attn.head_dim)
+        put_large_key_bias(name, key, parameter.data, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         if name == "gpt_oss" and key.endswith(("gate_up_proj", "down_proj")):
             weights |= put_mxfp4(key, parameter)
             continue
@@ -223,7 +223,7 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     assert ("lm_head.weight" in weights) == (not tied)
     if name == "internlm2":
         weights = as_internlm2(weights, config_json["num_key_value_heads"])
-    tables = rope_tables(model.model.rotary_emb)
+    tables = rope_tables(model.model.rotary_emb if hasattr(model.model, "rotary_emb") else model.model.pos_emb)
     if name == "olmo3":
         tables = np.concatenate([rope_tables(turn_windows_plainly(model)), tables])
 

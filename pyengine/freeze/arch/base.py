@@ -71,7 +71,8 @@ class Fold(NamedTuple):
     "rows" of each row, "columns" of each column, and of all of a vector; a bias with ``norm_bias``, the part that is the bias of
     the norm before its matrix, gets the matrix times it. ``is_absent``: the source has no such vector, which is ``offset`` then.
     ``pieces``: the parts of a fused tensor are cut into so many pieces; the first of each lie one under the other, then the
-    second of each, and so on. ``is_transposed``: the source has the matrix, or those of all experts, as (inputs, outputs).
+    second of each, and so on. ``is_transposed``: the source has the matrix, or those of all experts, as (inputs, outputs);
+    a convolution's taps by channel.
     """
 
     scale: float | Float64Array = 1.0
