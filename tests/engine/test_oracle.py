@@ -56,7 +56,7 @@ def test_fixtures_cover_what_they_promise() -> None:
         "Cohere2ForCausalLM", "PhiForCausalLM", "StableLmForCausalLM", "OlmoForCausalLM",
         "GlmForCausalLM", "MinistralForCausalLM",
         "GptOssForCausalLM", "Ministral3ForCausalLM", "HunYuanDenseV1ForCausalLM", "Olmo3ForCausalLM", "MiniCPMForCausalLM",
-        "InternLM2ForCausalLM", "InternLM3ForCausalLM",
+        "InternLM2ForCausalLM", "InternLM3ForCausalLM", "Lfm2ForCausalLM",
     }  # fmt: skip
     assert {c["n_heads"] // c["n_kv_heads"] for c in configs} == {1, 2, 3, 4}
     assert {c["head_dim"] for c in configs} == {16, 32, 64}
@@ -93,6 +93,9 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
     elif feature.startswith("post_") or feature == "sinks":
         for layer in range(config["n_layers"]):
             del weights[f"layers.{layer}.{feature}"]
+    elif feature == "taps":  # all but that of the position itself
+        for layer in range(0, config["n_layers"], 2):
+            weights[f"layers.{layer}.taps"][: -config["dim"]] = 0
     elif feature == "output":
         config["tie_embeddings"] = True
     else:
@@ -152,6 +155,8 @@ def without(fixture: fixtures.Fixture, feature: str) -> tuple[dict[str, Any], di
         ("olmo3", "rope"),
         ("internlm3", "w_gate.bias"),
         ("hunyuan", "qk_norm_after_rope"),
+        ("lfm2", "taps"),
+        ("lfm2", "qk_norm"),
         ("gpt_oss", "window"),
         ("gpt_oss", "sinks"),
         ("gpt_oss", "activation"),
