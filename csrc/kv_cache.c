@@ -314,6 +314,20 @@ pe_status pe_kv_match(pe_kv_cache *cache, const int32_t *tokens, size_t n, const
 
 /* ------------------------------------------------------------------ for a forward */
 
+/* What the first n_tokens positions of a page hold. The rows of a convolution lie one after the other: of those that nobody has written
+ * yet, most of a large part, there is nothing to copy. */
+static void copy_positions(const pe_kv_cache *cache, pe_page *to, const pe_page *from, size_t n_tokens) {
+    for (uint32_t layer = 0; layer < cache->model->config.n_layers; layer++) {
+        const layer_place *place = &cache->places[layer];
+        char *out = place->is_window ? to->window : to->data;
+        const char *in = place->is_window ? from->window : from->data;
+        size_t n_bytes = cache->model->layers[layer].short_conv ? place->n_bytes / PE_CHUNK * n_tokens : place->n_bytes;
+        memcpy(out + place->offset, in + place->offset, n_bytes);
+    }
+    memcpy(to->tokens, from->tokens, n_tokens * sizeof *to->tokens);
+    to->n_tokens = n_tokens;
+}
+
 /* Position `length` is about to be written. If its page exists it must be this sequence's alone, and nobody may remember
  * it with other tokens there. */
 static pe_status own_last_page(pe_kv_cache *cache, sequence *s, char *err) {
@@ -323,10 +337,7 @@ static pe_status own_last_page(pe_kv_cache *cache, sequence *s, char *err) {
     if (last->n_references == 1 && last->n_tokens <= in_page && last->first_child == NULL) return PE_OK;
     pe_page *copy = pe_page_new(&cache->pages);
     if (copy == NULL) return out_of_memory(cache, err);
-    if (copy->data != NULL) memcpy(copy->data, last->data, cache->pages.data_bytes);
-    if (copy->window != NULL) memcpy(copy->window, last->window, cache->pages.window_bytes);
-    memcpy(copy->tokens, last->tokens, in_page * sizeof *copy->tokens);
-    copy->n_tokens = in_page;
+    copy_positions(cache, copy, last, in_page);
     pe_page_release_window(&cache->pages, last);
     pe_page_release(&cache->pages, last);
     s->pages[s->n_pages - 1] = copy;

@@ -206,7 +206,8 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
         yield _vector(i, "post_ffn_norm", {"post_ffn_norm": c.dim})
 
 
-# What makes a layer's queries, keys and values, or a convolution's inputs: of the last layer all that a token takes of which nothing is wanted.
+# What makes a layer's queries, keys and values, or a convolution's inputs: of the last layer all that a token takes of which
+# nothing is wanted.
 _PROJECTION = frozenset({"attention_norm", "wqkv", "wqkv.bias", "key_bias", "q_norm", "k_norm", "conv_in"})
 
 

@@ -89,6 +89,16 @@ static void test_config(void) {
     WITH_LAYER(norm, "layernorm");
     WITH_LAYER(activation, NULL);
     WITH_LAYER(activation, "swiglu2");
+    WITH_LAYER(mixer, "mamba");
+    WITH_LAYER(mixer, "short_conv"); /* that sees everything */
+    pe_layer_spec convolutions[2] = {plain[0], {16, 0, "rmsnorm", "swiglu", "short_conv"}};
+    pe_config convolved = small;
+    convolved.layers = convolutions;
+    EXPECT(PE_OK, create(convolved, err));
+    convolutions[1].window = 17;
+    EXPECT(PE_ERR_FORMAT, create(convolved, err));
+    convolutions[1].window = 16, convolutions[1].norm = "rmsnorm_parallel";
+    EXPECT(PE_ERR_FORMAT, create(convolved, err));
     pe_config mixture = small;
     mixture.layers = plain, mixture.n_experts = 2, mixture.n_experts_used = 1;
     EXPECT(PE_OK, create(mixture, err));

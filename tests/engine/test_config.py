@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
-from pyengine.format.config import ACTIVATIONS, MAX_ROPE_TABLES, MIXERS, NORMS, SHORT_CONV, UNGATED, FrozenConfig, LayerSpec, same_layers
+from pyengine.format.config import (
+    ACTIVATIONS,
+    MAX_ROPE_TABLES,
+    MIXERS,
+    NORMS,
+    SHORT_CONV,
+    UNGATED,
+    FrozenConfig,
+    LayerSpec,
+    same_layers,
+)
 from pyengine.format.inventory import (
     count_macs,
     count_parameters,

@@ -254,7 +254,8 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     elif hf.get("use_sliding_window"):  # Qwen's files carry a window that this turns off
         window = [hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in hf["layer_types"]]
     qkv_bias = not present.isdisjoint({"model.layers.0.self_attn.q_proj.bias", "model.layers.0.input_layernorm.bias"})
-    qk_norm = hf["model_type"] == "lfm2" or not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
+    qk_norm = not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
+    qk_norm |= hf["model_type"] == "lfm2"
     norm = "rmsnorm_parallel" if hf["model_type"] in PARALLEL else NORMS_AFTER.get(hf["model_type"], "rmsnorm")
     layers: dict[str, Any] = {}
     if hf["model_type"] == "lfm2":

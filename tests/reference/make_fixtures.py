@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from fixture_models import COMMON, LARGE_KEY_BIAS, LOUD_CHANNELS, LOUDNESS, MAGNITUDES, MODELS
+from folds import head_dim_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 DATA = Path(__file__).parent / "data"
@@ -213,7 +214,7 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     for key, parameter in model.named_parameters():
         make_weight = partial(realistic_weight, name) if name in MAGNITUDES else random_weight
         parameter.data.copy_(make_weight(key, parameter, generator))
-        put_large_key_bias(name, key, parameter.data, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        put_large_key_bias(name, key, parameter.data, head_dim_of(config_json))
         if name == "gpt_oss" and key.endswith(("gate_up_proj", "down_proj")):
             weights |= put_mxfp4(key, parameter)
             continue
