@@ -5,8 +5,8 @@
 #include "kv_cache.h"
 #include "slice.h"
 
-/* x = x + norm(wo * attention(norm(x))), or wo * convolution(norm(x)), for every row of the slice, with the norms that layer `index` has, in two steps. Rows that fail, and
- * a call that is cancelled, are seen in the slice. */
+/* x = x + norm(wo * attention(norm(x))), or wo * convolution(norm(x)), for every row of the slice, with the norms that layer `index` has,
+ * in two steps. Rows that fail, and a call that is cancelled, are seen in the slice. */
 
 /* q, k, v = wqkv * norm(x), rotated: keys and values into `kv`, at positions that the cache has made room for; queries stay in the slice.
  * Of a convolution its inputs go into `kv`. */

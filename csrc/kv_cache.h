@@ -77,8 +77,8 @@ void pe_kv_rollback(pe_kv_cache *cache, int32_t sequence);
 /* Give the drafted positions of every sequence back. */
 void pe_kv_forget_drafts(pe_kv_cache *cache);
 
-/* One chunk (page) of a live sequence, of a layer with attention; page < pages that cover its length. All NULL if the page's window part is gone, which
- * no query will see. */
+/* One chunk (page) of a live sequence, of a layer with attention; page < pages that cover its length. All NULL if the page's window
+ * part is gone, which no query will see. */
 pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer, uint32_t kv_head);
 /* The inputs of a convolution likewise: (256, pad16(dim)), NULL if they are gone. */
 float *pe_kv_inputs_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer);

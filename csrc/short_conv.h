@@ -3,7 +3,7 @@
  *     b, c, x = wqkv norm(x)      u = b * x      y = c * sum over taps k of taps[k] * u of the position window - 1 - k before
  *
  * What it remembers of a position is u, and it sees the last `window` of them: a layer with a window, whose rows of u lie in the pages of
- * the cache. Plain C in one order, for every instruction set: it is a thousandth of the layer's work. */
+ * the cache. Plain C in one order, for every instruction set: it is less than a thousandth of the multiplications of a layer. */
 #ifndef PE_SHORT_CONV_H
 #define PE_SHORT_CONV_H
 

@@ -25,7 +25,7 @@ from reference.spec_f32 import Spec
 from reference.spec_ops import LowRank
 
 import pyengine
-from pyengine import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError
+from pyengine import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError, _core
 from pyengine.adapters import Adapters
 from pyengine.cli import main
 from pyengine.freeze import freeze
@@ -116,8 +116,6 @@ def test_beams_are_of_their_adapter(engine: pyengine.Engine) -> None:
 @pytest.mark.parametrize("name", ["llama_untied", "qwen2_key_bias", "gemma2", "olmo2", "granite", "granite_moe", "lfm2"])
 def test_engine_equals_the_specification_bit_for_bit(name: str, isa: str, root: Path) -> None:
     """One prefill with half of the rows of another sequence without an adapter."""
-    from pyengine import _core
-
     fixture = fixtures.load(name)
     file, model = open_model(frozen(root, name))
     loaded = Adapters(file.config, model).load(directory(root, name, 0), None, 0.75)
@@ -420,6 +418,9 @@ def test_experts_and_fused_matrices(root: Path, tmp_path: Path) -> None:
             pair = {f"{name}.lora_A.weight": a[:, :32], f"{name}.lora_B.weight": a[:1].T @ a[:1, :R]}
             path = fixtures.write_lora_dir(tmp_path / module, json.dumps(CONFIG), pair)
             refused(engine, error, f"layers.0.{module}", path)
+    file, model = open_model(frozen(root, "lfm2"))
+    with pytest.raises(InvalidArgumentError, match="layer 0 is a convolution"):  # nor by the core, were it asked
+        _core.Adapter(model).set(0, "o", np.ones((2, file.config.q_dim), f32), np.ones((file.config.dim, 2), f32), 1.0)
     with pyengine.Engine(frozen(root, "phi3_window")) as engine:
         refused(engine, UnsupportedModelError, "Phi3ForCausalLM, whose matrices are fused", directory(root, "llama_untied", 0))
     with pyengine.Engine(frozen(root, "starcoder2")) as engine:
