@@ -20,10 +20,11 @@ static const float *projected(const conv_job *j, size_t row) { return j->s->qkv 
 static void put_unit(void *arg, size_t row, int thread) {
     (void)thread;
     const conv_job *j = arg;
-    size_t dim = j->s->model->config.dim;
+    size_t dim = j->s->model->config.dim, stride = pe_x_stride(j->s->model);
     const float *b = projected(j, row), *x = b + 2 * dim;
     float *restrict u = input_at(j, row, j->s->positions[row]);
     for (size_t i = 0; i < dim; i++) u[i] = b[i] * x[i];
+    for (size_t i = dim; i < stride; i++) u[i] = 0.0f; /* snapshots have the padding, too */
     pe_slice_note_floats(j->s, row, u, dim);
 }
 

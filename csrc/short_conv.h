@@ -10,8 +10,8 @@
 #include "kv_cache.h"
 #include "slice.h"
 
-/* u of every row of slice->qkv (b, c, x of dim each) into `kv`, at positions that the cache has made room for. Rows with an infinity or
- * NaN in it fail. */
+/* u of every row of slice->qkv (b, c, x of dim each) into `kv`, padded with zeros, at positions that the cache has made room for. Rows
+ * with an infinity or NaN in it fail. */
 void pe_short_conv_put(pe_slice *slice, pe_kv_cache *kv, uint32_t layer);
 /* slice->att (n_tokens, dim) = y of every row. All u of the slice are in `kv`. */
 void pe_short_conv(pe_slice *slice, const pe_kv_cache *kv, uint32_t layer);

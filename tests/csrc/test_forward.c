@@ -239,13 +239,13 @@ static bool same_position(const pe_kv_chunk *a, const pe_kv_chunk *b, size_t d, 
 /* The same of a convolution's inputs. */
 static bool same_inputs(const pe_context *c, int32_t id, const reference *ref, size_t stream, size_t length, uint32_t layer) {
     const pe_model *model = ref->tiny.model;
-    size_t dim = model->config.dim, stride = pe_x_stride(model), window = model->layers[layer].window;
+    size_t stride = pe_x_stride(model), window = model->layers[layer].window;
     for (size_t position = 0; position < length; position++) {
         const float *a = pe_kv_inputs_at(c->kv, id, position / 256, layer);
         const float *b = pe_kv_inputs_at(ref->context->kv, (int32_t)stream, position / 256, layer);
         if (a == NULL && position + window > length) return false;
         if (a == NULL || b == NULL) continue;
-        if (memcmp(a + position % 256 * stride, b + position % 256 * stride, dim * sizeof *a) != 0) return false;
+        if (memcmp(a + position % 256 * stride, b + position % 256 * stride, stride * sizeof *a) != 0) return false;
     }
     return true;
 }

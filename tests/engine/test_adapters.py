@@ -415,7 +415,7 @@ def test_experts_and_fused_matrices(root: Path, tmp_path: Path) -> None:
     with pyengine.Engine(frozen(root, "lfm2")) as engine:  # layer 0 is a convolution
         for module, error in (("conv.in_proj", UnsupportedModelError), ("self_attn.q_proj", ModelFormatError)):
             name = f"base_model.model.model.layers.0.{module}"
-            pair = {f"{name}.lora_A.weight": a[:, :32], f"{name}.lora_B.weight": a[:1].T @ a[:1, :R]}
+            pair = {f"{name}.lora_A.weight": a[:, :40], f"{name}.lora_B.weight": a[:1].T @ a[:1, :R]}
             path = fixtures.write_lora_dir(tmp_path / module, json.dumps(CONFIG), pair)
             refused(engine, error, f"layers.0.{module}", path)
     file, model = open_model(frozen(root, "lfm2"))

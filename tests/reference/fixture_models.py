@@ -341,7 +341,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
         48,
     ),
     "lfm2": (
-        {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], **shape(32, 58, 2, 1), "num_hidden_layers": 3,
+        {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], **shape(40, 34, 2, 1, 16), "num_hidden_layers": 3,
          "tie_word_embeddings": True, "rms_norm_eps": None, "norm_eps": 1e-5, "hidden_act": None, "rope_theta": 1000000.0,
          "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 8, "conv_L_cache": 3,
          "conv_bias": False, "layer_types": ["conv", "full_attention", "conv"]},

@@ -223,6 +223,8 @@ def _lfm2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     heads = hf["num_key_value_heads"]
     writer.add_head_count_kv([0 if kind == "conv" else heads for kind in hf["layer_types"]])
     writer.add_shortconv_l_cache(hf["conv_L_cache"])
+    writer.add_key_length(hf["head_dim"])
+    writer.add_value_length(hf["head_dim"])
     writer.add_vocab_size(hf["vocab_size"])
 
 
