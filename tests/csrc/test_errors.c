@@ -21,7 +21,7 @@ static const pe_config small = {.dim = 64, .hidden_dim = 64, .n_layers = 2, .n_h
 
 /* ------------------------------------------------------------------ models */
 
-static const pe_layer_spec plain[2] = {{0, 0, "rmsnorm", "swiglu"}, {0, 0, "rmsnorm", "swiglu"}};
+static const pe_layer_spec plain[2] = {{0, 0, "rmsnorm", "swiglu", NULL}, {0, 0, "rmsnorm", "swiglu", NULL}};
 
 static pe_status create(pe_config config, char *err) {
     pe_model *model = NULL;
@@ -110,7 +110,7 @@ static void test_config(void) {
     EXPECT(PE_ERR_FORMAT, create(mixture, err));
     mixture.shared_hidden_dim = 0;
     EXPECT(PE_OK, create(mixture, err));
-    const pe_layer_spec parallel[2] = {{0, 0, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm_parallel", "swiglu"}};
+    const pe_layer_spec parallel[2] = {{0, 0, "rmsnorm_parallel", "swiglu", NULL}, {0, 0, "rmsnorm_parallel", "swiglu", NULL}};
     mixture.gate_up_bias = false, mixture.layers = parallel;
     EXPECT(PE_ERR_FORMAT, create(mixture, err));
 #undef WITH_LAYER

@@ -23,22 +23,23 @@ typedef struct model_case {
     uint64_t golden; /* hash of the reference's logits, all streams */
 } model_case;
 
-static const pe_layer_spec window_37[2] = {{37, 0, "rmsnorm", "swiglu"}, {37, 0, "rmsnorm", "swiglu"}};
-static const pe_layer_spec window_300[1] = {{300, 0, "rmsnorm", "swiglu"}};
+static const pe_layer_spec window_37[2] = {{37, 0, "rmsnorm", "swiglu", NULL}, {37, 0, "rmsnorm", "swiglu", NULL}};
+static const pe_layer_spec window_300[1] = {{300, 0, "rmsnorm", "swiglu", NULL}};
 static const pe_layer_spec alternating[5] = {
-    {40, 0, "rmsnorm", "swiglu"}, {0, 1, "rmsnorm", "swiglu"}, {300, 2, "rmsnorm", "swiglu"}, {1, 1, "rmsnorm", "swiglu"}, {0, 0, "rmsnorm", "swiglu"},
+    {40, 0, "rmsnorm", "swiglu", NULL}, {0, 1, "rmsnorm", "swiglu", NULL}, {300, 2, "rmsnorm", "swiglu", NULL},
+    {1, 1, "rmsnorm", "swiglu", NULL}, {0, 0, "rmsnorm", "swiglu", NULL},
 };
 
 static const pe_layer_spec around[3] = {
-    {40, 0, "rmsnorm_around", "geglu_tanh"}, {0, 1, "rmsnorm_around", "geglu_tanh"}, {300, 0, "rmsnorm", "geglu_tanh"},
+    {40, 0, "rmsnorm_around", "geglu_tanh", NULL}, {0, 1, "rmsnorm_around", "geglu_tanh", NULL}, {300, 0, "rmsnorm", "geglu_tanh", NULL},
 };
-static const pe_layer_spec after[2] = {{0, 0, "rmsnorm_after", "swiglu"}, {0, 0, "rmsnorm_after", "swiglu"}};
+static const pe_layer_spec after[2] = {{0, 0, "rmsnorm_after", "swiglu", NULL}, {0, 0, "rmsnorm_after", "swiglu", NULL}};
 
 static const pe_layer_spec parallel[3] = {
-    {0, 0, "rmsnorm_parallel", "gelu_tanh"}, {40, 1, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm", "gelu_tanh"},
+    {0, 0, "rmsnorm_parallel", "gelu_tanh", NULL}, {40, 1, "rmsnorm_parallel", "swiglu", NULL}, {0, 0, "rmsnorm", "gelu_tanh", NULL},
 };
-static const pe_layer_spec ungated[2] = {{0, 0, "rmsnorm_around", "gelu_tanh"}, {0, 0, "rmsnorm_around", "gelu_tanh"}};
-static const pe_layer_spec clamped[2] = {{40, 0, "rmsnorm", "swiglu_clamped"}, {0, 0, "rmsnorm", "swiglu_clamped"}};
+static const pe_layer_spec ungated[2] = {{0, 0, "rmsnorm_around", "gelu_tanh", NULL}, {0, 0, "rmsnorm_around", "gelu_tanh", NULL}};
+static const pe_layer_spec clamped[2] = {{40, 0, "rmsnorm", "swiglu_clamped", NULL}, {0, 0, "rmsnorm", "swiglu_clamped", NULL}};
 
 static const pe_layer_spec convolutions[4] = {
     {3, 0, "rmsnorm", "swiglu", "short_conv"}, {0, 0, "rmsnorm", "swiglu", "attention"}, {40, 0, "rmsnorm", "swiglu", NULL},

@@ -126,7 +126,7 @@ void tiny_model_make(tiny_model *t, const pe_config *config, uint64_t seed, floa
     *t = (tiny_model){.config = *config};
     uint32_t n_tables = 1;
     for (uint32_t i = 0; i < config->n_layers && i < TINY_MAX_LAYERS; i++) {
-        t->layers[i] = config->layers == NULL ? (pe_layer_spec){0, 0, "rmsnorm", "swiglu"} : config->layers[i];
+        t->layers[i] = config->layers == NULL ? (pe_layer_spec){0, 0, "rmsnorm", "swiglu", NULL} : config->layers[i];
         if (t->layers[i].rope >= n_tables) n_tables = t->layers[i].rope + 1;
     }
     t->config.layers = t->layers;
