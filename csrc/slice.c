@@ -39,7 +39,7 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
         {(void **)&s->expert_weights, experts ? n * n_mlps * sizeof(float) : 0},
         {(void **)&s->expert_taken, experts ? n * n_mlps : 0},
         {(void **)&s->qkv, n * pe_qkv_stride(model) * sizeof(float)},
-        {(void **)&s->att, n * model->q_dim * sizeof(float)},
+        {(void **)&s->att, n * model->mixed_width * sizeof(float)},
         {(void **)&s->h, n * pe_h_stride(model) * sizeof(float)},
         {(void **)&s->act.codes, n * widest},
         {(void **)&s->act.scales, n * widest / PE_GROUP * sizeof(float)},
@@ -247,6 +247,7 @@ void pe_slice_keep(pe_slice *s, size_t n_kept) {
         if (from == to) continue;
         move_row(s->x, pe_x_stride(s->model) * sizeof(float), to, from);
         move_queries(s, to, from);
+        if (s->model->has_convolutions) move_row(s->qkv, pe_qkv_stride(s->model) * sizeof(float), to, from);
         s->origins[to] = s->origins[from];
         s->sequences[to] = s->sequences[from];
         s->positions[to] = s->positions[from];

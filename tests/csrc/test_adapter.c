@@ -20,8 +20,8 @@
 enum { N_STREAMS = 5, LENGTH = 90, N_ADAPTERS = 2 };
 static const int adapter_of[N_STREAMS] = {-1, 0, 1, 0, -1}; /* streams 0 and 4 have none */
 
-static const pe_layer_spec around[2] = {{40, 0, "rmsnorm_around", "geglu_tanh"}, {0, 1, "rmsnorm_around", "geglu_tanh"}};
-static const pe_layer_spec after[2] = {{0, 0, "rmsnorm_after", "swiglu"}, {0, 0, "rmsnorm_after", "swiglu"}};
+static const pe_layer_spec around[2] = {{40, 0, "rmsnorm_around", "geglu_tanh", NULL}, {0, 1, "rmsnorm_around", "geglu_tanh", NULL}};
+static const pe_layer_spec after[2] = {{0, 0, "rmsnorm_after", "swiglu", NULL}, {0, 0, "rmsnorm_after", "swiglu", NULL}};
 
 typedef struct model_case {
     const char *name;
@@ -241,7 +241,7 @@ static void test_refused(const reference *ref, const model_case *which) {
 
 /* Layers whose halves are parallel cannot be changed, nor can an MLP without a gate. */
 static void test_refused_layers(void) {
-    static const pe_layer_spec layers[2] = {{0, 0, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm", "gelu_tanh"}};
+    static const pe_layer_spec layers[2] = {{0, 0, "rmsnorm_parallel", "swiglu", NULL}, {0, 0, "rmsnorm", "gelu_tanh", NULL}};
     const pe_config config = {.dim = 16, .hidden_dim = 16, .n_layers = 2, .n_heads = 2, .n_kv_heads = 2, .head_dim = 8, .vocab_size = 16,
                               .max_seq_len = 16, .norm_eps = 0x1p-17f, .layers = layers};
     rng r = {19};
