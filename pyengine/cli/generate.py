@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--suffix",
         metavar="TEXT",
-        help="text that follows a hole: a code model fills what belongs between the prompt and it; @FILE reads it from a file",
+        help="text that follows a hole: a code model fills what belongs between the prompt and it; @FILE reads a file. "
+        "It and the prompt are then taken whole, with the final newline of a file",
     )
     add("--special", action="store_true", help="special tokens that the prompt spells (<|im_start|>) are those tokens")
     add("--json", action="store_true", help="one JSON object at the end: text, tokens, reason, seed, timings")
