@@ -95,9 +95,16 @@ pe_status pe_slice_reserve(pe_slice *s, size_t n_tokens, char *err) {
 }
 
 void pe_slice_expect_adapters(pe_slice *s, size_t n_ranks) {
-    if (n_ranks <= s->n_ranks) return;
+    if (n_ranks == 0 && s->n_ranks == 0) return;
+    if (n_ranks > s->recent_ranks) s->recent_ranks = n_ranks;
+    size_t wanted = n_ranks > s->n_ranks ? n_ranks : s->n_ranks;
+    if (++s->n_recent == PE_SLICE_RECENT) {
+        wanted = s->recent_ranks;
+        s->n_recent = s->recent_ranks = 0;
+    }
+    if (wanted == s->n_ranks) return;
     free_buffers(s);
-    s->n_ranks = n_ranks;
+    s->n_ranks = wanted;
 }
 
 pe_status pe_slice_reserve_partials(pe_slice *s, size_t n_floats, char *err) {

@@ -14,6 +14,7 @@ enum {
     /* Tokens that go through the layers together; a longer batch is cut. Their activations should fit a share of the
      * last-level cache: beyond that a longer slice only saves reading the weights again. */
     PE_SLICE = 256,
+    PE_SLICE_RECENT = 256, /* batches after which room that none of them needed is given back */
     PE_SLICE_MAX = 512,    /* what the buffers may grow to: pe_debug_block looks at longer slices */
     PE_ATTENTION_ROWS = 32 /* query rows (tokens x heads of one kv head) that share a pass over K and V */
 };
@@ -66,8 +67,9 @@ typedef struct pe_slice {
     pe_query_block *blocks; /* (capacity) */
     size_t n_blocks;
 
-    /* Rows with adapters (adapter.h). The buffers are there once a batch has had some. */
-    size_t n_ranks;           /* so many low-rank values of a row there is room for; 0 = there has been no adapter */
+    /* Rows with adapters (adapter.h). The buffers are there once a batch has had some, until PE_SLICE_RECENT batches had none. */
+    size_t n_ranks;           /* so many low-rank values of a row there is room for; 0 = no adapter is expected */
+    size_t n_recent, recent_ranks; /* batches that were counted since the room was last measured, and the most that they needed */
     size_t *adapted;          /* (capacity) rows with an adapter, group by group */
     pe_adapter_group *groups; /* (capacity) */
     size_t n_groups;
@@ -98,8 +100,8 @@ size_t pe_slice_bytes(const pe_slice *slice);
 
 /* Grow the buffers to n_tokens rows (at most PE_SLICE_MAX). What was in them is lost. */
 pe_status pe_slice_reserve(pe_slice *slice, size_t n_tokens, char *err);
-/* Let buffers that are reserved from now on have room for adapters whose products of one input have n_ranks ranks. What was
- * in the buffers is lost. */
+/* Called before every batch: let buffers that are reserved from now on have room for adapters whose products of one input have
+ * n_ranks ranks. Room that PE_SLICE_RECENT batches did not need is given back. What was in the buffers is lost. */
 void pe_slice_expect_adapters(pe_slice *slice, size_t n_ranks);
 /* Grow `partials` to n_floats. What was in it is lost. */
 pe_status pe_slice_reserve_partials(pe_slice *slice, size_t n_floats, char *err);
