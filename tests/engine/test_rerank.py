@@ -20,11 +20,20 @@ from reference.rerankers import DOCUMENTS, PREFIX, PROMPTS, QUERY, SUFFIX, TASK
 
 from pyengine import AsyncEngine, Engine
 from pyengine.cli import main
-from pyengine.errors import ContextFullError, InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from pyengine.errors import (
+    ContextFullError,
+    InvalidArgumentError,
+    ModelFormatError,
+    TemplateError,
+    UnsupportedModelError,
+)
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
 from pyengine.run.request import Caller
 from pyengine.run.stream import run_all
+from pyengine.text.chat import ChatTemplate
+from pyengine.text.rerank import Reranker
+from pyengine.text.tokenizer import Tokenizer
 
 JUDGE = json.loads(rerankers.DATA.read_text())
 # test_against_transformers.py has a KL of 0.003 nats in the mean as the noise of int8, which is half the variance of a logit's
@@ -133,6 +142,31 @@ def test_long_documents_are_refused_or_cut_where_one_says_so(engine: Engine) -> 
     assert cut.document == whole.document == long and cut.score != whole.score
     with pytest.raises(ContextFullError):  # nothing is left of the document
         engine.rerank("red " * 400, [long], truncate=True)
+
+
+def test_a_text_that_grows_whenever_it_is_read_is_cut_all_the_same(tmp_path: Path) -> None:
+    """Each cut of it has more tokens than it was made of."""
+    hf = rerankers.write_model(tmp_path / "hf")
+    tokenizer = json.loads((hf / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "#"}, "content": "##"}
+    (hf / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with Engine(freeze(hf, tmp_path / "model.safetensors")) as engine:
+        assert len(ids_of(engine, "#" * 5000, truncate=True)) <= engine.n_ctx
+
+
+def test_a_template_that_says_nothing_makes_no_prompt(tmp_path: Path) -> None:
+    hf = rerankers.write_model(tmp_path / "hf", "{{ '' }}")
+    with Engine(freeze(hf, tmp_path / "model.safetensors")) as engine, pytest.raises(TemplateError, match="empty prompt"):
+        engine.rerank(QUERY, DOCUMENTS)
+
+
+def test_a_token_for_what_is_unknown_is_no_word() -> None:
+    model = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
+    decoder = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}
+    tokenizer = Tokenizer(json.dumps({"added_tokens": [], "decoder": decoder, "model": model}).encode())
+    assert tokenizer.encode_inside("yes") == tokenizer.encode_inside("no") == [0]
+    with pytest.raises(InvalidArgumentError, match="no single token for 'yes'"):
+        Reranker(tokenizer, ChatTemplate("{{ messages[0].content }}"), {}, "the model")
 
 
 def test_files_of_sentence_transformers_say_how_to_ask(tmp_path: Path) -> None:
