@@ -276,7 +276,7 @@ def test_the_command_line_prints_the_best_first(
 # -------------------------------------------------------------------- embeddings as their authors mean them
 
 
-def test_embeddings_are_pooled_and_prompted_as_the_files_say(tmp_path: Path) -> None:
+def test_embeddings_are_pooled_and_prompted_as_the_files_say(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """The last token, an end token behind the text, the prompt for queries: transformers' vectors are nearer to the engine's than
     those without one of these."""
     hf = rerankers.write_model(tmp_path / "hf")
@@ -298,6 +298,14 @@ def test_embeddings_are_pooled_and_prompted_as_the_files_say(tmp_path: Path) -> 
             engine.embed("a", prompt_name="passage")
         with pytest.raises(InvalidArgumentError, match="token ids get no prompt"):
             engine.embed([1, 2], prompt_name="query")
+        isolate(monkeypatch, tmp_path / "cache")
+        nearly = "a" * (engine.n_ctx - 3)  # only the prompt is too much
+        cases = (("query", "text 2: the prompt has"), ("passage", "'passage'; its prompts are"))
+        for name, said in cases:
+            assert main(["embed", "-m", str(engine.path), "--prompt-name", name, "a", nearly]) == 1
+            assert said in capsys.readouterr().err
+        assert main(["embed", "-m", str(engine.path), "--prompt-name", "query", QUERY]) == 0
+        assert np.array_equal(np.array(json.loads(capsys.readouterr().out), np.float32), query[0])
 
 
 def test_a_mean_may_leave_the_prompt_out(tmp_path: Path) -> None:
