@@ -119,9 +119,10 @@ class Reranker:
         return ids
 
 
-def unasked(error: TemplateError, model_name: str) -> InvalidArgumentError:
-    """Of a model whose template cannot be had."""
-    return InvalidArgumentError(f"{model_name} does not rank: its prompt is laid out by a chat template, and {error}")
+def unasked(error: TemplateError | None, model_name: str) -> InvalidArgumentError:
+    """Of a model whose template cannot be had, by this error, or None: it has none."""
+    reason = error or "it has none; use a model that was trained for it"
+    return InvalidArgumentError(f"{model_name} does not rank: its prompt would be laid out by a chat template, and {reason}")
 
 
 def _said(extra: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, int | None] | None:

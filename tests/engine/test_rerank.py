@@ -244,7 +244,8 @@ def test_what_is_wrong_is_refused_by_its_name(
 
 
 def test_models_that_cannot_be_asked_say_what_they_lack(tiny_model: Path, chat_template_model: Path) -> None:
-    for path, what in ((tiny_model, "chat template"), (chat_template_model, "no single token for 'yes'")):
+    lacks = {tiny_model: "chat template, and it has none; use a model that was", chat_template_model: "no single token for 'yes'"}
+    for path, what in lacks.items():
         with Engine(path) as engine, pytest.raises(InvalidArgumentError, match=f"does not rank: .*{what}"):
             engine.rerank("a", ["b"])
 
