@@ -114,7 +114,8 @@ class Attachments:
                 try:
                     template = self.chat_template
                 except TemplateError as error:
-                    raise unasked(error, name) from None
+                    has_none = self._file.attachment("chat_template.jinja") is None
+                    raise unasked(None if has_none else error, name) from None
                 self._reranker = Reranker(self.tokenizer, template, self._file.config.extra, name)
             return self._reranker
 

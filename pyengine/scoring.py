@@ -148,7 +148,9 @@ class Scoring(EngineBase):
             raise InvalidArgumentError(f"prompt_name is {shown(prompt_name)}, and token ids get no prompt")
         texts = [prompt + item if isinstance(item, str) else item for item in prompts]
         ids = [self._ended(item, self.prompt_ids(item, parse_special=parse_special)) for item in texts]
-        n_unread = len(self.prompt_ids(prompt)) if prompt and config.extra.get("include_prompt") is False else 0
+        n_unread = 0
+        if prompt and config.extra.get("include_prompt") is False:
+            n_unread = len(self.tokenizer.encode(prompt, parse_special=parse_special))
         pooled = [
             Pooled(tokens, pooling, config.dim, n_unread if isinstance(item, str) else 0)
             for item, tokens in zip(texts, ids, strict=True)

@@ -43,24 +43,27 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def checked_ids(engine: Engine, texts: list[str], first: int) -> None:
-    """Which text does not fit, if one does not. Raises ContextFullError."""
+def checked_ids(engine: Engine, texts: list[str], first: int, prompt: str) -> None:
+    """Which text does not fit behind the prompt, if one does not. Raises ContextFullError."""
     for number, text in enumerate(texts, first):
         try:
-            engine.prompt_ids(text)
+            engine.prompt_ids(prompt + text)
         except ContextFullError as error:
             raise ContextFullError(f"text {number}: {error}") from None
 
 
 def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    from pyengine.embeddings import chosen_prompt
+
     texts = options.read_texts(args)
     every: list[list[float]] = []
     with options.open_engine(args) as engine, ProgressLine("embedding") as line:
+        prompt = chosen_prompt(args.prompt_name, engine.config.get("extra", {}))
         adapter = None if args.lora is None else args.lora.load(engine)
         for begin in range(0, len(texts), AT_ONCE):
             some = texts[begin : begin + AT_ONCE]
-            checked_ids(engine, some, begin + 1)
+            checked_ids(engine, some, begin + 1, prompt)
             vectors = engine.embed(
                 some, pooling=args.pooling, prompt_name=args.prompt_name, normalize=not args.raw, adapter=adapter
             ).tolist()

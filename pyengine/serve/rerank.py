@@ -90,6 +90,11 @@ class RerankCall(RowsCall):
         return requests
 
     @property
+    def given(self) -> list[str]:
+        """What is read: the query and the instruction once for each document."""
+        return [*self.documents, *[self.query, self.instruction or ""] * len(self.documents)]
+
+    @property
     def n_tokens(self) -> int:
         return 0 if self.ranking is None else sum(self.ranking.n_tokens)
 
@@ -121,11 +126,17 @@ def parse(app: App, exchange: Exchange, fields: Fields) -> RerankCall:
         cache_salt=app.cache_salt(exchange, fields),
     )
     fields.end()
+    if (n := sum(map(len, call.given))) > (most := app.settings.max_body_bytes):
+        raise bad_request(
+            f"the query is read for each document: {n:,} characters of {len(documents)} prompts, at most {most:,}; "
+            "send fewer documents at once, or a shorter query",
+            "documents",
+        )
     return call
 
 
 async def rerank(app: App, exchange: Exchange) -> None:
     call = parse(app, exchange, await app.fields(exchange, FIELDS))
-    async with app.job(exchange, call.model, call.make) as job:
+    async with app.job(exchange, call.model, call.make, given=call.given) as job:
         await call.finish(app, exchange, job)
     await exchange.reply(200, await asyncio.to_thread(call.body), b"application/json")

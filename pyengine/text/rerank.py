@@ -81,10 +81,12 @@ class Reranker:
             document = self._beginning(document, max_tokens)
         if not truncate:
             return self._fitting(self._encode(query, document, instruction, n_ctx), n_ctx)
+        spared = 0
         while (excess := len(ids := self._encode(query, document, instruction, None)) - n_ctx) > 0 and document:
-            # Cut anew, for a text may have more tokens than those it was decoded from: each round at least one goes.
-            n_left = len(self._tokenizer.encode_inside(document)) - excess
+            # Cut anew, and further each time, for a text may have more tokens than those it was decoded from.
+            n_left = len(self._tokenizer.encode_inside(document)) - excess - spared
             document = self._beginning(document, n_left) if n_left > 0 else ""
+            spared = 2 * spared + 1
         return self._fitting(ids, n_ctx)
 
     def _encode(self, query: str, document: str, instruction: str | None, n_ctx: int | None) -> list[int]:
@@ -99,8 +101,7 @@ class Reranker:
 
     def _beginning(self, text: str, n_tokens: int) -> str:
         """The first tokens of a text, whole characters only."""
-        most = self._tokenizer.most_characters(n_tokens + 1)
-        text = text[:most]  # what is further behind is none of them, and would only take time
+        text = self._tokenizer.beginning_beyond(text, n_tokens)  # what is behind it would only take time
         ids = self._tokenizer.encode_inside(text)
         if len(ids) <= n_tokens:
             return text
@@ -108,6 +109,8 @@ class Reranker:
 
     @staticmethod
     def _fitting(ids: list[int], n_ctx: int) -> list[int]:
+        if not ids:
+            raise TemplateError("the chat template makes an empty prompt of a query and a document")
         if len(ids) > n_ctx:
             raise ContextFullError(
                 f"the prompt of the query and a document has {len(ids)} tokens, the context holds {n_ctx}; "
@@ -116,9 +119,10 @@ class Reranker:
         return ids
 
 
-def unasked(error: TemplateError, model_name: str) -> InvalidArgumentError:
-    """Of a model whose template cannot be had."""
-    return InvalidArgumentError(f"{model_name} does not rank: its prompt is laid out by a chat template, and {error}")
+def unasked(error: TemplateError | None, model_name: str) -> InvalidArgumentError:
+    """Of a model whose template cannot be had, by this error, or None: it has none."""
+    reason = error or "it has none; use a model that was trained for it"
+    return InvalidArgumentError(f"{model_name} does not rank: its prompt would be laid out by a chat template, and {reason}")
 
 
 def _said(extra: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, int | None] | None:
@@ -141,7 +145,7 @@ def _default_prompt(extra: Mapping[str, Any]) -> str | None:
 
 def _token_of(tokenizer: Tokenizer, word: str, model_name: str) -> int:
     ids = tokenizer.encode_inside(word, goes_on=True)
-    if len(ids) != 1:
+    if len(ids) != 1 or ids[0] != tokenizer.token_id(word):  # it may be one for all that is unknown
         raise InvalidArgumentError(
             f"{model_name} does not rank: its tokenizer has no single token for {word!r}, and its file names no other one; "
             "use a model that was trained for it"

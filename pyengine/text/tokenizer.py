@@ -184,15 +184,19 @@ class Tokenizer:
         """How many tokens `text` has at least, without tokenizing it: its bytes by those of the longest token. 0 where nothing
         can be said, as for a tokenizer that drops characters."""
         if self._longest is None:
-            self._longest, self._unspelled = self._find_longest()
+            longest, self._unspelled = self._find_longest()
+            self._longest = longest  # last: threads take it for the sign that both are there
         if not self._longest:
             return 0
         return -(-len(text.encode("utf-8", "replace").translate(None, self._unspelled)) // self._longest)
 
-    def most_characters(self, n_tokens: int) -> int | None:
-        """How many characters of a text so many tokens stand for at most; None where nothing can be said."""
+    def beginning_beyond(self, text: str, n_tokens: int) -> str:
+        """A beginning of `text` that has more tokens than that, without tokenizing it; all of it where that cannot be said."""
         self.least_tokens("")
-        return n_tokens * self._longest if self._longest else None
+        most = (n_tokens + 1) * (self._longest or len(text))
+        while most < len(text) and self.least_tokens(text[:most]) <= n_tokens:
+            most *= 2  # part of it disappears
+        return text[:most]
 
     def _find_longest(self) -> tuple[int, bytes]:
         """The most bytes of a text that one token can stand for, 0 if there is no bound; and the bytes that no token spells: they

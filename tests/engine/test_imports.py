@@ -74,7 +74,7 @@ COMPONENTS: dict[str, set[str]] = {
     "pyengine": {"errors"},  # its names are looked up when they are asked for
     "cli": {
         "errors", "files", "pyengine", "text", "_core", "_draft", "_probe", "format", "sampling", "cpu_watch", "golden", "freeze",
-        "engine", "serve", "hub", "eval", "opening", "system",
+        "embeddings", "engine", "serve", "hub", "eval", "opening", "system",
     },
     "__main__": {"cli"},
 }  # fmt: skip

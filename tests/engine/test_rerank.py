@@ -20,11 +20,20 @@ from reference.rerankers import DOCUMENTS, PREFIX, PROMPTS, QUERY, SUFFIX, TASK
 
 from pyengine import AsyncEngine, Engine
 from pyengine.cli import main
-from pyengine.errors import ContextFullError, InvalidArgumentError, ModelFormatError, UnsupportedModelError
+from pyengine.errors import (
+    ContextFullError,
+    InvalidArgumentError,
+    ModelFormatError,
+    TemplateError,
+    UnsupportedModelError,
+)
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
 from pyengine.run.request import Caller
 from pyengine.run.stream import run_all
+from pyengine.text.chat import ChatTemplate
+from pyengine.text.rerank import Reranker
+from pyengine.text.tokenizer import Tokenizer
 
 JUDGE = json.loads(rerankers.DATA.read_text())
 # test_against_transformers.py has a KL of 0.003 nats in the mean as the noise of int8, which is half the variance of a logit's
@@ -135,6 +144,31 @@ def test_long_documents_are_refused_or_cut_where_one_says_so(engine: Engine) -> 
         engine.rerank("red " * 400, [long], truncate=True)
 
 
+def test_a_text_that_grows_whenever_it_is_read_is_cut_all_the_same(tmp_path: Path) -> None:
+    """Each cut of it has more tokens than it was made of."""
+    hf = rerankers.write_model(tmp_path / "hf")
+    tokenizer = json.loads((hf / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "#"}, "content": "##"}
+    (hf / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with Engine(freeze(hf, tmp_path / "model.safetensors")) as engine:
+        assert len(ids_of(engine, "#" * 5000, truncate=True)) <= engine.n_ctx
+
+
+def test_a_template_that_says_nothing_makes_no_prompt(tmp_path: Path) -> None:
+    hf = rerankers.write_model(tmp_path / "hf", "{{ '' }}")
+    with Engine(freeze(hf, tmp_path / "model.safetensors")) as engine, pytest.raises(TemplateError, match="empty prompt"):
+        engine.rerank(QUERY, DOCUMENTS)
+
+
+def test_a_token_for_what_is_unknown_is_no_word() -> None:
+    model = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
+    decoder = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}
+    tokenizer = Tokenizer(json.dumps({"added_tokens": [], "decoder": decoder, "model": model}).encode())
+    assert tokenizer.encode_inside("yes") == tokenizer.encode_inside("no") == [0]
+    with pytest.raises(InvalidArgumentError, match="no single token for 'yes'"):
+        Reranker(tokenizer, ChatTemplate("{{ messages[0].content }}"), {}, "the model")
+
+
 def test_files_of_sentence_transformers_say_how_to_ask(tmp_path: Path) -> None:
     """The template lays the prompt out; one token's logit, or two, is the score."""
     hf = rerankers.write_model(tmp_path / "hf", ROLES)
@@ -210,7 +244,8 @@ def test_what_is_wrong_is_refused_by_its_name(
 
 
 def test_models_that_cannot_be_asked_say_what_they_lack(tiny_model: Path, chat_template_model: Path) -> None:
-    for path, what in ((tiny_model, "chat template"), (chat_template_model, "no single token for 'yes'")):
+    lacks = {tiny_model: "chat template, and it has none; use a model that was", chat_template_model: "no single token for 'yes'"}
+    for path, what in lacks.items():
         with Engine(path) as engine, pytest.raises(InvalidArgumentError, match=f"does not rank: .*{what}"):
             engine.rerank("a", ["b"])
 
@@ -242,7 +277,7 @@ def test_the_command_line_prints_the_best_first(
 # -------------------------------------------------------------------- embeddings as their authors mean them
 
 
-def test_embeddings_are_pooled_and_prompted_as_the_files_say(tmp_path: Path) -> None:
+def test_embeddings_are_pooled_and_prompted_as_the_files_say(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """The last token, an end token behind the text, the prompt for queries: transformers' vectors are nearer to the engine's than
     those without one of these."""
     hf = rerankers.write_model(tmp_path / "hf")
@@ -264,6 +299,14 @@ def test_embeddings_are_pooled_and_prompted_as_the_files_say(tmp_path: Path) -> 
             engine.embed("a", prompt_name="passage")
         with pytest.raises(InvalidArgumentError, match="token ids get no prompt"):
             engine.embed([1, 2], prompt_name="query")
+        isolate(monkeypatch, tmp_path / "cache")
+        nearly = "a" * (engine.n_ctx - 3)  # only the prompt is too much
+        cases = (("query", "text 2: the prompt has"), ("passage", "'passage'; its prompts are"))
+        for name, said in cases:
+            assert main(["embed", "-m", str(engine.path), "--prompt-name", name, "a", nearly]) == 1
+            assert said in capsys.readouterr().err
+        assert main(["embed", "-m", str(engine.path), "--prompt-name", "query", QUERY]) == 0
+        assert np.array_equal(np.array(json.loads(capsys.readouterr().out), np.float32), query[0])
 
 
 def test_a_mean_may_leave_the_prompt_out(tmp_path: Path) -> None:

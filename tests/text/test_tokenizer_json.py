@@ -357,6 +357,10 @@ def test_bytes_that_no_token_spells_are_not_counted():
     tokenizer = Tokenizer(dumps(changed(model={**BYTE_LEVEL["model"], "vocab": vocab})))
     assert tokenizer.encode("\4" * 1000) == [] and tokenizer.least_tokens("\4" * 1000) == 0
     assert tokenizer.least_tokens("\4" * 1000 + "a" * 1000) == tokenizer.least_tokens("a" * 1000) > 20
+    text = "\4" * 1000 + "red " * 1000
+    beginning = tokenizer.beginning_beyond(text, 3)
+    assert text.startswith(beginning) and len(beginning) < len(text)
+    assert tokenizer.encode(beginning)[:3] == tokenizer.encode(text)[:3]
 
 
 def test_white_space_that_costs_by_its_square_is_bounded():

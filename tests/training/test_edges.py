@@ -302,12 +302,19 @@ def test_of_two_starts_one_runs_and_one_is_told(stories: Path, tmp_path: Path) -
 
 
 def test_an_error_of_the_system_is_its_file_and_its_words(
-    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     run = tmp_path / "file" / "run"
     assert main(["train", "--run-dir", str(run), "--data", str(stories)]) == 1
     assert capsys.readouterr().err == f"pyengine: error: {run}: Not a directory\n"
+
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")  # as a write says it: without a name
+
+    monkeypatch.setattr("pyengine_training.cli.run", fail)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "pyengine: error: Input/output error\n"
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:

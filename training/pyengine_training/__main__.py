@@ -41,8 +41,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
 def _sentence(error: TrainingError | OSError) -> str:
     """What went wrong: of the system's errors the file and its words, without their number."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error)
 
 
