@@ -124,7 +124,7 @@ class Adapters:
         if config.architecture in _FOLDED and config.folded is None:
             raise UnsupportedModelError("this file does not say what was folded into its matrices: freeze the model again")
         match = _TENSOR.fullmatch(tensor)
-        if match is None or match[2] not in _MODULES or (config.n_experts and match[2].startswith("mlp.")):
+        if match is None or match[2] not in _MODULES or (config.n_experts and not match[2].startswith("self_attn.")):
             kind = "experts" if config.n_experts else "what is no projection of attention or of the MLP"
             raise UnsupportedModelError(f"the adapter changes {shown(tensor)}: adapters beside a model cannot change {kind}")
         layer = int(match[1])
