@@ -182,10 +182,14 @@ def _place(tensor: str) -> tuple[int, str]:
 def _by_place(path: Path, products: Mapping[str, Product]) -> dict[tuple[int, str], Product]:
     """Products by (layer, module). Raises ModelFormatError for two of one matrix, which has a name in each kind of model."""
     placed: dict[tuple[int, str], Product] = {}
+    changed: set[tuple[int, str]] = set()
     for tensor, product in products.items():
         layer, module = _place(tensor)
-        if placed.setdefault((layer, module), product) is not product:
+        matrix = layer, _MODULES[module].matrix
+        if matrix in changed:
             raise ModelFormatError(f"{path}: the adapter changes {module} of layer {layer} twice")
+        changed.add(matrix)
+        placed[layer, module] = product
     return placed
 
 

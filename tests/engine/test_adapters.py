@@ -376,6 +376,8 @@ def test_tensors(engine: pyengine.Engine, tmp_path: Path) -> None:
     def moved(module: str) -> dict[str, Array]:
         return {f"base_model.model.{module}.lora_{side}.weight": w for side, w in (("A", a), ("B", b))}
 
+    w1 = {key.replace("mlp.gate_proj", "feed_forward.w1"): w for key, w in good.items() if "layers.1.mlp.gate_proj" in key}
+    assert len(w1) == 2
     bad = a.copy()
     bad[1, 2] = np.nan
     cases: list[tuple[dict[str, Array], type[PyEngineError], str]] = [
@@ -388,6 +390,7 @@ def test_tensors(engine: pyengine.Engine, tmp_path: Path) -> None:
         ({**good, **moved("model.layers.01.self_attn.q_proj")}, UnsupportedModelError, "layers.01"),
         ({**good, **moved("model.layers.9.self_attn.q_proj")}, ModelFormatError, "layers.9.*does not have"),
         ({**good, **moved("model.language_model.layers.1.self_attn.q_proj")}, ModelFormatError, "of layer 1 twice"),
+        ({**good, **w1}, ModelFormatError, "feed_forward.w1 of layer 1 twice"),
         ({**good, f"{prefix}.lora_magnitude_vector": b[:, 0]}, UnsupportedModelError, "magnitude"),
         ({}, ModelFormatError, "is empty"),
     ]
