@@ -40,7 +40,7 @@ static pe_status place_layers(pe_kv_cache *cache, char *err) {
         n_bytes[is_window] += cache->places[i].n_bytes;
         if (is_window && window > cache->window) cache->window = window;
     }
-    /* No overflow: the config's caps bound this by 2^12 * 2^12 * (256 * 512 * 8) < 2^45. */
+    /* No overflow: the config's caps bound this by 2^12 layers of 2^12 * (256 * 512 * 8) bytes, or of convolutions 256 * 2^20 * 4: < 2^45. */
     cache->pages.data_bytes = n_bytes[false];
     cache->pages.window_bytes = n_bytes[true];
     return PE_OK;

@@ -301,7 +301,8 @@ const float *pe_context_hidden(const pe_context *context, size_t row);
  * place. */
 pe_status pe_debug_block(pe_context *context, uint32_t layer, float *x, size_t n_tokens, char *err);
 /* The keys and values of one page of one layer and kv head of a sequence, as they lie in memory (pe_kv_chunk of
- * kernels/kernels.h). Returns the size; copies at most `capacity` bytes into out. */
+ * kernels/kernels.h); of a convolution, as its only head, the inputs. Returns the size, 0 if there is no such page; copies at most
+ * `capacity` bytes into out. */
 size_t pe_debug_kv_page(const pe_context *context, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page,
                         void *out, size_t capacity);
 

@@ -124,7 +124,7 @@ class Adapters:
         if config.architecture in _FOLDED and config.folded is None:
             raise UnsupportedModelError("this file does not say what was folded into its matrices: freeze the model again")
         match = _TENSOR.fullmatch(tensor)
-        if match is None or match[2] not in _MODULES or (config.n_experts and match[2].startswith("mlp.")):
+        if match is None or match[2] not in _MODULES or (config.n_experts and not match[2].startswith("self_attn.")):
             kind = "experts" if config.n_experts else "what is no projection of attention or of the MLP"
             raise UnsupportedModelError(f"the adapter changes {shown(tensor)}: adapters beside a model cannot change {kind}")
         layer = int(match[1])
@@ -182,10 +182,14 @@ def _place(tensor: str) -> tuple[int, str]:
 def _by_place(path: Path, products: Mapping[str, Product]) -> dict[tuple[int, str], Product]:
     """Products by (layer, module). Raises ModelFormatError for two of one matrix, which has a name in each kind of model."""
     placed: dict[tuple[int, str], Product] = {}
+    changed: set[tuple[int, str]] = set()
     for tensor, product in products.items():
         layer, module = _place(tensor)
-        if placed.setdefault((layer, module), product) is not product:
+        matrix = layer, _MODULES[module].matrix
+        if matrix in changed:
             raise ModelFormatError(f"{path}: the adapter changes {module} of layer {layer} twice")
+        changed.add(matrix)
+        placed[layer, module] = product
     return placed
 
 

@@ -168,11 +168,11 @@ class _Source:
         found = (1,) if found == () else found  # a number by itself
         if part.name in _AS_VECTORS:
             n = part.rows // self._config.dim
-            if found is not None and len(found) == 3 and found[1] == 1:  # a depthwise convolution: one input a channel
-                found = found[0], found[2]
             shape = (n, self._config.dim) if n > 1 or found != (self._config.dim,) else (self._config.dim,)
         fold, n_tensor = self._fold(weight, part), rows
         shape = shape[::-1] if fold.is_transposed else shape
+        if part.name == "taps" and found is not None and len(found) == 3:  # a depthwise convolution: one input a channel
+            shape = (shape[0], 1, shape[1])
         if weight.expert is not None and weight.expert < self._config.n_experts and "{e}" not in spelling:
             shape = (self._config.n_experts, *shape)
             base, n_tensor = weight.expert * rows, self._config.n_experts * rows

@@ -376,6 +376,8 @@ def test_tensors(engine: pyengine.Engine, tmp_path: Path) -> None:
     def moved(module: str) -> dict[str, Array]:
         return {f"base_model.model.{module}.lora_{side}.weight": w for side, w in (("A", a), ("B", b))}
 
+    w1 = {key.replace("mlp.gate_proj", "feed_forward.w1"): w for key, w in good.items() if "layers.1.mlp.gate_proj" in key}
+    assert len(w1) == 2
     bad = a.copy()
     bad[1, 2] = np.nan
     cases: list[tuple[dict[str, Array], type[PyEngineError], str]] = [
@@ -388,6 +390,7 @@ def test_tensors(engine: pyengine.Engine, tmp_path: Path) -> None:
         ({**good, **moved("model.layers.01.self_attn.q_proj")}, UnsupportedModelError, "layers.01"),
         ({**good, **moved("model.layers.9.self_attn.q_proj")}, ModelFormatError, "layers.9.*does not have"),
         ({**good, **moved("model.language_model.layers.1.self_attn.q_proj")}, ModelFormatError, "of layer 1 twice"),
+        ({**good, **w1}, ModelFormatError, "feed_forward.w1 of layer 1 twice"),
         ({**good, f"{prefix}.lora_magnitude_vector": b[:, 0]}, UnsupportedModelError, "magnitude"),
         ({}, ModelFormatError, "is empty"),
     ]
@@ -404,14 +407,15 @@ def test_tensors(engine: pyengine.Engine, tmp_path: Path) -> None:
 
 def test_experts_and_fused_matrices(root: Path, tmp_path: Path) -> None:
     """Named: experts of a mixture, a convolution, Phi's fused matrices, and a file that does not say what was folded into it."""
-    expert = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
     tensors = random_tensors(fixtures.load("mixtral"), 0)
     a = next(w for key, w in tensors.items() if "q_proj.lora_A" in key)
-    mixed = tensors | {f"{expert}.lora_A.weight": a, f"{expert}.lora_B.weight": a[:1].T @ a[:1, :R]}
     with pyengine.Engine(frozen(root, "mixtral")) as engine:
         engine.load_adapter(fixtures.write_lora_dir(tmp_path / "attention", json.dumps(CONFIG), tensors))
-        path = fixtures.write_lora_dir(tmp_path / "experts", json.dumps(CONFIG), mixed)
-        refused(engine, UnsupportedModelError, "experts.0.w1.*cannot change experts", path)
+        for module in ("block_sparse_moe.experts.0.w1", "mlp.gate_proj", "feed_forward.w1"):
+            name = f"base_model.model.model.layers.0.{module}"
+            mixed = tensors | {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": a[:1].T @ a[:1, :R]}
+            path = fixtures.write_lora_dir(tmp_path / module, json.dumps(CONFIG), mixed)
+            refused(engine, UnsupportedModelError, f"{module}.*cannot change experts", path)
     with pyengine.Engine(frozen(root, "lfm2")) as engine:  # layer 0 is a convolution
         for module, error in (("conv.in_proj", UnsupportedModelError), ("self_attn.q_proj", ModelFormatError)):
             name = f"base_model.model.model.layers.0.{module}"

@@ -346,7 +346,7 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("ministral3", {"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'"),
         ("lfm2", {"conv_bias": True}, UnsupportedModelError, "conv_bias"),
         ("lfm2", {"conv_L_cache": 17}, ModelFormatError, "conv_L_cache must be an integer in 1..16"),
-        ("lfm2", {"conv_L_cache": 4}, ModelFormatError, r"conv\.conv.*shape"),
+        ("lfm2", {"conv_L_cache": 4}, ModelFormatError, r"conv\.conv.*\[40, 1, 3\].*\[40, 1, 4\]"),
         ("lfm2", {"layer_types": ["conv", "full_attention", "mamba"]}, UnsupportedModelError, "layer of type 'mamba'"),
         ("lfm2", {"block_auto_adjust_ff_dim": False}, ModelFormatError, r"feed_forward.*shape"),
         ("gpt_oss", {"quantization_config": None}, ModelFormatError, r"experts\.gate_up_proj' is missing"),

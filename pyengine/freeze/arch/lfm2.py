@@ -38,7 +38,8 @@ def _default_kinds(config: Fields, n_layers: int) -> list[str]:
         return [hf_config.FULL] * n_layers
     if not isinstance(full, list) or not all(type(i) is int for i in full):
         raise config.wrong("full_attn_idxs", "a list of layers")
-    return [hf_config.FULL if i in full else _CONV for i in range(n_layers)]
+    attended = set(full)
+    return [hf_config.FULL if i in attended else _CONV for i in range(n_layers)]
 
 
 def _size(config: Fields, key: str, default: int) -> int:
