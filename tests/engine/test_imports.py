@@ -47,7 +47,7 @@ COMPONENTS: dict[str, set[str]] = {
     },
     "draft_file": {"errors", "_core", "format"},
     "opening": {"errors", "fork", "arguments", "files", "format", "run", "_core", "sampling", "freeze", "hub"},
-    "attachments": {"errors", "format", "run", "sampling", "text"},
+    "attachments": {"errors", "fork", "format", "run", "sampling", "text"},
     "embeddings": {"errors", "arguments"},
     "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze", "run"},
     "engine_base": {
