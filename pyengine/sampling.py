@@ -319,7 +319,7 @@ class SamplingParams:
     n                     samples per prompt (needs a temperature above 0)
     max_tokens            outputs at most; None = to the end of text or of the context
     min_tokens            outputs before an end-of-text or stop token may come
-    temperature           0 = greedy; given top_k, top_p, min_p or typical_p alone, the model's, else 1
+    temperature           0 = greedy; given a filter (top_k to xtc_probability) alone, the model's, else 1
     top_k                 keep the k most probable tokens; 0 or -1 = off
     top_p                 keep the most probable tokens that reach this mass; 1 = off
     min_p                 keep tokens at least this fraction as probable as the first; 0 = off

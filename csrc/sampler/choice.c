@@ -1,4 +1,5 @@
-/* choice.c: steps 3 to 9 of the specification in sampler.h, but for the temperature, without sorting the vocabulary. Reads in the order of the specification. */
+/* choice.c: steps 3 to 9 of the specification in sampler.h, but for the temperature (spread.c), in their order and without sorting the
+ * vocabulary. */
 #include <math.h>
 #include <string.h>
 

@@ -65,6 +65,11 @@ static inline size_t pe_logit_row_find(const pe_logit_row *row, int32_t id) {
 /* Whether DRY can change a logit. */
 static inline bool pe_sampler_has_dry(const pe_sampler_params *p) { return p->dry_multiplier > 0.0 && p->dry_last_n != 0; }
 
+/* Whether step 1 asks in which order tokens came (repeats.c). */
+static inline bool pe_sampler_looks_back(const pe_sampler_params *p) {
+    return pe_sampler_has_dry(p) || p->no_repeat_ngram_size || p->bad_sequences.n;
+}
+
 /* edits.c: step 1, with the ban of n-grams or without it. *out (row->n) is row->values itself if there is nothing to change, else the
  * sampler's edited copy of them. */
 pe_status pe_sampler_edit(pe_sampler *sampler, const pe_logit_row *row, const uint32_t *mask, bool with_ngrams, const float **out,
