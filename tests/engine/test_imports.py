@@ -35,7 +35,8 @@ COMPONENTS: dict[str, set[str]] = {
     "format": {"errors", "files", "system"},
     "text": {"errors", "fork", "arguments"},
     "sampling_values": {"errors", "arguments"},
-    "sampling": {"errors", "arguments", "sampling_values"},
+    "sampling_fields": {"errors", "arguments", "sampling_values"},
+    "sampling": {"errors", "arguments", "sampling_values", "sampling_fields"},
     "sampling_options": set(),  # types alone
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
