@@ -323,7 +323,7 @@ class SamplingParams:
         sampling = bool(defaults.get("do_sample", False))
         for name, off in _FILTERS.items():
             value = getattr(self, name)
-            sampling = sampling or (value is not None and value != off and value != -1)
+            sampling = sampling or (value is not None and value != off and value >= 0)
         return float(from_model.get("temperature", 1.0)) if sampling else 0.0
 
 
