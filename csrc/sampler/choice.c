@@ -8,9 +8,6 @@
 #include "kernels/pe_math.h"
 #include "philox.h"
 
-#define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
-#define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
-
 /* ------------------------------------------------------------------ steps 3 and 4: weights, min-p */
 
 /* Where weights stop: at min-p, or where they would round to 0. */

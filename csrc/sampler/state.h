@@ -5,6 +5,9 @@
 #include "kernels/kernels.h"
 #include "sampler.h"
 
+#define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
+#define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
+
 /* A token in the running. `score` is 0 except while typical sampling orders by it. */
 typedef struct pe_candidate {
     double score;
