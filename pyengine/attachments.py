@@ -7,6 +7,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+from pyengine import fork
 from pyengine.errors import InvalidArgumentError, TemplateError
 from pyengine.format.reader import FrozenFile
 from pyengine.format.strict_json import parse_json_object
@@ -120,13 +121,15 @@ class Attachments:
             return self._reranker
 
     def breakers(self, strings: tuple[str, ...]) -> list[Tokens]:
-        """In which tokens these strings may come."""
-        with self._lock:
-            if self._breakers is None:
+        """In which tokens these strings may come. Raises InvalidArgumentError if they are too many."""
+        breakers = self._breakers
+        if breakers is None:
+            with fork.importing:
                 from pyengine.text.sequences import Breakers
 
-                self._breakers = Breakers(self.tokenizer)
-        return self._breakers.of(strings)
+            # Not under the lock, which everybody needs: with a large vocabulary it takes a second, and two may do it.
+            self._breakers = breakers = Breakers(self.tokenizer)
+        return breakers.of(strings)
 
     def guide(self, wanted: StructuredOutputs) -> Guide:
         """A new guide, for one output. Raises InvalidArgumentError for a grammar that cannot be used."""

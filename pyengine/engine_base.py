@@ -284,7 +284,8 @@ class EngineBase:
     def _bad_sequences(self, words: tuple[str, ...]) -> Sequence[tuple[int, ...]]:
         if not words:
             return ()
-        from pyengine.text.sequences import bad_sequences
+        with fork.importing:
+            from pyengine.text.sequences import bad_sequences
 
         return bad_sequences(self.tokenizer, words)
 

@@ -9,25 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-from pyengine.arguments import INT32_MAX, integer, number, shown
+from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError, ModelFormatError, UnknownParameterError
-from pyengine.sampling_values import (
-    LARGEST,
-    MAX_BREAKER_CHARACTERS,
-    MAX_BREAKERS,
-    MAX_STOP_STRINGS,
-    STRING_LISTS,
-    Range,
-    callbacks,
-    logit_bias,
-    token_ids,
-)
-
-MAX_LOGPROBS = 64
-MAX_SAMPLES = 1024
-MAX_DRAFT = 24  # tokens guessed ahead in a step
+from pyengine.sampling_fields import check_seed as check_seed
+from pyengine.sampling_fields import checked
+from pyengine.sampling_fields import json_schema as json_schema
+from pyengine.sampling_values import MAX_DRAFT as MAX_DRAFT
+from pyengine.sampling_values import Drafting as Drafting
+from pyengine.sampling_values import StructuredOutputs as StructuredOutputs
+from pyengine.sampling_values import check_speculative as check_speculative
 
 # (token ids (n) int32 so far, logits (vocab_size) float32 of the next) -> None, or other logits; -> whether to end
 LogitsProcessor = Callable[[Any, Any], Any]
@@ -46,185 +38,12 @@ ALIASES: dict[str, str] = {
     "penalty_last_n": "repeat_last_n",
 }
 
-
-class Drafting(NamedTuple):
-    """How tokens may be guessed ahead: at most max_draft in a step (0 = never), and by earlier outputs of the same engine, too
-    (`store`; among callers with the same cache_salt)."""
-
-    max_draft: int = MAX_DRAFT
-    store: bool = True
-
-
-_INTEGERS: dict[str, tuple[int, int]] = {
-    "n": (1, MAX_SAMPLES),
-    "max_tokens": (1, INT32_MAX),
-    "min_tokens": (0, INT32_MAX),
-    "top_k": (-1, INT32_MAX),
-    "repeat_last_n": (-1, INT32_MAX),
-    "dry_allowed_length": (1, INT32_MAX),
-    "dry_penalty_last_n": (-1, INT32_MAX),
-    "no_repeat_ngram_size": (0, INT32_MAX),
-    "seed": (-(2**63), 2**64 - 1),
-    "logprobs": (0, MAX_LOGPROBS),
-}
-_FLOATS: dict[str, Range] = {
-    "temperature": Range(0.0, LARGEST),
-    "top_p": Range(0.0, 1.0, open_low=True),
-    "min_p": Range(0.0, 1.0),
-    "typical_p": Range(0.0, 1.0, open_low=True),
-    "top_n_sigma": Range(-1.0, LARGEST),
-    "dynatemp_range": Range(0.0, LARGEST),
-    "dynatemp_exponent": Range(0.0, LARGEST),
-    "xtc_probability": Range(0.0, 1.0),
-    "xtc_threshold": Range(0.0, 1.0),
-    "dry_multiplier": Range(0.0, LARGEST),
-    "dry_base": Range(1.0, LARGEST),
-    "repetition_penalty": Range(0.0, LARGEST, open_low=True),
-    "frequency_penalty": Range(-LARGEST, LARGEST),
-    "presence_penalty": Range(-LARGEST, LARGEST),
-    "timeout": Range(0.0, 1e9, open_low=True),
-}
-_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "token_healing")
-_ID_LISTS = ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
-_CALLBACKS = ("logits_processor", "stopping_criteria")
 # What generation_config.json may say; its other keys are not about sampling, or ask for what a caller must ask for.
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 # Asking for one of these without a temperature asks for sampling.
 _FILTERS: dict[str, float] = {
     "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": 0.0, "dynatemp_range": 0.0, "xtc_probability": 0.0,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class StructuredOutputs:
-    """What an output must be; exactly one of these. Needs the extra pyengine-lm[guide].
-
-    json         a JSON schema, as an object or as text
-    json_object  True: any JSON object
-    regex        a regular expression that the whole text matches
-    choice       one of these strings
-    grammar      a context-free grammar in Lark's notation, with a rule `start`, or in llama.cpp's (GBNF), with a rule `root`
-
-    Raises InvalidArgumentError. Whether a schema is understood shows when it is used.
-    """
-
-    json: Mapping[str, Any] | str | bool | None = None
-    json_object: bool | None = None
-    regex: str | None = None
-    choice: Sequence[str] | None = None
-    grammar: str | None = None
-
-    def __post_init__(self) -> None:
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
-        if len(given) != 1:
-            raise InvalidArgumentError(f"structured_outputs takes exactly one of its fields, not {given}")
-        name, value = given[0], getattr(self, given[0])
-        kinds: dict[str, Any] = {"json": (Mapping, str, bool), "json_object": bool, "regex": str, "grammar": str}
-        if name == "choice":
-            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-                raise InvalidArgumentError("structured_outputs.choice must be a list of strings that is not empty")
-            if not all(isinstance(one, str) and one for one in value):
-                raise InvalidArgumentError("structured_outputs.choice must hold strings that are not empty")
-            object.__setattr__(self, "choice", tuple(value))
-        elif not isinstance(value, kinds[name]) or value is False:
-            raise InvalidArgumentError(f"structured_outputs.{name} is {shown(value)}, which is not of its kind")
-
-
-def _structured_outputs(value: object) -> StructuredOutputs:
-    if isinstance(value, StructuredOutputs):
-        return value
-    if not isinstance(value, Mapping):
-        raise InvalidArgumentError("structured_outputs must be a StructuredOutputs, or a mapping of its fields")
-    unknown = [name for name in value if name not in {field.name for field in fields(StructuredOutputs)}]
-    if unknown:
-        raise InvalidArgumentError(f"structured_outputs has no field {shown(unknown[0])}")
-    return StructuredOutputs(**value)
-
-
-def check_speculative(value: object) -> Drafting:
-    """ "auto", "off", or {"max_draft": ..., "store": ...}. Raises InvalidArgumentError."""
-    if isinstance(value, str) and value in ("auto", "off"):
-        return Drafting() if value == "auto" else Drafting(0)
-    given = value._asdict() if isinstance(value, Drafting) else value
-    if not isinstance(given, Mapping):
-        raise InvalidArgumentError(f'speculative must be "auto", "off" or a mapping of options, not {shown(value)}')
-    unknown = [key for key in given if key not in Drafting._fields]
-    if unknown:
-        raise InvalidArgumentError(f"speculative has no option {shown(unknown[0])}, only {', '.join(Drafting._fields)}")
-    store = given.get("store", True)
-    if not isinstance(store, bool):
-        raise InvalidArgumentError(f"speculative: store must be True or False, not {shown(store)}")
-    return Drafting(integer("max_draft of speculative", given.get("max_draft", MAX_DRAFT), 0, MAX_DRAFT), store)
-
-
-def check_seed(value: object) -> int | None:
-    """A seed as 64 bits without a sign: a negative one is its two's complement, so every int64 and every uint64 is one. -1 is
-    none, None: vLLM, llama.cpp and ollama all take it to ask for a new one. Raises InvalidArgumentError."""
-    seed = integer("seed", value, *_INTEGERS["seed"])
-    return None if seed == -1 else seed % 2**64
-
-
-def json_schema(name: str) -> dict[str, Any]:
-    """A JSON schema of the parameter `name` of SamplingParams. Values that fit it may still be refused."""
-    if name in _INTEGERS:
-        least, most = _INTEGERS[name]
-        return {"type": "integer", "minimum": least, "maximum": most}
-    if name in _FLOATS:
-        low, high, open_low = _FLOATS[name]
-        return {"type": "number", "exclusiveMinimum" if open_low else "minimum": low, "maximum": high}
-    ids = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
-    string = {"type": "string", "minLength": 1}
-    breaker = {**string, "maxLength": MAX_BREAKER_CHARACTERS}
-    schemas: dict[str, dict[str, Any]] = {
-        **{key: {"type": "boolean"} for key in _BOOLEANS},
-        **dict.fromkeys(_ID_LISTS, ids),
-        "allowed_token_ids": {**ids, "minItems": 1},
-        "stop": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
-        "bad_words": {"anyOf": [string, {"type": "array", "items": string, "maxItems": MAX_STOP_STRINGS}]},
-        "dry_sequence_breakers": {"anyOf": [breaker, {"type": "array", "items": breaker, "maxItems": MAX_BREAKERS}]},
-        "logit_bias": {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-            "additionalProperties": {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
-        },
-        "structured_outputs": {
-            "type": "object",
-            "properties": {
-                "json": {"type": ["object", "string", "boolean"]},
-                "json_object": {"enum": [True]},
-                "regex": {"type": "string"},
-                "choice": {"type": "array", "items": string, "minItems": 1},
-                "grammar": {"type": "string"},
-            },
-            "additionalProperties": False,
-        },
-    }
-    return schemas[name]
-
-
-def _check(name: str, value: Any) -> Any:
-    """The value in its normal form; InvalidArgumentError naming the field if it has none."""
-    if name == "seed":
-        return check_seed(value)
-    if name in _INTEGERS:
-        return integer(name, value, *_INTEGERS[name])
-    if name in _FLOATS:
-        real = number(name, value)
-        _FLOATS[name].check(name, real)
-        return real
-    if name in _BOOLEANS:
-        if not isinstance(value, bool):
-            raise InvalidArgumentError(f"{name} must be True or False, not {shown(value)}")
-        return value
-    if name in _ID_LISTS:
-        return token_ids(name, value)
-    if name in _CALLBACKS:
-        return callbacks(name, value)
-    if name == "structured_outputs":
-        return _structured_outputs(value)
-    if name == "speculative":
-        return check_speculative(value)
-    return logit_bias(value) if name == "logit_bias" else STRING_LISTS[name](value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +138,7 @@ class SamplingParams:
     n                     samples per prompt (needs a temperature above 0)
     max_tokens            outputs at most; None = to the end of text or of the context
     min_tokens            outputs before an end-of-text or stop token may come
-    temperature           0 = greedy; given top_k, top_p, min_p or typical_p alone, the model's, else 1
+    temperature           0 = greedy; given a filter (top_k to xtc_probability) alone, the model's, else 1
     top_k                 keep the k most probable tokens; 0 or -1 = off
     top_p                 keep the most probable tokens that reach this mass; 1 = off
     min_p                 keep tokens at least this fraction as probable as the first; 0 = off
@@ -422,7 +241,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, value in self._given().items():
-            object.__setattr__(self, name, _check(name, value))
+            object.__setattr__(self, name, checked(name, value))
         self._check_together()
 
     def _given(self) -> dict[str, Any]:
@@ -504,7 +323,7 @@ class SamplingParams:
         sampling = bool(defaults.get("do_sample", False))
         for name, off in _FILTERS.items():
             value = getattr(self, name)
-            sampling = sampling or (value is not None and value != off and value != -1)
+            sampling = sampling or (value is not None and value != off and value >= 0)
         return float(from_model.get("temperature", 1.0)) if sampling else 0.0
 
 
@@ -516,6 +335,6 @@ def _model_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(defaults.get("do_sample", False), bool):
         raise ModelFormatError(f"generation_config.json: do_sample is {shown(defaults['do_sample'])}")
     try:
-        return {name: _check(name, defaults[name]) for name in _FROM_MODEL if defaults.get(name) is not None}
+        return {name: checked(name, defaults[name]) for name in _FROM_MODEL if defaults.get(name) is not None}
     except InvalidArgumentError as error:
         raise ModelFormatError(f"generation_config.json: {error}") from None

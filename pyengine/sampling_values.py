@@ -1,10 +1,11 @@
 """Values of sampling parameters in their normal form: one function for each kind, which raises InvalidArgumentError naming the
-parameter."""
+parameter, and its type where that is one of ours."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from pyengine.arguments import INT32_MAX, integer, number, shown
@@ -16,6 +17,7 @@ MAX_IDS = 1 << 24  # the largest vocabulary
 MAX_BREAKERS = 64  # of DRY; clients send four
 MAX_BREAKER_CHARACTERS = 256  # of all: for each of them the vocabulary is searched
 MAX_CALLBACKS = 64  # each is a call of Python code a token
+MAX_DRAFT = 24  # tokens guessed ahead in a step
 LARGEST = 3.4028234663852886e38  # of float32, the type of logits
 
 
@@ -119,3 +121,73 @@ def callbacks(name: str, value: object) -> tuple[Callable[[Any, Any], Any], ...]
         if not callable(function):
             raise InvalidArgumentError(f"{name} must be a function or a list of functions, not {shown(function)}")
     return functions
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputs:
+    """What an output must be; exactly one of these. Needs the extra pyengine-lm[guide].
+
+    json         a JSON schema, as an object or as text
+    json_object  True: any JSON object
+    regex        a regular expression that the whole text matches
+    choice       one of these strings
+    grammar      a context-free grammar in Lark's notation, with a rule `start`, or in llama.cpp's (GBNF), with a rule `root`
+
+    Raises InvalidArgumentError. Whether a schema is understood shows when it is used.
+    """
+
+    json: Mapping[str, Any] | str | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise InvalidArgumentError(f"structured_outputs takes exactly one of its fields, not {given}")
+        name, value = given[0], getattr(self, given[0])
+        kinds: dict[str, Any] = {"json": (Mapping, str, bool), "json_object": bool, "regex": str, "grammar": str}
+        if name == "choice":
+            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+                raise InvalidArgumentError("structured_outputs.choice must be a list of strings that is not empty")
+            if not all(isinstance(one, str) and one for one in value):
+                raise InvalidArgumentError("structured_outputs.choice must hold strings that are not empty")
+            object.__setattr__(self, "choice", tuple(value))
+        elif not isinstance(value, kinds[name]) or value is False:
+            raise InvalidArgumentError(f"structured_outputs.{name} is {shown(value)}, which is not of its kind")
+
+
+def structured_outputs(value: object) -> StructuredOutputs:
+    if isinstance(value, StructuredOutputs):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError("structured_outputs must be a StructuredOutputs, or a mapping of its fields")
+    unknown = [name for name in value if name not in {field.name for field in fields(StructuredOutputs)}]
+    if unknown:
+        raise InvalidArgumentError(f"structured_outputs has no field {shown(unknown[0])}")
+    return StructuredOutputs(**value)
+
+
+class Drafting(NamedTuple):
+    """How tokens may be guessed ahead: at most max_draft in a step (0 = never), and by earlier outputs of the same engine, too
+    (`store`; among callers with the same cache_salt)."""
+
+    max_draft: int = MAX_DRAFT
+    store: bool = True
+
+
+def check_speculative(value: object) -> Drafting:
+    """ "auto", "off", or {"max_draft": ..., "store": ...}. Raises InvalidArgumentError."""
+    if isinstance(value, str) and value in ("auto", "off"):
+        return Drafting() if value == "auto" else Drafting(0)
+    given = value._asdict() if isinstance(value, Drafting) else value
+    if not isinstance(given, Mapping):
+        raise InvalidArgumentError(f'speculative must be "auto", "off" or a mapping of options, not {shown(value)}')
+    unknown = [key for key in given if key not in Drafting._fields]
+    if unknown:
+        raise InvalidArgumentError(f"speculative has no option {shown(unknown[0])}, only {', '.join(Drafting._fields)}")
+    store = given.get("store", True)
+    if not isinstance(store, bool):
+        raise InvalidArgumentError(f"speculative: store must be True or False, not {shown(store)}")
+    return Drafting(integer("max_draft of speculative", given.get("max_draft", MAX_DRAFT), 0, MAX_DRAFT), store)

@@ -1,4 +1,5 @@
-/* choice.c: steps 3 to 9 of the specification in sampler.h, but for the temperature, without sorting the vocabulary. Reads in the order of the specification. */
+/* choice.c: steps 3 to 9 of the specification in sampler.h, but for the temperature (spread.c), in their order and without sorting the
+ * vocabulary. */
 #include <math.h>
 #include <string.h>
 
@@ -6,9 +7,6 @@
 #include "kernels/double_math.h"
 #include "kernels/pe_math.h"
 #include "philox.h"
-
-#define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
-#define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
 
 /* ------------------------------------------------------------------ steps 3 and 4: weights, min-p */
 

@@ -168,9 +168,9 @@ static bool own_dry(pe_sampler *s) {
 static bool own_buffers(pe_sampler *s) {
     const pe_sampler_params *p = &s->params;
     const size_t n = s->vocab_size;
-    bool ok = true, samples = p->temperature > 0.0, looks_back = pe_sampler_has_dry(p) || p->no_repeat_ngram_size || p->bad_sequences.n,
-         penalties = p->repetition_penalty != 1.0 || p->frequency_penalty != 0.0 || p->presence_penalty != 0.0;
-    penalties = penalties && p->repeat_last_n != 0;
+    bool ok = true;
+    const bool samples = p->temperature > 0.0, looks_back = pe_sampler_looks_back(p);
+    const bool penalties = p->repeat_last_n != 0 && (p->repetition_penalty != 1.0 || p->frequency_penalty != 0.0 || p->presence_penalty != 0.0);
     s->keeps_history = looks_back || (penalties && p->repeat_last_n > 0);
     if (penalties) {
         s->n_output = allocate(n, sizeof *s->n_output, &ok);

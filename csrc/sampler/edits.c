@@ -116,7 +116,7 @@ pe_status pe_sampler_edit(pe_sampler *s, const pe_logit_row *row, const uint32_t
     const pe_sampler_params *p = &s->params;
     bool ban_stop = p->n_stop && s->n_outputs < (uint64_t)p->min_tokens;
     *out = row->values;
-    const bool looks_back = pe_sampler_has_dry(p) || p->no_repeat_ngram_size || p->bad_sequences.n;
+    const bool looks_back = pe_sampler_looks_back(p);
     const bool has_spread = p->temperature > 0.0 && p->top_n_sigma > 0.0; /* which is written into the copy */
     if (!(s->n_seen || p->n_bias || p->n_bad || s->banned || ban_stop || mask || looks_back || has_spread)) return PE_OK;
     if (!s->adjusted) s->adjusted = malloc(s->vocab_size * sizeof *s->adjusted); /* this sampler's first mask */

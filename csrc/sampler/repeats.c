@@ -30,7 +30,7 @@ static size_t n_dry(const pe_sampler *s) {
 void pe_sampler_find_repeats(pe_sampler *s, bool with_ngrams) {
     size_t n = pe_sampler_has_dry(&s->params) ? n_dry(s) : 0;
     if (with_ngrams) n = s->n_history;
-    measure(s->history + (s->n_history - n), n, s->common); /* in both cases of the history's end, so DRY's window cuts it */
+    if (n) measure(s->history + (s->n_history - n), n, s->common); /* in both cases of the history's end, so DRY's window cuts it */
 }
 
 /* ------------------------------------------------------------------ DRY */
@@ -68,8 +68,8 @@ static void penalize(const pe_sampler *s, float *logit, size_t n_repeated) {
 void pe_sampler_penalize_repeats(pe_sampler *s, const pe_logit_row *row) {
     if (!pe_sampler_has_dry(&s->params)) return;
     const size_t n = n_dry(s), allowed = (size_t)s->params.dry_allowed_length;
+    if (n <= allowed) return; /* of an empty history there is no memory */
     const int32_t *text = s->history + (s->n_history - n);
-    if (n <= allowed) return;
     const size_t limit = n_behind_breaker(s, text, n);
     if (limit < allowed) return;
     for (size_t k = 1; k < n; k++) {

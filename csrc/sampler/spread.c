@@ -5,7 +5,6 @@
 #include "state.h"
 
 enum { LANES = 16 };
-#define WEIGHT_ONE 0x1p42 /* the weight of the most probable token */
 
 static double tree_sum(double lanes[LANES]) {
     for (size_t width = LANES / 2; width > 0; width /= 2)
@@ -40,7 +39,7 @@ double pe_sampler_temperature(pe_sampler *s, const float *logits, size_t n, floa
     if (!(p->dynatemp_range > 0.0)) return p->temperature;
     const double lowest = p->temperature > p->dynatemp_range ? p->temperature - p->dynatemp_range : 0.0;
     const double highest = p->temperature + p->dynatemp_range;
-    const double total = (double)s->kernels->weigh(s->weights, logits, n, top, 1.0, -30.0);
+    const double total = (double)s->kernels->weigh(s->weights, logits, n, top, 1.0, MIN_EXPONENT);
     double expectation = 0.0;
     for (size_t i = 0; i < n; i++)
         if (s->weights[i]) expectation += (double)s->weights[i] * ((double)logits[i] - top);

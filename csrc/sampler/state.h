@@ -5,6 +5,9 @@
 #include "kernels/kernels.h"
 #include "sampler.h"
 
+#define WEIGHT_ONE 0x1p42    /* the weight of the most probable token */
+#define MIN_EXPONENT (-30.0) /* exp(-30) * 2^42 < 0.42: the weight of anything below is 0 */
+
 /* A token in the running. `score` is 0 except while typical sampling orders by it. */
 typedef struct pe_candidate {
     double score;
@@ -64,6 +67,11 @@ static inline size_t pe_logit_row_find(const pe_logit_row *row, int32_t id) {
 
 /* Whether DRY can change a logit. */
 static inline bool pe_sampler_has_dry(const pe_sampler_params *p) { return p->dry_multiplier > 0.0 && p->dry_last_n != 0; }
+
+/* Whether step 1 asks in which order tokens came (repeats.c). */
+static inline bool pe_sampler_looks_back(const pe_sampler_params *p) {
+    return pe_sampler_has_dry(p) || p->no_repeat_ngram_size || p->bad_sequences.n;
+}
 
 /* edits.c: step 1, with the ban of n-grams or without it. *out (row->n) is row->values itself if there is nothing to change, else the
  * sampler's edited copy of them. */

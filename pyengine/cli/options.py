@@ -188,7 +188,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--repeat-last-n", type=int, metavar="N", help="these three look at the last N tokens; default, and -1: at all")
     add("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens come twice, prompt included; 0 = off")
     add("--bad-word", dest="bad_words", action="append", metavar="TEXT", help="TEXT may not come; may be repeated")
-    add("--top-nsigma", dest="top_n_sigma", type=float, metavar="X", help="only logits X deviations below the first; 0 = off")
+    add(
+        "--top-nsigma",
+        "--top-n-sigma",
+        dest="top_n_sigma",
+        type=float,
+        metavar="X",
+        help="only logits at most X deviations below the first; 0 = off",
+    )
     add("--dynatemp-range", type=float, metavar="X", help="the temperature follows the entropy by so much up and down; 0 = off")
     add("--dynatemp-exp", dest="dynatemp_exponent", type=float, metavar="X", help="exponent of the entropy in that; default 1")
     add("--xtc-probability", type=float, metavar="P", help="how often the likeliest tokens are left out, all but one; 0 = off")

@@ -28,11 +28,18 @@ LONG_AT_ONCE = 2
 LONG = 1 << 16  # characters and token ids of a request: some tens of milliseconds
 
 
+def _asks_long(params: SamplingParams) -> bool:
+    """Whether what these ask for may last: a grammar, breakers that are looked for in the whole vocabulary, many words."""
+    if params.structured_outputs is not None or (params.dry_multiplier and params.dry_sequence_breakers is not None):
+        return True
+    return sum(map(len, params.bad_words or ())) > LONG
+
+
 class Queue:
     """Admits jobs while the prompts that wait for their first token are not too many tokens.
 
-    aside  the threads for texts that are tokenized whatever their length, for many texts, and for grammars: who waits for one
-           waits in turn, and whoever wants none of these does not wait
+    aside  the threads for texts that are tokenized whatever their length, for many texts, for grammars and breakers: who waits
+           for one waits in turn, and whoever wants none of these does not wait
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -69,7 +76,7 @@ class Queue:
     ) -> Job:
         """A job that is computed from now on. params: of its outputs; given: texts and token ids that `make` reads, where their
         number has no bound. Raises HTTPError 429, 503 and whatever `make` raises."""
-        is_long = (params is not None and params.structured_outputs is not None) or sum(map(len, given)) > LONG
+        is_long = (params is not None and _asks_long(params)) or sum(map(len, given)) > LONG
         self._check_open()
         job = await self.until_end(model.asynchronous.prepare(make, self.aside if is_long else None))
         self._check_open()

@@ -228,6 +228,7 @@ def test_half_an_escape_is_wrong_usage(text: str) -> None:
             ("--temp", "2", "--top-nsigma", "1", "--dynatemp-range", "1", "--dynatemp-exp", "2"),
             {"temperature": 2.0, "top_n_sigma": 1.0, "dynatemp_range": 1.0, "dynatemp_exponent": 2.0},
         ),
+        (("--top-n-sigma", "0.5", "--temp", "2"), {"top_n_sigma": 0.5, "temperature": 2.0}),  # both spellings are llama.cpp's
         (("--xtc-probability", "1", "--xtc-threshold", "0.01"), {"xtc_probability": 1.0, "xtc_threshold": 0.01}),
         (
             ("--dry-multiplier", "9", "--dry-base", "2", "--dry-allowed-length", "1", "--dry-sequence-breaker", "none"),

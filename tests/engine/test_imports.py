@@ -35,7 +35,8 @@ COMPONENTS: dict[str, set[str]] = {
     "format": {"errors", "files", "system"},
     "text": {"errors", "fork", "arguments"},
     "sampling_values": {"errors", "arguments"},
-    "sampling": {"errors", "arguments", "sampling_values"},
+    "sampling_fields": {"errors", "arguments", "sampling_values"},
+    "sampling": {"errors", "arguments", "sampling_values", "sampling_fields"},
     "sampling_options": set(),  # types alone
     "cpu_watch": {"_core"},
     "golden": {"_core", "format"},
@@ -47,7 +48,7 @@ COMPONENTS: dict[str, set[str]] = {
     },
     "draft_file": {"errors", "_core", "format"},
     "opening": {"errors", "fork", "arguments", "files", "format", "run", "_core", "sampling", "freeze", "hub"},
-    "attachments": {"errors", "format", "run", "sampling", "text"},
+    "attachments": {"errors", "fork", "format", "run", "sampling", "text"},
     "embeddings": {"errors", "arguments"},
     "adapters": {"errors", "fork", "arguments", "_core", "format", "freeze", "run"},
     "engine_base": {

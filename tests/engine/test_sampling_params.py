@@ -180,7 +180,8 @@ def test_asking_for_a_filter_asks_for_sampling():
         assert SamplingParams(**{name: value}).resolve({"temperature": 0.7}).temperature == 0.7
     for name, off in {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": -1, "xtc_probability": 0}.items():
         assert SamplingParams(**{name: off}).resolve().temperature == 0.0
-    assert SamplingParams(top_k=-1).resolve().temperature == 0.0
+    for below in ({"top_k": -1}, {"top_n_sigma": -1}, {"top_n_sigma": -0.5}):  # off, too
+        assert SamplingParams(**below).resolve().temperature == 0.0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pyengine.run.guide import Guide
 from pyengine.serve.aside import Aside
 from pyengine.serve.models import ServedModel
 from pyengine.serve.work import LONG_AT_ONCE
+from pyengine.text import sequences
 from pyengine.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -32,6 +33,8 @@ LONG: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "detokenize": ("/detokenize", {"tokens": [5]}, Engine, "detokenize"),
     "count_tokens": ("/v1/messages/count_tokens", {"messages": MESSAGES}, ServedModel, "chat_ids"),
     "a grammar": ("/v1/completions", {**TEXT, "structured_outputs": {"regex": "a+"}}, Guide, "check"),
+    "breakers": ("/v1/completions", {**TEXT, "dry_multiplier": 1.0, "dry_sequence_breakers": ["a"]}, sequences.Breakers, "of"),
+    "bad words": ("/v1/completions", {**TEXT, "bad_words": ["a" * 99, "bc"]}, sequences, "bad_sequences"),
     "many prompts": ("/v1/completions", {**TEXT, "prompt": ["Hello", "a" * 99]}, Tokenizer, "encode"),
     "many inputs": ("/v1/embeddings", {"input": ["Hello", "a" * 99]}, Tokenizer, "encode"),
 }

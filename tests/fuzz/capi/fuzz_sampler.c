@@ -6,7 +6,7 @@
 #include "fuzz_api.h"
 #include "sampler/sampler.h"
 
-enum { MAX_VOCAB = 70, MAX_IDS = 5, MAX_ROWS = 4 };
+enum { MAX_VOCAB = 70, MAX_IDS = 5, MAX_ROWS = 4, N_USUAL = 7 };
 
 typedef struct asked {
     pe_sampler_params params;
@@ -32,9 +32,11 @@ static size_t ids(rng *r, int32_t *out, size_t vocab_size, bool *is_right) {
     return n;
 }
 
-/* Sequences that share these ids. */
+/* Sequences that share these ids: mostly of the few that the history has. */
 static pe_id_sequences sequences(rng *r, int32_t *out, int32_t *lengths, size_t vocab_size, bool *is_right) {
     size_t n_left = ids(r, out, vocab_size, is_right), n = 0;
+    for (size_t i = 0; i < n_left; i++)
+        if (out[i] >= 0 && (size_t)out[i] < vocab_size && rng_below(r, 8)) out[i] %= N_USUAL;
     for (; n_left > 0; n_left -= (size_t)lengths[n++]) lengths[n] = 1 + (int32_t)rng_below(r, n_left);
     if (n > 0 && rng_below(r, 30) == 0) lengths[n - 1] = 0, *is_right = false;
     return (pe_id_sequences){out, lengths, n};
@@ -43,16 +45,16 @@ static pe_id_sequences sequences(rng *r, int32_t *out, int32_t *lengths, size_t 
 /* What looks at the order of the history, or at the spread of the logits. */
 static void ask_more(rng *r, asked *a, bool *is_right) {
     pe_sampler_params *p = &a->params;
-    double *const numbers[] = {&p->top_n_sigma,   &p->dynatemp_range, &p->dynatemp_exponent, &p->xtc_probability,
-                               &p->xtc_threshold, &p->dry_multiplier, &p->dry_base};
+    double *const numbers[] = {&p->top_n_sigma, &p->dynatemp_range, &p->dynatemp_exponent, &p->dry_multiplier, &p->dry_base,
+                               &p->xtc_probability, &p->xtc_threshold}; /* the last two are shares */
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
-        if (rng_below(r, 3) == 0) {
-            *numbers[i] = rng_below(r, 6) ? (double)rng_below(r, 9) / 4 : number(r);
+        if (rng_below(r, 2)) {
+            *numbers[i] = rng_below(r, 30) ? (double)rng_below(r, 5) / 4 + (i < 5) : number(r);
             *is_right &= isfinite(*numbers[i]) != 0;
         }
     int32_t *const counts[] = {&p->repeat_last_n, &p->dry_allowed_length, &p->dry_last_n, &p->no_repeat_ngram_size};
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
-        if (rng_below(r, 3) == 0) *counts[i] = rng_below(r, 30) ? (int32_t)rng_below(r, 4) : (int32_t)rng_next(r);
+        if (rng_below(r, 3) == 0) *counts[i] = rng_below(r, 60) ? 1 + (int32_t)rng_below(r, 3) : (int32_t)rng_next(r);
     p->bad_sequences = sequences(r, a->sequences[0], a->lengths[0], a->vocab_size, is_right);
     p->breakers = sequences(r, a->sequences[1], a->lengths[1], a->vocab_size, is_right);
 }
@@ -134,6 +136,20 @@ static size_t sample(rng *r, pe_sampler *sampler, const asked *a, size_t *failed
     return status != PE_OK;
 }
 
+/* A history of few tokens, which grows; one that there is no memory for may come again. Returns how many allocations failed. */
+static size_t accept_many(rng *r, pe_sampler *sampler, size_t vocab_size) {
+    char err[PE_ERR_LEN] = "";
+    size_t n_failed = 0;
+    if (rng_below(r, 2)) failing_arm(rng_below(r, 3), rng_below(r, 2));
+    for (size_t k = rng_below(r, 600); k > 0; k--) {
+        const int32_t token = (int32_t)(k * k % N_USUAL % vocab_size);
+        pe_status status = pe_sampler_accept(sampler, token, k % 2, err);
+        if (status == PE_ERR_OUT_OF_MEMORY && (n_failed += failing_disarm()) > 0) status = pe_sampler_accept(sampler, token, k % 2, err);
+        if (status != PE_OK) violation("accept: status %d (%s)", (int)status, err);
+    }
+    return n_failed + failing_disarm();
+}
+
 size_t fuzz_sampler(rng *r, size_t *failed) {
     asked a;
     bool is_right = ask(r, &a);
@@ -149,8 +165,7 @@ size_t fuzz_sampler(rng *r, size_t *failed) {
         violation("sampler: status %d (%s)", (int)status, err);
     for (size_t i = 0; status == PE_OK && i < MAX_ROWS; i++) {
         int32_t token = rng_below(r, 20) ? (int32_t)rng_below(r, a.vocab_size) : (int32_t)rng_next(r);
-        for (size_t k = rng_below(r, 4) ? 0 : rng_below(r, 600); k > 0; k--) /* a history of few tokens, which grows */
-            pe_sampler_accept(sampler, (int32_t)(k * k % 7 % a.vocab_size), k % 2, err);
+        if (rng_below(r, 4) == 0) *failed += accept_many(r, sampler, a.vocab_size);
         bool is_token = token >= 0 && (size_t)token < a.vocab_size;
         if ((pe_sampler_accept(sampler, token, rng_below(r, 2), err) == PE_OK) != is_token)
             violation("accept of token %d of %zu", (int)token, a.vocab_size);
