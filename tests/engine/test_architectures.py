@@ -449,6 +449,16 @@ def test_constants_that_were_saved_along_say_nothing(tmp_path: Path) -> None:
     assert weight_bytes(freeze(fixtures.write_hf_dir(older, tmp_path / "b"), tmp_path / "n")) == wanted
 
 
+def test_an_amplitude_that_a_norm_behind_it_undoes(tmp_path: Path) -> None:
+    """nanochat norms heads when they are turned."""
+    fixture, found = fixtures.load("nanochat"), []
+    for factor in (1.0, 1.3):
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": factor}
+        model = replace(fixture, hf_config=fixture.hf_config | {"rope_parameters": {**scaling, "rope_theta": 1e4}})
+        found.append(weight_bytes(freeze(fixtures.write_hf_dir(model, tmp_path / f"{factor}"), tmp_path / f"{factor}.m")))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("value", [None, "x", [1.0, 2.0, 3.0], [], [["a"], ["b"]], ["a", "b"], np.ones((2, 2))])
 def test_numbers_of_layers_that_gguf_lacks(value: Any) -> None:
     file = SimpleNamespace(metadata={"xielu.beta": value}, shapes={})

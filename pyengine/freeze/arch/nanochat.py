@@ -1,8 +1,9 @@
 """nanochat: norms without weights, also of each embedding and of each q and k head; no gate, squares of what is positive; a
 softcap of the logits.
 
-It norms heads after RoPE: without weights that is what is done before it here, as no turn changes a mean square. Its RoPE turns
-the other way round: it is the usual one of a head whose halves have changed places.
+It norms heads after RoPE: without weights that is what is done before it here, as no turn changes a mean square; an amplitude
+of RoPE (YaRN's) is lost in that norm. Its RoPE turns the other way round: it is the usual one of a head whose halves have changed
+places.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     halves: Order = np.roll(np.arange(shape.head_dim), shape.head_dim // 2)
     return Traits(
         layers=hf_config.no_windows(shape, activation=hf_config.ungated_activation(config, "relu2")),
-        **hf_config.one_rope(config, shape),
+        rope_tables=(hf_config.scaled_rope(config, shape.head_dim).inv_freq,),
         qkv_bias=has_bias,
         o_bias=has_bias,
         qk_norm=True,
