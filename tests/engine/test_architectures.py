@@ -232,8 +232,8 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "error", "match"),
     [
-        ("granite", {"architectures": ["FalconForCausalLM"]}, UnsupportedModelError, "'Falcon.*known are Llama.*Granite"),
-        ("granite", {"architectures": ..., "model_type": "falcon"}, UnsupportedModelError, "'falcon'.*known are Llama"),
+        ("granite", {"architectures": ["FalconForCausalLM"]}, UnsupportedModelError, "'Falcon.*known are .* Llama, Llava"),
+        ("granite", {"architectures": ..., "model_type": "falcon"}, UnsupportedModelError, "'falcon'.*known are Apertus, Arcee"),
         ("granite", {"hidden_act": "relu2"}, UnsupportedModelError, "activation 'relu2'.*known are .*silu"),
         ("granite", {"rope_scaling": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'.*known are default, linear"),
         ("granite", {"partial_rotary_factor": 0.5}, UnsupportedModelError, "partial_rotary_factor"),

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...errors import UnsupportedModelError
 from ..fields import Fields
 from . import hf_config, rotary
-from .base import PARTS, Architecture, Fold, Order, Shape, SourceName, Tensors, Traits
+from .base import PARTS, Architecture, Fold, Order, Shape, SourceName, Traits, no_gguf
 
 _NORMS = ("attention_norm", "ffn_norm", "norm", "q_norm", "k_norm")
 _MLP = {
@@ -41,11 +40,7 @@ def _hf(config: Fields, shape: Shape) -> Traits:
     )
 
 
-def _gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
-    raise UnsupportedModelError("nanochat is not implemented from GGUF, whose converters do not know it: freeze the directory")
-
-
 NANOCHAT = Architecture(
-    "NanoChatForCausalLM", "nanochat", "nanochat", _hf, _gguf, {**PARTS, **_MLP},
+    "NanoChatForCausalLM", "nanochat", None, _hf, no_gguf, {**PARTS, **_MLP},
     hf_defaults={"rms_norm_eps": 1e-6, "final_logit_softcapping": 15.0},
 )  # fmt: skip
