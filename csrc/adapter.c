@@ -63,6 +63,8 @@ static pe_status check_product(const pe_adapter *adapter, uint32_t layer, pe_ada
     const pe_model *model = adapter->model;
     if (layer >= model->config.n_layers || (unsigned)matrix >= PE_ADAPTER_N_MATRICES)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "there is no matrix %d in layer %u", (int)matrix, layer);
+    if (matrix <= PE_ADAPTER_O && model->layers[layer].short_conv)
+        return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "layer %u is a convolution, which an adapter cannot change", layer);
     if (matrix >= PE_ADAPTER_GATE && model->config.n_experts > 0)
         return pe_fail(PE_ERR_INVALID_ARGUMENT, err, "an adapter cannot change the experts of a mixture");
     if (model->layers[layer].parallel || (matrix >= PE_ADAPTER_GATE && !pe_has_gate(model->layers[layer].activation)))

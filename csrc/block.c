@@ -6,6 +6,7 @@
 #include "adapter.h"
 #include "attention.h"
 #include "matmul.h"
+#include "short_conv.h"
 
 /* One layer's q, k and v of every row: normed, rotated, put where attention looks for them. */
 typedef struct qkv_job {
@@ -194,6 +195,10 @@ void pe_block_project(pe_slice *s, pe_kv_cache *kv, uint32_t index) {
     size_t n = s->n_tokens;
     pe_quantize_rows(s, s->x, pe_x_stride(model), NULL, n, model->config.dim, layer->attention_norm);
     pe_matmul(s, &layer->wqkv, layer->wqkv_bias, s->qkv, pe_qkv_stride(model), PE_STORE);
+    if (layer->short_conv) {
+        pe_short_conv_put(s, kv, index);
+        return;
+    }
     if (pe_adapter_changes(s, layer, PE_ADAPTER_Q, PE_ADAPTER_V)) adapt_qkv(s, layer);
     qkv_job qkv = {s, kv, index};
     pe_parallel_for(s->n_threads, (n + QKV_TOKENS - 1) / QKV_TOKENS, qkv_unit, &qkv, s->control);
@@ -202,9 +207,14 @@ void pe_block_project(pe_slice *s, pe_kv_cache *kv, uint32_t index) {
 pe_status pe_block_attend(pe_slice *s, const pe_kv_cache *kv, uint32_t index, char *err) {
     const pe_model *model = s->model;
     const pe_layer *layer = &model->layers[index];
-    pe_status status = pe_attention(s, kv, index, err);
+    size_t width = layer->short_conv ? model->config.dim : model->q_dim;
+    pe_status status = PE_OK;
+    if (layer->short_conv)
+        pe_short_conv(s, kv, index);
+    else
+        status = pe_attention(s, kv, index, err);
     if (status != PE_OK) return status;
-    pe_quantize_rows(s, s->att, model->q_dim, NULL, s->n_tokens, model->q_dim, NULL);
+    pe_quantize_rows(s, s->att, width, NULL, s->n_tokens, width, NULL);
     if (pe_adapter_changes(s, layer, PE_ADAPTER_O, PE_ADAPTER_O))
         pe_adapter_matmul_add_to_x(s, layer, PE_ADAPTER_O, s->att, model->q_dim, layer->post_attention_norm);
     else if (layer->parallel)

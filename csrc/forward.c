@@ -295,13 +295,17 @@ pe_status pe_debug_block(pe_context *c, uint32_t layer, float *x, size_t n_token
 
 size_t pe_debug_kv_page(const pe_context *c, int32_t sequence, uint32_t layer, uint32_t kv_head, size_t page, void *out,
                         size_t capacity) {
-    size_t n_bytes = pe_kv_chunk_bytes(c->kv), length = pe_kv_length(c->kv, sequence);
+    bool conv = layer < c->model->config.n_layers && c->model->layers[layer].short_conv;
+    size_t n_bytes = conv ? PE_CHUNK * pe_x_stride(c->model) * sizeof(float) : pe_kv_chunk_bytes(c->kv), length = pe_kv_length(c->kv, sequence);
     if (length == SIZE_MAX || page >= pe_pad(length, PE_CHUNK) / PE_CHUNK || layer >= c->model->config.n_layers ||
-        kv_head >= c->model->config.n_kv_heads)
+        kv_head >= (conv ? 1 : c->model->config.n_kv_heads))
         return 0;
-    pe_kv_chunk kv = pe_kv_chunk_at(c->kv, sequence, page, layer, kv_head);
-    if (kv.k == NULL && kv.k_f32 == NULL) return 0;
-    if (capacity > 0)
-        memcpy(out, kv.k_f32 != NULL ? (void *)kv.k_f32 : (void *)kv.k, n_bytes < capacity ? n_bytes : capacity);
+    const void *data = pe_kv_inputs_at(c->kv, sequence, page, layer);
+    if (!conv) {
+        pe_kv_chunk kv = pe_kv_chunk_at(c->kv, sequence, page, layer, kv_head);
+        data = kv.k_f32 != NULL ? (void *)kv.k_f32 : (void *)kv.k;
+    }
+    if (data == NULL) return 0;
+    if (capacity > 0) memcpy(out, data, n_bytes < capacity ? n_bytes : capacity);
     return n_bytes;
 }

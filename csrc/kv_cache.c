@@ -20,21 +20,29 @@ static void chunk_parts(const pe_kv_cache *cache, size_t parts[4]) {
     parts[3] = f32 ? 0 : PE_CHUNK * sizeof(float);
 }
 
+/* Of a page. */
+static size_t layer_bytes(const pe_kv_cache *cache, const pe_layer *layer) {
+    const pe_config *config = &cache->model->config;
+    if (layer->short_conv) return PE_CHUNK * pe_pad(config->dim, PE_PANEL) * sizeof(float);
+    return config->n_kv_heads * cache->chunk_bytes;
+}
+
 /* Layers whose window is shorter than the context are in the window part of a page. */
 static pe_status place_layers(pe_kv_cache *cache, char *err) {
     const pe_model *model = cache->model;
-    size_t n[2] = {0, 0};
+    size_t n_bytes[2] = {0, 0};
     cache->places = malloc(model->config.n_layers * sizeof *cache->places);
     if (cache->places == NULL) return pe_fail(PE_ERR_OUT_OF_MEMORY, err, "out of memory for the KV cache's tables");
     for (uint32_t i = 0; i < model->config.n_layers; i++) {
         size_t window = model->layers[i].window;
         bool is_window = window != 0 && window < model->config.max_seq_len;
-        cache->places[i] = (layer_place){is_window, n[is_window]++};
+        cache->places[i] = (layer_place){is_window, n_bytes[is_window], layer_bytes(cache, &model->layers[i])};
+        n_bytes[is_window] += cache->places[i].n_bytes;
         if (is_window && window > cache->window) cache->window = window;
     }
     /* No overflow: the config's caps bound this by 2^12 * 2^12 * (256 * 512 * 8) < 2^45. */
-    cache->pages.data_bytes = n[false] * model->config.n_kv_heads * cache->chunk_bytes;
-    cache->pages.window_bytes = n[true] * model->config.n_kv_heads * cache->chunk_bytes;
+    cache->pages.data_bytes = n_bytes[false];
+    cache->pages.window_bytes = n_bytes[true];
     return PE_OK;
 }
 
@@ -306,6 +314,20 @@ pe_status pe_kv_match(pe_kv_cache *cache, const int32_t *tokens, size_t n, const
 
 /* ------------------------------------------------------------------ for a forward */
 
+/* What the first n_tokens positions of a page hold. The rows of a convolution lie one after the other: of those that nobody has written
+ * yet, most of a large part, there is nothing to copy. */
+static void copy_positions(const pe_kv_cache *cache, pe_page *to, const pe_page *from, size_t n_tokens) {
+    for (uint32_t layer = 0; layer < cache->model->config.n_layers; layer++) {
+        const layer_place *place = &cache->places[layer];
+        char *out = place->is_window ? to->window : to->data;
+        const char *in = place->is_window ? from->window : from->data;
+        size_t n_bytes = cache->model->layers[layer].short_conv ? place->n_bytes / PE_CHUNK * n_tokens : place->n_bytes;
+        memcpy(out + place->offset, in + place->offset, n_bytes);
+    }
+    memcpy(to->tokens, from->tokens, n_tokens * sizeof *to->tokens);
+    to->n_tokens = n_tokens;
+}
+
 /* Position `length` is about to be written. If its page exists it must be this sequence's alone, and nobody may remember
  * it with other tokens there. */
 static pe_status own_last_page(pe_kv_cache *cache, sequence *s, char *err) {
@@ -315,10 +337,7 @@ static pe_status own_last_page(pe_kv_cache *cache, sequence *s, char *err) {
     if (last->n_references == 1 && last->n_tokens <= in_page && last->first_child == NULL) return PE_OK;
     pe_page *copy = pe_page_new(&cache->pages);
     if (copy == NULL) return out_of_memory(cache, err);
-    if (copy->data != NULL) memcpy(copy->data, last->data, cache->pages.data_bytes);
-    if (copy->window != NULL) memcpy(copy->window, last->window, cache->pages.window_bytes);
-    memcpy(copy->tokens, last->tokens, in_page * sizeof *copy->tokens);
-    copy->n_tokens = in_page;
+    copy_positions(cache, copy, last, in_page);
     pe_page_release_window(&cache->pages, last);
     pe_page_release(&cache->pages, last);
     s->pages[s->n_pages - 1] = copy;
@@ -402,12 +421,21 @@ void pe_kv_forget_drafts(pe_kv_cache *cache) {
 
 size_t pe_kv_chunk_bytes(const pe_kv_cache *cache) { return cache->chunk_bytes; }
 
-pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t id, size_t page_index, uint32_t layer, uint32_t kv_head) {
+/* A layer's bytes in a page of a sequence; NULL if they are gone. */
+static char *layer_at(const pe_kv_cache *cache, int32_t id, size_t page_index, uint32_t layer) {
     const layer_place *place = &cache->places[layer];
     const pe_page *page = cache->sequences[id].pages[page_index];
     char *part = place->is_window ? page->window : page->data;
-    if (part == NULL) return (pe_kv_chunk){0};
-    return pe_kv_chunk_in(cache, part + (place->index * cache->model->config.n_kv_heads + kv_head) * cache->chunk_bytes);
+    return part == NULL ? NULL : part + place->offset;
+}
+
+pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t id, size_t page_index, uint32_t layer, uint32_t kv_head) {
+    char *chunks = layer_at(cache, id, page_index, layer);
+    return chunks == NULL ? (pe_kv_chunk){0} : pe_kv_chunk_in(cache, chunks + kv_head * cache->chunk_bytes);
+}
+
+float *pe_kv_inputs_at(const pe_kv_cache *cache, int32_t id, size_t page_index, uint32_t layer) {
+    return (float *)layer_at(cache, id, page_index, layer);
 }
 
 pe_kv_chunk pe_kv_chunk_in(const pe_kv_cache *cache, char *k) {

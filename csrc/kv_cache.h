@@ -2,7 +2,9 @@
  *
  * A page holds all layers and kv heads of one attention chunk, so a kernel always sees a whole chunk in one piece:
  *     page: layer x kv head (n_kv_heads) x chunk      chunk: k, k_scales, v, v_scales as pe_kv_chunk (kernels.h)
- * It has two parts: the layers that see everything before them, and those with a window. As a sequence grows, it lets go of the
+ * A layer that is a convolution has, instead of keys and values, a row of inputs for each position (256, pad16(dim)), float32, and is one
+ * with a window otherwise: whatever shares, copies, takes back or saves positions knows no more of it.
+ * A page has two parts: the layers that see everything before them, and those with a window. As a sequence grows, it lets go of the
  * window parts that none of its later queries will see, but for PE_KV_UNDO tokens that it may lose again (a wrong guess of a
  * draft model, logits that an exception took). What needs window parts that are gone, a prefix of another text or a longer way
  * back, goes on from the longest beginning that has those it needs, be it an empty one: what is computed then is the same.
@@ -75,10 +77,12 @@ void pe_kv_rollback(pe_kv_cache *cache, int32_t sequence);
 /* Give the drafted positions of every sequence back. */
 void pe_kv_forget_drafts(pe_kv_cache *cache);
 
-/* One chunk (page) of a live sequence; page < pages that cover its length. All NULL if the page's window part is gone, which
- * no query will see. */
+/* One chunk (page) of a live sequence, of a layer with attention; page < pages that cover its length. All NULL if the page's window
+ * part is gone, which no query will see. */
 pe_kv_chunk pe_kv_chunk_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer, uint32_t kv_head);
-/* Of each of them, k, k_scales, v and v_scales together. */
+/* The inputs of a convolution likewise: (256, pad16(dim)), NULL if they are gone. */
+float *pe_kv_inputs_at(const pe_kv_cache *cache, int32_t sequence, size_t page, uint32_t layer);
+/* Of each chunk, k, k_scales, v and v_scales together. */
 size_t pe_kv_chunk_bytes(const pe_kv_cache *cache);
 /* The chunk whose bytes begin at `data`, aligned to 64. */
 pe_kv_chunk pe_kv_chunk_in(const pe_kv_cache *cache, char *data);

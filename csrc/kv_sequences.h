@@ -18,10 +18,10 @@ typedef struct sequence {
     size_t first_window; /* it holds the window parts of pages[first_window] and of all after it */
 } sequence;
 
-/* Where a layer's chunks are: in which part of a page, and there behind those of so many layers. */
+/* Where in a page a layer is: in which part, and there at which bytes. */
 typedef struct layer_place {
     bool is_window;
-    size_t index;
+    size_t offset, n_bytes;
 } layer_place;
 
 typedef struct pe_kv_cache {

@@ -9,6 +9,10 @@
 
 typedef enum page_part { DATA, WINDOW } page_part; /* in the order of the snapshot */
 
+static bool is_in(const pe_kv_cache *cache, uint32_t layer, page_part part) {
+    return cache->places[layer].is_window == (part == WINDOW);
+}
+
 static size_t part_bytes_of(const pe_kv_cache *cache, page_part part) {
     return part == WINDOW ? cache->pages.window_bytes : cache->pages.data_bytes;
 }
@@ -62,12 +66,23 @@ static void clear_position(const pe_kv_chunk *kv, size_t head_dim_p, size_t p) {
     kv->k_scales[p] = kv->v_scales[p] = 0.0f;
 }
 
-/* Positions from n_tokens on of the chunks in a page's part (n_bytes) become zeros. */
-static void clear_tail(const pe_kv_cache *cache, char *part, size_t n_bytes, size_t n_tokens) {
+/* Positions from n_tokens on of a layer's bytes become zeros. */
+static void clear_layer(const pe_kv_cache *cache, uint32_t layer, char *data, size_t n_tokens) {
+    size_t n_bytes = cache->places[layer].n_bytes;
+    if (cache->model->layers[layer].short_conv) {
+        memset(data + n_bytes / PE_CHUNK * n_tokens, 0, n_bytes / PE_CHUNK * (PE_CHUNK - n_tokens));
+        return;
+    }
     for (size_t at = 0; at < n_bytes; at += pe_kv_chunk_bytes(cache)) {
-        pe_kv_chunk kv = pe_kv_chunk_in(cache, part + at);
+        pe_kv_chunk kv = pe_kv_chunk_in(cache, data + at);
         for (size_t p = n_tokens; p < PE_CHUNK; p++) clear_position(&kv, cache->model->head_dim_p, p);
     }
+}
+
+/* The same of all layers of a page's part, which begins at `data`. */
+static void clear_tail(const pe_kv_cache *cache, page_part part, char *data, size_t n_tokens) {
+    for (uint32_t layer = 0; layer < cache->model->config.n_layers; layer++)
+        if (is_in(cache, layer, part)) clear_layer(cache, layer, data + cache->places[layer].offset, n_tokens);
 }
 
 pe_status pe_kv_snapshot_save(const pe_kv_cache *cache, int32_t sequence, char *out, size_t n_bytes, char *err) {
@@ -80,7 +95,7 @@ pe_status pe_kv_snapshot_save(const pe_kv_cache *cache, int32_t sequence, char *
             size_t part_bytes = part_bytes_of(cache, part), here = n_tokens - page * PE_CHUNK;
             if (part_bytes == 0) continue;
             memcpy(out, part_of(cache->sequences[sequence].pages[page], part), part_bytes);
-            if (here < PE_CHUNK) clear_tail(cache, out, part_bytes, here);
+            if (here < PE_CHUNK) clear_tail(cache, part, out, here);
             out += part_bytes;
         }
     }
@@ -108,16 +123,30 @@ static bool is_legal(const pe_kv_chunk *kv, const struct pe_kernels *kernels, si
            are_scales(kv->k_scales, PE_CHUNK) && are_scales(kv->v_scales, PE_CHUNK);
 }
 
-static pe_status check_contents(const pe_kv_cache *cache, const struct pe_kernels *kernels, const char *in, size_t n_bytes,
-                                char *err) {
-    size_t chunk_bytes = pe_kv_chunk_bytes(cache), n_codes = PE_CHUNK * cache->model->head_dim_p;
-    for (size_t at = 0; at < n_bytes; at += chunk_bytes) {
-        pe_kv_chunk kv = pe_kv_chunk_in(cache, (char *)in + at); /* only read */
-        if (!is_legal(&kv, kernels, n_codes))
-            return pe_fail(PE_ERR_INVALID_ARGUMENT, err,
-                           "the keys and values hold what no text has (code -128, a negative scale, or not finite)");
+/* The same of a layer's bytes. */
+static bool is_legal_layer(const pe_kv_cache *cache, const struct pe_kernels *kernels, uint32_t layer, const char *data) {
+    size_t n_bytes = cache->places[layer].n_bytes, n_codes = PE_CHUNK * cache->model->head_dim_p;
+    if (cache->model->layers[layer].short_conv) return are_finite((const float *)data, n_bytes / sizeof(float));
+    for (size_t at = 0; at < n_bytes; at += pe_kv_chunk_bytes(cache)) {
+        pe_kv_chunk kv = pe_kv_chunk_in(cache, (char *)data + at); /* only read */
+        if (!is_legal(&kv, kernels, n_codes)) return false;
     }
-    return PE_OK;
+    return true;
+}
+
+/* Of the snapshot `in` of n_tokens, whose window parts begin with page first_window. */
+static pe_status check_contents(const pe_kv_cache *cache, const struct pe_kernels *kernels, const char *in, size_t n_tokens,
+                                size_t first_window, char *err) {
+    bool legal = true;
+    for (size_t page = 0; page < pages_of(n_tokens); page++)
+        for (int part = DATA; part <= (int)last_part(page, first_window); part++) {
+            for (uint32_t layer = 0; layer < cache->model->config.n_layers && legal; layer++)
+                if (is_in(cache, layer, part)) legal = is_legal_layer(cache, kernels, layer, in + cache->places[layer].offset);
+            in += part_bytes_of(cache, part);
+        }
+    return legal ? PE_OK
+                 : pe_fail(PE_ERR_INVALID_ARGUMENT, err,
+                           "the keys and values hold what no text has (code -128, a negative scale, or not finite)");
 }
 
 /* Whether the pages from `begin` (whole pages) to n_tokens, with window parts from page first_window on, fit beside all that is held.
@@ -152,7 +181,7 @@ pe_status pe_kv_snapshot_restore(pe_kv_cache *cache, const struct pe_kernels *ke
                                  const uint8_t salt[PE_SALT_BYTES], const char *in, size_t n_bytes, int32_t *out, char *err) {
     size_t begin = 0, first_window = 0;
     pe_status status = find_first_window(cache, n, n_bytes, &first_window, err);
-    if (status == PE_OK) status = check_contents(cache, kernels, in, n_bytes, err);
+    if (status == PE_OK) status = check_contents(cache, kernels, in, n, first_window, err);
     if (status == PE_OK) status = pe_kv_match(cache, tokens, n, salt, true, out, &begin, err);
     if (status != PE_OK || begin == n) return status;
     /* What is shared ends with a whole page: where layers with a window have let go of theirs, earlier than asked for. */

@@ -1,7 +1,7 @@
 /* kv_snapshot.h: the keys and values of a sequence as bytes, to keep them in a file and to put them back.
  *
- *     snapshot: page after page, of each its two parts as kv_cache.h has them in memory: chunks of the layers that see
- *               everything, then chunks of those with a window, the latter only of the pages whose window part the sequence
+ *     snapshot: page after page, of each its two parts as kv_cache.h has them in memory: the layers that see everything,
+ *               then those with a window, the latter only of the pages whose window part the sequence
  *               holds: those that one of its length keeps (pe_kv_first_window), less what had made room before it shared
  *               its pages. The number of bytes says which they are
  *

@@ -104,6 +104,21 @@ static size_t find_activation(const char *name) {
     return i;
 }
 
+/* Whether the layer is a convolution: its mixer is known. */
+static bool is_convolution(const pe_layer_spec *layer) { return layer->mixer != NULL && strcmp(layer->mixer, "short_conv") == 0; }
+
+static pe_status check_mixer(const pe_layer_spec *layer, uint32_t i, char *err) {
+    if (!is_convolution(layer) && layer->mixer != NULL && strcmp(layer->mixer, "attention") != 0)
+        return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the mixer %.64s, which is not known", i, layer->mixer);
+    if (!is_convolution(layer)) return PE_OK;
+    if (layer->window < 1 || layer->window > PE_MAX_TAPS)
+        return pe_fail(PE_ERR_FORMAT, err, "config: window of layer %u, a short_conv, is %u, expected 1 to %u", i, layer->window,
+                       PE_MAX_TAPS);
+    if (norms[find_norm(layer->norm)].parallel)
+        return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the norm rmsnorm_parallel and is a short_conv", i);
+    return PE_OK;
+}
+
 static pe_status check_layer(const pe_layer_spec *layer, uint32_t i, uint32_t n_experts, char *err) {
     if (layer->window > 1 << 24)
         return pe_fail(PE_ERR_FORMAT, err, "config: window of layer %u is %u, expected 0 to %u", i, layer->window,
@@ -119,7 +134,7 @@ static pe_status check_layer(const pe_layer_spec *layer, uint32_t i, uint32_t n_
                        layer->activation == NULL ? "(none)" : layer->activation);
     if (norms[find_norm(layer->norm)].parallel && n_experts > 0)
         return pe_fail(PE_ERR_FORMAT, err, "config: layer %u has the norm rmsnorm_parallel and experts", i);
-    return PE_OK;
+    return check_mixer(layer, i, err);
 }
 
 static pe_status set_layers(pe_model *model, const pe_layer_spec *specs, char *err) {
@@ -127,6 +142,8 @@ static pe_status set_layers(pe_model *model, const pe_layer_spec *specs, char *e
     for (uint32_t i = 0; i < model->config.n_layers; i++) {
         pe_status status = check_layer(&specs[i], i, model->config.n_experts, err);
         if (status != PE_OK) return status;
+        model->layers[i].short_conv = is_convolution(&specs[i]);
+        model->has_convolutions |= model->layers[i].short_conv;
         model->layers[i].window = specs[i].window;
         model->layers[i].rope = specs[i].rope;
         model->layers[i].norm_before = norms[find_norm(specs[i].norm)].before;
@@ -163,6 +180,9 @@ pe_status pe_model_create(pe_model **out, const pe_config *config, char *err) {
         pe_model_destroy(model);
         return status;
     }
+    size_t convolved = model->has_convolutions ? config->dim : 0, qkv = model->q_dim + 2 * model->kv_dim;
+    model->qkv_width = 3 * convolved > qkv ? 3 * convolved : qkv;
+    model->mixed_width = convolved > model->q_dim ? convolved : model->q_dim;
     *out = model;
     return PE_OK;
 }
@@ -256,24 +276,38 @@ static void visit_mlps(visitor *v, const pe_config *c, pe_layer *layer, int inde
     if (c->shared_hidden_dim > 0) visit_mlp(v, c, layer, c->n_experts, c->shared_hidden_dim, "shared.", index);
 }
 
+static void visit_convolution(visitor *v, const pe_config *c, pe_layer *layer, int index) {
+    visit_matrix(v, &layer->wqkv, pe_pad(3 * (size_t)c->dim, PE_PANEL), c->dim, "conv_in", index);
+    visit_vector(v, &layer->taps, (size_t)layer->window * c->dim, "taps", index);
+    visit_matrix(v, &layer->wo, pe_pad(c->dim, PE_PANEL), c->dim, "conv_out", index);
+}
+
+static void visit_attention(visitor *v, const pe_model *model, pe_layer *layer, int index) {
+    const pe_config *c = &model->config;
+    size_t qkv = model->q_dim + 2 * model->kv_dim;
+    size_t q_norm = c->qk_norm_all_heads ? model->q_dim : c->head_dim, k_norm = c->qk_norm_all_heads ? model->kv_dim : c->head_dim;
+    visit_matrix(v, &layer->wqkv, pe_pad(qkv, PE_PANEL), c->dim, "wqkv", index);
+    if (c->qkv_bias) visit_vector(v, &layer->wqkv_bias, qkv, "wqkv.bias", index);
+    if (c->key_bias) visit_vector(v, &layer->key_bias_vector, model->kv_dim, "key_bias", index);
+    if (c->qk_norm) visit_vector(v, &layer->q_norm, q_norm, "q_norm", index);
+    if (c->qk_norm) visit_vector(v, &layer->k_norm, k_norm, "k_norm", index);
+    if (c->attention_sinks) visit_vector(v, &layer->sinks, c->n_heads, "sinks", index);
+    visit_matrix(v, &layer->wo, pe_pad(c->dim, PE_PANEL), model->q_dim, "wo", index);
+    if (c->o_bias) visit_vector(v, &layer->wo_bias, c->dim, "wo.bias", index);
+}
+
 static int visit_tensors(pe_model *model, visit_fn fn, void *arg) {
     const pe_config *c = &model->config;
     visitor v = {.fn = fn, .arg = arg};
-    size_t vocab_padded = pe_pad(c->vocab_size, PE_PANEL), dim_padded = pe_pad(c->dim, PE_PANEL);
-    size_t qkv = model->q_dim + 2 * model->kv_dim;
-    size_t q_norm = c->qk_norm_all_heads ? model->q_dim : c->head_dim, k_norm = c->qk_norm_all_heads ? model->kv_dim : c->head_dim;
+    size_t vocab_padded = pe_pad(c->vocab_size, PE_PANEL);
     visit_matrix(&v, &model->tok_embeddings, vocab_padded, c->dim, "tok_embeddings", -1);
     for (uint32_t i = 0; i < c->n_layers; i++) {
         pe_layer *layer = &model->layers[i];
         if (layer->norm_before) visit_vector(&v, &layer->attention_norm, c->dim, "attention_norm", (int)i);
-        visit_matrix(&v, &layer->wqkv, pe_pad(qkv, PE_PANEL), c->dim, "wqkv", (int)i);
-        if (c->qkv_bias) visit_vector(&v, &layer->wqkv_bias, qkv, "wqkv.bias", (int)i);
-        if (c->key_bias) visit_vector(&v, &layer->key_bias_vector, model->kv_dim, "key_bias", (int)i);
-        if (c->qk_norm) visit_vector(&v, &layer->q_norm, q_norm, "q_norm", (int)i);
-        if (c->qk_norm) visit_vector(&v, &layer->k_norm, k_norm, "k_norm", (int)i);
-        if (c->attention_sinks) visit_vector(&v, &layer->sinks, c->n_heads, "sinks", (int)i);
-        visit_matrix(&v, &layer->wo, dim_padded, model->q_dim, "wo", (int)i);
-        if (c->o_bias) visit_vector(&v, &layer->wo_bias, c->dim, "wo.bias", (int)i);
+        if (layer->short_conv)
+            visit_convolution(&v, c, layer, (int)i);
+        else
+            visit_attention(&v, model, layer, (int)i);
         if (layer->norm_after) visit_vector(&v, &layer->post_attention_norm, c->dim, "post_attention_norm", (int)i);
         if (layer->norm_before && !layer->parallel) visit_vector(&v, &layer->ffn_norm, c->dim, "ffn_norm", (int)i);
         if (layer->activation == PE_ACTIVATION_XIELU) visit_vector(&v, &layer->xielu, 3, "xielu", (int)i);
@@ -349,6 +383,7 @@ static pe_status make_tables(pe_model *model, char *err) {
     uint64_t float_env = pe_float_env_enter();
     for (uint32_t i = 0; i < c->n_layers && complete; i++) {
         pe_layer *layer = &model->layers[i];
+        if (layer->short_conv) continue;
         layer->key_bias = pe_key_bias_create(layer->key_bias_vector, c->n_kv_heads, c->head_dim);
         complete = layer->key_bias != NULL;
     }

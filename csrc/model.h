@@ -7,7 +7,7 @@
 #include "key_bias.h"
 #include "pyengine.h"
 
-enum { PE_MAX_ROPE_TABLES = 16, PE_MAX_EXPERTS = 1024, PE_MAX_MODEL_EXPERTS = 16384 };
+enum { PE_MAX_ROPE_TABLES = 16, PE_MAX_EXPERTS = 1024, PE_MAX_MODEL_EXPERTS = 16384, PE_MAX_TAPS = 16 };
 
 typedef enum pe_activation {
     PE_ACTIVATION_SWIGLU,
@@ -33,19 +33,21 @@ typedef struct pe_expert {
 /* A norm that the layer does not have is NULL: it has the two of attention_norm and ffn_norm, or the two that follow what
  * attention and the MLP add, or all four, or attention_norm alone if both read what it gives. */
 typedef struct pe_layer {
+    bool short_conv;              /* a convolution (short_conv.h) in attention's place, over the last `window` positions */
     uint32_t window;              /* a query sees the last `window` positions, its own included; 0 = all */
     uint32_t rope;                /* its table in inv_freq */
     pe_activation activation;
     bool norm_before, norm_after; /* which of the four there are */
     bool parallel;                /* the MLP reads what attention read: norm_before without an ffn_norm */
     const float *attention_norm;  /* (dim) or NULL */
-    pe_matrix wqkv;               /* (q_dim + 2 kv_dim, dim): rows of q, then k, then v */
+    pe_matrix wqkv;               /* (q_dim + 2 kv_dim, dim): rows of q, then k, then v; of a convolution conv_in (3 dim, dim) */
+    const float *taps;            /* of a convolution (window, dim), the oldest position's first; else NULL */
     const float *wqkv_bias;       /* (q_dim + 2 kv_dim) or NULL */
     const float *key_bias_vector; /* (kv_dim) or NULL: what wqkv_bias lacks of k's bias */
     pe_key_bias *key_bias;        /* the same, made ready; ours */
     const float *q_norm, *k_norm; /* (head_dim), or (q_dim) and (kv_dim) with qk_norm_all_heads, or NULL */
     const float *sinks;           /* (n_heads) or NULL: a score of each head that has no value */
-    pe_matrix wo;                 /* (dim, q_dim) */
+    pe_matrix wo;                 /* (dim, q_dim); of a convolution conv_out (dim, dim) */
     const float *wo_bias;         /* (dim) or NULL */
     const float *post_attention_norm; /* (dim) or NULL: of what wo gives, before it is added */
     const float *ffn_norm;        /* (dim) or NULL */
@@ -61,6 +63,9 @@ struct pe_model {
     pe_config config; /* without `layers` */
     size_t q_dim, kv_dim;
     size_t head_dim_p;        /* head_dim padded to 16: q, K and V */
+    size_t qkv_width;         /* rows of the widest wqkv */
+    size_t mixed_width;       /* columns of the widest wo */
+    bool has_convolutions;    /* some layer is one */
     pe_matrix tok_embeddings; /* (vocab_size, dim) */
     pe_layer *layers;         /* (n_layers) */
     pe_expert *experts;       /* of all layers, one after the other */

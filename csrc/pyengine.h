@@ -66,11 +66,12 @@ pe_status pe_isa_active(const char **name, char *err);
 
 /* What may differ from layer to layer. */
 typedef struct pe_layer_spec {
-    uint32_t window;        /* a query sees the last `window` positions, its own included; 0 = all */
+    uint32_t window;        /* a query sees the last `window` positions, its own included; 0 = all. A convolution: 1 to 16 */
     uint32_t rope;          /* which table of RoPE frequencies */
     const char *norm;       /* "rmsnorm" before attention and before the MLP, "rmsnorm_after" them, "rmsnorm_around" both,
                              * "rmsnorm_parallel" one before both, which read the same */
     const char *activation; /* "swiglu", "swiglu_clamped", "geglu_tanh"; without a gate "gelu_tanh", "gelu", "relu2", "xielu" */
+    const char *mixer;      /* "attention", which NULL says too, or "short_conv": a gated convolution in its place */
 } pe_layer_spec;
 
 typedef struct pe_config {

@@ -39,7 +39,7 @@ static size_t list_buffers(pe_slice *s, size_t n, buffer buffers[N_BUFFERS]) {
         {(void **)&s->expert_weights, experts ? n * n_mlps * sizeof(float) : 0},
         {(void **)&s->expert_taken, experts ? n * n_mlps : 0},
         {(void **)&s->qkv, n * pe_qkv_stride(model) * sizeof(float)},
-        {(void **)&s->att, n * model->q_dim * sizeof(float)},
+        {(void **)&s->att, n * model->mixed_width * sizeof(float)},
         {(void **)&s->h, n * pe_h_stride(model) * sizeof(float)},
         {(void **)&s->act.codes, n * widest},
         {(void **)&s->act.scales, n * widest / PE_GROUP * sizeof(float)},
@@ -95,9 +95,16 @@ pe_status pe_slice_reserve(pe_slice *s, size_t n_tokens, char *err) {
 }
 
 void pe_slice_expect_adapters(pe_slice *s, size_t n_ranks) {
-    if (n_ranks <= s->n_ranks) return;
+    if (n_ranks == 0 && s->n_ranks == 0) return;
+    if (n_ranks > s->recent_ranks) s->recent_ranks = n_ranks;
+    size_t wanted = n_ranks > s->n_ranks ? n_ranks : s->n_ranks;
+    if (++s->n_recent == PE_SLICE_RECENT) {
+        wanted = s->recent_ranks;
+        s->n_recent = s->recent_ranks = 0;
+    }
+    if (wanted == s->n_ranks) return;
     free_buffers(s);
-    s->n_ranks = n_ranks;
+    s->n_ranks = wanted;
 }
 
 pe_status pe_slice_reserve_partials(pe_slice *s, size_t n_floats, char *err) {
@@ -247,6 +254,7 @@ void pe_slice_keep(pe_slice *s, size_t n_kept) {
         if (from == to) continue;
         move_row(s->x, pe_x_stride(s->model) * sizeof(float), to, from);
         move_queries(s, to, from);
+        if (s->model->has_convolutions) move_row(s->qkv, pe_qkv_stride(s->model) * sizeof(float), to, from);
         s->origins[to] = s->origins[from];
         s->sequences[to] = s->sequences[from];
         s->positions[to] = s->positions[from];

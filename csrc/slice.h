@@ -14,6 +14,7 @@ enum {
     /* Tokens that go through the layers together; a longer batch is cut. Their activations should fit a share of the
      * last-level cache: beyond that a longer slice only saves reading the weights again. */
     PE_SLICE = 256,
+    PE_SLICE_RECENT = 256, /* batches after which room that none of them needed is given back */
     PE_SLICE_MAX = 512,    /* what the buffers may grow to: pe_debug_block looks at longer slices */
     PE_ATTENTION_ROWS = 32 /* query rows (tokens x heads of one kv head) that share a pass over K and V */
 };
@@ -53,8 +54,8 @@ typedef struct pe_slice {
     float *expert_out;      /* (capacity, pad16(dim)) what one expert gave to the rows that take it; with experts, as the next two */
     float *expert_weights;  /* (capacity, pe_n_mlps) */
     uint8_t *expert_taken;  /* (capacity, pe_n_mlps) 1 = the row takes it; the shared one, the last, is taken by all */
-    float *qkv;             /* (capacity, pad16(q_dim + 2 kv_dim)) */
-    float *att;             /* (capacity, q_dim) attention output */
+    float *qkv;             /* (capacity, pad16(qkv_width)) q, k and v, or the three of a convolution */
+    float *att;             /* (capacity, mixed_width) output of attention, rows of q_dim, or of a convolution, of dim */
     float *h;               /* (capacity, pad16(pe_widest_mlp)) what the activation gave */
     pe_activations act;     /* the quantized input of the next matmul */
     int8_t *q;              /* (n_kv_heads, capacity, n_rep, head_dim_p) */
@@ -66,8 +67,9 @@ typedef struct pe_slice {
     pe_query_block *blocks; /* (capacity) */
     size_t n_blocks;
 
-    /* Rows with adapters (adapter.h). The buffers are there once a batch has had some. */
-    size_t n_ranks;           /* so many low-rank values of a row there is room for; 0 = there has been no adapter */
+    /* Rows with adapters (adapter.h). The buffers are there once a batch has had some, until PE_SLICE_RECENT batches had none. */
+    size_t n_ranks;           /* so many low-rank values of a row there is room for; 0 = no adapter is expected */
+    size_t n_recent, recent_ranks; /* batches that were counted since the room was last measured, and the most that they needed */
     size_t *adapted;          /* (capacity) rows with an adapter, group by group */
     pe_adapter_group *groups; /* (capacity) */
     size_t n_groups;
@@ -98,8 +100,8 @@ size_t pe_slice_bytes(const pe_slice *slice);
 
 /* Grow the buffers to n_tokens rows (at most PE_SLICE_MAX). What was in them is lost. */
 pe_status pe_slice_reserve(pe_slice *slice, size_t n_tokens, char *err);
-/* Let buffers that are reserved from now on have room for adapters whose products of one input have n_ranks ranks. What was
- * in the buffers is lost. */
+/* Called before every batch: let buffers that are reserved from now on have room for adapters whose products of one input have
+ * n_ranks ranks. Room that PE_SLICE_RECENT batches did not need is given back. What was in the buffers is lost. */
 void pe_slice_expect_adapters(pe_slice *slice, size_t n_ranks);
 /* Grow `partials` to n_floats. What was in it is lost. */
 pe_status pe_slice_reserve_partials(pe_slice *slice, size_t n_floats, char *err);
@@ -108,8 +110,8 @@ pe_status pe_slice_reserve_partials(pe_slice *slice, size_t n_floats, char *err)
  * layers. */
 pe_status pe_slice_prepare(pe_slice *slice, char *err);
 /* Between a layer's q, k, v and its attention: only the rows selected[0, n_kept) go on, in their order and at the front; the others leave.
- * What rows are from here on (x, the quantized q, positions, sequences, failures, adapters, query blocks) moves with them; RoPE's angles,
- * which are behind them, do not. */
+ * What rows are from here on (x, the quantized q, what a convolution reads of qkv, positions, sequences, failures, adapters, query
+ * blocks) moves with them; RoPE's angles, which are behind them, do not. */
 void pe_slice_keep(pe_slice *slice, size_t n_kept);
 /* Whether the model's key biases are kept out of this cache: not out of a float32 one. */
 static inline bool pe_slice_has_key_bias(const pe_slice *slice) {
@@ -151,9 +153,7 @@ static inline float *pe_thread_scratch(const pe_slice *slice, int thread) {
 
 /* Floats from one row of x, qkv, h to the next. */
 static inline size_t pe_x_stride(const pe_model *model) { return pe_pad(model->config.dim, PE_PANEL); }
-static inline size_t pe_qkv_stride(const pe_model *model) {
-    return pe_pad(model->q_dim + 2 * model->kv_dim, PE_PANEL);
-}
+static inline size_t pe_qkv_stride(const pe_model *model) { return pe_pad(model->qkv_width, PE_PANEL); }
 static inline size_t pe_h_stride(const pe_model *model) { return pe_pad(pe_widest_mlp(&model->config), PE_PANEL); }
 
 #endif

@@ -66,10 +66,10 @@ cdef class Model:
             c.attention_sinks, c.router_bias = config.attention_sinks, config.router_bias
             c.gate_up_bias, c.down_bias = config.gate_up_bias, config.down_bias
             c.attention_softcap, c.logits_softcap = config.attention_softcap, config.logits_softcap
-            names = [(layer.norm.encode(), layer.activation.encode()) for layer in layers]
+            names = [(layer.norm.encode(), layer.activation.encode(), layer.mixer.encode()) for layer in layers]
             for i, layer in enumerate(layers):
                 specs[i].window, specs[i].rope = layer.window, layer.rope
-                specs[i].norm, specs[i].activation = names[i][0], names[i][1]
+                specs[i].norm, specs[i].activation, specs[i].mixer = names[i][0], names[i][1], names[i][2]
             c.layers = specs
             check(pe_model_create(&self.model, &c, err), err)
         finally:

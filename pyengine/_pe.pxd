@@ -25,6 +25,7 @@ cdef extern from "pyengine.h" nogil:
         uint32_t window, rope
         const char *norm
         const char *activation
+        const char *mixer
     ctypedef struct pe_config:
         uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len
         float norm_eps

@@ -44,9 +44,13 @@ _MODULES: Mapping[str, _Module] = {
     "self_attn.k_proj": _Module("k", "k"),
     "self_attn.v_proj": _Module("v", "v"),
     "self_attn.o_proj": _Module("o", "wo"),
+    "self_attn.out_proj": _Module("o", "wo"),
     "mlp.gate_proj": _Module("gate", "gate"),
     "mlp.up_proj": _Module("up", "up"),
     "mlp.down_proj": _Module("down", "down"),
+    "feed_forward.w1": _Module("gate", "gate"),
+    "feed_forward.w3": _Module("up", "up"),
+    "feed_forward.w2": _Module("down", "down"),
 }
 # Beside a text model's own name: of models that also see (transformers 4 and 5).
 _TENSOR = re.compile(r"(?:model|model\.language_model|language_model\.model)\.layers\.(0|[1-9]\d{0,4})\.(.+)\.weight")
@@ -123,7 +127,8 @@ class Adapters:
         if match is None or match[2] not in _MODULES or (config.n_experts and match[2].startswith("mlp.")):
             kind = "experts" if config.n_experts else "what is no projection of attention or of the MLP"
             raise UnsupportedModelError(f"the adapter changes {shown(tensor)}: adapters beside a model cannot change {kind}")
-        if int(match[1]) >= config.n_layers:
+        layer = int(match[1])
+        if layer >= config.n_layers or (config.is_convolution(layer) and match[2].startswith("self_attn.")):
             return None
         dim, hidden, q, kv = config.dim, config.hidden_dim, config.q_dim, config.kv_dim
         shapes = {

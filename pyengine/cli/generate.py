@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--suffix",
         metavar="TEXT",
-        help="text that follows a hole: a code model fills what belongs between the prompt and it; @FILE reads it from a file",
+        help="text that follows a hole: a code model fills what belongs between the prompt and it; @FILE reads a file. "
+        "It and the prompt are then taken whole, with the final newline of a file",
     )
     add(
         "--token-healing",

@@ -110,7 +110,7 @@ def _spelled(token: dict[str, Any]) -> str:
 
 
 def _layer_lines(layers: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What of LayerSpec is worth a line: windows, and RoPE tables where layers differ."""
+    """What of LayerSpec is worth a line: windows, convolutions, and RoPE tables where layers differ."""
 
     def spread(values: Any, spelled: Callable[[Any], str]) -> str:
         if not isinstance(values, list):
@@ -119,6 +119,8 @@ def _layer_lines(layers: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
     if layers["window"]:
         yield "window", spread(layers["window"], lambda n: f"the last {n} positions" if n else "all positions")
+    if "mixer" in layers:
+        yield "mixer", spread(layers["mixer"], str)
     if layers["rope"]:
         yield "RoPE", spread(layers["rope"], lambda table: f"table {table}")
 

@@ -342,7 +342,8 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     if args.file is None and given[0] != "-":
         text = checked_text(given[0], "the prompt")
         return unescape(text) if args.escape else text
-    return prompt_text("-" if args.file is None else args.file)
+    is_hole = getattr(args, "suffix", None) is not None
+    return prompt_text("-" if args.file is None else args.file, whole=is_hole)
 
 
 def read_suffix(args: argparse.Namespace) -> str | None:
@@ -353,7 +354,7 @@ def read_suffix(args: argparse.Namespace) -> str | None:
         raise UsageError("--special would have no effect: around a hole all text is plain")
     if args.suffix.startswith("@"):
         try:
-            return _text_or_file("--suffix", args.suffix)
+            return _text_or_file("--suffix", args.suffix, whole=True)
         except FileNotFoundError:  # code begins with @ where something is decorated
             raise UsageError(f"--suffix {args.suffix}: there is no such file; a text that begins with @ goes into one") from None
     text = checked_text(args.suffix, "the suffix")
@@ -381,8 +382,9 @@ def read_texts(args: argparse.Namespace) -> list[str]:
     return texts
 
 
-def prompt_text(path: str) -> str:
-    """The text of a file, - = standard input, less its final newline. Raises InvalidArgumentError if it is no UTF-8."""
+def prompt_text(path: str, *, whole: bool = False) -> str:
+    """The text of a file, - = standard input, less its final newline unless the `whole` is wanted: around a hole a newline is as
+    good as any text. Raises InvalidArgumentError if it is no UTF-8."""
     if path == "-":
         data = stdin().buffer.read()
     else:
@@ -393,7 +395,8 @@ def prompt_text(path: str) -> str:
     except UnicodeDecodeError as error:
         name = "stdin" if path == "-" else path
         raise InvalidArgumentError(f"{name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
-    return text.replace("\r\n", "\n").removesuffix("\n")
+    text = text.replace("\r\n", "\n")
+    return text if whole else text.removesuffix("\n")
 
 
 def _check_json(given: str, text: str) -> None:
@@ -408,12 +411,12 @@ def _check_json(given: str, text: str) -> None:
         raise kind(f"--json-schema is no JSON: {error}") from None
 
 
-def _text_or_file(option: str, text: str) -> str:
+def _text_or_file(option: str, text: str, *, whole: bool = False) -> str:
     if not text.startswith("@"):
         return text
     if text == "@":
         raise UsageError(f"{option} @FILE: the file's name is missing")
-    return prompt_text(text[1:])
+    return prompt_text(text[1:], whole=whole)
 
 
 def model_name(args: argparse.Namespace) -> str | None:

@@ -29,6 +29,9 @@ NORMS = ("rmsnorm", "rmsnorm_after", "rmsnorm_around", PARALLEL)
 XIELU = "xielu"  # with three numbers of each layer
 UNGATED = ("gelu_tanh", "gelu", "relu2", XIELU)
 ACTIVATIONS = ("swiglu", "geglu_tanh", "swiglu_clamped", *UNGATED)
+SHORT_CONV = "short_conv"
+MIXERS = ("attention", SHORT_CONV)  # what a position sees others by
+MAX_TAPS = 16  # positions that a convolution sees
 MAX_EXPERTS = 1024  # of a layer
 MAX_MODEL_EXPERTS = 16_384  # of all layers: a file has at most 65,536 tensors, four for each, six with biases
 SOFTCAP_RANGE = (2.0**-10, 2.0**20)
@@ -143,6 +146,10 @@ class LayerSpec(NamedTuple):
     rope: int = 0  # which table of RoPE frequencies
     norm: str = NORMS[0]  # where the norms of the residual stream are
     activation: str = ACTIVATIONS[0]
+    mixer: str = MIXERS[0]  # or a gated convolution of `window` positions in attention's place
+
+
+_OPTIONAL_COLUMNS: Mapping[str, Any] = {"mixer": MIXERS[0]}  # absent from files whose layers all have attention
 
 
 def same_layers(n_layers: int, **spec: Any) -> tuple[LayerSpec, ...]:
@@ -154,15 +161,19 @@ def same_layers(n_layers: int, **spec: Any) -> tuple[LayerSpec, ...]:
 def _check_layers(layers: Any, n_layers: int, n_experts: int) -> tuple[LayerSpec, ...]:
     if not isinstance(layers, (tuple, list)) or len(layers) != n_layers:
         raise ModelFormatError(f"config: layers must describe {n_layers} layers")
-    for i, (window, rope, norm, activation) in enumerate(layers):
+    for i, (window, rope, norm, activation, mixer) in enumerate(layers):
         _check_int(f"window of layer {i}", window, 0, MAX_POSITIONS)
         _check_int(f"rope of layer {i}", rope, 0, MAX_ROPE_TABLES - 1)
-        for what, name, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS)):
+        for what, name, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS), ("mixer", mixer, MIXERS)):
             _check_name(f"{what} of layer {i}", name)
             if name not in known:
                 raise unknown(f"config: layer {i} has the {what} {name!r}", known)
         if norm == PARALLEL and n_experts:
             raise ModelFormatError(f"config: layer {i} has the norm {PARALLEL} and experts")
+        if mixer == SHORT_CONV:
+            _check_int(f"window of layer {i}, a {SHORT_CONV},", window, 1, MAX_TAPS)
+        if mixer == SHORT_CONV and norm == PARALLEL:
+            raise ModelFormatError(f"config: layer {i} has the norm {PARALLEL} and is a {SHORT_CONV}")
     tables = {layer.rope for layer in layers}
     if absent := set(range(max(tables))) - tables:
         raise ModelFormatError(f"config: no layer uses RoPE table {min(absent)}, and one uses table {max(tables)}")
@@ -170,15 +181,17 @@ def _check_layers(layers: Any, n_layers: int, n_experts: int) -> tuple[LayerSpec
 
 
 def _columns(layers: tuple[LayerSpec, ...]) -> dict[str, Any]:
-    """Field -> its value if all layers agree, else the list of values."""
+    """Field -> its value if all layers agree, else the list of values; without those that a file leaves out."""
     columns = {name: [getattr(layer, name) for layer in layers] for name in LayerSpec._fields}
-    return {name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()}
+    values = {name: column[0] if len(set(column)) == 1 else column for name, column in columns.items()}
+    return {name: value for name, value in values.items() if name not in _OPTIONAL_COLUMNS or value != _OPTIONAL_COLUMNS[name]}
 
 
 def _layers_from_columns(columns: Any, n_layers: Any) -> tuple[LayerSpec, ...]:
     """The inverse: every field is one value for all layers, or a list with one for each."""
     if not isinstance(columns, dict):
         raise ModelFormatError("config: layers must be an object")
+    columns = {**_OPTIONAL_COLUMNS, **columns}
     _refuse_unknown_keys(columns, LayerSpec._fields, "layers")
     _check_int("n_layers", n_layers, *_INT_RANGES["n_layers"])
     values = []
@@ -351,6 +364,10 @@ class FrozenConfig:
     def is_gated(self, layer: int) -> bool:
         """Whether the MLP of a layer has a gate beside what it gates."""
         return self.layers[layer].activation not in UNGATED
+
+    def is_convolution(self, layer: int) -> bool:
+        """Whether a layer has a convolution in attention's place."""
+        return self.layers[layer].mixer == SHORT_CONV
 
     @property
     def q_dim(self) -> int:

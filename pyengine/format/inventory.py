@@ -160,11 +160,14 @@ def _mlp(c: FrozenConfig, i: int, expert: int | None, hidden_dim: int, prefix: s
         yield _vector(i, "w_down.bias", {"down.bias": c.dim}, expert=expert)
 
 
-def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
+def _convolution(c: FrozenConfig, i: int) -> Iterator[Weight]:
+    yield _matrix(c, i, "conv_in", {"conv_in": 3 * c.dim}, c.dim)
+    yield _vector(i, "taps", {"taps": c.layers[i].window * c.dim})
+    yield _matrix(c, i, "conv_out", {"conv_out": c.dim}, c.dim)
+
+
+def _attention(c: FrozenConfig, i: int) -> Iterator[Weight]:
     qkv = {"q": c.q_dim, "k": c.kv_dim, "v": c.kv_dim}
-    before, after = c.has_norms_before(i), c.has_norms_after(i)
-    if before:
-        yield _vector(i, "attention_norm", {"attention_norm": c.dim})
     yield _matrix(c, i, "wqkv", qkv, c.dim)
     if c.qkv_bias:
         yield _vector(i, "wqkv.bias", {f"{part}.bias": rows for part, rows in qkv.items()})
@@ -178,6 +181,13 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
     yield _matrix(c, i, "wo", {"wo": c.dim}, c.q_dim)
     if c.o_bias:
         yield _vector(i, "wo.bias", {"wo.bias": c.dim})
+
+
+def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
+    before, after = c.has_norms_before(i), c.has_norms_after(i)
+    if before:
+        yield _vector(i, "attention_norm", {"attention_norm": c.dim})
+    yield from _convolution(c, i) if c.is_convolution(i) else _attention(c, i)
     if after:
         yield _vector(i, "post_attention_norm", {"post_attention_norm": c.dim})
     if c.has_ffn_norm(i):
@@ -198,8 +208,9 @@ def _layer(c: FrozenConfig, i: int) -> Iterator[Weight]:
         yield _vector(i, "post_ffn_norm", {"post_ffn_norm": c.dim})
 
 
-# What makes a layer's queries, keys and values: of the last layer all that a token takes of which nothing is wanted.
-_PROJECTION = frozenset({"attention_norm", "wqkv", "wqkv.bias", "key_bias", "q_norm", "k_norm"})
+# What makes a layer's queries, keys and values, or a convolution's inputs: of the last layer all that a token takes of which
+# nothing is wanted.
+_PROJECTION = frozenset({"attention_norm", "wqkv", "wqkv.bias", "key_bias", "q_norm", "k_norm", "conv_in"})
 
 
 def _weights(c: FrozenConfig) -> Iterator[Weight]:

@@ -44,15 +44,23 @@ class KvLayout(NamedTuple):
         return n_pages * self.data_bytes + n_windows * self.window_bytes
 
 
-def kv_bytes_per_position(config: FrozenConfig, kv_dtype: str = "int8") -> int:
-    """Bytes of one position in all layers: a head has its codes of K and V, padded to 16, and a scale for each of the two."""
+def _layer_bytes(config: FrozenConfig, layer: int, kv_dtype: str) -> int:
+    """Of one position: a head has its codes of K and V, padded to 16, and a scale for each of the two; a convolution its float32
+    inputs, padded likewise."""
+    if config.is_convolution(layer):
+        return 4 * pad(config.dim, 16)
     padded = pad(config.head_dim, 16)
-    head = 2 * padded + 8 if kv_dtype == "int8" else 8 * padded
-    return config.n_layers * config.n_kv_heads * head
+    return config.n_kv_heads * (2 * padded + 8 if kv_dtype == "int8" else 8 * padded)
+
+
+def kv_bytes_per_position(config: FrozenConfig, kv_dtype: str = "int8") -> int:
+    """Bytes of one position in all layers."""
+    return sum(_layer_bytes(config, layer, kv_dtype) for layer in range(config.n_layers))
 
 
 def kv_layout(config: FrozenConfig, kv_dtype: str = "int8") -> KvLayout:
     """The parts of a page of a model's cache, as the core lays them out (csrc/kv_cache.h)."""
-    windows = [layer.window for layer in config.layers if 0 < layer.window < config.max_seq_len]
-    layer = PAGE_POSITIONS * kv_bytes_per_position(config, kv_dtype) // config.n_layers
-    return KvLayout((config.n_layers - len(windows)) * layer, len(windows) * layer, max(windows, default=0))
+    windows = {i: layer.window for i, layer in enumerate(config.layers) if 0 < layer.window < config.max_seq_len}
+    all_bytes = PAGE_POSITIONS * kv_bytes_per_position(config, kv_dtype)
+    window_bytes = PAGE_POSITIONS * sum(_layer_bytes(config, i, kv_dtype) for i in windows)
+    return KvLayout(all_bytes - window_bytes, window_bytes, max(windows.values(), default=0))

@@ -38,7 +38,7 @@ from .sources import (
 _ROTATED = ("q", "k", "q.bias", "k.bias", "key_bias")  # parts whose rows are heads that RoPE turns
 _KEY_BIAS_SIDES = {"k.bias": 0, "key_bias": 1}  # parts that share k's bias, with their place in what split_key_bias returns
 _NO_FOLD = Fold()
-_AS_VECTORS = ("router", "shared_router")  # matrices of a source, vectors in the frozen file
+_AS_VECTORS = ("router", "shared_router", "taps")  # matrices of a source, vectors in the frozen file
 
 LARGE_KEY_BIAS = 4.0  # a pair with a bias this large is kept out of the cache (docs/performance.md)
 
@@ -168,6 +168,8 @@ class _Source:
         found = (1,) if found == () else found  # a number by itself
         if part.name in _AS_VECTORS:
             n = part.rows // self._config.dim
+            if found is not None and len(found) == 3 and found[1] == 1:  # a depthwise convolution: one input a channel
+                found = found[0], found[2]
             shape = (n, self._config.dim) if n > 1 or found != (self._config.dim,) else (self._config.dim,)
         fold, n_tensor = self._fold(weight, part), rows
         shape = shape[::-1] if fold.is_transposed else shape
@@ -234,6 +236,8 @@ class _Source:
         if part.name == "key_bias":  # a share of what the source has as k's
             weight, part = self._weights[weight.layer, "k.bias"]
         name, where, _ = self._place(weight, part)
+        if fold.is_transposed:
+            return lambda: self._flat(name).reshape(self._config.dim, -1).T.reshape(-1)
         return lambda: self._flat(name)[where]
 
     def _flat(self, name: str) -> Float32Array:

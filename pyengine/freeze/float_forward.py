@@ -187,11 +187,22 @@ class FloatForward:
         """x (n_windows, length, dim), the layer's input, becomes its output."""
         rows = x.reshape(-1, x.shape[-1])  # a view
         before = self._normed(layer, "attention_norm", rows)
-        attended = self._attended(layer, x.shape[1], before)
-        rows += self._normed(layer, "post_attention_norm", self._linear(layer, "wo", attended))
+        is_convolution = self._config.is_convolution(layer)
+        mixed = self._convolved(layer, x.shape[1], before) if is_convolution else self._attended(layer, x.shape[1], before)
+        added = self._linear(layer, "conv_out" if is_convolution else "wo", mixed)
+        rows += self._normed(layer, "post_attention_norm", added)
         normed = before if self._config.layers[layer].norm == PARALLEL else self._normed(layer, "ffn_norm", rows)
         mlp = self._experts(layer, normed) if self._config.n_experts else self._mlp(layer, "", normed, self._config.hidden_dim)
         rows += self._normed(layer, "post_ffn_norm", mlp)
+
+    def _convolved(self, layer: int, length: int, x: Float32Array) -> Float32Array:
+        """Normed rows (n_windows * length, dim) -> what a convolution gives, of the same shape."""
+        b, c, value = np.split(self._linear(layer, "conv_in", x).reshape(-1, length, 3 * x.shape[1]), 3, axis=2)
+        u, y = b * value, np.zeros_like(value)
+        taps = self._model.vectors[f"layers.{layer}.taps"]().reshape(-1, x.shape[1])
+        for back, tap in enumerate(taps[::-1][:length]):
+            y[:, back:] += tap * u[:, : length - back]
+        return (c * y).reshape(x.shape)
 
     def _attended(self, layer: int, length: int, x: Float32Array) -> Float32Array:
         """Normed rows (n_windows * length, dim) -> what attention gives, (n_windows * length, q_dim)."""

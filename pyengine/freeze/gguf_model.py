@@ -99,6 +99,18 @@ def _keys(file: GGUF, architecture: Architecture) -> Fields:
     return Fields(values, "GGUF", prefix)
 
 
+def _kv_heads(keys: Fields, n_heads: int) -> int:
+    """One number, or one for each layer, 0 where it has no attention."""
+    key = "attention.head_count_kv"
+    found = keys.raw(key)
+    if not isinstance(found, np.ndarray):
+        return keys.integer(key, n_heads)
+    counts = {count for count in found.tolist() if count}
+    if len(counts) != 1 or type(count := counts.pop()) is not int:
+        raise keys.wrong(key, "one number of heads in all layers that have any")
+    return count
+
+
 def _shape(file: GGUF, keys: Fields, n_ctx: int | None) -> Shape:
     if not keys.flag("attention.causal", True):
         raise UnsupportedModelError("attention that is not causal is not implemented")
@@ -118,7 +130,7 @@ def _shape(file: GGUF, keys: Fields, n_ctx: int | None) -> Shape:
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=keys.integer("attention.head_count_kv", n_heads),
+        n_kv_heads=_kv_heads(keys, n_heads),
         head_dim=head_dim,
         tied="output.weight" not in file.tensors,
         context=context,

@@ -91,6 +91,7 @@ PRE_TOKENIZERS = {
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
     "pixtral": _LLAMA3,
+    "lfm2": _LLAMA3,
     "midm-2.0": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,

@@ -20,8 +20,8 @@
 enum { N_STREAMS = 5, LENGTH = 90, N_ADAPTERS = 2 };
 static const int adapter_of[N_STREAMS] = {-1, 0, 1, 0, -1}; /* streams 0 and 4 have none */
 
-static const pe_layer_spec around[2] = {{40, 0, "rmsnorm_around", "geglu_tanh"}, {0, 1, "rmsnorm_around", "geglu_tanh"}};
-static const pe_layer_spec after[2] = {{0, 0, "rmsnorm_after", "swiglu"}, {0, 0, "rmsnorm_after", "swiglu"}};
+static const pe_layer_spec around[2] = {{40, 0, "rmsnorm_around", "geglu_tanh", NULL}, {0, 1, "rmsnorm_around", "geglu_tanh", NULL}};
+static const pe_layer_spec after[2] = {{0, 0, "rmsnorm_after", "swiglu", NULL}, {0, 0, "rmsnorm_after", "swiglu", NULL}};
 
 typedef struct model_case {
     const char *name;
@@ -241,7 +241,7 @@ static void test_refused(const reference *ref, const model_case *which) {
 
 /* Layers whose halves are parallel cannot be changed, nor can an MLP without a gate. */
 static void test_refused_layers(void) {
-    static const pe_layer_spec layers[2] = {{0, 0, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm", "gelu_tanh"}};
+    static const pe_layer_spec layers[2] = {{0, 0, "rmsnorm_parallel", "swiglu", NULL}, {0, 0, "rmsnorm", "gelu_tanh", NULL}};
     const pe_config config = {.dim = 16, .hidden_dim = 16, .n_layers = 2, .n_heads = 2, .n_kv_heads = 2, .head_dim = 8, .vocab_size = 16,
                               .max_seq_len = 16, .norm_eps = 0x1p-17f, .layers = layers};
     rng r = {19};
@@ -274,6 +274,32 @@ static void test_empty(const reference *ref, const model_case *which) {
     pe_adapter_destroy(adapter);
 }
 
+/* One batch of a stream's first tokens, with its adapter or without. */
+static size_t scratch_after(pe_context *c, const reference *ref, int32_t id, const pe_adapter *adapter) {
+    uint8_t want = PE_WANT_LOGITS;
+    size_t bytes = 0;
+    pe_batch batch = {.n_tokens = 1, .tokens = ref->tokens[0], .sequences = &id, .wants = &want, .adapters = adapter == NULL ? NULL : &adapter};
+    EXPECT(PE_OK, pe_sequence_truncate(c, id, 0, err));
+    EXPECT(PE_OK, pe_forward(c, &batch, err));
+    pe_context_memory(c, &bytes);
+    return bytes;
+}
+
+/* Room for adapters is given back once many batches had none, and not while some of them have. */
+static void test_room(const reference *ref, const model_case *which) {
+    pe_context *c = context_new(ref, which->kv_dtype, &pe_kernels_scalar, 1);
+    int32_t id = -1;
+    EXPECT(PE_OK, pe_sequence_new(c, &id, err));
+    const pe_adapter *adapter = adapter_for(ref, 1);
+    size_t without = scratch_after(c, ref, id, NULL), with = scratch_after(c, ref, id, adapter);
+    CHECK(with > without, "%zu bytes with an adapter, %zu without", with, without);
+    for (int i = 0; i < 2 * PE_SLICE_RECENT; i++) CHECK(scratch_after(c, ref, id, i % 8 == 0 ? adapter : NULL) == with, "batch %d", i);
+    for (int i = 0; i < 2 * PE_SLICE_RECENT; i++) scratch_after(c, ref, id, NULL);
+    CHECK(scratch_after(c, ref, id, NULL) == without, "%s: the room is given back", which->name);
+    CHECK(same_floats(pe_context_logits(c, 0), ref->logits[0], which->config.vocab_size), "%s: and no bit changes", which->name);
+    pe_context_destroy(c);
+}
+
 void test_adapters(const struct pe_kernels *const *tables, size_t n_tables) {
     for (size_t i = 0; i < N_CASES; i++) {
         reference *ref = reference_new(&cases[i]);
@@ -283,6 +309,7 @@ void test_adapters(const struct pe_kernels *const *tables, size_t n_tables) {
                 for (uint64_t seed = 0; seed < (quick ? 1 : 4); seed++) test_mixture(ref, &cases[i], tables[t], n_threads, seed);
         test_refused(ref, &cases[i]);
         test_empty(ref, &cases[i]);
+        if (i == 0) test_room(ref, &cases[i]);
         reference_free(ref);
     }
     test_refused_layers();

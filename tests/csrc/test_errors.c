@@ -21,7 +21,7 @@ static const pe_config small = {.dim = 64, .hidden_dim = 64, .n_layers = 2, .n_h
 
 /* ------------------------------------------------------------------ models */
 
-static const pe_layer_spec plain[2] = {{0, 0, "rmsnorm", "swiglu"}, {0, 0, "rmsnorm", "swiglu"}};
+static const pe_layer_spec plain[2] = {{0, 0, "rmsnorm", "swiglu", NULL}, {0, 0, "rmsnorm", "swiglu", NULL}};
 
 static pe_status create(pe_config config, char *err) {
     pe_model *model = NULL;
@@ -89,6 +89,16 @@ static void test_config(void) {
     WITH_LAYER(norm, "layernorm");
     WITH_LAYER(activation, NULL);
     WITH_LAYER(activation, "swiglu2");
+    WITH_LAYER(mixer, "mamba");
+    WITH_LAYER(mixer, "short_conv"); /* that sees everything */
+    pe_layer_spec convolutions[2] = {plain[0], {16, 0, "rmsnorm", "swiglu", "short_conv"}};
+    pe_config convolved = small;
+    convolved.layers = convolutions;
+    EXPECT(PE_OK, create(convolved, err));
+    convolutions[1].window = 17;
+    EXPECT(PE_ERR_FORMAT, create(convolved, err));
+    convolutions[1].window = 16, convolutions[1].norm = "rmsnorm_parallel";
+    EXPECT(PE_ERR_FORMAT, create(convolved, err));
     pe_config mixture = small;
     mixture.layers = plain, mixture.n_experts = 2, mixture.n_experts_used = 1;
     EXPECT(PE_OK, create(mixture, err));
@@ -100,7 +110,7 @@ static void test_config(void) {
     EXPECT(PE_ERR_FORMAT, create(mixture, err));
     mixture.shared_hidden_dim = 0;
     EXPECT(PE_OK, create(mixture, err));
-    const pe_layer_spec parallel[2] = {{0, 0, "rmsnorm_parallel", "swiglu"}, {0, 0, "rmsnorm_parallel", "swiglu"}};
+    const pe_layer_spec parallel[2] = {{0, 0, "rmsnorm_parallel", "swiglu", NULL}, {0, 0, "rmsnorm_parallel", "swiglu", NULL}};
     mixture.gate_up_bias = false, mixture.layers = parallel;
     EXPECT(PE_ERR_FORMAT, create(mixture, err));
 #undef WITH_LAYER

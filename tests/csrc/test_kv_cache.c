@@ -11,7 +11,7 @@
 #include "kv_cache.h"
 #include "kv_snapshot.h"
 
-enum { MAX_LENGTH = 1500, MAX_LIVE = 12, N_BASES = 4, N_SAVED = 3 };
+enum { MAX_LENGTH = 1500, MAX_LIVE = 12, N_BASES = 4, N_SAVED = 3, CONV_DIM = 32 };
 
 /* What a sequence should hold. */
 typedef struct expected {
@@ -28,10 +28,11 @@ typedef struct snapshot {
     size_t n_bytes;
 } snapshot;
 
-/* The layers of a model: their windows, 0 = none; and the pages that are too few for a schedule. */
+/* The layers of a model: their windows, 0 = none; which of them are convolutions; and the pages that are too few for a schedule. */
 typedef struct layer_windows {
     size_t too_few;
     uint32_t n, window[3];
+    bool short_conv[3];
 } layer_windows;
 
 typedef struct world {
@@ -51,6 +52,10 @@ static float as_float(uint64_t hash) { return (float)(hash >> 40); }
 
 /* NULL if it is gone. */
 static float *number_at(const world *w, int32_t id, size_t position, uint32_t layer) {
+    if (w->layers.short_conv[layer]) {
+        float *inputs = pe_kv_inputs_at(w->cache, id, position / PE_CHUNK, layer);
+        return inputs == NULL ? NULL : inputs + position % PE_CHUNK * CONV_DIM + CONV_DIM - 1;
+    }
     pe_kv_chunk chunk = pe_kv_chunk_at(w->cache, id, position / PE_CHUNK, layer, 0);
     return chunk.k == NULL ? NULL : &chunk.v_scales[position % PE_CHUNK];
 }
@@ -284,7 +289,7 @@ static void step(world *w) {
 static size_t run_schedule(const layer_windows *layers, uint64_t seed, size_t n_steps, size_t max_pages) {
     /* One head, the smallest pages. */
     pe_layer specs[3] = {{0}};
-    pe_model model = {.config = {.n_layers = layers->n, .n_kv_heads = 1, .head_dim = 32, .max_seq_len = MAX_LENGTH},
+    pe_model model = {.config = {.n_layers = layers->n, .dim = CONV_DIM, .n_kv_heads = 1, .head_dim = 32, .max_seq_len = MAX_LENGTH},
                       .layers = specs, .head_dim_p = 32};
     world *w = calloc(1, sizeof *w);
     char err[PE_ERR_LEN];
@@ -292,6 +297,7 @@ static size_t run_schedule(const layer_windows *layers, uint64_t seed, size_t n_
     w->layers = *layers;
     for (uint32_t i = 0; i < layers->n; i++) {
         specs[i].window = layers->window[i];
+        specs[i].short_conv = layers->short_conv[i];
         if (layers->window[i] > w->max_window) w->max_window = layers->window[i];
     }
     w->max_pages = max_pages;
@@ -359,7 +365,9 @@ static void test_sliding(bool keep) {
 }
 
 void test_kv_cache(void) {
-    static const layer_windows models[] = {{24, 1, {0}}, {16, 2, {300, 0}}, {10, 3, {0, 1, 40}}, {7, 1, {500}}};
+    static const layer_windows models[] = {
+        {24, 1, {0}, {0}}, {16, 2, {300, 0}, {0}}, {10, 3, {0, 1, 40}, {0}}, {7, 1, {500}, {0}}, {10, 3, {3, 0, 3}, {true, false, true}},
+    };
     for (size_t m = 0; m < sizeof models / sizeof models[0]; m++) {
         size_t n_shortened = 0;
         for (uint64_t seed = 1; seed <= (quick ? 3u : 30u); seed++) {

@@ -74,16 +74,13 @@ static void add_mlp(tiny_model *t, rng *r, uint32_t layer, size_t hidden_dim, co
     if (c->down_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, name);
 }
 
-static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
+#define NAME(suffix) (snprintf(name, sizeof name, "layers.%u." suffix, index), name)
+
+static void add_attention(tiny_model *t, rng *r, uint32_t index) {
     const pe_config *c = &t->config;
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv = q_dim + 2 * (size_t)c->n_kv_heads * c->head_dim;
-    char name[64];
-#define NAME(suffix) (snprintf(name, sizeof name, "layers.%u." suffix, index), name)
-    const char *norm = t->layers[index].norm;
-    bool before = strcmp(norm, "rmsnorm_after") != 0, parallel = strcmp(norm, "rmsnorm_parallel") == 0;
-    bool after = !before || strcmp(norm, "rmsnorm_around") == 0;
     size_t q_norm = c->qk_norm_all_heads ? q_dim : c->head_dim, k_norm = c->qk_norm_all_heads ? (qkv - q_dim) / 2 : c->head_dim;
-    if (before) add_vector(t, r, c->dim, loudness, 0.75f, NAME("attention_norm"));
+    char name[64];
     add_matrix(t, r, 1, qkv, c->dim, 6, NAME("wqkv"));
     if (c->qkv_bias) add_vector(t, r, qkv, 0.5f, -0.25f, NAME("wqkv.bias"));
     if (c->key_bias) add_key_bias(t, r, NAME("key_bias"));
@@ -92,6 +89,23 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     if (c->attention_sinks) add_vector(t, r, c->n_heads, 16.0f, -0.25f, NAME("sinks"));
     add_matrix(t, r, 1, c->dim, q_dim, 5, NAME("wo"));
     if (c->o_bias) add_vector(t, r, c->dim, 0.5f, -0.25f, NAME("wo.bias"));
+}
+
+static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
+    const pe_config *c = &t->config;
+    char name[64];
+    const char *norm = t->layers[index].norm;
+    bool before = strcmp(norm, "rmsnorm_after") != 0, parallel = strcmp(norm, "rmsnorm_parallel") == 0;
+    bool after = !before || strcmp(norm, "rmsnorm_around") == 0;
+    if (before) add_vector(t, r, c->dim, loudness, 0.75f, NAME("attention_norm"));
+    bool conv = t->layers[index].mixer != NULL && strcmp(t->layers[index].mixer, "short_conv") == 0;
+    if (conv) {
+        add_matrix(t, r, 1, 3 * (size_t)c->dim, c->dim, 6, NAME("conv_in"));
+        add_vector(t, r, t->layers[index].window * (size_t)c->dim, 4.0f, -0.25f, NAME("taps"));
+        add_matrix(t, r, 1, c->dim, c->dim, 5, NAME("conv_out"));
+    } else {
+        add_attention(t, r, index);
+    }
     if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_attention_norm"));
     if (before && !parallel) add_vector(t, r, c->dim, loudness, 0.75f, NAME("ffn_norm"));
     if (strcmp(t->layers[index].activation, "xielu") == 0) add_vector(t, r, 3, 1.0f, 0.25f, NAME("xielu"));
@@ -105,15 +119,15 @@ static void add_layer(tiny_model *t, rng *r, uint32_t index, float loudness) {
     }
     if (c->shared_hidden_dim > 0) add_mlp(t, r, index, c->shared_hidden_dim, "shared.");
     if (after) add_vector(t, r, c->dim, loudness, 0.75f, NAME("post_ffn_norm"));
-#undef NAME
 }
+#undef NAME
 
 void tiny_model_make(tiny_model *t, const pe_config *config, uint64_t seed, float loudness) {
     rng r = {seed};
     *t = (tiny_model){.config = *config};
     uint32_t n_tables = 1;
     for (uint32_t i = 0; i < config->n_layers && i < TINY_MAX_LAYERS; i++) {
-        t->layers[i] = config->layers == NULL ? (pe_layer_spec){0, 0, "rmsnorm", "swiglu"} : config->layers[i];
+        t->layers[i] = config->layers == NULL ? (pe_layer_spec){0, 0, "rmsnorm", "swiglu", NULL} : config->layers[i];
         if (t->layers[i].rope >= n_tables) n_tables = t->layers[i].rope + 1;
     }
     t->config.layers = t->layers;

@@ -25,7 +25,7 @@ from reference.spec_f32 import Spec
 from reference.spec_ops import LowRank
 
 import pyengine
-from pyengine import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError
+from pyengine import InvalidArgumentError, ModelFormatError, PyEngineError, UnsupportedModelError, _core
 from pyengine.adapters import Adapters
 from pyengine.cli import main
 from pyengine.freeze import freeze
@@ -37,6 +37,7 @@ Array = NDArray[Any]
 MODULES = {
     "self_attn.q_proj": "wq", "self_attn.k_proj": "wk", "self_attn.v_proj": "wv", "self_attn.o_proj": "wo",
     "mlp.gate_proj": "w_gate", "mlp.up_proj": "w_up", "mlp.down_proj": "w_down",
+    "self_attn.out_proj": "wo", "feed_forward.w1": "w_gate", "feed_forward.w3": "w_up", "feed_forward.w2": "w_down",
 }  # fmt: skip
 PARTS = {"wq": "q", "wo": "wo", "w_down": "down"}
 R, ALPHA = 5, 6.0
@@ -112,11 +113,9 @@ def test_beams_are_of_their_adapter(engine: pyengine.Engine) -> None:
     assert len({beam.cumulative_logprob for beam in found.values()}) == 3
 
 
-@pytest.mark.parametrize("name", ["llama_untied", "qwen2_key_bias", "gemma2", "olmo2", "granite", "granite_moe"])
+@pytest.mark.parametrize("name", ["llama_untied", "qwen2_key_bias", "gemma2", "olmo2", "granite", "granite_moe", "lfm2"])
 def test_engine_equals_the_specification_bit_for_bit(name: str, isa: str, root: Path) -> None:
     """One prefill with half of the rows of another sequence without an adapter."""
-    from pyengine import _core
-
     fixture = fixtures.load(name)
     file, model = open_model(frozen(root, name))
     loaded = Adapters(file.config, model).load(directory(root, name, 0), None, 0.75)
@@ -404,7 +403,7 @@ def test_tensors(engine: pyengine.Engine, tmp_path: Path) -> None:
 
 
 def test_experts_and_fused_matrices(root: Path, tmp_path: Path) -> None:
-    """Named: the experts of a mixture, Phi's fused matrices, and a file that does not say what was folded into it."""
+    """Named: experts of a mixture, a convolution, Phi's fused matrices, and a file that does not say what was folded into it."""
     expert = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
     tensors = random_tensors(fixtures.load("mixtral"), 0)
     a = next(w for key, w in tensors.items() if "q_proj.lora_A" in key)
@@ -413,6 +412,15 @@ def test_experts_and_fused_matrices(root: Path, tmp_path: Path) -> None:
         engine.load_adapter(fixtures.write_lora_dir(tmp_path / "attention", json.dumps(CONFIG), tensors))
         path = fixtures.write_lora_dir(tmp_path / "experts", json.dumps(CONFIG), mixed)
         refused(engine, UnsupportedModelError, "experts.0.w1.*cannot change experts", path)
+    with pyengine.Engine(frozen(root, "lfm2")) as engine:  # layer 0 is a convolution
+        for module, error in (("conv.in_proj", UnsupportedModelError), ("self_attn.q_proj", ModelFormatError)):
+            name = f"base_model.model.model.layers.0.{module}"
+            pair = {f"{name}.lora_A.weight": a[:, :40], f"{name}.lora_B.weight": a[:1].T @ a[:1, :R]}
+            path = fixtures.write_lora_dir(tmp_path / module, json.dumps(CONFIG), pair)
+            refused(engine, error, f"layers.0.{module}", path)
+    file, model = open_model(frozen(root, "lfm2"))
+    with pytest.raises(InvalidArgumentError, match="layer 0 is a convolution"):  # nor by the core, were it asked
+        _core.Adapter(model).set(0, "o", np.ones((2, file.config.q_dim), f32), np.ones((file.config.dim, 2), f32), 1.0)
     with pyengine.Engine(frozen(root, "phi3_window")) as engine:
         refused(engine, UnsupportedModelError, "Phi3ForCausalLM, whose matrices are fused", directory(root, "llama_untied", 0))
     with pyengine.Engine(frozen(root, "starcoder2")) as engine:

@@ -197,6 +197,37 @@ def test_layers_without_rope_by_their_interval(tmp_path: Path) -> None:
         assert [layer.rope for layer in file.config.layers] == [0, 0, 0, 0]
 
 
+def test_lfm2_by_its_older_keys(tmp_path: Path) -> None:
+    """Which layers have attention, and the width that the MLP's is made from."""
+    wanted = weight_bytes(freeze(hf_dir(tmp_path / "a", "lfm2"), tmp_path / "m"))
+    width = fixtures.load("lfm2").hf_config["intermediate_size"]
+    older = {"layer_types": ..., "full_attn_idxs": [1], "block_ff_dim": width, "intermediate_size": 3 * width}
+    older |= {"tie_word_embeddings": ..., "tie_embedding": True, "block_ffn_dim_multiplier": 1}
+    older |= {"conv_L_cache": ..., "norm_eps": ...}
+    assert weight_bytes(freeze(hf_dir(tmp_path / "b", "lfm2", **older), tmp_path / "n")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("heads", "window", "match"),
+    [
+        ([0, 1, 2], 0, "one number of heads"), ([0, 0, 0], 0, "one number of heads"), ([0, 1], 0, "for each layer"),
+        ([0, 1, 0], 9, "with windows"),
+    ],
+)  # fmt: skip
+def test_lfm2_of_gguf_whose_heads_make_no_sense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: list[int], window: int, match: str
+) -> None:
+    def keys(writer: Any, hf: dict[str, Any]) -> None:
+        writer.add_head_count_kv(heads)
+        writer.add_shortconv_l_cache(hf["conv_L_cache"])
+        writer.add_sliding_window(window)
+
+    monkeypatch.setitem(gguf_fixtures.EXTRA_KEYS, "lfm2", keys)
+    source = gguf_fixtures.write(fixtures.load("lfm2"), tmp_path / "m.gguf")
+    with pytest.raises(PyEngineError, match=match):
+        open_source(source)
+
+
 def test_granite_4_without_rope(tmp_path: Path) -> None:
     """In config.json by the key or its absence, in GGUF by what Granite's readers take for that."""
     changes = [{"position_embedding_type": "nope"}, {"position_embedding_type": ...}]
@@ -313,6 +344,11 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("hunyuan", {"rope_scaling": {"type": "dynamic", "alpha": 0}}, ModelFormatError, "alpha must be a number in"),
         ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, ModelFormatError, "original_max.* is missing"),
         ("ministral3", {"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'"),
+        ("lfm2", {"conv_bias": True}, UnsupportedModelError, "conv_bias"),
+        ("lfm2", {"conv_L_cache": 17}, ModelFormatError, "conv_L_cache must be an integer in 1..16"),
+        ("lfm2", {"conv_L_cache": 4}, ModelFormatError, r"conv\.conv.*shape"),
+        ("lfm2", {"layer_types": ["conv", "full_attention", "mamba"]}, UnsupportedModelError, "layer of type 'mamba'"),
+        ("lfm2", {"block_auto_adjust_ff_dim": False}, ModelFormatError, r"feed_forward.*shape"),
         ("gpt_oss", {"quantization_config": None}, ModelFormatError, r"experts\.gate_up_proj' is missing"),
         ("gpt_oss", {"quantization_config": {"quant_method": "fp4"}}, UnsupportedModelError, "quantized by 'fp4'"),
         ("gpt_oss", {"swiglu_limit": 6.0}, UnsupportedModelError, r"swiglu_limit 6\.0"),
@@ -363,6 +399,10 @@ OWN_KEYS = {
     "gpt_oss": [
         "num_local_experts", "num_experts_per_tok", "intermediate_size", "swiglu_limit", "quantization_config", "rope_scaling",
         "layer_types", "sliding_window",
+    ],
+    "lfm2": [
+        "layer_types", "full_attn_idxs", "conv_L_cache", "conv_bias", "block_ff_dim", "block_multiple_of", "norm_eps",
+        "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
     ],
     "hunyuan": ["rope_scaling", "rope_theta", "head_dim", "attention_bias"],
     "ministral3": ["rope_parameters", "sliding_window", "max_position_embeddings"],

@@ -5,26 +5,15 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from engine.scheduler_tools import SAMPLED, Recorder, record, text
-from engine.speculation_tools import assert_nothing_is_held
 
 import pyengine
 from pyengine import Engine, SamplingParams
 from pyengine.run.request import Caller
 from pyengine.run.stream import run_all
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    """Without guesses, so that a test can count its steps."""
-    with Engine(tiny_model, speculative="off") as engine:
-        yield engine
-        assert_nothing_is_held(engine.check_integrity())
 
 
 def test_threads_share_their_steps(engine: Engine) -> None:

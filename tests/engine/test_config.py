@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import ModelFormatError, UnsupportedModelError
-from pyengine.format.config import ACTIVATIONS, MAX_ROPE_TABLES, NORMS, UNGATED, FrozenConfig, LayerSpec, same_layers
+from pyengine.format.config import (
+    ACTIVATIONS,
+    MAX_ROPE_TABLES,
+    MIXERS,
+    NORMS,
+    SHORT_CONV,
+    UNGATED,
+    FrozenConfig,
+    LayerSpec,
+    same_layers,
+)
 from pyengine.format.inventory import (
     count_macs,
     count_parameters,
@@ -43,7 +53,7 @@ def with_layers(**changes: Any) -> FrozenConfig:
 def test_a_config_is_read() -> None:
     config = parse()
     assert config.eos_token_ids == (257,) and config.q_dim == 64 and config.kv_dim == 32
-    assert config.layers == (LayerSpec(0, 0, "rmsnorm", "swiglu"),) * 2
+    assert config.layers == (LayerSpec(0, 0, "rmsnorm", "swiglu", "attention"),) * 2
     assert config.to_document() == CONFIG and next(iter(config.to_document())) == "requires"
 
 
@@ -87,7 +97,8 @@ def test_errors_name_the_field(key: str, value: Any) -> None:
         ("rope", -1, "rope of layer 0"), ("rope", MAX_ROPE_TABLES, "rope of layer 0"), ("rope", "0", "rope of layer"),
         ("rope", [0, 2], "no layer uses RoPE table 1"), ("rope", 1, "no layer uses RoPE table 0"),
         ("norm", 1, "norm of layer 0"), ("norm", ["rmsnorm", ""], "norm of layer 1"),
-        ("activation", {}, "activation of layer 0"),
+        ("activation", {}, "activation of layer 0"), ("mixer", 1, "mixer of layer 0"), ("mixer", [], r"layers\.mixer lists 0"),
+        ("mixer", ["attention", SHORT_CONV], "window of layer 1, a short_conv, must be an integer in 1..16"),
     ],
 )  # fmt: skip
 def test_errors_name_the_layer(field: str, value: Any, match: str) -> None:
@@ -125,12 +136,15 @@ def test_what_is_required_and_not_known_is_refused_by_name() -> None:
         with_layers(norm=["rmsnorm", "layernorm"])
     with pytest.raises(UnsupportedModelError, match=r"layer 0 has the activation 'geglu', which .* not know"):
         with_layers(activation="geglu")
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 has the mixer 'mamba', which .* not know"):
+        with_layers(mixer=["attention", "mamba"])
 
 
 def test_optional_keys_are_left_out_where_they_say_nothing() -> None:
     """So a file of before there were such keys is as it was."""
     said = {"qk_norm_all_heads": False, "attention_softcap": 0, "logits_softcap": 0.0}
     assert parse(**said) == parse() and parse(**said).to_document() == CONFIG
+    assert with_layers(mixer=["attention"] * 2).to_document() == CONFIG
     said = {"qk_norm": True, "qk_norm_all_heads": True, "attention_softcap": 50.0, "logits_softcap": 30}
     assert parse(**said).to_document() == CONFIG | said
     assert FrozenConfig.from_json(parse(**said).to_json()) == parse(**said)
@@ -323,7 +337,9 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
     windows = draw(st.lists(st.sampled_from([0, 1, 4096]), min_size=n_layers, max_size=n_layers))
     activations = draw(st.lists(st.sampled_from(ACTIVATIONS), min_size=n_layers, max_size=n_layers))
     by_layer = st.tuples(*[st.just("int8_g64")] * n_layers)
-    matrices = ["wqkv", "wo", "w_down", *{"w_up" if activation in UNGATED else "w_gate_up": 0 for activation in activations}]
+    mixers = draw(st.lists(st.sampled_from(MIXERS), min_size=n_layers, max_size=n_layers))
+    matrices = [matrix for mixer in set(mixers) for matrix in {"attention": ["wqkv", "wo"], SHORT_CONV: ["conv_in"]}[mixer]]
+    matrices += ["w_down", *{"w_up" if activation in UNGATED else "w_gate_up": 0 for activation in activations}]
     kinds = draw(st.dictionaries(st.sampled_from(matrices), st.just("int8_g64") | by_layer))
     return FrozenConfig(
         architecture=draw(names),
@@ -342,7 +358,9 @@ def configs(draw: st.DrawFn) -> FrozenConfig:
         qk_norm=draw(st.booleans()),
         layers=tuple(
             LayerSpec(window, table, draw(st.sampled_from(NORMS)), activation)
-            for window, table, activation in zip(windows, rope, activations, strict=True)
+            if mixer == "attention"
+            else LayerSpec(draw(st.integers(1, 16)), table, "rmsnorm", activation, mixer)
+            for window, table, activation, mixer in zip(windows, rope, activations, mixers, strict=True)
         ),
         gate_up_bias=draw(st.booleans()),
         down_bias=draw(st.booleans()),

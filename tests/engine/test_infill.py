@@ -180,17 +180,21 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_command_line_fills_a_hole(
     engine: Engine, coder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = engine.infill(PREFIX, SUFFIX, **SHORT)
-    (tmp_path / "before").write_text(PREFIX)
-    (tmp_path / "after").write_text(SUFFIX + "\n")
+    """Of files, too, as they are: a newline at the end is a part of the text before a hole or behind it."""
+    before = PREFIX + "\n"
+    wanted = engine.infill(before, SUFFIX, **SHORT)
+    assert SUFFIX.endswith("\n")
+    (tmp_path / "before").write_text(before)
+    (tmp_path / "after").write_text(SUFFIX)
     cache = str(tmp_path / "prompt.kv")
-    escaped = ["-e", "-p", PREFIX.replace("\n", "\\n"), "--suffix", SUFFIX.replace("\n", "\\n")]
+    escaped = ["-e", "-p", before.replace("\n", "\\n"), "--suffix", SUFFIX.replace("\n", "\\n")]
     of_files = ["-f", str(tmp_path / "before"), "--suffix", f"@{tmp_path / 'after'}", "--prompt-cache", cache]
     for options in (escaped, of_files, of_files):
         capsys.readouterr()
         assert main(["generate", "-m", str(coder), "-t", "1", "--temp", "0", "-n", "8", "--json", *options]) == 0
         said = json.loads(capsys.readouterr().out)
         assert said["tokens"] == wanted.tokens
+        assert said["timings"]["prompt_tokens"] == wanted.timings.prompt_tokens
     assert said["timings"]["cached_tokens"] > 0  # of the file that the second one wrote
 
 

@@ -26,8 +26,9 @@ from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze
 
 N_CTX = 1536
-# No windows; all layers with a window of 16; one layer of three that sees everything, the others 40 positions.
-MODELS = ["llama_tied", "mistral_window", "gemma3"]
+# No windows; all layers with a window of 16; one layer of three that sees everything, the others 40 positions; the others
+# convolutions of 3.
+MODELS = ["llama_tied", "mistral_window", "gemma3", "lfm2"]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -179,6 +180,22 @@ def test_numbers_that_no_text_has_are_refused(plain: Path, kv_dtype: Any) -> Non
             context.restore([1] * (file.config.max_seq_len + 1), aligned(saved))
         context.check()
         assert context.cache_stats()["n_sequences"] == 1 and context.match_length(tokens) == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_inputs_of_convolutions_that_no_text_has_are_refused(tmp_path: Path, bad: float) -> None:
+    """They lie behind the layers with attention: the last number that the first of 20 positions has."""
+    with FrozenFile.open(freeze_fixture("lfm2", tmp_path)) as file:
+        context = _core.Context(_core.Model(file.config, file.buffer, file.weights))
+        sequence, tokens = context.sequence_new(), text_of(7, 20)
+        forward(context, sequence, tokens)
+        saved = bytearray(sequence.save())
+        at = len(saved) - 256 * 4 * 48 + 4 * (file.config.dim - 1)  # the last layer is one; its rows of 40 are padded to 48
+        assert context.restore(tokens, aligned(saved)).save() == saved
+        saved[at : at + 4] = struct.pack("<f", bad)
+        context.drop_cached()
+        with pytest.raises(InvalidArgumentError, match="no text has"):
+            context.restore(tokens, aligned(saved))
 
 
 # ---------------------------------------------------------------- the engine

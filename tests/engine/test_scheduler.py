@@ -5,13 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine.scheduler_tools import SAMPLED, Recorder, record, text
-from engine.speculation_tools import assert_nothing_is_held
 
 import pyengine
 from pyengine import Engine, SamplingParams, _core
@@ -22,14 +20,6 @@ from pyengine.run.pages import max_pages
 from pyengine.run.request import Caller, RowsRequest
 
 PAGE = 256
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    """Without guesses, so that a test can count its steps."""
-    with Engine(tiny_model, speculative="off") as engine:
-        yield engine
-        assert_nothing_is_held(engine.check_integrity())
 
 
 # ------------------------------------------------------------------ one rule

@@ -371,6 +371,13 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
          "rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True},
         48,
     ),
+    "lfm2": (
+        {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], **shape(40, 34, 2, 1, 16), "num_hidden_layers": 3,
+         "tie_word_embeddings": True, "rms_norm_eps": None, "norm_eps": 1e-5, "hidden_act": None, "rope_theta": 1000000.0,
+         "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 8, "conv_L_cache": 3,
+         "conv_bias": False, "layer_types": ["conv", "full_attention", "conv"]},
+        300,
+    ),
     "gpt_oss": (
         {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], **shape(64, 32, 4, 2, 16), "tie_word_embeddings": False,
          "attention_bias": True, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"],

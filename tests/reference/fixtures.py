@@ -61,6 +61,13 @@ LAYER_NAMES = {
     "mlp.c_proj.weight": "w_down",
     "mlp.c_proj.bias": "w_down.bias",
     **{f"attention.{part}.weight": part for part in ("wq", "wk", "wv", "wo")},
+    "operator_norm.weight": "attention_norm",
+    "self_attn.q_layernorm.weight": "q_norm",
+    "self_attn.k_layernorm.weight": "k_norm",
+    "self_attn.out_proj.weight": "wo",
+    "conv.in_proj.weight": "conv_in",
+    "conv.conv.weight": "taps",
+    "conv.out_proj.weight": "conv_out",
     "attention_norm.weight": "attention_norm",
     "ffn_norm.weight": "ffn_norm",
     "attention_layernorm.weight": "attention_norm",
@@ -99,6 +106,7 @@ MODEL_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings",
     "model.norm.weight": "norm",
     "lm_head.weight": "output",
+    "model.embedding_norm.weight": "norm",
     "model.norm.bias": "norm.bias",
     "model.final_layernorm.weight": "norm",
     "model.final_layernorm.bias": "norm.bias",
@@ -187,6 +195,7 @@ def canonical_weights(fixture: Fixture) -> dict[str, NDArray[np.float32]]:
     hf = fixture.hf_config
     weights = {canonical_name(k, hf["model_type"]): w.astype(np.float32) for k, w in unfused(hf, fixture.hf_weights).items()}
     weights = {key: w.reshape(-1) if key.endswith("router") else w for key, w in weights.items()}  # vectors of the file
+    weights = {key: w.reshape(len(w), -1).T.reshape(-1) if key.endswith("taps") else w for key, w in weights.items()}
     for i, table in enumerate(rope_tables(fixture)):
         weights[f"rope.{i}.inv_freq"] = table
     return split_key_biases(canonical_config(fixture), folded(hf, weights))
@@ -262,8 +271,12 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     present = {name.replace("gpt_neox.", "model.") for name in present}
     qkv_bias = not present.isdisjoint({"model.layers.0.self_attn.q_proj.bias", "model.layers.0.input_layernorm.bias"})
     qk_norm = not present.isdisjoint({f"model.layers.0.self_attn.{name}.weight" for name in ("q_norm", "query_layernorm")})
-    qk_norm = qk_norm or hf["model_type"] == "nanochat"
+    qk_norm = qk_norm or hf["model_type"] in ("nanochat", "lfm2")
     norm = "rmsnorm_parallel" if hf["model_type"] in PARALLEL else NORMS_AFTER.get(hf["model_type"], "rmsnorm")
+    layers: dict[str, Any] = {}
+    if hf["model_type"] == "lfm2":
+        window = [hf["conv_L_cache"] if kind == "conv" else 0 for kind in hf["layer_types"]]
+        layers["mixer"] = ["short_conv" if kind == "conv" else "attention" for kind in hf["layer_types"]]
     activation = "geglu_tanh" if hf.get("hidden_activation") == "gelu_pytorch_tanh" else "swiglu"
     if hf["model_type"] in UNGATED:
         activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(hf["hidden_act"], hf["hidden_act"])
@@ -275,7 +288,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
     return _optional_keys(hf) | {key: True for key, names in biases.items() if present & set(names)} | {
         "architecture": hf["architectures"][0],
         "dim": hf["hidden_size"],
-        "hidden_dim": _hidden_dim(hf),
+        "hidden_dim": hidden_dim_of(hf),
         "n_layers": hf["num_hidden_layers"],
         "n_heads": hf["num_attention_heads"],
         "n_kv_heads": hf.get("num_key_value_heads", hf["num_attention_heads"]),
@@ -287,7 +300,7 @@ def config_from_hf(hf: Mapping[str, Any], weight_names: Iterable[str]) -> dict[s
         "qkv_bias": qkv_bias,
         "o_bias": o_bias,
         "qk_norm": qk_norm,
-        "layers": {"window": window, "rope": _rope(hf), "norm": norm, "activation": activation},
+        "layers": {"window": window, "rope": _rope(hf), "norm": norm, "activation": activation, **layers},
         "bos_token_id": hf["bos_token_id"],
         "eos_token_ids": eos if isinstance(eos, list) else [eos],
         "kinds": {"default": "int8_g64"},
@@ -300,7 +313,10 @@ _OUTPUT_BIASES = ("model.norm.bias", "model.final_layer_norm.bias", "lm_head.bia
 _DOWN_BIASES = tuple(f"model.layers.0.mlp.{name}.bias" for name in ("c_proj", "fc2", "down_proj", "dense_4h_to_h"))
 
 
-def _hidden_dim(hf: Mapping[str, Any]) -> int:
+def hidden_dim_of(hf: Mapping[str, Any]) -> int:
+    if hf["model_type"] == "lfm2":  # two thirds, in whole multiples
+        width, multiple = int(2 * hf["intermediate_size"] / 3), hf["block_multiple_of"]
+        return multiple * ((width + multiple - 1) // multiple)
     key = "shared_intermediate_size" if hf["model_type"] == "granitemoehybrid" else "moe_intermediate_size"
     return int(hf.get(key, hf["intermediate_size"]))
 

@@ -48,7 +48,7 @@ def unfused(hf: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Weigh
                 parts[name.replace("query_key_value", part)] = rows
             continue
         stem = name.removesuffix(".weight").rpartition(".")[2]
-        if w.ndim == 3:
+        if w.ndim == 3 and stem != "conv":
             for e, expert in enumerate(w):
                 halves = np.split(expert, 2) if stem == "input_linear" else [expert]
                 for half, part in zip(halves, ("w1", "w3") if stem == "input_linear" else ("w2",), strict=True):

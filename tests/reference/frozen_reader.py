@@ -75,6 +75,8 @@ def _matrices(base: str, codes: NDArray[Any], scales: NDArray[Any], config: dict
     if kind == "wqkv":
         begins = _qkv_rows(config)
         return {f"{layer}.{name}": _rows(matrix, begin, end) for name, (begin, end) in begins.items()}
+    if kind == "conv_in":
+        return {base: _rows(matrix, 0, 3 * config["dim"])}
     n_rows = config["vocab_size"] if not layer else n if kind == "w_up" else config["dim"]
     return {base: _rows(matrix, 0, n_rows)}
 
@@ -106,6 +108,10 @@ def _vectors(name: str, values: NDArray[Any], config: dict[str, Any]) -> dict[st
         return {name: values[: config["n_experts"]]}
     if name.endswith(".router"):
         return {name: values[: config["n_experts"] * config["dim"]]}
+    if name.endswith(".taps"):
+        window = config["layers"]["window"]
+        taps = window[int(name.split(".")[1])] if isinstance(window, list) else window
+        return {name: values[: taps * config["dim"]]}
     return {name: values[: config["head_dim"] // 2 if name.startswith("rope.") else config["dim"]]}
 
 

@@ -26,7 +26,7 @@ ARCHITECTURES = {
     "seed_oss": "seed_oss", "cohere": "command-r", "cohere2": "cohere2", "phi": "phi2", "stablelm": "stablelm", "olmo": "olmo",
     "gpt_oss": "gpt-oss", "ministral3": "mistral3", "hunyuan_v1_dense": "hunyuan-dense",
     "arcee": "arcee", "nemotron": "nemotron", "apertus": "apertus", "gpt_neox": "gptneox",
-    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2", "gemma": "gemma", "exaone": "exaone",
+    "olmo3": "olmo2", "minicpm": "minicpm", "internlm2": "internlm2", "lfm2": "lfm2", "gemma": "gemma", "exaone": "exaone",
     "hunyuan_v1_moe": "hunyuan-moe", "qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl", "qwen3_vl_text": "qwen3vl",
     "qwen3_vl_moe_text": "qwen3vlmoe",
 }  # fmt: skip
@@ -129,6 +129,8 @@ def _converted(hf: dict[str, Any], arch: str, name: str, w: NDArray[Any]) -> NDA
     w = w.astype(np.float32)
     if arch in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight", "wq.weight", "wk.weight")):
         return w.reshape(-1, 2, head_dim_of(hf) // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+    if name.endswith("conv.conv.weight"):
+        return w[:, 0]
     if ".query_key_value." in name:  # of each head its query, its key, its value
         return w.reshape(hf["num_attention_heads"], 3, head_dim_of(hf), -1).swapaxes(0, 1).reshape(w.shape)
     if (arch.startswith("gemma") or arch == "nemotron") and name.endswith("norm.weight"):
@@ -143,11 +145,11 @@ def _add_sizes(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     writer.add_context_length(hf["max_position_embeddings"])
     writer.add_embedding_length(hf["hidden_size"])
     writer.add_block_count(hf["num_hidden_layers"])
-    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_feed_forward_length(fixtures.hidden_dim_of(hf) if hf["model_type"] == "lfm2" else hf["intermediate_size"])
     writer.add_head_count(hf["num_attention_heads"])
     writer.add_head_count_kv(hf.get("num_key_value_heads", hf["num_attention_heads"]))
-    if "rms_norm_eps" in hf:
-        writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    if "rms_norm_eps" in hf or hf["model_type"] == "lfm2":
+        writer.add_layer_norm_rms_eps(hf["norm_eps" if hf["model_type"] == "lfm2" else "rms_norm_eps"])
     else:
         writer.add_layer_norm_eps(hf.get("norm_epsilon", hf.get("norm_eps", hf.get("layer_norm_eps", 1e-5))))
     scaling, d = hf.get("rope_scaling") or hf.get("rope_parameters") or {}, head_dim_of(hf)
@@ -233,6 +235,15 @@ def _gpt_oss(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
     _yarn(writer, hf)
     writer.add_sliding_window(hf["sliding_window"])
     writer.add_expert_feed_forward_length(hf["intermediate_size"])
+
+
+def _lfm2(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
+    heads = hf["num_key_value_heads"]
+    writer.add_head_count_kv([0 if kind == "conv" else heads for kind in hf["layer_types"]])
+    writer.add_shortconv_l_cache(hf["conv_L_cache"])
+    writer.add_key_length(hf["head_dim"])
+    writer.add_value_length(hf["head_dim"])
+    writer.add_vocab_size(hf["vocab_size"])
 
 
 def _minicpm(writer: gguf.GGUFWriter, hf: dict[str, Any]) -> None:
@@ -327,7 +338,7 @@ EXTRA_KEYS: dict[str, Callable[[gguf.GGUFWriter, dict[str, Any]], None]] = {
     "phi2": _rotary, "stablelm": _rotary, "olmo": _rotary,
     "exaone4": _windows, "command-r": _command_r, "cohere2": _command_r,
     "minicpm": _minicpm, "internlm2": _internlm2, "gpt-oss": _gpt_oss,
-    "mistral3": _mistral3, "qwen2": _yarn, "hunyuan-dense": _rotary,
+    "mistral3": _mistral3, "qwen2": _yarn, "hunyuan-dense": _rotary, "lfm2": _lfm2,
     "arcee": _rotary, "nemotron": _rotary, "apertus": _apertus, "gptneox": _rotary,
     "gemma": _rotary, "exaone": _rotary, "hunyuan-moe": _hunyuan_moe,
     **dict.fromkeys(("qwen2vl", "qwen3vl", "qwen3vlmoe"), _qwen_vl),

@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from fixture_models import COMMON, LARGE_KEY_BIAS, LOUD_CHANNELS, LOUDNESS, MAGNITUDES, MODELS
+from folds import head_dim_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 DATA = Path(__file__).parent / "data"
@@ -216,11 +217,10 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     tied = config_json["tie_word_embeddings"]
     weights = {}
     inner = model.base_model
-    head_dim = config_json.get("head_dim", config_json["hidden_size"] // config_json["num_attention_heads"])
     for key, parameter in model.named_parameters():
         make_weight = partial(realistic_weight, name) if name in MAGNITUDES else random_weight
         parameter.data.copy_(make_weight(key, parameter, generator))
-        put_large_key_bias(name, key, parameter.data, head_dim)
+        put_large_key_bias(name, key, parameter.data, head_dim_of(config_json))
         if name == "gpt_oss" and key.endswith(("gate_up_proj", "down_proj")):
             weights |= put_mxfp4(key, parameter)
             continue
@@ -231,7 +231,7 @@ def make(name: str, config_json: dict[str, Any], n_tokens: int) -> None:
     assert any(key in weights for key in ("lm_head.weight", "embed_out.weight")) == (not tied)
     if name == "internlm2":
         weights = as_internlm2(weights, config_json["num_key_value_heads"])
-    tables = rope_tables(inner.rotary_emb)
+    tables = rope_tables(inner.rotary_emb if hasattr(inner, "rotary_emb") else inner.pos_emb)
     if name == "olmo3":
         tables = np.concatenate([rope_tables(turn_windows_plainly(model)), tables])
 

@@ -176,6 +176,11 @@ def layer_field(config: Mapping[str, Any], name: str, layer: int) -> Any:
     return value[layer] if isinstance(value, list) else value
 
 
+def is_convolution(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer has a convolution in attention's place."""
+    return "mixer" in config["layers"] and layer_field(config, "mixer", layer) == "short_conv"
+
+
 def visible(n_tokens: int, window: int) -> Array:
     """(n_tokens, n_tokens) bool: whether query i sees position j."""
     i, j = np.arange(n_tokens)[:, None], np.arange(n_tokens)[None, :]
@@ -273,16 +278,42 @@ class Oracle:
         """x (n_tokens, dim) at positions 0.. -> every intermediate of the layer, "out" being its
         output.
 
-        attention_normed, q, k, v, q_rope, k_rope, attention, x_attention, ffn_normed, gate, up, h,
+        attention_normed, q, k, v, q_rope, k_rope (of a convolution u), attention, x_attention, ffn_normed, gate, up, h,
         out; in quantized mode also the int8 codes
         {attention_normed,q,k,v,p,attention,ffn_normed,h}_codes. ``codes``: a trace whose codes are followed at ties.
         """
         others = {name: array for name, array in (codes or {}).items() if name.endswith("_codes")}
         cfg, trace = self.config, Trace(x=x, **others)
-        n_tokens, head_dim = len(x), cfg["head_dim"]
-
         trace["attention_normed"] = xn = self._norm_if_there(f"layers.{layer}.attention_norm", x)
         xn = self._through_codes(trace, "attention_normed", xn)
+        is_conv = is_convolution(cfg, layer)
+        trace["attention"] = o = self._convolved(layer, trace, xn) if is_conv else self._attended(layer, trace, xn)
+        o = self._linear(layer, "conv_out" if is_conv else "wo", self._through_codes(trace, "attention", o))
+        trace["x_attention"] = x = x + self._norm_if_there(f"layers.{layer}.post_attention_norm", o)
+
+        parallel = layer_field(cfg, "norm", layer) == "rmsnorm_parallel"
+        xn = trace["attention_normed"] if parallel else self._norm_if_there(f"layers.{layer}.ffn_norm", x)
+        trace["ffn_normed"] = xn_exact = xn
+        xn = self._through_codes(trace, "ffn_normed", xn)
+        if cfg.get("n_experts"):
+            branch = self._experts(layer, trace, xn_exact, xn)
+            trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch)
+            return trace
+        h = self._through_codes(trace, "h", self._hidden(layer, trace, "", xn))
+        trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", self._linear(layer, "w_down", h))
+        return trace
+
+    def _convolved(self, layer: int, trace: Trace, xn: Array) -> Array:
+        """What a convolution makes of normed rows (n_tokens, dim), like them."""
+        b, c, value = np.split(self._linear(layer, "conv_in", xn), 3, axis=1)
+        trace["u"] = u = b * value
+        taps = self.weights[f"layers.{layer}.taps"].reshape(-1, u.shape[1])
+        before = np.concatenate([np.zeros_like(taps[1:]), u])  # zeros before position 0
+        return c * sum(tap * before[k : k + len(u)] for k, tap in enumerate(taps))
+
+    def _attended(self, layer: int, trace: Trace, xn: Array) -> Array:
+        """What attention makes of normed rows (n_tokens, dim): (n_tokens, q_dim)."""
+        cfg, n_tokens, head_dim = self.config, len(xn), self.config["head_dim"]
         trace["q"] = q = self._linear(layer, "wq", xn).reshape(n_tokens, -1, head_dim)
         trace["k"] = k = self._linear(layer, "wk", xn).reshape(n_tokens, -1, head_dim)
         trace["v"] = v = self._linear(layer, "wv", xn).reshape(n_tokens, -1, head_dim)
@@ -302,21 +333,7 @@ class Oracle:
         if (bias := self.weights.get(f"layers.{layer}.key_bias")) is not None:  # no codes come near it
             bias = rope(np.broadcast_to(bias.reshape(-1, head_dim), k.shape), inv_freq)
             q, k = np.concatenate([q, q_exact], axis=-1), np.concatenate([k, bias], axis=-1)
-        trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
-        o = self._through_codes(trace, "attention", o)
-        trace["x_attention"] = x = x + self._norm_if_there(f"layers.{layer}.post_attention_norm", self._linear(layer, "wo", o))
-
-        parallel = layer_field(cfg, "norm", layer) == "rmsnorm_parallel"
-        xn = trace["attention_normed"] if parallel else self._norm_if_there(f"layers.{layer}.ffn_norm", x)
-        trace["ffn_normed"] = xn_exact = xn
-        xn = self._through_codes(trace, "ffn_normed", xn)
-        if cfg.get("n_experts"):
-            branch = self._experts(layer, trace, xn_exact, xn)
-            trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch)
-            return trace
-        h = self._through_codes(trace, "h", self._hidden(layer, trace, "", xn))
-        trace["out"] = x + self._norm_if_there(f"layers.{layer}.post_ffn_norm", self._linear(layer, "w_down", h))
-        return trace
+        return self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
 
     def _hidden(self, layer: int, trace: Trace, prefix: str, xn: Array) -> Array:
         """What the activation of an MLP gives, (n_tokens, hidden_dim)."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .oracle import GROUP, hadamard_exponent, layer_field, visible
+from .oracle import GROUP, hadamard_exponent, is_convolution, layer_field, visible
 from .spec_ops import (
     CURVES,
     F32,
@@ -20,6 +20,7 @@ from .spec_ops import (
     Matrix,
     Weight,
     attend,
+    convolve,
     dots,
     exp,
     f32,
@@ -134,10 +135,37 @@ class Spec:
     def block(self, layer: int, x: F32) -> Trace:
         """x (n_tokens, dim) float32 at positions 0.. -> the intermediates of Oracle.block."""
         cfg, trace = self.config, Trace(x=x)
-        n_tokens, head_dim = len(x), cfg["head_dim"]
-
         trace["attention_normed"] = xn = self._norm_if_there(f"layers.{layer}.attention_norm", x)
         x_q = self._quantize_input(trace, "attention_normed", xn)
+        is_conv = is_convolution(cfg, layer)
+        trace["attention"] = o = self._convolved(layer, trace, x_q) if is_conv else self._attended(layer, trace, x_q, xn)
+        o_q = self._quantize_input(trace, "attention", o)
+        if layer_field(cfg, "norm", layer) == "rmsnorm_parallel":
+            h = self._hidden(layer, trace, "", x_q, xn)
+            mlp = self._linear(layer, "w_down", self._quantize_input(trace, "h", h)) + x
+            trace.update(ffn_normed=xn, ffn_normed_codes=x_q[0], out=self._linear(layer, "wo", o_q) + mlp)
+            return trace
+        trace["x_attention"] = x = self._add(layer, "conv_out" if is_conv else "wo", "post_attention_norm", x, o_q, o)
+
+        trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
+        x_q = self._quantize_input(trace, "ffn_normed", xn)
+        if cfg.get("n_experts"):
+            branch = self._experts(layer, trace, xn, x_q)
+            trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
+            return trace
+        h = self._hidden(layer, trace, "", x_q, xn)
+        trace["out"] = self._add(layer, "w_down", "post_ffn_norm", x, self._quantize_input(trace, "h", h), h)
+        return trace
+
+    def _convolved(self, layer: int, trace: Trace, x_q: tuple[Array, F32]) -> F32:
+        """What a convolution makes of normed rows, (n_tokens, dim)."""
+        b, c, value = np.split(self._linear(layer, "conv_in", x_q), 3, axis=1)
+        trace["u"] = u = b * value
+        return c * convolve(u, self.vectors[f"layers.{layer}.taps"].reshape(-1, u.shape[1]))
+
+    def _attended(self, layer: int, trace: Trace, x_q: tuple[Array, F32], xn: F32) -> F32:
+        """What attention makes of normed rows xn (n_tokens, dim), quantized x_q: (n_tokens, q_dim)."""
+        cfg, n_tokens, head_dim = self.config, len(xn), self.config["head_dim"]
         trace["q"] = q = self._adapted(layer, "wq", x_q, xn).reshape(n_tokens, -1, head_dim)
         trace["k"] = k = self._adapted(layer, "wk", x_q, xn).reshape(n_tokens, -1, head_dim)
         trace["v"] = v = self._adapted(layer, "wv", x_q, xn).reshape(n_tokens, -1, head_dim)
@@ -154,24 +182,7 @@ class Spec:
         if cfg.get("qk_norm_after_rope"):
             q, k = self._norm(f"layers.{layer}.q_norm", q), self._norm(f"layers.{layer}.k_norm", k)
         trace["q_rope"], trace["k_rope"] = q, k
-        trace["attention"] = o = self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
-        o_q = self._quantize_input(trace, "attention", o)
-        if layer_field(cfg, "norm", layer) == "rmsnorm_parallel":
-            h = self._hidden(layer, trace, "", x_q, xn)
-            mlp = self._linear(layer, "w_down", self._quantize_input(trace, "h", h)) + x
-            trace.update(ffn_normed=xn, ffn_normed_codes=x_q[0], out=self._linear(layer, "wo", o_q) + mlp)
-            return trace
-        trace["x_attention"] = x = self._add(layer, "wo", "post_attention_norm", x, o_q, o)
-
-        trace["ffn_normed"] = xn = self._norm_if_there(f"layers.{layer}.ffn_norm", x)
-        x_q = self._quantize_input(trace, "ffn_normed", xn)
-        if cfg.get("n_experts"):
-            branch = self._experts(layer, trace, xn, x_q)
-            trace["out"] = self._norm_if_there(f"layers.{layer}.post_ffn_norm", branch) + x
-            return trace
-        h = self._hidden(layer, trace, "", x_q, xn)
-        trace["out"] = self._add(layer, "w_down", "post_ffn_norm", x, self._quantize_input(trace, "h", h), h)
-        return trace
+        return self._attention(layer, trace, q, k, v).reshape(n_tokens, -1)
 
     def _hidden(self, layer: int, trace: Trace, prefix: str, x_q: tuple[Array, F32], xn: F32) -> F32:
         """What the activation of an MLP gives, (n_tokens, hidden_dim)."""

@@ -346,3 +346,12 @@ def _values_f32(p: F32, v: F32) -> F32:
     for j in range(len(v)):
         o = fmaf(p[:, j, None], v[j], o)
     return o
+
+
+def convolve(u: F32, taps: F32) -> F32:
+    """u (n_tokens, dim) at positions 0.., taps (window, dim), the oldest position's first -> (n_tokens, dim)."""
+    y = np.zeros_like(u)
+    for k, tap in enumerate(taps):
+        back = len(taps) - 1 - k
+        y[back:] = y[back:] + tap * u[: len(u) - back]
+    return y

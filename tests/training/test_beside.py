@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,3 +228,15 @@ def test_ctrl_c_ends_what_is_shared_out() -> None:
             share_out(pool, [0], range(3), work)
         left.set()
     assert done == [0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_rank_that_writes_copies_parameters(tmp_path: Path, rank: int) -> None:
+    seen: list[bool] = []
+    loop: Any = SimpleNamespace(
+        leads=rank == 0, writer=object(), run=SimpleNamespace(folder=tmp_path, fingerprint=str), _saved_step=-1,
+        trainer=SimpleNamespace(state=SimpleNamespace(step=3), save=lambda *args, **options: None),
+        _model_writer=lambda copied: seen.append(copied),
+    )  # fmt: skip
+    train.Loop.save(loop)
+    assert seen == [rank == 0]

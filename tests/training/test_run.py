@@ -1,16 +1,11 @@
-"""Whole runs through the command line: a run, resuming it, branching, fine-tuning, killing, and bad input."""
+"""Whole runs through the command line: a run, resuming it, branching, fine-tuning, and bad input."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +14,11 @@ import pytest
 
 pytest.importorskip("numba", reason="training needs numba: extra [train]")
 
-import pyengine_training
 from pyengine_training import checkpoint as checkpoints
 from pyengine_training.__main__ import main
 from pyengine_training.energy import EnergyMeter, add_joules
 from pyengine_training.files import load_safetensors, read_json
-
-SIZES = "--vocab-size 300 --dim 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --head-dim 16 --hidden-dim 64"
-KNOBS = "--seq-len 32 --batch-size 4 --shards 2 --eval-documents 4 --sample-tokens 4"
-
-
-def arguments(run: Path, data: Path | None, extra: str) -> list[str]:
-    given = ["--data", str(data)] if data else []
-    return ["train", "--run-dir", str(run), *given, *f"{SIZES} {KNOBS} {extra}".split()]
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps_of(run: Path) -> list[tuple[int, float]]:
-    return [(e["step"], e["loss"]) for e in metrics(run) if "loss" in e]
+from training.command import KNOBS, SIZES, arguments, metrics, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +149,7 @@ def test_fine_tuning_starts_from_the_given_weights(finished: Path, stories: Path
 
 def test_distillation_from_the_command_line(finished: Path, stories: Path, tmp_path: Path) -> None:
     run = tmp_path / "student"
-    sizes = SIZES.replace("--vocab-size 300 ", "")
-    flags = f"{sizes} {KNOBS} --teacher {finished / 'final'} --distill-alpha 0.7 --steps 2"
+    flags = f"{SIZES} {KNOBS} --teacher {finished / 'final'} --distill-alpha 0.7 --steps 2"
     assert main(["train", "--run-dir", str(run), "--data", str(stories), *flags.split()]) == 0
     assert read_json(run / "run.json")["train"]["distill_alpha"] == 0.7
 
@@ -222,88 +200,6 @@ def test_a_model_that_the_last_step_ruined_is_not_kept(
 
 
 # ---- interruption ------------------------------------------------------------------------------------------------
-
-
-def spawn(run: Path, data: Path, extra: str) -> subprocess.Popen[str]:
-    root = str(Path(pyengine_training.__file__).parents[1])
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "pyengine_training", *arguments(run, data, extra)],
-        env={**os.environ, "PYTHONPATH": path},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None:  # pytest's timeout is the limit
-        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"never reached step {step}: {process.communicate()[1]}")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_checkpoint_and_exit_honestly(stories: Path, tmp_path: Path, number: signal.Signals) -> None:
-    run = tmp_path / "run"
-    with spawn(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 0") as process:
-        wait_for_step(run, 5, process)
-        process.send_signal(number)
-        _, err = process.communicate()
-    assert process.returncode == 128 + number
-    assert "checkpoint is written" in err
-    last = checkpoints.checkpoints(run)[-1]
-    assert checkpoints.read_state(last)["step"] == steps_of(run)[-1][0]
-
-
-def test_a_closed_terminal_checkpoints(stories: Path, tmp_path: Path) -> None:
-    """Nothing can be told any more: what is printed on the way to the checkpoint, and after it, is lost and does no harm."""
-    run = tmp_path / "run"
-    words = arguments(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 0")
-    take = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    take += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # whoever runs the tests may have ignored it
-    take += "os.execv(sys.executable, sys.argv[1:])"
-    command = [sys.executable, "-c", take, sys.executable, "-m", "pyengine_training", *words]
-    path = os.pathsep.join([str(Path(pyengine_training.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    ours, theirs = os.openpty()
-    ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True, **ends) as process:
-        os.close(theirs)
-        said = b""
-        while b"step 3/100000" not in said:
-            said += os.read(ours, 4096)  # an end without that step is an OSError
-        os.close(ours)
-    assert process.returncode == 128 + signal.SIGHUP
-    last = checkpoints.checkpoints(run)[-1]
-    assert checkpoints.read_state(last)["step"] == steps_of(run)[-1][0] >= 3
-
-
-@pytest.mark.parametrize(("before", "received"), [("SIG_DFL", [signal.SIGHUP]), ("SIG_IGN", [])])
-def test_a_hangup_that_is_ignored_stays_so(before: str, received: list[int]) -> None:
-    """As nohup has it. Of those that are not the second one does no harm."""
-    code = (
-        "import os, signal; from pyengine_training.signals import signals; received = [];"
-        f"signal.signal(signal.SIGHUP, signal.{before});\n"
-        "with signals(received): [os.kill(os.getpid(), signal.SIGHUP) for _ in range(2)]\n"
-        f"assert signal.getsignal(signal.SIGHUP) is signal.{before}; print([int(n) for n in received])"
-    )
-    home = Path(pyengine_training.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, str([int(n) for n in received])), done.stderr
-
-
-def test_kill_9_loses_nothing_older_than_the_last_checkpoint(stories: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with spawn(run, stories, "--steps 100000 --eval-every 0 --checkpoint-every 3") as process:
-        wait_for_step(run, 10, process)
-        process.kill()
-        process.communicate()
-    found = checkpoints.checkpoints(run)
-    assert found
-    for folder in found:  # whole ones only
-        checkpoints.load_model(folder)
-        assert checkpoints.read_state(folder)["step"] == int(folder.name[5:])
-    assert checkpoints.read_state(found[-1])["step"] >= 9
 
 
 def test_what_kill_9_left_of_a_checkpoint_goes_with_the_next_one(finished: Path, tmp_path: Path) -> None:

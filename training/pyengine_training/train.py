@@ -108,7 +108,7 @@ class Loop:
                 self._keep_trunk(folder)
             checkpoints.prune(self.run.folder, self.config.keep_checkpoints)
 
-        write_model = self._model_writer(copied=self.writer is not None)
+        write_model = self._model_writer(copied=self.leads and self.writer is not None)  # only rank 0 calls it
         self.trainer.save(folder, self.run.fingerprint(), write_model, then=then, beside=self.writer)
         self._saved_step, self._saved_at = step, monotonic()
 

@@ -70,7 +70,8 @@ class Fold(NamedTuple):
     "rows" of each row, "columns" of each column, and of all of a vector; a bias with ``norm_bias``, the part that is the bias of
     the norm before its matrix, gets the matrix times it. ``is_absent``: the source has no such vector, which is ``offset`` then.
     ``pieces``: the parts of a fused tensor are cut into so many pieces; the first of each lie one under the other, then the
-    second of each, and so on. ``is_transposed``: the source has the matrix, or those of all experts, as (inputs, outputs).
+    second of each, and so on. ``is_transposed``: the source has the matrix, or those of all experts, as (inputs, outputs);
+    a convolution's taps by channel.
     ``gain``: the part that is the gain of the norm before a matrix, whose columns are multiplied by it. ``row_norm_eps``: each
     row of a matrix is normed like a row of the residual stream, by an RMSNorm with that eps. ``is_softplus``: of each value of a
     vector log(1 + exp(value)), to which those of the part ``plus`` are added.

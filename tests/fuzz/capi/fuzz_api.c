@@ -24,10 +24,11 @@
 enum { MAX_SEQUENCES = 12, MAX_LENGTH = 600, MAX_BATCH = 300, MAX_THREADS = 64, OPERATIONS_PER_CONTEXT = 60 };
 
 static const pe_layer_spec layers[] = {{.window = 0, .rope = 0, .norm = "rmsnorm", .activation = "swiglu"},
-                                       {.window = 70, .rope = 0, .norm = "rmsnorm", .activation = "swiglu"}};
+                                       {.window = 70, .rope = 0, .norm = "rmsnorm", .activation = "swiglu"},
+                                       {.window = 3, .rope = 0, .norm = "rmsnorm", .activation = "swiglu", .mixer = "short_conv"}};
 static const pe_config config = {.dim = 32,
                                  .hidden_dim = 48,
-                                 .n_layers = 2,
+                                 .n_layers = 3,
                                  .n_heads = 4,
                                  .n_kv_heads = 2,
                                  .head_dim = 8,

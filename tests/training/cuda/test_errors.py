@@ -81,6 +81,19 @@ def test_numpy_that_numba_cuda_cannot_compile_with(monkeypatch: pytest.MonkeyPat
         _libraries()
 
 
+def test_numbas_own_cuda_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where numba-cuda lies in a folder whose .pth files Python does not read: on PYTHONPATH, or in another environment."""
+    import numba.cuda
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setattr("numpy.row_stack", np.vstack, raising=False)
+    monkeypatch.setattr(numba.cuda, "__file__", "/layer/numba_cuda/numba/cuda/__init__.py")
+    assert _libraries() == (numba.cuda, sys.modules["cupy"])
+    monkeypatch.setattr(numba.cuda, "__file__", "/layer/numba/cuda/__init__.py")
+    with pytest.raises(DeviceError, match=r"numba's own CUDA module \(/layer/.*: pip install --ignore-installed"):
+        _libraries()
+
+
 def test_device_cuda_without_numba_cuda_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyengine_training.backend.cuda", None)
     with pytest.raises(TrainingError, match=r"pip install 'pyengine-lm\[cuda\]'"):

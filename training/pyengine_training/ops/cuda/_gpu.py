@@ -14,6 +14,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,11 @@ def _libraries() -> tuple[Any, Any]:
         import cupy
     except ImportError as error:
         raise DeviceError(f"--device cuda needs cupy: {INSTALL}") from error
+    if "numba_cuda" not in Path(cuda.__file__).parts:  # a .pth file makes numba.cuda that package; Python reads it in few folders
+        raise DeviceError(
+            f"--device cuda finds numba's own CUDA module ({cuda.__file__}) and not that of numba-cuda, which is installed "
+            "outside of this environment: pip install --ignore-installed --no-deps numba-cuda"
+        )
     return cuda, cupy
 
 
