@@ -38,6 +38,7 @@ _NEEDS: Mapping[str, str] = {
         "attention to what follows a token too, as encoders have it",
     ),
     **dict.fromkeys(("t5", "mt5", "t5gemma", "bart", "mbart", "whisper"), "an encoder beside the decoder"),
+    "lfm2moe": "a router that corrects its choice of experts by a bias (expert_bias)",
     "phimoe": "a router that takes one expert after the other (SparseMixer)",
     "bloom": "biases of scores by distance (ALiBi)",
     "mpt": "biases of scores by distance (ALiBi)",
