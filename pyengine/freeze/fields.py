@@ -16,12 +16,16 @@ REQUIRED: Any = object()
 class Fields:
     """Values by key, of the type that is asked for or a ModelFormatError that names the key.
 
-    ``prefix`` comes before every key, in ``values`` and in errors; ``where`` names the document. None counts as absent. Every
-    getter takes a default for a key that is absent, and without one that is an error.
+    ``prefix`` comes before every key, in ``values`` and in errors; ``where`` names the document, and ``names`` keys that it calls
+    otherwise. None counts as absent. Every getter takes a default for a key that is absent, and without one that is an error.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
-        self._values, self._where, self._prefix = values, where, prefix
+    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "", names: Mapping[str, str] | None = None) -> None:
+        self._values, self._where, self._prefix, self._names = values, where, prefix, names or {}
+
+    def _named(self, key: str) -> str:
+        """Where a key is in what somebody wrote, for errors."""
+        return f"{self._where}: {self._prefix}{self._names.get(key, key)}"
 
     def __contains__(self, key: str) -> bool:
         return self._values.get(self._prefix + key) is not None
@@ -35,13 +39,13 @@ class Fields:
         return self._values.get(self._prefix + key)
 
     def wrong(self, key: str, wanted: str) -> ModelFormatError:
-        return ModelFormatError(f"{self._where}: {self._prefix}{key} must be {wanted}, not {self.raw(key)!r:.80}")
+        return ModelFormatError(f"{self._named(key)} must be {wanted}, not {self.raw(key)!r:.80}")
 
     def _get(self, key: str, kinds: tuple[type[K], ...], wanted: str, default: T) -> K | T:
         value = self.raw(key)
         if value is None:
             if default is REQUIRED:
-                raise ModelFormatError(f"{self._where}: {self._prefix}{key} is missing")
+                raise ModelFormatError(f"{self._named(key)} is missing")
             return default
         if type(value) not in kinds:  # a bool is no int here
             raise self.wrong(key, wanted)
@@ -73,5 +77,5 @@ class Fields:
         """A JSON object."""
         value = self.raw(key)
         if value is not None and not isinstance(value, dict):
-            raise ModelFormatError(f"{self._where}: {self._prefix}{key} is not an object but {value!r:.80}")
+            raise ModelFormatError(f"{self._named(key)} is not an object but {value!r:.80}")
         return self._get(key, (dict,), "an object", default)

@@ -172,6 +172,13 @@ def _text_config(document: dict[str, Any], architecture: Architecture) -> dict[s
     return Fields(document, _CONFIG).table("text_config")
 
 
+def _config(found: dict[str, Any], architecture: Architecture) -> Fields:
+    """What a model says of itself under the usual keys; one of its own counts where it has both."""
+    own = {usual: name for name, usual in architecture.hf_keys.items() if name in found}
+    usual = {key: found[name] for key, name in own.items()}
+    return Fields({**architecture.hf_defaults, **found, **usual}, _CONFIG, names=own)
+
+
 def _is_tied(whole: Fields, text: Fields, config: Fields, has_output: bool) -> bool:
     """Whether the embeddings are the output matrix too. Of a model whose text model is a part, version 4 of transformers goes by
     the part's flag and version 5 by the whole's: where they differ, by what the file has."""
@@ -340,8 +347,7 @@ def load_hf(
         raise ModelFormatError(f"{directory} has no {_CONFIG}{_models_in(directory)}")
     architecture = architecture_of_hf(document)  # before the weights: the clearest reason to refuse
     text = _text_config(document, architecture)
-    keys = {architecture.hf_keys.get(key, key): value for key, value in {**document, **text}.items()}
-    config = Fields({**architecture.hf_defaults, **keys}, _CONFIG)
+    config = _config(document | text, architecture)
     file = _open_weights(directory)
     try:
         stored, is_inner = _text_tensors(file, architecture)

@@ -263,8 +263,8 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "error", "match"),
     [
-        ("granite", {"architectures": ["FalconForCausalLM"]}, UnsupportedModelError, "'Falcon.*known are Llama.*Granite"),
-        ("granite", {"architectures": ..., "model_type": "falcon"}, UnsupportedModelError, "'falcon'.*known are Llama"),
+        ("granite", {"architectures": ["FalconForCausalLM"]}, UnsupportedModelError, "'Falcon.*known are .* Llama, Llava"),
+        ("granite", {"architectures": ..., "model_type": "falcon"}, UnsupportedModelError, "'falcon'.*known are Apertus, Arcee"),
         ("granite", {"hidden_act": "relu2"}, UnsupportedModelError, "activation 'relu2'.*known are .*silu"),
         ("granite", {"rope_scaling": {"rope_type": "spiral"}}, UnsupportedModelError, "'spiral'.*known are default, linear"),
         ("granite", {"partial_rotary_factor": 0.5}, UnsupportedModelError, "partial_rotary_factor"),
@@ -324,7 +324,7 @@ def test_multipliers_default_to_one(tmp_path: Path) -> None:
         ("nemotron", {"partial_rotary_factor": 0.2}, ModelFormatError, "RoPE over 3 elements"),
         ("apertus", {"rope_scaling": ...}, UnsupportedModelError, "neither rope_scaling nor rope_parameters"),
         ("apertus", {"hidden_act": "relu2"}, UnsupportedModelError, "act_fn.*no place"),
-        ("gpt_neox", {"rotary_pct": "x"}, ModelFormatError, "partial_rotary_factor must be a number"),
+        ("gpt_neox", {"rotary_pct": "x"}, ModelFormatError, r"config\.json: rotary_pct must be a number"),
         ("gpt_neox", {"attention_bias": False}, UnsupportedModelError, "bias.*no place"),
         ("stablelm", {"qk_layernorm": True}, UnsupportedModelError, "qk_layernorm"),
         ("stablelm", {"use_parallel_residual": True}, UnsupportedModelError, "post_attention_layernorm.*no place"),
@@ -487,6 +487,26 @@ def test_constants_that_were_saved_along_say_nothing(tmp_path: Path) -> None:
     older = replace(fixture, hf_weights=fixture.hf_weights | extra)
     wanted = weight_bytes(freeze(fixtures.write_hf_dir(fixture, tmp_path / "a"), tmp_path / "m"))
     assert weight_bytes(freeze(fixtures.write_hf_dir(older, tmp_path / "b"), tmp_path / "n")) == wanted
+
+
+def test_keys_of_their_own_count_before_the_usual_ones(tmp_path: Path) -> None:
+    """Wherever these stand in the file: transformers writes both, sorted."""
+    fixture, found = fixtures.load("gpt_neox"), []
+    usual = {"partial_rotary_factor": 1.0, "rope_theta": 5.0}
+    for i, config in enumerate((fixture.hf_config, usual | fixture.hf_config, fixture.hf_config | usual)):
+        directory = fixtures.write_hf_dir(replace(fixture, hf_config=config), tmp_path / f"{i}")
+        found.append(weight_bytes(freeze(directory, tmp_path / f"{i}.m")))
+    assert found[0] == found[1] == found[2]
+
+
+def test_an_amplitude_that_a_norm_behind_it_undoes(tmp_path: Path) -> None:
+    """nanochat norms heads when they are turned."""
+    fixture, found = fixtures.load("nanochat"), []
+    for factor in (1.0, 1.3):
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": factor}
+        model = replace(fixture, hf_config=fixture.hf_config | {"rope_parameters": {**scaling, "rope_theta": 1e4}})
+        found.append(weight_bytes(freeze(fixtures.write_hf_dir(model, tmp_path / f"{factor}"), tmp_path / f"{factor}.m")))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("value", [None, "x", [1.0, 2.0, 3.0], [], [["a"], ["b"]], ["a", "b"], np.ones((2, 2))])

@@ -14,6 +14,7 @@ import pytest
 from pyengine_training.flags import train_parser
 
 from pyengine.cli import main
+from pyengine.freeze.arch import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -33,6 +34,12 @@ def test_links_lead_somewhere() -> None:
             target = document.parent / path if path else document
             assert target.exists(), f"{document.name} links to {path}"
             assert not anchor or anchor in anchors(target.read_text()), f"{document.name} links to {path}#{anchor}"
+
+
+def test_the_table_of_models_has_every_architecture() -> None:
+    table = (ROOT / "docs" / "models.md").read_text()
+    names = {name for one in ARCHITECTURES for name in (one.hf, one.gguf) if name}
+    assert not {name for name in names if f"`{name}`" not in table}
 
 
 def test_the_map_names_files_that_are_there() -> None:

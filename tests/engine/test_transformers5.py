@@ -20,6 +20,8 @@ from reference.transformers5 import LOGIT_STEP, TOKENS, Case, case_weights, case
 from pyengine.errors import ModelFormatError, PyEngineError, UnsupportedModelError
 from pyengine.format.reader import FrozenFile
 from pyengine.freeze import freeze, open_source
+from pyengine.freeze.arch import ARCHITECTURES
+from pyengine.freeze.arch.not_implemented import what_it_needs
 from pyengine.freeze.float_forward import FloatForward
 
 
@@ -101,6 +103,7 @@ def test_experts_as_version_4_writes_them(tmp_path: Path) -> None:
         ("llama", {"architectures": ["DeepseekV3ForCausalLM"]}, UnsupportedModelError, r"it needs .*\(MLA\)"),
         ("llama", {"architectures": ["Gemma3nForConditionalGeneration"]}, UnsupportedModelError, "it needs embeddings for each"),
         ("llama", {"architectures": ..., "model_type": "falcon_h1"}, UnsupportedModelError, "it needs state-space layers"),
+        ("llama", {"architectures": ["XLMRobertaForSequenceClassification"]}, UnsupportedModelError, "it needs attention to"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_or_not_known_is_named(
@@ -110,6 +113,11 @@ def test_what_is_wrong_or_not_known_is_named(
     config = {key: value for key, value in (case.config | changes).items() if value is not ...}
     with pytest.raises(error, match=match):
         open_source(write_case(replace(case, config=config), tmp_path / "hf"))
+
+
+def test_what_is_implemented_needs_nothing() -> None:
+    names = {name for one in ARCHITECTURES for name in (one.hf, one.model_type, one.gguf or "")}
+    assert not {name: needs for name in sorted(names) if (needs := what_it_needs(name)) is not None}
 
 
 VALUES = [None, True, 0, -1, 10**400, 0.5, 1e308, "", "x", [], [10**400] * 3, [0, 1], {}, {"a": {}}, {"full_attention": 1}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ...errors import ModelFormatError, UnsupportedModelError
@@ -92,13 +92,13 @@ def is_classifier(config: dict[str, Any]) -> bool:
     return isinstance(named, list) and isinstance(named[0], str) and named[0].endswith(CLASSIFIER)
 
 
-def _unknown(name: Any, known: list[str]) -> UnsupportedModelError:
+def _unknown(name: Any, known: Iterable[str]) -> UnsupportedModelError:
     needs = what_it_needs(name) if isinstance(name, str) else None
     if needs is not None:
         return UnsupportedModelError(f"architecture {name!r:.80} is not implemented: it needs {needs}")
-    return UnsupportedModelError(
-        f"architecture {name!r:.80} is not implemented; known are {', '.join(dict.fromkeys(known))}"
-    )
+    families = {one.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration").rstrip("_") for one in known}
+    listed = ", ".join(sorted(families, key=str.lower))
+    return UnsupportedModelError(f"architecture {name!r:.80} is not implemented; known are {listed}")
 
 
 def architecture_of_hf(config: dict[str, Any]) -> Architecture:
@@ -121,7 +121,7 @@ def architecture_of_hf(config: dict[str, Any]) -> Architecture:
     if named[0] in _AROUND_TEXT.values():
         return _text_of(config, named[0])
     if found is None:
-        raise _unknown(named[0], [a.hf for a in ARCHITECTURES])
+        raise _unknown(named[0], [*(a.hf for a in ARCHITECTURES), *_AROUND_TEXT.values()])
     return found
 
 

@@ -15,6 +15,7 @@ from fuzz.mutations import words
 from fuzz.targets.use import remove, use
 
 from pyengine.freeze import freeze, open_source
+from pyengine.freeze.arch import ARCHITECTURES
 from pyengine.freeze.gguf import GGUFFile
 
 _KINDS = [g.U8, g.I8, g.U16, g.I16, g.U32, g.I32, g.F32, g.BOOL, g.STRING, g.ARRAY, g.U64, g.I64, g.F64]
@@ -33,11 +34,15 @@ _STRINGS = [
     "a b",
     "é",
 ]
+_ARCHITECTURES = sorted({one.gguf for one in ARCHITECTURES if one.gguf})
 _MORE_KEYS = words("""
 general.alignment split.no split.count split.tensors.count llama.attention.head_count_kv llama.attention.key_length
 llama.attention.value_length llama.attention.causal llama.attention.sliding_window llama.rope.dimension_count
 llama.rope.freq_base llama.rope.scale_linear llama.rope.scaling.type llama.rope.scaling.factor llama.vocab_size
-llama.expert_count llama.logit_scale tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.ggml.add_space_prefix
+llama.expert_count llama.expert_used_count llama.expert_feed_forward_length llama.expert_shared_feed_forward_length
+llama.logit_scale llama.attention.layer_norm_epsilon llama.use_parallel_residual llama.embedding_scale
+llama.attention.sliding_window_pattern xielu.alpha_p xielu.alpha_n xielu.beta
+tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.ggml.add_space_prefix
 tokenizer.ggml.unknown_token_id tokenizer.ggml.eot_token_id tokenizer.ggml.eom_token_id tokenizer.ggml.scores
 tokenizer.ggml.merges
 """)
@@ -81,6 +86,8 @@ class GGUFTarget:
                 self._change_keys(rng, keys)
             else:
                 self._change_tensors(rng, tensors)
+        if rng.random() < 0.3:
+            self._rename(keys, rng.choice(_ARCHITECTURES))
         counts = None
         if rng.random() < 0.05:
             counts = rng.choice(mutations.BORDERS[:-1]), rng.choice([len(keys), 0, 2**16 + 1, 2**63])
@@ -125,6 +132,19 @@ class GGUFTarget:
             keys.remove(entry)
         elif entry:
             keys.append(list(entry))
+
+    def _rename(self, keys: list[list[Any]], architecture: str) -> None:
+        """The same sizes, and whatever changed, of another architecture; of Apertus with numbers of its own."""
+        for key in keys:
+            key[0] = key[0].replace("llama.", f"{architecture}.", 1) if key[0].startswith("llama.") else key[0]
+            if key[0] == "general.architecture":
+                key[1:] = g.STRING, architecture
+        names = {key[0] for key in keys}
+        if architecture == "apertus":
+            wanted = ("xielu.alpha_p", "xielu.alpha_n", "xielu.beta")
+            keys += [[name, g.ARRAY, (g.F32, [0.5])] for name in wanted if name not in names]
+        if f"{architecture}.attention.layer_norm_epsilon" not in names:
+            keys.append([f"{architecture}.attention.layer_norm_epsilon", g.F32, 1e-5])
 
     def _change_tensors(self, rng: random.Random, tensors: Tensors) -> None:
         if not tensors:

@@ -17,6 +17,7 @@ from fuzz.targets.tokenizer import changed_tokenizer
 from fuzz.targets.use import use
 
 from pyengine.freeze import freeze, open_source
+from pyengine.freeze.arch import ARCHITECTURES
 
 _DOCUMENTS = (
     "config.json",
@@ -36,7 +37,10 @@ architectures attention_bias bos_token_id eos_token_id head_dim hidden_act layer
 num_key_value_heads original_max_position_embeddings partial_rotary_factor quantization_config rms_norm_eps rope_parameters
 rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window attention_multiplier attn_logit_softcapping
 embedding_multiplier final_logit_softcapping hidden_activation logits_scaling no_rope_layer_interval no_rope_layers
-query_pre_attn_scalar residual_multiplier rope_local_base_freq sliding_window_pattern
+query_pre_attn_scalar residual_multiplier rope_local_base_freq sliding_window_pattern activation_function clip_qkv
+intermediate_size layer_norm_eps layer_rope_theta mlp_layer_types moe_intermediate_size moe_topk norm_eps norm_topk_prob
+num_experts num_experts_per_tok num_local_experts rotary_emb_base rotary_pct shared_intermediate_size text_config
+transformers_version use_parallel_residual use_post_norm
 """)
 _ROPE = [
     {
@@ -51,20 +55,8 @@ _ROPE = [
     {"rope_type": "yarn", "factor": 2.0},
     {"full_attention": {"rope_type": "default"}},
 ]
-_KINDS = [
-    ("LlamaForCausalLM", "llama"),
-    ("MistralForCausalLM", "mistral"),
-    ("Qwen2ForCausalLM", "qwen2"),
-    ("Qwen3ForCausalLM", "qwen3"),
-    ("GraniteForCausalLM", "granite"),
-    ("SmolLM3ForCausalLM", "smollm3"),
-    ("Phi3ForCausalLM", "phi3"),
-    ("Gemma2ForCausalLM", "gemma2"),
-    ("Gemma3ForCausalLM", "gemma3_text"),
-    ("Olmo2ForCausalLM", "olmo2"),
-    ("MixtralForCausalLM", "mixtral"),
-    ("Qwen3MoeForCausalLM", "qwen3_moe"),
-]
+_KINDS = [(one.hf, one.model_type) for one in ARCHITECTURES]
+_AROUND = ["LlavaForConditionalGeneration", "InternVLForConditionalGeneration", "Exaone4_5_ForConditionalGeneration"]
 _NAMES = [
     "../../etc/passwd",
     "/etc/passwd",
@@ -128,6 +120,10 @@ class HFTarget:
                 if "rope_" in key and rng.random() < 0.6
                 else mutations.value(rng)
             )
+        if rng.random() < 0.1:  # a text model as a part
+            inside = config | {"model_type": rng.choice(["llama", "mistral", "qwen2", "qwen3", rng.choice(_KINDS)[1]])}
+            kept = {key: value for key, value in config.items() if rng.random() < 0.3}
+            config = kept | {"architectures": [rng.choice([*_AROUND, rng.choice(_KINDS)[0]])], "text_config": inside}
         return mutations.mutated(rng, config, rng.randrange(3))
 
     def _settings(self, rng: random.Random, document: dict[str, Any]) -> Any:
