@@ -5,6 +5,7 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint32_t
 
+from pyengine import fork
 from pyengine.errors import PyEngineError
 
 
@@ -53,6 +54,7 @@ cdef class StepLock:
     cdef unsigned long holder  # thread, 0 = nobody
     cdef bint in_call  # inside of a call
     cdef int depth  # of acquire by the holder
+    cdef unsigned long suspended  # thread inside of a call that `acquire` has passed, 0 = none
     cdef int n_sleeping
     cdef int n_wanting  # threads in `exclusively` or `acquire` that have to wait
     cdef object __weakref__
@@ -108,7 +110,7 @@ cdef class StepLock:
         """Call function(*args) with the lock, between two steps. Raises PyEngineError like `run`."""
         cdef unsigned long me = PyThread_get_thread_ident()
         self.check_free_of(me)
-        self.wait_until_free(me)
+        self.wait_until_free(me, False)
         self.call(me, function, args)
 
     def try_run(self, function, *args) -> bool:
@@ -118,10 +120,14 @@ cdef class StepLock:
         self.call(PyThread_get_thread_ident(), function, args)
         return True
 
-    cdef int wait_until_free(self, unsigned long me) except -1:
-        """Until nobody but this thread has it. A signal handler that runs meanwhile may compute, so nobody is wanting then."""
+    cdef int wait_until_free(self, unsigned long me, bint for_fork) except -1:
+        """Until nobody but this thread has it. A signal handler that runs meanwhile may compute, so nobody is wanting then.
+        for_fork: or until its holder is a guest that waits for this very fork: as good as one that an exception has ended, and it
+        moves only when the fork is over."""
         try:
             while self.holder != 0 and self.holder != me:
+                if for_fork and self.holder in guests and self.holder in fork.waiting:
+                    break
                 self.n_wanting += 1
                 self.sleep_while(load32(&self.counter))
                 self.n_wanting -= 1
@@ -144,7 +150,9 @@ cdef class StepLock:
     def acquire(self) -> bool:
         """Wait for the lock and keep it, for a fork. By the thread that has it: once more. True."""
         cdef unsigned long me = PyThread_get_thread_ident()
-        self.wait_until_free(me)
+        self.wait_until_free(me, True)
+        if self.holder != 0 and self.holder != me:
+            self.suspended = self.holder
         self.holder = me
         self.depth += 1
         return True
@@ -152,11 +160,19 @@ cdef class StepLock:
     def release(self) -> None:
         """Give back what `acquire` took. In the child of a fork: nobody else exists there."""
         self.depth -= 1
-        if self.depth == 0 and not self.in_call:
+        if self.depth == 0 and self.suspended != 0:
+            self.holder, self.suspended = self.suspended, 0
+        elif self.depth == 0 and not self.in_call:
             self.holder = 0
             self.wake()
 
     def after_fork_in_child(self) -> None:
-        """The threads that slept do not exist here."""
+        """The threads that slept do not exist here, nor one inside of a call."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        guests.intersection_update((me,))
+        if self.suspended != 0 or self.holder != me:
+            self.suspended, self.in_call = 0, False
+        if self.holder != me:
+            self.holder = 0
         self.n_sleeping = 0
         self.n_wanting = 0
