@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from pyengine._step_lock import call_guest
-from pyengine.arguments import shown
 from pyengine.errors import InvalidArgumentError, NotFiniteError
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def _process(processor: LogitsProcessor, tokens: npt.NDArray[np.int32], logits: 
     returned = np.asarray(result)
     if returned.shape != logits.shape or returned.dtype.kind not in "fiu":
         raise InvalidArgumentError(
-            f"a logits_processor must return None or {len(logits)} logits, one a token, not {shown(result)}"
+            f"a logits_processor must return None or {len(logits)} logits, one a token, not {returned.dtype} {returned.shape}"
         )
     with np.errstate(over="ignore"):  # an infinity, of which we tell
         logits[:] = returned

@@ -116,6 +116,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logits_processor": lambda _, x: x.__setitem__(3, np.nan)}, NotFiniteError, "token 3 nan"),
     ({"logits_processor": lambda _, x: x * np.float64(1e300)}, NotFiniteError, "inf"),
     ({"logits_processor": lambda _, x: x[:-1]}, InvalidArgumentError, "logits, one a token"),
+    ({"logits_processor": lambda _, x: x[None]}, InvalidArgumentError, r"not float32 \(1, \d+\)"),
+    ({"logits_processor": lambda _, x: x > 0}, InvalidArgumentError, "not bool"),
     ({"logits_processor": lambda _, x: "?"}, InvalidArgumentError, "logits, one a token"),
     ({"stopping_criteria": lambda _, x: x.__setitem__(0, 0.0)}, ValueError, "read-only"),
     ({"logits_processor": lambda *_: next(iter(()))}, RuntimeError, "raised StopIteration"),
