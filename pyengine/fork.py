@@ -8,7 +8,8 @@ parent and child: a fork waits for the step, or the load, that is running, and t
 any other way; two locks of one rank are held together only here. All are re-entrant: the thread that forks may hold some.
 
 **Forks inside a step.** A caller's own function, which a step calls, may fork, and waits for another's fork with the step's lock
-held. So whoever waits here says so (`waiting`), and the lock lets the other one pass (StepLock.acquire).
+held. So whoever waits here says so (`waiting`), and the lock lets the other one pass (StepLock.acquire). That is so of these
+functions alone: a signal's handler may interrupt the core, and a fork there waits for ever if another thread forks meanwhile.
 
 **Imports.** An import that another thread has begun never ends in the child, and whoever imports that module there waits for
 ever. What a method imports when it is first called, it imports under the lock `importing`.
