@@ -5,7 +5,6 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint32_t
 
-from pyengine import fork
 from pyengine.errors import PyEngineError
 
 
@@ -24,17 +23,25 @@ cdef int64_t SLEEP_NS = 20 * 1000 * 1000
 
 # Threads that are in a caller's own function, which a step has called.
 cdef set guests = set()
+# Those of them whose step's lock a fork has taken meanwhile, and a number that changes when one gets it back.
+cdef set passed = set()
+cdef atomic_uint32 n_returned
 
 
 def call_guest(function, *args):
     """function(*args), a caller's own, in the middle of a step. Until it returns, this thread may wait for no step lock: that of
     the engine whose step this is it has already, and who has another engine's may wait for this one (a fork takes all). No
-    exception, wherever it is raised, can leave the thread marked."""
+    exception, wherever it is raised, can leave the thread marked. A fork does not wait for the function, but this for the fork."""
     cdef object me = PyThread_get_thread_ident()
+    cdef uint32_t news
     guests.add(me)
     try:
         return function(*args)
     finally:
+        while me in passed:
+            news = load32(&n_returned)
+            with nogil:
+                pe_sleep_while_equal(&n_returned, news, SLEEP_NS)
         guests.discard(me)
 
 
@@ -122,11 +129,10 @@ cdef class StepLock:
 
     cdef int wait_until_free(self, unsigned long me, bint for_fork) except -1:
         """Until nobody but this thread has it. A signal handler that runs meanwhile may compute, so nobody is wanting then.
-        for_fork: or until its holder is a guest that waits for this very fork: as good as one that an exception has ended, and it
-        moves only when the fork is over."""
+        for_fork: or a guest, whose step is as good as one that an exception has ended."""
         try:
             while self.holder != 0 and self.holder != me:
-                if for_fork and self.holder in guests and self.holder in fork.waiting:
+                if for_fork and self.holder in guests:
                     break
                 self.n_wanting += 1
                 self.sleep_while(load32(&self.counter))
@@ -153,6 +159,7 @@ cdef class StepLock:
         self.wait_until_free(me, True)
         if self.holder != 0 and self.holder != me:
             self.suspended = self.holder
+            passed.add(self.holder)
         self.holder = me
         self.depth += 1
         return True
@@ -162,6 +169,9 @@ cdef class StepLock:
         self.depth -= 1
         if self.depth == 0 and self.suspended != 0:
             self.holder, self.suspended = self.suspended, 0
+            passed.discard(self.holder)
+            add32(&n_returned, 1)
+            pe_wake_all(&n_returned)
         elif self.depth == 0 and not self.in_call:
             self.holder = 0
             self.wake()
@@ -170,6 +180,7 @@ cdef class StepLock:
         """The threads that slept do not exist here, nor one inside of a call."""
         cdef unsigned long me = PyThread_get_thread_ident()
         guests.intersection_update((me,))
+        passed.clear()
         if self.suspended != 0 or self.holder != me:
             self.suspended, self.in_call = 0, False
         if self.holder != me:

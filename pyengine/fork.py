@@ -7,9 +7,10 @@ parent and child: a fork waits for the step, or the load, that is running, and t
 **The order.** Each lock has a rank. A thread that holds a lock takes only locks of higher rank, and waits for no other thread in
 any other way; two locks of one rank are held together only here. All are re-entrant: the thread that forks may hold some.
 
-**Forks inside a step.** A caller's own function, which a step calls, may fork, and waits for another's fork with the step's lock
-held. So whoever waits here says so (`waiting`), and the lock lets the other one pass (StepLock.acquire). That is so of these
-functions alone: a signal's handler may interrupt the core, and a fork there waits for ever if another thread forks meanwhile.
+**Forks inside a step.** A caller's own function, which a step calls, may fork, and would wait for another's fork with the step's
+lock held. So a fork does not wait for such a function, which cannot use the engine; it lets the step go on only when the fork is
+over (`call_guest`). That is so of these functions alone: a signal's handler may interrupt the core, and a fork there waits for
+ever if another thread forks meanwhile.
 
 **Imports.** An import that another thread has begun never ends in the child, and whoever imports that module there waits for
 ever. What a method imports when it is first called, it imports under the lock `importing`.
@@ -66,7 +67,6 @@ def _in_order() -> list[Lock]:
 # ------------------------------------------------------------------ around a fork
 
 _forking = threading.RLock()  # held by the thread that forks: one fork at a time
-waiting: set[int] = set()  # threads that do nothing until they have that
 _held: list[list[Lock]] = []  # the locks of each fork under way: a signal handler may fork inside a fork
 _late: list[BaseException] = []  # what a signal handler raised meanwhile
 
@@ -88,13 +88,10 @@ def _take_all(held: list[Lock]) -> None:
 def _before() -> None:
     held: list[Lock] = []
     forking: list[Lock] = []
-    me = threading.get_ident()
     while True:
         try:
             if not forking:
-                waiting.add(me)
                 forking.extend(filter(_acquired, [_forking]))
-            waiting.discard(me)
             _take_all(held)
             if not any(one is held for one in _held):
                 _held.append(held)
@@ -137,7 +134,6 @@ def _runs(code: CodeType, frame: FrameType | None) -> bool:
 
 def _after_in_child() -> None:
     _late.clear()
-    waiting.clear()
     _after()
 
 

@@ -28,7 +28,7 @@ COMPONENTS: dict[str, set[str]] = {
     "background": set(),
     "results": set(),
     "_core": {"errors"},
-    "_step_lock": {"errors", "fork"},
+    "_step_lock": {"errors"},
     "_probe": {"errors"},
     "_sampler": {"errors", "_core"},
     "_draft": {"errors"},
