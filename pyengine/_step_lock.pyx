@@ -30,7 +30,7 @@ cdef atomic_uint32 n_returned
 
 def call_guest(function, *args):
     """function(*args), a caller's own, in the middle of a step. Until it returns, this thread may wait for no step lock: that of
-    the engine whose step this is it has already, and who has another engine's may wait for this one (a fork takes all). No
+    the engine whose step this is it has already, and who has another's may be in such a function and wait for this one. No
     exception, wherever it is raised, can leave the thread marked. A fork does not wait for the function, but this for the fork."""
     cdef object me = PyThread_get_thread_ident()
     cdef uint32_t news
