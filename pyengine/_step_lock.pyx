@@ -23,17 +23,25 @@ cdef int64_t SLEEP_NS = 20 * 1000 * 1000
 
 # Threads that are in a caller's own function, which a step has called.
 cdef set guests = set()
+# Those of them whose step's lock a fork has taken meanwhile, and a number that changes when one gets it back.
+cdef set passed = set()
+cdef atomic_uint32 n_returned
 
 
 def call_guest(function, *args):
     """function(*args), a caller's own, in the middle of a step. Until it returns, this thread may wait for no step lock: that of
-    the engine whose step this is it has already, and who has another engine's may wait for this one (a fork takes all). No
-    exception, wherever it is raised, can leave the thread marked."""
+    the engine whose step this is it has already, and who has another's may be in such a function and wait for this one. No
+    exception, wherever it is raised, can leave the thread marked. A fork does not wait for the function, but this for the fork."""
     cdef object me = PyThread_get_thread_ident()
+    cdef uint32_t news
     guests.add(me)
     try:
         return function(*args)
     finally:
+        while me in passed:
+            news = load32(&n_returned)
+            with nogil:
+                pe_sleep_while_equal(&n_returned, news, SLEEP_NS)
         guests.discard(me)
 
 
@@ -53,6 +61,7 @@ cdef class StepLock:
     cdef unsigned long holder  # thread, 0 = nobody
     cdef bint in_call  # inside of a call
     cdef int depth  # of acquire by the holder
+    cdef unsigned long suspended  # thread inside of a call that `acquire` has passed, 0 = none
     cdef int n_sleeping
     cdef int n_wanting  # threads in `exclusively` or `acquire` that have to wait
     cdef object __weakref__
@@ -108,7 +117,7 @@ cdef class StepLock:
         """Call function(*args) with the lock, between two steps. Raises PyEngineError like `run`."""
         cdef unsigned long me = PyThread_get_thread_ident()
         self.check_free_of(me)
-        self.wait_until_free(me)
+        self.wait_until_free(me, False)
         self.call(me, function, args)
 
     def try_run(self, function, *args) -> bool:
@@ -118,10 +127,13 @@ cdef class StepLock:
         self.call(PyThread_get_thread_ident(), function, args)
         return True
 
-    cdef int wait_until_free(self, unsigned long me) except -1:
-        """Until nobody but this thread has it. A signal handler that runs meanwhile may compute, so nobody is wanting then."""
+    cdef int wait_until_free(self, unsigned long me, bint for_fork) except -1:
+        """Until nobody but this thread has it. A signal handler that runs meanwhile may compute, so nobody is wanting then.
+        for_fork: or a guest, whose step is as good as one that an exception has ended."""
         try:
             while self.holder != 0 and self.holder != me:
+                if for_fork and self.holder in guests:
+                    break
                 self.n_wanting += 1
                 self.sleep_while(load32(&self.counter))
                 self.n_wanting -= 1
@@ -144,7 +156,10 @@ cdef class StepLock:
     def acquire(self) -> bool:
         """Wait for the lock and keep it, for a fork. By the thread that has it: once more. True."""
         cdef unsigned long me = PyThread_get_thread_ident()
-        self.wait_until_free(me)
+        self.wait_until_free(me, True)
+        if self.holder != 0 and self.holder != me:
+            self.suspended = self.holder
+            passed.add(self.holder)
         self.holder = me
         self.depth += 1
         return True
@@ -152,11 +167,23 @@ cdef class StepLock:
     def release(self) -> None:
         """Give back what `acquire` took. In the child of a fork: nobody else exists there."""
         self.depth -= 1
-        if self.depth == 0 and not self.in_call:
+        if self.depth == 0 and self.suspended != 0:
+            self.holder, self.suspended = self.suspended, 0
+            passed.discard(self.holder)
+            add32(&n_returned, 1)
+            pe_wake_all(&n_returned)
+        elif self.depth == 0 and not self.in_call:
             self.holder = 0
             self.wake()
 
     def after_fork_in_child(self) -> None:
-        """The threads that slept do not exist here."""
+        """The threads that slept do not exist here, nor one inside of a call."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        guests.intersection_update((me,))
+        passed.clear()
+        if self.suspended != 0 or self.holder != me:
+            self.suspended, self.in_call = 0, False
+        if self.holder != me:
+            self.holder = 0
         self.n_sleeping = 0
         self.n_wanting = 0

@@ -7,6 +7,11 @@ parent and child: a fork waits for the step, or the load, that is running, and t
 **The order.** Each lock has a rank. A thread that holds a lock takes only locks of higher rank, and waits for no other thread in
 any other way; two locks of one rank are held together only here. All are re-entrant: the thread that forks may hold some.
 
+**Forks inside a step.** A caller's own function, which a step calls, may fork, and would wait for another's fork with the step's
+lock held. So a fork does not wait for such a function, which cannot use the engine; it lets the step go on only when the fork is
+over (`call_guest`). That is so of these functions alone: a signal's handler may interrupt the core, and a fork there waits for
+ever if another thread forks meanwhile.
+
 **Imports.** An import that another thread has begun never ends in the child, and whoever imports that module there waits for
 ever. What a method imports when it is first called, it imports under the lock `importing`.
 

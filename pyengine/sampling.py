@@ -186,9 +186,9 @@ class SamplingParams:
     and -inf bans a token; a NaN or +inf is a NotFiniteError, no token left an InvalidArgumentError. Penalties, bias, bans, a
     grammar and the filters come after it; log-probabilities stay those of the model. What a function raises ends its own output
     and reaches its caller. It runs in whichever thread computes for all, while everybody waits; it may be asked about a token
-    twice (after Ctrl-C, say), and the output is repeatable if it depends on its arguments alone. Both arrays are valid during the
-    call. It may use the tokenizer, but no engine: that is a PyEngineError, and to wait for a thread that does is a deadlock.
-    Tokens are not guessed ahead for it.
+    twice (after Ctrl-C, say), and the output is repeatable if it depends on its arguments alone. It may keep both arrays.
+    It may use the tokenizer, but no engine: that is a PyEngineError, and to wait for a thread that does is a deadlock. Tokens are
+    not guessed ahead for it.
 
     **token_healing** takes the longest end of the prompt, of whole tokens, that a longer token begins with (of a prompt around a
     hole, of the text in front of it), but no special token. The output begins with tokens that spell it, the last of which may go

@@ -205,7 +205,7 @@ class GenerationRequest(Request):
             with fork.importing:
                 from pyengine.run.callbacks import Callbacks
 
-            self.callbacks = Callbacks(prompt, params, vocab_size)
+            self.callbacks = Callbacks(prompt, params)
             self.may_draft = False  # they are asked once a token, about what has been said
         self.n_taken = 0  # pieces that the caller has read
         deadline = None if params.timeout is None else self.output.started + params.timeout
@@ -293,7 +293,10 @@ class GenerationRequest(Request):
         assert self.callbacks is not None
         try:
             edited = self.callbacks.edit(self.sampler.outputs, row, None if masks is None else masks[0])
-        except Exception as error:  # for its caller alone
+        except BaseException as error:  # for its caller alone
+            is_main = threading.get_ident() == threading.main_thread().ident
+            if is_main and not isinstance(error, Exception):  # Ctrl-C, or what another signal's handler raises
+                raise
             self.error = error
             return None
         if edited is None:

@@ -15,6 +15,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from pyengine import fork
+
 if TYPE_CHECKING:
     from pyengine.text.infill import Infill
     from pyengine.text.tokenizer import Tokenizer
@@ -36,17 +38,21 @@ class Cut(NamedTuple):
 
 
 class Healer:
-    """Of one model; any thread may use it. It keeps the vocabulary in the order of its bytes, 4 bytes a token.
+    """Of one model; any thread may use it. It keeps the vocabulary in the order of its bytes, 4 bytes a token; the bytes
+    themselves are kept by the tokenizer.
 
     tokenizer, vocab_size  the model's
     infill                 how it fills holes, None if it does not
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, infill: Infill | None) -> None:
+        with fork.importing:
+            import numpy  # noqa: F401  # for `mask`, during which everybody waits
+
         self._bytes = tokenizer.token_bytes
         self._vocab_size = vocab_size
         self._infill = infill
-        self._never = tokenizer.special_ids.union(() if infill is None else infill.end_ids)
+        self._never = tokenizer.special_ids.union(tokenizer.eos_ids, () if infill is None else infill.end_ids)
         known = range(min(vocab_size, tokenizer.vocab_size))
         self._order = array("i", sorted((id_ for id_ in known if self._bytes(id_) and id_ not in self._never), key=self._bytes))
 

@@ -341,6 +341,60 @@ def test_what_is_aborted_while_a_fork_waits_is_let_go_of(tiny_model: Path) -> No
     )
 
 
+@pytest.mark.parametrize("is_plain", [False, True], ids=["function", "plain"])
+def test_two_forks_at_once_of_which_one_is_inside_a_step(tiny_model: Path, is_plain: bool) -> None:
+    """In a caller's own function. The other one is in that of another engine, or plain, and this function waits for it: no fork
+    waits for a function, not in handlers of others either, and both children can use both engines."""
+    scene(
+        """
+        import concurrent.futures.thread  # whose handler takes a lock for as long as a fork lasts
+        from pyengine import Engine
+        engines = [Engine(sys.argv[1], n_threads=1) for _ in range(2)]
+        options = dict(max_tokens=4, temperature=0)
+        expected = engines[0].generate("hello", **options).tokens
+        met, is_over, codes = threading.Barrier(2), threading.Event(), []
+
+        def check():
+            for engine in engines:
+                assert engine.generate("hello", **options).tokens == expected
+
+        def forking(engine):
+            pids = []
+            def function(tokens, logits):
+                if not pids:
+                    met.wait()
+                    if sys.argv[2] == "True":
+                        is_over.wait()
+                    pids.append(os.fork())
+                    if pids == [0]:
+                        signal.alarm(20)
+            try:
+                assert engine.generate("hello", logits_processor=function, **options).tokens == expected
+                if pids == [0]:
+                    check()
+                    os._exit(0)
+                codes.append(os.waitpid(pids[0], 0)[1])
+            finally:
+                if pids == [0]:
+                    os._exit(1)
+
+        def plain():
+            met.wait()
+            codes.append(child(check))
+            is_over.set()
+
+        second = plain if sys.argv[2] == "True" else lambda: forking(engines[1])
+        threads = [started(lambda: forking(engines[0])), started(second)]
+        for thread in threads:
+            thread.join(30)
+        assert codes == [0, 0], codes
+        check()
+        """,
+        tiny_model,
+        is_plain,
+    )
+
+
 def test_a_child_has_no_jobs_of_its_parents_loops(tiny_model: Path) -> None:
     """Nobody reads them there: what steps for the child's own ends with these."""
     scene(

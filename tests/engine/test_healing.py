@@ -3,6 +3,8 @@ hand."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,19 @@ def test_guesses_change_nothing(engine: Engine) -> None:
         script(guessing, {(tuple(engine.prompt_ids("Once upon a")), 0): expected}, drafts_of("right", seed=1, vocab_size=50))
         result = guessing.generate(BROKEN, **options)
     assert result.tokens == expected and result.timings.accepted_tokens > 10
+
+
+def test_no_step_waits_for_an_import() -> None:
+    code = """
+import sys
+from pyengine import Engine, SamplingParams
+from pyengine.run.request import Caller
+with Engine(n_threads=1) as engine:
+    assert "numpy" not in sys.modules
+    engine.requests(Caller(), [engine.prompt_ids("Once upon a ti")], engine.resolve(SamplingParams(token_healing=True)))
+    assert "numpy" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parent)
 
 
 def test_stop_strings_are_looked_for_behind_what_was_taken(engine: Engine) -> None:

@@ -199,6 +199,13 @@ def test_processors_and_criteria(llm: Llama) -> None:
         assert answer["message"]["content"] == 2 * text
 
 
+def test_a_processor_of_a_list_may_return_nothing() -> None:
+    def add(_: Any, scores: Any) -> None:
+        scores.append(1)
+
+    assert LogitsProcessorList([add, lambda _, scores: [*scores, 2], add])([], [0]) == [0, 1, 2, 1]
+
+
 def test_calls_without_a_seed_follow_the_models() -> None:
     def series() -> list[str]:
         llm = Llama(model_path=DEFAULT_MODEL, seed=1337)

@@ -116,8 +116,12 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logits_processor": lambda _, x: x.__setitem__(3, np.nan)}, NotFiniteError, "token 3 nan"),
     ({"logits_processor": lambda _, x: x * np.float64(1e300)}, NotFiniteError, "inf"),
     ({"logits_processor": lambda _, x: x[:-1]}, InvalidArgumentError, "logits, one a token"),
+    ({"logits_processor": lambda _, x: x[None]}, InvalidArgumentError, r"not float32 \(1, \d+\)"),
+    ({"logits_processor": lambda _, x: x > 0}, InvalidArgumentError, "not bool"),
     ({"logits_processor": lambda _, x: "?"}, InvalidArgumentError, "logits, one a token"),
     ({"stopping_criteria": lambda _, x: x.__setitem__(0, 0.0)}, ValueError, "read-only"),
+    ({"logits_processor": lambda *_: next(iter(()))}, RuntimeError, "raised StopIteration"),
+    ({"stopping_criteria": lambda *_: next(iter(()))}, RuntimeError, "raised StopIteration"),
 ]
 
 
@@ -132,6 +136,68 @@ def test_what_a_function_raises_ends_its_own_output(
     with pytest.raises(error, match=match):
         run_all(engine.scheduler, requests)
     assert requests[1].result.tokens == expected
+
+
+def test_a_function_s_stop_iteration_is_no_end_of_a_stream(engine: Engine) -> None:
+    def run_out(tokens: Any, _: Any) -> None:
+        if len(tokens) == len(PROMPT) + 2:
+            raise StopAsyncIteration
+
+    async def streamed() -> None:
+        async with AsyncEngine(engine) as served:
+            async for _ in served.stream(PROMPT, logits_processor=run_out, **SAMPLED):
+                pass
+
+    with pytest.raises(RuntimeError, match="raised StopAsyncIteration"):
+        asyncio.run(streamed())
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        list(engine.stream(PROMPT, logits_processor=lambda *_: next(iter(())), **SAMPLED))
+
+
+class NoError(BaseException):
+    pass
+
+
+def test_what_is_no_error_ends_its_own_output_too(engine: Engine) -> None:
+    """Where it cannot be a signal's: outside of the main thread."""
+    expected = engine.generate(PROMPT[1:], **SAMPLED).tokens
+
+    def leave(tokens: Any, _: Any) -> None:
+        if len(tokens) == len(PROMPT) + 2:
+            raise NoError
+
+    async def both() -> list[Any]:
+        async with AsyncEngine(engine) as served:
+            failing = served.generate(PROMPT, logits_processor=leave, **SAMPLED)
+            return await asyncio.gather(served.generate(PROMPT[1:], **SAMPLED), failing, return_exceptions=True)
+
+    other, failed = asyncio.run(both())
+    assert other.tokens == expected and isinstance(failed, NoError)
+
+
+def test_what_a_function_is_given_is_its_own(engine: Engine) -> None:
+    """It may keep it, and give it another shape."""
+    kept: list[np.ndarray] = []
+    expected = engine.generate(PROMPT, logits_processor=ban, **SAMPLED).tokens
+
+    def keep(tokens: Any, logits: Any) -> None:
+        kept.append(logits)
+        ban(tokens, logits)
+        logits.shape = (1, -1)
+
+    assert engine.generate(PROMPT, logits_processor=keep, **SAMPLED).tokens == expected
+    model = engine.logits([*PROMPT, *expected])[len(PROMPT) - 1 : -1]
+    model[np.arange(70), np.argmax(model, axis=1)] = -np.inf
+    assert np.array_equal(np.concatenate(kept), model)
+
+
+def test_no_engine_may_be_used_by_what_a_function_returns(engine: Engine, tiny_model: Path) -> None:
+    class Lazy:
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            return other.logits(PROMPT)[-1]
+
+    with Engine(tiny_model, n_threads=1) as other, pytest.raises(PyEngineError, match="cannot use an engine"):
+        engine.generate(PROMPT, logits_processor=lambda *_: Lazy(), max_tokens=2)
 
 
 def test_no_engine_may_be_used_in_a_step(engine: Engine, tiny_model: Path) -> None:

@@ -16,15 +16,15 @@ from pyengine.text.tokenizer import Tokenizer
 class Vocabulary:
     """Only what a healer asks of a tokenizer."""
 
-    def __init__(self, tokens: list[bytes], special: frozenset[int] = frozenset()) -> None:
-        self.tokens, self.special_ids, self.vocab_size = tokens, special, len(tokens)
+    def __init__(self, tokens: list[bytes], special: frozenset[int], ends: tuple[int, ...]) -> None:
+        self.tokens, self.special_ids, self.eos_ids, self.vocab_size = tokens, special, ends, len(tokens)
 
     def token_bytes(self, token: int) -> bytes:
         return self.tokens[token]
 
 
-def healer_of(*tokens: bytes, special: frozenset[int] = frozenset()) -> Healer:
-    vocabulary: Any = Vocabulary(list(tokens), special)
+def healer_of(*tokens: bytes, special: frozenset[int] = frozenset(), ends: tuple[int, ...] = ()) -> Healer:
+    vocabulary: Any = Vocabulary(list(tokens), special, ends)
     return Healer(vocabulary, len(tokens) + 5, None)  # a model may have more ids than its tokenizer
 
 
@@ -95,6 +95,9 @@ def test_what_is_not_taken() -> None:
     assert healer.cut([0, 2, 0])[:2] == ([0, 2], b"a")  # nor anything beyond it
     assert healer.cut([0, 3])[:2] == ([0, 3], b"")  # and none is said: "<" is no beginning of "<a>"
     assert healer.cut([0, 4, 0])[:2] == ([0, 4], b"a")
+    ending = healer_of(b"a", b"<", b"</s>", b"</b>", ends=(2,))  # an end of text that its tokenizer does not call special
+    assert allowed(Healing(ending, ending.cut([0, 1])).mask([])) == {1, 3}
+    assert ending.cut([0, 2])[:2] == ([0, 2], b"")
     long = healer_of(b"a", b"a" * MAX_TAKEN, b"a" * (2 * MAX_TAKEN))
     assert long.cut([0] * (3 * MAX_TAKEN))[:2] == ([0] * (2 * MAX_TAKEN), b"a" * MAX_TAKEN)
     assert long.cut([0, 2])[:2] == ([0, 2], b"")

@@ -13,11 +13,12 @@ Callables: TypeAlias = _F | Sequence[_F] | None
 
 
 class LogitsProcessorList(list[LogitsProcessor]):
-    """Each is given what the one before it returned."""
+    """Each is given what the one before it returned, or changed in place."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         for processor in self:
-            scores = processor(input_ids, scores)
+            returned = processor(input_ids, scores)
+            scores = scores if returned is None else returned
         return scores
 
 
