@@ -54,20 +54,18 @@ def document_bits(engine: Any, text: str, log_probability: Scorer) -> float:
     return bits
 
 
-PLAIN_LAYER = (0, 0, "rmsnorm", "swiglu")  # window, RoPE table, norm, activation
-
-
 def float32_scorer(source: Path, tokenizer: Path | None) -> Scorer:
     """Scores by the trainer's float32 forward on the weights of a checkpoint that freeze can read.
 
-    Models beyond that forward are refused: biases, windows, other gates and norms, experts, soft caps.
+    Models beyond that forward are refused: biases, windows, convolutions, other gates and norms, experts, soft caps.
     """
     with contextlib.closing(open_source(source, tokenizer=tokenizer)) as model:
         c = model.config
         biases = c.qkv_bias, c.o_bias, c.gate_up_bias, c.down_bias, c.output_bias
         attention = c.qk_norm_all_heads, c.qk_norm_after_rope, c.attention_sinks, c.attention_softcap
         beyond = *biases, *attention, c.n_experts, c.logits_softcap
-        if any(beyond) or any(tuple(layer) != PLAIN_LAYER for layer in c.layers):
+        # A layer that says nothing is a plain one: attention to all positions, RMSNorm, SwiGLU.
+        if any(beyond) or any(layer != type(layer)() for layer in c.layers):
             raise SystemExit(f"{source}: not a plain Llama; cannot be scored in float32")
         names = {f.name for f in dataclasses.fields(ModelConfig)} & set(dir(c))
         config = ModelConfig(**{name: getattr(c, name) for name in names})
