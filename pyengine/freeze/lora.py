@@ -179,12 +179,20 @@ def products(one: Adapter, shape_of: Callable[[str], tuple[int, ...] | None]) ->
         reader.close()
 
 
+def _near(path: Path) -> str:
+    """Where a training run's adapter is, of which the run's folder or its merged model was named."""
+    for one in (path / "adapter", path.parent / "adapter"):
+        if (one / CONFIG).is_file():
+            return f"; {one} is one"
+    return ""
+
+
 def _config(path: Path) -> Fields:
     try:
         document = parse_json_object(read_regular(path / CONFIG, _MAX_CONFIG_BYTES), CONFIG)
     except MissingFileError:
         reason = f"it has no {CONFIG}" if path.exists() else "there is no such directory"
-        raise InvalidArgumentError(f"{path} is no adapter: {reason}") from None
+        raise InvalidArgumentError(f"{path} is no adapter: {reason}{_near(path)}") from None
     kind = document.get("peft_type")
     if kind != "LORA":
         raise UnsupportedModelError(f"{path}: adapters of type {kind!r:.80} are not implemented, only LORA")

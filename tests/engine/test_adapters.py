@@ -333,6 +333,11 @@ def test_names_and_scales(root: Path, engine: pyengine.Engine, tmp_path: Path) -
     refused(engine, ModelFormatError, "too large for float32", path, scale=1e300)
     refused(engine, InvalidArgumentError, "is no adapter", tmp_path)
     refused(engine, InvalidArgumentError, "is no adapter: there is no such directory", tmp_path / "nowhere")
+    for run in (tmp_path, tmp_path / "final"):  # of a training run, which has it in a folder of its own
+        run.mkdir(exist_ok=True)
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+        refused(engine, InvalidArgumentError, "no adapter_config.json; .*adapter is one", run)
 
 
 def test_two_threads_load_under_one_name(root: Path, engine: pyengine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
