@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import UnsupportedModelError
 from ...format.config import LayerSpec
 from ...format.quantize import Float32Array, RowSource
 from ..fields import Fields
@@ -155,8 +156,8 @@ class Tensors(Protocol):
 
 
 def no_gguf(keys: Fields, shape: Shape, file: Tensors) -> Traits:
-    """``from_gguf`` where ``gguf`` is None: never called."""
-    raise NotImplementedError
+    """``from_gguf`` where ``gguf`` is None, of which no GGUF file can be."""
+    raise UnsupportedModelError("GGUF does not have this architecture")
 
 
 class Architecture(NamedTuple):
